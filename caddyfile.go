@@ -1,0 +1,168 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"math"
+	"strconv"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+)
+
+func init() {
+	httpcaddyfile.RegisterHandlerDirective("async_proxy", parseCaddyfile)
+	// After authentication, so that a site that asks for credentials is no open
+	// proxy, and before everything that answers requests.
+	httpcaddyfile.RegisterDirectiveOrder("async_proxy", httpcaddyfile.After, "request_header")
+}
+
+func parseCaddyfile(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
+	handler := new(Handler)
+	return handler, handler.UnmarshalCaddyfile(h.Dispenser)
+}
+
+// UnmarshalCaddyfile sets up the handler from Caddyfile tokens. Syntax:
+//
+//	async_proxy [<matcher>] [burst <tokens>] [refill <tokens_per_second>] {
+//		burst         <tokens>
+//		refill        <tokens_per_second>
+//		ipv4_prefix   <bits>
+//		ipv6_prefix   <bits>
+//		max_clients   <n>
+//		zone          <name>
+//		exempt        <cidr|private_ranges...>
+//		allow         <cidr|private_ranges...>
+//		dial_timeout  <duration>
+//		via           <pseudonym>|off
+//		forwarded_for auto|off
+//	}
+//
+// burst and refill may stand on the directive's own line. exempt and allow may
+// stand more than once; everything else once.
+func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
+	d.Next() // the directive's name
+	p := caddyfileParser{Dispenser: d, seen: make(map[string]bool)}
+	for d.NextArg() {
+		name := d.Val()
+		if name != "burst" && name != "refill" {
+			return d.Errf("unexpected argument '%s'; expected burst <tokens>, refill <tokens_per_second>, or a block of options", name)
+		}
+		if !d.NextArg() {
+			return d.Errf("%s: there is no value; expected %s", name, expectations[name])
+		}
+		if err := p.option(h, name, []string{d.Val()}); err != nil {
+			return err
+		}
+	}
+	for nesting := d.Nesting(); d.NextBlock(nesting); {
+		name := d.Val()
+		args := d.RemainingArgs()
+		if err := p.option(h, name, args); err != nil {
+			return err
+		}
+		if d.NextBlock(d.Nesting()) {
+			return d.Errf("%s: unexpected block; expected %s", name, expectations[name])
+		}
+	}
+	return nil
+}
+
+// expectations are what the options want, in the words of the errors.
+var expectations = map[string]string{
+	"burst":         "a whole number of tokens from 1 to 1000000000",
+	"refill":        "tokens per second from 0.00001 to 1000000",
+	"ipv4_prefix":   "a number of bits from 1 to 32",
+	"ipv6_prefix":   "a number of bits from 1 to 128",
+	"max_clients":   "a whole number of clients, at least 2",
+	"zone":          "a name",
+	"exempt":        "addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges",
+	"allow":         "addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges",
+	"dial_timeout":  "a positive duration such as 10s",
+	"via":           "a pseudonym that starts with a letter, or off",
+	"forwarded_for": "auto or off",
+}
+
+// caddyfileParser says of each mistake the option, the value and what was
+// expected; the Dispenser adds the file and the line.
+type caddyfileParser struct {
+	*caddyfile.Dispenser
+	seen map[string]bool
+}
+
+// option reads one option with its arguments.
+func (p caddyfileParser) option(h *Handler, name string, args []string) error {
+	expected, known := expectations[name]
+	if !known {
+		return p.Errf("unrecognized option '%s'", name)
+	}
+	list := name == "exempt" || name == "allow"
+	switch {
+	case len(args) == 0:
+		return p.Errf("%s: there is no value; expected %s", name, expected)
+	case len(args) > 1 && !list:
+		return p.Errf("%s: there is more than one value, '%s' after '%s'; expected %s", name, args[1], args[0], expected)
+	case p.seen[name] && !list:
+		return p.Errf("%s: the option is given twice, now with '%s'; expected it once", name, args[0])
+	}
+	p.seen[name] = true
+
+	value, ok := args[0], true
+	switch name {
+	case "burst":
+		h.Burst, ok = parseInt[int64](value, minBurst, maxBurst)
+	case "refill":
+		var err error
+		h.Refill, err = strconv.ParseFloat(value, 64)
+		ok = err == nil && h.Refill >= minRefill && h.Refill <= maxRefill
+	case "ipv4_prefix":
+		h.IPv4Prefix, ok = parseInt(value, 1, 32)
+	case "ipv6_prefix":
+		h.IPv6Prefix, ok = parseInt(value, 1, 128)
+	case "max_clients":
+		h.MaxClients, ok = parseInt(value, minClients, math.MaxInt)
+	case "zone":
+		h.Zone = value
+		ok = validZone(value)
+	case "exempt":
+		return p.prefixes(name, args, &h.Exempt)
+	case "allow":
+		return p.prefixes(name, args, &h.Allow)
+	case "dial_timeout":
+		timeout, err := caddy.ParseDuration(value)
+		h.DialTimeout = caddy.Duration(timeout)
+		ok = err == nil && timeout > 0
+	case "via":
+		h.Via = value
+		ok = validPseudonym(value)
+	case "forwarded_for":
+		h.ForwardedFor = value
+		ok = value == "auto" || value == "off"
+	}
+	if !ok {
+		return p.Errf("%s: the value '%s' is not valid; expected %s", name, value, expected)
+	}
+	return nil
+}
+
+// prefixes appends the values of an option that is a list of CIDR ranges.
+func (p caddyfileParser) prefixes(name string, args []string, list *[]string) error {
+	for _, arg := range args {
+		if _, err := parsePrefixes(name, []string{arg}); err != nil {
+			return p.Errf("%s: the value '%s' is not valid; expected %s", name, arg, expectations[name])
+		}
+	}
+	*list = append(*list, args...)
+	return nil
+}
+
+func parseInt[T int | int64](s string, low, high T) (T, bool) {
+	n, err := strconv.ParseInt(s, 10, 64)
+	return T(n), err == nil && n >= int64(low) && n <= int64(high)
+}
+
+// Interface guard
+var _ caddyfile.Unmarshaler = (*Handler)(nil)

@@ -1,0 +1,185 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+)
+
+// established answers a CONNECT over HTTP/1. It is written past net/http, which
+// would add fields that frame a body: a 2xx to CONNECT has none (RFC 9110
+// §9.3.6).
+var established = []byte("HTTP/1.1 200 Connection Established\r\n\r\n")
+
+// connect opens a tunnel to the target of a CONNECT request. The target is
+// dialled first, so that a failure is an answer like any other. It returns the
+// status for the log.
+func (h *Handler) connect(w http.ResponseWriter, r *http.Request, from caller) (int, error) {
+	target, err := parseAuthority(r.RequestURI)
+	if err != nil {
+		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "CONNECT wants a host and a port, such as example.com:443: %v.", err)
+	}
+	if r.ProtoMajor == 1 && r.ContentLength != 0 {
+		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "A CONNECT request has no content, this one announces some.")
+	}
+	far, err := h.dialer.dial(r.Context(), from.reach, target)
+	if err != nil {
+		return 0, dialRefusal(r.Context(), err, target)
+	}
+	t := &tunnel{
+		client: from.addr,
+		target: target,
+		proto:  r.Proto,
+		start:  time.Now(),
+		logger: h.logger,
+		far:    newConnPeer(far),
+	}
+	if r.ProtoMajor > 1 {
+		return h.connectStream(w, r, t)
+	}
+	near, early, err := hijack(w)
+	if err != nil {
+		_ = far.Close()
+		return 0, caddyhttp.Error(http.StatusInternalServerError, err)
+	}
+	t.near, t.early, t.greeting = newConnPeer(near), early, established
+	// The tunnel lives on without this goroutine, whose stack, like the request
+	// and all that net/http holds for it, is many times what the tunnel needs.
+	go t.run()
+	return http.StatusOK, nil
+}
+
+// connectStream runs a tunnel on a stream of HTTP/2 or HTTP/3, which lasts as
+// long as its handler does.
+func (h *Handler) connectStream(w http.ResponseWriter, r *http.Request, t *tunnel) (int, error) {
+	header := w.Header()
+	clear(header) // Server and Alt-Svc are not the target's
+	w.WriteHeader(http.StatusOK)
+	near := newStreamPeer(w, r)
+	if err := near.control.Flush(); err != nil {
+		_ = t.far.Close()
+		return statusClientClosedRequest, nil
+	}
+	t.near = near
+	t.run()
+	if near.aborted.Load() {
+		panic(http.ErrAbortHandler) // resets the stream
+	}
+	return http.StatusOK, nil
+}
+
+// hijack takes the client's connection over, with what the client has sent on
+// it behind the request.
+func hijack(w http.ResponseWriter) (conn net.Conn, early []byte, err error) {
+	// At the innermost writer, the connection is the one that was accepted: the
+	// one that Caddy's recorders hand out has no half-close.
+	hijacker, ok := innermost(w).(http.Hijacker)
+	if !ok {
+		return nil, nil, errors.New("the connection cannot be taken over")
+	}
+	conn, buffered, err := hijacker.Hijack()
+	if err != nil {
+		return nil, nil, err
+	}
+	if n := buffered.Reader.Buffered(); n > 0 {
+		peeked, _ := buffered.Reader.Peek(n) // never fails: n bytes are there
+		early = append(early, peeked...)
+	}
+	return conn, early, nil
+}
+
+// recordStatus tells the access log and the metrics, if there are any, the
+// status of a request whose connection was taken over below them. net/http
+// itself ignores it.
+func recordStatus(w http.ResponseWriter, status int) {
+	for inner := w; ; {
+		if _, ok := inner.(caddyhttp.ResponseRecorder); ok {
+			w.WriteHeader(status)
+			return
+		}
+		u, ok := inner.(interface{ Unwrap() http.ResponseWriter })
+		if !ok {
+			return
+		}
+		inner = u.Unwrap()
+	}
+}
+
+// isExtendedConnect reports whether a CONNECT asks for another protocol than a
+// tunnel (RFC 8441, RFC 9220): for a resource of this server.
+func isExtendedConnect(r *http.Request) bool {
+	return r.Method == http.MethodConnect &&
+		(len(r.Header[":protocol"]) > 0 || r.ProtoMajor == 3 && r.Proto != "HTTP/3.0")
+}
+
+// parseAuthority returns the host and port of a CONNECT request's target in
+// the form that net.Dial takes. The port is not optional.
+func parseAuthority(authority string) (string, error) {
+	host, port, found := cutPort(authority)
+	if !found {
+		return "", errors.New("there is no port")
+	}
+	return joinTarget(host, port)
+}
+
+// cutPort separates the port from an authority, if there is one. Brackets stay
+// on the host.
+func cutPort(authority string) (host, port string, found bool) {
+	if i := strings.LastIndexByte(authority, ':'); i >= 0 && i > strings.LastIndexByte(authority, ']') {
+		return authority[:i], authority[i+1:], true
+	}
+	return authority, "", false
+}
+
+// joinTarget checks a host, as it stands in an authority, and a port.
+func joinTarget(host, port string) (string, error) {
+	if err := checkHost(host); err != nil {
+		return "", err
+	}
+	n, err := strconv.ParseUint(port, 10, 16)
+	if err != nil || n == 0 || port[0] == '0' || port[0] == '+' {
+		return "", fmt.Errorf("the port %q is not a number from 1 to 65535", port)
+	}
+	return host + ":" + port, nil
+}
+
+// checkHost accepts a DNS name, an IPv4 address, or an IPv6 address in brackets
+// without a zone, which would be this machine's affair (RFC 9110 §4.2, RFC 3986
+// §3.2.2). An internationalised name comes in its ASCII form.
+func checkHost(host string) error {
+	if host == "" {
+		return errors.New("there is no host")
+	}
+	if host[0] == '[' {
+		addr, err := netip.ParseAddr(strings.TrimSuffix(host[1:], "]"))
+		if err != nil || !addr.Is6() || addr.Zone() != "" || host[len(host)-1] != ']' {
+			return fmt.Errorf("%q is no IPv6 address", host)
+		}
+		return nil
+	}
+	name := strings.TrimSuffix(host, ".")
+	if len(name) > 253 {
+		return errors.New("the name of the host is too long")
+	}
+	for label := range strings.SplitSeq(name, ".") {
+		if label == "" || len(label) > 63 {
+			return fmt.Errorf("%q is no name of a host", host)
+		}
+		for _, c := range []byte(label) {
+			if c != '-' && c != '_' && (c < '0' || c > '9') && (c|0x20 < 'a' || c|0x20 > 'z') {
+				return fmt.Errorf("%q is no name of a host", host)
+			}
+		}
+	}
+	return nil
+}

@@ -1,0 +1,248 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig"
+	_ "github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
+	_ "github.com/caddyserver/caddy/v2/modules/standard"
+)
+
+// patience bounds every wait in the tests. Nothing is expected to take that
+// long: it only turns a hang into a failure.
+const patience = 20 * time.Second
+
+// world is a Caddy in this process with one async_proxy site, and an origin.
+// There is only one Caddy per process, so tests with a world do not run in
+// parallel.
+type world struct {
+	t      *testing.T
+	proxy  string           // host:port of the proxy
+	origin *httptest.Server // answers with handler
+	logs   string           // file of Caddy's log, JSON lines
+}
+
+// newWorld starts a proxy with the given options, one a line, and an origin on
+// loopback that answers with handler. "burst 1000000" and "refill 1000000" are
+// set unless options say otherwise.
+func newWorld(t *testing.T, options string, handler http.Handler) *world {
+	t.Helper()
+	w := &world{t: t, proxy: freeAddress(t), logs: filepath.Join(t.TempDir(), "caddy.log")}
+	if handler == nil {
+		handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprintf(w, "hello from the origin") })
+	}
+	w.origin = httptest.NewServer(handler)
+	t.Cleanup(w.origin.Close)
+	w.load(w.site(options))
+	return w
+}
+
+// site is the Caddyfile of a proxy with the given options.
+func (w *world) site(options string) string {
+	for _, option := range []string{"burst", "refill"} {
+		if !strings.Contains(options, option) {
+			options += "\n" + option + " 1000000"
+		}
+	}
+	return fmt.Sprintf("http://%s {\n\tasync_proxy {\n\t\t%s\n\t}\n}\n", strings.TrimPrefix(w.proxy, "127.0.0.1"), options)
+}
+
+// load replaces the running config by sites, in Caddyfile syntax. The global
+// options are the world's: logs go to w.logs.
+func (w *world) load(sites string) {
+	w.t.Helper()
+	loadCaddyfile(w.t, fmt.Sprintf("{\n\tadmin off\n\tpersist_config off\n\tskip_install_trust\n\tgrace_period 5s\n\tdefault_bind 127.0.0.1\n\tlog {\n\t\toutput file %s\n\t\tformat json\n\t\tlevel DEBUG\n\t}\n}\n%s", w.logs, sites))
+}
+
+// loadCaddyfile runs a Caddyfile until the test ends.
+func loadCaddyfile(t *testing.T, caddyfile string) {
+	t.Helper()
+	config, warnings, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(caddyfile), map[string]any{"filename": "Caddyfile"})
+	if err != nil {
+		t.Fatalf("adapting: %v\n%s", err, caddyfile)
+	}
+	for _, warning := range warnings {
+		if !strings.Contains(warning.Message, "not formatted") {
+			t.Logf("adapting: %v", warning)
+		}
+	}
+	if err := caddy.Load(config, true); err != nil {
+		t.Fatalf("loading: %v\n%s", err, caddyfile)
+	}
+	t.Cleanup(func() {
+		if err := caddy.Stop(); err != nil {
+			t.Errorf("stopping: %v", err)
+		}
+	})
+}
+
+// freeAddress returns an address of loopback that nobody listens on.
+func freeAddress(t *testing.T) string {
+	t.Helper()
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	return ln.Addr().String()
+}
+
+// client is an http.Client that uses the proxy, with connections of its own.
+func (w *world) client() *http.Client {
+	transport := &http.Transport{
+		Proxy:              http.ProxyURL(&url.URL{Scheme: "http", Host: w.proxy}),
+		DisableCompression: true,
+	}
+	w.t.Cleanup(transport.CloseIdleConnections)
+	return &http.Client{Transport: transport, Timeout: patience}
+}
+
+// dial opens a raw connection to the proxy.
+func (w *world) dial() *rawConn { return dialRaw(w.t, w.proxy) }
+
+// logLines returns the lines of Caddy's log that have the given message.
+func (w *world) logLines(message string) []map[string]any {
+	w.t.Helper()
+	data, err := os.ReadFile(w.logs)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	var lines []map[string]any
+	for text := range strings.Lines(string(data)) {
+		var line map[string]any
+		if err := json.Unmarshal([]byte(text), &line); err != nil {
+			w.t.Fatalf("log line %q: %v", text, err)
+		}
+		if line["msg"] == message {
+			lines = append(lines, line)
+		}
+	}
+	return lines
+}
+
+// waitLog waits until there are n lines with the given message.
+func (w *world) waitLog(message string, n int) []map[string]any {
+	w.t.Helper()
+	var lines []map[string]any
+	eventually(w.t, fmt.Sprintf("%d log lines %q", n, message), func() bool {
+		lines = w.logLines(message)
+		return len(lines) >= n
+	})
+	return lines
+}
+
+// eventually waits until condition holds, which must be soon.
+func eventually(t *testing.T, what string, condition func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); !condition(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("waited in vain for %s", what)
+		}
+	}
+}
+
+// rawConn is a connection for tests that say each byte themselves.
+type rawConn struct {
+	*net.TCPConn
+	t *testing.T
+	r *bufio.Reader
+}
+
+func dialRaw(t *testing.T, address string) *rawConn {
+	t.Helper()
+	conn, err := net.DialTimeout("tcp4", address, patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(patience))
+	return &rawConn{conn.(*net.TCPConn), t, bufio.NewReader(conn)}
+}
+
+// send writes a text, in which lines may end with \n alone.
+func (c *rawConn) send(text string) {
+	c.t.Helper()
+	text = strings.ReplaceAll(strings.ReplaceAll(text, "\r\n", "\n"), "\n", "\r\n")
+	if _, err := io.WriteString(c, text); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// response reads a response to a request of the given method. Its body is
+// read and closed.
+func (c *rawConn) response(method string) (*http.Response, string) {
+	c.t.Helper()
+	res, err := http.ReadResponse(c.r, &http.Request{Method: method})
+	if err != nil {
+		c.t.Fatalf("reading a response: %v", err)
+	}
+	if method == http.MethodConnect && res.StatusCode == http.StatusOK {
+		return res, ""
+	}
+	body, err := io.ReadAll(res.Body)
+	if err != nil {
+		c.t.Fatalf("reading a body: %v (so far %q)", err, body)
+	}
+	res.Body.Close()
+	return res, string(body)
+}
+
+// connect opens a tunnel to target.
+func (c *rawConn) connect(target string) {
+	c.t.Helper()
+	c.send("CONNECT " + target + " HTTP/1.1\nHost: " + target + "\n\n")
+	if res, body := c.response(http.MethodConnect); res.StatusCode != http.StatusOK {
+		c.t.Fatalf("CONNECT %s: %s: %s", target, res.Status, body)
+	}
+}
+
+// readAll reads until the other side ends.
+func (c *rawConn) readAll() string {
+	c.t.Helper()
+	data, err := io.ReadAll(c.r)
+	if err != nil {
+		c.t.Fatalf("reading to the end: %v (so far %q)", err, data)
+	}
+	return string(data)
+}
+
+// listen runs serve for each connection to a listener on loopback, and returns
+// its address. All connections are closed when the test ends.
+func listen(t *testing.T, serve func(*net.TCPConn)) string {
+	t.Helper()
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	go func() {
+		for {
+			conn, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			conn.SetDeadline(time.Now().Add(patience))
+			go func() {
+				defer conn.Close()
+				serve(conn.(*net.TCPConn))
+			}()
+		}
+	}()
+	return ln.Addr().String()
+}

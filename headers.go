@@ -1,0 +1,198 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"crypto/rand"
+	"crypto/sha256"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"strconv"
+	"strings"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"golang.org/x/net/http/httpguts"
+)
+
+// hopByHop are the fields that belong to one connection and are never passed
+// on: those of RFC 9110 §7.6.1, Proxy-Connection, which old clients send
+// instead of Connection, and those of the authentication between a client and
+// this proxy (§11.7). Names are in canonical form.
+var hopByHop = [...]string{
+	"Connection",
+	"Keep-Alive",
+	"Proxy-Connection",
+	"Te",
+	"Transfer-Encoding",
+	"Upgrade",
+	"Proxy-Authenticate",
+	"Proxy-Authentication-Info",
+	"Proxy-Authorization",
+}
+
+// removeHopByHop removes the fields that are not to be passed on: hopByHop and
+// whatever any Connection field nominates. What the proxy adds itself is added
+// afterwards, so that nobody can nominate it away.
+func removeHopByHop(h http.Header) {
+	for _, value := range h["Connection"] {
+		for name := range strings.SplitSeq(value, ",") {
+			if name = strings.Trim(name, " \t"); name != "" {
+				h.Del(name)
+			}
+		}
+	}
+	for _, name := range hopByHop {
+		delete(h, name)
+	}
+}
+
+// prepareRequest makes the fields of a request those of the message that goes
+// to the next hop: without hop-by-hop fields, but with the upgrade and the
+// willingness to take trailers that the client has asked for and this proxy
+// passes on.
+func prepareRequest(h http.Header, protoMajor, protoMinor int) {
+	var upgrade []string
+	// RFC 9110 §7.8: Upgrade in an HTTP/1.0 request is to be ignored; later
+	// versions than 1.1 have none.
+	if protoMajor == 1 && protoMinor == 1 && httpguts.HeaderValuesContainsToken(h["Connection"], "upgrade") {
+		upgrade = h["Upgrade"]
+	}
+	trailers := httpguts.HeaderValuesContainsToken(h["Te"], "trailers")
+	removeHopByHop(h)
+	if len(upgrade) > 0 {
+		h["Upgrade"] = upgrade
+		h["Connection"] = []string{"Upgrade"}
+	}
+	if trailers {
+		h["Te"] = []string{"trailers"}
+		h["Connection"] = append(h["Connection"], "TE")
+	}
+}
+
+// pseudonymSeed makes the default pseudonym this process's own, so that two
+// proxies in a chain are not taken for a loop.
+var pseudonymSeed = rand.Text()
+
+// provisionName gives the proxy its name in Via and Proxy-Status. The default
+// stays the same for a server across reloads.
+func (h *Handler) provisionName(server *caddyhttp.Server) error {
+	var site string
+	if server != nil {
+		site = server.Name()
+	}
+	sum := sha256.Sum256([]byte(pseudonymSeed + site))
+	h.name = fmt.Sprintf("caddy-async-proxy-%x", sum[:4])
+	switch h.Via {
+	case "off":
+		return nil
+	case "":
+	default:
+		if !validPseudonym(h.Via) {
+			return fmt.Errorf("via %q: expected a pseudonym of letters, digits, dots and hyphens that starts with a letter, or off", h.Via)
+		}
+		h.name = h.Via
+	}
+	h.via = newVia(h.name)
+	return nil
+}
+
+// validPseudonym reports whether a name can stand in Via and, which also wants
+// a letter first (RFC 8941), in Proxy-Status.
+func validPseudonym(name string) bool {
+	if name == "" {
+		return false
+	}
+	c := name[0] | 0x20
+	return c >= 'a' && c <= 'z' && httpguts.ValidHeaderFieldName(name)
+}
+
+// A via is what this proxy says of itself in Via (RFC 9110 §7.6.3). Its zero
+// value says nothing.
+type via struct {
+	pseudonym string
+	http11    string // the member for a message received as HTTP/1.1, by far the most
+}
+
+func newVia(pseudonym string) via { return via{pseudonym, "1.1 " + pseudonym} }
+
+// add appends this proxy to the Via of a message that was received in the given
+// version.
+func (v via) add(h http.Header, major, minor int) {
+	if v.pseudonym == "" {
+		return
+	}
+	member := v.http11
+	if major != 1 || minor != 1 {
+		member = strconv.Itoa(major) + "." + strconv.Itoa(minor) + " " + v.pseudonym
+	}
+	h["Via"] = append(h["Via"], member)
+}
+
+// seen reports whether this proxy is in the Via of a request: it has been here
+// before.
+func (v via) seen(h http.Header) bool {
+	if v.pseudonym == "" {
+		return false
+	}
+	for _, value := range h["Via"] {
+		for member := range strings.SplitSeq(value, ",") {
+			// member = received-protocol RWS received-by [ RWS comment ]
+			fields := strings.Fields(member)
+			if len(fields) > 1 && strings.EqualFold(fields[1], v.pseudonym) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// setForwarded tells the next hop who the client is. A stranger's
+// X-Forwarded-For is replaced; that of a trusted proxy is kept, and the proxy
+// that it came from appended. X-Real-Ip is the client. Without a peer address,
+// as on a Unix socket, nothing is invented.
+func setForwarded(h http.Header, peer, client netip.Addr, trusted bool) {
+	if !trusted {
+		delete(h, "X-Forwarded-For")
+	}
+	if peer.IsValid() {
+		chain := peer.String()
+		if prior := h["X-Forwarded-For"]; len(prior) > 0 {
+			chain = strings.Join(prior, ", ") + ", " + chain
+		}
+		h["X-Forwarded-For"] = []string{chain}
+	}
+	setRealIP(h, client)
+}
+
+// setRealIP sets X-Real-Ip to the client, or removes it if there is none.
+func setRealIP(h http.Header, client netip.Addr) {
+	if client.IsValid() {
+		h["X-Real-Ip"] = []string{client.String()}
+	} else {
+		delete(h, "X-Real-Ip")
+	}
+}
+
+// maxForwards reads Max-Forwards (RFC 9110 §7.6.2), which only TRACE and
+// OPTIONS heed, and counts it down. last reports that the request is to go no
+// further. A value that is not a number is left as it is.
+func maxForwards(method string, h http.Header) (last bool) {
+	if method != http.MethodTrace && method != http.MethodOptions {
+		return false
+	}
+	values := h["Max-Forwards"]
+	if len(values) != 1 {
+		return false
+	}
+	n, err := strconv.ParseUint(values[0], 10, 32)
+	if err != nil {
+		return false
+	}
+	if n == 0 {
+		return true
+	}
+	h["Max-Forwards"] = []string{strconv.FormatUint(n-1, 10)}
+	return false
+}

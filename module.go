@@ -1,0 +1,276 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Package asyncproxy is a forward proxy as one Caddy directive, async_proxy. It
+// limits each client by a token bucket, rewrites the fields of messages as an
+// intermediary has to, tunnels CONNECT without decrypting and forwards plain
+// HTTP.
+//
+// A request passes, in this order, the limiter (ratelimit.go), then connect.go
+// or forward.go, which both dial through dial.go; what is no proxy request goes
+// to the next handler. Answers of the proxy's own are respond.go's, lines and
+// counters observe.go's.
+package asyncproxy
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"go.uber.org/zap"
+)
+
+func init() {
+	caddy.RegisterModule(Handler{})
+}
+
+// Handler is a forward proxy. It takes CONNECT requests and requests in
+// absolute form (`GET http://example.com/ HTTP/1.1`); all others are limited,
+// get the same request header fields, and go to the next handler.
+//
+// The site of a forward proxy must have no host name in its address, as a proxy
+// request carries the host it is for: use `:8080`, not `proxy.example.com`.
+type Handler struct {
+	// How many requests a client may make at once, from 1 to 1000000000. A
+	// CONNECT is one request, however long its tunnel lives. Default: 10.
+	Burst int64 `json:"burst,omitempty"`
+
+	// How many requests a second a client gains, up to Burst: from 0.00001,
+	// about one a day, to 1000000. Default: 0.5.
+	Refill float64 `json:"refill,omitempty"`
+
+	// How many leading bits of an IPv4 address make a client, from 1 to 32.
+	// Default: 32, each address for itself.
+	IPv4Prefix int `json:"ipv4_prefix,omitempty"`
+
+	// How many leading bits of an IPv6 address make a client, from 1 to 128.
+	// Default: 64, the least that a network assigns to one subscriber.
+	IPv6Prefix int `json:"ipv6_prefix,omitempty"`
+
+	// How many clients are tracked, at least 2: the bound on the limiter's
+	// memory, some 100 bytes each. When more are active, those that were idle
+	// for longest find a full bucket when they come again. Default: 1000000.
+	MaxClients int `json:"max_clients,omitempty"`
+
+	// Handlers with the same zone and the same limits share one budget for each
+	// client; another zone is another budget. It also names the policy in the
+	// RateLimit fields. Default: "default".
+	Zone string `json:"zone,omitempty"`
+
+	// Clients that are never limited, as addresses or CIDR ranges;
+	// `private_ranges` stands for all private ones.
+	Exempt []string `json:"exempt,omitempty"`
+
+	// Destinations that are open to every client beyond the default, as
+	// addresses or CIDR ranges; `private_ranges` stands for all private ones.
+	//
+	// By default no client gets further than it could without the proxy: one on
+	// this machine anywhere but to link-local, multicast and unspecified
+	// addresses, all others to public unicast addresses only. Whatever is
+	// allowed, Caddy's admin endpoint, the proxy itself and port 25 stay closed.
+	Allow []string `json:"allow,omitempty"`
+
+	// How long resolving a name and connecting to one of its addresses may take
+	// together. Default: 10s.
+	DialTimeout caddy.Duration `json:"dial_timeout,omitempty"`
+
+	// The pseudonym of this proxy in Via and Proxy-Status, by which it also
+	// notices requests that come back to it; "off" leaves Via alone and lets
+	// loops be. Default: caddy-async-proxy with a suffix of this process's and
+	// site's own.
+	Via string `json:"via,omitempty"`
+
+	// Whether the next hop is told who the client is: "auto" sets
+	// X-Forwarded-For and X-Real-IP, "off" removes them. Default: "auto".
+	ForwardedFor string `json:"forwarded_for,omitempty"`
+
+	logger    *zap.Logger
+	limiter   *limiter
+	policy    []string // the value of RateLimit-Policy
+	exempt    []netip.Prefix
+	dialer    *dialer
+	upstreams [reaches]*http.Transport
+	via       via
+	name      string // in Proxy-Status
+}
+
+// CaddyModule returns the Caddy module information.
+func (Handler) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{
+		ID:  "http.handlers.async_proxy",
+		New: func() caddy.Module { return new(Handler) },
+	}
+}
+
+// Provision implements caddy.Provisioner.
+func (h *Handler) Provision(ctx caddy.Context) error {
+	h.logger = ctx.Logger()
+	h.setDefaults()
+
+	var err error
+	if h.exempt, err = parsePrefixes("exempt", h.Exempt); err != nil {
+		return err
+	}
+	allow, err := parsePrefixes("allow", h.Allow)
+	if err != nil {
+		return err
+	}
+	if h.DialTimeout < 0 {
+		return fmt.Errorf("dial_timeout %v: expected a positive duration", time.Duration(h.DialTimeout))
+	}
+	if h.ForwardedFor != "auto" && h.ForwardedFor != "off" {
+		return fmt.Errorf("forwarded_for %q: expected auto or off", h.ForwardedFor)
+	}
+	server, _ := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
+	if err := h.provisionName(server); err != nil {
+		return err
+	}
+	if err := registerMetrics(ctx.GetMetricsRegistry()); err != nil {
+		return err
+	}
+	h.dialer = newDialer(time.Duration(h.DialTimeout), allow, ownListeners(ctx, server))
+	for r := range reaches {
+		h.upstreams[r] = newTransport(h.dialer, r)
+	}
+	if err := h.reportStart(ctx, server); err != nil {
+		return err
+	}
+
+	// Last, since what is taken here must be given back.
+	key := h.limiterKey()
+	if err := key.validate(); err != nil {
+		return err
+	}
+	pooled, _, err := limiters.LoadOrNew(key, func() (caddy.Destructor, error) { return newLimiter(key), nil })
+	if err != nil {
+		return err
+	}
+	h.limiter = pooled.(*limiter)
+	h.policy = []string{h.limiter.policy()}
+	return nil
+}
+
+// Cleanup implements caddy.CleanerUpper. It may follow a Provision that failed.
+func (h *Handler) Cleanup() error {
+	for _, t := range h.upstreams {
+		if t != nil {
+			t.CloseIdleConnections()
+		}
+	}
+	if h.limiter == nil {
+		return nil
+	}
+	_, err := limiters.Delete(h.limiter.key)
+	return err
+}
+
+func (h *Handler) setDefaults() {
+	h.Burst = cmp.Or(h.Burst, 10)
+	h.Refill = cmp.Or(h.Refill, 0.5)
+	h.IPv4Prefix = cmp.Or(h.IPv4Prefix, 32)
+	h.IPv6Prefix = cmp.Or(h.IPv6Prefix, 64)
+	h.MaxClients = cmp.Or(h.MaxClients, 1_000_000)
+	h.Zone = cmp.Or(h.Zone, "default")
+	h.DialTimeout = cmp.Or(h.DialTimeout, caddy.Duration(10*time.Second))
+	h.ForwardedFor = cmp.Or(h.ForwardedFor, "auto")
+}
+
+func (h *Handler) limiterKey() limiterKey {
+	return limiterKey{
+		zone: h.Zone, burst: h.Burst, refill: h.Refill,
+		v4: h.IPv4Prefix, v6: h.IPv6Prefix, maxClients: h.MaxClients,
+	}
+}
+
+// parsePrefixes reads the CIDR ranges of an option.
+func parsePrefixes(option string, exprs []string) ([]netip.Prefix, error) {
+	var list []netip.Prefix
+	for _, expr := range exprs {
+		cidrs := []string{expr}
+		if expr == "private_ranges" {
+			cidrs = caddyhttp.PrivateRangesCIDR()
+		}
+		for _, cidr := range cidrs {
+			prefix, err := caddyhttp.CIDRExpressionToPrefix(cidr)
+			if err != nil {
+				return nil, fmt.Errorf("%s %q: expected an address, a CIDR range such as 10.0.0.0/8, or private_ranges", option, expr)
+			}
+			list = append(list, prefix.Masked())
+		}
+	}
+	return list, nil
+}
+
+// ServeHTTP implements caddyhttp.MiddlewareHandler.
+func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+	start := time.Now()
+	from := callerOf(r)
+	if !contains(h.exempt, from.addr) {
+		if v := h.limiter.take(h.limiter.client(from.addr), sinceEpoch(start)); !v.ok {
+			return h.refuseLimited(w, r, from, v)
+		}
+	}
+
+	var status int
+	var err error
+	switch {
+	case h.via.seen(r.Header):
+		err = refuse(http.StatusLoopDetected, "proxy_loop_detected", nil, "This request has come back to the proxy %s, where it had been before.", h.name)
+	case r.Method == http.MethodConnect && !isExtendedConnect(r):
+		status, err = h.connect(w, r, from)
+	case isProxyRequest(r):
+		status, err = h.forward(w, r, from)
+	default:
+		status, err = h.passOn(w, r, from, next)
+	}
+
+	var f *refusal
+	if errors.As(err, &f) {
+		h.logRequest(r, from, start, f.status, f.err)
+		return h.answer(w, r, f)
+	}
+	h.logRequest(r, from, start, status, err)
+	return err
+}
+
+// caller is who sent a request.
+type caller struct {
+	addr    netip.Addr // the client, after Caddy's trusted_proxies; v4-mapped is v4
+	peer    netip.Addr // the other end of the connection
+	trusted bool       // the peer is a trusted proxy
+	reach   reach
+}
+
+// callerOf finds out who sent r. On a Unix socket there are no addresses: all
+// that come that way are one client, unless the peer is trusted and names them.
+func callerOf(r *http.Request) caller {
+	var c caller
+	if s, ok := caddyhttp.GetVar(r.Context(), caddyhttp.ClientIPVarKey).(string); ok {
+		if addr, err := netip.ParseAddr(s); err == nil {
+			c.addr = addr.Unmap().WithZone("")
+		}
+	}
+	if ap, err := netip.ParseAddrPort(r.RemoteAddr); err == nil {
+		c.peer = ap.Addr().Unmap().WithZone("")
+	}
+	c.trusted, _ = caddyhttp.GetVar(r.Context(), caddyhttp.TrustedProxyVarKey).(bool)
+	// Whoever speaks for others is not on this machine only because the
+	// balancer or proxy in front of it is.
+	if c.addr.IsLoopback() && c.peer.IsLoopback() &&
+		len(r.Header["X-Forwarded-For"]) == 0 && len(r.Header["Forwarded"]) == 0 && len(r.Header["Via"]) == 0 {
+		c.reach = local
+	}
+	return c
+}
+
+// Interface guards
+var (
+	_ caddy.Provisioner           = (*Handler)(nil)
+	_ caddy.CleanerUpper          = (*Handler)(nil)
+	_ caddyhttp.MiddlewareHandler = (*Handler)(nil)
+)

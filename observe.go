@@ -1,0 +1,119 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"errors"
+	"net/http"
+	"net/netip"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+)
+
+// metrics are the process's. They are made once and registered with each
+// config's registry, so that they count on across reloads.
+var metrics = struct {
+	evictions prometheus.Counter
+}{
+	evictions: prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "caddy_async_proxy_rate_limit_evictions_total",
+		Help: "Clients whose tokens were forgotten early because max_clients were tracked.",
+	}),
+}
+
+// registerMetrics makes the metrics part of registry. Another handler of the
+// same config may have done so before.
+func registerMetrics(registry *prometheus.Registry) error {
+	for _, c := range []prometheus.Collector{metrics.evictions} {
+		if err := registry.Register(c); err != nil && !errors.As(err, &prometheus.AlreadyRegisteredError{}) {
+			return err
+		}
+	}
+	return nil
+}
+
+// logRequest writes the line of a request that was answered, without its query,
+// which may hold secrets. A tunnel has lines of its own. err is what went wrong,
+// if anything did.
+func (h *Handler) logRequest(r *http.Request, from caller, start time.Time, status int, err error) {
+	if r.Method == http.MethodConnect && status == http.StatusOK {
+		return
+	}
+	level := zapcore.InfoLevel
+	if status >= 500 {
+		level = zapcore.WarnLevel
+	}
+	c := h.logger.Check(level, "request")
+	if c == nil {
+		return
+	}
+	fields := []zap.Field{
+		zap.String("method", r.Method),
+		zap.String("host", r.Host),
+		zap.String("path", r.URL.Path),
+		zap.Int("status", status),
+		zap.Duration("latency", time.Since(start)),
+		clientField(from.addr),
+	}
+	if err != nil {
+		fields = append(fields, zap.Error(err))
+	}
+	c.Write(fields...)
+}
+
+// logLimited writes the line of a refusal by the limiter, which may stand for
+// more of them.
+func (h *Handler) logLimited(r *http.Request, from caller, v verdict) {
+	if v.refused == 0 {
+		return
+	}
+	if c := h.logger.Check(zapcore.WarnLevel, "rate limited"); c != nil {
+		c.Write(
+			zap.String("ip", clientName(from.addr)),
+			zap.String("method", r.Method),
+			zap.String("host", r.Host),
+			zap.Duration("retry_after", v.wait),
+			zap.Int64("refused", v.refused),
+		)
+	}
+}
+
+func (t *tunnel) logOpened() {
+	if c := t.logger.Check(zapcore.InfoLevel, "CONNECT tunnel"); c != nil {
+		c.Write(
+			zap.String("target", t.target),
+			clientField(t.client),
+			zap.String("proto", t.proto),
+		)
+	}
+}
+
+func (t *tunnel) logClosed() {
+	if c := t.logger.Check(zapcore.InfoLevel, "CONNECT tunnel closed"); c != nil {
+		c.Write(
+			zap.String("target", t.target),
+			clientField(t.client),
+			zap.String("proto", t.proto),
+			zap.Int64("bytes_up", t.up.Load()),
+			zap.Int64("bytes_down", t.down.Load()),
+			zap.Duration("duration", time.Since(t.start)),
+			zap.String("reason", t.reason),
+		)
+	}
+}
+
+// clientField names the client. One that has no address came by a Unix socket.
+func clientField(addr netip.Addr) zap.Field {
+	return zap.String("client", clientName(addr))
+}
+
+func clientName(addr netip.Addr) string {
+	if !addr.IsValid() {
+		return "unix"
+	}
+	return addr.String()
+}

@@ -1,0 +1,182 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"io"
+	"net"
+	"net/http"
+	"sync/atomic"
+	"time"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+)
+
+// peer is one end of a tunnel.
+type peer interface {
+	io.Writer
+
+	// reader and writer are what to relay from and to: the bare socket if there
+	// is nothing between it and the bytes.
+	reader() io.Reader
+	writer() io.Writer
+
+	// CloseWrite says that nothing more will be written. The other side reads an
+	// end, and may still write where the protocol lets it.
+	CloseWrite() error
+
+	// Close and Abort end both directions; the other side sees an end, or an
+	// error. All three may be called at any time, by anyone, more than once.
+	Close() error
+	Abort() error
+}
+
+type closeWriter interface{ CloseWrite() error }
+
+// connPeer is a peer on a connection of its own.
+type connPeer struct {
+	net.Conn
+	half closeWriter  // nil: the connection has no half-close
+	tcp  *net.TCPConn // the socket below, if it is known
+}
+
+// newConnPeer finds out what conn can do: it may be a socket, TLS on one, or a
+// listener's wrapper around one.
+func newConnPeer(conn net.Conn) *connPeer {
+	p := &connPeer{Conn: conn}
+	p.half, _ = conn.(closeWriter)
+	for lower := conn; p.tcp == nil; {
+		switch c := lower.(type) {
+		case *net.TCPConn:
+			p.tcp = c
+		case interface{ TCPConn() (*net.TCPConn, bool) }: // PROXY protocol: nothing between after its header
+			p.tcp, _ = c.TCPConn()
+			if p.half == nil && p.tcp != nil {
+				p.half = p.tcp
+			}
+			return p
+		case interface{ NetConn() net.Conn }: // TLS
+			lower = c.NetConn()
+		default:
+			return p
+		}
+	}
+	return p
+}
+
+func (p *connPeer) reader() io.Reader { return p.Conn }
+func (p *connPeer) writer() io.Writer { return p.Conn }
+
+func (p *connPeer) CloseWrite() error {
+	if p.half == nil {
+		return p.Close()
+	}
+	return p.half.CloseWrite()
+}
+
+func (p *connPeer) Abort() error {
+	if p.tcp != nil {
+		_ = p.tcp.SetLinger(0) // makes closing a reset
+		return p.tcp.Close()
+	}
+	return p.Close()
+}
+
+// upgradedPeer is an origin's connection after a 101, as http.Transport hands
+// it out.
+type upgradedPeer struct{ io.ReadWriteCloser }
+
+func (p upgradedPeer) reader() io.Reader { return p.ReadWriteCloser }
+func (p upgradedPeer) writer() io.Writer { return p.ReadWriteCloser }
+func (p upgradedPeer) Abort() error      { return p.Close() }
+
+func (p upgradedPeer) CloseWrite() error {
+	if half, ok := p.ReadWriteCloser.(closeWriter); ok {
+		return half.CloseWrite()
+	}
+	return p.Close()
+}
+
+// streamPeer is a client whose tunnel is a stream of HTTP/2 or HTTP/3. What is
+// written to it ends with the handler's return and in no other way, and then
+// nothing can be read from it any more: there is no half-close towards the
+// client.
+type streamPeer struct {
+	w       http.ResponseWriter
+	control *http.ResponseController
+	body    io.ReadCloser
+	done    atomic.Bool // nothing more is read or written
+	aborted atomic.Bool // the handler is to reset the stream
+}
+
+// forever stands for no timeout where Caddy wants one.
+const forever = 100 * 365 * 24 * time.Hour
+
+// newStreamPeer takes over w and the body of r. Caddy's timeouts for stalled
+// requests do not apply to a tunnel, which is silent for as long as it likes;
+// its read_body and write timeouts for whole requests do.
+func newStreamPeer(w http.ResponseWriter, r *http.Request) *streamPeer {
+	reader, writer := caddyhttp.IdleTimeoutsFromContext(r.Context())
+	if reader != nil {
+		reader.Override(forever, 0)
+	}
+	p := &streamPeer{w: w, control: http.NewResponseController(w), body: r.Body}
+	if writer != nil {
+		writer.Override(forever, 0, 0)
+	}
+	return p
+}
+
+func (p *streamPeer) reader() io.Reader { return p }
+func (p *streamPeer) writer() io.Writer { return p }
+
+func (p *streamPeer) Read(b []byte) (int, error) {
+	n, err := p.body.Read(b)
+	if err != nil && p.done.Load() {
+		err = net.ErrClosed
+	}
+	return n, err
+}
+
+func (p *streamPeer) Write(b []byte) (int, error) {
+	n, err := p.w.Write(b)
+	if err == nil {
+		err = p.control.Flush()
+	}
+	return n, err
+}
+
+func (p *streamPeer) CloseWrite() error {
+	if p.done.Swap(true) {
+		return nil
+	}
+	return p.body.Close()
+}
+
+// Close also ends a write that waits for the client, by a deadline set below
+// Caddy's own writers, which are not made for a second goroutine.
+func (p *streamPeer) Close() error {
+	if p.done.Swap(true) {
+		return nil
+	}
+	_ = http.NewResponseController(innermost(p.w)).SetWriteDeadline(time.Unix(1, 0))
+	return p.body.Close()
+}
+
+func (p *streamPeer) Abort() error {
+	p.aborted.Store(true)
+	return p.Close()
+}
+
+// innermost returns the writer that net/http or quic-go gave to Caddy, below
+// those of access logs, metrics and other handlers.
+func innermost(w http.ResponseWriter) http.ResponseWriter {
+	for {
+		u, ok := w.(interface{ Unwrap() http.ResponseWriter })
+		if !ok {
+			return w
+		}
+		w = u.Unwrap()
+	}
+}

@@ -1,0 +1,234 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"io"
+	"net"
+	"sync/atomic"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// relaySocket reads when the socket says that it can be read. What comes in
+// bulk for another socket goes through the kernel by splice(2).
+func relaySocket(dst io.Writer, src *net.TCPConn, copied *atomic.Int64) (readErr, writeErr error) {
+	conn, err := src.SyscallConn()
+	if err != nil {
+		return err, nil
+	}
+	r := socketReader{conn: conn}
+	splice := newSplicer(dst, conn)
+	for {
+		buf, n, err := r.read()
+		if n > 0 {
+			_, writeErr = dst.Write(buf[:n])
+			copied.Add(int64(n))
+		}
+		if buf != nil {
+			smallBuffers.Put(buf)
+		}
+		if err != nil || writeErr != nil {
+			return err, writeErr
+		}
+		if n == smallBuffer {
+			if readErr, writeErr = splice.burst(copied); readErr != nil || writeErr != nil {
+				return readErr, writeErr
+			}
+		}
+	}
+}
+
+// socketReader reads from a socket into a pooled buffer that is taken only when
+// there is something to read.
+type socketReader struct {
+	conn syscall.RawConn
+	buf  *[smallBuffer]byte
+	n    int
+	err  error
+}
+
+// read returns a buffer and how much of it is filled, or the end. The buffer,
+// if any, is the caller's to give back.
+func (r *socketReader) read() (*[smallBuffer]byte, int, error) {
+	r.buf, r.n, r.err = nil, 0, nil
+	err := r.conn.Read(r.ready)
+	if err == nil {
+		err = r.err
+	}
+	if err == nil && r.n == 0 {
+		err = io.EOF
+	}
+	return r.buf, r.n, err
+}
+
+// ready is called when the socket may be readable, and says whether it was.
+func (r *socketReader) ready(fd uintptr) bool {
+	r.buf = smallBuffers.Get().(*[smallBuffer]byte)
+	for {
+		r.n, r.err = syscall.Read(int(fd), r.buf[:])
+		if r.err != syscall.EINTR {
+			break
+		}
+	}
+	if r.err == syscall.EAGAIN {
+		smallBuffers.Put(r.buf)
+		r.buf = nil
+		return false
+	}
+	if r.err != nil {
+		r.n = 0
+	}
+	return true
+}
+
+// pipeSize is asked for each pipe. The kernel may give less to an unprivileged
+// user with many pipes; then more calls move the same bytes.
+const pipeSize = 1 << 20
+
+// spliceFlags make splice(2) return at once when it can move nothing. Waiting
+// is the netpoller's.
+const spliceFlags = unix.SPLICE_F_NONBLOCK | unix.SPLICE_F_MOVE
+
+// pipes holds pipes that nobody uses now, all empty. What is more is closed.
+var pipes = make(chan pipe, 32)
+
+type pipe struct{ r, w int }
+
+func newPipe() (pipe, error) {
+	select {
+	case p := <-pipes:
+		return p, nil
+	default:
+	}
+	var fds [2]int
+	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
+		return pipe{}, err
+	}
+	_, _ = unix.FcntlInt(uintptr(fds[0]), unix.F_SETPIPE_SZ, pipeSize)
+	return pipe{fds[0], fds[1]}, nil
+}
+
+// release gives an empty pipe back, or closes one that still holds bytes.
+func (p pipe) release(empty bool) {
+	if empty {
+		select {
+		case pipes <- p:
+			return
+		default:
+		}
+	}
+	_ = unix.Close(p.r)
+	_ = unix.Close(p.w)
+}
+
+// closePipes closes the pipes that nobody uses, so that a process without
+// tunnels holds no descriptor for them.
+func closePipes() {
+	for {
+		select {
+		case p := <-pipes:
+			p.release(false)
+		default:
+			return
+		}
+	}
+}
+
+// splicer moves bytes from a socket to a socket inside the kernel.
+type splicer struct {
+	dst, src syscall.RawConn // dst is nil if it is no socket
+	pipe     pipe
+	moved    int
+	held     int // bytes in the pipe
+	err      error
+}
+
+func newSplicer(dst io.Writer, src syscall.RawConn) *splicer {
+	s := &splicer{src: src}
+	if socket, ok := dst.(*net.TCPConn); ok {
+		if conn, err := socket.SyscallConn(); err == nil {
+			s.dst = conn
+		}
+	}
+	return s
+}
+
+// burst moves bytes until the source has nothing more to read just now, and
+// gives the pipe back. It returns no errors if the source goes on, and does
+// nothing if bytes cannot be moved or there is no pipe to be had.
+func (s *splicer) burst(copied *atomic.Int64) (readErr, writeErr error) {
+	if s.dst == nil {
+		return nil, nil
+	}
+	var err error
+	if s.pipe, err = newPipe(); err != nil {
+		return nil, nil
+	}
+	s.held = 0
+	for {
+		s.moved, s.err = 0, nil
+		if err := s.src.Read(s.fillPipe); err != nil {
+			readErr = err
+			break
+		}
+		if s.err == unix.EAGAIN { // dry, or the end, which the next read tells
+			break
+		}
+		if s.err != nil {
+			readErr = s.err
+			break
+		}
+		if s.moved == 0 {
+			readErr = io.EOF
+			break
+		}
+		s.held = s.moved
+		copied.Add(int64(s.held))
+		if writeErr = s.drain(); writeErr != nil {
+			break
+		}
+	}
+	s.pipe.release(s.held == 0)
+	return readErr, writeErr
+}
+
+// drain empties the pipe into the target.
+func (s *splicer) drain() error {
+	for s.held > 0 {
+		s.moved, s.err = 0, nil
+		if err := s.dst.Write(s.emptyPipe); err != nil {
+			return err
+		}
+		if s.err != nil {
+			return s.err
+		}
+		s.held -= s.moved
+	}
+	return nil
+}
+
+// fillPipe never waits: a source that is dry ends the burst.
+func (s *splicer) fillPipe(fd uintptr) bool {
+	s.splice(int(fd), s.pipe.w, pipeSize)
+	return true
+}
+
+// emptyPipe waits until the target takes more.
+func (s *splicer) emptyPipe(fd uintptr) bool {
+	s.splice(s.pipe.r, int(fd), s.held)
+	return s.err != unix.EAGAIN
+}
+
+func (s *splicer) splice(from, to, size int) {
+	for {
+		n, err := unix.Splice(from, nil, to, nil, size, spliceFlags)
+		if err == unix.EINTR {
+			continue
+		}
+		s.moved, s.err = max(0, int(n)), err
+		return
+	}
+}
