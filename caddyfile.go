@@ -39,10 +39,17 @@ func parseCaddyfile(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error)
 //		dial_timeout  <duration>
 //		via           <pseudonym>|off
 //		forwarded_for auto|off
+//		hosts         <own_names...>
+//
+//		max_tunnels         <n> [per_client <n>]
+//		tunnel_idle_timeout <duration>|off
+//		tunnel_max_duration <duration>
+//		stream_close_delay  <duration>
+//		recheck_tunnels
 //	}
 //
-// burst and refill may stand on the directive's own line. exempt and allow may
-// stand more than once; everything else once.
+// burst and refill may stand on the directive's own line. exempt, allow and
+// hosts may stand more than once; everything else once.
 func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // the directive's name
 	p := caddyfileParser{Dispenser: d, seen: make(map[string]bool)}
@@ -84,7 +91,17 @@ var expectations = map[string]string{
 	"dial_timeout":  "a positive duration such as 10s",
 	"via":           "a pseudonym that starts with a letter, or off",
 	"forwarded_for": "auto or off",
+	"hosts":         "names of this server, without ports",
+
+	"max_tunnels":         "a whole number of tunnels from 1, and perhaps per_client with another",
+	"tunnel_idle_timeout": "a positive duration such as 1h, or off",
+	"tunnel_max_duration": "a positive duration such as 24h",
+	"stream_close_delay":  "a duration such as 5m, or 0 for at once",
+	"recheck_tunnels":     "no value",
 }
+
+// lists are the options that take any number of values, any number of times.
+var lists = map[string]bool{"exempt": true, "allow": true, "hosts": true}
 
 // caddyfileParser says of each mistake the option, the value and what was
 // expected; the Dispenser adds the file and the line.
@@ -99,7 +116,19 @@ func (p caddyfileParser) option(h *Handler, name string, args []string) error {
 	if !known {
 		return p.Errf("unrecognized option '%s'", name)
 	}
-	list := name == "exempt" || name == "allow"
+	list := lists[name]
+	switch {
+	case name == "recheck_tunnels" && len(args) == 0 && !p.seen[name]:
+		p.seen[name] = true
+		h.RecheckTunnels = true
+		return nil
+	case name == "max_tunnels" && len(args) == 3 && args[1] == "per_client":
+		var ok bool
+		if h.MaxTunnelsPerClient, ok = parseInt(args[2], 1, math.MaxInt); !ok {
+			return p.Errf("max_tunnels: the value '%s' of per_client is not valid; expected a whole number of tunnels from 1", args[2])
+		}
+		args = args[:1]
+	}
 	switch {
 	case len(args) == 0:
 		return p.Errf("%s: there is no value; expected %s", name, expected)
@@ -131,10 +160,29 @@ func (p caddyfileParser) option(h *Handler, name string, args []string) error {
 		return p.prefixes(name, args, &h.Exempt)
 	case "allow":
 		return p.prefixes(name, args, &h.Allow)
+	case "hosts":
+		for _, value = range args {
+			if checkHost(value) != nil {
+				return p.Errf("hosts: the value '%s' is not valid; expected %s", value, expected)
+			}
+		}
+		h.Hosts = append(h.Hosts, args...)
 	case "dial_timeout":
-		timeout, err := caddy.ParseDuration(value)
-		h.DialTimeout = caddy.Duration(timeout)
-		ok = err == nil && timeout > 0
+		h.DialTimeout, ok = parseDuration(value, 1)
+	case "max_tunnels":
+		h.MaxTunnels, ok = parseInt(value, 1, math.MaxInt)
+	case "tunnel_idle_timeout":
+		if h.TunnelIdleTimeout = -1; value != "off" {
+			h.TunnelIdleTimeout, ok = parseDuration(value, 1)
+		}
+	case "tunnel_max_duration":
+		h.TunnelMaxDuration, ok = parseDuration(value, 1)
+	case "stream_close_delay":
+		var delay caddy.Duration
+		delay, ok = parseDuration(value, 0)
+		h.StreamCloseDelay = &delay
+	case "recheck_tunnels":
+		ok = false
 	case "via":
 		h.Via = value
 		ok = validPseudonym(value)
@@ -162,6 +210,11 @@ func (p caddyfileParser) prefixes(name string, args []string, list *[]string) er
 func parseInt[T int | int64](s string, low, high T) (T, bool) {
 	n, err := strconv.ParseInt(s, 10, 64)
 	return T(n), err == nil && n >= int64(low) && n <= int64(high)
+}
+
+func parseDuration(s string, low caddy.Duration) (caddy.Duration, bool) {
+	d, err := caddy.ParseDuration(s)
+	return caddy.Duration(d), err == nil && caddy.Duration(d) >= low
 }
 
 // Interface guard

@@ -11,7 +11,6 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
-	"time"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
@@ -32,26 +31,26 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, from caller) (
 	if r.ProtoMajor == 1 && r.ContentLength != 0 {
 		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "A CONNECT request has no content, this one announces some.")
 	}
+	bucket := h.limiter.client(from.addr)
+	if f := h.tunnels.admit(bucket, h.MaxTunnels, h.MaxTunnelsPerClient); f != nil {
+		return 0, f
+	}
 	far, err := h.dialer.dial(r.Context(), from.reach, target)
 	if err != nil {
+		h.tunnels.leave(bucket)
 		return 0, dialRefusal(r.Context(), err, target)
 	}
-	t := &tunnel{
-		client: from.addr,
-		target: target,
-		proto:  r.Proto,
-		start:  time.Now(),
-		logger: h.logger,
-		far:    newConnPeer(far),
-	}
+	t := h.newTunnel(from, target, r.Proto, far)
 	if r.ProtoMajor > 1 {
 		return h.connectStream(w, r, t)
 	}
 	near, early, err := hijack(w)
 	if err != nil {
 		_ = far.Close()
+		h.tunnels.leave(bucket)
 		return 0, caddyhttp.Error(http.StatusInternalServerError, err)
 	}
+	recordStatus(w, http.StatusOK)
 	t.near, t.early, t.greeting = newConnPeer(near), early, established
 	// The tunnel lives on without this goroutine, whose stack, like the request
 	// and all that net/http holds for it, is many times what the tunnel needs.
@@ -68,6 +67,7 @@ func (h *Handler) connectStream(w http.ResponseWriter, r *http.Request, t *tunne
 	near := newStreamPeer(w, r)
 	if err := near.control.Flush(); err != nil {
 		_ = t.far.Close()
+		h.tunnels.leave(t.bucket)
 		return statusClientClosedRequest, nil
 	}
 	t.near = near

@@ -52,11 +52,19 @@ func newTransport(d *dialer, r reach) *http.Transport {
 	}
 }
 
-// isProxyRequest reports whether r names its target in absolute form (RFC 9112
-// §3.2.2), or in a form that is none: forward tells which. Over HTTP/2 and 3 no
-// request does.
-func isProxyRequest(r *http.Request) bool {
-	return r.URL.Host != "" || r.URL.Scheme != "" || !strings.HasPrefix(r.RequestURI, "/") && r.ProtoMajor == 1
+// isProxyRequest reports whether r is to be forwarded: its target is in absolute
+// form (RFC 9112 §3.2.2), or in a form that is none, of which forward tells what
+// is wrong. Over HTTP/2 and 3 all requests look alike, and only the names of
+// this server tell which are for itself.
+func (h *Handler) isProxyRequest(r *http.Request) bool {
+	if r.ProtoMajor == 1 {
+		return r.URL.Host != "" || r.URL.Scheme != "" || !strings.HasPrefix(r.RequestURI, "/")
+	}
+	if len(h.Hosts) == 0 || r.Method == http.MethodConnect {
+		return false
+	}
+	host, _, _ := cutPort(r.Host)
+	return !slices.ContainsFunc(h.Hosts, func(own string) bool { return strings.EqualFold(own, host) })
 }
 
 // forward sends a request in absolute form to its origin and the response back.
@@ -86,7 +94,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 	}
 	defer res.Body.Close()
 	if res.StatusCode < 200 && res.StatusCode != http.StatusSwitchingProtocols {
-		return 0, refuse(http.StatusBadGateway, "http_protocol_error", nil, "%s answered with the status %d, which ends no exchange.", r.URL.Host, res.StatusCode)
+		return 0, refuse(http.StatusBadGateway, "http_protocol_error", nil, "%s answered with the status %d, which ends no exchange.", r.Host, res.StatusCode)
 	}
 	if res.StatusCode == http.StatusSwitchingProtocols {
 		return h.upgrade(w, r, out, res, from)
@@ -99,6 +107,9 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 // query exactly as the client wrote them.
 func originTarget(r *http.Request) (*url.URL, error) {
 	u := r.URL
+	if r.ProtoMajor > 1 {
+		u = &url.URL{Scheme: "http", Host: r.Host}
+	}
 	scheme := strings.ToLower(u.Scheme)
 	switch {
 	case r.RequestURI == "*":
@@ -156,7 +167,7 @@ func (h *Handler) outgoing(r *http.Request, from caller, target *url.URL, interi
 	ctx := httptrace.WithClientTrace(r.Context(), &httptrace.ClientTrace{Got1xxResponse: interim.pass})
 	out := r.WithContext(ctx) // shares the trailers, which come after the body
 	out.URL = target
-	out.Host = r.URL.Host
+	out.Host = r.Host // the target's authority, whatever the Host field said
 	out.RequestURI = ""
 	out.Close = false
 	out.Body = body
@@ -177,7 +188,7 @@ func (h *Handler) setRequestFields(r *http.Request, from caller) {
 		delete(r.Header, "X-Forwarded-For")
 		delete(r.Header, "X-Real-Ip")
 	} else {
-		setForwarded(r.Header, from.peer, from.addr, from.trusted)
+		setForwarded(r.Header, from.peer.Addr(), from.addr, from.trusted)
 	}
 	h.via.add(r.Header, r.ProtoMajor, r.ProtoMinor)
 }
@@ -271,7 +282,11 @@ func isEventStream(h http.Header) bool {
 func (h *Handler) upgrade(w http.ResponseWriter, r, out *http.Request, res *http.Response, from caller) (int, error) {
 	far, ok := res.Body.(io.ReadWriteCloser)
 	if !ok || len(out.Header["Upgrade"]) == 0 {
-		return 0, refuse(http.StatusBadGateway, "http_upgrade_failed", nil, "%s changed the protocol without having been asked to.", r.URL.Host)
+		return 0, refuse(http.StatusBadGateway, "http_upgrade_failed", nil, "%s changed the protocol without having been asked to.", r.Host)
+	}
+	bucket := h.limiter.client(from.addr)
+	if f := h.tunnels.admit(bucket, h.MaxTunnels, h.MaxTunnelsPerClient); f != nil {
+		return 0, f
 	}
 	protocol := res.Header["Upgrade"]
 	header := h.setResponseFields(w, res)
@@ -281,16 +296,16 @@ func (h *Handler) upgrade(w http.ResponseWriter, r, out *http.Request, res *http
 
 	conn, early, err := hijack(w)
 	if err != nil {
+		h.tunnels.leave(bucket)
 		return 0, caddyhttp.Error(http.StatusInternalServerError, err)
 	}
 	var head strings.Builder
 	head.WriteString("HTTP/1.1 101 Switching Protocols\r\n")
 	_ = header.Write(&head)
 	head.WriteString("\r\n")
-	t := &tunnel{
-		client: from.addr, target: out.URL.Host, proto: strings.Join(protocol, ", "), start: time.Now(), logger: h.logger,
-		near: newConnPeer(conn), far: upgradedPeer{far}, early: early, greeting: []byte(head.String()),
-	}
+	recordStatus(w, http.StatusSwitchingProtocols)
+	t := h.newTunnel(from, out.URL.Host, strings.Join(protocol, ", "), nil)
+	t.near, t.far, t.early, t.greeting = newConnPeer(conn), upgradedPeer{far}, early, []byte(head.String())
 	go t.run()
 	return http.StatusSwitchingProtocols, nil
 }
@@ -426,7 +441,7 @@ func (b *requestBody) failure() error {
 
 // forwardRefusal says to the client why there is no response from the origin.
 func (h *Handler) forwardRefusal(r *http.Request, err error, body *requestBody) *refusal {
-	host := r.URL.Host
+	host := r.Host
 	var opErr *net.OpError
 	var record tls.RecordHeaderError
 	var cert *tls.CertificateVerificationError

@@ -79,6 +79,38 @@ type Handler struct {
 	// together. Default: 10s.
 	DialTimeout caddy.Duration `json:"dial_timeout,omitempty"`
 
+	// How many tunnels may be open in this process, those of CONNECT and those
+	// of upgraded requests, whichever site opened them. Beyond that the answer
+	// is 503. Default: 0, no limit.
+	MaxTunnels int `json:"max_tunnels,omitempty"`
+
+	// How many tunnels one client may have open. Beyond that the answer is 429.
+	// Default: 0, no limit.
+	MaxTunnelsPerClient int `json:"max_tunnels_per_client,omitempty"`
+
+	// How long a tunnel may be silent in both directions before it is closed.
+	// Exact to a second. -1 is for ever. Default: 1h.
+	TunnelIdleTimeout caddy.Duration `json:"tunnel_idle_timeout,omitempty"`
+
+	// How long a tunnel may be open. Exact to a second. Default: 0, for ever.
+	TunnelMaxDuration caddy.Duration `json:"tunnel_max_duration,omitempty"`
+
+	// How long after a reload tunnels that were opened before it are closed; 0
+	// closes them at once. Default: null, never: a reload leaves tunnels alone.
+	StreamCloseDelay *caddy.Duration `json:"stream_close_delay,omitempty"`
+
+	// Whether, when this config starts, the open tunnels of the same zone are
+	// checked against its rules, and those closed to whose targets it would not
+	// connect. Default: false.
+	RecheckTunnels bool `json:"recheck_tunnels,omitempty"`
+
+	// The names of this server itself. Over HTTP/2 and HTTP/3 a request through
+	// the proxy looks like one to it; with names given, requests for any other
+	// host are forwarded as http, which is what browsers send to an HTTPS proxy
+	// for http:// URLs. Default: none, and all such requests go to the next
+	// handler.
+	Hosts []string `json:"hosts,omitempty"`
+
 	// The pseudonym of this proxy in Via and Proxy-Status, by which it also
 	// notices requests that come back to it; "off" leaves Via alone and lets
 	// loops be. Default: caddy-async-proxy with a suffix of this process's and
@@ -94,6 +126,7 @@ type Handler struct {
 	policy    []string // the value of RateLimit-Policy
 	exempt    []netip.Prefix
 	dialer    *dialer
+	tunnels   *registry
 	upstreams [reaches]*http.Transport
 	via       via
 	name      string // in Proxy-Status
@@ -137,7 +170,10 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	for r := range reaches {
 		h.upstreams[r] = newTransport(h.dialer, r)
 	}
-	if err := h.reportStart(ctx, server); err != nil {
+	if err := h.validateTunnels(); err != nil {
+		return err
+	}
+	if err := h.atStart(ctx, server); err != nil {
 		return err
 	}
 
@@ -152,7 +188,8 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	}
 	h.limiter = pooled.(*limiter)
 	h.policy = []string{h.limiter.policy()}
-	return nil
+	h.tunnels, err = acquireRegistry()
+	return err
 }
 
 // Cleanup implements caddy.CleanerUpper. It may follow a Provision that failed.
@@ -162,10 +199,15 @@ func (h *Handler) Cleanup() error {
 			t.CloseIdleConnections()
 		}
 	}
-	if h.limiter == nil {
-		return nil
+	var err error
+	if h.tunnels != nil {
+		h.closeTunnelsLater()
+		err = releaseRegistry()
 	}
-	_, err := limiters.Delete(h.limiter.key)
+	if h.limiter != nil {
+		_, err2 := limiters.Delete(h.limiter.key)
+		err = errors.Join(err, err2)
+	}
 	return err
 }
 
@@ -178,6 +220,7 @@ func (h *Handler) setDefaults() {
 	h.Zone = cmp.Or(h.Zone, "default")
 	h.DialTimeout = cmp.Or(h.DialTimeout, caddy.Duration(10*time.Second))
 	h.ForwardedFor = cmp.Or(h.ForwardedFor, "auto")
+	h.TunnelIdleTimeout = cmp.Or(h.TunnelIdleTimeout, caddy.Duration(time.Hour))
 }
 
 func (h *Handler) limiterKey() limiterKey {
@@ -219,11 +262,11 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	var status int
 	var err error
 	switch {
-	case h.via.seen(r.Header):
+	case h.via.seen(r.Header) || h.tunnels.loops(from.peer, h.name):
 		err = refuse(http.StatusLoopDetected, "proxy_loop_detected", nil, "This request has come back to the proxy %s, where it had been before.", h.name)
 	case r.Method == http.MethodConnect && !isExtendedConnect(r):
 		status, err = h.connect(w, r, from)
-	case isProxyRequest(r):
+	case h.isProxyRequest(r):
 		status, err = h.forward(w, r, from)
 	default:
 		status, err = h.passOn(w, r, from, next)
@@ -240,9 +283,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 
 // caller is who sent a request.
 type caller struct {
-	addr    netip.Addr // the client, after Caddy's trusted_proxies; v4-mapped is v4
-	peer    netip.Addr // the other end of the connection
-	trusted bool       // the peer is a trusted proxy
+	addr    netip.Addr     // the client, after Caddy's trusted_proxies; v4-mapped is v4
+	peer    netip.AddrPort // the other end of the connection
+	trusted bool           // the peer is a trusted proxy
 	reach   reach
 }
 
@@ -256,12 +299,12 @@ func callerOf(r *http.Request) caller {
 		}
 	}
 	if ap, err := netip.ParseAddrPort(r.RemoteAddr); err == nil {
-		c.peer = ap.Addr().Unmap().WithZone("")
+		c.peer = netip.AddrPortFrom(ap.Addr().Unmap().WithZone(""), ap.Port())
 	}
 	c.trusted, _ = caddyhttp.GetVar(r.Context(), caddyhttp.TrustedProxyVarKey).(bool)
 	// Whoever speaks for others is not on this machine only because the
 	// balancer or proxy in front of it is.
-	if c.addr.IsLoopback() && c.peer.IsLoopback() &&
+	if c.addr.IsLoopback() && c.peer.Addr().IsLoopback() &&
 		len(r.Header["X-Forwarded-For"]) == 0 && len(r.Header["Forwarded"]) == 0 && len(r.Header["Via"]) == 0 {
 		c.reach = local
 	}

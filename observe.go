@@ -85,7 +85,9 @@ func (h *Handler) logLimited(r *http.Request, from caller, v verdict) {
 func (t *tunnel) logOpened() {
 	if c := t.logger.Check(zapcore.InfoLevel, "CONNECT tunnel"); c != nil {
 		c.Write(
+			zap.Uint64("id", t.id),
 			zap.String("target", t.target),
+			zap.Stringer("address", t.address),
 			clientField(t.client),
 			zap.String("proto", t.proto),
 		)
@@ -95,6 +97,7 @@ func (t *tunnel) logOpened() {
 func (t *tunnel) logClosed() {
 	if c := t.logger.Check(zapcore.InfoLevel, "CONNECT tunnel closed"); c != nil {
 		c.Write(
+			zap.Uint64("id", t.id),
 			zap.String("target", t.target),
 			clientField(t.client),
 			zap.String("proto", t.proto),

@@ -5,7 +5,9 @@ package asyncproxy
 
 import (
 	"context"
+	"fmt"
 	"slices"
+	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
@@ -18,27 +20,87 @@ type eventFunc func()
 
 func (f eventFunc) Handle(context.Context, caddy.Event) error { f(); return nil }
 
-// reportStart has what an operator should know at the start logged as soon as
-// the config runs, and not when it is only validated.
-func (h *Handler) reportStart(ctx caddy.Context, server *caddyhttp.Server) error {
+// atStart has things done when the config runs, and not when it is only
+// validated; and what is left to do when Caddy exits.
+func (h *Handler) atStart(ctx caddy.Context, server *caddyhttp.Server) error {
 	if server == nil {
 		return nil // provisioned outside of the http app
 	}
-	app, err := ctx.App("events")
+	events, err := ctx.App("events")
 	if err != nil {
 		return err
 	}
-	return app.(*caddyevents.App).On("started", eventFunc(func() {
-		h.logger.Info("async-proxy listening",
-			zap.Strings("addresses", server.Listen),
-			zap.Int64("burst", h.Burst),
-			zap.Float64("refill", h.Refill))
-		if hosts, _ := hostsBefore(server.Routes, h); len(hosts) > 0 {
-			h.logger.Warn("this proxy's site has a host name in its address, so requests for other hosts never reach the proxy "+
-				"and get an empty answer with status 200; give the site an address without a host, such as :8080",
-				zap.Strings("hosts", hosts))
+	server.RegisterOnShutdown(func() { h.onShutdown(ctx) })
+	server.RegisterOnStop(func(grace context.Context) error {
+		if caddy.Exiting() {
+			h.tunnels.drain(grace)
 		}
-	}))
+		return nil
+	})
+	return events.(*caddyevents.App).On("started", eventFunc(func() { h.started(server) }))
+}
+
+func (h *Handler) started(server *caddyhttp.Server) {
+	h.logger.Info("async-proxy listening",
+		zap.Strings("addresses", server.Listen),
+		zap.Int64("burst", h.Burst),
+		zap.Float64("refill", h.Refill))
+	if hosts, _ := hostsBefore(server.Routes, h); len(hosts) > 0 {
+		h.logger.Warn("this proxy's site has a host name in its address, so requests for other hosts never reach the proxy "+
+			"and get an empty answer with status 200; give the site an address without a host, such as :8080",
+			zap.Strings("hosts", hosts))
+	}
+	if h.RecheckTunnels {
+		h.tunnels.closeWhere(reasonForbidden, func(t *tunnel) bool {
+			return t.owner.Zone == h.Zone && h.dialer.check(t.reach, t.address) != nil
+		})
+	}
+}
+
+// onShutdown is called when a server stops accepting connections. When Caddy
+// exits and waits for requests without limit, those that are tunnels must end
+// now: over HTTP/2 and HTTP/3 they would be waited for, for ever.
+func (h *Handler) onShutdown(ctx caddy.Context) {
+	if !caddy.Exiting() {
+		return
+	}
+	app, err := ctx.AppIfConfigured("http")
+	if err == nil && app.(*caddyhttp.App).GracePeriod > 0 {
+		return
+	}
+	h.tunnels.closeAll(reasonShutdown)
+}
+
+// closeTunnelsLater closes the tunnels that this handler has opened, if it is
+// configured to, now that another one takes its place.
+func (h *Handler) closeTunnelsLater() {
+	if h.StreamCloseDelay == nil || caddy.Exiting() {
+		return
+	}
+	tunnels := h.tunnels
+	time.AfterFunc(time.Duration(*h.StreamCloseDelay), func() {
+		tunnels.closeWhere(reasonReload, func(t *tunnel) bool { return t.owner == h })
+	})
+}
+
+// validateTunnels checks the options for tunnels.
+func (h *Handler) validateTunnels() error {
+	switch {
+	case h.MaxTunnels < 0:
+		return fmt.Errorf("max_tunnels %d: expected a number of tunnels, or 0 for no limit", h.MaxTunnels)
+	case h.MaxTunnelsPerClient < 0:
+		return fmt.Errorf("max_tunnels_per_client %d: expected a number of tunnels, or 0 for no limit", h.MaxTunnelsPerClient)
+	case h.TunnelMaxDuration < 0:
+		return fmt.Errorf("tunnel_max_duration %v: expected a positive duration, or 0 for no limit", time.Duration(h.TunnelMaxDuration))
+	case h.StreamCloseDelay != nil && *h.StreamCloseDelay < 0:
+		return fmt.Errorf("stream_close_delay %v: expected a duration, or null for never", time.Duration(*h.StreamCloseDelay))
+	}
+	for _, host := range h.Hosts {
+		if checkHost(host) != nil {
+			return fmt.Errorf("hosts %q: expected the name of a host, without a port", host)
+		}
+	}
+	return nil
 }
 
 // hostsBefore returns the host names that only lead to h, if the way there is

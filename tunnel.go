@@ -21,34 +21,81 @@ const (
 	reasonTarget      = "target closed"
 	reasonClientError = "client error" // such as a reset
 	reasonTargetError = "target error"
+	reasonIdle        = "idle"         // tunnel_idle_timeout
+	reasonMaxDuration = "max duration" // tunnel_max_duration
+	reasonReload      = "reload"       // stream_close_delay, or no config has a proxy any more
+	reasonForbidden   = "forbidden"    // recheck_tunnels
+	reasonShutdown    = "shutdown"     // Caddy exits
 )
 
 // tunnel joins a client and a target: what one of them writes the other reads,
 // until both are done or one fails.
 type tunnel struct {
+	id     uint64
 	client netip.Addr
-	target string // as the client named it
-	proto  string // of the client's request
+	bucket netip.Addr // what the client shares its limits with
+	target string     // as the client named it
+	proto  string     // of the client's request, or what it upgraded to
 	start  time.Time
-	logger *zap.Logger
+
+	owner    *Handler // which opened it; a reload may have replaced it since
+	reach    reach
+	address  netip.AddrPort // the target that was connected to
+	source   netip.AddrPort // our end of that connection
+	registry *registry
+	logger   *zap.Logger
 
 	near, far peer   // the client and the target
 	greeting  []byte // goes to the client before anything from the target
 	early     []byte // what the client sent before it was greeted
 
 	up, down atomic.Int64 // bytes from the client and to it
+	active   atomic.Int64 // when some were last seen to have been, since epoch
+	seen     int64        // how many there were then; look's own
 
 	once   sync.Once
 	reason string // why it ended
 }
 
+// lastWords is how long what a client has sent may take to get to a target that
+// has ended, where the client's stream cannot be ended before.
+const lastWords = 5 * time.Second
+
+// newTunnel prepares a tunnel to far, the connection that was dialled.
+func (h *Handler) newTunnel(from caller, target, proto string, far net.Conn) *tunnel {
+	t := &tunnel{
+		client: from.addr, bucket: h.limiter.client(from.addr), target: target, proto: proto, start: time.Now(),
+		owner: h, reach: from.reach, registry: h.tunnels, logger: h.logger,
+	}
+	if far != nil {
+		t.far = newConnPeer(far)
+		t.address, t.source = addrPort(far.RemoteAddr()), addrPort(far.LocalAddr())
+	}
+	return t
+}
+
+func addrPort(addr net.Addr) netip.AddrPort {
+	if tcp, ok := addr.(*net.TCPAddr); ok {
+		ap := tcp.AddrPort()
+		return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+	}
+	return netip.AddrPort{}
+}
+
 // run relays until the tunnel has ended. It takes the calling goroutine for
 // what goes to the client and one more for what comes from there.
 func (t *tunnel) run() {
+	t.registry.add(t)
+	defer t.registry.remove(t)
 	t.logOpened()
 	upDone := make(chan struct{})
 	go t.relayUp(upDone)
 	t.relayDown()
+	if _, ok := t.near.(*streamPeer); ok {
+		// The client learns of the end when its handler returns. A target that
+		// has ended and takes no more either must not keep it.
+		defer time.AfterFunc(lastWords, func() { _ = t.far.Close() }).Stop()
+	}
 	<-upDone
 	_ = t.near.Close()
 	_ = t.far.Close()
@@ -110,6 +157,21 @@ func (t *tunnel) directionEnded(dst, src peer, readErr, writeErr error) {
 // follows from it.
 func (t *tunnel) ended(reason string) {
 	t.once.Do(func() { t.reason = reason })
+}
+
+// look closes the tunnel if it has been silent, or open, for too long.
+func (t *tunnel) look(now time.Time) {
+	if n := t.up.Load() + t.down.Load(); n != t.seen {
+		t.seen = n
+		t.active.Store(sinceEpoch(now))
+	}
+	idle := time.Duration(sinceEpoch(now) - t.active.Load())
+	switch {
+	case t.owner.TunnelIdleTimeout > 0 && idle >= time.Duration(t.owner.TunnelIdleTimeout):
+		t.close(reasonIdle)
+	case t.owner.TunnelMaxDuration > 0 && now.Sub(t.start) >= time.Duration(t.owner.TunnelMaxDuration):
+		t.close(reasonMaxDuration)
+	}
 }
 
 // close ends the tunnel for a reason of the proxy's own.

@@ -1,0 +1,208 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"context"
+	"net/http"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/puzpuzpuz/xsync/v4"
+)
+
+// registries holds the one registry of the process, by registryKey, for as long
+// as any config has a proxy. Tunnels are the process's and not a config's, so
+// that a reload has no effect on those that are open.
+var registries = caddy.NewUsagePool()
+
+const registryKey = "tunnels"
+
+// watchInterval is how often tunnels are looked at for their timeouts, which
+// are that exact.
+const watchInterval = time.Second
+
+// registry knows the tunnels that are open.
+//
+// All methods are safe for concurrent use.
+type registry struct {
+	tunnels  *xsync.Map[uint64, *tunnel]
+	clients  *xsync.Map[netip.Addr, int]        // tunnels admitted, of each client
+	sources  *xsync.Map[netip.AddrPort, string] // our ends of the connections to targets, and the name of the proxy
+	admitted atomic.Int64                       // all of them, those still being dialled too
+	lastID   atomic.Uint64
+	ended    atomic.Pointer[string] // the reason for which no tunnel may be open any more
+	stop     func()
+}
+
+// acquireRegistry returns the registry. Each call is to be followed by one of
+// releaseRegistry.
+func acquireRegistry() (*registry, error) {
+	r, _, err := registries.LoadOrNew(registryKey, func() (caddy.Destructor, error) { return newRegistry(), nil })
+	if err != nil {
+		return nil, err
+	}
+	return r.(*registry), nil
+}
+
+func releaseRegistry() error {
+	_, err := registries.Delete(registryKey)
+	return err
+}
+
+func newRegistry() *registry {
+	r := &registry{
+		tunnels: xsync.NewMap[uint64, *tunnel](),
+		clients: xsync.NewMap[netip.Addr, int](),
+		sources: xsync.NewMap[netip.AddrPort, string](),
+	}
+	stop := make(chan struct{})
+	r.stop = sync.OnceFunc(func() { close(stop) })
+	go r.watch(stop)
+	return r
+}
+
+// Destruct implements caddy.Destructor: no config has a proxy any more.
+func (r *registry) Destruct() error {
+	reason := reasonReload
+	if caddy.Exiting() {
+		reason = reasonShutdown
+	}
+	r.closeAll(reason)
+	r.stop()
+	return nil
+}
+
+// admit lets a client open one more tunnel, to be followed by leave, or says
+// why not. Limits of 0 are none. client is what shares a bucket of the limiter.
+func (r *registry) admit(client netip.Addr, limit, perClient int) *refusal {
+	if n := r.admitted.Add(1); limit > 0 && n > int64(limit) {
+		r.admitted.Add(-1)
+		return refuse(http.StatusServiceUnavailable, "connection_limit_reached", nil,
+			"This proxy has as many tunnels open as its option max_tunnels allows; try again later.")
+	}
+	refused := false
+	r.clients.Compute(client, func(n int, _ bool) (int, xsync.ComputeOp) {
+		if perClient > 0 && n >= perClient {
+			refused = true
+			return n, xsync.CancelOp
+		}
+		return n + 1, xsync.UpdateOp
+	})
+	if refused {
+		r.admitted.Add(-1)
+		return refuse(http.StatusTooManyRequests, "connection_limit_reached", nil,
+			"Your address has as many tunnels open as this proxy's option max_tunnels per_client allows; close one first.")
+	}
+	return nil
+}
+
+// leave takes back what admit did.
+func (r *registry) leave(client netip.Addr) {
+	r.clients.Compute(client, func(n int, _ bool) (int, xsync.ComputeOp) {
+		if n <= 1 {
+			return 0, xsync.DeleteOp
+		}
+		return n - 1, xsync.UpdateOp
+	})
+	if r.admitted.Add(-1) == 0 {
+		closePipes()
+	}
+}
+
+// add makes an admitted tunnel known, whose two ends are there.
+func (r *registry) add(t *tunnel) {
+	t.id = r.lastID.Add(1)
+	t.active.Store(sinceEpoch(t.start))
+	r.tunnels.Store(t.id, t)
+	if t.source.IsValid() {
+		r.sources.Store(t.source, t.owner.name)
+	}
+	if reason := r.ended.Load(); reason != nil {
+		t.close(*reason)
+	}
+}
+
+// remove forgets a tunnel that has ended, and lets its client open another.
+func (r *registry) remove(t *tunnel) {
+	r.tunnels.Delete(t.id)
+	if t.source.IsValid() {
+		r.sources.Delete(t.source)
+	}
+	r.leave(t.bucket)
+}
+
+// loops reports whether peer, from which a request comes to the proxy of the
+// given name, is that proxy's own end of a tunnel: the request has been here
+// before. A CONNECT carries no Via that could tell.
+func (r *registry) loops(peer netip.AddrPort, name string) bool {
+	owner, ok := r.sources.Load(peer)
+	return ok && owner == name
+}
+
+// closeWhere closes the tunnels for which condition holds.
+func (r *registry) closeWhere(reason string, condition func(*tunnel) bool) {
+	r.tunnels.Range(func(_ uint64, t *tunnel) bool {
+		if condition(t) {
+			t.close(reason)
+		}
+		return true
+	})
+}
+
+// closeAll closes all tunnels, and those that are still being opened as soon
+// as they are.
+func (r *registry) closeAll(reason string) {
+	r.ended.Store(&reason)
+	r.closeWhere(reason, func(*tunnel) bool { return true })
+}
+
+// watch closes tunnels that have been silent or open for too long. What a
+// tunnel does is seen from its counters, so that its bytes pay nothing for it.
+func (r *registry) watch(stop <-chan struct{}) {
+	ticker := time.NewTicker(watchInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-stop:
+			return
+		case now := <-ticker.C:
+			r.look(now)
+		}
+	}
+}
+
+func (r *registry) look(now time.Time) {
+	r.tunnels.Range(func(_ uint64, t *tunnel) bool {
+		t.look(now)
+		return true
+	})
+}
+
+// drain ends all tunnels when Caddy exits: at once, or, if ctx has a deadline,
+// which is the end of the grace period, when that comes. It returns when the
+// tunnels have ended and their lines are written.
+func (r *registry) drain(ctx context.Context) {
+	if _, ok := ctx.Deadline(); ok {
+		r.wait(ctx)
+	}
+	r.closeAll(reasonShutdown)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	r.wait(ctx)
+}
+
+// wait returns when there are no tunnels, or ctx ends.
+func (r *registry) wait(ctx context.Context) {
+	for r.tunnels.Size() > 0 {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
