@@ -37,6 +37,7 @@ func parseCaddyfile(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error)
 //		exempt        <cidr|private_ranges...>
 //		allow         <cidr|private_ranges...>
 //		dial_timeout  <duration>
+//		response_header_timeout <duration>|off
 //		via           <pseudonym>|off
 //		forwarded_for auto|off
 //		hosts         <own_names...>
@@ -80,18 +81,19 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 
 // expectations are what the options want, in the words of the errors.
 var expectations = map[string]string{
-	"burst":         "a whole number of tokens from 1 to 1000000000",
-	"refill":        "tokens per second from 0.00001 to 1000000",
-	"ipv4_prefix":   "a number of bits from 1 to 32",
-	"ipv6_prefix":   "a number of bits from 1 to 128",
-	"max_clients":   "a whole number of clients, at least 2",
-	"zone":          "a name",
-	"exempt":        "addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges",
-	"allow":         "addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges",
-	"dial_timeout":  "a positive duration such as 10s",
-	"via":           "a pseudonym that starts with a letter, or off",
-	"forwarded_for": "auto or off",
-	"hosts":         "names of this server, without ports",
+	"burst":                   "a whole number of tokens from 1 to 1000000000",
+	"refill":                  "tokens per second from 0.00001 to 1000000",
+	"ipv4_prefix":             "a number of bits from 1 to 32",
+	"ipv6_prefix":             "a number of bits from 1 to 128",
+	"max_clients":             "a whole number of clients, at least 2",
+	"zone":                    "a name",
+	"exempt":                  "addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges",
+	"allow":                   "addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges",
+	"dial_timeout":            "a positive duration such as 10s",
+	"response_header_timeout": "a positive duration such as 5m, or off",
+	"via":                     "a pseudonym that starts with a letter, or off",
+	"forwarded_for":           "auto or off",
+	"hosts":                   "names of this server, without ports",
 
 	"max_tunnels":         "a whole number of tunnels from 1, and perhaps per_client with another",
 	"tunnel_idle_timeout": "a positive duration such as 1h, or off",
@@ -171,6 +173,10 @@ func (p caddyfileParser) option(h *Handler, name string, args []string) error {
 		h.DialTimeout, ok = parseDuration(value, 1)
 	case "max_tunnels":
 		h.MaxTunnels, ok = parseInt(value, 1, math.MaxInt)
+	case "response_header_timeout":
+		if h.ResponseHeaderTimeout = -1; value != "off" {
+			h.ResponseHeaderTimeout, ok = parseDuration(value, 1)
+		}
 	case "tunnel_idle_timeout":
 		if h.TunnelIdleTimeout = -1; value != "off" {
 			h.TunnelIdleTimeout, ok = parseDuration(value, 1)

@@ -73,7 +73,7 @@ func (h *Handler) connectStream(w http.ResponseWriter, r *http.Request, t *tunne
 	t.near = near
 	t.run()
 	if near.aborted.Load() {
-		panic(http.ErrAbortHandler) // resets the stream
+		return http.StatusOK, http.ErrAbortHandler // resets the stream
 	}
 	return http.StatusOK, nil
 }

@@ -4,14 +4,13 @@
 package asyncproxy
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
 	"maps"
-	"mime"
 	"net"
 	"net/http"
 	"net/http/httptrace"
@@ -21,15 +20,17 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// newTransport makes the way to origins for clients of reach r. Each reach has
-// a transport of its own, since a connection that was opened for one client is
+// newTransport makes the way to https origins for clients of reach r. Each reach
+// has one of its own, as it has its own origins, since a connection that was opened for one client is
 // used for others later, and what one may reach another may not.
-func newTransport(d *dialer, r reach) *http.Transport {
+func newTransport(d *dialer, r reach, timeout time.Duration) *http.Transport {
 	return &http.Transport{
 		DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
 			return d.dial(ctx, r, address)
@@ -41,13 +42,14 @@ func newTransport(d *dialer, r reach) *http.Transport {
 
 		ForceAttemptHTTP2:      true,
 		TLSHandshakeTimeout:    10 * time.Second,
-		ExpectContinueTimeout:  time.Second,
-		MaxResponseHeaderBytes: 1 << 20,
+		ResponseHeaderTimeout:  timeout,
+		ExpectContinueTimeout:  continueTimeout,
+		MaxResponseHeaderBytes: maxHead,
 		// As many idle connections to an origin as there were busy ones, up to
 		// a bound for all origins together.
-		MaxIdleConns:        4096,
-		MaxIdleConnsPerHost: 4096,
-		IdleConnTimeout:     90 * time.Second,
+		MaxIdleConns:        maxIdleOrigins,
+		MaxIdleConnsPerHost: maxIdleOrigins,
+		IdleConnTimeout:     maxIdleTime,
 		ReadBufferSize:      16 << 10,
 	}
 }
@@ -70,115 +72,153 @@ func (h *Handler) isProxyRequest(r *http.Request) bool {
 // forward sends a request in absolute form to its origin and the response back.
 // It returns the status for the log.
 func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (int, error) {
-	target, err := originTarget(r)
+	out, scheme, err := h.outgoing(r)
 	if err != nil {
 		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "This is no request that can be forwarded: %v.", err)
 	}
 	if maxForwards(r.Method, r.Header) {
 		return answerLast(w, r)
 	}
-	if r.ContentLength != 0 && r.ProtoMajor == 1 {
-		// The response may come while the body is still being sent.
-		if err := http.NewResponseController(w).EnableFullDuplex(); err != nil && !errors.Is(err, http.ErrNotSupported) {
-			return 0, caddyhttp.Error(http.StatusInternalServerError, err)
+	h.setRequestFields(r, from)
+	if out.body != nil {
+		control := http.NewResponseController(w)
+		out.stopBody = func() { _ = control.SetReadDeadline(time.Unix(1, 0)) }
+		if r.ProtoMajor == 1 {
+			// The response may come while the body is still being sent.
+			if err := control.EnableFullDuplex(); err != nil && !errors.Is(err, http.ErrNotSupported) {
+				return 0, caddyhttp.Error(http.StatusInternalServerError, err)
+			}
 		}
 	}
-
-	interim := &interimResponses{w: w, skip: !r.ProtoAtLeast(1, 1)}
-	body := &requestBody{ReadCloser: r.Body}
-	out := h.outgoing(r, from, target, interim, body)
-	res, err := h.upstreams[from.reach].RoundTrip(out)
-	interim.stop()
-	if err != nil {
-		return 0, h.forwardRefusal(r, err, body)
+	if scheme == "https" {
+		return h.forwardTLS(w, r, out, from)
 	}
-	defer res.Body.Close()
-	if res.StatusCode < 200 && res.StatusCode != http.StatusSwitchingProtocols {
-		return 0, refuse(http.StatusBadGateway, "http_protocol_error", nil, "%s answered with the status %d, which ends no exchange.", r.Host, res.StatusCode)
+
+	x := &exchange{
+		origins: h.origins[from.reach], ctx: r.Context(), timeout: time.Duration(h.ResponseHeaderTimeout),
+		interim: func(status int, fields http.Header) { passInterim(w, r, status, fields) },
+	}
+	defer x.finish(false)
+	res, err := x.do(out)
+	if err != nil {
+		return 0, forwardRefusal(r, err)
 	}
 	if res.StatusCode == http.StatusSwitchingProtocols {
-		return h.upgrade(w, r, out, res, from)
+		conn, early := x.take()
+		t := h.newTunnel(from, out.authority, "", conn.Conn)
+		t.fromTarget = early
+		return h.upgrade(w, r, res, t)
 	}
-	h.respond(w, res)
+	if err := h.respond(w, r, res); err != nil {
+		return res.StatusCode, err
+	}
+	x.finish(res.Body.(*originBody).ended && !res.Close)
 	return res.StatusCode, nil
 }
 
-// originTarget returns the URL of r's origin, whose Opaque holds the path and
-// query exactly as the client wrote them.
-func originTarget(r *http.Request) (*url.URL, error) {
-	u := r.URL
-	if r.ProtoMajor > 1 {
-		u = &url.URL{Scheme: "http", Host: r.Host}
-	}
-	scheme := strings.ToLower(u.Scheme)
-	switch {
-	case r.RequestURI == "*":
-		return nil, errors.New("the target * is for OPTIONS to this server only")
-	case scheme == "":
-		return nil, fmt.Errorf("the target %q is no absolute URL", r.RequestURI)
-	case scheme != "http" && scheme != "https":
-		return nil, fmt.Errorf("the scheme %q is neither http nor https", u.Scheme)
-	case u.User != nil:
-		return nil, errors.New("user names and passwords do not belong into a request's target")
-	case strings.Contains(r.RequestURI, "#"):
-		return nil, errors.New("a fragment does not belong into a request's target")
-	}
-	host, port, found := cutPort(u.Host)
-	if !found || port == "" {
-		port = map[string]string{"http": "80", "https": "443"}[scheme]
-	}
-	authority, err := joinTarget(host, port)
-	if err != nil {
-		return nil, err
-	}
-	out := &url.URL{Scheme: scheme, Host: authority}
-	raw := pathAndQuery(r)
-	switch {
-	case raw == "" && r.Method == http.MethodOptions:
-		out.Opaque = "*" // RFC 9112 §3.2.4
-	case raw == "" || raw[0] == '?':
-		out.Opaque = "/" + raw
-	case strings.HasPrefix(raw, "//"):
+// forwardTLS is forward for an https origin, which may speak HTTP/2. That is
+// for http.Transport: the way to it is nothing that clients do often, as they
+// use CONNECT.
+func (h *Handler) forwardTLS(w http.ResponseWriter, r *http.Request, o *outgoing, from caller) (int, error) {
+	interim := &interimResponses{w: w, r: r}
+	ctx := httptrace.WithClientTrace(r.Context(), &httptrace.ClientTrace{Got1xxResponse: interim.pass})
+	out := r.WithContext(ctx) // shares the trailers, which come after the body
+	out.URL = &url.URL{Scheme: "https", Host: o.authority, Opaque: o.target}
+	if strings.HasPrefix(o.target, "//") {
 		// net/url takes an Opaque that starts with // for an authority, so the
-		// target stays in absolute form, which every server must accept.
-		out.Opaque = "//" + u.Host + raw
-	default:
-		out.Opaque = raw
+		// target goes in absolute form, which every server must accept.
+		out.URL.Opaque = "//" + o.host + o.target
 	}
-	return out, nil
-}
-
-// pathAndQuery returns what follows the authority in r's target. A handler
-// before this one may have rewritten the target, and leaves an origin form.
-func pathAndQuery(r *http.Request) string {
-	_, rest, found := strings.Cut(r.RequestURI, "://")
-	if !found || strings.HasPrefix(r.RequestURI, "/") {
-		return r.RequestURI
+	out.Host, out.RequestURI, out.Close = o.host, "", false
+	body := &tlsBody{r: o.body}
+	if out.Body = body; o.body == nil {
+		out.Body = nil // else it would be sent in chunks, and never again
 	}
-	if i := strings.IndexAny(rest, "/?"); i >= 0 {
-		return rest[i:]
+	if _, ok := r.Header["User-Agent"]; !ok {
+		r.Header["User-Agent"] = nil // else Go puts its own
 	}
-	return ""
+	res, err := h.upstreams[from.reach].RoundTrip(out)
+	interim.stop()
+	if err != nil {
+		if failure := body.failure.Load(); failure != nil {
+			err = failure
+		}
+		return 0, forwardRefusal(r, err)
+	}
+	defer res.Body.Close()
+	if res.StatusCode == http.StatusSwitchingProtocols {
+		far, ok := res.Body.(io.ReadWriteCloser)
+		if !ok {
+			return 0, caddyhttp.Error(http.StatusInternalServerError, errors.New("the connection cannot be written to"))
+		}
+		t := h.newTunnel(from, o.authority, "", nil)
+		t.far = upgradedPeer{far}
+		return h.upgrade(w, r, res, t)
+	}
+	if res.StatusCode < 200 {
+		return 0, forwardRefusal(r, protocolError("the response has a status that ends no exchange"))
+	}
+	return res.StatusCode, h.respond(w, r, res)
 }
 
 // outgoing makes the request to the origin out of the client's. Their fields
 // are one map, which Caddy has copied for its logs before.
-func (h *Handler) outgoing(r *http.Request, from caller, target *url.URL, interim *interimResponses, body *requestBody) *http.Request {
-	ctx := httptrace.WithClientTrace(r.Context(), &httptrace.ClientTrace{Got1xxResponse: interim.pass})
-	out := r.WithContext(ctx) // shares the trailers, which come after the body
-	out.URL = target
-	out.Host = r.Host // the target's authority, whatever the Host field said
-	out.RequestURI = ""
-	out.Close = false
-	out.Body = body
-	if r.ContentLength == 0 {
-		out.Body = nil // else it would be sent as chunks, and never be retried
+func (h *Handler) outgoing(r *http.Request) (out *outgoing, scheme string, err error) {
+	u := r.URL
+	if r.ProtoMajor > 1 {
+		u = &url.URL{Scheme: "http", Host: r.Host}
 	}
-	h.setRequestFields(r, from)
-	if _, ok := r.Header["User-Agent"]; !ok {
-		r.Header["User-Agent"] = nil // else Go puts its own
+	scheme = strings.ToLower(u.Scheme)
+	switch {
+	case r.RequestURI == "*":
+		return nil, "", errors.New("the target * is for OPTIONS to this server only")
+	case scheme == "":
+		return nil, "", fmt.Errorf("the target %q is no absolute URL", r.RequestURI)
+	case scheme != "http" && scheme != "https":
+		return nil, "", fmt.Errorf("the scheme %q is neither http nor https", u.Scheme)
+	case u.User != nil:
+		return nil, "", errors.New("user names and passwords do not belong into a request's target")
+	case strings.Contains(r.RequestURI, "#"):
+		return nil, "", errors.New("a fragment does not belong into a request's target")
 	}
-	return out
+	host, port, _ := cutPort(u.Host)
+	if port == "" {
+		port = map[string]string{"http": "80", "https": "443"}[scheme]
+	}
+	authority, err := joinTarget(host, port)
+	if err != nil {
+		return nil, "", err
+	}
+	out = &outgoing{
+		method: r.Method, authority: strings.ToLower(authority), target: originForm(r), host: u.Host,
+		header: r.Header, length: r.ContentLength, trailer: r.Trailer,
+	}
+	if r.ContentLength != 0 {
+		out.body = r.Body
+	}
+	return out, scheme, nil
+}
+
+// originForm returns the path and query of r's target exactly as the client
+// wrote them.
+func originForm(r *http.Request) string {
+	target := r.RequestURI
+	// A handler before this one may have rewritten the target, and left an
+	// origin form.
+	if _, rest, found := strings.Cut(target, "://"); found && target[0] != '/' {
+		i := strings.IndexAny(rest, "/?")
+		if i < 0 {
+			i = len(rest)
+		}
+		target = rest[i:]
+	}
+	switch {
+	case target == "" && r.Method == http.MethodOptions:
+		return "*" // RFC 9112 §3.2.4
+	case target == "" || target[0] == '?':
+		return "/" + target
+	}
+	return target
 }
 
 // setRequestFields makes r's fields those of the message to the next hop.
@@ -193,30 +233,33 @@ func (h *Handler) setRequestFields(r *http.Request, from caller) {
 	h.via.add(r.Header, r.ProtoMajor, r.ProtoMinor)
 }
 
-// respond passes a response on. If it breaks off, the client's is broken off
-// too, so that nobody takes a part for the whole (RFC 9112 §8).
-func (h *Handler) respond(w http.ResponseWriter, res *http.Response) {
+// respond passes a response on. If it breaks off, the answer to the client is
+// to be broken off too, so that nobody takes a part for the whole (RFC 9112 §8).
+func (h *Handler) respond(w http.ResponseWriter, r *http.Request, res *http.Response) error {
 	header := h.setResponseFields(w, res)
 	announced := len(res.Trailer)
 	if announced > 0 {
 		header["Trailer"] = []string{strings.Join(slices.Sorted(maps.Keys(res.Trailer)), ", ")}
 	}
 	w.WriteHeader(res.StatusCode)
-	stream := res.ContentLength < 0 || isEventStream(res.Header)
-	if err := copyBody(w, res, stream); err != nil {
-		panic(http.ErrAbortHandler)
+	if err := copyBody(w, res); err != nil {
+		if r.Context().Err() == nil {
+			err = fmt.Errorf("the response broke off: %w", err)
+		}
+		return errors.Join(http.ErrAbortHandler, err)
 	}
 	_ = res.Body.Close() // fills in the trailers
 	if len(res.Trailer) == 0 {
-		return
+		return nil
 	}
-	_ = http.NewResponseController(w).Flush() // makes the body chunked, if it was empty
+	_ = http.NewResponseController(w).Flush() // puts an empty body into chunks, behind which trailers can be
 	for name, values := range res.Trailer {
 		if len(res.Trailer) != announced {
 			name = http.TrailerPrefix + name
 		}
 		header[name] = values
 	}
+	return nil
 }
 
 // setResponseFields makes the fields of the answer those of res.
@@ -233,29 +276,37 @@ func (h *Handler) setResponseFields(w http.ResponseWriter, res *http.Response) h
 	return header
 }
 
-// copyBuffers are what bodies are copied through.
-var copyBuffers = sync.Pool{New: func() any { return new([32 << 10]byte) }}
+const copyBuffer = 32 << 10
 
-// copyBody copies the body of a response and flushes what has come whenever
+// copyBuffers are what bodies are copied through.
+var copyBuffers = sync.Pool{New: func() any { return new([copyBuffer]byte) }}
+
+// copyBody copies the body of a response, and flushes what has come whenever
 // there may be a wait for more.
-func copyBody(w http.ResponseWriter, res *http.Response, stream bool) error {
+func copyBody(w http.ResponseWriter, res *http.Response) error {
+	body, own := res.Body.(*originBody)
+	if own {
+		if rest, ok := body.rest(); ok {
+			_, err := w.Write(rest)
+			return err
+		}
+	}
 	control := http.NewResponseController(w)
-	if stream {
+	if !own || body.r.Buffered() == 0 {
 		if err := control.Flush(); err != nil {
 			return err
 		}
 	}
-	buf := copyBuffers.Get().(*[32 << 10]byte)
+	buf := copyBuffers.Get().(*[copyBuffer]byte)
 	defer copyBuffers.Put(buf)
-	var written int64
+	left := res.ContentLength
 	for {
 		n, err := res.Body.Read(buf[:])
 		if n > 0 {
 			if _, err := w.Write(buf[:n]); err != nil {
 				return err
 			}
-			written += int64(n)
-			if stream || written < res.ContentLength {
+			if left -= int64(n); err == nil && left != 0 && (!own || body.r.Buffered() == 0) {
 				if err := control.Flush(); err != nil {
 					return err
 				}
@@ -270,42 +321,36 @@ func copyBody(w http.ResponseWriter, res *http.Response, stream bool) error {
 	}
 }
 
-// isEventStream reports whether a response is one of server-sent events, which
-// are of use only as long as they are fresh.
-func isEventStream(h http.Header) bool {
-	kind, _, _ := mime.ParseMediaType(h.Get("Content-Type"))
-	return kind == "text/event-stream"
-}
-
 // upgrade joins a client and an origin that has agreed to speak another
 // protocol on the connection (RFC 9110 §7.8).
-func (h *Handler) upgrade(w http.ResponseWriter, r, out *http.Request, res *http.Response, from caller) (int, error) {
-	far, ok := res.Body.(io.ReadWriteCloser)
-	if !ok || len(out.Header["Upgrade"]) == 0 {
-		return 0, refuse(http.StatusBadGateway, "http_upgrade_failed", nil, "%s changed the protocol without having been asked to.", r.Host)
+func (h *Handler) upgrade(w http.ResponseWriter, r *http.Request, res *http.Response, t *tunnel) (int, error) {
+	if len(r.Header["Upgrade"]) == 0 {
+		_ = t.far.Close()
+		return 0, forwardRefusal(r, protocolError("the protocol was changed without having been asked for"))
 	}
-	bucket := h.limiter.client(from.addr)
-	if f := h.tunnels.admit(bucket, h.MaxTunnels, h.MaxTunnelsPerClient); f != nil {
+	if f := h.tunnels.admit(t.bucket, h.MaxTunnels, h.MaxTunnelsPerClient); f != nil {
+		_ = t.far.Close()
 		return 0, f
 	}
 	protocol := res.Header["Upgrade"]
 	header := h.setResponseFields(w, res)
+	delete(header, "Content-Type")
 	header["Connection"] = []string{"Upgrade"}
 	header["Upgrade"] = protocol
-	delete(header, "Content-Type")
-
 	conn, early, err := hijack(w)
 	if err != nil {
-		h.tunnels.leave(bucket)
+		_ = t.far.Close()
+		h.tunnels.leave(t.bucket)
 		return 0, caddyhttp.Error(http.StatusInternalServerError, err)
 	}
-	var head strings.Builder
+	recordStatus(w, http.StatusSwitchingProtocols)
+	var head bytes.Buffer
 	head.WriteString("HTTP/1.1 101 Switching Protocols\r\n")
 	_ = header.Write(&head)
 	head.WriteString("\r\n")
-	recordStatus(w, http.StatusSwitchingProtocols)
-	t := h.newTunnel(from, out.URL.Host, strings.Join(protocol, ", "), nil)
-	t.near, t.far, t.early, t.greeting = newConnPeer(conn), upgradedPeer{far}, early, []byte(head.String())
+	head.Write(t.fromTarget)
+	t.proto = strings.Join(protocol, ", ")
+	t.near, t.early, t.greeting, t.fromTarget = newConnPeer(conn), early, head.Bytes(), nil
 	go t.run()
 	return http.StatusSwitchingProtocols, nil
 }
@@ -380,33 +425,38 @@ func (w *statusRecorder) wroteBody() {
 	}
 }
 
-// interimResponses passes 1xx responses on. It is called by the goroutine that
-// reads from the origin, so it must know when the handler does not wait for it
-// any more.
+// passInterim passes a 1xx response on.
+func passInterim(w http.ResponseWriter, r *http.Request, status int, fields http.Header) {
+	// HTTP/1.0 has none. 100 is between each two neighbours: net/http sends the
+	// client its own as soon as the body is read.
+	if !r.ProtoAtLeast(1, 1) || status == http.StatusContinue {
+		return
+	}
+	header := w.Header()
+	saved := maps.Clone(header)
+	clear(header)
+	removeHopByHop(fields)
+	maps.Copy(header, fields)
+	w.WriteHeader(status)
+	clear(header)
+	maps.Copy(header, saved)
+}
+
+// interimResponses passes on what http.Transport reports from a goroutine of
+// its own, until the handler does not wait for it any more.
 type interimResponses struct {
-	mu   sync.Mutex
 	w    http.ResponseWriter
-	skip bool // HTTP/1.0 has none
+	r    *http.Request
+	mu   sync.Mutex
 	done bool
 }
 
-func (i *interimResponses) pass(code int, fields textproto.MIMEHeader) error {
+func (i *interimResponses) pass(status int, fields textproto.MIMEHeader) error {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	// 100 is between each two neighbours: net/http sends the client its own as
-	// soon as the body is read.
-	if i.done || i.skip || code == http.StatusContinue {
-		return nil
+	if !i.done {
+		passInterim(i.w, i.r, status, http.Header(fields))
 	}
-	header := i.w.Header()
-	saved := maps.Clone(header)
-	clear(header)
-	interim := http.Header(fields)
-	removeHopByHop(interim)
-	maps.Copy(header, interim)
-	i.w.WriteHeader(code)
-	clear(header)
-	maps.Copy(header, saved)
 	return nil
 }
 
@@ -416,60 +466,54 @@ func (i *interimResponses) stop() {
 	i.mu.Unlock()
 }
 
-// requestBody remembers whose fault it is when a body breaks off.
-type requestBody struct {
-	io.ReadCloser
-	mu  sync.Mutex
-	err error
+// tlsBody remembers whether it was the client that failed to send a body.
+type tlsBody struct {
+	r       io.Reader
+	failure atomic.Pointer[bodyError]
 }
 
-func (b *requestBody) Read(p []byte) (int, error) {
-	n, err := b.ReadCloser.Read(p)
+func (b *tlsBody) Read(p []byte) (int, error) {
+	n, err := b.r.Read(p)
 	if err != nil && err != io.EOF {
-		b.mu.Lock()
-		b.err = err
-		b.mu.Unlock()
+		b.failure.Store(&bodyError{err})
 	}
 	return n, err
 }
 
-func (b *requestBody) failure() error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.err
-}
+func (b *tlsBody) Close() error { return nil } // the server's to close
 
 // forwardRefusal says to the client why there is no response from the origin.
-func (h *Handler) forwardRefusal(r *http.Request, err error, body *requestBody) *refusal {
+func forwardRefusal(r *http.Request, err error) *refusal {
 	host := r.Host
-	var opErr *net.OpError
-	var record tls.RecordHeaderError
-	var cert *tls.CertificateVerificationError
-	var unknown x509.UnknownAuthorityError
-	broken := body.failure()
+	var (
+		body     *bodyError
+		dial     *dialError
+		op       *net.OpError
+		record   tls.RecordHeaderError
+		cert     *tls.CertificateVerificationError
+		timeout  net.Error
+		answered = "%s did not answer with a valid HTTP response"
+	)
 	switch {
 	case r.Context().Err() != nil:
 		return refuse(statusClientClosedRequest, "connection_terminated", context.Cause(r.Context()), "the client left")
-	case errors.Is(broken, os.ErrDeadlineExceeded):
-		return refuse(http.StatusRequestTimeout, "http_request_error", broken, "The content of the request did not arrive in time.")
-	case broken != nil:
-		return refuse(http.StatusBadRequest, "http_request_error", broken, "The content of the request is broken off or malformed.")
-	case errors.As(err, &opErr) && opErr.Op == "dial":
+	case errors.As(err, &body) && errors.Is(body, os.ErrDeadlineExceeded):
+		return refuse(http.StatusRequestTimeout, "http_request_error", err, "The content of the request did not arrive in time.")
+	case errors.As(err, &body):
+		return refuse(http.StatusBadRequest, "http_request_error", err, "The content of the request is broken off or malformed.")
+	case errors.As(err, &dial), errors.As(err, &op) && op.Op == "dial":
 		return dialRefusal(r.Context(), err, host)
-	case errors.As(err, &cert), errors.As(err, &unknown):
+	case errors.As(err, &cert):
 		return refuse(http.StatusBadGateway, "tls_certificate_error", err, "The certificate of %s is not trusted.", host)
 	case errors.As(err, &record):
 		return refuse(http.StatusBadGateway, "tls_protocol_error", err, "%s does not speak TLS.", host)
-	case errors.Is(err, os.ErrDeadlineExceeded), isTimeout(err):
+	case errors.Is(err, errHeadTooLarge):
+		return refuse(http.StatusBadGateway, "http_response_header_section_size", err, answered+": its head is too large.", host)
+	case errors.As(err, &timeout) && timeout.Timeout():
 		return refuse(http.StatusGatewayTimeout, "http_response_timeout", err, "%s did not answer in time.", host)
-	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
 		return refuse(http.StatusBadGateway, "http_response_incomplete", err, "%s closed the connection before its response was complete.", host)
 	default:
-		return refuse(http.StatusBadGateway, "http_protocol_error", err, "%s did not answer with a valid HTTP response.", host)
+		return refuse(http.StatusBadGateway, "http_protocol_error", err, answered+".", host)
 	}
-}
-
-func isTimeout(err error) bool {
-	var timeout net.Error
-	return errors.As(err, &timeout) && timeout.Timeout()
 }

@@ -79,6 +79,10 @@ type Handler struct {
 	// together. Default: 10s.
 	DialTimeout caddy.Duration `json:"dial_timeout,omitempty"`
 
+	// How long an origin may take, once it has the request, until the head of
+	// its response is there. -1 is for ever. Default: 5m.
+	ResponseHeaderTimeout caddy.Duration `json:"response_header_timeout,omitempty"`
+
 	// How many tunnels may be open in this process, those of CONNECT and those
 	// of upgraded requests, whichever site opened them. Beyond that the answer
 	// is 503. Default: 0, no limit.
@@ -127,7 +131,8 @@ type Handler struct {
 	exempt    []netip.Prefix
 	dialer    *dialer
 	tunnels   *registry
-	upstreams [reaches]*http.Transport
+	origins   [reaches]*origins
+	upstreams [reaches]*http.Transport // to https origins
 	via       via
 	name      string // in Proxy-Status
 }
@@ -168,7 +173,8 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	}
 	h.dialer = newDialer(time.Duration(h.DialTimeout), allow, ownListeners(ctx, server))
 	for r := range reaches {
-		h.upstreams[r] = newTransport(h.dialer, r)
+		h.origins[r] = newOrigins(h.dialer, r)
+		h.upstreams[r] = newTransport(h.dialer, r, max(0, time.Duration(h.ResponseHeaderTimeout)))
 	}
 	if err := h.validateTunnels(); err != nil {
 		return err
@@ -194,9 +200,10 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 
 // Cleanup implements caddy.CleanerUpper. It may follow a Provision that failed.
 func (h *Handler) Cleanup() error {
-	for _, t := range h.upstreams {
-		if t != nil {
-			t.CloseIdleConnections()
+	for r := range reaches {
+		if h.origins[r] != nil {
+			h.origins[r].close()
+			h.upstreams[r].CloseIdleConnections()
 		}
 	}
 	var err error
@@ -220,6 +227,7 @@ func (h *Handler) setDefaults() {
 	h.Zone = cmp.Or(h.Zone, "default")
 	h.DialTimeout = cmp.Or(h.DialTimeout, caddy.Duration(10*time.Second))
 	h.ForwardedFor = cmp.Or(h.ForwardedFor, "auto")
+	h.ResponseHeaderTimeout = cmp.Or(h.ResponseHeaderTimeout, caddy.Duration(5*time.Minute))
 	h.TunnelIdleTimeout = cmp.Or(h.TunnelIdleTimeout, caddy.Duration(time.Hour))
 }
 
@@ -278,6 +286,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 		return h.answer(w, r, f)
 	}
 	h.logRequest(r, from, start, status, err)
+	if errors.Is(err, http.ErrAbortHandler) {
+		panic(http.ErrAbortHandler) // the answer is broken off, or the stream reset
+	}
 	return err
 }
 

@@ -49,6 +49,8 @@ type tunnel struct {
 	greeting  []byte // goes to the client before anything from the target
 	early     []byte // what the client sent before it was greeted
 
+	fromTarget []byte // of an upgrade: what the target sent behind its 101
+
 	up, down atomic.Int64 // bytes from the client and to it
 	active   atomic.Int64 // when some were last seen to have been, since epoch
 	seen     int64        // how many there were then; look's own

@@ -1,0 +1,330 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"context"
+	"errors"
+	"io"
+	"maps"
+	"net/http"
+	"net/http/httputil"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/net/http/httpguts"
+)
+
+// exchange is one request to an HTTP/1 origin and its response, on the
+// goroutine of the handler: http.Transport parks and wakes two more for each.
+// Only the body of a request, which may take as long as it likes while the
+// response is already there, has a goroutine of its own.
+type exchange struct {
+	origins *origins
+	ctx     context.Context // the client's: when it leaves, the exchange ends
+	conn    *originConn
+	timeout time.Duration // for the head of the response
+	interim func(status int, header http.Header)
+
+	stopWatch func() bool // ends the watch for the client's leaving
+	sender    *sender     // of the body, if there is one
+}
+
+// outgoing is a request to an origin, as it is sent.
+type outgoing struct {
+	method    string
+	authority string // what to connect to, a host and a port
+	target    string // the request target, as the client wrote it
+	host      string
+	header    http.Header
+
+	body     io.Reader   // nil: none
+	length   int64       // of the body; < 0: not known, so it is sent in chunks
+	trailer  http.Header // whose values are there when the body has ended
+	stopBody func()      // ends a read of the body that waits for the client
+}
+
+// do sends a request and returns the head of its response, whose body is to be
+// read to its end or not, and then finish called.
+func (x *exchange) do(out *outgoing) (*http.Response, error) {
+	res, err := x.try(out, false)
+	if err == nil || !x.mayRetry(out, err) {
+		return res, err
+	}
+	x.finish(false)
+	return x.try(out, true)
+}
+
+// mayRetry reports whether a request that failed on a connection that was idle
+// before may be sent once more: nothing has come back, so it is the idle
+// connection that the origin was closing, and sending it twice does no harm
+// (RFC 9110 §9.2.2).
+func (x *exchange) mayRetry(out *outgoing, err error) bool {
+	if x.conn == nil || !x.conn.reused || out.body != nil || x.ctx.Err() != nil || x.conn.r.Buffered() > 0 {
+		return false
+	}
+	var wrong protocolError
+	if errors.As(err, &wrong) || errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return false
+	}
+	switch out.method {
+	case http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace, http.MethodPut, http.MethodDelete:
+		return true
+	}
+	return false
+}
+
+func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
+	conn, err := x.origins.get(x.ctx, out.authority, fresh)
+	if err != nil {
+		return nil, &dialError{err}
+	}
+	x.conn = conn
+	x.stopWatch = context.AfterFunc(x.ctx, func() { _ = conn.Close() })
+	if err := writeHead(conn, out); err != nil {
+		return nil, err
+	}
+	if out.body != nil {
+		x.sender = newSender(conn, out)
+	}
+	for {
+		conn.expectBy(x.timeout)
+		res, err := readResponse(conn.r, out.method)
+		if x.sender != nil {
+			if failed := x.sender.clientFailure(); failed != nil {
+				return nil, failed
+			}
+		}
+		if err != nil {
+			return nil, err
+		}
+		if res.StatusCode >= 200 || res.StatusCode == http.StatusSwitchingProtocols {
+			if body := res.Body.(*originBody); body.left != 0 && int64(conn.r.Buffered()) < body.left || body.left < 0 {
+				conn.expectNone() // a body takes what it takes
+			}
+			if x.sender != nil {
+				x.sender.proceed(false)
+			}
+			return res, nil
+		}
+		if res.StatusCode == http.StatusContinue && x.sender != nil {
+			x.sender.proceed(true)
+		}
+		x.interim(res.StatusCode, res.Header)
+	}
+}
+
+// finish ends the exchange. With reusable, the response was read to its end and
+// the connection can serve another exchange.
+func (x *exchange) finish(reusable bool) {
+	if x.conn == nil {
+		return
+	}
+	left := !x.stopWatch() // the client
+	sent := x.sender == nil || x.sender.stop(x.conn)
+	if reusable && sent && !left {
+		x.origins.put(x.conn)
+	} else {
+		x.conn.discard()
+	}
+	x.conn, x.sender = nil, nil
+}
+
+// take hands the connection over to the caller, with what was read from it
+// beyond the response.
+func (x *exchange) take() (conn *originConn, early []byte) {
+	conn = x.conn
+	x.stopWatch()
+	conn.expectNone()
+	if n := conn.r.Buffered(); n > 0 {
+		peeked, _ := conn.r.Peek(n)
+		early = slices.Clone(peeked)
+	}
+	conn.releaseReader()
+	x.conn = nil
+	return conn, early
+}
+
+// dialError is an error before there was a connection.
+type dialError struct{ error }
+
+func (e *dialError) Unwrap() error { return e.error }
+
+// heads are buffers for the heads of requests.
+var heads = sync.Pool{New: func() any { b := make([]byte, 0, 4<<10); return &b }}
+
+// writeHead sends the head of a request in one write.
+func writeHead(w io.Writer, out *outgoing) error {
+	pooled := heads.Get().(*[]byte)
+	b := (*pooled)[:0]
+	b = append(b, out.method...)
+	b = append(b, ' ')
+	b = append(b, out.target...)
+	b = append(b, " HTTP/1.1\r\nHost: "...)
+	b = append(b, out.host...)
+	b = append(b, "\r\n"...)
+	for name, values := range out.header {
+		if name == "Content-Length" && out.body != nil {
+			continue
+		}
+		for _, value := range values {
+			b = appendField(b, name, value)
+		}
+	}
+	if out.body != nil {
+		if out.length >= 0 {
+			b = append(b, "Content-Length: "...)
+			b = strconv.AppendInt(b, out.length, 10)
+			b = append(b, "\r\n"...)
+		} else {
+			b = append(b, "Transfer-Encoding: chunked\r\n"...)
+			if len(out.trailer) > 0 {
+				b = appendField(b, "Trailer", strings.Join(slices.Sorted(maps.Keys(out.trailer)), ", "))
+			}
+		}
+	}
+	b = append(b, "\r\n"...)
+	_, err := w.Write(b)
+	if cap(b) <= 64<<10 {
+		*pooled = b
+		heads.Put(pooled)
+	}
+	return err
+}
+
+// appendField appends a field line. What the server accepts from clients is
+// valid; a field that a configured value has made invalid is left out, as it
+// could end the head.
+func appendField(b []byte, name, value string) []byte {
+	if !httpguts.ValidHeaderFieldValue(value) {
+		return b
+	}
+	b = append(b, name...)
+	b = append(b, ": "...)
+	b = append(b, value...)
+	return append(b, "\r\n"...)
+}
+
+// continueTimeout is how long an origin may take to ask for a body with 100
+// before it gets it unasked (RFC 9110 §10.1.1).
+const continueTimeout = time.Second
+
+// sender sends the body of a request on a goroutine of its own.
+type sender struct {
+	out   *outgoing
+	conn  *originConn
+	ended chan struct{}
+	asked chan bool // tells whether the body is wanted, if that was to be waited for
+
+	complete bool // after ended: all of it was sent
+	failure  atomic.Pointer[bodyError]
+}
+
+// bodyError is the client's failure to send a body, or to send it well.
+type bodyError struct{ error }
+
+func (e *bodyError) Unwrap() error { return e.error }
+
+func newSender(conn *originConn, out *outgoing) *sender {
+	s := &sender{out: out, conn: conn, ended: make(chan struct{}), asked: make(chan bool, 2)}
+	go s.run()
+	return s
+}
+
+// proceed tells what the origin thinks of the body, once it has said so.
+func (s *sender) proceed(wanted bool) {
+	select {
+	case s.asked <- wanted:
+	default:
+	}
+}
+
+func (s *sender) clientFailure() error {
+	if failure := s.failure.Load(); failure != nil {
+		return failure
+	}
+	return nil
+}
+
+func (s *sender) run() {
+	defer close(s.ended)
+	if httpguts.HeaderValuesContainsToken(s.out.header["Expect"], "100-continue") {
+		timer := time.NewTimer(continueTimeout)
+		defer timer.Stop()
+		select {
+		case wanted := <-s.asked:
+			if !wanted {
+				return
+			}
+		case <-timer.C:
+		}
+	}
+	buf := copyBuffers.Get().(*[copyBuffer]byte)
+	defer copyBuffers.Put(buf)
+	w := io.Writer(s.conn)
+	if s.out.length < 0 {
+		w = httputil.NewChunkedWriter(s.conn)
+	}
+	for {
+		n, err := s.out.body.Read(buf[:])
+		if n > 0 {
+			// An origin that takes no more may still answer: that is the
+			// handler's to find out.
+			if _, err := w.Write(buf[:n]); err != nil {
+				return
+			}
+		}
+		if err == io.EOF {
+			s.complete = s.finishBody(w) == nil
+			return
+		}
+		if err != nil {
+			s.failure.Store(&bodyError{err})
+			_ = s.conn.Close() // the origin must not take it for the whole
+			return
+		}
+	}
+}
+
+// finishBody ends a body that was sent in chunks, with its trailers.
+func (s *sender) finishBody(w io.Writer) error {
+	chunks, ok := w.(io.WriteCloser)
+	if s.out.length >= 0 || !ok {
+		return nil
+	}
+	if err := chunks.Close(); err != nil {
+		return err
+	}
+	var b []byte
+	for name, values := range s.out.trailer {
+		for _, value := range values {
+			b = appendField(b, name, value)
+		}
+	}
+	_, err := s.conn.Write(append(b, "\r\n"...))
+	return err
+}
+
+// stop ends the sender, and reports whether the body was sent completely.
+func (s *sender) stop(conn *originConn) bool {
+	s.proceed(false)
+	select {
+	case <-s.ended:
+		return s.complete
+	case <-time.After(lastWrite):
+	}
+	_ = conn.Close()
+	s.out.stopBody()
+	<-s.ended
+	return false
+}
+
+// lastWrite is how long a sender may take to notice that it is done: the origin
+// has often answered before the last write returns.
+const lastWrite = 50 * time.Millisecond

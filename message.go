@@ -1,0 +1,297 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httputil"
+	"net/textproto"
+	"strconv"
+	"strings"
+
+	"golang.org/x/net/http/httpguts"
+)
+
+// maxHead bounds the head of a response, and its trailers.
+const maxHead = 1 << 20
+
+var errHeadTooLarge = errors.New("the head of the response is larger than 1 MiB")
+
+// protocolError says what is wrong with a message from an origin.
+type protocolError string
+
+func (e protocolError) Error() string { return string(e) }
+
+// readResponse reads the head of a response to a request of the given method
+// (RFC 9112), and makes its body readable. It is stricter than net/http, which
+// as an end may repair what an intermediary must not pass on: a message that
+// others could take for two, or for another one.
+func readResponse(r *bufio.Reader, method string) (*http.Response, error) {
+	head, err := readHead(r, true)
+	if err != nil {
+		return nil, err
+	}
+	line, fields, _ := strings.Cut(head, "\n")
+	res := &http.Response{Close: true}
+	if err := parseStatusLine(res, line); err != nil {
+		return nil, err
+	}
+	if res.Header, err = parseFields(fields); err != nil {
+		return nil, err
+	}
+	return res, frame(res, r, method)
+}
+
+// readHead reads lines up to an empty one, which is left out. Line ends are
+// made \n. An end of the connection before the first byte is io.EOF.
+func readHead(r *bufio.Reader, statusLine bool) (string, error) {
+	var b strings.Builder
+	b.Grow(min(max(r.Buffered(), 256), 4<<10))
+	for {
+		line, err := r.ReadSlice('\n')
+		if b.Len()+len(line) > maxHead {
+			return "", errHeadTooLarge
+		}
+		if err != nil {
+			b.Write(line)
+			if errors.Is(err, bufio.ErrBufferFull) {
+				continue
+			}
+			if err == io.EOF && b.Len() > 0 {
+				err = io.ErrUnexpectedEOF
+			}
+			return "", err
+		}
+		n := len(line) - 1
+		if n > 0 && line[n-1] == '\r' {
+			n--
+		}
+		if n == 0 && (b.Len() == 0 || b.String()[b.Len()-1] == '\n') {
+			if b.Len() == 0 && statusLine {
+				return "", protocolError("the response has no status line")
+			}
+			return b.String(), nil
+		}
+		b.Write(line[:n])
+		b.WriteByte('\n')
+	}
+}
+
+// parseStatusLine reads "HTTP/1.1 200 OK".
+func parseStatusLine(res *http.Response, line string) error {
+	version, rest, _ := strings.Cut(line, " ")
+	code, _, _ := strings.Cut(rest, " ")
+	switch version {
+	case "HTTP/1.1":
+		res.Proto, res.ProtoMajor, res.ProtoMinor = version, 1, 1
+	case "HTTP/1.0":
+		res.Proto, res.ProtoMajor, res.ProtoMinor = version, 1, 0
+	default:
+		return protocolError("the response is not one of HTTP/1")
+	}
+	n, err := strconv.ParseUint(code, 10, 16)
+	if err != nil || len(code) != 3 || n < 100 {
+		return protocolError(fmt.Sprintf("the status %.20q is no number from 100 to 999", code))
+	}
+	res.StatusCode = int(n)
+	return nil
+}
+
+// parseFields reads field lines, each ended by \n.
+func parseFields(lines string) (http.Header, error) {
+	n := strings.Count(lines, "\n")
+	header := make(http.Header, n)
+	values := make([]string, 0, n) // one array for all
+	name := ""
+	for line := range strings.SplitSeq(strings.TrimSuffix(lines, "\n"), "\n") {
+		if n == 0 {
+			break
+		}
+		if strings.ContainsAny(line, "\x00\r") {
+			return nil, protocolError("a field of the response has a NUL or a bare CR in it")
+		}
+		if line[0] == ' ' || line[0] == '\t' { // folded: RFC 9112 §5.2
+			if name == "" {
+				return nil, protocolError("the first field of the response begins with white space")
+			}
+			last := header[name]
+			last[len(last)-1] = strings.TrimSpace(last[len(last)-1] + " " + strings.Trim(line, " \t"))
+			continue
+		}
+		key, value, found := strings.Cut(line, ":")
+		key = strings.TrimRight(key, " \t") // RFC 9112 §5.1
+		if !found || !httpguts.ValidHeaderFieldName(key) {
+			return nil, protocolError(fmt.Sprintf("the response has the line %.60q among its fields", line))
+		}
+		name = textproto.CanonicalMIMEHeaderKey(key)
+		value = strings.Trim(value, " \t")
+		if prior, ok := header[name]; ok {
+			header[name] = append(prior, value)
+			continue
+		}
+		values = append(values, value)
+		header[name] = values[len(values)-1 : len(values) : len(values)]
+	}
+	return header, nil
+}
+
+// frame finds out where the body of a response ends (RFC 9112 §6.3), and
+// whether the connection can be used again after it.
+func frame(res *http.Response, r *bufio.Reader, method string) error {
+	options := res.Header["Connection"]
+	res.Close = httpguts.HeaderValuesContainsToken(options, "close") ||
+		res.ProtoMinor == 0 && !httpguts.HeaderValuesContainsToken(options, "keep-alive")
+
+	length, err := contentLength(res.Header["Content-Length"])
+	if err != nil {
+		return err
+	}
+	if values := res.Header["Content-Length"]; len(values) > 1 || len(values) == 1 && strings.Contains(values[0], ",") {
+		res.Header["Content-Length"] = []string{strconv.FormatInt(length, 10)}
+	}
+	coding := res.Header["Transfer-Encoding"]
+	if len(coding) > 0 {
+		switch {
+		case length >= 0:
+			return protocolError("the response has both a Content-Length and a Transfer-Encoding")
+		case len(coding) > 1 || !strings.EqualFold(coding[0], "chunked") || res.ProtoMinor == 0:
+			return protocolError(fmt.Sprintf("the response has the transfer coding %.60q", coding))
+		}
+	}
+
+	body := &originBody{r: r, left: length}
+	res.Body, res.ContentLength = body, length
+	switch status := res.StatusCode; {
+	case method == http.MethodHead || status == http.StatusNotModified:
+		body.left = 0
+	case status < 200 || status == http.StatusNoContent:
+		body.left, res.ContentLength = 0, 0
+		delete(res.Header, "Content-Length")
+	case len(coding) > 0:
+		body.chunks = httputil.NewChunkedReader(r)
+		res.Trailer = announcedTrailers(res.Header)
+		body.trailers = func(h http.Header) {
+			if res.Trailer == nil && len(h) > 0 {
+				res.Trailer = make(http.Header)
+			}
+			for name, values := range h {
+				res.Trailer[name] = values
+			}
+		}
+	case length < 0: // to the end of the connection
+		res.Close = true
+	}
+	return nil
+}
+
+// contentLength returns -1 if there is none. Several that agree are one.
+func contentLength(values []string) (int64, error) {
+	length := int64(-1)
+	for _, value := range values {
+		for part := range strings.SplitSeq(value, ",") {
+			part = strings.Trim(part, " \t")
+			n, err := strconv.ParseUint(part, 10, 63)
+			if err != nil || part[0] == '+' || length >= 0 && int64(n) != length {
+				return 0, protocolError(fmt.Sprintf("the response has the Content-Length %.60q", values))
+			}
+			length = int64(n)
+		}
+	}
+	return length, nil
+}
+
+// announcedTrailers returns the names in the Trailer field, without values.
+func announcedTrailers(h http.Header) http.Header {
+	var trailer http.Header
+	for _, value := range h["Trailer"] {
+		for name := range strings.SplitSeq(value, ",") {
+			name = textproto.CanonicalMIMEHeaderKey(strings.Trim(name, " \t"))
+			if httpguts.ValidTrailerHeader(name) {
+				if trailer == nil {
+					trailer = make(http.Header)
+				}
+				trailer[name] = nil
+			}
+		}
+	}
+	delete(h, "Trailer")
+	return trailer
+}
+
+// originBody is the body of a response.
+type originBody struct {
+	r        *bufio.Reader
+	left     int64             // < 0: not known
+	chunks   io.Reader         // of a chunked body
+	trailers func(http.Header) // gets the trailers of a chunked body
+	ended    bool              // read to its end
+}
+
+func (b *originBody) Read(p []byte) (n int, err error) {
+	switch {
+	case b.ended || b.left == 0:
+		b.ended = true
+		return 0, io.EOF
+	case b.chunks != nil:
+		n, err = b.chunks.Read(p)
+		if err == io.EOF {
+			err = b.readTrailers()
+		}
+	case b.left < 0:
+		n, err = b.r.Read(p)
+		b.ended = err == io.EOF
+	default:
+		n, err = b.r.Read(p[:min(int64(len(p)), b.left)])
+		b.left -= int64(n)
+		b.ended = b.left == 0
+		if err == io.EOF && !b.ended {
+			err = io.ErrUnexpectedEOF
+		}
+		if b.ended {
+			err = io.EOF
+		}
+	}
+	return n, err
+}
+
+// readTrailers reads what follows the last chunk.
+func (b *originBody) readTrailers() error {
+	lines, err := readHead(b.r, false)
+	if err != nil {
+		if err == io.EOF {
+			err = io.ErrUnexpectedEOF
+		}
+		return err
+	}
+	fields, err := parseFields(lines)
+	if err != nil {
+		return err
+	}
+	for name := range fields {
+		if !httpguts.ValidTrailerHeader(name) {
+			delete(fields, name)
+		}
+	}
+	b.trailers(fields)
+	b.ended = true
+	return io.EOF
+}
+
+// rest returns what is left of a body, if all of it has arrived.
+func (b *originBody) rest() ([]byte, bool) {
+	if b.chunks != nil || b.left < 0 || int64(b.r.Buffered()) < b.left {
+		return nil, false
+	}
+	data, _ := b.r.Peek(int(b.left))
+	_, _ = b.r.Discard(len(data)) // data stays until the next read
+	b.left, b.ended = 0, true
+	return data, true
+}
+
+// Close implements io.Closer. The connection is not the body's.
+func (b *originBody) Close() error { return nil }

@@ -1,0 +1,210 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bufio"
+	"context"
+	"net"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/puzpuzpuz/xsync/v4"
+)
+
+// Bounds on idle connections to origins: in all, and in time.
+const (
+	maxIdleOrigins = 4096
+	maxIdleTime    = 90 * time.Second
+	sweepInterval  = 15 * time.Second
+)
+
+// origins opens connections to HTTP/1 origins for the clients of one reach, and
+// keeps those that are idle: as many for an origin as were busy at once.
+//
+// All methods are safe for concurrent use.
+type origins struct {
+	dialer *dialer
+	reach  reach
+
+	idle  *xsync.Map[string, []*originConn] // by authority; the last used last
+	count atomic.Int64
+	sweep atomic.Pointer[time.Timer] // runs while there are idle connections
+	over  atomic.Bool                // close was called
+}
+
+// originConn is a connection to an origin that serves one exchange after the
+// other. It belongs to whoever got it.
+type originConn struct {
+	net.Conn
+	r         *bufio.Reader // nil while it is idle
+	authority string
+	reused    bool      // it has served an exchange before
+	idleSince time.Time // when it was put back
+	deadline  time.Time // that is set for reading
+}
+
+// readers are the buffers of busy connections. A response that fits into one,
+// head and all, takes a single system call to read.
+var readers = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, 16<<10) }}
+
+func newOrigins(d *dialer, r reach) *origins {
+	return &origins{dialer: d, reach: r, idle: xsync.NewMap[string, []*originConn]()}
+}
+
+// get returns an idle connection to authority, a host and a port, or opens one.
+// With fresh it opens one in any case.
+func (o *origins) get(ctx context.Context, authority string, fresh bool) (*originConn, error) {
+	for !fresh {
+		c := o.takeIdle(authority)
+		if c == nil {
+			break
+		}
+		// An origin closes idle connections when it likes. The longer ago the
+		// last exchange, the likelier it is to have done so; the rest is for a
+		// retry.
+		if idle := time.Since(c.idleSince); idle < maxIdleTime && (idle < 50*time.Millisecond || c.quiet()) {
+			c.r = readers.Get().(*bufio.Reader)
+			c.r.Reset(c.Conn)
+			c.reused = true
+			return c, nil
+		}
+		_ = c.Close()
+	}
+	conn, err := o.dialer.dial(ctx, o.reach, authority)
+	if err != nil {
+		return nil, err
+	}
+	c := &originConn{Conn: conn, authority: authority, r: readers.Get().(*bufio.Reader)}
+	c.r.Reset(conn)
+	return c, nil
+}
+
+func (o *origins) takeIdle(authority string) (c *originConn) {
+	o.idle.Compute(authority, func(conns []*originConn, _ bool) ([]*originConn, xsync.ComputeOp) {
+		if len(conns) == 0 {
+			return nil, xsync.CancelOp
+		}
+		last := len(conns) - 1
+		c, conns[last] = conns[last], nil
+		if last == 0 {
+			return nil, xsync.DeleteOp
+		}
+		return conns[:last], xsync.UpdateOp
+	})
+	if c != nil {
+		o.count.Add(-1)
+	}
+	return c
+}
+
+// put keeps a connection for another exchange. The caller has read all of the
+// last one.
+func (o *origins) put(c *originConn) {
+	if c.r.Buffered() > 0 || o.over.Load() {
+		c.discard() // it talks without being asked
+		return
+	}
+	c.releaseReader()
+	c.idleSince = time.Now()
+	if o.count.Add(1) > maxIdleOrigins {
+		o.count.Add(-1)
+		_ = c.Close()
+		return
+	}
+	o.idle.Compute(c.authority, func(conns []*originConn, _ bool) ([]*originConn, xsync.ComputeOp) {
+		return append(conns, c), xsync.UpdateOp
+	})
+	if o.sweep.Load() == nil {
+		timer := time.AfterFunc(sweepInterval, o.sweepIdle)
+		if !o.sweep.CompareAndSwap(nil, timer) {
+			timer.Stop()
+		}
+	}
+	if o.over.Load() {
+		o.close()
+	}
+}
+
+// sweepIdle closes what has been idle for too long or was closed by the origin,
+// and comes again while there is more.
+func (o *origins) sweepIdle() {
+	now := time.Now()
+	o.closeIdle(func(c *originConn) bool { return now.Sub(c.idleSince) >= maxIdleTime || !c.quiet() })
+	if o.count.Load() > 0 {
+		o.sweep.Load().Reset(sweepInterval)
+	} else {
+		o.sweep.Store(nil)
+	}
+}
+
+func (o *origins) closeIdle(condition func(*originConn) bool) {
+	o.idle.Range(func(authority string, _ []*originConn) bool {
+		o.idle.Compute(authority, func(conns []*originConn, _ bool) ([]*originConn, xsync.ComputeOp) {
+			before := len(conns)
+			conns = slices.DeleteFunc(slices.Clone(conns), func(c *originConn) bool {
+				if !condition(c) {
+					return false
+				}
+				_ = c.Close()
+				return true
+			})
+			o.count.Add(int64(len(conns) - before))
+			if len(conns) == 0 {
+				return nil, xsync.DeleteOp
+			}
+			return conns, xsync.UpdateOp
+		})
+		return true
+	})
+}
+
+// close closes all idle connections, and from now on those that become idle.
+func (o *origins) close() {
+	o.over.Store(true)
+	o.closeIdle(func(*originConn) bool { return true })
+}
+
+// discard ends a connection that is not to be used again.
+func (c *originConn) discard() {
+	_ = c.Close()
+	c.releaseReader()
+}
+
+func (c *originConn) releaseReader() {
+	c.r.Reset(nil)
+	readers.Put(c.r)
+	c.r = nil
+}
+
+// quiet reports whether an idle connection is still open and the origin has
+// said nothing on it.
+func (c *originConn) quiet() bool {
+	socket, ok := c.Conn.(*net.TCPConn)
+	return ok && socketQuiet(socket)
+}
+
+// expectBy limits how long the next read may take to about timeout. Deadlines
+// cost a timer each, so one that is a little later than asked for is left.
+func (c *originConn) expectBy(timeout time.Duration) {
+	if timeout <= 0 {
+		return
+	}
+	now := time.Now()
+	if c.deadline.Sub(now) >= timeout {
+		return
+	}
+	c.deadline = now.Add(timeout + timeout/8)
+	_ = c.SetReadDeadline(c.deadline)
+}
+
+// expectNone lifts the limit.
+func (c *originConn) expectNone() {
+	if !c.deadline.IsZero() {
+		c.deadline = time.Time{}
+		_ = c.SetReadDeadline(time.Time{})
+	}
+}
