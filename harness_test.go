@@ -6,6 +6,7 @@ package asyncproxy
 import (
 	"bufio"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -15,6 +16,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -92,15 +94,26 @@ func loadCaddyfile(t *testing.T, caddyfile string) {
 	})
 }
 
-// freeAddress returns an address of loopback that nobody listens on.
+// nextPort is below the ports that systems hand out by themselves, so that
+// nobody else is given one between here and its use.
+var nextPort = 20000 + os.Getpid()%4000
+
+// freeAddress returns an address of loopback that nobody listens on, another
+// one each time.
 func freeAddress(t *testing.T) string {
 	t.Helper()
-	ln, err := net.Listen("tcp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for {
+		nextPort++
+		ln, err := net.Listen("tcp4", fmt.Sprintf("127.0.0.1:%d", nextPort))
+		if errors.Is(err, syscall.EADDRINUSE) {
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ln.Close()
+		return ln.Addr().String()
 	}
-	defer ln.Close()
-	return ln.Addr().String()
 }
 
 // client is an http.Client that uses the proxy, with connections of its own.
