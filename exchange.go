@@ -105,7 +105,9 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 			return nil, err
 		}
 		if res.StatusCode >= 200 || res.StatusCode == http.StatusSwitchingProtocols {
-			if body := res.Body.(*originBody); body.left != 0 && int64(conn.r.Buffered()) < body.left || body.left < 0 {
+			body := res.Body.(*originBody)
+			body.conn = conn.Conn
+			if body.left < 0 || body.left > int64(conn.r.Buffered()) {
 				conn.expectNone() // a body takes what it takes
 			}
 			if x.sender != nil {

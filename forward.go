@@ -290,6 +290,9 @@ func copyBody(w http.ResponseWriter, res *http.Response) error {
 			_, err := w.Write(rest)
 			return err
 		}
+		if done, err := body.splice(w); done || err != nil {
+			return err
+		}
 	}
 	control := http.NewResponseController(w)
 	if !own || body.r.Buffered() == 0 {

@@ -15,7 +15,10 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -84,9 +87,16 @@ func loadCaddyfile(t *testing.T, caddyfile string) {
 			t.Logf("adapting: %v", warning)
 		}
 	}
+	old := serving()
 	if err := caddy.Load(config, true); err != nil {
 		t.Fatalf("loading: %v\n%s", err, caddyfile)
 	}
+	// A reload returns while the old servers may still accept a connection, only
+	// to close it.
+	eventually(t, "the old servers to stop", func() bool {
+		now := serving()
+		return !slices.ContainsFunc(old, func(id string) bool { return slices.Contains(now, id) })
+	})
 	t.Cleanup(func() {
 		if err := caddy.Stop(); err != nil {
 			t.Errorf("stopping: %v", err)
@@ -94,17 +104,31 @@ func loadCaddyfile(t *testing.T, caddyfile string) {
 	})
 }
 
+// serving returns the goroutines in which Caddy's servers accept connections.
+func serving() []string {
+	stacks := make([]byte, 4<<20)
+	stacks = stacks[:runtime.Stack(stacks, true)]
+	var ids []string
+	for stack := range strings.SplitSeq(string(stacks), "\n\n") {
+		if strings.Contains(stack, "net/http.(*Server).Serve(") && strings.Contains(stack, "created by github.com/caddyserver/caddy/v2/modules/caddyhttp.") {
+			ids = append(ids, strings.Fields(stack)[1])
+		}
+	}
+	return ids
+}
+
 // nextPort is below the ports that systems hand out by themselves, so that
 // nobody else is given one between here and its use.
-var nextPort = 20000 + os.Getpid()%4000
+var nextPort atomic.Int64
+
+func init() { nextPort.Store(20000 + int64(os.Getpid()%4000)) }
 
 // freeAddress returns an address of loopback that nobody listens on, another
 // one each time.
 func freeAddress(t *testing.T) string {
 	t.Helper()
 	for {
-		nextPort++
-		ln, err := net.Listen("tcp4", fmt.Sprintf("127.0.0.1:%d", nextPort))
+		ln, err := net.Listen("tcp4", fmt.Sprintf("127.0.0.1:%d", nextPort.Add(1)))
 		if errors.Is(err, syscall.EADDRINUSE) {
 			continue
 		}

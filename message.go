@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httputil"
 	"net/textproto"
@@ -225,6 +226,7 @@ func announcedTrailers(h http.Header) http.Header {
 
 // originBody is the body of a response.
 type originBody struct {
+	conn     net.Conn // below r
 	r        *bufio.Reader
 	left     int64             // < 0: not known
 	chunks   io.Reader         // of a chunked body

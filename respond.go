@@ -6,7 +6,6 @@ package asyncproxy
 import (
 	"fmt"
 	"net/http"
-	"strconv"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
@@ -58,8 +57,6 @@ func (h *Handler) answer(w http.ResponseWriter, r *http.Request, f *refusal) err
 		return caddyhttp.Error(f.status, f)
 	}
 	header["Content-Type"] = plainText
-	header["X-Content-Type-Options"] = []string{"nosniff"}
-	header["Content-Length"] = []string{strconv.Itoa(len(f.text) + 1)}
 	w.WriteHeader(f.status)
 	if r.Method != http.MethodHead {
 		_, _ = w.Write(append([]byte(f.text), '\n')) // a client that left has no use for it

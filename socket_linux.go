@@ -4,11 +4,15 @@
 package asyncproxy
 
 import (
+	"errors"
 	"io"
 	"net"
+	"net/http"
 	"sync/atomic"
 	"syscall"
+	"time"
 
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"golang.org/x/sys/unix"
 )
 
@@ -245,4 +249,68 @@ func socketQuiet(socket *net.TCPConn) bool {
 		_, _, errRead = unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
 	})
 	return err == nil && errRead == unix.EAGAIN
+}
+
+// spliceFrom is the least that is worth moving inside the kernel.
+const spliceFrom = 256 << 10
+
+// splice passes the body of a response on inside the kernel, where both
+// connections are plain sockets and its length is known. It reports whether it
+// has.
+//
+// Of what Caddy puts between a handler and its connection only the timeout for
+// stalled writes may be passed by, whose work is done here: an access log or
+// metrics want to see the bytes.
+func (b *originBody) splice(w http.ResponseWriter) (done bool, err error) {
+	idle, ok := w.(*caddyhttp.IdleTimeoutWriter)
+	socket, ok2 := b.conn.(*net.TCPConn)
+	if !ok || !ok2 || b.chunks != nil || b.left < spliceFrom {
+		return false, nil
+	}
+	client, ok := innermost(w).(io.ReaderFrom)
+	conn, err := socket.SyscallConn()
+	if !ok || err != nil {
+		return false, err
+	}
+	for b.left > 0 {
+		n, err := b.spliceSome(client, conn, socket, idle)
+		if b.left -= n; err != nil {
+			return true, err
+		}
+	}
+	b.ended = true
+	return true, nil
+}
+
+// spliceSome waits for the origin, as long as that takes, and then moves what
+// has come, in the time that the client has to take it.
+func (b *originBody) spliceSome(client io.ReaderFrom, conn syscall.RawConn, socket *net.TCPConn, idle *caddyhttp.IdleTimeoutWriter) (int64, error) {
+	if buffered := int64(b.r.Buffered()); buffered > 0 {
+		return io.CopyN(idle, b.r, min(buffered, b.left))
+	}
+	available := 0
+	var errIoctl error
+	err := conn.Read(func(fd uintptr) bool {
+		var peek [1]byte
+		if _, _, err := unix.Recvfrom(int(fd), peek[:], unix.MSG_PEEK|unix.MSG_DONTWAIT); err == unix.EAGAIN {
+			return false
+		}
+		available, errIoctl = unix.IoctlGetInt(int(fd), unix.SIOCINQ)
+		return true
+	})
+	if err = errors.Join(err, errIoctl); err != nil {
+		return 0, err
+	}
+	if available == 0 { // the end, or a failure that the next read tells
+		var one [1]byte
+		n, err := socket.Read(one[:])
+		if err == nil || err == io.EOF {
+			err = io.ErrUnexpectedEOF
+		}
+		return int64(n), err
+	}
+	if err := idle.Ctrl.SetWriteDeadline(time.Now().Add(idle.Deadline.Timeout)); err != nil {
+		return 0, err
+	}
+	return client.ReadFrom(io.LimitReader(socket, min(int64(available), b.left)))
 }

@@ -1,0 +1,247 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// The benchmarks here measure a proxy as its operator pays for it: the CPU time
+// of its process for a request, with the clients and the origin in this one.
+// Compare the metric proxy-µs/op of the rows of one run; absolute figures are
+// the machine's.
+
+const benchClients = 32
+
+// BenchmarkForward is a small GET over keep-alive connections, through
+// async_proxy and what it is to be compared with: Caddy that answers itself,
+// Caddy's reverse_proxy, and a bare forwarder of net/http.
+func BenchmarkForward(b *testing.B) {
+	for _, size := range []int{128, 10 << 10, 1 << 20} {
+		origin := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			w.Header()["Content-Length"] = []string{strconv.Itoa(size)}
+			_, _ = w.Write(make([]byte, size))
+		}))
+		address := origin.Listener.Addr().String()
+		rows := []struct{ name, site string }{
+			{"async_proxy", "async_proxy burst 1000000000 refill 1000000"},
+			{"respond", "respond 200"},
+			{"reverse_proxy", "reverse_proxy " + address},
+			{"net-http", ""},
+		}
+		for _, row := range rows {
+			b.Run(fmt.Sprintf("%d/%s", size, row.name), func(b *testing.B) {
+				proxy := startBench(b, row.site)
+				request := fmt.Sprintf("GET http://%s/ HTTP/1.1\r\nHost: %s\r\n\r\n", address, address)
+				proxy.run(b, request, http.StatusOK)
+			})
+		}
+		origin.Close()
+	}
+}
+
+// BenchmarkReject is a 429 over keep-alive connections, next to Caddy's
+// respond, which is the least that an answer costs.
+func BenchmarkReject(b *testing.B) {
+	for _, row := range []struct {
+		name, site string
+		status     int
+	}{
+		{"async_proxy", "async_proxy burst 1 refill 0.00001", http.StatusTooManyRequests},
+		{"respond", "respond 429", http.StatusTooManyRequests},
+	} {
+		b.Run(row.name, func(b *testing.B) {
+			proxy := startBench(b, row.site)
+			// The one token there is.
+			if res, err := http.Get("http://" + proxy.address + "/"); err == nil {
+				res.Body.Close()
+			}
+			proxy.run(b, "GET http://127.0.0.1:1/ HTTP/1.1\r\nHost: 127.0.0.1:1\r\n\r\n", row.status)
+		})
+	}
+}
+
+// benchProxy is a proxy in a process of its own.
+type benchProxy struct {
+	address string
+	process *os.Process
+}
+
+// startBench runs a Caddy with one site, or, without one, the bare forwarder.
+func startBench(b *testing.B, site string) benchProxy {
+	b.Helper()
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	address := ln.Addr().String()
+	ln.Close()
+
+	var cmd *exec.Cmd
+	if site == "" {
+		cmd = exec.Command(os.Args[0], "-test.run=^$")
+		cmd.Env = append(os.Environ(), forwarderEnv+"="+address)
+	} else {
+		config := filepath.Join(b.TempDir(), "Caddyfile")
+		_, port, _ := net.SplitHostPort(address)
+		text := fmt.Sprintf("{\n\tadmin off\n\tpersist_config off\n\tlog {\n\t\toutput discard\n\t}\n}\nhttp://:%s {\n\tbind 127.0.0.1\n\t%s\n}\n", port, site)
+		if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+			b.Fatal(err)
+		}
+		cmd = exec.Command(caddyBinary(b), "run", "--config", config, "--adapter", "caddyfile")
+	}
+	if err := cmd.Start(); err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
+		conn, err := net.Dial("tcp4", address)
+		if err == nil {
+			conn.Close()
+			break
+		}
+		if time.Now().After(deadline) {
+			b.Fatal(err)
+		}
+	}
+	return benchProxy{address, cmd.Process}
+}
+
+// run sends b.N requests over benchClients connections.
+func (p benchProxy) run(b *testing.B, request string, status int) {
+	b.Helper()
+	conns := make([]net.Conn, benchClients)
+	for i := range conns {
+		conn, err := net.Dial("tcp4", p.address)
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer conn.Close()
+		conns[i] = conn
+	}
+	var left atomic.Int64
+	left.Store(int64(b.N))
+	var failed atomic.Pointer[error]
+	var wg sync.WaitGroup
+	b.ResetTimer()
+	before := p.cpu(b)
+	for _, conn := range conns {
+		wg.Go(func() {
+			r := bufio.NewReader(conn)
+			for left.Add(-1) >= 0 {
+				if err := exchangeOnce(conn, r, request, status); err != nil {
+					failed.Store(&err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	b.StopTimer()
+	if err := failed.Load(); err != nil {
+		b.Fatal(*err)
+	}
+	b.ReportMetric(float64(p.cpu(b)-before)/float64(b.N)/1e3, "proxy-µs/op")
+}
+
+func exchangeOnce(w io.Writer, r *bufio.Reader, request string, status int) error {
+	if _, err := io.WriteString(w, request); err != nil {
+		return err
+	}
+	res, err := http.ReadResponse(r, nil)
+	if err != nil {
+		return err
+	}
+	if res.StatusCode != status {
+		return fmt.Errorf("status %d, want %d", res.StatusCode, status)
+	}
+	_, err = io.Copy(io.Discard, res.Body)
+	return err
+}
+
+// cpu is the time that the process has spent on a processor, exact to a tick of
+// 10 ms.
+func (p benchProxy) cpu(b *testing.B) time.Duration {
+	b.Helper()
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.process.Pid))
+	if err != nil {
+		b.Skip("there is no /proc here: ", err)
+	}
+	fields := strings.Fields(string(data[strings.LastIndexByte(string(data), ')'):]))
+	user, _ := strconv.Atoi(fields[12])
+	system, _ := strconv.Atoi(fields[13])
+	return time.Duration(user+system) * 10 * time.Millisecond
+}
+
+// caddyBinary builds cmd/caddy, once.
+func caddyBinary(tb testing.TB) string {
+	tb.Helper()
+	path, err := buildCaddy()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return path
+}
+
+var buildDir string
+
+var buildCaddy = sync.OnceValues(func() (string, error) {
+	var err error
+	if buildDir, err = os.MkdirTemp("", "async-proxy-test"); err != nil {
+		return "", err
+	}
+	path := filepath.Join(buildDir, "caddy")
+	if out, err := exec.Command("go", "build", "-o", path, "./cmd/caddy").CombinedOutput(); err != nil {
+		return "", fmt.Errorf("%w: %s", err, out)
+	}
+	return path, nil
+})
+
+// forwarderEnv makes this test binary a bare forwarder of net/http on the
+// address that it holds.
+const forwarderEnv = "ASYNC_PROXY_TEST_FORWARDER"
+
+func TestMain(m *testing.M) {
+	if address := os.Getenv(forwarderEnv); address != "" {
+		transport := &http.Transport{MaxIdleConnsPerHost: benchClients, DisableCompression: true}
+		err := http.ListenAndServe(address, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			r.RequestURI = ""
+			res, err := transport.RoundTrip(r)
+			if err != nil {
+				w.WriteHeader(http.StatusBadGateway)
+				return
+			}
+			defer res.Body.Close()
+			for name, values := range res.Header {
+				w.Header()[name] = values
+			}
+			w.WriteHeader(res.StatusCode)
+			_, _ = io.Copy(w, res.Body)
+		}))
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	code := m.Run()
+	if buildDir != "" {
+		_ = os.RemoveAll(buildDir)
+	}
+	os.Exit(code)
+}

@@ -1,0 +1,102 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/time/rate"
+)
+
+// taker is a limiter as the benchmarks see it.
+type taker interface {
+	take(client netip.Addr) (ok bool)
+}
+
+// ourTaker is the limiter at a moment that never passes, so that the clock is
+// not measured with it.
+type ourTaker struct{ *limiter }
+
+func (l ourTaker) take(client netip.Addr) bool { return l.limiter.take(client, 1).ok }
+
+// xTaker is what most Go programs do: x/time/rate in a sync.Map, which forgets
+// nobody by itself.
+type xTaker struct {
+	limit   rate.Limit
+	burst   int
+	now     time.Time
+	clients sync.Map
+}
+
+func (l *xTaker) take(client netip.Addr) bool {
+	b, ok := l.clients.Load(client)
+	if !ok {
+		b, _ = l.clients.LoadOrStore(client, rate.NewLimiter(l.limit, l.burst))
+	}
+	return b.(*rate.Limiter).AllowN(l.now, 1)
+}
+
+// BenchmarkTake measures one decision, on as many goroutines as there are CPUs.
+func BenchmarkTake(b *testing.B) {
+	for _, bench := range []struct {
+		name    string
+		burst   int64
+		clients int // that come again and again; 0: each comes once
+		want    bool
+	}{
+		{"deny/1", 1, 1, false},
+		{"allow/1", maxBurst, 1, true},
+		{"allow/1k", maxBurst, 1000, true},
+		{"allow/200k", maxBurst, 200_000, true},
+		{"flood", 1, 0, true},
+	} {
+		for _, implementation := range []struct {
+			name string
+			make func() taker
+		}{
+			{"async_proxy", func() taker { return ourTaker{newLimiter(limits(bench.burst, 1))} }},
+			{"x-time-rate", func() taker { return &xTaker{limit: 1, burst: int(bench.burst), now: time.Unix(1e9, 0)} }},
+		} {
+			b.Run(bench.name+"/"+implementation.name, func(b *testing.B) {
+				l := implementation.make()
+				for i := range bench.clients {
+					if !l.take(loopback(i)) {
+						b.Fatalf("the first request of %v was denied", loopback(i))
+					}
+				}
+				var last atomic.Uint64
+				b.ReportAllocs()
+				b.ResetTimer()
+				b.RunParallel(func(pb *testing.PB) {
+					// Each goroutine has networks of its own, and another pace.
+					first := last.Add(1) << 40
+					step := int(first>>40)*2 + 7919
+					for n := 0; pb.Next(); n++ {
+						client := newcomer(first + uint64(n))
+						if bench.clients > 0 {
+							client = loopback(n * step % bench.clients)
+						}
+						if ok := l.take(client); ok != bench.want {
+							b.Errorf("take(%v) = %v, want %v", client, ok, bench.want)
+							return
+						}
+					}
+				})
+			})
+		}
+	}
+}
+
+// newcomer is the n-th of many IPv6 clients.
+func newcomer(n uint64) netip.Addr {
+	addr := [16]byte{0: 0x20, 1: 0x01}
+	for i := range 8 {
+		addr[15-i] = byte(n >> (8 * i))
+	}
+	return netip.AddrFrom16(addr)
+}
