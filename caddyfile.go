@@ -6,11 +6,13 @@ package asyncproxy
 import (
 	"math"
 	"strconv"
+	"strings"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/headers"
 )
 
 func init() {
@@ -41,6 +43,8 @@ func parseCaddyfile(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error)
 //		via           <pseudonym>|off
 //		forwarded_for auto|off
 //		hosts         <own_names...>
+//		header_up     [+|-|?]<field> [<value|regexp> [<replacement>]]
+//		header_down   [+|-|?]<field> [<value|regexp> [<replacement>]]
 //
 //		max_tunnels         <n> [per_client <n>]
 //		tunnel_idle_timeout <duration>|off
@@ -49,8 +53,9 @@ func parseCaddyfile(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error)
 //		recheck_tunnels
 //	}
 //
-// burst and refill may stand on the directive's own line. exempt, allow and
-// hosts may stand more than once; everything else once.
+// burst and refill may stand on the directive's own line. exempt, allow,
+// hosts, header_up and header_down may stand more than once; everything else
+// once. The latter two are reverse_proxy's.
 func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // the directive's name
 	p := caddyfileParser{Dispenser: d, seen: make(map[string]bool)}
@@ -132,6 +137,8 @@ func (p caddyfileParser) option(h *Handler, name string, args []string) error {
 		args = args[:1]
 	}
 	switch {
+	case name == "header_up" || name == "header_down":
+		return p.headerOp(h, name, args)
 	case len(args) == 0:
 		return p.Errf("%s: there is no value; expected %s", name, expected)
 	case len(args) > 1 && !list:
@@ -198,6 +205,39 @@ func (p caddyfileParser) option(h *Handler, name string, args []string) error {
 	}
 	if !ok {
 		return p.Errf("%s: the value '%s' is not valid; expected %s", name, value, expected)
+	}
+	return nil
+}
+
+// headerOp reads an operation on a field, in reverse_proxy's syntax.
+func (p caddyfileParser) headerOp(h *Handler, name string, args []string) error {
+	if len(args) < 1 || len(args) > 3 {
+		return p.Errf("%s: there are %d values; expected %s", name, len(args), expectations[name])
+	}
+	if h.Headers == nil {
+		h.Headers = new(headers.Handler)
+	}
+	var ops *headers.HeaderOps
+	if name == "header_up" {
+		if h.Headers.Request == nil {
+			h.Headers.Request = new(headers.HeaderOps)
+		}
+		ops = h.Headers.Request
+	} else {
+		if h.Headers.Response == nil {
+			h.Headers.Response = &headers.RespHeaderOps{HeaderOps: new(headers.HeaderOps)}
+		}
+		ops = h.Headers.Response.HeaderOps
+	}
+	value, replacement := "", (*string)(nil)
+	if len(args) > 1 {
+		value = args[1]
+	}
+	if len(args) > 2 {
+		replacement = &args[2]
+	}
+	if err := headers.CaddyfileHeaderOp(ops, args[0], value, replacement); err != nil {
+		return p.Errf("%s: the values '%s' are not valid: %v; expected %s", name, strings.Join(args, " "), err, expectations[name])
 	}
 	return nil
 }

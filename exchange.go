@@ -172,8 +172,8 @@ func writeHead(w io.Writer, out *outgoing) error {
 	b = append(b, out.host...)
 	b = append(b, "\r\n"...)
 	for name, values := range out.header {
-		if name == "Content-Length" && out.body != nil {
-			continue
+		if name == "Content-Length" && out.body != nil || name == "Transfer-Encoding" || name == "Host" {
+			continue // said otherwise, or not to be said
 		}
 		for _, value := range values {
 			b = appendField(b, name, value)

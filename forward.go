@@ -24,6 +24,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
@@ -72,7 +73,7 @@ func (h *Handler) isProxyRequest(r *http.Request) bool {
 // forward sends a request in absolute form to its origin and the response back.
 // It returns the status for the log.
 func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (int, error) {
-	out, scheme, err := h.outgoing(r)
+	out, scheme, err := newOutgoing(r)
 	if err != nil {
 		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "This is no request that can be forwarded: %v.", err)
 	}
@@ -80,6 +81,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 		return answerLast(w, r)
 	}
 	h.setRequestFields(r, from)
+	h.applyUp(r, &out.host)
 	if out.body != nil {
 		control := http.NewResponseController(w)
 		out.stopBody = func() { _ = control.SetReadDeadline(time.Unix(1, 0)) }
@@ -161,9 +163,9 @@ func (h *Handler) forwardTLS(w http.ResponseWriter, r *http.Request, o *outgoing
 	return res.StatusCode, h.respond(w, r, res)
 }
 
-// outgoing makes the request to the origin out of the client's. Their fields
+// newOutgoing makes the request to the origin out of the client's. Their fields
 // are one map, which Caddy has copied for its logs before.
-func (h *Handler) outgoing(r *http.Request) (out *outgoing, scheme string, err error) {
+func newOutgoing(r *http.Request) (out *outgoing, scheme string, err error) {
 	u := r.URL
 	if r.ProtoMajor > 1 {
 		u = &url.URL{Scheme: "http", Host: r.Host}
@@ -233,10 +235,34 @@ func (h *Handler) setRequestFields(r *http.Request, from caller) {
 	h.via.add(r.Header, r.ProtoMajor, r.ProtoMinor)
 }
 
+// applyUp makes the configured changes to the fields of a request to an origin,
+// of which Host is one.
+func (h *Handler) applyUp(r *http.Request, host *string) {
+	if h.Headers == nil || h.Headers.Request == nil {
+		return
+	}
+	changed := *r
+	changed.Host = *host
+	h.Headers.Request.ApplyToRequest(&changed)
+	*host = changed.Host
+}
+
+// applyDown makes the configured changes to the fields of a response.
+func (h *Handler) applyDown(res *http.Response, r *http.Request) {
+	if h.Headers == nil || h.Headers.Response == nil {
+		return
+	}
+	ops := h.Headers.Response
+	if ops.Require != nil && !ops.Require.Match(res.StatusCode, res.Header) {
+		return
+	}
+	ops.ApplyTo(res.Header, r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer))
+}
+
 // respond passes a response on. If it breaks off, the answer to the client is
 // to be broken off too, so that nobody takes a part for the whole (RFC 9112 §8).
 func (h *Handler) respond(w http.ResponseWriter, r *http.Request, res *http.Response) error {
-	header := h.setResponseFields(w, res)
+	header := h.setResponseFields(w, r, res)
 	announced := len(res.Trailer)
 	if announced > 0 {
 		header["Trailer"] = []string{strings.Join(slices.Sorted(maps.Keys(res.Trailer)), ", ")}
@@ -263,9 +289,10 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, res *http.Resp
 }
 
 // setResponseFields makes the fields of the answer those of res.
-func (h *Handler) setResponseFields(w http.ResponseWriter, res *http.Response) http.Header {
+func (h *Handler) setResponseFields(w http.ResponseWriter, r *http.Request, res *http.Response) http.Header {
 	removeHopByHop(res.Header)
 	h.via.add(res.Header, res.ProtoMajor, res.ProtoMinor)
+	h.applyDown(res, r)
 	header := w.Header()
 	// What Caddy says of itself is not true of the origin, and net/http is not
 	// to guess at a type.
@@ -336,7 +363,7 @@ func (h *Handler) upgrade(w http.ResponseWriter, r *http.Request, res *http.Resp
 		return 0, f
 	}
 	protocol := res.Header["Upgrade"]
-	header := h.setResponseFields(w, res)
+	header := h.setResponseFields(w, r, res)
 	delete(header, "Content-Type")
 	header["Connection"] = []string{"Upgrade"}
 	header["Upgrade"] = protocol

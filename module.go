@@ -22,6 +22,7 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/headers"
 	"go.uber.org/zap"
 )
 
@@ -35,6 +36,17 @@ func init() {
 //
 // The site of a forward proxy must have no host name in its address, as a proxy
 // request carries the host it is for: use `:8080`, not `proxy.example.com`.
+//
+// Placeholders for handlers around it, such as log_append:
+//
+// Placeholder | Description
+// ------------|-------------
+// `{http.async_proxy.client}` | The client's address
+// `{http.async_proxy.method}` | The method of the request
+// `{http.async_proxy.host}` | The host and port that the request is for
+// `{http.async_proxy.status}` | The status of the answer; 499 if the client left before
+// `{http.async_proxy.latency}` | How long the answer took, as a duration
+// `{http.async_proxy.reason}` | For an answer of the proxy's own, the error type of RFC 9209
 type Handler struct {
 	// How many requests a client may make at once, from 1 to 1000000000. A
 	// CONNECT is one request, however long its tunnel lives. Default: 10.
@@ -108,6 +120,11 @@ type Handler struct {
 	// connect. Default: false.
 	RecheckTunnels bool `json:"recheck_tunnels,omitempty"`
 
+	// What to change in the fields of requests that are forwarded and of their
+	// responses, after everything that the proxy does itself; as in
+	// reverse_proxy.
+	Headers *headers.Handler `json:"headers,omitempty"`
+
 	// The names of this server itself. Over HTTP/2 and HTTP/3 a request through
 	// the proxy looks like one to it; with names given, requests for any other
 	// host are forwarded as http, which is what browsers send to an HTTPS proxy
@@ -163,6 +180,14 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	}
 	if h.ForwardedFor != "auto" && h.ForwardedFor != "off" {
 		return fmt.Errorf("forwarded_for %q: expected auto or off", h.ForwardedFor)
+	}
+	if h.Headers != nil {
+		if err := h.Headers.Provision(ctx); err != nil {
+			return fmt.Errorf("headers: %w", err)
+		}
+		if err := h.Headers.Validate(); err != nil {
+			return fmt.Errorf("headers: %w", err)
+		}
 	}
 	server, _ := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
 	if err := h.provisionName(server); err != nil {
@@ -259,33 +284,32 @@ func parsePrefixes(option string, exprs []string) ([]netip.Prefix, error) {
 
 // ServeHTTP implements caddyhttp.MiddlewareHandler.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
-	start := time.Now()
-	from := callerOf(r)
-	if !contains(h.exempt, from.addr) {
-		if v := h.limiter.take(h.limiter.client(from.addr), sinceEpoch(start)); !v.ok {
-			return h.refuseLimited(w, r, from, v)
+	v := h.newVisit(r)
+	if !contains(h.exempt, v.addr) {
+		if verdict := h.limiter.take(h.limiter.client(v.addr), sinceEpoch(v.start)); !verdict.ok {
+			return h.refuseLimited(w, r, v, verdict)
 		}
 	}
 
-	var status int
 	var err error
 	switch {
-	case h.via.seen(r.Header) || h.tunnels.loops(from.peer, h.name):
+	case h.via.seen(r.Header) || h.tunnels.loops(v.peer, h.name):
 		err = refuse(http.StatusLoopDetected, "proxy_loop_detected", nil, "This request has come back to the proxy %s, where it had been before.", h.name)
 	case r.Method == http.MethodConnect && !isExtendedConnect(r):
-		status, err = h.connect(w, r, from)
+		v.status, err = h.connect(w, r, v.caller)
 	case h.isProxyRequest(r):
-		status, err = h.forward(w, r, from)
+		v.status, err = h.forward(w, r, v.caller)
 	default:
-		status, err = h.passOn(w, r, from, next)
+		v.status, err = h.passOn(w, r, v.caller, next)
 	}
 
 	var f *refusal
 	if errors.As(err, &f) {
-		h.logRequest(r, from, start, f.status, f.err)
+		v.status, v.reason = f.status, f.kind
+		h.logRequest(r, v, f.err)
 		return h.answer(w, r, f)
 	}
-	h.logRequest(r, from, start, status, err)
+	h.logRequest(r, v, err)
 	if errors.Is(err, http.ErrAbortHandler) {
 		panic(http.ErrAbortHandler) // the answer is broken off, or the stream reset
 	}

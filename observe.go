@@ -7,8 +7,10 @@ import (
 	"errors"
 	"net/http"
 	"net/netip"
+	"strings"
 	"time"
 
+	"github.com/caddyserver/caddy/v2"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
@@ -36,15 +38,55 @@ func registerMetrics(registry *prometheus.Registry) error {
 	return nil
 }
 
+// visit is what is known of a request and its answer.
+type visit struct {
+	caller
+	r      *http.Request
+	start  time.Time
+	status int
+	reason string // of an answer of the proxy's own: the error type of RFC 9209
+}
+
+// newVisit begins a request, whose visit the placeholders speak of.
+func (h *Handler) newVisit(r *http.Request) *visit {
+	v := &visit{caller: callerOf(r), r: r, start: time.Now()}
+	if repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
+		repl.Map(v.placeholder)
+	}
+	return v
+}
+
+func (v *visit) placeholder(key string) (any, bool) {
+	name, ok := strings.CutPrefix(key, "http.async_proxy.")
+	if !ok {
+		return nil, false
+	}
+	switch name {
+	case "client":
+		return clientName(v.addr), true
+	case "method":
+		return v.r.Method, true
+	case "host":
+		return v.r.Host, true
+	case "status":
+		return v.status, true
+	case "latency":
+		return time.Since(v.start), true
+	case "reason":
+		return v.reason, true
+	}
+	return nil, false
+}
+
 // logRequest writes the line of a request that was answered, without its query,
 // which may hold secrets. A tunnel has lines of its own. err is what went wrong,
 // if anything did.
-func (h *Handler) logRequest(r *http.Request, from caller, start time.Time, status int, err error) {
-	if r.Method == http.MethodConnect && status == http.StatusOK {
+func (h *Handler) logRequest(r *http.Request, v *visit, err error) {
+	if r.Method == http.MethodConnect && v.status == http.StatusOK {
 		return
 	}
 	level := zapcore.InfoLevel
-	if status >= 500 {
+	if v.status >= 500 {
 		level = zapcore.WarnLevel
 	}
 	c := h.logger.Check(level, "request")
@@ -55,9 +97,12 @@ func (h *Handler) logRequest(r *http.Request, from caller, start time.Time, stat
 		zap.String("method", r.Method),
 		zap.String("host", r.Host),
 		zap.String("path", r.URL.Path),
-		zap.Int("status", status),
-		zap.Duration("latency", time.Since(start)),
-		clientField(from.addr),
+		zap.Int("status", v.status),
+		zap.Duration("latency", time.Since(v.start)),
+		clientField(v.addr),
+	}
+	if v.reason != "" {
+		fields = append(fields, zap.String("reason", v.reason))
 	}
 	if err != nil {
 		fields = append(fields, zap.Error(err))
@@ -67,17 +112,14 @@ func (h *Handler) logRequest(r *http.Request, from caller, start time.Time, stat
 
 // logLimited writes the line of a refusal by the limiter, which may stand for
 // more of them.
-func (h *Handler) logLimited(r *http.Request, from caller, v verdict) {
-	if v.refused == 0 {
-		return
-	}
+func (h *Handler) logLimited(r *http.Request, v *visit, wait time.Duration, refused int64) {
 	if c := h.logger.Check(zapcore.WarnLevel, "rate limited"); c != nil {
 		c.Write(
-			zap.String("ip", clientName(from.addr)),
+			zap.String("ip", clientName(v.addr)),
 			zap.String("method", r.Method),
 			zap.String("host", r.Host),
-			zap.Duration("retry_after", v.wait),
-			zap.Int64("refused", v.refused),
+			zap.Duration("retry_after", wait),
+			zap.Int64("refused", refused),
 		)
 	}
 }

@@ -257,16 +257,19 @@ func (l *limiter) state(wait time.Duration) string {
 }
 
 // refuseLimited answers a request that found no token.
-func (h *Handler) refuseLimited(w http.ResponseWriter, r *http.Request, from caller, v verdict) error {
-	h.logLimited(r, from, v)
-	retry := strconv.FormatInt(ceilSeconds(v.wait), 10)
+func (h *Handler) refuseLimited(w http.ResponseWriter, r *http.Request, v *visit, verdict verdict) error {
+	v.status, v.reason = http.StatusTooManyRequests, "http_request_denied"
+	if verdict.refused > 0 {
+		h.logLimited(r, v, verdict.wait, verdict.refused)
+	}
+	retry := strconv.FormatInt(ceilSeconds(verdict.wait), 10)
 	header := w.Header()
 	header["Retry-After"] = []string{retry}
 	header["Ratelimit-Policy"] = h.policy
-	header["Ratelimit"] = []string{h.limiter.state(v.wait)}
+	header["Ratelimit"] = []string{h.limiter.state(verdict.wait)}
 	return h.answer(w, r, &refusal{
-		status: http.StatusTooManyRequests,
-		kind:   "http_request_denied",
+		status: v.status,
+		kind:   v.reason,
 		text:   "Too many requests from your address; try again in " + retry + " s.",
 	})
 }
