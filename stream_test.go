@@ -1,0 +1,407 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bufio"
+	"crypto/sha256"
+	"fmt"
+	"hash"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// readUntil reads until what was read ends with end.
+func (c *rawConn) readUntil(end string) string {
+	c.t.Helper()
+	var b strings.Builder
+	for !strings.HasSuffix(b.String(), end) {
+		one, err := c.r.ReadByte()
+		if err != nil {
+			c.t.Fatalf("reading up to %q: %v (so far %q)", end, err, b.String())
+		}
+		b.WriteByte(one)
+	}
+	return b.String()
+}
+
+// streamRequest reads the head of a request at an origin.
+func streamRequest(c *net.TCPConn) *bufio.Reader {
+	r := bufio.NewReader(c)
+	for {
+		line, err := r.ReadString('\n')
+		if err != nil || line == "\r\n" {
+			return r
+		}
+	}
+}
+
+// Each byte leaves when it arrives: the origin waits until the client has what
+// was sent before.
+func TestStreamDown(t *testing.T) {
+	for name, framing := range map[string][3]string{
+		"chunks":         {"Transfer-Encoding: chunked\r\n\r\n", "3\r\none\r\n", "3\r\ntwo\r\n0\r\n\r\n"},
+		"known length":   {"Content-Length: 6\r\n\r\n", "one", "two"},
+		"to the end":     {"\r\n", "one", "two"},
+		"an event steam": {"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n", "3\r\none\r\n", "3\r\ntwo\r\n0\r\n\r\n"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			next := make(chan struct{})
+			origin := listen(t, func(c *net.TCPConn) {
+				streamRequest(c)
+				for _, part := range []string{"HTTP/1.1 200 OK\r\n" + framing[0], framing[1], framing[2]} {
+					if _, err := io.WriteString(c, part); err != nil {
+						return
+					}
+					<-next
+				}
+			})
+			c := newWorld(t, "", nil).dial()
+			c.send("GET http://" + origin + "/ HTTP/1.1\nHost: " + origin + "\n\n")
+			c.readUntil("\r\n\r\n")
+			next <- struct{}{}
+			c.readUntil("one")
+			next <- struct{}{}
+			c.readUntil("two")
+			next <- struct{}{}
+		})
+	}
+}
+
+// A request's body and the response pass each other: each chunk is echoed
+// before the next is sent.
+func TestStreamBothWays(t *testing.T) {
+	origin := listen(t, func(c *net.TCPConn) {
+		r := streamRequest(c)
+		_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+		_, _ = io.Copy(c, r)
+	})
+	c := newWorld(t, "", nil).dial()
+	c.send("POST http://" + origin + "/ HTTP/1.1\nHost: " + origin + "\nTransfer-Encoding: chunked\n\n")
+	c.readUntil("\r\n\r\n")
+	for i := range 10 {
+		chunk := fmt.Sprintf("chunk %d", i)
+		c.send(fmt.Sprintf("%x\n%s\n", len(chunk), chunk))
+		c.readUntil(chunk)
+	}
+	c.send("0\n\n")
+	c.readUntil("0\r\n\r\n")
+	// The connection is in step for another exchange.
+	other := newRuleOrigin(t, "")
+	c.send("GET http://" + other.address + "/ HTTP/1.1\nHost: " + other.address + "\n\n")
+	if res, body := c.response(http.MethodGet); body != "ok" {
+		t.Errorf("next exchange: %s %q", res.Status, body)
+	}
+}
+
+// A response that comes before the body is complete is passed on, and the
+// client can read it to its end.
+func TestStreamEarlyResponse(t *testing.T) {
+	origin := listen(t, func(c *net.TCPConn) {
+		streamRequest(c)
+		_, _ = io.WriteString(c, "HTTP/1.1 413 Content Too Large\r\nContent-Length: 3\r\n\r\nbig")
+	})
+	c := newWorld(t, "", nil).dial()
+	c.send("POST http://" + origin + "/ HTTP/1.1\nHost: " + origin + "\nContent-Length: 1000000000\n\nfirst")
+	if res, body := c.response(http.MethodPost); res.StatusCode != http.StatusRequestEntityTooLarge || body != "big" {
+		t.Errorf("got %s %q", res.Status, body)
+	}
+}
+
+// A client that leaves takes its exchange with the origin along.
+func TestStreamClientLeaves(t *testing.T) {
+	for name, answer := range map[string]string{
+		"before the response": "",
+		"in the response":     "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nab",
+	} {
+		t.Run(name, func(t *testing.T) {
+			ended := make(chan error, 1)
+			began := make(chan struct{})
+			origin := listen(t, func(c *net.TCPConn) {
+				r := streamRequest(c)
+				_, _ = io.WriteString(c, answer)
+				close(began)
+				_, err := r.ReadByte()
+				ended <- err
+			})
+			w := newWorld(t, "", nil)
+			c := w.dial()
+			c.send("GET http://" + origin + "/ HTTP/1.1\nHost: " + origin + "\n\n")
+			<-began
+			if answer != "" {
+				c.readUntil("ab")
+			}
+			c.Close()
+			if err := <-ended; err == nil || os.IsTimeout(err) {
+				t.Errorf("the origin read %v, want the end", err)
+			}
+			if answer == "" {
+				if line := w.waitLog("request", 1)[0]; line["status"] != 499.0 {
+					t.Errorf("status %v in the log, want 499", line["status"])
+				}
+			}
+		})
+	}
+}
+
+// streamSum reads n bytes into h.
+func streamSum(t *testing.T, h hash.Hash, r io.Reader) string {
+	t.Helper()
+	if _, err := io.Copy(h, r); err != nil {
+		t.Error(err)
+	}
+	return fmt.Sprintf("%x", h.Sum(nil))
+}
+
+// 50 MiB go up and down unharmed, in memory that does not grow with them.
+func TestStreamLarge(t *testing.T) {
+	const size = 50 << 20
+	body := func() io.Reader { return io.LimitReader(rand.NewChaCha8([32]byte{1}), size) }
+	want := streamSum(t, sha256.New(), body())
+	var got atomic.Value
+	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		got.Store(streamSum(t, sha256.New(), r.Body))
+		if r.URL.Path == "/length" {
+			w.Header().Set("Content-Length", fmt.Sprint(size))
+		}
+		_, _ = io.Copy(w, body())
+	}))
+	for _, path := range []string{"/length", "/chunks"} {
+		for _, known := range []bool{true, false} {
+			var before, after runtime.MemStats
+			runtime.GC()
+			runtime.ReadMemStats(&before)
+			req, err := http.NewRequest(http.MethodPost, w.origin.URL+path, body())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if known {
+				req.ContentLength = size
+			}
+			res, err := w.client().Do(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if sum := streamSum(t, sha256.New(), res.Body); sum != want {
+				t.Errorf("%s: the response has the sum %s, want %s", path, sum, want)
+			}
+			res.Body.Close()
+			if got.Load() != want {
+				t.Errorf("%s: the request had the sum %s, want %s", path, got.Load(), want)
+			}
+			runtime.ReadMemStats(&after)
+			if grown := int64(after.HeapSys) - int64(before.HeapSys); grown > 24<<20 {
+				t.Errorf("%s: the heap has grown by %d MiB", path, grown>>20)
+			}
+		}
+	}
+}
+
+// A client that reads slowly holds back its origin, and nobody else.
+func TestStreamSlowReader(t *testing.T) {
+	var sent atomic.Int64
+	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/other" {
+			fmt.Fprint(w, "other")
+			return
+		}
+		block := make([]byte, 64<<10)
+		for range 4096 { // 256 MiB
+			n, err := w.Write(block)
+			sent.Add(int64(n))
+			if err != nil {
+				return
+			}
+		}
+	}))
+	origin := strings.TrimPrefix(w.origin.URL, "http://")
+	slow := w.dial()
+	slow.send("GET http://" + origin + "/slow HTTP/1.1\nHost: " + origin + "\n\n")
+	slow.readUntil("\r\n\r\n")
+	var last int64
+	eventually(t, "the origin to be held back", func() bool {
+		time.Sleep(100 * time.Millisecond)
+		now := sent.Load()
+		stopped := now == last && now > 0
+		last = now
+		return stopped
+	})
+	if last > 64<<20 {
+		t.Errorf("%d MiB were taken from the origin for a client that does not read", last>>20)
+	}
+	res, err := w.client().Get(w.origin.URL + "/other")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	if body, _ := io.ReadAll(res.Body); string(body) != "other" {
+		t.Errorf("meanwhile another client got %q", body)
+	}
+}
+
+// A connection that the origin has closed while it was idle is noticed by the
+// next exchange: what may be sent again is, and what may not is refused.
+func TestStreamStaleConnection(t *testing.T) {
+	var conns atomic.Int64
+	closeIdle := make(chan struct{})
+	origin := listen(t, func(c *net.TCPConn) {
+		conns.Add(1)
+		r := streamRequest(c)
+		_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+		if conns.Load() == 1 {
+			// Closes without a word as soon as the second request is there.
+			_, _ = r.ReadByte()
+			_ = c.SetLinger(0)
+			close(closeIdle)
+			return
+		}
+		_, _ = io.Copy(io.Discard, r)
+	})
+	w := newWorld(t, "", nil)
+	c := w.dial()
+	for range 2 {
+		c.send("GET http://" + origin + "/ HTTP/1.1\nHost: " + origin + "\n\n")
+		if res, body := c.response(http.MethodGet); body != "ok" {
+			t.Fatalf("%s %q", res.Status, body)
+		}
+	}
+	<-closeIdle
+	if n := conns.Load(); n != 2 {
+		t.Errorf("%d connections, want 2", n)
+	}
+}
+
+func TestStreamStalePost(t *testing.T) {
+	var requests atomic.Int64
+	origin := listen(t, func(c *net.TCPConn) {
+		r := streamRequest(c)
+		requests.Add(1)
+		_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+		if line, _ := r.ReadString('\n'); strings.HasPrefix(line, "POST") {
+			requests.Add(1)
+		}
+		_ = c.SetLinger(0)
+	})
+	c := newWorld(t, "", nil).dial()
+	c.send("GET http://" + origin + "/ HTTP/1.1\nHost: " + origin + "\n\n")
+	c.response(http.MethodGet)
+	c.send("POST http://" + origin + "/ HTTP/1.1\nHost: " + origin + "\nContent-Length: 5\n\nhello")
+	if res, body := c.response(http.MethodPost); res.StatusCode != http.StatusBadGateway {
+		t.Errorf("%s %q, want 502", res.Status, body)
+	}
+	if n := requests.Load(); n != 2 {
+		t.Errorf("the origin saw %d requests, want the POST once", n-1)
+	}
+}
+
+// Requests that come together are answered in their order.
+func TestStreamPipelined(t *testing.T) {
+	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.URL.Path) }))
+	origin := strings.TrimPrefix(w.origin.URL, "http://")
+	c := w.dial()
+	var all strings.Builder
+	for i := range 5 {
+		fmt.Fprintf(&all, "GET http://%s/%d HTTP/1.1\nHost: %s\n\n", origin, i, origin)
+	}
+	c.send(all.String())
+	for i := range 5 {
+		if _, body := c.response(http.MethodGet); body != fmt.Sprintf("/%d", i) {
+			t.Errorf("response %d is %q", i, body)
+		}
+	}
+}
+
+// streamUpgrade is an origin that agrees to every upgrade, says something right
+// behind its answer, and then echoes.
+func streamUpgrade(t *testing.T) string {
+	return listen(t, func(c *net.TCPConn) {
+		r := streamRequest(c)
+		_, _ = io.WriteString(c, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\nX-One: 1\r\n\r\nhello ")
+		_, _ = io.Copy(c, r)
+		_ = c.CloseWrite()
+	})
+}
+
+// An upgraded connection is a tunnel, with what was sent behind the request and
+// behind the 101, whether the request was for the proxy or for the next handler.
+func TestStreamUpgrade(t *testing.T) {
+	for _, name := range []string{"absolute form", "next handler"} {
+		t.Run(name, func(t *testing.T) {
+			origin := streamUpgrade(t)
+			w := newWorld(t, "", nil)
+			target := "http://" + origin + "/"
+			if name == "next handler" {
+				target = "/"
+				site := strings.TrimSpace(w.site(""))
+				w.load(strings.TrimSuffix(site, "}") + "\treverse_proxy " + origin + "\n}\n")
+			}
+			c := w.dial()
+			c.send("GET " + target + " HTTP/1.1\nHost: " + origin + "\nConnection: Upgrade\nUpgrade: echo\n\nearly ")
+			head := c.readUntil("\r\n\r\n")
+			if !strings.HasPrefix(head, "HTTP/1.1 101 ") || !strings.Contains(head, "Upgrade: echo\r\n") || !strings.Contains(head, "X-One: 1\r\n") {
+				t.Errorf("answer %q", head)
+			}
+			c.send("late")
+			_ = c.CloseWrite()
+			if got := c.readAll(); got != "hello early late" {
+				t.Errorf("got %q, want %q", got, "hello early late")
+			}
+			if name == "absolute form" {
+				w.waitLog("CONNECT tunnel closed", 1)
+			}
+		})
+	}
+}
+
+// As many connections to an origin stay open as were busy, are used again, and
+// are closed when the config goes.
+func TestStreamPool(t *testing.T) {
+	var opened, open atomic.Int64
+	busy := make(chan struct{})
+	var arrived atomic.Int64
+	origin := listen(t, func(c *net.TCPConn) {
+		opened.Add(1)
+		open.Add(1)
+		defer open.Add(-1)
+		r := bufio.NewReader(c)
+		for {
+			if _, err := http.ReadRequest(r); err != nil {
+				return
+			}
+			if arrived.Add(1) == 8 {
+				close(busy)
+			}
+			<-busy
+			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+		}
+	})
+	w := newWorld(t, "", nil)
+	var clients []*rawConn
+	for range 8 {
+		clients = append(clients, w.dial())
+	}
+	for range 3 {
+		for _, c := range clients {
+			c.send("GET http://" + origin + "/ HTTP/1.1\nHost: " + origin + "\n\n")
+		}
+		for _, c := range clients {
+			if res, body := c.response(http.MethodGet); body != "ok" {
+				t.Fatalf("%s %q", res.Status, body)
+			}
+		}
+	}
+	if n := opened.Load(); n != 8 {
+		t.Errorf("%d connections were opened for 8 clients, want 8", n)
+	}
+	w.load("http://:1 {\n}\n")
+	eventually(t, "the connections to be closed", func() bool { return open.Load() == 0 })
+}
