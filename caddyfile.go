@@ -43,8 +43,8 @@ func parseCaddyfile(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error)
 //		via           <pseudonym>|off
 //		forwarded_for auto|off
 //		hosts         <own_names...>
-//		header_up     [+|-|?]<field> [<value|regexp> [<replacement>]]
-//		header_down   [+|-|?]<field> [<value|regexp> [<replacement>]]
+//		header_up     [+|-]<field> [<value|regexp> [<replacement>]]
+//		header_down   [+|-]<field> [<value|regexp> [<replacement>]]
 //
 //		max_tunnels         <n> [per_client <n>]
 //		tunnel_idle_timeout <duration>|off
@@ -77,7 +77,7 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		if err := p.option(h, name, args); err != nil {
 			return err
 		}
-		if d.NextBlock(d.Nesting()) {
+		if last := d.Val(); d.NextBlock(d.Nesting()) || d.Val() != last { // an empty block only moves on
 			return d.Errf("%s: unexpected block; expected %s", name, expectations[name])
 		}
 	}
@@ -99,12 +99,13 @@ var expectations = map[string]string{
 	"via":                     "a pseudonym that starts with a letter, or off",
 	"forwarded_for":           "auto or off",
 	"hosts":                   "names of this server, without ports",
-
-	"max_tunnels":         "a whole number of tunnels from 1, and perhaps per_client with another",
-	"tunnel_idle_timeout": "a positive duration such as 1h, or off",
-	"tunnel_max_duration": "a positive duration such as 24h",
-	"stream_close_delay":  "a duration such as 5m, or 0 for at once",
-	"recheck_tunnels":     "no value",
+	"header_up":               "a field, and perhaps a value, or a regular expression and its replacement",
+	"header_down":             "a field, and perhaps a value, or a regular expression and its replacement",
+	"max_tunnels":             "a whole number of tunnels from 1, and perhaps per_client with another",
+	"tunnel_idle_timeout":     "a positive duration such as 1h, or off",
+	"tunnel_max_duration":     "a positive duration such as 24h",
+	"stream_close_delay":      "a duration such as 5m, or 0 for at once",
+	"recheck_tunnels":         "no value",
 }
 
 // lists are the options that take any number of values, any number of times.
@@ -125,7 +126,10 @@ func (p caddyfileParser) option(h *Handler, name string, args []string) error {
 	}
 	list := lists[name]
 	switch {
-	case name == "recheck_tunnels" && len(args) == 0 && !p.seen[name]:
+	case name == "recheck_tunnels" && len(args) == 0:
+		if p.seen[name] {
+			return p.Errf("%s: the option is given twice; expected it once", name)
+		}
 		p.seen[name] = true
 		h.RecheckTunnels = true
 		return nil

@@ -83,7 +83,7 @@ func (x *exchange) mayRetry(out *outgoing, err error) bool {
 func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 	conn, err := x.origins.get(x.ctx, out.authority, fresh)
 	if err != nil {
-		return nil, &dialError{err}
+		return nil, err
 	}
 	x.conn = conn
 	x.stopWatch = context.AfterFunc(x.ctx, func() { _ = conn.Close() })

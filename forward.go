@@ -92,12 +92,16 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 			}
 		}
 	}
+	pool := h.origins[from.reach]
 	if scheme == "https" {
-		return h.forwardTLS(w, r, out, from)
+		if len(r.Header["Upgrade"]) == 0 {
+			return h.forwardTLS(w, r, out, from)
+		}
+		pool = h.secureOrigins[from.reach] // only HTTP/1 has upgrades
 	}
 
 	x := &exchange{
-		origins: h.origins[from.reach], ctx: r.Context(), timeout: time.Duration(h.ResponseHeaderTimeout),
+		origins: pool, ctx: r.Context(), timeout: time.Duration(h.ResponseHeaderTimeout),
 		interim: func(status int, fields http.Header) { passInterim(w, r, status, fields) },
 	}
 	defer x.finish(false)
@@ -136,6 +140,7 @@ func (h *Handler) forwardTLS(w http.ResponseWriter, r *http.Request, o *outgoing
 	if out.Body = body; o.body == nil {
 		out.Body = nil // else it would be sent in chunks, and never again
 	}
+	delete(r.Header, "Connection") // http.Transport's own affair
 	if _, ok := r.Header["User-Agent"]; !ok {
 		r.Header["User-Agent"] = nil // else Go puts its own
 	}
@@ -148,15 +153,6 @@ func (h *Handler) forwardTLS(w http.ResponseWriter, r *http.Request, o *outgoing
 		return 0, forwardRefusal(r, err)
 	}
 	defer res.Body.Close()
-	if res.StatusCode == http.StatusSwitchingProtocols {
-		far, ok := res.Body.(io.ReadWriteCloser)
-		if !ok {
-			return 0, caddyhttp.Error(http.StatusInternalServerError, errors.New("the connection cannot be written to"))
-		}
-		t := h.newTunnel(from, o.authority, "", nil)
-		t.far = upgradedPeer{far}
-		return h.upgrade(w, r, res, t)
-	}
 	if res.StatusCode < 200 {
 		return 0, forwardRefusal(r, protocolError("the response has a status that ends no exchange"))
 	}
@@ -266,6 +262,9 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, res *http.Resp
 	announced := len(res.Trailer)
 	if announced > 0 {
 		header["Trailer"] = []string{strings.Join(slices.Sorted(maps.Keys(res.Trailer)), ", ")}
+		if r.ProtoMajor == 1 {
+			delete(header, "Content-Length") // HTTP/2 has both, HTTP/1 only one or the other
+		}
 	}
 	w.WriteHeader(res.StatusCode)
 	if err := copyBody(w, res); err != nil {

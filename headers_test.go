@@ -235,7 +235,7 @@ func TestValidPseudonym(t *testing.T) {
 
 func FuzzRemoveHopByHop(f *testing.F) {
 	f.Add("Connection: close, X-Hop\nX-Hop: 1\nX-End: 2")
-	f.Add("connection: \tx-a\t,,X-B ,\nConnection: TE, upgrade\nTE: trailers\nUpgrade: websocket\nX-A: 1\nx-b: 2")
+	f.Add("connection: \tx-a\t,,X-B ,\nConnection: TE, upgrade, X-C\nX-C: 3\nTE: trailers\nUpgrade: websocket\nX-A: 1\nx-b: 2")
 	f.Add("Connection: Via, X-Forwarded-For, X-Real-IP, Host, Content-Length\nVia: 1.1 ann\nX-Forwarded-For: 203.0.113.9")
 	f.Add("Proxy-Authorization: Basic x\nProxy-Connection: X-Hop\nX-Hop: 1\nConnection:")
 	f.Fuzz(func(t *testing.T, text string) {

@@ -64,9 +64,10 @@ type Handler struct {
 	// Default: 64, the least that a network assigns to one subscriber.
 	IPv6Prefix int `json:"ipv6_prefix,omitempty"`
 
-	// How many clients are tracked, at least 2: the bound on the limiter's
-	// memory, some 100 bytes each. When more are active, those that were idle
-	// for longest find a full bucket when they come again. Default: 1000000.
+	// How many clients are tracked at most, at least 2: the bound on the
+	// limiter's memory, some 100 bytes each. When more than half as many are
+	// active, those that were idle for longest may find a full bucket when they
+	// come again. Default: 1000000.
 	MaxClients int `json:"max_clients,omitempty"`
 
 	// Handlers with the same zone and the same limits share one budget for each
@@ -150,8 +151,10 @@ type Handler struct {
 	tunnels   *registry
 	origins   [reaches]*origins
 	upstreams [reaches]*http.Transport // to https origins
-	via       via
-	name      string // in Proxy-Status
+
+	secureOrigins [reaches]*origins // to those for upgrades
+	via           via
+	name          string // in Proxy-Status
 }
 
 // CaddyModule returns the Caddy module information.
@@ -198,7 +201,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	}
 	h.dialer = newDialer(time.Duration(h.DialTimeout), allow, ownListeners(ctx, server))
 	for r := range reaches {
-		h.origins[r] = newOrigins(h.dialer, r)
+		h.origins[r], h.secureOrigins[r] = newOrigins(h.dialer, r, false), newOrigins(h.dialer, r, true)
 		h.upstreams[r] = newTransport(h.dialer, r, max(0, time.Duration(h.ResponseHeaderTimeout)))
 	}
 	if err := h.validateTunnels(); err != nil {
@@ -228,6 +231,7 @@ func (h *Handler) Cleanup() error {
 	for r := range reaches {
 		if h.origins[r] != nil {
 			h.origins[r].close()
+			h.secureOrigins[r].close()
 			h.upstreams[r].CloseIdleConnections()
 		}
 	}

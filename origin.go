@@ -6,8 +6,10 @@ package asyncproxy
 import (
 	"bufio"
 	"context"
+	"crypto/tls"
 	"net"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -22,6 +24,8 @@ const (
 	sweepInterval  = 15 * time.Second
 )
 
+const handshakeTimeout = 10 * time.Second
+
 // origins opens connections to HTTP/1 origins for the clients of one reach, and
 // keeps those that are idle: as many for an origin as were busy at once.
 //
@@ -29,6 +33,7 @@ const (
 type origins struct {
 	dialer *dialer
 	reach  reach
+	secure bool // over TLS
 
 	idle  *xsync.Map[string, []*originConn] // by authority; the last used last
 	count atomic.Int64
@@ -51,8 +56,8 @@ type originConn struct {
 // head and all, takes a single system call to read.
 var readers = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, 16<<10) }}
 
-func newOrigins(d *dialer, r reach) *origins {
-	return &origins{dialer: d, reach: r, idle: xsync.NewMap[string, []*originConn]()}
+func newOrigins(d *dialer, r reach, secure bool) *origins {
+	return &origins{dialer: d, reach: r, secure: secure, idle: xsync.NewMap[string, []*originConn]()}
 }
 
 // get returns an idle connection to authority, a host and a port, or opens one.
@@ -76,11 +81,29 @@ func (o *origins) get(ctx context.Context, authority string, fresh bool) (*origi
 	}
 	conn, err := o.dialer.dial(ctx, o.reach, authority)
 	if err != nil {
-		return nil, err
+		return nil, &dialError{err}
+	}
+	if o.secure {
+		if conn, err = handshake(ctx, conn, authority); err != nil {
+			return nil, err
+		}
 	}
 	c := &originConn{Conn: conn, authority: authority, r: readers.Get().(*bufio.Reader)}
 	c.r.Reset(conn)
 	return c, nil
+}
+
+// handshake begins TLS for HTTP/1 on conn, which it closes if that fails.
+func handshake(ctx context.Context, conn net.Conn, authority string) (net.Conn, error) {
+	host, _, _ := cutPort(authority)
+	secure := tls.Client(conn, &tls.Config{ServerName: strings.Trim(host, "[]"), NextProtos: []string{"http/1.1"}})
+	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
+	defer cancel()
+	if err := secure.HandshakeContext(ctx); err != nil {
+		_ = conn.Close()
+		return nil, err
+	}
+	return secure, nil
 }
 
 func (o *origins) takeIdle(authority string) (c *originConn) {

@@ -83,21 +83,6 @@ func (p *connPeer) Abort() error {
 	return p.Close()
 }
 
-// upgradedPeer is an origin's connection after a 101, as http.Transport hands
-// it out.
-type upgradedPeer struct{ io.ReadWriteCloser }
-
-func (p upgradedPeer) reader() io.Reader { return p.ReadWriteCloser }
-func (p upgradedPeer) writer() io.Writer { return p.ReadWriteCloser }
-func (p upgradedPeer) Abort() error      { return p.Close() }
-
-func (p upgradedPeer) CloseWrite() error {
-	if half, ok := p.ReadWriteCloser.(closeWriter); ok {
-		return half.CloseWrite()
-	}
-	return p.Close()
-}
-
 // streamPeer is a client whose tunnel is a stream of HTTP/2 or HTTP/3. What is
 // written to it ends with the handler's return and in no other way, and then
 // nothing can be read from it any more: there is no half-close towards the

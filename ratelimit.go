@@ -53,9 +53,9 @@ type limiterKey struct {
 // Buckets live in two generations. A bucket that nobody touched for as long as
 // it takes to fill is full, and so is a bucket that does not exist: dropping a
 // generation that was last written to that long ago forgets nothing. Only when
-// more than max_clients are active at once is a generation dropped early; its
-// clients, the longest idle, then find a full bucket. Memory is bounded, and no
-// newcomer is ever locked out.
+// more than half of max_clients come in that time is a generation dropped
+// early; those of its clients that have not come since, the longest idle, then
+// find a full bucket. Memory is bounded, and no newcomer is ever locked out.
 //
 // All methods are safe for concurrent use.
 type limiter struct {
@@ -72,6 +72,7 @@ type limiter struct {
 // nanoseconds since epoch, at which it is full.
 type generations struct {
 	cur, old *xsync.Map[netip.Addr, *bucket]
+	promoted atomic.Int64 // buckets of old that are in cur, too
 	until    int64
 }
 
@@ -200,6 +201,7 @@ func takeToken(full *atomic.Int64, now, interval, fill int64) int64 {
 // bucket finds the client's bucket in the newer generation, brings it there
 // from the older one, or makes a full one.
 func (l *limiter) bucket(client netip.Addr, now int64) *bucket {
+	var b *bucket // survives a rotation that the client itself brings about
 	for {
 		g := l.gens.Load()
 		if now >= g.until {
@@ -209,18 +211,24 @@ func (l *limiter) bucket(client netip.Addr, now int64) *bucket {
 		if b, ok := g.cur.Load(client); ok {
 			return b
 		}
+		old, promoted := g.old.Load(client)
+		if promoted {
+			b = old
+		}
 		if g.cur.Size() >= l.half {
 			l.rotate(g, now)
 			continue
 		}
-		b, ok := g.old.Load(client)
-		if !ok {
+		if b == nil {
 			b = new(bucket)
 		}
-		b, _ = g.cur.LoadOrStore(client, b)
-		// A rotation in between may have left b behind in a generation that
-		// nobody looks into any more: then look again.
-		if l.gens.Load() == g {
+		stored, loaded := g.cur.LoadOrStore(client, b)
+		if promoted && !loaded {
+			g.promoted.Add(1)
+		}
+		// A rotation in between may have left the bucket behind in a generation
+		// that nobody looks into any more: then look again.
+		if b = stored; l.gens.Load() == g {
 			return b
 		}
 	}
@@ -231,18 +239,17 @@ func (l *limiter) bucket(client netip.Addr, now int64) *bucket {
 func (l *limiter) rotate(g *generations, now int64) {
 	early := now < g.until
 	if l.gens.CompareAndSwap(g, &generations{cur: newBuckets(), old: g.cur, until: now + l.period}) && early {
-		n := g.old.Size()
+		n := g.old.Size() - int(g.promoted.Load())
 		l.forced.Add(int64(n))
 		metrics.evictions.Add(float64(n))
 	}
 }
 
-// clients returns how many clients are tracked. A client in both generations
-// counts twice: it is an upper bound, never above max_clients by more than the
-// number of concurrent callers.
+// clients returns how many clients are tracked, never more than max_clients by
+// more than the number of concurrent callers.
 func (l *limiter) clients() int {
 	g := l.gens.Load()
-	return g.cur.Size() + g.old.Size()
+	return g.cur.Size() + g.old.Size() - int(g.promoted.Load())
 }
 
 // policy and state are the values of the RateLimit-Policy and RateLimit fields

@@ -15,10 +15,10 @@ import (
 	"go.uber.org/zap"
 )
 
-// eventFunc is a handler of events that is a function.
-type eventFunc func()
+// eventHandler calls a function. It is a struct as Caddy logs it as JSON.
+type eventHandler struct{ call func() }
 
-func (f eventFunc) Handle(context.Context, caddy.Event) error { f(); return nil }
+func (h eventHandler) Handle(context.Context, caddy.Event) error { h.call(); return nil }
 
 // atStart has things done when the config runs, and not when it is only
 // validated; and what is left to do when Caddy exits.
@@ -37,7 +37,7 @@ func (h *Handler) atStart(ctx caddy.Context, server *caddyhttp.Server) error {
 		}
 		return nil
 	})
-	return events.(*caddyevents.App).On("started", eventFunc(func() { h.started(server) }))
+	return events.(*caddyevents.App).On("started", eventHandler{func() { h.started(server) }})
 }
 
 func (h *Handler) started(server *caddyhttp.Server) {

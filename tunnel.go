@@ -65,15 +65,11 @@ const lastWords = 5 * time.Second
 
 // newTunnel prepares a tunnel to far, the connection that was dialled.
 func (h *Handler) newTunnel(from caller, target, proto string, far net.Conn) *tunnel {
-	t := &tunnel{
+	return &tunnel{
 		client: from.addr, bucket: h.limiter.client(from.addr), target: target, proto: proto, start: time.Now(),
 		owner: h, reach: from.reach, registry: h.tunnels, logger: h.logger,
+		far: newConnPeer(far), address: addrPort(far.RemoteAddr()), source: addrPort(far.LocalAddr()),
 	}
-	if far != nil {
-		t.far = newConnPeer(far)
-		t.address, t.source = addrPort(far.RemoteAddr()), addrPort(far.LocalAddr())
-	}
-	return t
 }
 
 func addrPort(addr net.Addr) netip.AddrPort {

@@ -1,0 +1,489 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"encoding/json"
+	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"maps"
+	"os"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"unicode/utf8"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+)
+
+// adapt makes JSON of a Caddyfile, as `caddy adapt` does.
+func adapt(input, filename string) (config []byte, warnings []caddyconfig.Warning, err error) {
+	return caddyconfig.GetAdapter("caddyfile").Adapt([]byte(input), map[string]any{"filename": filename})
+}
+
+// adapted is what the tests look at in an adapted config.
+type adapted struct {
+	Apps struct {
+		HTTP struct {
+			Servers map[string]struct {
+				Routes []struct {
+					Handle []map[string]any `json:"handle"`
+				} `json:"routes"`
+			} `json:"servers"`
+		} `json:"http"`
+	} `json:"apps"`
+}
+
+// handlers returns the handlers of a Caddyfile's first site, in order.
+func handlers(t *testing.T, input string) []map[string]any {
+	t.Helper()
+	config, _, err := adapt(input, "Caddyfile")
+	if err != nil {
+		t.Fatalf("adapting %s: %v", input, err)
+	}
+	var c adapted
+	if err := json.Unmarshal(config, &c); err != nil {
+		t.Fatal(err)
+	}
+	var list []map[string]any
+	for _, route := range c.Apps.HTTP.Servers["srv0"].Routes {
+		list = append(list, route.Handle...)
+	}
+	return list
+}
+
+func TestCaddyfile(t *testing.T) {
+	for _, tc := range []struct{ name, directive, want string }{
+		{"bare", `async_proxy`, `{}`},
+		{"empty block", "async_proxy {\n}", `{}`},
+		{"one line", `async_proxy burst 200 refill 20`, `{"burst": 200, "refill": 20}`},
+		{"one line, the other way round", `async_proxy refill 20 burst 200`, `{"burst": 200, "refill": 20}`},
+		{"one line, one option", `async_proxy refill 0.1`, `{"refill": 0.1}`},
+		{"block", "async_proxy {\n burst 200\n refill 20\n}", `{"burst": 200, "refill": 20}`},
+		{"one line and block", "async_proxy burst 200 {\n refill 20\n}", `{"burst": 200, "refill": 20}`},
+		{"quoted", "async_proxy {\n \"burst\" `200`\n}", `{"burst": 200}`},
+		{"least", "async_proxy {\n burst 1\n refill 0.00001\n ipv4_prefix 1\n ipv6_prefix 1\n max_clients 2\n dial_timeout 1ns\n max_tunnels 1\n}",
+			`{"burst": 1, "refill": 0.00001, "ipv4_prefix": 1, "ipv6_prefix": 1, "max_clients": 2, "dial_timeout": 1, "max_tunnels": 1}`},
+		{"greatest", "async_proxy {\n burst 1000000000\n refill 1e6\n ipv4_prefix 32\n ipv6_prefix 128\n}",
+			`{"burst": 1000000000, "refill": 1000000, "ipv4_prefix": 32, "ipv6_prefix": 128}`},
+		{"lists", "async_proxy {\n exempt 10.0.0.0/8 192.0.2.1\n exempt private_ranges\n allow 2001:db8::/32\n allow ::1 10.0.0.1\n hosts a.example\n hosts b.example 192.0.2.1\n}",
+			`{"exempt": ["10.0.0.0/8", "192.0.2.1", "private_ranges"], "allow": ["2001:db8::/32", "::1", "10.0.0.1"], "hosts": ["a.example", "b.example", "192.0.2.1"]}`},
+		{"off", "async_proxy {\n via off\n forwarded_for off\n tunnel_idle_timeout off\n response_header_timeout off\n}",
+			`{"via": "off", "forwarded_for": "off", "tunnel_idle_timeout": -1, "response_header_timeout": -1}`},
+		{"stream_close_delay at once", "async_proxy {\n stream_close_delay 0\n}", `{"stream_close_delay": 0}`},
+		{"everything", `async_proxy {
+			burst         20
+			refill        2.5
+			ipv4_prefix   24
+			ipv6_prefix   56
+			max_clients   1000
+			zone          office
+			exempt        10.0.0.0/8
+			allow         192.168.0.0/16
+			dial_timeout  5s
+			response_header_timeout 1m
+			via           fred
+			forwarded_for auto
+			hosts         proxy.example.com
+			max_tunnels         100 per_client 10
+			tunnel_idle_timeout 1d
+			tunnel_max_duration 24h
+			stream_close_delay  5m
+			recheck_tunnels
+		}`, `{
+			"burst": 20, "refill": 2.5, "ipv4_prefix": 24, "ipv6_prefix": 56, "max_clients": 1000, "zone": "office",
+			"exempt": ["10.0.0.0/8"], "allow": ["192.168.0.0/16"], "dial_timeout": 5000000000, "response_header_timeout": 60000000000,
+			"via": "fred", "forwarded_for": "auto", "hosts": ["proxy.example.com"],
+			"max_tunnels": 100, "max_tunnels_per_client": 10, "tunnel_idle_timeout": 86400000000000, "tunnel_max_duration": 86400000000000,
+			"stream_close_delay": 300000000000, "recheck_tunnels": true
+		}`},
+		{"header operations", "async_proxy {\n header_up X-A one\n header_up -X-B\n header_up X-C a b\n header_down +X-D two\n header_down X-E three\n}",
+			`{"headers": {
+				"request": {"set": {"X-A": ["one"]}, "delete": ["X-B"], "replace": {"X-C": [{"search_regexp": "a", "replace": "b"}]}},
+				"response": {"add": {"X-D": ["two"]}, "set": {"X-E": ["three"]}}
+			}}`},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			got := handlers(t, ":8080 {\n"+tc.directive+"\n}")
+			want := map[string]any{"handler": "async_proxy"}
+			if err := json.Unmarshal([]byte(tc.want), &want); err != nil {
+				t.Fatal(err)
+			}
+			if len(got) != 1 || !reflect.DeepEqual(got[0], want) {
+				t.Errorf("%s\nmakes %v\nwant  %v", tc.directive, got, want)
+			}
+		})
+	}
+}
+
+func TestCaddyfileMatcher(t *testing.T) {
+	config, _, err := adapt(":8080 {\n\t@lan remote_ip 10.0.0.0/8\n\tasync_proxy @lan burst 5 {\n\t\trefill 2\n\t}\n}", "Caddyfile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{`"match":[{"remote_ip":{"ranges":["10.0.0.0/8"]}}]`, `{"burst":5,"handler":"async_proxy","refill":2}`} {
+		if !strings.Contains(string(config), want) {
+			t.Errorf("%s\nhas no %s", config, want)
+		}
+	}
+}
+
+// A site that asks for credentials is no open proxy, and a site that answers
+// requests of its own does so to those that the proxy passes on.
+func TestDirectiveOrder(t *testing.T) {
+	got := handlers(t, `:8080 {
+		respond hello
+		reverse_proxy 127.0.0.1:1
+		encode gzip
+		async_proxy
+		request_header X-A b
+		basic_auth {
+			bob $2a$14$Zkx19XLiW6VYouLHR5NmfOFU0z2GTNmpkT/5qqR7hx4IjWJPDhjvG
+		}
+		rewrite /a
+	}`)
+	var names []string
+	for _, handler := range got {
+		names = append(names, handler["handler"].(string))
+	}
+	want := []string{"rewrite", "authentication", "headers", "async_proxy", "encode", "static_response", "reverse_proxy"}
+	if !slices.Equal(names, want) {
+		t.Errorf("the order of handlers is %v, want %v", names, want)
+	}
+}
+
+func TestCaddyfileMistakes(t *testing.T) {
+	const (
+		tokens    = "expected a whole number of tokens from 1 to 1000000000"
+		perSecond = "expected tokens per second from 0.00001 to 1000000"
+		clients   = "expected a whole number of clients, at least 2"
+		ranges    = "expected addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges"
+		tunnels   = "expected a whole number of tunnels from 1, and perhaps per_client with another"
+		pseudonym = "expected a pseudonym that starts with a letter, or off"
+		names     = "expected names of this server, without ports"
+		arguments = "expected burst <tokens>, refill <tokens_per_second>, or a block of options"
+	)
+	for _, tc := range []struct{ directive, want string }{
+		{"async_proxy nonsense", "unexpected argument 'nonsense'; " + arguments + ", at Caddyfile:2"},
+		{"async_proxy 10", "unexpected argument '10'; " + arguments + ", at Caddyfile:2"},
+		{"async_proxy zone a", "unexpected argument 'zone'; " + arguments + ", at Caddyfile:2"},
+		{"async_proxy burst 5 nonsense", "unexpected argument 'nonsense'; " + arguments + ", at Caddyfile:2"},
+		{"async_proxy burst", "burst: there is no value; " + tokens + ", at Caddyfile:2"},
+		{"async_proxy refill", "refill: there is no value; " + perSecond + ", at Caddyfile:2"},
+		{"async_proxy burst refill 5", "burst: the value 'refill' is not valid; " + tokens + ", at Caddyfile:2"},
+		{"async_proxy burst ten", "burst: the value 'ten' is not valid; " + tokens + ", at Caddyfile:2"},
+		{"async_proxy burst 5 burst 6", "burst: the option is given twice, now with '6'; expected it once, at Caddyfile:2"},
+		{"async_proxy burst 5 {\nburst 6\n}", "burst: the option is given twice, now with '6'; expected it once, at Caddyfile:3"},
+
+		{"async_proxy {\nnonsense 5\n}", "unrecognized option 'nonsense', at Caddyfile:3"},
+		{"async_proxy {\nburst 5\n\nBurst 5\n}", "unrecognized option 'Burst', at Caddyfile:5"},
+		{"async_proxy {\nburst 5 {\nx\n}\n}", "burst: unexpected block; " + tokens + ", at Caddyfile:4"},
+		{"async_proxy {\nburst 5 {\n}\n}", "burst: unexpected block; " + tokens + ", at Caddyfile:4"},
+		{"async_proxy {\nexempt 10.0.0.0/8 {\nx\n}\n}", "exempt: unexpected block; " + ranges + ", at Caddyfile:4"},
+
+		{"async_proxy {\nburst\n}", "burst: there is no value; " + tokens + ", at Caddyfile:3"},
+		{"async_proxy {\nburst 5 6\n}", "burst: there is more than one value, '6' after '5'; " + tokens + ", at Caddyfile:3"},
+		{"async_proxy {\nburst 5\nburst 5\n}", "burst: the option is given twice, now with '5'; expected it once, at Caddyfile:4"},
+		{"async_proxy {\nburst 0\n}", "burst: the value '0' is not valid; " + tokens + ", at Caddyfile:3"},
+		{"async_proxy {\nburst -1\n}", "burst: the value '-1' is not valid; " + tokens + ", at Caddyfile:3"},
+		{"async_proxy {\nburst 1.5\n}", "burst: the value '1.5' is not valid; " + tokens + ", at Caddyfile:3"},
+		{"async_proxy {\nburst 1e3\n}", "burst: the value '1e3' is not valid; " + tokens + ", at Caddyfile:3"},
+		{"async_proxy {\nburst 1000000001\n}", "burst: the value '1000000001' is not valid; " + tokens + ", at Caddyfile:3"},
+		{"async_proxy {\nburst 99999999999999999999\n}", "burst: the value '99999999999999999999' is not valid; " + tokens + ", at Caddyfile:3"},
+		{"async_proxy {\nburst NaN\n}", "burst: the value 'NaN' is not valid; " + tokens + ", at Caddyfile:3"},
+		{"async_proxy {\nburst \"\"\n}", "burst: the value '' is not valid; " + tokens + ", at Caddyfile:3"},
+
+		{"async_proxy {\nrefill\n}", "refill: there is no value; " + perSecond + ", at Caddyfile:3"},
+		{"async_proxy {\nrefill 1 2\n}", "refill: there is more than one value, '2' after '1'; " + perSecond + ", at Caddyfile:3"},
+		{"async_proxy {\nrefill 1/2\n}", "refill: the value '1/2' is not valid; " + perSecond + ", at Caddyfile:3"},
+		{"async_proxy {\nrefill 0\n}", "refill: the value '0' is not valid; " + perSecond + ", at Caddyfile:3"},
+		{"async_proxy {\nrefill -0.5\n}", "refill: the value '-0.5' is not valid; " + perSecond + ", at Caddyfile:3"},
+		{"async_proxy {\nrefill 0.000009\n}", "refill: the value '0.000009' is not valid; " + perSecond + ", at Caddyfile:3"},
+		{"async_proxy {\nrefill 1000001\n}", "refill: the value '1000001' is not valid; " + perSecond + ", at Caddyfile:3"},
+		{"async_proxy {\nrefill NaN\n}", "refill: the value 'NaN' is not valid; " + perSecond + ", at Caddyfile:3"},
+		{"async_proxy {\nrefill Inf\n}", "refill: the value 'Inf' is not valid; " + perSecond + ", at Caddyfile:3"},
+		{"async_proxy {\nrefill -Inf\n}", "refill: the value '-Inf' is not valid; " + perSecond + ", at Caddyfile:3"},
+		{"async_proxy {\nrefill 1e400\n}", "refill: the value '1e400' is not valid; " + perSecond + ", at Caddyfile:3"},
+		{"async_proxy {\nrefill 1e-400\n}", "refill: the value '1e-400' is not valid; " + perSecond + ", at Caddyfile:3"},
+		{"async_proxy {\nrefill 0,5\n}", "refill: the value '0,5' is not valid; " + perSecond + ", at Caddyfile:3"},
+
+		{"async_proxy {\nipv4_prefix 0\n}", "ipv4_prefix: the value '0' is not valid; expected a number of bits from 1 to 32, at Caddyfile:3"},
+		{"async_proxy {\nipv4_prefix 33\n}", "ipv4_prefix: the value '33' is not valid; expected a number of bits from 1 to 32, at Caddyfile:3"},
+		{"async_proxy {\nipv4_prefix /24\n}", "ipv4_prefix: the value '/24' is not valid; expected a number of bits from 1 to 32, at Caddyfile:3"},
+		{"async_proxy {\nipv6_prefix 129\n}", "ipv6_prefix: the value '129' is not valid; expected a number of bits from 1 to 128, at Caddyfile:3"},
+		{"async_proxy {\nipv6_prefix -1\n}", "ipv6_prefix: the value '-1' is not valid; expected a number of bits from 1 to 128, at Caddyfile:3"},
+		{"async_proxy {\nmax_clients 1\n}", "max_clients: the value '1' is not valid; " + clients + ", at Caddyfile:3"},
+		{"async_proxy {\nmax_clients 99999999999999999999\n}", "max_clients: the value '99999999999999999999' is not valid; " + clients + ", at Caddyfile:3"},
+		{"async_proxy {\nzone \"a b\"\n}", "zone: the value 'a b' is not valid; expected a name, at Caddyfile:3"},
+		{"async_proxy {\nzone \"\"\n}", "zone: the value '' is not valid; expected a name, at Caddyfile:3"},
+		{"async_proxy {\nzone a b\n}", "zone: there is more than one value, 'b' after 'a'; expected a name, at Caddyfile:3"},
+
+		{"async_proxy {\nexempt\n}", "exempt: there is no value; " + ranges + ", at Caddyfile:3"},
+		{"async_proxy {\nexempt 10.0.0.0/8 10.0.0.0/33\n}", "exempt: the value '10.0.0.0/33' is not valid; " + ranges + ", at Caddyfile:3"},
+		{"async_proxy {\nallow\n}", "allow: there is no value; " + ranges + ", at Caddyfile:3"},
+		{"async_proxy {\nallow example.com\n}", "allow: the value 'example.com' is not valid; " + ranges + ", at Caddyfile:3"},
+		{"async_proxy {\nallow 10.0.0.0/8\nallow 1.2.3\n}", "allow: the value '1.2.3' is not valid; " + ranges + ", at Caddyfile:4"},
+
+		{"async_proxy {\ndial_timeout\n}", "dial_timeout: there is no value; expected a positive duration such as 10s, at Caddyfile:3"},
+		{"async_proxy {\ndial_timeout 0\n}", "dial_timeout: the value '0' is not valid; expected a positive duration such as 10s, at Caddyfile:3"},
+		{"async_proxy {\ndial_timeout -1s\n}", "dial_timeout: the value '-1s' is not valid; expected a positive duration such as 10s, at Caddyfile:3"},
+		{"async_proxy {\ndial_timeout 10\n}", "dial_timeout: the value '10' is not valid; expected a positive duration such as 10s, at Caddyfile:3"},
+		{"async_proxy {\ndial_timeout off\n}", "dial_timeout: the value 'off' is not valid; expected a positive duration such as 10s, at Caddyfile:3"},
+		{"async_proxy {\ndial_timeout 99999999999999h\n}", "dial_timeout: the value '99999999999999h' is not valid; expected a positive duration such as 10s, at Caddyfile:3"},
+		{"async_proxy {\nresponse_header_timeout 0\n}", "response_header_timeout: the value '0' is not valid; expected a positive duration such as 5m, or off, at Caddyfile:3"},
+
+		{"async_proxy {\nvia\n}", "via: there is no value; " + pseudonym + ", at Caddyfile:3"},
+		{"async_proxy {\nvia 1fred\n}", "via: the value '1fred' is not valid; " + pseudonym + ", at Caddyfile:3"},
+		{"async_proxy {\nvia \"fred joe\"\n}", "via: the value 'fred joe' is not valid; " + pseudonym + ", at Caddyfile:3"},
+		{"async_proxy {\nforwarded_for on\n}", "forwarded_for: the value 'on' is not valid; expected auto or off, at Caddyfile:3"},
+		{"async_proxy {\nforwarded_for \"\"\n}", "forwarded_for: the value '' is not valid; expected auto or off, at Caddyfile:3"},
+		{"async_proxy {\nhosts\n}", "hosts: there is no value; " + names + ", at Caddyfile:3"},
+		{"async_proxy {\nhosts a.example b.example:443\n}", "hosts: the value 'b.example:443' is not valid; " + names + ", at Caddyfile:3"},
+
+		{"async_proxy {\nmax_tunnels\n}", "max_tunnels: there is no value; " + tunnels + ", at Caddyfile:3"},
+		{"async_proxy {\nmax_tunnels 0\n}", "max_tunnels: the value '0' is not valid; " + tunnels + ", at Caddyfile:3"},
+		{"async_proxy {\nmax_tunnels 5 per_client\n}", "max_tunnels: there is more than one value, 'per_client' after '5'; " + tunnels + ", at Caddyfile:3"},
+		{"async_proxy {\nmax_tunnels 5 per_client 0\n}", "max_tunnels: the value '0' of per_client is not valid; expected a whole number of tunnels from 1, at Caddyfile:3"},
+		{"async_proxy {\nmax_tunnels 5 per_client 1 2\n}", "max_tunnels: there is more than one value, 'per_client' after '5'; " + tunnels + ", at Caddyfile:3"},
+		{"async_proxy {\nmax_tunnels 5\nmax_tunnels 6 per_client 2\n}", "max_tunnels: the option is given twice, now with '6'; expected it once, at Caddyfile:4"},
+		{"async_proxy {\ntunnel_idle_timeout never\n}", "tunnel_idle_timeout: the value 'never' is not valid; expected a positive duration such as 1h, or off, at Caddyfile:3"},
+		{"async_proxy {\ntunnel_idle_timeout 0\n}", "tunnel_idle_timeout: the value '0' is not valid; expected a positive duration such as 1h, or off, at Caddyfile:3"},
+		{"async_proxy {\ntunnel_max_duration off\n}", "tunnel_max_duration: the value 'off' is not valid; expected a positive duration such as 24h, at Caddyfile:3"},
+		{"async_proxy {\nstream_close_delay -1s\n}", "stream_close_delay: the value '-1s' is not valid; expected a duration such as 5m, or 0 for at once, at Caddyfile:3"},
+		{"async_proxy {\nrecheck_tunnels yes\n}", "recheck_tunnels: the value 'yes' is not valid; expected no value, at Caddyfile:3"},
+		{"async_proxy {\nrecheck_tunnels\nrecheck_tunnels\n}", "recheck_tunnels: the option is given twice; expected it once, at Caddyfile:4"},
+	} {
+		_, _, err := adapt(":8080 {\n"+tc.directive+"\n}\n", "Caddyfile")
+		if want := "parsing caddyfile tokens for 'async_proxy': " + tc.want; err == nil || err.Error() != want {
+			t.Errorf("%s\ngives %v\nwant  %v", tc.directive, err, want)
+		}
+	}
+}
+
+// validate has Caddy check a config of one async_proxy handler, in JSON, that is
+// not run.
+func validate(t *testing.T, handler string) error {
+	t.Helper()
+	var config caddy.Config
+	text := fmt.Sprintf(`{"admin": {"disabled": true, "config": {"persist": false}}, "logging": {"logs": {"default": {"writer": {"output": "discard"}}}},
+		"apps": {"http": {"servers": {"srv0": {"listen": ["127.0.0.1:0"], "routes": [{"handle": [%s]}]}}}}}`, handler)
+	if err := json.Unmarshal([]byte(text), &config); err != nil {
+		t.Fatalf("%s: %v", handler, err)
+	}
+	return caddy.Validate(&config)
+}
+
+func TestJSON(t *testing.T) {
+	for _, options := range []string{
+		`"handler": "async_proxy"`,
+		`"handler": "async_proxy", "burst": 200, "refill": 20, "exempt": ["10.0.0.0/8"], "dial_timeout": "5s"`,
+		`"handler": "async_proxy", "via": "off", "tunnel_idle_timeout": -1, "stream_close_delay": 0, "stream_close_delay": null`,
+	} {
+		if err := validate(t, "{"+options+"}"); err != nil {
+			t.Errorf("{%s}: %v", options, err)
+		}
+	}
+}
+
+// Each mistake is refused, and what was taken before is given back.
+func TestJSONMistakes(t *testing.T) {
+	for _, tc := range []struct{ options, want string }{
+		{`"burst": -1`, "burst -1: expected a number of tokens from 1 to 1000000000"},
+		{`"burst": 1000000001`, "burst 1000000001: expected a number of tokens from 1 to 1000000000"},
+		{`"refill": -0.5`, "refill -0.5: expected tokens per second from 0.00001 (about one a day) to 1000000"},
+		{`"refill": 1e300`, "refill 1e+300: expected tokens per second from 0.00001 (about one a day) to 1000000"},
+		{`"burst": 1000000000, "refill": 0.1`, "burst 1000000000 with refill 0.1: an empty bucket would take more than 4000000000 seconds to fill; expected a smaller burst or a larger refill"},
+		{`"ipv4_prefix": 33`, "ipv4_prefix 33: expected bits from 1 to 32"},
+		{`"ipv6_prefix": -1`, "ipv6_prefix -1: expected bits from 1 to 128"},
+		{`"max_clients": 1`, "max_clients 1: expected a number of at least 2"},
+		{`"zone": "a b"`, `zone "a b": expected a name in printable ASCII without spaces, quotes and backslashes`},
+		{`"exempt": ["10.0.0.0/8", "10.0.0.0/33"]`, `exempt "10.0.0.0/33": expected an address, a CIDR range such as 10.0.0.0/8, or private_ranges`},
+		{`"exempt": [""]`, `exempt "": expected an address, a CIDR range such as 10.0.0.0/8, or private_ranges`},
+		{`"allow": ["example.com"]`, `allow "example.com": expected an address, a CIDR range such as 10.0.0.0/8, or private_ranges`},
+		{`"dial_timeout": -1`, "dial_timeout -1ns: expected a positive duration"},
+		{`"via": "fred joe"`, `via "fred joe": expected a pseudonym of letters, digits, dots and hyphens that starts with a letter, or off`},
+		{`"forwarded_for": "on"`, `forwarded_for "on": expected auto or off`},
+		{`"hosts": ["proxy.example.com:443"]`, `hosts "proxy.example.com:443": expected the name of a host, without a port`},
+		{`"max_tunnels": -1`, "max_tunnels -1: expected a number of tunnels, or 0 for no limit"},
+		{`"max_tunnels_per_client": -1`, "max_tunnels_per_client -1: expected a number of tunnels, or 0 for no limit"},
+		{`"tunnel_max_duration": "-1s"`, "tunnel_max_duration -1s: expected a positive duration, or 0 for no limit"},
+		{`"stream_close_delay": "-1s"`, "stream_close_delay -1s: expected a duration, or null for never"},
+	} {
+		err := validate(t, `{"handler": "async_proxy", `+tc.options+`}`)
+		if want := "provision http.handlers.async_proxy: " + tc.want; err == nil || !strings.HasSuffix(err.Error(), want) {
+			t.Errorf("%s: %v\nwant %s at the end", tc.options, err, want)
+		}
+		limiters.Range(func(key, _ any) bool {
+			t.Errorf("%s: the limiter %+v was not given back", tc.options, key)
+			return true
+		})
+		if n, _ := registries.References(registryKey); n != 0 {
+			t.Errorf("%s: the registry of tunnels was not given back", tc.options)
+		}
+	}
+}
+
+func TestJSONOfAnotherShape(t *testing.T) {
+	for options, want := range map[string]string{
+		`"nonsense": 5`:          `json: unknown field "nonsense"`,
+		`"burst": "5"`:           "json: cannot unmarshal string into Go struct field Handler.burst of type int64",
+		`"burst": 1.5`:           "json: cannot unmarshal number 1.5 into Go struct field Handler.burst of type int64",
+		`"burst": 1e30`:          "json: cannot unmarshal number 1e+30 into Go struct field Handler.burst of type int64",
+		`"refill": 1e999`:        "json: cannot unmarshal number 1e999 into Go value of type float64",
+		`"exempt": "10.0.0.0/8"`: "json: cannot unmarshal string into Go struct field Handler.exempt of type []string",
+		`"dial_timeout": "soon"`: `time: invalid duration "soon"`,
+	} {
+		if err := validate(t, `{"handler": "async_proxy", `+options+`}`); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %s", options, err, want)
+		}
+	}
+}
+
+// The tokens of a block, whatever they are, give a config that survives JSON
+// and is valid, or an error.
+func FuzzCaddyfile(f *testing.F) {
+	f.Add("async_proxy")
+	f.Add("async_proxy burst 5 refill 0.5 {\n zone a\n exempt 10.0.0.0/8 private_ranges\n}")
+	f.Add("async_proxy {\n max_tunnels 5 per_client 2\n tunnel_idle_timeout off\n stream_close_delay 0\n recheck_tunnels\n}")
+	f.Add("async_proxy {\n burst 1000000000\n refill 0.00001\n}")
+	f.Add("async_proxy {\n header_up X-A \"a b\"\n header_down -X-B\n via fred\n hosts a.example\n}")
+	f.Add("async_proxy {\n burst 5 {\n }\n dial_timeout 1d\n}}")
+	f.Add("async_proxy { {\n}\n")
+	f.Fuzz(func(t *testing.T, input string) {
+		tokens, err := caddyfile.Tokenize([]byte(input), "Caddyfile")
+		if err != nil || !utf8.ValidString(input) { // JSON is UTF-8
+			return
+		}
+		h := new(Handler)
+		if err := h.UnmarshalCaddyfile(caddyfile.NewDispenser(tokens)); err != nil {
+			return
+		}
+		data, err := json.Marshal(h)
+		if err != nil {
+			t.Fatalf("%q: %v", input, err)
+		}
+		again := new(Handler)
+		if err := caddy.StrictUnmarshalJSON(data, again); err != nil {
+			t.Fatalf("%q makes %s: %v", input, data, err)
+		}
+		if !reflect.DeepEqual(h, again) {
+			t.Fatalf("%q makes %s, which makes %+v, want %+v", input, data, again, h)
+		}
+
+		h.setDefaults()
+		if err := h.limiterKey().validate(); err != nil && !strings.Contains(err.Error(), "expected a smaller burst or a larger refill") {
+			t.Errorf("%q makes %s: %v", input, data, err)
+		}
+		if err := h.validateTunnels(); err != nil {
+			t.Errorf("%q makes %s: %v", input, data, err)
+		}
+		if err := h.provisionName(nil); err != nil {
+			t.Errorf("%q makes %s: %v", input, data, err)
+		}
+		for name, list := range map[string][]string{"exempt": h.Exempt, "allow": h.Allow} {
+			if _, err := parsePrefixes(name, list); err != nil {
+				t.Errorf("%q makes %s: %v", input, data, err)
+			}
+		}
+	})
+}
+
+// fenced are the blocks of code of a Markdown file that are Caddyfiles.
+var fenced = regexp.MustCompile("(?ms)^```caddyfile\n(.*?)^```")
+
+func TestCaddyfilesOfTheDocumentation(t *testing.T) {
+	pages, err := filepath.Glob("docs/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := 0
+	for _, page := range append(pages, "README.md") {
+		text, err := os.ReadFile(page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, block := range fenced.FindAllSubmatch(text, -1) {
+			found++
+			t.Run(fmt.Sprintf("%s %d", page, i+1), func(t *testing.T) { checkShipped(t, string(block[1]), page) })
+		}
+	}
+	if found == 0 {
+		t.Error("there is no Caddyfile in the documentation")
+	}
+}
+
+func TestCaddyfileExample(t *testing.T) {
+	text, err := os.ReadFile("Caddyfile.example")
+	if err != nil {
+		t.Fatal(err)
+	}
+	checkShipped(t, string(text), "Caddyfile.example")
+}
+
+// checkShipped checks a Caddyfile that people copy: it adapts without a warning
+// and is as `caddy fmt` would have it.
+func checkShipped(t *testing.T, text, filename string) {
+	t.Helper()
+	_, warnings, err := adapt(text, filename)
+	if err != nil {
+		t.Errorf("adapting: %v\n%s", err, text)
+	}
+	for _, warning := range warnings {
+		t.Errorf("adapting: %v\n%s", warning, text)
+	}
+	if formatted := string(caddyfile.Format([]byte(text))); formatted != text {
+		t.Errorf("formatted it is\n%s\nnot\n%s", formatted, text)
+	}
+}
+
+// syntaxOptions returns the options in a description of the directive's syntax,
+// which are indented deeper than the directive.
+func syntaxOptions(t *testing.T, text string) []string {
+	t.Helper()
+	_, rest, found := strings.Cut(text, "async_proxy [<matcher>]")
+	block, _, found2 := strings.Cut(rest, "\n}")
+	if !found || !found2 {
+		t.Fatalf("there is no syntax in %q", text)
+	}
+	var options []string
+	for line := range strings.Lines(block[strings.IndexByte(block, '\n'):]) {
+		if words := strings.Fields(line); len(words) > 0 {
+			options = append(options, words[0])
+		}
+	}
+	return options
+}
+
+func TestSyntaxNamesEveryOption(t *testing.T) {
+	file, err := parser.ParseFile(token.NewFileSet(), "caddyfile.go", nil, parser.ParseComments)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var doc string
+	ast.Inspect(file, func(n ast.Node) bool {
+		if f, ok := n.(*ast.FuncDecl); ok && f.Name.Name == "UnmarshalCaddyfile" {
+			doc = strings.ReplaceAll(f.Doc.Text(), "\n\t", "\n")
+		}
+		return true
+	})
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := slices.Sorted(maps.Keys(expectations))
+	for name, text := range map[string]string{"the comment of UnmarshalCaddyfile": doc, "README.md": string(readme)} {
+		got := syntaxOptions(t, text)
+		slices.Sort(got)
+		if !slices.Equal(got, want) {
+			t.Errorf("%s names the options %v, want %v", name, got, want)
+		}
+	}
+}

@@ -1,0 +1,170 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bufio"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"math/big"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"strings"
+	"testing"
+	"time"
+)
+
+// tlsCertificate is trusted by this process: it is the only root that it knows.
+var tlsCertificate = tlsTrust()
+
+func tlsTrust() tls.Certificate {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		panic(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1),
+		NotBefore:    time.Now().Add(-time.Hour),
+		NotAfter:     time.Now().Add(time.Hour),
+		IPAddresses:  []net.IP{net.IPv4(127, 0, 0, 1)},
+		IsCA:         true, BasicConstraintsValid: true,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		panic(err)
+	}
+	file, err := os.CreateTemp("", "async-proxy-test-root")
+	if err != nil {
+		panic(err)
+	}
+	defer os.Remove(file.Name())
+	_ = pem.Encode(file, &pem.Block{Type: "CERTIFICATE", Bytes: der})
+	_ = file.Close()
+	_ = os.Setenv("SSL_CERT_FILE", file.Name())
+	if _, err := x509.SystemCertPool(); err != nil { // reads the file now
+		panic(err)
+	}
+	_ = os.Unsetenv("SSL_CERT_FILE")
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+}
+
+// An https URL in absolute form goes over TLS, by HTTP/2 if the origin speaks
+// it, with all that HTTP/1 has carried to the proxy.
+func TestTLSForward(t *testing.T) {
+	for _, version := range []string{"HTTP/1.1", "HTTP/2.0"} {
+		t.Run(version, func(t *testing.T) {
+			origin := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				body, _ := io.ReadAll(r.Body)
+				w.Header().Set("Link", "</a>; rel=preload")
+				w.WriteHeader(http.StatusEarlyHints)
+				w.Header().Set("Trailer", "X-Sum")
+				fmt.Fprintf(w, "%s %s %s %q %q", r.Proto, r.Method, r.RequestURI, body, r.Header["Via"])
+				w.Header().Set("X-Sum", "42")
+			}))
+			origin.EnableHTTP2 = version == "HTTP/2.0"
+			origin.TLS = &tls.Config{Certificates: []tls.Certificate{tlsCertificate}}
+			origin.StartTLS()
+			defer origin.Close()
+			address := origin.Listener.Addr().String()
+			c := newWorld(t, "via tester", nil).dial()
+			for range 2 {
+				c.send("POST https://" + address + "/a|b?c HTTP/1.1\nHost: " + address + "\nTE: trailers\nConnection: TE\nContent-Length: 5\n\nhello")
+				if res, _ := c.response(http.MethodPost); res.StatusCode != http.StatusEarlyHints {
+					t.Fatalf("got %s, want 103", res.Status)
+				}
+				res, body := c.response(http.MethodPost)
+				if want := version + ` POST /a|b?c "hello" ["1.1 tester"]`; body != want {
+					t.Errorf("got %s %q, want %q", res.Status, body, want)
+				}
+				if sum := res.Trailer.Get("X-Sum"); sum != "42" {
+					t.Errorf("trailers %v", res.Trailer)
+				}
+			}
+		})
+	}
+}
+
+// An upgrade over TLS is a tunnel like one without.
+func TestTLSUpgrade(t *testing.T) {
+	ln, err := tls.Listen("tcp4", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{tlsCertificate}, NextProtos: []string{"h2", "http/1.1"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	go func() {
+		conn, err := ln.Accept()
+		if err != nil {
+			return
+		}
+		defer conn.Close()
+		r := bufio.NewReader(conn)
+		if _, err := http.ReadRequest(r); err != nil {
+			t.Error(err)
+		}
+		_, _ = io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\nhello ")
+		_, _ = io.Copy(conn, r)
+	}()
+	c := newWorld(t, "", nil).dial()
+	c.send("GET https://" + ln.Addr().String() + "/ HTTP/1.1\nHost: x\nConnection: Upgrade\nUpgrade: echo\n\n")
+	c.readUntil("\r\n\r\n")
+	c.send("world")
+	_ = c.CloseWrite()
+	if got := c.readAll(); got != "hello world" {
+		t.Errorf("got %q", got)
+	}
+}
+
+// header_up and header_down have the last word, but for what frames messages.
+func TestHeaderOps(t *testing.T) {
+	origin := newRuleOrigin(t, "HTTP/1.1 200 OK\nX-Down: 1\nX-Gone: 1\nContent-Length: 2\n\nok")
+	w := newWorld(t, `header_up X-Up {http.request.method}
+		header_up -X-Drop
+		header_up Host other.example
+		header_up X-Evil {http.request.uri.query.evil}
+		header_up Transfer-Encoding chunked
+		header_down X-Down 2
+		header_down -X-Gone
+		header_down X-Client {http.async_proxy.client}`, nil)
+	c := w.dial()
+	c.send("GET http://" + origin.address + "/?evil=a%0d%0aX-Smuggled:%201 HTTP/1.1\nHost: x\nX-Drop: 1\n\n")
+	res, body := c.response(http.MethodGet)
+	if body != "ok" {
+		t.Fatalf("%s %q", res.Status, body)
+	}
+	same := func(s string) string { return s }
+	ruleFields(t, "response", res.Header, []string{"X-Down: 2", "X-Client: 127.0.0.1"}, []string{"X-Gone"}, same)
+	got, _ := origin.request()
+	ruleFields(t, "request", got.fields, []string{"X-Up: GET", "Host: other.example"}, []string{"X-Drop", "X-Evil", "X-Smuggled", "Transfer-Encoding"}, same)
+}
+
+// The placeholders tell the access log what came of a request.
+func TestPlaceholders(t *testing.T) {
+	w := newWorld(t, "", nil)
+	want := map[string]any{"method": "GET", "host": "127.0.0.1:25", "status": 403.0, "client": "127.0.0.1", "reason": "http_request_denied"}
+	site := strings.TrimSuffix(strings.TrimSpace(w.site("")), "}") + "\tlog\n"
+	for name := range want {
+		site += fmt.Sprintf("\tlog_append proxy_%s {http.async_proxy.%s}\n", name, name)
+	}
+	w.load(site + "\tlog_append proxy_latency {http.async_proxy.latency}\n}\n")
+	c := w.dial()
+	c.send("GET http://127.0.0.1:25/ HTTP/1.1\nHost: x\n\n")
+	c.response(http.MethodGet)
+	line := w.waitLog("handled request", 1)[0]
+	for name, value := range want {
+		if line["proxy_"+name] != value {
+			t.Errorf("the access log has %s %v, want %v", name, line["proxy_"+name], value)
+		}
+	}
+	if latency, _ := line["proxy_latency"].(float64); latency <= 0 {
+		t.Errorf("the access log has the latency %v", line["proxy_latency"])
+	}
+}
