@@ -37,7 +37,7 @@ const patience = 20 * time.Second
 // There is only one Caddy per process, so tests with a world do not run in
 // parallel.
 type world struct {
-	t      *testing.T
+	t      testing.TB
 	proxy  string           // host:port of the proxy
 	origin *httptest.Server // answers with handler
 	logs   string           // file of Caddy's log, JSON lines
@@ -46,7 +46,7 @@ type world struct {
 // newWorld starts a proxy with the given options, one a line, and an origin on
 // loopback that answers with handler. "burst 1000000" and "refill 1000000" are
 // set unless options say otherwise.
-func newWorld(t *testing.T, options string, handler http.Handler) *world {
+func newWorld(t testing.TB, options string, handler http.Handler) *world {
 	t.Helper()
 	w := &world{t: t, proxy: freeAddress(t), logs: filepath.Join(t.TempDir(), "caddy.log")}
 	if handler == nil {
@@ -76,7 +76,7 @@ func (w *world) load(sites string) {
 }
 
 // loadCaddyfile runs a Caddyfile until the test ends.
-func loadCaddyfile(t *testing.T, caddyfile string) {
+func loadCaddyfile(t testing.TB, caddyfile string) {
 	t.Helper()
 	config, warnings, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(caddyfile), map[string]any{"filename": "Caddyfile"})
 	if err != nil {
@@ -125,7 +125,7 @@ func init() { nextPort.Store(20000 + int64(os.Getpid()%4000)) }
 
 // freeAddress returns an address of loopback that nobody listens on, another
 // one each time.
-func freeAddress(t *testing.T) string {
+func freeAddress(t testing.TB) string {
 	t.Helper()
 	for {
 		ln, err := net.Listen("tcp4", fmt.Sprintf("127.0.0.1:%d", nextPort.Add(1)))
@@ -185,7 +185,7 @@ func (w *world) waitLog(message string, n int) []map[string]any {
 }
 
 // eventually waits until condition holds, which must be soon.
-func eventually(t *testing.T, what string, condition func() bool) {
+func eventually(t testing.TB, what string, condition func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(patience); !condition(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
@@ -197,11 +197,11 @@ func eventually(t *testing.T, what string, condition func() bool) {
 // rawConn is a connection for tests that say each byte themselves.
 type rawConn struct {
 	*net.TCPConn
-	t *testing.T
+	t testing.TB
 	r *bufio.Reader
 }
 
-func dialRaw(t *testing.T, address string) *rawConn {
+func dialRaw(t testing.TB, address string) *rawConn {
 	t.Helper()
 	conn, err := net.DialTimeout("tcp4", address, patience)
 	if err != nil {
@@ -261,7 +261,7 @@ func (c *rawConn) readAll() string {
 
 // listen runs serve for each connection to a listener on loopback, and returns
 // its address. All connections are closed when the test ends.
-func listen(t *testing.T, serve func(*net.TCPConn)) string {
+func listen(t testing.TB, serve func(*net.TCPConn)) string {
 	t.Helper()
 	ln, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {

@@ -1,0 +1,198 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bufio"
+	"bytes"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// fuzzMessage is what matters of a request: what it asks for.
+type fuzzMessage struct{ method, target, content string }
+
+// FuzzRequests sends arbitrary bytes to the proxy. What the origin gets must be
+// well-formed requests, each of which means the same as one that the client
+// sent, in their order; and the proxy must go on serving.
+func FuzzRequests(f *testing.F) {
+	for _, rule := range rules {
+		f.Add([]byte(strings.ReplaceAll(rule.send, "\n", "\r\n")))
+	}
+	for _, text := range []string{
+		"GET http://ORIGIN/a HTTP/1.1\nHost: ORIGIN\n\nGET http://ORIGIN/b HTTP/1.1\nHost: ORIGIN\n\n",
+		"POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nContent-Length: 3\nTransfer-Encoding : chunked\n\n0\n\n",
+		"POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nTransfer-Encoding: chunked\n\n5;x=\"\n\"\nhello\n0\n\n",
+		"GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nX: a\n b\n\n",
+		"CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\n\nGET / HTTP/1.1\nHost: ORIGIN\n\n",
+		"GET http://user@ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n",
+		"PRI * HTTP/2.0\n\nSM\n\n",
+	} {
+		f.Add([]byte(strings.ReplaceAll(text, "\n", "\r\n")))
+	}
+
+	origin := &fuzzOrigin{}
+	origin.address = listen(f, origin.serve)
+	w := newWorld(f, "max_clients 1000\nresponse_header_timeout 2s\nallow 127.0.0.0/8", nil)
+	f.Fuzz(func(t *testing.T, input []byte) {
+		input = bytes.ReplaceAll(input, []byte("ORIGIN"), []byte(origin.address))
+		if bytes.Contains(input, []byte("CONNECT")) {
+			return // what goes through a tunnel is the client's affair
+		}
+		origin.forget()
+		conn, err := net.Dial("tcp4", w.proxy)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		_ = conn.SetDeadline(time.Now().Add(patience))
+		_, _ = conn.Write(input)
+		_ = conn.(*net.TCPConn).CloseWrite()
+		_, _ = io.Copy(io.Discard, conn) // a reset is as good an end as any
+
+		sent := fuzzRequests(input)
+		next := 0
+		for _, got := range origin.requests(t) {
+			for next < len(sent) && sent[next] != got {
+				next++
+			}
+			if next == len(sent) {
+				t.Fatalf("the origin got %+v, which nobody sent; sent was %+v", got, sent)
+			}
+			next++
+		}
+
+		c := dialRaw(t, w.proxy)
+		c.send("GET http://" + origin.address + "/alive HTTP/1.1\nHost: x\n\n")
+		if res, body := c.response(http.MethodGet); body != "ok" {
+			t.Fatalf("the proxy does not serve any more: %s %q", res.Status, body)
+		}
+	})
+}
+
+// fuzzRequests reads the requests that net/http sees in input, as an origin
+// would be to get them.
+func fuzzRequests(input []byte) (messages []fuzzMessage) {
+	r := bufio.NewReader(bytes.NewReader(input))
+	for {
+		request, err := http.ReadRequest(r)
+		if err != nil {
+			return messages
+		}
+		content, err := io.ReadAll(request.Body)
+		if err != nil {
+			return messages
+		}
+		messages = append(messages, fuzzMessage{request.Method, originForm(request), string(content)})
+	}
+}
+
+// fuzzOrigin keeps what it gets, and complains about what is malformed.
+type fuzzOrigin struct {
+	address  string
+	mu       sync.Mutex
+	messages []fuzzMessage
+	faults   []string
+}
+
+func (o *fuzzOrigin) serve(c *net.TCPConn) {
+	r := bufio.NewReader(c)
+	for {
+		if _, err := r.Peek(1); err != nil {
+			return
+		}
+		request, err := readRuleRequest(r, io.Discard)
+		method, rest, _ := strings.Cut(request.line, " ")
+		target, version, _ := strings.Cut(rest, " ")
+		o.mu.Lock()
+		switch {
+		case err != nil:
+			// A request whose body the client broke off is broken off here, too.
+			if version != "HTTP/1.1" {
+				o.faults = append(o.faults, request.line+": "+err.Error())
+			}
+		case version != "HTTP/1.1" || target == "" || target[0] != '/' && target != "*" || len(request.fields["Host"]) != 1:
+			o.faults = append(o.faults, request.line)
+		default:
+			o.messages = append(o.messages, fuzzMessage{method, target, request.content})
+		}
+		o.mu.Unlock()
+		if err != nil {
+			return
+		}
+		if method == http.MethodHead {
+			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n")
+		} else {
+			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+		}
+	}
+}
+
+func (o *fuzzOrigin) forget() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.messages, o.faults = nil, nil
+}
+
+func (o *fuzzOrigin) requests(t *testing.T) []fuzzMessage {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for _, fault := range o.faults {
+		t.Errorf("the origin got %q", fault)
+	}
+	return o.messages
+}
+
+// FuzzResponses answers with arbitrary bytes. The client must get one response,
+// complete or visibly not, and the next exchange must not see any of it.
+func FuzzResponses(f *testing.F) {
+	for _, rule := range rules {
+		f.Add([]byte(strings.ReplaceAll(rule.answer, "\n", "\r\n")))
+	}
+	var answer struct {
+		sync.Mutex
+		bytes []byte
+	}
+	origin := listen(f, func(c *net.TCPConn) {
+		streamRequest(c)
+		answer.Lock()
+		defer answer.Unlock()
+		_, _ = c.Write(answer.bytes)
+	})
+	w := newWorld(f, "response_header_timeout 2s", nil)
+	f.Fuzz(func(t *testing.T, input []byte) {
+		answer.Lock()
+		answer.bytes = input
+		answer.Unlock()
+		c := dialRaw(t, w.proxy)
+		c.send("GET http://" + origin + "/ HTTP/1.1\nHost: x\n\n")
+		for {
+			res, err := http.ReadResponse(c.r, &http.Request{Method: http.MethodGet})
+			if err != nil {
+				return // broken off
+			}
+			_, err = io.Copy(io.Discard, res.Body)
+			if res.StatusCode == http.StatusSwitchingProtocols {
+				t.Fatal("the client was told to switch protocols, which it has not asked for")
+			}
+			if err != nil || res.Close {
+				return
+			}
+			if res.StatusCode >= 200 {
+				break
+			}
+		}
+		// The connection is in step.
+		other := strings.TrimPrefix(w.origin.URL, "http://")
+		c.send("GET http://" + other + "/ HTTP/1.1\nHost: x\n\n")
+		if res, body := c.response(http.MethodGet); body != "hello from the origin" {
+			t.Fatalf("the next exchange got %s %q", res.Status, body)
+		}
+	})
+}
