@@ -140,9 +140,14 @@ func (x *exchange) finish(reusable bool) {
 
 // take hands the connection over to the caller, with what was read from it
 // beyond the response.
-func (x *exchange) take() (conn *originConn, early []byte) {
+func (x *exchange) take() (conn *originConn, early []byte, err error) {
 	conn = x.conn
-	x.stopWatch()
+	if !x.stopWatch() {
+		return nil, nil, context.Cause(x.ctx)
+	}
+	if x.sender != nil && !x.sender.stop(conn) {
+		return nil, nil, protocolError("the protocol was changed before the request was complete")
+	}
 	conn.expectNone()
 	if n := conn.r.Buffered(); n > 0 {
 		peeked, _ := conn.r.Peek(n)
@@ -150,7 +155,7 @@ func (x *exchange) take() (conn *originConn, early []byte) {
 	}
 	conn.releaseReader()
 	x.conn = nil
-	return conn, early
+	return conn, early, nil
 }
 
 // dialError is an error before there was a connection.

@@ -5,55 +5,20 @@ package asyncproxy
 
 import (
 	"bytes"
-	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"maps"
-	"net"
 	"net/http"
-	"net/http/httptrace"
-	"net/textproto"
 	"net/url"
-	"os"
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
-
-// newTransport makes the way to https origins for clients of reach r. Each reach
-// has one of its own, as it has its own origins, since a connection that was opened for one client is
-// used for others later, and what one may reach another may not.
-func newTransport(d *dialer, r reach, timeout time.Duration) *http.Transport {
-	return &http.Transport{
-		DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
-			return d.dial(ctx, r, address)
-		},
-		// What is not asked for is not added, such as compression, and the
-		// environment has no say in where requests go.
-		Proxy:              nil,
-		DisableCompression: true,
-
-		ForceAttemptHTTP2:      true,
-		TLSHandshakeTimeout:    10 * time.Second,
-		ResponseHeaderTimeout:  timeout,
-		ExpectContinueTimeout:  continueTimeout,
-		MaxResponseHeaderBytes: maxHead,
-		// As many idle connections to an origin as there were busy ones, up to
-		// a bound for all origins together.
-		MaxIdleConns:        maxIdleOrigins,
-		MaxIdleConnsPerHost: maxIdleOrigins,
-		IdleConnTimeout:     maxIdleTime,
-		ReadBufferSize:      16 << 10,
-	}
-}
 
 // isProxyRequest reports whether r is to be forwarded: its target is in absolute
 // form (RFC 9112 §3.2.2), or in a form that is none, of which forward tells what
@@ -110,7 +75,10 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 		return 0, forwardRefusal(r, err)
 	}
 	if res.StatusCode == http.StatusSwitchingProtocols {
-		conn, early := x.take()
+		conn, early, err := x.take()
+		if err != nil {
+			return 0, forwardRefusal(r, err)
+		}
 		t := h.newTunnel(from, out.authority, "", conn.Conn)
 		t.fromTarget = early
 		return h.upgrade(w, r, res, t)
@@ -120,43 +88,6 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 	}
 	x.finish(res.Body.(*originBody).ended && !res.Close)
 	return res.StatusCode, nil
-}
-
-// forwardTLS is forward for an https origin, which may speak HTTP/2. That is
-// for http.Transport: the way to it is nothing that clients do often, as they
-// use CONNECT.
-func (h *Handler) forwardTLS(w http.ResponseWriter, r *http.Request, o *outgoing, from caller) (int, error) {
-	interim := &interimResponses{w: w, r: r}
-	ctx := httptrace.WithClientTrace(r.Context(), &httptrace.ClientTrace{Got1xxResponse: interim.pass})
-	out := r.WithContext(ctx) // shares the trailers, which come after the body
-	out.URL = &url.URL{Scheme: "https", Host: o.authority, Opaque: o.target}
-	if strings.HasPrefix(o.target, "//") {
-		// net/url takes an Opaque that starts with // for an authority, so the
-		// target goes in absolute form, which every server must accept.
-		out.URL.Opaque = "//" + o.host + o.target
-	}
-	out.Host, out.RequestURI, out.Close = o.host, "", false
-	body := &tlsBody{r: o.body}
-	if out.Body = body; o.body == nil {
-		out.Body = nil // else it would be sent in chunks, and never again
-	}
-	delete(r.Header, "Connection") // http.Transport's own affair
-	if _, ok := r.Header["User-Agent"]; !ok {
-		r.Header["User-Agent"] = nil // else Go puts its own
-	}
-	res, err := h.upstreams[from.reach].RoundTrip(out)
-	interim.stop()
-	if err != nil {
-		if failure := body.failure.Load(); failure != nil {
-			err = failure
-		}
-		return 0, forwardRefusal(r, err)
-	}
-	defer res.Body.Close()
-	if res.StatusCode < 200 {
-		return 0, forwardRefusal(r, protocolError("the response has a status that ends no exchange"))
-	}
-	return res.StatusCode, h.respond(w, r, res)
 }
 
 // newOutgoing makes the request to the origin out of the client's. Their fields
@@ -384,76 +315,6 @@ func (h *Handler) upgrade(w http.ResponseWriter, r *http.Request, res *http.Resp
 	return http.StatusSwitchingProtocols, nil
 }
 
-// answerLast answers a request that Max-Forwards lets go no further.
-func answerLast(w http.ResponseWriter, r *http.Request) (int, error) {
-	if r.Method == http.MethodOptions {
-		w.Header()["Allow"] = []string{"CONNECT, DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT, TRACE"}
-		w.Header()["Content-Length"] = []string{"0"}
-		w.WriteHeader(http.StatusOK)
-		return http.StatusOK, nil
-	}
-	if r.ContentLength != 0 {
-		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "A TRACE request has no content, this one announces some.")
-	}
-	// RFC 9110 §9.3.8: the request as it was received, without what is secret.
-	for _, name := range []string{"Authorization", "Cookie", "Proxy-Authorization"} {
-		delete(r.Header, name)
-	}
-	w.Header()["Content-Type"] = []string{"message/http"}
-	w.WriteHeader(http.StatusOK)
-	_, _ = fmt.Fprintf(w, "TRACE %s %s\r\nHost: %s\r\n", r.RequestURI, r.Proto, r.Host)
-	_ = r.Header.Write(w)
-	_, _ = io.WriteString(w, "\r\n")
-	return http.StatusOK, nil
-}
-
-// passOn hands a request that is not for the proxy to the next handler.
-func (h *Handler) passOn(w http.ResponseWriter, r *http.Request, from caller, next caddyhttp.Handler) (int, error) {
-	if from.trusted {
-		// A reverse_proxy appends the peer itself.
-		prior := r.Header["X-Forwarded-For"]
-		h.setRequestFields(r, from)
-		if h.ForwardedFor != "off" && len(prior) > 0 {
-			r.Header["X-Forwarded-For"] = prior
-		}
-	} else {
-		h.setRequestFields(r, from)
-	}
-	recorder := &statusRecorder{ResponseWriterWrapper: caddyhttp.ResponseWriterWrapper{ResponseWriter: w}}
-	err := next.ServeHTTP(recorder, r)
-	return recorder.status, err
-}
-
-// statusRecorder notes the status for the log. Unlike Caddy's recorders it does
-// not stand between a connection that is taken over and its socket.
-type statusRecorder struct {
-	caddyhttp.ResponseWriterWrapper
-	status int
-}
-
-func (w *statusRecorder) WriteHeader(status int) {
-	if w.status < 200 {
-		w.status = status
-	}
-	w.ResponseWriterWrapper.WriteHeader(status)
-}
-
-func (w *statusRecorder) Write(p []byte) (int, error) {
-	w.wroteBody()
-	return w.ResponseWriterWrapper.Write(p)
-}
-
-func (w *statusRecorder) ReadFrom(r io.Reader) (int64, error) {
-	w.wroteBody()
-	return w.ResponseWriterWrapper.ReadFrom(r)
-}
-
-func (w *statusRecorder) wroteBody() {
-	if w.status < 200 {
-		w.status = http.StatusOK
-	}
-}
-
 // passInterim passes a 1xx response on.
 func passInterim(w http.ResponseWriter, r *http.Request, status int, fields http.Header) {
 	// HTTP/1.0 has none. 100 is between each two neighbours: net/http sends the
@@ -469,80 +330,4 @@ func passInterim(w http.ResponseWriter, r *http.Request, status int, fields http
 	w.WriteHeader(status)
 	clear(header)
 	maps.Copy(header, saved)
-}
-
-// interimResponses passes on what http.Transport reports from a goroutine of
-// its own, until the handler does not wait for it any more.
-type interimResponses struct {
-	w    http.ResponseWriter
-	r    *http.Request
-	mu   sync.Mutex
-	done bool
-}
-
-func (i *interimResponses) pass(status int, fields textproto.MIMEHeader) error {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	if !i.done {
-		passInterim(i.w, i.r, status, http.Header(fields))
-	}
-	return nil
-}
-
-func (i *interimResponses) stop() {
-	i.mu.Lock()
-	i.done = true
-	i.mu.Unlock()
-}
-
-// tlsBody remembers whether it was the client that failed to send a body.
-type tlsBody struct {
-	r       io.Reader
-	failure atomic.Pointer[bodyError]
-}
-
-func (b *tlsBody) Read(p []byte) (int, error) {
-	n, err := b.r.Read(p)
-	if err != nil && err != io.EOF {
-		b.failure.Store(&bodyError{err})
-	}
-	return n, err
-}
-
-func (b *tlsBody) Close() error { return nil } // the server's to close
-
-// forwardRefusal says to the client why there is no response from the origin.
-func forwardRefusal(r *http.Request, err error) *refusal {
-	host := r.Host
-	var (
-		body     *bodyError
-		dial     *dialError
-		op       *net.OpError
-		record   tls.RecordHeaderError
-		cert     *tls.CertificateVerificationError
-		timeout  net.Error
-		answered = "%s did not answer with a valid HTTP response"
-	)
-	switch {
-	case r.Context().Err() != nil:
-		return refuse(statusClientClosedRequest, "connection_terminated", context.Cause(r.Context()), "the client left")
-	case errors.As(err, &body) && errors.Is(body, os.ErrDeadlineExceeded):
-		return refuse(http.StatusRequestTimeout, "http_request_error", err, "The content of the request did not arrive in time.")
-	case errors.As(err, &body):
-		return refuse(http.StatusBadRequest, "http_request_error", err, "The content of the request is broken off or malformed.")
-	case errors.As(err, &dial), errors.As(err, &op) && op.Op == "dial":
-		return dialRefusal(r.Context(), err, host)
-	case errors.As(err, &cert):
-		return refuse(http.StatusBadGateway, "tls_certificate_error", err, "The certificate of %s is not trusted.", host)
-	case errors.As(err, &record):
-		return refuse(http.StatusBadGateway, "tls_protocol_error", err, "%s does not speak TLS.", host)
-	case errors.Is(err, errHeadTooLarge):
-		return refuse(http.StatusBadGateway, "http_response_header_section_size", err, answered+": its head is too large.", host)
-	case errors.As(err, &timeout) && timeout.Timeout():
-		return refuse(http.StatusGatewayTimeout, "http_response_timeout", err, "%s did not answer in time.", host)
-	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
-		return refuse(http.StatusBadGateway, "http_response_incomplete", err, "%s closed the connection before its response was complete.", host)
-	default:
-		return refuse(http.StatusBadGateway, "http_protocol_error", err, answered+".", host)
-	}
 }

@@ -4,8 +4,15 @@
 package asyncproxy
 
 import (
+	"context"
+	"crypto/tls"
+	"errors"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
+	"os"
+	"syscall"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
@@ -62,4 +69,63 @@ func (h *Handler) answer(w http.ResponseWriter, r *http.Request, f *refusal) err
 		_, _ = w.Write(append([]byte(f.text), '\n')) // a client that left has no use for it
 	}
 	return nil
+}
+
+// forwardRefusal says to the client why there is no response from the origin.
+func forwardRefusal(r *http.Request, err error) *refusal {
+	host := r.Host
+	var (
+		body     *bodyError
+		dial     *dialError
+		op       *net.OpError
+		record   tls.RecordHeaderError
+		cert     *tls.CertificateVerificationError
+		timeout  net.Error
+		answered = "%s did not answer with a valid HTTP response"
+	)
+	switch {
+	case r.Context().Err() != nil:
+		return refuse(statusClientClosedRequest, "connection_terminated", context.Cause(r.Context()), "the client left")
+	case errors.As(err, &body) && errors.Is(body, os.ErrDeadlineExceeded):
+		return refuse(http.StatusRequestTimeout, "http_request_error", err, "The content of the request did not arrive in time.")
+	case errors.As(err, &body):
+		return refuse(http.StatusBadRequest, "http_request_error", err, "The content of the request is broken off or malformed.")
+	case errors.As(err, &dial), errors.As(err, &op) && op.Op == "dial":
+		return dialRefusal(r.Context(), err, host)
+	case errors.As(err, &cert):
+		return refuse(http.StatusBadGateway, "tls_certificate_error", err, "The certificate of %s is not trusted.", host)
+	case errors.As(err, &record):
+		return refuse(http.StatusBadGateway, "tls_protocol_error", err, "%s does not speak TLS.", host)
+	case errors.Is(err, errHeadTooLarge):
+		return refuse(http.StatusBadGateway, "http_response_header_section_size", err, answered+": its head is too large.", host)
+	case errors.As(err, &timeout) && timeout.Timeout():
+		return refuse(http.StatusGatewayTimeout, "http_response_timeout", err, "%s did not answer in time.", host)
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
+		return refuse(http.StatusBadGateway, "http_response_incomplete", err, "%s closed the connection before its response was complete.", host)
+	default:
+		return refuse(http.StatusBadGateway, "http_protocol_error", err, answered+".", host)
+	}
+}
+
+// answerLast answers a request that Max-Forwards lets go no further.
+func answerLast(w http.ResponseWriter, r *http.Request) (int, error) {
+	if r.Method == http.MethodOptions {
+		w.Header()["Allow"] = []string{"CONNECT, DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT, TRACE"}
+		w.Header()["Content-Length"] = []string{"0"}
+		w.WriteHeader(http.StatusOK)
+		return http.StatusOK, nil
+	}
+	if r.ContentLength != 0 {
+		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "A TRACE request has no content, this one announces some.")
+	}
+	// RFC 9110 §9.3.8: the request as it was received, without what is secret.
+	for _, name := range []string{"Authorization", "Cookie", "Proxy-Authorization"} {
+		delete(r.Header, name)
+	}
+	w.Header()["Content-Type"] = []string{"message/http"}
+	w.WriteHeader(http.StatusOK)
+	_, _ = fmt.Fprintf(w, "TRACE %s %s\r\nHost: %s\r\n", r.RequestURI, r.Proto, r.Host)
+	_ = r.Header.Write(w)
+	_, _ = io.WriteString(w, "\r\n")
+	return http.StatusOK, nil
 }

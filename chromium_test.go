@@ -1,0 +1,108 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"crypto/sha1"
+	"encoding/base64"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+)
+
+// chromiumPage talks to a WebSocket on its own origin and shows what comes
+// back.
+const chromiumPage = `<!doctype html><title>waiting</title><p id=out>waiting</p><script>
+const socket = new WebSocket("ws://" + location.host + "/socket")
+socket.onopen = () => socket.send("hello")
+socket.onmessage = message => document.getElementById("out").textContent = "the socket said " + message.data
+socket.onerror = () => document.getElementById("out").textContent = "the socket failed"
+</script>`
+
+// A browser with an HTTPS proxy, to which it speaks HTTP/2, loads a page for
+// http:// as a plain request and opens a WebSocket through a tunnel.
+func TestChromium(t *testing.T) {
+	chromium, err := exec.LookPath("chromium")
+	if err != nil {
+		t.Skip("there is no chromium; apt-get install chromium")
+	}
+	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/socket" {
+			chromiumSocket(t, w, r)
+			return
+		}
+		w.Header().Set("Content-Type", "text/html")
+		fmt.Fprint(w, chromiumPage)
+	}))
+	_, port, _ := net.SplitHostPort(w.proxy)
+	w.load(fmt.Sprintf("https://:%s {\n\ttls internal {\n\t\ton_demand\n\t}\n\tasync_proxy {\n\t\thosts proxy.test\n\t\tburst 1000\n\t\trefill 1000\n\t}\n}\n", port))
+
+	command := exec.Command(chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+		"--user-data-dir="+t.TempDir(), "--ignore-certificate-errors",
+		"--host-resolver-rules=MAP proxy.test 127.0.0.1", "--proxy-bypass-list=<-loopback>",
+		"--proxy-server=https://proxy.test:"+port, "--virtual-time-budget=10000", "--timeout=20000", "--dump-dom", w.origin.URL+"/")
+	timer := time.AfterFunc(90*time.Second, func() { _ = command.Process.Kill() })
+	defer timer.Stop()
+	dom, err := command.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(dom), "the socket said hello") {
+		t.Errorf("the page is %s", dom)
+	}
+	// The browser has business of its own, too.
+	origin := strings.TrimPrefix(w.origin.URL, "http://")
+	var page, socket map[string]any
+	for _, line := range w.waitLog("request", 1) {
+		if line["host"] == origin && line["path"] == "/" {
+			page = line
+		}
+	}
+	for _, line := range w.waitLog("CONNECT tunnel", 1) {
+		if line["target"] == origin {
+			socket = line
+		}
+	}
+	if page["method"] != http.MethodGet || page["status"] != 200.0 {
+		t.Errorf("the page was asked for as %v", page)
+	}
+	if socket["proto"] != "HTTP/2.0" {
+		t.Errorf("the socket was opened as %v", socket)
+	}
+}
+
+// chromiumSocket answers a WebSocket handshake (RFC 6455 §4.2.2) and echoes one
+// short message.
+func chromiumSocket(t *testing.T, w http.ResponseWriter, r *http.Request) {
+	conn, buffered, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	defer conn.Close()
+	sum := sha1.Sum([]byte(r.Header.Get("Sec-WebSocket-Key") + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
+	fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: %s\r\n\r\n",
+		base64.StdEncoding.EncodeToString(sum[:]))
+	frame := make([]byte, 2+4)
+	if _, err := io.ReadFull(buffered, frame); err != nil {
+		t.Error(err)
+		return
+	}
+	message := make([]byte, frame[1]&0x7f)
+	if _, err := io.ReadFull(buffered, message); err != nil {
+		t.Error(err)
+		return
+	}
+	for i := range message {
+		message[i] ^= frame[2+i%4]
+	}
+	_, _ = conn.Write(append([]byte{frame[0], byte(len(message))}, message...))
+	_, _ = io.Copy(io.Discard, buffered)
+}

@@ -1,0 +1,58 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"io"
+	"net/http"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+)
+
+// passOn hands a request that is not for the proxy to the next handler.
+func (h *Handler) passOn(w http.ResponseWriter, r *http.Request, from caller, next caddyhttp.Handler) (int, error) {
+	if from.trusted {
+		// A reverse_proxy appends the peer itself.
+		prior := r.Header["X-Forwarded-For"]
+		h.setRequestFields(r, from)
+		if h.ForwardedFor != "off" && len(prior) > 0 {
+			r.Header["X-Forwarded-For"] = prior
+		}
+	} else {
+		h.setRequestFields(r, from)
+	}
+	recorder := &statusRecorder{ResponseWriterWrapper: caddyhttp.ResponseWriterWrapper{ResponseWriter: w}}
+	err := next.ServeHTTP(recorder, r)
+	return recorder.status, err
+}
+
+// statusRecorder notes the status for the log. Unlike Caddy's recorders it does
+// not stand between a connection that is taken over and its socket.
+type statusRecorder struct {
+	caddyhttp.ResponseWriterWrapper
+	status int
+}
+
+func (w *statusRecorder) WriteHeader(status int) {
+	if w.status < 200 {
+		w.status = status
+	}
+	w.ResponseWriterWrapper.WriteHeader(status)
+}
+
+func (w *statusRecorder) Write(p []byte) (int, error) {
+	w.wroteBody()
+	return w.ResponseWriterWrapper.Write(p)
+}
+
+func (w *statusRecorder) ReadFrom(r io.Reader) (int64, error) {
+	w.wroteBody()
+	return w.ResponseWriterWrapper.ReadFrom(r)
+}
+
+func (w *statusRecorder) wroteBody() {
+	if w.status < 200 {
+		w.status = http.StatusOK
+	}
+}

@@ -1,0 +1,538 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"context"
+	"crypto/tls"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"go.uber.org/zap"
+)
+
+// pipedTunnel is a tunnel between two pipes, for tests in which time is not
+// the real one.
+type pipedTunnel struct {
+	*tunnel
+	client, target net.Conn // their ends
+	done           chan struct{}
+}
+
+// newPipedTunnel runs a tunnel of a handler. Its client and target listen.
+func newPipedTunnel(h *Handler) *pipedTunnel {
+	near, client := net.Pipe()
+	far, target := net.Pipe()
+	p := &pipedTunnel{
+		tunnel: &tunnel{
+			owner: h, registry: h.tunnels, logger: zap.NewNop(), start: time.Now(),
+			near: newConnPeer(near), far: newConnPeer(far),
+		},
+		client: client, target: target, done: make(chan struct{}),
+	}
+	h.tunnels.admit(p.bucket, 0, 0)
+	go func() {
+		p.run()
+		close(p.done)
+	}()
+	go io.Copy(io.Discard, client)
+	go io.Copy(io.Discard, target)
+	return p
+}
+
+func TestTunnelTimeouts(t *testing.T) {
+	const never = 0
+	talk := func(from, to, every time.Duration) (at []time.Duration) {
+		for ; from <= to; from += every {
+			at = append(at, from)
+		}
+		return at
+	}
+	for _, tc := range []struct {
+		name       string
+		idle, most time.Duration
+		up, down   []time.Duration // when the client and the target say something
+		want       string
+		after      time.Duration // or a little later, if not never
+	}{
+		{"silent from the start", 10 * time.Second, 0, nil, nil, reasonIdle, 10 * time.Second},
+		{"the client speaks once", 10 * time.Second, 0, []time.Duration{9 * time.Second}, nil, reasonIdle, 19 * time.Second},
+		{"the target speaks once", 10 * time.Second, 0, nil, []time.Duration{9 * time.Second}, reasonIdle, 19 * time.Second},
+		{"only the client speaks", 10 * time.Second, 0, talk(0, time.Minute, 8*time.Second), nil, reasonIdle, 66 * time.Second},
+		{"they take turns", 10 * time.Second, 0, talk(0, time.Minute, 15*time.Second), talk(8*time.Second, time.Minute, 15*time.Second), reasonIdle, 70 * time.Second},
+		{"busy for too long", 10 * time.Second, time.Minute, talk(0, time.Hour, time.Second), nil, reasonMaxDuration, time.Minute},
+		{"silent for less than the most", time.Hour, time.Minute, nil, nil, reasonMaxDuration, time.Minute},
+		{"silent with no limits", -1, 0, nil, nil, "", never},
+		{"the default", 0, 0, nil, nil, reasonIdle, time.Hour},
+		{"the default, with a word just in time", 0, 0, nil, []time.Duration{59 * time.Minute}, reasonIdle, 119 * time.Minute},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				h := &Handler{TunnelIdleTimeout: caddy.Duration(tc.idle), TunnelMaxDuration: caddy.Duration(tc.most), tunnels: newRegistry()}
+				h.setDefaults()
+				defer h.tunnels.stop()
+				time.Sleep(watchInterval / 3) // tunnels do not begin when they are looked at
+				p := newPipedTunnel(h)
+				var wg sync.WaitGroup
+				defer wg.Wait()
+				speak := func(conn net.Conn, times []time.Duration) {
+					for _, at := range times {
+						time.Sleep(at - time.Since(p.start))
+						if _, err := conn.Write([]byte("a word")); err != nil {
+							return
+						}
+					}
+				}
+				wg.Go(func() { speak(p.client, tc.up) })
+				wg.Go(func() { speak(p.target, tc.down) })
+				if tc.after == never {
+					time.Sleep(1000 * time.Hour)
+					if n := h.tunnels.tunnels.Size(); n != 1 {
+						t.Error("the tunnel was closed")
+					}
+					p.client.Close()
+					<-p.done
+					return
+				}
+				<-p.done
+				// A word is noticed within a second, silence within another one.
+				if age := time.Since(p.start); p.reason != tc.want || age < tc.after || age > tc.after+2*watchInterval {
+					t.Errorf("closed after %v for the reason %q, want %v and %q", age, p.reason, tc.after, tc.want)
+				}
+				p.client.Close()
+				p.target.Close()
+			})
+		})
+	}
+}
+
+func TestTunnelIsClosedAfterSilenceAndNotBefore(t *testing.T) {
+	w := newTunnelWorld(t, tunnelSetup{options: "tunnel_idle_timeout 1s"})
+	target := echoTarget(t)
+	for _, protocol := range tunnelProtocols {
+		t.Run(protocol, func(t *testing.T) {
+			c := w.client(t, protocol)
+			lively, silent := c.open(target), c.open(target)
+			opened := time.Now()
+			ended := make(chan struct{})
+			go func() {
+				defer close(ended)
+				io.Copy(io.Discard, silent)
+			}()
+			for over := false; !over; {
+				hear(t, lively, say(t, lively, "I am still here"))
+				select {
+				case <-ended:
+					over = true
+				case <-time.After(100 * time.Millisecond):
+				}
+			}
+			if age := time.Since(opened); age < time.Second {
+				t.Errorf("closed after %v, want a second of silence", age)
+			}
+			hear(t, lively, say(t, lively, "and now too"))
+		})
+	}
+}
+
+func TestDrain(t *testing.T) {
+	for _, tc := range []struct {
+		name         string
+		grace        time.Duration // 0: none
+		ends         time.Duration // when the client ends by itself, if not 0
+		reason       string
+		after, least time.Duration
+	}{
+		{"no grace period", 0, 0, reasonShutdown, 0, 0},
+		{"the tunnel lasts beyond the grace period", 10 * time.Second, 0, reasonShutdown, 10 * time.Second, 10 * time.Second},
+		{"the tunnel ends before", 10 * time.Second, 3 * time.Second, reasonClient, 4 * time.Second, 3 * time.Second},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				h := &Handler{tunnels: newRegistry()}
+				h.setDefaults()
+				defer h.tunnels.stop()
+				p := newPipedTunnel(h)
+				synctest.Wait()
+				if tc.ends > 0 {
+					time.AfterFunc(tc.ends, func() { p.client.Close(); p.target.Close() })
+				}
+				ctx := t.Context()
+				if tc.grace > 0 {
+					var cancel func()
+					ctx, cancel = context.WithTimeout(ctx, tc.grace)
+					defer cancel()
+				}
+				begun := time.Now()
+				h.tunnels.drain(ctx)
+				if took := time.Since(begun); took < tc.least || took > tc.after+time.Second {
+					t.Errorf("it took %v, want between %v and a second more than %v", took, tc.least, tc.after)
+				}
+				if n := h.tunnels.tunnels.Size(); n != 0 {
+					t.Errorf("%d tunnels are open still", n)
+				}
+				<-p.done
+				if p.reason != tc.reason {
+					t.Errorf("reason %q, want %q", p.reason, tc.reason)
+				}
+				late := newPipedTunnel(h) // whose target was being dialled
+				<-late.done
+				if late.reason != reasonShutdown {
+					t.Errorf("reason %q of a late tunnel, want %q", late.reason, reasonShutdown)
+				}
+			})
+		})
+	}
+}
+
+// countingTarget echoes, and counts its connections.
+func countingTarget(t *testing.T) (address string, accepted func() int64) {
+	t.Helper()
+	var n atomic.Int64
+	address = listen(t, func(conn *net.TCPConn) {
+		n.Add(1)
+		io.Copy(conn, conn)
+	})
+	return address, func() int64 {
+		// A connection of our own comes after all that were made before it.
+		conn := dialRaw(t, address)
+		conn.send("done")
+		hear(t, conn, "done")
+		conn.Close()
+		return n.Add(-1)
+	}
+}
+
+func TestMaxTunnels(t *testing.T) {
+	w := newTunnelWorld(t, tunnelSetup{options: "max_tunnels 2"})
+	for _, protocol := range tunnelProtocols {
+		t.Run(protocol, func(t *testing.T) {
+			target, accepted := countingTarget(t)
+			c := w.client(t, protocol)
+			first, second := c.open(target), c.open(target)
+			refused := c.refused(target)
+			if refused.status != http.StatusServiceUnavailable || !strings.Contains(refused.proxyStatus, "error=connection_limit_reached") {
+				t.Errorf("status %d, Proxy-Status %q; want 503, connection_limit_reached", refused.status, refused.proxyStatus)
+			}
+			if !strings.Contains(refused.body, "max_tunnels") {
+				t.Errorf("the answer %q does not name the option", refused.body)
+			}
+			if n := accepted(); n != 2 {
+				t.Errorf("the target has seen %d connections, want 2", n)
+			}
+			hear(t, second, say(t, second, "none the worse for it"))
+			first.Close()
+			eventually(t, "room for another tunnel", func() bool {
+				conn, err := c.try(target, "")
+				if err == nil {
+					hear(t, conn, say(t, conn, "there is room again"))
+					conn.Close()
+				}
+				return err == nil
+			})
+		})
+		noTunnels(t)
+	}
+}
+
+func TestMaxTunnelsPerClient(t *testing.T) {
+	w := newTunnelWorld(t, tunnelSetup{options: "max_tunnels 4 per_client 2"})
+	for _, protocol := range tunnelProtocols {
+		t.Run(protocol, func(t *testing.T) {
+			target, accepted := countingTarget(t)
+			c, other := w.client(t, protocol), w.client(t, protocol)
+			c.local, other.local = netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("127.0.0.2")
+			first, _ := c.open(target), c.open(target)
+			refused := c.refused(target)
+			if refused.status != http.StatusTooManyRequests || !strings.Contains(refused.proxyStatus, "error=connection_limit_reached") {
+				t.Errorf("status %d, Proxy-Status %q; want 429, connection_limit_reached", refused.status, refused.proxyStatus)
+			}
+			if n := accepted(); n != 2 {
+				t.Errorf("the target has seen %d connections, want 2", n)
+			}
+			conn := other.open(target)
+			hear(t, conn, say(t, conn, "another client"))
+			first.Close()
+			eventually(t, "room for another tunnel of the client", func() bool {
+				conn, err := c.try(target, "")
+				if err == nil {
+					conn.Close()
+				}
+				return err == nil
+			})
+		})
+		noTunnels(t)
+	}
+}
+
+// A tunnel that does not come about takes no place.
+func TestFailedTunnelsAreNotCounted(t *testing.T) {
+	w := newTunnelWorld(t, tunnelSetup{options: "max_tunnels 1 per_client 1"})
+	nobody := freeAddress(t)
+	for _, protocol := range tunnelProtocols {
+		for range 3 {
+			if refused := w.client(t, protocol).refused(nobody); refused.status != http.StatusBadGateway {
+				t.Errorf("%s: status %d, want 502", protocol, refused.status)
+			}
+		}
+	}
+	noTunnels(t)
+}
+
+// noTunnels waits until the registry is empty in all its parts.
+func noTunnels(t *testing.T) {
+	t.Helper()
+	r, err := acquireRegistry()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer releaseRegistry()
+	eventually(t, "an empty registry", func() bool {
+		return r.tunnels.Size() == 0 && r.admitted.Load() == 0 && r.clients.Size() == 0 && r.sources.Size() == 0
+	})
+}
+
+func TestReloadWithStreamCloseDelay(t *testing.T) {
+	for _, tc := range []struct {
+		name    string
+		options string
+		reload  tunnelSetup
+		after   time.Duration // when the tunnel is closed; negative: never
+	}{
+		{"not given", "", tunnelSetup{options: "max_tunnels 777"}, -1},
+		{"at once", "stream_close_delay 0", tunnelSetup{}, 0},
+		{"a second", "stream_close_delay 1s", tunnelSetup{}, time.Second},
+		{"of the new config", "", tunnelSetup{options: "stream_close_delay 0"}, -1},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			w := newTunnelWorld(t, tunnelSetup{options: tc.options})
+			target := echoTarget(t)
+			old := map[string]tunnelConn{}
+			for _, protocol := range tunnelProtocols {
+				old[protocol] = w.client(t, protocol).open(target)
+				hear(t, old[protocol], say(t, old[protocol], "before"))
+			}
+			begun := time.Now()
+			w.reload(t, tc.reload)
+			if tc.after != 0 {
+				for _, protocol := range tunnelProtocols {
+					hear(t, old[protocol], say(t, old[protocol], "after the reload"))
+				}
+			}
+			for _, protocol := range tunnelProtocols {
+				if tc.after < 0 {
+					closeWrite(t, old[protocol])
+				}
+				io.Copy(io.Discard, old[protocol])
+				if age := time.Since(begun); age < tc.after {
+					t.Errorf("%s: closed after %v, want %v", protocol, age, tc.after)
+				}
+			}
+			want := reasonReload
+			if tc.after < 0 {
+				want = reasonClient
+			}
+			for _, line := range w.waitLog("CONNECT tunnel closed", len(tunnelProtocols)) {
+				if line["reason"] != want {
+					t.Errorf("log line %v, want the reason %q", line, want)
+				}
+			}
+			conn := w.client(t, "h1").open(target) // the new config's
+			hear(t, conn, say(t, conn, "hello"))
+		})
+	}
+}
+
+func TestReloadWithoutAProxyClosesTunnels(t *testing.T) {
+	w := newWorld(t, "", nil)
+	conn := w.dial()
+	conn.connect(echoTarget(t))
+	w.load("http://" + freeAddress(t) + " {\n\trespond hello\n}\n")
+	if rest := conn.readAll(); rest != "" {
+		t.Errorf("read %q, want the end", rest)
+	}
+	if line := w.waitLog("CONNECT tunnel closed", 1)[0]; line["reason"] != reasonReload {
+		t.Errorf("log line %v, want the reason %q", line, reasonReload)
+	}
+}
+
+func TestRecheckTunnels(t *testing.T) {
+	for _, tc := range []struct {
+		name, options string // after the reload
+		closed        bool   // the tunnel of a client from elsewhere, which loopback was opened to
+	}{
+		{"rules that forbid it", "recheck_tunnels", true},
+		{"rules that still allow it", "recheck_tunnels\nallow 127.0.0.1", false},
+		{"no check", "", false},
+		{"rules of another zone", "recheck_tunnels\nzone another", false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			w := newTunnelWorld(t, tunnelSetup{options: "allow 127.0.0.0/8"})
+			target := echoTarget(t)
+			local, remote := w.client(t, "h1"), w.client(t, "h1")
+			remote.header = "X-Forwarded-For: 8.8.8.8\r\n"
+			conns := []tunnelConn{local.open(target), remote.open(target)}
+			for _, conn := range conns {
+				hear(t, conn, say(t, conn, "before"))
+			}
+			w.reload(t, tunnelSetup{options: tc.options})
+			hear(t, conns[0], say(t, conns[0], "a client on this machine may go on"))
+			if !tc.closed {
+				hear(t, conns[1], say(t, conns[1], "one from elsewhere too"))
+				return
+			}
+			hearEnd(t, conns[1])
+			if line := w.waitLog("CONNECT tunnel closed", 1)[0]; line["reason"] != reasonForbidden {
+				t.Errorf("log line %v, want the reason %q", line, reasonForbidden)
+			}
+			if refused := remote.refused(target); refused.status != http.StatusForbidden {
+				t.Errorf("status %d, want 403", refused.status)
+			}
+		})
+	}
+}
+
+// A tunnel that leads back to the proxy, which no Via tells, is not another
+// step of the same way.
+func TestTunnelLoops(t *testing.T) {
+	for _, tc := range []struct {
+		name, options string
+		status        int
+	}{
+		{"one proxy on two addresses", "via the-proxy", http.StatusLoopDetected},
+		{"two proxies in one process", "", http.StatusOK},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			w := newTunnelWorld(t, tunnelSetup{options: tc.options})
+			target := echoTarget(t)
+			outer := w.client(t, "h1").open(w.tls).(*h1Tunnel)
+			over := tls.Client(outer, clientTLS("http/1.1"))
+			inner := newH1Tunnel(over, outer.tcp)
+			res, err := inner.connect(target, "", "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if res.StatusCode != tc.status {
+				t.Errorf("status %d, want %d", res.StatusCode, tc.status)
+			}
+			if tc.status == http.StatusOK {
+				hear(t, inner, say(t, inner, "through both"))
+			} else if status := res.Header.Get("Proxy-Status"); !strings.Contains(status, "error=proxy_loop_detected") {
+				t.Errorf("Proxy-Status %q, want proxy_loop_detected", status)
+			}
+		})
+	}
+}
+
+// tunnelEndings are the ways in which a tunnel ends, and what its closing line
+// calls them.
+var tunnelEndings = []struct {
+	reason string
+	target func(conn *net.TCPConn) // echoes one word before
+	client func(conn tunnelConn)
+}{
+	{reasonClient, func(conn *net.TCPConn) { io.Copy(conn, conn) }, func(conn tunnelConn) { conn.CloseWrite() }},
+	{reasonTarget, func(*net.TCPConn) {}, func(conn tunnelConn) { io.Copy(io.Discard, conn); conn.CloseWrite() }},
+	{reasonClientError, func(conn *net.TCPConn) { io.Copy(conn, conn) }, tunnelConn.Reset},
+	{reasonTargetError, func(conn *net.TCPConn) { conn.SetLinger(0) }, func(tunnelConn) {}},
+}
+
+func TestClosingLines(t *testing.T) {
+	w := newTunnelWorld(t, tunnelSetup{})
+	n := 0
+	for _, protocol := range tunnelProtocols {
+		for _, ending := range tunnelEndings {
+			t.Run(protocol+"/"+ending.reason, func(t *testing.T) {
+				const word = "a word"
+				target := listen(t, func(conn *net.TCPConn) {
+					io.CopyN(conn, conn, int64(len(word)))
+					io.ReadFull(conn, make([]byte, 1)) // a sign that the word was heard
+					ending.target(conn)
+				})
+				conn := w.client(t, protocol).open(target)
+				hear(t, conn, say(t, conn, word))
+				say(t, conn, ".")
+				eventually(t, "the sign to be counted", func() bool {
+					up := int64(0)
+					for _, t := range openTunnels() {
+						up += t.up.Load()
+					}
+					return up == int64(len(word))+1 || len(openTunnels()) == 0
+				})
+				ending.client(conn)
+				n++
+				closed := w.waitLog("CONNECT tunnel closed", n)[n-1]
+				opened := w.logLines("CONNECT tunnel")[n-1]
+				want := map[string]any{
+					"level": "info", "logger": "http.handlers.async_proxy",
+					"id": opened["id"], "target": target, "client": "127.0.0.1",
+					"proto":    map[string]string{"h1": "HTTP/1.1", "h1-tls": "HTTP/1.1", "h2": "HTTP/2.0", "h2c": "HTTP/2.0", "h3": "HTTP/3.0"}[protocol],
+					"bytes_up": float64(len(word) + 1), "bytes_down": float64(len(word)),
+					"reason": ending.reason,
+				}
+				for name, want := range want {
+					if closed[name] != want {
+						t.Errorf("closing line: %s = %v, want %v", name, closed[name], want)
+					}
+				}
+				for _, name := range []string{"level", "logger", "target", "client", "proto"} {
+					if opened[name] != want[name] {
+						t.Errorf("opening line: %s = %v, want %v", name, opened[name], want[name])
+					}
+				}
+				if opened["address"] != target {
+					t.Errorf("opening line: address = %v, want %v", opened["address"], target)
+				}
+				if duration, ok := closed["duration"].(float64); !ok || duration <= 0 || duration > patience.Seconds() {
+					t.Errorf("closing line: duration = %v", closed["duration"])
+				}
+			})
+			noTunnels(t)
+		}
+	}
+}
+
+// openTunnels returns the tunnels in the registry.
+func openTunnels() (open []*tunnel) {
+	r, err := acquireRegistry()
+	if err != nil {
+		return nil
+	}
+	defer releaseRegistry()
+	for _, t := range r.tunnels.All() {
+		open = append(open, t)
+	}
+	return open
+}
+
+// A tunnel that the proxy itself ends says why, over every protocol.
+func TestClosingLinesOfTimeouts(t *testing.T) {
+	for reason, options := range map[string]string{
+		reasonIdle:        "tunnel_idle_timeout 1s",
+		reasonMaxDuration: "tunnel_max_duration 1s",
+	} {
+		t.Run(reason, func(t *testing.T) {
+			w := newTunnelWorld(t, tunnelSetup{options: options})
+			target := echoTarget(t)
+			for _, protocol := range tunnelProtocols {
+				conn := w.client(t, protocol).open(target)
+				hear(t, conn, say(t, conn, "hello"))
+			}
+			for _, line := range w.waitLog("CONNECT tunnel closed", len(tunnelProtocols)) {
+				if line["reason"] != reason {
+					t.Errorf("log line %v, want the reason %q", line, reason)
+				}
+			}
+		})
+	}
+}
