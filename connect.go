@@ -61,17 +61,11 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, from caller) (
 // connectStream runs a tunnel on a stream of HTTP/2 or HTTP/3, which lasts as
 // long as its handler does.
 func (h *Handler) connectStream(w http.ResponseWriter, r *http.Request, t *tunnel) (int, error) {
-	header := w.Header()
-	clear(header) // Server and Alt-Svc are not the target's
+	clear(w.Header()) // Server and Alt-Svc are not the target's
 	w.WriteHeader(http.StatusOK)
 	near := newStreamPeer(w, r)
-	if err := near.control.Flush(); err != nil {
-		_ = t.far.Close()
-		h.tunnels.leave(t.bucket)
-		return statusClientClosedRequest, nil
-	}
 	t.near = near
-	t.run()
+	t.run() // flushes the answer when it is ready for more
 	if near.aborted.Load() {
 		return http.StatusOK, http.ErrAbortHandler // resets the stream
 	}

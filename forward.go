@@ -199,10 +199,7 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, res *http.Resp
 	}
 	w.WriteHeader(res.StatusCode)
 	if err := copyBody(w, res); err != nil {
-		if r.Context().Err() == nil {
-			err = fmt.Errorf("the response broke off: %w", err)
-		}
-		return errors.Join(http.ErrAbortHandler, err)
+		return brokenOff{err}
 	}
 	_ = res.Body.Close() // fills in the trailers
 	if len(res.Trailer) == 0 {
@@ -232,6 +229,13 @@ func (h *Handler) setResponseFields(w http.ResponseWriter, r *http.Request, res 
 	maps.Copy(header, res.Header)
 	return header
 }
+
+// brokenOff is the end of an answer that is not complete and cannot be mended.
+type brokenOff struct{ error }
+
+func (e brokenOff) Error() string        { return "the response broke off: " + e.error.Error() }
+func (e brokenOff) Unwrap() error        { return e.error }
+func (e brokenOff) Is(target error) bool { return target == http.ErrAbortHandler }
 
 const copyBuffer = 32 << 10
 

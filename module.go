@@ -16,6 +16,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"net/netip"
 	"time"
@@ -297,7 +298,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 
 	var err error
 	switch {
-	case h.via.seen(r.Header) || h.tunnels.loops(v.peer, h.name):
+	case h.via.seen(r.Header) || h.loops(r, v.peer):
 		err = refuse(http.StatusLoopDetected, "proxy_loop_detected", nil, "This request has come back to the proxy %s, where it had been before.", h.name)
 	case r.Method == http.MethodConnect && !isExtendedConnect(r):
 		v.status, err = h.connect(w, r, v.caller)
@@ -311,13 +312,22 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	if errors.As(err, &f) {
 		v.status, v.reason = f.status, f.kind
 		h.logRequest(r, v, f.err)
+		if f.status == statusClientClosedRequest {
+			panic(http.ErrAbortHandler) // nobody is there
+		}
 		return h.answer(w, r, f)
 	}
 	h.logRequest(r, v, err)
 	if errors.Is(err, http.ErrAbortHandler) {
-		panic(http.ErrAbortHandler) // the answer is broken off, or the stream reset
+		panic(http.ErrAbortHandler) // the answer breaks off, or a stream is reset
 	}
 	return err
+}
+
+// loops reports whether r comes over this proxy's own connection to a target.
+func (h *Handler) loops(r *http.Request, peer netip.AddrPort) bool {
+	local, _ := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
+	return h.tunnels.loops(h.name, peer, local)
 }
 
 // caller is who sent a request.

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"reflect"
 	"sync/atomic"
 	"time"
 
@@ -59,10 +60,27 @@ func newConnPeer(conn net.Conn) *connPeer {
 		case interface{ NetConn() net.Conn }: // TLS
 			lower = c.NetConn()
 		default:
-			return p
+			if lower = embeddedConn(lower); lower == nil {
+				return p
+			}
 		}
 	}
 	return p
+}
+
+// embeddedConn returns the net.Conn in a struct around it. Caddy wraps the
+// connections of servers that speak HTTP/1 alone, and shows no way to the
+// socket, which a reset needs.
+func embeddedConn(conn net.Conn) net.Conn {
+	v := reflect.Indirect(reflect.ValueOf(conn))
+	if v.Kind() != reflect.Struct {
+		return nil
+	}
+	if field := v.FieldByName("Conn"); field.IsValid() && field.CanInterface() {
+		inner, _ := field.Interface().(net.Conn)
+		return inner
+	}
+	return nil
 }
 
 func (p *connPeer) reader() io.Reader { return p.Conn }

@@ -5,6 +5,7 @@ package asyncproxy
 
 import (
 	"context"
+	"net"
 	"net/http"
 	"net/netip"
 	"sync"
@@ -32,7 +33,7 @@ const watchInterval = time.Second
 type registry struct {
 	tunnels  *xsync.Map[uint64, *tunnel]
 	clients  *xsync.Map[netip.Addr, int]        // tunnels admitted, of each client
-	sources  *xsync.Map[netip.AddrPort, string] // our ends of the connections to targets, and the name of the proxy
+	sources  *xsync.Map[netip.AddrPort, source] // by our end of each connection to a target
 	admitted atomic.Int64                       // all of them, those still being dialled too
 	lastID   atomic.Uint64
 	ended    atomic.Pointer[string] // the reason for which no tunnel may be open any more
@@ -58,7 +59,7 @@ func newRegistry() *registry {
 	r := &registry{
 		tunnels: xsync.NewMap[uint64, *tunnel](),
 		clients: xsync.NewMap[netip.Addr, int](),
-		sources: xsync.NewMap[netip.AddrPort, string](),
+		sources: xsync.NewMap[netip.AddrPort, source](),
 	}
 	stop := make(chan struct{})
 	r.stop = sync.OnceFunc(func() { close(stop) })
@@ -120,7 +121,7 @@ func (r *registry) add(t *tunnel) {
 	t.active.Store(sinceEpoch(t.start))
 	r.tunnels.Store(t.id, t)
 	if t.source.IsValid() {
-		r.sources.Store(t.source, t.owner.name)
+		r.sources.Store(t.source, source{t.owner.name, t.address})
 	}
 	if reason := r.ended.Load(); reason != nil {
 		t.close(*reason)
@@ -136,12 +137,19 @@ func (r *registry) remove(t *tunnel) {
 	r.leave(t.bucket)
 }
 
-// loops reports whether peer, from which a request comes to the proxy of the
-// given name, is that proxy's own end of a tunnel: the request has been here
-// before. A CONNECT carries no Via that could tell.
-func (r *registry) loops(peer netip.AddrPort, name string) bool {
-	owner, ok := r.sources.Load(peer)
-	return ok && owner == name
+// source is a connection to a target: which proxy opened it, and where to.
+type source struct {
+	proxy string
+	to    netip.AddrPort
+}
+
+// loops reports whether a request from peer, which the proxy of the given name
+// got at local, comes over that proxy's own connection to a target: it has been
+// here before. A CONNECT carries no Via that could tell. Both ends are compared,
+// since the kernel gives one port to several connections.
+func (r *registry) loops(proxy string, peer netip.AddrPort, local net.Addr) bool {
+	s, ok := r.sources.Load(peer)
+	return ok && s == source{proxy, addrPort(local)}
 }
 
 // closeWhere closes the tunnels for which condition holds.

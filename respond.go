@@ -84,12 +84,12 @@ func forwardRefusal(r *http.Request, err error) *refusal {
 		answered = "%s did not answer with a valid HTTP response"
 	)
 	switch {
-	case r.Context().Err() != nil:
-		return refuse(statusClientClosedRequest, "connection_terminated", context.Cause(r.Context()), "the client left")
 	case errors.As(err, &body) && errors.Is(body, os.ErrDeadlineExceeded):
 		return refuse(http.StatusRequestTimeout, "http_request_error", err, "The content of the request did not arrive in time.")
 	case errors.As(err, &body):
 		return refuse(http.StatusBadRequest, "http_request_error", err, "The content of the request is broken off or malformed.")
+	case r.Context().Err() != nil:
+		return refuse(statusClientClosedRequest, "connection_terminated", context.Cause(r.Context()), "the client left")
 	case errors.As(err, &dial), errors.As(err, &op) && op.Op == "dial":
 		return dialRefusal(r.Context(), err, host)
 	case errors.As(err, &cert):

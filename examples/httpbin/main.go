@@ -16,7 +16,6 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
 	"flag"
 	"fmt"
 	"log"
@@ -66,8 +65,11 @@ func serve(plain, secure string) error {
 	case err = <-failed:
 	case <-ctx.Done():
 	}
-	if errClose := server.Close(); err == nil || errors.Is(err, http.ErrServerClosed) {
-		err = errClose
+	// Requests in flight have five seconds to end; then they are cut off.
+	grace, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	if server.Shutdown(grace) != nil {
+		_ = server.Close()
 	}
 	return err
 }

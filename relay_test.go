@@ -1,0 +1,368 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	cryptorand "crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"math/big"
+	"math/rand/v2"
+	"net"
+	"os"
+	"runtime"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// relayRig is a relay that runs: what is written to in comes out of out.
+type relayRig struct {
+	in, out net.Conn // the two ends outside
+	dst     net.Conn // the end to the destination, for the test to close
+	copied  atomic.Int64
+	result  chan relayResult
+}
+
+type relayResult struct{ readErr, writeErr error }
+
+// connPair makes two connected ends of some kind.
+type connPair func(t testing.TB) (inside, outside net.Conn)
+
+// relayKinds are the pairs of ends that a relay meets. Only sockets can be
+// spliced.
+var relayKinds = []struct {
+	name     string
+	src, dst connPair
+}{
+	{"socket to socket", socketPair, socketPair},
+	{"socket to pipe", socketPair, pipePair},
+	{"socket to TLS", socketPair, tlsPair},
+	{"TLS to socket", tlsPair, socketPair},
+	{"TLS to TLS", tlsPair, tlsPair},
+	{"pipe to socket", pipePair, socketPair},
+	{"pipe to pipe", pipePair, pipePair},
+}
+
+func newRelayRig(t testing.TB, src, dst connPair) *relayRig {
+	t.Helper()
+	rig := &relayRig{result: make(chan relayResult, 1)}
+	var from net.Conn
+	from, rig.in = src(t)
+	rig.dst, rig.out = dst(t)
+	go func() {
+		var res relayResult
+		res.readErr, res.writeErr = relay(rig.dst, from, &rig.copied)
+		rig.result <- res
+	}()
+	return rig
+}
+
+func pipePair(t testing.TB) (inside, outside net.Conn) {
+	inside, outside = net.Pipe()
+	t.Cleanup(func() { inside.Close(); outside.Close() })
+	return inside, outside
+}
+
+// socketPair makes a connection on loopback.
+func socketPair(t testing.TB) (inside, outside net.Conn) {
+	t.Helper()
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	if outside, err = net.DialTimeout("tcp4", ln.Addr().String(), patience); err != nil {
+		t.Fatal(err)
+	}
+	if inside, err = ln.Accept(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { inside.Close(); outside.Close() })
+	return inside, outside
+}
+
+func tlsPair(t testing.TB) (inside, outside net.Conn) {
+	t.Helper()
+	inside, outside = socketPair(t)
+	inside = tls.Server(inside, &tls.Config{Certificates: []tls.Certificate{selfSigned(t)}})
+	outside = tls.Client(outside, clientTLS("test"))
+	done := make(chan error, 1)
+	go func() { done <- inside.(*tls.Conn).Handshake() }()
+	if err := errors.Join(outside.(*tls.Conn).Handshake(), <-done); err != nil {
+		t.Fatal(err)
+	}
+	return inside, outside
+}
+
+func selfSigned(t testing.TB) tls.Certificate {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), cryptorand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{"localhost"}, NotAfter: time.Now().Add(time.Hour)}
+	der, err := x509.CreateCertificate(cryptorand.Reader, template, template, &key.PublicKey, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+}
+
+// end says that nothing more will be written to a connection.
+func end(conn net.Conn) error {
+	if half, ok := conn.(closeWriter); ok {
+		return half.CloseWrite()
+	}
+	return conn.Close()
+}
+
+// inChunks hands out what r has in chunks of random sizes up to most.
+type inChunks struct {
+	r    io.Reader
+	most int
+	rng  *rand.Rand
+}
+
+func (c *inChunks) Read(b []byte) (int, error) {
+	return c.r.Read(b[:min(len(b), 1+c.rng.IntN(c.most))])
+}
+
+// Each size is one at which a buffer is just full, or just not.
+func TestRelay(t *testing.T) {
+	sizes := []int64{0, 1, 1023, 1024, 1025, 4095, 4096, 4097, 8192, 32767, 32768, 32769, 65535, 65536, 65537, 1 << 20, 16 << 20}
+	for _, kind := range relayKinds {
+		for _, size := range sizes {
+			for _, most := range []int{1 << 20, 5000, 37} {
+				if size > 1<<20 && most < 5000 {
+					continue // a system call for each few bytes of very many
+				}
+				t.Run(fmt.Sprintf("%s/%d bytes in chunks of %d", kind.name, size, most), func(t *testing.T) {
+					rig := newRelayRig(t, kind.src, kind.dst)
+					go func() {
+						data := &inChunks{bulk(1, size), most, rand.New(rand.NewPCG(1, uint64(size)))}
+						if n, err := io.CopyBuffer(struct{ io.Writer }{rig.in}, data, make([]byte, 1<<20)); err != nil {
+							t.Errorf("sending %d bytes of %d: %v", n, size, err)
+						}
+						end(rig.in)
+					}()
+					received := make(chan struct{})
+					go func() {
+						receiveBulk(t, "the other side", rig.out, 1, size)
+						close(received)
+					}()
+					res := <-rig.result
+					if res.readErr != io.EOF || res.writeErr != nil {
+						t.Errorf("relay ends with %v, %v; want EOF", res.readErr, res.writeErr)
+					}
+					if n := rig.copied.Load(); n != size {
+						t.Errorf("relay counts %d bytes, want %d", n, size)
+					}
+					end(rig.dst)
+					<-received
+				})
+			}
+		}
+	}
+}
+
+// What is there is passed on at once, whatever the size of the buffers.
+func TestRelayDoesNotWaitForMore(t *testing.T) {
+	for _, kind := range relayKinds {
+		t.Run(kind.name, func(t *testing.T) {
+			rig := newRelayRig(t, kind.src, kind.dst)
+			total := int64(0)
+			for _, size := range []int64{1, 1023, 1024, 1025, 1, 4095, 4096, 4097, 1, 32768, 65536, 3} {
+				go io.Copy(struct{ io.Writer }{rig.in}, bulk(byte(size), size))
+				receiveBulk(t, "the other side", io.LimitReader(rig.out, size), byte(size), size)
+				total += size
+			}
+			end(rig.in)
+			<-rig.result
+			if n := rig.copied.Load(); n != total {
+				t.Errorf("relay counts %d bytes, want %d", n, total)
+			}
+		})
+	}
+}
+
+// A destination that does not read stops the source, after what the kernel
+// holds and a pipe or a buffer.
+func TestRelayWaitsForASlowDestination(t *testing.T) {
+	const kernel, size = 64 << 10, 64 << 20
+	for _, kind := range relayKinds {
+		t.Run(kind.name, func(t *testing.T) {
+			small := func(pair connPair) connPair {
+				return func(t testing.TB) (net.Conn, net.Conn) {
+					inside, outside := pair(t)
+					for _, conn := range []net.Conn{inside, outside} {
+						if tcp := newConnPeer(conn).tcp; tcp != nil {
+							tcp.SetReadBuffer(kernel)
+							tcp.SetWriteBuffer(kernel)
+						}
+					}
+					return inside, outside
+				}
+			}
+			rig := newRelayRig(t, small(kind.src), small(kind.dst))
+			var before, after runtime.MemStats
+			runtime.GC()
+			runtime.ReadMemStats(&before)
+
+			data := make([]byte, size)
+			bulk(1, size).Read(data)
+			taken := make(chan int, 1)
+			var wrote atomic.Int64
+			go func() {
+				for rest := data; len(rest) > 0; {
+					n, err := rig.in.Write(rest[:min(len(rest), 16<<10)])
+					rest = rest[n:]
+					wrote.Add(int64(n))
+					if err != nil {
+						t.Errorf("sending: %v", err)
+						break
+					}
+				}
+				end(rig.in)
+				taken <- int(wrote.Load())
+			}()
+			for last := int64(-1); last != wrote.Load(); time.Sleep(200 * time.Millisecond) {
+				last = wrote.Load()
+			}
+			if n := wrote.Load(); n > 4<<20 {
+				t.Errorf("the source could write %d bytes that nobody read", n)
+			}
+			runtime.GC()
+			runtime.ReadMemStats(&after)
+			if grown := int64(after.HeapAlloc) - int64(before.HeapAlloc) - size; grown > 1<<20 {
+				t.Errorf("the heap has grown by %d bytes", grown)
+			}
+			received := make(chan struct{})
+			go func() {
+				receiveBulk(t, "the other side", rig.out, 1, size)
+				close(received)
+			}()
+			<-rig.result
+			end(rig.dst)
+			<-received
+		})
+	}
+}
+
+func TestRelayReportsTheSourcesFailure(t *testing.T) {
+	for _, kind := range relayKinds {
+		for _, size := range []int64{0, 1, 4096, 1 << 20} {
+			t.Run(fmt.Sprintf("%s/after %d bytes", kind.name, size), func(t *testing.T) {
+				rig := newRelayRig(t, kind.src, kind.dst)
+				go io.Copy(struct{ io.Writer }{rig.in}, bulk(1, size))
+				receiveBulk(t, "the other side", io.LimitReader(rig.out, size), 1, size)
+				newConnPeer(rig.in).Abort()
+				res := <-rig.result
+				if res.writeErr != nil || res.readErr == nil || res.readErr == io.EOF && newConnPeer(rig.in).tcp != nil {
+					t.Errorf("relay ends with %v, %v; want a failure of the source", res.readErr, res.writeErr)
+				}
+				if n := rig.copied.Load(); n != size {
+					t.Errorf("relay counts %d bytes, want %d", n, size)
+				}
+			})
+		}
+	}
+}
+
+func TestRelayReportsTheDestinationsFailure(t *testing.T) {
+	const size = 64 << 20
+	for _, kind := range relayKinds {
+		for _, before := range []int64{0, 1, 1 << 20} {
+			t.Run(fmt.Sprintf("%s/after %d bytes", kind.name, before), func(t *testing.T) {
+				rig := newRelayRig(t, kind.src, kind.dst)
+				sent := make(chan int64)
+				go func() {
+					n, _ := io.Copy(struct{ io.Writer }{rig.in}, bulk(1, size))
+					sent <- n
+				}()
+				receiveBulk(t, "the other side", io.LimitReader(rig.out, before), 1, before)
+				newConnPeer(rig.out).Abort()
+				if res := <-rig.result; res.writeErr == nil || res.readErr != nil {
+					t.Errorf("relay ends with %v, %v; want a failure of the destination", res.readErr, res.writeErr)
+				}
+				newConnPeer(rig.in).Abort() // ends the sender
+				n := <-sent
+				if copied := rig.copied.Load(); copied < before || copied > n+16<<10 { // TLS: one record is on its way
+					t.Errorf("relay counts %d bytes; %d were received and %d sent", copied, before, n)
+				}
+			})
+		}
+	}
+}
+
+// A relay that has ended in the middle of something leaves no byte to another.
+func TestRelayAfterFailures(t *testing.T) {
+	for range 50 {
+		rig := newRelayRig(t, socketPair, socketPair)
+		go io.Copy(struct{ io.Writer }{rig.in}, bulk(9, 16<<20))
+		io.CopyN(io.Discard, rig.out, 1<<20)
+		newConnPeer(rig.out).Abort()
+		<-rig.result
+		rig.in.Close()
+	}
+	rig := newRelayRig(t, socketPair, socketPair)
+	go func() {
+		io.Copy(struct{ io.Writer }{rig.in}, bulk(1, 16<<20))
+		end(rig.in)
+	}()
+	go func() {
+		<-rig.result
+		end(rig.dst)
+	}()
+	receiveBulk(t, "the other side", rig.out, 1, 16<<20)
+}
+
+// Closing either end from elsewhere, as limits do, ends a relay that waits.
+func TestRelayEndsWhenItsEndsAreClosed(t *testing.T) {
+	for _, kind := range relayKinds {
+		t.Run(kind.name+"/source", func(t *testing.T) {
+			from, _ := kind.src(t)
+			to, _ := kind.dst(t)
+			done := make(chan error)
+			var copied atomic.Int64
+			go func() {
+				err, _ := relay(to, from, &copied)
+				done <- err
+			}()
+			from.Close()
+			if err := <-done; !errors.Is(err, net.ErrClosed) && err != io.ErrClosedPipe {
+				t.Errorf("relay ends with %v, want that the source is closed", err)
+			}
+		})
+		t.Run(kind.name+"/destination", func(t *testing.T) {
+			rig := newRelayRig(t, kind.src, kind.dst)
+			go io.Copy(struct{ io.Writer }{rig.in}, bulk(1, 64<<20))
+			io.CopyN(io.Discard, rig.out, 100)
+			rig.dst.Close()
+			if res := <-rig.result; res.writeErr == nil {
+				t.Errorf("relay ends with %v, %v; want a failure to write", res.readErr, res.writeErr)
+			}
+		})
+	}
+}
+
+// A deadline of the source is a failure like others.
+func TestRelayWithADeadline(t *testing.T) {
+	for _, kind := range relayKinds {
+		t.Run(kind.name, func(t *testing.T) {
+			from, _ := kind.src(t)
+			to, _ := kind.dst(t)
+			from.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
+			var copied atomic.Int64
+			if err, _ := relay(to, from, &copied); !errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("relay ends with %v, want the deadline", err)
+			}
+		})
+	}
+}

@@ -1,0 +1,483 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"math/rand/v2"
+	"net"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/quic-go/quic-go/http3"
+	"golang.org/x/net/http2"
+)
+
+// observed switches on what Caddy puts between a handler and its connection to
+// see the bytes.
+var observed = tunnelSetup{global: "metrics", site: "log"}
+
+// tunnelBehaviours are what a tunnel has to do over every protocol.
+var tunnelBehaviours = []struct {
+	name string
+	run  func(t *testing.T, c *tunnelClient)
+}{
+	{"echo", tunnelEchoes},
+	{"early data", tunnelTakesEarlyData},
+	{"the target speaks first", tunnelLetsTheTargetSpeakFirst},
+	{"half-close by the client", tunnelPassesTheClientsEnd},
+	{"half-close by the target", tunnelPassesTheTargetsEnd},
+	{"reset by the client", tunnelPassesTheClientsReset},
+	{"reset by the target", tunnelPassesTheTargetsReset},
+	{"bulk both ways", tunnelCarriesBulk},
+	{"many at once", tunnelsAreMany},
+}
+
+func TestTunnels(t *testing.T) {
+	for name, setup := range map[string]tunnelSetup{"bare": {}, "observed": observed} {
+		t.Run(name, func(t *testing.T) {
+			w := newTunnelWorld(t, setup)
+			for _, protocol := range tunnelProtocols {
+				for _, behaviour := range tunnelBehaviours {
+					t.Run(protocol+"/"+behaviour.name, func(t *testing.T) {
+						behaviour.run(t, w.client(t, protocol))
+					})
+				}
+			}
+		})
+	}
+}
+
+// The connection of a client is then the wrapper's.
+func TestTunnelsBehindTheProxyProtocol(t *testing.T) {
+	wrapped := tunnelSetup{servers: "listener_wrappers {\nproxy_protocol {\nallow 127.0.0.0/8\n}\ntls\n}"}
+	wrappedObserved := wrapped
+	wrappedObserved.global, wrappedObserved.site = observed.global, observed.site
+	for name, setup := range map[string]tunnelSetup{"bare": wrapped, "observed": wrappedObserved} {
+		t.Run(name, func(t *testing.T) {
+			w := newTunnelWorld(t, setup)
+			for _, protocol := range []string{"h1", "h1-tls"} {
+				for _, behaviour := range tunnelBehaviours {
+					t.Run(protocol+"/"+behaviour.name, func(t *testing.T) {
+						c := w.client(t, protocol)
+						c.preface = "PROXY TCP4 127.0.0.9 127.0.0.1 4711 80\r\n"
+						behaviour.run(t, c)
+					})
+				}
+			}
+			for _, line := range w.logLines("CONNECT tunnel") {
+				if line["client"] != "127.0.0.9" {
+					t.Fatalf("log line %v, want the client of the header", line)
+				}
+			}
+		})
+	}
+}
+
+// With HTTP/2 switched off, Caddy hides the socket of a plain connection behind
+// a type of its own, which has no half-close.
+func TestTunnelsOfAServerForHTTP1(t *testing.T) {
+	for name, setup := range map[string]tunnelSetup{"bare": {}, "observed": observed} {
+		setup.protocols = "h1"
+		t.Run(name, func(t *testing.T) {
+			w := newTunnelWorld(t, setup)
+			for _, behaviour := range tunnelBehaviours {
+				t.Run(behaviour.name, func(t *testing.T) {
+					c := w.client(t, "h1")
+					c.ends = true
+					behaviour.run(t, c)
+				})
+			}
+		})
+	}
+}
+
+func tunnelEchoes(t *testing.T, c *tunnelClient) {
+	conn := c.open(echoTarget(t))
+	for i := range 100 {
+		hear(t, conn, say(t, conn, fmt.Sprintf("message %d", i)))
+	}
+}
+
+func tunnelTakesEarlyData(t *testing.T, c *tunnelClient) {
+	const early, late = "what does not wait for an answer", ", and what does"
+	conn := c.openEarly(echoTarget(t), early)
+	say(t, conn, late)
+	hear(t, conn, early+late)
+}
+
+func tunnelLetsTheTargetSpeakFirst(t *testing.T, c *tunnelClient) {
+	target := listen(t, func(conn *net.TCPConn) {
+		io.WriteString(conn, "220 ready\n")
+		io.Copy(conn, conn)
+	})
+	conn := c.open(target)
+	hear(t, conn, "220 ready\n")
+	hear(t, conn, say(t, conn, "HELO"))
+}
+
+func tunnelPassesTheClientsEnd(t *testing.T, c *tunnelClient) {
+	const answer = 1 << 20
+	target := listen(t, func(conn *net.TCPConn) {
+		asked, err := io.ReadAll(conn)
+		if err != nil {
+			t.Errorf("the target reads %v, want the end", err)
+			return
+		}
+		fmt.Fprintf(conn, "asked %q: %s", asked, strings.Repeat("x", answer))
+	})
+	conn := c.open(target)
+	say(t, conn, "how much?")
+	closeWrite(t, conn)
+	hear(t, conn, `asked "how much?": `+strings.Repeat("x", answer))
+	hearEnd(t, conn)
+}
+
+func tunnelPassesTheTargetsEnd(t *testing.T, c *tunnelClient) {
+	heard := make(chan string, 1)
+	target := listen(t, func(conn *net.TCPConn) {
+		io.WriteString(conn, "goodbye")
+		conn.CloseWrite()
+		rest, err := io.ReadAll(conn)
+		if err != nil {
+			t.Errorf("the target reads %v, want the end", err)
+		}
+		heard <- string(rest)
+	})
+	conn := c.open(target)
+	hear(t, conn, "goodbye")
+	hearEnd(t, conn)
+	want := ""
+	if c.halfCloses() {
+		want = say(t, conn, "I had something to add")
+		closeWrite(t, conn)
+	}
+	if got := <-heard; got != want {
+		t.Errorf("after its end the target reads %q, want %q", got, want)
+	}
+}
+
+func tunnelPassesTheClientsReset(t *testing.T, c *tunnelClient) {
+	failure := make(chan error, 1)
+	target := listen(t, func(conn *net.TCPConn) {
+		_, err := io.Copy(conn, conn)
+		failure <- err
+	})
+	conn := c.open(target)
+	hear(t, conn, say(t, conn, "hello"))
+	conn.Reset()
+	if err := <-failure; !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the target reads %v, want a reset", err)
+	}
+}
+
+func tunnelPassesTheTargetsReset(t *testing.T, c *tunnelClient) {
+	target := listen(t, func(conn *net.TCPConn) {
+		io.CopyN(conn, conn, int64(len("hello")))
+		io.CopyN(io.Discard, conn, int64(len("break off")))
+		conn.SetLinger(0)
+	})
+	conn := c.open(target)
+	hear(t, conn, say(t, conn, "hello")) // else the reset might overtake it
+	say(t, conn, "break off")
+	rest, err := io.ReadAll(conn)
+	if len(rest) > 0 || !isReset(c.protocol, err) {
+		t.Errorf("the client reads %q and then %v, want a reset", rest, err)
+	}
+}
+
+// isReset reports whether err is the form that a reset has in a protocol.
+func isReset(protocol string, err error) bool {
+	switch protocol {
+	case "h2", "h2c":
+		return errors.As(err, new(http2.StreamError))
+	case "h3":
+		failure := new(http3.Error)
+		return errors.As(err, &failure) && failure.Remote
+	default:
+		return errors.Is(err, syscall.ECONNRESET)
+	}
+}
+
+func tunnelCarriesBulk(t *testing.T, c *tunnelClient) {
+	const upSeed, downSeed = 1, 2
+	size := int64(64 << 20)
+	if raceEnabled {
+		size = 16 << 20
+	}
+	target := listen(t, func(conn *net.TCPConn) {
+		conn.SetDeadline(time.Now().Add(tunnelPatience))
+		var wg sync.WaitGroup
+		wg.Go(func() { sendBulk(t, "the target", conn, downSeed, size) })
+		receiveBulk(t, "the target", conn, upSeed, size)
+		wg.Wait()
+	})
+	conn := c.open(target)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() {
+		sendBulk(t, "the client", conn, upSeed, size)
+		if err := conn.CloseWrite(); err != nil {
+			t.Errorf("ending: %v", err)
+		}
+	})
+	receiveBulk(t, "the client", conn, downSeed, size)
+}
+
+// bulk returns bytes that are the same for the same seed.
+func bulk(seed byte, size int64) io.Reader {
+	return io.LimitReader(rand.NewChaCha8([32]byte{seed}), size)
+}
+
+func sendBulk(t *testing.T, who string, w io.Writer, seed byte, size int64) {
+	if n, err := io.Copy(struct{ io.Writer }{w}, bulk(seed, size)); err != nil {
+		t.Errorf("%s sends %d bytes of %d and then fails: %v", who, n, size, err)
+	}
+}
+
+// receiveBulk reads to the end, which must come after the bytes of bulk.
+func receiveBulk(t *testing.T, who string, r io.Reader, seed byte, size int64) {
+	want, got := crc32.NewIEEE(), crc32.NewIEEE()
+	io.Copy(want, bulk(seed, size))
+	n, err := io.Copy(got, r)
+	if err != nil || n != size {
+		t.Errorf("%s receives %d bytes of %d and then %v", who, n, size, err)
+	} else if got.Sum32() != want.Sum32() {
+		t.Errorf("%s receives other bytes than were sent", who)
+	}
+}
+
+func tunnelsAreMany(t *testing.T, c *tunnelClient) {
+	n := 1000
+	if raceEnabled {
+		n = 200
+	}
+	c.shared = 100
+	target := echoTarget(t)
+	conns := make([]tunnelConn, n)
+	defer func() {
+		for _, conn := range conns {
+			if conn != nil {
+				conn.Close()
+			}
+		}
+	}()
+	err := concurrently(n, 64, func(i int) (err error) {
+		conns[i], err = c.try(target, "")
+		return err
+	})
+	if err != nil {
+		t.Fatalf("opening: %v", err)
+	}
+	if open := registryOf(t).tunnels.Size(); open < n {
+		t.Errorf("%d tunnels are open, want %d", open, n)
+	}
+	err = concurrently(n, n, func(i int) error {
+		message := fmt.Sprintf("this is tunnel %d", i)
+		_, err := io.WriteString(conns[i], message)
+		err = errors.Join(err, conns[i].CloseWrite())
+		echo, err2 := io.ReadAll(conns[i])
+		if err = errors.Join(err, err2); err != nil || string(echo) != message {
+			return fmt.Errorf("tunnel %d echoes %q, %v", i, echo, err)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+func TestTunnelsOfOneConnectionDoNotWaitForEachOther(t *testing.T) {
+	const size = 32 << 20
+	w := newTunnelWorld(t, tunnelSetup{})
+	for _, protocol := range []string{"h2", "h2c", "h3"} {
+		t.Run(protocol, func(t *testing.T) {
+			c := w.client(t, protocol)
+			c.shared = 2
+			begun := make(chan struct{})
+			slow := c.open(listen(t, func(conn *net.TCPConn) {
+				conn.SetDeadline(time.Now().Add(tunnelPatience))
+				data := bulk(1, size)
+				io.CopyN(conn, data, 1<<20)
+				close(begun)
+				io.Copy(conn, data)
+			}))
+			<-begun
+			lively := c.open(echoTarget(t))
+			for i := range 1000 {
+				hear(t, lively, say(t, lively, fmt.Sprintf("message %d", i)))
+			}
+			receiveBulk(t, "the slow client", slow, 1, size)
+		})
+	}
+}
+
+// Caddy cuts requests and responses that stall, by default after a minute. A
+// tunnel may be silent.
+func TestTunnelsOutliveCaddysStallLimits(t *testing.T) {
+	const limit = time.Second
+	for name, setup := range map[string]tunnelSetup{"bare": {}, "observed": observed} {
+		setup.servers = fmt.Sprintf("timeouts {\nread_body_idle %v\nwrite_idle %[1]v\n}", limit)
+		t.Run(name, func(t *testing.T) {
+			w := newTunnelWorld(t, setup)
+			target := echoTarget(t)
+			conns := map[string]tunnelConn{}
+			for _, protocol := range tunnelProtocols {
+				conns[protocol] = w.client(t, protocol).open(target)
+				hear(t, conns[protocol], say(t, conns[protocol], "hello"))
+			}
+			time.Sleep(5 * limit / 2)
+			for _, protocol := range tunnelProtocols {
+				t.Run(protocol, func(t *testing.T) {
+					hear(t, conns[protocol], say(t, conns[protocol], "are you still there?"))
+					closeWrite(t, conns[protocol])
+					hearEnd(t, conns[protocol])
+				})
+			}
+		})
+	}
+}
+
+func TestTunnelsOutliveAReload(t *testing.T) {
+	const size, reloads = 8 << 20, 3
+	for name, setup := range map[string]tunnelSetup{"bare": {}, "observed": observed} {
+		t.Run(name, func(t *testing.T) {
+			w := newTunnelWorld(t, setup)
+			target := echoTarget(t)
+			halves := make(chan struct{})
+			var sent, wg sync.WaitGroup
+			for _, protocol := range tunnelProtocols {
+				conn := w.client(t, protocol).open(target)
+				sent.Add(1)
+				wg.Go(func() {
+					data := bulk(1, size)
+					sendSome := func(n int64) {
+						if _, err := io.CopyN(conn, data, n); err != nil {
+							t.Errorf("%s: sending: %v", protocol, err)
+						}
+					}
+					sendSome(size / 2)
+					sent.Done()
+					<-halves
+					sendSome(size / 2)
+					if err := conn.CloseWrite(); err != nil {
+						t.Errorf("%s: ending: %v", protocol, err)
+					}
+				})
+				wg.Go(func() { receiveBulk(t, "the client over "+protocol, conn, 1, size) })
+			}
+			// The first reload finds the tunnels busy, the last one finds them
+			// with all that was sent echoed or on its way.
+			for i := range reloads {
+				if i == reloads-1 {
+					sent.Wait()
+				}
+				w.reload(t, setup)
+			}
+			close(halves)
+			wg.Wait()
+		})
+	}
+}
+
+func TestTunnelsInTheAccessLog(t *testing.T) {
+	w := newTunnelWorld(t, observed)
+	target := echoTarget(t)
+	for i, protocol := range tunnelProtocols {
+		t.Run(protocol, func(t *testing.T) {
+			conn := w.client(t, protocol).open(target)
+			closeWrite(t, conn)
+			hearEnd(t, conn)
+			line := w.waitLog("handled request", i+1)[i]
+			if line["status"] != 200.0 {
+				t.Errorf("status %v, want 200", line["status"])
+			}
+		})
+	}
+}
+
+// echoTarget returns the address of a target that says what it hears. It holds
+// no pipes, as io.Copy between sockets would.
+func echoTarget(t *testing.T) string {
+	t.Helper()
+	return listen(t, func(conn *net.TCPConn) {
+		conn.SetDeadline(time.Now().Add(tunnelPatience))
+		io.Copy(struct{ io.Writer }{conn}, struct{ io.Reader }{conn})
+	})
+}
+
+// say writes a text and returns it.
+func say(t *testing.T, w io.Writer, text string) string {
+	t.Helper()
+	if _, err := io.WriteString(w, text); err != nil {
+		t.Fatalf("saying %.40q: %v", text, err)
+	}
+	return text
+}
+
+// hear reads a text.
+func hear(t *testing.T, r io.Reader, text string) {
+	t.Helper()
+	got := make([]byte, len(text))
+	if n, err := io.ReadFull(r, got); err != nil || string(got) != text {
+		t.Fatalf("heard %.40q, %v; want %.40q", got[:n], err, text)
+	}
+}
+
+// hearEnd reads an end in order.
+func hearEnd(t *testing.T, r io.Reader) {
+	t.Helper()
+	if rest, err := io.ReadAll(r); err != nil || len(rest) > 0 {
+		t.Fatalf("heard %.40q, %v; want the end", rest, err)
+	}
+}
+
+func closeWrite(t *testing.T, conn tunnelConn) {
+	t.Helper()
+	if err := conn.CloseWrite(); err != nil {
+		t.Fatalf("ending: %v", err)
+	}
+}
+
+// concurrently calls f for all numbers below n, in so many goroutines, and
+// returns the first error.
+func concurrently(n, goroutines int, f func(i int) error) error {
+	var next, failed atomic.Int64
+	failure := make(chan error, 1)
+	var wg sync.WaitGroup
+	for range goroutines {
+		wg.Go(func() {
+			for i := next.Add(1) - 1; i < int64(n) && failed.Load() == 0; i = next.Add(1) - 1 {
+				if err := f(int(i)); err != nil && failed.Add(1) == 1 {
+					failure <- err
+				}
+			}
+		})
+	}
+	wg.Wait()
+	close(failure)
+	return <-failure
+}
+
+// registryOf returns the registry of the running config.
+func registryOf(t *testing.T) *registry {
+	t.Helper()
+	r, err := acquireRegistry()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := releaseRegistry(); err != nil {
+			t.Error(err)
+		}
+	})
+	return r
+}
