@@ -16,6 +16,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 )
 
 // rule is a rule for intermediaries: raw bytes in, raw bytes out at a recording
@@ -182,29 +183,43 @@ func TestRules(t *testing.T) {
 	w := newWorld(t, "via tester\nresponse_header_timeout 5s\nallow 127.0.0.0/8", nil)
 	for _, rule := range rules {
 		t.Run(rule.name, func(t *testing.T) {
-			origin := newRuleOrigin(t, rule.answer)
-			fill := func(s string) string { return strings.ReplaceAll(s, "ORIGIN", origin.address) }
-			c := dialRaw(t, w.proxy)
-			c.send(fill(rule.send))
-			rule.checkResponse(t, c, fill)
-			rule.checkRequest(t, origin, fill)
+			for _, difference := range rule.run(t, w.proxy, patience) {
+				t.Errorf("RFC %s: %s", rule.rfc, difference)
+			}
 		})
 	}
 }
 
-// checkResponse compares what the client gets.
-func (rule rule) checkResponse(t *testing.T, c *rawConn, fill func(string) string) {
+// differences are what a proxy does otherwise than a rule says.
+type differences []string
+
+func (d *differences) add(format string, args ...any) { *d = append(*d, fmt.Sprintf(format, args...)) }
+
+// run sends the rule's request through a proxy.
+func (rule rule) run(t *testing.T, proxy string, timeout time.Duration) (d differences) {
 	t.Helper()
+	origin := newRuleOrigin(t, rule.answer)
+	fill := func(s string) string { return strings.ReplaceAll(s, "ORIGIN", origin.address) }
+	c := dialRaw(t, proxy)
+	c.SetDeadline(time.Now().Add(timeout))
+	c.send(fill(rule.send))
+	rule.checkResponse(&d, c, fill)
+	rule.checkRequest(&d, origin, fill)
+	return d
+}
+
+// checkResponse compares what the client gets.
+func (rule rule) checkResponse(d *differences, c *rawConn, fill func(string) string) {
 	method, _, _ := strings.Cut(rule.send, " ")
 	var interim []string
 	var res *http.Response
 	for {
 		var err error
 		if res, err = http.ReadResponse(c.r, &http.Request{Method: method}); err != nil {
-			if rule.brokenOff {
-				return // before anything was passed on
+			if !rule.brokenOff { // else it was, before anything was passed on
+				d.add("reading the response: %v", err)
 			}
-			t.Fatalf("reading the response: %v", err)
+			return
 		}
 		if res.StatusCode >= 200 {
 			break
@@ -216,7 +231,7 @@ func (rule rule) checkResponse(t *testing.T, c *rawConn, fill func(string) strin
 		interim = append(interim, line)
 	}
 	if !slices.Equal(interim, rule.interim) {
-		t.Errorf("interim responses %q, want %q", interim, rule.interim)
+		d.add("interim responses %q, want %q", interim, rule.interim)
 	}
 	want := rule.status
 	if want == 0 {
@@ -224,70 +239,71 @@ func (rule rule) checkResponse(t *testing.T, c *rawConn, fill func(string) strin
 	}
 	body, err := io.ReadAll(res.Body)
 	if res.StatusCode != want {
-		t.Errorf("status %d, want %d (%q)", res.StatusCode, want, body)
+		d.add("status %d, want %d (%.200q)", res.StatusCode, want, body)
+		return
 	}
 	if rule.brokenOff {
 		if err == nil {
-			t.Errorf("the response ended as if it were complete, with %q", body)
+			d.add("the response ended as if it were complete, with %q", body)
 		}
 		if rule.body != "" && string(body) != rule.body {
-			t.Errorf("before it broke off, the body was %q, want %q", body, rule.body)
+			d.add("before it broke off, the body was %q, want %q", body, rule.body)
 		}
 		return
 	}
 	if err != nil {
-		t.Fatalf("reading the body: %v", err)
+		d.add("reading the body: %v", err)
+		return
 	}
 	switch text := strings.ReplaceAll(string(body), "\r\n", "\n"); {
 	case rule.body == "-":
 		if text != "" {
-			t.Errorf("body %q, want none", text)
+			d.add("body %q, want none", text)
 		}
 	case rule.body != "":
 		if text != fill(rule.body) {
-			t.Errorf("body %q, want %q", text, fill(rule.body))
+			d.add("body %q, want %q", text, fill(rule.body))
 		}
 	case want == http.StatusOK && method != http.MethodHead && text != "ok":
-		t.Errorf("body %q, want %q", text, "ok")
+		d.add("body %q, want %q", text, "ok")
 	}
-	ruleFields(t, "response", res.Header, rule.clientHas, rule.clientNot, fill)
+	ruleFields(d, "response", res.Header, rule.clientHas, rule.clientNot, fill)
 	if rule.trailers != nil {
-		ruleFields(t, "trailers", res.Trailer, rule.trailers, nil, fill)
+		ruleFields(d, "trailers", res.Trailer, rule.trailers, nil, fill)
 		if len(rule.trailers) != len(res.Trailer) {
-			t.Errorf("trailers %v, want %v", res.Trailer, rule.trailers)
+			d.add("trailers %v, want %v", res.Trailer, rule.trailers)
 		}
 	}
 	if rule.mustClose {
 		if _, err := c.r.ReadByte(); err != io.EOF {
-			t.Errorf("the connection goes on (%v)", err)
+			d.add("the connection goes on (%v)", err)
 		}
 	}
 }
 
 // checkRequest compares what the origin got.
-func (rule rule) checkRequest(t *testing.T, origin *ruleOrigin, fill func(string) string) {
-	t.Helper()
+func (rule rule) checkRequest(d *differences, origin *ruleOrigin, fill func(string) string) {
 	got, any := origin.request()
 	if rule.line == "-" {
 		if any {
-			t.Errorf("the origin got %q", got.line)
+			d.add("the origin got %q", got.line)
 		}
 		return
 	}
 	if !any {
-		t.Fatal("the origin got nothing")
+		d.add("the origin got nothing")
+		return
 	}
 	if got.line != rule.line {
-		t.Errorf("request line %q, want %q", got.line, rule.line)
+		d.add("request line %q, want %q", got.line, rule.line)
 	}
-	ruleFields(t, "request", got.fields, rule.has, rule.hasNot, fill)
+	ruleFields(d, "request", got.fields, rule.has, rule.hasNot, fill)
 	if got.content != rule.content {
-		t.Errorf("content %q, want %q", got.content, rule.content)
+		d.add("content %q, want %q", got.content, rule.content)
 	}
 }
 
-func ruleFields(t *testing.T, what string, fields http.Header, has, hasNot []string, fill func(string) string) {
-	t.Helper()
+func ruleFields(d *differences, what string, fields http.Header, has, hasNot []string, fill func(string) string) {
 	at := make(map[string]int) // repeated fields are in order
 	for _, line := range has {
 		name, value, _ := strings.Cut(fill(line), ": ")
@@ -296,13 +312,13 @@ func ruleFields(t *testing.T, what string, fields http.Header, has, hasNot []str
 			values = fields[name]
 		}
 		if i := at[name]; i >= len(values) || values[i] != value {
-			t.Errorf("%s has %s: %q, want %q as number %d", what, name, values, value, i+1)
+			d.add("%s has %s: %q, want %q as number %d", what, name, values, value, i+1)
 		}
 		at[name]++
 	}
 	for _, name := range hasNot {
 		if values, ok := fields[name]; ok {
-			t.Errorf("%s has %s: %q, want none", what, name, values)
+			d.add("%s has %s: %q, want none", what, name, values)
 		}
 	}
 }

@@ -1,0 +1,161 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// peerProxies are other forward proxies, as Debian has them, with the settings
+// that make them comparable. PORT and DIR are filled in.
+var peerProxies = []struct {
+	name, command string
+	args          []string
+	config        string
+}{
+	{"squid", "squid", []string{"--foreground", "-n", "rules", "-f", "DIR/config"}, `http_port 127.0.0.1:PORT
+acl loop src 127.0.0.0/8
+http_access allow loop
+cache deny all
+access_log none
+cache_log DIR/cache.log
+cache_store_log none
+pid_filename none
+coredump_dir DIR
+shutdown_lifetime 0 seconds
+visible_hostname tester
+pinger_enable off
+`},
+	{"apache2", "apache2", []string{"-f", "DIR/config", "-D", "FOREGROUND"}, `ServerName tester
+ServerRoot "DIR"
+PidFile "DIR/pid"
+DefaultRuntimeDir "DIR"
+Mutex file:DIR
+Listen 127.0.0.1:PORT
+LoadModule mpm_event_module /usr/lib/apache2/modules/mod_mpm_event.so
+LoadModule authz_core_module /usr/lib/apache2/modules/mod_authz_core.so
+LoadModule authz_host_module /usr/lib/apache2/modules/mod_authz_host.so
+LoadModule proxy_module /usr/lib/apache2/modules/mod_proxy.so
+LoadModule proxy_http_module /usr/lib/apache2/modules/mod_proxy_http.so
+User nobody
+Group nogroup
+ErrorLog "DIR/error.log"
+ProxyRequests On
+ProxyVia On
+<Proxy "*">
+  Require ip 127.0.0.0/8
+</Proxy>
+`},
+	{"tinyproxy", "tinyproxy", []string{"-d", "-c", "DIR/config"}, `Port PORT
+Listen 127.0.0.1
+Timeout 600
+Allow 127.0.0.0/8
+LogLevel Critical
+LogFile "DIR/log"
+PidFile "DIR/pid"
+ViaProxyName "tester"
+`},
+}
+
+// peerAgreed are rules that every proxy of the list keeps: if one of these
+// breaks, it is the table, or the way it is run, that is wrong.
+var peerAgreed = []string{"origin form", "no content", "content of known length", "304", "a part", "HEAD"}
+
+// TestRulesOfPeers runs the table of rules against other proxies. Where they
+// differ is told, not judged; that the table can be kept at all is.
+func TestRulesOfPeers(t *testing.T) {
+	for _, peer := range peerProxies {
+		t.Run(peer.name, func(t *testing.T) {
+			address := startPeer(t, peer.command, peer.args, peer.config)
+			kept := 0
+			for _, rule := range rules {
+				rule = rule.forPeer()
+				found := rule.run(t, address, 2*time.Second)
+				if len(found) == 0 {
+					kept++
+					continue
+				}
+				t.Logf("RFC %s, %s: %.300s", rule.rfc, rule.name, strings.Join(found, "; "))
+				for _, name := range peerAgreed {
+					if rule.name == name {
+						t.Errorf("%s does not keep %q", peer.name, name)
+					}
+				}
+			}
+			t.Logf("%s keeps %d of %d", peer.name, kept, len(rules))
+			if kept < len(rules)/3 {
+				t.Errorf("%s keeps only %d of %d rules", peer.name, kept, len(rules))
+			}
+		})
+	}
+}
+
+// forPeer leaves out what is this proxy's own way and no rule: how it names
+// itself and the client, and the spelling of Go.
+func (rule rule) forPeer() rule {
+	own := func(lines []string) (others []string) {
+		for _, line := range lines {
+			if !strings.Contains(line, "tester") && !strings.HasPrefix(line, "X-Forwarded-For") && !strings.HasPrefix(line, "X-Real-Ip") && !strings.HasPrefix(line, "Allow") {
+				others = append(others, line)
+			}
+		}
+		return others
+	}
+	rule.has, rule.clientHas = own(rule.has), own(rule.clientHas)
+	return rule
+}
+
+// startPeer runs a proxy of Debian's until the test ends.
+func startPeer(t *testing.T, command string, args []string, config string) string {
+	t.Helper()
+	path, err := exec.LookPath(command)
+	for _, dir := range []string{"/usr/sbin/", "/usr/bin/"} {
+		if err != nil {
+			path, err = exec.LookPath(dir + command)
+		}
+	}
+	if err != nil {
+		t.Skipf("there is no %s; apt-get install it", command)
+	}
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o777); err != nil { // they change their user
+		t.Fatal(err)
+	}
+	if err := os.Chmod(filepath.Dir(dir), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	address := freeAddress(t)
+	_, port, _ := net.SplitHostPort(address)
+	fill := strings.NewReplacer("PORT", port, "DIR", dir).Replace
+	if err := os.WriteFile(filepath.Join(dir, "config"), []byte(fill(config)), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for i := range args {
+		args[i] = fill(args[i])
+	}
+	cmd := exec.Command(path, args...)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Signal(os.Interrupt)
+		done := time.AfterFunc(5*time.Second, func() { _ = cmd.Process.Kill() })
+		_ = cmd.Wait()
+		done.Stop()
+	})
+	eventually(t, command+" to listen", func() bool {
+		conn, err := net.Dial("tcp4", address)
+		if err == nil {
+			conn.Close()
+		}
+		return err == nil
+	})
+	return address
+}
