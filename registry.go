@@ -32,9 +32,9 @@ const watchInterval = time.Second
 // All methods are safe for concurrent use.
 type registry struct {
 	tunnels  *xsync.Map[uint64, *tunnel]
-	clients  *xsync.Map[netip.Addr, int]        // tunnels admitted, of each client
-	sources  *xsync.Map[netip.AddrPort, source] // by our end of each connection to a target
-	admitted atomic.Int64                       // all of them, those still being dialled too
+	clients  *xsync.Map[netip.Addr, int] // tunnels admitted, of each client
+	sources  *xsync.Map[source, struct{}]
+	admitted atomic.Int64 // all of them, those still being dialled too
 	lastID   atomic.Uint64
 	ended    atomic.Pointer[string] // the reason for which no tunnel may be open any more
 	stop     func()
@@ -59,7 +59,7 @@ func newRegistry() *registry {
 	r := &registry{
 		tunnels: xsync.NewMap[uint64, *tunnel](),
 		clients: xsync.NewMap[netip.Addr, int](),
-		sources: xsync.NewMap[netip.AddrPort, source](),
+		sources: xsync.NewMap[source, struct{}](),
 	}
 	stop := make(chan struct{})
 	r.stop = sync.OnceFunc(func() { close(stop) })
@@ -121,7 +121,7 @@ func (r *registry) add(t *tunnel) {
 	t.active.Store(sinceEpoch(t.start))
 	r.tunnels.Store(t.id, t)
 	if t.source.IsValid() {
-		r.sources.Store(t.source, source{t.owner.name, t.address})
+		r.sources.Store(t.origin(), struct{}{})
 	}
 	if reason := r.ended.Load(); reason != nil {
 		t.close(*reason)
@@ -132,24 +132,26 @@ func (r *registry) add(t *tunnel) {
 func (r *registry) remove(t *tunnel) {
 	r.tunnels.Delete(t.id)
 	if t.source.IsValid() {
-		r.sources.Delete(t.source)
+		r.sources.Delete(t.origin())
 	}
 	r.leave(t.bucket)
 }
 
-// source is a connection to a target: which proxy opened it, and where to.
+// source is a connection to a target: the proxy that opened it, and both ends,
+// since the kernel gives one port to several connections.
 type source struct {
-	proxy string
-	to    netip.AddrPort
+	proxy    string
+	from, to netip.AddrPort
 }
+
+func (t *tunnel) origin() source { return source{t.owner.name, t.source, t.address} }
 
 // loops reports whether a request from peer, which the proxy of the given name
 // got at local, comes over that proxy's own connection to a target: it has been
-// here before. A CONNECT carries no Via that could tell. Both ends are compared,
-// since the kernel gives one port to several connections.
+// here before. A CONNECT carries no Via that could tell.
 func (r *registry) loops(proxy string, peer netip.AddrPort, local net.Addr) bool {
-	s, ok := r.sources.Load(peer)
-	return ok && s == source{proxy, addrPort(local)}
+	_, ok := r.sources.Load(source{proxy, peer, addrPort(local)})
+	return ok
 }
 
 // closeWhere closes the tunnels for which condition holds.
