@@ -179,11 +179,15 @@ var rules = []rule{
 	{name: "the origin closes", rfc: "9112 §9.6", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", answer: "HTTP/1.1 200 OK\nConnection: close\nContent-Length: 2\n\nokCLOSE", clientNot: []string{"Connection"}},
 }
 
-func TestRules(t *testing.T) {
-	w := newWorld(t, "via tester\nresponse_header_timeout 5s\nallow 127.0.0.0/8", nil)
+// ruleOptions are what the rules take for granted.
+const ruleOptions = "via tester\nresponse_header_timeout 5s\nallow 127.0.0.0/8"
+
+func TestRules(t *testing.T) { runRules(t, newWorld(t, ruleOptions, nil).proxy) }
+
+func runRules(t *testing.T, proxy string) {
 	for _, rule := range rules {
 		t.Run(rule.name, func(t *testing.T) {
-			for _, difference := range rule.run(t, w.proxy, patience) {
+			for _, difference := range rule.run(t, proxy, patience) {
 				t.Errorf("RFC %s: %s", rule.rfc, difference)
 			}
 		})
