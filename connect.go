@@ -119,6 +119,9 @@ func isExtendedConnect(r *http.Request) bool {
 // parseAuthority returns the host and port of a CONNECT request's target in
 // the form that net.Dial takes. The port is not optional.
 func parseAuthority(authority string) (string, error) {
+	if strings.Contains(authority, "@") { // not to be repeated
+		return "", errors.New("user names and passwords do not belong there")
+	}
 	host, port, found := cutPort(authority)
 	if !found {
 		return "", errors.New("there is no port")

@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -49,12 +50,19 @@ func newDialer(timeout time.Duration, allow []netip.Prefix, own func(netip.AddrP
 			Timeout: timeout,
 			// A target that is gone without a word is noticed after two minutes.
 			KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: time.Minute, Interval: 15 * time.Second, Count: 4},
-			ControlContext: func(_ context.Context, _, address string, _ syscall.RawConn) error {
+			ControlContext: func(ctx context.Context, _, address string, _ syscall.RawConn) error {
 				to, err := netip.ParseAddrPort(address)
 				if err != nil {
 					return err
 				}
-				return d.check(r, to)
+				denied := d.check(r, to)
+				if denied == nil {
+					return nil
+				}
+				if found, ok := ctx.Value(deniedKey{}).(*atomic.Pointer[deniedError]); ok {
+					found.Store(denied)
+				}
+				return denied
 			},
 		}
 	}
@@ -63,10 +71,19 @@ func newDialer(timeout time.Duration, allow []netip.Prefix, own func(netip.AddrP
 
 // dial connects to address, a host and a port, for a client of the given reach.
 // All addresses of a name are tried, IPv6 and IPv4 side by side (RFC 8305). It
-// ends when ctx does.
+// ends when ctx does. If it fails and one of the addresses was denied, that is
+// the error, whatever came of the others.
 func (d *dialer) dial(ctx context.Context, r reach, address string) (net.Conn, error) {
-	return d.dialers[r].DialContext(ctx, "tcp", address)
+	var found atomic.Pointer[deniedError]
+	conn, err := d.dialers[r].DialContext(context.WithValue(ctx, deniedKey{}, &found), "tcp", address)
+	if denied := found.Load(); err != nil && denied != nil && ctx.Err() == nil {
+		return nil, denied
+	}
+	return conn, err
 }
+
+// deniedKey is for the context of a dial, in which it finds its deniedError.
+type deniedKey struct{}
 
 // deniedError says that the policy forbids an address.
 type deniedError struct {
@@ -77,7 +94,7 @@ type deniedError struct {
 func (e *deniedError) Error() string { return fmt.Sprintf("%s is denied: %s", e.to, e.why) }
 
 // check returns a deniedError if a client of reach r may not be connected to to.
-func (d *dialer) check(r reach, to netip.AddrPort) error {
+func (d *dialer) check(r reach, to netip.AddrPort) *deniedError {
 	ip := to.Addr().WithZone("").Unmap()
 	target := embedded(ip)
 	switch {
@@ -107,7 +124,8 @@ func (r reach) includes(ip netip.Addr) bool {
 }
 
 // What is not a public unicast address, after the special-purpose registries of
-// IANA (RFC 6890). For IPv6 everything beyond global unicast is not. notLocal
+// IANA (RFC 6890), and Azure's 168.63.129.16, which belongs to the machine's
+// host. For IPv6 everything beyond global unicast is not. notLocal
 // is what even this machine's own users have no business with: the unspecified
 // addresses, which are this machine under another name; link-local, where
 // clouds keep their credentials; multicast and broadcast.
@@ -116,7 +134,7 @@ var (
 
 	notPublic4 = prefixes("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16",
 		"172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16",
-		"198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4")
+		"168.63.129.16/32", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4")
 	notPublic6 = prefixes("2001::/23", "2001:db8::/32", "3fff::/20")
 	notLocal   = prefixes("0.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "255.255.255.255/32",
 		"::/128", "fe80::/10", "ff00::/8", "2001::/32")

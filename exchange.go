@@ -97,6 +97,9 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 		conn.expectBy(x.timeout)
 		res, err := readResponse(conn.r, out.method)
 		if x.sender != nil {
+			if err != nil && x.ctx.Err() != nil {
+				x.sender.wait() // it may be the body that the client broke off
+			}
 			if failed := x.sender.clientFailure(); failed != nil {
 				return nil, failed
 			}
@@ -321,15 +324,23 @@ func (s *sender) finishBody(w io.Writer) error {
 // stop ends the sender, and reports whether the body was sent completely.
 func (s *sender) stop(conn *originConn) bool {
 	s.proceed(false)
-	select {
-	case <-s.ended:
+	if s.wait() {
 		return s.complete
-	case <-time.After(lastWrite):
 	}
 	_ = conn.Close()
 	s.out.stopBody()
 	<-s.ended
 	return false
+}
+
+// wait waits for the end for a moment, and reports whether it has come.
+func (s *sender) wait() bool {
+	select {
+	case <-s.ended:
+		return true
+	case <-time.After(lastWrite):
+		return false
+	}
 }
 
 // lastWrite is how long a sender may take to notice that it is done: the origin

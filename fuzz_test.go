@@ -37,15 +37,14 @@ func FuzzRequests(f *testing.F) {
 		f.Add([]byte(strings.ReplaceAll(text, "\n", "\r\n")))
 	}
 
-	origin := &fuzzOrigin{}
-	origin.address = listen(f, origin.serve)
 	w := newWorld(f, "max_clients 1000\nresponse_header_timeout 2s\nallow 127.0.0.0/8", nil)
 	f.Fuzz(func(t *testing.T, input []byte) {
-		input = bytes.ReplaceAll(input, []byte("ORIGIN"), []byte(origin.address))
+		origin := &fuzzOrigin{} // of its own, since a request may come late
+		address := listen(t, origin.serve)
+		input = bytes.ReplaceAll(input, []byte("ORIGIN"), []byte(address))
 		if bytes.Contains(input, []byte("CONNECT")) {
 			return // what goes through a tunnel is the client's affair
 		}
-		origin.forget()
 		conn, err := net.Dial("tcp4", w.proxy)
 		if err != nil {
 			t.Fatal(err)
@@ -69,7 +68,7 @@ func FuzzRequests(f *testing.F) {
 		}
 
 		c := dialRaw(t, w.proxy)
-		c.send("GET http://" + origin.address + "/alive HTTP/1.1\nHost: x\n\n")
+		c.send("GET http://" + address + "/alive HTTP/1.1\nHost: x\n\n")
 		if res, body := c.response(http.MethodGet); body != "ok" {
 			t.Fatalf("the proxy does not serve any more: %s %q", res.Status, body)
 		}
@@ -95,7 +94,6 @@ func fuzzRequests(input []byte) (messages []fuzzMessage) {
 
 // fuzzOrigin keeps what it gets, and complains about what is malformed.
 type fuzzOrigin struct {
-	address  string
 	mu       sync.Mutex
 	messages []fuzzMessage
 	faults   []string
@@ -132,12 +130,6 @@ func (o *fuzzOrigin) serve(c *net.TCPConn) {
 			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
 		}
 	}
-}
-
-func (o *fuzzOrigin) forget() {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.messages, o.faults = nil, nil
 }
 
 func (o *fuzzOrigin) requests(t *testing.T) []fuzzMessage {

@@ -24,7 +24,11 @@ import (
 func newTransport(d *dialer, r reach, timeout time.Duration) *http.Transport {
 	return &http.Transport{
 		DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
-			return d.dial(ctx, r, address)
+			conn, err := d.dial(ctx, r, address)
+			if err != nil {
+				return nil, &dialError{err}
+			}
+			return conn, nil
 		},
 		// What is not asked for is not added, such as compression, and the
 		// environment has no say in where requests go.

@@ -33,7 +33,15 @@ func (e protocolError) Error() string { return string(e) }
 // as an end may repair what an intermediary must not pass on: a message that
 // others could take for two, or for another one.
 func readResponse(r *bufio.Reader, method string) (*http.Response, error) {
-	head, err := readHead(r, true)
+	// What is no HTTP may never have an end of line: it is told from its start.
+	if start, err := r.Peek(len("HTTP/")); string(start) != "HTTP/"[:len(start)] {
+		return nil, protocolError("the response is not one of HTTP/1")
+	} else if err == io.EOF && len(start) > 0 {
+		return nil, io.ErrUnexpectedEOF
+	} else if err != nil {
+		return nil, err
+	}
+	head, err := readHead(r)
 	if err != nil {
 		return nil, err
 	}
@@ -50,7 +58,7 @@ func readResponse(r *bufio.Reader, method string) (*http.Response, error) {
 
 // readHead reads lines up to an empty one, which is left out. Line ends are
 // made \n. An end of the connection before the first byte is io.EOF.
-func readHead(r *bufio.Reader, statusLine bool) (string, error) {
+func readHead(r *bufio.Reader) (string, error) {
 	var b strings.Builder
 	b.Grow(min(max(r.Buffered(), 256), 4<<10))
 	for {
@@ -73,9 +81,6 @@ func readHead(r *bufio.Reader, statusLine bool) (string, error) {
 			n--
 		}
 		if n == 0 && (b.Len() == 0 || b.String()[b.Len()-1] == '\n') {
-			if b.Len() == 0 && statusLine {
-				return "", protocolError("the response has no status line")
-			}
 			return b.String(), nil
 		}
 		b.Write(line[:n])
@@ -263,7 +268,7 @@ func (b *originBody) Read(p []byte) (n int, err error) {
 
 // readTrailers reads what follows the last chunk.
 func (b *originBody) readTrailers() error {
-	lines, err := readHead(b.r, false)
+	lines, err := readHead(b.r)
 	if err != nil {
 		if err == io.EOF {
 			err = io.ErrUnexpectedEOF

@@ -6,6 +6,7 @@ package asyncproxy
 import (
 	"context"
 	"crypto/tls"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -117,31 +118,38 @@ func TestTunnelTimeouts(t *testing.T) {
 }
 
 func TestTunnelIsClosedAfterSilenceAndNotBefore(t *testing.T) {
-	w := newTunnelWorld(t, tunnelSetup{options: "tunnel_idle_timeout 1s"})
+	const limit = 2 * time.Second
+	w := newTunnelWorld(t, tunnelSetup{options: fmt.Sprintf("tunnel_idle_timeout %v", limit)})
 	target := echoTarget(t)
+	lively := map[string]tunnelConn{}
+	var silent sync.WaitGroup
 	for _, protocol := range tunnelProtocols {
-		t.Run(protocol, func(t *testing.T) {
-			c := w.client(t, protocol)
-			lively, silent := c.open(target), c.open(target)
-			opened := time.Now()
-			ended := make(chan struct{})
-			go func() {
-				defer close(ended)
-				io.Copy(io.Discard, silent)
-			}()
-			for over := false; !over; {
-				hear(t, lively, say(t, lively, "I am still here"))
-				select {
-				case <-ended:
-					over = true
-				case <-time.After(100 * time.Millisecond):
-				}
+		lively[protocol] = w.client(t, protocol).open(target)
+		conn, opened := w.client(t, protocol).open(target), time.Now()
+		silent.Go(func() {
+			io.Copy(io.Discard, conn)
+			if age := time.Since(opened); age < limit-watchInterval {
+				t.Errorf("%s: closed after %v, want %v of silence", protocol, age, limit)
 			}
-			if age := time.Since(opened); age < time.Second {
-				t.Errorf("closed after %v, want a second of silence", age)
-			}
-			hear(t, lively, say(t, lively, "and now too"))
 		})
+	}
+	over := make(chan struct{})
+	go func() {
+		silent.Wait()
+		close(over)
+	}()
+	for last := false; !last; {
+		select {
+		case <-over:
+			last = true
+		case <-time.After(100 * time.Millisecond):
+		}
+		for protocol, conn := range lively {
+			hear(t, conn, say(t, conn, "I am still here, over "+protocol))
+		}
+	}
+	if n := len(openTunnels()); n != len(lively) {
+		t.Errorf("%d tunnels are open, want %d", n, len(lively))
 	}
 }
 
@@ -432,6 +440,46 @@ func TestTunnelLoops(t *testing.T) {
 			}
 		})
 	}
+}
+
+// The kernel gives one port to connections with different destinations, so that
+// two tunnels may have it.
+func TestLoopsOfTunnelsWithOnePort(t *testing.T) {
+	r := newRegistry()
+	defer r.stop()
+	source := netip.MustParseAddrPort("127.0.0.1:40000")
+	h := &Handler{name: "the-proxy", tunnels: r}
+	open := func(address string) *tunnel {
+		t := &tunnel{owner: h, registry: r, source: source, address: netip.MustParseAddrPort(address)}
+		r.admit(t.bucket, 0, 0)
+		r.add(t)
+		return t
+	}
+	loops := func(proxy, local string) bool {
+		return r.loops(proxy, source, net.TCPAddrFromAddrPort(netip.MustParseAddrPort(local)))
+	}
+	const one, another = "127.0.0.1:8080", "127.0.0.1:8081"
+	check := func(when string, wantOne, wantAnother bool) {
+		t.Helper()
+		if got := loops(h.name, one); got != wantOne {
+			t.Errorf("%s: one loops: %v", when, got)
+		}
+		if got := loops(h.name, another); got != wantAnother {
+			t.Errorf("%s: the other loops: %v", when, got)
+		}
+		if loops("another-proxy", one) || loops("another-proxy", another) {
+			t.Errorf("%s: another proxy's requests loop", when)
+		}
+	}
+	check("before", false, false)
+	first := open(one)
+	check("with one tunnel", true, false)
+	second := open(another)
+	check("with two tunnels", true, true)
+	r.remove(second)
+	check("without the second", true, false)
+	r.remove(first)
+	check("without both", false, false)
 }
 
 // tunnelEndings are the ways in which a tunnel ends, and what its closing line

@@ -56,12 +56,14 @@ func newRelayRig(t testing.TB, src, dst connPair) *relayRig {
 	var from net.Conn
 	from, rig.in = src(t)
 	rig.dst, rig.out = dst(t)
-	go func() {
-		var res relayResult
-		res.readErr, res.writeErr = relay(rig.dst, from, &rig.copied)
-		rig.result <- res
-	}()
+	go rig.run(rig.dst, from)
 	return rig
+}
+
+func (r *relayRig) run(dst, src net.Conn) {
+	var res relayResult
+	res.readErr, res.writeErr = relay(dst, src, &r.copied)
+	r.result <- res
 }
 
 func pipePair(t testing.TB) (inside, outside net.Conn) {

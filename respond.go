@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"strings"
 	"syscall"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -77,7 +78,7 @@ func forwardRefusal(r *http.Request, err error) *refusal {
 	var (
 		body     *bodyError
 		dial     *dialError
-		op       *net.OpError
+		alert    tls.AlertError
 		record   tls.RecordHeaderError
 		cert     *tls.CertificateVerificationError
 		timeout  net.Error
@@ -90,12 +91,14 @@ func forwardRefusal(r *http.Request, err error) *refusal {
 		return refuse(http.StatusBadRequest, "http_request_error", err, "The content of the request is broken off or malformed.")
 	case r.Context().Err() != nil:
 		return refuse(statusClientClosedRequest, "connection_terminated", context.Cause(r.Context()), "the client left")
-	case errors.As(err, &dial), errors.As(err, &op) && op.Op == "dial":
+	case errors.As(err, &dial):
 		return dialRefusal(r.Context(), err, host)
 	case errors.As(err, &cert):
 		return refuse(http.StatusBadGateway, "tls_certificate_error", err, "The certificate of %s is not trusted.", host)
-	case errors.As(err, &record):
-		return refuse(http.StatusBadGateway, "tls_protocol_error", err, "%s does not speak TLS.", host)
+	case errors.As(err, &alert):
+		return refuse(http.StatusBadGateway, "tls_alert_received", err, "%s does not agree on how to speak TLS.", host)
+	case errors.As(err, &record), strings.Contains(err.Error(), "tls: "): // most of its errors have no type
+		return refuse(http.StatusBadGateway, "tls_protocol_error", err, "%s does not speak TLS, or none that is safe.", host)
 	case errors.Is(err, errHeadTooLarge):
 		return refuse(http.StatusBadGateway, "http_response_header_section_size", err, answered+": its head is too large.", host)
 	case errors.As(err, &timeout) && timeout.Timeout():

@@ -5,6 +5,7 @@ package asyncproxy
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -359,6 +360,8 @@ type tunnelWorld struct {
 
 // tunnelSetup is what differs between tunnelWorlds, as lines of a Caddyfile.
 type tunnelSetup struct {
+	admin     string // address of the admin endpoint; "off" if empty
+	level     string // of the log; "DEBUG" if empty
 	global    string // global options
 	servers   string // of the option servers
 	site      string // directives of both sites
@@ -368,24 +371,29 @@ type tunnelSetup struct {
 
 func newTunnelWorld(t *testing.T, setup tunnelSetup) *tunnelWorld {
 	t.Helper()
-	w := &tunnelWorld{world: &world{t: t, proxy: freeAddress(t), logs: filepath.Join(t.TempDir(), "caddy.log")}}
-	w.plain, w.tls = w.proxy, freeAddress(t)
+	w := emptyTunnelWorld(t)
 	loadCaddyfile(t, w.caddyfile(setup))
 	w.ready(t)
+	return w
+}
+
+// emptyTunnelWorld has addresses, but no Caddy.
+func emptyTunnelWorld(t *testing.T) *tunnelWorld {
+	t.Helper()
+	w := &tunnelWorld{world: &world{t: t, proxy: freeAddress(t), logs: filepath.Join(t.TempDir(), "caddy.log")}}
+	w.plain, w.tls = w.proxy, freeAddress(t)
 	return w
 }
 
 // caddyfile has no grace period, so that nothing but the tunnels themselves
 // says how long they live.
 func (w *tunnelWorld) caddyfile(setup tunnelSetup) string {
-	if setup.protocols == "" {
-		setup.protocols = "h1 h2 h2c h3"
-	}
+	admin, level, protocols := cmp.Or(setup.admin, "off"), cmp.Or(setup.level, "DEBUG"), cmp.Or(setup.protocols, "h1 h2 h2c h3")
 	_, plain, _ := net.SplitHostPort(w.plain)
 	_, secure, _ := net.SplitHostPort(w.tls)
 	proxy := fmt.Sprintf("%s\nasync_proxy {\nburst 1000000\nrefill 1000000\n%s\n}\n", setup.site, setup.options)
 	return fmt.Sprintf(`{
-	admin off
+	admin %s
 	persist_config off
 	skip_install_trust
 	default_bind 127.0.0.1
@@ -395,7 +403,7 @@ func (w *tunnelWorld) caddyfile(setup tunnelSetup) string {
 	log {
 		output file %s
 		format json
-		level DEBUG
+		level %s
 	}
 	servers {
 		protocols %s
@@ -406,11 +414,11 @@ func (w *tunnelWorld) caddyfile(setup tunnelSetup) string {
 http://:%s {
 	%s
 }
-:%[2]s, localhost:%[2]s {
+:%[3]s, localhost:%[3]s {
 	tls internal
-	%[8]s
+	%[10]s
 }
-`, filepath.Dir(w.logs), secure, w.logs, setup.protocols, setup.servers, setup.global, plain, proxy)
+`, admin, filepath.Dir(w.logs), secure, w.logs, level, protocols, setup.servers, setup.global, plain, proxy)
 }
 
 // reload replaces the running config by another one, until the test of the

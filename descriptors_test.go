@@ -1,0 +1,253 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package asyncproxy
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"runtime"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// descriptors counts what a process has open.
+func descriptors(t testing.TB, pid string) int {
+	t.Helper()
+	names, err := os.ReadDir("/proc/" + pid + "/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if pid == "self" {
+		return len(names) - 1 // the one for the directory itself
+	}
+	return len(names)
+}
+
+func TestTunnelsLeaveNothingBehind(t *testing.T) {
+	const n = 2000
+	w := newTunnelWorld(t, tunnelSetup{})
+	target := echoTarget(t)
+	openAndClose := func(protocol string, n int) {
+		t.Run(fmt.Sprintf("%d over %s", n, protocol), func(t *testing.T) {
+			c := w.client(t, protocol)
+			c.shared = n
+			if err := concurrently(n, 32, func(i int) error {
+				conn, err := c.try(target, "")
+				if err != nil {
+					return err
+				}
+				defer conn.Close()
+				if i%4 == 0 {
+					return nil // closed without a word
+				}
+				if _, err := io.WriteString(conn, "hello"); err != nil {
+					return err
+				}
+				if _, err = io.ReadFull(conn, make([]byte, 5)); err != nil || i%4 == 1 {
+					return err
+				}
+				if i%4 == 2 {
+					conn.Reset()
+					return nil
+				}
+				if err := conn.CloseWrite(); err != nil {
+					return err
+				}
+				_, err = io.Copy(io.Discard, conn)
+				return err
+			}); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	for _, protocol := range tunnelProtocols {
+		openAndClose(protocol, 1)
+	}
+	noTunnels(t)
+	files, goroutines := descriptors(t, "self"), runtime.NumGoroutine()
+	for _, protocol := range tunnelProtocols {
+		openAndClose(protocol, n/len(tunnelProtocols))
+	}
+	noTunnels(t)
+	eventually(t, "descriptors and goroutines to be as many as before", func() bool {
+		return descriptors(t, "self") <= files && runtime.NumGoroutine() <= goroutines
+	})
+}
+
+// A tunnel that has carried bulk has given its pipes back.
+func TestTunnelHoldsTwoDescriptorsAfterBulk(t *testing.T) {
+	w := newTunnelWorld(t, tunnelSetup{})
+	target := echoTarget(t)
+	w.client(t, "h1").open(target).Close()
+	noTunnels(t)
+	before := descriptors(t, "self")
+	const n, size = 50, 2 << 20
+	conns := make([]tunnelConn, n)
+	for i := range conns {
+		conns[i] = w.client(t, "h1").open(target)
+	}
+	if err := concurrently(n, n, func(i int) error {
+		go io.Copy(conns[i], bulk(1, size))
+		_, err := io.CopyN(io.Discard, conns[i], size)
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	// Pipes that nobody uses are kept for the next burst, but only so many.
+	spare := 2 * cap(pipes)
+	held := 0
+	eventually(t, "the pipes to be given back", func() bool {
+		held = descriptors(t, "self") - before
+		return held <= 4*n+spare
+	})
+	if held < 4*n {
+		t.Errorf("%d tunnels hold %d descriptors with those of their clients and targets: this test counts wrong", n, held)
+	}
+	for _, conn := range conns {
+		conn.Close()
+	}
+	noTunnels(t)
+	eventually(t, "descriptors to be as many as before", func() bool { return descriptors(t, "self") <= before })
+}
+
+// The system gives one local port to connections with different destinations,
+// so that a client on this machine may have the port of a tunnel's other side.
+func TestClientWithThePortOfATunnelIsNoLoop(t *testing.T) {
+	w := newTunnelWorld(t, tunnelSetup{})
+	target := echoTarget(t)
+	first := w.client(t, "h1").open(target)
+	hear(t, first, say(t, first, "hello"))
+	source := openTunnels()[0].source
+	if !source.IsValid() {
+		t.Fatal("the tunnel has no local address")
+	}
+	conn, err := dialFrom(source, w.plain)
+	if err != nil {
+		t.Fatalf("connecting from %v: %v", source, err)
+	}
+	defer conn.Close()
+	second := newH1Tunnel(conn, conn.(*net.TCPConn))
+	res, err := second.connect(target, "", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if res.StatusCode != http.StatusOK {
+		t.Fatalf("a client at %v, from where a tunnel to %s comes too, gets status %d, want 200", source, target, res.StatusCode)
+	}
+	hear(t, second, say(t, second, "hello"))
+}
+
+// An idle relay waits for its source with no buffer and no pipe.
+func TestIdleRelaysHoldNothing(t *testing.T) {
+	const n, size = 500, 64 << 10
+	for _, carried := range []int64{0, 1, size} {
+		t.Run(fmt.Sprintf("after %d bytes", carried), func(t *testing.T) {
+			rigs := make([]*relayRig, n)
+			ends := make([][2]net.Conn, n) // of a relay: its source and destination
+			for i := range rigs {
+				rigs[i] = &relayRig{result: make(chan relayResult, 1)}
+				ends[i][0], rigs[i].in = socketPair(t)
+				ends[i][1], rigs[i].out = socketPair(t)
+			}
+			closePipes()
+			before := usageOf(t)
+			for i, rig := range rigs {
+				go rig.run(ends[i][1], ends[i][0])
+			}
+			payload, received := make([]byte, carried), make([]byte, carried)
+			for _, rig := range rigs {
+				go rig.in.Write(payload)
+				if _, err := io.ReadFull(rig.out, received); err != nil {
+					t.Fatal(err)
+				}
+			}
+			var held usage
+			defer func() { t.Logf("%d relays hold %+v", n, held) }()
+			eventually(t, "nothing to be held by idle relays", func() bool {
+				closePipes()
+				held = usageOf(t).since(before)
+				return held.descriptors == 0 && held.heap < n*2<<10 && held.stacks < n*6<<10
+			})
+			for _, rig := range rigs {
+				end(rig.in)
+				if res := <-rig.result; res.readErr != io.EOF {
+					t.Errorf("relay ends with %v, want EOF", res.readErr)
+				}
+			}
+		})
+	}
+}
+
+// usage is what this process has in use.
+type usage struct {
+	descriptors  int
+	heap, stacks int64
+}
+
+func (u usage) since(before usage) usage {
+	return usage{u.descriptors - before.descriptors, u.heap - before.heap, u.stacks - before.stacks}
+}
+
+func usageOf(t testing.TB) usage {
+	t.Helper()
+	runtime.GC()
+	runtime.GC() // empties the victims of pools
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return usage{descriptors(t, "self"), int64(m.HeapAlloc), int64(m.StackInuse)}
+}
+
+// Where there are no descriptors left for a pipe, bytes are copied.
+func TestRelayWithoutPipes(t *testing.T) {
+	rig := newRelayRig(t, socketPair, socketPair)
+	closePipes()
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	none := limit
+	none.Cur = 0
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &none); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
+	if p, err := newPipe(); err == nil {
+		p.release(false)
+		t.Fatal("there is a pipe to be had: this test tests nothing")
+	}
+	go func() {
+		io.Copy(struct{ io.Writer }{rig.in}, bulk(1, 16<<20))
+		end(rig.in)
+	}()
+	go func() {
+		<-rig.result
+		end(rig.dst)
+	}()
+	receiveBulk(t, "the other side", rig.out, 1, 16<<20)
+}
+
+// dialFrom connects from a port that another connection has already.
+func dialFrom(source netip.AddrPort, address string) (net.Conn, error) {
+	dialer := net.Dialer{Timeout: patience, ControlContext: func(_ context.Context, _, _ string, c syscall.RawConn) error {
+		var errOption error
+		err := c.Control(func(fd uintptr) {
+			port := int(source.Port())
+			errOption = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_LOCAL_PORT_RANGE, port|port<<16)
+		})
+		if err != nil {
+			return err
+		}
+		return errOption
+	}}
+	return dialer.DialContext(context.Background(), "tcp4", address)
+}

@@ -1,0 +1,304 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+)
+
+// policyOrigin is a server on loopback that counts its connections.
+type policyOrigin struct {
+	address, port string
+	accepted      atomic.Int64
+}
+
+func newPolicyOrigin(t *testing.T) *policyOrigin {
+	o := &policyOrigin{}
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		fmt.Fprint(w, "counted")
+	}))
+	server.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateNew {
+			o.accepted.Add(1)
+		}
+	}
+	server.Start()
+	t.Cleanup(server.Close)
+	o.address = server.Listener.Addr().String()
+	_, o.port, _ = net.SplitHostPort(o.address)
+	return o
+}
+
+// connections returns how many connections there were since the last call. One
+// of its own comes behind them, as none is accepted before those that were
+// there earlier.
+func (o *policyOrigin) connections(t testing.TB) int64 {
+	t.Helper()
+	conn := dialRaw(t, o.address)
+	conn.send("GET / HTTP/1.1\nHost: origin\nConnection: close\n\n")
+	conn.response(http.MethodGet)
+	return o.accepted.Swap(0) - 1
+}
+
+// policyRequest is one request for an authority, in which method is GET or
+// CONNECT, with more lines of a head.
+func policyRequest(t *testing.T, proxy, method, authority, lines string) (*http.Response, string) {
+	t.Helper()
+	target := authority
+	if method != http.MethodConnect {
+		target = "http://" + authority + "/"
+	}
+	conn := dialRaw(t, proxy)
+	conn.send(method + " " + target + " HTTP/1.1\nHost: " + authority + "\n" + lines + "\n")
+	return conn.response(method)
+}
+
+// policyRemote makes a client on loopback one from elsewhere.
+const policyRemote = "X-Forwarded-For: 8.8.8.8\n"
+
+// policyDenied fails unless a request for authority is refused by the policy.
+func policyDenied(t *testing.T, proxy, method, authority, lines string) {
+	t.Helper()
+	res, body := policyRequest(t, proxy, method, authority, lines)
+	if got := res.Header.Get("Proxy-Status"); res.StatusCode != http.StatusForbidden || !strings.HasSuffix(got, "; error=destination_ip_prohibited") {
+		t.Errorf("%s %s: %s, Proxy-Status %q, body %q; want 403 destination_ip_prohibited", method, authority, res.Status, got, body)
+	}
+	if !strings.HasPrefix(body, authority+" is out of bounds") || strings.Count(body, "\n") != 1 || !strings.HasSuffix(body, ".\n") {
+		t.Errorf("%s %s: body %q", method, authority, body)
+	}
+}
+
+// policyOpen fails unless a request for authority is answered with want.
+func policyOpen(t *testing.T, proxy, method, authority, lines, want string) {
+	t.Helper()
+	res, body := policyRequest(t, proxy, method, authority, lines)
+	if res.StatusCode != http.StatusOK || method != http.MethodConnect && body != want {
+		t.Errorf("%s %s: %s, Proxy-Status %q, body %q; want 200 %q", method, authority, res.Status, res.Header.Get("Proxy-Status"), body, want)
+	}
+}
+
+// TestPolicyCheck knows of each address who gets there.
+func TestPolicyCheck(t *testing.T) {
+	for _, rows := range []struct {
+		local, public bool
+		addresses     string
+	}{
+		// Unspecified, link-local (of which the metadata of clouds), multicast,
+		// broadcast, Teredo, and what leads there.
+		{false, false, `0.0.0.0 0.0.0.1 0.255.255.255 169.254.0.0 169.254.169.254 169.254.255.255
+			224.0.0.0 224.0.0.1 239.255.255.255 255.255.255.255
+			:: fe80:: fe80::1 fe80::1%eth0 fe80::1%1 febf:ffff:ffff:ffff:ffff:ffff:ffff:ffff
+			ff00:: ff02::1 ff02::1%eth0 ff0e::1 ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff
+			2001:: 2001::1 2001:0:7f00:1::1 2001:0:ffff:ffff:ffff:ffff:ffff:ffff
+			::ffff:0.0.0.0 ::ffff:169.254.169.254 ::ffff:224.0.0.1 ::ffff:255.255.255.255
+			64:ff9b::0.0.0.0 64:ff9b::169.254.169.254 64:ff9b::a9fe:1 64:ff9b::224.0.0.1 64:ff9b::255.255.255.255
+			2002::1 2002:a9fe:a9fe:: 2002:a9fe:1::1 2002:e000:1:: 2002:ffff:ffff::1`},
+
+		// Loopback, private, CGNAT, protocol assignments, documentation, 6to4
+		// anycast, benchmarking, class E.
+		{true, false, `127.0.0.0 127.0.0.1 127.0.0.53 127.255.255.255
+			10.0.0.0 10.0.0.1 10.255.255.255 172.16.0.0 172.16.0.1 172.31.255.255 192.168.0.0 192.168.1.1 192.168.255.255
+			100.64.0.0 100.64.0.1 100.127.255.255 192.0.0.0 192.0.0.170 192.0.0.255
+			192.0.2.0 192.0.2.1 192.0.2.255 198.51.100.0 198.51.100.255 203.0.113.0 203.0.113.255
+			192.88.99.0 192.88.99.1 192.88.99.255 198.18.0.0 198.18.0.1 198.19.255.255
+			240.0.0.0 240.0.0.1 255.255.255.254`},
+		// Loopback, ULA, documentation, benchmarking, ORCHID, discard-only,
+		// segment routing, former site-local, and all the rest of IPv6 beyond
+		// global unicast; IPv4 inside of it, too.
+		{true, false, `::1 ::1%lo fc00:: fc00::1 fd12:3456::1 fdff:ffff:ffff:ffff:ffff:ffff:ffff:ffff
+			2001:db8:: 2001:db8::1 2001:db8:ffff:ffff:ffff:ffff:ffff:ffff 3fff:: 3fff::1 3fff:fff:ffff::1
+			2001:1:: 2001:2::1 2001:10::1 2001:20::1 2001:1ff:ffff::1 100::1 5f00::1 fec0::1 feff::1 fe7f:ffff::1
+			fbff:ffff::1 fe00::1 1fff:ffff::1 4000::1 64:ff9a::808:808 64:ff9b::1:0:0 64:ff9b:1::7f00:1 64:ff9b:1::808:808
+			::127.0.0.1 ::8.8.8.8 ::2 ::fffe:808:808 ::ffff:0:127.0.0.1 ::ffff:0:8.8.8.8
+			::ffff:127.0.0.1 ::ffff:7f00:1 ::ffff:10.0.0.1 ::ffff:192.168.0.1 ::ffff:100.64.0.1 ::ffff:240.0.0.1
+			64:ff9b::127.0.0.1 64:ff9b::7f00:1 64:ff9b::10.0.0.1 64:ff9b::172.16.0.1 64:ff9b::192.168.0.1 64:ff9b::100.64.0.1 64:ff9b::192.0.2.1
+			2002:7f00:1:: 2002:7f00:1::1 2002:a00:1:: 2002:ac10:1::1 2002:c0a8:101::1 2002:6440:1:: 2002:c000:201::`},
+
+		// What is public, first of all the neighbours of what is not.
+		{true, true, `1.0.0.0 1.1.1.1 8.8.8.8 9.255.255.255 11.0.0.0 100.63.255.255 100.128.0.0 126.255.255.255 128.0.0.0
+			169.253.255.255 169.255.0.0 172.15.255.255 172.32.0.0 191.255.255.255 192.0.1.0 192.0.1.255 192.0.3.0
+			192.88.98.255 192.88.100.0 192.167.255.255 192.169.0.0 198.17.255.255 198.20.0.0 198.51.99.255 198.51.101.0
+			203.0.112.255 203.0.114.0 223.255.255.255 ::ffff:8.8.8.8 ::ffff:172.32.0.0
+			2000:: 2000::1 2001:200:: 2001:4860:4860::8888 2001:db7:ffff::1 2001:db9::1 2001:ffff::1 2003::1 2606:4700::1111
+			2606:4700::1111%eth0 3ffe:ffff::1 3fff:1000::1 3fff:ffff:ffff:ffff:ffff:ffff:ffff:ffff
+			64:ff9b::8.8.8.8 64:ff9b::ac20:0 64:ff9b::ac0f:ffff 2002:808:808:: 2002:808:808::1 2002:ac20:0:: 2002:9ff:ffff::1`},
+	} {
+		for _, address := range strings.Fields(rows.addresses) {
+			policyCheck(t, &dialer{}, local, address, 443, rows.local)
+			policyCheck(t, &dialer{}, public, address, 443, rows.public)
+			everything := &dialer{allow: prefixes("0.0.0.0/0", "::/0")}
+			for _, r := range []reach{local, public} {
+				policyCheck(t, everything, r, address, 443, true)
+				policyCheck(t, everything, r, address, 24, true)
+				policyCheck(t, everything, r, address, 25, false)
+				policyCheck(t, &dialer{}, r, address, 25, false)
+			}
+		}
+	}
+}
+
+func policyCheck(t *testing.T, d *dialer, r reach, address string, port uint16, want bool) {
+	t.Helper()
+	to := netip.AddrPortFrom(netip.MustParseAddr(address), port)
+	err := d.check(r, to)
+	if (err == nil) != want {
+		t.Errorf("%s for %s, allow %v: %v, want it open: %v", to, map[reach]string{local: "local", public: "public"}[r], d.allow, err, want)
+	}
+	if err != nil && (err.to != to || err.why == "") {
+		t.Errorf("%s: error %#v", to, err)
+	}
+}
+
+func TestPolicyAllow(t *testing.T) {
+	for _, row := range []struct{ allow, open, closed string }{
+		{"10.0.0.0/8", "10.0.0.0 10.255.255.255 ::ffff:10.1.2.3 64:ff9b::10.1.2.3 2002:a01:203::1 8.8.8.8", "127.0.0.1 172.16.0.1 ::1 fd00::1 64:ff9b::192.168.0.1"},
+		{"127.0.0.0/8", "127.0.0.1 ::ffff:127.0.0.1 64:ff9b::7f00:1", "10.0.0.1 ::1 0.0.0.0 ::ffff:0.0.0.0"},
+		{"127.0.0.1/32", "127.0.0.1", "127.0.0.2 127.0.0.0 ::1 ::127.0.0.1"},
+		{"::1/128", "::1", "127.0.0.1 ::2 ::"},
+		{"169.254.169.254/32", "169.254.169.254 64:ff9b::169.254.169.254", "169.254.169.253 169.254.169.255"},
+		{"fe80::/10", "fe80::1 fe80::1%eth0", "fec0::1 ff02::1%eth0"},
+		{"fd00::/8 192.168.0.0/16", "fd00::1 192.168.0.1", "fc00::1 192.0.0.1 10.0.0.1"},
+		{"64:ff9b::/96", "64:ff9b::10.0.0.1", "10.0.0.1 2002:a00:1::"},
+		{"2002::/16", "2002:a00:1::", "10.0.0.1 64:ff9b::10.0.0.1"},
+		{"224.0.0.0/4", "224.0.0.1 239.255.255.255", "240.0.0.0 ff02::1"},
+		{"0.0.0.0/0", "10.0.0.1 127.0.0.1 0.0.0.0 64:ff9b::10.0.0.1", "::1 fd00::1 fe80::1 ::"},
+		{"::/0", "::1 fd00::1 fe80::1 ::", "10.0.0.1 127.0.0.1 ::ffff:127.0.0.1"},
+	} {
+		d := &dialer{allow: prefixes(strings.Fields(row.allow)...)}
+		for _, address := range strings.Fields(row.open) {
+			policyCheck(t, d, public, address, 80, true)
+			policyCheck(t, d, local, address, 80, true)
+			policyCheck(t, d, public, address, portSMTP, false)
+		}
+		for _, address := range strings.Fields(row.closed) {
+			policyCheck(t, d, public, address, 80, false)
+		}
+	}
+}
+
+// TestPolicyOwn: what is the proxy's own stays closed, whatever is allowed and
+// however it is written.
+func TestPolicyOwn(t *testing.T) {
+	d := &dialer{
+		allow: prefixes("0.0.0.0/0", "::/0"),
+		own:   func(to netip.AddrPort) bool { return to == netip.MustParseAddrPort("127.0.0.1:2019") },
+	}
+	for _, address := range strings.Fields("127.0.0.1 ::ffff:127.0.0.1 64:ff9b::7f00:1 2002:7f00:1::") {
+		for _, r := range []reach{local, public} {
+			policyCheck(t, d, r, address, 2019, false)
+			policyCheck(t, d, r, address, 2020, true)
+		}
+	}
+}
+
+// policyPrivate are spellings of this machine and its networks.
+var policyPrivate = []string{"127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "[64:ff9b::7f00:1]", "10.0.0.1", "169.254.169.254", "0.0.0.0", "[::]", "[fd00::1]", "[2002:7f00:1::]", "LOCALHOST", "127.0.0.2"}
+
+func TestPolicyReach(t *testing.T) {
+	w := newWorld(t, "", nil)
+	o := newPolicyOrigin(t)
+	policyOpen(t, w.proxy, http.MethodGet, o.address, "", "counted")
+	policyOpen(t, w.proxy, http.MethodConnect, o.address, "", "")
+	conn := w.dial()
+	conn.connect(o.address)
+	conn.send("GET / HTTP/1.1\nHost: origin\nConnection: close\n\n")
+	if _, body := conn.response(http.MethodGet); body != "counted" {
+		t.Errorf("through a tunnel: %q", body)
+	}
+	if n := o.connections(t); n != 3 {
+		t.Errorf("%d connections, want 3", n)
+	}
+	// The connection of the first GET is idle, and nobody else's.
+	for _, method := range []string{http.MethodConnect, http.MethodGet} {
+		for _, host := range policyPrivate {
+			policyDenied(t, w.proxy, method, host+":"+o.port, policyRemote)
+		}
+		for _, lines := range []string{"Forwarded: for=8.8.8.8\n", "Via: 1.1 other\n", "X-Forwarded-For:\n", "X-Forwarded-For: 127.0.0.1\n"} {
+			policyDenied(t, w.proxy, method, o.address, lines)
+		}
+		for _, host := range []string{"169.254.169.254", "0.0.0.0", "[fe80::1]", "224.0.0.1", "255.255.255.255", "[::]"} {
+			policyDenied(t, w.proxy, method, host+":"+o.port, "") // closed to local clients, too
+		}
+	}
+	if n := o.connections(t); n != 0 {
+		t.Errorf("%d connections for refused requests", n)
+	}
+	policyOpen(t, w.proxy, http.MethodGet, o.address, "", "counted")
+	if n := o.connections(t); n > 1 {
+		t.Errorf("%d connections for one request", n)
+	}
+
+	w.load(w.site("allow 127.0.0.0/8"))
+	policyOpen(t, w.proxy, http.MethodGet, o.address, policyRemote, "counted")
+	policyOpen(t, w.proxy, http.MethodConnect, o.address, policyRemote, "")
+	policyOpen(t, w.proxy, http.MethodGet, "[::ffff:127.0.0.1]:"+o.port, policyRemote, "counted")
+	for _, host := range []string{"[::1]", "10.0.0.1", "0.0.0.0", "169.254.169.254"} {
+		policyDenied(t, w.proxy, http.MethodConnect, host+":"+o.port, policyRemote)
+		policyDenied(t, w.proxy, http.MethodGet, host+":"+o.port, policyRemote)
+	}
+}
+
+// TestPolicyListeners: Caddy's admin endpoint and the proxy itself are closed to
+// all, with everything allowed; another site is not.
+func TestPolicyListeners(t *testing.T) {
+	admin, proxy, other := freeAddress(t), freeAddress(t), freeAddress(t)
+	port := func(address string) string { return address[strings.LastIndexByte(address, ':')+1:] }
+	for _, options := range []string{"", "allow 0.0.0.0/0 ::/0"} {
+		loadCaddyfile(t, fmt.Sprintf("{\n\tadmin %s\n\tpersist_config off\n\tskip_install_trust\n\tgrace_period 5s\n\tdefault_bind 127.0.0.1\n\tlog {\n\t\toutput discard\n\t}\n}\n"+
+			"http://:%s {\n\tasync_proxy {\n\t\tburst 1000000\n\t\trefill 1000000\n\t\t%s\n\t}\n}\nhttp://:%s {\n\trespond \"another site\"\n}\n", admin, port(proxy), options, port(other)))
+		conn := dialRaw(t, admin) // the endpoint is really there
+		conn.send("GET /config/ HTTP/1.1\nHost: " + admin + "\nConnection: close\n\n")
+		if res, _ := conn.response(http.MethodGet); res.StatusCode != http.StatusOK {
+			t.Fatalf("admin endpoint: %s", res.Status)
+		}
+		for _, method := range []string{http.MethodConnect, http.MethodGet} {
+			for _, lines := range []string{"", policyRemote} {
+				for _, host := range []string{"127.0.0.1", "localhost", "0.0.0.0", "[::ffff:127.0.0.1]", "[::]", "[64:ff9b::7f00:1]"} {
+					if host == "localhost" && lines == "" && !policyOnlyIPv4(t) {
+						continue // ::1 may refuse before 127.0.0.1 is denied
+					}
+					policyDenied(t, proxy, method, host+":"+port(admin), lines)
+					policyDenied(t, proxy, method, host+":"+port(proxy), lines)
+				}
+			}
+			policyOpen(t, proxy, method, other, "", "another site")
+		}
+		if options != "" {
+			policyOpen(t, proxy, http.MethodGet, other, policyRemote, "another site")
+		} else {
+			policyDenied(t, proxy, http.MethodGet, other, policyRemote)
+		}
+	}
+}
+
+func policyOnlyIPv4(t *testing.T) bool {
+	addrs, err := net.DefaultResolver.LookupHost(t.Context(), "localhost")
+	return err == nil && slices.Equal(addrs, []string{"127.0.0.1"})
+}
+
+// TestPolicyPool: a connection that was opened for a client on this machine is
+// idle afterwards, but for such clients only.
+func TestPolicyPool(t *testing.T) {
+	w := newWorld(t, "", nil)
+	o := newPolicyOrigin(t)
+	conn := w.dial()
+	for i, lines := range []string{"", policyRemote, "", policyRemote} {
+		conn.send("GET http://" + o.address + "/ HTTP/1.1\nHost: " + o.address + "\n" + lines + "\n")
+		want := []int{http.StatusOK, http.StatusForbidden}[i%2]
+		if res, body := conn.response(http.MethodGet); res.StatusCode != want {
+			t.Errorf("request %d: %s %q, want %d", i, res.Status, body, want)
+		}
+	}
+	if n := o.connections(t); n != 1 {
+		t.Errorf("%d connections, want 1", n)
+	}
+}

@@ -1,0 +1,386 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"regexp"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// refusalEvil comes behind each CONNECT that has to fail. It must never be
+// taken for a request.
+const refusalEvil = "GET http://ORIGIN/evil HTTP/1.1\nHost: ORIGIN\n\n"
+
+const (
+	refusalBad    = "http_request_error"
+	refusalDenied = "destination_ip_prohibited"
+)
+
+// refusalBench is a world and the addresses that its requests name.
+type refusalBench struct {
+	*world
+	t      *testing.T
+	target *policyOrigin // ORIGIN, to which nothing may be connected
+	whole  atomic.Int64  // requests that ECHO has got to their end
+	places []string      // for strings.NewReplacer
+	logged int           // lines "request" so far
+	custom bool          // the site has error routes
+}
+
+func newRefusalBench(t *testing.T, options string) *refusalBench {
+	b := &refusalBench{t: t, target: newPolicyOrigin(t)}
+	b.world = newWorld(t, options, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if _, err := io.Copy(io.Discard, r.Body); err == nil {
+			b.whole.Add(1)
+		}
+		fmt.Fprintf(w, "Via %q", r.Header["Via"])
+	}))
+	b.places = []string{"ECHO", b.origin.Listener.Addr().String(), "ORIGIN", b.target.address, "PORT", b.target.port, "REFUSED", freeAddress(t)}
+	return b
+}
+
+func (b *refusalBench) place(name, address string) { b.places = append(b.places, name, address) }
+
+// in replaces the names of places in a text.
+func (b *refusalBench) in(text string) string { return strings.NewReplacer(b.places...).Replace(text) }
+
+// request is a whole request, of which text is the first line, or more.
+func (b *refusalBench) request(text string) string {
+	if !strings.Contains(text, "\n") {
+		text += " HTTP/1.1\nHost: proxy.test\n\n"
+	}
+	return b.in(text)
+}
+
+// passed waits for the log line of a request that was not refused.
+func (b *refusalBench) passed() { b.logged++; b.waitLog("request", b.logged) }
+
+var refusalStatus = regexp.MustCompile(`^[!#$%&'*+.^_|~0-9A-Za-z:/-]+; error=([a-z_]+)$`)
+
+// refuses compares the answers to requests, each on a connection of its own,
+// with a status, an error type, which is "" for answers of net/http, and a part
+// of the body; and nothing has come to the target.
+func (b *refusalBench) refuses(status int, kind, text string, requests ...string) {
+	b.t.Helper()
+	for _, request := range requests {
+		b.refusesOne(status, kind, b.in(text), request)
+	}
+	if n := b.target.connections(b.t); n != 0 {
+		b.t.Errorf("%q: %d connections to the origin", requests, n)
+	}
+}
+
+func (b *refusalBench) refusesOne(status int, kind, text, row string) {
+	b.t.Helper()
+	request := b.request(row)
+	method, rest, _ := strings.Cut(request, " ")
+	target, _, _ := strings.Cut(rest, " ")
+	connect, head := method == http.MethodConnect, method == http.MethodHead
+	if connect {
+		request += b.in(refusalEvil)
+	}
+	conn := b.dial()
+	conn.send(request)
+	res, body := conn.response(method)
+	wrong := func(format string, args ...any) {
+		b.t.Helper()
+		b.t.Errorf("%q: %s, Proxy-Status %q, body %q: %s", row, res.Status, res.Header["Proxy-Status"], body, fmt.Sprintf(format, args...))
+	}
+	if res.StatusCode != status {
+		wrong("want status %d", status)
+	}
+	// http.ReadResponse takes Connection: close away, and acts as if it were
+	// there if the end of the body is that of the connection.
+	if connect && (!res.Close || kind != "" && res.ContentLength < 0) {
+		wrong("want Connection: close")
+	} else if connect {
+		if rest := conn.readAll(); rest != "" {
+			wrong("then %q", rest)
+		}
+	}
+	if head && body != "" || !head && !strings.Contains(body, text) {
+		wrong("want a body with %q", text)
+	}
+	got, said := "", res.Header["Proxy-Status"]
+	if len(said) == 1 && refusalStatus.MatchString(said[0]) {
+		got = refusalStatus.FindStringSubmatch(said[0])[1]
+	}
+	if got != kind || len(said) > 0 && kind == "" {
+		wrong("want error=%s", kind)
+	}
+	if len(said) == 0 || status == http.StatusTooManyRequests && kind == "http_request_denied" {
+		return // has no line "request"
+	}
+	if !b.custom && !head && (!strings.HasSuffix(body, ".\n") || strings.Count(body, "\n") != 1 || strings.Contains(body, "secret")) {
+		wrong("want a body of one sentence without secrets")
+	}
+	if got := res.Header.Get("Content-Type"); got != "text/plain; charset=utf-8" {
+		wrong("Content-Type %q", got)
+	}
+	b.logged++
+	line := b.waitLog("request", b.logged)[b.logged-1]
+	latency, ok := line["latency"].(float64)
+	path, hasPath := line["path"].(string)
+	host, hasHost := line["host"].(string)
+	if line["method"] != method || line["status"] != float64(status) || line["reason"] != kind || line["client"] != "127.0.0.1" || !ok || latency < 0 ||
+		!hasHost || connect && status > 400 && host != target || !connect && (!hasPath || !strings.Contains(target, path)) {
+		wrong("log line %v", line)
+	}
+}
+
+func TestRefusalRequest(t *testing.T) {
+	b := newRefusalBench(t, "")
+	b.refuses(400, refusalBad, "CONNECT wants a host and a port, such as example.com:443: there is no port",
+		"CONNECT 127.0.0.1", "CONNECT [::1]", "CONNECT localhost", "CONNECT /", "CONNECT *")
+	b.refuses(400, refusalBad, "is not a number from 1 to 65535",
+		"CONNECT 127.0.0.1:", "CONNECT 127.0.0.1:0", "CONNECT 127.0.0.1:0PORT", "CONNECT 127.0.0.1:65536", "CONNECT 127.0.0.1:99999999999999999999",
+		"CONNECT ORIGIN/", "CONNECT ORIGIN/path", "CONNECT ORIGIN?query",
+		"GET http://127.0.0.1:0/", "GET https://127.0.0.1:0/", "GET http://127.0.0.1:65536/", "GET http://127.0.0.1:0PORT/")
+	b.refuses(400, refusalBad, `the port "0" is`, "CONNECT 127.0.0.1:0", "HEAD http://127.0.0.1:0/")
+	b.refuses(400, refusalBad, "there is no host", "CONNECT :PORT", "GET http:///", "GET http://:PORT/", "GET http:ORIGIN/", "GET http:/ORIGIN/")
+	b.refuses(400, refusalBad, "is no name of a host",
+		"CONNECT //ORIGIN", "CONNECT http://ORIGIN", "CONNECT http://ORIGIN/", "CONNECT local..host:PORT", "CONNECT .localhost:PORT",
+		"CONNECT "+strings.Repeat("a", 64)+".test:PORT", "GET http://local..host:PORT/", "GET http://ORI!GIN:PORT/")
+	b.refuses(400, refusalBad, "too long", "CONNECT "+strings.Repeat("a.", 130)+"test:PORT", "GET http://"+strings.Repeat("a.", 130)+"test/")
+	b.refuses(400, refusalBad, "is no IPv6 address", "CONNECT [::1%25lo]:PORT", "GET http://[::1%25lo]:PORT/")
+	b.refuses(400, refusalBad, "A CONNECT request has no content",
+		"CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\nContent-Length: 5\n\nhello",
+		"CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\nTransfer-Encoding: chunked\n\n0\n\n",
+		"CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\nTransfer-Encoding: chunked\n\n")
+	b.refuses(400, refusalBad, `the scheme "ftp" is neither http nor https`, "GET ftp://ORIGIN/", "GET ftp:ORIGIN", "HEAD ftp://ORIGIN/")
+	b.refuses(400, refusalBad, "is neither http nor https", "GET ws://ORIGIN/", "GET mailto:someone", "GET httpx://ORIGIN/")
+	b.refuses(400, refusalBad, "user names and passwords do not belong", "CONNECT user@ORIGIN", "CONNECT user:word@ORIGIN", "GET http://user@ORIGIN/", "GET http://user:secret@ORIGIN/", "GET https://user:secret@ORIGIN/", "GET http://@ORIGIN/")
+	b.refuses(400, refusalBad, "a fragment does not belong", "GET http://ORIGIN/#fragment", "GET http://ORIGIN/?a#b")
+	b.refuses(400, refusalBad, "the target * is for OPTIONS", "GET *", "POST *")
+	b.refuses(400, refusalBad, "A TRACE request has no content", "TRACE http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nMax-Forwards: 0\nContent-Length: 5\n\nhello")
+	b.refuses(400, "", "400 Bad Request",
+		"CONNECT 127.0.0.1:+PORT", "CONNECT local%68ost:PORT", "CONNECT 127.0.0.1:http", "CONNECT ::1:PORT", "CONNECT [::1:PORT", "CONNECT [127.0.0.1]:PORT", "CONNECT [localhost]:PORT", "CONNECT ORIGIN#fragment",
+		"CONNECT ORIGIN HTTP/1.1\nHost: a\nHost: b\n\n", "CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\nContent-Length: 5\nContent-Length: 6\n\nhello",
+		"GET http://127.0.0.1:http/", "GET http://::1:PORT/", "GET http://ORIGIN#fragment", "GET http://ORIGIN,localhost:PORT/", "GET ORIGIN", "GET ?", "GET http://ORIGIN/ HTTP/1.1\n\n",
+		"GET http://ORIGIN/ HTTP/1.1\nHost: a\nContent-Length: x\n\n", "GET http://ORIGIN/ HTTP/1.1\nHost: a\nContent-Length : 5\n\nhello", "GET http://ORIGIN/ HTTP/1.1\nHost: a\n folded: x\n\n")
+	b.refuses(403, "http_request_denied", "port 25 is for mail", "CONNECT 127.0.0.1:25", "GET http://127.0.0.1:25/", "GET https://127.0.0.1:25/")
+	b.refuses(403, refusalDenied, "169.254.169.254", "CONNECT 169.254.169.254:PORT", "GET http://169.254.169.254/", "GET https://169.254.169.254/")
+	b.refuses(403, refusalDenied, "is out of bounds for this proxy's clients: it is an address of the proxy itself.", "CONNECT "+b.proxy, "GET http://"+b.proxy+"/")
+
+	// The connection behind the refusal of any other request is as good as before.
+	conn := b.dial()
+	for range 3 {
+		conn.send(b.request("GET ftp://ECHO/") + b.request("GET http://ECHO/"))
+		if res, _ := conn.response(http.MethodGet); res.StatusCode != http.StatusBadRequest {
+			t.Errorf("before: %s", res.Status)
+		}
+		if res, body := conn.response(http.MethodGet); res.StatusCode != http.StatusOK || !strings.HasPrefix(body, "Via ") {
+			t.Errorf("behind: %s %q", res.Status, body)
+		}
+	}
+}
+
+// answers lets an address answer the first request of each connection.
+func (b *refusalBench) answers(name, answer string) {
+	b.place(name, listen(b.t, func(conn *net.TCPConn) {
+		if _, err := http.ReadRequest(bufio.NewReader(conn)); err == nil {
+			_, _ = io.WriteString(conn, answer) // who has read enough may close
+		}
+	}))
+}
+
+func TestRefusalOrigin(t *testing.T) {
+	refusalResolver(t)
+	b := newRefusalBench(t, "")
+	secure := httptest.NewUnstartedServer(http.NotFoundHandler())
+	secure.Config.ErrorLog = log.New(io.Discard, "", 0)
+	secure.StartTLS()
+	t.Cleanup(secure.Close)
+	b.place("SECURE", secure.Listener.Addr().String())
+	b.place("CLOSES", listen(t, func(*net.TCPConn) {}))
+	b.place("GREETS", listen(t, func(conn *net.TCPConn) {
+		_, _ = io.WriteString(conn, "SSH-2.0-nonsense\r\n")
+		_, _ = io.Copy(io.Discard, conn)
+	}))
+	b.answers("LEAVES", "")
+	b.answers("PARTIAL", "HTTP/1.1 200 OK\r\nContent-Le")
+	b.answers("NONSENSE", "SSH-2.0-nonsense\r\n\r\n")
+	b.answers("BANNER", "SSH-2.0-nonsense\r\n")
+	b.answers("FIELDS", "HTTP/1.1 200 OK\r\nno field\r\n\r\n")
+	b.answers("LENGTHS", "HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab")
+	b.answers("UNASKED", "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n")
+	b.answers("LARGE", "HTTP/1.1 200 OK\r\n"+strings.Repeat("X: "+strings.Repeat("x", 1<<10)+"\r\n", 1<<10)+"\r\n")
+	b.answers("LONG", "HTTP/1.1 200 OK\r\nX: "+strings.Repeat("x", 1<<20)+"\r\n\r\n")
+
+	b.refuses(502, "connection_refused", "REFUSED refused the connection", "CONNECT REFUSED", "GET http://REFUSED/", "HEAD http://REFUSED/", "GET https://REFUSED/", "POST http://REFUSED/ HTTP/1.1\nHost: x\nContent-Length: 5\n\nhello")
+	b.refuses(502, "dns_error", "The name of nonexistent.invalid", "CONNECT nonexistent.invalid:PORT", "GET http://nonexistent.invalid/", "GET https://nonexistent.invalid/")
+	b.refuses(502, "http_response_incomplete", "closed the connection before its response was complete",
+		"GET http://CLOSES/", "GET https://CLOSES/", "GET http://LEAVES/", "HEAD http://LEAVES/", "GET http://PARTIAL/", "POST http://LEAVES/ HTTP/1.1\nHost: x\nContent-Length: 5\n\nhello")
+	b.refuses(502, "http_protocol_error", "did not answer with a valid HTTP response", "GET http://NONSENSE/", "GET http://BANNER/", "GET http://FIELDS/", "GET http://LENGTHS/", "GET http://UNASKED/")
+	b.refuses(502, "http_response_header_section_size", "its head is too large", "GET http://LARGE/", "GET http://LONG/")
+	b.refuses(502, "tls_certificate_error", "The certificate of SECURE is not trusted", "GET https://SECURE/")
+	b.refuses(502, "tls_protocol_error", "does not speak TLS", "GET https://ECHO/", "GET https://GREETS/")
+	b.refuses(400, refusalBad, "The content of the request is broken off or malformed",
+		"POST http://ECHO/ HTTP/1.1\nHost: x\nTransfer-Encoding: chunked\n\n5\nhello\nzz\n",
+		"POST http://ECHO/ HTTP/1.1\nHost: x\nTransfer-Encoding: chunked\n\n5\nhello, world\n0\n\n",
+		"POST http://ECHO/ HTTP/1.1\nHost: x\nTransfer-Encoding: chunked\n\nhello\n")
+	if n := b.whole.Load(); n != 0 {
+		t.Errorf("%d broken requests were whole ones to the origin", n)
+	}
+}
+
+// TestRefusalHalf: a client that stops halfway has left, or has sent half a
+// body. It gets no status that is for logs only.
+func TestRefusalHalf(t *testing.T) {
+	b := newRefusalBench(t, "")
+	for _, lines := range []string{"Content-Length: 10\n\nhello", "Transfer-Encoding: chunked\n\n5\nhello\n"} {
+		conn := b.dial()
+		conn.send(b.in("POST http://ECHO/ HTTP/1.1\nHost: x\n" + lines))
+		_ = conn.CloseWrite()
+		if answer := conn.readAll(); answer != "" && !strings.HasPrefix(answer, "HTTP/1.1 400 ") {
+			t.Errorf("%q: %q", lines, answer)
+		}
+	}
+	if n := b.whole.Load(); n != 0 {
+		t.Errorf("%d broken requests were whole ones to the origin", n)
+	}
+}
+
+func TestRefusalTime(t *testing.T) {
+	refusalResolver(t)
+	b := newRefusalBench(t, "dial_timeout 200ms\nresponse_header_timeout 200ms")
+	b.place("FULL", refusalFull(t))
+	b.place("SILENT", listen(t, func(conn *net.TCPConn) { _, _ = io.Copy(io.Discard, conn) }))
+	b.refuses(504, "connection_timeout", "FULL did not accept a connection in time", "CONNECT FULL", "GET http://FULL/", "GET https://FULL/")
+	b.refuses(504, "dns_timeout", "was not resolved in time", "CONNECT silent.invalid:PORT", "GET http://silent.invalid/")
+	b.refuses(504, "http_response_timeout", "SILENT did not answer in time", "GET http://SILENT/", "HEAD http://SILENT/", "POST http://SILENT/ HTTP/1.1\nHost: x\nContent-Length: 5\n\nhello")
+}
+
+// refusalFull is an address that accepts no more connections, and refuses none.
+func refusalFull(t *testing.T) string {
+	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = syscall.Close(fd) })
+	address := freeAddress(t)
+	to := net.TCPAddrFromAddrPort(netip.MustParseAddrPort(address))
+	if err := errors.Join(syscall.Bind(fd, &syscall.SockaddrInet4{Port: to.Port, Addr: [4]byte(to.IP.To4())}), syscall.Listen(fd, 0)); err != nil {
+		t.Fatal(err)
+	}
+	for range 1000 {
+		conn, err := net.DialTimeout("tcp4", address, 300*time.Millisecond)
+		if err != nil {
+			return address
+		}
+		t.Cleanup(func() { conn.Close() })
+	}
+	t.Fatal("the queue of a listener never fills")
+	return ""
+}
+
+// TestRefusalLoop: the proxy knows itself by its name in Via.
+func TestRefusalLoop(t *testing.T) {
+	b := newRefusalBench(t, "")
+	for _, via := range []string{"", "via my-name", "via off"} {
+		b.load(b.site("allow 127.0.0.0/8\n" + via)) // as a client with Via is no local one
+		get := func(lines string) string {
+			_, body := policyRequest(t, b.proxy, http.MethodGet, b.in("ECHO"), lines)
+			b.passed()
+			return body
+		}
+		received := regexp.MustCompile(`^Via \["1\.1 ([^ "]+)"\]$`).FindStringSubmatch(get(""))
+		if via == "via off" {
+			if body := get("Via: 1.1 my-name\n"); received != nil || body != `Via ["1.1 my-name"]` {
+				t.Errorf("%s: the origin received %q, and with one of others %q", via, received, body)
+			}
+			continue
+		}
+		if received == nil || via != "" && via != "via "+received[1] || via == "" && !strings.HasPrefix(received[1], "caddy-async-proxy-") {
+			t.Fatalf("%s: the origin received %q", via, received)
+		}
+		name := received[1]
+		for _, value := range []string{"1.1 " + name, "HTTP/1.1 " + name, "1.0 other, 1.1 " + name + " (comment)", "2.0 other\nVia: 1.1 " + name + ",1.1 more"} {
+			lines := " HTTP/1.1\nHost: x\nVia: " + value + "\n\n"
+			b.refuses(508, "proxy_loop_detected", "come back to the proxy "+name, "GET http://ORIGIN/"+lines, "GET https://ORIGIN/"+lines, "CONNECT ORIGIN"+lines)
+		}
+		for _, value := range []string{"1.1 " + name + "x", "1.1 x" + name, "1.1 other (" + name + ")"} {
+			if body := get("Via: " + value + "\n"); body != fmt.Sprintf("Via [%q %q]", value, "1.1 "+name) && body != fmt.Sprintf("Via [%q]", value+", 1.1 "+name) {
+				t.Errorf("Via %q of others: %q", value, body)
+			}
+		}
+	}
+}
+
+func TestRefusalLimits(t *testing.T) {
+	b := newRefusalBench(t, "")
+	for i, row := range []struct {
+		options string
+		status  int
+	}{{"max_tunnels 1", 503}, {"max_tunnels 1000 per_client 1", 429}} {
+		b.load(b.site(row.options))
+		conn := b.dial()
+		conn.connect(b.in("ECHO"))
+		b.refuses(row.status, "connection_limit_reached", "tunnels open", "CONNECT ORIGIN")
+		_ = conn.Close()
+		b.waitLog("CONNECT tunnel closed", i+1)
+	}
+	b.load(b.site("burst 1\nrefill 0.00001"))
+	policyRequest(t, b.proxy, http.MethodGet, b.in("ECHO"), "")
+	b.refuses(429, "http_request_denied", "", "GET http://ORIGIN/", "HEAD http://ORIGIN/", "GET https://ORIGIN/", "CONNECT ORIGIN", "CONNECT ORIGIN/", "GET ftp://ORIGIN/")
+	if res, _ := policyRequest(t, b.proxy, http.MethodConnect, b.target.address, ""); res.StatusCode != http.StatusTooManyRequests || res.Header.Get("Retry-After") == "" {
+		t.Errorf("%s, Retry-After %q", res.Status, res.Header.Get("Retry-After"))
+	}
+	if line := b.waitLog("rate limited", 1)[0]; line["level"] != "warn" || line["ip"] != "127.0.0.1" {
+		t.Errorf("log line %v", line)
+	}
+}
+
+// TestRefusalErrorRoutes: with error routes, the body is the site's. All else is
+// as without.
+func TestRefusalErrorRoutes(t *testing.T) {
+	b := newRefusalBench(t, "")
+	b.custom = true
+	b.load(strings.TrimSuffix(b.site(""), "}\n") + "\thandle_errors {\n\t\trespond \"{err.status_code} custom\"\n\t}\n}\n")
+	b.refuses(502, "connection_refused", "502 custom", "CONNECT REFUSED", "GET http://REFUSED/", "HEAD http://REFUSED/")
+	b.refuses(400, refusalBad, "400 custom", "CONNECT ORIGIN/", "CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\nContent-Length: 5\n\nhello", "GET ftp://ORIGIN/")
+	b.refuses(403, "http_request_denied", "403 custom", "CONNECT 127.0.0.1:25", "GET http://127.0.0.1:25/")
+	b.refuses(403, refusalDenied, "403 custom", "CONNECT 0.0.0.0:PORT", "GET http://0.0.0.0:PORT/")
+}
+
+// refusalResolver lets names be resolved by a server on loopback, which says of
+// all that there is no such name; to silent.invalid it says nothing.
+func refusalResolver(t *testing.T) {
+	server, err := net.ListenPacket("udp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		for buf := make([]byte, 1500); ; {
+			n, from, err := server.ReadFrom(buf)
+			if err != nil {
+				return
+			}
+			if n > 12 && !strings.Contains(string(buf[:n]), "\x06silent") {
+				buf[2], buf[3] = buf[2]|0x80, 0x83 // a response, NXDOMAIN
+				_, _ = server.WriteTo(buf[:n], from)
+			}
+		}
+	}()
+	old := net.DefaultResolver
+	t.Cleanup(func() { net.DefaultResolver = old; server.Close() })
+	dialer := net.Dialer{Resolver: new(net.Resolver)} // of its own, as a late query must not look at the default one
+	net.DefaultResolver = &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return dialer.DialContext(ctx, "udp4", server.LocalAddr().String())
+	}}
+}

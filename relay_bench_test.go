@@ -1,0 +1,172 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package asyncproxy
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// relayRows are our relay and what it is to be compared with. The CPU time is
+// this process's and includes what the two ends outside do, the same in all
+// rows.
+var relayRows = []struct {
+	name string
+	copy func(dst, src net.Conn)
+}{
+	{"relay", func(dst, src net.Conn) {
+		var copied atomic.Int64
+		relay(dst, src, &copied)
+	}},
+	{"splice", func(dst, src net.Conn) { io.Copy(dst, src) }},
+	{"copy", func(dst, src net.Conn) {
+		io.CopyBuffer(struct{ io.Writer }{dst}, struct{ io.Reader }{src}, make([]byte, 32<<10))
+	}},
+}
+
+// cpuTime is what this process has spent on processors.
+func cpuTime(b *testing.B) time.Duration {
+	var usage unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &usage); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
+}
+
+// BenchmarkRelayBulk is one direction in bulk, a MiB an operation.
+func BenchmarkRelayBulk(b *testing.B) {
+	const size = 1 << 20
+	for _, row := range relayRows {
+		b.Run(row.name, func(b *testing.B) {
+			src, in := socketPair(b)
+			dst, out := socketPair(b)
+			go row.copy(dst, src)
+			go func() {
+				for data := make([]byte, 256<<10); ; {
+					if _, err := in.Write(data); err != nil {
+						return
+					}
+				}
+			}()
+			received := make([]byte, 256<<10)
+			receive := func(n int) {
+				for ; n > 0; n -= len(received) {
+					if _, err := io.ReadFull(out, received); err != nil {
+						b.Fatal(err)
+					}
+				}
+			}
+			receive(8 * size) // windows open
+			b.SetBytes(size)
+			before, n := cpuTime(b), 0
+			for b.Loop() {
+				receive(size)
+				n++
+			}
+			b.ReportMetric(float64(cpuTime(b)-before)/float64(n)/(size>>10), "cpu-ns/KB")
+			in.Close()
+			out.Close()
+		})
+	}
+}
+
+// BenchmarkRelayPingPong is a message of 64 bytes there and back, through a
+// relay for each direction.
+func BenchmarkRelayPingPong(b *testing.B) {
+	for _, row := range relayRows {
+		b.Run(row.name, func(b *testing.B) {
+			near, client := socketPair(b)
+			far, target := socketPair(b)
+			go row.copy(far, near)
+			go row.copy(near, far)
+			go func() {
+				for message := make([]byte, 64); ; {
+					if _, err := io.ReadFull(target, message); err != nil {
+						return
+					}
+					target.Write(message)
+				}
+			}()
+			message := make([]byte, 64)
+			before, n := cpuTime(b), 0
+			for b.Loop() {
+				client.Write(message)
+				if _, err := io.ReadFull(client, message); err != nil {
+					b.Fatal(err)
+				}
+				n++
+			}
+			b.ReportMetric(float64(cpuTime(b)-before)/float64(n), "cpu-ns/op")
+			client.Close()
+			target.Close()
+		})
+	}
+}
+
+// BenchmarkRelayIdle is what a tunnel holds while it is silent: descriptors
+// beyond its two sockets, and memory beyond theirs. It has carried a little or
+// a lot before. An operation is all the tunnels.
+func BenchmarkRelayIdle(b *testing.B) {
+	const tunnels = 500
+	for _, carried := range []int{64, 256 << 10} {
+		for _, row := range relayRows {
+			b.Run(fmt.Sprintf("after-%d/%s", carried, row.name), func(b *testing.B) {
+				var held usage
+				for b.Loop() {
+					held = idleTunnels(b, tunnels, carried, row.copy)
+				}
+				b.ReportMetric(float64(held.descriptors)/tunnels, "fds/tunnel")
+				b.ReportMetric(float64(held.heap+held.stacks)/tunnels, "B/tunnel")
+				b.ReportMetric(0, "ns/op") // says nothing
+			})
+		}
+	}
+}
+
+func idleTunnels(b *testing.B, n, carried int, relay func(dst, src net.Conn)) usage {
+	type tunnel struct{ client, near, far, target net.Conn }
+	tunnels := make([]tunnel, n)
+	for i := range tunnels {
+		t := &tunnels[i]
+		t.near, t.client = socketPair(b)
+		t.far, t.target = socketPair(b)
+	}
+	closePipes()
+	before := usageOf(b)
+	var ended atomic.Int64
+	run := func(dst, src net.Conn) {
+		relay(dst, src)
+		ended.Add(1)
+	}
+	data := make([]byte, carried)
+	for _, t := range tunnels {
+		go run(t.far, t.near)
+		go run(t.near, t.far)
+		for _, way := range []struct{ from, to net.Conn }{{t.client, t.target}, {t.target, t.client}} {
+			go way.from.Write(data)
+			if _, err := io.CopyN(io.Discard, way.to, int64(carried)); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+	closePipes()
+	held := usageOf(b).since(before)
+	for _, t := range tunnels {
+		for _, conn := range []net.Conn{t.client, t.near, t.far, t.target} {
+			conn.Close()
+		}
+	}
+	for ended.Load() < int64(2*n) {
+		time.Sleep(time.Millisecond)
+	}
+	return held
+}
