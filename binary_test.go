@@ -5,6 +5,8 @@
 
 package asyncproxy
 
+//lint:file-ignore SA1019 the client of x/net speaks HTTP/2 and nothing else, as a test of HTTP/2 wants
+
 import (
 	"bufio"
 	"bytes"

@@ -62,26 +62,30 @@ func (x *exchange) do(out *outgoing) (*http.Response, error) {
 }
 
 // mayRetry reports whether a request that failed on a connection that was idle
-// before may be sent once more: nothing has come back, so it is the idle
-// connection that the origin was closing, and sending it twice does no harm
-// (RFC 9110 §9.2.2).
+// before may be sent once more (RFC 9110 §9.2.2): nothing has come back, so it is
+// the idle connection that the origin was closing.
 func (x *exchange) mayRetry(out *outgoing, err error) bool {
-	if x.conn == nil || !x.conn.reused || out.body != nil || x.ctx.Err() != nil || x.conn.r.Buffered() > 0 {
+	if x.conn == nil || !x.conn.reused || !out.repeatable() || x.ctx.Err() != nil || x.conn.r.Buffered() > 0 {
 		return false
 	}
 	var wrong protocolError
 	if errors.As(err, &wrong) || errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, io.ErrUnexpectedEOF) {
 		return false
 	}
+	return true
+}
+
+// repeatable reports whether sending the request twice does no harm.
+func (out *outgoing) repeatable() bool {
 	switch out.method {
 	case http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace, http.MethodPut, http.MethodDelete:
-		return true
+		return out.body == nil
 	}
 	return false
 }
 
 func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
-	conn, err := x.origins.get(x.ctx, out.authority, fresh)
+	conn, err := x.origins.get(x.ctx, out.authority, fresh, !out.repeatable())
 	if err != nil {
 		return nil, err
 	}

@@ -146,7 +146,7 @@ func (t *tunnel) logClosed() {
 			zap.Int64("bytes_up", t.up.Load()),
 			zap.Int64("bytes_down", t.down.Load()),
 			zap.Duration("duration", time.Since(t.start)),
-			zap.String("reason", t.reason),
+			zap.Stringp("reason", t.reason.Load()),
 		)
 	}
 }

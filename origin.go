@@ -35,10 +35,10 @@ type origins struct {
 	reach  reach
 	secure bool // over TLS
 
-	idle  *xsync.Map[string, []*originConn] // by authority; the last used last
-	count atomic.Int64
-	sweep atomic.Pointer[time.Timer] // runs while there are idle connections
-	over  atomic.Bool                // close was called
+	idle     *xsync.Map[string, []*originConn] // by authority; the last used last
+	count    atomic.Int64
+	sweeping atomic.Bool // sweepIdle will be called
+	over     atomic.Bool // close was called
 }
 
 // originConn is a connection to an origin that serves one exchange after the
@@ -61,8 +61,9 @@ func newOrigins(d *dialer, r reach, secure bool) *origins {
 }
 
 // get returns an idle connection to authority, a host and a port, or opens one.
-// With fresh it opens one in any case.
-func (o *origins) get(ctx context.Context, authority string, fresh bool) (*originConn, error) {
+// With fresh it opens one in any case; with careful, for what cannot be sent
+// twice, it looks whether an idle one is still open.
+func (o *origins) get(ctx context.Context, authority string, fresh, careful bool) (*originConn, error) {
 	for !fresh {
 		c := o.takeIdle(authority)
 		if c == nil {
@@ -71,7 +72,7 @@ func (o *origins) get(ctx context.Context, authority string, fresh bool) (*origi
 		// An origin closes idle connections when it likes. The longer ago the
 		// last exchange, the likelier it is to have done so; the rest is for a
 		// retry.
-		if idle := time.Since(c.idleSince); idle < maxIdleTime && (idle < 50*time.Millisecond || c.quiet()) {
+		if idle := time.Since(c.idleSince); idle < maxIdleTime && (idle < 50*time.Millisecond && !careful || c.quiet()) {
 			c.r = readers.Get().(*bufio.Reader)
 			c.r.Reset(c.Conn)
 			c.reused = true
@@ -141,14 +142,17 @@ func (o *origins) put(c *originConn) {
 	o.idle.Compute(c.authority, func(conns []*originConn, _ bool) ([]*originConn, xsync.ComputeOp) {
 		return append(conns, c), xsync.UpdateOp
 	})
-	if o.sweep.Load() == nil {
-		timer := time.AfterFunc(sweepInterval, o.sweepIdle)
-		if !o.sweep.CompareAndSwap(nil, timer) {
-			timer.Stop()
-		}
-	}
+	o.sweepLater()
 	if o.over.Load() {
 		o.close()
+	}
+}
+
+// sweepLater has idle connections looked at in a while, if that is not so
+// already.
+func (o *origins) sweepLater() {
+	if !o.sweeping.Swap(true) {
+		time.AfterFunc(sweepInterval, o.sweepIdle)
 	}
 }
 
@@ -157,10 +161,9 @@ func (o *origins) put(c *originConn) {
 func (o *origins) sweepIdle() {
 	now := time.Now()
 	o.closeIdle(func(c *originConn) bool { return now.Sub(c.idleSince) >= maxIdleTime || !c.quiet() })
+	o.sweeping.Store(false)
 	if o.count.Load() > 0 {
-		o.sweep.Load().Reset(sweepInterval)
-	} else {
-		o.sweep.Store(nil)
+		o.sweepLater()
 	}
 }
 

@@ -157,19 +157,19 @@ func (p *streamPeer) CloseWrite() error {
 	return p.body.Close()
 }
 
-// Close also ends a write that waits for the client, by a deadline set below
+// Close is Abort: there is no other end to a stream than its handler's return,
+// and one that is cut short is to be seen as such.
+func (p *streamPeer) Close() error { return p.Abort() }
+
+// Abort also ends a write that waits for the client, by a deadline set below
 // Caddy's own writers, which are not made for a second goroutine.
-func (p *streamPeer) Close() error {
+func (p *streamPeer) Abort() error {
 	if p.done.Swap(true) {
 		return nil
 	}
+	p.aborted.Store(true)
 	_ = http.NewResponseController(innermost(p.w)).SetWriteDeadline(time.Unix(1, 0))
 	return p.body.Close()
-}
-
-func (p *streamPeer) Abort() error {
-	p.aborted.Store(true)
-	return p.Close()
 }
 
 // innermost returns the writer that net/http or quic-go gave to Caddy, below

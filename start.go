@@ -58,18 +58,22 @@ func (h *Handler) started(server *caddyhttp.Server) {
 }
 
 // onShutdown is called when a server stops accepting connections. When Caddy
-// exits and waits for requests without limit, those that are tunnels must end
-// now: over HTTP/2 and HTTP/3 they would be waited for, for ever.
+// exits, tunnels over HTTP/2 and HTTP/3 are requests that it waits for: without
+// limit, so that they must end now, or for the grace period, at whose end the
+// connections are closed under them, so that they must end just before.
 func (h *Handler) onShutdown(ctx caddy.Context) {
 	if !caddy.Exiting() {
 		return
 	}
-	app, err := ctx.AppIfConfigured("http")
-	if err == nil && app.(*caddyhttp.App).GracePeriod > 0 {
-		return
+	var grace time.Duration
+	if app, err := ctx.AppIfConfigured("http"); err == nil {
+		grace = time.Duration(app.(*caddyhttp.App).GracePeriod)
 	}
-	h.tunnels.closeAll(reasonShutdown)
+	time.AfterFunc(max(grace-lastCall, grace/2), func() { h.tunnels.closeAll(reasonShutdown) })
 }
+
+// lastCall is how long before the end of the grace period tunnels are closed.
+const lastCall = 200 * time.Millisecond
 
 // closeTunnelsLater closes the tunnels that this handler has opened, if it is
 // configured to, now that another one takes its place.

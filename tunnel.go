@@ -8,7 +8,6 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -55,8 +54,7 @@ type tunnel struct {
 	active   atomic.Int64 // when some were last seen to have been, since epoch
 	seen     int64        // how many there were then; look's own
 
-	once   sync.Once
-	reason string // why it ended
+	reason atomic.Pointer[string] // why it ended; nil: it has not
 }
 
 // lastWords is how long what a client has sent may take to get to a target that
@@ -141,7 +139,7 @@ func (t *tunnel) directionEnded(dst, src peer, readErr, writeErr error) {
 		t.ended(dstError)
 		_ = src.Abort()
 		_ = dst.Close()
-	case readErr == io.EOF, errors.Is(readErr, net.ErrClosed): // closed: by ourselves
+	case readErr == io.EOF, t.reason.Load() != nil && errors.Is(readErr, net.ErrClosed): // closed by ourselves
 		t.ended(end)
 		_ = dst.CloseWrite()
 	default:
@@ -154,7 +152,7 @@ func (t *tunnel) directionEnded(dst, src peer, readErr, writeErr error) {
 // ended notes why the tunnel ended. What happens first is the reason; the rest
 // follows from it.
 func (t *tunnel) ended(reason string) {
-	t.once.Do(func() { t.reason = reason })
+	t.reason.CompareAndSwap(nil, &reason)
 }
 
 // look closes the tunnel if it has been silent, or open, for too long.

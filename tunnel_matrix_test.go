@@ -320,6 +320,34 @@ func TestTunnelsOfOneConnectionDoNotWaitForEachOther(t *testing.T) {
 	}
 }
 
+// What a client has sent on a connection that then breaks is not all that it
+// meant to send.
+func TestTunnelsOfABrokenConnection(t *testing.T) {
+	const each = 3
+	w := newTunnelWorld(t, tunnelSetup{})
+	for _, protocol := range []string{"h2", "h2c", "h3"} {
+		t.Run(protocol, func(t *testing.T) {
+			failures := make(chan error, each)
+			target := listen(t, func(conn *net.TCPConn) {
+				_, err := io.Copy(conn, conn)
+				failures <- err
+			})
+			c := w.client(t, protocol)
+			c.shared = each
+			for range each {
+				conn := c.open(target)
+				hear(t, conn, say(t, conn, "hello"))
+			}
+			c.breakConnection()
+			for range each {
+				if err := <-failures; !errors.Is(err, syscall.ECONNRESET) {
+					t.Errorf("the target reads %v, want a reset", err)
+				}
+			}
+		})
+	}
+}
+
 // Caddy cuts requests and responses that stall, by default after a minute. A
 // tunnel may be silent.
 func TestTunnelsOutliveCaddysStallLimits(t *testing.T) {

@@ -3,6 +3,8 @@
 
 package asyncproxy
 
+//lint:file-ignore SA1019 the client of x/net speaks HTTP/2 and nothing else, as a test of HTTP/2 wants
+
 import (
 	"bufio"
 	"cmp"
@@ -57,6 +59,7 @@ type tunnelClient struct {
 
 	mu   sync.Mutex
 	used int               // tunnels opened on the following
+	tcp  *net.TCPConn      // below h2
 	h2   *http2.ClientConn // or nil
 	h3   *http3.ClientConn // or nil
 }
@@ -87,6 +90,20 @@ func (c *tunnelClient) openEarly(target, early string) tunnelConn {
 // halfCloses reports whether the client may go on after the target's end.
 func (c *tunnelClient) halfCloses() bool {
 	return !c.ends && (c.protocol == "h1" || c.protocol == "h1-tls")
+}
+
+// breakConnection breaks the connection of a shared protocol off, with all its
+// tunnels.
+func (c *tunnelClient) breakConnection() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.h2 != nil {
+		c.tcp.SetLinger(0)
+		c.tcp.Close()
+	}
+	if c.h3 != nil {
+		c.h3.CloseWithError(quic.ApplicationErrorCode(http3.ErrCodeInternalError), "")
+	}
 }
 
 // refusedError is an answer to CONNECT other than 200.
@@ -244,10 +261,11 @@ func (c *tunnelClient) h2Conn(ctx context.Context) (*http2.ClientConn, error) {
 		return c.h2, nil
 	}
 	alpn := map[string]string{"h2": "h2"}[c.protocol]
-	_, conn, err := c.dial(ctx, alpn)
+	tcp, conn, err := c.dial(ctx, alpn)
 	if err != nil {
 		return nil, err
 	}
+	c.tcp = tcp
 	c.t.Cleanup(func() { conn.Close() })
 	if c.h2, err = (&http2.Transport{AllowHTTP: true}).NewClientConn(conn); err != nil {
 		return nil, err

@@ -1,0 +1,288 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package asyncproxy
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// The tests here are of tunnels of all protocols through cmd/caddy as a process,
+// beside those of binary_test.go.
+
+// everyProtocol has a binaryCaddy speak all of tunnelProtocols.
+const everyProtocol = "servers {\nprotocols h1 h2 h2c h3\n}\n"
+
+// tunnels makes a client of the process.
+func (c *binaryCaddy) tunnels(t testing.TB, protocol string) *tunnelClient {
+	client := &tunnelClient{t: t, protocol: protocol, proxy: c.secure, shared: 100}
+	if protocol == "h1" || protocol == "h2c" {
+		client.proxy = c.proxy
+	}
+	return client
+}
+
+// floodTarget is one that sends for as long as somebody takes it.
+func floodTarget(t *testing.T) string {
+	t.Helper()
+	return listen(t, func(conn *net.TCPConn) {
+		conn.SetDeadline(time.Now().Add(tunnelPatience))
+		for data := make([]byte, 64<<10); ; {
+			if _, err := conn.Write(data); err != nil {
+				return
+			}
+		}
+	})
+}
+
+// However many tunnels there are, over whatever protocol, idle or stuck in the
+// middle of something: when Caddy is told to exit, it does.
+func TestProcessExitsWithLiveTunnels(t *testing.T) {
+	const each = 100
+	for _, row := range []struct {
+		name, global  string
+		least, atMost time.Duration
+	}{
+		{"at once", "", 0, 2 * time.Second},
+		{"after the grace period", "grace_period 2s", 2 * time.Second, 4 * time.Second},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			c := binaryStart(t, binaryOptions{global: everyProtocol + row.global, secure: true})
+			target := echoTarget(t)
+			var some []tunnelConn   // one of each protocol
+			var open sync.WaitGroup // until each client sees the end
+			for _, protocol := range tunnelProtocols {
+				client := c.tunnels(t, protocol)
+				for i := range each {
+					conn := client.open(target)
+					hear(t, conn, say(t, conn, "hello"))
+					if i == 0 {
+						some = append(some, conn)
+					} else {
+						open.Go(func() { io.Copy(io.Discard, conn) })
+					}
+				}
+			}
+			took := c.exits(t, func() {
+				if row.least > 0 {
+					c.waitLog("servers shutting down; grace period initiated", 1)
+				}
+				for _, conn := range some {
+					if row.least > 0 {
+						hear(t, conn, say(t, conn, "still here, in the grace period"))
+					}
+					open.Go(func() { io.Copy(io.Discard, conn) })
+				}
+			})
+			if took < row.least || took > row.atMost {
+				t.Errorf("Caddy exits after %v, want %v to %v", took, row.least, row.atMost)
+			}
+			open.Wait()
+			c.allShutDown(t, each*len(tunnelProtocols))
+		})
+	}
+}
+
+// A client that does not read must not keep Caddy.
+func TestProcessExitsWithStuckTunnels(t *testing.T) {
+	const each = 3
+	for _, protocol := range tunnelProtocols {
+		if protocol == "h3" {
+			continue // quic-go waits for the client to close its connection, whatever became of the streams
+		}
+		t.Run(protocol, func(t *testing.T) {
+			c := binaryStart(t, binaryOptions{global: everyProtocol, secure: true})
+			target := floodTarget(t)
+			client := c.tunnels(t, protocol)
+			client.shared = 1 // so that none waits for another's window
+			for range each {
+				conn := client.open(target)
+				if _, err := io.CopyN(io.Discard, conn, 1<<20); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if took := c.exits(t, func() {}); took > 2*time.Second {
+				t.Errorf("Caddy exits after %v, want 2 s at most", took)
+			}
+			c.allShutDown(t, each)
+		})
+	}
+}
+
+// exits tells Caddy to exit and returns how long that takes.
+func (c *binaryCaddy) exits(t *testing.T, meanwhile func()) time.Duration {
+	t.Helper()
+	begun := time.Now()
+	if err := c.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	meanwhile()
+	select {
+	case <-c.exited:
+	case <-time.After(patience):
+		t.Fatal("Caddy does not exit")
+	}
+	took := time.Since(begun)
+	t.Logf("Caddy exits after %v", took)
+	if code := c.cmd.ProcessState.ExitCode(); code != 0 {
+		t.Errorf("exit code %d, want 0", code)
+	}
+	return took
+}
+
+// allShutDown checks that there are n closing lines, all for the one reason.
+func (c *binaryCaddy) allShutDown(t *testing.T, n int) {
+	t.Helper()
+	closed := map[string]int{}
+	for _, line := range c.logLines("CONNECT tunnel closed") {
+		reason := fmt.Sprint(line["reason"])
+		if reason != reasonShutdown {
+			reason = fmt.Sprint(line["proto"], " ", reason)
+		}
+		closed[reason]++
+	}
+	if closed[reasonShutdown] != n || len(closed) != 1 {
+		t.Errorf("closing lines by reason: %v, want %d for %s", closed, n, reasonShutdown)
+	}
+}
+
+// Tunnels carry on while one config replaces another, and another.
+func TestProcessReloadsUnderTraffic(t *testing.T) {
+	const size = 32 << 20
+	for name, reload := range map[string]func(c *binaryCaddy, site string) error{
+		"POST load": func(c *binaryCaddy, site string) error {
+			req, err := http.NewRequest(http.MethodPost, "http://"+c.admin+"/load", strings.NewReader(c.caddyfile(site)))
+			if err != nil {
+				return err
+			}
+			req.Close = true
+			req.Header.Set("Content-Type", "text/caddyfile")
+			res, err := http.DefaultClient.Do(req)
+			if err != nil {
+				return err
+			}
+			defer res.Body.Close()
+			if res.StatusCode != http.StatusOK {
+				return errors.New(res.Status)
+			}
+			return nil
+		},
+		"caddy reload": func(c *binaryCaddy, site string) error {
+			c.write(c.caddyfile(site))
+			out, err := c.command("reload", "--config", c.config, "--adapter", "caddyfile", "--address", c.admin).CombinedOutput()
+			if err != nil {
+				return fmt.Errorf("%w: %s", err, out)
+			}
+			return nil
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := binaryStart(t, binaryOptions{global: everyProtocol, secure: true})
+			target := echoTarget(t)
+			const least = 3 // reloads in the middle of every transfer
+			var reloads atomic.Int64
+			var wg sync.WaitGroup
+			for _, protocol := range tunnelProtocols {
+				conn := c.tunnels(t, protocol).open(target)
+				wg.Go(func() { receiveBulk(t, "the client over "+protocol, conn, 1, size) })
+				wg.Go(func() {
+					data := bulk(1, size)
+					for sent := int64(0); sent < size; {
+						// The last quarter waits for the reloads.
+						for sent >= size*3/4 && reloads.Load() < least {
+							time.Sleep(time.Millisecond)
+						}
+						n, err := io.CopyN(struct{ io.Writer }{conn}, data, 256<<10)
+						if sent += n; err != nil {
+							t.Errorf("%s: sending: %v", protocol, err)
+							break
+						}
+					}
+					if err := conn.CloseWrite(); err != nil {
+						t.Errorf("%s: ending: %v", protocol, err)
+					}
+				})
+			}
+			done := make(chan struct{})
+			go func() {
+				wg.Wait()
+				close(done)
+			}()
+			failures := 0
+			for over := false; !over; {
+				err := reload(c, fmt.Sprintf("max_tunnels %d", 1000+reloads.Load()))
+				// The admin endpoint is replaced by each load itself, and a
+				// connection that comes just then is lost.
+				if failures++; err == nil {
+					reloads.Add(1)
+					failures = 0
+				} else if failures > 10 {
+					t.Fatalf("reload: %v", err)
+				}
+				select {
+				case <-done:
+					over = true
+				default:
+				}
+			}
+			t.Logf("%d reloads", reloads.Load())
+			for _, line := range c.waitLog("CONNECT tunnel closed", len(tunnelProtocols)) {
+				if line["bytes_up"] != float64(size) || line["bytes_down"] != float64(size) || line["reason"] != reasonClient {
+					t.Errorf("closing line %v, want %d bytes each way and %q", line, size, reasonClient)
+				}
+			}
+		})
+	}
+}
+
+// A target may take a connection and never say a word. Its tunnel is there for
+// as long as its client is, or the target.
+func TestProcessWithSilentTarget(t *testing.T) {
+	c := binaryStart(t, binaryOptions{global: everyProtocol, secure: true})
+	heard, release := make(chan error), make(chan struct{})
+	silent := listen(t, func(conn *net.TCPConn) {
+		conn.SetDeadline(time.Now().Add(tunnelPatience))
+		_, err := io.Copy(io.Discard, conn)
+		heard <- err
+		<-release
+	})
+	for i, protocol := range tunnelProtocols {
+		t.Run(protocol, func(t *testing.T) {
+			client := c.tunnels(t, protocol)
+			leaves, waits := client.open(silent), client.open(silent)
+			for _, conn := range []tunnelConn{leaves, waits} {
+				say(t, conn, "anybody there?")
+			}
+			leaves.Reset()
+			if err := <-heard; !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("a client leaves: the target reads %v, want a reset", err)
+			}
+			closeWrite(t, waits)
+			if err := <-heard; err != nil {
+				t.Errorf("a client half-closes: the target reads %v, want the end", err)
+			}
+			lines := c.waitLog("CONNECT tunnel closed", 2*i+1)
+			if len(lines) != 2*i+1 || lines[2*i]["reason"] != reasonClientError {
+				t.Errorf("closing lines %v, want one more, of the client that has left", lines)
+			}
+			release <- struct{}{}
+			release <- struct{}{}
+			hearEnd(t, waits)
+			if line := c.waitLog("CONNECT tunnel closed", 2*i+2)[2*i+1]; line["reason"] != reasonClient {
+				t.Errorf("closing line %v, want %q", line, reasonClient)
+			}
+		})
+	}
+}
