@@ -64,12 +64,6 @@ type tunnelClient struct {
 	h3   *http3.ClientConn // or nil
 }
 
-// openTunnel opens a tunnel to target on a connection of its own.
-func openTunnel(t *testing.T, protocol, proxy, target string) tunnelConn {
-	t.Helper()
-	return (&tunnelClient{t: t, protocol: protocol, proxy: proxy}).open(target)
-}
-
 // open opens a tunnel to target, which is given up when the test ends.
 func (c *tunnelClient) open(target string) tunnelConn {
 	c.t.Helper()
