@@ -56,7 +56,7 @@ func TestProcessExitsWithLiveTunnels(t *testing.T) {
 		least, atMost time.Duration
 	}{
 		{"at once", "", 0, 2 * time.Second},
-		{"after the grace period", "grace_period 2s", 2 * time.Second, 4 * time.Second},
+		{"after the grace period", "grace_period 2s", 1500 * time.Millisecond, 4 * time.Second},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			c := binaryStart(t, binaryOptions{global: everyProtocol + row.global, secure: true})
