@@ -54,6 +54,7 @@ type tunnel struct {
 	active   atomic.Int64 // when some were last seen to have been, since epoch
 	seen     int64        // how many there were then; look's own
 
+	halves atomic.Int32           // directions that have ended orderly, of connections
 	reason atomic.Pointer[string] // why it ended; nil: it has not
 }
 
@@ -141,6 +142,9 @@ func (t *tunnel) directionEnded(dst, src peer, readErr, writeErr error) {
 		_ = dst.Close()
 	case readErr == io.EOF, t.reason.Load() != nil && errors.Is(readErr, net.ErrClosed): // closed by ourselves
 		t.ended(end)
+		if _, ok := dst.(*streamPeer); !ok && t.halves.Add(1) == 2 {
+			return // both are done: closing says it all
+		}
 		_ = dst.CloseWrite()
 	default:
 		t.ended(srcError)
