@@ -19,6 +19,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"sync/atomic"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -147,6 +148,7 @@ type Handler struct {
 	logger    *zap.Logger
 	limiter   *limiter
 	policy    []string // the value of RateLimit-Policy
+	limited   *atomic.Pointer[limitedAnswer]
 	exempt    []netip.Prefix
 	dialer    *dialer
 	tunnels   *registry
@@ -222,7 +224,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		return err
 	}
 	h.limiter = pooled.(*limiter)
-	h.policy = []string{h.limiter.policy()}
+	h.policy, h.limited = []string{h.limiter.policy()}, new(atomic.Pointer[limitedAnswer])
 	h.tunnels, err = acquireRegistry()
 	return err
 }

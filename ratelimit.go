@@ -259,8 +259,8 @@ func (l *limiter) policy() string {
 	return fmt.Sprintf(`"%s";q=%d;w=%d`, l.key.zone, l.key.burst, ceilSeconds(time.Duration(l.fill)))
 }
 
-func (l *limiter) state(wait time.Duration) string {
-	return `"` + l.key.zone + `";r=0;t=` + strconv.FormatInt(ceilSeconds(wait), 10)
+func (l *limiter) state(seconds int64) string {
+	return `"` + l.key.zone + `";r=0;t=` + strconv.FormatInt(seconds, 10)
 }
 
 // refuseLimited answers a request that found no token.
@@ -269,16 +269,43 @@ func (h *Handler) refuseLimited(w http.ResponseWriter, r *http.Request, v *visit
 	if verdict.refused > 0 {
 		h.logLimited(r, v, verdict.wait, verdict.refused)
 	}
-	retry := strconv.FormatInt(ceilSeconds(verdict.wait), 10)
+	a := h.limitedAnswer(ceilSeconds(verdict.wait))
 	header := w.Header()
-	header["Retry-After"] = []string{retry}
+	header["Retry-After"] = a.retryAfter
 	header["Ratelimit-Policy"] = h.policy
-	header["Ratelimit"] = []string{h.limiter.state(verdict.wait)}
-	return h.answer(w, r, &refusal{
-		status: v.status,
-		kind:   v.reason,
-		text:   "Too many requests from your address; try again in " + retry + " s.",
-	})
+	header["Ratelimit"] = a.state
+	return writeAnswer(w, r, &a.refusal, a.proxyStatus, a.body)
+}
+
+// limitedAnswer is what a client gets that is to wait for some seconds. In a
+// flood of refusals that is the same one again and again, so that the last one
+// is kept.
+type limitedAnswer struct {
+	refusal
+	seconds                        int64
+	retryAfter, state, proxyStatus []string
+	body                           []byte
+}
+
+func (h *Handler) limitedAnswer(seconds int64) *limitedAnswer {
+	if a := h.limited.Load(); a != nil && a.seconds == seconds {
+		return a
+	}
+	retry := strconv.FormatInt(seconds, 10)
+	a := &limitedAnswer{
+		refusal: refusal{
+			status: http.StatusTooManyRequests,
+			kind:   "http_request_denied",
+			text:   "Too many requests from your address; try again in " + retry + " s.",
+		},
+		seconds:     seconds,
+		retryAfter:  []string{retry},
+		state:       []string{h.limiter.state(seconds)},
+		proxyStatus: h.proxyStatus("http_request_denied"),
+	}
+	a.body = []byte(a.text + "\n")
+	h.limited.Store(a)
+	return a
 }
 
 // ceilSeconds rounds up to whole seconds, at least 1, so that a client that

@@ -269,7 +269,7 @@ func TestRateLimitFields(t *testing.T) {
 		1500 * time.Millisecond: `"office";r=0;t=2`,
 		3333333333:              `"office";r=0;t=4`,
 	} {
-		if got := l.state(wait); got != want {
+		if got := l.state(ceilSeconds(wait)); got != want {
 			t.Errorf("state(%v) = %s, want %s", wait, got, want)
 		}
 	}

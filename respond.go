@@ -51,12 +51,19 @@ var (
 // answer gives f to the client: through the site's error routes if there are
 // any, else straight away as one line of text. The fields that carry what
 // machines need are set in both cases.
-//
-// A refused CONNECT ends an HTTP/1 connection, as the bytes behind it are
-// those of the tunnel that the client meant to have, not another request.
 func (h *Handler) answer(w http.ResponseWriter, r *http.Request, f *refusal) error {
+	return writeAnswer(w, r, f, h.proxyStatus(f.kind), append([]byte(f.text), '\n'))
+}
+
+// proxyStatus is the value of the Proxy-Status field (RFC 9209).
+func (h *Handler) proxyStatus(kind string) []string { return []string{h.name + "; error=" + kind} }
+
+// writeAnswer is answer with what is sent made before. A refused CONNECT ends
+// an HTTP/1 connection, as the bytes behind it are those of the tunnel that the
+// client meant to have, not another request.
+func writeAnswer(w http.ResponseWriter, r *http.Request, f *refusal, proxyStatus []string, body []byte) error {
 	header := w.Header()
-	header["Proxy-Status"] = []string{h.name + "; error=" + f.kind}
+	header["Proxy-Status"] = proxyStatus
 	if r.Method == http.MethodConnect && r.ProtoMajor == 1 {
 		header["Connection"] = closeConn
 	}
@@ -67,7 +74,7 @@ func (h *Handler) answer(w http.ResponseWriter, r *http.Request, f *refusal) err
 	header["Content-Type"] = plainText
 	w.WriteHeader(f.status)
 	if r.Method != http.MethodHead {
-		_, _ = w.Write(append([]byte(f.text), '\n')) // a client that left has no use for it
+		_, _ = w.Write(body) // a client that left has no use for it
 	}
 	return nil
 }

@@ -349,25 +349,31 @@ func TestTunnelsOfABrokenConnection(t *testing.T) {
 }
 
 // Caddy cuts requests and responses that stall, by default after a minute. A
-// tunnel may be silent.
+// tunnel may be silent, and its client may take its time to read.
 func TestTunnelsOutliveCaddysStallLimits(t *testing.T) {
-	const limit = time.Second
+	const limit, size = time.Second, 32 << 20
 	for name, setup := range map[string]tunnelSetup{"bare": {}, "observed": observed} {
 		setup.servers = fmt.Sprintf("timeouts {\nread_body_idle %v\nwrite_idle %[1]v\n}", limit)
 		t.Run(name, func(t *testing.T) {
 			w := newTunnelWorld(t, setup)
 			target := echoTarget(t)
-			conns := map[string]tunnelConn{}
+			pouring := listen(t, func(conn *net.TCPConn) {
+				conn.SetDeadline(time.Now().Add(tunnelPatience))
+				sendBulk(t, "the target", conn, 1, size)
+			})
+			silent, stalled := map[string]tunnelConn{}, map[string]tunnelConn{}
 			for _, protocol := range tunnelProtocols {
-				conns[protocol] = w.client(t, protocol).open(target)
-				hear(t, conns[protocol], say(t, conns[protocol], "hello"))
+				silent[protocol] = w.client(t, protocol).open(target)
+				hear(t, silent[protocol], say(t, silent[protocol], "hello"))
+				stalled[protocol] = w.client(t, protocol).open(pouring)
 			}
 			time.Sleep(5 * limit / 2)
 			for _, protocol := range tunnelProtocols {
 				t.Run(protocol, func(t *testing.T) {
-					hear(t, conns[protocol], say(t, conns[protocol], "are you still there?"))
-					closeWrite(t, conns[protocol])
-					hearEnd(t, conns[protocol])
+					hear(t, silent[protocol], say(t, silent[protocol], "are you still there?"))
+					closeWrite(t, silent[protocol])
+					hearEnd(t, silent[protocol])
+					receiveBulk(t, "the client", stalled[protocol], 1, size)
 				})
 			}
 		})

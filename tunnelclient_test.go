@@ -34,7 +34,7 @@ import (
 var tunnelProtocols = []string{"h1", "h1-tls", "h2", "h2c", "h3"}
 
 // tunnelPatience bounds the life of a tunnel in the tests.
-const tunnelPatience = 2 * time.Minute
+const tunnelPatience = time.Minute
 
 // tunnelConn is the client's end of a tunnel. When the proxy ends it in order,
 // Read returns io.EOF; when it breaks it off, another error.
