@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"os/exec"
 	"strings"
 	"testing"
@@ -48,9 +49,17 @@ func TestChromium(t *testing.T) {
 	_, port, _ := net.SplitHostPort(w.proxy)
 	w.load(fmt.Sprintf("https://:%s {\n\ttls internal {\n\t\ton_demand\n\t}\n\tasync_proxy {\n\t\thosts proxy.test\n\t\tburst 1000\n\t\trefill 1000\n\t}\n}\n", port))
 
+	profile, err := os.MkdirTemp("", "async-proxy-test-chromium")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Its processes may write on for a moment after their end was asked for.
+	t.Cleanup(func() {
+		eventually(t, "the browser's profile to be removed", func() bool { return os.RemoveAll(profile) == nil })
+	})
 	command := exec.Command(chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
 		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
-		"--user-data-dir="+t.TempDir(), "--ignore-certificate-errors",
+		"--user-data-dir="+profile, "--ignore-certificate-errors",
 		"--host-resolver-rules=MAP proxy.test 127.0.0.1", "--proxy-bypass-list=<-loopback>",
 		"--proxy-server=https://proxy.test:"+port, w.origin.URL+"/")
 	if err := command.Start(); err != nil {

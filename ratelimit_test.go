@@ -814,8 +814,9 @@ func TestOneHundredAtOnce(t *testing.T) {
 		case http.StatusTooManyRequests:
 			limited.Add(1)
 			retry, err := strconv.Atoi(res.Header.Get("Retry-After"))
-			if err != nil || retry < 1 || retry > 100 {
-				t.Errorf("Retry-After: %q, want seconds from 1 to 100", res.Header.Get("Retry-After"))
+			// One that came first may have looked at the clock last.
+			if err != nil || retry < 1 || retry > 101 {
+				t.Errorf("Retry-After: %q, want seconds from 1 to 101", res.Header.Get("Retry-After"))
 			}
 			for name, want := range map[string]string{
 				"Ratelimit-Policy": `"default";q=10;w=1000`,
