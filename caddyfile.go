@@ -37,7 +37,6 @@ func parseCaddyfile(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error)
 //		max_clients   <n>
 //		zone          <name>
 //		exempt        <cidr|private_ranges...>
-//		allow         <cidr|private_ranges...>
 //		dial_timeout  <duration>
 //		response_header_timeout <duration>|off
 //		via           <pseudonym>|off
@@ -51,11 +50,35 @@ func parseCaddyfile(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error)
 //		tunnel_max_duration <duration>
 //		stream_close_delay  <duration>
 //		recheck_tunnels
+//
+//		allow       <cidr|name|*.name|public|private|all>[:<ports>]...
+//		deny        <cidr|name|*.name|public|private|all>[:<ports>]...
+//		allow_file  <path...>
+//		deny_file   <path...>
+//		allow_from  <ip_source> ...
+//		deny_from   <ip_source> ...
+//		ports       <port|from-to...>
+//		clients     <cidr|private_ranges...>
+//		basic_auth  [<hash_algorithm> [<realm>]] {
+//			<user> <hash>
+//		}
+//		limit_by    client_ip|user
+//		report_only rules|limits...
+//		resolvers   <addresses...>
+//		serve_pac   [<path>]
+//		no_upstream <cidr|name|*.name|public|private...>
+//		upstream    http|https|socks5://[<user>[:<password>]@]<host>[:<port>] {
+//			header                   <field> <value>
+//			tls_server_name          <name>
+//			tls_trust_pool           <module> ...
+//			tls_insecure_skip_verify
+//		}
 //	}
 //
-// burst and refill may stand on the directive's own line. exempt, allow,
-// hosts, header_up and header_down may stand more than once; everything else
-// once. The latter two are reverse_proxy's.
+// burst and refill may stand on the directive's own line. Options that take
+// any number of values, header_up and header_down may stand more than once;
+// everything else once. The latter two are reverse_proxy's. The order of allow
+// and deny in all their forms counts.
 func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // the directive's name
 	p := caddyfileParser{Dispenser: d, seen: make(map[string]bool)}
@@ -73,6 +96,12 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	}
 	for nesting := d.Nesting(); d.NextBlock(nesting); {
 		name := d.Val()
+		if parse, ok := blocks[name]; ok {
+			if err := parse(p, h, name); err != nil {
+				return err
+			}
+			continue
+		}
 		args := d.RemainingArgs()
 		if err := p.option(h, name, args); err != nil {
 			return err
@@ -93,7 +122,21 @@ var expectations = map[string]string{
 	"max_clients":             "a whole number of clients, at least 2",
 	"zone":                    "a name",
 	"exempt":                  "addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges",
-	"allow":                   "addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges",
+	"allow":                   "destinations: addresses, CIDR ranges, names, *.names, public, private or all, each perhaps with :<ports>",
+	"deny":                    "destinations: addresses, CIDR ranges, names, *.names, public, private or all, each perhaps with :<ports>",
+	"allow_file":              "files with destinations, one a line",
+	"deny_file":               "files with destinations, one a line",
+	"allow_from":              "a source of CIDR ranges, as for trusted_proxies",
+	"deny_from":               "a source of CIDR ranges, as for trusted_proxies",
+	"ports":                   "ports from 1 to 65535, or ranges such as 8000-8999",
+	"clients":                 "addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges",
+	"basic_auth":              "perhaps bcrypt or argon2id and a realm, and a block with a user and a hash a line",
+	"limit_by":                "client_ip or user",
+	"report_only":             "rules, limits or both",
+	"resolvers":               "addresses of DNS servers, such as 192.0.2.53",
+	"serve_pac":               "a path that begins with /, or nothing",
+	"no_upstream":             "destinations without ports: addresses, CIDR ranges, names, *.names, public or private",
+	"upstream":                "http://, https:// or socks5://, perhaps <user>:<password>@, a host and perhaps a port",
 	"dial_timeout":            "a positive duration such as 10s",
 	"response_header_timeout": "a positive duration such as 5m, or off",
 	"via":                     "a pseudonym that starts with a letter, or off",
@@ -109,7 +152,10 @@ var expectations = map[string]string{
 }
 
 // lists are the options that take any number of values, any number of times.
-var lists = map[string]bool{"exempt": true, "allow": true, "hosts": true}
+var lists = map[string]bool{
+	"exempt": true, "hosts": true, "allow": true, "deny": true, "allow_file": true, "deny_file": true, "ports": true,
+	"clients": true, "report_only": true, "resolvers": true, "no_upstream": true,
+}
 
 // caddyfileParser says of each mistake the option, the value and what was
 // expected; the Dispenser adds the file and the line.
@@ -133,6 +179,8 @@ func (p caddyfileParser) option(h *Handler, name string, args []string) error {
 		p.seen[name] = true
 		h.RecheckTunnels = true
 		return nil
+	case name == "serve_pac" && len(args) == 0:
+		args = []string{"/proxy.pac"}
 	case name == "max_tunnels" && len(args) == 3 && args[1] == "per_client":
 		var ok bool
 		if h.MaxTunnelsPerClient, ok = parseInt(args[2], 1, math.MaxInt); !ok {
@@ -171,15 +219,28 @@ func (p caddyfileParser) option(h *Handler, name string, args []string) error {
 		ok = validZone(value)
 	case "exempt":
 		return p.prefixes(name, args, &h.Exempt)
-	case "allow":
-		return p.prefixes(name, args, &h.Allow)
+	case "clients":
+		return p.prefixes(name, args, &h.Clients)
+	case "allow", "deny":
+		return p.rule(h, name, args)
+	case "allow_file", "deny_file":
+		h.Rules = append(h.Rules, Rule{Action: name[:strings.IndexByte(name, '_')], Files: args})
+	case "ports":
+		return p.values(name, args, &h.Ports, func(s string) bool { _, err := parsePorts(s); return err == nil })
+	case "report_only":
+		return p.values(name, args, &h.ReportOnly, func(s string) bool { return s == "rules" || s == "limits" })
+	case "resolvers":
+		return p.values(name, args, &h.Resolvers, func(s string) bool { _, err := newResolver([]string{s}); return err == nil })
+	case "no_upstream":
+		return p.values(name, args, &h.NoUpstream, func(s string) bool { _, err := newDirectSet([]string{s}); return err == nil })
+	case "limit_by":
+		h.LimitBy = value
+		ok = value == "client_ip" || value == "user"
+	case "serve_pac":
+		h.ServePAC = value
+		ok = value[0] == '/'
 	case "hosts":
-		for _, value = range args {
-			if checkHost(value) != nil {
-				return p.Errf("hosts: the value '%s' is not valid; expected %s", value, expected)
-			}
-		}
-		h.Hosts = append(h.Hosts, args...)
+		return p.values(name, args, &h.Hosts, func(s string) bool { return checkHost(s) == nil })
 	case "dial_timeout":
 		h.DialTimeout, ok = parseDuration(value, 1)
 	case "max_tunnels":
@@ -248,12 +309,30 @@ func (p caddyfileParser) headerOp(h *Handler, name string, args []string) error 
 
 // prefixes appends the values of an option that is a list of CIDR ranges.
 func (p caddyfileParser) prefixes(name string, args []string, list *[]string) error {
+	return p.values(name, args, list, func(s string) bool { _, err := parsePrefixes(name, []string{s}); return err == nil })
+}
+
+// values appends the values of an option that is a list.
+func (p caddyfileParser) values(name string, args []string, list *[]string, valid func(string) bool) error {
 	for _, arg := range args {
-		if _, err := parsePrefixes(name, []string{arg}); err != nil {
+		if !valid(arg) {
 			return p.Errf("%s: the value '%s' is not valid; expected %s", name, arg, expectations[name])
 		}
 	}
 	*list = append(*list, args...)
+	return nil
+}
+
+// rule appends a rule of destinations.
+func (p caddyfileParser) rule(h *Handler, name string, args []string) error {
+	for _, arg := range args {
+		for _, text := range expandRanges(arg) {
+			if _, err := parseDestination(text); err != nil {
+				return p.Errf("%s: the value '%s' is not valid; expected %s", name, arg, expectations[name])
+			}
+		}
+	}
+	h.Rules = append(h.Rules, Rule{Action: name, Destinations: args})
 	return nil
 }
 

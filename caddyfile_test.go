@@ -75,7 +75,8 @@ func TestCaddyfile(t *testing.T) {
 		{"greatest", "async_proxy {\n burst 1000000000\n refill 1e6\n ipv4_prefix 32\n ipv6_prefix 128\n}",
 			`{"burst": 1000000000, "refill": 1000000, "ipv4_prefix": 32, "ipv6_prefix": 128}`},
 		{"lists", "async_proxy {\n exempt 10.0.0.0/8 192.0.2.1\n exempt private_ranges\n allow 2001:db8::/32\n allow ::1 10.0.0.1\n hosts a.example\n hosts b.example 192.0.2.1\n}",
-			`{"exempt": ["10.0.0.0/8", "192.0.2.1", "private_ranges"], "allow": ["2001:db8::/32", "::1", "10.0.0.1"], "hosts": ["a.example", "b.example", "192.0.2.1"]}`},
+			`{"exempt": ["10.0.0.0/8", "192.0.2.1", "private_ranges"],
+				"rules": [{"action": "allow", "destinations": ["2001:db8::/32"]}, {"action": "allow", "destinations": ["::1", "10.0.0.1"]}], "hosts": ["a.example", "b.example", "192.0.2.1"]}`},
 		{"off", "async_proxy {\n via off\n forwarded_for off\n tunnel_idle_timeout off\n response_header_timeout off\n}",
 			`{"via": "off", "forwarded_for": "off", "tunnel_idle_timeout": -1, "response_header_timeout": -1}`},
 		{"stream_close_delay at once", "async_proxy {\n stream_close_delay 0\n}", `{"stream_close_delay": 0}`},
@@ -98,12 +99,50 @@ func TestCaddyfile(t *testing.T) {
 			tunnel_max_duration 24h
 			stream_close_delay  5m
 			recheck_tunnels
+			deny          *.example.com:80-81 ads.example
+			allow_file    /etc/a /etc/b
+			deny_from     static 192.0.2.0/24 private_ranges
+			ports         80 443 8000-8999
+			clients       10.0.0.0/8
+			clients       private_ranges
+			basic_auth bcrypt Office {
+				alice $2a$14$Zkx19XLiW6VYouLHR5NmfOFU0z2GTNmpkT/5qqR7hx4IjWJPDhjvG
+				bob   $2a$14$Zkx19XLiW6VYouLHR5NmfOFU0z2GTNmpkT/5qqR7hx4IjWJPDhjvG
+			}
+			limit_by      user
+			report_only   rules limits
+			resolvers     192.0.2.53 tcp/[2001:db8::53]:5353
+			serve_pac
+			no_upstream   *.corp.example 10.0.0.0/8
+			upstream https://user:{env.PASSWORD}@proxy.example:3128 {
+				header X-Team crawler
+				tls_server_name other.example
+				tls_trust_pool file /etc/ca.pem
+				tls_insecure_skip_verify
+			}
 		}`, `{
 			"burst": 20, "refill": 2.5, "ipv4_prefix": 24, "ipv6_prefix": 56, "max_clients": 1000, "zone": "office",
-			"exempt": ["10.0.0.0/8"], "allow": ["192.168.0.0/16"], "dial_timeout": 5000000000, "response_header_timeout": 60000000000,
+			"exempt": ["10.0.0.0/8"], "dial_timeout": 5000000000, "response_header_timeout": 60000000000,
 			"via": "fred", "forwarded_for": "auto", "hosts": ["proxy.example.com"],
 			"max_tunnels": 100, "max_tunnels_per_client": 10, "tunnel_idle_timeout": 86400000000000, "tunnel_max_duration": 86400000000000,
-			"stream_close_delay": 300000000000, "recheck_tunnels": true
+			"stream_close_delay": 300000000000, "recheck_tunnels": true,
+			"rules": [
+				{"action": "allow", "destinations": ["192.168.0.0/16"]},
+				{"action": "deny", "destinations": ["*.example.com:80-81", "ads.example"]},
+				{"action": "allow", "files": ["/etc/a", "/etc/b"]},
+				{"action": "deny", "source": {"source": "static", "ranges": ["192.0.2.0/24", "192.168.0.0/16", "172.16.0.0/12", "10.0.0.0/8", "127.0.0.1/8", "fd00::/8", "::1"]}}
+			],
+			"ports": ["80", "443", "8000-8999"], "clients": ["10.0.0.0/8", "private_ranges"],
+			"authentication": {"http_basic": {"hash": {"algorithm": "bcrypt"}, "realm": "Office", "hash_cache": {}, "accounts": [
+				{"username": "alice", "password": "$2a$14$Zkx19XLiW6VYouLHR5NmfOFU0z2GTNmpkT/5qqR7hx4IjWJPDhjvG"},
+				{"username": "bob", "password": "$2a$14$Zkx19XLiW6VYouLHR5NmfOFU0z2GTNmpkT/5qqR7hx4IjWJPDhjvG"}
+			]}},
+			"limit_by": "user", "report_only": ["rules", "limits"], "resolvers": ["192.0.2.53", "tcp/[2001:db8::53]:5353"],
+			"serve_pac": "/proxy.pac", "no_upstream": ["*.corp.example", "10.0.0.0/8"],
+			"upstream": {
+				"url": "https://user:{env.PASSWORD}@proxy.example:3128", "headers": {"X-Team": "crawler"},
+				"tls": {"server_name": "other.example", "insecure_skip_verify": true, "ca": {"provider": "file", "pem_files": ["/etc/ca.pem"]}}
+			}
 		}`},
 		{"header operations", "async_proxy {\n header_up X-A one\n header_up -X-B\n header_up X-C a b\n header_down +X-D two\n header_down X-E three\n}",
 			`{"headers": {
@@ -162,14 +201,17 @@ func TestDirectiveOrder(t *testing.T) {
 
 func TestCaddyfileMistakes(t *testing.T) {
 	const (
-		tokens    = "expected a whole number of tokens from 1 to 1000000000"
-		perSecond = "expected tokens per second from 0.00001 to 1000000"
-		clients   = "expected a whole number of clients, at least 2"
-		ranges    = "expected addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges"
-		tunnels   = "expected a whole number of tunnels from 1, and perhaps per_client with another"
-		pseudonym = "expected a pseudonym that starts with a letter, or off"
-		names     = "expected names of this server, without ports"
-		arguments = "expected burst <tokens>, refill <tokens_per_second>, or a block of options"
+		tokens       = "expected a whole number of tokens from 1 to 1000000000"
+		perSecond    = "expected tokens per second from 0.00001 to 1000000"
+		clients      = "expected a whole number of clients, at least 2"
+		destinations = "expected destinations: addresses, CIDR ranges, names, *.names, public, private or all, each perhaps with :<ports>"
+		users        = "expected perhaps bcrypt or argon2id and a realm, and a block with a user and a hash a line"
+		parents      = "expected http://, https:// or socks5://, perhaps <user>:<password>@, a host and perhaps a port"
+		ranges       = "expected addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges"
+		tunnels      = "expected a whole number of tunnels from 1, and perhaps per_client with another"
+		pseudonym    = "expected a pseudonym that starts with a letter, or off"
+		names        = "expected names of this server, without ports"
+		arguments    = "expected burst <tokens>, refill <tokens_per_second>, or a block of options"
 	)
 	for _, tc := range []struct{ directive, want string }{
 		{"async_proxy nonsense", "unexpected argument 'nonsense'; " + arguments + ", at Caddyfile:2"},
@@ -228,9 +270,36 @@ func TestCaddyfileMistakes(t *testing.T) {
 
 		{"async_proxy {\nexempt\n}", "exempt: there is no value; " + ranges + ", at Caddyfile:3"},
 		{"async_proxy {\nexempt 10.0.0.0/8 10.0.0.0/33\n}", "exempt: the value '10.0.0.0/33' is not valid; " + ranges + ", at Caddyfile:3"},
-		{"async_proxy {\nallow\n}", "allow: there is no value; " + ranges + ", at Caddyfile:3"},
-		{"async_proxy {\nallow example.com\n}", "allow: the value 'example.com' is not valid; " + ranges + ", at Caddyfile:3"},
-		{"async_proxy {\nallow 10.0.0.0/8\nallow 1.2.3\n}", "allow: the value '1.2.3' is not valid; " + ranges + ", at Caddyfile:4"},
+		{"async_proxy {\nclients 10.0.0.0/8 office\n}", "clients: the value 'office' is not valid; " + ranges + ", at Caddyfile:3"},
+		{"async_proxy {\nallow\n}", "allow: there is no value; " + destinations + ", at Caddyfile:3"},
+		{"async_proxy {\nallow exa/mple.com\n}", "allow: the value 'exa/mple.com' is not valid; " + destinations + ", at Caddyfile:3"},
+		{"async_proxy {\nallow 10.0.0.0/8\nallow 1.2.3\n}", "allow: the value '1.2.3' is not valid; " + destinations + ", at Caddyfile:4"},
+		{"async_proxy {\nallow a.example\ndeny a.example *.b.example:0\n}", "deny: the value '*.b.example:0' is not valid; " + destinations + ", at Caddyfile:4"},
+		{"async_proxy {\ndeny a.*.example\n}", "deny: the value 'a.*.example' is not valid; " + destinations + ", at Caddyfile:3"},
+		{"async_proxy {\ndeny [2001:db8::1\n}", "deny: the value '[2001:db8::1' is not valid; " + destinations + ", at Caddyfile:3"},
+		{"async_proxy {\ndeny fe80::1%eth0\n}", "deny: the value 'fe80::1%eth0' is not valid; " + destinations + ", at Caddyfile:3"},
+		{"async_proxy {\nallow_file\n}", "allow_file: there is no value; expected files with destinations, one a line, at Caddyfile:3"},
+		{"async_proxy {\ndeny_from\n}", "deny_from: there is no value; expected a source of CIDR ranges, as for trusted_proxies, at Caddyfile:3"},
+		{"async_proxy {\ndeny_from nowhere\n}", "deny_from: there is no module 'nowhere'; expected a source of CIDR ranges, as for trusted_proxies, at Caddyfile:3"},
+		{"async_proxy {\nports 80 443-80\n}", "ports: the value '443-80' is not valid; expected ports from 1 to 65535, or ranges such as 8000-8999, at Caddyfile:3"},
+		{"async_proxy {\nports 65536\n}", "ports: the value '65536' is not valid; expected ports from 1 to 65535, or ranges such as 8000-8999, at Caddyfile:3"},
+		{"async_proxy {\nlimit_by token\n}", "limit_by: the value 'token' is not valid; expected client_ip or user, at Caddyfile:3"},
+		{"async_proxy {\nreport_only rules clients\n}", "report_only: the value 'clients' is not valid; expected rules, limits or both, at Caddyfile:3"},
+		{"async_proxy {\nresolvers 192.0.2.53 :53\n}", "resolvers: the value ':53' is not valid; expected addresses of DNS servers, such as 192.0.2.53, at Caddyfile:3"},
+		{"async_proxy {\nserve_pac proxy.pac\n}", "serve_pac: the value 'proxy.pac' is not valid; expected a path that begins with /, or nothing, at Caddyfile:3"},
+		{"async_proxy {\nno_upstream a.example:80\n}", "no_upstream: the value 'a.example:80' is not valid; expected destinations without ports: addresses, CIDR ranges, names, *.names, public or private, at Caddyfile:3"},
+		{"async_proxy {\nbasic_auth\n}", "basic_auth: there are no users; " + users + ", at Caddyfile:3"},
+		{"async_proxy {\nbasic_auth md5 {\nalice x\n}\n}", "basic_auth: the algorithm 'md5' is not known; " + users + ", at Caddyfile:3"},
+		{"async_proxy {\nbasic_auth bcrypt a b {\nalice x\n}\n}", "basic_auth: there is more than an algorithm and a realm, 'b'; " + users + ", at Caddyfile:3"},
+		{"async_proxy {\nbasic_auth {\nalice\n}\n}", "basic_auth: the user 'alice' has not just a hash behind it; expected a user and a hash, as `caddy hash-password` makes it, at Caddyfile:4"},
+		{"async_proxy {\nbasic_auth {\nalice x\n}\nbasic_auth {\nbob x\n}\n}", "basic_auth: the option is given twice; expected it once, at Caddyfile:6"},
+		{"async_proxy {\nupstream\n}", "upstream: there is no value; " + parents + ", at Caddyfile:3"},
+		{"async_proxy {\nupstream http://a http://b\n}", "upstream: there is more than one value; " + parents + ", at Caddyfile:3"},
+		{"async_proxy {\nupstream ftp://user:secret@proxy.example\n}", "upstream: the value is not valid: expected http://, https:// or socks5://, and a host, at Caddyfile:3"},
+		{"async_proxy {\nupstream http://user:secret@proxy.example:0\n}", "upstream: the value is not valid: expected the host of a proxy, and perhaps its port, behind http://: the port \"0\" is not a number from 1 to 65535, at Caddyfile:3"},
+		{"async_proxy {\nupstream http://a.example {\ntls_server_name b\n}\n}", "upstream: tls_server_name is for https:// only, at Caddyfile:4"},
+		{"async_proxy {\nupstream socks5://a.example {\nheader X-A b\n}\n}", "upstream: header 'X-A b': expected a field and a value, for http:// and https:// only, at Caddyfile:4"},
+		{"async_proxy {\nupstream http://a.example {\nweight 5\n}\n}", "upstream: unrecognized option 'weight'; expected header, tls_server_name, tls_trust_pool or tls_insecure_skip_verify, at Caddyfile:4"},
 
 		{"async_proxy {\ndial_timeout\n}", "dial_timeout: there is no value; expected a positive duration such as 10s, at Caddyfile:3"},
 		{"async_proxy {\ndial_timeout 0\n}", "dial_timeout: the value '0' is not valid; expected a positive duration such as 10s, at Caddyfile:3"},
@@ -388,7 +457,7 @@ func FuzzCaddyfile(f *testing.F) {
 		if err := h.provisionName(nil); err != nil {
 			t.Errorf("%q makes %s: %v", input, data, err)
 		}
-		for name, list := range map[string][]string{"exempt": h.Exempt, "allow": h.Allow} {
+		for name, list := range map[string][]string{"exempt": h.Exempt, "clients": h.Clients} {
 			if _, err := parsePrefixes(name, list); err != nil {
 				t.Errorf("%q makes %s: %v", input, data, err)
 			}
@@ -445,7 +514,7 @@ func checkShipped(t *testing.T, text, filename string) {
 }
 
 // syntaxOptions returns the options in a description of the directive's syntax,
-// which are indented deeper than the directive.
+// which are indented by one tab.
 func syntaxOptions(t *testing.T, text string) []string {
 	t.Helper()
 	_, rest, found := strings.Cut(text, "async_proxy [<matcher>]")
@@ -455,7 +524,8 @@ func syntaxOptions(t *testing.T, text string) []string {
 	}
 	var options []string
 	for line := range strings.Lines(block[strings.IndexByte(block, '\n'):]) {
-		if words := strings.Fields(line); len(words) > 0 {
+		line, indented := strings.CutPrefix(line, "\t")
+		if words := strings.Fields(line); indented && line[0] != '\t' && line[0] != '}' && len(words) > 0 {
 			options = append(options, words[0])
 		}
 	}

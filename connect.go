@@ -31,13 +31,12 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, from caller) (
 	if r.ProtoMajor == 1 && r.ContentLength != 0 {
 		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "A CONNECT request has no content, this one announces some.")
 	}
-	bucket := h.limiter.client(from.addr)
-	if f := h.tunnels.admit(bucket, h.MaxTunnels, h.MaxTunnelsPerClient); f != nil {
+	if f := h.tunnels.admit(from.bucket, h.MaxTunnels, h.MaxTunnelsPerClient); f != nil {
 		return 0, f
 	}
 	far, err := h.dialer.dial(r.Context(), from.reach, target)
 	if err != nil {
-		h.tunnels.leave(bucket)
+		h.tunnels.leave(from.bucket)
 		return 0, dialRefusal(r.Context(), err, target)
 	}
 	t := h.newTunnel(from, target, r.Proto, far)
@@ -47,7 +46,7 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, from caller) (
 	near, early, err := hijack(w)
 	if err != nil {
 		_ = far.Close()
-		h.tunnels.leave(bucket)
+		h.tunnels.leave(from.bucket)
 		return 0, caddyhttp.Error(http.StatusInternalServerError, err)
 	}
 	recordStatus(w, http.StatusOK)
@@ -178,5 +177,20 @@ func checkHost(host string) error {
 			}
 		}
 	}
+	// A name that ends in a number would be an IPv4 address (WHATWG URL §3.5):
+	// 127.1, 0x7f.1 and 2130706433 are, to some resolvers.
+	if addr, err := netip.ParseAddr(name); endsInNumber(name) && (err != nil || !addr.Is4()) {
+		return fmt.Errorf("%q is no IPv4 address of four decimal numbers", host)
+	}
 	return nil
+}
+
+// endsInNumber reports whether the last label of a name is a decimal, octal or
+// hexadecimal number.
+func endsInNumber(name string) bool {
+	last := name[strings.LastIndexByte(name, '.')+1:]
+	if rest, ok := strings.CutPrefix(strings.ToLower(last), "0x"); ok {
+		return !strings.ContainsFunc(rest, func(c rune) bool { return (c < '0' || c > '9') && (c < 'a' || c > 'f') })
+	}
+	return last != "" && !strings.ContainsFunc(last, func(c rune) bool { return c < '0' || c > '9' })
 }

@@ -7,61 +7,57 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/netip"
 	"os"
-	"slices"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// A reach is how far a client may go through the proxy: no further than it
-// could without it.
-type reach int
-
-const (
-	public reach = iota // to public unicast addresses: any client on the Internet can go there
-	local               // to this machine and its networks too: a client on this machine can
-	reaches
-)
-
-// portSMTP is denied always: an open relay for mail is what a forward proxy is
-// abused for first.
-const portSMTP = 25
-
-// dialer opens connections to targets and decides which addresses may be one.
-// It judges the address that is about to be connected to, after resolution:
-// there is no name, no spelling of an address and no second answer of a
-// resolver that it would not see.
+// dialer opens connections to targets, or through a parent proxy, and asks the
+// policy which addresses may be one. It judges the address that is about to be
+// connected to, after resolution: there is no name, no spelling of an address
+// and no second answer of a resolver that it would not see.
 type dialer struct {
-	allow   []netip.Prefix            // beyond what the reach of a client allows
-	own     func(netip.AddrPort) bool // listeners of this process that nobody may be taken to
+	policy  *policy
+	timeout time.Duration
+	parent  *parent  // nil: none
+	direct  *ruleSet // what is not for the parent
 	dialers [reaches]net.Dialer
+	report  func(ctx context.Context, target string, reported *deniedError)
 }
 
 // newDialer makes a dialer that gives up after timeout, which covers
-// resolution and all addresses of a name together.
-func newDialer(timeout time.Duration, allow []netip.Prefix, own func(netip.AddrPort) bool) *dialer {
-	d := &dialer{allow: allow, own: own}
+// resolution and all addresses of a name together. A nil resolver is the
+// system's.
+func newDialer(p *policy, timeout time.Duration, resolver *net.Resolver) *dialer {
+	d := &dialer{policy: p, timeout: timeout}
 	for r := range reaches {
 		d.dialers[r] = net.Dialer{
-			Timeout: timeout,
-			// A target that is gone without a word is noticed after two minutes.
-			KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: time.Minute, Interval: 15 * time.Second, Count: 4},
+			Timeout:         timeout,
+			Resolver:        resolver,
+			KeepAliveConfig: keepAlive,
 			ControlContext: func(ctx context.Context, _, address string, _ syscall.RawConn) error {
 				to, err := netip.ParseAddrPort(address)
 				if err != nil {
 					return err
 				}
-				denied := d.check(r, to)
+				a := ctx.Value(attemptKey{}).(*attempt)
+				denied, reported := p.check(ctx, r, a.target, to)
+				if reported != nil {
+					d.report(ctx, a.address, reported)
+				}
 				if denied == nil {
 					return nil
 				}
-				if found, ok := ctx.Value(deniedKey{}).(*atomic.Pointer[deniedError]); ok {
-					found.Store(denied)
-				}
+				a.denied.Store(denied)
 				return denied
 			},
 		}
@@ -69,103 +65,110 @@ func newDialer(timeout time.Duration, allow []netip.Prefix, own func(netip.AddrP
 	return d
 }
 
-// dial connects to address, a host and a port, for a client of the given reach.
-// All addresses of a name are tried, IPv6 and IPv4 side by side (RFC 8305). It
-// ends when ctx does. If it fails and one of the addresses was denied, that is
-// the error, whatever came of the others.
+// keepAlive notices after two minutes that the other end is gone without a word.
+var keepAlive = net.KeepAliveConfig{Enable: true, Idle: time.Minute, Interval: 15 * time.Second, Count: 4}
+
+// attempt is a dial, as the checks of its addresses see it.
+type attempt struct {
+	target
+	address string
+	denied  atomic.Pointer[deniedError] // the last that was
+}
+
+// attemptKey is for the context of a dial, in which it finds its attempt.
+type attemptKey struct{}
+
+// dial connects to address, a host and a port, for a client of the given reach:
+// through the parent, if there is one for it. All addresses of a name are tried,
+// IPv6 and IPv4 side by side (RFC 8305). It ends when ctx does. If it fails and
+// one of the addresses was denied, that is the error, whatever came of the
+// others.
 func (d *dialer) dial(ctx context.Context, r reach, address string) (net.Conn, error) {
-	var found atomic.Pointer[deniedError]
-	conn, err := d.dialers[r].DialContext(context.WithValue(ctx, deniedKey{}, &found), "tcp", address)
-	if denied := found.Load(); err != nil && denied != nil && ctx.Err() == nil {
+	if d.usesParent(address) {
+		if err := d.checkUnresolved(ctx, r, address); err != nil {
+			return nil, err
+		}
+		return d.parent.connect(ctx, address)
+	}
+	a := &attempt{target: newTarget(address), address: address}
+	if denied, _ := d.policy.checkName(ctx, r, a.target, true); denied != nil {
+		return nil, denied
+	}
+	conn, err := d.dialers[r].DialContext(context.WithValue(ctx, attemptKey{}, a), "tcp", address)
+	if denied := a.denied.Load(); err != nil && denied != nil && ctx.Err() == nil {
 		return nil, denied
 	}
 	return conn, err
 }
 
-// deniedKey is for the context of a dial, in which it finds its deniedError.
-type deniedKey struct{}
-
-// deniedError says that the policy forbids an address.
-type deniedError struct {
-	to  netip.AddrPort
-	why string // for the person at the other end
+// usesParent reports whether connections to address go through the parent.
+func (d *dialer) usesParent(address string) bool {
+	if d.parent == nil {
+		return false
+	}
+	t := newTarget(address)
+	_, direct := d.direct.matchName(t)
+	if !direct && t.addr.IsValid() {
+		ip := t.addr.Unmap()
+		_, direct = d.direct.matchAddress(context.Background(), ip, embedded(ip))
+	}
+	return !direct
 }
 
-func (e *deniedError) Error() string { return fmt.Sprintf("%s is denied: %s", e.to, e.why) }
-
-// check returns a deniedError if a client of reach r may not be connected to to.
-func (d *dialer) check(r reach, to netip.AddrPort) *deniedError {
-	ip := to.Addr().WithZone("").Unmap()
-	target := embedded(ip)
-	switch {
-	case to.Port() == portSMTP:
-		return &deniedError{to, "port 25 is for mail and closed to clients of a proxy"}
-	case d.own != nil && d.own(netip.AddrPortFrom(target, to.Port())):
-		return &deniedError{to, "it is an address of the proxy itself"}
-	case contains(d.allow, ip), contains(d.allow, target), r.includes(target):
-		return nil
-	case r == local:
-		return &deniedError{to, "it is no address of one host; the option allow would open it"}
-	default:
-		return &deniedError{to, "it is not public; the option allow would open it"}
+// checkUnresolved judges a target that is for the parent to resolve.
+func (d *dialer) checkUnresolved(ctx context.Context, r reach, address string) error {
+	denied, reported := d.policy.checkName(ctx, r, newTarget(address), false)
+	if reported != nil {
+		d.report(ctx, address, reported)
 	}
+	if denied != nil {
+		return denied
+	}
+	return nil
 }
 
-// includes reports whether ip is within reach. ip is not v4-mapped, has no zone
-// and embeds no other address.
-func (r reach) includes(ip netip.Addr) bool {
-	if r == local {
-		return !contains(notLocal, ip)
+// forbids reports whether a tunnel that is open would not be opened now.
+func (d *dialer) forbids(t *tunnel) bool {
+	if d.usesParent(t.target) {
+		return d.checkUnresolved(context.Background(), t.reach, t.target) != nil
 	}
-	if ip.Is4() {
-		return !contains(notPublic4, ip)
-	}
-	return globalUnicast6.Contains(ip) && !contains(notPublic6, ip)
+	denied, _ := d.policy.check(context.Background(), t.reach, newTarget(t.target), t.address)
+	return denied != nil
 }
 
-// What is not a public unicast address, after the special-purpose registries of
-// IANA (RFC 6890), and Azure's 168.63.129.16, which belongs to the machine's
-// host. For IPv6 everything beyond global unicast is not. notLocal
-// is what even this machine's own users have no business with: the unspecified
-// addresses, which are this machine under another name; link-local, where
-// clouds keep their credentials; multicast and broadcast.
-var (
-	globalUnicast6 = netip.MustParsePrefix("2000::/3")
-
-	notPublic4 = prefixes("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16",
-		"172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16",
-		"168.63.129.16/32", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4")
-	notPublic6 = prefixes("2001::/23", "2001:db8::/32", "3fff::/20")
-	notLocal   = prefixes("0.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "255.255.255.255/32",
-		"::/128", "fe80::/10", "ff00::/8", "2001::/32")
-
-	nat64 = netip.MustParsePrefix("64:ff9b::/96") // RFC 6052
-	sixTo = netip.MustParsePrefix("2002::/16")    // RFC 3056
-)
-
-// embedded returns the IPv4 address inside an IPv6 one that leads there through
-// a translator or a relay, else ip itself.
-func embedded(ip netip.Addr) netip.Addr {
-	b := ip.As16()
-	switch {
-	case nat64.Contains(ip):
-		return netip.AddrFrom4([4]byte(b[12:16]))
-	case sixTo.Contains(ip):
-		return netip.AddrFrom4([4]byte(b[2:6]))
+// requestOf returns the request that a context is of, as the client sent it.
+func requestOf(ctx context.Context) *http.Request {
+	if r, ok := ctx.Value(caddyhttp.OriginalRequestCtxKey).(http.Request); ok {
+		return &r
 	}
-	return ip
+	return new(http.Request)
 }
 
-func prefixes(cidrs ...string) []netip.Prefix {
-	list := make([]netip.Prefix, len(cidrs))
-	for i, c := range cidrs {
-		list[i] = netip.MustParsePrefix(c)
+// newResolver makes a resolver that asks the given servers, one at random each
+// time.
+func newResolver(addresses []string) (*net.Resolver, error) {
+	if len(addresses) == 0 {
+		return nil, nil
 	}
-	return list
-}
-
-func contains(list []netip.Prefix, ip netip.Addr) bool {
-	return slices.ContainsFunc(list, func(p netip.Prefix) bool { return p.Contains(ip) })
+	servers := make([]caddy.NetworkAddress, len(addresses))
+	for i, address := range addresses {
+		server, err := caddy.ParseNetworkAddressWithDefaults(address, "udp", 53)
+		if err != nil || server.PortRangeSize() != 1 || server.Host == "" {
+			return nil, fmt.Errorf("resolvers %q: expected the address of a DNS server, such as 192.0.2.53 or tcp/[2001:db8::53]:53", address)
+		}
+		servers[i] = server
+	}
+	return &net.Resolver{
+		PreferGo: true,
+		Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
+			server := servers[rand.IntN(len(servers))]
+			if !strings.HasPrefix(server.Network, "udp") {
+				network = server.Network
+			}
+			var d net.Dialer
+			return d.DialContext(ctx, network, server.JoinHostPort(0))
+		},
+	}, nil
 }
 
 // statusClientClosedRequest is for logs only: the client left before there was
@@ -178,15 +181,19 @@ func dialRefusal(ctx context.Context, err error, host string) *refusal {
 	var denied *deniedError
 	var dns *net.DNSError
 	var timeout net.Error
+	var parent *parentError
+	if errors.As(err, &parent) && parent.status == 0 {
+		f := dialRefusal(ctx, parent.err, "the parent proxy")
+		f.text, f.err = strings.ToUpper(f.text[:1])+f.text[1:], err
+		return f
+	}
 	switch {
 	case ctx.Err() != nil:
 		return refuse(statusClientClosedRequest, "connection_terminated", context.Cause(ctx), "the client left")
 	case errors.As(err, &denied):
-		kind := "destination_ip_prohibited"
-		if denied.to.Port() == portSMTP {
-			kind = "http_request_denied"
-		}
-		return refuse(http.StatusForbidden, kind, err, "%s is out of bounds for this proxy's clients: %s.", host, denied.why)
+		return refuse(http.StatusForbidden, denied.kind, err, "%s is out of bounds for this proxy's clients: %s.", host, denied.why)
+	case parent != nil:
+		return parent.refusal(host)
 	case errors.As(err, &dns) && dns.IsTimeout:
 		return refuse(http.StatusGatewayTimeout, "dns_timeout", err, "The name of %s was not resolved in time.", host)
 	case errors.As(err, &dns):

@@ -57,12 +57,20 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 			}
 		}
 	}
-	pool := h.origins[from.reach]
+	target, pool := out.authority, h.origins[from.reach]
 	if scheme == "https" {
 		if len(r.Header["Upgrade"]) == 0 {
 			return h.forwardTLS(w, r, out, from)
 		}
 		pool = h.secureOrigins[from.reach] // only HTTP/1 has upgrades
+	}
+
+	if h.parentOrigins != nil && scheme == "http" && h.dialer.usesParent(out.authority) {
+		if err := h.dialer.checkUnresolved(r.Context(), from.reach, out.authority); err != nil {
+			return 0, dialRefusal(r.Context(), err, r.Host)
+		}
+		h.dialer.parent.prepare(out)
+		pool = h.parentOrigins
 	}
 
 	x := &exchange{
@@ -74,12 +82,16 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 	if err != nil {
 		return 0, forwardRefusal(r, err)
 	}
+	if res.StatusCode == http.StatusProxyAuthRequired && pool == h.parentOrigins {
+		// Not the client's affair, who has no credentials for the parent.
+		return 0, dialRefusal(r.Context(), &parentError{res.StatusCode, errors.New("it asks for credentials")}, r.Host)
+	}
 	if res.StatusCode == http.StatusSwitchingProtocols {
 		conn, early, err := x.take()
 		if err != nil {
 			return 0, forwardRefusal(r, err)
 		}
-		t := h.newTunnel(from, out.authority, "", conn.Conn)
+		t := h.newTunnel(from, target, "", conn.Conn)
 		t.fromTarget = early
 		return h.upgrade(w, r, res, t)
 	}

@@ -17,14 +17,12 @@ import (
 	"time"
 )
 
-// newTransport makes the way to https origins for clients of reach r. Each reach
-// has one of its own, as it has its own origins: a connection that was opened
-// for one client is used for others later, and what one may reach another may
-// not.
-func newTransport(d *dialer, r reach, timeout time.Duration) *http.Transport {
+// newTransport makes the way to https origins for clients of one reach, like
+// origins.
+func newTransport(dial dialFunc, timeout time.Duration) *http.Transport {
 	return &http.Transport{
 		DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
-			conn, err := d.dial(ctx, r, address)
+			conn, err := dial(ctx, address)
 			if err != nil {
 				return nil, &dialError{err}
 			}

@@ -14,11 +14,13 @@ package asyncproxy
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -44,6 +46,7 @@ func init() {
 // Placeholder | Description
 // ------------|-------------
 // `{http.async_proxy.client}` | The client's address
+// `{http.async_proxy.user}` | The user, if the client has shown to be one
 // `{http.async_proxy.method}` | The method of the request
 // `{http.async_proxy.host}` | The host and port that the request is for
 // `{http.async_proxy.status}` | The status of the answer; 499 if the client left before
@@ -81,14 +84,52 @@ type Handler struct {
 	// `private_ranges` stands for all private ones.
 	Exempt []string `json:"exempt,omitempty"`
 
-	// Destinations that are open to every client beyond the default, as
-	// addresses or CIDR ranges; `private_ranges` stands for all private ones.
+	// Where clients may go. Rules are walked in order, and the first that names
+	// a destination decides.
 	//
 	// By default no client gets further than it could without the proxy: one on
 	// this machine anywhere but to link-local, multicast and unspecified
 	// addresses, all others to public unicast addresses only. Whatever is
-	// allowed, Caddy's admin endpoint, the proxy itself and port 25 stay closed.
-	Allow []string `json:"allow,omitempty"`
+	// allowed, Caddy's admin endpoint and the proxy itself stay closed.
+	Rules []Rule `json:"rules,omitempty"`
+
+	// The ports that clients may go to at all, as numbers or ranges such as
+	// 8000-8999. Default: all but 25.
+	Ports []string `json:"ports,omitempty"`
+
+	// What is not enforced but only reported, in log lines: `rules` for rules
+	// that deny and for ports, `limits` for burst and refill. What is closed by
+	// default stays closed.
+	ReportOnly []string `json:"report_only,omitempty"`
+
+	// The only clients that may use the proxy, as addresses or CIDR ranges;
+	// `private_ranges` stands for all private ones. Those who come by a Unix
+	// socket may in any case. Default: all.
+	Clients []string `json:"clients,omitempty"`
+
+	// Who may use the proxy: one of these providers must know the user by the
+	// credentials in Proxy-Authorization. Default: none, and nobody is asked.
+	AuthRaw caddy.ModuleMap `json:"authentication,omitempty" caddy:"namespace=http.authentication.providers"`
+
+	// Whose bucket a request takes its token from: `client_ip`, the client's, or
+	// `user`, the user's, wherever that is; then failed logins alone take from
+	// the client's. Default: client_ip.
+	LimitBy string `json:"limit_by,omitempty"`
+
+	// The proxy to go through. Default: none.
+	Upstream *Upstream `json:"upstream,omitempty"`
+
+	// Destinations that are gone to directly, without Upstream, as in a rule.
+	// Names are not resolved for this.
+	NoUpstream []string `json:"no_upstream,omitempty"`
+
+	// The DNS servers to ask, such as 192.0.2.53 or tcp/[2001:db8::53]:53, one of
+	// them at random each time. Default: the system's.
+	Resolvers []string `json:"resolvers,omitempty"`
+
+	// The path at which there is a script for the automatic configuration of
+	// browsers (PAC), for everybody. Default: none.
+	ServePAC string `json:"serve_pac,omitempty"`
 
 	// How long resolving a name and connecting to one of its addresses may take
 	// together. Default: 10s.
@@ -150,12 +191,15 @@ type Handler struct {
 	policy    []string // the value of RateLimit-Policy
 	limited   *atomic.Pointer[limitedAnswer]
 	exempt    []netip.Prefix
+	clients   []netip.Prefix
+	auth      []authProvider
 	dialer    *dialer
 	tunnels   *registry
 	origins   [reaches]*origins
 	upstreams [reaches]*http.Transport // to https origins
 
 	secureOrigins [reaches]*origins // to those for upgrades
+	parentOrigins *origins          // to the parent, for requests; nil: it takes none
 	via           via
 	name          string // in Proxy-Status
 }
@@ -177,12 +221,25 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if h.exempt, err = parsePrefixes("exempt", h.Exempt); err != nil {
 		return err
 	}
-	allow, err := parsePrefixes("allow", h.Allow)
-	if err != nil {
+	if h.clients, err = parsePrefixes("clients", h.Clients); err != nil {
 		return err
 	}
 	if h.DialTimeout < 0 {
 		return fmt.Errorf("dial_timeout %v: expected a positive duration", time.Duration(h.DialTimeout))
+	}
+	if h.LimitBy != "client_ip" && h.LimitBy != "user" {
+		return fmt.Errorf("limit_by %q: expected client_ip or user", h.LimitBy)
+	}
+	for _, what := range h.ReportOnly {
+		if what != "rules" && what != "limits" {
+			return fmt.Errorf("report_only %q: expected rules or limits", what)
+		}
+	}
+	if h.ServePAC != "" && h.ServePAC[0] != '/' {
+		return fmt.Errorf("serve_pac %q: expected a path that begins with /", h.ServePAC)
+	}
+	if err := h.loadAuth(ctx); err != nil {
+		return err
 	}
 	if h.ForwardedFor != "auto" && h.ForwardedFor != "off" {
 		return fmt.Errorf("forwarded_for %q: expected auto or off", h.ForwardedFor)
@@ -202,10 +259,13 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if err := registerMetrics(ctx.GetMetricsRegistry()); err != nil {
 		return err
 	}
-	h.dialer = newDialer(time.Duration(h.DialTimeout), allow, ownListeners(ctx, server))
+	if err := h.provisionDialer(ctx, server); err != nil {
+		return err
+	}
 	for r := range reaches {
-		h.origins[r], h.secureOrigins[r] = newOrigins(h.dialer, r, false), newOrigins(h.dialer, r, true)
-		h.upstreams[r] = newTransport(h.dialer, r, max(0, time.Duration(h.ResponseHeaderTimeout)))
+		dial := func(ctx context.Context, authority string) (net.Conn, error) { return h.dialer.dial(ctx, r, authority) }
+		h.origins[r], h.secureOrigins[r] = newOrigins(dial), newOrigins(overTLS(dial))
+		h.upstreams[r] = newTransport(dial, max(0, time.Duration(h.ResponseHeaderTimeout)))
 	}
 	if err := h.validateTunnels(); err != nil {
 		return err
@@ -238,6 +298,12 @@ func (h *Handler) Cleanup() error {
 			h.upstreams[r].CloseIdleConnections()
 		}
 	}
+	if h.parentOrigins != nil {
+		h.parentOrigins.close()
+	}
+	if h.dialer != nil && h.dialer.parent != nil {
+		h.dialer.parent.close()
+	}
 	var err error
 	if h.tunnels != nil {
 		h.closeTunnelsLater()
@@ -250,6 +316,44 @@ func (h *Handler) Cleanup() error {
 	return err
 }
 
+// provisionDialer makes the ways out: the rules, the resolver, the parent.
+func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) error {
+	p := &policy{own: ownListeners(ctx, server), reportOnly: slices.Contains(h.ReportOnly, "rules")}
+	var err error
+	if p.sets, err = newRuleSets(ctx, h.Rules); err != nil {
+		return err
+	}
+	for _, s := range h.Ports {
+		ports, err := parsePorts(s)
+		if err != nil {
+			return fmt.Errorf("ports: %w", err)
+		}
+		p.ports = append(p.ports, ports)
+	}
+	resolver, err := newResolver(h.Resolvers)
+	if err != nil {
+		return err
+	}
+	h.dialer = newDialer(p, time.Duration(h.DialTimeout), resolver)
+	h.dialer.report = h.logReported
+	if h.Upstream == nil {
+		if len(h.NoUpstream) > 0 {
+			return errors.New("no_upstream: there is no upstream to go without")
+		}
+		return nil
+	}
+	if h.dialer.direct, err = newDirectSet(h.NoUpstream); err != nil {
+		return fmt.Errorf("no_upstream: %w", err)
+	}
+	if h.dialer.parent, err = newParent(ctx, h.Upstream, time.Duration(h.DialTimeout), resolver); err != nil {
+		return fmt.Errorf("upstream: %w", err)
+	}
+	if parent := h.dialer.parent; parent.takesRequests() {
+		h.parentOrigins = newOrigins(func(ctx context.Context, _ string) (net.Conn, error) { return parent.dial(ctx) })
+	}
+	return nil
+}
+
 func (h *Handler) setDefaults() {
 	h.Burst = cmp.Or(h.Burst, 10)
 	h.Refill = cmp.Or(h.Refill, 0.5)
@@ -259,6 +363,7 @@ func (h *Handler) setDefaults() {
 	h.Zone = cmp.Or(h.Zone, "default")
 	h.DialTimeout = cmp.Or(h.DialTimeout, caddy.Duration(10*time.Second))
 	h.ForwardedFor = cmp.Or(h.ForwardedFor, "auto")
+	h.LimitBy = cmp.Or(h.LimitBy, "client_ip")
 	h.ResponseHeaderTimeout = cmp.Or(h.ResponseHeaderTimeout, caddy.Duration(5*time.Minute))
 	h.TunnelIdleTimeout = cmp.Or(h.TunnelIdleTimeout, caddy.Duration(time.Hour))
 }
@@ -292,22 +397,38 @@ func parsePrefixes(option string, exprs []string) ([]netip.Prefix, error) {
 // ServeHTTP implements caddyhttp.MiddlewareHandler.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 	v := h.newVisit(r)
-	if !contains(h.exempt, v.addr) {
-		if verdict := h.limiter.take(h.limiter.client(v.addr), sinceEpoch(v.start)); !verdict.ok {
-			return h.refuseLimited(w, r, v, verdict)
-		}
+	connect := r.Method == http.MethodConnect && !isExtendedConnect(r)
+	proxied := connect || h.isProxyRequest(r)
+	v.bucket = h.limiter.client(v.addr)
+	byUser := proxied && h.LimitBy == "user" && len(h.auth) > 0
+	if verdict := h.take(r, v, byUser); !verdict.ok {
+		return h.refuseLimited(w, r, v, verdict)
 	}
 
 	var err error
 	switch {
 	case h.via.seen(r.Header) || h.loops(r, v.peer):
 		err = refuse(http.StatusLoopDetected, "proxy_loop_detected", nil, "This request has come back to the proxy %s, where it had been before.", h.name)
-	case r.Method == http.MethodConnect && !isExtendedConnect(r):
-		v.status, err = h.connect(w, r, v.caller)
-	case h.isProxyRequest(r):
-		v.status, err = h.forward(w, r, v.caller)
-	default:
+	case !proxied && h.isPAC(r):
+		v.status = h.servePAC(w, r)
+	case !proxied:
 		v.status, err = h.passOn(w, r, v.caller, next)
+	default:
+		if f := h.enter(w, r, v); f != nil {
+			err = f
+		}
+		if byUser { // a failed login takes the client's token, any other request the user's
+			if verdict := h.take(r, v, false); !verdict.ok && err == nil {
+				return h.refuseLimited(w, r, v, verdict)
+			}
+		}
+		switch {
+		case err != nil:
+		case connect:
+			v.status, err = h.connect(w, r, v.caller)
+		default:
+			v.status, err = h.forward(w, r, v.caller)
+		}
 	}
 
 	var f *refusal
@@ -326,6 +447,41 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	return err
 }
 
+// take takes a token for v, or, if it is only to look, finds out whether there
+// is one.
+func (h *Handler) take(r *http.Request, v *visit, look bool) verdict {
+	if contains(h.exempt, v.addr) {
+		return verdict{ok: true}
+	}
+	ask := h.limiter.take
+	if look {
+		ask = h.limiter.look
+	}
+	verdict := ask(v.bucket, sinceEpoch(v.start))
+	if !verdict.ok && slices.Contains(h.ReportOnly, "limits") {
+		if verdict.refused > 0 {
+			h.logLimited(r, v, verdict, true)
+		}
+		verdict.ok = true
+	}
+	return verdict
+}
+
+// enter lets a request into the proxy, or says why not.
+func (h *Handler) enter(w http.ResponseWriter, r *http.Request, v *visit) *refusal {
+	if len(h.clients) > 0 && v.addr.IsValid() && !contains(h.clients, v.addr) {
+		return refuse(http.StatusForbidden, deniedRequest, nil, "Your address, %s, is none of this proxy's clients; its option clients names them.", v.addr)
+	}
+	user, f := h.authenticate(w, r)
+	if f != nil {
+		return f
+	}
+	if v.user = user; user != "" && h.LimitBy == "user" {
+		v.bucket = userKey(user)
+	}
+	return nil
+}
+
 // loops reports whether r comes over this proxy's own connection to a target.
 func (h *Handler) loops(r *http.Request, peer netip.AddrPort) bool {
 	local, _ := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
@@ -335,6 +491,8 @@ func (h *Handler) loops(r *http.Request, peer netip.AddrPort) bool {
 // caller is who sent a request.
 type caller struct {
 	addr    netip.Addr     // the client, after Caddy's trusted_proxies; v4-mapped is v4
+	user    string         // who the client has shown to be, or ""
+	bucket  netip.Addr     // what it shares its limits with
 	peer    netip.AddrPort // the other end of the connection
 	trusted bool           // the peer is a trusted proxy
 	reach   reach

@@ -4,6 +4,7 @@
 package asyncproxy
 
 import (
+	"context"
 	"errors"
 	"net/http"
 	"net/netip"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
@@ -74,6 +76,8 @@ func (v *visit) placeholder(key string) (any, bool) {
 		return time.Since(v.start), true
 	case "reason":
 		return v.reason, true
+	case "user":
+		return v.user, true
 	}
 	return nil, false
 }
@@ -85,8 +89,10 @@ func (h *Handler) logRequest(r *http.Request, v *visit, err error) {
 	if r.Method == http.MethodConnect && v.status == http.StatusOK {
 		return
 	}
+	var denied *deniedError
+	errors.As(err, &denied)
 	level := zapcore.InfoLevel
-	if v.status >= 500 {
+	if v.status >= 500 || err != nil && v.status == http.StatusForbidden || errors.Is(err, errBadCredentials) {
 		level = zapcore.WarnLevel
 	}
 	c := h.logger.Check(level, "request")
@@ -101,8 +107,14 @@ func (h *Handler) logRequest(r *http.Request, v *visit, err error) {
 		zap.Duration("latency", time.Since(v.start)),
 		clientField(v.addr),
 	}
+	if v.user != "" {
+		fields = append(fields, zap.String("user", v.user))
+	}
 	if v.reason != "" {
 		fields = append(fields, zap.String("reason", v.reason))
+	}
+	if denied != nil {
+		fields = append(fields, deniedFields(denied)...)
 	}
 	if err != nil {
 		fields = append(fields, zap.Error(err))
@@ -112,16 +124,50 @@ func (h *Handler) logRequest(r *http.Request, v *visit, err error) {
 
 // logLimited writes the line of a refusal by the limiter, which may stand for
 // more of them.
-func (h *Handler) logLimited(r *http.Request, v *visit, wait time.Duration, refused int64) {
-	if c := h.logger.Check(zapcore.WarnLevel, "rate limited"); c != nil {
-		c.Write(
-			zap.String("ip", clientName(v.addr)),
-			zap.String("method", r.Method),
-			zap.String("host", r.Host),
-			zap.Duration("retry_after", wait),
-			zap.Int64("refused", refused),
-		)
+func (h *Handler) logLimited(r *http.Request, v *visit, verdict verdict, reportOnly bool) {
+	c := h.logger.Check(zapcore.WarnLevel, "rate limited")
+	if c == nil {
+		return
 	}
+	fields := []zap.Field{
+		zap.String("ip", clientName(v.addr)),
+		zap.String("method", r.Method),
+		zap.String("host", r.Host),
+		zap.Duration("retry_after", verdict.wait),
+		zap.Int64("refused", verdict.refused),
+	}
+	if v.user != "" {
+		fields = append(fields, zap.String("user", v.user))
+	}
+	if reportOnly {
+		fields = append(fields, zap.Bool("report_only", true))
+	}
+	c.Write(fields...)
+}
+
+// logReported writes the line of a destination that would have been denied.
+func (h *Handler) logReported(ctx context.Context, target string, denied *deniedError) {
+	if c := h.logger.Check(zapcore.WarnLevel, "would be denied"); c != nil {
+		client, _ := caddyhttp.GetVar(ctx, caddyhttp.ClientIPVarKey).(string)
+		c.Write(append(deniedFields(denied),
+			zap.String("target", target),
+			zap.String("client", client),
+			zap.Bool("report_only", true))...)
+	}
+}
+
+// deniedFields say by what a destination was denied, and which address it had,
+// if that was known.
+func deniedFields(denied *deniedError) []zap.Field {
+	rule := denied.rule
+	if rule == "" {
+		rule = "default"
+	}
+	fields := []zap.Field{zap.String("rule", rule)}
+	if denied.to.IsValid() {
+		fields = append(fields, zap.Stringer("address", denied.to))
+	}
+	return fields
 }
 
 func (t *tunnel) logOpened() {
@@ -131,6 +177,7 @@ func (t *tunnel) logOpened() {
 			zap.String("target", t.target),
 			zap.Stringer("address", t.address),
 			clientField(t.client),
+			t.userField(),
 			zap.String("proto", t.proto),
 		)
 	}
@@ -142,6 +189,7 @@ func (t *tunnel) logClosed() {
 			zap.Uint64("id", t.id),
 			zap.String("target", t.target),
 			clientField(t.client),
+			t.userField(),
 			zap.String("proto", t.proto),
 			zap.Int64("bytes_up", t.up.Load()),
 			zap.Int64("bytes_down", t.down.Load()),
@@ -149,6 +197,13 @@ func (t *tunnel) logClosed() {
 			zap.Stringp("reason", t.reason.Load()),
 		)
 	}
+}
+
+func (t *tunnel) userField() zap.Field {
+	if t.user == "" {
+		return zap.Skip()
+	}
+	return zap.String("user", t.user)
 }
 
 // clientField names the client. One that has no address came by a Unix socket.

@@ -7,6 +7,7 @@ import (
 	"bufio"
 	"context"
 	"crypto/tls"
+	"errors"
 	"net"
 	"slices"
 	"strings"
@@ -26,14 +27,13 @@ const (
 
 const handshakeTimeout = 10 * time.Second
 
-// origins opens connections to HTTP/1 origins for the clients of one reach, and
-// keeps those that are idle: as many for an origin as were busy at once.
+// origins opens connections to HTTP/1 origins and keeps those that are idle: as
+// many for an origin as were busy at once. It is for clients of one reach, since
+// a connection that was opened for one is used for others later.
 //
 // All methods are safe for concurrent use.
 type origins struct {
-	dialer *dialer
-	reach  reach
-	secure bool // over TLS
+	dial dialFunc
 
 	idle     *xsync.Map[string, []*originConn] // by authority; the last used last
 	count    atomic.Int64
@@ -56,8 +56,11 @@ type originConn struct {
 // head and all, takes a single system call to read.
 var readers = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, 16<<10) }}
 
-func newOrigins(d *dialer, r reach, secure bool) *origins {
-	return &origins{dialer: d, reach: r, secure: secure, idle: xsync.NewMap[string, []*originConn]()}
+// dialFunc connects to an authority, a host and a port.
+type dialFunc func(ctx context.Context, authority string) (net.Conn, error)
+
+func newOrigins(dial dialFunc) *origins {
+	return &origins{dial: dial, idle: xsync.NewMap[string, []*originConn]()}
 }
 
 // get returns an idle connection to authority, a host and a port, or opens one.
@@ -80,31 +83,38 @@ func (o *origins) get(ctx context.Context, authority string, fresh, careful bool
 		}
 		_ = c.Close()
 	}
-	conn, err := o.dialer.dial(ctx, o.reach, authority)
+	conn, err := o.dial(ctx, authority)
 	if err != nil {
-		return nil, &dialError{err}
-	}
-	if o.secure {
-		if conn, err = handshake(ctx, conn, authority); err != nil {
-			return nil, err
+		var failed *handshakeError
+		if errors.As(err, &failed) {
+			return nil, failed.error
 		}
+		return nil, &dialError{err}
 	}
 	c := &originConn{Conn: conn, authority: authority, r: readers.Get().(*bufio.Reader)}
 	c.r.Reset(conn)
 	return c, nil
 }
 
-// handshake begins TLS for HTTP/1 on conn, which it closes if that fails.
-func handshake(ctx context.Context, conn net.Conn, authority string) (net.Conn, error) {
-	host, _, _ := cutPort(authority)
-	secure := tls.Client(conn, &tls.Config{ServerName: strings.Trim(host, "[]"), NextProtos: []string{"http/1.1"}})
-	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
-	defer cancel()
-	if err := secure.HandshakeContext(ctx); err != nil {
-		_ = conn.Close()
-		return nil, err
+// handshakeError is an error after there was a connection.
+type handshakeError struct{ error }
+
+// overTLS returns a dial that begins TLS for HTTP/1 on what dial connects to.
+func overTLS(dial dialFunc) dialFunc {
+	return func(ctx context.Context, authority string) (net.Conn, error) {
+		conn, err := dial(ctx, authority)
+		if err != nil {
+			return nil, err
+		}
+		host, _, _ := cutPort(authority)
+		ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
+		defer cancel()
+		secure, err := handshakeWith(ctx, conn, &tls.Config{ServerName: strings.Trim(host, "[]")}, "http/1.1")
+		if err != nil {
+			return nil, &handshakeError{err}
+		}
+		return secure, nil
 	}
-	return secure, nil
 }
 
 func (o *origins) takeIdle(authority string) (c *originConn) {

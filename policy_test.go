@@ -13,6 +13,9 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 )
 
 // policyOrigin is a server on loopback that counts its connections.
@@ -133,25 +136,41 @@ func TestPolicyCheck(t *testing.T) {
 			64:ff9b::8.8.8.8 64:ff9b::ac20:0 64:ff9b::ac0f:ffff 2002:808:808:: 2002:808:808::1 2002:ac20:0:: 2002:9ff:ffff::1`},
 	} {
 		for _, address := range strings.Fields(rows.addresses) {
-			policyCheck(t, &dialer{}, local, address, 443, rows.local)
-			policyCheck(t, &dialer{}, public, address, 443, rows.public)
-			everything := &dialer{allow: prefixes("0.0.0.0/0", "::/0")}
+			policyCheck(t, new(policy), local, address, 443, rows.local)
+			policyCheck(t, new(policy), public, address, 443, rows.public)
+			everything := policyOf(t, "allow 0.0.0.0/0 ::/0")
 			for _, r := range []reach{local, public} {
 				policyCheck(t, everything, r, address, 443, true)
 				policyCheck(t, everything, r, address, 24, true)
 				policyCheck(t, everything, r, address, 25, false)
-				policyCheck(t, &dialer{}, r, address, 25, false)
+				policyCheck(t, new(policy), r, address, 25, false)
 			}
 		}
 	}
 }
 
-func policyCheck(t *testing.T, d *dialer, r reach, address string, port uint16, want bool) {
+// policyOf makes a policy of rules in the words of the Caddyfile, one a line.
+func policyOf(t testing.TB, rules string) *policy {
+	t.Helper()
+	h := new(Handler)
+	if err := h.UnmarshalCaddyfile(caddyfile.NewTestDispenser("async_proxy {\n" + rules + "\n}")); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := caddy.NewContext(caddy.Context{Context: t.Context()})
+	t.Cleanup(cancel)
+	if err := h.provisionDialer(ctx, nil); err != nil {
+		t.Fatal(err)
+	}
+	h.dialer.policy.own = nil
+	return h.dialer.policy
+}
+
+func policyCheck(t *testing.T, p *policy, r reach, address string, port uint16, want bool) {
 	t.Helper()
 	to := netip.AddrPortFrom(netip.MustParseAddr(address), port)
-	err := d.check(r, to)
+	err, _ := p.check(t.Context(), r, target{addr: to.Addr(), port: port}, to)
 	if (err == nil) != want {
-		t.Errorf("%s for %s, allow %v: %v, want it open: %v", to, map[reach]string{local: "local", public: "public"}[r], d.allow, err, want)
+		t.Errorf("%s for %s: %v, want it open: %v", to, map[reach]string{local: "local", public: "public"}[r], err, want)
 	}
 	if err != nil && (err.to != to || err.why == "") {
 		t.Errorf("%s: error %#v", to, err)
@@ -173,7 +192,7 @@ func TestPolicyAllow(t *testing.T) {
 		{"0.0.0.0/0", "10.0.0.1 127.0.0.1 0.0.0.0 64:ff9b::10.0.0.1", "::1 fd00::1 fe80::1 ::"},
 		{"::/0", "::1 fd00::1 fe80::1 ::", "10.0.0.1 127.0.0.1 ::ffff:127.0.0.1"},
 	} {
-		d := &dialer{allow: prefixes(strings.Fields(row.allow)...)}
+		d := policyOf(t, "allow "+row.allow)
 		for _, address := range strings.Fields(row.open) {
 			policyCheck(t, d, public, address, 80, true)
 			policyCheck(t, d, local, address, 80, true)
@@ -188,10 +207,8 @@ func TestPolicyAllow(t *testing.T) {
 // TestPolicyOwn: what is the proxy's own stays closed, whatever is allowed and
 // however it is written.
 func TestPolicyOwn(t *testing.T) {
-	d := &dialer{
-		allow: prefixes("0.0.0.0/0", "::/0"),
-		own:   func(to netip.AddrPort) bool { return to == netip.MustParseAddrPort("127.0.0.1:2019") },
-	}
+	d := policyOf(t, "allow 0.0.0.0/0 ::/0")
+	d.own = func(to netip.AddrPort) bool { return to == netip.MustParseAddrPort("127.0.0.1:2019") }
 	for _, address := range strings.Fields("127.0.0.1 ::ffff:127.0.0.1 64:ff9b::7f00:1 2002:7f00:1::") {
 		for _, r := range []reach{local, public} {
 			policyCheck(t, d, r, address, 2019, false)

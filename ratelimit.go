@@ -170,7 +170,17 @@ func (l *limiter) client(addr netip.Addr) netip.Addr {
 // epoch; concurrent callers may come with slightly older ones.
 func (l *limiter) take(client netip.Addr, now int64) verdict {
 	b := l.bucket(client, now)
-	wait := takeToken(&b.full, now, l.interval, l.fill)
+	return b.verdict(takeToken(&b.full, now, l.interval, l.fill), now)
+}
+
+// look is take for a request that is to take its token elsewhere, if anywhere.
+func (l *limiter) look(client netip.Addr, now int64) verdict {
+	b := l.bucket(client, now)
+	return b.verdict(max(0, b.full.Load()+l.interval-now-l.fill), now)
+}
+
+// verdict is what a request gets that found a token, or has to wait.
+func (b *bucket) verdict(wait, now int64) verdict {
 	if wait == 0 {
 		return verdict{ok: true}
 	}
@@ -267,7 +277,7 @@ func (l *limiter) state(seconds int64) string {
 func (h *Handler) refuseLimited(w http.ResponseWriter, r *http.Request, v *visit, verdict verdict) error {
 	v.status, v.reason = http.StatusTooManyRequests, "http_request_denied"
 	if verdict.refused > 0 {
-		h.logLimited(r, v, verdict.wait, verdict.refused)
+		h.logLimited(r, v, verdict, false)
 	}
 	a := h.limitedAnswer(ceilSeconds(verdict.wait))
 	header := w.Header()

@@ -6,12 +6,14 @@ package asyncproxy
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"slices"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/caddyauth"
 	"go.uber.org/zap"
 )
 
@@ -50,9 +52,16 @@ func (h *Handler) started(server *caddyhttp.Server) {
 			"and get an empty answer with status 200; give the site an address without a host, such as :8080",
 			zap.Strings("hosts", hosts))
 	}
+	if len(h.clients) == 0 && len(h.auth) == 0 && listensBeyondLoopback(server.Listen) {
+		if restricted, _ := restrictedBefore(server.Routes, h); !restricted {
+			h.logger.Warn("this is an open proxy: it listens on more than this machine and lets in whoever gets there; "+
+				"add the option clients or basic_auth, a remote_ip matcher, or bind 127.0.0.1",
+				zap.Strings("addresses", server.Listen))
+		}
+	}
 	if h.RecheckTunnels {
 		h.tunnels.closeWhere(reasonForbidden, func(t *tunnel) bool {
-			return t.owner.Zone == h.Zone && h.dialer.check(t.reach, t.address) != nil
+			return t.owner.Zone == h.Zone && h.dialer.forbids(t)
 		})
 	}
 }
@@ -137,4 +146,55 @@ func matchedHosts(route caddyhttp.Route) []string {
 		hosts = append(hosts, *set[i].(*caddyhttp.MatchHost)...)
 	}
 	return hosts
+}
+
+// listensBeyondLoopback reports whether others than this machine's own users
+// can get to one of the addresses.
+func listensBeyondLoopback(addresses []string) bool {
+	return slices.ContainsFunc(addresses, func(address string) bool {
+		addr, err := caddy.ParseNetworkAddress(address)
+		if err != nil || addr.IsUnixNetwork() || addr.IsFdNetwork() || addr.Host == "localhost" {
+			return false
+		}
+		ip, err := netip.ParseAddr(addr.Host)
+		return err != nil || !ip.Unmap().IsLoopback()
+	})
+}
+
+// restrictedBefore reports whether the way to h is for certain clients or users
+// only, as far as can be seen: there is a matcher of addresses or a handler that
+// asks for credentials on it.
+func restrictedBefore(routes caddyhttp.RouteList, h *Handler) (restricted, found bool) {
+	for _, route := range routes {
+		restricted = restricted || slices.ContainsFunc(route.MatcherSets, matchesClients)
+		for _, handler := range route.Handlers {
+			var inside bool
+			switch handler := handler.(type) {
+			case *caddyhttp.Subroute:
+				inside, found = restrictedBefore(handler.Routes, h)
+			case *caddyauth.Authentication:
+				inside = true
+			case *Handler:
+				found = handler == h
+			}
+			restricted = restricted || inside
+			if found {
+				return restricted, true
+			}
+		}
+	}
+	return restricted, false
+}
+
+// matchesClients reports whether a set of matchers looks at a client's address.
+func matchesClients(set caddyhttp.MatcherSet) bool {
+	return slices.ContainsFunc(set, func(m any) bool {
+		switch m := m.(type) {
+		case *caddyhttp.MatchRemoteIP, *caddyhttp.MatchClientIP:
+			return true
+		case *caddyhttp.MatchNot:
+			return slices.ContainsFunc(m.MatcherSets, matchesClients)
+		}
+		return false
+	})
 }

@@ -32,6 +32,7 @@ const (
 type tunnel struct {
 	id     uint64
 	client netip.Addr
+	user   string
 	bucket netip.Addr // what the client shares its limits with
 	target string     // as the client named it
 	proto  string     // of the client's request, or what it upgraded to
@@ -65,7 +66,7 @@ const lastWords = 5 * time.Second
 // newTunnel prepares a tunnel to far, the connection that was dialled.
 func (h *Handler) newTunnel(from caller, target, proto string, far net.Conn) *tunnel {
 	return &tunnel{
-		client: from.addr, bucket: h.limiter.client(from.addr), target: target, proto: proto, start: time.Now(),
+		client: from.addr, user: from.user, bucket: from.bucket, target: target, proto: proto, start: time.Now(),
 		owner: h, reach: from.reach, registry: h.tunnels, logger: h.logger,
 		far: newConnPeer(far), address: addrPort(far.RemoteAddr()), source: addrPort(far.LocalAddr()),
 	}

@@ -1,0 +1,455 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+	"golang.org/x/net/http/httpguts"
+	"golang.org/x/net/proxy"
+)
+
+// Upstream is a parent proxy: what this proxy would connect to, it asks that one
+// for.
+type Upstream struct {
+	// Where it is: `http://`, `https://` or `socks5://`, a host and perhaps a
+	// port (default: 80, 443 or 1080). User and password before an @ may be
+	// placeholders such as {env.PROXY_PASSWORD} and {file./run/secrets/proxy},
+	// which are replaced when the config is loaded; what is written out is
+	// percent-encoded.
+	URL string `json:"url"`
+
+	// Fields of the requests to it, CONNECT included; not with socks5.
+	Headers map[string]string `json:"headers,omitempty"`
+
+	// How to speak TLS with it, if its scheme is https.
+	TLS *reverseproxy.TLSConfig `json:"tls,omitempty"`
+}
+
+// parent connects through a parent proxy.
+//
+// All methods are safe for concurrent use.
+type parent struct {
+	scheme  string
+	address string        // host and port
+	header  http.Header   // of requests to it, credentials included
+	secure  *tls.Config   // nil: no TLS
+	socks   socksDialer   // nil: an HTTP proxy
+	timeout time.Duration // for a connection through it
+	dialer  net.Dialer
+
+	streams *http.Transport // for tunnels over HTTP/2
+	http1   atomic.Bool     // it does not speak HTTP/2
+}
+
+// socksDialer is what there is in a Dialer of golang.org/x/net/proxy.
+type socksDialer interface {
+	DialWithConn(ctx context.Context, c net.Conn, network, address string) (net.Addr, error)
+}
+
+// parentError is a failure of the parent, not of the target.
+type parentError struct {
+	status int // the parent's answer; 0: there is no connection to it
+	err    error
+}
+
+func (e *parentError) Error() string { return "the parent proxy: " + e.err.Error() }
+func (e *parentError) Unwrap() error { return e.err }
+
+// newParent makes the way through a parent proxy that u describes.
+func newParent(ctx caddy.Context, u *Upstream, timeout time.Duration, resolver *net.Resolver) (*parent, error) {
+	scheme, credentials, address, err := splitUpstream(u.URL)
+	if err != nil {
+		return nil, err
+	}
+	user, err := readCredentials(credentials)
+	if err != nil {
+		return nil, err
+	}
+	p := &parent{
+		scheme: scheme, address: address, timeout: timeout, header: make(http.Header),
+		dialer: net.Dialer{KeepAliveConfig: keepAlive, Resolver: resolver},
+	}
+	repl := caddy.NewReplacer()
+	for name, value := range u.Headers {
+		value = repl.ReplaceKnown(value, "")
+		if !httpguts.ValidHeaderFieldName(name) || !httpguts.ValidHeaderFieldValue(value) || scheme == "socks5" {
+			return nil, fmt.Errorf("header %q: expected the name of a field and its value, for an HTTP proxy", name)
+		}
+		p.header.Set(name, value)
+	}
+	if u.TLS != nil && scheme != "https" {
+		return nil, errors.New("tls: expected a proxy with https://")
+	}
+	switch scheme {
+	case "socks5":
+		var auth *proxy.Auth
+		if user != nil {
+			password, _ := user.Password()
+			auth = &proxy.Auth{User: user.Username(), Password: password}
+		}
+		d, err := proxy.SOCKS5("tcp", address, auth, nil)
+		if err != nil {
+			return nil, err
+		}
+		p.socks = d.(socksDialer)
+		return p, nil
+	case "https":
+		p.secure = new(tls.Config)
+		if u.TLS != nil {
+			if p.secure, err = u.TLS.MakeTLSClientConfig(ctx); err != nil {
+				return nil, err
+			}
+		}
+		if p.secure.ServerName == "" {
+			host, _, _ := cutPort(address)
+			p.secure.ServerName = strings.Trim(host, "[]")
+		}
+		p.streams = &http.Transport{
+			DialTLSContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return p.dialStreams(ctx) },
+			Protocols:      new(http.Protocols),
+			// Silence on a connection with tunnels is asked about.
+			HTTP2: &http.HTTP2Config{SendPingTimeout: time.Minute, PingTimeout: 15 * time.Second},
+		}
+		p.streams.Protocols.SetHTTP2(true)
+	}
+	if user != nil {
+		password, _ := user.Password()
+		p.header.Set("Proxy-Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(user.Username()+":"+password)))
+	}
+	return p, nil
+}
+
+// splitUpstream splits the URL of a parent. Its errors never repeat credentials.
+func splitUpstream(s string) (scheme, credentials, address string, err error) {
+	scheme, rest, _ := strings.Cut(s, "://")
+	port, known := map[string]string{"http": "80", "https": "443", "socks5": "1080"}[scheme]
+	if !known {
+		return "", "", "", errors.New("expected http://, https:// or socks5://, and a host")
+	}
+	if i := strings.LastIndexByte(rest, '@'); i >= 0 {
+		credentials, rest = rest[:i], rest[i+1:]
+	}
+	host, given, found := cutPort(strings.TrimSuffix(rest, "/"))
+	if found {
+		port = given
+	}
+	if address, err = joinTarget(host, port); err != nil {
+		return "", "", "", fmt.Errorf("expected the host of a proxy, and perhaps its port, behind %s://: %w", scheme, err)
+	}
+	return scheme, credentials, address, nil
+}
+
+// readCredentials reads a user and a password, both percent-encoded or with
+// placeholders. Without any it returns nil.
+func readCredentials(s string) (*url.Userinfo, error) {
+	if s == "" {
+		return nil, nil
+	}
+	colon, depth := -1, 0
+	for i, c := range s {
+		switch {
+		case c == '{':
+			depth++
+		case c == '}':
+			depth--
+		case c == ':' && depth == 0 && colon < 0:
+			colon = i
+		}
+	}
+	if colon < 0 {
+		colon = len(s)
+	}
+	repl := caddy.NewReplacer()
+	read := func(s string) (string, error) {
+		s, err := url.PathUnescape(s)
+		if err != nil {
+			return "", errors.New("the user or the password is not percent-encoded as it should")
+		}
+		return repl.ReplaceOrErr(s, true, true)
+	}
+	name, err := read(s[:colon])
+	if err != nil || colon == len(s) {
+		return url.User(name), err
+	}
+	password, err := read(s[colon+1:])
+	return url.UserPassword(name, password), err
+}
+
+// takesRequests reports whether plain requests go to the parent as they are,
+// and not through a tunnel.
+func (p *parent) takesRequests() bool { return p.socks == nil }
+
+// prepare makes a request to an http origin one to the parent, which gets its
+// target in absolute form (RFC 9112 §3.2.2).
+func (p *parent) prepare(out *outgoing) {
+	if out.target == "*" {
+		out.target = ""
+	}
+	out.target = "http://" + out.host + out.target
+	out.authority = p.address
+	for name, values := range p.header {
+		out.header[name] = values
+	}
+}
+
+// connect opens a tunnel through the parent to address, a host and a port,
+// whose name the parent resolves.
+func (p *parent) connect(ctx context.Context, address string) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, p.timeout)
+	defer cancel()
+	if p.streams != nil && !p.http1.Load() {
+		conn, err := p.connectStream(ctx, address)
+		if !p.http1.Load() {
+			return conn, err
+		}
+	}
+	conn, err := p.dial(ctx)
+	if err != nil {
+		return nil, err
+	}
+	// Ends what follows when ctx does.
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
+	var tunnel net.Conn
+	if p.socks != nil {
+		tunnel, err = p.connectSOCKS(ctx, conn, address)
+	} else {
+		tunnel, err = p.connectHTTP1(conn, address)
+	}
+	if !stop() && err == nil {
+		err = &parentError{err: context.Cause(ctx)}
+	}
+	if err != nil {
+		_ = conn.Close()
+		return nil, err
+	}
+	return tunnel, nil
+}
+
+// dial connects to the parent itself, whose address is the operator's choice
+// and no client's.
+func (p *parent) dial(ctx context.Context) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, p.timeout)
+	defer cancel()
+	conn, err := p.dialer.DialContext(ctx, "tcp", p.address)
+	if err == nil && p.secure != nil {
+		conn, err = handshakeWith(ctx, conn, p.secure, "http/1.1")
+	}
+	if err != nil {
+		return nil, &parentError{err: err}
+	}
+	return conn, nil
+}
+
+// handshakeWith begins TLS on conn, which it closes if that fails.
+func handshakeWith(ctx context.Context, conn net.Conn, config *tls.Config, protocols ...string) (*tls.Conn, error) {
+	config = config.Clone()
+	config.NextProtos = protocols
+	secure := tls.Client(conn, config)
+	if err := secure.HandshakeContext(ctx); err != nil {
+		_ = conn.Close()
+		return nil, err
+	}
+	return secure, nil
+}
+
+func (p *parent) connectSOCKS(ctx context.Context, conn net.Conn, address string) (net.Conn, error) {
+	if _, err := p.socks.DialWithConn(ctx, conn, "tcp", address); err != nil {
+		status := 0
+		switch text := err.Error(); { // its errors have no types
+		case strings.Contains(text, "not allowed by ruleset"):
+			status = http.StatusForbidden
+		case strings.Contains(text, "authentication"):
+			status = http.StatusProxyAuthRequired
+		case strings.Contains(text, "unreachable"), strings.Contains(text, "connection refused"),
+			strings.Contains(text, "general SOCKS server failure"):
+			status = http.StatusBadGateway
+		case strings.Contains(text, "TTL expired"):
+			status = http.StatusGatewayTimeout
+		}
+		return nil, &parentError{status, err}
+	}
+	return conn, nil
+}
+
+func (p *parent) connectHTTP1(conn net.Conn, address string) (net.Conn, error) {
+	head := []byte("CONNECT " + address + " HTTP/1.1\r\nHost: " + address + "\r\n")
+	for name, values := range p.header {
+		head = appendField(head, name, values[0])
+	}
+	if _, err := conn.Write(append(head, "\r\n"...)); err != nil {
+		return nil, &parentError{err: err}
+	}
+	r := bufio.NewReaderSize(io.LimitReader(conn, maxHead), 4<<10)
+	res, err := readResponse(r, http.MethodConnect)
+	for err == nil && res.StatusCode < 200 {
+		res, err = readResponse(r, http.MethodConnect)
+	}
+	if err != nil {
+		return nil, &parentError{err: err}
+	}
+	if res.StatusCode/100 != 2 {
+		return nil, &parentError{res.StatusCode, fmt.Errorf("it answered CONNECT with %d", res.StatusCode)}
+	}
+	if n := r.Buffered(); n > 0 {
+		early, _ := r.Peek(n)
+		return &earlyConn{Conn: conn, early: early}, nil
+	}
+	return conn, nil
+}
+
+// earlyConn is a connection of which something has been read already.
+type earlyConn struct {
+	net.Conn
+	early []byte
+}
+
+func (c *earlyConn) Read(b []byte) (int, error) {
+	if len(c.early) > 0 {
+		n := copy(b, c.early)
+		c.early = c.early[n:]
+		return n, nil
+	}
+	return c.Conn.Read(b)
+}
+
+func (c *earlyConn) CloseWrite() error {
+	if half, ok := c.Conn.(closeWriter); ok {
+		return half.CloseWrite()
+	}
+	return c.Close()
+}
+
+// errNoHTTP2 is for connectStream only.
+var errNoHTTP2 = errors.New("the parent proxy does not speak HTTP/2")
+
+// dialStreams opens a connection for tunnels over HTTP/2, or learns that the
+// parent has none.
+func (p *parent) dialStreams(ctx context.Context) (net.Conn, error) {
+	conn, err := p.dialer.DialContext(ctx, "tcp", p.address)
+	if err != nil {
+		return nil, err
+	}
+	secure, err := handshakeWith(ctx, conn, p.secure, "h2", "http/1.1")
+	if err != nil {
+		return nil, err
+	}
+	if secure.ConnectionState().NegotiatedProtocol != "h2" {
+		p.http1.Store(true)
+		_ = secure.Close()
+		return nil, errNoHTTP2
+	}
+	return secure, nil
+}
+
+// connectStream opens a tunnel that is a stream of HTTP/2.
+func (p *parent) connectStream(ctx context.Context, address string) (net.Conn, error) {
+	// The stream lives longer than ctx, which is that of the attempt.
+	streamCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, cancel)
+	r, w := io.Pipe()
+	header := maps.Clone(p.header)
+	if _, ok := header["User-Agent"]; !ok {
+		header["User-Agent"] = nil // else Go puts its own
+	}
+	req := (&http.Request{
+		Method: http.MethodConnect, URL: &url.URL{Scheme: "https", Host: p.address}, Host: address,
+		Header: header, Body: r, ContentLength: -1,
+	}).WithContext(streamCtx)
+	res, err := p.streams.RoundTrip(req)
+	switch {
+	case err != nil && ctx.Err() != nil:
+		err = &parentError{err: context.Cause(ctx)}
+	case err != nil:
+		err = &parentError{err: err}
+	case res.StatusCode/100 != 2:
+		_ = res.Body.Close()
+		err = &parentError{res.StatusCode, fmt.Errorf("it answered CONNECT with %d", res.StatusCode)}
+	case !stop():
+		_ = res.Body.Close()
+		err = &parentError{err: context.Cause(ctx)}
+	}
+	if err != nil {
+		cancel()
+		_ = w.Close()
+		return nil, err
+	}
+	return &streamConn{r: res.Body, w: w, cancel: cancel, address: p.address}, nil
+}
+
+// streamConn is a tunnel through the parent on a stream of HTTP/2.
+type streamConn struct {
+	r       io.ReadCloser
+	w       *io.PipeWriter
+	cancel  context.CancelFunc
+	address string
+	once    sync.Once
+}
+
+func (c *streamConn) Read(b []byte) (int, error)  { return c.r.Read(b) }
+func (c *streamConn) Write(b []byte) (int, error) { return c.w.Write(b) }
+func (c *streamConn) CloseWrite() error           { return c.w.Close() }
+
+// Close resets the stream unless both directions have ended.
+func (c *streamConn) Close() error {
+	c.once.Do(func() {
+		_ = c.w.Close()
+		_ = c.r.Close()
+		c.cancel()
+	})
+	return nil
+}
+
+// streamAddr is where a stream leads to.
+type streamAddr string
+
+func (streamAddr) Network() string  { return "tcp" }
+func (a streamAddr) String() string { return string(a) }
+
+func (c *streamConn) LocalAddr() net.Addr  { return streamAddr("") }
+func (c *streamConn) RemoteAddr() net.Addr { return streamAddr(c.address) }
+
+// A stream has no deadlines; whoever wants it to end closes it.
+func (c *streamConn) SetDeadline(time.Time) error      { return nil }
+func (c *streamConn) SetReadDeadline(time.Time) error  { return nil }
+func (c *streamConn) SetWriteDeadline(time.Time) error { return nil }
+
+// close ends what is idle.
+func (p *parent) close() {
+	if p.streams != nil {
+		p.streams.CloseIdleConnections()
+	}
+}
+
+// refusal says to the client what the parent, which has answered, has against
+// host.
+func (e *parentError) refusal(host string) *refusal {
+	switch e.status {
+	case http.StatusForbidden:
+		return refuse(http.StatusForbidden, deniedRequest, e, "The parent proxy does not let this one connect to %s.", host)
+	case http.StatusProxyAuthRequired:
+		return refuse(http.StatusBadGateway, "proxy_configuration_error", e, "The parent proxy does not accept this proxy's credentials; its option upstream has them.")
+	case http.StatusTooManyRequests, http.StatusServiceUnavailable:
+		return refuse(http.StatusServiceUnavailable, "destination_unavailable", e, "The parent proxy is too busy for a connection to %s; try again later.", host)
+	case http.StatusGatewayTimeout:
+		return refuse(http.StatusGatewayTimeout, "connection_timeout", e, "The parent proxy got no connection to %s in time.", host)
+	}
+	return refuse(http.StatusBadGateway, "destination_unavailable", e, "The parent proxy has no connection to %s.", host)
+}

@@ -1,0 +1,391 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/gaissmai/bart"
+)
+
+// policy decides where clients may go: by the rules of the config, in their
+// order, and by how far a client reaches where no rule speaks.
+type policy struct {
+	sets       []*ruleSet
+	ports      []portRange               // nil: all but portSMTP
+	own        func(netip.AddrPort) bool // listeners of this process that nobody may be taken to
+	reportOnly bool                      // denials by rules and ports are reported and not enforced
+}
+
+// portSMTP is denied unless the option ports names it: an open relay for mail
+// is what a forward proxy is abused for first.
+const portSMTP = 25
+
+// ruleSet is what neighbouring rules with one action and one range of ports
+// name. Their order among each other makes no difference.
+type ruleSet struct {
+	deny  bool
+	ports portRange // zero: all of them
+
+	all             bool
+	private, public bool
+	names           map[string]bool // in lower case, without a dot at the end
+	domains         map[string]bool // of which a name is a subdomain, like names
+	prefixes        bart.Lite
+	count           int // of prefixes
+	sources         []*rangeSource
+}
+
+// portRange is all ports from low to high.
+type portRange struct{ low, high uint16 }
+
+func (p portRange) contains(port uint16) bool { return p.high == 0 || p.low <= port && port <= p.high }
+
+func (p portRange) String() string {
+	switch {
+	case p.high == 0:
+		return ""
+	case p.low == p.high:
+		return strconv.Itoa(int(p.low))
+	}
+	return fmt.Sprintf("%d-%d", p.low, p.high)
+}
+
+// parsePorts reads a port, or a range of them such as 8000-8999.
+func parsePorts(s string) (portRange, error) {
+	from, to, ranged := strings.Cut(s, "-")
+	if !ranged {
+		to = from
+	}
+	low, err := strconv.ParseUint(from, 10, 16)
+	high, err2 := strconv.ParseUint(to, 10, 16)
+	if err != nil || err2 != nil || low == 0 || high < low {
+		return portRange{}, fmt.Errorf("%q is no port from 1 to 65535 and no range of ports such as 8000-8999", s)
+	}
+	return portRange{uint16(low), uint16(high)}, nil
+}
+
+// target is where a client wants to go: a host as it was asked for, and a port.
+type target struct {
+	name string     // in lower case, without a dot at the end; "" for an address
+	addr netip.Addr // if the host is an address
+	port uint16
+}
+
+// newTarget splits an address that joinTarget has made.
+func newTarget(address string) target {
+	host, port, _ := cutPort(address)
+	n, _ := strconv.ParseUint(port, 10, 16)
+	t := target{port: uint16(n)}
+	host = strings.TrimSuffix(strings.ToLower(strings.Trim(host, "[]")), ".")
+	if addr, err := netip.ParseAddr(host); err == nil {
+		t.addr = addr
+	} else {
+		t.name = host
+	}
+	return t
+}
+
+// deniedError says that the policy forbids a target.
+type deniedError struct {
+	to   netip.AddrPort // the address that it was judged by; not valid if only the name was
+	rule string         // which rule, or ""; for the log
+	kind string         // the error type of RFC 9209
+	why  string         // for the person at the other end
+}
+
+func (e *deniedError) Error() string {
+	if !e.to.IsValid() {
+		return "denied: " + e.why
+	}
+	return fmt.Sprintf("%s is denied: %s", e.to, e.why)
+}
+
+const (
+	deniedAddress = "destination_ip_prohibited"
+	deniedRequest = "http_request_denied"
+)
+
+// check judges an address that is about to be connected to for a client of
+// reach r, as one of t. The rules are walked in order: the first that names the
+// target's name or the address decides. A name that is allowed does not open
+// whatever it resolves to: its address is judged by the rules behind it that
+// are about addresses, and by the client's reach. reported is what would have
+// been denied, had rules not only to be reported.
+func (p *policy) check(ctx context.Context, r reach, t target, to netip.AddrPort) (denied, reported *deniedError) {
+	ip := to.Addr().WithZone("").Unmap()
+	host := embedded(ip)
+	if p.own != nil && p.own(netip.AddrPortFrom(host, to.Port())) {
+		return &deniedError{to: to, kind: deniedAddress, why: "it is an address of the proxy itself"}, nil
+	}
+	if e := p.checkPort(to.Port()); e != nil {
+		if e.to = to; !p.reportOnly {
+			return e, nil
+		}
+		reported = e
+	}
+	named := false // a rule has allowed the name
+	for _, s := range p.sets {
+		if !s.ports.contains(to.Port()) {
+			continue
+		}
+		what, byAddress := s.matchAddress(ctx, ip, host)
+		byName := false
+		if !byAddress && !named {
+			what, byName = s.matchName(t)
+		}
+		switch {
+		case s.deny && (byAddress || byName):
+			e := s.denied(what)
+			if e.to = to; !p.reportOnly {
+				return e, nil
+			}
+			if reported == nil {
+				reported = e
+			}
+		case byAddress:
+			return nil, reported
+		case byName:
+			named = true
+		}
+	}
+	switch {
+	case r.includes(host):
+		return nil, reported
+	case r == local:
+		return &deniedError{to: to, kind: deniedAddress, why: "it is no address of one host; the option allow would open it"}, nil
+	default:
+		return &deniedError{to: to, kind: deniedAddress, why: "it is not public; the option allow would open it"}, nil
+	}
+}
+
+// checkName judges a target whose address is not known yet, or, if this proxy is
+// not to resolve names, never will be: rules about addresses then say nothing
+// about names. Its verdict spares the resolver; it is never more lenient than
+// that of check.
+func (p *policy) checkName(ctx context.Context, r reach, t target, resolvable bool) (denied, reported *deniedError) {
+	if t.addr.IsValid() {
+		if resolvable {
+			return nil, nil // check will see it
+		}
+		return p.check(ctx, r, t, netip.AddrPortFrom(t.addr, t.port))
+	}
+	if !resolvable && (t.name == "localhost" || strings.HasSuffix(t.name, ".localhost")) {
+		return p.check(ctx, r, t, netip.AddrPortFrom(loopback4, t.port))
+	}
+	if e := p.checkPort(t.port); e != nil {
+		if !p.reportOnly {
+			return e, nil
+		}
+		reported = e
+	}
+	for _, s := range p.sets {
+		if !s.ports.contains(t.port) {
+			continue
+		}
+		what, matches := s.matchName(t)
+		switch {
+		case matches && s.deny:
+			e := s.denied(what)
+			if !p.reportOnly {
+				return e, nil
+			}
+			if reported == nil {
+				reported = e
+			}
+		case matches, resolvable && !s.deny && s.aboutAddresses():
+			if resolvable {
+				reported = nil // check will find it again
+			}
+			return nil, reported
+		}
+	}
+	if resolvable {
+		reported = nil
+	}
+	return nil, reported
+}
+
+var loopback4 = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+
+func (p *policy) checkPort(port uint16) *deniedError {
+	if p.ports == nil && port != portSMTP || slices.ContainsFunc(p.ports, func(r portRange) bool { return r.contains(port) }) {
+		return nil
+	}
+	e := &deniedError{rule: "ports", kind: deniedRequest, why: fmt.Sprintf("port %d is closed; the option ports would open it", port)}
+	if port == portSMTP && p.ports == nil {
+		e.why = "port 25 is for mail and closed to clients of a proxy; the option ports would open it"
+	}
+	return e
+}
+
+// matchAddress returns what of the set an address matches. host is what ip
+// embeds, or ip.
+func (s *ruleSet) matchAddress(ctx context.Context, ip, host netip.Addr) (string, bool) {
+	for _, addr := range [...]netip.Addr{host, ip} {
+		if s.count > 0 && s.prefixes.Lookup(addr) {
+			if !s.deny {
+				return "", true
+			}
+			prefix, _ := s.prefixes.LookupPrefixLPM(netip.PrefixFrom(addr, addr.BitLen()))
+			return prefix.String(), true
+		}
+		for _, source := range s.sources {
+			if source.contains(ctx, addr) {
+				return source.name, true
+			}
+		}
+	}
+	isPublic := (s.public || s.private) && public.includes(host)
+	switch {
+	case s.public && isPublic:
+		return "public", true
+	case s.private && !isPublic && (s.deny || local.includes(host)):
+		return "private", true
+	}
+	return "", false
+}
+
+// matchName returns what of the set a target matches by its name.
+func (s *ruleSet) matchName(t target) (string, bool) {
+	if s.all {
+		return "all", true
+	}
+	if t.name == "" {
+		return "", false
+	}
+	if s.names[t.name] {
+		return t.name, true
+	}
+	if len(s.domains) > 0 {
+		for rest, found := t.name, true; ; {
+			if _, rest, found = strings.Cut(rest, "."); !found {
+				break
+			}
+			if s.domains[rest] {
+				return "*." + rest, true
+			}
+		}
+	}
+	return "", false
+}
+
+// aboutAddresses reports whether the set names any.
+func (s *ruleSet) aboutAddresses() bool {
+	return s.count > 0 || len(s.sources) > 0 || s.private || s.public
+}
+
+// denied makes the error of a set that denies, of which what has matched.
+func (s *ruleSet) denied(what string) *deniedError {
+	if s.ports.high > 0 {
+		what += ":" + s.ports.String()
+	}
+	return &deniedError{
+		rule: "deny " + what, kind: deniedRequest,
+		why: "a rule of this proxy denies it; the option allow, before that rule, would open it",
+	}
+}
+
+// rangeSource is a list of CIDR ranges that may change while the config runs.
+type rangeSource struct {
+	name   string // of the module
+	source caddyhttp.IPRangeSource
+	built  atomic.Pointer[builtRanges]
+}
+
+// builtRanges is the table that was made of a list.
+type builtRanges struct {
+	list  []netip.Prefix
+	table bart.Lite
+}
+
+func (s *rangeSource) contains(ctx context.Context, addr netip.Addr) bool {
+	list := s.source.GetIPRanges(requestOf(ctx))
+	if len(list) == 0 {
+		return false
+	}
+	b := s.built.Load()
+	if b == nil || len(b.list) != len(list) || &b.list[0] != &list[0] {
+		b = &builtRanges{list: list}
+		for _, prefix := range list {
+			b.table.Insert(prefix.Masked())
+		}
+		s.built.Store(b)
+	}
+	return b.table.Lookup(addr)
+}
+
+// A reach is how far a client may go through the proxy: no further than it
+// could without it.
+type reach int
+
+const (
+	public reach = iota // to public unicast addresses: any client on the Internet can go there
+	local               // to this machine and its networks too: a client on this machine can
+	reaches
+)
+
+// includes reports whether ip is within reach. ip is not v4-mapped, has no zone
+// and embeds no other address.
+func (r reach) includes(ip netip.Addr) bool {
+	if r == local {
+		return !contains(notLocal, ip)
+	}
+	if ip.Is4() {
+		return !contains(notPublic4, ip)
+	}
+	return globalUnicast6.Contains(ip) && !contains(notPublic6, ip)
+}
+
+// What is not a public unicast address, after the special-purpose registries of
+// IANA (RFC 6890), and Azure's 168.63.129.16, which belongs to the machine's
+// host. For IPv6 everything beyond global unicast is not. notLocal
+// is what even this machine's own users have no business with: the unspecified
+// addresses, which are this machine under another name; link-local, where
+// clouds keep their credentials; multicast and broadcast.
+var (
+	globalUnicast6 = netip.MustParsePrefix("2000::/3")
+
+	notPublic4 = prefixes("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16",
+		"172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16",
+		"168.63.129.16/32", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4")
+	notPublic6 = prefixes("2001::/23", "2001:db8::/32", "3fff::/20")
+	notLocal   = prefixes("0.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "255.255.255.255/32",
+		"::/128", "fe80::/10", "ff00::/8", "2001::/32")
+
+	nat64 = netip.MustParsePrefix("64:ff9b::/96") // RFC 6052
+	sixTo = netip.MustParsePrefix("2002::/16")    // RFC 3056
+)
+
+// embedded returns the IPv4 address inside an IPv6 one that leads there through
+// a translator or a relay, else ip itself.
+func embedded(ip netip.Addr) netip.Addr {
+	b := ip.As16()
+	switch {
+	case nat64.Contains(ip):
+		return netip.AddrFrom4([4]byte(b[12:16]))
+	case sixTo.Contains(ip):
+		return netip.AddrFrom4([4]byte(b[2:6]))
+	}
+	return ip
+}
+
+func prefixes(cidrs ...string) []netip.Prefix {
+	list := make([]netip.Prefix, len(cidrs))
+	for i, c := range cidrs {
+		list[i] = netip.MustParsePrefix(c)
+	}
+	return list
+}
+
+func contains(list []netip.Prefix, ip netip.Addr) bool {
+	return slices.ContainsFunc(list, func(p netip.Prefix) bool { return p.Contains(ip) })
+}

@@ -1,0 +1,224 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"strings"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"golang.org/x/net/idna"
+)
+
+// Rule allows or denies destinations. Rules are walked in order, and the first
+// that names a destination decides.
+type Rule struct {
+	// What to do with the destinations: "allow" or "deny".
+	Action string `json:"action"`
+
+	// The destinations: an address (192.0.2.1), a CIDR range (10.0.0.0/8), the
+	// name of a host (example.com), all names below one (*.example.com),
+	// `public` or `private` addresses, those that a client on this machine may
+	// reach by default and others may not, or `all`. Each may be followed by a
+	// colon and a port or a range of ports (example.com:443, all:8000-8999,
+	// [2001:db8::]:443); without, it is for all ports.
+	//
+	// Names are compared with the name that a client asks for, and are not
+	// resolved; addresses with the one that is about to be connected to. A name
+	// that is allowed does not open addresses that are closed otherwise, and
+	// neither does `all`.
+	Destinations []string `json:"destinations,omitempty"`
+
+	// Files with destinations, one a line; a # begins a comment. They are read
+	// when the config is loaded.
+	Files []string `json:"files,omitempty"`
+
+	// A source of CIDR ranges, as for trusted_proxies.
+	SourceRaw json.RawMessage `json:"source,omitempty" caddy:"namespace=http.ip_sources inline_key=source"`
+}
+
+// destination is one of a rule.
+type destination struct {
+	text   string // a class, a name, or what a name is below of
+	below  bool   // it is *.text
+	prefix netip.Prefix
+	ports  portRange
+}
+
+// parseDestination reads a destination as rules name it.
+func parseDestination(s string) (destination, error) {
+	host, ports, hasPorts := s, "", false
+	if rest, ok := strings.CutPrefix(s, "["); ok {
+		var closed bool
+		if host, ports, closed = strings.Cut(rest, "]"); !closed {
+			return destination{}, fmt.Errorf("%q has no closing bracket", s)
+		}
+		if ports, hasPorts = strings.CutPrefix(ports, ":"); !hasPorts && ports != "" {
+			return destination{}, fmt.Errorf("%q has something else than a port behind its bracket", s)
+		}
+	} else if strings.Count(s, ":") == 1 {
+		host, ports, hasPorts = strings.Cut(s, ":")
+	}
+	var d destination
+	if hasPorts {
+		var err error
+		if d.ports, err = parsePorts(ports); err != nil {
+			return destination{}, err
+		}
+	}
+	switch host {
+	case "all", "public", "private":
+		d.text = host
+		return d, nil
+	}
+	if prefix, err := caddyhttp.CIDRExpressionToPrefix(host); err == nil {
+		if prefix.Addr().Zone() != "" {
+			return destination{}, fmt.Errorf("%q has a zone, which is this machine's affair", s)
+		}
+		if prefix.Addr().Is4In6() && prefix.Bits() >= 96 {
+			prefix = netip.PrefixFrom(prefix.Addr().Unmap(), prefix.Bits()-96)
+		}
+		d.prefix = prefix.Masked()
+		return d, nil
+	}
+	name, below := strings.CutPrefix(host, "*.")
+	ascii, err := idna.Lookup.ToASCII(strings.TrimSuffix(name, "."))
+	if err != nil || ascii == "" || checkHost(ascii) != nil || strings.ContainsAny(host, "/[]") {
+		return destination{}, fmt.Errorf("%q is no address, no CIDR range and no name", s)
+	}
+	d.text, d.below = strings.ToLower(ascii), below
+	return d, nil
+}
+
+// newRuleSets reads rules.
+func newRuleSets(ctx caddy.Context, rules []Rule) ([]*ruleSet, error) {
+	var sets []*ruleSet
+	first := 0 // of the neighbours with the action of the current rule
+	for i := range rules {
+		rule := &rules[i]
+		if rule.Action != "allow" && rule.Action != "deny" {
+			return nil, fmt.Errorf("rules[%d]: action %q: expected allow or deny", i, rule.Action)
+		}
+		deny := rule.Action == "deny"
+		if len(sets) > 0 && sets[len(sets)-1].deny != deny {
+			first = len(sets)
+		}
+		set := func(ports portRange) *ruleSet {
+			for _, s := range sets[first:] {
+				if s.ports == ports {
+					return s
+				}
+			}
+			s := newRuleSet(deny, ports)
+			sets = append(sets, s)
+			return s
+		}
+		add := func(texts []string) error {
+			for _, text := range texts {
+				for _, text := range expandRanges(text) {
+					d, err := parseDestination(text)
+					if err != nil {
+						return err
+					}
+					set(d.ports).add(d)
+				}
+			}
+			return nil
+		}
+		if err := add(rule.Destinations); err != nil {
+			return nil, fmt.Errorf("%s: %w", rule.Action, err)
+		}
+		for _, file := range rule.Files {
+			lines, err := readList(file)
+			if err == nil {
+				err = add(lines)
+			}
+			if err != nil {
+				return nil, fmt.Errorf("%s: file %s: %w", rule.Action, file, err)
+			}
+		}
+		if rule.SourceRaw != nil {
+			module, err := ctx.LoadModule(rule, "SourceRaw")
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", rule.Action, err)
+			}
+			source := &rangeSource{name: string(module.(caddy.Module).CaddyModule().ID), source: module.(caddyhttp.IPRangeSource)}
+			s := set(portRange{})
+			s.sources = append(s.sources, source)
+		}
+		if len(rule.Destinations) == 0 && len(rule.Files) == 0 && rule.SourceRaw == nil {
+			return nil, errors.New(rule.Action + ": there is no destination")
+		}
+	}
+	return sets, nil
+}
+
+// newDirectSet makes a set of destinations for all ports.
+func newDirectSet(texts []string) (*ruleSet, error) {
+	s := newRuleSet(false, portRange{})
+	for _, text := range texts {
+		for _, text := range expandRanges(text) {
+			d, err := parseDestination(text)
+			if err == nil && d.ports.high > 0 {
+				err = fmt.Errorf("%q has a port; expected none", text)
+			}
+			if err != nil {
+				return nil, err
+			}
+			s.add(d)
+		}
+	}
+	return s, nil
+}
+
+func newRuleSet(deny bool, ports portRange) *ruleSet {
+	return &ruleSet{deny: deny, ports: ports, names: make(map[string]bool), domains: make(map[string]bool)}
+}
+
+func (s *ruleSet) add(d destination) {
+	switch {
+	case d.prefix.IsValid():
+		s.prefixes.Insert(d.prefix)
+		s.count++
+	case d.text == "all":
+		s.all = true
+	case d.text == "public":
+		s.public = true
+	case d.text == "private":
+		s.private = true
+	case d.below:
+		s.domains[d.text] = true
+	default:
+		s.names[d.text] = true
+	}
+}
+
+// expandRanges returns the CIDR ranges that private_ranges stands for, or text.
+func expandRanges(text string) []string {
+	if text == "private_ranges" {
+		return caddyhttp.PrivateRangesCIDR()
+	}
+	return []string{text}
+}
+
+// readList reads the lines of a file, without comments and blank ones.
+func readList(path string) ([]string, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	var lines []string
+	for line := range strings.Lines(string(data)) {
+		line, _, _ = strings.Cut(line, "#")
+		if line = strings.TrimSpace(line); line != "" {
+			lines = append(lines, line)
+		}
+	}
+	return lines, nil
+}
