@@ -136,6 +136,19 @@ func (d *dialer) forbids(t *tunnel) bool {
 	return denied != nil
 }
 
+// again judges a connection that was opened for another request of a client of
+// reach r.
+func (d *dialer) again(ctx context.Context, r reach, address string, conn net.Conn) error {
+	denied, reported := d.policy.check(ctx, r, newTarget(address), addrPort(conn.RemoteAddr()))
+	if reported != nil {
+		d.report(ctx, address, reported)
+	}
+	if denied != nil {
+		return denied
+	}
+	return nil
+}
+
 // requestOf returns the request that a context is of, as the client sent it.
 func requestOf(ctx context.Context) *http.Request {
 	if r, ok := ctx.Value(caddyhttp.OriginalRequestCtxKey).(http.Request); ok {

@@ -265,6 +265,9 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	for r := range reaches {
 		dial := func(ctx context.Context, authority string) (net.Conn, error) { return h.dialer.dial(ctx, r, authority) }
 		h.origins[r], h.secureOrigins[r] = newOrigins(dial), newOrigins(overTLS(dial))
+		if h.dialer.policy.changing && h.dialer.parent == nil {
+			h.origins[r].recheck = func(ctx context.Context, c *originConn) error { return h.dialer.again(ctx, r, c.authority, c.Conn) }
+		}
 		h.upstreams[r] = newTransport(dial, max(0, time.Duration(h.ResponseHeaderTimeout)))
 	}
 	if err := h.validateTunnels(); err != nil {
@@ -330,6 +333,7 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 		}
 		p.ports = append(p.ports, ports)
 	}
+	p.changing = p.reportOnly || slices.ContainsFunc(p.sets, func(s *ruleSet) bool { return len(s.sources) > 0 })
 	resolver, err := newResolver(h.Resolvers)
 	if err != nil {
 		return err

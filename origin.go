@@ -33,7 +33,8 @@ const handshakeTimeout = 10 * time.Second
 //
 // All methods are safe for concurrent use.
 type origins struct {
-	dial dialFunc
+	dial    dialFunc
+	recheck func(context.Context, *originConn) error // judges a connection that is used again; may be nil
 
 	idle     *xsync.Map[string, []*originConn] // by authority; the last used last
 	count    atomic.Int64
@@ -79,6 +80,12 @@ func (o *origins) get(ctx context.Context, authority string, fresh, careful bool
 			c.r = readers.Get().(*bufio.Reader)
 			c.r.Reset(c.Conn)
 			c.reused = true
+			if o.recheck != nil {
+				if err := o.recheck(ctx, c); err != nil {
+					c.discard()
+					return nil, &dialError{err}
+				}
+			}
 			return c, nil
 		}
 		_ = c.Close()

@@ -23,6 +23,7 @@ type policy struct {
 	ports      []portRange               // nil: all but portSMTP
 	own        func(netip.AddrPort) bool // listeners of this process that nobody may be taken to
 	reportOnly bool                      // denials by rules and ports are reported and not enforced
+	changing   bool                      // its verdicts may be others later, or are to be heard again
 }
 
 // portSMTP is denied unless the option ports names it: an open relay for mail
@@ -230,7 +231,7 @@ func (p *policy) checkPort(port uint16) *deniedError {
 // matchAddress returns what of the set an address matches. host is what ip
 // embeds, or ip.
 func (s *ruleSet) matchAddress(ctx context.Context, ip, host netip.Addr) (string, bool) {
-	for _, addr := range [...]netip.Addr{host, ip} {
+	for addr := host; ; addr = ip {
 		if s.count > 0 && s.prefixes.Lookup(addr) {
 			if !s.deny {
 				return "", true
@@ -242,6 +243,9 @@ func (s *ruleSet) matchAddress(ctx context.Context, ip, host netip.Addr) (string
 			if source.contains(ctx, addr) {
 				return source.name, true
 			}
+		}
+		if addr == ip {
+			break
 		}
 	}
 	isPublic := (s.public || s.private) && public.includes(host)

@@ -77,10 +77,11 @@ func parseDestination(s string) (destination, error) {
 		d.text = host
 		return d, nil
 	}
+	host = strings.TrimSuffix(host, ".")
+	if strings.Contains(host, "%") {
+		return destination{}, fmt.Errorf("%q has a zone, which is this machine's affair", s)
+	}
 	if prefix, err := caddyhttp.CIDRExpressionToPrefix(host); err == nil {
-		if prefix.Addr().Zone() != "" {
-			return destination{}, fmt.Errorf("%q has a zone, which is this machine's affair", s)
-		}
 		if prefix.Addr().Is4In6() && prefix.Bits() >= 96 {
 			prefix = netip.PrefixFrom(prefix.Addr().Unmap(), prefix.Bits()-96)
 		}
@@ -88,11 +89,11 @@ func parseDestination(s string) (destination, error) {
 		return d, nil
 	}
 	name, below := strings.CutPrefix(host, "*.")
-	ascii, err := idna.Lookup.ToASCII(strings.TrimSuffix(name, "."))
+	ascii, err := idna.Lookup.ToASCII(name)
 	if err != nil || ascii == "" || checkHost(ascii) != nil || strings.ContainsAny(host, "/[]") {
 		return destination{}, fmt.Errorf("%q is no address, no CIDR range and no name", s)
 	}
-	d.text, d.below = strings.ToLower(ascii), below
+	d.text, d.below = strings.TrimSuffix(strings.ToLower(ascii), "."), below
 	return d, nil
 }
 
@@ -104,6 +105,9 @@ func newRuleSets(ctx caddy.Context, rules []Rule) ([]*ruleSet, error) {
 		rule := &rules[i]
 		if rule.Action != "allow" && rule.Action != "deny" {
 			return nil, fmt.Errorf("rules[%d]: action %q: expected allow or deny", i, rule.Action)
+		}
+		if len(rule.Destinations) == 0 && len(rule.Files) == 0 && rule.SourceRaw == nil {
+			return nil, errors.New(rule.Action + ": there is no destination")
 		}
 		deny := rule.Action == "deny"
 		if len(sets) > 0 && sets[len(sets)-1].deny != deny {
@@ -151,9 +155,6 @@ func newRuleSets(ctx caddy.Context, rules []Rule) ([]*ruleSet, error) {
 			source := &rangeSource{name: string(module.(caddy.Module).CaddyModule().ID), source: module.(caddyhttp.IPRangeSource)}
 			s := set(portRange{})
 			s.sources = append(s.sources, source)
-		}
-		if len(rule.Destinations) == 0 && len(rule.Files) == 0 && rule.SourceRaw == nil {
-			return nil, errors.New(rule.Action + ": there is no destination")
 		}
 	}
 	return sets, nil

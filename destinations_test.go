@@ -1,0 +1,386 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+)
+
+func TestRulesOfDestinations(t *testing.T) {
+	const opens, byDefault = "opens", "default"
+	for _, tc := range []struct {
+		rules string
+		reach reach
+		name  string // "" for the address itself
+		to    string
+		want  string // opens, or the rule that denies
+	}{
+		// The first that names it decides.
+		{"deny 192.0.2.0/24\nallow 192.0.2.1", local, "", "192.0.2.1:80", "deny 192.0.2.0/24"},
+		{"allow 192.0.2.1\ndeny 192.0.2.0/24", public, "", "192.0.2.1:80", opens},
+		{"allow 192.0.2.1\ndeny 192.0.2.0/24", public, "", "192.0.2.2:80", "deny 192.0.2.0/24"},
+		{"deny 8.8.8.8 1.1.1.1", public, "", "1.1.1.1:80", "deny 1.1.1.1/32"},
+		{"deny 8.8.8.8", public, "", "1.1.1.1:80", opens},
+		{"", public, "", "1.1.1.1:80", opens},
+		{"", public, "", "10.0.0.1:80", byDefault},
+		{"", local, "", "10.0.0.1:80", opens},
+
+		// Names.
+		{"deny ads.example", public, "ads.example", "1.1.1.1:80", "deny ads.example"},
+		{"deny ads.example", public, "www.ads.example", "1.1.1.1:80", opens},
+		{"deny ads.example", public, "", "1.1.1.1:80", opens},
+		{"deny ADS.Example.", public, "ads.example", "1.1.1.1:80", "deny ads.example"},
+		{"deny *.ads.example", public, "ads.example", "1.1.1.1:80", opens},
+		{"deny *.ads.example", public, "a.ads.example", "1.1.1.1:80", "deny *.ads.example"},
+		{"deny *.ads.example", public, "a.b.ads.example", "1.1.1.1:80", "deny *.ads.example"},
+		{"deny *.ads.example", public, "bads.example", "1.1.1.1:80", opens},
+		{"deny *.example", public, "a.b.ads.example", "1.1.1.1:80", "deny *.example"},
+		{"deny münchen.example", public, "xn--mnchen-3ya.example", "1.1.1.1:80", "deny xn--mnchen-3ya.example"},
+		{"allow www.ads.example\ndeny *.ads.example", public, "www.ads.example", "1.1.1.1:80", opens},
+		{"allow www.ads.example\ndeny *.ads.example", public, "ftp.ads.example", "1.1.1.1:80", "deny *.ads.example"},
+
+		// A name that is allowed opens no address that is closed otherwise.
+		{"allow wiki.example", public, "wiki.example", "10.0.0.1:80", byDefault},
+		{"allow wiki.example", local, "wiki.example", "10.0.0.1:80", opens},
+		{"allow wiki.example", local, "wiki.example", "169.254.169.254:80", byDefault},
+		{"allow wiki.example 10.0.0.0/8", public, "wiki.example", "10.0.0.1:80", opens},
+		{"allow wiki.example\nallow 10.0.0.0/8", public, "wiki.example", "10.0.0.1:80", opens},
+		{"allow wiki.example\ndeny 1.1.1.0/24", public, "wiki.example", "1.1.1.1:80", "deny 1.1.1.0/24"},
+		{"allow wiki.example\ndeny all", public, "wiki.example", "1.1.1.1:80", opens},
+		{"allow wiki.example\ndeny all", public, "wiki.example", "10.0.0.1:80", byDefault},
+		{"allow wiki.example 10.0.0.0/8\ndeny all", public, "wiki.example", "10.0.0.1:80", opens},
+		{"allow wiki.example 10.0.0.0/8\ndeny all", public, "other.example", "10.0.0.1:80", opens},
+		{"allow wiki.example\ndeny all", public, "other.example", "1.1.1.1:80", "deny all"},
+		{"allow wiki.example\ndeny all", public, "", "1.1.1.1:80", "deny all"},
+		{"allow 1.1.1.1\ndeny all", public, "other.example", "1.1.1.1:80", opens},
+		{"allow 1.1.1.1\ndeny all", public, "", "8.8.8.8:80", "deny all"},
+
+		// Classes.
+		{"allow all", public, "", "10.0.0.1:80", byDefault},
+		{"allow all", public, "x.example", "10.0.0.1:80", byDefault},
+		{"allow all", public, "x.example", "1.1.1.1:80", opens},
+		{"allow private", public, "", "10.0.0.1:80", opens},
+		{"allow private", public, "", "127.0.0.1:80", opens},
+		{"allow private", public, "", "[fd00::1]:80", opens},
+		{"allow private", public, "", "169.254.169.254:80", byDefault},
+		{"allow private", local, "", "0.0.0.0:80", byDefault},
+		{"allow private\ndeny all", public, "", "1.1.1.1:80", "deny all"},
+		{"allow public\ndeny all", local, "", "1.1.1.1:80", opens},
+		{"allow public\ndeny all", local, "", "127.0.0.1:80", "deny all"},
+		{"deny private", local, "", "127.0.0.1:80", "deny private"},
+		{"deny private", local, "x.example", "[64:ff9b::a00:1]:80", "deny private"},
+		{"deny private", local, "", "1.1.1.1:80", opens},
+		{"deny public", local, "", "1.1.1.1:80", "deny public"},
+		{"deny public", local, "", "127.0.0.1:80", opens},
+		{"allow private_ranges", public, "", "192.168.1.1:80", opens},
+
+		// What an address embeds.
+		{"deny 1.1.1.0/24", public, "", "[64:ff9b::101:101]:80", "deny 1.1.1.0/24"},
+		{"deny 1.1.1.0/24", public, "", "[2002:101:101::]:80", "deny 1.1.1.0/24"},
+		{"deny 1.1.1.0/24", public, "", "[::ffff:1.1.1.1]:80", "deny 1.1.1.0/24"},
+		{"deny ::ffff:1.1.1.1", public, "", "1.1.1.1:80", "deny 1.1.1.1/32"},
+		{"deny ::ffff:1.1.1.0/120", public, "", "1.1.1.1:80", "deny 1.1.1.0/24"},
+		{"deny 64:ff9b::/96", public, "", "[64:ff9b::101:101]:80", "deny 64:ff9b::/96"},
+
+		// Ports.
+		{"deny x.example:80", public, "x.example", "1.1.1.1:80", "deny x.example:80"},
+		{"deny x.example:80", public, "x.example", "1.1.1.1:443", opens},
+		{"deny all:1-1023\nallow all", public, "", "1.1.1.1:1023", "deny all:1-1023"},
+		{"deny all:1-1023\nallow all", public, "", "1.1.1.1:1024", opens},
+		{"allow all:443\ndeny all", public, "x.example", "1.1.1.1:443", opens},
+		{"allow all:443\ndeny all", public, "x.example", "1.1.1.1:80", "deny all"},
+		{"allow 10.0.0.1:443 [fd00::1]:443 [fd00::]:80-90", public, "", "10.0.0.1:443", opens},
+		{"allow 10.0.0.1:443 [fd00::1]:443 [fd00::]:80-90", public, "", "[fd00::1]:443", opens},
+		{"allow 10.0.0.1:443 [fd00::1]:443 [fd00::]:80-90", public, "", "[fd00::]:85", opens},
+		{"allow 10.0.0.1:443 [fd00::1]:443 [fd00::]:80-90", public, "", "[fd00::]:91", byDefault},
+		{"allow 10.0.0.1:443 [fd00::1]:443 [fd00::]:80-90", public, "", "10.0.0.1:80", byDefault},
+		{"", public, "", "1.1.1.1:25", "ports"},
+		{"allow all 1.1.1.1:25", public, "", "1.1.1.1:25", "ports"},
+		{"ports 25", public, "", "1.1.1.1:25", opens},
+		{"ports 80 8000-8999", public, "", "1.1.1.1:8500", opens},
+		{"ports 80 8000-8999", public, "", "1.1.1.1:443", "ports"},
+		{"ports 80 8000-8999\nallow 1.1.1.1:443", public, "", "1.1.1.1:443", "ports"},
+	} {
+		p := policyOf(t, tc.rules)
+		to := netip.MustParseAddrPort(tc.to)
+		asked := target{name: tc.name, port: to.Port()}
+		if tc.name == "" {
+			asked.addr = to.Addr()
+		}
+		got := opens
+		if denied, _ := p.check(t.Context(), tc.reach, asked, to); denied != nil {
+			if got = denied.rule; got == "" {
+				got = byDefault
+			}
+		}
+		if got != tc.want {
+			t.Errorf("%q: %q at %s for reach %d: %s, want %s", tc.rules, tc.name, tc.to, tc.reach, got, tc.want)
+		}
+		// Judging the name alone spares a resolver, and changes no verdict.
+		if early, _ := p.checkName(t.Context(), tc.reach, asked, true); early != nil && got == opens {
+			t.Errorf("%q: the name %q is denied by %s, its address is not", tc.rules, tc.name, early.rule)
+		}
+	}
+}
+
+// TestRulesWithoutResolving is about names that a parent proxy resolves.
+func TestRulesWithoutResolving(t *testing.T) {
+	for _, tc := range []struct {
+		rules, address string
+		reach          reach
+		open           bool
+	}{
+		{"", "x.example:80", public, true},
+		{"", "x.example:25", public, false},
+		{"", "10.0.0.1:80", public, false},
+		{"", "10.0.0.1:80", local, true},
+		{"", "169.254.169.254:80", local, false},
+		{"", "[::ffff:10.0.0.1]:80", public, false},
+		{"", "localhost:80", public, false},
+		{"", "LOCALHOST.:80", public, false},
+		{"", "x.localhost:80", public, false},
+		{"", "localhost:80", local, true},
+		{"deny x.example", "X.example.:80", public, false},
+		{"deny x.example", "y.example:80", public, true},
+		{"deny all", "y.example:80", public, false},
+		{"allow *.example\ndeny all", "y.example:80", public, true},
+		{"allow *.example\ndeny all", "y.test:80", public, false},
+		{"allow 1.1.1.1\ndeny all", "y.test:80", public, false}, // it cannot be told
+		{"allow 1.1.1.1\ndeny all", "1.1.1.1:80", public, true},
+		{"deny 1.1.1.1", "y.test:80", public, true}, // nor can this
+		{"deny 1.1.1.1", "1.1.1.1:80", public, false},
+		{"allow private", "10.0.0.1:80", public, true},
+	} {
+		p := policyOf(t, tc.rules)
+		if denied, _ := p.checkName(t.Context(), tc.reach, newTarget(tc.address), false); (denied == nil) != tc.open {
+			t.Errorf("%q: %s for reach %d: %v, want it open: %v", tc.rules, tc.address, tc.reach, denied, tc.open)
+		}
+	}
+}
+
+// TestRulesReportOnly: what rules and ports deny is reported, and then goes on
+// as if they were not there.
+func TestRulesReportOnly(t *testing.T) {
+	for _, tc := range []struct {
+		rules, name, to, reported string
+		open                      bool
+	}{
+		{"deny all", "x.example", "1.1.1.1:80", "deny all", true},
+		{"deny all", "x.example", "10.0.0.1:80", "", false}, // closed by default
+		{"deny 1.1.1.1\ndeny all", "", "1.1.1.1:80", "deny 1.1.1.1/32", true},
+		{"ports 443", "", "1.1.1.1:80", "ports", true},
+		{"", "", "1.1.1.1:80", "", true},
+		{"deny 10.0.0.1\nallow 10.0.0.0/8", "", "10.0.0.1:80", "deny 10.0.0.1/32", true},
+	} {
+		p := policyOf(t, "report_only rules\n"+tc.rules)
+		to := netip.MustParseAddrPort(tc.to)
+		denied, reported := p.check(t.Context(), public, target{name: tc.name, port: to.Port()}, to)
+		rule := ""
+		if reported != nil {
+			rule = reported.rule
+		}
+		if (denied == nil) != tc.open || rule != tc.reported {
+			t.Errorf("%q: %s: %v, reported %q; want open %v, reported %q", tc.rules, tc.to, denied, rule, tc.open, tc.reported)
+		}
+		if early, _ := p.checkName(t.Context(), public, target{name: tc.name, port: to.Port()}, true); early != nil {
+			t.Errorf("%q: the name alone is denied: %v", tc.rules, early)
+		}
+	}
+	w := newWorld(t, "report_only rules limits\nburst 1\nrefill 0.00001\ndeny all", nil)
+	for range 3 {
+		res, err := w.client().Get(w.origin.URL)
+		if err != nil {
+			t.Fatal(err)
+		}
+		res.Body.Close()
+		if res.StatusCode != http.StatusOK {
+			t.Errorf("status %d, want 200", res.StatusCode)
+		}
+	}
+	line := w.waitLog("would be denied", 3)[0]
+	if line["level"] != "warn" || line["rule"] != "deny all" || line["client"] != "127.0.0.1" || line["report_only"] != true ||
+		line["target"] != w.origin.Listener.Addr().String() || line["address"] != line["target"] {
+		t.Errorf("line %v", line)
+	}
+	if line := w.waitLog("rate limited", 2)[0]; line["report_only"] != true {
+		t.Errorf("line %v", line)
+	}
+}
+
+func TestRulesFromFiles(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "list")
+	if err := os.WriteFile(file, []byte("# a comment\n\n  10.1.2.3  # another\nads.example\n*.ads.example:80\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := policyOf(t, "deny_file "+file)
+	for _, tc := range []struct {
+		name, to string
+		open     bool
+	}{{"", "10.1.2.3:80", false}, {"", "10.1.2.4:80", true}, {"ads.example", "1.1.1.1:1", false}, {"x.ads.example", "1.1.1.1:80", false}, {"x.ads.example", "1.1.1.1:81", true}} {
+		to := netip.MustParseAddrPort(tc.to)
+		if denied, _ := p.check(t.Context(), local, target{name: tc.name, port: to.Port()}, to); (denied == nil) != tc.open {
+			t.Errorf("%s %s: %v", tc.name, tc.to, denied)
+		}
+	}
+	ctx, cancel := caddy.NewContext(caddy.Context{Context: t.Context()})
+	defer cancel()
+	if err := os.WriteFile(file, []byte("a.example\nnot/a/name\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{file, file + ".missing"} {
+		_, err := newRuleSets(ctx, []Rule{{Action: "deny", Files: []string{path}}})
+		if err == nil || !strings.HasPrefix(err.Error(), "deny: file "+path+": ") {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+	for _, rule := range []Rule{{Action: "permit", Destinations: []string{"all"}}, {Action: "deny"}, {Action: "deny", Destinations: []string{"a b"}}} {
+		if _, err := newRuleSets(ctx, []Rule{rule}); err == nil {
+			t.Errorf("%+v is accepted", rule)
+		}
+	}
+}
+
+// changingRanges is a source of ranges that tests change.
+type changingRanges struct{}
+
+var changing atomic.Pointer[[]netip.Prefix]
+
+func init() { caddy.RegisterModule(changingRanges{}) }
+
+func (changingRanges) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "http.ip_sources.changing", New: func() caddy.Module { return new(changingRanges) }}
+}
+func (*changingRanges) UnmarshalCaddyfile(d *caddyfile.Dispenser) error { d.Next(); return nil }
+func (*changingRanges) GetIPRanges(r *http.Request) []netip.Prefix {
+	if r == nil {
+		panic("without a request")
+	}
+	return *changing.Load()
+}
+
+func TestRulesFromSources(t *testing.T) {
+	p := policyOf(t, "deny_from static 192.0.2.0/24 2001:db8::/32\ndeny_from changing")
+	check := func(want string, addresses ...string) {
+		t.Helper()
+		for _, address := range addresses {
+			to := netip.AddrPortFrom(netip.MustParseAddr(address), 80)
+			rule := ""
+			if denied, _ := p.check(t.Context(), local, newTarget(to.String()), to); denied != nil {
+				rule = denied.rule
+			}
+			if rule != want {
+				t.Errorf("%s: rule %q, want %q", address, rule, want)
+			}
+		}
+	}
+	changing.Store(new([]netip.Prefix))
+	check("deny http.ip_sources.static", "192.0.2.1", "2001:db8::1", "64:ff9b::c000:201")
+	check("", "198.51.100.1")
+	changing.Store(new(prefixes("198.51.100.0/24")))
+	check("deny http.ip_sources.changing", "198.51.100.1")
+	changing.Store(new(prefixes("198.51.101.0/24")))
+	check("", "198.51.100.1")
+}
+
+// TestRulesLookup: thousands of entries cost no memory and hardly any time.
+func TestRulesLookup(t *testing.T) {
+	p := manyRules(t)
+	to := netip.MustParseAddrPort("1.2.3.4:443")
+	asked := target{name: "a.b.c.example.com", port: 443}
+	ctx := context.Background()
+	if n := testing.AllocsPerRun(100, func() { _, _ = p.check(ctx, public, asked, to) }); n > 0 {
+		t.Errorf("%v allocations for a check, want none", n)
+	}
+}
+
+func manyRules(t testing.TB) *policy {
+	var b strings.Builder
+	for i := range 10_000 {
+		fmt.Fprintf(&b, "deny 20.%d.%d.0/24\n", i/256, i%256)
+	}
+	for i := range 1000 {
+		fmt.Fprintf(&b, "deny *.d%d.example\n", i)
+	}
+	return policyOf(t, b.String())
+}
+
+func BenchmarkRules(b *testing.B) {
+	p := manyRules(b)
+	ctx := context.Background()
+	asked := target{name: "www.d999.example.com", port: 443}
+	for name, address := range map[string]string{"IPv4": "30.2.3.4:443", "IPv6": "[2606:4700::1]:443"} {
+		to := netip.MustParseAddrPort(address)
+		b.Run(name, func(b *testing.B) {
+			for b.Loop() {
+				if denied, _ := p.check(ctx, public, asked, to); denied != nil {
+					b.Fatal(denied)
+				}
+			}
+		})
+	}
+}
+
+func FuzzDestination(f *testing.F) {
+	for _, s := range strings.Fields("all public:80 10.0.0.0/8 [2001:db8::/32]:1-2 *.example.com:443 münchen.example ::1 1.2.3.4:99999 [::1 *.*.a a:b:c") {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		d, err := parseDestination(s)
+		if err != nil {
+			return
+		}
+		if d.text == "" && !d.prefix.IsValid() || d.ports.high < d.ports.low {
+			t.Errorf("%q makes %+v", s, d)
+		}
+		if d.prefix.IsValid() && (d.prefix.Addr().Is4In6() || d.prefix != d.prefix.Masked()) {
+			t.Errorf("%q makes the prefix %s", s, d.prefix)
+		}
+		// What a rule names it matches.
+		set := newRuleSet(true, d.ports)
+		set.add(d)
+		switch {
+		case d.prefix.IsValid():
+			if _, ok := set.matchAddress(t.Context(), d.prefix.Addr(), d.prefix.Addr()); !ok {
+				t.Errorf("%q does not match %s", s, d.prefix.Addr())
+			}
+		case d.below:
+			if _, ok := set.matchName(newTarget("x." + d.text + ":80")); !ok {
+				t.Errorf("%q does not match a name below %s", s, d.text)
+			}
+		case d.text != "public" && d.text != "private":
+			if _, ok := set.matchName(newTarget(d.text + ":80")); !ok {
+				t.Errorf("%q does not match %s", s, d.text)
+			}
+		}
+	})
+}
+
+// TestRulesOfPooledConnections: a connection that was opened before a source of
+// ranges has changed is not used against what it says now.
+func TestRulesOfPooledConnections(t *testing.T) {
+	changing.Store(new([]netip.Prefix))
+	w := newWorld(t, "deny_from changing", nil)
+	conn := w.dial()
+	for _, tc := range []struct {
+		ranges []netip.Prefix
+		status int
+	}{{nil, http.StatusOK}, {prefixes("127.0.0.0/8"), http.StatusForbidden}, {nil, http.StatusOK}} {
+		changing.Store(&tc.ranges)
+		conn.send("GET " + w.origin.URL + "/ HTTP/1.1\nHost: x\n\n")
+		if res, _ := conn.response(http.MethodGet); res.StatusCode != tc.status {
+			t.Errorf("with %v: status %d, want %d", tc.ranges, res.StatusCode, tc.status)
+		}
+	}
+}
