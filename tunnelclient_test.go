@@ -52,6 +52,7 @@ type tunnelClient struct {
 	protocol string
 	proxy    string     // host:port
 	preface  string     // sent before all else on a connection of HTTP/1
+	login    string     // Proxy-Authorization, if not empty
 	header   string     // more field lines of a CONNECT over HTTP/1, each with its \r\n
 	local    netip.Addr // the client's address, if valid
 	shared   int        // how many tunnels share a connection of HTTP/2 or 3; 0: none do
@@ -105,13 +106,14 @@ type refusedError struct {
 	status      int
 	body        string
 	proxyStatus string
+	challenge   string // Proxy-Authenticate
 }
 
 func (e *refusedError) Error() string { return fmt.Sprintf("status %d: %s", e.status, e.body) }
 
 func newRefusedError(res *http.Response) error {
 	body, err := io.ReadAll(res.Body)
-	return errors.Join(&refusedError{res.StatusCode, string(body), res.Header.Get("Proxy-Status")}, err)
+	return errors.Join(&refusedError{res.StatusCode, string(body), res.Header.Get("Proxy-Status"), res.Header.Get("Proxy-Authenticate")}, err)
 }
 
 // refused opens a tunnel that must not come about, and returns the answer.
@@ -184,7 +186,11 @@ func (c *tunnelClient) tryH1(ctx context.Context, target, early string) (tunnelC
 		return nil, err
 	}
 	tunnel := newH1Tunnel(conn, tcp)
-	res, err := tunnel.connect(target, c.header, early)
+	header := c.header
+	if c.login != "" {
+		header += "Proxy-Authorization: " + c.login + "\r\n"
+	}
+	res, err := tunnel.connect(target, header, early)
 	if err == nil && res.StatusCode != http.StatusOK {
 		err = newRefusedError(res)
 	}
@@ -234,6 +240,9 @@ func (c *tunnelClient) tryH2(ctx context.Context, cancel func(), target, early s
 	req, err := http.NewRequestWithContext(ctx, http.MethodConnect, "https://"+target, body)
 	if err != nil {
 		return nil, err
+	}
+	if c.login != "" {
+		req.Header.Set("Proxy-Authorization", c.login)
 	}
 	res, err := conn.RoundTrip(req)
 	if err == nil && res.StatusCode != http.StatusOK {
@@ -299,7 +308,7 @@ func (c *tunnelClient) tryH3(ctx context.Context, target, early string) (tunnelC
 	deadline, _ := ctx.Deadline()
 	stream.SetDeadline(deadline)
 	tunnel := &h3Tunnel{stream}
-	res, err := tunnel.connect(target, early)
+	res, err := tunnel.connect(target, c.login, early)
 	if err == nil && res.StatusCode != http.StatusOK {
 		err = newRefusedError(res)
 	}
@@ -339,8 +348,11 @@ func (c *tunnelClient) h3Conn(ctx context.Context) (*http3.ClientConn, error) {
 // h3Tunnel is a stream on a connection of HTTP/3.
 type h3Tunnel struct{ *http3.RequestStream }
 
-func (t *h3Tunnel) connect(target, early string) (*http.Response, error) {
+func (t *h3Tunnel) connect(target, login, early string) (*http.Response, error) {
 	req := &http.Request{Method: http.MethodConnect, Host: target, URL: &url.URL{Host: target}, Header: http.Header{}}
+	if login != "" {
+		req.Header.Set("Proxy-Authorization", login)
+	}
 	if err := t.SendRequestHeader(req); err != nil {
 		return nil, err
 	}

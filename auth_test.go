@@ -1,0 +1,340 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bufio"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/crypto/bcrypt"
+)
+
+// authUsers are options that let in alice, whose password is wonderland, and
+// bob, whose is builder. bcrypt of the least cost keeps the tests short.
+var authUsers = func() string {
+	hash := func(password string) string {
+		hash, err := bcrypt.GenerateFromPassword([]byte(password), bcrypt.MinCost)
+		if err != nil {
+			panic(err)
+		}
+		return string(hash)
+	}
+	return "basic_auth bcrypt Office {\nalice " + hash("wonderland") + "\nbob " + hash("builder") + "\n}\n"
+}()
+
+// login is the value of Proxy-Authorization.
+func login(user, password string) string {
+	return "Basic " + base64.StdEncoding.EncodeToString([]byte(user+":"+password))
+}
+
+// authRefused is the one answer to whoever is not let in.
+const authRefused = "This proxy asks for a user and a password; its option basic_auth says which.\n"
+
+func TestAuth(t *testing.T) {
+	var seen []string
+	w := newWorld(t, authUsers, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		seen = append(seen, fmt.Sprint(r.Header["Proxy-Authorization"], r.Header["Authorization"]))
+	}))
+	origin := w.origin.Listener.Addr().String()
+	ask := func(method, lines string) (*http.Response, string) {
+		return policyRequest(t, w.proxy, method, origin, lines)
+	}
+	for _, method := range []string{http.MethodGet, http.MethodConnect} {
+		var shape string
+		for name, credentials := range map[string]string{
+			"none": "", "a wrong password": login("alice", "builder"), "no password": login("alice", ""), "a wrong user": login("carol", "wonderland"),
+			"another scheme": "Bearer abc", "no base64": "Basic !!!", "no colon": "Basic " + base64.StdEncoding.EncodeToString([]byte("alice")),
+			"nothing behind the scheme": "Basic", "a space": " ", "an enormous password": login("alice", strings.Repeat("x", 8000)),
+			"a password past what bcrypt looks at": login("alice", "wonderland"+strings.Repeat("x", 100)),
+		} {
+			lines := "Proxy-Authorization: " + credentials + "\n"
+			if credentials == "" {
+				lines = ""
+			}
+			// That for the origin is none for the proxy.
+			res, body := ask(method, "Authorization: "+login("alice", "wonderland")+"\n"+lines)
+			if res.StatusCode != http.StatusProxyAuthRequired || res.Header.Get("Proxy-Authenticate") != `Basic realm="Office"` || body != authRefused {
+				t.Errorf("%s with %s: %s, Proxy-Authenticate %q, %q", method, name, res.Status, res.Header.Get("Proxy-Authenticate"), body)
+			}
+			for _, name := range []string{"Date", "Content-Length"} {
+				res.Header.Del(name)
+			}
+			if got := fmt.Sprint(res.Header); shape == "" {
+				shape = got
+			} else if got != shape {
+				t.Errorf("%s with %s: fields %s, want %s", method, name, got, shape)
+			}
+		}
+		for _, user := range []string{"alice wonderland", "bob builder"} {
+			name, password, _ := strings.Cut(user, " ")
+			res, _ := ask(method, "Authorization: for-the-origin\nProxy-Authorization: "+login(name, password)+"\n")
+			if res.StatusCode != http.StatusOK {
+				t.Errorf("%s as %s: %s", method, name, res.Status)
+			}
+		}
+	}
+	if got, want := strings.Join(seen, " "), "[] [for-the-origin] [] [for-the-origin]"; got != want {
+		t.Errorf("the origin has seen %s, want %s", got, want)
+	}
+	data, err := os.ReadFile(w.logs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, secret := range []string{"wonderland", "builder", login("alice", "wonderland"), login("bob", "builder")} {
+		if strings.Contains(string(data), secret) {
+			t.Errorf("the log has %q", secret)
+		}
+	}
+	levels := map[any]int{}
+	for _, line := range w.waitLog("request", 24) {
+		levels[fmt.Sprint(line["status"], line["level"], line["user"])]++
+	}
+	// A request without credentials is how browsers and curl begin.
+	if levels["407info<nil>"] != 2 || levels["407warn<nil>"] != 20 || levels["200infoalice"] != 1 || levels["200infobob"] != 1 {
+		t.Errorf("lines %v", levels)
+	}
+	if line := w.waitLog("CONNECT tunnel", 2)[0]; line["user"] != "alice" {
+		t.Errorf("line %v", line)
+	}
+}
+
+// TestAuthOfProtocols opens tunnels as a user over each.
+func TestAuthOfProtocols(t *testing.T) {
+	w := newTunnelWorld(t, tunnelSetup{options: authUsers, site: "log_append who {http.auth.user.id}\nlog"})
+	target := listen(t, func(conn *net.TCPConn) { _, _ = conn.Write([]byte("hello")) })
+	for _, protocol := range tunnelProtocols {
+		t.Run(protocol, func(t *testing.T) {
+			client := w.client(t, protocol)
+			for _, credentials := range []string{"", login("alice", "builder")} {
+				client.login = credentials
+				refused := client.refused(target)
+				if refused.status != http.StatusProxyAuthRequired || refused.challenge != `Basic realm="Office"` || refused.body != authRefused {
+					t.Errorf("as %q: %d, %q, %q", credentials, refused.status, refused.challenge, refused.body)
+				}
+			}
+			client.login = login("alice", "wonderland")
+			greeting := make([]byte, 5)
+			if _, err := io.ReadFull(client.open(target), greeting); err != nil || string(greeting) != "hello" {
+				t.Errorf("%q, %v", greeting, err)
+			}
+		})
+	}
+}
+
+// TestAuthIsForTheProxyAlone: what is no proxy request is another handler's.
+func TestAuthIsForTheProxyAlone(t *testing.T) {
+	w := newWorld(t, "", nil)
+	w.load(strings.Replace(w.site(authUsers), "async_proxy {", "respond \"a site\"\nasync_proxy {", 1))
+	conn := w.dial()
+	conn.send("GET / HTTP/1.1\nHost: x\n\n")
+	if res, body := conn.response(http.MethodGet); res.StatusCode != http.StatusOK || body != "a site" {
+		t.Errorf("%s %q", res.Status, body)
+	}
+}
+
+func TestClients(t *testing.T) {
+	w := newWorld(t, "clients 192.0.2.0/24", nil)
+	origin := w.origin.Listener.Addr().String()
+	for _, method := range []string{http.MethodGet, http.MethodConnect} {
+		res, body := policyRequest(t, w.proxy, method, origin, "")
+		if want := "Your address, 127.0.0.1, is none of this proxy's clients; its option clients names them.\n"; res.StatusCode != http.StatusForbidden || body != want {
+			t.Errorf("%s: %s %q", method, res.Status, body)
+		}
+	}
+	w.load(w.site("clients 127.0.0.0/8"))
+	for _, method := range []string{http.MethodGet, http.MethodConnect} {
+		policyOpen(t, w.proxy, method, origin, "", "hello from the origin")
+	}
+}
+
+// TestLimitByUser: a user has one bucket wherever it is; a failed login takes a
+// token of the client's, and a client that has none is not even asked.
+func TestLimitByUser(t *testing.T) {
+	for i, tc := range []struct {
+		by, logins, want string
+	}{
+		{"client_ip", "a a a b x -", "200 200 200 429 429 429"},
+		{"user", "a a a a b b b b", "200 200 200 429 200 200 200 429"},
+		{"user", "x x x x a b", "407 407 407 429 429 429"},
+		{"user", "a a a a - - - -", "200 200 200 429 407 407 407 429"},
+	} {
+		w := newWorld(t, fmt.Sprintf("%sburst 3\nrefill 0.00001\nzone by-%d\nlimit_by %s", authUsers, i, tc.by), nil)
+		var got []string
+		for who := range strings.FieldsSeq(tc.logins) {
+			lines := map[string]string{
+				"a": "Proxy-Authorization: " + login("alice", "wonderland") + "\n", "b": "Proxy-Authorization: " + login("bob", "builder") + "\n",
+				"x": "Proxy-Authorization: " + login("alice", "?") + "\n", "-": "",
+			}[who]
+			res, _ := policyRequest(t, w.proxy, http.MethodGet, w.origin.Listener.Addr().String(), lines)
+			got = append(got, fmt.Sprint(res.StatusCode))
+		}
+		if got := strings.Join(got, " "); got != tc.want {
+			t.Errorf("by %s: %s gets %s, want %s", tc.by, tc.logins, got, tc.want)
+		}
+	}
+}
+
+func TestAuthByCurl(t *testing.T) {
+	curl, err := exec.LookPath("curl")
+	if err != nil {
+		t.Skip("there is no curl; apt-get install curl")
+	}
+	w := newWorld(t, authUsers, nil)
+	for _, tc := range []struct{ user, want string }{{"alice:wonderland", "200"}, {"alice:?", "407"}, {"", "407"}} {
+		args := []string{"-s", "-o", os.DevNull, "-w", "%{http_code}", "-x", "http://" + w.proxy, "--proxy-anyauth", "--noproxy", "", w.origin.URL}
+		if tc.user != "" {
+			args = append(args, "--proxy-user", tc.user)
+		}
+		out, err := exec.Command(curl, args...).Output()
+		if err != nil || string(out) != tc.want {
+			t.Errorf("as %q: %s, %v, want %s", tc.user, out, err, tc.want)
+		}
+	}
+}
+
+// TestAuthByChromium: a browser asks for credentials, gets them, and loads the
+// page.
+func TestAuthByChromium(t *testing.T) {
+	chromium, err := exec.LookPath("chromium")
+	if err != nil {
+		t.Skip("there is no chromium; apt-get install chromium")
+	}
+	w := newWorld(t, authUsers, nil)
+	profile, err := os.MkdirTemp("", "async-proxy-test-chromium")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		eventually(t, "the browser's profile to be removed", func() bool { return os.RemoveAll(profile) == nil })
+	})
+	browser := newCDP(t, chromium, "--user-data-dir="+profile, "--proxy-bypass-list=<-loopback>", "--proxy-server=http://"+w.proxy)
+	asked := false
+	browser.on("Fetch.authRequired", func(session string, params map[string]any) {
+		asked = params["authChallenge"].(map[string]any)["source"] == "Proxy"
+		browser.send(session, "Fetch.continueWithAuth", map[string]any{"requestId": params["requestId"],
+			"authChallengeResponse": map[string]any{"response": "ProvideCredentials", "username": "alice", "password": "wonderland"}})
+	})
+	browser.on("Fetch.requestPaused", func(session string, params map[string]any) {
+		browser.send(session, "Fetch.continueRequest", map[string]any{"requestId": params["requestId"]})
+	})
+	target := browser.call("", "Target.createTarget", map[string]any{"url": "about:blank"})
+	session := browser.call("", "Target.attachToTarget", map[string]any{"targetId": target["targetId"], "flatten": true})["sessionId"].(string)
+	browser.call(session, "Fetch.enable", map[string]any{"handleAuthRequests": true})
+	browser.call(session, "Page.navigate", map[string]any{"url": w.origin.URL + "/page"})
+	eventually(t, "the page", func() bool {
+		text := browser.call(session, "Runtime.evaluate", map[string]any{"expression": "document.body.innerText"})
+		return text["result"].(map[string]any)["value"] == "hello from the origin"
+	})
+	if !asked {
+		t.Error("the browser was not asked for credentials")
+	}
+	for _, line := range w.waitLog("request", 2) {
+		if line["path"] == "/page" && line["status"] == 200.0 && line["user"] == "alice" {
+			return
+		}
+	}
+	t.Errorf("lines %v", w.logLines("request"))
+}
+
+// cdp speaks the DevTools protocol with a browser through a pipe.
+type cdp struct {
+	t        *testing.T
+	to       *os.File
+	from     *bufio.Reader
+	last     int
+	handlers map[string]func(session string, params map[string]any)
+}
+
+// newCDP runs a browser without a window until the test ends.
+func newCDP(t *testing.T, chromium string, args ...string) *cdp {
+	t.Helper()
+	theirs, to, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	from, theirs2, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	command := exec.Command(chromium, append([]string{"--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-pipe"}, args...)...)
+	command.ExtraFiles = []*os.File{theirs, theirs2}
+	if err := command.Start(); err != nil {
+		t.Fatal(err)
+	}
+	theirs.Close()
+	theirs2.Close()
+	from.SetReadDeadline(time.Now().Add(90 * time.Second))
+	t.Cleanup(func() {
+		_ = command.Process.Kill()
+		_ = command.Wait()
+		to.Close()
+		from.Close()
+	})
+	return &cdp{t: t, to: to, from: bufio.NewReader(from), handlers: map[string]func(string, map[string]any){}}
+}
+
+func (c *cdp) on(event string, handler func(session string, params map[string]any)) {
+	c.handlers[event] = handler
+}
+
+// send calls a method whose result nobody waits for.
+func (c *cdp) send(session, method string, params map[string]any) (id int) {
+	c.t.Helper()
+	c.last++
+	message := map[string]any{"id": c.last, "method": method, "params": params}
+	if session != "" {
+		message["sessionId"] = session
+	}
+	data, err := json.Marshal(message)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	if _, err := c.to.Write(append(data, 0)); err != nil {
+		c.t.Fatal(err)
+	}
+	return c.last
+}
+
+// call calls a method and returns its result; events are handled meanwhile.
+func (c *cdp) call(session, method string, params map[string]any) map[string]any {
+	c.t.Helper()
+	id := c.send(session, method, params)
+	for {
+		data, err := c.from.ReadBytes(0)
+		if err != nil {
+			c.t.Fatalf("%s: %v", method, err)
+		}
+		var got struct {
+			ID        int
+			Method    string
+			SessionID string
+			Params    map[string]any
+			Result    map[string]any
+			Error     any
+		}
+		if err := json.Unmarshal(data[:len(data)-1], &got); err != nil {
+			c.t.Fatal(err)
+		}
+		if handler := c.handlers[got.Method]; handler != nil {
+			handler(got.SessionID, got.Params)
+		}
+		if got.ID == id {
+			if got.Error != nil {
+				c.t.Fatalf("%s: %v", method, got.Error)
+			}
+			return got.Result
+		}
+	}
+}
