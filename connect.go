@@ -4,6 +4,7 @@
 package asyncproxy
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -34,7 +35,7 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, from caller) (
 	if f := h.tunnels.admit(from.bucket, h.MaxTunnels, h.MaxTunnelsPerClient); f != nil {
 		return 0, f
 	}
-	far, err := h.dialer.dial(r.Context(), from.reach, target)
+	far, err := h.dialer.dial(h.withParentFields(r, from, target), from.reach, target)
 	if err != nil {
 		h.tunnels.leave(from.bucket)
 		return 0, dialRefusal(r.Context(), err, target)
@@ -55,6 +56,23 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, from caller) (
 	// and all that net/http holds for it, is many times what the tunnel needs.
 	go t.run()
 	return http.StatusOK, nil
+}
+
+// withParentFields returns the context of a CONNECT. If that is passed on to a
+// parent, it has what the parent is to know of it: that it came through here
+// (RFC 9110 §7.6.3), and from whom.
+func (h *Handler) withParentFields(r *http.Request, from caller, target string) context.Context {
+	if !h.dialer.usesParent(target) {
+		return r.Context()
+	}
+	h.setRequestFields(r, from)
+	fields := make(http.Header)
+	for _, name := range [...]string{"Via", "X-Forwarded-For", "X-Real-Ip"} {
+		if values := r.Header[name]; len(values) > 0 {
+			fields[name] = values
+		}
+	}
+	return context.WithValue(r.Context(), parentFieldsKey{}, fields)
 }
 
 // connectStream runs a tunnel on a stream of HTTP/2 or HTTP/3, which lasts as

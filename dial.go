@@ -207,6 +207,8 @@ func dialRefusal(ctx context.Context, err error, host string) *refusal {
 		return refuse(http.StatusForbidden, denied.kind, err, "%s is out of bounds for this proxy's clients: %s.", host, denied.why)
 	case parent != nil:
 		return parent.refusal(host)
+	case isTLSError(err):
+		return tlsRefusal(err, host)
 	case errors.As(err, &dns) && dns.IsTimeout:
 		return refuse(http.StatusGatewayTimeout, "dns_timeout", err, "The name of %s was not resolved in time.", host)
 	case errors.As(err, &dns):

@@ -231,7 +231,7 @@ func (p *parent) connect(ctx context.Context, address string) (net.Conn, error) 
 	if p.socks != nil {
 		tunnel, err = p.connectSOCKS(ctx, conn, address)
 	} else {
-		tunnel, err = p.connectHTTP1(conn, address)
+		tunnel, err = p.connectHTTP1(ctx, conn, address)
 	}
 	if !stop() && err == nil {
 		err = &parentError{err: context.Cause(ctx)}
@@ -289,10 +289,12 @@ func (p *parent) connectSOCKS(ctx context.Context, conn net.Conn, address string
 	return conn, nil
 }
 
-func (p *parent) connectHTTP1(conn net.Conn, address string) (net.Conn, error) {
+func (p *parent) connectHTTP1(ctx context.Context, conn net.Conn, address string) (net.Conn, error) {
 	head := []byte("CONNECT " + address + " HTTP/1.1\r\nHost: " + address + "\r\n")
-	for name, values := range p.header {
-		head = appendField(head, name, values[0])
+	for name, values := range p.fields(ctx) {
+		for _, value := range values {
+			head = appendField(head, name, value)
+		}
 	}
 	if _, err := conn.Write(append(head, "\r\n"...)); err != nil {
 		return nil, &parentError{err: err}
@@ -313,6 +315,20 @@ func (p *parent) connectHTTP1(conn net.Conn, address string) (net.Conn, error) {
 		return &earlyConn{Conn: conn, early: early}, nil
 	}
 	return conn, nil
+}
+
+// parentFieldsKey is for the context of a dial, in which there may be more
+// fields for the parent.
+type parentFieldsKey struct{}
+
+// fields returns the fields of a CONNECT to the parent.
+func (p *parent) fields(ctx context.Context) http.Header {
+	fields := make(http.Header)
+	if more, ok := ctx.Value(parentFieldsKey{}).(http.Header); ok {
+		maps.Copy(fields, more)
+	}
+	maps.Copy(fields, p.header)
+	return fields
 }
 
 // earlyConn is a connection of which something has been read already.
@@ -365,7 +381,7 @@ func (p *parent) connectStream(ctx context.Context, address string) (net.Conn, e
 	streamCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(ctx, cancel)
 	r, w := io.Pipe()
-	header := maps.Clone(p.header)
+	header := p.fields(ctx)
 	if _, ok := header["User-Agent"]; !ok {
 		header["User-Agent"] = nil // else Go puts its own
 	}
@@ -444,7 +460,7 @@ func (e *parentError) refusal(host string) *refusal {
 	switch e.status {
 	case http.StatusForbidden:
 		return refuse(http.StatusForbidden, deniedRequest, e, "The parent proxy does not let this one connect to %s.", host)
-	case http.StatusProxyAuthRequired:
+	case http.StatusProxyAuthRequired, http.StatusUnauthorized: // tinyproxy has the latter
 		return refuse(http.StatusBadGateway, "proxy_configuration_error", e, "The parent proxy does not accept this proxy's credentials; its option upstream has them.")
 	case http.StatusTooManyRequests, http.StatusServiceUnavailable:
 		return refuse(http.StatusServiceUnavailable, "destination_unavailable", e, "The parent proxy is too busy for a connection to %s; try again later.", host)

@@ -85,9 +85,6 @@ func forwardRefusal(r *http.Request, err error) *refusal {
 	var (
 		body     *bodyError
 		dial     *dialError
-		alert    tls.AlertError
-		record   tls.RecordHeaderError
-		cert     *tls.CertificateVerificationError
 		timeout  net.Error
 		answered = "%s did not answer with a valid HTTP response"
 	)
@@ -100,12 +97,8 @@ func forwardRefusal(r *http.Request, err error) *refusal {
 		return refuse(statusClientClosedRequest, "connection_terminated", context.Cause(r.Context()), "the client left")
 	case errors.As(err, &dial):
 		return dialRefusal(r.Context(), err, host)
-	case errors.As(err, &cert):
-		return refuse(http.StatusBadGateway, "tls_certificate_error", err, "The certificate of %s is not trusted.", host)
-	case errors.As(err, &alert):
-		return refuse(http.StatusBadGateway, "tls_alert_received", err, "%s does not agree on how to speak TLS.", host)
-	case errors.As(err, &record), strings.Contains(err.Error(), "tls: "): // most of its errors have no type
-		return refuse(http.StatusBadGateway, "tls_protocol_error", err, "%s does not speak TLS, or none that is safe.", host)
+	case isTLSError(err):
+		return tlsRefusal(err, host)
 	case errors.Is(err, errHeadTooLarge):
 		return refuse(http.StatusBadGateway, "http_response_header_section_size", err, answered+": its head is too large.", host)
 	case errors.As(err, &timeout) && timeout.Timeout():
@@ -115,6 +108,25 @@ func forwardRefusal(r *http.Request, err error) *refusal {
 	default:
 		return refuse(http.StatusBadGateway, "http_protocol_error", err, answered+".", host)
 	}
+}
+
+// isTLSError reports whether it is TLS that has failed. Most of its errors have
+// no type.
+func isTLSError(err error) bool { return strings.Contains(err.Error(), "tls: ") }
+
+// tlsRefusal says to the client why host cannot be spoken to by TLS.
+func tlsRefusal(err error, host string) *refusal {
+	var (
+		alert tls.AlertError
+		cert  *tls.CertificateVerificationError
+	)
+	switch {
+	case errors.As(err, &cert):
+		return refuse(http.StatusBadGateway, "tls_certificate_error", err, "The certificate of %s is not trusted.", host)
+	case errors.As(err, &alert):
+		return refuse(http.StatusBadGateway, "tls_alert_received", err, "%s does not agree on how to speak TLS.", host)
+	}
+	return refuse(http.StatusBadGateway, "tls_protocol_error", err, "%s does not speak TLS, or none that is safe.", host)
 }
 
 // answerLast answers a request that Max-Forwards lets go no further.

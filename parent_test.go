@@ -1,0 +1,389 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// throughParent sends a request and bytes in a tunnel through a world with a
+// parent, and checks that they arrive whole. Not every parent has half-close.
+func throughParent(t *testing.T, options string, halfClose bool) {
+	t.Helper()
+	var via []string
+	w := newWorld(t, options, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		via = r.Header["Via"]
+		body, _ := io.ReadAll(r.Body)
+		fmt.Fprintf(w, "%s %s %s", r.Method, r.URL, body)
+	}))
+	for i := range 3 {
+		conn := w.dial()
+		for range 2 { // the second on connections that are there
+			// tinyproxy ends connections without a word: only what can be
+			// repeated gets through it for certain.
+			conn.send(fmt.Sprintf("PUT %s/a//b?c=%d HTTP/1.1\nHost: x\nContent-Length: 0\n\n", w.origin.URL, i))
+			if res, body := conn.response(http.MethodPut); res.StatusCode != http.StatusOK || body != fmt.Sprintf("PUT /a//b?c=%d ", i) {
+				t.Errorf("%s: %q", res.Status, body)
+			}
+		}
+	}
+	if len(via) == 0 {
+		t.Error("the origin has seen no Via")
+	}
+	// The target speaks first; the client ends first and then hears the rest, or,
+	// without half-close, hears it when the target has heard all.
+	target := listen(t, func(conn *net.TCPConn) {
+		_, _ = io.WriteString(conn, "welcome ")
+		if halfClose {
+			_, _ = io.Copy(conn, conn)
+		} else {
+			_, _ = io.CopyN(conn, conn, 6+int64(len(parentPayload)))
+		}
+		_, _ = io.WriteString(conn, " and goodbye")
+	})
+	conn := w.dial()
+	conn.send("POST " + w.origin.URL + "/ HTTP/1.1\nHost: x\nConnection: close\nContent-Length: 5\n\nhello")
+	if res, body := conn.response(http.MethodPost); res.StatusCode != http.StatusOK || body != "POST / hello" {
+		t.Errorf("%s: %q", res.Status, body)
+	}
+	conn = w.dial()
+	conn.send("CONNECT " + target + " HTTP/1.1\nHost: " + target + "\n\nearly ")
+	if res, body := conn.response(http.MethodConnect); res.StatusCode != http.StatusOK {
+		t.Fatalf("CONNECT: %s %q", res.Status, body)
+	}
+	payload := parentPayload
+	go func() {
+		_, _ = io.WriteString(conn, payload)
+		if halfClose {
+			_ = conn.CloseWrite()
+		}
+	}()
+	if got := conn.readAll(); got != "welcome early "+payload+" and goodbye" {
+		t.Errorf("the tunnel has carried %d bytes, want %d: %.40q ... %q", len(got), len(payload)+26, got, got[max(0, len(got)-20):])
+	}
+	conn.Close()
+	if line := w.waitLog("CONNECT tunnel closed", 1)[0]; line["bytes_up"] != float64(len(payload)+6) || line["bytes_down"] != float64(len(payload)+26) {
+		t.Errorf("line %v", line)
+	}
+}
+
+var parentPayload = strings.Repeat("0123456789abcdef", 1<<14)
+
+// refusedByParent fails unless both kinds of requests are answered with status
+// and a text, and the log knows no secret.
+func refusedByParent(t *testing.T, options string, status int, text string) {
+	t.Helper()
+	w := newWorld(t, options, nil)
+	for _, method := range []string{http.MethodGet, http.MethodConnect} {
+		res, body := policyRequest(t, w.proxy, method, w.origin.Listener.Addr().String(), "")
+		if res.StatusCode != status || !strings.Contains(body, text) || res.Header.Get("Proxy-Authenticate") != "" {
+			t.Errorf("%s: %s %q, want %d %q", method, res.Status, body, status, text)
+		}
+	}
+	w.waitLog("request", 2)
+	w.keepsSecret("rabbit")
+}
+
+// keepsSecret fails the test if the log has a secret. Caddy logs the config
+// itself at DEBUG, with what is written out there.
+func (w *world) keepsSecret(secret string) {
+	w.t.Helper()
+	data, err := os.ReadFile(w.logs)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for line := range strings.Lines(string(data)) {
+		if strings.Contains(line, secret) && !strings.Contains(line, `"msg":"adjusted config"`) {
+			w.t.Errorf("the log has the password: %s", line)
+		}
+	}
+}
+
+const parentWantsOthers = "The parent proxy does not accept this proxy's credentials"
+
+// parentUsers is a file for squid with the user alice and the password rabbit.
+const parentUsers = "alice:$apr1$abcdefgh$t7bR9AfmWG/NqwxSupcEr/\n"
+
+func TestParentSquid(t *testing.T) {
+	address := startPeer(t, "squid", peerProxies[0].args, peerProxies[0].config+"half_closed_clients on\n")
+	throughParent(t, "upstream http://"+address, false)
+	users := t.TempDir() + "/users"
+	for path := users; path != "/tmp" && path != "/"; path = path[:strings.LastIndexByte(path, '/')] {
+		if path != users {
+			_ = os.Chmod(path, 0o755) // squid changes its user
+		}
+	}
+	if err := os.WriteFile(users, []byte(parentUsers), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	address = startPeer(t, "squid", []string{"--foreground", "-n", "users", "-f", "DIR/config"}, strings.Replace(peerProxies[0].config, "acl loop src 127.0.0.0/8\nhttp_access allow loop",
+		"auth_param basic program /usr/lib/squid/basic_ncsa_auth "+users+"\nacl known proxy_auth REQUIRED\nhttp_access allow known\nhttp_access deny all", 1))
+	throughParent(t, "upstream http://alice:rabbit@"+address, false)
+	t.Setenv("PARENT_PASSWORD", "rabbit")
+	throughParent(t, "upstream http://alice:{env.PARENT_PASSWORD}@"+address, false)
+	refusedByParent(t, "upstream http://alice:rabbits@"+address, http.StatusBadGateway, parentWantsOthers)
+	refusedByParent(t, "upstream http://"+address, http.StatusBadGateway, parentWantsOthers)
+}
+
+func TestParentTinyproxy(t *testing.T) {
+	address := startPeer(t, "tinyproxy", peerProxies[2].args, peerProxies[2].config)
+	throughParent(t, "upstream http://"+address, false)
+	address = startPeer(t, "tinyproxy", []string{"-d", "-c", "DIR/config"}, peerProxies[2].config+"BasicAuth alice rabbit\n")
+	throughParent(t, "upstream http://alice:rabbit@"+address, false)
+	w := newWorld(t, "upstream http://alice:rabbits@"+address, nil)
+	if res, body := policyRequest(t, w.proxy, http.MethodConnect, "target.example:443", ""); res.StatusCode != http.StatusBadGateway || !strings.HasPrefix(body, parentWantsOthers) {
+		t.Errorf("%s %q", res.Status, body) // to a GET it answers 401, like an origin
+	}
+}
+
+func TestParentMicrosocks(t *testing.T) {
+	address := startPeer(t, "microsocks", []string{"-i", "127.0.0.1", "-p", "PORT"}, "")
+	throughParent(t, "upstream socks5://"+address, false)
+	address = startPeer(t, "microsocks", []string{"-i", "127.0.0.1", "-p", "PORT", "-u", "alice", "-P", "rabbit"}, "")
+	throughParent(t, "upstream socks5://alice:rabbit@"+address, false)
+	refusedByParent(t, "upstream socks5://alice:rabbits@"+address, http.StatusBadGateway, parentWantsOthers)
+	refusedByParent(t, "upstream socks5://"+address, http.StatusBadGateway, "")
+}
+
+// TestParentOwn chains two of our own, over plain HTTP/1, and over TLS with
+// HTTP/2 and without.
+func TestParentOwn(t *testing.T) {
+	const trusting = " {\ntls_insecure_skip_verify\n}"
+	for _, tc := range []struct{ name, scheme, global, proto string }{
+		{"plain", "http", "", "HTTP/1.1"},
+		{"TLS, HTTP/2", "https", "", "HTTP/2.0"},
+		{"TLS, HTTP/1", "https", "servers {\nprotocols h1\n}", "HTTP/1.1"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			parent := binaryStart(t, binaryOptions{secure: true, global: tc.global, site: "allow 127.0.0.0/8\n" + authUsers})
+			address, block := parent.proxy, ""
+			if tc.scheme == "https" {
+				address, block = parent.secure, trusting
+			}
+			throughParent(t, "upstream "+tc.scheme+"://alice:wonderland@"+address+block, true)
+			if line := parent.waitLog("CONNECT tunnel closed", 1)[0]; line["user"] != "alice" || line["proto"] != tc.proto {
+				t.Errorf("the parent's line: %v", line)
+			}
+			refusedByParent(t, "upstream "+tc.scheme+"://alice:rabbit@"+address+block, http.StatusBadGateway, parentWantsOthers)
+		})
+	}
+	t.Run("what it denies", func(t *testing.T) {
+		parent := binaryStart(t, binaryOptions{}) // to which the child's clients are not on its machine
+		w := newWorld(t, "upstream http://"+parent.proxy, nil)
+		for _, method := range []string{http.MethodGet, http.MethodConnect} {
+			res, body := policyRequest(t, w.proxy, method, w.origin.Listener.Addr().String(), "")
+			if res.StatusCode != http.StatusForbidden || body == "" {
+				t.Errorf("%s: %s %q", method, res.Status, body)
+			}
+		}
+	})
+	t.Run("a certificate that nobody trusts", func(t *testing.T) {
+		parent := binaryStart(t, binaryOptions{secure: true})
+		refusedByParent(t, "upstream https://"+parent.secure, http.StatusBadGateway, "The certificate of the parent proxy is not trusted")
+	})
+}
+
+// parentListens runs a parent that answers each head with answer, and records
+// the head.
+func parentListens(t *testing.T, answer string) (address string, heads <-chan string) {
+	seen := make(chan string, 10)
+	return listen(t, func(conn *net.TCPConn) {
+		r := bufio.NewReader(conn)
+		var head []string
+		for {
+			line, err := r.ReadString('\n')
+			if err != nil {
+				return
+			}
+			if line = strings.TrimRight(line, "\r\n"); line != "" {
+				head = append(head, line)
+				continue
+			}
+			slices.Sort(head[1:])
+			seen <- strings.Join(head, "\n")
+			head = nil
+			_, _ = io.WriteString(conn, strings.ReplaceAll(answer, "\n", "\r\n"))
+		}
+	}), seen
+}
+
+// TestParentHeads compares what a parent gets to the byte.
+func TestParentHeads(t *testing.T) {
+	address, heads := parentListens(t, "HTTP/1.1 200 OK\nContent-Length: 0\n\n")
+	w := newWorld(t, "via tester\nupstream http://al%69ce:r%40bbit@"+address+" {\nheader X-Team crawler\n}", nil)
+	const added = "Proxy-Authorization: Basic YWxpY2U6ckBiYml0\n%sVia: 1.1 tester\nX-Forwarded-For: 127.0.0.1\nX-Real-Ip: 127.0.0.1\nX-Team: crawler"
+	for _, tc := range []struct{ request, want string }{
+		{"CONNECT target.example:443 HTTP/1.1\nHost: target.example:443\nProxy-Authorization: mine\nUser-Agent: u\n\n",
+			"CONNECT target.example:443 HTTP/1.1\nHost: target.example:443\n" + fmt.Sprintf(added, "")},
+		{"GET http://Target.example/a//b?{} HTTP/1.1\nHost: x\nUser-Agent: u\nProxy-Authorization: mine\n\n",
+			"GET http://Target.example/a//b?{} HTTP/1.1\nHost: Target.example\n" + fmt.Sprintf(added, "User-Agent: u\n")},
+		{"GET http://target.example:8080 HTTP/1.1\nHost: x\n\n", "GET http://target.example:8080/ HTTP/1.1\nHost: target.example:8080\n" + fmt.Sprintf(added, "")},
+		{"OPTIONS http://target.example HTTP/1.1\nHost: x\n\n", "OPTIONS http://target.example HTTP/1.1\nHost: target.example\n" + fmt.Sprintf(added, "")},
+	} {
+		conn := w.dial()
+		conn.send(tc.request)
+		if res, body := conn.response(strings.Fields(tc.request)[0]); res.StatusCode != http.StatusOK {
+			t.Errorf("%q: %s %q", tc.request, res.Status, body)
+		}
+		conn.Close()
+		if got := <-heads; got != tc.want {
+			t.Errorf("%q: the parent gets\n%s\nwant\n%s", tc.request, got, tc.want)
+		}
+	}
+}
+
+func TestParentFailures(t *testing.T) {
+	closed := freeAddress(t)
+	for _, tc := range []struct {
+		name, answer string // "" for an address where nobody listens
+		status       int
+		text         string
+	}{
+		{"credentials", "HTTP/1.1 407 Proxy Authentication Required\nProxy-Authenticate: Basic realm=\"x\"\nContent-Length: 0\n\n", 502, parentWantsOthers},
+		{"denied", "HTTP/1.1 403 Forbidden\nContent-Length: 0\n\n", 403, "The parent proxy does not let this one connect to target.example:443"},
+		{"too many", "HTTP/1.1 429 Too Many Requests\nContent-Length: 0\n\n", 503, "The parent proxy is too busy"},
+		{"busy", "HTTP/1.1 503 Service Unavailable\nContent-Length: 0\n\n", 503, "The parent proxy is too busy"},
+		{"no target", "HTTP/1.1 502 Bad Gateway\nContent-Length: 0\n\n", 502, "The parent proxy has no connection to target.example:443"},
+		{"target silent", "HTTP/1.1 504 Gateway Timeout\nContent-Length: 0\n\n", 504, "The parent proxy got no connection to target.example:443 in time"},
+		{"anything else", "HTTP/1.1 302 Found\nContent-Length: 0\n\n", 502, "The parent proxy has no connection to target.example:443"},
+		{"no HTTP", "SSH-2.0-x\n", 502, "There is no connection to the parent proxy"},
+		{"silent", "", 504, "The parent proxy did not accept a connection in time"},
+		{"refused", "refused", 502, "The parent proxy refused the connection"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			address, _ := parentListens(t, tc.answer)
+			if tc.answer == "refused" {
+				address = closed
+			}
+			w := newWorld(t, "dial_timeout 200ms\nupstream http://alice:rabbit@"+address, nil)
+			res, body := policyRequest(t, w.proxy, http.MethodConnect, "target.example:443", "")
+			if res.StatusCode != tc.status || !strings.HasPrefix(body, tc.text) || res.Header.Get("Proxy-Authenticate") != "" {
+				t.Errorf("%s %q, want %d %q", res.Status, body, tc.status, tc.text)
+			}
+			w.waitLog("request", 1)
+			w.keepsSecret("rabbit")
+		})
+	}
+	w := newWorld(t, "upstream http://nowhere.invalid", nil)
+	if res, body := policyRequest(t, w.proxy, http.MethodConnect, "target.example:443", ""); res.StatusCode != 502 || !strings.HasPrefix(body, "The name of the parent proxy does not resolve") {
+		t.Errorf("%s %q", res.Status, body)
+	}
+}
+
+// TestParentRules: rules hold with a parent, whose own address needs none.
+func TestParentRules(t *testing.T) {
+	address, heads := parentListens(t, "HTTP/1.1 200 OK\nContent-Length: 0\n\n")
+	w := newWorld(t, "deny bad.example *.bad.example\nno_upstream direct.example 127.0.0.0/8\nupstream http://"+address, nil)
+	for _, tc := range []struct {
+		authority string
+		status    int // 0: not the parent's
+	}{
+		{"good.example:80", 200}, {"bad.example:80", 403}, {"x.bad.example:80", 403}, {"BAD.example.:80", 403}, {"good.example:25", 403},
+		{"10.0.0.1:80", 403}, {"localhost:80", 403}, {"[::1]:80", 403}, {"169.254.169.254:80", 403}, {"8.8.8.8:80", 200},
+		{"2130706433:80", 400}, {"0x7f.1:80", 400},
+		{w.origin.Listener.Addr().String(), 403}, // directly, and closed to whom is not local
+	} {
+		for _, method := range []string{http.MethodConnect, http.MethodGet} {
+			res, body := policyRequest(t, w.proxy, method, tc.authority, policyRemote)
+			if res.StatusCode != tc.status {
+				t.Errorf("%s %s: %s %q, want %d", method, tc.authority, res.Status, body, tc.status)
+			}
+			if asked := len(heads) > 0; asked != (tc.status == 200) {
+				t.Errorf("%s %s: the parent was asked: %v", method, tc.authority, asked)
+			}
+			for len(heads) > 0 {
+				<-heads
+			}
+		}
+	}
+	policyOpen(t, w.proxy, http.MethodGet, w.origin.Listener.Addr().String(), "", "hello from the origin")
+	policyOpen(t, w.proxy, http.MethodConnect, w.origin.Listener.Addr().String(), "", "")
+	if len(heads) > 0 {
+		t.Errorf("the parent was asked: %q", <-heads)
+	}
+	for _, mistake := range []string{`"upstream": {"url": "http://alice:{env.THERE_IS_NO_SUCH}@proxy.example"}`, `"no_upstream": ["a.example"]`,
+		`"upstream": {"url": "proxy.example:80"}`, `"upstream": {"url": "http://a.example", "tls": {}}`, `"upstream": {"url": "http://a.example", "headers": {"a b": "c"}}`} {
+		if err := validate(t, `{"handler": "async_proxy", `+mistake+`}`); err == nil {
+			t.Errorf("%q is accepted", mistake)
+		}
+	}
+}
+
+// TestParentLeaving: a client that leaves while the parent is slow ends the
+// attempt, and nothing is left of it.
+func TestParentLeaving(t *testing.T) {
+	address, heads := parentListens(t, "")
+	w := newWorld(t, "upstream http://"+address, nil)
+	before := runtime.NumGoroutine()
+	conn := w.dial()
+	conn.send("CONNECT target.example:443 HTTP/1.1\nHost: x\n\n")
+	<-heads
+	conn.Close()
+	if line := w.waitLog("request", 1)[0]; line["status"] != 499.0 {
+		t.Errorf("line %v", line)
+	}
+	eventually(t, "goroutines to end", func() bool { return runtime.NumGoroutine() <= before })
+}
+
+// TestParentStreams: tunnels over HTTP/2 share a connection to the parent, one
+// that is reset says so, and none is left in the end.
+func TestParentStreams(t *testing.T) {
+	parent := binaryStart(t, binaryOptions{secure: true, site: "allow 127.0.0.0/8"})
+	w := newWorld(t, "upstream https://"+parent.secure+" {\ntls_insecure_skip_verify\n}", nil)
+	target := listen(t, func(conn *net.TCPConn) { _, _ = io.Copy(conn, conn) })
+	w.dial().connect(target)
+	descriptors := parent.descriptors()
+	var conns []*rawConn
+	for range 50 {
+		conn := w.dial()
+		conn.connect(target)
+		conn.send("ping\n")
+		if line, err := conn.r.ReadString('\n'); err != nil || line != "ping\r\n" {
+			t.Fatalf("%q, %v", line, err)
+		}
+		conns = append(conns, conn)
+	}
+	if n := parent.descriptors() - descriptors; n > 50 {
+		t.Errorf("50 tunnels take %d descriptors of the parent, want one each, to the target", n)
+	}
+	for i, conn := range conns {
+		if i%2 > 0 {
+			conn.SetLinger(0)
+		}
+		conn.Close()
+	}
+	parent.waitLog("CONNECT tunnel closed", 50)
+	eventually(t, "descriptors to be closed", func() bool { return parent.descriptors() <= descriptors })
+
+	resetting := listen(t, func(conn *net.TCPConn) {
+		_, _ = conn.Read(make([]byte, 1))
+		conn.SetLinger(0)
+	})
+	conn := w.dial()
+	conn.connect(resetting)
+	conn.send("x")
+	if _, err := conn.Read(make([]byte, 1)); err == nil || err == io.EOF {
+		t.Errorf("after a reset behind the parent: %v", err)
+	}
+}
+
+// TestParentTimeouts: the attempt is bounded as a whole.
+func TestParentTimeouts(t *testing.T) {
+	silent := listen(t, func(conn *net.TCPConn) { _, _ = io.Copy(io.Discard, conn) })
+	for _, scheme := range []string{"http", "https", "socks5"} {
+		w := newWorld(t, "dial_timeout 100ms\nupstream "+scheme+"://"+silent, nil)
+		if res, body := policyRequest(t, w.proxy, http.MethodConnect, "target.example:443", ""); res.StatusCode != http.StatusGatewayTimeout {
+			t.Errorf("%s: %s %q", scheme, res.Status, body)
+		}
+	}
+}
