@@ -94,6 +94,9 @@ func (d *dialer) dial(ctx context.Context, r reach, address string) (net.Conn, e
 	if denied, _ := d.policy.checkName(ctx, r, a.target, true); denied != nil {
 		return nil, denied
 	}
+	if a.addr.IsValid() {
+		address = netip.AddrPortFrom(a.addr, a.port).String() // without a dot at the end
+	}
 	conn, err := d.dialers[r].DialContext(context.WithValue(ctx, attemptKey{}, a), "tcp", address)
 	if denied := a.denied.Load(); err != nil && denied != nil && ctx.Err() == nil {
 		return nil, denied

@@ -1,0 +1,284 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package asyncproxy
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+
+	"golang.org/x/net/dns/dnsmessage"
+)
+
+// namespaceAddresses are of the interface that the tests of this file have in a
+// network of their own, so that every destination is really there.
+var namespaceAddresses = strings.Fields(`8.8.8.8 1.1.1.1 172.32.0.1 10.0.0.1 172.16.0.1 192.168.1.1 100.64.0.1 169.254.169.254
+	192.0.0.192 198.18.0.1 203.0.113.1 168.63.129.16 240.0.0.1
+	2606:4700::1111 fd00::1 fec0::1 2001:db8::1 2001:0:7f00:1::1 64:ff9b::808:808 64:ff9b::7f00:1 64:ff9b::a00:1 64:ff9b::a9fe:a9fe 64:ff9b:1::7f00:1
+	2002:7f00:1::1 2002:a00:1::1 2002:a9fe:a9fe::1 2002:808:808::1 ::127.0.0.1`)
+
+// inNamespace runs the test in a process with a network of its own, in which it
+// returns true.
+func inNamespace(t *testing.T) bool {
+	t.Helper()
+	const marker = "ASYNC_PROXY_NAMESPACE"
+	if os.Getenv(marker) != "" {
+		commands := []string{"ip link set lo up"}
+		for _, address := range namespaceAddresses {
+			bits := "/32"
+			if strings.Contains(address, ":") {
+				bits = "/128 nodad"
+			}
+			commands = append(commands, "ip addr add "+address+bits+" dev lo")
+		}
+		if out, err := exec.Command("sh", "-ec", strings.Join(commands, "\n")).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		return true
+	}
+	if _, err := exec.LookPath("ip"); err != nil {
+		t.Skip("there is no ip; apt-get install iproute2")
+	}
+	cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v")
+	cmd.Env = append(os.Environ(), marker+"=yes")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+	if uid := os.Getuid(); uid != 0 {
+		cmd.SysProcAttr.Cloneflags |= syscall.CLONE_NEWUSER
+		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: uid, Size: 1}}
+		cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}}
+	}
+	out, err := cmd.CombinedOutput()
+	if errors.Is(err, syscall.EPERM) {
+		t.Skip("this user may not make a network namespace")
+	}
+	if err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
+	return false
+}
+
+// everywhere listens on all addresses, and counts its connections.
+func everywhere(t *testing.T) (port string, accepted *atomic.Int64) {
+	t.Helper()
+	ln, err := net.Listen("tcp", ":0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	accepted = new(atomic.Int64)
+	go func() {
+		_ = http.Serve(countingListener{ln, accepted}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			fmt.Fprintf(w, "reached")
+		}))
+	}()
+	t.Cleanup(func() { ln.Close() })
+	_, port, _ = net.SplitHostPort(ln.Addr().String())
+	return port, accepted
+}
+
+type countingListener struct {
+	net.Listener
+	accepted *atomic.Int64
+}
+
+func (l countingListener) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err == nil {
+		l.accepted.Add(1)
+	}
+	return conn, err
+}
+
+// nameServer answers questions for A and AAAA with what answer returns, the n-th
+// time that the name is asked for.
+func nameServer(t *testing.T, answer func(name string, n int) []string) string {
+	t.Helper()
+	socket, err := net.ListenPacket("udp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { socket.Close() })
+	var mu sync.Mutex
+	asked := map[string]int{}
+	go func() {
+		buf := make([]byte, 1500)
+		for {
+			n, from, err := socket.ReadFrom(buf)
+			if err != nil {
+				return
+			}
+			var m dnsmessage.Message
+			if err := m.Unpack(buf[:n]); err != nil || len(m.Questions) != 1 {
+				continue
+			}
+			q := m.Questions[0]
+			name := strings.TrimSuffix(strings.ToLower(q.Name.String()), ".")
+			mu.Lock()
+			round := asked[name+q.Type.String()]
+			asked[name+q.Type.String()]++
+			mu.Unlock()
+			m.Response, m.RecursionAvailable = true, true
+			m.Additionals = nil
+			owner := q.Name
+			for _, data := range answer(name, round) {
+				if alias, ok := strings.CutPrefix(data, "CNAME "); ok {
+					target := dnsmessage.MustNewName(alias + ".")
+					m.Answers = append(m.Answers, dnsmessage.Resource{
+						Header: dnsmessage.ResourceHeader{Name: owner, Type: dnsmessage.TypeCNAME, Class: q.Class, TTL: 1},
+						Body:   &dnsmessage.CNAMEResource{CNAME: target}})
+					owner = target
+					continue
+				}
+				addr := netip.MustParseAddr(data)
+				header := dnsmessage.ResourceHeader{Name: owner, Type: q.Type, Class: q.Class, TTL: 1}
+				if addr.Is4() && q.Type == dnsmessage.TypeA {
+					m.Answers = append(m.Answers, dnsmessage.Resource{Header: header, Body: &dnsmessage.AResource{A: addr.As4()}})
+				} else if addr.Is6() && q.Type == dnsmessage.TypeAAAA {
+					m.Answers = append(m.Answers, dnsmessage.Resource{Header: header, Body: &dnsmessage.AAAAResource{AAAA: addr.As16()}})
+				}
+			}
+			if len(m.Answers) == 0 && answer(name, round) == nil {
+				m.RCode = dnsmessage.RCodeNameError
+			}
+			if packed, err := m.Pack(); err == nil {
+				_, _ = socket.WriteTo(packed, from)
+			}
+		}
+	}()
+	return socket.LocalAddr().String()
+}
+
+// names are what the name server of the tests knows.
+func names(name string, n int) []string {
+	switch name {
+	case "public.test":
+		return []string{"8.8.8.8", "2606:4700::1111"}
+	case "loopback.test":
+		return []string{"127.0.0.1", "::1"}
+	case "private.test":
+		return []string{"10.0.0.1", "fd00::1"}
+	case "metadata.test":
+		return []string{"169.254.169.254"}
+	case "mapped.test":
+		return []string{"::ffff:127.0.0.1"}
+	case "nat64.test":
+		return []string{"64:ff9b::7f00:1"}
+	case "alias.test":
+		return []string{"CNAME loopback.test", "127.0.0.1"}
+	case "mixed.test": // one that is open among closed ones
+		return []string{"127.0.0.1", "8.8.8.8", "10.0.0.1", "::1"}
+	case "rebinding.test": // public the first time, then never again
+		if n == 0 {
+			return []string{"8.8.8.8"}
+		}
+		return []string{"127.0.0.1"}
+	case "xn--lclhst-cua.test":
+		return []string{"127.0.0.1"}
+	}
+	return nil
+}
+
+// TestSpellings asks for every forbidden destination in every way in which it
+// can be written, through CONNECT and as a plain request.
+func TestSpellings(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	port, accepted := everywhere(t)
+	w := newWorld(t, "resolvers "+nameServer(t, names), nil)
+	const (
+		loopback  = `127.0.0.1 127.0.0.1. 127.0.0.2 127.1.2.3 127.255.255.254 [::1] [0:0:0:0:0:0:0:1] [::0001] [0000:0000:0000:0000:0000:0000:0000:0001] [::ffff:127.0.0.1] [::ffff:7f00:1] [0:0:0:0:0:ffff:127.0.0.1] [::FFFF:7F00:0001] [::127.0.0.1] [::7f00:1] localhost LOCALHOST LocalHost loopback.test LOOPBACK.test loopback.test. alias.test mapped.test nat64.test xn--lclhst-cua.test`
+		private   = `10.0.0.1 10.0.0.1. 172.16.0.1 192.168.1.1 100.64.0.1 192.0.0.192 198.18.0.1 203.0.113.1 240.0.0.1 168.63.129.16 [fd00::1] [FD00::1] [fec0::1] [2001:db8::1] [::ffff:10.0.0.1] [::ffff:a00:1] [::ffff:192.168.1.1] [::ffff:100.64.0.1] private.test`
+		embedding = `[64:ff9b::127.0.0.1] [64:ff9b::7f00:1] [64:FF9B::A00:1] [64:ff9b::10.0.0.1] [64:ff9b:1::7f00:1] [2002:7f00:1::1] [2002:7F00:0001::1] [2002:a00:1::1]`
+		never     = `0.0.0.0 [::] [::0] [0:0:0:0:0:0:0:0] [::ffff:0.0.0.0] [::ffff:0:0] 169.254.169.254 169.254.0.1 [::ffff:169.254.169.254] [::ffff:a9fe:a9fe] [64:ff9b::a9fe:a9fe] [64:ff9b::169.254.169.254] [2002:a9fe:a9fe::1] metadata.test [fe80::1] [FE80::1] 224.0.0.1 239.255.255.250 [ff02::1] [ff0e::1] 255.255.255.255 [2001:0:7f00:1::1] [2001::1]`
+		malformed = `2130706433 017700000001 0x7f000001 0X7F000001 0x7f.0.0.1 0x7f.1 127.1 127.0.1 127.0.0.01 127.0.0.0x1 0177.0.0.1 0177.1 00127.0.0.1 127.0.0.1.. 127.0.0.1.1 1.2.3.256 [::1%25lo] [fe80::1%25eth0] [fe80::1%lo] [::ffff:127.0.0.1.] [::ffff:0x7f.0.0.1] 127.0.0.%31 %6cocalhost loc%61lhost ⓛocalhost 127。0。0。1 １２７.0.0.1 localhost%00 [127.0.0.1] [localhost] 127.0.0.1\ .test .127.0.0.1 localhost.. ..localhost ::1 0 00 0x0 1`
+	)
+	ask := func(host, lines string, want ...int) {
+		t.Helper()
+		for _, method := range []string{http.MethodConnect, http.MethodGet} {
+			res, body := policyRequest(t, w.proxy, method, host+":"+port, lines)
+			ok := false
+			for _, status := range want {
+				ok = ok || res.StatusCode == status
+			}
+			if !ok {
+				t.Errorf("%s %s for %q: %s %q, want %v", method, host, lines, res.Status, body, want)
+			}
+		}
+	}
+	forbidden := 0
+	for _, list := range []string{loopback, private, embedding, never} {
+		for host := range strings.FieldsSeq(list) {
+			ask(host, policyRemote, http.StatusForbidden)
+			forbidden++
+		}
+	}
+	for host := range strings.FieldsSeq(never) {
+		ask(host, "", http.StatusForbidden)
+		forbidden++
+	}
+	ask("localhost.", policyRemote, http.StatusForbidden, http.StatusBadGateway) // some resolvers know it
+	for host := range strings.FieldsSeq(malformed) {
+		ask(host, policyRemote, http.StatusBadRequest)
+		ask(host, "", http.StatusBadRequest)
+		forbidden += 2
+	}
+	if n := accepted.Load(); n != 0 {
+		t.Errorf("%d connections have come through", n)
+	}
+	t.Logf("%d refused, each twice", forbidden)
+	for _, row := range []struct{ hosts, lines string }{
+		{`8.8.8.8 1.1.1.1 172.32.0.1 [2606:4700::1111] [2606:4700:0::1111] [::ffff:8.8.8.8] [::ffff:808:808] [64:ff9b::8.8.8.8] [2002:808:808::1] public.test PUBLIC.test. mixed.test`, policyRemote},
+		{`127.0.0.1 127.0.0.2 [::1] [::ffff:127.0.0.1] 10.0.0.1 172.16.0.1 192.168.1.1 100.64.0.1 [fd00::1] localhost loopback.test private.test alias.test 8.8.8.8`, ""},
+	} {
+		for host := range strings.FieldsSeq(row.hosts) {
+			ask(host, row.lines, http.StatusOK)
+		}
+	}
+	if accepted.Load() == 0 {
+		t.Error("nothing has come through")
+	}
+}
+
+// TestRebinding: what a name resolved to a moment ago counts for nothing.
+func TestRebinding(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	port, accepted := everywhere(t)
+	w := newWorld(t, "resolvers "+nameServer(t, names), nil)
+	for i, want := range []int{http.StatusOK, http.StatusForbidden, http.StatusForbidden} {
+		res, body := policyRequest(t, w.proxy, http.MethodConnect, "rebinding.test:"+port, policyRemote)
+		if res.StatusCode != want {
+			t.Errorf("request %d: %s %q, want %d", i, res.Status, body, want)
+		}
+		accepted.Store(0)
+	}
+	if n := accepted.Load(); n != 0 {
+		t.Errorf("%d connections have come through", n)
+	}
+	line := w.waitLog("request", 2)[0]
+	if line["level"] != "warn" || line["rule"] != "default" || line["address"] != "127.0.0.1:"+port || line["client"] != "127.0.0.1" {
+		t.Errorf("line %v", line)
+	}
+	// A name that is allowed opens nothing by that.
+	w.load(w.site("allow rebinding.test loopback.test mixed.test\ndeny all\nresolvers " + nameServer(t, func(name string, _ int) []string { return names(name, 1) })))
+	for host, want := range map[string]int{"rebinding.test": 403, "loopback.test": 403, "mixed.test": 200, "public.test": 403, "8.8.8.8": 403} {
+		for _, method := range []string{http.MethodConnect, http.MethodGet} {
+			if res, body := policyRequest(t, w.proxy, method, host+":"+port, policyRemote); res.StatusCode != want {
+				t.Errorf("%s %s: %s %q, want %d", method, host, res.Status, body, want)
+			}
+		}
+	}
+}
