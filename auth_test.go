@@ -14,9 +14,11 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/caddyserver/caddy/v2"
 	"golang.org/x/crypto/bcrypt"
 )
 
@@ -337,4 +339,50 @@ func (c *cdp) call(session, method string, params map[string]any) map[string]any
 			return got.Result
 		}
 	}
+}
+
+// countingHash counts how often a password was compared.
+type countingHash struct{}
+
+var compared atomic.Int64
+
+func init() { caddy.RegisterModule(countingHash{}) }
+
+func (countingHash) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "http.authentication.hashes.counting", New: func() caddy.Module { return new(countingHash) }}
+}
+func (countingHash) Hash(b []byte) ([]byte, error) { return b, nil }
+func (countingHash) FakeHash() []byte              { return []byte("$fake") }
+func (countingHash) Compare(hash, password []byte) (bool, error) {
+	compared.Add(1)
+	return string(hash) == "$"+string(password), nil
+}
+
+// TestAuthTellsNothing: an unknown user costs what a wrong password does.
+func TestAuthTellsNothing(t *testing.T) {
+	w := newWorld(t, "basic_auth counting {\nalice $wonderland\n}", nil)
+	for _, tc := range []struct {
+		user, password string
+		status         int
+	}{{"alice", "wonderland", 200}, {"alice", "guess", 407}, {"carol", "guess", 407}, {"", "another", 407}} {
+		compared.Store(0)
+		lines := "Proxy-Authorization: " + login(tc.user, tc.password) + "\n"
+		if res, _ := policyRequest(t, w.proxy, http.MethodGet, w.origin.Listener.Addr().String(), lines); res.StatusCode != tc.status || compared.Load() != 1 {
+			t.Errorf("as %q: %s, %d comparisons, want 1", tc.user, res.Status, compared.Load())
+		}
+	}
+}
+
+// TestAuthPlaceholders: Caddy's access log knows the user, and other handlers do.
+func TestAuthPlaceholders(t *testing.T) {
+	w := newWorld(t, "", nil)
+	w.load(strings.Replace(w.site(authUsers), "async_proxy {", "log\nlog_append who {http.async_proxy.user}\nasync_proxy {", 1))
+	res, _ := policyRequest(t, w.proxy, http.MethodGet, w.origin.Listener.Addr().String(), "Proxy-Authorization: "+login("alice", "wonderland")+"\n")
+	if res.StatusCode != http.StatusOK {
+		t.Fatal(res.Status)
+	}
+	if line := w.waitLog("handled request", 1)[0]; line["user_id"] != "alice" || line["who"] != "alice" {
+		t.Errorf("line %v", line)
+	}
+	w.keepsSecret("wonderland")
 }

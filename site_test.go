@@ -136,3 +136,39 @@ func TestListeningIsNotLoggedByAValidation(t *testing.T) {
 	}
 	w.gets(w.proxy, 200) // the running config is the one that was
 }
+
+// An open proxy is warned about, and nothing else is.
+func TestOpenProxyIsWarnedAbout(t *testing.T) {
+	w := newWorld(t, "", nil)
+	_, port, _ := strings.Cut(w.proxy, ":")
+	for _, tc := range []struct {
+		site string // PORT stands for the port
+		open bool
+	}{
+		{"http://:PORT {\n\tbind 0.0.0.0\n\tasync_proxy\n}", true},
+		{"http://:PORT {\n\tbind ::\n\tasync_proxy\n}", true},
+		{"http://:PORT {\n\tbind 127.0.0.1 0.0.0.0\n\tasync_proxy\n}", true},
+		{"http://:PORT {\n\tbind 127.0.0.1\n\tasync_proxy\n}", false},
+		{"http://:PORT {\n\tbind localhost\n\tasync_proxy\n}", false},
+		{"http://:PORT {\n\tbind ::1\n\tasync_proxy\n}", false},
+		{"http://:PORT {\n\tbind unix/" + t.TempDir() + "/socket\n\tasync_proxy\n}", false},
+		{"http://:PORT {\n\tbind 0.0.0.0\n\tasync_proxy {\n\t\tclients 10.0.0.0/8\n\t}\n}", false},
+		{"http://:PORT {\n\tbind 0.0.0.0\n\tasync_proxy {\n\t\t" + authUsers + "\t}\n}", false},
+		{"http://:PORT {\n\tbind 0.0.0.0\n\t@known remote_ip 10.0.0.0/8\n\tasync_proxy @known\n}", false},
+		{"http://:PORT {\n\tbind 0.0.0.0\n\t@known client_ip 10.0.0.0/8\n\thandle @known {\n\t\tasync_proxy\n\t}\n}", false},
+		{"http://:PORT {\n\tbind 0.0.0.0\n\t@others not remote_ip 10.0.0.0/8\n\tabort @others\n\troute {\n\t\tasync_proxy\n\t}\n}", true}, // abort comes later
+		{"http://:PORT {\n\tbind 0.0.0.0\n\troute {\n\t\t@others not remote_ip 10.0.0.0/8\n\t\tabort @others\n\t\tasync_proxy\n\t}\n}", false},
+		{"http://:PORT {\n\tbind 0.0.0.0\n\t" + authUsers + "\n\tasync_proxy\n}", false},
+		{"http://:PORT {\n\tbind 0.0.0.0\n\t@get method GET\n\tasync_proxy @get\n}", true},
+	} {
+		w.forgetLogs()
+		loadCaddyfile(t, w.globals()+strings.ReplaceAll(tc.site, "PORT", port))
+		data, err := os.ReadFile(w.logs)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Contains(string(data), "this is an open proxy"); got != tc.open {
+			t.Errorf("%s\nis warned about: %v, want %v", tc.site, got, tc.open)
+		}
+	}
+}
