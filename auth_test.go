@@ -7,6 +7,7 @@ import (
 	"bufio"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -19,6 +20,7 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/caddyauth"
 	"golang.org/x/crypto/bcrypt"
 )
 
@@ -385,4 +387,49 @@ func TestAuthPlaceholders(t *testing.T) {
 		t.Errorf("line %v", line)
 	}
 	w.keepsSecret("wonderland")
+}
+
+// tokenAuth is a provider as others may write one.
+type tokenAuth struct{}
+
+func init() { caddy.RegisterModule(tokenAuth{}) }
+
+func (tokenAuth) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "http.authentication.providers.token", New: func() caddy.Module { return new(tokenAuth) }}
+}
+
+func (tokenAuth) Authenticate(w http.ResponseWriter, r *http.Request) (caddyauth.User, bool, error) {
+	switch r.Header.Get("Authorization") {
+	case "Bearer abc":
+		return caddyauth.User{ID: "robot", Metadata: map[string]string{"team": "crawlers"}}, true, nil
+	case "Bearer broken":
+		return caddyauth.User{}, false, errors.New("the directory is down")
+	}
+	w.WriteHeader(http.StatusTeapot) // nobody is to see that
+	_, _ = io.WriteString(w, "nor that")
+	return caddyauth.User{}, false, nil
+}
+
+// TestAuthByOtherProviders: JSON takes any provider, and several.
+func TestAuthByOtherProviders(t *testing.T) {
+	w := newWorld(t, "", nil)
+	config, _, err := adapt(w.globals()+w.site("via tester"), "Caddyfile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	with := strings.Replace(string(config), `"handler":"async_proxy"`, `"handler":"async_proxy","authentication":{"token":{},"http_basic":{"realm":"both","accounts":[{"username":"alice","password":"`+
+		strings.TrimSpace(strings.Fields(authUsers)[5])+`"}]}}`, 1)
+	if err := caddy.Load([]byte(with), true); err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		credentials string
+		status      int
+	}{{"Bearer abc", 200}, {"Bearer abd", 407}, {"Bearer broken", 407}, {login("alice", "wonderland"), 200}, {login("alice", "?"), 407}} {
+		res, body := policyRequest(t, w.proxy, http.MethodGet, w.origin.Listener.Addr().String(), "Proxy-Authorization: "+tc.credentials+"\n")
+		if res.StatusCode != tc.status || tc.status == 407 && (body != authRefused || res.Header.Get("Proxy-Authenticate") != `Basic realm="both"`) {
+			t.Errorf("%s: %s %q, %q", tc.credentials, res.Status, body, res.Header)
+		}
+	}
+	w.waitLog("auth provider returned error", 1)
 }
