@@ -37,6 +37,7 @@ func parseCaddyfile(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error)
 //		max_clients   <n>
 //		zone          <name>
 //		exempt        <cidr|private_ranges...>
+//		limiter       <module> ...
 //		allow         <cidr|private_ranges...>
 //		dial_timeout  <duration>
 //		response_header_timeout <duration>|off
@@ -73,6 +74,12 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	}
 	for nesting := d.Nesting(); d.NextBlock(nesting); {
 		name := d.Val()
+		if name == "limiter" {
+			if err := p.limiter(h); err != nil {
+				return err
+			}
+			continue
+		}
 		args := d.RemainingArgs()
 		if err := p.option(h, name, args); err != nil {
 			return err
@@ -92,6 +99,7 @@ var expectations = map[string]string{
 	"ipv6_prefix":             "a number of bits from 1 to 128",
 	"max_clients":             "a whole number of clients, at least 2",
 	"zone":                    "a name",
+	"limiter":                 "a limiter that this Caddy is built with, such as redis",
 	"exempt":                  "addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges",
 	"allow":                   "addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges",
 	"dial_timeout":            "a positive duration such as 10s",

@@ -14,6 +14,7 @@ package asyncproxy
 
 import (
 	"cmp"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -81,6 +82,12 @@ type Handler struct {
 	// `private_ranges` stands for all private ones.
 	Exempt []string `json:"exempt,omitempty"`
 
+	// Where several processes count their clients together, so that a client
+	// has one budget with all of them. It is asked about the requests that this
+	// process's own buckets let through. Default: none, each process counts for
+	// itself.
+	LimiterRaw json.RawMessage `json:"limiter,omitempty" caddy:"namespace=http.async_proxy.limiters inline_key=module"`
+
 	// Destinations that are open to every client beyond the default, as
 	// addresses or CIDR ranges; `private_ranges` stands for all private ones.
 	//
@@ -147,6 +154,7 @@ type Handler struct {
 
 	logger    *zap.Logger
 	limiter   *limiter
+	shared    Limiter  // or nil
 	policy    []string // the value of RateLimit-Policy
 	limited   *atomic.Pointer[limitedAnswer]
 	exempt    []netip.Prefix
@@ -211,6 +219,9 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		return err
 	}
 	if err := h.atStart(ctx, server); err != nil {
+		return err
+	}
+	if err := h.loadLimiter(ctx); err != nil {
 		return err
 	}
 
@@ -293,7 +304,7 @@ func parsePrefixes(option string, exprs []string) ([]netip.Prefix, error) {
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 	v := h.newVisit(r)
 	if !contains(h.exempt, v.addr) {
-		if verdict := h.limiter.take(h.limiter.client(v.addr), sinceEpoch(v.start)); !verdict.ok {
+		if verdict := h.take(r.Context(), v); !verdict.ok {
 			return h.refuseLimited(w, r, v, verdict)
 		}
 	}
