@@ -158,12 +158,16 @@ func (s *server) heal(key string, since time.Time) {
 			return
 		case <-time.After(probeInterval):
 		}
-		if s.connect(key) == nil {
+		err := s.connect(key)
+		if err == nil {
 			s.logger.Load().Info("redis answers again",
 				zap.Strings("addresses", s.options.InitAddress),
 				zap.Duration("after", time.Since(since)))
 			return
 		}
+		s.logger.Load().Debug("redis still does not answer",
+			zap.Strings("addresses", s.options.InitAddress),
+			zap.Error(err))
 	}
 }
 
