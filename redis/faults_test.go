@@ -134,30 +134,31 @@ const (
 func TestFaults(t *testing.T) {
 	for _, row := range []struct {
 		name, kind string
+		says       string // what the log says is wrong
 		harm, heal func(*engine, *bridge)
 	}{
-		{"stopped", "timeout",
+		{"stopped", "timeout", "context deadline exceeded",
 			func(e *engine, _ *bridge) { e.signal(e.t, syscall.SIGSTOP) },
 			func(e *engine, _ *bridge) { e.signal(e.t, syscall.SIGCONT) }},
-		{"killed", "connection",
+		{"killed", "connection", "EOF",
 			func(e *engine, _ *bridge) { e.kill() },
 			func(e *engine, _ *bridge) { e.run() }},
-		{"connections are reset", "connection",
+		{"connections are reset", "connection", "connection reset by peer",
 			func(_ *engine, b *bridge) { b.resets.Store(true) },
 			func(_ *engine, b *bridge) { b.resets.Store(false) }},
-		{"nothing arrives", "timeout",
+		{"nothing arrives", "timeout", "context deadline exceeded",
 			func(_ *engine, b *bridge) { b.silent.Store(true) },
 			func(_ *engine, b *bridge) { b.silent.Store(false) }},
-		{"answers take longer", "timeout",
+		{"answers take longer", "timeout", "context deadline exceeded",
 			func(_ *engine, b *bridge) { b.delay.Store(int64(faultTimeout)) },
 			func(_ *engine, b *bridge) { b.delay.Store(0) }},
-		{"READONLY", "answer",
+		{"READONLY", "answer", "READONLY",
 			func(e *engine, _ *bridge) { e.do("REPLICAOF", "127.0.0.1", "1") },
 			func(e *engine, _ *bridge) { e.do("REPLICAOF", "NO", "ONE") }},
-		{"OOM", "answer",
+		{"OOM", "answer", "OOM",
 			func(e *engine, _ *bridge) { e.do("CONFIG", "SET", "maxmemory", "1") },
 			func(e *engine, _ *bridge) { e.do("CONFIG", "SET", "maxmemory", "0") }},
-		{"LOADING", "",
+		{"LOADING", "", "LOADING",
 			func(e *engine, _ *bridge) {
 				for i := range 2000 {
 					e.do("SET", fmt.Sprint("filler", i), strings.Repeat("x", 1500))
@@ -171,7 +172,7 @@ func TestFaults(t *testing.T) {
 				}
 			},
 			func(e *engine, _ *bridge) { e.do("CONFIG", "SET", "key-load-delay", "0") }},
-		{"wrong password", "connection",
+		{"wrong password", "connection", "WRONGPASS",
 			func(e *engine, _ *bridge) {
 				e.do("CONFIG", "SET", "requirepass", "another")
 				e.do("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
@@ -201,7 +202,6 @@ func TestFaults(t *testing.T) {
 			if failed, _ := w.states(); failed != 1 {
 				t.Fatalf("%d lines say that Redis is gone, want 1", failed)
 			}
-			t.Log(logLines(t, w.logs, failedLine)[0]["error"])
 			asked := questions(t)
 			for range 3 { // while it is tried in vain
 				time.Sleep(probeInterval / 2)
@@ -217,6 +217,11 @@ func TestFaults(t *testing.T) {
 			}
 			if row.kind != "" && counter(t, metrics.errors.WithLabelValues(row.kind)) == errors {
 				t.Errorf("no error of kind %s", row.kind)
+			}
+
+			said := fmt.Sprint(append(logLines(t, w.logs, failedLine), logLines(t, w.logs, stillLine)...))
+			if !strings.Contains(said, row.says) {
+				t.Errorf("the log says %s; want %s", said, row.says)
 			}
 
 			row.heal(e, b)
@@ -238,7 +243,7 @@ func TestWrongTypeUnderTheKey(t *testing.T) {
 	e := startEngine(t, "redis-server")
 	w := newWorld(t, fmt.Sprintf("burst 10\nrefill 0.001\nlimiter redis %s", e.address))
 	w.gets(200)
-	key := strings.Trim(e.do("KEYS", "async_proxy:*"), "[]")
+	key := e.bucketKeys()[0]
 	e.do("DEL", key)
 	e.do("RPUSH", key, "a")
 	w.gets(200)
@@ -321,7 +326,7 @@ func TestWaitingIsBounded(t *testing.T) {
 	for range 6 * maxWaiting {
 		wg.Go(func() {
 			start := time.Now()
-			if _, err := s.take("a", probeArgs); err == nil {
+			if _, err := s.take("a", "a:b", probeArgs); err == nil {
 				t.Error("an answer though nothing arrives")
 			}
 			if took := time.Since(start); took > tooLong {

@@ -18,6 +18,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -181,14 +183,24 @@ func (e *engine) do(words ...string) string {
 	return fmt.Sprint(answer)
 }
 
+// bucketKeys are the keys of buckets, without that of a probe.
+func (e *engine) bucketKeys() []string {
+	e.t.Helper()
+	return strings.Fields(strings.Trim(e.do("KEYS", "async_proxy:[0-9]*"), "[]"))
+}
+
 // bucket is what is kept of the only bucket, or nothing.
 func (e *engine) bucket() string {
 	e.t.Helper()
-	key := strings.Trim(e.do("KEYS", "async_proxy:*"), "[]")
-	if key == "" {
+	switch keys := e.bucketKeys(); len(keys) {
+	case 0:
+		return ""
+	case 1:
+		return e.do("GET", keys[0])
+	default:
+		e.t.Fatalf("there are the keys %q, want one", keys)
 		return ""
 	}
-	return e.do("GET", key)
 }
 
 // world is a Caddy in this process with one async_proxy site, and an origin.
@@ -218,7 +230,7 @@ func newWorld(t testing.TB, options string) *world {
 // siteConfig is a config with one site.
 func siteConfig(proxy, logs, admin, options string) string {
 	_, port, _ := net.SplitHostPort(proxy)
-	return fmt.Sprintf("{\n\tadmin %s\n\tpersist_config off\n\tskip_install_trust\n\tgrace_period 5s\n\tdefault_bind 127.0.0.1\n\tmetrics\n\tlog {\n\t\toutput file %s\n\t\tformat json\n\t}\n}\nhttp://:%s {\n\tasync_proxy {\n\t\t%s\n\t}\n}\n",
+	return fmt.Sprintf("{\n\tadmin %s\n\tpersist_config off\n\tskip_install_trust\n\tgrace_period 5s\n\tdefault_bind 127.0.0.1\n\tmetrics\n\tlog {\n\t\toutput file %s\n\t\tformat json\n\t\tlevel DEBUG\n\t}\n}\nhttp://:%s {\n\tasync_proxy {\n\t\t%s\n\t}\n}\n",
 		admin, logs, port, options)
 }
 
@@ -230,14 +242,34 @@ func (w *world) load(options string) {
 	if err != nil {
 		w.t.Fatalf("adapting: %v\n%s", err, text)
 	}
+	old := serving()
 	if err := caddy.Load(config, true); err != nil {
 		w.t.Fatalf("loading: %v\n%s", err, text)
 	}
+	// A reload returns while the old servers may still accept a connection, only
+	// to close it.
+	eventually(w.t, "the old servers to stop", func() bool {
+		now := serving()
+		return !slices.ContainsFunc(old, func(id string) bool { return slices.Contains(now, id) })
+	})
 	w.t.Cleanup(func() {
 		if err := caddy.Stop(); err != nil {
 			w.t.Errorf("stopping: %v", err)
 		}
 	})
+}
+
+// serving returns the goroutines in which Caddy's servers accept connections.
+func serving() []string {
+	stacks := make([]byte, 4<<20)
+	stacks = stacks[:runtime.Stack(stacks, true)]
+	var ids []string
+	for stack := range strings.SplitSeq(string(stacks), "\n\n") {
+		if strings.Contains(stack, "net/http.(*Server).Serve(") && strings.Contains(stack, "created by github.com/caddyserver/caddy/v2/modules/caddyhttp.") {
+			ids = append(ids, strings.Fields(stack)[1])
+		}
+	}
+	return ids
 }
 
 // get sends a request for url through a proxy, on a connection of its own.
@@ -339,6 +371,7 @@ func logLines(t testing.TB, file, message string) []map[string]any {
 
 const (
 	failedLine = "redis does not answer; clients are not counted together until it does"
+	stillLine  = "redis still does not answer"
 	backLine   = "redis answers again"
 )
 

@@ -130,7 +130,7 @@ func (l *Limiter) Provision(ctx caddy.Context) error {
 		key.ca = l.TLS.CA
 	}
 	pooled, loaded, err := servers.LoadOrNew(key, func() (caddy.Destructor, error) {
-		return newServer(options, time.Duration(l.Timeout), ctx.Logger()), nil
+		return newServer(options, time.Duration(l.Timeout), l.Prefix, ctx.Logger()), nil
 	})
 	if err != nil {
 		return err
@@ -153,7 +153,7 @@ func (l *Limiter) Cleanup() error {
 
 // Take implements asyncproxy.Limiter.
 func (l *Limiter) Take(_ context.Context, b asyncproxy.Bucket) (time.Duration, error) {
-	wait, err := l.server.take(bucketKey(l.Prefix, b), bucketArgs(b.Burst, b.Interval))
+	wait, err := l.server.take(l.Prefix, bucketKey(l.Prefix, b), bucketArgs(b.Burst, b.Interval))
 	if err == nil {
 		return wait, nil
 	}

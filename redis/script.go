@@ -49,5 +49,9 @@ func bucketArgs(burst int64, interval time.Duration) []string {
 	}
 }
 
+// probeKey is the key by which to see whether Redis takes tokens of a bucket. In
+// a cluster it is where the bucket's own is, as the braces say what counts.
+func probeKey(prefix, key string) string { return prefix + ":{" + key + "}" }
+
 // probeArgs are those of a bucket that is never empty and never kept for long.
 var probeArgs = bucketArgs(1_000_000_000, 1)

@@ -55,7 +55,7 @@ type link struct {
 
 // newServer begins to connect. Meanwhile take waits, but no longer than it
 // would for Redis.
-func newServer(options rueidis.ClientOption, timeout time.Duration, logger *zap.Logger) *server {
+func newServer(options rueidis.ClientOption, timeout time.Duration, prefix string, logger *zap.Logger) *server {
 	options.Dialer.Timeout = setupTimeout
 	options.ConnWriteTimeout = max(setupTimeout, timeout)
 	options.PipelineMultiplex = -1 // one connection to each server, for all requests
@@ -66,13 +66,14 @@ func newServer(options rueidis.ClientOption, timeout time.Duration, logger *zap.
 	s.logger.Store(logger)
 	go func() {
 		start := time.Now()
-		err := s.connect("async_proxy")
+		key := probeKey(prefix, "")
+		err := s.connect(key)
 		if err != nil {
 			s.logFailed(err)
 		}
 		close(s.tried)
 		if err != nil {
-			s.heal("async_proxy", start)
+			s.heal(key, start)
 		}
 	}()
 	return s
@@ -99,8 +100,9 @@ func (s *server) down() bool {
 	}
 }
 
-// take runs the script on a bucket. That takes no longer than the timeout.
-func (s *server) take(key string, args []string) (time.Duration, error) {
+// take runs the script on a bucket whose key begins with prefix. That takes no
+// longer than the timeout.
+func (s *server) take(prefix, key string, args []string) (time.Duration, error) {
 	// Not the request's context: what has been sent is counted, even if the
 	// client leaves, and its leaving is not Redis's failure.
 	ctx, cancel := context.WithTimeout(context.Background(), s.timeout)
@@ -119,7 +121,7 @@ func (s *server) take(key string, args []string) (time.Duration, error) {
 	metrics.duration.Observe(time.Since(start).Seconds())
 	if err != nil {
 		metrics.errors.WithLabelValues(kind(err)).Inc()
-		s.fail(l, key, err)
+		s.fail(l, probeKey(prefix, key), err)
 		return 0, err
 	}
 	return wait, nil
@@ -137,6 +139,7 @@ func (l *link) take(ctx context.Context, key string, args []string) (time.Durati
 }
 
 // fail gives l up, once, and has somebody see to it that there is another one.
+// key is what to try it with.
 func (s *server) fail(l *link, key string, err error) {
 	if !s.link.CompareAndSwap(l, nil) {
 		return // another request was first, or the server is closed
@@ -171,8 +174,7 @@ func (s *server) heal(key string, since time.Time) {
 	}
 }
 
-// connect makes a new link, if Redis takes tokens in time: with a key beside
-// that of the request that failed, since in a cluster others are elsewhere.
+// connect makes a new link, if Redis takes tokens in time.
 func (s *server) connect(key string) error {
 	options := s.options
 	options.InitAddress = slices.Clone(options.InitAddress)
@@ -183,7 +185,7 @@ func (s *server) connect(key string) error {
 	l := &link{client, make(chan struct{}, maxWaiting)}
 	for _, timeout := range []time.Duration{setupTimeout, s.timeout} { // at first the script may have to be loaded
 		ctx, cancel := context.WithTimeout(context.Background(), timeout)
-		_, err = l.take(ctx, "{"+key+"}", probeArgs)
+		_, err = l.take(ctx, key, probeArgs)
 		cancel()
 		if err != nil {
 			client.Close()
