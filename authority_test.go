@@ -26,7 +26,6 @@ func TestParseAuthority(t *testing.T) {
 		"my_host-2:8080",
 		"xn--bcher-kva.example:443",
 		"192.0.2.1:80",
-		"0x7f.1:80", // a name as any other; what it resolves to is judged
 		"[2001:db8::1]:443",
 		"[::1]:443",
 		"[::]:443",

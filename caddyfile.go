@@ -37,6 +37,7 @@ func parseCaddyfile(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error)
 //		max_clients   <n>
 //		zone          <name>
 //		exempt        <cidr|private_ranges...>
+//		limiter       <module> ...
 //		dial_timeout  <duration>
 //		response_header_timeout <duration>|off
 //		via           <pseudonym>|off
@@ -121,6 +122,7 @@ var expectations = map[string]string{
 	"ipv6_prefix":             "a number of bits from 1 to 128",
 	"max_clients":             "a whole number of clients, at least 2",
 	"zone":                    "a name",
+	"limiter":                 "a limiter that this Caddy is built with, such as redis",
 	"exempt":                  "addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges",
 	"allow":                   "destinations: addresses, CIDR ranges, names, *.names, public, private or all, each perhaps with :<ports>",
 	"deny":                    "destinations: addresses, CIDR ranges, names, *.names, public, private or all, each perhaps with :<ports>",

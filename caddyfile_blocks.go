@@ -25,6 +25,7 @@ func init() {
 		"deny_from":  caddyfileParser.ipSource,
 		"basic_auth": caddyfileParser.basicAuth,
 		"upstream":   caddyfileParser.upstream,
+		"limiter":    caddyfileParser.limiter,
 	}
 }
 

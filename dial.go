@@ -169,7 +169,8 @@ func newResolver(addresses []string) (*net.Resolver, error) {
 	servers := make([]caddy.NetworkAddress, len(addresses))
 	for i, address := range addresses {
 		server, err := caddy.ParseNetworkAddressWithDefaults(address, "udp", 53)
-		if err != nil || server.PortRangeSize() != 1 || server.Host == "" {
+		_, notIP := netip.ParseAddr(server.Host)
+		if err != nil || server.PortRangeSize() != 1 || notIP != nil && checkHost(server.Host) != nil {
 			return nil, fmt.Errorf("resolvers %q: expected the address of a DNS server, such as 192.0.2.53 or tcp/[2001:db8::53]:53", address)
 		}
 		servers[i] = server

@@ -15,6 +15,7 @@ package asyncproxy
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -83,6 +84,12 @@ type Handler struct {
 	// Clients that are never limited, as addresses or CIDR ranges;
 	// `private_ranges` stands for all private ones.
 	Exempt []string `json:"exempt,omitempty"`
+
+	// Where several processes count their clients together, so that a client
+	// has one budget with all of them. It is asked about the requests that this
+	// process's own buckets let through. Default: none, each process counts for
+	// itself.
+	LimiterRaw json.RawMessage `json:"limiter,omitempty" caddy:"namespace=http.async_proxy.limiters inline_key=module"`
 
 	// Where clients may go. Rules are walked in order, and the first that names
 	// a destination decides.
@@ -188,6 +195,7 @@ type Handler struct {
 
 	logger    *zap.Logger
 	limiter   *limiter
+	shared    Limiter  // or nil
 	policy    []string // the value of RateLimit-Policy
 	limited   *atomic.Pointer[limitedAnswer]
 	exempt    []netip.Prefix
@@ -274,6 +282,9 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		return err
 	}
 	if err := h.atStart(ctx, server); err != nil {
+		return err
+	}
+	if err := h.loadLimiter(ctx); err != nil {
 		return err
 	}
 
@@ -457,11 +468,7 @@ func (h *Handler) take(r *http.Request, v *visit, look bool) verdict {
 	if contains(h.exempt, v.addr) {
 		return verdict{ok: true}
 	}
-	ask := h.limiter.take
-	if look {
-		ask = h.limiter.look
-	}
-	verdict := ask(v.bucket, sinceEpoch(v.start))
+	verdict := h.ask(r.Context(), v.bucket, sinceEpoch(v.start), look)
 	if !verdict.ok && slices.Contains(h.ReportOnly, "limits") {
 		if verdict.refused > 0 {
 			h.logLimited(r, v, verdict, true)

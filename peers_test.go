@@ -137,10 +137,11 @@ func startPeer(t *testing.T, command string, args []string, config string) strin
 	if err := os.WriteFile(filepath.Join(dir, "config"), []byte(fill(config)), 0o644); err != nil {
 		t.Fatal(err)
 	}
+	filled := make([]string, len(args))
 	for i := range args {
-		args[i] = fill(args[i])
+		filled[i] = fill(args[i])
 	}
-	cmd := exec.Command(path, args...)
+	cmd := exec.Command(path, filled...)
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}

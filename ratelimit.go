@@ -96,6 +96,7 @@ type verdict struct {
 	ok      bool
 	wait    time.Duration // if !ok: until there is a token
 	refused int64         // if > 0: log a line, which stands for that many refusals
+	err     error         // if !ok: why the request cannot be counted, if that is the reason
 }
 
 // validate says what is wrong with the parameters, if anything.
@@ -179,11 +180,16 @@ func (l *limiter) look(client netip.Addr, now int64) verdict {
 	return b.verdict(max(0, b.full.Load()+l.interval-now-l.fill), now)
 }
 
-// verdict is what a request gets that found a token, or has to wait.
+// verdict is what a request gets that has to wait that long for a token.
 func (b *bucket) verdict(wait, now int64) verdict {
 	if wait == 0 {
 		return verdict{ok: true}
 	}
+	return b.refuse(wait, now)
+}
+
+// refuse is the verdict on a request that finds no token for that long.
+func (b *bucket) refuse(wait, now int64) verdict {
 	v := verdict{wait: time.Duration(wait)}
 	b.refused.Add(1)
 	if takeToken(&b.quiet, now, lineInterval, lineFill) == 0 {
@@ -275,6 +281,9 @@ func (l *limiter) state(seconds int64) string {
 
 // refuseLimited answers a request that found no token.
 func (h *Handler) refuseLimited(w http.ResponseWriter, r *http.Request, v *visit, verdict verdict) error {
+	if verdict.err != nil {
+		return h.refuseUncounted(w, r, v, verdict.err)
+	}
 	v.status, v.reason = http.StatusTooManyRequests, "http_request_denied"
 	if verdict.refused > 0 {
 		h.logLimited(r, v, verdict, false)

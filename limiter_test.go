@@ -1,0 +1,278 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+)
+
+// testLimiter is a limiter module that answers what a test says.
+type testLimiter struct {
+	Word string `json:"word,omitempty"`
+}
+
+// answers are what every testLimiter says, and what it was asked.
+var answers struct {
+	sync.Mutex
+	wait      time.Duration
+	err       error
+	suspended bool
+	asked     []Bucket
+}
+
+func init() { caddy.RegisterModule(testLimiter{}) }
+
+func (testLimiter) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "http.async_proxy.limiters.test", New: func() caddy.Module { return new(testLimiter) }}
+}
+
+func (l *testLimiter) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
+	d.Next()
+	if d.NextArg() {
+		l.Word = d.Val()
+	}
+	for d.NextBlock(0) {
+		if d.Val() != "word" || !d.AllArgs(&l.Word) {
+			return d.Errf("unrecognized option '%s'", d.Val())
+		}
+	}
+	return nil
+}
+
+func (*testLimiter) Take(_ context.Context, b Bucket) (time.Duration, error) {
+	answers.Lock()
+	defer answers.Unlock()
+	answers.asked = append(answers.asked, b)
+	return answers.wait, answers.err
+}
+
+func (*testLimiter) Suspended() bool {
+	answers.Lock()
+	defer answers.Unlock()
+	return answers.suspended
+}
+
+// answer says what the testLimiters answer until the test ends.
+func answer(t *testing.T, wait time.Duration, err error, suspended bool) {
+	t.Helper()
+	answers.Lock()
+	defer answers.Unlock()
+	answers.wait, answers.err, answers.suspended = wait, err, suspended
+	t.Cleanup(func() {
+		answers.Lock()
+		defer answers.Unlock()
+		answers.wait, answers.err, answers.suspended, answers.asked = 0, nil, false, nil
+	})
+}
+
+// asked returns the buckets that were asked for since the last call.
+func asked() []Bucket {
+	answers.Lock()
+	defer answers.Unlock()
+	list := answers.asked
+	answers.asked = nil
+	return list
+}
+
+// sharer is a client of a handler with a shared limiter. Time passes only when
+// a test says so.
+type sharer struct {
+	t   *testing.T
+	h   *Handler
+	now time.Duration
+}
+
+func newSharer(t *testing.T, burst int64, refill float64) *sharer {
+	return &sharer{t: t, h: &Handler{limiter: newLimiter(limits(burst, refill)), shared: new(testLimiter)}}
+}
+
+// takes has a request made, for which the shared limiter is asked so many times.
+func (s *sharer) takes(questions int, want verdict) {
+	s.t.Helper()
+	asked()
+	got := s.h.ask(s.t.Context(), netip.MustParseAddr("192.0.2.1"), int64(s.now), false)
+	got.refused = 0
+	if n := len(asked()); got != want || n != questions {
+		s.t.Errorf("after %v: take = %+v, want %+v; the shared limiter is asked %d times, want %d", s.now, got, want, n, questions)
+	}
+}
+
+func TestOwnRefusalAsksNobody(t *testing.T) {
+	s := newSharer(t, 2, 0.5)
+	answer(t, 0, nil, false)
+	s.takes(1, verdict{ok: true})
+	s.takes(1, verdict{ok: true})
+	s.takes(0, verdict{wait: 2 * time.Second})
+	s.now += 2 * time.Second
+	s.takes(1, verdict{ok: true})
+	s.takes(0, verdict{wait: 2 * time.Second})
+}
+
+// A client that the others have let use up its tokens is refused here without
+// a question until there is one.
+func TestSharedRefusalIsLearned(t *testing.T) {
+	s := newSharer(t, 10, 0.5)
+	answer(t, 1500*time.Millisecond, nil, false)
+	s.takes(1, verdict{wait: 1500 * time.Millisecond})
+	s.takes(0, verdict{wait: 1500 * time.Millisecond})
+	s.now += 1500*time.Millisecond - 1
+	s.takes(0, verdict{wait: 1})
+	s.now++
+	answer(t, 0, nil, false)
+	s.takes(1, verdict{ok: true})
+	s.takes(0, verdict{wait: 2 * time.Second}) // it was the only one
+}
+
+// A refusal costs no token, whoever it comes from.
+func TestSharedRefusalCostsNothing(t *testing.T) {
+	s := newSharer(t, 3, 0.5)
+	answer(t, 1, nil, false) // so little that the own bucket is as before
+	for range 100 {
+		s.takes(1, verdict{wait: 1})
+		s.now++
+	}
+	answer(t, 0, errors.New("out of order"), false)
+	for range 100 {
+		s.takes(1, verdict{err: answers.err})
+	}
+	answer(t, 0, nil, false)
+	s.takes(1, verdict{ok: true})
+}
+
+// What the shared limiter has refused together is refunded once each.
+func TestLearningTogether(t *testing.T) {
+	const burst = 50
+	l := newLimiter(limits(burst, 0.5))
+	client := netip.MustParseAddr("192.0.2.1")
+	together(burst, func(int) {
+		if v := l.take(client, 0); !v.ok {
+			t.Errorf("take = %+v", v)
+		}
+	})
+	together(burst, func(int) { l.learn(client, 0, time.Second) })
+	if got := l.take(client, 0); got.wait != time.Second {
+		t.Errorf("take = %+v, want a wait of 1s", got)
+	}
+}
+
+func TestSuspendedLimiterLimitsNobody(t *testing.T) {
+	s := newSharer(t, 1, 0.5)
+	answer(t, time.Second, nil, false)
+	s.takes(1, verdict{wait: time.Second})
+	answer(t, time.Second, nil, true)
+	for range 10 {
+		s.takes(0, verdict{ok: true})
+	}
+	answer(t, 0, nil, false)
+	s.takes(0, verdict{wait: time.Second})
+}
+
+func TestBucketsOfTheSharedLimiter(t *testing.T) {
+	key := limits(7, 3)
+	key.zone, key.v4, key.v6 = "office", 24, 56
+	l := newLimiter(key)
+	for addr, want := range map[string]string{
+		"192.0.2.1":        "192.0.2.0/24",
+		"::ffff:192.0.2.9": "192.0.2.0/24",
+		"2001:db8:0:1ff::": "2001:db8:0:100::/56",
+	} {
+		got := l.shared(l.client(netip.MustParseAddr(addr)))
+		if want := (Bucket{"office", netip.MustParsePrefix(want), "", 7, 333333333}); got != want {
+			t.Errorf("the bucket of %s is %+v, want %+v", addr, got, want)
+		}
+	}
+	if got, want := l.shared(userKey("alice")), (Bucket{"office", netip.Prefix{}, "alice", 7, 333333333}); got != want {
+		t.Errorf("alice has the bucket %v, want %v", got, want)
+	}
+	if got, want := l.shared(l.client(netip.Addr{})), (Bucket{"office", netip.Prefix{}, "", 7, 333333333}); got != want {
+		t.Errorf("the bucket of a client without an address is %+v, want %+v", got, want)
+	}
+}
+
+func TestAnswersOfTheSharedLimiter(t *testing.T) {
+	w := newWorld(t, "limiter test\nburst 10\nrefill 0.5\nzone a", nil)
+	answer(t, 0, nil, false)
+	w.gets(w.proxy, 200)
+	if got := asked(); len(got) != 1 || got[0] != (Bucket{"a", netip.MustParsePrefix("127.0.0.1/32"), "", 10, 2 * time.Second}) {
+		t.Errorf("asked for %+v", got)
+	}
+
+	answer(t, 3100*time.Millisecond, nil, false)
+	conn := w.dial()
+	conn.send(fmt.Sprintf("GET %s/ HTTP/1.1\nHost: x\n\n", w.origin.URL))
+	res, _ := conn.response(http.MethodGet)
+	if res.StatusCode != http.StatusTooManyRequests || res.Header.Get("Retry-After") != "4" || res.Header.Get("RateLimit") != `"a";r=0;t=4` {
+		t.Errorf("status %d, fields %v", res.StatusCode, res.Header)
+	}
+	if line := w.waitLog("rate limited", 1)[0]; line["retry_after"] != 3.1 {
+		t.Errorf("log line: %v", line)
+	}
+	w.gets(w.proxy, 429)
+	if got := asked(); len(got) != 1 {
+		t.Errorf("asked for %+v, want one question", got)
+	}
+
+	w.load(w.site("limiter test\nburst 10\nrefill 0.5\nexempt 127.0.0.1"))
+	w.gets(w.proxy, 200)
+	if got := asked(); len(got) != 0 {
+		t.Errorf("asked for %+v though the client is exempt", got)
+	}
+
+	w.load(w.site("limiter test\nburst 10\nrefill 0.5\nzone b"))
+	answer(t, 0, errors.New("the engine is cold"), false)
+	conn = w.dial()
+	conn.send(fmt.Sprintf("GET %s/ HTTP/1.1\nHost: x\n\n", w.origin.URL))
+	res, body := conn.response(http.MethodGet)
+	if res.StatusCode != http.StatusServiceUnavailable || res.Header.Get("Retry-After") != "1" ||
+		!strings.Contains(res.Header.Get("Proxy-Status"), "error=proxy_internal_error") || strings.Contains(body, "engine") {
+		t.Errorf("status %d, fields %v: %s", res.StatusCode, res.Header, body)
+	}
+	lines := w.waitLog("request", 3)
+	if line := lines[len(lines)-1]; line["level"] != "warn" || line["status"] != 503.0 || line["error"] != "the engine is cold" {
+		t.Errorf("log line: %v", line)
+	}
+}
+
+func TestCaddyfileLimiter(t *testing.T) {
+	for directive, want := range map[string]any{
+		"limiter test":                       map[string]any{"module": "test"},
+		"limiter test hello":                 map[string]any{"module": "test", "word": "hello"},
+		"limiter test {\nword hello\n}":      map[string]any{"module": "test", "word": "hello"},
+		"limiter test a {\nword b\n}\nvia a": map[string]any{"module": "test", "word": "b"},
+	} {
+		got := handlers(t, ":8080 {\nasync_proxy {\nburst 5\n"+directive+"\nrefill 3\n}\n}")
+		if len(got) != 1 || fmt.Sprint(got[0]["limiter"]) != fmt.Sprint(want) || got[0]["refill"] != 3.0 {
+			t.Errorf("%s\nmakes %v\nwant limiter %v", directive, got, want)
+		}
+	}
+	const expected = "expected a limiter that this Caddy is built with, such as redis"
+	for directive, want := range map[string]string{
+		"limiter":                       "limiter: there is no value; " + expected + ", at Caddyfile:3",
+		"limiter nonsense":              "limiter: the value 'nonsense' is not valid; " + expected + ", at Caddyfile:3",
+		"limiter test\nlimiter test":    "limiter: the option is given twice; expected it once, at Caddyfile:4",
+		"limiter test {\nnonsense a\n}": "unrecognized option 'nonsense', at Caddyfile:4",
+	} {
+		_, _, err := adapt(":8080 {\nasync_proxy {\n"+directive+"\n}\n}\n", "Caddyfile")
+		if want := "parsing caddyfile tokens for 'async_proxy': " + want; err == nil || err.Error() != want {
+			t.Errorf("%s\ngives %v\nwant  %v", directive, err, want)
+		}
+	}
+	if err := validate(t, `{"handler": "async_proxy", "limiter": {"module": "nonsense"}}`); err == nil || !strings.Contains(err.Error(), "unknown module: http.async_proxy.limiters.nonsense") {
+		t.Errorf("an unknown module: %v", err)
+	}
+	if err := validate(t, `{"handler": "async_proxy", "limiter": {"module": "test"}}`); err != nil {
+		t.Error(err)
+	}
+}

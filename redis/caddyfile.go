@@ -1,0 +1,116 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package redis
+
+import (
+	"strconv"
+	"strings"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+)
+
+// UnmarshalCaddyfile sets up the limiter from Caddyfile tokens. Syntax:
+//
+//	redis <address...> {
+//		username <name>
+//		password <password>
+//		tls      [<ca_file>]
+//		db       <number>
+//		sentinel <name_of_the_set>
+//		prefix   <prefix_of_keys>
+//		timeout  <duration>
+//		on_error local|allow|deny
+//	}
+func (l *Limiter) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
+	d.Next() // the module's name
+	for d.NextArg() {
+		if !strings.Contains(d.Val(), "{") { // else a placeholder
+			if _, err := parseAddress(d.Val()); err != nil {
+				return d.Errf("redis: the value '%s' is not valid; expected %s", d.Val(), expectedAddresses)
+			}
+		}
+		l.Addresses = append(l.Addresses, d.Val())
+	}
+	if len(l.Addresses) == 0 {
+		return d.Errf("redis: there is no value; expected %s", expectedAddresses)
+	}
+	seen := make(map[string]bool)
+	for nesting := d.Nesting(); d.NextBlock(nesting); {
+		name := d.Val()
+		if _, known := expectations[name]; !known {
+			return d.Errf("unrecognized option '%s'", name)
+		}
+		if seen[name] {
+			return d.Errf("%s: the option is given twice; expected it once", name)
+		}
+		seen[name] = true
+		if err := l.option(d, name, d.RemainingArgs()); err != nil {
+			return err
+		}
+		if last := d.Val(); d.NextBlock(d.Nesting()) || d.Val() != last { // an empty block only moves on
+			return d.Errf("%s: unexpected block; expected %s", name, expectations[name])
+		}
+	}
+	return nil
+}
+
+const expectedAddresses = "addresses of servers as host:port"
+
+// expectations are what the options want, in the words of the errors.
+var expectations = map[string]string{
+	"username": "a name",
+	"password": "a password, such as {env.REDIS_PASSWORD}",
+	"tls":      "no value, or a file with certificates",
+	"db":       "the number of a database, from 0",
+	"sentinel": "the name of the set of servers that the sentinels watch over",
+	"prefix":   "a name without spaces",
+	"timeout":  "a positive duration such as 50ms",
+	"on_error": "local, allow or deny",
+}
+
+// option reads one option with its arguments. The value of a password is never
+// part of an error.
+func (l *Limiter) option(d *caddyfile.Dispenser, name string, args []string) error {
+	if name == "tls" && len(args) == 0 {
+		l.TLS = new(TLS)
+		return nil
+	}
+	switch {
+	case len(args) == 0:
+		return d.Errf("%s: there is no value; expected %s", name, expectations[name])
+	case len(args) > 1:
+		return d.Errf("%s: there is more than one value; expected %s", name, expectations[name])
+	}
+	value, ok := args[0], args[0] != ""
+	switch name {
+	case "username":
+		l.Username = value
+	case "password":
+		l.Password = value
+	case "tls":
+		l.TLS = &TLS{CA: value}
+	case "db":
+		n, err := strconv.ParseUint(value, 10, 31)
+		l.DB, ok = int(n), err == nil
+	case "sentinel":
+		l.Sentinel = value
+	case "prefix":
+		l.Prefix = value
+		ok = validPrefix(value)
+	case "timeout":
+		timeout, err := caddy.ParseDuration(value)
+		l.Timeout, ok = caddy.Duration(timeout), err == nil && timeout > 0
+	case "on_error":
+		l.OnError = value
+		ok = validOnError(value)
+	}
+	if !ok {
+		return d.Errf("%s: the value '%s' is not valid; expected %s", name, value, expectations[name])
+	}
+	return nil
+}
+
+// Interface guard
+var _ caddyfile.Unmarshaler = (*Limiter)(nil)

@@ -1,0 +1,17 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Command caddy is Caddy with its standard modules, async_proxy and its limiter
+// on Redis, so that `go build ./cmd/caddy` is all that a build needs.
+package main
+
+import (
+	caddycmd "github.com/caddyserver/caddy/v2/cmd"
+
+	_ "github.com/asyncproxy/caddy-async-proxy/redis"
+	_ "github.com/caddyserver/caddy/v2/modules/standard"
+)
+
+func main() {
+	caddycmd.Main()
+}

@@ -1,0 +1,256 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package redis
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
+	"fmt"
+	"math/big"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// counts has a request made that Redis must have counted, and no line say that
+// it is gone.
+func (w *world) counts(e *engine) {
+	w.t.Helper()
+	w.gets(200)
+	if e.bucket() == "" {
+		w.t.Error("Redis does not count")
+	}
+	if failed, _ := w.states(); failed != 0 {
+		w.t.Errorf("the log says: %v", logLines(w.t, w.logs, failedLine))
+	}
+}
+
+// The user, the password and the address may come from the environment or a
+// file, and none of what is secret appears in a log or the config.
+func TestSecrets(t *testing.T) {
+	e := startEngine(t, "redis-server")
+	e.do("ACL", "SETUSER", "proxy", "on", ">open-sesame", "resetkeys", "~async_proxy:*", "nocommands", "+evalsha", "+eval", "+get", "+set", "+time", "+hello", "+ping")
+	file := filepath.Join(t.TempDir(), "password")
+	if err := os.WriteFile(file, []byte("open-sesame\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("REDIS_TEST_ADDRESS", e.address)
+	t.Setenv("REDIS_TEST_PASSWORD", "open-sesame")
+	t.Setenv("REDIS_TEST_WRONG", "open-barley")
+	for _, password := range []string{"{env.REDIS_TEST_PASSWORD}", "{file." + file + "}"} {
+		w := newWorld(t, "limiter redis {env.REDIS_TEST_ADDRESS} {\nusername proxy\npassword "+password+"\n}")
+		w.counts(e)
+		e.do("FLUSHALL")
+		w.load("limiter redis {env.REDIS_TEST_ADDRESS} {\nusername proxy\npassword {env.REDIS_TEST_WRONG}\n}")
+		w.gets(200)
+		eventually(t, "a line about the wrong password", func() bool { failed, _ := w.states(); return failed == 1 })
+		text, err := os.ReadFile(w.logs)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !strings.Contains(string(text), "WRONGPASS") {
+			t.Errorf("the log does not say what is wrong: %s", text)
+		}
+		for _, secret := range []string{"open-sesame", "open-barley"} {
+			if strings.Contains(string(text), secret) {
+				t.Errorf("the log has the password: %s", text)
+			}
+		}
+	}
+}
+
+// certificate makes one for 127.0.0.1 that signs itself, and returns the files
+// of it and its key.
+func certificate(t *testing.T) (cert, key string) {
+	t.Helper()
+	dir := t.TempDir()
+	cert, key = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		IsCA: true, BasicConstraintsValid: true,
+	}
+	certDER, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyDER, err := x509.MarshalPKCS8PrivateKey(private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for file, block := range map[string]*pem.Block{cert: {Type: "CERTIFICATE", Bytes: certDER}, key: {Type: "PRIVATE KEY", Bytes: keyDER}} {
+		if err := os.WriteFile(file, pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return cert, key
+}
+
+func TestTLS(t *testing.T) {
+	cert, key := certificate(t)
+	e := startEngine(t, "redis-server")
+	secure := freeAddress(t)
+	_, port, _ := net.SplitHostPort(secure)
+	e.kill()
+	e.args = []string{"--tls-port", port, "--tls-cert-file", cert, "--tls-key-file", key, "--tls-ca-cert-file", cert, "--tls-auth-clients", "no"}
+	e.run()
+	w := newWorld(t, fmt.Sprintf("limiter redis %s {\ntls %s\n}", secure, cert))
+	w.counts(e)
+	e.do("FLUSHALL")
+	w.load(fmt.Sprintf("zone a\nlimiter redis %s {\ntls\n}", secure))
+	w.gets(200)
+	eventually(t, "a line about the certificate", func() bool { failed, _ := w.states(); return failed == 1 })
+	if line := logLines(t, w.logs, failedLine)[0]; !strings.Contains(fmt.Sprint(line["error"]), "certificate signed by unknown authority") {
+		t.Errorf("the log says %v", line)
+	}
+	if e.bucket() != "" {
+		t.Error("a request was counted by a server that is not trusted")
+	}
+}
+
+func TestDatabaseAndPrefix(t *testing.T) {
+	e := startEngine(t, "redis-server")
+	w := newWorld(t, fmt.Sprintf("zone a\nlimiter redis %s {\ndb 3\nprefix proxy:a\n}", e.address))
+	w.gets(200)
+	e.do("SELECT", "3")
+	var got string
+	eventually(t, "the probe's key to expire", func() bool { got = e.do("KEYS", "*"); return !strings.Contains(got, "{") })
+	if got != "[proxy:a:10:2000000000:127.0.0.1/32:a]" {
+		t.Errorf("the keys are %s", got)
+	}
+}
+
+// A server in cluster mode is found out.
+func TestCluster(t *testing.T) {
+	e := startEngine(t, "redis-server", "--cluster-enabled", "yes")
+	e.do("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
+	eventually(t, "the cluster", func() bool { return strings.Contains(e.do("CLUSTER", "INFO"), "cluster_state:ok") })
+	w := newWorld(t, fmt.Sprintf("burst 3\nrefill 0.001\nlimiter redis %s", e.address))
+	w.counts(e)
+	w.gets(200, 200, 429)
+	key := e.bucketKeys()[0]
+	if slot, probe := e.do("CLUSTER", "KEYSLOT", key), e.do("CLUSTER", "KEYSLOT", probeKey("async_proxy", key)); slot != probe {
+		t.Errorf("the slot of %s is %s, that of its probe %s", key, slot, probe)
+	}
+	e.kill()
+	w.load(fmt.Sprintf("burst 2\nrefill 0.001\nlimiter redis %s", e.address))
+	w.gets(200, 200, 429)
+	e.run()
+	eventually(t, "Redis to be back", func() bool { _, back := w.states(); return back > 0 })
+}
+
+// A cluster of two: each key is counted by the one that it belongs to.
+func TestClusterOfTwo(t *testing.T) {
+	nodes := []*engine{startEngine(t, "redis-server", "--cluster-enabled", "yes"), startEngine(t, "redis-server", "--cluster-enabled", "yes")}
+	nodes[0].do("CLUSTER", "ADDSLOTSRANGE", "0", "8191")
+	nodes[1].do("CLUSTER", "ADDSLOTSRANGE", "8192", "16383")
+	host, port, _ := net.SplitHostPort(nodes[1].address)
+	nodes[0].do("CLUSTER", "MEET", host, port)
+	for _, e := range nodes {
+		eventually(t, "the cluster", func() bool { return strings.Contains(e.do("CLUSTER", "INFO"), "cluster_state:ok") })
+	}
+	w := newWorld(t, fmt.Sprintf("burst 3\nrefill 0.001\nzone z0\nlimiter redis %s", nodes[0].address))
+	for i := range 10 {
+		w.load(fmt.Sprintf("burst 3\nrefill 0.001\nzone z%d\nlimiter redis %s %s", i, nodes[0].address, nodes[1].address))
+		w.gets(200)
+	}
+	for _, e := range nodes {
+		if n := len(e.bucketKeys()); n == 0 || n == 10 {
+			t.Fatalf("a node counts %d of 10 buckets", n)
+		}
+	}
+	if failed, _ := w.states(); failed != 0 {
+		t.Errorf("the log says: %v", logLines(t, w.logs, failedLine))
+	}
+
+	// One of them is gone: that it does for the other's keys does not bring
+	// Redis back.
+	key := nodes[1].bucketKeys()[0]
+	w.load(fmt.Sprintf("burst 3\nrefill 0.001\nzone %s\nlimiter redis %s %s", key[strings.LastIndexByte(key, ':')+1:], nodes[0].address, nodes[1].address))
+	nodes[1].kill()
+	w.gets(200)
+	time.Sleep(2*probeInterval + probeInterval/2)
+	if failed, back := w.states(); failed != 1 || back != 0 {
+		t.Errorf("%d lines say that Redis is gone, %d that it is back; want only the first", failed, back)
+	}
+}
+
+// The sentinels say which server is the master, also when it is another one.
+func TestSentinel(t *testing.T) {
+	first := startEngine(t, "redis-server")
+	second := startEngine(t, "redis-server")
+	host, port, _ := net.SplitHostPort(first.address)
+	second.do("REPLICAOF", host, port)
+	eventually(t, "the replica", func() bool { return strings.Contains(first.do("INFO", "replication"), "state=online") })
+
+	address := freeAddress(t)
+	_, sentinelPort, _ := net.SplitHostPort(address)
+	dir := t.TempDir()
+	config := filepath.Join(dir, "sentinel.conf")
+	text := fmt.Sprintf("port %s\nbind 127.0.0.1\ndir %s\nsentinel monitor mymaster %s %s 1\nsentinel down-after-milliseconds mymaster 500\nsentinel failover-timeout mymaster 2000\n",
+		sentinelPort, dir, host, port)
+	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	start(t, exec.Command("redis-server", config, "--sentinel"))
+	eventually(t, "the sentinel", func() bool { return listens(address) })
+
+	w := newWorld(t, fmt.Sprintf("burst 100\nrefill 0.001\nlimiter redis %s {\nsentinel mymaster\ntimeout 300ms\n}", address))
+	w.gets(200)
+	eventually(t, "the master to count", func() bool { return first.bucket() != "" })
+	eventually(t, "the sentinel to know the replica", func() bool {
+		out, err := exec.Command("redis-cli", "-p", sentinelPort, "SENTINEL", "replicas", "mymaster").Output()
+		return err == nil && strings.Contains(string(out), "127.0.0.1")
+	})
+	first.kill()
+	var before string
+	eventually(t, "the replica to be the master", func() bool { return strings.Contains(second.do("ROLE"), "master") })
+	eventually(t, "the new master to count", func() bool {
+		before = second.bucket()
+		w.gets(200)
+		time.Sleep(50 * time.Millisecond)
+		return second.bucket() != before
+	})
+}
+
+// What is measured is in Caddy's metrics, also after a reload.
+func TestMetrics(t *testing.T) {
+	e := startEngine(t, "redis-server")
+	m := startMachine(t, fleetOptions(e, "burst 100\nrefill 0.001"))
+	origin := startOrigin(t)
+	rush(t, 3, origin, m.proxy)
+	m.reload(fleetOptions(e, "burst 100\nrefill 0.001") + "\nvia fred")
+	rush(t, 2, origin, m.proxy)
+	e.kill()
+	rush(t, 1, origin, m.proxy)
+	res, err := http.Get("http://" + m.admin + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	var body strings.Builder
+	if err := res.Write(&body); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		"caddy_async_proxy_limiter_duration_seconds_count 6",
+		`caddy_async_proxy_limiter_errors_total{kind="connection"} 1`,
+		`caddy_async_proxy_limiter_fallbacks_total{on_error="local"} 1`,
+	} {
+		if !strings.Contains(body.String(), "\n"+want+"\n") {
+			t.Errorf("the metrics have no %s", want)
+		}
+	}
+}

@@ -1,0 +1,250 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package redis
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// The tests here are of several Caddys in processes of their own, with one
+// client, this one, whose requests are spread over them.
+
+// machine is a Caddy in a process of its own.
+type machine struct {
+	*process
+	t                          testing.TB
+	proxy, admin, config, logs string
+}
+
+// startMachine runs a Caddy with options of async_proxy until the test ends.
+func startMachine(t testing.TB, options string) *machine {
+	t.Helper()
+	dir := t.TempDir()
+	m := &machine{t: t, proxy: freeAddress(t), admin: freeAddress(t), config: filepath.Join(dir, "Caddyfile"), logs: filepath.Join(dir, "caddy.log")}
+	m.write(options)
+	m.run()
+	return m
+}
+
+func (m *machine) write(options string) {
+	m.t.Helper()
+	if err := os.WriteFile(m.config, []byte(siteConfig(m.proxy, m.logs, m.admin, options)), 0o600); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+func (m *machine) run() {
+	m.t.Helper()
+	cmd := exec.Command(caddyBinary(m.t), "run", "--config", m.config, "--adapter", "caddyfile")
+	dir := filepath.Dir(m.config)
+	cmd.Env = append(os.Environ(), "HOME="+dir, "XDG_DATA_HOME="+dir, "XDG_CONFIG_HOME="+dir)
+	m.process = start(m.t, cmd)
+	eventually(m.t, "Caddy to run", func() bool { return listens(m.admin) && listens(m.proxy) })
+}
+
+// stop has Caddy exit in order.
+func (m *machine) stop() {
+	m.t.Helper()
+	m.signal(m.t, syscall.SIGTERM)
+	<-m.exited
+}
+
+// reload replaces the config by the admin endpoint.
+func (m *machine) reload(options string) {
+	m.t.Helper()
+	m.write(options)
+	text, err := os.ReadFile(m.config)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	res, err := http.Post("http://"+m.admin+"/load", "text/caddyfile", strings.NewReader(string(text)))
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	defer res.Body.Close()
+	if body, _ := io.ReadAll(res.Body); res.StatusCode != http.StatusOK {
+		m.t.Fatalf("/load: status %d: %s", res.StatusCode, body)
+	}
+}
+
+// startFleet runs n Caddys that count their clients in e.
+func startFleet(t testing.TB, n int, e *engine, options string) (machines []*machine, proxies []string) {
+	t.Helper()
+	for range n {
+		m := startMachine(t, fleetOptions(e, options))
+		machines, proxies = append(machines, m), append(proxies, m.proxy)
+	}
+	return machines, proxies
+}
+
+// fleetOptions are those of async_proxy with a limiter whose timeout is so long
+// that a busy machine does not count as a Redis that is gone.
+func fleetOptions(e *engine, options string) string {
+	return fmt.Sprintf("%s\nlimiter redis %s {\ntimeout 5s\n}", options, e.address)
+}
+
+func TestExactlyBurstIsAdmittedByAFleet(t *testing.T) {
+	const burst = 100
+	for _, command := range engines(t) {
+		for _, n := range []int{2, 4} {
+			t.Run(fmt.Sprintf("%d with %s", n, command), func(t *testing.T) {
+				e := startEngine(t, command)
+				_, proxies := startFleet(t, n, e, fmt.Sprintf("burst %d\nrefill 0.0001", burst))
+				origin := startOrigin(t)
+				statuses, _ := rush(t, 4*burst, origin, proxies...)
+				if statuses[200] != burst || statuses[429] != 3*burst {
+					t.Errorf("statuses %v, want 200 %d times and 429 for the others", statuses, burst)
+				}
+				for _, proxy := range proxies {
+					if res, err := get(proxy, origin); err != nil || res.StatusCode != 429 || res.Header.Get("Retry-After") != "10000" {
+						t.Errorf("then %v, %v; want 429 and a Retry-After of 10000", res, err)
+					}
+				}
+			})
+		}
+	}
+}
+
+// In the long run a client gets refill requests a second from all of them
+// together, however much it asks for.
+func TestLongRunRateOfAFleet(t *testing.T) {
+	const (
+		burst  = 50
+		refill = 200
+		tokens = 1600 // eight seconds' worth
+	)
+	for _, n := range []int{2, 4} {
+		t.Run(fmt.Sprint(n), func(t *testing.T) {
+			e := startEngine(t, "redis-server")
+			_, proxies := startFleet(t, n, e, fmt.Sprintf("burst %d\nrefill %d", burst, refill))
+			origin := startOrigin(t)
+			var mu sync.Mutex
+			var admitted []time.Time
+			var wg sync.WaitGroup
+			for i := range 2 * n {
+				c := client(t, proxies[i%n])
+				wg.Go(func() {
+					for {
+						res, err := c.Get(origin)
+						if err != nil {
+							t.Error(err)
+							return
+						}
+						_, _ = io.Copy(io.Discard, res.Body)
+						res.Body.Close()
+						mu.Lock()
+						if res.StatusCode == http.StatusOK {
+							admitted = append(admitted, time.Now())
+						}
+						done := len(admitted) >= burst+tokens
+						mu.Unlock()
+						if done {
+							return
+						}
+						time.Sleep(time.Millisecond)
+					}
+				})
+			}
+			wg.Wait()
+			// When the burst is used up, and what has come in meanwhile, each
+			// request waits for its token.
+			first, last := admitted[2*burst], admitted[burst+tokens-1]
+			rate := (tokens - burst - 1) / last.Sub(first).Seconds()
+			t.Logf("%.2f requests a second", rate)
+			if rate < refill*0.99 || rate > refill*1.01 {
+				t.Errorf("%.2f requests a second, want %d within 1 %%", rate, refill)
+			}
+		})
+	}
+}
+
+func TestFleetForgetsNothing(t *testing.T) {
+	const options = "burst 6\nrefill 0.0001"
+	e := startEngine(t, "redis-server")
+	origin := startOrigin(t)
+	machines, proxies := startFleet(t, 2, e, options)
+	want := func(what string, admitted, refused int) {
+		t.Helper()
+		if statuses, _ := rush(t, admitted+refused, origin, proxies...); statuses[200] != admitted || statuses[429] != refused {
+			t.Errorf("%s: statuses %v, want 200 %d times and 429 %d times", what, statuses, admitted, refused)
+		}
+	}
+	want("at first", 2, 0)
+	machines[0].reload(fleetOptions(e, options) + "\nvia fred")
+	want("after a reload", 1, 0)
+	machines[1].stop()
+	machines[1].run()
+	want("after a restart", 3, 7)
+	machines[0].stop()
+	machines[0].run()
+	machines[1].kill()
+	machines[1].run()
+	want("after both restarted", 0, 4)
+
+	// Redis forgets, but no more than once, and not what the Caddys have
+	// learned since.
+	e.kill()
+	e.run()
+	var back int
+	eventually(t, "both to be back", func() bool {
+		back = 0
+		for _, m := range machines {
+			rush(t, 1, origin, m.proxy)
+			failed, healed := len(logLines(t, m.logs, failedLine)), len(logLines(t, m.logs, backLine))
+			if failed == healed {
+				back++
+			}
+		}
+		return back == 2
+	})
+	machines[0].stop()
+	machines[0].run()
+	statuses, _ := rush(t, 40, origin, proxies...)
+	if statuses[200] == 0 || statuses[200] > 6 {
+		t.Errorf("after a restart of Redis: statuses %v, want one burst more at most", statuses)
+	}
+	want("after that", 0, 10)
+}
+
+// caddyBinary builds cmd/caddy, once.
+func caddyBinary(tb testing.TB) string {
+	tb.Helper()
+	path, err := buildCaddy()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return path
+}
+
+var buildDir string
+
+var buildCaddy = sync.OnceValues(func() (string, error) {
+	var err error
+	if buildDir, err = os.MkdirTemp("", "async-proxy-test"); err != nil {
+		return "", err
+	}
+	path := filepath.Join(buildDir, "caddy")
+	if out, err := exec.Command("go", "build", "-o", path, "./cmd/caddy").CombinedOutput(); err != nil {
+		return "", fmt.Errorf("%w: %s", err, out)
+	}
+	return path, nil
+})
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if buildDir != "" {
+		_ = os.RemoveAll(buildDir)
+	}
+	os.Exit(code)
+}

@@ -1,0 +1,43 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package redis
+
+import (
+	"errors"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// metrics are the process's. They are made once and registered with each
+// config's registry, so that they count on across reloads.
+var metrics = struct {
+	duration  prometheus.Histogram
+	errors    *prometheus.CounterVec
+	fallbacks *prometheus.CounterVec
+}{
+	duration: prometheus.NewHistogram(prometheus.HistogramOpts{
+		Name:    "caddy_async_proxy_limiter_duration_seconds",
+		Help:    "How long requests waited for the shared limiter, failures included.",
+		Buckets: []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, 1},
+	}),
+	errors: prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "caddy_async_proxy_limiter_errors_total",
+		Help: "Questions to the shared limiter that failed: by timeout, connection, or the answer.",
+	}, []string{"kind"}),
+	fallbacks: prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "caddy_async_proxy_limiter_fallbacks_total",
+		Help: "Requests that the shared limiter did not count, by what became of them instead.",
+	}, []string{"on_error"}),
+}
+
+// registerMetrics makes the metrics part of registry. Another limiter of the
+// same config may have done so before.
+func registerMetrics(registry *prometheus.Registry) error {
+	for _, c := range []prometheus.Collector{metrics.duration, metrics.errors, metrics.fallbacks} {
+		if err := registry.Register(c); err != nil && !errors.As(err, &prometheus.AlreadyRegisteredError{}) {
+			return err
+		}
+	}
+	return nil
+}

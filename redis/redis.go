@@ -1,0 +1,277 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Package redis lets several processes with async_proxy count their clients
+// together, in Redis, Valkey or whatever else speaks their protocol and runs
+// Lua scripts.
+//
+// A bucket is the same as in memory, and a script in take.lua takes from it by
+// the server's clock. server.go knows whether there is somebody to ask.
+package redis
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	asyncproxy "github.com/asyncproxy/caddy-async-proxy"
+	"github.com/caddyserver/caddy/v2"
+	"github.com/redis/rueidis"
+)
+
+func init() {
+	caddy.RegisterModule(Limiter{})
+}
+
+// Limiter counts clients in Redis, so that all machines that use the same one,
+// with the same zone and limits, give a client one budget together.
+//
+// Requests that the machine's own bucket refuses are refused without asking
+// Redis. While Redis does not answer, OnError says what becomes of the others.
+type Limiter struct {
+	// Where Redis listens, as host:port or a host alone for port 6379: one
+	// server, some nodes of a cluster, or the sentinels. Placeholders are
+	// replaced.
+	Addresses []string `json:"addresses"`
+
+	// The user to authenticate as. Placeholders are replaced. Default: the
+	// default user, if there is a password.
+	Username string `json:"username,omitempty"`
+
+	// The password to authenticate with. Placeholders are replaced: use
+	// `{env.NAME}` or `{file./path}`, so that it is not part of the config.
+	Password string `json:"password,omitempty"`
+
+	// Connects over TLS.
+	TLS *TLS `json:"tls,omitempty"`
+
+	// The number of the database. Default: 0, the only one of a cluster.
+	DB int `json:"db,omitempty"`
+
+	// The name of the set of servers that the sentinels at Addresses watch
+	// over. Sentinels are given the same user and password as servers. Default:
+	// none, Addresses are those of servers.
+	Sentinel string `json:"sentinel,omitempty"`
+
+	// What the names of keys begin with. Default: "async_proxy".
+	Prefix string `json:"prefix,omitempty"`
+
+	// How long a request waits for Redis. It is also how slow Redis may be
+	// before it counts as gone. Default: 50ms.
+	Timeout caddy.Duration `json:"timeout,omitempty"`
+
+	// What becomes of requests while Redis does not answer: "local" lets each
+	// machine limit clients by its own buckets, "allow" limits nobody, and
+	// "deny" refuses all with 503. Default: "local".
+	OnError string `json:"on_error,omitempty"`
+
+	server    *server
+	key       serverKey
+	fallbacks interface{ Inc() }
+}
+
+// TLS says how to connect over TLS.
+type TLS struct {
+	// A file with the certificates, in PEM, of those who may sign the server's.
+	// Placeholders are replaced. Default: those that the system trusts.
+	CA string `json:"ca,omitempty"`
+}
+
+// servers holds the servers in use, by serverKey, so that what is known of one
+// survives a reload, and several sites do not find out for themselves.
+var servers = caddy.NewUsagePool()
+
+// serverKey is what makes two limiters use the same server.
+type serverKey struct {
+	addresses, username, password, sentinel, ca string
+	tls                                         bool
+	db                                          int
+	timeout                                     caddy.Duration
+}
+
+// CaddyModule returns the Caddy module information.
+func (Limiter) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{
+		ID:  "http.async_proxy.limiters.redis",
+		New: func() caddy.Module { return new(Limiter) },
+	}
+}
+
+// Provision implements caddy.Provisioner. It waits for nobody.
+func (l *Limiter) Provision(ctx caddy.Context) error {
+	l.Timeout = cmp.Or(l.Timeout, caddy.Duration(50*time.Millisecond))
+	l.OnError = cmp.Or(l.OnError, "local")
+	l.Prefix = cmp.Or(l.Prefix, "async_proxy")
+	if err := l.validate(); err != nil {
+		return err
+	}
+	options, err := l.clientOption()
+	if err != nil {
+		return err
+	}
+	if err := registerMetrics(ctx.GetMetricsRegistry()); err != nil {
+		return err
+	}
+	l.fallbacks = metrics.fallbacks.WithLabelValues(l.OnError)
+
+	key := serverKey{
+		addresses: strings.Join(options.InitAddress, " "), username: options.Username, password: options.Password,
+		sentinel: options.Sentinel.MasterSet, tls: l.TLS != nil, db: l.DB, timeout: l.Timeout,
+	}
+	if l.TLS != nil {
+		key.ca = l.TLS.CA
+	}
+	pooled, loaded, err := servers.LoadOrNew(key, func() (caddy.Destructor, error) {
+		return newServer(options, time.Duration(l.Timeout), l.Prefix, ctx.Logger()), nil
+	})
+	if err != nil {
+		return err
+	}
+	l.server, l.key = pooled.(*server), key
+	if loaded {
+		l.server.logger.Store(ctx.Logger())
+	}
+	return nil
+}
+
+// Cleanup implements caddy.CleanerUpper. It may follow a Provision that failed.
+func (l *Limiter) Cleanup() error {
+	if l.server == nil {
+		return nil
+	}
+	_, err := servers.Delete(l.key)
+	return err
+}
+
+// Take implements asyncproxy.Limiter.
+func (l *Limiter) Take(_ context.Context, b asyncproxy.Bucket) (time.Duration, error) {
+	wait, err := l.server.take(l.Prefix, bucketKey(l.Prefix, b), bucketArgs(b.Burst, b.Interval))
+	if err == nil {
+		return wait, nil
+	}
+	l.fallbacks.Inc()
+	if l.OnError == "deny" {
+		return 0, err
+	}
+	return 0, nil // the machine's own bucket has let the request through
+}
+
+// Suspended implements asyncproxy.Limiter.
+func (l *Limiter) Suspended() bool {
+	if l.OnError != "allow" || !l.server.down() {
+		return false
+	}
+	l.fallbacks.Inc()
+	return true
+}
+
+func (l *Limiter) validate() error {
+	switch {
+	case len(l.Addresses) == 0:
+		return errors.New("addresses: there are none; expected host:port of at least one server")
+	case l.Password == "" && l.Username != "":
+		return errors.New("username: there is no password; expected one")
+	case l.DB < 0:
+		return fmt.Errorf("db %d: expected the number of a database, from 0", l.DB)
+	case l.Timeout < 0:
+		return fmt.Errorf("timeout %v: expected a positive duration", time.Duration(l.Timeout))
+	case !validPrefix(l.Prefix):
+		return fmt.Errorf("prefix %q: expected a name without spaces", l.Prefix)
+	case !validOnError(l.OnError):
+		return fmt.Errorf("on_error %q: expected local, allow or deny", l.OnError)
+	}
+	return nil
+}
+
+func validOnError(s string) bool { return s == "local" || s == "allow" || s == "deny" }
+
+func validPrefix(s string) bool { return s != "" && !strings.ContainsAny(s, " \t\r\n") }
+
+// parseAddress returns the host and port in s, with Redis's port if there is
+// none.
+func parseAddress(s string) (string, error) {
+	host, port, err := net.SplitHostPort(s)
+	if err != nil {
+		host, port, err = net.SplitHostPort(net.JoinHostPort(strings.Trim(s, "[]"), "6379"))
+	}
+	if n, err2 := strconv.ParseUint(port, 10, 16); err != nil || err2 != nil || n == 0 || host == "" || strings.ContainsAny(host, " /@") {
+		return "", fmt.Errorf("addresses %q: expected host:port", s)
+	}
+	return net.JoinHostPort(host, port), nil
+}
+
+// clientOption is what the client library is to be told, with placeholders
+// replaced.
+func (l *Limiter) clientOption() (rueidis.ClientOption, error) {
+	var o rueidis.ClientOption
+	repl := caddy.NewReplacer()
+	for _, s := range l.Addresses {
+		s, err := repl.ReplaceOrErr(s, true, true)
+		if err != nil {
+			return o, fmt.Errorf("addresses: %w", err)
+		}
+		address, err := parseAddress(s)
+		if err != nil {
+			return o, err
+		}
+		o.InitAddress = append(o.InitAddress, address)
+	}
+	var err error
+	if o.Username, err = repl.ReplaceOrErr(l.Username, true, true); err != nil {
+		return o, fmt.Errorf("username: %w", err)
+	}
+	if o.Password, err = repl.ReplaceOrErr(l.Password, true, true); err != nil {
+		return o, errors.New("password: a placeholder in it is empty or unknown") // err may have a part of it
+	}
+	o.SelectDB = l.DB
+	if o.TLSConfig, err = l.TLS.config(repl); err != nil {
+		return o, fmt.Errorf("tls: %w", err)
+	}
+	if l.Sentinel != "" {
+		o.Sentinel = rueidis.SentinelOption{
+			MasterSet: l.Sentinel, Username: o.Username, Password: o.Password, TLSConfig: o.TLSConfig,
+			TopologyRefreshInterval: 5 * time.Second,
+		}
+		o.Sentinel.Dialer.Timeout = setupTimeout
+	}
+	return o, nil
+}
+
+// config is nil if there is to be no TLS.
+func (t *TLS) config(repl *caddy.Replacer) (*tls.Config, error) {
+	if t == nil {
+		return nil, nil
+	}
+	config := new(tls.Config)
+	if t.CA == "" {
+		return config, nil
+	}
+	file, err := repl.ReplaceOrErr(t.CA, true, true)
+	if err != nil {
+		return nil, err
+	}
+	pem, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	config.RootCAs = x509.NewCertPool()
+	if !config.RootCAs.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("%s: there is no certificate in PEM in it", file)
+	}
+	return config, nil
+}
+
+// Interface guards
+var (
+	_ asyncproxy.Limiter = (*Limiter)(nil)
+	_ caddy.Provisioner  = (*Limiter)(nil)
+	_ caddy.CleanerUpper = (*Limiter)(nil)
+)

@@ -1,0 +1,60 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package redis
+
+import (
+	_ "embed"
+	"strconv"
+	"time"
+
+	asyncproxy "github.com/asyncproxy/caddy-async-proxy"
+	"github.com/redis/rueidis"
+)
+
+// takeText takes a token from a bucket. It is loaded into Redis once, and then
+// named by its hash.
+//
+//go:embed take.lua
+var takeText string
+
+var takeScript = rueidis.NewLuaScript(takeText)
+
+// bucketKey is the key of a bucket in Redis. The zone, which may contain
+// anything but spaces, stands last, so that no two buckets have the same key.
+func bucketKey(prefix string, b asyncproxy.Bucket) string {
+	key := make([]byte, 0, 96)
+	key = append(key, prefix...)
+	key = append(key, ':')
+	key = strconv.AppendInt(key, b.Burst, 10)
+	key = append(key, ':')
+	key = strconv.AppendInt(key, int64(b.Interval), 10)
+	key = append(key, ':')
+	switch {
+	case b.User != "":
+		key = strconv.AppendQuote(key, b.User)
+	case b.Client.IsValid():
+		key = b.Client.AppendTo(key)
+	default:
+		key = append(key, "unix"...)
+	}
+	key = append(key, ':')
+	key = append(key, b.Zone...)
+	return string(key)
+}
+
+// bucketArgs are the arguments of the script.
+func bucketArgs(burst int64, interval time.Duration) []string {
+	fill := time.Duration(burst) * interval
+	return []string{
+		strconv.FormatInt(int64(interval/time.Second), 10), strconv.FormatInt(int64(interval%time.Second), 10),
+		strconv.FormatInt(int64(fill/time.Second), 10), strconv.FormatInt(int64(fill%time.Second), 10),
+	}
+}
+
+// probeKey is the key by which to see whether Redis takes tokens of a bucket. In
+// a cluster it is where the bucket's own is, as the braces say what counts.
+func probeKey(prefix, key string) string { return prefix + ":{" + key + "}" }
+
+// probeArgs are those of a bucket that is never empty and never kept for long.
+var probeArgs = bucketArgs(1_000_000_000, 1)

@@ -1,0 +1,229 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package redis
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/redis/rueidis"
+	"go.uber.org/zap"
+)
+
+const (
+	// probeInterval is how long after a failure, and after each attempt in
+	// vain, Redis is tried again.
+	probeInterval = time.Second
+
+	// setupTimeout bounds an attempt to connect: no request waits for one.
+	setupTimeout = time.Second
+
+	// maxWaiting is how many requests may wait for Redis at a time; more wait
+	// for their turn. The queue of a connection, which blocks when it is full,
+	// has twice as many places.
+	maxWaiting = 512
+)
+
+// errDown is why requests are not counted between a failure and the attempt
+// that brings Redis back.
+var errDown = errors.New("redis is not available")
+
+// server is a Redis and whether it answers. While it does not, nobody asks it:
+// one goroutine tries it now and then, with connections of its own.
+type server struct {
+	options rueidis.ClientOption
+	timeout time.Duration
+	logger  atomic.Pointer[zap.Logger] // of the newest config
+
+	link  atomic.Pointer[link] // nil while Redis does not answer
+	tried chan struct{}        // closed when it is known for the first time
+
+	mu   sync.Mutex
+	done chan struct{} // closed with mu held, when nobody wants to ask any more
+}
+
+// link are the connections to Redis from when it comes up until it fails.
+type link struct {
+	client  rueidis.Client
+	waiting chan struct{} // has a place for each request that may wait
+}
+
+// newServer begins to connect. Meanwhile take waits, but no longer than it
+// would for Redis.
+func newServer(options rueidis.ClientOption, timeout time.Duration, prefix string, logger *zap.Logger) *server {
+	options.Dialer.Timeout = setupTimeout
+	options.ConnWriteTimeout = max(setupTimeout, timeout)
+	options.PipelineMultiplex = -1 // one connection to each server, for all requests
+	options.ReadBufferEachConn, options.WriteBufferEachConn = 32<<10, 32<<10
+	options.DisableCache = true
+	options.DisableRetry = true
+	s := &server{options: options, timeout: timeout, tried: make(chan struct{}), done: make(chan struct{})}
+	s.logger.Store(logger)
+	go func() {
+		start := time.Now()
+		key := probeKey(prefix, "")
+		err := s.connect(key)
+		if err != nil {
+			s.logFailed(err)
+		}
+		close(s.tried)
+		if err != nil {
+			s.heal(key, start)
+		}
+	}()
+	return s
+}
+
+// Destruct implements caddy.Destructor.
+func (s *server) Destruct() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	close(s.done)
+	if l := s.link.Swap(nil); l != nil {
+		go l.client.Close() // which takes a second if Redis is silent
+	}
+	return nil
+}
+
+// down reports whether Redis is known not to answer.
+func (s *server) down() bool {
+	select {
+	case <-s.tried:
+		return s.link.Load() == nil
+	default:
+		return false
+	}
+}
+
+// take runs the script on a bucket whose key begins with prefix. That takes no
+// longer than the timeout.
+func (s *server) take(prefix, key string, args []string) (time.Duration, error) {
+	// Not the request's context: what has been sent is counted, even if the
+	// client leaves, and its leaving is not Redis's failure.
+	ctx, cancel := context.WithTimeout(context.Background(), s.timeout)
+	defer cancel()
+	select {
+	case <-s.tried:
+	case <-ctx.Done():
+		return 0, errDown
+	}
+	l := s.link.Load()
+	if l == nil {
+		return 0, errDown
+	}
+	start := time.Now()
+	wait, err := l.take(ctx, key, args)
+	metrics.duration.Observe(time.Since(start).Seconds())
+	if err != nil {
+		metrics.errors.WithLabelValues(kind(err)).Inc()
+		s.fail(l, probeKey(prefix, key), err)
+		return 0, err
+	}
+	return wait, nil
+}
+
+func (l *link) take(ctx context.Context, key string, args []string) (time.Duration, error) {
+	select {
+	case l.waiting <- struct{}{}:
+		defer func() { <-l.waiting }()
+	case <-ctx.Done():
+		return 0, ctx.Err()
+	}
+	wait, err := takeScript.Exec(ctx, l.client, []string{key}, args).AsInt64()
+	return time.Duration(wait), err
+}
+
+// fail gives l up, once, and has somebody see to it that there is another one.
+// key is what to try it with.
+func (s *server) fail(l *link, key string, err error) {
+	if !s.link.CompareAndSwap(l, nil) {
+		return // another request was first, or the server is closed
+	}
+	s.logFailed(err)
+	start := time.Now()
+	go func() {
+		l.client.Close() // which takes a second if Redis is silent
+		s.heal(key, start)
+	}()
+}
+
+// heal tries again and again until Redis answers, or nobody wants it to any
+// more.
+func (s *server) heal(key string, since time.Time) {
+	for {
+		select {
+		case <-s.done:
+			return
+		case <-time.After(probeInterval):
+		}
+		err := s.connect(key)
+		if err == nil {
+			s.logger.Load().Info("redis answers again",
+				zap.Strings("addresses", s.options.InitAddress),
+				zap.Duration("after", time.Since(since)))
+			return
+		}
+		s.logger.Load().Debug("redis still does not answer",
+			zap.Strings("addresses", s.options.InitAddress),
+			zap.Error(err))
+	}
+}
+
+// connect makes a new link, if Redis takes tokens in time.
+func (s *server) connect(key string) error {
+	options := s.options
+	options.InitAddress = slices.Clone(options.InitAddress)
+	client, err := rueidis.NewClient(options)
+	if err != nil {
+		return err
+	}
+	l := &link{client, make(chan struct{}, maxWaiting)}
+	for _, timeout := range []time.Duration{setupTimeout, s.timeout} { // at first the script may have to be loaded
+		ctx, cancel := context.WithTimeout(context.Background(), timeout)
+		_, err = l.take(ctx, key, probeArgs)
+		cancel()
+		if err != nil {
+			client.Close()
+			return err
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	select {
+	case <-s.done:
+		go client.Close()
+		return errDown
+	default:
+		s.link.Store(l)
+		return nil
+	}
+}
+
+func (s *server) logFailed(err error) {
+	s.logger.Load().Warn("redis does not answer; clients are not counted together until it does",
+		zap.Strings("addresses", s.options.InitAddress),
+		zap.Error(err))
+}
+
+// kind is the label of an error in the metrics.
+func kind(err error) string {
+	var timeout interface{ Timeout() bool }
+	switch {
+	case errors.As(err, &timeout) && timeout.Timeout():
+		return "timeout"
+	case isAnswer(err):
+		return "answer"
+	default:
+		return "connection"
+	}
+}
+
+func isAnswer(err error) bool {
+	_, ok := rueidis.IsRedisErr(err)
+	return ok
+}

@@ -1,0 +1,49 @@
+-- Takes a token from the bucket KEYS[1] and returns 0, or returns how many
+-- nanoseconds it is until there is one.
+--
+-- ARGV: the time from one token to the next, and that in which an empty bucket
+-- fills up; each in seconds and nanoseconds, as a number in Lua is exact up to
+-- 2^53 only.
+--
+-- A bucket is kept as async_proxy keeps it in memory, as the time at which it is
+-- full, since 1970. A bucket that is full need not be kept.
+
+local function add(s, ns, s2, ns2)
+	s, ns = s + s2, ns + ns2
+	if ns >= 1e9 then
+		return s + 1, ns - 1e9
+	end
+	return s, ns
+end
+
+local function before(s, ns, s2, ns2)
+	return s < s2 or (s == s2 and ns < ns2)
+end
+
+local interval_s, interval_ns = tonumber(ARGV[1]), tonumber(ARGV[2])
+local fill_s, fill_ns = tonumber(ARGV[3]), tonumber(ARGV[4])
+local time = redis.call('TIME')
+local now_s, now_ns = tonumber(time[1]), tonumber(time[2]) * 1000
+local empty_s, empty_ns = add(now_s, now_ns, fill_s, fill_ns) -- when a bucket is full that is empty now
+
+-- What is no time, or no string at all, is not a bucket and gives way to one. A
+-- time that is too late is from before the clock went back: the bucket is empty.
+local full_s, full_ns = now_s, now_ns
+local kept = redis.pcall('GET', KEYS[1])
+local s, ns = string.match(type(kept) == 'string' and kept or '', '^(%d+)%.(%d%d%d%d%d%d%d%d%d)$')
+if s then
+	s, ns = tonumber(s), tonumber(ns)
+	if before(empty_s, empty_ns, s, ns) then
+		full_s, full_ns = empty_s, empty_ns
+	elseif before(now_s, now_ns, s, ns) then
+		full_s, full_ns = s, ns
+	end
+end
+
+full_s, full_ns = add(full_s, full_ns, interval_s, interval_ns)
+if before(empty_s, empty_ns, full_s, full_ns) then
+	return (full_s - empty_s) * 1e9 + full_ns - empty_ns
+end
+local ms = (full_s - now_s) * 1000 + math.floor((full_ns - now_ns) / 1e6) + 1
+redis.call('SET', KEYS[1], string.format('%d.%09d', full_s, full_ns), 'PX', string.format('%d', ms))
+return 0
