@@ -272,6 +272,20 @@ func TestRebinding(t *testing.T) {
 	if line["level"] != "warn" || line["rule"] != "default" || line["address"] != "127.0.0.1:"+port || line["client"] != "127.0.0.1" {
 		t.Errorf("line %v", line)
 	}
+	// One address is closed to the client, at the others nobody listens: what the
+	// client is to know is the former. A name that is denied is not even resolved.
+	var questions atomic.Int64
+	w.load(w.site("deny denied.test\nresolvers " + nameServer(t, func(name string, n int) []string {
+		questions.Add(1)
+		return names(name, n)
+	})))
+	if res, body := policyRequest(t, w.proxy, http.MethodConnect, "mixed.test:1", policyRemote); res.StatusCode != http.StatusForbidden {
+		t.Errorf("%s %q", res.Status, body)
+	}
+	questions.Store(0)
+	if res, body := policyRequest(t, w.proxy, http.MethodConnect, "denied.test:80", policyRemote); res.StatusCode != http.StatusForbidden || questions.Load() != 0 {
+		t.Errorf("%s %q, %d questions to the name server", res.Status, body, questions.Load())
+	}
 	// A name that is allowed opens nothing by that.
 	w.load(w.site("allow rebinding.test loopback.test mixed.test\ndeny all\nresolvers " + nameServer(t, func(name string, _ int) []string { return names(name, 1) })))
 	for host, want := range map[string]int{"rebinding.test": 403, "loopback.test": 403, "mixed.test": 200, "public.test": 403, "8.8.8.8": 403} {
