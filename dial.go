@@ -83,7 +83,9 @@ type attemptKey struct{}
 // IPv6 and IPv4 side by side (RFC 8305). It ends when ctx does. If it fails and
 // one of the addresses was denied, that is the error, whatever came of the
 // others.
-func (d *dialer) dial(ctx context.Context, r reach, address string) (net.Conn, error) {
+func (d *dialer) dial(ctx context.Context, r reach, address string) (conn net.Conn, err error) {
+	start := time.Now()
+	defer func() { countDial(ctx, start, err) }()
 	if d.usesParent(address) {
 		if err := d.checkUnresolved(ctx, r, address); err != nil {
 			return nil, err
@@ -97,7 +99,7 @@ func (d *dialer) dial(ctx context.Context, r reach, address string) (net.Conn, e
 	if a.addr.IsValid() {
 		address = netip.AddrPortFrom(a.addr, a.port).String() // without a dot at the end
 	}
-	conn, err := d.dialers[r].DialContext(context.WithValue(ctx, attemptKey{}, a), "tcp", address)
+	conn, err = d.dialers[r].DialContext(context.WithValue(ctx, attemptKey{}, a), "tcp", address)
 	if denied := a.denied.Load(); err != nil && denied != nil && ctx.Err() == nil {
 		return nil, denied
 	}

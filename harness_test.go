@@ -92,10 +92,10 @@ func loadCaddyfile(t testing.TB, caddyfile string) {
 		t.Fatalf("loading: %v\n%s", err, caddyfile)
 	}
 	// A reload returns while the old servers may still accept a connection, only
-	// to close it.
+	// to close it, and while their sockets may still be there.
 	eventually(t, "the old servers to stop", func() bool {
 		now := serving()
-		return !slices.ContainsFunc(old, func(id string) bool { return slices.Contains(now, id) })
+		return !slices.ContainsFunc(old, func(id string) bool { return slices.Contains(now, id) }) && !listeningTwice()
 	})
 	t.Cleanup(func() {
 		if err := caddy.Stop(); err != nil {
@@ -115,6 +115,24 @@ func serving() []string {
 		}
 	}
 	return ids
+}
+
+// listeningTwice reports whether there are two sockets for one of the addresses
+// of the tests, so far as the system tells.
+func listeningTwice() bool {
+	data, _ := os.ReadFile("/proc/net/tcp")
+	seen := make(map[string]bool)
+	for line := range strings.Lines(string(data)) {
+		fields := strings.Fields(line)
+		if len(fields) < 4 || fields[3] != "0A" {
+			continue
+		}
+		if seen[fields[1]] {
+			return true
+		}
+		seen[fields[1]] = true
+	}
+	return false
 }
 
 // nextPort is below the ports that systems hand out by themselves, so that

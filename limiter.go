@@ -120,6 +120,7 @@ func (l *limiter) learn(client netip.Addr, now int64, wait time.Duration) verdic
 func (h *Handler) refuseUncounted(w http.ResponseWriter, r *http.Request, v *visit, err error) error {
 	f := refuse(http.StatusServiceUnavailable, "proxy_internal_error", err, "The proxy cannot count this request, as it has to; try again in a moment.")
 	v.status, v.reason = f.status, f.kind
+	v.count(f)
 	h.logRequest(r, v, err)
 	w.Header()["Retry-After"] = []string{"1"}
 	return h.answer(w, r, f)

@@ -299,8 +299,11 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	}
 	h.limiter = pooled.(*limiter)
 	h.policy, h.limited = []string{h.limiter.policy()}, new(atomic.Pointer[limitedAnswer])
-	h.tunnels, err = acquireRegistry()
-	return err
+	if h.tunnels, err = acquireRegistry(); err != nil {
+		return err
+	}
+	h.tunnels.handlers.Store(h, struct{}{})
+	return nil
 }
 
 // Cleanup implements caddy.CleanerUpper. It may follow a Provision that failed.
@@ -320,6 +323,7 @@ func (h *Handler) Cleanup() error {
 	}
 	var err error
 	if h.tunnels != nil {
+		h.tunnels.handlers.Delete(h)
 		h.closeTunnelsLater()
 		err = releaseRegistry()
 	}
@@ -364,9 +368,26 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 		return fmt.Errorf("upstream: %w", err)
 	}
 	if parent := h.dialer.parent; parent.takesRequests() {
-		h.parentOrigins = newOrigins(func(ctx context.Context, _ string) (net.Conn, error) { return parent.dial(ctx) })
+		h.parentOrigins = newOrigins(func(ctx context.Context, _ string) (net.Conn, error) {
+			start := time.Now()
+			conn, err := parent.dial(ctx)
+			countDial(ctx, start, err)
+			return conn, err
+		})
 	}
 	return nil
+}
+
+// idleConnections returns how many connections wait for another request.
+func (h *Handler) idleConnections() int {
+	n := 0
+	for r := range reaches {
+		n += int(h.origins[r].count.Load() + h.secureOrigins[r].count.Load())
+	}
+	if h.parentOrigins != nil {
+		n += int(h.parentOrigins.count.Load())
+	}
+	return n
 }
 
 func (h *Handler) setDefaults() {
@@ -414,6 +435,14 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	v := h.newVisit(r)
 	connect := r.Method == http.MethodConnect && !isExtendedConnect(r)
 	proxied := connect || h.isProxyRequest(r)
+	switch {
+	case connect:
+		v.kind = kindTunnel
+	case proxied:
+		v.kind = kindForward
+	default:
+		v.kind = kindOther
+	}
 	v.bucket = h.limiter.client(v.addr)
 	byUser := proxied && h.LimitBy == "user" && len(h.auth) > 0
 	if verdict := h.take(r, v, byUser); !verdict.ok {
@@ -446,6 +475,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 		}
 	}
 
+	v.count(err)
 	var f *refusal
 	if errors.As(err, &f) {
 		v.status, v.reason = f.status, f.kind
@@ -470,6 +500,7 @@ func (h *Handler) take(r *http.Request, v *visit, look bool) verdict {
 	}
 	verdict := h.ask(r.Context(), v.bucket, sinceEpoch(v.start), look)
 	if !verdict.ok && slices.Contains(h.ReportOnly, "limits") {
+		metrics.reported.WithLabelValues("limits").Inc()
 		if verdict.refused > 0 {
 			h.logLimited(r, v, verdict, true)
 		}

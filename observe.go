@@ -13,40 +13,20 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
-	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 )
-
-// metrics are the process's. They are made once and registered with each
-// config's registry, so that they count on across reloads.
-var metrics = struct {
-	evictions prometheus.Counter
-}{
-	evictions: prometheus.NewCounter(prometheus.CounterOpts{
-		Name: "caddy_async_proxy_rate_limit_evictions_total",
-		Help: "Clients whose tokens were forgotten early because max_clients were tracked.",
-	}),
-}
-
-// registerMetrics makes the metrics part of registry. Another handler of the
-// same config may have done so before.
-func registerMetrics(registry *prometheus.Registry) error {
-	for _, c := range []prometheus.Collector{metrics.evictions} {
-		if err := registry.Register(c); err != nil && !errors.As(err, &prometheus.AlreadyRegisteredError{}) {
-			return err
-		}
-	}
-	return nil
-}
 
 // visit is what is known of a request and its answer.
 type visit struct {
 	caller
 	r      *http.Request
 	start  time.Time
+	kind   kind
 	status int
 	reason string // of an answer of the proxy's own: the error type of RFC 9209
+
+	limited bool // refused for want of a token
 }
 
 // newVisit begins a request, whose visit the placeholders speak of.
@@ -147,6 +127,7 @@ func (h *Handler) logLimited(r *http.Request, v *visit, verdict verdict, reportO
 
 // logReported writes the line of a destination that would have been denied.
 func (h *Handler) logReported(ctx context.Context, target string, denied *deniedError) {
+	metrics.reported.WithLabelValues("rules").Inc()
 	if c := h.logger.Check(zapcore.WarnLevel, "would be denied"); c != nil {
 		client, _ := caddyhttp.GetVar(ctx, caddyhttp.ClientIPVarKey).(string)
 		c.Write(append(deniedFields(denied),

@@ -284,7 +284,8 @@ func (h *Handler) refuseLimited(w http.ResponseWriter, r *http.Request, v *visit
 	if verdict.err != nil {
 		return h.refuseUncounted(w, r, v, verdict.err)
 	}
-	v.status, v.reason = http.StatusTooManyRequests, "http_request_denied"
+	v.status, v.reason, v.limited = http.StatusTooManyRequests, deniedRequest, true
+	v.count(nil)
 	if verdict.refused > 0 {
 		h.logLimited(r, v, verdict, false)
 	}

@@ -34,7 +34,8 @@ type registry struct {
 	tunnels  *xsync.Map[uint64, *tunnel]
 	clients  *xsync.Map[netip.Addr, int] // tunnels admitted, of each client
 	sources  *xsync.Map[source, struct{}]
-	admitted atomic.Int64 // all of them, those still being dialled too
+	handlers *xsync.Map[*Handler, struct{}] // those that are provisioned
+	admitted atomic.Int64                   // all of them, those still being dialled too
 	lastID   atomic.Uint64
 	ended    atomic.Pointer[string] // the reason for which no tunnel may be open any more
 	stop     func()
@@ -59,7 +60,7 @@ func newRegistry() *registry {
 	r := &registry{
 		tunnels: xsync.NewMap[uint64, *tunnel](),
 		clients: xsync.NewMap[netip.Addr, int](),
-		sources: xsync.NewMap[source, struct{}](),
+		sources: xsync.NewMap[source, struct{}](), handlers: xsync.NewMap[*Handler, struct{}](),
 	}
 	stop := make(chan struct{})
 	r.stop = sync.OnceFunc(func() { close(stop) })

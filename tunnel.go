@@ -55,6 +55,8 @@ type tunnel struct {
 	active   atomic.Int64 // when some were last seen to have been, since epoch
 	seen     int64        // how many there were then; look's own
 
+	countedUp, countedDown atomic.Int64 // bytes that are in the metrics already
+
 	halves atomic.Int32           // directions that have ended orderly, of connections
 	reason atomic.Pointer[string] // why it ended; nil: it has not
 }
@@ -97,6 +99,7 @@ func (t *tunnel) run() {
 	<-upDone
 	_ = t.near.Close()
 	_ = t.far.Close()
+	t.count()
 	t.logClosed()
 }
 

@@ -1,0 +1,231 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/http"
+	"os"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// The metrics are the process's. They are made once and registered with each
+// config's registry, so that they count on across reloads and for all handlers
+// together. No label has values that clients choose.
+
+// kind is what a request is to the proxy.
+type kind int
+
+const (
+	kindTunnel  kind = iota // CONNECT
+	kindForward             // a plain request to an origin
+	kindOther               // for this server itself
+	kinds
+)
+
+// outcome is what came of a request.
+type outcome int
+
+const (
+	outcomeOK       outcome = iota // a tunnel, or a response of the origin or the next handler
+	outcomeLimited                 // no token left
+	outcomeRefused                 // another 4xx of the proxy's own, or 508
+	outcomeFailed                  // another 5xx of its own, or a response that broke off
+	outcomeCanceled                // the client left before there was an answer
+	outcomes
+)
+
+var (
+	kindNames    = [kinds]string{"tunnel", "forward", "other"}
+	outcomeNames = [outcomes]string{"ok", "rate_limited", "refused", "failed", "canceled"}
+)
+
+// dialOutcomes are those of connecting to a target or a parent.
+var dialOutcomes = []string{"ok", "refused", "timeout", "dns", "denied", "canceled", "failed"}
+
+var metrics = newProcessMetrics()
+
+type processMetrics struct {
+	requests   [kinds][outcomes]prometheus.Counter
+	refusals   *prometheus.CounterVec // by reason
+	reported   *prometheus.CounterVec // by what
+	evictions  prometheus.Counter
+	durations  prometheus.Histogram // of tunnels
+	up, down   prometheus.Counter   // bytes of tunnels, as far as they are counted
+	dials      *prometheus.HistogramVec
+	collectors []prometheus.Collector
+}
+
+func newProcessMetrics() *processMetrics {
+	const prefix = "caddy_async_proxy_"
+	counters := func(name, help string, labels ...string) *prometheus.CounterVec {
+		return prometheus.NewCounterVec(prometheus.CounterOpts{Name: prefix + name, Help: help}, labels)
+	}
+	m := &processMetrics{
+		refusals: counters("refusals_total", "Answers of the proxy's own, by the error type of RFC 9209.", "reason"),
+		reported: counters("reported_total", "What would have been refused, had it not been only to be reported.", "what"),
+		evictions: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: prefix + "rate_limit_evictions_total",
+			Help: "Clients whose tokens were forgotten early because max_clients were tracked.",
+		}),
+		durations: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: prefix + "tunnel_duration_seconds", Help: "How long tunnels were open that have ended.",
+			Buckets: []float64{.1, 1, 10, 60, 600, 3600, 6 * 3600, 24 * 3600},
+		}),
+		dials: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: prefix + "dial_duration_seconds", Help: "How long it took to connect to a target, resolving included, or to find out that it is not possible.",
+			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
+		}, []string{"outcome"}),
+	}
+	requests := counters("requests_total", "Requests by what they are to the proxy and what came of them.", "kind", "outcome")
+	for k := range kinds {
+		for o := range outcomes {
+			m.requests[k][o] = requests.WithLabelValues(kindNames[k], outcomeNames[o])
+		}
+	}
+	for _, what := range []string{"rules", "limits"} {
+		m.reported.WithLabelValues(what)
+	}
+	for _, outcome := range dialOutcomes {
+		m.dials.WithLabelValues(outcome)
+	}
+	bytes := counters("tunnel_bytes_total", "Bytes through tunnels, open ones included: up from clients, down to them.", "direction")
+	m.up, m.down = bytes.WithLabelValues("up"), bytes.WithLabelValues("down")
+	m.collectors = []prometheus.Collector{requests, m.refusals, m.reported, m.evictions, m.durations, m.dials, stateCollector{bytes}}
+	return m
+}
+
+// registerMetrics makes the metrics part of registry. Another handler of the
+// same config may have done so before.
+func registerMetrics(registry *prometheus.Registry) error {
+	for _, c := range metrics.collectors {
+		if err := registry.Register(c); err != nil && !errors.As(err, &prometheus.AlreadyRegisteredError{}) {
+			return err
+		}
+	}
+	return nil
+}
+
+// count counts a request that has its answer. err is what ServeHTTP makes of it.
+func (v *visit) count(err error) {
+	o := outcomeOK
+	var f *refusal
+	switch {
+	case v.limited:
+		o = outcomeLimited
+	case errors.As(err, &f) && f.status == statusClientClosedRequest:
+		o = outcomeCanceled
+	case f != nil && (f.status < 500 || f.status == http.StatusLoopDetected):
+		o = outcomeRefused
+	case f != nil, errors.As(err, new(brokenOff)):
+		o = outcomeFailed
+	}
+	metrics.requests[v.kind][o].Inc()
+	if f != nil {
+		metrics.refusals.WithLabelValues(f.kind).Inc()
+	} else if v.limited {
+		metrics.refusals.WithLabelValues(deniedRequest).Inc()
+	}
+}
+
+// countDial counts an attempt to connect that began at start.
+func countDial(ctx context.Context, start time.Time, err error) {
+	outcome := "failed"
+	var (
+		denied  *deniedError
+		dns     *net.DNSError
+		timeout net.Error
+	)
+	switch {
+	case err == nil:
+		outcome = "ok"
+	case context.Cause(ctx) != nil:
+		outcome = "canceled"
+	case errors.As(err, &denied):
+		outcome = "denied"
+	case errors.Is(err, os.ErrDeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
+		outcome = "timeout"
+	case errors.As(err, &dns):
+		outcome = "dns"
+	case errors.Is(err, syscall.ECONNREFUSED):
+		outcome = "refused"
+	}
+	metrics.dials.WithLabelValues(outcome).Observe(time.Since(start).Seconds())
+}
+
+// count counts a tunnel that has ended.
+func (t *tunnel) count() {
+	metrics.durations.Observe(time.Since(t.start).Seconds())
+	t.countBytes()
+}
+
+// countBytes counts what has gone through the tunnel since it was last called.
+func (t *tunnel) countBytes() {
+	countNew(metrics.up, &t.up, &t.countedUp)
+	countNew(metrics.down, &t.down, &t.countedDown)
+}
+
+// countNew adds to c by how much n has grown. Concurrent callers add it once.
+func countNew(c prometheus.Counter, n, counted *atomic.Int64) {
+	was, now := counted.Load(), n.Load()
+	if now > was && counted.CompareAndSwap(was, now) {
+		c.Add(float64(now - was))
+	}
+}
+
+// stateCollector tells what is there now, when it is asked.
+type stateCollector struct{ bytes *prometheus.CounterVec }
+
+var (
+	descClients = prometheus.NewDesc("caddy_async_proxy_rate_limit_clients", "Clients that the limiter tracks now.", nil, nil)
+	descTunnels = prometheus.NewDesc("caddy_async_proxy_tunnels", "Tunnels that are open now, or being opened.", nil, nil)
+	descLimit   = prometheus.NewDesc("caddy_async_proxy_tunnels_limit", "The least max_tunnels of the sites; 0 if none has one.", nil, nil)
+	descIdle    = prometheus.NewDesc("caddy_async_proxy_idle_connections", "Connections to http origins and parents that wait for another request.", nil, nil)
+)
+
+func (s stateCollector) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{descClients, descTunnels, descLimit, descIdle} {
+		ch <- d
+	}
+	s.bytes.Describe(ch)
+}
+
+func (s stateCollector) Collect(ch chan<- prometheus.Metric) {
+	gauge := func(d *prometheus.Desc, n int) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, float64(n))
+	}
+	clients := 0
+	limiters.Range(func(_, value any) bool {
+		clients += value.(*limiter).clients()
+		return true
+	})
+	gauge(descClients, clients)
+	var tunnels, limit, idle int
+	registries.Range(func(_, value any) bool {
+		r := value.(*registry)
+		tunnels = int(r.admitted.Load())
+		r.tunnels.Range(func(_ uint64, t *tunnel) bool {
+			t.countBytes()
+			return true
+		})
+		r.handlers.Range(func(h *Handler, _ struct{}) bool {
+			if h.MaxTunnels > 0 && (limit == 0 || h.MaxTunnels < limit) {
+				limit = h.MaxTunnels
+			}
+			idle += h.idleConnections()
+			return true
+		})
+		return true
+	})
+	gauge(descTunnels, tunnels)
+	gauge(descLimit, limit)
+	gauge(descIdle, idle)
+	s.bytes.Collect(ch)
+}

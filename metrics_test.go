@@ -1,0 +1,193 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/http"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+)
+
+// gathered returns the values of all metrics, of histograms the counts, by name
+// and labels as in the exposition format.
+func gathered(t *testing.T) map[string]float64 {
+	t.Helper()
+	registry := prometheus.NewPedanticRegistry()
+	if err := registerMetrics(registry); err != nil {
+		t.Fatal(err)
+	}
+	if err := registerMetrics(registry); err != nil { // by another handler
+		t.Fatal(err)
+	}
+	families, err := registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	values := make(map[string]float64)
+	for _, family := range families {
+		for _, metric := range family.Metric {
+			var labels []string
+			for _, label := range metric.Label {
+				labels = append(labels, fmt.Sprintf("%s=%q", label.GetName(), label.GetValue()))
+			}
+			name := strings.TrimPrefix(family.GetName(), "caddy_async_proxy_")
+			if len(labels) > 0 {
+				name += "{" + strings.Join(labels, ",") + "}"
+			}
+			values[name] = metric.GetCounter().GetValue() + metric.GetGauge().GetValue() + float64(metric.GetHistogram().GetSampleCount())
+		}
+	}
+	return values
+}
+
+// TestMetricsCount runs a script of requests, twice, with a reload in between,
+// and compares what was counted to the last one.
+func TestMetricsCount(t *testing.T) {
+	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/broken" {
+			w.Header().Set("Content-Length", "100")
+			fmt.Fprint(w, "half")
+			_ = http.NewResponseController(w).Flush()
+			panic(http.ErrAbortHandler)
+		}
+	}))
+	origin := w.origin.Listener.Addr().String()
+	echo := listen(t, func(conn *net.TCPConn) { _, _ = io.Copy(conn, conn) })
+	closed := freeAddress(t)
+	for round := range 2 {
+		w.load(w.site(fmt.Sprintf("burst 14\nrefill 0.00001\nzone metrics-%d\nmax_tunnels 7\ndeny denied.test\nexempt 192.0.2.0/24", round)))
+		before := gathered(t)
+		ask := func(method, target, lines string, want int) {
+			t.Helper()
+			conn := w.dial()
+			conn.send(method + " " + target + " HTTP/1.1\nHost: x\n" + lines + "\n")
+			if res, err := http.ReadResponse(conn.r, &http.Request{Method: method}); err != nil || res.StatusCode != want {
+				t.Errorf("%s %s: %v, %v, want %d", method, target, res, err, want)
+			}
+		}
+		ask("GET", "http://"+origin+"/broken", "", 200)
+		for range 3 {
+			ask("GET", "http://"+origin+"/", "", 200)
+		}
+		ask("GET", "http://denied.test/", "", 403)
+		ask("GET", "http://nowhere.invalid/", "", 502)
+		ask("GET", "/", "", 200) // another handler's
+		ask("CONNECT", "bad", "", 400)
+		ask("CONNECT", closed, "", 502)
+		ask("CONNECT", "10.0.0.1:80", policyRemote, 403)
+		conn := w.dial()
+		conn.connect(echo)
+		conn.send("12345678\n")
+		if _, err := io.ReadFull(conn.r, make([]byte, 10)); err != nil {
+			t.Fatal(err)
+		}
+		during := gathered(t)
+		for name, want := range map[string]float64{"tunnels": 1, "tunnels_limit": 7, "rate_limit_clients": during["rate_limit_clients"], `tunnel_bytes_total{direction="up"}`: before[`tunnel_bytes_total{direction="up"}`] + 10} {
+			if during[name] != want {
+				t.Errorf("with a tunnel open: %s = %v, want %v", name, during[name], want)
+			}
+		}
+		if during["rate_limit_clients"] < 1 || during["idle_connections"] < 1 {
+			t.Errorf("%v clients, %v idle connections, want some", during["rate_limit_clients"], during["idle_connections"])
+		}
+		conn.Close()
+		w.waitLog("CONNECT tunnel closed", round+1)
+		for range 3 {
+			ask("GET", "http://"+origin+"/", "", 200)
+		}
+		for range 2 {
+			ask("GET", "http://"+origin+"/", "", 429)
+		}
+		ask("CONNECT", echo, "", 429)
+
+		got := make(map[string]float64)
+		eventually(t, "the last tunnel to be counted", func() bool { return gathered(t)["tunnels"] == 0 })
+		for name, value := range gathered(t) {
+			if added := value - before[name]; added != 0 && !slices.Contains([]string{"tunnels", "tunnels_limit", "idle_connections", "rate_limit_clients"}, name) {
+				got[name] = added
+			}
+		}
+		want := map[string]float64{
+			`requests_total{kind="forward",outcome="ok"}`:           6,
+			`requests_total{kind="forward",outcome="failed"}`:       2,
+			`requests_total{kind="forward",outcome="refused"}`:      1,
+			`requests_total{kind="forward",outcome="rate_limited"}`: 2,
+			`requests_total{kind="other",outcome="ok"}`:             1,
+			`requests_total{kind="tunnel",outcome="ok"}`:            1,
+			`requests_total{kind="tunnel",outcome="refused"}`:       2,
+			`requests_total{kind="tunnel",outcome="failed"}`:        1,
+			`requests_total{kind="tunnel",outcome="rate_limited"}`:  1,
+			`refusals_total{reason="http_request_error"}`:           1,
+			`refusals_total{reason="http_request_denied"}`:          4,
+			`refusals_total{reason="dns_error"}`:                    1,
+			`refusals_total{reason="connection_refused"}`:           1,
+			`refusals_total{reason="destination_ip_prohibited"}`:    1,
+			`tunnel_bytes_total{direction="up"}`:                    10,
+			`tunnel_bytes_total{direction="down"}`:                  10,
+			`tunnel_duration_seconds`:                               1,
+			`dial_duration_seconds{outcome="ok"}`:                   got[`dial_duration_seconds{outcome="ok"}`], // as many as were idle
+			`dial_duration_seconds{outcome="dns"}`:                  1,
+			`dial_duration_seconds{outcome="refused"}`:              1,
+			`dial_duration_seconds{outcome="denied"}`:               2,
+		}
+		if !maps.Equal(got, want) {
+			for _, name := range slices.Sorted(maps.Keys(got)) {
+				if got[name] != want[name] {
+					t.Errorf("round %d: %s grew by %v, want %v", round, name, got[name], want[name])
+				}
+			}
+			for name := range want {
+				if _, ok := got[name]; !ok {
+					t.Errorf("round %d: %s did not grow, want %v", round, name, want[name])
+				}
+			}
+		}
+	}
+}
+
+// TestMetricsLint: the metrics keep the conventions, and are what the README says.
+func TestMetricsLint(t *testing.T) {
+	registry := prometheus.NewPedanticRegistry()
+	if err := registerMetrics(registry); err != nil {
+		t.Fatal(err)
+	}
+	metrics.refusals.WithLabelValues(deniedRequest)
+	problems, err := testutil.GatherAndLint(registry)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, problem := range problems {
+		t.Errorf("%s: %s", problem.Metric, problem.Text)
+	}
+	families, err := registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, family := range families {
+		names = append(names, family.GetName())
+	}
+	var told []string
+	for _, match := range regexp.MustCompile("(?m)^\\| `(caddy_async_proxy_[a-z_]+)").FindAllStringSubmatch(string(readme), -1) {
+		told = append(told, match[1])
+	}
+	slices.Sort(told)
+	if !slices.Equal(names, told) {
+		t.Errorf("the metrics are %v, README.md has %v", names, told)
+	}
+}
