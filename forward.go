@@ -78,7 +78,9 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 		interim: func(status int, fields http.Header) { passInterim(w, r, status, fields) },
 	}
 	defer x.finish(false)
+	start := time.Now()
 	res, err := x.do(out)
+	metrics.responses.Observe(time.Since(start).Seconds())
 	if err != nil {
 		return 0, forwardRefusal(r, err)
 	}
@@ -95,7 +97,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 		t.fromTarget = early
 		return h.upgrade(w, r, res, t)
 	}
-	if err := h.respond(w, r, res); err != nil {
+	if err := h.respond(w, r, res, from); err != nil {
 		return res.StatusCode, err
 	}
 	x.finish(res.Body.(*originBody).ended && !res.Close)
@@ -200,7 +202,7 @@ func (h *Handler) applyDown(res *http.Response, r *http.Request) {
 
 // respond passes a response on. If it breaks off, the answer to the client is
 // to be broken off too, so that nobody takes a part for the whole (RFC 9112 §8).
-func (h *Handler) respond(w http.ResponseWriter, r *http.Request, res *http.Response) error {
+func (h *Handler) respond(w http.ResponseWriter, r *http.Request, res *http.Response, from caller) error {
 	header := h.setResponseFields(w, r, res)
 	announced := len(res.Trailer)
 	if announced > 0 {
@@ -210,7 +212,9 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, res *http.Resp
 		}
 	}
 	w.WriteHeader(res.StatusCode)
-	if err := copyBody(w, res); err != nil {
+	copied, err := copyBody(w, res)
+	h.countForwarded(from.bucket, max(0, r.ContentLength), copied)
+	if err != nil {
 		return brokenOff{err}
 	}
 	_ = res.Body.Close() // fills in the trailers
@@ -254,23 +258,23 @@ const copyBuffer = 32 << 10
 // copyBuffers are what bodies are copied through.
 var copyBuffers = sync.Pool{New: func() any { return new([copyBuffer]byte) }}
 
-// copyBody copies the body of a response, and flushes what has come whenever
+// copyBody copies the body of a response, says how much of it, and flushes what has come whenever
 // there may be a wait for more.
-func copyBody(w http.ResponseWriter, res *http.Response) error {
+func copyBody(w http.ResponseWriter, res *http.Response) (copied int64, err error) {
 	body, own := res.Body.(*originBody)
 	if own {
 		if rest, ok := body.rest(); ok {
-			_, err := w.Write(rest)
-			return err
+			n, err := w.Write(rest)
+			return int64(n), err
 		}
 		if done, err := body.splice(w); done || err != nil {
-			return err
+			return max(0, res.ContentLength-body.left), err
 		}
 	}
 	control := http.NewResponseController(w)
 	if !own || body.r.Buffered() == 0 {
 		if err := control.Flush(); err != nil {
-			return err
+			return 0, err
 		}
 	}
 	buf := copyBuffers.Get().(*[copyBuffer]byte)
@@ -280,19 +284,20 @@ func copyBody(w http.ResponseWriter, res *http.Response) error {
 		n, err := res.Body.Read(buf[:])
 		if n > 0 {
 			if _, err := w.Write(buf[:n]); err != nil {
-				return err
+				return copied, err
 			}
+			copied += int64(n)
 			if left -= int64(n); err == nil && left != 0 && (!own || body.r.Buffered() == 0) {
 				if err := control.Flush(); err != nil {
-					return err
+					return copied, err
 				}
 			}
 		}
 		if err == io.EOF {
-			return nil
+			return copied, nil
 		}
 		if err != nil {
-			return err
+			return copied, err
 		}
 	}
 }

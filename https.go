@@ -69,7 +69,9 @@ func (h *Handler) forwardTLS(w http.ResponseWriter, r *http.Request, o *outgoing
 	if _, ok := r.Header["User-Agent"]; !ok {
 		r.Header["User-Agent"] = nil // else Go puts its own
 	}
+	start := time.Now()
 	res, err := h.upstreams[from.reach].RoundTrip(out)
+	metrics.responses.Observe(time.Since(start).Seconds())
 	interim.stop()
 	if err != nil {
 		if failure := body.failure.Load(); failure != nil {
@@ -81,7 +83,7 @@ func (h *Handler) forwardTLS(w http.ResponseWriter, r *http.Request, o *outgoing
 	if res.StatusCode < 200 {
 		return 0, forwardRefusal(r, protocolError("the response has a status that ends no exchange"))
 	}
-	return res.StatusCode, h.respond(w, r, res)
+	return res.StatusCode, h.respond(w, r, res, from)
 }
 
 // interimResponses passes on what http.Transport reports from a goroutine of

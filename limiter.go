@@ -5,8 +5,10 @@ package asyncproxy
 
 import (
 	"context"
+	"errors"
 	"net/http"
 	"net/netip"
+	"strconv"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -116,13 +118,21 @@ func (l *limiter) learn(client netip.Addr, now int64, wait time.Duration) verdic
 	}
 }
 
-// refuseUncounted answers a request that the shared limiter cannot count.
-func (h *Handler) refuseUncounted(w http.ResponseWriter, r *http.Request, v *visit, err error) error {
-	f := refuse(http.StatusServiceUnavailable, "proxy_internal_error", err, "The proxy cannot count this request, as it has to; try again in a moment.")
+// errBlocked is why a client of whom the operator has had enough is refused.
+var errBlocked = errors.New("the client is blocked")
+
+// refuseUncounted answers a request that the shared limiter cannot count, or
+// that is not even to be counted.
+func (h *Handler) refuseUncounted(w http.ResponseWriter, r *http.Request, v *visit, verdict verdict) error {
+	f := refuse(http.StatusServiceUnavailable, "proxy_internal_error", verdict.err, "The proxy cannot count this request, as it has to; try again in a moment.")
+	if verdict.err == errBlocked {
+		f = refuse(http.StatusTooManyRequests, deniedRequest, errBlocked, "The operator of this proxy has blocked your address; try again in %d s.", ceilSeconds(verdict.wait))
+	}
 	v.status, v.reason = f.status, f.kind
 	v.count(f)
-	h.logRequest(r, v, err)
-	w.Header()["Retry-After"] = []string{"1"}
+	v.refused(f.status, f.kind, f.text)
+	h.logRequest(r, v, f.err)
+	w.Header()["Retry-After"] = []string{strconv.FormatInt(ceilSeconds(verdict.wait), 10)}
 	return h.answer(w, r, f)
 }
 

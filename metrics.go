@@ -8,6 +8,7 @@ import (
 	"errors"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"sync/atomic"
 	"syscall"
@@ -50,15 +51,21 @@ var (
 // dialOutcomes are those of connecting to a target or a parent.
 var dialOutcomes = []string{"ok", "refused", "timeout", "dns", "denied", "canceled", "failed"}
 
+var durationBuckets = []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}
+
 var metrics = newProcessMetrics()
 
 type processMetrics struct {
-	requests   [kinds][outcomes]prometheus.Counter
-	refusals   *prometheus.CounterVec // by reason
-	reported   *prometheus.CounterVec // by what
-	evictions  prometheus.Counter
-	durations  prometheus.Histogram // of tunnels
-	up, down   prometheus.Counter   // bytes of tunnels, as far as they are counted
+	requests  [kinds][outcomes]prometheus.Counter
+	refusals  *prometheus.CounterVec // by reason
+	reported  *prometheus.CounterVec // by what
+	evictions prometheus.Counter
+	durations prometheus.Histogram // of tunnels
+	up, down  prometheus.Counter   // bytes of tunnels, as far as they are counted
+	responses prometheus.Histogram
+
+	forwardedUp, forwardedDown prometheus.Counter // bytes of the content of messages
+
 	dials      *prometheus.HistogramVec
 	collectors []prometheus.Collector
 }
@@ -79,9 +86,13 @@ func newProcessMetrics() *processMetrics {
 			Name: prefix + "tunnel_duration_seconds", Help: "How long tunnels were open that have ended.",
 			Buckets: []float64{.1, 1, 10, 60, 600, 3600, 6 * 3600, 24 * 3600},
 		}),
+		responses: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: prefix + "response_duration_seconds", Help: "How long it took from a forwarded request until the head of its response was there.",
+			Buckets: durationBuckets,
+		}),
 		dials: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name: prefix + "dial_duration_seconds", Help: "How long it took to connect to a target, resolving included, or to find out that it is not possible.",
-			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
+			Buckets: durationBuckets,
 		}, []string{"outcome"}),
 	}
 	requests := counters("requests_total", "Requests by what they are to the proxy and what came of them.", "kind", "outcome")
@@ -98,7 +109,11 @@ func newProcessMetrics() *processMetrics {
 	}
 	bytes := counters("tunnel_bytes_total", "Bytes through tunnels, open ones included: up from clients, down to them.", "direction")
 	m.up, m.down = bytes.WithLabelValues("up"), bytes.WithLabelValues("down")
-	m.collectors = []prometheus.Collector{requests, m.refusals, m.reported, m.evictions, m.durations, m.dials, stateCollector{bytes}}
+	forwarded := counters("forwarded_bytes_total", "Bytes of the content of forwarded requests (up) and responses (down).", "direction")
+	m.forwardedUp, m.forwardedDown = forwarded.WithLabelValues("up"), forwarded.WithLabelValues("down")
+	m.collectors = []prometheus.Collector{
+		requests, m.refusals, m.reported, m.evictions, m.durations, m.dials, m.responses, forwarded, stateCollector{bytes},
+	}
 	return m
 }
 
@@ -164,6 +179,27 @@ func countDial(ctx context.Context, start time.Time, err error) {
 func (t *tunnel) count() {
 	metrics.durations.Observe(time.Since(t.start).Seconds())
 	t.countBytes()
+	t.owner.limiter.countBytes(t.bucket, t.up.Load(), t.down.Load())
+}
+
+// countForwarded counts the content of a request and its response.
+func (h *Handler) countForwarded(client netip.Addr, up, down int64) {
+	metrics.forwardedUp.Add(float64(up))
+	metrics.forwardedDown.Add(float64(down))
+	h.limiter.countBytes(client, up, down)
+}
+
+// countBytes notes bytes for a client, if it is known.
+func (l *limiter) countBytes(client netip.Addr, up, down int64) {
+	g := l.gens.Load()
+	b, ok := g.cur.Load(client)
+	if !ok {
+		b, ok = g.old.Load(client)
+	}
+	if ok && up+down > 0 {
+		b.bytesUp.Add(up)
+		b.bytesDown.Add(down)
+	}
 }
 
 // countBytes counts what has gone through the tunnel since it was last called.
@@ -208,21 +244,13 @@ func (s stateCollector) Collect(ch chan<- prometheus.Metric) {
 	})
 	gauge(descClients, clients)
 	var tunnels, limit, idle int
-	registries.Range(func(_, value any) bool {
-		r := value.(*registry)
-		tunnels = int(r.admitted.Load())
-		r.tunnels.Range(func(_ uint64, t *tunnel) bool {
-			t.countBytes()
-			return true
-		})
+	eachRegistry(func(r *registry) {
+		tunnels, limit = int(r.admitted.Load()), r.limit()
+		r.countBytes()
 		r.handlers.Range(func(h *Handler, _ struct{}) bool {
-			if h.MaxTunnels > 0 && (limit == 0 || h.MaxTunnels < limit) {
-				limit = h.MaxTunnels
-			}
 			idle += h.idleConnections()
 			return true
 		})
-		return true
 	})
 	gauge(descTunnels, tunnels)
 	gauge(descLimit, limit)

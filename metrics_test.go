@@ -137,6 +137,8 @@ func TestMetricsCount(t *testing.T) {
 			`tunnel_bytes_total{direction="down"}`:                  10,
 			`tunnel_duration_seconds`:                               1,
 			`dial_duration_seconds{outcome="ok"}`:                   got[`dial_duration_seconds{outcome="ok"}`], // as many as were idle
+			`response_duration_seconds`:                             9,
+			`forwarded_bytes_total{direction="down"}`:               4,
 			`dial_duration_seconds{outcome="dns"}`:                  1,
 			`dial_duration_seconds{outcome="refused"}`:              1,
 			`dial_duration_seconds{outcome="denied"}`:               2,

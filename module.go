@@ -71,7 +71,7 @@ type Handler struct {
 	IPv6Prefix int `json:"ipv6_prefix,omitempty"`
 
 	// How many clients are tracked at most, at least 2: the bound on the
-	// limiter's memory, some 100 bytes each. When more than half as many are
+	// limiter's memory, some 130 bytes each. When more than half as many are
 	// active, those that were idle for longest may find a full bucket when they
 	// come again. Default: 1000000.
 	MaxClients int `json:"max_clients,omitempty"`
@@ -210,6 +210,9 @@ type Handler struct {
 	parentOrigins *origins          // to the parent, for requests; nil: it takes none
 	via           via
 	name          string // in Proxy-Status
+
+	running   *atomic.Bool // its config has started
+	addresses []string     // of its server
 }
 
 // CaddyModule returns the Caddy module information.
@@ -224,6 +227,7 @@ func (Handler) CaddyModule() caddy.ModuleInfo {
 func (h *Handler) Provision(ctx caddy.Context) error {
 	h.logger = ctx.Logger()
 	h.setDefaults()
+	h.running = new(atomic.Bool)
 
 	var err error
 	if h.exempt, err = parsePrefixes("exempt", h.Exempt); err != nil {
@@ -479,6 +483,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	var f *refusal
 	if errors.As(err, &f) {
 		v.status, v.reason = f.status, f.kind
+		v.refused(f.status, f.kind, f.text)
 		h.logRequest(r, v, f.err)
 		if f.status == statusClientClosedRequest {
 			panic(http.ErrAbortHandler) // nobody is there
@@ -495,6 +500,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 // take takes a token for v, or, if it is only to look, finds out whether there
 // is one.
 func (h *Handler) take(r *http.Request, v *visit, look bool) verdict {
+	if wait := h.tunnels.blocked(v.bucket, sinceEpoch(v.start)); wait > 0 {
+		return verdict{wait: wait, err: errBlocked}
+	}
 	if contains(h.exempt, v.addr) {
 		return verdict{ok: true}
 	}

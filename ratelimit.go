@@ -71,7 +71,7 @@ type limiter struct {
 // generations are the buckets, newest first. A bucket is the time, in
 // nanoseconds since epoch, at which it is full.
 type generations struct {
-	cur, old *xsync.Map[netip.Addr, *bucket]
+	cur, old *buckets
 	promoted atomic.Int64 // buckets of old that are in cur, too
 	until    int64
 }
@@ -82,7 +82,14 @@ type bucket struct {
 	full    atomic.Int64 // when it is full
 	quiet   atomic.Int64 // the same for a bucket of log lines
 	refused atomic.Int64 // refusals since the last line
+
+	// For those who look. A bucket that is forgotten takes them with it.
+	requests, rejections atomic.Int64
+	seen                 atomic.Int64 // when the last request came
+	bytesUp, bytesDown   atomic.Int64 // of messages, and of tunnels that have ended
 }
+
+type buckets = xsync.Map[netip.Addr, *bucket]
 
 // A client's refusals are logged one by one as long as they are few: one a
 // second, ten at once. Past that they are counted, and the next line tells.
@@ -139,7 +146,7 @@ func newLimiter(key limiterKey) *limiter {
 	return l
 }
 
-func newBuckets() *xsync.Map[netip.Addr, *bucket] {
+func newBuckets() *buckets {
 	return xsync.NewMap[netip.Addr, *bucket]()
 }
 
@@ -171,6 +178,8 @@ func (l *limiter) client(addr netip.Addr) netip.Addr {
 // epoch; concurrent callers may come with slightly older ones.
 func (l *limiter) take(client netip.Addr, now int64) verdict {
 	b := l.bucket(client, now)
+	b.requests.Add(1)
+	b.seen.Store(now)
 	return b.verdict(takeToken(&b.full, now, l.interval, l.fill), now)
 }
 
@@ -192,6 +201,7 @@ func (b *bucket) verdict(wait, now int64) verdict {
 func (b *bucket) refuse(wait, now int64) verdict {
 	v := verdict{wait: time.Duration(wait)}
 	b.refused.Add(1)
+	b.rejections.Add(1)
 	if takeToken(&b.quiet, now, lineInterval, lineFill) == 0 {
 		v.refused = b.refused.Swap(0)
 	}
@@ -282,14 +292,15 @@ func (l *limiter) state(seconds int64) string {
 // refuseLimited answers a request that found no token.
 func (h *Handler) refuseLimited(w http.ResponseWriter, r *http.Request, v *visit, verdict verdict) error {
 	if verdict.err != nil {
-		return h.refuseUncounted(w, r, v, verdict.err)
+		return h.refuseUncounted(w, r, v, verdict)
 	}
 	v.status, v.reason, v.limited = http.StatusTooManyRequests, deniedRequest, true
 	v.count(nil)
+	a := h.limitedAnswer(ceilSeconds(verdict.wait))
 	if verdict.refused > 0 {
 		h.logLimited(r, v, verdict, false)
+		v.refused(a.status, a.kind, a.text)
 	}
-	a := h.limitedAnswer(ceilSeconds(verdict.wait))
 	header := w.Header()
 	header["Retry-After"] = a.retryAfter
 	header["Ratelimit-Policy"] = h.policy

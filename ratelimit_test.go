@@ -540,7 +540,7 @@ func heap() int64 {
 }
 
 func TestMemoryOfAClient(t *testing.T) {
-	const most = 120 // bytes
+	const most = 140 // bytes
 	for _, n := range []int{50_000, 500_000} {
 		key := limits(10, 0.5)
 		key.maxClients = 2 * n

@@ -35,6 +35,7 @@ type registry struct {
 	clients  *xsync.Map[netip.Addr, int] // tunnels admitted, of each client
 	sources  *xsync.Map[source, struct{}]
 	handlers *xsync.Map[*Handler, struct{}] // those that are provisioned
+	blocks   *xsync.Map[netip.Addr, int64]  // clients that the operator has blocked, and until when, since epoch
 	admitted atomic.Int64                   // all of them, those still being dialled too
 	lastID   atomic.Uint64
 	ended    atomic.Pointer[string] // the reason for which no tunnel may be open any more
@@ -60,7 +61,7 @@ func newRegistry() *registry {
 	r := &registry{
 		tunnels: xsync.NewMap[uint64, *tunnel](),
 		clients: xsync.NewMap[netip.Addr, int](),
-		sources: xsync.NewMap[source, struct{}](), handlers: xsync.NewMap[*Handler, struct{}](),
+		sources: xsync.NewMap[source, struct{}](), handlers: xsync.NewMap[*Handler, struct{}](), blocks: xsync.NewMap[netip.Addr, int64](),
 	}
 	stop := make(chan struct{})
 	r.stop = sync.OnceFunc(func() { close(stop) })
@@ -216,4 +217,24 @@ func (r *registry) wait(ctx context.Context) {
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
+}
+
+// limit returns the least max_tunnels of the handlers, or 0 if none has one.
+func (r *registry) limit() int {
+	limit := 0
+	r.handlers.Range(func(h *Handler, _ struct{}) bool {
+		if h.MaxTunnels > 0 && (limit == 0 || h.MaxTunnels < limit) {
+			limit = h.MaxTunnels
+		}
+		return true
+	})
+	return limit
+}
+
+// countBytes has the metrics know what has gone through open tunnels.
+func (r *registry) countBytes() {
+	r.tunnels.Range(func(_ uint64, t *tunnel) bool {
+		t.countBytes()
+		return true
+	})
 }

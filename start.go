@@ -43,6 +43,10 @@ func (h *Handler) atStart(ctx caddy.Context, server *caddyhttp.Server) error {
 }
 
 func (h *Handler) started(server *caddyhttp.Server) {
+	now := time.Now()
+	configLoaded.Store(&now)
+	h.addresses = server.Listen
+	h.running.Store(true)
 	h.logger.Info("async-proxy listening",
 		zap.Strings("addresses", server.Listen),
 		zap.Int64("burst", h.Burst),

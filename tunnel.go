@@ -24,6 +24,7 @@ const (
 	reasonMaxDuration = "max duration" // tunnel_max_duration
 	reasonReload      = "reload"       // stream_close_delay, or no config has a proxy any more
 	reasonForbidden   = "forbidden"    // recheck_tunnels
+	reasonOperator    = "operator"     // by the admin API or the status page
 	reasonShutdown    = "shutdown"     // Caddy exits
 )
 

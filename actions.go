@@ -1,0 +1,98 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"net/netip"
+	"time"
+)
+
+// closeTunnel closes a tunnel, and reports whether there is one of that id.
+func closeTunnel(id uint64) (found bool) {
+	eachRegistry(func(r *registry) {
+		var t *tunnel
+		if t, found = r.tunnels.Load(id); found {
+			t.close(reasonOperator)
+		}
+	})
+	return found
+}
+
+// refillClient gives a client full buckets, wherever it has one, and ends
+// a block. It reports whether there was something to do it to.
+func refillClient(addr netip.Addr) (found bool) {
+	limiters.Range(func(_, value any) bool {
+		l := value.(*limiter)
+		g := l.gens.Load()
+		for _, buckets := range []*buckets{g.cur, g.old} {
+			if b, ok := buckets.Load(l.keyOf(addr)); ok {
+				b.full.Store(0)
+				found = true
+			}
+		}
+		return true
+	})
+	return unblock(addr) || found
+}
+
+// blockClient has all requests of a client refused for a while; 0 ends that. It
+// reports whether it was done: there must be a proxy.
+func blockClient(addr netip.Addr, d time.Duration) (done bool) {
+	if d <= 0 {
+		return unblock(addr)
+	}
+	eachRegistry(func(r *registry) {
+		for _, key := range keysOf(addr) {
+			r.blocks.Store(key, sinceEpoch(time.Now().Add(d)))
+			done = true
+		}
+	})
+	return done
+}
+
+func unblock(addr netip.Addr) (found bool) {
+	eachRegistry(func(r *registry) {
+		for _, key := range keysOf(addr) {
+			if _, ok := r.blocks.LoadAndDelete(key); ok {
+				found = true
+			}
+		}
+	})
+	return found
+}
+
+// keysOf returns what a client is to the limiters, of which each may make it
+// part of another network.
+func keysOf(addr netip.Addr) (keys []netip.Addr) {
+	limiters.Range(func(_, l any) bool {
+		keys = append(keys, l.(*limiter).keyOf(addr))
+		return true
+	})
+	return keys
+}
+
+// keyOf is client for a user as well.
+func (l *limiter) keyOf(addr netip.Addr) netip.Addr {
+	if addr.Zone() != "" {
+		return addr
+	}
+	return l.client(addr)
+}
+
+// blocked returns how long the client whose limits are those of key stays
+// blocked, or 0.
+func (r *registry) blocked(key netip.Addr, now int64) time.Duration {
+	if r.blocks.Size() == 0 {
+		return 0
+	}
+	until, ok := r.blocks.Load(key)
+	if !ok {
+		return 0
+	}
+	if until <= now {
+		r.blocks.Delete(key)
+		return 0
+	}
+	return time.Duration(until - now)
+}

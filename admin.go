@@ -1,0 +1,127 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+func init() {
+	caddy.RegisterModule(adminAPI{})
+}
+
+// adminAPI is at /async_proxy/ of Caddy's admin endpoint. docs/admin-api.md
+// describes it.
+type adminAPI struct{}
+
+// CaddyModule returns the Caddy module information.
+func (adminAPI) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{
+		ID:  "admin.api.async_proxy",
+		New: func() caddy.Module { return new(adminAPI) },
+	}
+}
+
+// Routes implements caddy.AdminRouter.
+func (a adminAPI) Routes() []caddy.AdminRoute {
+	return []caddy.AdminRoute{{Pattern: "/async_proxy/", Handler: caddy.AdminHandlerFunc(a.serve)}}
+}
+
+func (a adminAPI) serve(w http.ResponseWriter, r *http.Request) error {
+	now := time.Now()
+	what, rest, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/async_proxy/"), "/")
+	name, verb, _ := strings.Cut(rest, "/")
+	// A network is written with a slash of its own.
+	if bits, more, _ := strings.Cut(verb, "/"); what == "clients" && isNumber(bits) {
+		name, verb = name+"/"+bits, more
+	}
+	switch {
+	case what == "stats" && rest == "":
+		return a.get(w, r, func() (any, error) { return takeStats(now), nil })
+	case what == "clients" && rest == "":
+		return a.get(w, r, func() (any, error) { return queryClients(r.URL.Query(), now) })
+	case what == "tunnels" && rest == "":
+		return a.get(w, r, func() (any, error) { return queryTunnels(r.URL.Query(), now) })
+	case what == "tunnels" && verb == "":
+		id, err := strconv.ParseUint(name, 10, 64)
+		if err != nil {
+			return apiError(http.StatusBadRequest, "%q is no id of a tunnel, which is a number", name)
+		}
+		return a.do(w, r, http.MethodDelete, func() bool { return closeTunnel(id) })
+	case what == "clients" && (verb == "" || verb == "block"):
+		addr, ok := parseClient(name)
+		if !ok {
+			return apiError(http.StatusBadRequest, "%q is no address of a client, and no network", name)
+		}
+		if verb == "" {
+			return a.do(w, r, http.MethodDelete, func() bool { return refillClient(addr) })
+		}
+		d, err := caddy.ParseDuration(r.URL.Query().Get("for"))
+		if r.Method == http.MethodPut && (err != nil || d <= 0) {
+			return apiError(http.StatusBadRequest, "for=%s: expected a positive duration such as 10m", r.URL.Query().Get("for"))
+		}
+		return a.do(w, r, http.MethodPut, func() bool { return blockClient(addr, d) })
+	}
+	return apiError(http.StatusNotFound, "there is no %s; see docs/admin-api.md of async_proxy", r.URL.Path)
+}
+
+func isNumber(s string) bool {
+	_, err := strconv.ParseUint(s, 10, 8)
+	return err == nil
+}
+
+func (adminAPI) get(w http.ResponseWriter, r *http.Request, answer func() (any, error)) error {
+	if r.Method != http.MethodGet {
+		return apiError(http.StatusMethodNotAllowed, "%s: expected GET", r.Method)
+	}
+	v, err := answer()
+	if err != nil {
+		return caddy.APIError{HTTPStatus: http.StatusBadRequest, Err: err}
+	}
+	w.Header().Set("Content-Type", "application/json")
+	return json.NewEncoder(w).Encode(v)
+}
+
+func (adminAPI) do(w http.ResponseWriter, r *http.Request, method string, action func() bool) error {
+	if r.Method != method {
+		return apiError(http.StatusMethodNotAllowed, "%s: expected %s", r.Method, method)
+	}
+	if !action() {
+		return caddy.APIError{HTTPStatus: http.StatusNotFound, Err: errors.New("there is none")}
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+func apiError(status int, format string, args ...any) error {
+	return caddy.APIError{HTTPStatus: status, Err: fmt.Errorf(format, args...)}
+}
+
+// parseClient reads a client as clientName and a snapshot write it: an address,
+// a network, a user, or "unix".
+func parseClient(s string) (netip.Addr, bool) {
+	if s == "unix" {
+		return netip.Addr{}, true
+	}
+	if user, ok := strings.CutPrefix(s, "user "); ok && user != "" {
+		return userKey(user), true
+	}
+	if prefix, err := netip.ParsePrefix(s); err == nil {
+		return prefix.Addr(), true
+	}
+	addr, err := netip.ParseAddr(s)
+	return addr, err == nil && addr.Zone() == ""
+}
+
+// Interface guard
+var _ caddy.AdminRouter = adminAPI{}

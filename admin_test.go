@@ -1,0 +1,227 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package asyncproxy
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+// api asks the admin API and decodes its answer.
+func (c *binaryCaddy) api(method, path string, want int, into any) string {
+	c.t.Helper()
+	status, text := c.ask(method, "/async_proxy/"+path, "")
+	if status != want {
+		c.t.Errorf("%s %s: %d %s, want %d", method, path, status, text, want)
+	}
+	if into != nil {
+		if err := json.Unmarshal([]byte(text), into); err != nil {
+			c.t.Errorf("%s %s: %v in %s", method, path, err, text)
+		}
+	}
+	return text
+}
+
+// names of clients, in order.
+func (l clientList) names() string {
+	var names []string
+	for _, c := range l.Clients {
+		names = append(names, c.Client)
+	}
+	return strings.Join(names, " ")
+}
+
+func TestAdminAPI(t *testing.T) {
+	c := binaryStart(t, binaryOptions{global: "servers {\ntrusted_proxies static 127.0.0.1/32\n}", site: "burst 3\nrefill 0.00001\nallow 127.0.0.0/8"})
+	origin := listen(t, func(conn *net.TCPConn) {
+		_, _ = conn.Read(make([]byte, 1000))
+		_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 100\r\nConnection: close\r\n\r\n"+strings.Repeat("x", 100))
+	})
+	get := func(client string, want int) {
+		t.Helper()
+		if res, body := policyRequest(t, c.proxy, http.MethodGet, origin, "X-Forwarded-For: "+client+"\n"); res.StatusCode != want {
+			t.Errorf("%s gets %s %q, want %d", client, res.Status, body, want)
+		}
+	}
+	var empty clientList
+	c.api("GET", "clients", 200, &empty)
+	if empty.Clients == nil || empty.Total != 0 {
+		t.Errorf("at first there are %+v", empty)
+	}
+	start := time.Now()
+	get("192.0.2.1", 200)
+	for range 3 {
+		get("192.0.2.2", 200)
+	}
+	for range 2 {
+		get("192.0.2.2", 429)
+	}
+	get("2001:db8::1", 200)
+	get("2001:db8::2", 200)
+
+	var list clientList
+	c.api("GET", "clients?sort=requests", 200, &list)
+	if want := "192.0.2.2 2001:db8::/64 192.0.2.1"; list.names() != want || list.Total != 3 {
+		t.Fatalf("clients %+v, want %s", list, want)
+	}
+	if got := list.Clients[0]; got.Requests != 5 || got.Rejections != 2 || got.BytesDown != 300 || got.Tokens >= 1 || got.Burst != 3 || got.Refill != 0.00001 || got.Zone != "default" ||
+		got.LastSeen.Before(start.Add(-time.Second)) || got.LastSeen.After(time.Now().Add(time.Second)) || got.BlockedUntil != nil {
+		t.Errorf("client %+v", got)
+	}
+	for query, want := range map[string]string{
+		"sort=requests&order=asc": "192.0.2.1 2001:db8::/64 192.0.2.2", "sort=last_seen": "2001:db8::/64 192.0.2.2 192.0.2.1",
+		"sort=rejections&limit=1": "192.0.2.2", "sort=tokens": "192.0.2.1 2001:db8::/64 192.0.2.2", "sort=bytes&limit=1&offset=1": "2001:db8::/64",
+		"limited": "192.0.2.2", "q=2001": "2001:db8::/64", "offset=10": "", "sort=requests&offset=2&limit=5": "192.0.2.1",
+	} {
+		var list clientList
+		c.api("GET", "clients?"+query, 200, &list)
+		if list.names() != want {
+			t.Errorf("%s: %s, want %s", query, list.names(), want)
+		}
+	}
+
+	// Tunnels, one of which is closed from here.
+	echo := listen(t, func(conn *net.TCPConn) { _, _ = io.Copy(conn, conn) })
+	conns := make([]*rawConn, 2)
+	for i := range conns {
+		conns[i] = dialRaw(t, c.proxy)
+		conns[i].send(fmt.Sprintf("CONNECT %s HTTP/1.1\nHost: x\nX-Forwarded-For: 192.0.2.%d\n\n", echo, 10+i))
+		if res, body := conns[i].response(http.MethodConnect); res.StatusCode != 200 {
+			t.Fatalf("%s %s", res.Status, body)
+		}
+	}
+	conns[1].send("12345678\n")
+	if _, err := io.ReadFull(conns[1].r, make([]byte, 10)); err != nil {
+		t.Fatal(err)
+	}
+	var tunnels tunnelList
+	c.api("GET", "tunnels?sort=bytes", 200, &tunnels)
+	if tunnels.Total != 2 || len(tunnels.Tunnels) != 2 {
+		t.Fatalf("tunnels %+v", tunnels)
+	}
+	if got := tunnels.Tunnels[0]; got.Client != "192.0.2.11" || got.Target != echo || got.Address != echo || got.Proto != "HTTP/1.1" || got.BytesUp != 10 || got.BytesDown != 10 {
+		t.Errorf("tunnel %+v", got)
+	}
+	c.api("GET", "clients?sort=tunnels&limit=2", 200, &list)
+	if list.Clients[0].Tunnels != 1 || list.Clients[1].Tunnels != 1 {
+		t.Errorf("clients with tunnels %+v", list)
+	}
+	var one tunnelList
+	c.api("GET", "tunnels?q=192.0.2.11", 200, &one)
+	if len(one.Tunnels) != 1 {
+		t.Fatalf("tunnels %+v", one)
+	}
+	c.api("DELETE", fmt.Sprintf("tunnels/%d", one.Tunnels[0].ID), 204, nil)
+	if rest := conns[1].readAll(); rest != "" {
+		t.Errorf("the closed tunnel says %q", rest)
+	}
+	if line := c.waitLog("CONNECT tunnel closed", 1)[0]; line["reason"] != reasonOperator {
+		t.Errorf("line %v", line)
+	}
+	c.api("DELETE", fmt.Sprintf("tunnels/%d", one.Tunnels[0].ID), 404, nil)
+
+	// A bucket is refilled, a client blocked; both survive a reload.
+	c.api("DELETE", "clients/192.0.2.2", 204, nil)
+	get("192.0.2.2", 200)
+	c.api("PUT", "clients/2001:db8::99/block?for=1h", 204, nil)
+	c.reload(c.options.site)
+	get("2001:db8::1", 429)
+	get("2001:db8::2", 429)
+	get("192.0.2.2", 200)
+	c.api("GET", "clients?limited", 200, &list)
+	if list.names() != "2001:db8::/64" || list.Clients[0].BlockedUntil == nil || time.Until(*list.Clients[0].BlockedUntil) < 59*time.Minute {
+		t.Errorf("blocked are %+v", list)
+	}
+	c.api("DELETE", "clients/2001:db8::/64", 204, nil)
+	get("2001:db8::1", 200)
+	c.api("PUT", "clients/192.0.2.1/block?for=1ms", 204, nil)
+	time.Sleep(2 * time.Millisecond)
+	get("192.0.2.1", 200)
+
+	var s stats
+	c.api("GET", "stats", 200, &s)
+	if s.Requests.Forwarded != 10 || s.Requests.Tunnels != 2 || s.Requests.RateLimited != 2 || s.Requests.Refused != 2 || s.Refusals[deniedRequest] != 4 ||
+		s.Tunnels.Open != 1 || s.Tunnels.BytesUp != 10 || s.BytesDown != 1010 || s.Clients.Tracked != 5 || s.Clients.Limit != 1_000_000 || s.Dials.OK != 12 ||
+		len(s.DialSeconds.Counts) != len(s.DialSeconds.Buckets)+1 || s.Caddy == "" || !s.Loaded.After(s.Started) {
+		t.Errorf("stats %+v", s)
+	}
+	var dialled int64
+	for _, n := range s.DialSeconds.Counts {
+		dialled += n
+	}
+	if dialled != s.Dials.OK {
+		t.Errorf("the histogram has %d dials, want %d", dialled, s.Dials.OK)
+	}
+
+	for path, want := range map[string]string{
+		"GET clients?sort=name": "expected last_seen", "GET clients?limit=0": "expected a number from 1 to 1000", "GET clients?order=up": "expected asc or desc",
+		"GET tunnels?sort=name": "expected started", "DELETE clients/nobody": "is no address", "DELETE tunnels/x": "is no id", "PUT clients/192.0.2.1/block": "expected a positive duration",
+		"PUT clients/192.0.2.1/block?for=-1m": "expected a positive duration",
+	} {
+		method, path, _ := strings.Cut(path, " ")
+		if text := c.api(method, path, 400, nil); !strings.Contains(text, want) {
+			t.Errorf("%s %s: %s, want %q", method, path, text, want)
+		}
+	}
+	for path, want := range map[string]int{
+		"GET nothing": 404, "GET ": 404, "GET stats/x": 404, "POST stats": 405, "POST clients": 405, "GET clients/192.0.2.1": 405, "PUT tunnels/1": 405,
+		"DELETE clients/198.51.100.1": 404, "GET clients/192.0.2.1/block?for=1m": 405, "GET clients/192.0.2.1/x": 404,
+	} {
+		method, path, _ := strings.Cut(path, " ")
+		if text := c.api(method, path, want, nil); !strings.Contains(text, `"error"`) {
+			t.Errorf("%s %s: %s", method, path, text)
+		}
+	}
+}
+
+// TestSnapshotOfMany: thousands of clients and tunnels are looked at in passing.
+func TestSnapshotOfMany(t *testing.T) {
+	l := manyClients(t, 50_000)
+	now := epoch.Add(time.Hour)
+	list, err := queryClients(map[string][]string{"sort": {"requests"}, "limit": {"3"}}, now)
+	if err != nil || list.Total != 50_000 || list.names() != "10.0.195.79 10.0.195.78 10.0.195.77" {
+		t.Errorf("%v, %d clients, first %s", err, list.Total, list.names())
+	}
+	if n := l.clients(); n != 50_000 {
+		t.Errorf("%d clients are tracked", n)
+	}
+}
+
+// manyClients has a limiter know n clients, of which each has made one request
+// more than the one before.
+func manyClients(t testing.TB, n int) *limiter {
+	t.Helper()
+	key := limits(1_000_000, 1)
+	key.zone, key.maxClients = t.Name(), 4*n
+	pooled, _, err := limiters.LoadOrNew(key, func() (caddy.Destructor, error) { return newLimiter(key), nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _, _ = limiters.Delete(key) })
+	l := pooled.(*limiter)
+	for i := range n {
+		addr := netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)})
+		l.take(addr, int64(i))
+		l.bucket(addr, int64(i)).requests.Store(int64(i))
+	}
+	return l
+}
+
+func BenchmarkSnapshot(b *testing.B) {
+	manyClients(b, 50_000)
+	for b.Loop() {
+		takeSnapshot(time.Now())
+	}
+}
