@@ -223,16 +223,10 @@ class Tile {
 		$("tiles").append(this.root)
 	}
 
-	// show takes pairs of numbers and units.
-	show(values, more, state = "") {
-		const text = values.map((v) => v.join(" ")).join(" · ")
-		if (this.text !== text) {
-			this.text = text
-			this.value.replaceChildren(...values.flatMap(([number, unit], i) => {
-				const e = make("span", i ? { class: "second" } : {}, number)
-				e.append(make("small", {}, unit))
-				return i ? [" ", e] : [e]
-			}))
+	show(number, unit, more, state = "") {
+		if (this.text !== number + unit) {
+			this.text = number + unit
+			this.value.replaceChildren(number, make("small", {}, unit))
 		}
 		setText(this.more, more)
 		setAttribute(this.root, "class", `tile ${state}`)
@@ -280,25 +274,25 @@ const tiles = {
 function showTiles(stats) {
 	const rate = mean("requests", 5)
 	const total = Object.values(stats.requests).reduce((a, b) => a + b, 0)
-	tiles.requests.show([[short(rate), "/s"]], `${count(total)} since start`)
+	tiles.requests.show(short(rate), "/s", `${count(total)} since start`)
 
 	const { limited, share } = limitedShare(RECENT)
-	tiles.limited.show([[percent(share), "%"]], `${count(limited)} in the last minute`, share >= 0.2 ? "bad" : share > 0 ? "warn" : "")
+	tiles.limited.show(percent(share), "%", `${count(limited)} requests in a minute`, share >= 0.2 ? "bad" : share > 0 ? "warn" : "")
 
 	const { open, limit } = stats.tunnels
-	tiles.tunnels.show([[count(open), ""]], limit ? `of ${count(limit)} · ${percent(open / limit)} %` : "no limit", limit && open >= limit * 0.9 ? "bad" : "")
+	tiles.tunnels.show(count(open), "", limit ? `of ${count(limit)} · ${percent(open / limit)} %` : "no limit", limit && open >= limit * 0.9 ? "bad" : "")
 
 	const down = bytes(mean("down", 5))
 	const up = bytes(mean("up", 5))
-	tiles.bytes.show([[down[0], `${down[1]}/s ↓`], [up[0], `${up[1]}/s ↑`]], `${bytesText(stats.bytes_down)} down, ${bytesText(stats.bytes_up)} up`)
+	tiles.bytes.show(down[0], `${down[1]}/s down`, `${up.join(" ")}/s up`)
 
 	const h = histogram("dial", RECENT)
 	const p99 = latency(quantile(h, 0.99))
 	const failed = stats.dials.failed
-	tiles.dial.show([[...latency(quantile(h, 0.5))]], h.total ? `p99 ${p99.join(" ")} · ${count(failed)} failed` : `none in the last minute · ${count(failed)} failed`)
+	tiles.dial.show(...latency(quantile(h, 0.5)), h.total ? `p99 ${p99.join(" ")} · ${count(failed)} failed` : `none in the last minute · ${count(failed)} failed`)
 
 	const { tracked, limit: most, evicted } = stats.clients
-	tiles.clients.show([[tracked < 100000 ? count(tracked) : short(tracked), ""]],
+	tiles.clients.show(tracked < 100000 ? count(tracked) : short(tracked), "",
 		`of ${short(most)}` + (evicted ? ` · ${short(evicted)} forgotten early` : ""), tracked >= most * 0.9 ? "bad" : evicted ? "warn" : "")
 }
 
@@ -350,8 +344,8 @@ class Chart {
 			],
 			series: [{}, ...this.series.map(([, , name]) => ({
 				stroke: color(name),
-				fill: this.stacked ? color(name) + "b3" : this.series.length === 1 ? color(name) + "22" : undefined,
-				width: this.stacked ? 1 : 1.75,
+				fill: this.stacked ? color(name) + "d9" : this.series.length === 1 ? color(name) + "22" : undefined,
+				width: this.stacked ? 0 : 1.75,
 				points: { show: false },
 			}))],
 			bands: this.stacked ? this.series.slice(1).map((_, i) => ({ series: [i + 2, i + 1] })) : undefined,
@@ -426,8 +420,8 @@ class LatencyChart {
 		const inner = height - bottom - 8
 		svg.append(makeSVG("line", { x1: left, x2: width, y1: 8 + inner, y2: 8 + inner }))
 		const total = Math.max(...histograms.map((h) => h.total))
-		if (bounds.length && total) {
-			const most = Math.max(...histograms.flatMap((h) => h.counts.map((n) => (h.total ? n / h.total : 0))))
+		if (width > left && bounds.length && total) {
+			const most = Math.ceil(10 * Math.max(...histograms.flatMap((h) => h.counts.map((n) => (h.total ? n / h.total : 0))))) / 10
 			const step = (width - left) / (bounds.length + 1)
 			for (const at of [0, 0.5, 1]) {
 				const y = 8 + inner * (1 - at)
@@ -436,7 +430,7 @@ class LatencyChart {
 				label.textContent = `${percent(most * at)} %`
 				svg.append(label)
 			}
-			const bar = Math.min(14, step * 0.36)
+			const bar = Math.max(1, Math.min(14, step * 0.36))
 			histograms.forEach((h, k) => h.counts.forEach((n, i) => {
 				if (!n) return
 				const size = Math.max(1, (inner * n) / h.total / most)
@@ -597,6 +591,16 @@ function named(cell, kept) {
 	cell.append(kept.name, kept.badge)
 }
 
+// twoLines makes a cell that says more where there is no room for more columns.
+function twoLines(cell, kept) {
+	kept.lines = [make("div", { class: "line" }), make("div", { class: "line sub" })]
+	cell.append(...kept.lines)
+}
+
+function showLines(kept, ...lines) {
+	lines.forEach((line, i) => setText(kept.lines[i], line))
+}
+
 function actionCell(...buttons) {
 	return (cell, kept) => {
 		kept.buttons = buttons.map(([label, act]) => {
@@ -661,21 +665,24 @@ const clients = new Table("clients", {
 	],
 })
 
+const who = (t) => (t.user ? `${t.user} @ ${t.client}` : t.client)
+
 const tunnels = new Table("tunnels", {
 	key: (t) => String(t.id),
 	sort: "started",
+	order: 1,
 	empty: "No tunnel is open.",
 	columns: [
 		{
-			name: "target", label: "Target", value: (t) => t.target, first: 1, class: "grow",
-			show(cell, t) {
-				setText(cell, t.target)
+			name: "target", label: "Target", value: (t) => t.target, first: 1, class: "grow", make: twoLines,
+			show(cell, t, kept) {
+				showLines(kept, t.target, who(t))
 				setAttribute(cell, "title", `${t.target} (${t.address})`)
 			},
 		},
-		{ name: "client", label: "Client", value: (t) => t.client, first: 1, show: text((t) => (t.user ? `${t.user} @ ${t.client}` : t.client)) },
+		{ name: "client", label: "Client", value: (t) => t.client, first: 1, class: "mid", show: text(who) },
 		{ name: "proto", label: "Protocol", value: (t) => t.proto, first: 1, class: "soft mid", show: text((t) => t.proto) },
-		{ name: "started", label: "Age", value: (t) => seconds(t.started), class: "num", show: text((t) => span(age(t.started))) },
+		{ name: "started", label: "Age", value: (t) => age(t.started), first: 1, class: "num", show: text((t) => span(age(t.started))) },
 		{ name: "idle", label: "Idle", value: (t) => t.idle_seconds, class: "num mid", show: text((t) => (t.idle_seconds < 1.5 ? "–" : span(t.idle_seconds))) },
 		{ name: "up", label: "Up", value: (t) => t.bytes_up, class: "num mid", show: text((t) => bytesText(t.bytes_up)) },
 		{ name: "down", label: "Down", value: (t) => t.bytes_down, class: "num mid", show: text((t) => bytesText(t.bytes_down)) },
@@ -702,13 +709,13 @@ const refusals = new Table("refusals", {
 				setAttribute(cell, "class", `num status ${r.status >= 500 ? "s5" : "s4"}`)
 			},
 		},
-		{ name: "client", label: "Client", value: (r) => r.client, first: 1, class: "wrap", show: text((r) => r.client) },
+		{ name: "client", label: "Client", value: (r) => r.client, first: 1, class: "mid", show: text((r) => r.client) },
 		{ name: "target", label: "Request", value: (r) => r.target, first: 1, class: "mid", show: text((r) => `${r.method} ${r.target}`) },
 		{ name: "reason", label: "Reason", value: (r) => r.reason, first: 1, class: "mid", show: text((r) => r.reason) },
 		{
-			name: "detail", label: "Answer", class: "grow soft",
-			show(cell, r) {
-				setText(cell, r.detail)
+			name: "detail", label: "Answer", class: "grow soft", make: twoLines,
+			show(cell, r, kept) {
+				showLines(kept, r.detail, `${r.client} · ${r.method} ${r.target}`)
 				setAttribute(cell, "title", `${r.method} ${r.target}: ${r.detail}`)
 			},
 		},
@@ -771,10 +778,10 @@ const clientSource = new Source("clients", () => {
 const tunnelSource = new Source("tunnels", () => {
 	const q = masked ? "" : words("tunnels-filter")
 	const sort = { started: "started", idle: "idle" }[tunnels.sort]
-	if (!q && (!sort || (sort === "started" && tunnels.order < 0))) return null
+	if (!q && (!sort || (sort === "started" && tunnels.order > 0))) return null
 	const query = new URLSearchParams({ limit: 200 })
 	if (sort) query.set("sort", sort)
-	if (sort) query.set("order", tunnels.order > 0 ? "asc" : "desc")
+	if (sort) query.set("order", (tunnels.order > 0) === (sort === "idle") ? "asc" : "desc") // the youngest has started last
 	if (q) query.set("q", q)
 	return query.toString()
 })

@@ -1,0 +1,5 @@
+package e2e
+import (
+_ "github.com/chromedp/chromedp"
+_ "github.com/chromedp/cdproto/emulation"
+)
