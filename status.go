@@ -1,0 +1,341 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"encoding/json"
+	"errors"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"go.uber.org/zap"
+)
+
+func init() {
+	caddy.RegisterModule(Status{})
+	httpcaddyfile.RegisterHandlerDirective("async_proxy_status", parseStatus)
+	// Beside metrics, which is as much of an answer as this is.
+	httpcaddyfile.RegisterDirectiveOrder("async_proxy_status", httpcaddyfile.After, "metrics")
+}
+
+// Status serves a page that shows what all async_proxy handlers of this process
+// are doing: their clients, tunnels and refusals, live. The page is at every
+// path that ends in a slash; what it needs lies beside it.
+//
+// It shows the addresses of clients and where they go: let only those see it
+// who may, by the site's address, `remote_ip` or `basic_auth`. Give its site a
+// host name, such as localhost, so that no other name leads there. Caddy's admin
+// endpoint has the same data for programs.
+type Status struct {
+	// Whether the page may close tunnels, and give clients a full bucket or
+	// block them. Only requests from the page itself, or from no browser, are
+	// taken. Default: false.
+	Actions bool `json:"actions,omitempty"`
+
+	// Whether of a client only its network is shown, the first 24 bits of an
+	// IPv4 address and 48 of an IPv6 one, and of a tunnel not its user. Excludes
+	// actions. Default: false.
+	MaskClients bool `json:"mask_clients,omitempty"`
+
+	logger *zap.Logger
+	stop   func() // ends the streams
+	ended  <-chan struct{}
+}
+
+// CaddyModule returns the Caddy module information.
+func (Status) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{
+		ID:  "http.handlers.async_proxy_status",
+		New: func() caddy.Module { return new(Status) },
+	}
+}
+
+func parseStatus(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
+	status := new(Status)
+	return status, status.UnmarshalCaddyfile(h.Dispenser)
+}
+
+// UnmarshalCaddyfile sets up the handler from Caddyfile tokens. Syntax:
+//
+//	async_proxy_status [<matcher>] {
+//		actions
+//		mask_clients
+//	}
+//
+// Both are off by default, and exclude each other.
+func (s *Status) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
+	d.Next() // the directive's name
+	if d.NextArg() {
+		return d.Errf("unexpected argument '%s'; expected a block of options, or nothing", d.Val())
+	}
+	for nesting := d.Nesting(); d.NextBlock(nesting); {
+		name := d.Val()
+		var on *bool
+		switch name {
+		case "actions":
+			on = &s.Actions
+		case "mask_clients":
+			on = &s.MaskClients
+		default:
+			return d.Errf("unrecognized option '%s'; expected actions or mask_clients", name)
+		}
+		switch {
+		case d.NextArg():
+			return d.Errf("%s: unexpected value '%s'; expected no value", name, d.Val())
+		case *on:
+			return d.Errf("%s: the option is given twice; expected it once", name)
+		}
+		*on = true
+		if last := d.Val(); d.NextBlock(d.Nesting()) || d.Val() != last { // an empty block only moves on
+			return d.Errf("%s: unexpected block; expected no value", name)
+		}
+	}
+	if s.Actions && s.MaskClients {
+		return d.Err("mask_clients: expected no actions beside it, which need to know the clients")
+	}
+	return nil
+}
+
+// Provision implements caddy.Provisioner.
+func (s *Status) Provision(ctx caddy.Context) error {
+	if s.Actions && s.MaskClients {
+		return errors.New("mask_clients: expected no actions beside it, which need to know the clients")
+	}
+	s.logger = ctx.Logger()
+	ended := make(chan struct{})
+	s.ended, s.stop = ended, sync.OnceFunc(func() { close(ended) })
+	// A server that stops waits for its requests: a stream must end by itself.
+	if server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok {
+		server.RegisterOnShutdown(s.stop)
+	}
+	return nil
+}
+
+// Cleanup implements caddy.CleanerUpper. It may follow a Provision that failed.
+func (s *Status) Cleanup() error {
+	if s.stop != nil {
+		s.stop()
+	}
+	return nil
+}
+
+// statusHeader is what the page may do: load what lies beside it, and nothing
+// else; and be in nobody's frame.
+var statusHeader = map[string]string{
+	"Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; " +
+		"base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+	"X-Content-Type-Options":       "nosniff",
+	"Referrer-Policy":              "no-referrer",
+	"Cross-Origin-Opener-Policy":   "same-origin",
+	"Cross-Origin-Resource-Policy": "same-origin",
+	"Cache-Control":                "no-store",
+}
+
+// ServeHTTP implements caddyhttp.MiddlewareHandler. It answers every request.
+func (s *Status) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
+	for field, value := range statusHeader {
+		w.Header().Set(field, value)
+	}
+	name := r.URL.Path[strings.LastIndexByte(r.URL.Path, '/')+1:]
+	switch r.Method {
+	case http.MethodGet, http.MethodHead:
+		s.get(w, r, name)
+	case http.MethodPost:
+		s.act(w, r, name)
+	default:
+		w.Header().Set("Allow", "GET, HEAD, POST")
+		statusError(w, http.StatusMethodNotAllowed, "Expected GET, HEAD or POST.")
+	}
+	return nil
+}
+
+func (s *Status) get(w http.ResponseWriter, r *http.Request, name string) {
+	switch name {
+	case "events":
+		s.stream(w, r)
+	case "snapshot.json":
+		snap := takeSnapshot(time.Now())
+		if s.MaskClients {
+			snap.mask()
+		}
+		statusJSON(w, http.StatusOK, snap)
+	case "clients.json":
+		list, err := queryClients(r.URL.Query(), time.Now())
+		s.list(w, r, list, list.mask, err)
+	case "tunnels.json":
+		list, err := queryTunnels(r.URL.Query(), time.Now())
+		s.list(w, r, list, list.mask, err)
+	default:
+		s.page(w, r, name)
+	}
+}
+
+// list answers with a part of the clients or tunnels. Where clients are masked
+// they cannot be searched for either, as that would tell who is there.
+func (s *Status) list(w http.ResponseWriter, r *http.Request, list any, mask func(), err error) {
+	switch {
+	case err != nil:
+		statusError(w, http.StatusBadRequest, err.Error())
+	case s.MaskClients && r.URL.Query().Get("q") != "":
+		statusError(w, http.StatusForbidden, "mask_clients is on: expected no q.")
+	default:
+		if s.MaskClients {
+			mask()
+		}
+		statusJSON(w, http.StatusOK, list)
+	}
+}
+
+// page serves the page and its parts. Its links are relative, so that a path
+// which is to be that of the page must end in a slash.
+func (s *Status) page(w http.ResponseWriter, r *http.Request, name string) {
+	if file, ok := statusFiles()[name]; ok && name != "" {
+		file.serve(w, r)
+		return
+	}
+	path := r.URL.Path
+	if original, ok := r.Context().Value(caddyhttp.OriginalRequestCtxKey).(http.Request); ok {
+		path = original.URL.Path // of which handle_path may have taken a part away
+	}
+	last := path[strings.LastIndexByte(path, '/')+1:]
+	switch {
+	case strings.Contains(name, "."):
+		statusError(w, http.StatusNotFound, "There is no such part of the status page.")
+	case last != "":
+		w.Header().Set("Location", (&url.URL{Path: "./" + last + "/"}).String())
+		w.WriteHeader(http.StatusPermanentRedirect)
+	default:
+		statusFiles()[""].serve(w, r)
+	}
+}
+
+// crossOrigin refuses what a page of somebody else's has a browser send.
+var crossOrigin = http.NewCrossOriginProtection()
+
+// act does what an operator asks for.
+func (s *Status) act(w http.ResponseWriter, r *http.Request, name string) {
+	if name != "close" && name != "refill" && name != "block" {
+		statusError(w, http.StatusNotFound, "There is no such action; expected close, refill or block.")
+		return
+	}
+	if !s.Actions {
+		statusError(w, http.StatusForbidden, "Actions are off; the option actions of async_proxy_status turns them on.")
+		return
+	}
+	if err := crossOrigin.Check(r); err != nil {
+		statusError(w, http.StatusForbidden, "Actions are for the status page itself, and this comes from another origin.")
+		return
+	}
+	r.Body = http.MaxBytesReader(w, r.Body, 4<<10)
+
+	var done, ok bool
+	if name == "close" {
+		var id uint64
+		if id, ok = parseID(r.FormValue("tunnel")); !ok {
+			statusError(w, http.StatusBadRequest, "tunnel: expected the number of an open tunnel.")
+			return
+		}
+		done = closeTunnel(id)
+	} else {
+		var addr netip.Addr
+		if addr, ok = parseClient(r.FormValue("client")); !ok {
+			statusError(w, http.StatusBadRequest, "client: expected an address, or a network as the page shows it.")
+			return
+		}
+		if name == "refill" {
+			done = refillClient(addr)
+		} else {
+			d, err := caddy.ParseDuration(r.FormValue("for"))
+			if err != nil || d < 0 || d > maxBlock {
+				statusError(w, http.StatusBadRequest, "for: expected a duration up to 30 days such as 10m, or 0s to end a block.")
+				return
+			}
+			done = blockClient(addr, d)
+		}
+	}
+	if c := s.logger.Check(zap.InfoLevel, "operator's action"); c != nil {
+		by, _ := caddyhttp.GetVar(r.Context(), caddyhttp.ClientIPVarKey).(string)
+		c.Write(zap.String("action", name), zap.String("tunnel", r.FormValue("tunnel")), zap.String("client", r.FormValue("client")),
+			zap.String("for", r.FormValue("for")), zap.Bool("done", done), zap.String("by", by))
+	}
+	if !done {
+		statusError(w, http.StatusNotFound, "It is not there any more.")
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// maxBlock is how long a client can be blocked from the page: what is to last
+// longer belongs in the config.
+const maxBlock = 30 * 24 * time.Hour
+
+func parseID(s string) (uint64, bool) {
+	id, err := strconv.ParseUint(s, 10, 64)
+	return id, err == nil
+}
+
+func statusJSON(w http.ResponseWriter, status int, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	_ = json.NewEncoder(w).Encode(v) // fails if the client has left
+}
+
+func statusError(w http.ResponseWriter, status int, text string) {
+	statusJSON(w, status, map[string]string{"error": text})
+}
+
+// maskClient is the network that a client is in, for a page that is not to tell
+// more.
+func maskClient(name string) string {
+	addr, ok := parseClient(name)
+	switch {
+	case !ok || !addr.IsValid():
+		return name
+	case addr.Zone() != "":
+		return "user"
+	}
+	bits := 48
+	if addr.Is4() {
+		bits = 24
+	}
+	p, _ := addr.Prefix(bits) // fails only for bits that an address does not have
+	return p.String()
+}
+
+func (s *snapshot) mask() {
+	s.Clients.mask()
+	s.Tunnels.mask()
+	for i := range s.Refusals {
+		s.Refusals[i].Client = maskClient(s.Refusals[i].Client)
+	}
+}
+
+func (l clientList) mask() {
+	for i := range l.Clients {
+		l.Clients[i].Client = maskClient(l.Clients[i].Client)
+	}
+}
+
+func (l tunnelList) mask() {
+	for i := range l.Tunnels {
+		l.Tunnels[i].Client, l.Tunnels[i].User = maskClient(l.Tunnels[i].Client), ""
+	}
+}
+
+// Interface guards
+var (
+	_ caddy.Provisioner           = (*Status)(nil)
+	_ caddy.CleanerUpper          = (*Status)(nil)
+	_ caddyhttp.MiddlewareHandler = (*Status)(nil)
+	_ caddyfile.Unmarshaler       = (*Status)(nil)
+)

@@ -1,0 +1,950 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+// The page that shows what async_proxy does. It is told once a second, by
+// server-sent events, and keeps what it needs for five minutes of charts.
+
+/* global uPlot */
+
+const SPAN = 300 // seconds that charts show
+const RECENT = 60 // seconds that tiles speak of
+const $ = (id) => document.getElementById(id)
+
+// ---- Words for numbers
+
+const integers = new Intl.NumberFormat("en")
+const count = (n) => integers.format(Math.round(n))
+
+// short writes a number in some three digits: 0, 0.4, 7.5, 12, 1.2 k.
+function short(n) {
+	for (const [unit, size] of [[" G", 1e9], [" M", 1e6], [" k", 1e3]]) {
+		if (Math.abs(n) >= size * 0.9995) return digits(n / size) + unit
+	}
+	return digits(n)
+}
+
+function digits(n) {
+	if (n === 0) return "0"
+	if (Math.abs(n) < 9.95) return n.toFixed(1).replace(/\.0$/, "")
+	return n.toFixed(0)
+}
+
+// bytes returns a number and its unit.
+function bytes(n) {
+	let unit = "B"
+	for (const next of ["kB", "MB", "GB", "TB", "PB"]) {
+		if (n < 999.5) break
+		n /= 1000
+		unit = next
+	}
+	return [unit === "B" ? n.toFixed(0) : n < 9.95 ? n.toFixed(1) : n.toFixed(0), unit]
+}
+const bytesText = (n) => bytes(n).join(" ")
+
+function percent(share) {
+	if (!(share > 0)) return "0"
+	return share < 0.1 ? (100 * share).toFixed(1) : (100 * share).toFixed(0)
+}
+
+// span writes seconds in at most two units: 4 s, 3 min 12 s, 2 h 5 min, 3 d 4 h.
+function span(seconds) {
+	const s = Math.max(0, Math.floor(seconds))
+	if (s < 60) return `${s} s`
+	const parts = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]]
+	const first = parts.findIndex(([, size]) => s >= size)
+	const [unit, size] = parts[first]
+	const [unit2, size2] = parts[first + 1]
+	const rest = Math.floor((s % size) / size2)
+	return `${Math.floor(s / size)} ${unit}` + (rest ? ` ${rest} ${unit2}` : "")
+}
+
+function latency(seconds) {
+	if (seconds == null) return ["–", ""]
+	const ms = seconds * 1000
+	if (ms >= 1000) return [digits(seconds), "s"]
+	return [digits(ms), "ms"]
+}
+
+// Go writes nanoseconds, which Date takes.
+const seconds = (time) => Date.parse(time) / 1000
+const clock = (t) => new Date(t * 1000).toLocaleTimeString("en-GB")
+
+// ---- Elements
+
+function make(tag, attributes = {}, ...children) {
+	const e = document.createElement(tag)
+	for (const [name, value] of Object.entries(attributes)) e.setAttribute(name, value)
+	e.append(...children)
+	return e
+}
+
+function makeSVG(tag, attributes = {}) {
+	const e = document.createElementNS("http://www.w3.org/2000/svg", tag)
+	for (const [name, value] of Object.entries(attributes)) e.setAttribute(name, value)
+	return e
+}
+
+function setText(e, text) {
+	if (e.textContent !== text) e.textContent = text
+}
+
+function setAttribute(e, name, value) {
+	if (value == null) e.removeAttribute(name)
+	else if (e.getAttribute(name) !== String(value)) e.setAttribute(name, value)
+}
+
+let noteTimer
+function note(text) {
+	$("note").textContent = text
+	$("note").classList.add("shown")
+	clearTimeout(noteTimer)
+	noteTimer = setTimeout(() => $("note").classList.remove("shown"), 4000)
+}
+
+// ---- What is known
+
+let snapshot = null // the latest
+let canAct = false
+let masked = false
+let paused = false
+let samples = [] // of the last SPAN seconds, oldest first
+let counters = null // of the latest snapshot, to take rates from
+let clientCounters = new Map() // requests by row
+let clientRates = new Map()
+
+const outcomes = [
+	["forwarded", "Forwarded", "forwarded"],
+	["tunnels", "Tunnels", "tunnels"],
+	["passed_on", "Passed on", "passed"],
+	["rate_limited", "Rate limited", "limited"],
+	["refused", "Refused", "refused"],
+	["failed", "Failed", "failed"],
+]
+
+// learn makes a sample of a snapshot: rates since the one before it, unless the
+// process has been started anew in between.
+function learn(next) {
+	const stats = next.stats
+	const at = seconds(stats.time)
+	const now = {
+		at, started: stats.started, requests: stats.requests, up: stats.bytes_up, down: stats.bytes_down,
+		dial: stats.dial_seconds, first: stats.first_byte_seconds,
+	}
+	const sample = {
+		at, open: stats.tunnels.open, tracked: stats.clients.tracked,
+		dial: stats.dial_seconds, first: stats.first_byte_seconds,
+	}
+	if (counters && counters.started === now.started && at > counters.at) {
+		const elapsed = at - counters.at
+		const rate = (a, b) => Math.max(0, a - b) / elapsed
+		sample.up = rate(now.up, counters.up)
+		sample.down = rate(now.down, counters.down)
+		for (const [name] of outcomes) sample[name] = rate(now.requests[name], counters.requests[name])
+		sample.requests = outcomes.reduce((sum, [name]) => sum + sample[name], 0)
+		sample.counts = Object.fromEntries(outcomes.map(([name]) => [name, sample[name] * elapsed]))
+		if (elapsed > 3) samples.push({ at: counters.at + 1 }) // nobody was told: a gap
+	} else if (counters && counters.started !== now.started) {
+		samples.push({ at: counters.at + 1 })
+		for (const s of samples) s.dial = s.first = undefined // counts of another process
+	}
+	if (!counters || at > counters.at) samples.push(sample)
+	counters = now
+	while (samples.length && samples[0].at < at - SPAN - 2) samples.shift()
+
+	const rates = new Map()
+	const requests = new Map()
+	for (const client of next.clients.clients) {
+		const key = clientKey(client)
+		const before = clientCounters.get(key)
+		requests.set(key, { at, n: client.requests })
+		if (before && at > before.at) rates.set(key, Math.max(0, client.requests - before.n) / (at - before.at))
+	}
+	clientCounters = requests
+	clientRates = rates
+}
+
+// over returns the samples of the last so many seconds.
+function over(span) {
+	const from = (counters?.at ?? 0) - span
+	return samples.filter((s) => s.at > from)
+}
+
+function mean(name, span) {
+	const values = over(span).map((s) => s[name]).filter((v) => v != null)
+	return values.length ? values.reduce((a, b) => a + b) / values.length : 0
+}
+
+// share is that of the requests of a time which were rate limited.
+function limitedShare(span) {
+	let limited = 0
+	let all = 0
+	for (const { counts } of over(span)) {
+		if (!counts) continue
+		limited += counts.rate_limited
+		for (const [name] of outcomes) all += counts[name]
+	}
+	return { limited, share: all ? limited / all : 0 }
+}
+
+// histogram is that of what happened in a time: the difference of two.
+function histogram(name, span) {
+	const now = samples.at(-1)?.[name]
+	if (!now) return { buckets: [], counts: [], total: 0 }
+	const before = over(span + 1).find((s) => s[name])?.[name]
+	const counts = now.counts.map((n, i) => Math.max(0, n - (before?.counts[i] ?? 0)))
+	return { buckets: now.buckets, counts, total: counts.reduce((a, b) => a + b, 0) }
+}
+
+// quantile is taken as if what is in a bucket were spread evenly over it.
+function quantile(h, q) {
+	if (!h.total) return null
+	let left = q * h.total
+	for (let i = 0; i < h.buckets.length; i++) {
+		const low = i ? h.buckets[i - 1] : 0
+		if (left <= h.counts[i]) return low + ((h.buckets[i] - low) * left) / h.counts[i]
+		left -= h.counts[i]
+	}
+	return h.buckets.at(-1)
+}
+
+// ---- Tiles
+
+class Tile {
+	constructor(label, lines) {
+		this.value = make("dd", { class: "value" })
+		this.more = make("dd", { class: "more" })
+		this.svg = makeSVG("svg", { viewBox: `0 0 ${RECENT} 30`, preserveAspectRatio: "none", "aria-hidden": "true" })
+		this.area = makeSVG("path", { class: "spark-area" })
+		this.lines = lines.map((_, i) => makeSVG("path", { class: i ? "spark-line other" : "spark-line" }))
+		this.names = lines
+		this.svg.append(this.area, ...this.lines)
+		this.root = make("div", { class: "tile" }, make("dt", {}, label), this.value, this.more)
+		this.root.append(this.svg)
+		$("tiles").append(this.root)
+	}
+
+	show(number, unit, more, state = "") {
+		if (this.text !== number + unit) {
+			this.text = number + unit
+			this.value.replaceChildren(number, make("small", {}, unit))
+		}
+		setText(this.more, more)
+		setAttribute(this.root, "class", `tile ${state}`)
+		this.spark()
+	}
+
+	spark() {
+		const recent = over(RECENT + 1)
+		const end = counters.at
+		const value = (s, name) => (typeof name === "function" ? name(s) : s[name])
+		let most = 0
+		for (const s of recent) for (const name of this.names) most = Math.max(most, value(s, name) ?? 0)
+		this.names.forEach((name, i) => {
+			let path = ""
+			let first = null
+			let last = null
+			let pen = "M"
+			for (const s of recent) {
+				const v = value(s, name)
+				if (v == null) {
+					pen = "M"
+					continue
+				}
+				const x = (RECENT - (end - s.at)).toFixed(2)
+				path += `${pen}${x} ${(28 - (most ? (24 * v) / most : 0)).toFixed(2)}`
+				pen = "L"
+				first ??= x
+				last = x
+			}
+			this.lines[i].setAttribute("d", path)
+			if (i === 0) this.area.setAttribute("d", first == null ? "" : `${path.replaceAll("M", "L").replace("L", "M")}L${last} 30L${first} 30Z`)
+		})
+	}
+}
+
+const tiles = {
+	requests: new Tile("Requests", ["requests"]),
+	limited: new Tile("Rate limited", ["rate_limited"]),
+	tunnels: new Tile("Open tunnels", ["open"]),
+	bytes: new Tile("Throughput", ["down", "up"]),
+	dial: new Tile("Connecting", [(s) => s.p50]),
+	clients: new Tile("Clients tracked", ["tracked"]),
+}
+
+function showTiles(stats) {
+	const rate = mean("requests", 5)
+	const total = Object.values(stats.requests).reduce((a, b) => a + b, 0)
+	tiles.requests.show(short(rate), "/s", `${count(total)} since start`)
+
+	const { limited, share } = limitedShare(RECENT)
+	tiles.limited.show(percent(share), "%", `${count(limited)} requests in a minute`, share >= 0.2 ? "bad" : share > 0 ? "warn" : "")
+
+	const { open, limit } = stats.tunnels
+	tiles.tunnels.show(count(open), "", limit ? `of ${count(limit)} · ${percent(open / limit)} %` : "no limit", limit && open >= limit * 0.9 ? "bad" : "")
+
+	const down = bytes(mean("down", 5))
+	const up = bytes(mean("up", 5))
+	tiles.bytes.show(down[0], `${down[1]}/s down`, `${up.join(" ")}/s up`)
+
+	const h = histogram("dial", RECENT)
+	const p99 = latency(quantile(h, 0.99))
+	const failed = stats.dials.failed
+	tiles.dial.show(...latency(quantile(h, 0.5)), h.total ? `p99 ${p99.join(" ")} · ${count(failed)} failed` : `none in the last minute · ${count(failed)} failed`)
+
+	const { tracked, limit: most, evicted } = stats.clients
+	tiles.clients.show(tracked < 100000 ? count(tracked) : short(tracked), "",
+		`of ${short(most)}` + (evicted ? ` · ${short(evicted)} forgotten early` : ""), tracked >= most * 0.9 ? "bad" : evicted ? "warn" : "")
+}
+
+// ---- Charts
+
+const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim()
+
+// Chart is a line or a stack of some values over the last five minutes.
+class Chart {
+	constructor(title, unit, series, { stacked = false, write, extra }) {
+		this.series = series
+		this.stacked = stacked
+		this.write = write
+		this.extra = extra
+		this.plotElement = make("div", { class: "plot", role: "img", "aria-label": `Chart: ${title}, last five minutes` })
+		this.values = series.map(() => make("b", {}, "–"))
+		const legend = make("ul", { class: "legend" })
+		series.forEach(([, label, name], i) => {
+			const key = make("span", { class: "key" })
+			key.style.setProperty("--key", `var(--${name})`)
+			legend.append(make("li", {}, key, `${label} `, this.values[i]))
+		})
+		this.when = make("small", {}, unit)
+		this.unit = unit
+		$("charts").append(make("div", { class: "card chart" },
+			make("div", { class: "chart-head" }, make("h3", {}, title, " ", this.when), legend), this.plotElement))
+		this.build()
+		new ResizeObserver(() => this.resize()).observe(this.plotElement)
+	}
+
+	build() {
+		this.plot?.destroy()
+		const soft = color("soft")
+		const grid = { stroke: color("line"), width: 1 }
+		const font = `11px ${getComputedStyle(document.body).fontFamily}`
+		this.plot = new uPlot({
+			width: this.plotElement.clientWidth || 400,
+			height: this.plotElement.clientHeight || 176,
+			padding: [8, 4, 0, 0],
+			legend: { show: false },
+			cursor: { sync: { key: "async_proxy" }, drag: { setScale: false }, y: false, points: { show: !this.stacked, size: 5 } },
+			scales: {
+				x: { range: () => [(counters?.at ?? SPAN) - SPAN, counters?.at ?? SPAN] },
+				y: { range: (_, __, most) => [0, most > 0 ? most * 1.08 : 1] },
+			},
+			axes: [
+				{ stroke: soft, grid: { show: false }, ticks: { show: false }, font, size: 24, incrs: [60], values: (_, splits) => splits.map((t) => clock(t).slice(0, 5)) },
+				{ stroke: soft, grid, ticks: { show: false }, font, size: 56, space: 34, values: (_, splits) => splits.map((v) => this.write(v)) },
+			],
+			series: [{}, ...this.series.map(([, , name]) => ({
+				stroke: color(name),
+				fill: this.stacked ? color(name) + "d9" : this.series.length === 1 ? color(name) + "22" : undefined,
+				width: this.stacked ? 0 : 1.75,
+				points: { show: false },
+			}))],
+			bands: this.stacked ? this.series.slice(1).map((_, i) => ({ series: [i + 2, i + 1] })) : undefined,
+			hooks: { setCursor: [() => this.legend()] },
+		}, this.data(), this.plotElement)
+		this.legend()
+	}
+
+	data() {
+		const data = [samples.map((s) => s.at)]
+		let below = samples.map(() => 0)
+		for (const [name] of this.series) {
+			const values = samples.map((s) => s[name] ?? null)
+			if (this.stacked) below = values.map((v, i) => (v == null ? null : below[i] + v))
+			data.push(this.stacked ? below : values)
+		}
+		return data
+	}
+
+	update() {
+		this.plot.setData(this.data())
+		this.legend()
+	}
+
+	// legend shows the values at the cursor, or the latest.
+	legend() {
+		if (!this.plot) return
+		const at = samples[this.plot.cursor.idx ?? -1]
+		const sample = at ?? samples.at(-1)
+		setText(this.when, at ? clock(at.at) : this.unit)
+		this.series.forEach(([name], i) => setText(this.values[i], sample?.[name] == null ? "–" : this.write(sample[name])))
+		if (this.extra) this.extra(this)
+	}
+
+	resize() {
+		this.plot.setSize({ width: this.plotElement.clientWidth, height: this.plotElement.clientHeight })
+	}
+}
+
+// LatencyChart is a histogram of the last five minutes.
+class LatencyChart {
+	constructor() {
+		this.series = [["dial", "Connecting", "tunnels"], ["first", "First byte", "up"]]
+		this.plotElement = make("div", { class: "plot", role: "img" })
+		this.values = this.series.map(() => make("b", {}, "–"))
+		const legend = make("ul", { class: "legend" })
+		this.series.forEach(([, label, name], i) => {
+			const key = make("span", { class: "key" })
+			key.style.setProperty("--key", `var(--${name})`)
+			legend.append(make("li", {}, key, `${label} `, this.values[i]))
+		})
+		$("charts").append(make("div", { class: "card chart" },
+			make("div", { class: "chart-head" }, make("h3", {}, "Latency ", make("small", {}, "last five minutes")), legend), this.plotElement))
+		new ResizeObserver(() => this.update()).observe(this.plotElement)
+	}
+
+	update() {
+		const width = this.plotElement.clientWidth
+		const height = this.plotElement.clientHeight
+		const histograms = this.series.map(([name]) => histogram(name, SPAN))
+		const words = this.series.map(([, label], i) => {
+			const h = histograms[i]
+			const text = h.total ? `p50 ${latency(quantile(h, 0.5)).join(" ")} · p99 ${latency(quantile(h, 0.99)).join(" ")}` : "–"
+			setText(this.values[i], text)
+			return `${label}: ${h.total ? text : "nothing yet"}`
+		})
+		setAttribute(this.plotElement, "aria-label", `Histogram of latencies, last five minutes. ${words.join(". ")}`)
+		const svg = makeSVG("svg", { viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" })
+		const bounds = histograms[0].buckets
+		const left = 44
+		const bottom = 22
+		const inner = height - bottom - 8
+		svg.append(makeSVG("line", { x1: left, x2: width, y1: 8 + inner, y2: 8 + inner }))
+		const total = Math.max(...histograms.map((h) => h.total))
+		if (width > left && bounds.length && total) {
+			const most = Math.ceil(10 * Math.max(...histograms.flatMap((h) => h.counts.map((n) => (h.total ? n / h.total : 0))))) / 10
+			const step = (width - left) / (bounds.length + 1)
+			for (const at of [0, 0.5, 1]) {
+				const y = 8 + inner * (1 - at)
+				if (at) svg.append(makeSVG("line", { x1: left, x2: width, y1: y, y2: y }))
+				const label = makeSVG("text", { x: left - 8, y: y + 4, "text-anchor": "end" })
+				label.textContent = `${percent(most * at)} %`
+				svg.append(label)
+			}
+			const bar = Math.max(1, Math.min(14, step * 0.36))
+			histograms.forEach((h, k) => h.counts.forEach((n, i) => {
+				if (!n) return
+				const size = Math.max(1, (inner * n) / h.total / most)
+				const rect = makeSVG("rect", { x: left + step * (i + 0.5) + (k ? 1 : -bar - 1), width: bar, y: 8 + inner - size, height: size, rx: 1.5 })
+				rect.style.fill = `var(--${this.series[k][2]})`
+				const title = makeSVG("title")
+				const [low, high] = [bounds[i - 1], bounds[i]]
+				title.textContent = `${this.series[k][1]}: ${count(n)} of ${count(h.total)} ` +
+					(high == null ? `over ${latency(low).join(" ")}` : `up to ${latency(high).join(" ")}`)
+				rect.append(title)
+				svg.append(rect)
+			}))
+			const every = Math.ceil(46 / step)
+			bounds.forEach((bound, i) => {
+				if (i % every) return
+				const label = makeSVG("text", { x: left + step * (i + 1), y: height - 5, "text-anchor": "middle" })
+				label.textContent = latency(bound).join(" ")
+				svg.append(label)
+			})
+		} else {
+			const label = makeSVG("text", { x: (width + left) / 2, y: height / 2, "text-anchor": "middle" })
+			label.textContent = "No connection in the last five minutes"
+			svg.append(label)
+		}
+		this.plotElement.replaceChildren(svg)
+	}
+}
+
+const bytesRate = (n) => `${bytesText(n)}/s`
+const charts = [
+	new Chart("Requests", "per second, by outcome", outcomes, { stacked: true, write: short }),
+	new Chart("Throughput", "all that goes through", [["down", "Down", "down"], ["up", "Up", "up"]], { write: bytesRate }),
+	new Chart("Tunnels", "open", [["open", "Open", "tunnels"]], { write: (n) => (Number.isInteger(n) ? count(n) : "") }),
+	new LatencyChart(),
+]
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => charts.forEach((c) => c.build?.()))
+
+// ---- Tables
+
+// Table shows rows as a table that can be sorted, and keeps the elements of
+// rows that stay. While a pointer or the focus is in it, rows keep their
+// places, so that nothing moves away under a click.
+class Table {
+	constructor(name, { columns, key, classes, sort, order = -1, empty, label }) {
+		Object.assign(this, { columns, key, classes, empty, sort, order })
+		this.table = $(`${name}-table`)
+		this.rows = new Map()
+		this.body = make("tbody")
+		const head = make("tr")
+		this.heads = columns.map((column) => {
+			const th = make("th", { scope: "col", class: column.class ?? "" })
+			if (column.value) {
+				const button = make("button", { type: "button" }, column.label)
+				button.addEventListener("click", () => this.sortBy(column))
+				th.append(button)
+			} else {
+				th.append(column.label ? column.label : make("span", { class: "hidden" }, column.hidden))
+			}
+			head.append(th)
+			return th
+		})
+		this.table.append(make("thead", {}, head), this.body)
+		this.markSort()
+	}
+
+	sortBy(column) {
+		if (this.sort === column.name) this.order = -this.order
+		else [this.sort, this.order] = [column.name, column.first ?? -1]
+		this.markSort()
+		this.onSort?.()
+		this.moveNow = true
+		this.onChange?.()
+	}
+
+	markSort() {
+		this.columns.forEach((column, i) => {
+			setAttribute(this.heads[i], "aria-sort", column.value && column.name === this.sort ? (this.order > 0 ? "ascending" : "descending") : null)
+		})
+	}
+
+	sorted(list) {
+		const column = this.columns.find((c) => c.name === this.sort)
+		return list
+			.map((row) => [column.value(row), row])
+			.sort(([a, x], [b, y]) => this.order * (a < b ? -1 : a > b ? 1 : 0) || this.columns[0].value(x).localeCompare?.(this.columns[0].value(y), "en", { numeric: true }) || 0)
+			.map(([, row]) => row)
+	}
+
+	show(list, emptyText = this.empty) {
+		const still = !this.moveNow && this.rows.size > 0 && (this.body.matches(":hover") || this.body.contains(document.activeElement))
+		this.moveNow = false
+		const focus = document.activeElement
+		const left = new Set(this.rows.keys())
+		const elements = []
+		const used = new Map()
+		for (const row of list) {
+			let key = this.key(row)
+			const n = used.get(key) ?? 0 // masked clients may have the same name
+			used.set(key, n + 1)
+			if (n) key += `#${n}`
+			left.delete(key)
+			let kept = this.rows.get(key)
+			if (!kept) {
+				kept = this.makeRow()
+				this.rows.set(key, kept)
+			}
+			kept.row = row
+			this.columns.forEach((column, i) => column.show(kept.cells[i], row, kept))
+			setAttribute(kept.root, "class", this.classes?.(row) ?? "")
+			elements.push(kept.root)
+		}
+		for (const key of left) {
+			this.rows.get(key).root.remove()
+			this.rows.delete(key)
+		}
+		this.noRow?.remove()
+		if (!list.length) {
+			this.noRow = make("tr", { class: "empty" }, make("td", { colspan: this.columns.length }, emptyText))
+			this.body.append(this.noRow)
+		}
+		if (still) {
+			for (const e of elements) if (!e.isConnected) this.body.append(e)
+		} else {
+			let at = this.body.firstElementChild
+			for (const e of elements) {
+				if (e === at) at = at.nextElementSibling
+				else this.body.insertBefore(e, at)
+			}
+		}
+		if (focus !== document.activeElement && focus?.isConnected) focus.focus({ preventScroll: true })
+	}
+
+	makeRow() {
+		const root = make("tr")
+		const kept = { root, row: null }
+		kept.cells = this.columns.map((column, i) => {
+			const cell = make(i === 0 ? "th" : "td", { class: column.class ?? "", ...(i === 0 ? { scope: "row" } : {}) })
+			column.make?.(cell, kept)
+			root.append(cell)
+			return cell
+		})
+		return kept
+	}
+}
+
+// text is the way to show what a function makes of a row.
+const text = (write) => (cell, row) => setText(cell, write(row))
+
+const clientKey = (c) => `${c.zone} ${c.client}`
+const isBlocked = (c) => c.blocked_until && seconds(c.blocked_until) > counters.at
+const isLimited = (c) => c.tokens < 1
+const age = (time) => counters.at - seconds(time)
+const ago = (time) => (age(time) < 1.5 ? "now" : `${span(age(time))} ago`)
+
+function named(cell, kept) {
+	kept.name = make("span")
+	kept.badge = make("span")
+	cell.append(kept.name, kept.badge)
+}
+
+// twoLines makes a cell that says more where there is no room for more columns.
+function twoLines(cell, kept) {
+	kept.lines = [make("div", { class: "line" }), make("div", { class: "line sub" })]
+	cell.append(...kept.lines)
+}
+
+function showLines(kept, ...lines) {
+	lines.forEach((line, i) => setText(kept.lines[i], line))
+}
+
+function actionCell(...buttons) {
+	return (cell, kept) => {
+		kept.buttons = buttons.map(([label, act]) => {
+			const button = make("button", { type: "button" }, label)
+			button.addEventListener("click", () => act(kept.row))
+			cell.append(button)
+			return button
+		})
+	}
+}
+
+const clients = new Table("clients", {
+	key: clientKey,
+	sort: "last_seen",
+	empty: "No client has come yet.",
+	classes: (c) => (isBlocked(c) ? "blocked" : isLimited(c) ? "limited" : ""),
+	columns: [
+		{
+			name: "client", label: "Client", value: (c) => c.client, first: 1, class: "wrap", make: named,
+			show(_, c, kept) {
+				setText(kept.name, c.client)
+				const state = isBlocked(c) ? "blocked" : isLimited(c) ? "limited" : ""
+				setText(kept.badge, state === "blocked" ? `blocked, ${span(seconds(c.blocked_until) - counters.at)} left` : state)
+				setAttribute(kept.badge, "class", state ? `badge ${state}` : "")
+			},
+		},
+		{ name: "zone", label: "Zone", value: (c) => c.zone, first: 1, class: "soft wide", show: text((c) => c.zone) },
+		{
+			name: "tokens", label: "Bucket", value: (c) => c.tokens, first: 1,
+			make(cell, kept) {
+				kept.meter = make("meter", { min: 0 })
+				kept.tokens = make("span", { class: "num" })
+				cell.append(make("div", { class: "bucket" }, kept.meter, kept.tokens))
+			},
+			show(_, c, kept) {
+				setAttribute(kept.meter, "max", c.burst)
+				setAttribute(kept.meter, "low", 1)
+				setAttribute(kept.meter, "high", Math.max(1, c.burst / 4))
+				setAttribute(kept.meter, "optimum", c.burst)
+				setAttribute(kept.meter, "value", Math.round(c.tokens * 100) / 100)
+				setAttribute(kept.meter, "aria-label", `Tokens of ${c.client}`)
+				setText(kept.tokens, `${digits(Math.floor(c.tokens * 10) / 10)} / ${short(c.burst)}`)
+			},
+		},
+		{ name: "rate", label: "Req/s", class: "num mid", show: text((c) => short(clientRates.get(clientKey(c)) ?? 0)) },
+		{ name: "requests", label: "Requests", value: (c) => c.requests, class: "num mid", show: text((c) => count(c.requests)) },
+		{ name: "rejections", label: "429s", value: (c) => c.rejections, class: "num", show: text((c) => count(c.rejections)) },
+		{ name: "tunnels", label: "Tunnels", value: (c) => c.tunnels, class: "num mid", show: text((c) => count(c.tunnels)) },
+		{ name: "bytes", label: "Traffic", value: (c) => c.bytes_up + c.bytes_down, class: "num mid", show: text((c) => bytesText(c.bytes_up + c.bytes_down)) },
+		// Those of the last seconds count as one, so that rows do not dance.
+		{ name: "last_seen", label: "Last seen", value: (c) => -Math.floor(age(c.last_seen) / 5), class: "num mid soft", show: text((c) => ago(c.last_seen)) },
+		{
+			name: "do", hidden: "Actions", class: "do",
+			make: actionCell(["Refill", (c) => refill(c)], ["Block", (c) => (isBlocked(c) ? unblock(c) : block(c))]),
+			show(cell, c, kept) {
+				cell.hidden = !canAct
+				setText(kept.buttons[1], isBlocked(c) ? "Unblock" : "Block")
+				setAttribute(kept.buttons[0], "aria-label", `Refill the bucket of ${c.client}`)
+				setAttribute(kept.buttons[1], "aria-label", `${isBlocked(c) ? "Unblock" : "Block"} ${c.client}`)
+			},
+		},
+	],
+})
+
+const who = (t) => (t.user ? `${t.user} @ ${t.client}` : t.client)
+
+const tunnels = new Table("tunnels", {
+	key: (t) => String(t.id),
+	sort: "started",
+	order: 1,
+	empty: "No tunnel is open.",
+	columns: [
+		{
+			name: "target", label: "Target", value: (t) => t.target, first: 1, class: "grow", make: twoLines,
+			show(cell, t, kept) {
+				showLines(kept, t.target, who(t))
+				setAttribute(cell, "title", `${t.target} (${t.address})`)
+			},
+		},
+		{ name: "client", label: "Client", value: (t) => t.client, first: 1, class: "mid", show: text(who) },
+		{ name: "proto", label: "Protocol", value: (t) => t.proto, first: 1, class: "soft mid", show: text((t) => t.proto) },
+		{ name: "started", label: "Age", value: (t) => age(t.started), first: 1, class: "num", show: text((t) => span(age(t.started))) },
+		{ name: "idle", label: "Idle", value: (t) => t.idle_seconds, class: "num mid", show: text((t) => (t.idle_seconds < 1.5 ? "–" : span(t.idle_seconds))) },
+		{ name: "up", label: "Up", value: (t) => t.bytes_up, class: "num mid", show: text((t) => bytesText(t.bytes_up)) },
+		{ name: "down", label: "Down", value: (t) => t.bytes_down, class: "num mid", show: text((t) => bytesText(t.bytes_down)) },
+		{
+			name: "do", hidden: "Actions", class: "do", make: actionCell(["Close", (t) => close(t)]),
+			show(cell, t, kept) {
+				cell.hidden = !canAct
+				setAttribute(kept.buttons[0], "aria-label", `Close tunnel ${t.id} to ${t.target}`)
+			},
+		},
+	],
+})
+
+const refusals = new Table("refusals", {
+	key: (r) => `${r.time} ${r.client} ${r.target}`,
+	sort: "time",
+	empty: "Nothing has been refused.",
+	columns: [
+		{ name: "time", label: "Time", value: (r) => r.time, class: "soft", show: text((r) => clock(seconds(r.time))) },
+		{
+			name: "status", label: "Status", value: (r) => r.status, class: "num",
+			show(cell, r) {
+				setText(cell, String(r.status))
+				setAttribute(cell, "class", `num status ${r.status >= 500 ? "s5" : "s4"}`)
+			},
+		},
+		{ name: "client", label: "Client", value: (r) => r.client, first: 1, class: "mid", show: text((r) => r.client) },
+		{ name: "target", label: "Request", value: (r) => r.target, first: 1, class: "mid", show: text((r) => `${r.method} ${r.target}`) },
+		{ name: "reason", label: "Reason", value: (r) => r.reason, first: 1, class: "mid", show: text((r) => r.reason) },
+		{
+			name: "detail", label: "Answer", class: "grow soft", make: twoLines,
+			show(cell, r, kept) {
+				showLines(kept, r.detail, `${r.client} · ${r.method} ${r.target}`)
+				setAttribute(cell, "title", `${r.method} ${r.target}: ${r.detail}`)
+			},
+		},
+	],
+})
+
+// The snapshot has the clients seen last and some tunnels. Where there are more
+// of them than that, the server sorts and filters.
+class Source {
+	constructor(name, query) {
+		this.name = name
+		this.query = query
+		this.asked = null
+		this.answer = null
+	}
+
+	// list returns what to show: of the snapshot, or what the server last said.
+	list() {
+		const part = snapshot[this.name]
+		const query = part.total > part[this.name].length ? this.query() : null
+		if (query == null) {
+			this.asked = this.answer = null
+			return null
+		}
+		if (query !== this.asked || performance.now() - this.at > 2000) this.ask(query)
+		return this.answer
+	}
+
+	async ask(query) {
+		this.asked = query
+		this.at = performance.now()
+		try {
+			const response = await fetch(`${this.name}.json?${query}`)
+			if (!response.ok) throw new Error((await response.json()).error)
+			const answer = await response.json()
+			if (this.asked !== query) return
+			this.answer = answer
+			if (!paused) showTables()
+		} catch (error) {
+			note(String(error.message ?? error))
+		}
+	}
+}
+
+const words = (id) => $(id).value.trim().toLowerCase()
+
+const clientSource = new Source("clients", () => {
+	const q = masked ? "" : words("clients-filter")
+	const limited = $("clients-limited").checked
+	const remote = ["tokens", "requests", "rejections", "bytes", "tunnels", "last_seen"].includes(clients.sort)
+	if (!q && !limited && (!remote || (clients.sort === "last_seen" && clients.order < 0))) return null
+	const query = new URLSearchParams({ limit: 100 })
+	if (remote) query.set("sort", clients.sort)
+	if (remote) query.set("order", clients.order > 0 ? "asc" : "desc")
+	if (q) query.set("q", q)
+	if (limited) query.set("limited", "")
+	return query.toString()
+})
+
+const tunnelSource = new Source("tunnels", () => {
+	const q = masked ? "" : words("tunnels-filter")
+	const sort = { started: "started", idle: "idle" }[tunnels.sort]
+	if (!q && (!sort || (sort === "started" && tunnels.order > 0))) return null
+	const query = new URLSearchParams({ limit: 200 })
+	if (sort) query.set("sort", sort)
+	if (sort) query.set("order", (tunnels.order > 0) === (sort === "idle") ? "asc" : "desc") // the youngest has started last
+	if (q) query.set("q", q)
+	return query.toString()
+})
+
+// shown writes how many of how many are in a table.
+function shown(id, n, total) {
+	setText($(id), n === total ? count(total) : `${count(n)} of ${count(total)}`)
+}
+
+function showTables() {
+	const fitting = words("clients-filter")
+	const limited = $("clients-limited").checked
+	let list = (clientSource.list() ?? snapshot.clients).clients
+	list = list.filter((c) => c.client.includes(fitting) && (!limited || isLimited(c) || isBlocked(c)))
+	clients.show(clients.sorted(list), fitting || limited ? "No client is like that." : undefined)
+	shown("clients-count", list.length, snapshot.clients.total)
+
+	const like = words("tunnels-filter")
+	let open = (tunnelSource.list() ?? snapshot.tunnels).tunnels
+	open = open.filter((t) => t.client.includes(like) || t.target.toLowerCase().includes(like) || (t.user ?? "").toLowerCase().includes(like))
+	tunnels.show(tunnels.sorted(open), like ? "No tunnel is like that." : undefined)
+	shown("tunnels-count", open.length, snapshot.tunnels.total)
+
+	const about = words("refusals-filter")
+	const refused = snapshot.refusals.filter((r) => `${r.client} ${r.method} ${r.target} ${r.reason} ${r.status}`.toLowerCase().includes(about))
+	refusals.show(refusals.sorted(refused), about ? "No refusal is like that." : undefined)
+	shown("refusals-count", refused.length, snapshot.refusals.length)
+
+	for (const table of [clients, tunnels]) table.heads.at(-1).hidden = !canAct
+}
+
+for (const table of [clients, tunnels, refusals]) table.onChange = () => snapshot && showTables()
+for (const id of ["clients-filter", "clients-limited", "tunnels-filter", "refusals-filter"]) {
+	$(id).addEventListener("input", () => {
+		for (const table of [clients, tunnels, refusals]) table.moveNow = true
+		if (snapshot) showTables()
+	})
+}
+
+let settingsShown = ""
+function showSettings() {
+	const now = JSON.stringify(snapshot.settings)
+	if (now === settingsShown) return
+	settingsShown = now
+	$("sites").replaceChildren(...snapshot.settings.map(({ site, settings }) => {
+		const list = make("dl")
+		for (const { option, value, default: isDefault } of settings) {
+			const dd = make("dd", {}, value)
+			if (isDefault) dd.append(make("span", { class: "hidden" }, " (default)"))
+			list.append(make("div", isDefault ? { class: "default" } : {}, make("dt", {}, option), dd))
+		}
+		return make("div", { class: "site" }, make("h3", {}, site), list)
+	}))
+}
+
+// ---- Actions
+
+async function act(action, fields, done) {
+	try {
+		const response = await fetch(action, { method: "POST", body: new URLSearchParams(fields) })
+		if (!response.ok) throw new Error((await response.json()).error)
+		note(done)
+	} catch (error) {
+		note(String(error.message ?? error))
+	}
+}
+
+const close = (t) => act("close", { tunnel: t.id }, `Closed the tunnel to ${t.target}.`)
+const refill = (c) => act("refill", { client: c.client }, `${c.client} has a full bucket.`)
+const unblock = (c) => act("block", { client: c.client, for: "0s" }, `${c.client} is not blocked any more.`)
+
+function block(c) {
+	setText($("block-client"), c.client)
+	$("block").returnValue = ""
+	$("block").onclose = () => {
+		const duration = $("block-for")
+		if ($("block").returnValue === "block") {
+			act("block", { client: c.client, for: duration.value }, `${c.client} is blocked for ${duration.selectedOptions[0].text}.`)
+		}
+	}
+	$("block").showModal()
+}
+
+// ---- The connection
+
+function show() {
+	const { stats } = snapshot
+	setText($("about"), `${stats.version} · Caddy ${stats.caddy} · up ${span(age(stats.started))}` +
+		(seconds(stats.loaded) - seconds(stats.started) > 2 ? ` · config ${span(age(stats.loaded))} old` : ""))
+	const h = histogram("dial", RECENT)
+	samples.at(-1).p50 = quantile(h, 0.5) ?? undefined
+	showTiles(stats)
+	for (const chart of charts) chart.update()
+	showTables()
+	showSettings()
+	document.title = `${short(mean("requests", 5))}/s · async_proxy`
+}
+
+let connected = false
+function showState() {
+	const state = !connected ? "reconnecting" : paused ? "paused" : "live"
+	setAttribute($("state"), "data-state", state)
+	setText($("state"), { live: "Live", paused: "Paused", reconnecting: snapshot ? "Reconnecting" : "Connecting" }[state])
+}
+
+let events = null
+let lastHeard = 0
+let retry = 0
+
+function connect() {
+	clearTimeout(retry)
+	events?.close()
+	lastHeard = performance.now()
+	events = new EventSource("events")
+	events.addEventListener("hello", (event) => {
+		const hello = JSON.parse(event.data)
+		if (hello.page !== document.querySelector("meta[name=version]").content) location.reload()
+		canAct = hello.actions
+		masked = hello.masked
+	})
+	events.addEventListener("snapshot", (event) => {
+		lastHeard = performance.now()
+		connected = true
+		snapshot = JSON.parse(event.data)
+		learn(snapshot)
+		if (!paused) show()
+		showState()
+	})
+	events.addEventListener("error", () => {
+		connected = false
+		showState()
+		// The browser tries again by itself, but for an answer that is no stream.
+		if (events.readyState === EventSource.CLOSED) retry = setTimeout(connect, 3000)
+	})
+}
+
+// A connection may also be lost without a word.
+setInterval(() => {
+	if (!events || performance.now() - lastHeard < 4000) return
+	connected = false
+	showState()
+	if (performance.now() - lastHeard > 10000) connect()
+}, 1000)
+
+$("pause").addEventListener("click", () => {
+	paused = !paused
+	setAttribute($("pause"), "aria-pressed", paused)
+	showState()
+	if (!paused && snapshot) show()
+})
+
+// A page that nobody looks at costs the server nothing after five minutes.
+let away
+document.addEventListener("visibilitychange", () => {
+	clearTimeout(away)
+	if (document.hidden) {
+		away = setTimeout(() => {
+			events?.close()
+			events = null
+		}, SPAN * 1000)
+	} else if (!events) {
+		connect()
+	}
+})
+
+connect()
