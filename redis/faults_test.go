@@ -157,7 +157,7 @@ func TestFaults(t *testing.T) {
 			func(_ *engine, b *bridge) {
 				b.silent.Store(true)
 				b.closeAll()
-				time.Sleep(1200 * time.Millisecond) // until the library knows, so that a request has to connect
+				time.Sleep(2500 * time.Millisecond) // until the library knows, so that a request has to connect
 			},
 			func(_ *engine, b *bridge) { b.silent.Store(false) }},
 		{"answers take longer", "timeout", "context deadline exceeded",
