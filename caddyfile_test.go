@@ -485,6 +485,9 @@ func TestCaddyfilesOfTheDocumentation(t *testing.T) {
 	}
 	found := 0
 	for _, page := range append(pages, "README.md") {
+		if page == "docs/redis.md" {
+			continue // the module in redis checks it, as it has the limiter
+		}
 		text, err := os.ReadFile(page)
 		if err != nil {
 			t.Fatal(err)

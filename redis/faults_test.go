@@ -37,11 +37,7 @@ func startBridge(t testing.TB, target string) *bridge {
 	b := &bridge{address: ln.Addr().String(), target: target}
 	t.Cleanup(func() {
 		ln.Close()
-		b.mu.Lock()
-		defer b.mu.Unlock()
-		for _, conn := range b.conns {
-			conn.Close()
-		}
+		b.closeAll()
 	})
 	go func() {
 		for {
@@ -62,6 +58,14 @@ func startBridge(t testing.TB, target string) *bridge {
 		}
 	}()
 	return b
+}
+
+func (b *bridge) closeAll() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, conn := range b.conns {
+		conn.Close()
+	}
 }
 
 func (b *bridge) up(client *net.TCPConn, server net.Conn) {
@@ -148,6 +152,13 @@ func TestFaults(t *testing.T) {
 			func(_ *engine, b *bridge) { b.resets.Store(false) }},
 		{"nothing arrives", "timeout", "context deadline exceeded",
 			func(_ *engine, b *bridge) { b.silent.Store(true) },
+			func(_ *engine, b *bridge) { b.silent.Store(false) }},
+		{"connections are closed, and new ones silent", "", "deadline exceeded",
+			func(_ *engine, b *bridge) {
+				b.silent.Store(true)
+				b.closeAll()
+				time.Sleep(2500 * time.Millisecond) // until the library knows, so that a request has to connect
+			},
 			func(_ *engine, b *bridge) { b.silent.Store(false) }},
 		{"answers take longer", "timeout", "context deadline exceeded",
 			func(_ *engine, b *bridge) { b.delay.Store(int64(faultTimeout)) },

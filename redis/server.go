@@ -5,7 +5,10 @@ package redis
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
+	"net"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -42,6 +45,7 @@ type server struct {
 
 	link  atomic.Pointer[link] // nil while Redis does not answer
 	tried chan struct{}        // closed when it is known for the first time
+	ctx   atomic.Pointer[sharedContext]
 
 	mu   sync.Mutex
 	done chan struct{} // closed with mu held, when nobody wants to ask any more
@@ -62,6 +66,7 @@ func newServer(options rueidis.ClientOption, timeout time.Duration, prefix strin
 	options.ReadBufferEachConn, options.WriteBufferEachConn = 32<<10, 32<<10
 	options.DisableCache = true
 	options.DisableRetry = true
+	options.DialCtxFn = dial
 	s := &server{options: options, timeout: timeout, tried: make(chan struct{}), done: make(chan struct{})}
 	s.logger.Store(logger)
 	go func() {
@@ -90,6 +95,33 @@ func (s *server) Destruct() error {
 	return nil
 }
 
+// dial connects to a server, over TLS if there is a config for it.
+func dial(ctx context.Context, address string, dialer *net.Dialer, config *tls.Config) (net.Conn, error) {
+	var conn net.Conn
+	var err error
+	if config == nil {
+		conn, err = dialer.DialContext(ctx, "tcp", address)
+	} else {
+		conn, err = (&tls.Dialer{NetDialer: dialer, Config: config}).DialContext(ctx, "tcp", address)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return yieldingConn{conn}, nil
+}
+
+// yieldingConn lets others go first after each Write, which is of all questions
+// that had come by then: so that those who have one can ask it, and the next
+// Write is of them all. That halves what a question costs when there are many,
+// and costs nothing when there are not.
+type yieldingConn struct{ net.Conn }
+
+func (c yieldingConn) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	runtime.Gosched()
+	return n, err
+}
+
 // down reports whether Redis is known not to answer.
 func (s *server) down() bool {
 	select {
@@ -105,8 +137,8 @@ func (s *server) down() bool {
 func (s *server) take(prefix, key string, args []string) (time.Duration, error) {
 	// Not the request's context: what has been sent is counted, even if the
 	// client leaves, and its leaving is not Redis's failure.
-	ctx, cancel := context.WithTimeout(context.Background(), s.timeout)
-	defer cancel()
+	start := time.Now()
+	ctx := s.deadline(start)
 	select {
 	case <-s.tried:
 	case <-ctx.Done():
@@ -116,7 +148,6 @@ func (s *server) take(prefix, key string, args []string) (time.Duration, error) 
 	if l == nil {
 		return 0, errDown
 	}
-	start := time.Now()
 	wait, err := l.take(ctx, key, args)
 	metrics.duration.Observe(time.Since(start).Seconds())
 	if err != nil {
@@ -125,6 +156,26 @@ func (s *server) take(prefix, key string, args []string) (time.Duration, error) 
 		return 0, err
 	}
 	return wait, nil
+}
+
+// deadline is a context that ends when a request that comes now has waited for
+// long enough. All that come within a quarter of the timeout have the same, so
+// that some wait for a quarter less: one for each would be a fifth of what a
+// question costs.
+func (s *server) deadline(now time.Time) context.Context {
+	shared := s.ctx.Load()
+	if shared == nil || now.Sub(shared.start) > s.timeout/4 {
+		ctx, cancel := context.WithDeadline(context.Background(), now.Add(s.timeout))
+		context.AfterFunc(ctx, cancel) // it is for everybody, to its end
+		shared = &sharedContext{ctx, now}
+		s.ctx.Store(shared)
+	}
+	return shared
+}
+
+type sharedContext struct {
+	context.Context
+	start time.Time
 }
 
 func (l *link) take(ctx context.Context, key string, args []string) (time.Duration, error) {
