@@ -32,6 +32,9 @@ type pipedTunnel struct {
 
 // newPipedTunnel runs a tunnel of a handler. Its client and target listen.
 func newPipedTunnel(h *Handler) *pipedTunnel {
+	if h.limiter == nil {
+		h.limiter = newLimiter(limits(10, 0.5))
+	}
 	near, client := net.Pipe()
 	far, target := net.Pipe()
 	p := &pipedTunnel{

@@ -1,0 +1,155 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package asyncproxy
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+)
+
+// commandStart runs `caddy async-proxy` until the test ends.
+func commandStart(t *testing.T, args ...string) *world {
+	t.Helper()
+	admin := freeAddress(t)
+	w := &world{t: t, proxy: freeAddress(t), logs: admin}
+	w.origin = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "hello from the origin") }))
+	t.Cleanup(w.origin.Close)
+	cmd := commandOf(t, append([]string{"async-proxy", "--listen", w.proxy, "--admin", admin}, args...)...)
+	var output bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &output, &output
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		if t.Failed() {
+			t.Log(output.String())
+		}
+	})
+	eventually(t, "the proxy to listen", func() bool { return binaryListens(w.proxy) && binaryListens(admin) })
+	return w
+}
+
+func commandOf(t *testing.T, args ...string) *exec.Cmd {
+	ctx, cancel := context.WithTimeout(context.Background(), 3*patience)
+	t.Cleanup(cancel)
+	cmd := exec.CommandContext(ctx, caddyBinary(t), args...)
+	dir := t.TempDir()
+	cmd.Env = append(os.Environ(), "HOME="+dir, "XDG_DATA_HOME="+dir, "XDG_CONFIG_HOME="+dir)
+	return cmd
+}
+
+func TestCommand(t *testing.T) {
+	w := commandStart(t, "--burst", "3", "--refill", "0.00001", "--allow", "127.0.0.0/8", "--deny", "all",
+		"--auth", "alice:"+strings.Fields(bcryptUsers)[5], "--clients", "127.0.0.0/8", "--access-log", "--debug")
+	origin := w.origin.Listener.Addr().String()
+	lines := "Proxy-Authorization: " + login("alice", "wonderland") + "\n"
+	for _, tc := range []struct {
+		target, lines string
+		want          int
+	}{{origin, lines, 200}, {origin, "", 407}, {"[::1]:80", lines, 403}, {origin, lines, 429}} {
+		if res, body := policyRequest(t, w.proxy, http.MethodGet, tc.target, tc.lines); res.StatusCode != tc.want {
+			t.Errorf("%s: %s %q, want %d", tc.target, res.Status, body, tc.want)
+		}
+	}
+	for _, tc := range []struct{ args, want string }{
+		{"--listen 127.0.0.1:x", "expected an address such as 127.0.0.1:8080"},
+		{"--auth bob", "expected user:hash"},
+		{"--auth bob:plain", "expected user:hash"},
+		{"--burst -1", "burst -1: expected a number of tokens"},
+		{"--allow a/b", `"a/b" is no address`},
+		{"--upstream ftp://x", "expected http://, https:// or socks5://"},
+	} {
+		out, err := commandOf(t, append([]string{"async-proxy", "--listen", freeAddress(t), "--admin", "off"}, strings.Fields(tc.args)...)...).CombinedOutput()
+		if err == nil || !strings.Contains(strings.ReplaceAll(string(out), `\"`, `"`), tc.want) {
+			t.Errorf("%s: %v, %s, want %q", tc.args, err, out, tc.want)
+		}
+	}
+}
+
+func TestCommandStatus(t *testing.T) {
+	w := commandStart(t, "--burst", "3", "--refill", "0.00001")
+	for range 5 {
+		policyRequest(t, w.proxy, http.MethodGet, w.origin.Listener.Addr().String(), "")
+	}
+	out, err := commandOf(t, "async-proxy", "status", "--address", w.logs).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := strings.Join(strings.Fields(string(out)), " ")
+	for _, want := range []string{"requests 3 forwarded", "refused 2 rate limited", "clients 1 of 1000000 tracked", "127.0.0.1 0.0/3 5 2 0 0 B 63 B"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("there is no %q in\n%s", want, out)
+		}
+	}
+	if strings.Contains(string(out), "\x1b") {
+		t.Errorf("control characters in what is piped: %q", out)
+	}
+	var shown shownStatus
+	out, err = commandOf(t, "async-proxy", "status", "--json", "--address", w.logs).Output()
+	if err == nil {
+		err = json.Unmarshal(out, &shown)
+	}
+	if err != nil || shown.Stats.Requests.Forwarded != 3 || shown.Clients.Total != 1 {
+		t.Errorf("%v, %s", err, out)
+	}
+	if out, err := commandOf(t, "async-proxy", "status", "--address", "127.0.0.1:1").CombinedOutput(); err == nil || !strings.Contains(string(out), "--address names another admin endpoint") {
+		t.Errorf("%v, %s", err, out)
+	}
+}
+
+// TestCommandStatusOnATerminal looks at what --watch has put on the screen.
+func TestCommandStatusOnATerminal(t *testing.T) {
+	tmux, err := exec.LookPath("tmux")
+	if err != nil {
+		t.Skip("there is no tmux; apt-get install tmux")
+	}
+	w := commandStart(t)
+	socket := t.TempDir() + "/tmux"
+	run := func(args ...string) string {
+		t.Helper()
+		out, err := exec.Command(tmux, append([]string{"-S", socket, "-f", "/dev/null"}, args...)...).CombinedOutput()
+		if err != nil {
+			t.Fatalf("tmux %v: %v: %s", args, err, out)
+		}
+		return string(out)
+	}
+	run("new-session", "-d", "-x", "100", "-y", "30", caddyBinary(t)+" async-proxy status --watch --address "+w.logs)
+	defer func() { _ = exec.Command(tmux, "-S", socket, "kill-server").Run() }()
+	shows := func(what string) {
+		t.Helper()
+		eventually(t, what+" on the screen", func() bool { return strings.Contains(run("capture-pane", "-p"), what) })
+	}
+	shows("0 forwarded")
+	policyRequest(t, w.proxy, http.MethodGet, w.origin.Listener.Addr().String(), "")
+	shows("1 forwarded")
+	if screen := run("capture-pane", "-p"); strings.Count(screen, "forwarded") != 1 || strings.Contains(screen, "\x1b") {
+		t.Errorf("the screen:\n%s", screen)
+	}
+}
+
+func TestUnits(t *testing.T) {
+	for n, want := range map[int64]string{0: "0 B", 999: "999 B", 1000: "1.0 kB", 9949: "9.9 kB", 9950: "10 kB", 999_499: "999 kB", 999_500: "1.0 MB", 1_500_000_000: "1.5 GB", 1 << 62: "4.6 EB"} {
+		if got := size(n); got != want {
+			t.Errorf("size(%d) = %q, want %q", n, got, want)
+		}
+	}
+	for d, want := range map[time.Duration]string{0: "0s", -1: "0s", 1234 * time.Millisecond: "1.2s", 61 * time.Second: "1m1s", time.Hour: "1h", 90 * time.Minute: "1h30m", 47 * time.Hour: "47h", 100 * time.Hour: "4d"} {
+		if got := age(d); got != want {
+			t.Errorf("age(%v) = %q, want %q", d, got, want)
+		}
+	}
+}
