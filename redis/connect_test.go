@@ -148,6 +148,8 @@ func TestReloadAtOnce(t *testing.T) {
 	eventually(t, "its connection to be closed", func() bool { // there are this test's and the new one
 		return strings.Contains(e.do("INFO", "clients"), "connected_clients:2\r\n")
 	})
+	w.load("burst 5")
+	eventually(t, "the other one's, too", func() bool { return strings.Contains(e.do("INFO", "clients"), "connected_clients:1\r\n") })
 	if failed, back := w.states(); failed != 0 || back != 0 {
 		t.Errorf("%d lines say that Redis is gone, %d that it is back; want none", failed, back)
 	}
