@@ -104,18 +104,14 @@ func (l *limiter) giveBack(client netip.Addr, now int64) {
 	l.bucket(client, now).full.Add(-l.interval)
 }
 
-// learn returns the token that was taken for a request which is refused after
-// all, and sees to it that there is none for as long as the shared bucket has
-// none. now is when the request came: a wait that began a little later is over
-// a little later than the one that is learned, and never before it.
+// learn makes the client's bucket what the shared one is, which has no token for
+// as long as wait, for a request that is refused after all. now is when the
+// request came: a wait that began a little later is over a little later than the
+// one that is learned, and never before it.
 func (l *limiter) learn(client netip.Addr, now int64, wait time.Duration) verdict {
 	b := l.bucket(client, now)
-	for {
-		was := b.full.Load()
-		if b.full.CompareAndSwap(was, max(was-l.interval, now+l.fill-l.interval+int64(wait))) {
-			return b.refuse(int64(wait), now)
-		}
-	}
+	b.full.Store(now + l.fill - l.interval + int64(wait))
+	return b.refuse(int64(wait), now)
 }
 
 // errBlocked is why a client of whom the operator has had enough is refused.

@@ -151,7 +151,7 @@ func TestSharedRefusalCostsNothing(t *testing.T) {
 	s.takes(1, verdict{ok: true})
 }
 
-// What the shared limiter has refused together is refunded once each.
+// However many are refused together, the wait is the same.
 func TestLearningTogether(t *testing.T) {
 	const burst = 50
 	l := newLimiter(limits(burst, 0.5))

@@ -136,6 +136,25 @@ func TestDatabaseAndPrefix(t *testing.T) {
 	}
 }
 
+// A config that is replaced before it has connected says nothing about it.
+func TestReloadAtOnce(t *testing.T) {
+	e := startEngine(t, "redis-server")
+	b := startBridge(t, e.address)
+	b.setup.Store(int64(faultTimeout))
+	w := newWorld(t, fmt.Sprintf("limiter redis %s", b.address))
+	w.load(fmt.Sprintf("limiter redis %s", e.address))
+	w.counts(e)
+	eventually(t, "the first one to be done", func() bool { return stacksWith("redis.(*server)") == 0 })
+	eventually(t, "its connection to be closed", func() bool { // there are this test's and the new one
+		return strings.Contains(e.do("INFO", "clients"), "connected_clients:2\r\n")
+	})
+	w.load("burst 5")
+	eventually(t, "the other one's, too", func() bool { return strings.Contains(e.do("INFO", "clients"), "connected_clients:1\r\n") })
+	if failed, back := w.states(); failed != 0 || back != 0 {
+		t.Errorf("%d lines say that Redis is gone, %d that it is back; want none", failed, back)
+	}
+}
+
 // A server in cluster mode is found out.
 func TestCluster(t *testing.T) {
 	e := startEngine(t, "redis-server", "--cluster-enabled", "yes")

@@ -6,6 +6,7 @@ package redis
 import (
 	"fmt"
 	"net"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"sync"
@@ -21,6 +22,7 @@ import (
 type bridge struct {
 	address, target string
 	delay           atomic.Int64 // of what the server says
+	setup           atomic.Int64 // what a connection takes before it says anything
 	silent          atomic.Bool  // what the client says is lost
 	resets          atomic.Bool  // a connection is reset when the client says something
 
@@ -93,6 +95,7 @@ func (b *bridge) up(client *net.TCPConn, server net.Conn) {
 func (b *bridge) down(client, server net.Conn) {
 	defer client.Close()
 	buf := make([]byte, 64<<10)
+	time.Sleep(time.Duration(b.setup.Load()))
 	for {
 		n, err := server.Read(buf)
 		if err != nil {
@@ -330,7 +333,7 @@ func TestWaitingIsBounded(t *testing.T) {
 	e := startEngine(t, "redis-server")
 	b := startBridge(t, e.address)
 	w := newWorld(t, fmt.Sprintf("burst 100000\nrefill 0.001\nlimiter redis %s {\ntimeout %v\n}", b.address, faultTimeout))
-	w.gets(200)
+	rush(t, 100, w.origin, w.proxy)
 	s := w.server()
 	b.silent.Store(true)
 	var wg sync.WaitGroup
@@ -346,6 +349,23 @@ func TestWaitingIsBounded(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+// No request connects, which may take longer than it can wait, while there is a
+// connection.
+func TestSlowToConnect(t *testing.T) {
+	e := startEngine(t, "redis-server")
+	b := startBridge(t, e.address)
+	b.setup.Store(int64(2 * faultTimeout))
+	w := newWorld(t, fmt.Sprintf("burst 100000\nrefill 0.001\nlimiter redis %s {\ntimeout %v\n}", b.address, faultTimeout))
+	eventually(t, "Redis to count", func() bool { w.gets(200); return e.bucket() != "" })
+	asked := questions(t)
+	for range 3 {
+		rush(t, 100, w.origin, w.proxy)
+	}
+	if failed, _ := w.states(); failed != 0 || questions(t) != asked+300 {
+		t.Errorf("%d questions; the log says %v", questions(t)-asked, logLines(t, w.logs, failedLine))
+	}
 }
 
 // server is the only one.
@@ -381,6 +401,14 @@ func TestReload(t *testing.T) {
 	if failed, back := w.states(); failed != 1 || back != 0 {
 		t.Errorf("%d lines say that Redis is gone, %d that it is back; want the one from before the reload", failed, back)
 	}
+
+	// The lines are where the newest config wants them.
+	w.logs = filepath.Join(t.TempDir(), "other.log")
+	w.load(options)
+	e.run()
+	eventually(t, "Redis to be back", func() bool { _, back := w.states(); return back > 0 })
+	e.kill()
+	w.gets(200)
 	w.load("burst 5") // without a limiter, while it is tried in vain
 	eventually(t, "the goroutines of the limiter to end", func() bool { return stacksWith("redis.(*server)") == 0 })
 }

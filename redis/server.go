@@ -62,10 +62,9 @@ type link struct {
 func newServer(options rueidis.ClientOption, timeout time.Duration, prefix string, logger *zap.Logger) *server {
 	options.Dialer.Timeout = setupTimeout
 	options.ConnWriteTimeout = max(setupTimeout, timeout)
-	options.PipelineMultiplex = -1 // one connection to each server, for all requests
+	options.PipelineMultiplex = -1 // one connection to each server, which is there when requests come
 	options.ReadBufferEachConn, options.WriteBufferEachConn = 32<<10, 32<<10
 	options.DisableCache = true
-	options.DisableRetry = true
 	options.DialCtxFn = dial
 	s := &server{options: options, timeout: timeout, tried: make(chan struct{}), done: make(chan struct{})}
 	s.logger.Store(logger)
@@ -73,7 +72,7 @@ func newServer(options rueidis.ClientOption, timeout time.Duration, prefix strin
 		start := time.Now()
 		key := probeKey(prefix, "")
 		err := s.connect(key)
-		if err != nil {
+		if err != nil && !s.closed() {
 			s.logFailed(err)
 		}
 		close(s.tried)
@@ -245,13 +244,21 @@ func (s *server) connect(key string) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	select {
-	case <-s.done:
+	if s.closed() {
 		go client.Close()
 		return errDown
+	}
+	s.link.Store(l)
+	return nil
+}
+
+// closed reports whether nobody wants to ask any more.
+func (s *server) closed() bool {
+	select {
+	case <-s.done:
+		return true
 	default:
-		s.link.Store(l)
-		return nil
+		return false
 	}
 }
 
