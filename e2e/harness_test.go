@@ -29,6 +29,7 @@ import (
 	"github.com/chromedp/cdproto/emulation"
 	"github.com/chromedp/cdproto/network"
 	"github.com/chromedp/chromedp"
+	"github.com/chromedp/chromedp/kb"
 )
 
 // patience bounds every wait. Nothing is expected to take that long.
@@ -65,7 +66,7 @@ type world struct {
 	exited             chan struct{}
 }
 
-const proxyOptions = "burst 5\nrefill 0.2\nallow 127.0.0.0/8"
+const proxyOptions = "burst 5\nrefill 0.01\nallow 127.0.0.0/8"
 
 func newWorld(t *testing.T, proxyOptions, statusOptions string) *world {
 	t.Helper()
@@ -399,14 +400,19 @@ func list(texts []string) string {
 // press clicks the button, or whatever else has that label.
 func (p *page) press(label string) {
 	p.t.Helper()
-	find := fmt.Sprintf("[...document.querySelectorAll('button')].find((b) => [b.textContent, b.getAttribute('aria-label')].includes(%q))", label)
+	find := fmt.Sprintf("[...document.querySelectorAll('button')].find((b) => (b.getAttribute('aria-label') ?? b.textContent) === %q)", label)
 	p.until("a button "+label, "!!"+find, patience)
 	run[bool](p, find+".click() ?? true")
 }
 
-// fill writes into the field of that label.
+// fill writes into the field of that label, in place of what is there.
 func (p *page) fill(label, text string) {
 	p.t.Helper()
 	field := chromedp.CSS(fmt.Sprintf("[aria-label=%q]", label))
-	p.do(chromedp.Clear(field), chromedp.SendKeys(field, text))
+	p.do(chromedp.Focus(field))
+	run[chromedp.Void](p, "document.activeElement.select()")
+	if text == "" {
+		text = kb.Backspace
+	}
+	p.do(chromedp.SendKeys(field, text))
 }

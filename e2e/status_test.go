@@ -123,7 +123,8 @@ func TestFilterAndSort(t *testing.T) {
 	p.until("how many of how many", "document.getElementById('clients').innerText.includes('10 of 22')", patience)
 	p.fill("Filter clients by address", "nobody")
 	p.until("that none fits", "!!"+row("clients", "No client is like that"), patience)
-	p.do(chromedp.Clear(chromedp.CSS("[aria-label='Filter clients by address']")), chromedp.Click(chromedp.CSS("#clients label.switch")))
+	p.fill("Filter clients by address", "")
+	p.do(chromedp.Click(chromedp.CSS("#clients label.switch")))
 	p.until("the limited client alone", rows("clients")+" === 1 && !!"+row("clients", "198.51.100.7"), patience)
 	p.do(chromedp.Click(chromedp.CSS("#clients label.switch")))
 
@@ -262,7 +263,7 @@ func TestManyClients(t *testing.T) {
 	p.until("that they are many", "document.getElementById('clients').innerText.includes('100 of 50,000')", patience)
 	p.fill("Filter clients by address", "192.0.2.1")
 	p.until("the first", "!!"+row("clients", "192.0.2.1"), patience)
-	p.do(chromedp.Clear(chromedp.CSS("[aria-label='Filter clients by address']")))
+	p.fill("Filter clients by address", "")
 	p.press("429s")
 	p.until("the one with refusals", "document.querySelector('#clients tbody tr').innerText.includes('192.0.2.2')", patience)
 	p.clean()
