@@ -272,7 +272,7 @@ func (s *Status) act(w http.ResponseWriter, r *http.Request, name string) {
 		statusError(w, http.StatusNotFound, "It is not there any more.")
 		return
 	}
-	w.WriteHeader(http.StatusNoContent)
+	statusJSON(w, http.StatusOK, map[string]bool{"done": true})
 }
 
 // maxBlock is how long a client can be blocked from the page: what is to last

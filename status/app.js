@@ -277,7 +277,7 @@ function showTiles(stats) {
 	tiles.requests.show(short(rate), "/s", `${count(total)} since start`)
 
 	const { limited, share } = limitedShare(RECENT)
-	tiles.limited.show(percent(share), "%", `${count(limited)} requests in a minute`, share >= 0.2 ? "bad" : share > 0 ? "warn" : "")
+	tiles.limited.show(percent(share), "%", `${count(limited)} in a minute`, share >= 0.2 ? "bad" : share > 0 ? "warn" : "")
 
 	const { open, limit } = stats.tunnels
 	tiles.tunnels.show(count(open), "", limit ? `of ${count(limit)} · ${percent(open / limit)} %` : "no limit", limit && open >= limit * 0.9 ? "bad" : "")
@@ -289,7 +289,7 @@ function showTiles(stats) {
 	const h = histogram("dial", RECENT)
 	const p99 = latency(quantile(h, 0.99))
 	const failed = stats.dials.failed
-	tiles.dial.show(...latency(quantile(h, 0.5)), h.total ? `p99 ${p99.join(" ")} · ${count(failed)} failed` : `none in the last minute · ${count(failed)} failed`)
+	tiles.dial.show(...latency(quantile(h, 0.5)), h.total ? `p99 ${p99.join(" ")} · ${count(failed)} failed` : `none in a minute`)
 
 	const { tracked, limit: most, evicted } = stats.clients
 	tiles.clients.show(tracked < 100000 ? count(tracked) : short(tracked), "",
@@ -300,13 +300,16 @@ function showTiles(stats) {
 
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim()
 
+// rounds are the steps of a scale: 1, 2, 5, 10, 20, ...
+const rounds = Array.from({ length: 45 }, (_, i) => [1, 2, 5][i % 3] * 10 ** Math.floor(i / 3))
+
 // Chart is a line or a stack of some values over the last five minutes.
 class Chart {
-	constructor(title, unit, series, { stacked = false, write, extra }) {
+	constructor(title, unit, series, { stacked = false, write, least }) {
 		this.series = series
 		this.stacked = stacked
 		this.write = write
-		this.extra = extra
+		this.least = least // that the scale goes up to
 		this.plotElement = make("div", { class: "plot", role: "img", "aria-label": `Chart: ${title}, last five minutes` })
 		this.values = series.map(() => make("b", {}, "–"))
 		const legend = make("ul", { class: "legend" })
@@ -336,11 +339,11 @@ class Chart {
 			cursor: { sync: { key: "async_proxy" }, drag: { setScale: false }, y: false, points: { show: !this.stacked, size: 5 } },
 			scales: {
 				x: { range: () => [(counters?.at ?? SPAN) - SPAN, counters?.at ?? SPAN] },
-				y: { range: (_, __, most) => [0, most > 0 ? most * 1.08 : 1] },
+				y: { range: (_, __, most) => [0, Math.max(most * 1.08, this.least)] },
 			},
 			axes: [
 				{ stroke: soft, grid: { show: false }, ticks: { show: false }, font, size: 24, incrs: [60], values: (_, splits) => splits.map((t) => clock(t).slice(0, 5)) },
-				{ stroke: soft, grid, ticks: { show: false }, font, size: 56, space: 34, values: (_, splits) => splits.map((v) => this.write(v)) },
+				{ stroke: soft, grid, ticks: { show: false }, font, size: 56, space: 34, incrs: rounds, values: (_, splits) => splits.map((v) => this.write(v)) },
 			],
 			series: [{}, ...this.series.map(([, , name]) => ({
 				stroke: color(name),
@@ -377,7 +380,6 @@ class Chart {
 		const sample = at ?? samples.at(-1)
 		setText(this.when, at ? clock(at.at) : this.unit)
 		this.series.forEach(([name], i) => setText(this.values[i], sample?.[name] == null ? "–" : this.write(sample[name])))
-		if (this.extra) this.extra(this)
 	}
 
 	resize() {
@@ -461,9 +463,9 @@ class LatencyChart {
 
 const bytesRate = (n) => `${bytesText(n)}/s`
 const charts = [
-	new Chart("Requests", "per second, by outcome", outcomes, { stacked: true, write: short }),
-	new Chart("Throughput", "all that goes through", [["down", "Down", "down"], ["up", "Up", "up"]], { write: bytesRate }),
-	new Chart("Tunnels", "open", [["open", "Open", "tunnels"]], { write: (n) => (Number.isInteger(n) ? count(n) : "") }),
+	new Chart("Requests", "per second, by outcome", outcomes, { stacked: true, write: short, least: 5 }),
+	new Chart("Throughput", "all that goes through", [["down", "Down", "down"], ["up", "Up", "up"]], { write: bytesRate, least: 1000 }),
+	new Chart("Tunnels", "open", [["open", "Open", "tunnels"]], { write: count, least: 5 }),
 	new LatencyChart(),
 ]
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => charts.forEach((c) => c.build?.()))
@@ -826,6 +828,10 @@ function showSettings() {
 	const now = JSON.stringify(snapshot.settings)
 	if (now === settingsShown) return
 	settingsShown = now
+	if (!snapshot.settings.length) {
+		$("sites").replaceChildren(make("p", { class: "hint" }, "There is no async_proxy in this config."))
+		return
+	}
 	$("sites").replaceChildren(...snapshot.settings.map(({ site, settings }) => {
 		const list = make("dl")
 		for (const { option, value, default: isDefault } of settings) {
@@ -914,8 +920,20 @@ function connect() {
 		connected = false
 		showState()
 		// The browser tries again by itself, but for an answer that is no stream.
-		if (events.readyState === EventSource.CLOSED) retry = setTimeout(connect, 3000)
+		if (events.readyState !== EventSource.CLOSED) return
+		retry = setTimeout(connect, 3000)
+		refused()
 	})
+}
+
+// refused says why the server does not want to tell, which an EventSource hides.
+async function refused() {
+	try {
+		const response = await fetch("events", { method: "HEAD" })
+		if (!response.ok) note(response.status === 503 ? "Too many pages are looking; trying again." : `The server refuses: status ${response.status}.`)
+	} catch {
+		// It is not there.
+	}
 }
 
 // A connection may also be lost without a word.

@@ -1,0 +1,418 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Package e2e has tests of the status page in a browser, with cmd/caddy as a
+// process. It is a module of its own, so that what drives the browser reaches
+// nobody's build.
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/chromedp/cdproto/cdp"
+	"github.com/chromedp/cdproto/emulation"
+	"github.com/chromedp/cdproto/network"
+	"github.com/chromedp/chromedp"
+	"github.com/chromedp/chromedp/kb"
+)
+
+// patience bounds every wait. Nothing is expected to take that long.
+const patience = 30 * time.Second
+
+// program is the Caddy under test.
+var program string
+
+func TestMain(m *testing.M) {
+	dir, err := os.MkdirTemp("", "async-proxy-e2e")
+	if err != nil {
+		panic(err)
+	}
+	program = filepath.Join(dir, "caddy")
+	build := exec.Command("go", "build", "-o", program, "./cmd/caddy")
+	build.Dir = ".."
+	if out, err := build.CombinedOutput(); err != nil {
+		fmt.Fprintf(os.Stderr, "building cmd/caddy: %v\n%s", err, out)
+		os.Exit(1)
+	}
+	code := m.Run()
+	_ = os.RemoveAll(dir)
+	os.Exit(code)
+}
+
+// world is a Caddy with a proxy and the status page, and an origin.
+type world struct {
+	t                  *testing.T
+	admin, proxy, page string // host:port
+	config             string
+	origin             *httptest.Server
+	cmd                *exec.Cmd
+	output             *bytes.Buffer
+	exited             chan struct{}
+}
+
+const proxyOptions = "burst 5\nrefill 0.01\nallow 127.0.0.0/8"
+
+func newWorld(t *testing.T, proxyOptions, statusOptions string) *world {
+	t.Helper()
+	w := &world{t: t, admin: freeAddress(t), proxy: freeAddress(t), page: freeAddress(t)}
+	w.origin = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprint(w, "hello from the origin")
+	}))
+	t.Cleanup(w.origin.Close)
+	w.configure(proxyOptions, statusOptions)
+	w.start()
+	t.Cleanup(func() {
+		w.stop()
+		if t.Failed() {
+			t.Logf("output of Caddy:\n%s", w.output)
+		}
+	})
+	return w
+}
+
+// configure writes the Caddyfile. Clients say who they are by X-Forwarded-For.
+func (w *world) configure(proxyOptions, statusOptions string) {
+	w.config = fmt.Sprintf(`{
+	admin %s
+	persist_config off
+	skip_install_trust
+	default_bind 127.0.0.1
+	servers {
+		trusted_proxies static 127.0.0.1/32
+	}
+	log {
+		level WARN
+	}
+}
+http://:%s {
+	async_proxy {
+		%s
+	}
+}
+http://localhost:%s {
+	async_proxy_status {
+		%s
+	}
+}
+`, w.admin, port(w.proxy), proxyOptions, port(w.page), statusOptions)
+}
+
+func port(address string) string {
+	_, port, _ := net.SplitHostPort(address)
+	return port
+}
+
+// freeAddress returns an address of loopback that nobody listens on.
+func freeAddress(t *testing.T) string {
+	t.Helper()
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	return ln.Addr().String()
+}
+
+func (w *world) start() {
+	w.t.Helper()
+	dir := w.t.TempDir()
+	file := filepath.Join(dir, "Caddyfile")
+	if err := os.WriteFile(file, []byte(w.config), 0o600); err != nil {
+		w.t.Fatal(err)
+	}
+	w.output, w.exited = new(bytes.Buffer), make(chan struct{})
+	w.cmd = exec.Command(program, "run", "--config", file)
+	w.cmd.Env = append(os.Environ(), "HOME="+dir, "XDG_DATA_HOME="+dir, "XDG_CONFIG_HOME="+dir)
+	w.cmd.Stdout, w.cmd.Stderr = w.output, w.output
+	if err := w.cmd.Start(); err != nil {
+		w.t.Fatal(err)
+	}
+	go func() {
+		_ = w.cmd.Wait()
+		close(w.exited)
+	}()
+	w.eventually("Caddy to listen", func() bool {
+		conn, err := net.Dial("tcp4", w.page)
+		if err == nil {
+			conn.Close()
+		}
+		return err == nil
+	})
+}
+
+// stop ends Caddy as a service manager does. A page that is open must not keep
+// it.
+func (w *world) stop() {
+	w.t.Helper()
+	_ = w.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-w.exited:
+	case <-time.After(patience):
+		w.t.Error("Caddy does not exit")
+		_ = w.cmd.Process.Kill()
+		<-w.exited
+	}
+}
+
+// reload loads another config into the running Caddy.
+func (w *world) reload(proxyOptions, statusOptions string) {
+	w.t.Helper()
+	w.configure(proxyOptions, statusOptions)
+	req, err := http.NewRequest(http.MethodPost, "http://"+w.admin+"/load", strings.NewReader(w.config))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	req.Close = true
+	req.Header.Set("Content-Type", "text/caddyfile")
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	defer res.Body.Close()
+	if text, _ := io.ReadAll(res.Body); res.StatusCode != http.StatusOK {
+		w.t.Fatalf("/load: %s: %s", res.Status, text)
+	}
+}
+
+func (w *world) eventually(what string, condition func() bool) {
+	w.t.Helper()
+	for deadline := time.Now().Add(patience); !condition(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			w.t.Fatalf("waited in vain for %s", what)
+		}
+	}
+}
+
+// client returns a function that sends a request of the client of an address.
+func (w *world) client() func(address string) (status int) {
+	transport := &http.Transport{Proxy: http.ProxyURL(&url.URL{Scheme: "http", Host: w.proxy})}
+	w.t.Cleanup(transport.CloseIdleConnections)
+	client := &http.Client{Transport: transport, Timeout: patience}
+	return func(address string) int {
+		req, err := http.NewRequest(http.MethodGet, w.origin.URL, nil)
+		if err != nil {
+			panic(err)
+		}
+		req.Header.Set("X-Forwarded-For", address)
+		res, err := client.Do(req)
+		if err != nil {
+			return 0
+		}
+		_, _ = io.Copy(io.Discard, res.Body)
+		res.Body.Close()
+		return res.StatusCode
+	}
+}
+
+// limit has a client ask until it gets a 429.
+func (w *world) limit(address string) {
+	w.t.Helper()
+	get := w.client()
+	w.eventually("a 429", func() bool { return get(address) == http.StatusTooManyRequests })
+}
+
+// tunnel opens one to the origin.
+func (w *world) tunnel(address string) net.Conn {
+	w.t.Helper()
+	conn, err := net.Dial("tcp4", w.proxy)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { conn.Close() })
+	_ = conn.SetDeadline(time.Now().Add(patience))
+	target := strings.TrimPrefix(w.origin.URL, "http://")
+	fmt.Fprintf(conn, "CONNECT %s HTTP/1.1\r\nHost: %[1]s\r\nX-Forwarded-For: %s\r\n\r\n", target, address)
+	answer := make([]byte, len("HTTP/1.1 200"))
+	if _, err := io.ReadFull(conn, answer); err != nil || string(answer) != "HTTP/1.1 200" {
+		w.t.Fatalf("CONNECT: %s, %v", answer, err)
+	}
+	return conn
+}
+
+// page is the status page in a browser.
+type page struct {
+	t   *testing.T
+	ctx context.Context
+
+	mu      sync.Mutex
+	trouble []string // errors in the console, resources that were refused
+}
+
+// open loads the page in a browser of its own, in a viewport of some width.
+func (w *world) open(width int64, scheme string) *page {
+	w.t.Helper()
+	browser, err := exec.LookPath("chromium")
+	if err != nil {
+		w.t.Skip("there is no chromium; apt-get install chromium")
+	}
+	options := append(chromedp.DefaultExecAllocatorOptions[:], chromedp.ExecPath(browser), chromedp.NoSandbox, chromedp.DisableGPU)
+	allocator, cancel := chromedp.NewExecAllocator(context.Background(), options...)
+	w.t.Cleanup(cancel)
+	ctx, cancel := chromedp.NewContext(allocator)
+	w.t.Cleanup(cancel)
+	p := &page{t: w.t, ctx: ctx}
+	if err := chromedp.Do(ctx); err != nil { // the browser lives as long as this context
+		w.t.Fatal(err)
+	}
+	p.do(chromedp.EmulateViewport(width, 900), colorScheme(scheme), chromedp.Func(func(ctx context.Context, t *chromedp.Target) error {
+		_, err := cdp.Call(ctx, t, network.Enable, network.EnableParams{})
+		return err
+	}))
+	p.watch()
+	p.do(chromedp.Navigate("http://localhost:" + port(w.page) + "/"))
+	p.state("Live")
+	return p
+}
+
+// colorScheme is what the operator prefers.
+func colorScheme(name string) chromedp.Action[chromedp.Void] {
+	return chromedp.Func(func(ctx context.Context, t *chromedp.Target) error {
+		_, err := cdp.Call(ctx, t, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{
+			Features: []*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: scheme(name)}},
+		})
+		return err
+	})
+}
+
+func scheme(name string) string {
+	if name == "" {
+		return "light"
+	}
+	return name
+}
+
+// watch notes what goes wrong in the page.
+func (p *page) watch() {
+	note := func(format string, args ...any) {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.trouble = append(p.trouble, fmt.Sprintf(format, args...))
+	}
+	console := chromedp.Console(p.ctx)
+	responses := chromedp.Events(p.ctx, network.ResponseReceived)
+	failures := chromedp.Events(p.ctx, network.LoadingFailed)
+	go func() {
+		for message, err := range console {
+			if err == nil && (message.IsException() || message.Type == chromedp.ConsoleError || message.Type == chromedp.ConsoleWarning) {
+				note("console: %v", message)
+			}
+		}
+	}()
+	go func() {
+		for event, err := range responses {
+			if err == nil && event.Response.Status >= 400 {
+				note("%s: status %d", event.Response.URL, event.Response.Status)
+			}
+		}
+	}()
+	go func() {
+		for event, err := range failures {
+			if err == nil {
+				note("loading failed: %s %s", event.ErrorText, event.BlockedReason)
+			}
+		}
+	}()
+}
+
+// clean fails the test if something has gone wrong in the page.
+func (p *page) clean() {
+	p.t.Helper()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, trouble := range p.trouble {
+		p.t.Error(trouble)
+	}
+}
+
+func (p *page) do(actions ...chromedp.Action[chromedp.Void]) {
+	p.t.Helper()
+	ctx, cancel := context.WithTimeout(p.ctx, 2*patience)
+	defer cancel()
+	if err := chromedp.Do(ctx, actions...); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+// run evaluates an expression in the page. A promise is waited for.
+func run[T any](p *page, expression string) T {
+	p.t.Helper()
+	value, err := chromedp.Run(p.ctx, chromedp.Evaluate[T](expression, chromedp.EvalAwaitPromise))
+	if err != nil {
+		p.t.Fatalf("%s: %v", expression, err)
+	}
+	return value
+}
+
+// until waits until an expression is true, for so long at most.
+func (p *page) until(what, expression string, most time.Duration) {
+	p.t.Helper()
+	_, err := chromedp.Run(p.ctx, chromedp.Poll[bool](expression, chromedp.WithPollingInterval(20*time.Millisecond), chromedp.WithPollingTimeout(most)))
+	if errors.Is(err, chromedp.ErrPollingTimeout) {
+		p.t.Fatalf("not within %v: %s\nthe page says\n%s", most, what, run[string](p, "document.querySelector('main').innerText"))
+	}
+	if err != nil {
+		p.t.Fatalf("%s: %v", what, err)
+	}
+}
+
+// state waits until the page says that it is in that state.
+func (p *page) state(name string) {
+	p.t.Helper()
+	p.until("the state "+name, fmt.Sprintf("document.querySelector('header [role=status]').textContent === %q", name), patience)
+}
+
+// row is an expression for the row of the table of some name which says all of
+// some texts, or undefined.
+func row(table string, texts ...string) string {
+	return fmt.Sprintf("[...document.querySelectorAll('table[aria-labelledby=%s-title] tbody tr')].find((r) => %s.every((t) => r.innerText.includes(t)))",
+		table, list(texts))
+}
+
+// rows is an expression for how many rows there are that say anything.
+func rows(table string) string {
+	return fmt.Sprintf("document.querySelectorAll('table[aria-labelledby=%s-title] tbody tr:not(.empty)').length", table)
+}
+
+func list(texts []string) string {
+	quoted := make([]string, len(texts))
+	for i, text := range texts {
+		quoted[i] = fmt.Sprintf("%q", text)
+	}
+	return "[" + strings.Join(quoted, ",") + "]"
+}
+
+// press clicks the button, or whatever else has that label.
+func (p *page) press(label string) {
+	p.t.Helper()
+	find := fmt.Sprintf("[...document.querySelectorAll('button')].find((b) => (b.getAttribute('aria-label') ?? b.textContent) === %q)", label)
+	p.until("a button "+label, "!!"+find, patience)
+	run[bool](p, find+".click() ?? true")
+}
+
+// fill writes into the field of that label, in place of what is there.
+func (p *page) fill(label, text string) {
+	p.t.Helper()
+	field := chromedp.CSS(fmt.Sprintf("[aria-label=%q]", label))
+	p.do(chromedp.Focus(field))
+	run[chromedp.Void](p, "document.activeElement.select()")
+	if text == "" {
+		text = kb.Backspace
+	}
+	p.do(chromedp.SendKeys(field, text))
+}

@@ -1,0 +1,316 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/chromedp/chromedp"
+)
+
+// vendored returns a file that others have made, if it is as they have made it.
+func vendored(t *testing.T, name string) string {
+	t.Helper()
+	content, err := os.ReadFile("testdata/" + name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sums, err := os.ReadFile("testdata/axe.sha256")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(sums), fmt.Sprintf("%x  %s\n", sha256.Sum256(content), name)) {
+		t.Fatalf("%s has changed", name)
+	}
+	return string(content)
+}
+
+// accessible fails the test for what axe-core finds that is serious.
+func (p *page) accessible() {
+	p.t.Helper()
+	axe := vendored(p.t, "axe.min.js")
+	run[bool](p, axe+"; true")
+	type violation struct {
+		ID, Impact, Help string
+		Targets          []string
+	}
+	for _, v := range run[[]violation](p, `axe.run().then((r) => r.violations.map((v) => ({
+		ID: v.id, Impact: v.impact, Help: v.help, Targets: v.nodes.map((n) => n.target.join(" ") + " " + n.failureSummary),
+	})))`) {
+		report := p.t.Logf
+		if v.Impact == "serious" || v.Impact == "critical" {
+			report = p.t.Errorf
+		}
+		report("axe: %s (%s): %s\n%s", v.ID, v.Impact, v.Help, strings.Join(v.Targets[:min(3, len(v.Targets))], "\n"))
+	}
+}
+
+// fits fails the test if the page is wider than what it is seen through.
+func (p *page) fits() {
+	p.t.Helper()
+	if n := run[int](p, "document.documentElement.scrollWidth - innerWidth"); n > 0 {
+		p.t.Errorf("the page is %d px too wide", n)
+	}
+}
+
+// With nobody there, and with somebody: the page loads, nothing is refused, and
+// who cannot see it can use it, in each of its looks.
+func TestLoads(t *testing.T) {
+	for _, tc := range []struct {
+		name   string
+		width  int64
+		scheme string
+	}{
+		{"light", 1440, "light"},
+		{"dark", 1440, "dark"},
+		{"narrow", 400, "light"},
+		{"narrow and dark", 400, "dark"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			w := newWorld(t, proxyOptions, "actions")
+			p := w.open(tc.width, tc.scheme)
+			p.until("that nobody is there", "!!"+row("clients", "No client has come yet"), patience)
+			p.until("that nothing is open", "!!"+row("tunnels", "No tunnel is open"), patience)
+			p.fits()
+			p.accessible()
+
+			w.tunnel("203.0.113.1")
+			w.limit("2001:db8:1234:5678::1")
+			w.client()("203.0.113.3")
+			p.until("a client", "!!"+row("clients", "203.0.113.3"), patience)
+			p.until("a limited client", "!!"+row("clients", "2001:db8:1234:5678::/64", "limited"), patience)
+			p.until("a tunnel", "!!"+row("tunnels", strings.TrimPrefix(w.origin.URL, "http://")), patience)
+			p.fits()
+			p.accessible()
+			if got := run[string](p, "getComputedStyle(document.body).colorScheme + matchMedia('(prefers-color-scheme: dark)').matches"); got != fmt.Sprint("light dark", tc.scheme == "dark") {
+				t.Errorf("the page's look is %s", got)
+			}
+			if dark := run[bool](p, "getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0] < 100"); dark != (tc.scheme == "dark") {
+				t.Errorf("the page is dark: %t", dark)
+			}
+			p.clean()
+		})
+	}
+}
+
+// A client that is limited is seen to be within two seconds.
+func TestLimitedLive(t *testing.T) {
+	w := newWorld(t, proxyOptions, "")
+	p := w.open(1440, "light")
+	w.client()("203.0.113.8")
+	p.until("a client with tokens", "!!"+row("clients", "203.0.113.8", "/ 5")+" && !"+row("clients", "limited"), patience)
+	w.limit("203.0.113.9")
+	p.until("the limited client", "!!"+row("clients", "203.0.113.9", "limited"), 2*time.Second)
+	if run[bool](p, "!!"+row("clients", "203.0.113.8", "limited")) {
+		t.Error("another client is shown as limited")
+	}
+	if tokens := run[float64](p, row("clients", "203.0.113.9")+".querySelector('meter').value"); tokens >= 1 {
+		t.Errorf("its meter is at %v", tokens)
+	}
+	p.until("its share", "/Rate limited\\s*[1-9]/.test(document.querySelector('dl').innerText)", patience)
+	p.clean()
+}
+
+func TestFilterAndSort(t *testing.T) {
+	w := newWorld(t, proxyOptions, "")
+	get := w.client()
+	for i := range 20 {
+		for range 1 + i%3 {
+			get(fmt.Sprintf("203.0.113.%d", 100+i))
+		}
+	}
+	w.limit("198.51.100.7")
+	w.tunnel("198.51.100.8")
+	p := w.open(1440, "light")
+	p.until("all clients", rows("clients")+" === 22", patience)
+
+	p.fill("Filter clients by address", "113.11")
+	p.until("those that fit", rows("clients")+" === 10", patience)
+	p.until("how many of how many", "document.getElementById('clients').innerText.includes('10 of 22')", patience)
+	p.fill("Filter clients by address", "nobody")
+	p.until("that none fits", "!!"+row("clients", "No client is like that"), patience)
+	p.fill("Filter clients by address", "")
+	p.do(chromedp.Click(chromedp.CSS("#clients label.switch")))
+	p.until("the limited client alone", rows("clients")+" === 1 && !!"+row("clients", "198.51.100.7"), patience)
+	p.do(chromedp.Click(chromedp.CSS("#clients label.switch")))
+
+	first := "document.querySelector('#clients tbody tr').innerText"
+	p.press("Bucket")
+	p.until("the emptiest bucket first", first+".includes('198.51.100.7')", patience)
+	p.press("Bucket")
+	p.until("it last", "!"+first+".includes('198.51.100.7') && document.querySelector('#clients th[aria-sort]').getAttribute('aria-sort') === 'descending'", patience)
+
+	p.fill("Filter tunnels by client or target", "198.51.100.9")
+	p.until("no tunnel", "!!"+row("tunnels", "No tunnel is like that"), patience)
+	p.fill("Filter tunnels by client or target", "198.51.100.8")
+	p.until("the tunnel", rows("tunnels")+" === 1", patience)
+	p.clean()
+}
+
+func TestClosesATunnel(t *testing.T) {
+	w := newWorld(t, proxyOptions, "actions")
+	p := w.open(1440, "light")
+	one, two := w.tunnel("203.0.113.1"), w.tunnel("203.0.113.2")
+	p.until("two tunnels", rows("tunnels")+" === 2", patience)
+	run[bool](p, row("tunnels", "203.0.113.1")+".querySelector('button').click() ?? true")
+	if _, err := io.Copy(io.Discard, one); err != nil {
+		t.Errorf("the tunnel ends with %v", err)
+	}
+	p.until("one tunnel", rows("tunnels")+" === 1 && !!"+row("tunnels", "203.0.113.2"), patience)
+	fmt.Fprint(two, "GET / HTTP/1.0\r\n\r\n")
+	if text, err := io.ReadAll(two); err != nil || !strings.Contains(string(text), "hello from the origin") {
+		t.Errorf("the other tunnel: %q, %v", text, err)
+	}
+	p.clean()
+}
+
+func TestRefillsAndBlocksAClient(t *testing.T) {
+	w := newWorld(t, proxyOptions, "actions")
+	p := w.open(1440, "light")
+	w.limit("203.0.113.9")
+	p.until("the limited client", "!!"+row("clients", "203.0.113.9", "limited"), patience)
+	p.press("Refill the bucket of 203.0.113.9")
+	p.until("a full bucket", "!!"+row("clients", "203.0.113.9", "5 / 5"), patience)
+	if status := w.client()("203.0.113.9"); status != http.StatusOK {
+		t.Errorf("with a full bucket the client gets %d", status)
+	}
+
+	p.press("Block 203.0.113.9")
+	p.until("the dialog", "document.querySelector('dialog').open && document.querySelector('dialog').innerText.includes('203.0.113.9')", patience)
+	p.accessible()
+	p.press("Cancel")
+	p.until("no dialog", "!document.querySelector('dialog').open", patience)
+	p.press("Block 203.0.113.9")
+	p.press("Block") // the dialog's
+	p.until("the blocked client", "!!"+row("clients", "203.0.113.9", "blocked"), patience)
+	if status := w.client()("203.0.113.9"); status < 400 {
+		t.Errorf("a blocked client gets %d", status)
+	}
+	if status := w.client()("203.0.113.10"); status != http.StatusOK {
+		t.Errorf("another client gets %d", status)
+	}
+	p.press("Unblock 203.0.113.9")
+	p.until("no blocked client", "!!"+row("clients", "203.0.113.9")+" && !"+row("clients", "blocked"), patience)
+	if status := w.client()("203.0.113.9"); status != http.StatusOK {
+		t.Errorf("a client that is no longer blocked gets %d", status)
+	}
+	p.clean()
+}
+
+// Refusals are shown with their reason, and settings in the words of the
+// Caddyfile, those that were given apart from defaults.
+func TestRefusalsAndSettings(t *testing.T) {
+	w := newWorld(t, proxyOptions, "")
+	p := w.open(1440, "light")
+	w.origin.Close()
+	w.client()("203.0.113.4")
+	p.until("the refusal", "!!"+row("refusals", "203.0.113.4", "502", "connection_refused"), patience)
+	p.until("the setting", "/burst\\s+5\\b/.test(document.getElementById('settings').innerText)", patience)
+	p.until("a default", "[...document.querySelectorAll('#settings .default')].some((d) => /dial_timeout\\s+10s/.test(d.innerText))", patience)
+	if run[bool](p, "[...document.querySelectorAll('#settings .default')].some((d) => d.innerText.includes('burst'))") {
+		t.Error("a setting that was given is shown as a default")
+	}
+	p.clean()
+}
+
+// The page goes on by itself after a reload, and after a restart.
+func TestReconnects(t *testing.T) {
+	w := newWorld(t, proxyOptions, "actions")
+	p := w.open(1440, "light")
+	w.tunnel("203.0.113.1")
+	p.until("the tunnel, and its button", "!!"+row("tunnels", "Close"), patience)
+	w.reload(proxyOptions, "")
+	p.until("no button any more, as it is told", "!!"+row("tunnels", "203.0.113.1")+" && !"+row("tunnels", "Close"), patience)
+	p.state("Live")
+	w.client()("203.0.113.2")
+	p.until("what came after the reload", "!!"+row("clients", "203.0.113.2"), patience)
+
+	w.stop()
+	p.state("Reconnecting")
+	w.start()
+	p.state("Live")
+	p.until("an empty table", "!!"+row("clients", "No client has come yet"), patience)
+}
+
+func TestPauses(t *testing.T) {
+	w := newWorld(t, proxyOptions, "")
+	p := w.open(1440, "light")
+	p.press("Pause")
+	p.state("Paused")
+	w.client()("203.0.113.2")
+	at := run[float64](p, "performance.now()")
+	p.until("two snapshots more", fmt.Sprintf("performance.now() > %f", at+2500), patience)
+	if run[bool](p, "!!"+row("clients", "203.0.113.2")) {
+		t.Error("a page that pauses shows what is new")
+	}
+	p.press("Pause")
+	p.state("Live")
+	p.until("what is new", "!!"+row("clients", "203.0.113.2"), patience)
+	p.clean()
+}
+
+// With more clients than a snapshot has, the page finds all of them.
+func TestManyClients(t *testing.T) {
+	const n = 50_000
+	w := newWorld(t, proxyOptions, "")
+	get := w.client()
+	get("192.0.2.1") // the first of them
+	w.limit("192.0.2.2")
+	var wg sync.WaitGroup
+	for part := range 32 {
+		wg.Go(func() {
+			for i := part; i < n-2; i += 32 {
+				get(fmt.Sprintf("10.%d.%d.%d", i>>16, i>>8&255, i&255))
+			}
+		})
+	}
+	wg.Wait()
+	p := w.open(1440, "light")
+	p.until("that they are many", "document.getElementById('clients').innerText.includes('100 of 50,000')", patience)
+	p.fill("Filter clients by address", "192.0.2.1")
+	p.until("the first", "!!"+row("clients", "192.0.2.1"), patience)
+	p.fill("Filter clients by address", "")
+	p.press("429s")
+	p.until("the one with refusals", "document.querySelector('#clients tbody tr').innerText.includes('192.0.2.2')", patience)
+	p.clean()
+	p.accessible()
+}
+
+// TestScreenshots makes the pictures of the documentation, if SCREENSHOTS names
+// the directory for them: of some minutes of traffic, which it takes.
+func TestScreenshots(t *testing.T) {
+	dir := os.Getenv("SCREENSHOTS")
+	if dir == "" {
+		t.Skip("SCREENSHOTS names no directory")
+	}
+	w := newWorld(t, "burst 60\nrefill 4\nallow 127.0.0.0/8\nmax_tunnels 500 per_client 50", "actions")
+	p := w.open(1440, "light")
+	w.traffic(t, 5*time.Minute)
+	for _, picture := range []struct {
+		name, scheme  string
+		width, height int64
+	}{
+		{"status", "light", 1440, 1180},
+		{"status-dark", "dark", 1440, 1180},
+		{"status-narrow", "light", 400, 1180},
+	} {
+		p.do(chromedp.EmulateViewport(picture.width, picture.height), colorScheme(picture.scheme), chromedp.Sleep(2*time.Second))
+		data, err := chromedp.Run(p.ctx, chromedp.CaptureScreenshot())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(fmt.Sprintf("%s/%s.png", dir, picture.name), data, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p.clean()
+}

@@ -1,0 +1,657 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"io"
+	"maps"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+// statusWorld is a world with a status page on an address of its own.
+type statusWorld struct {
+	*world
+	page string // URL
+}
+
+func newStatusWorld(t *testing.T, proxyOptions, statusOptions string) *statusWorld {
+	w := &statusWorld{world: newWorld(t, proxyOptions, nil), page: "http://" + freeAddress(t)}
+	w.load(w.site(proxyOptions) + w.statusSite(statusOptions))
+	return w
+}
+
+func (w *statusWorld) statusSite(options string) string {
+	return fmt.Sprintf("%s {\n\tasync_proxy_status {\n\t\t%s\n\t}\n}\n", w.page, options)
+}
+
+// ask sends a request to the page. Fields are pairs.
+func (w *statusWorld) ask(method, path, body string, fields ...string) (*http.Response, string) {
+	w.t.Helper()
+	req, err := http.NewRequest(method, w.page+path, strings.NewReader(body))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	if body != "" {
+		req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+	}
+	for i := 0; i < len(fields); i += 2 {
+		req.Header.Set(fields[i], fields[i+1])
+	}
+	client := &http.Client{
+		Transport:     &http.Transport{DisableKeepAlives: true},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		Timeout:       patience,
+	}
+	res, err := client.Do(req)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	defer res.Body.Close()
+	text, err := io.ReadAll(res.Body)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return res, string(text)
+}
+
+// eventStream reads what the page is told.
+type eventStream struct {
+	t    *testing.T
+	body io.ReadCloser
+	r    *bufio.Reader
+}
+
+func (w *statusWorld) stream() *eventStream {
+	w.t.Helper()
+	res, err := (&http.Client{Transport: &http.Transport{DisableKeepAlives: true}}).Get(w.page + "/events")
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { res.Body.Close() })
+	if res.StatusCode != http.StatusOK || res.Header.Get("Content-Type") != "text/event-stream" {
+		w.t.Fatalf("the stream is answered with %s, %q", res.Status, res.Header.Get("Content-Type"))
+	}
+	return &eventStream{w.t.(*testing.T), res.Body, bufio.NewReader(res.Body)}
+}
+
+// next reads an event up to the empty line after it.
+func (s *eventStream) next() (event, data string) {
+	s.t.Helper()
+	for {
+		line, err := s.r.ReadString('\n')
+		if err != nil {
+			s.t.Fatalf("the stream ends: %v", err)
+		}
+		name, value, _ := strings.Cut(strings.TrimSuffix(line, "\n"), ": ")
+		switch name {
+		case "event":
+			event = value
+		case "data":
+			data = value
+		case "retry":
+		case "":
+			return event, data
+		default:
+			s.t.Fatalf("the stream has the line %q", line)
+		}
+	}
+}
+
+// ends waits for the end of the stream.
+func (s *eventStream) ends() {
+	s.t.Helper()
+	done := make(chan error, 1)
+	go func() {
+		_, err := io.Copy(io.Discard, s.r)
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		if err != nil {
+			s.t.Errorf("the stream ends with %v, want an orderly end", err)
+		}
+	case <-time.After(patience):
+		s.t.Fatal("the stream does not end")
+	}
+}
+
+func viewersOf(f *feed) int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.viewers)
+}
+
+func TestStatusCaddyfile(t *testing.T) {
+	for input, want := range map[string]string{
+		"async_proxy_status":                      `{"handler":"async_proxy_status"}`,
+		"async_proxy_status {\n}":                 `{"handler":"async_proxy_status"}`,
+		"async_proxy_status {\nactions\n}":        `{"actions":true,"handler":"async_proxy_status"}`,
+		"async_proxy_status {\nmask_clients\n}":   `{"handler":"async_proxy_status","mask_clients":true}`,
+		"async_proxy_status /status* {\nactions}": "",
+	} {
+		if want == "" {
+			continue
+		}
+		got, err := json.Marshal(handlers(t, ":8080 {\n"+input+"\n}\n")[0])
+		if err != nil || string(got) != want {
+			t.Errorf("%s is %s, want %s", input, got, want)
+		}
+	}
+	exclude := "mask_clients: expected no actions beside it, which need to know the clients, at Caddyfile:5"
+	for input, want := range map[string]string{
+		"async_proxy_status here":                             "unexpected argument 'here'; expected a block of options, or nothing, at Caddyfile:2",
+		"async_proxy_status {\nacts\n}":                       "unrecognized option 'acts'; expected actions or mask_clients, at Caddyfile:3",
+		"async_proxy_status {\nactions on\n}":                 "actions: unexpected value 'on'; expected no value, at Caddyfile:3",
+		"async_proxy_status {\nmask_clients\nmask_clients\n}": "mask_clients: the option is given twice; expected it once, at Caddyfile:4",
+		"async_proxy_status {\nactions {\nclose\n}\n}":        "actions: unexpected block; expected no value, at Caddyfile:4",
+		"async_proxy_status {\nactions\nmask_clients\n}":      exclude,
+		"async_proxy_status {\nmask_clients\nactions\n}":      exclude,
+	} {
+		_, _, err := adapt(":8080 {\n"+input+"\n}\n", "Caddyfile")
+		if want := "parsing caddyfile tokens for 'async_proxy_status': " + want; err == nil || err.Error() != want {
+			t.Errorf("%s\ngives %v\nwant  %v", input, err, want)
+		}
+	}
+	if err := validate(t, `{"handler": "async_proxy_status", "actions": true, "mask_clients": true}`); err == nil || !strings.Contains(err.Error(), "mask_clients: expected no actions") {
+		t.Errorf("the options exclude each other in JSON, too: %v", err)
+	}
+}
+
+// The directive needs no order: whatever protects the site comes before it, and
+// so does the proxy.
+func TestStatusOrder(t *testing.T) {
+	var names []string
+	for _, handler := range handlers(t, `:8080 {
+		reverse_proxy 127.0.0.1:1
+		async_proxy_status /status*
+		basic_auth {
+			bob $2a$14$Zkx19XLiW6VYouLHR5NmfOFU0z2GTNmpkT/5qqR7hx4IjWJPDhjvG
+		}
+		async_proxy
+	}`) {
+		names = append(names, handler["handler"].(string))
+	}
+	if want := []string{"authentication", "async_proxy", "async_proxy_status", "reverse_proxy"}; !slices.Equal(names, want) {
+		t.Errorf("the order of handlers is %v, want %v", names, want)
+	}
+}
+
+// statusSyntax are the options that a description of the syntax names.
+func statusSyntax(t *testing.T, text string) []string {
+	t.Helper()
+	_, rest, found := strings.Cut(text, "async_proxy_status [<matcher>] {\n")
+	block, _, found2 := strings.Cut(rest, "}")
+	if !found || !found2 {
+		t.Fatal("there is no syntax")
+	}
+	return strings.Fields(block)
+}
+
+func TestStatusSyntaxNamesEveryOption(t *testing.T) {
+	file, err := parser.ParseFile(token.NewFileSet(), "status.go", nil, parser.ParseComments)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var doc string
+	ast.Inspect(file, func(n ast.Node) bool {
+		if f, ok := n.(*ast.FuncDecl); ok && f.Name.Name == "UnmarshalCaddyfile" {
+			doc = f.Doc.Text()
+		}
+		return true
+	})
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range map[string]string{"the comment": doc, "README.md": string(readme)} {
+		if got := statusSyntax(t, text); !slices.Equal(got, []string{"actions", "mask_clients"}) {
+			t.Errorf("%s names the options %v", name, got)
+		}
+	}
+}
+
+func TestStatusPage(t *testing.T) {
+	w := newStatusWorld(t, "", "")
+	res, index := w.ask("GET", "/", "")
+	for field, want := range map[string]string{
+		"Content-Type":            "text/html; charset=utf-8",
+		"Cache-Control":           "no-store",
+		"X-Content-Type-Options":  "nosniff",
+		"Referrer-Policy":         "no-referrer",
+		"Content-Security-Policy": statusHeader["Content-Security-Policy"],
+	} {
+		if got := res.Header.Get(field); got != want {
+			t.Errorf("%s: %q, want %q", field, got, want)
+		}
+	}
+	for _, want := range []string{"default-src 'none'", "script-src 'self'", "frame-ancestors 'none'"} {
+		if !strings.Contains(statusHeader["Content-Security-Policy"], want) {
+			t.Errorf("the policy is without %s", want)
+		}
+	}
+	for _, bad := range []string{"unsafe-", "*", "http:"} {
+		if strings.Contains(statusHeader["Content-Security-Policy"], bad) {
+			t.Errorf("the policy has %s", bad)
+		}
+	}
+	if regexp.MustCompile(`(?i)<script>|<style|\bstyle=|\bon[a-z]+=|https?://`).MatchString(index) {
+		t.Error("the page has something inline, or loads something from elsewhere")
+	}
+	parts := regexp.MustCompile(`(?:src|href)="([^"#]+\?v=[^"]*)"`).FindAllStringSubmatch(index, -1)
+	if len(parts) != 5 {
+		t.Errorf("the page has %d parts, want 5: %v", len(parts), parts)
+	}
+	for _, part := range parts {
+		res, text := w.ask("GET", "/"+part[1], "")
+		if res.StatusCode != http.StatusOK || len(text) < 100 || res.Header.Get("Cache-Control") != "public, max-age=31536000, immutable" {
+			t.Errorf("%s: %s, %d bytes, Cache-Control %q", part[1], res.Status, len(text), res.Header.Get("Cache-Control"))
+		}
+		name, _, _ := strings.Cut(part[1], "?")
+		etag := res.Header.Get("Etag")
+		if res, _ := w.ask("GET", "/"+name, "", "If-None-Match", etag); res.StatusCode != http.StatusNotModified || res.Header.Get("Cache-Control") != "no-cache" {
+			t.Errorf("%s again: %s, Cache-Control %q", name, res.Status, res.Header.Get("Cache-Control"))
+		}
+		if res, _ := w.ask("GET", "/"+name+"?v=another", ""); res.Header.Get("Cache-Control") != "no-cache" {
+			t.Errorf("another version of %s: Cache-Control %q", name, res.Header.Get("Cache-Control"))
+		}
+	}
+	if res, text := w.ask("HEAD", "/", ""); res.StatusCode != http.StatusOK || text != "" || res.ContentLength != int64(len(index)) {
+		t.Errorf("HEAD: %s, %d bytes, Content-Length %d", res.Status, len(text), res.ContentLength)
+	}
+	for _, path := range []string{"/nothing.js", "/index.html", "/uplot.LICENSE", "/status/../uplot.sha256"} {
+		if res, _ := w.ask("GET", path, ""); res.StatusCode != http.StatusNotFound {
+			t.Errorf("%s: %s", path, res.Status)
+		}
+	}
+	if res, _ := w.ask("PUT", "/", ""); res.StatusCode != http.StatusMethodNotAllowed || res.Header.Get("Allow") != "GET, HEAD, POST" {
+		t.Errorf("PUT: %s, Allow %q", res.Status, res.Header.Get("Allow"))
+	}
+}
+
+// The links of the page are relative: it must not be served under a path that
+// does not end in a slash.
+func TestStatusPageUnderAPath(t *testing.T) {
+	w := newStatusWorld(t, "", "")
+	_, want := w.ask("GET", "/", "")
+	for _, site := range []string{
+		"async_proxy_status /a/status*",
+		"handle_path /a/status* {\nasync_proxy_status\n}",
+		"handle /a/status* {\nasync_proxy_status\n}",
+	} {
+		w.load(w.page + " {\n" + site + "\n}\n")
+		res, _ := w.ask("GET", "/a/status", "")
+		location, err := res.Location()
+		if err != nil || location.String() != w.page+"/a/status/" {
+			t.Errorf("%s: redirected to %v, %v", site, location, err)
+		}
+		if res, text := w.ask("GET", "/a/status/", ""); res.StatusCode != http.StatusOK || text != want {
+			t.Errorf("%s: %s, %d bytes", site, res.Status, len(text))
+		}
+		for _, part := range []string{"app.js", "snapshot.json"} {
+			if res, _ := w.ask("GET", "/a/status/"+part, ""); res.StatusCode != http.StatusOK {
+				t.Errorf("%s: %s: %s", site, part, res.Status)
+			}
+		}
+	}
+	w.load(w.page + " {\nasync_proxy_status\n}\n")
+	if res, _ := w.ask("GET", "//evil.example", ""); strings.Contains(res.Header.Get("Location"), "//") {
+		t.Errorf("redirected to %q", res.Header.Get("Location"))
+	}
+}
+
+// What others have made is as they have made it.
+func TestStatusVendored(t *testing.T) {
+	text, err := os.ReadFile("status/uplot.sha256")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(text)) {
+		want, name, _ := strings.Cut(strings.TrimSpace(line), "  ")
+		content, err := os.ReadFile(filepath.Join("status", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if sum := sha256.Sum256(content); hex.EncodeToString(sum[:]) != want {
+			t.Errorf("%s has changed", name)
+		}
+	}
+}
+
+func TestStatusJSON(t *testing.T) {
+	w := newStatusWorld(t, "allow 127.0.0.0/8\nburst 5\nrefill 0.001", "")
+	w.dial().connect(echoTarget(t))
+	members := func(text string) (list []string, m map[string]json.RawMessage) {
+		if err := json.Unmarshal([]byte(text), &m); err != nil {
+			t.Fatalf("%v: %s", err, text)
+		}
+		return slices.Sorted(maps.Keys(m)), m
+	}
+	check := func(what, text string, want ...string) map[string]json.RawMessage {
+		t.Helper()
+		got, m := members(text)
+		for _, name := range want {
+			if !slices.Contains(got, name) {
+				t.Errorf("%s has the members %v, and not %s", what, got, name)
+			}
+		}
+		return m
+	}
+	eventually(t, "the tunnel", func() bool {
+		_, text := w.ask("GET", "/tunnels.json", "")
+		return strings.Contains(text, `"total":1`)
+	})
+	res, text := w.ask("GET", "/snapshot.json", "")
+	if res.Header.Get("Content-Type") != "application/json" || res.Header.Get("Cache-Control") != "no-store" {
+		t.Errorf("Content-Type %q, Cache-Control %q", res.Header.Get("Content-Type"), res.Header.Get("Cache-Control"))
+	}
+	snap := check("a snapshot", text, "stats", "clients", "tunnels", "refusals", "settings")
+	stats := check("stats", string(snap["stats"]), "version", "caddy", "started", "loaded", "time", "requests", "clients", "tunnels", "bytes_up", "bytes_down", "dials", "dial_seconds", "first_byte_seconds")
+	check("requests", string(stats["requests"]), "forwarded", "tunnels", "passed_on", "rate_limited", "refused", "failed")
+	check("tunnels", string(stats["tunnels"]), "open", "limit")
+	for _, name := range []string{"dial_seconds", "first_byte_seconds"} {
+		var h struct {
+			Buckets []float64
+			Counts  []int64
+		}
+		if err := json.Unmarshal(stats[name], &h); err != nil || len(h.Counts) != len(h.Buckets)+1 {
+			t.Errorf("%s: %d buckets, %d counts, %v", name, len(h.Buckets), len(h.Counts), err)
+		}
+	}
+	for _, part := range []string{"clients", "tunnels"} {
+		list := check(part, string(snap[part]), part, "total")
+		var entries []json.RawMessage
+		if err := json.Unmarshal(list[part], &entries); err != nil || len(entries) != 1 || string(list["total"]) != "1" {
+			t.Fatalf("%s: %s", part, snap[part])
+		}
+		if part == "clients" {
+			check("a client", string(entries[0]), "client", "zone", "tokens", "burst", "refill", "requests", "rejections", "bytes_up", "bytes_down", "tunnels", "last_seen")
+		} else {
+			check("a tunnel", string(entries[0]), "id", "client", "target", "address", "proto", "started", "idle_seconds", "bytes_up", "bytes_down")
+		}
+		_, text := w.ask("GET", "/"+part+".json?limit=10", "")
+		check(part+".json", text, part, "total")
+	}
+	for _, name := range []string{"refusals", "settings"} {
+		if snap[name][0] != '[' {
+			t.Errorf("%s: %s, want a list", name, snap[name])
+		}
+	}
+	if res, text := w.ask("GET", "/clients.json?sort=beauty", ""); res.StatusCode != http.StatusBadRequest || !strings.Contains(text, "beauty") {
+		t.Errorf("a wrong sort: %s, %s", res.Status, text)
+	}
+}
+
+func TestStatusStream(t *testing.T) {
+	w := newStatusWorld(t, "", "actions")
+	one, two := w.stream(), w.stream()
+	for _, s := range []*eventStream{one, two} {
+		event, data := s.next()
+		if want := fmt.Sprintf(`{"page":%q,"actions":true,"masked":false}`, statusVersion()); event != "hello" || data != want {
+			t.Errorf("first comes %s: %s, want hello: %s", event, data, want)
+		}
+		event, data = s.next()
+		var snap map[string]json.RawMessage
+		if err := json.Unmarshal([]byte(data), &snap); event != "snapshot" || err != nil || snap["stats"] == nil {
+			t.Errorf("then comes %s, %v: %.100s", event, err, data)
+		}
+	}
+	if n := viewersOf(statusFeed); n != 2 {
+		t.Errorf("there are %d viewers, want 2", n)
+	}
+	one.body.Close()
+	two.body.Close()
+	eventually(t, "the viewers to be gone", func() bool { return viewersOf(statusFeed) == 0 })
+}
+
+// A page that is open must not keep a config, nor Caddy, from ending.
+func TestStatusStreamEnds(t *testing.T) {
+	w := newStatusWorld(t, "", "")
+	s := w.stream()
+	s.next()
+	w.load(w.site("") + w.statusSite("actions"))
+	s.ends()
+	s = w.stream()
+	if _, hello := s.next(); !strings.Contains(hello, `"actions":true`) {
+		t.Errorf("after the reload the page is told %s", hello)
+	}
+	stopped := make(chan error, 1)
+	go func() { stopped <- caddy.Stop() }()
+	s.ends()
+	select {
+	case err := <-stopped:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(patience):
+		t.Error("Caddy does not stop")
+	}
+	eventually(t, "the viewers to be gone", func() bool { return viewersOf(statusFeed) == 0 })
+}
+
+func TestStatusViewersAreCapped(t *testing.T) {
+	w := newStatusWorld(t, "", "")
+	var streams []*eventStream
+	for range maxViewers {
+		streams = append(streams, w.stream())
+	}
+	res, text := w.ask("GET", "/events", "")
+	if res.StatusCode != http.StatusServiceUnavailable || res.Header.Get("Retry-After") == "" || !strings.Contains(text, "20 pages") {
+		t.Errorf("one more is answered with %s, Retry-After %q: %s", res.Status, res.Header.Get("Retry-After"), text)
+	}
+	streams[0].body.Close()
+	eventually(t, "a viewer to be gone", func() bool { return viewersOf(statusFeed) < maxViewers })
+	w.stream().next()
+}
+
+// A viewer that does not read is dropped, and holds nobody up until then.
+func TestStatusStuckViewer(t *testing.T) {
+	was := statusFeed
+	defer func() { statusFeed = was }()
+	statusFeed = newFeed(func(now time.Time) snapshot {
+		snap := takeSnapshot(now)
+		snap.Stats.Version = strings.Repeat("more than the buffers of a connection hold", 1<<18)
+		return snap
+	})
+	w := newStatusWorld(t, "", "")
+	c := dialRaw(t, strings.TrimPrefix(w.page, "http://"))
+	c.send("GET /events HTTP/1.1\nHost: " + strings.TrimPrefix(w.page, "http://") + "\n\n")
+	eventually(t, "the viewer", func() bool { return viewersOf(statusFeed) == 1 })
+	other := w.stream()
+	other.next()
+	other.next()
+	other.body.Close()
+	eventually(t, "the viewers to be gone", func() bool { return viewersOf(statusFeed) == 0 })
+}
+
+func TestFeedTakesOneSnapshotASecond(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var taken int
+		f := newFeed(func(now time.Time) snapshot {
+			taken++
+			return snapshot{Refusals: []refusalInfo{{Client: "192.0.2.7"}}}
+		})
+		time.Sleep(time.Hour)
+		if taken != 0 {
+			t.Errorf("%d snapshots were taken for nobody", taken)
+		}
+		var viewers []*viewer
+		for range maxViewers {
+			viewers = append(viewers, f.join(false))
+		}
+		if f.join(true) != nil {
+			t.Error("one more than maxViewers may look")
+		}
+		f.leave(viewers[0])
+		viewers[0] = f.join(true)
+		synctest.Wait()
+		first := <-viewers[1].events
+		if !bytes.HasPrefix(first, []byte("event: snapshot\ndata: {")) || !bytes.HasSuffix(first, []byte("}\n\n")) || bytes.Count(first, []byte("\n")) != 3 {
+			t.Errorf("the event is %q", first)
+		}
+		time.Sleep(10 * time.Second)
+		synctest.Wait()
+		if taken != 11 {
+			t.Errorf("%d snapshots were taken in 10 s, want 11", taken)
+		}
+		// Nobody has read since: each has the oldest event, and the same one.
+		a, b, masked := <-viewers[2].events, <-viewers[3].events, <-viewers[0].events
+		if &a[0] != &b[0] {
+			t.Error("the snapshot is written out for each viewer")
+		}
+		if !bytes.Contains(a, []byte(`"192.0.2.7"`)) || bytes.Contains(masked, []byte("192.0.2.7")) || !bytes.Contains(masked, []byte(`"192.0.2.0/24"`)) {
+			t.Errorf("one is told %s\nthe other %s", a, masked)
+		}
+		for _, v := range viewers {
+			f.leave(v)
+		}
+		time.Sleep(time.Hour)
+		if taken != 11 {
+			t.Errorf("%d snapshots were taken after the last viewer has left", taken-11)
+		}
+	})
+}
+
+func TestStatusActions(t *testing.T) {
+	w := newStatusWorld(t, "allow 127.0.0.0/8\nburst 3\nrefill 0.001", "actions")
+	target := echoTarget(t)
+	conn := w.dial()
+	conn.connect(target)
+	var list struct {
+		Tunnels []struct {
+			ID     uint64 `json:"id"`
+			Target string `json:"target"`
+		} `json:"tunnels"`
+	}
+	eventually(t, "the tunnel", func() bool {
+		_, text := w.ask("GET", "/tunnels.json?q="+url.QueryEscape(target), "")
+		if err := json.Unmarshal([]byte(text), &list); err != nil {
+			t.Fatal(err)
+		}
+		return len(list.Tunnels) == 1
+	})
+	id := fmt.Sprint(list.Tunnels[0].ID)
+	for _, tc := range []struct {
+		path, body string
+		fields     []string
+		status     int
+		want       string
+	}{
+		{"/close", "tunnel=" + id, []string{"Sec-Fetch-Site", "cross-site"}, 403, "another origin"},
+		{"/close", "tunnel=" + id, []string{"Sec-Fetch-Site", "same-site"}, 403, "another origin"},
+		{"/close", "tunnel=" + id, []string{"Origin", "http://evil.example"}, 403, "another origin"},
+		{"/close", "tunnel=" + id, []string{"Origin", "null"}, 403, "another origin"},
+		{"/close", "tunnel=x", nil, 400, "tunnel: expected"},
+		{"/close", "", nil, 400, "tunnel: expected"},
+		{"/close", "tunnel=999999", nil, 404, "not there"},
+		{"/open", "tunnel=" + id, nil, 404, "no such action"},
+		{"/refill", "client=everybody", nil, 400, "client: expected"},
+		{"/refill", "client=192.0.2.200", nil, 404, "not there"},
+		{"/block", "client=127.0.0.1", nil, 400, "for: expected"},
+		{"/block", "client=127.0.0.1&for=-1m", nil, 400, "for: expected"},
+		{"/block", "client=127.0.0.1&for=1000d", nil, 400, "for: expected"},
+		{"/close", "tunnel=" + id, []string{"Sec-Fetch-Site", "same-origin"}, 200, `{"done":true}`},
+		{"/close", "tunnel=" + id, nil, 404, "not there"},
+	} {
+		if res, text := w.ask("POST", tc.path, tc.body, tc.fields...); res.StatusCode != tc.status || !strings.Contains(text, tc.want) || res.Header.Get("Cache-Control") != "no-store" {
+			t.Errorf("%s %s %v: %s %s", tc.path, tc.body, tc.fields, res.Status, text)
+		}
+	}
+	conn.readAll() // the tunnel has ended
+
+	client := w.client()
+	get := func() int {
+		res, err := client.Get(w.origin.URL)
+		if err != nil {
+			t.Fatal(err)
+		}
+		res.Body.Close()
+		return res.StatusCode
+	}
+	eventually(t, "the client to be limited", func() bool { return get() == http.StatusTooManyRequests })
+	if res, text := w.ask("POST", "/refill", "client=127.0.0.1", "Origin", w.page); res.StatusCode != http.StatusOK {
+		t.Errorf("refill: %s %s", res.Status, text)
+	}
+	for range 3 {
+		if status := get(); status != http.StatusOK {
+			t.Errorf("with a full bucket the client gets %d", status)
+		}
+	}
+	lines := w.waitLog("operator's action", 4)
+	if last := lines[len(lines)-1]; last["action"] != "refill" || last["client"] != "127.0.0.1" || last["by"] != "127.0.0.1" || last["done"] != true {
+		t.Errorf("the log has %v", last)
+	}
+}
+
+func TestStatusActionsAreOff(t *testing.T) {
+	for _, options := range []string{"", "mask_clients"} {
+		w := newStatusWorld(t, "", options)
+		for _, action := range []string{"/close", "/refill", "/block"} {
+			if res, text := w.ask("POST", action, "tunnel=1&client=127.0.0.1&for=1m", "Sec-Fetch-Site", "same-origin"); res.StatusCode != http.StatusForbidden || !strings.Contains(text, "option actions") {
+				t.Errorf("%s: %s %s", action, res.Status, text)
+			}
+		}
+	}
+}
+
+// A page that masks clients has nowhere a whole address.
+func TestStatusMasksClients(t *testing.T) {
+	w := newStatusWorld(t, "allow 127.0.0.0/8", "mask_clients")
+	w.dial().connect(echoTarget(t))
+	stream := w.stream()
+	_, hello := stream.next()
+	_, event := stream.next()
+	_, snap := w.ask("GET", "/snapshot.json", "")
+	_, clients := w.ask("GET", "/clients.json", "")
+	_, tunnels := w.ask("GET", "/tunnels.json", "")
+	if !strings.Contains(hello, `"masked":true`) {
+		t.Errorf("hello: %s", hello)
+	}
+	for name, text := range map[string]string{"event": event, "snapshot.json": snap, "clients.json": clients, "tunnels.json": tunnels} {
+		if strings.Contains(text, `"client":"127.0.0.1"`) || !strings.Contains(text, `"client":"127.0.0.0/24"`) {
+			t.Errorf("%s: %s", name, text)
+		}
+	}
+	for _, path := range []string{"/clients.json?q=127.0.0.1", "/tunnels.json?q=127.0.0.1"} {
+		if res, _ := w.ask("GET", path, ""); res.StatusCode != http.StatusForbidden {
+			t.Errorf("%s: %s", path, res.Status)
+		}
+	}
+}
+
+func TestMaskClient(t *testing.T) {
+	for name, want := range map[string]string{
+		"192.0.2.77":           "192.0.2.0/24",
+		"192.0.2.0/25":         "192.0.2.0/24",
+		"2001:db8:1:2::/64":    "2001:db8:1::/48",
+		"2001:db8:1:2:3:4:5:6": "2001:db8:1::/48",
+		"unix":                 "unix",
+		"":                     "",
+		"198.51.100.200":       "198.51.100.0/24",
+		"::1":                  "::/48",
+	} {
+		if got := maskClient(name); got != want {
+			t.Errorf("maskClient(%q) = %q, want %q", name, got, want)
+		}
+	}
+}
