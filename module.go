@@ -483,7 +483,10 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	var f *refusal
 	if errors.As(err, &f) {
 		v.status, v.reason = f.status, f.kind
-		v.refused(f.status, f.kind, f.text)
+		// Those who left were not refused, and most who log in were asked to first.
+		if f.status != statusClientClosedRequest && (f.status != http.StatusProxyAuthRequired || f.err != nil) {
+			v.refused(f.status, f.kind, f.text)
+		}
 		h.logRequest(r, v, f.err)
 		if f.status == statusClientClosedRequest {
 			panic(http.ErrAbortHandler) // nobody is there

@@ -359,6 +359,8 @@ var errNoHTTP2 = errors.New("the parent proxy does not speak HTTP/2")
 // dialStreams opens a connection for tunnels over HTTP/2, or learns that the
 // parent has none.
 func (p *parent) dialStreams(ctx context.Context) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, p.timeout) // nobody else ends it
+	defer cancel()
 	conn, err := p.dialer.DialContext(ctx, "tcp", p.address)
 	if err != nil {
 		return nil, err
@@ -423,10 +425,15 @@ func (c *streamConn) Read(b []byte) (int, error)  { return c.r.Read(b) }
 func (c *streamConn) Write(b []byte) (int, error) { return c.w.Write(b) }
 func (c *streamConn) CloseWrite() error           { return c.w.Close() }
 
-// Close resets the stream unless both directions have ended.
-func (c *streamConn) Close() error {
+// Close ends both directions, as it is with a socket.
+func (c *streamConn) Close() error { return c.end(io.EOF) }
+
+// Abort resets the stream.
+func (c *streamConn) Abort() error { return c.end(net.ErrClosed) }
+
+func (c *streamConn) end(err error) error {
 	c.once.Do(func() {
-		_ = c.w.Close()
+		_ = c.w.CloseWithError(err)
 		_ = c.r.Close()
 		c.cancel()
 	})

@@ -5,6 +5,7 @@ package asyncproxy
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -13,6 +14,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -368,6 +370,20 @@ func TestParentStreams(t *testing.T) {
 	parent.waitLog("CONNECT tunnel closed", 50)
 	eventually(t, "descriptors to be closed", func() bool { return parent.descriptors() <= descriptors })
 
+	// Resets are passed on as such, both ways.
+	broken := make(chan error, 1)
+	listening := listen(t, func(conn *net.TCPConn) {
+		_, err := io.Copy(io.Discard, conn)
+		broken <- err
+	})
+	leaving := w.dial()
+	leaving.connect(listening)
+	leaving.send("x")
+	leaving.SetLinger(0)
+	leaving.Close()
+	if err := <-broken; !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the target sees %v when the client resets, want a reset", err)
+	}
 	resetting := listen(t, func(conn *net.TCPConn) {
 		_, _ = conn.Read(make([]byte, 1))
 		conn.SetLinger(0)

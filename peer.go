@@ -98,6 +98,9 @@ func (p *connPeer) Abort() error {
 		_ = p.tcp.SetLinger(0) // makes closing a reset
 		return p.tcp.Close()
 	}
+	if stream, ok := p.Conn.(*streamConn); ok {
+		return stream.Abort()
+	}
 	return p.Close()
 }
 
