@@ -119,6 +119,12 @@ func TestTLS(t *testing.T) {
 	if line := logLines(t, w.logs, failedLine)[0]; !strings.Contains(fmt.Sprint(line["error"]), "certificate signed by unknown authority") {
 		t.Errorf("the log says %v", line)
 	}
+	// Who is trusted by the system is not, if there is a file.
+	other, _ := certificate(t)
+	t.Setenv("SSL_CERT_FILE", cert)
+	m := startMachine(t, fmt.Sprintf("limiter redis %s {\ntls %s\n}", secure, other))
+	rush(t, 1, w.origin, m.proxy)
+	eventually(t, "a line about the certificate", func() bool { return len(logLines(t, m.logs, failedLine)) == 1 })
 	if e.bucket() != "" {
 		t.Error("a request was counted by a server that is not trusted")
 	}

@@ -238,7 +238,6 @@ func (l *Limiter) clientOption() (rueidis.ClientOption, error) {
 	if l.Sentinel != "" {
 		o.Sentinel = rueidis.SentinelOption{
 			MasterSet: l.Sentinel, Username: o.Username, Password: o.Password, TLSConfig: o.TLSConfig,
-			TopologyRefreshInterval: 5 * time.Second,
 		}
 		o.Sentinel.Dialer.Timeout = setupTimeout
 	}
