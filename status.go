@@ -212,7 +212,7 @@ func (s *Status) page(w http.ResponseWriter, r *http.Request, name string) {
 	case strings.Contains(name, "."):
 		statusError(w, http.StatusNotFound, "There is no such part of the status page.")
 	case last != "":
-		w.Header().Set("Location", (&url.URL{Path: "./" + last + "/"}).String())
+		w.Header().Set("Location", (&url.URL{Path: last + "/"}).String())
 		w.WriteHeader(http.StatusPermanentRedirect)
 	default:
 		statusFiles()[""].serve(w, r)
