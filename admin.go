@@ -59,9 +59,9 @@ func (a adminAPI) serve(w http.ResponseWriter, r *http.Request) error {
 		}
 		return a.do(w, r, http.MethodDelete, func() bool { return closeTunnel(id) })
 	case what == "clients" && (verb == "" || verb == "block"):
-		addr, ok := parseClient(name)
-		if !ok {
-			return apiError(http.StatusBadRequest, "%q is no address of a client, and no network", name)
+		addr, err := parseClient(name)
+		if err != nil {
+			return apiError(http.StatusBadRequest, "%w", err)
 		}
 		if verb == "" {
 			return a.do(w, r, http.MethodDelete, func() bool { return refillClient(addr) })
@@ -109,18 +109,21 @@ func apiError(status int, format string, args ...any) error {
 
 // parseClient reads a client as clientName and a snapshot write it: an address,
 // a network, a user, or "unix".
-func parseClient(s string) (netip.Addr, bool) {
+func parseClient(s string) (netip.Addr, error) {
 	if s == "unix" {
-		return netip.Addr{}, true
+		return netip.Addr{}, nil
 	}
 	if user, ok := strings.CutPrefix(s, "user "); ok && user != "" {
-		return userKey(user), true
+		return userKey(user), nil
 	}
 	if prefix, err := netip.ParsePrefix(s); err == nil {
-		return prefix.Addr(), true
+		return prefix.Addr(), nil
 	}
 	addr, err := netip.ParseAddr(s)
-	return addr, err == nil && addr.Zone() == ""
+	if err != nil || addr.Zone() != "" {
+		return netip.Addr{}, fmt.Errorf("%q is no client: expected an address, a network as it is shown, or \"user <id>\"", s)
+	}
+	return addr, nil
 }
 
 // Interface guard

@@ -167,7 +167,7 @@ func TestAdminAPI(t *testing.T) {
 
 	for path, want := range map[string]string{
 		"GET clients?sort=name": "expected last_seen", "GET clients?limit=0": "expected a number from 1 to 1000", "GET clients?order=up": "expected asc or desc",
-		"GET tunnels?sort=name": "expected started", "DELETE clients/nobody": "is no address", "DELETE tunnels/x": "is no id", "PUT clients/192.0.2.1/block": "expected a positive duration",
+		"GET tunnels?sort=name": "expected started", "DELETE clients/nobody": "is no client", "DELETE tunnels/x": "is no id", "PUT clients/192.0.2.1/block": "expected a positive duration",
 		"PUT clients/192.0.2.1/block?for=-1m": "expected a positive duration",
 	} {
 		method, path, _ := strings.Cut(path, " ")

@@ -7,9 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"net/http"
-	"net/netip"
 	"net/url"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -165,24 +163,21 @@ func (s *Status) get(w http.ResponseWriter, r *http.Request, name string) {
 		s.stream(w, r)
 	case "snapshot.json":
 		snap := takeSnapshot(time.Now())
-		if s.MaskClients {
-			snap.mask()
-		}
-		statusJSON(w, http.StatusOK, snap)
+		s.data(w, r, &snap, nil)
 	case "clients.json":
 		list, err := queryClients(r.URL.Query(), time.Now())
-		s.list(w, r, list, list.mask, err)
+		s.data(w, r, list, err)
 	case "tunnels.json":
 		list, err := queryTunnels(r.URL.Query(), time.Now())
-		s.list(w, r, list, list.mask, err)
+		s.data(w, r, list, err)
 	default:
 		s.page(w, r, name)
 	}
 }
 
-// list answers with a part of the clients or tunnels. Where clients are masked
-// they cannot be searched for either, as that would tell who is there.
-func (s *Status) list(w http.ResponseWriter, r *http.Request, list any, mask func(), err error) {
+// data answers with what there is to see. Where clients are masked they cannot
+// be searched for either, as that would tell who is there.
+func (s *Status) data(w http.ResponseWriter, r *http.Request, data interface{ mask() }, err error) {
 	switch {
 	case err != nil:
 		statusError(w, http.StatusBadRequest, err.Error())
@@ -190,9 +185,9 @@ func (s *Status) list(w http.ResponseWriter, r *http.Request, list any, mask fun
 		statusError(w, http.StatusForbidden, "mask_clients is on: expected no q.")
 	default:
 		if s.MaskClients {
-			mask()
+			data.mask()
 		}
-		statusJSON(w, http.StatusOK, list)
+		statusJSON(w, http.StatusOK, data)
 	}
 }
 
@@ -212,76 +207,11 @@ func (s *Status) page(w http.ResponseWriter, r *http.Request, name string) {
 	case strings.Contains(name, "."):
 		statusError(w, http.StatusNotFound, "There is no such part of the status page.")
 	case last != "":
-		w.Header().Set("Location", (&url.URL{Path: "./" + last + "/"}).String())
+		w.Header().Set("Location", (&url.URL{Path: last + "/"}).String())
 		w.WriteHeader(http.StatusPermanentRedirect)
 	default:
 		statusFiles()[""].serve(w, r)
 	}
-}
-
-// crossOrigin refuses what a page of somebody else's has a browser send.
-var crossOrigin = http.NewCrossOriginProtection()
-
-// act does what an operator asks for.
-func (s *Status) act(w http.ResponseWriter, r *http.Request, name string) {
-	if name != "close" && name != "refill" && name != "block" {
-		statusError(w, http.StatusNotFound, "There is no such action; expected close, refill or block.")
-		return
-	}
-	if !s.Actions {
-		statusError(w, http.StatusForbidden, "Actions are off; the option actions of async_proxy_status turns them on.")
-		return
-	}
-	if err := crossOrigin.Check(r); err != nil {
-		statusError(w, http.StatusForbidden, "Actions are for the status page itself, and this comes from another origin.")
-		return
-	}
-	r.Body = http.MaxBytesReader(w, r.Body, 4<<10)
-
-	var done, ok bool
-	if name == "close" {
-		var id uint64
-		if id, ok = parseID(r.FormValue("tunnel")); !ok {
-			statusError(w, http.StatusBadRequest, "tunnel: expected the number of an open tunnel.")
-			return
-		}
-		done = closeTunnel(id)
-	} else {
-		var addr netip.Addr
-		if addr, ok = parseClient(r.FormValue("client")); !ok {
-			statusError(w, http.StatusBadRequest, "client: expected an address, or a network as the page shows it.")
-			return
-		}
-		if name == "refill" {
-			done = refillClient(addr)
-		} else {
-			d, err := caddy.ParseDuration(r.FormValue("for"))
-			if err != nil || d < 0 || d > maxBlock {
-				statusError(w, http.StatusBadRequest, "for: expected a duration up to 30 days such as 10m, or 0s to end a block.")
-				return
-			}
-			done = blockClient(addr, d)
-		}
-	}
-	if c := s.logger.Check(zap.InfoLevel, "operator's action"); c != nil {
-		by, _ := caddyhttp.GetVar(r.Context(), caddyhttp.ClientIPVarKey).(string)
-		c.Write(zap.String("action", name), zap.String("tunnel", r.FormValue("tunnel")), zap.String("client", r.FormValue("client")),
-			zap.String("for", r.FormValue("for")), zap.Bool("done", done), zap.String("by", by))
-	}
-	if !done {
-		statusError(w, http.StatusNotFound, "It is not there any more.")
-		return
-	}
-	statusJSON(w, http.StatusOK, map[string]bool{"done": true})
-}
-
-// maxBlock is how long a client can be blocked from the page: what is to last
-// longer belongs in the config.
-const maxBlock = 30 * 24 * time.Hour
-
-func parseID(s string) (uint64, bool) {
-	id, err := strconv.ParseUint(s, 10, 64)
-	return id, err == nil
 }
 
 func statusJSON(w http.ResponseWriter, status int, v any) {
@@ -292,44 +222,6 @@ func statusJSON(w http.ResponseWriter, status int, v any) {
 
 func statusError(w http.ResponseWriter, status int, text string) {
 	statusJSON(w, status, map[string]string{"error": text})
-}
-
-// maskClient is the network that a client is in, for a page that is not to tell
-// more.
-func maskClient(name string) string {
-	addr, ok := parseClient(name)
-	switch {
-	case !ok || !addr.IsValid():
-		return name
-	case addr.Zone() != "":
-		return "user"
-	}
-	bits := 48
-	if addr.Is4() {
-		bits = 24
-	}
-	p, _ := addr.Prefix(bits) // fails only for bits that an address does not have
-	return p.String()
-}
-
-func (s *snapshot) mask() {
-	s.Clients.mask()
-	s.Tunnels.mask()
-	for i := range s.Refusals {
-		s.Refusals[i].Client = maskClient(s.Refusals[i].Client)
-	}
-}
-
-func (l clientList) mask() {
-	for i := range l.Clients {
-		l.Clients[i].Client = maskClient(l.Clients[i].Client)
-	}
-}
-
-func (l tunnelList) mask() {
-	for i := range l.Tunnels {
-		l.Tunnels[i].Client, l.Tunnels[i].User = maskClient(l.Tunnels[i].Client), ""
-	}
 }
 
 // Interface guards

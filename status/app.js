@@ -121,35 +121,45 @@ const outcomes = [
 	["failed", "Failed", "failed"],
 ]
 
+// Charts outlive a reload of the page.
+const storage = "async_proxy"
+try {
+	const kept = JSON.parse(sessionStorage.getItem(storage))
+	if (kept) ({ samples, counters } = kept)
+} catch {
+	// There is no storage, or something else in it.
+}
+addEventListener("pagehide", () => {
+	try {
+		sessionStorage.setItem(storage, JSON.stringify({ samples, counters }))
+	} catch {
+		// Then they do not.
+	}
+})
+
 // learn makes a sample of a snapshot: rates since the one before it, unless the
-// process has been started anew in between.
+// page was not told for a while, or the process has been started anew.
 function learn(next) {
 	const stats = next.stats
 	const at = seconds(stats.time)
-	const now = {
-		at, started: stats.started, requests: stats.requests, up: stats.bytes_up, down: stats.bytes_down,
-		dial: stats.dial_seconds, first: stats.first_byte_seconds,
-	}
-	const sample = {
-		at, open: stats.tunnels.open, tracked: stats.clients.tracked,
-		dial: stats.dial_seconds, first: stats.first_byte_seconds,
-	}
-	if (counters && counters.started === now.started && at > counters.at) {
-		const elapsed = at - counters.at
+	const before = counters
+	counters = { at, started: stats.started, requests: stats.requests, up: stats.bytes_up, down: stats.bytes_down }
+	const sample = { at, open: stats.tunnels.open, tracked: stats.clients.tracked, dial: stats.dial_seconds, first: stats.first_byte_seconds }
+	const elapsed = before ? at - before.at : 0
+	const same = before?.started === stats.started
+	if (before && same && elapsed > 0 && elapsed < 4) {
 		const rate = (a, b) => Math.max(0, a - b) / elapsed
-		sample.up = rate(now.up, counters.up)
-		sample.down = rate(now.down, counters.down)
-		for (const [name] of outcomes) sample[name] = rate(now.requests[name], counters.requests[name])
+		sample.up = rate(counters.up, before.up)
+		sample.down = rate(counters.down, before.down)
+		for (const [name] of outcomes) sample[name] = rate(counters.requests[name], before.requests[name])
 		sample.requests = outcomes.reduce((sum, [name]) => sum + sample[name], 0)
 		sample.counts = Object.fromEntries(outcomes.map(([name]) => [name, sample[name] * elapsed]))
-		if (elapsed > 3) samples.push({ at: counters.at + 1 }) // nobody was told: a gap
-	} else if (counters && counters.started !== now.started) {
-		samples.push({ at: counters.at + 1 })
-		for (const s of samples) s.dial = s.first = undefined // counts of another process
+	} else if (before) {
+		samples.push({ at: before.at + 0.5 }) // a gap
 	}
-	if (!counters || at > counters.at) samples.push(sample)
-	counters = now
-	while (samples.length && samples[0].at < at - SPAN - 2) samples.shift()
+	if (!same) for (const s of samples) s.dial = s.first = undefined // what another process has counted
+	samples.push(sample)
+	samples = samples.filter((s) => s.at > at - SPAN - 2 && s.at <= at)
 
 	const rates = new Map()
 	const requests = new Map()

@@ -1,0 +1,42 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+// maskClient is the network that a client is in, for a page that is not to tell
+// more.
+func maskClient(name string) string {
+	addr, err := parseClient(name)
+	switch {
+	case err != nil || !addr.IsValid():
+		return name
+	case addr.Zone() != "":
+		return "user"
+	}
+	bits := 48
+	if addr.Is4() {
+		bits = 24
+	}
+	p, _ := addr.Prefix(bits) // fails only for bits that an address does not have
+	return p.String()
+}
+
+func (s *snapshot) mask() {
+	s.Clients.mask()
+	s.Tunnels.mask()
+	for i := range s.Refusals {
+		s.Refusals[i].Client = maskClient(s.Refusals[i].Client)
+	}
+}
+
+func (l clientList) mask() {
+	for i := range l.Clients {
+		l.Clients[i].Client = maskClient(l.Clients[i].Client)
+	}
+}
+
+func (l tunnelList) mask() {
+	for i := range l.Tunnels {
+		l.Tunnels[i].Client, l.Tunnels[i].User = maskClient(l.Tunnels[i].Client), ""
+	}
+}
