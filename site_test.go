@@ -158,7 +158,7 @@ func TestOpenProxyIsWarnedAbout(t *testing.T) {
 		{"http://:PORT {\n\tbind 0.0.0.0\n\t@known client_ip 10.0.0.0/8\n\thandle @known {\n\t\tasync_proxy\n\t}\n}", false},
 		{"http://:PORT {\n\tbind 0.0.0.0\n\t@others not remote_ip 10.0.0.0/8\n\tabort @others\n\troute {\n\t\tasync_proxy\n\t}\n}", true}, // abort comes later
 		{"http://:PORT {\n\tbind 0.0.0.0\n\troute {\n\t\t@others not remote_ip 10.0.0.0/8\n\t\tabort @others\n\t\tasync_proxy\n\t}\n}", false},
-		{"http://:PORT {\n\tbind 0.0.0.0\n\t" + authUsers + "\n\tasync_proxy\n}", false},
+		{"http://:PORT {\n\tbind 0.0.0.0\n\t" + bcryptUsers + "\n\tasync_proxy\n}", false},
 		{"http://:PORT {\n\tbind 0.0.0.0\n\t@get method GET\n\tasync_proxy @get\n}", true},
 	} {
 		w.forgetLogs()
