@@ -9,6 +9,7 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"regexp"
 	"slices"
@@ -16,6 +17,7 @@ import (
 	"testing"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 )
 
@@ -191,5 +193,26 @@ func TestMetricsLint(t *testing.T) {
 	slices.Sort(told)
 	if !slices.Equal(names, told) {
 		t.Errorf("the metrics are %v, README.md has %v", names, told)
+	}
+}
+
+// TestMetricsExposition compares the metrics of a proxy that has done nothing
+// yet with testdata/metrics.txt, apart from what is there at the moment.
+func TestMetricsExposition(t *testing.T) {
+	registry := prometheus.NewPedanticRegistry()
+	m := newProcessMetrics()
+	m.refusals.WithLabelValues(deniedRequest)
+	registry.MustRegister(m.collectors...)
+	answer := httptest.NewRecorder()
+	promhttp.HandlerFor(registry, promhttp.HandlerOpts{}).ServeHTTP(answer, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+	moment := regexp.MustCompile(`(?m)^(caddy_async_proxy_(?:rate_limit_clients|tunnels|tunnels_limit|idle_connections)) .*$`)
+	got := moment.ReplaceAllString(answer.Body.String(), "$1 N")
+	const golden = "testdata/metrics.txt"
+	want, err := os.ReadFile(golden)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got != string(want) {
+		t.Errorf("the exposition is not that of %s but\n%s", golden, got)
 	}
 }

@@ -194,6 +194,7 @@ type Handler struct {
 	ForwardedFor string `json:"forwarded_for,omitempty"`
 
 	logger    *zap.Logger
+	events    emitter
 	limiter   *limiter
 	shared    Limiter  // or nil
 	policy    []string // the value of RateLimit-Policy
@@ -269,6 +270,9 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		return err
 	}
 	if err := registerMetrics(ctx.GetMetricsRegistry()); err != nil {
+		return err
+	}
+	if h.events, err = newEmitter(ctx); err != nil {
 		return err
 	}
 	if err := h.provisionDialer(ctx, server); err != nil {

@@ -82,6 +82,7 @@ type bucket struct {
 	full    atomic.Int64 // when it is full
 	quiet   atomic.Int64 // the same for a bucket of log lines
 	refused atomic.Int64 // refusals since the last line
+	silent  atomic.Int64 // until when no event of a refusal is due
 
 	// For those who look. A bucket that is forgotten takes them with it.
 	requests, rejections atomic.Int64
@@ -103,6 +104,7 @@ type verdict struct {
 	ok      bool
 	wait    time.Duration // if !ok: until there is a token
 	refused int64         // if > 0: log a line, which stands for that many refusals
+	event   bool          // emit one
 	err     error         // if !ok: why the request cannot be counted, if that is the reason
 }
 
@@ -205,6 +207,9 @@ func (b *bucket) refuse(wait, now int64) verdict {
 	if takeToken(&b.quiet, now, lineInterval, lineFill) == 0 {
 		v.refused = b.refused.Swap(0)
 	}
+	if until := b.silent.Load(); now >= until {
+		v.event = b.silent.CompareAndSwap(until, now+eventInterval)
+	}
 	return v
 }
 
@@ -300,6 +305,9 @@ func (h *Handler) refuseLimited(w http.ResponseWriter, r *http.Request, v *visit
 	if verdict.refused > 0 {
 		h.logLimited(r, v, verdict, false)
 		v.refused(a.status, a.kind, a.text)
+	}
+	if verdict.event {
+		h.events.limited(h.Zone, v, verdict)
 	}
 	header := w.Header()
 	header["Retry-After"] = a.retryAfter

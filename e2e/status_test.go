@@ -333,7 +333,13 @@ func TestScreenshots(t *testing.T) {
 	}
 	w := newWorld(t, "burst 60\nrefill 4\nallow 127.0.0.0/8\nmax_tunnels 500 per_client 50", "actions")
 	p := w.open(1440, "light")
-	w.traffic(t, 5*time.Minute)
+	const shown = 5 * time.Minute
+	done := make(chan struct{})
+	go func() {
+		w.traffic(shown + 30*time.Second) // and while the pictures are taken
+		close(done)
+	}()
+	time.Sleep(shown)
 	for _, picture := range []struct {
 		name, scheme  string
 		width, height int64
@@ -351,5 +357,6 @@ func TestScreenshots(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	<-done
 	p.clean()
 }

@@ -13,13 +13,12 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"strings"
-	"testing"
 	"time"
 )
 
 // traffic is like that of an office for some time: clients that come and go,
 // tunnels that talk, now and then one that asks for too much.
-func (w *world) traffic(t *testing.T, span time.Duration) {
+func (w *world) traffic(span time.Duration) {
 	origin := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		time.Sleep(time.Duration(math.Exp(rand.NormFloat64()+2.5)) * time.Millisecond)
 		_, _ = io.CopyN(w, zeros{}, int64(rand.ExpFloat64()*40_000))

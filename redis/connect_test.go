@@ -161,9 +161,17 @@ func TestReloadAtOnce(t *testing.T) {
 	}
 }
 
+// startNode runs a server in cluster mode. Its port for the other nodes is not
+// the one that it would choose by itself, which a client may have just then.
+func startNode(t *testing.T) *engine {
+	t.Helper()
+	_, port, _ := net.SplitHostPort(freeAddress(t))
+	return startEngine(t, "redis-server", "--cluster-enabled", "yes", "--cluster-port", port)
+}
+
 // A server in cluster mode is found out.
 func TestCluster(t *testing.T) {
-	e := startEngine(t, "redis-server", "--cluster-enabled", "yes")
+	e := startNode(t)
 	e.do("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
 	eventually(t, "the cluster", func() bool { return strings.Contains(e.do("CLUSTER", "INFO"), "cluster_state:ok") })
 	w := newWorld(t, fmt.Sprintf("burst 3\nrefill 0.001\nlimiter redis %s", e.address))
@@ -182,11 +190,11 @@ func TestCluster(t *testing.T) {
 
 // A cluster of two: each key is counted by the one that it belongs to.
 func TestClusterOfTwo(t *testing.T) {
-	nodes := []*engine{startEngine(t, "redis-server", "--cluster-enabled", "yes"), startEngine(t, "redis-server", "--cluster-enabled", "yes")}
+	nodes := []*engine{startNode(t), startNode(t)}
 	nodes[0].do("CLUSTER", "ADDSLOTSRANGE", "0", "8191")
 	nodes[1].do("CLUSTER", "ADDSLOTSRANGE", "8192", "16383")
 	host, port, _ := net.SplitHostPort(nodes[1].address)
-	nodes[0].do("CLUSTER", "MEET", host, port)
+	nodes[0].do("CLUSTER", "MEET", host, port, nodes[1].args[len(nodes[1].args)-1])
 	for _, e := range nodes {
 		eventually(t, "the cluster", func() bool { return strings.Contains(e.do("CLUSTER", "INFO"), "cluster_state:ok") })
 	}

@@ -1,0 +1,239 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package asyncproxy
+
+import (
+	"bytes"
+	"encoding/json"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+// documents returns the texts that people read, by file.
+func documents(t *testing.T) map[string]string {
+	t.Helper()
+	texts := make(map[string]string)
+	for _, pattern := range []string{"*.md", "docs/*.md"} {
+		files, err := filepath.Glob(pattern)
+		if err != nil || len(files) == 0 {
+			t.Fatalf("%s: %v, %v", pattern, files, err)
+		}
+		for _, file := range files {
+			data, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			texts[file] = string(data)
+		}
+	}
+	return texts
+}
+
+// What becomes of a documented command that does not just say something.
+const (
+	inBackground = "in the background"
+	byCI         = ".ci/run does this, or is it"
+)
+
+// documented are the commands of a file, in their order, and patterns of what
+// they say on a machine without a network.
+var documented = []struct{ file, command, says string }{
+	{"README.md", "go run ./cmd/caddy run --config Caddyfile.example", inBackground},
+	{"README.md", "go test ./...", byCI},
+	{"README.md", "curl -x http://127.0.0.1:8080 https://example.com/", `CONNECT tunnel failed, response 50[24]`}, // there is no DNS
+	{"README.md", "xcaddy build --with github.com/asyncproxy/caddy-async-proxy", byCI},
+	{"README.md", "go run ./examples/httpbin", inBackground},
+	{"README.md", "curl -x http://127.0.0.1:8080 http://127.0.0.1:8000/get", `(?s)"Via": \[.*"X-Forwarded-For"|"X-Forwarded-For".*"Via"`},
+	{"README.md", "curl -k -x http://127.0.0.1:8080 https://127.0.0.1:8443/get", `"url": "https://127.0.0.1:8443/get"`},
+	{"README.md", "for i in $(seq 15); do curl -s -o /dev/null -w '%{http_code} ' -x http://127.0.0.1:8080 http://127.0.0.1:8000/get; done", `^(200 ){10}(429 ){5}$`},
+	{"README.md", "curl -i -x http://127.0.0.1:8080 http://127.0.0.1:8000/get", "the README"},
+	{"docs/admin-api.md", "curl localhost:2019/async_proxy/stats", `"requests":\{"forwarded":11,"tunnels":1,`},
+	{"docs/admin-api.md", "curl 'localhost:2019/async_proxy/clients?limited&sort=rejections'", `"client":"127.0.0.1".*"total":1`},
+	{"docs/admin-api.md", "curl 'localhost:2019/async_proxy/tunnels?q=example.com'", `\{"tunnels":\[\],"total":0\}`},
+	{"docs/admin-api.md", "curl -X DELETE localhost:2019/async_proxy/tunnels/42", `\{"error":"there is none"\}`},
+	{"docs/admin-api.md", "curl -X DELETE localhost:2019/async_proxy/clients/192.0.2.1", `\{"error":"there is none"\}`},
+	{"docs/admin-api.md", "curl -X PUT 'localhost:2019/async_proxy/clients/192.0.2.1/block?for=10m'", `\n$`}, // 204
+	{"CONTRIBUTING.md", "go test ./...", byCI},
+	{"CONTRIBUTING.md", ".ci/run", byCI},
+	{"docs/redis.md", "xcaddy build --with github.com/asyncproxy/caddy-async-proxy --with github.com/asyncproxy/caddy-async-proxy/redis", byCI},
+}
+
+// TestDocumentedCommands does what the documentation tells newcomers to, word
+// for word and in order, in a network of its own, so that the ports are free.
+func TestDocumentedCommands(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	texts := documents(t)
+	var commands []struct{ file, command string }
+	blocks, comment := regexp.MustCompile("(?ms)^```sh\n(.*?)^```"), regexp.MustCompile(`\s+# .*`)
+	for _, file := range []string{"README.md", "docs/admin-api.md", "CONTRIBUTING.md", "docs/redis.md"} {
+		for _, block := range blocks.FindAllStringSubmatch(texts[file], -1) {
+			for line := range strings.Lines(strings.ReplaceAll(block[1], "\\\n\t", "")) {
+				command := comment.ReplaceAllString(strings.TrimSpace(line), "")
+				commands = append(commands, struct{ file, command string }{file, command})
+			}
+		}
+		delete(texts, file)
+	}
+	for file, text := range texts {
+		if blocks.MatchString(text) {
+			t.Errorf("%s has commands that nobody tries", file)
+		}
+	}
+	if len(commands) != len(documented) {
+		t.Fatalf("the documentation has %d commands, want %d: %q", len(commands), len(documented), commands)
+	}
+	dir := t.TempDir()
+	cache, err := exec.Command("go", "env", "GOCACHE").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	shell := func(command string) *exec.Cmd {
+		cmd := exec.Command("bash", "-c", command)
+		cmd.Env = append(os.Environ(), "XDG_DATA_HOME="+dir, "XDG_CONFIG_HOME="+dir, "GOCACHE="+strings.TrimSpace(string(cache)))
+		return cmd
+	}
+	for i, row := range documented {
+		if commands[i].file != row.file || commands[i].command != row.command {
+			t.Fatalf("%s has the command %q, want %q of %s", commands[i].file, commands[i].command, row.command, row.file)
+		}
+		switch row.says {
+		case byCI:
+			continue
+		case inBackground:
+			cmd := shell(row.command)
+			cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // with what `go run` starts
+			var output bytes.Buffer
+			cmd.Stdout, cmd.Stderr = &output, &output
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() {
+				_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+				_ = cmd.Wait()
+				if t.Failed() {
+					t.Log(output.String())
+				}
+			})
+			address := map[bool]string{true: "127.0.0.1:8080", false: "127.0.0.1:8443"}[i == 0]
+			for deadline := time.Now().Add(2 * time.Minute); !binaryListens(address); time.Sleep(100 * time.Millisecond) {
+				if time.Now().After(deadline) {
+					t.Fatalf("%s does not listen on %s", row.command, address)
+				}
+			}
+			continue
+		}
+		if strings.HasPrefix(row.command, "for ") {
+			time.Sleep(7 * time.Second) // three requests were made before
+		}
+		cmd := shell(row.command)
+		if strings.Contains(row.command, ":2019") {
+			cmd = shell(row.command + " -s -w '\\n'")
+		}
+		out, _ := cmd.CombinedOutput()
+		if row.says == "the README" {
+			_, want, _ := strings.Cut(documents(t)["README.md"], "```text\nHTTP/1.1 429")
+			want, _, _ = strings.Cut(want, "```")
+			compareAnswers(t, string(out), "HTTP/1.1 429"+want)
+		} else if !regexp.MustCompile(row.says).Match(out) {
+			t.Errorf("%s says\n%s\nwant %s", row.command, out, row.says)
+		}
+	}
+}
+
+// compareAnswers compares what curl says with what the README says that it does.
+// A field may be missing there, and a second may have passed.
+func compareAnswers(t *testing.T, got, want string) {
+	t.Helper()
+	same := func(text string) string {
+		text = regexp.MustCompile(`proxy-[0-9a-f]{8};`).ReplaceAllString(text, "proxy-N;")
+		return regexp.MustCompile(`t=[12]\b|: [12]\b|in [12] s`).ReplaceAllString(text, "WAIT")
+	}
+	got = same(strings.ReplaceAll(got, "\r", ""))
+	for line := range strings.Lines(same(want)) {
+		if !strings.Contains(got, line) {
+			t.Errorf("curl does not say %q but\n%s", line, got)
+		}
+	}
+}
+
+// TestDocumentedLinks: what the documentation points to in this repository is
+// there, and what it points to elsewhere is an address by https.
+func TestDocumentedLinks(t *testing.T) {
+	texts := documents(t)
+	anchors := make(map[string]bool)
+	for file, text := range texts {
+		anchors[file+"#"] = true
+		for _, heading := range regexp.MustCompile(`(?m)^#+ (.*)$`).FindAllStringSubmatch(text, -1) {
+			name := regexp.MustCompile(`[^a-z0-9 -]`).ReplaceAllString(strings.ToLower(heading[1]), "")
+			anchors[file+"#"+strings.ReplaceAll(name, " ", "-")] = true
+		}
+	}
+	for file, text := range texts {
+		for _, link := range regexp.MustCompile(`\]\(([^)]*)\)`).FindAllStringSubmatch(text, -1) {
+			u, err := url.Parse(link[1])
+			switch {
+			case err != nil || u.Scheme != "" && (u.Scheme != "https" || u.Host == ""):
+				t.Errorf("%s: %s: %v", file, link[1], err)
+			case u.Scheme != "":
+			default:
+				to := file
+				if u.Path != "" {
+					to = filepath.Join(filepath.Dir(file), u.Path)
+				}
+				if _, err := os.Stat(to); err != nil {
+					t.Errorf("%s: %s: %v", file, link[1], err)
+				} else if strings.HasSuffix(to, ".md") && !anchors[to+"#"+u.Fragment] {
+					t.Errorf("%s: %s: there is no such heading", file, link[1])
+				}
+			}
+		}
+	}
+}
+
+// TestDocumentedJSON: a handler in the documentation is one.
+func TestDocumentedJSON(t *testing.T) {
+	found := 0
+	for file, text := range documents(t) {
+		for _, block := range regexp.MustCompile("(?ms)^```json\n(.*?)^```").FindAllStringSubmatch(text, -1) {
+			found++
+			var handler map[string]any
+			if err := json.Unmarshal([]byte(block[1]), &handler); err != nil {
+				t.Errorf("%s: %v: %s", file, err, block[1])
+				continue
+			}
+			config, err := json.Marshal(map[string]any{
+				"admin": map[string]any{"disabled": true},
+				"apps": map[string]any{"http": map[string]any{"servers": map[string]any{"proxy": map[string]any{
+					"listen": []string{"127.0.0.1:0"}, "routes": []any{map[string]any{"handle": []any{handler}}},
+				}}}},
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			var c *caddy.Config
+			if err := caddy.StrictUnmarshalJSON(config, &c); err == nil {
+				err = caddy.Validate(c)
+			}
+			if err != nil {
+				t.Errorf("%s: %v: %s", file, err, block[1])
+			}
+		}
+	}
+	if found == 0 {
+		t.Error("there is no JSON in the documentation")
+	}
+}

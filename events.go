@@ -1,0 +1,47 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyevents"
+)
+
+// eventLimited is the event of a client that finds no token, for the handlers
+// of Caddy's events app. A client that goes on has one a minute.
+const (
+	eventLimited  = "rate_limited"
+	eventInterval = int64(time.Minute)
+)
+
+// emitter emits the events of one handler.
+type emitter struct {
+	ctx caddy.Context
+	app *caddyevents.App
+}
+
+func newEmitter(ctx caddy.Context) (emitter, error) {
+	app, err := ctx.App("events")
+	if err != nil {
+		return emitter{}, err
+	}
+	return emitter{ctx, app.(*caddyevents.App)}, nil
+}
+
+// limited tells that the client of v is refused. It returns when all handlers of
+// the event have.
+func (e emitter) limited(zone string, v *visit, verdict verdict) {
+	if !e.app.ShouldEmit(eventLimited) {
+		return
+	}
+	e.app.Emit(e.ctx, eventLimited, map[string]any{
+		"client":      clientName(v.addr),
+		"user":        v.user,
+		"zone":        zone,
+		"host":        v.r.Host,
+		"retry_after": ceilSeconds(verdict.wait),
+	})
+}

@@ -1,0 +1,107 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"context"
+	"maps"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/caddyserver/caddy/v2/modules/caddyevents"
+)
+
+func init() {
+	caddy.RegisterModule(noteEvents{})
+}
+
+// noteEvents is a handler of events, for one who automates.
+type noteEvents struct{}
+
+var notedEvents = make(chan caddy.Event, 100)
+
+func (noteEvents) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "events.handlers.async_proxy_test", New: func() caddy.Module { return new(noteEvents) }}
+}
+
+func (*noteEvents) UnmarshalCaddyfile(*caddyfile.Dispenser) error { return nil }
+
+func (*noteEvents) Handle(_ context.Context, e caddy.Event) error {
+	notedEvents <- e
+	return nil
+}
+
+var _ caddyevents.Handler = (*noteEvents)(nil)
+
+// Each client that finds no token makes an event, and the same client another
+// one a minute later at the earliest, whatever the config does in between.
+func TestEventOfALimitedClient(t *testing.T) {
+	w := newWorld(t, "", nil)
+	load := func(options string) {
+		t.Helper()
+		globals := strings.Replace(w.globals(), "{\n", "{\n\tevents {\n\t\ton rate_limited async_proxy_test\n\t}\n\tservers {\n\t\ttrusted_proxies static 127.0.0.0/8\n\t}\n", 1)
+		loadCaddyfile(t, globals+w.site("zone events\nburst 1\nrefill 0.001\nallow 127.0.0.0/8\n"+options))
+	}
+	ask := func(client string) {
+		t.Helper()
+		for range 3 {
+			res, _ := policyRequest(t, w.proxy, http.MethodGet, w.origin.Listener.Addr().String(), "X-Forwarded-For: "+client+"\n")
+			if res.StatusCode != http.StatusOK && res.StatusCode != http.StatusTooManyRequests {
+				t.Errorf("%s: %s", client, res.Status)
+			}
+		}
+	}
+	want := func(clients ...string) {
+		t.Helper()
+		for _, client := range clients {
+			select {
+			case e := <-notedEvents:
+				data := map[string]any{"client": client, "user": "", "zone": "events", "host": w.origin.Listener.Addr().String(), "retry_after": int64(1000)}
+				if e.Name() != "rate_limited" || e.Origin().CaddyModule().ID != "http.handlers.async_proxy" || !maps.Equal(e.Data, data) {
+					t.Errorf("the event %s of %v has %v, want %v", e.Name(), e.Origin(), e.Data, data)
+				}
+			default:
+				t.Errorf("there is no event of %s", client)
+			}
+		}
+		select {
+		case e := <-notedEvents:
+			t.Errorf("another event: %v", e.Data)
+		default:
+		}
+	}
+
+	load("")
+	ask("192.0.2.1")
+	ask("192.0.2.2")
+	want("192.0.2.1", "192.0.2.2")
+	load("dial_timeout 9s")
+	ask("192.0.2.1")
+	want()
+	load("report_only limits")
+	ask("192.0.2.3")
+	want()
+}
+
+// An event is due at a refusal, and then at the first one after a minute.
+func TestEventOnceAMinute(t *testing.T) {
+	s := newSomeone(t, 1, minRefill)
+	s.allowed(1)
+	for _, tc := range []struct {
+		after time.Duration
+		want  bool
+	}{
+		{0, true}, {0, false}, {time.Second, false}, {time.Minute - time.Second - 1, false}, {1, true}, {0, false},
+		{time.Minute - 1, false}, {2 * time.Minute, true}, {time.Second, false},
+	} {
+		s.passes(tc.after)
+		if v := s.l.take(s.addr, int64(s.now)); v.ok || v.event != tc.want {
+			t.Errorf("at %v: %+v, want an event: %v", s.now, v, tc.want)
+		}
+	}
+}
