@@ -225,3 +225,56 @@ func BenchmarkSnapshot(b *testing.B) {
 		takeSnapshot(time.Now())
 	}
 }
+
+// TestActionsInSeveralZones: a client is one of all limiters that know it, each
+// in its own terms.
+func TestActionsInSeveralZones(t *testing.T) {
+	w := newWorld(t, "", nil)
+	other := freeAddress(t)
+	sites := func(options string) string {
+		first := w.site("zone one\nburst 1\nrefill 0.001\nallow 127.0.0.0/8\n" + options)
+		second := strings.NewReplacer(w.proxy[len("127.0.0.1"):], other[len("127.0.0.1"):], "zone one", "zone two\nipv4_prefix 24").Replace(first)
+		return first + second
+	}
+	load := func(options string) {
+		t.Helper()
+		loadCaddyfile(t, strings.Replace(w.globals(), "{\n", "{\n\tservers {\n\t\ttrusted_proxies static 127.0.0.0/8\n\t}\n", 1)+sites(options))
+	}
+	get := func(proxy, client string, want int) {
+		t.Helper()
+		if res, body := policyRequest(t, proxy, http.MethodGet, w.origin.Listener.Addr().String(), "X-Forwarded-For: "+client+"\n"); res.StatusCode != want {
+			t.Errorf("%s by %s: %s %q, want %d", client, proxy, res.Status, body, want)
+		}
+	}
+	client := netip.MustParseAddr("192.0.2.7")
+
+	load("")
+	for _, proxy := range []string{w.proxy, other} {
+		get(proxy, "192.0.2.7", 200)
+		get(proxy, "192.0.2.7", 429)
+	}
+	if !refillClient(client) {
+		t.Error("the client is not known")
+	}
+	get(w.proxy, "192.0.2.7", 200)
+	get(other, "192.0.2.8", 200) // the same client there
+	get(other, "192.0.2.7", 429)
+
+	if !blockClient(client, time.Hour) || !refillClient(netip.MustParseAddr("192.0.2.8")) {
+		t.Error("there is no such client")
+	}
+	get(w.proxy, "192.0.2.7", 429)
+	get(w.proxy, "192.0.2.8", 200)
+	load("dial_timeout 9s") // keeps blocks
+	get(w.proxy, "192.0.2.7", 429)
+	load("max_clients 5000") // has every bucket full, and keeps them, too
+	get(w.proxy, "192.0.2.7", 429)
+	if !blockClient(client, 0) {
+		t.Error("there was no block")
+	}
+	get(w.proxy, "192.0.2.7", 200)
+	get(other, "192.0.2.7", 200)
+	if blockClient(client, 0) {
+		t.Error("there is still a block")
+	}
+}

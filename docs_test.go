@@ -225,7 +225,7 @@ func TestDocumentedJSON(t *testing.T) {
 				t.Fatal(err)
 			}
 			var c *caddy.Config
-			if err := caddy.StrictUnmarshalJSON(config, &c); err == nil {
+			if err = caddy.StrictUnmarshalJSON(config, &c); err == nil {
 				err = caddy.Validate(c)
 			}
 			if err != nil {
