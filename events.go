@@ -14,7 +14,7 @@ import (
 // of Caddy's events app. A client that goes on has one a minute.
 const (
 	eventLimited  = "rate_limited"
-	eventInterval = int64(time.Minute)
+	eventInterval = time.Minute
 )
 
 // emitter emits the events of one handler.

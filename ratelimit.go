@@ -79,10 +79,10 @@ type generations struct {
 // bucket is what is known of one client. Its times are nanoseconds since
 // epoch; its zero value is a full bucket.
 type bucket struct {
-	full    atomic.Int64 // when it is full
-	quiet   atomic.Int64 // the same for a bucket of log lines
-	refused atomic.Int64 // refusals since the last line
-	silent  atomic.Int64 // until when no event of a refusal is due
+	full    atomic.Int64  // when it is full
+	quiet   atomic.Int64  // the same for a bucket of log lines
+	refused atomic.Uint32 // refusals since the last line
+	silent  atomic.Uint32 // until when no event of a refusal is due, in seconds
 
 	// For those who look. A bucket that is forgotten takes them with it.
 	requests, rejections atomic.Int64
@@ -205,10 +205,10 @@ func (b *bucket) refuse(wait, now int64) verdict {
 	b.refused.Add(1)
 	b.rejections.Add(1)
 	if takeToken(&b.quiet, now, lineInterval, lineFill) == 0 {
-		v.refused = b.refused.Swap(0)
+		v.refused = int64(b.refused.Swap(0))
 	}
-	if until := b.silent.Load(); now >= until {
-		v.event = b.silent.CompareAndSwap(until, now+eventInterval)
+	if until := b.silent.Load(); now >= int64(until)*int64(time.Second) {
+		v.event = b.silent.CompareAndSwap(until, uint32(ceilSeconds(time.Duration(now)+eventInterval)))
 	}
 	return v
 }

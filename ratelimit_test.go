@@ -356,7 +356,7 @@ func TestLoggedRefusalsAddUp(t *testing.T) {
 			logged += v.refused
 		}
 	}
-	pending := s.l.bucket(s.addr, int64(s.now)).refused.Load()
+	pending := int64(s.l.bucket(s.addr, int64(s.now)).refused.Load())
 	if logged+pending != refused || pending > 100 {
 		t.Errorf("%d refusals are logged and %d pending, want %d in all and few pending", logged, pending, refused)
 	}
