@@ -44,6 +44,8 @@ full_s, full_ns = add(full_s, full_ns, interval_s, interval_ns)
 if before(empty_s, empty_ns, full_s, full_ns) then
 	return (full_s - empty_s) * 1e9 + full_ns - empty_ns
 end
-local ms = (full_s - now_s) * 1000 + math.floor((full_ns - now_ns) / 1e6) + 1
-redis.call('SET', KEYS[1], string.format('%d.%09d', full_s, full_ns), 'PX', string.format('%d', ms))
+-- The key goes at the first millisecond after the bucket is full: as a moment, not
+-- as a time from now, which Redis would count from the millisecond before.
+local gone = full_s * 1000 + math.floor(full_ns / 1e6) + 1
+redis.call('SET', KEYS[1], string.format('%d.%09d', full_s, full_ns), 'PXAT', string.format('%d', gone))
 return 0
