@@ -288,9 +288,9 @@ func TestRulesFromSources(t *testing.T) {
 	changing.Store(new([]netip.Prefix))
 	check("deny http.ip_sources.static", "192.0.2.1", "2001:db8::1", "64:ff9b::c000:201")
 	check("", "198.51.100.1")
-	changing.Store(new(prefixes("198.51.100.0/24")))
+	changing.Store(&[]netip.Prefix{netip.MustParsePrefix("198.51.100.0/24")})
 	check("deny http.ip_sources.changing", "198.51.100.1")
-	changing.Store(new(prefixes("198.51.101.0/24")))
+	changing.Store(&[]netip.Prefix{netip.MustParsePrefix("198.51.101.0/24")})
 	check("", "198.51.100.1")
 }
 
@@ -376,7 +376,7 @@ func TestRulesOfPooledConnections(t *testing.T) {
 	for _, tc := range []struct {
 		ranges []netip.Prefix
 		status int
-	}{{nil, http.StatusOK}, {prefixes("127.0.0.0/8"), http.StatusForbidden}, {nil, http.StatusOK}} {
+	}{{nil, http.StatusOK}, {[]netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")}, http.StatusForbidden}, {nil, http.StatusOK}} {
 		changing.Store(&tc.ranges)
 		conn.send("GET " + w.origin.URL + "/ HTTP/1.1\nHost: x\n\n")
 		if res, _ := conn.response(http.MethodGet); res.StatusCode != tc.status {

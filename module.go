@@ -28,6 +28,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/headers"
+	"github.com/gaissmai/bart"
 	"go.uber.org/zap"
 )
 
@@ -199,8 +200,8 @@ type Handler struct {
 	shared    Limiter  // or nil
 	policy    []string // the value of RateLimit-Policy
 	limited   *atomic.Pointer[limitedAnswer]
-	exempt    []netip.Prefix
-	clients   []netip.Prefix
+	exempt    *bart.Lite
+	clients   *bart.Lite
 	auth      []authProvider
 	dialer    *dialer
 	tunnels   *registry
@@ -419,23 +420,19 @@ func (h *Handler) limiterKey() limiterKey {
 	}
 }
 
-// parsePrefixes reads the CIDR ranges of an option.
-func parsePrefixes(option string, exprs []string) ([]netip.Prefix, error) {
-	var list []netip.Prefix
+// parsePrefixes reads the addresses and CIDR ranges of an option.
+func parsePrefixes(option string, exprs []string) (*bart.Lite, error) {
+	table := new(bart.Lite)
 	for _, expr := range exprs {
-		cidrs := []string{expr}
-		if expr == "private_ranges" {
-			cidrs = caddyhttp.PrivateRangesCIDR()
-		}
-		for _, cidr := range cidrs {
-			prefix, err := caddyhttp.CIDRExpressionToPrefix(cidr)
+		for _, cidr := range expandRanges(expr) {
+			prefix, err := parsePrefix(cidr)
 			if err != nil {
 				return nil, fmt.Errorf("%s %q: expected an address, a CIDR range such as 10.0.0.0/8, or private_ranges", option, expr)
 			}
-			list = append(list, prefix.Masked())
+			table.Insert(prefix)
 		}
 	}
-	return list, nil
+	return table, nil
 }
 
 // ServeHTTP implements caddyhttp.MiddlewareHandler.
@@ -510,7 +507,7 @@ func (h *Handler) take(r *http.Request, v *visit, look bool) verdict {
 	if wait := h.tunnels.blocked(v.bucket, sinceEpoch(v.start)); wait > 0 {
 		return verdict{wait: wait, err: errBlocked}
 	}
-	if contains(h.exempt, v.addr) {
+	if h.exempt.Contains(v.addr) {
 		return verdict{ok: true}
 	}
 	verdict := h.ask(r.Context(), v.bucket, sinceEpoch(v.start), look)
@@ -526,7 +523,7 @@ func (h *Handler) take(r *http.Request, v *visit, look bool) verdict {
 
 // enter lets a request into the proxy, or says why not.
 func (h *Handler) enter(w http.ResponseWriter, r *http.Request, v *visit) *refusal {
-	if len(h.clients) > 0 && v.addr.IsValid() && !contains(h.clients, v.addr) {
+	if len(h.Clients) > 0 && v.addr.IsValid() && !h.clients.Contains(v.addr) {
 		return refuse(http.StatusForbidden, deniedRequest, nil, "Your address, %s, is none of this proxy's clients; its option clients names them.", v.addr)
 	}
 	user, f := h.authenticate(w, r)

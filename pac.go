@@ -145,7 +145,7 @@ func prefixCondition(prefix netip.Prefix) string {
 // only a few begin otherwise than public ones.
 func privateCondition() string {
 	conditions := []string{`/^(f[c-f]|::)/.test(host) && ip`}
-	for _, prefix := range notPublic4 {
+	for prefix := range notPublic.AllSorted4() {
 		conditions = append(conditions, prefixCondition(prefix))
 	}
 	return strings.Join(conditions, " || ")

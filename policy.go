@@ -232,7 +232,7 @@ func (p *policy) checkPort(port uint16) *deniedError {
 // embeds, or ip.
 func (s *ruleSet) matchAddress(ctx context.Context, ip, host netip.Addr) (string, bool) {
 	for addr := host; ; addr = ip {
-		if s.count > 0 && s.prefixes.Lookup(addr) {
+		if s.count > 0 && s.prefixes.Contains(addr) {
 			if !s.deny {
 				return "", true
 			}
@@ -324,7 +324,7 @@ func (s *rangeSource) contains(ctx context.Context, addr netip.Addr) bool {
 		}
 		s.built.Store(b)
 	}
-	return b.table.Lookup(addr)
+	return b.table.Contains(addr)
 }
 
 // A reach is how far a client may go through the proxy: no further than it
@@ -341,28 +341,23 @@ const (
 // and embeds no other address.
 func (r reach) includes(ip netip.Addr) bool {
 	if r == local {
-		return !contains(notLocal, ip)
+		return !notLocal.Contains(ip)
 	}
-	if ip.Is4() {
-		return !contains(notPublic4, ip)
-	}
-	return globalUnicast6.Contains(ip) && !contains(notPublic6, ip)
+	return !notPublic.Contains(ip)
 }
 
 // What is not a public unicast address, after the special-purpose registries of
 // IANA (RFC 6890), and Azure's 168.63.129.16, which belongs to the machine's
-// host. For IPv6 everything beyond global unicast is not. notLocal
+// host. For IPv6 everything beyond global unicast, 2000::/3, is not. notLocal
 // is what even this machine's own users have no business with: the unspecified
 // addresses, which are this machine under another name; link-local, where
 // clouds keep their credentials; multicast and broadcast.
 var (
-	globalUnicast6 = netip.MustParsePrefix("2000::/3")
-
-	notPublic4 = prefixes("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16",
+	notPublic = prefixes("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16",
 		"172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16",
-		"168.63.129.16/32", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4")
-	notPublic6 = prefixes("2001::/23", "2001:db8::/32", "3fff::/20")
-	notLocal   = prefixes("0.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "255.255.255.255/32",
+		"168.63.129.16/32", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4",
+		"::/3", "4000::/2", "8000::/1", "2001::/23", "2001:db8::/32", "3fff::/20")
+	notLocal = prefixes("0.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "255.255.255.255/32",
 		"::/128", "fe80::/10", "ff00::/8", "2001::/32")
 
 	nat64 = netip.MustParsePrefix("64:ff9b::/96") // RFC 6052
@@ -372,6 +367,9 @@ var (
 // embedded returns the IPv4 address inside an IPv6 one that leads there through
 // a translator or a relay, else ip itself.
 func embedded(ip netip.Addr) netip.Addr {
+	if ip.Is4() {
+		return ip
+	}
 	b := ip.As16()
 	switch {
 	case nat64.Contains(ip):
@@ -382,14 +380,10 @@ func embedded(ip netip.Addr) netip.Addr {
 	return ip
 }
 
-func prefixes(cidrs ...string) []netip.Prefix {
-	list := make([]netip.Prefix, len(cidrs))
-	for i, c := range cidrs {
-		list[i] = netip.MustParsePrefix(c)
+func prefixes(cidrs ...string) *bart.Lite {
+	table := new(bart.Lite)
+	for _, c := range cidrs {
+		table.Insert(netip.MustParsePrefix(c))
 	}
-	return list
-}
-
-func contains(list []netip.Prefix, ip netip.Addr) bool {
-	return slices.ContainsFunc(list, func(p netip.Prefix) bool { return p.Contains(ip) })
+	return table
 }

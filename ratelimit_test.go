@@ -920,8 +920,10 @@ func TestExemptClientsAreNeverLimited(t *testing.T) {
 	w.gets(w.proxy, 200, 200, 200, 200, 200)
 	w.load(w.site(options + "exempt 10.0.0.0/8"))
 	w.gets(w.proxy, 200, 429)
-	w.load(w.site(options + "exempt private_ranges")) // which contain 127.0.0.0/8
-	w.gets(w.proxy, 200, 200, 200)
+	for _, mine := range []string{"private_ranges", "::ffff:127.0.0.0/104"} {
+		w.load(w.site(options + "exempt " + mine))
+		w.gets(w.proxy, 200, 200, 200)
+	}
 }
 
 func TestForwardedForOfStrangersIsIgnored(t *testing.T) {

@@ -81,11 +81,8 @@ func parseDestination(s string) (destination, error) {
 	if strings.Contains(host, "%") {
 		return destination{}, fmt.Errorf("%q has a zone, which is this machine's affair", s)
 	}
-	if prefix, err := caddyhttp.CIDRExpressionToPrefix(host); err == nil {
-		if prefix.Addr().Is4In6() && prefix.Bits() >= 96 {
-			prefix = netip.PrefixFrom(prefix.Addr().Unmap(), prefix.Bits()-96)
-		}
-		d.prefix = prefix.Masked()
+	if prefix, err := parsePrefix(host); err == nil {
+		d.prefix = prefix
 		return d, nil
 	}
 	name, below := strings.CutPrefix(host, "*.")
@@ -95,6 +92,15 @@ func parseDestination(s string) (destination, error) {
 	}
 	d.text, d.below = strings.TrimSuffix(strings.ToLower(ascii), "."), below
 	return d, nil
+}
+
+// parsePrefix reads an address or a CIDR range. One that is v4-mapped is of IPv4.
+func parsePrefix(s string) (netip.Prefix, error) {
+	prefix, err := caddyhttp.CIDRExpressionToPrefix(s)
+	if err == nil && prefix.Addr().Is4In6() && prefix.Bits() >= 96 {
+		prefix = netip.PrefixFrom(prefix.Addr().Unmap(), prefix.Bits()-96)
+	}
+	return prefix.Masked(), err
 }
 
 // newRuleSets reads rules.

@@ -56,7 +56,7 @@ func (h *Handler) started(server *caddyhttp.Server) {
 			"and get an empty answer with status 200; give the site an address without a host, such as :8080",
 			zap.Strings("hosts", hosts))
 	}
-	if len(h.clients) == 0 && len(h.auth) == 0 && listensBeyondLoopback(server.Listen) {
+	if len(h.Clients) == 0 && len(h.auth) == 0 && listensBeyondLoopback(server.Listen) {
 		if restricted, _ := restrictedBefore(server.Routes, h); !restricted {
 			h.logger.Warn("this is an open proxy: it listens on more than this machine and lets in whoever gets there; "+
 				"add the option clients or basic_auth, a remote_ip matcher, or bind 127.0.0.1",
