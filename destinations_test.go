@@ -5,8 +5,10 @@ package asyncproxy
 
 import (
 	"context"
+	"crypto/tls"
 	"fmt"
 	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -368,19 +370,33 @@ func FuzzDestination(f *testing.F) {
 }
 
 // TestRulesOfPooledConnections: a connection that was opened before a source of
-// ranges has changed is not used against what it says now.
+// ranges has changed is not used against what it says now, whether to an http or
+// an https origin, nor, if it is for an upgrade, to one that declines.
 func TestRulesOfPooledConnections(t *testing.T) {
-	changing.Store(new([]netip.Prefix))
-	w := newWorld(t, "deny_from changing", nil)
-	conn := w.dial()
-	for _, tc := range []struct {
-		ranges []netip.Prefix
-		status int
-	}{{nil, http.StatusOK}, {[]netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")}, http.StatusForbidden}, {nil, http.StatusOK}} {
-		changing.Store(&tc.ranges)
-		conn.send("GET " + w.origin.URL + "/ HTTP/1.1\nHost: x\n\n")
-		if res, _ := conn.response(http.MethodGet); res.StatusCode != tc.status {
-			t.Errorf("with %v: status %d, want %d", tc.ranges, res.StatusCode, tc.status)
+	secure := httptest.NewUnstartedServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	secure.EnableHTTP2 = true
+	secure.TLS = &tls.Config{Certificates: []tls.Certificate{tlsCertificate}}
+	secure.StartTLS()
+	defer secure.Close()
+	for _, options := range []string{"deny_from changing", "deny_from changing\nupstream http://127.0.0.1:1\nno_upstream 127.0.0.1"} {
+		changing.Store(new([]netip.Prefix))
+		w := newWorld(t, options, nil)
+		for _, request := range []string{
+			"GET " + w.origin.URL + "/ HTTP/1.1\nHost: x\n\n",
+			"GET " + secure.URL + "/ HTTP/1.1\nHost: x\n\n",
+			"GET " + secure.URL + "/ HTTP/1.1\nHost: x\nConnection: Upgrade\nUpgrade: x\n\n",
+		} {
+			conn := w.dial()
+			for _, tc := range []struct {
+				ranges []netip.Prefix
+				status int
+			}{{nil, http.StatusOK}, {[]netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")}, http.StatusForbidden}, {nil, http.StatusOK}} {
+				changing.Store(&tc.ranges)
+				conn.send(request)
+				if res, _ := conn.response(http.MethodGet); res.StatusCode != tc.status {
+					t.Errorf("%s, %.40q with %v: status %d, want %d", options, request, tc.ranges, res.StatusCode, tc.status)
+				}
+			}
 		}
 	}
 }

@@ -144,6 +144,9 @@ func (d *dialer) forbids(t *tunnel) bool {
 // again judges a connection that was opened for another request of a client of
 // reach r.
 func (d *dialer) again(ctx context.Context, r reach, address string, conn net.Conn) error {
+	if d.usesParent(address) {
+		return d.checkUnresolved(ctx, r, address)
+	}
 	denied, reported := d.policy.check(ctx, r, newTarget(address), addrPort(conn.RemoteAddr()))
 	if reported != nil {
 		d.report(ctx, address, reported)

@@ -282,10 +282,12 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	for r := range reaches {
 		dial := func(ctx context.Context, authority string) (net.Conn, error) { return h.dialer.dial(ctx, r, authority) }
 		h.origins[r], h.secureOrigins[r] = newOrigins(dial), newOrigins(overTLS(dial))
-		if h.dialer.policy.changing && h.dialer.parent == nil {
-			h.origins[r].recheck = func(ctx context.Context, c *originConn) error { return h.dialer.again(ctx, r, c.authority, c.Conn) }
-		}
 		h.upstreams[r] = newTransport(dial, max(0, time.Duration(h.ResponseHeaderTimeout)))
+		if h.dialer.policy.changing {
+			recheck := func(ctx context.Context, c *originConn) error { return h.dialer.again(ctx, r, c.authority, c.Conn) }
+			h.origins[r].recheck, h.secureOrigins[r].recheck = recheck, recheck
+			h.upstreams[r].DisableKeepAlives = true // there is no way to judge a connection that it keeps
+		}
 	}
 	if err := h.validateTunnels(); err != nil {
 		return err
