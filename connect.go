@@ -83,7 +83,7 @@ func (h *Handler) connectStream(w http.ResponseWriter, r *http.Request, t *tunne
 	near := newStreamPeer(w, r)
 	t.near = near
 	t.run() // flushes the answer when it is ready for more
-	if near.aborted.Load() {
+	if near.state.Load() == streamAborted {
 		return http.StatusOK, http.ErrAbortHandler // resets the stream
 	}
 	return http.StatusOK, nil

@@ -85,7 +85,7 @@ func (out *outgoing) repeatable() bool {
 }
 
 func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
-	conn, err := x.origins.get(x.ctx, out.authority, fresh, !out.repeatable())
+	conn, err := x.origins.get(x.ctx, out.authority, fresh)
 	if err != nil {
 		return nil, err
 	}

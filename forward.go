@@ -264,6 +264,9 @@ func copyBody(w http.ResponseWriter, res *http.Response) (copied int64, err erro
 	body, own := res.Body.(*originBody)
 	if own {
 		if rest, ok := body.rest(); ok {
+			if len(rest) == 0 { // a status that has no content forbids even that
+				return 0, nil
+			}
 			n, err := w.Write(rest)
 			return int64(n), err
 		}

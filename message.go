@@ -67,8 +67,12 @@ func readHead(r *bufio.Reader) (string, error) {
 			return "", errHeadTooLarge
 		}
 		if err != nil {
+			if n := len(line) - 1; err == bufio.ErrBufferFull && line[n] == '\r' {
+				_ = r.UnreadByte() // perhaps half of a line end; cannot fail after a read
+				line = line[:n]
+			}
 			b.Write(line)
-			if errors.Is(err, bufio.ErrBufferFull) {
+			if err == bufio.ErrBufferFull {
 				continue
 			}
 			if err == io.EOF && b.Len() > 0 {

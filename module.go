@@ -197,8 +197,8 @@ type Handler struct {
 	logger    *zap.Logger
 	events    emitter
 	limiter   *limiter
-	shared    Limiter  // or nil
-	policy    []string // the value of RateLimit-Policy
+	shared    Limiter // or nil
+	policy    string  // the value of RateLimit-Policy
 	limited   *atomic.Pointer[limitedAnswer]
 	exempt    *bart.Lite
 	clients   *bart.Lite
@@ -292,14 +292,11 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if err := h.validateTunnels(); err != nil {
 		return err
 	}
-	if err := h.atStart(ctx, server); err != nil {
-		return err
-	}
 	if err := h.loadLimiter(ctx); err != nil {
 		return err
 	}
 
-	// Last, since what is taken here must be given back.
+	// Late, since what is taken here must be given back.
 	key := h.limiterKey()
 	if err := key.validate(); err != nil {
 		return err
@@ -309,12 +306,12 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		return err
 	}
 	h.limiter = pooled.(*limiter)
-	h.policy, h.limited = []string{h.limiter.policy()}, new(atomic.Pointer[limitedAnswer])
+	h.policy, h.limited = h.limiter.policy(), new(atomic.Pointer[limitedAnswer])
 	if h.tunnels, err = acquireRegistry(); err != nil {
 		return err
 	}
 	h.tunnels.handlers.Store(h, struct{}{})
-	return nil
+	return h.atStart(ctx, server)
 }
 
 // Cleanup implements caddy.CleanerUpper. It may follow a Provision that failed.

@@ -9,6 +9,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"net"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -65,18 +66,16 @@ func newOrigins(dial dialFunc) *origins {
 }
 
 // get returns an idle connection to authority, a host and a port, or opens one.
-// With fresh it opens one in any case; with careful, for what cannot be sent
-// twice, it looks whether an idle one is still open.
-func (o *origins) get(ctx context.Context, authority string, fresh, careful bool) (*originConn, error) {
+// With fresh it opens one in any case.
+func (o *origins) get(ctx context.Context, authority string, fresh bool) (*originConn, error) {
 	for !fresh {
 		c := o.takeIdle(authority)
 		if c == nil {
 			break
 		}
-		// An origin closes idle connections when it likes. The longer ago the
-		// last exchange, the likelier it is to have done so; the rest is for a
-		// retry.
-		if idle := time.Since(c.idleSince); idle < maxIdleTime && (idle < 50*time.Millisecond && !careful || c.quiet()) {
+		// An origin closes idle connections when it likes, and one that has sent
+		// something since would have it taken for the answer to this request.
+		if time.Since(c.idleSince) < maxIdleTime && c.quiet() {
 			c.r = readers.Get().(*bufio.Reader)
 			c.r.Reset(c.Conn)
 			c.reused = true
@@ -185,17 +184,18 @@ func (o *origins) sweepIdle() {
 }
 
 func (o *origins) closeIdle(condition func(*originConn) bool) {
+	var closing []*originConn // outside of the map, as the end of TLS may take a while
 	o.idle.Range(func(authority string, _ []*originConn) bool {
 		o.idle.Compute(authority, func(conns []*originConn, _ bool) ([]*originConn, xsync.ComputeOp) {
-			before := len(conns)
+			before := len(closing)
 			conns = slices.DeleteFunc(slices.Clone(conns), func(c *originConn) bool {
 				if !condition(c) {
 					return false
 				}
-				_ = c.Close()
+				closing = append(closing, c)
 				return true
 			})
-			o.count.Add(int64(len(conns) - before))
+			o.count.Add(int64(before - len(closing)))
 			if len(conns) == 0 {
 				return nil, xsync.DeleteOp
 			}
@@ -203,6 +203,9 @@ func (o *origins) closeIdle(condition func(*originConn) bool) {
 		})
 		return true
 	})
+	for _, c := range closing {
+		_ = c.Close()
+	}
 }
 
 // close closes all idle connections, and from now on those that become idle.
@@ -226,8 +229,23 @@ func (c *originConn) releaseReader() {
 // quiet reports whether an idle connection is still open and the origin has
 // said nothing on it.
 func (c *originConn) quiet() bool {
-	socket, ok := c.Conn.(*net.TCPConn)
-	return ok && socketQuiet(socket)
+	switch conn := c.Conn.(type) {
+	case *net.TCPConn:
+		return socketQuiet(conn)
+	case *tls.Conn:
+		socket, ok := conn.NetConn().(*net.TCPConn)
+		if !ok || !socketQuiet(socket) {
+			return false
+		}
+		// TLS may have read more than it has given out. It tries that before it
+		// finds the deadline passed.
+		c.deadline = time.Unix(1, 0)
+		_ = conn.SetReadDeadline(c.deadline)
+		_, err := conn.Read(make([]byte, 1))
+		c.expectNone()
+		return errors.Is(err, os.ErrDeadlineExceeded)
+	}
+	return false
 }
 
 // expectBy limits how long the next read may take to about timeout. Deadlines

@@ -127,6 +127,8 @@ func newParent(ctx caddy.Context, u *Upstream, timeout time.Duration, resolver *
 			Protocols:      new(http.Protocols),
 			// Silence on a connection with tunnels is asked about.
 			HTTP2: &http.HTTP2Config{SendPingTimeout: time.Minute, PingTimeout: 15 * time.Second},
+			// Ends, once the last tunnel has, a connection that outlived its config.
+			IdleConnTimeout: maxIdleTime,
 		}
 		p.streams.Protocols.SetHTTP2(true)
 	}
@@ -217,7 +219,7 @@ func (p *parent) connect(ctx context.Context, address string) (net.Conn, error) 
 	defer cancel()
 	if p.streams != nil && !p.http1.Load() {
 		conn, err := p.connectStream(ctx, address)
-		if !p.http1.Load() {
+		if err == nil || !p.http1.Load() {
 			return conn, err
 		}
 	}

@@ -5,17 +5,21 @@ package asyncproxy
 
 import (
 	"bufio"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"runtime"
 	"slices"
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/caddyserver/caddy/v2"
 )
 
 // throughParent sends a request and bytes in a tunnel through a world with a
@@ -393,6 +397,44 @@ func TestParentStreams(t *testing.T) {
 	conn.send("x")
 	if _, err := conn.Read(make([]byte, 1)); err == nil || err == io.EOF {
 		t.Errorf("after a reset behind the parent: %v", err)
+	}
+}
+
+// TestParentStreamsMixed: a parent that speaks HTTP/2 on some connections only,
+// as several machines behind one name may, loses no tunnel by that.
+func TestParentStreamsMixed(t *testing.T) {
+	var p *parent
+	over := make(chan struct{})
+	secure := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		p.http1.Store(true) // as another tunnel finds at this moment
+		w.WriteHeader(http.StatusOK)
+		_ = http.NewResponseController(w).Flush()
+		select {
+		case <-over:
+		case <-r.Context().Done():
+		}
+	}))
+	secure.EnableHTTP2 = true
+	secure.TLS = &tls.Config{Certificates: []tls.Certificate{tlsCertificate}}
+	secure.StartTLS()
+	defer secure.Close()
+	defer close(over)
+	p, err := newParent(caddy.Context{}, &Upstream{URL: secure.URL}, patience, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.close()
+	conn, err := p.connect(t.Context(), "target.example:443")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, ok := conn.(*streamConn); !ok {
+		t.Errorf("the tunnel is a %T", conn)
+	}
+	// What a config leaves behind with tunnels on it ends by itself after them.
+	if p.streams.IdleConnTimeout != maxIdleTime {
+		t.Errorf("an idle connection to the parent is kept for %v", p.streams.IdleConnTimeout)
 	}
 }
 

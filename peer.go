@@ -112,9 +112,14 @@ type streamPeer struct {
 	w       http.ResponseWriter
 	control *http.ResponseController
 	body    io.ReadCloser
-	done    atomic.Bool // nothing more is read or written
-	aborted atomic.Bool // the handler is to reset the stream
+	state   atomic.Int32 // streamOpen and then one of the others
 }
+
+const (
+	streamOpen    = iota
+	streamEnded   // nothing more is read or written
+	streamAborted // neither, and the handler is to reset the stream
+)
 
 // forever stands for no timeout where Caddy wants one.
 const forever = 100 * 365 * 24 * time.Hour
@@ -139,7 +144,7 @@ func (p *streamPeer) writer() io.Writer { return p }
 
 func (p *streamPeer) Read(b []byte) (int, error) {
 	n, err := p.body.Read(b)
-	if err != nil && p.done.Load() {
+	if err != nil && p.state.Load() != streamOpen {
 		err = net.ErrClosed
 	}
 	return n, err
@@ -154,7 +159,7 @@ func (p *streamPeer) Write(b []byte) (int, error) {
 }
 
 func (p *streamPeer) CloseWrite() error {
-	if p.done.Swap(true) {
+	if !p.state.CompareAndSwap(streamOpen, streamEnded) {
 		return nil
 	}
 	return p.body.Close()
@@ -165,12 +170,13 @@ func (p *streamPeer) CloseWrite() error {
 func (p *streamPeer) Close() error { return p.Abort() }
 
 // Abort also ends a write that waits for the client, by a deadline set below
-// Caddy's own writers, which are not made for a second goroutine.
+// Caddy's own writers, which are not made for a second goroutine. The handler may
+// return before the deadline is set, but not as one that is done with its
+// writer: it sees the abort, and panics.
 func (p *streamPeer) Abort() error {
-	if p.done.Swap(true) {
+	if !p.state.CompareAndSwap(streamOpen, streamAborted) {
 		return nil
 	}
-	p.aborted.Store(true)
 	_ = http.NewResponseController(innermost(p.w)).SetWriteDeadline(time.Unix(1, 0))
 	return p.body.Close()
 }

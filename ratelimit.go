@@ -310,9 +310,9 @@ func (h *Handler) refuseLimited(w http.ResponseWriter, r *http.Request, v *visit
 		h.events.limited(h.Zone, v, verdict)
 	}
 	header := w.Header()
-	header["Retry-After"] = a.retryAfter
-	header["Ratelimit-Policy"] = h.policy
-	header["Ratelimit"] = a.state
+	header["Retry-After"] = []string{a.retryAfter}
+	header["Ratelimit-Policy"] = []string{h.policy}
+	header["Ratelimit"] = []string{a.state}
 	return writeAnswer(w, r, &a.refusal, a.proxyStatus, a.body)
 }
 
@@ -322,7 +322,7 @@ func (h *Handler) refuseLimited(w http.ResponseWriter, r *http.Request, v *visit
 type limitedAnswer struct {
 	refusal
 	seconds                        int64
-	retryAfter, state, proxyStatus []string
+	retryAfter, state, proxyStatus string
 	body                           []byte
 }
 
@@ -338,8 +338,8 @@ func (h *Handler) limitedAnswer(seconds int64) *limitedAnswer {
 			text:   "Too many requests from your address; try again in " + retry + " s.",
 		},
 		seconds:     seconds,
-		retryAfter:  []string{retry},
-		state:       []string{h.limiter.state(seconds)},
+		retryAfter:  retry,
+		state:       h.limiter.state(seconds),
 		proxyStatus: h.proxyStatus("http_request_denied"),
 	}
 	a.body = []byte(a.text + "\n")

@@ -360,6 +360,39 @@ func TestRefusalErrorRoutes(t *testing.T) {
 	b.refuses(403, refusalDenied, "403 custom", "CONNECT 0.0.0.0:PORT", "GET http://0.0.0.0:PORT/")
 }
 
+// TestRefusalsShareNoFields: what Caddy's header directive makes of the fields of
+// one answer, in place, is not seen in the next.
+func TestRefusalsShareNoFields(t *testing.T) {
+	w := newWorld(t, "", nil)
+	w.load(strings.Replace(w.site("burst 1\nrefill 0.00001"), "\tasync_proxy",
+		"\theader {\n>Retry-After ^ 0\n>Ratelimit ^ x\n>Ratelimit-Policy ^ x\n>Proxy-Status ^ x\n>Content-Type ^ x\n>Connection ^ x\n}\n\tasync_proxy", 1))
+	var first http.Header
+	for range 4 {
+		conn := w.dial()
+		conn.send("CONNECT 127.0.0.1:25 HTTP/1.1\nHost: 127.0.0.1:25\n\n")
+		res, _ := conn.response(http.MethodConnect)
+		if res.Header.Del("Date"); res.StatusCode != http.StatusTooManyRequests {
+			continue // the one that had a token
+		}
+		if first == nil {
+			if first = res.Header; first.Get("Retry-After")[0] != '0' || first.Get("Content-Type")[0] != 'x' {
+				t.Fatalf("the directive has changed nothing: %v", first)
+			}
+		}
+		// The time goes on, and with it two of the values.
+		for _, name := range []string{"Retry-After", "Ratelimit"} {
+			if got := res.Header.Get(name); len(got) != len(first.Get(name)) {
+				t.Errorf("%s: %s, at first %s", name, got, first.Get(name))
+			}
+		}
+		for _, name := range []string{"Ratelimit-Policy", "Proxy-Status", "Content-Type", "Connection"} {
+			if got := res.Header.Get(name); got != first.Get(name) {
+				t.Errorf("%s: %s, at first %s", name, got, first.Get(name))
+			}
+		}
+	}
+}
+
 // refusalResolver lets names be resolved by a server on loopback, which says of
 // all that there is no such name; to silent.invalid it says nothing.
 func refusalResolver(t *testing.T) {

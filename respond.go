@@ -41,13 +41,6 @@ func (f *refusal) Error() string {
 
 func (f *refusal) Unwrap() error { return f.err }
 
-// The values of the fields that a refusal sets. They are shared: net/http reads
-// header values and never writes to them.
-var (
-	plainText = []string{"text/plain; charset=utf-8"}
-	closeConn = []string{"close"}
-)
-
 // answer gives f to the client: through the site's error routes if there are
 // any, else straight away as one line of text. The fields that carry what
 // machines need are set in both cases.
@@ -56,22 +49,23 @@ func (h *Handler) answer(w http.ResponseWriter, r *http.Request, f *refusal) err
 }
 
 // proxyStatus is the value of the Proxy-Status field (RFC 9209).
-func (h *Handler) proxyStatus(kind string) []string { return []string{h.name + "; error=" + kind} }
+func (h *Handler) proxyStatus(kind string) string { return h.name + "; error=" + kind }
 
 // writeAnswer is answer with what is sent made before. A refused CONNECT ends
 // an HTTP/1 connection, as the bytes behind it are those of the tunnel that the
-// client meant to have, not another request.
-func writeAnswer(w http.ResponseWriter, r *http.Request, f *refusal, proxyStatus []string, body []byte) error {
+// client meant to have, not another request. No field's value is shared with
+// another answer: Caddy's header directive writes to values in place.
+func writeAnswer(w http.ResponseWriter, r *http.Request, f *refusal, proxyStatus string, body []byte) error {
 	header := w.Header()
-	header["Proxy-Status"] = proxyStatus
+	header["Proxy-Status"] = []string{proxyStatus}
 	if r.Method == http.MethodConnect && r.ProtoMajor == 1 {
-		header["Connection"] = closeConn
+		header["Connection"] = []string{"close"}
 	}
 	server, _ := r.Context().Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
 	if server != nil && server.Errors != nil && len(server.Errors.Routes) > 0 {
 		return caddyhttp.Error(f.status, f)
 	}
-	header["Content-Type"] = plainText
+	header["Content-Type"] = []string{"text/plain; charset=utf-8"}
 	w.WriteHeader(f.status)
 	if r.Method != http.MethodHead {
 		_, _ = w.Write(body) // a client that left has no use for it

@@ -237,20 +237,6 @@ func (s *splicer) splice(from, to, size int) {
 	}
 }
 
-// socketQuiet reports whether a socket is open and has nothing to read.
-func socketQuiet(socket *net.TCPConn) bool {
-	conn, err := socket.SyscallConn()
-	if err != nil {
-		return false
-	}
-	var errRead error
-	err = conn.Control(func(fd uintptr) {
-		var b [1]byte
-		_, _, errRead = unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
-	})
-	return err == nil && errRead == unix.EAGAIN
-}
-
 // spliceFrom is the least that is worth moving inside the kernel.
 const spliceFrom = 256 << 10
 
@@ -260,11 +246,12 @@ const spliceFrom = 256 << 10
 //
 // Of what Caddy puts between a handler and its connection only the timeout for
 // stalled writes may be passed by, whose work is done here: an access log or
-// metrics want to see the bytes.
+// metrics want to see the bytes, and a write timeout or a least rate that the
+// operator has set want to be kept.
 func (b *originBody) splice(w http.ResponseWriter) (done bool, err error) {
 	idle, ok := w.(*caddyhttp.IdleTimeoutWriter)
 	socket, ok2 := b.conn.(*net.TCPConn)
-	if !ok || !ok2 || b.chunks != nil || b.left < spliceFrom {
+	if !ok || !ok2 || b.chunks != nil || b.left < spliceFrom || idle.Deadline.MinRate > 0 || !idle.Deadline.HardDeadline.IsZero() {
 		return false, nil
 	}
 	client, ok := innermost(w).(io.ReaderFrom)

@@ -19,9 +19,5 @@ func relaySocket(dst io.Writer, src *net.TCPConn, copied *atomic.Int64) (readErr
 
 func closePipes() {}
 
-// socketQuiet cannot tell here: a connection that is closed shows when it is
-// used.
-func socketQuiet(*net.TCPConn) bool { return true }
-
 // splice leaves the body to be copied.
 func (b *originBody) splice(http.ResponseWriter) (done bool, err error) { return false, nil }

@@ -6,6 +6,7 @@ package asyncproxy
 import (
 	"bufio"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"hash"
 	"io"
@@ -16,6 +17,7 @@ import (
 	"runtime"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -247,6 +249,29 @@ func TestStreamSlowReader(t *testing.T) {
 		t.Errorf("meanwhile another client got %q", body)
 	}
 }
+
+// A write timeout of the operator's ends a response to a client that does not
+// read, whichever way its body goes.
+func TestStreamWriteTimeout(t *testing.T) {
+	const size = 64 << 20
+	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Length", fmt.Sprint(size))
+		_, _ = io.CopyN(w, zeros{}, size)
+	}))
+	loadCaddyfile(t, "{\nservers {\ntimeouts {\nwrite 100ms\n}\n}\n"+strings.TrimPrefix(w.globals(), "{\n")+w.site(""))
+	c := w.dial()
+	c.send("GET " + w.origin.URL + "/ HTTP/1.1\nHost: x\n\n")
+	if line := w.waitLog("request", 1)[0]; line["error"] == nil {
+		t.Errorf("the line of the request is %v", line)
+	}
+	if n, err := io.Copy(io.Discard, c); err != nil && !errors.Is(err, syscall.ECONNRESET) || n >= size {
+		t.Errorf("%d bytes, %v", n, err)
+	}
+}
+
+type zeros struct{}
+
+func (zeros) Read(b []byte) (int, error) { clear(b); return len(b), nil }
 
 // A connection that the origin has closed while it was idle is noticed by the
 // next exchange: what may be sent again is, and what may not is refused.

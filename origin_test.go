@@ -1,0 +1,105 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"crypto/tls"
+	"io"
+	"net"
+	"net/http"
+	"sync/atomic"
+	"testing"
+)
+
+// What an origin says between two exchanges is nobody's answer.
+func TestOriginSaysMoreThanItWasAsked(t *testing.T) {
+	var conns atomic.Int64
+	more, said := make(chan struct{}), make(chan struct{})
+	origin := listen(t, func(c *net.TCPConn) {
+		conns.Add(1)
+		streamRequest(c)
+		_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+		if conns.Load() == 1 {
+			<-more
+			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\npoison")
+			close(said)
+		}
+		_, _ = io.Copy(io.Discard, c)
+	})
+	w := newWorld(t, "", nil)
+	for i := range 2 {
+		c := w.dial()
+		c.send("GET http://" + origin + "/ HTTP/1.1\nHost: " + origin + "\n\n")
+		if _, body := c.response(http.MethodGet); body != "ok" {
+			t.Errorf("response %d is %q", i, body)
+		}
+		if i == 0 {
+			w.waitLog("request", 1) // the connection is idle by now
+			close(more)
+			<-said
+		}
+	}
+	if n := conns.Load(); n != 2 {
+		t.Errorf("%d connections, want 2", n)
+	}
+}
+
+// An idle connection is used again as long as nothing has come on it, over TLS
+// as without.
+func TestOriginConnQuiet(t *testing.T) {
+	config := &tls.Config{Certificates: []tls.Certificate{tlsCertificate}}
+	for _, name := range []string{"TCP", "TLS"} {
+		t.Run(name, func(t *testing.T) {
+			pair := func() (near, far net.Conn) {
+				near, far = socketPair(t)
+				if name == "TLS" {
+					secure := tls.Client(near, &tls.Config{InsecureSkipVerify: true})
+					near, far = secure, tls.Server(far, config)
+					go func() { _, _ = io.WriteString(far, "x") }()
+					if _, err := near.Read(make([]byte, 1)); err != nil { // the handshake, and what comes behind it
+						t.Fatal(err)
+					}
+				}
+				return near, far
+			}
+			near, far := pair()
+			c := &originConn{Conn: near}
+			for range 2 {
+				if !c.quiet() {
+					t.Fatal("a connection on which nothing has come is not quiet")
+				}
+			}
+			go func() { _, _ = io.WriteString(far, "answer") }()
+			if n, err := near.Read(make([]byte, 6)); n == 0 || err != nil {
+				t.Fatalf("%d bytes, %v: the connection cannot be used after a look", n, err)
+			}
+			if n, err := far.Write([]byte("more")); n != 4 || err != nil {
+				t.Fatal(err)
+			}
+			if c.quiet() {
+				t.Error("a connection on which something has come is quiet")
+			}
+
+			near, far = pair()
+			c = &originConn{Conn: near}
+			far.Close()
+			if c.quiet() {
+				t.Error("a connection that was closed is quiet")
+			}
+
+			// Two messages in one record, or in two that were read together.
+			near, far = pair()
+			c = &originConn{Conn: near}
+			if n, err := far.Write([]byte("onetwo")); n != 6 || err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.ReadFull(near, make([]byte, 3)); err != nil {
+				t.Fatal(err)
+			}
+			if c.quiet() {
+				t.Error("a connection of which not all was read is quiet")
+			}
+		})
+	}
+}
