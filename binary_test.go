@@ -751,5 +751,5 @@ func TestBinaryCommands(t *testing.T) {
 
 // The rules for intermediaries hold for the binary as they do in this process.
 func TestBinaryRules(t *testing.T) {
-	runRules(t, binaryStart(t, binaryOptions{site: ruleOptions}).proxy)
+	runRules(t, binaryStart(t, binaryOptions{site: ruleOptions}).proxy, newRuleOrigin)
 }

@@ -109,6 +109,13 @@ func hijack(w http.ResponseWriter) (conn net.Conn, early []byte, err error) {
 	return conn, early, nil
 }
 
+// resetConnection ends an HTTP/1 connection so that the client sees a failure.
+func resetConnection(w http.ResponseWriter) {
+	if conn, _, err := hijack(w); err == nil {
+		_ = newConnPeer(conn).Abort()
+	}
+}
+
 // recordStatus tells the access log and the metrics, if there are any, the
 // status of a request whose connection was taken over below them. net/http
 // itself ignores it.

@@ -4,14 +4,13 @@
 package asyncproxy
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
-	"maps"
 	"net/http"
 	"net/http/httputil"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -34,6 +33,7 @@ type exchange struct {
 
 	stopWatch func() bool // ends the watch for the client's leaving
 	sender    *sender     // of the body, if there is one
+	answered  bool        // something of a response has come
 }
 
 // outgoing is a request to an origin, as it is sent.
@@ -44,10 +44,51 @@ type outgoing struct {
 	host      string
 	header    http.Header
 
-	body     io.Reader   // nil: none
-	length   int64       // of the body; < 0: not known, so it is sent in chunks
+	body     *clientBody // nil: none
+	trailers []string    // the names that may come behind a body in chunks
 	trailer  http.Header // whose values are there when the body has ended
 	stopBody func()      // ends a read of the body that waits for the client
+}
+
+// clientBody is the content of a request, as it comes from the client.
+type clientBody struct {
+	r       io.Reader
+	length  int64        // < 0: not known, so that it is sent in chunks
+	read    atomic.Int64 // how much has come
+	failure atomic.Pointer[bodyError]
+}
+
+// bodyError is the client's failure to send a body, or to send it well.
+type bodyError struct{ error }
+
+func (e *bodyError) Unwrap() error { return e.error }
+
+// Read implements io.Reader. Not every server that a body comes from compares
+// its length with the one that was announced, which is what the origin is told.
+func (b *clientBody) Read(p []byte) (int, error) {
+	n, err := b.r.Read(p)
+	switch read := b.read.Add(int64(n)); {
+	case b.length >= 0 && read > b.length:
+		n, err = 0, errors.New("the content is longer than its Content-Length")
+	case err == io.EOF && b.length >= 0 && read < b.length:
+		err = io.ErrUnexpectedEOF
+	}
+	if err != nil && err != io.EOF {
+		failed := &bodyError{err}
+		b.failure.Store(failed)
+		return n, failed
+	}
+	return n, err
+}
+
+// failed returns the client's failure, if there was one.
+func (b *clientBody) failed() error {
+	if b != nil {
+		if failure := b.failure.Load(); failure != nil {
+			return failure
+		}
+	}
+	return nil
 }
 
 // do sends a request and returns the head of its response, whose body is to be
@@ -65,7 +106,7 @@ func (x *exchange) do(out *outgoing) (*http.Response, error) {
 // before may be sent once more (RFC 9110 §9.2.2): nothing has come back, so it is
 // the idle connection that the origin was closing.
 func (x *exchange) mayRetry(out *outgoing, err error) bool {
-	if x.conn == nil || !x.conn.reused || !out.repeatable() || x.ctx.Err() != nil || x.conn.r.Buffered() > 0 {
+	if x.conn == nil || !x.conn.reused || !out.repeatable() || x.ctx.Err() != nil || x.answered || x.conn.r.Buffered() > 0 {
 		return false
 	}
 	var wrong protocolError
@@ -97,20 +138,20 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 	if out.body != nil {
 		x.sender = newSender(conn, out)
 	}
-	for {
-		conn.expectBy(x.timeout)
+	conn.expectBy(x.timeout)
+	for range maxInterim {
+		x.await()
 		res, err := readResponse(conn.r, out.method)
-		if x.sender != nil {
-			if err != nil && x.ctx.Err() != nil {
-				x.sender.wait() // it may be the body that the client broke off
-			}
-			if failed := x.sender.clientFailure(); failed != nil {
-				return nil, failed
-			}
+		if x.sender != nil && err != nil && x.ctx.Err() != nil {
+			x.sender.wait() // it may be the body that the client broke off
+		}
+		if failed := out.body.failed(); failed != nil {
+			return nil, failed
 		}
 		if err != nil {
 			return nil, err
 		}
+		x.answered = true
 		if res.StatusCode >= 200 || res.StatusCode == http.StatusSwitchingProtocols {
 			body := res.Body.(*originBody)
 			body.conn = conn.Conn
@@ -126,6 +167,30 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 			x.sender.proceed(true)
 		}
 		x.interim(res.StatusCode, res.Header)
+	}
+	return nil, protocolError("the origin sends interim responses without end")
+}
+
+// maxInterim is how many responses there may be to one request, all but the last
+// of them interim.
+const maxInterim = 100
+
+// await returns when there is something to read, or the time for it is over:
+// that in which the origin has had all of the request, or would not take more.
+func (x *exchange) await() {
+	for {
+		_, err := x.conn.r.Peek(1)
+		if x.sender == nil || !errors.Is(err, os.ErrDeadlineExceeded) {
+			return
+		}
+		left := x.timeout
+		if due := x.sender.due.Load(); due != 0 {
+			left -= time.Duration(sinceEpoch(time.Now()) - due)
+		}
+		if left <= 0 {
+			return
+		}
+		x.conn.expectBy(left)
 	}
 }
 
@@ -158,7 +223,7 @@ func (x *exchange) take() (conn *originConn, early []byte, err error) {
 	conn.expectNone()
 	if n := conn.r.Buffered(); n > 0 {
 		peeked, _ := conn.r.Peek(n)
-		early = slices.Clone(peeked)
+		early = bytes.Clone(peeked)
 	}
 	conn.releaseReader()
 	x.conn = nil
@@ -184,23 +249,25 @@ func writeHead(w io.Writer, out *outgoing) error {
 	b = append(b, out.host...)
 	b = append(b, "\r\n"...)
 	for name, values := range out.header {
-		if name == "Content-Length" && out.body != nil || name == "Transfer-Encoding" || name == "Host" {
-			continue // said otherwise, or not to be said
+		if name == "Content-Length" || name == "Transfer-Encoding" || name == "Host" {
+			continue // said otherwise
 		}
 		for _, value := range values {
 			b = appendField(b, name, value)
 		}
 	}
-	if out.body != nil {
-		if out.length >= 0 {
-			b = append(b, "Content-Length: "...)
-			b = strconv.AppendInt(b, out.length, 10)
-			b = append(b, "\r\n"...)
-		} else {
-			b = append(b, "Transfer-Encoding: chunked\r\n"...)
-			if len(out.trailer) > 0 {
-				b = appendField(b, "Trailer", strings.Join(slices.Sorted(maps.Keys(out.trailer)), ", "))
-			}
+	switch {
+	case out.body == nil && len(out.header["Content-Length"]) > 0:
+		b = append(b, "Content-Length: 0\r\n"...)
+	case out.body == nil:
+	case out.body.length >= 0:
+		b = append(b, "Content-Length: "...)
+		b = strconv.AppendInt(b, out.body.length, 10)
+		b = append(b, "\r\n"...)
+	default:
+		b = append(b, "Transfer-Encoding: chunked\r\n"...)
+		if len(out.trailers) > 0 {
+			b = appendField(b, "Trailer", strings.Join(out.trailers, ", "))
 		}
 	}
 	b = append(b, "\r\n"...)
@@ -213,10 +280,10 @@ func writeHead(w io.Writer, out *outgoing) error {
 }
 
 // appendField appends a field line. What the server accepts from clients is
-// valid; a field that a configured value has made invalid is left out, as it
-// could end the head.
+// valid; a field that the config has made invalid is left out, as it could end
+// the head.
 func appendField(b []byte, name, value string) []byte {
-	if !httpguts.ValidHeaderFieldValue(value) {
+	if !httpguts.ValidHeaderFieldName(name) || !httpguts.ValidHeaderFieldValue(value) {
 		return b
 	}
 	b = append(b, name...)
@@ -236,14 +303,9 @@ type sender struct {
 	ended chan struct{}
 	asked chan bool // tells whether the body is wanted, if that was to be waited for
 
-	complete bool // after ended: all of it was sent
-	failure  atomic.Pointer[bodyError]
+	due      atomic.Int64 // since when it is the origin's turn, since epoch; 0: it is the client's
+	complete bool         // after ended: all of it was sent
 }
-
-// bodyError is the client's failure to send a body, or to send it well.
-type bodyError struct{ error }
-
-func (e *bodyError) Unwrap() error { return e.error }
 
 func newSender(conn *originConn, out *outgoing) *sender {
 	s := &sender{out: out, conn: conn, ended: make(chan struct{}), asked: make(chan bool, 2)}
@@ -259,15 +321,9 @@ func (s *sender) proceed(wanted bool) {
 	}
 }
 
-func (s *sender) clientFailure() error {
-	if failure := s.failure.Load(); failure != nil {
-		return failure
-	}
-	return nil
-}
-
 func (s *sender) run() {
 	defer close(s.ended)
+	defer s.turn(true)
 	if httpguts.HeaderValuesContainsToken(s.out.header["Expect"], "100-continue") {
 		timer := time.NewTimer(continueTimeout)
 		defer timer.Stop()
@@ -282,11 +338,13 @@ func (s *sender) run() {
 	buf := copyBuffers.Get().(*[copyBuffer]byte)
 	defer copyBuffers.Put(buf)
 	w := io.Writer(s.conn)
-	if s.out.length < 0 {
+	if s.out.body.length < 0 {
 		w = httputil.NewChunkedWriter(s.conn)
 	}
 	for {
+		s.turn(false)
 		n, err := s.out.body.Read(buf[:])
+		s.turn(true)
 		if n > 0 {
 			// An origin that takes no more may still answer: that is the
 			// handler's to find out.
@@ -299,25 +357,33 @@ func (s *sender) run() {
 			return
 		}
 		if err != nil {
-			s.failure.Store(&bodyError{err})
 			_ = s.conn.Close() // the origin must not take it for the whole
 			return
 		}
 	}
 }
 
+// turn notes whose turn it is.
+func (s *sender) turn(origin bool) {
+	if origin {
+		s.due.Store(sinceEpoch(time.Now()))
+	} else {
+		s.due.Store(0)
+	}
+}
+
 // finishBody ends a body that was sent in chunks, with its trailers.
 func (s *sender) finishBody(w io.Writer) error {
 	chunks, ok := w.(io.WriteCloser)
-	if s.out.length >= 0 || !ok {
+	if s.out.body.length >= 0 || !ok {
 		return nil
 	}
 	if err := chunks.Close(); err != nil {
 		return err
 	}
 	var b []byte
-	for name, values := range s.out.trailer {
-		for _, value := range values {
+	for _, name := range s.out.trailers {
+		for _, value := range s.out.trailer[name] {
 			b = appendField(b, name, value)
 		}
 	}

@@ -18,6 +18,7 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"golang.org/x/net/http/httpguts"
 )
 
 // isProxyRequest reports whether r is to be forwarded: its target is in absolute
@@ -47,6 +48,9 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 	}
 	h.setRequestFields(r, from)
 	h.applyUp(r, &out.host)
+	if !httpguts.ValidHostHeader(out.host) {
+		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "This request would get a Host field that is not valid; the option header_up makes it.")
+	}
 	if out.body != nil {
 		control := http.NewResponseController(w)
 		out.stopBody = func() { _ = control.SetReadDeadline(time.Unix(1, 0)) }
@@ -59,10 +63,13 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 	}
 	target, pool := out.authority, h.origins[from.reach]
 	if scheme == "https" {
-		if len(r.Header["Upgrade"]) == 0 {
-			return h.forwardTLS(w, r, out, from)
+		pool = h.secureOrigins[from.reach]
+		// Only HTTP/1 has upgrades, and an idle connection shows that it is spoken.
+		if len(r.Header["Upgrade"]) == 0 && !pool.has(out.authority) {
+			if status, err := h.forwardHTTP2(w, r, out, from); !errors.Is(err, errNoHTTP2) {
+				return status, err
+			}
 		}
-		pool = h.secureOrigins[from.reach] // only HTTP/1 has upgrades
 	}
 
 	if h.parentOrigins != nil && scheme == "http" && h.dialer.usesParent(out.authority) {
@@ -97,7 +104,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 		t.fromTarget = early
 		return h.upgrade(w, r, res, t)
 	}
-	if err := h.respond(w, r, res, from); err != nil {
+	if err := h.respond(w, r, out, res, from); err != nil {
 		return res.StatusCode, err
 	}
 	x.finish(res.Body.(*originBody).ended && !res.Close)
@@ -134,12 +141,53 @@ func newOutgoing(r *http.Request) (out *outgoing, scheme string, err error) {
 	}
 	out = &outgoing{
 		method: r.Method, authority: strings.ToLower(authority), target: originForm(r), host: u.Host,
-		header: r.Header, length: r.ContentLength, trailer: r.Trailer,
+		header: r.Header, trailers: requestTrailers(r), trailer: r.Trailer,
 	}
 	if r.ContentLength != 0 {
-		out.body = r.Body
+		out.body = &clientBody{r: r.Body, length: r.ContentLength}
+	}
+	if r.ProtoMajor > 1 {
+		return out, scheme, out.checkFrames()
 	}
 	return out, scheme, nil
+}
+
+// checkFrames says what of a request over HTTP/2 or HTTP/3 cannot be said in
+// HTTP/1 without being taken for something else: their fields are in frames that
+// no space and no line end could break, and a length that is announced is not
+// what ends the content.
+func (out *outgoing) checkFrames() error {
+	if !httpguts.ValidHeaderFieldName(out.method) {
+		return fmt.Errorf("the method %q is no token", out.method)
+	}
+	if strings.ContainsFunc(out.target, func(c rune) bool { return c <= ' ' || c == 0x7f }) {
+		return fmt.Errorf("the target %q has a space or a control character in it", out.target)
+	}
+	length, err := contentLength(out.header["Content-Length"])
+	has := int64(0)
+	if out.body != nil {
+		has = out.body.length
+	}
+	if err != nil || length >= 0 && length != has {
+		return fmt.Errorf("the Content-Length %q is not that of the content", out.header["Content-Length"])
+	}
+	return nil
+}
+
+// endsConnection reports whether the answer to r is the last on an HTTP/1
+// connection: to a client that speaks HTTP/1.0, with whom a proxy keeps none (RFC
+// 9112 §9.3); to one that may still be sending its request, behind which net/http
+// would look for another one; and to a request in chunks, as net/http does not
+// tell whether it had a Content-Length too, which has the connection closed (RFC
+// 9112 §6.1).
+func endsConnection(r *http.Request, out *outgoing) bool {
+	switch {
+	case r.ProtoMajor > 1:
+		return false
+	case r.ProtoMinor == 0:
+		return true
+	}
+	return out.body != nil && (out.body.length < 0 || out.body.read.Load() < out.body.length)
 }
 
 // originForm returns the path and query of r's target exactly as the client
@@ -202,8 +250,11 @@ func (h *Handler) applyDown(res *http.Response, r *http.Request) {
 
 // respond passes a response on. If it breaks off, the answer to the client is
 // to be broken off too, so that nobody takes a part for the whole (RFC 9112 §8).
-func (h *Handler) respond(w http.ResponseWriter, r *http.Request, res *http.Response, from caller) error {
+func (h *Handler) respond(w http.ResponseWriter, r *http.Request, out *outgoing, res *http.Response, from caller) error {
 	header := h.setResponseFields(w, r, res)
+	if endsConnection(r, out) {
+		header["Connection"] = []string{"close"}
+	}
 	announced := len(res.Trailer)
 	if announced > 0 {
 		header["Trailer"] = []string{strings.Join(slices.Sorted(maps.Keys(res.Trailer)), ", ")}
@@ -215,6 +266,7 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, res *http.Resp
 	copied, err := copyBody(w, res)
 	h.countForwarded(from.bucket, max(0, r.ContentLength), copied)
 	if err != nil {
+		_ = http.NewResponseController(w).Flush() // what has come before is the client's
 		return brokenOff{err}
 	}
 	_ = res.Body.Close() // fills in the trailers
@@ -290,17 +342,18 @@ func copyBody(w http.ResponseWriter, res *http.Response) (copied int64, err erro
 				return copied, err
 			}
 			copied += int64(n)
-			if left -= int64(n); err == nil && left != 0 && (!own || body.r.Buffered() == 0) {
-				if err := control.Flush(); err != nil {
-					return copied, err
-				}
-			}
+			left -= int64(n)
 		}
 		if err == io.EOF {
 			return copied, nil
 		}
 		if err != nil {
 			return copied, err
+		}
+		if n > 0 && left != 0 && (!own || body.r.Buffered() == 0) {
+			if err := control.Flush(); err != nil {
+				return copied, err
+			}
 		}
 	}
 }

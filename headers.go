@@ -6,9 +6,11 @@ package asyncproxy
 import (
 	"crypto/rand"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -30,6 +32,27 @@ var hopByHop = [...]string{
 	"Proxy-Authenticate",
 	"Proxy-Authentication-Info",
 	"Proxy-Authorization",
+}
+
+// mayTrail reports whether a field may come to the next hop behind a body: not
+// one that is of the connection, whose options are given, or that frames or
+// routes a message (RFC 9110 §6.5.1).
+func mayTrail(name string, connection []string) bool {
+	return httpguts.ValidTrailerHeader(name) && !slices.Contains(hopByHop[:], name) && !httpguts.HeaderValuesContainsToken(connection, name)
+}
+
+// requestTrailers returns the names of those trailers that r has announced and
+// that may go to the next hop. What the proxy says of the client itself is not
+// for the client to say again.
+func requestTrailers(r *http.Request) []string {
+	var names []string
+	for name := range r.Trailer {
+		if mayTrail(name, r.Header["Connection"]) && name != "Via" && name != "X-Forwarded-For" && name != "X-Real-Ip" {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
 }
 
 // removeHopByHop removes the fields that are not to be passed on: hopByHop and
@@ -60,6 +83,9 @@ func prepareRequest(h http.Header, protoMajor, protoMinor int) {
 		upgrade = h["Upgrade"]
 	}
 	trailers := httpguts.HeaderValuesContainsToken(h["Te"], "trailers")
+	if protoMajor == 1 && protoMinor == 0 {
+		delete(h, "Expect") // RFC 9110 §10.1.1: to be ignored, and so not said again as HTTP/1.1
+	}
 	removeHopByHop(h)
 	if len(upgrade) > 0 {
 		h["Upgrade"] = upgrade
@@ -176,8 +202,8 @@ func setRealIP(h http.Header, client netip.Addr) {
 }
 
 // maxForwards reads Max-Forwards (RFC 9110 §7.6.2), which only TRACE and
-// OPTIONS heed, and counts it down. last reports that the request is to go no
-// further. A value that is not a number is left as it is.
+// OPTIONS heed, and counts it down, to below 2^32. last reports that the request
+// is to go no further. A value that is not a number is left as it is.
 func maxForwards(method string, h http.Header) (last bool) {
 	if method != http.MethodTrace && method != http.MethodOptions {
 		return false
@@ -187,7 +213,7 @@ func maxForwards(method string, h http.Header) (last bool) {
 		return false
 	}
 	n, err := strconv.ParseUint(values[0], 10, 32)
-	if err != nil {
+	if err != nil && !errors.Is(err, strconv.ErrRange) { // which leaves the most that there is
 		return false
 	}
 	if n == 0 {

@@ -5,7 +5,10 @@ package asyncproxy
 
 import (
 	"context"
+	"crypto/tls"
+	"errors"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptrace"
@@ -13,68 +16,82 @@ import (
 	"net/url"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 )
 
-// newTransport makes the way to https origins for clients of one reach, like
-// origins.
-func newTransport(dial dialFunc, timeout time.Duration) *http.Transport {
-	return &http.Transport{
-		DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
+// newTransport makes the way to https origins that speak HTTP/2, for clients of
+// one reach. A connection to one that does not goes to http1, and the request
+// fails with errNoHTTP2, to be sent there.
+func newTransport(dial dialFunc, http1 *origins, timeout time.Duration) *http.Transport {
+	dial = overTLS(dial, "h2", "http/1.1")
+	t := &http.Transport{
+		DialTLSContext: func(ctx context.Context, _, address string) (net.Conn, error) {
 			conn, err := dial(ctx, address)
 			if err != nil {
-				return nil, &dialError{err}
+				return nil, asDialError(err)
+			}
+			if conn.(*tls.Conn).ConnectionState().NegotiatedProtocol != "h2" {
+				http1.keep(&originConn{Conn: conn, authority: address, fresh: true})
+				return nil, errNoHTTP2
 			}
 			return conn, nil
 		},
+		Protocols: new(http.Protocols),
 		// What is not asked for is not added, such as compression, and the
 		// environment has no say in where requests go.
 		Proxy:              nil,
 		DisableCompression: true,
 
-		ForceAttemptHTTP2:      true,
-		TLSHandshakeTimeout:    10 * time.Second,
 		ResponseHeaderTimeout:  timeout,
 		ExpectContinueTimeout:  continueTimeout,
 		MaxResponseHeaderBytes: maxHead,
-		// As many idle connections to an origin as there were busy ones, up to
-		// a bound for all origins together.
-		MaxIdleConns:        maxIdleOrigins,
-		MaxIdleConnsPerHost: maxIdleOrigins,
-		IdleConnTimeout:     maxIdleTime,
-		ReadBufferSize:      16 << 10,
+		MaxIdleConns:           maxIdleOrigins,
+		IdleConnTimeout:        maxIdleTime,
 	}
+	t.Protocols.SetHTTP2(true)
+	return t
 }
 
-// forwardTLS is forward for an https origin, which may speak HTTP/2. That is
-// for http.Transport: the way to it is nothing that clients do often, as they
-// use CONNECT.
-func (h *Handler) forwardTLS(w http.ResponseWriter, r *http.Request, o *outgoing, from caller) (int, error) {
+// errNoHTTP2 is of a connection to something that does not speak HTTP/2.
+var errNoHTTP2 = errors.New("HTTP/2 is not spoken there")
+
+// forwardHTTP2 is forward for an https origin that may speak HTTP/2. If it does
+// not, the error is errNoHTTP2, and the body has not been touched.
+func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoing, from caller) (int, error) {
 	interim := &interimResponses{w: w, r: r}
 	ctx := httptrace.WithClientTrace(r.Context(), &httptrace.ClientTrace{Got1xxResponse: interim.pass})
-	out := r.WithContext(ctx) // shares the trailers, which come after the body
+	out := r.WithContext(ctx)
+	out.Header = maps.Clone(r.Header)
 	out.URL = &url.URL{Scheme: "https", Host: o.authority, Opaque: o.target}
 	if strings.HasPrefix(o.target, "//") {
 		// net/url takes an Opaque that starts with // for an authority, so the
-		// target goes in absolute form, which every server must accept.
+		// target goes in absolute form, which is that of :path all the same.
 		out.URL.Opaque = "//" + o.host + o.target
 	}
 	out.Host, out.RequestURI, out.Close = o.host, "", false
-	body := &tlsBody{r: o.body}
-	if out.Body = body; o.body == nil {
-		out.Body = nil // else it would be sent in chunks, and never again
+	out.Body, out.Trailer = nil, nil // else a body would be sent, and never again
+	if o.body != nil {
+		out.Body = http2Body{o, out}
+		for _, name := range o.trailers {
+			if out.Trailer == nil {
+				out.Trailer = make(http.Header)
+			}
+			out.Trailer[name] = nil
+		}
 	}
-	delete(r.Header, "Connection") // http.Transport's own affair
-	if _, ok := r.Header["User-Agent"]; !ok {
-		r.Header["User-Agent"] = nil // else Go puts its own
+	delete(out.Header, "Connection")
+	if _, ok := out.Header["User-Agent"]; !ok {
+		out.Header["User-Agent"] = nil // else Go puts its own
 	}
 	start := time.Now()
 	res, err := h.upstreams[from.reach].RoundTrip(out)
-	metrics.responses.Observe(time.Since(start).Seconds())
 	interim.stop()
+	if errors.Is(err, errNoHTTP2) {
+		return 0, errNoHTTP2
+	}
+	metrics.responses.Observe(time.Since(start).Seconds())
 	if err != nil {
-		if failure := body.failure.Load(); failure != nil {
+		if failure := o.body.failed(); failure != nil {
 			err = failure
 		}
 		return 0, forwardRefusal(r, err)
@@ -83,7 +100,7 @@ func (h *Handler) forwardTLS(w http.ResponseWriter, r *http.Request, o *outgoing
 	if res.StatusCode < 200 {
 		return 0, forwardRefusal(r, protocolError("the response has a status that ends no exchange"))
 	}
-	return res.StatusCode, h.respond(w, r, res, from)
+	return res.StatusCode, h.respond(w, r, o, res, from)
 }
 
 // interimResponses passes on what http.Transport reports from a goroutine of
@@ -110,18 +127,20 @@ func (i *interimResponses) stop() {
 	i.mu.Unlock()
 }
 
-// tlsBody remembers whether it was the client that failed to send a body.
-type tlsBody struct {
-	r       io.Reader
-	failure atomic.Pointer[bodyError]
+// http2Body is the body of a request over HTTP/2, behind which come trailers.
+type http2Body struct {
+	from *outgoing
+	to   *http.Request
 }
 
-func (b *tlsBody) Read(p []byte) (int, error) {
-	n, err := b.r.Read(p)
-	if err != nil && err != io.EOF {
-		b.failure.Store(&bodyError{err})
+func (b http2Body) Read(p []byte) (int, error) {
+	n, err := b.from.body.Read(p)
+	if err == io.EOF {
+		for name := range b.to.Trailer {
+			b.to.Trailer[name] = b.from.trailer[name]
+		}
 	}
 	return n, err
 }
 
-func (b *tlsBody) Close() error { return nil } // the server's to close
+func (b http2Body) Close() error { return nil } // the server's to close

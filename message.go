@@ -46,6 +46,9 @@ func readResponse(r *bufio.Reader, method string) (*http.Response, error) {
 		return nil, err
 	}
 	line, fields, _ := strings.Cut(head, "\n")
+	if strings.ContainsAny(line, "\x00\r") {
+		return nil, protocolError("the status line has a NUL or a bare CR in it")
+	}
 	res := &http.Response{Close: true}
 	if err := parseStatusLine(res, line); err != nil {
 		return nil, err
@@ -97,12 +100,14 @@ func parseStatusLine(res *http.Response, line string) error {
 	version, rest, _ := strings.Cut(line, " ")
 	code, _, _ := strings.Cut(rest, " ")
 	switch version {
-	case "HTTP/1.1":
-		res.Proto, res.ProtoMajor, res.ProtoMinor = version, 1, 1
 	case "HTTP/1.0":
 		res.Proto, res.ProtoMajor, res.ProtoMinor = version, 1, 0
-	default:
-		return protocolError("the response is not one of HTTP/1")
+	default: // a later 1.x is read as the latest that is known (RFC 9110 §2.5)
+		minor, found := strings.CutPrefix(version, "HTTP/1.")
+		if !found || len(minor) != 1 || minor[0] < '1' || minor[0] > '9' {
+			return protocolError("the response is not one of HTTP/1")
+		}
+		res.Proto, res.ProtoMajor, res.ProtoMinor = "HTTP/1.1", 1, 1
 	}
 	n, err := strconv.ParseUint(code, 10, 16)
 	if err != nil || len(code) != 3 || n < 100 {
@@ -184,12 +189,15 @@ func frame(res *http.Response, r *bufio.Reader, method string) error {
 		delete(res.Header, "Content-Length")
 	case len(coding) > 0:
 		body.chunks = httputil.NewChunkedReader(r)
-		res.Trailer = announcedTrailers(res.Header)
+		res.Trailer = announcedTrailers(res.Header, options)
 		body.trailers = func(h http.Header) {
-			if res.Trailer == nil && len(h) > 0 {
-				res.Trailer = make(http.Header)
-			}
 			for name, values := range h {
+				if !mayTrail(name, options) {
+					continue
+				}
+				if res.Trailer == nil {
+					res.Trailer = make(http.Header)
+				}
 				res.Trailer[name] = values
 			}
 		}
@@ -216,12 +224,12 @@ func contentLength(values []string) (int64, error) {
 }
 
 // announcedTrailers returns the names in the Trailer field, without values.
-func announcedTrailers(h http.Header) http.Header {
+func announcedTrailers(h http.Header, connection []string) http.Header {
 	var trailer http.Header
 	for _, value := range h["Trailer"] {
 		for name := range strings.SplitSeq(value, ",") {
 			name = textproto.CanonicalMIMEHeaderKey(strings.Trim(name, " \t"))
-			if httpguts.ValidTrailerHeader(name) {
+			if mayTrail(name, connection) {
 				if trailer == nil {
 					trailer = make(http.Header)
 				}
@@ -282,11 +290,6 @@ func (b *originBody) readTrailers() error {
 	fields, err := parseFields(lines)
 	if err != nil {
 		return err
-	}
-	for name := range fields {
-		if !httpguts.ValidTrailerHeader(name) {
-			delete(fields, name)
-		}
 	}
 	b.trailers(fields)
 	b.ended = true

@@ -206,9 +206,9 @@ type Handler struct {
 	dialer    *dialer
 	tunnels   *registry
 	origins   [reaches]*origins
-	upstreams [reaches]*http.Transport // to https origins
+	upstreams [reaches]*http.Transport // to https origins that speak HTTP/2
 
-	secureOrigins [reaches]*origins // to those for upgrades
+	secureOrigins [reaches]*origins // to those that do not, and for upgrades
 	parentOrigins *origins          // to the parent, for requests; nil: it takes none
 	via           via
 	name          string // in Proxy-Status
@@ -281,8 +281,8 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	}
 	for r := range reaches {
 		dial := func(ctx context.Context, authority string) (net.Conn, error) { return h.dialer.dial(ctx, r, authority) }
-		h.origins[r], h.secureOrigins[r] = newOrigins(dial), newOrigins(overTLS(dial))
-		h.upstreams[r] = newTransport(dial, max(0, time.Duration(h.ResponseHeaderTimeout)))
+		h.origins[r], h.secureOrigins[r] = newOrigins(dial), newOrigins(overTLS(dial, "http/1.1"))
+		h.upstreams[r] = newTransport(dial, h.secureOrigins[r], max(0, time.Duration(h.ResponseHeaderTimeout)))
 		if h.dialer.policy.changing {
 			recheck := func(ctx context.Context, c *originConn) error { return h.dialer.again(ctx, r, c.authority, c.Conn) }
 			h.origins[r].recheck, h.secureOrigins[r].recheck = recheck, recheck
@@ -495,6 +495,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	}
 	h.logRequest(r, v, err)
 	if errors.Is(err, http.ErrAbortHandler) {
+		if r.ProtoMajor == 1 && r.ProtoMinor == 0 {
+			resetConnection(w) // whose orderly end would be that of the answer
+		}
 		panic(http.ErrAbortHandler) // the answer breaks off, or a stream is reset
 	}
 	return err

@@ -12,15 +12,13 @@ import (
 
 // passOn hands a request that is not for the proxy to the next handler.
 func (h *Handler) passOn(w http.ResponseWriter, r *http.Request, from caller, next caddyhttp.Handler) (int, error) {
-	if from.trusted {
+	prior := r.Header["X-Forwarded-For"]
+	h.setRequestFields(r, from)
+	if from.trusted && h.ForwardedFor != "off" {
 		// A reverse_proxy appends the peer itself.
-		prior := r.Header["X-Forwarded-For"]
-		h.setRequestFields(r, from)
-		if h.ForwardedFor != "off" && len(prior) > 0 {
-			r.Header["X-Forwarded-For"] = prior
+		if r.Header["X-Forwarded-For"] = prior; len(prior) == 0 {
+			delete(r.Header, "X-Forwarded-For")
 		}
-	} else {
-		h.setRequestFields(r, from)
 	}
 	recorder := &statusRecorder{ResponseWriterWrapper: caddyhttp.ResponseWriterWrapper{ResponseWriter: w}}
 	err := next.ServeHTTP(recorder, r)

@@ -49,7 +49,8 @@ type originConn struct {
 	net.Conn
 	r         *bufio.Reader // nil while it is idle
 	authority string
-	reused    bool      // it has served an exchange before
+	fresh     bool      // it has served none yet
+	reused    bool      // it was idle before
 	idleSince time.Time // when it was put back
 	deadline  time.Time // that is set for reading
 }
@@ -75,10 +76,10 @@ func (o *origins) get(ctx context.Context, authority string, fresh bool) (*origi
 		}
 		// An origin closes idle connections when it likes, and one that has sent
 		// something since would have it taken for the answer to this request.
-		if time.Since(c.idleSince) < maxIdleTime && c.quiet() {
+		if time.Since(c.idleSince) < maxIdleTime && (c.fresh || c.quiet()) {
 			c.r = readers.Get().(*bufio.Reader)
 			c.r.Reset(c.Conn)
-			c.reused = true
+			c.fresh, c.reused = false, true
 			if o.recheck != nil {
 				if err := o.recheck(ctx, c); err != nil {
 					c.discard()
@@ -91,11 +92,7 @@ func (o *origins) get(ctx context.Context, authority string, fresh bool) (*origi
 	}
 	conn, err := o.dial(ctx, authority)
 	if err != nil {
-		var failed *handshakeError
-		if errors.As(err, &failed) {
-			return nil, failed.error
-		}
-		return nil, &dialError{err}
+		return nil, asDialError(err)
 	}
 	c := &originConn{Conn: conn, authority: authority, r: readers.Get().(*bufio.Reader)}
 	c.r.Reset(conn)
@@ -105,8 +102,18 @@ func (o *origins) get(ctx context.Context, authority string, fresh bool) (*origi
 // handshakeError is an error after there was a connection.
 type handshakeError struct{ error }
 
-// overTLS returns a dial that begins TLS for HTTP/1 on what dial connects to.
-func overTLS(dial dialFunc) dialFunc {
+// asDialError tells an error of a dialFunc from what may fail later.
+func asDialError(err error) error {
+	var failed *handshakeError
+	if errors.As(err, &failed) {
+		return failed.error
+	}
+	return &dialError{err}
+}
+
+// overTLS returns a dial that begins TLS for one of the given protocols on what
+// dial connects to.
+func overTLS(dial dialFunc, protocols ...string) dialFunc {
 	return func(ctx context.Context, authority string) (net.Conn, error) {
 		conn, err := dial(ctx, authority)
 		if err != nil {
@@ -115,12 +122,18 @@ func overTLS(dial dialFunc) dialFunc {
 		host, _, _ := cutPort(authority)
 		ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 		defer cancel()
-		secure, err := handshakeWith(ctx, conn, &tls.Config{ServerName: strings.Trim(host, "[]")}, "http/1.1")
+		secure, err := handshakeWith(ctx, conn, &tls.Config{ServerName: strings.Trim(host, "[]")}, protocols...)
 		if err != nil {
 			return nil, &handshakeError{err}
 		}
 		return secure, nil
 	}
+}
+
+// has reports whether there is an idle connection to authority.
+func (o *origins) has(authority string) bool {
+	_, ok := o.idle.Load(authority)
+	return ok
 }
 
 func (o *origins) takeIdle(authority string) (c *originConn) {
@@ -149,6 +162,11 @@ func (o *origins) put(c *originConn) {
 		return
 	}
 	c.releaseReader()
+	o.keep(c)
+}
+
+// keep is put for a connection that nobody is reading from.
+func (o *origins) keep(c *originConn) {
 	c.idleSince = time.Now()
 	if o.count.Add(1) > maxIdleOrigins {
 		o.count.Add(-1)

@@ -355,9 +355,6 @@ func (c *earlyConn) CloseWrite() error {
 	return c.Close()
 }
 
-// errNoHTTP2 is for connectStream only.
-var errNoHTTP2 = errors.New("the parent proxy does not speak HTTP/2")
-
 // dialStreams opens a connection for tunnels over HTTP/2, or learns that the
 // parent has none.
 func (p *parent) dialStreams(ctx context.Context) (net.Conn, error) {

@@ -51,14 +51,12 @@ func (h *Handler) answer(w http.ResponseWriter, r *http.Request, f *refusal) err
 // proxyStatus is the value of the Proxy-Status field (RFC 9209).
 func (h *Handler) proxyStatus(kind string) string { return h.name + "; error=" + kind }
 
-// writeAnswer is answer with what is sent made before. A refused CONNECT ends
-// an HTTP/1 connection, as the bytes behind it are those of the tunnel that the
-// client meant to have, not another request. No field's value is shared with
-// another answer: Caddy's header directive writes to values in place.
+// writeAnswer is answer with what is sent made before. No field's value is shared
+// with another answer: Caddy's header directive writes to values in place.
 func writeAnswer(w http.ResponseWriter, r *http.Request, f *refusal, proxyStatus string, body []byte) error {
 	header := w.Header()
 	header["Proxy-Status"] = []string{proxyStatus}
-	if r.Method == http.MethodConnect && r.ProtoMajor == 1 {
+	if unread(r) {
 		header["Connection"] = []string{"close"}
 	}
 	server, _ := r.Context().Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
@@ -71,6 +69,15 @@ func writeAnswer(w http.ResponseWriter, r *http.Request, f *refusal, proxyStatus
 		_, _ = w.Write(body) // a client that left has no use for it
 	}
 	return nil
+}
+
+// unread reports whether more than an answer to r is to come on an HTTP/1
+// connection that would be taken for another request, or read before the answer
+// is sent: the content, which nobody wants now, or what the client has sent
+// behind a CONNECT, for the tunnel that there is not. RFC 9112 §9.3: HTTP/1.0 ends
+// it anyway.
+func unread(r *http.Request) bool {
+	return r.ProtoMajor == 1 && (r.ContentLength != 0 || r.Method == http.MethodConnect || r.ProtoMinor == 0)
 }
 
 // forwardRefusal says to the client why there is no response from the origin.
@@ -125,6 +132,9 @@ func tlsRefusal(err error, host string) *refusal {
 
 // answerLast answers a request that Max-Forwards lets go no further.
 func answerLast(w http.ResponseWriter, r *http.Request) (int, error) {
+	if unread(r) {
+		w.Header()["Connection"] = []string{"close"}
+	}
 	if r.Method == http.MethodOptions {
 		w.Header()["Allow"] = []string{"CONNECT, DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT, TRACE"}
 		w.Header()["Content-Length"] = []string{"0"}

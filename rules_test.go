@@ -5,6 +5,7 @@ package asyncproxy
 
 import (
 	"bufio"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"net"
@@ -79,20 +80,26 @@ var rules = []rule{
 
 	// RFC 9112 §6: message body.
 	{name: "content of known length", rfc: "9112 §6.2", send: "POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nContent-Length: 5\n\nhello", line: "POST / HTTP/1.1", has: []string{"Content-Length: 5"}, hasNot: []string{"Transfer-Encoding"}, content: "hello"},
-	{name: "content in chunks", rfc: "9112 §7.1", send: "POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nTransfer-Encoding: chunked\n\n5\nhello\n0\n\n", line: "POST / HTTP/1.1", has: []string{"Transfer-Encoding: chunked"}, hasNot: []string{"Content-Length"}, content: "hello"},
+	{name: "content in chunks", rfc: "9112 §7.1", send: "POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nTransfer-Encoding: chunked\n\n5\nhello\n0\n\n", line: "POST / HTTP/1.1", has: []string{"Transfer-Encoding: chunked"}, hasNot: []string{"Content-Length"}, content: "hello", mustClose: true},
 	{name: "no content", rfc: "9112 §6.3", send: "POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nContent-Length: 0\n\n", line: "POST / HTTP/1.1", has: []string{"Content-Length: 0"}, hasNot: []string{"Transfer-Encoding"}},
-	{name: "length and chunks", rfc: "9112 §6.3", send: "POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nContent-Length: 3\nTransfer-Encoding: chunked\n\n5\nhello\n0\n\n", line: "POST / HTTP/1.1", has: []string{"Transfer-Encoding: chunked"}, hasNot: []string{"Content-Length"}, content: "hello"},
+	{name: "length and chunks", rfc: "9112 §6.3", send: "POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nContent-Length: 3\nTransfer-Encoding: chunked\n\n5\nhello\n0\n\n", line: "POST / HTTP/1.1", has: []string{"Transfer-Encoding: chunked"}, hasNot: []string{"Content-Length"}, content: "hello", mustClose: true},
+	{name: "chunks in HTTP/1.0", rfc: "9112 §6.1", send: "POST http://ORIGIN/ HTTP/1.0\nHost: ORIGIN\nConnection: keep-alive\nTransfer-Encoding: chunked\n\n0\n\nGET http://ORIGIN/evil HTTP/1.0\nHost: ORIGIN\n\n", line: "POST / HTTP/1.1", mustClose: true},
+	{name: "chunks that are none, in a request", rfc: "9112 §7.1", send: "POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nTransfer-Encoding: chunked\n\n5\nhello\nzz\nGET http://ORIGIN/evil HTTP/1.1\nHost: ORIGIN\n\n", line: "-", status: 400, mustClose: true},
 	{name: "contradicting lengths", rfc: "9112 §6.3", send: "POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nContent-Length: 3\nContent-Length: 5\n\nhello", line: "-", status: 400, mustClose: true},
 	{name: "unknown coding", rfc: "9112 §6.1", send: "POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nTransfer-Encoding: gzip, chunked\n\n5\nhello\n0\n\n", line: "-", status: 501, mustClose: true},
 
 	// RFC 9110 §6.5: trailers.
 	{name: "trailers of a request", rfc: "9110 §6.5", send: "POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nTrailer: X-Sum\nTransfer-Encoding: chunked\n\n5\nhello\n0\nX-Sum: 42\n\n", line: "POST / HTTP/1.1", has: []string{"Trailer: X-Sum", "trailer X-Sum: 42"}, content: "hello"},
+	{name: "trailers of a request that are not for the next hop", rfc: "9110 §6.5.1", send: "POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nConnection: X-One\nTrailer: X-Sum, X-One, Via, Proxy-Authorization\nTransfer-Encoding: chunked\n\n5\nhello\n0\nX-Sum: 42\nX-One: 1\nVia: 1.1 nobody\nX-Forwarded-For: 192.0.2.1\nX-Real-IP: 192.0.2.1\nProxy-Authorization: Basic eA==\nContent-Length: 5\nHost: evil\nUpgrade: x\n\n",
+		line: "POST / HTTP/1.1", has: []string{"Trailer: X-Sum", "trailer X-Sum: 42"}, hasNot: []string{"trailer X-One", "trailer Via", "trailer X-Forwarded-For", "trailer X-Real-Ip", "trailer Proxy-Authorization", "trailer Content-Length", "trailer Host", "trailer Upgrade"}, content: "hello"},
 	{name: "trailers of a response", rfc: "9110 §6.5", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nTE: trailers\n\n", line: "GET / HTTP/1.1", has: []string{"Te: trailers"},
 		answer: "HTTP/1.1 200 OK\nTrailer: X-Sum\nTransfer-Encoding: chunked\n\n2\nok\n0\nX-Sum: 42\n\n", trailers: []string{"X-Sum: 42"}},
 	{name: "trailers that were not announced", rfc: "9110 §6.5", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nTE: trailers\n\n", line: "GET / HTTP/1.1",
 		answer: "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n2\nok\n0\nX-Sum: 42\n\n", trailers: []string{"X-Sum: 42"}},
 	{name: "no framing in trailers", rfc: "9110 §6.5.1", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1",
 		answer: "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n2\nok\n0\nContent-Length: 42\n\n", trailers: []string{}},
+	{name: "nominated trailers", rfc: "9110 §7.6.1", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1",
+		answer: "HTTP/1.1 200 OK\nConnection: X-One\nTrailer: X-One, X-Two\nTransfer-Encoding: chunked\n\n2\nok\n0\nX-One: 1\nX-Two: 2\nUpgrade: x\n\n", trailers: []string{"X-Two: 2"}},
 	{name: "trailers after an empty body", rfc: "9110 §6.5", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1",
 		answer: "HTTP/1.1 200 OK\nTrailer: Grpc-Status\nTransfer-Encoding: chunked\n\n0\nGrpc-Status: 0\n\n", body: "-", trailers: []string{"Grpc-Status: 0"}},
 
@@ -114,6 +121,7 @@ var rules = []rule{
 	{name: "TRACE that ends here", rfc: "9110 §9.3.8", send: "TRACE http://ORIGIN/x HTTP/1.1\nHost: ORIGIN\nMax-Forwards: 0\nCookie: secret\nX-One: 1\n\n", line: "-", clientHas: []string{"Content-Type: message/http"}, body: "TRACE http://ORIGIN/x HTTP/1.1\nHost: ORIGIN\nMax-Forwards: 0\nX-One: 1\n\n"},
 	{name: "OPTIONS that goes on", rfc: "9110 §7.6.2", send: "OPTIONS http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nMax-Forwards: 1\n\n", line: "OPTIONS / HTTP/1.1", has: []string{"Max-Forwards: 0"}},
 	{name: "OPTIONS that ends here", rfc: "9110 §7.6.2", send: "OPTIONS http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nMax-Forwards: 0\n\n", line: "-", status: 200, body: "-", clientHas: []string{"Allow: CONNECT, DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT, TRACE"}},
+	{name: "Max-Forwards beyond what can be counted", rfc: "9110 §7.6.2", send: "OPTIONS http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nMax-Forwards: 99999999999999999999\n\n", line: "OPTIONS / HTTP/1.1", has: []string{"Max-Forwards: 4294967294"}},
 	{name: "Max-Forwards of other methods", rfc: "9110 §7.6.2", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nMax-Forwards: 0\n\n", line: "GET / HTTP/1.1", has: []string{"Max-Forwards: 0"}},
 
 	// RFC 9110 §7.6.3: Via.
@@ -138,6 +146,9 @@ var rules = []rule{
 	{name: "no interim response for HTTP/1.0", rfc: "9110 §15.2", send: "GET http://ORIGIN/ HTTP/1.0\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1",
 		answer: "HTTP/1.1 103 Early Hints\nLink: </a>; rel=preload\n\n" + ruleOK, mustClose: true},
 	{name: "expectation", rfc: "9110 §10.1.1", send: "POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nExpect: 100-continue\nContent-Length: 5\n\nhello", line: "POST / HTTP/1.1", has: []string{"Expect: 100-continue"}, content: "hello", interim: []string{"100"}},
+	{name: "expectation of HTTP/1.0", rfc: "9110 §10.1.1", send: "POST http://ORIGIN/ HTTP/1.0\nHost: ORIGIN\nExpect: 100-continue\nContent-Length: 5\n\nhello", line: "POST / HTTP/1.1", hasNot: []string{"Expect"}, content: "hello", mustClose: true},
+	{name: "an expectation that nobody knows", rfc: "9110 §10.1.1", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nExpect: miracles\n\n", line: "-", status: 417},
+	{name: "a hundred interim responses", rfc: "9110 §15.2", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", answer: strings.Repeat("HTTP/1.1 102 Processing\n\n", 101) + ruleOK, status: 502, interim: slices.Repeat([]string{"102"}, 100)},
 
 	// RFC 9110 §15.3.5, §15.4.5: responses without content.
 	{name: "204", rfc: "9110 §15.3.5", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", answer: "HTTP/1.1 204 No Content\n\n", status: 204, body: "-"},
@@ -160,6 +171,8 @@ var rules = []rule{
 	{name: "a line without a colon", rfc: "9112 §5.1", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", answer: "HTTP/1.1 200 OK\nnonsense\nContent-Length: 2\n\nok", status: 502},
 	{name: "no HTTP", rfc: "9112 §4", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", answer: "SSH-2.0-nonsense\n\n", status: 502},
 	{name: "another version", rfc: "9112 §4", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", answer: "HTTP/3.0 200 OK\n\n", status: 502},
+	{name: "another minor version", rfc: "9110 §2.5", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", answer: "HTTP/1.2 200 OK\nContent-Length: 2\n\nok", clientHas: []string{"Via: 1.1 tester"}},
+	{name: "bare CR in the status line", rfc: "9112 §2.2", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", answer: "HTTP/1.1 200 O\rK\nContent-Length: 2\n\nok", status: 502},
 	{name: "no status", rfc: "9112 §4", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", answer: "HTTP/1.1 99 Odd\n\n", status: 502},
 	{name: "an upgrade nobody asked for", rfc: "9110 §15.2.2", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", answer: "HTTP/1.1 101 Switching Protocols\nConnection: Upgrade\nUpgrade: x\n\n", status: 502},
 	{name: "Upgrade in HTTP/1.0", rfc: "9110 §7.8", send: "GET http://ORIGIN/ HTTP/1.0\nHost: ORIGIN\nConnection: Upgrade\nUpgrade: x\n\n", line: "GET / HTTP/1.1", hasNot: []string{"Upgrade", "Connection"}, mustClose: true},
@@ -172,22 +185,32 @@ var rules = []rule{
 	{name: "a response that ends before the last chunk", rfc: "9112 §8", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", answer: "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n2\nok\nCLOSE", brokenOff: true, body: "ok"},
 	{name: "a response that ends in its trailers", rfc: "9112 §8", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", answer: "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n2\nok\n0\nX-SumCLOSE", brokenOff: true, body: "ok"},
 	{name: "a chunk that is none", rfc: "9112 §7.1", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", answer: "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n2\nok\nnonsense\n", brokenOff: true, body: "ok"},
+	{name: "a chunk that is longer than it says", rfc: "9112 §7.1", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", answer: "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n2\nokX\n0\n\n", brokenOff: true, body: "ok"},
+	{name: "a chunk of a negative length", rfc: "9112 §7.1", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", answer: "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n-2\nok\n0\n\n", brokenOff: true, body: "-"},
+	{name: "a chunk of a length without measure", rfc: "9112 §7.1", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", answer: "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n10000000000000002\nok\n0\n\n", brokenOff: true, body: "-"},
+	{name: "a response that ends in a chunk, to HTTP/1.0", rfc: "9112 §8", send: "GET http://ORIGIN/ HTTP/1.0\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", answer: "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n5\nokCLOSE", brokenOff: true},
 	{name: "a response that is reset", rfc: "9112 §8", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", answer: "HTTP/1.0 200 OK\n\nokRESET", brokenOff: true},
 
 	// RFC 9112 §9: connections.
 	{name: "the client closes", rfc: "9112 §9.6", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nConnection: close\n\n", line: "GET / HTTP/1.1", hasNot: []string{"Connection"}, mustClose: true},
+	{name: "a client that would keep a connection of HTTP/1.0", rfc: "9112 §9.3", send: "GET http://ORIGIN/ HTTP/1.0\nHost: ORIGIN\nConnection: keep-alive\n\n", line: "GET / HTTP/1.1", clientHas: []string{"Connection: close"}, mustClose: true},
 	{name: "the origin closes", rfc: "9112 §9.6", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", answer: "HTTP/1.1 200 OK\nConnection: close\nContent-Length: 2\n\nokCLOSE", clientNot: []string{"Connection"}},
 }
 
 // ruleOptions are what the rules take for granted.
 const ruleOptions = "via tester\nresponse_header_timeout 5s\nallow 127.0.0.0/8"
 
-func TestRules(t *testing.T) { runRules(t, newWorld(t, ruleOptions, nil).proxy) }
+func TestRules(t *testing.T) { runRules(t, newWorld(t, ruleOptions, nil).proxy, newRuleOrigin) }
 
-func runRules(t *testing.T, proxy string) {
+// TestRulesOverTLS: an https origin that speaks HTTP/1 is as an http one.
+func TestRulesOverTLS(t *testing.T) {
+	runRules(t, newWorld(t, ruleOptions, nil).proxy, newSecureRuleOrigin)
+}
+
+func runRules(t *testing.T, proxy string, origin func(t *testing.T, answer string) *ruleOrigin) {
 	for _, rule := range rules {
 		t.Run(rule.name, func(t *testing.T) {
-			for _, difference := range rule.run(t, proxy, patience) {
+			for _, difference := range rule.run(t, proxy, origin(t, rule.answer), patience) {
 				t.Errorf("RFC %s: %s", rule.rfc, difference)
 			}
 		})
@@ -199,11 +222,16 @@ type differences []string
 
 func (d *differences) add(format string, args ...any) { *d = append(*d, fmt.Sprintf(format, args...)) }
 
-// run sends the rule's request through a proxy.
-func (rule rule) run(t *testing.T, proxy string, timeout time.Duration) (d differences) {
+// run sends the rule's request through a proxy to an origin that answers as the
+// rule says.
+func (rule rule) run(t *testing.T, proxy string, origin *ruleOrigin, timeout time.Duration) (d differences) {
 	t.Helper()
-	origin := newRuleOrigin(t, rule.answer)
-	fill := func(s string) string { return strings.ReplaceAll(s, "ORIGIN", origin.address) }
+	fill := func(s string) string {
+		if origin.secure {
+			s = strings.NewReplacer("http://ORIGIN", "https://ORIGIN", "HTTP://ORIGIN", "HTTPS://ORIGIN").Replace(s)
+		}
+		return strings.ReplaceAll(s, "ORIGIN", origin.address)
+	}
 	c := dialRaw(t, proxy)
 	c.SetDeadline(time.Now().Add(timeout))
 	c.send(fill(rule.send))
@@ -220,7 +248,7 @@ func (rule rule) checkResponse(d *differences, c *rawConn, fill func(string) str
 	for {
 		var err error
 		if res, err = http.ReadResponse(c.r, &http.Request{Method: method}); err != nil {
-			if !rule.brokenOff { // else it was, before anything was passed on
+			if !rule.brokenOff || rule.body != "" { // else it was, before anything was passed on
 				d.add("reading the response: %v", err)
 			}
 			return
@@ -250,7 +278,7 @@ func (rule rule) checkResponse(d *differences, c *rawConn, fill func(string) str
 		if err == nil {
 			d.add("the response ended as if it were complete, with %q", body)
 		}
-		if rule.body != "" && string(body) != rule.body {
+		if rule.body != "" && string(body) != strings.TrimPrefix(rule.body, "-") {
 			d.add("before it broke off, the body was %q, want %q", body, rule.body)
 		}
 		return
@@ -331,6 +359,7 @@ func ruleFields(d *differences, what string, fields http.Header, has, hasNot []s
 // with bytes. CLOSE at their end closes the connection, RESET resets it.
 type ruleOrigin struct {
 	address string
+	secure  bool // by TLS
 	mu      sync.Mutex
 	got     []ruleRequest
 }
@@ -343,32 +372,47 @@ type ruleRequest struct {
 
 func newRuleOrigin(t *testing.T, answer string) *ruleOrigin {
 	t.Helper()
+	o := &ruleOrigin{}
+	o.address = listen(t, func(c *net.TCPConn) { o.serve(c, c, answer) })
+	return o
+}
+
+func newSecureRuleOrigin(t *testing.T, answer string) *ruleOrigin {
+	t.Helper()
+	o := &ruleOrigin{secure: true}
+	config := &tls.Config{Certificates: []tls.Certificate{tlsCertificate}, NextProtos: []string{"http/1.1"}}
+	o.address = listen(t, func(c *net.TCPConn) {
+		secure := tls.Server(c, config)
+		o.serve(secure, c, answer)
+		_ = secure.Close()
+	})
+	return o
+}
+
+// serve is for one connection, on the given socket.
+func (o *ruleOrigin) serve(c net.Conn, socket *net.TCPConn, answer string) {
 	if answer == "" {
 		answer = ruleOK
 	}
-	answer = strings.ReplaceAll(answer, "\n", "\r\n")
-	o := &ruleOrigin{}
-	o.address = listen(t, func(c *net.TCPConn) {
-		r := bufio.NewReader(c)
-		request, err := readRuleRequest(r, c)
-		if err != nil {
-			return
-		}
-		o.mu.Lock()
-		o.got = append(o.got, request)
-		o.mu.Unlock()
-		text, reset := strings.CutSuffix(answer, "RESET")
-		text, closed := strings.CutSuffix(text, "CLOSE")
-		_, _ = io.WriteString(c, text)
-		switch {
-		case reset:
-			_ = c.SetLinger(0)
-		case closed:
-		default:
-			_, _ = io.Copy(io.Discard, r)
-		}
-	})
-	return o
+	r := bufio.NewReader(c)
+	request, err := readRuleRequest(r, c)
+	if err != nil {
+		return
+	}
+	o.mu.Lock()
+	o.got = append(o.got, request)
+	o.mu.Unlock()
+	text, reset := strings.CutSuffix(strings.ReplaceAll(answer, "\n", "\r\n"), "RESET")
+	text, closed := strings.CutSuffix(text, "CLOSE")
+	_, _ = io.WriteString(c, text)
+	switch {
+	case reset:
+		_ = socket.SetLinger(0)
+		_ = socket.Close()
+	case closed:
+	default:
+		_, _ = io.Copy(io.Discard, r)
+	}
 }
 
 // request returns the last request, which has been answered.
@@ -405,6 +449,9 @@ func readRuleRequest(r *bufio.Reader, w io.Writer) (request ruleRequest, err err
 		body = httputil.NewChunkedReader(r)
 	}
 	content, err := io.ReadAll(body)
+	if limited, ok := body.(*io.LimitedReader); ok && limited.N > 0 {
+		err = io.ErrUnexpectedEOF
+	}
 	if err != nil {
 		return request, fmt.Errorf("reading the content: %w", err)
 	}

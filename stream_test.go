@@ -80,7 +80,8 @@ func TestStreamDown(t *testing.T) {
 }
 
 // A request's body and the response pass each other: each chunk is echoed
-// before the next is sent.
+// before the next is sent. Then the connection ends, as the response had begun
+// before the request was complete.
 func TestStreamBothWays(t *testing.T) {
 	origin := listen(t, func(c *net.TCPConn) {
 		r := streamRequest(c)
@@ -89,7 +90,9 @@ func TestStreamBothWays(t *testing.T) {
 	})
 	c := newWorld(t, "", nil).dial()
 	c.send("POST http://" + origin + "/ HTTP/1.1\nHost: " + origin + "\nTransfer-Encoding: chunked\n\n")
-	c.readUntil("\r\n\r\n")
+	if head := c.readUntil("\r\n\r\n"); !strings.Contains(head, "\r\nConnection: close\r\n") {
+		t.Errorf("the response is not announced as the last: %s", head)
+	}
 	for i := range 10 {
 		chunk := fmt.Sprintf("chunk %d", i)
 		c.send(fmt.Sprintf("%x\n%s\n", len(chunk), chunk))
@@ -97,11 +100,97 @@ func TestStreamBothWays(t *testing.T) {
 	}
 	c.send("0\n\n")
 	c.readUntil("0\r\n\r\n")
-	// The connection is in step for another exchange.
-	other := newRuleOrigin(t, "")
-	c.send("GET http://" + other.address + "/ HTTP/1.1\nHost: " + other.address + "\n\n")
-	if res, body := c.response(http.MethodGet); body != "ok" {
-		t.Errorf("next exchange: %s %q", res.Status, body)
+	if rest := c.readAll(); rest != "" {
+		t.Errorf("behind the response there is %q", rest)
+	}
+}
+
+// A connection on which a body of known length was sent serves another request.
+func TestStreamKeepAlive(t *testing.T) {
+	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		_, _ = w.Write(body)
+	}))
+	c := w.dial()
+	for i := range 50 {
+		body := strings.Repeat("x", i*997)
+		c.send(fmt.Sprintf("POST %s/ HTTP/1.1\nHost: x\nContent-Length: %d\n\n%s", w.origin.URL, len(body), body))
+		if res, got := c.response(http.MethodPost); got != body || res.Close {
+			t.Fatalf("request %d: %s, %d bytes, to be closed: %t", i, res.Status, len(got), res.Close)
+		}
+	}
+}
+
+// The time for a response begins when the origin has the request: one that comes
+// slowly may take longer. An origin that takes no more of it has had its time.
+func TestStreamSlowRequest(t *testing.T) {
+	w := newWorld(t, "response_header_timeout 200ms", nil)
+	origin := newRuleOrigin(t, "")
+	c := w.dial()
+	c.send("POST http://" + origin.address + "/ HTTP/1.1\nHost: x\nContent-Length: 6\n\n")
+	for range 6 {
+		time.Sleep(150 * time.Millisecond)
+		c.send("x")
+	}
+	if res, body := c.response(http.MethodPost); body != "ok" {
+		t.Errorf("%s %q", res.Status, body)
+	}
+	deaf := listen(t, func(c *net.TCPConn) {
+		streamRequest(c)
+		<-t.Context().Done()
+	})
+	c = w.dial()
+	c.send("POST http://" + deaf + "/ HTTP/1.1\nHost: x\nContent-Length: 1000000000\n\n")
+	go func() { _, _ = io.CopyN(c, zeros{}, 1000000000) }()
+	if res, body := c.response(http.MethodPost); res.StatusCode != http.StatusGatewayTimeout {
+		t.Errorf("an origin that takes no more: %s %q", res.Status, body)
+	}
+}
+
+// Interim responses are no reason to wait for longer, and one that has come is
+// enough for a request not to be sent again.
+func TestStreamInterim(t *testing.T) {
+	endless := listen(t, func(c *net.TCPConn) {
+		streamRequest(c)
+		for {
+			if _, err := io.WriteString(c, "HTTP/1.1 102 Processing\r\n\r\n"); err != nil {
+				return
+			}
+			time.Sleep(50 * time.Millisecond)
+		}
+	})
+	c := newWorld(t, "response_header_timeout 300ms", nil).dial()
+	c.send("GET http://" + endless + "/ HTTP/1.1\nHost: x\n\n")
+	for {
+		if res, _ := c.response(http.MethodGet); res.StatusCode != http.StatusProcessing {
+			if res.StatusCode != http.StatusGatewayTimeout {
+				t.Errorf("after interim responses: %s", res.Status)
+			}
+			break
+		}
+	}
+	var requests atomic.Int64
+	hinting := listen(t, func(c *net.TCPConn) {
+		r := bufio.NewReader(c)
+		for i := range 2 {
+			if _, err := http.ReadRequest(r); err != nil {
+				return
+			}
+			requests.Add(1)
+			_, _ = io.WriteString(c, []string{"HTTP/1.1 204 No Content\r\n\r\n", "HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"}[i])
+		}
+	})
+	c = newWorld(t, "", nil).dial()
+	for _, want := range []int{http.StatusNoContent, http.StatusEarlyHints, http.StatusBadGateway} {
+		if want != http.StatusBadGateway {
+			c.send("DELETE http://" + hinting + "/ HTTP/1.1\nHost: x\n\n")
+		}
+		if res, _ := c.response(http.MethodDelete); res.StatusCode != want {
+			t.Errorf("got %s, want %d", res.Status, want)
+		}
+	}
+	if n := requests.Load(); n != 2 {
+		t.Errorf("the origin got %d requests, want 2", n)
 	}
 }
 

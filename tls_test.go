@@ -150,6 +150,28 @@ func TestHeaderOps(t *testing.T) {
 	}
 }
 
+// What a client writes cannot end the Host field, or the name of one.
+func TestHeaderOpsOfWhatClientsWrite(t *testing.T) {
+	w := newWorld(t, "header_up Host {http.request.uri.query.h}\nheader_up {http.request.uri.query.n} x", nil)
+	for query, status := range map[string]int{
+		"h=other.example&n=X-Name":                http.StatusOK,
+		"h=a%0d%0aX-Smuggled:%201&n=X-Name":       http.StatusBadRequest,
+		"h=a%20b&n=X-Name":                        http.StatusBadRequest,
+		"h=other.example&n=X%0d%0aX-Smuggled:%20": http.StatusOK,
+		"h=other.example&n=X%20Y":                 http.StatusOK,
+	} {
+		origin := newRuleOrigin(t, "")
+		c := w.dial()
+		c.send("GET http://" + origin.address + "/?" + query + " HTTP/1.1\nHost: x\n\n")
+		if res, body := c.response(http.MethodGet); res.StatusCode != status {
+			t.Errorf("%s: %s %q, want %d", query, res.Status, body, status)
+		}
+		if got, any := origin.request(); any != (status == http.StatusOK) || any && (got.fields["X-Smuggled"] != nil || got.fields.Get("Host") != "other.example") {
+			t.Errorf("%s: the origin got %v", query, got)
+		}
+	}
+}
+
 // The placeholders tell the access log what came of a request.
 func TestPlaceholders(t *testing.T) {
 	w := newWorld(t, "", nil)
