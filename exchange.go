@@ -48,6 +48,7 @@ type outgoing struct {
 	length   int64       // of the body; < 0: not known, so it is sent in chunks
 	trailer  http.Header // whose values are there when the body has ended
 	stopBody func()      // ends a read of the body that waits for the client
+	content  content     // the body, if there is one
 }
 
 // do sends a request and returns the head of its response, whose body is to be

@@ -10,6 +10,7 @@ import (
 	"io"
 	"maps"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"slices"
 	"strings"
@@ -48,6 +49,8 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 	h.setRequestFields(r, from)
 	h.applyUp(r, &out.host)
 	if out.body != nil {
+		out.content = content{out.body, h, from.bucket}
+		out.body = &out.content
 		control := http.NewResponseController(w)
 		out.stopBody = func() { _ = control.SetReadDeadline(time.Unix(1, 0)) }
 		if r.ProtoMajor == 1 {
@@ -80,10 +83,10 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 	defer x.finish(false)
 	start := time.Now()
 	res, err := x.do(out)
-	metrics.responses.Observe(time.Since(start).Seconds())
 	if err != nil {
 		return 0, forwardRefusal(r, err)
 	}
+	metrics.responses.Observe(time.Since(start).Seconds())
 	if res.StatusCode == http.StatusProxyAuthRequired && pool == h.parentOrigins {
 		// Not the client's affair, who has no credentials for the parent.
 		return 0, dialRefusal(r.Context(), &parentError{res.StatusCode, errors.New("it asks for credentials")}, r.Host)
@@ -212,9 +215,12 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, res *http.Resp
 		}
 	}
 	w.WriteHeader(res.StatusCode)
-	copied, err := copyBody(w, res)
-	h.countForwarded(from.bucket, max(0, r.ContentLength), copied)
-	if err != nil {
+	err := copyBody(w, res, func(n int64) { h.countForwarded(from.bucket, 0, n) })
+	var gone *clientError
+	switch {
+	case errors.As(err, &gone) || err != nil && r.Context().Err() != nil:
+		return clientLeft(err)
+	case err != nil:
 		return brokenOff{err}
 	}
 	_ = res.Body.Close() // fills in the trailers
@@ -253,28 +259,55 @@ func (e brokenOff) Error() string        { return "the response broke off: " + e
 func (e brokenOff) Unwrap() error        { return e.error }
 func (e brokenOff) Is(target error) bool { return target == http.ErrAbortHandler }
 
+// clientError is the client's failure to take an answer.
+type clientError struct{ error }
+
+func (e *clientError) Unwrap() error { return e.error }
+
+// toClient makes a failure that of the client.
+func toClient(err error) error {
+	if err != nil {
+		err = &clientError{err}
+	}
+	return err
+}
+
+// content is the body of a request, which is counted as it is read.
+type content struct {
+	io.Reader
+	handler *Handler
+	client  netip.Addr // that it counts for
+}
+
+func (c *content) Read(p []byte) (int, error) {
+	n, err := c.Reader.Read(p)
+	c.handler.countForwarded(c.client, int64(n), 0)
+	return n, err
+}
+
 const copyBuffer = 32 << 10
 
 // copyBuffers are what bodies are copied through.
 var copyBuffers = sync.Pool{New: func() any { return new([copyBuffer]byte) }}
 
-// copyBody copies the body of a response, says how much of it, and flushes what has come whenever
-// there may be a wait for more.
-func copyBody(w http.ResponseWriter, res *http.Response) (copied int64, err error) {
+// copyBody copies the body of a response, counts what has passed part by part,
+// and flushes what has come whenever there may be a wait for more.
+func copyBody(w http.ResponseWriter, res *http.Response, count func(n int64)) error {
 	body, own := res.Body.(*originBody)
 	if own {
 		if rest, ok := body.rest(); ok {
 			n, err := w.Write(rest)
-			return int64(n), err
+			count(int64(n))
+			return toClient(err)
 		}
-		if done, err := body.splice(w); done || err != nil {
-			return max(0, res.ContentLength-body.left), err
+		if done, err := body.splice(w, count); done || err != nil {
+			return err
 		}
 	}
 	control := http.NewResponseController(w)
 	if !own || body.r.Buffered() == 0 {
 		if err := control.Flush(); err != nil {
-			return 0, err
+			return toClient(err)
 		}
 	}
 	buf := copyBuffers.Get().(*[copyBuffer]byte)
@@ -284,20 +317,20 @@ func copyBody(w http.ResponseWriter, res *http.Response) (copied int64, err erro
 		n, err := res.Body.Read(buf[:])
 		if n > 0 {
 			if _, err := w.Write(buf[:n]); err != nil {
-				return copied, err
+				return toClient(err)
 			}
-			copied += int64(n)
+			count(int64(n))
 			if left -= int64(n); err == nil && left != 0 && (!own || body.r.Buffered() == 0) {
 				if err := control.Flush(); err != nil {
-					return copied, err
+					return toClient(err)
 				}
 			}
 		}
 		if err == io.EOF {
-			return copied, nil
+			return nil
 		}
 		if err != nil {
-			return copied, err
+			return err
 		}
 	}
 }

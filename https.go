@@ -71,7 +71,6 @@ func (h *Handler) forwardTLS(w http.ResponseWriter, r *http.Request, o *outgoing
 	}
 	start := time.Now()
 	res, err := h.upstreams[from.reach].RoundTrip(out)
-	metrics.responses.Observe(time.Since(start).Seconds())
 	interim.stop()
 	if err != nil {
 		if failure := body.failure.Load(); failure != nil {
@@ -79,6 +78,7 @@ func (h *Handler) forwardTLS(w http.ResponseWriter, r *http.Request, o *outgoing
 		}
 		return 0, forwardRefusal(r, err)
 	}
+	metrics.responses.Observe(time.Since(start).Seconds())
 	defer res.Body.Close()
 	if res.StatusCode < 200 {
 		return 0, forwardRefusal(r, protocolError("the response has a status that ends no exchange"))

@@ -26,7 +26,9 @@ type visit struct {
 	status int
 	reason string // of an answer of the proxy's own: the error type of RFC 9209
 
-	limited bool // refused for want of a token
+	counted  bool // is in the metrics
+	limited  bool // refused for want of a token
+	reported bool // would have been, and is counted as that
 }
 
 // newVisit begins a request, whose visit the placeholders speak of.

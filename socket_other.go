@@ -24,4 +24,6 @@ func closePipes() {}
 func socketQuiet(*net.TCPConn) bool { return true }
 
 // splice leaves the body to be copied.
-func (b *originBody) splice(http.ResponseWriter) (done bool, err error) { return false, nil }
+func (b *originBody) splice(http.ResponseWriter, func(int64)) (done bool, err error) {
+	return false, nil
+}
