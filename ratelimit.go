@@ -56,13 +56,15 @@ type limiterKey struct {
 // more than half of max_clients come in that time is a generation dropped
 // early; those of its clients that have not come since, the longest idle, then
 // find a full bucket. Memory is bounded, and no newcomer is ever locked out.
+// Buckets that fill in less than a minute live for a minute, as it is in them
+// that a client's last event is noted.
 //
 // All methods are safe for concurrent use.
 type limiter struct {
 	key      limiterKey
 	interval int64 // nanoseconds from one token to the next
 	fill     int64 // nanoseconds from empty to full: burst × interval
-	period   int64 // nanoseconds between rotations; at least fill
+	period   int64 // nanoseconds between rotations; at least fill, and eventInterval
 	half     int   // clients in a generation that force a rotation
 	gens     atomic.Pointer[generations]
 	forced   atomic.Int64 // clients forgotten early, since max_clients was reached
@@ -143,7 +145,7 @@ func newLimiter(key limiterKey) *limiter {
 	l := &limiter{key: key, half: key.maxClients / 2}
 	l.interval = max(1, int64(math.Round(float64(time.Second)/key.refill)))
 	l.fill = key.burst * l.interval
-	l.period = max(l.fill, int64(10*time.Second))
+	l.period = max(l.fill, int64(eventInterval))
 	l.gens.Store(&generations{cur: newBuckets(), old: newBuckets()})
 	return l
 }
@@ -266,9 +268,10 @@ func (l *limiter) bucket(client netip.Addr, now int64) *bucket {
 }
 
 // rotate makes the newer generation of g the older one and drops that. When
-// several callers come at once, one of them does it.
+// several callers come at once, one of them does it. What is dropped was last
+// written to when g began, and is full if that is long enough ago.
 func (l *limiter) rotate(g *generations, now int64) {
-	early := now < g.until
+	early := now < g.until-l.period+l.fill
 	if l.gens.CompareAndSwap(g, &generations{cur: newBuckets(), old: g.cur, until: now + l.period}) && early {
 		n := g.old.Size() - int(g.promoted.Load())
 		l.forced.Add(int64(n))
