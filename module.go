@@ -468,8 +468,13 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 		if f := h.enter(w, r, v); f != nil {
 			err = f
 		}
-		if byUser { // a failed login takes the client's token, any other request the user's
-			if verdict := h.take(r, v, false); !verdict.ok && err == nil {
+		switch { // a failed login takes the client's token, any other request the user's
+		case byUser && err != nil:
+			if !h.exempt.Contains(v.addr) {
+				h.pay(r.Context(), v.bucket, sinceEpoch(v.start))
+			}
+		case byUser:
+			if verdict := h.take(r, v, false); !verdict.ok {
 				return h.refuseLimited(w, r, v, verdict)
 			}
 		}
@@ -507,14 +512,17 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 // is one.
 func (h *Handler) take(r *http.Request, v *visit, look bool) verdict {
 	if wait := h.tunnels.blocked(v.bucket, sinceEpoch(v.start)); wait > 0 {
-		return verdict{wait: wait, err: errBlocked}
+		return h.limiter.block(v.bucket, sinceEpoch(v.start), wait)
 	}
 	if h.exempt.Contains(v.addr) {
 		return verdict{ok: true}
 	}
 	verdict := h.ask(r.Context(), v.bucket, sinceEpoch(v.start), look)
 	if !verdict.ok && slices.Contains(h.ReportOnly, "limits") {
-		metrics.reported.WithLabelValues("limits").Inc()
+		if !v.reported {
+			metrics.reported.WithLabelValues("limits").Inc()
+			v.reported = true
+		}
 		if verdict.refused > 0 {
 			h.logLimited(r, v, verdict, true)
 		}

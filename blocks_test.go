@@ -1,0 +1,158 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"strings"
+	"testing"
+	"time"
+)
+
+// found asks for clients as the admin API does.
+func found(t *testing.T, query string) clientList {
+	t.Helper()
+	values, err := url.ParseQuery(query)
+	if err != nil {
+		t.Fatal(err)
+	}
+	list, err := queryClients(values, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return list
+}
+
+// loadForOthers loads sites in which clients are who X-Forwarded-For says.
+func (w *world) loadForOthers(sites string) {
+	w.t.Helper()
+	loadCaddyfile(w.t, strings.Replace(w.globals(), "{\n", "{\n\tevents {\n\t\ton rate_limited async_proxy_test\n\t}\n\tservers {\n\t\ttrusted_proxies static 127.0.0.0/8\n\t}\n", 1)+sites)
+}
+
+// A flood of a client that is blocked, or that cannot be counted, is a few lines,
+// which stand for all of it.
+func TestFloodsOfBlockedAndUncountedClients(t *testing.T) {
+	const flood = 200
+	for _, tc := range []struct {
+		name, options, err string
+		status             int
+	}{
+		{"blocked", "zone flood-1", errBlocked.Error(), http.StatusTooManyRequests},
+		{"blocked and exempt", "zone flood-2\nexempt 127.0.0.0/8", errBlocked.Error(), http.StatusTooManyRequests},
+		{"uncounted", "zone flood-3\nlimiter test", "the engine is cold", http.StatusServiceUnavailable},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			w := newWorld(t, "", nil)
+			w.loadForOthers(w.site(tc.options))
+			if tc.status == http.StatusServiceUnavailable {
+				answer(t, 0, errors.New(tc.err), false)
+			} else if !blockClient(netip.MustParseAddr("127.0.0.1"), time.Hour) {
+				t.Fatal("the client is not blocked")
+			}
+			start, entries, before := time.Now(), recent.n.Load(), gathered(t)
+			client := w.client()
+			for range flood {
+				res, err := client.Get(w.origin.URL)
+				if err != nil {
+					t.Fatal(err)
+				}
+				_, _ = io.Copy(io.Discard, res.Body)
+				res.Body.Close()
+				if res.StatusCode != tc.status || res.Header.Get("Retry-After") == "" {
+					t.Fatalf("%s, Retry-After %q", res.Status, res.Header.Get("Retry-After"))
+				}
+			}
+			most := 10 + int(time.Since(start)/time.Second) + 1
+			lines := w.waitLog("request", 10)
+			var told float64
+			for _, line := range lines {
+				refused, _ := line["refused"].(float64)
+				told += refused
+				if line["error"] != tc.err || line["status"] != float64(tc.status) {
+					t.Errorf("line %v", line)
+				}
+			}
+			if len(lines) > most || told > flood {
+				t.Errorf("%d lines stand for %v refusals, want at most %d lines for %d", len(lines), told, most, flood)
+			}
+			if n := recent.n.Load() - entries; n != uint64(len(lines)) {
+				t.Errorf("%d of the last refusals are of the flood, want as many as lines: %d", n, len(lines))
+			}
+			grown := since(t, before)
+			if got := grown[`requests_total{kind="forward",outcome="refused"}`] + grown[`requests_total{kind="forward",outcome="failed"}`]; got != flood {
+				t.Errorf("%v requests were counted as refused, want %d", got, flood)
+			}
+			if list := found(t, ""); len(list.Clients) != 1 || list.Clients[0].Requests != flood || list.Clients[0].Rejections != flood || list.Clients[0].LastSeen.Before(start.Add(-time.Second)) {
+				t.Errorf("clients %+v", list)
+			}
+			select {
+			case e := <-notedEvents:
+				t.Errorf("there is an event, though the client had tokens: %v", e.Data)
+			default:
+			}
+		})
+	}
+}
+
+// A request counts once for each client that it is of, however often the limiter
+// is asked about it.
+func TestCountsByUser(t *testing.T) {
+	w := newWorld(t, "", nil)
+	ask := func(user, password string, want int) {
+		t.Helper()
+		lines := ""
+		if user != "" {
+			lines = "Proxy-Authorization: " + login(user, password) + "\n"
+		}
+		if res, body := policyRequest(t, w.proxy, http.MethodGet, w.origin.Listener.Addr().String(), lines); res.StatusCode != want {
+			t.Errorf("%s: %s %q, want %d", user, res.Status, body, want)
+		}
+	}
+	counts := func(want string) {
+		t.Helper()
+		var got []string
+		for _, c := range found(t, "sort=requests").Clients {
+			got = append(got, fmt.Sprintf("%s %d %d", c.Client, c.Requests, c.Rejections))
+			if time.Since(c.LastSeen) > time.Minute || c.LastSeen.IsZero() {
+				t.Errorf("%s was last seen %v", c.Client, c.LastSeen)
+			}
+		}
+		if got := strings.Join(got, ", "); got != want {
+			t.Errorf("requests and rejections are %s, want %s", got, want)
+		}
+	}
+	options := authUsers + "burst 2\nrefill 0.00001\nlimit_by user\n"
+	w.load(w.site(options + "zone counts-1"))
+	start := time.Now()
+	ask("alice", "wonderland", 200)
+	ask("alice", "wonderland", 200)
+	ask("alice", "wonderland", 429)
+	ask("alice", "?", 407)
+	ask("", "", 407)
+	ask("bob", "builder", 429) // the address has no tokens left
+	counts("127.0.0.1 6 1, user alice 3 1")
+	if c := found(t, "q=127").Clients[0]; c.LastSeen.Before(start.Add(-time.Second)) {
+		t.Errorf("the address was last seen %v", c.LastSeen)
+	}
+
+	w.load(w.site(options + "zone counts-2\nreport_only limits"))
+	before := gathered(t)
+	for range 3 {
+		ask("", "", 407)
+	}
+	for range 3 {
+		ask("alice", "wonderland", 200)
+	}
+	// One failed login and all of alice's find the address without a token, and
+	// the last of them alice, too.
+	if got := gathered(t)[`reported_total{what="limits"}`] - before[`reported_total{what="limits"}`]; got != 4 {
+		t.Errorf("%v requests were reported, want 4", got)
+	}
+	counts("127.0.0.1 6 4, user alice 3 1")
+}
