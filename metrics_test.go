@@ -140,7 +140,7 @@ func TestMetricsCount(t *testing.T) {
 			`tunnel_bytes_total{direction="down"}`:                  10,
 			`tunnel_duration_seconds`:                               1,
 			`dial_duration_seconds{outcome="ok"}`:                   got[`dial_duration_seconds{outcome="ok"}`], // as many as were idle
-			`response_duration_seconds`:                             7, // heads that came
+			`response_duration_seconds`:                             7,                                          // heads that came
 			`forwarded_bytes_total{direction="down"}`:               4,
 			`dial_duration_seconds{outcome="dns"}`:                  1,
 			`dial_duration_seconds{outcome="refused"}`:              1,

@@ -620,6 +620,9 @@ func TestStatusActionsAreOff(t *testing.T) {
 func TestStatusMasksClients(t *testing.T) {
 	w := newStatusWorld(t, "allow 127.0.0.0/8", "mask_clients")
 	w.dial().connect(echoTarget(t))
+	other := freeAddress(t)
+	w.load(w.site("allow 127.0.0.0/8") + siteAt(other, "clients 192.0.2.0/24") + w.statusSite("mask_clients"))
+	policyRequest(t, other, http.MethodGet, "192.0.2.1", "")
 	stream := w.stream()
 	_, hello := stream.next()
 	_, event := stream.next()
@@ -630,9 +633,12 @@ func TestStatusMasksClients(t *testing.T) {
 		t.Errorf("hello: %s", hello)
 	}
 	for name, text := range map[string]string{"event": event, "snapshot.json": snap, "clients.json": clients, "tunnels.json": tunnels} {
-		if strings.Contains(text, `"client":"127.0.0.1"`) || !strings.Contains(text, `"client":"127.0.0.0/24"`) {
+		if strings.Contains(text, `"client":"127.0.0.1"`) || strings.Contains(text, "127.0.0.1, is none") || !strings.Contains(text, `"client":"127.0.0.0/24"`) {
 			t.Errorf("%s: %s", name, text)
 		}
+	}
+	if want := "Your address, 127.0.0.0/24, is none of this proxy's clients"; !strings.Contains(event, want) || !strings.Contains(snap, want) {
+		t.Errorf("no refusal says %q: %s", want, snap)
 	}
 	for _, path := range []string{"/clients.json?q=127.0.0.1", "/tunnels.json?q=127.0.0.1"} {
 		if res, _ := w.ask("GET", path, ""); res.StatusCode != http.StatusForbidden {
