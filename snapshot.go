@@ -517,7 +517,7 @@ func (r *refusalRing) add(info *refusalInfo) {
 func (r *refusalRing) list() []refusalInfo {
 	list := make([]refusalInfo, 0, len(r.last))
 	n := r.n.Load()
-	for i := range uint64(len(r.last)) {
+	for i := range min(n, uint64(len(r.last))) {
 		if info := r.last[(n-1-i)%uint64(len(r.last))].Load(); info != nil {
 			list = append(list, *info)
 		}
