@@ -7,9 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net/http"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -100,6 +102,79 @@ func TestFloodsOfBlockedAndUncountedClients(t *testing.T) {
 	}
 }
 
+// Whoever is blocked can be seen to be, and so unblocked, also if no limiter
+// knows it.
+func TestBlocksAreSeenWithoutABucket(t *testing.T) {
+	w := newWorld(t, "", nil)
+	other := freeAddress(t)
+	w.loadForOthers(w.site("zone one") + siteAt(other, "zone two\nipv4_prefix 24\nipv6_prefix 48"))
+	for _, name := range []string{"192.0.2.7", "2001:db8::7", "user alice"} {
+		addr, err := parseClient(name)
+		if err != nil || !blockClient(addr, time.Hour) {
+			t.Fatalf("%s is not blocked: %v", name, err)
+		}
+	}
+	for _, query := range []string{"", "limited", "limited=&sort=tokens&order=asc"} {
+		list := found(t, query)
+		names := strings.Split(list.names(), " ")
+		slices.Sort(names)
+		if got, want := strings.Join(names, " "), "192.0.2.0/24 192.0.2.7 2001:db8::/48 alice user"; got != want || list.Total != 4 {
+			t.Errorf("%q: clients %s, %d in all, want %s", query, got, list.Total, want)
+		}
+		for _, c := range list.Clients {
+			if c.BlockedUntil == nil || time.Until(*c.BlockedUntil) < 59*time.Minute || c.Tokens != float64(c.Burst) || c.Requests != 0 || !c.LastSeen.IsZero() ||
+				c.Zone != map[string]string{"192.0.2.7": "one", "192.0.2.0/24": "two", "2001:db8::/48": "two", "user alice": "two"}[c.Client] {
+				t.Errorf("%q: %+v", query, c)
+			}
+		}
+	}
+	if list := found(t, "q=Alice"); list.names() != "user alice" {
+		t.Errorf("q=Alice: %s", list.names())
+	}
+	// Those who come are one with their buckets.
+	for _, proxy := range []string{w.proxy, other} {
+		if got := w.get(proxy, "X-Forwarded-For", "192.0.2.7"); got != http.StatusTooManyRequests {
+			t.Errorf("status %d", got)
+		}
+	}
+	if list := found(t, "limited&q=192.0.2"); list.Total != 2 || list.Clients[0].Requests != 1 || list.Clients[1].Requests != 1 {
+		t.Errorf("clients %+v", list)
+	}
+	for _, c := range found(t, "limited").Clients {
+		addr, err := parseClient(c.Client)
+		if err != nil {
+			t.Error(err)
+		}
+		blockClient(addr, 0)
+	}
+	if list := found(t, "limited"); list.Total != 0 {
+		t.Errorf("blocked are still %+v", list)
+	}
+}
+
+// A client with a tunnel is seen as long as that is open.
+func TestTunnelsAreSeenWithoutABucket(t *testing.T) {
+	w := newWorld(t, "zone old", nil)
+	conn := w.dial()
+	conn.connect(echoTarget(t))
+	w.load(w.site("zone new")) // which knows nobody
+	hear(t, conn, say(t, conn, "0123456789"))
+	list := found(t, "")
+	if len(list.Clients) != 1 || list.Total != 1 {
+		t.Fatalf("clients %+v", list)
+	}
+	if c := list.Clients[0]; c.Client != "127.0.0.1" || c.Zone != "old" || c.Tunnels != 1 || c.BytesUp != 10 || c.BytesDown != 10 || time.Since(c.LastSeen) > time.Minute || c.BlockedUntil != nil {
+		t.Errorf("client %+v", c)
+	}
+	if list := found(t, "limited"); list.Total != 0 {
+		t.Errorf("limited are %+v", list)
+	}
+	w.gets(w.proxy, 200)
+	if list := found(t, ""); list.Total != 1 || list.Clients[0].Zone != "new" || list.Clients[0].Tunnels != 1 {
+		t.Errorf("clients %+v", list)
+	}
+}
+
 // A request counts once for each client that it is of, however often the limiter
 // is asked about it.
 func TestCountsByUser(t *testing.T) {
@@ -155,4 +230,74 @@ func TestCountsByUser(t *testing.T) {
 		t.Errorf("%v requests were reported, want 4", got)
 	}
 	counts("127.0.0.1 6 4, user alice 3 1")
+}
+
+func TestLastRefusals(t *testing.T) {
+	var r refusalRing
+	for n := range 250 {
+		list := r.list()
+		if len(list) != min(n, 100) {
+			t.Fatalf("after %d refusals there are %d", n, len(list))
+		}
+		for i, info := range list {
+			if info.Status != n-1-i {
+				t.Fatalf("after %d refusals, number %d is %d", n, i, info.Status)
+			}
+		}
+		r.add(&refusalInfo{Status: n})
+	}
+}
+
+// What is first is what comes first when all is sorted.
+func TestFirst(t *testing.T) {
+	for range 500 {
+		f := first[int]{n: 1 + rand.IntN(20), ascending: rand.IntN(2) == 0}
+		var keys []float64
+		for i := range rand.IntN(200) {
+			key := float64(rand.IntN(50))
+			keys = append(keys, key)
+			f.add(key, i)
+		}
+		want := make([]int, len(keys))
+		for i := range want {
+			want[i] = i
+		}
+		slices.SortStableFunc(want, func(a, b int) int {
+			if !f.ascending {
+				a, b = b, a
+			}
+			switch {
+			case keys[a] < keys[b]:
+				return -1
+			case keys[a] > keys[b]:
+				return 1
+			}
+			return 0
+		})
+		offset := rand.IntN(f.n)
+		want = want[min(offset, len(want)):min(f.n, len(want))]
+		var got []int
+		for _, k := range f.sorted(offset) {
+			got = append(got, k.value)
+		}
+		if !slices.Equal(got, want) {
+			t.Fatalf("of %v the first %d after %d, ascending %v, are %v, want %v", keys, f.n, offset, f.ascending, got, want)
+		}
+	}
+}
+
+// BenchmarkClients finds the first and the last of 50,000, which come in the
+// order that is the worst.
+func BenchmarkClients(b *testing.B) {
+	manyClients(b, 50_000)
+	for _, query := range []string{"sort=requests", "sort=requests&order=asc", "sort=requests&offset=49000", "sort=requests&order=asc&offset=49000"} {
+		b.Run(query, func(b *testing.B) {
+			values, _ := url.ParseQuery(query)
+			for b.Loop() {
+				if list, err := queryClients(values, epoch.Add(time.Hour)); err != nil || len(list.Clients) != 100 {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
 }
