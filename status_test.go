@@ -663,3 +663,38 @@ func TestMaskClient(t *testing.T) {
 		}
 	}
 }
+
+// A site that takes any Host takes also the one of a page that means harm.
+func TestActionsWithoutAHostAreWarnedAbout(t *testing.T) {
+	w := newStatusWorld(t, "", "")
+	_, port, _ := strings.Cut(strings.TrimPrefix(w.page, "http://"), ":")
+	const status = "async_proxy_status {\nactions\n}"
+	for name, tc := range map[string]struct {
+		site string // PORT stands for the port
+		want int    // warnings
+	}{
+		"no host":                 {"http://:PORT {\n" + status + "\n}", 1},
+		"no host, in a route":     {"http://:PORT {\nroute /status* {\n" + status + "\n}\n}", 1},
+		"no host, for a network":  {"http://:PORT {\n@office remote_ip 127.0.0.0/8\nroute @office {\n" + status + "\n}\n}", 1},
+		"no host, no actions":     {"http://:PORT {\nasync_proxy_status\n}", 0},
+		"a host":                  {"http://localhost:PORT {\n" + status + "\n}", 0},
+		"an address":              {"http://127.0.0.1:PORT {\n" + status + "\n}", 0},
+		"a host and all others":   {"http://localhost:PORT, http://:PORT {\n" + status + "\n}", 1},
+		"a matcher of hosts":      {"http://:PORT {\n@own host localhost\nroute @own {\n" + status + "\n}\n}", 0},
+		"no host, with passwords": {"http://:PORT {\nbasic_auth {\nbob $2a$14$Zkx19XLiW6VYouLHR5NmfOFU0z2GTNmpkT/5qqR7hx4IjWJPDhjvG\n}\n" + status + "\n}", 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w.forgetLogs()
+			w.load(w.site("") + strings.ReplaceAll(tc.site, "PORT", port) + "\n")
+			w.waitLog("async-proxy listening", 1)
+			data, err := os.ReadFile(w.logs)
+			if err != nil {
+				t.Fatal(err)
+			}
+			lines := regexp.MustCompile(`(?m)^.*DNS rebinding.*$`).FindAllString(string(data), -1)
+			if len(lines) != tc.want || tc.want > 0 && (!strings.Contains(lines[0], `"level":"warn"`) || !strings.Contains(lines[0], `"logger":"http.handlers.async_proxy_status"`)) {
+				t.Errorf("%d warnings, want %d: %v", len(lines), tc.want, lines)
+			}
+		})
+	}
+}
