@@ -19,11 +19,15 @@ func closeTunnel(id uint64) (found bool) {
 	return found
 }
 
-// refillClient gives a client full buckets, wherever it has one, and ends
-// a block. It reports whether there was something to do it to.
-func refillClient(addr netip.Addr) (found bool) {
+// refillClient gives a client a full bucket in a zone; or in all, for "", and
+// then it ends a block as well. It reports whether there was something to do
+// it to.
+func refillClient(addr netip.Addr, zone string) (found bool) {
 	limiters.Range(func(_, value any) bool {
 		l := value.(*limiter)
+		if zone != "" && zone != l.key.zone {
+			return true
+		}
 		g := l.gens.Load()
 		for _, buckets := range []*buckets{g.cur, g.old} {
 			if b, ok := buckets.Load(l.keyOf(addr)); ok {
@@ -33,7 +37,7 @@ func refillClient(addr netip.Addr) (found bool) {
 		}
 		return true
 	})
-	return unblock(addr) || found
+	return zone == "" && unblock(addr) || found
 }
 
 // blockClient has all requests of a client refused for a while; 0 ends that. It

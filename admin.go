@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"strconv"
 	"strings"
 	"time"
@@ -39,11 +40,16 @@ func (a adminAPI) Routes() []caddy.AdminRoute {
 
 func (a adminAPI) serve(w http.ResponseWriter, r *http.Request) error {
 	now := time.Now()
-	what, rest, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/async_proxy/"), "/")
+	// Names that have a slash of their own are written with %2F.
+	what, rest, _ := strings.Cut(strings.TrimPrefix(r.URL.EscapedPath(), "/async_proxy/"), "/")
 	name, verb, _ := strings.Cut(rest, "/")
 	// A network is written with a slash of its own.
 	if bits, more, _ := strings.Cut(verb, "/"); what == "clients" && isNumber(bits) {
 		name, verb = name+"/"+bits, more
+	}
+	name, err := url.PathUnescape(name)
+	if err != nil {
+		return apiError(http.StatusBadRequest, "%w", err)
 	}
 	switch {
 	case what == "stats" && rest == "":
@@ -64,7 +70,7 @@ func (a adminAPI) serve(w http.ResponseWriter, r *http.Request) error {
 			return apiError(http.StatusBadRequest, "%w", err)
 		}
 		if verb == "" {
-			return a.do(w, r, http.MethodDelete, func() bool { return refillClient(addr) })
+			return a.do(w, r, http.MethodDelete, func() bool { return refillClient(addr, r.URL.Query().Get("zone")) })
 		}
 		d, err := caddy.ParseDuration(r.URL.Query().Get("for"))
 		if r.Method == http.MethodPut && (err != nil || d <= 0) {

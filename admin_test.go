@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"strings"
 	"testing"
 	"time"
@@ -149,6 +150,20 @@ func TestAdminAPI(t *testing.T) {
 	c.api("PUT", "clients/192.0.2.1/block?for=1ms", 204, nil)
 	time.Sleep(2 * time.Millisecond)
 	get("192.0.2.1", 200)
+	c.api("DELETE", "clients/192.0.2.2?zone=another", 404, nil)
+	c.api("DELETE", "clients/192.0.2.2?zone=default", 204, nil)
+
+	// Names may have slashes, and nobody needs to have been there to be blocked.
+	for _, name := range []string{"user sales/alice", "user a//b/block", "2001:db8:1::/64"} {
+		path := "clients/" + url.PathEscape(name)
+		c.api("PUT", path+"/block?for=1h", 204, nil)
+		c.api("GET", "clients?limited&q="+url.QueryEscape(strings.ToUpper(name)), 200, &list)
+		if list.names() != name || list.Clients[0].BlockedUntil == nil {
+			t.Errorf("blocked are %+v, want %s", list, name)
+		}
+		c.api("DELETE", path, 204, nil)
+		c.api("DELETE", path, 404, nil)
+	}
 
 	var s stats
 	c.api("GET", "stats", 200, &s)
@@ -253,14 +268,19 @@ func TestActionsInSeveralZones(t *testing.T) {
 		get(proxy, "192.0.2.7", 200)
 		get(proxy, "192.0.2.7", 429)
 	}
-	if !refillClient(client) {
+	if !refillClient(client, "one") || refillClient(client, "three") {
+		t.Error("the client is not known in zone one, or is in zone three")
+	}
+	get(w.proxy, "192.0.2.7", 200)
+	get(other, "192.0.2.7", 429)
+	if !refillClient(client, "") {
 		t.Error("the client is not known")
 	}
 	get(w.proxy, "192.0.2.7", 200)
 	get(other, "192.0.2.8", 200) // the same client there
 	get(other, "192.0.2.7", 429)
 
-	if !blockClient(client, time.Hour) || !refillClient(netip.MustParseAddr("192.0.2.8")) {
+	if !blockClient(client, time.Hour) || !refillClient(netip.MustParseAddr("192.0.2.8"), "") {
 		t.Error("there is no such client")
 	}
 	get(w.proxy, "192.0.2.7", 429)

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -23,6 +24,10 @@ import (
 // watchEvery is how often --watch looks.
 const watchEvery = 2 * time.Second
 
+// shownRows is how many clients and tunnels are shown, where a terminal does not
+// say how many fit.
+const shownRows = 10
+
 // statusCommand is `caddy async-proxy status`.
 func statusCommand() *cobra.Command {
 	cmd := &cobra.Command{
@@ -31,7 +36,8 @@ func statusCommand() *cobra.Command {
 		Long: `
 Asks the admin endpoint of a running Caddy, and prints its counters, the clients
 and the tunnels that were active last. With --watch it does so every two seconds,
-on a terminal in the same place.
+on a terminal in the same place and as far as there is room, also while Caddy
+cannot be asked.
 `,
 		Args: cobra.NoArgs,
 	}
@@ -43,31 +49,76 @@ on a terminal in the same place.
 		if err != nil {
 			return caddy.ExitCodeFailedQuit, err
 		}
-		clear := flags.Bool("watch") && !flags.Bool("json") && term.IsTerminal(int(os.Stdout.Fd()))
+		watch, asJSON := flags.Bool("watch"), flags.Bool("json")
+		stdout := int(os.Stdout.Fd())
+		clear := watch && !asJSON && term.IsTerminal(stdout)
 		for {
-			shown, err := fetchStatus(address)
-			if err != nil {
+			limit, width, height := shownRows, 0, 0
+			if clear {
+				width, height, _ = term.GetSize(stdout) // 0 if it is not known
+				limit = max(limit, min(height, maxPage))
+			}
+			shown, err := fetchStatus(address, limit)
+			if err != nil && !watch {
 				return caddy.ExitCodeFailedQuit, err
 			}
 			var out bytes.Buffer
-			if flags.Bool("json") {
+			switch {
+			case err != nil && !clear:
+				fmt.Fprintf(os.Stderr, "Error: %v\n", err)
+			case err != nil:
+				fmt.Fprintf(&out, "%s: Caddy cannot be asked, trying again\n\n%s\n", time.Now().Format(time.TimeOnly), wrap(err.Error(), width))
+			case asJSON:
 				_ = json.NewEncoder(&out).Encode(shown)
-			} else {
+			default:
+				if height > 0 {
+					shown.fit(height)
+				}
 				shown.print(&out)
 			}
 			if clear {
-				// Each line is cleared behind what replaces it, so that nothing flickers.
-				fmt.Printf("\x1b[H%s\x1b[J", strings.ReplaceAll(out.String(), "\n", "\x1b[K\n"))
+				fmt.Print(screen(out.String(), width, height))
 			} else {
 				_, _ = out.WriteTo(os.Stdout)
 			}
-			if !flags.Bool("watch") {
+			if !watch {
 				return caddy.ExitCodeSuccess, nil
 			}
 			time.Sleep(watchEvery)
 		}
 	})
 	return cmd
+}
+
+// screen is what puts a text in the place of the last one, on a terminal of that
+// size. Each line is cleared behind what replaces it, so that nothing flickers.
+// What does not fit is cut off: the head is not to be scrolled away.
+func screen(text string, width, height int) string {
+	lines := strings.Split(strings.TrimSuffix(text, "\n"), "\n")
+	if height > 1 && len(lines) >= height {
+		lines = lines[:height-1]
+	}
+	var b strings.Builder
+	b.WriteString("\x1b[H")
+	for _, line := range lines {
+		if runes := []rune(line); width > 1 && len(runes) >= width {
+			line = string(runes[:width-2]) + "…"
+		}
+		b.WriteString(line + "\x1b[K\n")
+	}
+	return b.String() + "\x1b[J"
+}
+
+// wrap puts a text into lines that a terminal of that width has room for.
+func wrap(text string, width int) string {
+	if width < 2 {
+		return text
+	}
+	var lines []string
+	for line := range slices.Chunk([]rune(text), width-1) {
+		lines = append(lines, string(line))
+	}
+	return strings.Join(lines, "\n")
 }
 
 // shownStatus is what the command prints.
@@ -77,10 +128,10 @@ type shownStatus struct {
 	Tunnels tunnelList `json:"tunnels"`
 }
 
-func fetchStatus(address string) (*shownStatus, error) {
+func fetchStatus(address string, limit int) (*shownStatus, error) {
 	s := new(shownStatus)
 	for path, into := range map[string]any{
-		"stats": &s.Stats, "clients?limit=10": &s.Clients, "tunnels?limit=10&sort=idle&order=asc": &s.Tunnels,
+		"stats": &s.Stats, fmt.Sprintf("clients?limit=%d", limit): &s.Clients, fmt.Sprintf("tunnels?limit=%d&sort=idle&order=asc", limit): &s.Tunnels,
 	} {
 		res, err := caddycmd.AdminAPIRequest(address, http.MethodGet, "/async_proxy/"+path, nil, nil)
 		if err != nil {
@@ -95,6 +146,18 @@ func fetchStatus(address string) (*shownStatus, error) {
 	return s, nil
 }
 
+// otherLines are those that print writes beside clients and tunnels, at most.
+const otherLines = 13
+
+// fit leaves of clients and tunnels as many as a screen of that height has room
+// for: half of it for each, or what the others leave.
+func (s *shownStatus) fit(height int) {
+	room := max(0, height-1-otherLines)
+	clients, tunnels := len(s.Clients.Clients), len(s.Tunnels.Tunnels)
+	s.Clients.Clients = s.Clients.Clients[:min(clients, max(room-room/2, room-tunnels))]
+	s.Tunnels.Tunnels = s.Tunnels.Tunnels[:min(tunnels, max(room/2, room-clients))]
+}
+
 func (s *shownStatus) print(w io.Writer) {
 	st := &s.Stats
 	fmt.Fprintf(w, "async_proxy %s in Caddy %s, up %s, config loaded %s ago\n\n", st.Version, st.Caddy,
@@ -102,20 +165,29 @@ func (s *shownStatus) print(w io.Writer) {
 	table := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
 	fmt.Fprintf(table, "requests\t%d forwarded\t%d tunnels\t%d passed on\n", st.Requests.Forwarded, st.Requests.Tunnels, st.Requests.PassedOn)
 	fmt.Fprintf(table, "refused\t%d rate limited\t%d refused\t%d failed\n", st.Requests.RateLimited, st.Requests.Refused, st.Requests.Failed)
-	fmt.Fprintf(table, "tunnels\t%s open\t%s up\t%s down\n", ofLimit(st.Tunnels.Open, st.Tunnels.Limit), size(st.BytesUp), size(st.BytesDown))
+	fmt.Fprintf(table, "tunnels\t%s open\t%s up\t%s down\n", ofLimit(st.Tunnels.Open, st.Tunnels.Limit), size(st.Tunnels.BytesUp), size(st.Tunnels.BytesDown))
+	fmt.Fprintf(table, "traffic\t%s in all\t%s up\t%s down\n", size(st.BytesUp+st.BytesDown), size(st.BytesUp), size(st.BytesDown))
 	fmt.Fprintf(table, "clients\t%s tracked\t%d evicted\t\n", ofLimit(st.Clients.Tracked, st.Clients.Limit), st.Clients.Evicted)
 	_ = table.Flush()
 
 	fmt.Fprintf(w, "\n")
 	table = tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
-	fmt.Fprintf(table, "CLIENT\tTOKENS\tREQUESTS\tREJECTED\tTUNNELS\tUP\tDOWN\tSEEN\n")
+	zone := func(string) string { return "" }
+	if slices.ContainsFunc(s.Clients.Clients, func(c clientInfo) bool { return c.Zone != s.Clients.Clients[0].Zone }) {
+		zone = func(name string) string { return "\t" + name }
+	}
+	fmt.Fprintf(table, "CLIENT%s\tTOKENS\tREQUESTS\tREJECTED\tTUNNELS\tUP\tDOWN\tSEEN\n", zone("ZONE"))
 	for _, c := range s.Clients.Clients {
 		tokens := fmt.Sprintf("%.1f/%d", c.Tokens, c.Burst)
 		if c.BlockedUntil != nil {
 			tokens = "blocked " + age(c.BlockedUntil.Sub(st.Time))
 		}
-		fmt.Fprintf(table, "%s\t%s\t%d\t%d\t%d\t%s\t%s\t%s ago\n", c.Client, tokens, c.Requests, c.Rejections, c.Tunnels,
-			size(c.BytesUp), size(c.BytesDown), age(st.Time.Sub(c.LastSeen)))
+		seen := "never"
+		if !c.LastSeen.IsZero() {
+			seen = age(st.Time.Sub(c.LastSeen)) + " ago"
+		}
+		fmt.Fprintf(table, "%s%s\t%s\t%d\t%d\t%d\t%s\t%s\t%s\n", c.Client, zone(c.Zone), tokens, c.Requests, c.Rejections, c.Tunnels,
+			size(c.BytesUp), size(c.BytesDown), seen)
 	}
 	_ = table.Flush()
 	more(w, s.Clients.Total-len(s.Clients.Clients), "clients")

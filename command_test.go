@@ -10,6 +10,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -17,6 +18,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 )
 
 // commandStart runs `caddy async-proxy` until the test ends.
@@ -127,17 +130,102 @@ func TestCommandStatusOnATerminal(t *testing.T) {
 		}
 		return string(out)
 	}
-	run("new-session", "-d", "-x", "100", "-y", "30", caddyBinary(t)+" async-proxy status --watch --address "+w.logs)
+	run("new-session", "-d", "-x", "80", "-y", "24", "env LC_ALL=C.UTF-8 "+caddyBinary(t)+" async-proxy status --watch --address "+w.logs)
 	defer func() { _ = exec.Command(tmux, "-S", socket, "kill-server").Run() }()
-	shows := func(what string) {
+	shows := func(what string) string {
 		t.Helper()
-		eventually(t, what+" on the screen", func() bool { return strings.Contains(run("capture-pane", "-p"), what) })
+		var screen string
+		eventually(t, what+" on the screen", func() bool {
+			screen = run("capture-pane", "-p")
+			return strings.Contains(screen, what)
+		})
+		return screen
 	}
 	shows("0 forwarded")
 	policyRequest(t, w.proxy, http.MethodGet, w.origin.Listener.Addr().String(), "")
-	shows("1 forwarded")
-	if screen := run("capture-pane", "-p"); strings.Count(screen, "forwarded") != 1 || strings.Contains(screen, "\x1b") {
+	if screen := shows("1 forwarded"); strings.Count(screen, "forwarded") != 1 || strings.Contains(screen, "\x1b") {
 		t.Errorf("the screen:\n%s", screen)
+	}
+
+	// More than fits leaves the head where it is.
+	for i := range 20 {
+		from := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 1, byte(i))}}
+		conn, err := from.Dial("tcp4", w.proxy)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		fmt.Fprintf(conn, "CONNECT %s HTTP/1.1\r\nHost: x\r\n\r\n", w.origin.Listener.Addr())
+	}
+	screen := shows("and 15 more tunnels")
+	lines := strings.Split(strings.TrimRight(screen, "\n"), "\n")
+	if len(lines) > 23 || !strings.HasPrefix(lines[0], "async_proxy ") || !strings.HasSuffix(lines[len(lines)-1], "more tunnels") ||
+		!strings.Contains(screen, "and 16 more clients") {
+		t.Errorf("the screen of %d lines:\n%s", len(lines), screen)
+	}
+
+	// Caddy is started anew.
+	if _, err := caddycmd.AdminAPIRequest(w.logs, http.MethodPost, "/stop", nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	if screen := shows("Caddy cannot be asked"); !strings.Contains(strings.ReplaceAll(screen, "\n", ""), "--address names another admin endpoint") {
+		t.Errorf("the screen:\n%s", screen)
+	}
+	cmd := commandOf(t, "async-proxy", "--listen", w.proxy, "--admin", w.logs)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	if screen := shows("0 forwarded"); strings.Contains(screen, "cannot be asked") || strings.Contains(screen, "more clients") {
+		t.Errorf("the screen:\n%s", screen)
+	}
+}
+
+func TestStatusFits(t *testing.T) {
+	for _, tc := range []struct{ height, clients, tunnels, wantClients, wantTunnels int }{
+		{24, 100, 100, 5, 5}, {25, 100, 100, 6, 5}, {24, 2, 100, 2, 8}, {24, 100, 1, 9, 1}, {24, 0, 0, 0, 0}, {50, 3, 4, 3, 4}, {14, 9, 9, 0, 0}, {1, 9, 9, 0, 0},
+	} {
+		s := shownStatus{Clients: clientList{make([]clientInfo, tc.clients), 200}, Tunnels: tunnelList{make([]tunnelInfo, tc.tunnels), 200}}
+		s.fit(tc.height)
+		if clients, tunnels := len(s.Clients.Clients), len(s.Tunnels.Tunnels); clients != tc.wantClients || tunnels != tc.wantTunnels {
+			t.Errorf("of %d clients and %d tunnels there are %d and %d in %d lines, want %d and %d", tc.clients, tc.tunnels, clients, tunnels, tc.height, tc.wantClients, tc.wantTunnels)
+		}
+		var out strings.Builder
+		s.print(&out)
+		if n := strings.Count(out.String(), "\n"); tc.height > 13 && n > tc.height-1 {
+			t.Errorf("%d lines are printed for a screen of %d", n, tc.height)
+		}
+	}
+	if got, want := screen("one\ntwo and more\nthree\nfour\n", 8, 4), "\x1b[Hone\x1b[K\ntwo an…\x1b[K\nthree\x1b[K\n\x1b[J"; got != want {
+		t.Errorf("the screen gets %q, want %q", got, want)
+	}
+}
+
+// What is printed of tunnels, of all traffic, and of clients in several zones.
+func TestStatusPrints(t *testing.T) {
+	var s shownStatus
+	s.Stats.Time = time.Now()
+	s.Stats.Tunnels.Open, s.Stats.Tunnels.BytesUp, s.Stats.Tunnels.BytesDown = 1, 2000, 3000
+	s.Stats.BytesUp, s.Stats.BytesDown = 12_000, 23_000
+	blocked := s.Stats.Time.Add(time.Minute)
+	s.Clients.Clients = []clientInfo{{Client: "192.0.2.1", Zone: "one", Burst: 3, LastSeen: s.Stats.Time.Add(-time.Minute)}, {Client: "192.0.2.1", Zone: "one", Burst: 3, BlockedUntil: &blocked}}
+	for range 2 {
+		var out strings.Builder
+		s.print(&out)
+		text := strings.Join(strings.Fields(out.String()), " ")
+		zones := s.Clients.Clients[1].Zone == "two"
+		for what, want := range map[string]bool{
+			"tunnels 1 open 2.0 kB up 3.0 kB down": true, "traffic 35 kB in all 12 kB up 23 kB down": true,
+			"CLIENT TOKENS": !zones, "CLIENT ZONE TOKENS": zones, "192.0.2.1 0.0/3": !zones, "192.0.2.1 one 0.0/3": zones, "192.0.2.1 two blocked 1m": zones, "0 B 1m ago": true, "0 B never": true,
+		} {
+			if strings.Contains(text, what) != want {
+				t.Errorf("%q: %v, want %v, in\n%s", what, !want, want, out.String())
+			}
+		}
+		s.Clients.Clients[1].Zone = "two"
 	}
 }
 

@@ -24,7 +24,8 @@ var established = []byte("HTTP/1.1 200 Connection Established\r\n\r\n")
 // connect opens a tunnel to the target of a CONNECT request. The target is
 // dialled first, so that a failure is an answer like any other. It returns the
 // status for the log.
-func (h *Handler) connect(w http.ResponseWriter, r *http.Request, from caller) (int, error) {
+func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *visit) (int, error) {
+	from := v.caller
 	target, err := parseAuthority(r.RequestURI)
 	if err != nil {
 		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "CONNECT wants a host and a port, such as example.com:443: %v.", err)
@@ -42,7 +43,7 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, from caller) (
 	}
 	t := h.newTunnel(from, target, r.Proto, far)
 	if r.ProtoMajor > 1 {
-		return h.connectStream(w, r, t)
+		return h.connectStream(w, r, v, t)
 	}
 	near, early, err := hijack(w)
 	if err != nil {
@@ -77,9 +78,10 @@ func (h *Handler) withParentFields(r *http.Request, from caller, target string) 
 
 // connectStream runs a tunnel on a stream of HTTP/2 or HTTP/3, which lasts as
 // long as its handler does.
-func (h *Handler) connectStream(w http.ResponseWriter, r *http.Request, t *tunnel) (int, error) {
+func (h *Handler) connectStream(w http.ResponseWriter, r *http.Request, v *visit, t *tunnel) (int, error) {
 	clear(w.Header()) // Server and Alt-Svc are not the target's
 	w.WriteHeader(http.StatusOK)
+	v.count(nil)
 	near := newStreamPeer(w, r)
 	t.near = near
 	t.run() // flushes the answer when it is ready for more

@@ -27,10 +27,22 @@ func TestContribNamesMetrics(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	labels := make(map[string]map[string][]string) // by metric, the labels and their values
 	var names []string
 	for _, family := range families {
 		names = append(names, family.GetName())
+		values := map[string][]string{"instance": nil, "job": nil}
+		for _, metric := range family.Metric {
+			for _, label := range metric.Label {
+				values[label.GetName()] = append(values[label.GetName()], label.GetValue())
+			}
+			if metric.Histogram != nil {
+				values["le"] = nil
+			}
+		}
+		labels[family.GetName()] = values
 	}
+	labels["caddy_async_proxy_refusals_total"]["reason"] = nil // there are many
 	asked := func(file string) []string {
 		data, err := os.ReadFile(file)
 		if err != nil {
@@ -39,15 +51,9 @@ func TestContribNamesMetrics(t *testing.T) {
 		if strings.HasSuffix(file, ".json") && !json.Valid(data) {
 			t.Errorf("%s is no JSON", file)
 		}
-		var list []string
-		for _, name := range regexp.MustCompile(`caddy_async_proxy_\w+`).FindAllString(string(data), -1) {
-			for _, suffix := range []string{"_bucket", "_count", "_sum"} {
-				name = strings.TrimSuffix(name, suffix)
-			}
-			if !slices.Contains(names, name) {
-				t.Errorf("%s asks for %s, which there is not", file, name)
-			}
-			list = append(list, name)
+		list, wrong := contribAsks(string(data), labels)
+		for _, what := range wrong {
+			t.Errorf("%s asks for %s, which there is not", file, what)
 		}
 		return list
 	}
@@ -59,6 +65,74 @@ func TestContribNamesMetrics(t *testing.T) {
 	}
 	asked("contrib/prometheus/rules.yml")
 	asked("contrib/prometheus/tests.yml")
+}
+
+// contribAsks returns the metrics that are asked for in a file, and what of them
+// and their labels there is not. Labels without values have any.
+func contribAsks(text string, labels map[string]map[string][]string) (names, wrong []string) {
+	text = strings.ReplaceAll(text, `\"`, `"`) // in JSON
+	var (
+		selector = regexp.MustCompile(`(caddy_async_proxy_\w+)(?:\{([^}]*)\})?`)
+		matcher  = regexp.MustCompile(`(\w+)\s*(=~|!~|!=|=)\s*"([^"]*)"`)
+		grouping = regexp.MustCompile(`\b(?:by|without|on|ignoring)\s*\(([^)]*)\)`)
+	)
+	for line := range strings.Lines(text) {
+		var of []string // the metrics of the line
+		for _, match := range selector.FindAllStringSubmatch(line, -1) {
+			name := match[1]
+			for _, suffix := range []string{"_bucket", "_count", "_sum"} {
+				name = strings.TrimSuffix(name, suffix)
+			}
+			known, ok := labels[name]
+			if !ok {
+				wrong = append(wrong, name)
+				continue
+			}
+			names, of = append(names, name), append(of, name)
+			for _, match := range matcher.FindAllStringSubmatch(match[2], -1) {
+				label, operator, value := match[1], match[2], match[3]
+				values, ok := known[label]
+				if !ok {
+					wrong = append(wrong, name+" by "+label)
+				}
+				alternatives := []string{value}
+				if strings.HasSuffix(operator, "~") {
+					alternatives = strings.Split(value, "|")
+				}
+				for _, value := range alternatives {
+					if values != nil && !slices.Contains(values, value) {
+						wrong = append(wrong, name+" with "+label+" "+value)
+					}
+				}
+			}
+		}
+		for _, match := range grouping.FindAllStringSubmatch(line, -1) {
+			for label := range strings.FieldsFuncSeq(match[1], func(c rune) bool { return c == ',' || c == ' ' }) {
+				if len(of) > 0 && !slices.ContainsFunc(of, func(name string) bool { _, ok := labels[name][label]; return ok }) {
+					wrong = append(wrong, of[0]+" by "+label)
+				}
+			}
+		}
+	}
+	return names, wrong
+}
+
+func TestContribAsks(t *testing.T) {
+	labels := map[string]map[string][]string{"caddy_async_proxy_a": {"kind": {"x", "y"}, "instance": nil}, "caddy_async_proxy_b": {"le": nil}}
+	for text, want := range map[string]string{
+		`sum by (kind) (rate(caddy_async_proxy_a{kind=~"x|y",instance="$i"}[5m]))`: "",
+		`sum by (le) (caddy_async_proxy_b_bucket)`:                                 "",
+		`caddy_async_proxy_c`:                              "caddy_async_proxy_c",
+		`caddy_async_proxy_a{sort="x"}`:                    "caddy_async_proxy_a by sort",
+		`{"expr": "caddy_async_proxy_a{kind=\"z\"}"}`:      "caddy_async_proxy_a with kind z",
+		`caddy_async_proxy_a{kind!~"x|z"}`:                 "caddy_async_proxy_a with kind z",
+		`sum by (kind, sort) (caddy_async_proxy_a)`:        "caddy_async_proxy_a by sort",
+		`sum by (instance, le) (caddy_async_proxy_a) == 1`: "caddy_async_proxy_a by le",
+	} {
+		if _, wrong := contribAsks(text, labels); strings.Join(wrong, ", ") != want {
+			t.Errorf("%s: %q, want %q", text, wrong, want)
+		}
+	}
 }
 
 func TestContribRules(t *testing.T) {

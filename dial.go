@@ -194,8 +194,13 @@ func newResolver(addresses []string) (*net.Resolver, error) {
 }
 
 // statusClientClosedRequest is for logs only: the client left before there was
-// an answer. The number is nginx's.
+// an answer, or all of it. The number is nginx's.
 const statusClientClosedRequest = 499
+
+// clientLeft is for a client that gets no answer, or none any more.
+func clientLeft(err error) *refusal {
+	return refuse(statusClientClosedRequest, "connection_terminated", err, "the client left")
+}
 
 // dialRefusal says to the client why there is no connection to host. ctx is
 // the request's.
@@ -211,7 +216,7 @@ func dialRefusal(ctx context.Context, err error, host string) *refusal {
 	}
 	switch {
 	case ctx.Err() != nil:
-		return refuse(statusClientClosedRequest, "connection_terminated", context.Cause(ctx), "the client left")
+		return clientLeft(context.Cause(ctx))
 	case errors.As(err, &denied):
 		return refuse(http.StatusForbidden, denied.kind, err, "%s is out of bounds for this proxy's clients: %s.", host, denied.why)
 	case parent != nil:

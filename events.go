@@ -11,7 +11,8 @@ import (
 )
 
 // eventLimited is the event of a client that finds no token, for the handlers
-// of Caddy's events app. A client that goes on has one a minute.
+// of Caddy's events app. A client has one a minute at most, unless it is
+// forgotten early.
 const (
 	eventLimited  = "rate_limited"
 	eventInterval = time.Minute

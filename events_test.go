@@ -105,3 +105,27 @@ func TestEventOnceAMinute(t *testing.T) {
 		}
 	}
 }
+
+// That is so for buckets, too, that are full again long before, when others have
+// come in between.
+func TestEventOnceAMinuteOfABucketThatFillsSooner(t *testing.T) {
+	s := newSomeone(t, 1, 1)
+	limited := func() (event bool) {
+		s.allowed(1)
+		return s.l.take(s.addr, int64(s.now)).event
+	}
+	if !limited() {
+		t.Error("there is no event at first")
+	}
+	for range 11 {
+		s.passes(5 * time.Second)
+		s.l.take(loopback(5), int64(s.now))
+	}
+	if limited() {
+		t.Errorf("another event at %v", s.now)
+	}
+	s.passes(5 * time.Second)
+	if !limited() {
+		t.Errorf("there is no event at %v", s.now)
+	}
+}

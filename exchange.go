@@ -55,6 +55,7 @@ type clientBody struct {
 	r       io.Reader
 	length  int64        // < 0: not known, so that it is sent in chunks
 	read    atomic.Int64 // how much has come
+	count   func(n int64)
 	failure atomic.Pointer[bodyError]
 }
 
@@ -67,6 +68,7 @@ func (e *bodyError) Unwrap() error { return e.error }
 // its length with the one that was announced, which is what the origin is told.
 func (b *clientBody) Read(p []byte) (int, error) {
 	n, err := b.r.Read(p)
+	b.count(int64(n))
 	switch read := b.read.Add(int64(n)); {
 	case b.length >= 0 && read > b.length:
 		n, err = 0, errors.New("the content is longer than its Content-Length")

@@ -52,6 +52,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "This request would get a Host field that is not valid; the option header_up makes it.")
 	}
 	if out.body != nil {
+		out.body.count = func(n int64) { h.countForwarded(from.bucket, n, 0) }
 		control := http.NewResponseController(w)
 		out.stopBody = func() { _ = control.SetReadDeadline(time.Unix(1, 0)) }
 		if r.ProtoMajor == 1 {
@@ -87,10 +88,10 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 	defer x.finish(false)
 	start := time.Now()
 	res, err := x.do(out)
-	metrics.responses.Observe(time.Since(start).Seconds())
 	if err != nil {
 		return 0, forwardRefusal(r, err)
 	}
+	metrics.responses.Observe(time.Since(start).Seconds())
 	if res.StatusCode == http.StatusProxyAuthRequired && pool == h.parentOrigins {
 		// Not the client's affair, who has no credentials for the parent.
 		return 0, dialRefusal(r.Context(), &parentError{res.StatusCode, errors.New("it asks for credentials")}, r.Host)
@@ -263,9 +264,12 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, out *outgoing,
 		}
 	}
 	w.WriteHeader(res.StatusCode)
-	copied, err := copyBody(w, res)
-	h.countForwarded(from.bucket, max(0, r.ContentLength), copied)
-	if err != nil {
+	err := copyBody(w, res, func(n int64) { h.countForwarded(from.bucket, 0, n) })
+	var gone *clientError
+	switch {
+	case errors.As(err, &gone) || err != nil && r.Context().Err() != nil:
+		return clientLeft(err)
+	case err != nil:
 		_ = http.NewResponseController(w).Flush() // what has come before is the client's
 		return brokenOff{err}
 	}
@@ -305,31 +309,45 @@ func (e brokenOff) Error() string        { return "the response broke off: " + e
 func (e brokenOff) Unwrap() error        { return e.error }
 func (e brokenOff) Is(target error) bool { return target == http.ErrAbortHandler }
 
+// clientError is the client's failure to take an answer.
+type clientError struct{ error }
+
+func (e *clientError) Unwrap() error { return e.error }
+
+// toClient makes a failure that of the client.
+func toClient(err error) error {
+	if err != nil {
+		err = &clientError{err}
+	}
+	return err
+}
+
 const copyBuffer = 32 << 10
 
 // copyBuffers are what bodies are copied through.
 var copyBuffers = sync.Pool{New: func() any { return new([copyBuffer]byte) }}
 
-// copyBody copies the body of a response, says how much of it, and flushes what has come whenever
-// there may be a wait for more.
-func copyBody(w http.ResponseWriter, res *http.Response) (copied int64, err error) {
+// copyBody copies the body of a response, counts what has passed part by part,
+// and flushes what has come whenever there may be a wait for more.
+func copyBody(w http.ResponseWriter, res *http.Response, count func(n int64)) error {
 	body, own := res.Body.(*originBody)
 	if own {
 		if rest, ok := body.rest(); ok {
 			if len(rest) == 0 { // a status that has no content forbids even that
-				return 0, nil
+				return nil
 			}
 			n, err := w.Write(rest)
-			return int64(n), err
+			count(int64(n))
+			return toClient(err)
 		}
-		if done, err := body.splice(w); done || err != nil {
-			return max(0, res.ContentLength-body.left), err
+		if done, err := body.splice(w, count); done || err != nil {
+			return err
 		}
 	}
 	control := http.NewResponseController(w)
 	if !own || body.r.Buffered() == 0 {
 		if err := control.Flush(); err != nil {
-			return 0, err
+			return toClient(err)
 		}
 	}
 	buf := copyBuffers.Get().(*[copyBuffer]byte)
@@ -339,20 +357,20 @@ func copyBody(w http.ResponseWriter, res *http.Response) (copied int64, err erro
 		n, err := res.Body.Read(buf[:])
 		if n > 0 {
 			if _, err := w.Write(buf[:n]); err != nil {
-				return copied, err
+				return toClient(err)
 			}
-			copied += int64(n)
+			count(int64(n))
 			left -= int64(n)
 		}
 		if err == io.EOF {
-			return copied, nil
+			return nil
 		}
 		if err != nil {
-			return copied, err
+			return err
 		}
 		if n > 0 && left != 0 && (!own || body.r.Buffered() == 0) {
 			if err := control.Flush(); err != nil {
-				return copied, err
+				return toClient(err)
 			}
 		}
 	}

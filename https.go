@@ -96,6 +96,7 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 		}
 		return 0, forwardRefusal(r, err)
 	}
+	metrics.responses.Observe(time.Since(start).Seconds())
 	defer res.Body.Close()
 	if res.StatusCode < 200 {
 		return 0, forwardRefusal(r, protocolError("the response has a status that ends no exchange"))

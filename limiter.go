@@ -14,6 +14,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"go.uber.org/zap"
 )
 
 // Limiter is what a module of the namespace http.async_proxy.limiters has to
@@ -77,48 +78,60 @@ func (h *Handler) ask(ctx context.Context, client netip.Addr, now int64, look bo
 	wait, err := h.shared.Take(ctx, h.limiter.shared(client))
 	switch {
 	case err != nil:
-		h.limiter.giveBack(client, now)
-		return verdict{err: err}
+		return h.limiter.giveBack(client, now).refuse(0, now, err)
 	case wait > 0:
-		return h.limiter.learn(client, now, wait)
+		return h.limiter.learn(client, now, wait).refuse(int64(wait), now, nil)
 	}
 	return own
+}
+
+// pay takes one of the client's tokens, as ask does, for a request that is
+// refused in any case.
+func (h *Handler) pay(ctx context.Context, client netip.Addr, now int64) {
+	if h.shared != nil && h.shared.Suspended() || !h.limiter.pay(client, now) || h.shared == nil {
+		return
+	}
+	wait, err := h.shared.Take(ctx, h.limiter.shared(client))
+	switch {
+	case err != nil:
+		h.limiter.giveBack(client, now)
+	case wait > 0:
+		h.limiter.learn(client, now, wait)
+	}
 }
 
 // shared is the client's bucket as others know it.
 func (l *limiter) shared(client netip.Addr) Bucket {
 	b := Bucket{Zone: l.key.zone, Burst: l.key.burst, Interval: time.Duration(l.interval)}
-	bits := l.key.v6
-	if client.Is4() {
-		bits = l.key.v4
-	}
 	if b.User = client.Zone(); b.User == "" {
-		b.Client = netip.PrefixFrom(client, bits)
+		b.Client = netip.PrefixFrom(client, l.key.bits(client))
 	}
 	return b
 }
 
-// giveBack returns a token that was taken for a request that is refused for
-// another reason.
-func (l *limiter) giveBack(client netip.Addr, now int64) {
-	l.bucket(client, now).full.Add(-l.interval)
+// giveBack returns a token to the client's bucket that was taken for a request
+// that is refused for another reason.
+func (l *limiter) giveBack(client netip.Addr, now int64) *bucket {
+	b := l.bucket(client, now)
+	b.full.Add(-l.interval)
+	return b
 }
 
 // learn makes the client's bucket what the shared one is, which has no token for
 // as long as wait, for a request that is refused after all. now is when the
 // request came: a wait that began a little later is over a little later than the
 // one that is learned, and never before it.
-func (l *limiter) learn(client netip.Addr, now int64, wait time.Duration) verdict {
+func (l *limiter) learn(client netip.Addr, now int64, wait time.Duration) *bucket {
 	b := l.bucket(client, now)
 	b.full.Store(now + l.fill - l.interval + int64(wait))
-	return b.refuse(int64(wait), now)
+	return b
 }
 
 // errBlocked is why a client of whom the operator has had enough is refused.
 var errBlocked = errors.New("the client is blocked")
 
 // refuseUncounted answers a request that the shared limiter cannot count, or
-// that is not even to be counted.
+// whose client is blocked. As with refuseLimited, a line stands for many.
 func (h *Handler) refuseUncounted(w http.ResponseWriter, r *http.Request, v *visit, verdict verdict) error {
 	f := refuse(http.StatusServiceUnavailable, "proxy_internal_error", verdict.err, "The proxy cannot count this request, as it has to; try again in a moment.")
 	if verdict.err == errBlocked {
@@ -126,8 +139,10 @@ func (h *Handler) refuseUncounted(w http.ResponseWriter, r *http.Request, v *vis
 	}
 	v.status, v.reason = f.status, f.kind
 	v.count(f)
-	v.refused(f.status, f.kind, f.text)
-	h.logRequest(r, v, f.err)
+	if verdict.refused > 0 {
+		v.refused(f.status, f.kind, f.text)
+		h.logRequest(r, v, f.err, zap.Int64("refused", verdict.refused))
+	}
 	w.Header()["Retry-After"] = []string{strconv.FormatInt(ceilSeconds(verdict.wait), 10)}
 	return h.answer(w, r, f)
 }

@@ -39,7 +39,7 @@ const (
 	outcomeLimited                 // no token left
 	outcomeRefused                 // another 4xx of the proxy's own, or 508
 	outcomeFailed                  // another 5xx of its own, or a response that broke off
-	outcomeCanceled                // the client left before there was an answer
+	outcomeCanceled                // the client left before it had an answer, or all of it
 	outcomes
 )
 
@@ -128,8 +128,13 @@ func registerMetrics(registry *prometheus.Registry) error {
 	return nil
 }
 
-// count counts a request that has its answer. err is what ServeHTTP makes of it.
+// count counts a request that has its answer, once. err is what ServeHTTP makes
+// of it.
 func (v *visit) count(err error) {
+	if v.counted {
+		return
+	}
+	v.counted = true
 	o := outcomeOK
 	var f *refusal
 	switch {
@@ -143,7 +148,7 @@ func (v *visit) count(err error) {
 		o = outcomeFailed
 	}
 	metrics.requests[v.kind][o].Inc()
-	if f != nil {
+	if f != nil && o != outcomeCanceled {
 		metrics.refusals.WithLabelValues(f.kind).Inc()
 	} else if v.limited {
 		metrics.refusals.WithLabelValues(deniedRequest).Inc()
@@ -182,8 +187,11 @@ func (t *tunnel) count() {
 	t.owner.limiter.countBytes(t.bucket, t.up.Load(), t.down.Load())
 }
 
-// countForwarded counts the content of a request and its response.
+// countForwarded counts a part of the content of a request or its response.
 func (h *Handler) countForwarded(client netip.Addr, up, down int64) {
+	if up+down == 0 {
+		return
+	}
 	metrics.forwardedUp.Add(float64(up))
 	metrics.forwardedDown.Add(float64(down))
 	h.limiter.countBytes(client, up, down)

@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
@@ -139,7 +140,7 @@ func TestMetricsCount(t *testing.T) {
 			`tunnel_bytes_total{direction="down"}`:                  10,
 			`tunnel_duration_seconds`:                               1,
 			`dial_duration_seconds{outcome="ok"}`:                   got[`dial_duration_seconds{outcome="ok"}`], // as many as were idle
-			`response_duration_seconds`:                             9,
+			`response_duration_seconds`:                             7,                                          // heads that came
 			`forwarded_bytes_total{direction="down"}`:               4,
 			`dial_duration_seconds{outcome="dns"}`:                  1,
 			`dial_duration_seconds{outcome="refused"}`:              1,
@@ -214,5 +215,109 @@ func TestMetricsExposition(t *testing.T) {
 	}
 	if got != string(want) {
 		t.Errorf("the exposition is not that of %s but\n%s", golden, got)
+	}
+}
+
+// since returns what has grown, apart from what is there at the moment and how
+// long things took.
+func since(t *testing.T, before map[string]float64) map[string]float64 {
+	t.Helper()
+	grown := make(map[string]float64)
+	for name, value := range gathered(t) {
+		if (strings.HasPrefix(name, "requests_total") || strings.HasPrefix(name, "refusals_total") || strings.HasPrefix(name, "forwarded_bytes")) && value != before[name] {
+			grown[name] = value - before[name]
+		}
+	}
+	return grown
+}
+
+// A client that leaves is nobody's failure, whenever it does.
+func TestMetricsOfAClientThatLeaves(t *testing.T) {
+	const some = 1 << 20
+	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/never" {
+			<-r.Context().Done()
+			return
+		}
+		if strings.HasPrefix(r.URL.Path, "/length") { // else in chunks
+			w.Header().Set("Content-Length", fmt.Sprint(1<<40))
+		}
+		for part := make([]byte, some); ; {
+			if _, err := w.Write(part); err != nil {
+				return
+			}
+			if strings.HasSuffix(r.URL.Path, "/some") {
+				_ = http.NewResponseController(w).Flush()
+				<-r.Context().Done()
+				return
+			}
+		}
+	}))
+	for _, path := range []string{"/never", "/length", "/length/some", "/chunks", "/chunks/some"} {
+		t.Run(path, func(t *testing.T) {
+			w.forgetLogs()
+			before := gathered(t)
+			conn := w.dial()
+			conn.send(fmt.Sprintf("GET %s%s HTTP/1.1\nHost: x\n\n", w.origin.URL, path))
+			if path != "/never" {
+				res, err := http.ReadResponse(conn.r, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if _, err := io.CopyN(io.Discard, res.Body, some); err != nil {
+					t.Fatal(err)
+				}
+				eventually(t, "the bytes to be counted while there are more", func() bool { return since(t, before)[`forwarded_bytes_total{direction="down"}`] >= some })
+			}
+			conn.Close()
+			if line := w.waitLog("request", 1)[0]; line["level"] != "info" || line["status"] != 499.0 || line["reason"] != "connection_terminated" {
+				t.Errorf("line %v", line)
+			}
+			grown := since(t, before)
+			delete(grown, `forwarded_bytes_total{direction="down"}`)
+			if want := map[string]float64{`requests_total{kind="forward",outcome="canceled"}`: 1}; !maps.Equal(grown, want) {
+				t.Errorf("what has grown is %v, want %v", grown, want)
+			}
+		})
+	}
+}
+
+// The content of requests counts as it is read, however it comes.
+func TestMetricsOfUploads(t *testing.T) {
+	const size = 100_000
+	w := newWorld(t, "zone uploads", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) }))
+	for i, body := range []io.Reader{strings.NewReader(strings.Repeat("x", size)), io.MultiReader(strings.NewReader(strings.Repeat("x", size)))} {
+		before := gathered(t)
+		res, err := w.client().Post(w.origin.URL, "text/plain", body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		res.Body.Close()
+		w.waitLog("request", i+1)
+		if got := since(t, before)[`forwarded_bytes_total{direction="up"}`]; got != size {
+			t.Errorf("upload %d: %v bytes were counted, want %d", i, got, size)
+		}
+		list, err := queryClients(nil, time.Now())
+		if err != nil || len(list.Clients) != 1 || list.Clients[0].BytesUp != int64(i+1)*size {
+			t.Errorf("upload %d: %v, %+v", i, err, list)
+		}
+	}
+}
+
+// A tunnel counts when it opens, whatever it came by.
+func TestMetricsOfTunnelsThatAreOpen(t *testing.T) {
+	w := newTunnelWorld(t, tunnelSetup{})
+	for _, protocol := range tunnelProtocols {
+		before := gathered(t)
+		conn := w.client(t, protocol).open(echoTarget(t))
+		hear(t, conn, say(t, conn, "hello"))
+		// Over HTTP/1 the answer may be there before the handler has returned.
+		want := map[string]float64{`requests_total{kind="tunnel",outcome="ok"}`: 1}
+		eventually(t, protocol+" to count", func() bool { return maps.Equal(since(t, before), want) })
+		conn.Close()
+		eventually(t, "the tunnel to end", func() bool { return gathered(t)["tunnels"] == 0 })
+		if grown := since(t, before); !maps.Equal(grown, want) {
+			t.Errorf("%s: after its end %v has grown, want %v", protocol, grown, want)
+		}
 	}
 }

@@ -51,7 +51,7 @@ func init() {
 // `{http.async_proxy.user}` | The user, if the client has shown to be one
 // `{http.async_proxy.method}` | The method of the request
 // `{http.async_proxy.host}` | The host and port that the request is for
-// `{http.async_proxy.status}` | The status of the answer; 499 if the client left before
+// `{http.async_proxy.status}` | The status of the answer; 499 if the client left before it had it, or all of it
 // `{http.async_proxy.latency}` | How long the answer took, as a duration
 // `{http.async_proxy.reason}` | For an answer of the proxy's own, the error type of RFC 9209
 type Handler struct {
@@ -465,15 +465,20 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 		if f := h.enter(w, r, v); f != nil {
 			err = f
 		}
-		if byUser { // a failed login takes the client's token, any other request the user's
-			if verdict := h.take(r, v, false); !verdict.ok && err == nil {
+		switch { // a failed login takes the client's token, any other request the user's
+		case byUser && err != nil:
+			if !h.exempt.Contains(v.addr) {
+				h.pay(r.Context(), v.bucket, sinceEpoch(v.start))
+			}
+		case byUser:
+			if verdict := h.take(r, v, false); !verdict.ok {
 				return h.refuseLimited(w, r, v, verdict)
 			}
 		}
 		switch {
 		case err != nil:
 		case connect:
-			v.status, err = h.connect(w, r, v.caller)
+			v.status, err = h.connect(w, r, v)
 		default:
 			v.status, err = h.forward(w, r, v.caller)
 		}
@@ -507,14 +512,17 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 // is one.
 func (h *Handler) take(r *http.Request, v *visit, look bool) verdict {
 	if wait := h.tunnels.blocked(v.bucket, sinceEpoch(v.start)); wait > 0 {
-		return verdict{wait: wait, err: errBlocked}
+		return h.limiter.block(v.bucket, sinceEpoch(v.start), wait)
 	}
 	if h.exempt.Contains(v.addr) {
 		return verdict{ok: true}
 	}
 	verdict := h.ask(r.Context(), v.bucket, sinceEpoch(v.start), look)
 	if !verdict.ok && slices.Contains(h.ReportOnly, "limits") {
-		metrics.reported.WithLabelValues("limits").Inc()
+		if !v.reported {
+			metrics.reported.WithLabelValues("limits").Inc()
+			v.reported = true
+		}
 		if verdict.refused > 0 {
 			h.logLimited(r, v, verdict, true)
 		}

@@ -26,7 +26,9 @@ type visit struct {
 	status int
 	reason string // of an answer of the proxy's own: the error type of RFC 9209
 
-	limited bool // refused for want of a token
+	counted  bool // is in the metrics
+	limited  bool // refused for want of a token
+	reported bool // would have been, and is counted as that
 }
 
 // newVisit begins a request, whose visit the placeholders speak of.
@@ -65,7 +67,7 @@ func (v *visit) placeholder(key string) (any, bool) {
 // logRequest writes the line of a request that was answered, without its query,
 // which may hold secrets. A tunnel has lines of its own. err is what went wrong,
 // if anything did.
-func (h *Handler) logRequest(r *http.Request, v *visit, err error) {
+func (h *Handler) logRequest(r *http.Request, v *visit, err error, more ...zap.Field) {
 	if r.Method == http.MethodConnect && v.status == http.StatusOK {
 		return
 	}
@@ -99,7 +101,7 @@ func (h *Handler) logRequest(r *http.Request, v *visit, err error) {
 	if err != nil {
 		fields = append(fields, zap.Error(err))
 	}
-	c.Write(fields...)
+	c.Write(append(fields, more...)...)
 }
 
 // logLimited writes the line of a refusal by the limiter, which may stand for

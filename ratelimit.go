@@ -56,13 +56,15 @@ type limiterKey struct {
 // more than half of max_clients come in that time is a generation dropped
 // early; those of its clients that have not come since, the longest idle, then
 // find a full bucket. Memory is bounded, and no newcomer is ever locked out.
+// Buckets that fill in less than a minute live for a minute, as it is in them
+// that a client's last event is noted.
 //
 // All methods are safe for concurrent use.
 type limiter struct {
 	key      limiterKey
 	interval int64 // nanoseconds from one token to the next
 	fill     int64 // nanoseconds from empty to full: burst × interval
-	period   int64 // nanoseconds between rotations; at least fill
+	period   int64 // nanoseconds between rotations; at least fill, and eventInterval
 	half     int   // clients in a generation that force a rotation
 	gens     atomic.Pointer[generations]
 	forced   atomic.Int64 // clients forgotten early, since max_clients was reached
@@ -86,7 +88,7 @@ type bucket struct {
 
 	// For those who look. A bucket that is forgotten takes them with it.
 	requests, rejections atomic.Int64
-	seen                 atomic.Int64 // when the last request came
+	seen                 atomic.Int64 // when the last request came; 0: none has
 	bytesUp, bytesDown   atomic.Int64 // of messages, and of tunnels that have ended
 }
 
@@ -102,10 +104,10 @@ const (
 // verdict is what the limiter says of one request.
 type verdict struct {
 	ok      bool
-	wait    time.Duration // if !ok: until there is a token
+	wait    time.Duration // if !ok: until there is a token, or the client is not blocked any more
 	refused int64         // if > 0: log a line, which stands for that many refusals
 	event   bool          // emit one
-	err     error         // if !ok: why the request cannot be counted, if that is the reason
+	err     error         // if !ok: why the request is refused, if not for want of a token
 }
 
 // validate says what is wrong with the parameters, if anything.
@@ -131,6 +133,14 @@ func (k limiterKey) validate() error {
 	return nil
 }
 
+// bits returns how many bits of an address make a client.
+func (k limiterKey) bits(addr netip.Addr) int {
+	if addr.Is4() {
+		return k.v4
+	}
+	return k.v6
+}
+
 // validZone reports whether a name can stand in a RateLimit field as it is.
 func validZone(name string) bool {
 	return name != "" && !strings.ContainsFunc(name, func(c rune) bool {
@@ -143,7 +153,7 @@ func newLimiter(key limiterKey) *limiter {
 	l := &limiter{key: key, half: key.maxClients / 2}
 	l.interval = max(1, int64(math.Round(float64(time.Second)/key.refill)))
 	l.fill = key.burst * l.interval
-	l.period = max(l.fill, int64(10*time.Second))
+	l.period = max(l.fill, int64(eventInterval))
 	l.gens.Store(&generations{cur: newBuckets(), old: newBuckets()})
 	return l
 }
@@ -164,10 +174,7 @@ func (l *limiter) client(addr netip.Addr) netip.Addr {
 		return addr
 	}
 	addr = addr.Unmap().WithZone("")
-	bits := l.key.v6
-	if addr.Is4() {
-		bits = l.key.v4
-	}
+	bits := l.key.bits(addr)
 	if bits == addr.BitLen() {
 		return addr
 	}
@@ -180,15 +187,34 @@ func (l *limiter) client(addr netip.Addr) netip.Addr {
 // epoch; concurrent callers may come with slightly older ones.
 func (l *limiter) take(client netip.Addr, now int64) verdict {
 	b := l.bucket(client, now)
-	b.requests.Add(1)
-	b.seen.Store(now)
+	b.came(now)
 	return b.verdict(takeToken(&b.full, now, l.interval, l.fill), now)
 }
 
 // look is take for a request that is to take its token elsewhere, if anywhere.
 func (l *limiter) look(client netip.Addr, now int64) verdict {
 	b := l.bucket(client, now)
+	b.came(now)
 	return b.verdict(max(0, b.full.Load()+l.interval-now-l.fill), now)
+}
+
+// pay is take for a request that look has seen before, and that is refused for
+// another reason in any case: it takes a token if there is one.
+func (l *limiter) pay(client netip.Addr, now int64) (paid bool) {
+	return takeToken(&l.bucket(client, now).full, now, l.interval, l.fill) == 0
+}
+
+// block refuses a request of a client that is blocked for that long.
+func (l *limiter) block(client netip.Addr, now int64, wait time.Duration) verdict {
+	b := l.bucket(client, now)
+	b.came(now)
+	return b.refuse(int64(wait), now, errBlocked)
+}
+
+// came notes that a request has come.
+func (b *bucket) came(now int64) {
+	b.requests.Add(1)
+	b.seen.Store(now)
 }
 
 // verdict is what a request gets that has to wait that long for a token.
@@ -196,16 +222,20 @@ func (b *bucket) verdict(wait, now int64) verdict {
 	if wait == 0 {
 		return verdict{ok: true}
 	}
-	return b.refuse(wait, now)
+	return b.refuse(wait, now, nil)
 }
 
-// refuse is the verdict on a request that finds no token for that long.
-func (b *bucket) refuse(wait, now int64) verdict {
-	v := verdict{wait: time.Duration(wait)}
+// refuse is the verdict on a request that is refused for that long: for want of
+// a token, or for err.
+func (b *bucket) refuse(wait, now int64, err error) verdict {
+	v := verdict{wait: time.Duration(wait), err: err}
 	b.refused.Add(1)
 	b.rejections.Add(1)
 	if takeToken(&b.quiet, now, lineInterval, lineFill) == 0 {
 		v.refused = int64(b.refused.Swap(0))
+	}
+	if err != nil {
+		return v
 	}
 	if until := b.silent.Load(); now >= int64(until)*int64(time.Second) {
 		v.event = b.silent.CompareAndSwap(until, uint32(ceilSeconds(time.Duration(now)+eventInterval)))
@@ -266,9 +296,10 @@ func (l *limiter) bucket(client netip.Addr, now int64) *bucket {
 }
 
 // rotate makes the newer generation of g the older one and drops that. When
-// several callers come at once, one of them does it.
+// several callers come at once, one of them does it. What is dropped was last
+// written to when g began, and is full if that is long enough ago.
 func (l *limiter) rotate(g *generations, now int64) {
-	early := now < g.until
+	early := now < g.until-l.period+l.fill
 	if l.gens.CompareAndSwap(g, &generations{cur: newBuckets(), old: g.cur, until: now + l.period}) && early {
 		n := g.old.Size() - int(g.promoted.Load())
 		l.forced.Add(int64(n))

@@ -1033,3 +1033,19 @@ func TestBodyOfADeniedRequest(t *testing.T) {
 		}
 	}
 }
+
+// With buckets that are full again by then, the bound on memory forgets nothing.
+func TestFullBucketsAreNotForgottenEarly(t *testing.T) {
+	key := limits(2, 1)
+	key.maxClients = 100
+	l := newLimiter(key)
+	for i := range 10_000 {
+		l.take(loopback(i), int64(i)*int64(time.Second)/20)
+		if got := l.clients(); got > key.maxClients {
+			t.Fatalf("clients() = %d, want at most %d", got, key.maxClients)
+		}
+	}
+	if n := l.forced.Load(); n != 0 {
+		t.Errorf("%d clients were forgotten early, want none", n)
+	}
+}

@@ -95,7 +95,7 @@ func forwardRefusal(r *http.Request, err error) *refusal {
 	case errors.As(err, &body):
 		return refuse(http.StatusBadRequest, "http_request_error", err, "The content of the request is broken off or malformed.")
 	case r.Context().Err() != nil:
-		return refuse(statusClientClosedRequest, "connection_terminated", context.Cause(r.Context()), "the client left")
+		return clientLeft(context.Cause(r.Context()))
 	case errors.As(err, &dial):
 		return dialRefusal(r.Context(), err, host)
 	case isTLSError(err):

@@ -80,7 +80,7 @@ type clientList struct {
 	Total   int          `json:"total"`
 }
 
-// clientInfo is one bucket.
+// clientInfo is one bucket, or a client without one, whose bucket would be full.
 type clientInfo struct {
 	Client       string     `json:"client"`
 	Zone         string     `json:"zone"`
@@ -92,7 +92,7 @@ type clientInfo struct {
 	BytesUp      int64      `json:"bytes_up"`
 	BytesDown    int64      `json:"bytes_down"`
 	Tunnels      int64      `json:"tunnels"`
-	LastSeen     time.Time  `json:"last_seen"`
+	LastSeen     time.Time  `json:"last_seen,omitzero"` // zero: it never was
 	BlockedUntil *time.Time `json:"blocked_until,omitempty"`
 }
 
@@ -254,44 +254,61 @@ func readHistogram(m *dto.Metric) histogram {
 	return h
 }
 
-// first keeps the n values with the greatest keys, or, ascending, the least.
+// first finds the n values with the greatest keys, or, ascending, the least; of
+// equal ones those that were added first.
 type first[T any] struct {
 	n         int
 	ascending bool
-	list      []keyed[T]
+	added     int
+	list      []keyed[T] // once that many were added, the first n are sorted, and nothing after the last of them matters
 }
 
 type keyed[T any] struct {
 	key   float64
+	at    int
 	value T
 }
 
-func (f *first[T]) before(a, b float64) bool { return a != b && (a < b) == f.ascending }
+func (f *first[T]) compare(a, b keyed[T]) int {
+	order := cmp.Compare(a.key, b.key)
+	if !f.ascending {
+		order = -order
+	}
+	return cmp.Or(order, cmp.Compare(a.at, b.at))
+}
 
+// add sorts once for each n values that matter, and takes little time for those
+// that do not.
 func (f *first[T]) add(key float64, value T) {
-	if len(f.list) == f.n && (f.n == 0 || !f.before(key, f.list[f.n-1].key)) {
+	f.added++
+	k := keyed[T]{key, f.added, value}
+	if f.added > 2*f.n && f.compare(k, f.list[f.n-1]) > 0 {
 		return
 	}
-	at, _ := slices.BinarySearchFunc(f.list, key, func(k keyed[T], key float64) int {
-		if f.before(key, k.key) {
-			return 1
-		}
-		return -1
-	})
-	if len(f.list) < f.n {
-		f.list = append(f.list, keyed[T]{})
+	f.list = append(f.list, k)
+	if len(f.list) == 2*f.n {
+		f.list = f.sorted(0)
 	}
-	copy(f.list[at+1:], f.list[at:])
-	f.list[at] = keyed[T]{key, value}
+}
+
+// sorted returns the values, in their order, but for some at the beginning.
+func (f *first[T]) sorted(offset int) []keyed[T] {
+	slices.SortFunc(f.list, f.compare)
+	return f.list[min(offset, len(f.list)):min(f.n, len(f.list))]
 }
 
 // clientQuery says which clients are asked for.
 type clientQuery struct {
 	limit, offset int
 	limited       bool   // only those that have no token, or are blocked
-	match         string // a part of the name; "" for all
+	match         string // a part of the name, in lower case; "" for all
 	key           func(*client, int64) float64
 	ascending     bool
+}
+
+// contains reports whether a name has a part, which is in lower case.
+func contains(name, part string) bool {
+	return part == "" || strings.Contains(strings.ToLower(name), part)
 }
 
 // client is a bucket and whose it is.
@@ -303,6 +320,7 @@ type client struct {
 	up      int64 // of tunnels that are open
 	down    int64
 	blocked int64 // since epoch; 0: not
+	known   bool  // to a limiter
 }
 
 func (c *client) tokens(now int64) float64 {
@@ -321,52 +339,97 @@ var sortsOfClients = map[string]func(c *client, now int64) float64{
 	"tokens":  func(c *client, now int64) float64 { return c.tokens(now) },
 }
 
-// findClients looks at all clients and returns those that are asked for.
+// findClients looks at all clients and returns those that are asked for: those
+// that a limiter knows, and those that it does not, or not any more, but that
+// are blocked or have tunnels open.
 func findClients(q clientQuery, now time.Time) clientList {
 	at := sinceEpoch(now)
-	tunnels := make(map[netip.Addr]*client) // by what they share their limits with
-	blocks := make(map[netip.Addr]int64)
+	held := heldClients(at)
+	found := first[client]{n: q.offset + q.limit, ascending: q.ascending}
+	total := 0
+	add := func(c client) {
+		if q.limited && c.blocked == 0 && c.tokens(at) >= 1 || q.match != "" && !contains(c.limiter.name(c.addr), q.match) {
+			return
+		}
+		total++
+		found.add(q.key(&c, at), c)
+	}
+	limiters.Range(func(_, value any) bool {
+		l := value.(*limiter)
+		l.each(func(addr netip.Addr, b *bucket) {
+			c := client{addr: addr}
+			if h := held[addr]; h != nil {
+				h.known = true
+				c = *h
+			}
+			c.bucket, c.limiter = b, l
+			add(c)
+		})
+		return true
+	})
+	for _, c := range held {
+		if !c.known && c.limiter != nil {
+			add(*c)
+		}
+	}
+	list := clientList{Clients: []clientInfo{}, Total: total}
+	for _, k := range found.sorted(q.offset) {
+		list.Clients = append(list.Clients, k.value.info(now))
+	}
+	return list
+}
+
+// heldClients returns those that are blocked or have tunnels open, by what they
+// share their limits with: what there is to say of them if no limiter knows them.
+func heldClients(at int64) map[netip.Addr]*client {
+	held := make(map[netip.Addr]*client)
+	of := func(addr netip.Addr) *client {
+		c := held[addr]
+		if c == nil {
+			c = &client{bucket: new(bucket), addr: addr}
+			held[addr] = c
+		}
+		return c
+	}
 	eachRegistry(func(r *registry) {
 		r.tunnels.Range(func(_ uint64, t *tunnel) bool {
-			c := tunnels[t.bucket]
-			if c == nil {
-				c = new(client)
-				tunnels[t.bucket] = c
-			}
+			c := of(t.bucket)
+			c.limiter = t.owner.limiter
 			c.tunnels++
 			c.up += t.up.Load()
 			c.down += t.down.Load()
+			c.seen.Store(max(c.seen.Load(), sinceEpoch(t.start)))
 			return true
 		})
 		r.blocks.Range(func(addr netip.Addr, until int64) bool {
 			if until > at {
-				blocks[addr] = until
+				c := of(addr)
+				c.blocked = until
+				if c.limiter == nil {
+					c.limiter = limiterOf(addr)
+				}
 			}
 			return true
 		})
 	})
-	found := first[client]{n: q.offset + q.limit, ascending: q.ascending}
-	total := 0
+	return held
+}
+
+// limiterOf returns a limiter to which addr is a client, or nil: of those the
+// one with the largest networks, as to it addr is as large as that.
+func limiterOf(addr netip.Addr) *limiter {
+	var best *limiter
+	order := func(a, b *limiter) int {
+		return cmp.Or(cmp.Compare(a.key.bits(addr), b.key.bits(addr)), cmp.Compare(a.key.zone, b.key.zone),
+			cmp.Compare(a.key.burst, b.key.burst), cmp.Compare(a.key.refill, b.key.refill))
+	}
 	limiters.Range(func(_, value any) bool {
-		l := value.(*limiter)
-		l.each(func(addr netip.Addr, b *bucket) {
-			c := client{bucket: b, limiter: l, addr: addr, blocked: blocks[addr]}
-			if q.limited && c.blocked == 0 && c.tokens(at) >= 1 || q.match != "" && !strings.Contains(l.name(addr), q.match) {
-				return
-			}
-			if t := tunnels[addr]; t != nil {
-				c.tunnels, c.up, c.down = t.tunnels, t.up, t.down
-			}
-			total++
-			found.add(q.key(&c, at), c)
-		})
+		if l := value.(*limiter); l.keyOf(addr) == addr && (best == nil || order(l, best) < 0) {
+			best = l
+		}
 		return true
 	})
-	list := clientList{Clients: []clientInfo{}, Total: total}
-	for _, k := range found.list[min(q.offset, len(found.list)):] {
-		list.Clients = append(list.Clients, k.value.info(now))
-	}
-	return list
+	return best
 }
 
 func (c *client) info(now time.Time) clientInfo {
@@ -376,7 +439,10 @@ func (c *client) info(now time.Time) clientInfo {
 		Tokens: c.tokens(at), Burst: c.limiter.key.burst, Refill: c.limiter.key.refill,
 		Requests: c.requests.Load(), Rejections: c.rejections.Load(),
 		BytesUp: c.bytesUp.Load() + c.up, BytesDown: c.bytesDown.Load() + c.down,
-		Tunnels: int64(c.tunnels), LastSeen: now.Add(time.Duration(c.seen.Load() - at)),
+		Tunnels: int64(c.tunnels),
+	}
+	if seen := c.seen.Load(); seen > 0 {
+		info.LastSeen = now.Add(time.Duration(seen - at))
 	}
 	if c.blocked > 0 {
 		until := now.Add(time.Duration(c.blocked - at))
@@ -400,15 +466,11 @@ func (l *limiter) each(f func(netip.Addr, *bucket)) {
 // name is how a client is shown: an address, a network where several share
 // a bucket, or a user.
 func (l *limiter) name(addr netip.Addr) string {
-	bits := l.key.v6
-	switch {
-	case addr.Zone() != "":
+	if addr.Zone() != "" {
 		return "user " + addr.Zone()
-	case addr.Is4():
-		bits = l.key.v4
 	}
 	name := clientName(addr)
-	if addr.IsValid() && bits < addr.BitLen() {
+	if bits := l.key.bits(addr); addr.IsValid() && bits < addr.BitLen() {
 		name += "/" + strconv.Itoa(bits)
 	}
 	return name
@@ -417,7 +479,7 @@ func (l *limiter) name(addr netip.Addr) string {
 // tunnelQuery says which tunnels are asked for.
 type tunnelQuery struct {
 	limit, offset int
-	match         string // a part of the client, user or target
+	match         string // a part of the client, user or target, in lower case
 	key           func(*tunnel, int64) float64
 	ascending     bool
 }
@@ -435,14 +497,14 @@ func findTunnels(q tunnelQuery, now time.Time) tunnelList {
 	list := tunnelList{Tunnels: []tunnelInfo{}}
 	eachRegistry(func(r *registry) {
 		r.tunnels.Range(func(_ uint64, t *tunnel) bool {
-			if q.match == "" || strings.Contains(clientName(t.client), q.match) || strings.Contains(t.user, q.match) || strings.Contains(t.target, q.match) {
+			if contains(clientName(t.client), q.match) || contains(t.user, q.match) || contains(t.target, q.match) {
 				list.Total++
 				found.add(q.key(t, at), t)
 			}
 			return true
 		})
 	})
-	for _, k := range found.list[min(q.offset, len(found.list)):] {
+	for _, k := range found.sorted(q.offset) {
 		t := k.value
 		list.Tunnels = append(list.Tunnels, tunnelInfo{
 			ID: t.id, Client: clientName(t.client), User: t.user, Target: t.target, Address: t.address.String(), Proto: t.proto,
@@ -457,7 +519,7 @@ const maxPage = 1000
 
 // queryClients reads a query as of the admin API, and answers it.
 func queryClients(values url.Values, now time.Time) (clientList, error) {
-	q := clientQuery{limited: values.Has("limited") && values.Get("limited") != "false", match: values.Get("q")}
+	q := clientQuery{limited: values.Has("limited") && values.Get("limited") != "false", match: strings.ToLower(values.Get("q"))}
 	var err error
 	if q.limit, q.offset, q.ascending, err = queryPage(values); err != nil {
 		return clientList{}, err
@@ -470,7 +532,7 @@ func queryClients(values url.Values, now time.Time) (clientList, error) {
 
 // queryTunnels is queryClients for tunnels.
 func queryTunnels(values url.Values, now time.Time) (tunnelList, error) {
-	q := tunnelQuery{match: values.Get("q")}
+	q := tunnelQuery{match: strings.ToLower(values.Get("q"))}
 	var err error
 	if q.limit, q.offset, q.ascending, err = queryPage(values); err != nil {
 		return tunnelList{}, err
@@ -517,7 +579,7 @@ func (r *refusalRing) add(info *refusalInfo) {
 func (r *refusalRing) list() []refusalInfo {
 	list := make([]refusalInfo, 0, len(r.last))
 	n := r.n.Load()
-	for i := range uint64(len(r.last)) {
+	for i := range min(n, uint64(len(r.last))) {
 		if info := r.last[(n-1-i)%uint64(len(r.last))].Load(); info != nil {
 			list = append(list, *info)
 		}

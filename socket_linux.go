@@ -248,7 +248,7 @@ const spliceFrom = 256 << 10
 // stalled writes may be passed by, whose work is done here: an access log or
 // metrics want to see the bytes, and a write timeout or a least rate that the
 // operator has set want to be kept.
-func (b *originBody) splice(w http.ResponseWriter) (done bool, err error) {
+func (b *originBody) splice(w http.ResponseWriter, count func(n int64)) (done bool, err error) {
 	idle, ok := w.(*caddyhttp.IdleTimeoutWriter)
 	socket, ok2 := b.conn.(*net.TCPConn)
 	if !ok || !ok2 || b.chunks != nil || b.left < spliceFrom || idle.Deadline.MinRate > 0 || !idle.Deadline.HardDeadline.IsZero() {
@@ -261,6 +261,7 @@ func (b *originBody) splice(w http.ResponseWriter) (done bool, err error) {
 	}
 	for b.left > 0 {
 		n, err := b.spliceSome(client, conn, socket, idle)
+		count(n)
 		if b.left -= n; err != nil {
 			return true, err
 		}
@@ -273,7 +274,8 @@ func (b *originBody) splice(w http.ResponseWriter) (done bool, err error) {
 // has come, in the time that the client has to take it.
 func (b *originBody) spliceSome(client io.ReaderFrom, conn syscall.RawConn, socket *net.TCPConn, idle *caddyhttp.IdleTimeoutWriter) (int64, error) {
 	if buffered := int64(b.r.Buffered()); buffered > 0 {
-		return io.CopyN(idle, b.r, min(buffered, b.left))
+		n, err := io.CopyN(idle, b.r, min(buffered, b.left))
+		return n, toClient(err)
 	}
 	available := 0
 	var errIoctl error
@@ -297,7 +299,9 @@ func (b *originBody) spliceSome(client io.ReaderFrom, conn syscall.RawConn, sock
 		return int64(n), err
 	}
 	if err := idle.Ctrl.SetWriteDeadline(time.Now().Add(idle.Deadline.Timeout)); err != nil {
-		return 0, err
+		return 0, toClient(err)
 	}
-	return client.ReadFrom(io.LimitReader(socket, min(int64(available), b.left)))
+	// What has come can be read: a failure is the client's.
+	n, err := client.ReadFrom(io.LimitReader(socket, min(int64(available), b.left)))
+	return n, toClient(err)
 }

@@ -20,4 +20,6 @@ func relaySocket(dst io.Writer, src *net.TCPConn, copied *atomic.Int64) (readErr
 func closePipes() {}
 
 // splice leaves the body to be copied.
-func (b *originBody) splice(http.ResponseWriter) (done bool, err error) { return false, nil }
+func (b *originBody) splice(http.ResponseWriter, func(int64)) (done bool, err error) {
+	return false, nil
+}

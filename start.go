@@ -57,7 +57,7 @@ func (h *Handler) started(server *caddyhttp.Server) {
 			zap.Strings("hosts", hosts))
 	}
 	if len(h.Clients) == 0 && len(h.auth) == 0 && listensBeyondLoopback(server.Listen) {
-		if restricted, _ := restrictedBefore(server.Routes, h); !restricted {
+		if restricted, _ := restrictedBefore(server.Routes, h, matchesClients); !restricted {
 			h.logger.Warn("this is an open proxy: it listens on more than this machine and lets in whoever gets there; "+
 				"add the option clients or basic_auth, a remote_ip matcher, or bind 127.0.0.1",
 				zap.Strings("addresses", server.Listen))
@@ -122,13 +122,12 @@ func (h *Handler) validateTunnels() error {
 
 // hostsBefore returns the host names that only lead to h, if the way there is
 // for certain hosts only.
-func hostsBefore(routes caddyhttp.RouteList, h *Handler) (hosts []string, found bool) {
+func hostsBefore(routes caddyhttp.RouteList, h caddyhttp.MiddlewareHandler) (hosts []string, found bool) {
 	for _, route := range routes {
 		for _, handler := range route.Handlers {
-			switch handler := handler.(type) {
-			case *caddyhttp.Subroute:
-				hosts, found = hostsBefore(handler.Routes, h)
-			case *Handler:
+			if sub, ok := handler.(*caddyhttp.Subroute); ok {
+				hosts, found = hostsBefore(sub.Routes, h)
+			} else {
 				found = handler == h
 			}
 			if found {
@@ -166,19 +165,19 @@ func listensBeyondLoopback(addresses []string) bool {
 }
 
 // restrictedBefore reports whether the way to h is for certain clients or users
-// only, as far as can be seen: there is a matcher of addresses or a handler that
-// asks for credentials on it.
-func restrictedBefore(routes caddyhttp.RouteList, h *Handler) (restricted, found bool) {
+// only, as far as can be seen: there is a set of matchers for which restricts
+// holds, or a handler that asks for credentials on it.
+func restrictedBefore(routes caddyhttp.RouteList, h caddyhttp.MiddlewareHandler, restricts func(caddyhttp.MatcherSet) bool) (restricted, found bool) {
 	for _, route := range routes {
-		restricted = restricted || slices.ContainsFunc(route.MatcherSets, matchesClients)
+		restricted = restricted || slices.ContainsFunc(route.MatcherSets, restricts)
 		for _, handler := range route.Handlers {
 			var inside bool
 			switch handler := handler.(type) {
 			case *caddyhttp.Subroute:
-				inside, found = restrictedBefore(handler.Routes, h)
+				inside, found = restrictedBefore(handler.Routes, h, restricts)
 			case *caddyauth.Authentication:
 				inside = true
-			case *Handler:
+			default:
 				found = handler == h
 			}
 			restricted = restricted || inside

@@ -15,6 +15,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
+	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
 )
@@ -37,7 +38,8 @@ func init() {
 type Status struct {
 	// Whether the page may close tunnels, and give clients a full bucket or
 	// block them. Only requests from the page itself, or from no browser, are
-	// taken. Default: false.
+	// taken; that is only so if the site has a host name or asks for
+	// credentials. Default: false.
 	Actions bool `json:"actions,omitempty"`
 
 	// Whether of a client only its network is shown, the first 24 bits of an
@@ -113,10 +115,33 @@ func (s *Status) Provision(ctx caddy.Context) error {
 	ended := make(chan struct{})
 	s.ended, s.stop = ended, sync.OnceFunc(func() { close(ended) })
 	// A server that stops waits for its requests: a stream must end by itself.
-	if server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok {
-		server.RegisterOnShutdown(s.stop)
+	server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
+	if !ok {
+		return nil // provisioned outside of the http app
 	}
-	return nil
+	server.RegisterOnShutdown(s.stop)
+	events, err := ctx.App("events")
+	if err != nil {
+		return err
+	}
+	return events.(*caddyevents.App).On("started", eventHandler{func() { s.started(server) }})
+}
+
+// started warns about a page whose actions pages of others can have done: in the
+// browser of somebody who looks at one, whose name comes to stand for this
+// server's address (DNS rebinding), requests to here are from the same origin.
+// They have another host, and no credentials.
+func (s *Status) started(server *caddyhttp.Server) {
+	if !s.Actions {
+		return
+	}
+	hosts, _ := hostsBefore(server.Routes, s)
+	asks, _ := restrictedBefore(server.Routes, s, func(caddyhttp.MatcherSet) bool { return false })
+	if len(hosts) == 0 && !asks {
+		s.logger.Warn("the actions of this status page can be had done by any page in the browser of somebody who can reach it (DNS rebinding), "+
+			"as its site has no host name in its address; give it one, such as localhost, or ask for credentials by basic_auth",
+			zap.Strings("addresses", server.Listen))
+	}
 }
 
 // Cleanup implements caddy.CleanerUpper. It may follow a Provision that failed.

@@ -620,6 +620,9 @@ func TestStatusActionsAreOff(t *testing.T) {
 func TestStatusMasksClients(t *testing.T) {
 	w := newStatusWorld(t, "allow 127.0.0.0/8", "mask_clients")
 	w.dial().connect(echoTarget(t))
+	other := freeAddress(t)
+	w.load(w.site("allow 127.0.0.0/8") + siteAt(other, "clients 192.0.2.0/24") + w.statusSite("mask_clients"))
+	policyRequest(t, other, http.MethodGet, "192.0.2.1", "")
 	stream := w.stream()
 	_, hello := stream.next()
 	_, event := stream.next()
@@ -630,9 +633,12 @@ func TestStatusMasksClients(t *testing.T) {
 		t.Errorf("hello: %s", hello)
 	}
 	for name, text := range map[string]string{"event": event, "snapshot.json": snap, "clients.json": clients, "tunnels.json": tunnels} {
-		if strings.Contains(text, `"client":"127.0.0.1"`) || !strings.Contains(text, `"client":"127.0.0.0/24"`) {
+		if strings.Contains(text, `"client":"127.0.0.1"`) || strings.Contains(text, "127.0.0.1, is none") || !strings.Contains(text, `"client":"127.0.0.0/24"`) {
 			t.Errorf("%s: %s", name, text)
 		}
+	}
+	if want := "Your address, 127.0.0.0/24, is none of this proxy's clients"; !strings.Contains(event, want) || !strings.Contains(snap, want) {
+		t.Errorf("no refusal says %q: %s", want, snap)
 	}
 	for _, path := range []string{"/clients.json?q=127.0.0.1", "/tunnels.json?q=127.0.0.1"} {
 		if res, _ := w.ask("GET", path, ""); res.StatusCode != http.StatusForbidden {
@@ -655,5 +661,40 @@ func TestMaskClient(t *testing.T) {
 		if got := maskClient(name); got != want {
 			t.Errorf("maskClient(%q) = %q, want %q", name, got, want)
 		}
+	}
+}
+
+// A site that takes any Host takes also the one of a page that means harm.
+func TestActionsWithoutAHostAreWarnedAbout(t *testing.T) {
+	w := newStatusWorld(t, "", "")
+	_, port, _ := strings.Cut(strings.TrimPrefix(w.page, "http://"), ":")
+	const status = "async_proxy_status {\nactions\n}"
+	for name, tc := range map[string]struct {
+		site string // PORT stands for the port
+		want int    // warnings
+	}{
+		"no host":                 {"http://:PORT {\n" + status + "\n}", 1},
+		"no host, in a route":     {"http://:PORT {\nroute /status* {\n" + status + "\n}\n}", 1},
+		"no host, for a network":  {"http://:PORT {\n@office remote_ip 127.0.0.0/8\nroute @office {\n" + status + "\n}\n}", 1},
+		"no host, no actions":     {"http://:PORT {\nasync_proxy_status\n}", 0},
+		"a host":                  {"http://localhost:PORT {\n" + status + "\n}", 0},
+		"an address":              {"http://127.0.0.1:PORT {\n" + status + "\n}", 0},
+		"a host and all others":   {"http://localhost:PORT, http://:PORT {\n" + status + "\n}", 1},
+		"a matcher of hosts":      {"http://:PORT {\n@own host localhost\nroute @own {\n" + status + "\n}\n}", 0},
+		"no host, with passwords": {"http://:PORT {\nbasic_auth {\nbob $2a$14$Zkx19XLiW6VYouLHR5NmfOFU0z2GTNmpkT/5qqR7hx4IjWJPDhjvG\n}\n" + status + "\n}", 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w.forgetLogs()
+			w.load(w.site("") + strings.ReplaceAll(tc.site, "PORT", port) + "\n")
+			w.waitLog("async-proxy listening", 1)
+			data, err := os.ReadFile(w.logs)
+			if err != nil {
+				t.Fatal(err)
+			}
+			lines := regexp.MustCompile(`(?m)^.*DNS rebinding.*$`).FindAllString(string(data), -1)
+			if len(lines) != tc.want || tc.want > 0 && (!strings.Contains(lines[0], `"level":"warn"`) || !strings.Contains(lines[0], `"logger":"http.handlers.async_proxy_status"`)) {
+				t.Errorf("%d warnings, want %d: %v", len(lines), tc.want, lines)
+			}
+		})
 	}
 }

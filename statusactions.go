@@ -39,7 +39,7 @@ func refillAction(r *http.Request) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	return refillClient(client), nil
+	return refillClient(client, r.FormValue("zone")), nil
 }
 
 func blockAction(r *http.Request) (bool, error) {
@@ -83,6 +83,7 @@ func (s *Status) act(w http.ResponseWriter, r *http.Request, name string) {
 			zap.String("action", name),
 			zap.String("tunnel", r.FormValue("tunnel")),
 			zap.String("client", r.FormValue("client")),
+			zap.String("zone", r.FormValue("zone")),
 			zap.String("for", r.FormValue("for")),
 			zap.Bool("done", done),
 			zap.String("by", by),

@@ -3,6 +3,8 @@
 
 package asyncproxy
 
+import "strings"
+
 // maskClient is the network that a client is in, for a page that is not to tell
 // more.
 func maskClient(name string) string {
@@ -25,7 +27,10 @@ func (s *snapshot) mask() {
 	s.Clients.mask()
 	s.Tunnels.mask()
 	for i := range s.Refusals {
-		s.Refusals[i].Client = maskClient(s.Refusals[i].Client)
+		r := &s.Refusals[i]
+		masked := maskClient(r.Client)
+		r.Detail = strings.ReplaceAll(r.Detail, r.Client, masked)
+		r.Client = masked
 	}
 }
 

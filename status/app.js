@@ -594,13 +594,21 @@ const text = (write) => (cell, row) => setText(cell, write(row))
 const clientKey = (c) => `${c.zone} ${c.client}`
 const isBlocked = (c) => c.blocked_until && seconds(c.blocked_until) > counters.at
 const isLimited = (c) => c.tokens < 1
-const age = (time) => counters.at - seconds(time)
-const ago = (time) => (age(time) < 1.5 ? "now" : `${span(age(time))} ago`)
+const age = (time) => (time ? counters.at - seconds(time) : Infinity)
+const ago = (time) => (!time ? "never" : age(time) < 1.5 ? "now" : `${span(age(time))} ago`)
+
+// tokens are rounded down: there is no token until there is a whole one.
+const tokens = (n) => (n < 10 ? digits(Math.floor(n * 10) / 10) : count(Math.floor(n)))
+
+// Where clients are of several zones, the same one may be there several times.
+let manyZones = false
+const inZone = (c) => (manyZones ? ` in zone ${c.zone}` : "")
 
 function named(cell, kept) {
 	kept.name = make("span")
+	kept.zone = make("span", { class: "zone" })
 	kept.badge = make("span")
-	cell.append(kept.name, kept.badge)
+	cell.append(kept.name, kept.zone, kept.badge)
 }
 
 // twoLines makes a cell that says more where there is no room for more columns.
@@ -634,12 +642,12 @@ const clients = new Table("clients", {
 			name: "client", label: "Client", value: (c) => c.client, first: 1, class: "wrap", make: named,
 			show(_, c, kept) {
 				setText(kept.name, c.client)
+				setText(kept.zone, manyZones ? ` ${c.zone}` : "")
 				const state = isBlocked(c) ? "blocked" : isLimited(c) ? "limited" : ""
 				setText(kept.badge, state === "blocked" ? `blocked, ${span(seconds(c.blocked_until) - counters.at)} left` : state)
 				setAttribute(kept.badge, "class", state ? `badge ${state}` : "")
 			},
 		},
-		{ name: "zone", label: "Zone", value: (c) => c.zone, first: 1, class: "soft wide", show: text((c) => c.zone) },
 		{
 			name: "tokens", label: "Bucket", value: (c) => c.tokens, first: 1,
 			make(cell, kept) {
@@ -653,13 +661,13 @@ const clients = new Table("clients", {
 				setAttribute(kept.meter, "high", Math.max(1, c.burst / 4))
 				setAttribute(kept.meter, "optimum", c.burst)
 				setAttribute(kept.meter, "value", Math.round(c.tokens * 100) / 100)
-				setAttribute(kept.meter, "aria-label", `Tokens of ${c.client}`)
-				setText(kept.tokens, `${digits(Math.floor(c.tokens * 10) / 10)} / ${short(c.burst)}`)
+				setAttribute(kept.meter, "aria-label", `Tokens of ${c.client}${inZone(c)}`)
+				setText(kept.tokens, `${tokens(c.tokens)} / ${count(c.burst)}`)
 			},
 		},
 		{ name: "rate", label: "Req/s", class: "num mid", show: text((c) => short(clientRates.get(clientKey(c)) ?? 0)) },
 		{ name: "requests", label: "Requests", value: (c) => c.requests, class: "num mid", show: text((c) => count(c.requests)) },
-		{ name: "rejections", label: "429s", value: (c) => c.rejections, class: "num", show: text((c) => count(c.rejections)) },
+		{ name: "rejections", label: "Rejected", value: (c) => c.rejections, class: "num", show: text((c) => count(c.rejections)) },
 		{ name: "tunnels", label: "Tunnels", value: (c) => c.tunnels, class: "num mid", show: text((c) => count(c.tunnels)) },
 		{ name: "bytes", label: "Traffic", value: (c) => c.bytes_up + c.bytes_down, class: "num mid", show: text((c) => bytesText(c.bytes_up + c.bytes_down)) },
 		// Those of the last seconds count as one, so that rows do not dance.
@@ -670,8 +678,8 @@ const clients = new Table("clients", {
 			show(cell, c, kept) {
 				cell.hidden = !canAct
 				setText(kept.buttons[1], isBlocked(c) ? "Unblock" : "Block")
-				setAttribute(kept.buttons[0], "aria-label", `Refill the bucket of ${c.client}`)
-				setAttribute(kept.buttons[1], "aria-label", `${isBlocked(c) ? "Unblock" : "Block"} ${c.client}`)
+				setAttribute(kept.buttons[0], "aria-label", `Refill the bucket of ${c.client}${inZone(c)}`)
+				setAttribute(kept.buttons[1], "aria-label", `${isBlocked(c) ? "Unblock" : "Block"} ${c.client}${manyZones ? " in all zones" : ""}`)
 			},
 		},
 	],
@@ -807,13 +815,14 @@ function showTables() {
 	const fitting = words("clients-filter")
 	const limited = $("clients-limited").checked
 	let list = (clientSource.list() ?? snapshot.clients).clients
-	list = list.filter((c) => c.client.includes(fitting) && (!limited || isLimited(c) || isBlocked(c)))
+	manyZones = new Set([...snapshot.clients.clients, ...list].map((c) => c.zone)).size > 1
+	list = list.filter((c) => c.client.toLowerCase().includes(fitting) && (!limited || isLimited(c) || isBlocked(c)))
 	clients.show(clients.sorted(list), fitting || limited ? "No client is like that." : undefined)
 	shown("clients-count", list.length, snapshot.clients.total)
 
 	const like = words("tunnels-filter")
 	let open = (tunnelSource.list() ?? snapshot.tunnels).tunnels
-	open = open.filter((t) => t.client.includes(like) || t.target.toLowerCase().includes(like) || (t.user ?? "").toLowerCase().includes(like))
+	open = open.filter((t) => t.client.toLowerCase().includes(like) || t.target.toLowerCase().includes(like) || (t.user ?? "").toLowerCase().includes(like))
 	tunnels.show(tunnels.sorted(open), like ? "No tunnel is like that." : undefined)
 	shown("tunnels-count", open.length, snapshot.tunnels.total)
 
@@ -866,7 +875,7 @@ async function act(action, fields, done) {
 }
 
 const close = (t) => act("close", { tunnel: t.id }, `Closed the tunnel to ${t.target}.`)
-const refill = (c) => act("refill", { client: c.client }, `${c.client} has a full bucket.`)
+const refill = (c) => act("refill", { client: c.client, zone: c.zone }, `${c.client} has a full bucket${inZone(c)}.`)
 const unblock = (c) => act("block", { client: c.client, for: "0s" }, `${c.client} is not blocked any more.`)
 
 function block(c) {

@@ -1,0 +1,303 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// found asks for clients as the admin API does.
+func found(t *testing.T, query string) clientList {
+	t.Helper()
+	values, err := url.ParseQuery(query)
+	if err != nil {
+		t.Fatal(err)
+	}
+	list, err := queryClients(values, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return list
+}
+
+// loadForOthers loads sites in which clients are who X-Forwarded-For says.
+func (w *world) loadForOthers(sites string) {
+	w.t.Helper()
+	loadCaddyfile(w.t, strings.Replace(w.globals(), "{\n", "{\n\tevents {\n\t\ton rate_limited async_proxy_test\n\t}\n\tservers {\n\t\ttrusted_proxies static 127.0.0.0/8\n\t}\n", 1)+sites)
+}
+
+// A flood of a client that is blocked, or that cannot be counted, is a few lines,
+// which stand for all of it.
+func TestFloodsOfBlockedAndUncountedClients(t *testing.T) {
+	const flood = 200
+	for _, tc := range []struct {
+		name, options, err string
+		status             int
+	}{
+		{"blocked", "zone flood-1", errBlocked.Error(), http.StatusTooManyRequests},
+		{"blocked and exempt", "zone flood-2\nexempt 127.0.0.0/8", errBlocked.Error(), http.StatusTooManyRequests},
+		{"uncounted", "zone flood-3\nlimiter test", "the engine is cold", http.StatusServiceUnavailable},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			w := newWorld(t, "", nil)
+			w.loadForOthers(w.site(tc.options))
+			if tc.status == http.StatusServiceUnavailable {
+				answer(t, 0, errors.New(tc.err), false)
+			} else if !blockClient(netip.MustParseAddr("127.0.0.1"), time.Hour) {
+				t.Fatal("the client is not blocked")
+			}
+			start, entries, before := time.Now(), recent.n.Load(), gathered(t)
+			client := w.client()
+			for range flood {
+				res, err := client.Get(w.origin.URL)
+				if err != nil {
+					t.Fatal(err)
+				}
+				_, _ = io.Copy(io.Discard, res.Body)
+				res.Body.Close()
+				if res.StatusCode != tc.status || res.Header.Get("Retry-After") == "" {
+					t.Fatalf("%s, Retry-After %q", res.Status, res.Header.Get("Retry-After"))
+				}
+			}
+			most := 10 + int(time.Since(start)/time.Second) + 1
+			lines := w.waitLog("request", 10)
+			var told float64
+			for _, line := range lines {
+				refused, _ := line["refused"].(float64)
+				told += refused
+				if line["error"] != tc.err || line["status"] != float64(tc.status) {
+					t.Errorf("line %v", line)
+				}
+			}
+			if len(lines) > most || told > flood {
+				t.Errorf("%d lines stand for %v refusals, want at most %d lines for %d", len(lines), told, most, flood)
+			}
+			if n := recent.n.Load() - entries; n != uint64(len(lines)) {
+				t.Errorf("%d of the last refusals are of the flood, want as many as lines: %d", n, len(lines))
+			}
+			grown := since(t, before)
+			if got := grown[`requests_total{kind="forward",outcome="refused"}`] + grown[`requests_total{kind="forward",outcome="failed"}`]; got != flood {
+				t.Errorf("%v requests were counted as refused, want %d", got, flood)
+			}
+			if list := found(t, ""); len(list.Clients) != 1 || list.Clients[0].Requests != flood || list.Clients[0].Rejections != flood || list.Clients[0].LastSeen.Before(start.Add(-time.Second)) {
+				t.Errorf("clients %+v", list)
+			}
+			select {
+			case e := <-notedEvents:
+				t.Errorf("there is an event, though the client had tokens: %v", e.Data)
+			default:
+			}
+		})
+	}
+}
+
+// Whoever is blocked can be seen to be, and so unblocked, also if no limiter
+// knows it.
+func TestBlocksAreSeenWithoutABucket(t *testing.T) {
+	w := newWorld(t, "", nil)
+	other := freeAddress(t)
+	w.loadForOthers(w.site("zone one") + siteAt(other, "zone two\nipv4_prefix 24\nipv6_prefix 48"))
+	for _, name := range []string{"192.0.2.7", "2001:db8::7", "user alice"} {
+		addr, err := parseClient(name)
+		if err != nil || !blockClient(addr, time.Hour) {
+			t.Fatalf("%s is not blocked: %v", name, err)
+		}
+	}
+	for _, query := range []string{"", "limited", "limited=&sort=tokens&order=asc"} {
+		list := found(t, query)
+		names := strings.Split(list.names(), " ")
+		slices.Sort(names)
+		if got, want := strings.Join(names, " "), "192.0.2.0/24 192.0.2.7 2001:db8::/48 alice user"; got != want || list.Total != 4 {
+			t.Errorf("%q: clients %s, %d in all, want %s", query, got, list.Total, want)
+		}
+		for _, c := range list.Clients {
+			if c.BlockedUntil == nil || time.Until(*c.BlockedUntil) < 59*time.Minute || c.Tokens != float64(c.Burst) || c.Requests != 0 || !c.LastSeen.IsZero() ||
+				c.Zone != map[string]string{"192.0.2.7": "one", "192.0.2.0/24": "two", "2001:db8::/48": "two", "user alice": "two"}[c.Client] {
+				t.Errorf("%q: %+v", query, c)
+			}
+		}
+	}
+	if list := found(t, "q=Alice"); list.names() != "user alice" {
+		t.Errorf("q=Alice: %s", list.names())
+	}
+	// Those who come are one with their buckets.
+	for _, proxy := range []string{w.proxy, other} {
+		if got := w.get(proxy, "X-Forwarded-For", "192.0.2.7"); got != http.StatusTooManyRequests {
+			t.Errorf("status %d", got)
+		}
+	}
+	if list := found(t, "limited&q=192.0.2"); list.Total != 2 || list.Clients[0].Requests != 1 || list.Clients[1].Requests != 1 {
+		t.Errorf("clients %+v", list)
+	}
+	for _, c := range found(t, "limited").Clients {
+		addr, err := parseClient(c.Client)
+		if err != nil {
+			t.Error(err)
+		}
+		blockClient(addr, 0)
+	}
+	if list := found(t, "limited"); list.Total != 0 {
+		t.Errorf("blocked are still %+v", list)
+	}
+}
+
+// A client with a tunnel is seen as long as that is open.
+func TestTunnelsAreSeenWithoutABucket(t *testing.T) {
+	w := newWorld(t, "zone old", nil)
+	conn := w.dial()
+	conn.connect(echoTarget(t))
+	w.load(w.site("zone new")) // which knows nobody
+	hear(t, conn, say(t, conn, "0123456789"))
+	list := found(t, "")
+	if len(list.Clients) != 1 || list.Total != 1 {
+		t.Fatalf("clients %+v", list)
+	}
+	if c := list.Clients[0]; c.Client != "127.0.0.1" || c.Zone != "old" || c.Tunnels != 1 || c.BytesUp != 10 || c.BytesDown != 10 || time.Since(c.LastSeen) > time.Minute || c.BlockedUntil != nil {
+		t.Errorf("client %+v", c)
+	}
+	if list := found(t, "limited"); list.Total != 0 {
+		t.Errorf("limited are %+v", list)
+	}
+	w.gets(w.proxy, 200)
+	if list := found(t, ""); list.Total != 1 || list.Clients[0].Zone != "new" || list.Clients[0].Tunnels != 1 {
+		t.Errorf("clients %+v", list)
+	}
+}
+
+// A request counts once for each client that it is of, however often the limiter
+// is asked about it.
+func TestCountsByUser(t *testing.T) {
+	w := newWorld(t, "", nil)
+	ask := func(user, password string, want int) {
+		t.Helper()
+		lines := ""
+		if user != "" {
+			lines = "Proxy-Authorization: " + login(user, password) + "\n"
+		}
+		if res, body := policyRequest(t, w.proxy, http.MethodGet, w.origin.Listener.Addr().String(), lines); res.StatusCode != want {
+			t.Errorf("%s: %s %q, want %d", user, res.Status, body, want)
+		}
+	}
+	counts := func(want string) {
+		t.Helper()
+		var got []string
+		for _, c := range found(t, "sort=requests").Clients {
+			got = append(got, fmt.Sprintf("%s %d %d", c.Client, c.Requests, c.Rejections))
+			if time.Since(c.LastSeen) > time.Minute || c.LastSeen.IsZero() {
+				t.Errorf("%s was last seen %v", c.Client, c.LastSeen)
+			}
+		}
+		if got := strings.Join(got, ", "); got != want {
+			t.Errorf("requests and rejections are %s, want %s", got, want)
+		}
+	}
+	options := authUsers + "burst 2\nrefill 0.00001\nlimit_by user\n"
+	w.load(w.site(options + "zone counts-1"))
+	start := time.Now()
+	ask("alice", "wonderland", 200)
+	ask("alice", "wonderland", 200)
+	ask("alice", "wonderland", 429)
+	ask("alice", "?", 407)
+	ask("", "", 407)
+	ask("bob", "builder", 429) // the address has no tokens left
+	counts("127.0.0.1 6 1, user alice 3 1")
+	if c := found(t, "q=127").Clients[0]; c.LastSeen.Before(start.Add(-time.Second)) {
+		t.Errorf("the address was last seen %v", c.LastSeen)
+	}
+
+	w.load(w.site(options + "zone counts-2\nreport_only limits"))
+	before := gathered(t)
+	for range 3 {
+		ask("", "", 407)
+	}
+	for range 3 {
+		ask("alice", "wonderland", 200)
+	}
+	// One failed login and all of alice's find the address without a token, and
+	// the last of them alice, too.
+	if got := gathered(t)[`reported_total{what="limits"}`] - before[`reported_total{what="limits"}`]; got != 4 {
+		t.Errorf("%v requests were reported, want 4", got)
+	}
+	counts("127.0.0.1 6 4, user alice 3 1")
+}
+
+func TestLastRefusals(t *testing.T) {
+	var r refusalRing
+	for n := range 250 {
+		list := r.list()
+		if len(list) != min(n, 100) {
+			t.Fatalf("after %d refusals there are %d", n, len(list))
+		}
+		for i, info := range list {
+			if info.Status != n-1-i {
+				t.Fatalf("after %d refusals, number %d is %d", n, i, info.Status)
+			}
+		}
+		r.add(&refusalInfo{Status: n})
+	}
+}
+
+// What is first is what comes first when all is sorted.
+func TestFirst(t *testing.T) {
+	for range 500 {
+		f := first[int]{n: 1 + rand.IntN(20), ascending: rand.IntN(2) == 0}
+		var keys []float64
+		for i := range rand.IntN(200) {
+			key := float64(rand.IntN(50))
+			keys = append(keys, key)
+			f.add(key, i)
+		}
+		want := make([]int, len(keys))
+		for i := range want {
+			want[i] = i
+		}
+		slices.SortStableFunc(want, func(a, b int) int {
+			if !f.ascending {
+				a, b = b, a
+			}
+			switch {
+			case keys[a] < keys[b]:
+				return -1
+			case keys[a] > keys[b]:
+				return 1
+			}
+			return 0
+		})
+		offset := rand.IntN(f.n)
+		want = want[min(offset, len(want)):min(f.n, len(want))]
+		var got []int
+		for _, k := range f.sorted(offset) {
+			got = append(got, k.value)
+		}
+		if !slices.Equal(got, want) {
+			t.Fatalf("of %v the first %d after %d, ascending %v, are %v, want %v", keys, f.n, offset, f.ascending, got, want)
+		}
+	}
+}
+
+// BenchmarkClients finds the first and the last of 50,000, which come in the
+// order that is the worst.
+func BenchmarkClients(b *testing.B) {
+	manyClients(b, 50_000)
+	for _, query := range []string{"sort=requests", "sort=requests&order=asc", "sort=requests&offset=49000", "sort=requests&order=asc&offset=49000"} {
+		b.Run(query, func(b *testing.B) {
+			values, _ := url.ParseQuery(query)
+			for b.Loop() {
+				if list, err := queryClients(values, epoch.Add(time.Hour)); err != nil || len(list.Clients) != 100 {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
