@@ -182,21 +182,18 @@ func setForwarded(h http.Header, peer, client netip.Addr, trusted bool) {
 	if !trusted {
 		delete(h, "X-Forwarded-For")
 	}
+	name := peer.String()
 	if peer.IsValid() {
-		chain := peer.String()
+		chain := name
 		if prior := h["X-Forwarded-For"]; len(prior) > 0 {
 			chain = strings.Join(prior, ", ") + ", " + chain
 		}
 		h["X-Forwarded-For"] = []string{chain}
 	}
-	setRealIP(h, client)
-}
-
-// setRealIP sets X-Real-Ip to the client, or removes it if there is none.
-func setRealIP(h http.Header, client netip.Addr) {
-	if client.IsValid() {
-		h["X-Real-Ip"] = []string{client.String()}
-	} else {
+	if client != peer {
+		name = client.String()
+	}
+	if h["X-Real-Ip"] = []string{name}; !client.IsValid() {
 		delete(h, "X-Real-Ip")
 	}
 }

@@ -4,12 +4,15 @@
 package asyncproxy
 
 import (
+	"bufio"
 	"crypto/tls"
+	"errors"
 	"io"
 	"net"
 	"net/http"
 	"sync/atomic"
 	"testing"
+	"time"
 )
 
 // What an origin says between two exchanges is nobody's answer.
@@ -101,5 +104,80 @@ func TestOriginConnQuiet(t *testing.T) {
 				t.Error("a connection of which not all was read is quiet")
 			}
 		})
+	}
+}
+
+// Idle connections are bounded in number and in age, and what is left of
+// a response ends its connection.
+func TestOriginsAreBounded(t *testing.T) {
+	o := newOrigins(nil)
+	idle := func() (*originConn, net.Conn) {
+		near, far := net.Pipe()
+		t.Cleanup(func() { near.Close(); far.Close() })
+		return &originConn{Conn: near, authority: "origin.example:80", fresh: true}, far
+	}
+	closed := func(c *originConn) bool {
+		_ = c.SetReadDeadline(time.Unix(1, 0))
+		_, err := c.Read(make([]byte, 1))
+		return errors.Is(err, io.ErrClosedPipe)
+	}
+	var conns []*originConn
+	for range maxIdleOrigins + 1 {
+		c, _ := idle()
+		o.keep(c)
+		conns = append(conns, c)
+	}
+	if n := o.count.Load(); n != maxIdleOrigins || closed(conns[0]) || !closed(conns[maxIdleOrigins]) {
+		t.Errorf("%d idle connections, want %d, and the last one closed", n, maxIdleOrigins)
+	}
+	for _, c := range conns[:10] {
+		c.idleSince = c.idleSince.Add(-maxIdleTime)
+	}
+	if c, err := o.get(t.Context(), "origin.example:80", false); err != nil || c != conns[maxIdleOrigins-1] {
+		t.Errorf("got %p, %v; want the one that was used last", c, err)
+	}
+	o.closeIdle(func(c *originConn) bool { return time.Since(c.idleSince) >= maxIdleTime })
+	if n := o.count.Load(); n != maxIdleOrigins-11 || !closed(conns[0]) || closed(conns[10]) {
+		t.Errorf("%d idle connections after ten were too old", n)
+	}
+	o.close()
+	late, _ := idle()
+	late.r = bufio.NewReader(late)
+	o.put(late)
+	if n := o.count.Load(); n != 0 || !closed(conns[10]) || !closed(late) {
+		t.Errorf("%d idle connections after the end", n)
+	}
+
+	o = newOrigins(nil)
+	talking, far := idle()
+	talking.r = bufio.NewReader(talking)
+	go func() { _, _ = io.WriteString(far, "more than was asked for") }()
+	if _, err := talking.r.ReadByte(); err != nil {
+		t.Fatal(err)
+	}
+	if o.put(talking); o.count.Load() != 0 || !closed(talking) {
+		t.Error("a connection with something left on it is kept")
+	}
+}
+
+// A connection on which not all of a request was sent serves no other one.
+func TestOriginHasNotGotAll(t *testing.T) {
+	var conns atomic.Int64
+	origin := listen(t, func(c *net.TCPConn) {
+		conns.Add(1)
+		r := streamRequest(c)
+		_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+		_, _ = io.Copy(io.Discard, r)
+	})
+	w := newWorld(t, "", nil)
+	for range 2 {
+		c := w.dial()
+		c.send("POST http://" + origin + "/ HTTP/1.1\nHost: x\nContent-Length: 10\n\nhello")
+		if res, body := c.response(http.MethodPost); body != "ok" {
+			t.Errorf("%s %q", res.Status, body)
+		}
+	}
+	if n := conns.Load(); n != 2 {
+		t.Errorf("%d connections, want 2", n)
 	}
 }

@@ -17,10 +17,9 @@ func socketQuiet(socket *net.TCPConn) bool {
 	if err != nil {
 		return false
 	}
-	var errRead error
+	events := -1
 	err = conn.Control(func(fd uintptr) {
-		var b [1]byte
-		_, _, errRead = unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+		events, _ = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
 	})
-	return err == nil && errRead == unix.EAGAIN
+	return err == nil && events == 0
 }
