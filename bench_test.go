@@ -30,7 +30,9 @@ const benchClients = 32
 
 // BenchmarkForward is a small GET over keep-alive connections, through
 // async_proxy and what it is to be compared with: Caddy that answers itself,
-// Caddy's reverse_proxy, and a bare forwarder of net/http.
+// Caddy's reverse_proxy, and a bare forwarder of net/http. These have no lines of
+// their own for each request, so that they are compared with async_proxy without
+// its lines; what these cost is a row of its own.
 func BenchmarkForward(b *testing.B) {
 	for _, size := range []int{128, 10 << 10, 1 << 20} {
 		origin := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -38,15 +40,16 @@ func BenchmarkForward(b *testing.B) {
 			_, _ = w.Write(make([]byte, size))
 		}))
 		address := origin.Listener.Addr().String()
-		rows := []struct{ name, site string }{
-			{"async_proxy", "async_proxy burst 1000000000 refill 1000000"},
-			{"respond", "respond 200"},
-			{"reverse_proxy", "reverse_proxy " + address},
-			{"net-http", ""},
+		rows := []struct{ name, site, log string }{
+			{"async_proxy", "async_proxy burst 1000000000 refill 1000000", "discard"},
+			{"async_proxy-logging", "async_proxy burst 1000000000 refill 1000000", "file"},
+			{"respond", "respond 200", "discard"},
+			{"reverse_proxy", "reverse_proxy " + address, "discard"},
+			{"net-http", "", ""},
 		}
 		for _, row := range rows {
 			b.Run(fmt.Sprintf("%d/%s", size, row.name), func(b *testing.B) {
-				proxy := startBench(b, row.site)
+				proxy := startBench(b, row.site, row.log)
 				request := fmt.Sprintf("GET http://%s/ HTTP/1.1\r\nHost: %s\r\n\r\n", address, address)
 				proxy.run(b, request, http.StatusOK)
 			})
@@ -55,18 +58,19 @@ func BenchmarkForward(b *testing.B) {
 	}
 }
 
-// BenchmarkReject is a 429 over keep-alive connections, next to Caddy's
-// respond, which is the least that an answer costs.
+// BenchmarkReject is a 429 over keep-alive connections, with and without lines in
+// a log, next to Caddy's respond, which is the least that an answer costs.
 func BenchmarkReject(b *testing.B) {
 	for _, row := range []struct {
-		name, site string
-		status     int
+		name, site, log string
+		status          int
 	}{
-		{"async_proxy", "async_proxy burst 1 refill 0.00001", http.StatusTooManyRequests},
-		{"respond", "respond 429", http.StatusTooManyRequests},
+		{"async_proxy", "async_proxy burst 1 refill 0.00001", "discard", http.StatusTooManyRequests},
+		{"async_proxy-logging", "async_proxy burst 1 refill 0.00001", "file", http.StatusTooManyRequests},
+		{"respond", "respond 429", "discard", http.StatusTooManyRequests},
 	} {
 		b.Run(row.name, func(b *testing.B) {
-			proxy := startBench(b, row.site)
+			proxy := startBench(b, row.site, row.log)
 			// The one token there is.
 			if res, err := http.Get("http://" + proxy.address + "/"); err == nil {
 				res.Body.Close()
@@ -82,8 +86,9 @@ type benchProxy struct {
 	process *os.Process
 }
 
-// startBench runs a Caddy with one site, or, without one, the bare forwarder.
-func startBench(b *testing.B, site string) benchProxy {
+// startBench runs a Caddy with one site and its log, discarded or in a file; or,
+// without a site, the bare forwarder.
+func startBench(b *testing.B, site, log string) benchProxy {
 	b.Helper()
 	ln, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
@@ -97,9 +102,13 @@ func startBench(b *testing.B, site string) benchProxy {
 		cmd = exec.Command(os.Args[0], "-test.run=^$")
 		cmd.Env = append(os.Environ(), forwarderEnv+"="+address)
 	} else {
-		config := filepath.Join(b.TempDir(), "Caddyfile")
+		dir := b.TempDir()
+		config := filepath.Join(dir, "Caddyfile")
+		if log == "file" {
+			log = "file " + filepath.Join(dir, "caddy.log")
+		}
 		_, port, _ := net.SplitHostPort(address)
-		text := fmt.Sprintf("{\n\tadmin off\n\tpersist_config off\n\tlog {\n\t\toutput discard\n\t}\n}\nhttp://:%s {\n\tbind 127.0.0.1\n\t%s\n}\n", port, site)
+		text := fmt.Sprintf("{\n\tadmin off\n\tpersist_config off\n\tlog {\n\t\toutput %s\n\t}\n}\nhttp://:%s {\n\tbind 127.0.0.1\n\t%s\n}\n", log, port, site)
 		if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 			b.Fatal(err)
 		}

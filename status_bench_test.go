@@ -30,7 +30,7 @@ func BenchmarkStatusViewers(b *testing.B) {
 	}))
 	defer origin.Close()
 	target := origin.Listener.Addr().String()
-	proxy := startBench(b, "async_proxy burst 1000000000 refill 1000\n\tasync_proxy_status /status*")
+	proxy := startBench(b, "async_proxy burst 1000000000 refill 1000\n\tasync_proxy_status /status*", "discard")
 	request := fmt.Sprintf("GET http://%s/ HTTP/1.1\r\nHost: %[1]s\r\n\r\n", target)
 
 	// Each client has an address of its own on loopback.
