@@ -58,6 +58,7 @@ var metrics = newProcessMetrics()
 type processMetrics struct {
 	requests  [kinds][outcomes]prometheus.Counter
 	refusals  *prometheus.CounterVec // by reason
+	limited   prometheus.Counter     // of refusals, those by the limiter
 	reported  *prometheus.CounterVec // by what
 	evictions prometheus.Counter
 	durations prometheus.Histogram // of tunnels
@@ -95,6 +96,7 @@ func newProcessMetrics() *processMetrics {
 			Buckets: durationBuckets,
 		}, []string{"outcome"}),
 	}
+	m.limited = m.refusals.WithLabelValues(deniedRequest)
 	requests := counters("requests_total", "Requests by what they are to the proxy and what came of them.", "kind", "outcome")
 	for k := range kinds {
 		for o := range outcomes {
@@ -135,24 +137,34 @@ func (v *visit) count(err error) {
 		return
 	}
 	v.counted = true
-	o := outcomeOK
-	var f *refusal
-	switch {
-	case v.limited:
-		o = outcomeLimited
-	case errors.As(err, &f) && f.status == statusClientClosedRequest:
-		o = outcomeCanceled
-	case f != nil && (f.status < 500 || f.status == http.StatusLoopDetected):
-		o = outcomeRefused
-	case f != nil, errors.As(err, new(brokenOff)):
-		o = outcomeFailed
+	if v.limited {
+		metrics.requests[v.kind][outcomeLimited].Inc()
+		metrics.limited.Inc()
+		return
 	}
+	o, f := outcomeOf(err)
 	metrics.requests[v.kind][o].Inc()
 	if f != nil && o != outcomeCanceled {
 		metrics.refusals.WithLabelValues(f.kind).Inc()
-	} else if v.limited {
-		metrics.refusals.WithLabelValues(deniedRequest).Inc()
 	}
+}
+
+// outcomeOf tells what came of a request that has passed the limiter, and the
+// answer of the proxy's own, if it is that.
+func outcomeOf(err error) (outcome, *refusal) {
+	if err == nil {
+		return outcomeOK, nil // at no cost
+	}
+	var f *refusal
+	switch {
+	case errors.As(err, &f) && f.status == statusClientClosedRequest:
+		return outcomeCanceled, f
+	case f != nil && (f.status < 500 || f.status == http.StatusLoopDetected):
+		return outcomeRefused, f
+	case f != nil, errors.As(err, new(brokenOff)):
+		return outcomeFailed, f
+	}
+	return outcomeOK, nil
 }
 
 // countDial counts an attempt to connect that began at start.

@@ -341,9 +341,8 @@ func (h *Handler) refuseLimited(w http.ResponseWriter, r *http.Request, v *visit
 		h.events.limited(h.Zone, v, verdict)
 	}
 	header := w.Header()
-	header["Retry-After"] = []string{a.retryAfter}
-	header["Ratelimit-Policy"] = []string{h.policy}
-	header["Ratelimit"] = []string{a.state}
+	values := [...]string{a.retryAfter, h.policy, a.state} // one allocation for three
+	header["Retry-After"], header["Ratelimit-Policy"], header["Ratelimit"] = values[:1:1], values[1:2:2], values[2:]
 	return writeAnswer(w, r, &a.refusal, a.proxyStatus, a.body)
 }
 
