@@ -117,13 +117,29 @@ func parseClient(s string) (netip.Addr, error) {
 		return userKey(user), nil
 	}
 	if prefix, err := netip.ParsePrefix(s); err == nil {
+		if !isClient(prefix) {
+			return netip.Addr{}, fmt.Errorf("%q is no client: no site has clients of %d bits; ipv4_prefix and ipv6_prefix set that", s, prefix.Bits())
+		}
 		return prefix.Addr(), nil
 	}
 	addr, err := netip.ParseAddr(s)
 	if err != nil || addr.Zone() != "" {
-		return netip.Addr{}, fmt.Errorf("%q is no client: expected an address, a network as it is shown, or \"user <id>\"", s)
+		return netip.Addr{}, fmt.Errorf("%q is no client: expected an address, a network or a user as the list of clients shows it", s)
 	}
 	return addr, nil
+}
+
+// isClient reports whether a network shares a bucket with one of the sites.
+func isClient(network netip.Prefix) (found bool) {
+	limiters.Range(func(_, l any) bool {
+		bits := l.(*limiter).key.v6
+		if network.Addr().Is4() {
+			bits = l.(*limiter).key.v4
+		}
+		found = found || bits == network.Bits()
+		return true
+	})
+	return found
 }
 
 // Interface guard
