@@ -539,12 +539,14 @@ func TestCaddyfilesOfTheDocumentation(t *testing.T) {
 	}
 }
 
-func TestCaddyfileExample(t *testing.T) {
-	text, err := os.ReadFile("Caddyfile.example")
-	if err != nil {
-		t.Fatal(err)
+func TestCaddyfileExamples(t *testing.T) {
+	for _, file := range []string{"Caddyfile.example", "examples/docker/Caddyfile"} {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		checkShipped(t, string(text), file)
 	}
-	checkShipped(t, string(text), "Caddyfile.example")
 }
 
 // checkShipped checks a Caddyfile that people copy: it adapts without a warning
