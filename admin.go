@@ -65,7 +65,7 @@ func (a adminAPI) serve(w http.ResponseWriter, r *http.Request) error {
 		}
 		return a.do(w, r, http.MethodDelete, func() bool { return closeTunnel(id) })
 	case what == "clients" && (verb == "" || verb == "block"):
-		addr, err := parseClient(name)
+		addr, err := clientToActOn(name)
 		if err != nil {
 			return apiError(http.StatusBadRequest, "%w", err)
 		}
@@ -127,9 +127,31 @@ func parseClient(s string) (netip.Addr, error) {
 	}
 	addr, err := netip.ParseAddr(s)
 	if err != nil || addr.Zone() != "" {
-		return netip.Addr{}, fmt.Errorf("%q is no client: expected an address, a network as it is shown, or \"user <id>\"", s)
+		return netip.Addr{}, fmt.Errorf("%q is no client: expected an address, a network or a user as the list of clients shows it", s)
 	}
 	return addr, nil
+}
+
+// clientToActOn is parseClient for what somebody has written, which must be what
+// some site's limiter has buckets for.
+func clientToActOn(s string) (netip.Addr, error) {
+	if network, err := netip.ParsePrefix(s); err == nil && !isClient(network) {
+		return netip.Addr{}, fmt.Errorf("%q is no client: no site has clients of %d bits; ipv4_prefix and ipv6_prefix set that", s, network.Bits())
+	}
+	return parseClient(s)
+}
+
+// isClient reports whether a network shares a bucket with one of the sites.
+func isClient(network netip.Prefix) (found bool) {
+	limiters.Range(func(_, l any) bool {
+		bits := l.(*limiter).key.v6
+		if network.Addr().Is4() {
+			bits = l.(*limiter).key.v4
+		}
+		found = found || bits == network.Bits()
+		return true
+	})
+	return found
 }
 
 // Interface guard

@@ -4,7 +4,10 @@
 package asyncproxy
 
 import (
+	"fmt"
+	"maps"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -12,7 +15,6 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
-	"github.com/caddyserver/caddy/v2/modules/caddyhttp/headers"
 )
 
 func init() {
@@ -82,259 +84,292 @@ func parseCaddyfile(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error)
 // and deny in all their forms counts.
 func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // the directive's name
-	p := caddyfileParser{Dispenser: d, seen: make(map[string]bool)}
+	p := &caddyfileParser{Dispenser: d, seen: make(map[string]caddyfile.Dispenser)}
 	for d.NextArg() {
 		name := d.Val()
 		if name != "burst" && name != "refill" {
 			return d.Errf("unexpected argument '%s'; expected burst <tokens>, refill <tokens_per_second>, or a block of options", name)
 		}
-		if !d.NextArg() {
-			return d.Errf("%s: there is no value; expected %s", name, expectations[name])
-		}
-		if err := p.option(h, name, []string{d.Val()}); err != nil {
+		o, err := p.begin(name)
+		if err != nil {
 			return err
+		}
+		if !d.NextArg() {
+			return p.mistake("there is no value")
+		}
+		if !o.set(h, d.Val()) {
+			return p.invalid(d.Val())
 		}
 	}
 	for nesting := d.Nesting(); d.NextBlock(nesting); {
-		name := d.Val()
-		if parse, ok := blocks[name]; ok {
-			if err := parse(p, h, name); err != nil {
-				return err
-			}
-			continue
-		}
-		args := d.RemainingArgs()
-		if err := p.option(h, name, args); err != nil {
+		if err := p.option(h, d.Val()); err != nil {
 			return err
 		}
-		if last := d.Val(); d.NextBlock(d.Nesting()) || d.Val() != last { // an empty block only moves on
-			return d.Errf("%s: unexpected block; expected %s", name, expectations[name])
-		}
 	}
-	return nil
+	return p.check(h)
 }
 
-// expectations are what the options want, in the words of the errors.
-var expectations = map[string]string{
-	"burst":                   "a whole number of tokens from 1 to 1000000000",
-	"refill":                  "tokens per second from 0.00001 to 1000000",
-	"ipv4_prefix":             "a number of bits from 1 to 32",
-	"ipv6_prefix":             "a number of bits from 1 to 128",
-	"max_clients":             "a whole number of clients, at least 2",
-	"zone":                    "a name",
-	"limiter":                 "a limiter that this Caddy is built with, such as redis",
-	"exempt":                  "addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges",
-	"allow":                   "destinations: addresses, CIDR ranges, names, *.names, public, private or all, each perhaps with :<ports>",
-	"deny":                    "destinations: addresses, CIDR ranges, names, *.names, public, private or all, each perhaps with :<ports>",
-	"allow_file":              "files with destinations, one a line",
-	"deny_file":               "files with destinations, one a line",
-	"allow_from":              "a source of CIDR ranges, as for trusted_proxies",
-	"deny_from":               "a source of CIDR ranges, as for trusted_proxies",
-	"ports":                   "ports from 1 to 65535, or ranges such as 8000-8999",
-	"clients":                 "addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges",
-	"basic_auth":              "perhaps bcrypt or argon2id and a realm, and a block with a user and a hash a line",
-	"limit_by":                "client_ip or user",
-	"report_only":             "rules, limits or both",
-	"resolvers":               "addresses of DNS servers, such as 192.0.2.53",
-	"serve_pac":               "a path that begins with /, or nothing",
-	"no_upstream":             "destinations without ports: addresses, CIDR ranges, names, *.names, public or private",
-	"upstream":                "http://, https:// or socks5://, perhaps <user>:<password>@, a host and perhaps a port",
-	"dial_timeout":            "a positive duration such as 10s",
-	"response_header_timeout": "a positive duration such as 5m, or off",
-	"via":                     "a pseudonym that starts with a letter, or off",
-	"forwarded_for":           "auto or off",
-	"hosts":                   "names of this server, without ports",
-	"header_up":               "a field, and perhaps a value, or a regular expression and its replacement",
-	"header_down":             "a field, and perhaps a value, or a regular expression and its replacement",
-	"max_tunnels":             "a whole number of tunnels from 1, and perhaps per_client with another",
-	"tunnel_idle_timeout":     "a positive duration such as 1h, or off",
-	"tunnel_max_duration":     "a positive duration such as 24h",
-	"stream_close_delay":      "a duration such as 5m, or 0 for at once",
-	"recheck_tunnels":         "no value",
+// option is how one of the options is read.
+type option struct {
+	expected string                                     // what it takes, in the words of the errors
+	many     bool                                       // it may be given more than once
+	set      func(h *Handler, value string) bool        // takes one value, with many each of several; false if it is not valid
+	read     func(p *caddyfileParser, h *Handler) error // in place of set: takes all that is behind the name
 }
 
-// lists are the options that take any number of values, any number of times.
-var lists = map[string]bool{
-	"exempt": true, "hosts": true, "allow": true, "deny": true, "allow_file": true, "deny_file": true, "ports": true,
-	"clients": true, "report_only": true, "resolvers": true, "no_upstream": true,
+const (
+	expectedDestinations = "addresses, CIDR ranges, names, *.names, public, private or all, each optionally followed by :<ports>"
+	expectedRanges       = "addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges"
+	expectedSource       = "a source of CIDR ranges, as for trusted_proxies"
+	expectedFiles        = "readable files with one destination a line"
+	expectedHeader       = "[+|-]<field> [<value|regexp> [<replacement>]]"
+
+	// maxCount keeps numbers well within those that survive being a float64,
+	// which is what Caddy's JSON passes through.
+	maxCount    = 1_000_000_000
+	maxDuration = caddy.Duration(1 << 62) // 146 years
+)
+
+// options are all options of the directive, by name.
+var options = map[string]option{
+	"burst": number("a whole number of tokens from 1 to 1000000000", func(h *Handler) *int64 { return &h.Burst }, minBurst, maxBurst),
+	"refill": {expected: "tokens per second from 0.00001 to 1000000", set: func(h *Handler, s string) bool {
+		var err error
+		h.Refill, err = strconv.ParseFloat(s, 64)
+		return err == nil && h.Refill >= minRefill && h.Refill <= maxRefill
+	}},
+	"ipv4_prefix": number("a number of bits from 1 to 32", func(h *Handler) *int { return &h.IPv4Prefix }, 1, 32),
+	"ipv6_prefix": number("a number of bits from 1 to 128", func(h *Handler) *int { return &h.IPv6Prefix }, 1, 128),
+	"max_clients": number("a whole number of clients from 2 to 1000000000", func(h *Handler) *int { return &h.MaxClients }, minClients, maxCount),
+	"zone":        word("a name in printable ASCII without spaces, quotes and backslashes", func(h *Handler) *string { return &h.Zone }, validZone),
+	"exempt":      list(expectedRanges, func(h *Handler) *[]string { return &h.Exempt }, checkRange),
+	"limiter": {
+		expected: "a limiter that this Caddy is built with; for redis, build it with --with github.com/asyncproxy/caddy-async-proxy/redis",
+		read:     (*caddyfileParser).limiter,
+	},
+	"limit_by": word("client_ip or user", func(h *Handler) *string { return &h.LimitBy }, oneOf("client_ip", "user")),
+
+	"clients":    list(expectedRanges, func(h *Handler) *[]string { return &h.Clients }, checkRange),
+	"basic_auth": {expected: "[bcrypt|argon2id [<realm>]] and a block of `<user> <hash>` lines", read: (*caddyfileParser).basicAuth},
+
+	"allow":      {expected: expectedDestinations, many: true, read: (*caddyfileParser).rule},
+	"deny":       {expected: expectedDestinations, many: true, read: (*caddyfileParser).rule},
+	"allow_file": {expected: expectedFiles, many: true, read: (*caddyfileParser).ruleFiles},
+	"deny_file":  {expected: expectedFiles, many: true, read: (*caddyfileParser).ruleFiles},
+	"allow_from": {expected: expectedSource, many: true, read: (*caddyfileParser).ruleSource},
+	"deny_from":  {expected: expectedSource, many: true, read: (*caddyfileParser).ruleSource},
+	"ports": list("ports from 1 to 65535, or ranges such as 8000-8999", func(h *Handler) *[]string { return &h.Ports },
+		func(s string) error { _, err := parsePorts(s); return err }),
+	"report_only": {expected: "rules, limits or both", many: true, set: func(h *Handler, s string) bool {
+		h.ReportOnly = append(h.ReportOnly, s)
+		return s == "rules" || s == "limits"
+	}},
+
+	"resolvers": list("addresses of DNS servers, such as 192.0.2.53", func(h *Handler) *[]string { return &h.Resolvers },
+		func(s string) error { _, err := newResolver([]string{s}); return err }),
+	"upstream": {expected: "http|https|socks5://[<user>[:<password>]@]<host>[:<port>]", read: (*caddyfileParser).upstream},
+	"no_upstream": list("destinations without ports: addresses, CIDR ranges, names, *.names, public or private", func(h *Handler) *[]string { return &h.NoUpstream },
+		func(s string) error { _, err := newDirectSet([]string{s}); return err }),
+	"dial_timeout":            duration("a positive duration such as 10s", func(h *Handler) *caddy.Duration { return &h.DialTimeout }),
+	"response_header_timeout": durationOrOff("a positive duration such as 5m, or off", func(h *Handler) *caddy.Duration { return &h.ResponseHeaderTimeout }),
+
+	"max_tunnels":         {expected: "<n> [per_client <n>], each from 1 to 1000000000", read: (*caddyfileParser).maxTunnels},
+	"tunnel_idle_timeout": durationOrOff("a positive duration such as 1h, or off", func(h *Handler) *caddy.Duration { return &h.TunnelIdleTimeout }),
+	"tunnel_max_duration": duration("a positive duration such as 24h", func(h *Handler) *caddy.Duration { return &h.TunnelMaxDuration }),
+	"stream_close_delay": {expected: "a duration such as 5m, or 0 for at once", set: func(h *Handler, s string) (ok bool) {
+		h.StreamCloseDelay = new(caddy.Duration)
+		*h.StreamCloseDelay, ok = parseDuration(s, 0)
+		return ok
+	}},
+	"recheck_tunnels": {expected: "no value", read: func(p *caddyfileParser, h *Handler) error {
+		h.RecheckTunnels = true
+		_, err := p.values(0, 0)
+		return err
+	}},
+
+	"hosts":         list("names of this server, without ports", func(h *Handler) *[]string { return &h.Hosts }, checkHost),
+	"via":           word("a pseudonym that starts with a letter, or off", func(h *Handler) *string { return &h.Via }, validPseudonym),
+	"forwarded_for": word("auto or off", func(h *Handler) *string { return &h.ForwardedFor }, oneOf("auto", "off")),
+	"header_up":     {expected: expectedHeader, many: true, read: (*caddyfileParser).headerUp},
+	"header_down":   {expected: expectedHeader, many: true, read: (*caddyfileParser).headerDown},
+	"serve_pac":     {expected: "a path that begins with /, or no value", read: (*caddyfileParser).servePAC},
 }
 
-// caddyfileParser says of each mistake the option, the value and what was
-// expected; the Dispenser adds the file and the line.
+// number is an option for a whole number in a range.
+func number[T int | int64](expected string, field func(*Handler) *T, low, high T) option {
+	return option{expected: expected, set: func(h *Handler, s string) (ok bool) {
+		*field(h), ok = parseInt(s, low, high)
+		return ok
+	}}
+}
+
+// word is an option for one value as it stands there.
+func word(expected string, field func(*Handler) *string, valid func(string) bool) option {
+	return option{expected: expected, set: func(h *Handler, s string) bool {
+		*field(h) = s
+		return valid(s)
+	}}
+}
+
+func oneOf(words ...string) func(string) bool {
+	return func(s string) bool { return slices.Contains(words, s) }
+}
+
+// list is an option for any number of values.
+func list(expected string, field func(*Handler) *[]string, check func(string) error) option {
+	return option{expected: expected, many: true, set: func(h *Handler, s string) bool {
+		*field(h) = append(*field(h), s)
+		return check(s) == nil
+	}}
+}
+
+// duration is an option for a positive duration.
+func duration(expected string, field func(*Handler) *caddy.Duration) option {
+	return option{expected: expected, set: func(h *Handler, s string) (ok bool) {
+		*field(h), ok = parseDuration(s, 1)
+		return ok
+	}}
+}
+
+// durationOrOff is an option for a positive duration, or none.
+func durationOrOff(expected string, field func(*Handler) *caddy.Duration) option {
+	return option{expected: expected, set: func(h *Handler, s string) (ok bool) {
+		if *field(h) = -1; s == "off" {
+			return true
+		}
+		*field(h), ok = parseDuration(s, 1)
+		return ok
+	}}
+}
+
+// caddyfileParser reads options. Of each mistake it says the option, the value
+// and what was expected; the Dispenser adds the file and the line.
 type caddyfileParser struct {
 	*caddyfile.Dispenser
-	seen map[string]bool
+	seen           map[string]caddyfile.Dispenser // where each option stands
+	name, expected string                         // of the option that is being read
 }
 
-// option reads one option with its arguments.
-func (p caddyfileParser) option(h *Handler, name string, args []string) error {
-	expected, known := expectations[name]
+// mistake is what is wrong with the option that is being read.
+func (p *caddyfileParser) mistake(format string, args ...any) error {
+	return p.Errf("%s: %s; expected %s", p.name, fmt.Sprintf(format, args...), p.expected)
+}
+
+func (p *caddyfileParser) invalid(value string) error {
+	return p.mistake("the value '%s' is not valid", value)
+}
+
+// begin looks up the option whose name was just read.
+func (p *caddyfileParser) begin(name string) (option, error) {
+	o, known := options[name]
 	if !known {
-		return p.Errf("unrecognized option '%s'", name)
+		return o, p.unknown(name)
 	}
-	list := lists[name]
-	switch {
-	case name == "recheck_tunnels" && len(args) == 0:
-		if p.seen[name] {
-			return p.Errf("%s: the option is given twice; expected it once", name)
-		}
-		p.seen[name] = true
-		h.RecheckTunnels = true
-		return nil
-	case name == "serve_pac" && len(args) == 0:
-		args = []string{"/proxy.pac"}
-	case name == "max_tunnels" && len(args) == 3 && args[1] == "per_client":
-		var ok bool
-		if h.MaxTunnelsPerClient, ok = parseInt(args[2], 1, math.MaxInt); !ok {
-			return p.Errf("max_tunnels: the value '%s' of per_client is not valid; expected a whole number of tunnels from 1", args[2])
-		}
-		args = args[:1]
+	p.name, p.expected = name, o.expected
+	if first, twice := p.seen[name]; twice && !o.many {
+		return o, p.Errf("%s: the option was given before, at %s:%d; expected it once", name, first.File(), first.Line())
 	}
-	switch {
-	case name == "header_up" || name == "header_down":
-		return p.headerOp(h, name, args)
-	case len(args) == 0:
-		return p.Errf("%s: there is no value; expected %s", name, expected)
-	case len(args) > 1 && !list:
-		return p.Errf("%s: there is more than one value, '%s' after '%s'; expected %s", name, args[1], args[0], expected)
-	case p.seen[name] && !list:
-		return p.Errf("%s: the option is given twice, now with '%s'; expected it once", name, args[0])
-	}
-	p.seen[name] = true
-
-	value, ok := args[0], true
-	switch name {
-	case "burst":
-		h.Burst, ok = parseInt[int64](value, minBurst, maxBurst)
-	case "refill":
-		var err error
-		h.Refill, err = strconv.ParseFloat(value, 64)
-		ok = err == nil && h.Refill >= minRefill && h.Refill <= maxRefill
-	case "ipv4_prefix":
-		h.IPv4Prefix, ok = parseInt(value, 1, 32)
-	case "ipv6_prefix":
-		h.IPv6Prefix, ok = parseInt(value, 1, 128)
-	case "max_clients":
-		h.MaxClients, ok = parseInt(value, minClients, math.MaxInt)
-	case "zone":
-		h.Zone = value
-		ok = validZone(value)
-	case "exempt":
-		return p.prefixes(name, args, &h.Exempt)
-	case "clients":
-		return p.prefixes(name, args, &h.Clients)
-	case "allow", "deny":
-		return p.rule(h, name, args)
-	case "allow_file", "deny_file":
-		h.Rules = append(h.Rules, Rule{Action: name[:strings.IndexByte(name, '_')], Files: args})
-	case "ports":
-		return p.values(name, args, &h.Ports, func(s string) bool { _, err := parsePorts(s); return err == nil })
-	case "report_only":
-		return p.values(name, args, &h.ReportOnly, func(s string) bool { return s == "rules" || s == "limits" })
-	case "resolvers":
-		return p.values(name, args, &h.Resolvers, func(s string) bool { _, err := newResolver([]string{s}); return err == nil })
-	case "no_upstream":
-		return p.values(name, args, &h.NoUpstream, func(s string) bool { _, err := newDirectSet([]string{s}); return err == nil })
-	case "limit_by":
-		h.LimitBy = value
-		ok = value == "client_ip" || value == "user"
-	case "serve_pac":
-		h.ServePAC = value
-		ok = value[0] == '/'
-	case "hosts":
-		return p.values(name, args, &h.Hosts, func(s string) bool { return checkHost(s) == nil })
-	case "dial_timeout":
-		h.DialTimeout, ok = parseDuration(value, 1)
-	case "max_tunnels":
-		h.MaxTunnels, ok = parseInt(value, 1, math.MaxInt)
-	case "response_header_timeout":
-		if h.ResponseHeaderTimeout = -1; value != "off" {
-			h.ResponseHeaderTimeout, ok = parseDuration(value, 1)
-		}
-	case "tunnel_idle_timeout":
-		if h.TunnelIdleTimeout = -1; value != "off" {
-			h.TunnelIdleTimeout, ok = parseDuration(value, 1)
-		}
-	case "tunnel_max_duration":
-		h.TunnelMaxDuration, ok = parseDuration(value, 1)
-	case "stream_close_delay":
-		var delay caddy.Duration
-		delay, ok = parseDuration(value, 0)
-		h.StreamCloseDelay = &delay
-	case "recheck_tunnels":
-		ok = false
-	case "via":
-		h.Via = value
-		ok = validPseudonym(value)
-	case "forwarded_for":
-		h.ForwardedFor = value
-		ok = value == "auto" || value == "off"
-	}
-	if !ok {
-		return p.Errf("%s: the value '%s' is not valid; expected %s", name, value, expected)
-	}
-	return nil
+	p.seen[name] = *p.Dispenser
+	return o, nil
 }
 
-// headerOp reads an operation on a field, in reverse_proxy's syntax.
-func (p caddyfileParser) headerOp(h *Handler, name string, args []string) error {
-	if len(args) < 1 || len(args) > 3 {
-		return p.Errf("%s: there are %d values; expected %s", name, len(args), expectations[name])
+// option reads one line or block of the directive's block.
+func (p *caddyfileParser) option(h *Handler, name string) error {
+	o, err := p.begin(name)
+	if err != nil {
+		return err
 	}
-	if h.Headers == nil {
-		h.Headers = new(headers.Handler)
-	}
-	var ops *headers.HeaderOps
-	if name == "header_up" {
-		if h.Headers.Request == nil {
-			h.Headers.Request = new(headers.HeaderOps)
-		}
-		ops = h.Headers.Request
+	if o.read != nil {
+		err = o.read(p, h)
 	} else {
-		if h.Headers.Response == nil {
-			h.Headers.Response = &headers.RespHeaderOps{HeaderOps: new(headers.HeaderOps)}
-		}
-		ops = h.Headers.Response.HeaderOps
+		err = p.set(h, o)
 	}
-	value, replacement := "", (*string)(nil)
-	if len(args) > 1 {
-		value = args[1]
+	if err != nil {
+		return err
 	}
-	if len(args) > 2 {
-		replacement = &args[2]
-	}
-	if err := headers.CaddyfileHeaderOp(ops, args[0], value, replacement); err != nil {
-		return p.Errf("%s: the values '%s' are not valid: %v; expected %s", name, strings.Join(args, " "), err, expectations[name])
+	if last := p.Val(); p.NextBlock(p.Nesting()) || p.Val() != last { // an empty block only moves on
+		at := p.seen[name]
+		return at.Errf("%s: unexpected block; expected %s", name, o.expected)
 	}
 	return nil
 }
 
-// prefixes appends the values of an option that is a list of CIDR ranges.
-func (p caddyfileParser) prefixes(name string, args []string, list *[]string) error {
-	return p.values(name, args, list, func(s string) bool { _, err := parsePrefixes(name, []string{s}); return err == nil })
-}
-
-// values appends the values of an option that is a list.
-func (p caddyfileParser) values(name string, args []string, list *[]string, valid func(string) bool) error {
-	for _, arg := range args {
-		if !valid(arg) {
-			return p.Errf("%s: the value '%s' is not valid; expected %s", name, arg, expectations[name])
+func (p *caddyfileParser) set(h *Handler, o option) error {
+	most := 1
+	if o.many {
+		most = math.MaxInt
+	}
+	args, err := p.values(1, most)
+	for _, value := range args {
+		if err == nil && !o.set(h, value) {
+			err = p.invalid(value)
 		}
 	}
-	*list = append(*list, args...)
-	return nil
+	return err
 }
 
-// rule appends a rule of destinations.
-func (p caddyfileParser) rule(h *Handler, name string, args []string) error {
-	for _, arg := range args {
-		for _, text := range expandRanges(arg) {
-			if _, err := parseDestination(text); err != nil {
-				return p.Errf("%s: the value '%s' is not valid; expected %s", name, arg, expectations[name])
+// values returns the values on the option's line, of which there must be so many.
+func (p *caddyfileParser) values(least, most int) ([]string, error) {
+	args := p.RemainingArgs()
+	switch {
+	case len(args) < least:
+		return nil, p.mistake("there is no value")
+	case len(args) > most:
+		return nil, p.mistake("unexpected value '%s'", args[most])
+	}
+	return args, nil
+}
+
+// unknown refuses an option that there is not, and names the one that was
+// probably meant.
+func (p *caddyfileParser) unknown(name string) error {
+	all := slices.Sorted(maps.Keys(options))
+	nearest := slices.MinFunc(all, func(a, b string) int { return edits(name, a) - edits(name, b) })
+	if edits(name, nearest) <= 2 {
+		return p.Errf("unrecognized option '%s'; did you mean %s?", name, nearest)
+	}
+	return p.Errf("unrecognized option '%s'; expected one of %s", name, strings.Join(all, ", "))
+}
+
+// edits returns how many bytes have to be inserted, left out or replaced to make
+// b of a (Levenshtein's distance).
+func edits(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0]++
+		for j := range len(b) {
+			replaced := diagonal
+			if a[i] != b[j] {
+				replaced++
 			}
+			diagonal = row[j+1]
+			row[j+1] = min(replaced, diagonal+1, row[j]+1)
 		}
 	}
-	h.Rules = append(h.Rules, Rule{Action: name, Destinations: args})
+	return row[len(b)]
+}
+
+// check refuses options that do not go together.
+func (p *caddyfileParser) check(h *Handler) error {
+	full := *h
+	full.setDefaults()
+	if err := full.limiterKey().validate(); err != nil {
+		at, ok := p.seen["refill"]
+		if !ok {
+			at = p.seen["burst"]
+		}
+		return at.WrapErr(err)
+	}
+	if at := p.seen["no_upstream"]; h.NoUpstream != nil && h.Upstream == nil {
+		return at.Errf("no_upstream: there is no upstream to go without; expected the option upstream beside it")
+	}
+	if at := p.seen["limit_by"]; h.LimitBy == "user" && h.AuthRaw == nil {
+		return at.Errf("limit_by: nobody is asked for a user; expected the option basic_auth beside it")
+	}
 	return nil
 }
 
@@ -345,7 +380,12 @@ func parseInt[T int | int64](s string, low, high T) (T, bool) {
 
 func parseDuration(s string, low caddy.Duration) (caddy.Duration, bool) {
 	d, err := caddy.ParseDuration(s)
-	return caddy.Duration(d), err == nil && caddy.Duration(d) >= low
+	return caddy.Duration(d), err == nil && caddy.Duration(d) >= low && caddy.Duration(d) <= maxDuration
+}
+
+func checkRange(s string) error {
+	_, err := parsePrefixes("", []string{s})
+	return err
 }
 
 // Interface guard

@@ -5,6 +5,10 @@ package asyncproxy
 
 import (
 	"encoding/json"
+	"errors"
+	"io/fs"
+	"math"
+	"slices"
 	"strings"
 
 	"github.com/caddyserver/caddy/v2"
@@ -12,73 +16,198 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/caddyauth"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/headers"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 	"github.com/caddyserver/caddy/v2/modules/caddytls"
+	"golang.org/x/crypto/bcrypt"
+	"golang.org/x/net/http/httpguts"
 )
 
-// blocks are the options that have a block, or may have one.
-var blocks map[string]func(p caddyfileParser, h *Handler, name string) error
-
-func init() {
-	blocks = map[string]func(caddyfileParser, *Handler, string) error{
-		"allow_from": caddyfileParser.ipSource,
-		"deny_from":  caddyfileParser.ipSource,
-		"basic_auth": caddyfileParser.basicAuth,
-		"upstream":   caddyfileParser.upstream,
-		"limiter":    caddyfileParser.limiter,
+// rule reads a rule of destinations.
+func (p *caddyfileParser) rule(h *Handler) error {
+	args, err := p.values(1, math.MaxInt)
+	if err != nil {
+		return err
 	}
-}
-
-// once refuses an option that stands there for the second time.
-func (p caddyfileParser) once(name string) error {
-	if p.seen[name] {
-		return p.Errf("%s: the option is given twice; expected it once", name)
+	for _, arg := range args {
+		if err := checkDestination(arg); err != nil {
+			return p.invalid(arg)
+		}
 	}
-	p.seen[name] = true
+	h.Rules = append(h.Rules, Rule{Action: p.name, Destinations: args})
 	return nil
 }
 
-// ipSource reads a rule whose ranges come from one of Caddy's modules.
-func (p caddyfileParser) ipSource(h *Handler, name string) error {
-	if !p.NextArg() {
-		return p.Errf("%s: there is no value; expected %s", name, expectations[name])
+// ruleFiles reads a rule of files with destinations, and looks into them: a
+// mistake in one is told now, and not first when the config is loaded.
+func (p *caddyfileParser) ruleFiles(h *Handler) error {
+	args, err := p.values(1, math.MaxInt)
+	if err != nil {
+		return err
 	}
-	stem := p.Val()
-	if _, err := caddy.GetModule("http.ip_sources." + stem); err != nil {
-		return p.Errf("%s: there is no module '%s'; expected %s", name, stem, expectations[name])
+	for _, file := range args {
+		// Who adapts a config may be another one than runs it, and may not read all that is.
+		if err := readList(file, checkDestination); err != nil && !errors.Is(err, fs.ErrPermission) {
+			return p.mistake("%v", err)
+		}
 	}
-	module, err := caddyfile.UnmarshalModule(p.Dispenser, "http.ip_sources."+stem)
+	action, _, _ := strings.Cut(p.name, "_")
+	h.Rules = append(h.Rules, Rule{Action: action, Files: args})
+	return nil
+}
+
+func checkDestination(text string) error {
+	for _, text := range expandRanges(text) {
+		if _, err := parseDestination(text); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// ruleSource reads a rule whose ranges come from one of Caddy's modules.
+func (p *caddyfileParser) ruleSource(h *Handler) error {
+	stem, module, err := p.module("http.ip_sources")
 	if err != nil {
 		return err
 	}
 	source, ok := module.(caddyhttp.IPRangeSource)
 	if !ok {
-		return p.Errf("%s: the module '%s' is no source of CIDR ranges", name, stem)
+		return p.mistake("the module '%s' is no source of CIDR ranges", stem)
 	}
-	action, _, _ := strings.Cut(name, "_")
+	if static, ok := module.(*caddyhttp.StaticIPRange); ok {
+		if len(static.Ranges) == 0 {
+			return p.mistake("there are no ranges behind static")
+		}
+		for _, r := range static.Ranges {
+			if _, err := parsePrefix(r); err != nil {
+				return p.invalid(r)
+			}
+		}
+	}
+	action, _, _ := strings.Cut(p.name, "_")
 	h.Rules = append(h.Rules, Rule{Action: action, SourceRaw: caddyconfig.JSONModuleObject(source, "source", stem, nil)})
 	return nil
 }
 
-// basicAuth reads what Caddy's basic_auth directive has, without a matcher.
-func (p caddyfileParser) basicAuth(h *Handler, name string) error {
-	if err := p.once(name); err != nil {
+// module reads the name of a module in a namespace and what belongs to it.
+func (p *caddyfileParser) module(namespace string) (stem string, module caddyfile.Unmarshaler, err error) {
+	if !p.NextArg() {
+		return "", nil, p.mistake("there is no value")
+	}
+	stem = p.Val()
+	if _, err := caddy.GetModule(namespace + "." + stem); err != nil {
+		return "", nil, p.mistake("this build has no module %s.%s", namespace, stem)
+	}
+	module, err = caddyfile.UnmarshalModule(p.Dispenser, namespace+"."+stem)
+	return stem, module, err
+}
+
+// limiter reads a limiter that several processes share.
+func (p *caddyfileParser) limiter(h *Handler) error {
+	stem, module, err := p.module(limiterNamespace)
+	if err != nil {
 		return err
 	}
+	h.LimiterRaw = caddyconfig.JSONModuleObject(module, "module", stem, nil)
+	return nil
+}
+
+// maxTunnels reads the bounds on tunnels.
+func (p *caddyfileParser) maxTunnels(h *Handler) error {
+	args, err := p.values(1, 3)
+	if err != nil {
+		return err
+	}
+	var ok bool
+	if h.MaxTunnels, ok = parseInt(args[0], 1, maxCount); !ok {
+		return p.invalid(args[0])
+	}
+	switch {
+	case len(args) == 1:
+		return nil
+	case args[1] != "per_client":
+		return p.mistake("unexpected value '%s'", args[1])
+	case len(args) == 2:
+		return p.mistake("there is no value behind per_client")
+	}
+	if h.MaxTunnelsPerClient, ok = parseInt(args[2], 1, maxCount); !ok {
+		return p.invalid(args[2])
+	}
+	return nil
+}
+
+// servePAC reads the path of the PAC script.
+func (p *caddyfileParser) servePAC(h *Handler) error {
+	args, err := p.values(0, 1)
+	if h.ServePAC = "/proxy.pac"; len(args) == 0 {
+		return err
+	}
+	if h.ServePAC = args[0]; !strings.HasPrefix(args[0], "/") {
+		return p.invalid(args[0])
+	}
+	return nil
+}
+
+func (p *caddyfileParser) headerUp(h *Handler) error {
+	if h.Headers == nil {
+		h.Headers = new(headers.Handler)
+	}
+	if h.Headers.Request == nil {
+		h.Headers.Request = new(headers.HeaderOps)
+	}
+	return p.headerOp(h.Headers.Request)
+}
+
+func (p *caddyfileParser) headerDown(h *Handler) error {
+	if h.Headers == nil {
+		h.Headers = new(headers.Handler)
+	}
+	if h.Headers.Response == nil {
+		h.Headers.Response = &headers.RespHeaderOps{HeaderOps: new(headers.HeaderOps)}
+	}
+	return p.headerOp(h.Headers.Response.HeaderOps)
+}
+
+// headerOp reads an operation on a field, in reverse_proxy's syntax.
+func (p *caddyfileParser) headerOp(ops *headers.HeaderOps) error {
+	args, err := p.values(1, 3)
+	if err != nil {
+		return err
+	}
+	value, replacement := "", (*string)(nil)
+	if len(args) > 1 {
+		value = args[1]
+	}
+	if len(args) > 2 {
+		replacement = &args[2]
+	}
+	alone := new(headers.HeaderOps) // Provision compiles the regular expression, and changes what it is called on
+	if err = headers.CaddyfileHeaderOp(alone, args[0], value, replacement); err == nil {
+		err = alone.Provision(caddy.Context{})
+	}
+	if err != nil {
+		return p.mistake("the values '%s' are not valid: %v", strings.Join(args, " "), err)
+	}
+	return headers.CaddyfileHeaderOp(ops, args[0], value, replacement)
+}
+
+// basicAuth reads what Caddy's basic_auth directive has, without a matcher. Its
+// errors do not repeat what should be a hash, and may be a password.
+func (p *caddyfileParser) basicAuth(h *Handler) error {
 	algorithm, realm := "bcrypt", ""
-	args := p.RemainingArgs()
-	switch len(args) {
-	case 2:
-		realm = args[1]
-		fallthrough
-	case 1:
+	args, err := p.values(0, 2)
+	if err != nil {
+		return err
+	}
+	if len(args) > 0 {
 		algorithm = args[0]
-	case 0:
-	default:
-		return p.Errf("basic_auth: there is more than an algorithm and a realm, '%s'; expected %s", args[2], expectations[name])
+	}
+	if len(args) > 1 {
+		realm = args[1]
 	}
 	if _, err := caddy.GetModule("http.authentication.hashes." + algorithm); err != nil {
-		return p.Errf("basic_auth: the algorithm '%s' is not known; expected %s", algorithm, expectations[name])
+		return p.mistake("the algorithm '%s' is not known", algorithm)
 	}
 	auth := caddyauth.HTTPBasicAuth{
 		HashRaw:   json.RawMessage(`{"algorithm":"` + algorithm + `"}`),
@@ -87,87 +216,115 @@ func (p caddyfileParser) basicAuth(h *Handler, name string) error {
 	}
 	for nesting := p.Nesting(); p.NextBlock(nesting); {
 		account := caddyauth.Account{Username: p.Val()}
-		if !p.Args(&account.Password) || p.NextArg() {
-			return p.Errf("basic_auth: the user '%s' has not just a hash behind it; expected a user and a hash, as `caddy hash-password` makes it", account.Username)
+		if !p.AllArgs(&account.Password) {
+			return p.Errf("basic_auth: the user '%s' must be followed by exactly one hash, as `caddy hash-password` prints it", account.Username)
+		}
+		if err := checkHash(algorithm, account.Password); err != nil || account.Username == "" {
+			return p.Errf("basic_auth: the hash of the user '%s' is not valid; expected one for %s, as `caddy hash-password` prints it", account.Username, algorithm)
+		}
+		if slices.ContainsFunc(auth.AccountList, func(a caddyauth.Account) bool { return a.Username == account.Username }) {
+			return p.Errf("basic_auth: the user '%s' is there twice; expected each user once", account.Username)
 		}
 		auth.AccountList = append(auth.AccountList, account)
 	}
 	if len(auth.AccountList) == 0 {
-		return p.Errf("basic_auth: there are no users; expected %s", expectations[name])
+		return p.mistake("there are no users")
 	}
 	h.AuthRaw = caddy.ModuleMap{"http_basic": caddyconfig.JSON(auth, nil)}
 	return nil
 }
 
+// checkHash says what is wrong with the hash of a password. What a placeholder
+// stands for is known only when the config is loaded, and the hashes of other
+// modules only to them.
+func checkHash(algorithm, hash string) error {
+	var err error
+	switch {
+	case hash == "":
+		err = errors.New("there is no hash")
+	case strings.Contains(hash, "{"):
+	case algorithm == "bcrypt":
+		_, err = bcrypt.Cost([]byte(hash))
+	case algorithm == "argon2id":
+		_, _, err = caddyauth.DecodeHash([]byte(hash))
+	}
+	return err
+}
+
 // upstream reads the parent proxy. Its errors do not repeat the URL, in which
 // there may be a password.
-func (p caddyfileParser) upstream(h *Handler, name string) error {
-	if err := p.once(name); err != nil {
-		return err
-	}
+func (p *caddyfileParser) upstream(h *Handler) error {
 	args := p.RemainingArgs()
 	switch len(args) {
 	case 0:
-		return p.Errf("upstream: there is no value; expected %s", expectations[name])
+		return p.mistake("there is no value")
 	case 1:
 	default:
-		return p.Errf("upstream: there is more than one value; expected %s", expectations[name])
+		return p.mistake("there is more than one value")
 	}
-	scheme, _, _, err := splitUpstream(args[0])
+	scheme, credentials, _, err := splitUpstream(args[0])
+	if err == nil && !strings.Contains(credentials, "{") {
+		_, err = readCredentials(credentials)
+	}
 	if err != nil {
 		return p.Errf("upstream: the value is not valid: %v", err)
 	}
-	u := &Upstream{URL: args[0]}
+	h.Upstream = &Upstream{URL: args[0]}
 	for nesting := p.Nesting(); p.NextBlock(nesting); {
-		option := p.Val()
-		if strings.HasPrefix(option, "tls_") {
-			if scheme != "https" {
-				return p.Errf("upstream: %s is for https:// only", option)
-			}
-			if u.TLS == nil {
-				u.TLS = new(reverseproxy.TLSConfig)
-			}
-		}
-		switch option {
-		case "header":
-			args := p.RemainingArgs()
-			if len(args) != 2 || scheme == "socks5" {
-				return p.Errf("upstream: header '%s': expected a field and a value, for http:// and https:// only", strings.Join(args, " "))
-			}
-			if u.Headers == nil {
-				u.Headers = make(map[string]string)
-			}
-			u.Headers[args[0]] = args[1]
-		case "tls_server_name":
-			if !p.Args(&u.TLS.ServerName) || p.NextArg() {
-				return p.Errf("upstream: tls_server_name: expected one name")
-			}
-		case "tls_insecure_skip_verify":
-			if p.NextArg() {
-				return p.Errf("upstream: tls_insecure_skip_verify: there is a value, '%s'; expected none", p.Val())
-			}
-			u.TLS.InsecureSkipVerify = true
-		case "tls_trust_pool":
-			if !p.NextArg() {
-				return p.Errf("upstream: tls_trust_pool: there is no value; expected a module, such as file, and what it wants")
-			}
-			stem := p.Val()
-			if _, err := caddy.GetModule("tls.ca_pool.source." + stem); err != nil {
-				return p.Errf("upstream: tls_trust_pool: there is no module '%s'; expected one such as file", stem)
-			}
-			module, err := caddyfile.UnmarshalModule(p.Dispenser, "tls.ca_pool.source."+stem)
-			if err != nil {
-				return err
-			}
-			pool, ok := module.(caddytls.CA)
-			if !ok {
-				return p.Errf("upstream: tls_trust_pool: the module '%s' is no source of certificates", stem)
-			}
-			u.TLS.CARaw = caddyconfig.JSONModuleObject(pool, "provider", stem, nil)
-		default:
-			return p.Errf("upstream: unrecognized option '%s'; expected header, tls_server_name, tls_trust_pool or tls_insecure_skip_verify", option)
+		if err := p.upstreamOption(h.Upstream, scheme); err != nil {
+			return err
 		}
 	}
-	h.Upstream = u
+	return nil
+}
+
+func (p *caddyfileParser) upstreamOption(u *Upstream, scheme string) error {
+	name := p.Val()
+	p.name = "upstream: " + name
+	if strings.HasPrefix(name, "tls_") {
+		if scheme != "https" {
+			return p.Errf("upstream: %s is for https:// only", name)
+		}
+		if u.TLS == nil {
+			u.TLS = new(reverseproxy.TLSConfig)
+		}
+	}
+	switch name {
+	case "header":
+		p.expected = "a field and a value, for http:// and https:// only"
+		args := p.RemainingArgs()
+		if len(args) != 2 || scheme == "socks5" || !httpguts.ValidHeaderFieldName(args[0]) || !httpguts.ValidHeaderFieldValue(args[1]) {
+			return p.mistake("'%s' is not valid", strings.Join(args, " "))
+		}
+		if u.Headers == nil {
+			u.Headers = make(map[string]string)
+		}
+		u.Headers[args[0]] = args[1]
+	case "tls_server_name":
+		p.expected = "one name"
+		args, err := p.values(1, 1)
+		if err != nil {
+			return err
+		}
+		u.TLS.ServerName = args[0]
+	case "tls_insecure_skip_verify":
+		p.expected = "no value"
+		_, err := p.values(0, 0)
+		u.TLS.InsecureSkipVerify = true
+		return err
+	case "tls_trust_pool":
+		p.expected = "a source of certificates, such as file"
+		stem, module, err := p.module("tls.ca_pool.source")
+		if err != nil {
+			return err
+		}
+		pool, ok := module.(caddytls.CA)
+		if !ok {
+			return p.mistake("the module '%s' is no source of certificates", stem)
+		}
+		u.TLS.CARaw = caddyconfig.JSONModuleObject(pool, "provider", stem, nil)
+	default:
+		return p.Errf("upstream: unrecognized option '%s'; expected header, tls_server_name, tls_trust_pool or tls_insecure_skip_verify", name)
+	}
 	return nil
 }

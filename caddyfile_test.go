@@ -100,7 +100,7 @@ func TestCaddyfile(t *testing.T) {
 			stream_close_delay  5m
 			recheck_tunnels
 			deny          *.example.com:80-81 ads.example
-			allow_file    /etc/a /etc/b
+			allow_file    testdata/destinations.txt
 			deny_from     static 192.0.2.0/24 private_ranges
 			ports         80 443 8000-8999
 			clients       10.0.0.0/8
@@ -129,7 +129,7 @@ func TestCaddyfile(t *testing.T) {
 			"rules": [
 				{"action": "allow", "destinations": ["192.168.0.0/16"]},
 				{"action": "deny", "destinations": ["*.example.com:80-81", "ads.example"]},
-				{"action": "allow", "files": ["/etc/a", "/etc/b"]},
+				{"action": "allow", "files": ["testdata/destinations.txt"]},
 				{"action": "deny", "source": {"source": "static", "ranges": ["192.0.2.0/24", "192.168.0.0/16", "172.16.0.0/12", "10.0.0.0/8", "127.0.0.1/8", "fd00::/8", "::1"]}}
 			],
 			"ports": ["80", "443", "8000-8999"], "clients": ["10.0.0.0/8", "private_ranges"],
@@ -203,16 +203,25 @@ func TestCaddyfileMistakes(t *testing.T) {
 	const (
 		tokens       = "expected a whole number of tokens from 1 to 1000000000"
 		perSecond    = "expected tokens per second from 0.00001 to 1000000"
-		clients      = "expected a whole number of clients, at least 2"
-		destinations = "expected destinations: addresses, CIDR ranges, names, *.names, public, private or all, each perhaps with :<ports>"
-		users        = "expected perhaps bcrypt or argon2id and a realm, and a block with a user and a hash a line"
-		parents      = "expected http://, https:// or socks5://, perhaps <user>:<password>@, a host and perhaps a port"
+		clients      = "expected a whole number of clients from 2 to 1000000000"
+		destinations = "expected addresses, CIDR ranges, names, *.names, public, private or all, each optionally followed by :<ports>"
+		users        = "expected [bcrypt|argon2id [<realm>]] and a block of `<user> <hash>` lines"
+		parents      = "expected http|https|socks5://[<user>[:<password>]@]<host>[:<port>]"
 		ranges       = "expected addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges"
-		tunnels      = "expected a whole number of tunnels from 1, and perhaps per_client with another"
+		tunnels      = "expected <n> [per_client <n>], each from 1 to 1000000000"
 		pseudonym    = "expected a pseudonym that starts with a letter, or off"
 		names        = "expected names of this server, without ports"
+		zones        = "expected a name in printable ASCII without spaces, quotes and backslashes"
+		header       = "expected [+|-]<field> [<value|regexp> [<replacement>]]"
+		files        = "expected readable files with one destination a line"
+		sources      = "expected a source of CIDR ranges, as for trusted_proxies"
+		hash         = "$2a$14$Zkx19XLiW6VYouLHR5NmfOFU0z2GTNmpkT/5qqR7hx4IjWJPDhjvG"
 		arguments    = "expected burst <tokens>, refill <tokens_per_second>, or a block of options"
 	)
+	list := filepath.Join(t.TempDir(), "list")
+	if err := os.WriteFile(list, []byte("# destinations\n\na.example:443\na b\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for _, tc := range []struct{ directive, want string }{
 		{"async_proxy nonsense", "unexpected argument 'nonsense'; " + arguments + ", at Caddyfile:2"},
 		{"async_proxy 10", "unexpected argument '10'; " + arguments + ", at Caddyfile:2"},
@@ -222,18 +231,18 @@ func TestCaddyfileMistakes(t *testing.T) {
 		{"async_proxy refill", "refill: there is no value; " + perSecond + ", at Caddyfile:2"},
 		{"async_proxy burst refill 5", "burst: the value 'refill' is not valid; " + tokens + ", at Caddyfile:2"},
 		{"async_proxy burst ten", "burst: the value 'ten' is not valid; " + tokens + ", at Caddyfile:2"},
-		{"async_proxy burst 5 burst 6", "burst: the option is given twice, now with '6'; expected it once, at Caddyfile:2"},
-		{"async_proxy burst 5 {\nburst 6\n}", "burst: the option is given twice, now with '6'; expected it once, at Caddyfile:3"},
+		{"async_proxy burst 5 burst 6", "burst: the option was given before, at Caddyfile:2; expected it once, at Caddyfile:2"},
+		{"async_proxy burst 5 {\nburst 6\n}", "burst: the option was given before, at Caddyfile:2; expected it once, at Caddyfile:3"},
 
-		{"async_proxy {\nnonsense 5\n}", "unrecognized option 'nonsense', at Caddyfile:3"},
-		{"async_proxy {\nburst 5\n\nBurst 5\n}", "unrecognized option 'Burst', at Caddyfile:5"},
-		{"async_proxy {\nburst 5 {\nx\n}\n}", "burst: unexpected block; " + tokens + ", at Caddyfile:4"},
-		{"async_proxy {\nburst 5 {\n}\n}", "burst: unexpected block; " + tokens + ", at Caddyfile:4"},
-		{"async_proxy {\nexempt 10.0.0.0/8 {\nx\n}\n}", "exempt: unexpected block; " + ranges + ", at Caddyfile:4"},
+		{"async_proxy {\nnonsense 5\n}", "unrecognized option 'nonsense'; expected one of " + strings.Join(slices.Sorted(maps.Keys(options)), ", ") + ", at Caddyfile:3"},
+		{"async_proxy {\nburst 5\n\nBurst 5\n}", "unrecognized option 'Burst'; did you mean burst?, at Caddyfile:5"},
+		{"async_proxy {\nburst 5 {\nx\n}\n}", "burst: unexpected block; " + tokens + ", at Caddyfile:3"},
+		{"async_proxy {\nburst 5 {\n}\n}", "burst: unexpected block; " + tokens + ", at Caddyfile:3"},
+		{"async_proxy {\nexempt 10.0.0.0/8 {\nx\n}\n}", "exempt: unexpected block; " + ranges + ", at Caddyfile:3"},
 
 		{"async_proxy {\nburst\n}", "burst: there is no value; " + tokens + ", at Caddyfile:3"},
-		{"async_proxy {\nburst 5 6\n}", "burst: there is more than one value, '6' after '5'; " + tokens + ", at Caddyfile:3"},
-		{"async_proxy {\nburst 5\nburst 5\n}", "burst: the option is given twice, now with '5'; expected it once, at Caddyfile:4"},
+		{"async_proxy {\nburst 5 6\n}", "burst: unexpected value '6'; " + tokens + ", at Caddyfile:3"},
+		{"async_proxy {\nburst 5\nburst 5\n}", "burst: the option was given before, at Caddyfile:3; expected it once, at Caddyfile:4"},
 		{"async_proxy {\nburst 0\n}", "burst: the value '0' is not valid; " + tokens + ", at Caddyfile:3"},
 		{"async_proxy {\nburst -1\n}", "burst: the value '-1' is not valid; " + tokens + ", at Caddyfile:3"},
 		{"async_proxy {\nburst 1.5\n}", "burst: the value '1.5' is not valid; " + tokens + ", at Caddyfile:3"},
@@ -244,7 +253,7 @@ func TestCaddyfileMistakes(t *testing.T) {
 		{"async_proxy {\nburst \"\"\n}", "burst: the value '' is not valid; " + tokens + ", at Caddyfile:3"},
 
 		{"async_proxy {\nrefill\n}", "refill: there is no value; " + perSecond + ", at Caddyfile:3"},
-		{"async_proxy {\nrefill 1 2\n}", "refill: there is more than one value, '2' after '1'; " + perSecond + ", at Caddyfile:3"},
+		{"async_proxy {\nrefill 1 2\n}", "refill: unexpected value '2'; " + perSecond + ", at Caddyfile:3"},
 		{"async_proxy {\nrefill 1/2\n}", "refill: the value '1/2' is not valid; " + perSecond + ", at Caddyfile:3"},
 		{"async_proxy {\nrefill 0\n}", "refill: the value '0' is not valid; " + perSecond + ", at Caddyfile:3"},
 		{"async_proxy {\nrefill -0.5\n}", "refill: the value '-0.5' is not valid; " + perSecond + ", at Caddyfile:3"},
@@ -264,9 +273,9 @@ func TestCaddyfileMistakes(t *testing.T) {
 		{"async_proxy {\nipv6_prefix -1\n}", "ipv6_prefix: the value '-1' is not valid; expected a number of bits from 1 to 128, at Caddyfile:3"},
 		{"async_proxy {\nmax_clients 1\n}", "max_clients: the value '1' is not valid; " + clients + ", at Caddyfile:3"},
 		{"async_proxy {\nmax_clients 99999999999999999999\n}", "max_clients: the value '99999999999999999999' is not valid; " + clients + ", at Caddyfile:3"},
-		{"async_proxy {\nzone \"a b\"\n}", "zone: the value 'a b' is not valid; expected a name, at Caddyfile:3"},
-		{"async_proxy {\nzone \"\"\n}", "zone: the value '' is not valid; expected a name, at Caddyfile:3"},
-		{"async_proxy {\nzone a b\n}", "zone: there is more than one value, 'b' after 'a'; expected a name, at Caddyfile:3"},
+		{"async_proxy {\nzone \"a b\"\n}", "zone: the value 'a b' is not valid; " + zones + ", at Caddyfile:3"},
+		{"async_proxy {\nzone \"\"\n}", "zone: the value '' is not valid; " + zones + ", at Caddyfile:3"},
+		{"async_proxy {\nzone a b\n}", "zone: unexpected value 'b'; " + zones + ", at Caddyfile:3"},
 
 		{"async_proxy {\nexempt\n}", "exempt: there is no value; " + ranges + ", at Caddyfile:3"},
 		{"async_proxy {\nexempt 10.0.0.0/8 10.0.0.0/33\n}", "exempt: the value '10.0.0.0/33' is not valid; " + ranges + ", at Caddyfile:3"},
@@ -278,27 +287,27 @@ func TestCaddyfileMistakes(t *testing.T) {
 		{"async_proxy {\ndeny a.*.example\n}", "deny: the value 'a.*.example' is not valid; " + destinations + ", at Caddyfile:3"},
 		{"async_proxy {\ndeny [2001:db8::1\n}", "deny: the value '[2001:db8::1' is not valid; " + destinations + ", at Caddyfile:3"},
 		{"async_proxy {\ndeny fe80::1%eth0\n}", "deny: the value 'fe80::1%eth0' is not valid; " + destinations + ", at Caddyfile:3"},
-		{"async_proxy {\nallow_file\n}", "allow_file: there is no value; expected files with destinations, one a line, at Caddyfile:3"},
-		{"async_proxy {\ndeny_from\n}", "deny_from: there is no value; expected a source of CIDR ranges, as for trusted_proxies, at Caddyfile:3"},
-		{"async_proxy {\ndeny_from nowhere\n}", "deny_from: there is no module 'nowhere'; expected a source of CIDR ranges, as for trusted_proxies, at Caddyfile:3"},
+		{"async_proxy {\nallow_file\n}", "allow_file: there is no value; " + files + ", at Caddyfile:3"},
+		{"async_proxy {\ndeny_from\n}", "deny_from: there is no value; " + sources + ", at Caddyfile:3"},
+		{"async_proxy {\ndeny_from nowhere\n}", "deny_from: this build has no module http.ip_sources.nowhere; " + sources + ", at Caddyfile:3"},
 		{"async_proxy {\nports 80 443-80\n}", "ports: the value '443-80' is not valid; expected ports from 1 to 65535, or ranges such as 8000-8999, at Caddyfile:3"},
 		{"async_proxy {\nports 65536\n}", "ports: the value '65536' is not valid; expected ports from 1 to 65535, or ranges such as 8000-8999, at Caddyfile:3"},
 		{"async_proxy {\nlimit_by token\n}", "limit_by: the value 'token' is not valid; expected client_ip or user, at Caddyfile:3"},
 		{"async_proxy {\nreport_only rules clients\n}", "report_only: the value 'clients' is not valid; expected rules, limits or both, at Caddyfile:3"},
 		{"async_proxy {\nresolvers 192.0.2.53 :53\n}", "resolvers: the value ':53' is not valid; expected addresses of DNS servers, such as 192.0.2.53, at Caddyfile:3"},
-		{"async_proxy {\nserve_pac proxy.pac\n}", "serve_pac: the value 'proxy.pac' is not valid; expected a path that begins with /, or nothing, at Caddyfile:3"},
+		{"async_proxy {\nserve_pac proxy.pac\n}", "serve_pac: the value 'proxy.pac' is not valid; expected a path that begins with /, or no value, at Caddyfile:3"},
 		{"async_proxy {\nno_upstream a.example:80\n}", "no_upstream: the value 'a.example:80' is not valid; expected destinations without ports: addresses, CIDR ranges, names, *.names, public or private, at Caddyfile:3"},
 		{"async_proxy {\nbasic_auth\n}", "basic_auth: there are no users; " + users + ", at Caddyfile:3"},
 		{"async_proxy {\nbasic_auth md5 {\nalice x\n}\n}", "basic_auth: the algorithm 'md5' is not known; " + users + ", at Caddyfile:3"},
-		{"async_proxy {\nbasic_auth bcrypt a b {\nalice x\n}\n}", "basic_auth: there is more than an algorithm and a realm, 'b'; " + users + ", at Caddyfile:3"},
-		{"async_proxy {\nbasic_auth {\nalice\n}\n}", "basic_auth: the user 'alice' has not just a hash behind it; expected a user and a hash, as `caddy hash-password` makes it, at Caddyfile:4"},
-		{"async_proxy {\nbasic_auth {\nalice x\n}\nbasic_auth {\nbob x\n}\n}", "basic_auth: the option is given twice; expected it once, at Caddyfile:6"},
+		{"async_proxy {\nbasic_auth bcrypt a b {\nalice x\n}\n}", "basic_auth: unexpected value 'b'; " + users + ", at Caddyfile:3"},
+		{"async_proxy {\nbasic_auth {\nalice\n}\n}", "basic_auth: the user 'alice' must be followed by exactly one hash, as `caddy hash-password` prints it, at Caddyfile:4"},
+		{"async_proxy {\nbasic_auth {\nalice " + hash + "\n}\nbasic_auth {\nbob x\n}\n}", "basic_auth: the option was given before, at Caddyfile:3; expected it once, at Caddyfile:6"},
 		{"async_proxy {\nupstream\n}", "upstream: there is no value; " + parents + ", at Caddyfile:3"},
 		{"async_proxy {\nupstream http://a http://b\n}", "upstream: there is more than one value; " + parents + ", at Caddyfile:3"},
 		{"async_proxy {\nupstream ftp://user:secret@proxy.example\n}", "upstream: the value is not valid: expected http://, https:// or socks5://, and a host, at Caddyfile:3"},
 		{"async_proxy {\nupstream http://user:secret@proxy.example:0\n}", "upstream: the value is not valid: expected the host of a proxy, and perhaps its port, behind http://: the port \"0\" is not a number from 1 to 65535, at Caddyfile:3"},
 		{"async_proxy {\nupstream http://a.example {\ntls_server_name b\n}\n}", "upstream: tls_server_name is for https:// only, at Caddyfile:4"},
-		{"async_proxy {\nupstream socks5://a.example {\nheader X-A b\n}\n}", "upstream: header 'X-A b': expected a field and a value, for http:// and https:// only, at Caddyfile:4"},
+		{"async_proxy {\nupstream socks5://a.example {\nheader X-A b\n}\n}", "upstream: header: 'X-A b' is not valid; expected a field and a value, for http:// and https:// only, at Caddyfile:4"},
 		{"async_proxy {\nupstream http://a.example {\nweight 5\n}\n}", "upstream: unrecognized option 'weight'; expected header, tls_server_name, tls_trust_pool or tls_insecure_skip_verify, at Caddyfile:4"},
 
 		{"async_proxy {\ndial_timeout\n}", "dial_timeout: there is no value; expected a positive duration such as 10s, at Caddyfile:3"},
@@ -319,16 +328,45 @@ func TestCaddyfileMistakes(t *testing.T) {
 
 		{"async_proxy {\nmax_tunnels\n}", "max_tunnels: there is no value; " + tunnels + ", at Caddyfile:3"},
 		{"async_proxy {\nmax_tunnels 0\n}", "max_tunnels: the value '0' is not valid; " + tunnels + ", at Caddyfile:3"},
-		{"async_proxy {\nmax_tunnels 5 per_client\n}", "max_tunnels: there is more than one value, 'per_client' after '5'; " + tunnels + ", at Caddyfile:3"},
-		{"async_proxy {\nmax_tunnels 5 per_client 0\n}", "max_tunnels: the value '0' of per_client is not valid; expected a whole number of tunnels from 1, at Caddyfile:3"},
-		{"async_proxy {\nmax_tunnels 5 per_client 1 2\n}", "max_tunnels: there is more than one value, 'per_client' after '5'; " + tunnels + ", at Caddyfile:3"},
-		{"async_proxy {\nmax_tunnels 5\nmax_tunnels 6 per_client 2\n}", "max_tunnels: the option is given twice, now with '6'; expected it once, at Caddyfile:4"},
+		{"async_proxy {\nmax_tunnels 5 per_client\n}", "max_tunnels: there is no value behind per_client; " + tunnels + ", at Caddyfile:3"},
+		{"async_proxy {\nmax_tunnels 5 per_client 0\n}", "max_tunnels: the value '0' is not valid; " + tunnels + ", at Caddyfile:3"},
+		{"async_proxy {\nmax_tunnels 5 per_client 1 2\n}", "max_tunnels: unexpected value '2'; " + tunnels + ", at Caddyfile:3"},
+		{"async_proxy {\nmax_tunnels 5\nmax_tunnels 6 per_client 2\n}", "max_tunnels: the option was given before, at Caddyfile:3; expected it once, at Caddyfile:4"},
 		{"async_proxy {\ntunnel_idle_timeout never\n}", "tunnel_idle_timeout: the value 'never' is not valid; expected a positive duration such as 1h, or off, at Caddyfile:3"},
 		{"async_proxy {\ntunnel_idle_timeout 0\n}", "tunnel_idle_timeout: the value '0' is not valid; expected a positive duration such as 1h, or off, at Caddyfile:3"},
 		{"async_proxy {\ntunnel_max_duration off\n}", "tunnel_max_duration: the value 'off' is not valid; expected a positive duration such as 24h, at Caddyfile:3"},
 		{"async_proxy {\nstream_close_delay -1s\n}", "stream_close_delay: the value '-1s' is not valid; expected a duration such as 5m, or 0 for at once, at Caddyfile:3"},
-		{"async_proxy {\nrecheck_tunnels yes\n}", "recheck_tunnels: the value 'yes' is not valid; expected no value, at Caddyfile:3"},
-		{"async_proxy {\nrecheck_tunnels\nrecheck_tunnels\n}", "recheck_tunnels: the option is given twice; expected it once, at Caddyfile:4"},
+		{"async_proxy {\nrecheck_tunnels yes\n}", "recheck_tunnels: unexpected value 'yes'; expected no value, at Caddyfile:3"},
+		{"async_proxy {\nrecheck_tunnels\nrecheck_tunnels\n}", "recheck_tunnels: the option was given before, at Caddyfile:3; expected it once, at Caddyfile:4"},
+		{"async_proxy {\nbrust 5\n}", "unrecognized option 'brust'; did you mean burst?, at Caddyfile:3"},
+		{"async_proxy {\nburst 1000000000\n\nrefill 0.1\nzone a\n}", "burst 1000000000 with refill 0.1: an empty bucket would take more than 4000000000 seconds to fill; expected a smaller burst or a larger refill, at Caddyfile:5"},
+		{"async_proxy {\nmax_clients 9223372036854775807\n}", "max_clients: the value '9223372036854775807' is not valid; " + clients + ", at Caddyfile:3"},
+		{"async_proxy {\nmax_tunnels 9223372036854775807\n}", "max_tunnels: the value '9223372036854775807' is not valid; " + tunnels + ", at Caddyfile:3"},
+		{"async_proxy {\ndial_timeout 9223372036854775807ns\n}", "dial_timeout: the value '9223372036854775807ns' is not valid; expected a positive duration such as 10s, at Caddyfile:3"},
+		{"async_proxy {\nno_upstream a.example\nburst 5\n}", "no_upstream: there is no upstream to go without; expected the option upstream beside it, at Caddyfile:3"},
+		{"async_proxy {\nlimit_by user\nburst 5\n}", "limit_by: nobody is asked for a user; expected the option basic_auth beside it, at Caddyfile:3"},
+		{"async_proxy {\nheader_up X-A [ b\n}", "header_up: the values 'X-A [ b' are not valid: replacement 0 for header field 'X-A': error parsing regexp: missing closing ]: `[`; " + header + ", at Caddyfile:3"},
+		{"async_proxy {\nheader_down ?X-A b\n}", "header_down: the values '?X-A b' are not valid: ?X-A: the default header modifier ('?') can only be used on response headers; for conditional manipulation of request headers, use matchers; " + header + ", at Caddyfile:3"},
+		{"async_proxy {\nheader_up\n}", "header_up: there is no value; " + header + ", at Caddyfile:3"},
+		{"async_proxy {\nbasic_auth {\nalice wonderland\n}\n}", "basic_auth: the hash of the user 'alice' is not valid; expected one for bcrypt, as `caddy hash-password` prints it, at Caddyfile:4"},
+		{"async_proxy {\nbasic_auth {\nbob " + hash + "\nalice $2a$14$short\n}\n}", "basic_auth: the hash of the user 'alice' is not valid; expected one for bcrypt, as `caddy hash-password` prints it, at Caddyfile:5"},
+		{"async_proxy {\nbasic_auth argon2id {\nalice " + hash + "\n}\n}", "basic_auth: the hash of the user 'alice' is not valid; expected one for argon2id, as `caddy hash-password` prints it, at Caddyfile:4"},
+		{"async_proxy {\nbasic_auth {\nalice " + hash + " " + hash + "\n}\n}", "basic_auth: the user 'alice' must be followed by exactly one hash, as `caddy hash-password` prints it, at Caddyfile:4"},
+		{"async_proxy {\nbasic_auth {\nalice " + hash + "\nalice " + hash + "\n}\n}", "basic_auth: the user 'alice' is there twice; expected each user once, at Caddyfile:5"},
+		{"async_proxy {\nallow_file " + list + "\n}", "allow_file: " + list + ":4: \"a b\" is no address, no CIDR range and no name; " + files + ", at Caddyfile:3"},
+		{"async_proxy {\nburst 5\ndeny_file /nonexistent/list\n}", "deny_file: open /nonexistent/list: no such file or directory; " + files + ", at Caddyfile:4"},
+		{"async_proxy {\ndeny_from static\n}", "deny_from: there are no ranges behind static; " + sources + ", at Caddyfile:3"},
+		{"async_proxy {\ndeny_from static 10.0.0.0/8 a\n}", "deny_from: the value 'a' is not valid; " + sources + ", at Caddyfile:3"},
+		{"async_proxy {\nresolvers fd/3\n}", "resolvers: the value 'fd/3' is not valid; expected addresses of DNS servers, such as 192.0.2.53, at Caddyfile:3"},
+		{"async_proxy {\nresolvers 8.8.8.8:0\n}", "resolvers: the value '8.8.8.8:0' is not valid; expected addresses of DNS servers, such as 192.0.2.53, at Caddyfile:3"},
+		{"async_proxy {\nresolvers 8.8.8.8:\n}", "resolvers: the value '8.8.8.8:' is not valid; expected addresses of DNS servers, such as 192.0.2.53, at Caddyfile:3"},
+		{"async_proxy {\nvia on\n}", "via: the value 'on' is not valid; " + pseudonym + ", at Caddyfile:3"},
+		{"async_proxy {\nlimiter redis a\n}", "limiter: this build has no module http.async_proxy.limiters.redis; expected a limiter that this Caddy is built with; for redis, build it with --with github.com/asyncproxy/caddy-async-proxy/redis, at Caddyfile:3"},
+		{"async_proxy {\nlimiter\n}", "limiter: there is no value; expected a limiter that this Caddy is built with; for redis, build it with --with github.com/asyncproxy/caddy-async-proxy/redis, at Caddyfile:3"},
+		{"async_proxy {\nupstream http://us%er@a.example\n}", "upstream: the value is not valid: the user or the password is not percent-encoded as it should, at Caddyfile:3"},
+		{"async_proxy {\nupstream https://a.example {\nheader \"X A\" b\n}\n}", "upstream: header: 'X A b' is not valid; expected a field and a value, for http:// and https:// only, at Caddyfile:4"},
+		{"async_proxy {\nupstream https://a.example {\ntls_server_name\n}\n}", "upstream: tls_server_name: there is no value; expected one name, at Caddyfile:4"},
+		{"async_proxy {\nupstream https://a.example {\ntls_trust_pool nowhere\n}\n}", "upstream: tls_trust_pool: this build has no module tls.ca_pool.source.nowhere; expected a source of certificates, such as file, at Caddyfile:4"},
 	} {
 		_, _, err := adapt(":8080 {\n"+tc.directive+"\n}\n", "Caddyfile")
 		if want := "parsing caddyfile tokens for 'async_proxy': " + tc.want; err == nil || err.Error() != want {
@@ -383,12 +421,14 @@ func TestJSONMistakes(t *testing.T) {
 		{`"ports": ["0"]`, `ports: "0" is no port from 1 to 65535 and no range of ports such as 8000-8999`},
 		{`"report_only": ["all"]`, `report_only "all": expected rules or limits`},
 		{`"limit_by": "token"`, `limit_by "token": expected client_ip or user`},
+		{`"limit_by": "user"`, `limit_by "user": nobody is asked for a user; expected authentication, too`},
 		{`"serve_pac": "proxy.pac"`, `serve_pac "proxy.pac": expected a path that begins with /`},
 		{`"resolvers": ["a b"]`, `resolvers "a b": expected the address of a DNS server, such as 192.0.2.53 or tcp/[2001:db8::53]:53`},
 		{`"upstream": {"url": "proxy.example:80"}`, `upstream: expected http://, https:// or socks5://, and a host`},
 		{`"no_upstream": ["a.example"]`, `no_upstream: there is no upstream to go without`},
 		{`"dial_timeout": -1`, "dial_timeout -1ns: expected a positive duration"},
 		{`"via": "fred joe"`, `via "fred joe": expected a pseudonym of letters, digits, dots and hyphens that starts with a letter, or off`},
+		{`"via": "on"`, `via "on": expected a pseudonym of letters, digits, dots and hyphens that starts with a letter, or off`},
 		{`"forwarded_for": "on"`, `forwarded_for "on": expected auto or off`},
 		{`"hosts": ["proxy.example.com:443"]`, `hosts "proxy.example.com:443": expected the name of a host, without a port`},
 		{`"max_tunnels": -1`, "max_tunnels -1: expected a number of tunnels, or 0 for no limit"},
@@ -426,17 +466,26 @@ func TestJSONOfAnotherShape(t *testing.T) {
 	}
 }
 
-// The tokens of a block, whatever they are, give a config that survives JSON
-// and is valid, or an error.
+// What adapts loads: the tokens of a directive, whatever they are, give a config
+// that survives JSON and that Caddy takes, or an error.
 func FuzzCaddyfile(f *testing.F) {
 	f.Add("async_proxy")
 	f.Add("async_proxy burst 5 refill 0.5 {\n zone a\n exempt 10.0.0.0/8 private_ranges\n}")
 	f.Add("async_proxy {\n max_tunnels 5 per_client 2\n tunnel_idle_timeout off\n stream_close_delay 0\n recheck_tunnels\n}")
 	f.Add("async_proxy {\n burst 1000000000\n refill 0.00001\n}")
-	f.Add("async_proxy {\n header_up X-A \"a b\"\n header_down -X-B\n via fred\n hosts a.example\n}")
+	f.Add("async_proxy {\n header_up X-A \"a b\"\n header_down -X-B\n header_down X-C ( d\n via fred\n hosts a.example\n}")
 	f.Add("async_proxy {\n burst 5 {\n }\n dial_timeout 1d\n}}")
 	f.Add("async_proxy { {\n}\n")
+	f.Add("async_proxy {\n allow *.a.example:80-81 private\n deny_from static 10.0.0.0/8 private_ranges\n deny all\n ports 80 8000-8999\n report_only rules\n}")
+	f.Add("async_proxy {\n resolvers 192.0.2.53 tcp/[2001:db8::53]:53 8.8.8.8:\n serve_pac /a\n no_upstream a.example 10.0.0.0/8\n}")
+	f.Add("async_proxy {\n upstream https://user:pass%20word@a.example:3128 {\n header X-A b\n tls_server_name c\n tls_insecure_skip_verify\n }\n no_upstream *.a.example\n}")
+	f.Add("async_proxy {\n clients 10.0.0.0/8\n limit_by user\n basic_auth bcrypt a {\n alice $2a$14$Zkx19XLiW6VYouLHR5NmfOFU0z2GTNmpkT/5qqR7hx4IjWJPDhjvG\n }\n}")
+	f.Add("async_proxy {\n limiter test a\n max_clients 9007199254740993\n tunnel_max_duration 2562047h\n}")
 	f.Fuzz(func(t *testing.T, input string) {
+		// What is in files and what placeholders stand for may be another thing when the config is loaded.
+		if regexp.MustCompile(`_file|tls_trust_pool|\{[^\s{]`).MatchString(input) {
+			return
+		}
 		tokens, err := caddyfile.Tokenize([]byte(input), "Caddyfile")
 		if err != nil || !utf8.ValidString(input) { // JSON is UTF-8
 			return
@@ -456,21 +505,9 @@ func FuzzCaddyfile(f *testing.F) {
 		if !reflect.DeepEqual(h, again) {
 			t.Fatalf("%q makes %s, which makes %+v, want %+v", input, data, again, h)
 		}
-
-		h.setDefaults()
-		if err := h.limiterKey().validate(); err != nil && !strings.Contains(err.Error(), "expected a smaller burst or a larger refill") {
+		data = caddyconfig.JSONModuleObject(h, "handler", "async_proxy", nil)
+		if err := validate(t, string(data)); err != nil {
 			t.Errorf("%q makes %s: %v", input, data, err)
-		}
-		if err := h.validateTunnels(); err != nil {
-			t.Errorf("%q makes %s: %v", input, data, err)
-		}
-		if err := h.provisionName(nil); err != nil {
-			t.Errorf("%q makes %s: %v", input, data, err)
-		}
-		for name, list := range map[string][]string{"exempt": h.Exempt, "clients": h.Clients} {
-			if _, err := parsePrefixes(name, list); err != nil {
-				t.Errorf("%q makes %s: %v", input, data, err)
-			}
 		}
 	})
 }
@@ -502,12 +539,14 @@ func TestCaddyfilesOfTheDocumentation(t *testing.T) {
 	}
 }
 
-func TestCaddyfileExample(t *testing.T) {
-	text, err := os.ReadFile("Caddyfile.example")
-	if err != nil {
-		t.Fatal(err)
+func TestCaddyfileExamples(t *testing.T) {
+	for _, file := range []string{"Caddyfile.example", "examples/docker/Caddyfile"} {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		checkShipped(t, string(text), file)
 	}
-	checkShipped(t, string(text), "Caddyfile.example")
 }
 
 // checkShipped checks a Caddyfile that people copy: it adapts without a warning
@@ -561,7 +600,7 @@ func TestSyntaxNamesEveryOption(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := slices.Sorted(maps.Keys(expectations))
+	want := slices.Sorted(maps.Keys(options))
 	for name, text := range map[string]string{"the comment of UnmarshalCaddyfile": doc, "README.md": string(readme)} {
 		got := syntaxOptions(t, text)
 		slices.Sort(got)

@@ -7,7 +7,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"strings"
+	"syscall"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
@@ -27,17 +29,18 @@ func init() {
 Runs a forward proxy until it is stopped. Useful for development and for a quick
 look; for more, use the async_proxy directive in a Caddyfile.
 
-By default it listens on this machine only. Before you have it listen on more,
-let in only whom you know, by --clients or --auth. What --allow and --deny name
-is as in the directive; all that is allowed goes before all that is denied, so
-that
+By default it listens on this machine only. Before you let it listen on other
+addresses, restrict who may use it with --clients or --auth. --allow and --deny
+take destinations as the directive does. All --allow flags are applied before
+all --deny flags:
 
   caddy async-proxy --allow '*.example.com' --deny all
 
-lets clients go to example.com's hosts and nowhere else. Hashes for --auth are
-made by caddy hash-password. These three and --clients may be repeated.
+lets clients connect to the hosts below example.com and to nothing else. Make
+hashes for --auth with caddy hash-password. --clients, --allow, --deny and --auth
+may be repeated.
 
-caddy async-proxy status shows what a proxy is doing.
+caddy async-proxy status shows what a running proxy is doing.
 `,
 		CobraFunc: func(cmd *cobra.Command) {
 			flags := cmd.Flags()
@@ -52,10 +55,22 @@ caddy async-proxy status shows what a proxy is doing.
 			flags.StringP("admin", "", "localhost:2019", "Address of the admin endpoint, which the status is asked from; or off")
 			flags.BoolP("access-log", "", false, "Enable the access log")
 			flags.BoolP("debug", "v", false, "Enable verbose debug logs")
+			cmd.Args, cmd.SuggestionsMinimumDistance = noArguments, 2
 			cmd.RunE = caddycmd.WrapCommandFuncForCobra(runCommand)
 			cmd.AddCommand(statusCommand())
 		},
 	})
+}
+
+// noArguments refuses what is neither a flag nor a command.
+func noArguments(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	if similar := cmd.SuggestionsFor(args[0]); len(similar) > 0 {
+		return fmt.Errorf("unexpected argument %q; did you mean %s %s?", args[0], cmd.CommandPath(), similar[0])
+	}
+	return fmt.Errorf("unexpected argument %q; a flag takes one value and may be repeated", args[0])
 }
 
 // runCommand is `caddy async-proxy`.
@@ -65,15 +80,51 @@ func runCommand(flags caddycmd.Flags) (int, error) {
 	if err != nil {
 		return caddy.ExitCodeFailedStartup, err
 	}
+	for _, name := range []string{"listen", "admin"} {
+		if err := checkFree(flags.String(name)); err != nil {
+			return caddy.ExitCodeFailedStartup, fmt.Errorf("%w; stop what listens there, or give another address by --%s", err, name)
+		}
+	}
 	if err := caddy.Run(config); err != nil {
 		return caddy.ExitCodeFailedStartup, err
 	}
 	select {}
 }
 
+// checkFree fails if another process listens on an address. Caddy itself would
+// share it without a word, and connections would go to either process.
+func checkFree(address string) error {
+	addr, err := caddy.ParseNetworkAddress(address)
+	if err != nil || address == "off" || addr.IsUnixNetwork() || addr.IsFdNetwork() {
+		return nil // Caddy says what is wrong, if anything is
+	}
+	for i := range addr.PortRangeSize() {
+		ln, err := net.Listen(addr.Network, addr.JoinHostPort(i))
+		if errors.Is(err, syscall.EADDRINUSE) {
+			return err
+		}
+		if err == nil {
+			_ = ln.Close()
+		}
+	}
+	return nil
+}
+
 // commandConfig makes the config that the flags describe.
 func commandConfig(flags caddycmd.Flags) (*caddy.Config, error) {
 	h := Handler{Burst: int64(flags.Int("burst")), Refill: flags.Float64("refill")}
+	full := h
+	full.setDefaults()
+	key := full.limiterKey()
+	if flags.Changed("burst") {
+		key.burst = h.Burst // 0 was meant, and is not the default
+	}
+	if flags.Changed("refill") {
+		key.refill = h.Refill
+	}
+	if err := key.validate(); err != nil {
+		return nil, err
+	}
 	var lists [4][]string
 	for i, name := range []string{"clients", "allow", "deny", "auth"} {
 		var err error
@@ -91,12 +142,12 @@ func commandConfig(flags caddycmd.Flags) (*caddy.Config, error) {
 		auth := caddyauth.HTTPBasicAuth{HashCache: new(caddyauth.Cache)}
 		for _, account := range lists[3] {
 			user, hash, found := strings.Cut(account, ":")
-			if !found || user == "" || !strings.HasPrefix(hash, "$") {
-				return nil, errors.New("auth: expected user:hash, with a hash as `caddy hash-password` makes it")
-			}
 			algorithm := "bcrypt"
 			if strings.HasPrefix(hash, "$argon2id$") {
 				algorithm = "argon2id"
+			}
+			if !found || user == "" || checkHash(algorithm, hash) != nil {
+				return nil, errors.New("auth: expected user:hash, with a hash as `caddy hash-password` prints it")
 			}
 			if raw := json.RawMessage(`{"algorithm":"` + algorithm + `"}`); auth.HashRaw == nil {
 				auth.HashRaw = raw
@@ -111,8 +162,9 @@ func commandConfig(flags caddycmd.Flags) (*caddy.Config, error) {
 		h.Upstream = &Upstream{URL: url}
 	}
 	listen := flags.String("listen")
-	if _, err := caddy.ParseNetworkAddress(listen); err != nil {
-		return nil, fmt.Errorf("listen %q: expected an address such as 127.0.0.1:8080", listen)
+	addr, err := caddy.ParseNetworkAddress(listen)
+	if err != nil || addr.StartPort == 0 && !addr.IsUnixNetwork() && !addr.IsFdNetwork() {
+		return nil, fmt.Errorf("listen %q: expected an address with a port, such as 127.0.0.1:8080 or :8080", listen)
 	}
 	server := &caddyhttp.Server{
 		Listen:    []string{listen},

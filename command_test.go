@@ -19,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caddyserver/caddy/v2"
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 )
 
@@ -69,9 +70,18 @@ func TestCommand(t *testing.T) {
 		}
 	}
 	for _, tc := range []struct{ args, want string }{
-		{"--listen 127.0.0.1:x", "expected an address such as 127.0.0.1:8080"},
+		{"--listen 127.0.0.1:x", "expected an address with a port, such as 127.0.0.1:8080"},
+		{"--listen 127.0.0.1", "expected an address with a port, such as 127.0.0.1:8080"},
+		{"--listen 8080", "expected an address with a port, such as 127.0.0.1:8080"},
+		{"--listen " + taken(t), "address already in use; stop what listens there, or give another address by --listen"},
+		{"--admin " + taken(t), "address already in use; stop what listens there, or give another address by --admin"},
+		{"stat", `unexpected argument "stat"; did you mean caddy async-proxy status?`},
+		{"--deny all extra", `unexpected argument "extra"; a flag takes one value and may be repeated`},
+		{"--burst 0", "burst 0: expected a number of tokens"},
+		{"--refill 0", "refill 0: expected tokens per second"},
 		{"--auth bob", "expected user:hash"},
 		{"--auth bob:plain", "expected user:hash"},
+		{"--auth alice:$2a$14$short", "expected user:hash"},
 		{"--burst -1", "burst -1: expected a number of tokens"},
 		{"--allow a/b", `"a/b" is no address`},
 		{"--upstream ftp://x", "expected http://, https:// or socks5://"},
@@ -81,6 +91,22 @@ func TestCommand(t *testing.T) {
 			t.Errorf("%s: %v, %s, want %q", tc.args, err, out, tc.want)
 		}
 	}
+}
+
+// taken returns an address that somebody listens on who would share it.
+func taken(t *testing.T) string {
+	t.Helper()
+	address := freeAddress(t)
+	addr, err := caddy.ParseNetworkAddress(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln, err := addr.Listen(t.Context(), 0, net.ListenConfig{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.(net.Listener).Close() })
+	return address
 }
 
 func TestCommandStatus(t *testing.T) {

@@ -241,9 +241,9 @@ func TestRulesFromFiles(t *testing.T) {
 	if err := os.WriteFile(file, []byte("a.example\nnot/a/name\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for _, path := range []string{file, file + ".missing"} {
+	for path, want := range map[string]string{file: "deny: " + file + ":2: ", file + ".missing": "deny: open " + file + ".missing: "} {
 		_, err := newRuleSets(ctx, []Rule{{Action: "deny", Files: []string{path}}})
-		if err == nil || !strings.HasPrefix(err.Error(), "deny: file "+path+": ") {
+		if err == nil || !strings.HasPrefix(err.Error(), want) {
 			t.Errorf("%s: %v", path, err)
 		}
 	}

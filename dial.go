@@ -175,7 +175,9 @@ func newResolver(addresses []string) (*net.Resolver, error) {
 	for i, address := range addresses {
 		server, err := caddy.ParseNetworkAddressWithDefaults(address, "udp", 53)
 		_, notIP := netip.ParseAddr(server.Host)
-		if err != nil || server.PortRangeSize() != 1 || notIP != nil && checkHost(server.Host) != nil {
+		_, port, split := net.SplitHostPort(address)
+		if err != nil || split == nil && port == "" || server.PortRangeSize() != 1 || server.StartPort == 0 ||
+			server.Network != "udp" && server.Network != "tcp" || notIP != nil && checkHost(server.Host) != nil {
 			return nil, fmt.Errorf("resolvers %q: expected the address of a DNS server, such as 192.0.2.53 or tcp/[2001:db8::53]:53", address)
 		}
 		servers[i] = server

@@ -8,6 +8,8 @@ package asyncproxy
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
+	"net/http"
 	"net/url"
 	"os"
 	"os/exec"
@@ -54,6 +56,9 @@ var documented = []struct{ file, command, says string }{
 	{"README.md", "go test ./...", byCI},
 	{"README.md", "curl -x http://127.0.0.1:8080 https://example.com/", `CONNECT tunnel failed, response 50[24]`}, // there is no DNS
 	{"README.md", "xcaddy build --with github.com/asyncproxy/caddy-async-proxy", byCI},
+	{"README.md", "git clone https://github.com/asyncproxy/caddy-async-proxy", byCI},
+	{"README.md", "cd caddy-async-proxy", byCI},
+	{"README.md", "go build ./cmd/caddy", byCI},
 	{"README.md", "go run ./examples/httpbin", inBackground},
 	{"README.md", "curl -x http://127.0.0.1:8080 http://127.0.0.1:8000/get", `(?s)"Via": \[.*"X-Forwarded-For"|"X-Forwarded-For".*"Via"`},
 	{"README.md", "curl -k -x http://127.0.0.1:8080 https://127.0.0.1:8443/get", `"url": "https://127.0.0.1:8443/get"`},
@@ -168,6 +173,125 @@ func compareAnswers(t *testing.T, got, want string) {
 		if !strings.Contains(got, line) {
 			t.Errorf("curl does not say %q but\n%s", line, got)
 		}
+	}
+}
+
+// shipped returns the Caddyfiles that people copy, by where they are. What the
+// module redis reads is left out.
+func shipped(t *testing.T) map[string]string {
+	t.Helper()
+	configs := make(map[string]string)
+	for file, text := range documents(t) {
+		for i, block := range fenced.FindAllStringSubmatch(text, -1) {
+			configs[fmt.Sprintf("%s %d", file, i+1)] = block[1]
+		}
+	}
+	for _, pattern := range []string{"Caddyfile.example", "examples/*/Caddyfile"} {
+		files, err := filepath.Glob(pattern)
+		if err != nil || len(files) == 0 {
+			t.Fatalf("%s: %v, %v", pattern, files, err)
+		}
+		for _, file := range files {
+			data, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			configs[file] = string(data)
+		}
+	}
+	shared := regexp.MustCompile(`(?ms)^\t\tlimiter redis .*?^\t\t\}\n`)
+	for name, config := range configs {
+		configs[name] = shared.ReplaceAllString(config, "")
+	}
+	return configs
+}
+
+// TestShippedConfigs runs each Caddyfile that people copy, in a network of its
+// own: none may be an open proxy, or anything else that is warned of at start.
+func TestShippedConfigs(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	for name, text := range shipped(t) {
+		for _, placeholder := range regexp.MustCompile(`\{env\.(\w+)\}`).FindAllStringSubmatch(text, -1) {
+			t.Setenv(placeholder[1], "secret")
+		}
+		data, _, err := adapt(text, "Caddyfile")
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		var config map[string]any
+		if err := json.Unmarshal(data, &config); err != nil {
+			t.Fatal(err)
+		}
+		w := &world{t: t, logs: filepath.Join(t.TempDir(), "caddy.log")}
+		config["admin"] = map[string]any{"disabled": true, "config": map[string]any{"persist": false}}
+		config["storage"] = map[string]any{"module": "file_system", "root": t.TempDir()}
+		config["logging"] = map[string]any{"logs": map[string]any{"default": map[string]any{
+			"writer": map[string]any{"output": "file", "filename": w.logs}, "encoder": map[string]any{"format": "json"},
+		}}}
+		if data, err = json.Marshal(config); err != nil {
+			t.Fatal(err)
+		}
+		if err := caddy.Load(data, true); err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if strings.Contains(text, "async_proxy {") {
+			w.waitLog("async-proxy listening", 1)
+		}
+		logged, err := os.ReadFile(w.logs)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(logged)) {
+			if strings.HasPrefix(line, `{"level":"warn"`) && strings.Contains(line, `"logger":"http.handlers.async_proxy`) {
+				t.Errorf("%s: %s", name, line)
+			}
+		}
+		if err := caddy.Stop(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestDocumentedFail2ban: the expression in the recipe finds failed logins, and
+// nothing that only looks like one.
+func TestDocumentedFail2ban(t *testing.T) {
+	_, text, found := strings.Cut(documents(t)["docs/recipes.md"], "\nfailregex = ")
+	text, _, _ = strings.Cut(text, "\n")
+	if !found {
+		t.Fatal("there is no failregex")
+	}
+	failed := regexp.MustCompile(strings.Replace(text, "<HOST>", "([0-9a-f.:]+)", 1))
+
+	w := newWorld(t, bcryptUsers, nil)
+	origin := w.origin.Listener.Addr().String()
+	get := func(path, lines string) {
+		c := w.dial()
+		c.send("GET http://" + origin + path + " HTTP/1.1\nHost: " + origin + "\n" + lines + "\n")
+		c.response(http.MethodGet)
+	}
+	get("/", "")
+	get("/ok", "Proxy-Authorization: "+login("alice", "wonderland")+"\n")
+	get(`/","status":407,"client":"192.0.2.1","error":"the`+"%20credentials%20are%20wrong", "")
+	get("/failed", "Proxy-Authorization: "+login("alice", "?")+"\n")
+	w.waitLog("request", 4)
+	data, err := os.ReadFile(w.logs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	matches := 0
+	for line := range strings.Lines(string(data)) {
+		if m := failed.FindStringSubmatch(strings.TrimSpace(line)); m != nil {
+			if matches++; m[1] != "127.0.0.1" || !strings.Contains(line, `"/failed"`) {
+				t.Errorf("%s is found in %s", m[1], line)
+			}
+		}
+	}
+	if matches != 1 {
+		t.Errorf("%d failed logins are found in\n%s", matches, data)
 	}
 }
 

@@ -125,9 +125,10 @@ func (h *Handler) provisionName(server *caddyhttp.Server) error {
 }
 
 // validPseudonym reports whether a name can stand in Via and, which also wants
-// a letter first (RFC 8941), in Proxy-Status.
+// a letter first (RFC 8941), in Proxy-Status. Who writes "via on" means no name.
 func validPseudonym(name string) bool {
-	if name == "" {
+	switch strings.ToLower(name) {
+	case "", "on", "true", "yes", "false", "no":
 		return false
 	}
 	c := name[0] | 0x20

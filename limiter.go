@@ -12,8 +12,6 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
-	"github.com/caddyserver/caddy/v2/caddyconfig"
-	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"go.uber.org/zap"
 )
 
@@ -145,25 +143,4 @@ func (h *Handler) refuseUncounted(w http.ResponseWriter, r *http.Request, v *vis
 	}
 	w.Header()["Retry-After"] = []string{strconv.FormatInt(ceilSeconds(verdict.wait), 10)}
 	return h.answer(w, r, f)
-}
-
-// limiter reads the option of that name, whose first argument is a module and
-// whose rest is that module's.
-func (p caddyfileParser) limiter(h *Handler, name string) error {
-	if err := p.once(name); err != nil {
-		return err
-	}
-	if !p.NextArg() {
-		return p.Errf("%s: there is no value; expected %s", name, expectations[name])
-	}
-	value := p.Val()
-	if _, err := caddy.GetModule(limiterNamespace + "." + value); err != nil {
-		return p.Errf("%s: the value '%s' is not valid; expected %s", name, value, expectations[name])
-	}
-	module, err := caddyfile.UnmarshalModule(p.Dispenser, limiterNamespace+"."+value)
-	if err != nil {
-		return err
-	}
-	h.LimiterRaw = caddyconfig.JSONModuleObject(module, "module", value, nil)
-	return nil
 }

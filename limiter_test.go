@@ -257,11 +257,11 @@ func TestCaddyfileLimiter(t *testing.T) {
 			t.Errorf("%s\nmakes %v\nwant limiter %v", directive, got, want)
 		}
 	}
-	const expected = "expected a limiter that this Caddy is built with, such as redis"
+	const expected = "expected a limiter that this Caddy is built with; for redis, build it with --with github.com/asyncproxy/caddy-async-proxy/redis"
 	for directive, want := range map[string]string{
 		"limiter":                       "limiter: there is no value; " + expected + ", at Caddyfile:3",
-		"limiter nonsense":              "limiter: the value 'nonsense' is not valid; " + expected + ", at Caddyfile:3",
-		"limiter test\nlimiter test":    "limiter: the option is given twice; expected it once, at Caddyfile:4",
+		"limiter nonsense":              "limiter: this build has no module http.async_proxy.limiters.nonsense; " + expected + ", at Caddyfile:3",
+		"limiter test\nlimiter test":    "limiter: the option was given before, at Caddyfile:3; expected it once, at Caddyfile:4",
 		"limiter test {\nnonsense a\n}": "unrecognized option 'nonsense', at Caddyfile:4",
 	} {
 		_, _, err := adapt(":8080 {\nasync_proxy {\n"+directive+"\n}\n}\n", "Caddyfile")

@@ -255,6 +255,9 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if err := h.loadAuth(ctx); err != nil {
 		return err
 	}
+	if h.LimitBy == "user" && len(h.auth) == 0 {
+		return errors.New("limit_by \"user\": nobody is asked for a user; expected authentication, too")
+	}
 	if h.ForwardedFor != "auto" && h.ForwardedFor != "off" {
 		return fmt.Errorf("forwarded_for %q: expected auto or off", h.ForwardedFor)
 	}

@@ -145,12 +145,8 @@ func newRuleSets(ctx caddy.Context, rules []Rule) ([]*ruleSet, error) {
 			return nil, fmt.Errorf("%s: %w", rule.Action, err)
 		}
 		for _, file := range rule.Files {
-			lines, err := readList(file)
-			if err == nil {
-				err = add(lines)
-			}
-			if err != nil {
-				return nil, fmt.Errorf("%s: file %s: %w", rule.Action, file, err)
+			if err := readList(file, func(text string) error { return add([]string{text}) }); err != nil {
+				return nil, fmt.Errorf("%s: %w", rule.Action, err)
 			}
 		}
 		if rule.SourceRaw != nil {
@@ -214,18 +210,23 @@ func expandRanges(text string) []string {
 	return []string{text}
 }
 
-// readList reads the lines of a file, without comments and blank ones.
-func readList(path string) ([]string, error) {
+// readList calls each with the lines of a file, without comments and blank ones.
+// An error says which line it is about.
+func readList(path string, each func(string) error) error {
 	data, err := os.ReadFile(path)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	var lines []string
+	n := 0
 	for line := range strings.Lines(string(data)) {
+		n++
 		line, _, _ = strings.Cut(line, "#")
-		if line = strings.TrimSpace(line); line != "" {
-			lines = append(lines, line)
+		if line = strings.TrimSpace(line); line == "" {
+			continue
+		}
+		if err := each(line); err != nil {
+			return fmt.Errorf("%s:%d: %w", path, n, err)
 		}
 	}
-	return lines, nil
+	return nil
 }

@@ -35,7 +35,7 @@ func closeAction(r *http.Request) (bool, error) {
 }
 
 func refillAction(r *http.Request) (bool, error) {
-	client, err := parseClient(r.FormValue("client"))
+	client, err := clientToActOn(r.FormValue("client"))
 	if err != nil {
 		return false, err
 	}
@@ -43,7 +43,7 @@ func refillAction(r *http.Request) (bool, error) {
 }
 
 func blockAction(r *http.Request) (bool, error) {
-	client, err := parseClient(r.FormValue("client"))
+	client, err := clientToActOn(r.FormValue("client"))
 	if err != nil {
 		return false, err
 	}
