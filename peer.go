@@ -4,6 +4,7 @@
 package asyncproxy
 
 import (
+	"context"
 	"io"
 	"net"
 	"net/http"
@@ -12,6 +13,7 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/quic-go/quic-go/http3"
 )
 
 // peer is one end of a tunnel.
@@ -113,6 +115,9 @@ type streamPeer struct {
 	control *http.ResponseController
 	body    io.ReadCloser
 	state   atomic.Int32 // streamOpen and then one of the others
+
+	conn   net.Conn      // below a stream of HTTP/2
+	server *http3.Server // of a stream of HTTP/3, whose connection nobody is shown
 }
 
 const (
@@ -133,6 +138,8 @@ func newStreamPeer(w http.ResponseWriter, r *http.Request) *streamPeer {
 		reader.Override(forever, 0)
 	}
 	p := &streamPeer{w: w, control: http.NewResponseController(w), body: r.Body}
+	p.conn, _ = r.Context().Value(connKey{}).(net.Conn)
+	p.server, _ = r.Context().Value(http3.ServerContextKey).(*http3.Server)
 	if writer != nil {
 		writer.Override(forever, 0, 0)
 	}
@@ -179,6 +186,26 @@ func (p *streamPeer) Abort() error {
 	}
 	_ = http.NewResponseController(innermost(p.w)).SetWriteDeadline(time.Unix(1, 0))
 	return p.body.Close()
+}
+
+// closeConnection closes what is below a stream of HTTP/2, and with it all its
+// other streams. A client that grants large windows and then reads nothing keeps
+// everything in its connection, the reset of a stream too.
+func (p *streamPeer) closeConnection() {
+	if p.conn != nil {
+		_ = p.conn.Close()
+	}
+}
+
+// connKey is for the context of a connection, in which its requests find it.
+type connKey struct{}
+
+// withConn puts a connection into its context.
+func withConn(ctx context.Context, conn net.Conn) context.Context {
+	if ctx.Value(connKey{}) != nil { // by another handler of the server
+		return ctx
+	}
+	return context.WithValue(ctx, connKey{}, conn)
 }
 
 // innermost returns the writer that net/http or quic-go gave to Caddy, below

@@ -14,6 +14,7 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/puzpuzpuz/xsync/v4"
+	"github.com/quic-go/quic-go/http3"
 )
 
 // registries holds the one registry of the process, by registryKey, for as long
@@ -26,6 +27,14 @@ const registryKey = "tunnels"
 // watchInterval is how often tunnels are looked at for their timeouts, which
 // are that exact.
 const watchInterval = time.Second
+
+// stuckTime is how long a client may keep a stream that was aborted from ending
+// before its connection is closed, with whatever else goes over it; lastMoment
+// is the same for when Caddy exits.
+const (
+	stuckTime  = 10 * time.Second
+	lastMoment = time.Second
+)
 
 // registry knows the tunnels that are open.
 //
@@ -167,10 +176,38 @@ func (r *registry) closeWhere(reason string, condition func(*tunnel) bool) {
 }
 
 // closeAll closes all tunnels, and those that are still being opened as soon
-// as they are.
+// as they are; then the connections of clients that keep theirs. Over HTTP/3 a
+// stream always ends, but Caddy waits for clients to close their connections,
+// which those do not that leave something unread. When it exits, all
+// connections of the servers that had tunnels are closed.
 func (r *registry) closeAll(reason string) {
 	r.ended.Store(&reason)
-	r.closeWhere(reason, func(*tunnel) bool { return true })
+	servers := make(map[*http3.Server]struct{})
+	r.closeWhere(reason, func(t *tunnel) bool {
+		if stream, ok := t.near.(*streamPeer); ok && stream.server != nil {
+			servers[stream.server] = struct{}{}
+		}
+		return true
+	})
+	if reason != reasonShutdown {
+		time.AfterFunc(stuckTime, r.closeStuck)
+		return
+	}
+	time.AfterFunc(lastMoment, func() {
+		r.closeStuck()
+		for server := range servers {
+			_ = server.Close()
+		}
+	})
+}
+
+// closeStuck closes the connections of all streams that have not ended.
+func (r *registry) closeStuck() {
+	for _, t := range r.tunnels.All() {
+		if stream, ok := t.near.(*streamPeer); ok {
+			stream.closeConnection()
+		}
+	}
 }
 
 // watch closes tunnels that have been silent or open for too long. What a

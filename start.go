@@ -32,6 +32,7 @@ func (h *Handler) atStart(ctx caddy.Context, server *caddyhttp.Server) error {
 	if err != nil {
 		return err
 	}
+	server.RegisterConnContext(withConn)
 	server.RegisterOnShutdown(func() { h.onShutdown(ctx) })
 	server.RegisterOnStop(func(grace context.Context) error {
 		if caddy.Exiting() {
