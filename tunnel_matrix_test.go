@@ -4,12 +4,15 @@
 package asyncproxy
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
 	"math/rand/v2"
 	"net"
+	"net/http"
+	"net/url"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -418,6 +421,51 @@ func TestTunnelsOutliveAReload(t *testing.T) {
 			}
 			close(halves)
 			wg.Wait()
+		})
+	}
+}
+
+// A CONNECT for another protocol is the next handler's. If there is none that
+// answers, its client must not think that the protocol is spoken.
+func TestExtendedConnect(t *testing.T) {
+	for name, tc := range map[string]struct {
+		site   string
+		status int
+		body   string
+	}{
+		"nobody answers":           {"", http.StatusNotImplemented, "Nothing here speaks the protocol that this CONNECT asks for.\n"},
+		"the next handler answers": {"respond here", http.StatusOK, "here"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newTunnelWorld(t, tunnelSetup{site: tc.site})
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			defer cancel()
+			conn, err := w.client(t, "h3").h3Conn(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			stream, err := conn.OpenRequestStream(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			host := "localhost"
+			if err := stream.SendRequestHeader(&http.Request{
+				Method: http.MethodConnect, Proto: "connect-udp", Host: host, Header: http.Header{},
+				URL: &url.URL{Scheme: "https", Host: host, Path: "/.well-known/masque/udp/192.0.2.6/443/"},
+			}); err != nil {
+				t.Fatal(err)
+			}
+			res, err := stream.ReadResponse()
+			if err != nil {
+				t.Fatal(err)
+			}
+			body, err := io.ReadAll(res.Body)
+			if err != nil || res.StatusCode != tc.status || string(body) != tc.body {
+				t.Errorf("%s %q, %v; want %d %q", res.Status, body, err, tc.status, tc.body)
+			}
+			if refused := strings.Contains(res.Header.Get("Proxy-Status"), "error=proxy_internal_response"); refused != (tc.status != http.StatusOK) {
+				t.Errorf("Proxy-Status %q", res.Header.Get("Proxy-Status"))
+			}
 		})
 	}
 }
