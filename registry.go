@@ -47,6 +47,7 @@ type registry struct {
 	blocks   *xsync.Map[netip.Addr, int64]  // clients that the operator has blocked, and until when, since epoch
 	admitted atomic.Int64                   // all of them, those still being dialled too
 	lastID   atomic.Uint64
+	config   atomic.Value           // that of the handlers that started last
 	ended    atomic.Pointer[string] // the reason for which no tunnel may be open any more
 	stop     func()
 }
@@ -136,6 +137,23 @@ func (r *registry) add(t *tunnel) {
 	}
 	if reason := r.ended.Load(); reason != nil {
 		t.close(*reason)
+	} else if current := r.config.Load(); current != any(t.owner.config) {
+		r.addLate(t, current)
+	}
+}
+
+// addLate does with a tunnel what was done with the others of its owner when
+// that was replaced, since it was still being dialled then.
+func (r *registry) addLate(t *tunnel, current any) {
+	for h := range r.handlers.All() {
+		if h.RecheckTunnels && current == any(h.config) && h.running.Load() && h.succeeds(t.owner) && h.dialer.forbids(t) {
+			t.close(reasonForbidden)
+		}
+	}
+	select {
+	case <-t.owner.config:
+		t.owner.closeTunnelsLater()
+	default: // will be called yet
 	}
 }
 

@@ -412,6 +412,28 @@ func TestRecheckTunnels(t *testing.T) {
 	}
 }
 
+// Each site judges its own tunnels, and not those of another one that happens to
+// be of the same zone.
+func TestRecheckTunnelsOfOneSite(t *testing.T) {
+	const open = "allow 127.0.0.0/8"
+	w := newWorld(t, open, nil)
+	other := *w
+	other.proxy = freeAddress(t)
+	w.load(w.site(open) + other.site(open))
+	target := echoTarget(t)
+	stays, goes := w.dial(), other.dial()
+	for _, c := range []*rawConn{stays, goes} {
+		c.send("CONNECT " + target + " HTTP/1.1\nHost: x\nX-Forwarded-For: 8.8.8.8\n\n")
+		c.response(http.MethodConnect)
+	}
+	w.load(w.site(open) + other.site("recheck_tunnels"))
+	goes.readAll()
+	if line := w.waitLog("CONNECT tunnel closed", 1)[0]; line["reason"] != reasonForbidden {
+		t.Errorf("closing line %v, want the reason %q", line, reasonForbidden)
+	}
+	hear(t, stays.r, say(t, stays, "the other site has other rules"))
+}
+
 // A tunnel that leads back to the proxy, which no Via tells, is not another
 // step of the same way.
 func TestTunnelLoops(t *testing.T) {
