@@ -5,6 +5,7 @@ package asyncproxy
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"net/http"
@@ -109,12 +110,15 @@ func (p *connPeer) Abort() error {
 // streamPeer is a client whose tunnel is a stream of HTTP/2 or HTTP/3. What is
 // written to it ends with the handler's return and in no other way, and then
 // nothing can be read from it any more: there is no half-close towards the
-// client.
+// client. What it was sending then is cut short.
 type streamPeer struct {
 	w       http.ResponseWriter
 	control *http.ResponseController
 	body    io.ReadCloser
 	state   atomic.Int32 // streamOpen and then one of the others
+
+	full      bool      // the last read had something; Read's own
+	delivered time.Time // when what was read last had been passed on; Read's own
 
 	conn   net.Conn      // below a stream of HTTP/2
 	server *http3.Server // of a stream of HTTP/3, whose connection nobody is shown
@@ -150,12 +154,26 @@ func (p *streamPeer) reader() io.Reader { return p }
 func (p *streamPeer) writer() io.Writer { return p }
 
 func (p *streamPeer) Read(b []byte) (int, error) {
+	if p.full {
+		p.delivered = time.Now()
+	}
 	n, err := p.body.Read(b)
-	if err != nil && p.state.Load() != streamOpen {
+	p.full = n > 0
+	if state := p.state.Load(); err != nil && err != io.EOF && state != streamOpen {
 		err = net.ErrClosed
+		if state == streamEnded && time.Since(p.delivered) < quietTime {
+			err = errCutShort
+		}
 	}
 	return n, err
 }
+
+// quietTime is how long a client has been silent that is taken to have been done
+// when its stream ends with the target. One that was not may have more on its
+// way, which nobody will read.
+const quietTime = time.Second
+
+var errCutShort = errors.New("the stream ended while the client was sending")
 
 func (p *streamPeer) Write(b []byte) (int, error) {
 	n, err := p.w.Write(b)

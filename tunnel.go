@@ -96,7 +96,7 @@ func (t *tunnel) run() {
 	if _, ok := t.near.(*streamPeer); ok {
 		// The client learns of the end when its handler returns. A target that
 		// has ended and takes no more either must not keep it.
-		defer time.AfterFunc(lastWords, func() { _ = t.far.Close() }).Stop()
+		defer time.AfterFunc(lastWords, func() { _ = t.far.Abort() }).Stop()
 	}
 	<-upDone
 	_ = t.near.Close()

@@ -168,6 +168,32 @@ func tunnelPassesTheTargetsEnd(t *testing.T, c *tunnelClient) {
 	}
 }
 
+// Over HTTP/2 and HTTP/3 the target's end is that of its client too, which
+// cannot end what it was sending.
+func TestTargetEndsWhileTheClientSends(t *testing.T) {
+	w := newTunnelWorld(t, tunnelSetup{})
+	for _, protocol := range []string{"h2", "h2c", "h3"} {
+		t.Run(protocol, func(t *testing.T) {
+			failure := make(chan error, 1)
+			target := listen(t, func(conn *net.TCPConn) {
+				io.CopyN(io.Discard, conn, 1<<20)
+				conn.CloseWrite()
+				_, err := io.Copy(io.Discard, conn)
+				failure <- err
+			})
+			conn := w.client(t, protocol).open(target)
+			var sender sync.WaitGroup
+			sender.Go(func() { io.Copy(struct{ io.Writer }{conn}, zeros{}) })
+			if err := <-failure; !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("the target reads %v, want a reset", err)
+			}
+			hearEnd(t, conn)
+			conn.Close()
+			sender.Wait()
+		})
+	}
+}
+
 func tunnelPassesTheClientsReset(t *testing.T, c *tunnelClient) {
 	failure := make(chan error, 1)
 	target := listen(t, func(conn *net.TCPConn) {
