@@ -49,6 +49,8 @@ type registry struct {
 	lastID   atomic.Uint64
 	config   atomic.Value           // that of the handlers that started last
 	ended    atomic.Pointer[string] // the reason for which no tunnel may be open any more
+	open     context.Context        // ends when no tunnel may be open any more
+	end      context.CancelFunc
 	stop     func()
 }
 
@@ -73,6 +75,7 @@ func newRegistry() *registry {
 		clients: xsync.NewMap[netip.Addr, int](),
 		sources: xsync.NewMap[source, struct{}](), handlers: xsync.NewMap[*Handler, struct{}](), blocks: xsync.NewMap[netip.Addr, int64](),
 	}
+	r.open, r.end = context.WithCancel(context.Background())
 	stop := make(chan struct{})
 	r.stop = sync.OnceFunc(func() { close(stop) })
 	go r.watch(stop)
@@ -125,6 +128,14 @@ func (r *registry) leave(client netip.Addr) {
 	if r.admitted.Add(-1) == 0 {
 		closePipes()
 	}
+}
+
+// whileOpen returns ctx as one that also ends, like the dial of a tunnel that is
+// for nothing then, when all tunnels are closed. done is to be called.
+func (r *registry) whileOpen(ctx context.Context) (open context.Context, done func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	stop := context.AfterFunc(r.open, cancel)
+	return ctx, func() { stop(); cancel() }
 }
 
 // add makes an admitted tunnel known, whose two ends are there.
@@ -200,6 +211,7 @@ func (r *registry) closeWhere(reason string, condition func(*tunnel) bool) {
 // connections of the servers that had tunnels are closed.
 func (r *registry) closeAll(reason string) {
 	r.ended.Store(&reason)
+	r.end()
 	servers := make(map[*http3.Server]struct{})
 	r.closeWhere(reason, func(t *tunnel) bool {
 		if stream, ok := t.near.(*streamPeer); ok && stream.server != nil {
