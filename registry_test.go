@@ -285,6 +285,27 @@ func TestMaxTunnelsPerClient(t *testing.T) {
 	}
 }
 
+// An upgrade that would be one tunnel too many does not get to the origin, and
+// one that the origin does not want takes no place.
+func TestMaxTunnelsOfUpgrades(t *testing.T) {
+	var requests atomic.Int64
+	w := newWorld(t, "max_tunnels 1", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { requests.Add(1) }))
+	upgrade := "GET " + w.origin.URL + "/ HTTP/1.1\nHost: x\nConnection: Upgrade\nUpgrade: echo\n\n"
+	tunnel, c := w.dial(), w.dial()
+	tunnel.connect(echoTarget(t))
+	c.send(upgrade)
+	if res, body := c.response(http.MethodGet); res.StatusCode != http.StatusServiceUnavailable || requests.Load() != 0 {
+		t.Errorf("%s %q after %d requests to the origin, want 503 and none", res.Status, body, requests.Load())
+	}
+	tunnel.Close()
+	noTunnels(t)
+	c.send(upgrade)
+	if res, body := c.response(http.MethodGet); res.StatusCode != http.StatusOK || requests.Load() != 1 {
+		t.Errorf("%s %q after %d requests to the origin, want 200 and one", res.Status, body, requests.Load())
+	}
+	noTunnels(t)
+}
+
 // A tunnel that does not come about takes no place.
 func TestFailedTunnelsAreNotCounted(t *testing.T) {
 	w := newTunnelWorld(t, tunnelSetup{options: "max_tunnels 1 per_client 1"})

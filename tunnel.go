@@ -124,6 +124,12 @@ func (t *tunnel) relayUp(done chan<- struct{}) {
 func (t *tunnel) relayDown() {
 	_, err := t.near.Write(t.greeting)
 	t.greeting = nil
+	if err == nil && len(t.fromTarget) > 0 {
+		var n int
+		n, err = t.near.Write(t.fromTarget)
+		t.fromTarget = nil
+		t.down.Add(int64(n))
+	}
 	if err != nil {
 		t.directionEnded(t.near, t.far, nil, err)
 		return
