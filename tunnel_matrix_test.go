@@ -45,11 +45,17 @@ var tunnelBehaviours = []struct {
 }
 
 func TestTunnels(t *testing.T) {
-	for name, setup := range map[string]tunnelSetup{"bare": {}, "observed": observed} {
+	for name, setup := range map[string]tunnelSetup{
+		"bare": {}, "observed": observed, "access log": {site: observed.site}, "metrics": {global: observed.global},
+	} {
 		t.Run(name, func(t *testing.T) {
 			w := newTunnelWorld(t, setup)
 			for _, protocol := range tunnelProtocols {
-				for _, behaviour := range tunnelBehaviours {
+				behaviours := tunnelBehaviours
+				if (setup.site == "") != (setup.global == "") {
+					behaviours = behaviours[:len(behaviours)-2] // without the long ones
+				}
+				for _, behaviour := range behaviours {
 					t.Run(protocol+"/"+behaviour.name, func(t *testing.T) {
 						behaviour.run(t, w.client(t, protocol))
 					})
@@ -67,7 +73,7 @@ func TestTunnelsBehindTheProxyProtocol(t *testing.T) {
 	for name, setup := range map[string]tunnelSetup{"bare": wrapped, "observed": wrappedObserved} {
 		t.Run(name, func(t *testing.T) {
 			w := newTunnelWorld(t, setup)
-			for _, protocol := range []string{"h1", "h1-tls"} {
+			for _, protocol := range []string{"h1", "h1-tls", "h2", "h2c"} {
 				for _, behaviour := range tunnelBehaviours {
 					t.Run(protocol+"/"+behaviour.name, func(t *testing.T) {
 						c := w.client(t, protocol)
