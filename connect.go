@@ -36,9 +36,14 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *visit) (int
 	if f := h.tunnels.admit(from.bucket, h.MaxTunnels, h.MaxTunnelsPerClient); f != nil {
 		return 0, f
 	}
-	far, err := h.dialer.dial(h.withParentFields(r, from, target), from.reach, target)
+	ctx, dialled := h.tunnels.whileOpen(h.withParentFields(r, from, target))
+	far, err := h.dialer.dial(ctx, from.reach, target)
+	dialled()
 	if err != nil {
 		h.tunnels.leave(from.bucket)
+		if h.tunnels.ended.Load() != nil && r.Context().Err() == nil {
+			return 0, refuse(http.StatusServiceUnavailable, "proxy_internal_error", err, "This proxy is going away; try again later.")
+		}
 		return 0, dialRefusal(r.Context(), err, target)
 	}
 	t := h.newTunnel(from, target, r.Proto, far)

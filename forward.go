@@ -81,6 +81,21 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 		pool = h.parentOrigins
 	}
 
+	admitted := false // to the tunnels, of which an upgrade becomes one
+	leave := func() {
+		if admitted {
+			h.tunnels.leave(from.bucket)
+		}
+		admitted = false
+	}
+	defer leave()
+	if len(r.Header["Upgrade"]) > 0 {
+		if f := h.tunnels.admit(from.bucket, h.MaxTunnels, h.MaxTunnelsPerClient); f != nil {
+			return 0, f
+		}
+		admitted = true
+	}
+
 	x := &exchange{
 		origins: pool, ctx: r.Context(), timeout: time.Duration(h.ResponseHeaderTimeout),
 		interim: func(status int, fields http.Header) { passInterim(w, r, status, fields) },
@@ -103,8 +118,11 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 		}
 		t := h.newTunnel(from, target, "", conn.Conn)
 		t.fromTarget = early
-		return h.upgrade(w, r, res, t)
+		status, err := h.upgrade(w, r, res, t)
+		admitted = admitted && err != nil // else the tunnel leaves when it ends
+		return status, err
 	}
+	leave()
 	if err := h.respond(w, r, out, res, from); err != nil {
 		return res.StatusCode, err
 	}
@@ -383,10 +401,6 @@ func (h *Handler) upgrade(w http.ResponseWriter, r *http.Request, res *http.Resp
 		_ = t.far.Close()
 		return 0, forwardRefusal(r, protocolError("the protocol was changed without having been asked for"))
 	}
-	if f := h.tunnels.admit(t.bucket, h.MaxTunnels, h.MaxTunnelsPerClient); f != nil {
-		_ = t.far.Close()
-		return 0, f
-	}
 	protocol := res.Header["Upgrade"]
 	header := h.setResponseFields(w, r, res)
 	delete(header, "Content-Type")
@@ -395,7 +409,6 @@ func (h *Handler) upgrade(w http.ResponseWriter, r *http.Request, res *http.Resp
 	conn, early, err := hijack(w)
 	if err != nil {
 		_ = t.far.Close()
-		h.tunnels.leave(t.bucket)
 		return 0, caddyhttp.Error(http.StatusInternalServerError, err)
 	}
 	recordStatus(w, http.StatusSwitchingProtocols)
@@ -403,9 +416,8 @@ func (h *Handler) upgrade(w http.ResponseWriter, r *http.Request, res *http.Resp
 	head.WriteString("HTTP/1.1 101 Switching Protocols\r\n")
 	_ = header.Write(&head)
 	head.WriteString("\r\n")
-	head.Write(t.fromTarget)
 	t.proto = strings.Join(protocol, ", ")
-	t.near, t.early, t.greeting, t.fromTarget = newConnPeer(conn), early, head.Bytes(), nil
+	t.near, t.early, t.greeting = newConnPeer(conn), early, head.Bytes()
 	go t.run()
 	return http.StatusSwitchingProtocols, nil
 }

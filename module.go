@@ -167,9 +167,10 @@ type Handler struct {
 	// closes them at once. Default: null, never: a reload leaves tunnels alone.
 	StreamCloseDelay *caddy.Duration `json:"stream_close_delay,omitempty"`
 
-	// Whether, when this config starts, the open tunnels of the same zone are
-	// checked against its rules, and those closed to whose targets it would not
-	// connect. Default: false.
+	// Whether, when this config starts, the tunnels that were opened before by
+	// handlers of the same zone, on a server that listens on one of the same
+	// addresses, are checked against its rules, and those closed to whose targets
+	// it would not connect. Default: false.
 	RecheckTunnels bool `json:"recheck_tunnels,omitempty"`
 
 	// What to change in the fields of requests that are forwarded and of their
@@ -213,8 +214,9 @@ type Handler struct {
 	via           via
 	name          string // in Proxy-Status
 
-	running   *atomic.Bool // its config has started
-	addresses []string     // of its server
+	running   *atomic.Bool    // its config has started
+	config    <-chan struct{} // ends with its config, and is the same for all handlers of that
+	addresses []string        // of its server
 }
 
 // CaddyModule returns the Caddy module information.
@@ -229,7 +231,7 @@ func (Handler) CaddyModule() caddy.ModuleInfo {
 func (h *Handler) Provision(ctx caddy.Context) error {
 	h.logger = ctx.Logger()
 	h.setDefaults()
-	h.running = new(atomic.Bool)
+	h.running, h.config = new(atomic.Bool), ctx.Done()
 
 	var err error
 	if h.exempt, err = parsePrefixes("exempt", h.Exempt); err != nil {

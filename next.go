@@ -22,6 +22,11 @@ func (h *Handler) passOn(w http.ResponseWriter, r *http.Request, from caller, ne
 	}
 	recorder := &statusRecorder{ResponseWriterWrapper: caddyhttp.ResponseWriterWrapper{ResponseWriter: w}}
 	err := next.ServeHTTP(recorder, r)
+	if err == nil && recorder.status == 0 && isExtendedConnect(r) {
+		// Caddy's own answer would be an empty 200, which says that the other
+		// protocol is spoken from here on (RFC 8441 §5).
+		return 0, refuse(http.StatusNotImplemented, "proxy_internal_response", nil, "Nothing here speaks the protocol that this CONNECT asks for.")
+	}
 	return recorder.status, err
 }
 

@@ -4,6 +4,8 @@
 package asyncproxy
 
 import (
+	"context"
+	"errors"
 	"io"
 	"net"
 	"net/http"
@@ -12,6 +14,7 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/quic-go/quic-go/http3"
 )
 
 // peer is one end of a tunnel.
@@ -107,12 +110,18 @@ func (p *connPeer) Abort() error {
 // streamPeer is a client whose tunnel is a stream of HTTP/2 or HTTP/3. What is
 // written to it ends with the handler's return and in no other way, and then
 // nothing can be read from it any more: there is no half-close towards the
-// client.
+// client. What it was sending then is cut short.
 type streamPeer struct {
 	w       http.ResponseWriter
 	control *http.ResponseController
 	body    io.ReadCloser
 	state   atomic.Int32 // streamOpen and then one of the others
+
+	full      bool      // the last read had something; Read's own
+	delivered time.Time // when what was read last had been passed on; Read's own
+
+	conn   net.Conn      // below a stream of HTTP/2
+	server *http3.Server // of a stream of HTTP/3, whose connection nobody is shown
 }
 
 const (
@@ -133,6 +142,8 @@ func newStreamPeer(w http.ResponseWriter, r *http.Request) *streamPeer {
 		reader.Override(forever, 0)
 	}
 	p := &streamPeer{w: w, control: http.NewResponseController(w), body: r.Body}
+	p.conn, _ = r.Context().Value(connKey{}).(net.Conn)
+	p.server, _ = r.Context().Value(http3.ServerContextKey).(*http3.Server)
 	if writer != nil {
 		writer.Override(forever, 0, 0)
 	}
@@ -143,12 +154,26 @@ func (p *streamPeer) reader() io.Reader { return p }
 func (p *streamPeer) writer() io.Writer { return p }
 
 func (p *streamPeer) Read(b []byte) (int, error) {
+	if p.full {
+		p.delivered = time.Now()
+	}
 	n, err := p.body.Read(b)
-	if err != nil && p.state.Load() != streamOpen {
+	p.full = n > 0
+	if state := p.state.Load(); err != nil && err != io.EOF && state != streamOpen {
 		err = net.ErrClosed
+		if state == streamEnded && time.Since(p.delivered) < quietTime {
+			err = errCutShort
+		}
 	}
 	return n, err
 }
+
+// quietTime is how long a client has been silent that is taken to have been done
+// when its stream ends with the target. One that was not may have more on its
+// way, which nobody will read.
+const quietTime = time.Second
+
+var errCutShort = errors.New("the stream ended while the client was sending")
 
 func (p *streamPeer) Write(b []byte) (int, error) {
 	n, err := p.w.Write(b)
@@ -179,6 +204,26 @@ func (p *streamPeer) Abort() error {
 	}
 	_ = http.NewResponseController(innermost(p.w)).SetWriteDeadline(time.Unix(1, 0))
 	return p.body.Close()
+}
+
+// closeConnection closes what is below a stream of HTTP/2, and with it all its
+// other streams. A client that grants large windows and then reads nothing keeps
+// everything in its connection, the reset of a stream too.
+func (p *streamPeer) closeConnection() {
+	if p.conn != nil {
+		_ = p.conn.Close()
+	}
+}
+
+// connKey is for the context of a connection, in which its requests find it.
+type connKey struct{}
+
+// withConn puts a connection into its context.
+func withConn(ctx context.Context, conn net.Conn) context.Context {
+	if ctx.Value(connKey{}) != nil { // by another handler of the server
+		return ctx
+	}
+	return context.WithValue(ctx, connKey{}, conn)
 }
 
 // innermost returns the writer that net/http or quic-go gave to Caddy, below

@@ -5,7 +5,11 @@
 
 package asyncproxy
 
+//lint:file-ignore SA1019 the frames of x/net are all that writes frames
+
 import (
+	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -17,6 +21,9 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 )
 
 // The tests here are of tunnels of all protocols through cmd/caddy as a process,
@@ -99,9 +106,6 @@ func TestProcessExitsWithLiveTunnels(t *testing.T) {
 func TestProcessExitsWithStuckTunnels(t *testing.T) {
 	const each = 3
 	for _, protocol := range tunnelProtocols {
-		if protocol == "h3" {
-			continue // quic-go waits for the client to close its connection, whatever became of the streams
-		}
 		t.Run(protocol, func(t *testing.T) {
 			c := binaryStart(t, binaryOptions{global: everyProtocol, secure: true})
 			target := floodTarget(t)
@@ -119,6 +123,74 @@ func TestProcessExitsWithStuckTunnels(t *testing.T) {
 			c.allShutDown(t, each)
 		})
 	}
+}
+
+// A client of HTTP/2 that grants all there is to grant and then does not even
+// read its socket holds back what would end its stream.
+func TestProcessClosesTunnelsOfDeafClients(t *testing.T) {
+	protocols := []string{"h2", "h2c"}
+	c := binaryStart(t, binaryOptions{global: everyProtocol, site: "tunnel_idle_timeout 1s", secure: true})
+	for _, protocol := range protocols {
+		c.openDeaf(t, protocol)
+	}
+	for _, line := range c.waitLog("CONNECT tunnel closed", len(protocols)) {
+		if line["reason"] != reasonIdle {
+			t.Errorf("closing line %v, want %q", line, reasonIdle)
+		}
+	}
+
+	c = binaryStart(t, binaryOptions{global: everyProtocol, secure: true})
+	for _, protocol := range protocols {
+		c.openDeaf(t, protocol)
+	}
+	c.exits(t, func() {})
+	c.allShutDown(t, len(protocols))
+}
+
+// openDeaf opens a tunnel on a connection of its own, reads nothing, and waits
+// until nothing moves any more.
+func (c *binaryCaddy) openDeaf(t *testing.T, protocol string) {
+	t.Helper()
+	var sent atomic.Int64
+	target := listen(t, func(conn *net.TCPConn) {
+		conn.SetDeadline(time.Now().Add(tunnelPatience))
+		for data := make([]byte, 64<<10); ; {
+			n, err := conn.Write(data)
+			if sent.Add(int64(n)); err != nil {
+				return
+			}
+		}
+	})
+	alpn := map[string]string{"h2": "h2"}[protocol]
+	ctx, cancel := context.WithTimeout(t.Context(), tunnelPatience)
+	defer cancel()
+	_, conn, err := c.tunnels(t, protocol).dial(ctx, alpn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	var head bytes.Buffer
+	fields := hpack.NewEncoder(&head)
+	fields.WriteField(hpack.HeaderField{Name: ":method", Value: http.MethodConnect})
+	fields.WriteField(hpack.HeaderField{Name: ":authority", Value: target})
+	const most = 1<<31 - 1
+	say(t, conn, http2.ClientPreface)
+	framer := http2.NewFramer(conn, nil)
+	if err := errors.Join(
+		framer.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: most}),
+		framer.WriteWindowUpdate(0, most-65535),
+		framer.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: head.Bytes(), EndHeaders: true}),
+	); err != nil {
+		t.Fatal(err)
+	}
+	last := int64(0)
+	eventually(t, "the target to be held back", func() bool {
+		time.Sleep(100 * time.Millisecond)
+		now := sent.Load()
+		stopped := now == last && now > 0
+		last = now
+		return stopped
+	})
 }
 
 // exits tells Caddy to exit and returns how long that takes.

@@ -14,6 +14,7 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/puzpuzpuz/xsync/v4"
+	"github.com/quic-go/quic-go/http3"
 )
 
 // registries holds the one registry of the process, by registryKey, for as long
@@ -27,6 +28,14 @@ const registryKey = "tunnels"
 // are that exact.
 const watchInterval = time.Second
 
+// stuckTime is how long a client may keep a stream that was aborted from ending
+// before its connection is closed, with whatever else goes over it; lastMoment
+// is the same for when Caddy exits.
+const (
+	stuckTime  = 10 * time.Second
+	lastMoment = time.Second
+)
+
 // registry knows the tunnels that are open.
 //
 // All methods are safe for concurrent use.
@@ -38,7 +47,10 @@ type registry struct {
 	blocks   *xsync.Map[netip.Addr, int64]  // clients that the operator has blocked, and until when, since epoch
 	admitted atomic.Int64                   // all of them, those still being dialled too
 	lastID   atomic.Uint64
+	config   atomic.Value           // that of the handlers that started last
 	ended    atomic.Pointer[string] // the reason for which no tunnel may be open any more
+	open     context.Context        // ends when no tunnel may be open any more
+	end      context.CancelFunc
 	stop     func()
 }
 
@@ -63,6 +75,7 @@ func newRegistry() *registry {
 		clients: xsync.NewMap[netip.Addr, int](),
 		sources: xsync.NewMap[source, struct{}](), handlers: xsync.NewMap[*Handler, struct{}](), blocks: xsync.NewMap[netip.Addr, int64](),
 	}
+	r.open, r.end = context.WithCancel(context.Background())
 	stop := make(chan struct{})
 	r.stop = sync.OnceFunc(func() { close(stop) })
 	go r.watch(stop)
@@ -117,6 +130,14 @@ func (r *registry) leave(client netip.Addr) {
 	}
 }
 
+// whileOpen returns ctx as one that also ends, like the dial of a tunnel that is
+// for nothing then, when all tunnels are closed. done is to be called.
+func (r *registry) whileOpen(ctx context.Context) (open context.Context, done func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	stop := context.AfterFunc(r.open, cancel)
+	return ctx, func() { stop(); cancel() }
+}
+
 // add makes an admitted tunnel known, whose two ends are there.
 func (r *registry) add(t *tunnel) {
 	t.id = r.lastID.Add(1)
@@ -127,6 +148,23 @@ func (r *registry) add(t *tunnel) {
 	}
 	if reason := r.ended.Load(); reason != nil {
 		t.close(*reason)
+	} else if current := r.config.Load(); current != any(t.owner.config) {
+		r.addLate(t, current)
+	}
+}
+
+// addLate does with a tunnel what was done with the others of its owner when
+// that was replaced, since it was still being dialled then.
+func (r *registry) addLate(t *tunnel, current any) {
+	for h := range r.handlers.All() {
+		if h.RecheckTunnels && current == any(h.config) && h.running.Load() && h.succeeds(t.owner) && h.dialer.forbids(t) {
+			t.close(reasonForbidden)
+		}
+	}
+	select {
+	case <-t.owner.config:
+		t.owner.closeTunnelsLater()
+	default: // will be called yet
 	}
 }
 
@@ -167,10 +205,39 @@ func (r *registry) closeWhere(reason string, condition func(*tunnel) bool) {
 }
 
 // closeAll closes all tunnels, and those that are still being opened as soon
-// as they are.
+// as they are; then the connections of clients that keep theirs. Over HTTP/3 a
+// stream always ends, but Caddy waits for clients to close their connections,
+// which those do not that leave something unread. When it exits, all
+// connections of the servers that had tunnels are closed.
 func (r *registry) closeAll(reason string) {
 	r.ended.Store(&reason)
-	r.closeWhere(reason, func(*tunnel) bool { return true })
+	r.end()
+	servers := make(map[*http3.Server]struct{})
+	r.closeWhere(reason, func(t *tunnel) bool {
+		if stream, ok := t.near.(*streamPeer); ok && stream.server != nil {
+			servers[stream.server] = struct{}{}
+		}
+		return true
+	})
+	if reason != reasonShutdown {
+		time.AfterFunc(stuckTime, r.closeStuck)
+		return
+	}
+	time.AfterFunc(lastMoment, func() {
+		r.closeStuck()
+		for server := range servers {
+			_ = server.Close()
+		}
+	})
+}
+
+// closeStuck closes the connections of all streams that have not ended.
+func (r *registry) closeStuck() {
+	for _, t := range r.tunnels.All() {
+		if stream, ok := t.near.(*streamPeer); ok {
+			stream.closeConnection()
+		}
+	}
 }
 
 // watch closes tunnels that have been silent or open for too long. What a

@@ -285,6 +285,27 @@ func TestMaxTunnelsPerClient(t *testing.T) {
 	}
 }
 
+// An upgrade that would be one tunnel too many does not get to the origin, and
+// one that the origin does not want takes no place.
+func TestMaxTunnelsOfUpgrades(t *testing.T) {
+	var requests atomic.Int64
+	w := newWorld(t, "max_tunnels 1", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { requests.Add(1) }))
+	upgrade := "GET " + w.origin.URL + "/ HTTP/1.1\nHost: x\nConnection: Upgrade\nUpgrade: echo\n\n"
+	tunnel, c := w.dial(), w.dial()
+	tunnel.connect(echoTarget(t))
+	c.send(upgrade)
+	if res, body := c.response(http.MethodGet); res.StatusCode != http.StatusServiceUnavailable || requests.Load() != 0 {
+		t.Errorf("%s %q after %d requests to the origin, want 503 and none", res.Status, body, requests.Load())
+	}
+	tunnel.Close()
+	noTunnels(t)
+	c.send(upgrade)
+	if res, body := c.response(http.MethodGet); res.StatusCode != http.StatusOK || requests.Load() != 1 {
+		t.Errorf("%s %q after %d requests to the origin, want 200 and one", res.Status, body, requests.Load())
+	}
+	noTunnels(t)
+}
+
 // A tunnel that does not come about takes no place.
 func TestFailedTunnelsAreNotCounted(t *testing.T) {
 	w := newTunnelWorld(t, tunnelSetup{options: "max_tunnels 1 per_client 1"})
@@ -410,6 +431,28 @@ func TestRecheckTunnels(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Each site judges its own tunnels, and not those of another one that happens to
+// be of the same zone.
+func TestRecheckTunnelsOfOneSite(t *testing.T) {
+	const open = "allow 127.0.0.0/8"
+	w := newWorld(t, open, nil)
+	other := *w
+	other.proxy = freeAddress(t)
+	w.load(w.site(open) + other.site(open))
+	target := echoTarget(t)
+	stays, goes := w.dial(), other.dial()
+	for _, c := range []*rawConn{stays, goes} {
+		c.send("CONNECT " + target + " HTTP/1.1\nHost: x\nX-Forwarded-For: 8.8.8.8\n\n")
+		c.response(http.MethodConnect)
+	}
+	w.load(w.site(open) + other.site("recheck_tunnels"))
+	goes.readAll()
+	if line := w.waitLog("CONNECT tunnel closed", 1)[0]; line["reason"] != reasonForbidden {
+		t.Errorf("closing line %v, want the reason %q", line, reasonForbidden)
+	}
+	hear(t, stays.r, say(t, stays, "the other site has other rules"))
 }
 
 // A tunnel that leads back to the proxy, which no Via tells, is not another

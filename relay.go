@@ -22,7 +22,7 @@ var (
 	largeBuffers = sync.Pool{New: func() any { return new([largeBuffer]byte) }}
 )
 
-// relay copies from src to dst until src ends, and counts what it has copied.
+// relay copies from src to dst until src ends, and counts what dst has taken.
 // readErr is the end on src's side, io.EOF if it ended as it should; writeErr
 // is dst's failure to take it.
 //
@@ -44,8 +44,7 @@ func relayReader(dst io.Writer, src io.Reader, copied *atomic.Int64) (readErr, w
 	for {
 		n, err := src.Read(small)
 		if n > 0 {
-			_, writeErr = dst.Write(small[:n])
-			copied.Add(int64(n))
+			writeErr = writeCounted(dst, small[:n], copied)
 		}
 		if err == nil && writeErr == nil && n == len(small) {
 			err, writeErr = relayBurst(dst, src, copied)
@@ -64,11 +63,17 @@ func relayBurst(dst io.Writer, src io.Reader, copied *atomic.Int64) (readErr, wr
 	for {
 		n, err := src.Read(large[:])
 		if n > 0 {
-			_, writeErr = dst.Write(large[:n])
-			copied.Add(int64(n))
+			writeErr = writeCounted(dst, large[:n], copied)
 		}
 		if err != nil || writeErr != nil || n < largeBuffer/2 {
 			return err, writeErr
 		}
 	}
+}
+
+// writeCounted counts what dst has taken.
+func writeCounted(dst io.Writer, b []byte, copied *atomic.Int64) error {
+	n, err := dst.Write(b)
+	copied.Add(int64(n))
+	return err
 }

@@ -303,6 +303,21 @@ func TestRelayReportsTheDestinationsFailure(t *testing.T) {
 	}
 }
 
+// What the destination has not taken is not counted.
+func TestRelayCountsWhatIsTaken(t *testing.T) {
+	const sent, taken = 1000, 10
+	for _, src := range []connPair{socketPair, pipePair} {
+		rig := newRelayRig(t, src, pipePair)
+		go io.Copy(struct{ io.Writer }{rig.in}, bulk(1, sent))
+		io.CopyN(io.Discard, rig.out, taken)
+		rig.out.Close()
+		<-rig.result
+		if n := rig.copied.Load(); n != taken {
+			t.Errorf("relay counts %d bytes, want %d", n, taken)
+		}
+	}
+}
+
 // A relay that has ended in the middle of something leaves no byte to another.
 func TestRelayAfterFailures(t *testing.T) {
 	for range 50 {

@@ -28,8 +28,7 @@ func relaySocket(dst io.Writer, src *net.TCPConn, copied *atomic.Int64) (readErr
 	for {
 		buf, n, err := r.read()
 		if n > 0 {
-			_, writeErr = dst.Write(buf[:n])
-			copied.Add(int64(n))
+			writeErr = writeCounted(dst, buf[:n], copied)
 		}
 		if buf != nil {
 			smallBuffers.Put(buf)
@@ -181,6 +180,10 @@ func (s *splicer) burst(copied *atomic.Int64) (readErr, writeErr error) {
 		if s.err == unix.EAGAIN { // dry, or the end, which the next read tells
 			break
 		}
+		if s.err == unix.EINVAL || s.err == unix.EPERM || s.err == unix.ENOSYS {
+			s.dst = nil // not from this kind of socket, or not in this sandbox
+			break
+		}
 		if s.err != nil {
 			readErr = s.err
 			break
@@ -190,8 +193,7 @@ func (s *splicer) burst(copied *atomic.Int64) (readErr, writeErr error) {
 			break
 		}
 		s.held = s.moved
-		copied.Add(int64(s.held))
-		if writeErr = s.drain(); writeErr != nil {
+		if writeErr = s.drain(copied); writeErr != nil {
 			break
 		}
 	}
@@ -200,7 +202,7 @@ func (s *splicer) burst(copied *atomic.Int64) (readErr, writeErr error) {
 }
 
 // drain empties the pipe into the target.
-func (s *splicer) drain() error {
+func (s *splicer) drain(copied *atomic.Int64) error {
 	for s.held > 0 {
 		s.moved, s.err = 0, nil
 		if err := s.dst.Write(s.emptyPipe); err != nil {
@@ -210,6 +212,7 @@ func (s *splicer) drain() error {
 			return s.err
 		}
 		s.held -= s.moved
+		copied.Add(int64(s.moved))
 	}
 	return nil
 }

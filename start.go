@@ -32,6 +32,8 @@ func (h *Handler) atStart(ctx caddy.Context, server *caddyhttp.Server) error {
 	if err != nil {
 		return err
 	}
+	h.addresses = server.Listen
+	server.RegisterConnContext(withConn)
 	server.RegisterOnShutdown(func() { h.onShutdown(ctx) })
 	server.RegisterOnStop(func(grace context.Context) error {
 		if caddy.Exiting() {
@@ -45,8 +47,8 @@ func (h *Handler) atStart(ctx caddy.Context, server *caddyhttp.Server) error {
 func (h *Handler) started(server *caddyhttp.Server) {
 	now := time.Now()
 	configLoaded.Store(&now)
-	h.addresses = server.Listen
 	h.running.Store(true)
+	h.tunnels.config.Store(h.config)
 	h.logger.Info("async-proxy listening",
 		zap.Strings("addresses", server.Listen),
 		zap.Int64("burst", h.Burst),
@@ -65,9 +67,16 @@ func (h *Handler) started(server *caddyhttp.Server) {
 	}
 	if h.RecheckTunnels {
 		h.tunnels.closeWhere(reasonForbidden, func(t *tunnel) bool {
-			return t.owner.Zone == h.Zone && h.dialer.forbids(t)
+			return h.succeeds(t.owner) && h.dialer.forbids(t)
 		})
 	}
+}
+
+// succeeds reports whether the tunnels of another handler are this one's affair:
+// it has been of the same site and zone, in a config before.
+func (h *Handler) succeeds(other *Handler) bool {
+	return h.Zone == other.Zone && h.config != other.config &&
+		slices.ContainsFunc(h.addresses, func(address string) bool { return slices.Contains(other.addresses, address) })
 }
 
 // onShutdown is called when a server stops accepting connections. When Caddy

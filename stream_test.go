@@ -470,7 +470,10 @@ func TestStreamUpgrade(t *testing.T) {
 				t.Errorf("got %q, want %q", got, "hello early late")
 			}
 			if name == "absolute form" {
-				w.waitLog("CONNECT tunnel closed", 1)
+				line := w.waitLog("CONNECT tunnel closed", 1)[0]
+				if line["bytes_up"] != float64(len("early late")) || line["bytes_down"] != float64(len("hello early late")) {
+					t.Errorf("closing line %v, want all bytes behind the heads", line)
+				}
 			}
 		})
 	}

@@ -55,6 +55,7 @@ type tunnel struct {
 	up, down atomic.Int64 // bytes from the client and to it
 	active   atomic.Int64 // when some were last seen to have been, since epoch
 	seen     int64        // how many there were then; look's own
+	stuck    int          // looks since its stream was aborted; look's own
 
 	countedUp, countedDown atomic.Int64 // bytes that are in the metrics already
 
@@ -95,7 +96,7 @@ func (t *tunnel) run() {
 	if _, ok := t.near.(*streamPeer); ok {
 		// The client learns of the end when its handler returns. A target that
 		// has ended and takes no more either must not keep it.
-		defer time.AfterFunc(lastWords, func() { _ = t.far.Close() }).Stop()
+		defer time.AfterFunc(lastWords, func() { _ = t.far.Abort() }).Stop()
 	}
 	<-upDone
 	_ = t.near.Close()
@@ -123,6 +124,12 @@ func (t *tunnel) relayUp(done chan<- struct{}) {
 func (t *tunnel) relayDown() {
 	_, err := t.near.Write(t.greeting)
 	t.greeting = nil
+	if err == nil && len(t.fromTarget) > 0 {
+		var n int
+		n, err = t.near.Write(t.fromTarget)
+		t.fromTarget = nil
+		t.down.Add(int64(n))
+	}
 	if err != nil {
 		t.directionEnded(t.near, t.far, nil, err)
 		return
@@ -164,8 +171,15 @@ func (t *tunnel) ended(reason string) {
 	t.reason.CompareAndSwap(nil, &reason)
 }
 
-// look closes the tunnel if it has been silent, or open, for too long.
+// look closes the tunnel if it has been silent, or open, for too long, and the
+// connection of one that is closed and does not end.
 func (t *tunnel) look(now time.Time) {
+	if stream, ok := t.near.(*streamPeer); ok && stream.state.Load() == streamAborted {
+		if t.stuck++; t.stuck > int(stuckTime/watchInterval) {
+			stream.closeConnection()
+		}
+		return
+	}
 	if n := t.up.Load() + t.down.Load(); n != t.seen {
 		t.seen = n
 		t.active.Store(sinceEpoch(now))

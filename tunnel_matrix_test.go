@@ -4,12 +4,15 @@
 package asyncproxy
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
 	"math/rand/v2"
 	"net"
+	"net/http"
+	"net/url"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -42,11 +45,17 @@ var tunnelBehaviours = []struct {
 }
 
 func TestTunnels(t *testing.T) {
-	for name, setup := range map[string]tunnelSetup{"bare": {}, "observed": observed} {
+	for name, setup := range map[string]tunnelSetup{
+		"bare": {}, "observed": observed, "access log": {site: observed.site}, "metrics": {global: observed.global},
+	} {
 		t.Run(name, func(t *testing.T) {
 			w := newTunnelWorld(t, setup)
 			for _, protocol := range tunnelProtocols {
-				for _, behaviour := range tunnelBehaviours {
+				behaviours := tunnelBehaviours
+				if (setup.site == "") != (setup.global == "") {
+					behaviours = behaviours[:len(behaviours)-2] // without the long ones
+				}
+				for _, behaviour := range behaviours {
 					t.Run(protocol+"/"+behaviour.name, func(t *testing.T) {
 						behaviour.run(t, w.client(t, protocol))
 					})
@@ -64,7 +73,7 @@ func TestTunnelsBehindTheProxyProtocol(t *testing.T) {
 	for name, setup := range map[string]tunnelSetup{"bare": wrapped, "observed": wrappedObserved} {
 		t.Run(name, func(t *testing.T) {
 			w := newTunnelWorld(t, setup)
-			for _, protocol := range []string{"h1", "h1-tls"} {
+			for _, protocol := range []string{"h1", "h1-tls", "h2", "h2c"} {
 				for _, behaviour := range tunnelBehaviours {
 					t.Run(protocol+"/"+behaviour.name, func(t *testing.T) {
 						c := w.client(t, protocol)
@@ -162,6 +171,32 @@ func tunnelPassesTheTargetsEnd(t *testing.T, c *tunnelClient) {
 	}
 	if got := <-heard; got != want {
 		t.Errorf("after its end the target reads %q, want %q", got, want)
+	}
+}
+
+// Over HTTP/2 and HTTP/3 the target's end is that of its client too, which
+// cannot end what it was sending.
+func TestTargetEndsWhileTheClientSends(t *testing.T) {
+	w := newTunnelWorld(t, tunnelSetup{})
+	for _, protocol := range []string{"h2", "h2c", "h3"} {
+		t.Run(protocol, func(t *testing.T) {
+			failure := make(chan error, 1)
+			target := listen(t, func(conn *net.TCPConn) {
+				io.CopyN(io.Discard, conn, 1<<20)
+				conn.CloseWrite()
+				_, err := io.Copy(io.Discard, conn)
+				failure <- err
+			})
+			conn := w.client(t, protocol).open(target)
+			var sender sync.WaitGroup
+			sender.Go(func() { io.Copy(struct{ io.Writer }{conn}, zeros{}) })
+			if err := <-failure; !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("the target reads %v, want a reset", err)
+			}
+			hearEnd(t, conn)
+			conn.Close()
+			sender.Wait()
+		})
 	}
 }
 
@@ -418,6 +453,51 @@ func TestTunnelsOutliveAReload(t *testing.T) {
 			}
 			close(halves)
 			wg.Wait()
+		})
+	}
+}
+
+// A CONNECT for another protocol is the next handler's. If there is none that
+// answers, its client must not think that the protocol is spoken.
+func TestExtendedConnect(t *testing.T) {
+	for name, tc := range map[string]struct {
+		site   string
+		status int
+		body   string
+	}{
+		"nobody answers":           {"", http.StatusNotImplemented, "Nothing here speaks the protocol that this CONNECT asks for.\n"},
+		"the next handler answers": {"respond here", http.StatusOK, "here"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newTunnelWorld(t, tunnelSetup{site: tc.site})
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			defer cancel()
+			conn, err := w.client(t, "h3").h3Conn(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			stream, err := conn.OpenRequestStream(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			host := "localhost"
+			if err := stream.SendRequestHeader(&http.Request{
+				Method: http.MethodConnect, Proto: "connect-udp", Host: host, Header: http.Header{},
+				URL: &url.URL{Scheme: "https", Host: host, Path: "/.well-known/masque/udp/192.0.2.6/443/"},
+			}); err != nil {
+				t.Fatal(err)
+			}
+			res, err := stream.ReadResponse()
+			if err != nil {
+				t.Fatal(err)
+			}
+			body, err := io.ReadAll(res.Body)
+			if err != nil || res.StatusCode != tc.status || string(body) != tc.body {
+				t.Errorf("%s %q, %v; want %d %q", res.Status, body, err, tc.status, tc.body)
+			}
+			if refused := strings.Contains(res.Header.Get("Proxy-Status"), "error=proxy_internal_response"); refused != (tc.status != http.StatusOK) {
+				t.Errorf("Proxy-Status %q", res.Header.Get("Proxy-Status"))
+			}
 		})
 	}
 }

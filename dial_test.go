@@ -1,0 +1,223 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package asyncproxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// The tests here are of what happens while a tunnel's target is being dialled.
+
+// What a reload does to tunnels it does to those, too, that were being dialled.
+func TestReloadDuringADial(t *testing.T) {
+	for _, tc := range []struct {
+		name, before, after, reason string
+	}{
+		{"rules that forbid it", "", "recheck_tunnels", reasonForbidden},
+		{"rules that still allow it", "", "recheck_tunnels\nallow 127.0.0.1", reasonClient},
+		{"no check", "", "", reasonClient},
+		{"closed at once", "stream_close_delay 0", "", reasonReload},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			asked, answer := make(chan struct{}), make(chan struct{})
+			begin := sync.OnceFunc(func() { close(asked) })
+			resolver := nameServer(t, func(string, int) []string {
+				begin()
+				<-answer
+				return []string{"127.0.0.1"}
+			})
+			w := newTunnelWorld(t, tunnelSetup{options: "allow 127.0.0.0/8\nresolvers " + resolver + "\n" + tc.before})
+			_, port, _ := net.SplitHostPort(echoTarget(t))
+			c := w.dial()
+			c.send("CONNECT slow.test:" + port + " HTTP/1.1\nHost: slow.test\nX-Forwarded-For: 8.8.8.8\n\n")
+			<-asked
+			w.reload(t, tunnelSetup{options: tc.after})
+			close(answer)
+			if tc.reason == reasonClient {
+				c.response(http.MethodConnect)
+				c.CloseWrite()
+			}
+			if line := w.waitLog("CONNECT tunnel closed", 1)[0]; line["reason"] != tc.reason {
+				t.Errorf("closing line %v, want the reason %q", line, tc.reason)
+			}
+		})
+	}
+}
+
+// deafTarget returns an address on which a connection is neither accepted nor
+// refused. Port 0 is any.
+func deafTarget(t *testing.T, ip string, port uint16) string {
+	t.Helper()
+	family, to := unix.AF_INET, unix.Sockaddr(&unix.SockaddrInet4{Port: int(port), Addr: [4]byte{127, 0, 0, 1}})
+	if ip == "::1" {
+		family, to = unix.AF_INET6, &unix.SockaddrInet6{Port: int(port), Addr: netip.MustParseAddr(ip).As16()}
+	}
+	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(fd) })
+	if err := unix.Bind(fd, to); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Listen(fd, 0); err != nil {
+		t.Fatal(err)
+	}
+	name, err := unix.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	switch name := name.(type) {
+	case *unix.SockaddrInet4:
+		port = uint16(name.Port)
+	case *unix.SockaddrInet6:
+		port = uint16(name.Port)
+	}
+	address := netip.AddrPortFrom(netip.MustParseAddr(ip), port).String()
+	for { // until its queue is full
+		conn, err := net.DialTimeout("tcp", address, 100*time.Millisecond)
+		if err != nil {
+			return address
+		}
+		t.Cleanup(func() { conn.Close() })
+	}
+}
+
+// waitDialling waits until n connections are being opened to an address.
+func waitDialling(t *testing.T, address string, n int) {
+	t.Helper()
+	const synSent = "02"
+	to := fmt.Sprintf(":%04X", netip.MustParseAddrPort(address).Port())
+	eventually(t, fmt.Sprintf("%d dials", n), func() bool {
+		data, err := os.ReadFile("/proc/net/tcp")
+		if err != nil {
+			t.Fatal(err)
+		}
+		found := 0
+		for line := range strings.Lines(string(data)) {
+			if fields := strings.Fields(line); len(fields) > 3 && strings.HasSuffix(fields[2], to) && fields[3] == synSent {
+				found++
+			}
+		}
+		return found == n
+	})
+}
+
+func TestClientLeavesDuringADial(t *testing.T) {
+	w := newTunnelWorld(t, tunnelSetup{options: "dial_timeout 1h"})
+	target := deafTarget(t, "127.0.0.1", 0)
+	for protocol, ask := range map[string]func(ctx context.Context, c *tunnelClient) (leave func(), err error){
+		"h1": func(context.Context, *tunnelClient) (func(), error) {
+			c := w.dial()
+			c.send("CONNECT " + target + " HTTP/1.1\nHost: " + target + "\n\n")
+			return func() { c.Close() }, nil
+		},
+		"h2": func(ctx context.Context, c *tunnelClient) (func(), error) {
+			conn, err := c.h2Conn(ctx)
+			if err != nil {
+				return nil, err
+			}
+			ctx, cancel := context.WithCancel(ctx)
+			body, _ := io.Pipe()
+			req, err := http.NewRequestWithContext(ctx, http.MethodConnect, "https://"+target, body)
+			go conn.RoundTrip(req)
+			return cancel, err
+		},
+		"h3": func(ctx context.Context, c *tunnelClient) (func(), error) {
+			conn, err := c.h3Conn(ctx)
+			if err != nil {
+				return nil, err
+			}
+			stream, err := conn.OpenRequestStream(ctx)
+			if err != nil {
+				return nil, err
+			}
+			return (&h3Tunnel{stream}).Reset, stream.SendRequestHeader(&http.Request{
+				Method: http.MethodConnect, Host: target, URL: &url.URL{Host: target}, Header: http.Header{}})
+		},
+	} {
+		t.Run(protocol, func(t *testing.T) {
+			ctx, cancel := context.WithTimeout(t.Context(), tunnelPatience)
+			defer cancel()
+			leave, err := ask(ctx, w.client(t, protocol))
+			if err != nil {
+				t.Fatal(err)
+			}
+			waitDialling(t, target, 1)
+			leave()
+			noTunnels(t)
+			waitDialling(t, target, 0)
+		})
+	}
+}
+
+func TestProcessExitsDuringDials(t *testing.T) {
+	c := binaryStart(t, binaryOptions{global: everyProtocol, site: "dial_timeout 1h", secure: true})
+	target := deafTarget(t, "127.0.0.1", 0)
+	var answers sync.WaitGroup
+	for _, protocol := range tunnelProtocols {
+		client := c.tunnels(t, protocol)
+		answers.Go(func() {
+			_, err := client.try(target, "")
+			if refused := new(refusedError); !errors.As(err, &refused) || refused.status != http.StatusServiceUnavailable {
+				t.Errorf("%s: %v, want 503", protocol, err)
+			}
+		})
+	}
+	waitDialling(t, target, len(tunnelProtocols))
+	c.exits(t, answers.Wait)
+}
+
+// Where IPv6 leads nowhere, IPv4 is tried beside it, and not after it when no
+// time is left (RFC 8305).
+func TestDialOfTwoFamilies(t *testing.T) {
+	alive := netip.MustParseAddrPort(echoTarget(t))
+	deafTarget(t, "::1", alive.Port())
+	w := newWorld(t, "dial_timeout 1500ms\nresolvers "+nameServer(t, func(string, int) []string { return []string{"::1", "127.0.0.1"} }), nil)
+	c := w.dial()
+	c.connect(fmt.Sprintf("both.test:%d", alive.Port()))
+	hear(t, c, say(t, c, "hello"))
+}
+
+// A target that is gone without a word is noticed.
+func TestTargetsAreKeptAlive(t *testing.T) {
+	w := newWorld(t, "", nil)
+	w.dial().connect(echoTarget(t))
+	eventually(t, "a tunnel", func() bool { return len(openTunnels()) == 1 })
+	socket, err := openTunnels()[0].far.(*connPeer).tcp.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, option := range map[string][3]int{
+		"on":       {unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
+		"idle":     {unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 60},
+		"interval": {unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 15},
+		"count":    {unix.IPPROTO_TCP, unix.TCP_KEEPCNT, 4},
+	} {
+		err := socket.Control(func(fd uintptr) {
+			if got, err := unix.GetsockoptInt(int(fd), option[0], option[1]); err != nil || got != option[2] {
+				t.Errorf("keep-alive, %s: %d, %v; want %d", name, got, err, option[2])
+			}
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}

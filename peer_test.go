@@ -1,0 +1,162 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"go.uber.org/zap"
+)
+
+// newTestStream makes a stream on conn, whose client says what is written to up.
+func newTestStream(w http.ResponseWriter, conn net.Conn) (stream *streamPeer, up *io.PipeWriter) {
+	body, up := io.Pipe()
+	r := (&http.Request{Body: body}).WithContext(withConn(context.Background(), conn))
+	return newStreamPeer(w, r), up
+}
+
+// runTestTunnel runs a tunnel until it has ended, which closes the channel.
+func runTestTunnel(h *Handler, near, far peer) (t *tunnel, done chan struct{}) {
+	h.limiter = newLimiter(limits(10, 0.5))
+	t = &tunnel{owner: h, registry: h.tunnels, logger: zap.NewNop(), start: time.Now(), near: near, far: far}
+	h.tunnels.admit(t.bucket, 0, 0)
+	done = make(chan struct{})
+	go func() {
+		t.run()
+		close(done)
+	}()
+	return t, done
+}
+
+// A client that was silent when its stream ended with the target had ended too;
+// what another one was sending is cut short.
+func TestStreamIsCutShort(t *testing.T) {
+	for name, tc := range map[string]struct {
+		says           bool
+		taking, silent time.Duration // how long the target takes for it, and the silence after that
+		want           error
+	}{
+		"a client that has said nothing":        {false, 0, 0, net.ErrClosed},
+		"one that has been silent for a while":  {true, 0, quietTime, net.ErrClosed},
+		"one that has just spoken":              {true, 0, quietTime - 1, errCutShort},
+		"one whose word the target took lately": {true, time.Minute, 0, errCutShort},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				near, conn := net.Pipe()
+				defer near.Close()
+				defer conn.Close()
+				stream, up := newTestStream(httptest.NewRecorder(), near)
+				if tc.says {
+					go io.WriteString(up, "word")
+					io.ReadFull(stream, make([]byte, 4))
+				}
+				time.Sleep(tc.taking)
+				end := make(chan error)
+				go func() {
+					_, err := stream.Read(make([]byte, 4))
+					end <- err
+				}()
+				time.Sleep(tc.silent)
+				synctest.Wait()
+				stream.CloseWrite()
+				if err := <-end; !errors.Is(err, tc.want) {
+					t.Errorf("the stream ends with %v, want %v", err, tc.want)
+				}
+			})
+		})
+	}
+}
+
+// halfPipe is a connection of which each direction ends by itself.
+type halfPipe struct {
+	net.Conn          // to write to
+	r        net.Conn // to read from
+}
+
+func (p halfPipe) Read(b []byte) (int, error) { return p.r.Read(b) }
+func (p halfPipe) CloseWrite() error          { return p.Conn.Close() }
+func (p halfPipe) Close() error               { return errors.Join(p.Conn.Close(), p.r.Close()) }
+
+// A target that has ended may take its time for what the client of a stream
+// had said, but not for ever.
+func TestLastWords(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := &Handler{tunnels: newRegistry()}
+		h.setDefaults()
+		defer h.tunnels.stop()
+		near, conn := net.Pipe()
+		defer near.Close()
+		defer conn.Close()
+		stream, up := newTestStream(httptest.NewRecorder(), near)
+		toTarget, deaf := net.Pipe()
+		fromTarget, target := net.Pipe()
+		defer deaf.Close()
+		_, done := runTestTunnel(h, stream, newConnPeer(halfPipe{toTarget, fromTarget}))
+		deaf.Read(nil) // what the client has said before its tunnel was open
+		io.WriteString(up, "words")
+		begun := time.Now()
+		target.Close()
+		<-done
+		if took := time.Since(begun); took != lastWords {
+			t.Errorf("the tunnel ends after %v, want %v", took, lastWords)
+		}
+	})
+}
+
+// stuckWriter is the writer of a stream that waits until its connection takes
+// something.
+type stuckWriter struct {
+	http.ResponseWriter
+	conn net.Conn
+}
+
+func (w stuckWriter) Write(b []byte) (int, error) { return w.conn.Write(b) }
+
+// A tunnel whose stream cannot end, since its connection is stuck, takes that
+// along.
+func TestStuckConnectionIsClosed(t *testing.T) {
+	for reason, tc := range map[string]struct {
+		idle  time.Duration
+		begin func(*registry)
+		after time.Duration
+	}{
+		reasonIdle:     {time.Minute, func(*registry) {}, time.Minute + stuckTime},
+		reasonReload:   {-1, func(r *registry) { r.closeAll(reasonReload); r.stop() }, stuckTime},
+		reasonShutdown: {-1, func(r *registry) { r.closeAll(reasonShutdown) }, lastMoment},
+	} {
+		t.Run(reason, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				h := &Handler{tunnels: newRegistry(), TunnelIdleTimeout: caddy.Duration(tc.idle)}
+				h.setDefaults()
+				defer h.tunnels.stop()
+				near, deaf := net.Pipe()
+				defer deaf.Close()
+				stream, _ := newTestStream(stuckWriter{httptest.NewRecorder(), near}, near)
+				far, target := net.Pipe()
+				defer target.Close()
+				tunnel, done := runTestTunnel(h, stream, newConnPeer(far))
+				synctest.Wait()
+				begun := time.Now()
+				tc.begin(h.tunnels)
+				<-done
+				if took := time.Since(begun); took < tc.after || took > tc.after+3*watchInterval {
+					t.Errorf("the tunnel ends after %v, want %v", took, tc.after)
+				}
+				if *tunnel.reason.Load() != reason {
+					t.Errorf("reason %q, want %q", *tunnel.reason.Load(), reason)
+				}
+			})
+		})
+	}
+}

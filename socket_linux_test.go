@@ -1,0 +1,71 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"io"
+	"runtime"
+	"testing"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// What comes in bulk goes through a pipe, which is there for the next one then.
+// Where the system does not let it, it is copied.
+func TestRelaySplices(t *testing.T) {
+	const size = 16 << 20
+	for name, errno := range map[string]unix.Errno{
+		"allowed": 0, "forbidden": unix.EPERM, "not there": unix.ENOSYS, "not for this socket": unix.EINVAL,
+	} {
+		t.Run(name, func(t *testing.T) {
+			closePipes()
+			from, in := socketPair(t)
+			to, out := socketPair(t)
+			rig := &relayRig{dst: to, result: make(chan relayResult, 1)}
+			go func() {
+				if errno != 0 {
+					if err := refuseSplice(errno); err != nil {
+						t.Error(err)
+					}
+				}
+				rig.run(to, from)
+				end(to)
+			}()
+			go func() {
+				sendBulk(t, "the source", in, 1, size)
+				end(in)
+			}()
+			receiveBulk(t, "the destination", out, 1, size)
+			if res := <-rig.result; res.readErr != io.EOF || res.writeErr != nil || rig.copied.Load() != size {
+				t.Errorf("relay ends with %v, %v after %d bytes; want EOF after %d", res.readErr, res.writeErr, rig.copied.Load(), size)
+			}
+			if errno == 0 && len(pipes) != 1 {
+				t.Errorf("%d pipes were used, want 1", len(pipes))
+			}
+		})
+	}
+}
+
+// refuseSplice has splice(2) fail for the rest of the calling goroutine, which
+// keeps its thread to itself.
+func refuseSplice(errno unix.Errno) error {
+	runtime.LockOSThread()
+	const number = 0 // where the system call's is in seccomp_data
+	filter := []unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: number},
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.SYS_SPLICE, Jf: 1},
+		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | uint32(errno)},
+		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
+	}
+	program := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return err
+	}
+	_, _, failure := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, 0, uintptr(unsafe.Pointer(&program)))
+	if failure != 0 {
+		return failure
+	}
+	return nil
+}
