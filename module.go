@@ -121,7 +121,8 @@ type Handler struct {
 
 	// Whose bucket a request takes its token from: `client_ip`, the client's, or
 	// `user`, the user's, wherever that is; then failed logins alone take from
-	// the client's. Default: client_ip.
+	// the client's, and others hold a token of it while they are checked.
+	// Default: client_ip.
 	LimitBy string `json:"limit_by,omitempty"`
 
 	// The proxy to go through. Default: none.
@@ -449,7 +450,8 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	}
 	v.bucket = h.limiter.client(v.addr)
 	byUser := proxied && h.LimitBy == "user" && len(h.auth) > 0
-	if verdict := h.take(r, v, byUser); !verdict.ok {
+	verdict := h.take(r, v, byUser)
+	if !verdict.ok {
 		return h.refuseLimited(w, r, v, verdict)
 	}
 
@@ -462,11 +464,13 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	case !proxied:
 		v.status, err = h.passOn(w, r, v.caller, next)
 	default:
+		client := v.bucket
 		if f := h.enter(w, r, v); f != nil {
 			err = f
 		}
-		if byUser { // a failed login takes the client's token, any other request the user's
-			if verdict := h.take(r, v, false); !verdict.ok && err == nil {
+		if byUser {
+			if verdict := h.takeAfterLogin(r, v, client, verdict); !verdict.ok {
+				delete(w.Header(), "Proxy-Authenticate") // nobody is to log in now
 				return h.refuseLimited(w, r, v, verdict)
 			}
 		}
@@ -500,16 +504,37 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	return err
 }
 
-// take takes a token for v, or, if it is only to look, finds out whether there
-// is one.
-func (h *Handler) take(r *http.Request, v *visit, look bool) verdict {
+// take takes a token for v, from this process's bucket alone if here.
+func (h *Handler) take(r *http.Request, v *visit, here bool) verdict {
 	if wait := h.tunnels.blocked(v.bucket, sinceEpoch(v.start)); wait > 0 {
 		return verdict{wait: wait, err: errBlocked}
 	}
 	if h.exempt.Contains(v.addr) {
 		return verdict{ok: true}
 	}
-	verdict := h.ask(r.Context(), v.bucket, sinceEpoch(v.start), look)
+	return h.orReport(r, v, h.ask(r.Context(), v.bucket, sinceEpoch(v.start), here))
+}
+
+// takeAfterLogin is take for limit_by user, when v has logged in or failed to.
+// Before that a token was taken from the client's bucket, with verdict own, so
+// that no more guesses at passwords are in progress than there are tokens. A
+// login that succeeds gives it back and takes one of the user's. For one that
+// fails it is spent, and with a shared limiter only then spent there, too: a
+// user costs no question about the client, and one who guesses at all processes
+// has, but for those guesses that are in progress, no more than at one.
+func (h *Handler) takeAfterLogin(r *http.Request, v *visit, client netip.Addr, own verdict) verdict {
+	now := sinceEpoch(v.start)
+	if v.bucket == client {
+		return h.orReport(r, v, h.askOthers(r.Context(), client, now, own))
+	}
+	if own.taken {
+		h.limiter.giveBack(client, now)
+	}
+	return h.take(r, v, false)
+}
+
+// orReport lets a refusal be, and reports it, if limits are not enforced.
+func (h *Handler) orReport(r *http.Request, v *visit, verdict verdict) verdict {
 	if !verdict.ok && slices.Contains(h.ReportOnly, "limits") {
 		metrics.reported.WithLabelValues("limits").Inc()
 		if verdict.refused > 0 {

@@ -102,6 +102,7 @@ const (
 // verdict is what the limiter says of one request.
 type verdict struct {
 	ok      bool
+	taken   bool          // if ok: for a token, which is not so where nobody is limited
 	wait    time.Duration // if !ok: until there is a token
 	refused int64         // if > 0: log a line, which stands for that many refusals
 	event   bool          // emit one
@@ -182,21 +183,10 @@ func (l *limiter) take(client netip.Addr, now int64) verdict {
 	b := l.bucket(client, now)
 	b.requests.Add(1)
 	b.seen.Store(now)
-	return b.verdict(takeToken(&b.full, now, l.interval, l.fill), now)
-}
-
-// look is take for a request that is to take its token elsewhere, if anywhere.
-func (l *limiter) look(client netip.Addr, now int64) verdict {
-	b := l.bucket(client, now)
-	return b.verdict(max(0, b.full.Load()+l.interval-now-l.fill), now)
-}
-
-// verdict is what a request gets that has to wait that long for a token.
-func (b *bucket) verdict(wait, now int64) verdict {
-	if wait == 0 {
-		return verdict{ok: true}
+	if wait := takeToken(&b.full, now, l.interval, l.fill); wait > 0 {
+		return b.refuse(wait, now)
 	}
-	return b.refuse(wait, now)
+	return verdict{ok: true}
 }
 
 // refuse is the verdict on a request that finds no token for that long.
