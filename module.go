@@ -345,7 +345,8 @@ func (h *Handler) Cleanup() error {
 
 // provisionDialer makes the ways out: the rules, the resolver, the parent.
 func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) error {
-	p := &policy{own: ownListeners(ctx, server), reportOnly: slices.Contains(h.ReportOnly, "rules")}
+	own := &ownListeners{ctx, server, h.running}
+	p := &policy{own: own.at, reportOnly: slices.Contains(h.ReportOnly, "rules")}
 	var err error
 	if p.sets, err = newRuleSets(ctx, h.Rules); err != nil {
 		return err

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"unicode"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -86,7 +87,10 @@ func parseDestination(s string) (destination, error) {
 		return d, nil
 	}
 	name, below := strings.CutPrefix(host, "*.")
-	ascii, err := idna.Lookup.ToASCII(name)
+	ascii, err := name, error(nil)
+	if strings.ContainsFunc(name, func(c rune) bool { return c > unicode.MaxASCII }) {
+		ascii, err = idna.Lookup.ToASCII(name) // which knows no _, as there is in names of services
+	}
 	if err != nil || ascii == "" || checkHost(ascii) != nil || strings.ContainsAny(host, "/[]") {
 		return destination{}, fmt.Errorf("%q is no address, no CIDR range and no name", s)
 	}
