@@ -132,7 +132,7 @@ func (p caddyfileParser) upstream(h *Handler, name string) error {
 		case "header":
 			args := p.RemainingArgs()
 			if len(args) != 2 || scheme == "socks5" {
-				return p.Errf("upstream: header '%s': expected a field and a value, for http:// and https:// only", strings.Join(args, " "))
+				return p.Errf("upstream: header: expected a field and a value, in quotes if it has spaces, for http:// and https:// only") // it may be secret
 			}
 			if u.Headers == nil {
 				u.Headers = make(map[string]string)

@@ -46,6 +46,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 		return answerLast(w, r)
 	}
 	h.setRequestFields(r, from)
+	asked := out.host
 	h.applyUp(r, &out.host)
 	if out.body != nil {
 		control := http.NewResponseController(w)
@@ -69,7 +70,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 		if err := h.dialer.checkUnresolved(r.Context(), from.reach, out.authority); err != nil {
 			return 0, dialRefusal(r.Context(), err, r.Host)
 		}
-		h.dialer.parent.prepare(out)
+		h.dialer.parent.prepare(out, asked)
 		pool = h.parentOrigins
 	}
 

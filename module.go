@@ -364,7 +364,7 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 		return err
 	}
 	h.dialer = newDialer(p, time.Duration(h.DialTimeout), resolver)
-	h.dialer.report = h.logReported
+	h.dialer.report, h.dialer.ownPort = h.logReported, own.atPort
 	if h.Upstream == nil {
 		if len(h.NoUpstream) > 0 {
 			return errors.New("no_upstream: there is no upstream to go without")
