@@ -22,6 +22,7 @@ import (
 	"net/http"
 	"net/netip"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -137,7 +138,7 @@ type Handler struct {
 	Resolvers []string `json:"resolvers,omitempty"`
 
 	// The path at which there is a script for the automatic configuration of
-	// browsers (PAC), for everybody. Default: none.
+	// browsers (PAC), for everybody, with the rules in it. Default: none.
 	ServePAC string `json:"serve_pac,omitempty"`
 
 	// How long resolving a name and connecting to one of its addresses may take
@@ -212,7 +213,8 @@ type Handler struct {
 	secureOrigins [reaches]*origins // to those for upgrades
 	parentOrigins *origins          // to the parent, for requests; nil: it takes none
 	via           via
-	name          string // in Proxy-Status
+	name          string        // in Proxy-Status
+	pacRules      func() string // the script for browsers, but for its head
 
 	running   *atomic.Bool // its config has started
 	addresses []string     // of its server
@@ -365,6 +367,7 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 	}
 	h.dialer = newDialer(p, time.Duration(h.DialTimeout), resolver)
 	h.dialer.report, h.dialer.ownPort = h.logReported, own.atPort
+	h.pacRules = sync.OnceValue(h.makePACRules)
 	if h.Upstream == nil {
 		if len(h.NoUpstream) > 0 {
 			return errors.New("no_upstream: there is no upstream to go without")
