@@ -155,6 +155,9 @@ func TestClients(t *testing.T) {
 			t.Errorf("%s: %s %q", method, res.Status, body)
 		}
 	}
+	if line := w.waitLog("request", 2)[0]; line["level"] != "warn" || line["rule"] != "clients" {
+		t.Errorf("line %v", line)
+	}
 	w.load(w.site("clients 127.0.0.0/8"))
 	for _, method := range []string{http.MethodGet, http.MethodConnect} {
 		policyOpen(t, w.proxy, method, origin, "", "hello from the origin")

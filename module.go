@@ -552,7 +552,8 @@ func (h *Handler) orReport(r *http.Request, v *visit, verdict verdict) verdict {
 // enter lets a request into the proxy, or says why not.
 func (h *Handler) enter(w http.ResponseWriter, r *http.Request, v *visit) *refusal {
 	if len(h.Clients) > 0 && v.addr.IsValid() && !h.clients.Contains(v.addr) {
-		return refuse(http.StatusForbidden, deniedRequest, nil, "Your address, %s, is none of this proxy's clients; its option clients names them.", v.addr)
+		return refuse(http.StatusForbidden, deniedRequest, &deniedError{rule: "clients", why: "the client is none of those that may use the proxy"},
+			"Your address, %s, is none of this proxy's clients; its option clients names them.", v.addr)
 	}
 	user, f := h.authenticate(w, r)
 	if f != nil {

@@ -72,7 +72,7 @@ func (h *Handler) logRequest(r *http.Request, v *visit, err error) {
 	var denied *deniedError
 	errors.As(err, &denied)
 	level := zapcore.InfoLevel
-	if v.status >= 500 || err != nil && v.status == http.StatusForbidden || errors.Is(err, errBadCredentials) {
+	if v.status >= 500 || denied != nil || err != nil && v.status == http.StatusForbidden || errors.Is(err, errBadCredentials) {
 		level = zapcore.WarnLevel
 	}
 	c := h.logger.Check(level, "request")
