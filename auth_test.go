@@ -12,8 +12,10 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -153,6 +155,9 @@ func TestClients(t *testing.T) {
 			t.Errorf("%s: %s %q", method, res.Status, body)
 		}
 	}
+	if line := w.waitLog("request", 2)[0]; line["level"] != "warn" || line["rule"] != "clients" {
+		t.Errorf("line %v", line)
+	}
 	w.load(w.site("clients 127.0.0.0/8"))
 	for _, method := range []string{http.MethodGet, http.MethodConnect} {
 		policyOpen(t, w.proxy, method, origin, "", "hello from the origin")
@@ -183,6 +188,79 @@ func TestLimitByUser(t *testing.T) {
 		if got := strings.Join(got, " "); got != tc.want {
 			t.Errorf("by %s: %s gets %s, want %s", tc.by, tc.logins, got, tc.want)
 		}
+	}
+}
+
+// TestGuessesTogether: however many guess at once, no more passwords are compared
+// than there are tokens.
+func TestGuessesTogether(t *testing.T) {
+	const guesses, burst = 20, 3
+	for _, by := range []string{"client_ip", "user"} {
+		w := newWorld(t, fmt.Sprintf("%sburst %d\nrefill 0.00001\nzone together-%s\nlimit_by %s", authUsers, burst, by, by), nil)
+		compared.Store(0)
+		hold := make(chan struct{})
+		holding.Store(&hold)
+		statuses := make(chan int, guesses)
+		for i := range guesses {
+			conn := w.dial()
+			conn.send("GET " + w.origin.URL + "/ HTTP/1.1\nHost: x\nProxy-Authorization: " + login("alice", fmt.Sprint("guess", i)) + "\n\n")
+			go func() {
+				res, err := http.ReadResponse(conn.r, nil)
+				if err != nil {
+					statuses <- 0
+					return
+				}
+				statuses <- res.StatusCode
+			}()
+		}
+		eventually(t, "each to be answered or held", func() bool { return compared.Load()+int64(len(statuses)) == guesses })
+		holding.Store(nil)
+		close(hold)
+		got := map[int]int{}
+		for range guesses {
+			got[<-statuses]++
+		}
+		if n := compared.Load(); n != burst || got[407] != burst || got[429] != guesses-burst {
+			t.Errorf("by %s: %d passwords are compared, want %d; answers %v", by, n, burst, got)
+		}
+	}
+}
+
+// TestLoginsOfTheSharedLimiter: a user costs no question about the address, a
+// failed login does, and is refused for its answer.
+func TestLoginsOfTheSharedLimiter(t *testing.T) {
+	w := newWorld(t, authUsers+"limiter test\nlimit_by user\nburst 10\nrefill 0.5\nzone logins", nil)
+	ask := func(password string, status int, buckets ...Bucket) {
+		t.Helper()
+		asked()
+		res, _ := policyRequest(t, w.proxy, http.MethodGet, w.origin.Listener.Addr().String(), "Proxy-Authorization: "+login("alice", password)+"\n")
+		if got := asked(); res.StatusCode != status || !slices.Equal(got, buckets) {
+			t.Errorf("with %q: %s, want %d; asked for %+v, want %+v", password, res.Status, status, got, buckets)
+		}
+		if res.StatusCode == http.StatusTooManyRequests && res.Header.Get("Proxy-Authenticate") != "" {
+			t.Errorf("with %q: %v", password, res.Header)
+		}
+	}
+	user := Bucket{Zone: "logins", User: "alice", Burst: 10, Interval: 2 * time.Second}
+	address := Bucket{Zone: "logins", Client: netip.MustParsePrefix("127.0.0.1/32"), Burst: 10, Interval: 2 * time.Second}
+	answer(t, 0, nil, false)
+	ask("wonderland", 200, user)
+	ask("guess", 407, address)
+	answer(t, 100*time.Second, nil, false)
+	ask("another guess", 429, address)
+	ask("a third one", 429) // as this process has learned
+	ask("wonderland", 429)
+}
+
+// TestBlockedUser: who is blocked as a user is told so.
+func TestBlockedUser(t *testing.T) {
+	w := newWorld(t, authUsers+"limit_by user", nil)
+	if !blockClient(userKey("alice"), time.Hour) {
+		t.Fatal("it was not done")
+	}
+	res, body := policyRequest(t, w.proxy, http.MethodGet, w.origin.Listener.Addr().String(), "Proxy-Authorization: "+login("alice", "wonderland")+"\n")
+	if res.StatusCode != http.StatusTooManyRequests || !strings.HasPrefix(body, "The operator of this proxy has blocked this user; try again in ") {
+		t.Errorf("%s %q", res.Status, body)
 	}
 }
 
@@ -344,7 +422,10 @@ func (c *cdp) call(session, method string, params map[string]any) map[string]any
 // countingHash counts how often a password was compared.
 type countingHash struct{}
 
-var compared atomic.Int64
+var (
+	compared atomic.Int64
+	holding  atomic.Pointer[chan struct{}] // if not nil: comparisons wait for its end
+)
 
 func init() { caddy.RegisterModule(countingHash{}) }
 
@@ -355,6 +436,9 @@ func (countingHash) Hash(b []byte) ([]byte, error) { return b, nil }
 func (countingHash) FakeHash() []byte              { return []byte("$fake") }
 func (countingHash) Compare(hash, password []byte) (bool, error) {
 	compared.Add(1)
+	if hold := holding.Load(); hold != nil {
+		<-*hold
+	}
 	return string(hash) == "$"+string(password), nil
 }
 

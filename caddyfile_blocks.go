@@ -291,10 +291,10 @@ func (p *caddyfileParser) upstreamOption(u *Upstream, scheme string) error {
 	}
 	switch name {
 	case "header":
-		p.expected = "a field and a value, for http:// and https:// only"
+		p.expected = "a field and a value, in quotes if it has spaces, for http:// and https:// only"
 		args := p.RemainingArgs()
 		if len(args) != 2 || scheme == "socks5" || !httpguts.ValidHeaderFieldName(args[0]) || !httpguts.ValidHeaderFieldValue(args[1]) {
-			return p.mistake("'%s' is not valid", strings.Join(args, " "))
+			return p.mistake("the values are not valid") // and perhaps secret
 		}
 		if u.Headers == nil {
 			u.Headers = make(map[string]string)

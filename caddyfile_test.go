@@ -305,9 +305,9 @@ func TestCaddyfileMistakes(t *testing.T) {
 		{"async_proxy {\nupstream\n}", "upstream: there is no value; " + parents + ", at Caddyfile:3"},
 		{"async_proxy {\nupstream http://a http://b\n}", "upstream: there is more than one value; " + parents + ", at Caddyfile:3"},
 		{"async_proxy {\nupstream ftp://user:secret@proxy.example\n}", "upstream: the value is not valid: expected http://, https:// or socks5://, and a host, at Caddyfile:3"},
-		{"async_proxy {\nupstream http://user:secret@proxy.example:0\n}", "upstream: the value is not valid: expected the host of a proxy, and perhaps its port, behind http://: the port \"0\" is not a number from 1 to 65535, at Caddyfile:3"},
+		{"async_proxy {\nupstream http://user:secret@proxy.example:0\n}", "upstream: the value is not valid: expected the host of a proxy, and perhaps its port, behind http:// and any credentials, at Caddyfile:3"},
 		{"async_proxy {\nupstream http://a.example {\ntls_server_name b\n}\n}", "upstream: tls_server_name is for https:// only, at Caddyfile:4"},
-		{"async_proxy {\nupstream socks5://a.example {\nheader X-A b\n}\n}", "upstream: header: 'X-A b' is not valid; expected a field and a value, for http:// and https:// only, at Caddyfile:4"},
+		{"async_proxy {\nupstream socks5://a.example {\nheader X-A b\n}\n}", "upstream: header: the values are not valid; expected a field and a value, in quotes if it has spaces, for http:// and https:// only, at Caddyfile:4"},
 		{"async_proxy {\nupstream http://a.example {\nweight 5\n}\n}", "upstream: unrecognized option 'weight'; expected header, tls_server_name, tls_trust_pool or tls_insecure_skip_verify, at Caddyfile:4"},
 
 		{"async_proxy {\ndial_timeout\n}", "dial_timeout: there is no value; expected a positive duration such as 10s, at Caddyfile:3"},
@@ -364,7 +364,7 @@ func TestCaddyfileMistakes(t *testing.T) {
 		{"async_proxy {\nlimiter redis a\n}", "limiter: this build has no module http.async_proxy.limiters.redis; expected a limiter that this Caddy is built with; for redis, build it with --with github.com/asyncproxy/caddy-async-proxy/redis, at Caddyfile:3"},
 		{"async_proxy {\nlimiter\n}", "limiter: there is no value; expected a limiter that this Caddy is built with; for redis, build it with --with github.com/asyncproxy/caddy-async-proxy/redis, at Caddyfile:3"},
 		{"async_proxy {\nupstream http://us%er@a.example\n}", "upstream: the value is not valid: the user or the password is not percent-encoded as it should, at Caddyfile:3"},
-		{"async_proxy {\nupstream https://a.example {\nheader \"X A\" b\n}\n}", "upstream: header: 'X A b' is not valid; expected a field and a value, for http:// and https:// only, at Caddyfile:4"},
+		{"async_proxy {\nupstream https://a.example {\nheader \"X A\" b\n}\n}", "upstream: header: the values are not valid; expected a field and a value, in quotes if it has spaces, for http:// and https:// only, at Caddyfile:4"},
 		{"async_proxy {\nupstream https://a.example {\ntls_server_name\n}\n}", "upstream: tls_server_name: there is no value; expected one name, at Caddyfile:4"},
 		{"async_proxy {\nupstream https://a.example {\ntls_trust_pool nowhere\n}\n}", "upstream: tls_trust_pool: this build has no module tls.ca_pool.source.nowhere; expected a source of certificates, such as file, at Caddyfile:4"},
 	} {

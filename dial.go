@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -28,8 +29,9 @@ import (
 type dialer struct {
 	policy  *policy
 	timeout time.Duration
-	parent  *parent  // nil: none
-	direct  *ruleSet // what is not for the parent
+	parent  *parent           // nil: none
+	direct  *ruleSet          // what is not for the parent
+	ownPort func(uint16) bool // whether one of our listeners that are closed to all has a port; may be nil
 	dialers [reaches]net.Dialer
 	report  func(ctx context.Context, target string, reported *deniedError)
 }
@@ -51,14 +53,10 @@ func newDialer(p *policy, timeout time.Duration, resolver *net.Resolver) *dialer
 				}
 				a := ctx.Value(attemptKey{}).(*attempt)
 				denied, reported := p.check(ctx, r, a.target, to)
-				if reported != nil {
-					d.report(ctx, a.address, reported)
+				if denied != nil {
+					a.denied.Store(denied)
 				}
-				if denied == nil {
-					return nil
-				}
-				a.denied.Store(denied)
-				return denied
+				return d.verdict(ctx, a.address, denied, reported)
 			},
 		}
 	}
@@ -96,15 +94,38 @@ func (d *dialer) dial(ctx context.Context, r reach, address string) (conn net.Co
 	if denied, _ := d.policy.checkName(ctx, r, a.target, true); denied != nil {
 		return nil, denied
 	}
-	if a.addr.IsValid() {
-		address = netip.AddrPortFrom(a.addr, a.port).String() // without a dot at the end
-	}
-	conn, err = d.dialers[r].DialContext(context.WithValue(ctx, attemptKey{}, a), "tcp", address)
+	conn, err = d.open(context.WithValue(ctx, attemptKey{}, a), d.dialers[r], a.target)
 	if denied := a.denied.Load(); err != nil && denied != nil && ctx.Err() == nil {
 		return nil, denied
 	}
 	return conn, err
 }
+
+// open connects to an address, or to those of a name, which is the whole name: a
+// search list of the resolver's would make another one of it, that no rule has
+// judged.
+func (d *dialer) open(ctx context.Context, dialer net.Dialer, t target) (net.Conn, error) {
+	port := strconv.Itoa(int(t.port))
+	switch {
+	case t.addr.IsValid():
+		return dialer.DialContext(ctx, "tcp", net.JoinHostPort(t.addr.String(), port))
+	case t.name == "localhost": // is known to most systems without a dot only
+		return dialer.DialContext(ctx, "tcp", net.JoinHostPort(t.name, port))
+	case !strings.Contains(t.name, "."): // and so is one in the hosts file
+		fromFile := dialer
+		fromFile.Resolver = hostsFile
+		if conn, err := fromFile.DialContext(ctx, "tcp", net.JoinHostPort(t.name, port)); !errors.As(err, new(*net.DNSError)) {
+			return conn, err
+		}
+	}
+	return dialer.DialContext(ctx, "tcp", net.JoinHostPort(t.name+".", port))
+}
+
+// hostsFile is a resolver that knows what is in the system's hosts file, and
+// asks nobody.
+var hostsFile = &net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) {
+	return nil, errors.New("there is no server to ask")
+}}
 
 // usesParent reports whether connections to address go through the parent.
 func (d *dialer) usesParent(address string) bool {
@@ -120,9 +141,20 @@ func (d *dialer) usesParent(address string) bool {
 	return !direct
 }
 
-// checkUnresolved judges a target that is for the parent to resolve.
+// checkUnresolved judges a target that is for the parent to resolve. One on this
+// machine may make an address of this machine of any name.
 func (d *dialer) checkUnresolved(ctx context.Context, r reach, address string) error {
-	denied, reported := d.policy.checkName(ctx, r, newTarget(address), false)
+	t := newTarget(address)
+	if t.name != "" && d.ownPort != nil && d.ownPort(t.port) && d.parent.isHere(ctx) {
+		return &deniedError{kind: deniedAddress, why: "at this port the proxy's own machine has what no client may reach, " +
+			"and its parent proxy there would resolve the name; the option no_upstream would have it resolved here"}
+	}
+	denied, reported := d.policy.checkName(ctx, r, t, false)
+	return d.verdict(ctx, address, denied, reported)
+}
+
+// verdict reports what is only to be reported, and returns what is denied.
+func (d *dialer) verdict(ctx context.Context, address string, denied, reported *deniedError) error {
 	if reported != nil {
 		d.report(ctx, address, reported)
 	}
@@ -148,13 +180,7 @@ func (d *dialer) again(ctx context.Context, r reach, address string, conn net.Co
 		return d.checkUnresolved(ctx, r, address)
 	}
 	denied, reported := d.policy.check(ctx, r, newTarget(address), addrPort(conn.RemoteAddr()))
-	if reported != nil {
-		d.report(ctx, address, reported)
-	}
-	if denied != nil {
-		return denied
-	}
-	return nil
+	return d.verdict(ctx, address, denied, reported)
 }
 
 // requestOf returns the request that a context is of, as the client sent it.

@@ -47,6 +47,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 		return answerLast(w, r)
 	}
 	h.setRequestFields(r, from)
+	asked := out.host
 	h.applyUp(r, &out.host)
 	if !httpguts.ValidHostHeader(out.host) {
 		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "This request would get a Host field that is not valid; the option header_up makes it.")
@@ -77,7 +78,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 		if err := h.dialer.checkUnresolved(r.Context(), from.reach, out.authority); err != nil {
 			return 0, dialRefusal(r.Context(), err, r.Host)
 		}
-		h.dialer.parent.prepare(out)
+		h.dialer.parent.prepare(out, asked)
 		pool = h.parentOrigins
 	}
 

@@ -60,17 +60,23 @@ func (h *Handler) loadLimiter(ctx caddy.Context) error {
 	return nil
 }
 
-// ask takes one of the client's tokens: from its bucket here, and then from the
-// shared one, if there is one. If it is only to look, it looks here alone.
-func (h *Handler) ask(ctx context.Context, client netip.Addr, now int64, look bool) verdict {
-	switch {
-	case h.shared != nil && h.shared.Suspended():
+// ask takes one of the client's tokens: from its bucket here, and then, unless it
+// is to be here alone, from the shared one, if there is one.
+func (h *Handler) ask(ctx context.Context, client netip.Addr, now int64, here bool) verdict {
+	if h.shared != nil && h.shared.Suspended() {
 		return verdict{ok: true}
-	case look:
-		return h.limiter.look(client, now)
 	}
 	own := h.limiter.take(client, now)
-	if h.shared == nil || !own.ok {
+	own.taken = own.ok
+	if here || !own.ok {
+		return own
+	}
+	return h.askOthers(ctx, client, now, own)
+}
+
+// askOthers takes the token that was taken here from the shared bucket, too.
+func (h *Handler) askOthers(ctx context.Context, client netip.Addr, now int64, own verdict) verdict {
+	if h.shared == nil || !own.taken {
 		return own
 	}
 	wait, err := h.shared.Take(ctx, h.limiter.shared(client))
@@ -83,21 +89,6 @@ func (h *Handler) ask(ctx context.Context, client netip.Addr, now int64, look bo
 	return own
 }
 
-// pay takes one of the client's tokens, as ask does, for a request that is
-// refused in any case.
-func (h *Handler) pay(ctx context.Context, client netip.Addr, now int64) {
-	if h.shared != nil && h.shared.Suspended() || !h.limiter.pay(client, now) || h.shared == nil {
-		return
-	}
-	wait, err := h.shared.Take(ctx, h.limiter.shared(client))
-	switch {
-	case err != nil:
-		h.limiter.giveBack(client, now)
-	case wait > 0:
-		h.limiter.learn(client, now, wait)
-	}
-}
-
 // shared is the client's bucket as others know it.
 func (l *limiter) shared(client netip.Addr) Bucket {
 	b := Bucket{Zone: l.key.zone, Burst: l.key.burst, Interval: time.Duration(l.interval)}
@@ -108,7 +99,8 @@ func (l *limiter) shared(client netip.Addr) Bucket {
 }
 
 // giveBack returns a token to the client's bucket that was taken for a request
-// that is refused for another reason.
+// that is not the client's to pay for: one that is refused for another reason, or
+// that a user pays for.
 func (l *limiter) giveBack(client netip.Addr, now int64) *bucket {
 	b := l.bucket(client, now)
 	b.full.Add(-l.interval)
@@ -133,7 +125,11 @@ var errBlocked = errors.New("the client is blocked")
 func (h *Handler) refuseUncounted(w http.ResponseWriter, r *http.Request, v *visit, verdict verdict) error {
 	f := refuse(http.StatusServiceUnavailable, "proxy_internal_error", verdict.err, "The proxy cannot count this request, as it has to; try again in a moment.")
 	if verdict.err == errBlocked {
-		f = refuse(http.StatusTooManyRequests, deniedRequest, errBlocked, "The operator of this proxy has blocked your address; try again in %d s.", ceilSeconds(verdict.wait))
+		who := "your address"
+		if v.bucket.Zone() != "" {
+			who = "this user"
+		}
+		f = refuse(http.StatusTooManyRequests, deniedRequest, errBlocked, "The operator of this proxy has blocked %s; try again in %d s.", who, ceilSeconds(verdict.wait))
 	}
 	v.status, v.reason = f.status, f.kind
 	v.count(f)

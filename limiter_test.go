@@ -103,7 +103,7 @@ func (s *sharer) takes(questions int, want verdict) {
 	s.t.Helper()
 	asked()
 	got := s.h.ask(s.t.Context(), netip.MustParseAddr("192.0.2.1"), int64(s.now), false)
-	got.refused, got.event = 0, false // others' subject
+	got.taken, got.refused, got.event = false, 0, false // others' subject
 	if n := len(asked()); got != want || n != questions {
 		s.t.Errorf("after %v: take = %+v, want %+v; the shared limiter is asked %d times, want %d", s.now, got, want, n, questions)
 	}

@@ -6,71 +6,87 @@ package asyncproxy
 import (
 	"net"
 	"net/netip"
+	"slices"
 	"strconv"
-	"sync"
+	"sync/atomic"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// ownListeners returns a function that reports whether a connection to an
-// address would arrive at this very process where no client of the proxy has
-// any business: at Caddy's admin endpoint, whose only protection is that
-// strangers cannot reach it, at the proxy itself, or at a listener of another
-// Caddy app. Other sites of this Caddy are destinations like all others.
-func ownListeners(ctx caddy.Context, self *caddyhttp.Server) func(netip.AddrPort) bool {
-	// The other servers are known when all are provisioned, hence at the
-	// first request.
-	sites := sync.OnceValue(func() map[string]bool { return siteAddresses(ctx, self) })
-
-	return func(to netip.AddrPort) bool {
-		port := strconv.Itoa(int(to.Port()))
-		listening := func(hosts ...string) bool {
-			for _, host := range hosts {
-				for _, network := range [...]string{"tcp", "tcp4", "tcp6"} {
-					address := net.JoinHostPort(host, port)
-					if caddy.ListenerUsage(network, address) > 0 && !sites()[address] {
-						return true
-					}
-				}
-			}
-			return false
-		}
-		ip := to.Addr()
-		switch {
-		case ip.IsLoopback():
-			return listening(ip.String(), "localhost", "", "0.0.0.0", "::")
-		case ip.IsUnspecified(): // the kernel takes it for loopback
-			return listening("127.0.0.1", "::1", "localhost", "", "0.0.0.0", "::")
-		default:
-			return listening(ip.String()) || (listening("", "0.0.0.0", "::") && isOwnAddress(ip))
-		}
-	}
+// ownListeners knows the listeners of this very process at which no client of
+// the proxy has any business: Caddy's admin endpoint, whose only protection is
+// that strangers cannot reach it, the proxy itself, and listeners of other Caddy
+// apps. Other sites of this Caddy are destinations like all others.
+type ownListeners struct {
+	ctx     caddy.Context
+	self    *caddyhttp.Server
+	running *atomic.Bool // all servers listen
 }
 
-// siteAddresses returns the addresses on which HTTP servers other than self
-// listen, as caddy.ListenerUsage spells them.
-func siteAddresses(ctx caddy.Context, self *caddyhttp.Server) map[string]bool {
-	sites := make(map[string]bool)
-	app, err := ctx.AppIfConfigured("http")
-	if err != nil {
-		return sites
+// at reports whether a connection to an address would arrive at one of them.
+func (o *ownListeners) at(to netip.AddrPort) bool {
+	return o.have(to, func(ln netip.AddrPort) bool { return arrives(to, ln) })
+}
+
+// atPort reports whether one of them has the port.
+func (o *ownListeners) atPort(port uint16) bool {
+	return o.have(netip.AddrPortFrom(loopback4, port), func(netip.AddrPort) bool { return true })
+}
+
+// have reports whether the condition holds for one of the listeners that have
+// the port of an address.
+func (o *ownListeners) have(to netip.AddrPort, condition func(netip.AddrPort) bool) bool {
+	return slices.ContainsFunc(listenersAt(to), func(ln netip.AddrPort) bool { return condition(ln) && !o.isSite(ln) })
+}
+
+// arrives reports whether a listener at ln gets connections to an address with
+// the same port.
+func arrives(to, ln netip.AddrPort) bool {
+	ip, at := to.Addr(), ln.Addr()
+	switch {
+	case ip == at:
+		return true
+	case ip.IsUnspecified(): // the kernel takes it for loopback
+		return at.IsLoopback() || at.IsUnspecified()
+	}
+	return at.IsUnspecified() && (ip.IsLoopback() || isOwnAddress(ip))
+}
+
+// isSite reports whether it is another HTTP server that listens at an address.
+// Until all do, none is known.
+func (o *ownListeners) isSite(ln netip.AddrPort) bool {
+	app, err := o.ctx.AppIfConfigured("http")
+	if err != nil || !o.running.Load() {
+		return false
 	}
 	for _, server := range app.(*caddyhttp.App).Servers {
-		if server == self {
-			continue
+		if server != o.self && slices.ContainsFunc(server.Listeners(), func(l net.Listener) bool { return addrPort(l.Addr()) == ln }) {
+			return true
 		}
-		for _, listen := range server.Listen {
-			addr, err := caddy.ParseNetworkAddress(listen)
-			if err != nil {
-				continue
-			}
-			for offset := range addr.PortRangeSize() {
-				sites[addr.JoinHostPort(offset)] = true
+	}
+	return false
+}
+
+// usedListeners returns where Caddy listens for connections to an address, so
+// far as the ways are known in which a config may spell that.
+func usedListeners(to netip.AddrPort) (found []netip.AddrPort) {
+	port := strconv.Itoa(int(to.Port()))
+	for _, ln := range [...]struct {
+		host string
+		addr netip.Addr
+	}{
+		{"", netip.IPv6Unspecified()}, {"::", netip.IPv6Unspecified()}, {"0.0.0.0", netip.IPv4Unspecified()},
+		{"localhost", loopback4}, {"localhost", netip.IPv6Loopback()},
+		{"127.0.0.1", loopback4}, {"::1", netip.IPv6Loopback()}, {to.Addr().String(), to.Addr()},
+	} {
+		for _, network := range [...]string{"tcp", "tcp4", "tcp6"} {
+			if caddy.ListenerUsage(network, net.JoinHostPort(ln.host, port)) > 0 {
+				found = append(found, netip.AddrPortFrom(ln.addr, to.Port()))
 			}
 		}
 	}
-	return sites
+	return found
 }
 
 // isOwnAddress reports whether ip is one of this machine's.

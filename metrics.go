@@ -130,23 +130,22 @@ func registerMetrics(registry *prometheus.Registry) error {
 	return nil
 }
 
-// count counts a request that has its answer, once. err is what ServeHTTP makes
-// of it.
-func (v *visit) count(err error) {
-	if v.counted {
-		return
-	}
-	v.counted = true
-	if v.limited {
-		metrics.requests[v.kind][outcomeLimited].Inc()
-		metrics.limited.Inc()
-		return
-	}
+// count counts a request that has its answer, once. It returns the answer that
+// the proxy has to give itself, if err, which is what serve says, is one.
+func (v *visit) count(err error) *refusal {
 	o, f := outcomeOf(err)
-	metrics.requests[v.kind][o].Inc()
-	if f != nil && o != outcomeCanceled {
+	switch {
+	case v.counted:
+		return f
+	case v.limited:
+		o = outcomeLimited
+		metrics.limited.Inc()
+	case f != nil && o != outcomeCanceled:
 		metrics.refusals.WithLabelValues(f.kind).Inc()
 	}
+	v.counted = true
+	metrics.requests[v.kind][o].Inc()
+	return f
 }
 
 // outcomeOf tells what came of a request that has passed the limiter, and the

@@ -22,6 +22,7 @@ import (
 	"net/http"
 	"net/netip"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -121,7 +122,8 @@ type Handler struct {
 
 	// Whose bucket a request takes its token from: `client_ip`, the client's, or
 	// `user`, the user's, wherever that is; then failed logins alone take from
-	// the client's. Default: client_ip.
+	// the client's, and others hold a token of it while they are checked.
+	// Default: client_ip.
 	LimitBy string `json:"limit_by,omitempty"`
 
 	// The proxy to go through. Default: none.
@@ -136,7 +138,7 @@ type Handler struct {
 	Resolvers []string `json:"resolvers,omitempty"`
 
 	// The path at which there is a script for the automatic configuration of
-	// browsers (PAC), for everybody. Default: none.
+	// browsers (PAC), for everybody, with the rules in it. Default: none.
 	ServePAC string `json:"serve_pac,omitempty"`
 
 	// How long resolving a name and connecting to one of its addresses may take
@@ -212,7 +214,8 @@ type Handler struct {
 	secureOrigins [reaches]*origins // to those that do not, and for upgrades
 	parentOrigins *origins          // to the parent, for requests; nil: it takes none
 	via           via
-	name          string // in Proxy-Status
+	name          string        // in Proxy-Status
+	pacRules      func() string // the script for browsers, but for its head
 
 	running   *atomic.Bool    // its config has started
 	config    <-chan struct{} // ends with its config, and is the same for all handlers of that
@@ -349,7 +352,8 @@ func (h *Handler) Cleanup() error {
 
 // provisionDialer makes the ways out: the rules, the resolver, the parent.
 func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) error {
-	p := &policy{own: ownListeners(ctx, server), reportOnly: slices.Contains(h.ReportOnly, "rules")}
+	own := &ownListeners{ctx, server, h.running}
+	p := &policy{own: own.at, reportOnly: slices.Contains(h.ReportOnly, "rules")}
 	var err error
 	if p.sets, err = newRuleSets(ctx, h.Rules); err != nil {
 		return err
@@ -367,7 +371,8 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 		return err
 	}
 	h.dialer = newDialer(p, time.Duration(h.DialTimeout), resolver)
-	h.dialer.report = h.logReported
+	h.dialer.report, h.dialer.ownPort = h.logReported, own.atPort
+	h.pacRules = sync.OnceValue(h.makePACRules)
 	if h.Upstream == nil {
 		if len(h.NoUpstream) > 0 {
 			return errors.New("no_upstream: there is no upstream to go without")
@@ -442,87 +447,116 @@ func parsePrefixes(option string, exprs []string) (*bart.Lite, error) {
 // ServeHTTP implements caddyhttp.MiddlewareHandler.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 	v := h.newVisit(r)
-	connect := r.Method == http.MethodConnect && !isExtendedConnect(r)
-	proxied := connect || h.isProxyRequest(r)
 	switch {
-	case connect:
+	case r.Method == http.MethodConnect && !isExtendedConnect(r):
 		v.kind = kindTunnel
-	case proxied:
+	case h.isProxyRequest(r):
 		v.kind = kindForward
 	default:
 		v.kind = kindOther
 	}
 	v.bucket = h.limiter.client(v.addr)
-	byUser := proxied && h.LimitBy == "user" && len(h.auth) > 0
-	if verdict := h.take(r, v, byUser); !verdict.ok {
-		return h.refuseLimited(w, r, v, verdict)
-	}
+	return h.finish(w, r, v, h.serve(w, r, v, next))
+}
 
-	var err error
-	switch {
-	case h.via.seen(r.Header) || h.loops(r, v.peer):
-		err = refuse(http.StatusLoopDetected, "proxy_loop_detected", nil, "This request has come back to the proxy %s, where it had been before.", h.name)
-	case !proxied && h.isPAC(r):
-		v.status = h.servePAC(w, r)
-	case !proxied:
-		v.status, err = h.passOn(w, r, v.caller, next)
-	default:
-		if f := h.enter(w, r, v); f != nil {
-			err = f
-		}
-		switch { // a failed login takes the client's token, any other request the user's
-		case byUser && err != nil:
-			if !h.exempt.Contains(v.addr) {
-				h.pay(r.Context(), v.bucket, sinceEpoch(v.start))
-			}
-		case byUser:
-			if verdict := h.take(r, v, false); !verdict.ok {
-				return h.refuseLimited(w, r, v, verdict)
-			}
-		}
-		switch {
-		case err != nil:
-		case connect:
-			v.status, err = h.connect(w, r, v)
-		default:
-			v.status, err = h.forward(w, r, v.caller)
-		}
-	}
+// errLimited is of a request that the limiter has refused, by the visit's verdict.
+var errLimited = errors.New("refused by the limiter")
 
-	v.count(err)
-	var f *refusal
-	if errors.As(err, &f) {
-		v.status, v.reason = f.status, f.kind
-		// Those who left were not refused, and most who log in were asked to first.
-		if f.status != statusClientClosedRequest && (f.status != http.StatusProxyAuthRequired || f.err != nil) {
-			v.refused(f.status, f.kind, f.text)
-		}
-		h.logRequest(r, v, f.err)
-		if f.status == statusClientClosedRequest {
-			panic(http.ErrAbortHandler) // nobody is there
-		}
-		return h.answer(w, r, f)
+// serve does what a request asks for, or says why not.
+func (h *Handler) serve(w http.ResponseWriter, r *http.Request, v *visit, next caddyhttp.Handler) (err error) {
+	byUser := v.kind != kindOther && h.LimitBy == "user" && len(h.auth) > 0
+	if v.verdict = h.take(r, v, byUser); !v.verdict.ok {
+		return errLimited
 	}
-	h.logRequest(r, v, err)
-	if errors.Is(err, http.ErrAbortHandler) {
-		if r.ProtoMajor == 1 && r.ProtoMinor == 0 {
-			resetConnection(w) // whose orderly end would be that of the answer
+	if h.via.seen(r.Header) || h.loops(r, v.peer) {
+		return refuse(http.StatusLoopDetected, "proxy_loop_detected", nil, "This request has come back to the proxy %s, where it had been before.", h.name)
+	}
+	if v.kind == kindOther {
+		if h.isPAC(r) {
+			v.status = h.servePAC(w, r)
+		} else {
+			v.status, err = h.passOn(w, r, v.caller, next)
 		}
-		panic(http.ErrAbortHandler) // the answer breaks off, or a stream is reset
+		return err
+	}
+	client := v.bucket
+	refused := h.enter(w, r, v)
+	if byUser {
+		if v.verdict = h.takeAfterLogin(r, v, client, v.verdict); !v.verdict.ok {
+			delete(w.Header(), "Proxy-Authenticate") // nobody is to log in now
+			return errLimited
+		}
+	}
+	if refused != nil {
+		return refused
+	}
+	if v.kind == kindTunnel {
+		v.status, err = h.connect(w, r, v)
+	} else {
+		v.status, err = h.forward(w, r, v.caller)
 	}
 	return err
 }
 
-// take takes a token for v, or, if it is only to look, finds out whether there
-// is one.
-func (h *Handler) take(r *http.Request, v *visit, look bool) verdict {
+// finish counts and logs a request, and answers it if nobody else has.
+func (h *Handler) finish(w http.ResponseWriter, r *http.Request, v *visit, err error) error {
+	if err == errLimited {
+		return h.refuseLimited(w, r, v, v.verdict)
+	}
+	f := v.count(err)
+	if f == nil {
+		h.logRequest(r, v, err)
+		if errors.Is(err, http.ErrAbortHandler) {
+			if r.ProtoMajor == 1 && r.ProtoMinor == 0 {
+				resetConnection(w) // whose orderly end would be that of the answer
+			}
+			panic(http.ErrAbortHandler) // the answer breaks off, or a stream is reset
+		}
+		return err
+	}
+	v.status, v.reason = f.status, f.kind
+	// Those who left were not refused, and most who log in were asked to first.
+	if f.status != statusClientClosedRequest && (f.status != http.StatusProxyAuthRequired || f.err != nil) {
+		v.refused(f.status, f.kind, f.text)
+	}
+	h.logRequest(r, v, f.err)
+	if f.status == statusClientClosedRequest {
+		panic(http.ErrAbortHandler) // nobody is there
+	}
+	return h.answer(w, r, f)
+}
+
+// take takes a token for v, from this process's bucket alone if here.
+func (h *Handler) take(r *http.Request, v *visit, here bool) verdict {
 	if wait := h.tunnels.blocked(v.bucket, sinceEpoch(v.start)); wait > 0 {
 		return h.limiter.block(v.bucket, sinceEpoch(v.start), wait)
 	}
 	if h.exempt.Contains(v.addr) {
 		return verdict{ok: true}
 	}
-	verdict := h.ask(r.Context(), v.bucket, sinceEpoch(v.start), look)
+	return h.orReport(r, v, h.ask(r.Context(), v.bucket, sinceEpoch(v.start), here))
+}
+
+// takeAfterLogin is take for limit_by user, when v has logged in or failed to.
+// Before that a token was taken from the client's bucket, with verdict own, so
+// that no more guesses at passwords are in progress than there are tokens. A
+// login that succeeds gives it back and takes one of the user's. For one that
+// fails it is spent, and with a shared limiter only then spent there, too: a
+// user costs no question about the client, and one who guesses at all processes
+// has, but for those guesses that are in progress, no more than at one.
+func (h *Handler) takeAfterLogin(r *http.Request, v *visit, client netip.Addr, own verdict) verdict {
+	now := sinceEpoch(v.start)
+	if v.bucket == client {
+		return h.orReport(r, v, h.askOthers(r.Context(), client, now, own))
+	}
+	if own.taken {
+		h.limiter.giveBack(client, now)
+	}
+	return h.take(r, v, false)
+}
+
+// orReport lets a refusal be, and reports it, if limits are not enforced.
+func (h *Handler) orReport(r *http.Request, v *visit, verdict verdict) verdict {
 	if !verdict.ok && slices.Contains(h.ReportOnly, "limits") {
 		if !v.reported {
 			metrics.reported.WithLabelValues("limits").Inc()
@@ -539,7 +573,8 @@ func (h *Handler) take(r *http.Request, v *visit, look bool) verdict {
 // enter lets a request into the proxy, or says why not.
 func (h *Handler) enter(w http.ResponseWriter, r *http.Request, v *visit) *refusal {
 	if len(h.Clients) > 0 && v.addr.IsValid() && !h.clients.Contains(v.addr) {
-		return refuse(http.StatusForbidden, deniedRequest, nil, "Your address, %s, is none of this proxy's clients; its option clients names them.", v.addr)
+		return refuse(http.StatusForbidden, deniedRequest, &deniedError{rule: "clients", why: "the client is none of those that may use the proxy"},
+			"Your address, %s, is none of this proxy's clients; its option clients names them.", v.addr)
 	}
 	user, f := h.authenticate(w, r)
 	if f != nil {

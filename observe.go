@@ -26,9 +26,10 @@ type visit struct {
 	status int
 	reason string // of an answer of the proxy's own: the error type of RFC 9209
 
-	counted  bool // is in the metrics
-	limited  bool // refused for want of a token
-	reported bool // would have been, and is counted as that
+	verdict  verdict // of the limiter
+	counted  bool    // is in the metrics
+	limited  bool    // refused for want of a token
+	reported bool    // would have been, and is counted as that
 }
 
 // newVisit begins a request, whose visit the placeholders speak of.
@@ -74,7 +75,7 @@ func (h *Handler) logRequest(r *http.Request, v *visit, err error, more ...zap.F
 	var denied *deniedError
 	errors.As(err, &denied)
 	level := zapcore.InfoLevel
-	if v.status >= 500 || err != nil && v.status == http.StatusForbidden || errors.Is(err, errBadCredentials) {
+	if v.status >= 500 || denied != nil || err != nil && v.status == http.StatusForbidden || errors.Is(err, errBadCredentials) {
 		level = zapcore.WarnLevel
 	}
 	c := h.logger.Check(level, "request")

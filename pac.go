@@ -6,10 +6,13 @@ package asyncproxy
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"net/http"
 	"net/netip"
 	"slices"
 	"strings"
+
+	"github.com/gaissmai/bart"
 )
 
 // isPAC reports whether a request is for the proxy auto-configuration file.
@@ -20,23 +23,21 @@ func (h *Handler) isPAC(r *http.Request) bool {
 // servePAC answers with a script that tells a browser when to use this proxy,
 // under the very address at which it got the script.
 func (h *Handler) servePAC(w http.ResponseWriter, r *http.Request) int {
-	script := h.pac(r)
+	head, rules := pacHead(r), h.pacRules()
 	header := w.Header()
 	header["Content-Type"] = []string{"application/x-ns-proxy-autoconfig"}
 	header["Cache-Control"] = []string{"max-age=300"}
-	header["Content-Length"] = []string{fmt.Sprint(len(script))}
+	header["Content-Length"] = []string{fmt.Sprint(len(head) + len(rules))}
 	w.WriteHeader(http.StatusOK)
 	if r.Method != http.MethodHead {
-		_, _ = w.Write([]byte(script))
+		_, _ = io.WriteString(w, head)
+		_, _ = io.WriteString(w, rules)
 	}
 	return http.StatusOK
 }
 
-// pac writes the script. It goes by names alone, and by addresses that stand in
-// URLs: to resolve a name is the proxy's business. What the proxy would refuse
-// goes DIRECT: it may be in reach of the browser, and if it is not, the browser
-// says so better.
-func (h *Handler) pac(r *http.Request) string {
+// pacHead begins the script with the proxy's address as the browser knows it.
+func pacHead(r *http.Request) string {
 	kind, port := "PROXY", ":80"
 	if r.TLS != nil {
 		kind, port = "HTTPS", ":443"
@@ -46,29 +47,51 @@ func (h *Handler) pac(r *http.Request) string {
 		host += port
 	}
 	own, _, _ := cutPort(r.Host)
-	direct := append([]string{strings.ToLower(strings.Trim(own, "[]"))}, h.Hosts...)
+	return fmt.Sprintf("var proxy = %s;\nvar own = %s;\n", quote(kind+" "+host), quote(strings.ToLower(strings.Trim(own, "[]"))))
+}
 
+// makePACRules writes the rest of the script, which is the same for everybody.
+// It goes by names alone, and by addresses that stand in URLs: to resolve a name
+// is the proxy's business. What the proxy would refuse to others than those on
+// its machine goes DIRECT: it may be in reach of the browser, and if it is not,
+// the browser says so better. In doubt the proxy is used: what a rule allows
+// must not go past it, what none does it refuses itself.
+func (h *Handler) makePACRules() string {
+	p := h.dialer.policy
 	var b strings.Builder
-	fmt.Fprintf(&b, "function FindProxyForURL(url, host) {\n")
-	fmt.Fprintf(&b, "\tvar proxy = %s;\n", quote(kind+" "+host))
-	b.WriteString(`	host = host.toLowerCase().replace(/^\[|\]$/g, "").replace(/\.$/, "");
+	b.WriteString(`function FindProxyForURL(url, host) {
+	host = host.toLowerCase().replace(/^\[|\]$/g, "").replace(/\.$/, "");
 	var at = /^[a-z]+:\/\/[^\/?#]*?:(\d+)(?:[\/?#]|$)/i.exec(url.replace(/^([a-z]+:\/\/)(?:[^\/?#]*@)?(?:\[[^\]]*\])?/i, "$1"));
 	var port = at ? +at[1] : /^(https|wss):/i.test(url) ? 443 : 80;
-	var ip = /^\d+\.\d+\.\d+\.\d+$/.test(host) || host.indexOf(":") >= 0;
-	function below(name) { return !ip && host.length > name.length && host.slice(-name.length - 1) == "." + name; }
-	function within(net, mask) { return host.indexOf(":") < 0 && ip && isInNet(host, net, mask); }
+	var ip6 = host.indexOf(":") >= 0, ip4 = /^\d+\.\d+\.\d+\.\d+$/.test(host);
+	function below(name) { return !ip4 && host.length > name.length && host.slice(-name.length - 1) == "." + name; }
+	function within(net, mask) { return ip4 && isInNet(host, net, mask); }
 `)
-	fmt.Fprintf(&b, "\tif (!ip && host.indexOf(\".\") < 0 || below(\"localhost\") || below(\"local\")) return \"DIRECT\";\n")
-	for _, name := range direct {
+	// Of IPv6 only some begin as no public address does, or as no other does.
+	fmt.Fprintf(&b, "\tvar isPrivate = ip6 ? /^(f[c-f]|::(?!ffff:))/.test(host) : %s;\n", withinAny(notPublic))
+	fmt.Fprintf(&b, "\tvar isPublic = ip6 ? /^[23]...:/.test(host) && !/^(2001|2002|3fff):/.test(host) : ip4 && !isPrivate;\n")
+	fmt.Fprintf(&b, "\tvar isNobodys = ip6 ? /^(::$|fe[89ab]|ff)/.test(host) : %s;\n", withinAny(notLocal))
+	b.WriteString("\tvar isNear = !ip4 && !ip6 && host.indexOf(\".\") < 0 || below(\"localhost\") || below(\"local\");\n")
+	b.WriteString("\tif (host == own) return \"DIRECT\";\n")
+	for _, name := range h.Hosts {
 		fmt.Fprintf(&b, "\tif (host == %s) return \"DIRECT\";\n", quote(strings.ToLower(name)))
 	}
-	if ports := h.dialer.policy.ports; ports != nil {
-		fmt.Fprintf(&b, "\tif (!(%s)) return \"DIRECT\";\n", portsCondition(ports))
-	} else {
+	switch {
+	case p.reportOnly:
+	case p.ports != nil:
+		fmt.Fprintf(&b, "\tif (!(%s)) return \"DIRECT\";\n", portsCondition(p.ports))
+	default:
 		fmt.Fprintf(&b, "\tif (port == %d) return \"DIRECT\";\n", portSMTP)
 	}
-	for _, s := range h.dialer.policy.sets {
-		conditions := s.conditions()
+	for _, s := range p.sets {
+		if s.deny && p.reportOnly {
+			continue
+		}
+		conditions, whole := s.conditions()
+		if !s.deny && !whole { // nothing behind it may deny what is missing
+			b.WriteString("\treturn proxy;\n}\n")
+			return b.String()
+		}
 		if len(conditions) == 0 {
 			continue
 		}
@@ -82,8 +105,7 @@ func (h *Handler) pac(r *http.Request) string {
 		}
 		fmt.Fprintf(&b, "\tif (%s) return %s;\n", condition, verdict)
 	}
-	fmt.Fprintf(&b, "\tif (%s) return \"DIRECT\";\n", privateCondition())
-	b.WriteString("\treturn proxy;\n}\n")
+	b.WriteString("\treturn isPrivate || isNear ? \"DIRECT\" : proxy;\n}\n")
 	return b.String()
 }
 
@@ -102,38 +124,47 @@ func portsCondition(ports []portRange) string {
 }
 
 // maxPACConditions bounds what of a set with thousands of entries goes into the
-// script. What is missing goes to the proxy, which refuses it.
+// script.
 const maxPACConditions = 1000
 
-// conditions says what a set is about, as far as a browser can tell.
-func (s *ruleSet) conditions() []string {
-	var list []string
-	if s.all {
-		if !s.deny {
-			return []string{"!ip"} // does not open what is private
-		}
-		return []string{"true"}
+// conditions says what a set is about, as far as a browser can tell, and whether
+// that is all of it. What cannot be said of a set that denies is left out; one
+// that allows has too much instead.
+func (s *ruleSet) conditions() (list []string, whole bool) {
+	switch {
+	case s.all && s.deny:
+		return []string{"true"}, true
+	case s.all:
+		list = append(list, "!ip4 && !ip6 && !isNear") // does not open what is private
 	}
+	if s.private && s.deny {
+		list = append(list, "isPrivate")
+	} else if s.private {
+		list = append(list, "!isNobodys && (isPrivate || ip6 && !isPublic)")
+	}
+	if s.public && s.deny {
+		list = append(list, "isPublic")
+	} else if s.public {
+		list = append(list, "isPublic || ip6 && !isPrivate")
+	}
+	if !s.deny && len(s.sources) > 0 {
+		list = append(list, "ip4 || ip6")
+	} else if !s.deny && s.prefixes.Size6() > 0 {
+		list = append(list, "ip6")
+	}
+	var names []string
 	for name := range s.names {
-		list = append(list, "host == "+quote(name))
+		names = append(names, "host == "+quote(name))
 	}
 	for name := range s.domains {
-		list = append(list, "below("+quote(name)+")")
+		names = append(names, "below("+quote(name)+")")
 	}
 	for prefix := range s.prefixes.All4() {
-		if len(list) >= maxPACConditions {
-			break
-		}
-		list = append(list, prefixCondition(prefix))
+		names = append(names, prefixCondition(prefix))
 	}
-	if s.private {
-		list = append(list, privateCondition())
-	}
-	if s.public {
-		list = append(list, "ip && host.indexOf(\":\") < 0 && !("+privateCondition()+")")
-	}
-	slices.Sort(list)
-	return list[:min(len(list), maxPACConditions)]
+	slices.Sort(names)
+	n := min(len(names), maxPACConditions)
+	return append(list, names[:n]...), n == len(names)
 }
 
 func prefixCondition(prefix netip.Prefix) string {
@@ -141,11 +172,10 @@ func prefixCondition(prefix netip.Prefix) string {
 	return fmt.Sprintf("within(%q, \"%d.%d.%d.%d\")", prefix.Addr(), byte(mask>>24), byte(mask>>16), byte(mask>>8), byte(mask))
 }
 
-// privateCondition is true of an address in a URL that is not public. Of IPv6
-// only a few begin otherwise than public ones.
-func privateCondition() string {
-	conditions := []string{`/^(f[c-f]|::)/.test(host) && ip`}
-	for prefix := range notPublic.AllSorted4() {
+// withinAny is true of an IPv4 address in one of the table's ranges.
+func withinAny(table *bart.Lite) string {
+	var conditions []string
+	for prefix := range table.AllSorted4() {
 		conditions = append(conditions, prefixCondition(prefix))
 	}
 	return strings.Join(conditions, " || ")

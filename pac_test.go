@@ -10,6 +10,8 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -49,6 +51,14 @@ func pacRuntime(t *testing.T, script string) func(url, host string) string {
 }
 
 func TestPAC(t *testing.T) {
+	many := filepath.Join(t.TempDir(), "many")
+	var lines strings.Builder
+	for i := range 2 * maxPACConditions {
+		fmt.Fprintf(&lines, "h%04d.example\n", i)
+	}
+	if err := os.WriteFile(many, []byte(lines.String()), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for _, tc := range []struct {
 		rules, proxied, direct string
 	}{
@@ -62,6 +72,18 @@ func TestPAC(t *testing.T) {
 		{"allow all", "http://example.com/ http://8.8.8.8/", "http://10.1.2.3/"},
 		{"ports 80 443 8000-8999", "http://example.com/ https://example.com/ http://example.com:8500/", "http://example.com:9000/ http://example.com:22/ https://example.com:25/"},
 		{"deny all:8080", "http://example.com/", "http://example.com:8080/"},
+		// What is allowed is the proxy's, though it would go DIRECT otherwise, and
+		// though not all of a rule can be said.
+		{"allow intranet printer.local app.localhost", "http://intranet/ http://printer.local/ http://app.localhost/", "http://extranet/ http://scanner.local/ http://localhost/"},
+		{"allow all 10.0.0.0/8", "http://example.com/ http://10.1.2.3/", "http://intranet/ http://192.168.1.1/"},
+		{"allow private", "http://[fd00::1]/ http://[2001:db8::1]/ http://[::1]/", "http://169.254.169.254/ http://[fe80::1]/ http://0.0.0.0/"},
+		{"allow public\ndeny all", "http://8.8.8.8/ http://[2606:4700::1]/ http://[2001:4860::1]/", "http://10.1.2.3/ http://[fd00::1]/ http://example.com/"},
+		{"allow [2001:db8::]:80\nallow 2606:4700::/32\ndeny all", "http://[2606:4700::1]/ http://[2001:db8::]/", "http://8.8.8.8/ http://example.com/"},
+		{"allow_from static 8.8.8.0/24\ndeny all", "http://8.8.8.8/", "http://example.com/"},
+		{"allow_file " + many + "\ndeny all", "http://h0001.example/ http://h1999.example/", ""},
+		{"deny_file " + many, "http://example.com/", "http://h0001.example/"},
+		{"report_only rules\nports 443\ndeny ads.example", "http://ads.example/ http://example.com:25/", "http://10.1.2.3/"},
+		{"report_only rules\ndeny all\nallow 10.1.0.0/16", "http://10.1.2.3/", "http://10.2.2.3/"},
 	} {
 		w := newWorld(t, "serve_pac\nhosts own.example\n"+tc.rules, nil)
 		conn := w.dial()

@@ -5,6 +5,7 @@ package asyncproxy
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/base64"
@@ -14,7 +15,9 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -154,7 +157,7 @@ func splitUpstream(s string) (scheme, credentials, address string, err error) {
 		port = given
 	}
 	if address, err = joinTarget(host, port); err != nil {
-		return "", "", "", fmt.Errorf("expected the host of a proxy, and perhaps its port, behind %s://: %w", scheme, err)
+		return "", "", "", fmt.Errorf("expected the host of a proxy, and perhaps its port, behind %s:// and any credentials", scheme)
 	}
 	return scheme, credentials, address, nil
 }
@@ -185,7 +188,10 @@ func readCredentials(s string) (*url.Userinfo, error) {
 		if err != nil {
 			return "", errors.New("the user or the password is not percent-encoded as it should")
 		}
-		return repl.ReplaceOrErr(s, true, true)
+		if s, err = repl.ReplaceOrErr(s, true, true); err != nil {
+			return "", errors.New("a placeholder in the user or the password is not known, or empty") // or no placeholder, but secret
+		}
+		return s, nil
 	}
 	name, err := read(s[:colon])
 	if err != nil || colon == len(s) {
@@ -195,21 +201,41 @@ func readCredentials(s string) (*url.Userinfo, error) {
 	return url.UserPassword(name, password), err
 }
 
+// isHere reports whether the parent is on this machine.
+func (p *parent) isHere(ctx context.Context) bool {
+	host, _, _ := cutPort(p.address)
+	host = strings.Trim(host, "[]")
+	addrs := []netip.Addr{}
+	if addr, err := netip.ParseAddr(host); err == nil {
+		addrs = append(addrs, addr)
+	} else if addrs, err = p.resolver().LookupNetIP(ctx, "ip", host); err != nil {
+		return true // rather refuse too much
+	}
+	return slices.ContainsFunc(addrs, func(addr netip.Addr) bool {
+		addr = addr.Unmap()
+		return addr.IsLoopback() || addr.IsUnspecified() || isOwnAddress(addr)
+	})
+}
+
+func (p *parent) resolver() *net.Resolver { return cmp.Or(p.dialer.Resolver, net.DefaultResolver) }
+
 // takesRequests reports whether plain requests go to the parent as they are,
 // and not through a tunnel.
 func (p *parent) takesRequests() bool { return p.socks == nil }
 
 // prepare makes a request to an http origin one to the parent, which gets its
-// target in absolute form (RFC 9112 §3.2.2).
-func (p *parent) prepare(out *outgoing) {
+// target in absolute form (RFC 9112 §3.2.2). asked is the authority that the
+// client has named and the rules have judged: it is where the parent is sent to,
+// whatever Host was made of it. The fields for the parent may be secret, and are
+// in none of the client's.
+func (p *parent) prepare(out *outgoing, asked string) {
 	if out.target == "*" {
 		out.target = ""
 	}
-	out.target = "http://" + out.host + out.target
+	out.target, out.host = "http://"+asked+out.target, asked
 	out.authority = p.address
-	for name, values := range p.header {
-		out.header[name] = values
-	}
+	out.header = maps.Clone(out.header)
+	maps.Copy(out.header, p.header)
 }
 
 // connect opens a tunnel through the parent to address, a host and a port,

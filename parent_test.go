@@ -6,6 +6,7 @@ package asyncproxy
 import (
 	"bufio"
 	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -247,6 +248,80 @@ func TestParentHeads(t *testing.T) {
 		conn.Close()
 		if got := <-heads; got != tc.want {
 			t.Errorf("%q: the parent gets\n%s\nwant\n%s", tc.request, got, tc.want)
+		}
+	}
+}
+
+// TestParentHost: Host may be changed, but not where a request goes.
+func TestParentHost(t *testing.T) {
+	address, heads := parentListens(t, "HTTP/1.1 200 OK\nContent-Length: 0\n\n")
+	w := newWorld(t, "via off\nforwarded_for off\ndeny internal.example\nheader_up Host internal.example\nupstream http://"+address, nil)
+	if res, _ := policyRequest(t, w.proxy, http.MethodGet, "good.example:8080", ""); res.StatusCode != http.StatusOK {
+		t.Error(res.Status)
+	}
+	if got, want := <-heads, "GET http://good.example:8080/ HTTP/1.1\nHost: good.example:8080"; got != want {
+		t.Errorf("the parent gets\n%s\nwant\n%s", got, want)
+	}
+}
+
+// TestParentSecrets: what is for the parent alone is in no field of the client's,
+// and what cannot be read is not repeated.
+func TestParentSecrets(t *testing.T) {
+	t.Setenv("PARENT_KEY", "rabbit")
+	address, heads := parentListens(t, "HTTP/1.1 200 OK\nContent-Length: 0\n\n")
+	w := newWorld(t, "", nil)
+	w.load(strings.Replace(w.site("upstream http://alice:{env.PARENT_KEY}@"+address+" {\nheader X-Key {env.PARENT_KEY}\n}"), "async_proxy {",
+		"log\nlog_append key {http.request.header.X-Key}\nlog_append login {http.request.header.Proxy-Authorization}\nasync_proxy {", 1))
+	if res, _ := policyRequest(t, w.proxy, http.MethodGet, "a.example:80", ""); res.StatusCode != http.StatusOK {
+		t.Error(res.Status)
+	}
+	if head := <-heads; !strings.Contains(head, "X-Key: rabbit") {
+		t.Errorf("the parent gets %s", head)
+	}
+	w.waitLog("handled request", 1)
+	w.keepsSecret("rabbit")
+	w.keepsSecret(login("alice", "rabbit"))
+	for _, option := range []string{"upstream http://alice:rabbit", "upstream http://alice:9rabbit@", "upstream http://p.example {\nheader Proxy-Authorization Basic rabbit\n}",
+		"upstream http://alice:rab{rabbit}bit@p.example"} {
+		config, _, err := adapt(":8080 {\nasync_proxy {\n"+option+"\n}\n}\n", "Caddyfile")
+		if err == nil {
+			var loaded caddy.Config
+			if err = json.Unmarshal(config, &loaded); err == nil {
+				err = caddy.Validate(&loaded)
+			}
+		}
+		if err == nil || strings.Contains(err.Error(), "rabbit") {
+			t.Errorf("%s: %v", option, err)
+		}
+	}
+}
+
+// TestParentOnThisMachine: what such a parent makes of a name may be what is
+// closed to all here.
+func TestParentOnThisMachine(t *testing.T) {
+	address, heads := parentListens(t, "HTTP/1.1 200 OK\nContent-Length: 0\n\n")
+	_, own, _ := cutPort(address)
+	for _, host := range []string{"127.0.0.1", "localhost"} {
+		w := newWorld(t, "no_upstream direct.invalid\nupstream http://"+host+":"+own, nil)
+		_, port, _ := cutPort(w.proxy)
+		for _, method := range []string{http.MethodConnect, http.MethodGet} {
+			for target, want := range map[string]int{"a.example:" + port: 403, "a.example:443": 200, "a.example:" + own: 200, "8.8.8.8:" + port: 200, "direct.invalid:" + port: 502} {
+				res, body := policyRequest(t, w.proxy, method, target, policyRemote)
+				if res.StatusCode != want || want == 403 && !strings.Contains(body, "the option no_upstream") {
+					t.Errorf("%s %s: %s %q, want %d", method, target, res.Status, body, want)
+				}
+				if asked := len(heads) > 0; asked != (want == 200) {
+					t.Errorf("%s %s: the parent was asked: %v", method, target, asked)
+				}
+				for len(heads) > 0 {
+					<-heads
+				}
+			}
+		}
+	}
+	for address, want := range map[string]bool{"127.0.0.1:80": true, "[::1]:80": true, "[::ffff:127.0.0.1]:80": true, "localhost:80": true, "0.0.0.0:80": true, "192.0.2.1:80": false} {
+		if got := (&parent{address: address}).isHere(t.Context()); got != want {
+			t.Errorf("%s is here: %v, want %v", address, got, want)
 		}
 	}
 }

@@ -124,14 +124,13 @@ const (
 func (p *policy) check(ctx context.Context, r reach, t target, to netip.AddrPort) (denied, reported *deniedError) {
 	ip := to.Addr().WithZone("").Unmap()
 	host := embedded(ip)
-	if p.own != nil && p.own(netip.AddrPortFrom(host, to.Port())) {
+	if p.own != nil && (p.own(netip.AddrPortFrom(ip, to.Port())) || host != ip && p.own(netip.AddrPortFrom(host, to.Port()))) {
 		return &deniedError{to: to, kind: deniedAddress, why: "it is an address of the proxy itself"}, nil
 	}
 	if e := p.checkPort(to.Port()); e != nil {
-		if e.to = to; !p.reportOnly {
+		if e.to = to; p.enforces(e, &reported) {
 			return e, nil
 		}
-		reported = e
 	}
 	named := false // a rule has allowed the name
 	for _, s := range p.sets {
@@ -146,11 +145,8 @@ func (p *policy) check(ctx context.Context, r reach, t target, to netip.AddrPort
 		switch {
 		case s.deny && (byAddress || byName):
 			e := s.denied(what)
-			if e.to = to; !p.reportOnly {
+			if e.to = to; p.enforces(e, &reported) {
 				return e, nil
-			}
-			if reported == nil {
-				reported = e
 			}
 		case byAddress:
 			return nil, reported
@@ -159,13 +155,22 @@ func (p *policy) check(ctx context.Context, r reach, t target, to netip.AddrPort
 		}
 	}
 	switch {
-	case r.includes(host):
+	case r.includes(ip, host):
 		return nil, reported
 	case r == local:
-		return &deniedError{to: to, kind: deniedAddress, why: "it is no address of one host; the option allow would open it"}, nil
+		return &deniedError{to: to, kind: deniedAddress, why: "it is link-local, multicast or unspecified; the option allow would open it"}, nil
 	default:
 		return &deniedError{to: to, kind: deniedAddress, why: "it is not public; the option allow would open it"}, nil
 	}
+}
+
+// enforces reports whether a denial by rules or ports holds. If it is only to be
+// reported, reported becomes the first there is.
+func (p *policy) enforces(e *deniedError, reported **deniedError) bool {
+	if p.reportOnly && *reported == nil {
+		*reported = e
+	}
+	return !p.reportOnly
 }
 
 // checkName judges a target whose address is not known yet, or, if this proxy is
@@ -182,11 +187,8 @@ func (p *policy) checkName(ctx context.Context, r reach, t target, resolvable bo
 	if !resolvable && (t.name == "localhost" || strings.HasSuffix(t.name, ".localhost")) {
 		return p.check(ctx, r, t, netip.AddrPortFrom(loopback4, t.port))
 	}
-	if e := p.checkPort(t.port); e != nil {
-		if !p.reportOnly {
-			return e, nil
-		}
-		reported = e
+	if e := p.checkPort(t.port); e != nil && p.enforces(e, &reported) {
+		return e, nil
 	}
 	for _, s := range p.sets {
 		if !s.ports.contains(t.port) {
@@ -195,12 +197,8 @@ func (p *policy) checkName(ctx context.Context, r reach, t target, resolvable bo
 		what, matches := s.matchName(t)
 		switch {
 		case matches && s.deny:
-			e := s.denied(what)
-			if !p.reportOnly {
+			if e := s.denied(what); p.enforces(e, &reported) {
 				return e, nil
-			}
-			if reported == nil {
-				reported = e
 			}
 		case matches, resolvable && !s.deny && s.aboutAddresses():
 			if resolvable {
@@ -229,31 +227,39 @@ func (p *policy) checkPort(port uint16) *deniedError {
 }
 
 // matchAddress returns what of the set an address matches. host is what ip
-// embeds, or ip.
+// embeds, or ip. Who allows a range of outer addresses, such as 2000::/3, opens
+// no private address inside of one: that is to be allowed itself.
 func (s *ruleSet) matchAddress(ctx context.Context, ip, host netip.Addr) (string, bool) {
-	for addr := host; ; addr = ip {
-		if s.count > 0 && s.prefixes.Contains(addr) {
-			if !s.deny {
-				return "", true
-			}
-			prefix, _ := s.prefixes.LookupPrefixLPM(netip.PrefixFrom(addr, addr.BitLen()))
-			return prefix.String(), true
-		}
-		for _, source := range s.sources {
-			if source.contains(ctx, addr) {
-				return source.name, true
-			}
-		}
-		if addr == ip {
-			break
-		}
+	what, matches := s.matchRange(ctx, host)
+	if !matches && ip != host && (s.deny || !notPublic.Contains(host)) {
+		what, matches = s.matchRange(ctx, ip)
 	}
-	isPublic := (s.public || s.private) && public.includes(host)
+	if matches || !s.public && !s.private {
+		return what, matches
+	}
+	isPublic := public.includes(ip, host)
 	switch {
 	case s.public && isPublic:
 		return "public", true
-	case s.private && !isPublic && (s.deny || local.includes(host)):
+	case s.private && !isPublic && (s.deny || local.includes(ip, host)):
 		return "private", true
+	}
+	return "", false
+}
+
+// matchRange returns which range of the set an address is in.
+func (s *ruleSet) matchRange(ctx context.Context, addr netip.Addr) (string, bool) {
+	if s.count > 0 && s.prefixes.Contains(addr) {
+		if !s.deny {
+			return "", true
+		}
+		prefix, _ := s.prefixes.LookupPrefixLPM(netip.PrefixFrom(addr, addr.BitLen()))
+		return prefix.String(), true
+	}
+	for _, source := range s.sources {
+		if source.contains(ctx, addr) {
+			return source.name, true
+		}
 	}
 	return "", false
 }
@@ -337,13 +343,15 @@ const (
 	reaches
 )
 
-// includes reports whether ip is within reach. ip is not v4-mapped, has no zone
-// and embeds no other address.
-func (r reach) includes(ip netip.Addr) bool {
+// includes reports whether an address is within reach. host is what ip embeds, or
+// ip, which is not v4-mapped and has no zone. Both must be, but for the addresses
+// of the public translators, which are as good as what they embed.
+func (r reach) includes(ip, host netip.Addr) bool {
+	beyond := notPublic
 	if r == local {
-		return !notLocal.Contains(ip)
+		beyond = notLocal
 	}
-	return !notPublic.Contains(ip)
+	return !beyond.Contains(host) && (ip == host || nat64.Contains(ip) || !beyond.Contains(ip))
 }
 
 // What is not a public unicast address, after the special-purpose registries of
@@ -360,22 +368,32 @@ var (
 	notLocal = prefixes("0.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "255.255.255.255/32",
 		"::/128", "fe80::/10", "ff00::/8", "2001::/32")
 
-	nat64 = netip.MustParsePrefix("64:ff9b::/96") // RFC 6052
-	sixTo = netip.MustParsePrefix("2002::/16")    // RFC 3056
+	nat64      = netip.MustParsePrefix("64:ff9b::/96")    // RFC 6052
+	localNAT64 = netip.MustParsePrefix("64:ff9b:1::/48")  // RFC 8215
+	sixTo      = netip.MustParsePrefix("2002::/16")       // RFC 3056
+	compatible = netip.MustParsePrefix("::/96")           // RFC 4291 §2.5.5.1
+	translated = netip.MustParsePrefix("::ffff:0:0:0/96") // RFC 2765
 )
 
-// embedded returns the IPv4 address inside an IPv6 one that leads there through
-// a translator or a relay, else ip itself.
+// embedded returns the IPv4 address inside an IPv6 one that leads there, or once
+// did, through a translator, a relay or a tunnel, else ip itself.
 func embedded(ip netip.Addr) netip.Addr {
 	if ip.Is4() {
 		return ip
 	}
 	b := ip.As16()
+	last := netip.AddrFrom4([4]byte(b[12:]))
 	switch {
-	case nat64.Contains(ip):
-		return netip.AddrFrom4([4]byte(b[12:16]))
+	case nat64.Contains(ip), translated.Contains(ip), compatible.Contains(ip) && b[12] != 0:
+		return last
 	case sixTo.Contains(ip):
 		return netip.AddrFrom4([4]byte(b[2:6]))
+	case localNAT64.Contains(ip) && [5]byte(b[11:]) == [5]byte{}: // the prefix has 48 bits
+		return netip.AddrFrom4([4]byte{b[6], b[7], b[9], b[10]})
+	case localNAT64.Contains(ip): // 96
+		return last
+	case b[8]&^2 == 0 && b[9] == 0 && b[10] == 0x5e && b[11] == 0xfe: // ISATAP, RFC 5214
+		return last
 	}
 	return ip
 }

@@ -4,11 +4,14 @@
 package asyncproxy
 
 import (
+	"crypto/tls"
 	"fmt"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -104,7 +107,9 @@ func TestPolicyCheck(t *testing.T) {
 			2001:: 2001::1 2001:0:7f00:1::1 2001:0:ffff:ffff:ffff:ffff:ffff:ffff
 			::ffff:0.0.0.0 ::ffff:169.254.169.254 ::ffff:224.0.0.1 ::ffff:255.255.255.255
 			64:ff9b::0.0.0.0 64:ff9b::169.254.169.254 64:ff9b::a9fe:1 64:ff9b::224.0.0.1 64:ff9b::255.255.255.255
-			2002::1 2002:a9fe:a9fe:: 2002:a9fe:1::1 2002:e000:1:: 2002:ffff:ffff::1`},
+			2002::1 2002:a9fe:a9fe:: 2002:a9fe:1::1 2002:e000:1:: 2002:ffff:ffff::1
+			64:ff9b:1::a9fe:a9fe 64:ff9b:1:2:3::a9fe:a9fe 64:ff9b:1:a9fe:a9:fe00:: 64:ff9b:1:: ::169.254.169.254 ::224.0.0.1
+			::ffff:0:169.254.169.254 fd00::5efe:a9fe:a9fe 2606:4700::200:5efe:169.254.169.254 2606:4700::5efe:0.0.0.1`},
 
 		// Loopback, private, CGNAT, protocol assignments, documentation, 6to4
 		// anycast, benchmarking, class E.
@@ -121,6 +126,7 @@ func TestPolicyCheck(t *testing.T) {
 			2001:db8:: 2001:db8::1 2001:db8:ffff:ffff:ffff:ffff:ffff:ffff 3fff:: 3fff::1 3fff:fff:ffff::1
 			2001:1:: 2001:2::1 2001:10::1 2001:20::1 2001:1ff:ffff::1 100::1 5f00::1 fec0::1 feff::1 fe7f:ffff::1
 			fbff:ffff::1 fe00::1 1fff:ffff::1 4000::1 64:ff9a::808:808 64:ff9b::1:0:0 64:ff9b:1::7f00:1 64:ff9b:1::808:808
+			64:ff9b:1:7f00:0:100:: 2606:4700::5efe:7f00:1 2606:4700::200:5efe:a00:1 fd00::5efe:8.8.8.8
 			::127.0.0.1 ::8.8.8.8 ::2 ::fffe:808:808 ::ffff:0:127.0.0.1 ::ffff:0:8.8.8.8
 			::ffff:127.0.0.1 ::ffff:7f00:1 ::ffff:10.0.0.1 ::ffff:192.168.0.1 ::ffff:100.64.0.1 ::ffff:240.0.0.1
 			64:ff9b::127.0.0.1 64:ff9b::7f00:1 64:ff9b::10.0.0.1 64:ff9b::172.16.0.1 64:ff9b::192.168.0.1 64:ff9b::100.64.0.1 64:ff9b::192.0.2.1
@@ -133,7 +139,8 @@ func TestPolicyCheck(t *testing.T) {
 			203.0.112.255 203.0.114.0 223.255.255.255 ::ffff:8.8.8.8 ::ffff:172.32.0.0
 			2000:: 2000::1 2001:200:: 2001:4860:4860::8888 2001:db7:ffff::1 2001:db9::1 2001:ffff::1 2003::1 2606:4700::1111
 			2606:4700::1111%eth0 3ffe:ffff::1 3fff:1000::1 3fff:ffff:ffff:ffff:ffff:ffff:ffff:ffff
-			64:ff9b::8.8.8.8 64:ff9b::ac20:0 64:ff9b::ac0f:ffff 2002:808:808:: 2002:808:808::1 2002:ac20:0:: 2002:9ff:ffff::1`},
+			64:ff9b::8.8.8.8 64:ff9b::ac20:0 64:ff9b::ac0f:ffff 2002:808:808:: 2002:808:808::1 2002:ac20:0:: 2002:9ff:ffff::1
+			2606:4700::5efe:808:808 2606:4700::100:5efe:7f00:1`},
 	} {
 		for _, address := range strings.Fields(rows.addresses) {
 			policyCheck(t, new(policy), local, address, 443, rows.local)
@@ -177,17 +184,31 @@ func policyCheck(t *testing.T, p *policy, r reach, address string, port uint16, 
 	}
 }
 
+// TestPolicyTexts: who is refused learns why, and not more.
+func TestPolicyTexts(t *testing.T) {
+	for r, want := range map[reach]string{local: "it is link-local, multicast or unspecified; the option allow would open it", public: "it is not public; the option allow would open it"} {
+		to := netip.MustParseAddrPort("169.254.169.254:80")
+		if denied, _ := new(policy).check(t.Context(), r, target{addr: to.Addr(), port: 80}, to); denied == nil || denied.why != want {
+			t.Errorf("%v, want %q", denied, want)
+		}
+	}
+}
+
 func TestPolicyAllow(t *testing.T) {
 	for _, row := range []struct{ allow, open, closed string }{
 		{"10.0.0.0/8", "10.0.0.0 10.255.255.255 ::ffff:10.1.2.3 64:ff9b::10.1.2.3 2002:a01:203::1 8.8.8.8", "127.0.0.1 172.16.0.1 ::1 fd00::1 64:ff9b::192.168.0.1"},
 		{"127.0.0.0/8", "127.0.0.1 ::ffff:127.0.0.1 64:ff9b::7f00:1", "10.0.0.1 ::1 0.0.0.0 ::ffff:0.0.0.0"},
-		{"127.0.0.1/32", "127.0.0.1", "127.0.0.2 127.0.0.0 ::1 ::127.0.0.1"},
+		{"127.0.0.1/32", "127.0.0.1 ::127.0.0.1", "127.0.0.2 127.0.0.0 ::1"},
 		{"::1/128", "::1", "127.0.0.1 ::2 ::"},
 		{"169.254.169.254/32", "169.254.169.254 64:ff9b::169.254.169.254", "169.254.169.253 169.254.169.255"},
 		{"fe80::/10", "fe80::1 fe80::1%eth0", "fec0::1 ff02::1%eth0"},
 		{"fd00::/8 192.168.0.0/16", "fd00::1 192.168.0.1", "fc00::1 192.0.0.1 10.0.0.1"},
-		{"64:ff9b::/96", "64:ff9b::10.0.0.1", "10.0.0.1 2002:a00:1::"},
-		{"2002::/16", "2002:a00:1::", "10.0.0.1 64:ff9b::10.0.0.1"},
+		// The outer range alone opens nothing private that is inside.
+		{"64:ff9b::/96", "64:ff9b::8.8.8.8", "64:ff9b::10.0.0.1 10.0.0.1 2002:a00:1::"},
+		{"64:ff9b:1::/48", "64:ff9b:1::8.8.8.8", "64:ff9b:1::10.0.0.1"},
+		{"2002::/16", "2002:808:808::", "2002:a00:1:: 10.0.0.1 64:ff9b::10.0.0.1"},
+		{"2002::/16 10.0.0.0/8", "2002:a00:1::", "2002:7f00:1::"},
+		{"2000::/3", "2001:db8::1 2002:808:808::", "2002:7f00:1:: 2002:a9fe:a9fe:: 2001:db8::5efe:7f00:1"},
 		{"224.0.0.0/4", "224.0.0.1 239.255.255.255", "240.0.0.0 ff02::1"},
 		{"0.0.0.0/0", "10.0.0.1 127.0.0.1 0.0.0.0 64:ff9b::10.0.0.1", "::1 fd00::1 fe80::1 ::"},
 		{"::/0", "::1 fd00::1 fe80::1 ::", "10.0.0.1 127.0.0.1 ::ffff:127.0.0.1"},
@@ -208,8 +229,10 @@ func TestPolicyAllow(t *testing.T) {
 // however it is written.
 func TestPolicyOwn(t *testing.T) {
 	d := policyOf(t, "allow 0.0.0.0/0 ::/0")
-	d.own = func(to netip.AddrPort) bool { return to == netip.MustParseAddrPort("127.0.0.1:2019") }
-	for _, address := range strings.Fields("127.0.0.1 ::ffff:127.0.0.1 64:ff9b::7f00:1 2002:7f00:1::") {
+	d.own = func(to netip.AddrPort) bool {
+		return to == netip.MustParseAddrPort("127.0.0.1:2019") || to == netip.MustParseAddrPort("[2002:909:909:1::5]:2019")
+	}
+	for _, address := range strings.Fields("127.0.0.1 ::ffff:127.0.0.1 64:ff9b::7f00:1 2002:7f00:1:: 2002:909:909:1::5") {
 		for _, r := range []reach{local, public} {
 			policyCheck(t, d, r, address, 2019, false)
 			policyCheck(t, d, r, address, 2020, true)
@@ -302,17 +325,72 @@ func policyOnlyIPv4(t *testing.T) bool {
 	return err == nil && slices.Equal(addrs, []string{"127.0.0.1"})
 }
 
+// TestPolicyListenersSpelled: however the config spells where Caddy listens, and
+// if it has the socket from elsewhere, that is closed.
+func TestPolicyListenersSpelled(t *testing.T) {
+	for _, listen := range strings.Fields("localhost LOCALHOST 127.0.0.1 [::ffff:127.0.0.1] [::1] [0:0:0:0:0:0:0:1] [0::1] 0.0.0.0 [::] [0::0] tcp6/[::0] tcp4/0.0.0.0") {
+		admin, proxy := freeAddress(t), freeAddress(t)
+		port := admin[strings.LastIndexByte(admin, ':'):]
+		loadCaddyfile(t, fmt.Sprintf("{\n\tadmin %s%s\n\tpersist_config off\n\tskip_install_trust\n\tdefault_bind 127.0.0.1\n\tlog {\n\t\toutput discard\n\t}\n}\n"+
+			"http://%s {\n\tasync_proxy {\n\t\tburst 1000000\n\t\trefill 1000000\n\t\tallow 0.0.0.0/0 ::/0\n\t}\n}\n", listen, port, strings.TrimPrefix(proxy, "127.0.0.1")))
+		refused := 0
+		for _, host := range []string{"127.0.0.1", "[::1]"} {
+			conn, err := net.Dial("tcp", host+port)
+			if err != nil {
+				continue // it does not listen there
+			}
+			conn.Close()
+			refused++
+			policyDenied(t, proxy, http.MethodConnect, host+port, policyRemote)
+		}
+		if refused == 0 {
+			t.Errorf("admin %s%s is nowhere", listen, port)
+		}
+	}
+}
+
+// inherited are sockets as a service manager hands them over. Caddy never gives
+// them back.
+var inherited []*os.File
+
+func TestPolicyListenersInherited(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("not known here")
+	}
+	ln, err := net.Listen("tcp4", freeAddress(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	file, err := ln.(*net.TCPListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	inherited = append(inherited, file)
+	w := newWorld(t, "", nil)
+	w.load(w.site("allow 127.0.0.0/8") + fmt.Sprintf("http://a.example {\n\tbind fd/%d\n\tasync_proxy\n}\n", file.Fd()))
+	policyOpen(t, w.proxy, http.MethodConnect, ln.Addr().String(), "", "") // another site's
+	w.load(strings.Replace(w.site("allow 127.0.0.0/8"), "async_proxy", fmt.Sprintf("bind 127.0.0.1 fd/%d\n\tasync_proxy", file.Fd()), 1))
+	policyDenied(t, w.proxy, http.MethodConnect, ln.Addr().String(), "")
+}
+
 // TestPolicyPool: a connection that was opened for a client on this machine is
-// idle afterwards, but for such clients only.
+// idle afterwards, but for such clients only, whatever is spoken on it.
 func TestPolicyPool(t *testing.T) {
 	w := newWorld(t, "", nil)
 	o := newPolicyOrigin(t)
-	conn := w.dial()
-	for i, lines := range []string{"", policyRemote, "", policyRemote} {
-		conn.send("GET http://" + o.address + "/ HTTP/1.1\nHost: " + o.address + "\n" + lines + "\n")
-		want := []int{http.StatusOK, http.StatusForbidden}[i%2]
-		if res, body := conn.response(http.MethodGet); res.StatusCode != want {
-			t.Errorf("request %d: %s %q, want %d", i, res.Status, body, want)
+	secure := httptest.NewUnstartedServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	secure.TLS = &tls.Config{Certificates: []tls.Certificate{tlsCertificate}}
+	secure.StartTLS()
+	defer secure.Close()
+	for _, tc := range []struct{ url, lines string }{{"http://" + o.address, ""}, {secure.URL, ""}, {secure.URL, "Connection: Upgrade\nUpgrade: x\n"}} {
+		conn := w.dial()
+		for i, lines := range []string{"", policyRemote, "", policyRemote} {
+			conn.send("GET " + tc.url + "/ HTTP/1.1\nHost: x\n" + tc.lines + lines + "\n")
+			want := []int{http.StatusOK, http.StatusForbidden}[i%2]
+			if res, body := conn.response(http.MethodGet); res.StatusCode != want {
+				t.Errorf("%s, request %d: %s %q, want %d", tc.url, i, res.Status, body, want)
+			}
 		}
 	}
 	if n := o.connections(t); n != 1 {

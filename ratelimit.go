@@ -104,6 +104,7 @@ const (
 // verdict is what the limiter says of one request.
 type verdict struct {
 	ok      bool
+	taken   bool          // if ok: for a token, which is not so where nobody is limited
 	wait    time.Duration // if !ok: until there is a token, or the client is not blocked any more
 	refused int64         // if > 0: log a line, which stands for that many refusals
 	event   bool          // emit one
@@ -188,20 +189,10 @@ func (l *limiter) client(addr netip.Addr) netip.Addr {
 func (l *limiter) take(client netip.Addr, now int64) verdict {
 	b := l.bucket(client, now)
 	b.came(now)
-	return b.verdict(takeToken(&b.full, now, l.interval, l.fill), now)
-}
-
-// look is take for a request that is to take its token elsewhere, if anywhere.
-func (l *limiter) look(client netip.Addr, now int64) verdict {
-	b := l.bucket(client, now)
-	b.came(now)
-	return b.verdict(max(0, b.full.Load()+l.interval-now-l.fill), now)
-}
-
-// pay is take for a request that look has seen before, and that is refused for
-// another reason in any case: it takes a token if there is one.
-func (l *limiter) pay(client netip.Addr, now int64) (paid bool) {
-	return takeToken(&l.bucket(client, now).full, now, l.interval, l.fill) == 0
+	if wait := takeToken(&b.full, now, l.interval, l.fill); wait > 0 {
+		return b.refuse(wait, now, nil)
+	}
+	return verdict{ok: true}
 }
 
 // block refuses a request of a client that is blocked for that long.
@@ -215,14 +206,6 @@ func (l *limiter) block(client netip.Addr, now int64, wait time.Duration) verdic
 func (b *bucket) came(now int64) {
 	b.requests.Add(1)
 	b.seen.Store(now)
-}
-
-// verdict is what a request gets that has to wait that long for a token.
-func (b *bucket) verdict(wait, now int64) verdict {
-	if wait == 0 {
-		return verdict{ok: true}
-	}
-	return b.refuse(wait, now, nil)
 }
 
 // refuse is the verdict on a request that is refused for that long: for want of

@@ -329,11 +329,15 @@ func TestRefusalLimits(t *testing.T) {
 	for i, row := range []struct {
 		options string
 		status  int
-	}{{"max_tunnels 1", 503}, {"max_tunnels 1000 per_client 1", 429}} {
+		rule    string
+	}{{"max_tunnels 1", 503, "max_tunnels"}, {"max_tunnels 1000 per_client 1", 429, "max_tunnels per_client"}} {
 		b.load(b.site(row.options))
 		conn := b.dial()
 		conn.connect(b.in("ECHO"))
 		b.refuses(row.status, "connection_limit_reached", "tunnels open", "CONNECT ORIGIN")
+		if lines := b.waitLog("request", 1); lines[len(lines)-1]["level"] != "warn" || lines[len(lines)-1]["rule"] != row.rule {
+			t.Errorf("log line %v", lines[len(lines)-1])
+		}
 		_ = conn.Close()
 		b.waitLog("CONNECT tunnel closed", i+1)
 	}

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"unicode"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -29,10 +30,11 @@ type Rule struct {
 	// colon and a port or a range of ports (example.com:443, all:8000-8999,
 	// [2001:db8::]:443); without, it is for all ports.
 	//
-	// Names are compared with the name that a client asks for, and are not
-	// resolved; addresses with the one that is about to be connected to. A name
-	// that is allowed does not open addresses that are closed otherwise, and
-	// neither does `all`.
+	// Names are compared with the name that a client asks for, which no search
+	// list of this machine completes, and are not resolved; addresses with the
+	// one that is about to be connected to. A name that is allowed does not open
+	// addresses that are closed otherwise, and neither does `all`, nor a range of
+	// IPv6 a private IPv4 address inside of it.
 	Destinations []string `json:"destinations,omitempty"`
 
 	// Files with destinations, one a line; a # begins a comment. They are read
@@ -86,7 +88,10 @@ func parseDestination(s string) (destination, error) {
 		return d, nil
 	}
 	name, below := strings.CutPrefix(host, "*.")
-	ascii, err := idna.Lookup.ToASCII(name)
+	ascii, err := name, error(nil)
+	if strings.ContainsFunc(name, func(c rune) bool { return c > unicode.MaxASCII }) {
+		ascii, err = idna.Lookup.ToASCII(name) // which knows no _, as there is in names of services
+	}
 	if err != nil || ascii == "" || checkHost(ascii) != nil || strings.ContainsAny(host, "/[]") {
 		return destination{}, fmt.Errorf("%q is no address, no CIDR range and no name", s)
 	}

@@ -160,6 +160,17 @@ func TestOpenProxyIsWarnedAbout(t *testing.T) {
 		{"http://:PORT {\n\tbind 0.0.0.0\n\troute {\n\t\t@others not remote_ip 10.0.0.0/8\n\t\tabort @others\n\t\tasync_proxy\n\t}\n}", false},
 		{"http://:PORT {\n\tbind 0.0.0.0\n\t" + bcryptUsers + "\n\tasync_proxy\n}", false},
 		{"http://:PORT {\n\tbind 0.0.0.0\n\t@get method GET\n\tasync_proxy @get\n}", true},
+		{"http://:PORT {\n\tbind 0.0.0.0\n\t" + strings.Replace(bcryptUsers, "basic_auth", "basic_auth /private/*", 1) + "\n\tasync_proxy\n}", true},
+		{"http://:PORT {\n\tbind 0.0.0.0\n\troute /private/* {\n" + bcryptUsers + "}\n\tasync_proxy\n}", true},
+		{"http://:PORT {\n\tbind 0.0.0.0\n\troute {\n" + bcryptUsers + "\n\tasync_proxy\n}\n}", false},
+		{"http://:PORT {\n\tbind 0.0.0.0\n\t@office remote_ip 10.0.0.0/8\n\theader @office X-A b\n\tasync_proxy\n}", true},
+		{"http://:PORT {\n\tbind 0.0.0.0\n\troute {\n\t\t@others not remote_ip 10.0.0.0/8\n\t\thandle @others {\n\t\t\terror 403\n\t\t}\n\t\tasync_proxy\n\t}\n}", false},
+		{"http://:PORT {\n\tbind 0.0.0.0\n\troute {\n\t\t@others not remote_ip 10.0.0.0/8\n\t\theader @others X-A b\n\t\tasync_proxy\n\t}\n}", true},
+		{"http://:PORT {\n\tbind 0.0.0.0\n\troute {\n\t\t@others {\n\t\t\tnot remote_ip 10.0.0.0/8\n\t\t\tpath /private/*\n\t\t}\n\t\tabort @others\n\t\tasync_proxy\n\t}\n}", true},
+		{"http://:PORT {\n\tbind 0.0.0.0\n\troute {\n\t\t@bad remote_ip 192.0.2.1\n\t\tabort @bad\n\t\tasync_proxy\n\t}\n}", true},
+		{"http://:PORT {\n\tbind 0.0.0.0\n\t@others not remote_ip 192.0.2.1\n\tasync_proxy @others\n}", true},
+		{"http://:PORT {\n\tbind 0.0.0.0\n\t@known remote_ip 0.0.0.0/0\n\tasync_proxy @known\n}", true},
+		{"http://:PORT {\n\tbind 0.0.0.0\n\tasync_proxy {\n\t\tclients 10.0.0.0/8 ::/0\n\t}\n}", true},
 	} {
 		w.forgetLogs()
 		loadCaddyfile(t, w.globals()+strings.ReplaceAll(tc.site, "PORT", port))

@@ -53,7 +53,7 @@ func inNamespace(t *testing.T) bool {
 	}
 	cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v")
 	cmd.Env = append(os.Environ(), marker+"=yes")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS}
 	if uid := os.Getuid(); uid != 0 {
 		cmd.SysProcAttr.Cloneflags |= syscall.CLONE_NEWUSER
 		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: uid, Size: 1}}
@@ -293,6 +293,58 @@ func TestRebinding(t *testing.T) {
 			if res, body := policyRequest(t, w.proxy, method, host+":"+port, policyRemote); res.StatusCode != want {
 				t.Errorf("%s %s: %s %q, want %d", method, host, res.Status, body, want)
 			}
+		}
+	}
+}
+
+// TestOwnAddresses: what listens on all addresses is closed at each of this
+// machine's.
+func TestOwnAddresses(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	admin, proxy := freeAddress(t), freeAddress(t)
+	port := func(address string) string { return address[strings.LastIndexByte(address, ':'):] }
+	loadCaddyfile(t, fmt.Sprintf("{\n\tadmin %s\n\tpersist_config off\n\tlog {\n\t\toutput discard\n\t}\n}\n"+
+		"http://%s {\n\tasync_proxy {\n\t\tburst 1000000\n\t\trefill 1000000\n\t}\n}\n", port(admin), port(proxy)))
+	for _, host := range []string{"8.8.8.8", "1.1.1.1", "[2606:4700::1111]", "[2002:808:808::1]", "[64:ff9b::808:808]"} {
+		for _, lines := range []string{"", policyRemote} {
+			policyDenied(t, proxy, http.MethodConnect, host+port(admin), lines)
+			policyDenied(t, proxy, http.MethodConnect, host+port(proxy), lines)
+		}
+	}
+}
+
+// TestSearchList: a name is the whole name, and not what a search list of this
+// machine makes of it, which no rule would judge. The hosts file knows short ones.
+func TestSearchList(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	port, accepted := everywhere(t)
+	dir := t.TempDir()
+	for name, text := range map[string]string{"resolv.conf": "search corp.example eu.corp.example\n", "hosts": "127.0.0.1 localhost short long.test\n"} {
+		if err := os.WriteFile(dir+"/"+name, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if out, err := exec.Command("sh", "-ec", "mount --make-rprivate /\nmount --bind "+dir+"/resolv.conf /etc/resolv.conf\nmount --bind "+dir+"/hosts /etc/hosts").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	w := newWorld(t, "deny *.corp.example\nallow private\nresolvers "+nameServer(t, func(name string, n int) []string {
+		if strings.HasSuffix(name, ".corp.example") || name == "whole" {
+			return []string{"127.0.0.1"}
+		}
+		return nil
+	}), nil)
+	for host, want := range map[string]int{
+		"db.corp.example": 403, "db": 502, "db.": 502, "db.eu": 502, "db.eu.": 502,
+		"localhost": 200, "short": 200, "SHORT.": 200, "long.test": 200, "whole": 200, "whole.": 200,
+	} {
+		accepted.Store(0)
+		res, body := policyRequest(t, w.proxy, http.MethodConnect, host+":"+port, policyRemote)
+		if res.StatusCode != want {
+			t.Errorf("%s: %s %q, want %d", host, res.Status, body, want)
 		}
 	}
 }

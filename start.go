@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -58,7 +59,7 @@ func (h *Handler) started(server *caddyhttp.Server) {
 			"and get an empty answer with status 200; give the site an address without a host, such as :8080",
 			zap.Strings("hosts", hosts))
 	}
-	if len(h.Clients) == 0 && len(h.auth) == 0 && listensBeyondLoopback(server.Listen) {
+	if !namesClients(h.Clients) && len(h.auth) == 0 && listensBeyondLoopback(server.Listen) {
 		if restricted, _ := restrictedBefore(server.Routes, h, matchesClients); !restricted {
 			h.logger.Warn("this is an open proxy: it listens on more than this machine and lets in whoever gets there; "+
 				"add the option clients or basic_auth, a remote_ip matcher, or bind 127.0.0.1",
@@ -174,39 +175,69 @@ func listensBeyondLoopback(addresses []string) bool {
 }
 
 // restrictedBefore reports whether the way to h is for certain clients or users
-// only, as far as can be seen: there is a set of matchers for which restricts
-// holds, or a handler that asks for credentials on it.
+// only, as far as can be seen: the routes on it have sets of matchers that
+// restrict, or there is something before h that asks everybody for credentials,
+// or turns away everybody but certain clients.
 func restrictedBefore(routes caddyhttp.RouteList, h caddyhttp.MiddlewareHandler, restricts func(caddyhttp.MatcherSet) bool) (restricted, found bool) {
 	for _, route := range routes {
-		restricted = restricted || slices.ContainsFunc(route.MatcherSets, restricts)
+		before := restricted
 		for _, handler := range route.Handlers {
 			var inside bool
 			switch handler := handler.(type) {
 			case *caddyhttp.Subroute:
 				inside, found = restrictedBefore(handler.Routes, h, restricts)
-			case *caddyauth.Authentication:
+			case *caddyauth.Authentication, *caddyhttp.StaticResponse, *caddyhttp.StaticError:
 				inside = true
 			default:
 				found = handler == h
 			}
 			restricted = restricted || inside
 			if found {
-				return restricted, true
+				return restricted || everySet(route.MatcherSets, restricts), true
 			}
+		}
+		// What only some requests come by restricts these alone, unless they are
+		// those of all others.
+		if len(route.MatcherSets) > 0 && !everySet(route.MatcherSets, matchesAllBut(restricts)) {
+			restricted = before
 		}
 	}
 	return restricted, false
 }
 
-// matchesClients reports whether a set of matchers looks at a client's address.
+// everySet reports whether there are sets of matchers and the condition holds
+// for each.
+func everySet(sets caddyhttp.MatcherSets, condition func(caddyhttp.MatcherSet) bool) bool {
+	return len(sets) > 0 && !slices.ContainsFunc(sets, func(set caddyhttp.MatcherSet) bool { return !condition(set) })
+}
+
+// matchesClients reports whether a set of matchers matches certain clients only.
 func matchesClients(set caddyhttp.MatcherSet) bool {
 	return slices.ContainsFunc(set, func(m any) bool {
 		switch m := m.(type) {
-		case *caddyhttp.MatchRemoteIP, *caddyhttp.MatchClientIP:
-			return true
-		case *caddyhttp.MatchNot:
-			return slices.ContainsFunc(m.MatcherSets, matchesClients)
+		case *caddyhttp.MatchRemoteIP:
+			return namesClients(m.Ranges)
+		case *caddyhttp.MatchClientIP:
+			return namesClients(m.Ranges)
 		}
 		return false
 	})
+}
+
+// matchesAllBut returns a condition that holds for a set of matchers which matches
+// whatever sets that restrict do not.
+func matchesAllBut(restricts func(caddyhttp.MatcherSet) bool) func(caddyhttp.MatcherSet) bool {
+	return func(set caddyhttp.MatcherSet) bool {
+		if len(set) != 1 {
+			return false
+		}
+		not, ok := set[0].(*caddyhttp.MatchNot)
+		return ok && everySet(not.MatcherSets, restricts)
+	}
+}
+
+// namesClients reports whether ranges of addresses are some, and not all there
+// are.
+func namesClients(ranges []string) bool {
+	return len(ranges) > 0 && !slices.ContainsFunc(ranges, func(r string) bool { return strings.HasSuffix(r, "/0") })
 }
