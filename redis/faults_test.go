@@ -172,6 +172,9 @@ func TestFaults(t *testing.T) {
 		{"OOM", "answer", "OOM",
 			func(e *engine, _ *bridge) { e.do("CONFIG", "SET", "maxmemory", "1") },
 			func(e *engine, _ *bridge) { e.do("CONFIG", "SET", "maxmemory", "0") }},
+		{"NOPERM", "answer", "script",
+			func(e *engine, _ *bridge) { e.do("ACL", "SETUSER", "default", "-get") },
+			func(e *engine, _ *bridge) { e.do("ACL", "SETUSER", "default", "+get") }},
 		{"LOADING", "", "LOADING",
 			func(e *engine, _ *bridge) {
 				for i := range 2000 {
