@@ -233,7 +233,8 @@ func (s *server) connect(key string) error {
 		return err
 	}
 	l := &link{client, make(chan struct{}, maxWaiting)}
-	for _, timeout := range []time.Duration{setupTimeout, s.timeout} { // at first the script may have to be loaded
+	// At first the script may have to be loaded; then it must do in what any request has.
+	for _, timeout := range []time.Duration{setupTimeout, s.timeout - s.timeout/4} {
 		ctx, cancel := context.WithTimeout(context.Background(), timeout)
 		_, err = l.take(ctx, key, probeArgs)
 		cancel()
