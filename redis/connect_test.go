@@ -4,11 +4,13 @@
 package redis
 
 import (
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"math/big"
 	"net"
@@ -16,6 +18,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -188,16 +192,95 @@ func TestCluster(t *testing.T) {
 	eventually(t, "Redis to be back", func() bool { _, back := w.states(); return back > 0 })
 }
 
+// joinNodes makes a cluster of nodes that have all slots.
+func joinNodes(t *testing.T, nodes []*engine) {
+	t.Helper()
+	for _, e := range nodes[1:] {
+		host, port, _ := net.SplitHostPort(e.address)
+		nodes[0].do("CLUSTER", "MEET", host, port, e.args[len(e.args)-1])
+	}
+	for _, e := range nodes {
+		eventually(t, "the cluster", func() bool { return strings.Contains(e.do("CLUSTER", "INFO"), "cluster_state:ok") })
+	}
+}
+
+// announce starts a bridge before a node, which is the way to it for clients.
+func announce(t *testing.T, e *engine) *bridge {
+	t.Helper()
+	b := startBridge(t, e.address)
+	_, port, _ := net.SplitHostPort(b.address)
+	e.do("CONFIG", "SET", "cluster-announce-port", port)
+	return b
+}
+
+// No request connects to a node that the addresses do not name, either.
+func TestClusterSlowToConnect(t *testing.T) {
+	nodes := []*engine{startNode(t), startNode(t), startNode(t)}
+	first := announce(t, nodes[0])
+	for _, e := range nodes[1:] {
+		announce(t, e).setup.Store(int64(700 * time.Millisecond))
+	}
+	last := []int{5460, 10922, 16383}
+	from := 0
+	for i, e := range nodes {
+		e.do("CLUSTER", "ADDSLOTSRANGE", strconv.Itoa(from), strconv.Itoa(last[i]))
+		from = last[i] + 1
+	}
+	joinNodes(t, nodes)
+	w := newWorld(t, fmt.Sprintf("burst 100000\nrefill 0.001\nlimiter redis %s {\ntimeout 500ms\n}", first.address))
+	s := w.server()
+	<-s.tried
+	var asked [3]int // each node
+	for i := range 30 {
+		key := fmt.Sprint("async_proxy:", i)
+		slot, err := strconv.Atoi(nodes[0].do("CLUSTER", "KEYSLOT", key))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err = s.take("async_proxy", key, probeArgs); err != nil {
+			t.Fatalf("question %d, of slot %d: %v", i, slot, err)
+		}
+		node, _ := slices.BinarySearch(last, slot)
+		asked[node]++
+	}
+	if slices.Contains(asked[:], 0) {
+		t.Errorf("the nodes were asked %v times", asked)
+	}
+	if failed, _ := w.states(); failed != 0 {
+		t.Errorf("the log says: %v", logLines(t, w.logs, failedLine))
+	}
+}
+
+// A request does not wait while the library finds out which node has its key.
+func TestClusterThatFallsSilent(t *testing.T) {
+	const key = "async_proxy:nobody's"
+	e := startNode(t)
+	e.do("CONFIG", "SET", "cluster-require-full-coverage", "no")
+	b := announce(t, e)
+	slot, err := strconv.Atoi(e.do("CLUSTER", "KEYSLOT", key))
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.do("CLUSTER", "ADDSLOTSRANGE", "0", strconv.Itoa(slot-1), strconv.Itoa(slot+1), "16383")
+	eventually(t, "the cluster", func() bool { return strings.Contains(e.do("CLUSTER", "INFO"), "cluster_state:ok") })
+	w := newWorld(t, fmt.Sprintf("burst 100000\nrefill 0.001\nlimiter redis %s {\ntimeout %v\n}", b.address, faultTimeout))
+	w.untilCounted(e)
+	s := w.server()
+	b.silent.Store(true)
+	if _, err := s.link.Load().take(s.deadline(time.Now()), key, probeArgs); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("the answer is %v", err)
+	}
+	if stacksWith("rueidis.(*clusterClient)._refresh") == 0 {
+		t.Error("the library had given up by then")
+	}
+}
+
 // A cluster of two: each key is counted by the one that it belongs to.
 func TestClusterOfTwo(t *testing.T) {
 	nodes := []*engine{startNode(t), startNode(t)}
 	nodes[0].do("CLUSTER", "ADDSLOTSRANGE", "0", "8191")
 	nodes[1].do("CLUSTER", "ADDSLOTSRANGE", "8192", "16383")
-	host, port, _ := net.SplitHostPort(nodes[1].address)
-	nodes[0].do("CLUSTER", "MEET", host, port, nodes[1].args[len(nodes[1].args)-1])
-	for _, e := range nodes {
-		eventually(t, "the cluster", func() bool { return strings.Contains(e.do("CLUSTER", "INFO"), "cluster_state:ok") })
-	}
+	joinNodes(t, nodes)
 	w := newWorld(t, fmt.Sprintf("burst 3\nrefill 0.001\nzone z0\nlimiter redis %s", nodes[0].address))
 	for i := range 10 {
 		w.load(fmt.Sprintf("burst 3\nrefill 0.001\nzone z%d\nlimiter redis %s %s", i, nodes[0].address, nodes[1].address))

@@ -180,12 +180,49 @@ type sharedContext struct {
 func (l *link) take(ctx context.Context, key string, args []string) (time.Duration, error) {
 	select {
 	case l.waiting <- struct{}{}:
-		defer func() { <-l.waiting }()
 	case <-ctx.Done():
 		return 0, ctx.Err()
 	}
+	if l.client.Mode() == rueidis.ClientModeStandalone {
+		return l.exec(ctx, key, args)
+	}
+	// For a cluster or sentinels the library may first have to find out whom to
+	// ask, or wait for another who does, and minds no context then.
+	type answer struct {
+		wait time.Duration
+		err  error
+	}
+	answered := make(chan answer, 1)
+	go func() {
+		wait, err := l.exec(ctx, key, args)
+		answered <- answer{wait, err}
+	}()
+	select {
+	case a := <-answered:
+		return a.wait, a.err
+	case <-ctx.Done():
+		return 0, ctx.Err()
+	}
+}
+
+// exec runs the script, and gives the place up that the request had.
+func (l *link) exec(ctx context.Context, key string, args []string) (time.Duration, error) {
+	defer func() { <-l.waiting }()
 	wait, err := takeScript.Exec(ctx, l.client, []string{key}, args).AsInt64()
 	return time.Duration(wait), err
+}
+
+// reach connects to all nodes of a cluster, of which the addresses may name only
+// some: a request cannot wait for as long as that may take. Those that do not
+// answer are the probe's matter, or nobody's.
+func (l *link) reach() {
+	ctx, cancel := context.WithTimeout(context.Background(), setupTimeout)
+	defer cancel()
+	var wg sync.WaitGroup
+	for _, node := range l.client.Nodes() {
+		wg.Go(func() { node.Do(ctx, node.B().Ping().Build()) })
+	}
+	wg.Wait()
 }
 
 // fail gives l up, once, and has somebody see to it that there is another one.
@@ -233,6 +270,7 @@ func (s *server) connect(key string) error {
 		return err
 	}
 	l := &link{client, make(chan struct{}, maxWaiting)}
+	l.reach()
 	// At first the script may have to be loaded; then it must do in what any request has.
 	for _, timeout := range []time.Duration{setupTimeout, s.timeout - s.timeout/4} {
 		ctx, cancel := context.WithTimeout(context.Background(), timeout)
