@@ -23,6 +23,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	asyncproxy "github.com/asyncproxy/caddy-async-proxy"
 )
 
 // counts has a request made that Redis must have counted, and no line say that
@@ -181,9 +183,11 @@ func TestCluster(t *testing.T) {
 	w := newWorld(t, fmt.Sprintf("burst 3\nrefill 0.001\nlimiter redis %s", e.address))
 	w.counts(e)
 	w.gets(200, 200, 429)
-	key := e.bucketKeys()[0]
-	if slot, probe := e.do("CLUSTER", "KEYSLOT", key), e.do("CLUSTER", "KEYSLOT", probeKey("async_proxy", key)); slot != probe {
-		t.Errorf("the slot of %s is %s, that of its probe %s", key, slot, probe)
+	for _, b := range []asyncproxy.Bucket{{Zone: "default"}, {Zone: "a{b}c"}, {Zone: "a}b"}, {Zone: "default", User: "x}y"}} {
+		key := bucketKey("async_proxy", b)
+		if slot, probe := e.do("CLUSTER", "KEYSLOT", key), e.do("CLUSTER", "KEYSLOT", probeKey("async_proxy", key)); slot != probe {
+			t.Errorf("the slot of %s is %s, that of its probe %s", key, slot, probe)
+		}
 	}
 	e.kill()
 	w.load(fmt.Sprintf("burst 2\nrefill 0.001\nlimiter redis %s", e.address))
