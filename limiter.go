@@ -32,8 +32,15 @@ type Limiter interface {
 	Take(context.Context, Bucket) (wait time.Duration, err error)
 
 	// Suspended reports whether nobody is to be limited for now. Then neither
-	// this process's buckets are looked at, nor is Take called.
-	Suspended() bool
+	// this process's buckets are looked at, nor is Take called. look says that
+	// no token is to be taken yet: the same request is asked about once more.
+	Suspended(look bool) bool
+}
+
+// Refiller is a Limiter whose buckets the operator can fill.
+type Refiller interface {
+	// Refill fills the bucket, and reports whether it was not full.
+	Refill(context.Context, Bucket) (done bool, err error)
 }
 
 // Bucket names the token bucket of one client, and says how large it is. Equal
@@ -65,7 +72,7 @@ func (h *Handler) loadLimiter(ctx caddy.Context) error {
 // shared one, if there is one. If it is only to look, it looks here alone.
 func (h *Handler) ask(ctx context.Context, client netip.Addr, now int64, look bool) verdict {
 	switch {
-	case h.shared != nil && h.shared.Suspended():
+	case h.shared != nil && h.shared.Suspended(look):
 		return verdict{ok: true}
 	case look:
 		return h.limiter.look(client, now)

@@ -6,6 +6,7 @@ package redis
 import (
 	"fmt"
 	"net"
+	"net/http"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -327,6 +328,77 @@ func TestOnError(t *testing.T) {
 			w.load(options + "\nzone other")
 			w.gets(want...)
 		})
+	}
+}
+
+// A request is one fallback, also if it is the user who is to be counted.
+func TestFallbacksOfUsers(t *testing.T) {
+	for onError, want := range map[string]int{"local": 200, "allow": 200, "deny": 503} {
+		t.Run(onError, func(t *testing.T) {
+			e := startEngine(t, "redis-server")
+			w := newWorld(t, fmt.Sprintf("limit_by user\nbasic_auth {\nalice %s\n}\nlimiter redis %s {\ntimeout 5s\non_error %s\n}", secretHash, e.address, onError))
+			fallbacks := counter(t, metrics.fallbacks.WithLabelValues(onError))
+			c := client(t, w.proxy)
+			get := func(want int) {
+				t.Helper()
+				req, err := http.NewRequest(http.MethodGet, w.origin, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				req.Header.Set("Proxy-Authorization", "Basic YWxpY2U6c2VjcmV0") // alice:secret
+				res, err := c.Do(req)
+				if err != nil {
+					t.Fatal(err)
+				}
+				res.Body.Close()
+				if res.StatusCode != want {
+					t.Errorf("status %d, want %d", res.StatusCode, want)
+				}
+			}
+			get(200)
+			e.kill()
+			for range 3 {
+				get(want)
+			}
+			if n := counter(t, metrics.fallbacks.WithLabelValues(onError)) - fallbacks; n != 3 {
+				t.Errorf("%v fallbacks, want 3", n)
+			}
+		})
+	}
+}
+
+// secretHash is that of the password "secret", by a bcrypt that is cheap.
+const secretHash = "$2a$04$Qygo7lFPW76iK/UX8fhfkuttDQgKfbTsOK8PodbD0NQzppfmPuHZy"
+
+// Redis may forget the script at any time.
+func TestScriptIsForgotten(t *testing.T) {
+	e := startEngine(t, "redis-server")
+	w := newWorld(t, fleetOptions(e, "burst 100000\nrefill 0.001"))
+	w.untilCounted(e)
+	fallbacks, asked := counter(t, metrics.fallbacks.WithLabelValues("local")), questions(t)
+	flushed := make(chan int)
+	stop := make(chan struct{})
+	go func() {
+		n := 0
+		for ; ; n++ {
+			select {
+			case <-stop:
+				flushed <- n
+				return
+			default:
+				_ = e.ask.Do(t.Context(), e.ask.B().ScriptFlush().Build()).Error()
+			}
+		}
+	}()
+	for range 10 {
+		if statuses, _ := rush(t, 50, w.origin, w.proxy); statuses[200] != 50 {
+			t.Errorf("statuses %v", statuses)
+		}
+	}
+	close(stop)
+	t.Logf("the scripts were flushed %d times", <-flushed)
+	if n := counter(t, metrics.fallbacks.WithLabelValues("local")) - fallbacks; n != 0 || questions(t) != asked+500 {
+		t.Errorf("%v fallbacks of %d questions", n, questions(t)-asked)
 	}
 }
 

@@ -165,12 +165,19 @@ func (l *Limiter) Take(_ context.Context, b asyncproxy.Bucket) (time.Duration, e
 }
 
 // Suspended implements asyncproxy.Limiter.
-func (l *Limiter) Suspended() bool {
+func (l *Limiter) Suspended(look bool) bool {
 	if l.OnError != "allow" || !l.server.down() {
 		return false
 	}
-	l.fallbacks.Inc()
+	if !look {
+		l.fallbacks.Inc()
+	}
 	return true
+}
+
+// Refill implements asyncproxy.Refiller.
+func (l *Limiter) Refill(ctx context.Context, b asyncproxy.Bucket) (bool, error) {
+	return l.server.refill(ctx, bucketKey(l.Prefix, b))
 }
 
 func (l *Limiter) validate() error {
@@ -270,7 +277,8 @@ func (t *TLS) config(repl *caddy.Replacer) (*tls.Config, error) {
 
 // Interface guards
 var (
-	_ asyncproxy.Limiter = (*Limiter)(nil)
-	_ caddy.Provisioner  = (*Limiter)(nil)
-	_ caddy.CleanerUpper = (*Limiter)(nil)
+	_ asyncproxy.Limiter  = (*Limiter)(nil)
+	_ asyncproxy.Refiller = (*Limiter)(nil)
+	_ caddy.Provisioner   = (*Limiter)(nil)
+	_ caddy.CleanerUpper  = (*Limiter)(nil)
 )

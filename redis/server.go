@@ -131,6 +131,16 @@ func (s *server) down() bool {
 	}
 }
 
+// up returns the link, or nil if there is none. It waits until that is known.
+func (s *server) up(ctx context.Context) *link {
+	select {
+	case <-s.tried:
+		return s.link.Load()
+	case <-ctx.Done():
+		return nil
+	}
+}
+
 // take runs the script on a bucket whose key begins with prefix. That takes no
 // longer than the timeout.
 func (s *server) take(prefix, key string, args []string) (time.Duration, error) {
@@ -138,12 +148,7 @@ func (s *server) take(prefix, key string, args []string) (time.Duration, error) 
 	// client leaves, and its leaving is not Redis's failure.
 	start := time.Now()
 	ctx := s.deadline(start)
-	select {
-	case <-s.tried:
-	case <-ctx.Done():
-		return 0, errDown
-	}
-	l := s.link.Load()
+	l := s.up(ctx)
 	if l == nil {
 		return 0, errDown
 	}
@@ -155,6 +160,22 @@ func (s *server) take(prefix, key string, args []string) (time.Duration, error) 
 		return 0, err
 	}
 	return wait, nil
+}
+
+// refill fills a bucket, and reports whether it was there. It has the key expire
+// by a command that the script uses, too, so that no other has to be allowed.
+func (s *server) refill(ctx context.Context, key string) (found bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, s.timeout)
+	defer cancel()
+	l := s.up(ctx)
+	if l == nil {
+		return false, errDown
+	}
+	err = l.client.Do(ctx, l.client.B().Set().Key(key).Value("").Xx().PxMilliseconds(1).Build()).Error()
+	if rueidis.IsRedisNil(err) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // deadline is a context that ends when a request that comes now has waited for
