@@ -41,7 +41,8 @@ func (w *world) counts(e *engine) {
 }
 
 // The user, the password and the address may come from the environment or a
-// file, and none of what is secret appears in a log or the config.
+// file, and none of what is secret appears in a log, the config or the answer to
+// one that is rejected.
 func TestSecrets(t *testing.T) {
 	e := startEngine(t, "redis-server")
 	const acl = "resetkeys ~async_proxy:* nocommands +evalsha +eval +get +set +time +hello +ping"
@@ -75,6 +76,19 @@ func TestSecrets(t *testing.T) {
 				t.Errorf("the log has the password: %s", text)
 			}
 		}
+	}
+
+	m := startMachine(t, "limiter redis {env.REDIS_TEST_ADDRESS} {\nusername proxy\npassword {env.REDIS_TEST_PASSWORD}\n}")
+	config := m.ask(http.MethodGet, "/config/", "", http.StatusOK)
+	if !strings.Contains(config, "{env.REDIS_TEST_PASSWORD}") || strings.Contains(config, "open-sesame") {
+		t.Errorf("the config is %s", config)
+	}
+	answer := m.ask(http.MethodPost, "/load", siteConfig(m.proxy, m.logs, m.admin, "limiter redis proxy:{env.REDIS_TEST_PASSWORD}"), http.StatusBadRequest)
+	if !strings.Contains(answer, "{env.REDIS_TEST_PASSWORD}") || strings.Contains(answer, "open-sesame") {
+		t.Errorf("/load answers %s", answer)
+	}
+	if text, err := os.ReadFile(m.logs); err != nil || strings.Contains(string(text), "open-sesame") {
+		t.Errorf("the log has the password: %s, %v", text, err)
 	}
 }
 
@@ -148,6 +162,23 @@ func TestDatabaseAndPrefix(t *testing.T) {
 	}
 }
 
+// A server is another one with another database.
+func TestDatabases(t *testing.T) {
+	e := startEngine(t, "redis-server")
+	w := newWorld(t, fleetOptions(e, "burst 10"))
+	w.gets(200)
+	before := e.bucket()
+	w.load(fmt.Sprintf("burst 10\nlimiter redis %s {\ntimeout 5s\ndb 3\n}", e.address))
+	w.gets(200)
+	if after := e.bucket(); after != before {
+		t.Error("the request was counted in database 0")
+	}
+	e.do("SELECT", "3")
+	if e.bucket() == "" {
+		t.Error("the request was not counted in database 3")
+	}
+}
+
 // A config that is replaced before it has connected says nothing about it.
 func TestReloadAtOnce(t *testing.T) {
 	e := startEngine(t, "redis-server")
@@ -173,6 +204,27 @@ func startNode(t *testing.T) *engine {
 	t.Helper()
 	_, port, _ := net.SplitHostPort(freeAddress(t))
 	return startEngine(t, "redis-server", "--cluster-enabled", "yes", "--cluster-port", port)
+}
+
+// Those who sign are others after a reload if the file has changed.
+func TestRenewedCA(t *testing.T) {
+	cert, key := certificate(t)
+	e := startEngine(t, "redis-server")
+	secure := freeAddress(t)
+	_, port, _ := net.SplitHostPort(secure)
+	e.kill()
+	e.args = []string{"--tls-port", port, "--tls-cert-file", cert, "--tls-key-file", key, "--tls-ca-cert-file", cert, "--tls-auth-clients", "no"}
+	e.run()
+	ca, _ := certificate(t)
+	options := fmt.Sprintf("burst 100000\nrefill 0.001\nlimiter redis %s {\ntls %s\n}", secure, ca)
+	w := newWorld(t, options)
+	w.gets(200)
+	eventually(t, "a line about the certificate", func() bool { failed, _ := w.states(); return failed == 1 })
+	if err := os.Rename(cert, ca); err != nil {
+		t.Fatal(err)
+	}
+	w.load(options + "\nvia fred")
+	w.untilCounted(e)
 }
 
 // A server in cluster mode is found out.

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caddyserver/caddy/v2"
 	dto "github.com/prometheus/client_model/go"
 )
 
@@ -508,6 +509,32 @@ func TestReload(t *testing.T) {
 	w.gets(200)
 	w.load("burst 5") // without a limiter, while it is tried in vain
 	eventually(t, "the goroutines of the limiter to end", func() bool { return stacksWith("redis.(*server)") == 0 })
+}
+
+// A config that is rejected has no say in where the lines go.
+func TestRejectedReload(t *testing.T) {
+	e := startEngine(t, "redis-server")
+	options := fmt.Sprintf("burst 100000\nrefill 0.001\nlimiter redis %s {\ntimeout 5s\n}", e.address)
+	w := newWorld(t, options)
+	w.gets(200)
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	text := siteConfig(w.proxy, filepath.Join(t.TempDir(), "rejected.log"), "off", options) + "http://" + ln.Addr().String() + " {\n\trespond ok\n}\n"
+	config, _, err := adapt(text, "Caddyfile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err = caddy.Load(config, true); err == nil {
+		t.Fatal("a config is loaded though its port is taken")
+	}
+	e.kill()
+	w.gets(200)
+	if failed, _ := w.states(); failed != 1 {
+		t.Errorf("%d lines say that Redis is gone, want 1", failed)
+	}
 }
 
 // stacksWith is how many goroutines there are with a function of that name.

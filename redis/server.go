@@ -41,14 +41,14 @@ var errDown = errors.New("redis is not available")
 type server struct {
 	options rueidis.ClientOption
 	timeout time.Duration
-	logger  atomic.Pointer[zap.Logger] // of the newest config
 
 	link  atomic.Pointer[link] // nil while Redis does not answer
 	tried chan struct{}        // closed when it is known for the first time
 	ctx   atomic.Pointer[sharedContext]
 
-	mu   sync.Mutex
-	done chan struct{} // closed with mu held, when nobody wants to ask any more
+	mu      sync.Mutex
+	loggers []*zap.Logger // of those who want to ask; the first is in a config that has been there for longest
+	done    chan struct{} // closed with mu held, when nobody wants to ask any more
 }
 
 // link are the connections to Redis from when it comes up until it fails.
@@ -66,8 +66,7 @@ func newServer(options rueidis.ClientOption, timeout time.Duration, prefix strin
 	options.ReadBufferEachConn, options.WriteBufferEachConn = 32<<10, 32<<10
 	options.DisableCache = true
 	options.DialCtxFn = dial
-	s := &server{options: options, timeout: timeout, tried: make(chan struct{}), done: make(chan struct{})}
-	s.logger.Store(logger)
+	s := &server{options: options, timeout: timeout, tried: make(chan struct{}), loggers: []*zap.Logger{logger}, done: make(chan struct{})}
 	go func() {
 		start := time.Now()
 		key := probeKey(prefix, "")
@@ -92,6 +91,31 @@ func (s *server) Destruct() error {
 		go l.client.Close() // which takes a second if Redis is silent
 	}
 	return nil
+}
+
+func (s *server) addLogger(logger *zap.Logger) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.loggers = append(s.loggers, logger)
+}
+
+func (s *server) removeLogger(logger *zap.Logger) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if i := slices.Index(s.loggers, logger); i >= 0 {
+		s.loggers = slices.Delete(s.loggers, i, i+1)
+	}
+}
+
+// logger is one of a config that is in use: that of a newer one may yet be
+// rejected, and nobody reads its log then.
+func (s *server) logger() *zap.Logger {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.loggers) == 0 {
+		return zap.NewNop()
+	}
+	return s.loggers[0]
 }
 
 // dial connects to a server, over TLS if there is a config for it.
@@ -271,12 +295,12 @@ func (s *server) heal(key string, since time.Time) {
 		}
 		err := s.connect(key)
 		if err == nil {
-			s.logger.Load().Info("redis answers again",
+			s.logger().Info("redis answers again",
 				zap.Strings("addresses", s.options.InitAddress),
 				zap.Duration("after", time.Since(since)))
 			return
 		}
-		s.logger.Load().Debug("redis still does not answer",
+		s.logger().Debug("redis still does not answer",
 			zap.Strings("addresses", s.options.InitAddress),
 			zap.Error(err))
 	}
@@ -323,7 +347,7 @@ func (s *server) closed() bool {
 }
 
 func (s *server) logFailed(err error) {
-	s.logger.Load().Warn("redis does not answer; clients are not counted together until it does",
+	s.logger().Warn("redis does not answer; clients are not counted together until it does",
 		zap.Strings("addresses", s.options.InitAddress),
 		zap.Error(err))
 }
