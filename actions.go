@@ -4,8 +4,11 @@
 package asyncproxy
 
 import (
+	"context"
 	"net/netip"
 	"time"
+
+	"go.uber.org/zap"
 )
 
 // closeTunnel closes a tunnel, and reports whether there is one of that id.
@@ -23,6 +26,7 @@ func closeTunnel(id uint64) (found bool) {
 // then it ends a block as well. It reports whether there was something to do
 // it to.
 func refillClient(addr netip.Addr, zone string) (found bool) {
+	found = refillShared(addr, zone) // first, as what it says is learned
 	limiters.Range(func(_, value any) bool {
 		l := value.(*limiter)
 		if zone != "" && zone != l.key.zone {
@@ -38,6 +42,30 @@ func refillClient(addr netip.Addr, zone string) (found bool) {
 		return true
 	})
 	return zone == "" && unblock(addr) || found
+}
+
+// refillShared does so in the shared limiters that can.
+func refillShared(addr netip.Addr, zone string) (found bool) {
+	var handlers []*Handler
+	eachRegistry(func(r *registry) {
+		r.handlers.Range(func(h *Handler, _ struct{}) bool {
+			handlers = append(handlers, h)
+			return true
+		})
+	})
+	for _, h := range handlers {
+		shared, ok := h.shared.(Refiller)
+		if !ok || zone != "" && zone != h.Zone {
+			continue
+		}
+		key := h.limiter.keyOf(addr)
+		done, err := shared.Refill(context.Background(), h.limiter.shared(key))
+		if err != nil {
+			h.logger.Warn("a shared bucket is not refilled", zap.String("client", h.limiter.name(key)), zap.Error(err))
+		}
+		found = found || done
+	}
+	return found
 }
 
 // blockClient has all requests of a client refused for a while; 0 ends that. It

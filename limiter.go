@@ -31,8 +31,15 @@ type Limiter interface {
 	Take(context.Context, Bucket) (wait time.Duration, err error)
 
 	// Suspended reports whether nobody is to be limited for now. Then neither
-	// this process's buckets are looked at, nor is Take called.
-	Suspended() bool
+	// this process's buckets are looked at, nor is Take called. again says that
+	// the same request may be asked about once more, and is counted then.
+	Suspended(again bool) bool
+}
+
+// Refiller is a Limiter whose buckets the operator can fill.
+type Refiller interface {
+	// Refill fills the bucket, and reports whether it was not full.
+	Refill(context.Context, Bucket) (done bool, err error)
 }
 
 // Bucket names the token bucket of one client, and says how large it is. Equal
@@ -63,7 +70,7 @@ func (h *Handler) loadLimiter(ctx caddy.Context) error {
 // ask takes one of the client's tokens: from its bucket here, and then, unless it
 // is to be here alone, from the shared one, if there is one.
 func (h *Handler) ask(ctx context.Context, client netip.Addr, now int64, here bool) verdict {
-	if h.shared != nil && h.shared.Suspended() {
+	if h.shared != nil && h.shared.Suspended(here) {
 		return verdict{ok: true}
 	}
 	own := h.limiter.take(client, now)

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -58,10 +59,15 @@ func (*testLimiter) Take(_ context.Context, b Bucket) (time.Duration, error) {
 	return answers.wait, answers.err
 }
 
-func (*testLimiter) Suspended() bool {
+func (*testLimiter) Suspended(bool) bool {
 	answers.Lock()
 	defer answers.Unlock()
 	return answers.suspended
+}
+
+func (l *testLimiter) Refill(ctx context.Context, b Bucket) (bool, error) {
+	_, err := l.Take(ctx, b)
+	return err == nil, err
 }
 
 // answer says what the testLimiters answer until the test ends.
@@ -198,6 +204,29 @@ func TestBucketsOfTheSharedLimiter(t *testing.T) {
 	}
 	if got, want := l.shared(l.client(netip.Addr{})), (Bucket{"office", netip.Prefix{}, "", 7, 333333333}); got != want {
 		t.Errorf("the bucket of a client without an address is %+v, want %+v", got, want)
+	}
+}
+
+// An operator refills the shared bucket, too.
+func TestRefillingTheSharedLimiter(t *testing.T) {
+	w := newWorld(t, "limiter test\nburst 10\nrefill 0.5\nipv4_prefix 24", nil)
+	answer(t, 0, nil, false)
+	if !refillClient(netip.MustParseAddr("192.0.2.7"), "") || !refillClient(userKey("alice"), "") {
+		t.Error("the clients are not known")
+	}
+	want := []Bucket{
+		{"default", netip.MustParsePrefix("192.0.2.0/24"), "", 10, 2 * time.Second},
+		{"default", netip.Prefix{}, "alice", 10, 2 * time.Second},
+	}
+	if got := asked(); !slices.Equal(got, want) {
+		t.Errorf("the buckets %+v are refilled, want %+v", got, want)
+	}
+	answer(t, 0, errors.New("out of order"), false)
+	if refillClient(netip.MustParseAddr("192.0.2.7"), "") {
+		t.Error("the client is known")
+	}
+	if line := w.waitLog("a shared bucket is not refilled", 1)[0]; line["client"] != "192.0.2.0/24" || line["error"] != "out of order" {
+		t.Errorf("log line: %v", line)
 	}
 }
 

@@ -26,8 +26,11 @@ import (
 func (l *Limiter) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // the module's name
 	for d.NextArg() {
+		if hasUser(d.Val()) {
+			return d.Errf("redis: a value is a URL or has a user; expected %s", expectedAddresses)
+		}
 		if !strings.Contains(d.Val(), "{") { // else a placeholder
-			if _, err := parseAddress(d.Val()); err != nil {
+			if _, ok := parseAddress(d.Val()); !ok {
 				return d.Errf("redis: the value '%s' is not valid; expected %s", d.Val(), expectedAddresses)
 			}
 		}
@@ -56,7 +59,7 @@ func (l *Limiter) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	return nil
 }
 
-const expectedAddresses = "addresses of servers as host:port"
+const expectedAddresses = "addresses of servers as " + expectedAddress
 
 // expectations are what the options want, in the words of the errors.
 var expectations = map[string]string{
@@ -65,7 +68,7 @@ var expectations = map[string]string{
 	"tls":      "no value, or a file with certificates",
 	"db":       "the number of a database, from 0",
 	"sentinel": "the name of the set of servers that the sentinels watch over",
-	"prefix":   "a name without spaces",
+	"prefix":   "a name without spaces and braces",
 	"timeout":  "a positive duration such as 50ms",
 	"on_error": "local, allow or deny",
 }

@@ -78,12 +78,13 @@ func TestCaddyfile(t *testing.T) {
 
 func TestCaddyfileMistakes(t *testing.T) {
 	for option, want := range map[string]string{
-		"limiter redis":                                 "redis: there is no value; expected addresses of servers as host:port, at Caddyfile:3",
-		"limiter redis {\ndb 1\n}":                      "redis: there is no value; expected addresses of servers as host:port, at Caddyfile:3",
-		"limiter redis a:b":                             "redis: the value 'a:b' is not valid; expected addresses of servers as host:port, at Caddyfile:3",
-		"limiter redis a redis://b":                     "redis: the value 'redis://b' is not valid; expected addresses of servers as host:port, at Caddyfile:3",
-		"limiter redis a:0":                             "redis: the value 'a:0' is not valid; expected addresses of servers as host:port, at Caddyfile:3",
-		"limiter redis \"\"":                            "redis: the value '' is not valid; expected addresses of servers as host:port, at Caddyfile:3",
+		"limiter redis":                                 "redis: there is no value; expected addresses of servers as host:port, and username and password as options, at Caddyfile:3",
+		"limiter redis {\ndb 1\n}":                      "redis: there is no value; expected addresses of servers as host:port, and username and password as options, at Caddyfile:3",
+		"limiter redis a:b":                             "redis: the value 'a:b' is not valid; expected addresses of servers as host:port, and username and password as options, at Caddyfile:3",
+		"limiter redis a redis://:open-sesame@b":        "redis: a value is a URL or has a user; expected addresses of servers as host:port, and username and password as options, at Caddyfile:3",
+		"limiter redis alice:open{sesame}@b":            "redis: a value is a URL or has a user; expected addresses of servers as host:port, and username and password as options, at Caddyfile:3",
+		"limiter redis a:0":                             "redis: the value 'a:0' is not valid; expected addresses of servers as host:port, and username and password as options, at Caddyfile:3",
+		"limiter redis \"\"":                            "redis: the value '' is not valid; expected addresses of servers as host:port, and username and password as options, at Caddyfile:3",
 		"limiter redis a {\nnonsense\n}":                "unrecognized option 'nonsense', at Caddyfile:4",
 		"limiter redis a {\ndb 1\ndb 2\n}":              "db: the option is given twice; expected it once, at Caddyfile:5",
 		"limiter redis a {\ndb\n}":                      "db: there is no value; expected the number of a database, from 0, at Caddyfile:4",
@@ -95,7 +96,8 @@ func TestCaddyfileMistakes(t *testing.T) {
 		"limiter redis a {\npassword secret of mine\n}": "password: there is more than one value; expected a password, such as {env.REDIS_PASSWORD}, at Caddyfile:4",
 		"limiter redis a {\npassword \"\"\n}":           "password: the value '' is not valid; expected a password, such as {env.REDIS_PASSWORD}, at Caddyfile:4",
 		"limiter redis a {\nsentinel\n}":                "sentinel: there is no value; expected the name of the set of servers that the sentinels watch over, at Caddyfile:4",
-		"limiter redis a {\nprefix \"a b\"\n}":          "prefix: the value 'a b' is not valid; expected a name without spaces, at Caddyfile:4",
+		"limiter redis a {\nprefix \"a b\"\n}":          "prefix: the value 'a b' is not valid; expected a name without spaces and braces, at Caddyfile:4",
+		"limiter redis a {\nprefix {env.A}\n}":          "prefix: the value '{env.A}' is not valid; expected a name without spaces and braces, at Caddyfile:4",
 		"limiter redis a {\ntimeout 0\n}":               "timeout: the value '0' is not valid; expected a positive duration such as 50ms, at Caddyfile:4",
 		"limiter redis a {\ntimeout soon\n}":            "timeout: the value 'soon' is not valid; expected a positive duration such as 50ms, at Caddyfile:4",
 		"limiter redis a {\non_error panic\n}":          "on_error: the value 'panic' is not valid; expected local, allow or deny, at Caddyfile:4",
@@ -122,20 +124,24 @@ func validate(t *testing.T, limiter string) error {
 // Each mistake is refused, and no server is left behind.
 func TestJSONMistakes(t *testing.T) {
 	t.Setenv("REDIS_TEST_EMPTY", "")
+	t.Setenv("REDIS_TEST_URL", "redis://:open-sesame@a")
 	file := filepath.Join(t.TempDir(), "ca.pem")
 	if err := os.WriteFile(file, []byte("nonsense"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	for options, want := range map[string]string{
-		`"db": 0`:                   "addresses: there are none; expected host:port of at least one server",
-		`"addresses": ["a", "b:0"]`: `addresses "b:0": expected host:port`,
+		`"db": 0`:                                                  "addresses: there are none; expected host:port of at least one server",
+		`"addresses": ["a", "b:0"]`:                                `addresses "b:0": expected host:port, and username and password as options`,
+		`"addresses": ["{env.REDIS_TEST_URL}"]`:                    `addresses "{env.REDIS_TEST_URL}": expected host:port, and username and password as options`,
+		`"addresses": ["redis://:open{sesame}@a"]`:                 "addresses: one of them is a URL or has a user; expected host:port, and username and password as options",
 		`"addresses": ["{env.REDIS_TEST_EMPTY}"]`:                  "addresses: evaluated placeholder {env.REDIS_TEST_EMPTY} is empty",
 		`"addresses": ["a"], "username": "alice"`:                  "username: there is no password; expected one",
 		`"addresses": ["a"], "password": "{env.REDIS_TEST_EMPTY}"`: "password: a placeholder in it is empty or unknown",
 		`"addresses": ["a"], "password": "sec{r}et"`:               "password: a placeholder in it is empty or unknown",
 		`"addresses": ["a"], "db": -1`:                             "db -1: expected the number of a database, from 0",
 		`"addresses": ["a"], "timeout": -1`:                        "timeout -1ns: expected a positive duration",
-		`"addresses": ["a"], "prefix": "a b"`:                      `prefix "a b": expected a name without spaces`,
+		`"addresses": ["a"], "prefix": "a b"`:                      `prefix "a b": expected a name without spaces and braces`,
+		`"addresses": ["a"], "prefix": "{a}"`:                      `prefix "{a}": expected a name without spaces and braces`,
 		`"addresses": ["a"], "on_error": "panic"`:                  `on_error "panic": expected local, allow or deny`,
 		`"addresses": ["a"], "tls": {"ca": "/nonexistent"}`:        "tls: open /nonexistent: no such file or directory",
 		`"addresses": ["a"], "tls": {"ca": "` + file + `"}`:        "tls: " + file + ": there is no certificate in PEM in it",
@@ -185,8 +191,8 @@ func FuzzCaddyfile(f *testing.F) {
 			t.Errorf("%q makes %s: %v", input, data, err)
 		}
 		for _, address := range l.Addresses {
-			if _, err := parseAddress(address); err != nil && !strings.Contains(address, "{") {
-				t.Errorf("%q makes %s: %v", input, data, err)
+			if _, ok := parseAddress(address); !ok && !strings.Contains(address, "{") {
+				t.Errorf("%q makes %s: what is %q?", input, data, address)
 			}
 		}
 	})

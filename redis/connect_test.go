@@ -4,11 +4,13 @@
 package redis
 
 import (
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"math/big"
 	"net"
@@ -16,9 +18,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	asyncproxy "github.com/asyncproxy/caddy-async-proxy"
 )
 
 // counts has a request made that Redis must have counted, and no line say that
@@ -35,7 +41,8 @@ func (w *world) counts(e *engine) {
 }
 
 // The user, the password and the address may come from the environment or a
-// file, and none of what is secret appears in a log or the config.
+// file, and none of what is secret appears in a log, the config or the answer to
+// one that is rejected.
 func TestSecrets(t *testing.T) {
 	e := startEngine(t, "redis-server")
 	const acl = "resetkeys ~async_proxy:* nocommands +evalsha +eval +get +set +time +hello +ping"
@@ -69,6 +76,19 @@ func TestSecrets(t *testing.T) {
 				t.Errorf("the log has the password: %s", text)
 			}
 		}
+	}
+
+	m := startMachine(t, "limiter redis {env.REDIS_TEST_ADDRESS} {\nusername proxy\npassword {env.REDIS_TEST_PASSWORD}\n}")
+	config := m.ask(http.MethodGet, "/config/", "", http.StatusOK)
+	if !strings.Contains(config, "{env.REDIS_TEST_PASSWORD}") || strings.Contains(config, "open-sesame") {
+		t.Errorf("the config is %s", config)
+	}
+	answer := m.ask(http.MethodPost, "/load", siteConfig(m.proxy, m.logs, m.admin, "limiter redis proxy:{env.REDIS_TEST_PASSWORD}"), http.StatusBadRequest)
+	if !strings.Contains(answer, "{env.REDIS_TEST_PASSWORD}") || strings.Contains(answer, "open-sesame") {
+		t.Errorf("/load answers %s", answer)
+	}
+	if text, err := os.ReadFile(m.logs); err != nil || strings.Contains(string(text), "open-sesame") {
+		t.Errorf("the log has the password: %s, %v", text, err)
 	}
 }
 
@@ -142,6 +162,23 @@ func TestDatabaseAndPrefix(t *testing.T) {
 	}
 }
 
+// A server is another one with another database.
+func TestDatabases(t *testing.T) {
+	e := startEngine(t, "redis-server")
+	w := newWorld(t, fleetOptions(e, "burst 10"))
+	w.gets(200)
+	before := e.bucket()
+	w.load(fmt.Sprintf("burst 10\nlimiter redis %s {\ntimeout 5s\ndb 3\n}", e.address))
+	w.gets(200)
+	if after := e.bucket(); after != before {
+		t.Error("the request was counted in database 0")
+	}
+	e.do("SELECT", "3")
+	if e.bucket() == "" {
+		t.Error("the request was not counted in database 3")
+	}
+}
+
 // A config that is replaced before it has connected says nothing about it.
 func TestReloadAtOnce(t *testing.T) {
 	e := startEngine(t, "redis-server")
@@ -169,6 +206,27 @@ func startNode(t *testing.T) *engine {
 	return startEngine(t, "redis-server", "--cluster-enabled", "yes", "--cluster-port", port)
 }
 
+// Those who sign are others after a reload if the file has changed.
+func TestRenewedCA(t *testing.T) {
+	cert, key := certificate(t)
+	e := startEngine(t, "redis-server")
+	secure := freeAddress(t)
+	_, port, _ := net.SplitHostPort(secure)
+	e.kill()
+	e.args = []string{"--tls-port", port, "--tls-cert-file", cert, "--tls-key-file", key, "--tls-ca-cert-file", cert, "--tls-auth-clients", "no"}
+	e.run()
+	ca, _ := certificate(t)
+	options := fmt.Sprintf("burst 100000\nrefill 0.001\nlimiter redis %s {\ntls %s\n}", secure, ca)
+	w := newWorld(t, options)
+	w.gets(200)
+	eventually(t, "a line about the certificate", func() bool { failed, _ := w.states(); return failed == 1 })
+	if err := os.Rename(cert, ca); err != nil {
+		t.Fatal(err)
+	}
+	w.load(options + "\nvia fred")
+	w.untilCounted(e)
+}
+
 // A server in cluster mode is found out.
 func TestCluster(t *testing.T) {
 	e := startNode(t)
@@ -177,9 +235,11 @@ func TestCluster(t *testing.T) {
 	w := newWorld(t, fmt.Sprintf("burst 3\nrefill 0.001\nlimiter redis %s", e.address))
 	w.counts(e)
 	w.gets(200, 200, 429)
-	key := e.bucketKeys()[0]
-	if slot, probe := e.do("CLUSTER", "KEYSLOT", key), e.do("CLUSTER", "KEYSLOT", probeKey("async_proxy", key)); slot != probe {
-		t.Errorf("the slot of %s is %s, that of its probe %s", key, slot, probe)
+	for _, b := range []asyncproxy.Bucket{{Zone: "default"}, {Zone: "a{b}c"}, {Zone: "a}b"}, {Zone: "default", User: "x}y"}} {
+		key := bucketKey("async_proxy", b)
+		if slot, probe := e.do("CLUSTER", "KEYSLOT", key), e.do("CLUSTER", "KEYSLOT", probeKey("async_proxy", key)); slot != probe {
+			t.Errorf("the slot of %s is %s, that of its probe %s", key, slot, probe)
+		}
 	}
 	e.kill()
 	w.load(fmt.Sprintf("burst 2\nrefill 0.001\nlimiter redis %s", e.address))
@@ -188,16 +248,95 @@ func TestCluster(t *testing.T) {
 	eventually(t, "Redis to be back", func() bool { _, back := w.states(); return back > 0 })
 }
 
+// joinNodes makes a cluster of nodes that have all slots.
+func joinNodes(t *testing.T, nodes []*engine) {
+	t.Helper()
+	for _, e := range nodes[1:] {
+		host, port, _ := net.SplitHostPort(e.address)
+		nodes[0].do("CLUSTER", "MEET", host, port, e.args[len(e.args)-1])
+	}
+	for _, e := range nodes {
+		eventually(t, "the cluster", func() bool { return strings.Contains(e.do("CLUSTER", "INFO"), "cluster_state:ok") })
+	}
+}
+
+// announce starts a bridge before a node, which is the way to it for clients.
+func announce(t *testing.T, e *engine) *bridge {
+	t.Helper()
+	b := startBridge(t, e.address)
+	_, port, _ := net.SplitHostPort(b.address)
+	e.do("CONFIG", "SET", "cluster-announce-port", port)
+	return b
+}
+
+// No request connects to a node that the addresses do not name, either.
+func TestClusterSlowToConnect(t *testing.T) {
+	nodes := []*engine{startNode(t), startNode(t), startNode(t)}
+	first := announce(t, nodes[0])
+	for _, e := range nodes[1:] {
+		announce(t, e).setup.Store(int64(700 * time.Millisecond))
+	}
+	last := []int{5460, 10922, 16383}
+	from := 0
+	for i, e := range nodes {
+		e.do("CLUSTER", "ADDSLOTSRANGE", strconv.Itoa(from), strconv.Itoa(last[i]))
+		from = last[i] + 1
+	}
+	joinNodes(t, nodes)
+	w := newWorld(t, fmt.Sprintf("burst 100000\nrefill 0.001\nlimiter redis %s {\ntimeout 500ms\n}", first.address))
+	s := w.server()
+	<-s.tried
+	var asked [3]int // each node
+	for i := range 30 {
+		key := fmt.Sprint("async_proxy:", i)
+		slot, err := strconv.Atoi(nodes[0].do("CLUSTER", "KEYSLOT", key))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err = s.take("async_proxy", key, probeArgs); err != nil {
+			t.Fatalf("question %d, of slot %d: %v", i, slot, err)
+		}
+		node, _ := slices.BinarySearch(last, slot)
+		asked[node]++
+	}
+	if slices.Contains(asked[:], 0) {
+		t.Errorf("the nodes were asked %v times", asked)
+	}
+	if failed, _ := w.states(); failed != 0 {
+		t.Errorf("the log says: %v", logLines(t, w.logs, failedLine))
+	}
+}
+
+// A request does not wait while the library finds out which node has its key.
+func TestClusterThatFallsSilent(t *testing.T) {
+	const key = "async_proxy:nobody's"
+	e := startNode(t)
+	e.do("CONFIG", "SET", "cluster-require-full-coverage", "no")
+	b := announce(t, e)
+	slot, err := strconv.Atoi(e.do("CLUSTER", "KEYSLOT", key))
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.do("CLUSTER", "ADDSLOTSRANGE", "0", strconv.Itoa(slot-1), strconv.Itoa(slot+1), "16383")
+	eventually(t, "the cluster", func() bool { return strings.Contains(e.do("CLUSTER", "INFO"), "cluster_state:ok") })
+	w := newWorld(t, fmt.Sprintf("burst 100000\nrefill 0.001\nlimiter redis %s {\ntimeout %v\n}", b.address, faultTimeout))
+	w.untilCounted(e)
+	s := w.server()
+	b.silent.Store(true)
+	if _, err := s.link.Load().take(s.deadline(time.Now()), key, probeArgs); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("the answer is %v", err)
+	}
+	if stacksWith("rueidis.(*clusterClient)._refresh") == 0 {
+		t.Error("the library had given up by then")
+	}
+}
+
 // A cluster of two: each key is counted by the one that it belongs to.
 func TestClusterOfTwo(t *testing.T) {
 	nodes := []*engine{startNode(t), startNode(t)}
 	nodes[0].do("CLUSTER", "ADDSLOTSRANGE", "0", "8191")
 	nodes[1].do("CLUSTER", "ADDSLOTSRANGE", "8192", "16383")
-	host, port, _ := net.SplitHostPort(nodes[1].address)
-	nodes[0].do("CLUSTER", "MEET", host, port, nodes[1].args[len(nodes[1].args)-1])
-	for _, e := range nodes {
-		eventually(t, "the cluster", func() bool { return strings.Contains(e.do("CLUSTER", "INFO"), "cluster_state:ok") })
-	}
+	joinNodes(t, nodes)
 	w := newWorld(t, fmt.Sprintf("burst 3\nrefill 0.001\nzone z0\nlimiter redis %s", nodes[0].address))
 	for i := range 10 {
 		w.load(fmt.Sprintf("burst 3\nrefill 0.001\nzone z%d\nlimiter redis %s %s", i, nodes[0].address, nodes[1].address))

@@ -6,6 +6,7 @@ package redis
 import (
 	"fmt"
 	"net"
+	"net/http"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -15,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caddyserver/caddy/v2"
 	dto "github.com/prometheus/client_model/go"
 )
 
@@ -164,7 +166,7 @@ func TestFaults(t *testing.T) {
 			},
 			func(_ *engine, b *bridge) { b.silent.Store(false) }},
 		{"answers take longer", "timeout", "context deadline exceeded",
-			func(_ *engine, b *bridge) { b.delay.Store(int64(faultTimeout)) },
+			func(_ *engine, b *bridge) { b.delay.Store(int64(2 * faultTimeout)) },
 			func(_ *engine, b *bridge) { b.delay.Store(0) }},
 		{"READONLY", "answer", "READONLY",
 			func(e *engine, _ *bridge) { e.do("REPLICAOF", "127.0.0.1", "1") },
@@ -172,6 +174,9 @@ func TestFaults(t *testing.T) {
 		{"OOM", "answer", "OOM",
 			func(e *engine, _ *bridge) { e.do("CONFIG", "SET", "maxmemory", "1") },
 			func(e *engine, _ *bridge) { e.do("CONFIG", "SET", "maxmemory", "0") }},
+		{"NOPERM", "answer", "script",
+			func(e *engine, _ *bridge) { e.do("ACL", "SETUSER", "default", "-get") },
+			func(e *engine, _ *bridge) { e.do("ACL", "SETUSER", "default", "+get") }},
 		{"LOADING", "", "LOADING",
 			func(e *engine, _ *bridge) {
 				for i := range 2000 {
@@ -197,11 +202,7 @@ func TestFaults(t *testing.T) {
 			e := startEngine(t, "redis-server", "--rdbcompression", "no")
 			b := startBridge(t, e.address)
 			w := newWorld(t, fmt.Sprintf("burst 100000\nrefill 0.001\nlimiter redis %s {\ntimeout %v\npassword secret\n}", b.address, faultTimeout))
-			w.gets(200)
-			before := e.bucket()
-			if before == "" {
-				t.Fatal("Redis does not count")
-			}
+			w.untilCounted(e)
 			var errors float64
 			if row.kind != "" {
 				errors = counter(t, metrics.errors.WithLabelValues(row.kind))
@@ -240,7 +241,7 @@ func TestFaults(t *testing.T) {
 
 			row.heal(e, b)
 			eventually(t, "Redis to be back", func() bool { _, back := w.states(); return back > 0 })
-			before = e.bucket()
+			before := e.bucket()
 			w.gets(200)
 			if e.bucket() == before {
 				t.Error("Redis does not count again")
@@ -249,6 +250,32 @@ func TestFaults(t *testing.T) {
 				t.Errorf("%d lines say that Redis is gone, %d that it is back; want one each", failed, back)
 			}
 		})
+	}
+}
+
+// A Redis that answers in the timeout, but later than some requests wait, is not
+// back: it would be gone again at once.
+func TestAlmostTooSlow(t *testing.T) {
+	e := startEngine(t, "redis-server")
+	b := startBridge(t, e.address)
+	w := newWorld(t, fmt.Sprintf("burst 100000\nrefill 0.001\nlimiter redis %s {\ntimeout %v\n}", b.address, faultTimeout))
+	w.untilCounted(e)
+	b.delay.Store(int64(2 * faultTimeout))
+	w.gets(200)
+	b.delay.Store(int64(faultTimeout * 7 / 8))
+	tried := func() int { return len(logLines(t, w.logs, stillLine)) }
+	before := tried()
+	eventually(t, "some attempts in vain", func() bool {
+		if _, back := w.states(); back > 0 {
+			t.Fatal("it is back")
+		}
+		return tried() >= before+4 // the first may have begun before it became faster
+	})
+	b.delay.Store(0)
+	eventually(t, "Redis to be back", func() bool { _, back := w.states(); return back > 0 })
+	w.gets(200)
+	if failed, back := w.states(); failed != 1 || back != 1 {
+		t.Errorf("%d lines say that Redis is gone, %d that it is back; want one each", failed, back)
 	}
 }
 
@@ -305,6 +332,77 @@ func TestOnError(t *testing.T) {
 	}
 }
 
+// A request is one fallback, also if it is the user who is to be counted.
+func TestFallbacksOfUsers(t *testing.T) {
+	for onError, want := range map[string]int{"local": 200, "allow": 200, "deny": 503} {
+		t.Run(onError, func(t *testing.T) {
+			e := startEngine(t, "redis-server")
+			w := newWorld(t, fmt.Sprintf("limit_by user\nbasic_auth {\nalice %s\n}\nlimiter redis %s {\ntimeout 5s\non_error %s\n}", secretHash, e.address, onError))
+			fallbacks := counter(t, metrics.fallbacks.WithLabelValues(onError))
+			c := client(t, w.proxy)
+			get := func(want int) {
+				t.Helper()
+				req, err := http.NewRequest(http.MethodGet, w.origin, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				req.Header.Set("Proxy-Authorization", "Basic YWxpY2U6c2VjcmV0") // alice:secret
+				res, err := c.Do(req)
+				if err != nil {
+					t.Fatal(err)
+				}
+				res.Body.Close()
+				if res.StatusCode != want {
+					t.Errorf("status %d, want %d", res.StatusCode, want)
+				}
+			}
+			get(200)
+			e.kill()
+			for range 3 {
+				get(want)
+			}
+			if n := counter(t, metrics.fallbacks.WithLabelValues(onError)) - fallbacks; n != 3 {
+				t.Errorf("%v fallbacks, want 3", n)
+			}
+		})
+	}
+}
+
+// secretHash is that of the password "secret", by a bcrypt that is cheap.
+const secretHash = "$2a$04$Qygo7lFPW76iK/UX8fhfkuttDQgKfbTsOK8PodbD0NQzppfmPuHZy"
+
+// Redis may forget the script at any time.
+func TestScriptIsForgotten(t *testing.T) {
+	e := startEngine(t, "redis-server")
+	w := newWorld(t, fleetOptions(e, "burst 100000\nrefill 0.001"))
+	w.untilCounted(e)
+	fallbacks, asked := counter(t, metrics.fallbacks.WithLabelValues("local")), questions(t)
+	flushed := make(chan int)
+	stop := make(chan struct{})
+	go func() {
+		n := 0
+		for ; ; n++ {
+			select {
+			case <-stop:
+				flushed <- n
+				return
+			default:
+				_ = e.ask.Do(t.Context(), e.ask.B().ScriptFlush().Build()).Error()
+			}
+		}
+	}()
+	for range 10 {
+		if statuses, _ := rush(t, 50, w.origin, w.proxy); statuses[200] != 50 {
+			t.Errorf("statuses %v", statuses)
+		}
+	}
+	close(stop)
+	t.Logf("the scripts were flushed %d times", <-flushed)
+	if n := counter(t, metrics.fallbacks.WithLabelValues("local")) - fallbacks; n != 0 || questions(t) != asked+500 {
+		t.Errorf("%v fallbacks of %d questions", n, questions(t)-asked)
+	}
+}
+
 // A Redis that falls silent under load has neither requests nor goroutines pile
 // up.
 func TestNothingPilesUp(t *testing.T) {
@@ -358,7 +456,7 @@ func TestSlowToConnect(t *testing.T) {
 	b := startBridge(t, e.address)
 	b.setup.Store(int64(700 * time.Millisecond))
 	w := newWorld(t, fmt.Sprintf("burst 100000\nrefill 0.001\nlimiter redis %s {\ntimeout 500ms\n}", b.address))
-	eventually(t, "Redis to count", func() bool { w.gets(200); return e.bucket() != "" })
+	w.untilCounted(e)
 	asked := questions(t)
 	for range 3 {
 		rush(t, 10, w.origin, w.proxy)
@@ -411,6 +509,32 @@ func TestReload(t *testing.T) {
 	w.gets(200)
 	w.load("burst 5") // without a limiter, while it is tried in vain
 	eventually(t, "the goroutines of the limiter to end", func() bool { return stacksWith("redis.(*server)") == 0 })
+}
+
+// A config that is rejected has no say in where the lines go.
+func TestRejectedReload(t *testing.T) {
+	e := startEngine(t, "redis-server")
+	options := fmt.Sprintf("burst 100000\nrefill 0.001\nlimiter redis %s {\ntimeout 5s\n}", e.address)
+	w := newWorld(t, options)
+	w.gets(200)
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	text := siteConfig(w.proxy, filepath.Join(t.TempDir(), "rejected.log"), "off", options) + "http://" + ln.Addr().String() + " {\n\trespond ok\n}\n"
+	config, _, err := adapt(text, "Caddyfile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err = caddy.Load(config, true); err == nil {
+		t.Fatal("a config is loaded though its port is taken")
+	}
+	e.kill()
+	w.gets(200)
+	if failed, _ := w.states(); failed != 1 {
+		t.Errorf("%d lines say that Redis is gone, want 1", failed)
+	}
 }
 
 // stacksWith is how many goroutines there are with a function of that name.

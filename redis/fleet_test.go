@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -68,14 +69,28 @@ func (m *machine) reload(options string) {
 	if err != nil {
 		m.t.Fatal(err)
 	}
-	res, err := http.Post("http://"+m.admin+"/load", "text/caddyfile", strings.NewReader(string(text)))
+	m.ask(http.MethodPost, "/load", string(text), http.StatusOK)
+}
+
+// ask has the admin endpoint asked, with a Caddyfile if there is content, and
+// returns the answer, which is to have a certain status.
+func (m *machine) ask(method, path, content string, want int) string {
+	m.t.Helper()
+	req, err := http.NewRequest(method, "http://"+m.admin+path, strings.NewReader(content))
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	req.Header.Set("Content-Type", "text/caddyfile")
+	res, err := http.DefaultClient.Do(req)
 	if err != nil {
 		m.t.Fatal(err)
 	}
 	defer res.Body.Close()
-	if body, _ := io.ReadAll(res.Body); res.StatusCode != http.StatusOK {
-		m.t.Fatalf("/load: status %d: %s", res.StatusCode, body)
+	body, err := io.ReadAll(res.Body)
+	if err != nil || res.StatusCode != want {
+		m.t.Fatalf("%s %s: status %d, want %d: %s, %v", method, path, res.StatusCode, want, body, err)
 	}
+	return string(body)
 }
 
 // startFleet runs n Caddys that count their clients in e.
@@ -216,6 +231,31 @@ func TestFleetForgetsNothing(t *testing.T) {
 		t.Errorf("after a restart of Redis: statuses %v, want one burst more at most", statuses)
 	}
 	want("after that", 0, 10)
+}
+
+// An operator who refills a client does so in Redis, too, also by a machine that
+// has not seen the client.
+func TestRefill(t *testing.T) {
+	e := startEngine(t, "redis-server")
+	machines, proxies := startFleet(t, 2, e, "burst 3\nrefill 0.0001")
+	origin := startOrigin(t)
+	want := func(proxy string, admitted int) {
+		t.Helper()
+		if statuses, _ := rush(t, 5, origin, proxy); statuses[200] != admitted {
+			t.Errorf("statuses %v, want 200 %d times", statuses, admitted)
+		}
+	}
+	want(proxies[0], 3)
+	for i, m := range slices.Backward(machines) {
+		m.ask(http.MethodDelete, "/async_proxy/clients/127.0.0.1", "", http.StatusNoContent)
+		want(proxies[i], 3)
+	}
+	machines[0].ask(http.MethodDelete, "/async_proxy/clients/192.0.2.1", "", http.StatusNotFound)
+	e.kill()
+	machines[0].ask(http.MethodDelete, "/async_proxy/clients/127.0.0.1", "", http.StatusNoContent)
+	if lines := logLines(t, machines[0].logs, "a shared bucket is not refilled"); len(lines) != 1 || lines[0]["client"] != "127.0.0.1" {
+		t.Errorf("log lines: %v", lines)
+	}
 }
 
 // caddyBinary builds cmd/caddy, once.

@@ -305,6 +305,13 @@ func (w *world) gets(want ...int) {
 	}
 }
 
+// untilCounted sends requests until Redis has counted one: the first may come
+// before it is there.
+func (w *world) untilCounted(e *engine) {
+	w.t.Helper()
+	eventually(w.t, "Redis to count", func() bool { w.gets(200); return e.bucket() != "" })
+}
+
 // rush sends n requests at once, spread over proxies, and counts the answers by
 // status. longest is how long the last of them took.
 func rush(t testing.TB, n int, origin string, proxies ...string) (statuses map[int]int, longest time.Duration) {

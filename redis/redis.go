@@ -25,6 +25,7 @@ import (
 	asyncproxy "github.com/asyncproxy/caddy-async-proxy"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/redis/rueidis"
+	"go.uber.org/zap"
 )
 
 func init() {
@@ -61,7 +62,8 @@ type Limiter struct {
 	// none, Addresses are those of servers.
 	Sentinel string `json:"sentinel,omitempty"`
 
-	// What the names of keys begin with. Default: "async_proxy".
+	// What the names of keys begin with, without spaces and braces. Default:
+	// "async_proxy".
 	Prefix string `json:"prefix,omitempty"`
 
 	// How long a request waits for Redis. It is also how slow Redis may be
@@ -75,6 +77,7 @@ type Limiter struct {
 
 	server    *server
 	key       serverKey
+	logger    *zap.Logger
 	fallbacks interface{ Inc() }
 }
 
@@ -91,10 +94,11 @@ var servers = caddy.NewUsagePool()
 
 // serverKey is what makes two limiters use the same server.
 type serverKey struct {
-	addresses, username, password, sentinel, ca string
-	tls                                         bool
-	db                                          int
-	timeout                                     caddy.Duration
+	addresses, username, password, sentinel string
+	tls                                     bool
+	ca                                      string // what is in the file
+	db                                      int
+	timeout                                 caddy.Duration
 }
 
 // CaddyModule returns the Caddy module information.
@@ -113,7 +117,7 @@ func (l *Limiter) Provision(ctx caddy.Context) error {
 	if err := l.validate(); err != nil {
 		return err
 	}
-	options, err := l.clientOption()
+	options, ca, err := l.clientOption()
 	if err != nil {
 		return err
 	}
@@ -124,20 +128,18 @@ func (l *Limiter) Provision(ctx caddy.Context) error {
 
 	key := serverKey{
 		addresses: strings.Join(options.InitAddress, " "), username: options.Username, password: options.Password,
-		sentinel: options.Sentinel.MasterSet, tls: l.TLS != nil, db: l.DB, timeout: l.Timeout,
+		sentinel: options.Sentinel.MasterSet, tls: l.TLS != nil, ca: ca, db: l.DB, timeout: l.Timeout,
 	}
-	if l.TLS != nil {
-		key.ca = l.TLS.CA
-	}
+	l.logger = ctx.Logger()
 	pooled, loaded, err := servers.LoadOrNew(key, func() (caddy.Destructor, error) {
-		return newServer(options, time.Duration(l.Timeout), l.Prefix, ctx.Logger()), nil
+		return newServer(options, time.Duration(l.Timeout), l.Prefix, l.logger), nil
 	})
 	if err != nil {
 		return err
 	}
 	l.server, l.key = pooled.(*server), key
 	if loaded {
-		l.server.logger.Store(ctx.Logger())
+		l.server.addLogger(l.logger)
 	}
 	return nil
 }
@@ -147,6 +149,7 @@ func (l *Limiter) Cleanup() error {
 	if l.server == nil {
 		return nil
 	}
+	l.server.removeLogger(l.logger)
 	_, err := servers.Delete(l.key)
 	return err
 }
@@ -165,12 +168,19 @@ func (l *Limiter) Take(_ context.Context, b asyncproxy.Bucket) (time.Duration, e
 }
 
 // Suspended implements asyncproxy.Limiter.
-func (l *Limiter) Suspended() bool {
+func (l *Limiter) Suspended(look bool) bool {
 	if l.OnError != "allow" || !l.server.down() {
 		return false
 	}
-	l.fallbacks.Inc()
+	if !look {
+		l.fallbacks.Inc()
+	}
 	return true
+}
+
+// Refill implements asyncproxy.Refiller.
+func (l *Limiter) Refill(ctx context.Context, b asyncproxy.Bucket) (bool, error) {
+	return l.server.refill(ctx, bucketKey(l.Prefix, b))
 }
 
 func (l *Limiter) validate() error {
@@ -184,7 +194,7 @@ func (l *Limiter) validate() error {
 	case l.Timeout < 0:
 		return fmt.Errorf("timeout %v: expected a positive duration", time.Duration(l.Timeout))
 	case !validPrefix(l.Prefix):
-		return fmt.Errorf("prefix %q: expected a name without spaces", l.Prefix)
+		return fmt.Errorf("prefix %q: expected a name without spaces and braces", l.Prefix)
 	case !validOnError(l.OnError):
 		return fmt.Errorf("on_error %q: expected local, allow or deny", l.OnError)
 	}
@@ -193,47 +203,55 @@ func (l *Limiter) validate() error {
 
 func validOnError(s string) bool { return s == "local" || s == "allow" || s == "deny" }
 
-func validPrefix(s string) bool { return s != "" && !strings.ContainsAny(s, " \t\r\n") }
+func validPrefix(s string) bool { return s != "" && !strings.ContainsAny(s, " \t\r\n{}") }
+
+// expectedAddress is what an address is to be, in the words of the errors.
+const expectedAddress = "host:port, and username and password as options"
+
+// hasUser reports whether s may have a password in it, as a URL may, so that it
+// is not to be repeated.
+func hasUser(s string) bool { return strings.Contains(s, "://") || strings.Contains(s, "@") }
 
 // parseAddress returns the host and port in s, with Redis's port if there is
 // none.
-func parseAddress(s string) (string, error) {
+func parseAddress(s string) (address string, ok bool) {
 	host, port, err := net.SplitHostPort(s)
 	if err != nil {
 		host, port, err = net.SplitHostPort(net.JoinHostPort(strings.Trim(s, "[]"), "6379"))
 	}
 	if n, err2 := strconv.ParseUint(port, 10, 16); err != nil || err2 != nil || n == 0 || host == "" || strings.ContainsAny(host, " /@") {
-		return "", fmt.Errorf("addresses %q: expected host:port", s)
+		return "", false
 	}
-	return net.JoinHostPort(host, port), nil
+	return net.JoinHostPort(host, port), true
 }
 
 // clientOption is what the client library is to be told, with placeholders
-// replaced.
-func (l *Limiter) clientOption() (rueidis.ClientOption, error) {
-	var o rueidis.ClientOption
+// replaced. ca is what is in the file of that name.
+func (l *Limiter) clientOption() (o rueidis.ClientOption, ca string, err error) {
 	repl := caddy.NewReplacer()
 	for _, s := range l.Addresses {
-		s, err := repl.ReplaceOrErr(s, true, true)
-		if err != nil {
-			return o, fmt.Errorf("addresses: %w", err)
+		if hasUser(s) {
+			return o, "", fmt.Errorf("addresses: one of them is a URL or has a user; expected %s", expectedAddress)
 		}
-		address, err := parseAddress(s)
+		replaced, err := repl.ReplaceOrErr(s, true, true)
 		if err != nil {
-			return o, err
+			return o, "", fmt.Errorf("addresses: %w", err)
+		}
+		address, ok := parseAddress(replaced)
+		if !ok {
+			return o, "", fmt.Errorf("addresses %q: expected %s", s, expectedAddress) // replaced may have a secret
 		}
 		o.InitAddress = append(o.InitAddress, address)
 	}
-	var err error
 	if o.Username, err = repl.ReplaceOrErr(l.Username, true, true); err != nil {
-		return o, fmt.Errorf("username: %w", err)
+		return o, "", fmt.Errorf("username: %w", err)
 	}
 	if o.Password, err = repl.ReplaceOrErr(l.Password, true, true); err != nil {
-		return o, errors.New("password: a placeholder in it is empty or unknown") // err may have a part of it
+		return o, "", errors.New("password: a placeholder in it is empty or unknown") // err may have a part of it
 	}
 	o.SelectDB = l.DB
-	if o.TLSConfig, err = l.TLS.config(repl); err != nil {
-		return o, fmt.Errorf("tls: %w", err)
+	if o.TLSConfig, ca, err = l.TLS.config(repl); err != nil {
+		return o, "", fmt.Errorf("tls: %w", err)
 	}
 	if l.Sentinel != "" {
 		o.Sentinel = rueidis.SentinelOption{
@@ -241,36 +259,37 @@ func (l *Limiter) clientOption() (rueidis.ClientOption, error) {
 		}
 		o.Sentinel.Dialer.Timeout = setupTimeout
 	}
-	return o, nil
+	return o, ca, nil
 }
 
-// config is nil if there is to be no TLS.
-func (t *TLS) config(repl *caddy.Replacer) (*tls.Config, error) {
+// config is nil if there is to be no TLS. ca is what is in the file of that name.
+func (t *TLS) config(repl *caddy.Replacer) (config *tls.Config, ca string, err error) {
 	if t == nil {
-		return nil, nil
+		return nil, "", nil
 	}
-	config := new(tls.Config)
+	config = new(tls.Config)
 	if t.CA == "" {
-		return config, nil
+		return config, "", nil
 	}
 	file, err := repl.ReplaceOrErr(t.CA, true, true)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	pem, err := os.ReadFile(file)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	config.RootCAs = x509.NewCertPool()
 	if !config.RootCAs.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("%s: there is no certificate in PEM in it", file)
+		return nil, "", fmt.Errorf("%s: there is no certificate in PEM in it", file)
 	}
-	return config, nil
+	return config, string(pem), nil
 }
 
 // Interface guards
 var (
-	_ asyncproxy.Limiter = (*Limiter)(nil)
-	_ caddy.Provisioner  = (*Limiter)(nil)
-	_ caddy.CleanerUpper = (*Limiter)(nil)
+	_ asyncproxy.Limiter  = (*Limiter)(nil)
+	_ asyncproxy.Refiller = (*Limiter)(nil)
+	_ caddy.Provisioner   = (*Limiter)(nil)
+	_ caddy.CleanerUpper  = (*Limiter)(nil)
 )

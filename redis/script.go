@@ -6,6 +6,7 @@ package redis
 import (
 	_ "embed"
 	"strconv"
+	"strings"
 	"time"
 
 	asyncproxy "github.com/asyncproxy/caddy-async-proxy"
@@ -21,7 +22,8 @@ var takeText string
 var takeScript = rueidis.NewLuaScript(takeText)
 
 // bucketKey is the key of a bucket in Redis. The zone, which may contain
-// anything but spaces, stands last, so that no two buckets have the same key.
+// anything but spaces, quotes and backslashes, stands last, so that no two
+// buckets have the same key.
 func bucketKey(prefix string, b asyncproxy.Bucket) string {
 	key := make([]byte, 0, 96)
 	key = append(key, prefix...)
@@ -40,8 +42,12 @@ func bucketKey(prefix string, b asyncproxy.Bucket) string {
 	}
 	key = append(key, ':')
 	key = append(key, b.Zone...)
-	return string(key)
+	return braces.Replace(string(key))
 }
+
+// braces escapes them: the key of a bucket has none, so that in a cluster all of
+// it says where the bucket is.
+var braces = strings.NewReplacer("{", `\x7b`, "}", `\x7d`)
 
 // bucketArgs are the arguments of the script.
 func bucketArgs(burst int64, interval time.Duration) []string {

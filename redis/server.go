@@ -41,14 +41,14 @@ var errDown = errors.New("redis is not available")
 type server struct {
 	options rueidis.ClientOption
 	timeout time.Duration
-	logger  atomic.Pointer[zap.Logger] // of the newest config
 
 	link  atomic.Pointer[link] // nil while Redis does not answer
 	tried chan struct{}        // closed when it is known for the first time
 	ctx   atomic.Pointer[sharedContext]
 
-	mu   sync.Mutex
-	done chan struct{} // closed with mu held, when nobody wants to ask any more
+	mu      sync.Mutex
+	loggers []*zap.Logger // of those who want to ask; the first is in a config that has been there for longest
+	done    chan struct{} // closed with mu held, when nobody wants to ask any more
 }
 
 // link are the connections to Redis from when it comes up until it fails.
@@ -66,8 +66,7 @@ func newServer(options rueidis.ClientOption, timeout time.Duration, prefix strin
 	options.ReadBufferEachConn, options.WriteBufferEachConn = 32<<10, 32<<10
 	options.DisableCache = true
 	options.DialCtxFn = dial
-	s := &server{options: options, timeout: timeout, tried: make(chan struct{}), done: make(chan struct{})}
-	s.logger.Store(logger)
+	s := &server{options: options, timeout: timeout, tried: make(chan struct{}), loggers: []*zap.Logger{logger}, done: make(chan struct{})}
 	go func() {
 		start := time.Now()
 		key := probeKey(prefix, "")
@@ -92,6 +91,31 @@ func (s *server) Destruct() error {
 		go l.client.Close() // which takes a second if Redis is silent
 	}
 	return nil
+}
+
+func (s *server) addLogger(logger *zap.Logger) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.loggers = append(s.loggers, logger)
+}
+
+func (s *server) removeLogger(logger *zap.Logger) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if i := slices.Index(s.loggers, logger); i >= 0 {
+		s.loggers = slices.Delete(s.loggers, i, i+1)
+	}
+}
+
+// logger is one of a config that is in use: that of a newer one may yet be
+// rejected, and nobody reads its log then.
+func (s *server) logger() *zap.Logger {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.loggers) == 0 {
+		return zap.NewNop()
+	}
+	return s.loggers[0]
 }
 
 // dial connects to a server, over TLS if there is a config for it.
@@ -131,6 +155,16 @@ func (s *server) down() bool {
 	}
 }
 
+// up returns the link, or nil if there is none. It waits until that is known.
+func (s *server) up(ctx context.Context) *link {
+	select {
+	case <-s.tried:
+		return s.link.Load()
+	case <-ctx.Done():
+		return nil
+	}
+}
+
 // take runs the script on a bucket whose key begins with prefix. That takes no
 // longer than the timeout.
 func (s *server) take(prefix, key string, args []string) (time.Duration, error) {
@@ -138,12 +172,7 @@ func (s *server) take(prefix, key string, args []string) (time.Duration, error) 
 	// client leaves, and its leaving is not Redis's failure.
 	start := time.Now()
 	ctx := s.deadline(start)
-	select {
-	case <-s.tried:
-	case <-ctx.Done():
-		return 0, errDown
-	}
-	l := s.link.Load()
+	l := s.up(ctx)
 	if l == nil {
 		return 0, errDown
 	}
@@ -155,6 +184,22 @@ func (s *server) take(prefix, key string, args []string) (time.Duration, error) 
 		return 0, err
 	}
 	return wait, nil
+}
+
+// refill fills a bucket, and reports whether it was there. It has the key expire
+// by a command that the script uses, too, so that no other has to be allowed.
+func (s *server) refill(ctx context.Context, key string) (found bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, s.timeout)
+	defer cancel()
+	l := s.up(ctx)
+	if l == nil {
+		return false, errDown
+	}
+	err = l.client.Do(ctx, l.client.B().Set().Key(key).Value("").Xx().PxMilliseconds(1).Build()).Error()
+	if rueidis.IsRedisNil(err) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // deadline is a context that ends when a request that comes now has waited for
@@ -180,12 +225,49 @@ type sharedContext struct {
 func (l *link) take(ctx context.Context, key string, args []string) (time.Duration, error) {
 	select {
 	case l.waiting <- struct{}{}:
-		defer func() { <-l.waiting }()
 	case <-ctx.Done():
 		return 0, ctx.Err()
 	}
+	if l.client.Mode() == rueidis.ClientModeStandalone {
+		return l.exec(ctx, key, args)
+	}
+	// For a cluster or sentinels the library may first have to find out whom to
+	// ask, or wait for another who does, and minds no context then.
+	type answer struct {
+		wait time.Duration
+		err  error
+	}
+	answered := make(chan answer, 1)
+	go func() {
+		wait, err := l.exec(ctx, key, args)
+		answered <- answer{wait, err}
+	}()
+	select {
+	case a := <-answered:
+		return a.wait, a.err
+	case <-ctx.Done():
+		return 0, ctx.Err()
+	}
+}
+
+// exec runs the script, and gives the place up that the request had.
+func (l *link) exec(ctx context.Context, key string, args []string) (time.Duration, error) {
+	defer func() { <-l.waiting }()
 	wait, err := takeScript.Exec(ctx, l.client, []string{key}, args).AsInt64()
 	return time.Duration(wait), err
+}
+
+// reach connects to all nodes of a cluster, of which the addresses may name only
+// some: a request cannot wait for as long as that may take. Those that do not
+// answer are the probe's matter, or nobody's.
+func (l *link) reach() {
+	ctx, cancel := context.WithTimeout(context.Background(), setupTimeout)
+	defer cancel()
+	var wg sync.WaitGroup
+	for _, node := range l.client.Nodes() {
+		wg.Go(func() { node.Do(ctx, node.B().Ping().Build()) })
+	}
+	wg.Wait()
 }
 
 // fail gives l up, once, and has somebody see to it that there is another one.
@@ -213,12 +295,12 @@ func (s *server) heal(key string, since time.Time) {
 		}
 		err := s.connect(key)
 		if err == nil {
-			s.logger.Load().Info("redis answers again",
+			s.logger().Info("redis answers again",
 				zap.Strings("addresses", s.options.InitAddress),
 				zap.Duration("after", time.Since(since)))
 			return
 		}
-		s.logger.Load().Debug("redis still does not answer",
+		s.logger().Debug("redis still does not answer",
 			zap.Strings("addresses", s.options.InitAddress),
 			zap.Error(err))
 	}
@@ -233,7 +315,9 @@ func (s *server) connect(key string) error {
 		return err
 	}
 	l := &link{client, make(chan struct{}, maxWaiting)}
-	for _, timeout := range []time.Duration{setupTimeout, s.timeout} { // at first the script may have to be loaded
+	l.reach()
+	// At first the script may have to be loaded; then it must do in what any request has.
+	for _, timeout := range []time.Duration{setupTimeout, s.timeout - s.timeout/4} {
 		ctx, cancel := context.WithTimeout(context.Background(), timeout)
 		_, err = l.take(ctx, key, probeArgs)
 		cancel()
@@ -263,7 +347,7 @@ func (s *server) closed() bool {
 }
 
 func (s *server) logFailed(err error) {
-	s.logger.Load().Warn("redis does not answer; clients are not counted together until it does",
+	s.logger().Warn("redis does not answer; clients are not counted together until it does",
 		zap.Strings("addresses", s.options.InitAddress),
 		zap.Error(err))
 }

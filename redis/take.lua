@@ -26,10 +26,14 @@ local time = redis.call('TIME')
 local now_s, now_ns = tonumber(time[1]), tonumber(time[2]) * 1000
 local empty_s, empty_ns = add(now_s, now_ns, fill_s, fill_ns) -- when a bucket is full that is empty now
 
--- What is no time, or no string at all, is not a bucket and gives way to one. A
--- time that is too late is from before the clock went back: the bucket is empty.
+-- What is no time, or no string at all, is not a bucket and gives way to one; any
+-- other error is the answer. A time that is too late is from before the clock went
+-- back: the bucket is empty.
 local full_s, full_ns = now_s, now_ns
 local kept = redis.pcall('GET', KEYS[1])
+if type(kept) == 'table' and not string.find(kept.err, 'WRONGTYPE', 1, true) then
+	return kept
+end
 local s, ns = string.match(type(kept) == 'string' and kept or '', '^(%d+)%.(%d%d%d%d%d%d%d%d%d)$')
 if s then
 	s, ns = tonumber(s), tonumber(ns)
