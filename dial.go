@@ -94,7 +94,7 @@ func (d *dialer) dial(ctx context.Context, r reach, address string) (conn net.Co
 	if denied, _ := d.policy.checkName(ctx, r, a.target, true); denied != nil {
 		return nil, denied
 	}
-	conn, err = d.open(context.WithValue(ctx, attemptKey{}, a), d.dialers[r], a.target)
+	conn, err = d.open(context.WithValue(ctx, attemptKey{}, a), &d.dialers[r], a.target)
 	if denied := a.denied.Load(); err != nil && denied != nil && ctx.Err() == nil {
 		return nil, denied
 	}
@@ -104,7 +104,7 @@ func (d *dialer) dial(ctx context.Context, r reach, address string) (conn net.Co
 // open connects to an address, or to those of a name, which is the whole name: a
 // search list of the resolver's would make another one of it, that no rule has
 // judged.
-func (d *dialer) open(ctx context.Context, dialer net.Dialer, t target) (net.Conn, error) {
+func (d *dialer) open(ctx context.Context, dialer *net.Dialer, t target) (net.Conn, error) {
 	port := strconv.Itoa(int(t.port))
 	switch {
 	case t.addr.IsValid():
@@ -112,7 +112,7 @@ func (d *dialer) open(ctx context.Context, dialer net.Dialer, t target) (net.Con
 	case t.name == "localhost": // is known to most systems without a dot only
 		return dialer.DialContext(ctx, "tcp", net.JoinHostPort(t.name, port))
 	case !strings.Contains(t.name, "."): // and so is one in the hosts file
-		fromFile := dialer
+		fromFile := *dialer
 		fromFile.Resolver = hostsFile
 		if conn, err := fromFile.DialContext(ctx, "tcp", net.JoinHostPort(t.name, port)); !errors.As(err, new(*net.DNSError)) {
 			return conn, err

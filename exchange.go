@@ -31,7 +31,7 @@ type exchange struct {
 	timeout time.Duration // for the head of the response
 	interim func(status int, header http.Header)
 
-	stopWatch func() bool // ends the watch for the client's leaving
+	stopWatch func() bool // ends the watch for the client's leaving; nil: there is none yet
 	sender    *sender     // of the body, if there is one
 	answered  bool        // something of a response has come
 }
@@ -133,16 +133,18 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 		return nil, err
 	}
 	x.conn = conn
-	x.stopWatch = context.AfterFunc(x.ctx, func() { _ = conn.Close() })
+	if out.body != nil {
+		x.watch()
+	}
+	start := time.Now()
 	if err := writeHead(conn, out); err != nil {
 		return nil, err
 	}
 	if out.body != nil {
 		x.sender = newSender(conn, out)
 	}
-	conn.expectBy(x.timeout)
 	for range maxInterim {
-		x.await()
+		x.await(start)
 		res, err := readResponse(conn.r, out.method)
 		if x.sender != nil && err != nil && x.ctx.Err() != nil {
 			x.sender.wait() // it may be the body that the client broke off
@@ -157,7 +159,8 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 		if res.StatusCode >= 200 || res.StatusCode == http.StatusSwitchingProtocols {
 			body := res.Body.(*originBody)
 			body.conn = conn.Conn
-			if body.left < 0 || body.left > int64(conn.r.Buffered()) {
+			if body.left < 0 || body.left > int64(conn.r.Buffered()) || res.StatusCode == http.StatusSwitchingProtocols {
+				x.watch()
 				conn.expectNone() // a body takes what it takes
 			}
 			if x.sender != nil {
@@ -169,6 +172,7 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 			x.sender.proceed(true)
 		}
 		x.interim(res.StatusCode, res.Header)
+		x.watch()
 	}
 	return nil, protocolError("the origin sends interim responses without end")
 }
@@ -177,22 +181,49 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 // of them interim.
 const maxInterim = 100
 
+// promptly is how long an exchange may go unwatched: most are over before that,
+// and a watch costs about as much as the rest of what is done for them here.
+const promptly = 200 * time.Millisecond
+
+// watch ends the exchange as soon as the client leaves.
+func (x *exchange) watch() {
+	if x.stopWatch == nil {
+		conn := x.conn
+		x.stopWatch = context.AfterFunc(x.ctx, func() { _ = conn.Close() })
+	}
+}
+
 // await returns when there is something to read, or the time for it is over:
-// that in which the origin has had all of the request, or would not take more.
-func (x *exchange) await() {
-	for {
-		_, err := x.conn.r.Peek(1)
-		if x.sender == nil || !errors.Is(err, os.ErrDeadlineExceeded) {
+// that in which the origin has had all of the request, which it began to get at
+// start, or would not take more.
+func (x *exchange) await(start time.Time) {
+	if x.stopWatch == nil {
+		x.conn.expectBy(promptly/4, promptly)
+		if _, err := x.conn.r.Peek(1); !errors.Is(err, os.ErrDeadlineExceeded) {
 			return
+		}
+		x.watch()
+	}
+	for {
+		due := sinceEpoch(start)
+		if x.sender != nil {
+			due = x.sender.due.Load()
 		}
 		left := x.timeout
-		if due := x.sender.due.Load(); due != 0 {
+		if due != 0 {
 			left -= time.Duration(sinceEpoch(time.Now()) - due)
 		}
-		if left <= 0 {
+		switch {
+		case x.timeout <= 0:
+			x.conn.expectNone()
+		case left <= 0:
+			return
+		default:
+			x.conn.expectBy(left, left+left/8)
+		}
+		if _, err := x.conn.r.Peek(1); !errors.Is(err, os.ErrDeadlineExceeded) {
 			return
 		}
-		x.conn.expectBy(left)
 	}
 }
 
@@ -202,21 +233,21 @@ func (x *exchange) finish(reusable bool) {
 	if x.conn == nil {
 		return
 	}
-	left := !x.stopWatch() // the client
+	left := x.stopWatch != nil && !x.stopWatch() // the client
 	sent := x.sender == nil || x.sender.stop(x.conn)
 	if reusable && sent && !left {
 		x.origins.put(x.conn)
 	} else {
 		x.conn.discard()
 	}
-	x.conn, x.sender = nil, nil
+	x.conn, x.sender, x.stopWatch = nil, nil, nil
 }
 
 // take hands the connection over to the caller, with what was read from it
 // beyond the response.
 func (x *exchange) take() (conn *originConn, early []byte, err error) {
 	conn = x.conn
-	if !x.stopWatch() {
+	if x.watch(); !x.stopWatch() {
 		return nil, nil, context.Cause(x.ctx)
 	}
 	if x.sender != nil && !x.sender.stop(conn) {

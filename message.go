@@ -119,6 +119,9 @@ func parseStatusLine(res *http.Response, line string) error {
 
 // parseFields reads field lines, each ended by \n.
 func parseFields(lines string) (http.Header, error) {
+	if strings.IndexByte(lines, 0) >= 0 || strings.IndexByte(lines, '\r') >= 0 {
+		return nil, protocolError("a field of the response has a NUL or a bare CR in it")
+	}
 	n := strings.Count(lines, "\n")
 	header := make(http.Header, n)
 	values := make([]string, 0, n) // one array for all
@@ -126,9 +129,6 @@ func parseFields(lines string) (http.Header, error) {
 	for line := range strings.SplitSeq(strings.TrimSuffix(lines, "\n"), "\n") {
 		if n == 0 {
 			break
-		}
-		if strings.ContainsAny(line, "\x00\r") {
-			return nil, protocolError("a field of the response has a NUL or a bare CR in it")
 		}
 		if line[0] == ' ' || line[0] == '\t' { // folded: RFC 9112 §5.2
 			if name == "" {

@@ -266,17 +266,14 @@ func (c *originConn) quiet() bool {
 	return false
 }
 
-// expectBy limits how long the next read may take to about timeout. Deadlines
-// cost a timer each, so one that is a little later than asked for is left.
-func (c *originConn) expectBy(timeout time.Duration) {
-	if timeout <= 0 {
-		return
-	}
+// expectBy limits how long the next read may take, to least at least and to most
+// at most. Deadlines cost a timer each, so that one which fits is left.
+func (c *originConn) expectBy(least, most time.Duration) {
 	now := time.Now()
-	if c.deadline.Sub(now) >= timeout {
+	if left := c.deadline.Sub(now); left >= least && left <= most {
 		return
 	}
-	c.deadline = now.Add(timeout + timeout/8)
+	c.deadline = now.Add(most)
 	_ = c.SetReadDeadline(c.deadline)
 }
 
