@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
@@ -36,7 +37,7 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *visit) (int
 	if f := h.tunnels.admit(from.bucket, h.MaxTunnels, h.MaxTunnelsPerClient); f != nil {
 		return 0, f
 	}
-	ctx, dialled := h.tunnels.whileOpen(h.withParentFields(r, from, target))
+	ctx, dialled := h.tunnels.whileOpen(h.withParentFields(r, from, target), time.Duration(h.DialTimeout))
 	far, err := h.dialer.dial(ctx, from.reach, target)
 	dialled()
 	if err != nil {

@@ -183,7 +183,7 @@ const maxInterim = 100
 
 // promptly is how long an exchange may go unwatched: most are over before that,
 // and a watch costs about as much as the rest of what is done for them here.
-const promptly = 200 * time.Millisecond
+const promptly = 20 * time.Millisecond
 
 // watch ends the exchange as soon as the client leaves.
 func (x *exchange) watch() {

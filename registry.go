@@ -130,10 +130,11 @@ func (r *registry) leave(client netip.Addr) {
 	}
 }
 
-// whileOpen returns ctx as one that also ends, like the dial of a tunnel that is
-// for nothing then, when all tunnels are closed. done is to be called.
-func (r *registry) whileOpen(ctx context.Context) (open context.Context, done func()) {
-	ctx, cancel := context.WithCancel(ctx)
+// whileOpen returns the context of a tunnel's dial, which ends with ctx, after
+// timeout, and when all tunnels are closed: then it is for nothing. done is to be
+// called. A dial with a deadline makes no context of its own for one.
+func (r *registry) whileOpen(ctx context.Context, timeout time.Duration) (open context.Context, done func()) {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	stop := context.AfterFunc(r.open, cancel)
 	return ctx, func() { stop(); cancel() }
 }
