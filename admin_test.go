@@ -16,8 +16,6 @@ import (
 	"strings"
 	"testing"
 	"time"
-
-	"github.com/caddyserver/caddy/v2"
 )
 
 // api asks the admin API and decodes its answer.
@@ -33,15 +31,6 @@ func (c *binaryCaddy) api(method, path string, want int, into any) string {
 		}
 	}
 	return text
-}
-
-// names of clients, in order.
-func (l clientList) names() string {
-	var names []string
-	for _, c := range l.Clients {
-		names = append(names, c.Client)
-	}
-	return strings.Join(names, " ")
 }
 
 func TestAdminAPI(t *testing.T) {
@@ -214,26 +203,6 @@ func TestSnapshotOfMany(t *testing.T) {
 	if n := l.clients(); n != 50_000 {
 		t.Errorf("%d clients are tracked", n)
 	}
-}
-
-// manyClients has a limiter know n clients, of which each has made one request
-// more than the one before.
-func manyClients(t testing.TB, n int) *limiter {
-	t.Helper()
-	key := limits(1_000_000, 1)
-	key.zone, key.maxClients = t.Name(), 4*n
-	pooled, _, err := limiters.LoadOrNew(key, func() (caddy.Destructor, error) { return newLimiter(key), nil })
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _, _ = limiters.Delete(key) })
-	l := pooled.(*limiter)
-	for i := range n {
-		addr := netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)})
-		l.take(addr, int64(i))
-		l.bucket(addr, int64(i)).requests.Store(int64(i))
-	}
-	return l
 }
 
 func BenchmarkSnapshot(b *testing.B) {

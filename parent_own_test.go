@@ -1,0 +1,109 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package asyncproxy
+
+import (
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"syscall"
+	"testing"
+)
+
+// TestParentOwn chains two of our own, over plain HTTP/1, and over TLS with
+// HTTP/2 and without.
+func TestParentOwn(t *testing.T) {
+	const trusting = " {\ntls_insecure_skip_verify\n}"
+	for _, tc := range []struct{ name, scheme, global, proto string }{
+		{"plain", "http", "", "HTTP/1.1"},
+		{"TLS, HTTP/2", "https", "", "HTTP/2.0"},
+		{"TLS, HTTP/1", "https", "servers {\nprotocols h1\n}", "HTTP/1.1"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			parent := binaryStart(t, binaryOptions{secure: true, global: tc.global, site: "allow 127.0.0.0/8\n" + bcryptUsers})
+			address, block := parent.proxy, ""
+			if tc.scheme == "https" {
+				address, block = parent.secure, trusting
+			}
+			throughParent(t, "upstream "+tc.scheme+"://alice:wonderland@"+address+block, true)
+			if line := parent.waitLog("CONNECT tunnel closed", 1)[0]; line["user"] != "alice" || line["proto"] != tc.proto {
+				t.Errorf("the parent's line: %v", line)
+			}
+			refusedByParent(t, "upstream "+tc.scheme+"://alice:rabbit@"+address+block, http.StatusBadGateway, parentWantsOthers)
+		})
+	}
+	t.Run("what it denies", func(t *testing.T) {
+		parent := binaryStart(t, binaryOptions{}) // to which the child's clients are not on its machine
+		w := newWorld(t, "upstream http://"+parent.proxy, nil)
+		for _, method := range []string{http.MethodGet, http.MethodConnect} {
+			res, body := policyRequest(t, w.proxy, method, w.origin.Listener.Addr().String(), "")
+			if res.StatusCode != http.StatusForbidden || body == "" {
+				t.Errorf("%s: %s %q", method, res.Status, body)
+			}
+		}
+	})
+	t.Run("a certificate that nobody trusts", func(t *testing.T) {
+		parent := binaryStart(t, binaryOptions{secure: true})
+		refusedByParent(t, "upstream https://"+parent.secure, http.StatusBadGateway, "The certificate of the parent proxy is not trusted")
+	})
+}
+
+// TestParentStreams: tunnels over HTTP/2 share a connection to the parent, one
+// that is reset says so, and none is left in the end.
+func TestParentStreams(t *testing.T) {
+	parent := binaryStart(t, binaryOptions{secure: true, site: "allow 127.0.0.0/8"})
+	w := newWorld(t, "upstream https://"+parent.secure+" {\ntls_insecure_skip_verify\n}", nil)
+	target := listen(t, func(conn *net.TCPConn) { _, _ = io.Copy(conn, conn) })
+	w.dial().connect(target)
+	descriptors := parent.descriptors()
+	var conns []*rawConn
+	for range 50 {
+		conn := w.dial()
+		conn.connect(target)
+		conn.send("ping\n")
+		if line, err := conn.r.ReadString('\n'); err != nil || line != "ping\r\n" {
+			t.Fatalf("%q, %v", line, err)
+		}
+		conns = append(conns, conn)
+	}
+	if n := parent.descriptors() - descriptors; n > 50 {
+		t.Errorf("50 tunnels take %d descriptors of the parent, want one each, to the target", n)
+	}
+	for i, conn := range conns {
+		if i%2 > 0 {
+			conn.SetLinger(0)
+		}
+		conn.Close()
+	}
+	parent.waitLog("CONNECT tunnel closed", 50)
+	eventually(t, "descriptors to be closed", func() bool { return parent.descriptors() <= descriptors })
+
+	// Resets are passed on as such, both ways.
+	broken := make(chan error, 1)
+	listening := listen(t, func(conn *net.TCPConn) {
+		_, err := io.Copy(io.Discard, conn)
+		broken <- err
+	})
+	leaving := w.dial()
+	leaving.connect(listening)
+	leaving.send("x")
+	leaving.SetLinger(0)
+	leaving.Close()
+	if err := <-broken; !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the target sees %v when the client resets, want a reset", err)
+	}
+	resetting := listen(t, func(conn *net.TCPConn) {
+		_, _ = conn.Read(make([]byte, 1))
+		conn.SetLinger(0)
+	})
+	conn := w.dial()
+	conn.connect(resetting)
+	conn.send("x")
+	if _, err := conn.Read(make([]byte, 1)); err == nil || err == io.EOF {
+		t.Errorf("after a reset behind the parent: %v", err)
+	}
+}
