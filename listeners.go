@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"sync/atomic"
+	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -25,7 +26,11 @@ type ownListeners struct {
 }
 
 // at reports whether a connection to an address would arrive at one of them.
+// That of another machine, as most are, is told without looking for sockets.
 func (o *ownListeners) at(to netip.AddrPort) bool {
+	if ip := to.Addr(); !ip.IsLoopback() && !ip.IsUnspecified() && !isOwnAddress(ip) {
+		return false
+	}
 	return o.have(to, func(ln netip.AddrPort) bool { return arrives(to, ln) })
 }
 
@@ -89,18 +94,34 @@ func usedListeners(to netip.AddrPort) (found []netip.AddrPort) {
 	return found
 }
 
+// lookInterval is how long what the system has told of addresses and sockets is
+// taken to be so: to ask costs too much to do it for each connection.
+const lookInterval = time.Second
+
+// addresses are this machine's, as they were when it was asked.
+type addresses struct {
+	own    map[netip.Addr]bool
+	looked time.Time
+}
+
+var knownAddresses atomic.Pointer[addresses]
+
 // isOwnAddress reports whether ip is one of this machine's.
 func isOwnAddress(ip netip.Addr) bool {
-	addrs, err := net.InterfaceAddrs()
-	if err != nil {
-		return true // rather refuse too much
-	}
-	for _, addr := range addrs {
-		if ipnet, ok := addr.(*net.IPNet); ok {
-			if own, ok := netip.AddrFromSlice(ipnet.IP); ok && own.Unmap() == ip {
-				return true
+	known := knownAddresses.Load()
+	if known == nil || time.Since(known.looked) >= lookInterval {
+		list, err := net.InterfaceAddrs()
+		if err != nil {
+			return true // rather refuse too much
+		}
+		known = &addresses{make(map[netip.Addr]bool), time.Now()}
+		for _, addr := range list {
+			if ipnet, ok := addr.(*net.IPNet); ok {
+				own, _ := netip.AddrFromSlice(ipnet.IP)
+				known.own[own.Unmap()] = true
 			}
 		}
+		knownAddresses.Store(known)
 	}
-	return false
+	return known.own[ip]
 }

@@ -30,11 +30,8 @@ type socket struct {
 	addr netip.AddrPort
 }
 
-// To look for sockets costs a system call for each descriptor, so that it is not
-// done for each connection: those of a new config are known at once, those that
-// a module opens later after lookInterval.
-const lookInterval = time.Second
-
+// To look for sockets costs a system call for each descriptor. Those of a new
+// config are known at once, those that a module opens later after lookInterval.
 var (
 	knownSockets atomic.Pointer[sockets]
 	lookingMu    sync.Mutex
