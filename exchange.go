@@ -181,6 +181,8 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 // of them interim.
 const maxInterim = 100
 
+var headEnd = []byte("\r\n\r\n")
+
 // promptly is how long an exchange may go unwatched: most are over before that,
 // and a watch costs about as much as the rest of what is done for them here.
 const promptly = 20 * time.Millisecond
@@ -199,10 +201,12 @@ func (x *exchange) watch() {
 func (x *exchange) await(start time.Time) {
 	if x.stopWatch == nil {
 		x.conn.expectBy(promptly/4, promptly)
-		if _, err := x.conn.r.Peek(1); !errors.Is(err, os.ErrDeadlineExceeded) {
+		_, err := x.conn.r.Peek(1)
+		head, _ := x.conn.r.Peek(x.conn.r.Buffered())
+		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) || bytes.Contains(head, headEnd) {
 			return
 		}
-		x.watch()
+		x.watch() // nothing has come yet, or not all of a head
 	}
 	for {
 		due := sinceEpoch(start)

@@ -147,6 +147,22 @@ func TestStreamSlowRequest(t *testing.T) {
 	}
 }
 
+// A head takes as long as it takes, however promptly it has begun.
+func TestStreamHeadInPieces(t *testing.T) {
+	origin := listen(t, func(c *net.TCPConn) {
+		streamRequest(c)
+		for _, piece := range []string{"HTTP/1.1 200 OK\r\n", "Content-Length: 2\r\n", "\r\n", "o", "k"} {
+			_, _ = io.WriteString(c, piece)
+			time.Sleep(2 * promptly)
+		}
+	})
+	c := newWorld(t, "", nil).dial()
+	c.send("GET http://" + origin + "/ HTTP/1.1\nHost: x\n\n")
+	if res, body := c.response(http.MethodGet); body != "ok" {
+		t.Errorf("%s %q", res.Status, body)
+	}
+}
+
 // Interim responses are no reason to wait for longer, and one that has come is
 // enough for a request not to be sent again.
 func TestStreamInterim(t *testing.T) {
