@@ -26,8 +26,14 @@ import (
 // documents returns the texts that people read, by file.
 func documents(t *testing.T) map[string]string {
 	t.Helper()
+	return readFiles(t, "*.md", "docs/*.md")
+}
+
+// readFiles returns the files that match patterns, of which each must match some.
+func readFiles(t *testing.T, patterns ...string) map[string]string {
+	t.Helper()
 	texts := make(map[string]string)
-	for _, pattern := range []string{"*.md", "docs/*.md"} {
+	for _, pattern := range patterns {
 		files, err := filepath.Glob(pattern)
 		if err != nil || len(files) == 0 {
 			t.Fatalf("%s: %v, %v", pattern, files, err)
@@ -180,23 +186,10 @@ func compareAnswers(t *testing.T, got, want string) {
 // module redis reads is left out.
 func shipped(t *testing.T) map[string]string {
 	t.Helper()
-	configs := make(map[string]string)
+	configs := readFiles(t, "Caddyfile.example", "examples/*/Caddyfile")
 	for file, text := range documents(t) {
 		for i, block := range fenced.FindAllStringSubmatch(text, -1) {
 			configs[fmt.Sprintf("%s %d", file, i+1)] = block[1]
-		}
-	}
-	for _, pattern := range []string{"Caddyfile.example", "examples/*/Caddyfile"} {
-		files, err := filepath.Glob(pattern)
-		if err != nil || len(files) == 0 {
-			t.Fatalf("%s: %v, %v", pattern, files, err)
-		}
-		for _, file := range files {
-			data, err := os.ReadFile(file)
-			if err != nil {
-				t.Fatal(err)
-			}
-			configs[file] = string(data)
 		}
 	}
 	shared := regexp.MustCompile(`(?ms)^\t\tlimiter redis .*?^\t\t\}\n`)

@@ -10,8 +10,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
-	"os"
-	"runtime"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -347,31 +345,6 @@ func TestPolicyListenersSpelled(t *testing.T) {
 			t.Errorf("admin %s%s is nowhere", listen, port)
 		}
 	}
-}
-
-// inherited are sockets as a service manager hands them over. Caddy never gives
-// them back.
-var inherited []*os.File
-
-func TestPolicyListenersInherited(t *testing.T) {
-	if runtime.GOOS != "linux" {
-		t.Skip("not known here")
-	}
-	ln, err := net.Listen("tcp4", freeAddress(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	file, err := ln.(*net.TCPListener).File()
-	if err != nil {
-		t.Fatal(err)
-	}
-	inherited = append(inherited, file)
-	w := newWorld(t, "", nil)
-	w.load(w.site("allow 127.0.0.0/8") + fmt.Sprintf("http://a.example {\n\tbind fd/%d\n\tasync_proxy\n}\n", file.Fd()))
-	policyOpen(t, w.proxy, http.MethodConnect, ln.Addr().String(), "", "") // another site's
-	w.load(strings.Replace(w.site("allow 127.0.0.0/8"), "async_proxy", fmt.Sprintf("bind 127.0.0.1 fd/%d\n\tasync_proxy", file.Fd()), 1))
-	policyDenied(t, w.proxy, http.MethodConnect, ln.Addr().String(), "")
 }
 
 // TestPolicyPool: a connection that was opened for a client on this machine is

@@ -122,14 +122,22 @@ func certificate(t *testing.T) (cert, key string) {
 	return cert, key
 }
 
-func TestTLS(t *testing.T) {
+// startSecure runs a server that speaks TLS at an address of its own, by
+// a certificate that is its own authority.
+func startSecure(t *testing.T) (e *engine, address, cert string) {
+	t.Helper()
 	cert, key := certificate(t)
-	e := startEngine(t, "redis-server")
-	secure := freeAddress(t)
-	_, port, _ := net.SplitHostPort(secure)
+	e = startEngine(t, "redis-server")
+	address = freeAddress(t)
+	_, port, _ := net.SplitHostPort(address)
 	e.kill()
 	e.args = []string{"--tls-port", port, "--tls-cert-file", cert, "--tls-key-file", key, "--tls-ca-cert-file", cert, "--tls-auth-clients", "no"}
 	e.run()
+	return e, address, cert
+}
+
+func TestTLS(t *testing.T) {
+	e, secure, cert := startSecure(t)
 	w := newWorld(t, fmt.Sprintf("limiter redis %s {\ntls %s\n}", secure, cert))
 	w.counts(e)
 	e.do("FLUSHALL")
@@ -208,13 +216,7 @@ func startNode(t *testing.T) *engine {
 
 // Those who sign are others after a reload if the file has changed.
 func TestRenewedCA(t *testing.T) {
-	cert, key := certificate(t)
-	e := startEngine(t, "redis-server")
-	secure := freeAddress(t)
-	_, port, _ := net.SplitHostPort(secure)
-	e.kill()
-	e.args = []string{"--tls-port", port, "--tls-cert-file", cert, "--tls-key-file", key, "--tls-ca-cert-file", cert, "--tls-auth-clients", "no"}
-	e.run()
+	e, secure, cert := startSecure(t)
 	ca, _ := certificate(t)
 	options := fmt.Sprintf("burst 100000\nrefill 0.001\nlimiter redis %s {\ntls %s\n}", secure, ca)
 	w := newWorld(t, options)

@@ -1,0 +1,37 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"testing"
+)
+
+// inherited are sockets as a service manager hands them over. Caddy never gives
+// them back.
+var inherited []*os.File
+
+// TestPolicyListenersInherited: a socket that Caddy was given is closed like one
+// that it has made, if it is the proxy's own.
+func TestPolicyListenersInherited(t *testing.T) {
+	ln, err := net.Listen("tcp4", freeAddress(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	file, err := ln.(*net.TCPListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	inherited = append(inherited, file)
+	w := newWorld(t, "", nil)
+	w.load(w.site("allow 127.0.0.0/8") + fmt.Sprintf("http://a.example {\n\tbind fd/%d\n\tasync_proxy\n}\n", file.Fd()))
+	policyOpen(t, w.proxy, http.MethodConnect, ln.Addr().String(), "", "") // another site's
+	w.load(strings.Replace(w.site("allow 127.0.0.0/8"), "async_proxy", fmt.Sprintf("bind 127.0.0.1 fd/%d\n\tasync_proxy", file.Fd()), 1))
+	policyDenied(t, w.proxy, http.MethodConnect, ln.Addr().String(), "")
+}
