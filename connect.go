@@ -114,6 +114,9 @@ func hijack(w http.ResponseWriter) (conn net.Conn, early []byte, err error) {
 		peeked, _ := buffered.Reader.Peek(n) // never fails: n bytes are there
 		early = append(early, peeked...)
 	}
+	if back, ok := conn.(*returnedConn); ok {
+		conn, early = back.TCPConn, append(early, back.early...)
+	}
 	return conn, early, nil
 }
 

@@ -217,9 +217,10 @@ type Handler struct {
 	name          string        // in Proxy-Status
 	pacRules      func() string // the script for browsers, but for its head
 
-	running   *atomic.Bool    // its config has started
-	config    <-chan struct{} // ends with its config, and is the same for all handlers of that
-	addresses []string        // of its server
+	running    *atomic.Bool     // its config has started
+	persistent *persistentConns // connections of clients
+	config     <-chan struct{}  // ends with its config, and is the same for all handlers of that
+	addresses  []string         // of its server
 }
 
 // CaddyModule returns the Caddy module information.
@@ -235,6 +236,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	h.logger = ctx.Logger()
 	h.setDefaults()
 	h.running, h.config = new(atomic.Bool), ctx.Done()
+	h.persistent = newPersistentConns()
 
 	var err error
 	if h.exempt, err = parsePrefixes("exempt", h.Exempt); err != nil {
@@ -446,6 +448,14 @@ func parsePrefixes(option string, exprs []string) (*bart.Lite, error) {
 
 // ServeHTTP implements caddyhttp.MiddlewareHandler.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+	if h.takeOver(w, r) {
+		return nil
+	}
+	return h.handle(w, r, next)
+}
+
+// handle is ServeHTTP for a request whose connection stays as it is.
+func (h *Handler) handle(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 	v := h.newVisit(r)
 	switch {
 	case r.Method == http.MethodConnect && !isExtendedConnect(r):

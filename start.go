@@ -38,14 +38,18 @@ func (h *Handler) atStart(ctx caddy.Context, server *caddyhttp.Server) error {
 	server.RegisterOnShutdown(func() { h.onShutdown(ctx) })
 	server.RegisterOnStop(func(grace context.Context) error {
 		if caddy.Exiting() {
+			h.persistent.wait(grace)
 			h.tunnels.drain(grace)
 		}
 		return nil
 	})
-	return events.(*caddyevents.App).On("started", eventHandler{func() { h.started(server) }})
+	return events.(*caddyevents.App).On("started", eventHandler{func() { h.started(ctx, server) }})
 }
 
-func (h *Handler) started(server *caddyhttp.Server) {
+func (h *Handler) started(ctx caddy.Context, server *caddyhttp.Server) {
+	if app, err := ctx.AppIfConfigured("http"); err == nil {
+		h.persistent.may.Store(h.ownsConnections(app.(*caddyhttp.App), server))
+	}
 	now := time.Now()
 	configLoaded.Store(&now)
 	h.running.Store(true)
@@ -85,6 +89,7 @@ func (h *Handler) succeeds(other *Handler) bool {
 // limit, so that they must end now, or for the grace period, at whose end the
 // connections are closed under them, so that they must end just before.
 func (h *Handler) onShutdown(ctx caddy.Context) {
+	h.persistent.shutdown()
 	if !caddy.Exiting() {
 		return
 	}

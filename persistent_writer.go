@@ -1,0 +1,293 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/net/http/httpguts"
+)
+
+// responseWriter writes the responses on a persistentConn as net/http would:
+// byte for byte but for the order of the fields that it adds.
+type responseWriter struct {
+	conn   *net.TCPConn
+	header http.Header
+	head   bool // the request is HEAD
+	closes bool // the connection ends after this response
+
+	status  int      // 0: there is no response yet
+	length  int64    // of the content, as announced; < 0: it is not
+	written int64    // of the content
+	sent    bool     // the fields, at least
+	chunked bool     // the content
+	trailer []string // names that were announced
+	pending []byte   // content, while it may still be all that there is
+	names   []string // of the fields, in order
+	buf     []byte
+	vectors net.Buffers
+	vector  [3][]byte
+}
+
+// pendingContent is how much content of unknown length is kept back until it is
+// flushed or ends.
+const pendingContent = 2 << 10
+
+// begin prepares the writer for the response to r, which is the connection's last
+// if that is to be.
+func (w *responseWriter) begin(r *http.Request, last bool) {
+	w.header = make(http.Header, 8)
+	w.head, w.closes = r.Method == http.MethodHead, last || r.Close
+	w.status, w.length, w.written, w.sent, w.chunked, w.trailer = 0, -1, 0, false, false, nil
+	w.pending = w.pending[:0]
+}
+
+func (w *responseWriter) Header() http.Header { return w.header }
+
+func (w *responseWriter) SetWriteDeadline(t time.Time) error { return w.conn.SetWriteDeadline(t) }
+
+// WriteHeader implements http.ResponseWriter. An interim response is sent at once.
+func (w *responseWriter) WriteHeader(status int) {
+	if w.status != 0 {
+		return
+	}
+	if status < 100 || status > 999 {
+		panic(fmt.Sprintf("invalid status %d", status))
+	}
+	if status < 200 {
+		delete(w.header, "Content-Length")
+		delete(w.header, "Transfer-Encoding")
+		w.buf = append(w.appendFields(appendStatusLine(w.buf[:0], status)), "\r\n"...)
+		_, _ = w.conn.Write(w.buf) // a failure is that of the response, too
+		return
+	}
+	w.status = status
+	delete(w.header, "Transfer-Encoding")
+	if values := w.header["Content-Length"]; len(values) > 0 {
+		length, err := strconv.ParseUint(values[0], 10, 63)
+		if err != nil {
+			delete(w.header, "Content-Length")
+		} else {
+			w.length = int64(length)
+		}
+	}
+	for _, value := range w.header["Trailer"] {
+		for name := range strings.SplitSeq(value, ",") {
+			w.trailer = append(w.trailer, http.CanonicalHeaderKey(strings.TrimSpace(name)))
+		}
+	}
+}
+
+// hasContent reports whether a response of this status may have some.
+func (w *responseWriter) hasContent() bool {
+	return w.status != http.StatusNoContent && w.status != http.StatusNotModified
+}
+
+// Write implements io.Writer.
+func (w *responseWriter) Write(p []byte) (int, error) {
+	if w.status == 0 {
+		w.WriteHeader(http.StatusOK)
+	}
+	switch {
+	case len(p) == 0:
+		return 0, nil
+	case !w.hasContent():
+		return 0, http.ErrBodyNotAllowed
+	case w.length >= 0 && w.written+int64(len(p)) > w.length:
+		return 0, http.ErrContentLength
+	}
+	w.written += int64(len(p))
+	if !w.sent && len(w.pending)+len(p) <= pendingContent || w.head {
+		if !w.head {
+			w.pending = append(w.pending, p...)
+		}
+		return len(p), nil
+	}
+	return len(p), w.send(p, false)
+}
+
+// FlushError sends what there is of the response.
+func (w *responseWriter) FlushError() error {
+	if w.status == 0 {
+		w.WriteHeader(http.StatusOK)
+	}
+	if w.sent {
+		return nil // content does not wait once the fields are sent
+	}
+	return w.send(nil, false)
+}
+
+// ReadFrom implements io.ReaderFrom: between two sockets the kernel can copy.
+func (w *responseWriter) ReadFrom(r io.Reader) (int64, error) {
+	if w.status == 0 || w.head || !w.hasContent() || w.length < 0 {
+		return io.Copy(struct{ io.Writer }{w}, r)
+	}
+	if err := w.FlushError(); err != nil {
+		return 0, err
+	}
+	n, err := w.conn.ReadFrom(io.LimitReader(r, w.length-w.written))
+	w.written += n
+	return n, err
+}
+
+// end completes the response.
+func (w *responseWriter) end() error {
+	if w.status == 0 {
+		w.WriteHeader(http.StatusOK)
+	}
+	if w.length >= 0 && w.written < w.length && w.hasContent() && !w.head {
+		w.closes = true // the client is to see that it is not complete
+	}
+	if w.sent && !w.chunked {
+		return nil
+	}
+	return w.send(nil, true)
+}
+
+// send sends content, behind the fields and what is pending if they are not sent
+// yet, and the end of the content if it is the last.
+func (w *responseWriter) send(p []byte, last bool) error {
+	b := w.buf[:0]
+	if !w.sent {
+		b = w.appendHead(b, int64(len(w.pending)+len(p)), last)
+		w.sent = true
+	}
+	rest := ""
+	if size := len(w.pending) + len(p); w.chunked && size > 0 {
+		b = append(strconv.AppendInt(b, int64(size), 16), "\r\n"...)
+		rest = "\r\n"
+	}
+	b = append(b, w.pending...)
+	w.pending = w.pending[:0]
+	if len(b)+len(p) <= cap(b) || len(p) <= pendingContent {
+		b, p = append(b, p...), nil
+		b = append(b, rest...)
+		rest = ""
+	}
+	if last && w.chunked {
+		b = append(w.appendTrailers(append(b, "0\r\n"...)), "\r\n"...)
+	}
+	w.buf = b
+	var err error
+	if len(p) == 0 {
+		_, err = w.conn.Write(b)
+	} else {
+		w.vector = [...][]byte{b, p, []byte(rest)}
+		w.vectors = w.vector[:]
+		_, err = w.vectors.WriteTo(w.conn)
+		w.vector = [3][]byte{}
+	}
+	return err
+}
+
+// appendHead appends the status line and the fields. The content that is there
+// now is all of it if it is the last.
+func (w *responseWriter) appendHead(b []byte, content int64, last bool) []byte {
+	trailers := len(w.trailer) > 0
+	for name := range w.header {
+		trailers = trailers || strings.HasPrefix(name, http.TrailerPrefix)
+	}
+	framed := false
+	switch {
+	case !w.hasContent():
+		delete(w.header, "Content-Length")
+		if w.status == http.StatusNotModified {
+			delete(w.header, "Content-Type")
+		}
+	case w.length >= 0 || w.head:
+	case last && !trailers:
+		framed = true // below
+	default:
+		w.chunked = true
+	}
+	if connection := w.header["Connection"]; len(connection) > 0 && connection[0] == "close" {
+		w.closes = true
+	}
+	if w.closes && !httpguts.HeaderValuesContainsToken(w.header["Connection"], "close") {
+		w.header["Connection"] = []string{"close"}
+	}
+	b = w.appendFields(appendStatusLine(b, w.status))
+	if _, ok := w.header["Date"]; !ok {
+		b = append(b, "Date: "...)
+		b = time.Now().UTC().AppendFormat(b, http.TimeFormat)
+		b = append(b, "\r\n"...)
+	}
+	if framed {
+		b = append(b, "Content-Length: "...)
+		b = strconv.AppendInt(b, content, 10)
+		b = append(b, "\r\n"...)
+	}
+	if w.chunked {
+		b = append(b, "Transfer-Encoding: chunked\r\n"...)
+	}
+	return append(b, "\r\n"...)
+}
+
+func appendStatusLine(b []byte, status int) []byte {
+	b = append(b, "HTTP/1.1 "...)
+	b = strconv.AppendInt(b, int64(status), 10)
+	b = append(b, ' ')
+	if text := http.StatusText(status); text != "" {
+		b = append(b, text...)
+	} else {
+		b = append(b, "status code "...)
+		b = strconv.AppendInt(b, int64(status), 10)
+	}
+	return append(b, "\r\n"...)
+}
+
+// appendFields appends the fields in the order of their names.
+func (w *responseWriter) appendFields(b []byte) []byte {
+	w.names = w.names[:0]
+	for name := range w.header {
+		if !strings.HasPrefix(name, http.TrailerPrefix) {
+			w.names = append(w.names, name)
+		}
+	}
+	slices.Sort(w.names)
+	for _, name := range w.names {
+		b = appendValues(b, name, w.header[name])
+	}
+	return b
+}
+
+// appendTrailers appends what stands behind the last chunk.
+func (w *responseWriter) appendTrailers(b []byte) []byte {
+	for name, values := range w.header {
+		announced := slices.Contains(w.trailer, name)
+		if after, ok := strings.CutPrefix(name, http.TrailerPrefix); ok {
+			name, announced = after, true
+		}
+		if announced {
+			b = appendValues(b, name, values)
+		}
+	}
+	return b
+}
+
+// oneLine keeps what stands in a value from being a field of its own.
+var oneLine = strings.NewReplacer("\n", " ", "\r", " ")
+
+func appendValues(b []byte, name string, values []string) []byte {
+	if !httpguts.ValidHeaderFieldName(name) {
+		return b
+	}
+	for _, value := range values {
+		b = append(b, name...)
+		b = append(b, ": "...)
+		if strings.ContainsAny(value, "\r\n") {
+			value = strings.TrimSpace(oneLine.Replace(value))
+		}
+		b = append(b, value...)
+		b = append(b, "\r\n"...)
+	}
+	return b
+}
