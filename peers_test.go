@@ -77,7 +77,7 @@ func TestRulesOfPeers(t *testing.T) {
 			kept := 0
 			for _, rule := range rules {
 				rule = rule.forPeer()
-				found := rule.run(t, address, newRuleOrigin(t, rule.answer), 2*time.Second)
+				found := rule.run(t, dialRaw(t, address), newRuleOrigin(t, rule.answer), 2*time.Second)
 				if len(found) == 0 {
 					kept++
 					continue

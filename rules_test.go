@@ -200,17 +200,44 @@ var rules = []rule{
 // ruleOptions are what the rules take for granted.
 const ruleOptions = "via tester\nresponse_header_timeout 5s\nallow 127.0.0.0/8"
 
-func TestRules(t *testing.T) { runRules(t, newWorld(t, ruleOptions, nil).proxy, newRuleOrigin) }
+func TestRules(t *testing.T) { runRules(t, newWorld(t, ruleOptions, nil).proxy, dialRaw, newRuleOrigin) }
+
+// TestRulesWhenTakenOver: it makes no difference whether a connection is served
+// by net/http or was taken over from it.
+func TestRulesWhenTakenOver(t *testing.T) {
+	runRules(t, newWorld(t, ruleOptions, nil).proxy, dialTakenOver, newRuleOrigin)
+}
 
 // TestRulesOverTLS: an https origin that speaks HTTP/1 is as an http one.
 func TestRulesOverTLS(t *testing.T) {
-	runRules(t, newWorld(t, ruleOptions, nil).proxy, newSecureRuleOrigin)
+	runRules(t, newWorld(t, ruleOptions, nil).proxy, dialRaw, newSecureRuleOrigin)
 }
 
-func runRules(t *testing.T, proxy string, origin func(t *testing.T, answer string) *ruleOrigin) {
+// dialTakenOver returns a connection to a proxy that was taken over from net/http.
+func dialTakenOver(t testing.TB, proxy string) *rawConn {
+	t.Helper()
+	origin := listen(t, func(c *net.TCPConn) {
+		for r := bufio.NewReader(c); ; {
+			if _, err := http.ReadRequest(r); err != nil {
+				return
+			}
+			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+		}
+	})
+	c := dialRaw(t, proxy)
+	for range 2 {
+		c.send("GET http://" + origin + "/ HTTP/1.1\nHost: x\n\n")
+		if res, body := c.response(http.MethodGet); body != "ok" {
+			t.Fatalf("%s %q", res.Status, body)
+		}
+	}
+	return c
+}
+
+func runRules(t *testing.T, proxy string, dial func(t testing.TB, proxy string) *rawConn, origin func(t *testing.T, answer string) *ruleOrigin) {
 	for _, rule := range rules {
 		t.Run(rule.name, func(t *testing.T) {
-			for _, difference := range rule.run(t, proxy, origin(t, rule.answer), patience) {
+			for _, difference := range rule.run(t, dial(t, proxy), origin(t, rule.answer), patience) {
 				t.Errorf("RFC %s: %s", rule.rfc, difference)
 			}
 		})
@@ -222,9 +249,9 @@ type differences []string
 
 func (d *differences) add(format string, args ...any) { *d = append(*d, fmt.Sprintf(format, args...)) }
 
-// run sends the rule's request through a proxy to an origin that answers as the
-// rule says.
-func (rule rule) run(t *testing.T, proxy string, origin *ruleOrigin, timeout time.Duration) (d differences) {
+// run sends the rule's request on a connection to a proxy, to an origin that
+// answers as the rule says.
+func (rule rule) run(t *testing.T, c *rawConn, origin *ruleOrigin, timeout time.Duration) (d differences) {
 	t.Helper()
 	fill := func(s string) string {
 		if origin.secure {
@@ -232,7 +259,6 @@ func (rule rule) run(t *testing.T, proxy string, origin *ruleOrigin, timeout tim
 		}
 		return strings.ReplaceAll(s, "ORIGIN", origin.address)
 	}
-	c := dialRaw(t, proxy)
 	c.SetDeadline(time.Now().Add(timeout))
 	c.send(fill(rule.send))
 	rule.checkResponse(&d, c, fill)
