@@ -364,7 +364,7 @@ func copyBody(w http.ResponseWriter, res *http.Response, count func(n int64)) er
 		}
 	}
 	control := http.NewResponseController(w)
-	if !own || body.r.Buffered() == 0 {
+	if !own || !body.more() {
 		if err := control.Flush(); err != nil {
 			return toClient(err)
 		}
@@ -387,7 +387,7 @@ func copyBody(w http.ResponseWriter, res *http.Response, count func(n int64)) er
 		if err != nil {
 			return err
 		}
-		if n > 0 && left != 0 && (!own || body.r.Buffered() == 0) {
+		if n > 0 && left != 0 && (!own || !body.more()) {
 			if err := control.Flush(); err != nil {
 				return toClient(err)
 			}

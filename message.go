@@ -10,7 +10,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/http/httputil"
 	"net/textproto"
 	"strconv"
 	"strings"
@@ -188,7 +187,7 @@ func frame(res *http.Response, r *bufio.Reader, method string) error {
 		body.left, res.ContentLength = 0, 0
 		delete(res.Header, "Content-Length")
 	case len(coding) > 0:
-		body.chunks = httputil.NewChunkedReader(r)
+		body.chunks = &chunkReader{r: r}
 		res.Trailer = announcedTrailers(res.Header, options)
 		body.trailers = func(h http.Header) {
 			for name, values := range h {
@@ -246,7 +245,7 @@ type originBody struct {
 	conn     net.Conn // below r
 	r        *bufio.Reader
 	left     int64             // < 0: not known
-	chunks   io.Reader         // of a chunked body
+	chunks   *chunkReader      // of a chunked body
 	trailers func(http.Header) // gets the trailers of a chunked body
 	ended    bool              // read to its end
 }
@@ -294,6 +293,14 @@ func (b *originBody) readTrailers() error {
 	b.trailers(fields)
 	b.ended = true
 	return io.EOF
+}
+
+// more reports whether the next read waits for nothing.
+func (b *originBody) more() bool {
+	if b.chunks != nil {
+		return b.chunks.more()
+	}
+	return b.r.Buffered() > 0
 }
 
 // rest returns what is left of a body, if all of it has arrived.

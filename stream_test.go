@@ -51,10 +51,14 @@ func streamRequest(c *net.TCPConn) *bufio.Reader {
 // was sent before.
 func TestStreamDown(t *testing.T) {
 	for name, framing := range map[string][3]string{
-		"chunks":         {"Transfer-Encoding: chunked\r\n\r\n", "3\r\none\r\n", "3\r\ntwo\r\n0\r\n\r\n"},
-		"known length":   {"Content-Length: 6\r\n\r\n", "one", "two"},
-		"to the end":     {"\r\n", "one", "two"},
-		"an event steam": {"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n", "3\r\none\r\n", "3\r\ntwo\r\n0\r\n\r\n"},
+		"chunks":            {"Transfer-Encoding: chunked\r\n\r\n", "3\r\none\r\n", "3\r\ntwo\r\n0\r\n\r\n"},
+		"half a line end":   {"Transfer-Encoding: chunked\r\n\r\n", "3\r\none\r", "\n3\r\ntwo\r\n0\r\n\r\n"},
+		"half a size":       {"Transfer-Encoding: chunked\r\n\r\n", "3\r\none\r\n0", "3\r\ntwo\r\n0\r\n\r\n"},
+		"a size in advance": {"Transfer-Encoding: chunked\r\n\r\n", "3\r\none\r\n3\r\n", "two\r\n0\r\n\r\n"},
+		"part of a chunk":   {"Transfer-Encoding: chunked\r\n\r\n", "6\r\none", "two\r\n0\r\n\r\n"},
+		"known length":      {"Content-Length: 6\r\n\r\n", "one", "two"},
+		"to the end":        {"\r\n", "one", "two"},
+		"an event steam":    {"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n", "3\r\none\r\n", "3\r\ntwo\r\n0\r\n\r\n"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			next := make(chan struct{})

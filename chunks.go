@@ -1,0 +1,123 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bufio"
+	"bytes"
+	"io"
+	"strconv"
+)
+
+// maxChunkLine bounds a line with the size of a chunk and its extensions.
+const maxChunkLine = 4 << 10
+
+const errChunkLine = protocolError("a chunk does not begin with its size")
+
+// chunkReader reads content in chunks (RFC 9112 §7.1) up to the trailers, which
+// it leaves. Unlike net/http's it never waits for more when it has something to
+// give out.
+type chunkReader struct {
+	r     *bufio.Reader
+	left  int64 // of the chunk that is being read
+	open  bool  // a chunk was read, but not the line end behind it
+	ended bool
+}
+
+// Read implements io.Reader. The end comes alone, behind all that was read.
+func (c *chunkReader) Read(p []byte) (n int, err error) {
+	for n < len(p) && (n == 0 || c.more()) {
+		if c.left == 0 {
+			if err = c.begin(); err == nil && c.left == 0 {
+				c.ended = true
+			}
+			if c.ended || err != nil {
+				break
+			}
+		}
+		var m int
+		m, err = c.r.Read(p[n:min(int64(len(p)), int64(n)+c.left)])
+		n += m
+		if c.left -= int64(m); c.left == 0 {
+			c.open = true
+		}
+		if err != nil {
+			break
+		}
+	}
+	switch {
+	case err == io.EOF:
+		err = io.ErrUnexpectedEOF
+	case err == nil && n == 0 && c.ended:
+		err = io.EOF
+	}
+	return n, err
+}
+
+// begin reads what stands between two chunks.
+func (c *chunkReader) begin() error {
+	if c.ended {
+		return nil
+	}
+	if c.open {
+		end, err := c.r.Peek(2)
+		if err != nil {
+			return err
+		}
+		if string(end) != "\r\n" {
+			return protocolError("a chunk is longer than its size")
+		}
+		_, _ = c.r.Discard(2) // is buffered
+		c.open = false
+	}
+	line, err := c.r.ReadSlice('\n')
+	if len(line) > maxChunkLine || err == bufio.ErrBufferFull {
+		return errChunkLine
+	}
+	if err != nil {
+		return err
+	}
+	size, err := parseChunkLine(line)
+	c.left = size
+	return err
+}
+
+// parseChunkLine returns the size in a line, of which it ignores the extensions.
+func parseChunkLine(line []byte) (int64, error) {
+	line, found := bytes.CutSuffix(line, []byte("\r\n"))
+	if !found || bytes.IndexByte(line, '\r') >= 0 {
+		return 0, errChunkLine
+	}
+	size, _, _ := bytes.Cut(line, []byte(";"))
+	size = bytes.TrimRight(size, " \t")
+	n, err := strconv.ParseUint(string(size), 16, 63)
+	if err != nil || size[0] == '+' || len(size) > 16 {
+		return 0, errChunkLine
+	}
+	return int64(n), nil
+}
+
+// more reports whether the next read waits for nothing.
+func (c *chunkReader) more() bool {
+	input, _ := c.r.Peek(c.r.Buffered())
+	if c.left > 0 || c.ended {
+		return len(input) > 0 || c.ended
+	}
+	if c.open {
+		if len(input) < 2 {
+			return false
+		}
+		input = input[2:]
+	}
+	end := bytes.IndexByte(input, '\n') + 1
+	if end == 0 {
+		return len(input) > maxChunkLine
+	}
+	size, err := parseChunkLine(input[:end])
+	input = input[end:]
+	if size == 0 && err == nil { // the trailers belong to the end
+		return bytes.HasPrefix(input, []byte("\r\n")) || bytes.Contains(input, headEnd)
+	}
+	return len(input) > 0 || err != nil
+}
