@@ -136,10 +136,11 @@ func listeningTwice() bool {
 }
 
 // nextPort is below the ports that systems hand out by themselves, so that
-// nobody else is given one between here and its use.
+// nobody else is given one between here and its use: nor is a process that was
+// started together with this one, as those are that fuzz.
 var nextPort atomic.Int64
 
-func init() { nextPort.Store(20000 + int64(os.Getpid()%4000)) }
+func init() { nextPort.Store(20000 + int64(os.Getpid()*8%4000)) }
 
 // freeAddress returns an address of loopback that nobody listens on, another
 // one each time.

@@ -125,10 +125,18 @@ func (h *Handler) takeOver(w http.ResponseWriter, r *http.Request) bool {
 }
 
 // isOrdinary reports whether r is a request of HTTP/1.1 that has no content and
-// asks for nothing but a response.
+// asks for nothing but a response. POST is none even without content, as net/http
+// bears with blank lines behind it.
 func isOrdinary(r *http.Request) bool {
-	if r.ProtoMinor == 0 || r.ContentLength != 0 || r.Method == http.MethodConnect || r.Close {
+	if r.ProtoMinor == 0 || r.ContentLength != 0 || r.Method == http.MethodConnect || r.Method == http.MethodPost {
 		return false
+	}
+	for _, value := range r.Header["Connection"] {
+		for token := range strings.FieldsFuncSeq(value, func(c rune) bool { return c == ',' || c == ' ' || c == '\t' }) {
+			if strings.EqualFold(token, "close") { // so far as net/http sees it
+				return false
+			}
+		}
 	}
 	for _, name := range [...]string{"Content-Length", "Expect", "Trailer", "Transfer-Encoding", "Upgrade"} {
 		if _, ok := r.Header[name]; ok {
@@ -225,9 +233,9 @@ func (c *persistentConn) next() (r *http.Request, back bool) {
 	if c.handler.persistent.over.Load() {
 		return nil, false
 	}
-	if c.r.Buffered() == 0 {
+	if c.r.Buffered() < 4 {
 		c.expect(c.server.IdleTimeout)
-		if _, err := c.r.Peek(1); err != nil {
+		if _, err := c.r.Peek(4); err != nil { // to less net/http does not answer
 			return nil, false
 		}
 	}
@@ -238,10 +246,12 @@ func (c *persistentConn) next() (r *http.Request, back bool) {
 		return nil, false
 	}
 	input, _ := c.r.Peek(c.r.Buffered())
-	if r = c.parse(input); r == nil {
-		return nil, true
+	if end := bytes.Index(input, headEnd); end >= 0 {
+		if r = c.parse(string(input[:end])); r != nil {
+			_, _ = c.r.Discard(end + len(headEnd)) // is buffered
+		}
 	}
-	return r, false
+	return r, r == nil
 }
 
 // expect limits how long reading may take from now. A limit that is about right
@@ -261,18 +271,24 @@ func (c *persistentConn) expect(limit time.Duration) {
 	}
 }
 
-// readHead reads until there is an empty line, or no room for more: then net/http
-// may see to it. It reports whether one of both has come.
+// readHead reads until there is a whole head, or no room for more, or lines that
+// parse would not take: then net/http may see to it, and say what is wrong without
+// waiting for the rest. It reports whether one of these has come.
 func (c *persistentConn) readHead() bool {
-	waits := false
+	waits, checked := false, -1
 	for {
 		input, _ := c.r.Peek(c.r.Buffered())
-		if bytes.Contains(input, headEnd) || bytes.Contains(input, []byte("\n\n")) || len(input) == c.r.Size() {
+		if bytes.Contains(input, headEnd) || len(input) == c.r.Size() {
 			return true
+		}
+		if i := bytes.LastIndexByte(input, '\n'); i > checked {
+			checked = i
+			if c.parse(string(bytes.TrimSuffix(input[:i], []byte("\r")))) == nil {
+				return true
+			}
 		}
 		if !waits {
 			waits = true
-			c.due = time.Time{}
 			c.expect(c.server.ReadHeaderTimeout)
 		}
 		if _, err := c.r.Peek(len(input) + 1); err != nil {
@@ -281,14 +297,9 @@ func (c *persistentConn) readHead() bool {
 	}
 }
 
-// parse takes a request from the reader, of whose content input is, if it is
-// ordinary and well-formed beyond doubt. Else it takes nothing.
-func (c *persistentConn) parse(input []byte) *http.Request {
-	end := bytes.Index(input, headEnd)
-	if end < 0 {
-		return nil
-	}
-	head := string(input[:end])
+// parse returns the request with the given head, without its empty line, if it
+// is ordinary and well-formed beyond doubt.
+func (c *persistentConn) parse(head string) *http.Request {
 	line, lines, _ := strings.Cut(head, "\r\n")
 	method, rest, _ := strings.Cut(line, " ")
 	target, version, _ := strings.Cut(rest, " ")
@@ -303,6 +314,12 @@ func (c *persistentConn) parse(input []byte) *http.Request {
 	if err != nil || strings.Trim(u.Hostname(), ".") == "" || !httpguts.ValidHostHeader(u.Host) {
 		return nil
 	}
+	if strings.HasPrefix(u.Path, "/.well-known/") { // Caddy may be asked to prove there whose a name is
+		return nil
+	}
+	if len(header["Pragma"]) > 0 && len(header["Cache-Control"]) == 0 { // net/http adds that
+		return nil
+	}
 	if host := header["Host"]; len(host) != 1 || !httpguts.ValidHostHeader(host[0]) {
 		return nil
 	}
@@ -312,8 +329,6 @@ func (c *persistentConn) parse(input []byte) *http.Request {
 	if !isOrdinary(r) {
 		return nil
 	}
-	r.Close = httpguts.HeaderValuesContainsToken(header["Connection"], "close")
-	_, _ = c.r.Discard(end + len(headEnd)) // is buffered
 	return r
 }
 
@@ -343,6 +358,10 @@ func parseStrictly(lines string) http.Header {
 // giveBack lets net/http serve the connection, with what was read and not taken.
 func (c *persistentConn) giveBack() {
 	unread, _ := c.r.Peek(c.r.Buffered())
+	if bytes.HasPrefix(unread, []byte("PRI * HTTP/2.0")) { // net/http would speak that, as if to a new client
+		_ = c.Close()
+		return
+	}
 	_ = c.SetReadDeadline(time.Time{})
 	ln := new(returnedListener)
 	ln.conn.Store(&returnedConn{TCPConn: c.TCPConn, early: unread})

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/textproto"
 	"slices"
 	"strconv"
 	"strings"
@@ -41,11 +42,14 @@ type responseWriter struct {
 // flushed or ends.
 const pendingContent = 2 << 10
 
+// keptBuffer is how large a buffer may be to be kept for the next response.
+const keptBuffer = 16 << 10
+
 // begin prepares the writer for the response to r, which is the connection's last
 // if that is to be.
 func (w *responseWriter) begin(r *http.Request, last bool) {
 	w.header = make(http.Header, 8)
-	w.head, w.closes = r.Method == http.MethodHead, last || r.Close
+	w.head, w.closes = r.Method == http.MethodHead, last
 	w.status, w.length, w.written, w.sent, w.chunked, w.trailer = 0, -1, 0, false, false, nil
 	w.pending = w.pending[:0]
 }
@@ -101,10 +105,11 @@ func (w *responseWriter) Write(p []byte) (int, error) {
 		return 0, nil
 	case !w.hasContent():
 		return 0, http.ErrBodyNotAllowed
-	case w.length >= 0 && w.written+int64(len(p)) > w.length:
+	}
+	w.written += int64(len(p)) // of too much, too: end is to know
+	if w.length >= 0 && w.written > w.length {
 		return 0, http.ErrContentLength
 	}
-	w.written += int64(len(p))
 	if !w.sent && len(w.pending)+len(p) <= pendingContent || w.head {
 		if !w.head {
 			w.pending = append(w.pending, p...)
@@ -133,23 +138,30 @@ func (w *responseWriter) ReadFrom(r io.Reader) (int64, error) {
 	if err := w.FlushError(); err != nil {
 		return 0, err
 	}
-	n, err := w.conn.ReadFrom(io.LimitReader(r, w.length-w.written))
+	left := w.length - w.written
+	if limited, ok := r.(*io.LimitedReader); !ok || limited.N > left {
+		r = io.LimitReader(r, left) // a socket behind one limit is copied by the kernel, behind two it is not
+	}
+	n, err := w.conn.ReadFrom(r)
 	w.written += n
 	return n, err
 }
 
-// end completes the response.
+// end completes the response, of which nothing is kept.
 func (w *responseWriter) end() error {
 	if w.status == 0 {
 		w.WriteHeader(http.StatusOK)
 	}
-	if w.length >= 0 && w.written < w.length && w.hasContent() && !w.head {
+	if w.length >= 0 && w.written != w.length && w.hasContent() && !w.head {
 		w.closes = true // the client is to see that it is not complete
 	}
-	if w.sent && !w.chunked {
-		return nil
+	var err error
+	if !w.sent || w.chunked {
+		err = w.send(nil, true)
 	}
-	return w.send(nil, true)
+	w.header = nil
+	clear(w.names)
+	return err
 }
 
 // send sends content, behind the fields and what is pending if they are not sent
@@ -175,7 +187,9 @@ func (w *responseWriter) send(p []byte, last bool) error {
 	if last && w.chunked {
 		b = append(w.appendTrailers(append(b, "0\r\n"...)), "\r\n"...)
 	}
-	w.buf = b
+	if w.buf = b; cap(b) > keptBuffer {
+		w.buf = nil
+	}
 	var err error
 	if len(p) == 0 {
 		_, err = w.conn.Write(b)
@@ -284,9 +298,9 @@ func appendValues(b []byte, name string, values []string) []byte {
 		b = append(b, name...)
 		b = append(b, ": "...)
 		if strings.ContainsAny(value, "\r\n") {
-			value = strings.TrimSpace(oneLine.Replace(value))
+			value = oneLine.Replace(value)
 		}
-		b = append(b, value...)
+		b = append(b, textproto.TrimString(value)...)
 		b = append(b, "\r\n"...)
 	}
 	return b

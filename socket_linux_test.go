@@ -4,7 +4,11 @@
 package asyncproxy
 
 import (
+	"errors"
 	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
 	"runtime"
 	"testing"
 	"unsafe"
@@ -45,6 +49,31 @@ func TestRelaySplices(t *testing.T) {
 				t.Errorf("%d pipes were used, want 1", len(pipes))
 			}
 		})
+	}
+}
+
+// What an origin sends in bulk is not copied on its way to a client whose
+// connection was taken over, either.
+func TestPersistentWriterSplices(t *testing.T) {
+	from, in := socketPair(t)
+	to, _ := socketPair(t)
+	if _, err := in.Write(make([]byte, 1000)); err != nil {
+		t.Fatal(err)
+	}
+	w := &responseWriter{conn: to.(*net.TCPConn)}
+	w.begin(httptest.NewRequest(http.MethodGet, "/", nil), false)
+	w.Header()["Content-Length"] = []string{"1000"}
+	w.WriteHeader(http.StatusOK)
+	result := make(chan error, 1)
+	go func() {
+		if err := refuseSplice(unix.EPERM); err != nil {
+			t.Error(err)
+		}
+		_, err := w.ReadFrom(io.LimitReader(from, 1000))
+		result <- err
+	}()
+	if err := <-result; !errors.Is(err, unix.EPERM) {
+		t.Errorf("ReadFrom, where splice is refused: %v; want that", err)
 	}
 }
 

@@ -1,0 +1,915 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// twins are two proxies with the same options: one takes connections over, the
+// other leaves them to net/http. Whoever talks to them is not to tell which is
+// which, and neither is an origin.
+type twins struct {
+	t    testing.TB
+	warm string // a request after two of which the first has taken a connection over
+	each [2]twin
+}
+
+type twin struct {
+	proxy   string
+	handler *Handler
+	origin  net.Listener // on the same port as the other's, at an address as long
+}
+
+const twinOptions = "via tester\nallow 127.0.0.0/8\ndeny all\nresolvers 127.0.0.1:1"
+
+// crlf ends the lines of a text as HTTP does. What is to stay bare is written as
+// ␊.
+func crlf(text string) string {
+	return strings.NewReplacer("\r\n", "\r\n", "\n", "\r\n", "␊", "\n").Replace(text)
+}
+
+const warmUp = "GET http://ORIGIN/warm HTTP/1.1\nHost: ORIGIN\n\n"
+
+func newTwins(t testing.TB, options, warm string) *twins {
+	t.Helper()
+	w := newWorld(t, options, nil)
+	other := *w
+	other.proxy = freeAddress(t)
+	w.load(w.site(options+"\nzone one") + other.site(options+"\nzone two"))
+	tw := &twins{t: t, warm: warm, each: [2]twin{{proxy: w.proxy}, {proxy: other.proxy}}}
+	registry, err := acquireRegistry()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer releaseRegistry()
+	registry.handlers.Range(func(h *Handler, _ struct{}) bool {
+		switch h.Zone {
+		case "one":
+			tw.each[0].handler = h
+		case "two":
+			tw.each[1].handler = h
+			h.persistent.may.Store(false)
+		}
+		return true
+	})
+	for _, one := range tw.each {
+		for r := range reaches {
+			one.handler.origins[r].close() // an idle connection that the origin is closing would be a matter of luck
+		}
+	}
+	for tw.each[1].origin == nil {
+		first, err := net.Listen("tcp4", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		second, err := net.Listen("tcp4", strings.Replace(first.Addr().String(), "127.0.0.1", "127.0.0.2", 1))
+		if err != nil {
+			first.Close()
+			continue
+		}
+		t.Cleanup(func() { first.Close(); second.Close() })
+		tw.each[0].origin, tw.each[1].origin = first, second
+	}
+	return tw
+}
+
+// The ways to send a text behind the requests before it.
+const (
+	atOnce    = iota // when they are answered
+	bytewise         // likewise, and a byte at a time
+	pipelined        // with them
+	manners
+)
+
+// compare sends a text to both, after requests that get the first to take the
+// connection over, and returns how what they do differs.
+func (tw *twins) compare(t testing.TB, send, answer string, manner int) (differences []string) {
+	t.Helper()
+	var got [2][]string
+	for i := range tw.each {
+		got[i] = tw.each[i].converse(t, tw.warm, send, answer, manner, i == 0)
+	}
+	for i := range max(len(got[0]), len(got[1])) {
+		line := [2]string{"nothing", "nothing"}
+		for j := range line {
+			if i < len(got[j]) {
+				line[j] = got[j][i]
+			}
+		}
+		if line[0] != line[1] {
+			differences = append(differences, fmt.Sprintf("%.2000q\nnet/http: %.2000q", line[0], line[1]))
+		}
+	}
+	return differences
+}
+
+// converse returns what the client and the origin see of a conversation.
+func (one *twin) converse(t testing.TB, warm, send, answer string, manner int, takesOver bool) []string {
+	t.Helper()
+	origin := newTwinOrigin(one.origin, answer)
+	fill := func(s string) string { return strings.ReplaceAll(s, "ORIGIN", one.origin.Addr().String()) }
+	c := dialRaw(t, one.proxy)
+	c.SetDeadline(time.Now().Add(patience / 2))
+	warm, send = fill(crlf(warm)), fill(send)
+	var sent <-chan struct{}
+	if manner == pipelined {
+		sent = writeInPieces(c, warm+warm+send, 1<<20)
+	}
+	for range 2 {
+		if manner != pipelined {
+			c.send(warm)
+		}
+		if res, body := c.response(http.MethodGet); res.StatusCode != http.StatusOK {
+			t.Fatalf("a request before: %s %q", res.Status, body)
+		}
+	}
+	if manner != pipelined {
+		if n := one.persistent(); takesOver != (n == 1) {
+			t.Fatalf("%d connections are taken over", n)
+		}
+		size := 1 << 20
+		if manner == bytewise {
+			size = 1
+		}
+		sent = writeInPieces(c, send, size)
+	}
+	said := one.listen(c, twinMethods(send), sent)
+	c.Close()
+	<-sent
+	eventually(t, "the connection to be given up", func() bool { return one.persistent() == 0 })
+	said = append(said, origin.end()...)
+	for i, text := range said {
+		said[i] = strings.NewReplacer("127.0.0.2", "127.0.0.1", `"two";`, `"one";`, one.proxy, "PROXY").Replace(text)
+	}
+	return said
+}
+
+// persistent returns how many connections are taken over.
+func (one *twin) persistent() int {
+	one.handler.persistent.mu.Lock()
+	defer one.handler.persistent.mu.Unlock()
+	return len(one.handler.persistent.conns)
+}
+
+// writeInPieces writes in the background until all is written, or refused by who
+// has heard enough.
+func writeInPieces(w io.Writer, text string, size int) <-chan struct{} {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for piece := range slices.Chunk([]byte(text), size) {
+			if _, err := w.Write(piece); err != nil {
+				return
+			}
+		}
+	}()
+	return done
+}
+
+// listen notes what comes from the proxy. When all requests that are complete
+// are answered, nothing more is sent.
+func (one *twin) listen(c *rawConn, methods []string, sent <-chan struct{}) (said []string) {
+	for _, method := range methods {
+		if method == "" {
+			break
+		}
+		said = append(said, readTwinResponse(c.r, method))
+		if last := said[len(said)-1]; !strings.HasPrefix(last, "whole") {
+			break
+		}
+	}
+	<-sent
+	_ = c.CloseWrite()
+	rest, err := io.ReadAll(c.r)
+	end := "end"
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		end = "silence"
+	}
+	rest = bytes.ReplaceAll(rest, []byte("Date: "+time.Now().UTC().Format(http.TimeFormat)), []byte("Date: now"))
+	return append(said, string(rest), end)
+}
+
+// twinMethods returns the methods of the requests that net/http sees in a text,
+// up to one behind which something else may come.
+func twinMethods(text string) (methods []string) {
+	r := bufio.NewReader(strings.NewReader(text))
+	last := ""
+	for {
+		if last == http.MethodPost { // as net/http does
+			for peek, _ := r.Peek(1); len(peek) > 0 && (peek[0] == '\r' || peek[0] == '\n'); peek, _ = r.Peek(1) {
+				_, _ = r.ReadByte()
+			}
+		}
+		request, err := http.ReadRequest(r)
+		if err != nil {
+			return methods
+		}
+		if _, err := io.Copy(io.Discard, request.Body); err != nil {
+			return methods
+		}
+		last = request.Method
+		methods = append(methods, last)
+		if last == http.MethodConnect {
+			return methods
+		}
+	}
+}
+
+// readTwinResponse reads a response, with those before it that are interim, into
+// a text that is the same for all that mean the same. It begins with "whole" if
+// the response is, and another may follow.
+func readTwinResponse(r *bufio.Reader, method string) string {
+	var text strings.Builder
+	for {
+		status, head, fields, err := readTwinHead(r)
+		text.WriteString(head)
+		if err != nil {
+			return fmt.Sprintf("no response: %s: timeout %v", &text, errors.Is(err, os.ErrDeadlineExceeded))
+		}
+		if status == http.StatusSwitchingProtocols || method == http.MethodConnect && status == http.StatusOK {
+			return "other protocol: " + text.String()
+		}
+		if status < 200 {
+			continue
+		}
+		var body []byte
+		coding, length := fields["Transfer-Encoding"], fields["Content-Length"]
+		ends := false
+		switch {
+		case method == http.MethodHead || status == http.StatusNoContent || status == http.StatusNotModified:
+		case coding == "chunked":
+			if body, err = io.ReadAll(httputil.NewChunkedReader(r)); err == nil {
+				var trailers string
+				_, trailers, _, err = readTwinHead(r)
+				fmt.Fprintf(&text, "trailers: %s", trailers)
+			}
+		case length != "":
+			n, _ := strconv.Atoi(length)
+			body = make([]byte, n)
+			n, err = io.ReadFull(r, body)
+			body = body[:n]
+		default:
+			body, err = io.ReadAll(r)
+			ends = true
+		}
+		fmt.Fprintf(&text, "body: %s", body)
+		switch {
+		case err != nil:
+			return "broken off: " + text.String()
+		case ends:
+			return "to the end: " + text.String()
+		}
+		return "whole: " + text.String()
+	}
+}
+
+// readTwinHead reads up to an empty line. What is not a field comes first, the
+// rest in order.
+func readTwinHead(r *bufio.Reader) (status int, head string, fields map[string]string, err error) {
+	fields = make(map[string]string)
+	var lines []string
+	for {
+		line, err := r.ReadString('\n')
+		if err != nil {
+			return status, strings.Join(lines, "") + line, fields, err
+		}
+		if line == "\r\n" {
+			break
+		}
+		if rest, ok := strings.CutPrefix(line, "HTTP/1."); ok && len(rest) > 5 && status == 0 {
+			status, _ = strconv.Atoi(rest[2:5])
+			line = " " + line
+		}
+		name, value, _ := strings.Cut(strings.TrimSuffix(line, "\r\n"), ": ")
+		if name == "Date" {
+			if date, err := http.ParseTime(value); err == nil && time.Since(date).Abs() < time.Minute {
+				line = "Date: now\r\n"
+			}
+		}
+		fields[name] = value
+		lines = append(lines, line)
+	}
+	slices.Sort(lines)
+	return status, strings.Join(lines, "") + "\r\n", fields, nil
+}
+
+// twinOrigin notes the requests that come to a listener, and answers each with
+// the same bytes. CLOSE at their end closes the connection, RESET resets it.
+// What is at /warm gets an answer that is none of the conversation's.
+type twinOrigin struct {
+	ln     net.Listener
+	answer string
+	over   chan struct{}
+	conns  sync.WaitGroup
+	mu     sync.Mutex
+	got    []string
+}
+
+func newTwinOrigin(ln net.Listener, answer string) *twinOrigin {
+	o := &twinOrigin{ln: ln, answer: answer, over: make(chan struct{})}
+	if answer == "" {
+		o.answer = crlf(ruleOK)
+	}
+	go o.run()
+	return o
+}
+
+func (o *twinOrigin) run() {
+	defer close(o.over)
+	for {
+		conn, err := o.ln.Accept()
+		if err != nil {
+			return
+		}
+		_ = conn.SetDeadline(time.Now().Add(patience))
+		var first [1]byte
+		if n, _ := conn.Read(first[:]); n == 1 && first[0] == 0 { // from end
+			conn.Close()
+			return
+		}
+		o.conns.Go(func() {
+			defer conn.Close()
+			o.serve(conn.(*net.TCPConn), io.MultiReader(bytes.NewReader(first[:]), conn))
+		})
+	}
+}
+
+func (o *twinOrigin) serve(c *net.TCPConn, from io.Reader) {
+	r := bufio.NewReader(from)
+	for {
+		request, err := readRuleRequest(r, c)
+		if err == io.EOF && request.line == "" {
+			return
+		}
+		if strings.Contains(request.line, " /warm ") {
+			_, _ = io.WriteString(c, crlf(ruleOK))
+			continue
+		}
+		lines := []string{}
+		for name, values := range request.fields {
+			lines = append(lines, fmt.Sprintf("%s: %q", name, values))
+		}
+		slices.Sort(lines)
+		o.mu.Lock()
+		n := len(o.got)
+		o.got = append(o.got, fmt.Sprintf("request %q %q %q %v", request.line, lines, request.content, err))
+		o.mu.Unlock()
+		if err != nil {
+			return
+		}
+		if o.answer == "SILENCE" {
+			continue
+		}
+		text, reset := strings.CutSuffix(o.answer, "RESET")
+		text, closed := strings.CutSuffix(text, "CLOSE")
+		_, _ = io.WriteString(c, text)
+		switch {
+		case reset:
+			_ = c.SetLinger(0)
+			return
+		case closed:
+			_ = c.CloseWrite()
+			rest, _ := io.ReadAll(r)
+			o.mu.Lock()
+			o.got[n] += fmt.Sprintf(", then %q", rest)
+			o.mu.Unlock()
+			return
+		}
+	}
+}
+
+// end returns what has come, when nothing more will.
+func (o *twinOrigin) end() []string {
+	if c, err := net.Dial("tcp4", o.ln.Addr().String()); err == nil {
+		_, _ = c.Write([]byte{0})
+		<-o.over
+		c.Close()
+	}
+	o.conns.Wait()
+	return o.got
+}
+
+// attack is what a client sends on a connection that may have been taken over,
+// and an origin answers.
+type attack struct{ name, send, answer string }
+
+const plainGet = "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n"
+
+var requestAttacks = []attack{
+	// Request lines.
+	{name: "nothing"},
+	{name: "a blank line before", send: "\n" + plainGet + "\n"},
+	{name: "blank lines alone", send: "\n"},
+	{name: "three bytes", send: "GET"},
+	{name: "four bytes", send: "GET "},
+	{name: "a request and a blank line", send: plainGet + "\n\n"},
+	{name: "a request line alone", send: "GET http://ORIGIN/ HTTP/1.1\n"},
+	{name: "a request line that is none", send: "nonsense\n"},
+	{name: "a request line that is none, bare", send: "nonsense␊"},
+	{name: "a field that is none, and no end", send: plainGet + "nonsense\n"},
+	{name: "a folded first field, and no end", send: "GET http://ORIGIN/ HTTP/1.1\n Host: ORIGIN\n"},
+	{name: "no end", send: plainGet},
+	{name: "no end and half a line", send: plainGet + "X-One"},
+	{name: "no field", send: "GET http://ORIGIN/ HTTP/1.1\n\n"},
+	{name: "tabs", send: "GET\thttp://ORIGIN/\tHTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "two spaces", send: "GET  http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "a space behind", send: "GET http://ORIGIN/ HTTP/1.1 \nHost: ORIGIN\n\n"},
+	{name: "a space in the target", send: "GET http://ORIGIN/a b HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "a CR in the target", send: "GET http://ORIGIN/a\rb HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "a NUL in the target", send: "GET http://ORIGIN/\x00 HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "a DEL in the target", send: "GET http://ORIGIN/\x7f HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "two CR", send: "GET http://ORIGIN/ HTTP/1.1\r\nHost: ORIGIN\r\r\n\r\n"},
+	{name: "two CR behind the version", send: "GET http://ORIGIN/ HTTP/1.1\r\r\nHost: ORIGIN\r\n\r\n"},
+	{name: "version 1.0", send: "GET http://ORIGIN/ HTTP/1.0\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "version 1.2", send: "GET http://ORIGIN/ HTTP/1.2\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "version 2.0", send: "GET http://ORIGIN/ HTTP/2.0\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "version in lower case", send: "GET http://ORIGIN/ http/1.1\nHost: ORIGIN\n\n"},
+	{name: "version 01.1", send: "GET http://ORIGIN/ HTTP/01.1\nHost: ORIGIN\n\n"},
+	{name: "no version", send: "GET http://ORIGIN/\nHost: ORIGIN\n\n"},
+	{name: "TLS", send: "\x16\x03\x01\x00\x05hello"},
+
+	// Methods.
+	{name: "a method of 32 bytes", send: strings.Repeat("M", 32) + " http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "a method of 33 bytes", send: strings.Repeat("M", 33) + " http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "a method in lower case", send: "get http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "connect in lower case", send: "connect http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "no token", send: "G(T http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "no method", send: " http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "HEAD", send: "HEAD http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n", answer: "HTTP/1.1 200 OK\nContent-Length: 2\n\nCLOSE"},
+	{name: "HEAD of chunks", send: "HEAD http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n", answer: "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\nCLOSE"},
+	{name: "HEAD of what has trailers", send: "HEAD http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n", answer: "HTTP/1.1 200 OK\nTrailer: X-Sum\nTransfer-Encoding: chunked\n\nCLOSE"},
+	{name: "HEAD of what has no length", send: "HEAD http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n", answer: "HTTP/1.1 200 OK\n\nCLOSE"},
+	{name: "HEAD of what is not changed", send: "HEAD http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n", answer: "HTTP/1.1 304 Not Modified\nContent-Length: 2\nContent-Type: a/b\n\nCLOSE"},
+	{name: "HEAD of what may not be had", send: "HEAD http://10.0.0.1/ HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "POST without content", send: "POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "blank lines behind POST without content", send: "POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n\n\n" + plainGet + "\n"},
+	{name: "POST", send: "POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nContent-Length: 2\n\nhi" + plainGet + "\n"},
+	{name: "blank lines behind POST", send: "POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nContent-Length: 2\n\nhi\n\n" + plainGet + "\n" + plainGet + "\n" + plainGet + "\n"},
+	{name: "POST in chunks", send: "POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nTransfer-Encoding: chunked\n\n2\nhi\n0\n\n" + plainGet + "\n"},
+	{name: "OPTIONS of the proxy", send: "OPTIONS * HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "OPTIONS that ends here", send: "OPTIONS http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nMax-Forwards: 0\n\n" + plainGet + "\n"},
+	{name: "TRACE that ends here", send: "TRACE http://ORIGIN/x HTTP/1.1\nHost: other\nMax-Forwards: 0\nCookie: secret\n\n" + plainGet + "\n"},
+	{name: "TRACE that ends here, of some length", send: "TRACE http://ORIGIN/" + strings.Repeat("x", 3000) + " HTTP/1.1\nHost: other\nMax-Forwards: 0\n\n" + plainGet + "\n"},
+
+	// Targets.
+	{name: "no path", send: "GET http://ORIGIN HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "a fragment", send: "GET http://ORIGIN/#a HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "a fragment without a path", send: "GET http://ORIGIN#a HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "a user", send: "GET http://user:pass@ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "a user that looks like a host", send: "GET http://10.0.0.1\\@ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "an empty port", send: "GET http://127.0.0.1:/ HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "port 0", send: "GET http://127.0.0.1:0/ HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "a port with a zero before", send: "GET http://127.0.0.1:080/ HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "a port beyond", send: "GET http://127.0.0.1:65536/ HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "a port that is none", send: "GET http://127.0.0.1:http/ HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "two ports", send: "GET http://ORIGIN:80/ HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "nobody there", send: "GET http://127.0.0.1:1/ HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "a name that nobody knows", send: "GET http://nobody.example/ HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "IPv6", send: "GET http://[::1]:1/ HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "IPv6 with a zone", send: "GET http://[fe80::1%25lo]/ HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "IPv6 without brackets", send: "GET http://::1/ HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "IPv6 that does not end", send: "GET http://[::1/ HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "dots for a host", send: "GET http://.../ HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "dots for a host, and a port", send: "GET http://...:80/ HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "dots in brackets", send: "GET http://[...]:80/ HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "no host", send: "GET http:/// HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "a port without a host", send: "GET http://:80/ HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "a space for a host", send: "GET http://%20/ HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "an escape in the host", send: "GET http://a%41/ HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "an escape of what is not ASCII in the host", send: "GET http://a%c3%bc/ HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "what is not ASCII in the host", send: "GET http://ü.example/ HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "an escape that is none", send: "GET http://ORIGIN/%zz HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "an opaque target", send: "GET http:ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "a scheme in capitals", send: "GET HTTP://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n" + plainGet + "\n"},
+	{name: "another scheme", send: "GET ftp://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "a target without a scheme", send: "GET ORIGIN HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "origin form", send: "GET / HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n" + plainGet + "\n"},
+	{name: "PAC", send: "GET /pac HTTP/1.1\nHost: proxy\n\n" + plainGet + "\n" + plainGet + "\n"},
+	{name: "PAC in absolute form", send: "GET http://ORIGIN/pac HTTP/1.1\nHost: proxy\n\n"},
+	{name: "an ACME challenge", send: "GET http://ORIGIN/.well-known/acme-challenge/x HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "braces", send: "GET http://ORIGIN/{http.request.host} HTTP/1.1\nHost: {host}\nX-One: {env.HOME}\n\n"},
+
+	// Host.
+	{name: "no Host", send: "GET http://ORIGIN/ HTTP/1.1\nX-One: a\n\n"},
+	{name: "two Host", send: plainGet + "Host: ORIGIN\n\n"},
+	{name: "two Host, one in lower case", send: plainGet + "host: other\n\n"},
+	{name: "an empty Host", send: "GET http://ORIGIN/ HTTP/1.1\nHost:\n\n" + plainGet + "\n"},
+	{name: "another Host", send: "GET http://ORIGIN/ HTTP/1.1\nHost: other\n\n" + plainGet + "\n"},
+	{name: "Host with a space", send: "GET http://ORIGIN/ HTTP/1.1\nHost: a b\n\n"},
+	{name: "Host with a slash", send: "GET http://ORIGIN/ HTTP/1.1\nHost: a/b\n\n"},
+	{name: "Host of dots", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ...\n\n" + plainGet + "\n"},
+	{name: "a space before the colon of Host", send: "GET http://ORIGIN/ HTTP/1.1\nHost : ORIGIN\n\n"},
+
+	// Fields.
+	{name: "a folded line", send: plainGet + "X-One: a\n b\n\n" + plainGet + "\n"},
+	{name: "a folded Host", send: "GET http://ORIGIN/ HTTP/1.1\nHost:\n ORIGIN\n\n"},
+	{name: "a space before the first name", send: "GET http://ORIGIN/ HTTP/1.1\n X-One: a\nHost: ORIGIN\n\n"},
+	{name: "a space before a colon", send: plainGet + "X-One : a\n\n"},
+	{name: "a tab before a colon", send: plainGet + "Content-Length\t: 3\n\nabc"},
+	{name: "no colon", send: plainGet + "X-One\n\n"},
+	{name: "no name", send: plainGet + ": a\n\n"},
+	{name: "a name that is none", send: plainGet + "X(One): a\n\n"},
+	{name: "a name that is not ASCII", send: plainGet + "Xü: a\n\n"},
+	{name: "spaces around a value", send: plainGet + "X-One: \t a b \t\n\n"},
+	{name: "an empty value", send: plainGet + "X-One:\nX-Two: \n\n"},
+	{name: "values that are not ASCII", send: plainGet + "X-One: \xff\xfe\nX-Two: ü\n\n"},
+	{name: "NUL in a value", send: plainGet + "X-One: a\x00b\n\n"},
+	{name: "DEL in a value", send: plainGet + "X-One: a\x7fb\n\n"},
+	{name: "CR in a value", send: plainGet + "X-One: a\rX-Two: b\n\n"},
+	{name: "LF behind a value", send: plainGet + "X-One: a␊X-Two: b\n\n"},
+	{name: "LF behind all", send: "GET http://ORIGIN/ HTTP/1.1␊Host: ORIGIN␊␊" + plainGet + "\n"},
+	{name: "LF behind the request line", send: "GET http://ORIGIN/ HTTP/1.1␊Host: ORIGIN\n\n"},
+	{name: "LF for an empty line", send: plainGet + "␊" + plainGet + "\n"},
+	{name: "LF before an empty line", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN␊\n"},
+	{name: "LF before an empty line, and a body that is none", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN␊\nX-One: a\n\n"},
+	{name: "an underscore in a name", send: plainGet + "X_One: a\n\n" + plainGet + "\n"},
+	{name: "a dot in a name", send: plainGet + "X.One: a\n\n" + plainGet + "\n"},
+	{name: "an underscore in the length", send: plainGet + "Content_Length: 3\n\n" + plainGet + "\n"},
+	{name: "names in odd case", send: plainGet + "x-oNE: a\nX-ONE: b\nx-one: c\n\n"},
+	{name: "Pragma", send: plainGet + "Pragma: no-cache\n\n" + plainGet + "\n"},
+	{name: "Pragma and Cache-Control", send: plainGet + "Pragma: no-cache\nCache-Control: max-age=1\n\n"},
+	{name: "another Pragma", send: plainGet + "Pragma: other\n\n"},
+	{name: "Via of this proxy", send: plainGet + "Via: 1.1 tester\n\n" + plainGet + "\n"},
+	{name: "X-Forwarded-For", send: plainGet + "X-Forwarded-For: 192.0.2.1\nX-Forwarded-For: 192.0.2.2\n\n"},
+	{name: "two Authorization", send: plainGet + "Authorization: a\nAuthorization: b\n\n"},
+	{name: "many fields", send: plainGet + strings.Repeat("X: y\n", 300) + "\n" + plainGet + "\n"},
+	{name: "a long head", send: plainGet + "X-One: " + strings.Repeat("x", 20000) + "\n\n" + plainGet + "\n"},
+	{name: "a head that fits just", send: plainGet + "X-One: " + strings.Repeat("x", 3900) + "\n\n" + plainGet + "\n"},
+	{name: "a long name", send: plainGet + strings.Repeat("X", 5000) + ": x\n\n" + plainGet + "\n"},
+	{name: "a long target", send: "GET http://ORIGIN/" + strings.Repeat("x", 9000) + " HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+
+	// Content and what else a request may ask for.
+	{name: "no content, by length", send: plainGet + "Content-Length: 0\n\n" + plainGet + "\n" + plainGet + "\n"},
+	{name: "content of GET", send: plainGet + "Content-Length: 3\n\nabc" + plainGet + "\n"},
+	{name: "a length in lower case", send: plainGet + "content-length: 3\n\nabc" + plainGet + "\n"},
+	{name: "a length that hides a request", send: plainGet + "Content-Length: 45\n\n" + plainGet + "\n" + plainGet + "\n" + plainGet + "\n"},
+	{name: "two lengths", send: plainGet + "Content-Length: 3\nContent-Length: 4\n\nabc"},
+	{name: "a length with a sign", send: plainGet + "Content-Length: +3\n\nabc"},
+	{name: "an empty length", send: plainGet + "Content-Length:\n\n" + plainGet + "\n"},
+	{name: "an empty coding", send: plainGet + "Transfer-Encoding:\n\n" + plainGet + "\n"},
+	{name: "chunks", send: plainGet + "Transfer-Encoding: chunked\n\n3\nabc\n0\n\n" + plainGet + "\n"},
+	{name: "chunks in capitals", send: plainGet + "TRANSFER-ENCODING: CHUNKED\n\n0\n\n" + plainGet + "\n"},
+	{name: "identity", send: plainGet + "Transfer-Encoding: identity\n\n" + plainGet + "\n"},
+	{name: "length and chunks", send: plainGet + "Content-Length: 3\nTransfer-Encoding: chunked\n\n0\n\n" + plainGet + "\n"},
+	{name: "Expect", send: plainGet + "Expect: 100-continue\n\n" + plainGet + "\n"},
+	{name: "another Expect", send: plainGet + "Expect: miracles\n\n" + plainGet + "\n"},
+	{name: "an empty Expect", send: plainGet + "Expect:\n\n" + plainGet + "\n"},
+	{name: "Trailer", send: plainGet + "Trailer: X-Sum\n\n" + plainGet + "\n"},
+	{name: "TE", send: plainGet + "TE: trailers\nConnection: TE\n\n" + plainGet + "\n"},
+	{name: "close", send: plainGet + "Connection: close\n\n" + plainGet + "\n"},
+	{name: "close in capitals", send: plainGet + "Connection: Keep-Alive, CLOSE\n\n" + plainGet + "\n"},
+	{name: "close in the second field", send: plainGet + "Connection: keep-alive\nConnection: close\n\n" + plainGet + "\n"},
+	{name: "close behind a space", send: plainGet + "Connection: keep-alive close\n\n" + plainGet + "\n"},
+	{name: "close behind a tab", send: plainGet + "Connection: a\tclose\n\n" + plainGet + "\n"},
+	{name: "close in a word", send: plainGet + "Connection: closed, foreclose\n\n" + plainGet + "\n"},
+	{name: "close with a parameter", send: plainGet + "Connection: close;x\n\n" + plainGet + "\n"},
+	{name: "an empty Connection", send: plainGet + "Connection: , ,\n\n" + plainGet + "\n"},
+	{name: "Proxy-Connection", send: plainGet + "Proxy-Connection: close\n\n" + plainGet + "\n"},
+	{name: "what is nominated", send: plainGet + "Connection: X-One, Host, Via\nX-One: a\n\n" + plainGet + "\n"},
+	{name: "an upgrade that nobody takes up", send: plainGet + "Connection: Upgrade\nUpgrade: websocket\n\n" + plainGet + "\n"},
+	{name: "an upgrade without a connection's option", send: plainGet + "Upgrade: websocket\n\n" + plainGet + "\n"},
+	{name: "an upgrade to HTTP/2", send: plainGet + "Connection: Upgrade, HTTP2-Settings\nUpgrade: h2c\nHTTP2-Settings: AAMAAABkAAQAAP__\n\n" + plainGet + "\n"},
+	{name: "an upgrade", send: plainGet + "Connection: Upgrade\nUpgrade: x\n\nearly", answer: "HTTP/1.1 101 Switching Protocols\nConnection: Upgrade\nUpgrade: x\n\nlateCLOSE"},
+	{name: "an upgrade nobody asked for", send: plainGet + "\n" + plainGet + "\n", answer: "HTTP/1.1 101 Switching Protocols\nConnection: Upgrade\nUpgrade: x\n\nCLOSE"},
+	{name: "CONNECT", send: "CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "CONNECT and early data", send: "CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\n\nGET /in HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "CONNECT and much early data", send: plainGet + "\nCONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\n\nPOST /in HTTP/1.1\nHost: ORIGIN\nContent-Length: 20000\n\n" + strings.Repeat("x", 20000)},
+	{name: "CONNECT to where nobody may", send: "CONNECT 10.0.0.1:443 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to a URL", send: "CONNECT http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to a path", send: "CONNECT / HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+
+	// One behind the other.
+	{name: "many at once", send: strings.Repeat(plainGet+"\n", 50)},
+	{name: "many of some length at once", send: strings.Repeat(plainGet+"X-One: "+strings.Repeat("x", 1500)+"\n\n", 20)},
+	{name: "one of each", send: plainGet + "\nPOST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nContent-Length: 2\n\nhi" + plainGet + "\n" + plainGet + "\n" + plainGet + "\nGET /pac HTTP/1.1\nHost: x\n\n" + plainGet + "\nnonsense\n\n"},
+	{name: "nonsense behind", send: plainGet + "\n" + plainGet + "\nnonsense\n\n"},
+	{name: "refusals and answers", send: strings.Repeat("GET http://10.0.0.1/ HTTP/1.1\nHost: x\n\n"+plainGet+"\n", 3)},
+}
+
+var responseAttacks = []attack{
+	{name: "nothing", answer: "CLOSE"},
+	{name: "no content", answer: "HTTP/1.1 204 No Content\nContent-Length: 5\nContent-Type: a/b\n\nCLOSE"},
+	{name: "no content, and trailers", answer: "HTTP/1.1 204 No Content\nTrailer: X-Sum\n\nCLOSE"},
+	{name: "not modified", answer: "HTTP/1.1 304 Not Modified\nContent-Length: 5\nContent-Type: a/b\nETag: x\n\nCLOSE"},
+	{name: "not modified, and chunks", answer: "HTTP/1.1 304 Not Modified\nTransfer-Encoding: chunked\n\nCLOSE"},
+	{name: "reset content", answer: "HTTP/1.1 205 Reset Content\nContent-Length: 0\n\nCLOSE"},
+	{name: "reset content without a length", answer: "HTTP/1.1 205 Reset Content\n\nCLOSE"},
+	{name: "length 0", answer: "HTTP/1.1 200 OK\nContent-Length: 0\n\nCLOSE"},
+	{name: "more than its length", answer: "HTTP/1.1 200 OK\nContent-Length: 2\n\nokayCLOSE"},
+	{name: "less than its length", answer: "HTTP/1.1 200 OK\nContent-Length: 5\n\nokCLOSE"},
+	{name: "nothing of its length", answer: "HTTP/1.1 200 OK\nContent-Length: 5\n\nCLOSE"},
+	{name: "reset before its length", answer: "HTTP/1.1 200 OK\nContent-Length: 5\n\nokRESET"},
+	{name: "chunks", answer: "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n2\nok\n3\nay!\n0\n\nCLOSE"},
+	{name: "no chunks", answer: "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n0\n\nCLOSE"},
+	{name: "chunks that break off", answer: "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n5\nokCLOSE"},
+	{name: "chunks that do not end", answer: "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n2\nok\nCLOSE"},
+	{name: "chunks that are none", answer: "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\nnonsense\n\nCLOSE"},
+	{name: "chunks and no trailers", answer: "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\nTrailer: X-Sum\n\n2\nok\n0\n\nCLOSE"},
+	{name: "trailers", answer: "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\nTrailer: X-Sum, X-Two\n\n2\nok\n0\nX-Sum: 1\nX-Sum: 2\nX-Two: 3\n\nCLOSE"},
+	{name: "trailers that were not announced", answer: "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n2\nok\n0\nX-Sum: 1\n\nCLOSE"},
+	{name: "some trailers that were not announced", answer: "HTTP/1.1 200 OK\nTrailer: X-One\nTransfer-Encoding: chunked\n\n2\nok\n0\nX-One: 1\nX-Two: 2\n\nCLOSE"},
+	{name: "trailers that are none", answer: "HTTP/1.1 200 OK\nTrailer: Content-Length, Host, Trailer\nTransfer-Encoding: chunked\n\n2\nok\n0\nContent-Length: 1\nHost: x\nTrailer: y\n\nCLOSE"},
+	{name: "trailers that are fields", answer: "HTTP/1.1 200 OK\nTrailer: X-One\nX-One: before\nTransfer-Encoding: chunked\n\n2\nok\n0\nX-One: behind\n\nCLOSE"},
+	{name: "trailers that stay away", answer: "HTTP/1.1 200 OK\nTrailer: X-One\nX-One: before\nTransfer-Encoding: chunked\n\n2\nok\n0\n\nCLOSE"},
+	{name: "trailers and no chunk", answer: "HTTP/1.1 200 OK\nTrailer: X-Sum\nTransfer-Encoding: chunked\n\n0\nX-Sum: 1\n\nCLOSE"},
+	{name: "an announcement and a length", answer: "HTTP/1.1 200 OK\nTrailer: X-Sum\nContent-Length: 2\n\nokCLOSE"},
+	{name: "to the end", answer: "HTTP/1.1 200 OK\n\nokCLOSE"},
+	{name: "nothing to the end", answer: "HTTP/1.1 200 OK\n\nCLOSE"},
+	{name: "to the reset", answer: "HTTP/1.1 200 OK\n\nokRESET"},
+	{name: "HTTP/1.0", answer: "HTTP/1.0 200 OK\nContent-Length: 2\n\nokCLOSE"},
+	{name: "interim", answer: "HTTP/1.1 103 Early Hints\nLink: a\nContent-Length: 3\nDate: x\n\nHTTP/1.1 100 Continue\n\nHTTP/1.1 199 Odd\n\n" + ruleOK + "CLOSE"},
+	{name: "interim without end", answer: strings.Repeat("HTTP/1.1 102 Processing\n\n", 101) + ruleOK + "CLOSE"},
+	{name: "interim alone", answer: "HTTP/1.1 103 Early Hints\nLink: a\n\nCLOSE"},
+	{name: "an odd status", answer: "HTTP/1.1 299 Fine\nContent-Length: 2\n\nokCLOSE"},
+	{name: "an odder status", answer: "HTTP/1.1 999 Fine\nContent-Length: 2\n\nokCLOSE"},
+	{name: "a reason of its own", answer: "HTTP/1.1 404 Gone fishing\nContent-Length: 2\n\nokCLOSE"},
+	{name: "a status that is none", answer: "HTTP/1.1 1000 Fine\n\nCLOSE"},
+	{name: "no HTTP", answer: "SSH-2.0\nCLOSE"},
+	{name: "a date", answer: "HTTP/1.1 200 OK\nDate: yesterday\nContent-Length: 2\n\nokCLOSE"},
+	{name: "close", answer: "HTTP/1.1 200 OK\nConnection: close\nContent-Length: 2\n\nokCLOSE"},
+	{name: "all of Caddy's fields", answer: "HTTP/1.1 200 OK\nServer: mine\nAlt-Svc: x\nContent-Type: a/b\nContent-Length: 2\n\nokCLOSE"},
+	{name: "an empty type", answer: "HTTP/1.1 200 OK\nContent-Type:\nContent-Length: 2\n\nokCLOSE"},
+	{name: "spaces and what is not ASCII", answer: "HTTP/1.1 200 OK\nX-One: \t a \xff \nContent-Length: 2\n\nokCLOSE"},
+	{name: "fields many times", answer: "HTTP/1.1 200 OK\n" + strings.Repeat("Set-Cookie: a\nx-y: b\n", 30) + "Content-Length: 2\n\nokCLOSE"},
+	{name: "CONNECT's answer", answer: "HTTP/1.1 200 Connection Established\n\nCLOSE"},
+	{name: "407", answer: "HTTP/1.1 407 Proxy Authentication Required\nProxy-Authenticate: Basic\nContent-Length: 2\n\nokCLOSE"},
+	{name: "2048 bytes to the end", answer: "HTTP/1.1 200 OK\n\n" + strings.Repeat("x", 2048) + "CLOSE"},
+	{name: "3000 bytes to the end", answer: "HTTP/1.1 200 OK\n\n" + strings.Repeat("x", 3000) + "CLOSE"},
+	{name: "3000 bytes", answer: "HTTP/1.1 200 OK\nContent-Length: 3000\n\n" + strings.Repeat("x", 3000) + "CLOSE"},
+	{name: "much to the end", answer: "HTTP/1.1 200 OK\n\n" + strings.Repeat("0123456789", 300_000) + "CLOSE"},
+	{name: "much in chunks", answer: "HTTP/1.1 200 OK\nTrailer: X-Sum\nTransfer-Encoding: chunked\n\n" + strings.Repeat("a\n0123456789\n", 100_000) + "0\nX-Sum: 1\n\nCLOSE"},
+	{name: "much", answer: "HTTP/1.1 200 OK\nContent-Length: 3000000\n\n" + strings.Repeat("0123456789", 300_000) + "CLOSE"},
+	{name: "much, and too much", answer: "HTTP/1.1 200 OK\nContent-Length: 3000000\n\n" + strings.Repeat("0123456789", 300_001) + "CLOSE"},
+	{name: "much, and not enough", answer: "HTTP/1.1 200 OK\nContent-Length: 3000001\n\n" + strings.Repeat("0123456789", 300_000) + "CLOSE"},
+	{name: "a large head", answer: "HTTP/1.1 200 OK\nX-One: " + strings.Repeat("x", 60_000) + "\nContent-Length: 2\n\nokCLOSE"},
+}
+
+// TestPersistentRequests: what a request means does not depend on whether its
+// connection was taken over.
+func TestPersistentRequests(t *testing.T) {
+	tw := newTwins(t, twinOptions+"\nserve_pac /pac", warmUp)
+	attacks := requestAttacks
+	for _, rule := range rules {
+		attacks = append(attacks, attack{rule.name + ", a rule", rule.send, rule.answer})
+	}
+	for _, a := range attacks {
+		t.Run(a.name, func(t *testing.T) {
+			for manner := range manners {
+				for _, difference := range tw.compare(t, crlf(a.send), crlf(a.answer), manner) {
+					t.Errorf("in manner %d: %s", manner, difference)
+				}
+			}
+		})
+	}
+}
+
+// TestPersistentResponses: neither does what comes back.
+func TestPersistentResponses(t *testing.T) {
+	tw := newTwins(t, twinOptions, warmUp)
+	for _, a := range responseAttacks {
+		t.Run(a.name, func(t *testing.T) {
+			for _, difference := range tw.compare(t, crlf(plainGet+"\n"+plainGet+"\n"), crlf(a.answer), atOnce) {
+				t.Error(difference)
+			}
+		})
+	}
+}
+
+// TestPersistentRefusals: what the proxy says itself is the same, too.
+func TestPersistentRefusals(t *testing.T) {
+	credentials := "Proxy-Authorization: Basic YWxpY2U6d29uZGVybGFuZA==\n" // alice:wonderland
+	for _, refusals := range []struct {
+		options, warm string
+		attacks       []attack
+	}{
+		{authUsers, "GET http://ORIGIN/warm HTTP/1.1\nHost: ORIGIN\n" + credentials + "\n", []attack{
+			{name: "no credentials", send: plainGet + "\n" + plainGet + "\n"},
+			{name: "no credentials, then some", send: plainGet + "\n" + plainGet + credentials + "\n"},
+			{name: "wrong credentials", send: plainGet + "Proxy-Authorization: Basic eDp5\n\n" + plainGet + credentials + "\n"},
+			{name: "credentials that are none", send: plainGet + "Proxy-Authorization: Basic !\n\n"},
+			{name: "credentials twice", send: plainGet + credentials + credentials + "\n"},
+			{name: "no credentials, for HEAD", send: "HEAD http://ORIGIN/ HTTP/1.1\nHost: x\n\n" + plainGet + "\n"},
+			{name: "no credentials, for CONNECT", send: "CONNECT ORIGIN HTTP/1.1\nHost: x\n\n" + plainGet + "\n"},
+		}},
+		{"burst 3\nrefill 0.0001", warmUp, []attack{{name: "too many", send: strings.Repeat(plainGet+"\n", 5) + "HEAD http://ORIGIN/ HTTP/1.1\nHost: x\n\n" + plainGet + "\n"}}},
+		{"response_header_timeout 1s", warmUp, []attack{{name: "silence", send: plainGet + "\n" + plainGet + "\n", answer: "SILENCE"}}},
+		{"header_down X-One \" {http.request.method} \"\nheader_down -Via\nheader_up Host other\nheader_up X-Two {http.request.uri}", warmUp, []attack{
+			{name: "changes of fields", send: plainGet + "\n" + plainGet + "X-Two: b\n\n"},
+		}},
+	} {
+		tw := newTwins(t, twinOptions+"\n"+refusals.options, refusals.warm)
+		for _, a := range refusals.attacks {
+			t.Run(a.name, func(t *testing.T) {
+				for _, difference := range tw.compare(t, crlf(a.send), crlf(a.answer), atOnce) {
+					t.Error(difference)
+				}
+			})
+		}
+	}
+}
+
+// TestPersistentGivesBack: net/http gets connections back for more than what
+// looks different, but never to speak HTTP/2 on them.
+func TestPersistentGivesBack(t *testing.T) {
+	tw := newTwins(t, twinOptions, warmUp)
+	one := tw.each[0]
+	origin := newTwinOrigin(one.origin, "")
+	defer origin.end()
+	takenOver := func() *rawConn {
+		c := dialRaw(t, one.proxy)
+		for range 2 {
+			c.send(strings.ReplaceAll(warmUp, "ORIGIN", one.origin.Addr().String()))
+			c.response(http.MethodGet)
+		}
+		if one.persistent() == 0 {
+			t.Fatal("the connection is not taken over")
+		}
+		return c
+	}
+	for _, path := range []string{"acme-challenge/x", "pki-validation/x"} { // Caddy's own, if it waits for that
+		c := takenOver()
+		c.send(strings.ReplaceAll("GET http://ORIGIN/.well-known/"+path+" HTTP/1.1\nHost: ORIGIN\n\n", "ORIGIN", one.origin.Addr().String()))
+		c.response(http.MethodGet)
+		eventually(t, path+" to be given back", func() bool { return one.persistent() == 0 })
+	}
+	for _, text := range []string{"nonsense of some length\n", plainGet + "nonsense\n", plainGet + " folded\n\n"} { // which is said at once
+		c := takenOver()
+		c.send(strings.ReplaceAll(text, "ORIGIN", one.origin.Addr().String()))
+		if res, _ := c.response(http.MethodGet); res.StatusCode != http.StatusBadRequest {
+			t.Errorf("%q is answered with %s", text, res.Status)
+		}
+	}
+	c := takenOver()
+	c.send("PRI * HTTP/2.0\n\nSM\n\n")
+	if said := c.readAll(); said != "" {
+		t.Errorf("in the middle of a connection, HTTP/2 is answered with %q", said)
+	}
+}
+
+// TestPersistentWriter: a response is that of net/http, for a handler that gives
+// it a type, does not write content for HEAD, and does not change its fields
+// between the status and a flush.
+func TestPersistentWriter(t *testing.T) {
+	method := ""
+	write := func(w http.ResponseWriter, size int) error {
+		if method == http.MethodHead {
+			return http.ErrBodyNotAllowed
+		}
+		_, err := io.WriteString(w, strings.Repeat("x", size))
+		return err
+	}
+	flush := func(w http.ResponseWriter) { _ = http.NewResponseController(w).Flush() }
+	for name, handle := range map[string]func(w http.ResponseWriter){
+		"nothing":                 func(w http.ResponseWriter) {},
+		"a status":                func(w http.ResponseWriter) { w.WriteHeader(404) },
+		"two":                     func(w http.ResponseWriter) { w.WriteHeader(404); w.WriteHeader(200) },
+		"a flush":                 flush,
+		"content":                 func(w http.ResponseWriter) { write(w, 5) },
+		"a flush before content":  func(w http.ResponseWriter) { flush(w); write(w, 5) },
+		"a flush behind content":  func(w http.ResponseWriter) { write(w, 5); flush(w) },
+		"a flush in content":      func(w http.ResponseWriter) { write(w, 5); flush(w); flush(w); write(w, 5) },
+		"what fits":               func(w http.ResponseWriter) { write(w, 2048) },
+		"what does not":           func(w http.ResponseWriter) { write(w, 2049) },
+		"what fits, in parts":     func(w http.ResponseWriter) { write(w, 1024); write(w, 1024) },
+		"what does not, in parts": func(w http.ResponseWriter) { write(w, 1024); write(w, 1025); write(w, 5) },
+		"much":                    func(w http.ResponseWriter) { write(w, 10_000); write(w, 100_000) },
+		"a length":                func(w http.ResponseWriter) { w.Header()["Content-Length"] = []string{"5"}; write(w, 5) },
+		"a length, flushed":       func(w http.ResponseWriter) { w.Header()["Content-Length"] = []string{"5"}; flush(w); write(w, 5) },
+		"less than its length":    func(w http.ResponseWriter) { w.Header()["Content-Length"] = []string{"5"}; flush(w); write(w, 2) },
+		"more than its length": func(w http.ResponseWriter) {
+			w.Header()["Content-Length"] = []string{"5"}
+			write(w, 5)
+			flush(w)
+			write(w, 1)
+		},
+		"a type and a length of 304": func(w http.ResponseWriter) { w.Header()["Content-Length"] = []string{"5"}; w.WriteHeader(304) },
+		"content of 304": func(w http.ResponseWriter) {
+			w.WriteHeader(304)
+			if err := write(w, 5); err != http.ErrBodyNotAllowed {
+				t.Errorf("writing to 304: %v", err)
+			}
+		},
+		"close":      func(w http.ResponseWriter) { w.Header()["Connection"] = []string{"close"}; write(w, 5) },
+		"keep-alive": func(w http.ResponseWriter) { w.Header()["Connection"] = []string{"keep-alive"}; write(w, 5) },
+		"no date":    func(w http.ResponseWriter) { w.Header()["Date"] = nil; write(w, 5) },
+		"odd values": func(w http.ResponseWriter) {
+			w.Header()["X-One"] = []string{" a\r\nX-Two: b ", "", "\t c\t"}
+			w.Header()["X(Three)"] = []string{"d"}
+		},
+		"interim responses": func(w http.ResponseWriter) {
+			w.Header()["Content-Length"], w.Header()["X-One"] = []string{"3"}, []string{"a"}
+			w.WriteHeader(103)
+			w.WriteHeader(102)
+			w.Header()["Content-Length"] = []string{"5"}
+			write(w, 5)
+		},
+		"trailers": func(w http.ResponseWriter) {
+			w.Header()["Trailer"] = []string{"x-one,X-Two ", "", "X-Three"}
+			write(w, 5)
+			flush(w)
+			w.Header()["X-One"], w.Header()["X-Three"], w.Header()["X-Four"] = []string{"a", "b"}, []string{"c"}, []string{"d"}
+		},
+		"trailers that were not announced": func(w http.ResponseWriter) {
+			flush(w)
+			w.Header()[http.TrailerPrefix+"X-One"] = []string{"a"}
+		},
+		"trailers that are known before": func(w http.ResponseWriter) {
+			w.Header()[http.TrailerPrefix+"X-One"] = []string{"a"}
+			write(w, 5)
+		},
+	} {
+		for _, method = range []string{http.MethodGet, http.MethodHead} {
+			t.Run(name+" "+method, func(t *testing.T) {
+				handler := func(w http.ResponseWriter, r *http.Request) {
+					w.Header()["Content-Type"] = nil
+					handle(w)
+				}
+				server := httptest.NewServer(http.HandlerFunc(handler))
+				defer server.Close()
+				want := dialRaw(t, server.Listener.Addr().String())
+				want.send(strings.Repeat(method+" / HTTP/1.1\nHost: x\n\n", 2))
+				r := httptest.NewRequest(method, "/", nil)
+				done := make(chan struct{})
+				got := dialRaw(t, listen(t, func(c *net.TCPConn) {
+					defer close(done)
+					w := &responseWriter{conn: c}
+					for i := 0; i < 2 && !w.closes; i++ {
+						w.begin(r, false)
+						handler(w, r)
+						if err := w.end(); err != nil {
+							t.Error(err)
+						}
+					}
+				}))
+				for range 2 {
+					if is, want := readTwinResponse(got.r, method), readTwinResponse(want.r, method); is != want {
+						t.Errorf("%.2000q\nnet/http: %.2000q", is, want)
+					}
+				}
+				<-done
+			})
+		}
+	}
+}
+
+// TestPersistentWriterKeepsNothing: connections may be idle in great numbers.
+func TestPersistentWriterKeepsNothing(t *testing.T) {
+	conn, outside := socketPair(t)
+	go io.Copy(io.Discard, outside)
+	w := &responseWriter{conn: conn.(*net.TCPConn)}
+	w.begin(httptest.NewRequest(http.MethodGet, "/", nil), false)
+	w.Header()["X-One"] = []string{strings.Repeat("x", 1<<20)}
+	_, _ = io.WriteString(w, "hello")
+	if err := w.end(); err != nil {
+		t.Fatal(err)
+	}
+	if w.header != nil || cap(w.buf) > keptBuffer || slices.ContainsFunc(w.names[:cap(w.names)], func(name string) bool { return name != "" }) {
+		t.Errorf("an idle connection keeps %d fields, names %q and a buffer of %d bytes", len(w.header), w.names[:cap(w.names)], cap(w.buf))
+	}
+}
+
+// FuzzPersistent: clients may send what they like, and origins answer it, without
+// telling from what comes whether a connection was taken over.
+func FuzzPersistent(f *testing.F) {
+	for _, rule := range rules {
+		f.Add([]byte(crlf(rule.send)), []byte(crlf(rule.answer)), byte(atOnce))
+	}
+	for _, attacks := range [][]attack{requestAttacks, responseAttacks} {
+		for _, a := range attacks {
+			if len(a.send) < 10_000 && len(a.answer) < 10_000 {
+				f.Add([]byte(crlf(cmp.Or(a.send, plainGet+"\n"+plainGet+"\n"))), []byte(crlf(a.answer)), byte(atOnce))
+			}
+		}
+	}
+	tw := newTwins(f, twinOptions+"\nserve_pac /pac", warmUp)
+	f.Fuzz(func(t *testing.T, send, answer []byte, manner byte) {
+		if len(send) > 16<<10 || len(answer) > 64<<10 || bytes.Contains(send, []byte("PRI * HTTP/2.0")) {
+			return
+		}
+		text := strings.TrimSuffix(strings.TrimSuffix(string(answer), "RESET"), "CLOSE")
+		if text != "" {
+			text += "CLOSE" // who waits for more would wait long
+		}
+		for _, difference := range tw.compare(t, string(send), text, int(manner)%manners) {
+			t.Error(difference)
+		}
+	})
+}
