@@ -109,12 +109,14 @@ func (t *tunnel) run() {
 // it has one in a dump of goroutines.
 func (t *tunnel) relayUp(done chan<- struct{}) {
 	defer close(done)
-	n, err := t.far.Write(t.early)
-	t.early = nil
-	t.up.Add(int64(n))
-	if err != nil {
-		t.directionEnded(t.far, t.near, nil, err)
-		return
+	if len(t.early) > 0 {
+		n, err := t.far.Write(t.early)
+		t.early = nil
+		t.up.Add(int64(n))
+		if err != nil {
+			t.directionEnded(t.far, t.near, nil, err)
+			return
+		}
 	}
 	readErr, writeErr := relay(t.far.writer(), t.near.reader(), &t.up)
 	t.directionEnded(t.far, t.near, readErr, writeErr)
