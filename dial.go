@@ -111,10 +111,11 @@ func (d *dialer) dial(ctx context.Context, r reach, address string) (conn net.Co
 // search list of the resolver's would make another one of it, that no rule has
 // judged.
 func (d *dialer) open(ctx context.Context, dialer *net.Dialer, t target) (net.Conn, error) {
+	if t.addr.IsValid() {
+		return dialer.DialContext(ctx, "tcp", netip.AddrPortFrom(t.addr, t.port).String())
+	}
 	port := strconv.Itoa(int(t.port))
 	switch {
-	case t.addr.IsValid():
-		return dialer.DialContext(ctx, "tcp", net.JoinHostPort(t.addr.String(), port))
 	case t.name == "localhost": // is known to most systems without a dot only
 		return dialer.DialContext(ctx, "tcp", net.JoinHostPort(t.name, port))
 	case !strings.Contains(t.name, "."): // and so is one in the hosts file
