@@ -43,9 +43,9 @@ func newDialer(p *policy, timeout time.Duration, resolver *net.Resolver) *dialer
 	d := &dialer{policy: p, timeout: timeout}
 	for r := range reaches {
 		d.dialers[r] = net.Dialer{
-			Timeout:         timeout,
-			Resolver:        resolver,
-			KeepAliveConfig: keepAlive,
+			Timeout:   timeout,
+			Resolver:  resolver,
+			KeepAlive: -1, // see keepAlive
 			ControlContext: func(ctx context.Context, _, address string, _ syscall.RawConn) error {
 				to, err := netip.ParseAddrPort(address)
 				if err != nil {
@@ -63,8 +63,14 @@ func newDialer(p *policy, timeout time.Duration, resolver *net.Resolver) *dialer
 	return d
 }
 
-// keepAlive notices after two minutes that the other end is gone without a word.
-var keepAlive = net.KeepAliveConfig{Enable: true, Idle: time.Minute, Interval: 15 * time.Second, Count: 4}
+// keepAlive has it noticed after two minutes that the other end of a connection
+// is gone without a word. That takes four system calls, which those that end
+// before have no use for.
+func keepAlive(conn *net.TCPConn) {
+	_ = conn.SetKeepAliveConfig(keepAliveConfig)
+}
+
+var keepAliveConfig = net.KeepAliveConfig{Enable: true, Idle: time.Minute, Interval: 15 * time.Second, Count: 4}
 
 // attempt is a dial, as the checks of its addresses see it.
 type attempt struct {
@@ -105,10 +111,11 @@ func (d *dialer) dial(ctx context.Context, r reach, address string) (conn net.Co
 // search list of the resolver's would make another one of it, that no rule has
 // judged.
 func (d *dialer) open(ctx context.Context, dialer *net.Dialer, t target) (net.Conn, error) {
+	if t.addr.IsValid() {
+		return dialer.DialContext(ctx, "tcp", netip.AddrPortFrom(t.addr, t.port).String())
+	}
 	port := strconv.Itoa(int(t.port))
 	switch {
-	case t.addr.IsValid():
-		return dialer.DialContext(ctx, "tcp", net.JoinHostPort(t.addr.String(), port))
 	case t.name == "localhost": // is known to most systems without a dot only
 		return dialer.DialContext(ctx, "tcp", net.JoinHostPort(t.name, port))
 	case !strings.Contains(t.name, "."): // and so is one in the hosts file

@@ -196,28 +196,52 @@ func TestDialOfTwoFamilies(t *testing.T) {
 	hear(t, c, say(t, c, "hello"))
 }
 
-// A target that is gone without a word is noticed.
+// A target that is gone without a word is noticed: by a tunnel that lasts, and by
+// a connection that waits for another request.
 func TestTargetsAreKeptAlive(t *testing.T) {
 	w := newWorld(t, "", nil)
 	w.dial().connect(echoTarget(t))
-	eventually(t, "a tunnel", func() bool { return len(openTunnels()) == 1 })
-	socket, err := openTunnels()[0].far.(*connPeer).tcp.SyscallConn()
+	eventually(t, "a tunnel that is kept alive", func() bool {
+		open := openTunnels()
+		return len(open) == 1 && isKeptAlive(t, open[0].far.(*connPeer).tcp)
+	})
+	origin := w.origin.Listener.Addr().String()
+	c := w.dial()
+	c.send("GET http://" + origin + "/ HTTP/1.1\r\nHost: " + origin + "\r\n\r\n")
+	c.response("GET")
+	var idle []*originConn
+	eventually(t, "an idle connection", func() bool {
+		for h := range openTunnels()[0].registry.handlers.All() {
+			idle, _ = h.origins[local].idle.Load(origin)
+		}
+		return len(idle) == 1
+	})
+	if !isKeptAlive(t, idle[0].Conn.(*net.TCPConn)) {
+		t.Error("an idle connection to an origin is not kept alive")
+	}
+}
+
+// isKeptAlive reports whether the system looks after a connection as it is to.
+func isKeptAlive(t *testing.T, conn *net.TCPConn) bool {
+	t.Helper()
+	socket, err := conn.SyscallConn()
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, option := range map[string][3]int{
-		"on":       {unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
-		"idle":     {unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 60},
-		"interval": {unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 15},
-		"count":    {unix.IPPROTO_TCP, unix.TCP_KEEPCNT, 4},
-	} {
-		err := socket.Control(func(fd uintptr) {
-			if got, err := unix.GetsockoptInt(int(fd), option[0], option[1]); err != nil || got != option[2] {
-				t.Errorf("keep-alive, %s: %d, %v; want %d", name, got, err, option[2])
-			}
-		})
-		if err != nil {
-			t.Fatal(err)
+	kept := true
+	err = socket.Control(func(fd uintptr) {
+		for _, option := range [...][3]int{
+			{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
+			{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 60},
+			{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 15},
+			{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, 4},
+		} {
+			got, err := unix.GetsockoptInt(int(fd), option[0], option[1])
+			kept = kept && err == nil && got == option[2]
 		}
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
+	return kept
 }

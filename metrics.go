@@ -168,27 +168,32 @@ func outcomeOf(err error) (outcome, *refusal) {
 
 // countDial counts an attempt to connect that began at start.
 func countDial(ctx context.Context, start time.Time, err error) {
-	outcome := "failed"
+	metrics.dials.WithLabelValues(dialOutcome(ctx, err)).Observe(time.Since(start).Seconds())
+}
+
+// dialOutcome tells what came of an attempt to connect.
+func dialOutcome(ctx context.Context, err error) string {
+	if err == nil {
+		return "ok" // at no cost
+	}
 	var (
 		denied  *deniedError
 		dns     *net.DNSError
 		timeout net.Error
 	)
 	switch {
-	case err == nil:
-		outcome = "ok"
 	case context.Cause(ctx) != nil:
-		outcome = "canceled"
+		return "canceled"
 	case errors.As(err, &denied):
-		outcome = "denied"
+		return "denied"
 	case errors.Is(err, os.ErrDeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
-		outcome = "timeout"
+		return "timeout"
 	case errors.As(err, &dns):
-		outcome = "dns"
+		return "dns"
 	case errors.Is(err, syscall.ECONNREFUSED):
-		outcome = "refused"
+		return "refused"
 	}
-	metrics.dials.WithLabelValues(outcome).Observe(time.Since(start).Seconds())
+	return "failed"
 }
 
 // count counts a tunnel that has ended.

@@ -290,7 +290,13 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		return err
 	}
 	for r := range reaches {
-		dial := func(ctx context.Context, authority string) (net.Conn, error) { return h.dialer.dial(ctx, r, authority) }
+		dial := func(ctx context.Context, authority string) (net.Conn, error) {
+			conn, err := h.dialer.dial(ctx, r, authority)
+			if tcp, ok := conn.(*net.TCPConn); ok {
+				keepAlive(tcp) // may be idle at once
+			}
+			return conn, err
+		}
 		h.origins[r], h.secureOrigins[r] = newOrigins(dial), newOrigins(overTLS(dial, "http/1.1"))
 		h.upstreams[r] = newTransport(dial, h.secureOrigins[r], max(0, time.Duration(h.ResponseHeaderTimeout)))
 		if h.dialer.policy.changing {

@@ -88,7 +88,7 @@ func newParent(ctx caddy.Context, u *Upstream, timeout time.Duration, resolver *
 	}
 	p := &parent{
 		scheme: scheme, address: address, timeout: timeout, header: make(http.Header),
-		dialer: net.Dialer{KeepAliveConfig: keepAlive, Resolver: resolver},
+		dialer: net.Dialer{KeepAliveConfig: keepAliveConfig, Resolver: resolver},
 	}
 	repl := caddy.NewReplacer()
 	for name, value := range u.Headers {

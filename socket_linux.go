@@ -23,8 +23,8 @@ func relaySocket(dst io.Writer, src *net.TCPConn, copied *atomic.Int64) (readErr
 	if err != nil {
 		return err, nil
 	}
-	r := socketReader{conn: conn}
-	splice := newSplicer(dst, conn)
+	r := newSocketReader(conn)
+	var splice *splicer // is made for the first bulk
 	for {
 		buf, n, err := r.read()
 		if n > 0 {
@@ -37,6 +37,9 @@ func relaySocket(dst io.Writer, src *net.TCPConn, copied *atomic.Int64) (readErr
 			return err, writeErr
 		}
 		if n == smallBuffer {
+			if splice == nil {
+				splice = newSplicer(dst, conn)
+			}
 			if readErr, writeErr = splice.burst(copied); readErr != nil || writeErr != nil {
 				return readErr, writeErr
 			}
@@ -48,16 +51,23 @@ func relaySocket(dst io.Writer, src *net.TCPConn, copied *atomic.Int64) (readErr
 // there is something to read.
 type socketReader struct {
 	conn syscall.RawConn
+	wait func(fd uintptr) bool // ready, made into a function once
 	buf  *[smallBuffer]byte
 	n    int
 	err  error
+}
+
+func newSocketReader(conn syscall.RawConn) *socketReader {
+	r := &socketReader{conn: conn}
+	r.wait = r.ready
+	return r
 }
 
 // read returns a buffer and how much of it is filled, or the end. The buffer,
 // if any, is the caller's to give back.
 func (r *socketReader) read() (*[smallBuffer]byte, int, error) {
 	r.buf, r.n, r.err = nil, 0, nil
-	err := r.conn.Read(r.ready)
+	err := r.conn.Read(r.wait)
 	if err == nil {
 		err = r.err
 	}

@@ -56,6 +56,7 @@ type tunnel struct {
 	active   atomic.Int64 // when some were last seen to have been, since epoch
 	seen     int64        // how many there were then; look's own
 	stuck    int          // looks since its stream was aborted; look's own
+	lasting  bool         // has been looked at before; look's own
 
 	countedUp, countedDown atomic.Int64 // bytes that are in the metrics already
 
@@ -109,12 +110,14 @@ func (t *tunnel) run() {
 // it has one in a dump of goroutines.
 func (t *tunnel) relayUp(done chan<- struct{}) {
 	defer close(done)
-	n, err := t.far.Write(t.early)
-	t.early = nil
-	t.up.Add(int64(n))
-	if err != nil {
-		t.directionEnded(t.far, t.near, nil, err)
-		return
+	if len(t.early) > 0 {
+		n, err := t.far.Write(t.early)
+		t.early = nil
+		t.up.Add(int64(n))
+		if err != nil {
+			t.directionEnded(t.far, t.near, nil, err)
+			return
+		}
 	}
 	readErr, writeErr := relay(t.far.writer(), t.near.reader(), &t.up)
 	t.directionEnded(t.far, t.near, readErr, writeErr)
@@ -172,8 +175,13 @@ func (t *tunnel) ended(reason string) {
 }
 
 // look closes the tunnel if it has been silent, or open, for too long, and the
-// connection of one that is closed and does not end.
+// connection of one that is closed and does not end. One that has come to be
+// looked at is kept alive from then on.
 func (t *tunnel) look(now time.Time) {
+	if far, ok := t.far.(*connPeer); ok && !t.lasting && far.tcp != nil {
+		keepAlive(far.tcp)
+	}
+	t.lasting = true
 	if stream, ok := t.near.(*streamPeer); ok && stream.state.Load() == streamAborted {
 		if t.stuck++; t.stuck > int(stuckTime/watchInterval) {
 			stream.closeConnection()
