@@ -51,8 +51,8 @@ type persistentConn struct {
 
 // What a persistentConn is doing.
 const (
-	connIdle   = iota // it waits for a request
-	connBusy          // it reads or answers one
+	connBusy   = iota // it answers a request
+	connIdle          // it waits for one, or for the rest of its head
 	connClosed        // while it was idle
 )
 
@@ -62,12 +62,15 @@ type persistentConns struct {
 
 	mu    sync.Mutex
 	conns map[*persistentConn]struct{}
-	over  atomic.Bool   // the server is shutting down
-	none  chan struct{} // closed when it is, and the last connection has ended
+	over  atomic.Bool // the server is shutting down
 }
 
+// persistentCount is how many connections are taken over, by the handlers of
+// earlier configs too, whose last answers a process that exits waits for.
+var persistentCount atomic.Int64
+
 func newPersistentConns() *persistentConns {
-	return &persistentConns{conns: make(map[*persistentConn]struct{}), none: make(chan struct{})}
+	return &persistentConns{conns: make(map[*persistentConn]struct{})}
 }
 
 // ownsConnections reports whether nobody but h has a part in the plain requests
@@ -146,17 +149,18 @@ func (c *persistentConn) prepare(ctx context.Context, early []byte) {
 	c.r = bufio.NewReaderSize(r, max(4<<10, len(early)))
 	ctx = context.WithValue(ctx, http.LocalAddrContextKey, c.LocalAddr())
 	ctx, c.gone = context.WithCancel(ctx)
-	c.blank = new(http.Request).WithContext(watchedContext{ctx, c})
-	c.w.conn, c.out = c.TCPConn, &c.w
+	c.w.conn, c.w.over, c.out = c.TCPConn, &c.handler.persistent.over, &c.w
 	if timeout := time.Duration(c.site.WriteIdleTimeout); timeout > 0 {
-		c.out = &caddyhttp.IdleTimeoutWriter{
+		idle := &caddyhttp.IdleTimeoutWriter{
 			ResponseWriterWrapper: &caddyhttp.ResponseWriterWrapper{ResponseWriter: &c.w},
 			Ctrl:                  http.NewResponseController(&c.w),
 			Deadline:              caddyhttp.IdleDeadline{Timeout: timeout},
 			MaxChunk:              c.site.MaxWriteChunk,
 			Logger:                c.handler.logger,
 		}
+		ctx, c.out = caddyhttp.ContextWithIdleTimeouts(ctx, nil, idle), idle
 	}
+	c.blank = new(http.Request).WithContext(watchedContext{ctx, c})
 }
 
 func (c *persistentConn) newRequest() *http.Request {
@@ -181,7 +185,6 @@ func (c *persistentConn) serve(r *http.Request) {
 		}
 		c.handler.persistent.remove(c)
 	}()
-	c.state.Store(connBusy)
 	for c.answer(r) {
 		if r, back = c.next(); back {
 			c.giveBack()
@@ -197,7 +200,7 @@ func (c *persistentConn) answer(r *http.Request) bool {
 	c.mu.Lock()
 	c.answering = true
 	c.mu.Unlock()
-	c.w.begin(r, c.handler.persistent.over.Load())
+	c.w.begin(r)
 	// As Caddy prepares it, for whoever asks for the client, a variable or a
 	// placeholder.
 	r = caddyhttp.PrepareRequest(r, caddy.NewReplacer(), c.out, c.site)
@@ -214,6 +217,7 @@ func (c *persistentConn) answer(r *http.Request) bool {
 	if err := c.w.end(); err != nil || c.w.closes || c.blank.Context().Err() != nil {
 		return false
 	}
+	c.w.forget()
 	_ = c.SetWriteDeadline(time.Time{})
 	return true
 }
@@ -231,10 +235,8 @@ func (c *persistentConn) next() (r *http.Request, back bool) {
 			return nil, false
 		}
 	}
-	if !c.state.CompareAndSwap(connIdle, connBusy) {
-		return nil, false
-	}
-	if !c.readHead() {
+	// Until there is a whole head, a server that shuts down waits for nobody.
+	if !c.readHead() || !c.state.CompareAndSwap(connIdle, connBusy) {
 		return nil, false
 	}
 	input, _ := c.r.Peek(c.r.Buffered())
@@ -272,7 +274,7 @@ func (c *persistentConn) readHead() bool {
 		}
 		if !waits {
 			waits = true
-			c.due = time.Time{}
+			c.due = time.Unix(1, 0) // whatever is set, it is not for this
 			c.expect(c.server.ReadHeaderTimeout)
 		}
 		if _, err := c.r.Peek(len(input) + 1); err != nil {
@@ -374,7 +376,8 @@ func (c *persistentConn) startWatch() {
 }
 
 // look reads ahead until the connection has ended, or stopWatch is called, or
-// there is no room for more.
+// there is no room for more. A client that has sent further requests and then
+// says that it is done waits for their answers.
 func (c *persistentConn) look(done chan<- struct{}) {
 	defer close(done)
 	for {
@@ -383,7 +386,7 @@ func (c *persistentConn) look(done chan<- struct{}) {
 			continue
 		}
 		c.mu.Lock()
-		if c.answering && err != bufio.ErrBufferFull {
+		if c.answering && err != bufio.ErrBufferFull && (err != io.EOF || c.r.Buffered() == 0) {
 			c.gone()
 		}
 		c.mu.Unlock()
@@ -414,6 +417,7 @@ func (p *persistentConns) add(c *persistentConn) bool {
 		return false
 	}
 	p.conns[c] = struct{}{}
+	persistentCount.Add(1)
 	return true
 }
 
@@ -421,9 +425,7 @@ func (p *persistentConns) remove(c *persistentConn) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.conns, c)
-	if p.over.Load() && len(p.conns) == 0 {
-		close(p.none)
-	}
+	persistentCount.Add(-1)
 }
 
 // shutdown closes idle connections. The others end with the answer that they are
@@ -431,25 +433,17 @@ func (p *persistentConns) remove(c *persistentConn) {
 func (p *persistentConns) shutdown() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.over.Swap(true) {
-		return
-	}
+	p.over.Store(true)
 	for c := range p.conns {
 		if c.state.CompareAndSwap(connIdle, connClosed) {
 			_ = c.Close()
 		}
 	}
-	if len(p.conns) == 0 {
-		close(p.none)
-	}
 }
 
-// wait waits until the last answers are over, after shutdown.
-func (p *persistentConns) wait(ctx context.Context) {
-	select {
-	case <-p.none:
-	case <-ctx.Done():
-	}
+// waitForAnswers waits until the last answers are over, after all shutdowns.
+func waitForAnswers(ctx context.Context) {
+	waitUntil(ctx, func() bool { return persistentCount.Load() == 0 })
 }
 
 // connection is what is known of a connection beyond its requests.

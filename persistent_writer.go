@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/net/http/httpguts"
@@ -20,6 +21,7 @@ import (
 // byte for byte but for the order of the fields that it adds.
 type responseWriter struct {
 	conn   *net.TCPConn
+	over   *atomic.Bool // the server is shutting down
 	header http.Header
 	head   bool // the request is HEAD
 	closes bool // the connection ends after this response
@@ -41,11 +43,10 @@ type responseWriter struct {
 // flushed or ends.
 const pendingContent = 2 << 10
 
-// begin prepares the writer for the response to r, which is the connection's last
-// if that is to be.
-func (w *responseWriter) begin(r *http.Request, last bool) {
+// begin prepares the writer for the response to r.
+func (w *responseWriter) begin(r *http.Request) {
 	w.header = make(http.Header, 8)
-	w.head, w.closes = r.Method == http.MethodHead, last || r.Close
+	w.head, w.closes = r.Method == http.MethodHead, r.Close
 	w.status, w.length, w.written, w.sent, w.chunked, w.trailer = 0, -1, 0, false, false, nil
 	w.pending = w.pending[:0]
 }
@@ -133,7 +134,11 @@ func (w *responseWriter) ReadFrom(r io.Reader) (int64, error) {
 	if err := w.FlushError(); err != nil {
 		return 0, err
 	}
-	n, err := w.conn.ReadFrom(io.LimitReader(r, w.length-w.written))
+	// One limit around a socket is all that the kernel's way lets through.
+	if limited, ok := r.(*io.LimitedReader); !ok || limited.N > w.length-w.written {
+		r = io.LimitReader(r, w.length-w.written)
+	}
+	n, err := w.conn.ReadFrom(r)
 	w.written += n
 	return n, err
 }
@@ -150,6 +155,16 @@ func (w *responseWriter) end() error {
 		return nil
 	}
 	return w.send(nil, true)
+}
+
+// forget lets go of what a connection that waits need not hold: an origin may
+// have sent a large head, of which each name is a part.
+func (w *responseWriter) forget() {
+	w.header = nil
+	clear(w.names[:cap(w.names)])
+	if cap(w.buf) > 16<<10 {
+		w.buf = nil
+	}
 }
 
 // send sends content, behind the fields and what is pending if they are not sent
@@ -208,7 +223,7 @@ func (w *responseWriter) appendHead(b []byte, content int64, last bool) []byte {
 	default:
 		w.chunked = true
 	}
-	if connection := w.header["Connection"]; len(connection) > 0 && connection[0] == "close" {
+	if connection := w.header["Connection"]; w.over.Load() || len(connection) > 0 && connection[0] == "close" {
 		w.closes = true
 	}
 	if w.closes && !httpguts.HeaderValuesContainsToken(w.header["Connection"], "close") {
