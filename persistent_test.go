@@ -530,8 +530,11 @@ func TestPersistentWatchedTooLate(t *testing.T) {
 	if ctx.Err() != nil {
 		t.Errorf("the end of the watch is taken for the client's leaving: %v", ctx.Err())
 	}
+	late.Go(func() { <-ctx.Done() })
+	if ctx.Done(); c.watch != nil {
+		t.Fatal("between two requests there is a watch")
+	}
 	for range requests {
-		late.Go(func() { <-ctx.Done() })
 		_, _ = io.WriteString(far, "GET http://a.example/ HTTP/1.1\r\nHost: x\r\n\r\n")
 		if r, back := c.next(); r == nil || back {
 			t.Error("the next request is lost")
