@@ -6,7 +6,6 @@ package asyncproxy
 import (
 	"bufio"
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -28,7 +27,6 @@ import (
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
-	"golang.org/x/net/http2"
 )
 
 // persistentHandlers returns the connections that are taken over, by the
@@ -192,10 +190,11 @@ func TestPersistentNotTakenOver(t *testing.T) {
 			}
 		}
 	}
-	secure := clientTLS("http/1.1")
+	secure, h2c := clientTLS("http/1.1"), new(http.Protocols)
+	h2c.SetUnencryptedHTTP2(true)
 	for name, client := range map[string]*http.Client{
 		"TLS": {Transport: &http.Transport{TLSClientConfig: secure, Proxy: http.ProxyURL(&url.URL{Scheme: "https", Host: w.tls})}},
-		"h2c": {Transport: &http2.Transport{AllowHTTP: true, DialTLSContext: func(ctx context.Context, _, _ string, _ *tls.Config) (net.Conn, error) {
+		"h2c": {Transport: &http.Transport{Protocols: h2c, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "tcp4", w.plain)
 		}}},
 	} {
@@ -657,29 +656,29 @@ func TestPersistentTimeouts(t *testing.T) {
 		loadCaddyfile(t, "{\nservers {\ntimeouts {\n"+timeouts+"\n}\n}\n"+strings.TrimPrefix(w.globals(), "{\n")+w.site(""))
 	}
 	head := "GET " + w.origin.URL + "/ HTTP/1.1\r\nHost: x\r\n\r\n"
-	servers("idle 200ms")
+	servers("idle 700ms")
 	if rest := w.dialTaken().readAll(); rest != "" {
 		t.Errorf("an idle connection ends with %q", rest)
 	}
 	c := w.dialTaken()
 	c.get(w.origin.URL+"/slow", "")
 	<-origin.asked
-	time.Sleep(300 * time.Millisecond) // no idle time
+	time.Sleep(900 * time.Millisecond) // no idle time
 	origin.begin <- struct{}{}
 	origin.end <- struct{}{}
 	if _, body := c.response(http.MethodGet); body != "first last" {
 		t.Errorf("a request for longer than idle: %q", body)
 	}
 	c.send(head[:20])
-	time.Sleep(300 * time.Millisecond) // a head is begun
+	time.Sleep(900 * time.Millisecond) // a head is begun
 	c.send(head[20:])
 	if _, body := c.response(http.MethodGet); body != "last" {
 		t.Errorf("a head for longer than idle: %q", body)
 	}
 
-	servers("read_header 200ms")
+	servers("read_header 700ms")
 	c = w.dialTaken()
-	time.Sleep(300 * time.Millisecond)
+	time.Sleep(900 * time.Millisecond)
 	for i := range head {
 		_, _ = io.WriteString(c, head[i:i+1])
 	}
