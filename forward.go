@@ -292,6 +292,13 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, out *outgoing,
 		_ = http.NewResponseController(w).Flush() // what has come before is the client's
 		return brokenOff{err}
 	}
+	if res.ContentLength < 0 && r.ProtoMajor == 1 {
+		// The end of the content, which is written after this, has a time of its
+		// own, as each part of it had.
+		if _, idle := caddyhttp.IdleTimeoutsFromContext(r.Context()); idle != nil && restartable(idle) {
+			_ = idle.Ctrl.SetWriteDeadline(time.Now().Add(idle.Deadline.Timeout))
+		}
+	}
 	_ = res.Body.Close() // fills in the trailers
 	if len(res.Trailer) == 0 {
 		return nil
@@ -304,6 +311,12 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, out *outgoing,
 		header[name] = values
 	}
 	return nil
+}
+
+// restartable reports whether Caddy's timeout for writing begins anew with each
+// write: it does not where a write timeout or a least rate is to be kept.
+func restartable(idle *caddyhttp.IdleTimeoutWriter) bool {
+	return idle.Deadline.MinRate <= 0 && idle.Deadline.HardDeadline.IsZero()
 }
 
 // setResponseFields makes the fields of the answer those of res.

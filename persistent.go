@@ -51,8 +51,8 @@ type persistentConn struct {
 
 // What a persistentConn is doing.
 const (
-	connIdle   = iota // it waits for a request
-	connBusy          // it reads or answers one
+	connBusy   = iota // it answers a request
+	connIdle          // it waits for one, or for the rest of its head
 	connClosed        // while it was idle
 )
 
@@ -62,12 +62,15 @@ type persistentConns struct {
 
 	mu    sync.Mutex
 	conns map[*persistentConn]struct{}
-	over  atomic.Bool   // the server is shutting down
-	none  chan struct{} // closed when it is, and the last connection has ended
+	over  atomic.Bool // the server is shutting down
 }
 
+// persistentCount is how many connections are taken over, by the handlers of
+// earlier configs too, whose last answers a process that exits waits for.
+var persistentCount atomic.Int64
+
 func newPersistentConns() *persistentConns {
-	return &persistentConns{conns: make(map[*persistentConn]struct{}), none: make(chan struct{})}
+	return &persistentConns{conns: make(map[*persistentConn]struct{})}
 }
 
 // ownsConnections reports whether nobody but h has a part in the plain requests
@@ -154,17 +157,18 @@ func (c *persistentConn) prepare(ctx context.Context, early []byte) {
 	c.r = bufio.NewReaderSize(r, max(4<<10, len(early)))
 	ctx = context.WithValue(ctx, http.LocalAddrContextKey, c.LocalAddr())
 	ctx, c.gone = context.WithCancel(ctx)
-	c.blank = new(http.Request).WithContext(watchedContext{ctx, c})
-	c.w.conn, c.out = c.TCPConn, &c.w
+	c.w.conn, c.w.over, c.out = c.TCPConn, &c.handler.persistent.over, &c.w
 	if timeout := time.Duration(c.site.WriteIdleTimeout); timeout > 0 {
-		c.out = &caddyhttp.IdleTimeoutWriter{
+		idle := &caddyhttp.IdleTimeoutWriter{
 			ResponseWriterWrapper: &caddyhttp.ResponseWriterWrapper{ResponseWriter: &c.w},
 			Ctrl:                  http.NewResponseController(&c.w),
 			Deadline:              caddyhttp.IdleDeadline{Timeout: timeout},
 			MaxChunk:              c.site.MaxWriteChunk,
 			Logger:                c.handler.logger,
 		}
+		ctx, c.out = caddyhttp.ContextWithIdleTimeouts(ctx, nil, idle), idle
 	}
+	c.blank = new(http.Request).WithContext(watchedContext{ctx, c})
 }
 
 func (c *persistentConn) newRequest() *http.Request {
@@ -189,7 +193,6 @@ func (c *persistentConn) serve(r *http.Request) {
 		}
 		c.handler.persistent.remove(c)
 	}()
-	c.state.Store(connBusy)
 	for c.answer(r) {
 		if r, back = c.next(); back {
 			c.giveBack()
@@ -205,7 +208,7 @@ func (c *persistentConn) answer(r *http.Request) bool {
 	c.mu.Lock()
 	c.answering = true
 	c.mu.Unlock()
-	c.w.begin(r, c.handler.persistent.over.Load())
+	c.w.begin(r.Method == http.MethodHead)
 	// As Caddy prepares it, for whoever asks for the client, a variable or a
 	// placeholder.
 	r = caddyhttp.PrepareRequest(r, caddy.NewReplacer(), c.out, c.site)
@@ -239,10 +242,8 @@ func (c *persistentConn) next() (r *http.Request, back bool) {
 			return nil, false
 		}
 	}
-	if !c.state.CompareAndSwap(connIdle, connBusy) {
-		return nil, false
-	}
-	if !c.readHead() {
+	// Until there is a whole head, a server that shuts down waits for nobody.
+	if !c.readHead() || !c.state.CompareAndSwap(connIdle, connBusy) {
 		return nil, false
 	}
 	input, _ := c.r.Peek(c.r.Buffered())
@@ -271,7 +272,7 @@ func (c *persistentConn) expect(limit time.Duration) {
 	}
 }
 
-// readHead reads until there is a whole head, or no room for more, or lines that
+// readHead reads until there is a whole head, or no room for more, or a line that
 // parse would not take: then net/http may see to it, and say what is wrong without
 // waiting for the rest. It reports whether one of these has come.
 func (c *persistentConn) readHead() bool {
@@ -283,12 +284,13 @@ func (c *persistentConn) readHead() bool {
 		}
 		if i := bytes.LastIndexByte(input, '\n'); i > checked {
 			checked = i
-			if c.parse(string(bytes.TrimSuffix(input[:i], []byte("\r")))) == nil {
+			if _, _, header := parseLines(string(bytes.TrimSuffix(input[:i], []byte("\r")))); header == nil {
 				return true
 			}
 		}
 		if !waits {
 			waits = true
+			c.due = time.Unix(1, 0) // whatever is set, it is not for this
 			c.expect(c.server.ReadHeaderTimeout)
 		}
 		if _, err := c.r.Peek(len(input) + 1); err != nil {
@@ -300,13 +302,7 @@ func (c *persistentConn) readHead() bool {
 // parse returns the request with the given head, without its empty line, if it
 // is ordinary and well-formed beyond doubt.
 func (c *persistentConn) parse(head string) *http.Request {
-	line, lines, _ := strings.Cut(head, "\r\n")
-	method, rest, _ := strings.Cut(line, " ")
-	target, version, _ := strings.Cut(rest, " ")
-	if version != "HTTP/1.1" || !strings.HasPrefix(target, "http://") || len(method) > 32 || !httpguts.ValidHeaderFieldName(method) {
-		return nil
-	}
-	header := parseStrictly(lines)
+	method, target, header := parseLines(head)
 	if header == nil {
 		return nil
 	}
@@ -330,6 +326,21 @@ func (c *persistentConn) parse(head string) *http.Request {
 		return nil
 	}
 	return r
+}
+
+// parseLines reads a head, or the first lines of one, without the last line end.
+// It returns no fields if there is a line that is not that of an ordinary request.
+func parseLines(head string) (method, target string, header http.Header) {
+	line, lines, more := strings.Cut(head, "\r\n")
+	method, rest, _ := strings.Cut(line, " ")
+	target, version, _ := strings.Cut(rest, " ")
+	switch {
+	case version != "HTTP/1.1" || !strings.HasPrefix(target, "http://") || len(method) > 32 || !httpguts.ValidHeaderFieldName(method):
+		return "", "", nil
+	case !more:
+		return method, target, make(http.Header)
+	}
+	return method, target, parseStrictly(lines)
 }
 
 // parseStrictly reads field lines. It returns nil if there is one that is not
@@ -393,7 +404,8 @@ func (c *persistentConn) startWatch() {
 }
 
 // look reads ahead until the connection has ended, or stopWatch is called, or
-// there is no room for more.
+// there is no room for more. A client that has sent further requests and then
+// says that it is done waits for their answers.
 func (c *persistentConn) look(done chan<- struct{}) {
 	defer close(done)
 	for {
@@ -402,7 +414,7 @@ func (c *persistentConn) look(done chan<- struct{}) {
 			continue
 		}
 		c.mu.Lock()
-		if c.answering && err != bufio.ErrBufferFull {
+		if c.answering && err != bufio.ErrBufferFull && (err != io.EOF || c.r.Buffered() == 0) {
 			c.gone()
 		}
 		c.mu.Unlock()
@@ -433,6 +445,7 @@ func (p *persistentConns) add(c *persistentConn) bool {
 		return false
 	}
 	p.conns[c] = struct{}{}
+	persistentCount.Add(1)
 	return true
 }
 
@@ -440,9 +453,7 @@ func (p *persistentConns) remove(c *persistentConn) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.conns, c)
-	if p.over.Load() && len(p.conns) == 0 {
-		close(p.none)
-	}
+	persistentCount.Add(-1)
 }
 
 // shutdown closes idle connections. The others end with the answer that they are
@@ -450,25 +461,17 @@ func (p *persistentConns) remove(c *persistentConn) {
 func (p *persistentConns) shutdown() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.over.Swap(true) {
-		return
-	}
+	p.over.Store(true)
 	for c := range p.conns {
 		if c.state.CompareAndSwap(connIdle, connClosed) {
 			_ = c.Close()
 		}
 	}
-	if len(p.conns) == 0 {
-		close(p.none)
-	}
 }
 
-// wait waits until the last answers are over, after shutdown.
-func (p *persistentConns) wait(ctx context.Context) {
-	select {
-	case <-p.none:
-	case <-ctx.Done():
-	}
+// waitForAnswers waits until the last answers are over, after all shutdowns.
+func waitForAnswers(ctx context.Context) {
+	waitUntil(ctx, func() bool { return persistentCount.Load() == 0 })
 }
 
 // connection is what is known of a connection beyond its requests.

@@ -19,6 +19,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -850,9 +851,9 @@ func TestPersistentWriter(t *testing.T) {
 				done := make(chan struct{})
 				got := dialRaw(t, listen(t, func(c *net.TCPConn) {
 					defer close(done)
-					w := &responseWriter{conn: c}
+					w := &responseWriter{conn: c, over: new(atomic.Bool)}
 					for i := 0; i < 2 && !w.closes; i++ {
-						w.begin(r, false)
+						w.begin(r.Method == http.MethodHead)
 						handler(w, r)
 						if err := w.end(); err != nil {
 							t.Error(err)
@@ -874,8 +875,8 @@ func TestPersistentWriter(t *testing.T) {
 func TestPersistentWriterKeepsNothing(t *testing.T) {
 	conn, outside := socketPair(t)
 	go io.Copy(io.Discard, outside)
-	w := &responseWriter{conn: conn.(*net.TCPConn)}
-	w.begin(httptest.NewRequest(http.MethodGet, "/", nil), false)
+	w := &responseWriter{conn: conn.(*net.TCPConn), over: new(atomic.Bool)}
+	w.begin(false)
 	w.Header()["X-One"] = []string{strings.Repeat("x", 1<<20)}
 	_, _ = io.WriteString(w, "hello")
 	if err := w.end(); err != nil {

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/net/http/httpguts"
@@ -21,6 +22,7 @@ import (
 // byte for byte but for the order of the fields that it adds.
 type responseWriter struct {
 	conn   *net.TCPConn
+	over   *atomic.Bool // the server is shutting down
 	header http.Header
 	head   bool // the request is HEAD
 	closes bool // the connection ends after this response
@@ -45,11 +47,10 @@ const pendingContent = 2 << 10
 // keptBuffer is how large a buffer may be to be kept for the next response.
 const keptBuffer = 16 << 10
 
-// begin prepares the writer for the response to r, which is the connection's last
-// if that is to be.
-func (w *responseWriter) begin(r *http.Request, last bool) {
+// begin prepares the writer for a response: to HEAD, or to another method.
+func (w *responseWriter) begin(head bool) {
 	w.header = make(http.Header, 8)
-	w.head, w.closes = r.Method == http.MethodHead, last
+	w.head, w.closes = head, false
 	w.status, w.length, w.written, w.sent, w.chunked, w.trailer = 0, -1, 0, false, false, nil
 	w.pending = w.pending[:0]
 }
@@ -159,8 +160,9 @@ func (w *responseWriter) end() error {
 	if !w.sent || w.chunked {
 		err = w.send(nil, true)
 	}
+	// A connection that waits need not hold a head, of which each name is a part.
 	w.header = nil
-	clear(w.names)
+	clear(w.names[:cap(w.names)])
 	return err
 }
 
@@ -222,7 +224,7 @@ func (w *responseWriter) appendHead(b []byte, content int64, last bool) []byte {
 	default:
 		w.chunked = true
 	}
-	if connection := w.header["Connection"]; len(connection) > 0 && connection[0] == "close" {
+	if connection := w.header["Connection"]; w.over.Load() || len(connection) > 0 && connection[0] == "close" {
 		w.closes = true
 	}
 	if w.closes && !httpguts.HeaderValuesContainsToken(w.header["Connection"], "close") {

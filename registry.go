@@ -278,7 +278,12 @@ func (r *registry) drain(ctx context.Context) {
 
 // wait returns when there are no tunnels, or ctx ends.
 func (r *registry) wait(ctx context.Context) {
-	for r.tunnels.Size() > 0 {
+	waitUntil(ctx, func() bool { return r.tunnels.Size() == 0 })
+}
+
+// waitUntil returns when condition holds, or ctx ends.
+func waitUntil(ctx context.Context, condition func() bool) {
+	for !condition() {
 		select {
 		case <-ctx.Done():
 			return

@@ -200,7 +200,9 @@ var rules = []rule{
 // ruleOptions are what the rules take for granted.
 const ruleOptions = "via tester\nresponse_header_timeout 5s\nallow 127.0.0.0/8"
 
-func TestRules(t *testing.T) { runRules(t, newWorld(t, ruleOptions, nil).proxy, dialRaw, newRuleOrigin) }
+func TestRules(t *testing.T) {
+	runRules(t, newWorld(t, ruleOptions, nil).proxy, dialRaw, newRuleOrigin)
+}
 
 // TestRulesWhenTakenOver: it makes no difference whether a connection is served
 // by net/http or was taken over from it.

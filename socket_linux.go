@@ -264,7 +264,7 @@ const spliceFrom = 256 << 10
 func (b *originBody) splice(w http.ResponseWriter, count func(n int64)) (done bool, err error) {
 	idle, ok := w.(*caddyhttp.IdleTimeoutWriter)
 	socket, ok2 := b.conn.(*net.TCPConn)
-	if !ok || !ok2 || b.chunks != nil || b.left < spliceFrom || idle.Deadline.MinRate > 0 || !idle.Deadline.HardDeadline.IsZero() {
+	if !ok || !ok2 || b.chunks != nil || b.left < spliceFrom || !restartable(idle) {
 		return false, nil
 	}
 	client, ok := innermost(w).(io.ReaderFrom)

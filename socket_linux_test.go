@@ -8,8 +8,8 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"runtime"
+	"sync/atomic"
 	"testing"
 	"unsafe"
 
@@ -60,8 +60,8 @@ func TestPersistentWriterSplices(t *testing.T) {
 	if _, err := in.Write(make([]byte, 1000)); err != nil {
 		t.Fatal(err)
 	}
-	w := &responseWriter{conn: to.(*net.TCPConn)}
-	w.begin(httptest.NewRequest(http.MethodGet, "/", nil), false)
+	w := &responseWriter{conn: to.(*net.TCPConn), over: new(atomic.Bool)}
+	w.begin(false)
 	w.Header()["Content-Length"] = []string{"1000"}
 	w.WriteHeader(http.StatusOK)
 	result := make(chan error, 1)

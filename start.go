@@ -38,7 +38,7 @@ func (h *Handler) atStart(ctx caddy.Context, server *caddyhttp.Server) error {
 	server.RegisterOnShutdown(func() { h.onShutdown(ctx) })
 	server.RegisterOnStop(func(grace context.Context) error {
 		if caddy.Exiting() {
-			h.persistent.wait(grace)
+			waitForAnswers(grace)
 			h.tunnels.drain(grace)
 		}
 		return nil

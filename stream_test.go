@@ -378,6 +378,22 @@ func TestStreamWriteTimeout(t *testing.T) {
 	}
 }
 
+// The end of a response has a time of its own to be written in, however long ago
+// that for its last part was over.
+func TestStreamLateEnd(t *testing.T) {
+	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.WriteString(w, "all")
+		_ = http.NewResponseController(w).Flush()
+		time.Sleep(300 * time.Millisecond)
+	}))
+	loadCaddyfile(t, "{\nservers {\ntimeouts {\nwrite_idle 150ms\n}\n}\n"+strings.TrimPrefix(w.globals(), "{\n")+w.site(""))
+	c := w.dial()
+	c.send("GET " + w.origin.URL + "/ HTTP/1.1\nHost: x\n\n")
+	if _, body := c.response(http.MethodGet); body != "all" {
+		t.Errorf("got %q", body)
+	}
+}
+
 type zeros struct{}
 
 func (zeros) Read(b []byte) (int, error) { clear(b); return len(b), nil }

@@ -1,0 +1,133 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// takenOver returns how many connections of clients the process has taken over.
+func (c *binaryCaddy) takenOver() int {
+	c.t.Helper()
+	_, text := c.ask(http.MethodGet, "/debug/pprof/goroutine?debug=2", "")
+	return strings.Count(text, ".(*persistentConn).serve(")
+}
+
+// A Caddy that is told to exit does so at once where connections are idle, and
+// waits for responses that clients are getting, those of earlier configs too, but
+// for no longer than the grace period.
+func TestProcessExitsWithPersistentConnections(t *testing.T) {
+	for _, row := range []struct {
+		name, global string
+		slow         bool // there is a response in progress
+		reloaded     bool // it is of an earlier config
+		ends         bool // it ends
+	}{
+		{name: "idle"},
+		{name: "in progress", slow: true, ends: true},
+		{name: "in progress, of an earlier config", slow: true, reloaded: true, ends: true},
+		{name: "in progress, in the grace period", global: "grace_period 10s", slow: true, ends: true},
+		{name: "longer than the grace period", global: "grace_period 500ms", slow: true},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			origin := newSlowly()
+			c := binaryStart(t, binaryOptions{global: row.global})
+			c.origin = httptest.NewServer(origin)
+			t.Cleanup(func() {
+				c.origin.CloseClientConnections()
+				c.origin.Close()
+			})
+			conns := []*rawConn{c.dial(), c.dial(), c.dial()}
+			for _, conn := range conns {
+				for range 2 {
+					conn.gets(c.origin.URL + "/")
+				}
+			}
+			if n := c.takenOver(); n != len(conns) {
+				t.Fatalf("%d connections are taken over, want %d", n, len(conns))
+			}
+			conns[0].send("GET " + c.origin.URL + "/ HTTP/1.1\nHo")
+			if row.slow {
+				conns[2].get(c.origin.URL+"/slow", "")
+				<-origin.asked
+			}
+			if row.reloaded {
+				c.reload("dial_timeout 9s")
+			}
+			told := time.Now()
+			if err := c.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+				t.Fatal(err)
+			}
+			for _, conn := range conns[:2] {
+				if rest := conn.readAll(); rest != "" {
+					t.Errorf("an idle connection ends with %q", rest)
+				}
+			}
+			if row.ends {
+				origin.begin <- struct{}{}
+				conns[2].readUntil("first ")
+				time.Sleep(200 * time.Millisecond) // the process is still there
+				origin.end <- struct{}{}
+				if rest := conns[2].readAll(); !strings.HasSuffix(rest, "last\r\n0\r\n\r\n") {
+					t.Errorf("the response ends with %q", rest)
+				}
+			}
+			select {
+			case <-c.exited:
+			case <-time.After(patience):
+				t.Fatal("Caddy does not exit")
+			}
+			if took := time.Since(told); took > 2*time.Second {
+				t.Errorf("Caddy exits after %v, want 2 s at most", took)
+			}
+			if code := c.cmd.ProcessState.ExitCode(); code != 0 {
+				t.Errorf("exit code %d, want 0", code)
+			}
+		})
+	}
+}
+
+// What is large goes through the kernel alone on a connection that is taken over,
+// too.
+func TestProcessSplicesOnPersistentConnections(t *testing.T) {
+	const size = 64 << 20
+	c := binaryStart(t, binaryOptions{})
+	c.origin = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/large" {
+			w.Header().Set("Content-Length", fmt.Sprint(size))
+			_, _ = io.CopyN(w, zeros{}, size)
+		}
+	}))
+	t.Cleanup(c.origin.Close)
+	conn := c.dial()
+	for range 2 {
+		conn.gets(c.origin.URL + "/")
+	}
+	read := func() int {
+		t.Helper()
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/io", c.cmd.Process.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return binaryNumber(t, string(text), `rchar: (\d+)`)
+	}
+	before := read()
+	if n := len(conn.gets(c.origin.URL + "/large")); n != size {
+		t.Errorf("%d bytes have come, want %d", n, size)
+	}
+	if n := read() - before; n > size/2 {
+		t.Errorf("%d bytes of %d were read by the process", n, size)
+	}
+	if n := c.takenOver(); n != 1 {
+		t.Errorf("%d connections are taken over", n)
+	}
+}

@@ -1,0 +1,741 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"go.uber.org/zap"
+)
+
+// persistentHandlers returns the connections that are taken over, by the
+// handlers that there are.
+func persistentHandlers(t testing.TB) map[*Handler]int {
+	t.Helper()
+	r, err := acquireRegistry()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer releaseRegistry()
+	taken := make(map[*Handler]int)
+	for h := range r.handlers.All() {
+		taken[h] = h.persistent.size()
+	}
+	return taken
+}
+
+func (p *persistentConns) list() []*persistentConn {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Collect(maps.Keys(p.conns))
+}
+
+func (p *persistentConns) size() int { return len(p.list()) }
+
+// takenOver returns how many connections are.
+func takenOver(t testing.TB) (n int) {
+	t.Helper()
+	for _, taken := range persistentHandlers(t) {
+		n += taken
+	}
+	return n
+}
+
+// get sends a request for a URL, and what else is to come with it.
+func (c *rawConn) get(url, more string) {
+	c.t.Helper()
+	c.send("GET " + url + " HTTP/1.1\nHost: x\n" + more + "\n")
+}
+
+// gets sends a request for a URL and returns the body of its response.
+func (c *rawConn) gets(url string) string {
+	c.t.Helper()
+	c.get(url, "")
+	_, body := c.response(http.MethodGet)
+	return body
+}
+
+// dialTaken opens a connection that the proxy takes over.
+func (w *world) dialTaken() *rawConn {
+	w.t.Helper()
+	before := takenOver(w.t)
+	c := w.dial()
+	for range 2 {
+		c.gets(w.origin.URL + "/")
+	}
+	if n := takenOver(w.t); n != before+1 {
+		w.t.Fatalf("%d connections are taken over, want %d", n, before+1)
+	}
+	return c
+}
+
+// A connection is taken over with its second request, where nobody else has a
+// part in it.
+func TestPersistentTakenOver(t *testing.T) {
+	w := newWorld(t, "", nil)
+	_, port, _ := strings.Cut(w.proxy, ":")
+	socket := filepath.Join(t.TempDir(), "socket")
+	const site = "http://:PORT {\nasync_proxy {\nburst 1000000\nrefill 1000000\n}\n}\n"
+	with := func(lines string) string { return strings.Replace(site, "{\n", "{\n"+lines+"\n", 1) }
+	servers := func(lines string) string { return "{\nservers {\n" + lines + "\n}\n}\n" + site }
+	for _, row := range []struct {
+		name, caddyfile string // in which PORT is the port
+		want            int
+	}{
+		{"alone", site, 1},
+		{"in a route", strings.Replace(site, "async_proxy", "route {\nasync_proxy", 1) + "}\n", 1},
+		{"a handler behind it", with("respond hello"), 1},
+		{"another port", site + "http://www.example.com:1 {\nrespond hello\n}\n", 1},
+		{"h2c, too", servers("protocols h1 h2 h2c"), 1},
+
+		{"access log", with("log"), 0},
+		{"metrics", "{\nmetrics\n}\n" + site, 0},
+		{"metrics of the server", servers("metrics"), 0},
+		{"handle_errors", with("handle_errors {\nrespond no\n}"), 0},
+		{"a matcher", strings.Replace(with("@get method GET"), "async_proxy", "async_proxy @get", 1), 0},
+		{"a matcher around it", strings.Replace(with("@get method GET"), "async_proxy", "handle @get {\nasync_proxy", 1) + "}\n", 0},
+		{"a handler before it", with("request_header X-Y z"), 0},
+		{"another site", site + "http://www.example.com:PORT {\nrespond hello\n}\n", 0},
+		{"a timeout for content", servers("timeouts {\nread_body 1m\n}"), 0},
+		{"a timeout for responses", servers("timeouts {\nwrite 1m\n}"), 0},
+		{"a rate for content", servers("timeouts {\nread_body_idle 1m 100\n}"), 0},
+		{"a rate for responses", servers("timeouts {\nwrite_idle 1m 100\n}"), 0},
+		{"names with an underscore", servers("expected_underscore_headers A_b"), 0},
+		{"names with a dot", servers("expected_dot_headers A.b"), 0},
+		{"PROXY protocol", servers("listener_wrappers {\nproxy_protocol\n}"), 0},
+		{"HTTP/1.1 alone", servers("protocols h1"), 0},
+		{"a Unix socket", with("bind unix/" + socket), 0},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			caddyfile := strings.ReplaceAll(row.caddyfile, "PORT", port)
+			if rest, ok := strings.CutPrefix(caddyfile, "{\n"); ok {
+				caddyfile = strings.TrimSuffix(w.globals(), "}\n") + rest
+			} else {
+				caddyfile = w.globals() + caddyfile
+			}
+			loadCaddyfile(t, caddyfile)
+			var conn net.Conn
+			var err error
+			if strings.Contains(caddyfile, "unix/") {
+				conn, err = net.Dial("unix", socket)
+			} else {
+				conn, err = net.Dial("tcp4", w.proxy)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			r := bufio.NewReader(conn)
+			for i := range 3 {
+				fmt.Fprintf(conn, "GET %s/ HTTP/1.1\r\nHost: x\r\n\r\n", w.origin.URL)
+				res, err := http.ReadResponse(r, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				body, _ := io.ReadAll(res.Body)
+				if denied := conn.RemoteAddr().Network() == "unix"; !denied && string(body) != "hello from the origin" {
+					t.Errorf("%s: %q", res.Status, body)
+				}
+				if want := row.want * min(i, 1); takenOver(t) != want {
+					t.Errorf("after request %d %d connections are taken over, want %d", i+1, takenOver(t), want)
+				}
+			}
+		})
+	}
+}
+
+// Requests that are not ordinary do not have their connection taken over.
+func TestPersistentNotTakenOver(t *testing.T) {
+	w := newTunnelWorld(t, tunnelSetup{options: "hosts proxy.example", servers: ""})
+	w.origin = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.Copy(w, r.Body) }))
+	t.Cleanup(w.origin.Close)
+	for _, request := range []string{
+		"POST URL HTTP/1.1\nHost: x\nContent-Length: 2\n\nok",
+		"POST URL HTTP/1.1\nHost: x\nTransfer-Encoding: chunked\n\n2\nok\n0\n\n",
+		"POST URL HTTP/1.1\nHost: x\nContent-Length: 0\n\n",
+		"GET URL HTTP/1.0\nHost: x\nConnection: keep-alive\n\n",
+		"GET URL HTTP/1.1\nHost: x\nUpgrade: other\nConnection: Upgrade\n\n",
+		"GET URL HTTP/1.1\nHost: x\nConnection: close\n\n",
+	} {
+		c := w.dial()
+		for range 3 {
+			c.send(strings.ReplaceAll(request, "URL", w.origin.URL+"/"))
+			res, _ := c.response(http.MethodGet)
+			if n := takenOver(t); res.StatusCode != http.StatusOK || n != 0 {
+				t.Errorf("%q: %s, %d connections are taken over", request, res.Status, n)
+			}
+			if res.Close {
+				break
+			}
+		}
+	}
+	secure, h2c := clientTLS("http/1.1"), new(http.Protocols)
+	h2c.SetUnencryptedHTTP2(true)
+	for name, client := range map[string]*http.Client{
+		"TLS": {Transport: &http.Transport{TLSClientConfig: secure, Proxy: http.ProxyURL(&url.URL{Scheme: "https", Host: w.tls})}},
+		"h2c": {Transport: &http.Transport{Protocols: h2c, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "tcp4", w.plain)
+		}}},
+	} {
+		for range 3 {
+			res, err := client.Get(w.origin.URL + "/")
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = res.Body.Close()
+			if n := takenOver(t); res.StatusCode != http.StatusOK || n != 0 {
+				t.Errorf("%s: %s, %d connections are taken over", name, res.Status, n)
+			}
+		}
+		client.CloseIdleConnections()
+	}
+}
+
+// slowly is an origin that begins to answer when it is told to, with one part
+// of the content, and ends when it is told to.
+type slowly struct{ asked, begin, end chan struct{} }
+
+func newSlowly() *slowly {
+	return &slowly{make(chan struct{}, 10), make(chan struct{}, 10), make(chan struct{}, 10)}
+}
+
+func (s *slowly) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if r.URL.Path == "/slow" {
+		s.asked <- struct{}{}
+		select {
+		case <-s.begin:
+		case <-r.Context().Done():
+			return
+		}
+		_, _ = io.WriteString(w, "first ")
+		_ = http.NewResponseController(w).Flush()
+		select {
+		case <-s.end:
+		case <-r.Context().Done():
+			return
+		}
+	}
+	_, _ = io.WriteString(w, "last")
+}
+
+// A reload closes the connections that are idle, and lets the others end with
+// the response that they are at, which says so if it has not begun.
+func TestPersistentReload(t *testing.T) {
+	origin := newSlowly()
+	w := newWorld(t, "", origin)
+	once := func() {
+		c := w.dial()
+		c.gets(w.origin.URL + "/")
+		_ = c.Close()
+	}
+	once() // has a connection to the origin, which stays
+	files, goroutines := descriptors(t, "self"), runtime.NumGoroutine()
+	var old *Handler
+	for h := range persistentHandlers(t) {
+		old = h
+	}
+	idle, half, waits, begun := w.dialTaken(), w.dialTaken(), w.dialTaken(), w.dialTaken()
+	half.send("GET " + w.origin.URL + "/ HTTP/1.1\nHo")
+	for _, c := range []*rawConn{begun, waits} {
+		c.get(w.origin.URL+"/slow", "")
+		<-origin.asked
+		if c == begun {
+			origin.begin <- struct{}{}
+			c.readUntil("first ")
+		}
+	}
+	w.load(w.site("dial_timeout 9s"))
+	for name, c := range map[string]*rawConn{"idle": idle, "in the middle of a head": half} {
+		if rest := c.readAll(); rest != "" {
+			t.Errorf("%s: %q", name, rest)
+		}
+	}
+	if n := old.persistent.size(); n != 2 {
+		t.Errorf("%d connections are left, want 2", n)
+	}
+	c := w.dialTaken()
+	origin.end <- struct{}{}
+	if rest := begun.readAll(); !strings.HasSuffix(rest, "last\r\n0\r\n\r\n") {
+		t.Errorf("the response that had begun ends with %q", rest)
+	}
+	origin.begin <- struct{}{}
+	origin.end <- struct{}{}
+	if res, body := waits.response(http.MethodGet); body != "first last" || !res.Close {
+		t.Errorf("the response that was awaited: %q, to be closed: %t", body, res.Close)
+	}
+	waits.readAll()
+	for _, c := range []*rawConn{idle, half, waits, begun, c} {
+		_ = c.Close()
+	}
+	once()
+	eventually(t, "nothing to be left", func() bool {
+		return old.persistent.size()+takenOver(t) == 0 && descriptors(t, "self") <= files && runtime.NumGoroutine() <= goroutines
+	})
+}
+
+// A request that comes during a reload is answered completely, or its connection
+// was closed before anything was.
+func TestPersistentReloadUnderTraffic(t *testing.T) {
+	w := newWorld(t, "", nil)
+	ctx, cancel := context.WithCancel(t.Context())
+	var served, closed atomic.Int64
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for ctx.Err() == nil {
+				conn, err := net.Dial("tcp4", w.proxy)
+				if err != nil {
+					continue // the listener is being replaced
+				}
+				r := bufio.NewReader(conn)
+				for ctx.Err() == nil {
+					_, err := fmt.Fprintf(conn, "GET %s/ HTTP/1.1\r\nHost: x\r\n\r\n", w.origin.URL)
+					if err == nil {
+						_, err = r.Peek(1)
+					}
+					if err != nil {
+						closed.Add(1)
+						break
+					}
+					res, err := http.ReadResponse(r, nil)
+					if err != nil {
+						t.Errorf("a response that has begun: %v", err)
+						break
+					}
+					if body, err := io.ReadAll(res.Body); err != nil || string(body) != "hello from the origin" {
+						t.Errorf("%s: %q, %v", res.Status, body, err)
+					}
+					served.Add(1)
+					if res.Close {
+						break
+					}
+				}
+				_ = conn.Close()
+			}
+		})
+	}
+	for i := range 20 {
+		w.load(w.site(fmt.Sprintf("dial_timeout %ds", 10+i)))
+		eventually(t, "connections to be taken over", func() bool { return takenOver(t) > 0 })
+	}
+	cancel()
+	wg.Wait()
+	t.Logf("%d requests were served, %d connections closed", served.Load(), closed.Load())
+	eventually(t, "all connections to end", func() bool { return takenOver(t) == 0 })
+}
+
+// A connection that is being taken over while the server shuts down has a request
+// to answer yet.
+func TestPersistentTakenOverAtShutdown(t *testing.T) {
+	p := newPersistentConns()
+	near, far := socketPair(t)
+	if c := (&persistentConn{TCPConn: near.(*net.TCPConn)}); !p.add(c) {
+		t.Error("the connection is not taken over")
+	}
+	p.shutdown()
+	if _, err := io.WriteString(near, "the answer"); err != nil {
+		t.Errorf("before the request is answered: %v", err)
+	}
+	if p.add(&persistentConn{TCPConn: far.(*net.TCPConn)}) {
+		t.Error("a connection is taken over by a server that has shut down")
+	}
+}
+
+// What a client sends behind a request is not its leaving, and is answered in its
+// order, even if the client says that it is done.
+func TestPersistentPipelined(t *testing.T) {
+	for _, half := range []bool{false, true} {
+		origin := newSlowly()
+		w := newWorld(t, "", origin)
+		c := w.dialTaken()
+		c.get(w.origin.URL+"/slow", "")
+		<-origin.asked
+		time.Sleep(2 * promptly) // until the client is watched
+		const more = 5
+		for range more {
+			c.get(w.origin.URL+"/", "")
+		}
+		if half {
+			_ = c.CloseWrite()
+		} else { // and one with which the connection goes back
+			c.send("POST " + w.origin.URL + "/ HTTP/1.1\nHost: x\nContent-Length: 4\n\nmore")
+		}
+		time.Sleep(promptly) // until it is seen
+		origin.begin <- struct{}{}
+		origin.end <- struct{}{}
+		if _, body := c.response(http.MethodGet); body != "first last" {
+			t.Errorf("half-closed: %t: %q", half, body)
+		}
+		for range more {
+			if _, body := c.response(http.MethodGet); body != "last" {
+				t.Errorf("half-closed: %t: behind it: %q", half, body)
+			}
+		}
+		if half {
+			c.readAll()
+		} else if _, body := c.response(http.MethodPost); body != "last" {
+			t.Errorf("behind them: %q", body)
+		}
+	}
+}
+
+// More than there is room for is not lost, and no leaving.
+func TestPersistentPipelinedMuch(t *testing.T) {
+	origin := newSlowly()
+	w := newWorld(t, "", origin)
+	c := w.dialTaken()
+	c.get(w.origin.URL+"/slow", "")
+	<-origin.asked
+	const more = 200
+	for range more {
+		c.get(w.origin.URL+"/", "X-More: "+strings.Repeat("x", 100)+"\n")
+	}
+	time.Sleep(2 * promptly)
+	origin.begin <- struct{}{}
+	origin.end <- struct{}{}
+	for i := range more + 1 {
+		if _, body := c.response(http.MethodGet); !strings.HasSuffix(body, "last") {
+			t.Errorf("response %d: %q", i, body)
+		}
+	}
+}
+
+// A client that leaves takes its exchange along, whatever that is at.
+func TestPersistentClientLeaves(t *testing.T) {
+	silent, err := net.ListenPacket("udp4", "127.0.0.1:0") // a resolver
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	w := newWorld(t, "resolvers "+silent.LocalAddr().String(), nil)
+	for name, answer := range map[string]string{
+		"before the response": "",
+		"in the response":     "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nab",
+		"in a stream":         "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n",
+		"after an interim":    "HTTP/1.1 103 Early Hints\r\nLink: ab\r\n\r\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			ended := make(chan error, 1)
+			began := make(chan struct{})
+			origin := listen(t, func(c *net.TCPConn) {
+				r := streamRequest(c)
+				_, _ = io.WriteString(c, answer)
+				close(began)
+				_, err := r.ReadByte()
+				ended <- err
+			})
+			c := w.dialTaken()
+			c.get("http://"+origin+"/", "")
+			<-began
+			if answer != "" {
+				c.readUntil("ab")
+			}
+			_ = c.Close()
+			if err := <-ended; err == nil || os.IsTimeout(err) {
+				t.Errorf("the origin read %v, want the end", err)
+			}
+			eventually(t, "the connection to end", func() bool { return takenOver(t) == 0 })
+		})
+	}
+	t.Run("in a dial", func(t *testing.T) {
+		c := w.dialTaken()
+		w.forgetLogs()
+		c.get("http://silent.example/", "")
+		if _, _, err := silent.ReadFrom(make([]byte, 512)); err != nil {
+			t.Fatal(err)
+		}
+		_ = c.Close()
+		if line := w.waitLog("request", 1)[0]; line["status"] != 499.0 {
+			t.Errorf("status %v in the log, want 499", line["status"])
+		}
+		eventually(t, "the connection to end", func() bool { return takenOver(t) == 0 })
+	})
+}
+
+// A response that breaks off takes the connection along, and nothing of it stays.
+func TestPersistentBrokenOff(t *testing.T) {
+	w := newWorld(t, "", nil)
+	for _, answer := range []string{"Content-Length: 9\n\nshort", "Transfer-Encoding: chunked\n\n5\nshort\n"} {
+		origin := newRuleOrigin(t, "HTTP/1.1 200 OK\n"+answer+"CLOSE")
+		c := w.dialTaken()
+		c.get("http://"+origin.address+"/", "")
+		if res, err := http.ReadResponse(c.r, nil); err != nil {
+			t.Error(err)
+		} else if body, err := io.ReadAll(res.Body); string(body) != "short" || !errors.Is(err, io.ErrUnexpectedEOF) {
+			t.Errorf("%q, %v, want a part and an error", body, err)
+		}
+		eventually(t, "the connection to end", func() bool { return takenOver(t) == 0 })
+	}
+}
+
+// A handler that panics takes its connection along and no other.
+func TestPersistentPanic(t *testing.T) {
+	near, far := socketPair(t)
+	h := &Handler{persistent: newPersistentConns(), logger: zap.NewNop()} // has no limiter, for one
+	c := &persistentConn{TCPConn: near.(*net.TCPConn), handler: h, site: new(caddyhttp.Server), server: new(http.Server)}
+	h.persistent.add(c)
+	c.prepare(t.Context(), nil)
+	c.serve(c.newRequest())
+	if n, err := io.Copy(io.Discard, far); n > 0 || err != nil {
+		t.Errorf("%d bytes, %v, want the end", n, err)
+	}
+	if n := h.persistent.size(); n != 0 {
+		t.Errorf("%d connections are left", n)
+	}
+}
+
+// What waits for the end of a request longer than that takes neither the next
+// request from the connection nor its deadline.
+func TestPersistentWatchedTooLate(t *testing.T) {
+	near, far := socketPair(t)
+	c := &persistentConn{TCPConn: near.(*net.TCPConn), handler: &Handler{persistent: newPersistentConns()}, site: new(caddyhttp.Server), server: new(http.Server)}
+	c.prepare(t.Context(), nil)
+	ctx := c.newRequest().Context()
+	early := ctx.Done()
+	const requests = 100
+	var late sync.WaitGroup
+	for range requests {
+		c.mu.Lock()
+		c.answering = true
+		c.mu.Unlock()
+		late.Go(func() { <-ctx.Done() })
+		late.Go(func() {
+			_, cancel := context.WithCancel(ctx)
+			cancel()
+		})
+		c.stopWatch()
+	}
+	if ctx.Err() != nil {
+		t.Errorf("the end of the watch is taken for the client's leaving: %v", ctx.Err())
+	}
+	late.Go(func() { <-ctx.Done() })
+	if ctx.Done(); c.watch != nil {
+		t.Fatal("between two requests there is a watch")
+	}
+	for range requests {
+		_, _ = io.WriteString(far, "GET http://a.example/ HTTP/1.1\r\nHost: x\r\n\r\n")
+		if r, back := c.next(); r == nil || back {
+			t.Error("the next request is lost")
+		}
+	}
+	c.gone()
+	late.Wait()
+	<-early
+}
+
+// A connection that waits holds nothing of the responses before.
+func TestPersistentHoldsLittle(t *testing.T) {
+	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		for i := range 500 {
+			w.Header().Set(fmt.Sprint("X-Large-", i), strings.Repeat("x", 1000))
+		}
+	}))
+	w.dialTaken()
+	for h := range persistentHandlers(t) {
+		for _, c := range h.persistent.list() {
+			eventually(t, "the connection to wait", func() bool { return c.state.Load() == connIdle })
+			names := strings.Join(c.w.names[:cap(c.w.names)], "")
+			if size := cap(c.w.buf); size > 16<<10 || c.w.header != nil || names != "" {
+				t.Errorf("%d bytes, %d fields and %d bytes of names", size, len(c.w.header), len(names))
+			}
+		}
+	}
+}
+
+// A connection goes back to net/http with its first request that is not ordinary,
+// whole, and stays there.
+func TestPersistentGoesBack(t *testing.T) {
+	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		fmt.Fprintf(w, "%s %s", r.Method, body)
+	}))
+	w.load(strings.TrimSuffix(strings.TrimSpace(w.site("")), "}") + "respond /here \"at home\"\n}\n")
+	large := strings.Repeat("x", 100_000)
+	for _, row := range []struct{ request, want string }{
+		{"POST URL HTTP/1.1\nHost: x\nContent-Length: 2\n\nok", "POST ok"},
+		{"PUT URL HTTP/1.1\nHost: x\nContent-Length: 100000\n\n" + large, "PUT " + large},
+		{"POST URL HTTP/1.1\nHost: x\nTransfer-Encoding: chunked\n\n2\nok\n0\n\n", "POST ok"},
+		{"GET URL HTTP/1.1\nHost: x\nX-Large: " + large[:10_000] + "\n\n", "GET "},
+		{"GET /here HTTP/1.1\nHost: x\n\n", "at home"},
+	} {
+		c := w.dialTaken()
+		for range 2 { // with an ordinary one behind it
+			c.send(strings.ReplaceAll(row.request+"GET URL HTTP/1.1\nHost: x\n\n", "URL", w.origin.URL+"/"))
+			for _, want := range []string{row.want, "GET "} {
+				res, body := c.response(http.MethodGet)
+				if body != want {
+					t.Errorf("%.30q: %s, %.30q, want %.30q", row.request, res.Status, body, want)
+				}
+				if res.Close {
+					break
+				}
+			}
+			eventually(t, "the connection not to be taken over", func() bool { return takenOver(t) == 0 })
+			if strings.Contains(row.request, "chunked") {
+				break // has the connection closed
+			}
+		}
+		_ = c.Close()
+	}
+}
+
+// Tunnels on connections that went back are on the bare socket, with what was
+// sent early.
+func TestPersistentTunnels(t *testing.T) {
+	w := newWorld(t, "", nil)
+	upgraded, echo := streamUpgrade(t), echoTarget(t)
+	for request, want := range map[string]string{
+		"CONNECT " + echo + " HTTP/1.1\nHost: x\n\n":                                             "",
+		"GET http://" + upgraded + "/ HTTP/1.1\nHost: x\nConnection: Upgrade\nUpgrade: echo\n\n": "hello ",
+	} {
+		for _, early := range []string{"early ", strings.Repeat("e", 10_000)} {
+			c := w.dialTaken()
+			c.send(request + early)
+			c.readUntil("\r\n\r\n")
+			var near *connPeer
+			eventually(t, "a tunnel", func() bool {
+				r, _ := acquireRegistry()
+				defer releaseRegistry()
+				for _, tunnel := range r.tunnels.All() {
+					near = tunnel.near.(*connPeer)
+				}
+				return near != nil
+			})
+			if _, ok := near.Conn.(*net.TCPConn); !ok {
+				t.Errorf("the client's end of the tunnel is %T, want the socket", near.Conn)
+			}
+			eventually(t, "the connection not to be taken over", func() bool { return takenOver(t) == 0 })
+			c.send("late")
+			_ = c.CloseWrite()
+			if got := c.readAll(); got != want+early+"late" {
+				t.Errorf("%.20q: got %d bytes, %.30q", request, len(got), got)
+			}
+			noTunnels(t)
+		}
+	}
+}
+
+// A connection that would go back to a server which has shut down is closed.
+func TestPersistentGoesBackAtShutdown(t *testing.T) {
+	near, far := socketPair(t)
+	_ = far.SetDeadline(time.Now().Add(patience))
+	c := &persistentConn{TCPConn: near.(*net.TCPConn), r: bufio.NewReader(near), server: new(http.Server)}
+	_ = c.server.Close()
+	c.giveBack()
+	if n, err := io.Copy(io.Discard, far); n > 0 || err != nil {
+		t.Errorf("%d bytes, %v, want the end", n, err)
+	}
+}
+
+// The server's limits to the time between requests and to that for a head hold.
+func TestPersistentTimeouts(t *testing.T) {
+	origin := newSlowly()
+	w := newWorld(t, "", origin)
+	servers := func(timeouts string) {
+		loadCaddyfile(t, "{\nservers {\ntimeouts {\n"+timeouts+"\n}\n}\n"+strings.TrimPrefix(w.globals(), "{\n")+w.site(""))
+	}
+	head := "GET " + w.origin.URL + "/ HTTP/1.1\r\nHost: x\r\n\r\n"
+	servers("idle 700ms")
+	if rest := w.dialTaken().readAll(); rest != "" {
+		t.Errorf("an idle connection ends with %q", rest)
+	}
+	c := w.dialTaken()
+	c.get(w.origin.URL+"/slow", "")
+	<-origin.asked
+	time.Sleep(900 * time.Millisecond) // no idle time
+	origin.begin <- struct{}{}
+	origin.end <- struct{}{}
+	if _, body := c.response(http.MethodGet); body != "first last" {
+		t.Errorf("a request for longer than idle: %q", body)
+	}
+	c.send(head[:20])
+	time.Sleep(900 * time.Millisecond) // a head is begun
+	c.send(head[20:])
+	if _, body := c.response(http.MethodGet); body != "last" {
+		t.Errorf("a head for longer than idle: %q", body)
+	}
+
+	servers("read_header 700ms")
+	c = w.dialTaken()
+	time.Sleep(900 * time.Millisecond)
+	for i := range head {
+		_, _ = io.WriteString(c, head[i:i+1])
+	}
+	if _, body := c.response(http.MethodGet); body != "last" {
+		t.Errorf("a head in pieces: %q", body)
+	}
+	c.send(head[:20])
+	if rest := c.readAll(); rest != "" {
+		t.Errorf("half a head is answered by %q", rest)
+	}
+
+	servers("read_header -1s\nidle -1s")
+	c = w.dialTaken()
+	c.get(w.origin.URL+"/slow", "")
+	<-origin.asked
+	c.send(head[:20])
+	time.Sleep(2 * promptly)
+	origin.begin <- struct{}{}
+	origin.end <- struct{}{}
+	c.response(http.MethodGet)
+	time.Sleep(promptly)
+	c.send(head[20:])
+	if _, body := c.response(http.MethodGet); body != "last" {
+		t.Errorf("half a head behind a slow response, with no timeouts: %q", body)
+	}
+}
+
+// Caddy's timeout for stalled writes is over when a client takes something, and
+// is of one response alone.
+func TestPersistentStalledWrites(t *testing.T) {
+	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case "/large":
+			_, _ = io.CopyN(w, zeros{}, 64<<20)
+		case "/none":
+			w.WriteHeader(http.StatusNoContent)
+		case "/slow":
+			_, _ = io.WriteString(w, "first ")
+			_ = http.NewResponseController(w).Flush()
+			time.Sleep(400 * time.Millisecond)
+		}
+	}))
+	loadCaddyfile(t, "{\nservers {\ntimeouts {\nwrite_idle 200ms\n}\n}\n"+strings.TrimPrefix(w.globals(), "{\n")+w.site(""))
+	c := w.dial()
+	for i := range 2 { // first by net/http
+		if body := c.gets(w.origin.URL + "/slow"); body != "first " {
+			t.Errorf("request %d: %q", i, body)
+		}
+		time.Sleep(300 * time.Millisecond)
+		c.get(w.origin.URL+"/none", "")
+		if res, _ := c.response(http.MethodGet); res.StatusCode != http.StatusNoContent {
+			t.Errorf("request %d: %s", i, res.Status)
+		}
+	}
+	c.get(w.origin.URL+"/large", "")
+	eventually(t, "the client that does not read to be left", func() bool { return takenOver(t) == 0 })
+	if n, err := io.Copy(io.Discard, c); err != nil && !errors.Is(err, syscall.ECONNRESET) || n >= 64<<20 {
+		t.Errorf("%d bytes, %v", n, err)
+	}
+}
