@@ -27,7 +27,7 @@ import (
 
 // persistentConn is a client's connection that was taken over from net/http with
 // its second request: from then on requests are read and answered here, at about
-// 0.6 of the cost. It is for plain requests without content; with the first one
+// 0.7 of the cost. It is for plain requests without content; with the first one
 // that is anything else, or odd, the connection goes back to net/http as if
 // nothing of that request had been read.
 type persistentConn struct {

@@ -16,7 +16,6 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -237,61 +236,6 @@ func (s *slowly) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	_, _ = io.WriteString(w, "last")
-}
-
-// A reload closes the connections that are idle, and lets the others end with
-// the response that they are at, which says so if it has not begun.
-func TestPersistentReload(t *testing.T) {
-	origin := newSlowly()
-	w := newWorld(t, "", origin)
-	once := func() {
-		c := w.dial()
-		c.gets(w.origin.URL + "/")
-		_ = c.Close()
-	}
-	once() // has a connection to the origin, which stays
-	files, goroutines := descriptors(t, "self"), runtime.NumGoroutine()
-	var old *Handler
-	for h := range persistentHandlers(t) {
-		old = h
-	}
-	idle, half, waits, begun := w.dialTaken(), w.dialTaken(), w.dialTaken(), w.dialTaken()
-	half.send("GET " + w.origin.URL + "/ HTTP/1.1\nHo")
-	for _, c := range []*rawConn{begun, waits} {
-		c.get(w.origin.URL+"/slow", "")
-		<-origin.asked
-		if c == begun {
-			origin.begin <- struct{}{}
-			c.readUntil("first ")
-		}
-	}
-	w.load(w.site("dial_timeout 9s"))
-	for name, c := range map[string]*rawConn{"idle": idle, "in the middle of a head": half} {
-		if rest := c.readAll(); rest != "" {
-			t.Errorf("%s: %q", name, rest)
-		}
-	}
-	if n := old.persistent.size(); n != 2 {
-		t.Errorf("%d connections are left, want 2", n)
-	}
-	c := w.dialTaken()
-	origin.end <- struct{}{}
-	if rest := begun.readAll(); !strings.HasSuffix(rest, "last\r\n0\r\n\r\n") {
-		t.Errorf("the response that had begun ends with %q", rest)
-	}
-	origin.begin <- struct{}{}
-	origin.end <- struct{}{}
-	if res, body := waits.response(http.MethodGet); body != "first last" || !res.Close {
-		t.Errorf("the response that was awaited: %q, to be closed: %t", body, res.Close)
-	}
-	waits.readAll()
-	for _, c := range []*rawConn{idle, half, waits, begun, c} {
-		_ = c.Close()
-	}
-	once()
-	eventually(t, "nothing to be left", func() bool {
-		return old.persistent.size()+takenOver(t) == 0 && descriptors(t, "self") <= files && runtime.NumGoroutine() <= goroutines
-	})
 }
 
 // A request that comes during a reload is answered completely, or its connection
