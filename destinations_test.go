@@ -335,7 +335,7 @@ func BenchmarkRules(b *testing.B) {
 }
 
 func FuzzDestination(f *testing.F) {
-	for _, s := range strings.Fields("all public:80 10.0.0.0/8 [2001:db8::/32]:1-2 *.example.com:443 münchen.example ::1 1.2.3.4:99999 [::1 *.*.a a:b:c") {
+	for _, s := range strings.Fields("all public:80 10.0.0.0/8 [2001:db8::/32]:1-2 *.example.com:443 münchen.example ::1 1.2.3.4:99999 [::1 *.*.a a:b:c 0.0.0.0.. *.0.0.0.0 0.0.0.0。 a.example.. münchen.example.. münchen。") {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {

@@ -92,10 +92,11 @@ func parseDestination(s string) (destination, error) {
 	if strings.ContainsFunc(name, func(c rune) bool { return c > unicode.MaxASCII }) {
 		ascii, err = idna.Lookup.ToASCII(name) // which knows no _, as there is in names of services
 	}
-	if err != nil || ascii == "" || checkHost(ascii) != nil || strings.ContainsAny(host, "/[]") {
+	d.text, d.below = strings.TrimSuffix(strings.ToLower(ascii), "."), below
+	_, isAddress := parsePrefix(d.text) // spelled in another way than addresses are
+	if err != nil || d.text == "" || isAddress == nil || checkHost(d.text) != nil || strings.ContainsAny(host, "/[]") || strings.HasSuffix(name, ".") {
 		return destination{}, fmt.Errorf("%q is no address, no CIDR range and no name", s)
 	}
-	d.text, d.below = strings.TrimSuffix(strings.ToLower(ascii), "."), below
 	return d, nil
 }
 
