@@ -751,7 +751,5 @@ func TestBinaryCommands(t *testing.T) {
 
 // The rules for intermediaries hold for the binary as they do in this process.
 func TestBinaryRules(t *testing.T) {
-	proxy := binaryStart(t, binaryOptions{site: ruleOptions}).proxy
-	t.Run("net/http", func(t *testing.T) { runRules(t, proxy, dialRaw, newRuleOrigin) })
-	t.Run("taken over", func(t *testing.T) { runRules(t, proxy, dialTakenOver, newRuleOrigin) })
+	runRules(t, binaryStart(t, binaryOptions{site: ruleOptions}).proxy, newRuleOrigin)
 }

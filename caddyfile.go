@@ -14,19 +14,43 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
-	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
 func init() {
-	httpcaddyfile.RegisterHandlerDirective("async_proxy", parseCaddyfile)
+	httpcaddyfile.RegisterDirective("async_proxy", parseCaddyfile)
 	// After authentication, so that a site that asks for credentials is no open
 	// proxy, and before everything that answers requests.
 	httpcaddyfile.RegisterDirectiveOrder("async_proxy", httpcaddyfile.After, "request_header")
 }
 
-func parseCaddyfile(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
+// parseCaddyfile makes a handler and, if that is for all requests to a site, the
+// listener wrapper for its server.
+func parseCaddyfile(h httpcaddyfile.Helper) ([]httpcaddyfile.ConfigValue, error) {
+	if !h.Next() {
+		return nil, h.ArgErr()
+	}
+	matchers, err := h.ExtractMatcherSet()
+	if err != nil {
+		return nil, err
+	}
 	handler := new(Handler)
-	return handler, handler.UnmarshalCaddyfile(h.Dispenser)
+	if err := handler.UnmarshalCaddyfile(h.Dispenser); err != nil {
+		return nil, err
+	}
+	values := h.NewRoute(matchers, handler)
+	if matchers == nil && !isNested(h) {
+		values = append(values, httpcaddyfile.ConfigValue{Class: "listener_wrapper", Value: new(ListenerWrapper)})
+	}
+	return values, nil
+}
+
+// isNested reports whether a directive is in the block of another one. Such a
+// block has a state of its own, while that of a site is everybody's.
+func isNested(h httpcaddyfile.Helper) bool {
+	const mark = "async_proxy"
+	h.State[mark] = true
+	defer delete(h.State, mark)
+	return h.BlockState[mark] == nil
 }
 
 // UnmarshalCaddyfile sets up the handler from Caddyfile tokens. Syntax:

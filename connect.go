@@ -59,6 +59,10 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *visit) (int
 	}
 	recordStatus(w, http.StatusOK)
 	t.near, t.early, t.greeting = newConnPeer(near), early, established
+	if own, ok := innermost(w).(*responseWriter); ok {
+		own.tunnel = t
+		return http.StatusOK, nil
+	}
 	// The tunnel lives on without this goroutine, whose stack, like the request
 	// and all that net/http holds for it, is many times what the tunnel needs.
 	go t.run()
@@ -114,7 +118,7 @@ func hijack(w http.ResponseWriter) (conn net.Conn, early []byte, err error) {
 		peeked, _ := buffered.Reader.Peek(n) // never fails: n bytes are there
 		early = append(early, peeked...)
 	}
-	if back, ok := conn.(*returnedConn); ok {
+	if back, ok := conn.(*readConn); ok {
 		conn, early = back.TCPConn, append(early, back.early...)
 	}
 	return conn, early, nil

@@ -181,8 +181,6 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 // of them interim.
 const maxInterim = 100
 
-var headEnd = []byte("\r\n\r\n")
-
 // promptly is how long an exchange may go unwatched: most are over before that,
 // and a watch would make each of them some 4 % dearer.
 const promptly = 20 * time.Millisecond
@@ -323,10 +321,7 @@ func appendField(b []byte, name, value string) []byte {
 	if !httpguts.ValidHeaderFieldName(name) || !httpguts.ValidHeaderFieldValue(value) {
 		return b
 	}
-	b = append(b, name...)
-	b = append(b, ": "...)
-	b = append(b, value...)
-	return append(b, "\r\n"...)
+	return appendLine(b, name, value)
 }
 
 // continueTimeout is how long an origin may take to ask for a body with 100

@@ -68,6 +68,12 @@ func (w *world) site(options string) string {
 	return fmt.Sprintf("http://%s {\n\tasync_proxy {\n\t\t%s\n\t}\n}\n", strings.TrimPrefix(w.proxy, "127.0.0.1"), options)
 }
 
+// inRoute has connections to a site served by Caddy's HTTP server: nested in
+// another directive, async_proxy brings no listener wrapper along.
+func inRoute(site string) string {
+	return strings.Replace(site, "\tasync_proxy", "\troute {\nasync_proxy", 1) + "}\n"
+}
+
 // load replaces the running config by sites, in Caddyfile syntax. The global
 // options are the world's: logs go to w.logs.
 func (w *world) load(sites string) {

@@ -20,6 +20,9 @@ import (
 // maxHead bounds the head of a response, and its trailers.
 const maxHead = 1 << 20
 
+// headEnd ends a head, together with its last line.
+var headEnd = []byte("\r\n\r\n")
+
 var errHeadTooLarge = errors.New("the head of the response is larger than 1 MiB")
 
 // protocolError says what is wrong with a message from an origin.
@@ -121,19 +124,17 @@ func parseFields(lines string) (http.Header, error) {
 	if strings.IndexByte(lines, 0) >= 0 || strings.IndexByte(lines, '\r') >= 0 {
 		return nil, protocolError("a field of the response has a NUL or a bare CR in it")
 	}
-	n := strings.Count(lines, "\n")
-	header := make(http.Header, n)
-	values := make([]string, 0, n) // one array for all
+	fields := newFields(strings.Count(lines, "\n"))
 	name := ""
 	for line := range strings.SplitSeq(strings.TrimSuffix(lines, "\n"), "\n") {
-		if n == 0 {
+		if lines == "" {
 			break
 		}
 		if line[0] == ' ' || line[0] == '\t' { // folded: RFC 9112 §5.2
 			if name == "" {
 				return nil, protocolError("the first field of the response begins with white space")
 			}
-			last := header[name]
+			last := fields.header[name]
 			last[len(last)-1] = strings.TrimSpace(last[len(last)-1] + " " + strings.Trim(line, " \t"))
 			continue
 		}
@@ -143,15 +144,37 @@ func parseFields(lines string) (http.Header, error) {
 			return nil, protocolError(fmt.Sprintf("the response has the line %.60q among its fields", line))
 		}
 		name = textproto.CanonicalMIMEHeaderKey(key)
-		value = strings.Trim(value, " \t")
-		if prior, ok := header[name]; ok {
-			header[name] = append(prior, value)
-			continue
-		}
-		values = append(values, value)
-		header[name] = values[len(values)-1 : len(values) : len(values)]
+		fields.add(name, strings.Trim(value, " \t"))
 	}
-	return header, nil
+	return fields.header, nil
+}
+
+// appendLine appends a field line, whose parts are valid.
+func appendLine(b []byte, name, value string) []byte {
+	b = append(b, name...)
+	b = append(b, ": "...)
+	b = append(b, value...)
+	return append(b, "\r\n"...)
+}
+
+// fieldSet collects field lines. The first values of all names are in one array.
+type fieldSet struct {
+	header http.Header
+	values []string
+}
+
+// newFields makes room for up to n lines.
+func newFields(n int) *fieldSet {
+	return &fieldSet{make(http.Header, n), make([]string, 0, n)}
+}
+
+func (f *fieldSet) add(name, value string) {
+	if prior, ok := f.header[name]; ok {
+		f.header[name] = append(prior, value)
+		return
+	}
+	f.values = append(f.values, value)
+	f.header[name] = f.values[len(f.values)-1 : len(f.values) : len(f.values)]
 }
 
 // frame finds out where the body of a response ends (RFC 9112 §6.3), and

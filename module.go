@@ -217,10 +217,10 @@ type Handler struct {
 	name          string        // in Proxy-Status
 	pacRules      func() string // the script for browsers, but for its head
 
-	running    *atomic.Bool     // its config has started
-	persistent *persistentConns // connections of clients
-	config     <-chan struct{}  // ends with its config, and is the same for all handlers of that
-	addresses  []string         // of its server
+	running   *atomic.Bool    // its config has started
+	conns     *clientConns    // of clients, that it serves itself
+	config    <-chan struct{} // ends with its config, and is the same for all handlers of that
+	addresses []string        // of its server
 }
 
 // CaddyModule returns the Caddy module information.
@@ -236,7 +236,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	h.logger = ctx.Logger()
 	h.setDefaults()
 	h.running, h.config = new(atomic.Bool), ctx.Done()
-	h.persistent = newPersistentConns()
+	h.conns = newClientConns()
 
 	var err error
 	if h.exempt, err = parsePrefixes("exempt", h.Exempt); err != nil {
@@ -454,14 +454,6 @@ func parsePrefixes(option string, exprs []string) (*bart.Lite, error) {
 
 // ServeHTTP implements caddyhttp.MiddlewareHandler.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
-	if h.takeOver(w, r) {
-		return nil
-	}
-	return h.handle(w, r, next)
-}
-
-// handle is ServeHTTP for a request whose connection stays as it is.
-func (h *Handler) handle(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 	v := h.newVisit(r)
 	switch {
 	case r.Method == http.MethodConnect && !isExtendedConnect(r):
@@ -622,15 +614,19 @@ type caller struct {
 // that come that way are one client, unless the peer is trusted and names them.
 func callerOf(r *http.Request) caller {
 	var c caller
-	if s, ok := caddyhttp.GetVar(r.Context(), caddyhttp.ClientIPVarKey).(string); ok {
-		if addr, err := netip.ParseAddr(s); err == nil {
-			c.addr = addr.Unmap().WithZone("")
-		}
-	}
 	if ap, err := netip.ParseAddrPort(r.RemoteAddr); err == nil {
 		c.peer = netip.AddrPortFrom(ap.Addr().Unmap().WithZone(""), ap.Port())
 	}
-	c.trusted, _ = caddyhttp.GetVar(r.Context(), caddyhttp.TrustedProxyVarKey).(bool)
+	if own, ok := r.Context().(*requestContext); ok && !own.namesClient() {
+		c.addr = c.peer.Addr()
+	} else {
+		if s, ok := caddyhttp.GetVar(r.Context(), caddyhttp.ClientIPVarKey).(string); ok {
+			if addr, err := netip.ParseAddr(s); err == nil {
+				c.addr = addr.Unmap().WithZone("")
+			}
+		}
+		c.trusted, _ = caddyhttp.GetVar(r.Context(), caddyhttp.TrustedProxyVarKey).(bool)
+	}
 	// Whoever speaks for others is not on this machine only because the
 	// balancer or proxy in front of it is.
 	if c.addr.IsLoopback() && c.peer.Addr().IsLoopback() &&

@@ -218,12 +218,12 @@ func (p *streamPeer) closeConnection() {
 // connKey is for the context of a connection, in which its requests find it.
 type connKey struct{}
 
-// withConn puts a connection into its context, as a *connection.
+// withConn puts a connection into its context.
 func withConn(ctx context.Context, conn net.Conn) context.Context {
 	if ctx.Value(connKey{}) != nil { // by another handler of the server
 		return ctx
 	}
-	return context.WithValue(ctx, connKey{}, &connection{Conn: conn, ctx: ctx})
+	return context.WithValue(ctx, connKey{}, conn)
 }
 
 // innermost returns the writer that net/http or quic-go gave to Caddy, below

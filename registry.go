@@ -132,11 +132,27 @@ func (r *registry) leave(client netip.Addr) {
 
 // whileOpen returns the context of a tunnel's dial, which ends with ctx, after
 // timeout, and when all tunnels are closed: then it is for nothing. done is to be
-// called. A dial with a deadline makes no context of its own for one.
+// called. A dial with a deadline makes no context of its own for one. That ctx
+// ends is looked out for only when the dial takes longer than most, as a look at
+// the client's connection costs more than the dial of an address nearby.
 func (r *registry) whileOpen(ctx context.Context, timeout time.Duration) (open context.Context, done func()) {
-	ctx, cancel := context.WithTimeout(ctx, timeout)
-	stop := context.AfterFunc(r.open, cancel)
-	return ctx, func() { stop(); cancel() }
+	open, cancel := context.WithTimeout(dialContext{r.open, ctx}, timeout)
+	watch := time.AfterFunc(promptly, func() { context.AfterFunc(ctx, cancel) })
+	return open, func() { watch.Stop(); cancel() }
+}
+
+// dialContext ends like one context, which has no values, and has the values of
+// another.
+type dialContext struct {
+	context.Context
+	values context.Context
+}
+
+func (c dialContext) Value(key any) any {
+	if own := c.Context.Value(key); own != nil { // how contexts find one another
+		return own
+	}
+	return c.values.Value(key)
 }
 
 // add makes an admitted tunnel known, whose two ends are there.

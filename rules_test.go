@@ -201,45 +201,39 @@ var rules = []rule{
 const ruleOptions = "via tester\nresponse_header_timeout 5s\nallow 127.0.0.0/8"
 
 func TestRules(t *testing.T) {
-	runRules(t, newWorld(t, ruleOptions, nil).proxy, dialRaw, newRuleOrigin)
+	runRules(t, newWorld(t, ruleOptions, nil).proxy, newRuleOrigin)
 }
 
-// TestRulesWhenTakenOver: it makes no difference whether a connection is served
-// by net/http or was taken over from it.
-func TestRulesWhenTakenOver(t *testing.T) {
-	runRules(t, newWorld(t, ruleOptions, nil).proxy, dialTakenOver, newRuleOrigin)
+// TestRulesOfNetHTTP: it makes no difference who serves a connection.
+func TestRulesOfNetHTTP(t *testing.T) {
+	w := newWorld(t, "", nil)
+	w.load(inRoute(w.site(ruleOptions)))
+	runRules(t, w.proxy, newRuleOrigin)
+}
+
+// TestRulesBehindARequest: nor whether there was a request before.
+func TestRulesBehindARequest(t *testing.T) {
+	w := newWorld(t, ruleOptions, nil)
+	runRulesOn(t, func() *rawConn {
+		c := w.dial()
+		c.gets(w.origin.URL + "/")
+		return c
+	}, newRuleOrigin)
 }
 
 // TestRulesOverTLS: an https origin that speaks HTTP/1 is as an http one.
 func TestRulesOverTLS(t *testing.T) {
-	runRules(t, newWorld(t, ruleOptions, nil).proxy, dialRaw, newSecureRuleOrigin)
+	runRules(t, newWorld(t, ruleOptions, nil).proxy, newSecureRuleOrigin)
 }
 
-// dialTakenOver returns a connection to a proxy that was taken over from net/http.
-func dialTakenOver(t testing.TB, proxy string) *rawConn {
-	t.Helper()
-	origin := listen(t, func(c *net.TCPConn) {
-		for r := bufio.NewReader(c); ; {
-			if _, err := http.ReadRequest(r); err != nil {
-				return
-			}
-			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-		}
-	})
-	c := dialRaw(t, proxy)
-	for range 2 {
-		c.send("GET http://" + origin + "/ HTTP/1.1\nHost: x\n\n")
-		if res, body := c.response(http.MethodGet); body != "ok" {
-			t.Fatalf("%s %q", res.Status, body)
-		}
-	}
-	return c
+func runRules(t *testing.T, proxy string, origin func(t *testing.T, answer string) *ruleOrigin) {
+	runRulesOn(t, func() *rawConn { return dialRaw(t, proxy) }, origin)
 }
 
-func runRules(t *testing.T, proxy string, dial func(t testing.TB, proxy string) *rawConn, origin func(t *testing.T, answer string) *ruleOrigin) {
+func runRulesOn(t *testing.T, dial func() *rawConn, origin func(t *testing.T, answer string) *ruleOrigin) {
 	for _, rule := range rules {
 		t.Run(rule.name, func(t *testing.T) {
-			for _, difference := range rule.run(t, dial(t, proxy), origin(t, rule.answer), patience) {
+			for _, difference := range rule.run(t, dial(), origin(t, rule.answer), patience) {
 				t.Errorf("RFC %s: %s", rule.rfc, difference)
 			}
 		})

@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/http"
 	"runtime"
-	"sync/atomic"
 	"testing"
 	"unsafe"
 
@@ -52,15 +51,15 @@ func TestRelaySplices(t *testing.T) {
 	}
 }
 
-// What an origin sends in bulk is not copied on its way to a client whose
-// connection was taken over, either.
-func TestPersistentWriterSplices(t *testing.T) {
+// What an origin sends in bulk is not copied on its way to a client that the proxy
+// serves itself, either.
+func TestClientConnWriterSplices(t *testing.T) {
 	from, in := socketPair(t)
 	to, _ := socketPair(t)
 	if _, err := in.Write(make([]byte, 1000)); err != nil {
 		t.Fatal(err)
 	}
-	w := &responseWriter{conn: to.(*net.TCPConn), over: new(atomic.Bool)}
+	w := &responseWriter{client: &clientConn{TCPConn: to.(*net.TCPConn), handler: &Handler{conns: newClientConns()}}}
 	w.begin(false)
 	w.Header()["Content-Length"] = []string{"1000"}
 	w.WriteHeader(http.StatusOK)

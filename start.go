@@ -47,9 +47,6 @@ func (h *Handler) atStart(ctx caddy.Context, server *caddyhttp.Server) error {
 }
 
 func (h *Handler) started(ctx caddy.Context, server *caddyhttp.Server) {
-	if app, err := ctx.AppIfConfigured("http"); err == nil {
-		h.persistent.may.Store(h.ownsConnections(app.(*caddyhttp.App), server))
-	}
 	now := time.Now()
 	configLoaded.Store(&now)
 	h.running.Store(true)
@@ -89,7 +86,7 @@ func (h *Handler) succeeds(other *Handler) bool {
 // limit, so that they must end now, or for the grace period, at whose end the
 // connections are closed under them, so that they must end just before.
 func (h *Handler) onShutdown(ctx caddy.Context) {
-	h.persistent.shutdown()
+	h.conns.shutdown()
 	if !caddy.Exiting() {
 		return
 	}

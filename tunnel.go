@@ -91,9 +91,11 @@ func (t *tunnel) run() {
 	t.registry.add(t)
 	defer t.registry.remove(t)
 	t.logOpened()
+	_, err := t.near.Write(t.greeting)
+	t.greeting = nil
 	upDone := make(chan struct{})
 	go t.relayUp(upDone)
-	t.relayDown()
+	t.relayDown(err)
 	if _, ok := t.near.(*streamPeer); ok {
 		// The client learns of the end when its handler returns. A target that
 		// has ended and takes no more either must not keep it.
@@ -123,10 +125,9 @@ func (t *tunnel) relayUp(done chan<- struct{}) {
 	t.directionEnded(t.far, t.near, readErr, writeErr)
 }
 
-// relayDown passes on what the target says.
-func (t *tunnel) relayDown() {
-	_, err := t.near.Write(t.greeting)
-	t.greeting = nil
+// relayDown passes on what the target says, unless the client could not be
+// greeted.
+func (t *tunnel) relayDown(err error) {
 	if err == nil && len(t.fromTarget) > 0 {
 		var n int
 		n, err = t.near.Write(t.fromTarget)

@@ -19,18 +19,17 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 )
 
-// twins are two proxies with the same options: one takes connections over, the
+// twins are two proxies with the same options: one serves connections itself, the
 // other leaves them to net/http. Whoever talks to them is not to tell which is
 // which, and neither is an origin.
 type twins struct {
 	t    testing.TB
-	warm string // a request after two of which the first has taken a connection over
+	warm string // a request that is answered
 	each [2]twin
 }
 
@@ -55,7 +54,7 @@ func newTwins(t testing.TB, options, warm string) *twins {
 	w := newWorld(t, options, nil)
 	other := *w
 	other.proxy = freeAddress(t)
-	w.load(w.site(options+"\nzone one") + other.site(options+"\nzone two"))
+	w.load(w.site(options+"\nzone one") + inRoute(other.site(options+"\nzone two")))
 	tw := &twins{t: t, warm: warm, each: [2]twin{{proxy: w.proxy}, {proxy: other.proxy}}}
 	registry, err := acquireRegistry()
 	if err != nil {
@@ -68,7 +67,6 @@ func newTwins(t testing.TB, options, warm string) *twins {
 			tw.each[0].handler = h
 		case "two":
 			tw.each[1].handler = h
-			h.persistent.may.Store(false)
 		}
 		return true
 	})
@@ -93,18 +91,18 @@ func newTwins(t testing.TB, options, warm string) *twins {
 	return tw
 }
 
-// The ways to send a text behind the requests before it.
+// The ways to send a text.
 const (
-	atOnce    = iota // when they are answered
+	atOnce    = iota // at the start of a connection
 	bytewise         // likewise, and a byte at a time
-	pipelined        // with them
+	behind           // when a request before it is answered
+	pipelined        // with a request before it
 	manners
 )
 
-// compare sends a text to both, after requests that get the first to take the
-// connection over, and returns how what they do differs. Where a connection is
-// closed on one who is still sending, what either sees is a matter of time: only
-// what differs each time does.
+// compare sends a text to both, and returns how what they do differs. Where a
+// connection is closed on one who is still sending, what either sees is a matter
+// of time: only what differs each time does.
 func (tw *twins) compare(t testing.TB, send, answer string, manner int) (differences []string) {
 	t.Helper()
 	for range 5 {
@@ -136,51 +134,46 @@ func (tw *twins) compareOnce(t testing.TB, send, answer string, manner int) (dif
 }
 
 // converse returns what the client and the origin see of a conversation.
-func (one *twin) converse(t testing.TB, warm, send, answer string, manner int, takesOver bool) []string {
+func (one *twin) converse(t testing.TB, warm, send, answer string, manner int, own bool) []string {
 	t.Helper()
 	origin := newTwinOrigin(one.origin, answer)
 	fill := func(s string) string { return strings.ReplaceAll(s, "ORIGIN", one.origin.Addr().String()) }
 	c := dialRaw(t, one.proxy)
 	c.SetDeadline(time.Now().Add(patience / 2))
 	warm, send = fill(crlf(warm)), fill(send)
-	var sent <-chan struct{}
-	if manner == pipelined {
-		sent = writeInPieces(c, warm+warm+send, 1<<20)
+	text, size := send, 1<<20
+	switch manner {
+	case bytewise:
+		size = 1
+	case behind:
+		c.send(warm)
+	case pipelined:
+		text = warm + send
 	}
-	for range 2 {
-		if manner != pipelined {
-			c.send(warm)
-		}
+	var sent <-chan struct{}
+	if manner != behind {
+		sent = writeInPieces(c, text, size)
+	}
+	if manner == behind || manner == pipelined {
 		if res, body := c.response(http.MethodGet); res.StatusCode != http.StatusOK {
 			t.Fatalf("a request before: %s %q", res.Status, body)
 		}
 	}
-	if manner != pipelined {
-		if n := one.persistent(); takesOver != (n == 1) {
-			t.Fatalf("%d connections are taken over", n)
+	if manner == behind {
+		if n := one.handler.conns.size(); own != (n == 1) {
+			t.Fatalf("%d connections are served by the proxy itself", n)
 		}
-		size := 1 << 20
-		if manner == bytewise {
-			size = 1
-		}
-		sent = writeInPieces(c, send, size)
+		sent = writeInPieces(c, text, size)
 	}
 	said := one.listen(c, twinMethods(send), sent)
 	c.Close()
 	<-sent
-	eventually(t, "the connection to be given up", func() bool { return one.persistent() == 0 })
+	eventually(t, "the connection to be given up", func() bool { return one.handler.conns.size() == 0 })
 	said = append(said, origin.end()...)
 	for i, text := range said {
 		said[i] = strings.NewReplacer("127.0.0.2", "127.0.0.1", `"two";`, `"one";`, one.proxy, "PROXY").Replace(text)
 	}
 	return said
-}
-
-// persistent returns how many connections are taken over.
-func (one *twin) persistent() int {
-	one.handler.persistent.mu.Lock()
-	defer one.handler.persistent.mu.Unlock()
-	return len(one.handler.persistent.conns)
 }
 
 // writeInPieces writes in the background until all is written, or refused by who
@@ -425,8 +418,7 @@ func (o *twinOrigin) end() []string {
 	return o.got
 }
 
-// attack is what a client sends on a connection that may have been taken over,
-// and an origin answers.
+// attack is what a client sends on a connection, and an origin answers.
 type attack struct{ name, send, answer string }
 
 const plainGet = "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n"
@@ -612,7 +604,53 @@ var requestAttacks = []attack{
 	{name: "CONNECT and much early data", send: plainGet + "\nCONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\n\nPOST /in HTTP/1.1\nHost: ORIGIN\nContent-Length: 20000\n\n" + strings.Repeat("x", 20000)},
 	{name: "CONNECT to where nobody may", send: "CONNECT 10.0.0.1:443 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
 	{name: "CONNECT to a URL", send: "CONNECT http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
-	{name: "CONNECT to a path", send: "CONNECT / HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to no port", send: "CONNECT 127.0.0.1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to an empty port", send: "CONNECT 127.0.0.1: HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to port 0", send: "CONNECT 127.0.0.1:0 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to a port beyond", send: "CONNECT 127.0.0.1:65536 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to a port with a sign", send: "CONNECT 127.0.0.1:+1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to a port that is none", send: "CONNECT 127.0.0.1:http HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to nobody there", send: "CONNECT 127.0.0.1:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to a name that nobody knows", send: "CONNECT nobody.example:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to a name with an underscore", send: "CONNECT _a.example:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to a name with a dot at its end", send: "CONNECT nobody.example.:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to dots", send: "CONNECT ...:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to a name of digits", send: "CONNECT 2130706433:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to IPv6", send: "CONNECT [::1]:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to IPv6 without brackets", send: "CONNECT ::1:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to IPv6 with a zone", send: "CONNECT [::1%25lo]:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to IPv6 with a bare zone", send: "CONNECT [::1%lo]:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to IPv6 that does not end", send: "CONNECT [::1:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to IPv6 and more", send: "CONNECT [::1]x:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to IPv4 in IPv6", send: "CONNECT [::ffff:127.0.0.1]:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to IPv4 in brackets", send: "CONNECT [127.0.0.1]:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to nothing in brackets", send: "CONNECT []:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to brackets behind", send: "CONNECT :1[::1] HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to a port without a host", send: "CONNECT :80 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to a user", send: "CONNECT user@ORIGIN HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to a path alone", send: "CONNECT ORIGIN/a HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to a query", send: "CONNECT ORIGIN?a HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to a fragment", send: "CONNECT ORIGIN#a HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to an escape", send: "CONNECT %31:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to what is not ASCII", send: "CONNECT ü.example:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to a comma", send: "CONNECT a,b:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to braces", send: "CONNECT {http.request.host}:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to a star", send: "CONNECT *:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to a backslash", send: "CONNECT a\\b:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to quotes", send: "CONNECT \"a\":1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT to a long name", send: "CONNECT " + strings.Repeat("a.", 126) + "example:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{name: "CONNECT of HTTP/1.0", send: "CONNECT ORIGIN HTTP/1.0\n\nGET /in HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "CONNECT with a length", send: "CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\nContent-Length: 0\n\nGET /in HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "CONNECT with content", send: "CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\nContent-Length: 2\n\nGET /in HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "CONNECT in chunks", send: "CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\nTransfer-Encoding: chunked\n\nGET /in HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "CONNECT with an expectation", send: "CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\nExpect: 100-continue\n\nGET /in HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "CONNECT with an upgrade", send: "CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\nConnection: Upgrade\nUpgrade: x\n\nGET /in HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "CONNECT to be closed", send: "CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\nConnection: close\n\nGET /in HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "CONNECT to be kept alive", send: "CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\nConnection: keep-alive\nProxy-Connection: keep-alive\n\nGET /in HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "CONNECT and another Host", send: "CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\nX: y\nHost: b\n\nGET /in HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "CONNECT without Host", send: "CONNECT ORIGIN HTTP/1.1\n\nGET /in HTTP/1.1\nHost: ORIGIN\n\n"},
+	{name: "CONNECT that loops", send: "CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\nVia: 1.1 tester\n\n" + plainGet + "\n"},
+	{name: "CONNECT to a path alone", send: "CONNECT / HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
 
 	// One behind the other.
 	{name: "many at once", send: strings.Repeat(plainGet+"\n", 50)},
@@ -680,9 +718,9 @@ var responseAttacks = []attack{
 	{name: "a large head", answer: "HTTP/1.1 200 OK\nX-One: " + strings.Repeat("x", 60_000) + "\nContent-Length: 2\n\nokCLOSE"},
 }
 
-// TestPersistentRequests: what a request means does not depend on whether its
-// connection was taken over.
-func TestPersistentRequests(t *testing.T) {
+// TestClientConnRequests: what a request means does not depend on who serves
+// its connection.
+func TestClientConnRequests(t *testing.T) {
 	tw := newTwins(t, twinOptions+"\nserve_pac /pac", warmUp)
 	attacks := requestAttacks
 	for _, rule := range rules {
@@ -699,20 +737,20 @@ func TestPersistentRequests(t *testing.T) {
 	}
 }
 
-// TestPersistentResponses: neither does what comes back.
-func TestPersistentResponses(t *testing.T) {
+// TestClientConnResponses: neither does what comes back.
+func TestClientConnResponses(t *testing.T) {
 	tw := newTwins(t, twinOptions, warmUp)
 	for _, a := range responseAttacks {
 		t.Run(a.name, func(t *testing.T) {
-			for _, difference := range tw.compare(t, crlf(plainGet+"\n"+plainGet+"\n"), crlf(a.answer), atOnce) {
+			for _, difference := range tw.compare(t, crlf(plainGet+"\n"+plainGet+"\n"), crlf(a.answer), behind) {
 				t.Error(difference)
 			}
 		})
 	}
 }
 
-// TestPersistentRefusals: what the proxy says itself is the same, too.
-func TestPersistentRefusals(t *testing.T) {
+// TestClientConnRefusals: what the proxy says itself is the same, too.
+func TestClientConnRefusals(t *testing.T) {
 	credentials := "Proxy-Authorization: Basic YWxpY2U6d29uZGVybGFuZA==\n" // alice:wonderland
 	for _, refusals := range []struct {
 		options, warm string
@@ -736,7 +774,7 @@ func TestPersistentRefusals(t *testing.T) {
 		tw := newTwins(t, twinOptions+"\n"+refusals.options, refusals.warm)
 		for _, a := range refusals.attacks {
 			t.Run(a.name, func(t *testing.T) {
-				for _, difference := range tw.compare(t, crlf(a.send), crlf(a.answer), atOnce) {
+				for _, difference := range tw.compare(t, crlf(a.send), crlf(a.answer), behind) {
 					t.Error(difference)
 				}
 			})
@@ -744,48 +782,46 @@ func TestPersistentRefusals(t *testing.T) {
 	}
 }
 
-// TestPersistentGivesBack: net/http gets connections back for more than what
-// looks different, but never to speak HTTP/2 on them.
-func TestPersistentGivesBack(t *testing.T) {
+// TestClientConnHandsOn: net/http gets connections for more than what looks
+// different, but never to speak HTTP/2 behind other requests.
+func TestClientConnHandsOn(t *testing.T) {
 	tw := newTwins(t, twinOptions, warmUp)
 	one := tw.each[0]
 	origin := newTwinOrigin(one.origin, "")
 	defer origin.end()
-	takenOver := func() *rawConn {
+	own := func() *rawConn {
 		c := dialRaw(t, one.proxy)
-		for range 2 {
-			c.send(strings.ReplaceAll(warmUp, "ORIGIN", one.origin.Addr().String()))
-			c.response(http.MethodGet)
-		}
-		if one.persistent() == 0 {
-			t.Fatal("the connection is not taken over")
+		c.send(strings.ReplaceAll(warmUp, "ORIGIN", one.origin.Addr().String()))
+		c.response(http.MethodGet)
+		if one.handler.conns.size() == 0 {
+			t.Fatal("the connection is served by net/http")
 		}
 		return c
 	}
 	for _, path := range []string{"acme-challenge/x", "pki-validation/x"} { // Caddy's own, if it waits for that
-		c := takenOver()
+		c := own()
 		c.send(strings.ReplaceAll("GET http://ORIGIN/.well-known/"+path+" HTTP/1.1\nHost: ORIGIN\n\n", "ORIGIN", one.origin.Addr().String()))
 		c.response(http.MethodGet)
-		eventually(t, path+" to be given back", func() bool { return one.persistent() == 0 })
+		eventually(t, path+" to be handed on", func() bool { return one.handler.conns.size() == 0 })
 	}
 	for _, text := range []string{"nonsense of some length\n", plainGet + "nonsense\n", plainGet + " folded\n\n"} { // which is said at once
-		c := takenOver()
+		c := own()
 		c.send(strings.ReplaceAll(text, "ORIGIN", one.origin.Addr().String()))
 		if res, _ := c.response(http.MethodGet); res.StatusCode != http.StatusBadRequest {
 			t.Errorf("%q is answered with %s", text, res.Status)
 		}
 	}
-	c := takenOver()
+	c := own()
 	c.send("PRI * HTTP/2.0\n\nSM\n\n")
 	if said := c.readAll(); said != "" {
 		t.Errorf("in the middle of a connection, HTTP/2 is answered with %q", said)
 	}
 }
 
-// TestPersistentWriter: a response is that of net/http, for a handler that gives
+// TestClientConnWriter: a response is that of net/http, for a handler that gives
 // it a type, does not write content for HEAD, and does not change its fields
 // between the status and a flush.
-func TestPersistentWriter(t *testing.T) {
+func TestClientConnWriter(t *testing.T) {
 	method := ""
 	write := func(w http.ResponseWriter, size int) error {
 		if method == http.MethodHead {
@@ -868,7 +904,7 @@ func TestPersistentWriter(t *testing.T) {
 				done := make(chan struct{})
 				got := dialRaw(t, listen(t, func(c *net.TCPConn) {
 					defer close(done)
-					w := &responseWriter{conn: c, over: new(atomic.Bool)}
+					w := &responseWriter{client: &clientConn{TCPConn: c, handler: &Handler{conns: newClientConns()}}}
 					for i := 0; i < 2 && !w.closes; i++ {
 						w.begin(r.Method == http.MethodHead)
 						handler(w, r)
@@ -888,11 +924,11 @@ func TestPersistentWriter(t *testing.T) {
 	}
 }
 
-// TestPersistentWriterKeepsNothing: connections may be idle in great numbers.
-func TestPersistentWriterKeepsNothing(t *testing.T) {
+// TestClientConnWriterKeepsNothing: connections may be idle in great numbers.
+func TestClientConnWriterKeepsNothing(t *testing.T) {
 	conn, outside := socketPair(t)
 	go io.Copy(io.Discard, outside)
-	w := &responseWriter{conn: conn.(*net.TCPConn), over: new(atomic.Bool)}
+	w := &responseWriter{client: &clientConn{TCPConn: conn.(*net.TCPConn), handler: &Handler{conns: newClientConns()}}}
 	w.begin(false)
 	w.Header()["X-One"] = []string{strings.Repeat("x", 1<<20)}
 	_, _ = io.WriteString(w, "hello")
@@ -904,9 +940,9 @@ func TestPersistentWriterKeepsNothing(t *testing.T) {
 	}
 }
 
-// FuzzPersistent: clients may send what they like, and origins answer it, without
-// telling from what comes whether a connection was taken over.
-func FuzzPersistent(f *testing.F) {
+// FuzzClientConn: clients may send what they like, and origins answer it, without
+// telling from what comes who serves a connection.
+func FuzzClientConn(f *testing.F) {
 	for _, rule := range rules {
 		f.Add([]byte(crlf(rule.send)), []byte(crlf(rule.answer)), byte(atOnce))
 	}

@@ -28,35 +28,35 @@ import (
 	"go.uber.org/zap"
 )
 
-// persistentHandlers returns the connections that are taken over, by the
-// handlers that there are.
-func persistentHandlers(t testing.TB) map[*Handler]int {
+// connsByHandler returns how many connections the handlers that there are serve
+// themselves.
+func connsByHandler(t testing.TB) map[*Handler]int {
 	t.Helper()
 	r, err := acquireRegistry()
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer releaseRegistry()
-	taken := make(map[*Handler]int)
+	conns := make(map[*Handler]int)
 	for h := range r.handlers.All() {
-		taken[h] = h.persistent.size()
+		conns[h] = h.conns.size()
 	}
-	return taken
+	return conns
 }
 
-func (p *persistentConns) list() []*persistentConn {
+func (p *clientConns) list() []*clientConn {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return slices.Collect(maps.Keys(p.conns))
 }
 
-func (p *persistentConns) size() int { return len(p.list()) }
+func (p *clientConns) size() int { return len(p.list()) }
 
-// takenOver returns how many connections are.
-func takenOver(t testing.TB) (n int) {
+// ownConns returns how many connections the proxy serves itself.
+func ownConns(t testing.TB) (n int) {
 	t.Helper()
-	for _, taken := range persistentHandlers(t) {
-		n += taken
+	for _, conns := range connsByHandler(t) {
+		n += conns
 	}
 	return n
 }
@@ -75,29 +75,32 @@ func (c *rawConn) gets(url string) string {
 	return body
 }
 
-// dialTaken opens a connection that the proxy takes over.
-func (w *world) dialTaken() *rawConn {
+// dialOwn opens a connection that the proxy serves itself.
+func (w *world) dialOwn() *rawConn {
 	w.t.Helper()
 	c := w.dial()
-	for range 2 {
-		c.gets(w.origin.URL + "/")
-	}
-	for h := range persistentHandlers(w.t) {
-		if slices.ContainsFunc(h.persistent.list(), func(p *persistentConn) bool { return p.remote == c.LocalAddr().String() }) {
+	c.gets(w.origin.URL + "/")
+	for h := range connsByHandler(w.t) {
+		if slices.ContainsFunc(h.conns.list(), func(p *clientConn) bool { return p.remote == c.LocalAddr().String() }) {
 			return c
 		}
 	}
-	w.t.Fatal("the connection is not taken over")
+	w.t.Fatal("the connection is served by net/http")
 	return nil
 }
 
-// A connection is taken over with its second request, where nobody else has a
-// part in it.
-func TestPersistentTakenOver(t *testing.T) {
+// withServers adds an option servers to a Caddyfile's global options.
+func withServers(caddyfile, lines string) string {
+	return "{\nservers {\n" + lines + "\n}\n" + strings.TrimPrefix(caddyfile, "{\n")
+}
+
+// A connection is served by the proxy itself where nobody else has a part in it.
+func TestClientConnServed(t *testing.T) {
 	w := newWorld(t, "", nil)
 	_, port, _ := strings.Cut(w.proxy, ":")
 	socket := filepath.Join(t.TempDir(), "socket")
 	const site = "http://:PORT {\nasync_proxy {\nburst 1000000\nrefill 1000000\n}\n}\n"
+	const wrapper = "listener_wrappers {\nasync_proxy\n}\n"
 	with := func(lines string) string { return strings.Replace(site, "{\n", "{\n"+lines+"\n", 1) }
 	servers := func(lines string) string { return "{\nservers {\n" + lines + "\n}\n}\n" + site }
 	for _, row := range []struct {
@@ -105,27 +108,33 @@ func TestPersistentTakenOver(t *testing.T) {
 		want            int
 	}{
 		{"alone", site, 1},
-		{"in a route", strings.Replace(site, "async_proxy", "route {\nasync_proxy", 1) + "}\n", 1},
 		{"a handler behind it", with("respond hello"), 1},
 		{"another port", site + "http://www.example.com:1 {\nrespond hello\n}\n", 1},
-		{"h2c, too", servers("protocols h1 h2 h2c"), 1},
+		{"options of the server", servers(wrapper + "protocols h1 h2 h2c"), 1},
+		{"the wrapper twice", servers(strings.Replace(wrapper, "async_proxy", "async_proxy\nasync_proxy", 1)), 1},
+		{"the wrapper before TLS", servers(strings.Replace(wrapper, "async_proxy", "async_proxy\ntls", 1)), 1},
+		{"another wrapper behind it", servers(strings.Replace(wrapper, "async_proxy", "async_proxy\ntls\nhttp_redirect", 1)), 1},
+		{"in a route", "{\nservers {\n" + wrapper + "\n}\n}\n" + inRoute(strings.Replace(site, "async", "\tasync", 1)), 1},
+		{"HTTP/1.1 alone", servers(wrapper + "protocols h1"), 1},
 
+		{"no wrapper", servers("protocols h1 h2"), 0},
+		{"in a route, where there is none", inRoute(strings.Replace(site, "async", "\tasync", 1)), 0},
 		{"access log", with("log"), 0},
 		{"metrics", "{\nmetrics\n}\n" + site, 0},
-		{"metrics of the server", servers("metrics"), 0},
+		{"metrics of the server", servers(wrapper + "metrics"), 0},
 		{"handle_errors", with("handle_errors {\nrespond no\n}"), 0},
 		{"a matcher", strings.Replace(with("@get method GET"), "async_proxy", "async_proxy @get", 1), 0},
-		{"a matcher around it", strings.Replace(with("@get method GET"), "async_proxy", "handle @get {\nasync_proxy", 1) + "}\n", 0},
+		{"a matcher, and the wrapper", "{\nservers {\n" + wrapper + "\n}\n}\n" + strings.Replace(with("@get method GET"), "async_proxy", "async_proxy @get", 1), 0},
+		{"a matcher around it", "{\nservers {\n" + wrapper + "\n}\n}\n" + strings.Replace(with("@get method GET"), "async_proxy", "handle @get {\nasync_proxy", 1) + "}\n", 0},
 		{"a handler before it", with("request_header X-Y z"), 0},
 		{"another site", site + "http://www.example.com:PORT {\nrespond hello\n}\n", 0},
-		{"a timeout for content", servers("timeouts {\nread_body 1m\n}"), 0},
-		{"a timeout for responses", servers("timeouts {\nwrite 1m\n}"), 0},
-		{"a rate for content", servers("timeouts {\nread_body_idle 1m 100\n}"), 0},
-		{"a rate for responses", servers("timeouts {\nwrite_idle 1m 100\n}"), 0},
-		{"names with an underscore", servers("expected_underscore_headers A_b"), 0},
-		{"names with a dot", servers("expected_dot_headers A.b"), 0},
-		{"PROXY protocol", servers("listener_wrappers {\nproxy_protocol\n}"), 0},
-		{"HTTP/1.1 alone", servers("protocols h1"), 0},
+		{"a timeout for content", servers(wrapper + "timeouts {\nread_body 1m\n}"), 0},
+		{"a timeout for responses", servers(wrapper + "timeouts {\nwrite 1m\n}"), 0},
+		{"a rate for content", servers(wrapper + "timeouts {\nread_body_idle 1m 100\n}"), 0},
+		{"a rate for responses", servers(wrapper + "timeouts {\nwrite_idle 1m 100\n}"), 0},
+		{"names with an underscore", servers(wrapper + "expected_underscore_headers A_b"), 0},
+		{"names with a dot", servers(wrapper + "expected_dot_headers A.b"), 0},
+		{"PROXY protocol", servers("listener_wrappers {\nproxy_protocol\nasync_proxy\n}"), 0},
 		{"a Unix socket", with("bind unix/" + socket), 0},
 	} {
 		t.Run(row.name, func(t *testing.T) {
@@ -148,7 +157,7 @@ func TestPersistentTakenOver(t *testing.T) {
 			}
 			defer conn.Close()
 			r := bufio.NewReader(conn)
-			for i := range 3 {
+			for i := range 2 {
 				fmt.Fprintf(conn, "GET %s/ HTTP/1.1\r\nHost: x\r\n\r\n", w.origin.URL)
 				res, err := http.ReadResponse(r, nil)
 				if err != nil {
@@ -158,17 +167,18 @@ func TestPersistentTakenOver(t *testing.T) {
 				if denied := conn.RemoteAddr().Network() == "unix"; !denied && string(body) != "hello from the origin" {
 					t.Errorf("%s: %q", res.Status, body)
 				}
-				if want := row.want * min(i, 1); takenOver(t) != want {
-					t.Errorf("after request %d %d connections are taken over, want %d", i+1, takenOver(t), want)
+				if n := ownConns(t); n != row.want {
+					t.Errorf("after request %d the proxy serves %d connections itself, want %d", i+1, n, row.want)
 				}
 			}
 		})
 	}
 }
 
-// Requests that are not ordinary do not have their connection taken over.
-func TestPersistentNotTakenOver(t *testing.T) {
-	w := newTunnelWorld(t, tunnelSetup{options: "hosts proxy.example", servers: ""})
+// Connections with other than ordinary requests, or with other protocols, are for
+// net/http.
+func TestClientConnNotServed(t *testing.T) {
+	w := newTunnelWorld(t, tunnelSetup{options: "hosts proxy.example"})
 	w.origin = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.Copy(w, r.Body) }))
 	t.Cleanup(w.origin.Close)
 	for _, request := range []string{
@@ -183,8 +193,8 @@ func TestPersistentNotTakenOver(t *testing.T) {
 		for range 3 {
 			c.send(strings.ReplaceAll(request, "URL", w.origin.URL+"/"))
 			res, _ := c.response(http.MethodGet)
-			if n := takenOver(t); res.StatusCode != http.StatusOK || n != 0 {
-				t.Errorf("%q: %s, %d connections are taken over", request, res.Status, n)
+			if n := ownConns(t); res.StatusCode != http.StatusOK || n != 0 {
+				t.Errorf("%q: %s, %d connections are served by the proxy itself", request, res.Status, n)
 			}
 			if res.Close {
 				break
@@ -205,8 +215,8 @@ func TestPersistentNotTakenOver(t *testing.T) {
 				t.Fatal(err)
 			}
 			_ = res.Body.Close()
-			if n := takenOver(t); res.StatusCode != http.StatusOK || n != 0 {
-				t.Errorf("%s: %s, %d connections are taken over", name, res.Status, n)
+			if n := ownConns(t); res.StatusCode != http.StatusOK || n != 0 {
+				t.Errorf("%s: %s, %d connections are served by the proxy itself", name, res.Status, n)
 			}
 		}
 		client.CloseIdleConnections()
@@ -242,7 +252,7 @@ func (s *slowly) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // A request that comes during a reload is answered completely, or its connection
 // was closed before anything was.
-func TestPersistentReloadUnderTraffic(t *testing.T) {
+func TestClientConnReloadUnderTraffic(t *testing.T) {
 	w := newWorld(t, "", nil)
 	ctx, cancel := context.WithCancel(t.Context())
 	var served, closed atomic.Int64
@@ -283,38 +293,40 @@ func TestPersistentReloadUnderTraffic(t *testing.T) {
 	}
 	for i := range 20 {
 		w.load(w.site(fmt.Sprintf("dial_timeout %ds", 10+i)))
-		eventually(t, "connections to be taken over", func() bool { return takenOver(t) > 0 })
+		eventually(t, "connections to be served", func() bool { return ownConns(t) > 0 })
 	}
 	cancel()
 	wg.Wait()
 	t.Logf("%d requests were served, %d connections closed", served.Load(), closed.Load())
-	eventually(t, "all connections to end", func() bool { return takenOver(t) == 0 })
+	eventually(t, "all connections to end", func() bool { return ownConns(t) == 0 })
 }
 
-// A connection that is being taken over while the server shuts down has a request
-// to answer yet.
-func TestPersistentTakenOverAtShutdown(t *testing.T) {
-	p := newPersistentConns()
+// A connection that has a request while the server shuts down is left to answer it;
+// one that comes later is not served by the proxy itself.
+func TestClientConnAtShutdown(t *testing.T) {
+	p := newClientConns()
 	near, far := socketPair(t)
-	if c := (&persistentConn{TCPConn: near.(*net.TCPConn)}); !p.add(c) {
-		t.Error("the connection is not taken over")
+	c := &clientConn{TCPConn: near.(*net.TCPConn)}
+	if !p.add(c) {
+		t.Error("the connection is not served")
 	}
+	c.state.Store(connBusy)
 	p.shutdown()
 	if _, err := io.WriteString(near, "the answer"); err != nil {
 		t.Errorf("before the request is answered: %v", err)
 	}
-	if p.add(&persistentConn{TCPConn: far.(*net.TCPConn)}) {
-		t.Error("a connection is taken over by a server that has shut down")
+	if p.add(&clientConn{TCPConn: far.(*net.TCPConn)}) {
+		t.Error("a connection is served by a server that has shut down")
 	}
 }
 
 // What a client sends behind a request is not its leaving, and is answered in its
 // order, even if the client says that it is done.
-func TestPersistentPipelined(t *testing.T) {
+func TestClientConnPipelined(t *testing.T) {
 	for _, half := range []bool{false, true} {
 		origin := newSlowly()
 		w := newWorld(t, "", origin)
-		c := w.dialTaken()
+		c := w.dialOwn()
 		c.get(w.origin.URL+"/slow", "")
 		<-origin.asked
 		time.Sleep(2 * promptly) // until the client is watched
@@ -347,10 +359,10 @@ func TestPersistentPipelined(t *testing.T) {
 }
 
 // More than there is room for is not lost, and no leaving.
-func TestPersistentPipelinedMuch(t *testing.T) {
+func TestClientConnPipelinedMuch(t *testing.T) {
 	origin := newSlowly()
 	w := newWorld(t, "", origin)
-	c := w.dialTaken()
+	c := w.dialOwn()
 	c.get(w.origin.URL+"/slow", "")
 	<-origin.asked
 	const more = 200
@@ -368,7 +380,7 @@ func TestPersistentPipelinedMuch(t *testing.T) {
 }
 
 // A client that leaves takes its exchange along, whatever that is at.
-func TestPersistentClientLeaves(t *testing.T) {
+func TestClientConnClientLeaves(t *testing.T) {
 	silent, err := net.ListenPacket("udp4", "127.0.0.1:0") // a resolver
 	if err != nil {
 		t.Fatal(err)
@@ -391,7 +403,7 @@ func TestPersistentClientLeaves(t *testing.T) {
 				_, err := r.ReadByte()
 				ended <- err
 			})
-			c := w.dialTaken()
+			c := w.dialOwn()
 			c.get("http://"+origin+"/", "")
 			<-began
 			if answer != "" {
@@ -401,11 +413,11 @@ func TestPersistentClientLeaves(t *testing.T) {
 			if err := <-ended; err == nil || os.IsTimeout(err) {
 				t.Errorf("the origin read %v, want the end", err)
 			}
-			eventually(t, "the connection to end", func() bool { return takenOver(t) == 0 })
+			eventually(t, "the connection to end", func() bool { return ownConns(t) == 0 })
 		})
 	}
 	t.Run("in a dial", func(t *testing.T) {
-		c := w.dialTaken()
+		c := w.dialOwn()
 		w.forgetLogs()
 		c.get("http://silent.example/", "")
 		if _, _, err := silent.ReadFrom(make([]byte, 512)); err != nil {
@@ -415,49 +427,51 @@ func TestPersistentClientLeaves(t *testing.T) {
 		if line := w.waitLog("request", 1)[0]; line["status"] != 499.0 {
 			t.Errorf("status %v in the log, want 499", line["status"])
 		}
-		eventually(t, "the connection to end", func() bool { return takenOver(t) == 0 })
+		eventually(t, "the connection to end", func() bool { return ownConns(t) == 0 })
 	})
 }
 
 // A response that breaks off takes the connection along, and nothing of it stays.
-func TestPersistentBrokenOff(t *testing.T) {
+func TestClientConnBrokenOff(t *testing.T) {
 	w := newWorld(t, "", nil)
 	for _, answer := range []string{"Content-Length: 9\n\nshort", "Transfer-Encoding: chunked\n\n5\nshort\n"} {
 		origin := newRuleOrigin(t, "HTTP/1.1 200 OK\n"+answer+"CLOSE")
-		c := w.dialTaken()
+		c := w.dialOwn()
 		c.get("http://"+origin.address+"/", "")
 		if res, err := http.ReadResponse(c.r, nil); err != nil {
 			t.Error(err)
 		} else if body, err := io.ReadAll(res.Body); string(body) != "short" || !errors.Is(err, io.ErrUnexpectedEOF) {
 			t.Errorf("%q, %v, want a part and an error", body, err)
 		}
-		eventually(t, "the connection to end", func() bool { return takenOver(t) == 0 })
+		eventually(t, "the connection to end", func() bool { return ownConns(t) == 0 })
 	}
 }
 
 // A handler that panics takes its connection along and no other.
-func TestPersistentPanic(t *testing.T) {
+func TestClientConnPanic(t *testing.T) {
 	near, far := socketPair(t)
-	h := &Handler{persistent: newPersistentConns(), logger: zap.NewNop()} // has no limiter, for one
-	c := &persistentConn{TCPConn: near.(*net.TCPConn), handler: h, site: new(caddyhttp.Server), server: new(http.Server)}
-	h.persistent.add(c)
-	c.prepare(t.Context(), nil)
-	c.serve(c.newRequest())
+	h := &Handler{conns: newClientConns(), logger: zap.NewNop()} // has no limiter, for one
+	_, _ = io.WriteString(far, "GET http://a.example/ HTTP/1.1\r\nHost: x\r\n\r\n")
+	unitListener(h).take(near)
+	eventually(t, "the connection to end", func() bool { return h.conns.size() == 0 })
 	if n, err := io.Copy(io.Discard, far); n > 0 || err != nil {
 		t.Errorf("%d bytes, %v, want the end", n, err)
 	}
-	if n := h.persistent.size(); n != 0 {
-		t.Errorf("%d connections are left", n)
-	}
+}
+
+// unitListener has no server, and accepts nothing.
+func unitListener(h *Handler) *clientListener {
+	return &clientListener{handler: h, site: new(caddyhttp.Server), others: make(chan net.Conn), closing: make(chan struct{}), ended: make(chan struct{})}
 }
 
 // What waits for the end of a request longer than that takes neither the next
 // request from the connection nor its deadline.
-func TestPersistentWatchedTooLate(t *testing.T) {
+func TestClientConnWatchedTooLate(t *testing.T) {
 	near, far := socketPair(t)
-	c := &persistentConn{TCPConn: near.(*net.TCPConn), handler: &Handler{persistent: newPersistentConns()}, site: new(caddyhttp.Server), server: new(http.Server)}
-	c.prepare(t.Context(), nil)
-	ctx := c.newRequest().Context()
+	c := newClientConn(unitListener(&Handler{conns: newClientConns()}), near.(*net.TCPConn))
+	c.isNew = false
+	c.start()
+	ctx := c.newRequest(http.MethodGet).Context()
 	early := ctx.Done()
 	const requests = 100
 	var late sync.WaitGroup
@@ -491,15 +505,15 @@ func TestPersistentWatchedTooLate(t *testing.T) {
 }
 
 // A connection that waits holds nothing of the responses before.
-func TestPersistentHoldsLittle(t *testing.T) {
+func TestClientConnHoldsLittle(t *testing.T) {
 	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		for i := range 500 {
 			w.Header().Set(fmt.Sprint("X-Large-", i), strings.Repeat("x", 1000))
 		}
 	}))
-	w.dialTaken()
-	for h := range persistentHandlers(t) {
-		for _, c := range h.persistent.list() {
+	w.dialOwn()
+	for h := range connsByHandler(t) {
+		for _, c := range h.conns.list() {
 			eventually(t, "the connection to wait", func() bool { return c.state.Load() == connIdle })
 			names := strings.Join(c.w.names[:cap(c.w.names)], "")
 			if size := cap(c.w.buf); size > 16<<10 || c.w.header != nil || names != "" {
@@ -509,9 +523,9 @@ func TestPersistentHoldsLittle(t *testing.T) {
 	}
 }
 
-// A connection goes back to net/http with its first request that is not ordinary,
-// whole, and stays there.
-func TestPersistentGoesBack(t *testing.T) {
+// A connection goes to net/http with its first request that is not ordinary, whole,
+// and stays there.
+func TestClientConnHandedOn(t *testing.T) {
 	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
 		fmt.Fprintf(w, "%s %s", r.Method, body)
@@ -525,7 +539,7 @@ func TestPersistentGoesBack(t *testing.T) {
 		{"GET URL HTTP/1.1\nHost: x\nX-Large: " + large[:10_000] + "\n\n", "GET "},
 		{"GET /here HTTP/1.1\nHost: x\n\n", "at home"},
 	} {
-		c := w.dialTaken()
+		c := w.dialOwn()
 		for range 2 { // with an ordinary one behind it
 			c.send(strings.ReplaceAll(row.request+"GET URL HTTP/1.1\nHost: x\n\n", "URL", w.origin.URL+"/"))
 			for _, want := range []string{row.want, "GET "} {
@@ -537,7 +551,7 @@ func TestPersistentGoesBack(t *testing.T) {
 					break
 				}
 			}
-			eventually(t, "the connection not to be taken over", func() bool { return takenOver(t) == 0 })
+			eventually(t, "the connection to be handed on", func() bool { return ownConns(t) == 0 })
 			if strings.Contains(row.request, "chunked") {
 				break // has the connection closed
 			}
@@ -546,9 +560,9 @@ func TestPersistentGoesBack(t *testing.T) {
 	}
 }
 
-// Tunnels on connections that went back are on the bare socket, with what was
-// sent early.
-func TestPersistentTunnels(t *testing.T) {
+// Tunnels are on the bare socket, with what was sent early, and do not keep what
+// served the requests before.
+func TestClientConnTunnels(t *testing.T) {
 	w := newWorld(t, "", nil)
 	upgraded, echo := streamUpgrade(t), echoTarget(t)
 	for request, want := range map[string]string{
@@ -556,7 +570,7 @@ func TestPersistentTunnels(t *testing.T) {
 		"GET http://" + upgraded + "/ HTTP/1.1\nHost: x\nConnection: Upgrade\nUpgrade: echo\n\n": "hello ",
 	} {
 		for _, early := range []string{"early ", strings.Repeat("e", 10_000)} {
-			c := w.dialTaken()
+			c := w.dialOwn()
 			c.send(request + early)
 			c.readUntil("\r\n\r\n")
 			var near *connPeer
@@ -571,7 +585,7 @@ func TestPersistentTunnels(t *testing.T) {
 			if _, ok := near.Conn.(*net.TCPConn); !ok {
 				t.Errorf("the client's end of the tunnel is %T, want the socket", near.Conn)
 			}
-			eventually(t, "the connection not to be taken over", func() bool { return takenOver(t) == 0 })
+			eventually(t, "the connection to be handed on", func() bool { return ownConns(t) == 0 })
 			c.send("late")
 			_ = c.CloseWrite()
 			if got := c.readAll(); got != want+early+"late" {
@@ -582,31 +596,31 @@ func TestPersistentTunnels(t *testing.T) {
 	}
 }
 
-// A connection that would go back to a server which has shut down is closed.
-func TestPersistentGoesBackAtShutdown(t *testing.T) {
+// A connection that would go to a server which has shut down is closed.
+func TestClientConnHandedOnAtShutdown(t *testing.T) {
 	near, far := socketPair(t)
 	_ = far.SetDeadline(time.Now().Add(patience))
-	c := &persistentConn{TCPConn: near.(*net.TCPConn), r: bufio.NewReader(near), server: new(http.Server)}
-	_ = c.server.Close()
-	c.giveBack()
+	l := unitListener(nil)
+	l.end()
+	l.handOn(near)
 	if n, err := io.Copy(io.Discard, far); n > 0 || err != nil {
 		t.Errorf("%d bytes, %v, want the end", n, err)
 	}
 }
 
 // The server's limits to the time between requests and to that for a head hold.
-func TestPersistentTimeouts(t *testing.T) {
+func TestClientConnTimeouts(t *testing.T) {
 	origin := newSlowly()
 	w := newWorld(t, "", origin)
 	servers := func(timeouts string) {
-		loadCaddyfile(t, "{\nservers {\ntimeouts {\n"+timeouts+"\n}\n}\n"+strings.TrimPrefix(w.globals(), "{\n")+w.site(""))
+		loadCaddyfile(t, withServers(w.globals()+w.site(""), "listener_wrappers {\nasync_proxy\n}\ntimeouts {\n"+timeouts+"\n}"))
 	}
 	head := "GET " + w.origin.URL + "/ HTTP/1.1\r\nHost: x\r\n\r\n"
 	servers("idle 700ms")
-	if rest := w.dialTaken().readAll(); rest != "" {
+	if rest := w.dialOwn().readAll(); rest != "" {
 		t.Errorf("an idle connection ends with %q", rest)
 	}
-	c := w.dialTaken()
+	c := w.dialOwn()
 	c.get(w.origin.URL+"/slow", "")
 	<-origin.asked
 	time.Sleep(900 * time.Millisecond) // no idle time
@@ -623,7 +637,7 @@ func TestPersistentTimeouts(t *testing.T) {
 	}
 
 	servers("read_header 700ms")
-	c = w.dialTaken()
+	c = w.dialOwn()
 	time.Sleep(900 * time.Millisecond)
 	for i := range head {
 		_, _ = io.WriteString(c, head[i:i+1])
@@ -637,7 +651,7 @@ func TestPersistentTimeouts(t *testing.T) {
 	}
 
 	servers("read_header -1s\nidle -1s")
-	c = w.dialTaken()
+	c = w.dialOwn()
 	c.get(w.origin.URL+"/slow", "")
 	<-origin.asked
 	c.send(head[:20])
@@ -654,7 +668,7 @@ func TestPersistentTimeouts(t *testing.T) {
 
 // Caddy's timeout for stalled writes is over when a client takes something, and
 // is of one response alone.
-func TestPersistentStalledWrites(t *testing.T) {
+func TestClientConnStalledWrites(t *testing.T) {
 	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case "/large":
@@ -667,7 +681,7 @@ func TestPersistentStalledWrites(t *testing.T) {
 			time.Sleep(400 * time.Millisecond)
 		}
 	}))
-	loadCaddyfile(t, "{\nservers {\ntimeouts {\nwrite_idle 200ms\n}\n}\n"+strings.TrimPrefix(w.globals(), "{\n")+w.site(""))
+	loadCaddyfile(t, withServers(w.globals()+w.site(""), "listener_wrappers {\nasync_proxy\n}\ntimeouts {\nwrite_idle 200ms\n}"))
 	c := w.dial()
 	for i := range 2 { // first by net/http
 		if body := c.gets(w.origin.URL + "/slow"); body != "first " {
@@ -680,7 +694,7 @@ func TestPersistentStalledWrites(t *testing.T) {
 		}
 	}
 	c.get(w.origin.URL+"/large", "")
-	eventually(t, "the client that does not read to be left", func() bool { return takenOver(t) == 0 })
+	eventually(t, "the client that does not read to be left", func() bool { return ownConns(t) == 0 })
 	if n, err := io.Copy(io.Discard, c); err != nil && !errors.Is(err, syscall.ECONNRESET) || n >= 64<<20 {
 		t.Errorf("%d bytes, %v", n, err)
 	}

@@ -16,17 +16,17 @@ import (
 	"time"
 )
 
-// takenOver returns how many connections of clients the process has taken over.
-func (c *binaryCaddy) takenOver() int {
+// ownConns returns how many connections the process serves below net/http.
+func (c *binaryCaddy) ownConns() int {
 	c.t.Helper()
 	_, text := c.ask(http.MethodGet, "/debug/pprof/goroutine?debug=2", "")
-	return strings.Count(text, ".(*persistentConn).serve(")
+	return strings.Count(text, ".(*clientConn).run(")
 }
 
 // A Caddy that is told to exit does so at once where connections are idle, and
 // waits for responses that clients are getting, those of earlier configs too, but
 // for no longer than the grace period.
-func TestProcessExitsWithPersistentConnections(t *testing.T) {
+func TestProcessExitsWithClientConns(t *testing.T) {
 	for _, row := range []struct {
 		name, global string
 		slow         bool // there is a response in progress
@@ -49,12 +49,10 @@ func TestProcessExitsWithPersistentConnections(t *testing.T) {
 			})
 			conns := []*rawConn{c.dial(), c.dial(), c.dial()}
 			for _, conn := range conns {
-				for range 2 {
-					conn.gets(c.origin.URL + "/")
-				}
+				conn.gets(c.origin.URL + "/")
 			}
-			if n := c.takenOver(); n != len(conns) {
-				t.Fatalf("%d connections are taken over, want %d", n, len(conns))
+			if n := c.ownConns(); n != len(conns) {
+				t.Fatalf("%d connections are served by the proxy itself, want %d", n, len(conns))
 			}
 			conns[0].send("GET " + c.origin.URL + "/ HTTP/1.1\nHo")
 			if row.slow {
@@ -97,9 +95,8 @@ func TestProcessExitsWithPersistentConnections(t *testing.T) {
 	}
 }
 
-// What is large goes through the kernel alone on a connection that is taken over,
-// too.
-func TestProcessSplicesOnPersistentConnections(t *testing.T) {
+// What is large goes through the kernel alone.
+func TestProcessSplicesOnClientConns(t *testing.T) {
 	const size = 64 << 20
 	c := binaryStart(t, binaryOptions{})
 	c.origin = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -110,9 +107,7 @@ func TestProcessSplicesOnPersistentConnections(t *testing.T) {
 	}))
 	t.Cleanup(c.origin.Close)
 	conn := c.dial()
-	for range 2 {
-		conn.gets(c.origin.URL + "/")
-	}
+	conn.gets(c.origin.URL + "/")
 	read := func() int {
 		t.Helper()
 		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/io", c.cmd.Process.Pid))
@@ -128,14 +123,14 @@ func TestProcessSplicesOnPersistentConnections(t *testing.T) {
 	if n := read() - before; n > size/2 {
 		t.Errorf("%d bytes of %d were read by the process", n, size)
 	}
-	if n := c.takenOver(); n != 1 {
-		t.Errorf("%d connections are taken over", n)
+	if n := c.ownConns(); n != 1 {
+		t.Errorf("%d connections are served by the proxy itself", n)
 	}
 }
 
 // A reload closes the connections that are idle, and lets the others end with
 // the response that they are at, which says so if it has not begun.
-func TestPersistentReload(t *testing.T) {
+func TestClientConnReload(t *testing.T) {
 	origin := newSlowly()
 	w := newWorld(t, "", origin)
 	once := func() {
@@ -146,10 +141,10 @@ func TestPersistentReload(t *testing.T) {
 	once() // has a connection to the origin, which stays
 	files, goroutines := descriptors(t, "self"), runtime.NumGoroutine()
 	var old *Handler
-	for h := range persistentHandlers(t) {
+	for h := range connsByHandler(t) {
 		old = h
 	}
-	idle, half, waits, begun := w.dialTaken(), w.dialTaken(), w.dialTaken(), w.dialTaken()
+	idle, half, waits, begun := w.dialOwn(), w.dialOwn(), w.dialOwn(), w.dialOwn()
 	half.send("GET " + w.origin.URL + "/ HTTP/1.1\nHo")
 	for _, c := range []*rawConn{begun, waits} {
 		c.get(w.origin.URL+"/slow", "")
@@ -165,10 +160,10 @@ func TestPersistentReload(t *testing.T) {
 			t.Errorf("%s: %q", name, rest)
 		}
 	}
-	if n := old.persistent.size(); n != 2 {
+	if n := old.conns.size(); n != 2 {
 		t.Errorf("%d connections are left, want 2", n)
 	}
-	c := w.dialTaken()
+	c := w.dialOwn()
 	origin.end <- struct{}{}
 	if rest := begun.readAll(); !strings.HasSuffix(rest, "last\r\n0\r\n\r\n") {
 		t.Errorf("the response that had begun ends with %q", rest)
@@ -184,6 +179,6 @@ func TestPersistentReload(t *testing.T) {
 	}
 	once()
 	eventually(t, "nothing to be left", func() bool {
-		return old.persistent.size()+takenOver(t) == 0 && descriptors(t, "self") <= files && runtime.NumGoroutine() <= goroutines
+		return old.conns.size()+ownConns(t) == 0 && descriptors(t, "self") <= files && runtime.NumGoroutine() <= goroutines
 	})
 }

@@ -4,6 +4,7 @@
 package asyncproxy
 
 import (
+	"bufio"
 	"fmt"
 	"io"
 	"net"
@@ -12,20 +13,20 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/net/http/httpguts"
 )
 
-// responseWriter writes the responses on a persistentConn as net/http would:
+// responseWriter writes the responses on a clientConn as net/http would:
 // byte for byte but for the order of the fields that it adds.
 type responseWriter struct {
-	conn   *net.TCPConn
-	over   *atomic.Bool // the server is shutting down
-	header http.Header
-	head   bool // the request is HEAD
-	closes bool // the connection ends after this response
+	client   *clientConn
+	header   http.Header
+	head     bool // the request is HEAD
+	closes   bool // the connection ends after this response
+	hijacked bool
+	tunnel   *tunnel // that the connection is to become; nil: none
 
 	status  int      // 0: there is no response yet
 	length  int64    // of the content, as announced; < 0: it is not
@@ -57,7 +58,18 @@ func (w *responseWriter) begin(head bool) {
 
 func (w *responseWriter) Header() http.Header { return w.header }
 
-func (w *responseWriter) SetWriteDeadline(t time.Time) error { return w.conn.SetWriteDeadline(t) }
+// Hijack implements http.Hijacker.
+func (w *responseWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	if w.status != 0 {
+		return nil, nil, http.ErrHijacked // by a response
+	}
+	w.hijacked = true
+	w.client.stopWatch()
+	_ = w.client.SetReadDeadline(time.Time{})
+	return w.client.TCPConn, bufio.NewReadWriter(w.client.r, nil), nil
+}
+
+func (w *responseWriter) SetWriteDeadline(t time.Time) error { return w.client.SetWriteDeadline(t) }
 
 // WriteHeader implements http.ResponseWriter. An interim response is sent at once.
 func (w *responseWriter) WriteHeader(status int) {
@@ -71,7 +83,7 @@ func (w *responseWriter) WriteHeader(status int) {
 		delete(w.header, "Content-Length")
 		delete(w.header, "Transfer-Encoding")
 		w.buf = append(w.appendFields(appendStatusLine(w.buf[:0], status)), "\r\n"...)
-		_, _ = w.conn.Write(w.buf) // a failure is that of the response, too
+		_, _ = w.client.Write(w.buf) // a failure is that of the response, too
 		return
 	}
 	w.status = status
@@ -143,7 +155,7 @@ func (w *responseWriter) ReadFrom(r io.Reader) (int64, error) {
 	if limited, ok := r.(*io.LimitedReader); !ok || limited.N > left {
 		r = io.LimitReader(r, left) // a socket behind one limit is copied by the kernel, behind two it is not
 	}
-	n, err := w.conn.ReadFrom(r)
+	n, err := w.client.ReadFrom(r)
 	w.written += n
 	return n, err
 }
@@ -194,11 +206,11 @@ func (w *responseWriter) send(p []byte, last bool) error {
 	}
 	var err error
 	if len(p) == 0 {
-		_, err = w.conn.Write(b)
+		_, err = w.client.Write(b)
 	} else {
 		w.vector = [...][]byte{b, p, []byte(rest)}
 		w.vectors = w.vector[:]
-		_, err = w.vectors.WriteTo(w.conn)
+		_, err = w.vectors.WriteTo(w.client.TCPConn)
 		w.vector = [3][]byte{}
 	}
 	return err
@@ -224,7 +236,7 @@ func (w *responseWriter) appendHead(b []byte, content int64, last bool) []byte {
 	default:
 		w.chunked = true
 	}
-	if connection := w.header["Connection"]; w.over.Load() || len(connection) > 0 && connection[0] == "close" {
+	if connection := w.header["Connection"]; w.client.handler.conns.over.Load() || len(connection) > 0 && connection[0] == "close" {
 		w.closes = true
 	}
 	if w.closes && !httpguts.HeaderValuesContainsToken(w.header["Connection"], "close") {
@@ -297,13 +309,10 @@ func appendValues(b []byte, name string, values []string) []byte {
 		return b
 	}
 	for _, value := range values {
-		b = append(b, name...)
-		b = append(b, ": "...)
 		if strings.ContainsAny(value, "\r\n") {
 			value = oneLine.Replace(value)
 		}
-		b = append(b, textproto.TrimString(value)...)
-		b = append(b, "\r\n"...)
+		b = appendLine(b, name, textproto.TrimString(value))
 	}
 	return b
 }

@@ -1,0 +1,344 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"net"
+	"net/http"
+	"runtime"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"go.uber.org/zap"
+)
+
+// clientConn is a client's connection that is served here from its first byte, on
+// one goroutine, at less than half of the cost that net/http's server and Caddy's
+// have. It is for CONNECT and for plain requests without content; with the first
+// request that is anything else, or odd, the connection goes to net/http as if
+// nothing of that request had been read.
+type clientConn struct {
+	*net.TCPConn
+	listener *clientListener
+	handler  *Handler
+	site     *caddyhttp.Server
+	remote   string
+
+	r     *bufio.Reader
+	w     responseWriter
+	out   http.ResponseWriter // w, or Caddy's timeout for stalled writes on top of it
+	ctx   context.Context     // of the connection
+	gone  context.CancelFunc
+	due   time.Time // the deadline that is set for reading
+	isNew bool      // there was no request yet
+	state atomic.Int32
+
+	mu        sync.Mutex
+	answering bool          // a request
+	watch     chan struct{} // closed when the watch for the client's leaving ends; nil: there is none
+}
+
+// What a clientConn is doing.
+const (
+	connNew    = iota // it waits for its first request
+	connWoken         // and was told to wait at net/http
+	connBusy          // it answers a request
+	connIdle          // it waits for another one, or for the rest of its head
+	connClosed        // while it was idle
+)
+
+// headReaders are for the requests of clients. What does not fit is not ordinary.
+var headReaders = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, 4<<10) }}
+
+func newClientConn(l *clientListener, conn *net.TCPConn) *clientConn {
+	c := &clientConn{TCPConn: conn, listener: l, handler: l.handler, site: l.site, isNew: true}
+	c.w.client = c
+	return c
+}
+
+// start makes what the connection needs for its requests.
+func (c *clientConn) start() {
+	c.remote = c.RemoteAddr().String()
+	c.r = headReaders.Get().(*bufio.Reader)
+	c.r.Reset(c.TCPConn)
+	ctx := context.WithValue(context.Background(), http.LocalAddrContextKey, c.LocalAddr())
+	ctx, c.gone = context.WithCancel(ctx)
+	c.ctx, c.out = context.WithValue(ctx, caddyhttp.ServerCtxKey, c.site), &c.w
+}
+
+// newRequest returns a request with all that is the same for each one.
+func (c *clientConn) newRequest(method string) *http.Request {
+	if method != http.MethodConnect && c.out == &c.w {
+		c.limitWrites()
+	}
+	ctx := &requestContext{Context: c.ctx, conn: c}
+	ctx.r = blankRequest.WithContext(ctx)
+	ctx.r.Method, ctx.r.RemoteAddr = method, c.remote
+	return ctx.r
+}
+
+var blankRequest = &http.Request{Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, Body: http.NoBody}
+
+// limitWrites has Caddy's timeout for stalled writes hold, which a CONNECT needs
+// not.
+func (c *clientConn) limitWrites() {
+	timeout := time.Duration(c.site.WriteIdleTimeout)
+	if timeout <= 0 {
+		return
+	}
+	idle := &caddyhttp.IdleTimeoutWriter{
+		ResponseWriterWrapper: &caddyhttp.ResponseWriterWrapper{ResponseWriter: &c.w},
+		Ctrl:                  http.NewResponseController(&c.w),
+		Deadline:              caddyhttp.IdleDeadline{Timeout: timeout},
+		MaxChunk:              c.site.MaxWriteChunk,
+		Logger:                c.handler.logger,
+	}
+	c.ctx, c.out = caddyhttp.ContextWithIdleTimeouts(c.ctx, nil, idle), idle
+}
+
+// run serves the connection, and whatever that becomes. A tunnel does not keep
+// what only requests need.
+func (c *clientConn) run() {
+	growStack()
+	if t := c.serve(); t != nil {
+		t.run()
+	}
+}
+
+// serve answers requests until the connection ends, becomes a tunnel, or goes to
+// net/http.
+func (c *clientConn) serve() (t *tunnel) {
+	kept := false // by somebody else
+	defer func() {
+		if err := recover(); err != nil && err != http.ErrAbortHandler {
+			c.handler.logger.Error("panic serving a client", zap.String("client", c.remote), zap.Any("panic", err), zap.ByteString("stack", debug.Stack()))
+		}
+		c.stopWatch() // reads from c.r
+		c.gone()
+		if !kept && !c.w.hijacked {
+			_ = c.Close()
+		}
+		c.decide()
+		c.handler.conns.remove(c)
+		c.r.Reset(nil)
+		headReaders.Put(c.r)
+	}()
+	c.start()
+	for {
+		r, other := c.next()
+		if other {
+			kept = true
+			c.handOn()
+		}
+		if r == nil {
+			return nil
+		}
+		c.decide()
+		if !c.answer(r) {
+			return c.w.tunnel
+		}
+	}
+}
+
+// growStack has the goroutine's stack grow once to what a request takes, while
+// there is nothing on it to be copied.
+//
+//go:noinline
+func growStack() {
+	var frame [5 << 10]byte
+	runtime.KeepAlive(&frame)
+}
+
+// decide notes that the connection is not new any more.
+func (c *clientConn) decide() {
+	if c.isNew {
+		c.isNew = false
+		c.listener.undecided.Done()
+	}
+}
+
+// answer answers a request and reports whether the connection can serve more.
+func (c *clientConn) answer(r *http.Request) bool {
+	c.mu.Lock()
+	c.answering = true
+	c.mu.Unlock()
+	c.w.begin(r.Method == http.MethodHead)
+	c.w.header["Server"] = []string{"Caddy"}
+	err := c.handler.ServeHTTP(c.out, r, nil)
+	if c.w.hijacked {
+		return false
+	}
+	if err != nil {
+		status := http.StatusInternalServerError
+		var failed caddyhttp.HandlerError
+		if errors.As(err, &failed) && failed.StatusCode > 0 {
+			status = failed.StatusCode
+		}
+		c.w.WriteHeader(status)
+	}
+	c.stopWatch()
+	if err := c.w.end(); err != nil || c.w.closes || c.ctx.Err() != nil {
+		return false
+	}
+	_ = c.SetWriteDeadline(time.Time{})
+	return true
+}
+
+// next returns the next request; none, if the connection has ended; or that there
+// is something else, for net/http.
+func (c *clientConn) next() (r *http.Request, other bool) {
+	waiting := int32(connNew)
+	switch {
+	case c.isNew:
+		c.expect(c.site.ReadHeaderTimeout)
+	case c.handler.conns.over.Load():
+		return nil, false
+	default:
+		waiting = connIdle
+		c.state.Store(connIdle)
+		if c.r.Buffered() < 4 {
+			c.expect(c.site.IdleTimeout)
+			if _, err := c.r.Peek(4); err != nil { // to less net/http does not answer
+				return nil, false
+			}
+		}
+	}
+	length, err := c.readHead()
+	// Until there is a whole head, a server that shuts down waits for nobody, but
+	// for those who have come just now.
+	if woken := !c.state.CompareAndSwap(waiting, connBusy); woken || err != nil {
+		return nil, woken && waiting == connNew
+	}
+	if length < 0 {
+		return nil, true
+	}
+	head, _ := c.r.Peek(length)
+	if r = c.parse(string(head)); r == nil {
+		return nil, true
+	}
+	_, _ = c.r.Discard(length + len(headEnd)) // is buffered
+	return r, false
+}
+
+// expect limits how long reading may take from now. A limit that is about right
+// is left, as each costs a change of a timer.
+func (c *clientConn) expect(limit caddy.Duration) {
+	if limit <= 0 {
+		if !c.due.IsZero() {
+			c.due = time.Time{}
+			_ = c.SetReadDeadline(c.due)
+		}
+		return
+	}
+	due := time.Now().Add(time.Duration(limit))
+	if late := c.due.Sub(due); late < -time.Duration(limit)/16 || late > 0 {
+		c.due = due
+		_ = c.SetReadDeadline(due)
+	}
+}
+
+// expectAnew is expect where a limit that is set was for something else.
+func (c *clientConn) expectAnew(limit caddy.Duration) {
+	c.due = time.Unix(1, 0)
+	c.expect(limit)
+}
+
+// handOn lets net/http serve the connection, with what was read and not taken.
+func (c *clientConn) handOn() {
+	unread, _ := c.r.Peek(c.r.Buffered())
+	if !c.isNew && bytes.HasPrefix(unread, []byte("PRI * HTTP/2.0")) { // net/http would speak that, as if to a new client
+		_ = c.Close()
+		return
+	}
+	c.mu.Lock() // wake may be at it
+	_ = c.SetReadDeadline(time.Time{})
+	c.mu.Unlock()
+	c.listener.handOn(&readConn{TCPConn: c.TCPConn, early: bytes.Clone(unread)})
+}
+
+// wake has a new connection wait for its first request at net/http.
+func (c *clientConn) wake() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.state.CompareAndSwap(connNew, connWoken) {
+		_ = c.SetReadDeadline(time.Unix(1, 0))
+	}
+}
+
+// clientConns are those of a handler.
+type clientConns struct {
+	mu    sync.Mutex
+	conns map[*clientConn]struct{}
+	over  atomic.Bool // the server is shutting down
+}
+
+// clientConnCount is how many there are, of the handlers of earlier configs too,
+// whose last answers a process that exits waits for.
+var clientConnCount atomic.Int64
+
+func newClientConns() *clientConns {
+	return &clientConns{conns: make(map[*clientConn]struct{})}
+}
+
+// add notes a connection, unless the server is shutting down.
+func (p *clientConns) add(c *clientConn) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.over.Load() {
+		return false
+	}
+	p.conns[c] = struct{}{}
+	clientConnCount.Add(1)
+	return true
+}
+
+func (p *clientConns) remove(c *clientConn) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.conns, c)
+	clientConnCount.Add(-1)
+}
+
+// shutdown closes idle connections, and wakes new ones. The others end with the
+// answer that they are at.
+func (p *clientConns) shutdown() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.over.Store(true)
+	for c := range p.conns {
+		c.wake()
+		if c.state.CompareAndSwap(connIdle, connClosed) {
+			_ = c.Close()
+		}
+	}
+}
+
+// waitForAnswers waits until the last answers are over, after all shutdowns.
+func waitForAnswers(ctx context.Context) {
+	waitUntil(ctx, func() bool { return clientConnCount.Load() == 0 })
+}
+
+// readConn is a connection that begins with what was read from it before.
+type readConn struct {
+	*net.TCPConn
+	early []byte
+}
+
+func (c *readConn) Read(p []byte) (int, error) {
+	if len(c.early) > 0 {
+		n := copy(p, c.early)
+		c.early = c.early[n:]
+		return n, nil
+	}
+	c.early = nil
+	return c.TCPConn.Read(p)
+}

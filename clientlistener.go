@@ -1,0 +1,225 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"errors"
+	"net"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"go.uber.org/zap"
+)
+
+func init() { caddy.RegisterModule(ListenerWrapper{}) }
+
+// ListenerWrapper lets the async_proxy of a server serve its clients' connections
+// itself, below the HTTP server of Go and Caddy's, which takes less than half of the
+// CPU. What it does not serve so it leaves to them: TLS, HTTP/2, requests with
+// content, and all of a server where something else takes part in requests, such as
+// an access log, metrics, or a handler before the proxy.
+//
+// A Caddyfile has it wherever it helps, unless the global options of a server have
+// listener_wrappers of their own.
+type ListenerWrapper struct {
+	ctx    caddy.Context
+	server *caddyhttp.Server
+}
+
+// CaddyModule returns the Caddy module information.
+func (ListenerWrapper) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{
+		ID:  "caddy.listeners.async_proxy",
+		New: func() caddy.Module { return new(ListenerWrapper) },
+	}
+}
+
+// Provision implements caddy.Provisioner.
+func (w *ListenerWrapper) Provision(ctx caddy.Context) error {
+	w.ctx = ctx
+	w.server, _ = ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
+	return nil
+}
+
+// UnmarshalCaddyfile implements caddyfile.Unmarshaler. There are no options.
+func (w *ListenerWrapper) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
+	d.Next() // its name
+	if d.NextArg() {
+		return d.ArgErr()
+	}
+	if d.NextBlock(0) {
+		return d.Errf("the listener wrapper async_proxy has no options")
+	}
+	return nil
+}
+
+// WrapListener implements caddy.ListenerWrapper. It is called when all handlers
+// are there, and before anything is accepted.
+func (w *ListenerWrapper) WrapListener(ln net.Listener) net.Listener {
+	if _, ok := ln.(*clientListener); ok || w.server == nil {
+		return ln // one for each site of the server, or not of an HTTP server
+	}
+	app, err := w.ctx.AppIfConfigured("http")
+	if err != nil {
+		return ln
+	}
+	h, why := ownerOf(app.(*caddyhttp.App), w.server)
+	if h == nil {
+		w.ctx.Logger().Debug("clients are served by Caddy's HTTP server", zap.String("why", why), zap.Strings("addresses", w.server.Listen))
+		return ln
+	}
+	l := &clientListener{
+		Listener: ln, handler: h, site: w.server,
+		others: make(chan net.Conn), closing: make(chan struct{}), ended: make(chan struct{}),
+	}
+	go l.accept()
+	return l
+}
+
+// ownerOf returns the handler that alone has a part in the proxy requests to a
+// server, or what else has.
+func ownerOf(app *caddyhttp.App, server *caddyhttp.Server) (h *Handler, why string) {
+	speaksHTTP1 := func(protocols []string) bool { return protocols == nil || slices.Contains(protocols, "h1") }
+	switch {
+	case server.Logs != nil:
+		return nil, "access log"
+	case app.Metrics != nil:
+		return nil, "metrics"
+	case server.Errors != nil:
+		return nil, "error routes"
+	case server.ReadTimeout > 0 || server.WriteTimeout > 0:
+		return nil, "timeouts for whole requests"
+	case server.ReadMinRate != 0 || server.WriteMinRate != 0:
+		return nil, "minimum rates"
+	case len(server.ExpectedUnderscoreHeaders) > 0 || len(server.ExpectedDotHeaders) > 0:
+		return nil, "expected headers"
+	case !speaksHTTP1(server.Protocols) || !speaksHTTP1(slices.Concat(server.ListenProtocols...)):
+		return nil, "protocols"
+	}
+	if h, ok := firstHandler(server.Routes).(*Handler); ok {
+		return h, ""
+	}
+	return nil, "another handler or a matcher before async_proxy"
+}
+
+// firstHandler returns the handler that gets all requests, and before any other.
+func firstHandler(routes caddyhttp.RouteList) caddyhttp.MiddlewareHandler {
+	if len(routes) == 0 || len(routes[0].MatcherSets) > 0 || len(routes[0].Handlers) == 0 {
+		return nil
+	}
+	first := routes[0].Handlers[0]
+	if sub, ok := first.(*caddyhttp.Subroute); ok {
+		if sub.Errors != nil {
+			return nil
+		}
+		return firstHandler(sub.Routes)
+	}
+	return first
+}
+
+// clientListener serves the connections that it accepts, and lets net/http's
+// server accept those that are for it.
+type clientListener struct {
+	net.Listener
+	handler *Handler
+	site    *caddyhttp.Server
+
+	others    chan net.Conn  // for net/http
+	undecided sync.WaitGroup // connections without a request yet
+	close     sync.Once
+	closing   chan struct{} // closed by Close
+	ended     chan struct{} // closed when there will be no others
+}
+
+// Accept implements net.Listener. After Close it still returns the connections
+// that had come before.
+func (l *clientListener) Accept() (net.Conn, error) {
+	select {
+	case conn := <-l.others:
+		return conn, nil
+	case <-l.ended:
+		return nil, net.ErrClosed
+	}
+}
+
+// Close implements net.Listener.
+func (l *clientListener) Close() (err error) {
+	l.close.Do(func() {
+		close(l.closing)
+		err = l.Listener.Close()
+	})
+	return err
+}
+
+// accept accepts connections until the listener is closed.
+func (l *clientListener) accept() {
+	defer l.end()
+	for pause := time.Duration(0); ; {
+		conn, err := l.Listener.Accept()
+		if err == nil {
+			pause = 0
+			l.take(conn)
+			continue
+		}
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		// As net/http does, where it is descriptors that are missing.
+		pause = min(max(2*pause, 5*time.Millisecond), time.Second)
+		select {
+		case <-l.closing:
+			return
+		case <-time.After(pause):
+			l.handler.logger.Error("a connection could not be accepted", zap.Error(err))
+		}
+	}
+}
+
+// take serves a connection if it can be.
+func (l *clientListener) take(conn net.Conn) {
+	if socket, ok := conn.(*net.TCPConn); ok {
+		if c := newClientConn(l, socket); l.handler.conns.add(c) {
+			l.undecided.Add(1)
+			go c.run()
+			return
+		}
+	}
+	l.handOn(conn)
+}
+
+// handOn gives a connection to net/http.
+func (l *clientListener) handOn(conn net.Conn) {
+	select {
+	case l.others <- conn:
+	case <-l.ended:
+		_ = conn.Close()
+	}
+}
+
+// end waits until it is known who serves the last connections. That is soon: if
+// they are not served here, the handler wakes them. Nobody may be there to accept
+// them, though.
+func (l *clientListener) end() {
+	decided := make(chan struct{})
+	go func() {
+		l.undecided.Wait()
+		close(decided)
+	}()
+	select {
+	case <-decided:
+	case <-time.After(lastWords):
+	}
+	close(l.ended)
+}
+
+// Interface guards
+var (
+	_ caddy.Provisioner     = (*ListenerWrapper)(nil)
+	_ caddyfile.Unmarshaler = (*ListenerWrapper)(nil)
+	_ caddy.ListenerWrapper = (*ListenerWrapper)(nil)
+)

@@ -1,0 +1,147 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bytes"
+	"io"
+	"net/http"
+	"net/netip"
+	"net/textproto"
+	"net/url"
+	"strings"
+
+	"golang.org/x/net/http/httpguts"
+)
+
+// readHead reads until there is a whole head, and returns its length without the
+// empty line. That is negative if there is something else, which is for net/http:
+// more than there is room for, the end in the middle, or what parse would not
+// take, about which net/http is to say what is wrong without waiting for the rest.
+// If reading fails, what was read before is still there.
+func (c *clientConn) readHead() (length int, err error) {
+	waits, checked := c.isNew, -1
+	for {
+		input, _ := c.r.Peek(c.r.Buffered())
+		if length = bytes.Index(input, headEnd); length >= 0 {
+			return length, nil
+		}
+		if len(input) == c.r.Size() || len(input) > 0 && !httpguts.IsTokenRune(rune(input[0])) {
+			return -1, nil
+		}
+		if i := bytes.LastIndexByte(input, '\n'); i > checked {
+			checked = i
+			if _, _, header := parseLines(string(bytes.TrimSuffix(input[:i], []byte("\r")))); header == nil {
+				return -1, nil
+			}
+		}
+		if !waits {
+			waits = true
+			c.expectAnew(c.site.ReadHeaderTimeout)
+		}
+		if _, err := c.r.Peek(len(input) + 1); err == io.EOF && len(input) > 0 {
+			return -1, nil // who says nothing more may still want an answer
+		} else if err != nil {
+			return -1, err
+		}
+	}
+}
+
+// parse returns the request with the given head, without its empty line, if it
+// is ordinary and well-formed beyond doubt.
+func (c *clientConn) parse(head string) *http.Request {
+	method, target, header := parseLines(head)
+	if header == nil || !isOrdinary(header) {
+		return nil
+	}
+	var u *url.URL
+	if method == http.MethodConnect {
+		if !isPlainAuthority(target) {
+			return nil
+		}
+		u = &url.URL{Host: target}
+	} else {
+		var err error
+		if u, err = url.ParseRequestURI(target); err != nil || strings.Trim(u.Hostname(), ".") == "" || !httpguts.ValidHostHeader(u.Host) {
+			return nil
+		}
+		if strings.HasPrefix(u.Path, "/.well-known/") { // Caddy may be asked to prove there whose a name is
+			return nil
+		}
+	}
+	if host := header["Host"]; len(host) != 1 || !httpguts.ValidHostHeader(host[0]) {
+		return nil
+	}
+	delete(header, "Host")
+	r := c.newRequest(method)
+	r.Method, r.URL, r.RequestURI, r.Host, r.Header = method, u, target, u.Host, header
+	return r
+}
+
+// isOrdinary reports whether a request with these fields has no content and asks
+// for nothing but a response.
+func isOrdinary(header http.Header) bool {
+	for _, value := range header["Connection"] {
+		for token := range strings.FieldsFuncSeq(value, func(c rune) bool { return c == ',' || c == ' ' || c == '\t' }) {
+			if strings.EqualFold(token, "close") { // so far as net/http sees it
+				return false
+			}
+		}
+	}
+	for _, name := range [...]string{"Content-Length", "Expect", "Trailer", "Transfer-Encoding", "Upgrade"} {
+		if _, ok := header[name]; ok {
+			return false
+		}
+	}
+	return len(header["Pragma"]) == 0 || len(header["Cache-Control"]) > 0 // net/http adds that
+}
+
+// isPlainAuthority reports whether an authority has a host and a port, and
+// nothing in it that net/http or Caddy might read in another way.
+func isPlainAuthority(authority string) bool {
+	host, port, found := cutPort(authority)
+	if inner, ok := strings.CutPrefix(host, "["); ok {
+		inner, ok = strings.CutSuffix(inner, "]")
+		if addr, err := netip.ParseAddr(inner); !ok || err != nil || addr.Is4() || addr.Zone() != "" {
+			return false
+		}
+	} else if strings.ContainsFunc(host, func(c rune) bool {
+		return c != '-' && c != '.' && c != '_' && (c < '0' || c > '9') && (c|0x20 < 'a' || c|0x20 > 'z')
+	}) {
+		return false
+	}
+	return found && strings.Trim(host, ".") != "" && port != "" && strings.Trim(port, "0123456789") == ""
+}
+
+// parseLines reads a head, or the first lines of one, without the last line end.
+// It returns no fields if there is a line that is not that of an ordinary request.
+// POST is none even without content, as net/http bears with blank lines behind it.
+func parseLines(head string) (method, target string, header http.Header) {
+	line, lines, more := strings.Cut(head, "\r\n")
+	method, rest, _ := strings.Cut(line, " ")
+	target, version, _ := strings.Cut(rest, " ")
+	switch {
+	case version != "HTTP/1.1" || len(method) > 32 || !httpguts.ValidHeaderFieldName(method) || method == http.MethodPost,
+		method != http.MethodConnect && !strings.HasPrefix(target, "http://"):
+		return "", "", nil
+	case !more:
+		return method, target, make(http.Header)
+	}
+	return method, target, parseStrictly(lines)
+}
+
+// parseStrictly reads field lines. It returns nil if there is one that is not
+// well-formed, or whose name Caddy would not let pass.
+func parseStrictly(lines string) http.Header {
+	fields := newFields(strings.Count(lines, "\r\n") + 1)
+	for line := range strings.SplitSeq(lines, "\r\n") {
+		name, value, found := strings.Cut(line, ":")
+		value = strings.Trim(value, " \t")
+		if !found || !httpguts.ValidHeaderFieldName(name) || strings.ContainsAny(name, "_.") || !httpguts.ValidHeaderFieldValue(value) {
+			return nil
+		}
+		fields.add(textproto.CanonicalMIMEHeaderKey(name), value)
+	}
+	return fields.header
+}
