@@ -50,10 +50,10 @@ type clientConn struct {
 // What a clientConn is doing.
 const (
 	connNew    = iota // it waits for its first request
-	connWoken         // and was told to wait at net/http
-	connBusy          // it answers a request
+	connBusy          // it answers one
 	connIdle          // it waits for another one, or for the rest of its head
-	connClosed        // while it was idle
+	connClosed        // it was told to end, while it waited
+	connWoken         // it was told to wait for its first request at net/http
 )
 
 // headReaders are for the requests of clients. What does not fit is not ordinary.
@@ -171,7 +171,7 @@ func (c *clientConn) answer(r *http.Request) bool {
 	c.mu.Lock()
 	c.answering = true
 	c.mu.Unlock()
-	c.w.begin(r.Method == http.MethodHead)
+	c.w.begin(r.Method == http.MethodHead, r.Close)
 	c.w.header["Server"] = []string{"Caddy"}
 	err := c.handler.ServeHTTP(c.out, r, nil)
 	if c.w.hijacked {
@@ -213,10 +213,12 @@ func (c *clientConn) next() (r *http.Request, other bool) {
 		}
 	}
 	length, err := c.readHead()
-	// Until there is a whole head, a server that shuts down waits for nobody, but
-	// for those who have come just now.
-	if woken := !c.state.CompareAndSwap(waiting, connBusy); woken || err != nil {
-		return nil, woken && waiting == connNew
+	// Until there is a whole head, a server that shuts down waits for nobody.
+	if !c.state.CompareAndSwap(waiting, connBusy) {
+		return nil, c.state.Load() == connWoken
+	}
+	if err != nil {
+		return nil, false
 	}
 	if length < 0 {
 		return nil, true
@@ -259,17 +261,22 @@ func (c *clientConn) handOn() {
 		_ = c.Close()
 		return
 	}
-	c.mu.Lock() // wake may be at it
+	c.mu.Lock() // shutdown may be at it
 	_ = c.SetReadDeadline(time.Time{})
 	c.mu.Unlock()
 	c.listener.handOn(&readConn{TCPConn: c.TCPConn, early: bytes.Clone(unread)})
 }
 
-// wake has a new connection wait for its first request at net/http.
-func (c *clientConn) wake() {
+// shutdown closes the connection if it waits for a request. One that is new has
+// come to a server that goes on in another config, and waits for its first request
+// at net/http, which still answers that. An answer is let end.
+func (c *clientConn) shutdown(exits bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.state.CompareAndSwap(connNew, connWoken) {
+	switch {
+	case c.state.CompareAndSwap(connIdle, connClosed), exits && c.state.CompareAndSwap(connNew, connClosed):
+		_ = c.Close()
+	case c.state.CompareAndSwap(connNew, connWoken):
 		_ = c.SetReadDeadline(time.Unix(1, 0))
 	}
 }
@@ -308,17 +315,13 @@ func (p *clientConns) remove(c *clientConn) {
 	clientConnCount.Add(-1)
 }
 
-// shutdown closes idle connections, and wakes new ones. The others end with the
-// answer that they are at.
-func (p *clientConns) shutdown() {
+// shutdown has all of them end soon: exits tells that there will be no other config.
+func (p *clientConns) shutdown(exits bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.over.Store(true)
 	for c := range p.conns {
-		c.wake()
-		if c.state.CompareAndSwap(connIdle, connClosed) {
-			_ = c.Close()
-		}
+		c.shutdown(exits)
 	}
 }
 

@@ -906,7 +906,7 @@ func TestClientConnWriter(t *testing.T) {
 					defer close(done)
 					w := &responseWriter{client: &clientConn{TCPConn: c, handler: &Handler{conns: newClientConns()}}}
 					for i := 0; i < 2 && !w.closes; i++ {
-						w.begin(r.Method == http.MethodHead)
+						w.begin(r.Method == http.MethodHead, false)
 						handler(w, r)
 						if err := w.end(); err != nil {
 							t.Error(err)
@@ -929,7 +929,7 @@ func TestClientConnWriterKeepsNothing(t *testing.T) {
 	conn, outside := socketPair(t)
 	go io.Copy(io.Discard, outside)
 	w := &responseWriter{client: &clientConn{TCPConn: conn.(*net.TCPConn), handler: &Handler{conns: newClientConns()}}}
-	w.begin(false)
+	w.begin(false, false)
 	w.Header()["X-One"] = []string{strings.Repeat("x", 1<<20)}
 	_, _ = io.WriteString(w, "hello")
 	if err := w.end(); err != nil {

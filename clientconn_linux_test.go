@@ -55,6 +55,7 @@ func TestProcessExitsWithClientConns(t *testing.T) {
 				t.Fatalf("%d connections are served by the proxy itself, want %d", n, len(conns))
 			}
 			conns[0].send("GET " + c.origin.URL + "/ HTTP/1.1\nHo")
+			time.Sleep(100 * time.Millisecond) // until it is read: who closes before resets
 			if row.slow {
 				conns[2].get(c.origin.URL+"/slow", "")
 				<-origin.asked

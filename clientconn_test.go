@@ -187,7 +187,6 @@ func TestClientConnNotServed(t *testing.T) {
 		"POST URL HTTP/1.1\nHost: x\nContent-Length: 0\n\n",
 		"GET URL HTTP/1.0\nHost: x\nConnection: keep-alive\n\n",
 		"GET URL HTTP/1.1\nHost: x\nUpgrade: other\nConnection: Upgrade\n\n",
-		"GET URL HTTP/1.1\nHost: x\nConnection: close\n\n",
 	} {
 		c := w.dial()
 		for range 3 {
@@ -311,7 +310,7 @@ func TestClientConnAtShutdown(t *testing.T) {
 		t.Error("the connection is not served")
 	}
 	c.state.Store(connBusy)
-	p.shutdown()
+	p.shutdown(false)
 	if _, err := io.WriteString(near, "the answer"); err != nil {
 		t.Errorf("before the request is answered: %v", err)
 	}

@@ -77,6 +77,7 @@ func (w *ListenerWrapper) WrapListener(ln net.Listener) net.Listener {
 		Listener: ln, handler: h, site: w.server,
 		others: make(chan net.Conn), closing: make(chan struct{}), ended: make(chan struct{}),
 	}
+	h.wraps = true
 	go l.accept()
 	return l
 }

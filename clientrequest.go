@@ -75,26 +75,31 @@ func (c *clientConn) parse(head string) *http.Request {
 	}
 	delete(header, "Host")
 	r := c.newRequest(method)
-	r.Method, r.URL, r.RequestURI, r.Host, r.Header = method, u, target, u.Host, header
+	r.URL, r.RequestURI, r.Host, r.Header, r.Close = u, target, u.Host, header, wantsClose(header["Connection"])
 	return r
 }
 
 // isOrdinary reports whether a request with these fields has no content and asks
 // for nothing but a response.
 func isOrdinary(header http.Header) bool {
-	for _, value := range header["Connection"] {
-		for token := range strings.FieldsFuncSeq(value, func(c rune) bool { return c == ',' || c == ' ' || c == '\t' }) {
-			if strings.EqualFold(token, "close") { // so far as net/http sees it
-				return false
-			}
-		}
-	}
 	for _, name := range [...]string{"Content-Length", "Expect", "Trailer", "Transfer-Encoding", "Upgrade"} {
 		if _, ok := header[name]; ok {
 			return false
 		}
 	}
 	return len(header["Pragma"]) == 0 || len(header["Cache-Control"]) > 0 // net/http adds that
+}
+
+// wantsClose reports whether a client sends nothing more, as net/http sees it.
+func wantsClose(connection []string) bool {
+	for _, value := range connection {
+		for token := range strings.FieldsFuncSeq(value, func(c rune) bool { return c == ',' || c == ' ' || c == '\t' }) {
+			if strings.EqualFold(token, "close") {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // isPlainAuthority reports whether an authority has a host and a port, and

@@ -48,10 +48,11 @@ const pendingContent = 2 << 10
 // keptBuffer is how large a buffer may be to be kept for the next response.
 const keptBuffer = 16 << 10
 
-// begin prepares the writer for a response: to HEAD, or to another method.
-func (w *responseWriter) begin(head bool) {
+// begin prepares the writer for a response: to HEAD or to another method, behind
+// which the connection closes or not.
+func (w *responseWriter) begin(head, closes bool) {
 	w.header = make(http.Header, 8)
-	w.head, w.closes = head, false
+	w.head, w.closes = head, closes
 	w.status, w.length, w.written, w.sent, w.chunked, w.trailer = 0, -1, 0, false, false, nil
 	w.pending = w.pending[:0]
 }

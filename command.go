@@ -167,9 +167,10 @@ func commandConfig(flags caddycmd.Flags) (*caddy.Config, error) {
 		return nil, fmt.Errorf("listen %q: expected an address with a port, such as 127.0.0.1:8080 or :8080", listen)
 	}
 	server := &caddyhttp.Server{
-		Listen:    []string{listen},
-		AutoHTTPS: &caddyhttp.AutoHTTPSConfig{Disabled: true},
-		Routes:    caddyhttp.RouteList{{HandlersRaw: []json.RawMessage{caddyconfig.JSONModuleObject(h, "handler", "async_proxy", nil)}}},
+		Listen:              []string{listen},
+		ListenerWrappersRaw: []json.RawMessage{caddyconfig.JSONModuleObject(ListenerWrapper{}, "wrapper", "async_proxy", nil)},
+		AutoHTTPS:           &caddyhttp.AutoHTTPSConfig{Disabled: true},
+		Routes:              caddyhttp.RouteList{{HandlersRaw: []json.RawMessage{caddyconfig.JSONModuleObject(h, "handler", "async_proxy", nil)}}},
 	}
 	if flags.Bool("access-log") {
 		server.Logs = new(caddyhttp.ServerLogConfig)

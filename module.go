@@ -219,6 +219,7 @@ type Handler struct {
 
 	running   *atomic.Bool    // its config has started
 	conns     *clientConns    // of clients, that it serves itself
+	wraps     bool            // a listener, to serve them
 	config    <-chan struct{} // ends with its config, and is the same for all handlers of that
 	addresses []string        // of its server
 }

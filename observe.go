@@ -34,12 +34,13 @@ type visit struct {
 
 // newVisit begins a request, whose visit the placeholders speak of.
 func (h *Handler) newVisit(r *http.Request) *visit {
-	v := &visit{caller: callerOf(r), r: r, start: time.Now()}
+	v := &visit{r: r, start: time.Now()}
 	if own, ok := r.Context().(*requestContext); ok {
 		own.placeholder = v.placeholder
 	} else if repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
 		repl.Map(v.placeholder)
 	}
+	v.caller = callerOf(r)
 	return v
 }
 

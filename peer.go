@@ -54,6 +54,8 @@ func newConnPeer(conn net.Conn) *connPeer {
 		switch c := lower.(type) {
 		case *net.TCPConn:
 			p.tcp = c
+		case *readConn:
+			p.tcp = c.TCPConn
 		case interface{ TCPConn() (*net.TCPConn, bool) }: // PROXY protocol: nothing between after its header
 			p.tcp, _ = c.TCPConn()
 			if p.half == nil && p.tcp != nil {

@@ -60,7 +60,7 @@ func TestClientConnWriterSplices(t *testing.T) {
 		t.Fatal(err)
 	}
 	w := &responseWriter{client: &clientConn{TCPConn: to.(*net.TCPConn), handler: &Handler{conns: newClientConns()}}}
-	w.begin(false)
+	w.begin(false, false)
 	w.Header()["Content-Length"] = []string{"1000"}
 	w.WriteHeader(http.StatusOK)
 	result := make(chan error, 1)

@@ -67,6 +67,13 @@ func (h *Handler) started(ctx caddy.Context, server *caddyhttp.Server) {
 				zap.Strings("addresses", server.Listen))
 		}
 	}
+	if app, err := ctx.AppIfConfigured("http"); err == nil && !h.wraps && len(server.TLSConnPolicies) == 0 {
+		if owner, _ := ownerOf(app.(*caddyhttp.App), server); owner == h {
+			h.logger.Info("clients are served by Caddy's HTTP server, at more than twice of the cost; "+
+				"name async_proxy in this server's listener_wrappers",
+				zap.Strings("addresses", server.Listen))
+		}
+	}
 	if h.RecheckTunnels {
 		h.tunnels.closeWhere(reasonForbidden, func(t *tunnel) bool {
 			return h.succeeds(t.owner) && h.dialer.forbids(t)
@@ -86,7 +93,7 @@ func (h *Handler) succeeds(other *Handler) bool {
 // limit, so that they must end now, or for the grace period, at whose end the
 // connections are closed under them, so that they must end just before.
 func (h *Handler) onShutdown(ctx caddy.Context) {
-	h.conns.shutdown()
+	h.conns.shutdown(caddy.Exiting())
 	if !caddy.Exiting() {
 		return
 	}

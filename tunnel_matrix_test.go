@@ -46,7 +46,7 @@ var tunnelBehaviours = []struct {
 
 func TestTunnels(t *testing.T) {
 	for name, setup := range map[string]tunnelSetup{
-		"bare": {}, "observed": observed, "access log": {site: observed.site}, "metrics": {global: observed.global},
+		"bare": {}, "net/http": {servers: "keepalive_interval 15s"}, "observed": observed, "access log": {site: observed.site}, "metrics": {global: observed.global},
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newTunnelWorld(t, setup)
@@ -95,7 +95,7 @@ func TestTunnelsBehindTheProxyProtocol(t *testing.T) {
 // a type of its own, which has no half-close.
 func TestTunnelsOfAServerForHTTP1(t *testing.T) {
 	for name, setup := range map[string]tunnelSetup{"bare": {}, "observed": observed} {
-		setup.protocols = "h1"
+		setup.protocols, setup.servers = "h1", "keepalive_interval 15s" // and no listener wrapper
 		t.Run(name, func(t *testing.T) {
 			w := newTunnelWorld(t, setup)
 			for _, behaviour := range tunnelBehaviours {

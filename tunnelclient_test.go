@@ -387,7 +387,7 @@ type tunnelSetup struct {
 	admin     string // address of the admin endpoint; "off" if empty
 	level     string // of the log; "DEBUG" if empty
 	global    string // global options
-	servers   string // of the option servers
+	servers   string // of the option servers; the listener wrapper if empty
 	site      string // directives of both sites
 	options   string // of async_proxy
 	protocols string // "h1 h2 h2c h3" if empty
@@ -412,6 +412,7 @@ func emptyTunnelWorld(t *testing.T) *tunnelWorld {
 // caddyfile has no grace period, so that nothing but the tunnels themselves
 // says how long they live.
 func (w *tunnelWorld) caddyfile(setup tunnelSetup) string {
+	servers := cmp.Or(setup.servers, "listener_wrappers {\nasync_proxy\ntls\n}")
 	admin, level, protocols := cmp.Or(setup.admin, "off"), cmp.Or(setup.level, "DEBUG"), cmp.Or(setup.protocols, "h1 h2 h2c h3")
 	_, plain, _ := net.SplitHostPort(w.plain)
 	_, secure, _ := net.SplitHostPort(w.tls)
@@ -442,7 +443,7 @@ http://:%s {
 	tls internal
 	%[10]s
 }
-`, admin, filepath.Dir(w.logs), secure, w.logs, level, protocols, setup.servers, setup.global, plain, proxy)
+`, admin, filepath.Dir(w.logs), secure, w.logs, level, protocols, servers, setup.global, plain, proxy)
 }
 
 // reload replaces the running config by another one, until the test of the

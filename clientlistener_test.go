@@ -1,0 +1,273 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/caddyserver/caddy/v2/caddyconfig"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"go.uber.org/zap"
+)
+
+// withWrapper are the options of a server that has others, too.
+const withWrapper = "listener_wrappers {\nasync_proxy\n}\n"
+
+// A Caddyfile brings the listener wrapper along where it may be of use.
+func TestListenerWrapperFromCaddyfile(t *testing.T) {
+	for _, row := range []struct {
+		name, caddyfile string
+		want            []int // wrappers of each server
+	}{
+		{"alone", "http://:8080 {\nasync_proxy\n}", []int{1}},
+		{"two servers", "http://:8080 {\nasync_proxy\n}\nhttp://:8081 {\nasync_proxy\n}", []int{1, 1}},
+		{"one of two servers", "http://:8080 {\nasync_proxy\n}\nhttp://:8081 {\nrespond hello\n}", []int{1, 0}},
+		{"two sites", "http://a.example:8080 {\nasync_proxy\n}\nhttp://b.example:8080 {\nasync_proxy\n}", []int{2}},
+		{"by import", "(proxy) {\nasync_proxy\n}\nhttp://:8080 {\nimport proxy\n}", []int{1}},
+		{"a matcher", "http://:8080 {\n@get method GET\nasync_proxy @get\n}", []int{0}},
+		{"in route", "http://:8080 {\nroute {\nasync_proxy\n}\n}", []int{0}},
+		{"in handle", "http://:8080 {\nhandle {\nasync_proxy\n}\n}", []int{0}},
+		{"in a route and then not", "http://:8080 {\nroute /a {\nasync_proxy\n}\nasync_proxy\n}", []int{1}},
+		{"in a named route", "&(proxy) {\nasync_proxy\n}\nhttp://:8080 {\ninvoke proxy\n}", []int{0}},
+		{"options of the server", "{\nservers {\nmax_header_size 1MB\n}\n}\nhttp://:8080 {\nasync_proxy\n}", []int{0}},
+		{"named in them", "{\nservers {\n" + withWrapper + "}\n}\nhttp://:8080 {\nasync_proxy\n}", []int{1}},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			config, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(row.caddyfile), map[string]any{"filename": "Caddyfile"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			var is struct {
+				Apps struct {
+					HTTP struct {
+						Servers map[string]struct {
+							Wrappers []struct{ Wrapper string } `json:"listener_wrappers"`
+						}
+					}
+				}
+			}
+			if err := json.Unmarshal(config, &is); err != nil {
+				t.Fatal(err)
+			}
+			for i, want := range row.want {
+				wrappers := is.Apps.HTTP.Servers[fmt.Sprint("srv", i)].Wrappers
+				if len(wrappers) != want || want > 0 && wrappers[0].Wrapper != "async_proxy" {
+					t.Errorf("server %d has the wrappers %v, want %d", i, wrappers, want)
+				}
+			}
+		})
+	}
+	for wrapper, want := range map[string]string{
+		"async_proxy burst":            "wrong argument count or unexpected line ending after 'burst', at Caddyfile:4",
+		"async_proxy {\n\tburst 10\n}": "the listener wrapper async_proxy has no options, at Caddyfile:5",
+	} {
+		_, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte("{\nservers {\nlistener_wrappers {\n"+wrapper+"\n}\n}\n}\nhttp://:8080 {\nasync_proxy\n}"), map[string]any{"filename": "Caddyfile"})
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%q: %v, want %s", wrapper, err, want)
+		}
+	}
+}
+
+// Where the wrapper would be of use and is not there, Caddy's log says so.
+func TestListenerWrapperIsMissed(t *testing.T) {
+	w := newWorld(t, "", nil)
+	const missed = "clients are served by Caddy's HTTP server, at more than twice of the cost; name async_proxy in this server's listener_wrappers"
+	if lines := w.logLines(missed); len(lines) > 0 {
+		t.Errorf("with the wrapper: %v", lines)
+	}
+	w.load(strings.Replace(w.site(""), "{\n", "{\nlog\n", 1))
+	if lines := w.logLines("clients are served by Caddy's HTTP server"); len(lines) != 1 || lines[0]["why"] != "access log" {
+		t.Errorf("with an access log: %v", lines)
+	}
+	loadCaddyfile(t, withServers(w.globals()+w.site(""), "max_header_size 1MB"))
+	if lines := w.logLines(missed); len(lines) != 1 {
+		t.Errorf("without the wrapper: %v", lines)
+	}
+}
+
+// A connection that has come before a reload, and its first request after it, is
+// answered whatever that is.
+func TestListenerNewConnsAtReload(t *testing.T) {
+	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		fmt.Fprintf(w, "%s %s", r.Method, body)
+	}))
+	echo := echoTarget(t)
+	goroutines := runtime.NumGoroutine()
+	requests := map[string]string{
+		"GET URL HTTP/1.1\nHost: x\n\n":                             "GET ",
+		"POST URL HTTP/1.1\nHost: x\nContent-Length: 2\n\nok":       "POST ok",
+		"CONNECT " + echo + " HTTP/1.1\nHost: x\n\n":                "",
+		"GET URL HTTP/1.1\nHost: x\nX-Long: " + long(5000) + "\n\n": "GET ",
+	}
+	for _, cut := range []int{0, 1, 10} { // how much has come before
+		conns := make(map[string]*rawConn)
+		for request := range requests {
+			conns[request] = w.dial()
+			conns[request].send(strings.ReplaceAll(request, "URL", w.origin.URL+"/")[:cut])
+		}
+		eventually(t, "all to be accepted", func() bool { return ownConns(t) == len(requests) })
+		time.Sleep(promptly) // until what has come is read
+		w.load(w.site(fmt.Sprintf("dial_timeout %ds", 11+cut)))
+
+		for request, want := range requests {
+			c := conns[request]
+			c.send(strings.ReplaceAll(request, "URL", w.origin.URL+"/")[cut:])
+			t.Logf("%d %.10q", cut, request)
+			method, _, _ := strings.Cut(request, " ")
+			res, body := c.response(method)
+			if res.StatusCode != http.StatusOK || body != want {
+				t.Errorf("%d bytes before, %.20q: %s %q", cut, request, res.Status, body)
+			}
+			if method == http.MethodConnect {
+				c.send("hello")
+				_ = c.CloseWrite()
+				if got := c.readAll(); got != "hello" {
+					t.Errorf("%d bytes before: the tunnel says %q", cut, got)
+				}
+			}
+			_ = c.Close()
+		}
+		noTunnels(t)
+	}
+	w.origin.CloseClientConnections()
+	eventually(t, "nothing to be left", func() bool { return runtime.NumGoroutine() <= goroutines })
+}
+
+func long(n int) string { return strings.Repeat("x", n) }
+
+// New connections get the server's time for a head, from their beginning.
+func TestListenerNewConnsTimeOut(t *testing.T) {
+	w := newWorld(t, "", nil)
+	loadCaddyfile(t, withServers(w.globals()+w.site(""), withWrapper+"timeouts {\nread_header 500ms\n}"))
+	silent, half, bytewise := w.dial(), w.dial(), w.dial()
+	start := time.Now()
+	half.send("GET http://a")
+	go func() {
+		for range 20 {
+			_, _ = bytewise.Write([]byte("G"))
+			time.Sleep(50 * time.Millisecond)
+		}
+	}()
+	for name, c := range map[string]*rawConn{"silent": silent, "half a head": half, "byte by byte": bytewise} {
+		if n, err := io.Copy(io.Discard, c); n > 0 || err != nil && !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("%s: %d bytes, %v", name, n, err)
+		}
+	}
+	if took := time.Since(start); took < 450*time.Millisecond {
+		t.Errorf("they were closed after %v", took)
+	}
+	eventually(t, "the connections to end", func() bool { return ownConns(t) == 0 })
+}
+
+// Who is trusted to speak for others is heard on these connections, too.
+func TestListenerTrustedProxies(t *testing.T) {
+	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprint(w, r.Header["X-Forwarded-For"], r.Header["X-Real-Ip"], r.Header["X-Client"])
+	}))
+	for _, row := range []struct{ servers, fields, want string }{
+		{"", "", "[127.0.0.1] [127.0.0.1] [127.0.0.1]"},
+		{"", "X-Forwarded-For: 192.0.2.1\n", "[127.0.0.1] [127.0.0.1] [127.0.0.1]"},
+		{"trusted_proxies static 127.0.0.1", "", "[127.0.0.1] [127.0.0.1] [127.0.0.1]"},
+		{"trusted_proxies static 127.0.0.1", "X-Forwarded-For: 192.0.2.1\n", "[192.0.2.1, 127.0.0.1] [192.0.2.1] [192.0.2.1]"},
+		{"trusted_proxies static 127.0.0.1\nclient_ip_headers X-Who", "X-Who: 192.0.2.1\n", "[127.0.0.1] [192.0.2.1] [192.0.2.1]"},
+		{"trusted_proxies static 127.0.0.2", "X-Forwarded-For: 192.0.2.1\n", "[127.0.0.1] [127.0.0.1] [127.0.0.1]"},
+	} {
+		loadCaddyfile(t, withServers(w.globals()+w.site("clients 127.0.0.0/8 192.0.2.0/24\nallow 127.0.0.0/8\nheader_up X-Client {http.vars.client_ip}"), withWrapper+row.servers))
+		c := w.dialOwn()
+		for range 2 {
+			c.get(w.origin.URL+"/", row.fields)
+			if _, body := c.response(http.MethodGet); body != row.want {
+				t.Errorf("%q, %q: %s, want %s", row.servers, row.fields, body, row.want)
+			}
+		}
+	}
+}
+
+// stumbling fails to accept, for some time.
+type stumbling struct {
+	net.Listener
+	failures atomic.Int64
+	asked    atomic.Int64
+}
+
+func (l *stumbling) Accept() (net.Conn, error) {
+	l.asked.Add(1)
+	if l.failures.Add(-1) >= 0 {
+		return nil, &net.OpError{Op: "accept", Err: syscall.EMFILE}
+	}
+	return l.Listener.Accept()
+}
+
+// A listener goes on when it cannot accept for a while, without spinning.
+func TestListenerThatFails(t *testing.T) {
+	inner, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln := &stumbling{Listener: inner}
+	ln.failures.Store(4)
+	l := unitListener(&Handler{conns: newClientConns(), logger: zap.NewNop()})
+	l.Listener, l.site = ln, new(caddyhttp.Server)
+	go l.accept()
+	start := time.Now()
+	c := dialRaw(t, inner.Addr().String())
+	c.send("POST / HTTP/1.1\n\n") // for net/http
+	conn, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
+	if took := time.Since(start); took < (5+10+20+40)*time.Millisecond {
+		t.Errorf("4 failures were over in %v", took)
+	}
+	ln.failures.Store(1 << 40)
+	c2, err := net.Dial("tcp4", inner.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c2.Close()
+	eventually(t, "failures", func() bool { return ln.failures.Load() < 1<<40-2 })
+	if err := l.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("accepting from a listener that is closed: %v", err)
+	}
+	if err := l.Close(); err != nil {
+		t.Errorf("closing twice: %v", err)
+	}
+}
+
+// A server that accepts nothing any more, before it is said to end, does not keep
+// connections.
+func TestListenerThatNobodyAsks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := unitListener(nil)
+		l.undecided.Add(1)
+		near, far := net.Pipe()
+		go l.handOn(near)
+		go l.end()
+		start := time.Now()
+		if _, err := far.Read(make([]byte, 1)); err != io.EOF {
+			t.Errorf("the client reads %v, want the end", err)
+		}
+		if took := time.Since(start); took != lastWords {
+			t.Errorf("the connection was kept for %v, want %v", took, lastWords)
+		}
+		l.undecided.Done()
+	})
+}
