@@ -25,9 +25,11 @@ import (
 // one goroutine, at less than half of the cost that net/http's server and Caddy's
 // have. It is for CONNECT and for plain requests without content; with the first
 // request that is anything else, or odd, the connection goes to net/http as if
-// nothing of that request had been read.
+// nothing of that request had been read. At a reload it goes to the listener of
+// the new config, between two requests, and the client does not notice.
 type clientConn struct {
 	*net.TCPConn
+	early    []byte // what was read from it before
 	listener *clientListener
 	handler  *Handler
 	site     *caddyhttp.Server
@@ -49,18 +51,17 @@ type clientConn struct {
 
 // What a clientConn is doing.
 const (
-	connNew    = iota // it waits for its first request
+	connIdle   = iota // it waits for a request, or for the rest of its head
 	connBusy          // it answers one
-	connIdle          // it waits for another one, or for the rest of its head
-	connClosed        // it was told to end, while it waited
-	connWoken         // it was told to wait for its first request at net/http
+	connClosed        // it was told to end, while it was idle
+	connMoves         // it was told to go to another listener, while it was idle
 )
 
 // headReaders are for the requests of clients. What does not fit is not ordinary.
 var headReaders = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, 4<<10) }}
 
-func newClientConn(l *clientListener, conn *net.TCPConn) *clientConn {
-	c := &clientConn{TCPConn: conn, listener: l, handler: l.handler, site: l.site, isNew: true}
+func newClientConn(l *clientListener, conn *readConn, isNew bool) *clientConn {
+	c := &clientConn{TCPConn: conn.TCPConn, early: conn.early, listener: l, handler: l.handler, site: l.site, isNew: isNew}
 	c.w.client = c
 	return c
 }
@@ -69,7 +70,10 @@ func newClientConn(l *clientListener, conn *net.TCPConn) *clientConn {
 func (c *clientConn) start() {
 	c.remote = c.RemoteAddr().String()
 	c.r = headReaders.Get().(*bufio.Reader)
-	c.r.Reset(c.TCPConn)
+	if c.r.Reset(c.TCPConn); len(c.early) > 0 {
+		c.r.Reset(&readConn{c.TCPConn, c.early})
+		c.early = nil
+	}
 	ctx := context.WithValue(context.Background(), http.LocalAddrContextKey, c.LocalAddr())
 	ctx, c.gone = context.WithCancel(ctx)
 	c.ctx, c.out = context.WithValue(ctx, caddyhttp.ServerCtxKey, c.site), &c.w
@@ -114,8 +118,8 @@ func (c *clientConn) run() {
 	}
 }
 
-// serve answers requests until the connection ends, becomes a tunnel, or goes to
-// net/http.
+// serve answers requests until the connection ends, becomes a tunnel, or goes
+// elsewhere.
 func (c *clientConn) serve() (t *tunnel) {
 	kept := false // by somebody else
 	defer func() {
@@ -135,11 +139,10 @@ func (c *clientConn) serve() (t *tunnel) {
 	c.start()
 	for {
 		r, other := c.next()
-		if other {
-			kept = true
-			c.handOn()
-		}
 		if r == nil {
+			if kept = other; other {
+				c.leave()
+			}
 			return nil
 		}
 		c.decide()
@@ -162,7 +165,7 @@ func growStack() {
 func (c *clientConn) decide() {
 	if c.isNew {
 		c.isNew = false
-		c.listener.undecided.Done()
+		c.handler.conns.undecided.Done()
 	}
 }
 
@@ -193,29 +196,24 @@ func (c *clientConn) answer(r *http.Request) bool {
 	return true
 }
 
-// next returns the next request; none, if the connection has ended; or that there
-// is something else, for net/http.
-func (c *clientConn) next() (r *http.Request, other bool) {
-	waiting := int32(connNew)
+// next returns the next request; none, if the connection has ended; or that it is to
+// go elsewhere.
+func (c *clientConn) next() (r *http.Request, elsewhere bool) {
+	if !c.becomesIdle() {
+		return nil, true
+	}
 	switch {
 	case c.isNew:
 		c.expect(c.site.ReadHeaderTimeout)
-	case c.handler.conns.over.Load():
-		return nil, false
-	default:
-		waiting = connIdle
-		c.state.Store(connIdle)
-		if c.r.Buffered() < 4 {
-			c.expect(c.site.IdleTimeout)
-			if _, err := c.r.Peek(4); err != nil { // to less net/http does not answer
-				return nil, false
-			}
+	case c.r.Buffered() < 4:
+		c.expect(c.site.IdleTimeout)
+		if _, err := c.r.Peek(4); err != nil { // to less net/http does not answer
+			return nil, c.state.Load() == connMoves
 		}
 	}
 	length, err := c.readHead()
-	// Until there is a whole head, a server that shuts down waits for nobody.
-	if !c.state.CompareAndSwap(waiting, connBusy) {
-		return nil, c.state.Load() == connWoken
+	if !c.state.CompareAndSwap(connIdle, connBusy) {
+		return nil, c.state.Load() == connMoves
 	}
 	if err != nil {
 		return nil, false
@@ -231,19 +229,29 @@ func (c *clientConn) next() (r *http.Request, other bool) {
 	return r, false
 }
 
+// becomesIdle has the connection be told when the server shuts down, unless it does
+// already.
+func (c *clientConn) becomesIdle() bool {
+	c.state.Store(connIdle)
+	return !c.handler.conns.over.Load() || !c.state.CompareAndSwap(connIdle, connMoves)
+}
+
 // expect limits how long reading may take from now. A limit that is about right
 // is left, as each costs a change of a timer.
 func (c *clientConn) expect(limit caddy.Duration) {
-	if limit <= 0 {
-		if !c.due.IsZero() {
-			c.due = time.Time{}
-			_ = c.SetReadDeadline(c.due)
+	var due time.Time
+	if limit > 0 {
+		due = time.Now().Add(time.Duration(limit))
+		if late := c.due.Sub(due); late <= 0 && late >= -time.Duration(limit)/16 {
+			return
 		}
+	} else if c.due.IsZero() {
 		return
 	}
-	due := time.Now().Add(time.Duration(limit))
-	if late := c.due.Sub(due); late < -time.Duration(limit)/16 || late > 0 {
-		c.due = due
+	c.due = due
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.state.Load() != connMoves { // which is not to wait
 		_ = c.SetReadDeadline(due)
 	}
 }
@@ -254,38 +262,52 @@ func (c *clientConn) expectAnew(limit caddy.Duration) {
 	c.expect(limit)
 }
 
-// handOn lets net/http serve the connection, with what was read and not taken.
-func (c *clientConn) handOn() {
+// leave lets somebody else serve the connection, with what was read and not taken.
+func (c *clientConn) leave() {
 	unread, _ := c.r.Peek(c.r.Buffered())
-	if !c.isNew && bytes.HasPrefix(unread, []byte("PRI * HTTP/2.0")) { // net/http would speak that, as if to a new client
-		_ = c.Close()
-		return
-	}
 	c.mu.Lock() // shutdown may be at it
 	_ = c.SetReadDeadline(time.Time{})
 	c.mu.Unlock()
-	c.listener.handOn(&readConn{TCPConn: c.TCPConn, early: bytes.Clone(unread)})
+	conn := &readConn{TCPConn: c.TCPConn, early: bytes.Clone(unread)}
+	var successor *clientListener
+	if c.handler.conns.over.Load() {
+		successor = c.listener.successor()
+	}
+	switch {
+	case successor != nil:
+		successor.take(conn, c.isNew)
+	case c.isNew, c.state.Load() != connMoves && !bytes.HasPrefix(unread, []byte("PRI * HTTP/2.0")): // net/http would speak that, as if to a new client
+		c.listener.handOn(conn)
+	default:
+		_ = c.Close()
+	}
 }
 
-// shutdown closes the connection if it waits for a request. One that is new has
-// come to a server that goes on in another config, and waits for its first request
-// at net/http, which still answers that. An answer is let end.
+// ends reports whether the server is shutting down, and there is no other one for
+// the connection.
+func (c *clientConn) ends() bool {
+	return c.handler.conns.over.Load() && c.listener.successor() == nil
+}
+
+// shutdown has the connection end or go elsewhere if it is idle. Otherwise it does
+// so behind its answer.
 func (c *clientConn) shutdown(exits bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
-	case c.state.CompareAndSwap(connIdle, connClosed), exits && c.state.CompareAndSwap(connNew, connClosed):
+	case exits && c.state.CompareAndSwap(connIdle, connClosed):
 		_ = c.Close()
-	case c.state.CompareAndSwap(connNew, connWoken):
+	case c.state.CompareAndSwap(connIdle, connMoves):
 		_ = c.SetReadDeadline(time.Unix(1, 0))
 	}
 }
 
 // clientConns are those of a handler.
 type clientConns struct {
-	mu    sync.Mutex
-	conns map[*clientConn]struct{}
-	over  atomic.Bool // the server is shutting down
+	mu        sync.Mutex
+	conns     map[*clientConn]struct{}
+	undecided sync.WaitGroup // those without a request yet
+	over      atomic.Bool    // the server is shutting down
 }
 
 // clientConnCount is how many there are, of the handlers of earlier configs too,
@@ -304,6 +326,9 @@ func (p *clientConns) add(c *clientConn) bool {
 		return false
 	}
 	p.conns[c] = struct{}{}
+	if c.isNew {
+		p.undecided.Add(1)
+	}
 	clientConnCount.Add(1)
 	return true
 }

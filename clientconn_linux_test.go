@@ -129,57 +129,77 @@ func TestProcessSplicesOnClientConns(t *testing.T) {
 	}
 }
 
-// A reload closes the connections that are idle, and lets the others end with
-// the response that they are at, which says so if it has not begun.
+// A reload closes no connection, if the new config serves it: one that waits goes
+// there at once, one that is being answered goes there behind its answer. If not,
+// they end, with the response that they are at.
 func TestClientConnReload(t *testing.T) {
-	origin := newSlowly()
-	w := newWorld(t, "", origin)
-	once := func() {
-		c := w.dial()
-		c.gets(w.origin.URL + "/")
-		_ = c.Close()
-	}
-	once() // has a connection to the origin, which stays
-	files, goroutines := descriptors(t, "self"), runtime.NumGoroutine()
-	var old *Handler
-	for h := range connsByHandler(t) {
-		old = h
-	}
-	idle, half, waits, begun := w.dialOwn(), w.dialOwn(), w.dialOwn(), w.dialOwn()
-	half.send("GET " + w.origin.URL + "/ HTTP/1.1\nHo")
-	for _, c := range []*rawConn{begun, waits} {
-		c.get(w.origin.URL+"/slow", "")
-		<-origin.asked
-		if c == begun {
+	for _, stays := range []bool{true, false} {
+		t.Run(fmt.Sprintf("served again: %t", stays), func(t *testing.T) {
+			origin := newSlowly()
+			w := newWorld(t, "", origin)
+			once := func() {
+				c := w.dial()
+				c.gets(w.origin.URL + "/")
+				_ = c.Close()
+			}
+			once() // has a connection to the origin, which stays
+			files, goroutines := descriptors(t, "self"), runtime.NumGoroutine()
+			var old *Handler
+			for h := range connsByHandler(t) {
+				old = h
+			}
+			idle, half, waits, begun := w.dialOwn(), w.dialOwn(), w.dialOwn(), w.dialOwn()
+			half.send("GET " + w.origin.URL + "/ HTTP/1.1\nHo")
+			for _, c := range []*rawConn{begun, waits} {
+				c.get(w.origin.URL+"/slow", "")
+				<-origin.asked
+				if c == begun {
+					origin.begin <- struct{}{}
+					c.readUntil("first ")
+				}
+			}
+			time.Sleep(2 * promptly) // until half a head is read: who closes before resets
+			site := w.site("dial_timeout 9s")
+			if !stays {
+				site = inRoute(site)
+			}
+			w.load(site)
+			eventually(t, "those that wait to go", func() bool { return old.conns.size() == 2 })
+			origin.end <- struct{}{}
+			if rest := begun.readUntil("0\r\n\r\n"); !strings.HasSuffix(rest, "last\r\n0\r\n\r\n") {
+				t.Errorf("the response that had begun ends with %q", rest)
+			}
 			origin.begin <- struct{}{}
-			c.readUntil("first ")
-		}
+			origin.end <- struct{}{}
+			if res, body := waits.response(http.MethodGet); body != "first last" || res.Close == stays {
+				t.Errorf("the response that was awaited: %q, to be closed: %t", body, res.Close)
+			}
+			for name, c := range map[string]*rawConn{"idle": idle, "in the middle of a head": half, "awaited": waits, "begun": begun} {
+				if !stays {
+					if rest := c.readAll(); rest != "" {
+						t.Errorf("%s: %q", name, rest)
+					}
+					continue
+				}
+				if c == half {
+					c.send("st: x\n\n")
+				} else {
+					c.get(w.origin.URL+"/", "")
+				}
+				if res, body := c.response(http.MethodGet); body != "last" || res.Close {
+					t.Errorf("%s, after the reload: %q, to be closed: %t", name, body, res.Close)
+				}
+			}
+			if n := ownConns(t); stays != (n == 4) {
+				t.Errorf("%d connections are served by the new config", n)
+			}
+			for _, c := range []*rawConn{idle, half, waits, begun} {
+				_ = c.Close()
+			}
+			once()
+			eventually(t, "nothing to be left", func() bool {
+				return old.conns.size()+ownConns(t) == 0 && descriptors(t, "self") <= files && runtime.NumGoroutine() <= goroutines
+			})
+		})
 	}
-	w.load(w.site("dial_timeout 9s"))
-	for name, c := range map[string]*rawConn{"idle": idle, "in the middle of a head": half} {
-		if rest := c.readAll(); rest != "" {
-			t.Errorf("%s: %q", name, rest)
-		}
-	}
-	if n := old.conns.size(); n != 2 {
-		t.Errorf("%d connections are left, want 2", n)
-	}
-	c := w.dialOwn()
-	origin.end <- struct{}{}
-	if rest := begun.readAll(); !strings.HasSuffix(rest, "last\r\n0\r\n\r\n") {
-		t.Errorf("the response that had begun ends with %q", rest)
-	}
-	origin.begin <- struct{}{}
-	origin.end <- struct{}{}
-	if res, body := waits.response(http.MethodGet); body != "first last" || !res.Close {
-		t.Errorf("the response that was awaited: %q, to be closed: %t", body, res.Close)
-	}
-	waits.readAll()
-	for _, c := range []*rawConn{idle, half, waits, begun, c} {
-		_ = c.Close()
-	}
-	once()
-	eventually(t, "nothing to be left", func() bool {
-		return old.conns.size()+ownConns(t) == 0 && descriptors(t, "self") <= files && runtime.NumGoroutine() <= goroutines
-	})
 }

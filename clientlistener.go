@@ -74,10 +74,11 @@ func (w *ListenerWrapper) WrapListener(ln net.Listener) net.Listener {
 		return ln
 	}
 	l := &clientListener{
-		Listener: ln, handler: h, site: w.server,
+		Listener: ln, address: ln.Addr().String(), handler: h, site: w.server,
 		others: make(chan net.Conn), closing: make(chan struct{}), ended: make(chan struct{}),
 	}
 	h.wraps = true
+	l.register()
 	go l.accept()
 	return l
 }
@@ -127,14 +128,46 @@ func firstHandler(routes caddyhttp.RouteList) caddyhttp.MiddlewareHandler {
 // server accept those that are for it.
 type clientListener struct {
 	net.Listener
+	address string
 	handler *Handler
 	site    *caddyhttp.Server
 
-	others    chan net.Conn  // for net/http
-	undecided sync.WaitGroup // connections without a request yet
-	close     sync.Once
-	closing   chan struct{} // closed by Close
-	ended     chan struct{} // closed when there will be no others
+	others  chan net.Conn // for net/http
+	close   sync.Once
+	closing chan struct{} // closed by Close
+	ended   chan struct{} // closed when there will be no others
+}
+
+// clientListeners are those that accept, by address. At a reload there are two for
+// one, of which the later one stays, or the earlier one, if the new config fails.
+var clientListeners = struct {
+	sync.Mutex
+	at map[string][]*clientListener
+}{at: make(map[string][]*clientListener)}
+
+func (l *clientListener) register() {
+	clientListeners.Lock()
+	defer clientListeners.Unlock()
+	clientListeners.at[l.address] = append(clientListeners.at[l.address], l)
+}
+
+func (l *clientListener) unregister() {
+	clientListeners.Lock()
+	defer clientListeners.Unlock()
+	rest := slices.DeleteFunc(clientListeners.at[l.address], func(other *clientListener) bool { return other == l })
+	if clientListeners.at[l.address] = rest; len(rest) == 0 {
+		delete(clientListeners.at, l.address)
+	}
+}
+
+// successor returns who accepts at the address after l has ended; nil: nobody.
+func (l *clientListener) successor() *clientListener {
+	clientListeners.Lock()
+	defer clientListeners.Unlock()
+	if all := clientListeners.at[l.address]; len(all) > 0 && all[len(all)-1] != l {
+		return all[len(all)-1]
+	}
+	return nil
 }
 
 // Accept implements net.Listener. After Close it still returns the connections
@@ -164,7 +197,7 @@ func (l *clientListener) accept() {
 		conn, err := l.Listener.Accept()
 		if err == nil {
 			pause = 0
-			l.take(conn)
+			l.take(conn, true)
 			continue
 		}
 		if errors.Is(err, net.ErrClosed) {
@@ -182,10 +215,13 @@ func (l *clientListener) accept() {
 }
 
 // take serves a connection if it can be.
-func (l *clientListener) take(conn net.Conn) {
-	if socket, ok := conn.(*net.TCPConn); ok {
-		if c := newClientConn(l, socket); l.handler.conns.add(c) {
-			l.undecided.Add(1)
+func (l *clientListener) take(conn net.Conn, isNew bool) {
+	read, ok := conn.(*readConn)
+	if socket, is := conn.(*net.TCPConn); is {
+		read, ok = &readConn{TCPConn: socket}, true
+	}
+	if ok {
+		if c := newClientConn(l, read, isNew); l.handler.conns.add(c) {
 			go c.run()
 			return
 		}
@@ -202,13 +238,15 @@ func (l *clientListener) handOn(conn net.Conn) {
 	}
 }
 
-// end waits until it is known who serves the last connections. That is soon: if
-// they are not served here, the handler wakes them. Nobody may be there to accept
-// them, though.
+// end has connections served elsewhere from now on, and waits until net/http has
+// got those that it is to serve. That is soon, unless nobody is there to accept
+// them.
 func (l *clientListener) end() {
+	l.unregister()
+	l.handler.conns.shutdown(caddy.Exiting())
 	decided := make(chan struct{})
 	go func() {
-		l.undecided.Wait()
+		l.handler.conns.undecided.Wait()
 		close(decided)
 	}()
 	select {

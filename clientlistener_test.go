@@ -244,6 +244,11 @@ func TestListenerThatFails(t *testing.T) {
 	if err := l.Close(); err != nil {
 		t.Error(err)
 	}
+	if conn, err := l.Accept(); err != nil { // had come, and has no request yet
+		t.Error(err)
+	} else {
+		conn.Close()
+	}
 	if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("accepting from a listener that is closed: %v", err)
 	}
@@ -256,8 +261,8 @@ func TestListenerThatFails(t *testing.T) {
 // connections.
 func TestListenerThatNobodyAsks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := unitListener(nil)
-		l.undecided.Add(1)
+		l := unitListener(&Handler{conns: newClientConns()})
+		l.handler.conns.undecided.Add(1)
 		near, far := net.Pipe()
 		go l.handOn(near)
 		go l.end()
@@ -268,6 +273,6 @@ func TestListenerThatNobodyAsks(t *testing.T) {
 		if took := time.Since(start); took != lastWords {
 			t.Errorf("the connection was kept for %v, want %v", took, lastWords)
 		}
-		l.undecided.Done()
+		l.handler.conns.undecided.Done()
 	})
 }

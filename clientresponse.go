@@ -237,7 +237,7 @@ func (w *responseWriter) appendHead(b []byte, content int64, last bool) []byte {
 	default:
 		w.chunked = true
 	}
-	if connection := w.header["Connection"]; w.client.handler.conns.over.Load() || len(connection) > 0 && connection[0] == "close" {
+	if connection := w.header["Connection"]; w.client.ends() || len(connection) > 0 && connection[0] == "close" {
 		w.closes = true
 	}
 	if w.closes && !httpguts.HeaderValuesContainsToken(w.header["Connection"], "close") {

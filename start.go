@@ -93,7 +93,6 @@ func (h *Handler) succeeds(other *Handler) bool {
 // limit, so that they must end now, or for the grace period, at whose end the
 // connections are closed under them, so that they must end just before.
 func (h *Handler) onShutdown(ctx caddy.Context) {
-	h.conns.shutdown(caddy.Exiting())
 	if !caddy.Exiting() {
 		return
 	}
