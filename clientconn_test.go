@@ -81,7 +81,7 @@ func (w *world) dialOwn() *rawConn {
 	c := w.dial()
 	c.gets(w.origin.URL + "/")
 	for h := range connsByHandler(w.t) {
-		if slices.ContainsFunc(h.conns.list(), func(p *clientConn) bool { return p.remote == c.LocalAddr().String() }) {
+		if slices.ContainsFunc(h.conns.list(), func(p *clientConn) bool { return p.RemoteAddr().String() == c.LocalAddr().String() }) {
 			return c
 		}
 	}
