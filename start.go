@@ -69,9 +69,8 @@ func (h *Handler) started(ctx caddy.Context, server *caddyhttp.Server) {
 	}
 	if app, err := ctx.AppIfConfigured("http"); err == nil && !h.wraps && len(server.TLSConnPolicies) == 0 {
 		if owner, _ := ownerOf(app.(*caddyhttp.App), server); owner == h {
-			h.logger.Info("clients are served by Caddy's HTTP server, at more than twice of the cost; "+
-				"name async_proxy in this server's listener_wrappers",
-				zap.Strings("addresses", server.Listen))
+			h.logger.Info("clients are served by Caddy's HTTP server", zap.Strings("addresses", server.Listen),
+				zap.String("why", "async_proxy is none of the server's listener_wrappers; with it, requests take less than half of the CPU"))
 		}
 	}
 	if h.RecheckTunnels {
