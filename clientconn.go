@@ -202,10 +202,7 @@ func (c *clientConn) next() (r *http.Request, elsewhere bool) {
 	if !c.becomesIdle() {
 		return nil, true
 	}
-	switch {
-	case c.isNew:
-		c.expect(c.site.ReadHeaderTimeout)
-	case c.r.Buffered() < 4:
+	if !c.isNew && c.r.Buffered() < 4 {
 		c.expect(c.site.IdleTimeout)
 		if _, err := c.r.Peek(4); err != nil { // to less net/http does not answer
 			return nil, c.state.Load() == connMoves

@@ -24,6 +24,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
 )
@@ -319,6 +320,15 @@ func TestClientConnAtShutdown(t *testing.T) {
 	}
 	if p.add(&clientConn{TCPConn: far.(*net.TCPConn)}) {
 		t.Error("a connection is served by a server that has shut down")
+	}
+	if c.handler = (&Handler{conns: p}); c.becomesIdle() {
+		t.Error("behind its answer the connection waits for another request")
+	}
+	c.state.Store(connIdle) // just when it was about to wait
+	p.shutdown(false)
+	c.expect(caddy.Duration(time.Hour))
+	if _, err := near.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("a connection that is to move waits: %v", err)
 	}
 }
 

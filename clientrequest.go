@@ -21,7 +21,7 @@ import (
 // take, about which net/http is to say what is wrong without waiting for the rest.
 // If reading fails, what was read before is still there.
 func (c *clientConn) readHead() (length int, err error) {
-	waits, checked := c.isNew, -1
+	waits, checked := false, -1
 	for {
 		input, _ := c.r.Peek(c.r.Buffered())
 		if length = bytes.Index(input, headEnd); length >= 0 {
