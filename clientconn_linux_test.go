@@ -56,7 +56,7 @@ func TestProcessExitsWithClientConns(t *testing.T) {
 			}
 			conns[0].send("GET " + c.origin.URL + "/ HTTP/1.1\nHo")
 			time.Sleep(100 * time.Millisecond) // until it is read: who closes before resets
-			silent := c.dial() // has no request
+			silent := c.dial()                 // has no request
 			eventually(t, "it to be accepted", func() bool { return c.ownConns() == len(conns)+1 })
 			if row.slow {
 				conns[2].get(c.origin.URL+"/slow", "")

@@ -327,6 +327,7 @@ func TestClientConnAtShutdown(t *testing.T) {
 	c.state.Store(connIdle) // just when it was about to wait
 	p.shutdown(false)
 	c.expect(caddy.Duration(time.Hour))
+	_, _ = io.WriteString(far, "a request")
 	if _, err := near.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("a connection that is to move waits: %v", err)
 	}
