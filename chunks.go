@@ -27,6 +27,9 @@ type chunkReader struct {
 
 // Read implements io.Reader. The end comes alone, behind all that was read.
 func (c *chunkReader) Read(p []byte) (n int, err error) {
+	if c.ended {
+		return 0, io.EOF
+	}
 	for n < len(p) && (n == 0 || c.more()) {
 		if c.left == 0 {
 			if err = c.begin(); err == nil && c.left == 0 {
@@ -57,9 +60,6 @@ func (c *chunkReader) Read(p []byte) (n int, err error) {
 
 // begin reads what stands between two chunks.
 func (c *chunkReader) begin() error {
-	if c.ended {
-		return nil
-	}
 	if c.open {
 		end, err := c.r.Peek(2)
 		if err != nil {
