@@ -392,58 +392,6 @@ func TestClientConnPipelinedMuch(t *testing.T) {
 	}
 }
 
-// A client that leaves takes its exchange along, whatever that is at.
-func TestClientConnClientLeaves(t *testing.T) {
-	silent, err := net.ListenPacket("udp4", "127.0.0.1:0") // a resolver
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer silent.Close()
-	w := newWorld(t, "resolvers "+silent.LocalAddr().String(), nil)
-	for name, answer := range map[string]string{
-		"before the response": "",
-		"in the response":     "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nab",
-		"in a stream":         "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n",
-		"after an interim":    "HTTP/1.1 103 Early Hints\r\nLink: ab\r\n\r\n",
-	} {
-		t.Run(name, func(t *testing.T) {
-			ended := make(chan error, 1)
-			began := make(chan struct{})
-			origin := listen(t, func(c *net.TCPConn) {
-				r := streamRequest(c)
-				_, _ = io.WriteString(c, answer)
-				close(began)
-				_, err := r.ReadByte()
-				ended <- err
-			})
-			c := w.dialOwn()
-			c.get("http://"+origin+"/", "")
-			<-began
-			if answer != "" {
-				c.readUntil("ab")
-			}
-			_ = c.Close()
-			if err := <-ended; err == nil || os.IsTimeout(err) {
-				t.Errorf("the origin read %v, want the end", err)
-			}
-			eventually(t, "the connection to end", func() bool { return ownConns(t) == 0 })
-		})
-	}
-	t.Run("in a dial", func(t *testing.T) {
-		c := w.dialOwn()
-		w.forgetLogs()
-		c.get("http://silent.example/", "")
-		if _, _, err := silent.ReadFrom(make([]byte, 512)); err != nil {
-			t.Fatal(err)
-		}
-		_ = c.Close()
-		if line := w.waitLog("request", 1)[0]; line["status"] != 499.0 {
-			t.Errorf("status %v in the log, want 499", line["status"])
-		}
-		eventually(t, "the connection to end", func() bool { return ownConns(t) == 0 })
-	})
-}
-
 // A response that breaks off takes the connection along, and nothing of it stays.
 func TestClientConnBrokenOff(t *testing.T) {
 	w := newWorld(t, "", nil)

@@ -7,6 +7,7 @@ import (
 	"bufio"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -74,11 +75,19 @@ func inRoute(site string) string {
 	return strings.Replace(site, "\tasync_proxy", "\troute {\nasync_proxy", 1) + "}\n"
 }
 
+// byNetHTTP has the tests' clients served by Caddy's HTTP server: options of a
+// server, of whatever kind, take the place of the listener wrapper.
+var byNetHTTP = flag.Bool("nethttp", false, "have clients served by Caddy's HTTP server")
+
 // load replaces the running config by sites, in Caddyfile syntax. The global
 // options are the world's: logs go to w.logs.
 func (w *world) load(sites string) {
 	w.t.Helper()
-	loadCaddyfile(w.t, fmt.Sprintf("{\n\tadmin off\n\tpersist_config off\n\tskip_install_trust\n\tgrace_period 5s\n\tdefault_bind 127.0.0.1\n\tlog {\n\t\toutput file %s\n\t\tformat json\n\t\tlevel DEBUG\n\t}\n}\n%s", w.logs, sites))
+	servers := ""
+	if *byNetHTTP {
+		servers = "\tservers {\n\t\tkeepalive_interval 15s\n\t}\n"
+	}
+	loadCaddyfile(w.t, fmt.Sprintf("{\n\tadmin off\n\tpersist_config off\n\tskip_install_trust\n\tgrace_period 5s\n\tdefault_bind 127.0.0.1\n\tlog {\n\t\toutput file %s\n\t\tformat json\n\t\tlevel DEBUG\n\t}\n%s}\n%s", w.logs, servers, sites))
 }
 
 // loadCaddyfile runs a Caddyfile until the test ends.

@@ -228,11 +228,29 @@ func TestStreamEarlyResponse(t *testing.T) {
 	}
 }
 
-// A client that leaves takes its exchange with the origin along.
+// A client that leaves takes its exchange with the origin along, whatever that is
+// at.
 func TestStreamClientLeaves(t *testing.T) {
+	silent, err := net.ListenPacket("udp4", "127.0.0.1:0") // a resolver
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	w := newWorld(t, "resolvers "+silent.LocalAddr().String(), nil)
+	leaves := func(c *rawConn) {
+		t.Helper()
+		c.Close()
+		if line := w.waitLog("request", 1)[0]; line["status"] != 499.0 {
+			t.Errorf("status %v in the log, want 499", line["status"])
+		}
+		w.forgetLogs()
+		eventually(t, "the connection to end", func() bool { return ownConns(t) == 0 })
+	}
 	for name, answer := range map[string]string{
 		"before the response": "",
 		"in the response":     "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nab",
+		"in a stream":         "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n",
+		"after an interim":    "HTTP/1.1 103 Early Hints\r\nLink: ab\r\n\r\n",
 	} {
 		t.Run(name, func(t *testing.T) {
 			ended := make(chan error, 1)
@@ -244,24 +262,26 @@ func TestStreamClientLeaves(t *testing.T) {
 				_, err := r.ReadByte()
 				ended <- err
 			})
-			w := newWorld(t, "", nil)
 			c := w.dial()
-			c.send("GET http://" + origin + "/ HTTP/1.1\nHost: " + origin + "\n\n")
+			c.get("http://"+origin+"/", "")
 			<-began
 			if answer != "" {
 				c.readUntil("ab")
 			}
-			c.Close()
+			leaves(c)
 			if err := <-ended; err == nil || os.IsTimeout(err) {
 				t.Errorf("the origin read %v, want the end", err)
 			}
-			if answer == "" {
-				if line := w.waitLog("request", 1)[0]; line["status"] != 499.0 {
-					t.Errorf("status %v in the log, want 499", line["status"])
-				}
-			}
 		})
 	}
+	t.Run("in a dial", func(t *testing.T) {
+		c := w.dial()
+		c.get("http://silent.example/", "")
+		if _, _, err := silent.ReadFrom(make([]byte, 512)); err != nil {
+			t.Fatal(err)
+		}
+		leaves(c)
+	})
 }
 
 // streamSum reads n bytes into h.
