@@ -68,9 +68,8 @@ func (w *ListenerWrapper) WrapListener(ln net.Listener) net.Listener {
 	if err != nil {
 		return ln
 	}
-	h, why := ownerOf(app.(*caddyhttp.App), w.server)
+	h, _ := ownerOf(app.(*caddyhttp.App), w.server)
 	if h == nil {
-		w.ctx.Logger().Debug("clients are served by Caddy's HTTP server", zap.String("why", why), zap.Strings("addresses", w.server.Listen))
 		return ln
 	}
 	l := &clientListener{
@@ -86,7 +85,7 @@ func (w *ListenerWrapper) WrapListener(ln net.Listener) net.Listener {
 // ownerOf returns the handler that alone has a part in the proxy requests to a
 // server, or what else has.
 func ownerOf(app *caddyhttp.App, server *caddyhttp.Server) (h *Handler, why string) {
-	speaksHTTP1 := func(protocols []string) bool { return protocols == nil || slices.Contains(protocols, "h1") }
+	lacksHTTP1 := func(protocols []string) bool { return protocols != nil && !slices.Contains(protocols, "h1") }
 	switch {
 	case server.Logs != nil:
 		return nil, "access log"
@@ -100,7 +99,7 @@ func ownerOf(app *caddyhttp.App, server *caddyhttp.Server) (h *Handler, why stri
 		return nil, "minimum rates"
 	case len(server.ExpectedUnderscoreHeaders) > 0 || len(server.ExpectedDotHeaders) > 0:
 		return nil, "expected headers"
-	case !speaksHTTP1(server.Protocols) || !speaksHTTP1(slices.Concat(server.ListenProtocols...)):
+	case lacksHTTP1(server.Protocols) || slices.ContainsFunc(server.ListenProtocols, lacksHTTP1):
 		return nil, "protocols"
 	}
 	if h, ok := firstHandler(server.Routes).(*Handler); ok {
@@ -223,6 +222,10 @@ func (l *clientListener) take(conn net.Conn, isNew bool) {
 	if ok {
 		if c := newClientConn(l, read, isNew); l.handler.conns.add(c) {
 			go c.run()
+			return
+		}
+		if successor := l.successor(); successor != nil {
+			successor.take(read, isNew)
 			return
 		}
 	}

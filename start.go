@@ -16,6 +16,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/caddyauth"
 	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 )
 
 // eventHandler calls a function. It is a struct as Caddy logs it as JSON.
@@ -67,11 +68,16 @@ func (h *Handler) started(ctx caddy.Context, server *caddyhttp.Server) {
 				zap.Strings("addresses", server.Listen))
 		}
 	}
-	if app, err := ctx.AppIfConfigured("http"); err == nil && !h.wraps && len(server.TLSConnPolicies) == 0 {
-		if owner, _ := ownerOf(app.(*caddyhttp.App), server); owner == h {
-			h.logger.Info("clients are served by Caddy's HTTP server", zap.Strings("addresses", server.Listen),
-				zap.String("why", "async_proxy is none of the server's listener_wrappers; with it, requests take less than half of the CPU"))
+	if app, err := ctx.AppIfConfigured("http"); err == nil && !h.wraps {
+		level := zapcore.DebugLevel
+		owner, why := ownerOf(app.(*caddyhttp.App), server)
+		switch {
+		case owner == h && len(server.TLSConnPolicies) > 0:
+			why = "TLS"
+		case owner == h:
+			level, why = zapcore.InfoLevel, "async_proxy is none of the server's listener_wrappers; with it, requests take less than half of the CPU"
 		}
+		h.logger.Log(level, "clients are served by Caddy's HTTP server", zap.Strings("addresses", server.Listen), zap.String("why", why))
 	}
 	if h.RecheckTunnels {
 		h.tunnels.closeWhere(reasonForbidden, func(t *tunnel) bool {

@@ -172,7 +172,10 @@ func (t *tunnel) directionEnded(dst, src peer, readErr, writeErr error) {
 // ended notes why the tunnel ended. What happens first is the reason; the rest
 // follows from it.
 func (t *tunnel) ended(reason string) {
-	t.reason.CompareAndSwap(nil, &reason)
+	if t.reason.Load() == nil {
+		first := reason // for which there is no room to be made each time
+		t.reason.CompareAndSwap(nil, &first)
+	}
 }
 
 // look closes the tunnel if it has been silent, or open, for too long, and the
