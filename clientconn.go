@@ -8,6 +8,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"net"
 	"net/http"
 	"runtime"
@@ -22,11 +23,11 @@ import (
 )
 
 // clientConn is a client's connection that is served here from its first byte, on
-// one goroutine, at less than half of the cost that net/http's server and Caddy's
-// have. It is for CONNECT and for plain requests without content; with the first
-// request that is anything else, or odd, the connection goes to net/http as if
-// nothing of that request had been read. At a reload it goes to the listener of
-// the new config, between two requests, and the client does not notice.
+// one goroutine, at 0.7 of the cost that there is with net/http's server and Caddy's
+// on top of it. It is for CONNECT and for plain requests without content; with the
+// first request that is anything else, or odd, the connection goes to net/http as if
+// nothing of that request had been read. At a reload it goes to the listener of the
+// new config, between two requests, and the client does not notice.
 type clientConn struct {
 	*net.TCPConn
 	early    []byte // what was read from it before
@@ -273,12 +274,22 @@ func (c *clientConn) leave() {
 	switch {
 	case successor != nil:
 		successor.take(conn, c.isNew)
-	case c.isNew, c.state.Load() != connMoves && !bytes.HasPrefix(unread, []byte("PRI * HTTP/2.0")): // net/http would speak that, as if to a new client
+	case c.isNew:
 		c.listener.handOn(conn)
-	default:
+	case c.state.Load() == connMoves, bytes.HasPrefix(unread, []byte(http2Preface)): // which net/http would speak, as to a new client
 		_ = c.Close()
+	case len(unread) < len(http2Preface): // for the rest of which it would wait
+		_, _ = io.WriteString(c, badRequest)
+		_ = c.Close()
+	default:
+		c.listener.handOn(conn)
 	}
 }
+
+const http2Preface = "PRI * HTTP/2.0"
+
+// badRequest is what net/http says to something shorter than any request line.
+const badRequest = "HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n400 Bad Request"
 
 // ends reports whether the server is shutting down, and there is no other one for
 // the connection.

@@ -804,7 +804,7 @@ func TestClientConnHandsOn(t *testing.T) {
 		c.response(http.MethodGet)
 		eventually(t, path+" to be handed on", func() bool { return one.handler.conns.size() == 0 })
 	}
-	for _, text := range []string{"nonsense of some length\n", plainGet + "nonsense\n", plainGet + " folded\n\n"} { // which is said at once
+	for _, text := range []string{"BAD /x\n\n", "nonsense of some length\n", plainGet + "nonsense\n", plainGet + " folded\n\n"} { // which is said at once
 		c := own()
 		c.send(strings.ReplaceAll(text, "ORIGIN", one.origin.Addr().String()))
 		if res, _ := c.response(http.MethodGet); res.StatusCode != http.StatusBadRequest {

@@ -114,7 +114,6 @@ func TestClientConnServed(t *testing.T) {
 		{"options of the server", servers(wrapper + "protocols h1 h2 h2c"), 1},
 		{"the wrapper twice", servers(strings.Replace(wrapper, "async_proxy", "async_proxy\nasync_proxy", 1)), 1},
 		{"the wrapper before TLS", servers(strings.Replace(wrapper, "async_proxy", "async_proxy\ntls", 1)), 1},
-		{"another wrapper behind it", servers(strings.Replace(wrapper, "async_proxy", "async_proxy\ntls\nhttp_redirect", 1)), 1},
 		{"in a route", "{\nservers {\n" + wrapper + "\n}\n}\n" + inRoute(strings.Replace(site, "async", "\tasync", 1)), 1},
 		{"HTTP/1.1 alone", servers(wrapper + "protocols h1"), 1},
 
@@ -136,6 +135,8 @@ func TestClientConnServed(t *testing.T) {
 		{"names with an underscore", servers(wrapper + "expected_underscore_headers A_b"), 0},
 		{"names with a dot", servers(wrapper + "expected_dot_headers A.b"), 0},
 		{"PROXY protocol", servers("listener_wrappers {\nproxy_protocol\nasync_proxy\n}"), 0},
+		{"PROXY protocol that would see nothing", servers("listener_wrappers {\nasync_proxy\nproxy_protocol\n}"), 0},
+		{"another wrapper", servers(strings.Replace(wrapper, "async_proxy", "async_proxy\ntls\nhttp_redirect", 1)), 0},
 		{"a Unix socket", with("bind unix/" + socket), 0},
 	} {
 		t.Run(row.name, func(t *testing.T) {

@@ -4,6 +4,8 @@
 package asyncproxy
 
 import (
+	"cmp"
+	"encoding/json"
 	"errors"
 	"net"
 	"slices"
@@ -19,16 +21,18 @@ import (
 func init() { caddy.RegisterModule(ListenerWrapper{}) }
 
 // ListenerWrapper lets the async_proxy of a server serve its clients' connections
-// itself, below the HTTP server of Go and Caddy's, which takes less than half of the
-// CPU. What it does not serve so it leaves to them: TLS, HTTP/2, requests with
-// content, and all of a server where something else takes part in requests, such as
-// an access log, metrics, or a handler before the proxy.
+// itself, below the HTTP server of Go and Caddy's, which takes about 0.7 of the CPU.
+// What it does not serve so it leaves to them: TLS, HTTP/2, requests with content,
+// and all of a server where something else takes part in connections or requests,
+// such as another listener wrapper, an access log, metrics, or a handler before the
+// proxy.
 //
-// A Caddyfile has it wherever it helps, unless the global options of a server have
-// listener_wrappers of their own.
+// A Caddyfile has it wherever it helps, unless there are global options for the
+// server.
 type ListenerWrapper struct {
 	ctx    caddy.Context
 	server *caddyhttp.Server
+	alone  bool // among the wrappers of the server
 }
 
 // CaddyModule returns the Caddy module information.
@@ -43,6 +47,13 @@ func (ListenerWrapper) CaddyModule() caddy.ModuleInfo {
 func (w *ListenerWrapper) Provision(ctx caddy.Context) error {
 	w.ctx = ctx
 	w.server, _ = ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
+	if w.server == nil {
+		return errors.New("async_proxy is a listener wrapper for HTTP servers")
+	}
+	w.alone = !slices.ContainsFunc(w.server.ListenerWrappersRaw, func(raw json.RawMessage) bool {
+		var other struct{ Wrapper string }
+		return json.Unmarshal(raw, &other) != nil || other.Wrapper != "async_proxy" && other.Wrapper != "tls"
+	})
 	return nil
 }
 
@@ -61,8 +72,8 @@ func (w *ListenerWrapper) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 // WrapListener implements caddy.ListenerWrapper. It is called when all handlers
 // are there, and before anything is accepted.
 func (w *ListenerWrapper) WrapListener(ln net.Listener) net.Listener {
-	if _, ok := ln.(*clientListener); ok || w.server == nil {
-		return ln // one for each site of the server, or not of an HTTP server
+	if _, ok := ln.(*clientListener); ok {
+		return ln // there is one wrapper for each site of the server
 	}
 	app, err := w.ctx.AppIfConfigured("http")
 	if err != nil {
@@ -72,14 +83,24 @@ func (w *ListenerWrapper) WrapListener(ln net.Listener) net.Listener {
 	if h == nil {
 		return ln
 	}
+	h.wraps = w.alone
+	if !w.alone || usesTLS(app.(*caddyhttp.App), w.server, ln) {
+		return ln
+	}
 	l := &clientListener{
 		Listener: ln, address: ln.Addr().String(), handler: h, site: w.server,
 		others: make(chan net.Conn), closing: make(chan struct{}), ended: make(chan struct{}),
 	}
-	h.wraps = true
 	l.register()
 	go l.accept()
 	return l
+}
+
+// usesTLS reports whether Caddy has clients of a listener speak TLS: whatever comes
+// in clear there is not to be served, wherever among the wrappers TLS is.
+func usesTLS(app *caddyhttp.App, server *caddyhttp.Server, ln net.Listener) bool {
+	tcp, ok := ln.Addr().(*net.TCPAddr)
+	return len(server.TLSConnPolicies) > 0 && (!ok || tcp.Port != cmp.Or(app.HTTPPort, caddyhttp.DefaultHTTPPort))
 }
 
 // ownerOf returns the handler that alone has a part in the proxy requests to a

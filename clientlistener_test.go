@@ -10,6 +10,8 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
+	"net/url"
 	"runtime"
 	"strings"
 	"sync/atomic"
@@ -171,6 +173,42 @@ func TestListenerNewConnsTimeOut(t *testing.T) {
 		t.Errorf("they were closed after %v", took)
 	}
 	eventually(t, "the connections to end", func() bool { return ownConns(t) == 0 })
+}
+
+// Where clients are to speak TLS, nothing is served in clear, wherever among the
+// wrappers TLS is. The site for HTTP beside it is as ever.
+func TestListenerOfTLS(t *testing.T) {
+	for _, wrappers := range []string{"async_proxy\ntls", "async_proxy"} {
+		w := newTunnelWorld(t, tunnelSetup{servers: "listener_wrappers {\n" + wrappers + "\n}"})
+		w.origin = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {}))
+		t.Cleanup(w.origin.Close)
+		for request, method := range map[string]string{
+			"GET " + w.origin.URL + "/ HTTP/1.1\nHost: x\n\n": http.MethodGet,
+			"CONNECT 127.0.0.1:1 HTTP/1.1\nHost: x\n\n":       http.MethodConnect,
+		} {
+			c := dialRaw(t, w.tls)
+			c.send(request)
+			if said := c.readAll(); said != "" {
+				t.Errorf("%q: in clear, %s gets %q", wrappers, method, said)
+			}
+		}
+		client := &http.Client{Transport: &http.Transport{TLSClientConfig: clientTLS("http/1.1"), Proxy: http.ProxyURL(&url.URL{Scheme: "https", Host: w.tls})}}
+		res, err := client.Get(w.origin.URL + "/")
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = res.Body.Close()
+		if n := ownConns(t); res.StatusCode != http.StatusOK || n != 0 {
+			t.Errorf("%q: by TLS, %s, and the proxy serves %d connections itself", wrappers, res.Status, n)
+		}
+		client.CloseIdleConnections()
+		c := dialRaw(t, w.plain)
+		c.gets(w.origin.URL + "/")
+		if n := ownConns(t); n != 1 {
+			t.Errorf("%q: at the port for HTTP, it serves %d", wrappers, n)
+		}
+		c.Close()
+	}
 }
 
 // Who is trusted to speak for others is heard on these connections, too.
