@@ -73,6 +73,7 @@ func (c *clientConn) start() {
 	c.r = headReaders.Get().(*bufio.Reader)
 	if c.r.Reset(c.TCPConn); len(c.early) > 0 {
 		c.r.Reset(&readConn{c.TCPConn, c.early})
+		_, _ = c.r.Peek(len(c.early)) // fits, and is there for leave, too
 		c.early = nil
 	}
 	ctx := context.WithValue(context.Background(), http.LocalAddrContextKey, c.LocalAddr())

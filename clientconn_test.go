@@ -17,6 +17,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -134,6 +135,7 @@ func TestClientConnServed(t *testing.T) {
 		{"a rate for responses", servers(wrapper + "timeouts {\nwrite_idle 1m 100\n}"), 0},
 		{"names with an underscore", servers(wrapper + "expected_underscore_headers A_b"), 0},
 		{"names with a dot", servers(wrapper + "expected_dot_headers A.b"), 0},
+		{"an address without HTTP/1.1", with("bind 127.0.0.1 {\nprotocols h1\n}\nbind 127.0.0.2 {\nprotocols h2c\n}"), 0},
 		{"PROXY protocol", servers("listener_wrappers {\nproxy_protocol\nasync_proxy\n}"), 0},
 		{"PROXY protocol that would see nothing", servers("listener_wrappers {\nasync_proxy\nproxy_protocol\n}"), 0},
 		{"another wrapper", servers(strings.Replace(wrapper, "async_proxy", "async_proxy\ntls\nhttp_redirect", 1)), 0},
@@ -258,7 +260,7 @@ func TestClientConnReloadUnderTraffic(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	var served, lost atomic.Int64
 	var wg sync.WaitGroup
-	for range 8 {
+	for range 50 {
 		wg.Go(func() {
 			for ctx.Err() == nil {
 				conn, err := net.Dial("tcp4", w.proxy)
@@ -267,7 +269,12 @@ func TestClientConnReloadUnderTraffic(t *testing.T) {
 				}
 				r := bufio.NewReader(conn)
 				for n := 0; ctx.Err() == nil; n++ {
-					_, err := fmt.Fprintf(conn, "GET %s/ HTTP/1.1\r\nHost: x\r\n\r\n", w.origin.URL)
+					_ = conn.SetDeadline(time.Now().Add(patience))
+					_, err := fmt.Fprintf(conn, "GET %s/ HTTP/1.1\r\n", w.origin.URL)
+					time.Sleep(time.Millisecond)
+					if err == nil {
+						_, err = io.WriteString(conn, "Host: x\r\n\r\n")
+					}
 					if err == nil {
 						_, err = r.Peek(1)
 					}
@@ -298,6 +305,9 @@ func TestClientConnReloadUnderTraffic(t *testing.T) {
 	for i := range 20 {
 		w.load(w.site(fmt.Sprintf("dial_timeout %ds", 10+i)))
 		eventually(t, "connections to be served", func() bool { return ownConns(t) > 0 })
+	}
+	for i := range 40 { // one upon the other
+		startCaddyfile(t, w.globals()+w.site(fmt.Sprintf("dial_timeout %ds", 10+i)))
 	}
 	cancel()
 	wg.Wait()
@@ -331,6 +341,46 @@ func TestClientConnAtShutdown(t *testing.T) {
 	_, _ = io.WriteString(far, "a request")
 	if _, err := near.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("a connection that is to move waits: %v", err)
+	}
+}
+
+// What had come on a connection that moves goes on with it, if it has to move again
+// before anybody looks.
+func TestClientConnMovesTwice(t *testing.T) {
+	near, far := socketPair(t)
+	const request = "GET http://a.example/ HTTP/1.1\r\nHost: x\r\n\r\n"
+	_, _ = io.WriteString(far, request[20:])
+	handler := func(over bool) *Handler {
+		h := &Handler{conns: newClientConns()}
+		h.conns.over.Store(over)
+		return h
+	}
+	second, third := unitListener(handler(false)), unitListener(handler(true)) // the third has it served by net/http
+	c := newClientConn(second, &readConn{TCPConn: near.(*net.TCPConn), early: []byte(request[:20])}, false)
+	second.handler.conns.add(c)
+	second.handler.conns.shutdown(false)
+	third.register()
+	defer third.unregister()
+	go c.run()
+	moved := <-third.others
+	_ = far.Close()
+	if got, _ := io.ReadAll(moved); string(got) != request {
+		t.Errorf("%q has moved, want %q", got, request)
+	}
+}
+
+// How long a request takes counts from its beginning, whenever that is asked for.
+func TestClientConnDuration(t *testing.T) {
+	w := newWorld(t, "header_down X-Took {http.request.duration_ms}", http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+		time.Sleep(50 * time.Millisecond)
+	}))
+	c := w.dialOwn()
+	for range 2 {
+		c.get(w.origin.URL+"/", "")
+		res, _ := c.response(http.MethodGet)
+		if took, err := strconv.ParseFloat(res.Header.Get("X-Took"), 64); err != nil || took < 50 {
+			t.Errorf("it took %v ms, %v", took, err)
+		}
 	}
 }
 

@@ -22,6 +22,7 @@ type requestContext struct {
 	context.Context // of the connection, with what holds for all requests
 	conn            *clientConn
 	r               *http.Request
+	start           time.Time
 	placeholder     caddy.ReplacerFunc // of the proxy's own
 
 	once     sync.Once
@@ -48,6 +49,7 @@ func (c *requestContext) Value(key any) any {
 		repl := caddy.NewReplacer()
 		repl.Map(c.placeholder)
 		c.prepared = caddyhttp.PrepareRequest(c.r.WithContext(c.Context), repl, c.conn.out, c.conn.site).Context()
+		caddyhttp.SetVar(c.prepared, "start_time", c.start) // which Caddy counts the duration from
 	})
 	return c.prepared.Value(key)
 }

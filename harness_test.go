@@ -93,19 +93,8 @@ func (w *world) load(sites string) {
 // loadCaddyfile runs a Caddyfile until the test ends.
 func loadCaddyfile(t testing.TB, caddyfile string) {
 	t.Helper()
-	config, warnings, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(caddyfile), map[string]any{"filename": "Caddyfile"})
-	if err != nil {
-		t.Fatalf("adapting: %v\n%s", err, caddyfile)
-	}
-	for _, warning := range warnings {
-		if !strings.Contains(warning.Message, "not formatted") {
-			t.Logf("adapting: %v", warning)
-		}
-	}
 	old := serving()
-	if err := caddy.Load(config, true); err != nil {
-		t.Fatalf("loading: %v\n%s", err, caddyfile)
-	}
+	startCaddyfile(t, caddyfile)
 	// A reload returns while the old servers may still accept a connection, only
 	// to close it, and while their sockets may still be there.
 	eventually(t, "the old servers to stop", func() bool {
@@ -117,6 +106,23 @@ func loadCaddyfile(t testing.TB, caddyfile string) {
 			t.Errorf("stopping: %v", err)
 		}
 	})
+}
+
+// startCaddyfile does not wait until the config before has ended.
+func startCaddyfile(t testing.TB, caddyfile string) {
+	t.Helper()
+	config, warnings, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(caddyfile), map[string]any{"filename": "Caddyfile"})
+	if err != nil {
+		t.Fatalf("adapting: %v\n%s", err, caddyfile)
+	}
+	for _, warning := range warnings {
+		if !strings.Contains(warning.Message, "not formatted") {
+			t.Logf("adapting: %v", warning)
+		}
+	}
+	if err := caddy.Load(config, true); err != nil {
+		t.Fatalf("loading: %v\n%s", err, caddyfile)
+	}
 }
 
 // serving returns the goroutines in which Caddy's servers accept connections.

@@ -36,7 +36,7 @@ type visit struct {
 func (h *Handler) newVisit(r *http.Request) *visit {
 	v := &visit{r: r, start: time.Now()}
 	if own, ok := r.Context().(*requestContext); ok {
-		own.placeholder = v.placeholder
+		own.start, own.placeholder = v.start, v.placeholder
 	} else if repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
 		repl.Map(v.placeholder)
 	}
