@@ -220,7 +220,12 @@ func TestShippedConfigs(t *testing.T) {
 		}
 		w := &world{t: t, logs: filepath.Join(t.TempDir(), "caddy.log")}
 		config["admin"] = map[string]any{"disabled": true, "config": map[string]any{"persist": false}}
-		config["storage"] = map[string]any{"module": "file_system", "root": t.TempDir()}
+		storage, err := os.MkdirTemp("", "storage")
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = os.RemoveAll(storage) }) // into which Caddy may still write when it has stopped
+		config["storage"] = map[string]any{"module": "file_system", "root": storage}
 		config["logging"] = map[string]any{"logs": map[string]any{"default": map[string]any{
 			"writer": map[string]any{"output": "file", "filename": w.logs}, "encoder": map[string]any{"format": "json"},
 		}}}
