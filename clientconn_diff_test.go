@@ -214,8 +214,8 @@ func (one *twin) listen(c *rawConn, methods []string, sent <-chan struct{}) (sai
 	return append(said, string(rest), end)
 }
 
-// twinMethods returns the methods of the requests that net/http sees in a text,
-// up to one behind which something else may come.
+// twinMethods returns the methods of the requests that net/http sees in a text, up
+// to something else. Those behind a CONNECT are answered if it is refused.
 func twinMethods(text string) (methods []string) {
 	r := bufio.NewReader(strings.NewReader(text))
 	last := ""
@@ -234,9 +234,6 @@ func twinMethods(text string) (methods []string) {
 		}
 		last = request.Method
 		methods = append(methods, last)
-		if last == http.MethodConnect {
-			return methods
-		}
 	}
 }
 
