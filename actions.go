@@ -11,15 +11,26 @@ import (
 	"go.uber.org/zap"
 )
 
-// closeTunnel closes a tunnel, and reports whether there is one of that id.
+// closeTunnel closes a tunnel, and reports whether there is one of that id. No
+// list has the tunnel when it returns, unless its client keeps it from ending.
 func closeTunnel(id uint64) (found bool) {
+	var in *registry
 	eachRegistry(func(r *registry) {
-		var t *tunnel
-		if t, found = r.tunnels.Load(id); found {
+		if t, ok := r.tunnels.Load(id); ok {
 			t.close(reasonOperator)
+			in = r
 		}
 	})
-	return found
+	if in == nil {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	waitUntil(ctx, func() bool {
+		_, open := in.tunnels.Load(id)
+		return !open
+	})
+	return true
 }
 
 // refillClient gives a client a full bucket in a zone; or in all, for "", and
