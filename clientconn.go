@@ -32,8 +32,6 @@ type clientConn struct {
 	*net.TCPConn
 	early    []byte // what was read from it before
 	listener *clientListener
-	handler  *Handler
-	site     *caddyhttp.Server
 	remote   string
 
 	r     *bufio.Reader
@@ -62,7 +60,7 @@ const (
 var headReaders = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, 4<<10) }}
 
 func newClientConn(l *clientListener, conn *readConn, isNew bool) *clientConn {
-	c := &clientConn{TCPConn: conn.TCPConn, early: conn.early, listener: l, handler: l.handler, site: l.site, isNew: isNew}
+	c := &clientConn{TCPConn: conn.TCPConn, early: conn.early, listener: l, isNew: isNew}
 	c.w.client = c
 	return c
 }
@@ -78,7 +76,7 @@ func (c *clientConn) start() {
 	}
 	ctx := context.WithValue(context.Background(), http.LocalAddrContextKey, c.LocalAddr())
 	ctx, c.gone = context.WithCancel(ctx)
-	c.ctx, c.out = context.WithValue(ctx, caddyhttp.ServerCtxKey, c.site), &c.w
+	c.ctx, c.out = context.WithValue(ctx, caddyhttp.ServerCtxKey, c.listener.site), &c.w
 }
 
 // newRequest returns a request with all that is the same for each one.
@@ -97,7 +95,7 @@ var blankRequest = &http.Request{Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1
 // limitWrites has Caddy's timeout for stalled writes hold, which a CONNECT needs
 // not.
 func (c *clientConn) limitWrites() {
-	timeout := time.Duration(c.site.WriteIdleTimeout)
+	timeout := time.Duration(c.listener.site.WriteIdleTimeout)
 	if timeout <= 0 {
 		return
 	}
@@ -105,8 +103,8 @@ func (c *clientConn) limitWrites() {
 		ResponseWriterWrapper: &caddyhttp.ResponseWriterWrapper{ResponseWriter: &c.w},
 		Ctrl:                  http.NewResponseController(&c.w),
 		Deadline:              caddyhttp.IdleDeadline{Timeout: timeout},
-		MaxChunk:              c.site.MaxWriteChunk,
-		Logger:                c.handler.logger,
+		MaxChunk:              c.listener.site.MaxWriteChunk,
+		Logger:                c.listener.handler.logger,
 	}
 	c.ctx, c.out = caddyhttp.ContextWithIdleTimeouts(c.ctx, nil, idle), idle
 }
@@ -126,7 +124,7 @@ func (c *clientConn) serve() (t *tunnel) {
 	kept := false // by somebody else
 	defer func() {
 		if err := recover(); err != nil && err != http.ErrAbortHandler {
-			c.handler.logger.Error("panic serving a client", zap.String("client", c.remote), zap.Any("panic", err), zap.ByteString("stack", debug.Stack()))
+			c.listener.handler.logger.Error("panic serving a client", zap.String("client", c.remote), zap.Any("panic", err), zap.ByteString("stack", debug.Stack()))
 		}
 		c.stopWatch() // reads from c.r
 		c.gone()
@@ -134,7 +132,7 @@ func (c *clientConn) serve() (t *tunnel) {
 			_ = c.Close()
 		}
 		c.decide()
-		c.handler.conns.remove(c)
+		c.listener.conns.remove(c)
 		c.r.Reset(nil)
 		headReaders.Put(c.r)
 	}()
@@ -167,7 +165,7 @@ func growStack() {
 func (c *clientConn) decide() {
 	if c.isNew {
 		c.isNew = false
-		c.handler.conns.undecided.Done()
+		c.listener.conns.undecided.Done()
 	}
 }
 
@@ -178,7 +176,7 @@ func (c *clientConn) answer(r *http.Request) bool {
 	c.mu.Unlock()
 	c.w.begin(r.Method == http.MethodHead, r.Close)
 	c.w.header["Server"] = []string{"Caddy"}
-	err := c.handler.ServeHTTP(c.out, r, nil)
+	err := c.listener.handler.ServeHTTP(c.out, r, nil)
 	if c.w.hijacked {
 		return false
 	}
@@ -205,7 +203,7 @@ func (c *clientConn) next() (r *http.Request, elsewhere bool) {
 		return nil, true
 	}
 	if !c.isNew && c.r.Buffered() < 4 {
-		c.expect(c.site.IdleTimeout)
+		c.expect(c.listener.site.IdleTimeout)
 		if _, err := c.r.Peek(4); err != nil { // to less net/http does not answer
 			return nil, c.state.Load() == connMoves
 		}
@@ -232,7 +230,7 @@ func (c *clientConn) next() (r *http.Request, elsewhere bool) {
 // already.
 func (c *clientConn) becomesIdle() bool {
 	c.state.Store(connIdle)
-	return !c.handler.conns.over.Load() || !c.state.CompareAndSwap(connIdle, connMoves)
+	return !c.listener.conns.over.Load() || !c.state.CompareAndSwap(connIdle, connMoves)
 }
 
 // expect limits how long reading may take from now. A limit that is about right
@@ -255,12 +253,6 @@ func (c *clientConn) expect(limit caddy.Duration) {
 	}
 }
 
-// expectAnew is expect where a limit that is set was for something else.
-func (c *clientConn) expectAnew(limit caddy.Duration) {
-	c.due = time.Unix(1, 0)
-	c.expect(limit)
-}
-
 // leave lets somebody else serve the connection, with what was read and not taken.
 func (c *clientConn) leave() {
 	unread, _ := c.r.Peek(c.r.Buffered())
@@ -269,7 +261,7 @@ func (c *clientConn) leave() {
 	c.mu.Unlock()
 	conn := &readConn{TCPConn: c.TCPConn, early: bytes.Clone(unread)}
 	var successor *clientListener
-	if c.handler.conns.over.Load() {
+	if c.listener.conns.over.Load() {
 		successor = c.listener.successor()
 	}
 	switch {
@@ -295,7 +287,7 @@ const badRequest = "HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charse
 // ends reports whether the server is shutting down, and there is no other one for
 // the connection.
 func (c *clientConn) ends() bool {
-	return c.handler.conns.over.Load() && c.listener.successor() == nil
+	return c.listener.conns.over.Load() && c.listener.successor() == nil
 }
 
 // shutdown has the connection end or go elsewhere if it is idle. Otherwise it does
@@ -311,23 +303,18 @@ func (c *clientConn) shutdown(exits bool) {
 	}
 }
 
-// clientConns are those of a handler.
+// clientConns are those of a listener.
 type clientConns struct {
 	mu        sync.Mutex
 	conns     map[*clientConn]struct{}
 	undecided sync.WaitGroup // those without a request yet
-	over      atomic.Bool    // the server is shutting down
+	over      atomic.Bool    // the listener is closed
 }
 
-// clientConnCount is how many there are, of the handlers of earlier configs too,
-// whose last answers a process that exits waits for.
+// clientConnCount is how many there are, of listeners of earlier configs too, whose last answers a process that exits waits for.
 var clientConnCount atomic.Int64
 
-func newClientConns() *clientConns {
-	return &clientConns{conns: make(map[*clientConn]struct{})}
-}
-
-// add notes a connection, unless the server is shutting down.
+// add notes a connection, unless the listener is closed.
 func (p *clientConns) add(c *clientConn) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()

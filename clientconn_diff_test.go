@@ -34,9 +34,8 @@ type twins struct {
 }
 
 type twin struct {
-	proxy   string
-	handler *Handler
-	origin  net.Listener // on the same port as the other's, at an address as long
+	proxy  string
+	origin net.Listener // on the same port as the other's, at an address as long
 }
 
 const twinOptions = "via tester\nallow 127.0.0.0/8\ndeny all\nresolvers 127.0.0.1:1"
@@ -61,18 +60,9 @@ func newTwins(t testing.TB, options, warm string) *twins {
 		t.Fatal(err)
 	}
 	defer releaseRegistry()
-	registry.handlers.Range(func(h *Handler, _ struct{}) bool {
-		switch h.Zone {
-		case "one":
-			tw.each[0].handler = h
-		case "two":
-			tw.each[1].handler = h
-		}
-		return true
-	})
-	for _, one := range tw.each {
-		for r := range reaches {
-			one.handler.origins[r].close() // an idle connection that the origin is closing would be a matter of luck
+	for h := range registry.handlers.All() {
+		for _, origins := range h.origins {
+			origins.close() // an idle connection that the origin is closing would be a matter of luck
 		}
 	}
 	for tw.each[1].origin == nil {
@@ -160,7 +150,7 @@ func (one *twin) converse(t testing.TB, warm, send, answer string, manner int, o
 		}
 	}
 	if manner == behind {
-		if n := one.handler.conns.size(); own != (n == 1) {
+		if n := ownConns(); own != (n == 1) {
 			t.Fatalf("%d connections are served by the proxy itself", n)
 		}
 		sent = writeInPieces(c, text, size)
@@ -168,7 +158,7 @@ func (one *twin) converse(t testing.TB, warm, send, answer string, manner int, o
 	said := one.listen(c, twinMethods(send), sent)
 	c.Close()
 	<-sent
-	eventually(t, "the connection to be given up", func() bool { return one.handler.conns.size() == 0 })
+	eventually(t, "the connection to be given up", func() bool { return ownConns() == 0 })
 	said = append(said, origin.end()...)
 	for i, text := range said {
 		said[i] = strings.NewReplacer("127.0.0.2", "127.0.0.1", `"two";`, `"one";`, one.proxy, "PROXY").Replace(text)
@@ -790,7 +780,7 @@ func TestClientConnHandsOn(t *testing.T) {
 		c := dialRaw(t, one.proxy)
 		c.send(strings.ReplaceAll(warmUp, "ORIGIN", one.origin.Addr().String()))
 		c.response(http.MethodGet)
-		if one.handler.conns.size() == 0 {
+		if ownConns() == 0 {
 			t.Fatal("the connection is served by net/http")
 		}
 		return c
@@ -799,7 +789,7 @@ func TestClientConnHandsOn(t *testing.T) {
 		c := own()
 		c.send(strings.ReplaceAll("GET http://ORIGIN/.well-known/"+path+" HTTP/1.1\nHost: ORIGIN\n\n", "ORIGIN", one.origin.Addr().String()))
 		c.response(http.MethodGet)
-		eventually(t, path+" to be handed on", func() bool { return one.handler.conns.size() == 0 })
+		eventually(t, path+" to be handed on", func() bool { return ownConns() == 0 })
 	}
 	for _, text := range []string{"BAD /x\n\n", "nonsense of some length\n", plainGet + "nonsense\n", plainGet + " folded\n\n"} { // which is said at once
 		c := own()
@@ -901,7 +891,7 @@ func TestClientConnWriter(t *testing.T) {
 				done := make(chan struct{})
 				got := dialRaw(t, listen(t, func(c *net.TCPConn) {
 					defer close(done)
-					w := &responseWriter{client: &clientConn{TCPConn: c, handler: &Handler{conns: newClientConns()}}}
+					w := &responseWriter{client: newClientConn(unitListener(nil), &readConn{TCPConn: c}, false)}
 					for i := 0; i < 2 && !w.closes; i++ {
 						w.begin(r.Method == http.MethodHead, false)
 						handler(w, r)
@@ -925,7 +915,7 @@ func TestClientConnWriter(t *testing.T) {
 func TestClientConnWriterKeepsNothing(t *testing.T) {
 	conn, outside := socketPair(t)
 	go io.Copy(io.Discard, outside)
-	w := &responseWriter{client: &clientConn{TCPConn: conn.(*net.TCPConn), handler: &Handler{conns: newClientConns()}}}
+	w := &responseWriter{client: newClientConn(unitListener(nil), &readConn{TCPConn: conn.(*net.TCPConn)}, false)}
 	w.begin(false, false)
 	w.Header()["X-One"] = []string{strings.Repeat("x", 1<<20)}
 	_, _ = io.WriteString(w, "hello")

@@ -146,10 +146,7 @@ func TestClientConnReload(t *testing.T) {
 			}
 			once() // has a connection to the origin, which stays
 			files, goroutines := descriptors(t, "self"), runtime.NumGoroutine()
-			var old *Handler
-			for h := range connsByHandler(t) {
-				old = h
-			}
+			old := listeners()[0]
 			idle, half, waits, begun := w.dialOwn(), w.dialOwn(), w.dialOwn(), w.dialOwn()
 			half.send("GET " + w.origin.URL + "/ HTTP/1.1\nHo")
 			for _, c := range []*rawConn{begun, waits} {
@@ -192,7 +189,7 @@ func TestClientConnReload(t *testing.T) {
 					t.Errorf("%s, after the reload: %q, to be closed: %t", name, body, res.Close)
 				}
 			}
-			if n := ownConns(t); stays != (n == 4) {
+			if n := ownConns(); stays != (n == 4) {
 				t.Errorf("%d connections are served by the new config", n)
 			}
 			for _, c := range []*rawConn{idle, half, waits, begun} {
@@ -200,7 +197,7 @@ func TestClientConnReload(t *testing.T) {
 			}
 			once()
 			eventually(t, "nothing to be left", func() bool {
-				return old.conns.size()+ownConns(t) == 0 && descriptors(t, "self") <= files && runtime.NumGoroutine() <= goroutines
+				return old.conns.size()+ownConns() == 0 && descriptors(t, "self") <= files && runtime.NumGoroutine() <= goroutines
 			})
 		})
 	}

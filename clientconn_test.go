@@ -30,20 +30,11 @@ import (
 	"go.uber.org/zap"
 )
 
-// connsByHandler returns how many connections the handlers that there are serve
-// themselves.
-func connsByHandler(t testing.TB) map[*Handler]int {
-	t.Helper()
-	r, err := acquireRegistry()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer releaseRegistry()
-	conns := make(map[*Handler]int)
-	for h := range r.handlers.All() {
-		conns[h] = h.conns.size()
-	}
-	return conns
+// listeners returns those whose connections the proxy serves itself.
+func listeners() []*clientListener {
+	clientListeners.Lock()
+	defer clientListeners.Unlock()
+	return slices.Concat(slices.Collect(maps.Values(clientListeners.at))...)
 }
 
 func (p *clientConns) list() []*clientConn {
@@ -55,10 +46,9 @@ func (p *clientConns) list() []*clientConn {
 func (p *clientConns) size() int { return len(p.list()) }
 
 // ownConns returns how many connections the proxy serves itself.
-func ownConns(t testing.TB) (n int) {
-	t.Helper()
-	for _, conns := range connsByHandler(t) {
-		n += conns
+func ownConns() (n int) {
+	for _, l := range listeners() {
+		n += l.conns.size()
 	}
 	return n
 }
@@ -82,8 +72,8 @@ func (w *world) dialOwn() *rawConn {
 	w.t.Helper()
 	c := w.dial()
 	c.gets(w.origin.URL + "/")
-	for h := range connsByHandler(w.t) {
-		if slices.ContainsFunc(h.conns.list(), func(p *clientConn) bool { return p.RemoteAddr().String() == c.LocalAddr().String() }) {
+	for _, l := range listeners() {
+		if slices.ContainsFunc(l.conns.list(), func(p *clientConn) bool { return p.RemoteAddr().String() == c.LocalAddr().String() }) {
 			return c
 		}
 	}
@@ -171,7 +161,7 @@ func TestClientConnServed(t *testing.T) {
 				if denied := conn.RemoteAddr().Network() == "unix"; !denied && string(body) != "hello from the origin" {
 					t.Errorf("%s: %q", res.Status, body)
 				}
-				if n := ownConns(t); n != row.want {
+				if n := ownConns(); n != row.want {
 					t.Errorf("after request %d the proxy serves %d connections itself, want %d", i+1, n, row.want)
 				}
 			}
@@ -196,7 +186,7 @@ func TestClientConnNotServed(t *testing.T) {
 		for range 3 {
 			c.send(strings.ReplaceAll(request, "URL", w.origin.URL+"/"))
 			res, _ := c.response(http.MethodGet)
-			if n := ownConns(t); res.StatusCode != http.StatusOK || n != 0 {
+			if n := ownConns(); res.StatusCode != http.StatusOK || n != 0 {
 				t.Errorf("%q: %s, %d connections are served by the proxy itself", request, res.Status, n)
 			}
 			if res.Close {
@@ -218,7 +208,7 @@ func TestClientConnNotServed(t *testing.T) {
 				t.Fatal(err)
 			}
 			_ = res.Body.Close()
-			if n := ownConns(t); res.StatusCode != http.StatusOK || n != 0 {
+			if n := ownConns(); res.StatusCode != http.StatusOK || n != 0 {
 				t.Errorf("%s: %s, %d connections are served by the proxy itself", name, res.Status, n)
 			}
 		}
@@ -304,7 +294,7 @@ func TestClientConnReloadUnderTraffic(t *testing.T) {
 	}
 	for i := range 20 {
 		w.load(w.site(fmt.Sprintf("dial_timeout %ds", 10+i)))
-		eventually(t, "connections to be served", func() bool { return ownConns(t) > 0 })
+		eventually(t, "connections to be served", func() bool { return ownConns() > 0 })
 	}
 	for i := range 40 { // one upon the other
 		startCaddyfile(t, w.globals()+w.site(fmt.Sprintf("dial_timeout %ds", 10+i)))
@@ -312,15 +302,16 @@ func TestClientConnReloadUnderTraffic(t *testing.T) {
 	cancel()
 	wg.Wait()
 	t.Logf("%d requests were served, %d connections lost before", served.Load(), lost.Load())
-	eventually(t, "all connections to end", func() bool { return ownConns(t) == 0 })
+	eventually(t, "all connections to end", func() bool { return ownConns() == 0 })
 }
 
 // A connection that has a request while the server shuts down is left to answer it;
 // one that comes later is not served by the proxy itself.
 func TestClientConnAtShutdown(t *testing.T) {
-	p := newClientConns()
+	l := unitListener(nil)
+	p := &l.conns
 	near, far := socketPair(t)
-	c := &clientConn{TCPConn: near.(*net.TCPConn)}
+	c := newClientConn(l, &readConn{TCPConn: near.(*net.TCPConn)}, false)
 	if !p.add(c) {
 		t.Error("the connection is not served")
 	}
@@ -329,10 +320,10 @@ func TestClientConnAtShutdown(t *testing.T) {
 	if _, err := io.WriteString(near, "the answer"); err != nil {
 		t.Errorf("before the request is answered: %v", err)
 	}
-	if p.add(&clientConn{TCPConn: far.(*net.TCPConn)}) {
+	if p.add(newClientConn(l, &readConn{TCPConn: far.(*net.TCPConn)}, false)) {
 		t.Error("a connection is served by a server that has shut down")
 	}
-	if c.handler = (&Handler{conns: p}); c.becomesIdle() {
+	if c.becomesIdle() {
 		t.Error("behind its answer the connection waits for another request")
 	}
 	c.state.Store(connIdle) // just when it was about to wait
@@ -350,15 +341,11 @@ func TestClientConnMovesTwice(t *testing.T) {
 	near, far := socketPair(t)
 	const request = "GET http://a.example/ HTTP/1.1\r\nHost: x\r\n\r\n"
 	_, _ = io.WriteString(far, request[20:])
-	handler := func(over bool) *Handler {
-		h := &Handler{conns: newClientConns()}
-		h.conns.over.Store(over)
-		return h
-	}
-	second, third := unitListener(handler(false)), unitListener(handler(true)) // the third has it served by net/http
+	second, third := unitListener(nil), unitListener(nil)
+	third.conns.over.Store(true) // so that net/http serves it there
 	c := newClientConn(second, &readConn{TCPConn: near.(*net.TCPConn), early: []byte(request[:20])}, false)
-	second.handler.conns.add(c)
-	second.handler.conns.shutdown(false)
+	second.conns.add(c)
+	second.conns.shutdown(false)
 	third.register()
 	defer third.unregister()
 	go c.run()
@@ -455,32 +442,36 @@ func TestClientConnBrokenOff(t *testing.T) {
 		} else if body, err := io.ReadAll(res.Body); string(body) != "short" || !errors.Is(err, io.ErrUnexpectedEOF) {
 			t.Errorf("%q, %v, want a part and an error", body, err)
 		}
-		eventually(t, "the connection to end", func() bool { return ownConns(t) == 0 })
+		eventually(t, "the connection to end", func() bool { return ownConns() == 0 })
 	}
 }
 
 // A handler that panics takes its connection along and no other.
 func TestClientConnPanic(t *testing.T) {
 	near, far := socketPair(t)
-	h := &Handler{conns: newClientConns(), logger: zap.NewNop()} // has no limiter, for one
+	l := unitListener(&Handler{logger: zap.NewNop()}) // has no limiter, for one
 	_, _ = io.WriteString(far, "GET http://a.example/ HTTP/1.1\r\nHost: x\r\n\r\n")
-	unitListener(h).take(near, true)
-	eventually(t, "the connection to end", func() bool { return h.conns.size() == 0 })
+	l.take(near, true)
+	eventually(t, "the connection to end", func() bool { return l.conns.size() == 0 })
 	if n, err := io.Copy(io.Discard, far); n > 0 || err != nil {
 		t.Errorf("%d bytes, %v, want the end", n, err)
 	}
 }
 
-// unitListener has no server, and accepts nothing.
+type noListener struct{ net.Listener }
+
+func (noListener) Addr() net.Addr { return &net.TCPAddr{} }
+
+// unitListener accepts nothing.
 func unitListener(h *Handler) *clientListener {
-	return &clientListener{handler: h, site: new(caddyhttp.Server), others: make(chan net.Conn), closing: make(chan struct{}), ended: make(chan struct{})}
+	return newClientListener(noListener{}, h, new(caddyhttp.Server))
 }
 
 // What waits for the end of a request longer than that takes neither the next
 // request from the connection nor its deadline.
 func TestClientConnWatchedTooLate(t *testing.T) {
 	near, far := socketPair(t)
-	c := newClientConn(unitListener(&Handler{conns: newClientConns()}), &readConn{TCPConn: near.(*net.TCPConn)}, false)
+	c := newClientConn(unitListener(nil), &readConn{TCPConn: near.(*net.TCPConn)}, false)
 	c.start()
 	ctx := c.newRequest(http.MethodGet).Context()
 	early := ctx.Done()
@@ -523,8 +514,8 @@ func TestClientConnHoldsLittle(t *testing.T) {
 		}
 	}))
 	w.dialOwn()
-	for h := range connsByHandler(t) {
-		for _, c := range h.conns.list() {
+	for _, l := range listeners() {
+		for _, c := range l.conns.list() {
 			eventually(t, "the connection to wait", func() bool { return c.state.Load() == connIdle })
 			names := strings.Join(c.w.names[:cap(c.w.names)], "")
 			if size := cap(c.w.buf); size > 16<<10 || c.w.header != nil || names != "" {
@@ -562,7 +553,7 @@ func TestClientConnHandedOn(t *testing.T) {
 					break
 				}
 			}
-			eventually(t, "the connection to be handed on", func() bool { return ownConns(t) == 0 })
+			eventually(t, "the connection to be handed on", func() bool { return ownConns() == 0 })
 			if strings.Contains(row.request, "chunked") {
 				break // has the connection closed
 			}
@@ -596,7 +587,7 @@ func TestClientConnTunnels(t *testing.T) {
 			if _, ok := near.Conn.(*net.TCPConn); !ok {
 				t.Errorf("the client's end of the tunnel is %T, want the socket", near.Conn)
 			}
-			eventually(t, "the connection to be handed on", func() bool { return ownConns(t) == 0 })
+			eventually(t, "the connection to be handed on", func() bool { return ownConns() == 0 })
 			c.send("late")
 			_ = c.CloseWrite()
 			if got := c.readAll(); got != want+early+"late" {
@@ -611,7 +602,7 @@ func TestClientConnTunnels(t *testing.T) {
 func TestClientConnHandedOnAtShutdown(t *testing.T) {
 	near, far := socketPair(t)
 	_ = far.SetDeadline(time.Now().Add(patience))
-	l := unitListener(&Handler{conns: newClientConns()})
+	l := unitListener(nil)
 	l.end()
 	l.handOn(near)
 	if n, err := io.Copy(io.Discard, far); n > 0 || err != nil {
@@ -705,7 +696,7 @@ func TestClientConnStalledWrites(t *testing.T) {
 		}
 	}
 	c.get(w.origin.URL+"/large", "")
-	eventually(t, "the client that does not read to be left", func() bool { return ownConns(t) == 0 })
+	eventually(t, "the client that does not read to be left", func() bool { return ownConns() == 0 })
 	if n, err := io.Copy(io.Discard, c); err != nil && !errors.Is(err, syscall.ECONNRESET) || n >= 64<<20 {
 		t.Errorf("%d bytes, %v", n, err)
 	}

@@ -48,7 +48,7 @@ func (c *requestContext) Value(key any) any {
 	c.once.Do(func() {
 		repl := caddy.NewReplacer()
 		repl.Map(c.placeholder)
-		c.prepared = caddyhttp.PrepareRequest(c.r.WithContext(c.Context), repl, c.conn.out, c.conn.site).Context()
+		c.prepared = caddyhttp.PrepareRequest(c.r.WithContext(c.Context), repl, c.conn.out, c.conn.listener.site).Context()
 		caddyhttp.SetVar(c.prepared, "start_time", c.start) // which Caddy counts the duration from
 	})
 	return c.prepared.Value(key)
@@ -58,7 +58,7 @@ func (c *requestContext) Value(key any) any {
 // whose connection this is. That is Caddy's to say.
 func (c *requestContext) namesClient() bool {
 	has := func(name string) bool { return len(c.r.Header.Values(name)) > 0 }
-	return has("X-Forwarded-For") || slices.ContainsFunc(c.conn.site.ClientIPHeaders, has)
+	return has("X-Forwarded-For") || slices.ContainsFunc(c.conn.listener.site.ClientIPHeaders, has)
 }
 
 func (c *clientConn) startWatch() {

@@ -87,10 +87,7 @@ func (w *ListenerWrapper) WrapListener(ln net.Listener) net.Listener {
 	if !w.alone || usesTLS(app.(*caddyhttp.App), w.server, ln) {
 		return ln
 	}
-	l := &clientListener{
-		Listener: ln, address: ln.Addr().String(), handler: h, site: w.server,
-		others: make(chan net.Conn), closing: make(chan struct{}), ended: make(chan struct{}),
-	}
+	l := newClientListener(ln, h, w.server)
 	l.register()
 	go l.accept()
 	return l
@@ -151,11 +148,20 @@ type clientListener struct {
 	address string
 	handler *Handler
 	site    *caddyhttp.Server
+	conns   clientConns
 
 	others  chan net.Conn // for net/http
 	close   sync.Once
 	closing chan struct{} // closed by Close
 	ended   chan struct{} // closed when there will be no others
+}
+
+func newClientListener(ln net.Listener, h *Handler, site *caddyhttp.Server) *clientListener {
+	return &clientListener{
+		Listener: ln, address: ln.Addr().String(), handler: h, site: site,
+		conns:  clientConns{conns: make(map[*clientConn]struct{})},
+		others: make(chan net.Conn), closing: make(chan struct{}), ended: make(chan struct{}),
+	}
 }
 
 // clientListeners are those that accept, by address. At a reload there are two for
@@ -236,21 +242,23 @@ func (l *clientListener) accept() {
 
 // take serves a connection if it can be.
 func (l *clientListener) take(conn net.Conn, isNew bool) {
-	read, ok := conn.(*readConn)
-	if socket, is := conn.(*net.TCPConn); is {
-		read, ok = &readConn{TCPConn: socket}, true
+	var read *readConn
+	switch conn := conn.(type) {
+	case *readConn:
+		read = conn
+	case *net.TCPConn:
+		read = &readConn{TCPConn: conn}
+	default:
+		l.handOn(conn)
+		return
 	}
-	if ok {
-		if c := newClientConn(l, read, isNew); l.handler.conns.add(c) {
-			go c.run()
-			return
-		}
-		if successor := l.successor(); successor != nil {
-			successor.take(read, isNew)
-			return
-		}
+	if c := newClientConn(l, read, isNew); l.conns.add(c) {
+		go c.run()
+	} else if successor := l.successor(); successor != nil {
+		successor.take(read, isNew)
+	} else {
+		l.handOn(conn)
 	}
-	l.handOn(conn)
 }
 
 // handOn gives a connection to net/http.
@@ -267,10 +275,10 @@ func (l *clientListener) handOn(conn net.Conn) {
 // them.
 func (l *clientListener) end() {
 	l.unregister()
-	l.handler.conns.shutdown(caddy.Exiting())
+	l.conns.shutdown(caddy.Exiting())
 	decided := make(chan struct{})
 	go func() {
-		l.handler.conns.undecided.Wait()
+		l.conns.undecided.Wait()
 		close(decided)
 	}()
 	select {

@@ -21,7 +21,6 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2/caddyconfig"
-	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
 )
 
@@ -110,10 +109,10 @@ func TestListenerNewConnsAtReload(t *testing.T) {
 	echo := echoTarget(t)
 	goroutines := runtime.NumGoroutine()
 	requests := map[string]string{
-		"GET URL HTTP/1.1\nHost: x\n\n":                             "GET ",
-		"POST URL HTTP/1.1\nHost: x\nContent-Length: 2\n\nok":       "POST ok",
-		"CONNECT " + echo + " HTTP/1.1\nHost: x\n\n":                "",
-		"GET URL HTTP/1.1\nHost: x\nX-Long: " + long(5000) + "\n\n": "GET ",
+		"GET URL HTTP/1.1\nHost: x\n\n":                                            "GET ",
+		"POST URL HTTP/1.1\nHost: x\nContent-Length: 2\n\nok":                      "POST ok",
+		"CONNECT " + echo + " HTTP/1.1\nHost: x\n\n":                               "",
+		"GET URL HTTP/1.1\nHost: x\nX-Long: " + strings.Repeat("x", 5000) + "\n\n": "GET ",
 	}
 	for _, cut := range []int{0, 1, 10} { // how much has come before
 		conns := make(map[string]*rawConn)
@@ -121,7 +120,7 @@ func TestListenerNewConnsAtReload(t *testing.T) {
 			conns[request] = w.dial()
 			conns[request].send(strings.ReplaceAll(request, "URL", w.origin.URL+"/")[:cut])
 		}
-		eventually(t, "all to be accepted", func() bool { return ownConns(t) == len(requests) })
+		eventually(t, "all to be accepted", func() bool { return ownConns() == len(requests) })
 		time.Sleep(promptly) // until what has come is read
 		w.load(w.site(fmt.Sprintf("dial_timeout %ds", 11+cut)))
 
@@ -149,8 +148,6 @@ func TestListenerNewConnsAtReload(t *testing.T) {
 	eventually(t, "nothing to be left", func() bool { return runtime.NumGoroutine() <= goroutines })
 }
 
-func long(n int) string { return strings.Repeat("x", n) }
-
 // New connections get the server's time for a head, from their beginning.
 func TestListenerNewConnsTimeOut(t *testing.T) {
 	w := newWorld(t, "", nil)
@@ -172,7 +169,7 @@ func TestListenerNewConnsTimeOut(t *testing.T) {
 	if took := time.Since(start); took < 450*time.Millisecond {
 		t.Errorf("they were closed after %v", took)
 	}
-	eventually(t, "the connections to end", func() bool { return ownConns(t) == 0 })
+	eventually(t, "the connections to end", func() bool { return ownConns() == 0 })
 }
 
 // Where clients are to speak TLS, nothing is served in clear, wherever among the
@@ -198,13 +195,13 @@ func TestListenerOfTLS(t *testing.T) {
 			t.Fatal(err)
 		}
 		_ = res.Body.Close()
-		if n := ownConns(t); res.StatusCode != http.StatusOK || n != 0 {
+		if n := ownConns(); res.StatusCode != http.StatusOK || n != 0 {
 			t.Errorf("%q: by TLS, %s, and the proxy serves %d connections itself", wrappers, res.Status, n)
 		}
 		client.CloseIdleConnections()
 		c := dialRaw(t, w.plain)
 		c.gets(w.origin.URL + "/")
-		if n := ownConns(t); n != 1 {
+		if n := ownConns(); n != 1 {
 			t.Errorf("%q: at the port for HTTP, it serves %d", wrappers, n)
 		}
 		c.Close()
@@ -258,8 +255,8 @@ func TestListenerThatFails(t *testing.T) {
 	}
 	ln := &stumbling{Listener: inner}
 	ln.failures.Store(4)
-	l := unitListener(&Handler{conns: newClientConns(), logger: zap.NewNop()})
-	l.Listener, l.site = ln, new(caddyhttp.Server)
+	l := unitListener(&Handler{logger: zap.NewNop()})
+	l.Listener = ln
 	go l.accept()
 	start := time.Now()
 	c := dialRaw(t, inner.Addr().String())
@@ -299,8 +296,8 @@ func TestListenerThatFails(t *testing.T) {
 // connections.
 func TestListenerThatNobodyAsks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := unitListener(&Handler{conns: newClientConns()})
-		l.handler.conns.undecided.Add(1)
+		l := unitListener(nil)
+		l.conns.undecided.Add(1)
 		near, far := net.Pipe()
 		go l.handOn(near)
 		go l.end()
@@ -311,6 +308,6 @@ func TestListenerThatNobodyAsks(t *testing.T) {
 		if took := time.Since(start); took != lastWords {
 			t.Errorf("the connection was kept for %v, want %v", took, lastWords)
 		}
-		l.handler.conns.undecided.Done()
+		l.conns.undecided.Done()
 	})
 }

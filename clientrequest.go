@@ -11,6 +11,7 @@ import (
 	"net/textproto"
 	"net/url"
 	"strings"
+	"time"
 
 	"golang.org/x/net/http/httpguts"
 )
@@ -38,7 +39,8 @@ func (c *clientConn) readHead() (length int, err error) {
 		}
 		if !waits {
 			waits = true
-			c.expectAnew(c.site.ReadHeaderTimeout)
+			c.due = time.Unix(1, 0) // what is set was for something else
+			c.expect(c.listener.site.ReadHeaderTimeout)
 		}
 		if _, err := c.r.Peek(len(input) + 1); err == io.EOF && len(input) > 0 {
 			return -1, nil // who says nothing more may still want an answer

@@ -218,7 +218,6 @@ type Handler struct {
 	pacRules      func() string // the script for browsers, but for its head
 
 	running   *atomic.Bool    // its config has started
-	conns     *clientConns    // of clients, that it serves itself
 	wraps     bool            // a listener, to serve them
 	config    <-chan struct{} // ends with its config, and is the same for all handlers of that
 	addresses []string        // of its server
@@ -237,7 +236,6 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	h.logger = ctx.Logger()
 	h.setDefaults()
 	h.running, h.config = new(atomic.Bool), ctx.Done()
-	h.conns = newClientConns()
 
 	var err error
 	if h.exempt, err = parsePrefixes("exempt", h.Exempt); err != nil {

@@ -59,7 +59,7 @@ func TestClientConnWriterSplices(t *testing.T) {
 	if _, err := in.Write(make([]byte, 1000)); err != nil {
 		t.Fatal(err)
 	}
-	w := &responseWriter{client: &clientConn{TCPConn: to.(*net.TCPConn), handler: &Handler{conns: newClientConns()}}}
+	w := &responseWriter{client: newClientConn(unitListener(nil), &readConn{TCPConn: to.(*net.TCPConn)}, false)}
 	w.begin(false, false)
 	w.Header()["Content-Length"] = []string{"1000"}
 	w.WriteHeader(http.StatusOK)

@@ -244,7 +244,7 @@ func TestStreamClientLeaves(t *testing.T) {
 			t.Errorf("status %v in the log, want 499", line["status"])
 		}
 		w.forgetLogs()
-		eventually(t, "the connection to end", func() bool { return ownConns(t) == 0 })
+		eventually(t, "the connection to end", func() bool { return ownConns() == 0 })
 	}
 	for name, answer := range map[string]string{
 		"before the response": "",
