@@ -58,6 +58,59 @@ func BenchmarkForward(b *testing.B) {
 	}
 }
 
+// BenchmarkConnect is a tunnel that is opened on a connection of its own, carries a
+// byte there and back, and is closed by its client: where the proxy serves the
+// connection itself, where Caddy's HTTP server does, and through a bare proxy of
+// net/http that takes the connection over.
+func BenchmarkConnect(b *testing.B) {
+	echo := echoTarget(b)
+	const limiter = "async_proxy burst 1000000000 refill 1000000"
+	for _, row := range []struct{ name, site, log string }{
+		{"async_proxy", limiter, "discard"},
+		{"async_proxy-logging", limiter, "file"},
+		{"async_proxy-nethttp", "route {\n\t\t" + limiter + "\n\t}", "discard"},
+		{"net-http", "", ""},
+	} {
+		b.Run(row.name, func(b *testing.B) {
+			proxy := startBench(b, row.site, row.log)
+			request := fmt.Sprintf("CONNECT %s HTTP/1.1\r\nHost: %s\r\n\r\n", echo, echo)
+			proxy.measure(b, func(more func() bool) error {
+				r := bufio.NewReader(nil)
+				for more() {
+					if err := tunnelOnce(proxy.address, r, request); err != nil {
+						return err
+					}
+				}
+				return nil
+			})
+		})
+	}
+}
+
+func tunnelOnce(proxy string, r *bufio.Reader, request string) error {
+	conn, err := net.Dial("tcp4", proxy)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	r.Reset(conn)
+	if _, err := io.WriteString(conn, request); err != nil {
+		return err
+	}
+	res, err := http.ReadResponse(r, &http.Request{Method: http.MethodConnect})
+	if err != nil {
+		return err
+	}
+	if res.StatusCode != http.StatusOK {
+		return fmt.Errorf("status %d", res.StatusCode)
+	}
+	if _, err := conn.Write([]byte{'x'}); err != nil {
+		return err
+	}
+	_, err = r.ReadByte()
+	return err
+}
+
 // BenchmarkReject is a 429 over keep-alive connections, with and without lines in
 // a log, next to Caddy's respond, which is the least that an answer costs.
 func BenchmarkReject(b *testing.B) {
@@ -137,29 +190,41 @@ func startBench(b *testing.B, site, log string) benchProxy {
 // run sends b.N requests over benchClients connections.
 func (p benchProxy) run(b *testing.B, request string, status int) {
 	b.Helper()
-	conns := make([]net.Conn, benchClients)
-	for i := range conns {
+	conns := make(chan net.Conn, benchClients)
+	for range benchClients {
 		conn, err := net.Dial("tcp4", p.address)
 		if err != nil {
 			b.Fatal(err)
 		}
 		defer conn.Close()
-		conns[i] = conn
+		conns <- conn
 	}
+	p.measure(b, func(more func() bool) error {
+		conn := <-conns
+		r := bufio.NewReader(conn)
+		for more() {
+			if err := exchangeOnce(conn, r, request, status); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// measure runs benchClients clients, which do something as long as there is more to
+// do, b.N times in all.
+func (p benchProxy) measure(b *testing.B, client func(more func() bool) error) {
+	b.Helper()
 	var left atomic.Int64
 	left.Store(int64(b.N))
 	var failed atomic.Pointer[error]
 	var wg sync.WaitGroup
 	b.ResetTimer()
 	before := p.cpu(b)
-	for _, conn := range conns {
+	for range benchClients {
 		wg.Go(func() {
-			r := bufio.NewReader(conn)
-			for left.Add(-1) >= 0 {
-				if err := exchangeOnce(conn, r, request, status); err != nil {
-					failed.Store(&err)
-					return
-				}
+			if err := client(func() bool { return left.Add(-1) >= 0 }); err != nil {
+				failed.Store(&err)
 			}
 		})
 	}
@@ -228,10 +293,38 @@ var buildCaddy = sync.OnceValues(func() (string, error) {
 // address that it holds.
 const forwarderEnv = "ASYNC_PROXY_TEST_FORWARDER"
 
+func bareTunnel(w http.ResponseWriter, r *http.Request) {
+	far, err := net.Dial("tcp", r.Host)
+	if err != nil {
+		w.WriteHeader(http.StatusBadGateway)
+		return
+	}
+	near, _, err := w.(http.Hijacker).Hijack()
+	if err != nil {
+		_ = far.Close()
+		return
+	}
+	_, _ = io.WriteString(near, "HTTP/1.1 200 OK\r\n\r\n")
+	relay := func(dst, src net.Conn) {
+		_, _ = io.Copy(dst, src)
+		_ = dst.(*net.TCPConn).CloseWrite()
+	}
+	var up sync.WaitGroup
+	up.Go(func() { relay(far, near) })
+	relay(near, far)
+	up.Wait()
+	_ = near.Close()
+	_ = far.Close()
+}
+
 func TestMain(m *testing.M) {
 	if address := os.Getenv(forwarderEnv); address != "" {
 		transport := &http.Transport{MaxIdleConnsPerHost: benchClients, DisableCompression: true}
 		err := http.ListenAndServe(address, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.Method == http.MethodConnect {
+				bareTunnel(w, r)
+				return
+			}
 			r.RequestURI = ""
 			res, err := transport.RoundTrip(r)
 			if err != nil {

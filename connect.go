@@ -60,7 +60,7 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *visit) (int
 	recordStatus(w, http.StatusOK)
 	t.near, t.early, t.greeting = newConnPeer(near), early, established
 	if own, ok := innermost(w).(*responseWriter); ok {
-		own.tunnel = t
+		own.tunnel = t // which that connection's goroutine runs when this one's frames are gone
 		return http.StatusOK, nil
 	}
 	// The tunnel lives on without this goroutine, whose stack, like the request

@@ -520,7 +520,7 @@ func TestTunnelsInTheAccessLog(t *testing.T) {
 
 // echoTarget returns the address of a target that says what it hears. It holds
 // no pipes, as io.Copy between sockets would.
-func echoTarget(t *testing.T) string {
+func echoTarget(t testing.TB) string {
 	t.Helper()
 	return listen(t, func(conn *net.TCPConn) {
 		conn.SetDeadline(time.Now().Add(tunnelPatience))
