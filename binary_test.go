@@ -170,6 +170,13 @@ func (c *binaryCaddy) reload(site string) {
 	if status, text := c.ask(http.MethodPost, "/load", c.caddyfile(site)); status != http.StatusOK {
 		c.t.Fatalf("/load: status %d: %s", status, text)
 	}
+	c.waitReloaded()
+}
+
+// waitReloaded waits until no connection gets to the config before.
+func (c *binaryCaddy) waitReloaded() {
+	c.t.Helper()
+	eventually(c.t, "the old sockets to be closed", func() bool { return !listeningTwice() })
 }
 
 // descriptors is how many the process has open: the fewest within some time, as
@@ -512,6 +519,9 @@ func TestBinaryReload(t *testing.T) {
 
 	reload := func() (string, error) {
 		out, err := c.command("reload", "--config", c.config, "--adapter", "caddyfile", "--address", c.admin).CombinedOutput()
+		if err == nil {
+			c.waitReloaded()
+		}
 		return string(out), err
 	}
 	c.write(c.caddyfile("burst 4\nrefill 0.00001\ndial_timeout 8s"))

@@ -93,18 +93,24 @@ func (w *world) load(sites string) {
 // loadCaddyfile runs a Caddyfile until the test ends.
 func loadCaddyfile(t testing.TB, caddyfile string) {
 	t.Helper()
-	old := serving()
-	startCaddyfile(t, caddyfile)
-	// A reload returns while the old servers may still accept a connection, only
-	// to close it, and while their sockets may still be there.
-	eventually(t, "the old servers to stop", func() bool {
-		now := serving()
-		return !slices.ContainsFunc(old, func(id string) bool { return slices.Contains(now, id) }) && !listeningTwice()
-	})
+	replaced(t, func() { startCaddyfile(t, caddyfile) })
 	t.Cleanup(func() {
 		if err := caddy.Stop(); err != nil {
 			t.Errorf("stopping: %v", err)
 		}
+	})
+}
+
+// replaced loads a config and waits for the end of the servers before: when a reload
+// returns they may still accept a connection, to close it or to serve it as they did
+// others, and their sockets may still be there.
+func replaced(t testing.TB, load func()) {
+	t.Helper()
+	old := serving()
+	load()
+	eventually(t, "the old servers to stop", func() bool {
+		now := serving()
+		return !slices.ContainsFunc(old, func(id string) bool { return slices.Contains(now, id) }) && !listeningTwice()
 	})
 }
 

@@ -306,10 +306,14 @@ func TestParentFailures(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			address, _ := parentListens(t, tc.answer)
-			if tc.answer == "refused" {
+			options := ""
+			switch tc.answer {
+			case "":
+				options = "dial_timeout 200ms\n"
+			case "refused":
 				address = closed
 			}
-			w := newWorld(t, "dial_timeout 200ms\nupstream http://alice:rabbit@"+address, nil)
+			w := newWorld(t, options+"upstream http://alice:rabbit@"+address, nil)
 			res, body := policyRequest(t, w.proxy, http.MethodConnect, "target.example:443", "")
 			if res.StatusCode != tc.status || !strings.HasPrefix(body, tc.text) || res.Header.Get("Proxy-Authenticate") != "" {
 				t.Errorf("%s %q, want %d %q", res.Status, body, tc.status, tc.text)

@@ -454,9 +454,11 @@ func (w *tunnelWorld) reload(t *testing.T, setup tunnelSetup) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := caddy.Load(config, true); err != nil {
-		t.Fatal(err)
-	}
+	replaced(t, func() {
+		if err := caddy.Load(config, true); err != nil {
+			t.Fatal(err)
+		}
+	})
 }
 
 // ready waits until there is a certificate.
