@@ -95,8 +95,13 @@ func TestMetricsCount(t *testing.T) {
 		if _, err := io.ReadFull(conn.r, make([]byte, 10)); err != nil {
 			t.Fatal(err)
 		}
-		during := gathered(t)
-		for name, want := range map[string]float64{"tunnels": 1, "tunnels_limit": 7, "rate_limit_clients": during["rate_limit_clients"], `tunnel_bytes_total{direction="up"}`: before[`tunnel_bytes_total{direction="up"}`] + 10} {
+		var during map[string]float64
+		up := before[`tunnel_bytes_total{direction="up"}`] + 10
+		eventually(t, "what was sent to be counted", func() bool {
+			during = gathered(t)
+			return during[`tunnel_bytes_total{direction="up"}`] >= up
+		})
+		for name, want := range map[string]float64{"tunnels": 1, "tunnels_limit": 7, `tunnel_bytes_total{direction="up"}`: up} {
 			if during[name] != want {
 				t.Errorf("with a tunnel open: %s = %v, want %v", name, during[name], want)
 			}
