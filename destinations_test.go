@@ -334,8 +334,22 @@ func BenchmarkRules(b *testing.B) {
 	}
 }
 
+// A rule that no destination could match is refused, not kept.
+func TestRulesThatNothingMatches(t *testing.T) {
+	for _, text := range []string{"", ".", "*.", "..", "a..", "a..b", ".a", "*..a", "a.example..", "münchen.。", "münchen。.", "0A.。", "0.0.0.0..", "0.0.0.0。", "*.0.0.0.0"} {
+		if d, err := parseDestination(text); err == nil {
+			t.Errorf("%q is read as %+v", text, d)
+		}
+	}
+	for text, want := range map[string]string{"a.": "a", "A.Example": "a.example", "*.a.": "a", "münchen。": "xn--mnchen-3ya", "_dmarc.a": "_dmarc.a"} {
+		if d, err := parseDestination(text); err != nil || d.text != want {
+			t.Errorf("%q is read as %+v, %v", text, d, err)
+		}
+	}
+}
+
 func FuzzDestination(f *testing.F) {
-	for _, s := range strings.Fields("all public:80 10.0.0.0/8 [2001:db8::/32]:1-2 *.example.com:443 münchen.example ::1 1.2.3.4:99999 [::1 *.*.a a:b:c 0.0.0.0.. *.0.0.0.0 0.0.0.0。 a.example.. münchen.example.. münchen。") {
+	for _, s := range strings.Fields("all public:80 10.0.0.0/8 [2001:db8::/32]:1-2 *.example.com:443 münchen.example ::1 1.2.3.4:99999 [::1 *.*.a a:b:c 0.0.0.0.. *.0.0.0.0 0.0.0.0。 a.example.. münchen.example.. münchen。 0A.。 a。. a..b .a *..a") {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {

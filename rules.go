@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"unicode"
 
@@ -79,11 +80,10 @@ func parseDestination(s string) (destination, error) {
 		d.text = host
 		return d, nil
 	}
-	host = strings.TrimSuffix(host, ".")
 	if strings.Contains(host, "%") {
 		return destination{}, fmt.Errorf("%q has a zone, which is this machine's affair", s)
 	}
-	if prefix, err := parsePrefix(host); err == nil {
+	if prefix, err := parsePrefix(strings.TrimSuffix(host, ".")); err == nil {
 		d.prefix = prefix
 		return d, nil
 	}
@@ -92,9 +92,9 @@ func parseDestination(s string) (destination, error) {
 	if strings.ContainsFunc(name, func(c rune) bool { return c > unicode.MaxASCII }) {
 		ascii, err = idna.Lookup.ToASCII(name) // which knows no _, as there is in names of services
 	}
-	d.text, d.below = strings.TrimSuffix(strings.ToLower(ascii), "."), below
-	_, isAddress := parsePrefix(d.text) // spelled in another way than addresses are
-	if err != nil || d.text == "" || isAddress == nil || checkHost(d.text) != nil || strings.ContainsAny(host, "/[]") || strings.HasSuffix(name, ".") {
+	d.text, d.below = strings.TrimSuffix(strings.ToLower(ascii), "."), below // the dot may have been another character
+	_, isAddress := parsePrefix(d.text)                                      // spelled in another way than addresses are
+	if err != nil || d.text == "" || isAddress == nil || checkHost(d.text) != nil || strings.ContainsAny(host, "/[]") || slices.Contains(strings.Split(d.text, "."), "") {
 		return destination{}, fmt.Errorf("%q is no address, no CIDR range and no name", s)
 	}
 	return d, nil
