@@ -92,9 +92,10 @@ func parseDestination(s string) (destination, error) {
 	if strings.ContainsFunc(name, func(c rune) bool { return c > unicode.MaxASCII }) {
 		ascii, err = idna.Lookup.ToASCII(name) // which knows no _, as there is in names of services
 	}
-	d.text, d.below = strings.TrimSuffix(strings.ToLower(ascii), "."), below // the dot may have been another character
-	_, isAddress := parsePrefix(d.text)                                      // spelled in another way than addresses are
-	if err != nil || d.text == "" || isAddress == nil || checkHost(d.text) != nil || strings.ContainsAny(host, "/[]") || slices.Contains(strings.Split(d.text, "."), "") {
+	// Only now, as a dot may have been another character.
+	d.text, d.below = strings.TrimSuffix(strings.ToLower(ascii), "."), below
+	_, isAddress := parsePrefix(d.text) // spelled in another way than addresses are
+	if err != nil || isAddress == nil || checkHost(d.text) != nil || strings.ContainsAny(host, "/[]") || slices.Contains(strings.Split(d.text, "."), "") {
 		return destination{}, fmt.Errorf("%q is no address, no CIDR range and no name", s)
 	}
 	return d, nil
