@@ -99,7 +99,7 @@ func TestAdminAPI(t *testing.T) {
 	var tunnels tunnelList
 	eventually(t, "bytes that have passed to be counted", func() bool {
 		c.api("GET", "tunnels?sort=bytes", 200, &tunnels)
-		return tunnels.Total == 2 && len(tunnels.Tunnels) == 2 && tunnels.Tunnels[0].BytesDown > 0
+		return tunnels.Total == 2 && len(tunnels.Tunnels) == 2 && tunnels.Tunnels[0].BytesUp > 0 && tunnels.Tunnels[0].BytesDown > 0
 	})
 	if got := tunnels.Tunnels[0]; got.Client != "192.0.2.11" || got.Target != echo || got.Address != echo || got.Proto != "HTTP/1.1" || got.BytesUp != 10 || got.BytesDown != 10 {
 		t.Errorf("tunnel %+v", got)

@@ -161,8 +161,12 @@ func TestTunnelsAreSeenWithoutABucket(t *testing.T) {
 	conn.connect(echoTarget(t))
 	w.load(w.site("zone new")) // which knows nobody
 	hear(t, conn, say(t, conn, "0123456789"))
-	list := found(t, "")
-	if len(list.Clients) != 1 || list.Total != 1 {
+	var list clientList
+	eventually(t, "bytes that have passed to be counted", func() bool {
+		list = found(t, "")
+		return len(list.Clients) == 1 && list.Clients[0].BytesUp > 0 && list.Clients[0].BytesDown > 0
+	})
+	if list.Total != 1 {
 		t.Fatalf("clients %+v", list)
 	}
 	if c := list.Clients[0]; c.Client != "127.0.0.1" || c.Zone != "old" || c.Tunnels != 1 || c.BytesUp != 10 || c.BytesDown != 10 || time.Since(c.LastSeen) > time.Minute || c.BlockedUntil != nil {

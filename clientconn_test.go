@@ -92,7 +92,6 @@ func TestClientConnServed(t *testing.T) {
 	_, port, _ := strings.Cut(w.proxy, ":")
 	socket := filepath.Join(t.TempDir(), "socket")
 	const site = "http://:PORT {\nasync_proxy {\nburst 1000000\nrefill 1000000\n}\n}\n"
-	const wrapper = "listener_wrappers {\nasync_proxy\n}\n"
 	with := func(lines string) string { return strings.Replace(site, "{\n", "{\n"+lines+"\n", 1) }
 	servers := func(lines string) string { return "{\nservers {\n" + lines + "\n}\n}\n" + site }
 	for _, row := range []struct {
@@ -102,33 +101,33 @@ func TestClientConnServed(t *testing.T) {
 		{"alone", site, 1},
 		{"a handler behind it", with("respond hello"), 1},
 		{"another port", site + "http://www.example.com:1 {\nrespond hello\n}\n", 1},
-		{"options of the server", servers(wrapper + "protocols h1 h2 h2c"), 1},
-		{"the wrapper twice", servers(strings.Replace(wrapper, "async_proxy", "async_proxy\nasync_proxy", 1)), 1},
-		{"the wrapper before TLS", servers(strings.Replace(wrapper, "async_proxy", "async_proxy\ntls", 1)), 1},
-		{"in a route", "{\nservers {\n" + wrapper + "\n}\n}\n" + inRoute(strings.Replace(site, "async", "\tasync", 1)), 1},
-		{"HTTP/1.1 alone", servers(wrapper + "protocols h1"), 1},
+		{"options of the server", servers(withWrapper + "protocols h1 h2 h2c"), 1},
+		{"the wrapper twice", servers(strings.Replace(withWrapper, "async_proxy", "async_proxy\nasync_proxy", 1)), 1},
+		{"the wrapper before TLS", servers(strings.Replace(withWrapper, "async_proxy", "async_proxy\ntls", 1)), 1},
+		{"in a route", "{\nservers {\n" + withWrapper + "\n}\n}\n" + inRoute(strings.Replace(site, "async", "\tasync", 1)), 1},
+		{"HTTP/1.1 alone", servers(withWrapper + "protocols h1"), 1},
 
 		{"no wrapper", servers("protocols h1 h2"), 0},
 		{"in a route, where there is none", inRoute(strings.Replace(site, "async", "\tasync", 1)), 0},
 		{"access log", with("log"), 0},
 		{"metrics", "{\nmetrics\n}\n" + site, 0},
-		{"metrics of the server", servers(wrapper + "metrics"), 0},
+		{"metrics of the server", servers(withWrapper + "metrics"), 0},
 		{"handle_errors", with("handle_errors {\nrespond no\n}"), 0},
 		{"a matcher", strings.Replace(with("@get method GET"), "async_proxy", "async_proxy @get", 1), 0},
-		{"a matcher, and the wrapper", "{\nservers {\n" + wrapper + "\n}\n}\n" + strings.Replace(with("@get method GET"), "async_proxy", "async_proxy @get", 1), 0},
-		{"a matcher around it", "{\nservers {\n" + wrapper + "\n}\n}\n" + strings.Replace(with("@get method GET"), "async_proxy", "handle @get {\nasync_proxy", 1) + "}\n", 0},
+		{"a matcher, and the wrapper", "{\nservers {\n" + withWrapper + "\n}\n}\n" + strings.Replace(with("@get method GET"), "async_proxy", "async_proxy @get", 1), 0},
+		{"a matcher around it", "{\nservers {\n" + withWrapper + "\n}\n}\n" + strings.Replace(with("@get method GET"), "async_proxy", "handle @get {\nasync_proxy", 1) + "}\n", 0},
 		{"a handler before it", with("request_header X-Y z"), 0},
 		{"another site", site + "http://www.example.com:PORT {\nrespond hello\n}\n", 0},
-		{"a timeout for content", servers(wrapper + "timeouts {\nread_body 1m\n}"), 0},
-		{"a timeout for responses", servers(wrapper + "timeouts {\nwrite 1m\n}"), 0},
-		{"a rate for content", servers(wrapper + "timeouts {\nread_body_idle 1m 100\n}"), 0},
-		{"a rate for responses", servers(wrapper + "timeouts {\nwrite_idle 1m 100\n}"), 0},
-		{"names with an underscore", servers(wrapper + "expected_underscore_headers A_b"), 0},
-		{"names with a dot", servers(wrapper + "expected_dot_headers A.b"), 0},
+		{"a timeout for content", servers(withWrapper + "timeouts {\nread_body 1m\n}"), 0},
+		{"a timeout for responses", servers(withWrapper + "timeouts {\nwrite 1m\n}"), 0},
+		{"a rate for content", servers(withWrapper + "timeouts {\nread_body_idle 1m 100\n}"), 0},
+		{"a rate for responses", servers(withWrapper + "timeouts {\nwrite_idle 1m 100\n}"), 0},
+		{"names with an underscore", servers(withWrapper + "expected_underscore_headers A_b"), 0},
+		{"names with a dot", servers(withWrapper + "expected_dot_headers A.b"), 0},
 		{"an address without HTTP/1.1", with("bind 127.0.0.1 {\nprotocols h1\n}\nbind 127.0.0.2 {\nprotocols h2c\n}"), 0},
 		{"PROXY protocol", servers("listener_wrappers {\nproxy_protocol\nasync_proxy\n}"), 0},
 		{"PROXY protocol that would see nothing", servers("listener_wrappers {\nasync_proxy\nproxy_protocol\n}"), 0},
-		{"another wrapper", servers(strings.Replace(wrapper, "async_proxy", "async_proxy\ntls\nhttp_redirect", 1)), 0},
+		{"another wrapper", servers(strings.Replace(withWrapper, "async_proxy", "async_proxy\ntls\nhttp_redirect", 1)), 0},
 		{"a Unix socket", with("bind unix/" + socket), 0},
 	} {
 		t.Run(row.name, func(t *testing.T) {
@@ -615,7 +614,7 @@ func TestClientConnTimeouts(t *testing.T) {
 	origin := newSlowly()
 	w := newWorld(t, "", origin)
 	servers := func(timeouts string) {
-		loadCaddyfile(t, withServers(w.globals()+w.site(""), "listener_wrappers {\nasync_proxy\n}\ntimeouts {\n"+timeouts+"\n}"))
+		loadCaddyfile(t, withServers(w.globals()+w.site(""), withWrapper+"timeouts {\n"+timeouts+"\n}"))
 	}
 	head := "GET " + w.origin.URL + "/ HTTP/1.1\r\nHost: x\r\n\r\n"
 	servers("idle 700ms")
@@ -683,7 +682,7 @@ func TestClientConnStalledWrites(t *testing.T) {
 			time.Sleep(400 * time.Millisecond)
 		}
 	}))
-	loadCaddyfile(t, withServers(w.globals()+w.site(""), "listener_wrappers {\nasync_proxy\n}\ntimeouts {\nwrite_idle 200ms\n}"))
+	loadCaddyfile(t, withServers(w.globals()+w.site(""), withWrapper+"timeouts {\nwrite_idle 200ms\n}"))
 	c := w.dial()
 	for i := range 2 { // first by net/http
 		if body := c.gets(w.origin.URL + "/slow"); body != "first " {

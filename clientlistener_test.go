@@ -127,7 +127,6 @@ func TestListenerNewConnsAtReload(t *testing.T) {
 		for request, want := range requests {
 			c := conns[request]
 			c.send(strings.ReplaceAll(request, "URL", w.origin.URL+"/")[cut:])
-			t.Logf("%d %.10q", cut, request)
 			method, _, _ := strings.Cut(request, " ")
 			res, body := c.response(method)
 			if res.StatusCode != http.StatusOK || body != want {
@@ -235,11 +234,9 @@ func TestListenerTrustedProxies(t *testing.T) {
 type stumbling struct {
 	net.Listener
 	failures atomic.Int64
-	asked    atomic.Int64
 }
 
 func (l *stumbling) Accept() (net.Conn, error) {
-	l.asked.Add(1)
 	if l.failures.Add(-1) >= 0 {
 		return nil, &net.OpError{Op: "accept", Err: syscall.EMFILE}
 	}

@@ -208,6 +208,9 @@ func (w *world) logLines(message string) []map[string]any {
 	}
 	var lines []map[string]any
 	for text := range strings.Lines(string(data)) {
+		if !strings.HasSuffix(text, "\n") {
+			break // it is being written
+		}
 		var line map[string]any
 		if err := json.Unmarshal([]byte(text), &line); err != nil {
 			w.t.Fatalf("log line %q: %v", text, err)

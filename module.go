@@ -218,7 +218,7 @@ type Handler struct {
 	pacRules      func() string // the script for browsers, but for its head
 
 	running   *atomic.Bool    // its config has started
-	wraps     bool            // a listener, to serve them
+	wraps     bool            // its server has the listener wrapper, and no other
 	config    <-chan struct{} // ends with its config, and is the same for all handlers of that
 	addresses []string        // of its server
 }

@@ -340,6 +340,7 @@ func TestRefusalLimits(t *testing.T) {
 		}
 		_ = conn.Close()
 		b.waitLog("CONNECT tunnel closed", i+1)
+		noTunnels(t)
 	}
 	b.load(b.site("burst 1\nrefill 0.00001"))
 	policyRequest(t, b.proxy, http.MethodGet, b.in("ECHO"), "")

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"slices"
 	"strings"
 	"unicode"
 
@@ -92,10 +91,10 @@ func parseDestination(s string) (destination, error) {
 	if strings.ContainsFunc(name, func(c rune) bool { return c > unicode.MaxASCII }) {
 		ascii, err = idna.Lookup.ToASCII(name) // which knows no _, as there is in names of services
 	}
-	// Only now, as a dot may have been another character.
+	// The dot at the end may have been another character. A second one is none of a name.
 	d.text, d.below = strings.TrimSuffix(strings.ToLower(ascii), "."), below
 	_, isAddress := parsePrefix(d.text) // spelled in another way than addresses are
-	if err != nil || isAddress == nil || checkHost(d.text) != nil || strings.ContainsAny(host, "/[]") || slices.Contains(strings.Split(d.text, "."), "") {
+	if err != nil || isAddress == nil || checkHost(d.text) != nil || strings.ContainsAny(host, "/[]") || strings.HasSuffix(d.text, ".") {
 		return destination{}, fmt.Errorf("%q is no address, no CIDR range and no name", s)
 	}
 	return d, nil

@@ -75,7 +75,7 @@ func (h *Handler) started(ctx caddy.Context, server *caddyhttp.Server) {
 		case owner == h && len(server.TLSConnPolicies) > 0:
 			why = "TLS"
 		case owner == h:
-			level, why = zapcore.InfoLevel, "async_proxy is not the only one of the server's listener_wrappers; if it were, most requests would take 0.7 of the CPU"
+			level, why = zapcore.InfoLevel, "the server's listener_wrappers are not async_proxy alone; if they were, most requests would take 0.7 of the CPU"
 		}
 		h.logger.Log(level, "clients are served by Caddy's HTTP server", zap.Strings("addresses", server.Listen), zap.String("why", why))
 	}

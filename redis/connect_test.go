@@ -58,7 +58,7 @@ func TestSecrets(t *testing.T) {
 	t.Setenv("REDIS_TEST_PASSWORD", "open-sesame")
 	t.Setenv("REDIS_TEST_WRONG", "open-barley")
 	for _, password := range []string{"{env.REDIS_TEST_PASSWORD}", "{file." + file + "}"} {
-		w := newWorld(t, "limiter redis {env.REDIS_TEST_ADDRESS} {\nusername proxy\npassword "+password+"\n}")
+		w := newWorld(t, "limiter redis {env.REDIS_TEST_ADDRESS} {\ntimeout 5s\nusername proxy\npassword "+password+"\n}")
 		w.counts(e)
 		e.do("FLUSHALL")
 		w.load("limiter redis {env.REDIS_TEST_ADDRESS} {\nusername proxy\npassword {env.REDIS_TEST_WRONG}\n}")
@@ -138,7 +138,7 @@ func startSecure(t *testing.T) (e *engine, address, cert string) {
 
 func TestTLS(t *testing.T) {
 	e, secure, cert := startSecure(t)
-	w := newWorld(t, fmt.Sprintf("limiter redis %s {\ntls %s\n}", secure, cert))
+	w := newWorld(t, fmt.Sprintf("limiter redis %s {\ntimeout 5s\ntls %s\n}", secure, cert))
 	w.counts(e)
 	e.do("FLUSHALL")
 	w.load(fmt.Sprintf("zone a\nlimiter redis %s {\ntls\n}", secure))
@@ -160,7 +160,7 @@ func TestTLS(t *testing.T) {
 
 func TestDatabaseAndPrefix(t *testing.T) {
 	e := startEngine(t, "redis-server")
-	w := newWorld(t, fmt.Sprintf("zone a\nlimiter redis %s {\ndb 3\nprefix proxy:a\n}", e.address))
+	w := newWorld(t, fmt.Sprintf("zone a\nlimiter redis %s {\ntimeout 5s\ndb 3\nprefix proxy:a\n}", e.address))
 	w.gets(200)
 	e.do("SELECT", "3")
 	var got string
@@ -192,8 +192,8 @@ func TestReloadAtOnce(t *testing.T) {
 	e := startEngine(t, "redis-server")
 	b := startBridge(t, e.address)
 	b.setup.Store(int64(faultTimeout))
-	w := newWorld(t, fmt.Sprintf("limiter redis %s", b.address))
-	w.load(fmt.Sprintf("limiter redis %s", e.address))
+	w := newWorld(t, fmt.Sprintf("limiter redis %s {\ntimeout 5s\n}", b.address))
+	w.load(fleetOptions(e, ""))
 	w.counts(e)
 	eventually(t, "the first one to be done", func() bool { return stacksWith("redis.(*server)") == 0 })
 	eventually(t, "its connection to be closed", func() bool { // there are this test's and the new one
@@ -234,7 +234,7 @@ func TestCluster(t *testing.T) {
 	e := startNode(t)
 	e.do("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
 	eventually(t, "the cluster", func() bool { return strings.Contains(e.do("CLUSTER", "INFO"), "cluster_state:ok") })
-	w := newWorld(t, fmt.Sprintf("burst 3\nrefill 0.001\nlimiter redis %s", e.address))
+	w := newWorld(t, fleetOptions(e, "burst 3\nrefill 0.001"))
 	w.counts(e)
 	w.gets(200, 200, 429)
 	for _, b := range []asyncproxy.Bucket{{Zone: "default"}, {Zone: "a{b}c"}, {Zone: "a}b"}, {Zone: "default", User: "x}y"}} {
@@ -244,7 +244,7 @@ func TestCluster(t *testing.T) {
 		}
 	}
 	e.kill()
-	w.load(fmt.Sprintf("burst 2\nrefill 0.001\nlimiter redis %s", e.address))
+	w.load(fleetOptions(e, "burst 2\nrefill 0.001"))
 	w.gets(200, 200, 429)
 	e.run()
 	eventually(t, "Redis to be back", func() bool { _, back := w.states(); return back > 0 })
@@ -339,9 +339,9 @@ func TestClusterOfTwo(t *testing.T) {
 	nodes[0].do("CLUSTER", "ADDSLOTSRANGE", "0", "8191")
 	nodes[1].do("CLUSTER", "ADDSLOTSRANGE", "8192", "16383")
 	joinNodes(t, nodes)
-	w := newWorld(t, fmt.Sprintf("burst 3\nrefill 0.001\nzone z0\nlimiter redis %s", nodes[0].address))
+	w := newWorld(t, fmt.Sprintf("burst 3\nrefill 0.001\nzone z0\nlimiter redis %s {\ntimeout 5s\n}", nodes[0].address))
 	for i := range 10 {
-		w.load(fmt.Sprintf("burst 3\nrefill 0.001\nzone z%d\nlimiter redis %s %s", i, nodes[0].address, nodes[1].address))
+		w.load(fmt.Sprintf("burst 3\nrefill 0.001\nzone z%d\nlimiter redis %s %s {\ntimeout 5s\n}", i, nodes[0].address, nodes[1].address))
 		w.gets(200)
 	}
 	for _, e := range nodes {

@@ -282,7 +282,7 @@ func TestAlmostTooSlow(t *testing.T) {
 // A wrong type under the key is replaced: it is nobody's fault but the key's.
 func TestWrongTypeUnderTheKey(t *testing.T) {
 	e := startEngine(t, "redis-server")
-	w := newWorld(t, fmt.Sprintf("burst 10\nrefill 0.001\nlimiter redis %s", e.address))
+	w := newWorld(t, fleetOptions(e, "burst 10\nrefill 0.001"))
 	w.gets(200)
 	key := e.bucketKeys()[0]
 	e.do("DEL", key)
