@@ -11,6 +11,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"runtime"
 	"runtime/debug"
 	"sync"
@@ -41,6 +42,7 @@ type clientConn struct {
 	gone  context.CancelFunc
 	due   time.Time // the deadline that is set for reading
 	isNew bool      // there was no request yet
+	late  bool      // the time for the head that has begun is over
 	state atomic.Int32
 
 	mu        sync.Mutex
@@ -70,7 +72,7 @@ func (c *clientConn) start() {
 	c.remote = c.RemoteAddr().String()
 	c.r = headReaders.Get().(*bufio.Reader)
 	if c.r.Reset(c.TCPConn); len(c.early) > 0 {
-		c.r.Reset(&readConn{c.TCPConn, c.early})
+		c.r.Reset(&readConn{TCPConn: c.TCPConn, early: c.early})
 		_, _ = c.r.Peek(len(c.early)) // fits, and is there for leave, too
 		c.early = nil
 	}
@@ -212,7 +214,8 @@ func (c *clientConn) next() (r *http.Request, elsewhere bool) {
 	if !c.state.CompareAndSwap(connIdle, connBusy) {
 		return nil, c.state.Load() == connMoves
 	}
-	if err != nil {
+	c.late = errors.Is(err, os.ErrDeadlineExceeded) && c.r.Buffered() > 0
+	if err != nil && !c.late {
 		return nil, false
 	}
 	if length < 0 {
@@ -259,7 +262,7 @@ func (c *clientConn) leave() {
 	c.mu.Lock() // shutdown may be at it
 	_ = c.SetReadDeadline(time.Time{})
 	c.mu.Unlock()
-	conn := &readConn{TCPConn: c.TCPConn, early: bytes.Clone(unread)}
+	conn := &readConn{TCPConn: c.TCPConn, early: bytes.Clone(unread), late: c.late}
 	var successor *clientListener
 	if c.listener.conns.over.Load() {
 		successor = c.listener.successor()
@@ -355,6 +358,7 @@ func waitForAnswers(ctx context.Context) {
 type readConn struct {
 	*net.TCPConn
 	early []byte
+	late  bool // the time for more is over
 }
 
 func (c *readConn) Read(p []byte) (int, error) {
@@ -364,5 +368,8 @@ func (c *readConn) Read(p []byte) (int, error) {
 		return n, nil
 	}
 	c.early = nil
+	if c.late {
+		return 0, os.ErrDeadlineExceeded
+	}
 	return c.TCPConn.Read(p)
 }

@@ -597,6 +597,56 @@ func TestClientConnTunnels(t *testing.T) {
 	}
 }
 
+// Half a head has its answer, or none, when the time for the rest is over: the same
+// one as from net/http.
+func TestClientConnStalledHead(t *testing.T) {
+	w := newWorld(t, "", nil)
+	other := *w
+	other.proxy = freeAddress(t)
+	servers := func(proxy, options string) string {
+		return "servers " + proxy + " {\n" + options + "timeouts {\nread_header 300ms\n}\n}\n"
+	}
+	loadCaddyfile(t, "{\n"+servers(w.proxy, withWrapper)+servers(other.proxy, "")+
+		strings.TrimPrefix(w.globals(), "{\n")+w.site("zone one")+other.site("zone two"))
+	request := "GET " + w.origin.URL + "/ HTTP/1.1\r\nHost: x\r\nX-One: 1\r\n\r\n"
+	stall := func(proxy string, cut int, behind bool) string {
+		conn, err := net.DialTimeout("tcp4", proxy, patience)
+		if err != nil {
+			return err.Error()
+		}
+		defer conn.Close()
+		_ = conn.SetDeadline(time.Now().Add(patience))
+		r := bufio.NewReader(conn)
+		if behind {
+			_, _ = io.WriteString(conn, request)
+			res, err := http.ReadResponse(r, nil)
+			if err != nil {
+				return err.Error()
+			}
+			_, _ = io.Copy(io.Discard, res.Body)
+		}
+		_, _ = io.WriteString(conn, request[:cut])
+		answer, err := io.ReadAll(r)
+		return fmt.Sprintf("%q, late: %t", answer, errors.Is(err, os.ErrDeadlineExceeded))
+	}
+	w.dialOwn()
+	var all sync.WaitGroup
+	defer all.Wait()
+	for cut := 1; cut < len(request); cut++ {
+		for _, behind := range []bool{false, true} {
+			if behind && cut < 4 { // waits for the time between requests
+				continue
+			}
+			all.Go(func() {
+				got, want := stall(w.proxy, cut, behind), stall(other.proxy, cut, behind)
+				if got != want {
+					t.Errorf("%q, behind a request: %t: %s\nnet/http: %s", request[:cut], behind, got, want)
+				}
+			})
+		}
+	}
+}
+
 // A connection that would go to a server which has shut down is closed.
 func TestClientConnHandedOnAtShutdown(t *testing.T) {
 	near, far := socketPair(t)
@@ -617,29 +667,29 @@ func TestClientConnTimeouts(t *testing.T) {
 		loadCaddyfile(t, withServers(w.globals()+w.site(""), withWrapper+"timeouts {\n"+timeouts+"\n}"))
 	}
 	head := "GET " + w.origin.URL + "/ HTTP/1.1\r\nHost: x\r\n\r\n"
-	servers("idle 700ms")
+	servers("idle 1500ms")
 	if rest := w.dialOwn().readAll(); rest != "" {
 		t.Errorf("an idle connection ends with %q", rest)
 	}
 	c := w.dialOwn()
 	c.get(w.origin.URL+"/slow", "")
 	<-origin.asked
-	time.Sleep(900 * time.Millisecond) // no idle time
+	time.Sleep(1800 * time.Millisecond) // no idle time
 	origin.begin <- struct{}{}
 	origin.end <- struct{}{}
 	if _, body := c.response(http.MethodGet); body != "first last" {
 		t.Errorf("a request for longer than idle: %q", body)
 	}
 	c.send(head[:20])
-	time.Sleep(900 * time.Millisecond) // a head is begun
+	time.Sleep(1800 * time.Millisecond) // a head is begun
 	c.send(head[20:])
 	if _, body := c.response(http.MethodGet); body != "last" {
 		t.Errorf("a head for longer than idle: %q", body)
 	}
 
-	servers("read_header 700ms")
+	servers("read_header 1500ms")
 	c = w.dialOwn()
-	time.Sleep(900 * time.Millisecond)
+	time.Sleep(1800 * time.Millisecond)
 	for i := range head {
 		_, _ = io.WriteString(c, head[i:i+1])
 	}
@@ -647,7 +697,7 @@ func TestClientConnTimeouts(t *testing.T) {
 		t.Errorf("a head in pieces: %q", body)
 	}
 	c.send(head[:20])
-	if rest := c.readAll(); rest != "" {
+	if rest := c.readAll(); !strings.HasPrefix(rest, "HTTP/1.1 400 ") {
 		t.Errorf("half a head is answered by %q", rest)
 	}
 

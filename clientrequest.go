@@ -18,8 +18,8 @@ import (
 
 // readHead reads until there is a whole head, and returns its length without the
 // empty line. That is negative if there is something else, which is for net/http:
-// more than there is room for, the end in the middle, or what parse would not
-// take, about which net/http is to say what is wrong without waiting for the rest.
+// more than there is room for, the end or a timeout in the middle, or what parse would
+// not take, about which net/http is to say what is wrong without waiting for the rest.
 // If reading fails, what was read before is still there.
 func (c *clientConn) readHead() (length int, err error) {
 	waits, checked := false, -1

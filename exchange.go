@@ -340,6 +340,9 @@ type sender struct {
 }
 
 func newSender(conn *originConn, out *outgoing) *sender {
+	if out.body.length < 0 || out.body.length > copyBuffer {
+		limitUnsent(conn.Conn)
+	}
 	s := &sender{out: out, conn: conn, ended: make(chan struct{}), asked: make(chan bool, 2)}
 	go s.run()
 	return s

@@ -283,7 +283,7 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, out *outgoing,
 		}
 	}
 	w.WriteHeader(res.StatusCode)
-	err := copyBody(w, res, func(n int64) { h.countForwarded(from.bucket, 0, n) })
+	err := copyBody(w, r, res, func(n int64) { h.countForwarded(from.bucket, 0, n) })
 	var gone *clientError
 	switch {
 	case errors.As(err, &gone) || err != nil && r.Context().Err() != nil:
@@ -361,7 +361,7 @@ var copyBuffers = sync.Pool{New: func() any { return new([copyBuffer]byte) }}
 
 // copyBody copies the body of a response, counts what has passed part by part,
 // and flushes what has come whenever there may be a wait for more.
-func copyBody(w http.ResponseWriter, res *http.Response, count func(n int64)) error {
+func copyBody(w http.ResponseWriter, r *http.Request, res *http.Response, count func(n int64)) error {
 	body, own := res.Body.(*originBody)
 	if own {
 		if rest, ok := body.rest(); ok {
@@ -372,7 +372,10 @@ func copyBody(w http.ResponseWriter, res *http.Response, count func(n int64)) er
 			count(int64(n))
 			return toClient(err)
 		}
-		if done, err := body.splice(w, count); done || err != nil {
+	}
+	limitUnsent(connOf(w, r))
+	if own {
+		if err := body.splice(w, count); err != nil || body.ended {
 			return err
 		}
 	}

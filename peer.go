@@ -144,7 +144,7 @@ func newStreamPeer(w http.ResponseWriter, r *http.Request) *streamPeer {
 		reader.Override(forever, 0)
 	}
 	p := &streamPeer{w: w, control: http.NewResponseController(w), body: r.Body}
-	p.conn, _ = r.Context().Value(connKey{}).(net.Conn)
+	p.conn = connOf(w, r)
 	p.server, _ = r.Context().Value(http3.ServerContextKey).(*http3.Server)
 	if writer != nil {
 		writer.Override(forever, 0, 0)
@@ -226,6 +226,16 @@ func withConn(ctx context.Context, conn net.Conn) context.Context {
 		return ctx
 	}
 	return context.WithValue(ctx, connKey{}, conn)
+}
+
+// connOf returns the connection that a request has come on; nil if that is none of
+// TCP.
+func connOf(w http.ResponseWriter, r *http.Request) net.Conn {
+	if own, ok := innermost(w).(*responseWriter); ok {
+		return own.client.TCPConn
+	}
+	conn, _ := r.Context().Value(connKey{}).(net.Conn)
+	return conn
 }
 
 // innermost returns the writer that net/http or quic-go gave to Caddy, below

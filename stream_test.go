@@ -5,6 +5,7 @@ package asyncproxy
 
 import (
 	"bufio"
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -13,9 +14,11 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"runtime"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -128,12 +131,12 @@ func TestStreamKeepAlive(t *testing.T) {
 // The time for a response begins when the origin has the request: one that comes
 // slowly may take longer. An origin that takes no more of it has had its time.
 func TestStreamSlowRequest(t *testing.T) {
-	w := newWorld(t, "response_header_timeout 200ms", nil)
+	w := newWorld(t, "response_header_timeout 2s", nil)
 	origin := newRuleOrigin(t, "")
 	c := w.dial()
 	c.send("POST http://" + origin.address + "/ HTTP/1.1\nHost: x\nContent-Length: 6\n\n")
 	for range 6 {
-		time.Sleep(150 * time.Millisecond)
+		time.Sleep(400 * time.Millisecond)
 		c.send("x")
 	}
 	if res, body := c.response(http.MethodPost); body != "ok" {
@@ -148,6 +151,32 @@ func TestStreamSlowRequest(t *testing.T) {
 	go func() { _, _ = io.CopyN(c, zeros{}, 1000000000) }()
 	if res, body := c.response(http.MethodPost); res.StatusCode != http.StatusGatewayTimeout {
 		t.Errorf("an origin that takes no more: %s %q", res.Status, body)
+	}
+}
+
+// The time of an origin that takes a request slowly begins when it has nearly all of
+// it: there is not much in the kernel that it has yet to take.
+func TestStreamSteadyOrigin(t *testing.T) {
+	const size, rate = 4 << 20, 1200 << 10 // bytes, and bytes a second
+	origin := listen(t, func(c *net.TCPConn) {
+		_ = c.SetReadBuffer(256 << 10)
+		r := streamRequest(c)
+		for read, start := int64(0), time.Now(); read < size; {
+			time.Sleep(10 * time.Millisecond)
+			n, err := io.CopyN(io.Discard, r, min(size, int64(time.Since(start).Seconds()*rate))-read)
+			if read += n; err != nil {
+				return
+			}
+		}
+		_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+	})
+	c := newWorld(t, "response_header_timeout 1500ms", nil).dial()
+	c.send(fmt.Sprintf("POST http://%s/ HTTP/1.1\nHost: x\nContent-Length: %d\n\n", origin, size))
+	if _, err := io.CopyN(c, zeros{}, size); err != nil {
+		t.Error(err)
+	}
+	if res, body := c.response(http.MethodPost); body != "ok" {
+		t.Errorf("%s %q", res.Status, body)
 	}
 }
 
@@ -396,6 +425,58 @@ func TestStreamWriteTimeout(t *testing.T) {
 	if n, err := io.Copy(io.Discard, c); err != nil && !errors.Is(err, syscall.ECONNRESET) || n >= size {
 		t.Errorf("%d bytes, %v", n, err)
 	}
+}
+
+// A client that takes its answer slowly gets all of it, as long as it takes
+// something: what waits for it in the kernel is not so much that writing more is too
+// late.
+func TestStreamSteadyReader(t *testing.T) {
+	const size, rate = 5 << 20, 600 << 10 // bytes, and bytes a second
+	origin := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/known" {
+			w.Header().Set("Content-Length", fmt.Sprint(size))
+		}
+		_, _ = io.CopyN(w, zeros{}, size)
+	}))
+	defer origin.Close()
+	w := newTunnelWorld(t, tunnelSetup{servers: "listener_wrappers {\nasync_proxy\ntls\n}\ntimeouts {\nwrite_idle 1s\n}"})
+	var clients sync.WaitGroup
+	for _, row := range []struct{ protocol, alpn, content string }{
+		{"h1", "", ""},
+		{"h1", "", "content"}, // has net/http serve it
+		{"tls", "http/1.1", ""},
+	} {
+		for _, path := range []string{"/known", "/unknown"} {
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			defer cancel()
+			tcp, conn, err := w.client(t, row.protocol).dial(ctx, row.alpn)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer tcp.Close()
+			_ = tcp.SetReadBuffer(256 << 10)
+			fmt.Fprintf(conn, "GET %s%s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s", origin.URL, path, len(row.content), row.content)
+			clients.Go(func() {
+				read := int64(0)
+				res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+				for start := time.Now(); err == nil && time.Since(start) < 3*time.Second; {
+					time.Sleep(10 * time.Millisecond)
+					var n int64
+					n, err = io.CopyN(io.Discard, res.Body, max(0, int64(time.Since(start).Seconds()*rate)-read))
+					read += n
+				}
+				if err == nil { // by now something has waited for longer than the timeout
+					var n int64
+					n, err = io.Copy(io.Discard, res.Body)
+					read += n
+				}
+				if err != nil || read != size {
+					t.Errorf("%s of %q: %d bytes, %v", path, row, read, err)
+				}
+			})
+		}
+	}
+	clients.Wait()
 }
 
 // The end of a response has a time of its own to be written in, however long ago
