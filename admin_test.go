@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -190,6 +191,47 @@ func TestAdminAPI(t *testing.T) {
 			t.Errorf("%s %s: %s", method, path, text)
 		}
 	}
+}
+
+// A tunnel counts for its client in the zone through which it was opened, whichever
+// others know that client, and stays with that zone when its limits change.
+func TestAdminTunnelsOfZones(t *testing.T) {
+	w := newWorld(t, "zone one", nil)
+	other := *w
+	other.proxy = freeAddress(t)
+	load := func(burst int) {
+		options := fmt.Sprintf("burst %d\nrefill 1000\nzone ", burst)
+		w.load(w.site(options+"one") + other.site(options+"two"))
+	}
+	load(1000)
+	echo := listen(t, func(conn *net.TCPConn) { _, _ = io.Copy(conn, conn) })
+	conns := []*rawConn{w.dial(), other.dial(), other.dial()}
+	for _, c := range conns {
+		c.connect(echo)
+	}
+	check := func(what string, want ...string) {
+		t.Helper()
+		var got []string
+		eventually(t, what+": "+strings.Join(want, ", "), func() bool {
+			got = nil
+			for _, c := range findClients(clientQuery{limit: 10, key: sortsOfClients["last_seen"]}, time.Now()).Clients {
+				got = append(got, fmt.Sprintf("%s of %s and %d has %d", c.Client, c.Zone, c.Burst, c.Tunnels))
+			}
+			slices.Sort(got)
+			return slices.Equal(got, want)
+		})
+	}
+	check("both zones", "127.0.0.1 of one and 1000 has 1", "127.0.0.1 of two and 1000 has 2")
+	load(2000)
+	check("after a reload", "127.0.0.1 of one and 2000 has 1", "127.0.0.1 of two and 2000 has 2")
+	for _, proxy := range []*world{w, &other} {
+		proxy.dial().connect(echo)
+	}
+	check("with tunnels of both configs", "127.0.0.1 of one and 2000 has 2", "127.0.0.1 of two and 2000 has 3")
+	for _, c := range conns {
+		c.Close()
+	}
+	check("when the first have ended", "127.0.0.1 of one and 2000 has 1", "127.0.0.1 of two and 2000 has 1")
 }
 
 // TestSnapshotOfMany: thousands of clients and tunnels are looked at in passing.

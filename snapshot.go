@@ -344,7 +344,7 @@ var sortsOfClients = map[string]func(c *client, now int64) float64{
 // are blocked or have tunnels open.
 func findClients(q clientQuery, now time.Time) clientList {
 	at := sinceEpoch(now)
-	held := heldClients(at)
+	tunnels, blocks := tunnelsByClient(), blocksByClient(at)
 	found := first[client]{n: q.offset + q.limit, ascending: q.ascending}
 	total := 0
 	add := func(c client) {
@@ -358,17 +358,30 @@ func findClients(q clientQuery, now time.Time) clientList {
 		l := value.(*limiter)
 		l.each(func(addr netip.Addr, b *bucket) {
 			c := client{addr: addr}
-			if h := held[addr]; h != nil {
-				h.known = true
-				c = *h
+			if has := tunnels[clientKey{l, addr}]; has != nil {
+				has.known = true
+				c = *has
+			}
+			if block := blocks[addr]; block != nil {
+				block.known = true
+				c.blocked = block.blocked
 			}
 			c.bucket, c.limiter = b, l
 			add(c)
 		})
 		return true
 	})
-	for _, c := range held {
-		if !c.known && c.limiter != nil {
+	for key, c := range tunnels {
+		if block := blocks[key.addr]; block != nil && !c.known {
+			block.known = true
+			c.blocked = block.blocked
+		}
+		if !c.known {
+			add(*c)
+		}
+	}
+	for _, c := range blocks {
+		if c.limiter = limiterOf(c.addr); !c.known && c.limiter != nil {
 			add(*c)
 		}
 	}
@@ -379,40 +392,57 @@ func findClients(q clientQuery, now time.Time) clientList {
 	return list
 }
 
-// heldClients returns those that are blocked or have tunnels open, by what they
-// share their limits with: what there is to say of them if no limiter knows them.
-func heldClients(at int64) map[netip.Addr]*client {
-	held := make(map[netip.Addr]*client)
-	of := func(addr netip.Addr) *client {
-		c := held[addr]
-		if c == nil {
-			c = &client{bucket: new(bucket), addr: addr}
-			held[addr] = c
-		}
-		return c
-	}
+// clientKey is a client as one limiter knows it.
+type clientKey struct {
+	limiter *limiter
+	addr    netip.Addr
+}
+
+// tunnelsByClient returns the clients that have tunnels open, each with what there is
+// to say of it if its limiter does not know it. Tunnels of an earlier config belong to
+// the limiter that has taken its limiter's place.
+func tunnelsByClient() map[clientKey]*client {
+	var current []*limiter
+	limiters.Range(func(_, value any) bool {
+		current = append(current, value.(*limiter))
+		return true
+	})
+	clients := make(map[clientKey]*client)
 	eachRegistry(func(r *registry) {
 		r.tunnels.Range(func(_ uint64, t *tunnel) bool {
-			c := of(t.bucket)
-			c.limiter = t.owner.limiter
+			l := t.owner.limiter
+			if !slices.Contains(current, l) {
+				if i := slices.IndexFunc(current, func(other *limiter) bool { return other.key.zone == l.key.zone && other.keyOf(t.bucket) == t.bucket }); i >= 0 {
+					l = current[i]
+				}
+			}
+			c := clients[clientKey{l, t.bucket}]
+			if c == nil {
+				c = &client{bucket: new(bucket), limiter: l, addr: t.bucket}
+				clients[clientKey{l, t.bucket}] = c
+			}
 			c.tunnels++
 			c.up += t.up.Load()
 			c.down += t.down.Load()
 			c.seen.Store(max(c.seen.Load(), sinceEpoch(t.start)))
 			return true
 		})
+	})
+	return clients
+}
+
+// blocksByClient returns those that are blocked, which they are in all zones.
+func blocksByClient(at int64) map[netip.Addr]*client {
+	clients := make(map[netip.Addr]*client)
+	eachRegistry(func(r *registry) {
 		r.blocks.Range(func(addr netip.Addr, until int64) bool {
 			if until > at {
-				c := of(addr)
-				c.blocked = until
-				if c.limiter == nil {
-					c.limiter = limiterOf(addr)
-				}
+				clients[addr] = &client{bucket: new(bucket), addr: addr, blocked: until}
 			}
 			return true
 		})
 	})
-	return held
+	return clients
 }
 
 // limiterOf returns a limiter to which addr is a client, or nil: of those the
