@@ -4,6 +4,7 @@
 package asyncproxy
 
 import (
+	"errors"
 	"fmt"
 	"net/http"
 	"net/netip"
@@ -25,6 +26,9 @@ type authProvider struct {
 func (h *Handler) loadAuth(ctx caddy.Context) error {
 	if h.AuthRaw == nil {
 		return nil
+	}
+	if len(h.AuthRaw) == 0 {
+		return errors.New("authentication: expected a provider, such as http_basic")
 	}
 	modules, err := ctx.LoadModule(h, "AuthRaw")
 	if err != nil {
@@ -96,7 +100,7 @@ func (h *Handler) authenticate(w http.ResponseWriter, r *http.Request) (user str
 }
 
 // errBadCredentials tells a login that failed from one that was not tried.
-var errBadCredentials = fmt.Errorf("the credentials are wrong")
+var errBadCredentials = errors.New("the credentials are wrong")
 
 // headerOnly keeps the fields of an answer and nothing else of it.
 type headerOnly struct{ fields http.Header }

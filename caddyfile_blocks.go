@@ -182,9 +182,12 @@ func (p *caddyfileParser) headerOp(ops *headers.HeaderOps) error {
 	if len(args) > 2 {
 		replacement = &args[2]
 	}
-	alone := new(headers.HeaderOps) // Provision compiles the regular expression, and changes what it is called on
-	if err = headers.CaddyfileHeaderOp(alone, args[0], value, replacement); err == nil {
-		err = alone.Provision(caddy.Context{})
+	// Provision compiles the regular expression, and changes what it is called on.
+	alone := new(headers.HeaderOps)
+	if strings.HasPrefix(args[0], "?") { // is for the directive header alone
+		err = notAFieldName(args[0])
+	} else if err = headers.CaddyfileHeaderOp(alone, args[0], value, replacement); err == nil {
+		err = errors.Join(checkFieldNames(alone), alone.Provision(caddy.Context{}))
 	}
 	if err != nil {
 		return p.mistake("the values '%s' are not valid: %v", strings.Join(args, " "), err)

@@ -144,9 +144,9 @@ func TestCaddyfile(t *testing.T) {
 				"tls": {"server_name": "other.example", "insecure_skip_verify": true, "ca": {"provider": "file", "pem_files": ["/etc/ca.pem"]}}
 			}
 		}`},
-		{"header operations", "async_proxy {\n header_up X-A one\n header_up -X-B\n header_up X-C a b\n header_down +X-D two\n header_down X-E three\n}",
+		{"header operations", "async_proxy {\n header_up X-A one\n header_up -X-B\n header_up X-C a b\n header_up -X-*\n header_up {http.request.method} c\n header_down +X-D two\n header_down X-E three\n}",
 			`{"headers": {
-				"request": {"set": {"X-A": ["one"]}, "delete": ["X-B"], "replace": {"X-C": [{"search_regexp": "a", "replace": "b"}]}},
+				"request": {"set": {"X-A": ["one"], "{http.request.method}": ["c"]}, "delete": ["X-B", "X-*"], "replace": {"X-C": [{"search_regexp": "a", "replace": "b"}]}},
 				"response": {"add": {"X-D": ["two"]}, "set": {"X-E": ["three"]}}
 			}}`},
 	} {
@@ -346,7 +346,11 @@ func TestCaddyfileMistakes(t *testing.T) {
 		{"async_proxy {\nno_upstream a.example\nburst 5\n}", "no_upstream: there is no upstream to go without; expected the option upstream beside it, at Caddyfile:3"},
 		{"async_proxy {\nlimit_by user\nburst 5\n}", "limit_by: nobody is asked for a user; expected the option basic_auth beside it, at Caddyfile:3"},
 		{"async_proxy {\nheader_up X-A [ b\n}", "header_up: the values 'X-A [ b' are not valid: replacement 0 for header field 'X-A': error parsing regexp: missing closing ]: `[`; " + header + ", at Caddyfile:3"},
-		{"async_proxy {\nheader_down ?X-A b\n}", "header_down: the values '?X-A b' are not valid: ?X-A: the default header modifier ('?') can only be used on response headers; for conditional manipulation of request headers, use matchers; " + header + ", at Caddyfile:3"},
+		{"async_proxy {\nheader_down ?X-A b\n}", "header_down: the values '?X-A b' are not valid: '?X-A' is no field name; " + header + ", at Caddyfile:3"},
+		{"async_proxy {\nheader_up \"A b\" c\n}", "header_up: the values 'A b c' are not valid: 'A b' is no field name; " + header + ", at Caddyfile:3"},
+		{"async_proxy {\nheader_up X-A: b\n}", "header_up: the values 'X-A: b' are not valid: 'X-A:' is no field name; " + header + ", at Caddyfile:3"},
+		{"async_proxy {\nheader_up -\n}", "header_up: the values '-' are not valid: '' is no field name; " + header + ", at Caddyfile:3"},
+		{"async_proxy {\nheader_up A: b c\n}", "header_up: the values 'A: b c' are not valid: 'A:' is no field name; " + header + ", at Caddyfile:3"},
 		{"async_proxy {\nheader_up\n}", "header_up: there is no value; " + header + ", at Caddyfile:3"},
 		{"async_proxy {\nbasic_auth {\nalice wonderland\n}\n}", "basic_auth: the hash of the user 'alice' is not valid; expected one for bcrypt, as `caddy hash-password` prints it, at Caddyfile:4"},
 		{"async_proxy {\nbasic_auth {\nbob " + hash + "\nalice $2a$14$short\n}\n}", "basic_auth: the hash of the user 'alice' is not valid; expected one for bcrypt, as `caddy hash-password` prints it, at Caddyfile:5"},
@@ -427,6 +431,10 @@ func TestJSONMistakes(t *testing.T) {
 		{`"upstream": {"url": "proxy.example:80"}`, `upstream: expected http://, https:// or socks5://, and a host`},
 		{`"no_upstream": ["a.example"]`, `no_upstream: there is no upstream to go without`},
 		{`"dial_timeout": -1`, "dial_timeout -1ns: expected a positive duration"},
+		{`"authentication": {}`, `authentication: expected a provider, such as http_basic`},
+		{`"headers": {"request": {"set": {"A b": ["c"]}}}`, `headers: 'A b' is no field name`},
+		{`"headers": {"response": {"delete": ["A:"]}}`, `headers: 'A:' is no field name`},
+		{`"headers": {"response": {"replace": {"": [{}]}}}`, `headers: '' is no field name`},
 		{`"via": "fred joe"`, `via "fred joe": expected a pseudonym of letters, digits, dots and hyphens that starts with a letter, or off`},
 		{`"via": "on"`, `via "on": expected a pseudonym of letters, digits, dots and hyphens that starts with a letter, or off`},
 		{`"forwarded_for": "on"`, `forwarded_for "on": expected auto or off`},

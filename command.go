@@ -110,6 +110,16 @@ func checkFree(address string) error {
 	return nil
 }
 
+// checkEndpoint refuses what nobody can listen on: a flag's address without a port, or
+// a URL.
+func checkEndpoint(flag, address string) error {
+	addr, err := caddy.ParseNetworkAddress(address)
+	if err != nil || strings.Contains(address, "://") || addr.StartPort == 0 && !addr.IsUnixNetwork() && !addr.IsFdNetwork() {
+		return fmt.Errorf("%s %q: expected an address with a port, such as 127.0.0.1:8080 or :8080", flag, address)
+	}
+	return nil
+}
+
 // commandConfig makes the config that the flags describe.
 func commandConfig(flags caddycmd.Flags) (*caddy.Config, error) {
 	h := Handler{Burst: int64(flags.Int("burst")), Refill: flags.Float64("refill")}
@@ -162,9 +172,13 @@ func commandConfig(flags caddycmd.Flags) (*caddy.Config, error) {
 		h.Upstream = &Upstream{URL: url}
 	}
 	listen := flags.String("listen")
-	addr, err := caddy.ParseNetworkAddress(listen)
-	if err != nil || addr.StartPort == 0 && !addr.IsUnixNetwork() && !addr.IsFdNetwork() {
-		return nil, fmt.Errorf("listen %q: expected an address with a port, such as 127.0.0.1:8080 or :8080", listen)
+	if err := checkEndpoint("listen", listen); err != nil {
+		return nil, err
+	}
+	if admin := flags.String("admin"); admin != "off" {
+		if err := checkEndpoint("admin", admin); err != nil {
+			return nil, err
+		}
 	}
 	server := &caddyhttp.Server{
 		Listen:              []string{listen},

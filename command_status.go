@@ -45,6 +45,11 @@ cannot be asked.
 	cmd.Flags().BoolP("json", "j", false, "Print JSON, with --watch one line each time")
 	cmd.Flags().StringP("address", "", "", "Address of the admin endpoint, if it is not Caddy's default")
 	cmd.RunE = caddycmd.WrapCommandFuncForCobra(func(flags caddycmd.Flags) (int, error) {
+		if given := flags.String("address"); given != "" {
+			if err := checkEndpoint("address", given); err != nil {
+				return caddy.ExitCodeFailedQuit, err
+			}
+		}
 		address, err := caddycmd.DetermineAdminAPIAddress(flags.String("address"), nil, "", "")
 		if err != nil {
 			return caddy.ExitCodeFailedQuit, err

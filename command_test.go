@@ -75,6 +75,9 @@ func TestCommand(t *testing.T) {
 		{"--listen 8080", "expected an address with a port, such as 127.0.0.1:8080"},
 		{"--listen " + taken(t), "address already in use; stop what listens there, or give another address by --listen"},
 		{"--admin " + taken(t), "address already in use; stop what listens there, or give another address by --admin"},
+		{"--admin localhost", `admin "localhost": expected an address with a port`},
+		{"status --address localhost", `address "localhost": expected an address with a port`},
+		{"status --address http://127.0.0.1:2019", `address "http://127.0.0.1:2019": expected an address with a port`},
 		{"stat", `unexpected argument "stat"; did you mean caddy async-proxy status?`},
 		{"--deny all extra", `unexpected argument "extra"; a flag takes one value and may be repeated`},
 		{"--burst 0", "burst 0: expected a number of tokens"},
@@ -86,7 +89,11 @@ func TestCommand(t *testing.T) {
 		{"--allow a/b", `"a/b" is no address`},
 		{"--upstream ftp://x", "expected http://, https:// or socks5://"},
 	} {
-		out, err := commandOf(t, append([]string{"async-proxy", "--listen", freeAddress(t), "--admin", "off"}, strings.Fields(tc.args)...)...).CombinedOutput()
+		args := append([]string{"async-proxy", "--listen", freeAddress(t), "--admin", "off"}, strings.Fields(tc.args)...)
+		if strings.HasPrefix(tc.args, "status") {
+			args = append(args[:1], strings.Fields(tc.args)...)
+		}
+		out, err := commandOf(t, args...).CombinedOutput()
 		if err == nil || !strings.Contains(strings.ReplaceAll(string(out), `\"`, `"`), tc.want) {
 			t.Errorf("%s: %v, %s, want %q", tc.args, err, out, tc.want)
 		}

@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/netip"
 	"slices"
@@ -15,6 +16,7 @@ import (
 	"strings"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/headers"
 	"golang.org/x/net/http/httpguts"
 )
 
@@ -54,6 +56,33 @@ func requestTrailers(r *http.Request) []string {
 	slices.Sort(names)
 	return names
 }
+
+// checkFieldNames refuses operations on fields that there cannot be: Caddy would pass
+// over them. A name may have placeholders, and * for anything.
+func checkFieldNames(ops *headers.HeaderOps) error {
+	names := slices.Concat(slices.Collect(maps.Keys(ops.Add)), slices.Collect(maps.Keys(ops.Set)), ops.Delete, slices.Collect(maps.Keys(ops.Replace)))
+	slices.Sort(names)
+	for _, name := range names {
+		if !httpguts.ValidHeaderFieldName(name) && !strings.Contains(name, "{") {
+			return notAFieldName(name)
+		}
+	}
+	return nil
+}
+
+// checkHeaders is checkFieldNames for both directions.
+func checkHeaders(h *headers.Handler) error {
+	var errs []error
+	if h.Request != nil {
+		errs = append(errs, checkFieldNames(h.Request))
+	}
+	if h.Response != nil && h.Response.HeaderOps != nil {
+		errs = append(errs, checkFieldNames(h.Response.HeaderOps))
+	}
+	return errors.Join(errs...)
+}
+
+func notAFieldName(name string) error { return fmt.Errorf("'%s' is no field name", name) }
 
 // removeHopByHop removes the fields that are not to be passed on: hopByHop and
 // whatever any Connection field nominates. What the proxy adds itself is added

@@ -268,6 +268,9 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		return fmt.Errorf("forwarded_for %q: expected auto or off", h.ForwardedFor)
 	}
 	if h.Headers != nil {
+		if err := checkHeaders(h.Headers); err != nil {
+			return fmt.Errorf("headers: %w", err)
+		}
 		if err := h.Headers.Provision(ctx); err != nil {
 			return fmt.Errorf("headers: %w", err)
 		}

@@ -158,9 +158,9 @@ func (p *policy) check(ctx context.Context, r reach, t target, to netip.AddrPort
 	case r.includes(ip, host):
 		return nil, reported
 	case r == local:
-		return &deniedError{to: to, kind: deniedAddress, why: "it is link-local, multicast or unspecified; the option allow would open it"}, nil
+		return &deniedError{to: to, kind: deniedAddress, why: "it is link-local, multicast or unspecified; a rule that allows the address itself would open it"}, nil
 	default:
-		return &deniedError{to: to, kind: deniedAddress, why: "it is not public; the option allow would open it"}, nil
+		return &deniedError{to: to, kind: deniedAddress, why: "it is not public; a rule that allows the address itself would open it"}, nil
 	}
 }
 

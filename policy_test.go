@@ -184,7 +184,7 @@ func policyCheck(t *testing.T, p *policy, r reach, address string, port uint16, 
 
 // TestPolicyTexts: who is refused learns why, and not more.
 func TestPolicyTexts(t *testing.T) {
-	for r, want := range map[reach]string{local: "it is link-local, multicast or unspecified; the option allow would open it", public: "it is not public; the option allow would open it"} {
+	for r, want := range map[reach]string{local: "it is link-local, multicast or unspecified; a rule that allows the address itself would open it", public: "it is not public; a rule that allows the address itself would open it"} {
 		to := netip.MustParseAddrPort("169.254.169.254:80")
 		if denied, _ := new(policy).check(t.Context(), r, target{addr: to.Addr(), port: 80}, to); denied == nil || denied.why != want {
 			t.Errorf("%v, want %q", denied, want)
