@@ -6,6 +6,7 @@ package asyncproxy
 import (
 	"bufio"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/textproto"
@@ -70,13 +71,6 @@ func (w *responseWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 }
 
 func (w *responseWriter) SetWriteDeadline(t time.Time) error { return w.client.SetWriteDeadline(t) }
-
-// renew gives the client its time anew to take some of the response.
-func (w *responseWriter) renew() {
-	if timeout := time.Duration(w.client.listener.site.WriteIdleTimeout); timeout > 0 {
-		_ = w.client.SetWriteDeadline(time.Now().Add(timeout)) // a failure is that of the write, too
-	}
-}
 
 // WriteHeader implements http.ResponseWriter. An interim response is sent at once.
 func (w *responseWriter) WriteHeader(status int) {
@@ -148,6 +142,23 @@ func (w *responseWriter) FlushError() error {
 		return nil // content does not wait once the fields are sent
 	}
 	return w.send(nil, false)
+}
+
+// ReadFrom implements io.ReaderFrom: between two sockets the kernel can copy.
+func (w *responseWriter) ReadFrom(r io.Reader) (int64, error) {
+	if w.status == 0 || w.head || !w.hasContent() || w.length < 0 {
+		return io.Copy(struct{ io.Writer }{w}, r)
+	}
+	if err := w.FlushError(); err != nil {
+		return 0, err
+	}
+	left := w.length - w.written
+	if limited, ok := r.(*io.LimitedReader); !ok || limited.N > left {
+		r = io.LimitReader(r, left) // a socket behind one limit is copied by the kernel, behind two it is not
+	}
+	n, err := w.client.ReadFrom(r)
+	w.written += n
+	return n, err
 }
 
 // end completes the response, of which nothing is kept.

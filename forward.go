@@ -373,9 +373,10 @@ func copyBody(w http.ResponseWriter, r *http.Request, res *http.Response, count 
 			return toClient(err)
 		}
 	}
-	limitUnsent(connOf(w, r))
+	slow := newSlowReader(w, r)
+	defer slow.stop()
 	if own {
-		if err := body.splice(w, count); err != nil || body.ended {
+		if done, err := body.splice(w, count); done || err != nil {
 			return err
 		}
 	}

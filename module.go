@@ -52,7 +52,7 @@ func init() {
 // `{http.async_proxy.user}` | The user, if the client has shown to be one
 // `{http.async_proxy.method}` | The method of the request
 // `{http.async_proxy.host}` | The host and port that the request is for
-// `{http.async_proxy.status}` | The status of the answer; 499 if the client left before it had it, or all of it
+// `{http.async_proxy.status}` | The status of the answer; 499 if the client left, or stalled, before it had all of it
 // `{http.async_proxy.latency}` | How long the answer took, as a duration
 // `{http.async_proxy.reason}` | For an answer of the proxy's own, the error type of RFC 9209
 type Handler struct {

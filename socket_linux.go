@@ -5,7 +5,6 @@ package asyncproxy
 
 import (
 	"io"
-	"math"
 	"net"
 	"sync/atomic"
 	"syscall"
@@ -35,10 +34,9 @@ func relaySocket(dst io.Writer, src *net.TCPConn, copied *atomic.Int64) (readErr
 		}
 		if n == smallBuffer {
 			if splice == nil {
-				target, _ := dst.(*net.TCPConn)
-				splice = newSplicer(target, conn, func(n int) { copied.Add(int64(n)) })
+				splice = newSplicer(dst, conn)
 			}
-			if readErr, writeErr = splice.burst(math.MaxInt64); readErr != nil || writeErr != nil {
+			if readErr, writeErr = splice.burst(copied); readErr != nil || writeErr != nil {
 				return readErr, writeErr
 			}
 		}
@@ -95,24 +93,30 @@ func (r *socketReader) ready(fd uintptr) bool {
 	return true
 }
 
+// bytesTaken returns how much the other side has acknowledged in all; 0 if that is not
+// known.
+func bytesTaken(socket *net.TCPConn) (n uint64) {
+	conn, err := socket.SyscallConn()
+	if err != nil {
+		return 0
+	}
+	_ = conn.Control(func(fd uintptr) {
+		if info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO); err == nil {
+			n = info.Bytes_acked
+		}
+	})
+	return n
+}
+
 // maxUnsent is how much may wait in the kernel before a socket takes no more. It is
 // writable again with half of that.
 const maxUnsent = 512 << 10
 
 // limitUnsent limits what waits in the kernel until the other side has room for it.
-// Without a limit that is up to some MiB, of which a third has to leave before more
-// is taken: from a peer that is slow that takes longer than any timeout for a write
-// that makes no progress, though it takes all the time.
-func limitUnsent(conn net.Conn) {
-	if wrapper, ok := conn.(interface{ NetConn() net.Conn }); ok { // TLS
-		conn = wrapper.NetConn()
-	}
-	socket, ok := conn.(syscall.Conn)
-	if !ok {
-		return
-	}
-	if raw, err := socket.SyscallConn(); err == nil {
-		_ = raw.Control(func(fd uintptr) {
+// Without a limit that is up to some MiB.
+func limitUnsent(socket *net.TCPConn) {
+	if conn, err := socket.SyscallConn(); err == nil {
+		_ = conn.Control(func(fd uintptr) {
 			_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, maxUnsent)
 		})
 	}

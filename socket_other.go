@@ -20,7 +20,12 @@ func relaySocket(dst io.Writer, src *net.TCPConn, copied *atomic.Int64) (readErr
 func closePipes() {}
 
 // splice leaves the body to be copied.
-func (b *originBody) splice(http.ResponseWriter, func(int64)) error { return nil }
+func (b *originBody) splice(http.ResponseWriter, func(int64)) (done bool, err error) {
+	return false, nil
+}
+
+// bytesTaken is not known.
+func bytesTaken(*net.TCPConn) uint64 { return 0 }
 
 // limitUnsent leaves it to the system how much waits for the other side.
-func limitUnsent(net.Conn) {}
+func limitUnsent(*net.TCPConn) {}

@@ -8,8 +8,11 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"sync/atomic"
 	"syscall"
+	"time"
 
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"golang.org/x/sys/unix"
 )
 
@@ -68,31 +71,27 @@ func closePipes() {
 
 // splicer moves bytes from a socket to a socket inside the kernel.
 type splicer struct {
-	dst, src syscall.RawConn // dst is nil if bytes cannot be moved to it
+	dst, src syscall.RawConn // dst is nil if it is no socket
 	pipe     pipe
-	left     int64 // how much may still be moved
 	moved    int
 	held     int // bytes in the pipe
 	err      error
-	taken    func(n int) // by dst
 }
 
-// newSplicer makes a splicer that tells what dst has taken. A dst of nil is no
-// socket.
-func newSplicer(dst *net.TCPConn, src syscall.RawConn, taken func(n int)) *splicer {
-	s := &splicer{src: src, taken: taken}
-	if dst != nil {
-		if conn, err := dst.SyscallConn(); err == nil {
+func newSplicer(dst io.Writer, src syscall.RawConn) *splicer {
+	s := &splicer{src: src}
+	if socket, ok := dst.(*net.TCPConn); ok {
+		if conn, err := socket.SyscallConn(); err == nil {
 			s.dst = conn
 		}
 	}
 	return s
 }
 
-// burst moves up to limit bytes, until the source has nothing more to read just
-// now, and gives the pipe back. It returns no errors if the source goes on, and
-// does nothing if bytes cannot be moved or there is no pipe to be had.
-func (s *splicer) burst(limit int64) (readErr, writeErr error) {
+// burst moves bytes until the source has nothing more to read just now, and
+// gives the pipe back. It returns no errors if the source goes on, and does
+// nothing if bytes cannot be moved or there is no pipe to be had.
+func (s *splicer) burst(copied *atomic.Int64) (readErr, writeErr error) {
 	if s.dst == nil {
 		return nil, nil
 	}
@@ -100,8 +99,8 @@ func (s *splicer) burst(limit int64) (readErr, writeErr error) {
 	if s.pipe, err = newPipe(); err != nil {
 		return nil, nil
 	}
-	s.held, s.left = 0, limit
-	for s.left > 0 {
+	s.held = 0
+	for {
 		s.moved, s.err = 0, nil
 		if err := s.src.Read(s.fillPipe); err != nil {
 			readErr = err
@@ -123,8 +122,7 @@ func (s *splicer) burst(limit int64) (readErr, writeErr error) {
 			break
 		}
 		s.held = s.moved
-		s.left -= int64(s.moved)
-		if writeErr = s.drain(); writeErr != nil {
+		if writeErr = s.drain(copied); writeErr != nil {
 			break
 		}
 	}
@@ -133,7 +131,7 @@ func (s *splicer) burst(limit int64) (readErr, writeErr error) {
 }
 
 // drain empties the pipe into the target.
-func (s *splicer) drain() error {
+func (s *splicer) drain(copied *atomic.Int64) error {
 	for s.held > 0 {
 		s.moved, s.err = 0, nil
 		if err := s.dst.Write(s.emptyPipe); err != nil {
@@ -143,14 +141,14 @@ func (s *splicer) drain() error {
 			return s.err
 		}
 		s.held -= s.moved
-		s.taken(s.moved)
+		copied.Add(int64(s.moved))
 	}
 	return nil
 }
 
 // fillPipe never waits: a source that is dry ends the burst.
 func (s *splicer) fillPipe(fd uintptr) bool {
-	s.splice(int(fd), s.pipe.w, int(min(pipeSize, s.left)))
+	s.splice(int(fd), s.pipe.w, pipeSize)
 	return true
 }
 
@@ -174,66 +172,69 @@ func (s *splicer) splice(from, to, size int) {
 // spliceFrom is the least that is worth moving inside the kernel.
 const spliceFrom = 256 << 10
 
-// splice passes the body of a response on inside the kernel, where both connections
-// are plain sockets, its length is known, and the proxy serves the client itself:
-// net/http's writer and Caddy's on top of it have no way to give a client more time
-// when it has taken something. What is left afterwards has to be copied.
-func (b *originBody) splice(w http.ResponseWriter, count func(n int64)) error {
-	client, ok := innermost(w).(*responseWriter)
-	origin, ok2 := b.conn.(*net.TCPConn)
-	if !ok || !ok2 || b.chunks != nil || b.left < spliceFrom || client.length != b.left {
-		return nil
+// splice passes the body of a response on inside the kernel, where both
+// connections are plain sockets and its length is known. It reports whether it
+// has.
+//
+// Of what Caddy puts between a handler and its connection only the timeout for
+// stalled writes may be passed by, whose work is done here: an access log or
+// metrics want to see the bytes, and a write timeout or a least rate that the
+// operator has set want to be kept.
+func (b *originBody) splice(w http.ResponseWriter, count func(n int64)) (done bool, err error) {
+	idle, ok := w.(*caddyhttp.IdleTimeoutWriter)
+	socket, ok2 := b.conn.(*net.TCPConn)
+	if !ok || !ok2 || b.chunks != nil || b.left < spliceFrom || !restartable(idle) {
+		return false, nil
 	}
-	src, err := origin.SyscallConn()
-	if err != nil {
-		return err
+	client, ok := innermost(w).(io.ReaderFrom)
+	conn, err := socket.SyscallConn()
+	if !ok || err != nil {
+		return false, err
 	}
-	start, _ := b.r.Peek(b.r.Buffered()) // less than is left; the head goes with it
-	n, err := w.Write(start)
-	_, _ = b.r.Discard(n)
-	b.left -= int64(n)
-	count(int64(n))
-	if err == nil {
-		err = http.NewResponseController(w).Flush()
-	}
-	if err != nil {
-		return toClient(err)
-	}
-	s := newSplicer(client.client.TCPConn, src, func(n int) {
-		b.left -= int64(n)
-		client.written += int64(n)
-		client.renew()
-		count(int64(n))
-	})
-	for b.left > 0 && s.dst != nil {
-		before := b.left
-		if err := waitReadable(src); err != nil {
-			return err
-		}
-		client.renew()
-		readErr, writeErr := s.burst(b.left)
-		switch {
-		case readErr == io.EOF:
-			return io.ErrUnexpectedEOF
-		case readErr != nil:
-			return readErr
-		case writeErr != nil:
-			return toClient(writeErr)
-		case b.left == before: // no pipe, or an error that the next read tells
-			return nil
+	for b.left > 0 {
+		n, err := b.spliceSome(client, conn, socket, idle)
+		count(n)
+		if b.left -= n; err != nil {
+			return true, err
 		}
 	}
-	b.ended = b.left == 0
-	return nil
+	b.ended = true
+	return true, nil
 }
 
-// waitReadable waits until there is something to read, or the end.
-func waitReadable(conn syscall.RawConn) error {
-	var failed error
+// spliceSome waits for the origin, as long as that takes, and then moves what
+// has come, in the time that the client has to take some of it: a slowReader gives
+// it more.
+func (b *originBody) spliceSome(client io.ReaderFrom, conn syscall.RawConn, socket *net.TCPConn, idle *caddyhttp.IdleTimeoutWriter) (int64, error) {
+	if buffered := int64(b.r.Buffered()); buffered > 0 {
+		n, err := io.CopyN(idle, b.r, min(buffered, b.left))
+		return n, toClient(err)
+	}
+	available := 0
+	var errIoctl error
 	err := conn.Read(func(fd uintptr) bool {
-		var one [1]byte
-		_, _, failed = unix.Recvfrom(int(fd), one[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
-		return failed != unix.EAGAIN
+		var peek [1]byte
+		if _, _, err := unix.Recvfrom(int(fd), peek[:], unix.MSG_PEEK|unix.MSG_DONTWAIT); err == unix.EAGAIN {
+			return false
+		}
+		available, errIoctl = unix.IoctlGetInt(int(fd), unix.SIOCINQ)
+		return true
 	})
-	return errors.Join(err, failed)
+	if err = errors.Join(err, errIoctl); err != nil {
+		return 0, err
+	}
+	if available == 0 { // the end, or a failure that the next read tells
+		var one [1]byte
+		n, err := socket.Read(one[:])
+		if err == nil || err == io.EOF {
+			err = io.ErrUnexpectedEOF
+		}
+		return int64(n), err
+	}
+	if err := idle.Ctrl.SetWriteDeadline(time.Now().Add(idle.Deadline.Timeout)); err != nil {
+		return 0, toClient(err)
+	}
+	// What has come can be read: a failure is the client's.
+	n, err := client.ReadFrom(io.LimitReader(socket, min(int64(available), b.left)))
+	return n, toClient(err)
 }

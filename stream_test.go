@@ -23,6 +23,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/net/http2"
 )
 
 // readUntil reads until what was read ends with end.
@@ -431,7 +433,7 @@ func TestStreamWriteTimeout(t *testing.T) {
 // something: what waits for it in the kernel is not so much that writing more is too
 // late.
 func TestStreamSteadyReader(t *testing.T) {
-	const size, rate = 5 << 20, 600 << 10 // bytes, and bytes a second
+	const size, rate = 5 << 20, 400 << 10 // bytes, and bytes a second
 	origin := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/known" {
 			w.Header().Set("Content-Length", fmt.Sprint(size))
@@ -439,12 +441,13 @@ func TestStreamSteadyReader(t *testing.T) {
 		_, _ = io.CopyN(w, zeros{}, size)
 	}))
 	defer origin.Close()
-	w := newTunnelWorld(t, tunnelSetup{servers: "listener_wrappers {\nasync_proxy\ntls\n}\ntimeouts {\nwrite_idle 1s\n}"})
+	w := newTunnelWorld(t, tunnelSetup{options: "hosts proxy.example", servers: "listener_wrappers {\nasync_proxy\ntls\n}\ntimeouts {\nwrite_idle 1500ms\n}"})
 	var clients sync.WaitGroup
 	for _, row := range []struct{ protocol, alpn, content string }{
 		{"h1", "", ""},
 		{"h1", "", "content"}, // has net/http serve it
 		{"tls", "http/1.1", ""},
+		{"tls", "h2", ""},
 	} {
 		for _, path := range []string{"/known", "/unknown"} {
 			ctx, cancel := context.WithTimeout(t.Context(), patience)
@@ -454,21 +457,27 @@ func TestStreamSteadyReader(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer tcp.Close()
-			_ = tcp.SetReadBuffer(256 << 10)
-			fmt.Fprintf(conn, "GET %s%s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s", origin.URL, path, len(row.content), row.content)
+			_ = tcp.SetReadBuffer(64 << 10)
+			conn = &steadyConn{Conn: conn, rate: rate, start: time.Now()}
+			request, err := http.NewRequestWithContext(ctx, http.MethodGet, origin.URL+path, strings.NewReader(row.content))
+			if err != nil {
+				t.Fatal(err)
+			}
 			clients.Go(func() {
-				read := int64(0)
-				res, err := http.ReadResponse(bufio.NewReader(conn), nil)
-				for start := time.Now(); err == nil && time.Since(start) < 3*time.Second; {
-					time.Sleep(10 * time.Millisecond)
-					var n int64
-					n, err = io.CopyN(io.Discard, res.Body, max(0, int64(time.Since(start).Seconds()*rate)-read))
-					read += n
+				var res *http.Response
+				if row.alpn == "h2" {
+					one, err := new(http2.Transport).NewClientConn(conn)
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					res, err = one.RoundTrip(request)
+				} else if err = request.WriteProxy(conn); err == nil {
+					res, err = http.ReadResponse(bufio.NewReader(conn), nil)
 				}
-				if err == nil { // by now something has waited for longer than the timeout
-					var n int64
-					n, err = io.Copy(io.Discard, res.Body)
-					read += n
+				read := int64(0)
+				if err == nil {
+					read, err = io.Copy(io.Discard, res.Body)
 				}
 				if err != nil || read != size {
 					t.Errorf("%s of %q: %d bytes, %v", path, row, read, err)
@@ -477,6 +486,59 @@ func TestStreamSteadyReader(t *testing.T) {
 		}
 	}
 	clients.Wait()
+}
+
+// A client that takes nothing of its answer loses it, however much it has taken before.
+func TestStreamStalledReader(t *testing.T) {
+	const size = 64 << 20
+	origin := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/known" {
+			w.Header().Set("Content-Length", fmt.Sprint(size))
+		}
+		_, _ = io.CopyN(w, zeros{}, size)
+	}))
+	defer origin.Close()
+	w := newTunnelWorld(t, tunnelSetup{servers: "listener_wrappers {\nasync_proxy\ntls\n}\ntimeouts {\nwrite_idle 200ms\n}"})
+	for i, request := range []struct{ protocol, alpn, path, content string }{
+		{"h1", "", "/known", ""},
+		{"h1", "", "/unknown", ""},
+		{"h1", "", "/known", "content"}, // has net/http serve it
+		{"h1", "", "/unknown", "content"},
+		{"tls", "http/1.1", "/unknown", ""},
+	} {
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		defer cancel()
+		tcp, conn, err := w.client(t, request.protocol).dial(ctx, request.alpn)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer tcp.Close()
+		fmt.Fprintf(conn, "GET %s%s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s", origin.URL, request.path, len(request.content), request.content)
+		_, _ = io.CopyN(io.Discard, conn, 8<<20)
+		if line := w.waitLog("request", i+1)[i]; line["status"] != 499. {
+			t.Errorf("%q: the line is %v", request, line)
+		}
+		if n, err := io.Copy(io.Discard, conn); err == nil && n >= size-8<<20 {
+			t.Errorf("%q: %d more bytes, %v", request, n, err)
+		}
+	}
+}
+
+// steadyConn reads slowly for four seconds: what waits for it then has waited for
+// longer than the timeout of the test.
+type steadyConn struct {
+	net.Conn
+	rate, read float64 // bytes a second, and bytes
+	start      time.Time
+}
+
+func (c *steadyConn) Read(b []byte) (int, error) {
+	for time.Since(c.start) < 4*time.Second && c.read > time.Since(c.start).Seconds()*c.rate {
+		time.Sleep(10 * time.Millisecond)
+	}
+	n, err := c.Conn.Read(b)
+	c.read += float64(n)
+	return n, err
 }
 
 // The end of a response has a time of its own to be written in, however long ago

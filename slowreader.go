@@ -1,0 +1,86 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+)
+
+// slowReader gives a client of HTTP/1 that takes a response slowly the time it needs.
+// Caddy's timeout for stalled writes begins with each write, and ends it when that has
+// not been possible: but the kernel has up to some MiB of room for a socket, and once
+// that is full takes no more until a third of it is free. From a slow client that takes
+// longer than the timeout, though it takes something all the time. So the timeout begins
+// anew here whenever the client has acknowledged something.
+type slowReader struct {
+	socket  *net.TCPConn
+	timeout time.Duration
+
+	mu    sync.Mutex
+	timer *time.Timer // nil: it is over
+	taken uint64      // of the connection
+}
+
+// newSlowReader returns nil if there is no timeout that may begin anew. Over HTTP/2 each
+// stream has one alone, and acknowledgements are of all of them: less waits in the
+// kernel there.
+func newSlowReader(w http.ResponseWriter, r *http.Request) *slowReader {
+	_, idle := caddyhttp.IdleTimeoutsFromContext(r.Context())
+	socket := socketOf(connOf(w, r))
+	switch {
+	case idle == nil || !restartable(idle) || socket == nil:
+		return nil
+	case r.ProtoMajor > 1:
+		limitUnsent(socket)
+		return nil
+	}
+	s := &slowReader{socket: socket, timeout: idle.Deadline.Timeout}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.timer = time.AfterFunc(s.timeout/4, s.look)
+	return s
+}
+
+func (s *slowReader) look() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.timer == nil {
+		return
+	}
+	if taken := bytesTaken(s.socket); taken > s.taken {
+		s.taken = taken
+		_ = s.socket.SetWriteDeadline(time.Now().Add(s.timeout)) // a failure is that of the write, too
+	}
+	s.timer.Reset(s.timeout / 4)
+}
+
+// stop returns when the deadline is set no more.
+func (s *slowReader) stop() {
+	if s == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.timer.Stop()
+	s.timer = nil
+}
+
+// socketOf returns the socket below a connection, nil if it is none of TCP.
+func socketOf(conn net.Conn) *net.TCPConn {
+	if wrapper, ok := conn.(interface{ NetConn() net.Conn }); ok { // TLS
+		conn = wrapper.NetConn()
+	}
+	switch conn := conn.(type) {
+	case *net.TCPConn:
+		return conn
+	case *readConn:
+		return conn.TCPConn
+	}
+	return nil
+}
