@@ -399,6 +399,9 @@ func copyBody(w http.ResponseWriter, r *http.Request, res *http.Response, count 
 			left -= int64(n)
 		}
 		if err == io.EOF {
+			if res.ContentLength < 0 {
+				return slow.waitForEnd()
+			}
 			return nil
 		}
 		if err != nil {

@@ -60,6 +60,16 @@ func (s *slowReader) look() {
 	s.timer.Reset(s.timeout / 4)
 }
 
+// waitForEnd waits until the client has taken so much that the end of a response in
+// chunks, which is written when nobody gives it time any more, does not wait.
+func (s *slowReader) waitForEnd() error {
+	if s == nil {
+		return nil
+	}
+	_ = s.socket.SetWriteDeadline(time.Now().Add(s.timeout)) // that of the last write may be over
+	return toClient(waitWritable(s.socket))
+}
+
 // stop returns when the deadline is set no more.
 func (s *slowReader) stop() {
 	if s == nil {

@@ -108,6 +108,18 @@ func bytesTaken(socket *net.TCPConn) (n uint64) {
 	return n
 }
 
+// waitWritable waits until the kernel has room for more.
+func waitWritable(socket *net.TCPConn) error {
+	conn, err := socket.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return conn.Write(func(fd uintptr) bool {
+		events, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, 0)
+		return events > 0 || err != nil && err != unix.EINTR
+	})
+}
+
 // maxUnsent is how much may wait in the kernel before a socket takes no more. It is
 // writable again with half of that.
 const maxUnsent = 512 << 10

@@ -8,8 +8,10 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"runtime"
 	"testing"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -73,6 +75,29 @@ func TestClientConnWriterSplices(t *testing.T) {
 	}()
 	if err := <-result; !errors.Is(err, unix.EPERM) {
 		t.Errorf("ReadFrom, where splice is refused: %v; want that", err)
+	}
+}
+
+// A socket whose other side takes nothing is waited for until it does, or until the
+// time for that is over.
+func TestWaitWritable(t *testing.T) {
+	near, far := socketPair(t)
+	socket := near.(*net.TCPConn)
+	if err := waitWritable(socket); err != nil {
+		t.Errorf("there is room, but %v", err)
+	}
+	_ = socket.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+	if _, err := io.CopyN(near, zeros{}, 64<<20); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("64 MiB are taken: %v", err)
+	}
+	_ = socket.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+	if err := waitWritable(socket); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("there is no room, but %v", err)
+	}
+	_ = socket.SetWriteDeadline(time.Now().Add(patience))
+	go func() { _, _ = io.Copy(io.Discard, far) }()
+	if err := waitWritable(socket); err != nil {
+		t.Errorf("there is room again, but %v", err)
 	}
 }
 

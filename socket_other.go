@@ -27,5 +27,8 @@ func (b *originBody) splice(http.ResponseWriter, func(int64)) (done bool, err er
 // bytesTaken is not known.
 func bytesTaken(*net.TCPConn) uint64 { return 0 }
 
+// waitWritable leaves the wait to the next write.
+func waitWritable(*net.TCPConn) error { return nil }
+
 // limitUnsent leaves it to the system how much waits for the other side.
 func limitUnsent(*net.TCPConn) {}
