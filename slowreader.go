@@ -43,7 +43,7 @@ func newSlowReader(w http.ResponseWriter, r *http.Request) *slowReader {
 	s := &slowReader{socket: socket, timeout: idle.Deadline.Timeout}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.timer = time.AfterFunc(s.timeout/4, s.look)
+	s.timer = time.AfterFunc(s.pause(), s.look)
 	return s
 }
 
@@ -57,8 +57,11 @@ func (s *slowReader) look() {
 		s.taken = taken
 		_ = s.socket.SetWriteDeadline(time.Now().Add(s.timeout)) // a failure is that of the write, too
 	}
-	s.timer.Reset(s.timeout / 4)
+	s.timer.Reset(s.pause())
 }
+
+// pause is how long a client may have taken something before that is noticed.
+func (s *slowReader) pause() time.Duration { return max(s.timeout/4, time.Millisecond) }
 
 // waitForEnd waits until the client has taken so much that the end of a response in
 // chunks, which is written when nobody gives it time any more, does not wait.
