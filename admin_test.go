@@ -232,6 +232,21 @@ func TestAdminTunnelsOfZones(t *testing.T) {
 		c.Close()
 	}
 	check("when the first have ended", "127.0.0.1 of one and 2000 has 1", "127.0.0.1 of two and 2000 has 1")
+
+	// Of several in a zone none takes the place of another, and none whose clients are
+	// not the same.
+	same := func(burst int, prefix string) {
+		w.load(w.site("burst 1000\nrefill 1000\nzone same") + other.site(fmt.Sprintf("burst %d\nrefill 1000\nzone same\n%s", burst, prefix)))
+	}
+	same(2000, "")
+	for _, proxy := range []*world{w, &other} {
+		proxy.dial().connect(echo)
+	}
+	same(3000, "")
+	check("two limits in a zone", "127.0.0.1 of one and 2000 has 1", "127.0.0.1 of same and 1000 has 1", "127.0.0.1 of same and 2000 has 1", "127.0.0.1 of two and 2000 has 1")
+	w.load(w.site("burst 1000\nrefill 1000\nzone same\nipv4_prefix 24"))
+	w.dial().connect(echo)
+	check("other prefixes", "127.0.0.0/24 of same and 1000 has 1", "127.0.0.1 of one and 2000 has 1", "127.0.0.1 of same and 1000 has 1", "127.0.0.1 of same and 2000 has 1", "127.0.0.1 of two and 2000 has 1")
 }
 
 // TestSnapshotOfMany: thousands of clients and tunnels are looked at in passing.

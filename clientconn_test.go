@@ -604,7 +604,7 @@ func TestClientConnStalledHead(t *testing.T) {
 	other := *w
 	other.proxy = freeAddress(t)
 	servers := func(proxy, options string) string {
-		return "servers " + proxy + " {\n" + options + "timeouts {\nread_header 300ms\n}\n}\n"
+		return "servers " + proxy + " {\n" + options + "timeouts {\nread_header 1500ms\n}\n}\n"
 	}
 	loadCaddyfile(t, "{\n"+servers(w.proxy, withWrapper)+servers(other.proxy, "")+
 		strings.TrimPrefix(w.globals(), "{\n")+w.site("zone one")+other.site("zone two"))

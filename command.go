@@ -175,7 +175,7 @@ func commandConfig(flags caddycmd.Flags) (*caddy.Config, error) {
 	if err := checkEndpoint("listen", listen); err != nil {
 		return nil, err
 	}
-	if admin := flags.String("admin"); admin != "off" {
+	if admin := flags.String("admin"); admin != "off" && admin != "" && !strings.Contains(admin, "{") { // Caddy fills placeholders in
 		if err := checkEndpoint("admin", admin); err != nil {
 			return nil, err
 		}

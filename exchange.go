@@ -340,8 +340,10 @@ type sender struct {
 }
 
 func newSender(conn *originConn, out *outgoing) *sender {
-	if socket := socketOf(conn.Conn); socket != nil && (out.body.length < 0 || out.body.length > copyBuffer) {
-		limitUnsent(socket) // its time for an answer begins when it has the request
+	if out.body.length < 0 || out.body.length > copyBuffer {
+		if socket := newConnPeer(conn.Conn).tcp; socket != nil {
+			limitUnsent(socket) // its time for an answer begins when it has the request
+		}
 	}
 	s := &sender{out: out, conn: conn, ended: make(chan struct{}), asked: make(chan bool, 2)}
 	go s.run()

@@ -32,7 +32,7 @@ type slowReader struct {
 // kernel there.
 func newSlowReader(w http.ResponseWriter, r *http.Request) *slowReader {
 	_, idle := caddyhttp.IdleTimeoutsFromContext(r.Context())
-	socket := socketOf(connOf(w, r))
+	socket := newConnPeer(connOf(w, r)).tcp
 	switch {
 	case idle == nil || !restartable(idle) || socket == nil:
 		return nil
@@ -82,18 +82,4 @@ func (s *slowReader) stop() {
 	defer s.mu.Unlock()
 	s.timer.Stop()
 	s.timer = nil
-}
-
-// socketOf returns the socket below a connection, nil if it is none of TCP.
-func socketOf(conn net.Conn) *net.TCPConn {
-	if wrapper, ok := conn.(interface{ NetConn() net.Conn }); ok { // TLS
-		conn = wrapper.NetConn()
-	}
-	switch conn := conn.(type) {
-	case *net.TCPConn:
-		return conn
-	case *readConn:
-		return conn.TCPConn
-	}
-	return nil
 }

@@ -381,7 +381,10 @@ func findClients(q clientQuery, now time.Time) clientList {
 		}
 	}
 	for _, c := range blocks {
-		if c.limiter = limiterOf(c.addr); !c.known && c.limiter != nil {
+		if c.known {
+			continue
+		}
+		if c.limiter = limiterOf(c.addr); c.limiter != nil {
 			add(*c)
 		}
 	}
@@ -399,22 +402,15 @@ type clientKey struct {
 }
 
 // tunnelsByClient returns the clients that have tunnels open, each with what there is
-// to say of it if its limiter does not know it. Tunnels of an earlier config belong to
-// the limiter that has taken its limiter's place.
+// to say of it if its limiter does not know it.
 func tunnelsByClient() map[clientKey]*client {
-	var current []*limiter
-	limiters.Range(func(_, value any) bool {
-		current = append(current, value.(*limiter))
-		return true
-	})
-	clients := make(map[clientKey]*client)
+	clients, current := make(map[clientKey]*client), make(map[*limiter]*limiter)
 	eachRegistry(func(r *registry) {
 		r.tunnels.Range(func(_ uint64, t *tunnel) bool {
-			l := t.owner.limiter
-			if !slices.Contains(current, l) {
-				if i := slices.IndexFunc(current, func(other *limiter) bool { return other.key.zone == l.key.zone && other.keyOf(t.bucket) == t.bucket }); i >= 0 {
-					l = current[i]
-				}
+			l := current[t.owner.limiter]
+			if l == nil {
+				l = t.owner.limiter.successor()
+				current[t.owner.limiter] = l
 			}
 			c := clients[clientKey{l, t.bucket}]
 			if c == nil {
@@ -429,6 +425,26 @@ func tunnelsByClient() map[clientKey]*client {
 		})
 	})
 	return clients
+}
+
+// successor returns the limiter that has taken the place of one of an earlier config:
+// the only one of its zone to which the same clients are one. If there is none, or l is
+// in use, that is l.
+func (l *limiter) successor() *limiter {
+	var same []*limiter
+	inUse := false
+	limiters.Range(func(_, value any) bool {
+		other := value.(*limiter)
+		inUse = inUse || other == l
+		if other.key.zone == l.key.zone && other.key.v4 == l.key.v4 && other.key.v6 == l.key.v6 {
+			same = append(same, other)
+		}
+		return true
+	})
+	if inUse || len(same) != 1 {
+		return l
+	}
+	return same[0]
 }
 
 // blocksByClient returns those that are blocked, which they are in all zones.

@@ -433,7 +433,7 @@ func TestStreamWriteTimeout(t *testing.T) {
 // something: what waits for it in the kernel is not so much that writing more is too
 // late.
 func TestStreamSteadyReader(t *testing.T) {
-	const size, rate = 5 << 20, 400 << 10 // bytes, and bytes a second
+	const size, rate = 5 << 20, 200 << 10 // bytes, and bytes a second
 	origin := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/known" {
 			w.Header().Set("Content-Length", fmt.Sprint(size))
@@ -441,7 +441,7 @@ func TestStreamSteadyReader(t *testing.T) {
 		_, _ = io.CopyN(w, zeros{}, size)
 	}))
 	defer origin.Close()
-	w := newTunnelWorld(t, tunnelSetup{options: "hosts proxy.example", servers: "listener_wrappers {\nasync_proxy\ntls\n}\ntimeouts {\nwrite_idle 1500ms\n}"})
+	w := newTunnelWorld(t, tunnelSetup{options: "hosts proxy.example", servers: "listener_wrappers {\nasync_proxy\ntls\n}\ntimeouts {\nwrite_idle 3s\n}"})
 	var clients sync.WaitGroup
 	for _, row := range []struct{ protocol, alpn, content string }{
 		{"h1", "", ""},
@@ -485,6 +485,7 @@ func TestStreamSteadyReader(t *testing.T) {
 			})
 		}
 	}
+	eventually(t, "two clients to be served by the proxy itself", func() bool { return ownConns() == 2 })
 	clients.Wait()
 }
 
@@ -513,8 +514,17 @@ func TestStreamStalledReader(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer tcp.Close()
-		fmt.Fprintf(conn, "GET %s%s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s", origin.URL, request.path, len(request.content), request.content)
+		r, err := http.NewRequestWithContext(ctx, http.MethodGet, origin.URL+request.path, strings.NewReader(request.content))
+		if err == nil {
+			err = r.WriteProxy(conn)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
 		_, _ = io.CopyN(io.Discard, conn, 8<<20)
+		if own := request.protocol == "h1" && request.content == ""; own != (ownConns() == 1) {
+			t.Errorf("%q: %d connections are served by the proxy itself", request, ownConns())
+		}
 		if line := w.waitLog("request", i+1)[i]; line["status"] != 499. {
 			t.Errorf("%q: the line is %v", request, line)
 		}
@@ -524,7 +534,7 @@ func TestStreamStalledReader(t *testing.T) {
 	}
 }
 
-// steadyConn reads slowly for four seconds: what waits for it then has waited for
+// steadyConn reads slowly for seven seconds: what waits for it then has waited for
 // longer than the timeout of the test.
 type steadyConn struct {
 	net.Conn
@@ -533,7 +543,7 @@ type steadyConn struct {
 }
 
 func (c *steadyConn) Read(b []byte) (int, error) {
-	for time.Since(c.start) < 4*time.Second && c.read > time.Since(c.start).Seconds()*c.rate {
+	for time.Since(c.start) < 7*time.Second && c.read > time.Since(c.start).Seconds()*c.rate {
 		time.Sleep(10 * time.Millisecond)
 	}
 	n, err := c.Conn.Read(b)
