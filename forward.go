@@ -99,7 +99,10 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 
 	x := &exchange{
 		origins: pool, ctx: r.Context(), timeout: time.Duration(h.ResponseHeaderTimeout),
-		interim: func(status int, fields http.Header) { passInterim(w, r, status, fields) },
+		interim: func(status int, fields http.Header) {
+			h.via.add(fields, 1, 1)
+			passInterim(w, r, status, fields)
+		},
 	}
 	defer x.finish(false)
 	start := time.Now()
@@ -136,11 +139,11 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 func newOutgoing(r *http.Request) (out *outgoing, scheme string, err error) {
 	u := r.URL
 	if r.ProtoMajor > 1 {
-		u = &url.URL{Scheme: "http", Host: r.Host}
+		u = &url.URL{Scheme: "http", Host: r.Host} // of :scheme nothing is left to see
 	}
 	scheme = strings.ToLower(u.Scheme)
 	switch {
-	case r.RequestURI == "*":
+	case r.RequestURI == "*" && (r.ProtoMajor == 1 || r.Method != http.MethodOptions): // else that is how OPTIONS for an empty path is written
 		return nil, "", errors.New("the target * is for OPTIONS to this server only")
 	case scheme == "":
 		return nil, "", fmt.Errorf("the target %q is no absolute URL", r.RequestURI)
@@ -165,6 +168,9 @@ func newOutgoing(r *http.Request) (out *outgoing, scheme string, err error) {
 	}
 	if r.ContentLength != 0 {
 		out.body = &clientBody{r: r.Body, length: r.ContentLength}
+		if r.ProtoMajor == 3 && r.ContentLength < 0 && !begins(out) {
+			out.body, r.ContentLength = nil, 0
+		}
 	}
 	if r.ProtoMajor > 1 {
 		return out, scheme, out.checkFrames()
@@ -283,6 +289,9 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, out *outgoing,
 		}
 	}
 	w.WriteHeader(res.StatusCode)
+	if r.ProtoMajor == 3 && !hasContent(r.Method, res.StatusCode) { // else quic-go says that it has none of a length
+		_ = http.NewResponseController(w).Flush()
+	}
 	err := copyBody(w, r, res, func(n int64) { h.countForwarded(from.bucket, 0, n) })
 	var gone *clientError
 	switch {
@@ -354,6 +363,11 @@ func toClient(err error) error {
 	return err
 }
 
+// hasContent reports whether a response to a method may have content.
+func hasContent(method string, status int) bool {
+	return method != http.MethodHead && status != http.StatusNoContent && status != http.StatusNotModified
+}
+
 const copyBuffer = 32 << 10
 
 // copyBuffers are what bodies are copied through.
@@ -372,6 +386,9 @@ func copyBody(w http.ResponseWriter, r *http.Request, res *http.Response, count 
 			count(int64(n))
 			return toClient(err)
 		}
+	}
+	if !hasContent(r.Method, res.StatusCode) {
+		return nil
 	}
 	slow := newSlowReader(w, r)
 	defer slow.stop()

@@ -155,3 +155,43 @@ func TestFramesOfHTTP3(t *testing.T) {
 		}
 	}
 }
+
+// Over HTTP/3 nobody says beforehand that there is no content: neither to an origin
+// that there is some, nor to a client that there is none where that is not known.
+func TestFramesOfHTTP3WithoutContent(t *testing.T) {
+	_, secure := framesWorld(t)
+	transport := &http3.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true, ServerName: "localhost"}}
+	defer transport.Close()
+	for _, row := range []struct{ method, path, content, answer string }{
+		{http.MethodGet, "/", "", ruleOK},
+		{http.MethodGet, "/", "some", ruleOK},
+		{http.MethodDelete, "/", "", ruleOK},
+		{http.MethodOptions, "*", "", ruleOK},
+		{http.MethodHead, "/", "", "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n"},
+		{http.MethodGet, "/", "", "HTTP/1.1 304 Not Modified\n\n"},
+		{http.MethodGet, "/", "", "HTTP/1.1 204 No Content\n\n"},
+	} {
+		origin := newRuleOrigin(t, row.answer)
+		r, _ := http.NewRequestWithContext(t.Context(), row.method, "https://"+secure+"/", nil)
+		r.Host, r.URL.Path = origin.address, row.path
+		if row.content != "" {
+			r.Body, r.ContentLength = io.NopCloser(strings.NewReader(row.content)), -1
+		}
+		res, err := transport.RoundTrip(r)
+		if err != nil {
+			t.Errorf("%v: %v", row, err)
+			continue
+		}
+		res.Body.Close()
+		if length, has := res.Header["Content-Length"]; has && row.answer != ruleOK {
+			t.Errorf("%v: the length is %q", row, length)
+		}
+		got, _ := origin.request()
+		if coding := got.fields.Get("Transfer-Encoding"); got.content != row.content || (coding != "") != (row.content != "") {
+			t.Errorf("%v: the origin got the coding %q and %q", row, coding, got.content)
+		}
+		if want := row.method + " " + row.path + " HTTP/1.1"; got.line != want {
+			t.Errorf("the origin got %q, want %q", got.line, want)
+		}
+	}
+}

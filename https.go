@@ -14,15 +14,17 @@ import (
 	"net/http/httptrace"
 	"net/textproto"
 	"net/url"
+	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
 // newTransport makes the way to https origins that speak HTTP/2, for clients of
-// one reach. A connection to one that does not goes to http1, and the request
+// one reach. How long a response may take is a headWait's to say. A connection to one that does not goes to http1, and the request
 // fails with errNoHTTP2, to be sent there.
-func newTransport(dial dialFunc, http1 *origins, timeout time.Duration) *http.Transport {
+func newTransport(dial dialFunc, http1 *origins) *http.Transport {
 	dial = overTLS(dial, "h2", "http/1.1")
 	t := &http.Transport{
 		DialTLSContext: func(ctx context.Context, _, address string) (net.Conn, error) {
@@ -42,7 +44,6 @@ func newTransport(dial dialFunc, http1 *origins, timeout time.Duration) *http.Tr
 		Proxy:              nil,
 		DisableCompression: true,
 
-		ResponseHeaderTimeout:  timeout,
 		ExpectContinueTimeout:  continueTimeout,
 		MaxResponseHeaderBytes: maxHead,
 		MaxIdleConns:           maxIdleOrigins,
@@ -58,8 +59,10 @@ var errNoHTTP2 = errors.New("HTTP/2 is not spoken there")
 // forwardHTTP2 is forward for an https origin that may speak HTTP/2. If it does
 // not, the error is errNoHTTP2, and the body has not been touched.
 func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoing, from caller) (int, error) {
-	interim := &interimResponses{w: w, r: r}
-	ctx := httptrace.WithClientTrace(r.Context(), &httptrace.ClientTrace{Got1xxResponse: interim.pass})
+	wait := newHeadWait(r.Context(), time.Duration(h.ResponseHeaderTimeout))
+	defer wait.end()
+	interim := &interimResponses{w: w, r: r, via: h.via}
+	ctx := httptrace.WithClientTrace(wait.ctx, &httptrace.ClientTrace{GotConn: wait.connected, Got1xxResponse: interim.pass})
 	out := r.WithContext(ctx)
 	out.Header = maps.Clone(r.Header)
 	out.URL = &url.URL{Scheme: "https", Host: o.authority, Opaque: o.target}
@@ -71,7 +74,7 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 	out.Host, out.RequestURI, out.Close = o.host, "", false
 	out.Body, out.Trailer = nil, nil // else a body would be sent, and never again
 	if o.body != nil {
-		out.Body = http2Body{o, out}
+		out.Body = &http2Body{from: o, to: out, wait: wait}
 		for _, name := range o.trailers {
 			if out.Trailer == nil {
 				out.Trailer = make(http.Header)
@@ -85,21 +88,31 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 	}
 	start := time.Now()
 	res, err := h.upstreams[from.reach].RoundTrip(out)
+	if err != nil && wait.stale(err) && o.repeatable() && !interim.any() {
+		res, err = h.upstreams[from.reach].RoundTrip(out)
+	}
 	interim.stop()
 	if errors.Is(err, errNoHTTP2) {
 		return 0, errNoHTTP2
 	}
-	metrics.responses.Observe(time.Since(start).Seconds())
 	if err != nil {
 		if failure := o.body.failed(); failure != nil {
 			err = failure
+		} else if wait.over() {
+			err = os.ErrDeadlineExceeded
 		}
 		return 0, forwardRefusal(r, err)
 	}
+	wait.stop()
 	metrics.responses.Observe(time.Since(start).Seconds())
 	defer res.Body.Close()
 	if res.StatusCode < 200 {
 		return 0, forwardRefusal(r, protocolError("the response has a status that ends no exchange"))
+	}
+	if length, err := oneLength(res.Header); err != nil {
+		return 0, forwardRefusal(r, err)
+	} else if length >= 0 && res.ContentLength < 0 { // there were several
+		res.ContentLength = length
 	}
 	return res.StatusCode, h.respond(w, r, o, res, from)
 }
@@ -109,17 +122,26 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 type interimResponses struct {
 	w    http.ResponseWriter
 	r    *http.Request
+	via  via
 	mu   sync.Mutex
+	some bool
 	done bool
 }
 
 func (i *interimResponses) pass(status int, fields textproto.MIMEHeader) error {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if !i.done {
+	if i.some = true; !i.done {
+		i.via.add(http.Header(fields), 2, 0)
 		passInterim(i.w, i.r, status, http.Header(fields))
 	}
 	return nil
+}
+
+func (i *interimResponses) any() bool {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.some
 }
 
 func (i *interimResponses) stop() {
@@ -130,18 +152,35 @@ func (i *interimResponses) stop() {
 
 // http2Body is the body of a request over HTTP/2, behind which come trailers.
 type http2Body struct {
-	from *outgoing
-	to   *http.Request
+	from  *outgoing
+	to    *http.Request
+	wait  *headWait
+	begun atomic.Bool
+	ended atomic.Bool
 }
 
-func (b http2Body) Read(p []byte) (int, error) {
+func (b *http2Body) Read(p []byte) (int, error) {
+	b.begun.Store(true)
+	b.wait.turn(false)
 	n, err := b.from.body.Read(p)
+	b.wait.turn(true)
 	if err == io.EOF {
 		for name := range b.to.Trailer {
 			b.to.Trailer[name] = b.from.trailer[name]
 		}
 	}
+	if err != nil {
+		b.ended.Store(true)
+	}
 	return n, err
 }
 
-func (b http2Body) Close() error { return nil } // the server's to close
+// Close implements io.Closer. Who is done with a request before its body has ended
+// waits for a read of that, which waits for the client. What has not been read may
+// be read by somebody else.
+func (b *http2Body) Close() error {
+	if b.begun.Load() && !b.ended.Load() {
+		b.from.stopBody()
+	}
+	return nil
+}

@@ -184,12 +184,9 @@ func frame(res *http.Response, r *bufio.Reader, method string) error {
 	res.Close = httpguts.HeaderValuesContainsToken(options, "close") ||
 		res.ProtoMinor == 0 && !httpguts.HeaderValuesContainsToken(options, "keep-alive")
 
-	length, err := contentLength(res.Header["Content-Length"])
+	length, err := oneLength(res.Header)
 	if err != nil {
 		return err
-	}
-	if values := res.Header["Content-Length"]; len(values) > 1 || len(values) == 1 && strings.Contains(values[0], ",") {
-		res.Header["Content-Length"] = []string{strconv.FormatInt(length, 10)}
 	}
 	coding := res.Header["Transfer-Encoding"]
 	if len(coding) > 0 {
@@ -227,6 +224,16 @@ func frame(res *http.Response, r *bufio.Reader, method string) error {
 		res.Close = true
 	}
 	return nil
+}
+
+// oneLength returns the Content-Length, of which it leaves one; -1 if there is none.
+func oneLength(h http.Header) (int64, error) {
+	values := h["Content-Length"]
+	length, err := contentLength(values)
+	if len(values) > 1 || len(values) == 1 && strings.Contains(values[0], ",") {
+		h["Content-Length"] = []string{strconv.FormatInt(length, 10)}
+	}
+	return length, err
 }
 
 // contentLength returns -1 if there is none. Several that agree are one.

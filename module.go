@@ -300,7 +300,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 			return conn, err
 		}
 		h.origins[r], h.secureOrigins[r] = newOrigins(dial), newOrigins(overTLS(dial, "http/1.1"))
-		h.upstreams[r] = newTransport(dial, h.secureOrigins[r], max(0, time.Duration(h.ResponseHeaderTimeout)))
+		h.upstreams[r] = newTransport(dial, h.secureOrigins[r])
 		if h.dialer.policy.changing {
 			recheck := func(ctx context.Context, c *originConn) error { return h.dialer.again(ctx, r, c.authority, c.Conn) }
 			h.origins[r].recheck, h.secureOrigins[r].recheck = recheck, recheck

@@ -8,6 +8,7 @@ import (
 	"crypto/tls"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -142,13 +143,13 @@ var rules = []rule{
 
 	// RFC 9110 §10.1.1 and §15.2: interim responses.
 	{name: "early hints", rfc: "8297", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1",
-		answer: "HTTP/1.1 103 Early Hints\nLink: </a>; rel=preload\n\nHTTP/1.1 102 Processing\n\n" + ruleOK, interim: []string{"103 Link: </a>; rel=preload", "102"}},
+		answer: "HTTP/1.1 103 Early Hints\nLink: </a>; rel=preload\n\nHTTP/1.1 102 Processing\n\n" + ruleOK, interim: []string{"103 Link: </a>; rel=preload Via: 1.1 tester", "102 Via: 1.1 tester"}},
 	{name: "no interim response for HTTP/1.0", rfc: "9110 §15.2", send: "GET http://ORIGIN/ HTTP/1.0\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1",
 		answer: "HTTP/1.1 103 Early Hints\nLink: </a>; rel=preload\n\n" + ruleOK, mustClose: true},
 	{name: "expectation", rfc: "9110 §10.1.1", send: "POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nExpect: 100-continue\nContent-Length: 5\n\nhello", line: "POST / HTTP/1.1", has: []string{"Expect: 100-continue"}, content: "hello", interim: []string{"100"}},
 	{name: "expectation of HTTP/1.0", rfc: "9110 §10.1.1", send: "POST http://ORIGIN/ HTTP/1.0\nHost: ORIGIN\nExpect: 100-continue\nContent-Length: 5\n\nhello", line: "POST / HTTP/1.1", hasNot: []string{"Expect"}, content: "hello", mustClose: true},
 	{name: "an expectation that nobody knows", rfc: "9110 §10.1.1", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nExpect: miracles\n\n", line: "-", status: 417},
-	{name: "a hundred interim responses", rfc: "9110 §15.2", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", answer: strings.Repeat("HTTP/1.1 102 Processing\n\n", 101) + ruleOK, status: 502, interim: slices.Repeat([]string{"102"}, 100)},
+	{name: "a hundred interim responses", rfc: "9110 §15.2", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", answer: strings.Repeat("HTTP/1.1 102 Processing\n\n", 101) + ruleOK, status: 502, interim: slices.Repeat([]string{"102 Via: 1.1 tester"}, 100)},
 
 	// RFC 9110 §15.3.5, §15.4.5: responses without content.
 	{name: "204", rfc: "9110 §15.3.5", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", answer: "HTTP/1.1 204 No Content\n\n", status: 204, body: "-"},
@@ -279,8 +280,8 @@ func (rule rule) checkResponse(d *differences, c *rawConn, fill func(string) str
 			break
 		}
 		line := strconv.Itoa(res.StatusCode)
-		for name, values := range res.Header {
-			line += " " + name + ": " + strings.Join(values, ", ")
+		for _, name := range slices.Sorted(maps.Keys(res.Header)) {
+			line += " " + name + ": " + strings.Join(res.Header[name], ", ")
 		}
 		interim = append(interim, line)
 	}

@@ -1,0 +1,99 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net/http/httptrace"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+// headWait ends a request over HTTP/2 whose response does not come in time: that in
+// which the origin has had all of the request, or would not take more, on whichever
+// connections it was tried.
+type headWait struct {
+	ctx     context.Context
+	cancel  context.CancelCauseFunc
+	timeout time.Duration
+	due     atomic.Int64 // since when it is the origin's turn, since epoch; 0: it is not
+	reused  atomic.Bool  // the connection had served a request before
+
+	mu    sync.Mutex
+	timer *time.Timer // nil: the wait is over
+}
+
+// newHeadWait begins to wait when there is a connection. A timeout <= 0 is none.
+func newHeadWait(ctx context.Context, timeout time.Duration) *headWait {
+	w := &headWait{timeout: timeout}
+	w.ctx, w.cancel = context.WithCancelCause(ctx)
+	if timeout > 0 {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.timer = time.AfterFunc(timeout, w.look)
+	}
+	return w
+}
+
+func (w *headWait) connected(info httptrace.GotConnInfo) {
+	w.reused.Store(info.Reused)
+	w.due.CompareAndSwap(0, sinceEpoch(time.Now()))
+}
+
+// turn notes whose turn it is.
+func (w *headWait) turn(origin bool) {
+	if origin {
+		w.due.Store(sinceEpoch(time.Now()))
+	} else {
+		w.due.Store(0)
+	}
+}
+
+func (w *headWait) look() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.timer == nil {
+		return
+	}
+	left := w.timeout
+	if due := w.due.Load(); due != 0 {
+		left -= time.Duration(sinceEpoch(time.Now()) - due)
+	}
+	if left <= 0 {
+		w.cancel(os.ErrDeadlineExceeded)
+		return
+	}
+	w.timer.Reset(left)
+}
+
+// over reports whether the response has not come in time.
+func (w *headWait) over() bool { return context.Cause(w.ctx) == os.ErrDeadlineExceeded }
+
+// stale reports whether an error is that of a connection that the origin was closing
+// while it was idle.
+func (w *headWait) stale(err error) bool {
+	lost := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
+	return lost && w.reused.Load() && w.ctx.Err() == nil
+}
+
+// stop ends the wait, and not the request.
+func (w *headWait) stop() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.timer != nil {
+		w.timer.Stop()
+		w.timer = nil
+	}
+}
+
+// end ends the request, too.
+func (w *headWait) end() {
+	w.stop()
+	w.cancel(nil)
+}

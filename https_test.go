@@ -1,0 +1,208 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bytes"
+	"crypto/tls"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	dto "github.com/prometheus/client_model/go"
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+)
+
+// framesOrigin is a connection to an https origin that says each frame itself.
+type framesOrigin struct {
+	*http2.Framer
+	conn net.Conn
+}
+
+// headers begins the answer to a request, and ends it, too, if that is all.
+func (f *framesOrigin) headers(stream uint32, ends bool, fields ...string) {
+	var head bytes.Buffer
+	e := hpack.NewEncoder(&head)
+	for i := 0; i < len(fields); i += 2 {
+		_ = e.WriteField(hpack.HeaderField{Name: fields[i], Value: fields[i+1]})
+	}
+	_ = f.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: head.Bytes(), EndHeaders: true, EndStream: ends})
+}
+
+// newFramesOrigin has answer called with each request's stream, and returns the
+// origin's address. No frame gives a client more room for content than the first.
+func newFramesOrigin(t *testing.T, answer func(f *framesOrigin, stream uint32)) string {
+	config := &tls.Config{Certificates: []tls.Certificate{tlsCertificate}, NextProtos: []string{"h2"}}
+	return listen(t, func(c *net.TCPConn) {
+		conn := tls.Server(c, config)
+		if _, err := io.CopyN(io.Discard, conn, int64(len(http2.ClientPreface))); err != nil {
+			return
+		}
+		f := &framesOrigin{http2.NewFramer(conn, conn), conn}
+		f.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
+		_ = f.WriteSettings()
+		for {
+			frame, err := f.ReadFrame()
+			if err != nil {
+				return
+			}
+			switch frame := frame.(type) {
+			case *http2.SettingsFrame:
+				if !frame.IsAck() {
+					_ = f.WriteSettingsAck()
+				}
+			case *http2.PingFrame:
+				if !frame.IsAck() {
+					_ = f.WritePing(true, frame.Data)
+				}
+			case *http2.MetaHeadersFrame:
+				answer(f, frame.StreamID)
+			}
+		}
+	})
+}
+
+// responsesObserved is how often the time until a response was measured.
+func responsesObserved(t *testing.T) uint64 {
+	var m dto.Metric
+	if err := metrics.responses.Write(&m); err != nil {
+		t.Fatal(err)
+	}
+	return m.GetHistogram().GetSampleCount()
+}
+
+// A response that comes before the request is complete is the client's at once.
+func TestHTTP2EarlyResponse(t *testing.T) {
+	for _, length := range []string{"2", ""} {
+		origin := newFramesOrigin(t, func(f *framesOrigin, stream uint32) {
+			fields := []string{":status", "413", "content-length", length}
+			if length == "" {
+				fields = fields[:2]
+			}
+			f.headers(stream, false, fields...)
+			_ = f.WriteData(stream, true, []byte("no"))
+		})
+		for _, framing := range []string{"Content-Length: 5000\n\nabc", "Transfer-Encoding: chunked\n\n3\nabc\n"} {
+			c := newWorld(t, "", nil).dial()
+			c.send("PUT https://" + origin + "/ HTTP/1.1\nHost: x\n" + framing)
+			if res, body := c.response(http.MethodPut); res.StatusCode != http.StatusRequestEntityTooLarge || body != "no" {
+				t.Errorf("%s %q", res.Status, body)
+			}
+		}
+	}
+}
+
+// The length of a response is one, or it is none that is passed on; a status that has
+// no content may have one all the same (RFC 9110 §8.6, RFC 9113 §8.1.1).
+func TestHTTP2Lengths(t *testing.T) {
+	for _, row := range []struct {
+		fields, data string
+		ends         bool // with the head
+		status       int
+		length, body string
+	}{
+		{":status 200 content-length 2", "ok", false, 200, "2", "ok"},
+		{":status 200 content-length 2 content-length 2", "ok", false, 200, "2", "ok"},
+		{":status 200 content-length 2 content-length 3", "ok", false, 502, "", ""},
+		{":status 200 content-length 2,3", "ok", false, 502, "", ""},
+		{":status 200 content-length +2", "ok", false, 502, "", ""},
+		{":status 304 content-length 5", "", false, 304, "5", ""},
+		{":status 304 content-length 5", "", true, 304, "5", ""},
+		{":status 204", "", false, 204, "", ""},
+	} {
+		origin := newFramesOrigin(t, func(f *framesOrigin, stream uint32) {
+			f.headers(stream, row.ends, strings.Fields(row.fields)...)
+			if !row.ends {
+				_ = f.WriteData(stream, true, []byte(row.data))
+			}
+		})
+		c := newWorld(t, "", nil).dial()
+		before := responsesObserved(t)
+		for range 2 { // on one connection
+			c.send("GET https://" + origin + "/ HTTP/1.1\nHost: x\n\n")
+			res, body := c.response(http.MethodGet)
+			if length := res.Header.Get("Content-Length"); res.StatusCode != row.status || row.status != 502 && (body != row.body || length != row.length && row.status != 304) {
+				t.Errorf("%s: %s, length %q, %q", row.fields, res.Status, length, body)
+			}
+		}
+		if n := responsesObserved(t) - before; n != 2 {
+			t.Errorf("%s: %d responses are measured", row.fields, n)
+		}
+	}
+}
+
+// The time for a response is that of the origin alone: a client may take longer with
+// its request, and an origin that takes no more of it, or none, has had its time.
+func TestHTTP2ResponseTimeout(t *testing.T) {
+	w := newWorld(t, "response_header_timeout 1s", nil)
+	before := responsesObserved(t)
+	silent := newFramesOrigin(t, func(f *framesOrigin, stream uint32) {})
+	refusing := newFramesOrigin(t, func(f *framesOrigin, stream uint32) { _ = f.WriteRSTStream(stream, http2.ErrCodeRefusedStream) })
+	for request, origin := range map[string]string{
+		"GET https://ORIGIN/silent HTTP/1.1\nHost: x\n\n":                               silent,
+		"GET https://ORIGIN/refusing HTTP/1.1\nHost: x\n\n":                             refusing,
+		"PUT https://ORIGIN/full HTTP/1.1\nHost: x\nContent-Length: 1000000\n\nCONTENT": silent,
+	} {
+		c := w.dial()
+		request = strings.ReplaceAll(request, "ORIGIN", origin)
+		go func() { // of which not all is taken
+			_, _ = io.WriteString(c, strings.ReplaceAll(strings.Replace(request, "CONTENT", strings.Repeat("x", 1_000_000), 1), "\n", "\r\n"))
+		}()
+		if res, body := c.response(http.MethodGet); res.StatusCode != http.StatusGatewayTimeout {
+			t.Errorf("%.40q: %s %q", request, res.Status, body)
+		}
+	}
+	if n := responsesObserved(t) - before; n != 0 {
+		t.Errorf("%d responses are measured", n)
+	}
+	patient := newFramesOrigin(t, func(f *framesOrigin, stream uint32) {
+		for {
+			frame, err := f.ReadFrame()
+			if err != nil {
+				return
+			}
+			if data, ok := frame.(*http2.DataFrame); ok && data.StreamEnded() {
+				f.headers(stream, true, ":status", "200")
+				return
+			}
+		}
+	})
+	c := w.dial()
+	c.send("PUT https://" + patient + "/ HTTP/1.1\nHost: x\nContent-Length: 6\n\n")
+	for range 6 {
+		time.Sleep(300 * time.Millisecond)
+		c.send("x")
+	}
+	if res, body := c.response(http.MethodPut); res.StatusCode != http.StatusOK {
+		t.Errorf("a client that takes its time: %s %q", res.Status, body)
+	}
+}
+
+// A connection that the origin was closing while it was idle is not the request's
+// failure, if that may be sent again.
+func TestHTTP2StaleConnection(t *testing.T) {
+	for method, want := range map[string]int{"GET": 200, "DELETE": 200, "POST": 502, "PATCH": 502} {
+		var requests atomic.Int64
+		origin := newFramesOrigin(t, func(f *framesOrigin, stream uint32) {
+			if requests.Add(1) == 2 {
+				_ = f.conn.Close()
+				return
+			}
+			f.headers(stream, true, ":status", "200")
+		})
+		c := newWorld(t, "", nil).dial()
+		for i, want := range []int{200, want} {
+			c.send(fmt.Sprintf("%s https://%s/ HTTP/1.1\nHost: x\n\n", method, origin))
+			if res, body := c.response(method); res.StatusCode != want {
+				t.Errorf("%s, request %d: %s %q, want %d", method, i, res.Status, body, want)
+			}
+		}
+	}
+}
