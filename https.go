@@ -73,8 +73,10 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 	}
 	out.Host, out.RequestURI, out.Close = o.host, "", false
 	out.Body, out.Trailer = nil, nil // else a body would be sent, and never again
+	var body *http2Body
 	if o.body != nil {
-		out.Body = &http2Body{from: o, to: out, wait: wait}
+		body = &http2Body{from: o, to: out, wait: wait}
+		out.Body = body
 		for _, name := range o.trailers {
 			if out.Trailer == nil {
 				out.Trailer = make(http.Header)
@@ -105,6 +107,7 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 	}
 	wait.stop()
 	metrics.responses.Observe(time.Since(start).Seconds())
+	res.Body = &http2Response{res.Body, body}
 	defer res.Body.Close()
 	if res.StatusCode < 200 {
 		return 0, forwardRefusal(r, protocolError("the response has a status that ends no exchange"))
@@ -175,12 +178,22 @@ func (b *http2Body) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Close implements io.Closer. Who is done with a request before its body has ended
-// waits for a read of that, which waits for the client. What has not been read may
-// be read by somebody else.
-func (b *http2Body) Close() error {
-	if b.begun.Load() && !b.ended.Load() {
-		b.from.stopBody()
+// Close implements io.Closer. The body is the server's to close.
+func (b *http2Body) Close() error { return nil }
+
+// http2Response is the body of a response that may come before the request is
+// complete.
+type http2Response struct {
+	io.ReadCloser
+	request *http2Body // nil: it has none
+}
+
+// Close implements io.Closer. It ends a read of the request's body, which waits for the
+// client, and which the transport would wait for; not before, as net/http takes a read
+// that is ended for the client's leaving.
+func (b *http2Response) Close() error {
+	if b.request != nil && b.request.begun.Load() && !b.request.ended.Load() {
+		b.request.from.stopBody()
 	}
-	return nil
+	return b.ReadCloser.Close()
 }
