@@ -23,8 +23,6 @@ import (
 	"syscall"
 	"testing"
 	"time"
-
-	"golang.org/x/net/http2"
 )
 
 // readUntil reads until what was read ends with end.
@@ -464,18 +462,8 @@ func TestStreamSteadyReader(t *testing.T) {
 				t.Fatal(err)
 			}
 			clients.Go(func() {
-				var res *http.Response
-				if row.alpn == "h2" {
-					one, err := new(http2.Transport).NewClientConn(conn)
-					if err != nil {
-						t.Error(err)
-						return
-					}
-					res, err = one.RoundTrip(request)
-				} else if err = request.WriteProxy(conn); err == nil {
-					res, err = http.ReadResponse(bufio.NewReader(conn), nil)
-				}
 				read := int64(0)
+				res, err := steadyRoundTrip(conn, request, row.alpn == "h2")
 				if err == nil {
 					read, err = io.Copy(io.Discard, res.Body)
 				}
@@ -532,6 +520,20 @@ func TestStreamStalledReader(t *testing.T) {
 			t.Errorf("%q: %d more bytes, %v", request, n, err)
 		}
 	}
+}
+
+func steadyRoundTrip(conn net.Conn, request *http.Request, overHTTP2 bool) (*http.Response, error) {
+	if overHTTP2 {
+		c, err := newH2Conn(conn)
+		if err != nil {
+			return nil, err
+		}
+		return c.RoundTrip(request)
+	}
+	if err := request.WriteProxy(conn); err != nil {
+		return nil, err
+	}
+	return http.ReadResponse(bufio.NewReader(conn), nil)
 }
 
 // steadyConn reads slowly for seven seconds: what waits for it then has waited for

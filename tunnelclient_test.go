@@ -270,11 +270,15 @@ func (c *tunnelClient) h2Conn(ctx context.Context) (*http2.ClientConn, error) {
 	}
 	c.tcp = tcp
 	c.t.Cleanup(func() { conn.Close() })
-	if c.h2, err = (&http2.Transport{AllowHTTP: true}).NewClientConn(conn); err != nil {
+	if c.h2, err = newH2Conn(conn); err != nil {
 		return nil, err
 	}
 	c.used = 1
 	return c.h2, nil
+}
+
+func newH2Conn(conn net.Conn) (*http2.ClientConn, error) {
+	return (&http2.Transport{AllowHTTP: true}).NewClientConn(conn)
 }
 
 // h2Tunnel is a stream on a connection of HTTP/2.
