@@ -561,10 +561,10 @@ func TestBinaryExit(t *testing.T) {
 		stop          func(*binaryCaddy)
 		least, atMost time.Duration
 	}{
-		{"SIGTERM", "", func(c *binaryCaddy) { _ = c.cmd.Process.Signal(syscall.SIGTERM) }, 0, 2 * time.Second},
+		{"SIGTERM", "", func(c *binaryCaddy) { _ = c.cmd.Process.Signal(syscall.SIGTERM) }, 0, 4 * time.Second},
 		{"SIGTERM with a grace period", "grace_period 2s",
 			func(c *binaryCaddy) { _ = c.cmd.Process.Signal(syscall.SIGTERM) }, 2*time.Second - lastCall, 4500 * time.Millisecond},
-		{"stop", "", func(c *binaryCaddy) { c.ask(http.MethodPost, "/stop", "") }, 0, 2 * time.Second},
+		{"stop", "", func(c *binaryCaddy) { c.ask(http.MethodPost, "/stop", "") }, 0, 4 * time.Second},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			c := binaryStart(t, binaryOptions{global: row.global, secure: true})

@@ -176,7 +176,7 @@ func TestTunnelsAreSeenWithoutABucket(t *testing.T) {
 		t.Errorf("limited are %+v", list)
 	}
 	w.gets(w.proxy, 200)
-	if list := found(t, ""); list.Total != 1 || list.Clients[0].Zone != "new" || list.Clients[0].Tunnels != 1 {
+	if list := found(t, ""); list.Total != 2 || list.Clients[0].Zone != "new" || list.Clients[0].Tunnels != 0 || list.Clients[1].Zone != "old" || list.Clients[1].Tunnels != 1 {
 		t.Errorf("clients %+v", list)
 	}
 }

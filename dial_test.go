@@ -18,7 +18,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -91,13 +90,8 @@ func deafTarget(t *testing.T, ip string, port uint16) string {
 		port = uint16(name.Port)
 	}
 	address := netip.AddrPortFrom(netip.MustParseAddr(ip), port).String()
-	for { // until its queue is full
-		conn, err := net.DialTimeout("tcp", address, 100*time.Millisecond)
-		if err != nil {
-			return address
-		}
-		t.Cleanup(func() { conn.Close() })
-	}
+	fillQueue(t, address)
+	return address
 }
 
 // waitDialling waits until n connections are being opened to an address.
@@ -185,12 +179,12 @@ func TestProcessExitsDuringDials(t *testing.T) {
 	c.exits(t, answers.Wait)
 }
 
-// Where IPv6 leads nowhere, IPv4 is tried beside it, and not after it when no
-// time is left (RFC 8305).
+// Where IPv6 leads nowhere, IPv4 is tried beside it, and not after it, when no
+// time is left (RFC 8305): half an hour would be IPv6's alone.
 func TestDialOfTwoFamilies(t *testing.T) {
 	alive := netip.MustParseAddrPort(echoTarget(t))
 	deafTarget(t, "::1", alive.Port())
-	w := newWorld(t, "dial_timeout 1500ms\nresolvers "+nameServer(t, func(string, int) []string { return []string{"::1", "127.0.0.1"} }), nil)
+	w := newWorld(t, "dial_timeout 1h\nresolvers "+nameServer(t, func(string, int) []string { return []string{"::1", "127.0.0.1"} }), nil)
 	c := w.dial()
 	c.connect(fmt.Sprintf("both.test:%d", alive.Port()))
 	hear(t, c, say(t, c, "hello"))

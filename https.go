@@ -22,8 +22,9 @@ import (
 )
 
 // newTransport makes the way to https origins that speak HTTP/2, for clients of
-// one reach. How long a response may take is a headWait's to say. A connection to one that does not goes to http1, and the request
-// fails with errNoHTTP2, to be sent there.
+// one reach. A connection to one that does not goes to http1, and the request fails
+// with errNoHTTP2, to be sent there. How long a response may take is a headWait's to
+// say.
 func newTransport(dial dialFunc, http1 *origins) *http.Transport {
 	dial = overTLS(dial, "h2", "http/1.1")
 	t := &http.Transport{

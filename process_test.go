@@ -62,7 +62,7 @@ func TestProcessExitsWithLiveTunnels(t *testing.T) {
 		name, global  string
 		least, atMost time.Duration
 	}{
-		{"at once", "", 0, 2 * time.Second},
+		{"at once", "", 0, 4 * time.Second},
 		{"after the grace period", "grace_period 2s", 1500 * time.Millisecond, 4 * time.Second},
 	} {
 		t.Run(row.name, func(t *testing.T) {
@@ -117,8 +117,8 @@ func TestProcessExitsWithStuckTunnels(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if took := c.exits(t, func() {}); took > 2*time.Second {
-				t.Errorf("Caddy exits after %v, want 2 s at most", took)
+			if took := c.exits(t, func() {}); took > 4*time.Second {
+				t.Errorf("Caddy exits after %v, want 4 s at most", took)
 			}
 			c.allShutDown(t, each)
 		})
