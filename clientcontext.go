@@ -75,7 +75,8 @@ func (c *clientConn) startWatch() {
 
 // look reads ahead until the connection has ended, or stopWatch is called, or
 // there is no room for more. A client that has sent further requests and then
-// says that it is done waits for their answers.
+// says that it is done still waits for this answer; that it waits for the last one,
+// net/http does not believe either.
 func (c *clientConn) look(done chan<- struct{}) {
 	defer close(done)
 	for {
