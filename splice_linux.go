@@ -234,7 +234,8 @@ func (b *originBody) spliceSome(client io.ReaderFrom, conn syscall.RawConn, sock
 	if err := idle.Ctrl.SetWriteDeadline(time.Now().Add(idle.Deadline.Timeout)); err != nil {
 		return 0, toClient(err)
 	}
-	// What has come can be read: a failure is the client's.
-	n, err := client.ReadFrom(io.LimitReader(socket, min(int64(available), b.left)))
+	// What has come can be read: a failure is the client's. It counts when the client has
+	// taken it, so that it is no more at once than a pipe holds.
+	n, err := client.ReadFrom(io.LimitReader(socket, min(int64(available), b.left, pipeSize)))
 	return n, toClient(err)
 }
