@@ -91,12 +91,10 @@ func (h *Handler) authenticate(w http.ResponseWriter, r *http.Request) (user str
 	} else {
 		w.Header()["Proxy-Authenticate"] = []string{`Basic realm="restricted"`} // there must be one
 	}
-	f = refuse(http.StatusProxyAuthRequired, deniedRequest, nil,
-		"This proxy asks for a user and a password; its option basic_auth says which.")
 	if tried {
-		f.err = errBadCredentials
+		return "", causeAuthFailed.refusal(errBadCredentials)
 	}
-	return "", f
+	return "", causeAuthRequired.refusal(nil)
 }
 
 // errBadCredentials tells a login that failed from one that was not tried.

@@ -47,8 +47,13 @@ func login(user, password string) string {
 	return "Basic " + base64.StdEncoding.EncodeToString([]byte(user+":"+password))
 }
 
-// authRefused is the one answer to whoever is not let in.
-const authRefused = "This proxy asks for a user and a password; its option basic_auth says which.\n"
+// authRefused is the text for a client that is not let in, by its credentials.
+func authRefused(credentials string) string {
+	if credentials == "" {
+		return "This proxy asks for a user and a password; its option basic_auth says which.\n"
+	}
+	return "The user name or password is wrong.\n"
+}
 
 func TestAuth(t *testing.T) {
 	var seen []string
@@ -73,7 +78,7 @@ func TestAuth(t *testing.T) {
 			}
 			// That for the origin is none for the proxy.
 			res, body := ask(method, "Authorization: "+login("alice", "wonderland")+"\n"+lines)
-			if res.StatusCode != http.StatusProxyAuthRequired || res.Header.Get("Proxy-Authenticate") != `Basic realm="Office"` || body != authRefused {
+			if res.StatusCode != http.StatusProxyAuthRequired || res.Header.Get("Proxy-Authenticate") != `Basic realm="Office"` || body != authRefused(credentials) {
 				t.Errorf("%s with %s: %s, Proxy-Authenticate %q, %q", method, name, res.Status, res.Header.Get("Proxy-Authenticate"), body)
 			}
 			for _, name := range []string{"Date", "Content-Length"} {
@@ -122,7 +127,7 @@ func TestAuthOfProtocols(t *testing.T) {
 			for _, credentials := range []string{"", login("alice", "builder")} {
 				client.login = credentials
 				refused := client.refused(target)
-				if refused.status != http.StatusProxyAuthRequired || refused.challenge != `Basic realm="Office"` || refused.body != authRefused {
+				if refused.status != http.StatusProxyAuthRequired || refused.challenge != `Basic realm="Office"` || refused.body != authRefused(credentials) {
 					t.Errorf("as %q: %d, %q, %q", credentials, refused.status, refused.challenge, refused.body)
 				}
 			}
@@ -511,7 +516,7 @@ func TestAuthByOtherProviders(t *testing.T) {
 		status      int
 	}{{"Bearer abc", 200}, {"Bearer abd", 407}, {"Bearer broken", 407}, {login("alice", "wonderland"), 200}, {login("alice", "?"), 407}} {
 		res, body := policyRequest(t, w.proxy, http.MethodGet, w.origin.Listener.Addr().String(), "Proxy-Authorization: "+tc.credentials+"\n")
-		if res.StatusCode != tc.status || tc.status == 407 && (body != authRefused || res.Header.Get("Proxy-Authenticate") != `Basic realm="both"`) {
+		if res.StatusCode != tc.status || tc.status == 407 && (body != authRefused(tc.credentials) || res.Header.Get("Proxy-Authenticate") != `Basic realm="both"`) {
 			t.Errorf("%s: %s %q, %q", tc.credentials, res.Status, body, res.Header)
 		}
 	}

@@ -44,5 +44,6 @@ func (e emitter) limited(zone string, v *visit, verdict verdict) {
 		"zone":        zone,
 		"host":        v.r.Host,
 		"retry_after": ceilSeconds(verdict.wait),
+		"cause":       string(v.cause),
 	})
 }

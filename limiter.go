@@ -130,18 +130,18 @@ var errBlocked = errors.New("the client is blocked")
 // refuseUncounted answers a request that the shared limiter cannot count, or
 // whose client is blocked. As with refuseLimited, a line stands for many.
 func (h *Handler) refuseUncounted(w http.ResponseWriter, r *http.Request, v *visit, verdict verdict) error {
-	f := refuse(http.StatusServiceUnavailable, "proxy_internal_error", verdict.err, "The proxy cannot count this request, as it has to; try again in a moment.")
+	f := causeUncounted.refusal(verdict.err)
 	if verdict.err == errBlocked {
 		who := "your address"
 		if v.bucket.Zone() != "" {
 			who = "this user"
 		}
-		f = refuse(http.StatusTooManyRequests, deniedRequest, errBlocked, "The operator of this proxy has blocked %s; try again in %d s.", who, ceilSeconds(verdict.wait))
+		f = causeBlocked.refusal(errBlocked, who, ceilSeconds(verdict.wait))
 	}
-	v.status, v.reason = f.status, f.kind
+	v.refusedBy(f)
 	v.count(f)
 	if verdict.refused > 0 {
-		v.refused(f.status, f.kind, f.text)
+		v.addRecent(f)
 		h.logRequest(r, v, f.err, zap.Int64("refused", verdict.refused))
 	}
 	w.Header()["Retry-After"] = []string{strconv.FormatInt(ceilSeconds(verdict.wait), 10)}

@@ -35,17 +35,18 @@ const (
 type outcome int
 
 const (
-	outcomeOK       outcome = iota // a tunnel, or a response of the origin or the next handler
-	outcomeLimited                 // no token left
-	outcomeRefused                 // another 4xx of the proxy's own, or 508
-	outcomeFailed                  // another 5xx of its own, or a response that broke off
-	outcomeCanceled                // the client left before it had an answer, or all of it
+	outcomeOK           outcome = iota // a tunnel, or a response of the origin or the next handler
+	outcomeLimited                     // no token left
+	outcomeRefused                     // another 4xx of the proxy's own, or 508
+	outcomeFailed                      // another 5xx of its own, or a response that broke off
+	outcomeCanceled                    // the client left before it had an answer, or all of it
+	outcomeAuthRequired                // a challenge (407) for a request without credentials
 	outcomes
 )
 
 var (
 	kindNames    = [kinds]string{"tunnel", "forward", "other"}
-	outcomeNames = [outcomes]string{"ok", "rate_limited", "refused", "failed", "canceled"}
+	outcomeNames = [outcomes]string{"ok", "rate_limited", "refused", "failed", "canceled", "auth_required"}
 )
 
 // dialOutcomes are those of connecting to a target or a parent.
@@ -57,7 +58,7 @@ var metrics = newProcessMetrics()
 
 type processMetrics struct {
 	requests  [kinds][outcomes]prometheus.Counter
-	refusals  *prometheus.CounterVec // by reason
+	refusals  *prometheus.CounterVec // by reason and cause
 	limited   prometheus.Counter     // of refusals, those by the limiter
 	reported  *prometheus.CounterVec // by what
 	evictions prometheus.Counter
@@ -77,7 +78,7 @@ func newProcessMetrics() *processMetrics {
 		return prometheus.NewCounterVec(prometheus.CounterOpts{Name: prefix + name, Help: help}, labels)
 	}
 	m := &processMetrics{
-		refusals: counters("refusals_total", "Answers of the proxy's own, by the error type of RFC 9209.", "reason"),
+		refusals: counters("refusals_total", "Responses of the proxy's own, by the error type of RFC 9209 and by cause.", "reason", "cause"),
 		reported: counters("reported_total", "What would have been refused, had it not been only to be reported.", "what"),
 		evictions: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: prefix + "rate_limit_evictions_total",
@@ -96,7 +97,10 @@ func newProcessMetrics() *processMetrics {
 			Buckets: durationBuckets,
 		}, []string{"outcome"}),
 	}
-	m.limited = m.refusals.WithLabelValues(deniedRequest)
+	for c, row := range causes {
+		m.refusals.WithLabelValues(row.kind, string(c))
+	}
+	m.limited = m.refusals.WithLabelValues(deniedRequest, string(causeRateLimited))
 	requests := counters("requests_total", "Requests by what they are to the proxy and what came of them.", "kind", "outcome")
 	for k := range kinds {
 		for o := range outcomes {
@@ -141,7 +145,7 @@ func (v *visit) count(err error) *refusal {
 		o = outcomeLimited
 		metrics.limited.Inc()
 	case f != nil && o != outcomeCanceled:
-		metrics.refusals.WithLabelValues(f.kind).Inc()
+		metrics.refusals.WithLabelValues(f.kind, string(causeOf(f))).Inc()
 	}
 	v.counted = true
 	metrics.requests[v.kind][o].Inc()
@@ -158,6 +162,8 @@ func outcomeOf(err error) (outcome, *refusal) {
 	switch {
 	case errors.As(err, &f) && f.status == statusClientClosedRequest:
 		return outcomeCanceled, f
+	case f != nil && causeOf(f) == causeAuthRequired:
+		return outcomeAuthRequired, f
 	case f != nil && (f.status < 500 || f.status == http.StatusLoopDetected):
 		return outcomeRefused, f
 	case f != nil, errors.As(err, new(brokenOff)):

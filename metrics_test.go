@@ -122,28 +122,29 @@ func TestMetricsCount(t *testing.T) {
 		eventually(t, "the last tunnel to be counted", func() bool { return gathered(t)["tunnels"] == 0 })
 		const dialled = `dial_duration_seconds{outcome="ok"}`
 		want := map[string]float64{
-			`requests_total{kind="forward",outcome="ok"}`:           6,
-			`requests_total{kind="forward",outcome="failed"}`:       2,
-			`requests_total{kind="forward",outcome="refused"}`:      1,
-			`requests_total{kind="forward",outcome="rate_limited"}`: 2,
-			`requests_total{kind="other",outcome="ok"}`:             1,
-			`requests_total{kind="tunnel",outcome="ok"}`:            1,
-			`requests_total{kind="tunnel",outcome="refused"}`:       2,
-			`requests_total{kind="tunnel",outcome="failed"}`:        1,
-			`requests_total{kind="tunnel",outcome="rate_limited"}`:  1,
-			`refusals_total{reason="http_request_error"}`:           1,
-			`refusals_total{reason="http_request_denied"}`:          4,
-			`refusals_total{reason="dns_error"}`:                    1,
-			`refusals_total{reason="connection_refused"}`:           1,
-			`refusals_total{reason="destination_ip_prohibited"}`:    1,
-			`tunnel_bytes_total{direction="up"}`:                    10,
-			`tunnel_bytes_total{direction="down"}`:                  10,
-			`tunnel_duration_seconds`:                               1,
-			`response_duration_seconds`:                             7, // heads that came
-			`forwarded_bytes_total{direction="down"}`:               4,
-			`dial_duration_seconds{outcome="dns"}`:                  1,
-			`dial_duration_seconds{outcome="refused"}`:              1,
-			`dial_duration_seconds{outcome="denied"}`:               2,
+			`requests_total{kind="forward",outcome="ok"}`:                        6,
+			`requests_total{kind="forward",outcome="failed"}`:                    2,
+			`requests_total{kind="forward",outcome="refused"}`:                   1,
+			`requests_total{kind="forward",outcome="rate_limited"}`:              2,
+			`requests_total{kind="other",outcome="ok"}`:                          1,
+			`requests_total{kind="tunnel",outcome="ok"}`:                         1,
+			`requests_total{kind="tunnel",outcome="refused"}`:                    2,
+			`requests_total{kind="tunnel",outcome="failed"}`:                     1,
+			`requests_total{kind="tunnel",outcome="rate_limited"}`:               1,
+			`refusals_total{cause="",reason="http_request_error"}`:               1,
+			`refusals_total{cause="rule",reason="http_request_denied"}`:          1,
+			`refusals_total{cause="rate_limited",reason="http_request_denied"}`:  3,
+			`refusals_total{cause="",reason="dns_error"}`:                        1,
+			`refusals_total{cause="",reason="connection_refused"}`:               1,
+			`refusals_total{cause="default",reason="destination_ip_prohibited"}`: 1,
+			`tunnel_bytes_total{direction="up"}`:                                 10,
+			`tunnel_bytes_total{direction="down"}`:                               10,
+			`tunnel_duration_seconds`:                                            1,
+			`response_duration_seconds`:                                          7, // heads that came
+			`forwarded_bytes_total{direction="down"}`:                            4,
+			`dial_duration_seconds{outcome="dns"}`:                               1,
+			`dial_duration_seconds{outcome="refused"}`:                           1,
+			`dial_duration_seconds{outcome="denied"}`:                            2,
 		}
 		var got map[string]float64
 		counted := func() bool {
@@ -181,7 +182,6 @@ func TestMetricsLint(t *testing.T) {
 	if err := registerMetrics(registry); err != nil {
 		t.Fatal(err)
 	}
-	metrics.refusals.WithLabelValues(deniedRequest)
 	problems, err := testutil.GatherAndLint(registry)
 	if err != nil {
 		t.Fatal(err)
@@ -216,7 +216,6 @@ func TestMetricsLint(t *testing.T) {
 func TestMetricsExposition(t *testing.T) {
 	registry := prometheus.NewPedanticRegistry()
 	m := newProcessMetrics()
-	m.refusals.WithLabelValues(deniedRequest)
 	registry.MustRegister(m.collectors...)
 	answer := httptest.NewRecorder()
 	promhttp.HandlerFor(registry, promhttp.HandlerOpts{}).ServeHTTP(answer, httptest.NewRequest(http.MethodGet, "/metrics", nil))

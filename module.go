@@ -55,6 +55,7 @@ func init() {
 // `{http.async_proxy.status}` | The status of the answer; 499 if the client left, or stalled, before it had all of it
 // `{http.async_proxy.latency}` | How long the answer took, as a duration
 // `{http.async_proxy.reason}` | For an answer of the proxy's own, the error type of RFC 9209
+// `{http.async_proxy.cause}` | If the proxy refused the request, why: rate_limited, blocked, rule, default, port, client, auth_required, ...
 type Handler struct {
 	// How many requests a client may make at once, from 1 to 1000000000. A
 	// CONNECT is one request, however long its tunnel lives. Default: 10.
@@ -479,7 +480,7 @@ func (h *Handler) serve(w http.ResponseWriter, r *http.Request, v *visit, next c
 		return errLimited
 	}
 	if h.via.seen(r.Header) || h.loops(r, v.peer) {
-		return refuse(http.StatusLoopDetected, "proxy_loop_detected", nil, "This request has come back to the proxy %s, where it had been before.", h.name)
+		return causeLoop.refusal(nil, h.name)
 	}
 	if v.kind == kindOther {
 		if h.isPAC(r) {
@@ -524,10 +525,10 @@ func (h *Handler) finish(w http.ResponseWriter, r *http.Request, v *visit, err e
 		}
 		return err
 	}
-	v.status, v.reason = f.status, f.kind
-	// Those who left were not refused, and most who log in were asked to first.
-	if f.status != statusClientClosedRequest && (f.status != http.StatusProxyAuthRequired || f.err != nil) {
-		v.refused(f.status, f.kind, f.text)
+	v.refusedBy(f)
+	// A client that left was not refused, and a challenge is not a refusal.
+	if f.status != statusClientClosedRequest && v.cause != causeAuthRequired {
+		v.addRecent(f)
 	}
 	h.logRequest(r, v, f.err)
 	if f.status == statusClientClosedRequest {
@@ -583,8 +584,7 @@ func (h *Handler) orReport(r *http.Request, v *visit, verdict verdict) verdict {
 // enter lets a request into the proxy, or says why not.
 func (h *Handler) enter(w http.ResponseWriter, r *http.Request, v *visit) *refusal {
 	if len(h.Clients) > 0 && v.addr.IsValid() && !h.clients.Contains(v.addr) {
-		return refuse(http.StatusForbidden, deniedRequest, &deniedError{rule: "clients", why: "the client is none of those that may use the proxy"},
-			"Your address, %s, is none of this proxy's clients; its option clients names them.", v.addr)
+		return causeClient.refusal(&deniedError{rule: "clients", why: "the client's address is not in clients"}, v.addr)
 	}
 	user, f := h.authenticate(w, r)
 	if f != nil {

@@ -25,6 +25,7 @@ type visit struct {
 	kind   kind
 	status int
 	reason string // of an answer of the proxy's own: the error type of RFC 9209
+	cause  cause  // if the proxy refused the request; else ""
 
 	verdict  verdict // of the limiter
 	counted  bool    // is in the metrics
@@ -42,6 +43,11 @@ func (h *Handler) newVisit(r *http.Request) *visit {
 	}
 	v.caller = callerOf(r)
 	return v
+}
+
+// refusedBy notes the answer of the proxy's own.
+func (v *visit) refusedBy(f *refusal) {
+	v.status, v.reason, v.cause = f.status, f.kind, causeOf(f)
 }
 
 func (v *visit) placeholder(key string) (any, bool) {
@@ -62,6 +68,8 @@ func (v *visit) placeholder(key string) (any, bool) {
 		return time.Since(v.start), true
 	case "reason":
 		return v.reason, true
+	case "cause":
+		return string(v.cause), true
 	case "user":
 		return v.user, true
 	}
@@ -99,6 +107,9 @@ func (h *Handler) logRequest(r *http.Request, v *visit, err error, more ...zap.F
 	if v.reason != "" {
 		fields = append(fields, zap.String("reason", v.reason))
 	}
+	if v.cause != "" {
+		fields = append(fields, zap.String("cause", string(v.cause)))
+	}
 	if denied != nil {
 		fields = append(fields, deniedFields(denied)...)
 	}
@@ -119,14 +130,21 @@ func (h *Handler) logLimited(r *http.Request, v *visit, verdict verdict, reportO
 		zap.String("ip", clientName(v.addr)),
 		zap.String("method", r.Method),
 		zap.String("host", r.Host),
+		zap.String("path", r.URL.Path),
+		zap.String("cause", string(causeRateLimited)),
 		zap.Duration("retry_after", verdict.wait),
 		zap.Int64("refused", verdict.refused),
 	}
 	if v.user != "" {
 		fields = append(fields, zap.String("user", v.user))
 	}
-	if reportOnly {
+	if reportOnly { // the request has no answer yet
 		fields = append(fields, zap.Bool("report_only", true))
+	} else {
+		fields = append(fields,
+			zap.Int("status", v.status),
+			zap.Duration("latency", time.Since(v.start)),
+			zap.String("reason", v.reason))
 	}
 	c.Write(fields...)
 }

@@ -313,12 +313,13 @@ func (h *Handler) refuseLimited(w http.ResponseWriter, r *http.Request, v *visit
 	if verdict.err != nil {
 		return h.refuseUncounted(w, r, v, verdict)
 	}
-	v.status, v.reason, v.limited = http.StatusTooManyRequests, deniedRequest, true
-	v.count(nil)
 	a := h.limitedAnswer(ceilSeconds(verdict.wait))
+	v.limited = true
+	v.refusedBy(&a.refusal)
+	v.count(nil)
 	if verdict.refused > 0 {
 		h.logLimited(r, v, verdict, false)
-		v.refused(a.status, a.kind, a.text)
+		v.addRecent(&a.refusal)
 	}
 	if verdict.event {
 		h.events.limited(h.Zone, v, verdict)
@@ -345,15 +346,11 @@ func (h *Handler) limitedAnswer(seconds int64) *limitedAnswer {
 	}
 	retry := strconv.FormatInt(seconds, 10)
 	a := &limitedAnswer{
-		refusal: refusal{
-			status: http.StatusTooManyRequests,
-			kind:   "http_request_denied",
-			text:   "Too many requests from your address; try again in " + retry + " s.",
-		},
+		refusal:     *causeRateLimited.refusal(nil, seconds),
 		seconds:     seconds,
 		retryAfter:  retry,
 		state:       h.limiter.state(seconds),
-		proxyStatus: h.proxyStatus("http_request_denied"),
+		proxyStatus: h.proxyStatus(deniedRequest),
 	}
 	a.body = []byte(a.text + "\n")
 	h.limited.Store(a)

@@ -6,7 +6,6 @@ package asyncproxy
 import (
 	"context"
 	"net"
-	"net/http"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -98,8 +97,7 @@ func (r *registry) Destruct() error {
 func (r *registry) admit(client netip.Addr, limit, perClient int) *refusal {
 	if n := r.admitted.Add(1); limit > 0 && n > int64(limit) {
 		r.admitted.Add(-1)
-		return refuse(http.StatusServiceUnavailable, "connection_limit_reached", &deniedError{rule: "max_tunnels", why: "all tunnels are in use"},
-			"This proxy has as many tunnels open as its option max_tunnels allows; try again later.")
+		return causeTunnels.refusal(&deniedError{rule: "max_tunnels", why: "all tunnels are in use"})
 	}
 	refused := false
 	r.clients.Compute(client, func(n int, _ bool) (int, xsync.ComputeOp) {
@@ -111,8 +109,7 @@ func (r *registry) admit(client netip.Addr, limit, perClient int) *refusal {
 	})
 	if refused {
 		r.admitted.Add(-1)
-		return refuse(http.StatusTooManyRequests, "connection_limit_reached", &deniedError{rule: "max_tunnels per_client", why: "the client has all of its tunnels in use"},
-			"Your address has as many tunnels open as this proxy's option max_tunnels per_client allows; close one first.")
+		return causeTunnelsPerClient.refusal(&deniedError{rule: "max_tunnels per_client", why: "the client has all of its tunnels in use"})
 	}
 	return nil
 }

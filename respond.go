@@ -25,6 +25,7 @@ type refusal struct {
 	kind   string // the error type of RFC 9209 §2.3, for the Proxy-Status field
 	text   string // one sentence for the person at the other end; no internals
 	err    error  // what happened, for the log; may be nil
+	cause  cause  // or "", if causeOf tells it by err
 }
 
 // refuse makes a refusal whose text is formatted.

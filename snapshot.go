@@ -43,8 +43,11 @@ type stats struct {
 		RateLimited int64 `json:"rate_limited"`
 		Refused     int64 `json:"refused"`
 		Failed      int64 `json:"failed"`
+
+		AuthRequired int64 `json:"auth_required"`
 	} `json:"requests"`
 	Refusals map[string]int64 `json:"refusals"`
+	Causes   map[string]int64 `json:"causes"`
 	Clients  struct {
 		Tracked int64 `json:"tracked"`
 		Limit   int64 `json:"limit"`
@@ -123,6 +126,7 @@ type refusalInfo struct {
 	Target string    `json:"target"`
 	Status int       `json:"status"`
 	Reason string    `json:"reason"`
+	Cause  string    `json:"cause,omitempty"`
 	Detail string    `json:"detail"`
 }
 
@@ -172,7 +176,7 @@ func eachRegistry(f func(*registry)) {
 }
 
 func takeStats(now time.Time) stats {
-	s := stats{Version: "(devel)", Time: now, Started: processStart, Loaded: processStart, Refusals: map[string]int64{}}
+	s := stats{Version: "(devel)", Time: now, Started: processStart, Loaded: processStart, Refusals: map[string]int64{}, Causes: map[string]int64{}}
 	if info, ok := debug.ReadBuildInfo(); ok {
 		for _, m := range append(info.Deps, &info.Main) {
 			if m.Path == modulePath && m.Version != "" {
@@ -192,9 +196,18 @@ func takeStats(now time.Time) stats {
 		s.Requests.RateLimited += requests(k, outcomeLimited)
 		s.Requests.Refused += requests(k, outcomeRefused)
 		s.Requests.Failed += requests(k, outcomeFailed)
+		s.Requests.AuthRequired += requests(k, outcomeAuthRequired)
 	}
 	for _, m := range readAll(metrics.refusals) {
-		s.Refusals[m.Label[0].GetValue()] = int64(m.GetCounter().GetValue())
+		labels := map[string]string{}
+		for _, label := range m.Label {
+			labels[label.GetName()] = label.GetValue()
+		}
+		n := int64(m.GetCounter().GetValue())
+		s.Refusals[labels["reason"]] += n
+		if labels["cause"] != "" {
+			s.Causes[labels["cause"]] += n
+		}
 	}
 	s.Clients.Evicted = int64(read(metrics.evictions).GetCounter().GetValue())
 	limiters.Range(func(_, l any) bool {
@@ -633,10 +646,10 @@ func (r *refusalRing) list() []refusalInfo {
 	return list
 }
 
-// refused notes a refusal for those who look.
-func (v *visit) refused(status int, reason, detail string) {
+// addRecent adds a refusal to the list that the status page shows.
+func (v *visit) addRecent(f *refusal) {
 	recent.add(&refusalInfo{
 		Time: v.start, Client: clientName(v.addr), Method: v.r.Method, Target: v.r.Host,
-		Status: status, Reason: reason, Detail: detail,
+		Status: f.status, Reason: f.kind, Cause: string(v.cause), Detail: f.text,
 	})
 }

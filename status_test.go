@@ -369,7 +369,7 @@ func TestStatusJSON(t *testing.T) {
 	}
 	snap := check("a snapshot", text, "stats", "clients", "tunnels", "refusals", "settings")
 	stats := check("stats", string(snap["stats"]), "version", "caddy", "started", "loaded", "time", "requests", "clients", "tunnels", "bytes_up", "bytes_down", "dials", "dial_seconds", "first_byte_seconds")
-	check("requests", string(stats["requests"]), "forwarded", "tunnels", "passed_on", "rate_limited", "refused", "failed")
+	check("requests", string(stats["requests"]), "forwarded", "tunnels", "passed_on", "rate_limited", "refused", "failed", "auth_required")
 	check("tunnels", string(stats["tunnels"]), "open", "limit")
 	for _, name := range []string{"dial_seconds", "first_byte_seconds"} {
 		var h struct {

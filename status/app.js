@@ -118,6 +118,7 @@ const outcomes = [
 	["passed_on", "Passed on", "passed"],
 	["rate_limited", "Rate limited", "limited"],
 	["refused", "Refused", "refused"],
+	["auth_required", "Asked to log in", "asked"],
 	["failed", "Failed", "failed"],
 ]
 
@@ -151,7 +152,7 @@ function learn(next) {
 		const rate = (a, b) => Math.max(0, a - b) / elapsed
 		sample.up = rate(counters.up, before.up)
 		sample.down = rate(counters.down, before.down)
-		for (const [name] of outcomes) sample[name] = rate(counters.requests[name], before.requests[name])
+		for (const [name] of outcomes) sample[name] = rate(counters.requests[name] ?? 0, before.requests[name] ?? 0)
 		sample.requests = outcomes.reduce((sum, [name]) => sum + sample[name], 0)
 		sample.counts = Object.fromEntries(outcomes.map(([name]) => [name, sample[name] * elapsed]))
 	} else if (before) {
@@ -716,6 +717,9 @@ const tunnels = new Table("tunnels", {
 	],
 })
 
+// causeOf says why the proxy refused, or what failed if it did not refuse itself.
+const causeOf = (r) => r.cause ?? r.reason
+
 const refusals = new Table("refusals", {
 	key: (r) => `${r.time} ${r.client} ${r.target}`,
 	sort: "time",
@@ -731,7 +735,13 @@ const refusals = new Table("refusals", {
 		},
 		{ name: "client", label: "Client", value: (r) => r.client, first: 1, class: "mid", show: text((r) => r.client) },
 		{ name: "target", label: "Request", value: (r) => r.target, first: 1, class: "mid", show: text((r) => `${r.method} ${r.target}`) },
-		{ name: "reason", label: "Reason", value: (r) => r.reason, first: 1, class: "mid", show: text((r) => r.reason) },
+		{
+			name: "cause", label: "Cause", value: causeOf, first: 1, class: "mid",
+			show(cell, r) {
+				setText(cell, causeOf(r))
+				setAttribute(cell, "title", `error type ${r.reason}`)
+			},
+		},
 		{
 			name: "detail", label: "Answer", class: "grow soft", make: twoLines,
 			show(cell, r, kept) {
@@ -827,7 +837,7 @@ function showTables() {
 	shown("tunnels-count", open.length, snapshot.tunnels.total)
 
 	const about = words("refusals-filter")
-	const refused = snapshot.refusals.filter((r) => `${r.client} ${r.method} ${r.target} ${r.reason} ${r.status}`.toLowerCase().includes(about))
+	const refused = snapshot.refusals.filter((r) => `${r.client} ${r.method} ${r.target} ${r.cause ?? ""} ${r.reason} ${r.status}`.toLowerCase().includes(about))
 	refusals.show(refusals.sorted(refused), about ? "No refusal is like that." : undefined)
 	shown("refusals-count", refused.length, snapshot.refusals.length)
 

@@ -1,0 +1,175 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// causeRow is a way to be refused.
+type causeRow struct {
+	cause   string
+	options string
+	method  string // GET if ""
+	target  string // the origin if ""
+	lines   string
+	before  func(w *world) // makes the next request one to refuse
+	status  int
+	reason  string
+	outcome string // refused if ""
+}
+
+func causeRows(parent, target string) []causeRow {
+	denied, prohibited, connections := "http_request_denied", "destination_ip_prohibited", "connection_limit_reached"
+	open := func(w *world) { w.dial().connect(target) }
+	return []causeRow{
+		{cause: "rate_limited", options: "burst 1\nrefill 0.00001", before: func(w *world) { w.dial().connect(target) }, status: 429, reason: denied, outcome: "rate_limited"},
+		{cause: "blocked", before: func(w *world) {
+			blockClient(netip.MustParseAddr("127.0.0.1"), time.Hour)
+			w.t.Cleanup(func() { unblock(netip.MustParseAddr("127.0.0.1")) })
+		}, status: 429, reason: denied},
+		{cause: "rule", options: "deny 127.0.0.0/8", status: 403, reason: denied},
+		{cause: "rule", options: "deny localhost", method: "CONNECT", target: "localhost:443", status: 403, reason: denied},
+		{cause: "default", target: "169.254.169.254:80", status: 403, reason: prohibited},
+		{cause: "default", options: "zone cause-default", method: "CONNECT", target: "10.0.0.1:443", lines: "X-Forwarded-For: 192.0.2.1\n", status: 403, reason: prohibited},
+		{cause: "port", method: "CONNECT", target: "127.0.0.1:25", status: 403, reason: denied},
+		{cause: "port", options: "ports 443", target: "127.0.0.1:80", status: 403, reason: denied},
+		{cause: "client", options: "clients 192.0.2.0/24", status: 403, reason: denied},
+		{cause: "auth_required", options: authUsers, status: 407, reason: denied, outcome: "auth_required"},
+		{cause: "auth_required", options: authUsers, method: "CONNECT", status: 407, reason: denied, outcome: "auth_required"},
+		{cause: "auth_failed", options: authUsers, lines: "Proxy-Authorization: " + login("alice", "?") + "\n", status: 407, reason: denied},
+		{cause: "max_tunnels", options: "max_tunnels 1", method: "CONNECT", before: open, status: 503, reason: connections, outcome: "failed"},
+		{cause: "tunnels_per_client", options: "max_tunnels 9 per_client 1", method: "CONNECT", before: open, status: 429, reason: connections},
+		{cause: "loop", options: "via tester", lines: "Via: 1.1 tester\n", status: 508, reason: "proxy_loop_detected"},
+		{cause: "parent", options: "upstream http://" + parent, method: "CONNECT", target: "192.0.2.1:443", status: 403, reason: denied},
+		{cause: "", target: "127.0.0.1:1", status: 502, reason: "connection_refused", outcome: "failed"},
+		{cause: "", options: "zone cause-bad", target: "127.0.0.1:0", status: 400, reason: "http_request_error"},
+	}
+}
+
+// TestCauses refuses a request for each cause, on both ways of serving, and
+// looks for the cause wherever it is told.
+func TestCauses(t *testing.T) {
+	target := listen(t, func(conn *net.TCPConn) { _, _ = io.Copy(io.Discard, conn) })
+	parent := listen(t, func(conn *net.TCPConn) {
+		if _, err := http.ReadRequest(bufio.NewReader(conn)); err == nil {
+			_, _ = io.WriteString(conn, "HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+		}
+	})
+	for i, row := range causeRows(parent, target) {
+		for _, way := range []string{"fast", "ordinary"} {
+			t.Run(fmt.Sprintf("%d %s %s", i, row.cause, way), func(t *testing.T) {
+				w := newWorld(t, "", nil)
+				options := row.options
+				if !strings.Contains(options, "zone") {
+					options += fmt.Sprintf("\nzone cause-%d-%s", i, way)
+				}
+				site := w.site(options)
+				if way == "ordinary" {
+					site = strings.Replace(site, "async_proxy {", "log\nlog_append cause {http.async_proxy.cause}\nasync_proxy {", 1)
+				}
+				w.load(site)
+				row.check(t, w, way)
+			})
+		}
+	}
+}
+
+func (row causeRow) check(t *testing.T, w *world, way string) {
+	if row.before != nil {
+		row.before(w)
+	}
+	method, target, outcome := row.method, row.target, row.outcome
+	if method == "" {
+		method = http.MethodGet
+	}
+	if target == "" {
+		target = w.origin.Listener.Addr().String()
+	}
+	if outcome == "" {
+		outcome = "refused"
+	}
+	before, causes := gathered(t), takeStats(time.Now()).Causes
+	res, body := policyRequest(t, w.proxy, method, target, row.lines)
+	if got := res.Header.Get("Proxy-Status"); res.StatusCode != row.status || !strings.HasSuffix(got, "; error="+row.reason) {
+		t.Errorf("%s, Proxy-Status %q, %q; want %d with %s", res.Status, got, body, row.status, row.reason)
+	}
+	row.checkLog(t, w, method, target)
+	kind := map[string]string{http.MethodGet: "forward", http.MethodConnect: "tunnel"}[method]
+	want := map[string]float64{
+		fmt.Sprintf("requests_total{kind=%q,outcome=%q}", kind, outcome):         1,
+		fmt.Sprintf("refusals_total{cause=%q,reason=%q}", row.cause, row.reason): 1,
+	}
+	if got := since(t, before); !maps.Equal(got, want) {
+		t.Errorf("what has grown is %v, want %v", got, want)
+	}
+	if now := takeStats(time.Now()).Causes; row.cause != "" && now[row.cause] != causes[row.cause]+1 {
+		t.Errorf("the causes of the stats are %v, and were %v", now, causes)
+	}
+	if last := recent.list(); row.cause == "auth_required" {
+		if len(last) > 0 && last[0].Cause == row.cause {
+			t.Errorf("a challenge is among the refusals: %v", last[0])
+		}
+	} else if last[0].Cause != row.cause || last[0].Reason != row.reason || last[0].Target != target {
+		t.Errorf("the last refusal is %+v", last[0])
+	}
+	if way == "ordinary" {
+		eventually(t, "the access log with the cause", func() bool {
+			return slices.ContainsFunc(w.logLines("handled request"), func(line map[string]any) bool {
+				return line["status"] == float64(row.status) && line["cause"] == row.cause
+			})
+		})
+	}
+}
+
+// checkLog looks for the fields that each line of a refused request has.
+func (row causeRow) checkLog(t *testing.T, w *world, method, target string) {
+	message := "request"
+	if row.cause == "rate_limited" {
+		message = "rate limited"
+	}
+	line := w.waitLog(message, 1)[0]
+	cause, _ := line["cause"].(string)
+	path := "/"
+	if method == http.MethodConnect {
+		path = ""
+	}
+	latency, ok := line["latency"].(float64)
+	if cause != row.cause || line["reason"] != row.reason || line["method"] != method || line["host"] != target ||
+		line["path"] != path || line["status"] != float64(row.status) || !ok || latency < 0 {
+		t.Errorf("line %v", line)
+	}
+}
+
+// TestCausesTable compares the table of causes with README, which has each.
+func TestCausesTable(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for c, row := range causes {
+		if !regexp.MustCompile("(?m)^\\| (`[a-z_]+`, )?`" + string(c) + "`[^|]*\\|").Match(readme) {
+			t.Errorf("README.md has no row of the cause %s", c)
+		}
+		if row.text == "" {
+			continue
+		}
+		f := c.refusal(nil, make([]any, strings.Count(row.text, "%"))...)
+		if causeOf(f) != c || f.status != row.status || f.kind != row.kind {
+			t.Errorf("%s: %+v", c, f)
+		}
+	}
+}
