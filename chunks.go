@@ -40,7 +40,7 @@ func (c *chunkReader) Read(p []byte) (n int, err error) {
 			}
 		}
 		var m int
-		m, err = c.r.Read(p[n:min(int64(len(p)), int64(n)+c.left)])
+		m, err = c.r.Read(p[n:][:min(int64(len(p)-n), c.left)])
 		n += m
 		if c.left -= int64(m); c.left == 0 {
 			c.open = true
@@ -91,8 +91,11 @@ func parseChunkLine(line []byte) (int64, error) {
 	}
 	size, _, _ := bytes.Cut(line, []byte(";"))
 	size = bytes.TrimRight(size, " \t")
+	if len(size) > 16 {
+		return 0, errChunkLine
+	}
 	n, err := strconv.ParseUint(string(size), 16, 63)
-	if err != nil || size[0] == '+' || len(size) > 16 {
+	if err != nil || size[0] == '+' {
 		return 0, errChunkLine
 	}
 	return int64(n), nil

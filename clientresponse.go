@@ -33,7 +33,7 @@ type responseWriter struct {
 	written int64    // of the content
 	sent    bool     // the fields, at least
 	chunked bool     // the content
-	trailer []string // names that were announced
+	trailer nameSet  // that were announced
 	pending []byte   // content, while it may still be all that there is
 	names   []string // of the fields, in order
 	buf     []byte
@@ -97,11 +97,7 @@ func (w *responseWriter) WriteHeader(status int) {
 			w.length = int64(length)
 		}
 	}
-	for _, value := range w.header["Trailer"] {
-		for name := range strings.SplitSeq(value, ",") {
-			w.trailer = append(w.trailer, http.CanonicalHeaderKey(strings.TrimSpace(name)))
-		}
-	}
+	w.trailer = listedNames(w.header["Trailer"])
 }
 
 // hasContent reports whether a response of this status may have some.
@@ -291,7 +287,7 @@ func (w *responseWriter) appendFields(b []byte) []byte {
 // appendTrailers appends what stands behind the last chunk.
 func (w *responseWriter) appendTrailers(b []byte) []byte {
 	for name, values := range w.header {
-		announced := slices.Contains(w.trailer, name)
+		announced := w.trailer.has(name)
 		if after, ok := strings.CutPrefix(name, http.TrailerPrefix); ok {
 			name, announced = after, true
 		}

@@ -277,13 +277,14 @@ func (h *Handler) applyDown(res *http.Response, r *http.Request) {
 // respond passes a response on. If it breaks off, the answer to the client is
 // to be broken off too, so that nobody takes a part for the whole (RFC 9112 §8).
 func (h *Handler) respond(w http.ResponseWriter, r *http.Request, out *outgoing, res *http.Response, from caller) error {
+	connection := res.Header["Connection"]
+	announced := trailingNames(res.Trailer, connection)
 	header := h.setResponseFields(w, r, res)
 	if endsConnection(r, out) {
 		header["Connection"] = []string{"close"}
 	}
-	announced := len(res.Trailer)
-	if announced > 0 {
-		header["Trailer"] = []string{strings.Join(slices.Sorted(maps.Keys(res.Trailer)), ", ")}
+	if len(announced) > 0 {
+		header["Trailer"] = []string{strings.Join(announced, ", ")}
 		if r.ProtoMajor == 1 {
 			delete(header, "Content-Length") // HTTP/2 has both, HTTP/1 only one or the other
 		}
@@ -309,17 +310,7 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, out *outgoing,
 		}
 	}
 	_ = res.Body.Close() // fills in the trailers
-	if len(res.Trailer) == 0 {
-		return nil
-	}
-	_ = http.NewResponseController(w).Flush() // puts an empty body into chunks, behind which trailers can be
-	for name, values := range res.Trailer {
-		if len(res.Trailer) != announced {
-			name = http.TrailerPrefix + name
-		}
-		header[name] = values
-	}
-	return nil
+	return passTrailers(w, res, announced, connection)
 }
 
 // restartable reports whether Caddy's timeout for writing begins anew with each

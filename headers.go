@@ -11,6 +11,7 @@ import (
 	"maps"
 	"net/http"
 	"net/netip"
+	"net/textproto"
 	"slices"
 	"strconv"
 	"strings"
@@ -36,25 +37,44 @@ var hopByHop = [...]string{
 	"Proxy-Authorization",
 }
 
-// mayTrail reports whether a field may come to the next hop behind a body: not
-// one that is of the connection, whose options are given, or that frames or
-// routes a message (RFC 9110 §6.5.1).
-func mayTrail(name string, connection []string) bool {
-	return httpguts.ValidTrailerHeader(name) && !slices.Contains(hopByHop[:], name) && !httpguts.HeaderValuesContainsToken(connection, name)
+// nameSet is a set of field names in canonical form.
+type nameSet map[string]struct{}
+
+func (s nameSet) has(name string) bool {
+	_, ok := s[name]
+	return ok
 }
 
-// requestTrailers returns the names of those trailers that r has announced and
-// that may go to the next hop. What the proxy says of the client itself is not
-// for the client to say again.
-func requestTrailers(r *http.Request) []string {
-	var names []string
-	for name := range r.Trailer {
-		if mayTrail(name, r.Header["Connection"]) && name != "Via" && name != "X-Forwarded-For" && name != "X-Real-Ip" {
-			names = append(names, name)
+// listedNames returns the names in a list field such as Connection or Trailer.
+func listedNames(values []string) nameSet {
+	if len(values) == 0 {
+		return nil
+	}
+	names := make(nameSet)
+	for _, value := range values {
+		for name := range strings.SplitSeq(value, ",") {
+			if name = strings.Trim(name, " \t"); name != "" {
+				names[textproto.CanonicalMIMEHeaderKey(name)] = struct{}{}
+			}
 		}
 	}
-	slices.Sort(names)
 	return names
+}
+
+// countLines returns how many lines the fields of h take.
+func countLines(h http.Header) (n int) {
+	for _, values := range h {
+		n += len(values)
+	}
+	return n
+}
+
+// countMembers returns how many members a list field has, empty ones included.
+func countMembers(values []string) (n int) {
+	for _, value := range values {
+		n += strings.Count(value, ",") + 1
+	}
+	return n
 }
 
 // checkFieldNames refuses operations on fields that there cannot be: Caddy would pass

@@ -103,6 +103,8 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 			err = failure
 		} else if wait.over() {
 			err = os.ErrDeadlineExceeded
+		} else if strings.Contains(err.Error(), "response header list larger") { // it has no type
+			err = errHeadTooLarge
 		}
 		return 0, forwardRefusal(r, err)
 	}
@@ -112,6 +114,9 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 	defer res.Body.Close()
 	if res.StatusCode < 200 {
 		return 0, forwardRefusal(r, protocolError("the response has a status that ends no exchange"))
+	}
+	if countLines(res.Header) > maxFields || len(res.Trailer) > maxFields || countMembers(res.Header["Connection"]) > maxFields {
+		return 0, forwardRefusal(r, errTooManyFields)
 	}
 	if length, err := oneLength(res.Header); err != nil {
 		return 0, forwardRefusal(r, err)

@@ -36,6 +36,22 @@ func (f *framesOrigin) headers(stream uint32, ends bool, fields ...string) {
 	_ = f.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: head.Bytes(), EndHeaders: true, EndStream: ends})
 }
 
+// longHeaders is headers for what does not fit into one frame.
+func (f *framesOrigin) longHeaders(stream uint32, ends bool, fields ...string) {
+	var head bytes.Buffer
+	e := hpack.NewEncoder(&head)
+	for i := 0; i < len(fields); i += 2 {
+		_ = e.WriteField(hpack.HeaderField{Name: fields[i], Value: fields[i+1]})
+	}
+	const size = 16 << 10
+	block := head.Next(size)
+	_ = f.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: block, EndHeaders: head.Len() == 0, EndStream: ends})
+	for head.Len() > 0 {
+		block = head.Next(size)
+		_ = f.WriteContinuation(stream, head.Len() == 0, block)
+	}
+}
+
 // newFramesOrigin has answer called with each request's stream, and returns the
 // origin's address. No frame gives a client more room for content than the first.
 func newFramesOrigin(t *testing.T, answer func(f *framesOrigin, stream uint32)) string {

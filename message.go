@@ -5,9 +5,11 @@ package asyncproxy
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/textproto"
@@ -17,13 +19,20 @@ import (
 	"golang.org/x/net/http/httpguts"
 )
 
-// maxHead bounds the head of a response, and its trailers.
-const maxHead = 1 << 20
+// Bounds on the head of a response, and separately on its trailers. The number of
+// lines is bounded too, because a short line takes many times its size in memory.
+const (
+	maxHead   = 256 << 10
+	maxFields = 1000 // field lines, or names in a Connection or Trailer field
+)
 
 // headEnd ends a head, together with its last line.
 var headEnd = []byte("\r\n\r\n")
 
-var errHeadTooLarge = errors.New("the head of the response is larger than 1 MiB")
+var (
+	errHeadTooLarge  = errors.New("the head or the trailers of the response are larger than 256 KiB")
+	errTooManyFields = errors.New("the head or the trailers of the response have more than 1000 lines")
+)
 
 // protocolError says what is wrong with a message from an origin.
 type protocolError string
@@ -65,7 +74,10 @@ func readResponse(r *bufio.Reader, method string) (*http.Response, error) {
 // made \n. An end of the connection before the first byte is io.EOF.
 func readHead(r *bufio.Reader) (string, error) {
 	var b strings.Builder
-	b.Grow(min(max(r.Buffered(), 256), 4<<10))
+	buffered, _ := r.Peek(r.Buffered())
+	if end := bytes.Index(buffered, headEnd); end >= 0 {
+		b.Grow(end + len(headEnd)) // the head of most responses, which has come as a whole
+	}
 	for {
 		line, err := r.ReadSlice('\n')
 		if b.Len()+len(line) > maxHead {
@@ -124,29 +136,46 @@ func parseFields(lines string) (http.Header, error) {
 	if strings.IndexByte(lines, 0) >= 0 || strings.IndexByte(lines, '\r') >= 0 {
 		return nil, protocolError("a field of the response has a NUL or a bare CR in it")
 	}
-	fields := newFields(strings.Count(lines, "\n"))
-	name := ""
-	for line := range strings.SplitSeq(strings.TrimSuffix(lines, "\n"), "\n") {
-		if lines == "" {
-			break
-		}
-		if line[0] == ' ' || line[0] == '\t' { // folded: RFC 9112 §5.2
-			if name == "" {
-				return nil, protocolError("the first field of the response begins with white space")
-			}
-			last := fields.header[name]
-			last[len(last)-1] = strings.TrimSpace(last[len(last)-1] + " " + strings.Trim(line, " \t"))
-			continue
-		}
+	n := strings.Count(lines, "\n")
+	if n > maxFields {
+		return nil, errTooManyFields
+	}
+	fields := newFields(n)
+	for lines != "" {
+		var line, value string
+		line, lines, _ = strings.Cut(lines, "\n")
 		key, value, found := strings.Cut(line, ":")
 		key = strings.TrimRight(key, " \t") // RFC 9112 §5.1
 		if !found || !httpguts.ValidHeaderFieldName(key) {
 			return nil, protocolError(fmt.Sprintf("the response has the line %.60q among its fields", line))
 		}
-		name = textproto.CanonicalMIMEHeaderKey(key)
-		fields.add(name, strings.Trim(value, " \t"))
+		value = strings.Trim(value, " \t")
+		if isFolded(lines) {
+			value, lines = unfold(value, lines)
+		}
+		fields.add(textproto.CanonicalMIMEHeaderKey(key), value)
 	}
 	return fields.header, nil
+}
+
+// isFolded reports whether lines begin with one that continues the field before it.
+func isFolded(lines string) bool {
+	return lines != "" && (lines[0] == ' ' || lines[0] == '\t')
+}
+
+// unfold joins a value with the lines that continue it, by single spaces (RFC
+// 9112 §5.2), and returns the lines that are left.
+func unfold(value, lines string) (joined, left string) {
+	parts := []byte(value)
+	for isFolded(lines) {
+		var line string
+		line, lines, _ = strings.Cut(lines, "\n")
+		if line = strings.Trim(line, " \t"); line != "" && len(parts) > 0 {
+			parts = append(parts, ' ')
+		}
+		parts = append(parts, line...)
+	}
+	return string(parts), lines
 }
 
 // appendLine appends a field line, whose parts are valid.
@@ -163,8 +192,10 @@ type fieldSet struct {
 	values []string
 }
 
-// newFields makes room for up to n lines.
+// newFields makes room for n lines, unless they are more than messages usually have:
+// lines may be short, and have all the same name.
 func newFields(n int) *fieldSet {
+	n = min(n, 64)
 	return &fieldSet{make(http.Header, n), make([]string, 0, n)}
 }
 
@@ -181,6 +212,9 @@ func (f *fieldSet) add(name, value string) {
 // whether the connection can be used again after it.
 func frame(res *http.Response, r *bufio.Reader, method string) error {
 	options := res.Header["Connection"]
+	if countMembers(options) > maxFields || countMembers(res.Header["Trailer"]) > maxFields {
+		return errTooManyFields
+	}
 	res.Close = httpguts.HeaderValuesContainsToken(options, "close") ||
 		res.ProtoMinor == 0 && !httpguts.HeaderValuesContainsToken(options, "keep-alive")
 
@@ -208,17 +242,13 @@ func frame(res *http.Response, r *bufio.Reader, method string) error {
 		delete(res.Header, "Content-Length")
 	case len(coding) > 0:
 		body.chunks = &chunkReader{r: r}
-		res.Trailer = announcedTrailers(res.Header, options)
+		res.Trailer = announcedTrailers(res.Header)
 		body.trailers = func(h http.Header) {
-			for name, values := range h {
-				if !mayTrail(name, options) {
-					continue
-				}
-				if res.Trailer == nil {
-					res.Trailer = make(http.Header)
-				}
-				res.Trailer[name] = values
+			if res.Trailer == nil {
+				res.Trailer = h
+				return
 			}
+			maps.Copy(res.Trailer, h)
 		}
 	case length < 0: // to the end of the connection
 		res.Close = true
@@ -252,21 +282,18 @@ func contentLength(values []string) (int64, error) {
 	return length, nil
 }
 
-// announcedTrailers returns the names in the Trailer field, without values.
-func announcedTrailers(h http.Header, connection []string) http.Header {
-	var trailer http.Header
-	for _, value := range h["Trailer"] {
-		for name := range strings.SplitSeq(value, ",") {
-			name = textproto.CanonicalMIMEHeaderKey(strings.Trim(name, " \t"))
-			if mayTrail(name, connection) {
-				if trailer == nil {
-					trailer = make(http.Header)
-				}
-				trailer[name] = nil
-			}
-		}
-	}
+// announcedTrailers takes the Trailer field out of h, and returns the names in it,
+// without values, as http.Response wants it.
+func announcedTrailers(h http.Header) http.Header {
+	names := listedNames(h["Trailer"])
 	delete(h, "Trailer")
+	if len(names) == 0 {
+		return nil
+	}
+	trailer := make(http.Header, len(names))
+	for name := range names {
+		trailer[name] = nil
+	}
 	return trailer
 }
 

@@ -467,7 +467,24 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 		v.kind = kindOther
 	}
 	v.bucket = h.limiter.client(v.addr)
-	return h.finish(w, r, v, h.serve(w, r, v, next))
+	return h.finish(w, r, v, h.serveOrNote(w, r, v, next))
+}
+
+// serveOrNote is serve, after a panic in which the request is counted and logged as
+// one that failed. The panic goes on.
+func (h *Handler) serveOrNote(w http.ResponseWriter, r *http.Request, v *visit, next caddyhttp.Handler) error {
+	defer func() {
+		if p := recover(); p != nil {
+			err := brokenOff{fmt.Errorf("panic: %v", p)}
+			if v.status == 0 && p != http.ErrAbortHandler {
+				v.status = http.StatusInternalServerError
+			}
+			v.count(err)
+			h.logRequest(r, v, err)
+			panic(p)
+		}
+	}()
+	return h.serve(w, r, v, next)
 }
 
 // errLimited is of a request that the limiter has refused, by the visit's verdict.

@@ -131,7 +131,8 @@ func newParent(ctx caddy.Context, u *Upstream, timeout time.Duration, resolver *
 			// Silence on a connection with tunnels is asked about.
 			HTTP2: &http.HTTP2Config{SendPingTimeout: time.Minute, PingTimeout: 15 * time.Second},
 			// Ends, once the last tunnel has, a connection that outlived its config.
-			IdleConnTimeout: maxIdleTime,
+			IdleConnTimeout:        maxIdleTime,
+			MaxResponseHeaderBytes: maxHead,
 		}
 		p.streams.Protocols.SetHTTP2(true)
 	}

@@ -101,8 +101,8 @@ func forwardRefusal(r *http.Request, err error) *refusal {
 		return dialRefusal(r.Context(), err, host)
 	case isTLSError(err):
 		return tlsRefusal(err, host)
-	case errors.Is(err, errHeadTooLarge):
-		return refuse(http.StatusBadGateway, "http_response_header_section_size", err, answered+": its head is too large.", host)
+	case errors.Is(err, errHeadTooLarge), errors.Is(err, errTooManyFields):
+		return refuse(http.StatusBadGateway, "http_response_header_section_size", err, answered+": %v.", host, err)
 	case errors.As(err, &timeout) && timeout.Timeout():
 		return refuse(http.StatusGatewayTimeout, "http_response_timeout", err, "%s did not answer in time.", host)
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):

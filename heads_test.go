@@ -1,0 +1,288 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bufio"
+	"bytes"
+	"fmt"
+	"io"
+	"math"
+	"net"
+	"net/http"
+	"runtime"
+	"strings"
+	"testing"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+)
+
+// bothWays runs a test with a proxy that serves its clients itself, and with one
+// whose clients Caddy's HTTP server serves.
+func bothWays(t *testing.T, options string, test func(t *testing.T, w *world)) {
+	for _, way := range []string{"own", "net/http"} {
+		t.Run(way, func(t *testing.T) {
+			w := newWorld(t, "", nil)
+			if way == "own" {
+				w.load(w.site(options))
+			} else {
+				w.load(inRoute(w.site(options)))
+			}
+			test(t, w)
+		})
+	}
+}
+
+// answering starts an HTTP/1 origin that answers each request with the same bytes,
+// and returns its address.
+func answering(t testing.TB, answer string) string {
+	return listen(t, func(c *net.TCPConn) {
+		r := bufio.NewReader(c)
+		for {
+			if _, err := http.ReadRequest(r); err != nil {
+				return
+			}
+			if _, err := io.WriteString(c, strings.ReplaceAll(answer, "\n", "\r\n")); err != nil {
+				return
+			}
+		}
+	})
+}
+
+// A head, and likewise the trailers, have at most so many bytes and so many lines,
+// however the lines are made.
+func TestHeadsAreBounded(t *testing.T) {
+	const head, end = "HTTP/1.1 200 OK\nContent-Length: 2\n", "\nok"
+	const trailers = "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n2\nok\n0\n"
+	names := strings.Repeat("a,", maxFields)
+	rows := []struct {
+		name, answer string
+		ok           bool
+	}{
+		{"the most lines", head + strings.Repeat("a:\n", maxFields-1) + end, true},
+		{"one line more", head + strings.Repeat("a:\n", maxFields) + end, false},
+		{"one name more", head + numbered(maxFields) + end, false},
+		{"too many folded lines", head + "a: b\n" + strings.Repeat(" x\n", maxFields) + end, false},
+		{"a long value", head + "a: " + strings.Repeat("x", maxHead-100) + "\n" + end, true},
+		{"a longer value", head + "a: " + strings.Repeat("x", maxHead) + "\n" + end, false},
+		{"too many options", head + "Connection: " + names + "a\n" + end, false},
+		{"too many names of trailers", strings.Replace(trailers, "\n\n", "\nTrailer: "+names+"a\n\n", 1) + "\n", false},
+		{"the most trailers", trailers + numbered(maxFields) + "\n", true},
+		{"one trailer more", trailers + numbered(maxFields+1) + "\n", false},
+		{"longer trailers", trailers + "a: " + strings.Repeat("x", maxHead) + "\n\n", false},
+	}
+	bothWays(t, "", func(t *testing.T, w *world) {
+		for _, row := range rows {
+			c := w.dial()
+			c.send("GET http://" + answering(t, row.answer) + "/ HTTP/1.1\nHost: x\n\n")
+			res, err := http.ReadResponse(bufio.NewReaderSize(c, maxHead), nil) // in which the trailers have to fit
+			if err != nil {
+				t.Fatalf("%s: %v", row.name, err)
+			}
+			body, err := io.ReadAll(res.Body)
+			whole := err == nil && res.StatusCode == http.StatusOK
+			if whole != row.ok {
+				t.Errorf("%s: %s, %.100q, %v", row.name, res.Status, body, err)
+			}
+			if res.StatusCode == http.StatusBadGateway && !strings.Contains(res.Header.Get("Proxy-Status"), "http_response_header_section_size") {
+				t.Errorf("%s: Proxy-Status %q", row.name, res.Header.Get("Proxy-Status"))
+			}
+		}
+	})
+}
+
+// numbered returns n fields with different names.
+func numbered(n int) string {
+	var b strings.Builder
+	for i := range n {
+		fmt.Fprintf(&b, "x%d: 1\n", i)
+	}
+	return b.String()
+}
+
+// The same bounds hold for an origin that speaks HTTP/2.
+func TestHTTP2HeadsAreBounded(t *testing.T) {
+	bothWays(t, "", func(t *testing.T, w *world) {
+		for _, row := range []struct {
+			name          string
+			lines, length int
+			trailers      int
+			status        int
+		}{
+			{"few lines", 10, 10, 0, 200},
+			{"one line more than the most", maxFields + 1, 1, 0, 502},
+			{"long lines", 10, maxHead / 10, 0, 502},
+			{"the most trailers", 1, 1, maxFields, 200},
+			{"one trailer more", 1, 1, maxFields + 1, 0},
+		} {
+			origin := newFramesOrigin(t, func(f *framesOrigin, stream uint32) {
+				fields := []string{":status", "200"}
+				for i := range row.lines {
+					fields = append(fields, fmt.Sprint("x", i), strings.Repeat("x", row.length))
+				}
+				f.longHeaders(stream, false, fields...)
+				fields = nil
+				for i := range row.trailers {
+					fields = append(fields, fmt.Sprint("t", i), "1")
+				}
+				_ = f.WriteData(stream, len(fields) == 0, []byte("ok"))
+				if len(fields) > 0 {
+					f.longHeaders(stream, true, fields...)
+				}
+			})
+			c := w.dial()
+			c.send("GET https://" + origin + "/ HTTP/1.1\nHost: x\n\n")
+			res, err := http.ReadResponse(bufio.NewReaderSize(c, maxHead), nil) // in which the trailers have to fit
+			if err != nil {
+				t.Fatalf("%s: %v", row.name, err)
+			}
+			_, err = io.ReadAll(res.Body)
+			if row.status == 0 && err == nil || row.status != 0 && (err != nil || res.StatusCode != row.status) {
+				t.Errorf("%s: %s, %v", row.name, res.Status, err)
+			}
+			if row.status == 502 && !strings.Contains(res.Header.Get("Proxy-Status"), "http_response_header_section_size") {
+				t.Errorf("%s: Proxy-Status %q", row.name, res.Header.Get("Proxy-Status"))
+			}
+		}
+	})
+}
+
+// A chunk may be as large as a size can say, behind another one in the same buffer.
+func TestLargestChunk(t *testing.T) {
+	chunks := &chunkReader{r: bufio.NewReader(strings.NewReader(fmt.Sprintf("5\r\nhello\r\n%x\r\nx", int64(math.MaxInt64))))}
+	got, err := io.ReadAll(chunks)
+	if string(got) != "hellox" || err != io.ErrUnexpectedEOF {
+		t.Errorf("%q, %v", got, err)
+	}
+}
+
+// What a panic in a handler ends is in the log and in the metrics like any other
+// request.
+func TestPanicIsLoggedAndCounted(t *testing.T) {
+	for _, value := range []any{"out of range", http.ErrAbortHandler} {
+		w := newWorld(t, "", nil)
+		registry, err := acquireRegistry()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer releaseRegistry()
+		var h *Handler
+		for h = range registry.handlers.All() {
+		}
+		failed := metrics.requests[kindOther][outcomeFailed]
+		before := testutil.ToFloat64(failed)
+		next := caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error { panic(value) })
+		func() {
+			defer func() {
+				if got := recover(); got != value {
+					t.Errorf("the panic went on as %v, want %v", got, value)
+				}
+			}()
+			r, _ := http.NewRequest(http.MethodGet, "/panics", nil)
+			r.RequestURI, r.RemoteAddr = "/panics", "127.0.0.1:1234"
+			_ = h.ServeHTTP(nil, r, next)
+		}()
+		line := w.waitLog("request", 1)[0]
+		if line["path"] != "/panics" || !strings.Contains(fmt.Sprint(line["error"]), fmt.Sprint(value)) {
+			t.Errorf("the log says %v", line)
+		}
+		if n := testutil.ToFloat64(failed) - before; n != 1 {
+			t.Errorf("%v requests are counted as failed, want 1", n)
+		}
+	}
+}
+
+// FuzzHeads reads arbitrary responses and holds what that takes to a multiple of
+// their size: how much is allocated, how often, and how often it is read.
+func FuzzHeads(f *testing.F) {
+	const head = "HTTP/1.1 200 OK\n"
+	chunks := head + "Transfer-Encoding: chunked\n"
+	for _, answer := range []string{
+		head + "a:b\n" + strings.Repeat(" x\n", 50_000) + "\n",
+		head + "a:b\n" + strings.Repeat(" x\n", maxFields-1) + "\n",
+		head + strings.Repeat("a:\n", maxFields) + "\n",
+		head + strings.Repeat("a:\n", maxHead/3) + "\n",
+		head + numbered(maxFields) + "\n",
+		head + "Connection: " + strings.Repeat("a,", maxFields-1) + "\n\n",
+		head + "Content-Length: " + strings.Repeat("2,", maxFields) + "2\n\nok",
+		chunks + "Trailer: " + strings.Repeat("a,", maxFields-1) + "\n\n0\n" + numbered(maxFields) + "\n",
+		chunks + "Connection: " + strings.Repeat("a,", maxFields-1) + "\n\n0\n" + numbered(maxFields) + "\n",
+		chunks + "\n" + strings.Repeat("1\nx\n", 10_000) + "0\n\n",
+		chunks + "\n1;" + strings.Repeat("x", maxChunkLine) + "\nx\n0\n\n",
+		chunks + "\n5\nhello\n7fffffffffffffff\nx",
+		chunks + "\n0\n" + "a:b\n" + strings.Repeat(" x\n", maxFields-1) + "\n",
+		strings.Repeat("HTTP/1.1 103 Early Hints\n\n", maxInterim) + head + "\n",
+	} {
+		f.Add([]byte(strings.ReplaceAll(answer, "\n", "\r\n")))
+	}
+	f.Fuzz(func(t *testing.T, input []byte) {
+		var least work
+		for i := range 3 { // others may allocate at the same time
+			if w := measure(func(r *bufio.Reader) { readAnswer(r) }, input); i == 0 || w.bytes < least.bytes {
+				least = w
+			}
+		}
+		size, lines := uint64(len(input)), uint64(bytes.Count(input, []byte("\n")))
+		if most := 32<<10 + 8*size + 768*min(lines, 2*maxFields); least.bytes > most {
+			t.Errorf("%d bytes take %d bytes of memory, at most %d are right", size, least.bytes, most)
+		}
+		if most := 100 + size; least.allocations > most {
+			t.Errorf("%d bytes take %d allocations, at most %d are right", size, least.allocations, most)
+		}
+		if most := 10 + size/1024; least.reads > most {
+			t.Errorf("%d bytes take %d reads, at most %d are right", size, least.reads, most)
+		}
+	})
+}
+
+// readAnswer reads a response as an exchange does, to its end or to an error, with
+// what is done with its trailers.
+func readAnswer(r *bufio.Reader) {
+	for range maxInterim {
+		res, err := readResponse(r, http.MethodGet)
+		if err != nil {
+			return
+		}
+		if res.StatusCode < 200 {
+			continue
+		}
+		connection := res.Header["Connection"]
+		announced := trailingNames(res.Trailer, connection)
+		removeHopByHop(res.Header)
+		buf := copyBuffers.Get().(*[copyBuffer]byte)
+		defer copyBuffers.Put(buf)
+		for err == nil {
+			_, err = res.Body.Read(buf[:])
+		}
+		if err == io.EOF {
+			_ = passTrailers(&responseWriter{status: 200, header: res.Header, sent: true}, res, announced, connection)
+		}
+		return
+	}
+}
+
+// work is what it takes to read something.
+type work struct{ bytes, allocations, reads uint64 }
+
+// measure returns what read takes for input, apart from the buffer.
+func measure(read func(*bufio.Reader), input []byte) (w work) {
+	source := &countedReads{r: bytes.NewReader(input)}
+	r := bufio.NewReaderSize(source, 16<<10)
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	read(r)
+	runtime.ReadMemStats(&after)
+	return work{after.TotalAlloc - before.TotalAlloc, after.Mallocs - before.Mallocs, source.n}
+}
+
+type countedReads struct {
+	r io.Reader
+	n uint64
+}
+
+func (c *countedReads) Read(p []byte) (int, error) {
+	c.n++
+	return c.r.Read(p)
+}
