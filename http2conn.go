@@ -1,0 +1,165 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"context"
+	"crypto/tls"
+	"net"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/net/http2"
+)
+
+// http2Conn is a client's HTTP/2 connection that notices when the server has died
+// without a word. While a request waits (see watch), silence makes it ping the server,
+// and a ping without an answer closes the connection, which fails all of its streams.
+//
+// All methods are safe for concurrent use.
+type http2Conn struct {
+	*http2.ClientConn
+	conn    *observedConn
+	socket  *net.TCPConn // below TLS; nil if it is not known
+	times   pingTimes
+	pinging sync.Mutex  // held while a ping waits for its answer
+	lost    atomic.Bool // the server did not answer, and the connection was closed
+}
+
+// pingTimes says when an HTTP/2 server counts as dead.
+type pingTimes struct {
+	silence time.Duration // how long a request waits without a frame before a ping
+	answer  time.Duration // how long the answer to a ping may take
+}
+
+var defaultPingTimes = pingTimes{silence: time.Second, answer: 2 * time.Second}
+
+// A server that answers its pings, but not the request, is asked ever less often, as
+// some servers end connections with more than a few pings in five minutes.
+const (
+	pingBackoff     = 30
+	maxPingInterval = 5 * time.Minute
+)
+
+// uploadProgress is how much the server's kernel must have taken during a ping for the
+// upload to be slow and the server alive. Pings and heads of requests are less.
+const uploadProgress = 16 << 10
+
+// newHTTP2Transport returns the transport for connections that pool opens and keeps.
+// Its settings, such as the sizes of windows, are those of settings, which it changes.
+func newHTTP2Transport(pool http2.ClientConnPool, settings *http.Transport) (*http2.Transport, error) {
+	t, err := http2.ConfigureTransports(settings) //nolint:staticcheck // nothing else gives a pool's connections a size of their windows
+	if err != nil {
+		return nil, err
+	}
+	t.ConnPool = pool
+	return t, nil
+}
+
+// newHTTP2Conn starts HTTP/2 on conn, for which TLS has agreed on it. It closes conn if
+// that fails.
+func newHTTP2Conn(t *http2.Transport, conn *tls.Conn, times pingTimes) (*http2Conn, error) {
+	c := &http2Conn{conn: &observedConn{Conn: conn}, socket: newConnPeer(conn).tcp, times: times}
+	var err error
+	if c.ClientConn, err = t.NewClientConn(c.conn); err != nil {
+		_ = conn.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+// observedConn notes when something was last read.
+type observedConn struct {
+	*tls.Conn
+	lastRead atomic.Int64 // since epoch
+}
+
+func (c *observedConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if n > 0 {
+		c.lastRead.Store(sinceEpoch(time.Now()))
+	}
+	return n, err
+}
+
+// silentFor returns how long nothing has arrived from the server.
+func (c *http2Conn) silentFor() time.Duration {
+	return time.Duration(sinceEpoch(time.Now()) - c.conn.lastRead.Load())
+}
+
+// watch watches over a request that is about to be sent. The caller calls stop when the
+// response has come, or the request has ended without one.
+func (c *http2Conn) watch() (stop func()) {
+	w := &silenceWatch{conn: c, start: sinceEpoch(time.Now()), wait: c.times.silence}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.timer = time.AfterFunc(w.wait, w.look)
+	return w.stop
+}
+
+// silenceWatch pings the server of a request that waits.
+type silenceWatch struct {
+	conn  *http2Conn
+	start int64         // since epoch
+	wait  time.Duration // how long the server may be silent before the next ping; look's own
+
+	mu    sync.Mutex
+	timer *time.Timer
+	over  bool
+}
+
+func (w *silenceWatch) look() {
+	silent := w.conn.silentFor()
+	if silent >= w.wait {
+		if !w.conn.answers() {
+			return
+		}
+		w.wait, silent = min(w.wait*pingBackoff, maxPingInterval), 0
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.over {
+		w.timer.Reset(w.wait - silent)
+	}
+}
+
+// stop ends the watch. If nothing at all has arrived since the request was sent, one
+// more look is taken: clients that give up early must not hide a dead connection.
+func (w *silenceWatch) stop() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.over = true
+	if w.conn.conn.lastRead.Load() >= w.start {
+		w.timer.Stop()
+	}
+}
+
+// answers pings the server, and closes the connection if there is no answer in time.
+func (c *http2Conn) answers() bool {
+	c.pinging.Lock()
+	defer c.pinging.Unlock()
+	if c.silentFor() < c.times.silence {
+		return true // another request's ping was answered meanwhile
+	}
+	for taken := uint64(0); ; {
+		start := sinceEpoch(time.Now())
+		if c.socket != nil {
+			taken = bytesTaken(c.socket)
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), c.times.answer)
+		err := c.Ping(ctx)
+		cancel()
+		if err == nil || c.conn.lastRead.Load() >= start {
+			return true
+		}
+		if c.socket == nil || bytesTaken(c.socket) < taken+uploadProgress {
+			break
+		}
+	}
+	c.lost.Store(true)
+	_ = c.Close()
+	return false
+}
