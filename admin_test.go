@@ -35,7 +35,7 @@ func (c *binaryCaddy) api(method, path string, want int, into any) string {
 }
 
 func TestAdminAPI(t *testing.T) {
-	c := binaryStart(t, binaryOptions{global: "servers {\ntrusted_proxies static 127.0.0.1/32\n}", site: "burst 3\nrefill 0.00001\nallow 127.0.0.0/8"})
+	c := binaryStart(t, binaryOptions{global: "servers {\ntrusted_proxies static 127.0.0.1/32\n}", site: "clients all\nburst 3\nrefill 0.00001\nallow 127.0.0.0/8"})
 	origin := listen(t, func(conn *net.TCPConn) {
 		_, _ = conn.Read(make([]byte, 1000))
 		_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 100\r\nConnection: close\r\n\r\n"+strings.Repeat("x", 100))
@@ -275,7 +275,7 @@ func TestActionsInSeveralZones(t *testing.T) {
 	w := newWorld(t, "", nil)
 	other := freeAddress(t)
 	sites := func(options string) string {
-		first := w.site("zone one\nburst 1\nrefill 0.001\nallow 127.0.0.0/8\n" + options)
+		first := w.site("clients all\nzone one\nburst 1\nrefill 0.001\nallow 127.0.0.0/8\n" + options)
 		second := strings.NewReplacer(w.proxy[len("127.0.0.1"):], other[len("127.0.0.1"):], "zone one", "zone two\nipv4_prefix 24").Replace(first)
 		return first + second
 	}

@@ -156,7 +156,7 @@ func TestClients(t *testing.T) {
 	origin := w.origin.Listener.Addr().String()
 	for _, method := range []string{http.MethodGet, http.MethodConnect} {
 		res, body := policyRequest(t, w.proxy, method, origin, "")
-		if want := "Your address, 127.0.0.1, is none of this proxy's clients; its option clients names them.\n"; res.StatusCode != http.StatusForbidden || body != want {
+		if want := "Your address, 127.0.0.1, may not use this proxy.\n"; res.StatusCode != http.StatusForbidden || body != want {
 			t.Errorf("%s: %s %q", method, res.Status, body)
 		}
 	}

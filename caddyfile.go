@@ -85,7 +85,7 @@ func isNested(h httpcaddyfile.Helper) bool {
 //		allow_from  <ip_source> ...
 //		deny_from   <ip_source> ...
 //		ports       <port|from-to...>
-//		clients     <cidr|private_ranges...>
+//		clients     <cidr|private_ranges|all...>
 //		basic_auth  [<hash_algorithm> [<realm>]] {
 //			<user> <hash>
 //		}
@@ -173,7 +173,7 @@ var options = map[string]option{
 	},
 	"limit_by": word("client_ip or user", func(h *Handler) *string { return &h.LimitBy }, oneOf("client_ip", "user")),
 
-	"clients":    list(expectedRanges, func(h *Handler) *[]string { return &h.Clients }, checkRange),
+	"clients":    list("all, or "+expectedRanges, func(h *Handler) *[]string { return &h.Clients }, checkClients),
 	"basic_auth": {expected: "[bcrypt|argon2id [<realm>]] and a block of `<user> <hash>` lines", read: (*caddyfileParser).basicAuth},
 
 	"allow":      {expected: expectedDestinations, many: true, read: (*caddyfileParser).rule},
@@ -405,6 +405,13 @@ func parseInt[T int | int64](s string, low, high T) (T, bool) {
 func parseDuration(s string, low caddy.Duration) (caddy.Duration, bool) {
 	d, err := caddy.ParseDuration(s)
 	return caddy.Duration(d), err == nil && caddy.Duration(d) >= low && caddy.Duration(d) <= maxDuration
+}
+
+func checkClients(s string) error {
+	if s == allClients {
+		return nil
+	}
+	return checkRange(s)
 }
 
 func checkRange(s string) error {

@@ -279,7 +279,7 @@ func TestCaddyfileMistakes(t *testing.T) {
 
 		{"async_proxy {\nexempt\n}", "exempt: there is no value; " + ranges + ", at Caddyfile:3"},
 		{"async_proxy {\nexempt 10.0.0.0/8 10.0.0.0/33\n}", "exempt: the value '10.0.0.0/33' is not valid; " + ranges + ", at Caddyfile:3"},
-		{"async_proxy {\nclients 10.0.0.0/8 office\n}", "clients: the value 'office' is not valid; " + ranges + ", at Caddyfile:3"},
+		{"async_proxy {\nclients 10.0.0.0/8 office\n}", "clients: the value 'office' is not valid; " + strings.Replace(ranges, "expected ", "expected all, or ", 1) + ", at Caddyfile:3"},
 		{"async_proxy {\nallow\n}", "allow: there is no value; " + destinations + ", at Caddyfile:3"},
 		{"async_proxy {\nallow exa/mple.com\n}", "allow: the value 'exa/mple.com' is not valid; " + destinations + ", at Caddyfile:3"},
 		{"async_proxy {\nallow 10.0.0.0/8\nallow 1.2.3\n}", "allow: the value '1.2.3' is not valid; " + destinations + ", at Caddyfile:4"},

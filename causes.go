@@ -44,7 +44,7 @@ var causes = map[cause]struct {
 	causeRule:             {http.StatusForbidden, deniedRequest, ""},
 	causeDefault:          {http.StatusForbidden, deniedAddress, ""},
 	causePort:             {http.StatusForbidden, deniedRequest, ""},
-	causeClient:           {http.StatusForbidden, deniedRequest, "Your address, %s, is none of this proxy's clients; its option clients names them."},
+	causeClient:           {http.StatusForbidden, deniedRequest, "Your address, %s, may not use this proxy."},
 	causeAuthRequired:     {http.StatusProxyAuthRequired, deniedRequest, "This proxy asks for a user and a password; its option basic_auth says which."},
 	causeAuthFailed:       {http.StatusProxyAuthRequired, deniedRequest, "The user name or password is wrong."},
 	causeTunnels:          {http.StatusServiceUnavailable, "connection_limit_reached", "This proxy has as many tunnels open as its option max_tunnels allows; try again later."},

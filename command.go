@@ -29,9 +29,10 @@ func init() {
 Runs a forward proxy until it is stopped. Useful for development and for a quick
 look; for more, use the async_proxy directive in a Caddyfile.
 
-By default it listens on this machine only. Before you let it listen on other
-addresses, restrict who may use it with --clients or --auth. --allow and --deny
-take destinations as the directive does. All --allow flags are applied before
+By default it listens on this machine only. On other addresses, clients with
+private addresses may use it unless --clients or --auth say otherwise; --clients
+all opens it to everybody. --allow and --deny take destinations as the directive
+does. All --allow flags are applied before
 all --deny flags:
 
   caddy async-proxy --allow '*.example.com' --deny all
@@ -47,7 +48,7 @@ caddy async-proxy status shows what a running proxy is doing.
 			flags.StringP("listen", "l", "127.0.0.1:8080", "Address to listen on")
 			flags.IntP("burst", "b", 0, "Requests that a client may make at once (default 10)")
 			flags.Float64P("refill", "r", 0, "Requests a second that it gains (default 0.5)")
-			flags.StringArrayP("clients", "c", nil, "The only clients that may use the proxy, as CIDR ranges")
+			flags.StringArrayP("clients", "c", nil, "The only clients that may use the proxy, as CIDR ranges, or all (default private_ranges)")
 			flags.StringArrayP("allow", "a", nil, "Destinations that are open")
 			flags.StringArrayP("deny", "d", nil, "Destinations that are closed")
 			flags.StringArrayP("auth", "", nil, "A user and a hash, user:hash")

@@ -45,7 +45,7 @@ func TestEventOfALimitedClient(t *testing.T) {
 	load := func(options string) {
 		t.Helper()
 		globals := strings.Replace(w.globals(), "{\n", "{\n\tevents {\n\t\ton rate_limited async_proxy_test\n\t}\n\tservers {\n\t\ttrusted_proxies static 127.0.0.0/8\n\t}\n", 1)
-		loadCaddyfile(t, globals+w.site("zone events\nburst 1\nrefill 0.001\nallow 127.0.0.0/8\n"+options))
+		loadCaddyfile(t, globals+w.site("clients all\nzone events\nburst 1\nrefill 0.001\nallow 127.0.0.0/8\n"+options))
 	}
 	ask := func(client string) {
 		t.Helper()

@@ -22,6 +22,7 @@ import (
 	"net/http"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -113,8 +114,11 @@ type Handler struct {
 	ReportOnly []string `json:"report_only,omitempty"`
 
 	// The only clients that may use the proxy, as addresses or CIDR ranges;
-	// `private_ranges` stands for all private ones. Those who come by a Unix
-	// socket may in any case. Default: all.
+	// `private_ranges` stands for all private ones, loopback included, and `all`
+	// opens the proxy to everybody who can reach it. Clients on a Unix socket
+	// are always admitted. Default: `all` if there is Authentication, or if a
+	// handler or a remote_ip or client_ip matcher before this one restricts who
+	// gets here; otherwise `private_ranges`.
 	Clients []string `json:"clients,omitempty"`
 
 	// Who may use the proxy: one of these providers must know the user by the
@@ -205,7 +209,8 @@ type Handler struct {
 	policy    string  // the value of RateLimit-Policy
 	limited   *atomic.Pointer[limitedAnswer]
 	exempt    *bart.Lite
-	clients   *bart.Lite
+	clients   *bart.Lite  // may use the proxy
+	guarded   func() bool // something else than clients restricts who may use the proxy
 	auth      []authProvider
 	dialer    *dialer
 	tunnels   *registry
@@ -242,7 +247,8 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if h.exempt, err = parsePrefixes("exempt", h.Exempt); err != nil {
 		return err
 	}
-	if h.clients, err = parsePrefixes("clients", h.Clients); err != nil {
+	server, _ := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
+	if err := h.provisionClients(server); err != nil {
 		return err
 	}
 	if h.DialTimeout < 0 {
@@ -279,7 +285,6 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 			return fmt.Errorf("headers: %w", err)
 		}
 	}
-	server, _ := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
 	if err := h.provisionName(server); err != nil {
 		return err
 	}
@@ -600,8 +605,8 @@ func (h *Handler) orReport(r *http.Request, v *visit, verdict verdict) verdict {
 
 // enter lets a request into the proxy, or says why not.
 func (h *Handler) enter(w http.ResponseWriter, r *http.Request, v *visit) *refusal {
-	if len(h.Clients) > 0 && v.addr.IsValid() && !h.clients.Contains(v.addr) {
-		return causeClient.refusal(&deniedError{rule: "clients", why: "the client's address is not in clients"}, v.addr)
+	if !h.admits(v.addr) {
+		return causeClient.refusal(&deniedError{rule: "clients", why: "the client's address is not in clients " + strings.Join(h.effectiveClients(), " ")}, v.addr)
 	}
 	user, f := h.authenticate(w, r)
 	if f != nil {

@@ -937,7 +937,7 @@ func TestForwardedForOfStrangersIsIgnored(t *testing.T) {
 }
 
 func TestForwardedForOfTrustedProxiesIsTheClient(t *testing.T) {
-	const options = "burst 1\nrefill 0.00001\nallow 127.0.0.1"
+	const options = "clients all\nburst 1\nrefill 0.00001\nallow 127.0.0.1"
 	w := newWorld(t, options, nil)
 	loadCaddyfile(t, "{\n\tadmin off\n\tpersist_config off\n\tdefault_bind 127.0.0.1\n\tservers {\n\t\ttrusted_proxies static 127.0.0.1/32\n\t}\n}\n"+w.site(options))
 	for _, tc := range []struct {

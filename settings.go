@@ -50,7 +50,7 @@ func (h *Handler) settings() []setting {
 	}
 	add("limiter", shared, "none")
 	add("limit_by", h.LimitBy, d.LimitBy)
-	add("clients", words(h.Clients), "none")
+	list = append(list, setting{"clients", words(h.effectiveClients()), len(h.Clients) == 0})
 	providers := make([]string, len(h.auth))
 	for i, provider := range h.auth {
 		providers[i] = provider.name

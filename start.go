@@ -6,15 +6,12 @@ package asyncproxy
 import (
 	"context"
 	"fmt"
-	"net/netip"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
-	"github.com/caddyserver/caddy/v2/modules/caddyhttp/caddyauth"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 )
@@ -55,18 +52,20 @@ func (h *Handler) started(ctx caddy.Context, server *caddyhttp.Server) {
 	h.logger.Info("async-proxy listening",
 		zap.Strings("addresses", server.Listen),
 		zap.Int64("burst", h.Burst),
-		zap.Float64("refill", h.Refill))
+		zap.Float64("refill", h.Refill),
+		zap.Strings("clients", h.effectiveClients()))
 	if hosts, _ := hostsBefore(server.Routes, h); len(hosts) > 0 {
 		h.logger.Warn("this proxy's site has a host name in its address, so requests for other hosts never reach the proxy "+
 			"and get an empty answer with status 200; give the site an address without a host, such as :8080",
 			zap.Strings("hosts", hosts))
 	}
-	if !namesClients(h.Clients) && len(h.auth) == 0 && listensBeyondLoopback(server.Listen) {
-		if restricted, _ := restrictedBefore(server.Routes, h, matchesClients); !restricted {
-			h.logger.Warn("this is an open proxy: it listens on more than this machine and lets in whoever gets there; "+
-				"add the option clients or basic_auth, a remote_ip matcher, or bind 127.0.0.1",
-				zap.Strings("addresses", server.Listen))
-		}
+	if h.isOpen() {
+		h.logger.Warn("open proxy: anyone who can reach this address can use it; list who may in clients, or add basic_auth or a remote_ip matcher",
+			zap.Strings("addresses", server.Listen), zap.Strings("clients", h.Clients))
+	}
+	if addresses := h.plainAddresses(ctx, server); len(h.auth) > 0 && len(addresses) > 0 {
+		h.logger.Warn("passwords are sent readable: other machines can reach this address, and it does not use TLS; "+
+			"give the site a certificate, or bind it to 127.0.0.1", zap.Strings("addresses", addresses))
 	}
 	if app, err := ctx.AppIfConfigured("http"); err == nil && !h.wraps {
 		level := zapcore.DebugLevel
@@ -84,6 +83,22 @@ func (h *Handler) started(ctx caddy.Context, server *caddyhttp.Server) {
 			return h.succeeds(t.owner) && h.dialer.forbids(t)
 		})
 	}
+}
+
+// plainAddresses returns the addresses of the server that other machines may
+// connect to without TLS, as the system knows them: a socket that was handed
+// over (fd/3) has an address that the config does not tell.
+func (h *Handler) plainAddresses(ctx caddy.Context, server *caddyhttp.Server) (plain []string) {
+	app, err := ctx.AppIfConfigured("http")
+	if err != nil {
+		return nil
+	}
+	for _, ln := range server.Listeners() {
+		if isBeyondLoopback(ln.Addr()) && !usesTLS(app.(*caddyhttp.App), server, ln) {
+			plain = append(plain, ln.Addr().String())
+		}
+	}
+	return plain
 }
 
 // succeeds reports whether the tunnels of another handler are this one's affair:
@@ -172,85 +187,4 @@ func matchedHosts(route caddyhttp.Route) []string {
 		hosts = append(hosts, *set[i].(*caddyhttp.MatchHost)...)
 	}
 	return hosts
-}
-
-// listensBeyondLoopback reports whether others than this machine's own users
-// can get to one of the addresses.
-func listensBeyondLoopback(addresses []string) bool {
-	return slices.ContainsFunc(addresses, func(address string) bool {
-		addr, err := caddy.ParseNetworkAddress(address)
-		if err != nil || addr.IsUnixNetwork() || addr.IsFdNetwork() || addr.Host == "localhost" {
-			return false
-		}
-		ip, err := netip.ParseAddr(addr.Host)
-		return err != nil || !ip.Unmap().IsLoopback()
-	})
-}
-
-// restrictedBefore reports whether the way to h is for certain clients or users
-// only, as far as can be seen: the routes on it have sets of matchers that
-// restrict, or there is something before h that asks everybody for credentials,
-// or turns away everybody but certain clients.
-func restrictedBefore(routes caddyhttp.RouteList, h caddyhttp.MiddlewareHandler, restricts func(caddyhttp.MatcherSet) bool) (restricted, found bool) {
-	for _, route := range routes {
-		before := restricted
-		for _, handler := range route.Handlers {
-			var inside bool
-			switch handler := handler.(type) {
-			case *caddyhttp.Subroute:
-				inside, found = restrictedBefore(handler.Routes, h, restricts)
-			case *caddyauth.Authentication, *caddyhttp.StaticResponse, *caddyhttp.StaticError:
-				inside = true
-			default:
-				found = handler == h
-			}
-			restricted = restricted || inside
-			if found {
-				return restricted || everySet(route.MatcherSets, restricts), true
-			}
-		}
-		// What only some requests come by restricts these alone, unless they are
-		// those of all others.
-		if len(route.MatcherSets) > 0 && !everySet(route.MatcherSets, matchesAllBut(restricts)) {
-			restricted = before
-		}
-	}
-	return restricted, false
-}
-
-// everySet reports whether there are sets of matchers and the condition holds
-// for each.
-func everySet(sets caddyhttp.MatcherSets, condition func(caddyhttp.MatcherSet) bool) bool {
-	return len(sets) > 0 && !slices.ContainsFunc(sets, func(set caddyhttp.MatcherSet) bool { return !condition(set) })
-}
-
-// matchesClients reports whether a set of matchers matches certain clients only.
-func matchesClients(set caddyhttp.MatcherSet) bool {
-	return slices.ContainsFunc(set, func(m any) bool {
-		switch m := m.(type) {
-		case *caddyhttp.MatchRemoteIP:
-			return namesClients(m.Ranges)
-		case *caddyhttp.MatchClientIP:
-			return namesClients(m.Ranges)
-		}
-		return false
-	})
-}
-
-// matchesAllBut returns a condition that holds for a set of matchers which matches
-// whatever sets that restrict do not.
-func matchesAllBut(restricts func(caddyhttp.MatcherSet) bool) func(caddyhttp.MatcherSet) bool {
-	return func(set caddyhttp.MatcherSet) bool {
-		if len(set) != 1 {
-			return false
-		}
-		not, ok := set[0].(*caddyhttp.MatchNot)
-		return ok && everySet(not.MatcherSets, restricts)
-	}
-}
-
-// namesClients reports whether ranges of addresses are some, and not all there
-// are.
-func namesClients(ranges []string) bool {
-	return len(ranges) > 0 && !slices.ContainsFunc(ranges, func(r string) bool { return strings.HasSuffix(r, "/0") })
 }

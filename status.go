@@ -136,7 +136,7 @@ func (s *Status) started(server *caddyhttp.Server) {
 		return
 	}
 	hosts, _ := hostsBefore(server.Routes, s)
-	asks, _ := restrictedBefore(server.Routes, s, func(caddyhttp.MatcherSet) bool { return false })
+	asks := restrictedBefore(server, s, func(caddyhttp.MatcherSet) bool { return false })
 	if len(hosts) == 0 && !asks {
 		s.logger.Warn("the actions of this status page can be had done by any page in the browser of somebody who can reach it (DNS rebinding), "+
 			"as its site has no host name in its address; give it one, such as localhost, or ask for credentials by basic_auth",

@@ -102,6 +102,7 @@ func (w *world) configure(proxyOptions, statusOptions string) {
 }
 http://:%s {
 	async_proxy {
+		clients all
 		%s
 	}
 }

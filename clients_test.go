@@ -1,0 +1,255 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+// clientFrom is a header field by which the tests' client, as a trusted proxy,
+// speaks for a client with another address.
+func clientFrom(address string) string { return "X-Forwarded-For: " + address + "\n" }
+
+// clientSites are sites, and who may use their proxy.
+var clientSites = []struct {
+	site    string // what is in it
+	clients string // the option clients as it is in effect
+	open    bool   // anybody may use it
+}{
+	{"async_proxy", "private_ranges", false},
+	{"async_proxy {\nclients all\n}", "all", true},
+	{"async_proxy {\nclients 10.0.0.0/8 all\n}", "10.0.0.0/8 all", true},
+	{"async_proxy {\nclients 10.0.0.0/8 0.0.0.0/0\n}", "10.0.0.0/8 0.0.0.0/0", true},
+	{"async_proxy {\nclients 10.0.0.0/8\n}", "10.0.0.0/8", false},
+	{"async_proxy {\n" + authUsers + "}", "all", false},
+	{"async_proxy {\nclients all\n" + authUsers + "}", "all", false},
+	{bcryptUsers + "\nasync_proxy", "all", false},
+	{strings.Replace(bcryptUsers, "basic_auth", "basic_auth /private/*", 1) + "\nasync_proxy", "private_ranges", false},
+	{"route /private/* {\n" + bcryptUsers + "}\nasync_proxy", "private_ranges", false},
+	{"route {\n" + bcryptUsers + "\nasync_proxy\n}", "all", false},
+	// A matcher of addresses is the operator's word on who may get here; any
+	// other one says nothing about that.
+	{"@known remote_ip 203.0.113.0/24\nasync_proxy @known", "all", false},
+	{"@known client_ip 203.0.113.0/24\nhandle @known {\nasync_proxy\n}", "all", false},
+	{"@known client_ip 203.0.113.0/24\nasync_proxy @known {\nclients all\n}", "all", false},
+	{"@get method GET CONNECT\nasync_proxy @get", "private_ranges", false},
+	{"@all remote_ip 0.0.0.0/0 ::/0\nasync_proxy @all", "private_ranges", false},
+	{"@others not remote_ip 192.0.2.1\nasync_proxy @others", "private_ranges", false},
+	{"@office remote_ip 203.0.113.0/24\nheader @office X-A b\nasync_proxy", "private_ranges", false},
+	{"@one {\nremote_ip 203.0.113.0/24\n}\n@two method GET\nroute @two {\nrespond @one hello\nasync_proxy\n}", "private_ranges", false},
+	// What turns away everybody but certain clients counts, if it comes first
+	// and ends the request.
+	{"@others not remote_ip 203.0.113.0/24\nabort @others\nroute {\nasync_proxy\n}", "private_ranges", false},
+	{"route {\n@others not remote_ip 203.0.113.0/24\nabort @others\nasync_proxy\n}", "all", false},
+	{"route {\n@others not client_ip 203.0.113.0/24\nhandle @others {\nerror 403\n}\nasync_proxy\n}", "all", false},
+	{"route {\n@others not client_ip 203.0.113.0/24\nrespond @others 103\nasync_proxy\n}", "private_ranges", false},
+	{"route {\n@others not client_ip 203.0.113.0/24\nrespond @others \"\" {env.NO_SUCH_STATUS}\nasync_proxy\n}", "private_ranges", false},
+	{"route {\n@others not remote_ip 203.0.113.0/24\nheader @others X-A b\nasync_proxy\n}", "private_ranges", false},
+	{"route {\n@others {\nnot remote_ip 203.0.113.0/24\npath /private/*\n}\nabort @others\nasync_proxy\n}", "private_ranges", false},
+	{"route {\n@bad remote_ip 192.0.2.1\nabort @bad\nasync_proxy\n}", "private_ranges", false},
+	// Of a group a request takes one route only: the second is no gate.
+	{"route {\nhandle /x {\nheader X-A b\n}\nhandle {\n" + bcryptUsers + "}\nasync_proxy\n}", "private_ranges", false},
+	{"invoke proxy", "private_ranges", false},
+	{"@known client_ip 203.0.113.0/24\ninvoke @known proxy", "all", false},
+	{"@known client_ip 203.0.113.0/24\ninvoke @known proxy\n@get method GET\ninvoke @get proxy", "private_ranges", false},
+	{"respond /health ok\nasync_proxy", "private_ranges", false},
+}
+
+// clientSite is a Caddyfile with one of the sites.
+func clientSite(w *world, site string) string {
+	_, port, _ := strings.Cut(w.proxy, ":")
+	text := fmt.Sprintf("http://:%s {\n%s\n}\n", port, site)
+	if strings.Contains(site, "invoke") {
+		text = "&(proxy) {\nasync_proxy\n}\n" + text
+	}
+	return withServers(w.globals()+text, withWrapper+"trusted_proxies static 127.0.0.1\ntrusted_proxies_strict")
+}
+
+// Who may use the proxy is decided for the first request as for all others, and
+// an open proxy is warned about at start.
+func TestWhoMayUseTheProxy(t *testing.T) {
+	w := newWorld(t, "", nil)
+	for _, row := range clientSites {
+		w.forgetLogs()
+		loadCaddyfile(t, clientSite(w, row.site))
+		line := w.waitLog("async-proxy listening", 1)[0]
+		var clients []string
+		for _, c := range line["clients"].([]any) {
+			clients = append(clients, c.(string))
+		}
+		if got := strings.Join(clients, " "); got != row.clients {
+			t.Errorf("%s\nclients %s, want %s", row.site, got, row.clients)
+		}
+		data, err := os.ReadFile(w.logs)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Contains(string(data), `"msg":"open proxy: `); got != row.open {
+			t.Errorf("%s\nis warned about: %v, want %v", row.site, got, row.open)
+		}
+	}
+}
+
+// Without a word on clients, those with private addresses may use the proxy, and
+// all others get a 403 that says so, whichever way they are served.
+func TestClientsByDefault(t *testing.T) {
+	w := newWorld(t, "", nil)
+	origin := w.origin.Listener.Addr().String()
+	const private = "127.0.0.1 127.1.2.3 10.1.2.3 192.168.7.8 172.31.0.1 ::1 fd12::1 ::ffff:10.1.2.3"
+	const public = "203.0.113.9 8.8.8.8 172.32.0.1 2001:db8::1 2606:4700::1 ::ffff:8.8.8.8 100.64.0.1 169.254.1.1"
+	for _, tc := range []struct{ site, admitted, refused string }{
+		{"async_proxy {\nallow 127.0.0.0/8\n}", private, public},
+		{"route {\nasync_proxy {\nallow 127.0.0.0/8\n}\n}", private, public},
+		{"@other method DELETE\nasync_proxy @other\nasync_proxy {\nallow 127.0.0.0/8\n}", private, public},
+		{"async_proxy {\nallow 127.0.0.0/8\nclients all\n}", private + " " + public, ""},
+		{"async_proxy {\nallow 127.0.0.0/8\nclients 203.0.113.0/24\n}", "203.0.113.9", "127.0.0.1 8.8.8.8 2001:db8::1"},
+		{"@office client_ip 203.0.113.0/24\nasync_proxy @office {\nallow 127.0.0.0/8\n}\nasync_proxy {\nallow 127.0.0.0/8\n}",
+			"203.0.113.9 " + private, "8.8.8.8 2001:db8::1"},
+	} {
+		site := strings.ReplaceAll(tc.site, "async_proxy {", "async_proxy {\nburst 1000000\nrefill 1000000")
+		loadCaddyfile(t, clientSite(w, site))
+		for _, method := range []string{http.MethodGet, http.MethodConnect} {
+			for address := range strings.FieldsSeq(tc.admitted) {
+				if res, body := policyRequest(t, w.proxy, method, origin, clientFrom(address)); res.StatusCode != http.StatusOK {
+					t.Errorf("%s\n%s from %s: %s %s", tc.site, method, address, res.Status, body)
+				}
+			}
+			for address := range strings.FieldsSeq(tc.refused) {
+				res, body := policyRequest(t, w.proxy, method, origin, clientFrom(address))
+				want := "Your address, " + strings.TrimPrefix(address, "::ffff:") + ", may not use this proxy.\n"
+				if res.StatusCode != http.StatusForbidden || body != want {
+					t.Errorf("%s\n%s from %s: %s %q, want 403 %q", tc.site, method, address, res.Status, body, want)
+				}
+			}
+		}
+	}
+	// What is not for the proxy is not its business.
+	loadCaddyfile(t, clientSite(w, "async_proxy\nrespond \"a site\""))
+	c := w.dial()
+	c.send("GET / HTTP/1.1\nHost: x\n" + clientFrom("8.8.8.8") + "\n")
+	if res, body := c.response(http.MethodGet); res.StatusCode != http.StatusOK || body != "a site" {
+		t.Errorf("%s %q", res.Status, body)
+	}
+}
+
+// The option takes effect with a reload, also for connections that are open.
+func TestClientsAfterAReload(t *testing.T) {
+	w := newWorld(t, "", nil)
+	const site = "async_proxy {\nallow 127.0.0.0/8\nburst 1000000\nrefill 1000000\nCLIENTS\n}"
+	load := func(clients string) { loadCaddyfile(t, clientSite(w, strings.Replace(site, "CLIENTS", clients, 1))) }
+	load("clients all")
+	c := w.dial()
+	get := func(want int) {
+		t.Helper()
+		c.send("GET " + w.origin.URL + "/ HTTP/1.1\nHost: x\n" + clientFrom("8.8.8.8") + "\n")
+		if res, body := c.response(http.MethodGet); res.StatusCode != want {
+			t.Errorf("%s %q, want %d", res.Status, body, want)
+		}
+	}
+	get(http.StatusOK)
+	load("")
+	get(http.StatusForbidden)
+	load("clients 8.8.8.0/24")
+	get(http.StatusOK)
+}
+
+// JSON has the same option, default and errors.
+func TestClientsInJSON(t *testing.T) {
+	for clients, want := range map[string]string{
+		`["all"]`:                       "",
+		`["private_ranges", "8.8.8.8"]`: "",
+		`["everybody"]`:                 `clients "everybody": expected`,
+	} {
+		h := fmt.Sprintf(`{"handler": "async_proxy", "clients": %s}`, clients)
+		var config *caddy.Config
+		text := fmt.Sprintf(`{"admin": {"disabled": true}, "apps": {"http": {"servers": {"s": {"listen": ["127.0.0.1:0"], "routes": [{"handle": [%s]}]}}}}}`, h)
+		if err := json.Unmarshal([]byte(text), &config); err != nil {
+			t.Fatal(err)
+		}
+		if err := caddy.Validate(config); (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", clients, err, want)
+		}
+	}
+}
+
+// Passwords on a port without TLS that other machines can reach are warned about,
+// by the address that the socket really has.
+func TestReadablePasswordsAreWarnedAbout(t *testing.T) {
+	w := newWorld(t, "", nil)
+	_, port, _ := strings.Cut(w.proxy, ":")
+	handedOver := func(address string) string {
+		ln, err := net.Listen("tcp", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { ln.Close() })
+		file, err := ln.(*net.TCPListener).File()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { file.Close() })
+		return fmt.Sprintf("fd/%d", file.Fd())
+	}
+	for _, row := range []struct {
+		site string
+		want bool
+	}{
+		{"http://:PORT {\nbind 0.0.0.0\nasync_proxy {\n" + bcryptUsers + "}\n}", true},
+		{"http://:PORT {\nbind ::\nasync_proxy {\n" + bcryptUsers + "}\n}", true},
+		{"http://:PORT {\nbind 127.0.0.1 0.0.0.0\nasync_proxy {\n" + bcryptUsers + "}\n}", true},
+		{"http://:PORT {\nbind 0.0.0.0\nasync_proxy\n}", false},
+		{"http://:PORT {\nbind 127.0.0.1\nasync_proxy {\n" + bcryptUsers + "}\n}", false},
+		{"http://:PORT {\nbind localhost\nasync_proxy {\n" + bcryptUsers + "}\n}", false},
+		{"http://:PORT {\nbind unix/" + t.TempDir() + "/socket\nasync_proxy {\n" + bcryptUsers + "}\n}", false},
+		{"https://:PORT {\nbind 0.0.0.0\ntls internal {\non_demand\n}\nasync_proxy {\n" + bcryptUsers + "}\n}", false},
+		{"http://:PORT {\nbind " + handedOver("0.0.0.0:0") + "\nasync_proxy {\n" + bcryptUsers + "}\n}", true},
+		{"http://:PORT {\nbind " + handedOver("127.0.0.1:0") + "\nasync_proxy {\n" + bcryptUsers + "}\n}", false},
+	} {
+		w.forgetLogs()
+		globals := strings.Replace(w.globals(), "{\n", "{\nskip_install_trust\nauto_https disable_redirects\n", 1)
+		loadCaddyfile(t, globals+strings.ReplaceAll(row.site, "PORT", port))
+		w.waitLog("async-proxy listening", 1)
+		data, err := os.ReadFile(w.logs)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Contains(string(data), `"msg":"passwords are sent readable`); got != row.want {
+			t.Errorf("%s\nis warned about: %v, want %v", row.site, got, row.want)
+		}
+	}
+}
+
+// The settings that the status page shows say who may use the proxy.
+func TestClientsInTheSettings(t *testing.T) {
+	w := newWorld(t, "", nil)
+	for options, want := range map[string]setting{
+		"":                            {"clients", "private_ranges", true},
+		"clients all":                 {"clients", "all", false},
+		"clients 10.0.0.0/8 fd00::/8": {"clients", "10.0.0.0/8 fd00::/8", false},
+		authUsers:                     {"clients", "all", true},
+	} {
+		w.load(w.site(options))
+		var got []setting
+		for _, site := range takeSnapshot(time.Now()).Settings {
+			for _, s := range site.Settings {
+				if s.Option == "clients" {
+					got = append(got, s)
+				}
+			}
+		}
+		if !reflect.DeepEqual(got, []setting{want}) {
+			t.Errorf("%q: %v, want %v", options, got, want)
+		}
+	}
+}
