@@ -88,6 +88,25 @@ func TestRulesOfDestinations(t *testing.T) {
 		{"deny public", local, "", "127.0.0.1:80", opens},
 		{"allow private_ranges", public, "", "192.168.1.1:80", opens},
 
+		// Metadata services.
+		{"allow private", public, "", "[fd00:ec2::254]:80", byDefault},
+		{"allow private_ranges", public, "", "[fd00:ec2::254]:80", byDefault},
+		{"allow private", public, "", "100.100.100.200:80", byDefault},
+		{"allow 100.64.0.0/10", public, "", "100.100.100.200:80", byDefault},
+		{"allow 100.64.0.0/10", public, "", "100.100.100.201:80", opens},
+		{"allow 0.0.0.0/0 ::/0", public, "", "168.63.129.16:80", byDefault},
+		{"allow 0.0.0.0/0 ::/0", public, "", "169.254.169.254:80", byDefault},
+		{"allow 0.0.0.0/0 ::/0", public, "", "[64:ff9b::a9fe:a9fe]:80", byDefault},
+		{"allow 168.63.129.16", public, "", "168.63.129.16:80", opens},
+		{"allow 169.254.0.0/16 169.254.169.254", public, "", "169.254.169.254:80", opens},
+		{"allow 169.254.169.254", public, "metadata.example", "169.254.169.254:80", opens},
+		{"allow 169.254.169.254", public, "", "[64:ff9b::a9fe:a9fe]:80", opens},
+		{"allow all", local, "metadata.example", "192.0.0.192:80", byDefault},
+		{"", local, "", "192.0.0.192:80", byDefault},
+		{"", local, "", "[fd20:ce::254]:80", byDefault},
+		{"deny 100.64.0.0/10", local, "", "100.100.100.200:80", "deny 100.64.0.0/10"},
+		{"deny private", local, "", "100.100.100.200:80", "deny private"},
+
 		// What an address embeds.
 		{"deny 1.1.1.0/24", public, "", "[64:ff9b::101:101]:80", "deny 1.1.1.0/24"},
 		{"deny 1.1.1.0/24", public, "", "[2002:101:101::]:80", "deny 1.1.1.0/24"},

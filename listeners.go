@@ -9,16 +9,15 @@ import (
 	"slices"
 	"strconv"
 	"sync/atomic"
-	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// ownListeners knows the listeners of this very process at which no client of
-// the proxy has any business: Caddy's admin endpoint, whose only protection is
-// that strangers cannot reach it, the proxy itself, and listeners of other Caddy
-// apps. Other sites of this Caddy are destinations like all others.
+// ownListeners knows the listeners of this process that the proxy takes no client
+// to: Caddy's admin endpoint and the status page, which are often protected by
+// nothing but their address, the proxy itself, and listeners of other Caddy apps.
+// Other sites of this Caddy are destinations like all others.
 type ownListeners struct {
 	ctx     caddy.Context
 	self    *caddyhttp.Server
@@ -58,70 +57,60 @@ func arrives(to, ln netip.AddrPort) bool {
 	return at.IsUnspecified() && (ip.IsLoopback() || isOwnAddress(ip))
 }
 
-// isSite reports whether it is another HTTP server that listens at an address.
-// Until all do, none is known.
+// isSite reports whether another HTTP server, one without a status page, listens
+// at an address. Until all servers listen, none is known.
 func (o *ownListeners) isSite(ln netip.AddrPort) bool {
 	app, err := o.ctx.AppIfConfigured("http")
 	if err != nil || !o.running.Load() {
 		return false
 	}
 	for _, server := range app.(*caddyhttp.App).Servers {
-		if server != o.self && slices.ContainsFunc(server.Listeners(), func(l net.Listener) bool { return addrPort(l.Addr()) == ln }) {
+		if server != o.self && !servesStatus(server) && slices.ContainsFunc(server.Listeners(), func(l net.Listener) bool { return addrPort(l.Addr()) == ln }) {
 			return true
 		}
 	}
 	return false
 }
 
-// usedListeners returns where Caddy listens for connections to an address, so
+// spellings are the ways in which a config may write the host of a listener that
+// gets connections to an address of this machine, with the address that it then
+// listens at. The host of the address itself is one more.
+var spellings = [...]struct {
+	host string
+	addr netip.Addr
+}{
+	{"", netip.IPv6Unspecified()}, {"::", netip.IPv6Unspecified()}, {"0.0.0.0", netip.IPv4Unspecified()},
+	{"localhost", loopback4}, {"127.0.0.1", loopback4}, {"::1", netip.IPv6Loopback()},
+}
+
+// listenerCount returns how many listeners at the port of an address Caddy has
+// counted, as far as it counts them under the usual spellings.
+func listenerCount(to netip.AddrPort) (n int) {
+	port := strconv.Itoa(int(to.Port()))
+	for _, s := range spellings {
+		n += caddy.ListenerUsage("tcp", net.JoinHostPort(s.host, port))
+	}
+	if ip := to.Addr(); ip != loopback4 && ip != netip.IPv6Loopback() && !ip.IsUnspecified() {
+		n += caddy.ListenerUsage("tcp", net.JoinHostPort(ip.String(), port))
+	}
+	return n
+}
+
+// usedListeners returns where Caddy listens for connections to an address, as
 // far as the ways are known in which a config may spell that.
 func usedListeners(to netip.AddrPort) (found []netip.AddrPort) {
 	port := strconv.Itoa(int(to.Port()))
-	for _, ln := range [...]struct {
-		host string
-		addr netip.Addr
-	}{
-		{"", netip.IPv6Unspecified()}, {"::", netip.IPv6Unspecified()}, {"0.0.0.0", netip.IPv4Unspecified()},
-		{"localhost", loopback4}, {"localhost", netip.IPv6Loopback()},
-		{"127.0.0.1", loopback4}, {"::1", netip.IPv6Loopback()}, {to.Addr().String(), to.Addr()},
-	} {
+	add := func(host string, addr netip.Addr) {
 		for _, network := range [...]string{"tcp", "tcp4", "tcp6"} {
-			if caddy.ListenerUsage(network, net.JoinHostPort(ln.host, port)) > 0 {
-				found = append(found, netip.AddrPortFrom(ln.addr, to.Port()))
+			if caddy.ListenerUsage(network, net.JoinHostPort(host, port)) > 0 {
+				found = append(found, netip.AddrPortFrom(addr, to.Port()))
 			}
 		}
 	}
+	for _, s := range spellings {
+		add(s.host, s.addr)
+	}
+	add("localhost", netip.IPv6Loopback())
+	add(to.Addr().String(), to.Addr())
 	return found
-}
-
-// lookInterval is how long what the system has told of addresses and sockets is
-// taken to be so: to ask costs too much to do it for each connection.
-const lookInterval = time.Second
-
-// addresses are this machine's, as they were when it was asked.
-type addresses struct {
-	own    map[netip.Addr]bool
-	looked time.Time
-}
-
-var knownAddresses atomic.Pointer[addresses]
-
-// isOwnAddress reports whether ip is one of this machine's.
-func isOwnAddress(ip netip.Addr) bool {
-	known := knownAddresses.Load()
-	if known == nil || time.Since(known.looked) >= lookInterval {
-		list, err := net.InterfaceAddrs()
-		if err != nil {
-			return true // rather refuse too much
-		}
-		known = &addresses{make(map[netip.Addr]bool), time.Now()}
-		for _, addr := range list {
-			if ipnet, ok := addr.(*net.IPNet); ok {
-				own, _ := netip.AddrFromSlice(ipnet.IP)
-				known.own[own.Unmap()] = true
-			}
-		}
-		knownAddresses.Store(known)
-	}
-	return known.own[ip]
 }

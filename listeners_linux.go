@@ -30,37 +30,50 @@ type socket struct {
 	addr netip.AddrPort
 }
 
-// To look for sockets costs a system call for each descriptor. Those of a new
-// config are known at once, those that a module opens later after lookInterval.
+// Looking for sockets costs a system call for each descriptor, so the result is
+// kept for lookInterval unless something shows that it is out of date.
 var (
 	knownSockets atomic.Pointer[sockets]
 	lookingMu    sync.Mutex
 )
 
-// listenersAt returns where Caddy listens at the port of an address.
-func listenersAt(to netip.AddrPort) (found []netip.AddrPort) {
-	known := knownSockets.Load()
-	if !known.fresh() {
-		lookingMu.Lock()
-		defer lookingMu.Unlock()
-		if known = knownSockets.Load(); !known.fresh() {
-			var err error
-			if known, err = lookForSockets(); err != nil {
-				return usedListeners(to) // there is no /proc
-			}
-			knownSockets.Store(known)
-		}
+// listenersAt returns where Caddy listens at the port of an address. It asks the
+// system anew when its last answer is old or no longer true.
+func listenersAt(to netip.AddrPort) []netip.AddrPort {
+	if found, complete := knownSockets.Load().listening(to); complete {
+		return found
 	}
-	for _, s := range known.at[to.Port()] {
-		if addr, ok := listensAt(s.fd); ok && addr == s.addr { // still
-			found = append(found, addr)
-		}
+	lookingMu.Lock()
+	defer lookingMu.Unlock()
+	if found, complete := knownSockets.Load().listening(to); complete {
+		return found
 	}
+	known, err := lookForSockets()
+	if err != nil {
+		return usedListeners(to) // there is no /proc
+	}
+	knownSockets.Store(known)
+	found, _ := known.listening(to)
 	return found
 }
 
-func (s *sockets) fresh() bool {
-	return s != nil && s.config == configLoaded.Load() && time.Since(s.looked) < lookInterval
+// listening returns the sockets that still listen at the port of an address, and
+// reports whether these are all of them. They are not if one has been closed or
+// Caddy counts more: a reload opens the new listener of the admin endpoint and
+// closes the old one long before the config has started, or failed to.
+func (s *sockets) listening(to netip.AddrPort) (found []netip.AddrPort, complete bool) {
+	if s == nil || s.config != configLoaded.Load() || time.Since(s.looked) >= lookInterval {
+		return nil, false
+	}
+	complete = true
+	for _, known := range s.at[to.Port()] {
+		if addr, ok := listensAt(known.fd); ok && addr == known.addr {
+			found = append(found, addr)
+		} else {
+			complete = false
+		}
+	}
+	return found, complete && listenerCount(to) <= len(found)
 }
 
 func lookForSockets() (*sockets, error) {

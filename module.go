@@ -98,10 +98,12 @@ type Handler struct {
 	// Where clients may go. Rules are walked in order, and the first that names
 	// a destination decides.
 	//
-	// By default no client gets further than it could without the proxy: one on
-	// this machine anywhere but to link-local, multicast and unspecified
-	// addresses, all others to public unicast addresses only. Whatever is
-	// allowed, Caddy's admin endpoint and the proxy itself stay closed.
+	// By default no client gets further than it could without the proxy. A client
+	// on this machine reaches all addresses but link-local, multicast and
+	// unspecified ones and the metadata services of clouds. All others reach public
+	// unicast addresses only, except those of this machine and of the networks that
+	// it is in. Whatever is allowed, Caddy's admin endpoint, the status page and the
+	// proxy itself stay closed.
 	Rules []Rule `json:"rules,omitempty"`
 
 	// The ports that clients may go to at all, as numbers or ranges such as

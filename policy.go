@@ -227,11 +227,12 @@ func (p *policy) checkPort(port uint16) *deniedError {
 }
 
 // matchAddress returns what of the set an address matches. host is what ip
-// embeds, or ip. Who allows a range of outer addresses, such as 2000::/3, opens
-// no private address inside of one: that is to be allowed itself.
+// embeds, or ip. A range of outer addresses that is allowed, such as 2000::/3,
+// does not open a private address inside one of them: a rule has to allow that
+// address itself.
 func (s *ruleSet) matchAddress(ctx context.Context, ip, host netip.Addr) (string, bool) {
 	what, matches := s.matchRange(ctx, host)
-	if !matches && ip != host && (s.deny || !notPublic.Contains(host)) {
+	if !matches && ip != host && (s.deny || public.includes(host, host)) {
 		what, matches = s.matchRange(ctx, ip)
 	}
 	if matches || !s.public && !s.private {
@@ -247,8 +248,12 @@ func (s *ruleSet) matchAddress(ctx context.Context, ip, host netip.Addr) (string
 	return "", false
 }
 
-// matchRange returns which range of the set an address is in.
+// matchRange returns which range of the set an address is in. An address of a
+// metadata service is allowed by its own entry only, not by a range around it.
 func (s *ruleSet) matchRange(ctx context.Context, addr netip.Addr) (string, bool) {
+	if !s.deny && isMetadata(addr) {
+		return "", s.count > 0 && s.prefixes.Get(netip.PrefixFrom(addr, addr.BitLen()))
+	}
 	if s.count > 0 && s.prefixes.Contains(addr) {
 		if !s.deny {
 			return "", true
@@ -338,28 +343,31 @@ func (s *rangeSource) contains(ctx context.Context, addr netip.Addr) bool {
 type reach int
 
 const (
-	public reach = iota // to public unicast addresses: any client on the Internet can go there
+	public reach = iota // to public unicast addresses beyond this machine's own networks: any client on the Internet can go there
 	local               // to this machine and its networks too: a client on this machine can
 	reaches
 )
 
 // includes reports whether an address is within reach. host is what ip embeds, or
-// ip, which is not v4-mapped and has no zone. Both must be, but for the addresses
-// of the public translators, which are as good as what they embed.
+// ip, which is not v4-mapped and has no zone. Both must be within reach, except
+// that an address of a public translator reaches what it embeds.
 func (r reach) includes(ip, host netip.Addr) bool {
-	beyond := notPublic
-	if r == local {
-		beyond = notLocal
-	}
-	return !beyond.Contains(host) && (ip == host || nat64.Contains(ip) || !beyond.Contains(ip))
+	return r.reaches(host) && (ip == host || nat64.Contains(ip) || r.reaches(ip))
 }
 
-// What is not a public unicast address, after the special-purpose registries of
-// IANA (RFC 6890), and Azure's 168.63.129.16, which belongs to the machine's
-// host. For IPv6 everything beyond global unicast, 2000::/3, is not. notLocal
-// is what even this machine's own users have no business with: the unspecified
-// addresses, which are this machine under another name; link-local, where
-// clouds keep their credentials; multicast and broadcast.
+func (r reach) reaches(ip netip.Addr) bool {
+	if r == local {
+		return !notLocal.Contains(ip) && !isMetadata(ip)
+	}
+	return !notPublic.Contains(ip) && !isNearby(ip)
+}
+
+// notPublic has the addresses that are not public unicast, from the
+// special-purpose registries of IANA (RFC 6890), and Azure's 168.63.129.16, which
+// belongs to the machine's host. Of IPv6 everything outside global unicast,
+// 2000::/3, is in it. notLocal has the addresses that even a client on this
+// machine does not need: the unspecified ones, which are this machine under
+// another name, link-local, multicast and broadcast.
 var (
 	notPublic = prefixes("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16",
 		"172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16",
@@ -367,6 +375,13 @@ var (
 		"::/3", "4000::/2", "8000::/1", "2001::/23", "2001:db8::/32", "3fff::/20")
 	notLocal = prefixes("0.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "255.255.255.255/32",
 		"::/128", "fe80::/10", "ff00::/8", "2001::/32")
+
+	// Where clouds hand out credentials to the machine: the metadata services of
+	// AWS (also ECS and EKS), Google, Azure, Oracle, OpenStack, Alibaba, Tencent
+	// and Scaleway.
+	metadata = addressSet("169.254.169.254", "169.254.170.2", "169.254.170.23", "169.254.0.23", "169.254.42.42",
+		"168.63.129.16", "192.0.0.192", "100.100.100.200",
+		"fd00:ec2::254", "fd00:ec2::23", "fd20:ce::254", "fd00:42::42", "fe80::a9fe:a9fe")
 
 	nat64      = netip.MustParsePrefix("64:ff9b::/96")    // RFC 6052
 	localNAT64 = netip.MustParsePrefix("64:ff9b:1::/48")  // RFC 8215
@@ -396,6 +411,17 @@ func embedded(ip netip.Addr) netip.Addr {
 		return last
 	}
 	return ip
+}
+
+// isMetadata reports whether a cloud's metadata service is at addr.
+func isMetadata(addr netip.Addr) bool { return metadata[addr] }
+
+func addressSet(list ...string) map[netip.Addr]bool {
+	set := make(map[netip.Addr]bool)
+	for _, addr := range list {
+		set[netip.MustParseAddr(addr)] = true
+	}
+	return set
 }
 
 func prefixes(cidrs ...string) *bart.Lite {

@@ -12,10 +12,13 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 )
 
@@ -143,7 +146,7 @@ func TestPolicyCheck(t *testing.T) {
 		for _, address := range strings.Fields(rows.addresses) {
 			policyCheck(t, new(policy), local, address, 443, rows.local)
 			policyCheck(t, new(policy), public, address, 443, rows.public)
-			everything := policyOf(t, "allow 0.0.0.0/0 ::/0")
+			everything := policyOf(t, "allow 0.0.0.0/0 ::/0 169.254.169.254")
 			for _, r := range []reach{local, public} {
 				policyCheck(t, everything, r, address, 443, true)
 				policyCheck(t, everything, r, address, 24, true)
@@ -344,6 +347,66 @@ func TestPolicyListenersSpelled(t *testing.T) {
 		if refused == 0 {
 			t.Errorf("admin %s%s is nowhere", listen, port)
 		}
+	}
+}
+
+// TestPolicyListenersWhileReloading: Caddy's admin endpoint stays closed while a
+// config is loaded that opens it anew, at the same port or another, and after one
+// that failed to load.
+func TestPolicyListenersWhileReloading(t *testing.T) {
+	admins, proxy := []string{freeAddress(t), freeAddress(t)}, freeAddress(t)
+	config := func(admin, sites string) string {
+		return fmt.Sprintf("{\n\tadmin %s\n\tpersist_config off\n\tskip_install_trust\n\tdefault_bind 127.0.0.1\n\tlog {\n\t\toutput discard\n\t}\n}\n"+
+			"http://:%s {\n\tasync_proxy {\n\t\tburst 1000000\n\t\trefill 1000000\n\t\tallow private\n\t}\n}\n%s",
+			admin, proxy[strings.LastIndexByte(proxy, ':')+1:], sites)
+	}
+	loadCaddyfile(t, config(admins[0], ""))
+	var tried, open atomic.Int64
+	attack := func(stop <-chan struct{}) {
+		for {
+			for _, admin := range admins {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				conn, err := net.Dial("tcp", proxy)
+				if err != nil {
+					continue // the old listener has just been closed
+				}
+				_ = conn.SetDeadline(time.Now().Add(patience))
+				fmt.Fprintf(conn, "CONNECT %s HTTP/1.1\r\nHost: x\r\n%s\r\n", admin, policyRemote)
+				answer := make([]byte, 16)
+				n, _ := conn.Read(answer)
+				_ = conn.Close()
+				tried.Add(1)
+				if strings.HasPrefix(string(answer[:n]), "HTTP/1.1 200") {
+					open.Add(1)
+				}
+			}
+		}
+	}
+	stop := make(chan struct{})
+	var attackers sync.WaitGroup
+	for range 2 {
+		attackers.Go(func() { attack(stop) })
+	}
+	for i := range 10 {
+		startCaddyfile(t, config(admins[i%2], fmt.Sprintf("http://:%d {\n\trespond x\n}\n", 1024+i)))
+		failing, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(config(admins[(i+1)%2], "http://:1 {\n\tbind 203.0.113.99\n\trespond x\n}\n")), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := caddy.Load(failing, true); err == nil {
+			t.Fatal("the config with an address of another machine was loaded")
+		}
+		before := tried.Load()
+		eventually(t, "attempts after the reload that failed", func() bool { return tried.Load() > before+20 })
+	}
+	close(stop)
+	attackers.Wait()
+	if open.Load() != 0 {
+		t.Errorf("%d of %d connections to the admin endpoint were let through", open.Load(), tried.Load())
 	}
 }
 

@@ -36,12 +36,8 @@ func inNamespace(t *testing.T) bool {
 	const marker = "ASYNC_PROXY_NAMESPACE"
 	if os.Getenv(marker) != "" {
 		commands := []string{"ip link set lo up"}
-		for _, address := range namespaceAddresses {
-			bits := "/32"
-			if strings.Contains(address, ":") {
-				bits = "/128 nodad"
-			}
-			commands = append(commands, "ip addr add "+address+bits+" dev lo")
+		for _, address := range namespaceAddresses { // is answered, and yet no address of an interface
+			commands = append(commands, "ip route add local "+address+" dev lo")
 		}
 		if out, err := exec.Command("sh", "-ec", strings.Join(commands, "\n")).CombinedOutput(); err != nil {
 			t.Fatalf("%v: %s", err, out)
@@ -303,6 +299,7 @@ func TestOwnAddresses(t *testing.T) {
 	if !inNamespace(t) {
 		return
 	}
+	addAddresses(t, "8.8.8.8/32", "1.1.1.1/32", "2606:4700::1111/128", "2002:808:808::1/128")
 	admin, proxy := freeAddress(t), freeAddress(t)
 	port := func(address string) string { return address[strings.LastIndexByte(address, ':'):] }
 	loadCaddyfile(t, fmt.Sprintf("{\n\tadmin %s\n\tpersist_config off\n\tlog {\n\t\toutput discard\n\t}\n}\n"+
@@ -311,6 +308,50 @@ func TestOwnAddresses(t *testing.T) {
 		for _, lines := range []string{"", policyRemote} {
 			policyDenied(t, proxy, http.MethodConnect, host+port(admin), lines)
 			policyDenied(t, proxy, http.MethodConnect, host+port(proxy), lines)
+		}
+	}
+}
+
+// addAddresses gives the loopback interface of a namespace more addresses.
+func addAddresses(t *testing.T, cidrs ...string) {
+	t.Helper()
+	for _, cidr := range cidrs {
+		if out, err := exec.Command("ip", "addr", "add", cidr, "dev", "lo").CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+}
+
+// TestNearbyAddresses: a remote client reaches neither this machine at its
+// public addresses nor the networks that they are in. A rule that allows such
+// an address opens it, and a client on this machine reaches it anyway.
+func TestNearbyAddresses(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	addAddresses(t, "8.8.8.1/24", "2606:4700::1/64")
+	port, _ := everywhere(t)
+	const own, network, elsewhere = "8.8.8.1 [2606:4700::1] [::ffff:8.8.8.1]",
+		"8.8.8.8 [2606:4700::1111] [2002:808:808::1] [64:ff9b::808:808] public.test", "1.1.1.1"
+	for _, tc := range []struct{ rules, lines, open, denied string }{
+		{"", policyRemote, elsewhere, own + " " + network},
+		{"allow public", policyRemote, elsewhere, own + " " + network},
+		{"allow private", policyRemote, own + " " + network + " " + elsewhere, ""},
+		{"allow 8.8.8.0/24", policyRemote, "8.8.8.1 8.8.8.8 1.1.1.1", "[2606:4700::1] [2606:4700::1111]"},
+		{"allow 2000::/3", policyRemote, "[2606:4700::1]", "[2002:808:808::1] 8.8.8.8"},
+		{"deny private", policyRemote, elsewhere, own + " " + network},
+		{"", "", own + " " + network + " " + elsewhere, ""},
+		{"deny private", "", elsewhere, own + " " + network},
+	} {
+		w := newWorld(t, "resolvers "+nameServer(t, names)+"\n"+tc.rules, nil)
+		for _, method := range []string{http.MethodConnect, http.MethodGet} {
+			for want, hosts := range map[int]string{http.StatusOK: tc.open, http.StatusForbidden: tc.denied} {
+				for host := range strings.FieldsSeq(hosts) {
+					if res, body := policyRequest(t, w.proxy, method, host+":"+port, tc.lines); res.StatusCode != want {
+						t.Errorf("%q, %s %s for %q: %s %q, want %d", tc.rules, method, host, tc.lines, res.Status, body, want)
+					}
+				}
+			}
 		}
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"strings"
 	"sync"
@@ -31,10 +32,11 @@ func init() {
 // are doing: their clients, tunnels and refusals, live. The page is at every
 // path that ends in a slash; what it needs lies beside it.
 //
-// It shows the addresses of clients and where they go: let only those see it
-// who may, by the site's address, `remote_ip` or `basic_auth`. Give its site a
-// host name, such as localhost, so that no other name leads there. Caddy's admin
-// endpoint has the same data for programs.
+// It shows the addresses of clients and where they go. Restrict who can see it:
+// by the site's address, `remote_ip` or `basic_auth`. Give its site a host name,
+// such as localhost, so that no other name leads there. The proxy takes no client
+// to a server that has such a page. Caddy's admin endpoint has the same data for
+// programs.
 type Status struct {
 	// Whether the page may close tunnels, and give clients a full bucket or
 	// block them. Only requests from the page itself, or from no browser, are
@@ -50,6 +52,19 @@ type Status struct {
 	logger *zap.Logger
 	stop   func() // ends the streams
 	ended  <-chan struct{}
+}
+
+// statusServers has the server of each status page of this process. The proxy
+// takes no client to such a server.
+var statusServers sync.Map // *Status -> *caddyhttp.Server
+
+// servesStatus reports whether a server has a status page.
+func servesStatus(server *caddyhttp.Server) (found bool) {
+	statusServers.Range(func(_, of any) bool {
+		found = of == server
+		return !found
+	})
+	return found
 }
 
 // CaddyModule returns the Caddy module information.
@@ -124,6 +139,7 @@ func (s *Status) Provision(ctx caddy.Context) error {
 	if err != nil {
 		return err
 	}
+	statusServers.Store(s, server)
 	return events.(*caddyevents.App).On("started", eventHandler{func() { s.started(server) }})
 }
 
@@ -146,6 +162,7 @@ func (s *Status) started(server *caddyhttp.Server) {
 
 // Cleanup implements caddy.CleanerUpper. It may follow a Provision that failed.
 func (s *Status) Cleanup() error {
+	statusServers.Delete(s)
 	if s.stop != nil {
 		s.stop()
 	}
@@ -169,6 +186,10 @@ func (s *Status) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.H
 	for field, value := range statusHeader {
 		w.Header().Set(field, value)
 	}
+	if cameThroughProxy(r) {
+		statusError(w, http.StatusForbidden, "The status page is not available through the proxy.")
+		return nil
+	}
 	name := r.URL.Path[strings.LastIndexByte(r.URL.Path, '/')+1:]
 	switch r.Method {
 	case http.MethodGet, http.MethodHead:
@@ -180,6 +201,26 @@ func (s *Status) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.H
 		statusError(w, http.StatusMethodNotAllowed, "Expected GET, HEAD or POST.")
 	}
 	return nil
+}
+
+// cameThroughProxy reports whether a proxy of this process forwarded or tunnelled
+// r to here. An async_proxy before the page has already refused such a request,
+// and has put its own name into Via.
+func cameThroughProxy(r *http.Request) (found bool) {
+	if repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
+		if _, seen := repl.Get("http.async_proxy.method"); seen {
+			return false
+		}
+	}
+	peer, _ := netip.ParseAddrPort(r.RemoteAddr)
+	peer = netip.AddrPortFrom(peer.Addr().Unmap(), peer.Port())
+	eachRegistry(func(reg *registry) {
+		reg.handlers.Range(func(h *Handler, _ struct{}) bool {
+			found = h.via.seen(r.Header) || h.loops(r, peer)
+			return !found
+		})
+	})
+	return found
 }
 
 func (s *Status) get(w http.ResponseWriter, r *http.Request, name string) {

@@ -698,3 +698,44 @@ func TestActionsWithoutAHostAreWarnedAbout(t *testing.T) {
 		})
 	}
 }
+
+// TestStatusThroughProxy: no client of the proxy sees the status page or acts on
+// it, whatever is allowed: the proxy does not connect to its server, and the page
+// itself refuses what has come through the proxy. Another site stays open.
+func TestStatusThroughProxy(t *testing.T) {
+	w := newStatusWorld(t, "allow private\nvia tester", "actions")
+	page, other := strings.TrimPrefix(w.page, "http://"), freeAddress(t)
+	w.load(w.site("allow private\nvia tester") + w.statusSite("actions") + "http://" + other + " {\n\trespond \"another site\"\n}\n")
+	for _, lines := range []string{"", policyRemote} {
+		policyDenied(t, w.proxy, http.MethodConnect, page, lines)
+		policyDenied(t, w.proxy, http.MethodGet, page, lines)
+		policyOpen(t, w.proxy, http.MethodGet, other, lines, "another site")
+	}
+	if res, _ := w.ask(http.MethodGet, "/snapshot.json", ""); res.StatusCode != http.StatusOK {
+		t.Errorf("directly: %s", res.Status)
+	}
+	for path, method := range map[string]string{"/snapshot.json": http.MethodGet, "/events": http.MethodGet, "/": http.MethodGet, "/refill": http.MethodPost} {
+		body := ""
+		if method == http.MethodPost {
+			body = "client=127.0.0.1"
+		}
+		if res, text := w.ask(method, path, body, "Via", "1.1 other, 1.1 tester"); res.StatusCode != http.StatusForbidden || !strings.Contains(text, "through the proxy") {
+			t.Errorf("%s %s through the proxy: %s %.100s", method, path, res.Status, text)
+		}
+	}
+	if res, _ := w.ask(http.MethodGet, "/snapshot.json", "", "Via", "1.1 other"); res.StatusCode != http.StatusOK {
+		t.Errorf("through another proxy: %s", res.Status)
+	}
+}
+
+// TestStatusBesideProxy: a page that is on the proxy's own port is shown, although
+// async_proxy adds itself to Via before it hands the request on.
+func TestStatusBesideProxy(t *testing.T) {
+	w := newWorld(t, "", nil)
+	w.load(strings.Replace(w.site("via tester"), "\n}\n", "\n\tasync_proxy_status\n}\n", 1))
+	conn := w.dial()
+	conn.send("GET /snapshot.json HTTP/1.1\nHost: x\n\n")
+	if res, _ := conn.response(http.MethodGet); res.StatusCode != http.StatusOK {
+		t.Errorf("the page is answered with %s", res.Status)
+	}
+}
