@@ -244,18 +244,13 @@ func dialRefusal(ctx context.Context, err error, host string) *refusal {
 	var dns *net.DNSError
 	var timeout net.Error
 	var parent *parentError
-	if errors.As(err, &parent) && parent.status == 0 {
-		f := dialRefusal(ctx, parent.err, "the parent proxy")
-		f.text, f.err = strings.ToUpper(f.text[:1])+f.text[1:], err
-		return f
-	}
 	switch {
 	case ctx.Err() != nil:
 		return clientLeft(context.Cause(ctx))
 	case errors.As(err, &denied):
 		return refuse(http.StatusForbidden, denied.kind, err, "%s is out of bounds for this proxy's clients: %s.", host, denied.why)
-	case parent != nil:
-		return parent.refusal(host)
+	case errors.As(err, &parent):
+		return parent.refusal(ctx, host)
 	case isTLSError(err):
 		return tlsRefusal(err, host)
 	case errors.As(err, &dns) && dns.IsTimeout:

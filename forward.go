@@ -78,6 +78,9 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 		if err := h.dialer.checkUnresolved(r.Context(), from.reach, out.authority); err != nil {
 			return 0, dialRefusal(r.Context(), err, r.Host)
 		}
+		if f := h.dialer.parent.exposes(out); f != nil {
+			return 0, f
+		}
 		h.dialer.parent.prepare(out, asked)
 		pool = h.parentOrigins
 	}
@@ -108,12 +111,15 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 	start := time.Now()
 	res, err := x.do(out)
 	if err != nil {
+		if pool == h.parentOrigins {
+			err = x.asParentError(err)
+		}
 		return 0, forwardRefusal(r, err)
 	}
 	metrics.responses.Observe(time.Since(start).Seconds())
 	if res.StatusCode == http.StatusProxyAuthRequired && pool == h.parentOrigins {
 		// Not the client's affair, who has no credentials for the parent.
-		return 0, dialRefusal(r.Context(), &parentError{res.StatusCode, errors.New("it asks for credentials")}, r.Host)
+		return 0, dialRefusal(r.Context(), &parentError{phase: parentAnswering, status: res.StatusCode, err: errors.New("it asks for credentials")}, r.Host)
 	}
 	if res.StatusCode == http.StatusSwitchingProtocols {
 		conn, early, err := x.take()

@@ -218,6 +218,13 @@ func frame(res *http.Response, r *bufio.Reader, method string) error {
 	res.Close = httpguts.HeaderValuesContainsToken(options, "close") ||
 		res.ProtoMinor == 0 && !httpguts.HeaderValuesContainsToken(options, "keep-alive")
 
+	if status := res.StatusCode; status < 200 || method == http.MethodConnect && status/100 == 2 {
+		// There is no content, whatever these fields say (RFC 9112 §6.3).
+		delete(res.Header, "Content-Length")
+		delete(res.Header, "Transfer-Encoding")
+		res.Body = &originBody{r: r}
+		return nil
+	}
 	length, err := oneLength(res.Header)
 	if err != nil {
 		return err
@@ -237,7 +244,7 @@ func frame(res *http.Response, r *bufio.Reader, method string) error {
 	switch status := res.StatusCode; {
 	case method == http.MethodHead || status == http.StatusNotModified:
 		body.left = 0
-	case status < 200 || status == http.StatusNoContent:
+	case status == http.StatusNoContent:
 		body.left, res.ContentLength = 0, 0
 		delete(res.Header, "Content-Length")
 	case len(coding) > 0:

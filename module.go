@@ -403,6 +403,10 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 	if h.dialer.parent, err = newParent(ctx, h.Upstream, time.Duration(h.DialTimeout), resolver); err != nil {
 		return fmt.Errorf("upstream: %w", err)
 	}
+	if h.Upstream.hasLiteralSecret() {
+		h.logger.Warn("the option upstream has a password or a key written out, which Caddy's debug log and admin endpoint show with the rest of the config; " +
+			"use a placeholder such as {env.PROXY_PASSWORD} or {file./run/secrets/proxy}")
+	}
 	if parent := h.dialer.parent; parent.takesRequests() {
 		h.parentOrigins = newOrigins(func(ctx context.Context, _ string) (net.Conn, error) {
 			start := time.Now()

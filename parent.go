@@ -32,11 +32,11 @@ import (
 // Upstream is a parent proxy: what this proxy would connect to, it asks that one
 // for.
 type Upstream struct {
-	// Where it is: `http://`, `https://` or `socks5://`, a host and perhaps a
-	// port (default: 80, 443 or 1080). User and password before an @ may be
-	// placeholders such as {env.PROXY_PASSWORD} and {file./run/secrets/proxy},
-	// which are replaced when the config is loaded; what is written out is
-	// percent-encoded.
+	// Where it is: `http://`, `https://` or `socks5://` (`socks5h://` is the same), a
+	// host and perhaps a port (default: 80, 443 or 1080). User and password before
+	// an @ may be placeholders such as {env.PROXY_PASSWORD} and
+	// {file./run/secrets/proxy}, which are replaced when the config is loaded; what
+	// is written out is percent-encoded, and visible in the config.
 	URL string `json:"url"`
 
 	// Fields of the requests to it, CONNECT included; not with socks5.
@@ -60,21 +60,14 @@ type parent struct {
 
 	streams *http.Transport // for tunnels over HTTP/2
 	http1   atomic.Bool     // it does not speak HTTP/2
+
+	whereabouts atomic.Pointer[whereabouts] // the last answer of isHere
 }
 
 // socksDialer is what there is in a Dialer of golang.org/x/net/proxy.
 type socksDialer interface {
 	DialWithConn(ctx context.Context, c net.Conn, network, address string) (net.Addr, error)
 }
-
-// parentError is a failure of the parent, not of the target.
-type parentError struct {
-	status int // the parent's answer; 0: there is no connection to it
-	err    error
-}
-
-func (e *parentError) Error() string { return "the parent proxy: " + e.err.Error() }
-func (e *parentError) Unwrap() error { return e.err }
 
 // newParent makes the way through a parent proxy that u describes.
 func newParent(ctx caddy.Context, u *Upstream, timeout time.Duration, resolver *net.Resolver) (*parent, error) {
@@ -143,24 +136,71 @@ func newParent(ctx caddy.Context, u *Upstream, timeout time.Duration, resolver *
 	return p, nil
 }
 
+// upstreamPorts are the schemes of parents and their default ports. As in curl,
+// socks5h says that the parent resolves the names, which it does in any case.
+var upstreamPorts = map[string]string{"http": "80", "https": "443", "socks5": "1080", "socks5h": "1080"}
+
 // splitUpstream splits the URL of a parent. Its errors never repeat credentials.
 func splitUpstream(s string) (scheme, credentials, address string, err error) {
-	scheme, rest, _ := strings.Cut(s, "://")
-	port, known := map[string]string{"http": "80", "https": "443", "socks5": "1080"}[scheme]
-	if !known {
-		return "", "", "", errors.New("expected http://, https:// or socks5://, and a host")
+	scheme, rest, found := strings.Cut(s, "://")
+	if !found {
+		return "", "", "", errors.New("there is no scheme; expected http://, https:// or socks5://, and the host of a proxy")
 	}
+	scheme = strings.ToLower(scheme)
+	port, known := upstreamPorts[scheme]
+	if !known {
+		return "", "", "", errors.New("the scheme is not supported; expected http://, https:// or socks5://, and the host of a proxy")
+	}
+	scheme = strings.TrimSuffix(scheme, "h")
 	if i := strings.LastIndexByte(rest, '@'); i >= 0 {
 		credentials, rest = rest[:i], rest[i+1:]
 	}
-	host, given, found := cutPort(strings.TrimSuffix(rest, "/"))
+	rest = strings.TrimSuffix(rest, "/")
+	if strings.ContainsAny(rest, "/?#") {
+		return "", "", "", errors.New("there is a path, a query or a fragment, or a character of the password that is not percent-encoded; expected the host of a proxy, and perhaps its port")
+	}
+	host, given, found := cutPort(rest)
 	if found {
 		port = given
 	}
 	if address, err = joinTarget(host, port); err != nil {
-		return "", "", "", fmt.Errorf("expected the host of a proxy, and perhaps its port, behind %s:// and any credentials", scheme)
+		return "", "", "", fmt.Errorf("the host or the port is not valid; expected the host of a proxy, and perhaps its port, behind %s:// and any credentials", scheme)
 	}
 	return scheme, credentials, address, nil
+}
+
+// hasLiteralSecret reports whether u has a secret that is written out, and not a
+// placeholder.
+func (u *Upstream) hasLiteralSecret() bool {
+	_, credentials, _, _ := splitUpstream(u.URL)
+	if _, password := cutCredentials(credentials); password != "" && !strings.Contains(password, "{") {
+		return true
+	}
+	for name, value := range u.Headers {
+		name = strings.ToLower(name)
+		secret := slices.ContainsFunc([]string{"auth", "cookie", "key", "password", "secret", "token"}, func(word string) bool { return strings.Contains(name, word) })
+		if secret && value != "" && !strings.Contains(value, "{") {
+			return true
+		}
+	}
+	return false
+}
+
+// cutCredentials splits a user and a password at the first colon that is not
+// part of a placeholder. Both are as they are written.
+func cutCredentials(s string) (user, password string) {
+	depth := 0
+	for i, c := range s {
+		switch {
+		case c == '{':
+			depth++
+		case c == '}':
+			depth--
+		case c == ':' && depth == 0:
+			return s[:i], s[i+1:]
+		}
+	}
+	return s, ""
 }
 
 // readCredentials reads a user and a password, both percent-encoded or with
@@ -168,20 +208,6 @@ func splitUpstream(s string) (scheme, credentials, address string, err error) {
 func readCredentials(s string) (*url.Userinfo, error) {
 	if s == "" {
 		return nil, nil
-	}
-	colon, depth := -1, 0
-	for i, c := range s {
-		switch {
-		case c == '{':
-			depth++
-		case c == '}':
-			depth--
-		case c == ':' && depth == 0 && colon < 0:
-			colon = i
-		}
-	}
-	if colon < 0 {
-		colon = len(s)
 	}
 	repl := caddy.NewReplacer()
 	read := func(s string) (string, error) {
@@ -194,16 +220,30 @@ func readCredentials(s string) (*url.Userinfo, error) {
 		}
 		return s, nil
 	}
-	name, err := read(s[:colon])
-	if err != nil || colon == len(s) {
+	user, password := cutCredentials(s)
+	name, err := read(user)
+	if err != nil || len(user) == len(s) {
 		return url.User(name), err
 	}
-	password, err := read(s[colon+1:])
+	password, err = read(password)
 	return url.UserPassword(name, password), err
+}
+
+// hereFor is how long an answer of isHere holds: a proxy that listens on port 443
+// asks for each CONNECT to that port.
+const hereFor = 10 * time.Second
+
+// whereabouts is an answer of isHere.
+type whereabouts struct {
+	here bool
+	at   time.Time
 }
 
 // isHere reports whether the parent is on this machine.
 func (p *parent) isHere(ctx context.Context) bool {
+	if known := p.whereabouts.Load(); known != nil && time.Since(known.at) < hereFor {
+		return known.here
+	}
 	host, _, _ := cutPort(p.address)
 	host = strings.Trim(host, "[]")
 	addrs := []netip.Addr{}
@@ -212,10 +252,12 @@ func (p *parent) isHere(ctx context.Context) bool {
 	} else if addrs, err = p.resolver().LookupNetIP(ctx, "ip", host); err != nil {
 		return true // rather refuse too much
 	}
-	return slices.ContainsFunc(addrs, func(addr netip.Addr) bool {
+	here := slices.ContainsFunc(addrs, func(addr netip.Addr) bool {
 		addr = addr.Unmap()
 		return addr.IsLoopback() || addr.IsUnspecified() || isOwnAddress(addr)
 	})
+	p.whereabouts.Store(&whereabouts{here, time.Now()})
+	return here
 }
 
 func (p *parent) resolver() *net.Resolver { return cmp.Or(p.dialer.Resolver, net.DefaultResolver) }
@@ -223,6 +265,28 @@ func (p *parent) resolver() *net.Resolver { return cmp.Or(p.dialer.Resolver, net
 // takesRequests reports whether plain requests go to the parent as they are,
 // and not through a tunnel.
 func (p *parent) takesRequests() bool { return p.socks == nil }
+
+// exposes refuses a request whose answer may show the fields for the parent to
+// the client (RFC 9110 §9.3.8): one that the parent answers itself, with what it
+// has got. It is asked before prepare adds them.
+func (p *parent) exposes(out *outgoing) *refusal {
+	if len(p.header) == 0 {
+		return nil
+	}
+	var f *refusal
+	switch method := strings.ToUpper(out.method); {
+	case method == http.MethodTrace, method == "TRACK":
+		f = refuse(http.StatusForbidden, deniedRequest, nil, "%s is not possible here: the answer would show what this proxy tells its parent proxy alone.", method)
+	case method == http.MethodOptions && len(out.header["Max-Forwards"]) > 0:
+		f = refuse(http.StatusForbidden, deniedRequest, nil, "OPTIONS with Max-Forwards is not possible here: the parent proxy may answer it with what this proxy tells it alone.")
+	case strings.EqualFold(out.authority, p.address):
+		f = refuse(http.StatusForbidden, deniedRequest, nil, "The parent proxy cannot be asked for %s, which is itself.", out.host)
+	default:
+		return nil
+	}
+	f.cause = causeDefault
+	return f
+}
 
 // prepare makes a request to an http origin one to the parent, which gets its
 // target in absolute form (RFC 9112 §3.2.2). asked is the authority that the
@@ -236,6 +300,9 @@ func (p *parent) prepare(out *outgoing, asked string) {
 	out.target, out.host = "http://"+asked+out.target, asked
 	out.authority = p.address
 	out.header = maps.Clone(out.header)
+	if len(p.header) > 0 { // nobody before the origin answers this request
+		delete(out.header, "Max-Forwards")
+	}
 	maps.Copy(out.header, p.header)
 }
 
@@ -263,7 +330,7 @@ func (p *parent) connect(ctx context.Context, address string) (net.Conn, error) 
 		tunnel, err = p.connectHTTP1(ctx, conn, address)
 	}
 	if !stop() && err == nil {
-		err = &parentError{err: context.Cause(ctx)}
+		err = &parentError{phase: parentAnswering, socks: p.socks != nil, err: context.Cause(ctx)}
 	}
 	if err != nil {
 		_ = conn.Close()
@@ -278,13 +345,17 @@ func (p *parent) dial(ctx context.Context) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
 	conn, err := p.dialer.DialContext(ctx, "tcp", p.address)
-	if err == nil && p.secure != nil {
-		conn, err = handshakeWith(ctx, conn, p.secure, "http/1.1")
-	}
 	if err != nil {
 		return nil, &parentError{err: err}
 	}
-	return conn, nil
+	if p.secure == nil {
+		return conn, nil
+	}
+	secure, err := handshakeWith(ctx, conn, p.secure, "http/1.1")
+	if err != nil {
+		return nil, &parentError{phase: parentHandshaking, err: err}
+	}
+	return secure, nil
 }
 
 // handshakeWith begins TLS on conn, which it closes if that fails.
@@ -313,7 +384,7 @@ func (p *parent) connectSOCKS(ctx context.Context, conn net.Conn, address string
 		case strings.Contains(text, "TTL expired"):
 			status = http.StatusGatewayTimeout
 		}
-		return nil, &parentError{status, err}
+		return nil, &parentError{phase: parentAnswering, status: status, socks: true, err: err}
 	}
 	return conn, nil
 }
@@ -326,24 +397,38 @@ func (p *parent) connectHTTP1(ctx context.Context, conn net.Conn, address string
 		}
 	}
 	if _, err := conn.Write(append(head, "\r\n"...)); err != nil {
-		return nil, &parentError{err: err}
+		return nil, asAnswerError(err, nil)
 	}
 	r := bufio.NewReaderSize(io.LimitReader(conn, maxHead), 4<<10)
 	res, err := readResponse(r, http.MethodConnect)
-	for err == nil && res.StatusCode < 200 {
+	for range maxInterim {
+		if err != nil || res.StatusCode >= 200 || res.StatusCode == http.StatusSwitchingProtocols {
+			break
+		}
 		res, err = readResponse(r, http.MethodConnect)
 	}
+	if err == nil && res.StatusCode < 200 {
+		err = protocolError(fmt.Sprintf("the response to CONNECT has the status %d", res.StatusCode))
+	}
 	if err != nil {
-		return nil, &parentError{err: err}
+		return nil, asAnswerError(err, r)
 	}
 	if res.StatusCode/100 != 2 {
-		return nil, &parentError{res.StatusCode, fmt.Errorf("it answered CONNECT with %d", res.StatusCode)}
+		return nil, refusedConnect(res)
 	}
 	if n := r.Buffered(); n > 0 {
 		early, _ := r.Peek(n)
 		return &earlyConn{Conn: conn, early: early}, nil
 	}
 	return conn, nil
+}
+
+// refusedConnect is the error of a CONNECT that the parent has refused.
+func refusedConnect(res *http.Response) *parentError {
+	return &parentError{
+		phase: parentAnswering, status: res.StatusCode, header: res.Header,
+		err: fmt.Errorf("it answered CONNECT with %d", res.StatusCode),
+	}
 }
 
 // parentFieldsKey is for the context of a dial, in which there may be more
@@ -389,11 +474,11 @@ func (p *parent) dialStreams(ctx context.Context) (net.Conn, error) {
 	defer cancel()
 	conn, err := p.dialer.DialContext(ctx, "tcp", p.address)
 	if err != nil {
-		return nil, err
+		return nil, &parentError{err: err}
 	}
 	secure, err := handshakeWith(ctx, conn, p.secure, "h2", "http/1.1")
 	if err != nil {
-		return nil, err
+		return nil, &parentError{phase: parentHandshaking, err: err}
 	}
 	if secure.ConnectionState().NegotiatedProtocol != "h2" {
 		p.http1.Store(true)
@@ -419,16 +504,17 @@ func (p *parent) connectStream(ctx context.Context, address string) (net.Conn, e
 	}).WithContext(streamCtx)
 	res, err := p.streams.RoundTrip(req)
 	switch {
+	case errors.As(err, new(*parentError)):
 	case err != nil && ctx.Err() != nil:
-		err = &parentError{err: context.Cause(ctx)}
+		err = asAnswerError(context.Cause(ctx), nil)
 	case err != nil:
-		err = &parentError{err: err}
+		err = asAnswerError(err, nil)
 	case res.StatusCode/100 != 2:
 		_ = res.Body.Close()
-		err = &parentError{res.StatusCode, fmt.Errorf("it answered CONNECT with %d", res.StatusCode)}
+		err = refusedConnect(res)
 	case !stop():
 		_ = res.Body.Close()
-		err = &parentError{err: context.Cause(ctx)}
+		err = asAnswerError(context.Cause(ctx), nil)
 	}
 	if err != nil {
 		cancel()
@@ -485,20 +571,4 @@ func (p *parent) close() {
 	if p.streams != nil {
 		p.streams.CloseIdleConnections()
 	}
-}
-
-// refusal says to the client what the parent, which has answered, has against
-// host.
-func (e *parentError) refusal(host string) *refusal {
-	switch e.status {
-	case http.StatusForbidden:
-		return refuse(http.StatusForbidden, deniedRequest, e, "The parent proxy does not let this one connect to %s.", host)
-	case http.StatusProxyAuthRequired, http.StatusUnauthorized: // tinyproxy has the latter
-		return refuse(http.StatusBadGateway, "proxy_configuration_error", e, "The parent proxy does not accept this proxy's credentials; its option upstream has them.")
-	case http.StatusTooManyRequests, http.StatusServiceUnavailable:
-		return refuse(http.StatusServiceUnavailable, "destination_unavailable", e, "The parent proxy is too busy for a connection to %s; try again later.", host)
-	case http.StatusGatewayTimeout:
-		return refuse(http.StatusGatewayTimeout, "connection_timeout", e, "The parent proxy got no connection to %s in time.", host)
-	}
-	return refuse(http.StatusBadGateway, "destination_unavailable", e, "The parent proxy has no connection to %s.", host)
 }

@@ -26,6 +26,9 @@ type refusal struct {
 	text   string // one sentence for the person at the other end; no internals
 	err    error  // what happened, for the log; may be nil
 	cause  cause  // or "", if causeOf tells it by err
+
+	before     string // members of Proxy-Status that come before ours; "": none
+	retryAfter string // the Retry-After field; "": none
 }
 
 // refuse makes a refusal whose text is formatted.
@@ -46,7 +49,14 @@ func (f *refusal) Unwrap() error { return f.err }
 // any, else straight away as one line of text. The fields that carry what
 // machines need are set in both cases.
 func (h *Handler) answer(w http.ResponseWriter, r *http.Request, f *refusal) error {
-	return writeAnswer(w, r, f, h.proxyStatus(f.kind), append([]byte(f.text), '\n'))
+	status := h.proxyStatus(f.kind)
+	if f.before != "" {
+		status = f.before + ", " + status
+	}
+	if f.retryAfter != "" {
+		w.Header()["Retry-After"] = []string{f.retryAfter}
+	}
+	return writeAnswer(w, r, f, status, append([]byte(f.text), '\n'))
 }
 
 // proxyStatus is the value of the Proxy-Status field (RFC 9209).
@@ -87,6 +97,7 @@ func forwardRefusal(r *http.Request, err error) *refusal {
 	var (
 		body     *bodyError
 		dial     *dialError
+		parent   *parentError
 		timeout  net.Error
 		answered = "%s did not answer with a valid HTTP response"
 	)
@@ -99,6 +110,8 @@ func forwardRefusal(r *http.Request, err error) *refusal {
 		return clientLeft(context.Cause(r.Context()))
 	case errors.As(err, &dial):
 		return dialRefusal(r.Context(), err, host)
+	case errors.As(err, &parent):
+		return parent.refusal(r.Context(), host)
 	case isTLSError(err):
 		return tlsRefusal(err, host)
 	case errors.Is(err, errHeadTooLarge), errors.Is(err, errTooManyFields):

@@ -1,0 +1,370 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bufio"
+	"crypto/tls"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"sync/atomic"
+	"testing"
+)
+
+// parentAnswers runs a parent that answers each request as answer says, which
+// gets the request line, and echoes what follows a CONNECT. An answer of "silence"
+// is none, and one of "close" closes the connection.
+func parentAnswers(t *testing.T, answer func(line string) string) (address string) {
+	return listen(t, func(conn *net.TCPConn) {
+		r := bufio.NewReader(conn)
+		for {
+			line, err := r.ReadString('\n')
+			for field := line; err == nil && strings.TrimRight(field, "\r\n") != ""; {
+				field, err = r.ReadString('\n')
+			}
+			if err != nil {
+				return
+			}
+			switch text := answer(strings.TrimRight(line, "\r\n")); text {
+			case "silence":
+				_, _ = io.Copy(io.Discard, conn)
+				return
+			case "close":
+				return
+			default:
+				_, _ = io.WriteString(conn, strings.ReplaceAll(text, "\n", "\r\n"))
+			}
+			if strings.HasPrefix(line, "CONNECT ") {
+				_, _ = io.Copy(conn, r)
+				return
+			}
+		}
+	})
+}
+
+// TestParentTunnelHeads: a 2xx to CONNECT opens the tunnel whatever its fields
+// say of content.
+func TestParentTunnelHeads(t *testing.T) {
+	heads := []string{
+		"HTTP/1.0 200 OK\nTransfer-Encoding: chunked\n", "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n", "HTTP/1.1 200 OK\nTransfer-Encoding: identity\n",
+		"HTTP/1.1 200 OK\nTransfer-Encoding: gzip, chunked\n", "HTTP/1.1 200 OK\nContent-Length: 0\nTransfer-Encoding: chunked\n", "HTTP/1.1 200 OK\nContent-Length: 5\n",
+		"HTTP/1.1 200 OK\nContent-Length: 3\nContent-Length: 4\n", "HTTP/1.1 200 OK\nContent-Length:\n", "HTTP/1.1 200 OK\nContent-Length: x\nConnection: close\n",
+		"HTTP/1.1 204 No Content\nContent-Length: 7\n", "HTTP/1.1 299 OK\nTransfer-Encoding: x\n", "HTTP/1.1 100 Continue\nContent-Length: x\n\nHTTP/1.1 200 OK\n",
+		"HTTP/1.1 103 Early Hints\nTransfer-Encoding: identity\n\nHTTP/1.1 200 OK\n",
+	}
+	address := parentAnswers(t, func(line string) string {
+		var n int
+		_, _ = fmt.Sscanf(line, "CONNECT a%d.example", &n)
+		return heads[n] + "\n"
+	})
+	w := newWorld(t, "upstream http://"+address, nil)
+	for n, head := range heads {
+		conn := w.dial()
+		conn.connect(fmt.Sprintf("a%d.example:443", n))
+		conn.send("hello\n")
+		if got, err := conn.r.ReadString('\n'); got != "hello\r\n" {
+			t.Errorf("%q: the tunnel carries %q, %v", head, got, err)
+		}
+		conn.Close()
+	}
+}
+
+// TestSwitchWithFraming: a 101 ends with its head, too.
+func TestSwitchWithFraming(t *testing.T) {
+	origin := listen(t, func(conn *net.TCPConn) {
+		r := bufio.NewReader(conn)
+		if _, err := http.ReadRequest(r); err == nil {
+			_, _ = io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\nTransfer-Encoding: identity\r\nContent-Length: 5, 6\r\n\r\n")
+			_, _ = io.Copy(conn, r)
+		}
+	})
+	w := newWorld(t, "", nil)
+	conn := w.dial()
+	conn.send("GET http://" + origin + "/ HTTP/1.1\nHost: x\nConnection: upgrade\nUpgrade: x\n\nhello\n")
+	res, err := http.ReadResponse(conn.r, nil)
+	if err != nil || res.StatusCode != http.StatusSwitchingProtocols || res.ContentLength > 0 || len(res.TransferEncoding) > 0 {
+		t.Fatalf("%v, %v", res, err)
+	}
+	if got, err := conn.r.ReadString('\n'); got != "hello\r\n" {
+		t.Errorf("the tunnel carries %q, %v", got, err)
+	}
+}
+
+// failure is how a request fails.
+type failure struct {
+	status int
+	kind   string // in Proxy-Status
+	text   string
+}
+
+// failsAs sends CONNECT and GET for a target and compares what comes of them.
+func (w *world) failsAs(target string, want failure, methods ...string) {
+	w.t.Helper()
+	for _, method := range methods {
+		conn := w.dial()
+		if method == http.MethodConnect {
+			conn.send("CONNECT " + target + " HTTP/1.1\nHost: x\n\n")
+		} else {
+			conn.send(method + " http://" + target + "/ HTTP/1.1\nHost: x\n\n")
+		}
+		res, body := conn.response(method)
+		conn.Close()
+		if status := res.Header.Get("Proxy-Status"); res.StatusCode != want.status || !strings.HasSuffix(status, "; error="+want.kind) || !strings.HasPrefix(body, want.text) {
+			w.t.Errorf("%s %s: %s, %q, %q, want %v", method, target, res.Status, status, body, want)
+		}
+	}
+}
+
+// TestParentFailurePhases: a parent that takes the connection and then fails is
+// not told as one to which there is no connection.
+func TestParentFailurePhases(t *testing.T) {
+	wantsTLS := failure{502, "http_protocol_error", "The parent proxy wants https://"}
+	cases := []struct {
+		answer string
+		want   failure
+	}{
+		{"silence", failure{504, "http_response_timeout", "The parent proxy did not answer in time"}},
+		{"close", failure{502, "http_response_incomplete", "The parent proxy closed the connection before its answer was complete"}},
+		{"HTTP/1.1 200", failure{502, "http_response_incomplete", "The parent proxy closed the connection before its answer was complete"}},
+		{"SSH-2.0-OpenSSH_9.6\n", failure{502, "http_protocol_error", "The parent proxy did not answer with a valid HTTP response"}},
+		{"HTTP/1.1 999999 x\n\n", failure{502, "http_protocol_error", "The parent proxy did not answer with a valid HTTP response"}},
+		{"HTTP/1.1 101 Switching Protocols\nConnection: upgrade\nUpgrade: x\n\n", failure{502, "http_protocol_error", "The parent proxy did not answer with a valid HTTP response"}},
+		{strings.Repeat("HTTP/1.1 103 Early Hints\n\n", 300), failure{502, "http_protocol_error", "The parent proxy did not answer with a valid HTTP response"}},
+		{"\x15\x03\x01\x00\x02\x02\x46", wantsTLS},
+		{"\x15\x03\x03\x00\x02\x01\x00", wantsTLS},
+	}
+	closing := make(chan struct{})
+	t.Cleanup(func() { close(closing) })
+	address := listen(t, func(conn *net.TCPConn) {
+		req, err := http.ReadRequest(bufio.NewReader(conn))
+		if err != nil {
+			return
+		}
+		var n int
+		_, _ = fmt.Sscanf(req.Host, "a%d.example", &n)
+		switch answer := cases[n].answer; answer {
+		case "silence":
+			<-closing
+		case "close":
+		default:
+			_, _ = io.WriteString(conn, strings.ReplaceAll(answer, "\n", "\r\n"))
+			if strings.HasPrefix(answer, "HTTP/1.1 101") {
+				<-closing // which is not to be waited for
+			}
+		}
+	})
+	w := newWorld(t, "dial_timeout 2s\nresponse_header_timeout 300ms\nupstream http://"+address, nil)
+	for n, tc := range cases {
+		w.failsAs(fmt.Sprintf("a%d.example:80", n), tc.want, http.MethodConnect)
+		if !strings.HasPrefix(tc.answer, "HTTP/1.1 1") { // which a client of HTTP gets to see
+			w.failsAs(fmt.Sprintf("a%d.example:80", n), tc.want, http.MethodPost)
+		}
+	}
+}
+
+// TestParentTLSPhases: a handshake that fails is told as that, also when the
+// parent judges this proxy after it.
+func TestParentTLSPhases(t *testing.T) {
+	for name, tc := range map[string]struct {
+		serve func(*net.TCPConn)
+		want  failure
+	}{
+		"closes":  {func(conn *net.TCPConn) { _, _ = conn.Read(make([]byte, 1<<10)) }, failure{502, "tls_protocol_error", "The parent proxy closed the connection during the TLS handshake"}},
+		"silence": {func(conn *net.TCPConn) { _, _ = io.Copy(io.Discard, conn) }, failure{504, "connection_timeout", "The parent proxy did not complete the TLS handshake in time"}},
+		"plain": {func(conn *net.TCPConn) {
+			_, _ = conn.Read(make([]byte, 1<<10))
+			_, _ = io.WriteString(conn, "HTTP/1.1 400 Bad Request\r\n\r\n")
+		}, failure{502, "tls_protocol_error", "The parent proxy"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, "dial_timeout 1s\nupstream https://"+listen(t, tc.serve), nil)
+			w.failsAs("a.example:80", tc.want, http.MethodConnect, http.MethodGet)
+		})
+	}
+	t.Run("wants a certificate", func(t *testing.T) {
+		config := &tls.Config{Certificates: []tls.Certificate{tlsCertificate}, ClientAuth: tls.RequireAnyClientCert}
+		w := newWorld(t, "upstream https://"+listen(t, func(conn *net.TCPConn) {
+			_ = tls.Server(conn, config).Handshake()
+		}), nil)
+		for _, method := range []string{http.MethodConnect, http.MethodGet} {
+			res, body := policyRequest(t, w.proxy, method, "a.example:80", "")
+			if res.StatusCode != http.StatusBadGateway || !strings.Contains(res.Header.Get("Proxy-Status"), "error=tls_") || !strings.HasPrefix(body, "The parent proxy") {
+				t.Errorf("%s: %s, %q, %q", method, res.Status, res.Header.Get("Proxy-Status"), body)
+			}
+		}
+	})
+}
+
+// TestParentSOCKSPhases is the same for a SOCKS parent.
+func TestParentSOCKSPhases(t *testing.T) {
+	var answer atomic.Value
+	address := listen(t, func(conn *net.TCPConn) {
+		_, _ = conn.Read(make([]byte, 100))
+		if text := answer.Load().(string); text != "" {
+			_, _ = io.WriteString(conn, text)
+		} else {
+			_, _ = io.Copy(io.Discard, conn)
+		}
+	})
+	w := newWorld(t, "dial_timeout 500ms\nupstream socks5h://"+address, nil)
+	for text, want := range map[string]failure{
+		"":                       {504, "connection_read_timeout", "The parent proxy did not answer in time"},
+		"\x05":                   {502, "connection_terminated", "The parent proxy closed the connection before its answer was complete"},
+		"HTTP/1.1 400 x\r\n\r\n": {502, "destination_unavailable", "The parent proxy did not answer as a SOCKS proxy does"},
+	} {
+		answer.Store(text)
+		w.failsAs("a.example:80", want, http.MethodConnect, http.MethodGet)
+	}
+}
+
+// TestParentSaysWhy: when the parent refuses, the client learns what the parent
+// has said of the reason, and when to try again.
+func TestParentSaysWhy(t *testing.T) {
+	cases := []struct {
+		answer string // the status and the fields of the parent's
+		status int
+		before string // members of Proxy-Status that come before ours
+		retry  string
+	}{
+		{"429 x\nRetry-After: 17\nProxy-Status: parent; error=http_request_denied\n", 429, "parent; error=http_request_denied", "17"},
+		{"503 x\nRetry-After: Fri, 31 Dec 1999 23:59:59 GMT\n", 503, "", "Fri, 31 Dec 1999 23:59:59 GMT"},
+		{"502 x\nRetry-After: 17\nProxy-Status: \"a, b\"; error=dns_error; details=\"x\\\"y;,\", c\nProxy-Status: d;received-status=502\n", 502, `"a, b"; error=dns_error; details="x\"y;,", c, d;received-status=502`, ""},
+		{"429 x\nRetry-After: -1\nProxy-Status: parent; error=\n", 429, "", ""},
+		{"429 x\nRetry-After: 1\nRetry-After: 2\nProxy-Status: a b\n", 429, "", ""},
+		{"503 x\nRetry-After: 12345678901\nProxy-Status: " + strings.Repeat("a, ", 500) + "a\n", 503, "", ""},
+		{"403 x\nProxy-Status: parent; error=http_request_denied\n", 403, "parent; error=http_request_denied", ""},
+		{"407 x\nProxy-Status: parent; error=http_request_denied\nRetry-After: 3\n", 502, "parent; error=http_request_denied", ""},
+		{"504 x\nProxy-Status: \"unfinished\n", 504, "", ""},
+	}
+	address := parentAnswers(t, func(line string) string {
+		var n int
+		_, _ = fmt.Sscanf(line, "CONNECT a%d.example", &n)
+		return "HTTP/1.1 " + cases[n].answer + "Content-Length: 0\n\n"
+	})
+	w := newWorld(t, "via tester\nupstream http://"+address, nil)
+	for n, tc := range cases {
+		res, body := policyRequest(t, w.proxy, http.MethodConnect, fmt.Sprintf("a%d.example:443", n), "")
+		before, _, _ := strings.Cut(res.Header.Get("Proxy-Status"), "tester; error=")
+		if res.StatusCode != tc.status || strings.TrimSuffix(before, ", ") != tc.before || res.Header.Get("Retry-After") != tc.retry {
+			t.Errorf("%q: %s %q, Proxy-Status %q, Retry-After %q", tc.answer, res.Status, body, res.Header["Proxy-Status"], res.Header["Retry-After"])
+		}
+	}
+}
+
+// TestParentSecretsStay: no answer shows the client the fields that are for the
+// parent, which answers some requests itself.
+func TestParentSecretsStay(t *testing.T) {
+	heads := make(chan string, 10)
+	address := listen(t, func(conn *net.TCPConn) {
+		r := bufio.NewReader(conn)
+		for {
+			req, err := http.ReadRequest(r)
+			if err != nil {
+				return
+			}
+			var head strings.Builder
+			_ = req.Header.Write(&head)
+			heads <- head.String()
+			fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", head.Len(), head.String())
+		}
+	})
+	for _, secret := range []string{"upstream http://alice:rabbit@" + address, "upstream http://" + address + " {\nheader X-Key rabbit\n}"} {
+		w := newWorld(t, secret, nil)
+		for _, tc := range []struct {
+			request string
+			status  int
+		}{
+			{"TRACE http://a.example/ HTTP/1.1\nMax-Forwards: 1\n", 403},
+			{"TRACE http://a.example/ HTTP/1.1\nMax-Forwards: x\n", 403},
+			{"TRACE http://a.example/ HTTP/1.1\n", 403},
+			{"trace http://a.example/ HTTP/1.1\n", 403},
+			{"TRACK http://a.example/ HTTP/1.1\n", 403},
+			{"OPTIONS http://a.example/ HTTP/1.1\nMax-Forwards: 1\n", 403},
+			{"OPTIONS http://a.example/ HTTP/1.1\nMax-Forwards: 1\nMax-Forwards: 2\n", 403},
+			{"GET http://" + address + "/printenv HTTP/1.1\n", 403},
+			{"TRACE http://a.example/ HTTP/1.1\nMax-Forwards: 0\n", 200}, // answered here
+			{"OPTIONS http://a.example/ HTTP/1.1\nMax-Forwards: 0\n", 200},
+		} {
+			conn := w.dial()
+			conn.send(tc.request + "Host: x\n\n")
+			res, body := conn.response("")
+			conn.Close()
+			if res.StatusCode != tc.status || strings.Contains(body, "rabbit") || strings.Contains(body, "Basic") || strings.Contains(body, address) && tc.status == 200 {
+				t.Errorf("%q: %s %q", tc.request, res.Status, body)
+			}
+		}
+		if len(heads) > 0 {
+			t.Errorf("the parent was asked: %q", <-heads)
+		}
+		// Others may not be answered on the way either.
+		if res, _ := policyRequest(t, w.proxy, http.MethodGet, "a.example:80", "Max-Forwards: 1\n"); res.StatusCode != http.StatusOK {
+			t.Error(res.Status)
+		}
+		if head := <-heads; strings.Contains(head, "Max-Forwards") {
+			t.Errorf("the parent gets %q", head)
+		}
+	}
+	w := newWorld(t, "upstream http://"+address, nil) // which has no secrets
+	conn := w.dial()
+	conn.send("TRACE http://a.example/ HTTP/1.1\nMax-Forwards: 2\nHost: x\n\n")
+	if res, _ := conn.response(""); res.StatusCode != http.StatusOK {
+		t.Error(res.Status)
+	}
+	if head := <-heads; !strings.Contains(head, "Max-Forwards: 1") {
+		t.Errorf("the parent gets %q", head)
+	}
+}
+
+// TestParentSecretWrittenOut: what the admin endpoint and Caddy's debug log show is
+// warned about.
+func TestParentSecretWrittenOut(t *testing.T) {
+	t.Setenv("PARENT_KEY", "rabbit")
+	for option, want := range map[string]int{
+		"upstream http://alice:rabbit@a.example":                                                                 1,
+		"upstream socks5://alice:rabbit@a.example":                                                               1,
+		"upstream http://a.example {\nheader X-Api-Key rabbit\n}":                                                1,
+		"upstream http://a.example {\nheader Proxy-Authorization \"Basic cmFiYml0\"\n}":                          1,
+		"upstream http://alice:{env.PARENT_KEY}@a.example {\nheader X-Api-Key {env.PARENT_KEY}\nheader X-A b\n}": 0,
+		"upstream http://alice@a.example":                                                                        0,
+	} {
+		w := newWorld(t, option, nil)
+		warned := 0
+		for _, line := range w.logLines("the option upstream has a password or a key written out, which Caddy's debug log and admin endpoint show with the rest of the config; use a placeholder such as {env.PROXY_PASSWORD} or {file./run/secrets/proxy}") {
+			if warned++; line["level"] != "warn" {
+				t.Errorf("%v", line)
+			}
+		}
+		if warned != want {
+			t.Errorf("%q: %d warnings, want %d", option, warned, want)
+		}
+	}
+}
+
+// TestParentNameAskedOnce: whether the parent is on this machine is not asked for
+// each request to a port at which this machine has something closed.
+func TestParentNameAskedOnce(t *testing.T) {
+	var asked atomic.Int32
+	server := nameServer(t, func(name string, n int) []string {
+		asked.Add(1)
+		return []string{"192.0.2.1"}
+	})
+	resolver, err := newResolver([]string{server})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &parent{address: "parent.test:80", dialer: net.Dialer{Resolver: resolver}}
+	if p.isHere(t.Context()) {
+		t.Error("192.0.2.1 is taken for this machine")
+	}
+	before := asked.Load()
+	for range 10 {
+		p.isHere(t.Context())
+	}
+	if n := asked.Load(); n != before {
+		t.Errorf("the name server was asked %d times more", n-before)
+	}
+}

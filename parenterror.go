@@ -1,0 +1,175 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// parentPhase is how far an attempt to use the parent had got when it failed.
+type parentPhase int
+
+const (
+	parentConnecting  parentPhase = iota // resolving its name, connecting to it
+	parentHandshaking                    // beginning TLS
+	parentAnswering                      // waiting for its answer
+)
+
+// parentError is a failure of the parent, not of the target.
+type parentError struct {
+	phase  parentPhase
+	status int         // the parent's answer; 0: there is none
+	header http.Header // of that answer; may be nil
+	socks  bool        // it is a SOCKS proxy
+	err    error
+}
+
+func (e *parentError) Error() string { return "the parent proxy: " + e.err.Error() }
+func (e *parentError) Unwrap() error { return e.err }
+
+// errParentWantsTLS is the failure of a request without TLS that a TLS server
+// has answered with an alert.
+var errParentWantsTLS = errors.New("it speaks TLS; the URL in the option upstream begins with http:// and should begin with https://")
+
+// asAnswerError makes an error of reading the parent's answer from r a
+// parentError.
+func asAnswerError(err error, r *bufio.Reader) *parentError {
+	// An alert of TLS 1.0 to 1.3 begins with these bytes (RFC 8446 §5.1).
+	if r != nil && r.Buffered() >= 2 {
+		if start, _ := r.Peek(2); start[0] == 0x15 && start[1] == 3 {
+			err = errParentWantsTLS
+		}
+	}
+	return &parentError{phase: parentAnswering, err: err}
+}
+
+// asParentError makes a failure of an exchange with the parent a parentError,
+// unless it is the client's, or there was no connection.
+func (x *exchange) asParentError(err error) error {
+	if errors.As(err, new(*bodyError)) || errors.As(err, new(*dialError)) || x.conn == nil {
+		return err
+	}
+	return asAnswerError(err, x.conn.r)
+}
+
+// refusal tells the client why the parent has no connection to host. ctx is the
+// request's.
+func (e *parentError) refusal(ctx context.Context, host string) *refusal {
+	var f *refusal
+	switch {
+	case e.status != 0:
+		f = e.answerRefusal(host)
+	case e.phase == parentConnecting:
+		f = dialRefusal(ctx, e.err, "the parent proxy")
+		f.text = strings.ToUpper(f.text[:1]) + f.text[1:]
+	case isTLSError(e.err): // in TLS 1.3 the parent judges our certificate after the handshake
+		f = tlsRefusal(e.err, "the parent proxy")
+		f.text = strings.ToUpper(f.text[:1]) + f.text[1:]
+	case e.phase == parentHandshaking:
+		f = e.handshakeRefusal()
+	case e.socks:
+		f = e.socksRefusal()
+	default:
+		f = e.exchangeRefusal()
+	}
+	f.err = e
+	return f
+}
+
+// isTimeout reports whether err says that something took too long.
+func isTimeout(err error) bool {
+	var timeout net.Error
+	return errors.Is(err, os.ErrDeadlineExceeded) || errors.As(err, &timeout) && timeout.Timeout()
+}
+
+// isClosed reports whether err says that the other end has closed the
+// connection, or reset it.
+func isClosed(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
+}
+
+// handshakeRefusal is for a TLS handshake that has failed without a word of TLS.
+func (e *parentError) handshakeRefusal() *refusal {
+	if isTimeout(e.err) {
+		return refuse(http.StatusGatewayTimeout, "connection_timeout", nil, "The parent proxy did not complete the TLS handshake in time.")
+	}
+	return refuse(http.StatusBadGateway, "tls_protocol_error", nil, "The parent proxy closed the connection during the TLS handshake.")
+}
+
+// exchangeRefusal is for an HTTP parent that gave no valid answer.
+func (e *parentError) exchangeRefusal() *refusal {
+	switch {
+	case errors.Is(e.err, errParentWantsTLS):
+		return refuse(http.StatusBadGateway, "http_protocol_error", nil, "The parent proxy wants https://, and this proxy speaks http:// with it.")
+	case isTimeout(e.err):
+		return refuse(http.StatusGatewayTimeout, "http_response_timeout", nil, "The parent proxy did not answer in time.")
+	case errors.Is(e.err, errHeadTooLarge), errors.Is(e.err, errTooManyFields):
+		return refuse(http.StatusBadGateway, "http_response_header_section_size", nil, "The parent proxy did not answer with a valid HTTP response: %v.", e.err)
+	case isClosed(e.err):
+		return refuse(http.StatusBadGateway, "http_response_incomplete", nil, "The parent proxy closed the connection before its answer was complete.")
+	}
+	return refuse(http.StatusBadGateway, "http_protocol_error", nil, "The parent proxy did not answer with a valid HTTP response.")
+}
+
+// socksRefusal is for a SOCKS parent that gave no valid answer.
+func (e *parentError) socksRefusal() *refusal {
+	switch {
+	case isTimeout(e.err):
+		return refuse(http.StatusGatewayTimeout, "connection_read_timeout", nil, "The parent proxy did not answer in time.")
+	case isClosed(e.err):
+		return refuse(http.StatusBadGateway, "connection_terminated", nil, "The parent proxy closed the connection before its answer was complete.")
+	}
+	return refuse(http.StatusBadGateway, "destination_unavailable", nil, "The parent proxy did not answer as a SOCKS proxy does.")
+}
+
+// answerRefusal is for a parent that has refused. What it says of the reason is
+// passed on: its members of Proxy-Status, and when to try again.
+func (e *parentError) answerRefusal(host string) *refusal {
+	var f *refusal
+	switch e.status {
+	case http.StatusForbidden:
+		f = refuse(http.StatusForbidden, deniedRequest, nil, "The parent proxy does not let this one connect to %s.", host)
+	case http.StatusProxyAuthRequired, http.StatusUnauthorized: // tinyproxy has the latter
+		f = refuse(http.StatusBadGateway, "proxy_configuration_error", nil, "The parent proxy does not accept this proxy's credentials; its option upstream has them.")
+	case http.StatusTooManyRequests:
+		f = refuse(http.StatusTooManyRequests, "destination_unavailable", nil, "The parent proxy has had too many requests and opens no connection to %s; try again later.", host)
+		f.cause = causeParent
+	case http.StatusServiceUnavailable:
+		f = refuse(http.StatusServiceUnavailable, "destination_unavailable", nil, "The parent proxy is too busy for a connection to %s; try again later.", host)
+	case http.StatusGatewayTimeout:
+		f = refuse(http.StatusGatewayTimeout, "connection_timeout", nil, "The parent proxy got no connection to %s in time.", host)
+	default:
+		f = refuse(http.StatusBadGateway, "destination_unavailable", nil, "The parent proxy has no connection to %s.", host)
+	}
+	f.before = proxyStatusMembers(e.header["Proxy-Status"])
+	if f.status == http.StatusTooManyRequests || f.status == http.StatusServiceUnavailable {
+		f.retryAfter = retryAfter(e.header["Retry-After"])
+	}
+	return f
+}
+
+// retryAfter returns the value of a Retry-After field (RFC 9110 §10.2.3), or ""
+// if there is no valid one.
+func retryAfter(values []string) string {
+	if len(values) != 1 {
+		return ""
+	}
+	value := values[0]
+	if _, err := http.ParseTime(value); err == nil && len(value) <= len(time.RFC1123)+len("Wednes") {
+		return value
+	}
+	if value == "" || len(value) > 10 || strings.Trim(value, "0123456789") != "" {
+		return ""
+	}
+	return value
+}
