@@ -39,8 +39,9 @@ func init() {
 }
 
 // Handler is a forward proxy. It takes CONNECT requests and requests in
-// absolute form (`GET http://example.com/ HTTP/1.1`); all others are limited,
-// get the same request header fields, and go to the next handler.
+// absolute form (`GET http://example.com/ HTTP/1.1`); all others are for this
+// server itself: they are not limited, get the same request header fields, and
+// go to the next handler.
 //
 // The site of a forward proxy must have no host name in its address, as a proxy
 // request carries the host it is for: use `:8080`, not `proxy.example.com`.
@@ -565,12 +566,14 @@ func (h *Handler) finish(w http.ResponseWriter, r *http.Request, v *visit, err e
 	return h.answer(w, r, f)
 }
 
-// take takes a token for v, from this process's bucket alone if here.
+// take takes a token for v, from this process's bucket alone if here. Requests
+// for this server itself, such as health checks, are not limited: a client that
+// has used up its tokens can still fetch the PAC script.
 func (h *Handler) take(r *http.Request, v *visit, here bool) verdict {
 	if wait := h.tunnels.blocked(v.bucket, sinceEpoch(v.start)); wait > 0 {
 		return h.limiter.block(v.bucket, sinceEpoch(v.start), wait)
 	}
-	if h.exempt.Contains(v.addr) {
+	if v.kind == kindOther || h.exempt.Contains(v.addr) {
 		return verdict{ok: true}
 	}
 	return h.orReport(r, v, h.ask(r.Context(), v.bucket, sinceEpoch(v.start), here))

@@ -873,14 +873,41 @@ func TestConnectIsOneRequest(t *testing.T) {
 	refused.nothingMore()
 }
 
-func TestOriginFormIsLimitedToo(t *testing.T) {
-	w := newWorld(t, "burst 1\nrefill 0.01", nil)
-	conn := w.dial()
-	for _, want := range []int{200, 429} { // 200 is Caddy's own for a site without a handler
-		conn.send("GET / HTTP/1.1\nHost: proxy\n\n")
-		if res, _ := conn.response(http.MethodGet); res.StatusCode != want {
-			t.Errorf("status %d, want %d", res.StatusCode, want)
-		}
+// TestOwnRequestsTakeNoToken: health checks, the PAC script and other handlers
+// of the site answer a client that has no token left, and cost it none.
+func TestOwnRequestsTakeNoToken(t *testing.T) {
+	for name, serve := range map[string]func(string) string{
+		"fast":     func(site string) string { return site },
+		"ordinary": func(site string) string { return strings.Replace(site, "async_proxy {", "log\nasync_proxy {", 1) },
+		"shared": func(site string) string {
+			return strings.Replace(site, "async_proxy {", "async_proxy {\nlimiter test", 1)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, "", nil)
+			site := strings.TrimSuffix(strings.TrimSpace(w.site("burst 2\nrefill 0.00001\nzone own-"+name+"\nserve_pac")), "}")
+			w.load(serve(site) + "respond /healthz \"well\"\n}\n")
+			own := func() {
+				t.Helper()
+				conn := w.dial()
+				for range 5 {
+					for path, want := range map[string]string{"/healthz": "well", "/proxy.pac": "function FindProxyForURL("} {
+						conn.send("GET " + path + " HTTP/1.1\nHost: 192.0.2.1:8080\n\n")
+						if res, body := conn.response(http.MethodGet); res.StatusCode != http.StatusOK || !strings.Contains(body, want) {
+							t.Errorf("%s: %s %q", path, res.Status, body)
+						}
+					}
+				}
+			}
+			own()
+			w.gets(w.proxy, 200, 200, 429)
+			asked()
+			own()
+			if n := len(asked()); n != 0 {
+				t.Errorf("the shared limiter was asked %d times", n)
+			}
+			w.gets(w.proxy, 429)
+		})
 	}
 }
 
