@@ -68,6 +68,9 @@ func newConnPeer(conn net.Conn) *connPeer {
 			if lower = embeddedConn(lower); lower == nil {
 				return p
 			}
+			if p.half == nil {
+				p.half, _ = lower.(closeWriter)
+			}
 		}
 	}
 	return p
@@ -132,25 +135,47 @@ const (
 	streamAborted // neither, and the handler is to reset the stream
 )
 
-// forever stands for no timeout where Caddy wants one.
-const forever = 100 * 365 * 24 * time.Hour
-
 // newStreamPeer takes over w and the body of r. Caddy's timeouts for stalled
-// requests do not apply to a tunnel, which is silent for as long as it likes;
-// its read_body and write timeouts for whole requests do.
+// requests do not apply to a tunnel, which may be silent for as long as it likes.
+// Its timeouts for whole requests do.
 func newStreamPeer(w http.ResponseWriter, r *http.Request) *streamPeer {
-	reader, writer := caddyhttp.IdleTimeoutsFromContext(r.Context())
-	if reader != nil {
-		reader.Override(forever, 0)
-	}
 	p := &streamPeer{w: w, control: http.NewResponseController(w), body: r.Body}
 	p.conn = connOf(w, r)
 	p.server, _ = r.Context().Value(http3.ServerContextKey).(*http3.Server)
-	if writer != nil {
-		writer.Override(forever, 0, 0)
-	}
+	p.dropIdleTimeouts(r)
 	return p
 }
+
+// dropIdleTimeouts stops Caddy from setting a deadline before each read and write.
+// A long timeout in their place would not do: on a stream of HTTP/2 a deadline is a
+// timer, and one that is set when the client has just reset the stream is never
+// stopped, so that it would keep the stream in memory until it fires.
+//
+// HTTP/2 has deadlines for whole requests of its own. Over HTTP/3 Caddy's are the
+// only ones, so they are set here.
+func (p *streamPeer) dropIdleTimeouts(r *http.Request) {
+	control := http.NewResponseController(innermost(p.w))
+	none := http.NewResponseController(noDeadlines{p.w})
+	reader, writer := caddyhttp.IdleTimeoutsFromContext(r.Context())
+	if reader != nil {
+		reader.Ctrl = none
+		if due := reader.Deadline.HardDeadline; r.ProtoMajor > 2 && !due.IsZero() {
+			_ = control.SetReadDeadline(due)
+		}
+	}
+	if writer != nil {
+		writer.Ctrl = none
+		if due := writer.Deadline.HardDeadline; r.ProtoMajor > 2 && !due.IsZero() {
+			_ = control.SetWriteDeadline(due)
+		}
+	}
+}
+
+// noDeadlines is a ResponseWriter that takes deadlines and ignores them.
+type noDeadlines struct{ http.ResponseWriter }
+
+func (noDeadlines) SetReadDeadline(time.Time) error  { return nil }
+func (noDeadlines) SetWriteDeadline(time.Time) error { return nil }
 
 func (p *streamPeer) reader() io.Reader { return p }
 func (p *streamPeer) writer() io.Writer { return p }

@@ -92,7 +92,7 @@ func TestTunnelsBehindTheProxyProtocol(t *testing.T) {
 }
 
 // With HTTP/2 switched off, Caddy hides the socket of a plain connection behind
-// a type of its own, which has no half-close.
+// a type of its own that has no half-close. The socket below it has.
 func TestTunnelsOfAServerForHTTP1(t *testing.T) {
 	for name, setup := range map[string]tunnelSetup{"bare": {}, "observed": observed} {
 		setup.protocols, setup.servers = "h1", "keepalive_interval 15s" // and no listener wrapper
@@ -101,7 +101,6 @@ func TestTunnelsOfAServerForHTTP1(t *testing.T) {
 			for _, behaviour := range tunnelBehaviours {
 				t.Run(behaviour.name, func(t *testing.T) {
 					c := w.client(t, "h1")
-					c.ends = true
 					behaviour.run(t, c)
 				})
 			}

@@ -56,7 +56,6 @@ type tunnelClient struct {
 	header   string     // more field lines of a CONNECT over HTTP/1, each with its \r\n
 	local    netip.Addr // the client's address, if valid
 	shared   int        // how many tunnels share a connection of HTTP/2 or 3; 0: none do
-	ends     bool       // with the target's end the tunnel ends, even over HTTP/1
 
 	mu   sync.Mutex
 	used int               // tunnels opened on the following
@@ -84,7 +83,7 @@ func (c *tunnelClient) openEarly(target, early string) tunnelConn {
 
 // halfCloses reports whether the client may go on after the target's end.
 func (c *tunnelClient) halfCloses() bool {
-	return !c.ends && (c.protocol == "h1" || c.protocol == "h1-tls")
+	return c.protocol == "h1" || c.protocol == "h1-tls"
 }
 
 // breakConnection breaks the connection of a shared protocol off, with all its
