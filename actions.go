@@ -7,8 +7,6 @@ import (
 	"context"
 	"net/netip"
 	"time"
-
-	"go.uber.org/zap"
 )
 
 // closeTunnel closes a tunnel, and reports whether there is one of that id. No
@@ -72,7 +70,7 @@ func refillShared(addr netip.Addr, zone string) (found bool) {
 		key := h.limiter.keyOf(addr)
 		done, err := shared.Refill(context.Background(), h.limiter.shared(key))
 		if err != nil {
-			h.logger.Warn("a shared bucket is not refilled", zap.String("client", h.limiter.name(key)), zap.Error(err))
+			h.logger.Warn("a shared bucket is not refilled", textField("client", h.limiter.name(key)), errorField(err))
 		}
 		found = found || done
 	}

@@ -71,7 +71,7 @@ func (h *Handler) authenticate(w http.ResponseWriter, r *http.Request) (user str
 		u, ok, err := provider.Authenticate(answer, &asked)
 		if err != nil {
 			if c := h.logger.Check(zapcore.ErrorLevel, "auth provider returned error"); c != nil {
-				c.Write(zap.String("provider", provider.name), zap.Error(err))
+				c.Write(zap.String("provider", provider.name), errorField(err))
 			}
 			continue
 		}

@@ -191,7 +191,7 @@ func (s *shownStatus) print(w io.Writer) {
 		if !c.LastSeen.IsZero() {
 			seen = age(st.Time.Sub(c.LastSeen)) + " ago"
 		}
-		fmt.Fprintf(table, "%s%s\t%s\t%d\t%d\t%d\t%s\t%s\t%s\n", c.Client, zone(c.Zone), tokens, c.Requests, c.Rejections, c.Tunnels,
+		fmt.Fprintf(table, "%s%s\t%s\t%d\t%d\t%d\t%s\t%s\t%s\n", printable(c.Client), zone(printable(c.Zone)), tokens, c.Requests, c.Rejections, c.Tunnels,
 			size(c.BytesUp), size(c.BytesDown), seen)
 	}
 	_ = table.Flush()
@@ -205,7 +205,7 @@ func (s *shownStatus) print(w io.Writer) {
 		if t.User != "" {
 			who = t.User + "@" + who
 		}
-		fmt.Fprintf(table, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", t.ID, who, t.Target, t.Proto, age(st.Time.Sub(t.Started)),
+		fmt.Fprintf(table, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", t.ID, printable(who), printable(t.Target), printable(t.Proto), age(st.Time.Sub(t.Started)),
 			age(time.Duration(t.IdleSeconds*float64(time.Second))), size(t.BytesUp), size(t.BytesDown))
 	}
 	_ = table.Flush()

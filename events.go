@@ -40,9 +40,9 @@ func (e emitter) limited(zone string, v *visit, verdict verdict) {
 	}
 	e.app.Emit(e.ctx, eventLimited, map[string]any{
 		"client":      clientName(v.addr),
-		"user":        v.user,
+		"user":        printable(v.user),
 		"zone":        zone,
-		"host":        v.r.Host,
+		"host":        printable(v.r.Host),
 		"retry_after": ceilSeconds(verdict.wait),
 		"cause":       string(v.cause),
 	})

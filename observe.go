@@ -94,15 +94,15 @@ func (h *Handler) logRequest(r *http.Request, v *visit, err error, more ...zap.F
 		return
 	}
 	fields := []zap.Field{
-		zap.String("method", r.Method),
-		zap.String("host", r.Host),
-		zap.String("path", r.URL.Path),
+		textField("method", r.Method),
+		textField("host", r.Host),
+		textField("path", r.URL.Path),
 		zap.Int("status", v.status),
 		zap.Duration("latency", time.Since(v.start)),
 		clientField(v.addr),
 	}
 	if v.user != "" {
-		fields = append(fields, zap.String("user", v.user))
+		fields = append(fields, textField("user", v.user))
 	}
 	if v.reason != "" {
 		fields = append(fields, zap.String("reason", v.reason))
@@ -114,7 +114,7 @@ func (h *Handler) logRequest(r *http.Request, v *visit, err error, more ...zap.F
 		fields = append(fields, deniedFields(denied)...)
 	}
 	if err != nil {
-		fields = append(fields, zap.Error(err))
+		fields = append(fields, errorField(err))
 	}
 	c.Write(append(fields, more...)...)
 }
@@ -128,15 +128,15 @@ func (h *Handler) logLimited(r *http.Request, v *visit, verdict verdict, reportO
 	}
 	fields := []zap.Field{
 		zap.String("ip", clientName(v.addr)),
-		zap.String("method", r.Method),
-		zap.String("host", r.Host),
-		zap.String("path", r.URL.Path),
+		textField("method", r.Method),
+		textField("host", r.Host),
+		textField("path", r.URL.Path),
 		zap.String("cause", string(causeRateLimited)),
 		zap.Duration("retry_after", verdict.wait),
 		zap.Int64("refused", verdict.refused),
 	}
 	if v.user != "" {
-		fields = append(fields, zap.String("user", v.user))
+		fields = append(fields, textField("user", v.user))
 	}
 	if reportOnly { // the request has no answer yet
 		fields = append(fields, zap.Bool("report_only", true))
@@ -155,8 +155,8 @@ func (h *Handler) logReported(ctx context.Context, target string, denied *denied
 	if c := h.logger.Check(zapcore.WarnLevel, "would be denied"); c != nil {
 		client, _ := caddyhttp.GetVar(ctx, caddyhttp.ClientIPVarKey).(string)
 		c.Write(append(deniedFields(denied),
-			zap.String("target", target),
-			zap.String("client", client),
+			textField("target", target),
+			textField("client", client),
 			zap.Bool("report_only", true))...)
 	}
 }
@@ -179,11 +179,11 @@ func (t *tunnel) logOpened() {
 	if c := t.logger.Check(zapcore.InfoLevel, "CONNECT tunnel"); c != nil {
 		c.Write(
 			zap.Uint64("id", t.id),
-			zap.String("target", t.target),
+			textField("target", t.target),
 			zap.Stringer("address", t.address),
 			clientField(t.client),
 			t.userField(),
-			zap.String("proto", t.proto),
+			textField("proto", t.proto),
 		)
 	}
 }
@@ -192,10 +192,10 @@ func (t *tunnel) logClosed() {
 	if c := t.logger.Check(zapcore.InfoLevel, "CONNECT tunnel closed"); c != nil {
 		c.Write(
 			zap.Uint64("id", t.id),
-			zap.String("target", t.target),
+			textField("target", t.target),
 			clientField(t.client),
 			t.userField(),
-			zap.String("proto", t.proto),
+			textField("proto", t.proto),
 			zap.Int64("bytes_up", t.up.Load()),
 			zap.Int64("bytes_down", t.down.Load()),
 			zap.Duration("duration", time.Since(t.start)),
@@ -208,7 +208,7 @@ func (t *tunnel) userField() zap.Field {
 	if t.user == "" {
 		return zap.Skip()
 	}
-	return zap.String("user", t.user)
+	return textField("user", t.user)
 }
 
 // clientField names the client. One that has no address came by a Unix socket.

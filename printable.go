@@ -7,18 +7,27 @@ import (
 	"strings"
 	"unicode"
 	"unicode/utf8"
+
+	"go.uber.org/zap"
 )
 
-// maxShown is the length in bytes at which printable cuts a text.
-const maxShown = 256
+// The lengths in bytes at which texts are cut before they are kept or shown: what
+// a peer has chosen, and an error, which may quote several such texts.
+const (
+	maxShown      = 256
+	maxShownError = 1024
+)
 
 // printable returns a text that a client or an origin has chosen in a form that
 // is safe to keep and to show in lists, log lines and terminals: at most maxShown
 // bytes, with U+FFFD in the place of control characters, of characters that
 // change the direction or are invisible, and of what is not UTF-8. A longer text
 // ends with an ellipsis. A text that is harmless already is returned as it is.
-func printable(s string) string {
-	if isHarmless(s) {
+func printable(s string) string { return printableUpTo(maxShown, s) }
+
+// printableUpTo is printable with another limit.
+func printableUpTo(limit int, s string) string {
+	if isHarmless(limit, s) {
 		return s
 	}
 	var b strings.Builder
@@ -27,7 +36,7 @@ func printable(s string) string {
 		if !unicode.IsPrint(c) {
 			c = utf8.RuneError
 		}
-		if n := utf8.RuneLen(c); b.Len()+n > maxShown-len("…") && b.Len()+n+len(rest)-size > maxShown {
+		if n := utf8.RuneLen(c); b.Len()+n > limit-len("…") && b.Len()+n+len(rest)-size > limit {
 			b.WriteString("…")
 			break
 		}
@@ -37,9 +46,10 @@ func printable(s string) string {
 	return b.String()
 }
 
-// isHarmless reports whether s is short and consists of printable ASCII.
-func isHarmless(s string) bool {
-	if len(s) > maxShown {
+// isHarmless reports whether s is within the limit and consists of printable
+// ASCII.
+func isHarmless(limit int, s string) bool {
+	if len(s) > limit {
 		return false
 	}
 	for i := range len(s) {
@@ -48,4 +58,13 @@ func isHarmless(s string) bool {
 		}
 	}
 	return true
+}
+
+// textField is a field of a log line whose value a client or an origin has
+// chosen.
+func textField(key, value string) zap.Field { return zap.String(key, printable(value)) }
+
+// errorField is the field of an error, which may quote what a peer has sent.
+func errorField(err error) zap.Field {
+	return zap.String("error", printableUpTo(maxShownError, err.Error()))
 }

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -494,7 +495,7 @@ func limiterOf(addr netip.Addr) *limiter {
 func (c *client) info(now time.Time) clientInfo {
 	at := sinceEpoch(now)
 	info := clientInfo{
-		Client: c.limiter.name(c.addr), Zone: c.limiter.key.zone,
+		Client: printable(c.limiter.name(c.addr)), Zone: c.limiter.key.zone,
 		Tokens: c.tokens(at), Burst: c.limiter.key.burst, Refill: c.limiter.key.refill,
 		Requests: c.requests.Load(), Rejections: c.rejections.Load(),
 		BytesUp: c.bytesUp.Load() + c.up, BytesDown: c.bytesDown.Load() + c.down,
@@ -566,15 +567,23 @@ func findTunnels(q tunnelQuery, now time.Time) tunnelList {
 	for _, k := range found.sorted(q.offset) {
 		t := k.value
 		list.Tunnels = append(list.Tunnels, tunnelInfo{
-			ID: t.id, Client: clientName(t.client), User: t.user, Target: t.target, Address: t.address.String(), Proto: t.proto,
+			ID: t.id, Client: clientName(t.client), User: printable(t.user), Target: printable(t.target), Address: t.address.String(), Proto: printable(t.proto),
 			Started: t.start, IdleSeconds: time.Duration(max(0, at-t.active.Load())).Seconds(), BytesUp: t.up.Load(), BytesDown: t.down.Load(),
 		})
 	}
 	return list
 }
 
-// maxPage is how many clients or tunnels one answer has at most.
-const maxPage = 1000
+// What a query may ask for: maxPage clients or tunnels in one answer, after at
+// most maxOffset others. To find them, limit+offset of them are kept.
+const (
+	maxPage   = 1000
+	maxOffset = 10_000
+)
+
+// querying is held while a query looks at all clients or tunnels, so that many
+// queries at once cost no more memory than one.
+var querying sync.Mutex
 
 // queryClients reads a query as of the admin API, and answers it.
 func queryClients(values url.Values, now time.Time) (clientList, error) {
@@ -586,6 +595,8 @@ func queryClients(values url.Values, now time.Time) (clientList, error) {
 	if q.key = sortsOfClients[cmp.Or(values.Get("sort"), "last_seen")]; q.key == nil {
 		return clientList{}, fmt.Errorf("sort %q: expected last_seen, requests, rejections, bytes, tunnels or tokens", values.Get("sort"))
 	}
+	querying.Lock()
+	defer querying.Unlock()
 	return findClients(q, now), nil
 }
 
@@ -599,6 +610,8 @@ func queryTunnels(values url.Values, now time.Time) (tunnelList, error) {
 	if q.key = sortsOfTunnels[cmp.Or(values.Get("sort"), "started")]; q.key == nil {
 		return tunnelList{}, fmt.Errorf("sort %q: expected started, idle or bytes", values.Get("sort"))
 	}
+	querying.Lock()
+	defer querying.Unlock()
 	return findTunnels(q, now), nil
 }
 
@@ -607,8 +620,8 @@ func queryPage(values url.Values) (limit, offset int, ascending bool, err error)
 	if limit, ok = parseInt(cmp.Or(values.Get("limit"), "100"), 1, maxPage); !ok {
 		return 0, 0, false, fmt.Errorf("limit %q: expected a number from 1 to %d", values.Get("limit"), maxPage)
 	}
-	if offset, ok = parseInt(cmp.Or(values.Get("offset"), "0"), 0, 1_000_000); !ok {
-		return 0, 0, false, fmt.Errorf("offset %q: expected a number from 0 to 1000000", values.Get("offset"))
+	if offset, ok = parseInt(cmp.Or(values.Get("offset"), "0"), 0, maxOffset); !ok {
+		return 0, 0, false, fmt.Errorf("offset %q: expected a number from 0 to %d", values.Get("offset"), maxOffset)
 	}
 	switch order := values.Get("order"); order {
 	case "", "desc":
@@ -649,7 +662,7 @@ func (r *refusalRing) list() []refusalInfo {
 // addRecent adds a refusal to the list that the status page shows.
 func (v *visit) addRecent(f *refusal) {
 	recent.add(&refusalInfo{
-		Time: v.start, Client: clientName(v.addr), Method: v.r.Method, Target: v.r.Host,
-		Status: f.status, Reason: f.kind, Cause: string(v.cause), Detail: f.text,
+		Time: v.start, Client: clientName(v.addr), Method: printable(v.r.Method), Target: printable(v.r.Host),
+		Status: f.status, Reason: f.kind, Cause: string(v.cause), Detail: printable(f.text),
 	})
 }

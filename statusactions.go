@@ -81,10 +81,10 @@ func (s *Status) act(w http.ResponseWriter, r *http.Request, name string) {
 		by, _ := caddyhttp.GetVar(r.Context(), caddyhttp.ClientIPVarKey).(string)
 		c.Write(
 			zap.String("action", name),
-			zap.String("tunnel", r.FormValue("tunnel")),
-			zap.String("client", r.FormValue("client")),
-			zap.String("zone", r.FormValue("zone")),
-			zap.String("for", r.FormValue("for")),
+			textField("tunnel", r.FormValue("tunnel")),
+			textField("client", r.FormValue("client")),
+			textField("zone", r.FormValue("zone")),
+			textField("for", r.FormValue("for")),
 			zap.Bool("done", done),
 			zap.String("by", by),
 		)
