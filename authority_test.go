@@ -56,8 +56,6 @@ func TestParseAuthority(t *testing.T) {
 		{"example.com:", badPort("")},
 		{"example.com:0", badPort("0")},
 		{"example.com:65536", badPort("65536")},
-		{"example.com:00443", badPort("00443")},
-		{"example.com:0443", badPort("0443")},
 		{"example.com:+443", badPort("+443")},
 		{"example.com:-1", badPort("-1")},
 		{"example.com:443 ", badPort("443 ")},
@@ -149,8 +147,9 @@ func FuzzParseAuthority(f *testing.F) {
 			}
 			return
 		}
-		if got != authority {
-			t.Fatalf("parseAuthority(%q) = %q, want it unchanged", authority, got)
+		zeros := strings.LastIndexByte(authority, ':') + 1 // of which the port may begin with some
+		if got != authority[:zeros]+strings.TrimLeft(authority[zeros:], "0") {
+			t.Fatalf("parseAuthority(%q) = %q, want it unchanged but for zeros before the port", authority, got)
 		}
 		host, port, err := net.SplitHostPort(got)
 		if err != nil {

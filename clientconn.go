@@ -218,7 +218,7 @@ func (c *clientConn) next() (r *http.Request, elsewhere bool) {
 	if err != nil && !c.late {
 		return nil, false
 	}
-	if length < 0 {
+	if length < 0 || c.listener.replaced() {
 		return nil, true
 	}
 	head, _ := c.r.Peek(length)
@@ -264,7 +264,7 @@ func (c *clientConn) leave() {
 	c.mu.Unlock()
 	conn := &readConn{TCPConn: c.TCPConn, early: bytes.Clone(unread), late: c.late}
 	var successor *clientListener
-	if c.listener.conns.over.Load() {
+	if c.listener.conns.over.Load() || c.listener.replaced() {
 		successor = c.listener.successor()
 	}
 	switch {

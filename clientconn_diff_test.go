@@ -406,18 +406,24 @@ func (o *twinOrigin) end() []string {
 }
 
 // attack is what a client sends on a connection, and an origin answers.
-type attack struct{ name, send, answer string }
+type attack struct {
+	name, send, answer string
+
+	// better says that the proxy serves this on purpose better than net/http does.
+	// Tests of their own say how.
+	better bool
+}
 
 const plainGet = "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n"
 
 var requestAttacks = []attack{
 	// Request lines.
 	{name: "nothing"},
-	{name: "a blank line before", send: "\n" + plainGet + "\n"},
-	{name: "blank lines alone", send: "\n"},
+	{better: true, name: "a blank line before", send: "\n" + plainGet + "\n"},
+	{better: true, name: "blank lines alone", send: "\n"},
 	{name: "three bytes", send: "GET"},
 	{name: "four bytes", send: "GET "},
-	{name: "a request and a blank line", send: plainGet + "\n\n"},
+	{better: true, name: "a request and a blank line", send: plainGet + "\n\n"},
 	{name: "a request line alone", send: "GET http://ORIGIN/ HTTP/1.1\n"},
 	{name: "a request line that is none", send: "nonsense\n"},
 	{name: "a request line that is none, bare", send: "nonsense␊"},
@@ -493,7 +499,7 @@ var requestAttacks = []attack{
 	{name: "an escape in the host", send: "GET http://a%41/ HTTP/1.1\nHost: ORIGIN\n\n"},
 	{name: "an escape of what is not ASCII in the host", send: "GET http://a%c3%bc/ HTTP/1.1\nHost: ORIGIN\n\n"},
 	{name: "what is not ASCII in the host", send: "GET http://ü.example/ HTTP/1.1\nHost: ORIGIN\n\n"},
-	{name: "an escape that is none", send: "GET http://ORIGIN/%zz HTTP/1.1\nHost: ORIGIN\n\n"},
+	{better: true, name: "an escape that is none", send: "GET http://ORIGIN/%zz HTTP/1.1\nHost: ORIGIN\n\n"},
 	{name: "an opaque target", send: "GET http:ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n"},
 	{name: "a scheme in capitals", send: "GET HTTP://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n" + plainGet + "\n"},
 	{name: "another scheme", send: "GET ftp://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
@@ -537,9 +543,9 @@ var requestAttacks = []attack{
 	{name: "LF for an empty line", send: plainGet + "␊" + plainGet + "\n"},
 	{name: "LF before an empty line", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN␊\n"},
 	{name: "LF before an empty line, and a body that is none", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN␊\nX-One: a\n\n"},
-	{name: "an underscore in a name", send: plainGet + "X_One: a\n\n" + plainGet + "\n"},
-	{name: "a dot in a name", send: plainGet + "X.One: a\n\n" + plainGet + "\n"},
-	{name: "an underscore in the length", send: plainGet + "Content_Length: 3\n\n" + plainGet + "\n"},
+	{better: true, name: "an underscore in a name", send: plainGet + "X_One: a\n\n" + plainGet + "\n"},
+	{better: true, name: "a dot in a name", send: plainGet + "X.One: a\n\n" + plainGet + "\n"},
+	{better: true, name: "an underscore in the length", send: plainGet + "Content_Length: 3\n\n" + plainGet + "\n"},
 	{name: "names in odd case", send: plainGet + "x-oNE: a\nX-ONE: b\nx-one: c\n\n"},
 	{name: "Pragma", send: plainGet + "Pragma: no-cache\n\n" + plainGet + "\n"},
 	{name: "Pragma and Cache-Control", send: plainGet + "Pragma: no-cache\nCache-Control: max-age=1\n\n"},
@@ -595,8 +601,8 @@ var requestAttacks = []attack{
 	{name: "CONNECT to an empty port", send: "CONNECT 127.0.0.1: HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
 	{name: "CONNECT to port 0", send: "CONNECT 127.0.0.1:0 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
 	{name: "CONNECT to a port beyond", send: "CONNECT 127.0.0.1:65536 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
-	{name: "CONNECT to a port with a sign", send: "CONNECT 127.0.0.1:+1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
-	{name: "CONNECT to a port that is none", send: "CONNECT 127.0.0.1:http HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{better: true, name: "CONNECT to a port with a sign", send: "CONNECT 127.0.0.1:+1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{better: true, name: "CONNECT to a port that is none", send: "CONNECT 127.0.0.1:http HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
 	{name: "CONNECT to nobody there", send: "CONNECT 127.0.0.1:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
 	{name: "CONNECT to a name that nobody knows", send: "CONNECT nobody.example:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
 	{name: "CONNECT to a name with an underscore", send: "CONNECT _a.example:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
@@ -604,27 +610,27 @@ var requestAttacks = []attack{
 	{name: "CONNECT to dots", send: "CONNECT ...:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
 	{name: "CONNECT to a name of digits", send: "CONNECT 2130706433:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
 	{name: "CONNECT to IPv6", send: "CONNECT [::1]:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
-	{name: "CONNECT to IPv6 without brackets", send: "CONNECT ::1:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{better: true, name: "CONNECT to IPv6 without brackets", send: "CONNECT ::1:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
 	{name: "CONNECT to IPv6 with a zone", send: "CONNECT [::1%25lo]:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
-	{name: "CONNECT to IPv6 with a bare zone", send: "CONNECT [::1%lo]:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
-	{name: "CONNECT to IPv6 that does not end", send: "CONNECT [::1:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
-	{name: "CONNECT to IPv6 and more", send: "CONNECT [::1]x:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{better: true, name: "CONNECT to IPv6 with a bare zone", send: "CONNECT [::1%lo]:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{better: true, name: "CONNECT to IPv6 that does not end", send: "CONNECT [::1:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{better: true, name: "CONNECT to IPv6 and more", send: "CONNECT [::1]x:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
 	{name: "CONNECT to IPv4 in IPv6", send: "CONNECT [::ffff:127.0.0.1]:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
-	{name: "CONNECT to IPv4 in brackets", send: "CONNECT [127.0.0.1]:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{better: true, name: "CONNECT to IPv4 in brackets", send: "CONNECT [127.0.0.1]:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
 	{name: "CONNECT to nothing in brackets", send: "CONNECT []:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
-	{name: "CONNECT to brackets behind", send: "CONNECT :1[::1] HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{better: true, name: "CONNECT to brackets behind", send: "CONNECT :1[::1] HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
 	{name: "CONNECT to a port without a host", send: "CONNECT :80 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
 	{name: "CONNECT to a user", send: "CONNECT user@ORIGIN HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
 	{name: "CONNECT to a path alone", send: "CONNECT ORIGIN/a HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
 	{name: "CONNECT to a query", send: "CONNECT ORIGIN?a HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
-	{name: "CONNECT to a fragment", send: "CONNECT ORIGIN#a HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
-	{name: "CONNECT to an escape", send: "CONNECT %31:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
-	{name: "CONNECT to what is not ASCII", send: "CONNECT ü.example:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{better: true, name: "CONNECT to a fragment", send: "CONNECT ORIGIN#a HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{better: true, name: "CONNECT to an escape", send: "CONNECT %31:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{better: true, name: "CONNECT to what is not ASCII", send: "CONNECT ü.example:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
 	{name: "CONNECT to a comma", send: "CONNECT a,b:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
-	{name: "CONNECT to braces", send: "CONNECT {http.request.host}:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{better: true, name: "CONNECT to braces", send: "CONNECT {http.request.host}:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
 	{name: "CONNECT to a star", send: "CONNECT *:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
-	{name: "CONNECT to a backslash", send: "CONNECT a\\b:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
-	{name: "CONNECT to quotes", send: "CONNECT \"a\":1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{better: true, name: "CONNECT to a backslash", send: "CONNECT a\\b:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
+	{better: true, name: "CONNECT to quotes", send: "CONNECT \"a\":1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
 	{name: "CONNECT to a long name", send: "CONNECT " + strings.Repeat("a.", 126) + "example:1 HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
 	{name: "CONNECT of HTTP/1.0", send: "CONNECT ORIGIN HTTP/1.0\n\nGET /in HTTP/1.1\nHost: ORIGIN\n\n"},
 	{name: "CONNECT with a length", send: "CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\nContent-Length: 0\n\nGET /in HTTP/1.1\nHost: ORIGIN\n\n"},
@@ -711,9 +717,12 @@ func TestClientConnRequests(t *testing.T) {
 	tw := newTwins(t, twinOptions+"\nserve_pac /pac", warmUp)
 	attacks := requestAttacks
 	for _, rule := range rules {
-		attacks = append(attacks, attack{rule.name + ", a rule", rule.send, rule.answer})
+		attacks = append(attacks, attack{name: rule.name + ", a rule", send: rule.send, answer: rule.answer})
 	}
 	for _, a := range attacks {
+		if a.better {
+			continue
+		}
 		t.Run(a.name, func(t *testing.T) {
 			for manner := range manners {
 				for _, difference := range tw.compare(t, crlf(a.send), crlf(a.answer), manner) {

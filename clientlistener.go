@@ -147,6 +147,7 @@ type clientListener struct {
 	net.Listener
 	address string
 	handler *Handler
+	config  <-chan struct{} // the handler's
 	site    *caddyhttp.Server
 	conns   clientConns
 
@@ -157,11 +158,15 @@ type clientListener struct {
 }
 
 func newClientListener(ln net.Listener, h *Handler, site *caddyhttp.Server) *clientListener {
-	return &clientListener{
+	l := &clientListener{
 		Listener: ln, address: ln.Addr().String(), handler: h, site: site,
 		conns:  clientConns{conns: make(map[*clientConn]struct{})},
 		others: make(chan net.Conn), closing: make(chan struct{}), ended: make(chan struct{}),
 	}
+	if h != nil {
+		l.config = h.config
+	}
+	return l
 }
 
 // clientListeners are those that accept, by address. At a reload there are two for
@@ -194,6 +199,17 @@ func (l *clientListener) successor() *clientListener {
 		return all[len(all)-1]
 	}
 	return nil
+}
+
+// replaced reports whether l's config has ended and another one has begun. Caddy
+// says so a moment before it closes l: a request that comes then is for the new config.
+func (l *clientListener) replaced() bool {
+	select {
+	case <-l.config:
+		return l.successor() != nil
+	default:
+		return false
+	}
 }
 
 // Accept implements net.Listener. After Close it still returns the connections

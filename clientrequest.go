@@ -25,10 +25,14 @@ func (c *clientConn) readHead() (length int, err error) {
 	waits, checked := false, -1
 	for {
 		input, _ := c.r.Peek(c.r.Buffered())
+		if bytes.HasPrefix(input, emptyLine) { // RFC 9112 §2.2
+			_, _ = c.r.Discard(len(emptyLine))
+			continue
+		}
 		if length = bytes.Index(input, headEnd); length >= 0 {
 			return length, nil
 		}
-		if len(input) == c.r.Size() || len(input) > 0 && !httpguts.IsTokenRune(rune(input[0])) {
+		if len(input) == c.r.Size() || len(input) > 0 && !httpguts.IsTokenRune(rune(input[0])) && string(input) != "\r" {
 			return -1, nil
 		}
 		if i := bytes.LastIndexByte(input, '\n'); i > checked {
@@ -50,6 +54,9 @@ func (c *clientConn) readHead() (length int, err error) {
 	}
 }
 
+// emptyLine may stand before a request, and means nothing.
+var emptyLine = []byte("\r\n")
+
 // parse returns the request with the given head, without its empty line, if it
 // is ordinary and well-formed beyond doubt.
 func (c *clientConn) parse(head string) *http.Request {
@@ -59,13 +66,13 @@ func (c *clientConn) parse(head string) *http.Request {
 	}
 	var u *url.URL
 	if method == http.MethodConnect {
-		if !isPlainAuthority(target) {
+		// The handler says what is wrong with a target that is no authority.
+		if u = connectURL(target); u == nil {
 			return nil
 		}
-		u = &url.URL{Host: target}
 	} else {
 		var err error
-		if u, err = url.ParseRequestURI(target); err != nil || strings.Trim(u.Hostname(), ".") == "" || !httpguts.ValidHostHeader(u.Host) {
+		if u, err = parseURL(target); err != nil || strings.Trim(u.Hostname(), ".") == "" || !httpguts.ValidHostHeader(u.Host) {
 			return nil
 		}
 		if strings.HasPrefix(u.Path, "/.well-known/") { // Caddy may be asked to prove there whose a name is
@@ -79,6 +86,55 @@ func (c *clientConn) parse(head string) *http.Request {
 	r := c.newRequest(method)
 	r.URL, r.RequestURI, r.Host, r.Header, r.Close = u, target, u.Host, header, wantsClose(header["Connection"])
 	return r
+}
+
+// connectURL returns what net/http makes of the target of a CONNECT request, for
+// any target that it may see. User names and passwords are not in it.
+func connectURL(target string) *url.URL {
+	if strings.ContainsFunc(target, func(c rune) bool { return c <= ' ' || c == 0x7f }) {
+		return nil
+	}
+	host := target[strings.LastIndexByte(target, '@')+1:]
+	if name, _, _ := cutPort(host); !isPlainAuthority(target) && strings.Trim(name, ".[]") == "" {
+		return nil // Caddy refuses such a host
+	}
+	return &url.URL{Host: host}
+}
+
+// parseURL is url.ParseRequestURI, but accepts a % in the path that begins no
+// escape: browsers send it (WHATWG URL §4.4), and what it means is up to the origin,
+// which gets the target as the client sent it.
+func parseURL(target string) (*url.URL, error) {
+	u, err := url.ParseRequestURI(target)
+	if err == nil {
+		return u, nil
+	}
+	start := strings.IndexAny(target[len("http://"):], "/?#") + len("http://")
+	if start < len("http://") || target[start] != '/' {
+		return nil, err
+	}
+	path, query, _ := strings.Cut(target[start:], "?")
+	u, err = url.ParseRequestURI(target[:start] + escapePercents(path))
+	if u != nil {
+		u.RawQuery = query
+	}
+	return u, err
+}
+
+// escapePercents makes each % that begins no escape an escape of itself.
+func escapePercents(path string) string {
+	var b strings.Builder
+	for i := range len(path) {
+		b.WriteByte(path[i])
+		if path[i] == '%' && (i+2 >= len(path) || !isHex(path[i+1]) || !isHex(path[i+2])) {
+			b.WriteString("25")
+		}
+	}
+	return b.String()
+}
+
+func isHex(c byte) bool {
+	return c >= '0' && c <= '9' || c|0x20 >= 'a' && c|0x20 <= 'f'
 }
 
 // isOrdinary reports whether a request with these fields has no content and asks
@@ -139,13 +195,14 @@ func parseLines(head string) (method, target string, header http.Header) {
 }
 
 // parseStrictly reads field lines. It returns nil if there is one that is not
-// well-formed, or whose name Caddy would not let pass.
+// well-formed. Unlike Caddy it keeps fields with _ or . in their names: a proxy has to
+// forward what it does not know (RFC 9110 §5.1).
 func parseStrictly(lines string) http.Header {
 	fields := newFields(strings.Count(lines, "\r\n") + 1)
 	for line := range strings.SplitSeq(lines, "\r\n") {
 		name, value, found := strings.Cut(line, ":")
 		value = strings.Trim(value, " \t")
-		if !found || !httpguts.ValidHeaderFieldName(name) || strings.ContainsAny(name, "_.") || !httpguts.ValidHeaderFieldValue(value) {
+		if !found || !httpguts.ValidHeaderFieldName(name) || !httpguts.ValidHeaderFieldValue(value) {
 			return nil
 		}
 		fields.add(textproto.CanonicalMIMEHeaderKey(name), value)

@@ -31,7 +31,7 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *visit) (int
 	if err != nil {
 		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "CONNECT wants a host and a port, such as example.com:443: %v.", err)
 	}
-	if r.ProtoMajor == 1 && r.ContentLength != 0 {
+	if announcesContent(r) {
 		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "A CONNECT request has no content, this one announces some.")
 	}
 	if f := h.tunnels.admit(from.bucket, h.MaxTunnels, h.MaxTunnelsPerClient); f != nil {
@@ -67,6 +67,17 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *visit) (int
 	// and all that net/http holds for it, is many times what the tunnel needs.
 	go t.run()
 	return http.StatusOK, nil
+}
+
+// announcesContent reports whether a CONNECT request says that it has content,
+// which it cannot have (RFC 9110 §9.3.6). Over HTTP/2 and HTTP/3 the bytes of the
+// tunnel are content of unknown length.
+func announcesContent(r *http.Request) bool {
+	if r.ProtoMajor == 1 {
+		return r.ContentLength != 0
+	}
+	length, err := contentLength(r.Header["Content-Length"])
+	return r.ContentLength > 0 || length > 0 || err != nil
 }
 
 // withParentFields returns the context of a CONNECT. If that is passed on to a
@@ -182,11 +193,13 @@ func joinTarget(host, port string) (string, error) {
 	if err := checkHost(host); err != nil {
 		return "", err
 	}
-	n, err := strconv.ParseUint(port, 10, 16)
-	if err != nil || n == 0 || port[0] == '0' || port[0] == '+' {
+	// Leading zeros change nothing (RFC 3986 §3.2.3). From here on, everything
+	// compares the number.
+	number := strings.TrimLeft(port, "0")
+	if n, err := strconv.ParseUint(number, 10, 16); err != nil || n == 0 || number[0] == '+' {
 		return "", fmt.Errorf("the port %q is not a number from 1 to 65535", port)
 	}
-	return host + ":" + port, nil
+	return host + ":" + number, nil
 }
 
 // checkHost accepts a DNS name, an IPv4 address, or an IPv6 address in brackets

@@ -360,3 +360,38 @@ func TestDocumentedJSON(t *testing.T) {
 		t.Error("there is no JSON in the documentation")
 	}
 }
+
+// The filter in the README keeps passwords of URLs out of Caddy's access log.
+func TestAccessLogFilter(t *testing.T) {
+	var site string
+	for _, block := range fenced.FindAllStringSubmatch(documents(t)["README.md"], -1) {
+		if strings.Contains(block[1], "request>uri") {
+			site = block[1]
+		}
+	}
+	w := newWorld(t, "", nil)
+	access := filepath.Join(t.TempDir(), "access.log")
+	site = strings.Replace(site, ":8080", "http://"+strings.TrimPrefix(w.proxy, "127.0.0.1"), 1)
+	w.load(strings.Replace(site, "log {", "log {\noutput file "+access, 1))
+	for _, line := range []string{
+		"GET http://bob:pa55w0rd@127.0.0.1:9/a@b HTTP/1.1", "CONNECT bob:pa55w0rd@127.0.0.1:9 HTTP/1.1", "GET http://127.0.0.1:9/@c//d@e HTTP/1.1",
+	} {
+		c := w.dial()
+		c.send(line + "\nHost: x\n\n")
+		c.response(http.MethodGet)
+	}
+	var log string
+	eventually(t, "three lines", func() bool {
+		data, _ := os.ReadFile(access)
+		log = string(data)
+		return strings.Count(log, "\n") == 3
+	})
+	for _, uri := range []string{"http://127.0.0.1:9/a@b", "127.0.0.1:9", "http://127.0.0.1:9/@c//d@e"} {
+		if !strings.Contains(log, `"uri":"`+uri+`"`) {
+			t.Errorf("the log lacks %s: %s", uri, log)
+		}
+	}
+	if strings.Contains(log, "pa55w0rd") {
+		t.Error("the log has the password")
+	}
+}

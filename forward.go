@@ -152,7 +152,7 @@ func newOutgoing(r *http.Request) (out *outgoing, scheme string, err error) {
 	case r.RequestURI == "*" && (r.ProtoMajor == 1 || r.Method != http.MethodOptions): // else that is how OPTIONS for an empty path is written
 		return nil, "", errors.New("the target * is for OPTIONS to this server only")
 	case scheme == "":
-		return nil, "", fmt.Errorf("the target %q is no absolute URL", r.RequestURI)
+		return nil, "", errors.New("its target is no absolute URL")
 	case scheme != "http" && scheme != "https":
 		return nil, "", fmt.Errorf("the scheme %q is neither http nor https", u.Scheme)
 	case u.User != nil:
@@ -193,7 +193,7 @@ func (out *outgoing) checkFrames() error {
 		return fmt.Errorf("the method %q is no token", out.method)
 	}
 	if strings.ContainsFunc(out.target, func(c rune) bool { return c <= ' ' || c == 0x7f }) {
-		return fmt.Errorf("the target %q has a space or a control character in it", out.target)
+		return errors.New("its target has a space or a control character in it")
 	}
 	length, err := contentLength(out.header["Content-Length"])
 	has := int64(0)

@@ -69,7 +69,7 @@ func TestMetricsCount(t *testing.T) {
 	echo := listen(t, func(conn *net.TCPConn) { _, _ = io.Copy(conn, conn) })
 	closed := freeAddress(t)
 	for round := range 2 {
-		w.load(w.site(fmt.Sprintf("burst 13\nrefill 0.00001\nzone metrics-%d\nmax_tunnels 7\ndeny denied.test\nexempt 192.0.2.0/24", round)))
+		w.load(strings.Replace(w.site(fmt.Sprintf("burst 13\nrefill 0.00001\nzone metrics-%d\nmax_tunnels 7\ndeny denied.test\nexempt 192.0.2.0/24", round)), "{\n", "{\nrespond hello\n", 1))
 		before := gathered(t)
 		ask := func(method, target, lines string, want int) {
 			t.Helper()

@@ -288,6 +288,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 			return fmt.Errorf("headers: %w", err)
 		}
 	}
+	raiseHeadLimit(server)
 	if err := h.provisionName(server); err != nil {
 		return err
 	}
@@ -469,6 +470,9 @@ func parsePrefixes(option string, exprs []string) (*bart.Lite, error) {
 
 // ServeHTTP implements caddyhttp.MiddlewareHandler.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+	if i := strings.LastIndexByte(r.Host, '@'); i >= 0 {
+		r.Host = r.Host[i+1:] // RequestURI still has the password, and the request is refused for it
+	}
 	v := h.newVisit(r)
 	switch {
 	case r.Method == http.MethodConnect && !isExtendedConnect(r):

@@ -4,7 +4,10 @@
 package asyncproxy
 
 import (
+	"bufio"
+	"errors"
 	"io"
+	"net"
 	"net/http"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -22,16 +25,33 @@ func (h *Handler) passOn(w http.ResponseWriter, r *http.Request, from caller, ne
 	}
 	recorder := &statusRecorder{ResponseWriterWrapper: caddyhttp.ResponseWriterWrapper{ResponseWriter: w}}
 	err := next.ServeHTTP(recorder, r)
-	if err == nil && recorder.status == 0 && isExtendedConnect(r) {
-		// Caddy's own answer would be an empty 200, which says that the other
-		// protocol is spoken from here on (RFC 8441 §5).
-		return 0, refuse(http.StatusNotImplemented, "proxy_internal_response", nil, "Nothing here speaks the protocol that this CONNECT asks for.")
+	if err == nil && recorder.status == 0 {
+		return 0, unanswered(r)
 	}
 	return recorder.status, err
 }
 
-// statusRecorder notes the status for the log. Unlike Caddy's recorders it does
-// not stand between a connection that is taken over and its socket.
+// errUnanswered reports that no handler has answered a request for this server.
+var errUnanswered = errors.New("no handler answered this request for the server itself")
+
+// errNoHosts is errUnanswered where the request may have been meant for the proxy.
+var errNoHosts = errors.New("no handler answered; over HTTP/2 and HTTP/3 only the option hosts tells requests through the proxy from requests for this server")
+
+// unanswered returns the answer to a request that no handler has answered. Caddy's
+// own would be an empty 200. That would say in the name of a site that it is empty, or,
+// to an extended CONNECT, that the other protocol begins here (RFC 8441 §5).
+func unanswered(r *http.Request) *refusal {
+	switch {
+	case isExtendedConnect(r):
+		return refuse(http.StatusNotImplemented, "proxy_internal_response", nil, "Nothing here speaks the protocol that this CONNECT asks for.")
+	case r.ProtoMajor > 1:
+		return refuse(http.StatusMisdirectedRequest, "http_request_error", errNoHosts, "This is a proxy. It has no page of its own here, and it does not forward http:// URLs over HTTP/%d.", r.ProtoMajor)
+	}
+	return refuse(http.StatusMisdirectedRequest, "http_request_error", errUnanswered, "This is a proxy, and it has no page of its own here. Requests through it name a whole URL.")
+}
+
+// statusRecorder records the status of a response, and whether there is one. Unlike
+// Caddy's recorders it does not wrap a connection that a handler takes over.
 type statusRecorder struct {
 	caddyhttp.ResponseWriterWrapper
 	status int
@@ -47,6 +67,21 @@ func (w *statusRecorder) WriteHeader(status int) {
 func (w *statusRecorder) Write(p []byte) (int, error) {
 	w.wroteBody()
 	return w.ResponseWriterWrapper.Write(p)
+}
+
+// FlushError implements the flushing of http.ResponseController.
+func (w *statusRecorder) FlushError() error {
+	w.wroteBody()
+	return http.NewResponseController(w.ResponseWriter).Flush()
+}
+
+// Hijack implements http.Hijacker. Whoever takes the connection over answers on it.
+func (w *statusRecorder) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	conn, buffered, err := http.NewResponseController(w.ResponseWriter).Hijack()
+	if err == nil && w.status == 0 {
+		w.status = http.StatusSwitchingProtocols
+	}
+	return conn, buffered, err
 }
 
 func (w *statusRecorder) ReadFrom(r io.Reader) (int64, error) {

@@ -96,7 +96,7 @@ func (h *Handler) logRequest(r *http.Request, v *visit, err error, more ...zap.F
 	fields := []zap.Field{
 		textField("method", r.Method),
 		textField("host", r.Host),
-		textField("path", r.URL.Path),
+		textField("path", withoutPasswords(r.URL.Path)),
 		zap.Int("status", v.status),
 		zap.Duration("latency", time.Since(v.start)),
 		clientField(v.addr),
@@ -117,6 +117,27 @@ func (h *Handler) logRequest(r *http.Request, v *visit, err error, more ...zap.F
 		fields = append(fields, errorField(err))
 	}
 	c.Write(append(fields, more...)...)
+}
+
+// withoutPasswords leaves out of a path the user names and passwords of URLs in it.
+func withoutPasswords(path string) string {
+	if !strings.Contains(path, "@") {
+		return path
+	}
+	var b strings.Builder
+	for {
+		before, rest, found := strings.Cut(path, "//")
+		b.WriteString(before)
+		if !found {
+			return b.String()
+		}
+		b.WriteString("//")
+		authority, _, _ := strings.Cut(strings.TrimLeft(rest, "/"), "/")
+		if at := strings.LastIndexByte(authority, '@'); at >= 0 {
+			rest = strings.TrimLeft(rest, "/")[at+1:]
+		}
+		path = rest
+	}
 }
 
 // logLimited writes the line of a refusal by the limiter, which may stand for

@@ -4,6 +4,7 @@
 package asyncproxy
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -66,6 +67,11 @@ func (h *Handler) started(ctx caddy.Context, server *caddyhttp.Server) {
 	if addresses := h.plainAddresses(ctx, server); len(h.auth) > 0 && len(addresses) > 0 {
 		h.logger.Warn("passwords are sent readable: other machines can reach this address, and it does not use TLS; "+
 			"give the site a certificate, or bind it to 127.0.0.1", zap.Strings("addresses", addresses))
+	}
+	if app, err := ctx.AppIfConfigured("http"); err == nil && len(h.Hosts) == 0 && speaksHTTP2(app.(*caddyhttp.App), server) {
+		h.logger.Warn("this proxy has TLS, but not the option hosts with the server's own names; without it, requests for http:// URLs "+
+			"over HTTP/2 and HTTP/3 look like requests for the server itself, and are answered with 421 unless another handler answers them",
+			zap.Strings("addresses", server.Listen))
 	}
 	if app, err := ctx.AppIfConfigured("http"); err == nil && !h.wraps {
 		level := zapcore.DebugLevel
@@ -156,6 +162,32 @@ func (h *Handler) validateTunnels() error {
 		}
 	}
 	return nil
+}
+
+// minHeadLimit is the least limit for the head of a request to a proxy: as much as
+// Chromium sends. Kerberos tickets alone may take 64 KiB.
+const minHeadLimit = 256 << 10
+
+// caddyHeadLimit is the limit that Caddy gives a server for which the operator has
+// set none. It suits applications.
+const caddyHeadLimit = 16 << 10
+
+// raiseHeadLimit gives a server the limit of a proxy unless the operator has set one.
+func raiseHeadLimit(server *caddyhttp.Server) {
+	if server != nil && server.MaxHeaderBytes == caddyHeadLimit {
+		server.MaxHeaderBytes = minHeadLimit
+	}
+}
+
+// speaksHTTP2 reports whether clients can speak HTTP/2 or HTTP/3 over TLS to a server.
+func speaksHTTP2(app *caddyhttp.App, server *caddyhttp.Server) bool {
+	if len(server.TLSConnPolicies) == 0 || !slices.ContainsFunc(server.Protocols, func(p string) bool { return p == "h2" || p == "h3" }) {
+		return false
+	}
+	return slices.ContainsFunc(server.Listen, func(address string) bool {
+		addr, err := caddy.ParseNetworkAddress(address)
+		return err == nil && int(addr.StartPort) != cmp.Or(app.HTTPPort, caddyhttp.DefaultHTTPPort)
+	})
 }
 
 // hostsBefore returns the host names that only lead to h, if the way there is

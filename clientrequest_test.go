@@ -1,0 +1,410 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+)
+
+// headOrigin answers each request with its head, byte for byte.
+func headOrigin(t *testing.T) (address string) {
+	return listen(t, func(c *net.TCPConn) {
+		r := bufio.NewReader(c)
+		for {
+			var head strings.Builder
+			for !strings.HasSuffix(head.String(), "\r\n\r\n") {
+				line, err := r.ReadString('\n')
+				if err != nil {
+					return
+				}
+				head.WriteString(line)
+			}
+			fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", head.Len(), &head)
+		}
+	})
+}
+
+// What a path means is up to the origin: a % that begins no escape gets there as it
+// is, directly and through a parent.
+func TestBarePercent(t *testing.T) {
+	origin := headOrigin(t)
+	parent := headOrigin(t)
+	direct := newWorld(t, "", nil)
+	check := func(w *world, before string) {
+		t.Helper()
+		c := w.dialOwn()
+		for _, path := range []string{"/sale/50%", "/a%zz/b", "/%", "/%2", "/%%41%", "/%e4%?q=%&r=50%", "/a?%zz", "/50%%20off"} {
+			c.get("http://"+origin+path, "")
+			res, head := c.response(http.MethodGet)
+			if line, _, _ := strings.Cut(head, "\r\n"); line != "GET "+before+path+" HTTP/1.1" {
+				t.Errorf("%s: %s, the next hop got %q", path, res.Status, line)
+			}
+		}
+		if ownConns() == 0 {
+			t.Error("the connection was handed to net/http")
+		}
+	}
+	check(direct, "")
+	for _, target := range []string{"http://127.0.0.1%/", "http://127.0.0.1:1%/", "http://a%zz.example/", "http://%/"} {
+		c := direct.dialOwn()
+		c.get(target, "")
+		if res, _ := c.response(http.MethodGet); res.StatusCode != http.StatusBadRequest {
+			t.Errorf("%s: %s", target, res.Status)
+		}
+	}
+	w := newWorld(t, "upstream http://"+parent+"\nno_upstream localhost", nil)
+	w.origin.URL = strings.Replace(w.origin.URL, "127.0.0.1", "localhost", 1)
+	check(w, "http://"+origin)
+}
+
+// FuzzParseURL: a target that net/http accepts means the same here, and what else is
+// accepted differs from a good target only in how a % is written.
+func FuzzParseURL(f *testing.F) {
+	for _, target := range []string{"http://a/50%", "http://a%/", "http://a/%zz?%", "http://a?%", "http://a/%41%", "http://[::1%25lo]/%", "http://u:%@a/", "http://"} {
+		f.Add(target)
+	}
+	f.Fuzz(func(t *testing.T, target string) {
+		if !strings.HasPrefix(target, "http://") {
+			return
+		}
+		want, err := url.ParseRequestURI(target)
+		got, err2 := parseURL(target)
+		switch {
+		case err == nil && (err2 != nil || *got != *want && got.User == nil):
+			t.Errorf("%q: %v, %v, want %v", target, got, err2, want)
+		case err != nil && err2 == nil:
+			if _, rest, _ := strings.Cut(target[len("http://"):], "/"); !strings.Contains(rest, "%") {
+				t.Errorf("%q is accepted: %v", target, got)
+			}
+		}
+	})
+}
+
+// A proxy forwards fields that it does not know, whatever their names.
+func TestFieldNamesWithUnderscoresAndDots(t *testing.T) {
+	origin := headOrigin(t)
+	c := newWorld(t, "", nil).dialOwn()
+	c.get("http://"+origin+"/", "api_key: 1\nX.Trace: 2\n_: 3\n.: 4\n")
+	_, head := c.response(http.MethodGet)
+	for _, line := range []string{"api_key: 1", "x.trace: 2", "_: 3", ".: 4"} {
+		if !strings.Contains(strings.ToLower(head), "\r\n"+line+"\r\n") {
+			t.Errorf("the origin got %q, want %q in it", head, line)
+		}
+	}
+}
+
+// Empty lines before a request are ignored (RFC 9112 §2.2), in whatever pieces they
+// arrive, also before a request that net/http serves.
+func TestEmptyLinesBeforeRequests(t *testing.T) {
+	w := newWorld(t, "", nil)
+	get := "GET " + w.origin.URL + "/ HTTP/1.1\r\nHost: x\r\n\r\n"
+	post := "POST " + w.origin.URL + "/ HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nhi"
+	for _, text := range []string{"\r\n" + get, "\r\n\r\n\r\n" + get, get + "\r\n" + get + "\r\n\r\n" + get, "\r\n" + post, get + "\r\n" + post} {
+		for _, size := range []int{1, len(text)} {
+			c := w.dial()
+			sent := writeInPieces(c, text, size)
+			for range strings.Count(text, "Host") {
+				if res, body := c.response(http.MethodGet); res.StatusCode != http.StatusOK {
+					t.Errorf("%q: %s %q", text, res.Status, body)
+				}
+			}
+			<-sent
+		}
+	}
+	c := w.dialOwn()
+	c.send("\r\n")
+	if c.gets(w.origin.URL+"/") == "" || ownConns() == 0 {
+		t.Error("an empty line between two requests moves the connection to net/http")
+	}
+}
+
+// A CONNECT request has no content, in any version: one that announces some is
+// refused before anything is connected.
+func TestConnectWithContent(t *testing.T) {
+	w := newTunnelWorld(t, tunnelSetup{})
+	dialled := make(chan struct{}, 10)
+	target := listen(t, func(*net.TCPConn) { dialled <- struct{}{} })
+	if got := framesRequest(t, w.plain, []string{":method", "CONNECT", ":authority", target, "content-length", "5"}, "hello"); got != "400" {
+		t.Errorf("over HTTP/2: %s, want 400", got)
+	}
+	for _, r := range []*http.Request{{ProtoMajor: 3, ContentLength: 5}, {ProtoMajor: 3, ContentLength: -1, Header: http.Header{"Content-Length": {"5"}}}} {
+		if !announcesContent(r) {
+			t.Errorf("over HTTP/3, nothing is announced by %v", r)
+		}
+	}
+	if announcesContent(&http.Request{ProtoMajor: 3, ContentLength: -1}) {
+		t.Error("over HTTP/3, no tunnel is possible")
+	}
+	for _, field := range []string{"Content-Length: 5", "Transfer-Encoding: chunked"} {
+		c := dialRaw(t, w.plain)
+		c.send("CONNECT " + target + " HTTP/1.1\nHost: x\n" + field + "\n\n")
+		if res, _ := c.response(http.MethodConnect); res.StatusCode != http.StatusBadRequest {
+			t.Errorf("over HTTP/1 with %s: %s", field, res.Status)
+		}
+	}
+	if len(dialled) > 0 {
+		t.Errorf("%d connections to the target", len(dialled))
+	}
+}
+
+// Zeros before a port change nothing, for the rules neither (RFC 3986 §3.2.3).
+func TestPortWithZeros(t *testing.T) {
+	w := newWorld(t, "", nil)
+	_, port, _ := net.SplitHostPort(w.origin.Listener.Addr().String())
+	for rules, want := range map[string]int{"": 200, "deny 127.0.0.1:" + port: 403} {
+		for _, site := range []string{w.site(rules), inRoute(w.site(rules))} {
+			w.load(site)
+			c := w.dial()
+			c.get("http://127.0.0.1:00"+port+"/", "")
+			if res, body := c.response(http.MethodGet); res.StatusCode != want {
+				t.Errorf("%q: %s %q", rules, res.Status, body)
+			}
+			c.send("CONNECT 127.0.0.1:0000000" + port + " HTTP/1.1\nHost: x\n\n")
+			if res, body := c.response(http.MethodConnect); res.StatusCode != want {
+				t.Errorf("%q: CONNECT: %s %q", rules, res.Status, body)
+			}
+		}
+	}
+}
+
+// The proxy says itself what is wrong with the target of a CONNECT, logs it, and
+// writes no password down.
+func TestMalformedConnect(t *testing.T) {
+	w := newWorld(t, "", nil)
+	const secret = "pa55w0rd"
+	n := 0
+	for _, target := range []string{
+		"exa%mple.com:443", "[::1:443", "a#b:443", "%31:1", "::1:443", "ü.example:443", "a:http", "a:+1", "{http.request.host}:1", "a\\b:1", "\"a\":1",
+		"bob:" + secret + "@exa%mple.com:443", "bob:" + secret + "@127.0.0.1:1", "bob:" + secret + "@host", "http://bob:" + secret + "@127.0.0.1:1/", "bob:" + secret + "%@host:1",
+	} {
+		c := w.dialOwn()
+		n++ // the line of the request before
+		c.send("CONNECT " + target + " HTTP/1.1\nHost: x\n\n")
+		res, body := c.response(http.MethodConnect)
+		if res.StatusCode != http.StatusBadRequest || !strings.Contains(res.Header.Get("Proxy-Status"), "error=http_request_error") || strings.Contains(body, secret) {
+			t.Errorf("%s: %s %q %q", target, res.Status, res.Header.Get("Proxy-Status"), body)
+		}
+		n++
+		lines := w.waitLog("request", n)
+		if line := lines[n-1]; line["method"] != "CONNECT" || line["status"] != 400.0 {
+			t.Errorf("%s: the log has %v", target, line)
+		}
+	}
+	for _, request := range []string{
+		"GET http://bob:" + secret + "@127.0.0.1:1/ HTTP/1.1", "GET http://bob:" + secret + "%@127.0.0.1:1/ HTTP/1.1", "GET //bob:" + secret + "@127.0.0.1:1/ HTTP/1.1",
+		"GET bob:" + secret + "@127.0.0.1 HTTP/1.1", "GET http://127.0.0.1:1/http://bob:" + secret + "@a.example/ HTTP/1.1",
+	} {
+		c := w.dial()
+		c.send(request + "\nHost: x\n\n")
+		if res, _ := c.response(http.MethodGet); res.StatusCode < 400 {
+			t.Errorf("%s: %s", request, res.Status)
+		}
+	}
+	files := []string{w.logs}
+	h2 := newTunnelWorld(t, tunnelSetup{})
+	if got := framesRequest(t, h2.plain, []string{":method", "CONNECT", ":authority", "bob:" + secret + "@127.0.0.1:1"}, ""); got == "200" {
+		t.Errorf("over HTTP/2: %s", got)
+	}
+	files = append(files, h2.logs)
+	for _, file := range files {
+		data, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if i := strings.Index(string(data), secret); i >= 0 {
+			t.Errorf("the log has %.300s", data[max(0, i-200):])
+		}
+	}
+}
+
+// What no handler answers is refused, and never an empty 200 in the name of a site.
+// An answer of another handler is passed on, empty or not.
+func TestUnansweredRequests(t *testing.T) {
+	for name, tc := range map[string]struct {
+		site   string
+		status int
+		body   string
+	}{
+		"nobody answers":    {"", http.StatusMisdirectedRequest, ""},
+		"content":           {"respond here", http.StatusOK, "here"},
+		"an empty 200":      {"respond 200", http.StatusOK, ""},
+		"an empty 204":      {"respond 204", http.StatusNoContent, ""},
+		"fields, no answer": {"header X-A b", http.StatusMisdirectedRequest, ""},
+		"an error":          {"error 503", http.StatusServiceUnavailable, ""},
+		"a file server":     {"file_server browse", http.StatusOK, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newTunnelWorld(t, tunnelSetup{site: tc.site})
+			check := func(how string, res *http.Response, err error) {
+				t.Helper()
+				if err != nil {
+					t.Fatalf("%s: %v", how, err)
+				}
+				body, _ := io.ReadAll(res.Body)
+				refused := tc.status == http.StatusMisdirectedRequest
+				if res.StatusCode != tc.status || tc.body != "" && string(body) != tc.body || refused != strings.Contains(res.Header.Get("Proxy-Status"), "error=http_request_error") || refused && len(body) == 0 {
+					t.Errorf("%s: %s %q %q", how, res.Status, res.Header.Get("Proxy-Status"), body)
+				}
+			}
+			for _, address := range []string{w.plain, w.tls} {
+				scheme := map[bool]string{true: "http", false: "https"}[address == w.plain]
+				client := &http.Client{Transport: &http.Transport{TLSClientConfig: clientTLS("http/1.1")}}
+				res, err := client.Get(scheme + "://" + address + "/")
+				check(scheme, res, err)
+				client.CloseIdleConnections()
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			defer cancel()
+			conn, err := w.client(t, "h2").h2Conn(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r, _ := http.NewRequestWithContext(ctx, http.MethodGet, "http://example.com/", nil)
+			res, err := conn.RoundTrip(r)
+			check("HTTP/2", res, err)
+			if tc.status == http.StatusMisdirectedRequest {
+				if lines := w.waitLog("request", 3); lines[2]["status"] != 421.0 || !strings.Contains(fmt.Sprint(lines[2]["error"]), "hosts") {
+					t.Errorf("the log has %v", lines[2])
+				}
+			}
+		})
+	}
+}
+
+// A handler may answer by a flush alone, or by taking the connection over.
+func TestAnswersWithoutStatus(t *testing.T) {
+	for name, answer := range map[string]func(w http.ResponseWriter) error{
+		"a flush":    func(w http.ResponseWriter) error { return http.NewResponseController(w).Flush() },
+		"no content": func(w http.ResponseWriter) error { _, err := w.Write(nil); return err },
+		"a connection of its own": func(w http.ResponseWriter) error {
+			conn, _, err := http.NewResponseController(w).Hijack()
+			if err == nil {
+				_, err = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+				_ = conn.Close()
+			}
+			return err
+		},
+	} {
+		h := &Handler{ForwardedFor: "off"}
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			_, err := h.passOn(w, r, caller{}, caddyhttp.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) error { return answer(w) }))
+			if err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		}))
+		res, err := http.Get(server.URL)
+		if err != nil || res.StatusCode != http.StatusOK {
+			t.Errorf("%s: %v, %v", name, res, err)
+		}
+		server.Close()
+	}
+}
+
+// A proxy that has TLS and does not know its own names is warned about.
+func TestWarningWithoutHosts(t *testing.T) {
+	const warning = "this proxy has TLS, but not the option hosts"
+	count := func(w *world) (n int) {
+		data, err := os.ReadFile(w.logs)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.Count(string(data), warning)
+	}
+	w := newTunnelWorld(t, tunnelSetup{})
+	eventually(t, "the warning", func() bool { return count(w.world) == 1 }) // and none for the plain site
+	w = newTunnelWorld(t, tunnelSetup{options: "hosts localhost"})
+	w.waitLog("async-proxy listening", 2)
+	if n := count(w.world); n != 0 {
+		t.Errorf("%d warnings with hosts", n)
+	}
+}
+
+// When a reload has returned, no request is answered by the old config, not even on a
+// connection that the old listener has not moved yet.
+func TestReloadIsAtOnce(t *testing.T) {
+	w := newWorld(t, "", nil)
+	c := w.dialOwn()
+	old := listeners()[0]
+	old.conns.mu.Lock() // its end takes its time
+	startCaddyfile(t, strings.Replace(w.globals(), "{\n", "{\ngrace_period 5s\n", 1)+w.site("deny all"))
+	c.get(w.origin.URL+"/", "")
+	res, body := c.response(http.MethodGet)
+	old.conns.mu.Unlock()
+	if res.StatusCode != http.StatusForbidden {
+		t.Errorf("after a reload with deny all: %s %q", res.Status, body)
+	}
+	c.get(w.origin.URL+"/", "")
+	if res, _ := c.response(http.MethodGet); res.StatusCode != http.StatusForbidden {
+		t.Errorf("then: %s", res.Status)
+	}
+}
+
+// A proxy takes heads as large as browsers and Kerberos make them, unless the operator
+// has set another limit.
+func TestHeadLimit(t *testing.T) {
+	origin := headOrigin(t)
+	w := newWorld(t, "", nil)
+	ask := func(target, fields string) int {
+		t.Helper()
+		c := w.dial()
+		c.get(target, fields)
+		res, _ := c.response(http.MethodGet)
+		return res.StatusCode
+	}
+	ticket, path := "Authorization: Negotiate "+strings.Repeat("x", 200_000)+"\n", "http://"+origin+"/?"+strings.Repeat("x", 30_000)
+	for _, site := range []string{w.site(""), inRoute(w.site("")), strings.Replace(w.site(""), "{\n", "{\nlog\n", 1)} {
+		w.load(site)
+		if got := ask("http://"+origin+"/", ticket); got != http.StatusOK {
+			t.Errorf("a ticket of 200 kB: %d", got)
+		}
+		if got := ask(path, ""); got != http.StatusOK {
+			t.Errorf("a URL of 30 kB: %d", got)
+		}
+	}
+	loadCaddyfile(t, withServers(w.globals()+w.site(""), withWrapper+"max_header_size 50KB"))
+	if got := ask("http://"+origin+"/", ticket); got != http.StatusRequestHeaderFieldsTooLarge {
+		t.Errorf("a ticket of 200 kB with max_header_size 50KB: %d", got)
+	}
+	if got := ask(path, ""); got != http.StatusOK {
+		t.Errorf("a URL of 30 kB with max_header_size 50KB: %d", got)
+	}
+}
+
+// A large field over HTTP/2 ends no connection.
+func TestHeadLimitOverHTTP2(t *testing.T) {
+	origin := headOrigin(t)
+	w := newTunnelWorld(t, tunnelSetup{options: "hosts localhost"})
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	client := w.client(t, "h2")
+	client.shared = 10
+	conn, err := client.h2Conn(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tunnel := client.open(echoTarget(t))
+	r, _ := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+origin+"/", nil)
+	r.Header.Set("Authorization", "Negotiate "+strings.Repeat("x", 200_000))
+	res, err := conn.RoundTrip(r)
+	if err != nil || res.StatusCode != http.StatusOK {
+		t.Fatalf("a ticket of 200 kB: %v, %v", res, err)
+	}
+	_, _ = io.WriteString(tunnel, "ping")
+	got := make([]byte, 4)
+	if _, err := io.ReadFull(tunnel, got); err != nil || string(got) != "ping" {
+		t.Errorf("the tunnel beside it: %q, %v", got, err)
+	}
+}
