@@ -8,6 +8,7 @@ import (
 	"bytes"
 	"io"
 	"strconv"
+	"strings"
 )
 
 // maxChunkLine bounds a line with the size of a chunk and its extensions.
@@ -80,6 +81,29 @@ func (c *chunkReader) begin() error {
 	}
 	size, err := parseChunkLine(line)
 	c.left = size
+	return err
+}
+
+// checkStart returns what is wrong with the first line, and with the trailers if they
+// follow it, as far as they are buffered.
+func (c *chunkReader) checkStart() error {
+	input, _ := c.r.Peek(c.r.Buffered())
+	end := bytes.IndexByte(input, '\n') + 1
+	if end > maxChunkLine || end == 0 && len(input) > maxChunkLine {
+		return errChunkLine
+	}
+	if end == 0 {
+		return nil
+	}
+	size, err := parseChunkLine(input[:end])
+	if err != nil || size > 0 {
+		return err
+	}
+	lines, _, found := strings.Cut(strings.ReplaceAll(string(input[end-1:]), "\r\n", "\n"), "\n\n")
+	if !found || lines == "" {
+		return nil
+	}
+	_, err = parseFields(lines[1:] + "\n")
 	return err
 }
 

@@ -305,6 +305,7 @@ func appendValues(b []byte, name string, values []string) []byte {
 	if !httpguts.ValidHeaderFieldName(name) {
 		return b
 	}
+	name = wireName(name)
 	for _, value := range values {
 		if strings.ContainsAny(value, "\r\n") {
 			value = oneLine.Replace(value)

@@ -34,6 +34,9 @@ type exchange struct {
 	stopWatch func() bool // ends the watch for the client's leaving; nil: there is none yet
 	sender    *sender     // of the body, if there is one
 	answered  bool        // something of a response has come
+	interims  interimLimit
+	news      int64     // when the origin last told of progress, since epoch; 0: never
+	sendBy    time.Time // when the body is sent though the origin has not asked for it; zero: it is being sent
 }
 
 // outgoing is a request to an origin, as it is sent.
@@ -45,6 +48,7 @@ type outgoing struct {
 	header    http.Header
 
 	body     *clientBody // nil: none
+	invites  bool        // the client has to be told 100 (Continue) before the body is read
 	trailers []string    // the names that may come behind a body in chunks
 	trailer  http.Header // whose values are there when the body has ended
 	stopBody func()      // ends a read of the body that waits for the client
@@ -142,9 +146,14 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 	}
 	if out.body != nil {
 		x.sender = newSender(conn, out)
+		if httpguts.HeaderValuesContainsToken(out.header["Expect"], "100-continue") {
+			x.sendBy = start.Add(continueTimeout)
+		} else {
+			x.sendBody(out)
+		}
 	}
-	for range maxInterim {
-		x.await(start)
+	for {
+		x.await(out, start)
 		res, err := readResponse(conn.r, out.method)
 		if x.sender != nil && err != nil && x.ctx.Err() != nil {
 			x.sender.wait() // it may be the body that the client broke off
@@ -168,18 +177,31 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 			}
 			return res, nil
 		}
-		if res.StatusCode == http.StatusContinue && x.sender != nil {
-			x.sender.proceed(true)
+		if !x.interims.take() {
+			return nil, errInterim
 		}
-		x.interim(res.StatusCode, res.Header)
+		if isProgress(res.StatusCode) {
+			x.news = sinceEpoch(time.Now())
+		}
+		if res.StatusCode != http.StatusContinue {
+			x.interim(res.StatusCode, res.Header)
+		} else if x.sender != nil {
+			x.sendBody(out)
+		}
 		x.watch()
 	}
-	return nil, protocolError("the origin sends interim responses without end")
 }
 
-// maxInterim is how many responses there may be to one request, all but the last
-// of them interim.
-const maxInterim = 100
+// sendBody begins to send the body, unless that has begun. Until then the client has
+// not been asked for it.
+func (x *exchange) sendBody(out *outgoing) {
+	if out.invites {
+		x.interim(http.StatusContinue, nil)
+		out.invites = false
+	}
+	x.sendBy = time.Time{}
+	x.sender.proceed(true)
+}
 
 // promptly is how long an exchange may go unwatched: most are over before that,
 // and a watch would make each of them some 4 % dearer.
@@ -195,8 +217,9 @@ func (x *exchange) watch() {
 
 // await returns when there is something to read, or the time for it is over:
 // that in which the origin has had all of the request, which it began to get at
-// start, or would not take more.
-func (x *exchange) await(start time.Time) {
+// start, or would not take more. A body that the origin has not asked for in time is
+// sent meanwhile.
+func (x *exchange) await(out *outgoing, start time.Time) {
 	if x.stopWatch == nil {
 		x.conn.expectBy(promptly/4, promptly)
 		_, err := x.conn.r.Peek(1)
@@ -206,15 +229,20 @@ func (x *exchange) await(start time.Time) {
 		}
 		x.watch() // nothing has come yet, or not all of a head
 	}
+	if !x.sendBy.IsZero() {
+		wait := max(time.Until(x.sendBy), time.Millisecond)
+		x.conn.expectBy(wait, wait)
+		if _, err := x.conn.r.Peek(1); !errors.Is(err, os.ErrDeadlineExceeded) {
+			return
+		}
+		x.sendBody(out)
+	}
 	for {
-		due := sinceEpoch(start)
+		turn := sinceEpoch(start)
 		if x.sender != nil {
-			due = x.sender.due.Load()
+			turn = x.sender.due.Load()
 		}
-		left := x.timeout
-		if due != 0 {
-			left -= time.Duration(sinceEpoch(time.Now()) - due)
-		}
+		left := timeLeft(x.timeout, turn, x.news)
 		switch {
 		case x.timeout <= 0:
 			x.conn.expectNone()
@@ -287,6 +315,7 @@ func writeHead(w io.Writer, out *outgoing) error {
 		if name == "Content-Length" || name == "Transfer-Encoding" || name == "Host" {
 			continue // said otherwise
 		}
+		name = wireName(name)
 		for _, value := range values {
 			b = appendField(b, name, value)
 		}
@@ -333,7 +362,7 @@ type sender struct {
 	out   *outgoing
 	conn  *originConn
 	ended chan struct{}
-	asked chan bool // tells whether the body is wanted, if that was to be waited for
+	asked chan bool // tells whether the body is wanted
 
 	due      atomic.Int64 // since when it is the origin's turn, since epoch; 0: it is the client's
 	complete bool         // after ended: all of it was sent
@@ -361,16 +390,8 @@ func (s *sender) proceed(wanted bool) {
 func (s *sender) run() {
 	defer close(s.ended)
 	defer s.turn(true)
-	if httpguts.HeaderValuesContainsToken(s.out.header["Expect"], "100-continue") {
-		timer := time.NewTimer(continueTimeout)
-		defer timer.Stop()
-		select {
-		case wanted := <-s.asked:
-			if !wanted {
-				return
-			}
-		case <-timer.C:
-		}
+	if !<-s.asked {
+		return
 	}
 	buf := copyBuffers.Get().(*[copyBuffer]byte)
 	defer copyBuffers.Put(buf)

@@ -4,11 +4,9 @@
 package asyncproxy
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"net/http"
 	"net/url"
 	"slices"
@@ -43,6 +41,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 	if err != nil {
 		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "This is no request that can be forwarded: %v.", err)
 	}
+	out.invites = out.body != nil && waitsForInvitation(r)
 	if maxForwards(r.Method, r.Header) {
 		return answerLast(w, r)
 	}
@@ -102,10 +101,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 
 	x := &exchange{
 		origins: pool, ctx: r.Context(), timeout: time.Duration(h.ResponseHeaderTimeout),
-		interim: func(status int, fields http.Header) {
-			h.via.add(fields, 1, 1)
-			passInterim(w, r, status, fields)
-		},
+		interim: func(status int, fields http.Header) { h.passInterim(w, r, status, fields, 1, 1) },
 	}
 	defer x.finish(false)
 	start := time.Now()
@@ -120,6 +116,8 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 	if res.StatusCode == http.StatusProxyAuthRequired && pool == h.parentOrigins {
 		// Not the client's affair, who has no credentials for the parent.
 		return 0, dialRefusal(r.Context(), &parentError{phase: parentAnswering, status: res.StatusCode, err: errors.New("it asks for credentials")}, r.Host)
+	} else if res.StatusCode == http.StatusProxyAuthRequired {
+		return 0, forwardRefusal(r, errNoProxy)
 	}
 	if res.StatusCode == http.StatusSwitchingProtocols {
 		conn, early, err := x.take()
@@ -283,12 +281,18 @@ func (h *Handler) applyDown(res *http.Response, r *http.Request) {
 // respond passes a response on. If it breaks off, the answer to the client is
 // to be broken off too, so that nobody takes a part for the whole (RFC 9112 §8).
 func (h *Handler) respond(w http.ResponseWriter, r *http.Request, out *outgoing, res *http.Response, from caller) error {
-	connection := res.Header["Connection"]
+	if body, ok := res.Body.(*originBody); ok {
+		if err := body.checkStart(); err != nil {
+			return forwardRefusal(r, err)
+		}
+	}
+	connection, upgrade := res.Header["Connection"], res.Header["Upgrade"]
 	announced := trailingNames(res.Trailer, connection)
 	header := h.setResponseFields(w, r, res)
 	if endsConnection(r, out) {
 		header["Connection"] = []string{"close"}
 	}
+	keepUpgrade(r, header, res.StatusCode, upgrade)
 	if len(announced) > 0 {
 		header["Trailer"] = []string{strings.Join(announced, ", ")}
 		if r.ProtoMajor == 1 {
@@ -319,6 +323,10 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, out *outgoing,
 	return passTrailers(w, res, announced, connection)
 }
 
+// errNoProxy reports a 407 from an origin. To the client it would say that this proxy
+// wants credentials, and browsers would ask their users for them.
+const errNoProxy = protocolError("it asks for credentials as only a proxy may (407)")
+
 // restartable reports whether Caddy's timeout for writing begins anew with each
 // write: it does not where a write timeout or a least rate is to be kept.
 func restartable(idle *caddyhttp.IdleTimeoutWriter) bool {
@@ -334,9 +342,10 @@ func (h *Handler) setResponseFields(w http.ResponseWriter, r *http.Request, res 
 	// What Caddy says of itself is not true of the origin, and net/http is not
 	// to guess at a type.
 	delete(header, "Server")
-	delete(header, "Alt-Svc")
 	header["Content-Type"] = nil
-	maps.Copy(header, res.Header)
+	for name, values := range res.Header {
+		header[wireName(name)] = values
+	}
 	return header
 }
 
@@ -427,49 +436,4 @@ func copyBody(w http.ResponseWriter, r *http.Request, res *http.Response, count 
 			}
 		}
 	}
-}
-
-// upgrade joins a client and an origin that has agreed to speak another
-// protocol on the connection (RFC 9110 §7.8).
-func (h *Handler) upgrade(w http.ResponseWriter, r *http.Request, res *http.Response, t *tunnel) (int, error) {
-	if len(r.Header["Upgrade"]) == 0 {
-		_ = t.far.Close()
-		return 0, forwardRefusal(r, protocolError("the protocol was changed without having been asked for"))
-	}
-	protocol := res.Header["Upgrade"]
-	header := h.setResponseFields(w, r, res)
-	delete(header, "Content-Type")
-	header["Connection"] = []string{"Upgrade"}
-	header["Upgrade"] = protocol
-	conn, early, err := hijack(w)
-	if err != nil {
-		_ = t.far.Close()
-		return 0, caddyhttp.Error(http.StatusInternalServerError, err)
-	}
-	recordStatus(w, http.StatusSwitchingProtocols)
-	var head bytes.Buffer
-	head.WriteString("HTTP/1.1 101 Switching Protocols\r\n")
-	_ = header.Write(&head)
-	head.WriteString("\r\n")
-	t.proto = strings.Join(protocol, ", ")
-	t.near, t.early, t.greeting = newConnPeer(conn), early, head.Bytes()
-	go t.run()
-	return http.StatusSwitchingProtocols, nil
-}
-
-// passInterim passes a 1xx response on.
-func passInterim(w http.ResponseWriter, r *http.Request, status int, fields http.Header) {
-	// HTTP/1.0 has none. 100 is between each two neighbours: net/http sends the
-	// client its own as soon as the body is read.
-	if !r.ProtoAtLeast(1, 1) || status == http.StatusContinue {
-		return
-	}
-	header := w.Header()
-	saved := maps.Clone(header)
-	clear(header)
-	removeHopByHop(fields)
-	maps.Copy(header, fields)
-	w.WriteHeader(status)
-	clear(header)
-	maps.Copy(header, saved)
 }

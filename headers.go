@@ -32,6 +32,7 @@ var hopByHop = [...]string{
 	"Te",
 	"Transfer-Encoding",
 	"Upgrade",
+	"Http2-Settings", // RFC 9113 §3.1
 	"Proxy-Authenticate",
 	"Proxy-Authentication-Info",
 	"Proxy-Authorization",
@@ -129,21 +130,38 @@ func prepareRequest(h http.Header, protoMajor, protoMinor int) {
 	// RFC 9110 §7.8: Upgrade in an HTTP/1.0 request is to be ignored; later
 	// versions than 1.1 have none.
 	if protoMajor == 1 && protoMinor == 1 && httpguts.HeaderValuesContainsToken(h["Connection"], "upgrade") {
-		upgrade = h["Upgrade"]
+		upgrade = upgradeProtocols(h["Upgrade"])
 	}
 	trailers := httpguts.HeaderValuesContainsToken(h["Te"], "trailers")
 	if protoMajor == 1 && protoMinor == 0 {
 		delete(h, "Expect") // RFC 9110 §10.1.1: to be ignored, and so not said again as HTTP/1.1
 	}
 	removeHopByHop(h)
+	// The options are on one line, as small WebSocket servers read no further.
+	option := ""
 	if len(upgrade) > 0 {
-		h["Upgrade"] = upgrade
-		h["Connection"] = []string{"Upgrade"}
+		h["Upgrade"] = []string{strings.Join(upgrade, ", ")}
+		option = "Upgrade"
 	}
 	if trailers {
 		h["Te"] = []string{"trailers"}
-		h["Connection"] = append(h["Connection"], "TE")
+		if option != "" {
+			option += ", "
+		}
+		option += "TE"
 	}
+	if option != "" {
+		h["Connection"] = []string{option}
+	}
+}
+
+// wireName returns how the name of a field is written in a message. Names have no case,
+// but some WebSocket peers know only those of RFC 6455.
+func wireName(name string) string {
+	if rest, ok := strings.CutPrefix(name, "Sec-Websocket-"); ok {
+		return "Sec-WebSocket-" + rest
+	}
+	return name
 }
 
 // pseudonymSeed makes the default pseudonym this process's own, so that two

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"math"
 	"net/http/httptrace"
 	"os"
 	"sync"
@@ -23,6 +24,7 @@ type headWait struct {
 	cancel  context.CancelCauseFunc
 	timeout time.Duration
 	due     atomic.Int64 // since when it is the origin's turn, since epoch; 0: it is not
+	news    atomic.Int64 // when the origin last told of progress, since epoch; 0: never
 	reused  atomic.Bool  // the connection had served a request before
 
 	mu    sync.Mutex
@@ -55,16 +57,35 @@ func (w *headWait) turn(origin bool) {
 	}
 }
 
+// heard notes that the origin has told of progress.
+func (w *headWait) heard() { w.news.Store(sinceEpoch(time.Now())) }
+
+// maxWaits is how many times its timeout a response may take if the origin tells of
+// progress meanwhile.
+const maxWaits = 10
+
+// timeLeft returns how much time an origin has left for a response, whose turn it has
+// been since turn and which last told of progress at news, both since epoch. It has all
+// of its time while it is the client's turn.
+func timeLeft(timeout time.Duration, turn, news int64) time.Duration {
+	if turn == 0 {
+		return timeout
+	}
+	now, last := sinceEpoch(time.Now()), turn
+	if news != 0 {
+		last = max(turn, news)
+	}
+	inAll := maxWaits * min(timeout, math.MaxInt64/maxWaits)
+	return min(timeout-time.Duration(now-last), inAll-time.Duration(now-turn))
+}
+
 func (w *headWait) look() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.timer == nil {
 		return
 	}
-	left := w.timeout
-	if due := w.due.Load(); due != 0 {
-		left -= time.Duration(sinceEpoch(time.Now()) - due)
-	}
+	left := timeLeft(w.timeout, w.due.Load(), w.news.Load())
 	if left <= 0 {
 		w.cancel(os.ErrDeadlineExceeded)
 		return

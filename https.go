@@ -12,11 +12,9 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptrace"
-	"net/textproto"
 	"net/url"
 	"os"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -62,8 +60,12 @@ var errNoHTTP2 = errors.New("HTTP/2 is not spoken there")
 func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoing, from caller) (int, error) {
 	wait := newHeadWait(r.Context(), time.Duration(h.ResponseHeaderTimeout))
 	defer wait.end()
-	interim := &interimResponses{w: w, r: r, via: h.via}
-	ctx := httptrace.WithClientTrace(wait.ctx, &httptrace.ClientTrace{GotConn: wait.connected, Got1xxResponse: interim.pass})
+	interim := &interimQueue{
+		write: func(status int, fields http.Header) { h.passInterim(w, r, status, fields, 2, 0) },
+		heard: wait.heard,
+	}
+	defer interim.end()
+	ctx := httptrace.WithClientTrace(wait.ctx, &httptrace.ClientTrace{GotConn: wait.connected, Got1xxResponse: interim.got})
 	out := r.WithContext(ctx)
 	out.Header = maps.Clone(r.Header)
 	out.URL = &url.URL{Scheme: "https", Host: o.authority, Opaque: o.target}
@@ -77,6 +79,9 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 	var body *http2Body
 	if o.body != nil {
 		body = &http2Body{from: o, to: out, wait: wait}
+		if o.invites {
+			body.invite = interim.invite
+		}
 		out.Body = body
 		for _, name := range o.trailers {
 			if out.Trailer == nil {
@@ -94,7 +99,7 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 	if err != nil && wait.stale(err) && o.repeatable() && !interim.any() {
 		res, err = h.upstreams[from.reach].RoundTrip(out)
 	}
-	interim.stop()
+	interim.end()
 	if errors.Is(err, errNoHTTP2) {
 		return 0, errNoHTTP2
 	}
@@ -103,6 +108,8 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 			err = failure
 		} else if wait.over() {
 			err = os.ErrDeadlineExceeded
+		} else if wrong := interim.error(); wrong != nil {
+			err = wrong
 		} else if strings.Contains(err.Error(), "response header list larger") { // it has no type
 			err = errHeadTooLarge
 		}
@@ -115,6 +122,9 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 	if res.StatusCode < 200 {
 		return 0, forwardRefusal(r, protocolError("the response has a status that ends no exchange"))
 	}
+	if res.StatusCode == http.StatusProxyAuthRequired {
+		return 0, forwardRefusal(r, errNoProxy)
+	}
 	if countLines(res.Header) > maxFields || len(res.Trailer) > maxFields || countMembers(res.Header["Connection"]) > maxFields {
 		return 0, forwardRefusal(r, errTooManyFields)
 	}
@@ -126,51 +136,22 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 	return res.StatusCode, h.respond(w, r, o, res, from)
 }
 
-// interimResponses passes on what http.Transport reports from a goroutine of
-// its own, until the handler does not wait for it any more.
-type interimResponses struct {
-	w    http.ResponseWriter
-	r    *http.Request
-	via  via
-	mu   sync.Mutex
-	some bool
-	done bool
-}
-
-func (i *interimResponses) pass(status int, fields textproto.MIMEHeader) error {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	if i.some = true; !i.done {
-		i.via.add(http.Header(fields), 2, 0)
-		passInterim(i.w, i.r, status, http.Header(fields))
-	}
-	return nil
-}
-
-func (i *interimResponses) any() bool {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	return i.some
-}
-
-func (i *interimResponses) stop() {
-	i.mu.Lock()
-	i.done = true
-	i.mu.Unlock()
-}
-
 // http2Body is the body of a request over HTTP/2, behind which come trailers.
 type http2Body struct {
-	from  *outgoing
-	to    *http.Request
-	wait  *headWait
-	begun atomic.Bool
-	ended atomic.Bool
+	from   *outgoing
+	to     *http.Request
+	wait   *headWait
+	invite func() // tells the client to send; nil: it does so anyway
+	begun  atomic.Bool
+	ended  atomic.Bool
 }
 
 func (b *http2Body) Read(p []byte) (int, error) {
+	if b.wait.turn(false); b.invite != nil {
+		b.invite()
+		b.invite = nil
+	}
 	b.begun.Store(true)
-	b.wait.turn(false)
 	n, err := b.from.body.Read(p)
 	b.wait.turn(true)
 	if err == io.EOF {

@@ -232,10 +232,13 @@ func frame(res *http.Response, r *bufio.Reader, method string) error {
 	coding := res.Header["Transfer-Encoding"]
 	if len(coding) > 0 {
 		switch {
-		case length >= 0:
-			return protocolError("the response has both a Content-Length and a Transfer-Encoding")
 		case len(coding) > 1 || !strings.EqualFold(coding[0], "chunked") || res.ProtoMinor == 0:
 			return protocolError(fmt.Sprintf("the response has the transfer coding %.60q", coding))
+		case length >= 0:
+			// The chunks count (RFC 9112 §6.3), but something before this proxy may
+			// have gone by the length and left something else on the connection.
+			delete(res.Header, "Content-Length")
+			length, res.Close = -1, true
 		}
 	}
 
@@ -357,6 +360,15 @@ func (b *originBody) readTrailers() error {
 	b.trailers(fields)
 	b.ended = true
 	return io.EOF
+}
+
+// checkStart returns what is wrong with the beginning of the content, as far as it has
+// come with the head. The client has no response yet, and can be told.
+func (b *originBody) checkStart() error {
+	if b.chunks == nil {
+		return nil
+	}
+	return b.chunks.checkStart()
 }
 
 // more reports whether the next read waits for nothing.

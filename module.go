@@ -482,6 +482,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	default:
 		v.kind = kindOther
 	}
+	if v.kind != kindOther {
+		delete(w.Header(), "Alt-Svc") // says where this server is to be found, which is not the host that is asked for
+	}
 	v.bucket = h.limiter.client(v.addr)
 	return h.finish(w, r, v, h.serveOrNote(w, r, v, next))
 }

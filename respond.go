@@ -99,6 +99,7 @@ func forwardRefusal(r *http.Request, err error) *refusal {
 		dial     *dialError
 		parent   *parentError
 		timeout  net.Error
+		wrong    protocolError
 		answered = "%s did not answer with a valid HTTP response"
 	)
 	switch {
@@ -112,6 +113,8 @@ func forwardRefusal(r *http.Request, err error) *refusal {
 		return dialRefusal(r.Context(), err, host)
 	case errors.As(err, &parent):
 		return parent.refusal(r.Context(), host)
+	case errors.As(err, &wrong): // whose text may repeat what the origin has sent
+		return refuse(http.StatusBadGateway, "http_protocol_error", err, answered+": %v.", host, wrong)
 	case isTLSError(err):
 		return tlsRefusal(err, host)
 	case errors.Is(err, errHeadTooLarge), errors.Is(err, errTooManyFields):

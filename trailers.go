@@ -16,7 +16,7 @@ import (
 // which nobody else is to say again.
 var headOnly = nameSet{
 	"Age": {}, "Alt-Svc": {}, "Cookie": {}, "Date": {}, "Expires": {}, "Location": {}, "Retry-After": {}, "Set-Cookie": {}, "Vary": {}, "Warning": {},
-	"Forwarded": {}, "Http2-Settings": {}, "Via": {}, "X-Forwarded-For": {}, "X-Real-Ip": {},
+	"Forwarded": {}, "Via": {}, "X-Forwarded-For": {}, "X-Real-Ip": {},
 }
 
 // mayTrail reports whether a field, named in canonical form, may go to the next hop

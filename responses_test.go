@@ -1,0 +1,114 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"net/http"
+	"strings"
+	"testing"
+)
+
+// Content whose beginning cannot be read is told as that as long as nothing has been
+// passed on, and the client learns what is wrong with a response.
+func TestResponsesThatCannotBeRead(t *testing.T) {
+	const chunks = "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n"
+	rows := []struct{ name, answer, says string }{
+		{"a size that is none", chunks + "zz\nhello\n0\n\n", "a chunk does not begin with its size"},
+		{"no size", chunks + "\nhello\n0\n\n", "a chunk does not begin with its size"},
+		{"an extension without end", chunks + "5;" + strings.Repeat("x", 2*maxChunkLine) + "\nhello\n0\n\n", "a chunk does not begin with its size"},
+		{"no content and a trailer that is none", chunks + "0\nnonsense\n\n", `"nonsense"`},
+		{"a line that is no field", "HTTP/1.1 200 OK\nsh not found\nContent-Length: 2\n\nok", `"sh not found"`},
+		{"a line that looks like an error of TLS", "HTTP/1.1 200 OK\ntls : x y: z\ntls: \x00\nContent-Length: 2\n\nok", "NUL"},
+		{"a coding that nobody knows", "HTTP/1.1 200 OK\nTransfer-Encoding: tls: x\n\nok", "transfer coding"},
+		{"two lengths", "HTTP/1.1 200 OK\nContent-Length: 2\nContent-Length: 3\n\nok", "Content-Length"},
+		{"a status that is none", "HTTP/1.1 20 OK\n\n", "status"},
+		{"no HTTP", "SSH-2.0-OpenSSH\n\n", "HTTP/1"},
+		{"a login to a proxy", "HTTP/1.1 407 Proxy Authentication Required\nProxy-Authenticate: Basic realm=x\nContent-Length: 2\n\nno", "(407)"},
+	}
+	bothWays(t, "", func(t *testing.T, w *world) {
+		for _, row := range rows {
+			c := w.dial()
+			c.send("GET http://" + answering(t, row.answer) + "/ HTTP/1.1\nHost: x\n\n")
+			res, body := c.response(http.MethodGet)
+			if res.StatusCode != http.StatusBadGateway || !strings.Contains(body, row.says) || !strings.Contains(res.Header.Get("Proxy-Status"), "http_protocol_error") {
+				t.Errorf("%s: %s, %q, Proxy-Status %q", row.name, res.Status, body, res.Header.Get("Proxy-Status"))
+			}
+			if len(res.Header["Proxy-Authenticate"]) > 0 || len(res.Header["Transfer-Encoding"]) > 0 {
+				t.Errorf("%s: what the origin has sent is in the head of the answer: %v", row.name, res.Header)
+			}
+		}
+	})
+}
+
+// An HTTP/2 origin is no proxy either.
+func TestHTTP2OriginAsksForProxyCredentials(t *testing.T) {
+	origin := newFramesOrigin(t, func(f *framesOrigin, stream uint32) {
+		f.headers(stream, true, ":status", "407", "proxy-authenticate", "Basic realm=x")
+	})
+	bothWays(t, "", func(t *testing.T, w *world) {
+		c := w.dial()
+		c.send("GET https://" + origin + "/ HTTP/1.1\nHost: x\n\n")
+		if res, body := c.response(http.MethodGet); res.StatusCode != http.StatusBadGateway || !strings.Contains(body, "(407)") {
+			t.Errorf("%s %q", res.Status, body)
+		}
+	})
+}
+
+// Of a length beside chunks nothing reaches the client, and the connection it came on
+// serves nobody else.
+func TestLengthBesideChunks(t *testing.T) {
+	origin, heads := recording(t, "HTTP/1.1 200 OK\nContent-Length: 9\nTransfer-Encoding: chunked\n\n2\nok\n0\n\n")
+	bothWays(t, "", func(t *testing.T, w *world) {
+		c := w.dial()
+		for range 2 {
+			c.send("GET http://" + origin + "/ HTTP/1.1\nHost: x\n\n")
+			res, body := c.response(http.MethodGet)
+			<-heads
+			if length := res.Header.Get("Content-Length"); body != "ok" || length == "9" {
+				t.Errorf("%s %q %v", res.Status, body, res.Header)
+			}
+			if n := openTo(t, origin); n != 0 {
+				t.Errorf("%d connections to the origin are kept", n)
+			}
+		}
+	})
+}
+
+// openTo returns how many idle connections to an origin the proxies keep.
+func openTo(t *testing.T, origin string) (n int) {
+	registry, err := acquireRegistry()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer releaseRegistry()
+	for h := range registry.handlers.All() {
+		for _, origins := range h.origins {
+			if origins.has(origin) {
+				n++
+			}
+		}
+	}
+	return n
+}
+
+// The proxy's own answers say nothing of where else the host that was asked for is to be
+// found, which only that host may say.
+func TestRefusalsHaveNoAltSvc(t *testing.T) {
+	w := newWorld(t, "", nil)
+	w.load(strings.Replace(inRoute(w.site("")), "route {", "route {\nheader Alt-Svc `h3=\":443\"`", 1))
+	closed := freeAddress(t)
+	for request, want := range map[string]bool{
+		"GET http://" + closed + "/ HTTP/1.1": false, "CONNECT " + closed + " HTTP/1.1": false, "GET / HTTP/1.1": true,
+	} {
+		c := w.dial()
+		c.send(request + "\nHost: x\n\n")
+		res, err := http.ReadResponse(c.r, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, ok := res.Header["Alt-Svc"]; ok != want {
+			t.Errorf("%s: %s, Alt-Svc %q", request, res.Status, res.Header["Alt-Svc"])
+		}
+	}
+}
