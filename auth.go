@@ -4,11 +4,13 @@
 package asyncproxy
 
 import (
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"net/http"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/caddyauth"
@@ -39,6 +41,13 @@ func (h *Handler) loadAuth(ctx caddy.Context) error {
 		if !ok {
 			return fmt.Errorf("authentication: %s is no provider", name)
 		}
+		if basic, ok := module.(*caddyauth.HTTPBasicAuth); ok {
+			for _, account := range basic.Accounts { // in which placeholders are replaced
+				if isPublished(account.Password) {
+					return fmt.Errorf("authentication: the user %q has %w", account.Username, errPublished)
+				}
+			}
+		}
 		h.auth = append(h.auth, authProvider{name, provider})
 	}
 	slices.SortFunc(h.auth, func(a, b authProvider) int {
@@ -48,6 +57,31 @@ func (h *Handler) loadAuth(ctx caddy.Context) error {
 		return 1
 	})
 	return nil
+}
+
+// publishedHashes are in the documentation, the source and the tests of Caddy,
+// together with their passwords or for anybody to find them.
+var publishedHashes = []string{
+	"$2a$14$Zkx19XLiW6VYouLHR5NmfOFU0z2GTNmpkT/5qqR7hx4IjWJPDhjvG",
+	"$2a$10$EB6gZ4H6N.bz4LbAw0VagumWq5K0VdFyCuVsKs8BpdOShYYtEdd8W",
+	"$2a$14$X3ulqf/iGxnf1k6oMZ.RZeJUoqI9PX2PM4rS5lkIKJXduLGXGPrt6",
+	"$2a$14$DCYyqvUO/PWT.UifNF0rbuRkRfjrhHViOfVfJklmqrvWUoYcTiN2q",
+	"$argon2id$v=19$m=47104,t=1,p=1$P2nzckEdTZ3bxCiBCkRTyA$xQL3Z32eo5jKl7u5tcIsnEKObYiyNZQQf5/4sAau6Pg",
+}
+
+var errPublished = errors.New("a hash from Caddy's documentation, whose password is public; expected one of your own, as `caddy hash-password` prints it")
+
+// isPublished reports whether a hash is a published sample, also if it is
+// encoded in base64, as older versions of Caddy print it, or has the prefix that
+// htpasswd gives to bcrypt.
+func isPublished(hash string) bool {
+	if decoded, err := base64.StdEncoding.DecodeString(hash); err == nil {
+		hash = string(decoded)
+	}
+	if rest, ok := strings.CutPrefix(hash, "$2y$"); ok {
+		hash = "$2a$" + rest
+	}
+	return slices.Contains(publishedHashes, strings.TrimSpace(hash))
 }
 
 // authenticate finds out who the user is (RFC 9110 §11.7). The providers read

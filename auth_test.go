@@ -522,3 +522,43 @@ func TestAuthByOtherProviders(t *testing.T) {
 	}
 	w.waitLog("auth provider returned error", 1)
 }
+
+// A hash from Caddy's documentation is refused wherever it may stand: its password
+// is public.
+func TestPublishedHashes(t *testing.T) {
+	published := func(hash string) []string {
+		list := []string{hash, base64.StdEncoding.EncodeToString([]byte(hash))}
+		if rest, ok := strings.CutPrefix(hash, "$2a$"); ok {
+			list = append(list, "$2y$"+rest)
+		}
+		return list
+	}
+	const text = "a hash from Caddy's documentation, whose password is public; expected one of your own, as `caddy hash-password` prints it"
+	for _, hash := range publishedHashes {
+		algorithm := "bcrypt"
+		if strings.HasPrefix(hash, "$argon2id$") {
+			algorithm = "argon2id"
+		}
+		for _, spelling := range published(hash) {
+			_, _, err := adapt(":8080 {\n\tasync_proxy {\n\t\tbasic_auth "+algorithm+" {\n\t\t\talice "+spelling+"\n\t\t}\n\t}\n}", "Caddyfile")
+			if want := "basic_auth: the user 'alice' has " + text + ", at Caddyfile:4"; err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("%s: %v, want %s", spelling, err, want)
+			}
+			t.Setenv("PUBLISHED_HASH", spelling)
+			for _, value := range []string{spelling, "{env.PUBLISHED_HASH}"} {
+				err := validateJSON(t, fmt.Appendf(nil, `{"apps": {"http": {"servers": {"s": {"listen": ["127.0.0.1:0"], "routes": [{"handle": [{
+					"handler": "async_proxy", "authentication": {"http_basic": {"hash": {"algorithm": %q}, "accounts": [{"username": "alice", "password": %q}]}}}]}]}}}}}`, algorithm, value))
+				if want := `authentication: the user "alice" has ` + text; err == nil || !strings.Contains(err.Error(), want) {
+					t.Errorf("%s: %v, want %s", value, err, want)
+				}
+			}
+		}
+	}
+	for file, text := range documents(t) {
+		for _, hash := range publishedHashes {
+			if strings.Contains(text, hash) {
+				t.Errorf("%s has %s", file, hash)
+			}
+		}
+	}
+}

@@ -92,7 +92,9 @@ func isNested(h httpcaddyfile.Helper) bool {
 //		limit_by    client_ip|user
 //		report_only rules|limits...
 //		resolvers   <addresses...>
-//		serve_pac   [<path>]
+//		serve_pac   [<path>] {
+//			direct <cidr|name|*.name...>
+//		}
 //		no_upstream <cidr|name|*.name|public|private...>
 //		upstream    http|https|socks5://[<user>[:<password>]@]<host>[:<port>] {
 //			header                   <field> <value>
@@ -271,6 +273,7 @@ func durationOrOff(expected string, field func(*Handler) *caddy.Duration) option
 type caddyfileParser struct {
 	*caddyfile.Dispenser
 	seen           map[string]caddyfile.Dispenser // where each option stands
+	rules          []caddyfile.Dispenser          // where each rule stands
 	name, expected string                         // of the option that is being read
 }
 
@@ -387,6 +390,9 @@ func (p *caddyfileParser) check(h *Handler) error {
 			at = p.seen["burst"]
 		}
 		return at.WrapErr(err)
+	}
+	if err := p.checkRules(h); err != nil {
+		return err
 	}
 	if at := p.seen["no_upstream"]; h.NoUpstream != nil && h.Upstream == nil {
 		return at.Errf("no_upstream: there is no upstream to go without; expected the option upstream beside it")

@@ -34,7 +34,7 @@ func (p *caddyfileParser) rule(h *Handler) error {
 			return p.invalid(arg)
 		}
 	}
-	h.Rules = append(h.Rules, Rule{Action: p.name, Destinations: args})
+	p.addRule(h, Rule{Action: p.name, Destinations: args})
 	return nil
 }
 
@@ -52,7 +52,32 @@ func (p *caddyfileParser) ruleFiles(h *Handler) error {
 		}
 	}
 	action, _, _ := strings.Cut(p.name, "_")
-	h.Rules = append(h.Rules, Rule{Action: action, Files: args})
+	p.addRule(h, Rule{Action: action, Files: args})
+	return nil
+}
+
+func (p *caddyfileParser) addRule(h *Handler, rule Rule) {
+	h.Rules = append(h.Rules, rule)
+	p.rules = append(p.rules, *p.Dispenser)
+}
+
+// checkRules refuses allow rules that can have no effect.
+func (p *caddyfileParser) checkRules(h *Handler) error {
+	ports, err := parsePortList("ports", h.Ports)
+	if err != nil {
+		return err
+	}
+	check := &ruleCheck{open: (&policy{ports: ports}).openPorts(), skipFiles: true}
+	noSource := func(*Rule) (*rangeSource, error) { return new(rangeSource), nil }
+	sets, err := newRuleSets(h.Rules, noSource, check)
+	if err != nil {
+		return err
+	}
+	for _, u := range check.useless(h.Rules, sets) {
+		if u.all {
+			return p.rules[u.rule].Errf("allow: %s", u.text())
+		}
+	}
 	return nil
 }
 
@@ -86,7 +111,7 @@ func (p *caddyfileParser) ruleSource(h *Handler) error {
 		}
 	}
 	action, _, _ := strings.Cut(p.name, "_")
-	h.Rules = append(h.Rules, Rule{Action: action, SourceRaw: caddyconfig.JSONModuleObject(source, "source", stem, nil)})
+	p.addRule(h, Rule{Action: action, SourceRaw: caddyconfig.JSONModuleObject(source, "source", stem, nil)})
 	return nil
 }
 
@@ -137,14 +162,33 @@ func (p *caddyfileParser) maxTunnels(h *Handler) error {
 	return nil
 }
 
-// servePAC reads the path of the PAC script.
+// servePAC reads the path of the PAC script and what it sends past the proxy.
 func (p *caddyfileParser) servePAC(h *Handler) error {
 	args, err := p.values(0, 1)
-	if h.ServePAC = "/proxy.pac"; len(args) == 0 {
+	if err != nil {
 		return err
 	}
-	if h.ServePAC = args[0]; !strings.HasPrefix(args[0], "/") {
-		return p.invalid(args[0])
+	if h.ServePAC = "/proxy.pac"; len(args) > 0 {
+		h.ServePAC = args[0]
+	}
+	if !strings.HasPrefix(h.ServePAC, "/") {
+		return p.invalid(h.ServePAC)
+	}
+	for nesting := p.Nesting(); p.NextBlock(nesting); {
+		if name := p.Val(); name != "direct" {
+			return p.Errf("serve_pac: unrecognized option '%s'; expected direct", name)
+		}
+		p.name, p.expected = "serve_pac: direct", "addresses, CIDR ranges, names or *.names, without ports"
+		args, err := p.values(1, math.MaxInt)
+		if err != nil {
+			return err
+		}
+		for _, arg := range args {
+			if _, err := newPACDirect([]string{arg}); err != nil {
+				return p.invalid(arg)
+			}
+		}
+		h.PACDirect = append(h.PACDirect, args...)
 	}
 	return nil
 }
@@ -221,6 +265,9 @@ func (p *caddyfileParser) basicAuth(h *Handler) error {
 		account := caddyauth.Account{Username: p.Val()}
 		if !p.AllArgs(&account.Password) {
 			return p.Errf("basic_auth: the user '%s' must be followed by exactly one hash, as `caddy hash-password` prints it", account.Username)
+		}
+		if isPublished(account.Password) {
+			return p.Errf("basic_auth: the user '%s' has %v", account.Username, errPublished)
 		}
 		if err := checkHash(algorithm, account.Password); err != nil || account.Username == "" {
 			return p.Errf("basic_auth: the hash of the user '%s' is not valid; expected one for %s, as `caddy hash-password` prints it", account.Username, algorithm)

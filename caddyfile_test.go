@@ -106,8 +106,8 @@ func TestCaddyfile(t *testing.T) {
 			clients       10.0.0.0/8
 			clients       private_ranges
 			basic_auth bcrypt Office {
-				alice $2a$14$Zkx19XLiW6VYouLHR5NmfOFU0z2GTNmpkT/5qqR7hx4IjWJPDhjvG
-				bob   $2a$14$Zkx19XLiW6VYouLHR5NmfOFU0z2GTNmpkT/5qqR7hx4IjWJPDhjvG
+				alice $2a$04$L3tYy4Xp5LAaG0jL6YbCaeF2TPXqQVbEs6EY68eOAKjBjzLWbN.oi
+				bob   $2a$04$L3tYy4Xp5LAaG0jL6YbCaeF2TPXqQVbEs6EY68eOAKjBjzLWbN.oi
 			}
 			limit_by      user
 			report_only   rules limits
@@ -134,8 +134,8 @@ func TestCaddyfile(t *testing.T) {
 			],
 			"ports": ["80", "443", "8000-8999"], "clients": ["10.0.0.0/8", "private_ranges"],
 			"authentication": {"http_basic": {"hash": {"algorithm": "bcrypt"}, "realm": "Office", "hash_cache": {}, "accounts": [
-				{"username": "alice", "password": "$2a$14$Zkx19XLiW6VYouLHR5NmfOFU0z2GTNmpkT/5qqR7hx4IjWJPDhjvG"},
-				{"username": "bob", "password": "$2a$14$Zkx19XLiW6VYouLHR5NmfOFU0z2GTNmpkT/5qqR7hx4IjWJPDhjvG"}
+				{"username": "alice", "password": "$2a$04$L3tYy4Xp5LAaG0jL6YbCaeF2TPXqQVbEs6EY68eOAKjBjzLWbN.oi"},
+				{"username": "bob", "password": "$2a$04$L3tYy4Xp5LAaG0jL6YbCaeF2TPXqQVbEs6EY68eOAKjBjzLWbN.oi"}
 			]}},
 			"limit_by": "user", "report_only": ["rules", "limits"], "resolvers": ["192.0.2.53", "tcp/[2001:db8::53]:5353"],
 			"serve_pac": "/proxy.pac", "no_upstream": ["*.corp.example", "10.0.0.0/8"],
@@ -185,7 +185,7 @@ func TestDirectiveOrder(t *testing.T) {
 		async_proxy
 		request_header X-A b
 		basic_auth {
-			bob $2a$14$Zkx19XLiW6VYouLHR5NmfOFU0z2GTNmpkT/5qqR7hx4IjWJPDhjvG
+			bob $2a$04$L3tYy4Xp5LAaG0jL6YbCaeF2TPXqQVbEs6EY68eOAKjBjzLWbN.oi
 		}
 		rewrite /a
 	}`)
@@ -215,7 +215,7 @@ func TestCaddyfileMistakes(t *testing.T) {
 		header       = "expected [+|-]<field> [<value|regexp> [<replacement>]]"
 		files        = "expected readable files with one destination a line"
 		sources      = "expected a source of CIDR ranges, as for trusted_proxies"
-		hash         = "$2a$14$Zkx19XLiW6VYouLHR5NmfOFU0z2GTNmpkT/5qqR7hx4IjWJPDhjvG"
+		hash         = "$2a$04$L3tYy4Xp5LAaG0jL6YbCaeF2TPXqQVbEs6EY68eOAKjBjzLWbN.oi"
 		arguments    = "expected burst <tokens>, refill <tokens_per_second>, or a block of options"
 	)
 	list := filepath.Join(t.TempDir(), "list")
@@ -487,7 +487,7 @@ func FuzzCaddyfile(f *testing.F) {
 	f.Add("async_proxy {\n allow *.a.example:80-81 private\n deny_from static 10.0.0.0/8 private_ranges\n deny all\n ports 80 8000-8999\n report_only rules\n}")
 	f.Add("async_proxy {\n resolvers 192.0.2.53 tcp/[2001:db8::53]:53 8.8.8.8:\n serve_pac /a\n no_upstream a.example 10.0.0.0/8\n}")
 	f.Add("async_proxy {\n upstream https://user:pass%20word@a.example:3128 {\n header X-A b\n tls_server_name c\n tls_insecure_skip_verify\n }\n no_upstream *.a.example\n}")
-	f.Add("async_proxy {\n clients 10.0.0.0/8\n limit_by user\n basic_auth bcrypt a {\n alice $2a$14$Zkx19XLiW6VYouLHR5NmfOFU0z2GTNmpkT/5qqR7hx4IjWJPDhjvG\n }\n}")
+	f.Add("async_proxy {\n clients 10.0.0.0/8\n limit_by user\n basic_auth bcrypt a {\n alice $2a$04$L3tYy4Xp5LAaG0jL6YbCaeF2TPXqQVbEs6EY68eOAKjBjzLWbN.oi\n }\n}")
 	f.Add("async_proxy {\n limiter test a\n max_clients 9007199254740993\n tunnel_max_duration 2562047h\n}")
 	f.Fuzz(func(t *testing.T, input string) {
 		// What is in files and what placeholders stand for may be another thing when the config is loaded.

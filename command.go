@@ -157,6 +157,9 @@ func commandConfig(flags caddycmd.Flags) (*caddy.Config, error) {
 			if strings.HasPrefix(hash, "$argon2id$") {
 				algorithm = "argon2id"
 			}
+			if isPublished(hash) {
+				return nil, fmt.Errorf("auth: the user %q has %w", user, errPublished)
+			}
 			if !found || user == "" || checkHash(algorithm, hash) != nil {
 				return nil, errors.New("auth: expected user:hash, with a hash as `caddy hash-password` prints it")
 			}

@@ -85,6 +85,7 @@ func TestCommand(t *testing.T) {
 		{"--auth bob", "expected user:hash"},
 		{"--auth bob:plain", "expected user:hash"},
 		{"--auth alice:$2a$14$short", "expected user:hash"},
+		{"--auth alice:" + publishedHashes[0], `auth: the user "alice" has a hash from Caddy's documentation`},
 		{"--burst -1", "burst -1: expected a number of tokens"},
 		{"--allow a/b", `"a/b" is no address`},
 		{"--upstream ftp://x", "expected http://, https:// or socks5://"},

@@ -261,13 +261,13 @@ func TestRulesFromFiles(t *testing.T) {
 		t.Fatal(err)
 	}
 	for path, want := range map[string]string{file: "deny: " + file + ":2: ", file + ".missing": "deny: open " + file + ".missing: "} {
-		_, err := newRuleSets(ctx, []Rule{{Action: "deny", Files: []string{path}}})
+		_, err := newRuleSets([]Rule{{Action: "deny", Files: []string{path}}}, loadSource(ctx), new(ruleCheck))
 		if err == nil || !strings.HasPrefix(err.Error(), want) {
 			t.Errorf("%s: %v", path, err)
 		}
 	}
 	for _, rule := range []Rule{{Action: "permit", Destinations: []string{"all"}}, {Action: "deny"}, {Action: "deny", Destinations: []string{"a b"}}} {
-		if _, err := newRuleSets(ctx, []Rule{rule}); err == nil {
+		if _, err := newRuleSets([]Rule{rule}, loadSource(ctx), new(ruleCheck)); err == nil {
 			t.Errorf("%+v is accepted", rule)
 		}
 	}

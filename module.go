@@ -145,9 +145,14 @@ type Handler struct {
 	// them at random each time. Default: the system's.
 	Resolvers []string `json:"resolvers,omitempty"`
 
-	// The path at which there is a script for the automatic configuration of
-	// browsers (PAC), for everybody, with the rules in it. Default: none.
+	// The path of a script for the automatic configuration of browsers (PAC),
+	// which anybody may read. It sends them to this proxy, except for what is
+	// closed by default, such as private addresses. Default: none.
 	ServePAC string `json:"serve_pac,omitempty"`
+
+	// What browsers with that script reach directly, too: addresses, CIDR
+	// ranges, names, or *.names. Default: nothing.
+	PACDirect []string `json:"pac_direct,omitempty"`
 
 	// How long resolving a name and connecting to one of its addresses may take
 	// together. Default: 10s.
@@ -213,6 +218,7 @@ type Handler struct {
 	limited   *atomic.Pointer[limitedAnswer]
 	exempt    *bart.Lite
 	clients   *bart.Lite  // may use the proxy
+	pacDirect *ruleSet    // what the script for browsers sends past the proxy
 	guarded   func() bool // something else than clients restricts who may use the proxy
 	auth      []authProvider
 	dialer    *dialer
@@ -267,6 +273,12 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	}
 	if h.ServePAC != "" && h.ServePAC[0] != '/' {
 		return fmt.Errorf("serve_pac %q: expected a path that begins with /", h.ServePAC)
+	}
+	if len(h.PACDirect) > 0 && h.ServePAC == "" {
+		return errors.New("pac_direct: there is no serve_pac that it could be in")
+	}
+	if h.pacDirect, err = newPACDirect(h.PACDirect); err != nil {
+		return fmt.Errorf("pac_direct: %w", err)
 	}
 	if err := h.loadAuth(ctx); err != nil {
 		return err
@@ -375,15 +387,15 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 	own := &ownListeners{ctx, server, h.running}
 	p := &policy{own: own.at, reportOnly: slices.Contains(h.ReportOnly, "rules")}
 	var err error
-	if p.sets, err = newRuleSets(ctx, h.Rules); err != nil {
+	if p.ports, err = parsePortList("ports", h.Ports); err != nil {
 		return err
 	}
-	for _, s := range h.Ports {
-		ports, err := parsePorts(s)
-		if err != nil {
-			return fmt.Errorf("ports: %w", err)
-		}
-		p.ports = append(p.ports, ports)
+	check := &ruleCheck{open: p.openPorts()}
+	if p.sets, err = newRuleSets(h.Rules, loadSource(ctx), check); err != nil {
+		return err
+	}
+	if err := check.report(h.Rules, p.sets, h.logger); err != nil {
+		return err
 	}
 	p.changing = p.reportOnly || slices.ContainsFunc(p.sets, func(s *ruleSet) bool { return len(s.sources) > 0 })
 	resolver, err := newResolver(h.Resolvers)

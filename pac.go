@@ -5,14 +5,13 @@ package asyncproxy
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"net/netip"
 	"slices"
 	"strings"
-
-	"github.com/gaissmai/bart"
 )
 
 // isPAC reports whether a request is for the proxy auto-configuration file.
@@ -51,62 +50,93 @@ func pacHead(r *http.Request) string {
 }
 
 // makePACRules writes the rest of the script, which is the same for everybody.
-// It goes by names alone, and by addresses that stand in URLs: to resolve a name
-// is the proxy's business. What the proxy would refuse to others than those on
-// its machine goes DIRECT: it may be in reach of the browser, and if it is not,
-// the browser says so better. In doubt the proxy is used: what a rule allows
-// must not go past it, what none does it refuses itself.
+// DIRECT is only for what the proxy closes by default to clients on other
+// machines, and for what the operator lists: it may be in reach of the browser,
+// and if it is not, the browser says so better. What a rule denies goes to the
+// proxy, which says why, and must not get a way around it. The script holds no
+// rules, since anybody may read it; of a class of addresses or names that is
+// closed by default it only says that all of it goes to the proxy, if a rule
+// allows some of it. It never resolves a name: that is the proxy's business.
 func (h *Handler) makePACRules() string {
-	p := h.dialer.policy
 	var b strings.Builder
 	b.WriteString(`function FindProxyForURL(url, host) {
 	host = host.toLowerCase().replace(/^\[|\]$/g, "").replace(/\.$/, "");
-	var at = /^[a-z]+:\/\/[^\/?#]*?:(\d+)(?:[\/?#]|$)/i.exec(url.replace(/^([a-z]+:\/\/)(?:[^\/?#]*@)?(?:\[[^\]]*\])?/i, "$1"));
-	var port = at ? +at[1] : /^(https|wss):/i.test(url) ? 443 : 80;
 	var ip6 = host.indexOf(":") >= 0, ip4 = /^\d+\.\d+\.\d+\.\d+$/.test(host);
+	function is(name) { return host == name; }
 	function below(name) { return !ip4 && host.length > name.length && host.slice(-name.length - 1) == "." + name; }
 	function within(net, mask) { return ip4 && isInNet(host, net, mask); }
+	function bits(address) {
+		var ends = address.split("::"), head = ends[0] ? ends[0].split(":") : [], tail = ends[1] ? ends[1].split(":") : [], all = "";
+		while (head.length + tail.length < 8) head.push("0");
+		head = head.concat(tail);
+		for (var i = 0; i < 8; i++) all += ("000000000000000" + parseInt(head[i], 16).toString(2)).slice(-16);
+		return all;
+	}
+	function within6(net, length) { return ip6 && bits(host).slice(0, length) == bits(net).slice(0, length); }
+	if (is(own)) return "DIRECT";
 `)
-	// Of IPv6 only some begin as no public address does, or as no other does.
-	fmt.Fprintf(&b, "\tvar isPrivate = ip6 ? /^(f[c-f]|::(?!ffff:))/.test(host) : %s;\n", withinAny(notPublic))
-	fmt.Fprintf(&b, "\tvar isPublic = ip6 ? /^[23]...:/.test(host) && !/^(2001|2002|3fff):/.test(host) : ip4 && !isPrivate;\n")
-	fmt.Fprintf(&b, "\tvar isNobodys = ip6 ? /^(::$|fe[89ab]|ff)/.test(host) : %s;\n", withinAny(notLocal))
-	b.WriteString("\tvar isNear = !ip4 && !ip6 && host.indexOf(\".\") < 0 || below(\"localhost\") || below(\"local\");\n")
-	b.WriteString("\tif (host == own) return \"DIRECT\";\n")
 	for _, name := range h.Hosts {
-		fmt.Fprintf(&b, "\tif (host == %s) return \"DIRECT\";\n", quote(strings.ToLower(name)))
+		fmt.Fprintf(&b, "\tif (is(%s)) return \"DIRECT\";\n", quote(strings.ToLower(name)))
 	}
-	switch {
-	case p.reportOnly:
-	case p.ports != nil:
-		fmt.Fprintf(&b, "\tif (!(%s)) return \"DIRECT\";\n", portsCondition(p.ports))
-	default:
-		fmt.Fprintf(&b, "\tif (port == %d) return \"DIRECT\";\n", portSMTP)
+	var direct []string
+	if h.pacDirect != nil {
+		direct = h.pacDirect.conditions()
 	}
-	for _, s := range p.sets {
-		if s.deny && p.reportOnly {
-			continue
-		}
-		conditions, whole := s.conditions()
-		if !s.deny && !whole { // nothing behind it may deny what is missing
-			b.WriteString("\treturn proxy;\n}\n")
-			return b.String()
-		}
-		if len(conditions) == 0 {
-			continue
-		}
-		verdict := "proxy"
-		if s.deny {
-			verdict = `"DIRECT"`
-		}
-		condition := strings.Join(conditions, " || ")
-		if s.ports.high > 0 {
-			condition = portsCondition([]portRange{s.ports}) + " && (" + condition + ")"
-		}
-		fmt.Fprintf(&b, "\tif (%s) return %s;\n", condition, verdict)
+	for _, condition := range append(direct, closedConditions(h.dialer.policy.sets)...) {
+		fmt.Fprintf(&b, "\tif (%s) return \"DIRECT\";\n", condition)
 	}
-	b.WriteString("\treturn isPrivate || isNear ? \"DIRECT\" : proxy;\n}\n")
+	b.WriteString("\treturn proxy;\n}\n")
 	return b.String()
+}
+
+// closedConditions are true of what is closed by default, as far as a browser
+// can tell, but for classes of which a rule allows something.
+func closedConditions(sets []*ruleSet) (list []string) {
+	allowed := func(condition func(*ruleSet) bool) bool {
+		return slices.ContainsFunc(sets, func(s *ruleSet) bool { return !s.deny && condition(s) })
+	}
+	for _, class := range slices.Concat(slices.Collect(notPublic.AllSorted4()), closedIPv6) {
+		if !allowed(func(s *ruleSet) bool {
+			return len(s.sources) > 0 || s.prefixes.OverlapsPrefix(class) || s.private && !notLocal.LookupPrefix(class)
+		}) {
+			list = append(list, prefixCondition(class))
+		}
+	}
+	named := func(condition func(name string) bool) bool {
+		return allowed(func(s *ruleSet) bool {
+			for name := range s.names {
+				if condition(name) {
+					return true
+				}
+			}
+			for name := range s.domains {
+				if condition("*." + name) {
+					return true
+				}
+			}
+			return false
+		})
+	}
+	for _, class := range [...]struct {
+		condition string
+		contains  func(name string) bool
+	}{
+		{`is("localhost")`, func(name string) bool { return name == "localhost" }},
+		{`!ip4 && !ip6 && !is("localhost") && host.indexOf(".") < 0`, func(name string) bool { return name != "localhost" && !strings.Contains(name, ".") }},
+		{`below("localhost")`, func(name string) bool { return strings.HasSuffix(name, ".localhost") }},
+		{`below("local")`, func(name string) bool { return strings.HasSuffix(name, ".local") }},
+	} {
+		if !named(class.contains) {
+			list = append(list, class.condition)
+		}
+	}
+	return list
+}
+
+// closedIPv6 are the ranges of IPv6 that users know as private.
+var closedIPv6 = []netip.Prefix{
+	netip.MustParsePrefix("::/128"), netip.MustParsePrefix("::1/128"), netip.MustParsePrefix("2001:db8::/32"),
+	netip.MustParsePrefix("fc00::/7"), netip.MustParsePrefix("fe80::/10"), netip.MustParsePrefix("fec0::/10"), netip.MustParsePrefix("ff00::/8"),
 }
 
 // quote writes a string for JavaScript.
@@ -115,68 +145,35 @@ func quote(s string) string {
 	return string(b)
 }
 
-func portsCondition(ports []portRange) string {
-	conditions := make([]string, len(ports))
-	for i, p := range ports {
-		conditions[i] = fmt.Sprintf("port >= %d && port <= %d", p.low, p.high)
-	}
-	return strings.Join(conditions, " || ")
-}
-
-// maxPACConditions bounds what of a set with thousands of entries goes into the
-// script.
-const maxPACConditions = 1000
-
-// conditions says what a set is about, as far as a browser can tell, and whether
-// that is all of it. What cannot be said of a set that denies is left out; one
-// that allows has too much instead.
-func (s *ruleSet) conditions() (list []string, whole bool) {
-	switch {
-	case s.all && s.deny:
-		return []string{"true"}, true
-	case s.all:
-		list = append(list, "!ip4 && !ip6 && !isNear") // does not open what is private
-	}
-	if s.private && s.deny {
-		list = append(list, "isPrivate")
-	} else if s.private {
-		list = append(list, "!isNobodys && (isPrivate || ip6 && !isPublic)")
-	}
-	if s.public && s.deny {
-		list = append(list, "isPublic")
-	} else if s.public {
-		list = append(list, "isPublic || ip6 && !isPrivate")
-	}
-	if !s.deny && len(s.sources) > 0 {
-		list = append(list, "ip4 || ip6")
-	} else if !s.deny && s.prefixes.Size6() > 0 {
-		list = append(list, "ip6")
-	}
-	var names []string
+// conditions are true of what is in the set, which has no ports.
+func (s *ruleSet) conditions() (list []string) {
 	for name := range s.names {
-		names = append(names, "host == "+quote(name))
+		list = append(list, "is("+quote(name)+")")
 	}
 	for name := range s.domains {
-		names = append(names, "below("+quote(name)+")")
+		list = append(list, "below("+quote(name)+")")
 	}
-	for prefix := range s.prefixes.All4() {
-		names = append(names, prefixCondition(prefix))
+	for prefix := range s.prefixes.All() {
+		list = append(list, prefixCondition(prefix))
 	}
-	slices.Sort(names)
-	n := min(len(names), maxPACConditions)
-	return append(list, names[:n]...), n == len(names)
+	slices.Sort(list)
+	return list
 }
 
+// prefixCondition is true of an address in a range.
 func prefixCondition(prefix netip.Prefix) string {
+	if prefix.Addr().Is6() {
+		return fmt.Sprintf("within6(%q, %d)", prefix.Addr(), prefix.Bits())
+	}
 	mask := uint32(0xffffffff) << (32 - prefix.Bits())
 	return fmt.Sprintf("within(%q, \"%d.%d.%d.%d\")", prefix.Addr(), byte(mask>>24), byte(mask>>16), byte(mask>>8), byte(mask))
 }
 
-// withinAny is true of an IPv4 address in one of the table's ranges.
-func withinAny(table *bart.Lite) string {
-	var conditions []string
-	for prefix := range table.AllSorted4() {
-		conditions = append(conditions, prefixCondition(prefix))
+// newPACDirect reads the destinations that browsers reach directly.
+func newPACDirect(texts []string) (*ruleSet, error) {
+	s, err := newDirectSet(texts)
+	if err == nil && (s.all || s.public || s.private) {
+		err = errors.New("all, public and private are no such destinations")
 	}
-	return strings.Join(conditions, " || ")
+	return s, err
 }

@@ -10,8 +10,6 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 
@@ -50,59 +48,88 @@ func pacRuntime(t *testing.T, script string) func(url, host string) string {
 	}
 }
 
+// The script sends browsers past the proxy only to what it closes by default and
+// to what the operator lists. What rules deny is the proxy's to refuse.
 func TestPAC(t *testing.T) {
-	many := filepath.Join(t.TempDir(), "many")
-	var lines strings.Builder
-	for i := range 2 * maxPACConditions {
-		fmt.Fprintf(&lines, "h%04d.example\n", i)
-	}
-	if err := os.WriteFile(many, []byte(lines.String()), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	const private = "http://10.1.2.3/ http://192.168.1.1/ http://172.16.0.1/ http://100.64.0.1/ http://127.0.0.1/ http://127.1.2.3:80/ http://169.254.169.254/ http://0.0.0.0/ http://[::1]/ http://[fd00::1]/ http://[fe80::1]/ http://[2001:db8::1]/"
+	const near = "http://intranet/ http://localhost/ http://LOCALHOST:8080/ http://a.localhost/ http://printer.local/"
+	const public = "http://example.com/ https://example.com/ http://8.8.8.8/ http://172.32.0.1/ http://[2606:4700::1]/ http://[::ffff:808:808]/ ftp://example.com/ http://example.com:8080/a:25/ http://u@example.com:80/ http://example.com:25/"
 	for _, tc := range []struct {
-		rules, proxied, direct string
+		options, proxied, direct string
 	}{
-		{"", "http://example.com/ https://example.com/ http://8.8.8.8/ http://172.32.0.1/ http://[2606:4700::1]/ ftp://example.com/ http://example.com:8080/a:25/ http://u@example.com:80/",
-			"http://intranet/ http://localhost/ http://LOCALHOST:8080/ http://a.localhost/ http://printer.local/ http://127.0.0.1/ http://127.1.2.3:80/ http://10.1.2.3/ http://192.168.1.1/ http://172.16.0.1/ http://169.254.169.254/ http://100.64.0.1/ http://[::1]/ http://[fd00::1]/ http://[fe80::1]/ http://0.0.0.0/ http://example.com:25/ http://own.example/ http://127.0.0.1:1/"},
-		{"deny ads.example *.ads.test 8.8.8.0/24", "http://x.ads.example/ http://ads.test/ http://8.8.9.1/ http://bads.test/", "http://ads.example/ http://ADS.example/ http://a.b.ads.test/ http://8.8.8.8/ http://ads.example./"},
-		{"allow *.good.test:443 1.1.1.1\ndeny all", "https://a.good.test/ http://a.good.test:443/ http://1.1.1.1/", "http://a.good.test/ https://good.test/ https://example.com/ http://8.8.8.8/"},
-		{"allow 10.0.0.0/8", "http://10.1.2.3/ http://example.com/", "http://192.168.1.1/"},
-		{"allow private", "http://10.1.2.3/ http://192.168.1.1/", "http://intranet/"},
-		{"deny public", "http://example.com/", "http://8.8.8.8/"},
-		{"allow all", "http://example.com/ http://8.8.8.8/", "http://10.1.2.3/"},
-		{"ports 80 443 8000-8999", "http://example.com/ https://example.com/ http://example.com:8500/", "http://example.com:9000/ http://example.com:22/ https://example.com:25/"},
-		{"deny all:8080", "http://example.com/", "http://example.com:8080/"},
-		// What is allowed is the proxy's, though it would go DIRECT otherwise, and
-		// though not all of a rule can be said.
-		{"allow intranet printer.local app.localhost", "http://intranet/ http://printer.local/ http://app.localhost/", "http://extranet/ http://scanner.local/ http://localhost/"},
-		{"allow all 10.0.0.0/8", "http://example.com/ http://10.1.2.3/", "http://intranet/ http://192.168.1.1/"},
-		{"allow private", "http://[fd00::1]/ http://[2001:db8::1]/ http://[::1]/", "http://169.254.169.254/ http://[fe80::1]/ http://0.0.0.0/"},
-		{"allow public\ndeny all", "http://8.8.8.8/ http://[2606:4700::1]/ http://[2001:4860::1]/", "http://10.1.2.3/ http://[fd00::1]/ http://example.com/"},
-		{"allow [2001:db8::]:80\nallow 2606:4700::/32\ndeny all", "http://[2606:4700::1]/ http://[2001:db8::]/", "http://8.8.8.8/ http://example.com/"},
-		{"allow_from static 8.8.8.0/24\ndeny all", "http://8.8.8.8/", "http://example.com/"},
-		{"allow_file " + many + "\ndeny all", "http://h0001.example/ http://h1999.example/", ""},
-		{"deny_file " + many, "http://example.com/", "http://h0001.example/"},
-		{"report_only rules\nports 443\ndeny ads.example", "http://ads.example/ http://example.com:25/", "http://10.1.2.3/"},
-		{"report_only rules\ndeny all\nallow 10.1.0.0/16", "http://10.1.2.3/", "http://10.2.2.3/"},
+		{"", public, private + " " + near + " http://own.example/ http://127.0.0.1:1/"},
+		// Rules that deny, and ports, open no way around the proxy.
+		{"deny ads.example *.ads.test 8.8.8.0/24", public + " http://ads.example/ http://a.ads.test/ http://8.8.8.8/", private + " " + near},
+		{"allow *.good.test:443 1.1.1.1\ndeny all", public + " https://a.good.test/ http://a.good.test/", private + " " + near},
+		{"deny public", public, private + " " + near},
+		{"deny private", public, private + " " + near},
+		{"ports 80 443", public + " http://example.com:9000/ http://example.com:22/", private + " " + near},
+		{"deny all:8080", public, private + " " + near},
+		{"report_only rules\nports 443\ndeny all", public, private + " " + near},
+		// Where a rule opens some of what is closed by default, the proxy gets all of
+		// its class: only it knows the rules.
+		{"allow 10.1.0.0/16", public + " http://10.1.2.3/ http://10.2.2.3/", "http://192.168.1.1/ http://127.0.0.1/ http://[fd00::1]/ " + near},
+		{"allow intern.example.com 127.0.0.1\ndeny all", public + " http://news.example.org/ http://127.0.0.1/", "http://10.1.2.3/ " + near},
+		{"allow fd12::/16", public + " http://[fd12::1]/ http://[fd00::1]/", "http://10.1.2.3/ http://[fe80::1]/ http://[::1]/ " + near},
+		{"allow private", public + " http://10.1.2.3/ http://192.168.1.1/ http://[fd00::1]/ http://[2001:db8::1]/ http://[::1]/", "http://169.254.169.254/ http://[fe80::1]/ http://0.0.0.0/ " + near},
+		{"allow_from static 10.0.0.0/8", public + " http://10.1.2.3/ http://192.168.1.1/", near},
+		{"allow intranet\ndeny all", public + " http://intranet/ http://extranet/", private + " http://localhost/ http://a.localhost/ http://printer.local/"},
+		{"allow printer.local app.localhost\ndeny all", public + " http://printer.local/ http://scanner.local/ http://app.localhost/", private + " http://intranet/ http://localhost/"},
+		{"allow *.local localhost\ndeny all", public + " http://printer.local/ http://localhost/", private + " http://intranet/ http://a.localhost/"},
+		{"allow all 10.0.0.0/8\ndeny ads.example", public + " http://10.1.2.3/", "http://192.168.1.1/ " + near},
+		// What the operator lists comes first.
+		{"serve_pac {\ndirect *.corp.example WIKI.example 8.8.8.0/24 [2606:4700::]\ndirect 2001:4860::/32\n}\ndeny all",
+			"http://corp.example/ http://x.wiki.example/ http://8.8.9.1/ http://[2606:4700::1]/ http://xcorp.example/ http://[2001:4861::1]/ http://example.com/",
+			"http://a.corp.example/ https://A.B.corp.example/ http://wiki.example/ http://wiki.example./ http://8.8.8.8/ http://[2606:4700::]/ http://[2001:4860:1:2:3:4:5:6]/ http://[2001:4860::]/ " + private + " " + near},
+		{"serve_pac {\ndirect 10.1.0.0/16\n}\nallow 10.0.0.0/8", "http://10.2.2.3/", "http://10.1.2.3/"},
+		{"serve_pac {\ndirect private_ranges\n}\nallow private", "http://169.254.1.1.example/", "http://10.2.2.3/ http://[fd00::1]/"},
 	} {
-		w := newWorld(t, "serve_pac\nhosts own.example\n"+tc.rules, nil)
+		options := tc.options
+		if !strings.Contains(options, "serve_pac") {
+			options = "serve_pac\n" + options
+		}
+		w := newWorld(t, "hosts own.example\n"+options, nil)
 		conn := w.dial()
-		conn.send("GET /proxy.pac HTTP/1.1\nHost: " + w.proxy + "\n\n")
+		conn.send("GET /proxy.pac HTTP/1.1\nHost: proxy.example:8080\n\n")
 		res, script := conn.response(http.MethodGet)
 		if res.StatusCode != http.StatusOK || res.Header.Get("Content-Type") != "application/x-ns-proxy-autoconfig" {
 			t.Fatalf("%s, Content-Type %q", res.Status, res.Header.Get("Content-Type"))
 		}
 		find := pacRuntime(t, script)
 		for url := range strings.FieldsSeq(tc.proxied) {
-			if got, want := find(url, pacHost(url)), "PROXY "+w.proxy; got != want {
-				t.Errorf("%q: %s: %s, want %s", tc.rules, url, got, want)
+			if got, want := find(url, pacHost(url)), "PROXY proxy.example:8080"; got != want {
+				t.Errorf("%q: %s: %s, want %s", tc.options, url, got, want)
 			}
 		}
 		for url := range strings.FieldsSeq(tc.direct) {
 			if got := find(url, pacHost(url)); got != "DIRECT" {
-				t.Errorf("%q: %s: %s, want DIRECT", tc.rules, url, got)
+				t.Errorf("%q: %s: %s, want DIRECT", tc.options, url, got)
 			}
 		}
+	}
+}
+
+// Anybody may read the script, so it tells nothing of the rules.
+func TestPACHoldsNoRules(t *testing.T) {
+	w := newWorld(t, "serve_pac", nil)
+	script := func() string {
+		conn := w.dial()
+		conn.send("GET /proxy.pac HTTP/1.1\nHost: " + w.proxy + "\n\n")
+		_, script := conn.response(http.MethodGet)
+		return script
+	}
+	without := script()
+	for _, rules := range []string{
+		"deny secret.example *.secret.test 8.8.8.0/24", "allow secret.example 1.1.1.1:443\ndeny all", "ports 4711", "deny 10.1.2.0/24",
+	} {
+		w.load(w.site("serve_pac\n" + rules))
+		if got := script(); got != without {
+			t.Errorf("%q: the script is\n%s\nand without rules\n%s", rules, got, without)
+		}
+	}
+	w.load(w.site("serve_pac\nallow 10.1.2.0/24 secret secret.local\ndeny all"))
+	if got := script(); strings.Contains(got, "10.1.2") || strings.Contains(got, "secret") {
+		t.Errorf("the script is\n%s", got)
 	}
 }
 

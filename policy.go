@@ -74,6 +74,18 @@ func parsePorts(s string) (portRange, error) {
 	return portRange{uint16(low), uint16(high)}, nil
 }
 
+// parsePortList reads the ports of an option.
+func parsePortList(option string, texts []string) (list []portRange, err error) {
+	for _, text := range texts {
+		ports, err := parsePorts(text)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", option, err)
+		}
+		list = append(list, ports)
+	}
+	return list, nil
+}
+
 // target is where a client wants to go: a host as it was asked for, and a port.
 type target struct {
 	name string     // in lower case, without a dot at the end; "" for an address

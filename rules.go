@@ -109,8 +109,9 @@ func parsePrefix(s string) (netip.Prefix, error) {
 	return prefix.Masked(), err
 }
 
-// newRuleSets reads rules.
-func newRuleSets(ctx caddy.Context, rules []Rule) ([]*ruleSet, error) {
+// newRuleSets reads rules, whose sources load makes. The check looks at each
+// destination.
+func newRuleSets(rules []Rule, load func(*Rule) (*rangeSource, error), check *ruleCheck) ([]*ruleSet, error) {
 	var sets []*ruleSet
 	first := 0 // of the neighbours with the action of the current rule
 	for i := range rules {
@@ -135,37 +136,59 @@ func newRuleSets(ctx caddy.Context, rules []Rule) ([]*ruleSet, error) {
 			sets = append(sets, s)
 			return s
 		}
-		add := func(texts []string) error {
-			for _, text := range texts {
-				for _, text := range expandRanges(text) {
-					d, err := parseDestination(text)
-					if err != nil {
-						return err
-					}
-					set(d.ports).add(d)
+		// The destinations of a rule are compared with the rules before it, and
+		// not among each other.
+		before := len(check.noted)
+		note := func(text string, file bool) error {
+			for _, expanded := range expandRanges(text) {
+				d, err := parseDestination(expanded)
+				if err != nil {
+					return err
 				}
+				check.note(sets, listedDestination{rule: i, text: text, dest: d, file: file}, deny)
 			}
 			return nil
 		}
-		if err := add(rule.Destinations); err != nil {
-			return nil, fmt.Errorf("%s: %w", rule.Action, err)
-		}
-		for _, file := range rule.Files {
-			if err := readList(file, func(text string) error { return add([]string{text}) }); err != nil {
+		for _, text := range rule.Destinations {
+			if err := note(text, false); err != nil {
 				return nil, fmt.Errorf("%s: %w", rule.Action, err)
 			}
 		}
-		if rule.SourceRaw != nil {
-			module, err := ctx.LoadModule(rule, "SourceRaw")
+		for _, file := range rule.Files {
+			err := readList(file, func(text string) error { return note(text, true) })
+			if check.unreadable(err) {
+				continue
+			}
 			if err != nil {
 				return nil, fmt.Errorf("%s: %w", rule.Action, err)
 			}
-			source := &rangeSource{name: string(module.(caddy.Module).CaddyModule().ID), source: module.(caddyhttp.IPRangeSource)}
+		}
+		for j := range check.noted[before:] {
+			l := &check.noted[before+j]
+			l.set = set(l.dest.ports)
+			l.set.add(l.dest)
+		}
+		if rule.SourceRaw != nil {
+			source, err := load(rule)
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", rule.Action, err)
+			}
 			s := set(portRange{})
 			s.sources = append(s.sources, source)
 		}
 	}
 	return sets, nil
+}
+
+// loadSource makes the source of a rule.
+func loadSource(ctx caddy.Context) func(*Rule) (*rangeSource, error) {
+	return func(rule *Rule) (*rangeSource, error) {
+		module, err := ctx.LoadModule(rule, "SourceRaw")
+		if err != nil {
+			return nil, err
+		}
+		return &rangeSource{name: string(module.(caddy.Module).CaddyModule().ID), source: module.(caddyhttp.IPRangeSource)}, nil
+	}
 }
 
 // newDirectSet makes a set of destinations for all ports.

@@ -118,6 +118,7 @@ func (h *Handler) settings() []setting {
 		pac = "off"
 	}
 	add("serve_pac", pac, "off")
+	add("serve_pac direct", words(h.PACDirect), "none")
 	return list
 }
 

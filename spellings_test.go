@@ -335,7 +335,7 @@ func TestNearbyAddresses(t *testing.T) {
 		"8.8.8.8 [2606:4700::1111] [2002:808:808::1] [64:ff9b::808:808] public.test", "1.1.1.1"
 	for _, tc := range []struct{ rules, lines, open, denied string }{
 		{"", policyRemote, elsewhere, own + " " + network},
-		{"allow public", policyRemote, elsewhere, own + " " + network},
+		{"allow public\ndeny all:1", policyRemote, elsewhere, own + " " + network},
 		{"allow private", policyRemote, own + " " + network + " " + elsewhere, ""},
 		{"allow 8.8.8.0/24", policyRemote, "8.8.8.1 8.8.8.8 1.1.1.1", "[2606:4700::1] [2606:4700::1111]"},
 		{"allow 2000::/3", policyRemote, "[2606:4700::1]", "[2002:808:808::1] 8.8.8.8"},

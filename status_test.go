@@ -186,7 +186,7 @@ func TestStatusOrder(t *testing.T) {
 		reverse_proxy 127.0.0.1:1
 		async_proxy_status /status*
 		basic_auth {
-			bob $2a$14$Zkx19XLiW6VYouLHR5NmfOFU0z2GTNmpkT/5qqR7hx4IjWJPDhjvG
+			bob $2a$04$L3tYy4Xp5LAaG0jL6YbCaeF2TPXqQVbEs6EY68eOAKjBjzLWbN.oi
 		}
 		async_proxy
 	}`) {
@@ -681,7 +681,7 @@ func TestActionsWithoutAHostAreWarnedAbout(t *testing.T) {
 		"an address":              {"http://127.0.0.1:PORT {\n" + status + "\n}", 0},
 		"a host and all others":   {"http://localhost:PORT, http://:PORT {\n" + status + "\n}", 1},
 		"a matcher of hosts":      {"http://:PORT {\n@own host localhost\nroute @own {\n" + status + "\n}\n}", 0},
-		"no host, with passwords": {"http://:PORT {\nbasic_auth {\nbob $2a$14$Zkx19XLiW6VYouLHR5NmfOFU0z2GTNmpkT/5qqR7hx4IjWJPDhjvG\n}\n" + status + "\n}", 0},
+		"no host, with passwords": {"http://:PORT {\nbasic_auth {\nbob $2a$04$L3tYy4Xp5LAaG0jL6YbCaeF2TPXqQVbEs6EY68eOAKjBjzLWbN.oi\n}\n" + status + "\n}", 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			w.forgetLogs()

@@ -1,0 +1,315 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+	"strings"
+
+	"go.uber.org/zap"
+)
+
+// ruleCheck finds rules that do not do what the operator must believe they do:
+// destinations that can never match, and allow rules that change nothing.
+type ruleCheck struct {
+	open      []portRange // the ports that clients may go to
+	skipFiles bool        // files that may not be read here are not an error
+	blind     bool        // there was one, so there may be other rules
+	noted     []listedDestination
+	never     []neverMatch
+}
+
+// listedDestination is a destination of a rule, by its index.
+type listedDestination struct {
+	rule int
+	text string // as the config has it
+	dest destination
+	file bool     // it is from a file
+	dead bool     // it can never match
+	set  *ruleSet // that it is in
+}
+
+// neverMatch is about destinations of a rule that can never match, for one
+// reason.
+type neverMatch struct {
+	rule  int
+	texts []string // the first of them
+	count int
+	why   string
+}
+
+// maxRuleTexts bounds how many destinations of a rule a log line lists.
+const maxRuleTexts = 5
+
+// openPorts returns the ports that clients may go to.
+func (p *policy) openPorts() []portRange {
+	if p.ports == nil {
+		return []portRange{{1, portSMTP - 1}, {portSMTP + 1, 65535}}
+	}
+	return p.ports
+}
+
+// note looks at a destination before it joins the sets of the rules before it.
+func (c *ruleCheck) note(sets []*ruleSet, l listedDestination, deny bool) {
+	ports := c.reachable(l.dest.ports)
+	by, byDeny := covering(sets, l.dest, ports)
+	switch {
+	case len(ports) == 0:
+		l.dead = true
+		c.dead(l.rule, l.text, fmt.Sprintf("port %s is closed", l.dest.ports))
+	case by != "":
+		l.dead = true
+		if !l.file || byDeny != deny { // redundant entries of a list from elsewhere are nobody's mistake
+			c.dead(l.rule, l.text, by+" before it decides first")
+		}
+	}
+	c.noted = append(c.noted, l)
+}
+
+// unreadable reports whether a list may not be read by this process, and need
+// not be.
+func (c *ruleCheck) unreadable(err error) bool {
+	skip := c.skipFiles && errors.Is(err, fs.ErrPermission)
+	c.blind = c.blind || skip
+	return skip
+}
+
+func (c *ruleCheck) dead(rule int, text, why string) {
+	i := slices.IndexFunc(c.never, func(n neverMatch) bool { return n.rule == rule && n.why == why })
+	if i < 0 {
+		i = len(c.never)
+		c.never = append(c.never, neverMatch{rule: rule, why: why})
+	}
+	n := &c.never[i]
+	if slices.Contains(n.texts, text) {
+		return // private_ranges stands for several
+	}
+	if n.count++; len(n.texts) < maxRuleTexts {
+		n.texts = append(n.texts, text)
+	}
+}
+
+// reachable returns which of some ports clients may go to.
+func (c *ruleCheck) reachable(ports portRange) (open []portRange) {
+	for _, p := range c.open {
+		if both := (portRange{max(p.low, ports.low), min(p.high, ports.high)}); ports.high == 0 {
+			open = append(open, p)
+		} else if both.low <= both.high {
+			open = append(open, both)
+		}
+	}
+	return open
+}
+
+// covering returns a destination in the sets that decides about all of d, which
+// comes behind them, and whether it denies.
+func covering(sets []*ruleSet, d destination, ports []portRange) (by string, deny bool) {
+	namesAllowed := false
+	for _, s := range sets {
+		what, matches := "", false
+		if s.coversPorts(ports) {
+			if d.isName() {
+				what, matches = s.coversName(d)
+			} else if s.deny && s.all && !namesAllowed {
+				what, matches = "all", true
+			} else {
+				what, matches = s.coversAddresses(d)
+			}
+		}
+		if matches {
+			if s.ports.high > 0 {
+				what += ":" + s.ports.String()
+			}
+			return s.action() + " " + what, s.deny
+		}
+		// deny all does not end the walk for a name that was allowed before:
+		// its addresses are judged by the rules behind it.
+		namesAllowed = namesAllowed || !s.deny && s.aboutNames()
+	}
+	return "", false
+}
+
+func (d destination) isName() bool {
+	return !d.prefix.IsValid() && d.text != "public" && d.text != "private"
+}
+
+func (s *ruleSet) action() string {
+	if s.deny {
+		return "deny"
+	}
+	return "allow"
+}
+
+// aboutNames reports whether the set matches targets by their names.
+func (s *ruleSet) aboutNames() bool { return s.all || len(s.names) > 0 || len(s.domains) > 0 }
+
+func (s *ruleSet) coversPorts(ports []portRange) bool {
+	return !slices.ContainsFunc(ports, func(p portRange) bool {
+		return s.ports.high > 0 && (p.low < s.ports.low || p.high > s.ports.high)
+	})
+}
+
+// coversName returns what of the set matches all that d does, which is a name,
+// all names below one, or all.
+func (s *ruleSet) coversName(d destination) (string, bool) {
+	switch {
+	case s.all:
+		return "all", true
+	case d.text == "all":
+		return "", false
+	case d.below:
+		return s.matchName(target{name: "*." + d.text}) // of which the * stands for any name
+	}
+	return s.matchName(target{name: d.text})
+}
+
+// coversAddresses returns what of the set matches all that d does, which is a
+// range of addresses, public or private.
+func (s *ruleSet) coversAddresses(d destination) (string, bool) {
+	if !d.prefix.IsValid() {
+		return d.text, d.text == "public" && s.public || d.text == "private" && s.private && s.deny
+	}
+	if within, ok := s.prefixes.LookupPrefixLPM(d.prefix); ok {
+		return within.String(), true
+	}
+	if s.public && !notPublic.OverlapsPrefix(d.prefix) && !sixTo.Overlaps(d.prefix) {
+		return "public", true
+	}
+	private := s.private && notPublic.LookupPrefix(d.prefix) && (s.deny || !notLocal.OverlapsPrefix(d.prefix))
+	return "private", private
+}
+
+// opens reports whether a rule that allows d may open what is closed by default.
+func (d destination) opens() bool {
+	return d.text == "private" || d.prefix.IsValid() && notPublic.OverlapsPrefix(d.prefix)
+}
+
+// overrides reports whether an allow rule with the destination lets through what
+// one of the sets behind it would deny. Of files, which may be long, it says so
+// whenever anything is denied there.
+func (l listedDestination) overrides(behind []*ruleSet) bool {
+	if l.file {
+		return slices.ContainsFunc(behind, func(s *ruleSet) bool { return s.deny })
+	}
+	return l.dest.overrides(behind)
+}
+
+func (d destination) overrides(behind []*ruleSet) bool {
+	return slices.ContainsFunc(behind, func(s *ruleSet) bool {
+		if !s.deny || s.ports.high > 0 && d.ports.high > 0 && (s.ports.low > d.ports.high || d.ports.low > s.ports.high) {
+			return false
+		}
+		switch {
+		case s.all, d.text == "all" && s.aboutNames():
+			return true
+		case d.isName():
+			// A name that is allowed does not open the addresses behind it.
+			return d.overlapsNames(s)
+		case s.aboutNames(), len(s.sources) > 0:
+			return true // names resolve to any address
+		}
+		return d.overlapsAddresses(s)
+	})
+}
+
+func (d destination) overlapsNames(s *ruleSet) bool {
+	if _, matches := s.coversName(d); matches || !d.below {
+		return matches
+	}
+	below := func(names map[string]bool) bool {
+		for name := range names {
+			if strings.HasSuffix(name, "."+d.text) {
+				return true
+			}
+		}
+		return false
+	}
+	return below(s.names) || below(s.domains)
+}
+
+func (d destination) overlapsAddresses(s *ruleSet) bool {
+	if d.prefix.IsValid() {
+		return s.prefixes.OverlapsPrefix(d.prefix) || s.private && notPublic.OverlapsPrefix(d.prefix) || s.public && !notPublic.LookupPrefix(d.prefix)
+	}
+	hasRanges := func(inside bool) bool {
+		for p := range s.prefixes.All() {
+			if notPublic.LookupPrefix(p) == inside {
+				return true
+			}
+		}
+		return false
+	}
+	if d.text == "private" {
+		return s.private || hasRanges(true)
+	}
+	return s.public || hasRanges(false)
+}
+
+// useless is an allow rule with destinations that have no effect.
+type useless struct {
+	rule  int
+	texts []string
+	all   bool // the whole rule certainly has none
+}
+
+// useless returns the allow rules that change nothing or have destinations that
+// do, now that all sets are there.
+func (c *ruleCheck) useless(rules []Rule, sets []*ruleSet) (found []useless) {
+	effective := make(map[int]bool) // rules that have an effect, or may have one
+	texts := make(map[int][]string)
+	for _, l := range c.noted {
+		switch {
+		case l.set.deny || l.dead:
+		case l.dest.opens() || l.overrides(sets[slices.Index(sets, l.set)+1:]):
+			effective[l.rule] = true
+		default:
+			// A public address may be in one of this machine's own networks.
+			effective[l.rule] = effective[l.rule] || l.file || l.dest.prefix.IsValid()
+			if list := texts[l.rule]; !slices.Contains(list, l.text) && len(list) < maxRuleTexts {
+				texts[l.rule] = append(list, l.text)
+			}
+		}
+	}
+	for i := range rules {
+		if len(texts[i]) > 0 && !c.blind {
+			found = append(found, useless{i, texts[i], !effective[i] && rules[i].SourceRaw == nil})
+		}
+	}
+	return found
+}
+
+// text says what is wrong and how to mean it.
+func (u useless) text() string {
+	cure := "for an allow-list, add `deny all` after it; otherwise remove it"
+	if slices.Equal(u.texts, []string{"all"}) || slices.Equal(u.texts, []string{"public"}) {
+		cure = "remove it; to open private addresses, write `allow private`"
+	}
+	has := "has"
+	if len(u.texts) > 1 {
+		has = "have"
+	}
+	return fmt.Sprintf("%s %s no effect, because no later rule denies what it allows; %s", strings.Join(u.texts, " "), has, cure)
+}
+
+// report returns an error for the first allow rule that can have no effect, and
+// logs what else is worth a look.
+func (c *ruleCheck) report(rules []Rule, sets []*ruleSet, logger *zap.Logger) error {
+	for _, n := range c.never {
+		what := strings.Join(n.texts, " ")
+		if more := n.count - len(n.texts); more > 0 {
+			what += fmt.Sprintf(" and %d more", more)
+		}
+		logger.Warn("a rule can never match", zap.String("rule", rules[n.rule].Action+" "+what), zap.String("why", n.why))
+	}
+	for _, u := range c.useless(rules, sets) {
+		if u.all {
+			return fmt.Errorf("rules[%d]: allow: %s", u.rule, u.text())
+		}
+		logger.Warn("a rule has no effect", zap.String("rule", "allow "+strings.Join(u.texts, " ")), zap.String("why", u.text()))
+	}
+	return nil
+}
