@@ -130,6 +130,9 @@ func (c *clientConn) serve() (t *tunnel) {
 		}
 		c.stopWatch() // reads from c.r
 		c.gone()
+		if !kept {
+			releaseClient(c.TCPConn)
+		}
 		if !kept && !c.w.hijacked {
 			_ = c.Close()
 		}
@@ -273,9 +276,11 @@ func (c *clientConn) leave() {
 	case c.isNew:
 		c.listener.handOn(conn)
 	case c.state.Load() == connMoves, bytes.HasPrefix(unread, []byte(http2Preface)): // which net/http would speak, as to a new client
+		releaseClient(c.TCPConn)
 		_ = c.Close()
 	case len(unread) < len(http2Preface): // for the rest of which it would wait
 		_, _ = io.WriteString(c, badRequest)
+		releaseClient(c.TCPConn)
 		_ = c.Close()
 	default:
 		c.listener.handOn(conn)

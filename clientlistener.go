@@ -282,6 +282,7 @@ func (l *clientListener) handOn(conn net.Conn) {
 	select {
 	case l.others <- conn:
 	case <-l.ended:
+		releaseClient(socketOf(conn))
 		_ = conn.Close()
 	}
 }

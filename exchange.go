@@ -30,6 +30,7 @@ type exchange struct {
 	conn    *originConn
 	timeout time.Duration // for the head of the response
 	interim func(status int, header http.Header)
+	binding binding
 
 	stopWatch func() bool // ends the watch for the client's leaving; nil: there is none yet
 	sender    *sender     // of the body, if there is one
@@ -131,8 +132,19 @@ func (out *outgoing) repeatable() bool {
 	return false
 }
 
+// connect returns a connection for the request: one that is bound to the client, if there
+// is one, unless a fresh one is wanted.
+func (x *exchange) connect(out *outgoing, fresh bool) (*originConn, error) {
+	if x.binding.client != nil && !fresh {
+		if conn, err := x.binding.reuse(x.ctx, x.origins); conn != nil || err != nil {
+			return conn, err
+		}
+	}
+	return x.origins.get(x.ctx, out.authority, fresh)
+}
+
 func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
-	conn, err := x.origins.get(x.ctx, out.authority, fresh)
+	conn, err := x.connect(out, fresh)
 	if err != nil {
 		return nil, err
 	}
@@ -265,10 +277,13 @@ func (x *exchange) finish(reusable bool) {
 	}
 	left := x.stopWatch != nil && !x.stopWatch() // the client
 	sent := x.sender == nil || x.sender.stop(x.conn)
-	if reusable && sent && !left {
-		x.origins.put(x.conn)
-	} else {
+	switch {
+	case !reusable || !sent || left:
 		x.conn.discard()
+	case x.binding.login || x.conn.bound != nil:
+		x.binding.keep(x.ctx, x.origins, x.conn)
+	default:
+		x.origins.put(x.conn)
 	}
 	x.conn, x.sender, x.stopWatch = nil, nil, nil
 }

@@ -62,11 +62,12 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 			}
 		}
 	}
-	target, pool := out.authority, h.origins[from.reach]
+	target, pool, binding := out.authority, h.origins[from.reach], newBinding(w, r, out)
 	if scheme == "https" {
 		pool = h.secureOrigins[from.reach]
 		// Only HTTP/1 has upgrades, and an idle connection shows that it is spoken.
-		if len(r.Header["Upgrade"]) == 0 && !pool.has(out.authority) {
+		// The logins of bound connections have no meaning in HTTP/2.
+		if len(r.Header["Upgrade"]) == 0 && !pool.has(out.authority) && !binding.login && !binding.has(pool) {
 			if status, err := h.forwardHTTP2(w, r, out, from); !errors.Is(err, errNoHTTP2) {
 				return status, err
 			}
@@ -100,7 +101,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 	}
 
 	x := &exchange{
-		origins: pool, ctx: r.Context(), timeout: time.Duration(h.ResponseHeaderTimeout),
+		origins: pool, ctx: r.Context(), timeout: time.Duration(h.ResponseHeaderTimeout), binding: binding,
 		interim: func(status int, fields http.Header) { h.passInterim(w, r, status, fields, 1, 1) },
 	}
 	defer x.finish(false)
@@ -113,6 +114,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 		return 0, forwardRefusal(r, err)
 	}
 	metrics.responses.Observe(time.Since(start).Seconds())
+	x.binding.challenged(w, r, res)
 	if res.StatusCode == http.StatusProxyAuthRequired && pool == h.parentOrigins {
 		// Not the client's affair, who has no credentials for the parent.
 		return 0, dialRefusal(r.Context(), &parentError{phase: parentAnswering, status: res.StatusCode, err: errors.New("it asks for credentials")}, r.Host)

@@ -27,14 +27,20 @@ type headWait struct {
 	news    atomic.Int64 // when the origin last told of progress, since epoch; 0: never
 	reused  atomic.Bool  // the connection had served a request before
 
-	mu    sync.Mutex
-	timer *time.Timer // nil: the wait is over
+	mu        sync.Mutex
+	timer     *time.Timer // nil: the wait is over
+	conn      *http2Conn  // that the request was sent on last; nil: none so far
+	stopWatch func()      // ends the watch over conn
 }
+
+// headWaitKey is for the context of a request, in which the pool of connections finds
+// its headWait.
+type headWaitKey struct{}
 
 // newHeadWait begins to wait when there is a connection. A timeout <= 0 is none.
 func newHeadWait(ctx context.Context, timeout time.Duration) *headWait {
 	w := &headWait{timeout: timeout}
-	w.ctx, w.cancel = context.WithCancelCause(ctx)
+	w.ctx, w.cancel = context.WithCancelCause(context.WithValue(ctx, headWaitKey{}, w))
 	if timeout > 0 {
 		w.mu.Lock()
 		defer w.mu.Unlock()
@@ -46,6 +52,38 @@ func newHeadWait(ctx context.Context, timeout time.Duration) *headWait {
 func (w *headWait) connected(info httptrace.GotConnInfo) {
 	w.reused.Store(info.Reused)
 	w.due.CompareAndSwap(0, sinceEpoch(time.Now()))
+}
+
+// watch has a connection watched over, on which the request is about to be sent.
+func (w *headWait) watch(conn *http2Conn) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.endWatch()
+	w.closeSingle()
+	w.conn, w.stopWatch = conn, conn.watch()
+}
+
+// closeSingle closes a connection that is for this request alone. The caller holds mu.
+func (w *headWait) closeSingle() {
+	if w.conn != nil && w.conn.single {
+		_ = w.conn.Close()
+	}
+}
+
+// endWatch ends the watch over the connection, if there is one. The caller holds mu.
+func (w *headWait) endWatch() {
+	if w.stopWatch != nil {
+		w.stopWatch()
+		w.stopWatch = nil
+	}
+}
+
+// lost reports whether the origin has died without a word, so that the connection was
+// closed.
+func (w *headWait) lost() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.conn != nil && w.conn.lost.Load()
 }
 
 // turn notes whose turn it is.
@@ -97,8 +135,11 @@ func (w *headWait) look() {
 func (w *headWait) over() bool { return context.Cause(w.ctx) == os.ErrDeadlineExceeded }
 
 // stale reports whether an error is that of a connection that the origin was closing
-// while it was idle.
+// while it was idle, or on which it did not answer any more.
 func (w *headWait) stale(err error) bool {
+	if w.lost() {
+		return w.ctx.Err() == nil
+	}
 	lost := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 	return lost && w.reused.Load() && w.ctx.Err() == nil
 }
@@ -107,6 +148,7 @@ func (w *headWait) stale(err error) bool {
 func (w *headWait) stop() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.endWatch()
 	if w.timer != nil {
 		w.timer.Stop()
 		w.timer = nil
@@ -117,4 +159,7 @@ func (w *headWait) stop() {
 func (w *headWait) end() {
 	w.stop()
 	w.cancel(nil)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.closeSingle()
 }

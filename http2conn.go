@@ -6,6 +6,7 @@ package asyncproxy
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"net"
 	"net/http"
 	"sync"
@@ -27,6 +28,7 @@ type http2Conn struct {
 	times   pingTimes
 	pinging sync.Mutex  // held while a ping waits for its answer
 	lost    atomic.Bool // the server did not answer, and the connection was closed
+	single  bool        // for one request alone, which closes it
 }
 
 // pingTimes says when an HTTP/2 server counts as dead.
@@ -62,14 +64,23 @@ func newHTTP2Transport(pool http2.ClientConnPool, settings *http.Transport) (*ht
 // newHTTP2Conn starts HTTP/2 on conn, for which TLS has agreed on it. It closes conn if
 // that fails.
 func newHTTP2Conn(t *http2.Transport, conn *tls.Conn, times pingTimes) (*http2Conn, error) {
-	c := &http2Conn{conn: &observedConn{Conn: conn}, socket: newConnPeer(conn).tcp, times: times}
+	observed := &observedConn{Conn: conn}
+	return startHTTP2(t, observed, observed, times)
+}
+
+// startHTTP2 is newHTTP2Conn with something that reads from observed in between.
+func startHTTP2(t *http2.Transport, observed *observedConn, conn net.Conn, times pingTimes) (*http2Conn, error) {
+	c := &http2Conn{conn: observed, socket: newConnPeer(observed.Conn).tcp, times: times}
 	var err error
-	if c.ClientConn, err = t.NewClientConn(c.conn); err != nil {
-		_ = conn.Close()
+	if c.ClientConn, err = t.NewClientConn(conn); err != nil {
+		_ = observed.Close()
 		return nil, err
 	}
 	return c, nil
 }
+
+// errServerSilent reports that a connection was closed since the server did not answer.
+var errServerSilent = errors.New("the server does not answer on its connection")
 
 // observedConn notes when something was last read.
 type observedConn struct {

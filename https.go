@@ -4,12 +4,9 @@
 package asyncproxy
 
 import (
-	"context"
-	"crypto/tls"
 	"errors"
 	"io"
 	"maps"
-	"net"
 	"net/http"
 	"net/http/httptrace"
 	"net/url"
@@ -18,42 +15,6 @@ import (
 	"sync/atomic"
 	"time"
 )
-
-// newTransport makes the way to https origins that speak HTTP/2, for clients of
-// one reach. A connection to one that does not goes to http1, and the request fails
-// with errNoHTTP2, to be sent there. How long a response may take is a headWait's to
-// say.
-func newTransport(dial dialFunc, http1 *origins) *http.Transport {
-	dial = overTLS(dial, "h2", "http/1.1")
-	t := &http.Transport{
-		DialTLSContext: func(ctx context.Context, _, address string) (net.Conn, error) {
-			conn, err := dial(ctx, address)
-			if err != nil {
-				return nil, asDialError(err)
-			}
-			if conn.(*tls.Conn).ConnectionState().NegotiatedProtocol != "h2" {
-				http1.keep(&originConn{Conn: conn, authority: address, fresh: true})
-				return nil, errNoHTTP2
-			}
-			return conn, nil
-		},
-		Protocols: new(http.Protocols),
-		// What is not asked for is not added, such as compression, and the
-		// environment has no say in where requests go.
-		Proxy:              nil,
-		DisableCompression: true,
-
-		ExpectContinueTimeout:  continueTimeout,
-		MaxResponseHeaderBytes: maxHead,
-		MaxIdleConns:           maxIdleOrigins,
-		IdleConnTimeout:        maxIdleTime,
-	}
-	t.Protocols.SetHTTP2(true)
-	return t
-}
-
-// errNoHTTP2 is of a connection to something that does not speak HTTP/2.
-var errNoHTTP2 = errors.New("HTTP/2 is not spoken there")
 
 // forwardHTTP2 is forward for an https origin that may speak HTTP/2. If it does
 // not, the error is errNoHTTP2, and the body has not been touched.
@@ -95,9 +56,9 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 		out.Header["User-Agent"] = nil // else Go puts its own
 	}
 	start := time.Now()
-	res, err := h.upstreams[from.reach].RoundTrip(out)
+	res, err := h.upstreams[from.reach].transport.RoundTrip(out)
 	if err != nil && wait.stale(err) && o.repeatable() && !interim.any() {
-		res, err = h.upstreams[from.reach].RoundTrip(out)
+		res, err = h.upstreams[from.reach].transport.RoundTrip(out)
 	}
 	interim.end()
 	if errors.Is(err, errNoHTTP2) {
@@ -110,6 +71,8 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 			err = os.ErrDeadlineExceeded
 		} else if wrong := interim.error(); wrong != nil {
 			err = wrong
+		} else if wait.lost() {
+			err = errServerSilent
 		} else if strings.Contains(err.Error(), "response header list larger") { // it has no type
 			err = errHeadTooLarge
 		}

@@ -224,7 +224,7 @@ type Handler struct {
 	dialer    *dialer
 	tunnels   *registry
 	origins   [reaches]*origins
-	upstreams [reaches]*http.Transport // to https origins that speak HTTP/2
+	upstreams [reaches]*http2Origins // to https origins that speak HTTP/2
 
 	secureOrigins [reaches]*origins // to those that do not, and for upgrades
 	parentOrigins *origins          // to the parent, for requests; nil: it takes none
@@ -322,12 +322,14 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 			return conn, err
 		}
 		h.origins[r], h.secureOrigins[r] = newOrigins(dial), newOrigins(overTLS(dial, "http/1.1"))
-		h.upstreams[r] = newTransport(dial, h.secureOrigins[r])
-		if h.dialer.policy.changing {
-			recheck := func(ctx context.Context, c *originConn) error { return h.dialer.again(ctx, r, c.authority, c.Conn) }
-			h.origins[r].recheck, h.secureOrigins[r].recheck = recheck, recheck
-			h.upstreams[r].DisableKeepAlives = true // there is no way to judge a connection that it keeps
+		if h.upstreams[r], err = newHTTP2Origins(dial, h.secureOrigins[r]); err != nil {
+			return err
 		}
+		recheck := func(ctx context.Context, authority string, conn net.Conn, to netip.AddrPort) error {
+			return h.judgeAgain(ctx, r, authority, conn, to)
+		}
+		recheckConn := func(ctx context.Context, c *originConn) error { return recheck(ctx, c.authority, c.Conn, c.to) }
+		h.origins[r].recheck, h.secureOrigins[r].recheck, h.upstreams[r].recheck = recheckConn, recheckConn, recheck
 	}
 	if err := h.validateTunnels(); err != nil {
 		return err
@@ -360,7 +362,7 @@ func (h *Handler) Cleanup() error {
 		if h.origins[r] != nil {
 			h.origins[r].close()
 			h.secureOrigins[r].close()
-			h.upstreams[r].CloseIdleConnections()
+			h.upstreams[r].close()
 		}
 	}
 	if h.parentOrigins != nil {
@@ -432,11 +434,22 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 	return nil
 }
 
+// judgeAgain judges a connection that was opened for another request of a client of reach
+// r. Verdicts stay the same unless the rules can change, or the connection leads to this
+// machine (then to is valid), where a listener that no client may reach may have opened.
+func (h *Handler) judgeAgain(ctx context.Context, r reach, authority string, conn net.Conn, to netip.AddrPort) error {
+	p := h.dialer.policy
+	if p.changing || to.IsValid() && p.own != nil && p.own(to) {
+		return h.dialer.again(ctx, r, authority, conn)
+	}
+	return nil
+}
+
 // idleConnections returns how many connections wait for another request.
 func (h *Handler) idleConnections() int {
 	n := 0
 	for r := range reaches {
-		n += int(h.origins[r].count.Load() + h.secureOrigins[r].count.Load())
+		n += int(h.origins[r].count.Load()+h.secureOrigins[r].count.Load()) + h.upstreams[r].count()
 	}
 	if h.parentOrigins != nil {
 		n += int(h.parentOrigins.count.Load())

@@ -5,10 +5,12 @@ package asyncproxy
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
 	"net"
+	"net/netip"
 	"os"
 	"slices"
 	"strings"
@@ -37,7 +39,7 @@ type origins struct {
 	dial    dialFunc
 	recheck func(context.Context, *originConn) error // judges a connection that is used again; may be nil
 
-	idle     *xsync.Map[string, []*originConn] // by authority; the last used last
+	idle     *xsync.Map[string, []*originConn] // by key; the last used last
 	count    atomic.Int64
 	sweeping atomic.Bool // sweepIdle will be called
 	over     atomic.Bool // close was called
@@ -49,10 +51,13 @@ type originConn struct {
 	net.Conn
 	r         *bufio.Reader // nil while it is idle
 	authority string
-	fresh     bool      // it has served none yet
-	reused    bool      // it was idle before
-	idleSince time.Time // when it was put back
-	deadline  time.Time // that is set for reading
+	key       string         // under which it is kept while it is idle; "": its authority
+	bound     *boundClient   // the client's connection that alone may use it; nil: any
+	to        netip.AddrPort // the other end, if it is this machine
+	fresh     bool           // it has served none yet
+	reused    bool           // it was idle before
+	idleSince time.Time      // when it was put back
+	deadline  time.Time      // that is set for reading
 }
 
 // readers are the buffers of busy connections. A response that fits into one,
@@ -69,10 +74,42 @@ func newOrigins(dial dialFunc) *origins {
 // get returns an idle connection to authority, a host and a port, or opens one.
 // With fresh it opens one in any case.
 func (o *origins) get(ctx context.Context, authority string, fresh bool) (*originConn, error) {
-	for !fresh {
-		c := o.takeIdle(authority)
+	if !fresh {
+		if c, err := o.reuse(ctx, authority); c != nil || err != nil {
+			return c, err
+		}
+	}
+	conn, err := o.dial(ctx, authority)
+	if err != nil {
+		return nil, asDialError(err)
+	}
+	c := newOriginConn(conn, authority)
+	c.r = readers.Get().(*bufio.Reader)
+	c.r.Reset(conn)
+	return c, nil
+}
+
+// newOriginConn makes a connection that was dialled one of a pool.
+func newOriginConn(conn net.Conn, authority string) *originConn {
+	return &originConn{Conn: conn, authority: authority, to: endHere(conn)}
+}
+
+// endHere returns the other end of a connection to this machine, and nothing valid for
+// one to another machine.
+func endHere(conn net.Conn) netip.AddrPort {
+	to := addrPort(conn.RemoteAddr())
+	if ip := to.Addr(); !ip.IsValid() || !ip.IsLoopback() && !isOwnAddress(ip) {
+		return netip.AddrPort{}
+	}
+	return to
+}
+
+// reuse returns an idle connection that is kept under key; nil if there is none.
+func (o *origins) reuse(ctx context.Context, key string) (*originConn, error) {
+	for {
+		c := o.takeIdle(key)
 		if c == nil {
-			break
+			return nil, nil
 		}
 		// An origin closes idle connections when it likes, and one that has sent
 		// something since would have it taken for the answer to this request.
@@ -90,13 +127,6 @@ func (o *origins) get(ctx context.Context, authority string, fresh bool) (*origi
 		}
 		_ = c.Close()
 	}
-	conn, err := o.dial(ctx, authority)
-	if err != nil {
-		return nil, asDialError(err)
-	}
-	c := &originConn{Conn: conn, authority: authority, r: readers.Get().(*bufio.Reader)}
-	c.r.Reset(conn)
-	return c, nil
 }
 
 // handshakeError is an error after there was a connection.
@@ -130,14 +160,14 @@ func overTLS(dial dialFunc, protocols ...string) dialFunc {
 	}
 }
 
-// has reports whether there is an idle connection to authority.
-func (o *origins) has(authority string) bool {
-	_, ok := o.idle.Load(authority)
+// has reports whether there is an idle connection under key.
+func (o *origins) has(key string) bool {
+	_, ok := o.idle.Load(key)
 	return ok
 }
 
-func (o *origins) takeIdle(authority string) (c *originConn) {
-	o.idle.Compute(authority, func(conns []*originConn, _ bool) ([]*originConn, xsync.ComputeOp) {
+func (o *origins) takeIdle(key string) (c *originConn) {
+	o.idle.Compute(key, func(conns []*originConn, _ bool) ([]*originConn, xsync.ComputeOp) {
 		if len(conns) == 0 {
 			return nil, xsync.CancelOp
 		}
@@ -173,7 +203,7 @@ func (o *origins) keep(c *originConn) {
 		_ = c.Close()
 		return
 	}
-	o.idle.Compute(c.authority, func(conns []*originConn, _ bool) ([]*originConn, xsync.ComputeOp) {
+	o.idle.Compute(cmp.Or(c.key, c.authority), func(conns []*originConn, _ bool) ([]*originConn, xsync.ComputeOp) {
 		return append(conns, c), xsync.UpdateOp
 	})
 	o.sweepLater()
@@ -203,8 +233,8 @@ func (o *origins) sweepIdle() {
 
 func (o *origins) closeIdle(condition func(*originConn) bool) {
 	var closing []*originConn // outside of the map, as the end of TLS may take a while
-	o.idle.Range(func(authority string, _ []*originConn) bool {
-		o.idle.Compute(authority, func(conns []*originConn, _ bool) ([]*originConn, xsync.ComputeOp) {
+	o.idle.Range(func(key string, _ []*originConn) bool {
+		o.idle.Compute(key, func(conns []*originConn, _ bool) ([]*originConn, xsync.ComputeOp) {
 			before := len(closing)
 			conns = slices.DeleteFunc(slices.Clone(conns), func(c *originConn) bool {
 				if !condition(c) {

@@ -119,6 +119,8 @@ func forwardRefusal(r *http.Request, err error) *refusal {
 		return tlsRefusal(err, host)
 	case errors.Is(err, errHeadTooLarge), errors.Is(err, errTooManyFields):
 		return refuse(http.StatusBadGateway, "http_response_header_section_size", err, answered+": %v.", host, err)
+	case errors.Is(err, errServerSilent):
+		return refuse(http.StatusGatewayTimeout, "connection_read_timeout", err, "%s has stopped answering on its connection; try again.", host)
 	case errors.As(err, &timeout) && timeout.Timeout():
 		return refuse(http.StatusGatewayTimeout, "http_response_timeout", err, "%s did not answer in time.", host)
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):

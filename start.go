@@ -34,6 +34,8 @@ func (h *Handler) atStart(ctx caddy.Context, server *caddyhttp.Server) error {
 	}
 	h.addresses = server.Listen
 	server.RegisterConnContext(withConn)
+	server.RegisterConnContext(withSocket)
+	server.RegisterConnState(connState)
 	server.RegisterOnShutdown(func() { h.onShutdown(ctx) })
 	server.RegisterOnStop(func(grace context.Context) error {
 		if caddy.Exiting() {

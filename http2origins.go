@@ -1,0 +1,227 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"net"
+	"net/http"
+	"net/netip"
+	"slices"
+	"sync"
+
+	"golang.org/x/net/http2"
+)
+
+// http2Origins opens connections to https origins that speak HTTP/2, and shares them
+// among requests. It is for clients of one reach. A connection to an origin that speaks
+// HTTP/1 goes to http1, and the request fails with errNoHTTP2, to be sent there.
+//
+// All methods are safe for concurrent use.
+type http2Origins struct {
+	dial      dialFunc // begins TLS, too
+	http1     *origins
+	recheck   func(ctx context.Context, authority string, conn net.Conn, to netip.AddrPort) error // judges a connection that is used again; may be nil
+	transport *http2.Transport
+	times     pingTimes
+
+	mu    sync.Mutex
+	conns map[string][]*http2Origin // by authority
+	byTLS map[*http2.ClientConn]*http2Origin
+	dials map[string]*http2Dial // those in progress
+	over  bool                  // close was called
+}
+
+// http2Origin is a connection to an origin.
+type http2Origin struct {
+	*http2Conn
+	authority string
+	to        netip.AddrPort // the other end, if it is this machine
+}
+
+// http2Dial is a dial that several requests may wait for.
+type http2Dial struct {
+	ctx  context.Context // of the request that dials
+	done chan struct{}
+	err  error // valid after done
+}
+
+// streamWindow is how much content of one response may wait for the client in memory.
+// Readers that do not read cost no more than that each, and at a round trip of 50 ms a
+// response still comes at 20 MB/s. The window of a connection, which requests of several
+// clients share, is that of net/http, 1 GiB: no number of stalled streams uses it up.
+const streamWindow = 1 << 20
+
+func newHTTP2Origins(dial dialFunc, http1 *origins) (*http2Origins, error) {
+	o := &http2Origins{
+		dial: overTLS(dial, "h2", "http/1.1"), http1: http1, times: defaultPingTimes,
+		conns: make(map[string][]*http2Origin), byTLS: make(map[*http2.ClientConn]*http2Origin), dials: make(map[string]*http2Dial),
+	}
+	var err error
+	o.transport, err = newHTTP2Transport(o, &http.Transport{
+		// What is not asked for is not added, such as compression.
+		DisableCompression:     true,
+		ExpectContinueTimeout:  continueTimeout,
+		MaxResponseHeaderBytes: maxHead,
+		IdleConnTimeout:        maxIdleTime,
+		HTTP2:                  &http.HTTP2Config{MaxReceiveBufferPerStream: streamWindow, MaxReadFrameSize: maxFrame},
+	})
+	return o, err
+}
+
+// errNoHTTP2 is of a connection to something that does not speak HTTP/2.
+var errNoHTTP2 = errors.New("HTTP/2 is not spoken there")
+
+// GetClientConn implements http2.ClientConnPool: it returns a connection on which there
+// is room for the request.
+func (o *http2Origins) GetClientConn(r *http.Request, _ string) (*http2.ClientConn, error) {
+	c, err := o.get(r.Context(), r.URL.Host)
+	if err != nil {
+		return nil, err
+	}
+	if wait, ok := r.Context().Value(headWaitKey{}).(*headWait); ok {
+		wait.watch(c.http2Conn)
+	}
+	return c.ClientConn, nil
+}
+
+// get returns a connection on which a request is reserved: one that there is, or one
+// that this or another request dials.
+func (o *http2Origins) get(ctx context.Context, authority string) (*http2Origin, error) {
+	for {
+		c, call, waits := o.find(ctx, authority)
+		switch {
+		case c != nil && o.recheck != nil:
+			if err := o.recheck(ctx, authority, c.conn.Conn, c.to); err != nil {
+				return nil, &dialError{err}
+			}
+			fallthrough
+		case c != nil:
+			if c.ReserveNewRequest() {
+				return c, nil
+			}
+			continue
+		case !waits:
+			return o.open(ctx, authority, call)
+		}
+		select {
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-call.done:
+			if call.err != nil && call.ctx.Err() == nil {
+				return nil, call.err
+			}
+		}
+	}
+}
+
+// find returns a connection that has room for a request, or else a dial: one that is in
+// progress, or a new one that the caller is to carry out.
+func (o *http2Origins) find(ctx context.Context, authority string) (c *http2Origin, call *http2Dial, waits bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for _, c := range o.conns[authority] {
+		if c.CanTakeNewRequest() {
+			return c, nil, false
+		}
+	}
+	if call, waits = o.dials[authority]; !waits {
+		call = &http2Dial{ctx: ctx, done: make(chan struct{})}
+		o.dials[authority] = call
+	}
+	return nil, call, waits
+}
+
+// open dials for one request, and perhaps for others that wait for call.
+func (o *http2Origins) open(ctx context.Context, authority string, call *http2Dial) (c *http2Origin, err error) {
+	defer func() {
+		o.mu.Lock()
+		delete(o.dials, authority)
+		call.err = err
+		close(call.done)
+		o.mu.Unlock()
+	}()
+	conn, err := o.dial(ctx, authority)
+	if err != nil {
+		return nil, asDialError(err)
+	}
+	secure := conn.(*tls.Conn)
+	if secure.ConnectionState().NegotiatedProtocol != "h2" {
+		kept := newOriginConn(conn, authority)
+		kept.fresh = true
+		o.http1.keep(kept)
+		return nil, errNoHTTP2
+	}
+	observed := &observedConn{Conn: secure}
+	own, err := startHTTP2(o.transport, observed, newLengthGuard(observed), o.times)
+	if err != nil {
+		return nil, err
+	}
+	c = &http2Origin{http2Conn: own, authority: authority, to: endHere(conn)}
+	o.add(c)
+	return c, nil
+}
+
+// add reserves a request on a new connection and shares it, unless there are too many.
+func (o *http2Origins) add(c *http2Origin) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	c.ReserveNewRequest() // cannot fail, or the request will
+	if c.single = o.over || len(o.byTLS) >= maxIdleOrigins; c.single {
+		return
+	}
+	o.conns[c.authority] = append(o.conns[c.authority], c)
+	o.byTLS[c.ClientConn] = c
+}
+
+// MarkDead implements http2.ClientConnPool.
+func (o *http2Origins) MarkDead(conn *http2.ClientConn) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.remove(conn)
+}
+
+func (o *http2Origins) remove(conn *http2.ClientConn) {
+	c, ok := o.byTLS[conn]
+	if !ok {
+		return
+	}
+	delete(o.byTLS, conn)
+	rest := slices.DeleteFunc(o.conns[c.authority], func(other *http2Origin) bool { return other == c })
+	if o.conns[c.authority] = rest; len(rest) == 0 {
+		delete(o.conns, c.authority)
+	}
+}
+
+// count returns how many connections are idle.
+func (o *http2Origins) count() (n int) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for conn := range o.byTLS {
+		if isIdle(conn) {
+			n++
+		}
+	}
+	return n
+}
+
+func isIdle(conn *http2.ClientConn) bool {
+	state := conn.State()
+	return state.StreamsActive+state.StreamsReserved+state.StreamsPending == 0
+}
+
+// close closes all idle connections, and from now on those that become idle.
+func (o *http2Origins) close() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.over = true
+	for conn := range o.byTLS {
+		o.remove(conn)
+		if conn.SetDoNotReuse(); isIdle(conn) { // nothing can be reserved any more
+			go conn.Close() // the end of TLS may take a while
+		}
+	}
+}

@@ -1,0 +1,174 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// provisioned returns the handlers of the running config.
+func provisioned(t *testing.T) (list []*Handler) {
+	t.Helper()
+	r, err := acquireRegistry()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = releaseRegistry() }()
+	r.handlers.Range(func(h *Handler, _ struct{}) bool {
+		list = append(list, h)
+		return true
+	})
+	return list
+}
+
+// http2TestOrigin is an origin that speaks HTTP/2 and counts its connections.
+func http2TestOrigin(t *testing.T, handler http.HandlerFunc) (authority string, opened, open *atomic.Int64) {
+	opened, open = new(atomic.Int64), new(atomic.Int64)
+	s := httptest.NewUnstartedServer(handler)
+	s.EnableHTTP2 = true
+	s.TLS = &tls.Config{Certificates: []tls.Certificate{tlsCertificate}}
+	s.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		switch state {
+		case http.StateNew:
+			opened.Add(1)
+			open.Add(1)
+		case http.StateClosed:
+			open.Add(-1)
+		}
+	}
+	s.StartTLS()
+	t.Cleanup(s.Close)
+	return s.Listener.Addr().String(), opened, open
+}
+
+func dialTCP(ctx context.Context, authority string) (net.Conn, error) {
+	var d net.Dialer
+	return d.DialContext(ctx, "tcp", authority)
+}
+
+func (o *http2Origins) ask(ctx context.Context, authority string) (int, error) {
+	wait := newHeadWait(ctx, 0)
+	defer wait.end()
+	r, err := http.NewRequestWithContext(wait.ctx, http.MethodGet, "https://"+authority+"/", nil)
+	if err != nil {
+		return 0, err
+	}
+	res, err := o.transport.RoundTrip(r)
+	if err != nil {
+		return 0, err
+	}
+	return res.StatusCode, res.Body.Close()
+}
+
+// Requests that come at once share one connection, which is judged again for each that
+// finds it open. It ends with its pool, and after the last response.
+func TestHTTP2OriginsShare(t *testing.T) {
+	answer := make(chan struct{})
+	authority, opened, open := http2TestOrigin(t, func(http.ResponseWriter, *http.Request) { <-answer })
+	o, err := newHTTP2Origins(dialTCP, newOrigins(nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var judged atomic.Int64
+	o.recheck = func(_ context.Context, name string, _ net.Conn, to netip.AddrPort) error {
+		if judged.Add(1); name != authority || to.String() != authority {
+			t.Errorf("%s at %v is judged, want %s", name, to, authority)
+		}
+		return nil
+	}
+	var all sync.WaitGroup
+	for range 20 {
+		all.Go(func() {
+			if status, err := o.ask(t.Context(), authority); status != http.StatusOK {
+				t.Errorf("%d, %v", status, err)
+			}
+		})
+	}
+	eventually(t, "all requests to wait", func() bool { return judged.Load() == 19 })
+	if n := opened.Load(); n != 1 || o.count() != 0 {
+		t.Errorf("%d connections, of which %d are idle; want one that is busy", n, o.count())
+	}
+	o.close()
+	if n := open.Load(); n != 1 {
+		t.Error("the connection ended with requests on it")
+	}
+	close(answer)
+	all.Wait()
+	eventually(t, "the connection to end", func() bool { return open.Load() == 0 })
+	if _, err := o.ask(t.Context(), authority); err != nil { // of a handler whose config is gone
+		t.Error(err)
+	}
+	eventually(t, "that of a late request to end, too", func() bool { return open.Load() == 0 })
+
+	o, _ = newHTTP2Origins(dialTCP, newOrigins(nil))
+	if _, err := o.ask(t.Context(), authority); err != nil || o.count() != 1 {
+		t.Errorf("%v; %d idle connections, want one", err, o.count())
+	}
+	forbidden := errors.New("forbidden")
+	o.recheck = func(context.Context, string, net.Conn, netip.AddrPort) error { return forbidden }
+	if _, err := o.ask(t.Context(), authority); !errors.Is(err, forbidden) || !errors.As(err, new(*dialError)) {
+		t.Errorf("%v, want that it is forbidden", err)
+	}
+	if o.close(); o.count() != 0 {
+		t.Error("there are idle connections after the end")
+	}
+	eventually(t, "the idle connection to end", func() bool { return open.Load() == 0 })
+}
+
+// A request that gives up while it dials takes only itself along: those that wait for
+// the same dial begin another one. A dial that fails has failed for all.
+func TestHTTP2OriginsDial(t *testing.T) {
+	authority, _, _ := http2TestOrigin(t, func(http.ResponseWriter, *http.Request) {})
+	var dials atomic.Int64
+	begun := make(chan struct{}, 10)
+	refused := errors.New("refused")
+	failing := make(chan struct{})
+	o, err := newHTTP2Origins(func(ctx context.Context, authority string) (net.Conn, error) {
+		begun <- struct{}{}
+		switch dials.Add(1) {
+		case 1:
+			<-ctx.Done()
+			return nil, ctx.Err()
+		case 2:
+			<-failing
+			return nil, refused
+		}
+		return dialTCP(ctx, authority)
+	}, newOrigins(nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer o.close()
+	first, leave := context.WithCancel(t.Context())
+	errs := make(chan error, 3)
+	go func() { _, err := o.ask(first, authority); errs <- err }()
+	<-begun
+	for range 2 {
+		go func() { _, err := o.ask(t.Context(), authority); errs <- err }()
+	}
+	leave()
+	if err := <-errs; !errors.Is(err, context.Canceled) {
+		t.Errorf("%v, want that of the first", err)
+	}
+	<-begun
+	time.AfterFunc(20*time.Millisecond, func() { close(failing) }) // by when the third waits, too, or dials itself
+	for range 2 {
+		if err := <-errs; err != nil && !errors.Is(err, refused) {
+			t.Error(err)
+		}
+	}
+	if _, err := o.ask(t.Context(), authority); err != nil {
+		t.Errorf("after a dial that failed: %v", err)
+	}
+}

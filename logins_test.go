@@ -1,0 +1,277 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"golang.org/x/net/http2"
+)
+
+func TestConnectionLogin(t *testing.T) {
+	for value, want := range map[string][2]bool{
+		"":                                   {},
+		"Basic realm=\"NTLM\"":               {},
+		"Basic TlRMTQ==":                     {},
+		"Bearer Negotiate":                   {},
+		"NTLMv2 abc":                         {},
+		"NTLM":                               {true, false},
+		"ntlm TlRMTVNTUAAB":                  {true, true},
+		"NTLM\tTlRMTVNTUAAB":                 {true, true},
+		"Negotiate":                          {true, false},
+		"nEGOTIATE YII=":                     {true, true},
+		"Kerberos YII=":                      {true, true},
+		"Basic realm=\"a\", NTLM":            {true, false},
+		"Basic realm=\"a, b\" , Negotiate x": {true, true},
+		" \tNTLM ":                           {true, false},
+	} {
+		if found, token := connectionLogin([]string{"Basic realm=x", value}); found != want[0] || token != want[1] {
+			t.Errorf("%q: %v, %v; want %v", value, found, token, want)
+		}
+	}
+	if found, _ := connectionLogin(nil); found {
+		t.Error("no field is one of a login")
+	}
+	fields := http.Header{"Authorization": {"Bearer abc"}}
+	if n := testing.AllocsPerRun(100, func() { _, _ = connectionLogin(fields["Authorization"]) }); n > 0 {
+		t.Errorf("%v allocations", n)
+	}
+}
+
+// loginOrigin is an origin whose logins take three requests, and belong to the
+// connection from then on.
+type loginOrigin struct {
+	*httptest.Server
+	open, last atomic.Int64
+}
+
+// loginState is that of a connection to a loginOrigin.
+type loginState struct {
+	number int64
+	user   string
+}
+
+type loginStateKey struct{}
+
+func newLoginOrigin(t *testing.T, secure bool) *loginOrigin {
+	o := new(loginOrigin)
+	o.Server = httptest.NewUnstartedServer(http.HandlerFunc(o.answer))
+	o.Config.ConnContext = func(ctx context.Context, _ net.Conn) context.Context {
+		return context.WithValue(ctx, loginStateKey{}, &loginState{number: o.last.Add(1)})
+	}
+	o.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		switch state {
+		case http.StateNew:
+			o.open.Add(1)
+		case http.StateClosed, http.StateHijacked:
+			o.open.Add(-1)
+		}
+	}
+	if secure {
+		o.EnableHTTP2 = true
+		o.TLS = &tls.Config{Certificates: []tls.Certificate{tlsCertificate}}
+		o.StartTLS()
+	} else {
+		o.Start()
+	}
+	t.Cleanup(o.Close)
+	return o
+}
+
+func (o *loginOrigin) answer(w http.ResponseWriter, r *http.Request) {
+	_, _ = io.Copy(io.Discard, r.Body)
+	state := r.Context().Value(loginStateKey{}).(*loginState)
+	challenge := fmt.Sprintf("challenge-%d", state.number)
+	token := ""
+	if values := r.Header["Authorization"]; len(values) > 0 {
+		_, token, _ = strings.Cut(values[len(values)-1], " ")
+	}
+	switch user, answer, _ := strings.Cut(token, "/"); {
+	case token == "hello":
+		w.Header()["WWW-Authenticate"] = []string{"Basic realm=\"x\"", "ntlm " + challenge}
+	case answer == challenge:
+		state.user = user
+	default:
+		w.Header()["WWW-Authenticate"] = []string{"Basic realm=\"x\", NTLM"}
+	}
+	if state.user == "" || token == "hello" {
+		w.WriteHeader(http.StatusUnauthorized)
+		return
+	}
+	_, _ = io.WriteString(w, state.user)
+}
+
+// loginClient sends requests on one connection to a proxy.
+type loginClient func(method, url, authorization string) (*http.Response, string)
+
+// login logs a user in, as far as the challenge or to the end.
+func (ask loginClient) begin(t *testing.T, url string) (challenge string) {
+	t.Helper()
+	if res, _ := ask("GET", url, ""); res.StatusCode != http.StatusUnauthorized {
+		t.Fatalf("%s, want a challenge", res.Status)
+	}
+	res, _ := ask("GET", url, "NTLM hello")
+	for _, value := range res.Header["Www-Authenticate"] {
+		if rest, ok := strings.CutPrefix(value, "ntlm "); ok {
+			challenge = rest
+		}
+	}
+	if challenge == "" {
+		t.Fatalf("%s, %v: there is no challenge", res.Status, res.Header)
+	}
+	return challenge
+}
+
+func (ask loginClient) finish(t *testing.T, url, user, challenge string) {
+	t.Helper()
+	if res, body := ask("GET", url, "NTLM "+user+"/"+challenge); body != user {
+		t.Fatalf("%s %q: %s cannot log in", res.Status, body, user)
+	}
+}
+
+// rawLoginClient speaks HTTP/1 on a connection.
+func rawLoginClient(t *testing.T, conn net.Conn) loginClient {
+	raw := &rawConn{t: t, r: bufio.NewReader(conn)}
+	return func(method, url, authorization string) (*http.Response, string) {
+		t.Helper()
+		host := strings.Split(url, "/")[2]
+		more := ""
+		if authorization != "" {
+			more = "Authorization: Basic eA==\r\nAuthorization: " + authorization + "\r\n"
+		}
+		if method == "POST" {
+			more += "Content-Length: 5\r\n\r\nhello"
+		} else {
+			more += "\r\n"
+		}
+		if _, err := io.WriteString(conn, method+" "+url+" HTTP/1.1\r\nHost: "+host+"\r\n"+more); err != nil {
+			t.Fatal(err)
+		}
+		return raw.response(method)
+	}
+}
+
+// http2LoginClient speaks HTTP/2 on a connection.
+func http2LoginClient(t *testing.T, conn net.Conn) loginClient {
+	c, err := new(http2.Transport).NewClientConn(conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return func(method, url, authorization string) (*http.Response, string) {
+		t.Helper()
+		r, _ := http.NewRequestWithContext(t.Context(), method, strings.Replace(url, "http://", "https://", 1), nil)
+		if authorization != "" {
+			r.Header.Set("Authorization", authorization)
+		}
+		res, err := c.RoundTrip(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(res.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		res.Body.Close()
+		return res, string(body)
+	}
+}
+
+func dialTLS(t *testing.T, address, protocol string) net.Conn {
+	t.Helper()
+	conn, err := tls.Dial("tcp", address, clientTLS(protocol))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// A login that belongs to a connection is its client's and nobody else's, and works, on
+// all ways from a client to an origin. When the client leaves, the connection ends.
+func TestConnectionLogins(t *testing.T) {
+	w, secure := framesWorld(t)
+	frames := func() (net.Conn, loginClient) {
+		conn := dialTLS(t, secure, "h2")
+		return conn, http2LoginClient(t, conn)
+	}
+	overTLS := func() (net.Conn, loginClient) {
+		conn := dialTLS(t, secure, "http/1.1")
+		return conn, rawLoginClient(t, conn)
+	}
+	plain := func() (net.Conn, loginClient) {
+		conn := dialRaw(t, w.proxy)
+		return conn.TCPConn, rawLoginClient(t, conn.TCPConn)
+	}
+	run := func(name string, secureOrigin bool, dial func() (net.Conn, loginClient)) {
+		t.Run(name, func(t *testing.T) { testConnectionLogins(t, newLoginOrigin(t, secureOrigin), dial) })
+	}
+	run("HTTP/2", false, frames)
+	run("TLS", false, overTLS)
+	run("TLS, https", true, overTLS)
+	for _, way := range []string{"fast", "ordinary"} {
+		site := w.site("")
+		if way == "ordinary" {
+			site = inRoute(site)
+		}
+		w.load(site)
+		run(way, false, plain)
+		run(way+", https", true, plain)
+	}
+	parent := freeAddress(t)
+	parentSite := strings.Replace(w.site("allow 127.0.0.0/8"), w.proxy[len("127.0.0.1"):], parent[len("127.0.0.1"):], 1)
+	w.load(w.site("upstream http://"+parent) + parentSite)
+	run("parent", false, plain)
+	run("parent, https", true, plain)
+}
+
+func testConnectionLogins(t *testing.T, o *loginOrigin, dial func() (net.Conn, loginClient)) {
+	url := o.URL + "/"
+	aliceConn, alice := dial()
+	bobConn, bob := dial()
+	otherConn, other := dial()
+
+	first, second := alice.begin(t, url), bob.begin(t, url)
+	alice.finish(t, url, "alice", first)
+	bob.finish(t, url, "bob", second)
+	if res, body := other("GET", url, ""); res.StatusCode != http.StatusUnauthorized {
+		t.Errorf("a client without credentials: %s %q", res.Status, body)
+	}
+	for range 2 {
+		for name, ask := range map[string]loginClient{"alice": alice, "bob": bob} {
+			if res, body := ask("GET", url, ""); body != name {
+				t.Errorf("%s, who has logged in: %s %q", name, res.Status, body)
+			}
+		}
+	}
+	if res, body := alice("POST", url, ""); body != "alice" {
+		t.Errorf("alice posts: %s %q", res.Status, body)
+	}
+	before := o.open.Load()
+	aliceConn.Close()
+	eventually(t, "alice's connection to the origin to end", func() bool { return o.open.Load() < before })
+	if res, body := bob("GET", url, ""); body != "bob" {
+		t.Errorf("bob, after alice has left: %s %q", res.Status, body)
+	}
+	if _, body := other("GET", url, ""); body != "" {
+		t.Errorf("somebody else is %q", body)
+	}
+	bobConn.Close()
+	otherConn.Close()
+	shared := int64(0)
+	if o.TLS != nil {
+		shared = 1 // by HTTP/2, on which nobody has logged in
+	}
+	eventually(t, "all connections to the origin to end but what is shared", func() bool { return o.open.Load() <= shared })
+	eventually(t, "the clients to be forgotten", func() bool { return boundClientCount.Load() == 0 })
+}
