@@ -94,7 +94,7 @@ func (h *Handler) withParentFields(r *http.Request, from caller, target string) 
 			fields[name] = values
 		}
 	}
-	return context.WithValue(r.Context(), parentFieldsKey{}, fields)
+	return context.WithValue(r.Context(), parentRequestKey{}, &parentRequest{fields, from.bucket})
 }
 
 // connectStream runs a tunnel on a stream of HTTP/2 or HTTP/3, which lasts as

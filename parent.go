@@ -19,7 +19,6 @@ import (
 	"net/url"
 	"slices"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -58,8 +57,8 @@ type parent struct {
 	timeout time.Duration // for a connection through it
 	dialer  net.Dialer
 
-	streams *http.Transport // for tunnels over HTTP/2
-	http1   atomic.Bool     // it does not speak HTTP/2
+	streams *muxPool    // for tunnels over HTTP/2; nil: not with this scheme
+	http1   atomic.Bool // it does not speak HTTP/2
 
 	whereabouts atomic.Pointer[whereabouts] // the last answer of isHere
 }
@@ -118,16 +117,7 @@ func newParent(ctx caddy.Context, u *Upstream, timeout time.Duration, resolver *
 			host, _, _ := cutPort(address)
 			p.secure.ServerName = strings.Trim(host, "[]")
 		}
-		p.streams = &http.Transport{
-			DialTLSContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return p.dialStreams(ctx) },
-			Protocols:      new(http.Protocols),
-			// Silence on a connection with tunnels is asked about.
-			HTTP2: &http.HTTP2Config{SendPingTimeout: time.Minute, PingTimeout: 15 * time.Second},
-			// Ends, once the last tunnel has, a connection that outlived its config.
-			IdleConnTimeout:        maxIdleTime,
-			MaxResponseHeaderBytes: maxHead,
-		}
-		p.streams.Protocols.SetHTTP2(true)
+		p.streams = &muxPool{dial: p.dialStreams}
 	}
 	if user != nil {
 		password, _ := user.Password()
@@ -391,7 +381,8 @@ func (p *parent) connectSOCKS(ctx context.Context, conn net.Conn, address string
 
 func (p *parent) connectHTTP1(ctx context.Context, conn net.Conn, address string) (net.Conn, error) {
 	head := []byte("CONNECT " + address + " HTTP/1.1\r\nHost: " + address + "\r\n")
-	for name, values := range p.fields(ctx) {
+	fields, _ := p.fields(ctx)
+	for name, values := range fields {
 		for _, value := range values {
 			head = appendField(head, name, value)
 		}
@@ -414,7 +405,7 @@ func (p *parent) connectHTTP1(ctx context.Context, conn net.Conn, address string
 		return nil, asAnswerError(err, r)
 	}
 	if res.StatusCode/100 != 2 {
-		return nil, refusedConnect(res)
+		return nil, refusedConnect(res.StatusCode, res.Header)
 	}
 	if n := r.Buffered(); n > 0 {
 		early, _ := r.Peek(n)
@@ -424,25 +415,33 @@ func (p *parent) connectHTTP1(ctx context.Context, conn net.Conn, address string
 }
 
 // refusedConnect is the error of a CONNECT that the parent has refused.
-func refusedConnect(res *http.Response) *parentError {
+func refusedConnect(status int, header http.Header) *parentError {
 	return &parentError{
-		phase: parentAnswering, status: res.StatusCode, header: res.Header,
-		err: fmt.Errorf("it answered CONNECT with %d", res.StatusCode),
+		phase: parentAnswering, status: status, header: header,
+		err: fmt.Errorf("it answered CONNECT with %d", status),
 	}
 }
 
-// parentFieldsKey is for the context of a dial, in which there may be more
-// fields for the parent.
-type parentFieldsKey struct{}
+// parentRequestKey is for the context of a dial for a CONNECT, in which there is a
+// *parentRequest.
+type parentRequestKey struct{}
 
-// fields returns the fields of a CONNECT to the parent.
-func (p *parent) fields(ctx context.Context) http.Header {
-	fields := make(http.Header)
-	if more, ok := ctx.Value(parentFieldsKey{}).(http.Header); ok {
-		maps.Copy(fields, more)
+// parentRequest is what the parent and its connections are to know of a CONNECT.
+type parentRequest struct {
+	fields http.Header
+	client netip.Addr // what the client shares its limits with
+}
+
+// fields returns the fields of a CONNECT to the parent, and the client that it is
+// for, if it is for one alone.
+func (p *parent) fields(ctx context.Context) (fields http.Header, client netip.Addr) {
+	fields = make(http.Header)
+	if request, ok := ctx.Value(parentRequestKey{}).(*parentRequest); ok {
+		maps.Copy(fields, request.fields)
+		client = request.client
 	}
 	maps.Copy(fields, p.header)
-	return fields
+	return fields, client
 }
 
 // earlyConn is a connection of which something has been read already.
@@ -469,13 +468,14 @@ func (c *earlyConn) CloseWrite() error {
 
 // dialStreams opens a connection for tunnels over HTTP/2, or learns that the
 // parent has none.
-func (p *parent) dialStreams(ctx context.Context) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(ctx, p.timeout) // nobody else ends it
+func (p *parent) dialStreams(connected func()) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), p.timeout)
 	defer cancel()
 	conn, err := p.dialer.DialContext(ctx, "tcp", p.address)
 	if err != nil {
 		return nil, &parentError{err: err}
 	}
+	connected()
 	secure, err := handshakeWith(ctx, conn, p.secure, "h2", "http/1.1")
 	if err != nil {
 		return nil, &parentError{phase: parentHandshaking, err: err}
@@ -488,87 +488,35 @@ func (p *parent) dialStreams(ctx context.Context) (net.Conn, error) {
 	return secure, nil
 }
 
-// connectStream opens a tunnel that is a stream of HTTP/2.
+// connectStream opens a tunnel that is a stream of HTTP/2. If the connection has
+// died in the meantime, or the parent is closing it, it tries another one: nothing
+// has been sent through the tunnel yet.
 func (p *parent) connectStream(ctx context.Context, address string) (net.Conn, error) {
-	// The stream lives longer than ctx, which is that of the attempt.
-	streamCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	stop := context.AfterFunc(ctx, cancel)
-	r, w := io.Pipe()
-	header := p.fields(ctx)
-	if _, ok := header["User-Agent"]; !ok {
-		header["User-Agent"] = nil // else Go puts its own
+	fields, client := p.fields(ctx)
+	quiet, ping := min(time.Second, p.timeout/6), min(2*time.Second, p.timeout/3)
+	for attempt := 1; ; attempt++ {
+		s, err := p.streams.open(ctx, client, address, fields)
+		if err != nil {
+			return nil, err
+		}
+		err = s.await(ctx, quiet, ping)
+		if err == nil && s.status/100 != 2 {
+			_ = s.Abort()
+			return nil, refusedConnect(s.status, s.header)
+		}
+		if err == nil {
+			return s, nil
+		}
+		again := errors.Is(err, errUnprocessed) || errors.Is(err, errSilence) || isClosed(err) && s.id > 1
+		if !again || attempt == muxDials || ctx.Err() != nil {
+			return nil, asAnswerError(err, nil)
+		}
 	}
-	req := (&http.Request{
-		Method: http.MethodConnect, URL: &url.URL{Scheme: "https", Host: p.address}, Host: address,
-		Header: header, Body: r, ContentLength: -1,
-	}).WithContext(streamCtx)
-	res, err := p.streams.RoundTrip(req)
-	switch {
-	case errors.As(err, new(*parentError)):
-	case err != nil && ctx.Err() != nil:
-		err = asAnswerError(context.Cause(ctx), nil)
-	case err != nil:
-		err = asAnswerError(err, nil)
-	case res.StatusCode/100 != 2:
-		_ = res.Body.Close()
-		err = refusedConnect(res)
-	case !stop():
-		_ = res.Body.Close()
-		err = asAnswerError(context.Cause(ctx), nil)
-	}
-	if err != nil {
-		cancel()
-		_ = w.Close()
-		return nil, err
-	}
-	return &streamConn{r: res.Body, w: w, cancel: cancel, address: p.address}, nil
 }
-
-// streamConn is a tunnel through the parent on a stream of HTTP/2.
-type streamConn struct {
-	r       io.ReadCloser
-	w       *io.PipeWriter
-	cancel  context.CancelFunc
-	address string
-	once    sync.Once
-}
-
-func (c *streamConn) Read(b []byte) (int, error)  { return c.r.Read(b) }
-func (c *streamConn) Write(b []byte) (int, error) { return c.w.Write(b) }
-func (c *streamConn) CloseWrite() error           { return c.w.Close() }
-
-// Close ends both directions, as it is with a socket.
-func (c *streamConn) Close() error { return c.end(io.EOF) }
-
-// Abort resets the stream.
-func (c *streamConn) Abort() error { return c.end(net.ErrClosed) }
-
-func (c *streamConn) end(err error) error {
-	c.once.Do(func() {
-		_ = c.w.CloseWithError(err)
-		_ = c.r.Close()
-		c.cancel()
-	})
-	return nil
-}
-
-// streamAddr is where a stream leads to.
-type streamAddr string
-
-func (streamAddr) Network() string  { return "tcp" }
-func (a streamAddr) String() string { return string(a) }
-
-func (c *streamConn) LocalAddr() net.Addr  { return streamAddr("") }
-func (c *streamConn) RemoteAddr() net.Addr { return streamAddr(c.address) }
-
-// A stream has no deadlines; whoever wants it to end closes it.
-func (c *streamConn) SetDeadline(time.Time) error      { return nil }
-func (c *streamConn) SetReadDeadline(time.Time) error  { return nil }
-func (c *streamConn) SetWriteDeadline(time.Time) error { return nil }
 
 // close ends what is idle.
 func (p *parent) close() {
 	if p.streams != nil {
-		p.streams.CloseIdleConnections()
+		p.streams.close()
 	}
 }

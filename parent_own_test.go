@@ -6,12 +6,14 @@
 package asyncproxy
 
 import (
+	"bufio"
 	"errors"
 	"io"
 	"net"
 	"net/http"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // TestParentOwn chains two of our own, over plain HTTP/1, and over TLS with
@@ -52,8 +54,8 @@ func TestParentOwn(t *testing.T) {
 	})
 }
 
-// TestParentStreams: tunnels over HTTP/2 share a connection to the parent, one
-// that is reset says so, and none is left in the end.
+// TestParentStreams: tunnels over HTTP/2 share connections to the parent, 16 at a
+// time; one that is reset says so, and none is left in the end.
 func TestParentStreams(t *testing.T) {
 	parent := binaryStart(t, binaryOptions{secure: true, site: "allow 127.0.0.0/8"})
 	w := newWorld(t, "upstream https://"+parent.secure+" {\ntls_insecure_skip_verify\n}", nil)
@@ -70,8 +72,8 @@ func TestParentStreams(t *testing.T) {
 		}
 		conns = append(conns, conn)
 	}
-	if n := parent.descriptors() - descriptors; n > 50 {
-		t.Errorf("50 tunnels take %d descriptors of the parent, want one each, to the target", n)
+	if n := parent.descriptors() - descriptors; n > 53 {
+		t.Errorf("50 tunnels take %d descriptors of the parent, want one each, to the target, and three for connections", n)
 	}
 	for i, conn := range conns {
 		if i%2 > 0 {
@@ -80,7 +82,7 @@ func TestParentStreams(t *testing.T) {
 		conn.Close()
 	}
 	parent.waitLog("CONNECT tunnel closed", 50)
-	eventually(t, "descriptors to be closed", func() bool { return parent.descriptors() <= descriptors })
+	eventually(t, "descriptors to be closed", func() bool { return parent.descriptors() <= descriptors+3 })
 
 	// Resets are passed on as such, both ways.
 	broken := make(chan error, 1)
@@ -105,5 +107,49 @@ func TestParentStreams(t *testing.T) {
 	conn.send("x")
 	if _, err := conn.Read(make([]byte, 1)); err == nil || err == io.EOF {
 		t.Errorf("after a reset behind the parent: %v", err)
+	}
+}
+
+// TestParentStreamsIndependent: a tunnel whose target does not read stops neither
+// the tunnels that its client has open nor new ones, and those of other clients least
+// of all.
+func TestParentStreamsIndependent(t *testing.T) {
+	parent := binaryStart(t, binaryOptions{secure: true, site: "allow 127.0.0.0/8"})
+	w := newWorld(t, "upstream https://"+parent.secure+" {\ntls_insecure_skip_verify\n}", nil)
+	echo := binaryEcho(t)
+	over := make(chan struct{})
+	defer close(over)
+	deaf := listen(t, func(conn *net.TCPConn) { <-over })
+	pings := func(conn *rawConn) {
+		t.Helper()
+		for range 3 {
+			conn.send("ping\n")
+			if line, err := conn.r.ReadString('\n'); err != nil || line != "ping\r\n" {
+				t.Fatalf("%q, %v", line, err)
+			}
+		}
+	}
+	before, stuck := w.dial(), w.dial()
+	before.connect(echo)
+	pings(before)
+	stuck.connect(deaf)
+	stuck.SetWriteBuffer(64 << 10)
+	for chunk := make([]byte, 64<<10); ; {
+		stuck.SetWriteDeadline(time.Now().Add(time.Second))
+		if _, err := stuck.Write(chunk); err != nil {
+			break // nothing more fits anywhere
+		}
+	}
+	pings(before)
+	for _, from := range []string{"127.0.0.1", "127.0.0.9"} {
+		tcp, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}).Dial("tcp", w.proxy)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tcp.SetDeadline(time.Now().Add(patience))
+		after := &rawConn{tcp.(*net.TCPConn), t, bufio.NewReader(tcp)}
+		defer after.Close()
+		after.connect(echo)
+		pings(after)
 	}
 }

@@ -415,10 +415,6 @@ func TestParentStreamsMixed(t *testing.T) {
 	if _, ok := conn.(*streamConn); !ok {
 		t.Errorf("the tunnel is a %T", conn)
 	}
-	// What a config leaves behind with tunnels on it ends by itself after them.
-	if p.streams.IdleConnTimeout != maxIdleTime {
-		t.Errorf("an idle connection to the parent is kept for %v", p.streams.IdleConnTimeout)
-	}
 }
 
 // TestParentTimeouts: the attempt is bounded as a whole.

@@ -115,6 +115,8 @@ func (e *parentError) exchangeRefusal() *refusal {
 		return refuse(http.StatusGatewayTimeout, "http_response_timeout", nil, "The parent proxy did not answer in time.")
 	case errors.Is(e.err, errHeadTooLarge), errors.Is(e.err, errTooManyFields):
 		return refuse(http.StatusBadGateway, "http_response_header_section_size", nil, "The parent proxy did not answer with a valid HTTP response: %v.", e.err)
+	case errors.Is(e.err, errUnprocessed):
+		return refuse(http.StatusServiceUnavailable, "destination_unavailable", nil, "The parent proxy takes no more requests; try again later.")
 	case isClosed(e.err):
 		return refuse(http.StatusBadGateway, "http_response_incomplete", nil, "The parent proxy closed the connection before its answer was complete.")
 	}

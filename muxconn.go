@@ -1,0 +1,546 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/net/http/httpguts"
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+)
+
+const (
+	muxStreams      = 16        // tunnels on one connection
+	muxWindow       = 256 << 10 // what a tunnel may hold that its client has not read
+	muxFrame        = 16 << 10  // the payload of a frame; all implementations accept as much
+	muxPending      = 64 << 10  // frames that wait for the socket before tunnels must wait
+	muxFlood        = 1 << 20   // the same, control frames included: the parent asks and does not read
+	muxHead         = 64 << 10  // the head of an answer
+	muxConnWindow   = 16 << 20  // refilled on receipt: it is the streams' windows that count
+	muxInitial      = 65535     // the windows that a connection begins with (RFC 9113 §6.9.2)
+	muxStuck        = time.Second
+	muxTick         = 5 * time.Second
+	muxSilence      = 15 * time.Second // a connection with tunnels that was silent as long is pinged
+	muxPingTimeout  = 10 * time.Second
+	muxCloseTimeout = time.Second // for the last frames
+)
+
+// muxConn is an HTTP/2 connection to a parent, whose streams are tunnels.
+//
+// net/http has such a client, but it hides the flow control, on which it depends
+// whether tunnels can stop one another. Here a tunnel that is one of several never
+// has more in flight than it leaves of the connection's window to the others; a
+// connection whose tunnels wait to send is seen as such; silence is asked about
+// when somebody waits for an answer; and a tunnel without traffic has no buffer,
+// whereas net/http keeps one of up to 512 KiB for each.
+//
+// All methods are safe for concurrent use.
+type muxConn struct {
+	conn   net.Conn
+	heard  atomic.Int64  // when something was last read, since epoch
+	silent chan struct{} // closed when a ping was not answered in time
+	done   chan struct{} // closed when the connection has ended
+
+	mu       sync.Mutex
+	pending  sync.Cond // there are frames to write, or the connection has ended
+	changed  sync.Cond // a window has grown, frames were written, or a stream has ended
+	out      frameBuffer
+	framer   *http2.Framer // writes to out
+	block    frameBuffer
+	encoder  *hpack.Encoder // writes to block
+	writing  int64          // since when the socket has taken nothing, since epoch; 0: it has all
+	streams  map[uint32]*streamConn
+	next     uint32     // the next stream's number
+	owner    netip.Addr // whose tunnels the streams are
+	window   int64      // what the parent takes on all streams now
+	top      int64      // the most that it has been
+	initial  int64      // the window of a new stream
+	limit    uint32     // how many streams the parent allows
+	received int64      // bytes that were not yet credited to the parent
+	probing  bool       // a ping is on its way for who waits for an answer
+	pinged   int64      // when a ping was sent in silence, since epoch; 0: none is on its way
+	idle     int64      // since when there is no stream, since epoch
+	retired  bool       // takes no more streams
+	closing  bool       // ends with its last stream
+	ticker   *time.Timer
+	err      error // why it has ended; nil: it has not
+}
+
+// frameBuffer is a writer to memory.
+type frameBuffer []byte
+
+func (b *frameBuffer) Write(p []byte) (int, error) {
+	*b = append(*b, p...)
+	return len(p), nil
+}
+
+var (
+	// errUnprocessed is of a stream that the parent has not begun to process
+	// (RFC 9113 §8.7), so that the request may be sent once more.
+	errUnprocessed = errors.New("the parent did not process the request")
+
+	errMuxIdle   = errors.New("the connection was idle")
+	errMuxSilent = fmt.Errorf("the connection to the parent is dead: %w", errSilence)
+	errSilence   = &silenceError{}
+)
+
+// silenceError is the failure of a connection on which nothing comes any more.
+type silenceError struct{}
+
+func (*silenceError) Error() string   { return "pings are not answered" }
+func (*silenceError) Timeout() bool   { return true }
+func (*silenceError) Temporary() bool { return true }
+
+// newMuxConn begins HTTP/2 on conn. ended is called when the connection has
+// ended.
+func newMuxConn(conn net.Conn, ended func(*muxConn)) *muxConn {
+	now := sinceEpoch(time.Now())
+	c := &muxConn{
+		conn: conn, silent: make(chan struct{}), done: make(chan struct{}), streams: make(map[uint32]*streamConn), next: 1,
+		window: muxInitial, top: muxInitial, initial: muxInitial, limit: muxStreams, idle: now,
+	}
+	c.heard.Store(now)
+	c.pending.L, c.changed.L = &c.mu, &c.mu
+	c.framer = http2.NewFramer(&c.out, nil)
+	c.encoder = hpack.NewEncoder(&c.block)
+	c.encoder.SetMaxDynamicTableSize(0)
+	c.out = append(c.out, http2.ClientPreface...)
+	_ = c.framer.WriteSettings(
+		http2.Setting{ID: http2.SettingEnablePush, Val: 0},
+		http2.Setting{ID: http2.SettingInitialWindowSize, Val: muxWindow},
+		http2.Setting{ID: http2.SettingMaxHeaderListSize, Val: muxHead},
+	)
+	_ = c.framer.WriteWindowUpdate(0, muxConnWindow-muxInitial)
+	c.ticker = time.AfterFunc(muxTick, c.tick)
+	go c.writeLoop()
+	go func() {
+		c.readLoop()
+		ended(c)
+	}()
+	return c
+}
+
+// writeLoop writes what is pending. Nobody else writes to the socket, so that
+// neither the reader nor a tunnel waits for it with the connection locked.
+func (c *muxConn) writeLoop() {
+	var spare frameBuffer
+	for {
+		c.mu.Lock()
+		for len(c.out) == 0 && c.err == nil {
+			c.pending.Wait()
+		}
+		frames, ended := c.out, c.err != nil
+		c.out, c.writing = spare[:0], sinceEpoch(time.Now())
+		c.mu.Unlock()
+		_, err := c.conn.Write(frames)
+		c.mu.Lock()
+		c.writing = 0
+		c.changed.Broadcast()
+		c.mu.Unlock()
+		if err != nil || ended {
+			c.end(err, nil)
+			_ = c.conn.Close()
+			return
+		}
+		if spare = nil; cap(frames) <= 2*muxPending {
+			spare = frames
+		}
+	}
+}
+
+// end ends the connection and all its streams. With a code, the parent is told.
+func (c *muxConn) end(err error, code *http2.ErrCode) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.endLocked(err, code)
+}
+
+func (c *muxConn) endLocked(err error, code *http2.ErrCode) {
+	if c.err != nil {
+		return
+	}
+	c.err = err
+	if code != nil {
+		_ = c.framer.WriteGoAway(0, *code, nil)
+	}
+	for _, s := range c.streams {
+		s.failLocked(err)
+	}
+	c.ticker.Stop()
+	close(c.done)
+	// The writer writes what is pending and then closes the connection.
+	_ = c.conn.SetDeadline(time.Now().Add(muxCloseTimeout))
+	c.pending.Signal()
+	c.changed.Broadcast()
+}
+
+// open opens a stream for owner, or returns nil if the connection takes none: it
+// is another's, full, or does not get rid of what it has. With idle it must have no
+// stream yet; without, at least one.
+func (c *muxConn) open(owner netip.Addr, idle bool, address string, fields http.Header) *streamConn {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	n := len(c.streams)
+	if idle != (n == 0) || n > 0 && owner != c.owner || n >= muxStreams || uint32(n) >= c.limit ||
+		c.err != nil || c.retired || c.closing || c.window < c.top/4 || c.stuckLocked() {
+		return nil
+	}
+	s := newStreamConn(c, c.next)
+	c.owner, c.streams[s.id] = owner, s
+	if c.next += 2; c.next > 1<<30 {
+		c.retired = true
+	}
+	c.block = c.block[:0]
+	c.writeField(":method", http.MethodConnect)
+	c.writeField(":authority", address)
+	for name, values := range fields {
+		if isConnectionField(name) {
+			continue
+		}
+		for _, value := range values {
+			if httpguts.ValidHeaderFieldName(name) && httpguts.ValidHeaderFieldValue(value) {
+				c.writeField(strings.ToLower(name), value)
+			}
+		}
+	}
+	block := c.block
+	_ = c.framer.WriteHeaders(http2.HeadersFrameParam{
+		StreamID: s.id, BlockFragment: block[:min(len(block), muxFrame)], EndHeaders: len(block) <= muxFrame,
+	})
+	for len(block) > muxFrame {
+		block = block[muxFrame:]
+		_ = c.framer.WriteContinuation(s.id, len(block) <= muxFrame, block[:min(len(block), muxFrame)])
+	}
+	c.pending.Signal()
+	return s
+}
+
+func (c *muxConn) writeField(name, value string) {
+	_ = c.encoder.WriteField(hpack.HeaderField{Name: name, Value: value, Sensitive: strings.Contains(name, "auth")})
+}
+
+// isConnectionField reports whether HTTP/2 says otherwise what a field says (RFC
+// 9113 §8.2.2).
+func isConnectionField(name string) bool {
+	switch http.CanonicalHeaderKey(name) {
+	case "Connection", "Host", "Keep-Alive", "Proxy-Connection", "Te", "Transfer-Encoding", "Upgrade":
+		return true
+	}
+	return false
+}
+
+// stuckLocked reports whether something has waited to be sent for so long that
+// another tunnel had better not wait behind it.
+func (c *muxConn) stuckLocked() bool {
+	before := sinceEpoch(time.Now().Add(-muxStuck))
+	if c.writing != 0 && c.writing <= before {
+		return true
+	}
+	for _, s := range c.streams {
+		if s.waiting != 0 && s.waiting <= before {
+			return true
+		}
+	}
+	return false
+}
+
+// roomLocked returns how much s may send now. One of several leaves as much of the
+// connection's window as it has in flight, so that there is always some for each of
+// the others.
+func (c *muxConn) roomLocked(s *streamConn) int64 {
+	if len(c.out) >= muxPending {
+		return 0
+	}
+	room := min(s.window, c.window)
+	if len(c.streams) > 1 {
+		room = min(room, c.window-(s.top-s.window))
+	}
+	return room
+}
+
+// removeLocked forgets a stream that has ended on both sides.
+func (c *muxConn) removeLocked(s *streamConn) {
+	if c.streams[s.id] != s {
+		return
+	}
+	delete(c.streams, s.id)
+	s.readBy.stop()
+	s.writeBy.stop()
+	c.changed.Broadcast() // the others may have more of the window
+	if len(c.streams) > 0 {
+		return
+	}
+	c.idle = sinceEpoch(time.Now())
+	if c.closing || c.retired {
+		c.goodbyeLocked(errMuxIdle)
+	}
+}
+
+// goodbyeLocked ends a connection without streams orderly.
+func (c *muxConn) goodbyeLocked(err error) {
+	code := http2.ErrCodeNo
+	c.endLocked(err, &code)
+}
+
+// close ends the connection as soon as it has no stream.
+func (c *muxConn) close() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closing = true; len(c.streams) == 0 {
+		c.goodbyeLocked(errMuxIdle)
+	}
+}
+
+// tick ends a connection that was idle for too long, and asks about silence.
+func (c *muxConn) tick() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err != nil {
+		return
+	}
+	now, heard := sinceEpoch(time.Now()), c.heard.Load()
+	switch {
+	case len(c.streams) == 0:
+		if c.pinged = 0; now-c.idle >= int64(maxIdleTime) {
+			c.goodbyeLocked(errMuxIdle)
+			return
+		}
+	case c.pinged != 0 && heard >= c.pinged:
+		c.pinged = 0
+	case c.pinged != 0 && now-c.pinged >= int64(muxPingTimeout):
+		c.endLocked(errMuxSilent, nil)
+		_ = c.conn.SetDeadline(time.Unix(1, 0)) // nobody takes last frames there
+		return
+	case c.pinged == 0 && now-heard >= int64(muxSilence):
+		c.pinged = now
+		c.pingLocked()
+	}
+	c.ticker.Reset(muxTick)
+}
+
+func (c *muxConn) pingLocked() {
+	_ = c.framer.WritePing(false, [8]byte{})
+	c.pending.Signal()
+}
+
+// probe pings the parent. If nothing comes within timeout, the connection takes no
+// more streams, and whoever waits for an answer learns that by silent.
+func (c *muxConn) probe(timeout time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.probing || c.err != nil {
+		return
+	}
+	c.probing = true
+	c.pingLocked()
+	asked := sinceEpoch(time.Now())
+	time.AfterFunc(timeout, func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.probing = false
+		select {
+		case <-c.silent:
+		default:
+			if c.heard.Load() < asked {
+				c.retired = true
+				close(c.silent)
+			}
+		}
+	})
+}
+
+// heardConn notes when something is read.
+type heardConn struct{ c *muxConn }
+
+func (h heardConn) Read(b []byte) (int, error) {
+	n, err := h.c.conn.Read(b)
+	if n > 0 {
+		h.c.heard.Store(sinceEpoch(time.Now()))
+	}
+	return n, err
+}
+
+// readLoop reads frames until the connection ends.
+func (c *muxConn) readLoop() {
+	framer := http2.NewFramer(nil, bufio.NewReader(heardConn{c}))
+	framer.SetMaxReadFrameSize(muxFrame)
+	framer.SetReuseFrames()
+	framer.ReadMetaHeaders = hpack.NewDecoder(4<<10, nil)
+	framer.MaxHeaderListSize = muxHead
+	for {
+		frame, err := framer.ReadFrame()
+		if err == nil {
+			err = c.take(frame)
+		}
+		var ofStream http2.StreamError
+		if errors.As(err, &ofStream) {
+			c.mu.Lock()
+			if s := c.streams[ofStream.StreamID]; s != nil {
+				s.resetLocked(ofStream.Code, protocolError("the parent breaks the rules of HTTP/2: "+err.Error()))
+			}
+			c.mu.Unlock()
+			continue
+		}
+		if err != nil {
+			c.endOfReading(err)
+			return
+		}
+	}
+}
+
+// endOfReading ends the connection for an error of reading from it.
+func (c *muxConn) endOfReading(err error) {
+	var broken http2.ConnectionError
+	switch code := http2.ErrCode(0); {
+	case errors.As(err, &broken):
+		code = http2.ErrCode(broken)
+		c.end(protocolError("the parent breaks the rules of HTTP/2: "+err.Error()), &code)
+	case errors.Is(err, http2.ErrFrameTooLarge):
+		code = http2.ErrCodeFrameSize
+		c.end(protocolError("the parent breaks the rules of HTTP/2: "+err.Error()), &code)
+	default:
+		c.end(err, nil)
+		_ = c.conn.SetDeadline(time.Unix(1, 0)) // the parent takes nothing any more
+	}
+}
+
+// take acts on a frame. Its error is that of a stream or that of the connection.
+func (c *muxConn) take(frame http2.Frame) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err != nil {
+		return c.err
+	}
+	id := frame.Header().StreamID
+	s := c.streams[id]
+	switch frame.(type) {
+	case *http2.DataFrame, *http2.MetaHeadersFrame, *http2.RSTStreamFrame, *http2.WindowUpdateFrame:
+		if id >= c.next || id != 0 && id%2 == 0 { // never opened
+			return http2.ConnectionError(http2.ErrCodeProtocol)
+		}
+	}
+	var err error
+	switch f := frame.(type) {
+	case *http2.MetaHeadersFrame:
+		if s != nil {
+			err = s.takeHeadLocked(f)
+		}
+	case *http2.DataFrame:
+		err = c.takeDataLocked(s, f)
+	case *http2.RSTStreamFrame:
+		if s != nil {
+			s.takeResetLocked(f.ErrCode)
+		}
+	case *http2.WindowUpdateFrame:
+		err = c.takeWindowLocked(s, f)
+	case *http2.SettingsFrame:
+		err = c.takeSettingsLocked(f)
+	case *http2.PingFrame:
+		if !f.IsAck() {
+			_ = c.framer.WritePing(true, f.Data)
+		}
+	case *http2.GoAwayFrame:
+		c.takeGoAwayLocked(f)
+	case *http2.PushPromiseFrame:
+		err = http2.ConnectionError(http2.ErrCodeProtocol)
+	}
+	if len(c.out) > muxFlood {
+		err = http2.ConnectionError(http2.ErrCodeEnhanceYourCalm)
+	}
+	if len(c.out) > 0 {
+		c.pending.Signal()
+	}
+	return err
+}
+
+// takeDataLocked takes content for s, which is nil if it has ended meanwhile.
+func (c *muxConn) takeDataLocked(s *streamConn, f *http2.DataFrame) error {
+	if c.received += int64(f.Length); c.received >= muxConnWindow/16 {
+		_ = c.framer.WriteWindowUpdate(0, uint32(c.received))
+		c.received = 0
+	}
+	if s == nil {
+		return nil
+	}
+	return s.takeDataLocked(f)
+}
+
+func (c *muxConn) takeWindowLocked(s *streamConn, f *http2.WindowUpdateFrame) error {
+	const most = 1<<31 - 1
+	switch {
+	case f.StreamID == 0:
+		if c.window += int64(f.Increment); c.window > most {
+			return http2.ConnectionError(http2.ErrCodeFlowControl)
+		}
+		c.top = max(c.top, c.window)
+	case s != nil:
+		if s.window += int64(f.Increment); s.window > most {
+			return http2.StreamError{StreamID: s.id, Code: http2.ErrCodeFlowControl}
+		}
+		s.top = max(s.top, s.window)
+	}
+	c.changed.Broadcast()
+	return nil
+}
+
+func (c *muxConn) takeSettingsLocked(f *http2.SettingsFrame) error {
+	if f.IsAck() {
+		return nil
+	}
+	err := f.ForeachSetting(func(setting http2.Setting) error {
+		if err := setting.Valid(); err != nil {
+			return err
+		}
+		switch setting.ID {
+		case http2.SettingInitialWindowSize:
+			grown := int64(setting.Val) - c.initial
+			c.initial = int64(setting.Val)
+			for _, s := range c.streams {
+				s.window += grown
+				s.top += grown
+			}
+		case http2.SettingMaxConcurrentStreams:
+			c.limit = setting.Val
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	c.changed.Broadcast()
+	return c.framer.WriteSettingsAck()
+}
+
+// takeGoAwayLocked fails the streams that the parent will not process. The others
+// go on.
+func (c *muxConn) takeGoAwayLocked(f *http2.GoAwayFrame) {
+	c.retired = true
+	for _, s := range c.streams {
+		if s.id > f.LastStreamID {
+			s.sent = true // there is nobody to tell its end to
+			s.failLocked(errUnprocessed)
+			c.removeLocked(s)
+		}
+	}
+	if len(c.streams) == 0 && c.err == nil {
+		c.goodbyeLocked(errMuxIdle)
+	}
+}
+
+// streamError is a reset of a stream by the parent.
+type streamError struct{ code http2.ErrCode }
+
+func (e streamError) Error() string { return "the parent reset the stream: " + e.code.String() }
+func (e streamError) Unwrap() error { return syscall.ECONNRESET }

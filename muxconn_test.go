@@ -1,0 +1,767 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+)
+
+// muxParent is the other end of a muxConn, frame by frame.
+type muxParent struct {
+	t      *testing.T
+	conn   net.Conn
+	mu     sync.Mutex
+	framer *http2.Framer // writes are the test's
+	seen   []string      // frames that have come, but for DATA
+	data   map[uint32][]byte
+	deaf   atomic.Bool // answers no pings
+	answer string      // the status that each CONNECT is answered with; "": none
+}
+
+// newMuxParent returns the parent's end of a connection, and the other one.
+func newMuxParent(t *testing.T, settings ...http2.Setting) (*muxParent, net.Conn) {
+	near, far := net.Pipe()
+	p := &muxParent{t: t, conn: far, framer: http2.NewFramer(far, far), data: make(map[uint32][]byte), answer: "200"}
+	p.framer.ReadMetaHeaders = hpack.NewDecoder(4<<10, nil)
+	t.Cleanup(func() { far.Close() })
+	go func() {
+		if _, err := io.CopyN(io.Discard, far, int64(len(http2.ClientPreface))); err != nil {
+			return
+		}
+		p.do(func(f *http2.Framer) { _ = f.WriteSettings(settings...) })
+		for {
+			frame, err := p.framer.ReadFrame()
+			if err != nil {
+				return
+			}
+			p.take(frame)
+		}
+	}()
+	return p, near
+}
+
+func (p *muxParent) take(frame http2.Frame) {
+	id, text := frame.Header().StreamID, ""
+	switch f := frame.(type) {
+	case *http2.DataFrame:
+		p.mu.Lock()
+		p.data[id] = append(p.data[id], f.Data()...)
+		p.mu.Unlock()
+		if f.StreamEnded() {
+			text = fmt.Sprintf("END %d", id)
+		}
+	case *http2.MetaHeadersFrame:
+		if text = fmt.Sprintf("HEADERS %d", id); p.answer != "" {
+			p.head(id, false, ":status", p.answer)
+		}
+	case *http2.PingFrame:
+		if text = "PING"; !f.IsAck() && !p.deaf.Load() {
+			p.do(func(w *http2.Framer) { _ = w.WritePing(true, f.Data) })
+		}
+	case *http2.RSTStreamFrame:
+		text = fmt.Sprintf("RST_STREAM %d %v", id, f.ErrCode)
+	case *http2.GoAwayFrame:
+		text = fmt.Sprintf("GOAWAY %v", f.ErrCode)
+	case *http2.WindowUpdateFrame:
+		text = fmt.Sprintf("WINDOW_UPDATE %d %d", id, f.Increment)
+	case *http2.SettingsFrame:
+		return
+	}
+	p.mu.Lock()
+	p.seen = append(p.seen, text)
+	p.mu.Unlock()
+}
+
+// do lets f write frames.
+func (p *muxParent) do(f func(*http2.Framer)) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	f(p.framer)
+}
+
+// head sends a head with the given fields, names and values in turn.
+func (p *muxParent) head(id uint32, end bool, fields ...string) {
+	var block bytes.Buffer
+	encoder := hpack.NewEncoder(&block)
+	for i := 0; i < len(fields); i += 2 {
+		_ = encoder.WriteField(hpack.HeaderField{Name: fields[i], Value: fields[i+1]})
+	}
+	p.do(func(f *http2.Framer) {
+		_ = f.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: block.Bytes(), EndHeaders: true, EndStream: end})
+	})
+}
+
+// saw reports whether a frame has come.
+func (p *muxParent) saw(frame string) bool {
+	synctest.Wait()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Contains(p.seen, frame)
+}
+
+func (p *muxParent) got(id uint32) string {
+	synctest.Wait()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return string(p.data[id])
+}
+
+var muxClient = netip.MustParseAddr("192.0.2.1")
+
+// muxStream opens the next stream of a connection and waits for its answer.
+func muxStream(t *testing.T, c *muxConn) *streamConn {
+	t.Helper()
+	s := c.open(muxClient, len(c.streams) == 0, "target.example:443", nil)
+	if s == nil {
+		t.Fatal("the connection takes no stream")
+	}
+	if err := s.await(t.Context(), time.Second, time.Second); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// inMux runs a test with a connection to a parent, in a bubble of its own.
+func inMux(t *testing.T, settings []http2.Setting, f func(t *testing.T, c *muxConn, p *muxParent)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		p, near := newMuxParent(t, settings...)
+		c := newMuxConn(near, func(*muxConn) {})
+		synctest.Wait()
+		f(t, c, p)
+		c.end(errMuxIdle, nil)
+		synctest.Wait()
+	})
+}
+
+// TestMuxTunnel: both directions, their ends, and the ends of streams.
+func TestMuxTunnel(t *testing.T) {
+	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
+		s := muxStream(t, c)
+		payload := strings.Repeat("0123456789abcdef", 4<<10)[:50_000]
+		if n, err := io.WriteString(s, payload); n != len(payload) || err != nil {
+			t.Fatal(n, err)
+		}
+		_ = s.CloseWrite()
+		if got := p.got(1); got != payload || !p.saw("END 1") {
+			t.Errorf("the parent has got %d bytes", len(got))
+		}
+		if _, err := s.Write([]byte("x")); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("writing after the end: %v", err)
+		}
+		go func() {
+			for part := range slices.Chunk([]byte(payload), 7000) {
+				p.do(func(f *http2.Framer) { _ = f.WriteDataPadded(1, false, part, make([]byte, 9)) })
+			}
+			p.do(func(f *http2.Framer) { _ = f.WriteData(1, true, []byte("last")) })
+		}()
+		if got, err := io.ReadAll(s); string(got) != payload+"last" || err != nil {
+			t.Errorf("%d bytes, %v", len(got), err)
+		}
+		_ = s.Close()
+		if len(c.streams) > 0 || p.saw("RST_STREAM 1 CANCEL") {
+			t.Error("a stream that has ended on both sides is there, or was reset")
+		}
+		p.do(func(f *http2.Framer) { _ = f.WriteWindowUpdate(0, uint32(len(payload))) })
+		for _, end := range []func(*streamConn) error{(*streamConn).Close, (*streamConn).Abort} {
+			s := muxStream(t, c)
+			reading := make(chan error, 1)
+			go func() {
+				_, err := s.Read(make([]byte, 1))
+				reading <- err
+			}()
+			synctest.Wait()
+			_ = end(s)
+			_ = end(s)
+			if err := <-reading; !errors.Is(err, net.ErrClosed) {
+				t.Errorf("a read that waits: %v", err)
+			}
+			if !p.saw(fmt.Sprintf("RST_STREAM %d CANCEL", s.id)) || len(c.streams) > 0 {
+				t.Error("the stream was not reset")
+			}
+		}
+		if !p.saw("END 3") || p.saw("END 5") {
+			t.Errorf("an orderly end is not told from a reset: %q", p.seen)
+		}
+	})
+}
+
+// TestMuxFields: the parent gets what it is to get, and nothing that somebody has
+// added.
+func TestMuxFields(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		near, far := net.Pipe()
+		defer far.Close()
+		c := newMuxConn(near, func(*muxConn) {})
+		defer c.end(errMuxIdle, nil)
+		c.open(muxClient, true, "target.example:443", http.Header{
+			"Proxy-Authorization": {"Basic x"}, "Via": {"a", "b"}, "Connection": {"X"}, "Host": {"h"}, "Bad Name": {"x"}, "X": {"a\nb"}, "Long": {strings.Repeat("y", 40_000)},
+		})
+		_, _ = io.CopyN(io.Discard, far, int64(len(http2.ClientPreface)))
+		f := http2.NewFramer(far, far)
+		f.ReadMetaHeaders = hpack.NewDecoder(4<<10, nil)
+		for {
+			frame, err := f.ReadFrame()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if head, ok := frame.(*http2.MetaHeadersFrame); ok {
+				var got []string
+				for _, field := range head.Fields {
+					got = append(got, fmt.Sprintf("%s=%.7s", field.Name, field.Value))
+				}
+				slices.Sort(got)
+				want := []string{":authority=target.", ":method=CONNECT", "long=yyyyyyy", "proxy-authorization=Basic x", "via=a", "via=b"}
+				if !slices.Equal(got, want) || head.StreamEnded() {
+					t.Errorf("the parent gets %q, want %q", got, want)
+				}
+				return
+			}
+		}
+	})
+}
+
+// TestMuxShares: a tunnel whose target does not read leaves the others their part
+// of the connection's window; no tunnel joins such a connection; and the window is
+// whole again after a reset.
+func TestMuxShares(t *testing.T) {
+	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) { // a parent with 64 KiB for a stream and for the connection
+		stuck, other := muxStream(t, c), muxStream(t, c)
+		written := make(chan error, 1)
+		go func() {
+			_, err := stuck.Write(make([]byte, 1<<20))
+			written <- err
+		}()
+		if n := len(p.got(1)); n < muxInitial/4 || n > muxInitial*3/4 {
+			t.Errorf("the stuck tunnel has sent %d bytes", n)
+		}
+		if _, err := other.Write([]byte("hello")); err != nil || p.got(3) != "hello" {
+			t.Errorf("beside it: %q, %v", p.got(3), err)
+		}
+		if s := c.open(muxClient, false, "a:1", nil); s == nil {
+			t.Error("a connection with a tunnel that has just filled its window takes no other")
+		} else {
+			_ = s.Abort()
+		}
+		time.Sleep(muxStuck)
+		if s := c.open(muxClient, false, "a:1", nil); s != nil {
+			t.Error("a tunnel joins a connection on which one has waited for a second")
+		}
+		_ = stuck.Abort()
+		if err := <-written; !errors.Is(err, net.ErrClosed) {
+			t.Errorf("a write that waits: %v", err)
+		}
+		p.do(func(f *http2.Framer) { _ = f.WriteWindowUpdate(0, uint32(len(p.data[1]))) })
+		if !p.saw("RST_STREAM 1 CANCEL") || c.open(muxClient, false, "a:1", nil) == nil {
+			t.Error("the connection takes no tunnel after the reset")
+		}
+	})
+}
+
+// TestMuxAlone: a tunnel that is alone has the whole window, in which there is then no
+// room for another.
+func TestMuxAlone(t *testing.T) {
+	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
+		s := muxStream(t, c)
+		go s.Write(make([]byte, muxInitial)) // of which none waits
+		if n := len(p.got(1)); n != muxInitial {
+			t.Errorf("it has sent %d bytes", n)
+		}
+		if c.open(muxClient, false, "a:1", nil) != nil {
+			t.Error("a tunnel joins a connection without a window")
+		}
+	})
+}
+
+// TestMuxSocketStuck: a parent that reads nothing stops writes, and nothing else.
+func TestMuxSocketStuck(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		near, far := net.Pipe() // which nobody reads
+		defer far.Close()
+		c := newMuxConn(near, func(*muxConn) {})
+		s := c.open(muxClient, true, "a:1", nil)
+		c.mu.Lock()
+		c.window, s.window, s.top = 1<<30, 1<<30, 1<<30
+		c.mu.Unlock()
+		written := make(chan error, 1)
+		go func() {
+			_, err := s.Write(make([]byte, 1<<20))
+			written <- err
+		}()
+		time.Sleep(2 * muxStuck)
+		c.mu.Lock()
+		pending := len(c.out)
+		c.mu.Unlock()
+		if pending > 2*muxPending || c.open(muxClient, false, "a:1", nil) != nil {
+			t.Errorf("%d bytes are pending, or a tunnel joins", pending)
+		}
+		_ = s.SetWriteDeadline(time.Now().Add(time.Second))
+		if err := <-written; !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("a write with a deadline: %v", err)
+		}
+		c.end(errMuxIdle, nil)
+		synctest.Wait()
+	})
+}
+
+// TestMuxReceiveWindow: what a client does not read is bounded, and given back when
+// its tunnel ends.
+func TestMuxReceiveWindow(t *testing.T) {
+	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
+		s, other := muxStream(t, c), muxStream(t, c)
+		for range muxWindow / muxFrame {
+			p.do(func(f *http2.Framer) { _ = f.WriteData(1, false, make([]byte, muxFrame)) })
+		}
+		p.do(func(f *http2.Framer) { _ = f.WriteData(3, false, []byte("hello")) })
+		buf := make([]byte, muxWindow)
+		if n, err := other.Read(buf); n != 5 || err != nil {
+			t.Errorf("the other tunnel reads %d bytes, %v", n, err)
+		}
+		if p.saw("WINDOW_UPDATE 1 65536") {
+			t.Error("bytes that nobody has read are credited")
+		}
+		if n, err := s.Read(buf[:muxWindow/4]); n != muxWindow/4 || err != nil || !p.saw("WINDOW_UPDATE 1 65536") {
+			t.Errorf("%d bytes, %v, and no credit", n, err)
+		}
+		// More than the window is the parent's mistake.
+		for range muxWindow/muxFrame/4 + 1 {
+			p.do(func(f *http2.Framer) { _ = f.WriteData(1, false, make([]byte, muxFrame)) })
+		}
+		if !p.saw("RST_STREAM 1 FLOW_CONTROL_ERROR") {
+			t.Error("more than the window is accepted")
+		}
+		if n, err := io.ReadFull(s, buf); n != muxWindow || err != nil {
+			t.Errorf("what has come before: %d bytes, %v", n, err)
+		}
+		if _, err := s.Read(buf); err == nil || err == io.EOF {
+			t.Errorf("after that: %v", err)
+		}
+	})
+}
+
+// TestMuxConnectionWindow: the connection's window is refilled whatever streams do.
+func TestMuxConnectionWindow(t *testing.T) {
+	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
+		for range 8 {
+			s := muxStream(t, c)
+			for range muxWindow / muxFrame {
+				p.do(func(f *http2.Framer) { _ = f.WriteData(s.id, false, make([]byte, muxFrame)) })
+			}
+			_ = s.Abort()
+			p.do(func(f *http2.Framer) { _ = f.WriteData(s.id, false, make([]byte, muxFrame)) }) // was on its way
+		}
+		if !p.saw(fmt.Sprintf("WINDOW_UPDATE 0 %d", muxConnWindow/16)) {
+			t.Errorf("no credit for the connection: %q", p.seen)
+		}
+	})
+}
+
+// TestMuxDeadlines: deadlines end reads that wait, and may be lifted.
+func TestMuxDeadlines(t *testing.T) {
+	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
+		s := muxStream(t, c)
+		start := time.Now()
+		_ = s.SetReadDeadline(start.Add(time.Hour))
+		_ = s.SetReadDeadline(start.Add(time.Minute))
+		if _, err := s.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) || time.Since(start) != time.Minute {
+			t.Errorf("%v after %v", err, time.Since(start))
+		}
+		_ = s.SetDeadline(time.Time{})
+		p.do(func(f *http2.Framer) { _ = f.WriteData(1, false, []byte("a")) })
+		if n, err := s.Read(make([]byte, 1)); n != 1 || err != nil {
+			t.Errorf("%d, %v", n, err)
+		}
+		_ = s.SetDeadline(time.Unix(1, 0))
+		if _, err := s.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Error(err)
+		}
+	})
+}
+
+// TestMuxIdle: a connection ends when it was idle for long enough, and not before.
+func TestMuxIdle(t *testing.T) {
+	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
+		s := muxStream(t, c)
+		time.Sleep(2 * maxIdleTime)
+		if c.err != nil {
+			t.Fatalf("with a tunnel: %v", c.err)
+		}
+		_ = s.Close()
+		time.Sleep(maxIdleTime - muxTick)
+		if p.saw("GOAWAY NO_ERROR") {
+			t.Error("it ends too early")
+		}
+		time.Sleep(2 * muxTick)
+		if !p.saw("GOAWAY NO_ERROR") {
+			t.Error("it does not end")
+		}
+	})
+	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
+		s := muxStream(t, c)
+		c.close()
+		if p.saw("GOAWAY NO_ERROR") || c.open(muxClient, false, "a:1", nil) != nil {
+			t.Error("it ends with a tunnel, or takes another")
+		}
+		_ = s.Close()
+		if !p.saw("GOAWAY NO_ERROR") {
+			t.Error("it does not end with its last tunnel")
+		}
+	})
+}
+
+// TestMuxSilence: tunnels on a dead connection end; silence alone ends none.
+func TestMuxSilence(t *testing.T) {
+	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
+		s := muxStream(t, c)
+		failed := make(chan error, 1)
+		go func() {
+			_, err := s.Read(make([]byte, 1))
+			failed <- err
+		}()
+		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		if len(failed) > 0 {
+			t.Fatalf("a silent tunnel has ended: %v", <-failed)
+		}
+		start := time.Now()
+		p.deaf.Store(true)
+		if err := <-failed; !errors.Is(err, errSilence) || time.Since(start) > 45*time.Second {
+			t.Errorf("%v after %v", err, time.Since(start))
+		}
+	})
+}
+
+// TestMuxAnotherConnection: a CONNECT that gets no answer from a dead connection gets
+// one from another within the same time limit, and so does one that the parent has not
+// processed, or whose connection it was closing.
+func TestMuxAnotherConnection(t *testing.T) {
+	for name, fail := range map[string]func(*muxParent, uint32){
+		"silence": func(p *muxParent, id uint32) {},
+		"refused": func(p *muxParent, id uint32) {
+			p.do(func(f *http2.Framer) { _ = f.WriteRSTStream(id, http2.ErrCodeRefusedStream) })
+		},
+		"going away": func(p *muxParent, id uint32) {
+			p.do(func(f *http2.Framer) { _ = f.WriteGoAway(id-2, http2.ErrCodeNo, nil) })
+		},
+		"closed": func(p *muxParent, id uint32) { p.conn.Close() },
+	} {
+		for _, timeout := range []time.Duration{10 * time.Second, 3 * time.Second} {
+			synctest.Test(t, func(t *testing.T) {
+				var parents []*muxParent
+				up := &parent{timeout: timeout, header: make(http.Header)}
+				up.streams = &muxPool{dial: func(func()) (net.Conn, error) {
+					p, near := newMuxParent(t)
+					parents = append(parents, p)
+					return near, nil
+				}}
+				first, err := up.connect(t.Context(), "a.example:443")
+				if err != nil {
+					t.Fatal(err)
+				}
+				dead := parents[0]
+				dead.answer = ""
+				dead.deaf.Store(true)
+				start := time.Now()
+				go func() {
+					for !dead.saw("HEADERS 3") {
+						time.Sleep(time.Millisecond)
+					}
+					fail(dead, 3)
+				}()
+				second, err := up.connect(t.Context(), "b.example:443")
+				if err != nil || len(parents) != 2 || second.(*streamConn).c == first.(*streamConn).c {
+					t.Fatalf("%s, %v: %v after %v with %d connections", name, timeout, err, time.Since(start), len(parents))
+				}
+				third, err := up.connect(t.Context(), "c.example:443")
+				if err != nil || name != "refused" && third.(*streamConn).c != second.(*streamConn).c {
+					t.Errorf("%s, %v: the dead connection is used again: %v", name, timeout, err)
+				}
+				for _, conn := range []net.Conn{first, second, third} {
+					if conn != nil {
+						_ = conn.Close()
+					}
+				}
+				up.close()
+				for _, p := range parents {
+					_ = p.conn.Close()
+				}
+				synctest.Wait()
+			})
+		}
+	}
+}
+
+// TestMuxSlowAnswer: an answer that takes its time on a living connection is waited
+// for, on that connection.
+func TestMuxSlowAnswer(t *testing.T) {
+	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
+		p.answer = ""
+		s := c.open(muxClient, true, "a:1", nil)
+		time.AfterFunc(9*time.Second, func() {
+			p.head(1, false, ":status", "103")
+			p.head(1, false, ":status", "200")
+		})
+		if err := s.await(t.Context(), time.Second, 2*time.Second); err != nil || s.status != 200 || !p.saw("PING") {
+			t.Errorf("%v, %d", err, s.status)
+		}
+		s = c.open(muxClient, false, "a:1", nil)
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		if err := s.await(ctx, time.Second, 2*time.Second); !errors.Is(err, context.DeadlineExceeded) || !p.saw("RST_STREAM 3 CANCEL") || c.retired {
+			t.Errorf("%v", err)
+		}
+	})
+}
+
+// TestMuxPool: connections are opened one at a time for each client, and have up to 16
+// tunnels of one client each.
+func TestMuxPool(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var dials, busy atomic.Int32
+		pool := &muxPool{dial: func(func()) (net.Conn, error) {
+			dials.Add(1)
+			busy.Add(1)
+			time.Sleep(time.Second)
+			busy.Add(-1)
+			_, near := newMuxParent(t)
+			return near, nil
+		}}
+		others := netip.MustParseAddr("192.0.2.2")
+		var mu sync.Mutex
+		streams := make(map[netip.Addr][]*streamConn)
+		for i := range 50 {
+			client := muxClient
+			if i >= 40 {
+				client = others
+			}
+			go func() {
+				s, err := pool.open(t.Context(), client, "a:1", nil)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				mu.Lock()
+				streams[client] = append(streams[client], s)
+				mu.Unlock()
+			}()
+		}
+		time.Sleep(5 * time.Second)
+		synctest.Wait()
+		if n := dials.Load(); n != 4 || len(streams[muxClient]) != 40 || len(streams[others]) != 10 {
+			t.Fatalf("%d connections for %d and %d tunnels, want 4 for 40 and 10", n, len(streams[muxClient]), len(streams[others]))
+		}
+		for _, c := range pool.conns {
+			if n := len(c.streams); n > muxStreams {
+				t.Errorf("%d tunnels on a connection", n)
+			}
+		}
+		mine := streams[others][0].c
+		for _, s := range streams[muxClient] {
+			if s.c == mine {
+				t.Fatal("two clients share a connection")
+			}
+		}
+		// One that was left serves another client.
+		for _, s := range streams[others] {
+			_ = s.Close()
+		}
+		if s, err := pool.open(t.Context(), netip.MustParseAddr("192.0.2.3"), "a:1", nil); err != nil || s.c != mine {
+			t.Errorf("a connection that is idle is not used: %v", err)
+		}
+		// A client that leaves does not end the dial for the others.
+		ctx, cancel := context.WithCancel(t.Context())
+		left := make(chan error, 1)
+		go func() {
+			_, err := pool.open(ctx, others, "a:1", nil)
+			left <- err
+		}()
+		synctest.Wait()
+		opened := make(chan error, 1)
+		go func() {
+			_, err := pool.open(t.Context(), others, "a:1", nil)
+			opened <- err
+		}()
+		synctest.Wait()
+		cancel()
+		if err := <-left; !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+		if err := <-opened; err != nil || dials.Load() != 5 {
+			t.Errorf("%v, %d dials", err, dials.Load())
+		}
+		for _, c := range slices.Clone(pool.conns) {
+			c.end(errMuxIdle, nil)
+		}
+		synctest.Wait()
+		if len(pool.conns) > 0 {
+			t.Errorf("%d connections that have ended are kept", len(pool.conns))
+		}
+		broken := &muxPool{dial: func(func()) (net.Conn, error) { return nil, syscall.ECONNREFUSED }}
+		if _, err := broken.open(t.Context(), others, "a:1", nil); !errors.Is(err, syscall.ECONNREFUSED) || len(broken.dials) > 0 {
+			t.Errorf("%v, %d dials", err, len(broken.dials))
+		}
+	})
+}
+
+// TestMuxMistakes: a parent that breaks the rules loses the stream or the connection.
+func TestMuxMistakes(t *testing.T) {
+	frame := func(write func(*http2.Framer)) func(*muxParent) {
+		return func(p *muxParent) {
+			p.do(func(f *http2.Framer) {
+				f.AllowIllegalWrites = true
+				write(f)
+			})
+		}
+	}
+	head := func(fields ...string) func(*muxParent) {
+		return func(p *muxParent) { p.head(1, false, fields...) }
+	}
+	for name, tc := range map[string]struct {
+		do   func(p *muxParent)
+		want string
+	}{
+		"content before the head":      {frame(func(f *http2.Framer) { _ = f.WriteData(1, false, []byte("x")) }), "RST_STREAM 1 PROTOCOL_ERROR"},
+		"a stream that was not opened": {frame(func(f *http2.Framer) { _ = f.WriteData(3, false, []byte("x")) }), "GOAWAY PROTOCOL_ERROR"},
+		"a stream of its own":          {frame(func(f *http2.Framer) { _ = f.WriteWindowUpdate(2, 1) }), "GOAWAY PROTOCOL_ERROR"},
+		"a promise": {frame(func(f *http2.Framer) {
+			_ = f.WritePushPromise(http2.PushPromiseParam{StreamID: 1, PromiseID: 2, EndHeaders: true})
+		}), "GOAWAY PROTOCOL_ERROR"},
+		"no increment":                    {frame(func(f *http2.Framer) { _ = f.WriteRawFrame(http2.FrameWindowUpdate, 0, 1, make([]byte, 4)) }), "RST_STREAM 1 PROTOCOL_ERROR"},
+		"a window of 2^31":                {frame(func(f *http2.Framer) { _ = f.WriteWindowUpdate(0, 1<<31-1) }), "GOAWAY FLOW_CONTROL_ERROR"},
+		"a window of 2^31 for the stream": {frame(func(f *http2.Framer) { _ = f.WriteWindowUpdate(1, 1<<31-1) }), "RST_STREAM 1 FLOW_CONTROL_ERROR"},
+		"an invalid setting": {frame(func(f *http2.Framer) {
+			_ = f.WriteSettings(http2.Setting{ID: http2.SettingMaxFrameSize, Val: 1})
+		}), "GOAWAY PROTOCOL_ERROR"},
+		"a frame that is too large": {frame(func(f *http2.Framer) { _ = f.WriteData(1, false, make([]byte, muxFrame+1)) }), "GOAWAY FRAME_SIZE_ERROR"},
+		"a head that is none": {frame(func(f *http2.Framer) {
+			_ = f.WriteRawFrame(http2.FrameHeaders, http2.FlagHeadersEndHeaders, 1, []byte{0x80})
+		}), "GOAWAY COMPRESSION_ERROR"},
+		"a head that is too large": {head(append([]string{":status", "200"}, slices.Repeat([]string{"a", strings.Repeat("~", 1000)}, 80)...)...), "RST_STREAM 1 ENHANCE_YOUR_CALM"},
+		"101":                      {head(":status", "101"), "RST_STREAM 1 PROTOCOL_ERROR"},
+		"no status":                {head("a", "b"), "RST_STREAM 1 PROTOCOL_ERROR"},
+		"a status that is none":    {head(":status", "2e2"), "RST_STREAM 1 PROTOCOL_ERROR"},
+		"interim answers without end": {func(p *muxParent) {
+			for range maxInterim {
+				p.head(1, false, ":status", "102")
+			}
+		}, "RST_STREAM 1 PROTOCOL_ERROR"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
+				p.answer = ""
+				s := c.open(muxClient, true, "a:1", nil)
+				synctest.Wait()
+				tc.do(p)
+				if !p.saw(tc.want) {
+					t.Errorf("the parent gets %q, want %s", p.seen, tc.want)
+				}
+				if err := s.await(t.Context(), time.Second, time.Second); err == nil {
+					t.Error("the stream has an answer")
+				}
+			})
+		})
+	}
+}
+
+// TestMuxFlood: a parent that asks without reading the answers is left.
+func TestMuxFlood(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		near, far := net.Pipe() // whose output nobody reads
+		defer far.Close()
+		c := newMuxConn(near, func(*muxConn) {})
+		f := http2.NewFramer(far, nil)
+		var err error
+		for i := 0; i < 1<<20 && err == nil; i++ {
+			err = f.WritePing(false, [8]byte{})
+		}
+		if err == nil {
+			t.Error("pings are taken without end")
+		}
+		if c.mu.Lock(); len(c.out) > 2*muxFlood || c.err == nil {
+			t.Errorf("%d bytes are pending, %v", len(c.out), c.err)
+		}
+		c.mu.Unlock()
+		synctest.Wait()
+	})
+}
+
+func TestBlockQueue(t *testing.T) {
+	var q blockQueue
+	var want, got bytes.Buffer
+	for i := range 300 {
+		part := bytes.Repeat([]byte{byte(i)}, i*i%40_000)
+		want.Write(part)
+		q.put(part)
+		b := make([]byte, i*7%50_000)
+		got.Write(b[:q.take(b)])
+	}
+	for q.size > 0 {
+		b := make([]byte, 999)
+		got.Write(b[:q.take(b)])
+	}
+	if !bytes.Equal(got.Bytes(), want.Bytes()) {
+		t.Errorf("%d bytes, want %d", got.Len(), want.Len())
+	}
+	if len(q.blocks) > 0 {
+		t.Error("an empty queue has blocks")
+	}
+}
+
+// FuzzMuxConn: whatever a parent sends, nothing panics or hangs, and what is kept of
+// it is bounded.
+func FuzzMuxConn(f *testing.F) {
+	frames := func(do func(*http2.Framer)) []byte {
+		var b bytes.Buffer
+		do(http2.NewFramer(&b, nil))
+		return b.Bytes()
+	}
+	f.Add(frames(func(w *http2.Framer) {
+		_ = w.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 5})
+		_ = w.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: []byte{0x88}, EndHeaders: true})
+		_ = w.WriteData(1, false, []byte("hello"))
+		_ = w.WriteWindowUpdate(1, 5)
+		_ = w.WritePing(false, [8]byte{})
+		_ = w.WriteRSTStream(1, http2.ErrCodeNo)
+		_ = w.WriteGoAway(1, http2.ErrCodeNo, nil)
+	}))
+	f.Add(frames(func(w *http2.Framer) { _ = w.WriteData(1, true, nil) }))
+	f.Add([]byte("HTTP/1.1 400 Bad Request\r\n\r\n"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		near, far := net.Pipe()
+		ended := make(chan struct{})
+		c := newMuxConn(near, func(*muxConn) { close(ended) })
+		s := c.open(muxClient, true, "a:1", nil)
+		go io.Copy(io.Discard, far)
+		go s.Write([]byte("hello"))
+		_, _ = far.Write(data)
+		c.mu.Lock()
+		if s.received.size > muxWindow || len(c.out) > 2*muxFlood || len(s.header) > muxHead/32 {
+			t.Errorf("%d bytes are kept, %d are pending", s.received.size, len(c.out))
+		}
+		c.mu.Unlock()
+		far.Close()
+		_, _ = io.Copy(io.Discard, s)
+		<-s.answered
+		<-ended
+	})
+}

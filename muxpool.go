@@ -1,0 +1,116 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"context"
+	"net"
+	"net/http"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+)
+
+// muxDials is how many connections are opened for a tunnel before it is given up:
+// others may take the place on the first, or it may end at once.
+const muxDials = 4
+
+// muxPool spreads tunnels over connections to a parent: up to 16 on each, all of
+// one client, so that none can stop another's. A connection that has served one
+// client's tunnels to their ends serves the next client's.
+//
+// All methods are safe for concurrent use.
+type muxPool struct {
+	// dial opens a connection, within a time of its own, as several tunnels may wait
+	// for it. It calls connected when TLS begins.
+	dial func(connected func()) (net.Conn, error)
+
+	mu    sync.Mutex
+	conns []*muxConn
+	dials []*muxDial
+}
+
+// muxDial is a connection that is being opened, and the tunnels that wait for it.
+type muxDial struct {
+	owner     netip.Addr
+	waiting   int
+	connected atomic.Bool
+	done      chan struct{}
+	err       error // after done
+}
+
+// open begins a tunnel of owner to address, for which fields are sent along.
+func (p *muxPool) open(ctx context.Context, owner netip.Addr, address string, fields http.Header) (*streamConn, error) {
+	for range muxDials {
+		s, d := p.openOrDial(owner, address, fields)
+		if s != nil {
+			return s, nil
+		}
+		select {
+		case <-d.done:
+			if d.err != nil {
+				return nil, d.err
+			}
+		case <-ctx.Done():
+			phase := parentConnecting
+			if d.connected.Load() {
+				phase = parentHandshaking
+			}
+			return nil, &parentError{phase: phase, err: context.Cause(ctx)}
+		}
+	}
+	return nil, &parentError{phase: parentAnswering, err: errUnprocessed}
+}
+
+// openOrDial opens a stream, or returns the dial to wait for.
+func (p *muxPool) openOrDial(owner netip.Addr, address string, fields http.Header) (*streamConn, *muxDial) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, idle := range []bool{false, true} {
+		for _, c := range p.conns {
+			if s := c.open(owner, idle, address, fields); s != nil {
+				return s, nil
+			}
+		}
+	}
+	for _, d := range p.dials {
+		if d.owner == owner && d.waiting < muxStreams {
+			d.waiting++
+			return nil, d
+		}
+	}
+	d := &muxDial{owner: owner, waiting: 1, done: make(chan struct{})}
+	p.dials = append(p.dials, d)
+	go p.run(d)
+	return nil, d
+}
+
+func (p *muxPool) run(d *muxDial) {
+	conn, err := p.dial(func() { d.connected.Store(true) })
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err == nil {
+		p.conns = append(p.conns, newMuxConn(conn, p.remove))
+	}
+	p.dials = slices.DeleteFunc(p.dials, func(other *muxDial) bool { return other == d })
+	d.err = err
+	close(d.done)
+}
+
+// remove forgets a connection that has ended.
+func (p *muxPool) remove(c *muxConn) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.conns = slices.DeleteFunc(p.conns, func(other *muxConn) bool { return other == c })
+}
+
+// close ends the connections that are idle, and the others with their last tunnel.
+func (p *muxPool) close() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, c := range p.conns {
+		c.close()
+	}
+}

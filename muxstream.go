@@ -1,0 +1,424 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"strconv"
+	"sync"
+	"time"
+
+	"golang.org/x/net/http2"
+)
+
+// streamConn is a tunnel through the parent on a stream of HTTP/2.
+//
+// All methods are safe for concurrent use. The fields are guarded by the
+// connection's mutex.
+type streamConn struct {
+	c        *muxConn
+	id       uint32
+	answered chan struct{} // closed when there is an answer, or the stream has failed
+
+	status  int         // of the answer; 0: there is none
+	header  http.Header // of the answer
+	interim int         // how many answers came before it
+
+	readable sync.Cond
+	received blockQueue
+	room     int64 // what the parent may still send
+	read     int64 // bytes that were not yet credited to the parent
+	readErr  error // of reads, once received is empty: the parent sends no more
+
+	window   int64 // what the parent takes now
+	top      int64 // the most that it has been
+	waiting  int64 // since when a write waits, since epoch; 0: none does
+	writeErr error // of writes: no more is sent
+	sent     bool  // the parent knows that no more is sent
+
+	readBy, writeBy deadline
+}
+
+func newStreamConn(c *muxConn, id uint32) *streamConn {
+	s := &streamConn{c: c, id: id, answered: make(chan struct{}), room: muxWindow, window: c.initial, top: c.initial}
+	s.readable.L = &c.mu
+	return s
+}
+
+// await waits for the answer, which is in status and header then. After quiet
+// without a byte from the parent it asks for a sign of life, and takes the connection
+// for dead if there is none within timeout.
+func (s *streamConn) await(ctx context.Context, quiet, timeout time.Duration) error {
+	start := sinceEpoch(time.Now())
+	timer := time.NewTimer(quiet)
+	defer timer.Stop()
+	for {
+		select {
+		case <-s.answered:
+			s.c.mu.Lock()
+			defer s.c.mu.Unlock()
+			if s.status == 0 {
+				return s.readErr
+			}
+			return nil
+		case <-s.c.silent:
+			_ = s.Abort()
+			return errMuxSilent
+		case <-ctx.Done():
+			_ = s.Abort()
+			return context.Cause(ctx)
+		case <-timer.C:
+			left := quiet - time.Duration(sinceEpoch(time.Now())-max(start, s.c.heard.Load()))
+			if left <= 0 {
+				s.c.probe(timeout)
+				left = quiet + timeout
+			}
+			timer.Reset(left)
+		}
+	}
+}
+
+// Read implements net.Conn.
+func (s *streamConn) Read(b []byte) (int, error) {
+	c := s.c
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for s.received.size == 0 {
+		switch {
+		case s.readErr != nil:
+			return 0, s.readErr
+		case s.readBy.passed():
+			return 0, os.ErrDeadlineExceeded
+		case len(b) == 0:
+			return 0, nil
+		}
+		s.readable.Wait()
+	}
+	n := s.received.take(b)
+	if s.read += int64(n); s.read >= muxWindow/4 && s.readErr == nil {
+		_ = c.framer.WriteWindowUpdate(s.id, uint32(s.read))
+		c.pending.Signal()
+		s.room += s.read
+		s.read = 0
+	}
+	return n, nil
+}
+
+// Write implements net.Conn. It returns when all is on its way to the socket.
+func (s *streamConn) Write(b []byte) (n int, err error) {
+	c := s.c
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	defer func() { s.waiting = 0 }()
+	for n < len(b) {
+		room := c.roomLocked(s)
+		switch {
+		case s.writeErr != nil:
+			return n, s.writeErr
+		case s.writeBy.passed():
+			return n, os.ErrDeadlineExceeded
+		case room <= 0:
+			if s.waiting == 0 {
+				s.waiting = sinceEpoch(time.Now())
+			}
+			c.changed.Wait()
+			continue
+		}
+		part := b[n:][:min(len(b)-n, int(min(room, muxFrame)))]
+		_ = c.framer.WriteData(s.id, false, part)
+		c.pending.Signal()
+		c.window -= int64(len(part))
+		s.window -= int64(len(part))
+		n += len(part)
+		s.waiting = 0
+	}
+	return n, nil
+}
+
+// CloseWrite tells the other side that no more will be written.
+func (s *streamConn) CloseWrite() error {
+	s.c.mu.Lock()
+	defer s.c.mu.Unlock()
+	s.closeWriteLocked()
+	return nil
+}
+
+func (s *streamConn) closeWriteLocked() {
+	if s.sent {
+		return
+	}
+	s.sent = true
+	_ = s.c.framer.WriteData(s.id, true, nil)
+	s.c.pending.Signal()
+	s.stopWritesLocked(net.ErrClosed)
+	if s.readErr != nil {
+		s.c.removeLocked(s)
+	}
+}
+
+// stopWritesLocked makes err the error of writes.
+func (s *streamConn) stopWritesLocked(err error) {
+	if s.writeErr == nil {
+		s.writeErr = err
+	}
+	s.c.changed.Broadcast()
+}
+
+// Close ends both directions: an orderly end of what was written, as it is with a
+// socket.
+func (s *streamConn) Close() error {
+	s.c.mu.Lock()
+	defer s.c.mu.Unlock()
+	s.closeWriteLocked()
+	s.abortLocked()
+	return nil
+}
+
+// Abort resets the stream, unless it has ended. What the parent holds of it, and
+// of its window, is free again.
+func (s *streamConn) Abort() error {
+	s.c.mu.Lock()
+	defer s.c.mu.Unlock()
+	s.abortLocked()
+	return nil
+}
+
+func (s *streamConn) abortLocked() {
+	s.resetLocked(http2.ErrCodeCancel, net.ErrClosed)
+	s.received.clear()
+	s.readErr = net.ErrClosed
+}
+
+// resetLocked resets the stream if it has not ended on both sides. err is that of
+// reads and writes from now on.
+func (s *streamConn) resetLocked(code http2.ErrCode, err error) {
+	if s.c.err == nil && s.c.streams[s.id] == s {
+		_ = s.c.framer.WriteRSTStream(s.id, code)
+		s.c.pending.Signal()
+	}
+	s.sent = true
+	s.failLocked(err)
+	s.c.removeLocked(s)
+}
+
+// failLocked makes err the error of reads and writes.
+func (s *streamConn) failLocked(err error) {
+	s.endReadsLocked(err)
+	s.stopWritesLocked(err)
+}
+
+// endReadsLocked makes err the error of reads that come after what was received.
+func (s *streamConn) endReadsLocked(err error) {
+	if s.readErr == nil {
+		s.readErr = err
+	}
+	select {
+	case <-s.answered:
+	default:
+		close(s.answered)
+	}
+	s.readable.Broadcast()
+}
+
+// endLocked notes that the parent has ended its direction.
+func (s *streamConn) endLocked() {
+	s.endReadsLocked(io.EOF)
+	if s.sent {
+		s.c.removeLocked(s)
+	}
+}
+
+// takeHeadLocked takes an answer, or trailers.
+func (s *streamConn) takeHeadLocked(f *http2.MetaHeadersFrame) error {
+	wrong := http2.StreamError{StreamID: s.id, Code: http2.ErrCodeProtocol}
+	if s.readErr != nil {
+		return http2.StreamError{StreamID: s.id, Code: http2.ErrCodeStreamClosed}
+	}
+	if s.status != 0 { // trailers
+		if !f.StreamEnded() {
+			return wrong
+		}
+		s.endLocked()
+		return nil
+	}
+	status, err := strconv.ParseUint(f.PseudoValue("status"), 10, 16)
+	switch {
+	case f.Truncated:
+		s.resetLocked(http2.ErrCodeEnhanceYourCalm, errHeadTooLarge)
+		return nil
+	case err != nil || status < 100 || status > 999 || status == http.StatusSwitchingProtocols:
+		return wrong
+	case status < 200:
+		if s.interim++; s.interim >= maxInterim || f.StreamEnded() {
+			return wrong
+		}
+		return nil
+	}
+	s.header = make(http.Header)
+	for _, field := range f.RegularFields() {
+		s.header.Add(field.Name, field.Value)
+	}
+	s.status = int(status)
+	close(s.answered)
+	if f.StreamEnded() {
+		s.endLocked()
+	}
+	return nil
+}
+
+// takeDataLocked takes content of the answer.
+func (s *streamConn) takeDataLocked(f *http2.DataFrame) error {
+	size := int64(f.Length)
+	switch {
+	case s.readErr != nil:
+		return http2.StreamError{StreamID: s.id, Code: http2.ErrCodeStreamClosed}
+	case s.status == 0:
+		return http2.StreamError{StreamID: s.id, Code: http2.ErrCodeProtocol}
+	case size > s.room:
+		return http2.StreamError{StreamID: s.id, Code: http2.ErrCodeFlowControl}
+	}
+	s.room -= size
+	s.received.put(f.Data())
+	s.read += size - int64(len(f.Data())) // padding is read at once
+	if f.StreamEnded() {
+		s.endLocked()
+	}
+	s.readable.Broadcast()
+	return nil
+}
+
+// takeResetLocked takes a reset. NO_ERROR after a complete answer says that the
+// parent wants no more, and is no failure of what it has sent (RFC 9113 §8.1).
+func (s *streamConn) takeResetLocked(code http2.ErrCode) {
+	s.sent = true
+	var err error = streamError{code}
+	if code == http2.ErrCodeRefusedStream && s.status == 0 {
+		err = errUnprocessed
+	}
+	s.failLocked(err)
+	s.c.removeLocked(s)
+}
+
+// streamAddr is where a stream leads to.
+type streamAddr string
+
+func (streamAddr) Network() string  { return "tcp" }
+func (a streamAddr) String() string { return string(a) }
+
+// LocalAddr implements net.Conn.
+func (s *streamConn) LocalAddr() net.Addr { return streamAddr("") }
+
+// RemoteAddr implements net.Conn. A stream leads to the parent.
+func (s *streamConn) RemoteAddr() net.Addr { return streamAddr(s.c.conn.RemoteAddr().String()) }
+
+// SetDeadline implements net.Conn.
+func (s *streamConn) SetDeadline(t time.Time) error {
+	return errors.Join(s.SetReadDeadline(t), s.SetWriteDeadline(t))
+}
+
+// SetReadDeadline implements net.Conn.
+func (s *streamConn) SetReadDeadline(t time.Time) error {
+	s.c.mu.Lock()
+	defer s.c.mu.Unlock()
+	if s.c.streams[s.id] == s { // else there is nothing to wait for
+		s.readBy.set(t, &s.readable)
+	}
+	return nil
+}
+
+// SetWriteDeadline implements net.Conn.
+func (s *streamConn) SetWriteDeadline(t time.Time) error {
+	s.c.mu.Lock()
+	defer s.c.mu.Unlock()
+	if s.c.streams[s.id] == s {
+		s.writeBy.set(t, &s.c.changed)
+	}
+	return nil
+}
+
+// deadline wakes those who wait for a condition when it passes.
+type deadline struct {
+	at    time.Time // zero: none
+	timer *time.Timer
+}
+
+// set is called with the lock of the condition.
+func (d *deadline) set(at time.Time, condition *sync.Cond) {
+	d.stop()
+	if d.at = at; at.IsZero() {
+		return
+	}
+	if left := time.Until(at); left > 0 {
+		d.timer = time.AfterFunc(left, func() {
+			condition.L.Lock()
+			defer condition.L.Unlock()
+			condition.Broadcast()
+		})
+	}
+	condition.Broadcast()
+}
+
+func (d *deadline) stop() {
+	if d.timer != nil {
+		d.timer.Stop()
+		d.timer = nil
+	}
+}
+
+func (d *deadline) passed() bool { return !d.at.IsZero() && !time.Now().Before(d.at) }
+
+// blockQueue holds bytes in blocks that it shares with others of its kind, so that
+// it holds none when it is empty.
+type blockQueue struct {
+	blocks     []*[muxFrame]byte
+	start, end int // in the first block and in the last
+	size       int
+}
+
+var muxBlocks = sync.Pool{New: func() any { return new([muxFrame]byte) }}
+
+func (q *blockQueue) put(b []byte) {
+	q.size += len(b)
+	for len(b) > 0 {
+		if len(q.blocks) == 0 || q.end == muxFrame {
+			q.blocks = append(q.blocks, muxBlocks.Get().(*[muxFrame]byte))
+			q.end = 0
+		}
+		n := copy(q.blocks[len(q.blocks)-1][q.end:], b)
+		q.end += n
+		b = b[n:]
+	}
+}
+
+func (q *blockQueue) take(b []byte) (n int) {
+	for n < len(b) && q.size > 0 {
+		end := muxFrame
+		if len(q.blocks) == 1 {
+			end = q.end
+		}
+		part := copy(b[n:], q.blocks[0][q.start:end])
+		n, q.start, q.size = n+part, q.start+part, q.size-part
+		if q.start == end {
+			muxBlocks.Put(q.blocks[0])
+			q.blocks[0] = nil
+			q.blocks, q.start = q.blocks[1:], 0
+		}
+	}
+	if q.size == 0 {
+		q.blocks = nil
+	}
+	return n
+}
+
+func (q *blockQueue) clear() {
+	for _, block := range q.blocks {
+		muxBlocks.Put(block)
+	}
+	*q = blockQueue{}
+}
