@@ -22,7 +22,7 @@ import (
 // not take, about which net/http is to say what is wrong without waiting for the rest.
 // If reading fails, what was read before is still there.
 func (c *clientConn) readHead() (length int, err error) {
-	waits, checked := false, -1
+	waits, checked := false, 0
 	for {
 		input, _ := c.r.Peek(c.r.Buffered())
 		if bytes.HasPrefix(input, emptyLine) { // RFC 9112 §2.2
@@ -35,11 +35,11 @@ func (c *clientConn) readHead() (length int, err error) {
 		if len(input) == c.r.Size() || len(input) > 0 && !httpguts.IsTokenRune(rune(input[0])) && string(input) != "\r" {
 			return -1, nil
 		}
-		if i := bytes.LastIndexByte(input, '\n'); i > checked {
-			checked = i
-			if _, _, header := parseLines(string(bytes.TrimSuffix(input[:i], []byte("\r")))); header == nil {
+		if end := bytes.LastIndexByte(input, '\n') + 1; end > checked { // each line is looked at once
+			if !isOrdinaryStart(string(input[checked:end]), checked == 0) {
 				return -1, nil
 			}
+			checked = end
 		}
 		if !waits {
 			waits = true
@@ -52,6 +52,17 @@ func (c *clientConn) readHead() (length int, err error) {
 			return -1, err
 		}
 	}
+}
+
+// isOrdinaryStart reports whether lines, which come first in a head or not, may be those
+// of an ordinary request.
+func isOrdinaryStart(lines string, first bool) bool {
+	lines, ok := strings.CutSuffix(lines, "\r\n")
+	if ok && first {
+		_, _, header := parseLines(lines)
+		return header != nil
+	}
+	return ok && parseStrictly(lines) != nil
 }
 
 // emptyLine may stand before a request, and means nothing.

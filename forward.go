@@ -41,6 +41,9 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 	if err != nil {
 		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "This is no request that can be forwarded: %v.", err)
 	}
+	if countLines(r.Header) > maxFields {
+		return 0, refuse(http.StatusRequestHeaderFieldsTooLarge, "http_request_error", nil, "This request has more than %d header lines.", maxFields)
+	}
 	out.invites = out.body != nil && waitsForInvitation(r)
 	if maxForwards(r.Method, r.Header) {
 		return answerLast(w, r)
@@ -288,6 +291,11 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, out *outgoing,
 			return forwardRefusal(r, err)
 		}
 	}
+	release := h.tunnels.heads.hold(from.bucket, headSize(res))
+	if release == nil {
+		return forwardRefusal(r, errHeldHeads)
+	}
+	defer release()
 	connection, upgrade := res.Header["Connection"], res.Header["Upgrade"]
 	announced := trailingNames(res.Trailer, connection)
 	header := h.setResponseFields(w, r, res)

@@ -14,6 +14,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"testing/iotest"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/prometheus/client_golang/prometheus/testutil"
@@ -147,6 +148,84 @@ func TestHTTP2HeadsAreBounded(t *testing.T) {
 			}
 		}
 	})
+}
+
+// What a client makes the proxy hold of large heads, by not reading their responses to
+// the end, is bounded. Other clients are not affected, nor is this one afterwards.
+func TestHeldHeadsAreBounded(t *testing.T) {
+	const size = 200 << 10
+	proceed := make(chan struct{})
+	plain := listen(t, func(c *net.TCPConn) {
+		if _, err := http.ReadRequest(bufio.NewReader(c)); err == nil {
+			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nX-Large: "+strings.Repeat("x", size)+"\r\nContent-Length: 2\r\n\r\no")
+			<-proceed
+			_, _ = io.WriteString(c, "k")
+		}
+	})
+	secure := newFramesOrigin(t, func(f *framesOrigin, stream uint32) {
+		f.longHeaders(stream, false, ":status", "200", "x-large", strings.Repeat("x", size))
+		_ = f.WriteData(stream, false, []byte("o"))
+	})
+	for _, url := range []string{"http://" + plain, "https://" + secure} {
+		bothWays(t, "", func(t *testing.T, w *world) {
+			var conns []*rawConn
+			for i := range maxHeldHeads/size + 2 {
+				c := w.dial()
+				conns = append(conns, c)
+				c.send("GET " + url + "/ HTTP/1.1\nHost: x\n\n")
+				res, err := http.ReadResponse(c.r, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if want := i < maxHeldHeads/size; (res.StatusCode == http.StatusOK) != want || !want && res.StatusCode != http.StatusBadGateway {
+					t.Errorf("%s: response %d is %s", url, i, res.Status)
+				}
+			}
+			for _, c := range conns {
+				_ = c.Close()
+			}
+			registry, err := acquireRegistry()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer releaseRegistry()
+			eventually(t, "the heads to be given up", func() bool {
+				registry.heads.mu.Lock()
+				defer registry.heads.mu.Unlock()
+				return len(registry.heads.bytes) == 0
+			})
+		})
+	}
+	close(proceed)
+}
+
+// A request has at most so many lines, too.
+func TestRequestLinesAreBounded(t *testing.T) {
+	bothWays(t, "", func(t *testing.T, w *world) {
+		for n, want := range map[int]int{maxFields - 10: 200, maxFields + 10: 431} {
+			c := w.dial()
+			c.send("GET " + w.origin.URL + "/ HTTP/1.1\nHost: x\n" + strings.Repeat("a:\n", n) + "\n")
+			if res, _ := c.response(http.MethodGet); res.StatusCode != want {
+				t.Errorf("%d lines: %s, want %d", n, res.Status, want)
+			}
+		}
+	})
+}
+
+// Each line of a request is looked at once, however its bytes come.
+func TestRequestLinesAreReadOnce(t *testing.T) {
+	w := newWorld(t, "", nil)
+	head := "GET http://a.example/ HTTP/1.1\r\n" + strings.Repeat("a:\r\n", 900) + "\r\n"
+	read := func(r *bufio.Reader) {
+		c := &clientConn{TCPConn: w.dial().TCPConn, listener: &clientListener{site: new(caddyhttp.Server)}}
+		c.r = bufio.NewReaderSize(iotest.OneByteReader(r), 4<<10)
+		if n, err := c.readHead(); n != len(head)-len(headEnd) || err != nil {
+			t.Errorf("a head of %d bytes, %v", n, err)
+		}
+	}
+	if took := measure(read, []byte(head)); took.bytes > 2<<20 {
+		t.Errorf("%d bytes take %d bytes of memory", len(head), took.bytes)
+	}
 }
 
 // A chunk may be as large as a size can say, behind another one in the same buffer.

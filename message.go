@@ -67,7 +67,11 @@ func readResponse(r *bufio.Reader, method string) (*http.Response, error) {
 	if res.Header, err = parseFields(fields); err != nil {
 		return nil, err
 	}
-	return res, frame(res, r, method)
+	err = frame(res, r, method)
+	if body, ok := res.Body.(*originBody); ok {
+		body.head = len(head)
+	}
+	return res, err
 }
 
 // readHead reads lines up to an empty one, which is left out. Line ends are
@@ -315,6 +319,7 @@ type originBody struct {
 	chunks   *chunkReader      // of a chunked body
 	trailers func(http.Header) // gets the trailers of a chunked body
 	ended    bool              // read to its end
+	head     int               // bytes of the head before it
 }
 
 func (b *originBody) Read(p []byte) (n int, err error) {

@@ -51,6 +51,8 @@ type registry struct {
 	open     context.Context        // ends when no tunnel may be open any more
 	end      context.CancelFunc
 	stop     func()
+
+	heads heldHeads // of responses that are passed on
 }
 
 // acquireRegistry returns the registry. Each call is to be followed by one of

@@ -117,7 +117,7 @@ func forwardRefusal(r *http.Request, err error) *refusal {
 		return refuse(http.StatusBadGateway, "http_protocol_error", err, answered+": %v.", host, wrong)
 	case isTLSError(err):
 		return tlsRefusal(err, host)
-	case errors.Is(err, errHeadTooLarge), errors.Is(err, errTooManyFields):
+	case errors.Is(err, errHeadTooLarge), errors.Is(err, errTooManyFields), errors.Is(err, errHeldHeads):
 		return refuse(http.StatusBadGateway, "http_response_header_section_size", err, answered+": %v.", host, err)
 	case errors.Is(err, errServerSilent):
 		return refuse(http.StatusGatewayTimeout, "connection_read_timeout", err, "%s has stopped answering on its connection; try again.", host)
