@@ -61,11 +61,8 @@ func passTrailers(w http.ResponseWriter, res *http.Response, announced, connecti
 	}
 	_ = http.NewResponseController(w).Flush() // puts an empty body into chunks, behind which trailers can be
 	header := w.Header()
-	for _, name := range announced {
-		delete(header, name) // that of the head, which is no trailer
-	}
 	for _, name := range names {
-		values := res.Trailer[name]
+		values := res.Trailer[name] // none if it was announced and has not come: that of the head is no trailer
 		if _, found := slices.BinarySearch(announced, name); !found {
 			name = http.TrailerPrefix + name
 		}
