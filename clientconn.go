@@ -8,7 +8,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"io"
 	"net"
 	"net/http"
 	"os"
@@ -221,6 +220,9 @@ func (c *clientConn) next() (r *http.Request, elsewhere bool) {
 	if err != nil && !c.late {
 		return nil, false
 	}
+	if length < 0 && c.isNew && c.refuseFirstByte() {
+		return nil, false
+	}
 	if length < 0 || c.listener.replaced() {
 		return nil, true
 	}
@@ -265,7 +267,7 @@ func (c *clientConn) leave() {
 	c.mu.Lock() // shutdown may be at it
 	_ = c.SetReadDeadline(time.Time{})
 	c.mu.Unlock()
-	conn := &readConn{TCPConn: c.TCPConn, early: bytes.Clone(unread), late: c.late}
+	conn := &readConn{TCPConn: c.TCPConn, early: bytes.Clone(unread), late: c.late, handler: c.listener.handler}
 	var successor *clientListener
 	if c.listener.conns.over.Load() || c.listener.replaced() {
 		successor = c.listener.successor()
@@ -275,13 +277,15 @@ func (c *clientConn) leave() {
 		successor.take(conn, c.isNew)
 	case c.isNew:
 		c.listener.handOn(conn)
-	case c.state.Load() == connMoves, bytes.HasPrefix(unread, []byte(http2Preface)): // which net/http would speak, as to a new client
+	case c.state.Load() == connMoves:
 		releaseClient(c.TCPConn)
 		_ = c.Close()
-	case len(unread) < len(http2Preface): // for the rest of which it would wait
-		_, _ = io.WriteString(c, badRequest)
+	case bytes.HasPrefix(unread, []byte(http2Preface)): // net/http would speak HTTP/2, as to a new client
 		releaseClient(c.TCPConn)
-		_ = c.Close()
+		c.listener.handler.refuseInvalid(c.TCPConn, invalidMalformed, "400 Bad Request", "HTTP/2 cannot begin behind other requests.")
+	case len(unread) < len(http2Preface): // net/http would wait for the rest of that
+		releaseClient(c.TCPConn)
+		c.listener.handler.refuseInvalid(c.TCPConn, invalidMalformed, "400 Bad Request", "This is not a well-formed HTTP request.")
 	default:
 		c.listener.handOn(conn)
 	}
@@ -289,8 +293,18 @@ func (c *clientConn) leave() {
 
 const http2Preface = "PRI * HTTP/2.0"
 
-// badRequest is what net/http says to something shorter than any request line.
-const badRequest = "HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n400 Bad Request"
+// refuseFirstByte refuses a client that does not speak HTTP.
+func (c *clientConn) refuseFirstByte() bool {
+	first, _ := c.r.Peek(min(1, c.r.Buffered()))
+	if len(first) == 0 || c.listener.handler == nil {
+		return false
+	}
+	reason, found := firstByteOf(first[0], false)
+	if found {
+		c.listener.handler.refuseFirstByte(c.TCPConn, reason)
+	}
+	return found
+}
 
 // ends reports whether the server is shutting down, and there is no other one for
 // the connection.
@@ -357,24 +371,4 @@ func (p *clientConns) shutdown(exits bool) {
 // waitForAnswers waits until the last answers are over, after all shutdowns.
 func waitForAnswers(ctx context.Context) {
 	waitUntil(ctx, func() bool { return clientConnCount.Load() == 0 })
-}
-
-// readConn is a connection that begins with what was read from it before.
-type readConn struct {
-	*net.TCPConn
-	early []byte
-	late  bool // the time for more is over
-}
-
-func (c *readConn) Read(p []byte) (int, error) {
-	if len(c.early) > 0 {
-		n := copy(p, c.early)
-		c.early = c.early[n:]
-		return n, nil
-	}
-	c.early = nil
-	if c.late {
-		return 0, os.ErrDeadlineExceeded
-	}
-	return c.TCPConn.Read(p)
 }

@@ -15,6 +15,7 @@ import (
 	"net/http/httptest"
 	"net/http/httputil"
 	"os"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -130,6 +131,7 @@ func (one *twin) converse(t testing.TB, warm, send, answer string, manner int, o
 	fill := func(s string) string { return strings.ReplaceAll(s, "ORIGIN", one.origin.Addr().String()) }
 	c := dialRaw(t, one.proxy)
 	c.SetDeadline(time.Now().Add(patience / 2))
+	c.r = bufio.NewReader(&refusalReader{r: c.TCPConn})
 	warm, send = fill(crlf(warm)), fill(send)
 	text, size := send, 1<<20
 	switch manner {
@@ -164,6 +166,52 @@ func (one *twin) converse(t testing.TB, warm, send, answer string, manner int, o
 		said[i] = strings.NewReplacer("127.0.0.2", "127.0.0.1", `"two";`, `"one";`, one.proxy, "PROXY").Replace(text)
 	}
 	return said
+}
+
+// ownRefusal is what the proxy puts in the place of net/http's answer to a request that
+// no handler has seen.
+var ownRefusal = regexp.MustCompile(`(?s)HTTP/1\.1 ([45]\d\d [^\r\n]*)\r\nConnection: close\r\nContent-Length: \d+\r\nContent-Type: text/plain; charset=utf-8\r\n` +
+	`Proxy-Status: \S+; error=http_request_error\r\n\r\n(?:This is not a well-formed HTTP request(?:: ([^\n]*))?|This proxy does not support [^\n]*)\.\n`)
+
+// refusalReader reads net/http's answers in the place of the proxy's.
+type refusalReader struct {
+	r    io.Reader
+	text string
+}
+
+func (r *refusalReader) Read(p []byte) (int, error) {
+	if r.text == "" {
+		n, err := r.r.Read(p)
+		if err != nil {
+			return n, err
+		}
+		r.text = asNetHTTPRefuses(string(p[:n]))
+	}
+	n := copy(p, r.text)
+	r.text = r.text[n:]
+	return n, nil
+}
+
+// asNetHTTPRefuses returns a text with net/http's answers in the place of the proxy's.
+func asNetHTTPRefuses(text string) string {
+	for _, match := range ownRefusal.FindAllStringSubmatch(text, -1) {
+		line, said := match[1], ""
+		if match[2] != "" {
+			line += ": " + match[2]
+		}
+		switch said = line; line[:3] {
+		case "417":
+			text = strings.ReplaceAll(text, match[0], "HTTP/1.1 417 Expectation Failed\r\nConnection: close\r\nDate: "+time.Now().UTC().Format(http.TimeFormat)+"\r\nContent-Length: 0\r\n\r\n")
+			continue
+		case "501":
+			said = "Unsupported transfer encoding"
+		case "505":
+			line += ": unsupported protocol version"
+			said = line
+		}
+		text = strings.ReplaceAll(text, match[0], "HTTP/1.1 "+line+string(errorFields)+said)
+	}
+	return text
 }
 
 // writeInPieces writes in the background until all is written, or refused by who
@@ -447,7 +495,7 @@ var requestAttacks = []attack{
 	{name: "version in lower case", send: "GET http://ORIGIN/ http/1.1\nHost: ORIGIN\n\n"},
 	{name: "version 01.1", send: "GET http://ORIGIN/ HTTP/01.1\nHost: ORIGIN\n\n"},
 	{name: "no version", send: "GET http://ORIGIN/\nHost: ORIGIN\n\n"},
-	{name: "TLS", send: "\x16\x03\x01\x00\x05hello"},
+	{better: true, name: "TLS", send: "\x16\x03\x01\x00\x05hello"},
 
 	// Methods.
 	{name: "a method of 32 bytes", send: strings.Repeat("M", 32) + " http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
@@ -809,7 +857,7 @@ func TestClientConnHandsOn(t *testing.T) {
 	}
 	c := own()
 	c.send("PRI * HTTP/2.0\n\nSM\n\n")
-	if said := c.readAll(); said != "" {
+	if said := c.readAll(); !strings.HasPrefix(said, "HTTP/1.1 400 ") || !strings.HasSuffix(said, "HTTP/2 cannot begin behind other requests.\n") {
 		t.Errorf("in the middle of a connection, HTTP/2 is answered with %q", said)
 	}
 }

@@ -627,7 +627,7 @@ func TestClientConnStalledHead(t *testing.T) {
 		}
 		_, _ = io.WriteString(conn, request[:cut])
 		answer, err := io.ReadAll(r)
-		return fmt.Sprintf("%q, late: %t", answer, errors.Is(err, os.ErrDeadlineExceeded))
+		return fmt.Sprintf("%q, late: %t", asNetHTTPRefuses(string(answer)), errors.Is(err, os.ErrDeadlineExceeded))
 	}
 	w.dialOwn()
 	var all sync.WaitGroup

@@ -27,6 +27,10 @@ func init() { caddy.RegisterModule(ListenerWrapper{}) }
 // such as another listener wrapper, an access log, metrics, or a handler before the
 // proxy.
 //
+// On all servers where no other wrapper takes part, with TLS or without, it answers
+// and logs clients that speak another protocol than the port's, and in clear also
+// requests that Go's HTTP server refuses before any handler sees them.
+//
 // A Caddyfile has it wherever it helps, unless there are global options for the
 // server.
 type ListenerWrapper struct {
@@ -72,7 +76,8 @@ func (w *ListenerWrapper) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 // WrapListener implements caddy.ListenerWrapper. It is called when all handlers
 // are there, and before anything is accepted.
 func (w *ListenerWrapper) WrapListener(ln net.Listener) net.Listener {
-	if _, ok := ln.(*clientListener); ok {
+	switch ln.(type) {
+	case *clientListener, *readListener:
 		return ln // there is one wrapper for each site of the server
 	}
 	app, err := w.ctx.AppIfConfigured("http")
@@ -80,12 +85,13 @@ func (w *ListenerWrapper) WrapListener(ln net.Listener) net.Listener {
 		return ln
 	}
 	h, _ := ownerOf(app.(*caddyhttp.App), w.server)
-	if h == nil {
-		return ln
+	if h != nil {
+		h.wraps = w.alone
 	}
-	h.wraps = w.alone
-	if !w.alone || usesTLS(app.(*caddyhttp.App), w.server, ln) {
+	if overTLS := usesTLS(app.(*caddyhttp.App), w.server, ln); !w.alone {
 		return ln
+	} else if h == nil || overTLS {
+		return watchFirstBytes(ln, anyHandler(w.server.Routes), overTLS)
 	}
 	l := newClientListener(ln, h, w.server)
 	l.register()
@@ -139,6 +145,23 @@ func firstHandler(routes caddyhttp.RouteList) caddyhttp.MiddlewareHandler {
 		return firstHandler(sub.Routes)
 	}
 	return first
+}
+
+// anyHandler returns an async_proxy of the routes; nil if there is none.
+func anyHandler(routes caddyhttp.RouteList) *Handler {
+	for _, route := range routes {
+		for _, handler := range route.Handlers {
+			switch handler := handler.(type) {
+			case *Handler:
+				return handler
+			case *caddyhttp.Subroute:
+				if h := anyHandler(handler.Routes); h != nil {
+					return h
+				}
+			}
+		}
+	}
+	return nil
 }
 
 // clientListener serves the connections that it accepts, and lets net/http's

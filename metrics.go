@@ -61,6 +61,7 @@ type processMetrics struct {
 	refusals  *prometheus.CounterVec // by reason and cause
 	limited   prometheus.Counter     // of refusals, those by the limiter
 	reported  *prometheus.CounterVec // by what
+	invalid   *prometheus.CounterVec // by reason
 	evictions prometheus.Counter
 	durations prometheus.Histogram // of tunnels
 	up, down  prometheus.Counter   // bytes of tunnels, as far as they are counted
@@ -80,6 +81,7 @@ func newProcessMetrics() *processMetrics {
 	m := &processMetrics{
 		refusals: counters("refusals_total", "Responses of the proxy's own, by the error type of RFC 9209 and by cause.", "reason", "cause"),
 		reported: counters("reported_total", "What would have been refused, had it not been only to be reported.", "what"),
+		invalid:  counters("invalid_requests_total", "Connections and requests that were refused before a handler saw them, by reason.", "reason"),
 		evictions: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: prefix + "rate_limit_evictions_total",
 			Help: "Clients whose tokens were forgotten early because max_clients were tracked.",
@@ -110,6 +112,9 @@ func newProcessMetrics() *processMetrics {
 	for _, what := range []string{"rules", "limits"} {
 		m.reported.WithLabelValues(what)
 	}
+	for reason := range invalids {
+		m.invalid.WithLabelValues(string(reason))
+	}
 	for _, outcome := range dialOutcomes {
 		m.dials.WithLabelValues(outcome)
 	}
@@ -118,7 +123,7 @@ func newProcessMetrics() *processMetrics {
 	forwarded := counters("forwarded_bytes_total", "Bytes of the content of forwarded requests (up) and responses (down).", "direction")
 	m.forwardedUp, m.forwardedDown = forwarded.WithLabelValues("up"), forwarded.WithLabelValues("down")
 	m.collectors = []prometheus.Collector{
-		requests, m.refusals, m.reported, m.evictions, m.durations, m.dials, m.responses, forwarded, stateCollector{bytes},
+		requests, m.refusals, m.reported, m.invalid, m.evictions, m.durations, m.dials, m.responses, forwarded, stateCollector{bytes},
 	}
 	return m
 }

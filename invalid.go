@@ -1,0 +1,243 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"strings"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+)
+
+// An invalid is a reason to refuse a client before there is a request that a handler
+// could see.
+type invalid string
+
+const (
+	invalidTLS       invalid = "tls"        // TLS on a port without it
+	invalidSOCKS     invalid = "socks"      // SOCKS 4 or 5
+	invalidPlainHTTP invalid = "plain_http" // HTTP in clear on a port with TLS
+	invalidMalformed invalid = "malformed"  // no well-formed request
+	invalidTooLarge  invalid = "too_large"  // more than max_header_size
+	invalidUnknown   invalid = "unknown"    // a version, coding or expectation that is not supported
+)
+
+// invalids has the log message for each reason.
+var invalids = map[invalid]struct {
+	level   zapcore.Level
+	message string
+}{
+	invalidTLS:       {zapcore.WarnLevel, "TLS client on a port without TLS: use http:// in the proxy URL"},
+	invalidSOCKS:     {zapcore.WarnLevel, "SOCKS client: this is an HTTP proxy, use http:// in the proxy URL"},
+	invalidPlainHTTP: {zapcore.WarnLevel, "HTTP client on a port with TLS: use https:// in the proxy URL"},
+	invalidMalformed: {zapcore.InfoLevel, "malformed request"},
+	invalidTooLarge:  {zapcore.WarnLevel, "request head too large: the server option max_header_size limits it"},
+	invalidUnknown:   {zapcore.InfoLevel, "unsupported request"},
+}
+
+// refusedInvalid counts and logs that a client was refused. The status is empty if it got
+// no answer; detail may say more about what was wrong.
+func (h *Handler) refusedInvalid(conn net.Conn, reason invalid, status, detail string) {
+	metrics.invalid.WithLabelValues(string(reason)).Inc()
+	remote, _ := netip.ParseAddrPort(conn.RemoteAddr().String())
+	client := remote.Addr().Unmap().WithZone("")
+	n, ok := invalidLines.count(invalidLine{h.limiter.client(client), string(reason) + status + detail}, time.Now())
+	if !ok {
+		return
+	}
+	row := invalids[reason]
+	c := h.logger.Check(row.level, row.message)
+	if c == nil {
+		return
+	}
+	fields := []zap.Field{clientField(client), zap.Stringer("address", conn.LocalAddr()), zap.String("reason", string(reason)), zap.Int64("refused", n)}
+	if status != "" {
+		fields = append(fields, zap.String("status", status))
+	}
+	if detail != "" {
+		fields = append(fields, zap.String("error", detail))
+	}
+	c.Write(fields...)
+}
+
+// invalidLine identifies log lines of which a client gets one a minute.
+type invalidLine struct {
+	client netip.Addr
+	what   string
+}
+
+// lineLimit lets each line through once a minute. It knows a bounded number of lines:
+// while that many are new, there are no further ones.
+type lineLimit struct {
+	mu    sync.Mutex
+	lines map[invalidLine]*lineCount
+	swept time.Time
+}
+
+type lineCount struct {
+	next    time.Time // when there may be another line
+	skipped int64
+}
+
+const (
+	invalidInterval = time.Minute
+	maxInvalidLines = 4096
+)
+
+var invalidLines = lineLimit{lines: make(map[invalidLine]*lineCount)}
+
+// count reports whether there is to be a line, and how many times it stands for.
+func (l *lineLimit) count(line invalidLine, now time.Time) (n int64, ok bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	c := l.lines[line]
+	if c == nil {
+		if len(l.lines) >= maxInvalidLines && !l.sweep(now) {
+			return 0, false
+		}
+		c = new(lineCount)
+		l.lines[line] = c
+	}
+	if now.Before(c.next) {
+		c.skipped++
+		return 0, false
+	}
+	n, c.skipped, c.next = c.skipped+1, 0, now.Add(invalidInterval)
+	return n, true
+}
+
+// sweep forgets the lines whose minute is over, and reports whether there is room. It
+// looks at all of them, and so does that once a second only.
+func (l *lineLimit) sweep(now time.Time) bool {
+	if now.Sub(l.swept) >= time.Second {
+		l.swept = now
+		for line, c := range l.lines {
+			if !now.Before(c.next) {
+				delete(l.lines, line)
+			}
+		}
+	}
+	return len(l.lines) < maxInvalidLines
+}
+
+// firstByteOf tells by the first byte of a connection which client does not speak
+// HTTP, or not the way it is spoken on this port.
+func firstByteOf(b byte, overTLS bool) (reason invalid, found bool) {
+	switch {
+	case b == 4 || b == 5:
+		return invalidSOCKS, true
+	case b == 0x16 && !overTLS: // a handshake
+		return invalidTLS, true
+	case overTLS && (b >= 'A' && b <= 'Z' || b >= 'a' && b <= 'z'): // a method; no record begins so
+		return invalidPlainHTTP, true
+	}
+	return "", false
+}
+
+// refuseFirstByte ends the connection of a client that speaks another protocol. A
+// client that may understand it gets an answer.
+func (h *Handler) refuseFirstByte(conn *net.TCPConn, reason invalid) {
+	switch reason {
+	case invalidTLS:
+		h.refuseInvalid(conn, reason, "400 Bad Request", "This proxy does not speak TLS on this port: use http:// in the proxy URL.")
+	case invalidPlainHTTP:
+		h.refuseInvalid(conn, reason, "400 Bad Request", "Client sent an HTTP request to an HTTPS server. This proxy speaks TLS on this port: use https:// in the proxy URL.")
+	default:
+		h.refusedInvalid(conn, reason, "", "")
+		closeInStages(conn)
+	}
+}
+
+// refuseInvalid answers and ends the connection of a client that h knows nothing of.
+func (h *Handler) refuseInvalid(conn *net.TCPConn, reason invalid, status, text string) {
+	h.refusedInvalid(conn, reason, status, "")
+	_ = conn.SetWriteDeadline(time.Now().Add(lingerTime))
+	_, _ = conn.Write(h.invalidAnswer(status, text))
+	closeInStages(conn)
+}
+
+// invalidAnswer is the whole answer to a client whose request no handler has seen.
+func (h *Handler) invalidAnswer(status, text string) []byte {
+	return fmt.Appendf(nil, "HTTP/1.1 %s\r\nConnection: close\r\nContent-Length: %d\r\nContent-Type: text/plain; charset=utf-8\r\nProxy-Status: %s\r\n\r\n%s\n",
+		status, len(text)+1, h.proxyStatus("http_request_error"), text)
+}
+
+// What a client sends behind a request that is refused is read for this long, and up
+// to this size: a reset could destroy the answer before the client has read it (RFC
+// 9112 §9.6).
+const (
+	lingerTime = 500 * time.Millisecond
+	lingerSize = 256 << 10
+)
+
+// closeInStages closes a connection on which the client may still be sending.
+func closeInStages(conn *net.TCPConn) {
+	_ = conn.CloseWrite()
+	_ = conn.SetReadDeadline(time.Now().Add(lingerTime))
+	_, _ = io.CopyN(io.Discard, conn, lingerSize)
+	_ = conn.Close()
+}
+
+// net/http answers requests that it refuses itself in one write of this form, which no
+// handler's response has.
+var (
+	errorFields       = []byte("\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n")
+	expectationFailed = []byte("417 Expectation Failed\r\nConnection: close\r\nDate: ")
+	noContent         = []byte("GMT\r\nContent-Length: 0\r\n\r\n")
+)
+
+// isNetHTTPRefusal reports whether p is net/http's answer to a request that no handler
+// has seen, and returns the status of that and what net/http says is wrong.
+func isNetHTTPRefusal(p []byte) (status, detail string, ok bool) {
+	p, found := bytes.CutPrefix(p, []byte("HTTP/1.1 "))
+	if !found || len(p) == 0 || p[0] != '4' && p[0] != '5' {
+		return "", "", false // at no cost
+	}
+	if bytes.HasPrefix(p, expectationFailed) && bytes.HasSuffix(p, noContent) && len(p) < len(expectationFailed)+len(noContent)+40 {
+		return "417 Expectation Failed", "", true
+	}
+	line, text, found := bytes.Cut(p, errorFields)
+	if !found || !bytes.Equal(line, text) && !bytes.HasPrefix(line, []byte("501 ")) {
+		return "", "", false
+	}
+	status, detail, _ = strings.Cut(string(line), ": ")
+	return status, detail, len(status) >= len("400")
+}
+
+// replaceRefusal counts and logs a request that net/http refuses, and returns a better
+// answer than net/http's: one that says that it is the proxy's, and what is wrong. It
+// returns nil if p is something else. noLine says that not even the first line of the
+// request was complete.
+func (h *Handler) replaceRefusal(conn net.Conn, p []byte, noLine bool) []byte {
+	status, detail, ok := isNetHTTPRefusal(p)
+	if !ok {
+		return nil
+	}
+	reason, text := invalidUnknown, "This proxy does not support the expectation of this request."
+	switch status[:3] {
+	case "400":
+		reason, text = invalidMalformed, "This is not a well-formed HTTP request."
+		if detail != "" {
+			text = "This is not a well-formed HTTP request: " + detail + "."
+		}
+	case "431":
+		reason, text = invalidTooLarge, "The header fields of this request are too large for this proxy."
+		if noLine {
+			status, text = "414 URI Too Long", "The URL of this request is too long for this proxy."
+		}
+	case "501":
+		text = "This proxy does not support the transfer coding of this request."
+	case "505":
+		text = "This proxy does not support the HTTP version of this request."
+	}
+	h.refusedInvalid(conn, reason, status, detail)
+	return h.invalidAnswer(status, text)
+}

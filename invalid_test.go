@@ -1,0 +1,303 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bytes"
+	"crypto/tls"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"strings"
+	"testing"
+	"time"
+)
+
+// invalidCounts returns the counts of caddy_async_proxy_invalid_requests_total.
+func invalidCount(t *testing.T, reason invalid) float64 {
+	t.Helper()
+	return gathered(t)[fmt.Sprintf(`invalid_requests_total{reason="%s"}`, reason)]
+}
+
+// forgetInvalidLines makes each client get its next lines at once.
+func forgetInvalidLines() {
+	invalidLines.mu.Lock()
+	defer invalidLines.mu.Unlock()
+	clear(invalidLines.lines)
+}
+
+// clientHello is what a TLS client sends first.
+func clientHello(t *testing.T) string {
+	t.Helper()
+	near, far := net.Pipe()
+	defer near.Close()
+	go func() { _ = tls.Client(far, clientTLS("h2")).Handshake() }()
+	buf := make([]byte, 4096)
+	n, err := near.Read(buf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	far.Close()
+	return string(buf[:n])
+}
+
+// What a client of another protocol sends first is told from a request at its first
+// byte: it is logged, counted, answered if the client may understand it, and the
+// connection ends, whoever serves the port.
+func TestFirstContact(t *testing.T) {
+	hello := clientHello(t)
+	plain := []struct {
+		name, send string
+		reason     invalid
+		says       string
+	}{
+		{"TLS", hello, invalidTLS, "This proxy does not speak TLS on this port: use http:// in the proxy URL.\n"},
+		{"the first byte of TLS", "\x16", invalidTLS, "use http:// in the proxy URL.\n"},
+		{"SOCKS 5", "\x05\x01\x00", invalidSOCKS, ""},
+		{"the first byte of SOCKS 5", "\x05", invalidSOCKS, ""},
+		{"SOCKS 4", "\x04\x01\x01\xbb\x7f\x00\x00\x01user\x00", invalidSOCKS, ""},
+	}
+	secure := plain[2:]
+	for _, request := range []string{
+		"CONNECT example.com:443 HTTP/1.1\r\nHost: example.com:443\r\n\r\n", "GET http://example.com/ HTTP/1.1\r\nHost: example.com\r\n\r\n",
+		"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "OPTIONS * HTTP/1.1\r\n\r\n", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "get", "P", "PROPFIND / HTTP/1.1\r\n", "GET / HTTP/1.1\r\nX: " + strings.Repeat("x", 100_000) + "\r\n\r\n",
+	} {
+		row := plain[0]
+		row.name, row.send, row.reason, row.says = fmt.Sprintf("%.20q", request), request, invalidPlainHTTP, "use https:// in the proxy URL.\n"
+		secure = append(secure, row)
+	}
+	for setup, options := range map[string]tunnelSetup{
+		"served by the proxy": {}, "access log": {site: "log"}, "metrics": {global: "metrics"}, "wrapper above TLS": {servers: "listener_wrappers {\nasync_proxy\n}"}, "HTTP/1 alone": {site: "log", protocols: "h1"},
+	} {
+		w := newTunnelWorld(t, options)
+		for address, rows := range map[string][]struct {
+			name, send string
+			reason     invalid
+			says       string
+		}{w.plain: plain, w.tls: secure} {
+			for _, row := range rows {
+				t.Run(fmt.Sprintf("%s/%s/%v", setup, row.name, address == w.tls), func(t *testing.T) {
+					forgetInvalidLines()
+					before := invalidCount(t, row.reason)
+					n := len(w.logLines(invalids[row.reason].message))
+					c := dialRaw(t, address)
+					sent := writeInPieces(c, row.send, 1<<20)
+					said := c.readAll()
+					<-sent
+					if !strings.HasSuffix(said, row.says) || row.says == "" && said != "" {
+						t.Errorf("the answer is %q", said)
+					}
+					if row.says != "" && (!strings.HasPrefix(said, "HTTP/1.1 400 Bad Request\r\n") || !strings.Contains(said, "\r\nProxy-Status: ")) {
+						t.Errorf("the answer is %q", said)
+					}
+					line := w.waitLog(invalids[row.reason].message, n+1)[n]
+					if line["client"] != "127.0.0.1" || line["address"] != address || line["reason"] != string(row.reason) || line["refused"] != 1.0 || line["level"] != "warn" {
+						t.Errorf("the log has %v", line)
+					}
+					if got := invalidCount(t, row.reason); got != before+1 {
+						t.Errorf("counted %v times", got-before)
+					}
+				})
+			}
+		}
+		// Clients that speak as they should are served.
+		w.client(t, "h1-tls").open(echoTarget(t))
+		if options.protocols == "" {
+			w.client(t, "h2").open(echoTarget(t))
+		}
+		w.client(t, "h1").open(echoTarget(t))
+	}
+}
+
+// Real clients with the wrong scheme are told so.
+func TestFirstContactOfClients(t *testing.T) {
+	w := newTunnelWorld(t, tunnelSetup{})
+	for proxy, want := range map[string]string{
+		"https://" + w.plain:  "first record does not look like a TLS handshake",
+		"http://" + w.tls:     "Bad Request",
+		"socks5://" + w.plain: "EOF",
+	} {
+		u, _ := url.Parse(proxy)
+		client := &http.Client{Transport: &http.Transport{Proxy: http.ProxyURL(u), TLSClientConfig: clientTLS("http/1.1")}}
+		if _, err := client.Get("https://example.com/"); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("with %s: %v, want %s", proxy, err, want)
+		}
+	}
+}
+
+// Other wrappers may come before what is HTTP or TLS: their first bytes are theirs.
+func TestFirstContactBehindOtherWrappers(t *testing.T) {
+	w := newTunnelWorld(t, tunnelSetup{servers: "listener_wrappers {\nasync_proxy\nproxy_protocol {\nallow 127.0.0.0/8\n}\ntls\n}"})
+	for _, protocol := range []string{"h1", "h1-tls"} {
+		c := w.client(t, protocol)
+		c.preface = "\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x0c\x7f\x00\x00\x09\x7f\x00\x00\x01\x12\x67\x00\x50"
+		c.open(echoTarget(t))
+	}
+	if line := w.waitLog("CONNECT tunnel", 1)[0]; line["client"] != "127.0.0.9" {
+		t.Errorf("the client is %v", line["client"])
+	}
+}
+
+// What net/http refuses before a handler sees it is answered with the proxy's name and
+// what is wrong, logged and counted, as a first request and behind others, wherever the
+// listener wrapper sees the connection.
+func TestRefusedBelowHandlers(t *testing.T) {
+	w := newWorld(t, "via tester", nil)
+	get := "GET " + w.origin.URL + "/ HTTP/1.1\r\n"
+	for _, site := range []string{w.site("via tester"), strings.Replace(w.site("via tester"), "{\n", "{\nlog\n", 1)} {
+		for _, row := range []struct {
+			name, send string
+			status     int
+			reason     invalid
+			says       string
+		}{
+			{"no Host", get + "\r\n", 400, invalidMalformed, "missing required Host header"},
+			{"two Hosts", get + "Host: x\r\nHost: y\r\n\r\n", 400, invalidMalformed, "not a well-formed HTTP request"},
+			{"a bad Host", get + "Host: a b\r\n\r\n", 400, invalidMalformed, "malformed Host header"},
+			{"a bad name", get + "Host: x\r\nA B: 1\r\n\r\n", 400, invalidMalformed, "not a well-formed HTTP request"},
+			{"a bad value", get + "Host: x\r\nA: \x01\r\n\r\n", 400, invalidMalformed, "not a well-formed HTTP request"},
+			{"no request line", "nonsense of some length\r\n\r\n", 400, invalidMalformed, "not a well-formed HTTP request"},
+			{"a coding", "POST " + w.origin.URL + "/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n", 501, invalidUnknown, "transfer coding"},
+			{"an expectation", "PUT " + w.origin.URL + "/ HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nExpect: foo\r\n\r\n", 417, invalidUnknown, "expectation"},
+			{"a version", "GET " + w.origin.URL + "/ HTTP/3.0\r\nHost: x\r\n\r\n", 505, invalidUnknown, "version"},
+			{"a large field", get + "Host: x\r\nX: " + strings.Repeat("x", 300<<10) + "\r\n\r\n", 431, invalidTooLarge, "too large"},
+			{"a long URL", "GET " + w.origin.URL + "/" + strings.Repeat("x", 300<<10) + " HTTP/1.1\r\nHost: x\r\n\r\n", 414, invalidTooLarge, "too long"},
+		} {
+			for _, before := range []string{"", get + "Host: x\r\n\r\n"} {
+				if before != "" && row.status == 414 && site != w.site("via tester") {
+					row.status, row.says = 431, "too large" // net/http alone knows where a later request begins
+				}
+				t.Run(fmt.Sprintf("%s/%v/%v", row.name, before != "", site == w.site("via tester")), func(t *testing.T) {
+					forgetInvalidLines()
+					w.load(site)
+					counted, n := invalidCount(t, row.reason), len(w.logLines(invalids[row.reason].message))
+					c := w.dial()
+					if before != "" {
+						c.send(before)
+						if res, _ := c.response(http.MethodGet); res.StatusCode != http.StatusOK {
+							t.Fatal(res.Status)
+						}
+					}
+					sent := writeInPieces(c, row.send, 1<<20)
+					res, body := c.response(http.MethodGet)
+					<-sent
+					if res.StatusCode != row.status || res.Header.Get("Proxy-Status") != "tester; error=http_request_error" || !strings.Contains(body, row.says) {
+						t.Errorf("%s %q %q, want %d and %q", res.Status, res.Header.Get("Proxy-Status"), body, row.status, row.says)
+					}
+					line := w.waitLog(invalids[row.reason].message, n+1)[n]
+					if line["client"] != "127.0.0.1" || line["reason"] != string(row.reason) || !strings.HasPrefix(fmt.Sprint(line["status"]), fmt.Sprint(row.status)) {
+						t.Errorf("the log has %v", line)
+					}
+					if got := invalidCount(t, row.reason); got != counted+1 {
+						t.Errorf("counted %v times", got-counted)
+					}
+				})
+			}
+		}
+	}
+}
+
+// No response of a handler or an origin is taken for a refusal of net/http's.
+func TestResponsesAreNoRefusals(t *testing.T) {
+	origin := listen(t, func(c *net.TCPConn) {
+		streamRequest(c)
+		_, _ = io.WriteString(c, "HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n400 Bad Request")
+	})
+	w := newWorld(t, "via off", nil)
+	before := invalidCount(t, invalidMalformed)
+	c := w.dial()
+	c.send("POST http://" + origin + "/ HTTP/1.1\nHost: x\nContent-Length: 0\n\n")
+	if res, body := c.response(http.MethodPost); body != "400 Bad Request" || res.Header.Get("Proxy-Status") != "" {
+		t.Errorf("%v %q", res, body)
+	}
+	if got := invalidCount(t, invalidMalformed); got != before {
+		t.Errorf("counted %v times", got-before)
+	}
+}
+
+// A client gets a line of a kind once a minute, which says for how many refusals it
+// stands. Memory is bounded.
+func TestLineLimit(t *testing.T) {
+	l := lineLimit{lines: make(map[invalidLine]*lineCount)}
+	now := time.Now()
+	one := netip.MustParseAddr("192.0.2.1")
+	for _, row := range []struct {
+		after time.Duration
+		what  string
+		want  int64 // 0: no line
+	}{{0, "a", 1}, {0, "b", 1}, {time.Second, "a", 0}, {invalidInterval - 1, "a", 0}, {invalidInterval, "a", 3}, {invalidInterval, "b", 1}, {3 * invalidInterval, "a", 1}} {
+		n, ok := l.count(invalidLine{one, row.what}, now.Add(row.after))
+		if n != row.want || ok != (n > 0) {
+			t.Errorf("%s after %v: %d, %v, want %d", row.what, row.after, n, ok, row.want)
+		}
+	}
+	lines := 0
+	for i := range 3 * maxInvalidLines {
+		addr := netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)})
+		if _, ok := l.count(invalidLine{addr, "a"}, now.Add(10*invalidInterval)); ok {
+			lines++
+		}
+	}
+	if len(l.lines) > maxInvalidLines || lines != maxInvalidLines {
+		t.Errorf("%d lines are known, and %d were let through, want %d", len(l.lines), lines, maxInvalidLines)
+	}
+	if _, ok := l.count(invalidLine{one, "c"}, now.Add(12*invalidInterval)); !ok {
+		t.Error("there is no room when the minute is over")
+	}
+}
+
+// A listener of TLS keeps working whatever crypto/tls makes of it.
+func TestListenerBelowTLS(t *testing.T) {
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	if listenerBelowTLS(ln).IsValid() {
+		t.Error("a listener of TCP is taken for one of TLS")
+	}
+	if over := tls.NewListener(ln, &tls.Config{}); !listenerBelowTLS(over).IsValid() {
+		t.Error("a listener of TLS is not known")
+	}
+}
+
+// A connection reads the same in whatever pieces it arrives.
+func TestReadConnFirst(t *testing.T) {
+	for _, text := range []string{"\r\n\r\nGET /", "GET /\r\n", "\r\rGET", "\rG", "\r\n\n", "\n\r\n"} {
+		for size := 1; size <= len(text); size++ {
+			near, far := socketPair(t)
+			c := &readConn{TCPConn: near.(*net.TCPConn), first: true, handler: new(Handler)}
+			go func() {
+				_, _ = io.WriteString(far, text[:size])
+				_, _ = io.WriteString(far, text[size:])
+				_ = far.(*net.TCPConn).CloseWrite()
+			}()
+			got, err := io.ReadAll(c)
+			want := text
+			for strings.HasPrefix(want, "\r\n") {
+				want = want[2:]
+			}
+			if err != nil || !bytes.Equal(got, []byte(want)) {
+				t.Errorf("%q in pieces of %d: %q, %v, want %q", text, size, got, err, want)
+			}
+		}
+	}
+}
+
+// FuzzNetHTTPRefusal: only an answer in the very form of net/http's is replaced.
+func FuzzNetHTTPRefusal(f *testing.F) {
+	for _, line := range []string{"400 Bad Request", "400 Bad Request: x", "431 Request Header Fields Too Large", "200 OK"} {
+		f.Add([]byte("HTTP/1.1 " + line + string(errorFields) + line))
+	}
+	f.Add([]byte("HTTP/1.1 417 Expectation Failed\r\nConnection: close\r\nDate: Mon, 30 Nov 2026 07:00:00 GMT\r\nContent-Length: 0\r\n\r\n"))
+	f.Fuzz(func(t *testing.T, p []byte) {
+		status, _, ok := isNetHTTPRefusal(p)
+		if ok && (len(status) < 3 || !bytes.HasPrefix(p, []byte("HTTP/1.1 "+status[:3]))) {
+			t.Errorf("%q is taken for %q", p, status)
+		}
+	})
+}
