@@ -193,7 +193,7 @@ func dialOutcome(ctx context.Context, err error) string {
 		timeout net.Error
 	)
 	switch {
-	case context.Cause(ctx) != nil:
+	case ctx.Err() != nil && !errors.Is(ctx.Err(), context.DeadlineExceeded): // that is the time limit's
 		return "canceled"
 	case errors.As(err, &denied):
 		return "denied"

@@ -4,6 +4,8 @@
 package asyncproxy
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -14,6 +16,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -331,6 +334,37 @@ func TestMetricsOfTunnelsThatAreOpen(t *testing.T) {
 		eventually(t, "the tunnel to end", func() bool { return gathered(t)["tunnels"] == 0 })
 		if grown := since(t, before); !maps.Equal(grown, want) {
 			t.Errorf("%s: after its end %v has grown, want %v", protocol, grown, want)
+		}
+	}
+}
+
+// A dial that takes too long is a time-out, whoever has set the limit; one that
+// the client or the proxy gives up is canceled.
+func TestDialOutcomes(t *testing.T) {
+	late, cancel := context.WithTimeout(t.Context(), 0)
+	defer cancel()
+	left, leave := context.WithCancelCause(t.Context())
+	leave(errors.New("the client left"))
+	refused := &net.OpError{Op: "dial", Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}
+	for _, tc := range []struct {
+		ctx  context.Context
+		err  error
+		want string
+	}{
+		{t.Context(), nil, "ok"},
+		{t.Context(), refused, "refused"},
+		{late, os.ErrDeadlineExceeded, "timeout"},
+		{late, context.DeadlineExceeded, "timeout"},
+		{late, &deniedError{}, "denied"},
+		{late, refused, "refused"},
+		{left, context.Canceled, "canceled"},
+		{left, os.ErrDeadlineExceeded, "canceled"},
+		{t.Context(), &net.DNSError{IsTimeout: true}, "timeout"},
+		{t.Context(), &net.DNSError{IsNotFound: true}, "dns"},
+		{t.Context(), errors.New("else"), "failed"},
+	} {
+		if got := dialOutcome(tc.ctx, tc.err); got != tc.want {
+			t.Errorf("%v, %v: %s, want %s", tc.ctx.Err(), tc.err, got, tc.want)
 		}
 	}
 }

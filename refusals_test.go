@@ -69,7 +69,7 @@ func (b *refusalBench) request(text string) string {
 // passed waits for the log line of a request that was not refused.
 func (b *refusalBench) passed() { b.logged++; b.waitLog("request", b.logged) }
 
-var refusalStatus = regexp.MustCompile(`^[!#$%&'*+.^_|~0-9A-Za-z:/-]+; error=([a-z_]+)$`)
+var refusalStatus = regexp.MustCompile(`^[!#$%&'*+.^_|~0-9A-Za-z:/-]+; error=([a-z_]+)(?:; [a-z-]+=(?:[0-9]+|"[0-9A-Za-z_ ]+"))*$`)
 
 // refuses compares the answers to requests, each on a connection of its own,
 // with a status, an error type, which is "" for answers of net/http, and a part
@@ -235,6 +235,27 @@ func TestRefusalOrigin(t *testing.T) {
 		"POST http://ECHO/ HTTP/1.1\nHost: x\nTransfer-Encoding: chunked\n\nhello\n")
 	if n := b.whole.Load(); n != 0 {
 		t.Errorf("%d broken requests were whole ones to the origin", n)
+	}
+}
+
+// A TLS alert is reported as one, whichever origin sends it (RFC 9209 §2.3.15):
+// an origin that sends alerts does speak TLS.
+func TestTLSAlerts(t *testing.T) {
+	b := newRefusalBench(t, "")
+	for id, name := range map[byte]string{40: "handshake_failure", 70: "protocol_version", 80: "internal_error",
+		112: "unrecognized_name", 116: "certificate_required", 120: "no_application_protocol", 200: "unknown alert 200"} {
+		origin := listen(t, func(conn *net.TCPConn) {
+			_, _ = conn.Read(make([]byte, 4<<10))
+			_, _ = conn.Write([]byte{21, 3, 3, 0, 2, 2, id})
+		})
+		b.refuses(502, "tls_alert_received", origin+" ended TLS with the alert "+name+".", "GET https://"+origin+"/")
+		c := b.dial()
+		c.send("HEAD https://" + origin + "/ HTTP/1.1\nHost: x\n\n")
+		res, _ := c.response(http.MethodHead)
+		if got, want := res.Header.Get("Proxy-Status"), fmt.Sprintf("; error=tls_alert_received; alert-id=%d; alert-message=%q", id, name); !strings.HasSuffix(got, want) {
+			t.Errorf("Proxy-Status %q, want it to end with %q", got, want)
+		}
+		b.passed()
 	}
 }
 

@@ -4,6 +4,7 @@
 package asyncproxy
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -12,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"strconv"
 	"strings"
 	"syscall"
 
@@ -26,6 +28,7 @@ type refusal struct {
 	text   string // one sentence for the person at the other end; no internals
 	err    error  // what happened, for the log; may be nil
 	cause  cause  // or "", if causeOf tells it by err
+	params string // more parameters of the Proxy-Status field, each behind "; "
 
 	before     string // members of Proxy-Status that come before ours; "": none
 	retryAfter string // the Retry-After field; "": none
@@ -49,7 +52,7 @@ func (f *refusal) Unwrap() error { return f.err }
 // any, else straight away as one line of text. The fields that carry what
 // machines need are set in both cases.
 func (h *Handler) answer(w http.ResponseWriter, r *http.Request, f *refusal) error {
-	status := h.proxyStatus(f.kind)
+	status := h.proxyStatus(f.kind) + f.params
 	if f.before != "" {
 		status = f.before + ", " + status
 	}
@@ -137,16 +140,44 @@ func isTLSError(err error) bool { return strings.Contains(err.Error(), "tls: ") 
 // tlsRefusal says to the client why host cannot be spoken to by TLS.
 func tlsRefusal(err error, host string) *refusal {
 	var (
-		alert tls.AlertError
-		cert  *tls.CertificateVerificationError
+		cert   *tls.CertificateVerificationError
+		remote *net.OpError
 	)
 	switch {
 	case errors.As(err, &cert):
 		return refuse(http.StatusBadGateway, "tls_certificate_error", err, "The certificate of %s is not trusted.", host)
-	case errors.As(err, &alert):
-		return refuse(http.StatusBadGateway, "tls_alert_received", err, "%s does not agree on how to speak TLS.", host)
+	case errors.As(err, &remote) && remote.Op == "remote error":
+		return alertRefusal(err, remote.Err.Error(), host)
 	}
-	return refuse(http.StatusBadGateway, "tls_protocol_error", err, "%s does not speak TLS, or none that is safe.", host)
+	return refuse(http.StatusBadGateway, "tls_protocol_error", err, "%s does not speak TLS, or no version of it that is safe.", host)
+}
+
+// alertRefusal says which TLS alert host has sent. crypto/tls does not export the
+// type of an alert that it receives, but its text is that of an AlertError.
+func alertRefusal(err error, text, host string) *refusal {
+	for id := range 256 {
+		if tls.AlertError(id).Error() != text {
+			continue
+		}
+		name := cmp.Or(tlsAlerts[uint8(id)], "unknown alert "+strconv.Itoa(id))
+		f := refuse(http.StatusBadGateway, "tls_alert_received", err, "%s ended TLS with the alert %s.", host, name)
+		f.params = fmt.Sprintf("; alert-id=%d; alert-message=%q", id, name)
+		return f
+	}
+	return refuse(http.StatusBadGateway, "tls_alert_received", err, "%s ended TLS with an alert.", host)
+}
+
+// tlsAlerts are the names in IANA's registry of TLS alerts.
+var tlsAlerts = map[uint8]string{
+	0: "close_notify", 10: "unexpected_message", 20: "bad_record_mac", 21: "decryption_failed", 22: "record_overflow",
+	30: "decompression_failure", 40: "handshake_failure", 41: "no_certificate", 42: "bad_certificate",
+	43: "unsupported_certificate", 44: "certificate_revoked", 45: "certificate_expired", 46: "certificate_unknown",
+	47: "illegal_parameter", 48: "unknown_ca", 49: "access_denied", 50: "decode_error", 51: "decrypt_error",
+	52: "too_many_cids_requested", 60: "export_restriction", 70: "protocol_version", 71: "insufficient_security",
+	80: "internal_error", 86: "inappropriate_fallback", 90: "user_canceled", 100: "no_renegotiation",
+	109: "missing_extension", 110: "unsupported_extension", 111: "certificate_unobtainable", 112: "unrecognized_name",
+	113: "bad_certificate_status_response", 114: "bad_certificate_hash_value", 115: "unknown_psk_identity",
+	116: "certificate_required", 117: "general_error", 120: "no_application_protocol", 121: "ech_required",
 }
 
 // answerLast answers a request that Max-Forwards lets go no further.
