@@ -6,19 +6,15 @@ package asyncproxy
 import (
 	"context"
 	"errors"
-	"fmt"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/netip"
 	"os"
-	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
 
-	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
@@ -27,24 +23,23 @@ import (
 // connected to, after resolution: there is no name, no spelling of an address
 // and no second answer of a resolver that it would not see.
 type dialer struct {
-	policy  *policy
-	timeout time.Duration
-	parent  *parent           // nil: none
-	direct  *ruleSet          // what is not for the parent
-	ownPort func(uint16) bool // whether one of our listeners that are closed to all has a port; may be nil
-	dialers [reaches]net.Dialer
-	report  func(ctx context.Context, target string, reported *deniedError)
+	policy    *policy
+	timeout   time.Duration
+	parent    *parent           // nil: none
+	direct    *ruleSet          // what is not for the parent
+	ownPort   func(uint16) bool // whether one of our listeners that are closed to all has a port; may be nil
+	dialers   [reaches]net.Dialer
+	connector *connector
+	report    func(ctx context.Context, target string, reported *deniedError)
 }
 
 // newDialer makes a dialer that gives up after timeout, which covers
-// resolution and all addresses of a name together. A nil resolver is the
-// system's.
-func newDialer(p *policy, timeout time.Duration, resolver *net.Resolver) *dialer {
-	d := &dialer{policy: p, timeout: timeout}
+// resolution and all addresses of a name together.
+func newDialer(p *policy, timeout time.Duration, resolver *resolver) *dialer {
+	d := &dialer{policy: p, timeout: timeout, connector: newConnector(resolver)}
 	for r := range reaches {
 		d.dialers[r] = net.Dialer{
 			Timeout:   timeout,
-			Resolver:  resolver,
 			KeepAlive: -1, // see keepAlive
 			ControlContext: func(ctx context.Context, _, address string, _ syscall.RawConn) error {
 				to, err := netip.ParseAddrPort(address)
@@ -83,10 +78,9 @@ type attempt struct {
 type attemptKey struct{}
 
 // dial connects to address, a host and a port, for a client of the given reach:
-// through the parent, if there is one for it. All addresses of a name are tried,
-// IPv6 and IPv4 side by side (RFC 8305). It ends when ctx does. If it fails and
-// one of the addresses was denied, that is the error, whatever came of the
-// others.
+// through the parent, if there is one for it. The addresses of a name are tried
+// as RFC 8305 says. It ends when ctx does. If it fails and one of the addresses
+// was denied, that is the error, whatever came of the others.
 func (d *dialer) dial(ctx context.Context, r reach, address string) (conn net.Conn, err error) {
 	start := time.Now()
 	defer func() { countDial(ctx, start, err) }()
@@ -101,31 +95,28 @@ func (d *dialer) dial(ctx context.Context, r reach, address string) (conn net.Co
 		return nil, denied
 	}
 	conn, err = d.open(context.WithValue(ctx, attemptKey{}, a), &d.dialers[r], a.target)
-	if denied := a.denied.Load(); err != nil && denied != nil && ctx.Err() == nil {
+	if denied := a.denied.Load(); err != nil && denied != nil && !errors.Is(ctx.Err(), context.Canceled) {
 		return nil, denied
 	}
 	return conn, err
 }
 
-// open connects to an address, or to those of a name, which is the whole name: a
-// search list of the resolver's would make another one of it, that no rule has
-// judged.
+// open connects to an address, or to those of a name. The name is made fully
+// qualified by a dot at the end: a search list of the system's would make another
+// one of it, which no rule has judged.
 func (d *dialer) open(ctx context.Context, dialer *net.Dialer, t target) (net.Conn, error) {
 	if t.addr.IsValid() {
 		return dialer.DialContext(ctx, "tcp", netip.AddrPortFrom(t.addr, t.port).String())
 	}
-	port := strconv.Itoa(int(t.port))
-	switch {
-	case t.name == "localhost": // is known to most systems without a dot only
-		return dialer.DialContext(ctx, "tcp", net.JoinHostPort(t.name, port))
-	case !strings.Contains(t.name, "."): // and so is one in the hosts file
-		fromFile := *dialer
-		fromFile.Resolver = hostsFile
-		if conn, err := fromFile.DialContext(ctx, "tcp", net.JoinHostPort(t.name, port)); !errors.As(err, new(*net.DNSError)) {
-			return conn, err
+	if !strings.Contains(t.name, ".") { // the hosts file has such names without one
+		if addrs, err := hostsFile.LookupNetIP(ctx, "ip", t.name); err == nil {
+			return d.connector.dialAddresses(ctx, dialer, hostPort{t.name, t.port}, addrs)
 		}
 	}
-	return dialer.DialContext(ctx, "tcp", net.JoinHostPort(t.name+".", port))
+	if t.name == "localhost" { // is known to most systems without a dot only
+		return d.connector.dial(ctx, dialer, t.name, t.port)
+	}
+	return d.connector.dial(ctx, dialer, t.name+".", t.port)
 }
 
 // hostsFile is a resolver that knows what is in the system's hosts file, and
@@ -198,36 +189,6 @@ func requestOf(ctx context.Context) *http.Request {
 	return new(http.Request)
 }
 
-// newResolver makes a resolver that asks the given servers, one at random each
-// time.
-func newResolver(addresses []string) (*net.Resolver, error) {
-	if len(addresses) == 0 {
-		return nil, nil
-	}
-	servers := make([]caddy.NetworkAddress, len(addresses))
-	for i, address := range addresses {
-		server, err := caddy.ParseNetworkAddressWithDefaults(address, "udp", 53)
-		_, notIP := netip.ParseAddr(server.Host)
-		_, port, split := net.SplitHostPort(address)
-		if err != nil || split == nil && port == "" || server.PortRangeSize() != 1 || server.StartPort == 0 ||
-			server.Network != "udp" && server.Network != "tcp" || notIP != nil && checkHost(server.Host) != nil {
-			return nil, fmt.Errorf("resolvers %q: expected the address of a DNS server, such as 192.0.2.53 or tcp/[2001:db8::53]:53", address)
-		}
-		servers[i] = server
-	}
-	return &net.Resolver{
-		PreferGo: true,
-		Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
-			server := servers[rand.IntN(len(servers))]
-			if !strings.HasPrefix(server.Network, "udp") {
-				network = server.Network
-			}
-			var d net.Dialer
-			return d.DialContext(ctx, network, server.JoinHostPort(0))
-		},
-	}, nil
-}
-
 // statusClientClosedRequest is for logs only: the client left before there was
 // an answer, or all of it. The number is nginx's.
 const statusClientClosedRequest = 499
@@ -241,7 +202,7 @@ func clientLeft(err error) *refusal {
 // the request's.
 func dialRefusal(ctx context.Context, err error, host string) *refusal {
 	var denied *deniedError
-	var dns *net.DNSError
+	var unresolved *resolveError
 	var timeout net.Error
 	var parent *parentError
 	switch {
@@ -253,19 +214,24 @@ func dialRefusal(ctx context.Context, err error, host string) *refusal {
 		return parent.refusal(ctx, host)
 	case isTLSError(err):
 		return tlsRefusal(err, host)
-	case errors.As(err, &dns) && dns.IsTimeout:
-		return refuse(http.StatusGatewayTimeout, "dns_timeout", err, "The name of %s was not resolved in time.", host)
-	case errors.As(err, &dns):
-		return refuse(http.StatusBadGateway, "dns_error", err, "The name of %s does not resolve.", host)
+	case noDescriptors(err):
+		return noRoom(err)
+	case errors.As(err, &unresolved):
+		return unresolved.refusal(err, host)
 	case errors.Is(err, os.ErrDeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
 		return refuse(http.StatusGatewayTimeout, "connection_timeout", err, "%s did not accept a connection in time.", host)
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return refuse(http.StatusBadGateway, "connection_refused", err, "%s refused the connection.", host)
-	case errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH):
+	case isUnroutable(err):
 		return refuse(http.StatusBadGateway, "destination_ip_unroutable", err, "There is no route to %s.", host)
-	case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE), errors.Is(err, syscall.EADDRNOTAVAIL):
-		return refuse(http.StatusServiceUnavailable, "proxy_internal_error", err, "This proxy has no room for another connection; try again later.")
+	case errors.Is(err, syscall.EADDRNOTAVAIL): // all ports are taken
+		return noRoom(err)
 	default:
 		return refuse(http.StatusBadGateway, "destination_unavailable", err, "There is no connection to %s.", host)
 	}
+}
+
+// noRoom says that this proxy cannot open another connection now.
+func noRoom(err error) *refusal {
+	return refuse(http.StatusServiceUnavailable, "proxy_internal_error", err, "This proxy has no room for another connection; try again later.")
 }

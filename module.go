@@ -416,7 +416,7 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 	if h.dialer.direct, err = newDirectSet(h.NoUpstream); err != nil {
 		return fmt.Errorf("no_upstream: %w", err)
 	}
-	if h.dialer.parent, err = newParent(ctx, h.Upstream, time.Duration(h.DialTimeout), resolver); err != nil {
+	if h.dialer.parent, err = newParent(ctx, h.Upstream, time.Duration(h.DialTimeout), h.dialer.connector); err != nil {
 		return fmt.Errorf("upstream: %w", err)
 	}
 	if h.Upstream.hasLiteralSecret() {

@@ -5,7 +5,6 @@ package asyncproxy
 
 import (
 	"bufio"
-	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/base64"
@@ -49,13 +48,14 @@ type Upstream struct {
 //
 // All methods are safe for concurrent use.
 type parent struct {
-	scheme  string
-	address string        // host and port
-	header  http.Header   // of requests to it, credentials included
-	secure  *tls.Config   // nil: no TLS
-	socks   socksDialer   // nil: an HTTP proxy
-	timeout time.Duration // for a connection through it
-	dialer  net.Dialer
+	scheme    string
+	address   string        // host and port
+	header    http.Header   // of requests to it, credentials included
+	secure    *tls.Config   // nil: no TLS
+	socks     socksDialer   // nil: an HTTP proxy
+	timeout   time.Duration // for a connection through it
+	dialer    net.Dialer
+	connector *connector
 
 	streams *muxPool    // for tunnels over HTTP/2; nil: not with this scheme
 	http1   atomic.Bool // it does not speak HTTP/2
@@ -69,7 +69,7 @@ type socksDialer interface {
 }
 
 // newParent makes the way through a parent proxy that u describes.
-func newParent(ctx caddy.Context, u *Upstream, timeout time.Duration, resolver *net.Resolver) (*parent, error) {
+func newParent(ctx caddy.Context, u *Upstream, timeout time.Duration, connector *connector) (*parent, error) {
 	scheme, credentials, address, err := splitUpstream(u.URL)
 	if err != nil {
 		return nil, err
@@ -80,7 +80,7 @@ func newParent(ctx caddy.Context, u *Upstream, timeout time.Duration, resolver *
 	}
 	p := &parent{
 		scheme: scheme, address: address, timeout: timeout, header: make(http.Header),
-		dialer: net.Dialer{KeepAliveConfig: keepAliveConfig, Resolver: resolver},
+		dialer: net.Dialer{KeepAliveConfig: keepAliveConfig}, connector: connector,
 	}
 	repl := caddy.NewReplacer()
 	for name, value := range u.Headers {
@@ -239,7 +239,7 @@ func (p *parent) isHere(ctx context.Context) bool {
 	addrs := []netip.Addr{}
 	if addr, err := netip.ParseAddr(host); err == nil {
 		addrs = append(addrs, addr)
-	} else if addrs, err = p.resolver().LookupNetIP(ctx, "ip", host); err != nil {
+	} else if addrs, err = p.connector.resolver.lookup(ctx, host); err != nil {
 		return true // rather refuse too much
 	}
 	here := slices.ContainsFunc(addrs, func(addr netip.Addr) bool {
@@ -250,7 +250,13 @@ func (p *parent) isHere(ctx context.Context) bool {
 	return here
 }
 
-func (p *parent) resolver() *net.Resolver { return cmp.Or(p.dialer.Resolver, net.DefaultResolver) }
+// open connects to the parent's own address, a name of which may need a search list
+// of the system's.
+func (p *parent) open(ctx context.Context) (net.Conn, error) {
+	t := newTarget(p.address)
+	host, _, _ := cutPort(p.address)
+	return p.connector.dial(ctx, &p.dialer, strings.Trim(host, "[]"), t.port)
+}
 
 // takesRequests reports whether plain requests go to the parent as they are,
 // and not through a tunnel.
@@ -334,7 +340,7 @@ func (p *parent) connect(ctx context.Context, address string) (net.Conn, error) 
 func (p *parent) dial(ctx context.Context) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
-	conn, err := p.dialer.DialContext(ctx, "tcp", p.address)
+	conn, err := p.open(ctx)
 	if err != nil {
 		return nil, &parentError{err: err}
 	}
@@ -471,7 +477,7 @@ func (c *earlyConn) CloseWrite() error {
 func (p *parent) dialStreams(connected func()) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), p.timeout)
 	defer cancel()
-	conn, err := p.dialer.DialContext(ctx, "tcp", p.address)
+	conn, err := p.open(ctx)
 	if err != nil {
 		return nil, &parentError{err: err}
 	}

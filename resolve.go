@@ -1,0 +1,443 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+// resendDelay is how long a DNS server may take before it is asked again, or
+// another one is, and for how long a look-up takes further requests for the same
+// name along.
+const resendDelay = time.Second
+
+// resolver looks up the addresses of names, by the servers that the config names
+// or as the system does. The two families are separate look-ups, so that an answer
+// that is late or lost does not hold up the other one.
+//
+// All methods are safe for concurrent use.
+type resolver struct {
+	servers []caddy.NetworkAddress // none: the system's
+	resend  time.Duration          // see resendDelay
+	silent  *memory[int, struct{}] // servers that have let a question go unanswered
+
+	mu      sync.Mutex
+	pending map[question]*lookup
+}
+
+// question is what a look-up asks.
+type question struct {
+	name string // with a dot at the end if no search list applies
+	ipv6 bool
+}
+
+// lookup is a question that is being asked, and who waits for the answer.
+type lookup struct {
+	question
+	began   time.Time
+	cancel  context.CancelFunc
+	waiting []chan<- dnsAnswer // guarded by resolver.mu
+}
+
+// newResolver makes a resolver that asks the given servers, or those of the system
+// if there are none.
+func newResolver(addresses []string) (*resolver, error) {
+	r := &resolver{
+		resend:  resendDelay,
+		silent:  newMemory[int, struct{}](len(addresses)+1, 30*time.Second),
+		pending: make(map[question]*lookup),
+	}
+	for _, address := range addresses {
+		server, err := caddy.ParseNetworkAddressWithDefaults(address, "udp", 53)
+		_, notIP := netip.ParseAddr(server.Host)
+		_, port, split := net.SplitHostPort(address)
+		if err != nil || split == nil && port == "" || server.PortRangeSize() != 1 || server.StartPort == 0 ||
+			server.Network != "udp" && server.Network != "tcp" || notIP != nil {
+			return nil, fmt.Errorf("resolvers %q: expected the IP address of a DNS server, such as 192.0.2.53 or tcp/[2001:db8::53]:53", address)
+		}
+		r.servers = append(r.servers, server)
+	}
+	return r, nil
+}
+
+// ask begins to look up both families of a name. The two answers go to a channel
+// with room for them, unless leave is called before, which it must be in the end.
+func (r *resolver) ask(name string, answers chan<- dnsAnswer) (leave func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	ipv6 := r.join(question{name, true}, answers)
+	ipv4 := r.join(question{name, false}, answers)
+	return func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.leave(ipv6, answers)
+		r.leave(ipv4, answers)
+	}
+}
+
+// join has a look-up of q send its answer to a channel. One that began a while ago
+// may hang, and is left to those who wait for it already.
+func (r *resolver) join(q question, answers chan<- dnsAnswer) *lookup {
+	l := r.pending[q]
+	if l == nil || time.Since(l.began) >= r.resend {
+		ctx, cancel := context.WithCancel(context.Background())
+		l = &lookup{question: q, began: time.Now(), cancel: cancel}
+		r.pending[q] = l
+		system := net.DefaultResolver
+		go func() { r.end(l, r.resolve(ctx, q, system)) }()
+	}
+	l.waiting = append(l.waiting, answers)
+	return l
+}
+
+// leave takes a channel from a look-up, and ends that if nobody is left.
+func (r *resolver) leave(l *lookup, answers chan<- dnsAnswer) {
+	i := slices.Index(l.waiting, answers)
+	if i < 0 {
+		return // it has its answer
+	}
+	if l.waiting = slices.Delete(l.waiting, i, i+1); len(l.waiting) == 0 {
+		r.forget(l)
+	}
+}
+
+// forget ends a look-up and lets nobody join it any more.
+func (r *resolver) forget(l *lookup) {
+	l.cancel()
+	if r.pending[l.question] == l {
+		delete(r.pending, l.question)
+	}
+}
+
+// end gives the answer to whoever waits for it.
+func (r *resolver) end(l *lookup, a dnsAnswer) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.forget(l)
+	for _, answers := range l.waiting {
+		answers <- a
+	}
+	l.waiting = nil
+}
+
+// lookup returns the addresses of a name, of both families.
+func (r *resolver) lookup(ctx context.Context, name string) (addrs []netip.Addr, err error) {
+	answers := make(chan dnsAnswer, 2)
+	defer r.ask(name, answers)()
+	for range 2 {
+		select {
+		case a := <-answers:
+			addrs, err = append(addrs, a.addrs...), moreTelling(err, a.err)
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+	if len(addrs) > 0 {
+		return addrs, nil
+	}
+	return nil, err
+}
+
+// resolve asks a question until there is an answer. It asks another server when
+// one fails, and one more whenever a while has passed.
+func (r *resolver) resolve(ctx context.Context, q question, system *net.Resolver) dnsAnswer {
+	switch len(r.servers) {
+	case 0:
+		return r.query(ctx, q, system, nil)
+	case 1:
+		return r.query(ctx, q, system, &r.servers[0])
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	order := r.order()
+	results := make(chan dnsAnswer, len(order))
+	asked, failed := 0, 0
+	var failure error
+	askNext := func() {
+		if asked < len(order) {
+			server := &r.servers[order[asked]]
+			asked++
+			go func() { results <- r.query(ctx, q, system, server) }()
+		}
+	}
+	askNext()
+	tick := time.NewTicker(r.resend)
+	defer tick.Stop()
+	for {
+		select {
+		case a := <-results:
+			if a.err == nil || a.err.(*resolveError).notFound() {
+				return a
+			}
+			failure = moreTelling(failure, a.err)
+			if failed++; failed == len(order) {
+				return dnsAnswer{ipv6: q.ipv6, err: failure}
+			}
+			if asked == failed {
+				askNext()
+			}
+		case <-tick.C:
+			r.silent.put(order[asked-1], struct{}{})
+			askNext()
+		}
+	}
+}
+
+// order returns the indices of the servers, shuffled; those that were silent lately
+// are the last.
+func (r *resolver) order() []int {
+	order := rand.Perm(len(r.servers))
+	slices.SortStableFunc(order, func(a, b int) int { return r.silence(a) - r.silence(b) })
+	return order
+}
+
+func (r *resolver) silence(server int) int {
+	if _, silent := r.silent.get(server); silent {
+		return 1
+	}
+	return 0
+}
+
+// query asks a question of one server, or, if that is nil, as the system does. The
+// net.Resolver is of its own, since one that is shared joins look-ups of a name.
+func (r *resolver) query(ctx context.Context, q question, system *net.Resolver, server *caddy.NetworkAddress) dnsAnswer {
+	w := &queryWatch{server: server, resend: r.resend, dial: system.Dial}
+	asker := &net.Resolver{PreferGo: server != nil || system.PreferGo, Dial: w.connect}
+	network := "ip4"
+	if q.ipv6 {
+		network = "ip6"
+	}
+	addrs, err := asker.LookupNetIP(ctx, network, q.name)
+	if q.ipv6 && errors.As(err, new(*net.AddrError)) {
+		// There are addresses, and none is of that family. They may be IPv4 ones
+		// in AAAA records, which are what they are anywhere else.
+		if addrs, err = asker.LookupNetIP(ctx, "ip", q.name); err != nil {
+			err = &net.DNSError{Err: err.Error(), Name: q.name, IsNotFound: true}
+		}
+	}
+	if err != nil {
+		return dnsAnswer{ipv6: q.ipv6, err: &resolveError{err: err, rcode: int(w.rcode.Load()), ipv6: q.ipv6}}
+	}
+	return dnsAnswer{ipv6: q.ipv6, addrs: addrs}
+}
+
+// queryWatch opens the connections of a query, and sees what net.Resolver keeps to
+// itself.
+type queryWatch struct {
+	server *caddy.NetworkAddress // nil: what net.Resolver says
+	resend time.Duration
+	dial   func(ctx context.Context, network, address string) (net.Conn, error) // nil: queryDialer's
+	rcode  atomic.Int32                                                         // of the last response
+}
+
+// queryDialer has a resolver of its own since net.DefaultResolver may be replaced
+// while a look-up that nobody waits for ends.
+var queryDialer = net.Dialer{Resolver: new(net.Resolver)}
+
+func (w *queryWatch) connect(ctx context.Context, network, address string) (net.Conn, error) {
+	dial := w.dial
+	if w.server != nil {
+		dial, address = nil, w.server.JoinHostPort(0)
+		if w.server.Network != "udp" {
+			network = w.server.Network
+		}
+	}
+	if dial == nil {
+		dial = queryDialer.DialContext
+	}
+	conn, err := dial(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	c := &queryConn{Conn: conn, watch: w}
+	// net.Resolver does not look at ctx while it waits for a response.
+	c.stop = context.AfterFunc(ctx, func() {
+		if errors.Is(ctx.Err(), context.Canceled) {
+			_ = conn.Close()
+		}
+	})
+	if _, ok := conn.(net.PacketConn); ok {
+		return &packetConn{queryConn: c}, nil
+	}
+	return c, nil
+}
+
+// queryConn is a connection of a query by TCP.
+type queryConn struct {
+	net.Conn
+	watch *queryWatch
+	stop  func() bool
+	head  []byte // the beginning of the response: its length and what begins the header
+}
+
+// rcodeAt is where the RCODE of a DNS message is, in the lower four bits (RFC 1035
+// §4.1.1).
+const rcodeAt = 3
+
+func (c *queryConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if missing := 2 + rcodeAt + 1 - len(c.head); missing > 0 {
+		if c.head = append(c.head, b[:min(n, missing)]...); n >= missing {
+			c.watch.rcode.Store(int32(c.head[2+rcodeAt] & 0xf))
+		}
+	}
+	return n, err
+}
+
+func (c *queryConn) Close() error {
+	c.stop()
+	return c.Conn.Close()
+}
+
+// packetConn is a connection of a query by UDP. It repeats the question while there
+// is no response: either of the two packets may have been lost.
+type packetConn struct {
+	*queryConn
+	question []byte
+	deadline time.Time // zero: none
+}
+
+func (c *packetConn) SetDeadline(t time.Time) error {
+	c.deadline = t
+	return c.Conn.SetDeadline(t)
+}
+
+func (c *packetConn) Write(b []byte) (int, error) {
+	c.question = b
+	return c.Conn.Write(b)
+}
+
+func (c *packetConn) Read(b []byte) (int, error) {
+	for {
+		again := time.Now().Add(c.watch.resend)
+		repeats := c.deadline.IsZero() || again.Before(c.deadline)
+		if !repeats {
+			again = c.deadline
+		}
+		if err := c.Conn.SetReadDeadline(again); err != nil {
+			return 0, err
+		}
+		n, err := c.Conn.Read(b)
+		if repeats && errors.Is(err, os.ErrDeadlineExceeded) {
+			if _, err := c.Conn.Write(c.question); err != nil {
+				return 0, err
+			}
+			continue
+		}
+		if n > rcodeAt && len(c.question) > 2 && [2]byte(b) == [2]byte(c.question) { // the ID
+			c.watch.rcode.Store(int32(b[rcodeAt] & 0xf))
+		}
+		return n, err
+	}
+}
+
+// ReadFrom implements net.PacketConn, which is how net.Resolver knows that it sends
+// packets.
+func (c *packetConn) ReadFrom(b []byte) (int, net.Addr, error) {
+	n, err := c.Read(b)
+	return n, c.RemoteAddr(), err
+}
+
+// WriteTo implements net.PacketConn.
+func (c *packetConn) WriteTo(b []byte, _ net.Addr) (int, error) { return c.Write(b) }
+
+// resolveError says why a name has no addresses.
+type resolveError struct {
+	err   error // most often a *net.DNSError
+	rcode int   // of the last response of a DNS server
+	ipv6  bool  // the look-up was for IPv6 addresses
+}
+
+func (e *resolveError) Error() string {
+	if name := e.failure(); name != "" {
+		return e.err.Error() + " (" + name + ")"
+	}
+	return e.err.Error()
+}
+
+// Unwrap has the errors that e is made of. A *net.DNSError has only the text of what
+// has kept this machine from asking.
+func (e *resolveError) Unwrap() []error {
+	if strings.Contains(e.err.Error(), syscall.EMFILE.Error()) {
+		return []error{e.err, syscall.EMFILE}
+	}
+	return []error{e.err}
+}
+
+const (
+	rcodeServerFailure = 2
+	rcodeNameError     = 3
+)
+
+// rcodeNames are the names in IANA's registry of DNS response codes.
+var rcodeNames = [...]string{1: "FORMERR", rcodeServerFailure: "SERVFAIL", rcodeNameError: "NXDOMAIN", 4: "NOTIMP", 5: "REFUSED",
+	6: "YXDOMAIN", 7: "YXRRSET", 8: "NXRRSET", 9: "NOTAUTH", 10: "NOTZONE"}
+
+// failure returns the name of the response code that has made the look-up fail, or "".
+func (e *resolveError) failure() string {
+	switch {
+	case e.rcode == 0 || e.timeout():
+		return ""
+	case e.rcode < len(rcodeNames):
+		return rcodeNames[e.rcode]
+	}
+	return "RCODE" + strconv.Itoa(e.rcode)
+}
+
+// notFound reports whether the name has no address of the family, for all that
+// anybody knows.
+func (e *resolveError) notFound() bool {
+	var dns *net.DNSError
+	return errors.As(e.err, &dns) && dns.IsNotFound || errors.As(e.err, new(*net.AddrError))
+}
+
+// noSuchName reports whether there is no such name, which is then so for both
+// families. Some servers say so of IPv6 where there is no address of that family
+// (RFC 4074 §4.2).
+func (e *resolveError) noSuchName() bool {
+	return e.rcode == rcodeNameError && !e.ipv6 && e.notFound()
+}
+
+func (e *resolveError) timeout() bool {
+	var timeout net.Error
+	return errors.As(e.err, &timeout) && timeout.Timeout()
+}
+
+// refusal says to the client why the name of host has no address. err is what there
+// is for the log.
+func (e *resolveError) refusal(err error, host string) *refusal {
+	host, _, _ = cutPort(host)
+	rcode := e.failure()
+	var f *refusal
+	switch {
+	case e.timeout():
+		return refuse(http.StatusGatewayTimeout, "dns_timeout", err, "The name of %s was not resolved in time.", host)
+	case e.notFound() && rcode == "":
+		return refuse(http.StatusBadGateway, "dns_error", err, "The name of %s has no address.", host)
+	case e.notFound():
+		f = refuse(http.StatusBadGateway, "dns_error", err, "The name of %s does not resolve.", host)
+	case rcode == "":
+		return refuse(http.StatusServiceUnavailable, "dns_error", err, "The name of %s cannot be looked up: there is no answer from DNS.", host)
+	default:
+		f = refuse(http.StatusServiceUnavailable, "dns_error", err, "The name of %s cannot be looked up: the DNS server answers %s.", host, rcode)
+	}
+	f.params = fmt.Sprintf("; rcode=%q", rcode)
+	return f
+}
