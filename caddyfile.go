@@ -191,7 +191,7 @@ var options = map[string]option{
 		return s == "rules" || s == "limits"
 	}},
 
-	"resolvers": list("addresses of DNS servers, such as 192.0.2.53", func(h *Handler) *[]string { return &h.Resolvers },
+	"resolvers": list("IP addresses of DNS servers, such as 192.0.2.53", func(h *Handler) *[]string { return &h.Resolvers },
 		func(s string) error { _, err := newResolver([]string{s}); return err }),
 	"upstream": {expected: "http|https|socks5://[<user>[:<password>]@]<host>[:<port>]", read: (*caddyfileParser).upstream},
 	"no_upstream": list("destinations without ports: addresses, CIDR ranges, names, *.names, public or private", func(h *Handler) *[]string { return &h.NoUpstream },

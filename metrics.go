@@ -197,6 +197,8 @@ func dialOutcome(ctx context.Context, err error) string {
 		return "canceled"
 	case errors.As(err, &denied):
 		return "denied"
+	case noDescriptors(err):
+		return "failed"
 	case errors.Is(err, os.ErrDeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
 		return "timeout"
 	case errors.As(err, &dns):

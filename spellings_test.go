@@ -389,3 +389,64 @@ func TestSearchList(t *testing.T) {
 		}
 	}
 }
+
+// TestUnroutable: where this machine has no IPv6 addresses, an IPv6 destination has
+// no route; where it has some, or for IPv4, the same error of the system says that
+// all ports are taken.
+func TestUnroutable(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	system := func(commands string) {
+		t.Helper()
+		if out, err := exec.Command("sh", "-ec", commands).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	port, _ := everywhere(t)
+	server := nameServer(t, func(string, int) []string { return []string{"2606:4700::1111"} })
+	w := newWorld(t, "resolvers "+server, nil)
+	w6 := []string{"[2606:4700::1111]", "ipv6.test", "[::1]", "[2606:4700::2222]"}
+	ask := func(host string, status int, kind string) {
+		t.Helper()
+		for _, method := range []string{http.MethodConnect, http.MethodGet} {
+			res, body := policyRequest(t, w.proxy, method, host+":"+port, "")
+			if res.StatusCode != status || status != 200 && !strings.HasSuffix(res.Header.Get("Proxy-Status"), "error="+kind) {
+				t.Errorf("%s %s: %s, %s, %q; want %d, %s", method, host, res.Status, res.Header.Get("Proxy-Status"), body, status, kind)
+			}
+		}
+	}
+	ask("[2606:4700::1111]", 200, "")
+	system("sysctl -qw net.ipv6.conf.all.disable_ipv6=1 || echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6")
+	for _, host := range w6 {
+		ask(host, 502, "destination_ip_unroutable")
+	}
+	ask("127.0.0.1", 200, "")
+	system("echo 0 > /proc/sys/net/ipv6/conf/all/disable_ipv6; ip addr add 2606:4700::1111/128 dev lo nodad; ip -6 route add 2606:4700::2222 dev lo || true")
+	// Two ports for all connections, both of which are taken, by either family.
+	system("echo 61000 61001 > /proc/sys/net/ipv4/ip_local_port_range")
+	for _, host := range []string{"127.0.0.1", "[2606:4700::1111]"} {
+		for range 2 {
+			conn, err := net.Dial("tcp", host+":"+port)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+		}
+	}
+	// This end of the connection to the proxy has a port of its own choice.
+	for i, host := range []string{"127.0.0.1", "[2606:4700::1111]"} {
+		dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 50000 + i}}
+		conn, err := dialer.Dial("tcp", w.proxy)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		fmt.Fprintf(conn, "CONNECT %s:%s HTTP/1.1\r\nHost: x\r\n\r\n", host, port)
+		b := make([]byte, 4<<10)
+		n, _ := conn.Read(b)
+		if answer := string(b[:n]); !strings.Contains(answer, " 503 ") || !strings.Contains(answer, "error=proxy_internal_error") {
+			t.Errorf("%s: %q", host, answer)
+		}
+	}
+}

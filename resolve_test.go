@@ -1,0 +1,560 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.org/x/net/dns/dnsmessage"
+)
+
+// dnsQuery is a question as the DNS server of the tests sees it.
+type dnsQuery struct {
+	name    string // in lower case, without a dot at the end
+	ipv6    bool
+	from    string // address of the socket that it was sent from
+	network string // udp or tcp
+}
+
+// dnsReply is what the server says to a query.
+type dnsReply struct {
+	rcode     dnsmessage.RCode
+	addrs     []string // those of the family that is asked for
+	truncated bool
+	silent    bool
+}
+
+// dnsServer answers questions for A and AAAA on a port of loopback, by UDP and TCP.
+// reply is called concurrently, and may take its time.
+func dnsServer(t *testing.T, reply func(dnsQuery) dnsReply) (address string) {
+	t.Helper()
+	address = freeAddress(t)
+	packets, err := net.ListenPacket("udp4", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { packets.Close() })
+	go func() {
+		for {
+			b := make([]byte, 1500)
+			n, from, err := packets.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			go func() {
+				if message := dnsAnswerTo(b[:n], from, reply); message != nil {
+					_, _ = packets.WriteTo(message, from)
+				}
+			}()
+		}
+	}()
+	streams, err := net.Listen("tcp4", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { streams.Close() })
+	go func() {
+		for {
+			conn, err := streams.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer conn.Close()
+				var size [2]byte
+				if _, err := io.ReadFull(conn, size[:]); err != nil {
+					return
+				}
+				b := make([]byte, binary.BigEndian.Uint16(size[:]))
+				if _, err := io.ReadFull(conn, b); err != nil {
+					return
+				}
+				message := dnsAnswerTo(b, conn.RemoteAddr(), reply)
+				if message == nil {
+					_, _ = io.Copy(io.Discard, conn)
+					return
+				}
+				for _, b := range binary.BigEndian.AppendUint16(nil, uint16(len(message))) {
+					_, _ = conn.Write([]byte{b}) // a response may come in parts
+				}
+				_, _ = conn.Write(message)
+			}()
+		}
+	}()
+	return address
+}
+
+// dnsAnswerTo makes the message that answers a query; nil is none.
+func dnsAnswerTo(b []byte, from net.Addr, reply func(dnsQuery) dnsReply) []byte {
+	var m dnsmessage.Message
+	if err := m.Unpack(b); err != nil || len(m.Questions) != 1 {
+		return nil
+	}
+	q := m.Questions[0]
+	ipv6 := q.Type == dnsmessage.TypeAAAA
+	a := reply(dnsQuery{strings.TrimSuffix(strings.ToLower(q.Name.String()), "."), ipv6, from.String(), from.Network()})
+	if a.silent {
+		return nil
+	}
+	m.Response, m.RecursionAvailable, m.Additionals = true, true, nil
+	m.RCode, m.Truncated = a.rcode, a.truncated
+	for _, s := range a.addrs {
+		addr := netip.MustParseAddr(s)
+		header := dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: q.Class, TTL: 1}
+		switch {
+		case addr.Is4() && !ipv6:
+			m.Answers = append(m.Answers, dnsmessage.Resource{Header: header, Body: &dnsmessage.AResource{A: addr.As4()}})
+		case addr.Is6() && ipv6:
+			m.Answers = append(m.Answers, dnsmessage.Resource{Header: header, Body: &dnsmessage.AAAAResource{AAAA: addr.As16()}})
+		}
+	}
+	message, err := m.Pack()
+	if err != nil {
+		return nil
+	}
+	return message
+}
+
+// resolverAt makes a resolver that asks the given servers, and the next one, or the
+// same again, after resend.
+func resolverAt(t *testing.T, resend time.Duration, servers ...string) *resolver {
+	t.Helper()
+	r, err := newResolver(servers)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.resend = resend
+	return r
+}
+
+func lookupContext(t *testing.T) context.Context {
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// A question whose answer is lost, or takes long, is repeated, and the answer to the
+// first one still counts.
+func TestResolverRepeatsQuestions(t *testing.T) {
+	var mu sync.Mutex
+	asked := make(map[string]chan struct{})
+	r := resolverAt(t, 20*time.Millisecond, dnsServer(t, func(q dnsQuery) dnsReply {
+		mu.Lock()
+		again, repeated := asked[q.from]
+		if !repeated {
+			again = make(chan struct{})
+			asked[q.from] = again
+		}
+		mu.Unlock()
+		if repeated {
+			select {
+			case <-again:
+			default:
+				close(again)
+			}
+			return dnsReply{silent: true}
+		}
+		select {
+		case <-again:
+		case <-t.Context().Done():
+		}
+		return dnsReply{addrs: []string{"192.0.2.1", "2001:db8::1"}}
+	}))
+	addrs, err := r.lookup(lookupContext(t), "slow.test.")
+	if slices.SortFunc(addrs, netip.Addr.Compare); err != nil || !slices.Equal(addrs, addrsOf("192.0.2.1 2001:db8::1")) {
+		t.Errorf("%v, %v", addrs, err)
+	}
+	if mu.Lock(); len(asked) != 2 {
+		t.Errorf("questions came from %d sockets, want one for each family", len(asked))
+	}
+	mu.Unlock()
+}
+
+// One server of several that is silent, not there or out of order does not make a
+// look-up fail, whichever is asked first.
+func TestResolverAsksNextServer(t *testing.T) {
+	good := dnsServer(t, func(dnsQuery) dnsReply { return dnsReply{addrs: []string{"192.0.2.1"}} })
+	silent := dnsServer(t, func(dnsQuery) dnsReply { return dnsReply{silent: true} })
+	broken := dnsServer(t, func(dnsQuery) dnsReply { return dnsReply{rcode: dnsmessage.RCodeServerFailure} })
+	for name, servers := range map[string][]string{
+		"silent": {silent, good}, "closed": {freeAddress(t), good}, "broken": {broken, good},
+		"all": {freeAddress(t), silent, broken, "tcp/" + freeAddress(t), good},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := resolverAt(t, 50*time.Millisecond, servers...)
+			for i := range 8 { // as they are asked in any order
+				addrs, err := r.lookup(lookupContext(t), fmt.Sprintf("name%d.test.", i))
+				if err != nil || !slices.Equal(addrs, addrsOf("192.0.2.1")) {
+					t.Errorf("%v, %v", addrs, err)
+				}
+			}
+		})
+	}
+	// That a name does not exist is an answer, and no other server is asked.
+	r := resolverAt(t, time.Hour, dnsServer(t, func(dnsQuery) dnsReply { return dnsReply{rcode: dnsmessage.RCodeNameError} }), silent)
+	r.silent.put(1, struct{}{})
+	if addrs, err := r.lookup(lookupContext(t), "nowhere.test."); err == nil || !err.(*resolveError).noSuchName() {
+		t.Errorf("%v, %v", addrs, err)
+	}
+}
+
+// A server that was silent is asked last for a while.
+func TestResolverRemembersSilence(t *testing.T) {
+	r := resolverAt(t, time.Second, "127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3")
+	r.silent.put(1, struct{}{})
+	first := make(map[int]int)
+	for range 100 {
+		order := r.order()
+		if first[order[0]]++; order[2] != 1 {
+			t.Fatalf("order %v, and 1 was silent", order)
+		}
+	}
+	if first[0] == 0 || first[2] == 0 {
+		t.Errorf("first %v, want one at random", first)
+	}
+}
+
+// Requests for a name share a look-up that has just begun, and none waits for one
+// that hangs.
+func TestResolverJoinsLookups(t *testing.T) {
+	var mu sync.Mutex
+	sources := make(map[string]bool)
+	count := func() int {
+		mu.Lock()
+		defer mu.Unlock()
+		return len(sources)
+	}
+	var answers atomic.Bool
+	release := make(chan struct{})
+	server := dnsServer(t, func(q dnsQuery) dnsReply {
+		mu.Lock()
+		first := len(sources) < 2 // one socket for each family
+		old := sources[q.from]
+		sources[q.from] = true
+		mu.Unlock()
+		if first || old {
+			<-release
+			return dnsReply{silent: !answers.Load()}
+		}
+		return dnsReply{addrs: []string{"192.0.2.1"}}
+	})
+	defer close(release)
+	r := resolverAt(t, time.Hour, server)
+	hung := make(chan dnsAnswer, 4)
+	defer r.ask("hung.test.", hung)()
+	defer r.ask("hung.test.", hung)()
+	eventually(t, "both questions", func() bool { return count() == 2 })
+	r.mu.Lock()
+	for _, l := range r.pending {
+		if len(l.waiting) != 2 {
+			t.Errorf("%d wait for %v, want 2", len(l.waiting), l.question)
+		}
+		l.began = time.Now().Add(-2 * time.Hour)
+	}
+	r.mu.Unlock()
+	if addrs, err := r.lookup(lookupContext(t), "hung.test."); err != nil || !slices.Equal(addrs, addrsOf("192.0.2.1")) {
+		t.Errorf("%v, %v", addrs, err)
+	}
+	if len(hung) > 0 {
+		t.Errorf("the look-up that hangs has the answer %v", <-hung)
+	}
+}
+
+// earlyClose is a connection to a DNS server that tells whether it was closed before
+// its time was over.
+type earlyClose struct {
+	net.Conn
+	deadline time.Time
+	closed   chan<- bool
+	once     sync.Once
+}
+
+func (c *earlyClose) SetDeadline(t time.Time) error { c.deadline = t; return c.Conn.SetDeadline(t) }
+
+func (c *earlyClose) Close() error {
+	c.once.Do(func() { c.closed <- time.Now().Before(c.deadline) || c.deadline.IsZero() })
+	return c.Conn.Close()
+}
+
+// earlyPackets has net.Resolver send packets.
+type earlyPackets struct{ *earlyClose }
+
+func (c earlyPackets) ReadFrom([]byte) (int, net.Addr, error) { return 0, nil, net.ErrClosed }
+func (c earlyPackets) WriteTo([]byte, net.Addr) (int, error)  { return 0, net.ErrClosed }
+
+// A look-up that nobody waits for any more holds no socket.
+func TestResolverIsLeft(t *testing.T) {
+	asked := make(chan struct{}, 100)
+	server := dnsServer(t, func(dnsQuery) dnsReply {
+		asked <- struct{}{}
+		return dnsReply{silent: true}
+	})
+	for _, network := range []string{"udp", "tcp"} {
+		t.Run(network, func(t *testing.T) {
+			closed := make(chan bool, 100)
+			old := net.DefaultResolver
+			net.DefaultResolver = &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+				conn, err := queryDialer.DialContext(ctx, network, server)
+				if early := (&earlyClose{Conn: conn, closed: closed}); network == "udp" {
+					return earlyPackets{early}, err
+				} else {
+					return early, err
+				}
+			}}
+			r := resolverAt(t, time.Hour)
+			answers := make(chan dnsAnswer, 4)
+			leave := r.ask("silent.test.", answers)
+			other := r.ask("silent.test.", answers)
+			net.DefaultResolver = old
+			<-asked
+			<-asked
+			leave()
+			if len(r.pending) != 2 {
+				t.Errorf("%d look-ups, want 2 for the one who waits", len(r.pending))
+			}
+			other()
+			if len(r.pending) != 0 {
+				t.Errorf("%d look-ups that nobody waits for", len(r.pending))
+			}
+			for range 2 {
+				if early := <-closed; !early {
+					t.Error("a socket was held until its time was over")
+				}
+			}
+			if len(answers) != 0 {
+				t.Errorf("the answer %v to nobody", <-answers)
+			}
+		})
+	}
+}
+
+// What DNS says, and that it says nothing, is told apart (RFC 9209 §2.3.2).
+func TestDNSFailures(t *testing.T) {
+	server := dnsServer(t, func(q dnsQuery) dnsReply {
+		rcodes := map[string]dnsmessage.RCode{"nxdomain": 3, "servfail": 2, "refused": 5, "notimp": 4, "formerr": 1, "twelve": 12}
+		name, _, _ := strings.Cut(q.name, ".")
+		if rest, ok := strings.CutPrefix(name, "long-"); ok { // of which the answer comes by TCP
+			if q.network == "udp" {
+				return dnsReply{truncated: true}
+			}
+			name = rest
+		}
+		switch name {
+		case "silent":
+			return dnsReply{silent: true}
+		case "aaaa-fails":
+			if q.ipv6 {
+				return dnsReply{rcode: dnsmessage.RCodeServerFailure}
+			}
+			return dnsReply{}
+		}
+		return dnsReply{rcode: rcodes[name]}
+	})
+	closed := freeAddress(t)
+	w := newWorld(t, "", nil)
+	for _, resolver := range []string{server, "tcp/" + server, closed, "tcp/" + closed} {
+		w.load(w.site("dial_timeout 500ms\nresolvers " + resolver))
+		for name, want := range map[string]struct {
+			status     int
+			kind, text string
+		}{
+			"nxdomain":      {502, `dns_error; rcode="NXDOMAIN"`, "The name of nxdomain.test does not resolve."},
+			"servfail":      {503, `dns_error; rcode="SERVFAIL"`, "The name of servfail.test cannot be looked up: the DNS server answers SERVFAIL."},
+			"long-servfail": {503, `dns_error; rcode="SERVFAIL"`, "The name of long-servfail.test cannot be looked up: the DNS server answers SERVFAIL."},
+			"refused":       {503, `dns_error; rcode="REFUSED"`, "The name of refused.test cannot be looked up: the DNS server answers REFUSED."},
+			"notimp":        {503, `dns_error; rcode="NOTIMP"`, "The name of notimp.test cannot be looked up: the DNS server answers NOTIMP."},
+			"formerr":       {503, `dns_error; rcode="FORMERR"`, "The name of formerr.test cannot be looked up: the DNS server answers FORMERR."},
+			"twelve":        {503, `dns_error; rcode="RCODE12"`, "The name of twelve.test cannot be looked up: the DNS server answers RCODE12."},
+			"aaaa-fails":    {503, `dns_error; rcode="SERVFAIL"`, "The name of aaaa-fails.test cannot be looked up: the DNS server answers SERVFAIL."},
+			"empty":         {502, `dns_error`, "The name of empty.test has no address."},
+			"silent":        {504, `dns_timeout`, "The name of silent.test was not resolved in time."},
+		} {
+			if strings.HasSuffix(resolver, closed) {
+				want.status, want.kind = 503, "dns_error"
+				want.text = "The name of " + name + ".test cannot be looked up: there is no answer from DNS."
+			}
+			for _, request := range []string{"CONNECT " + name + ".test:443", "GET http://" + name + ".test:8080/", "GET https://" + name + ".test/"} {
+				c := w.dial()
+				c.send(request + " HTTP/1.1\nHost: x\nConnection: close\n\n")
+				res, body := c.response(http.MethodGet)
+				if _, got, _ := strings.Cut(res.Header.Get("Proxy-Status"), "error="); res.StatusCode != want.status || got != want.kind || body != want.text+"\n" {
+					t.Errorf("%s by %s: %d, %s, %q; want %v", request, resolver, res.StatusCode, got, body, want)
+				}
+			}
+		}
+	}
+}
+
+// A DNS answer that never comes holds no request up if there is another one, and an
+// address that does not answer costs a moment once.
+func TestDialWithHalfOfDNS(t *testing.T) {
+	echo := echoTarget(t)
+	_, port, _ := net.SplitHostPort(echo)
+	server := dnsServer(t, func(q dnsQuery) dnsReply {
+		return dnsReply{silent: q.ipv6, addrs: []string{"127.0.0.1"}}
+	})
+	w := newWorld(t, "dial_timeout 1h\nresolvers "+server, nil)
+	c := w.dial()
+	c.connect("half.test:" + port)
+	hear(t, c, say(t, c, "hello"))
+	_, origin, _ := net.SplitHostPort(w.origin.Listener.Addr().String())
+	c = w.dial()
+	c.send("GET http://half.test:" + origin + "/ HTTP/1.1\nHost: x\n\n")
+	if res, body := c.response(http.MethodGet); res.StatusCode != http.StatusOK {
+		t.Errorf("%s %q", res.Status, body)
+	}
+}
+
+// A lack of descriptors is this proxy's affair, and no name's, also when it is a
+// look-up that it hits.
+func TestNoDescriptorsForDNS(t *testing.T) {
+	old := net.DefaultResolver
+	t.Cleanup(func() { net.DefaultResolver = old })
+	for _, errno := range []syscall.Errno{syscall.EMFILE, syscall.ENFILE} {
+		net.DefaultResolver = &net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) {
+			return nil, &net.OpError{Op: "dial", Net: "udp", Err: os.NewSyscallError("socket", errno)}
+		}}
+		_, err := resolverAt(t, time.Second).lookup(lookupContext(t), "name.test.")
+		f := dialRefusal(t.Context(), err, "name.test:443")
+		if f.status != http.StatusServiceUnavailable || f.kind != "proxy_internal_error" || !strings.Contains(f.text, "no room for another connection") {
+			t.Errorf("%v: %d, %s, %q", err, f.status, f.kind, f.text)
+		}
+		if got := dialOutcome(t.Context(), err); got != "failed" {
+			t.Errorf("%v counts as %s", err, got)
+		}
+	}
+}
+
+// What a race has shown is remembered: not that a rule has denied an address, and
+// nothing where all goes well, so that clients stay spread over all addresses.
+func TestConnectorLearns(t *testing.T) {
+	to := hostPort{"name.test.", 443}
+	for name, tc := range map[string]struct {
+		attempts []started
+		lookups  int // outstanding
+		winner   string
+		first    string // what the next race begins with
+		dead     string
+	}{
+		"the first wins":       {[]started{{addr: addrsOf("::1")[0]}, {addr: addrsOf("::2")[0]}}, 0, "::1", "", ""},
+		"another one wins":     {[]started{{addr: addrsOf("::1")[0]}, {addr: addrsOf("::2")[0]}, {addr: addrsOf("::3")[0]}}, 0, "::2", "::2", "::1"},
+		"another one fails":    {[]started{{addrsOf("::1")[0], syscall.ECONNREFUSED}, {addr: addrsOf("::2")[0]}}, 0, "::2", "::2", "::1"},
+		"another one is shut":  {[]started{{addrsOf("::1")[0], &deniedError{}}, {addr: addrsOf("::2")[0]}}, 0, "::2", "", ""},
+		"no descriptors":       {[]started{{addrsOf("::1")[0], syscall.EMFILE}}, 0, "", "", ""},
+		"all fail":             {[]started{{addrsOf("::1")[0], syscall.ECONNREFUSED}, {addr: addrsOf("::2")[0]}}, 0, "", "", "::1 ::2"},
+		"IPv6 was waited for":  {[]started{{addr: addrsOf("1.1.1.1")[0]}}, 1, "1.1.1.1", "1.1.1.1", ""},
+		"IPv4 was not there":   {[]started{{addr: addrsOf("::1")[0]}}, 1, "::1", "", ""},
+		"nothing has happened": {},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := newConnector(resolverAt(t, time.Second))
+			winner, _ := netip.ParseAddr(tc.winner)
+			c.learn(to, &race{attempts: tc.attempts, lookups: tc.lookups}, winner)
+			if got, ok := c.winners.get(to); ok != (tc.first != "") || ok && got.String() != tc.first {
+				t.Errorf("%v is preferred, want %s", got, tc.first)
+			}
+			for _, a := range tc.attempts {
+				_, dead := c.dead.get(netip.AddrPortFrom(a.addr, to.port))
+				if want := slices.Contains(strings.Fields(tc.dead), a.addr.String()); dead != want {
+					t.Errorf("%v is remembered as dead: %v", a.addr, dead)
+				}
+			}
+		})
+	}
+}
+
+func TestMemoryIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMemory[int, int](10, time.Minute)
+		for i := range 1000 {
+			m.put(i, -i)
+			if value, ok := m.get(i); !ok || value != -i || len(m.values) > 10 {
+				t.Fatalf("%d: %d, %v, %d values", i, value, ok, len(m.values))
+			}
+		}
+		m.put(5, 5)
+		time.Sleep(time.Minute - 1)
+		if _, ok := m.get(5); !ok {
+			t.Error("forgotten too early")
+		}
+		m.put(6, 6)
+		time.Sleep(2)
+		if _, ok := m.get(5); ok {
+			t.Error("remembered for too long")
+		}
+		// What has expired makes room for what has not.
+		for i := 100; len(m.values) < 10; i++ {
+			m.values[i] = remembered[int]{}
+		}
+		m.put(7, 7)
+		if _, ok := m.get(6); !ok {
+			t.Error("forgotten although there was room")
+		}
+	})
+}
+
+// The code of a response is read from whatever pieces it comes in.
+func FuzzQueryConn(f *testing.F) {
+	f.Add([]byte("\x00\x0c\x12\x34\x81\x83\x00\x01\x00\x00\x00\x00\x00\x00"), []byte{1, 1, 9})
+	f.Add([]byte("\x00"), []byte{2})
+	f.Add([]byte("\x00\x0c\x12\x34\x81"), []byte{})
+	f.Fuzz(func(t *testing.T, stream, sizes []byte) {
+		near, far := net.Pipe()
+		go func() {
+			defer far.Close()
+			_, _ = far.Write(stream)
+		}()
+		c := &queryConn{Conn: near, watch: new(queryWatch), stop: func() bool { return true }}
+		defer c.Close()
+		var got []byte
+		for i := 0; ; i++ {
+			size := 3
+			if len(sizes) > 0 {
+				size = 1 + int(sizes[i%len(sizes)])%16
+			}
+			b := make([]byte, size)
+			n, err := c.Read(b)
+			if got = append(got, b[:n]...); err != nil {
+				break
+			}
+		}
+		want := byte(0)
+		if len(stream) > 5 {
+			want = stream[5] & 0xf
+		}
+		if rcode := c.watch.rcode.Load(); rcode != int32(want) || !bytes.Equal(got, stream) {
+			t.Errorf("rcode %d, want %d; %x of %x", rcode, want, got, stream)
+		}
+	})
+}
+
+// Errors keep what callers ask for.
+func TestResolveErrors(t *testing.T) {
+	err := error(&resolveError{err: &net.DNSError{Err: "server misbehaving"}, rcode: rcodeServerFailure})
+	var dns *net.DNSError
+	if !errors.As(err, &dns) || errors.Is(err, syscall.EMFILE) || !strings.HasSuffix(err.Error(), "(SERVFAIL)") {
+		t.Errorf("%v", err)
+	}
+	late := &resolveError{err: &net.DNSError{IsTimeout: true}, rcode: rcodeServerFailure}
+	if late.failure() != "" || late.notFound() {
+		t.Errorf("%v", late)
+	}
+}
