@@ -356,7 +356,7 @@ func TestParentNameAskedOnce(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &parent{address: "parent.test:80", dialer: net.Dialer{Resolver: resolver}}
+	p := &parent{address: "parent.test:80", connector: newConnector(resolver)}
 	if p.isHere(t.Context()) {
 		t.Error("192.0.2.1 is taken for this machine")
 	}
