@@ -23,8 +23,8 @@ func init() {
 	httpcaddyfile.RegisterDirectiveOrder("async_proxy", httpcaddyfile.After, "request_header")
 }
 
-// parseCaddyfile makes a handler and, if that is for all requests to a site, the
-// listener wrapper for its server.
+// parseCaddyfile makes a handler and the listener wrapper for its server, which
+// has a use even for a handler with a matcher: see Unclaimed.
 func parseCaddyfile(h httpcaddyfile.Helper) ([]httpcaddyfile.ConfigValue, error) {
 	if !h.Next() {
 		return nil, h.ArgErr()
@@ -38,7 +38,7 @@ func parseCaddyfile(h httpcaddyfile.Helper) ([]httpcaddyfile.ConfigValue, error)
 		return nil, err
 	}
 	values := h.NewRoute(matchers, handler)
-	if matchers == nil && !isNested(h) {
+	if !isNested(h) {
 		values = append(values, httpcaddyfile.ConfigValue{Class: "listener_wrapper", Value: new(ListenerWrapper)})
 	}
 	return values, nil
@@ -85,6 +85,7 @@ func isNested(h httpcaddyfile.Helper) bool {
 //		allow_from  <ip_source> ...
 //		deny_from   <ip_source> ...
 //		ports       <port|from-to...>
+//		connect_ports <port|from-to...>
 //		clients     <cidr|private_ranges|all...>
 //		basic_auth  [<hash_algorithm> [<realm>]] {
 //			<user> <hash>
@@ -148,6 +149,7 @@ const (
 	expectedRanges       = "addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges"
 	expectedSource       = "a source of CIDR ranges, as for trusted_proxies"
 	expectedFiles        = "readable files with one destination a line"
+	expectedPorts        = "ports from 1 to 65535, or ranges such as 8000-8999"
 	expectedHeader       = "[+|-]<field> [<value|regexp> [<replacement>]]"
 
 	// maxCount keeps numbers well within those that survive being a float64,
@@ -184,8 +186,10 @@ var options = map[string]option{
 	"deny_file":  {expected: expectedFiles, many: true, read: (*caddyfileParser).ruleFiles},
 	"allow_from": {expected: expectedSource, many: true, read: (*caddyfileParser).ruleSource},
 	"deny_from":  {expected: expectedSource, many: true, read: (*caddyfileParser).ruleSource},
-	"ports": list("ports from 1 to 65535, or ranges such as 8000-8999", func(h *Handler) *[]string { return &h.Ports },
-		func(s string) error { _, err := parsePorts(s); return err }),
+
+	"ports":         list(expectedPorts, func(h *Handler) *[]string { return &h.Ports }, checkPorts),
+	"connect_ports": list(expectedPorts, func(h *Handler) *[]string { return &h.ConnectPorts }, checkPorts),
+
 	"report_only": {expected: "rules, limits or both", many: true, set: func(h *Handler, s string) bool {
 		h.ReportOnly = append(h.ReportOnly, s)
 		return s == "rules" || s == "limits"
@@ -411,6 +415,11 @@ func parseInt[T int | int64](s string, low, high T) (T, bool) {
 func parseDuration(s string, low caddy.Duration) (caddy.Duration, bool) {
 	d, err := caddy.ParseDuration(s)
 	return caddy.Duration(d), err == nil && caddy.Duration(d) >= low && caddy.Duration(d) <= maxDuration
+}
+
+func checkPorts(s string) error {
+	_, err := parsePorts(s)
+	return err
 }
 
 func checkClients(s string) error {

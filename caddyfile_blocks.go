@@ -62,12 +62,15 @@ func (p *caddyfileParser) addRule(h *Handler, rule Rule) {
 }
 
 // checkRules refuses allow rules that can have no effect.
-func (p *caddyfileParser) checkRules(h *Handler) error {
-	ports, err := parsePortList("ports", h.Ports)
-	if err != nil {
+func (c *caddyfileParser) checkRules(h *Handler) error {
+	var p policy
+	var err, err2 error
+	p.ports, err = parsePortList("ports", h.Ports)
+	p.connect, err2 = parsePortList("connect_ports", h.ConnectPorts)
+	if err := errors.Join(err, err2); err != nil {
 		return err
 	}
-	check := &ruleCheck{open: (&policy{ports: ports}).openPorts(), skipFiles: true}
+	check := &ruleCheck{open: p.openPorts(), skipFiles: true}
 	noSource := func(*Rule) (*rangeSource, error) { return new(rangeSource), nil }
 	sets, err := newRuleSets(h.Rules, noSource, check)
 	if err != nil {
@@ -75,7 +78,7 @@ func (p *caddyfileParser) checkRules(h *Handler) error {
 	}
 	for _, u := range check.useless(h.Rules, sets) {
 		if u.all {
-			return p.rules[u.rule].Errf("allow: %s", u.text())
+			return c.rules[u.rule].Errf("allow: %s", u.text())
 		}
 	}
 	return nil

@@ -54,6 +54,7 @@ func (w *ListenerWrapper) Provision(ctx caddy.Context) error {
 	if w.server == nil {
 		return errors.New("async_proxy is a listener wrapper for HTTP servers")
 	}
+	addUnclaimed(w.server) // here, since the routes are provisioned after this
 	w.alone = !slices.ContainsFunc(w.server.ListenerWrappersRaw, func(raw json.RawMessage) bool {
 		var other struct{ Wrapper string }
 		return json.Unmarshal(raw, &other) != nil || other.Wrapper != "async_proxy" && other.Wrapper != "tls"

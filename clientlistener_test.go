@@ -38,7 +38,7 @@ func TestListenerWrapperFromCaddyfile(t *testing.T) {
 		{"one of two servers", "http://:8080 {\nasync_proxy\n}\nhttp://:8081 {\nrespond hello\n}", []int{1, 0}},
 		{"two sites", "http://a.example:8080 {\nasync_proxy\n}\nhttp://b.example:8080 {\nasync_proxy\n}", []int{2}},
 		{"by import", "(proxy) {\nasync_proxy\n}\nhttp://:8080 {\nimport proxy\n}", []int{1}},
-		{"a matcher", "http://:8080 {\n@get method GET\nasync_proxy @get\n}", []int{0}},
+		{"a matcher", "http://:8080 {\n@get method GET\nasync_proxy @get\n}", []int{1}},
 		{"in route", "http://:8080 {\nroute {\nasync_proxy\n}\n}", []int{0}},
 		{"in handle", "http://:8080 {\nhandle {\nasync_proxy\n}\n}", []int{0}},
 		{"in a route and then not", "http://:8080 {\nroute /a {\nasync_proxy\n}\nasync_proxy\n}", []int{1}},

@@ -37,7 +37,11 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *visit) (int
 	if f := h.tunnels.admit(from.bucket, h.MaxTunnels, h.MaxTunnelsPerClient); f != nil {
 		return 0, f
 	}
-	ctx, dialled := h.tunnels.whileOpen(h.withParentFields(r, from, target), time.Duration(h.DialTimeout))
+	ctx := h.withParentFields(r, from, target)
+	if h.dialer.policy.connect != nil {
+		ctx = context.WithValue(ctx, connectKey{}, true)
+	}
+	ctx, dialled := h.tunnels.whileOpen(ctx, time.Duration(h.DialTimeout))
 	far, err := h.dialer.dial(ctx, from.reach, target)
 	dialled()
 	if err != nil {

@@ -164,10 +164,14 @@ func (d *dialer) verdict(ctx context.Context, address string, denied, reported *
 
 // forbids reports whether a tunnel that is open would not be opened now.
 func (d *dialer) forbids(t *tunnel) bool {
-	if d.usesParent(t.target) {
-		return d.checkUnresolved(context.Background(), t.reach, t.target) != nil
+	ctx := context.Background()
+	if strings.HasPrefix(t.proto, "HTTP/") { // and not what a request was upgraded to
+		ctx = context.WithValue(ctx, connectKey{}, true)
 	}
-	denied, _ := d.policy.check(context.Background(), t.reach, newTarget(t.target), t.address)
+	if d.usesParent(t.target) {
+		return d.checkUnresolved(ctx, t.reach, t.target) != nil
+	}
+	denied, _ := d.policy.check(ctx, t.reach, newTarget(t.target), t.address)
 	return denied != nil
 }
 

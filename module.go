@@ -111,6 +111,10 @@ type Handler struct {
 	// 8000-8999. Default: all but 25.
 	Ports []string `json:"ports,omitempty"`
 
+	// The ports that CONNECT may open tunnels to, in place of Ports. Default:
+	// those of Ports.
+	ConnectPorts []string `json:"connect_ports,omitempty"`
+
 	// What is not enforced but only reported, in log lines: `rules` for rules
 	// that deny and for ports, `limits` for burst and refill. What is closed by
 	// default stays closed.
@@ -390,6 +394,9 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 	p := &policy{own: own.at, reportOnly: slices.Contains(h.ReportOnly, "rules")}
 	var err error
 	if p.ports, err = parsePortList("ports", h.Ports); err != nil {
+		return err
+	}
+	if p.connect, err = parsePortList("connect_ports", h.ConnectPorts); err != nil {
 		return err
 	}
 	check := &ruleCheck{open: p.openPorts()}

@@ -21,6 +21,7 @@ import (
 type policy struct {
 	sets       []*ruleSet
 	ports      []portRange               // nil: all but portSMTP
+	connect    []portRange               // the ports for CONNECT; nil: as ports
 	own        func(netip.AddrPort) bool // listeners of this process that nobody may be taken to
 	reportOnly bool                      // denials by rules and ports are reported and not enforced
 	changing   bool                      // its verdicts may be others later, or are to be heard again
@@ -139,7 +140,7 @@ func (p *policy) check(ctx context.Context, r reach, t target, to netip.AddrPort
 	if p.own != nil && (p.own(netip.AddrPortFrom(ip, to.Port())) || host != ip && p.own(netip.AddrPortFrom(host, to.Port()))) {
 		return &deniedError{to: to, kind: deniedAddress, why: "it is an address of the proxy itself"}, nil
 	}
-	if e := p.checkPort(to.Port()); e != nil {
+	if e := p.checkPort(ctx, to.Port()); e != nil {
 		if e.to = to; p.enforces(e, &reported) {
 			return e, nil
 		}
@@ -199,7 +200,7 @@ func (p *policy) checkName(ctx context.Context, r reach, t target, resolvable bo
 	if !resolvable && (t.name == "localhost" || strings.HasSuffix(t.name, ".localhost")) {
 		return p.check(ctx, r, t, netip.AddrPortFrom(loopback4, t.port))
 	}
-	if e := p.checkPort(t.port); e != nil && p.enforces(e, &reported) {
+	if e := p.checkPort(ctx, t.port); e != nil && p.enforces(e, &reported) {
 		return e, nil
 	}
 	for _, s := range p.sets {
@@ -227,12 +228,20 @@ func (p *policy) checkName(ctx context.Context, r reach, t target, resolvable bo
 
 var loopback4 = netip.AddrFrom4([4]byte{127, 0, 0, 1})
 
-func (p *policy) checkPort(port uint16) *deniedError {
-	if p.ports == nil && port != portSMTP || slices.ContainsFunc(p.ports, func(r portRange) bool { return r.contains(port) }) {
+// connectKey is for the context of a CONNECT's dial. It is there if the option
+// connect_ports is.
+type connectKey struct{}
+
+func (p *policy) checkPort(ctx context.Context, port uint16) *deniedError {
+	ports, option := p.ports, "ports"
+	if p.connect != nil && ctx.Value(connectKey{}) != nil {
+		ports, option = p.connect, "connect_ports"
+	}
+	if ports == nil && port != portSMTP || slices.ContainsFunc(ports, func(r portRange) bool { return r.contains(port) }) {
 		return nil
 	}
-	e := &deniedError{rule: "ports", kind: deniedRequest, why: fmt.Sprintf("port %d is closed; the option ports would open it", port)}
-	if port == portSMTP && p.ports == nil {
+	e := &deniedError{rule: option, kind: deniedRequest, why: fmt.Sprintf("port %d is closed; the option %s would open it", port, option)}
+	if port == portSMTP && ports == nil {
 		e.why = "port 25 is for mail and closed to clients of a proxy; the option ports would open it"
 	}
 	return e

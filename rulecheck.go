@@ -48,9 +48,9 @@ const maxRuleTexts = 5
 // openPorts returns the ports that clients may go to.
 func (p *policy) openPorts() []portRange {
 	if p.ports == nil {
-		return []portRange{{1, portSMTP - 1}, {portSMTP + 1, 65535}}
+		return append([]portRange{{1, portSMTP - 1}, {portSMTP + 1, 65535}}, p.connect...)
 	}
-	return p.ports
+	return slices.Concat(p.ports, p.connect)
 }
 
 // note looks at a destination before it joins the sets of the rules before it.

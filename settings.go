@@ -74,6 +74,11 @@ func (h *Handler) settings() []setting {
 		ports = fmt.Sprintf("all but %d", portSMTP)
 	}
 	add("ports", ports, fmt.Sprintf("all but %d", portSMTP))
+	connectPorts := "as ports"
+	if len(h.ConnectPorts) > 0 {
+		connectPorts = words(h.ConnectPorts)
+	}
+	add("connect_ports", connectPorts, "as ports")
 	add("report_only", words(h.ReportOnly), "none")
 	upstream := "none"
 	if h.dialer.parent != nil {

@@ -7,6 +7,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"reflect"
 	"slices"
 	"time"
 
@@ -58,9 +59,17 @@ func (h *Handler) started(ctx caddy.Context, server *caddyhttp.Server) {
 		zap.Float64("refill", h.Refill),
 		zap.Strings("clients", h.effectiveClients()))
 	if hosts, _ := hostsBefore(server.Routes, h); len(hosts) > 0 {
-		h.logger.Warn("this proxy's site has a host name in its address, so requests for other hosts never reach the proxy "+
-			"and get an empty answer with status 200; give the site an address without a host, such as :8080",
+		h.logger.Warn("this proxy's site has a host name in its address, so requests for other hosts never reach the proxy; "+
+			"give the site an address without a host, such as :8080",
 			zap.Strings("hosts", hosts))
+	}
+	if site := siteOf(server, h); leavesUnanswered(site) && firstProxy(site) == h {
+		h.logger.Warn("every async_proxy of this site has a matcher, and nothing answers the requests that none matches; "+
+			"add one without a matcher, or respond with 403 at the end", zap.Strings("addresses", server.Listen))
+	}
+	if server.TrustedProxiesStrict == 0 && trustsProxies(server) {
+		h.logger.Warn("the server has trusted_proxies without trusted_proxies_strict, so it believes the first address in X-Forwarded-For, "+
+			"which a client can make up to get past clients, limits and blocks; add trusted_proxies_strict", zap.Strings("addresses", server.Listen))
 	}
 	if h.isOpen() {
 		h.logger.Warn("open proxy: anyone who can reach this address can use it; list who may in clients, or add basic_auth or a remote_ip matcher",
@@ -91,6 +100,13 @@ func (h *Handler) started(ctx caddy.Context, server *caddyhttp.Server) {
 			return h.succeeds(t.owner) && h.dialer.forbids(t)
 		})
 	}
+}
+
+// trustsProxies reports whether trusted_proxies is set. Caddy does not tell that
+// in any other way once it has loaded the module.
+func trustsProxies(server *caddyhttp.Server) bool {
+	field := reflect.ValueOf(server).Elem().FieldByName("trustedProxies")
+	return field.IsValid() && field.Kind() == reflect.Interface && !field.IsNil()
 }
 
 // plainAddresses returns the addresses of the server that other machines may

@@ -1,0 +1,143 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"encoding/json"
+	"io"
+	"net/http"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"go.uber.org/zap"
+)
+
+func init() { caddy.RegisterModule(Unclaimed{}) }
+
+// Unclaimed refuses proxy requests that no other handler has answered, such as
+// those of a client that no async_proxy of the site matches. Caddy itself would
+// answer them with an empty 200, which for a CONNECT says that a tunnel is open.
+//
+// The listener wrapper async_proxy adds this handler behind all others of its
+// server. Without the wrapper it may stand there in the config.
+type Unclaimed struct {
+	logger *zap.Logger
+	logged *atomic.Int64 // when a refusal was last logged, since epoch: one line a second tells enough
+}
+
+// CaddyModule returns the Caddy module information.
+func (Unclaimed) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{
+		ID:  "http.handlers.async_proxy_unclaimed",
+		New: func() caddy.Module { return new(Unclaimed) },
+	}
+}
+
+// Provision implements caddy.Provisioner.
+func (u *Unclaimed) Provision(ctx caddy.Context) error {
+	u.logger, u.logged = ctx.Logger(), new(atomic.Int64)
+	return nil
+}
+
+// ServeHTTP implements caddyhttp.MiddlewareHandler.
+func (u *Unclaimed) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+	if (r.Method != http.MethodConnect || isExtendedConnect(r)) && r.URL.Host == "" {
+		return next.ServeHTTP(w, r)
+	}
+	now := sinceEpoch(time.Now())
+	if last := u.logged.Load(); (last == 0 || now-last >= int64(time.Second)) && u.logged.CompareAndSwap(last, now) {
+		u.logger.Warn("no async_proxy of this server takes this request: none matches it, or its site has a host name in its address",
+			zap.String("client", printable(r.RemoteAddr)), zap.String("method", printable(r.Method)), zap.String("host", printable(r.Host)))
+	}
+	header := w.Header()
+	header["Content-Type"] = []string{"text/plain; charset=utf-8"}
+	if r.ProtoMajor == 1 {
+		header["Connection"] = []string{"close"} // what follows may be meant for a tunnel
+	}
+	w.WriteHeader(http.StatusMisdirectedRequest)
+	_, _ = io.WriteString(w, "No proxy here takes this request.\n")
+	return nil
+}
+
+// addUnclaimed puts the handler behind all others of a server: at the end of its
+// routes, and of those of its routes that are the last for a request.
+func addUnclaimed(server *caddyhttp.Server) {
+	raw := caddyconfig.JSONModuleObject(Unclaimed{}, "handler", "async_proxy_unclaimed", nil)
+	isIt := func(other json.RawMessage) bool { return string(other) == string(raw) }
+	n := len(server.Routes)
+	if n == 0 || slices.ContainsFunc(server.Routes[n-1].HandlersRaw, isIt) {
+		return // there is one wrapper for each site
+	}
+	for i := range server.Routes {
+		if route := &server.Routes[i]; route.Terminal {
+			route.HandlersRaw = append(route.HandlersRaw, raw)
+		}
+	}
+	server.Routes = append(server.Routes, caddyhttp.Route{HandlersRaw: []json.RawMessage{raw}})
+}
+
+// siteOf returns the routes of the site that a handler is in.
+func siteOf(server *caddyhttp.Server, h caddyhttp.MiddlewareHandler) caddyhttp.RouteList {
+	for _, route := range server.Routes {
+		for _, handler := range route.Handlers {
+			if sub, ok := handler.(*caddyhttp.Subroute); ok && route.Terminal {
+				if _, found := hostsBefore(sub.Routes, h); found {
+					return sub.Routes
+				}
+			}
+		}
+	}
+	return server.Routes
+}
+
+// leavesUnanswered reports whether a request may pass all routes without an
+// answer, as far as they tell.
+func leavesUnanswered(routes caddyhttp.RouteList) bool {
+	return !slices.ContainsFunc(routes, func(route caddyhttp.Route) bool {
+		return len(route.MatcherSets) == 0 && slices.ContainsFunc(route.Handlers, func(handler caddyhttp.MiddlewareHandler) bool {
+			switch handler := handler.(type) {
+			case *Unclaimed:
+				return false
+			case *caddyhttp.Subroute:
+				return !leavesUnanswered(handler.Routes)
+			case *caddyhttp.StaticResponse:
+				return endsRequest(handler)
+			}
+			module, ok := handler.(caddy.Module)
+			return !ok || !slices.Contains(passingHandlers, module.CaddyModule().ID.Name())
+		})
+	})
+}
+
+// passingHandlers are those of Caddy that leave the answer to the next one.
+var passingHandlers = []string{
+	"authentication", "encode", "headers", "intercept", "log_append", "map", "push", "request_body", "rewrite", "templates", "tracing", "vars",
+}
+
+// firstProxy returns the first async_proxy in routes.
+func firstProxy(routes caddyhttp.RouteList) *Handler {
+	for _, route := range routes {
+		for _, handler := range route.Handlers {
+			switch handler := handler.(type) {
+			case *Handler:
+				return handler
+			case *caddyhttp.Subroute:
+				if h := firstProxy(handler.Routes); h != nil {
+					return h
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// Interface guards
+var (
+	_ caddy.Provisioner           = (*Unclaimed)(nil)
+	_ caddyhttp.MiddlewareHandler = (*Unclaimed)(nil)
+)

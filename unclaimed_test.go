@@ -1,0 +1,150 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"net/http"
+	"os"
+	"strings"
+	"testing"
+)
+
+// A proxy request that no async_proxy takes is refused: an empty 200 to CONNECT
+// would say that a tunnel is open.
+func TestUnclaimedRequestsAreRefused(t *testing.T) {
+	w := newWorld(t, "", nil)
+	origin := w.origin.Listener.Addr().String()
+	_, port, _ := strings.Cut(w.proxy, ":")
+	const groups = "@a client_ip 203.0.113.0/24\n@b client_ip 198.51.100.0/24\nasync_proxy @a {\nallow 127.0.0.0/8\n}\nasync_proxy @b\n"
+	for _, tc := range []struct {
+		sites   string // PORT stands for the port
+		lines   string
+		connect int
+		get     int
+		warning string // at start; "": there is none
+	}{
+		{"http://:PORT {\n" + groups + "}", "", 421, 421, "every async_proxy of this site has a matcher"},
+		{"http://:PORT {\n" + groups + "}", clientFrom("203.0.113.1"), 200, 200, "every async_proxy of this site has a matcher"},
+		{"http://:PORT {\n" + groups + "header X-A b\n}\nhttp://www.example.com:PORT {\nrespond hello\n}", "", 421, 421, "every async_proxy of this site has a matcher"},
+		{"http://proxy.example.com:PORT {\nasync_proxy\n}", "", 421, 421, "this proxy's site has a host name"},
+		{"http://proxy.example.com:PORT {\nasync_proxy\n}\nhttp://www.example.com:PORT {\nrespond hello\n}", "", 421, 421, "this proxy's site has a host name"},
+		{"http://:PORT {\n@never method DELETE\nroute {\nasync_proxy @never\n}\nasync_proxy @never\n}", "", 421, 421, "every async_proxy of this site has a matcher"},
+		{"http://:PORT {\nroute {\nheader X-A b\nasync_proxy\n}\n}", "", 200, 200, ""},
+		// What answers such requests is heard.
+		{"http://:PORT {\n" + groups + "respond no 403\n}", "", 403, 403, ""},
+		{"http://:PORT {\n" + groups + "respond /path no 403\nabort /path2\n}", "", 421, 421, "every async_proxy of this site has a matcher"},
+		{"http://:PORT {\n" + groups + "async_proxy\n}", "", 200, 200, ""},
+		{"http://:PORT {\n" + groups + "handle {\nrespond no 404\n}\n}", "", 404, 404, ""},
+		{"http://:PORT {\n" + groups + "reverse_proxy ORIGIN\n}", "", 0, 200, ""},
+	} {
+		sites := strings.NewReplacer("PORT", port, "ORIGIN", origin).Replace(tc.sites)
+		w.forgetLogs()
+		loadCaddyfile(t, withServers(w.globals()+sites, withWrapper+"trusted_proxies static 127.0.0.1\ntrusted_proxies_strict"))
+		data, err := os.ReadFile(w.logs)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, warning := range []string{"every async_proxy of this site has a matcher", "this proxy's site has a host name"} {
+			want := 0
+			if warning == tc.warning {
+				want = 1
+			}
+			if got := strings.Count(string(data), warning); got != want {
+				t.Errorf("%s\n%d warnings %q, want %d", sites, got, warning, want)
+			}
+		}
+		for method, want := range map[string]int{http.MethodConnect: tc.connect, http.MethodGet: tc.get} {
+			if want == 0 {
+				continue
+			}
+			res, body := policyRequest(t, w.proxy, method, origin, tc.lines)
+			if res.StatusCode != want || want == 421 && body != "No proxy here takes this request.\n" {
+				t.Errorf("%s\n%s: %s %q, want %d", sites, method, res.Status, body, want)
+			}
+		}
+	}
+	// Sites that are not proxies answer as ever.
+	loadCaddyfile(t, w.globals()+"http://:"+port+" {\n@never method DELETE\nasync_proxy @never\nheader X-A b\n}")
+	c := w.dial()
+	c.send("GET / HTTP/1.1\nHost: x\n\n")
+	if res, _ := c.response(http.MethodGet); res.StatusCode != http.StatusOK || res.Header.Get("X-A") != "b" {
+		t.Errorf("%s %v", res.Status, res.Header)
+	}
+	// And a Caddyfile brings the wrapper, and so this handler, along.
+	if res, _ := policyRequest(t, w.proxy, http.MethodConnect, origin, ""); res.StatusCode != http.StatusMisdirectedRequest {
+		t.Errorf("%s", res.Status)
+	}
+	if lines := w.waitLog("no async_proxy of this server takes this request: none matches it, or its site has a host name in its address", 1); lines[0]["host"] != origin {
+		t.Errorf("log %v", lines)
+	}
+}
+
+// trusted_proxies alone believes what a client says of itself.
+func TestTrustedProxiesWithoutStrictIsWarnedAbout(t *testing.T) {
+	w := newWorld(t, "", nil)
+	for servers, want := range map[string]bool{
+		"":                                 false,
+		"trusted_proxies static 127.0.0.1": true,
+		"trusted_proxies static 127.0.0.1\ntrusted_proxies_strict": false,
+		"trusted_proxies_strict":                                   false,
+	} {
+		w.forgetLogs()
+		loadCaddyfile(t, withServers(w.globals()+w.site(""), withWrapper+servers))
+		w.waitLog("async-proxy listening", 1)
+		data, err := os.ReadFile(w.logs)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Contains(string(data), "trusted_proxies without trusted_proxies_strict"); got != want {
+			t.Errorf("%q is warned about: %v, want %v", servers, got, want)
+		}
+	}
+}
+
+// CONNECT has ports of its own, also through a parent, for open tunnels and
+// where rules are only reported.
+func TestConnectPorts(t *testing.T) {
+	w := newWorld(t, "", nil)
+	origin := w.origin.Listener.Addr().String()
+	_, port, _ := strings.Cut(origin, ":")
+	for _, tc := range []struct {
+		options      string
+		connect, get int
+		rule         string
+	}{
+		{"connect_ports 1", 403, 200, "connect_ports"},
+		{"connect_ports 1\nports " + port, 403, 200, "connect_ports"},
+		{"connect_ports " + port + "\nports 1", 200, 403, "ports"},
+		{"connect_ports 1-65535\nports 1-65535", 200, 200, ""},
+		{"ports 1", 403, 403, "ports"},
+		{"connect_ports 1\nreport_only rules", 200, 200, ""},
+		{"connect_ports 1\nupstream http://127.0.0.1:9", 403, 502, "connect_ports"},
+	} {
+		w.forgetLogs()
+		w.load(w.site(tc.options))
+		for method, want := range map[string]int{http.MethodConnect: tc.connect, http.MethodGet: tc.get} {
+			if res, body := policyRequest(t, w.proxy, method, origin, ""); res.StatusCode != want {
+				t.Errorf("%q: %s: %s %s, want %d", tc.options, method, res.Status, body, want)
+			}
+		}
+		if tc.rule != "" {
+			eventually(t, "a line with the rule "+tc.rule, func() bool {
+				for _, line := range w.logLines("request") {
+					if line["rule"] == tc.rule {
+						return true
+					}
+				}
+				return false
+			})
+		}
+	}
+	// A tunnel that is open is closed if recheck_tunnels finds its port closed.
+	w.load(w.site(""))
+	c := w.dial()
+	c.connect(origin)
+	w.load(w.site("recheck_tunnels\nconnect_ports 1"))
+	if line := w.waitLog("CONNECT tunnel closed", 1)[0]; line["reason"] != "forbidden" {
+		t.Errorf("line %v", line)
+	}
+}
