@@ -66,6 +66,7 @@ func isNested(h httpcaddyfile.Helper) bool {
 //		limiter       <module> ...
 //		dial_timeout  <duration>
 //		response_header_timeout <duration>|off
+//		response_idle_timeout <duration>|off
 //		via           <pseudonym>|off
 //		forwarded_for auto|off
 //		hosts         <own_names...>
@@ -202,6 +203,7 @@ var options = map[string]option{
 		func(s string) error { _, err := newDirectSet([]string{s}); return err }),
 	"dial_timeout":            duration("a positive duration such as 10s", func(h *Handler) *caddy.Duration { return &h.DialTimeout }),
 	"response_header_timeout": durationOrOff("a positive duration such as 5m, or off", func(h *Handler) *caddy.Duration { return &h.ResponseHeaderTimeout }),
+	"response_idle_timeout":   durationOrOff("a positive duration such as 5m, or off", func(h *Handler) *caddy.Duration { return &h.ResponseIdleTimeout }),
 
 	"max_tunnels":         {expected: "<n> [per_client <n>], each from 1 to 1000000000", read: (*caddyfileParser).maxTunnels},
 	"tunnel_idle_timeout": durationOrOff("a positive duration such as 1h, or off", func(h *Handler) *caddy.Duration { return &h.TunnelIdleTimeout }),

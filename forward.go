@@ -136,10 +136,13 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 		return status, err
 	}
 	leave()
+	body := res.Body.(*originBody)
+	body.handler, body.client, body.origin = h, from.bucket, x.conn
+	defer body.Close()
 	if err := h.respond(w, r, out, res, from); err != nil {
 		return res.StatusCode, err
 	}
-	x.finish(res.Body.(*originBody).ended && !res.Close)
+	x.finish(body.ended && !res.Close)
 	return res.StatusCode, nil
 }
 
@@ -423,6 +426,11 @@ func copyBody(w http.ResponseWriter, r *http.Request, res *http.Response, count 
 	defer copyBuffers.Put(buf)
 	left := res.ContentLength
 	for {
+		if own {
+			if err := body.awaitContent(); err != nil {
+				return err
+			}
+		}
 		n, err := res.Body.Read(buf[:])
 		if n > 0 {
 			if _, err := w.Write(buf[:n]); err != nil {

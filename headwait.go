@@ -148,7 +148,6 @@ func (w *headWait) stale(err error) bool {
 func (w *headWait) stop() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.endWatch()
 	if w.timer != nil {
 		w.timer.Stop()
 		w.timer = nil
@@ -161,5 +160,6 @@ func (w *headWait) end() {
 	w.cancel(nil)
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.endWatch() // a connection can die in the middle of a response, too
 	w.closeSingle()
 }

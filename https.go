@@ -80,7 +80,7 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 	}
 	wait.stop()
 	metrics.responses.Observe(time.Since(start).Seconds())
-	res.Body = &http2Response{res.Body, body}
+	res.Body = &http2Response{res.Body, body, h.newContentWait(from.bucket), func() { wait.cancel(os.ErrDeadlineExceeded) }}
 	defer res.Body.Close()
 	if res.StatusCode < 200 {
 		return 0, forwardRefusal(r, protocolError("the response has a status that ends no exchange"))
@@ -136,12 +136,19 @@ func (b *http2Body) Close() error { return nil }
 type http2Response struct {
 	io.ReadCloser
 	request *http2Body // nil: it has none
+	wait    *contentWait
+	cancel  func() // ends the response
+}
+
+func (b *http2Response) Read(p []byte) (int, error) {
+	return b.wait.read(p, b.ReadCloser.Read, b.cancel)
 }
 
 // Close implements io.Closer. It ends a read of the request's body, which waits for the
 // client, and which the transport would wait for; not before, as net/http takes a read
 // that is ended for the client's leaving.
 func (b *http2Response) Close() error {
+	b.wait.end()
 	if b.request != nil && b.request.begun.Load() && !b.request.ended.Load() {
 		b.request.from.stopBody()
 	}

@@ -12,6 +12,7 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/textproto"
 	"strconv"
 	"strings"
@@ -320,6 +321,11 @@ type originBody struct {
 	trailers func(http.Header) // gets the trailers of a chunked body
 	ended    bool              // read to its end
 	head     int               // bytes of the head before it
+
+	handler *Handler // that passes it on; nil: it may wait for ever
+	client  netip.Addr
+	origin  *originConn
+	wait    *contentWait // nil: it has not waited yet
 }
 
 func (b *originBody) Read(p []byte) (n int, err error) {
@@ -396,4 +402,10 @@ func (b *originBody) rest() ([]byte, bool) {
 }
 
 // Close implements io.Closer. The connection is not the body's.
-func (b *originBody) Close() error { return nil }
+func (b *originBody) Close() error {
+	if b.wait != nil {
+		b.wait.end()
+		b.wait = nil
+	}
+	return nil
+}

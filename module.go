@@ -166,6 +166,12 @@ type Handler struct {
 	// its response is there. -1 is for ever. Default: 5m.
 	ResponseHeaderTimeout caddy.Duration `json:"response_header_timeout,omitempty"`
 
+	// How long an origin may send nothing in the middle of a response before the
+	// response is broken off. A response that has waited for ten seconds counts as
+	// a tunnel, in MaxTunnels and MaxTunnelsPerClient, until more of it comes. -1 is
+	// for ever. Default: 5m.
+	ResponseIdleTimeout caddy.Duration `json:"response_idle_timeout,omitempty"`
+
 	// How many tunnels may be open in this process, those of CONNECT and those
 	// of upgraded requests, whichever site opened them. Beyond that the answer
 	// is 503. Default: 0, no limit.
@@ -228,6 +234,9 @@ type Handler struct {
 	dialer    *dialer
 	tunnels   *registry
 	origins   [reaches]*origins
+
+	contentGrace time.Duration // how long content may be silent before its response counts as a tunnel
+
 	upstreams [reaches]*http2Origins // to https origins that speak HTTP/2
 
 	secureOrigins [reaches]*origins // to those that do not, and for upgrades
@@ -475,6 +484,8 @@ func (h *Handler) setDefaults() {
 	h.ForwardedFor = cmp.Or(h.ForwardedFor, "auto")
 	h.LimitBy = cmp.Or(h.LimitBy, "client_ip")
 	h.ResponseHeaderTimeout = cmp.Or(h.ResponseHeaderTimeout, caddy.Duration(5*time.Minute))
+	h.ResponseIdleTimeout = cmp.Or(h.ResponseIdleTimeout, caddy.Duration(5*time.Minute))
+	h.contentGrace = contentGrace
 	h.TunnelIdleTimeout = cmp.Or(h.TunnelIdleTimeout, caddy.Duration(time.Hour))
 }
 

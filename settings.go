@@ -93,6 +93,7 @@ func (h *Handler) settings() []setting {
 	add("resolvers", resolvers, "the system's")
 	add("dial_timeout", duration(h.DialTimeout, ""), duration(d.DialTimeout, ""))
 	add("response_header_timeout", duration(h.ResponseHeaderTimeout, ""), duration(d.ResponseHeaderTimeout, ""))
+	add("response_idle_timeout", duration(h.ResponseIdleTimeout, ""), duration(d.ResponseIdleTimeout, ""))
 	limit := func(n int) string {
 		if n == 0 {
 			return "no limit"

@@ -212,14 +212,19 @@ func (b *originBody) spliceSome(client io.ReaderFrom, conn syscall.RawConn, sock
 	}
 	available := 0
 	var errIoctl error
-	err := conn.Read(func(fd uintptr) bool {
-		var peek [1]byte
-		if _, _, err := unix.Recvfrom(int(fd), peek[:], unix.MSG_PEEK|unix.MSG_DONTWAIT); err == unix.EAGAIN {
-			return false
-		}
-		available, errIoctl = unix.IoctlGetInt(int(fd), unix.SIOCINQ)
-		return true
+	err := b.waitFor(func() error {
+		return conn.Read(func(fd uintptr) bool {
+			var peek [1]byte
+			if _, _, err := unix.Recvfrom(int(fd), peek[:], unix.MSG_PEEK|unix.MSG_DONTWAIT); err == unix.EAGAIN {
+				return false
+			}
+			available, errIoctl = unix.IoctlGetInt(int(fd), unix.SIOCINQ)
+			return true
+		})
 	})
+	if b.origin != nil {
+		b.origin.expectNone() // the client takes the time that it takes
+	}
 	if err = errors.Join(err, errIoctl); err != nil {
 		return 0, err
 	}

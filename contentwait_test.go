@@ -1,0 +1,178 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+)
+
+// stalls are responses whose content does not come, after some that has.
+var stalls = map[string]string{
+	"of a length":                     "Content-Length: 1000\r\n\r\nx",
+	"of which nothing has come":       "Content-Length: 1000\r\n\r\n",
+	"for the kernel to pass on":       "Content-Length: 1000000\r\n\r\n" + strings.Repeat("x", 300_000),
+	"in chunks":                       "Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n",
+	"with a chunk that has begun":     "Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n5",
+	"to the end of the connection":    "\r\nx",
+	"in chunks, but for the trailers": "Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nA: b\r\n",
+}
+
+// stallingOrigin answers each request with a response that stalls until more says what
+// else there is to send.
+func stallingOrigin(t *testing.T, response string, more <-chan string) string {
+	return listen(t, func(c *net.TCPConn) {
+		_ = c.SetDeadline(time.Time{})
+		for {
+			if _, err := http.ReadRequest(bufio.NewReader(c)); err != nil {
+				return
+			}
+			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\n"+response)
+			if _, err := io.WriteString(c, <-more); err != nil {
+				return
+			}
+		}
+	})
+}
+
+// brokenOffSoon reads a response that must not look complete.
+func (c *rawConn) brokenOffSoon(what string) {
+	c.t.Helper()
+	res, err := http.ReadResponse(c.r, nil)
+	if err != nil {
+		return // nothing had been sent yet
+	}
+	if n, err := io.Copy(io.Discard, res.Body); err == nil && res.ContentLength != n && !res.Close {
+		c.t.Errorf("%s: %d bytes and an orderly end", what, n)
+	}
+}
+
+// A response whose origin sends nothing more is broken off after response_idle_timeout.
+func TestContentThatStalls(t *testing.T) {
+	w := newWorld(t, "", nil)
+	for _, way := range []string{"fast", "ordinary"} {
+		site := w.site("response_idle_timeout 100ms")
+		if way == "ordinary" {
+			site = inRoute(site)
+		}
+		w.load(site)
+		n := 0
+		for name, response := range stalls {
+			origin := stallingOrigin(t, response, nil)
+			c := w.dial()
+			c.send("GET http://" + origin + "/ HTTP/1.1\nHost: " + origin + "\n\n")
+			c.brokenOffSoon(way + ", " + name)
+			n++
+			_ = c.Close()
+		}
+		origin := newFramesOrigin(t, func(f *framesOrigin, stream uint32) {
+			f.headers(stream, false, ":status", "200")
+			_ = f.WriteData(stream, false, []byte("x"))
+		})
+		c := w.dial()
+		c.send("GET https://" + origin + "/ HTTP/1.1\nHost: " + origin + "\n\n")
+		c.brokenOffSoon(way + ", HTTP/2")
+		n++
+		lines := w.waitLog("request", n)
+		for _, line := range lines[len(lines)-n:] {
+			if text, _ := line["error"].(string); !strings.Contains(text, "response_idle_timeout") {
+				t.Errorf("%s: the line %v does not say why", way, line)
+			}
+		}
+		w = &world{t: t, proxy: freeAddress(t), logs: w.logs + ".next", origin: w.origin}
+	}
+}
+
+// Content that comes slowly is not stalled, nor is content that the client takes slowly.
+func TestContentThatComesSlowly(t *testing.T) {
+	w := newWorld(t, "response_idle_timeout 300ms", nil)
+	more := make(chan string)
+	origin := stallingOrigin(t, "Content-Length: 6\r\n\r\nx", more)
+	c := w.dial()
+	c.send("GET http://" + origin + "/ HTTP/1.1\nHost: " + origin + "\n\n")
+	slow := listen(t, func(c *net.TCPConn) {
+		if _, err := http.ReadRequest(bufio.NewReader(c)); err == nil {
+			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n")
+			for range 6 {
+				time.Sleep(100 * time.Millisecond)
+				_, _ = io.WriteString(c, "x")
+			}
+		}
+	})
+	other := w.dial()
+	other.send("GET http://" + slow + "/ HTTP/1.1\nHost: " + slow + "\n\n")
+	if res, body := other.response(http.MethodGet); body != "xxxxxx" {
+		t.Errorf("%s %q", res.Status, body)
+	}
+	c.brokenOffSoon("beside it") // as this one's origin has sent nothing meanwhile
+
+	size := 32 << 20
+	huge := listen(t, func(c *net.TCPConn) {
+		if _, err := http.ReadRequest(bufio.NewReader(c)); err == nil {
+			_, _ = fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", size, strings.Repeat("x", size))
+		}
+	})
+	reader := w.dial()
+	_ = reader.SetReadBuffer(64 << 10)
+	reader.send("GET http://" + huge + "/ HTTP/1.1\nHost: " + huge + "\n\n")
+	time.Sleep(time.Second)
+	if _, body := reader.response(http.MethodGet); len(body) != size {
+		t.Errorf("%d bytes, want %d", len(body), size)
+	}
+}
+
+// A response that waits for its content is one of the client's tunnels meanwhile.
+func TestContentThatStallsCounts(t *testing.T) {
+	w := newWorld(t, "max_tunnels 1", nil)
+	h := provisioned(t)[0]
+	h.contentGrace = 20 * time.Millisecond
+	more := make(chan string)
+	origin := stallingOrigin(t, "Content-Length: 3\r\n\r\nx", more)
+	get := func() *rawConn {
+		c := w.dial()
+		c.send("GET http://" + origin + "/ HTTP/1.1\nHost: " + origin + "\n\n")
+		return c
+	}
+	admitted := func(n int64) {
+		t.Helper()
+		eventually(t, fmt.Sprintf("%d to count", n), func() bool { return h.tunnels.admitted.Load() == n })
+	}
+	first := get()
+	admitted(1)
+	c := w.dial()
+	c.send("CONNECT " + origin + " HTTP/1.1\nHost: " + origin + "\n\n")
+	if res, _ := c.response(http.MethodConnect); res.StatusCode != http.StatusServiceUnavailable {
+		t.Errorf("a tunnel beside it: %s", res.Status)
+	}
+	get().brokenOffSoon("one more that waits")
+	more <- "yz"
+	if res, body := first.response(http.MethodGet); body != "xyz" {
+		t.Errorf("%s %q: the wait did harm", res.Status, body)
+	}
+	admitted(0)
+	left := get()
+	admitted(1)
+	_ = left.Close()
+	admitted(0)
+	w.dial().connect(origin)
+}
+
+// A response that waits for its content does not outlast the proxy.
+func TestContentThatStallsAtTheEnd(t *testing.T) {
+	w := newWorld(t, "", nil)
+	origin := stallingOrigin(t, "Content-Length: 3\r\n\r\nx", nil)
+	c := w.dial()
+	c.send("GET http://" + origin + "/ HTTP/1.1\nHost: " + origin + "\n\n")
+	if _, err := c.r.Peek(1); err != nil {
+		t.Fatal(err)
+	}
+	w.load("http://127.0.0.1:" + strings.Split(freeAddress(t), ":")[1] + " {\nrespond hi\n}\n")
+	c.brokenOffSoon("when no proxy is left")
+}
