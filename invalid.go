@@ -49,7 +49,7 @@ func (h *Handler) refusedInvalid(conn net.Conn, reason invalid, status, detail s
 	metrics.invalid.WithLabelValues(string(reason)).Inc()
 	remote, _ := netip.ParseAddrPort(conn.RemoteAddr().String())
 	client := remote.Addr().Unmap().WithZone("")
-	n, ok := invalidLines.count(invalidLine{h.limiter.client(client), string(reason) + status + detail}, time.Now())
+	n, ok := invalidLines.count(invalidLine{h.limiter.client(client), conn.LocalAddr().String(), string(reason) + status + detail}, time.Now())
 	if !ok {
 		return
 	}
@@ -68,14 +68,16 @@ func (h *Handler) refusedInvalid(conn net.Conn, reason invalid, status, detail s
 	c.Write(fields...)
 }
 
-// invalidLine identifies log lines of which a client gets one a minute.
+// invalidLine identifies log lines of which a client gets few.
 type invalidLine struct {
-	client netip.Addr
-	what   string
+	client  netip.Addr
+	address string // at which the client was refused
+	what    string
 }
 
-// lineLimit lets each line through once a minute. It knows a bounded number of lines:
-// while that many are new, there are no further ones.
+// lineLimit lets the first lines of a kind through, and then one a minute until there
+// was a minute without. It knows a bounded number of kinds: while that many are new,
+// there are no lines of further ones.
 type lineLimit struct {
 	mu    sync.Mutex
 	lines map[invalidLine]*lineCount
@@ -83,11 +85,13 @@ type lineLimit struct {
 }
 
 type lineCount struct {
-	next    time.Time // when there may be another line
+	lines   int       // one by one
+	next    time.Time // when there may be another line after those
 	skipped int64
 }
 
 const (
+	invalidBurst    = 10
 	invalidInterval = time.Minute
 	maxInvalidLines = 4096
 )
@@ -106,15 +110,19 @@ func (l *lineLimit) count(line invalidLine, now time.Time) (n int64, ok bool) {
 		c = new(lineCount)
 		l.lines[line] = c
 	}
-	if now.Before(c.next) {
+	if !now.Before(c.next) && c.skipped == 0 {
+		c.lines = 0
+	}
+	if c.lines >= invalidBurst && now.Before(c.next) {
 		c.skipped++
 		return 0, false
 	}
+	c.lines++
 	n, c.skipped, c.next = c.skipped+1, 0, now.Add(invalidInterval)
 	return n, true
 }
 
-// sweep forgets the lines whose minute is over, and reports whether there is room. It
+// sweep forgets the kinds whose minute is over, and reports whether there is room. It
 // looks at all of them, and so does that once a second only.
 func (l *lineLimit) sweep(now time.Time) bool {
 	if now.Sub(l.swept) >= time.Second {

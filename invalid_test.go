@@ -17,7 +17,7 @@ import (
 	"time"
 )
 
-// invalidCounts returns the counts of caddy_async_proxy_invalid_requests_total.
+// invalidCount returns a count of caddy_async_proxy_invalid_requests_total.
 func invalidCount(t *testing.T, reason invalid) float64 {
 	t.Helper()
 	return gathered(t)[fmt.Sprintf(`invalid_requests_total{reason="%s"}`, reason)]
@@ -219,35 +219,44 @@ func TestResponsesAreNoRefusals(t *testing.T) {
 	}
 }
 
-// A client gets a line of a kind once a minute, which says for how many refusals it
-// stands. Memory is bounded.
+// A client gets ten lines of a kind, and then one a minute, which says for how many
+// refusals it stands. Memory is bounded.
 func TestLineLimit(t *testing.T) {
 	l := lineLimit{lines: make(map[invalidLine]*lineCount)}
 	now := time.Now()
-	one := netip.MustParseAddr("192.0.2.1")
-	for _, row := range []struct {
-		after time.Duration
-		what  string
-		want  int64 // 0: no line
-	}{{0, "a", 1}, {0, "b", 1}, {time.Second, "a", 0}, {invalidInterval - 1, "a", 0}, {invalidInterval, "a", 3}, {invalidInterval, "b", 1}, {3 * invalidInterval, "a", 1}} {
-		n, ok := l.count(invalidLine{one, row.what}, now.Add(row.after))
-		if n != row.want || ok != (n > 0) {
-			t.Errorf("%s after %v: %d, %v, want %d", row.what, row.after, n, ok, row.want)
+	line := invalidLine{client: netip.MustParseAddr("192.0.2.1"), what: "a"}
+	expect := func(after time.Duration, want int64) { // 0: no line
+		t.Helper()
+		if n, ok := l.count(line, now.Add(after)); n != want || ok != (n > 0) {
+			t.Errorf("after %v: %d, %v, want %d", after, n, ok, want)
 		}
 	}
+	for range invalidBurst {
+		expect(0, 1)
+	}
+	expect(0, 0)
+	expect(invalidInterval-1, 0)
+	expect(invalidInterval, 3)
+	expect(invalidInterval, 0)
+	expect(2*invalidInterval, 2)
+	for range invalidBurst {
+		expect(4*invalidInterval, 1) // a minute was quiet
+	}
+	expect(4*invalidInterval, 0)
+	line.what = "b"
+	expect(0, 1)
 	lines := 0
 	for i := range 3 * maxInvalidLines {
 		addr := netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)})
-		if _, ok := l.count(invalidLine{addr, "a"}, now.Add(10*invalidInterval)); ok {
+		if _, ok := l.count(invalidLine{client: addr}, now.Add(10*invalidInterval)); ok {
 			lines++
 		}
 	}
 	if len(l.lines) > maxInvalidLines || lines != maxInvalidLines {
-		t.Errorf("%d lines are known, and %d were let through, want %d", len(l.lines), lines, maxInvalidLines)
+		t.Errorf("%d kinds are known, and %d lines were let through, want %d", len(l.lines), lines, maxInvalidLines)
 	}
-	if _, ok := l.count(invalidLine{one, "c"}, now.Add(12*invalidInterval)); !ok {
-		t.Error("there is no room when the minute is over")
-	}
+	line.what = "c"
+	expect(12*invalidInterval, 1) // there is room again
 }
 
 // A listener of TLS keeps working whatever crypto/tls makes of it.
