@@ -31,12 +31,12 @@ func closeTunnel(id uint64) (found bool) {
 	return true
 }
 
-// refillClient gives a client a full bucket in a zone; or in all, for "", and
-// then it ends a block as well. It reports whether there was something to do
+// refillClient gives a client a full bucket in a zone, of tokens and of failed
+// logins; or in all zones, for "", and then it ends a block as well. It reports whether there was something to do
 // it to.
 func refillClient(addr netip.Addr, zone string) (found bool) {
 	found = refillShared(addr, zone) // first, as what it says is learned
-	limiters.Range(func(_, value any) bool {
+	refill := func(_, value any) bool {
 		l := value.(*limiter)
 		if zone != "" && zone != l.key.zone {
 			return true
@@ -49,7 +49,9 @@ func refillClient(addr netip.Addr, zone string) (found bool) {
 			}
 		}
 		return true
-	})
+	}
+	limiters.Range(refill)
+	failedLogins.Range(refill)
 	return zone == "" && unblock(addr) || found
 }
 

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/caddyauth"
@@ -49,6 +50,9 @@ func (h *Handler) loadAuth(ctx caddy.Context) error {
 			}
 		}
 		h.auth = append(h.auth, authProvider{name, provider})
+		if basic, ok := module.(*caddyauth.HTTPBasicAuth); ok && len(modules.(map[string]any)) == 1 {
+			h.basic = basic
+		}
 	}
 	slices.SortFunc(h.auth, func(a, b authProvider) int {
 		if a.name < b.name {
@@ -84,51 +88,215 @@ func isPublished(hash string) bool {
 	return slices.Contains(publishedHashes, strings.TrimSpace(hash))
 }
 
-// authenticate finds out who the user is (RFC 9110 §11.7). The providers read
-// Authorization and answer with WWW-Authenticate, as for a site: they get a
-// request with the proxy's fields in the place of these, and what they answer
-// goes the other way.
-func (h *Handler) authenticate(w http.ResponseWriter, r *http.Request) (user string, f *refusal) {
-	if len(h.auth) == 0 {
-		return "", nil
+// hasCredentials reports whether r tries to log in.
+func hasCredentials(r *http.Request) bool {
+	values := r.Header["Proxy-Authorization"]
+	return len(values) > 0 && strings.TrimSpace(values[0]) != ""
+}
+
+// authenticate finds out who the user of v is (RFC 9110 §11.7), or refuses the
+// request: with a refusal, or with errLimited and the visit's verdict.
+func (h *Handler) authenticate(w http.ResponseWriter, r *http.Request, v *visit) error {
+	if !hasCredentials(r) { // some providers know users by something else
+		known, _ := h.askProviders(w, r, v)
+		if !known {
+			return causeAuthRequired.refusal(nil)
+		}
+		return nil
 	}
+	credentials := r.Header["Proxy-Authorization"]
+	if h.basic == nil {
+		key := credentialsKey(append([]string{"others"}, credentials...)...)
+		if rightCredentials.has(key) {
+			if known, _ := h.askProviders(w, r, v); known {
+				return nil
+			}
+			rightCredentials.remove(key) // they have been revoked, or are too old
+		}
+		return h.checkLogin(w, r, v, key)
+	}
+	login := readBasic(credentials[0])
+	key := basicKey(h.basic, login)
+	switch {
+	case rightCredentials.has(key):
+		v.loggedIn(caddyauth.User{ID: login.user})
+		return nil
+	case !login.ok || wrongCredentials.has(key):
+		return h.repeatedLogin(w, r, v)
+	}
+	return h.checkLogin(w, r, v, key)
+}
+
+// repeatedLogin refuses credentials that are known to be wrong.
+func (h *Handler) repeatedLogin(w http.ResponseWriter, r *http.Request, v *visit) error {
+	metrics.authFailures.Inc()
+	if h.failed != nil {
+		now := sinceEpoch(time.Now())
+		if wait, ok := h.failed.reserve(repeatsOf(v.bucket), now, 0); !ok {
+			return h.refuseLogin(v, wait, errFailedLogins)
+		}
+	}
+	h.challenge(w, r, v)
+	return causeAuthFailed.refusal(errBadCredentials)
+}
+
+// challenge sets Proxy-Authenticate without having credentials checked.
+func (h *Handler) challenge(w http.ResponseWriter, r *http.Request, v *visit) {
+	without := *r
+	without.Header = make(http.Header)
+	_, _ = h.askProviders(w, &without, v)
+}
+
+// checkLogin asks the providers about credentials that are not known, if there is
+// a token for a failed login, and when it is this client's turn. The token is
+// given back unless the login fails.
+func (h *Handler) checkLogin(w http.ResponseWriter, r *http.Request, v *visit, key credentialKey) error {
+	var wait time.Duration
+	giveBack := func() {}
+	if h.failed != nil {
+		now, ok := sinceEpoch(time.Now()), false
+		if wait, ok = h.failed.reserve(v.bucket, now, loginPatience); !ok {
+			return h.refuseLogin(v, wait, errFailedLogins)
+		}
+		giveBack = func() { h.failed.giveBack(v.bucket, sinceEpoch(time.Now())) }
+	}
+	err := sleep(r.Context(), wait)
+	if err == nil {
+		err = logins.enter(r.Context(), v.bucket)
+	}
+	if err != nil {
+		giveBack()
+		if err == errLoginsBusy {
+			return h.refuseLogin(v, loginRetry, err)
+		}
+		return clientLeft(err)
+	}
+	result := h.checkInTurn(w, r, v, key)
+	if result != loginWrong {
+		giveBack()
+	}
+	switch result {
+	case loginRight:
+		return nil
+	case loginBroken:
+		return causeAuthFailed.refusal(errBadCredentials)
+	}
+	metrics.authFailures.Inc()
+	if result == loginRepeated || h.failed == nil {
+		return causeAuthFailed.refusal(errBadCredentials)
+	}
+	if limited := h.shareFailure(r, v); limited > 0 || wait > 0 {
+		delete(w.Header(), "Proxy-Authenticate") // logging in would not help now
+		return h.refuseLogin(v, max(limited, h.failed.until(v.bucket, sinceEpoch(time.Now()))), errFailedLogins)
+	}
+	return causeAuthFailed.refusal(errBadCredentials)
+}
+
+// loginResult is what came of a login.
+type loginResult int
+
+const (
+	loginRight    loginResult = iota
+	loginWrong                // the providers do not know the credentials
+	loginRepeated             // they were found wrong while these waited
+	loginBroken               // a provider could not tell
+)
+
+// checkInTurn asks the providers, unless the same credentials were checked while
+// these waited.
+func (h *Handler) checkInTurn(w http.ResponseWriter, r *http.Request, v *visit, key credentialKey) loginResult {
+	client := v.bucket
+	defer logins.leave(client)
+	if h.basic != nil {
+		if rightCredentials.has(key) {
+			v.loggedIn(caddyauth.User{ID: readBasic(r.Header["Proxy-Authorization"][0]).user})
+			return loginRight
+		}
+		if wrongCredentials.has(key) {
+			h.challenge(w, r, v)
+			return loginRepeated
+		}
+	}
+	known, broken := h.askProviders(w, r, v)
+	switch {
+	case known:
+		rightCredentials.add(key)
+		return loginRight
+	case broken:
+		return loginBroken
+	case h.basic != nil:
+		wrongCredentials.add(key)
+	}
+	return loginWrong
+}
+
+// refuseLogin makes the verdict on a login that is not to be checked now.
+func (h *Handler) refuseLogin(v *visit, wait time.Duration, err error) error {
+	now := sinceEpoch(time.Now())
+	v.verdict = h.limiter.bucket(v.bucket, now).refuse(int64(wait), now, err)
+	return errLimited
+}
+
+// shareFailure takes a token of the shared limiter's bucket of failed logins, so
+// that a client that guesses at all processes has no more guesses than at one. If
+// there is none, it returns for how long, which this process learns.
+func (h *Handler) shareFailure(r *http.Request, v *visit) time.Duration {
+	if h.shared == nil || h.failed == nil || h.shared.Suspended() {
+		return 0
+	}
+	bucket := h.failed.shared(v.bucket)
+	bucket.Zone += " failed_logins" // no zone of a config has a space
+	wait, err := h.shared.Take(r.Context(), bucket)
+	if err != nil || wait <= 0 {
+		return 0 // counted here, at least
+	}
+	h.failed.learn(v.bucket, sinceEpoch(time.Now()), wait)
+	return wait
+}
+
+// askProviders asks one provider after the other. They read Authorization and
+// answer with WWW-Authenticate, as for a site: they get a request with the proxy's
+// fields in the place of these, and what they answer goes the other way. broken
+// reports whether one of them could not tell.
+func (h *Handler) askProviders(w http.ResponseWriter, r *http.Request, v *visit) (known, broken bool) {
 	asked := *r
 	asked.Header = r.Header.Clone()
 	delete(asked.Header, "Authorization")
-	credentials, tried := r.Header["Proxy-Authorization"]
-	if tried {
-		asked.Header["Authorization"] = credentials
+	if hasCredentials(r) {
+		asked.Header["Authorization"] = r.Header["Proxy-Authorization"]
 	}
 	answer := headerOnly{make(http.Header)}
-	repl, _ := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
 	for _, provider := range h.auth {
-		u, ok, err := provider.Authenticate(answer, &asked)
+		user, ok, err := provider.Authenticate(answer, &asked)
 		if err != nil {
 			if c := h.logger.Check(zapcore.ErrorLevel, "auth provider returned error"); c != nil {
 				c.Write(zap.String("provider", provider.name), errorField(err))
 			}
+			broken = true
 			continue
 		}
-		if !ok {
-			continue
+		if ok {
+			v.loggedIn(user)
+			return true, broken
 		}
-		if repl != nil { // as Caddy's own handler does
-			repl.Set("http.auth.user.id", u.ID)
-			for name, value := range u.Metadata {
-				repl.Set("http.auth.user."+name, value)
-			}
-		}
-		return u.ID, nil
 	}
 	if challenges := answer.fields["Www-Authenticate"]; len(challenges) > 0 {
 		w.Header()["Proxy-Authenticate"] = challenges
 	} else {
 		w.Header()["Proxy-Authenticate"] = []string{`Basic realm="restricted"`} // there must be one
 	}
-	if tried {
-		return "", causeAuthFailed.refusal(errBadCredentials)
+	return false, broken
+}
+
+// loggedIn notes the user of v, in the placeholders of Caddy's own handler too.
+func (v *visit) loggedIn(user caddyauth.User) {
+	v.user = user.ID
+	if repl, _ := v.r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer); repl != nil {
+		repl.Set("http.auth.user.id", user.ID)
+		for name, value := range user.Metadata {
+			repl.Set("http.auth.user."+name, value)
+		}
 	}
-	return "", causeAuthRequired.refusal(nil)
 }
 
 // errBadCredentials tells a login that failed from one that was not tried.

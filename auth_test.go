@@ -49,7 +49,7 @@ func login(user, password string) string {
 
 // authRefused is the text for a client that is not let in, by its credentials.
 func authRefused(credentials string) string {
-	if credentials == "" {
+	if strings.TrimSpace(credentials) == "" {
 		return "This proxy asks for a user and a password; its option basic_auth says which.\n"
 	}
 	return "The user name or password is wrong.\n"
@@ -57,7 +57,7 @@ func authRefused(credentials string) string {
 
 func TestAuth(t *testing.T) {
 	var seen []string
-	w := newWorld(t, authUsers, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	w := newWorld(t, authUsers+"failed_logins off", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		seen = append(seen, fmt.Sprint(r.Header["Proxy-Authorization"], r.Header["Authorization"]))
 	}))
 	origin := w.origin.Listener.Addr().String()
@@ -73,7 +73,7 @@ func TestAuth(t *testing.T) {
 			"a password past what bcrypt looks at": login("alice", "wonderland"+strings.Repeat("x", 100)),
 		} {
 			lines := "Proxy-Authorization: " + credentials + "\n"
-			if credentials == "" {
+			if strings.TrimSpace(credentials) == "" {
 				lines = ""
 			}
 			// That for the origin is none for the proxy.
@@ -109,7 +109,7 @@ func TestAuth(t *testing.T) {
 		levels[fmt.Sprint(line["status"], line["level"], line["user"])]++
 	}
 	// A request without credentials is how browsers and curl begin.
-	if levels["407info<nil>"] != 2 || levels["407warn<nil>"] != 20 || levels["200infoalice"] != 1 || levels["200infobob"] != 1 {
+	if levels["407info<nil>"] != 4 || levels["407warn<nil>"] != 18 || levels["200infoalice"] != 1 || levels["200infobob"] != 1 {
 		t.Errorf("lines %v", levels)
 	}
 	if line := w.waitLog("CONNECT tunnel", 2)[0]; line["user"] != "alice" {
@@ -169,15 +169,15 @@ func TestClients(t *testing.T) {
 	}
 }
 
-// TestLimitByUser: a user has one bucket wherever it is; a failed login takes a
-// token of the client's, and a client that has none is not even asked.
+// TestLimitByUser: a user has one bucket wherever it is; a failed login takes no
+// token, and a request without credentials one of the client's.
 func TestLimitByUser(t *testing.T) {
 	for i, tc := range []struct {
 		by, logins, want string
 	}{
-		{"client_ip", "a a a b x -", "200 200 200 429 429 429"},
+		{"client_ip", "a a a b x -", "200 200 200 429 407 429"},
 		{"user", "a a a a b b b b", "200 200 200 429 200 200 200 429"},
-		{"user", "x x x x a b", "407 407 407 429 429 429"},
+		{"user", "x x x x a b", "407 407 407 407 200 200"},
 		{"user", "a a a a - - - -", "200 200 200 429 407 407 407 429"},
 	} {
 		w := newWorld(t, fmt.Sprintf("%sburst 3\nrefill 0.00001\nzone by-%d\nlimit_by %s", authUsers, i, tc.by), nil)
@@ -196,45 +196,10 @@ func TestLimitByUser(t *testing.T) {
 	}
 }
 
-// TestGuessesTogether: however many guess at once, no more passwords are compared
-// than there are tokens.
-func TestGuessesTogether(t *testing.T) {
-	const guesses, burst = 20, 3
-	for _, by := range []string{"client_ip", "user"} {
-		w := newWorld(t, fmt.Sprintf("%sburst %d\nrefill 0.00001\nzone together-%s\nlimit_by %s", authUsers, burst, by, by), nil)
-		compared.Store(0)
-		hold := make(chan struct{})
-		holding.Store(&hold)
-		statuses := make(chan int, guesses)
-		for i := range guesses {
-			conn := w.dial()
-			conn.send("GET " + w.origin.URL + "/ HTTP/1.1\nHost: x\nProxy-Authorization: " + login("alice", fmt.Sprint("guess", i)) + "\n\n")
-			go func() {
-				res, err := http.ReadResponse(conn.r, nil)
-				if err != nil {
-					statuses <- 0
-					return
-				}
-				statuses <- res.StatusCode
-			}()
-		}
-		eventually(t, "each to be answered or held", func() bool { return compared.Load()+int64(len(statuses)) == guesses })
-		holding.Store(nil)
-		close(hold)
-		got := map[int]int{}
-		for range guesses {
-			got[<-statuses]++
-		}
-		if n := compared.Load(); n != burst || got[407] != burst || got[429] != guesses-burst {
-			t.Errorf("by %s: %d passwords are compared, want %d; answers %v", by, n, burst, got)
-		}
-	}
-}
-
-// TestLoginsOfTheSharedLimiter: a user costs no question about the address, a
-// failed login does, and is refused for its answer.
+// TestLoginsOfTheSharedLimiter: all processes count a client's failed logins
+// together, and a login that succeeds costs no question about the client.
 func TestLoginsOfTheSharedLimiter(t *testing.T) {
-	w := newWorld(t, authUsers+"limiter test\nlimit_by user\nburst 10\nrefill 0.5\nzone logins", nil)
+	w := newWorld(t, authUsers+"limiter test\nlimit_by user\nburst 10\nrefill 0.5\nzone logins\nfailed_logins 4 per 1m", nil)
 	ask := func(password string, status int, buckets ...Bucket) {
 		t.Helper()
 		asked()
@@ -247,14 +212,18 @@ func TestLoginsOfTheSharedLimiter(t *testing.T) {
 		}
 	}
 	user := Bucket{Zone: "logins", User: "alice", Burst: 10, Interval: 2 * time.Second}
-	address := Bucket{Zone: "logins", Client: netip.MustParsePrefix("127.0.0.1/32"), Burst: 10, Interval: 2 * time.Second}
+	failures := Bucket{Zone: "logins failed_logins", Client: netip.MustParsePrefix("127.0.0.1/32"), Burst: 4, Interval: 15 * time.Second}
 	answer(t, 0, nil, false)
 	ask("wonderland", 200, user)
-	ask("guess", 407, address)
+	ask("guess", 407, failures)
+	ask("guess", 407) // known to be wrong
 	answer(t, 100*time.Second, nil, false)
-	ask("another guess", 429, address)
+	ask("another guess", 429, failures)
 	ask("a third one", 429) // as this process has learned
-	ask("wonderland", 429)
+	answer(t, 0, nil, false)
+	ask("wonderland", 200, user)
+	answer(t, 0, nil, true)
+	ask("wonderland", 200)
 }
 
 // TestBlockedUser: who is blocked as a user is told so.
@@ -479,6 +448,8 @@ func TestAuthPlaceholders(t *testing.T) {
 // tokenAuth is a provider as others may write one.
 type tokenAuth struct{}
 
+var refusing atomic.Bool // tokenAuth knows nobody any more
+
 func init() { caddy.RegisterModule(tokenAuth{}) }
 
 func (tokenAuth) CaddyModule() caddy.ModuleInfo {
@@ -488,6 +459,9 @@ func (tokenAuth) CaddyModule() caddy.ModuleInfo {
 func (tokenAuth) Authenticate(w http.ResponseWriter, r *http.Request) (caddyauth.User, bool, error) {
 	switch r.Header.Get("Authorization") {
 	case "Bearer abc":
+		if refusing.Load() {
+			return caddyauth.User{}, false, nil
+		}
 		return caddyauth.User{ID: "robot", Metadata: map[string]string{"team": "crawlers"}}, true, nil
 	case "Bearer broken":
 		return caddyauth.User{}, false, errors.New("the directory is down")

@@ -91,6 +91,7 @@ func isNested(h httpcaddyfile.Helper) bool {
 //		basic_auth  [<hash_algorithm> [<realm>]] {
 //			<user> <hash>
 //		}
+//		failed_logins <n> per <duration>|off
 //		limit_by    client_ip|user
 //		report_only rules|limits...
 //		resolvers   <addresses...>
@@ -180,6 +181,8 @@ var options = map[string]option{
 
 	"clients":    list("all, or "+expectedRanges, func(h *Handler) *[]string { return &h.Clients }, checkClients),
 	"basic_auth": {expected: "[bcrypt|argon2id [<realm>]] and a block of `<user> <hash>` lines", read: (*caddyfileParser).basicAuth},
+
+	"failed_logins": {expected: "<n> per <duration>, such as 10 per 1m, or off", read: (*caddyfileParser).failedLogins},
 
 	"allow":      {expected: expectedDestinations, many: true, read: (*caddyfileParser).rule},
 	"deny":       {expected: expectedDestinations, many: true, read: (*caddyfileParser).rule},
@@ -405,6 +408,9 @@ func (p *caddyfileParser) check(h *Handler) error {
 	}
 	if at := p.seen["limit_by"]; h.LimitBy == "user" && h.AuthRaw == nil {
 		return at.Errf("limit_by: nobody is asked for a user; expected the option basic_auth beside it")
+	}
+	if at, given := p.seen["failed_logins"]; given && h.AuthRaw == nil {
+		return at.Errf("failed_logins: nobody is asked for a password; expected the option basic_auth beside it")
 	}
 	return nil
 }

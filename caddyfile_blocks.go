@@ -10,6 +10,7 @@ import (
 	"math"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
@@ -284,6 +285,28 @@ func (p *caddyfileParser) basicAuth(h *Handler) error {
 		return p.mistake("there are no users")
 	}
 	h.AuthRaw = caddy.ModuleMap{"http_basic": caddyconfig.JSON(auth, nil)}
+	return nil
+}
+
+// failedLogins reads a number of logins that may fail in a time.
+func (p *caddyfileParser) failedLogins(h *Handler) error {
+	args, err := p.values(1, 3)
+	if err != nil {
+		return err
+	}
+	if len(args) == 1 && args[0] == "off" {
+		h.FailedLogins = -1
+		return nil
+	}
+	if len(args) < 3 {
+		return p.mistake("the value '%s' is incomplete", strings.Join(args, " "))
+	}
+	var ok, ok2 bool
+	h.FailedLogins, ok = parseInt(args[0], 1, maxFailedLogins)
+	h.FailedLoginsPer, ok2 = parseDuration(args[2], caddy.Duration(time.Second))
+	if !ok || !ok2 || args[1] != "per" || h.FailedLoginsPer > maxFailedLoginsPer {
+		return p.invalid(strings.Join(args, " "))
+	}
 	return nil
 }
 

@@ -24,6 +24,8 @@ const (
 	causeClient           cause = "client"              // the client is not in the option clients
 	causeAuthRequired     cause = "auth_required"       // a challenge: there were no credentials
 	causeAuthFailed       cause = "auth_failed"         // the credentials were wrong
+	causeFailedLogins     cause = "failed_logins"       // so many logins of the client have failed that this one was not checked, or too late
+	causeLoginsBusy       cause = "logins_busy"         // too many passwords wait to be checked
 	causeTunnels          cause = "max_tunnels"         // all tunnels are in use
 	causeTunnelsPerClient cause = "tunnels_per_client"  // the client has all of its tunnels in use
 	causeLoop             cause = "loop"                // the request has passed this proxy before
@@ -47,6 +49,8 @@ var causes = map[cause]struct {
 	causeClient:           {http.StatusForbidden, deniedRequest, "Your address, %s, may not use this proxy."},
 	causeAuthRequired:     {http.StatusProxyAuthRequired, deniedRequest, "This proxy asks for a user and a password; its option basic_auth says which."},
 	causeAuthFailed:       {http.StatusProxyAuthRequired, deniedRequest, "The user name or password is wrong."},
+	causeFailedLogins:     {http.StatusTooManyRequests, deniedRequest, "Too many failed logins from your address; try again in %d s."},
+	causeLoginsBusy:       {http.StatusServiceUnavailable, "proxy_internal_error", "The proxy is busy with other logins; try again in %d s."},
 	causeTunnels:          {http.StatusServiceUnavailable, "connection_limit_reached", "This proxy has as many tunnels open as its option max_tunnels allows; try again later."},
 	causeTunnelsPerClient: {http.StatusTooManyRequests, "connection_limit_reached", "Your address has as many tunnels open as this proxy's option max_tunnels per_client allows; close one first."},
 	causeLoop:             {http.StatusLoopDetected, "proxy_loop_detected", "This request has come back to the proxy %s, where it had been before."},

@@ -34,9 +34,13 @@ type causeRow struct {
 
 func causeRows(parent, target string) []causeRow {
 	denied, prohibited, connections := "http_request_denied", "destination_ip_prohibited", "connection_limit_reached"
-	open := func(w *world) { w.dial().connect(target) }
+	open := func(w *world) {
+		before := gathered(w.t)
+		w.dial().connect(target)
+		eventually(w.t, "the tunnel to be counted", func() bool { return len(since(w.t, before)) > 0 })
+	}
 	return []causeRow{
-		{cause: "rate_limited", options: "burst 1\nrefill 0.00001", before: func(w *world) { w.dial().connect(target) }, status: 429, reason: denied, outcome: "rate_limited"},
+		{cause: "rate_limited", options: "burst 1\nrefill 0.00001", before: open, status: 429, reason: denied, outcome: "rate_limited"},
 		{cause: "blocked", before: func(w *world) {
 			blockClient(netip.MustParseAddr("127.0.0.1"), time.Hour)
 			w.t.Cleanup(func() { unblock(netip.MustParseAddr("127.0.0.1")) })

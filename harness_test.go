@@ -53,6 +53,7 @@ func newWorld(t testing.TB, options string, handler http.Handler) *world {
 	if handler == nil {
 		handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprintf(w, "hello from the origin") })
 	}
+	forgetCredentials()
 	w.origin = httptest.NewServer(handler)
 	t.Cleanup(w.origin.Close)
 	w.load(w.site(options))

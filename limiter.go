@@ -31,9 +31,8 @@ type Limiter interface {
 	Take(context.Context, Bucket) (wait time.Duration, err error)
 
 	// Suspended reports whether nobody is to be limited for now. Then neither
-	// this process's buckets are looked at, nor is Take called. again says that
-	// the same request may be asked about once more, and is counted then.
-	Suspended(again bool) bool
+	// this process's buckets are looked at, nor is Take called.
+	Suspended() bool
 }
 
 // Refiller is a Limiter whose buckets the operator can fill.
@@ -67,23 +66,14 @@ func (h *Handler) loadLimiter(ctx caddy.Context) error {
 	return nil
 }
 
-// ask takes one of the client's tokens: from its bucket here, and then, unless it
-// is to be here alone, from the shared one, if there is one.
-func (h *Handler) ask(ctx context.Context, client netip.Addr, now int64, here bool) verdict {
-	if h.shared != nil && h.shared.Suspended(here) {
+// ask takes one of the client's tokens: from its bucket here, and then from the
+// shared one, if there is one.
+func (h *Handler) ask(ctx context.Context, client netip.Addr, now int64) verdict {
+	if h.shared != nil && h.shared.Suspended() {
 		return verdict{ok: true}
 	}
 	own := h.limiter.take(client, now)
-	own.taken = own.ok
-	if here || !own.ok {
-		return own
-	}
-	return h.askOthers(ctx, client, now, own)
-}
-
-// askOthers takes the token that was taken here from the shared bucket, too.
-func (h *Handler) askOthers(ctx context.Context, client netip.Addr, now int64, own verdict) verdict {
-	if h.shared == nil || !own.taken {
+	if h.shared == nil || !own.ok {
 		return own
 	}
 	wait, err := h.shared.Take(ctx, h.limiter.shared(client))
@@ -105,9 +95,8 @@ func (l *limiter) shared(client netip.Addr) Bucket {
 	return b
 }
 
-// giveBack returns a token to the client's bucket that was taken for a request
-// that is not the client's to pay for: one that is refused for another reason, or
-// that a user pays for.
+// giveBack returns a token to the client's bucket: the request was refused for
+// another reason, or the login did not fail.
 func (l *limiter) giveBack(client netip.Addr, now int64) *bucket {
 	b := l.bucket(client, now)
 	b.full.Add(-l.interval)
@@ -127,16 +116,25 @@ func (l *limiter) learn(client netip.Addr, now int64, wait time.Duration) *bucke
 // errBlocked is why a client of whom the operator has had enough is refused.
 var errBlocked = errors.New("the client is blocked")
 
-// refuseUncounted answers a request that the shared limiter cannot count, or
-// whose client is blocked. As with refuseLimited, a line stands for many.
+// refuseUncounted answers a request that is refused for another reason than want
+// of a token: the shared limiter cannot count it, its client is blocked, or its
+// login is not checked. As with refuseLimited, a line stands for many.
 func (h *Handler) refuseUncounted(w http.ResponseWriter, r *http.Request, v *visit, verdict verdict) error {
-	f := causeUncounted.refusal(verdict.err)
-	if verdict.err == errBlocked {
+	var f *refusal
+	seconds := ceilSeconds(verdict.wait)
+	switch verdict.err {
+	case errFailedLogins:
+		f = causeFailedLogins.refusal(errFailedLogins, seconds)
+	case errLoginsBusy:
+		f = causeLoginsBusy.refusal(errLoginsBusy, seconds)
+	case errBlocked:
 		who := "your address"
 		if v.bucket.Zone() != "" {
 			who = "this user"
 		}
-		f = causeBlocked.refusal(errBlocked, who, ceilSeconds(verdict.wait))
+		f = causeBlocked.refusal(errBlocked, who, seconds)
+	default:
+		f = causeUncounted.refusal(verdict.err)
 	}
 	v.refusedBy(f)
 	v.count(f)
@@ -144,6 +142,6 @@ func (h *Handler) refuseUncounted(w http.ResponseWriter, r *http.Request, v *vis
 		v.addRecent(f)
 		h.logRequest(r, v, f.err, zap.Int64("refused", verdict.refused))
 	}
-	w.Header()["Retry-After"] = []string{strconv.FormatInt(ceilSeconds(verdict.wait), 10)}
+	w.Header()["Retry-After"] = []string{strconv.FormatInt(seconds, 10)}
 	return h.answer(w, r, f)
 }

@@ -59,7 +59,7 @@ func (*testLimiter) Take(_ context.Context, b Bucket) (time.Duration, error) {
 	return answers.wait, answers.err
 }
 
-func (*testLimiter) Suspended(bool) bool {
+func (*testLimiter) Suspended() bool {
 	answers.Lock()
 	defer answers.Unlock()
 	return answers.suspended
@@ -108,8 +108,8 @@ func newSharer(t *testing.T, burst int64, refill float64) *sharer {
 func (s *sharer) takes(questions int, want verdict) {
 	s.t.Helper()
 	asked()
-	got := s.h.ask(s.t.Context(), netip.MustParseAddr("192.0.2.1"), int64(s.now), false)
-	got.taken, got.refused, got.event = false, 0, false // others' subject
+	got := s.h.ask(s.t.Context(), netip.MustParseAddr("192.0.2.1"), int64(s.now))
+	got.refused, got.event = 0, false // others' subject
 	if n := len(asked()); got != want || n != questions {
 		s.t.Errorf("after %v: take = %+v, want %+v; the shared limiter is asked %d times, want %d", s.now, got, want, n, questions)
 	}

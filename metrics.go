@@ -63,9 +63,11 @@ type processMetrics struct {
 	reported  *prometheus.CounterVec // by what
 	invalid   *prometheus.CounterVec // by reason
 	evictions prometheus.Counter
-	durations prometheus.Histogram // of tunnels
-	up, down  prometheus.Counter   // bytes of tunnels, as far as they are counted
-	responses prometheus.Histogram
+
+	authFailures prometheus.Counter
+	durations    prometheus.Histogram // of tunnels
+	up, down     prometheus.Counter   // bytes of tunnels, as far as they are counted
+	responses    prometheus.Histogram
 
 	forwardedUp, forwardedDown prometheus.Counter // bytes of the content of messages
 
@@ -85,6 +87,10 @@ func newProcessMetrics() *processMetrics {
 		evictions: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: prefix + "rate_limit_evictions_total",
 			Help: "Clients whose tokens were forgotten early because max_clients were tracked.",
+		}),
+		authFailures: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: prefix + "auth_failures_total",
+			Help: "Logins with wrong credentials.",
 		}),
 		durations: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: prefix + "tunnel_duration_seconds", Help: "How long tunnels were open that have ended.",
@@ -123,7 +129,7 @@ func newProcessMetrics() *processMetrics {
 	forwarded := counters("forwarded_bytes_total", "Bytes of the content of forwarded requests (up) and responses (down).", "direction")
 	m.forwardedUp, m.forwardedDown = forwarded.WithLabelValues("up"), forwarded.WithLabelValues("down")
 	m.collectors = []prometheus.Collector{
-		requests, m.refusals, m.reported, m.invalid, m.evictions, m.durations, m.dials, m.responses, forwarded, stateCollector{bytes},
+		requests, m.refusals, m.reported, m.invalid, m.evictions, m.authFailures, m.durations, m.dials, m.responses, forwarded, stateCollector{bytes},
 	}
 	return m
 }

@@ -27,7 +27,7 @@ import (
 
 // gathered returns the values of all metrics, of histograms the counts, by name
 // and labels as in the exposition format.
-func gathered(t *testing.T) map[string]float64 {
+func gathered(t testing.TB) map[string]float64 {
 	t.Helper()
 	registry := prometheus.NewPedanticRegistry()
 	if err := registerMetrics(registry); err != nil {
@@ -236,7 +236,7 @@ func TestMetricsExposition(t *testing.T) {
 
 // since returns what has grown, apart from what is there at the moment and how
 // long things took.
-func since(t *testing.T, before map[string]float64) map[string]float64 {
+func since(t testing.TB, before map[string]float64) map[string]float64 {
 	t.Helper()
 	grown := make(map[string]float64)
 	for name, value := range gathered(t) {

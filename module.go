@@ -29,6 +29,7 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/caddyauth"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/headers"
 	"github.com/gaissmai/bart"
 	"go.uber.org/zap"
@@ -133,10 +134,19 @@ type Handler struct {
 	AuthRaw caddy.ModuleMap `json:"authentication,omitempty" caddy:"namespace=http.authentication.providers"`
 
 	// Whose bucket a request takes its token from: `client_ip`, the client's, or
-	// `user`, the user's, wherever that is; then failed logins alone take from
-	// the client's, and others hold a token of it while they are checked.
-	// Default: client_ip.
+	// `user`, the user's, which all devices of the user share. Requests without
+	// credentials take from the client's bucket in any case. Default: client_ip.
 	LimitBy string `json:"limit_by,omitempty"`
+
+	// How many logins of a client may fail in the time of FailedLoginsPer, from 1
+	// to 1000000; -1 is no limit. Beyond that a login waits up to 15 seconds for
+	// its turn, and is refused with 429 if there is none or it fails. Credentials
+	// that were right before are not limited. Default: 10.
+	FailedLogins int `json:"failed_logins,omitempty"`
+
+	// The time in which a client may fail to log in FailedLogins times, from 1s to
+	// a year. Default: 1m.
+	FailedLoginsPer caddy.Duration `json:"failed_logins_per,omitempty"`
 
 	// The proxy to go through. Default: none.
 	Upstream *Upstream `json:"upstream,omitempty"`
@@ -231,6 +241,8 @@ type Handler struct {
 	pacDirect *ruleSet    // what the script for browsers sends past the proxy
 	guarded   func() bool // something else than clients restricts who may use the proxy
 	auth      []authProvider
+	basic     *caddyauth.HTTPBasicAuth // the provider, if it is the only one
+	failed    *limiter                 // buckets of failed logins; nil: no limit
 	dialer    *dialer
 	tunnels   *registry
 	origins   [reaches]*origins
@@ -361,6 +373,9 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		return err
 	}
 	h.limiter = pooled.(*limiter)
+	if err := h.provisionFailedLogins(); err != nil {
+		return err
+	}
 	h.policy, h.limited = h.limiter.policy(), new(atomic.Pointer[limitedAnswer])
 	if h.tunnels, err = acquireRegistry(); err != nil {
 		return err
@@ -392,6 +407,10 @@ func (h *Handler) Cleanup() error {
 	}
 	if h.limiter != nil {
 		_, err2 := limiters.Delete(h.limiter.key)
+		err = errors.Join(err, err2)
+	}
+	if h.failed != nil {
+		_, err2 := failedLogins.Delete(h.failed.key)
 		err = errors.Join(err, err2)
 	}
 	return err
@@ -483,6 +502,8 @@ func (h *Handler) setDefaults() {
 	h.DialTimeout = cmp.Or(h.DialTimeout, caddy.Duration(10*time.Second))
 	h.ForwardedFor = cmp.Or(h.ForwardedFor, "auto")
 	h.LimitBy = cmp.Or(h.LimitBy, "client_ip")
+	h.FailedLogins = cmp.Or(h.FailedLogins, 10)
+	h.FailedLoginsPer = cmp.Or(h.FailedLoginsPer, caddy.Duration(time.Minute))
 	h.ResponseHeaderTimeout = cmp.Or(h.ResponseHeaderTimeout, caddy.Duration(5*time.Minute))
 	h.ResponseIdleTimeout = cmp.Or(h.ResponseIdleTimeout, caddy.Duration(5*time.Minute))
 	h.contentGrace = contentGrace
@@ -554,36 +575,77 @@ var errLimited = errors.New("refused by the limiter")
 
 // serve does what a request asks for, or says why not.
 func (h *Handler) serve(w http.ResponseWriter, r *http.Request, v *visit, next caddyhttp.Handler) (err error) {
-	byUser := v.kind != kindOther && h.LimitBy == "user" && len(h.auth) > 0
-	if v.verdict = h.take(r, v, byUser); !v.verdict.ok {
-		return errLimited
+	withLogin := v.kind != kindOther && len(h.auth) > 0
+	if !withLogin {
+		if err := h.charge(r, v); err != nil {
+			return err
+		}
 	}
-	if h.via.seen(r.Header) || h.loops(r, v.peer) {
-		return causeLoop.refusal(nil, h.name)
+	if f := h.turnAway(r, v); f != nil {
+		if withLogin {
+			if err := h.charge(r, v); err != nil {
+				return err
+			}
+		}
+		return f
 	}
-	if v.kind == kindOther {
+	if withLogin {
+		if err := h.login(w, r, v); err != nil {
+			return err
+		}
+	}
+	switch v.kind {
+	case kindTunnel:
+		v.status, err = h.connect(w, r, v)
+	case kindForward:
+		v.status, err = h.forward(w, r, v.caller)
+	default:
 		if h.isPAC(r) {
 			v.status = h.servePAC(w, r)
 		} else {
 			v.status, err = h.passOn(w, r, v.caller, next)
 		}
-		return err
+	}
+	return err
+}
+
+// turnAway refuses requests that are not let into the proxy, whoever the user is.
+func (h *Handler) turnAway(r *http.Request, v *visit) *refusal {
+	if h.via.seen(r.Header) || h.loops(r, v.peer) {
+		return causeLoop.refusal(nil, h.name)
+	}
+	if v.kind != kindOther && !h.admits(v.addr) {
+		return causeClient.refusal(&deniedError{rule: "clients", why: "the client's address is not in clients " + strings.Join(h.effectiveClients(), " ")}, v.addr)
+	}
+	return nil
+}
+
+// login authenticates the user, and then takes the token for the request: with
+// limit_by user from the user's bucket, else from the client's. A challenge costs
+// the client a token as well. A failed login costs none, as it is counted in a
+// bucket of its own: a job with an old password would otherwise use up the tokens
+// of everybody behind the same address.
+func (h *Handler) login(w http.ResponseWriter, r *http.Request, v *visit) error {
+	now := sinceEpoch(v.start)
+	if wait := h.tunnels.blocked(v.bucket, now); wait > 0 {
+		v.verdict = h.limiter.block(v.bucket, now, wait)
+		return errLimited
 	}
 	client := v.bucket
-	refused := h.enter(w, r, v)
-	if byUser {
-		if v.verdict = h.takeAfterLogin(r, v, client, v.verdict); !v.verdict.ok {
-			delete(w.Header(), "Proxy-Authenticate") // nobody is to log in now
-			return errLimited
-		}
+	err := h.authenticate(w, r, v)
+	failed := err != nil && hasCredentials(r)
+	if failed || v.user != "" && h.LimitBy == "user" {
+		h.limiter.bucket(client, now).came(now) // a request of the client's as well
 	}
-	if refused != nil {
-		return refused
+	if failed {
+		return err
 	}
-	if v.kind == kindTunnel {
-		v.status, err = h.connect(w, r, v)
-	} else {
-		v.status, err = h.forward(w, r, v.caller)
+	if v.user != "" && h.LimitBy == "user" {
+		v.bucket = userKey(v.user)
+	}
+	if limited := h.charge(r, v); limited != nil {
+		delete(w.Header(), "Proxy-Authenticate") // logging in would not help now
+		return limited
 	}
 	return err
 }
@@ -616,35 +678,27 @@ func (h *Handler) finish(w http.ResponseWriter, r *http.Request, v *visit, err e
 	return h.answer(w, r, f)
 }
 
-// take takes a token for v, from this process's bucket alone if here. Requests
-// for this server itself, such as health checks, are not limited: a client that
-// has used up its tokens can still fetch the PAC script.
-func (h *Handler) take(r *http.Request, v *visit, here bool) verdict {
-	if wait := h.tunnels.blocked(v.bucket, sinceEpoch(v.start)); wait > 0 {
-		return h.limiter.block(v.bucket, sinceEpoch(v.start), wait)
+// charge takes a token for v, or returns errLimited, with the reason in the
+// visit's verdict.
+func (h *Handler) charge(r *http.Request, v *visit) error {
+	if v.verdict = h.take(r, v); !v.verdict.ok {
+		return errLimited
+	}
+	return nil
+}
+
+// take takes a token for v. Requests for this server itself, such as health
+// checks, are not limited: a client that has used up its tokens can still fetch
+// the PAC script.
+func (h *Handler) take(r *http.Request, v *visit) verdict {
+	now := sinceEpoch(v.start)
+	if wait := h.tunnels.blocked(v.bucket, now); wait > 0 {
+		return h.limiter.block(v.bucket, now, wait)
 	}
 	if v.kind == kindOther || h.exempt.Contains(v.addr) {
 		return verdict{ok: true}
 	}
-	return h.orReport(r, v, h.ask(r.Context(), v.bucket, sinceEpoch(v.start), here))
-}
-
-// takeAfterLogin is take for limit_by user, when v has logged in or failed to.
-// Before that a token was taken from the client's bucket, with verdict own, so
-// that no more guesses at passwords are in progress than there are tokens. A
-// login that succeeds gives it back and takes one of the user's. For one that
-// fails it is spent, and with a shared limiter only then spent there, too: a
-// user costs no question about the client, and one who guesses at all processes
-// has, but for those guesses that are in progress, no more than at one.
-func (h *Handler) takeAfterLogin(r *http.Request, v *visit, client netip.Addr, own verdict) verdict {
-	now := sinceEpoch(v.start)
-	if v.bucket == client {
-		return h.orReport(r, v, h.askOthers(r.Context(), client, now, own))
-	}
-	if own.taken {
-		h.limiter.giveBack(client, now)
-	}
-	return h.take(r, v, false)
+	return h.orReport(r, v, h.ask(r.Context(), v.bucket, now))
 }
 
 // orReport lets a refusal be, and reports it, if limits are not enforced.
@@ -660,21 +714,6 @@ func (h *Handler) orReport(r *http.Request, v *visit, verdict verdict) verdict {
 		verdict.ok = true
 	}
 	return verdict
-}
-
-// enter lets a request into the proxy, or says why not.
-func (h *Handler) enter(w http.ResponseWriter, r *http.Request, v *visit) *refusal {
-	if !h.admits(v.addr) {
-		return causeClient.refusal(&deniedError{rule: "clients", why: "the client's address is not in clients " + strings.Join(h.effectiveClients(), " ")}, v.addr)
-	}
-	user, f := h.authenticate(w, r)
-	if f != nil {
-		return f
-	}
-	if v.user = user; user != "" && h.LimitBy == "user" {
-		v.bucket = userKey(user)
-	}
-	return nil
 }
 
 // loops reports whether r comes over this proxy's own connection to a target.

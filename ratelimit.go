@@ -104,7 +104,6 @@ const (
 // verdict is what the limiter says of one request.
 type verdict struct {
 	ok      bool
-	taken   bool          // if ok: for a token, which is not so where nobody is limited
 	wait    time.Duration // if !ok: until there is a token, or the client is not blocked any more
 	refused int64         // if > 0: log a line, which stands for that many refusals
 	event   bool          // emit one
@@ -188,7 +187,7 @@ func (l *limiter) client(addr netip.Addr) netip.Addr {
 // epoch; concurrent callers may come with slightly older ones.
 func (l *limiter) take(client netip.Addr, now int64) verdict {
 	b := l.bucket(client, now)
-	b.came(now)
+	now = b.came(now)
 	if wait := takeToken(&b.full, now, l.interval, l.fill); wait > 0 {
 		return b.refuse(wait, now, nil)
 	}
@@ -198,14 +197,24 @@ func (l *limiter) take(client netip.Addr, now int64) verdict {
 // block refuses a request of a client that is blocked for that long.
 func (l *limiter) block(client netip.Addr, now int64, wait time.Duration) verdict {
 	b := l.bucket(client, now)
-	b.came(now)
+	now = b.came(now)
 	return b.refuse(int64(wait), now, errBlocked)
 }
 
-// came notes that a request has come.
-func (b *bucket) came(now int64) {
+// came notes that a request has come, and returns the time for it: the latest at
+// which one has come. Requests may be counted in another order than they came in,
+// and one that is counted late would find the tokens of an earlier time.
+func (b *bucket) came(now int64) int64 {
 	b.requests.Add(1)
-	b.seen.Store(now)
+	for {
+		seen := b.seen.Load()
+		if now <= seen {
+			return seen
+		}
+		if b.seen.CompareAndSwap(seen, now) {
+			return now
+		}
+	}
 }
 
 // refuse is the verdict on a request that is refused for that long: for want of

@@ -873,6 +873,23 @@ func TestConnectIsOneRequest(t *testing.T) {
 	refused.nothingMore()
 }
 
+// TestRequestsOutOfOrder: requests that came in one order and are counted in
+// another find the tokens of the latest, so that burst of them pass at once.
+func TestRequestsOutOfOrder(t *testing.T) {
+	const burst, second = 5, int64(time.Second)
+	for _, order := range [][]int64{{4, 3, 2, 1, 0}, {0, 4, 1, 3, 2}, {0, 1, 2, 3, 4}} {
+		l, client := newLimiter(limits(burst, 0.001)), netip.MustParseAddr("192.0.2.1")
+		for _, at := range order {
+			if v := l.take(client, 1000*second+at); !v.ok {
+				t.Errorf("in the order %v: number %d waits %v", order, at, v.wait)
+			}
+		}
+		if v := l.take(client, 1000*second); v.ok {
+			t.Errorf("in the order %v: one more than burst passes", order)
+		}
+	}
+}
+
 // TestOwnRequestsTakeNoToken: health checks, the PAC script and other handlers
 // of the site answer a client that has no token left, and cost it none.
 func TestOwnRequestsTakeNoToken(t *testing.T) {

@@ -56,6 +56,13 @@ func (h *Handler) settings() []setting {
 		providers[i] = provider.name
 	}
 	add("authentication", words(providers), "none")
+	failures := func(h *Handler) string {
+		if h.FailedLogins < 0 {
+			return "off"
+		}
+		return fmt.Sprintf("%d per %s", h.FailedLogins, shortDuration(time.Duration(h.FailedLoginsPer)))
+	}
+	add("failed_logins", failures(h), failures(d))
 	for _, rule := range h.Rules {
 		value := append([]string(nil), rule.Destinations...)
 		for _, file := range rule.Files {

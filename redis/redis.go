@@ -168,13 +168,11 @@ func (l *Limiter) Take(_ context.Context, b asyncproxy.Bucket) (time.Duration, e
 }
 
 // Suspended implements asyncproxy.Limiter.
-func (l *Limiter) Suspended(look bool) bool {
+func (l *Limiter) Suspended() bool {
 	if l.OnError != "allow" || !l.server.down() {
 		return false
 	}
-	if !look {
-		l.fallbacks.Inc()
-	}
+	l.fallbacks.Inc()
 	return true
 }
 
