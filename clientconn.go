@@ -34,15 +34,17 @@ type clientConn struct {
 	listener *clientListener
 	remote   string
 
-	r     *bufio.Reader
-	w     responseWriter
-	out   http.ResponseWriter // w, or Caddy's timeout for stalled writes on top of it
-	ctx   context.Context     // of the connection
-	gone  context.CancelFunc
-	due   time.Time // the deadline that is set for reading
-	isNew bool      // there was no request yet
-	late  bool      // the time for the head that has begun is over
-	state atomic.Int32
+	r    *bufio.Reader
+	w    responseWriter
+	out  http.ResponseWriter // w, or Caddy's timeout for stalled writes on top of it
+	ctx  context.Context     // of the connection
+	gone context.CancelFunc
+	due  time.Time // the deadline that is set for reading
+
+	writeDue time.Time // the deadline that is set for writing; zero: none
+	isNew    bool      // there was no request yet
+	late     bool      // the time for the head that has begun is over
+	state    atomic.Int32
 
 	mu        sync.Mutex
 	answering bool          // a request
@@ -132,13 +134,16 @@ func (c *clientConn) serve() (t *tunnel) {
 		if !kept {
 			releaseClient(c.TCPConn)
 		}
-		if !kept && !c.w.hijacked {
+		if !kept && !c.w.hijacked && !c.w.lingers {
 			_ = c.Close()
 		}
 		c.decide()
 		c.listener.conns.remove(c)
 		c.r.Reset(nil)
 		headReaders.Put(c.r)
+		if c.w.lingers {
+			c.listener.handler.tunnels.lingering.close(c.TCPConn, c.w.sender)
+		}
 	}()
 	c.start()
 	for {
@@ -193,11 +198,8 @@ func (c *clientConn) answer(r *http.Request) bool {
 		c.w.WriteHeader(status)
 	}
 	c.stopWatch()
-	if err := c.w.end(); err != nil || c.w.closes || c.ctx.Err() != nil {
-		return false
-	}
-	_ = c.SetWriteDeadline(time.Time{})
-	return true
+	err = c.w.end()
+	return err == nil && !c.w.closes && c.ctx.Err() == nil
 }
 
 // next returns the next request; none, if the connection has ended; or that it is to
@@ -261,9 +263,38 @@ func (c *clientConn) expect(limit caddy.Duration) {
 	}
 }
 
+// limitWrite gives a client that does not read Caddy's write_idle for the write
+// that follows. It comes before each write of a response, also of one without
+// content.
+func (c *clientConn) limitWrite() {
+	if timeout := time.Duration(c.listener.site.WriteIdleTimeout); timeout > 0 {
+		c.setWriteDeadline(time.Now().Add(timeout), timeout/16)
+	}
+}
+
+// setWriteDeadline moves the deadline for writing, unless the one that is set is
+// at most slack earlier: each change is one of a timer. It stays set between
+// responses, where nothing is written.
+func (c *clientConn) setWriteDeadline(due time.Time, slack time.Duration) {
+	if early := due.Sub(c.writeDue); early < 0 || early > slack {
+		c.writeDue = due
+		_ = c.TCPConn.SetWriteDeadline(due)
+	}
+}
+
+// clearWriteDeadline removes the deadline for writing, for somebody who takes the
+// connection over.
+func (c *clientConn) clearWriteDeadline() {
+	if !c.writeDue.IsZero() {
+		c.writeDue = time.Time{}
+		_ = c.TCPConn.SetWriteDeadline(time.Time{})
+	}
+}
+
 // leave lets somebody else serve the connection, with what was read and not taken.
 func (c *clientConn) leave() {
 	unread, _ := c.r.Peek(c.r.Buffered())
+	c.clearWriteDeadline()
 	c.mu.Lock() // shutdown may be at it
 	_ = c.SetReadDeadline(time.Time{})
 	c.mu.Unlock()

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/textproto"
 	"slices"
 	"strconv"
@@ -26,7 +27,9 @@ type responseWriter struct {
 	head     bool // the request is HEAD
 	closes   bool // the connection ends after this response
 	hijacked bool
-	tunnel   *tunnel // that the connection is to become; nil: none
+	tunnel   *tunnel    // that the connection is to become; nil: none
+	lingers  bool       // the connection is to be closed in stages
+	sender   netip.Addr // the client that it is then of
 
 	status  int      // 0: there is no response yet
 	length  int64    // of the content, as announced; < 0: it is not
@@ -52,7 +55,7 @@ const keptBuffer = 16 << 10
 // which the connection closes or not.
 func (w *responseWriter) begin(head, closes bool) {
 	w.header = make(http.Header, 8)
-	w.head, w.closes = head, closes
+	w.head, w.closes, w.lingers = head, closes, false
 	w.status, w.length, w.written, w.sent, w.chunked, w.trailer = 0, -1, 0, false, false, nil
 	w.pending = w.pending[:0]
 }
@@ -66,11 +69,19 @@ func (w *responseWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	}
 	w.hijacked = true
 	w.client.stopWatch()
+	w.client.clearWriteDeadline()
 	_ = w.client.SetReadDeadline(time.Time{})
 	return w.client.TCPConn, bufio.NewReadWriter(w.client.r, nil), nil
 }
 
-func (w *responseWriter) SetWriteDeadline(t time.Time) error { return w.client.SetWriteDeadline(t) }
+// SetWriteDeadline implements the deadlines of http.ResponseController. Every
+// write sets its own, so that none is ever removed.
+func (w *responseWriter) SetWriteDeadline(t time.Time) error {
+	if !t.IsZero() {
+		w.client.setWriteDeadline(t, time.Until(t)/16)
+	}
+	return nil
+}
 
 // WriteHeader implements http.ResponseWriter. An interim response is sent at once.
 func (w *responseWriter) WriteHeader(status int) {
@@ -84,6 +95,7 @@ func (w *responseWriter) WriteHeader(status int) {
 		delete(w.header, "Content-Length")
 		delete(w.header, "Transfer-Encoding")
 		w.buf = append(w.appendFields(appendStatusLine(w.buf[:0], status)), "\r\n"...)
+		w.client.limitWrite()
 		_, _ = w.client.Write(w.buf) // a failure is that of the response, too
 		return
 	}
@@ -152,6 +164,7 @@ func (w *responseWriter) ReadFrom(r io.Reader) (int64, error) {
 	if limited, ok := r.(*io.LimitedReader); !ok || limited.N > left {
 		r = io.LimitReader(r, left) // a socket behind one limit is copied by the kernel, behind two it is not
 	}
+	w.client.limitWrite()
 	n, err := w.client.ReadFrom(r)
 	w.written += n
 	return n, err
@@ -202,6 +215,7 @@ func (w *responseWriter) send(p []byte, last bool) error {
 		w.buf = nil
 	}
 	var err error
+	w.client.limitWrite()
 	if len(p) == 0 {
 		_, err = w.client.Write(b)
 	} else {

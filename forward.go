@@ -143,6 +143,9 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 		return res.StatusCode, err
 	}
 	x.finish(body.ended && !res.Close)
+	if endsConnection(r, out) {
+		h.closeInStages(w, r, from.addr)
+	}
 	return res.StatusCode, nil
 }
 
@@ -312,6 +315,7 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, out *outgoing,
 			delete(header, "Content-Length") // HTTP/2 has both, HTTP/1 only one or the other
 		}
 	}
+	limitWrite(r)
 	w.WriteHeader(res.StatusCode)
 	if r.ProtoMajor == 3 && !hasContent(r.Method, res.StatusCode) { // else quic-go says that it has none of a length
 		_ = http.NewResponseController(w).Flush()
@@ -326,11 +330,7 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, out *outgoing,
 		return brokenOff{err}
 	}
 	if res.ContentLength < 0 && r.ProtoMajor == 1 {
-		// The end of the content, which is written after this, has a time of its
-		// own, as each part of it had.
-		if _, idle := caddyhttp.IdleTimeoutsFromContext(r.Context()); idle != nil && restartable(idle) {
-			_ = idle.Ctrl.SetWriteDeadline(time.Now().Add(idle.Deadline.Timeout))
-		}
+		limitWrite(r) // the end of the content, which is written after this
 	}
 	_ = res.Body.Close() // fills in the trailers
 	return passTrailers(w, res, announced, connection)

@@ -62,6 +62,7 @@ func (h *Handler) passInterim(w http.ResponseWriter, r *http.Request, status int
 		h.via.add(fields, major, minor)
 		maps.Copy(header, fields)
 	}
+	limitWrite(r)
 	w.WriteHeader(status)
 	clear(header)
 	maps.Copy(header, saved)

@@ -6,7 +6,6 @@ package asyncproxy
 import (
 	"bytes"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"strings"
@@ -160,38 +159,22 @@ func (h *Handler) refuseFirstByte(conn *net.TCPConn, reason invalid) {
 		h.refuseInvalid(conn, reason, "400 Bad Request", "Client sent an HTTP request to an HTTPS server. This proxy speaks TLS on this port: use https:// in the proxy URL.")
 	default:
 		h.refusedInvalid(conn, reason, "", "")
-		closeInStages(conn)
+		h.tunnels.lingering.close(conn, addrPort(conn.RemoteAddr()).Addr())
 	}
 }
 
 // refuseInvalid answers and ends the connection of a client that h knows nothing of.
 func (h *Handler) refuseInvalid(conn *net.TCPConn, reason invalid, status, text string) {
 	h.refusedInvalid(conn, reason, status, "")
-	_ = conn.SetWriteDeadline(time.Now().Add(lingerTime))
+	_ = conn.SetWriteDeadline(time.Now().Add(lingerIdle))
 	_, _ = conn.Write(h.invalidAnswer(status, text))
-	closeInStages(conn)
+	h.tunnels.lingering.close(conn, addrPort(conn.RemoteAddr()).Addr())
 }
 
 // invalidAnswer is the whole answer to a client whose request no handler has seen.
 func (h *Handler) invalidAnswer(status, text string) []byte {
 	return fmt.Appendf(nil, "HTTP/1.1 %s\r\nConnection: close\r\nContent-Length: %d\r\nContent-Type: text/plain; charset=utf-8\r\nProxy-Status: %s\r\n\r\n%s\n",
 		status, len(text)+1, h.proxyStatus("http_request_error"), text)
-}
-
-// What a client sends behind a request that is refused is read for this long, and up
-// to this size: a reset could destroy the answer before the client has read it (RFC
-// 9112 §9.6).
-const (
-	lingerTime = 500 * time.Millisecond
-	lingerSize = 256 << 10
-)
-
-// closeInStages closes a connection on which the client may still be sending.
-func closeInStages(conn *net.TCPConn) {
-	_ = conn.CloseWrite()
-	_ = conn.SetReadDeadline(time.Now().Add(lingerTime))
-	_, _ = io.CopyN(io.Discard, conn, lingerSize)
-	_ = conn.Close()
 }
 
 // net/http answers requests that it refuses itself in one write of this form, which no

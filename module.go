@@ -653,7 +653,11 @@ func (h *Handler) login(w http.ResponseWriter, r *http.Request, v *visit) error 
 // finish counts and logs a request, and answers it if nobody else has.
 func (h *Handler) finish(w http.ResponseWriter, r *http.Request, v *visit, err error) error {
 	if err == errLimited {
-		return h.refuseLimited(w, r, v, v.verdict)
+		if err := h.refuseLimited(w, r, v, v.verdict); err != nil {
+			return err
+		}
+		h.closeInStages(w, r, v.addr)
+		return nil
 	}
 	f := v.count(err)
 	if f == nil {
@@ -675,7 +679,11 @@ func (h *Handler) finish(w http.ResponseWriter, r *http.Request, v *visit, err e
 	if f.status == statusClientClosedRequest {
 		panic(http.ErrAbortHandler) // nobody is there
 	}
-	return h.answer(w, r, f)
+	if err := h.answer(w, r, f); err != nil {
+		return err
+	}
+	h.closeInStages(w, r, v.addr)
+	return nil
 }
 
 // charge takes a token for v, or returns errLimited, with the reason in the

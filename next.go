@@ -23,7 +23,7 @@ func (h *Handler) passOn(w http.ResponseWriter, r *http.Request, from caller, ne
 			delete(r.Header, "X-Forwarded-For")
 		}
 	}
-	recorder := &statusRecorder{ResponseWriterWrapper: caddyhttp.ResponseWriterWrapper{ResponseWriter: w}}
+	recorder := &statusRecorder{ResponseWriterWrapper: caddyhttp.ResponseWriterWrapper{ResponseWriter: w}, r: r}
 	err := next.ServeHTTP(recorder, r)
 	if err == nil && recorder.status == 0 {
 		return 0, unanswered(r)
@@ -54,6 +54,7 @@ func unanswered(r *http.Request) *refusal {
 // Caddy's recorders it does not wrap a connection that a handler takes over.
 type statusRecorder struct {
 	caddyhttp.ResponseWriterWrapper
+	r      *http.Request
 	status int
 }
 
@@ -61,6 +62,7 @@ func (w *statusRecorder) WriteHeader(status int) {
 	if w.status < 200 {
 		w.status = status
 	}
+	limitWrite(w.r)
 	w.ResponseWriterWrapper.WriteHeader(status)
 }
 

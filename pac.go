@@ -27,6 +27,7 @@ func (h *Handler) servePAC(w http.ResponseWriter, r *http.Request) int {
 	header["Content-Type"] = []string{"application/x-ns-proxy-autoconfig"}
 	header["Cache-Control"] = []string{"max-age=300"}
 	header["Content-Length"] = []string{fmt.Sprint(len(head) + len(rules))}
+	limitWrite(r)
 	w.WriteHeader(http.StatusOK)
 	if r.Method != http.MethodHead {
 		_, _ = io.WriteString(w, head)

@@ -52,7 +52,8 @@ type registry struct {
 	end      context.CancelFunc
 	stop     func()
 
-	heads heldHeads // of responses that are passed on
+	heads     heldHeads // of responses that are passed on
+	lingering lingering // connections of clients that are being closed
 }
 
 // acquireRegistry returns the registry. Each call is to be followed by one of

@@ -70,14 +70,19 @@ func (h *Handler) proxyStatus(kind string) string { return h.name + "; error=" +
 func writeAnswer(w http.ResponseWriter, r *http.Request, f *refusal, proxyStatus string, body []byte) error {
 	header := w.Header()
 	header["Proxy-Status"] = []string{proxyStatus}
-	if unread(r) {
+	closes := unread(r)
+	if closes {
 		header["Connection"] = []string{"close"}
 	}
-	server, _ := r.Context().Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
-	if server != nil && server.Errors != nil && len(server.Errors.Routes) > 0 {
+	if hasErrorRoutes(r) {
+		dropContent(w, r)
 		return caddyhttp.Error(f.status, f)
 	}
+	if closes { // for closeInStages
+		header["Content-Length"] = []string{strconv.Itoa(len(body))}
+	}
 	header["Content-Type"] = []string{"text/plain; charset=utf-8"}
+	limitWrite(r)
 	w.WriteHeader(f.status)
 	if r.Method != http.MethodHead {
 		_, _ = w.Write(body) // a client that left has no use for it
@@ -185,6 +190,7 @@ func answerLast(w http.ResponseWriter, r *http.Request) (int, error) {
 	if unread(r) {
 		w.Header()["Connection"] = []string{"close"}
 	}
+	limitWrite(r)
 	if r.Method == http.MethodOptions {
 		w.Header()["Allow"] = []string{"CONNECT, DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT, TRACE"}
 		w.Header()["Content-Length"] = []string{"0"}

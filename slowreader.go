@@ -83,3 +83,21 @@ func (s *slowReader) stop() {
 	s.timer.Stop()
 	s.timer = nil
 }
+
+// limitWrite gives a client that does not read Caddy's write_idle for the response
+// that begins now. Caddy's own timeout begins with content that is written, so that
+// a response without content would wait for such a client for ever. A connection
+// that this package serves itself has a deadline for each write. Over HTTP/2 a
+// deadline is a timer that ends the stream even when nothing is written.
+func limitWrite(r *http.Request) {
+	if r.ProtoMajor == 2 {
+		return
+	}
+	if _, own := r.Context().(*requestContext); own {
+		return
+	}
+	_, idle := caddyhttp.IdleTimeoutsFromContext(r.Context())
+	if idle != nil && idle.Deadline.Timeout > 0 && idle.Deadline.HardDeadline.IsZero() {
+		_ = idle.Ctrl.SetWriteDeadline(time.Now().Add(idle.Deadline.Timeout))
+	}
+}

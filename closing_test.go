@@ -1,0 +1,171 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/tls"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// TestRefusalsOfEagerClients: a client that sends all of a large request before it
+// looks for the response gets it, whoever serves it.
+func TestRefusalsOfEagerClients(t *testing.T) {
+	early := listen(t, func(conn *net.TCPConn) {
+		if _, err := http.ReadRequest(bufio.NewReader(conn)); err == nil {
+			_, _ = io.WriteString(conn, "HTTP/1.1 413 Content Too Large\r\nContent-Length: 5\r\nConnection: close\r\n\r\nlarge")
+			_ = conn.CloseWrite()
+			_, _ = io.Copy(io.Discard, conn)
+		}
+	})
+	closed := freeAddress(t)
+	content := strings.Repeat("a", 8<<20)
+	requests := map[string]string{
+		"POST":       "POST http://TARGET/ HTTP/1.1\r\nHost: x\r\nContent-Length: " + fmt.Sprint(len(content)) + "\r\n\r\n" + content,
+		"chunks":     "POST http://TARGET/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + strings.Repeat("100000\r\n"+content[:1<<20]+"\r\n", 8) + "0\r\n\r\n",
+		"CONNECT":    "CONNECT TARGET HTTP/1.1\r\nHost: x\r\n\r\n" + content[:4<<20],
+		"no content": "CONNECT TARGET HTTP/1.1\r\nHost: x\r\n\r\n",
+	}
+	for _, way := range []string{"fast", "ordinary", "TLS", "error routes"} {
+		t.Run(way, func(t *testing.T) {
+			w := newWorld(t, "", nil)
+			for _, tc := range []struct {
+				options, target, skip string
+				status                int
+			}{
+				{authUsers, "127.0.0.1:9", "", http.StatusProxyAuthRequired},
+				{"", "169.254.1.1:80", "", http.StatusForbidden},
+				{"burst 1\nrefill 0.00001", "127.0.0.1:9", "", http.StatusTooManyRequests},
+				{"", closed, "", http.StatusBadGateway},
+				{"", early, "CONNECT no content", http.StatusRequestEntityTooLarge},
+			} {
+				site := w.site(tc.options)
+				switch way {
+				case "ordinary":
+					site = inRoute(site)
+				case "TLS":
+					site = strings.Replace(site, "http://", "https://", 1)
+					site = strings.Replace(site, "\tasync_proxy", "\ttls internal {\n\t\ton_demand\n\t}\n\tasync_proxy", 1)
+				case "error routes":
+					site = strings.TrimSuffix(site, "}\n") + "\thandle_errors {\n\t\trespond \"sorry\"\n\t}\n}\n"
+				}
+				w.load(site)
+				for name, request := range requests {
+					if strings.Contains(tc.skip, name) || way == "error routes" && name == "CONNECT" {
+						continue
+					}
+					for tc.status == http.StatusTooManyRequests {
+						if status := eager(t, w, way, strings.ReplaceAll(requests["no content"], "TARGET", closed)); status == tc.status {
+							break
+						}
+					}
+					if status := eager(t, w, way, strings.ReplaceAll(request, "TARGET", tc.target)); status != tc.status {
+						t.Errorf("%s: status %d, want %d", name, status, tc.status)
+					}
+				}
+			}
+		})
+	}
+}
+
+// eager sends a whole request, and only then reads the response.
+func eager(t *testing.T, w *world, way, request string) (status int) {
+	t.Helper()
+	var conn net.Conn = w.dial().TCPConn
+	if way == "TLS" {
+		conn = tls.Client(conn, &tls.Config{InsecureSkipVerify: true, ServerName: "proxy.localhost", NextProtos: []string{"http/1.1"}})
+	}
+	if _, err := io.WriteString(conn, request); err != nil {
+		t.Errorf("sending: %v", err)
+		return 0
+	}
+	all, err := io.ReadAll(conn)
+	if err != nil {
+		t.Errorf("reading to the end: %v", err)
+	}
+	method, _, _ := strings.Cut(request, " ")
+	res, err := http.ReadResponse(bufio.NewReader(bytes.NewReader(all)), &http.Request{Method: method})
+	if err != nil {
+		t.Errorf("reading the response: %v", err)
+		return 0
+	}
+	if _, err := io.ReadAll(res.Body); err != nil {
+		t.Errorf("reading the content: %v", err)
+	}
+	_ = conn.Close()
+	return res.StatusCode
+}
+
+// TestLingeringIsBounded: a connection that is closed in stages ends in any case,
+// and a client has only so many.
+func TestLingeringIsBounded(t *testing.T) {
+	client := netip.MustParseAddr("192.0.2.1")
+	for name, tc := range map[string]struct {
+		send func(conn net.Conn)
+		want time.Duration
+	}{
+		"closes":         {func(conn net.Conn) { _ = conn.Close() }, 0},
+		"silent":         {func(net.Conn) {}, lingerIdle},
+		"sends and ends": {func(conn net.Conn) { _, _ = conn.Write(make([]byte, 1<<20)); time.Sleep(time.Second); _ = conn.Close() }, time.Second},
+		"trickles": {func(conn net.Conn) {
+			for _, err := conn.Write([]byte{0}); err == nil; _, err = conn.Write([]byte{0}) {
+				time.Sleep(time.Second)
+			}
+		}, lingerTime},
+		"floods": {func(conn net.Conn) {
+			for p := make([]byte, 1<<20); ; {
+				if _, err := conn.Write(p); err != nil {
+					return
+				}
+			}
+		}, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var l lingering
+				near, far := net.Pipe()
+				start := time.Now()
+				sent := make(chan struct{})
+				go func() { tc.send(far); close(sent) }()
+				l.close(near, client)
+				if took := time.Since(start); took != tc.want {
+					t.Errorf("closed after %v, want %v", took, tc.want)
+				}
+				if len(l.n) != 0 {
+					t.Errorf("%v are left", l.n)
+				}
+				_ = far.Close()
+				<-sent
+			})
+		})
+	}
+	synctest.Test(t, func(t *testing.T) {
+		var l lingering
+		start := time.Now()
+		for range lingerPerClient {
+			near, _ := net.Pipe()
+			go l.close(near, client)
+		}
+		synctest.Wait()
+		near, _ := net.Pipe()
+		l.close(near, client)
+		if took := time.Since(start); took != 0 {
+			t.Errorf("one too many is closed after %v", took)
+		}
+		other, _ := net.Pipe()
+		l.close(other, netip.MustParseAddr("192.0.2.2"))
+		if took := time.Since(start); took != lingerIdle {
+			t.Errorf("that of another client is closed after %v", took)
+		}
+	})
+}

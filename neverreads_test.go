@@ -1,0 +1,103 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// TestClientsThatNeverRead: a client that sends requests and reads no response is
+// given up after write_idle, whatever the responses are, in both ways of serving.
+func TestClientsThatNeverRead(t *testing.T) {
+	pad := strings.Repeat("p", 4000)
+	origin := listen(t, func(conn *net.TCPConn) {
+		for r := bufio.NewReader(conn); ; {
+			req, err := http.ReadRequest(r)
+			if err != nil {
+				return
+			}
+			head := "HTTP/1.1 " + map[string]string{
+				"/empty": "200 OK\r\nContent-Length: 0", "/204": "204 No Content", "/304": "304 Not Modified", "/content": "200 OK\r\nContent-Length: 3",
+				"/103": "103 Early Hints\r\nX-Pad: " + pad + "\r\n\r\nHTTP/1.1 204 No Content",
+			}[req.URL.Path] + "\r\nX-Pad: " + pad + "\r\n\r\n"
+			if req.URL.Path == "/content" && req.Method == http.MethodGet {
+				head += "abc"
+			}
+			if _, err := conn.Write([]byte(head)); err != nil {
+				return
+			}
+		}
+	})
+	w := newWorld(t, "", nil)
+	limited := freeAddress(t)
+	sites := fmt.Sprintf("http://%s {\n\tasync_proxy {\n\t\tburst 1000000\n\t\trefill 1000000\n\t}\n\trespond /own 204\n}\n"+
+		"http://%s {\n\tasync_proxy {\n\t\tburst 1\n\t\trefill 0.001\n\t\tzone limited\n\t}\n}\n", w.proxy[strings.LastIndexByte(w.proxy, ':'):], limited[strings.LastIndexByte(limited, ':'):])
+	for _, ordinary := range []bool{false, true} {
+		wrapper, log := "\t\tlistener_wrappers {\n\t\t\tasync_proxy\n\t\t}\n", ""
+		if ordinary {
+			wrapper, log = "", "\tlog\n"
+		}
+		loadCaddyfile(t, fmt.Sprintf("{\n\tadmin off\n\tpersist_config off\n\tdefault_bind 127.0.0.1\n\tservers {\n\t\ttimeouts {\n\t\t\twrite_idle 300ms\n\t\t}\n%s\t}\n\tlog {\n\t\toutput discard\n\t}\n}\n%s",
+			wrapper, strings.ReplaceAll(sites, " {\n\tasync_proxy", " {\n"+log+"\tasync_proxy")))
+		t.Run(fmt.Sprintf("ordinary %v", ordinary), func(t *testing.T) {
+			for name, tc := range map[string]struct{ proxy, request string }{
+				"HEAD":           {w.proxy, "HEAD http://" + origin + "/content"},
+				"GET":            {w.proxy, "GET http://" + origin + "/content"},
+				"204":            {w.proxy, "GET http://" + origin + "/204"},
+				"304":            {w.proxy, "GET http://" + origin + "/304"},
+				"103":            {w.proxy, "GET http://" + origin + "/103"},
+				"empty":          {w.proxy, "GET http://" + origin + "/empty"},
+				"refused":        {w.proxy, "HEAD http://169.254.1.1/"},
+				"limited":        {limited, "GET http://" + origin + "/204"},
+				"limited HEAD":   {limited, "HEAD http://" + origin + "/204"},
+				"this server":    {w.proxy, "GET /own"},
+				"nobody answers": {w.proxy, "HEAD /nothing"},
+				"OPTIONS":        {w.proxy, "OPTIONS http://" + origin + "/"},
+			} {
+				t.Run(name, func(t *testing.T) {
+					t.Parallel()
+					request := tc.request + " HTTP/1.1\r\nHost: x\r\nX-Pad: " + pad[:200]
+					if name == "OPTIONS" {
+						request += "\r\nMax-Forwards: 0"
+					}
+					sendUntilGivenUp(t, tc.proxy, request+"\r\n\r\n")
+				})
+			}
+		})
+	}
+}
+
+// sendUntilGivenUp repeats a request, reads nothing, and fails unless the other
+// end gives the connection up.
+func sendUntilGivenUp(t *testing.T, address, request string) {
+	t.Helper()
+	dialer := net.Dialer{Control: func(_, _ string, c syscall.RawConn) (err error) {
+		_ = c.Control(func(fd uintptr) { err = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 2048) })
+		return err
+	}}
+	conn, err := dialer.Dial("tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	_ = conn.SetWriteDeadline(time.Now().Add(patience))
+	many := []byte(strings.Repeat(request, 100))
+	for sent := 0; sent < 64<<20; sent += len(many) {
+		if _, err := conn.Write(many); errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatalf("the connection is still there %v after it stopped reading", patience)
+		} else if err != nil {
+			return
+		}
+	}
+	t.Fatal("all of the requests were taken, and no response was read")
+}
