@@ -75,6 +75,7 @@ func isNested(h httpcaddyfile.Helper) bool {
 //
 //		max_tunnels         <n> [per_client <n>]
 //		tunnel_idle_timeout <duration>|off
+//		tunnel_stall_timeout <duration>|off
 //		tunnel_max_duration <duration>
 //		stream_close_delay  <duration>
 //		recheck_tunnels
@@ -208,9 +209,10 @@ var options = map[string]option{
 	"response_header_timeout": durationOrOff("a positive duration such as 5m, or off", func(h *Handler) *caddy.Duration { return &h.ResponseHeaderTimeout }),
 	"response_idle_timeout":   durationOrOff("a positive duration such as 5m, or off", func(h *Handler) *caddy.Duration { return &h.ResponseIdleTimeout }),
 
-	"max_tunnels":         {expected: "<n> [per_client <n>], each from 1 to 1000000000", read: (*caddyfileParser).maxTunnels},
-	"tunnel_idle_timeout": durationOrOff("a positive duration such as 1h, or off", func(h *Handler) *caddy.Duration { return &h.TunnelIdleTimeout }),
-	"tunnel_max_duration": duration("a positive duration such as 24h", func(h *Handler) *caddy.Duration { return &h.TunnelMaxDuration }),
+	"max_tunnels":          {expected: "<n> [per_client <n>], each from 1 to 1000000000", read: (*caddyfileParser).maxTunnels},
+	"tunnel_idle_timeout":  durationOrOff("a positive duration such as 1h, or off", func(h *Handler) *caddy.Duration { return &h.TunnelIdleTimeout }),
+	"tunnel_stall_timeout": durationOrOff("a positive duration such as 1m, or off", func(h *Handler) *caddy.Duration { return &h.TunnelStallTimeout }),
+	"tunnel_max_duration":  duration("a positive duration such as 24h", func(h *Handler) *caddy.Duration { return &h.TunnelMaxDuration }),
 	"stream_close_delay": {expected: "a duration such as 5m, or 0 for at once", set: func(h *Handler, s string) (ok bool) {
 		h.StreamCloseDelay = new(caddy.Duration)
 		*h.StreamCloseDelay, ok = parseDuration(s, 0)

@@ -96,6 +96,7 @@ func TestCaddyfile(t *testing.T) {
 			hosts         proxy.example.com
 			max_tunnels         100 per_client 10
 			tunnel_idle_timeout 1d
+			tunnel_stall_timeout 2m
 			tunnel_max_duration 24h
 			stream_close_delay  5m
 			recheck_tunnels
@@ -124,7 +125,7 @@ func TestCaddyfile(t *testing.T) {
 			"burst": 20, "refill": 2.5, "ipv4_prefix": 24, "ipv6_prefix": 56, "max_clients": 1000, "zone": "office",
 			"exempt": ["10.0.0.0/8"], "dial_timeout": 5000000000, "response_header_timeout": 60000000000,
 			"via": "fred", "forwarded_for": "auto", "hosts": ["proxy.example.com"],
-			"max_tunnels": 100, "max_tunnels_per_client": 10, "tunnel_idle_timeout": 86400000000000, "tunnel_max_duration": 86400000000000,
+			"max_tunnels": 100, "max_tunnels_per_client": 10, "tunnel_idle_timeout": 86400000000000, "tunnel_stall_timeout": 120000000000, "tunnel_max_duration": 86400000000000,
 			"stream_close_delay": 300000000000, "recheck_tunnels": true,
 			"rules": [
 				{"action": "allow", "destinations": ["192.168.0.0/16"]},
@@ -333,6 +334,7 @@ func TestCaddyfileMistakes(t *testing.T) {
 		{"async_proxy {\nmax_tunnels 5 per_client 1 2\n}", "max_tunnels: unexpected value '2'; " + tunnels + ", at Caddyfile:3"},
 		{"async_proxy {\nmax_tunnels 5\nmax_tunnels 6 per_client 2\n}", "max_tunnels: the option was given before, at Caddyfile:3; expected it once, at Caddyfile:4"},
 		{"async_proxy {\ntunnel_idle_timeout never\n}", "tunnel_idle_timeout: the value 'never' is not valid; expected a positive duration such as 1h, or off, at Caddyfile:3"},
+		{"async_proxy {\ntunnel_stall_timeout 0\n}", "tunnel_stall_timeout: the value '0' is not valid; expected a positive duration such as 1m, or off, at Caddyfile:3"},
 		{"async_proxy {\ntunnel_idle_timeout 0\n}", "tunnel_idle_timeout: the value '0' is not valid; expected a positive duration such as 1h, or off, at Caddyfile:3"},
 		{"async_proxy {\ntunnel_max_duration off\n}", "tunnel_max_duration: the value 'off' is not valid; expected a positive duration such as 24h, at Caddyfile:3"},
 		{"async_proxy {\nstream_close_delay -1s\n}", "stream_close_delay: the value '-1s' is not valid; expected a duration such as 5m, or 0 for at once, at Caddyfile:3"},

@@ -111,7 +111,7 @@ func (h *Handler) connectStream(w http.ResponseWriter, r *http.Request, v *visit
 	t.near = near
 	t.run() // flushes the answer when it is ready for more
 	if near.state.Load() == streamAborted {
-		return http.StatusOK, http.ErrAbortHandler // resets the stream
+		return http.StatusOK, near.reset()
 	}
 	return http.StatusOK, nil
 }

@@ -247,8 +247,8 @@ func (l *limiter) countBytes(client netip.Addr, up, down int64) {
 
 // countBytes counts what has gone through the tunnel since it was last called.
 func (t *tunnel) countBytes() {
-	countNew(metrics.up, &t.up, &t.countedUp)
-	countNew(metrics.down, &t.down, &t.countedDown)
+	countNew(metrics.up, &t.up.Int64, &t.countedUp)
+	countNew(metrics.down, &t.down.Int64, &t.countedDown)
 }
 
 // countNew adds to c by how much n has grown. Concurrent callers add it once.

@@ -195,6 +195,11 @@ type Handler struct {
 	// Exact to a second. -1 is for ever. Default: 1h.
 	TunnelIdleTimeout caddy.Duration `json:"tunnel_idle_timeout,omitempty"`
 
+	// How long one end of a tunnel may take nothing although the other end has sent
+	// something for it, before the tunnel is reset. An end that takes something, however
+	// slowly, is not stalled. Exact to a second or two. -1 is for ever. Default: 1m.
+	TunnelStallTimeout caddy.Duration `json:"tunnel_stall_timeout,omitempty"`
+
 	// How long a tunnel may be open. Exact to a second. Default: 0, for ever.
 	TunnelMaxDuration caddy.Duration `json:"tunnel_max_duration,omitempty"`
 
@@ -508,6 +513,7 @@ func (h *Handler) setDefaults() {
 	h.ResponseIdleTimeout = cmp.Or(h.ResponseIdleTimeout, caddy.Duration(5*time.Minute))
 	h.contentGrace = contentGrace
 	h.TunnelIdleTimeout = cmp.Or(h.TunnelIdleTimeout, caddy.Duration(time.Hour))
+	h.TunnelStallTimeout = cmp.Or(h.TunnelStallTimeout, caddy.Duration(time.Minute))
 }
 
 func (h *Handler) limiterKey() limiterKey {

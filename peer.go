@@ -9,12 +9,15 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"reflect"
 	"sync/atomic"
 	"time"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
+	"golang.org/x/net/http2"
 )
 
 // peer is one end of a tunnel.
@@ -29,6 +32,10 @@ type peer interface {
 	// CloseWrite says that nothing more will be written. The other side reads an
 	// end, and may still write where the protocol lets it.
 	CloseWrite() error
+
+	// sendState returns how much the other side has acknowledged of what was
+	// written, or last if that is not known; and whether the kernel holds more.
+	sendState(last uint64) (acked uint64, queued bool)
 
 	// Close and Abort end both directions; the other side sees an end, or an
 	// error. All three may be called at any time, by anyone, more than once.
@@ -101,6 +108,13 @@ func (p *connPeer) CloseWrite() error {
 	return p.half.CloseWrite()
 }
 
+func (p *connPeer) sendState(last uint64) (acked uint64, queued bool) {
+	if p.tcp == nil {
+		return last, false
+	}
+	return sendState(p.tcp)
+}
+
 func (p *connPeer) Abort() error {
 	if p.tcp != nil {
 		_ = p.tcp.SetLinger(0) // makes closing a reset
@@ -117,6 +131,7 @@ func (p *connPeer) Abort() error {
 // nothing can be read from it any more: there is no half-close towards the
 // client. What it was sending then is cut short.
 type streamPeer struct {
+	ctx     context.Context // ends when the client has reset the stream, or its connection has ended
 	w       http.ResponseWriter
 	control *http.ResponseController
 	body    io.ReadCloser
@@ -126,6 +141,7 @@ type streamPeer struct {
 	delivered time.Time // when what was read last had been passed on; Read's own
 
 	conn   net.Conn      // below a stream of HTTP/2
+	tcp    *net.TCPConn  // the socket below that, if it is known
 	server *http3.Server // of a stream of HTTP/3, whose connection nobody is shown
 }
 
@@ -139,8 +155,10 @@ const (
 // requests do not apply to a tunnel, which may be silent for as long as it likes.
 // Its timeouts for whole requests do.
 func newStreamPeer(w http.ResponseWriter, r *http.Request) *streamPeer {
-	p := &streamPeer{w: w, control: http.NewResponseController(w), body: r.Body}
-	p.conn = connOf(w, r)
+	p := &streamPeer{ctx: r.Context(), w: w, control: http.NewResponseController(w), body: r.Body}
+	if p.conn = connOf(w, r); p.conn != nil {
+		p.tcp = newConnPeer(p.conn).tcp
+	}
 	p.server, _ = r.Context().Value(http3.ServerContextKey).(*http3.Server)
 	p.dropIdleTimeouts(r)
 	return p
@@ -214,7 +232,68 @@ func (p *streamPeer) CloseWrite() error {
 	if !p.state.CompareAndSwap(streamOpen, streamEnded) {
 		return nil
 	}
-	return p.body.Close()
+	return p.closeBody()
+}
+
+// closeBody ends a read that waits for the client. Over HTTP/3, closing the body would
+// tell the client that its request was cancelled; how the stream ends says more.
+func (p *streamPeer) closeBody() error {
+	if p.server == nil {
+		return p.body.Close()
+	}
+	p.stopReading()
+	return nil
+}
+
+// stopReading ends a read that waits for the client. Over HTTP/2 that has happened
+// when the stream's context has ended.
+func (p *streamPeer) stopReading() {
+	if p.server != nil {
+		_ = http.NewResponseController(innermost(p.w)).SetReadDeadline(time.Unix(1, 0))
+	}
+}
+
+// sendState knows of what goes over the connection as a whole. That other streams get
+// on says nothing about this one, unless it waits for room in their common socket.
+func (p *streamPeer) sendState(last uint64) (acked uint64, queued bool) {
+	if p.tcp == nil || hasRoom(p.tcp) {
+		return last, false
+	}
+	acked, _ = sendState(p.tcp)
+	return acked, false
+}
+
+// hasLeft reports whether p is a stream that the client has reset, or whose connection
+// has ended.
+func hasLeft(p peer) bool {
+	stream, ok := p.(*streamPeer)
+	return ok && stream.ctx.Err() != nil
+}
+
+// wasGivenUp reports whether err is how a client ends a stream that it needs no more.
+func (p *streamPeer) wasGivenUp(err error) bool {
+	if reset := (http2.StreamError{}); errors.As(err, &reset) {
+		return reset.Code == http2.ErrCodeCancel || reset.Code == http2.ErrCodeNo
+	}
+	if ended := (*http3.Error)(nil); errors.As(err, &ended) {
+		return ended.ErrorCode == http3.ErrCodeRequestCanceled || ended.ErrorCode == http3.ErrCodeNoError
+	}
+	// The client wants no more of the target, and its own side was not ended yet.
+	return p.ctx.Err() != nil && errors.Is(err, os.ErrDeadlineExceeded)
+}
+
+// reset has the stream reset when its handler returns err. Over HTTP/3 it is reset
+// here, with the code that RFC 9114 §4.4 wants. net/http has no way to choose that of
+// HTTP/2.
+func (p *streamPeer) reset() (err error) {
+	streamer, ok := innermost(p.w).(http3.HTTPStreamer)
+	if !ok {
+		return http.ErrAbortHandler
+	}
+	stream := streamer.HTTPStream()
+	stream.CancelRead(quic.StreamErrorCode(http3.ErrCodeConnectError))
+	stream.CancelWrite(quic.StreamErrorCode(http3.ErrCodeConnectError))
+	return nil
 }
 
 // Close is Abort: there is no other end to a stream than its handler's return,
@@ -230,7 +309,7 @@ func (p *streamPeer) Abort() error {
 		return nil
 	}
 	_ = http.NewResponseController(innermost(p.w)).SetWriteDeadline(time.Unix(1, 0))
-	return p.body.Close()
+	return p.closeBody()
 }
 
 // closeConnection closes what is below a stream of HTTP/2, and with it all its

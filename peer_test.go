@@ -136,7 +136,7 @@ func TestStuckConnectionIsClosed(t *testing.T) {
 	} {
 		t.Run(reason, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := &Handler{tunnels: newRegistry(), TunnelIdleTimeout: caddy.Duration(tc.idle)}
+				h := &Handler{tunnels: newRegistry(), TunnelIdleTimeout: caddy.Duration(tc.idle), TunnelStallTimeout: -1}
 				h.setDefaults()
 				defer h.tunnels.stop()
 				near, deaf := net.Pipe()

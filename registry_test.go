@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -389,9 +390,7 @@ func TestReloadWithoutAProxyClosesTunnels(t *testing.T) {
 	conn := w.dial()
 	conn.connect(echoTarget(t))
 	w.load("http://" + freeAddress(t) + " {\n\trespond hello\n}\n")
-	if rest := conn.readAll(); rest != "" {
-		t.Errorf("read %q, want the end", rest)
-	}
+	hearReset(t, "h1", conn.r)
 	if line := w.waitLog("CONNECT tunnel closed", 1)[0]; line["reason"] != reasonReload {
 		t.Errorf("log line %v, want the reason %q", line, reasonReload)
 	}
@@ -422,7 +421,7 @@ func TestRecheckTunnels(t *testing.T) {
 				hear(t, conns[1], say(t, conns[1], "one from elsewhere too"))
 				return
 			}
-			hearEnd(t, conns[1])
+			hearReset(t, "h1", conns[1])
 			if line := w.waitLog("CONNECT tunnel closed", 1)[0]; line["reason"] != reasonForbidden {
 				t.Errorf("log line %v, want the reason %q", line, reasonForbidden)
 			}
@@ -448,7 +447,7 @@ func TestRecheckTunnelsOfOneSite(t *testing.T) {
 		c.response(http.MethodConnect)
 	}
 	w.load(w.site(open) + other.site("recheck_tunnels"))
-	goes.readAll()
+	hearReset(t, "h1", goes.r)
 	if line := w.waitLog("CONNECT tunnel closed", 1)[0]; line["reason"] != reasonForbidden {
 		t.Errorf("closing line %v, want the reason %q", line, reasonForbidden)
 	}
@@ -527,24 +526,38 @@ func TestLoopsOfTunnelsWithOnePort(t *testing.T) {
 	check("without both", false, false)
 }
 
-// tunnelEndings are the ways in which a tunnel ends, and what its closing line
-// calls them.
-var tunnelEndings = []struct {
+type tunnelEnding struct {
 	reason string
 	target func(conn *net.TCPConn) // echoes one word before
 	client func(conn tunnelConn)
-}{
+}
+
+// tunnelEndings are the ways in which a tunnel ends, and what its closing line
+// calls them.
+var tunnelEndings = []tunnelEnding{
 	{reasonClient, func(conn *net.TCPConn) { io.Copy(conn, conn) }, func(conn tunnelConn) { conn.CloseWrite() }},
 	{reasonTarget, func(*net.TCPConn) {}, func(conn tunnelConn) { io.Copy(io.Discard, conn); conn.CloseWrite() }},
 	{reasonClientError, func(conn *net.TCPConn) { io.Copy(conn, conn) }, tunnelConn.Reset},
 	{reasonTargetError, func(conn *net.TCPConn) { conn.SetLinger(0) }, func(tunnelConn) {}},
 }
 
+// streamEndings are those of a stream. A client that resets one with the code CANCEL
+// needs it no more; a connection that breaks is a failure.
+func streamEndings(c *tunnelClient) []tunnelEnding {
+	endings := slices.Clone(tunnelEndings)
+	endings[2].reason = reasonClient
+	return append(endings, tunnelEnding{reasonClientError, endings[0].target, func(tunnelConn) { c.breakConnection() }})
+}
+
 func TestClosingLines(t *testing.T) {
 	w := newTunnelWorld(t, tunnelSetup{})
 	n := 0
 	for _, protocol := range tunnelProtocols {
-		for _, ending := range tunnelEndings {
+		c, endings := w.client(t, protocol), tunnelEndings
+		if !c.halfCloses() {
+			endings = streamEndings(c)
+		}
+		for _, ending := range endings {
 			t.Run(protocol+"/"+ending.reason, func(t *testing.T) {
 				const word = "a word"
 				target := listen(t, func(conn *net.TCPConn) {
@@ -552,7 +565,7 @@ func TestClosingLines(t *testing.T) {
 					io.ReadFull(conn, make([]byte, 1)) // a sign that the word was heard
 					ending.target(conn)
 				})
-				conn := w.client(t, protocol).open(target)
+				conn := c.open(target)
 				hear(t, conn, say(t, conn, word))
 				say(t, conn, ".")
 				eventually(t, "the sign to be counted", func() bool {

@@ -22,6 +22,12 @@ var (
 	largeBuffers = sync.Pool{New: func() any { return new([largeBuffer]byte) }}
 )
 
+// flow is one direction of a tunnel.
+type flow struct {
+	atomic.Int64             // bytes that the destination has taken
+	waiting      atomic.Bool // a write to the destination is under way
+}
+
 // relay copies from src to dst until src ends, and counts what dst has taken.
 // readErr is the end on src's side, io.EOF if it ended as it should; writeErr
 // is dst's failure to take it.
@@ -30,7 +36,7 @@ var (
 // idle tunnel cheap. Where the source is a socket, that is waited for until it
 // has something; anything else, TLS or a stream of HTTP/2, can only be read
 // with a buffer at hand, so that one is kept small until it runs full.
-func relay(dst io.Writer, src io.Reader, copied *atomic.Int64) (readErr, writeErr error) {
+func relay(dst io.Writer, src io.Reader, copied *flow) (readErr, writeErr error) {
 	if socket, ok := src.(*net.TCPConn); ok {
 		return relaySocket(dst, socket, copied)
 	}
@@ -39,7 +45,7 @@ func relay(dst io.Writer, src io.Reader, copied *atomic.Int64) (readErr, writeEr
 
 // relayReader reads with a small buffer and, while those come back full, with
 // a large one.
-func relayReader(dst io.Writer, src io.Reader, copied *atomic.Int64) (readErr, writeErr error) {
+func relayReader(dst io.Writer, src io.Reader, copied *flow) (readErr, writeErr error) {
 	small := make([]byte, smallBuffer/4)
 	for {
 		n, err := src.Read(small)
@@ -57,7 +63,7 @@ func relayReader(dst io.Writer, src io.Reader, copied *atomic.Int64) (readErr, w
 
 // relayBurst copies through a large buffer until a read does not fill half of
 // it: then src has run dry. It returns no errors if src goes on.
-func relayBurst(dst io.Writer, src io.Reader, copied *atomic.Int64) (readErr, writeErr error) {
+func relayBurst(dst io.Writer, src io.Reader, copied *flow) (readErr, writeErr error) {
 	large := largeBuffers.Get().(*[largeBuffer]byte)
 	defer largeBuffers.Put(large)
 	for {
@@ -71,9 +77,11 @@ func relayBurst(dst io.Writer, src io.Reader, copied *atomic.Int64) (readErr, wr
 	}
 }
 
-// writeCounted counts what dst has taken.
-func writeCounted(dst io.Writer, b []byte, copied *atomic.Int64) error {
+// writeCounted writes b and counts what dst has taken of it.
+func writeCounted(dst io.Writer, b []byte, copied *flow) error {
+	copied.waiting.Store(true)
 	n, err := dst.Write(b)
 	copied.Add(int64(n))
+	copied.waiting.Store(false)
 	return err
 }

@@ -24,7 +24,7 @@ var relayRows = []struct {
 	copy func(dst, src net.Conn)
 }{
 	{"relay", func(dst, src net.Conn) {
-		var copied atomic.Int64
+		var copied flow
 		relay(dst, src, &copied)
 	}},
 	{"splice", func(dst, src net.Conn) { io.Copy(dst, src) }},

@@ -26,7 +26,7 @@ import (
 type relayRig struct {
 	in, out net.Conn // the two ends outside
 	dst     net.Conn // the end to the destination, for the test to close
-	copied  atomic.Int64
+	copied  flow
 	result  chan relayResult
 }
 
@@ -347,7 +347,7 @@ func TestRelayEndsWhenItsEndsAreClosed(t *testing.T) {
 			from, _ := kind.src(t)
 			to, _ := kind.dst(t)
 			done := make(chan error)
-			var copied atomic.Int64
+			var copied flow
 			go func() {
 				err, _ := relay(to, from, &copied)
 				done <- err
@@ -376,7 +376,7 @@ func TestRelayWithADeadline(t *testing.T) {
 			from, _ := kind.src(t)
 			to, _ := kind.dst(t)
 			from.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
-			var copied atomic.Int64
+			var copied flow
 			if err, _ := relay(to, from, &copied); !errors.Is(err, os.ErrDeadlineExceeded) {
 				t.Errorf("relay ends with %v, want the deadline", err)
 			}

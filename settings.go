@@ -110,6 +110,7 @@ func (h *Handler) settings() []setting {
 	add("max_tunnels", limit(h.MaxTunnels), "no limit")
 	add("max_tunnels per_client", limit(h.MaxTunnelsPerClient), "no limit")
 	add("tunnel_idle_timeout", duration(h.TunnelIdleTimeout, ""), duration(d.TunnelIdleTimeout, ""))
+	add("tunnel_stall_timeout", duration(h.TunnelStallTimeout, ""), duration(d.TunnelStallTimeout, ""))
 	add("tunnel_max_duration", duration(h.TunnelMaxDuration, "none"), "none")
 	delay := "never"
 	if h.StreamCloseDelay != nil {

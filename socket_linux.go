@@ -6,7 +6,6 @@ package asyncproxy
 import (
 	"io"
 	"net"
-	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -14,7 +13,7 @@ import (
 
 // relaySocket reads when the socket says that it can be read. What comes in
 // bulk for another socket goes through the kernel by splice(2).
-func relaySocket(dst io.Writer, src *net.TCPConn, copied *atomic.Int64) (readErr, writeErr error) {
+func relaySocket(dst io.Writer, src *net.TCPConn, copied *flow) (readErr, writeErr error) {
 	conn, err := src.SyscallConn()
 	if err != nil {
 		return err, nil
@@ -95,17 +94,37 @@ func (r *socketReader) ready(fd uintptr) bool {
 
 // bytesTaken returns how much the other side has acknowledged in all; 0 if that is not
 // known.
-func bytesTaken(socket *net.TCPConn) (n uint64) {
+func bytesTaken(socket *net.TCPConn) uint64 {
+	taken, _ := sendState(socket)
+	return taken
+}
+
+// sendState returns how much the other side has acknowledged in all, and whether the
+// kernel holds more for it. A closed socket has neither.
+func sendState(socket *net.TCPConn) (taken uint64, queued bool) {
 	conn, err := socket.SyscallConn()
 	if err != nil {
-		return 0
+		return 0, false
 	}
 	_ = conn.Control(func(fd uintptr) {
 		if info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO); err == nil {
-			n = info.Bytes_acked
+			taken, queued = info.Bytes_acked, info.Unacked > 0 || info.Notsent_bytes > 0
 		}
 	})
-	return n
+	return taken, queued
+}
+
+// hasRoom reports whether the kernel takes more for the other side.
+func hasRoom(socket *net.TCPConn) bool {
+	conn, err := socket.SyscallConn()
+	if err != nil {
+		return true
+	}
+	events := 0
+	_ = conn.Control(func(fd uintptr) {
+		events, _ = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, 0)
+	})
+	return events != 0
 }
 
 // waitWritable waits until the kernel has room for more.

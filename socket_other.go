@@ -9,11 +9,10 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"sync/atomic"
 )
 
 // relaySocket has no cheaper way here than any other source.
-func relaySocket(dst io.Writer, src *net.TCPConn, copied *atomic.Int64) (readErr, writeErr error) {
+func relaySocket(dst io.Writer, src *net.TCPConn, copied *flow) (readErr, writeErr error) {
 	return relayReader(dst, src, copied)
 }
 
@@ -26,6 +25,12 @@ func (b *originBody) splice(http.ResponseWriter, func(int64)) (done bool, err er
 
 // bytesTaken is not known.
 func bytesTaken(*net.TCPConn) uint64 { return 0 }
+
+// sendState is not known.
+func sendState(*net.TCPConn) (taken uint64, queued bool) { return 0, false }
+
+// hasRoom is not known.
+func hasRoom(*net.TCPConn) bool { return true }
 
 // waitWritable leaves the wait to the next write.
 func waitWritable(*net.TCPConn) error { return nil }

@@ -8,7 +8,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -91,7 +90,7 @@ func newSplicer(dst io.Writer, src syscall.RawConn) *splicer {
 // burst moves bytes until the source has nothing more to read just now, and
 // gives the pipe back. It returns no errors if the source goes on, and does
 // nothing if bytes cannot be moved or there is no pipe to be had.
-func (s *splicer) burst(copied *atomic.Int64) (readErr, writeErr error) {
+func (s *splicer) burst(copied *flow) (readErr, writeErr error) {
 	if s.dst == nil {
 		return nil, nil
 	}
@@ -131,7 +130,9 @@ func (s *splicer) burst(copied *atomic.Int64) (readErr, writeErr error) {
 }
 
 // drain empties the pipe into the target.
-func (s *splicer) drain(copied *atomic.Int64) error {
+func (s *splicer) drain(copied *flow) error {
+	copied.waiting.Store(true)
+	defer copied.waiting.Store(false)
 	for s.held > 0 {
 		s.moved, s.err = 0, nil
 		if err := s.dst.Write(s.emptyPipe); err != nil {

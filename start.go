@@ -37,6 +37,7 @@ func (h *Handler) atStart(ctx caddy.Context, server *caddyhttp.Server) error {
 	server.RegisterConnContext(withConn)
 	server.RegisterConnContext(withSocket)
 	server.RegisterConnState(connState)
+	server.RegisterConnContext(withWindows())
 	server.RegisterOnShutdown(func() { h.onShutdown(ctx) })
 	server.RegisterOnStop(func(grace context.Context) error {
 		if caddy.Exiting() {

@@ -4,13 +4,16 @@
 package asyncproxy
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net"
 	"net/netip"
+	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/caddyserver/caddy/v2"
 	"go.uber.org/zap"
 )
 
@@ -21,6 +24,7 @@ const (
 	reasonClientError = "client error" // such as a reset
 	reasonTargetError = "target error"
 	reasonIdle        = "idle"         // tunnel_idle_timeout
+	reasonStalled     = "stalled"      // tunnel_stall_timeout
 	reasonMaxDuration = "max duration" // tunnel_max_duration
 	reasonReload      = "reload"       // stream_close_delay, or no config has a proxy any more
 	reasonForbidden   = "forbidden"    // recheck_tunnels
@@ -52,15 +56,18 @@ type tunnel struct {
 
 	fromTarget []byte // of an upgrade: what the target sent behind its 101
 
-	up, down atomic.Int64 // bytes from the client and to it
+	up, down flow         // bytes from the client and to it
 	active   atomic.Int64 // when some were last seen to have been, since epoch
-	seen     int64        // how many there were then; look's own
 	stuck    int          // looks since its stream was aborted; look's own
 	lasting  bool         // has been looked at before; look's own
+
+	mu                  sync.Mutex // guards the following
+	nearWatch, farWatch endWatch
 
 	countedUp, countedDown atomic.Int64 // bytes that are in the metrics already
 
 	halves atomic.Int32           // directions that have ended orderly, of connections
+	broken atomic.Bool            // the proxy has reset both ends
 	reason atomic.Pointer[string] // why it ended; nil: it has not
 }
 
@@ -91,17 +98,25 @@ func (t *tunnel) run() {
 	t.registry.add(t)
 	defer t.registry.remove(t)
 	t.logOpened()
-	_, err := t.near.Write(t.greeting)
+	_, err := t.send(t.near, &t.down, t.greeting)
 	t.greeting = nil
 	upDone := make(chan struct{})
 	go t.relayUp(upDone)
+	stream, ok := t.near.(*streamPeer)
+	if ok {
+		defer context.AfterFunc(stream.ctx, func() { t.clientLeft(stream, upDone) })()
+	}
 	t.relayDown(err)
-	if _, ok := t.near.(*streamPeer); ok {
+	if ok {
 		// The client learns of the end when its handler returns. A target that
 		// has ended and takes no more either must not keep it.
 		defer time.AfterFunc(lastWords, func() { _ = t.far.Abort() }).Stop()
 	}
 	<-upDone
+	t.ended(reasonClient) // unless there was another reason: the client has left
+	if t.broken.Load() {
+		t.reset() // may still be under way
+	}
 	_ = t.near.Close()
 	_ = t.far.Close()
 	t.count()
@@ -113,7 +128,7 @@ func (t *tunnel) run() {
 func (t *tunnel) relayUp(done chan<- struct{}) {
 	defer close(done)
 	if len(t.early) > 0 {
-		n, err := t.far.Write(t.early)
+		n, err := t.send(t.far, &t.up, t.early)
 		t.early = nil
 		t.up.Add(int64(n))
 		if err != nil {
@@ -130,7 +145,7 @@ func (t *tunnel) relayUp(done chan<- struct{}) {
 func (t *tunnel) relayDown(err error) {
 	if err == nil && len(t.fromTarget) > 0 {
 		var n int
-		n, err = t.near.Write(t.fromTarget)
+		n, err = t.send(t.near, &t.down, t.fromTarget)
 		t.fromTarget = nil
 		t.down.Add(int64(n))
 	}
@@ -142,16 +157,41 @@ func (t *tunnel) relayDown(err error) {
 	t.directionEnded(t.near, t.far, readErr, writeErr)
 }
 
+// send writes what the proxy has for dst before the relay begins.
+func (t *tunnel) send(dst peer, f *flow, b []byte) (int, error) {
+	f.waiting.Store(true)
+	defer f.waiting.Store(false)
+	return dst.Write(b)
+}
+
+// clientLeft ends the tunnel when the client has reset its stream, or its connection
+// has ended. The target may be silent, so that nothing else would notice. What the
+// client had sent before still gets to the target if that takes it soon.
+func (t *tunnel) clientLeft(near *streamPeer, upDone <-chan struct{}) {
+	near.stopReading()
+	timer := time.NewTimer(lastWords)
+	defer timer.Stop()
+	select {
+	case <-upDone:
+		_ = t.far.Close()
+	case <-timer.C:
+		t.ended(reasonClient)
+		_ = t.far.Abort()
+	}
+}
+
 // directionEnded passes the end of one direction on. An orderly end, src saying
 // that it is done, leaves the other direction open. A failure of either side is
 // made known to the other one as a failure, so that nobody takes what came
 // before it for the whole (RFC 9110 §9.3.6, RFC 9113 §8.5).
 func (t *tunnel) directionEnded(dst, src peer, readErr, writeErr error) {
-	end, srcError, dstError := reasonClient, reasonClientError, reasonTargetError
+	end, srcError, dstError := reasonClient, t.clientError(readErr), reasonTargetError
 	if src == t.far {
 		end, srcError, dstError = reasonTarget, reasonTargetError, reasonClientError
 	}
 	switch {
+	case t.broken.Load(): // an end that was passed on now would look like one in order
+	case writeErr != nil && hasLeft(dst): // clientLeft does the rest
 	case writeErr != nil:
 		t.ended(dstError)
 		_ = src.Abort()
@@ -169,6 +209,16 @@ func (t *tunnel) directionEnded(dst, src peer, readErr, writeErr error) {
 	}
 }
 
+// clientError tells a client that has given its tunnel up, as browsers do that need
+// it no more, from one that failed.
+func (t *tunnel) clientError(err error) string {
+	stream, ok := t.near.(*streamPeer)
+	if ok && (stream.wasGivenUp(err) || stream.ctx.Err() != nil && t.isAtRest(restTime)) {
+		return reasonClient
+	}
+	return reasonClientError
+}
+
 // ended notes why the tunnel ended. What happens first is the reason; the rest
 // follows from it.
 func (t *tunnel) ended(reason string) {
@@ -178,7 +228,7 @@ func (t *tunnel) ended(reason string) {
 	}
 }
 
-// look closes the tunnel if it has been silent, or open, for too long, and the
+// look closes the tunnel if it has been silent, stalled or open for too long, and the
 // connection of one that is closed and does not end. One that has come to be
 // looked at is kept alive from then on.
 func (t *tunnel) look(now time.Time) {
@@ -192,12 +242,12 @@ func (t *tunnel) look(now time.Time) {
 		}
 		return
 	}
-	if n := t.up.Load() + t.down.Load(); n != t.seen {
-		t.seen = n
-		t.active.Store(sinceEpoch(now))
-	}
+	stalled := t.watchEnds(now)
 	idle := time.Duration(sinceEpoch(now) - t.active.Load())
 	switch {
+	case t.owner.TunnelStallTimeout > 0 && stalled >= time.Duration(t.owner.TunnelStallTimeout):
+		t.ended(reasonStalled)
+		t.reset()
 	case t.owner.TunnelIdleTimeout > 0 && idle >= time.Duration(t.owner.TunnelIdleTimeout):
 		t.close(reasonIdle)
 	case t.owner.TunnelMaxDuration > 0 && now.Sub(t.start) >= time.Duration(t.owner.TunnelMaxDuration):
@@ -205,9 +255,64 @@ func (t *tunnel) look(now time.Time) {
 	}
 }
 
-// close ends the tunnel for a reason of the proxy's own.
+// watchEnds notes what both ends have taken, and returns how long one of them has
+// taken nothing although there is something for it.
+func (t *tunnel) watchEnds(now time.Time) (stalled time.Duration) {
+	interval := max(watchInterval, least(t.owner.TunnelStallTimeout, t.owner.TunnelIdleTimeout)/4)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	at := sinceEpoch(now)
+	tookNear := t.nearWatch.look(at, &t.down, t.near, interval)
+	tookFar := t.farWatch.look(at, &t.up, t.far, interval)
+	if tookNear || tookFar {
+		t.active.Store(at)
+	}
+	return max(t.nearWatch.stalledFor(at), t.farWatch.stalledFor(at))
+}
+
+// least returns the shorter of two timeouts, which are not positive if there are none.
+func least(a, b caddy.Duration) time.Duration {
+	if a <= 0 || b > 0 && b < a {
+		return time.Duration(b)
+	}
+	return time.Duration(a)
+}
+
+// restTime is how long nothing has passed through a tunnel that may end in order,
+// although it is the proxy that ends it.
+const restTime = 3 * time.Second
+
+// close ends the tunnel for a reason of the proxy's own. Something that was cut off
+// must not look complete: unless the tunnel is at rest, both ends are reset.
 func (t *tunnel) close(reason string) {
+	atRest := restTime
+	if reason == reasonIdle {
+		atRest = 0 // it was idle for the timeout
+	}
 	t.ended(reason)
-	_ = t.near.Close()
+	if !t.isAtRest(atRest) {
+		t.reset()
+		return
+	}
+	if stream, ok := t.near.(*streamPeer); ok {
+		_ = stream.CloseWrite()
+	} else {
+		_ = t.near.Close()
+	}
 	_ = t.far.Close()
+}
+
+// reset breaks the tunnel off at both ends.
+func (t *tunnel) reset() {
+	t.broken.Store(true)
+	_ = t.near.Abort()
+	_ = t.far.Abort()
+}
+
+// isAtRest reports whether nothing has passed for that long and nothing waits.
+func (t *tunnel) isAtRest(atLeast time.Duration) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return time.Duration(sinceEpoch(time.Now())-t.active.Load()) >= atLeast &&
+		t.nearWatch.isAtRest(&t.down, t.near) && t.farWatch.isAtRest(&t.up, t.far)
 }

@@ -235,7 +235,7 @@ func isReset(protocol string, err error) bool {
 		return errors.As(err, new(http2.StreamError))
 	case "h3":
 		failure := new(http3.Error)
-		return errors.As(err, &failure) && failure.Remote
+		return errors.As(err, &failure) && failure.Remote && failure.ErrorCode == http3.ErrCodeConnectError // RFC 9114 §4.4
 	default:
 		return errors.Is(err, syscall.ECONNRESET)
 	}
@@ -550,6 +550,14 @@ func hearEnd(t *testing.T, r io.Reader) {
 	t.Helper()
 	if rest, err := io.ReadAll(r); err != nil || len(rest) > 0 {
 		t.Fatalf("heard %.40q, %v; want the end", rest, err)
+	}
+}
+
+// hearReset reads nothing but a reset.
+func hearReset(t *testing.T, protocol string, r io.Reader) {
+	t.Helper()
+	if rest, err := io.ReadAll(r); !isReset(protocol, err) || len(rest) > 0 {
+		t.Fatalf("heard %.40q, %v; want a reset", rest, err)
 	}
 }
 

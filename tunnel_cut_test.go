@@ -1,0 +1,379 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"reflect"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/http3"
+)
+
+// talk sends something now and then until that fails.
+func talk(w io.Writer) {
+	for {
+		if _, err := w.Write(make([]byte, 100)); err != nil {
+			return
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// A tunnel that the proxy ends while something passes looks complete neither to the
+// client nor to the target.
+func TestCutTunnelsAreReset(t *testing.T) {
+	for reason, cut := range map[string]func(*testing.T, *tunnelWorld){
+		reasonMaxDuration: func(*testing.T, *tunnelWorld) {}, // happens by itself
+		reasonReload:      func(t *testing.T, w *tunnelWorld) { w.reload(t, tunnelSetup{}) },
+		reasonOperator: func(*testing.T, *tunnelWorld) {
+			eachRegistry(func(r *registry) { r.closeWhere(reasonOperator, func(*tunnel) bool { return true }) })
+		},
+	} {
+		t.Run(reason, func(t *testing.T) {
+			options := "stream_close_delay 0"
+			if reason == reasonMaxDuration {
+				options = "tunnel_max_duration 1s"
+			}
+			w := newTunnelWorld(t, tunnelSetup{options: options})
+			talking, begun, failures := listen(t, func(conn *net.TCPConn) { talk(conn) }), make(chan bool), make(chan error)
+			listening := listen(t, func(conn *net.TCPConn) {
+				io.CopyN(io.Discard, conn, 100)
+				begun <- true
+				_, err := io.Copy(io.Discard, conn)
+				failures <- err
+			})
+			// One that writes and reads might see the failure when it writes.
+			conns := map[string]tunnelConn{}
+			for _, protocol := range tunnelProtocols {
+				go talk(w.client(t, protocol).open(listening))
+				<-begun
+				conns[protocol] = w.client(t, protocol).open(talking)
+				hear(t, conns[protocol], string(make([]byte, 100)))
+			}
+			cut(t, w)
+			for _, protocol := range tunnelProtocols {
+				if n, err := io.Copy(io.Discard, conns[protocol]); !isReset(protocol, err) {
+					t.Errorf("%s: the client reads %d bytes and then %v, want a reset", protocol, n, err)
+				}
+				if err := <-failures; !errors.Is(err, syscall.ECONNRESET) {
+					t.Errorf("a target reads %v, want a reset", err)
+				}
+			}
+			for _, line := range w.waitLog("CONNECT tunnel closed", 2*len(tunnelProtocols)) {
+				if line["reason"] != reason {
+					t.Errorf("log line %v, want the reason %q", line, reason)
+				}
+			}
+		})
+	}
+}
+
+// A tunnel that was silent before the proxy ended it ends in order.
+func TestSilentTunnelsEndInOrder(t *testing.T) {
+	w := newTunnelWorld(t, tunnelSetup{options: "tunnel_idle_timeout 1s"})
+	ends := make(chan error, len(tunnelProtocols))
+	target := listen(t, func(conn *net.TCPConn) {
+		_, err := io.Copy(struct{ io.Writer }{conn}, struct{ io.Reader }{conn})
+		ends <- err
+	})
+	conns := map[string]tunnelConn{}
+	for _, protocol := range tunnelProtocols {
+		conns[protocol] = w.client(t, protocol).open(target)
+		hear(t, conns[protocol], say(t, conns[protocol], "the last word"))
+	}
+	for _, protocol := range tunnelProtocols {
+		hearEnd(t, conns[protocol])
+		if err := <-ends; err != nil {
+			t.Errorf("a target reads %v, want the end", err)
+		}
+	}
+}
+
+// readSlowly reads n bytes at so many a second.
+func readSlowly(r io.Reader, n, rate int64) error {
+	for read, start := int64(0), time.Now(); read < n; {
+		time.Sleep(20 * time.Millisecond)
+		m, err := io.CopyN(io.Discard, r, max(0, min(n, int64(time.Since(start).Seconds()*float64(rate)))-read))
+		if read += m; err != nil {
+			return fmt.Errorf("after %d bytes: %w", read, err)
+		}
+	}
+	return nil
+}
+
+// A client that takes what waits for it in the kernel slowly keeps its tunnel neither
+// idle nor stalled.
+func TestSlowReadersAreNeitherIdleNorStalled(t *testing.T) {
+	t.Run("idle", func(t *testing.T) {
+		w := newTunnelWorld(t, tunnelSetup{options: "tunnel_idle_timeout 2s\ntunnel_stall_timeout 2s"})
+		readersAreSlow(t, w, tunnelProtocols[:2]) // others' clients have taken what their windows hold
+	})
+	t.Run("stalled", func(t *testing.T) {
+		readersAreSlow(t, newTunnelWorld(t, tunnelSetup{options: "tunnel_stall_timeout 2s"}), tunnelProtocols)
+	})
+}
+
+func readersAreSlow(t *testing.T, w *tunnelWorld, protocols []string) {
+	const size, rate = 6 << 20, 1 << 20 // bytes, and bytes a second
+	target := listen(t, func(conn *net.TCPConn) {
+		conn.SetDeadline(time.Now().Add(tunnelPatience))
+		io.CopyN(conn, zeros{}, size)
+		io.Copy(struct{ io.Writer }{conn}, struct{ io.Reader }{conn})
+	})
+	var clients sync.WaitGroup
+	for _, protocol := range protocols {
+		conn := w.client(t, protocol).open(target)
+		clients.Go(func() {
+			if err := readSlowly(conn, size, rate); err != nil {
+				t.Errorf("%s: %v", protocol, err)
+				return
+			}
+			got := make([]byte, 4)
+			if _, err := io.WriteString(conn, "more"); err != nil {
+				t.Errorf("%s: afterwards: %v", protocol, err)
+			} else if _, err := io.ReadFull(conn, got); err != nil {
+				t.Errorf("%s: afterwards: %v", protocol, err)
+			}
+		})
+	}
+	clients.Wait()
+}
+
+// A tunnel of which one end takes nothing, although there is something for it, is
+// reset; others on the connection go on.
+func TestStalledTunnelsAreReset(t *testing.T) {
+	w := newTunnelWorld(t, tunnelSetup{options: "tunnel_stall_timeout 1s"})
+	echo := echoTarget(t)
+	for _, protocol := range tunnelProtocols {
+		t.Run(protocol+"/target", func(t *testing.T) {
+			wait, result := make(chan struct{}), make(chan error, 1)
+			deaf := listen(t, func(conn *net.TCPConn) {
+				<-wait
+				_, err := io.Copy(io.Discard, conn)
+				result <- err
+			})
+			c := w.client(t, protocol)
+			c.shared = 2
+			lively, stalled := c.open(echo), c.open(deaf)
+			if n, err := io.Copy(struct{ io.Writer }{stalled}, zeros{}); err == nil {
+				t.Errorf("%d bytes were sent", n)
+			}
+			close(wait)
+			if err := <-result; !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("the target reads %v, want a reset", err)
+			}
+			hear(t, lively, say(t, lively, "the other tunnel"))
+			wantReason(t, w, reasonStalled)
+			lively.Close()
+			noTunnels(t)
+			w.forgetLogs()
+		})
+		t.Run(protocol+"/client", func(t *testing.T) {
+			failure := make(chan error, 1)
+			pouring := listen(t, func(conn *net.TCPConn) {
+				_, err := io.Copy(conn, zeros{})
+				failure <- err
+			})
+			stalled := w.client(t, protocol).open(pouring)
+			if err := <-failure; err == nil {
+				t.Error("the target could send everything")
+			}
+			if n, err := io.Copy(io.Discard, stalled); err == nil {
+				t.Errorf("the client reads %d bytes and then an end in order", n)
+			}
+			wantReason(t, w, reasonStalled)
+			noTunnels(t)
+			w.forgetLogs()
+		})
+	}
+}
+
+// wantReason waits for a tunnel's closing line.
+func wantReason(t *testing.T, w *tunnelWorld, reason string) {
+	t.Helper()
+	if line := w.waitLog("CONNECT tunnel closed", 1)[0]; line["reason"] != reason {
+		t.Errorf("log line %v, want the reason %q", line, reason)
+	}
+}
+
+// What the kernel has for a target that takes nothing keeps a tunnel no longer than
+// what the proxy has for it.
+func TestStalledTunnelsOfClientsThatHaveEnded(t *testing.T) {
+	w := newTunnelWorld(t, tunnelSetup{options: "tunnel_stall_timeout 1s"})
+	wait := make(chan struct{})
+	defer close(wait)
+	deaf := listen(t, func(conn *net.TCPConn) {
+		conn.SetReadBuffer(4 << 10)
+		<-wait
+	})
+	conn := w.client(t, "h1").open(deaf)
+	if _, err := io.CopyN(conn, zeros{}, 400<<10); err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
+	noTunnels(t)
+}
+
+// A client that stops reading its stream over HTTP/3 has left, even if its target says
+// nothing that could not be written.
+func TestStopSendingEndsTheTunnel(t *testing.T) {
+	w := newTunnelWorld(t, tunnelSetup{})
+	failure := make(chan error, 1)
+	target := listen(t, func(conn *net.TCPConn) {
+		io.CopyN(conn, conn, 5)
+		_, err := io.Copy(io.Discard, conn)
+		failure <- err
+	})
+	conn := w.client(t, "h3").open(target)
+	hear(t, conn, say(t, conn, "hello"))
+	conn.(*h3Tunnel).CancelRead(quic.StreamErrorCode(http3.ErrCodeRequestCanceled))
+	if err := <-failure; !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the target reads %v, want a reset", err)
+	}
+	wantReason(t, w, reasonClient)
+}
+
+// A client that leaves while its target takes nothing is not waited for.
+func TestClientLeavesAStuckTarget(t *testing.T) {
+	w := newTunnelWorld(t, tunnelSetup{options: "tunnel_stall_timeout off"})
+	for _, protocol := range []string{"h2", "h3"} {
+		wait := make(chan struct{})
+		deaf := listen(t, func(*net.TCPConn) { <-wait })
+		conn := w.client(t, protocol).open(deaf)
+		go io.Copy(struct{ io.Writer }{conn}, zeros{})
+		waitForStall(t)
+		conn.Close()
+		noTunnels(t)
+		close(wait)
+		wantReason(t, w, reasonClient)
+		w.forgetLogs()
+	}
+}
+
+// waitForStall waits until no tunnel gets anything up any more.
+func waitForStall(t *testing.T) {
+	t.Helper()
+	last, same := int64(-1), 0
+	eventually(t, "the target to take nothing more", func() bool {
+		sum := int64(0)
+		for _, t := range openTunnels() {
+			sum += t.up.Load()
+		}
+		if same++; sum != last || sum == 0 {
+			last, same = sum, 0
+		}
+		time.Sleep(10 * time.Millisecond)
+		return same > 20
+	})
+}
+
+// Uploads whose targets take nothing leave the connection of HTTP/2 to other streams.
+func TestStuckUploadsLeaveRoomForOthers(t *testing.T) {
+	const stuck = 20
+	w := newTunnelWorld(t, tunnelSetup{})
+	for _, protocol := range []string{"h2", "h2c"} {
+		t.Run(protocol, func(t *testing.T) {
+			wait := make(chan struct{})
+			deaf := listen(t, func(conn *net.TCPConn) {
+				conn.SetReadBuffer(4 << 10)
+				<-wait
+			})
+			defer close(wait)
+			c := w.client(t, protocol)
+			c.shared = 2 * stuck
+			for range stuck {
+				conn := c.open(deaf)
+				go io.Copy(struct{ io.Writer }{conn}, zeros{})
+			}
+			waitForStall(t)
+			lively := c.open(echoTarget(t))
+			hear(t, lively, say(t, lively, "is there room?"))
+		})
+	}
+}
+
+func TestSetWindows(t *testing.T) {
+	for name, row := range map[string]struct{ config, want *http.HTTP2Config }{
+		"Caddy's":        {nil, &http.HTTP2Config{MaxReceiveBufferPerConnection: clientConnWindow, MaxReceiveBufferPerStream: clientStreamWindow}},
+		"other options":  {&http.HTTP2Config{MaxReadFrameSize: 1 << 15}, &http.HTTP2Config{MaxReadFrameSize: 1 << 15, MaxReceiveBufferPerConnection: clientConnWindow, MaxReceiveBufferPerStream: clientStreamWindow}},
+		"the operator's": {&http.HTTP2Config{MaxReceiveBufferPerStream: 1 << 17}, &http.HTTP2Config{MaxReceiveBufferPerStream: 1 << 17}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			server := &http.Server{HTTP2: row.config}
+			if setWindows(server); !reflect.DeepEqual(server.HTTP2, row.want) {
+				t.Errorf("windows %+v, want %+v", server.HTTP2, row.want)
+			}
+		})
+	}
+}
+
+// watchedPeer has what a socket says.
+type watchedPeer struct {
+	peer
+	acked  uint64
+	queued bool
+	looks  atomic.Int32
+}
+
+func (p *watchedPeer) sendState(uint64) (uint64, bool) {
+	p.looks.Add(1)
+	return p.acked, p.queued
+}
+
+// An end is stalled when it has acknowledged nothing for a while of what waits for it.
+func TestEndWatch(t *testing.T) {
+	const second, interval = int64(time.Second), 15 * time.Second
+	for _, row := range []struct {
+		name  string
+		tick  func(i int, f *flow, p *watchedPeer) // each second
+		most  time.Duration                        // that it is stalled at the end of a minute
+		least time.Duration
+		looks int32 // at its socket, at most
+	}{
+		{"nothing to take", func(int, *flow, *watchedPeer) {}, 0, 0, 5},
+		{"bytes that go at once", func(_ int, f *flow, _ *watchedPeer) { f.Add(1) }, 0, 0, 0},
+		{"a write that waits", func(_ int, f *flow, _ *watchedPeer) { f.waiting.Store(true) }, 60 * time.Second, 58 * time.Second, 60},
+		{"a write that waits for a slow reader", func(i int, f *flow, p *watchedPeer) {
+			f.waiting.Store(true)
+			p.acked = uint64(i / 5)
+		}, 5 * time.Second, 0, 60},
+		{"a queue that nobody takes", func(_ int, f *flow, p *watchedPeer) {
+			f.Store(5)
+			p.queued = true
+		}, 60 * time.Second, 58 * time.Second, 60},
+		{"a queue that is taken slowly", func(i int, f *flow, p *watchedPeer) {
+			f.Store(5)
+			p.acked, p.queued = uint64(i/5), true
+		}, 5 * time.Second, 0, 60},
+		{"a write that begins late", func(i int, f *flow, _ *watchedPeer) { f.waiting.Store(i > 50) }, 10 * time.Second, 8 * time.Second, 15},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			var e endWatch
+			var f flow
+			p := new(watchedPeer)
+			now := second
+			for i := range 60 {
+				row.tick(i, &f, p)
+				e.look(now, &f, p, interval)
+				now += second
+			}
+			if stalled := e.stalledFor(now); stalled < row.least || stalled > row.most {
+				t.Errorf("stalled for %v, want from %v to %v", stalled, row.least, row.most)
+			}
+			if n := p.looks.Load(); n > row.looks {
+				t.Errorf("the socket was looked at %d times, want at most %d", n, row.looks)
+			}
+		})
+	}
+}
