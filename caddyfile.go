@@ -4,6 +4,7 @@
 package asyncproxy
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"math"
@@ -294,7 +295,17 @@ func (p *caddyfileParser) mistake(format string, args ...any) error {
 }
 
 func (p *caddyfileParser) invalid(value string) error {
-	return p.mistake("the value '%s' is not valid", value)
+	return p.Errf("%v", invalidValue(p.name, p.expected, value))
+}
+
+// invalidValue says what is wrong with a value of an option, and how to mean it
+// where that can be told.
+func invalidValue(option, expected, value string) error {
+	_, err := parseDestination(value)
+	if bits := new(hostBitsError); errors.As(err, &bits) || strings.HasPrefix(value, ".") && strings.Contains(expected, "*.names") {
+		return fmt.Errorf("%s: %w", option, err)
+	}
+	return fmt.Errorf("%s: the value '%s' is not valid; expected %s", option, value, expected)
 }
 
 // begin looks up the option whose name was just read.

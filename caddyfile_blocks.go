@@ -48,12 +48,12 @@ func (p *caddyfileParser) ruleFiles(h *Handler) error {
 	}
 	for _, file := range args {
 		// Who adapts a config may be another one than runs it, and may not read all that is.
-		if err := readList(file, checkDestination); err != nil && !errors.Is(err, fs.ErrPermission) {
+		if err := readList(file, checkListed); err != nil && !errors.Is(err, fs.ErrPermission) {
 			return p.mistake("%v", err)
 		}
 	}
 	action, _, _ := strings.Cut(p.name, "_")
-	p.addRule(h, Rule{Action: action, Files: args})
+	p.addRule(h, Rule{Action: action, Files: args, FilesHash: hashFiles(args)})
 	return nil
 }
 
@@ -63,26 +63,45 @@ func (p *caddyfileParser) addRule(h *Handler, rule Rule) {
 }
 
 // checkRules refuses allow rules that can have no effect.
-func (c *caddyfileParser) checkRules(h *Handler) error {
+func (p *caddyfileParser) checkRules(h *Handler) error {
+	u, err := uselessRule(h)
+	if u != nil {
+		return p.rules[u.rule].Errf("allow: %s", u.text())
+	}
+	return err
+}
+
+// uselessRule returns the first allow rule that can have no effect.
+func uselessRule(h *Handler) (*useless, error) {
 	var p policy
 	var err, err2 error
 	p.ports, err = parsePortList("ports", h.Ports)
 	p.connect, err2 = parsePortList("connect_ports", h.ConnectPorts)
 	if err := errors.Join(err, err2); err != nil {
-		return err
+		return nil, err
 	}
 	check := &ruleCheck{open: p.openPorts(), skipFiles: true}
 	noSource := func(*Rule) (*rangeSource, error) { return new(rangeSource), nil }
 	sets, err := newRuleSets(h.Rules, noSource, check)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for _, u := range check.useless(h.Rules, sets) {
 		if u.all {
-			return c.rules[u.rule].Errf("allow: %s", u.text())
+			return &u, nil
 		}
 	}
-	return nil
+	return nil, nil
+}
+
+// checkListed checks a destination in a file, of which the bits beyond the length
+// of a range are ignored.
+func checkListed(text string) error {
+	err := checkDestination(text)
+	if bits := new(hostBitsError); errors.As(err, &bits) {
+		return nil
+	}
+	return err
 }
 
 func checkDestination(text string) error {

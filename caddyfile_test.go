@@ -104,6 +104,7 @@ func TestCaddyfile(t *testing.T) {
 			allow_file    testdata/destinations.txt
 			deny_from     static 192.0.2.0/24 private_ranges
 			ports         80 443 8000-8999
+			connect_ports 443
 			clients       10.0.0.0/8
 			clients       private_ranges
 			basic_auth bcrypt Office {
@@ -113,7 +114,9 @@ func TestCaddyfile(t *testing.T) {
 			limit_by      user
 			report_only   rules limits
 			resolvers     192.0.2.53 tcp/[2001:db8::53]:5353
-			serve_pac
+			serve_pac {
+				direct *.corp.example
+			}
 			no_upstream   *.corp.example 10.0.0.0/8
 			upstream https://user:{env.PASSWORD}@proxy.example:3128 {
 				header X-Team crawler
@@ -130,16 +133,16 @@ func TestCaddyfile(t *testing.T) {
 			"rules": [
 				{"action": "allow", "destinations": ["192.168.0.0/16"]},
 				{"action": "deny", "destinations": ["*.example.com:80-81", "ads.example"]},
-				{"action": "allow", "files": ["testdata/destinations.txt"]},
+				{"action": "allow", "files": ["testdata/destinations.txt"], "files_hash": "` + hashFiles([]string{"testdata/destinations.txt"}) + `"},
 				{"action": "deny", "source": {"source": "static", "ranges": ["192.0.2.0/24", "192.168.0.0/16", "172.16.0.0/12", "10.0.0.0/8", "127.0.0.1/8", "fd00::/8", "::1"]}}
 			],
-			"ports": ["80", "443", "8000-8999"], "clients": ["10.0.0.0/8", "private_ranges"],
+			"ports": ["80", "443", "8000-8999"], "connect_ports": ["443"], "clients": ["10.0.0.0/8", "private_ranges"],
 			"authentication": {"http_basic": {"hash": {"algorithm": "bcrypt"}, "realm": "Office", "hash_cache": {}, "accounts": [
 				{"username": "alice", "password": "$2a$04$L3tYy4Xp5LAaG0jL6YbCaeF2TPXqQVbEs6EY68eOAKjBjzLWbN.oi"},
 				{"username": "bob", "password": "$2a$04$L3tYy4Xp5LAaG0jL6YbCaeF2TPXqQVbEs6EY68eOAKjBjzLWbN.oi"}
 			]}},
 			"limit_by": "user", "report_only": ["rules", "limits"], "resolvers": ["192.0.2.53", "tcp/[2001:db8::53]:5353"],
-			"serve_pac": "/proxy.pac", "no_upstream": ["*.corp.example", "10.0.0.0/8"],
+			"serve_pac": "/proxy.pac", "pac_direct": ["*.corp.example"], "no_upstream": ["*.corp.example", "10.0.0.0/8"],
 			"upstream": {
 				"url": "https://user:{env.PASSWORD}@proxy.example:3128", "headers": {"X-Team": "crawler"},
 				"tls": {"server_name": "other.example", "insecure_skip_verify": true, "ca": {"provider": "file", "pem_files": ["/etc/ca.pem"]}}
@@ -280,6 +283,17 @@ func TestCaddyfileMistakes(t *testing.T) {
 
 		{"async_proxy {\nexempt\n}", "exempt: there is no value; " + ranges + ", at Caddyfile:3"},
 		{"async_proxy {\nexempt 10.0.0.0/8 10.0.0.0/33\n}", "exempt: the value '10.0.0.0/33' is not valid; " + ranges + ", at Caddyfile:3"},
+		{"async_proxy {\nclients 10.1.2.3/8\n}", "clients: 10.1.2.3/8 has bits set beyond its length; write 10.0.0.0/8 for the range, or 10.1.2.3 for the address, at Caddyfile:3"},
+		{"async_proxy {\nexempt 10.0.0.0/8 fd00::1/8\n}", "exempt: fd00::1/8 has bits set beyond its length; write fd00::/8 for the range, or fd00::1 for the address, at Caddyfile:3"},
+		{"async_proxy {\nallow 192.0.2.1/24:443\n}", "allow: 192.0.2.1/24 has bits set beyond its length; write 192.0.2.0/24 for the range, or 192.0.2.1 for the address, at Caddyfile:3"},
+		{"async_proxy {\ndeny a.example .example.com\n}", `deny: ".example.com" is not a name; for the name and everything below it, write example.com *.example.com, at Caddyfile:3`},
+		{"async_proxy {\ndeny .example.com:443\n}", `deny: ".example.com:443" is not a name; for the name and everything below it, write example.com:443 *.example.com:443, at Caddyfile:3`},
+		{"async_proxy {\nupstream http://127.0.0.1:3128\nno_upstream .example.com\n}", `no_upstream: ".example.com" is not a name; for the name and everything below it, write example.com *.example.com, at Caddyfile:4`},
+		{"async_proxy {\nserve_pac {\ndirect .example.com\n}\n}", `serve_pac: direct: ".example.com" is not a name; for the name and everything below it, write example.com *.example.com, at Caddyfile:4`},
+		{"async_proxy {\nserve_pac {\ndirect all\n}\n}", "serve_pac: direct: the value 'all' is not valid; expected addresses, CIDR ranges, names or *.names, without ports, at Caddyfile:4"},
+		{"async_proxy {\nserve_pac {\nproxy a.example\n}\n}", "serve_pac: unrecognized option 'proxy'; expected direct, at Caddyfile:4"},
+		{"async_proxy {\nserve_pac {\ndirect\n}\n}", "serve_pac: direct: there is no value; expected addresses, CIDR ranges, names or *.names, without ports, at Caddyfile:4"},
+		{"async_proxy {\nconnect_ports 0\n}", "connect_ports: the value '0' is not valid; expected ports from 1 to 65535, or ranges such as 8000-8999, at Caddyfile:3"},
 		{"async_proxy {\nclients 10.0.0.0/8 office\n}", "clients: the value 'office' is not valid; " + strings.Replace(ranges, "expected ", "expected all, or ", 1) + ", at Caddyfile:3"},
 		{"async_proxy {\nallow\n}", "allow: there is no value; " + destinations + ", at Caddyfile:3"},
 		{"async_proxy {\nallow exa/mple.com\n}", "allow: the value 'exa/mple.com' is not valid; " + destinations + ", at Caddyfile:3"},
@@ -426,6 +440,11 @@ func TestJSONMistakes(t *testing.T) {
 		{`"rules": [{"action": "allow", "destinations": ["a b"]}]`, `allow: "a b" is no address, no CIDR range and no name`},
 		{`"rules": [{"action": "permit", "destinations": ["all"]}]`, `rules[0]: action "permit": expected allow or deny`},
 		{`"rules": [{"action": "deny"}]`, `deny: there is no destination`},
+		{`"connect_ports": ["0"]`, `connect_ports: "0" is no port from 1 to 65535 and no range of ports such as 8000-8999`},
+		{`"clients": ["10.1.2.3/8"]`, "clients: 10.1.2.3/8 has bits set beyond its length; write 10.0.0.0/8 for the range, or 10.1.2.3 for the address"},
+		{`"rules": [{"action": "deny", "destinations": [".example.com"]}]`, `deny: ".example.com" is not a name; for the name and everything below it, write example.com *.example.com`},
+		{`"pac_direct": ["a.example"]`, "pac_direct: there is no serve_pac that it could be in"},
+		{`"serve_pac": "/a", "pac_direct": ["all"]`, "pac_direct: all, public and private are no such destinations"},
 		{`"ports": ["0"]`, `ports: "0" is no port from 1 to 65535 and no range of ports such as 8000-8999`},
 		{`"report_only": ["all"]`, `report_only "all": expected rules or limits`},
 		{`"limit_by": "token"`, `limit_by "token": expected client_ip or user`},

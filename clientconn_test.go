@@ -90,6 +90,7 @@ func withServers(caddyfile, lines string) string {
 func TestClientConnServed(t *testing.T) {
 	w := newWorld(t, "", nil)
 	_, port, _ := strings.Cut(w.proxy, ":")
+	_, other, _ := strings.Cut(freeAddress(t), ":")
 	socket := filepath.Join(t.TempDir(), "socket")
 	const site = "http://:PORT {\nasync_proxy {\nburst 1000000\nrefill 1000000\n}\n}\n"
 	with := func(lines string) string { return strings.Replace(site, "{\n", "{\n"+lines+"\n", 1) }
@@ -100,7 +101,7 @@ func TestClientConnServed(t *testing.T) {
 	}{
 		{"alone", site, 1},
 		{"a handler behind it", with("respond hello"), 1},
-		{"another port", site + "http://www.example.com:1 {\nrespond hello\n}\n", 1},
+		{"another port", site + "http://www.example.com:" + other + " {\nrespond hello\n}\n", 1},
 		{"options of the server", servers(withWrapper + "protocols h1 h2 h2c"), 1},
 		{"the wrapper twice", servers(strings.Replace(withWrapper, "async_proxy", "async_proxy\nasync_proxy", 1)), 1},
 		{"the wrapper before TLS", servers(strings.Replace(withWrapper, "async_proxy", "async_proxy\ntls", 1)), 1},

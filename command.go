@@ -46,14 +46,14 @@ caddy async-proxy status shows what a running proxy is doing.
 		CobraFunc: func(cmd *cobra.Command) {
 			flags := cmd.Flags()
 			flags.StringP("listen", "l", "127.0.0.1:8080", "Address to listen on")
-			flags.IntP("burst", "b", 0, "Requests that a client may make at once (default 10)")
-			flags.Float64P("refill", "r", 0, "Requests a second that it gains (default 0.5)")
+			flags.StringP("burst", "b", "", "Requests a client may make at once (default 10)")
+			flags.StringP("refill", "r", "", "Requests per second a client regains (default 0.5)")
 			flags.StringArrayP("clients", "c", nil, "The only clients that may use the proxy, as CIDR ranges, or all (default private_ranges)")
-			flags.StringArrayP("allow", "a", nil, "Destinations that are open")
-			flags.StringArrayP("deny", "d", nil, "Destinations that are closed")
+			flags.StringArrayP("allow", "a", nil, "Allow a destination")
+			flags.StringArrayP("deny", "d", nil, "Deny a destination")
 			flags.StringArrayP("auth", "", nil, "A user and a hash, user:hash")
 			flags.StringP("upstream", "u", "", "A parent proxy, http://, https:// or socks5://")
-			flags.StringP("admin", "", "localhost:2019", "Address of the admin endpoint, which the status is asked from; or off")
+			flags.StringP("admin", "", "localhost:2019", "Address of the admin endpoint, or off")
 			flags.BoolP("access-log", "", false, "Enable the access log")
 			flags.BoolP("debug", "v", false, "Enable verbose debug logs")
 			cmd.Args, cmd.SuggestionsMinimumDistance = noArguments, 2
@@ -121,37 +121,63 @@ func checkEndpoint(flag, address string) error {
 	return nil
 }
 
-// commandConfig makes the config that the flags describe.
-func commandConfig(flags caddycmd.Flags) (*caddy.Config, error) {
-	h := Handler{Burst: int64(flags.Int("burst")), Refill: flags.Float64("refill")}
-	full := h
-	full.setDefaults()
-	key := full.limiterKey()
-	if flags.Changed("burst") {
-		key.burst = h.Burst // 0 was meant, and is not the default
-	}
-	if flags.Changed("refill") {
-		key.refill = h.Refill
-	}
-	if err := key.validate(); err != nil {
-		return nil, err
-	}
-	var lists [4][]string
-	for i, name := range []string{"clients", "allow", "deny", "auth"} {
-		var err error
-		if lists[i], err = flags.GetStringArray(name); err != nil {
-			return nil, err
+// commandHandler makes the proxy that the flags describe. It checks them as the
+// directive does its options.
+func commandHandler(flags caddycmd.Flags) (*Handler, error) {
+	h := new(Handler)
+	for _, name := range []string{"burst", "refill"} {
+		if value := flags.String(name); flags.Changed(name) && !options[name].set(h, value) {
+			return nil, invalidValue(name, options[name].expected, value)
 		}
 	}
-	h.Clients = lists[0]
-	for i, action := range []string{"allow", "deny"} {
-		if destinations := lists[1+i]; len(destinations) > 0 {
+	full := *h
+	full.setDefaults()
+	if err := full.limiterKey().validate(); err != nil {
+		return nil, err
+	}
+	clients, err := flags.GetStringArray("clients")
+	if err != nil {
+		return nil, err
+	}
+	for _, value := range clients {
+		if !options["clients"].set(h, value) {
+			return nil, invalidValue("clients", options["clients"].expected, value)
+		}
+	}
+	for _, action := range []string{"allow", "deny"} {
+		destinations, err := flags.GetStringArray(action)
+		if err != nil {
+			return nil, err
+		}
+		for _, value := range destinations {
+			if checkDestination(value) != nil {
+				return nil, invalidValue(action, options[action].expected, value)
+			}
+		}
+		if len(destinations) > 0 {
 			h.Rules = append(h.Rules, Rule{Action: action, Destinations: destinations})
 		}
 	}
-	if len(lists[3]) > 0 {
+	u, err := uselessRule(h)
+	if u != nil {
+		return nil, fmt.Errorf("allow: %s", u.text())
+	}
+	return h, err
+}
+
+// commandConfig makes the config that the flags describe.
+func commandConfig(flags caddycmd.Flags) (*caddy.Config, error) {
+	h, err := commandHandler(flags)
+	if err != nil {
+		return nil, err
+	}
+	accounts, err := flags.GetStringArray("auth")
+	if err != nil {
+		return nil, err
+	}
+	if len(accounts) > 0 {
 		auth := caddyauth.HTTPBasicAuth{HashCache: new(caddyauth.Cache)}
-		for _, account := range lists[3] {
+		for _, account := range accounts {
 			user, hash, found := strings.Cut(account, ":")
 			algorithm := "bcrypt"
 			if strings.HasPrefix(hash, "$argon2id$") {
@@ -173,6 +199,9 @@ func commandConfig(flags caddycmd.Flags) (*caddy.Config, error) {
 		h.AuthRaw = caddy.ModuleMap{"http_basic": caddyconfig.JSON(auth, nil)}
 	}
 	if url := flags.String("upstream"); url != "" {
+		if _, _, _, err := splitUpstream(url); err != nil {
+			return nil, fmt.Errorf("upstream: %w", err)
+		}
 		h.Upstream = &Upstream{URL: url}
 	}
 	listen := flags.String("listen")

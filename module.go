@@ -529,6 +529,9 @@ func parsePrefixes(option string, exprs []string) (*bart.Lite, error) {
 	for _, expr := range exprs {
 		for _, cidr := range expandRanges(expr) {
 			prefix, err := parsePrefix(cidr)
+			if bits := checkHostBits(cidr); bits != nil {
+				return nil, fmt.Errorf("%s: %w", option, bits)
+			}
 			if err != nil {
 				return nil, fmt.Errorf("%s %q: expected an address, a CIDR range such as 10.0.0.0/8, or private_ranges", option, expr)
 			}

@@ -21,6 +21,7 @@ type ruleCheck struct {
 	blind     bool        // there was one, so there may be other rules
 	noted     []listedDestination
 	never     []neverMatch
+	inexact   []string // ranges in files that have bits set beyond their length
 }
 
 // listedDestination is a destination of a rule, by its index.
@@ -304,6 +305,10 @@ func (c *ruleCheck) report(rules []Rule, sets []*ruleSet, logger *zap.Logger) er
 			what += fmt.Sprintf(" and %d more", more)
 		}
 		logger.Warn("a rule can never match", zap.String("rule", rules[n.rule].Action+" "+what), zap.String("why", n.why))
+	}
+	if n := len(c.inexact); n > 0 {
+		logger.Warn("ranges in a file have bits set beyond their length, which are ignored",
+			zap.Strings("ranges", c.inexact[:min(n, maxRuleTexts)]), zap.Int("count", n))
 	}
 	for _, u := range c.useless(rules, sets) {
 		if u.all {

@@ -191,3 +191,57 @@ func TestRulesThatNeverMatchAreWarnedAbout(t *testing.T) {
 		}
 	}
 }
+
+// A file that has changed makes another config of the same Caddyfile, since Caddy
+// does not load one that it already runs.
+func TestChangedRuleFileIsRead(t *testing.T) {
+	w := newWorld(t, "", nil)
+	file := filepath.Join(t.TempDir(), "list")
+	write := func(text string) {
+		t.Helper()
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, option := range []string{"deny_file", "allow_file"} {
+		load := func() string {
+			t.Helper()
+			config, _, err := adapt(w.globals()+w.site(option+" "+file+"\ndeny ads.example 127.0.0.1"), "Caddyfile")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := caddy.Load(config, false); err != nil {
+				t.Fatal(err)
+			}
+			return string(config)
+		}
+		t.Cleanup(func() { _ = caddy.Stop() })
+		write("192.0.2.1\n")
+		first := load()
+		if load() != first {
+			t.Errorf("%s: the same file makes another config", option)
+		}
+		write("192.0.2.2\n")
+		if load() == first {
+			t.Errorf("%s: a changed file makes the same config", option)
+		}
+		if got := w.waitLog("async-proxy listening", 2); len(got) < 2 {
+			t.Errorf("%s: the config was not loaded", option)
+		}
+	}
+}
+
+// A list from elsewhere may have ranges that are spelled inexactly.
+func TestInexactRangesInFilesAreWarnedAbout(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "list")
+	if err := os.WriteFile(file, []byte("192.0.2.1/24\n127.0.0.1/8\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	w := newWorld(t, "deny_file "+file, nil)
+	if line := w.waitLog("ranges in a file have bits set beyond their length, which are ignored", 1)[0]; fmt.Sprint(line["ranges"]) != "[192.0.2.1/24 127.0.0.1/8]" || line["count"] != 2.0 {
+		t.Errorf("line %v", line)
+	}
+	if got := w.get(w.proxy); got != 403 {
+		t.Errorf("status %d", got)
+	}
+}

@@ -4,6 +4,8 @@
 package asyncproxy
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -41,8 +43,28 @@ type Rule struct {
 	// when the config is loaded.
 	Files []string `json:"files,omitempty"`
 
+	// A hash of the contents of Files. The Caddyfile adapter sets it, so that a
+	// file that has changed makes another config, which Caddy loads; it does not
+	// load one that it already runs. Nothing else depends on it.
+	FilesHash string `json:"files_hash,omitempty"`
+
 	// A source of CIDR ranges, as for trusted_proxies.
 	SourceRaw json.RawMessage `json:"source,omitempty" caddy:"namespace=http.ip_sources inline_key=source"`
+}
+
+// hashFiles returns a hash of the contents of files, or "" if one of them cannot
+// be read.
+func hashFiles(paths []string) string {
+	all := sha256.New()
+	for _, path := range paths {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			return ""
+		}
+		sum := sha256.Sum256(data)
+		all.Write(sum[:])
+	}
+	return hex.EncodeToString(all.Sum(nil)[:16])
 }
 
 // destination is one of a rule.
@@ -79,12 +101,15 @@ func parseDestination(s string) (destination, error) {
 		d.text = host
 		return d, nil
 	}
+	if name, ok := strings.CutPrefix(s, "."); ok {
+		return destination{}, fmt.Errorf("%q is not a name; for the name and everything below it, write %s *.%s", s, name, name)
+	}
 	if strings.Contains(host, "%") {
 		return destination{}, fmt.Errorf("%q has a zone, which is this machine's affair", s)
 	}
 	if prefix, err := parsePrefix(strings.TrimSuffix(host, ".")); err == nil {
 		d.prefix = prefix
-		return d, nil
+		return d, checkHostBits(strings.TrimSuffix(host, "."))
 	}
 	name, below := strings.CutPrefix(host, "*.")
 	ascii, err := name, error(nil)
@@ -107,6 +132,26 @@ func parsePrefix(s string) (netip.Prefix, error) {
 		prefix = netip.PrefixFrom(prefix.Addr().Unmap(), prefix.Bits()-96)
 	}
 	return prefix.Masked(), err
+}
+
+// hostBitsError reports that a range has bits set beyond its length: it is not
+// clear whether the range or the address is meant.
+type hostBitsError struct {
+	text    string
+	network netip.Prefix
+}
+
+func (e *hostBitsError) Error() string {
+	address, _, _ := strings.Cut(e.text, "/")
+	return fmt.Sprintf("%s has bits set beyond its length; write %s for the range, or %s for the address", e.text, e.network, address)
+}
+
+// checkHostBits fails with a hostBitsError.
+func checkHostBits(text string) error {
+	if prefix, err := netip.ParsePrefix(text); err == nil && prefix != prefix.Masked() {
+		return &hostBitsError{text, prefix.Masked()}
+	}
+	return nil
 }
 
 // newRuleSets reads rules, whose sources load makes. The check looks at each
@@ -142,7 +187,9 @@ func newRuleSets(rules []Rule, load func(*Rule) (*rangeSource, error), check *ru
 		note := func(text string, file bool) error {
 			for _, expanded := range expandRanges(text) {
 				d, err := parseDestination(expanded)
-				if err != nil {
+				if bits := new(hostBitsError); file && errors.As(err, &bits) {
+					check.inexact = append(check.inexact, text) // in a list from elsewhere
+				} else if err != nil {
 					return err
 				}
 				check.note(sets, listedDestination{rule: i, text: text, dest: d, file: file}, deny)
@@ -234,7 +281,13 @@ func (s *ruleSet) add(d destination) {
 // expandRanges returns the CIDR ranges that private_ranges stands for, or text.
 func expandRanges(text string) []string {
 	if text == "private_ranges" {
-		return caddyhttp.PrivateRangesCIDR()
+		ranges := caddyhttp.PrivateRangesCIDR()
+		for i, text := range ranges {
+			if prefix, err := netip.ParsePrefix(text); err == nil {
+				ranges[i] = prefix.Masked().String()
+			}
+		}
+		return ranges
 	}
 	return []string{text}
 }
