@@ -23,7 +23,9 @@ import (
 
 const (
 	muxStreams      = 16        // tunnels on one connection
-	muxWindow       = 256 << 10 // what a tunnel may hold that its client has not read
+	muxWindow       = 256 << 10 // what a tunnel may hold that its client has not read, at first
+	muxMaxWindow    = 4 << 20   // the same, for one whose client keeps up
+	muxConnGrowth   = 16 << 20  // by how much the windows on a connection may grow in all
 	muxFrame        = 16 << 10  // the payload of a frame; all implementations accept as much
 	muxPending      = 64 << 10  // frames that wait for the socket before tunnels must wait
 	muxFlood        = 1 << 20   // the same, control frames included: the parent asks and does not read
@@ -50,6 +52,7 @@ const (
 type muxConn struct {
 	conn   net.Conn
 	heard  atomic.Int64  // when something was last read, since epoch
+	growth *atomic.Int64 // by how much the windows on all connections may still grow
 	silent chan struct{} // closed when a ping was not answered in time
 	done   chan struct{} // closed when the connection has ended
 
@@ -69,6 +72,7 @@ type muxConn struct {
 	initial  int64      // the window of a new stream
 	limit    uint32     // how many streams the parent allows
 	received int64      // bytes that were not yet credited to the parent
+	grown    int64      // by how much the windows of the streams have grown
 	probing  bool       // a ping is on its way for who waits for an answer
 	pinged   int64      // when a ping was sent in silence, since epoch; 0: none is on its way
 	idle     int64      // since when there is no stream, since epoch
@@ -103,12 +107,13 @@ func (*silenceError) Error() string   { return "pings are not answered" }
 func (*silenceError) Timeout() bool   { return true }
 func (*silenceError) Temporary() bool { return true }
 
-// newMuxConn begins HTTP/2 on conn. ended is called when the connection has
-// ended.
-func newMuxConn(conn net.Conn, ended func(*muxConn)) *muxConn {
+// newMuxConn begins HTTP/2 on conn. The windows of its streams grow by growth at
+// most, which it shares with other connections. ended is called when the connection
+// has ended.
+func newMuxConn(conn net.Conn, growth *atomic.Int64, ended func(*muxConn)) *muxConn {
 	now := sinceEpoch(time.Now())
 	c := &muxConn{
-		conn: conn, silent: make(chan struct{}), done: make(chan struct{}), streams: make(map[uint32]*streamConn), next: 1,
+		conn: conn, growth: growth, silent: make(chan struct{}), done: make(chan struct{}), streams: make(map[uint32]*streamConn), next: 1,
 		window: muxInitial, top: muxInitial, initial: muxInitial, limit: muxStreams, idle: now,
 	}
 	c.heard.Store(now)
@@ -194,7 +199,7 @@ func (c *muxConn) open(owner netip.Addr, idle bool, address string, fields http.
 	defer c.mu.Unlock()
 	n := len(c.streams)
 	if idle != (n == 0) || n > 0 && owner != c.owner || n >= muxStreams || uint32(n) >= c.limit ||
-		c.err != nil || c.retired || c.closing || c.window < c.top/4 || c.stuckLocked() {
+		c.err != nil || c.retired || c.closing || c.window < c.top/8 || c.stuckLocked() {
 		return nil
 	}
 	s := newStreamConn(c, c.next)
@@ -256,8 +261,8 @@ func (c *muxConn) stuckLocked() bool {
 	return false
 }
 
-// roomLocked returns how much s may send now. One of several leaves as much of the
-// connection's window as it has in flight, so that there is always some for each of
+// roomLocked returns how much s may send now. One of several leaves a third of what it
+// has in flight of the connection's window, so that there is always some for each of
 // the others.
 func (c *muxConn) roomLocked(s *streamConn) int64 {
 	if len(c.out) >= muxPending {
@@ -265,9 +270,22 @@ func (c *muxConn) roomLocked(s *streamConn) int64 {
 	}
 	room := min(s.window, c.window)
 	if len(c.streams) > 1 {
-		room = min(room, c.window-(s.top-s.window))
+		room = min(room, c.window-(s.top-s.window)/3)
 	}
 	return room
+}
+
+// growLocked makes the receive window of s up to four times as large, as far as
+// there is room for that.
+func (c *muxConn) growLocked(s *streamConn) {
+	by := min(3*s.size, muxMaxWindow-s.size, muxConnGrowth-c.grown, c.growth.Load())
+	if by <= 0 {
+		return
+	}
+	c.growth.Add(-by) // by less than 0 only if others have come between, and then by little
+	c.grown += by
+	s.size += by
+	s.read += by // is credited with the next bytes
 }
 
 // removeLocked forgets a stream that has ended on both sides.
@@ -276,6 +294,9 @@ func (c *muxConn) removeLocked(s *streamConn) {
 		return
 	}
 	delete(c.streams, s.id)
+	c.grown -= s.size - muxWindow
+	c.growth.Add(s.size - muxWindow)
+	s.size = muxWindow
 	s.readBy.stop()
 	s.writeBy.stop()
 	c.changed.Broadcast() // the others may have more of the window

@@ -146,7 +146,7 @@ func inMux(t *testing.T, settings []http2.Setting, f func(t *testing.T, c *muxCo
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		p, near := newMuxParent(t, settings...)
-		c := newMuxConn(near, func(*muxConn) {})
+		c := newMuxConn(near, new(atomic.Int64), func(*muxConn) {})
 		synctest.Wait()
 		f(t, c, p)
 		c.end(errMuxIdle, nil)
@@ -212,7 +212,7 @@ func TestMuxFields(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		near, far := net.Pipe()
 		defer far.Close()
-		c := newMuxConn(near, func(*muxConn) {})
+		c := newMuxConn(near, new(atomic.Int64), func(*muxConn) {})
 		defer c.end(errMuxIdle, nil)
 		c.open(muxClient, true, "target.example:443", http.Header{
 			"Proxy-Authorization": {"Basic x"}, "Via": {"a", "b"}, "Connection": {"X"}, "Host": {"h"}, "Bad Name": {"x"}, "X": {"a\nb"}, "Long": {strings.Repeat("y", 40_000)},
@@ -252,7 +252,7 @@ func TestMuxShares(t *testing.T) {
 			_, err := stuck.Write(make([]byte, 1<<20))
 			written <- err
 		}()
-		if n := len(p.got(1)); n < muxInitial/4 || n > muxInitial*3/4 {
+		if n := len(p.got(1)); n < muxInitial/2 || n > muxInitial*7/8 {
 			t.Errorf("the stuck tunnel has sent %d bytes", n)
 		}
 		if _, err := other.Write([]byte("hello")); err != nil || p.got(3) != "hello" {
@@ -298,7 +298,7 @@ func TestMuxSocketStuck(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		near, far := net.Pipe() // which nobody reads
 		defer far.Close()
-		c := newMuxConn(near, func(*muxConn) {})
+		c := newMuxConn(near, new(atomic.Int64), func(*muxConn) {})
 		s := c.open(muxClient, true, "a:1", nil)
 		c.mu.Lock()
 		c.window, s.window, s.top = 1<<30, 1<<30, 1<<30
@@ -337,10 +337,10 @@ func TestMuxReceiveWindow(t *testing.T) {
 		if n, err := other.Read(buf); n != 5 || err != nil {
 			t.Errorf("the other tunnel reads %d bytes, %v", n, err)
 		}
-		if p.saw("WINDOW_UPDATE 1 65536") {
-			t.Error("bytes that nobody has read are credited")
+		if _, err := s.Read(buf[:muxWindow/16-1]); err != nil || strings.Contains(strings.Join(p.seen, " "), "WINDOW_UPDATE 1 ") {
+			t.Errorf("%v, or the first bytes are credited", err)
 		}
-		if n, err := s.Read(buf[:muxWindow/4]); n != muxWindow/4 || err != nil || !p.saw("WINDOW_UPDATE 1 65536") {
+		if n, err := s.Read(buf[:muxWindow/4-muxWindow/16+1]); n != muxWindow/4-muxWindow/16+1 || err != nil || !p.saw("WINDOW_UPDATE 1 65536") {
 			t.Errorf("%d bytes, %v, and no credit", n, err)
 		}
 		// More than the window is the parent's mistake.
@@ -355,6 +355,52 @@ func TestMuxReceiveWindow(t *testing.T) {
 		}
 		if _, err := s.Read(buf); err == nil || err == io.EOF {
 			t.Errorf("after that: %v", err)
+		}
+	})
+}
+
+// TestMuxWindowGrows: the window of a client that keeps up grows, as far as the
+// connection and the process have room for that, and what it took is given back.
+func TestMuxWindowGrows(t *testing.T) {
+	for _, tc := range []struct{ room, want int64 }{{muxGrowth, muxMaxWindow}, {0, muxWindow}, {muxWindow, 2 * muxWindow}} {
+		inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
+			c.growth.Store(tc.room)
+			s := muxStream(t, c)
+			granted := int64(0)
+			for range 4 * muxMaxWindow / muxFrame {
+				p.do(func(f *http2.Framer) { _ = f.WriteData(1, false, make([]byte, muxFrame)) })
+				if _, err := io.ReadFull(s, make([]byte, muxFrame)); err != nil {
+					t.Fatal(err)
+				}
+				if c.mu.Lock(); s.room > granted {
+					granted = s.room
+				}
+				c.mu.Unlock()
+			}
+			if granted != tc.want || c.growth.Load() != tc.room-tc.want+muxWindow {
+				t.Errorf("with room for %d the window grows to %d, want %d; %d are left", tc.room, granted, tc.want, c.growth.Load())
+			}
+			_ = s.Abort()
+			if c.growth.Load() != tc.room || c.grown != 0 {
+				t.Errorf("%d of %d are given back, %d are left on the connection", c.growth.Load(), tc.room, c.grown)
+			}
+		})
+	}
+	// On one connection there is room for some.
+	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
+		c.growth.Store(muxGrowth)
+		var sum int64
+		for range muxStreams {
+			s := muxStream(t, c)
+			c.mu.Lock()
+			for range 10 {
+				c.growLocked(s)
+			}
+			sum += s.size - muxWindow
+			c.mu.Unlock()
+		}
+		if sum != muxConnGrowth {
+			t.Errorf("the windows have grown by %d", sum)
 		}
 	})
 }
@@ -469,11 +515,11 @@ func TestMuxAnotherConnection(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				var parents []*muxParent
 				up := &parent{timeout: timeout, header: make(http.Header)}
-				up.streams = &muxPool{dial: func(func()) (net.Conn, error) {
+				up.streams = newMuxPool(func(func()) (net.Conn, error) {
 					p, near := newMuxParent(t)
 					parents = append(parents, p)
 					return near, nil
-				}}
+				})
 				first, err := up.connect(t.Context(), "a.example:443")
 				if err != nil {
 					t.Fatal(err)
@@ -538,14 +584,14 @@ func TestMuxSlowAnswer(t *testing.T) {
 func TestMuxPool(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var dials, busy atomic.Int32
-		pool := &muxPool{dial: func(func()) (net.Conn, error) {
+		pool := newMuxPool(func(func()) (net.Conn, error) {
 			dials.Add(1)
 			busy.Add(1)
 			time.Sleep(time.Second)
 			busy.Add(-1)
 			_, near := newMuxParent(t)
 			return near, nil
-		}}
+		})
 		others := netip.MustParseAddr("192.0.2.2")
 		var mu sync.Mutex
 		streams := make(map[netip.Addr][]*streamConn)
@@ -616,7 +662,7 @@ func TestMuxPool(t *testing.T) {
 		if len(pool.conns) > 0 {
 			t.Errorf("%d connections that have ended are kept", len(pool.conns))
 		}
-		broken := &muxPool{dial: func(func()) (net.Conn, error) { return nil, syscall.ECONNREFUSED }}
+		broken := newMuxPool(func(func()) (net.Conn, error) { return nil, syscall.ECONNREFUSED })
 		if _, err := broken.open(t.Context(), others, "a:1", nil); !errors.Is(err, syscall.ECONNREFUSED) || len(broken.dials) > 0 {
 			t.Errorf("%v, %d dials", err, len(broken.dials))
 		}
@@ -688,7 +734,7 @@ func TestMuxFlood(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		near, far := net.Pipe() // whose output nobody reads
 		defer far.Close()
-		c := newMuxConn(near, func(*muxConn) {})
+		c := newMuxConn(near, new(atomic.Int64), func(*muxConn) {})
 		f := http2.NewFramer(far, nil)
 		var err error
 		for i := 0; i < 1<<20 && err == nil; i++ {
@@ -749,7 +795,7 @@ func FuzzMuxConn(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) {
 		near, far := net.Pipe()
 		ended := make(chan struct{})
-		c := newMuxConn(near, func(*muxConn) { close(ended) })
+		c := newMuxConn(near, new(atomic.Int64), func(*muxConn) { close(ended) })
 		s := c.open(muxClient, true, "a:1", nil)
 		go io.Copy(io.Discard, far)
 		go s.Write([]byte("hello"))

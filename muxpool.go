@@ -27,6 +27,8 @@ type muxPool struct {
 	// for it. It calls connected when TLS begins.
 	dial func(connected func()) (net.Conn, error)
 
+	growth atomic.Int64 // by how much the windows of tunnels may still grow
+
 	mu    sync.Mutex
 	conns []*muxConn
 	dials []*muxDial
@@ -39,6 +41,16 @@ type muxDial struct {
 	connected atomic.Bool
 	done      chan struct{}
 	err       error // after done
+}
+
+// muxGrowth bounds, in bytes, what all tunnels through a parent may hold in the heap
+// beyond muxWindow each.
+const muxGrowth = 64 << 20
+
+func newMuxPool(dial func(connected func()) (net.Conn, error)) *muxPool {
+	p := &muxPool{dial: dial}
+	p.growth.Store(muxGrowth)
+	return p
 }
 
 // open begins a tunnel of owner to address, for which fields are sent along.
@@ -92,7 +104,7 @@ func (p *muxPool) run(d *muxDial) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if err == nil {
-		p.conns = append(p.conns, newMuxConn(conn, p.remove))
+		p.conns = append(p.conns, newMuxConn(conn, &p.growth, p.remove))
 	}
 	p.dials = slices.DeleteFunc(p.dials, func(other *muxDial) bool { return other == d })
 	d.err = err

@@ -32,6 +32,7 @@ type streamConn struct {
 
 	readable sync.Cond
 	received blockQueue
+	size     int64 // of the window in which the parent sends
 	room     int64 // what the parent may still send
 	read     int64 // bytes that were not yet credited to the parent
 	readErr  error // of reads, once received is empty: the parent sends no more
@@ -46,7 +47,7 @@ type streamConn struct {
 }
 
 func newStreamConn(c *muxConn, id uint32) *streamConn {
-	s := &streamConn{c: c, id: id, answered: make(chan struct{}), room: muxWindow, window: c.initial, top: c.initial}
+	s := &streamConn{c: c, id: id, answered: make(chan struct{}), size: muxWindow, room: muxWindow, window: c.initial, top: c.initial}
 	s.readable.L = &c.mu
 	return s
 }
@@ -101,7 +102,10 @@ func (s *streamConn) Read(b []byte) (int, error) {
 		s.readable.Wait()
 	}
 	n := s.received.take(b)
-	if s.read += int64(n); s.read >= muxWindow/4 && s.readErr == nil {
+	if s.read += int64(n); s.read >= s.size/16 && s.readErr == nil {
+		if s.received.size == 0 { // the client keeps up
+			c.growLocked(s)
+		}
 		_ = c.framer.WriteWindowUpdate(s.id, uint32(s.read))
 		c.pending.Signal()
 		s.room += s.read

@@ -117,7 +117,7 @@ func newParent(ctx caddy.Context, u *Upstream, timeout time.Duration, connector 
 			host, _, _ := cutPort(address)
 			p.secure.ServerName = strings.Trim(host, "[]")
 		}
-		p.streams = &muxPool{dial: p.dialStreams}
+		p.streams = newMuxPool(p.dialStreams)
 	}
 	if user != nil {
 		password, _ := user.Password()
