@@ -92,7 +92,7 @@ func (w *ListenerWrapper) WrapListener(ln net.Listener) net.Listener {
 	if overTLS := usesTLS(app.(*caddyhttp.App), w.server, ln); !w.alone {
 		return ln
 	} else if h == nil || overTLS {
-		return watchFirstBytes(ln, anyHandler(w.server.Routes), overTLS)
+		return watchFirstBytes(ln, firstProxy(w.server.Routes), overTLS)
 	}
 	l := newClientListener(ln, h, w.server)
 	l.register()
@@ -146,23 +146,6 @@ func firstHandler(routes caddyhttp.RouteList) caddyhttp.MiddlewareHandler {
 		return firstHandler(sub.Routes)
 	}
 	return first
-}
-
-// anyHandler returns an async_proxy of the routes; nil if there is none.
-func anyHandler(routes caddyhttp.RouteList) *Handler {
-	for _, route := range routes {
-		for _, handler := range route.Handlers {
-			switch handler := handler.(type) {
-			case *Handler:
-				return handler
-			case *caddyhttp.Subroute:
-				if h := anyHandler(handler.Routes); h != nil {
-					return h
-				}
-			}
-		}
-	}
-	return nil
 }
 
 // clientListener serves the connections that it accepts, and lets net/http's

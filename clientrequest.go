@@ -105,7 +105,7 @@ func connectURL(target string) *url.URL {
 	if strings.ContainsFunc(target, func(c rune) bool { return c <= ' ' || c == 0x7f }) {
 		return nil
 	}
-	host := target[strings.LastIndexByte(target, '@')+1:]
+	host := withoutUser(target)
 	if name, _, _ := cutPort(host); !isPlainAuthority(target) && strings.Trim(name, ".[]") == "" {
 		return nil // Caddy refuses such a host
 	}

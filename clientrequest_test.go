@@ -408,3 +408,23 @@ func TestHeadLimitOverHTTP2(t *testing.T) {
 		t.Errorf("the tunnel beside it: %q, %v", got, err)
 	}
 }
+
+// Where no async_proxy takes a request, no password is written down either.
+func TestUnclaimedConnectWithPassword(t *testing.T) {
+	w := newWorld(t, "", nil)
+	site := strings.Replace(w.site(""), "async_proxy {", "@none remote_ip 192.0.2.1\nasync_proxy @none {", 1)
+	loadCaddyfile(t, withServers(w.globals()+site, withWrapper+"protocols h1 h2c"))
+	if got := framesRequest(t, w.proxy, []string{":method", "CONNECT", ":authority", "bob:pa55w0rd@127.0.0.1:1"}, ""); got == "200" {
+		t.Errorf("CONNECT: %s", got)
+	}
+	c := w.dial()
+	c.send("CONNECT bob:pa55w0rd@127.0.0.1:1 HTTP/1.1\nHost: x\n\n")
+	c.response(http.MethodConnect)
+	data, err := os.ReadFile(w.logs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if strings.Contains(string(data), "pa55w0rd") {
+		t.Errorf("the log has %s", data)
+	}
+}

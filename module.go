@@ -543,9 +543,7 @@ func parsePrefixes(option string, exprs []string) (*bart.Lite, error) {
 
 // ServeHTTP implements caddyhttp.MiddlewareHandler.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
-	if i := strings.LastIndexByte(r.Host, '@'); i >= 0 {
-		r.Host = r.Host[i+1:] // RequestURI still has the password, and the request is refused for it
-	}
+	r.Host = withoutUser(r.Host) // RequestURI still has the password, and the request is refused for it
 	v := h.newVisit(r)
 	switch {
 	case r.Method == http.MethodConnect && !isExtendedConnect(r):

@@ -119,6 +119,9 @@ func (h *Handler) logRequest(r *http.Request, v *visit, err error, more ...zap.F
 	c.Write(append(fields, more...)...)
 }
 
+// withoutUser returns an authority without the user name and password before it.
+func withoutUser(authority string) string { return authority[strings.LastIndexByte(authority, '@')+1:] }
+
 // withoutPasswords leaves out of a path the user names and passwords of URLs in it.
 func withoutPasswords(path string) string {
 	if !strings.Contains(path, "@") {

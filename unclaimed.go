@@ -52,7 +52,7 @@ func (u *Unclaimed) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddy
 	now := sinceEpoch(time.Now())
 	if last := u.logged.Load(); (last == 0 || now-last >= int64(time.Second)) && u.logged.CompareAndSwap(last, now) {
 		u.logger.Warn("no async_proxy of this server takes this request: none matches it, or its site has a host name in its address",
-			zap.String("client", printable(r.RemoteAddr)), zap.String("method", printable(r.Method)), zap.String("host", printable(r.Host)))
+			zap.String("client", printable(r.RemoteAddr)), zap.String("method", printable(r.Method)), zap.String("host", printable(withoutUser(r.Host))))
 	}
 	header := w.Header()
 	header["Content-Type"] = []string{"text/plain; charset=utf-8"}
