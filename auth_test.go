@@ -50,7 +50,7 @@ func login(user, password string) string {
 // authRefused is the text for a client that is not let in, by its credentials.
 func authRefused(credentials string) string {
 	if strings.TrimSpace(credentials) == "" {
-		return "This proxy asks for a user and a password; its option basic_auth says which.\n"
+		return "This proxy requires a user name and password.\n"
 	}
 	return "The user name or password is wrong.\n"
 }

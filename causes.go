@@ -42,18 +42,18 @@ var causes = map[cause]struct {
 }{
 	causeRateLimited:      {http.StatusTooManyRequests, deniedRequest, "Too many requests from your address; try again in %d s."},
 	causeBlocked:          {http.StatusTooManyRequests, deniedRequest, "The operator of this proxy has blocked %s; try again in %d s."},
-	causeUncounted:        {http.StatusServiceUnavailable, "proxy_internal_error", "The proxy cannot count this request, as it has to; try again in a moment."},
+	causeUncounted:        {http.StatusServiceUnavailable, "proxy_internal_error", "The rate limiter is unavailable; try again shortly."},
 	causeRule:             {http.StatusForbidden, deniedRequest, ""},
 	causeDefault:          {http.StatusForbidden, deniedAddress, ""},
 	causePort:             {http.StatusForbidden, deniedRequest, ""},
 	causeClient:           {http.StatusForbidden, deniedRequest, "Your address, %s, may not use this proxy."},
-	causeAuthRequired:     {http.StatusProxyAuthRequired, deniedRequest, "This proxy asks for a user and a password; its option basic_auth says which."},
+	causeAuthRequired:     {http.StatusProxyAuthRequired, deniedRequest, "This proxy requires a user name and password."},
 	causeAuthFailed:       {http.StatusProxyAuthRequired, deniedRequest, "The user name or password is wrong."},
 	causeFailedLogins:     {http.StatusTooManyRequests, deniedRequest, "Too many failed logins from your address; try again in %d s."},
 	causeLoginsBusy:       {http.StatusServiceUnavailable, "proxy_internal_error", "The proxy is busy with other logins; try again in %d s."},
-	causeTunnels:          {http.StatusServiceUnavailable, "connection_limit_reached", "This proxy has as many tunnels open as its option max_tunnels allows; try again later."},
-	causeTunnelsPerClient: {http.StatusTooManyRequests, "connection_limit_reached", "Your address has as many tunnels open as this proxy's option max_tunnels per_client allows; close one first."},
-	causeLoop:             {http.StatusLoopDetected, "proxy_loop_detected", "This request has come back to the proxy %s, where it had been before."},
+	causeTunnels:          {http.StatusServiceUnavailable, "connection_limit_reached", "This proxy has reached its limit of open tunnels; try again later."},
+	causeTunnelsPerClient: {http.StatusTooManyRequests, "connection_limit_reached", "Your address has reached its limit of open tunnels; close one first."},
+	causeLoop:             {http.StatusLoopDetected, "proxy_loop_detected", "Proxy loop: this request has already passed through %s."},
 	causeParent:           {http.StatusForbidden, deniedRequest, ""},
 }
 

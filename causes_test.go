@@ -158,13 +158,39 @@ func (row causeRow) checkLog(t *testing.T, w *world, method, target string) {
 	}
 }
 
+// TestDeniedTexts: the client learns what is not allowed, and the log what would
+// allow it.
+func TestDeniedTexts(t *testing.T) {
+	w := newWorld(t, "deny ads.test 203.0.113.0/24:80-90\nports 80-100", nil)
+	for i, row := range []struct{ target, text, hint string }{
+		{"ads.test:80", "This proxy does not allow ads.test:80.", "put an allow before that rule"},
+		{"203.0.113.1:80", "This proxy does not allow 203.0.113.1:80.", "put an allow before that rule"},
+		{"203.0.113.1:91", "This proxy does not allow 203.0.113.1:91: its address is private or local.", "allow 203.0.113.1"},
+		{"ads.test:443", "This proxy does not allow port 443.", "add 443 to ports"},
+		{"127.0.0.1:25", "This proxy does not allow port 25.", "add 25 to ports"},
+	} {
+		for n, method := range []string{http.MethodGet, http.MethodConnect} {
+			if res, body := policyRequest(t, w.proxy, method, row.target, policyRemote); res.StatusCode != 403 || body != row.text+"\n" {
+				t.Errorf("%s %s: %s %q, want %q", method, row.target, res.Status, body, row.text)
+			}
+			if line := w.waitLog("request", 2*i+n+1)[2*i+n]; line["hint"] != row.hint || line["level"] != "warn" {
+				t.Errorf("%s %s: line %v, want the hint %q", method, row.target, line, row.hint)
+			}
+		}
+	}
+}
+
 // TestCausesTable compares the table of causes with README, which has each.
 func TestCausesTable(t *testing.T) {
 	readme, err := os.ReadFile("README.md")
 	if err != nil {
 		t.Fatal(err)
 	}
+	options := regexp.MustCompile(`\b(option|basic_auth|clients|max_tunnels|per_client|ports|allow|deny|upstream|no_upstream)\b`)
 	for c, row := range causes {
+		if options.MatchString(row.text) {
+			t.Errorf("%s: the text %q is for operators", c, row.text)
+		}
 		if !regexp.MustCompile("(?m)^\\| (`[a-z_]+`, )?`" + string(c) + "`[^|]*\\|").Match(readme) {
 			t.Errorf("README.md has no row of the cause %s", c)
 		}

@@ -29,10 +29,10 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *visit) (int
 	from := v.caller
 	target, err := parseAuthority(r.RequestURI)
 	if err != nil {
-		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "CONNECT wants a host and a port, such as example.com:443: %v.", err)
+		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "CONNECT needs a host and a port, such as example.com:443: %v.", err)
 	}
 	if announcesContent(r) {
-		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "A CONNECT request has no content, this one announces some.")
+		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "A CONNECT request must not have content.")
 	}
 	if f := h.tunnels.admit(from.bucket, h.MaxTunnels, h.MaxTunnelsPerClient); f != nil {
 		return 0, f
@@ -47,7 +47,7 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *visit) (int
 	if err != nil {
 		h.tunnels.leave(from.bucket)
 		if h.tunnels.ended.Load() != nil && r.Context().Err() == nil {
-			return 0, refuse(http.StatusServiceUnavailable, "proxy_internal_error", err, "This proxy is going away; try again later.")
+			return 0, refuse(http.StatusServiceUnavailable, "proxy_internal_error", err, "This proxy is shutting down; try again later.")
 		}
 		return 0, dialRefusal(r.Context(), err, target)
 	}

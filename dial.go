@@ -144,8 +144,8 @@ func (d *dialer) usesParent(address string) bool {
 func (d *dialer) checkUnresolved(ctx context.Context, r reach, address string) error {
 	t := newTarget(address)
 	if t.name != "" && d.ownPort != nil && d.ownPort(t.port) && d.parent.isHere(ctx) {
-		return &deniedError{kind: deniedAddress, why: "at this port the proxy's own machine has what no client may reach, " +
-			"and its parent proxy there would resolve the name; the option no_upstream would have it resolved here"}
+		return &deniedError{kind: deniedAddress, why: "its port is reserved",
+			hint: "the parent proxy on this machine could resolve the name to it; add the name to no_upstream, so that it is resolved here"}
 	}
 	denied, reported := d.policy.checkName(ctx, r, t, false)
 	return d.verdict(ctx, address, denied, reported)
@@ -213,7 +213,7 @@ func dialRefusal(ctx context.Context, err error, host string) *refusal {
 	case ctx.Err() != nil:
 		return clientLeft(context.Cause(ctx))
 	case errors.As(err, &denied):
-		return refuse(http.StatusForbidden, denied.kind, err, "%s is out of bounds for this proxy's clients: %s.", host, denied.why)
+		return refuse(http.StatusForbidden, denied.kind, err, "%s", denied.text(host))
 	case errors.As(err, &parent):
 		return parent.refusal(ctx, host)
 	case isTLSError(err):
@@ -231,11 +231,11 @@ func dialRefusal(ctx context.Context, err error, host string) *refusal {
 	case errors.Is(err, syscall.EADDRNOTAVAIL): // all ports are taken
 		return noRoom(err)
 	default:
-		return refuse(http.StatusBadGateway, "destination_unavailable", err, "There is no connection to %s.", host)
+		return refuse(http.StatusBadGateway, "destination_unavailable", err, "Could not connect to %s.", host)
 	}
 }
 
 // noRoom says that this proxy cannot open another connection now.
 func noRoom(err error) *refusal {
-	return refuse(http.StatusServiceUnavailable, "proxy_internal_error", err, "This proxy has no room for another connection; try again later.")
+	return refuse(http.StatusServiceUnavailable, "proxy_internal_error", err, "This proxy cannot open another connection now; try again later.")
 }

@@ -34,12 +34,15 @@ func (h *Handler) isProxyRequest(r *http.Request) bool {
 	return !slices.ContainsFunc(h.Hosts, func(own string) bool { return strings.EqualFold(own, host) })
 }
 
+// errHostByHeaderUp is for the log: it is the operator who can mend this.
+var errHostByHeaderUp = errors.New("header_up makes a Host field that is not valid")
+
 // forward sends a request in absolute form to its origin and the response back.
 // It returns the status for the log.
 func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (int, error) {
 	out, scheme, err := newOutgoing(r)
 	if err != nil {
-		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "This is no request that can be forwarded: %v.", err)
+		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "This request cannot be forwarded: %v.", err)
 	}
 	if countLines(r.Header) > maxFields {
 		return 0, refuse(http.StatusRequestHeaderFieldsTooLarge, "http_request_error", nil, "This request has more than %d header lines.", maxFields)
@@ -52,7 +55,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 	asked := out.host
 	h.applyUp(r, &out.host)
 	if !httpguts.ValidHostHeader(out.host) {
-		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "This request would get a Host field that is not valid; the option header_up makes it.")
+		return 0, refuse(http.StatusBadRequest, "http_request_error", errHostByHeaderUp, "This request cannot be forwarded: its Host field would not be valid.")
 	}
 	if out.body != nil {
 		out.body.count = func(n int64) { h.countForwarded(from.bucket, n, 0) }

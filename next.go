@@ -43,7 +43,7 @@ var errNoHosts = errors.New("no handler answered; over HTTP/2 and HTTP/3 only th
 func unanswered(r *http.Request) *refusal {
 	switch {
 	case isExtendedConnect(r):
-		return refuse(http.StatusNotImplemented, "proxy_internal_response", nil, "Nothing here speaks the protocol that this CONNECT asks for.")
+		return refuse(http.StatusNotImplemented, "proxy_internal_response", nil, "The protocol that this CONNECT asks for is not supported here.")
 	case r.ProtoMajor > 1:
 		return refuse(http.StatusMisdirectedRequest, "http_request_error", errNoHosts, "This is a proxy. It has no page of its own here, and it does not forward http:// URLs over HTTP/%d.", r.ProtoMajor)
 	}

@@ -185,8 +185,8 @@ func (h *Handler) logReported(ctx context.Context, target string, denied *denied
 	}
 }
 
-// deniedFields say by what a destination was denied, and which address it had,
-// if that was known.
+// deniedFields say by what a destination was denied, which address it had, if that
+// was known, and how it could be allowed.
 func deniedFields(denied *deniedError) []zap.Field {
 	rule := denied.rule
 	if rule == "" {
@@ -195,6 +195,9 @@ func deniedFields(denied *deniedError) []zap.Field {
 	fields := []zap.Field{zap.String("rule", rule)}
 	if denied.to.IsValid() {
 		fields = append(fields, zap.Stringer("address", denied.to))
+	}
+	if denied.hint != "" {
+		fields = append(fields, zap.String("hint", denied.hint))
 	}
 	return fields
 }

@@ -142,7 +142,7 @@ func (e *parentError) answerRefusal(host string) *refusal {
 	case http.StatusForbidden:
 		f = refuse(http.StatusForbidden, deniedRequest, nil, "The parent proxy does not let this one connect to %s.", host)
 	case http.StatusProxyAuthRequired, http.StatusUnauthorized: // tinyproxy has the latter
-		f = refuse(http.StatusBadGateway, "proxy_configuration_error", nil, "The parent proxy does not accept this proxy's credentials; its option upstream has them.")
+		f = refuse(http.StatusBadGateway, "proxy_configuration_error", nil, "The parent proxy does not accept this proxy's credentials.")
 	case http.StatusTooManyRequests:
 		f = refuse(http.StatusTooManyRequests, "destination_unavailable", nil, "The parent proxy has had too many requests and opens no connection to %s; try again later.", host)
 		f.cause = causeParent

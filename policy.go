@@ -4,6 +4,7 @@
 package asyncproxy
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net/netip"
@@ -113,14 +114,30 @@ type deniedError struct {
 	to   netip.AddrPort // the address that it was judged by; not valid if only the name was
 	rule string         // which rule, or ""; for the log
 	kind string         // the error type of RFC 9209
-	why  string         // for the person at the other end
+	what string         // what is not allowed, for the client; "": the host
+	why  string         // the reason, for the client; may be ""
+	hint string         // how the operator could allow it, for the log; may be ""
+}
+
+// text tells the client what is not allowed. Which option forbids it, and which
+// would allow it, concerns the operator: the log says so.
+func (e *deniedError) text(host string) string {
+	text := "This proxy does not allow " + cmp.Or(e.what, host)
+	if e.why != "" {
+		text += ": " + e.why
+	}
+	return text + "."
 }
 
 func (e *deniedError) Error() string {
-	if !e.to.IsValid() {
-		return "denied: " + e.why
+	text := "denied"
+	if e.to.IsValid() {
+		text = e.to.String() + " is denied"
 	}
-	return fmt.Sprintf("%s is denied: %s", e.to, e.why)
+	if why := cmp.Or(e.why, e.what, e.rule); why != "" {
+		text += ": " + why
+	}
+	return text
 }
 
 const (
@@ -171,9 +188,9 @@ func (p *policy) check(ctx context.Context, r reach, t target, to netip.AddrPort
 	case r.includes(ip, host):
 		return nil, reported
 	case r == local:
-		return &deniedError{to: to, kind: deniedAddress, why: "it is link-local, multicast or unspecified; a rule that allows the address itself would open it"}, nil
+		return &deniedError{to: to, kind: deniedAddress, why: "its address is link-local, multicast or unspecified", hint: "allow " + ip.String()}, nil
 	default:
-		return &deniedError{to: to, kind: deniedAddress, why: "it is not public; a rule that allows the address itself would open it"}, nil
+		return &deniedError{to: to, kind: deniedAddress, why: "its address is private or local", hint: "allow " + ip.String()}, nil
 	}
 }
 
@@ -240,9 +257,10 @@ func (p *policy) checkPort(ctx context.Context, port uint16) *deniedError {
 	if ports == nil && port != portSMTP || slices.ContainsFunc(ports, func(r portRange) bool { return r.contains(port) }) {
 		return nil
 	}
-	e := &deniedError{rule: option, kind: deniedRequest, why: fmt.Sprintf("port %d is closed; the option %s would open it", port, option)}
+	e := &deniedError{rule: option, kind: deniedRequest, what: fmt.Sprintf("port %d", port), hint: fmt.Sprintf("add %d to %s", port, option)}
 	if port == portSMTP && ports == nil {
-		e.why = "port 25 is for mail and closed to clients of a proxy; the option ports would open it"
+		e.what = "port 25 (mail)"
+		e.hint = "list the open ports, with 25, in " + option
 	}
 	return e
 }
@@ -325,8 +343,7 @@ func (s *ruleSet) denied(what string) *deniedError {
 		what += ":" + s.ports.String()
 	}
 	return &deniedError{
-		rule: "deny " + what, kind: deniedRequest,
-		why: "a rule of this proxy denies it; the option allow, before that rule, would open it",
+		rule: "deny " + what, kind: deniedRequest, hint: "put an allow before that rule",
 	}
 }
 

@@ -80,7 +80,7 @@ func policyDenied(t *testing.T, proxy, method, authority, lines string) {
 	if got := res.Header.Get("Proxy-Status"); res.StatusCode != http.StatusForbidden || !strings.HasSuffix(got, "; error=destination_ip_prohibited") {
 		t.Errorf("%s %s: %s, Proxy-Status %q, body %q; want 403 destination_ip_prohibited", method, authority, res.Status, got, body)
 	}
-	if !strings.HasPrefix(body, authority+" is out of bounds") || strings.Count(body, "\n") != 1 || !strings.HasSuffix(body, ".\n") {
+	if !strings.HasPrefix(body, "This proxy does not allow "+authority) || strings.Count(body, "\n") != 1 || !strings.HasSuffix(body, ".\n") {
 		t.Errorf("%s %s: body %q", method, authority, body)
 	}
 }
@@ -183,16 +183,16 @@ func policyCheck(t *testing.T, p *policy, r reach, address string, port uint16, 
 	if (err == nil) != want {
 		t.Errorf("%s for %s: %v, want it open: %v", to, map[reach]string{local: "local", public: "public"}[r], err, want)
 	}
-	if err != nil && (err.to != to || err.why == "") {
+	if err != nil && (err.to != to || err.hint == "" && err.why == "") {
 		t.Errorf("%s: error %#v", to, err)
 	}
 }
 
 // TestPolicyTexts: who is refused learns why, and not more.
 func TestPolicyTexts(t *testing.T) {
-	for r, want := range map[reach]string{local: "it is link-local, multicast or unspecified; a rule that allows the address itself would open it", public: "it is not public; a rule that allows the address itself would open it"} {
+	for r, want := range map[reach]string{local: "its address is link-local, multicast or unspecified", public: "its address is private or local"} {
 		to := netip.MustParseAddrPort("169.254.169.254:80")
-		if denied, _ := new(policy).check(t.Context(), r, target{addr: to.Addr(), port: 80}, to); denied == nil || denied.why != want {
+		if denied, _ := new(policy).check(t.Context(), r, target{addr: to.Addr(), port: 80}, to); denied == nil || denied.why != want || denied.hint != "allow 169.254.169.254" {
 			t.Errorf("%v, want %q", denied, want)
 		}
 	}

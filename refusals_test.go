@@ -144,7 +144,7 @@ func (b *refusalBench) refusesOne(status int, kind, text, row string) {
 
 func TestRefusalRequest(t *testing.T) {
 	b := newRefusalBench(t, "")
-	b.refuses(400, refusalBad, "CONNECT wants a host and a port, such as example.com:443: there is no port",
+	b.refuses(400, refusalBad, "CONNECT needs a host and a port, such as example.com:443: there is no port",
 		"CONNECT 127.0.0.1", "CONNECT [::1]", "CONNECT localhost", "CONNECT /", "CONNECT *")
 	b.refuses(400, refusalBad, "is not a number from 1 to 65535",
 		"CONNECT 127.0.0.1:", "CONNECT 127.0.0.1:0", "CONNECT 127.0.0.1:0PORT", "CONNECT 127.0.0.1:65536", "CONNECT 127.0.0.1:99999999999999999999",
@@ -157,7 +157,7 @@ func TestRefusalRequest(t *testing.T) {
 		"CONNECT "+strings.Repeat("a", 64)+".test:PORT", "GET http://local..host:PORT/", "GET http://ORI!GIN:PORT/")
 	b.refuses(400, refusalBad, "too long", "CONNECT "+strings.Repeat("a.", 130)+"test:PORT", "GET http://"+strings.Repeat("a.", 130)+"test/")
 	b.refuses(400, refusalBad, "is no IPv6 address", "CONNECT [::1%25lo]:PORT", "GET http://[::1%25lo]:PORT/")
-	b.refuses(400, refusalBad, "A CONNECT request has no content",
+	b.refuses(400, refusalBad, "A CONNECT request must not have content",
 		"CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\nContent-Length: 5\n\nhello",
 		"CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\nTransfer-Encoding: chunked\n\n0\n\n",
 		"CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\nTransfer-Encoding: chunked\n\n")
@@ -166,15 +166,15 @@ func TestRefusalRequest(t *testing.T) {
 	b.refuses(400, refusalBad, "user names and passwords do not belong", "CONNECT user@ORIGIN", "CONNECT user:word@ORIGIN", "GET http://user@ORIGIN/", "GET http://user:secret@ORIGIN/", "GET https://user:secret@ORIGIN/", "GET http://@ORIGIN/")
 	b.refuses(400, refusalBad, "a fragment does not belong", "GET http://ORIGIN/#fragment", "GET http://ORIGIN/?a#b")
 	b.refuses(400, refusalBad, "the target * is for OPTIONS", "GET *", "POST *")
-	b.refuses(400, refusalBad, "A TRACE request has no content", "TRACE http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nMax-Forwards: 0\nContent-Length: 5\n\nhello")
+	b.refuses(400, refusalBad, "A TRACE request must not have content", "TRACE http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nMax-Forwards: 0\nContent-Length: 5\n\nhello")
 	b.refuses(400, "", "400 Bad Request",
 		"CONNECT 127.0.0.1:+PORT", "CONNECT local%68ost:PORT", "CONNECT 127.0.0.1:http", "CONNECT ::1:PORT", "CONNECT [::1:PORT", "CONNECT [127.0.0.1]:PORT", "CONNECT [localhost]:PORT", "CONNECT ORIGIN#fragment",
 		"CONNECT ORIGIN HTTP/1.1\nHost: a\nHost: b\n\n", "CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\nContent-Length: 5\nContent-Length: 6\n\nhello",
 		"GET http://127.0.0.1:http/", "GET http://::1:PORT/", "GET http://ORIGIN#fragment", "GET http://ORIGIN,localhost:PORT/", "GET ORIGIN", "GET ?", "GET http://ORIGIN/ HTTP/1.1\n\n",
 		"GET http://ORIGIN/ HTTP/1.1\nHost: a\nContent-Length: x\n\n", "GET http://ORIGIN/ HTTP/1.1\nHost: a\nContent-Length : 5\n\nhello", "GET http://ORIGIN/ HTTP/1.1\nHost: a\n folded: x\n\n")
-	b.refuses(403, "http_request_denied", "port 25 is for mail", "CONNECT 127.0.0.1:25", "GET http://127.0.0.1:25/", "GET https://127.0.0.1:25/")
+	b.refuses(403, "http_request_denied", "This proxy does not allow port 25 (mail).", "CONNECT 127.0.0.1:25", "GET http://127.0.0.1:25/", "GET https://127.0.0.1:25/")
 	b.refuses(403, refusalDenied, "169.254.169.254", "CONNECT 169.254.169.254:PORT", "GET http://169.254.169.254/", "GET https://169.254.169.254/")
-	b.refuses(403, refusalDenied, "is out of bounds for this proxy's clients: it is an address of the proxy itself.", "CONNECT "+b.proxy, "GET http://"+b.proxy+"/")
+	b.refuses(403, refusalDenied, ": it is an address of the proxy itself.", "CONNECT "+b.proxy, "GET http://"+b.proxy+"/")
 
 	// The connection behind the refusal of any other request is as good as before.
 	conn := b.dial()
@@ -346,7 +346,7 @@ func TestRefusalLoop(t *testing.T) {
 		name := received[1]
 		for _, value := range []string{"1.1 " + name, "HTTP/1.1 " + name, "1.0 other, 1.1 " + name + " (comment)", "2.0 other\nVia: 1.1 " + name + ",1.1 more"} {
 			lines := " HTTP/1.1\nHost: x\nVia: " + value + "\n\n"
-			b.refuses(508, "proxy_loop_detected", "come back to the proxy "+name, "GET http://ORIGIN/"+lines, "GET https://ORIGIN/"+lines, "CONNECT ORIGIN"+lines)
+			b.refuses(508, "proxy_loop_detected", "already passed through "+name, "GET http://ORIGIN/"+lines, "GET https://ORIGIN/"+lines, "CONNECT ORIGIN"+lines)
 		}
 		for _, value := range []string{"1.1 " + name + "x", "1.1 x" + name, "1.1 other (" + name + ")"} {
 			if body := get("Via: " + value + "\n"); body != fmt.Sprintf("Via [%q %q]", value, "1.1 "+name) && body != fmt.Sprintf("Via [%q]", value+", 1.1 "+name) {

@@ -100,7 +100,7 @@ func (r *registry) Destruct() error {
 func (r *registry) admit(client netip.Addr, limit, perClient int) *refusal {
 	if n := r.admitted.Add(1); limit > 0 && n > int64(limit) {
 		r.admitted.Add(-1)
-		return causeTunnels.refusal(&deniedError{rule: "max_tunnels", why: "all tunnels are in use"})
+		return causeTunnels.refusal(&deniedError{rule: "max_tunnels", why: "all tunnels are in use", hint: "raise max_tunnels"})
 	}
 	refused := false
 	r.clients.Compute(client, func(n int, _ bool) (int, xsync.ComputeOp) {
@@ -112,7 +112,7 @@ func (r *registry) admit(client netip.Addr, limit, perClient int) *refusal {
 	})
 	if refused {
 		r.admitted.Add(-1)
-		return causeTunnelsPerClient.refusal(&deniedError{rule: "max_tunnels per_client", why: "the client has all of its tunnels in use"})
+		return causeTunnelsPerClient.refusal(&deniedError{rule: "max_tunnels per_client", why: "the client has all of its tunnels in use", hint: "raise max_tunnels per_client"})
 	}
 	return nil
 }

@@ -434,7 +434,7 @@ func TestNoDescriptorsForDNS(t *testing.T) {
 		}}
 		_, err := resolverAt(t, time.Second).lookup(lookupContext(t), "name.test.")
 		f := dialRefusal(t.Context(), err, "name.test:443")
-		if f.status != http.StatusServiceUnavailable || f.kind != "proxy_internal_error" || !strings.Contains(f.text, "no room for another connection") {
+		if f.status != http.StatusServiceUnavailable || f.kind != "proxy_internal_error" || !strings.Contains(f.text, "cannot open another connection") {
 			t.Errorf("%v: %d, %s, %q", err, f.status, f.kind, f.text)
 		}
 		if got := dialOutcome(t.Context(), err); got != "failed" {

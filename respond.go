@@ -198,7 +198,7 @@ func answerLast(w http.ResponseWriter, r *http.Request) (int, error) {
 		return http.StatusOK, nil
 	}
 	if r.ContentLength != 0 {
-		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "A TRACE request has no content, this one announces some.")
+		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "A TRACE request must not have content.")
 	}
 	// RFC 9110 §9.3.8: the request as it was received, without what is secret.
 	for _, name := range []string{"Authorization", "Cookie", "Proxy-Authorization"} {

@@ -464,7 +464,7 @@ func TestExtendedConnect(t *testing.T) {
 		status int
 		body   string
 	}{
-		"nobody answers":           {"", http.StatusNotImplemented, "Nothing here speaks the protocol that this CONNECT asks for.\n"},
+		"nobody answers":           {"", http.StatusNotImplemented, "The protocol that this CONNECT asks for is not supported here.\n"},
 		"the next handler answers": {"respond here", http.StatusOK, "here"},
 	} {
 		t.Run(name, func(t *testing.T) {
