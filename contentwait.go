@@ -4,9 +4,11 @@
 package asyncproxy
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"sync"
@@ -163,10 +165,10 @@ func (b *originBody) awaitContent() error {
 	}
 	return b.waitFor(func() error {
 		_, err := b.r.Peek(b.r.Buffered() + 1)
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			return err
+		if err == io.EOF || err == bufio.ErrBufferFull {
+			return nil // the next read tells
 		}
-		return nil // what else there is, the next read tells
+		return err // which the connection may not tell again: after a reset it reads as ended
 	})
 }
 
