@@ -16,6 +16,7 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"github.com/quic-go/quic-go/http3"
 	"golang.org/x/net/http2"
 )
 
@@ -187,6 +188,30 @@ func http2LoginClient(t *testing.T, conn net.Conn) loginClient {
 	}
 }
 
+// http3LoginClient speaks HTTP/3 on a connection of its own.
+func http3LoginClient(t *testing.T, proxy string) loginClient {
+	transport := &http3.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true, ServerName: "localhost"}}
+	t.Cleanup(func() { transport.Close() })
+	return func(method, url, authorization string) (*http.Response, string) {
+		t.Helper()
+		r, _ := http.NewRequestWithContext(t.Context(), method, "https://"+proxy+"/", nil)
+		r.Host = strings.Split(url, "/")[2]
+		if authorization != "" {
+			r.Header.Set("Authorization", authorization)
+		}
+		res, err := transport.RoundTrip(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(res.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		res.Body.Close()
+		return res, string(body)
+	}
+}
+
 func dialTLS(t *testing.T, address, protocol string) net.Conn {
 	t.Helper()
 	conn, err := tls.Dial("tcp", address, clientTLS(protocol))
@@ -217,6 +242,18 @@ func TestConnectionLogins(t *testing.T) {
 		t.Run(name, func(t *testing.T) { testConnectionLogins(t, newLoginOrigin(t, secureOrigin), dial) })
 	}
 	run("HTTP/2", false, frames)
+	t.Run("HTTP/3", func(t *testing.T) {
+		o := newLoginOrigin(t, false)
+		testConnectionLogins(t, o, func() (net.Conn, loginClient) { return nil, http3LoginClient(t, secure) })
+		if o.open.Load() == 0 {
+			t.Error("there are no connections to the origin")
+		}
+		boundClients.Range(func(client any, _ *boundClient) bool {
+			releaseClient(client) // as a timer would: nobody tells that such a client leaves
+			return true
+		})
+		eventually(t, "all connections to the origin to end", func() bool { return o.open.Load() == 0 })
+	})
 	run("TLS", false, overTLS)
 	run("TLS, https", true, overTLS)
 	for _, way := range []string{"fast", "ordinary"} {
@@ -256,6 +293,9 @@ func testConnectionLogins(t *testing.T, o *loginOrigin, dial func() (net.Conn, l
 	}
 	if res, body := alice("POST", url, ""); body != "alice" {
 		t.Errorf("alice posts: %s %q", res.Status, body)
+	}
+	if aliceConn == nil {
+		return
 	}
 	before := o.open.Load()
 	aliceConn.Close()

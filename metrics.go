@@ -266,7 +266,7 @@ var (
 	descClients = prometheus.NewDesc("caddy_async_proxy_rate_limit_clients", "Clients that the limiter tracks now.", nil, nil)
 	descTunnels = prometheus.NewDesc("caddy_async_proxy_tunnels", "Tunnels that are open now, or being opened.", nil, nil)
 	descLimit   = prometheus.NewDesc("caddy_async_proxy_tunnels_limit", "The least max_tunnels of the sites; 0 if none has one.", nil, nil)
-	descIdle    = prometheus.NewDesc("caddy_async_proxy_idle_connections", "Connections to http origins and parents that wait for another request.", nil, nil)
+	descIdle    = prometheus.NewDesc("caddy_async_proxy_idle_connections", "Connections to origins and parents that wait for another request.", nil, nil)
 )
 
 func (s stateCollector) Describe(ch chan<- *prometheus.Desc) {

@@ -10,6 +10,8 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -179,5 +181,41 @@ func TestOriginHasNotGotAll(t *testing.T) {
 	}
 	if n := conns.Load(); n != 2 {
 		t.Errorf("%d connections, want 2", n)
+	}
+}
+
+// A connection to this machine that is used again is judged again: there may be a
+// listener now that no client may reach.
+func TestConnectionsToThisMachineAreJudgedAgain(t *testing.T) {
+	shared, opened, _ := http2TestOrigin(t, func(http.ResponseWriter, *http.Request) {})
+	alone := listen(t, func(c *net.TCPConn) {
+		secure := tls.Server(c, &tls.Config{Certificates: []tls.Certificate{tlsCertificate}, NextProtos: []string{"http/1.1"}})
+		for r := bufio.NewReader(secure); ; {
+			if _, err := http.ReadRequest(r); err != nil {
+				return
+			}
+			_, _ = io.WriteString(secure, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+		}
+	})
+	w := newWorld(t, "", nil)
+	p := provisioned(t)[0].dialer.policy
+	before := p.own
+	for _, url := range []string{w.origin.URL, "https://" + shared, "https://" + alone} {
+		ask := func(want int) {
+			t.Helper()
+			c := w.dial()
+			c.send("GET " + url + "/ HTTP/1.1\nHost: " + strings.Split(url, "/")[2] + "\n\n")
+			if res, body := c.response(http.MethodGet); res.StatusCode != want {
+				t.Errorf("%s: %s %q, want %d", url, res.Status, body, want)
+			}
+		}
+		ask(http.StatusOK)
+		p.own = func(to netip.AddrPort) bool { return strings.HasSuffix(url, to.String()) }
+		ask(http.StatusForbidden)
+		p.own = before
+		ask(http.StatusOK)
+	}
+	if n := opened.Load(); n != 1 {
+		t.Errorf("%d connections, want that a verdict ends none that others use", n)
 	}
 }
