@@ -217,7 +217,7 @@ func TestReadablePasswordsAreWarnedAbout(t *testing.T) {
 		{"http://:PORT {\nbind " + handedOver("127.0.0.1:0") + "\nasync_proxy {\n" + bcryptUsers + "}\n}", false},
 	} {
 		w.forgetLogs()
-		globals := strings.Replace(w.globals(), "{\n", "{\nskip_install_trust\nauto_https disable_redirects\n", 1)
+		globals := strings.Replace(w.globals(), "{\n", "{\nskip_install_trust\n", 1)
 		loadCaddyfile(t, globals+strings.ReplaceAll(row.site, "PORT", port))
 		w.waitLog("async-proxy listening", 1)
 		data, err := os.ReadFile(w.logs)

@@ -81,14 +81,14 @@ func inRoute(site string) string {
 var byNetHTTP = flag.Bool("nethttp", false, "have clients served by Caddy's HTTP server")
 
 // load replaces the running config by sites, in Caddyfile syntax. The global
-// options are the world's: logs go to w.logs, and port 80 is not used.
+// options are the world's: logs go to w.logs.
 func (w *world) load(sites string) {
 	w.t.Helper()
 	servers := ""
 	if *byNetHTTP {
 		servers = "\tservers {\n\t\tkeepalive_interval 15s\n\t}\n"
 	}
-	loadCaddyfile(w.t, fmt.Sprintf("{\n\tadmin off\n\tpersist_config off\n\tskip_install_trust\n\tauto_https disable_redirects\n\tgrace_period 5s\n\tdefault_bind 127.0.0.1\n\tlog {\n\t\toutput file %s\n\t\tformat json\n\t\tlevel DEBUG\n\t}\n%s}\n%s", w.logs, servers, sites))
+	loadCaddyfile(w.t, fmt.Sprintf("{\n\tadmin off\n\tpersist_config off\n\tskip_install_trust\n\tgrace_period 5s\n\tdefault_bind 127.0.0.1\n\tlog {\n\t\toutput file %s\n\t\tformat json\n\t\tlevel DEBUG\n\t}\n%s}\n%s", w.logs, servers, sites))
 }
 
 // loadCaddyfile runs a Caddyfile until the test ends.
@@ -115,9 +115,14 @@ func replaced(t testing.TB, load func()) {
 	})
 }
 
-// startCaddyfile does not wait until the config before has ended.
+// startCaddyfile does not wait until the config before has ended. Beside sites
+// with TLS, Caddy would listen at port 80, which may be taken, and which an
+// ordinary user may not have: unless the Caddyfile says otherwise, it does not.
 func startCaddyfile(t testing.TB, caddyfile string) {
 	t.Helper()
+	if options, ok := strings.CutPrefix(caddyfile, "{\n"); ok && !strings.Contains(caddyfile, "auto_https") {
+		caddyfile = "{\n\tauto_https disable_redirects\n" + options
+	}
 	config, warnings, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(caddyfile), map[string]any{"filename": "Caddyfile"})
 	if err != nil {
 		t.Fatalf("adapting: %v\n%s", err, caddyfile)

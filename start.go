@@ -76,6 +76,12 @@ func (h *Handler) started(ctx caddy.Context, server *caddyhttp.Server) {
 		h.logger.Warn("open proxy: anyone who can reach this address can use it; list who may in clients, or add basic_auth or a remote_ip matcher",
 			zap.Strings("addresses", server.Listen), zap.Strings("clients", h.Clients))
 	}
+	for _, ln := range server.Listeners() {
+		if processes := sharers(addrPort(ln.Addr())); len(processes) > 0 {
+			h.logger.Warn("another process listens at the same address and gets some of the connections; stop it, or use another port",
+				zap.Stringer("address", ln.Addr()), zap.Strings("processes", processes))
+		}
+	}
 	if addresses := h.plainAddresses(ctx, server); len(h.auth) > 0 && len(addresses) > 0 {
 		h.logger.Warn("passwords are sent readable: other machines can reach this address, and it does not use TLS; "+
 			"give the site a certificate, or bind it to 127.0.0.1", zap.Strings("addresses", addresses))

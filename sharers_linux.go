@@ -1,0 +1,73 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"encoding/hex"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// sharers returns the processes that listen at an address beside this one, as
+// far as it may see them: Linux lets processes of one user share a port, and
+// gives each some of the connections.
+func sharers(at netip.AddrPort) (processes []string) {
+	own := socketsOf("self")
+	for _, inode := range listeningInodes(at) {
+		if !slices.Contains(own, inode) {
+			processes = append(processes, processOf(inode))
+		}
+	}
+	return processes
+}
+
+// listeningInodes returns the sockets that listen at an address.
+func listeningInodes(at netip.AddrPort) (inodes []string) {
+	file, ip := "/proc/net/tcp6", at.Addr().AsSlice()
+	if at.Addr().Is4() {
+		file = "/proc/net/tcp"
+	}
+	for word := range slices.Chunk(ip, 4) {
+		slices.Reverse(word) // the kernel prints words in the order of the machine's bytes
+	}
+	local := fmt.Sprintf("%s:%04X", strings.ToUpper(hex.EncodeToString(ip)), at.Port())
+	data, _ := os.ReadFile(file)
+	for line := range strings.Lines(string(data)) {
+		const listening = "0A"
+		if fields := strings.Fields(line); len(fields) > 9 && fields[1] == local && fields[3] == listening {
+			inodes = append(inodes, fields[9])
+		}
+	}
+	return inodes
+}
+
+// socketsOf returns the sockets that a process has open.
+func socketsOf(process string) (inodes []string) {
+	links, _ := filepath.Glob("/proc/" + process + "/fd/*")
+	for _, link := range links {
+		target, _ := os.Readlink(link)
+		if inode, ok := strings.CutPrefix(target, "socket:["); ok {
+			inodes = append(inodes, strings.TrimSuffix(inode, "]"))
+		}
+	}
+	return inodes
+}
+
+// processOf describes a process that has a socket open, if it can be found.
+func processOf(inode string) string {
+	entries, _ := os.ReadDir("/proc")
+	for _, entry := range entries {
+		if _, err := strconv.Atoi(entry.Name()); err != nil || !slices.Contains(socketsOf(entry.Name()), inode) {
+			continue
+		}
+		name, _ := os.ReadFile("/proc/" + entry.Name() + "/comm")
+		return fmt.Sprintf("%s, pid %s", printable(strings.TrimSpace(string(name))), entry.Name())
+	}
+	return "unknown"
+}
