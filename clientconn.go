@@ -313,16 +313,22 @@ func (c *clientConn) leave() {
 		_ = c.Close()
 	case bytes.HasPrefix(unread, []byte(http2Preface)): // net/http would speak HTTP/2, as to a new client
 		releaseClient(c.TCPConn)
-		c.listener.handler.refuseInvalid(c.TCPConn, invalidMalformed, "400 Bad Request", "HTTP/2 cannot begin behind other requests.")
+		c.refuse("HTTP/2 cannot begin behind other requests.")
 	case len(unread) < len(http2Preface): // net/http would wait for the rest of that
 		releaseClient(c.TCPConn)
-		c.listener.handler.refuseInvalid(c.TCPConn, invalidMalformed, "400 Bad Request", "This is not a well-formed HTTP request.")
+		c.refuse("This is not a well-formed HTTP request.")
 	default:
 		c.listener.handOn(conn)
 	}
 }
 
 const http2Preface = "PRI * HTTP/2.0"
+
+// refuse answers what is no request.
+func (c *clientConn) refuse(text string) {
+	c.listener.handler.answerInvalid(c.TCPConn, invalidMalformed, "400 Bad Request", text)
+	c.w.lingers, c.w.sender = true, addrPort(c.RemoteAddr()).Addr()
+}
 
 // refuseFirstByte refuses a client that does not speak HTTP.
 func (c *clientConn) refuseFirstByte() bool {
@@ -332,7 +338,8 @@ func (c *clientConn) refuseFirstByte() bool {
 	}
 	reason, found := firstByteOf(first[0], false)
 	if found {
-		c.listener.handler.refuseFirstByte(c.TCPConn, reason)
+		c.listener.handler.answerFirstByte(c.TCPConn, reason)
+		c.w.lingers, c.w.sender = true, addrPort(c.RemoteAddr()).Addr()
 	}
 	return found
 }

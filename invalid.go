@@ -149,26 +149,25 @@ func firstByteOf(b byte, overTLS bool) (reason invalid, found bool) {
 	return "", false
 }
 
-// refuseFirstByte ends the connection of a client that speaks another protocol. A
-// client that may understand it gets an answer.
-func (h *Handler) refuseFirstByte(conn *net.TCPConn, reason invalid) {
+// answerFirstByte answers a client that speaks another protocol, if it may understand
+// the answer. Its connection is to be closed in stages.
+func (h *Handler) answerFirstByte(conn *net.TCPConn, reason invalid) {
 	switch reason {
 	case invalidTLS:
-		h.refuseInvalid(conn, reason, "400 Bad Request", "This proxy does not speak TLS on this port: use http:// in the proxy URL.")
+		h.answerInvalid(conn, reason, "400 Bad Request", "This proxy does not speak TLS on this port: use http:// in the proxy URL.")
 	case invalidPlainHTTP:
-		h.refuseInvalid(conn, reason, "400 Bad Request", "Client sent an HTTP request to an HTTPS server. This proxy speaks TLS on this port: use https:// in the proxy URL.")
+		h.answerInvalid(conn, reason, "400 Bad Request", "Client sent an HTTP request to an HTTPS server. This proxy speaks TLS on this port: use https:// in the proxy URL.")
 	default:
 		h.refusedInvalid(conn, reason, "", "")
-		h.tunnels.lingering.close(conn, addrPort(conn.RemoteAddr()).Addr())
 	}
 }
 
-// refuseInvalid answers and ends the connection of a client that h knows nothing of.
-func (h *Handler) refuseInvalid(conn *net.TCPConn, reason invalid, status, text string) {
+// answerInvalid answers a client whose request no handler has seen. Its connection is
+// to be closed in stages.
+func (h *Handler) answerInvalid(conn *net.TCPConn, reason invalid, status, text string) {
 	h.refusedInvalid(conn, reason, status, "")
 	_ = conn.SetWriteDeadline(time.Now().Add(lingerIdle))
 	_, _ = conn.Write(h.invalidAnswer(status, text))
-	h.tunnels.lingering.close(conn, addrPort(conn.RemoteAddr()).Addr())
 }
 
 // invalidAnswer is the whole answer to a client whose request no handler has seen.

@@ -47,7 +47,8 @@ func (c *readConn) Read(p []byte) (n int, err error) {
 // empty lines before the first request (RFC 9112 §2.2). n bytes of p were read.
 func (c *readConn) checkFirst(p []byte, n int) (int, error) {
 	if reason, found := firstByteOf(p[0], c.overTLS); found {
-		c.handler.refuseFirstByte(c.TCPConn, reason)
+		c.handler.answerFirstByte(c.TCPConn, reason)
+		c.handler.tunnels.lingering.close(c.TCPConn, addrPort(c.RemoteAddr()).Addr())
 		return 0, io.EOF
 	}
 	for !c.overTLS && n > 0 && p[0] == '\r' && len(p) > 1 {
