@@ -123,7 +123,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 	x.binding.challenged(w, r, res)
 	if res.StatusCode == http.StatusProxyAuthRequired && pool == h.parentOrigins {
 		// Not the client's affair, who has no credentials for the parent.
-		return 0, dialRefusal(r.Context(), &parentError{phase: parentAnswering, status: res.StatusCode, err: errors.New("it asks for credentials")}, r.Host)
+		return 0, dialRefusal(r.Context(), &parentError{phase: parentAnswering, status: res.StatusCode, header: res.Header, err: errors.New("it asks for credentials")}, r.Host)
 	} else if res.StatusCode == http.StatusProxyAuthRequired {
 		return 0, forwardRefusal(r, errNoProxy)
 	}

@@ -60,6 +60,7 @@ type muxConn struct {
 	pending  sync.Cond // there are frames to write, or the connection has ended
 	changed  sync.Cond // a window has grown, frames were written, or a stream has ended
 	out      frameBuffer
+	spare    frameBuffer   // what out was before
 	framer   *http2.Framer // writes to out
 	block    frameBuffer
 	encoder  *hpack.Encoder // writes to block
@@ -140,27 +141,26 @@ func newMuxConn(conn net.Conn, growth *atomic.Int64, ended func(*muxConn)) *muxC
 // writeLoop writes what is pending. Nobody else writes to the socket, so that
 // neither the reader nor a tunnel waits for it with the connection locked.
 func (c *muxConn) writeLoop() {
-	var spare frameBuffer
 	for {
 		c.mu.Lock()
 		for len(c.out) == 0 && c.err == nil {
 			c.pending.Wait()
 		}
 		frames, ended := c.out, c.err != nil
-		c.out, c.writing = spare[:0], sinceEpoch(time.Now())
+		c.out, c.spare, c.writing = c.spare[:0], nil, sinceEpoch(time.Now())
 		c.mu.Unlock()
 		_, err := c.conn.Write(frames)
 		c.mu.Lock()
 		c.writing = 0
+		if cap(frames) <= 2*muxPending {
+			c.spare = frames
+		}
 		c.changed.Broadcast()
 		c.mu.Unlock()
 		if err != nil || ended {
 			c.end(err, nil)
 			_ = c.conn.Close()
 			return
-		}
-		if spare = nil; cap(frames) <= 2*muxPending {
-			spare = frames
 		}
 	}
 }
@@ -330,6 +330,9 @@ func (c *muxConn) tick() {
 	defer c.mu.Unlock()
 	if c.err != nil {
 		return
+	}
+	if len(c.out) == 0 && c.writing == 0 {
+		c.out, c.spare = nil, nil // a connection at rest holds no buffers
 	}
 	now, heard := sinceEpoch(time.Now()), c.heard.Load()
 	switch {

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -192,7 +193,7 @@ func TestParentTLSPhases(t *testing.T) {
 		}), nil)
 		for _, method := range []string{http.MethodConnect, http.MethodGet} {
 			res, body := policyRequest(t, w.proxy, method, "a.example:80", "")
-			if res.StatusCode != http.StatusBadGateway || !strings.Contains(res.Header.Get("Proxy-Status"), "error=tls_") || !strings.HasPrefix(body, "The parent proxy") {
+			if res.StatusCode != http.StatusBadGateway || !strings.Contains(res.Header.Get("Proxy-Status"), "error=tls_alert_received; alert-id=") || !strings.HasPrefix(body, "The parent proxy ended TLS with the alert") {
 				t.Errorf("%s: %s, %q, %q", method, res.Status, res.Header.Get("Proxy-Status"), body)
 			}
 		}
@@ -366,5 +367,48 @@ func TestParentNameAskedOnce(t *testing.T) {
 	}
 	if n := asked.Load(); n != before {
 		t.Errorf("the name server was asked %d times more", n-before)
+	}
+}
+
+// TestParentOverHTTP2: what holds for the answers of a parent over HTTP/1 holds over
+// HTTP/2.
+func TestParentOverHTTP2(t *testing.T) {
+	abort := func(w http.ResponseWriter, r *http.Request) { panic(http.ErrAbortHandler) }
+	cases := []struct {
+		serve  http.HandlerFunc
+		want   failure
+		before string // members of Proxy-Status that come before ours
+		retry  string
+	}{
+		{func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Retry-After", "17")
+			w.Header().Set("Proxy-Status", "parent; error=http_request_denied")
+			w.WriteHeader(http.StatusTooManyRequests)
+		}, failure{429, "destination_unavailable", "The parent proxy has had too many requests"}, "parent; error=http_request_denied", "17"},
+		{func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusForbidden) }, failure{403, deniedRequest, "The parent proxy does not let this one connect"}, "", ""},
+		{abort, failure{502, "http_response_incomplete", "The parent proxy closed the connection before its answer was complete"}, "", ""},
+		{func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, failure{504, "http_response_timeout", "The parent proxy did not answer in time"}, "", ""},
+	}
+	secure := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.ProtoMajor != 2 || len(r.Header["Accept-Encoding"]) > 0 || len(r.Header["User-Agent"]) > 0 {
+			t.Errorf("the parent gets %s with %v", r.Proto, r.Header)
+		}
+		var n int
+		_, _ = fmt.Sscanf(r.Host, "a%d.example", &n)
+		cases[n].serve(w, r)
+	}))
+	secure.EnableHTTP2 = true
+	secure.TLS = &tls.Config{Certificates: []tls.Certificate{tlsCertificate}}
+	secure.StartTLS()
+	defer secure.Close()
+	w := newWorld(t, "via tester\ndial_timeout 2s\nupstream "+secure.URL, nil)
+	for n, tc := range cases {
+		target := fmt.Sprintf("a%d.example:443", n)
+		w.failsAs(target, tc.want, http.MethodConnect)
+		res, _ := policyRequest(t, w.proxy, http.MethodConnect, target, "")
+		before, _, _ := strings.Cut(res.Header.Get("Proxy-Status"), "tester; error=")
+		if strings.TrimSuffix(before, ", ") != tc.before || res.Header.Get("Retry-After") != tc.retry {
+			t.Errorf("%s: Proxy-Status %q, Retry-After %q", target, res.Header["Proxy-Status"], res.Header["Retry-After"])
+		}
 	}
 }

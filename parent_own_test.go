@@ -11,6 +11,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"syscall"
 	"testing"
 	"time"
@@ -115,7 +116,7 @@ func TestParentStreams(t *testing.T) {
 // of all.
 func TestParentStreamsIndependent(t *testing.T) {
 	parent := binaryStart(t, binaryOptions{secure: true, site: "allow 127.0.0.0/8"})
-	w := newWorld(t, "upstream https://"+parent.secure+" {\ntls_insecure_skip_verify\n}", nil)
+	w := newWorld(t, "tunnel_stall_timeout 5s\nupstream https://"+parent.secure+" {\ntls_insecure_skip_verify\n}", nil)
 	echo := binaryEcho(t)
 	over := make(chan struct{})
 	defer close(over)
@@ -152,4 +153,11 @@ func TestParentStreamsIndependent(t *testing.T) {
 		after.connect(echo)
 		pings(after)
 	}
+	// It ends as one that is stalled, here and at the parent.
+	if line := w.waitLog("CONNECT tunnel closed", 1); !slices.ContainsFunc(line, func(line map[string]any) bool { return line["reason"] == reasonStalled && line["target"] == deaf }) {
+		t.Errorf("the lines are %v", line)
+	}
+	eventually(t, "the parent's end of the tunnel to end", func() bool {
+		return slices.ContainsFunc(parent.logLines("CONNECT tunnel closed"), func(line map[string]any) bool { return line["target"] == deaf })
+	})
 }
