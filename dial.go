@@ -37,6 +37,7 @@ type dialer struct {
 // resolution and all addresses of a name together.
 func newDialer(p *policy, timeout time.Duration, resolver *resolver) *dialer {
 	d := &dialer{policy: p, timeout: timeout, connector: newConnector(resolver)}
+	resolver.limit(timeout)
 	for r := range reaches {
 		d.dialers[r] = net.Dialer{
 			Timeout:   timeout,

@@ -155,8 +155,9 @@ type Handler struct {
 	// Names are not resolved for this.
 	NoUpstream []string `json:"no_upstream,omitempty"`
 
-	// The DNS servers to ask, such as 192.0.2.53 or tcp/[2001:db8::53]:53, one of
-	// them at random each time. Default: the system's.
+	// The IP addresses of the DNS servers to ask, such as 192.0.2.53 or
+	// tcp/[2001:db8::53]:53. One at random is asked first, and the next one when
+	// that fails or has not answered for a second. Default: the system's.
 	Resolvers []string `json:"resolvers,omitempty"`
 
 	// The path of a script for the automatic configuration of browsers (PAC),

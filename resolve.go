@@ -56,6 +56,12 @@ type lookup struct {
 	waiting []chan<- dnsAnswer // guarded by resolver.mu
 }
 
+// limit has r repeat questions early enough for look-ups that may take no longer than
+// timeout.
+func (r *resolver) limit(timeout time.Duration) {
+	r.resend = max(min(resendDelay, timeout/3), time.Millisecond)
+}
+
 // newResolver makes a resolver that asks the given servers, or those of the system
 // if there are none.
 func newResolver(addresses []string) (*resolver, error) {
@@ -274,7 +280,7 @@ func (w *queryWatch) connect(ctx context.Context, network, address string) (net.
 		}
 	})
 	if _, ok := conn.(net.PacketConn); ok {
-		return &packetConn{queryConn: c}, nil
+		return &packetConn{queryConn: c, interval: w.resend}, nil
 	}
 	return c, nil
 }
@@ -307,11 +313,13 @@ func (c *queryConn) Close() error {
 }
 
 // packetConn is a connection of a query by UDP. It repeats the question while there
-// is no response: either of the two packets may have been lost.
+// is no response, at intervals that double: either of the two packets may have been
+// lost.
 type packetConn struct {
 	*queryConn
 	question []byte
-	deadline time.Time // zero: none
+	interval time.Duration // until the question is repeated
+	deadline time.Time     // zero: none
 }
 
 func (c *packetConn) SetDeadline(t time.Time) error {
@@ -326,7 +334,7 @@ func (c *packetConn) Write(b []byte) (int, error) {
 
 func (c *packetConn) Read(b []byte) (int, error) {
 	for {
-		again := time.Now().Add(c.watch.resend)
+		again := time.Now().Add(c.interval)
 		repeats := c.deadline.IsZero() || again.Before(c.deadline)
 		if !repeats {
 			again = c.deadline
@@ -339,6 +347,7 @@ func (c *packetConn) Read(b []byte) (int, error) {
 			if _, err := c.Conn.Write(c.question); err != nil {
 				return 0, err
 			}
+			c.interval *= 2
 			continue
 		}
 		if n > rcodeAt && len(c.question) > 2 && [2]byte(b) == [2]byte(c.question) { // the ID

@@ -300,6 +300,17 @@ type earlyPackets struct{ *earlyClose }
 func (c earlyPackets) ReadFrom([]byte) (int, net.Addr, error) { return 0, nil, net.ErrClosed }
 func (c earlyPackets) WriteTo([]byte, net.Addr) (int, error)  { return 0, net.ErrClosed }
 
+// The question is repeated early enough for whoever waits for less than a second.
+func TestResolverRepeatsInTime(t *testing.T) {
+	for timeout, want := range map[time.Duration]time.Duration{time.Hour: time.Second, 300 * time.Millisecond: 100 * time.Millisecond, 1: time.Millisecond} {
+		r := resolverAt(t, 0)
+		newDialer(new(policy), timeout, r)
+		if r.resend != want {
+			t.Errorf("within %v after %v, want %v", timeout, r.resend, want)
+		}
+	}
+}
+
 // A look-up that nobody waits for any more holds no socket.
 func TestResolverIsLeft(t *testing.T) {
 	asked := make(chan struct{}, 100)
