@@ -60,7 +60,7 @@ const (
 var documented = []struct{ file, command, says string }{
 	{"README.md", "go run ./cmd/caddy run --config Caddyfile.example", inBackground},
 	{"README.md", "go test ./...", byCI},
-	{"README.md", "curl -x http://127.0.0.1:8080 https://example.com/", `CONNECT tunnel failed, response 50[24]`}, // there is no DNS
+	{"README.md", "curl -x http://127.0.0.1:8080 https://example.com/", `CONNECT tunnel failed, response 50[234]`}, // there is no DNS
 	{"README.md", "xcaddy build --with github.com/asyncproxy/caddy-async-proxy", byCI},
 	{"README.md", "git clone https://github.com/asyncproxy/caddy-async-proxy", byCI},
 	{"README.md", "cd caddy-async-proxy", byCI},

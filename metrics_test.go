@@ -60,6 +60,7 @@ func gathered(t testing.TB) map[string]float64 {
 // TestMetricsCount runs a script of requests, twice, with a reload in between,
 // and compares what was counted to the last one.
 func TestMetricsCount(t *testing.T) {
+	refusalResolver(t)
 	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/broken" {
 			w.Header().Set("Content-Length", "100")

@@ -259,6 +259,7 @@ func TestParentSecrets(t *testing.T) {
 // TestParentOnThisMachine: what such a parent makes of a name may be what is
 // closed to all here.
 func TestParentOnThisMachine(t *testing.T) {
+	refusalResolver(t)
 	address, heads := parentListens(t, "HTTP/1.1 200 OK\nContent-Length: 0\n\n")
 	_, own, _ := cutPort(address)
 	for _, host := range []string{"127.0.0.1", "localhost"} {
@@ -291,6 +292,7 @@ func TestParentOnThisMachine(t *testing.T) {
 }
 
 func TestParentFailures(t *testing.T) {
+	refusalResolver(t)
 	closed := freeAddress(t)
 	for _, tc := range []struct {
 		name, answer string // "" for an address where nobody listens
