@@ -133,6 +133,19 @@ func dnsAnswerTo(b []byte, from net.Addr, reply func(dnsQuery) dnsReply) []byte 
 	return message
 }
 
+// closedDNS returns an address at which questions by UDP are refused: the socket there
+// takes packets from another one only.
+func closedDNS(t *testing.T) string {
+	t.Helper()
+	here := &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)}
+	conn, err := net.DialUDP("udp4", here, &net.UDPAddr{IP: here.IP, Port: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return conn.LocalAddr().String()
+}
+
 // resolverAt makes a resolver that asks the given servers, and the next one, or the
 // same again, after resend.
 func resolverAt(t *testing.T, resend time.Duration, servers ...string) *resolver {
@@ -195,8 +208,8 @@ func TestResolverAsksNextServer(t *testing.T) {
 	silent := dnsServer(t, func(dnsQuery) dnsReply { return dnsReply{silent: true} })
 	broken := dnsServer(t, func(dnsQuery) dnsReply { return dnsReply{rcode: dnsmessage.RCodeServerFailure} })
 	for name, servers := range map[string][]string{
-		"silent": {silent, good}, "closed": {freeAddress(t), good}, "broken": {broken, good},
-		"all": {freeAddress(t), silent, broken, "tcp/" + freeAddress(t), good},
+		"silent": {silent, good}, "closed": {closedDNS(t), good}, "broken": {broken, good},
+		"all": {closedDNS(t), silent, broken, "tcp/" + freeAddress(t), good},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := resolverAt(t, 50*time.Millisecond, servers...)
@@ -379,9 +392,8 @@ func TestDNSFailures(t *testing.T) {
 		}
 		return dnsReply{rcode: rcodes[name]}
 	})
-	closed := freeAddress(t)
 	w := newWorld(t, "", nil)
-	for _, resolver := range []string{server, "tcp/" + server, closed, "tcp/" + closed} {
+	for _, resolver := range []string{server, "tcp/" + server, closedDNS(t), "tcp/" + freeAddress(t)} {
 		w.load(w.site("dial_timeout 500ms\nresolvers " + resolver))
 		for name, want := range map[string]struct {
 			status     int
@@ -398,7 +410,7 @@ func TestDNSFailures(t *testing.T) {
 			"empty":         {502, `dns_error`, "The name of empty.test has no address."},
 			"silent":        {504, `dns_timeout`, "The name of silent.test was not resolved in time."},
 		} {
-			if strings.HasSuffix(resolver, closed) {
+			if !strings.HasSuffix(resolver, server) {
 				want.status, want.kind = 503, "dns_error"
 				want.text = "The name of " + name + ".test cannot be looked up: there is no answer from DNS."
 			}
