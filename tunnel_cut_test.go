@@ -377,3 +377,43 @@ func TestEndWatch(t *testing.T) {
 		})
 	}
 }
+
+// An upgraded connection, and a tunnel that is a stream to a parent proxy, stall as
+// others do.
+func TestStalledTunnelsOfOtherKinds(t *testing.T) {
+	deaf := func(t *testing.T, answer string) string {
+		wait := make(chan struct{})
+		t.Cleanup(func() { close(wait) })
+		return listen(t, func(conn *net.TCPConn) {
+			if answer != "" {
+				streamRequest(conn)
+				io.WriteString(conn, answer)
+			}
+			<-wait
+		})
+	}
+	stalls := func(t *testing.T, w *world, conn *rawConn) {
+		t.Helper()
+		if n, err := io.Copy(struct{ io.Writer }{conn}, zeros{}); !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+			t.Errorf("the client sends %d bytes and then fails with %v, want a reset", n, err)
+		}
+		if line := w.waitLog("CONNECT tunnel closed", 1)[0]; line["reason"] != reasonStalled {
+			t.Errorf("log line %v, want the reason %q", line, reasonStalled)
+		}
+	}
+	t.Run("upgrade", func(t *testing.T) {
+		w := newWorld(t, "tunnel_stall_timeout 1s", nil)
+		conn := w.dial()
+		origin := deaf(t, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: silence\r\n\r\n")
+		conn.send("GET http://" + origin + "/ HTTP/1.1\nHost: x\nConnection: Upgrade\nUpgrade: silence\n\n")
+		conn.readUntil("\r\n\r\n")
+		stalls(t, w, conn)
+	})
+	t.Run("stream to a parent", func(t *testing.T) {
+		parent := binaryStart(t, binaryOptions{secure: true, site: "allow 127.0.0.0/8"})
+		w := newWorld(t, "tunnel_stall_timeout 1s\nupstream https://"+parent.secure+" {\ntls_insecure_skip_verify\n}", nil)
+		conn := w.dial()
+		conn.connect(deaf(t, ""))
+		stalls(t, w, conn)
+	})
+}
