@@ -58,6 +58,8 @@ func init() {
 // `{http.async_proxy.status}` | The status of the answer; 499 if the client left, or stalled, before it had all of it
 // `{http.async_proxy.latency}` | How long the answer took, as a duration
 // `{http.async_proxy.reason}` | For an answer of the proxy's own, the error type of RFC 9209
+// `{http.async_proxy.message}` | For an answer of the proxy's own, its sentence
+// `{http.async_proxy.rule}` | If a rule denied the destination, that rule, such as `deny ads.example.com`; `default` if it is closed by default
 // `{http.async_proxy.cause}` | If the proxy refused the request, why: rate_limited, blocked, rule, default, port, client, auth_required, ...
 type Handler struct {
 	// How many requests a client may make at once, from 1 to 1000000000. A

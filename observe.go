@@ -4,6 +4,7 @@
 package asyncproxy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"net/http"
@@ -27,6 +28,8 @@ type visit struct {
 	reason string // of an answer of the proxy's own: the error type of RFC 9209
 	cause  cause  // if the proxy refused the request; else ""
 
+	refusal *refusal // the answer of the proxy's own; nil: there is none
+
 	verdict  verdict // of the limiter
 	counted  bool    // is in the metrics
 	limited  bool    // refused for want of a token
@@ -47,7 +50,7 @@ func (h *Handler) newVisit(r *http.Request) *visit {
 
 // refusedBy notes the answer of the proxy's own.
 func (v *visit) refusedBy(f *refusal) {
-	v.status, v.reason, v.cause = f.status, f.kind, causeOf(f)
+	v.status, v.reason, v.cause, v.refusal = f.status, f.kind, causeOf(f), f
 }
 
 func (v *visit) placeholder(key string) (any, bool) {
@@ -70,10 +73,27 @@ func (v *visit) placeholder(key string) (any, bool) {
 		return v.reason, true
 	case "cause":
 		return string(v.cause), true
+	case "message":
+		if v.refusal == nil {
+			return "", true
+		}
+		return v.refusal.text, true
+	case "rule":
+		return v.rule(), true
 	case "user":
 		return v.user, true
 	}
 	return nil, false
+}
+
+// rule returns the rule that denied the destination, as the log line has it, or ""
+// if none did.
+func (v *visit) rule() string {
+	var denied *deniedError
+	if v.refusal == nil || !errors.As(v.refusal.err, &denied) {
+		return ""
+	}
+	return cmp.Or(denied.rule, "default")
 }
 
 // logRequest writes the line of a request that was answered, without its query,

@@ -397,6 +397,27 @@ func TestRefusalErrorRoutes(t *testing.T) {
 	b.refuses(403, refusalDenied, "403 custom", "CONNECT 0.0.0.0:PORT", "GET http://0.0.0.0:PORT/")
 }
 
+// TestErrorRoutesSayWhy: error routes have the sentence once, without what went
+// wrong inside, and the cause and the rule by themselves.
+func TestErrorRoutesSayWhy(t *testing.T) {
+	w := newWorld(t, "", nil)
+	w.load(strings.TrimSuffix(w.site("deny ads.example"), "}\n") +
+		"\thandle_errors {\n\t\trespond \"{err.message}|{http.async_proxy.message}|{http.async_proxy.cause}|{http.async_proxy.rule}\"\n\t}\n}\n")
+	closed := freeAddress(t)
+	for target, want := range map[string]string{
+		"ads.example:443": "|rule|deny ads.example",
+		"169.254.1.1:80":  "|default|default",
+		"127.0.0.1:25":    "|port|ports",
+		closed:            "||",
+	} {
+		_, body := policyRequest(t, w.proxy, http.MethodConnect, target, "")
+		message, rest, _ := strings.Cut(body, "|")
+		if rest != message+want || !strings.HasSuffix(message, ".") || strings.Contains(message, "dial") || strings.Contains(message, "ads.example:443 is denied") {
+			t.Errorf("%s: %q, want the sentence twice and %q", target, body, want)
+		}
+	}
+}
+
 // TestRefusalsShareNoFields: what Caddy's header directive makes of the fields of
 // one answer, in place, is not seen in the next.
 func TestRefusalsShareNoFields(t *testing.T) {

@@ -39,12 +39,9 @@ func refuse(status int, kind string, err error, format string, args ...any) *ref
 	return &refusal{status: status, kind: kind, err: err, text: fmt.Sprintf(format, args...)}
 }
 
-func (f *refusal) Error() string {
-	if f.err != nil {
-		return f.text + ": " + f.err.Error()
-	}
-	return f.text
-}
+// Error returns the sentence for the client. Error routes show it as {err.message},
+// so it has nothing of what went wrong inside, which the log line has.
+func (f *refusal) Error() string { return f.text }
 
 func (f *refusal) Unwrap() error { return f.err }
 
