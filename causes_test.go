@@ -180,6 +180,40 @@ func TestDeniedTexts(t *testing.T) {
 	}
 }
 
+// TestLinesOfAnswers: the line of each answer says what was asked for, and what
+// came of it, without the query.
+func TestLinesOfAnswers(t *testing.T) {
+	w := newWorld(t, "", nil)
+	w.load(strings.TrimSuffix(strings.TrimSpace(inRoute(w.site(""))), "}\n}") + "error /broken 418\nrespond /here 201\n}\n}\n")
+	origin := w.origin.Listener.Addr().String()
+	for i, row := range []struct {
+		request, host, path string
+		status              float64
+	}{
+		{"GET http://" + origin + "/some?secret=1 HTTP/1.1\nHost: " + origin, origin, "/some", 200},
+		{"GET http://127.0.0.1:0/zero?secret=1 HTTP/1.1\nHost: x", "127.0.0.1:0", "/zero", 400},
+		{"CONNECT nowhere HTTP/1.1\nHost: nowhere", "nowhere", "", 400},
+		{"GET /broken?secret=1 HTTP/1.1\nHost: proxy.test", "proxy.test", "/broken", 418},
+		{"GET /here?secret=1 HTTP/1.1\nHost: proxy.test", "proxy.test", "/here", 201},
+		{"GET /nothing?secret=1 HTTP/1.1\nHost: proxy.test", "proxy.test", "/nothing", 421},
+	} {
+		conn := w.dial()
+		conn.send(row.request + "\n\n")
+		method, _, _ := strings.Cut(row.request, " ")
+		if res, _ := conn.response(method); float64(res.StatusCode) != row.status {
+			t.Errorf("%q: %s, want %v", row.request, res.Status, row.status)
+		}
+		line := w.waitLog("request", i+1)[i]
+		if latency, ok := line["latency"].(float64); line["method"] != method || line["host"] != row.host || line["path"] != row.path ||
+			line["status"] != row.status || !ok || latency < 0 {
+			t.Errorf("%q: line %v", row.request, line)
+		}
+	}
+	if lines := fmt.Sprint(w.logLines("request")); strings.Contains(lines, "secret") {
+		t.Errorf("the lines have the query: %s", lines)
+	}
+}
+
 // TestCausesTable compares the table of causes with README, which has each.
 func TestCausesTable(t *testing.T) {
 	readme, err := os.ReadFile("README.md")

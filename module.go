@@ -671,6 +671,9 @@ func (h *Handler) finish(w http.ResponseWriter, r *http.Request, v *visit, err e
 	}
 	f := v.count(err)
 	if f == nil {
+		if failed := new(caddyhttp.HandlerError); v.status == 0 && errors.As(err, failed) {
+			v.status = failed.StatusCode // which Caddy answers with
+		}
 		h.logRequest(r, v, err)
 		if errors.Is(err, http.ErrAbortHandler) {
 			if r.ProtoMajor == 1 && r.ProtoMinor == 0 {

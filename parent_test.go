@@ -268,7 +268,7 @@ func TestParentOnThisMachine(t *testing.T) {
 		for _, method := range []string{http.MethodConnect, http.MethodGet} {
 			for target, want := range map[string]int{"a.example:" + port: 403, "a.example:443": 200, "a.example:" + own: 200, "8.8.8.8:" + port: 200, "direct.invalid:" + port: 502} {
 				res, body := policyRequest(t, w.proxy, method, target, policyRemote)
-				if res.StatusCode != want || want == 403 && !strings.Contains(body, "the option no_upstream") {
+				if res.StatusCode != want || want == 403 && !strings.Contains(body, "its port is reserved.") {
 					t.Errorf("%s %s: %s %q, want %d", method, target, res.Status, body, want)
 				}
 				if asked := len(heads) > 0; asked != (want == 200) {
