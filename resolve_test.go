@@ -295,15 +295,21 @@ func TestResolverJoinsLookups(t *testing.T) {
 // its time was over.
 type earlyClose struct {
 	net.Conn
-	deadline time.Time
+	deadline atomic.Int64 // in Unix nanoseconds; 0: none
 	closed   chan<- bool
 	once     sync.Once
 }
 
-func (c *earlyClose) SetDeadline(t time.Time) error { c.deadline = t; return c.Conn.SetDeadline(t) }
+func (c *earlyClose) SetDeadline(t time.Time) error {
+	c.deadline.Store(t.UnixNano())
+	return c.Conn.SetDeadline(t)
+}
 
 func (c *earlyClose) Close() error {
-	c.once.Do(func() { c.closed <- time.Now().Before(c.deadline) || c.deadline.IsZero() })
+	c.once.Do(func() {
+		deadline := c.deadline.Load()
+		c.closed <- deadline == 0 || time.Now().UnixNano() < deadline
+	})
 	return c.Conn.Close()
 }
 
@@ -350,13 +356,18 @@ func TestResolverIsLeft(t *testing.T) {
 			net.DefaultResolver = old
 			<-asked
 			<-asked
+			pending := func() int {
+				r.mu.Lock()
+				defer r.mu.Unlock()
+				return len(r.pending)
+			}
 			leave()
-			if len(r.pending) != 2 {
-				t.Errorf("%d look-ups, want 2 for the one who waits", len(r.pending))
+			if n := pending(); n != 2 {
+				t.Errorf("%d look-ups, want 2 for the one who waits", n)
 			}
 			other()
-			if len(r.pending) != 0 {
-				t.Errorf("%d look-ups that nobody waits for", len(r.pending))
+			if n := pending(); n != 0 {
+				t.Errorf("%d look-ups that nobody waits for", n)
 			}
 			for range 2 {
 				if early := <-closed; !early {
