@@ -75,12 +75,15 @@ func (o *http2Origins) ask(ctx context.Context, authority string) (int, error) {
 // finds it open. It ends with its pool, and after the last response.
 func TestHTTP2OriginsShare(t *testing.T) {
 	answer := make(chan struct{})
-	authority, opened, open := http2TestOrigin(t, func(http.ResponseWriter, *http.Request) { <-answer })
+	var asked, judged atomic.Int64
+	authority, opened, open := http2TestOrigin(t, func(http.ResponseWriter, *http.Request) {
+		asked.Add(1)
+		<-answer
+	})
 	o, err := newHTTP2Origins(dialTCP, newOrigins(nil))
 	if err != nil {
 		t.Fatal(err)
 	}
-	var judged atomic.Int64
 	o.recheck = func(_ context.Context, name string, _ net.Conn, to netip.AddrPort) error {
 		if judged.Add(1); name != authority || to.String() != authority {
 			t.Errorf("%s at %v is judged, want %s", name, to, authority)
@@ -95,9 +98,9 @@ func TestHTTP2OriginsShare(t *testing.T) {
 			}
 		})
 	}
-	eventually(t, "all requests to wait", func() bool { return judged.Load() == 19 })
-	if n := opened.Load(); n != 1 || o.count() != 0 {
-		t.Errorf("%d connections, of which %d are idle; want one that is busy", n, o.count())
+	eventually(t, "all requests to wait", func() bool { return asked.Load() == 20 })
+	if n := opened.Load(); n != 1 || o.count() != 0 || judged.Load() != 19 {
+		t.Errorf("%d connections, of which %d are idle, and %d were judged; want one that is busy and was judged 19 times", n, o.count(), judged.Load())
 	}
 	o.close()
 	if n := open.Load(); n != 1 {
