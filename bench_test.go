@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -125,7 +126,8 @@ func BenchmarkReject(b *testing.B) {
 		b.Run(row.name, func(b *testing.B) {
 			proxy := startBench(b, row.site, row.log)
 			// The one token there is.
-			if res, err := http.Get("http://" + proxy.address + "/"); err == nil {
+			through := &http.Transport{Proxy: http.ProxyURL(&url.URL{Scheme: "http", Host: proxy.address}), DisableKeepAlives: true}
+			if res, err := (&http.Client{Transport: through}).Get("http://127.0.0.1:1/"); err == nil {
 				res.Body.Close()
 			}
 			proxy.run(b, "GET http://127.0.0.1:1/ HTTP/1.1\r\nHost: 127.0.0.1:1\r\n\r\n", row.status)
