@@ -99,7 +99,16 @@ func (d *dialer) dial(ctx context.Context, r reach, address string) (conn net.Co
 	if denied := a.denied.Load(); err != nil && denied != nil && !errors.Is(ctx.Err(), context.Canceled) {
 		return nil, denied
 	}
-	return conn, err
+	if err != nil {
+		return nil, err
+	}
+	// A listener may have been opened between the check of the address and the
+	// connection, as the admin endpoint's is in a reload.
+	if denied := d.policy.checkOwn(addrPort(conn.RemoteAddr())); denied != nil {
+		_ = conn.Close()
+		return nil, denied
+	}
+	return conn, nil
 }
 
 // open connects to an address, or to those of a name. The name is made fully

@@ -53,7 +53,10 @@ func listenersAt(to netip.AddrPort) []netip.AddrPort {
 		return usedListeners(to) // there is no /proc
 	}
 	knownSockets.Store(known)
-	found, _ := known.listening(to)
+	found, complete := known.listening(to)
+	if !complete { // a listener was opened while the descriptors were looked at
+		found = append(found, usedListeners(to)...)
+	}
 	return found
 }
 

@@ -154,8 +154,8 @@ const (
 func (p *policy) check(ctx context.Context, r reach, t target, to netip.AddrPort) (denied, reported *deniedError) {
 	ip := to.Addr().WithZone("").Unmap()
 	host := embedded(ip)
-	if p.own != nil && (p.own(netip.AddrPortFrom(ip, to.Port())) || host != ip && p.own(netip.AddrPortFrom(host, to.Port()))) {
-		return &deniedError{to: to, kind: deniedAddress, why: "it is an address of the proxy itself"}, nil
+	if e := p.checkOwn(to); e != nil {
+		return e, nil
 	}
 	if e := p.checkPort(ctx, to.Port()); e != nil {
 		if e.to = to; p.enforces(e, &reported) {
@@ -192,6 +192,19 @@ func (p *policy) check(ctx context.Context, r reach, t target, to netip.AddrPort
 	default:
 		return &deniedError{to: to, kind: deniedAddress, why: "its address is private or local", hint: "allow " + ip.String()}, nil
 	}
+}
+
+// checkOwn denies an address at which this process itself listens.
+func (p *policy) checkOwn(to netip.AddrPort) *deniedError {
+	if p.own == nil {
+		return nil
+	}
+	ip := to.Addr().WithZone("").Unmap()
+	host := embedded(ip)
+	if p.own(netip.AddrPortFrom(ip, to.Port())) || host != ip && p.own(netip.AddrPortFrom(host, to.Port())) {
+		return &deniedError{to: to, kind: deniedAddress, why: "it is an address of the proxy itself"}
+	}
+	return nil
 }
 
 // enforces reports whether a denial by rules or ports holds. If it is only to be
