@@ -183,6 +183,9 @@ func (c *boundClient) uses(pool *origins, client any) {
 	defer c.mu.Unlock()
 	c.pools = slices.DeleteFunc(c.pools, func(other *origins) bool { return other == pool || other.over.Load() })
 	c.pools = append(c.pools, pool)
+	if c.gone {
+		return
+	}
 	if c.timer == nil {
 		c.timer = time.AfterFunc(maxIdleTime, func() { releaseClient(client) })
 	} else {
@@ -215,7 +218,9 @@ func releaseClient(client any) {
 	boundClientCount.Add(-1)
 	c.mu.Lock()
 	c.gone = true
-	c.timer.Stop()
+	if c.timer != nil { // nil if the client leaves before uses has noted its first pool
+		c.timer.Stop()
+	}
 	pools := c.pools
 	c.mu.Unlock()
 	c.closeConnections(pools)

@@ -315,3 +315,15 @@ func testConnectionLogins(t *testing.T, o *loginOrigin, dial func() (net.Conn, l
 	eventually(t, "all connections to the origin to end but what is shared", func() bool { return o.open.Load() <= shared })
 	eventually(t, "the clients to be forgotten", func() bool { return boundClientCount.Load() == 0 })
 }
+
+// A client may leave while its first bound connection is being noted.
+func TestBoundClientLeavesAtOnce(t *testing.T) {
+	client, c := new(int), &boundClient{id: "leaves at once"}
+	boundClients.Store(client, c)
+	boundClientCount.Add(1)
+	releaseClient(client)
+	c.uses(new(origins), client)
+	if c.timer != nil || !c.isGone() {
+		t.Error("a client that has left is still waited for")
+	}
+}
