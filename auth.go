@@ -175,11 +175,8 @@ func (h *Handler) checkLogin(w http.ResponseWriter, r *http.Request, v *visit, k
 	if result != loginWrong {
 		giveBack()
 	}
-	switch result {
-	case loginRight:
+	if result == loginRight {
 		return nil
-	case loginBroken:
-		return causeAuthFailed.refusal(errBadCredentials)
 	}
 	metrics.authFailures.Inc()
 	if result == loginRepeated || h.failed == nil {
@@ -197,13 +194,13 @@ type loginResult int
 
 const (
 	loginRight    loginResult = iota
-	loginWrong                // the providers do not know the credentials
+	loginWrong                // the providers do not know the credentials, or could not tell
 	loginRepeated             // they were found wrong while these waited
-	loginBroken               // a provider could not tell
 )
 
 // checkInTurn asks the providers, unless the same credentials were checked while
-// these waited.
+// these waited. An error of a provider is a failed login, because some providers
+// return an error for each wrong token.
 func (h *Handler) checkInTurn(w http.ResponseWriter, r *http.Request, v *visit, key credentialKey) loginResult {
 	client := v.bucket
 	defer logins.leave(client)
@@ -222,9 +219,7 @@ func (h *Handler) checkInTurn(w http.ResponseWriter, r *http.Request, v *visit, 
 	case known:
 		rightCredentials.add(key)
 		return loginRight
-	case broken:
-		return loginBroken
-	case h.basic != nil:
+	case h.basic != nil && !broken:
 		wrongCredentials.add(key)
 	}
 	return loginWrong
