@@ -395,3 +395,15 @@ func TestAccessLogFilter(t *testing.T) {
 		t.Error("the log has the password")
 	}
 }
+
+// TestDocumentsHaveNoPublishedHash: whoever copies an example has no user whose
+// password everybody knows.
+func TestDocumentsHaveNoPublishedHash(t *testing.T) {
+	for file, text := range documents(t) {
+		for _, hash := range publishedHashes {
+			if strings.Contains(text, hash) {
+				t.Errorf("%s has %s", file, hash)
+			}
+		}
+	}
+}

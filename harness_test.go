@@ -314,6 +314,14 @@ func (c *rawConn) readAll() string {
 	return string(data)
 }
 
+// readReset fails unless the connection is reset before anything else comes.
+func (c *rawConn) readReset() {
+	c.t.Helper()
+	if data, err := io.ReadAll(c.r); !errors.Is(err, syscall.ECONNRESET) || len(data) > 0 {
+		c.t.Errorf("%q, then %v; want a reset", data, err)
+	}
+}
+
 // listen runs serve for each connection to a listener on loopback, and returns
 // its address. All connections are closed when the test ends.
 func listen(t testing.TB, serve func(*net.TCPConn)) string {

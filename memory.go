@@ -55,10 +55,3 @@ func (m *memory[K, V]) put(key K, value V) {
 	}
 	m.values[key] = remembered[V]{value, now.Add(m.keep)}
 }
-
-// delete forgets a key.
-func (m *memory[K, V]) delete(key K) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	delete(m.values, key)
-}

@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"os"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -81,14 +80,11 @@ func TestClientsThatNeverRead(t *testing.T) {
 // end gives the connection up.
 func sendUntilGivenUp(t *testing.T, address, request string) {
 	t.Helper()
-	dialer := net.Dialer{Control: func(_, _ string, c syscall.RawConn) (err error) {
-		_ = c.Control(func(fd uintptr) { err = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 2048) })
-		return err
-	}}
-	conn, err := dialer.Dial("tcp", address)
+	conn, err := net.Dial("tcp", address)
 	if err != nil {
 		t.Fatal(err)
 	}
+	_ = conn.(*net.TCPConn).SetReadBuffer(2048)
 	defer conn.Close()
 	_ = conn.SetWriteDeadline(time.Now().Add(patience))
 	many := []byte(strings.Repeat(request, 100))

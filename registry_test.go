@@ -235,9 +235,6 @@ func TestMaxTunnels(t *testing.T) {
 			if refused.status != http.StatusServiceUnavailable || !strings.Contains(refused.proxyStatus, "error=connection_limit_reached") {
 				t.Errorf("status %d, Proxy-Status %q; want 503, connection_limit_reached", refused.status, refused.proxyStatus)
 			}
-			if !strings.Contains(refused.body, "max_tunnels") {
-				t.Errorf("the answer %q does not name the option", refused.body)
-			}
 			if n := accepted(); n != 2 {
 				t.Errorf("the target has seen %d connections, want 2", n)
 			}

@@ -579,7 +579,7 @@ func TestStatusActions(t *testing.T) {
 			t.Errorf("%s %s %v: %s %s", tc.path, tc.body, tc.fields, res.Status, text)
 		}
 	}
-	conn.readAll() // the tunnel has ended
+	conn.readReset() // of the tunnel
 
 	client := w.client()
 	get := func() int {
