@@ -6,7 +6,6 @@ package asyncproxy
 import (
 	"errors"
 	"net/http"
-	"strings"
 )
 
 // cause says why the proxy itself refused a request. It is finer than the error
@@ -90,7 +89,7 @@ func (e *deniedError) cause() cause {
 	switch {
 	case e.rule == "":
 		return causeDefault
-	case strings.HasSuffix(e.rule, "ports"): // or connect_ports
+	case e.rule == "ports" || e.rule == "connect_ports":
 		return causePort
 	}
 	return causeRule

@@ -31,8 +31,8 @@ var (
 )
 
 // currentInterfaces returns what is known of the interfaces, at most
-// lookInterval old, or nil if the system does not tell. While one goroutine
-// asks the system the others go on with the last answer.
+// lookInterval old if the system tells, or nil if it never has. While one
+// goroutine asks the system the others go on with the last answer.
 func currentInterfaces() *interfaces {
 	known := knownInterfaces.Load()
 	if known != nil && (time.Since(known.asked) < lookInterval || !askingInterfaces.TryLock()) {
@@ -43,8 +43,8 @@ func currentInterfaces() *interfaces {
 	}
 	defer askingInterfaces.Unlock()
 	list, err := net.InterfaceAddrs()
-	if err != nil {
-		return nil
+	if err != nil { // such as for want of descriptors
+		return known
 	}
 	known = newInterfaces(list)
 	knownInterfaces.Store(known)

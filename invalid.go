@@ -176,8 +176,8 @@ func (h *Handler) invalidAnswer(status, text string) []byte {
 		status, len(text)+1, h.proxyStatus("http_request_error"), text)
 }
 
-// net/http answers requests that it refuses itself in one write of this form, which no
-// handler's response has.
+// net/http answers requests that it refuses itself in one write of this form. The first
+// write of a handler's response never has it.
 var (
 	errorFields       = []byte("\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n")
 	expectationFailed = []byte("417 Expectation Failed\r\nConnection: close\r\nDate: ")

@@ -219,6 +219,47 @@ func TestResponsesAreNoRefusals(t *testing.T) {
 	}
 }
 
+// Content of a response is passed on as it is, also where it arrives by itself and
+// looks like net/http's answer to a malformed request. If it were replaced, its length
+// would no longer be the one that was announced, and the client would take the rest for
+// the response to its next request.
+func TestContentThatLooksLikeARefusal(t *testing.T) {
+	const content = "HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n400 Bad Request"
+	goOn := make(chan struct{})
+	origin := listen(t, func(c *net.TCPConn) {
+		for range 2 {
+			streamRequest(c)
+			fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", len(content))
+			<-goOn
+			_, _ = io.WriteString(c, content)
+		}
+	})
+	for _, log := range []string{"", "\tlog\n"} { // with an access log net/http serves all requests
+		w := newWorld(t, "", nil)
+		w.load(strings.Replace(w.site(""), "\tasync_proxy", log+"\tasync_proxy", 1))
+		c := w.dial()
+		before := invalidCount(t, invalidMalformed)
+		for range 2 {
+			c.send("POST http://" + origin + "/ HTTP/1.1\nHost: x\nContent-Length: 0\n\n")
+			if _, err := c.r.Peek(1); err != nil { // the head is on its own
+				t.Fatal(err)
+			}
+			goOn <- struct{}{}
+			if res, body := c.response(http.MethodPost); res.StatusCode != http.StatusOK || body != content {
+				t.Errorf("%s %q", res.Status, body)
+			}
+		}
+		if got := invalidCount(t, invalidMalformed); got != before {
+			t.Errorf("counted %v times", got-before)
+		}
+		// Behind these responses a malformed request is noticed as before.
+		c.send("POST http://" + origin + "/ HTTP/1.1\nHost: x\nContent-Length: x\n\n")
+		if res, body := c.response(http.MethodPost); res.StatusCode != http.StatusBadRequest || !strings.Contains(body, "well-formed") && !*byNetHTTP {
+			t.Errorf("a malformed request: %s %q", res.Status, body)
+		}
+	}
+}
+
 // A client gets ten lines of a kind, and then one a minute, which says for how many
 // refusals it stands. Memory is bounded.
 func TestLineLimit(t *testing.T) {

@@ -228,6 +228,9 @@ func releaseClient(client any) {
 
 // connState is told what becomes of the connections of Caddy's HTTP server.
 func connState(conn net.Conn, state http.ConnState) {
+	if own, ok := conn.(*readConn); ok && state == http.StateIdle {
+		own.answered.Store(false)
+	}
 	if (state == http.StateClosed || state == http.StateHijacked) && boundClientCount.Load() > 0 {
 		releaseClient(socketOf(conn))
 	}

@@ -1,6 +1,8 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
+//go:build linux
+
 package asyncproxy
 
 import (
@@ -11,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -80,11 +83,15 @@ func TestClientsThatNeverRead(t *testing.T) {
 // end gives the connection up.
 func sendUntilGivenUp(t *testing.T, address, request string) {
 	t.Helper()
-	conn, err := net.Dial("tcp", address)
+	// Set before it connects, a small buffer keeps the window small.
+	dialer := net.Dialer{Control: func(_, _ string, c syscall.RawConn) (err error) {
+		_ = c.Control(func(fd uintptr) { err = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 2048) })
+		return err
+	}}
+	conn, err := dialer.Dial("tcp", address)
 	if err != nil {
 		t.Fatal(err)
 	}
-	_ = conn.(*net.TCPConn).SetReadBuffer(2048)
 	defer conn.Close()
 	_ = conn.SetWriteDeadline(time.Now().Add(patience))
 	many := []byte(strings.Repeat(request, 100))

@@ -174,7 +174,7 @@ func (h *Handler) logLimited(r *http.Request, v *visit, verdict verdict, reportO
 		zap.String("ip", clientName(v.addr)),
 		textField("method", r.Method),
 		textField("host", r.Host),
-		textField("path", r.URL.Path),
+		textField("path", withoutPasswords(r.URL.Path)),
 		zap.String("cause", string(causeRateLimited)),
 		zap.Duration("retry_after", verdict.wait),
 		zap.Int64("refused", verdict.refused),

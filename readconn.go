@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"reflect"
+	"sync/atomic"
 )
 
 // readConn is a client's connection that net/http serves. It begins with what was read
@@ -21,6 +22,11 @@ type readConn struct {
 	first   bool     // nothing was read yet, and what comes first is to be looked at
 	overTLS bool     // what comes is TLS
 	hasLine bool     // a line has ended
+
+	// answered says that something was written since the connection was last idle.
+	// Then a handler has seen the request, and what is written is its response,
+	// whatever that looks like.
+	answered atomic.Bool
 }
 
 func (c *readConn) Read(p []byte) (n int, err error) {
@@ -74,7 +80,7 @@ func (c *readConn) checkFirst(p []byte, n int) (int, error) {
 // Write implements io.Writer. It replaces net/http's answers to requests that no
 // handler has seen.
 func (c *readConn) Write(p []byte) (int, error) {
-	if c.handler != nil && !c.overTLS {
+	if c.handler != nil && !c.overTLS && !c.answered.Swap(true) {
 		if answer := c.handler.replaceRefusal(c, p, !c.hasLine); answer != nil {
 			_, err := c.TCPConn.Write(answer)
 			return len(p), err
