@@ -135,6 +135,9 @@ func (c *chunkReader) more() bool {
 		if len(input) < 2 {
 			return false
 		}
+		if string(input[:2]) != "\r\n" {
+			return true // the next read tells what is wrong
+		}
 		input = input[2:]
 	}
 	end := bytes.IndexByte(input, '\n') + 1
@@ -142,9 +145,9 @@ func (c *chunkReader) more() bool {
 		return len(input) > maxChunkLine
 	}
 	size, err := parseChunkLine(input[:end])
-	input = input[end:]
 	if size == 0 && err == nil { // the trailers belong to the end
-		return bytes.HasPrefix(input, []byte("\r\n")) || bytes.Contains(input, headEnd)
+		lines := input[end-1:]
+		return bytes.Contains(lines, []byte("\n\r\n")) || bytes.Contains(lines, []byte("\n\n"))
 	}
-	return len(input) > 0 || err != nil
+	return len(input) > end || err != nil
 }

@@ -158,18 +158,38 @@ func (w *contentWait) read(p []byte, read func([]byte) (int, error), cancel func
 	return n, err
 }
 
-// awaitContent waits until there is something to be read, if that may take a while.
+// awaitContent waits until the next read waits for nothing. What comes before content,
+// such as the size of a chunk, may come in several parts.
 func (b *originBody) awaitContent() error {
-	if b.more() || b.ended || b.chunks == nil && b.left == 0 {
-		return nil
-	}
-	return b.waitFor(func() error {
-		_, err := b.r.Peek(b.r.Buffered() + 1)
-		if err == io.EOF || err == bufio.ErrBufferFull {
-			return nil // the next read tells
+	for !b.more() && !b.ended && (b.chunks != nil || b.left != 0) {
+		var last error
+		err := b.waitFor(func() error {
+			_, err := b.r.Peek(b.r.Buffered() + 1)
+			if err == io.EOF || err == bufio.ErrBufferFull {
+				last = err // the next read tells
+				return nil
+			}
+			return err // which the connection may not tell again: after a reset it reads as ended
+		})
+		if err == nil && last == bufio.ErrBufferFull {
+			b.expectRest()
 		}
-		return err // which the connection may not tell again: after a reset it reads as ended
-	})
+		if err != nil || last != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// expectRest gives long trailers, which do not fit into the buffer, their time.
+func (b *originBody) expectRest() {
+	switch {
+	case b.wait == nil:
+	case b.wait.timeout > 0:
+		b.origin.expectBy(b.wait.timeout, b.wait.timeout+b.wait.timeout/8)
+	default:
+		b.origin.expectNone()
+	}
 }
 
 // waitFor calls arrives as a contentWait does.

@@ -128,6 +128,51 @@ func TestContentThatComesSlowly(t *testing.T) {
 	}
 }
 
+// What stands between chunks may come slowly, too, and in several parts.
+func TestChunksThatComeSlowly(t *testing.T) {
+	w := newWorld(t, "", nil)
+	h := provisioned(t)[0]
+	h.contentGrace = 40 * time.Millisecond
+	long := "A: " + strings.Repeat("a", 20<<10) // more than the buffer holds
+	for name, parts := range map[string][]string{
+		"everything":             {"5", "\r", "\n", "he", "llo", "\r", "\n0", "\r\n", "A: b\r\n", "\r", "\n"},
+		"lines that end in LF":   {"5\r\n", "hello\r\n", "0\r\n", "A: b\n\n"},
+		"no trailers, and LF":    {"5\r\n", "hello\r\n", "0\r\n", "\n"},
+		"trailers that are long": {"5\r\nhello\r\n", "0\r\n", long, "\r\n", "\r\n"},
+	} {
+		more := make(chan string)
+		origin := listen(t, func(c *net.TCPConn) {
+			_ = c.SetDeadline(time.Time{})
+			_ = c.SetNoDelay(true)
+			if _, err := http.ReadRequest(bufio.NewReader(c)); err != nil {
+				return
+			}
+			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+			for part := range more {
+				_, _ = io.WriteString(c, part)
+			}
+		})
+		c := w.dial()
+		c.r = bufio.NewReaderSize(c, maxHead) // in which the trailers have to fit
+		c.send("GET http://" + origin + "/ HTTP/1.1\nHost: " + origin + "\n\n")
+		go func() {
+			defer close(more)
+			for i, part := range parts {
+				if i%2 == 0 {
+					time.Sleep(h.contentGrace / 4) // so that the wait ends before it counts
+				} else {
+					time.Sleep(3 * h.contentGrace)
+				}
+				more <- part
+			}
+		}()
+		if res, body := c.response(http.MethodGet); body != "hello" {
+			t.Errorf("%s: %s %q", name, res.Status, body)
+		}
+		_ = c.Close()
+	}
+}
+
 // A response that waits for its content is one of the client's tunnels meanwhile.
 func TestContentThatStallsCounts(t *testing.T) {
 	w := newWorld(t, "max_tunnels 1", nil)
