@@ -68,7 +68,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 			}
 		}
 	}
-	target, pool, binding := out.authority, h.origins[from.reach], newBinding(w, r, out)
+	target, pool, binding := out.authority, h.origins[from.reach], newBinding(w, r, out, from)
 	if scheme == "https" {
 		pool = h.secureOrigins[from.reach]
 		// Only HTTP/1 has upgrades, and an idle connection shows that it is spoken.

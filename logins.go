@@ -7,6 +7,7 @@ import (
 	"context"
 	"net"
 	"net/http"
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -22,7 +23,7 @@ import (
 // Negotiate login (RFC 4559) many origins take whatever follows on the connection for
 // that user's. So a connection to an origin on which a request had such credentials, or
 // a response such a challenge, is bound: it serves only the client's connection that it
-// was used for, and is closed with that. While it is idle, it is in the pool of its
+// was used for, there only the same client address and user, and is closed with that. While it is idle, it is in the pool of its
 // origins like all others, under a key of its own.
 
 // connectionSchemes are the authentication schemes whose logins belong to a connection.
@@ -48,15 +49,17 @@ func connectionLogin(values []string) (found, token bool) {
 
 // binding is what a request has to do with bound connections.
 type binding struct {
-	client  any    // identifies the client's connection; nil: it is not known, or does not matter
+	client  any        // identifies the client's connection; nil: it is not known, or does not matter
+	addr    netip.Addr // with user: who, of those that share that connection
+	user    string
 	target  string // the origin's authority, also if there is a parent proxy in between
 	login   bool   // a login of the connection has begun, or is done
 	pending bool   // the origin's challenge is to be answered on the same connection
 }
 
 // newBinding looks at a request that is about to be sent.
-func newBinding(w http.ResponseWriter, r *http.Request, out *outgoing) binding {
-	b := binding{target: out.authority}
+func newBinding(w http.ResponseWriter, r *http.Request, out *outgoing, from caller) binding {
+	b := binding{target: out.authority, addr: from.addr, user: from.user}
 	b.login, _ = connectionLogin(out.header["Authorization"])
 	if b.login || boundClientCount.Load() > 0 {
 		b.client = clientConnection(w, r)
@@ -124,13 +127,15 @@ var (
 	lastBoundID      atomic.Uint64
 )
 
-// key is where a pool keeps idle connections to target that are bound to c: those that
-// wait for the next step of a login, or the others.
-func (c *boundClient) key(target string, pending bool) string {
+// key is where a pool keeps idle connections that are bound to c for the request's
+// target, client address and user: those that wait for the next step of a login, or the
+// others.
+func (b *binding) key(c *boundClient, pending bool) string {
+	who := c.id + " " + b.addr.String() + " " + b.user
 	if pending {
-		return target + " pending " + c.id
+		return b.target + " pending " + who
 	}
-	return target + " " + c.id
+	return b.target + " " + who
 }
 
 // reuse returns an idle connection that is bound to the client; nil if there is none.
@@ -141,17 +146,17 @@ func (b *binding) reuse(ctx context.Context, pool *origins) (*originConn, error)
 		return nil, nil
 	}
 	if b.login {
-		if conn, err := pool.reuse(ctx, c.key(b.target, true)); conn != nil || err != nil {
+		if conn, err := pool.reuse(ctx, b.key(c, true)); conn != nil || err != nil {
 			return conn, err
 		}
 	}
-	return pool.reuse(ctx, c.key(b.target, false))
+	return pool.reuse(ctx, b.key(c, false))
 }
 
 // has reports whether the client has an idle connection of its own in the pool.
 func (b *binding) has(pool *origins) bool {
 	c, ok := boundClients.Load(b.client)
-	return ok && (pool.has(c.key(b.target, false)) || pool.has(c.key(b.target, true)))
+	return ok && (pool.has(b.key(c, false)) || pool.has(b.key(c, true)))
 }
 
 // keep keeps a connection for further requests of the client, whose request's context
@@ -168,7 +173,7 @@ func (b *binding) keep(ctx context.Context, pool *origins, conn *originConn) {
 		boundClientCount.Add(1)
 	}
 	c.uses(pool, b.client)
-	conn.bound, conn.key = c, c.key(b.target, b.pending)
+	conn.bound, conn.key = c, b.key(c, b.pending)
 	pool.put(conn)
 	if ctx.Err() != nil { // the client may have left before it was in the map
 		releaseClient(b.client)

@@ -143,15 +143,15 @@ func (ask loginClient) finish(t *testing.T, url, user, challenge string) {
 	}
 }
 
-// rawLoginClient speaks HTTP/1 on a connection.
-func rawLoginClient(t *testing.T, conn net.Conn) loginClient {
+// rawLoginClient speaks HTTP/1 on a connection. Each request has the further lines.
+func rawLoginClient(t *testing.T, conn net.Conn, lines ...string) loginClient {
 	raw := &rawConn{t: t, r: bufio.NewReader(conn)}
 	return func(method, url, authorization string) (*http.Response, string) {
 		t.Helper()
 		host := strings.Split(url, "/")[2]
-		more := ""
+		more := strings.Join(lines, "")
 		if authorization != "" {
-			more = "Authorization: Basic eA==\r\nAuthorization: " + authorization + "\r\n"
+			more += "Authorization: Basic eA==\r\nAuthorization: " + authorization + "\r\n"
 		}
 		if method == "POST" {
 			more += "Content-Length: 5\r\n\r\nhello"
@@ -328,4 +328,33 @@ func TestBoundClientLeavesAtOnce(t *testing.T) {
 	if c.timer != nil || !c.isGone() {
 		t.Error("a client that has left is still waited for")
 	}
+}
+
+// Users of the proxy, or clients of a balancer, that share a connection do not share the
+// logins on it.
+func TestConnectionLoginsOnSharedConnections(t *testing.T) {
+	loginWays(t, func(t *testing.T, way string) {
+		w := newLoginWorld(t, way, "allow 127.0.0.0/8")
+		proxyLogin := func(user, password string) string {
+			return "Proxy-Authorization: " + login(user, password) + "\r\n"
+		}
+		const balanced = "X-Forwarded-For: 192.0.2.1\r\n"
+		url := newLoginOrigin(t, false).URL + "/"
+		conn := dialRaw(t, w.proxy)
+		alice := rawLoginClient(t, conn.TCPConn, proxyLogin("alice", "wonderland"))
+		bob := rawLoginClient(t, conn.TCPConn, proxyLogin("bob", "builder"))
+		away := rawLoginClient(t, conn.TCPConn, proxyLogin("alice", "wonderland"), balanced)
+		alice.finish(t, url, "alice", alice.begin(t, url))
+		for name, ask := range map[string]loginClient{"another user": bob, "another client": away} {
+			if res, body := ask("GET", url, ""); res.StatusCode != http.StatusUnauthorized {
+				t.Errorf("%s: %s %q", name, res.Status, body)
+			}
+		}
+		bob.finish(t, url, "bob", bob.begin(t, url))
+		for name, ask := range map[string]loginClient{"alice": alice, "bob": bob} {
+			if _, body := ask("GET", url, ""); body != name {
+				t.Errorf("%s is %q", name, body)
+			}
+		}
+	})
 }
