@@ -48,11 +48,12 @@ func (h *Handler) loadAuth(ctx caddy.Context) error {
 					return fmt.Errorf("authentication: the user %q has %w", account.Username, errPublished)
 				}
 			}
+			h.hashes = true
+			if len(h.AuthRaw) == 1 {
+				h.basic = basic
+			}
 		}
 		h.auth = append(h.auth, authProvider{name, provider})
-		if basic, ok := module.(*caddyauth.HTTPBasicAuth); ok && len(modules.(map[string]any)) == 1 {
-			h.basic = basic
-		}
 	}
 	slices.SortFunc(h.auth, func(a, b authProvider) int {
 		if a.name < b.name {
@@ -108,8 +109,8 @@ func (h *Handler) authenticate(w http.ResponseWriter, r *http.Request, v *visit)
 	if h.basic == nil {
 		key := credentialsKey(append([]string{"others"}, credentials...)...)
 		if rightCredentials.has(key) {
-			if known, _ := h.askProviders(w, r, v); known {
-				return nil
+			if known, err := h.askAgain(w, r, v); known || err != nil {
+				return err
 			}
 			rightCredentials.remove(key) // they have been revoked, or are too old
 		}
@@ -166,10 +167,7 @@ func (h *Handler) checkLogin(w http.ResponseWriter, r *http.Request, v *visit, k
 	}
 	if err != nil {
 		giveBack()
-		if err == errLoginsBusy {
-			return h.refuseLogin(v, loginRetry, err)
-		}
-		return clientLeft(err)
+		return h.notChecked(v, err)
 	}
 	result := h.checkInTurn(w, r, v, key)
 	if result != loginWrong {
@@ -187,6 +185,29 @@ func (h *Handler) checkLogin(w http.ResponseWriter, r *http.Request, v *visit, k
 		return h.refuseLogin(v, max(limited, h.failed.until(v.bucket, sinceEpoch(time.Now()))), errFailedLogins)
 	}
 	return causeAuthFailed.refusal(errBadCredentials)
+}
+
+// notChecked is the error of a login that logins did not let in.
+func (h *Handler) notChecked(v *visit, err error) error {
+	if err == errLoginsBusy {
+		return h.refuseLogin(v, loginRetry, err)
+	}
+	return clientLeft(err)
+}
+
+// askAgain asks the providers about credentials that were right before. If one of
+// them is http_basic, it hashes the password each time, so a request with a
+// password waits for its client's turn.
+func (h *Handler) askAgain(w http.ResponseWriter, r *http.Request, v *visit) (known bool, err error) {
+	if h.hashes && readBasic(r.Header["Proxy-Authorization"][0]).ok {
+		client := v.bucket
+		if err := logins.enter(r.Context(), client); err != nil {
+			return false, h.notChecked(v, err)
+		}
+		defer logins.leave(client)
+	}
+	known, _ = h.askProviders(w, r, v)
+	return known, nil
 }
 
 // loginResult is what came of a login.

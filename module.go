@@ -250,6 +250,7 @@ type Handler struct {
 	guarded   func() bool // something else than clients restricts who may use the proxy
 	auth      []authProvider
 	basic     *caddyauth.HTTPBasicAuth // the provider, if it is the only one
+	hashes    bool                     // http_basic is one of the providers
 	failed    *limiter                 // buckets of failed logins; nil: no limit
 	dialer    *dialer
 	tunnels   *registry

@@ -384,6 +384,54 @@ func TestLoginsOfOtherProviders(t *testing.T) {
 	gets(429, "Bearer abc")
 }
 
+// Passwords that http_basic hashes for each request, as it is not the only provider,
+// are checked one by one too.
+func TestRightPasswordsOfSeveralProvidersTakeTurns(t *testing.T) {
+	w := newLoginWorld(t, "fast", "allow 127.0.0.0/8")
+	config, _, err := adapt(w.globals()+w.site(authUsers), "Caddyfile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	replaced(t, func() {
+		json := strings.NewReplacer(`"authentication":{`, `"authentication":{"token":{},`, `"hash_cache":{},`, "").Replace(string(config))
+		if err := caddy.Load([]byte(json), true); err != nil {
+			t.Fatal(err)
+		}
+	})
+	w.gets(200, "", "alice", "wonderland")
+	before := compared.Load()
+	hold := make(chan struct{})
+	holding.Store(&hold)
+	defer holding.Store(nil)
+	const requests = 3
+	statuses := make(chan int, requests)
+	for range requests {
+		conn := w.dial()
+		conn.send(fmt.Sprintf("GET %s/ HTTP/1.1\nHost: x\nProxy-Authorization: %s\n\n", w.origin.URL, login("alice", "wonderland")))
+		go func() {
+			res, err := http.ReadResponse(conn.r, nil)
+			if err != nil {
+				statuses <- 0
+				return
+			}
+			statuses <- res.StatusCode
+		}()
+	}
+	eventually(t, "one to be checked and the others to wait", func() bool {
+		logins.mu.Lock()
+		defer logins.mu.Unlock()
+		line := logins.lines[netip.MustParseAddr("127.0.0.1")]
+		return line != nil && line.n == requests && compared.Load() == before+1
+	})
+	holding.Store(nil)
+	close(hold)
+	for range requests {
+		if status := <-statuses; status != 200 {
+			t.Errorf("status %d", status)
+		}
+	}
+}
+
 // TestFailedLoginsOptions refuses values that make no sense.
 func TestFailedLoginsOptions(t *testing.T) {
 	for _, row := range []struct {
