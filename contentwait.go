@@ -130,6 +130,12 @@ func (w *contentWait) read(p []byte, read func([]byte) (int, error), cancel func
 	var timer *time.Timer
 	var failed error
 	done, start := false, time.Now()
+	step := func(waited time.Duration) time.Duration { // not longer than Caddy's exit may go unnoticed
+		if step := w.step(waited); step > 0 {
+			return min(step, exitGrace)
+		}
+		return exitGrace
+	}
 	look := func() {
 		mu.Lock()
 		defer mu.Unlock()
@@ -139,12 +145,12 @@ func (w *contentWait) read(p []byte, read func([]byte) (int, error), cancel func
 		waited := time.Since(start)
 		if failed = w.overdue(waited); failed != nil {
 			cancel()
-		} else if step := w.step(waited); step > 0 {
-			timer.Reset(step)
+		} else {
+			timer.Reset(step(waited))
 		}
 	}
 	mu.Lock()
-	timer = time.AfterFunc(w.step(0), look)
+	timer = time.AfterFunc(step(0), look)
 	mu.Unlock()
 	n, err := read(p)
 	mu.Lock()

@@ -5,10 +5,12 @@ package asyncproxy
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -46,10 +48,15 @@ func stallingOrigin(t *testing.T, response string, more <-chan string) string {
 func (c *rawConn) brokenOffSoon(what string) {
 	c.t.Helper()
 	res, err := http.ReadResponse(c.r, nil)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		c.t.Errorf("%s: it is not broken off", what)
+	}
 	if err != nil {
 		return // nothing had been sent yet
 	}
-	if n, err := io.Copy(io.Discard, res.Body); err == nil && res.ContentLength != n && !res.Close {
+	if n, err := io.Copy(io.Discard, res.Body); errors.Is(err, os.ErrDeadlineExceeded) {
+		c.t.Errorf("%s: it is not broken off", what)
+	} else if err == nil && res.ContentLength != n && !res.Close {
 		c.t.Errorf("%s: %d bytes and an orderly end", what, n)
 	}
 }
@@ -218,6 +225,16 @@ func TestContentThatStallsAtTheEnd(t *testing.T) {
 	if _, err := c.r.Peek(1); err != nil {
 		t.Fatal(err)
 	}
+	h := provisioned(t)[0]
+	h.contentGrace = 20 * time.Millisecond
+	secure := newFramesOrigin(t, func(f *framesOrigin, stream uint32) {
+		f.headers(stream, false, ":status", "200", "content-length", "3")
+		_ = f.WriteData(stream, false, []byte("x"))
+	})
+	other := w.dial()
+	other.send("GET https://" + secure + "/ HTTP/1.1\nHost: " + secure + "\n\n")
+	eventually(t, "the response over HTTP/2 to wait", func() bool { return h.tunnels.admitted.Load() == 1 })
 	w.load("http://127.0.0.1:" + strings.Split(freeAddress(t), ":")[1] + " {\nrespond hi\n}\n")
 	c.brokenOffSoon("when no proxy is left")
+	other.brokenOffSoon("over HTTP/2, when no proxy is left")
 }
