@@ -46,9 +46,9 @@ type http2Origin struct {
 
 // http2Dial is a dial that several requests may wait for.
 type http2Dial struct {
-	ctx  context.Context // of the request that dials
 	done chan struct{}
 	err  error // valid after done
+	left bool  // valid after done: the request that dialled gave up before there was a result
 }
 
 // streamWindow is how much content of one response may wait for the client in memory.
@@ -94,7 +94,7 @@ func (o *http2Origins) GetClientConn(r *http.Request, _ string) (*http2.ClientCo
 // that this or another request dials.
 func (o *http2Origins) get(ctx context.Context, authority string) (*http2Origin, error) {
 	for {
-		c, call, waits := o.find(ctx, authority)
+		c, call, waits := o.find(authority)
 		switch {
 		case c != nil && o.recheck != nil:
 			if err := o.recheck(ctx, authority, c.conn.Conn, c.to); err != nil {
@@ -113,7 +113,7 @@ func (o *http2Origins) get(ctx context.Context, authority string) (*http2Origin,
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
 		case <-call.done:
-			if call.err != nil && call.ctx.Err() == nil {
+			if call.err != nil && !call.left {
 				return nil, call.err
 			}
 		}
@@ -122,7 +122,7 @@ func (o *http2Origins) get(ctx context.Context, authority string) (*http2Origin,
 
 // find returns a connection that has room for a request, or else a dial: one that is in
 // progress, or a new one that the caller is to carry out.
-func (o *http2Origins) find(ctx context.Context, authority string) (c *http2Origin, call *http2Dial, waits bool) {
+func (o *http2Origins) find(authority string) (c *http2Origin, call *http2Dial, waits bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for _, c := range o.conns[authority] {
@@ -131,7 +131,7 @@ func (o *http2Origins) find(ctx context.Context, authority string) (c *http2Orig
 		}
 	}
 	if call, waits = o.dials[authority]; !waits {
-		call = &http2Dial{ctx: ctx, done: make(chan struct{})}
+		call = &http2Dial{done: make(chan struct{})}
 		o.dials[authority] = call
 	}
 	return nil, call, waits
@@ -142,7 +142,7 @@ func (o *http2Origins) open(ctx context.Context, authority string, call *http2Di
 	defer func() {
 		o.mu.Lock()
 		delete(o.dials, authority)
-		call.err = err
+		call.err, call.left = err, err != nil && ctx.Err() != nil
 		close(call.done)
 		o.mu.Unlock()
 	}()

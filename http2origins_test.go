@@ -16,6 +16,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -176,4 +177,38 @@ func TestHTTP2OriginsDial(t *testing.T) {
 	if _, err := o.ask(t.Context(), authority); err != nil {
 		t.Errorf("after a dial that failed: %v", err)
 	}
+}
+
+// A dial that fails has failed for all that wait for it, although the request that dialled
+// ends before they look.
+func TestHTTP2OriginsDialFailsOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var dials atomic.Int64
+		refused := errors.New("refused")
+		failing := make(chan struct{})
+		o, err := newHTTP2Origins(func(context.Context, string) (net.Conn, error) {
+			dials.Add(1)
+			<-failing
+			return nil, refused
+		}, newOrigins(nil))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var all sync.WaitGroup
+		for range 50 {
+			all.Go(func() {
+				ctx, end := context.WithCancel(t.Context())
+				defer end()
+				if _, err := o.get(ctx, "origin.test:443"); !errors.Is(err, refused) {
+					t.Errorf("%v, want that it is refused", err)
+				}
+			})
+		}
+		synctest.Wait()
+		close(failing)
+		all.Wait()
+		if n := dials.Load(); n != 1 {
+			t.Errorf("%d dials, want one", n)
+		}
+	})
 }
