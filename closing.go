@@ -132,9 +132,14 @@ func expectsContinue(r *http.Request) bool {
 }
 
 // dropContent reads what a client sends as content of a request that error routes
-// are about to answer. After them nobody can.
-func dropContent(w http.ResponseWriter, r *http.Request) {
-	if r.ProtoMajor == 1 && r.ContentLength != 0 && r.Method != http.MethodConnect && !expectsContinue(r) {
+// are about to answer. After them nobody can. As with lingering, only so many
+// requests of one client are read at a time.
+func (l *lingering) dropContent(w http.ResponseWriter, r *http.Request) {
+	if r.ProtoMajor != 1 || r.ContentLength == 0 || r.Method == http.MethodConnect || expectsContinue(r) {
+		return
+	}
+	if client := callerOf(r).addr; l.enter(client) {
+		defer l.leave(client)
 		drop(r.Body, http.NewResponseController(w).SetReadDeadline)
 	}
 }

@@ -6,16 +6,20 @@ package asyncproxy
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"crypto/tls"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
 // TestRefusalsOfEagerClients: a client that sends all of a large request before it
@@ -169,3 +173,37 @@ func TestLingeringIsBounded(t *testing.T) {
 		}
 	})
 }
+
+// countingBody is content of which nobody knows the end.
+type countingBody struct{ reads int }
+
+func (b *countingBody) Read([]byte) (int, error) { b.reads++; return 0, io.EOF }
+func (b *countingBody) Close() error             { return nil }
+
+// The content of refused requests is read for only so many of one client at a time.
+func TestDroppedContentIsBounded(t *testing.T) {
+	var l lingering
+	client := netip.MustParseAddr("192.0.2.1")
+	reads := func() int {
+		body := new(countingBody)
+		r := httptest.NewRequest(http.MethodPost, "http://example.com/", body)
+		r.RemoteAddr = "192.0.2.1:1234"
+		ctx := context.WithValue(r.Context(), caddyhttp.VarsCtxKey, map[string]any{caddyhttp.ClientIPVarKey: "192.0.2.1"})
+		l.dropContent(deadlineRecorder{httptest.NewRecorder()}, r.WithContext(ctx))
+		return body.reads
+	}
+	if n := reads(); n != 1 || len(l.n) != 0 {
+		t.Errorf("%d reads, and %v are left", n, l.n)
+	}
+	for range lingerPerClient {
+		l.enter(client)
+	}
+	if n := reads(); n != 0 {
+		t.Errorf("%d reads of one too many", n)
+	}
+}
+
+// deadlineRecorder is a ResponseRecorder that takes deadlines.
+type deadlineRecorder struct{ *httptest.ResponseRecorder }
+
+func (deadlineRecorder) SetReadDeadline(time.Time) error { return nil }

@@ -336,7 +336,7 @@ func (h *Handler) refuseLimited(w http.ResponseWriter, r *http.Request, v *visit
 	header := w.Header()
 	values := [...]string{a.retryAfter, h.policy, a.state} // one allocation for three
 	header["Retry-After"], header["Ratelimit-Policy"], header["Ratelimit"] = values[:1:1], values[1:2:2], values[2:]
-	return writeAnswer(w, r, &a.refusal, a.proxyStatus, a.body)
+	return h.writeAnswer(w, r, &a.refusal, a.proxyStatus, a.body)
 }
 
 // limitedAnswer is what a client gets that is to wait for some seconds. In a

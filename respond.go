@@ -56,7 +56,7 @@ func (h *Handler) answer(w http.ResponseWriter, r *http.Request, f *refusal) err
 	if f.retryAfter != "" {
 		w.Header()["Retry-After"] = []string{f.retryAfter}
 	}
-	return writeAnswer(w, r, f, status, append([]byte(f.text), '\n'))
+	return h.writeAnswer(w, r, f, status, append([]byte(f.text), '\n'))
 }
 
 // proxyStatus is the value of the Proxy-Status field (RFC 9209).
@@ -64,7 +64,7 @@ func (h *Handler) proxyStatus(kind string) string { return h.name + "; error=" +
 
 // writeAnswer is answer with what is sent made before. No field's value is shared
 // with another answer: Caddy's header directive writes to values in place.
-func writeAnswer(w http.ResponseWriter, r *http.Request, f *refusal, proxyStatus string, body []byte) error {
+func (h *Handler) writeAnswer(w http.ResponseWriter, r *http.Request, f *refusal, proxyStatus string, body []byte) error {
 	header := w.Header()
 	header["Proxy-Status"] = []string{proxyStatus}
 	closes := unread(r)
@@ -72,7 +72,7 @@ func writeAnswer(w http.ResponseWriter, r *http.Request, f *refusal, proxyStatus
 		header["Connection"] = []string{"close"}
 	}
 	if hasErrorRoutes(r) {
-		dropContent(w, r)
+		h.tunnels.lingering.dropContent(w, r)
 		return caddyhttp.Error(f.status, f)
 	}
 	if closes { // for closeInStages
