@@ -153,7 +153,7 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 		x.watch()
 	}
 	start := time.Now()
-	if err := writeHead(conn, out); err != nil {
+	if err := x.writeHead(out); err != nil {
 		return nil, err
 	}
 	if out.body != nil {
@@ -202,6 +202,22 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 		}
 		x.watch()
 	}
+}
+
+// promptHead is the size of a head for which each socket has room.
+const promptHead = 8 << 10
+
+// send writes the head of a request. The origin may read nothing of a large one.
+func (x *exchange) send(head []byte) error {
+	if len(head) > promptHead {
+		x.watch()
+		if x.timeout > 0 {
+			_ = x.conn.SetWriteDeadline(time.Now().Add(x.timeout))
+			defer func() { _ = x.conn.SetWriteDeadline(time.Time{}) }()
+		}
+	}
+	_, err := x.conn.Write(head)
+	return err
 }
 
 // sendBody begins to send the body, unless that has begun. Until then the client has
@@ -317,7 +333,7 @@ func (e *dialError) Unwrap() error { return e.error }
 var heads = sync.Pool{New: func() any { b := make([]byte, 0, 4<<10); return &b }}
 
 // writeHead sends the head of a request in one write.
-func writeHead(w io.Writer, out *outgoing) error {
+func (x *exchange) writeHead(out *outgoing) error {
 	pooled := heads.Get().(*[]byte)
 	b := (*pooled)[:0]
 	b = append(b, out.method...)
@@ -350,7 +366,7 @@ func writeHead(w io.Writer, out *outgoing) error {
 		}
 	}
 	b = append(b, "\r\n"...)
-	_, err := w.Write(b)
+	err := x.send(b)
 	if cap(b) <= 64<<10 {
 		*pooled = b
 		heads.Put(pooled)

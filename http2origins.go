@@ -14,6 +14,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"time"
 
 	"golang.org/x/net/http2"
 )
@@ -69,7 +70,7 @@ func newHTTP2Origins(dial dialFunc, http1 *origins) (*http2Origins, error) {
 		ExpectContinueTimeout:  continueTimeout,
 		MaxResponseHeaderBytes: maxHead,
 		IdleConnTimeout:        maxIdleTime,
-		HTTP2:                  &http.HTTP2Config{MaxReceiveBufferPerStream: streamWindow, MaxReadFrameSize: maxFrame},
+		HTTP2:                  &http.HTTP2Config{MaxReceiveBufferPerStream: streamWindow, MaxReadFrameSize: maxFrame, WriteByteTimeout: time.Minute},
 	})
 	return o, err
 }

@@ -501,6 +501,9 @@ func (h *Handler) idleConnections() int {
 	return n
 }
 
+// maxTimeout is some 36 years.
+const maxTimeout = caddy.Duration(1 << 60)
+
 func (h *Handler) setDefaults() {
 	h.Burst = cmp.Or(h.Burst, 10)
 	h.Refill = cmp.Or(h.Refill, 0.5)
@@ -515,6 +518,9 @@ func (h *Handler) setDefaults() {
 	h.FailedLoginsPer = cmp.Or(h.FailedLoginsPer, caddy.Duration(time.Minute))
 	h.ResponseHeaderTimeout = cmp.Or(h.ResponseHeaderTimeout, caddy.Duration(5*time.Minute))
 	h.ResponseIdleTimeout = cmp.Or(h.ResponseIdleTimeout, caddy.Duration(5*time.Minute))
+	// Longer ones are no different, but what is added to them could overflow.
+	h.ResponseHeaderTimeout = min(h.ResponseHeaderTimeout, maxTimeout)
+	h.ResponseIdleTimeout = min(h.ResponseIdleTimeout, maxTimeout)
 	h.contentGrace = contentGrace
 	h.TunnelIdleTimeout = cmp.Or(h.TunnelIdleTimeout, caddy.Duration(time.Hour))
 	h.TunnelStallTimeout = cmp.Or(h.TunnelStallTimeout, caddy.Duration(time.Minute))

@@ -1,0 +1,60 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"context"
+	"errors"
+	"math"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+// An origin that does not read a large head holds neither the proxy nor a client that
+// leaves.
+func TestLargeHeadThatIsNotRead(t *testing.T) {
+	for _, leaves := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			near, far := net.Pipe()
+			defer far.Close()
+			ctx, leave := context.WithCancel(t.Context())
+			defer leave()
+			x := &exchange{ctx: ctx, conn: newOriginConn(near, "origin.test:80"), timeout: time.Minute}
+			defer x.conn.Close()
+			if leaves {
+				time.AfterFunc(time.Second, leave)
+			}
+			bound := time.AfterFunc(time.Hour, func() {
+				t.Error("the write has no end")
+				_ = far.Close()
+			})
+			defer bound.Stop()
+			err := x.writeHead(&outgoing{
+				method: http.MethodGet, target: "/", host: "origin.test",
+				header: http.Header{"A": {strings.Repeat("a", promptHead)}},
+			})
+			if err == nil || errors.Is(err, os.ErrDeadlineExceeded) == leaves {
+				t.Errorf("the client leaves: %v; got %v", leaves, err)
+			}
+		})
+	}
+}
+
+// Timeouts of centuries are as good as any long ones.
+func TestTimeoutsOfCenturies(t *testing.T) {
+	h := &Handler{ResponseHeaderTimeout: math.MaxInt64, ResponseIdleTimeout: math.MaxInt64}
+	h.setDefaults()
+	for _, timeout := range []caddy.Duration{h.ResponseHeaderTimeout, h.ResponseIdleTimeout} {
+		if timeout+timeout/8 < timeout {
+			t.Errorf("%v overflows", time.Duration(timeout))
+		}
+	}
+}
