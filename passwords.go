@@ -33,7 +33,8 @@ import (
 //     neither checked nor limited, and those that were wrong are not checked again.
 //   - failedLogins is a bucket of failed logins for each client. A login for which
 //     there is no token waits a while for one, so that somebody who knows the
-//     password gets in beside somebody who guesses.
+//     password gets in beside somebody who guesses one password after the other.
+//     Several guesses at a time may take all tokens of that while.
 
 const (
 	// loginPatience bounds how long a login waits for a token, and again how

@@ -6,8 +6,10 @@ package asyncproxy
 import (
 	"encoding/json"
 	"io"
+	"net"
 	"net/http"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -46,7 +48,7 @@ func (u *Unclaimed) Provision(ctx caddy.Context) error {
 
 // ServeHTTP implements caddyhttp.MiddlewareHandler.
 func (u *Unclaimed) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
-	if (r.Method != http.MethodConnect || isExtendedConnect(r)) && r.URL.Host == "" {
+	if (r.Method != http.MethodConnect || isExtendedConnect(r)) && r.URL.Host == "" && !isForeign(r) {
 		return next.ServeHTTP(w, r)
 	}
 	now := sinceEpoch(time.Now())
@@ -62,6 +64,20 @@ func (u *Unclaimed) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddy
 	w.WriteHeader(http.StatusMisdirectedRequest)
 	_, _ = io.WriteString(w, "No proxy here takes this request.\n")
 	return nil
+}
+
+// isForeign reports whether a request over HTTP/2 or HTTP/3, in which proxy requests
+// look like all others, is for another host than the server that TLS was set up
+// with. If the client named no server there, nobody can tell.
+func isForeign(r *http.Request) bool {
+	if r.ProtoMajor == 1 || r.TLS == nil || r.TLS.ServerName == "" {
+		return false
+	}
+	host := r.Host
+	if name, _, err := net.SplitHostPort(host); err == nil {
+		host = name
+	}
+	return !strings.EqualFold(strings.TrimSuffix(host, "."), r.TLS.ServerName)
 }
 
 // addUnclaimed puts the handler behind all others of a server: at the end of its

@@ -4,6 +4,7 @@
 package asyncproxy
 
 import (
+	"fmt"
 	"net/http"
 	"os"
 	"strings"
@@ -77,6 +78,30 @@ func TestUnclaimedRequestsAreRefused(t *testing.T) {
 	}
 	if lines := w.waitLog("no async_proxy of this server takes this request: none matches it, or its site has a host name in its address", 1); lines[0]["host"] != origin {
 		t.Errorf("log %v", lines)
+	}
+}
+
+// Over HTTP/2 and HTTP/3 too, unless the request is for the server itself.
+func TestUnclaimedRequestsInFramesAreRefused(t *testing.T) {
+	w := newWorld(t, "", nil)
+	secure := freeAddress(t)
+	_, port, _ := strings.Cut(secure, ":")
+	loadCaddyfile(t, "{\nskip_install_trust\n"+strings.TrimPrefix(w.globals(), "{\n")+"https://:"+port+
+		" {\ntls internal {\non_demand\n}\n@never method DELETE\nasync_proxy @never\nheader X-A b\nrespond /path hello\n}")
+	conn := dialTLS(t, secure, "h2")
+	for name, ask := range map[string]loginClient{"HTTP/2": http2LoginClient(t, conn), "HTTP/3": http3LoginClient(t, secure)} {
+		for url, want := range map[string]string{
+			"http://www.example.com/": "421 No proxy here takes this request.\n", "http://localhost/": "200 ",
+			"http://localhost:" + port + "/": "200 ",
+		} {
+			if res, body := ask(http.MethodGet, url, ""); fmt.Sprint(res.StatusCode, " ", body) != want {
+				t.Errorf("%s, %s: %s %q, want %q", name, url, res.Status, body, want)
+			}
+		}
+	}
+	// What a handler answers is heard, whatever the host.
+	if res, body := http2LoginClient(t, dialTLS(t, secure, "h2"))(http.MethodGet, "http://www.example.com/path", ""); body != "hello" {
+		t.Errorf("%s %q", res.Status, body)
 	}
 }
 
