@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/net/http/httpguts"
@@ -179,7 +180,7 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 		x.answered = true
 		if res.StatusCode >= 200 || res.StatusCode == http.StatusSwitchingProtocols {
 			body := res.Body.(*originBody)
-			body.conn = conn.Conn
+			body.conn, body.sender = conn.Conn, x.sender
 			if body.left < 0 || body.left > int64(conn.r.Buffered()) || res.StatusCode == http.StatusSwitchingProtocols {
 				x.watch()
 				conn.expectNone() // a body takes what it takes
@@ -397,6 +398,7 @@ type sender struct {
 
 	due      atomic.Int64 // since when it is the origin's turn, since epoch; 0: it is the client's
 	complete bool         // after ended: all of it was sent
+	reset    bool         // after ended: the origin reset the connection
 }
 
 func newSender(conn *originConn, out *outgoing) *sender {
@@ -438,11 +440,13 @@ func (s *sender) run() {
 			// An origin that takes no more may still answer: that is the
 			// handler's to find out.
 			if _, err := w.Write(buf[:n]); err != nil {
+				s.reset = errors.Is(err, syscall.ECONNRESET)
 				return
 			}
 		}
 		if err == io.EOF {
-			s.complete = s.finishBody(w) == nil
+			err := s.finishBody(w)
+			s.complete, s.reset = err == nil, errors.Is(err, syscall.ECONNRESET)
 			return
 		}
 		if err != nil {
@@ -491,6 +495,10 @@ func (s *sender) stop(conn *originConn) bool {
 	<-s.ended
 	return false
 }
+
+// wasReset reports whether a write has learned that the origin reset the connection. The
+// system tells that once: the reader may see nothing but an end.
+func (s *sender) wasReset() bool { return s.wait() && s.reset }
 
 // wait waits for the end for a moment, and reports whether it has come.
 func (s *sender) wait() bool {

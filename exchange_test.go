@@ -4,13 +4,16 @@
 package asyncproxy
 
 import (
+	"bufio"
 	"context"
 	"errors"
+	"io"
 	"math"
 	"net"
 	"net/http"
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -58,3 +61,27 @@ func TestTimeoutsOfCenturies(t *testing.T) {
 		}
 	}
 }
+
+// A response to the end of the connection is cut off when a write has learned of a reset,
+// although the read sees only an end.
+func TestResetThatTheSenderLearns(t *testing.T) {
+	for _, failure := range []error{syscall.ECONNRESET, syscall.EPIPE} {
+		body := &clientBody{r: strings.NewReader("x"), length: 1, count: func(int64) {}}
+		near, far := net.Pipe()
+		defer far.Close()
+		s := newSender(newOriginConn(failingWrites{near, failure}, "origin.test:80"), &outgoing{body: body})
+		s.proceed(true)
+		response := &originBody{r: bufio.NewReader(strings.NewReader("part")), left: -1, sender: s}
+		_, err := io.ReadAll(response)
+		if reset := failure == syscall.ECONNRESET; (err == io.ErrUnexpectedEOF) != reset {
+			t.Errorf("after %v: %v", failure, err)
+		}
+	}
+}
+
+type failingWrites struct {
+	net.Conn
+	err error
+}
+
+func (c failingWrites) Write([]byte) (int, error) { return 0, c.err }

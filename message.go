@@ -321,6 +321,7 @@ type originBody struct {
 	trailers func(http.Header) // gets the trailers of a chunked body
 	ended    bool              // read to its end
 	head     int               // bytes of the head before it
+	sender   *sender           // of the body of the request; nil: there is none
 
 	handler *Handler // that passes it on; nil: it may wait for ever
 	client  netip.Addr
@@ -340,6 +341,9 @@ func (b *originBody) Read(p []byte) (n int, err error) {
 		}
 	case b.left < 0:
 		n, err = b.r.Read(p)
+		if err == io.EOF && b.sender != nil && b.sender.wasReset() {
+			err = io.ErrUnexpectedEOF
+		}
 		b.ended = err == io.EOF
 	default:
 		n, err = b.r.Read(p[:min(int64(len(p)), b.left)])
