@@ -49,7 +49,7 @@ func (h *Handler) loadAuth(ctx caddy.Context) error {
 				}
 			}
 			h.hashes = true
-			if len(h.AuthRaw) == 1 {
+			if len(modules.(map[string]any)) == 1 { // LoadModule has emptied AuthRaw
 				h.basic = basic
 			}
 		}
