@@ -207,10 +207,8 @@ func (s *Status) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.H
 // r to here. An async_proxy before the page has already refused such a request,
 // and has put its own name into Via.
 func cameThroughProxy(r *http.Request) (found bool) {
-	if repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
-		if _, seen := repl.Get("http.async_proxy.method"); seen {
-			return false
-		}
+	if hasVisited(r) {
+		return false
 	}
 	peer, _ := netip.ParseAddrPort(r.RemoteAddr)
 	peer = netip.AddrPortFrom(peer.Addr().Unmap(), peer.Port())

@@ -48,7 +48,7 @@ func (u *Unclaimed) Provision(ctx caddy.Context) error {
 
 // ServeHTTP implements caddyhttp.MiddlewareHandler.
 func (u *Unclaimed) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
-	if (r.Method != http.MethodConnect || isExtendedConnect(r)) && r.URL.Host == "" && !isForeign(r) {
+	if (r.Method != http.MethodConnect || isExtendedConnect(r)) && r.URL.Host == "" && (!isForeign(r) || hasVisited(r)) {
 		return next.ServeHTTP(w, r)
 	}
 	now := sinceEpoch(time.Now())
@@ -64,6 +64,17 @@ func (u *Unclaimed) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddy
 	w.WriteHeader(http.StatusMisdirectedRequest)
 	_, _ = io.WriteString(w, "No proxy here takes this request.\n")
 	return nil
+}
+
+// hasVisited reports whether an async_proxy has handed r on, which answers it itself
+// if nobody does.
+func hasVisited(r *http.Request) bool {
+	repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+	if !ok {
+		return false
+	}
+	_, visited := repl.Get("http.async_proxy.method")
+	return visited
 }
 
 // isForeign reports whether a request over HTTP/2 or HTTP/3, in which proxy requests
