@@ -219,21 +219,21 @@ func TestContentThatStallsCounts(t *testing.T) {
 // A response that waits for its content does not outlast the proxy.
 func TestContentThatStallsAtTheEnd(t *testing.T) {
 	w := newWorld(t, "", nil)
+	h := provisioned(t)[0]
+	h.contentGrace = 20 * time.Millisecond
 	origin := stallingOrigin(t, "Content-Length: 3\r\n\r\nx", nil)
 	c := w.dial()
 	c.send("GET http://" + origin + "/ HTTP/1.1\nHost: " + origin + "\n\n")
 	if _, err := c.r.Peek(1); err != nil {
 		t.Fatal(err)
 	}
-	h := provisioned(t)[0]
-	h.contentGrace = 20 * time.Millisecond
 	secure := newFramesOrigin(t, func(f *framesOrigin, stream uint32) {
 		f.headers(stream, false, ":status", "200", "content-length", "3")
 		_ = f.WriteData(stream, false, []byte("x"))
 	})
 	other := w.dial()
 	other.send("GET https://" + secure + "/ HTTP/1.1\nHost: " + secure + "\n\n")
-	eventually(t, "the response over HTTP/2 to wait", func() bool { return h.tunnels.admitted.Load() == 1 })
+	eventually(t, "both responses to wait", func() bool { return h.tunnels.admitted.Load() == 2 })
 	w.load("http://127.0.0.1:" + strings.Split(freeAddress(t), ":")[1] + " {\nrespond hi\n}\n")
 	c.brokenOffSoon("when no proxy is left")
 	other.brokenOffSoon("over HTTP/2, when no proxy is left")
