@@ -448,7 +448,7 @@ func TestAuthPlaceholders(t *testing.T) {
 // tokenAuth is a provider as others may write one.
 type tokenAuth struct{}
 
-var refusing atomic.Bool // tokenAuth knows nobody any more
+var refusing atomic.Bool // makes tokenAuth reject every user
 
 func init() { caddy.RegisterModule(tokenAuth{}) }
 

@@ -28,8 +28,8 @@ type responseWriter struct {
 	closes   bool // the connection ends after this response
 	hijacked bool
 	tunnel   *tunnel    // that the connection is to become; nil: none
-	lingers  bool       // the connection is to be closed in stages
-	sender   netip.Addr // the client that it is then of
+	lingers  bool       // the connection will be closed in stages
+	sender   netip.Addr // its client, if it lingers
 
 	status  int      // 0: there is no response yet
 	length  int64    // of the content, as announced; < 0: it is not

@@ -9,11 +9,11 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"strings"
 	"sync"
 	"time"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"golang.org/x/net/http/httpguts"
 )
 
 // A client may still be sending when its request has been answered: the content
@@ -114,8 +114,8 @@ func (h *Handler) closeInStages(w http.ResponseWriter, r *http.Request, client n
 	}
 }
 
-// stillSending reports whether the client that sent r may be sending more, which
-// nobody reads.
+// stillSending reports whether the client that sent r may still be sending bytes
+// that the proxy will not use.
 func stillSending(r *http.Request) bool {
 	return r.Method == http.MethodConnect || r.ContentLength != 0 && !expectsContinue(r)
 }
@@ -123,17 +123,12 @@ func stillSending(r *http.Request) bool {
 // expectsContinue reports whether a client waits for 100 (Continue) before it
 // sends content.
 func expectsContinue(r *http.Request) bool {
-	for _, value := range r.Header["Expect"] {
-		if strings.EqualFold(value, "100-continue") {
-			return true
-		}
-	}
-	return false
+	return httpguts.HeaderValuesContainsToken(r.Header["Expect"], "100-continue")
 }
 
-// dropContent reads what a client sends as content of a request that error routes
-// are about to answer. After them nobody can. As with lingering, only so many
-// requests of one client are read at a time.
+// dropContent reads and drops the content of a request that error routes are about
+// to answer. Once they have answered, the connection can no longer be read. As with
+// lingering, the number of such requests per client is limited.
 func (l *lingering) dropContent(w http.ResponseWriter, r *http.Request) {
 	if r.ProtoMajor != 1 || r.ContentLength == 0 || r.Method == http.MethodConnect || expectsContinue(r) {
 		return

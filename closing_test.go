@@ -22,8 +22,8 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// TestRefusalsOfEagerClients: a client that sends all of a large request before it
-// looks for the response gets it, whoever serves it.
+// TestRefusalsOfEagerClients checks that a client that sends a whole large request
+// before it reads still gets the response, on every way of serving.
 func TestRefusalsOfEagerClients(t *testing.T) {
 	early := listen(t, func(conn *net.TCPConn) {
 		if _, err := http.ReadRequest(bufio.NewReader(conn)); err == nil {
@@ -174,7 +174,7 @@ func TestLingeringIsBounded(t *testing.T) {
 	})
 }
 
-// countingBody is content of which nobody knows the end.
+// countingBody is endless content that counts its reads.
 type countingBody struct{ reads int }
 
 func (b *countingBody) Read([]byte) (int, error) { b.reads++; return 0, io.EOF }

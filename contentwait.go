@@ -62,8 +62,8 @@ func (w *contentWait) step(waited time.Duration) time.Duration {
 	return step
 }
 
-// overdue says why the response is to be broken off after it has waited for so long. It
-// counts it if that has been long enough.
+// overdue returns an error if the response has waited too long and must be broken off.
+// It counts a response that has waited for the grace period as a tunnel.
 func (w *contentWait) overdue(waited time.Duration) error {
 	switch {
 	case w.timeout > 0 && waited >= w.timeout:
@@ -87,7 +87,7 @@ func (w *contentWait) over() {
 	}
 }
 
-// end is to be called when the response has ended.
+// end releases what the wait holds, once the response has ended.
 func (w *contentWait) end() {
 	w.over()
 	if w.stop != nil {
@@ -95,8 +95,8 @@ func (w *contentWait) end() {
 	}
 }
 
-// waitFor calls arrives, which waits until something can be read from c, or a deadline
-// is over. It returns its error, or why the response is to be broken off.
+// waitFor calls arrives, which blocks until c can be read or its deadline passes. It
+// returns the error of arrives, or the reason to break off the response.
 func (w *contentWait) waitFor(c *originConn, arrives func() error) error {
 	if w.stop == nil {
 		w.stop = context.AfterFunc(w.handler.tunnels.open, func() { _ = c.SetReadDeadline(time.Unix(1, 0)) })

@@ -396,8 +396,8 @@ func TestAccessLogFilter(t *testing.T) {
 	}
 }
 
-// TestDocumentsHaveNoPublishedHash: whoever copies an example has no user whose
-// password everybody knows.
+// TestDocumentsHaveNoPublishedHash checks that no example in the documentation has a
+// password that is publicly known.
 func TestDocumentsHaveNoPublishedHash(t *testing.T) {
 	for file, text := range documents(t) {
 		for _, hash := range publishedHashes {

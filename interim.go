@@ -9,8 +9,6 @@ import (
 	"net/textproto"
 	"sync"
 	"time"
-
-	"golang.org/x/net/http/httpguts"
 )
 
 // maxInterim is how many interim responses to a request an origin may send at once. It
@@ -44,7 +42,7 @@ func isProgress(status int) bool {
 // would, on the goroutine that reads and into a buffer to which the handler may be
 // writing. Over HTTP/2 that does no harm, and net/http sends it in any case.
 func waitsForInvitation(r *http.Request) bool {
-	return r.ProtoMajor != 2 && r.ProtoAtLeast(1, 1) && httpguts.HeaderValuesContainsToken(r.Header["Expect"], "100-continue")
+	return r.ProtoMajor != 2 && r.ProtoAtLeast(1, 1) && expectsContinue(r)
 }
 
 // passInterim passes an interim response on that was received in the given version, or
