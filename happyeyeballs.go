@@ -191,8 +191,7 @@ func newConnector(r *resolver) *connector {
 	}
 }
 
-// dial connects to a host, which is an address or a name as the resolver is to be
-// asked for it. The dialer's time limit is for the look-up and all attempts
+// dial connects to a host: an address, or a name exactly as the resolver gets it. The dialer's time limit is for the look-up and all attempts
 // together.
 func (c *connector) dial(ctx context.Context, dialer *net.Dialer, host string, port uint16) (net.Conn, error) {
 	if addr, err := netip.ParseAddr(host); err == nil {
@@ -296,7 +295,7 @@ func (c *candidates) empty() bool {
 	return !c.first && len(c.live[0]) == 0 && len(c.live[1]) == 0 && len(c.dead) == 0
 }
 
-// next takes the address that is to be tried next: the last winner first, the
+// next removes and returns the next address to try: the last winner first, the
 // families in turns, IPv6 first, and what is dead last. There must be one.
 func (c *candidates) next() (addr netip.Addr) {
 	if c.first {

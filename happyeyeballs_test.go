@@ -45,7 +45,7 @@ type raced struct {
 	addr   netip.Addr
 	err    error
 	took   time.Duration
-	left   int // connections that nobody has closed
+	left   int // connections that are still open
 }
 
 // scriptedConn counts itself out when it is closed.
@@ -87,7 +87,7 @@ func runScript(t *testing.T, s scripted) (got raced) {
 				<-ctx.Done()
 				return nil, ctx.Err()
 			}
-			// A connection may come although nobody wants it any more.
+			// A connection may be established after the race is over.
 			time.Sleep(d.after)
 			if d.err != nil {
 				return nil, d.err

@@ -37,10 +37,9 @@ func isProgress(status int) bool {
 	return status == http.StatusProcessing || status == http.StatusEarlyHints
 }
 
-// waitsForInvitation reports whether a client waits for a 100 (Continue) that the handler
-// has to send before somebody reads the body. If nobody had sent one by then, net/http
-// would, on the goroutine that reads and into a buffer to which the handler may be
-// writing. Over HTTP/2 that does no harm, and net/http sends it in any case.
+// waitsForInvitation reports whether the handler must send 100 (Continue) before the body
+// is read. Otherwise net/http sends it with the first read: on the goroutine that reads,
+// into a buffer that the handler may be writing to. Over HTTP/2 that is harmless.
 func waitsForInvitation(r *http.Request) bool {
 	return r.ProtoMajor != 2 && r.ProtoAtLeast(1, 1) && expectsContinue(r)
 }

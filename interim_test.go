@@ -22,8 +22,8 @@ import (
 
 const hint = "HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
 
-// A client that does not read its interim responses stops nobody else's requests to the
-// same HTTP/2 origin, on the same connection.
+// A client that does not read its interim responses does not block the requests of other
+// clients to the same HTTP/2 origin, on the same connection.
 func TestInterimResponsesStallNobody(t *testing.T) {
 	bothWays(t, "", func(t *testing.T, w *world) {
 		origin := newFramesOrigin(t, func(f *framesOrigin, stream uint32) {
@@ -178,7 +178,7 @@ func TestInterimResponsesAreBounded(t *testing.T) {
 }
 
 // A queue passes on what it has before it ends, drops what there is no room for, and
-// gives a panic to whoever ends it.
+// reports a panic to the caller of end.
 func TestInterimQueue(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var got []int

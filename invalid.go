@@ -97,7 +97,7 @@ const (
 
 var invalidLines = lineLimit{lines: make(map[invalidLine]*lineCount)}
 
-// count reports whether there is to be a line, and how many times it stands for.
+// count reports whether to write a line now, and how many refusals it stands for.
 func (l *lineLimit) count(line invalidLine, now time.Time) (n int64, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -150,7 +150,7 @@ func firstByteOf(b byte, overTLS bool) (reason invalid, found bool) {
 }
 
 // answerFirstByte answers a client that speaks another protocol, if it may understand
-// the answer. Its connection is to be closed in stages.
+// the answer. The caller closes the connection in stages.
 func (h *Handler) answerFirstByte(conn *net.TCPConn, reason invalid) {
 	switch reason {
 	case invalidTLS:

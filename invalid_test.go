@@ -47,7 +47,7 @@ func clientHello(t *testing.T) string {
 
 // What a client of another protocol sends first is told from a request at its first
 // byte: it is logged, counted, answered if the client may understand it, and the
-// connection ends, whoever serves the port.
+// connection ends, on every way of serving.
 func TestFirstContact(t *testing.T) {
 	hello := clientHello(t)
 	plain := []struct {

@@ -54,7 +54,7 @@ type binding struct {
 	user    string
 	target  string // the origin's authority, also if there is a parent proxy in between
 	login   bool   // a login of the connection has begun, or is done
-	pending bool   // the origin's challenge is to be answered on the same connection
+	pending bool   // the next request answers the origin's challenge, on the same connection
 }
 
 // newBinding looks at a request that is about to be sent.
@@ -90,7 +90,7 @@ func withSocket(ctx context.Context, conn net.Conn) context.Context {
 	return context.WithValue(ctx, socketKey{}, socketOf(conn))
 }
 
-// socketOf returns the same for a connection whoever has wrapped it.
+// socketOf returns the socket below all wrappers of a connection.
 func socketOf(conn net.Conn) any {
 	if tcp := newConnPeer(conn).tcp; tcp != nil {
 		return tcp
