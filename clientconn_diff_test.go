@@ -25,24 +25,22 @@ import (
 	"time"
 )
 
-// twins are two proxies with the same options: one serves connections itself, the
-// other leaves them to net/http. Whoever talks to them is not to tell which is
-// which, and neither is an origin.
+// twins are two proxies with the same options: the fast path serves the connections of one,
+// net/http those of the other. Neither clients nor origins may be able to tell them apart.
 type twins struct {
 	t    testing.TB
-	warm string // a request that is answered
+	warm string // a request that gets a response
 	each [2]twin
 }
 
 type twin struct {
 	proxy  string
-	origin net.Listener // on the same port as the other's, at an address as long
+	origin net.Listener // same port as the other twin's origin, at an address of the same length
 }
 
 const twinOptions = "via tester\nallow 127.0.0.0/8\ndeny all\nresolvers 127.0.0.1:1"
 
-// crlf ends the lines of a text as HTTP does. What is to stay bare is written as
-// ␊.
+// crlf converts line ends to CRLF. ␊ stands for a bare LF.
 func crlf(text string) string {
 	return strings.NewReplacer("\r\n", "\r\n", "\n", "\r\n", "␊", "\n").Replace(text)
 }
@@ -63,7 +61,7 @@ func newTwins(t testing.TB, options, warm string) *twins {
 	defer releaseRegistry()
 	for h := range registry.handlers.All() {
 		for _, origins := range h.origins {
-			origins.close() // an idle connection that the origin is closing would be a matter of luck
+			origins.close() // the origin may be closing an idle connection, which would make the outcome random
 		}
 	}
 	for tw.each[1].origin == nil {
@@ -82,18 +80,18 @@ func newTwins(t testing.TB, options, warm string) *twins {
 	return tw
 }
 
-// The ways to send a text.
+// Manners of sending a text.
 const (
-	atOnce    = iota // at the start of a connection
-	bytewise         // likewise, and a byte at a time
-	behind           // when a request before it is answered
-	pipelined        // with a request before it
+	atOnce    = iota // as the first bytes of a connection
+	bytewise         // as the first bytes, one byte at a time
+	behind           // after the response to an earlier request
+	pipelined        // pipelined behind an earlier request
 	manners
 )
 
-// compare sends a text to both, and returns how what they do differs. Where a
-// connection is closed on one who is still sending, what either sees is a matter
-// of time: only what differs each time does.
+// compare sends a text to both twins and returns the differences in their behavior. Where
+// the proxy closes the connection while the client is still sending, the outcome depends on
+// timing: only differences that occur in all of five attempts count.
 func (tw *twins) compare(t testing.TB, send, answer string, manner int) (differences []string) {
 	t.Helper()
 	for range 5 {
@@ -124,8 +122,8 @@ func (tw *twins) compareOnce(t testing.TB, send, answer string, manner int) (dif
 	return differences
 }
 
-// converse returns what the client and the origin see of a conversation.
-func (one *twin) converse(t testing.TB, warm, send, answer string, manner int, own bool) []string {
+// converse returns what the client and the origin receive in one conversation.
+func (one *twin) converse(t testing.TB, warm, send, answer string, manner int, fastPath bool) []string {
 	t.Helper()
 	origin := newTwinOrigin(one.origin, answer)
 	fill := func(s string) string { return strings.ReplaceAll(s, "ORIGIN", one.origin.Addr().String()) }
@@ -148,32 +146,32 @@ func (one *twin) converse(t testing.TB, warm, send, answer string, manner int, o
 	}
 	if manner == behind || manner == pipelined {
 		if res, body := c.response(http.MethodGet); res.StatusCode != http.StatusOK {
-			t.Fatalf("a request before: %s %q", res.Status, body)
+			t.Fatalf("the warm-up request: %s %q", res.Status, body)
 		}
 	}
 	if manner == behind {
-		if n := ownConns(); own != (n == 1) {
-			t.Fatalf("%d connections are served by the proxy itself", n)
+		if n := ownConns(); fastPath != (n == 1) {
+			t.Fatalf("%d connections are on the fast path", n)
 		}
 		sent = writeInPieces(c, text, size)
 	}
-	said := one.listen(c, twinMethods(send), sent)
+	got := one.listen(c, twinMethods(send), sent)
 	c.Close()
 	<-sent
 	eventually(t, "the connection to be given up", func() bool { return ownConns() == 0 })
-	said = append(said, origin.end()...)
-	for i, text := range said {
-		said[i] = strings.NewReplacer("127.0.0.2", "127.0.0.1", `"two";`, `"one";`, one.proxy, "PROXY").Replace(text)
+	got = append(got, origin.end()...)
+	for i, text := range got {
+		got[i] = strings.NewReplacer("127.0.0.2", "127.0.0.1", `"two";`, `"one";`, one.proxy, "PROXY").Replace(text)
 	}
-	return said
+	return got
 }
 
-// ownRefusal is what the proxy puts in the place of net/http's answer to a request that
-// no handler has seen.
+// ownRefusal matches the proxy's response to a request that reaches no handler; net/http
+// would word it differently.
 var ownRefusal = regexp.MustCompile(`(?s)HTTP/1\.1 ([45]\d\d [^\r\n]*)\r\nConnection: close\r\nContent-Length: \d+\r\nContent-Type: text/plain; charset=utf-8\r\n` +
 	`Proxy-Status: \S+; error=http_request_error\r\n\r\n(?:This is not a well-formed HTTP request(?:: ([^\n]*))?|This proxy does not support [^\n]*)\.\n`)
 
-// refusalReader reads net/http's answers in the place of the proxy's.
+// refusalReader replaces the proxy's refusals by net/http's as it reads.
 type refusalReader struct {
 	r    io.Reader
 	text string
@@ -192,30 +190,30 @@ func (r *refusalReader) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// asNetHTTPRefuses returns a text with net/http's answers in the place of the proxy's.
+// asNetHTTPRefuses returns text with the proxy's refusals replaced by those of net/http.
 func asNetHTTPRefuses(text string) string {
 	for _, match := range ownRefusal.FindAllStringSubmatch(text, -1) {
-		line, said := match[1], ""
+		line, body := match[1], ""
 		if match[2] != "" {
 			line += ": " + match[2]
 		}
-		switch said = line; line[:3] {
+		switch body = line; line[:3] {
 		case "417":
 			text = strings.ReplaceAll(text, match[0], "HTTP/1.1 417 Expectation Failed\r\nConnection: close\r\nDate: "+time.Now().UTC().Format(http.TimeFormat)+"\r\nContent-Length: 0\r\n\r\n")
 			continue
 		case "501":
-			said = "Unsupported transfer encoding"
+			body = "Unsupported transfer encoding"
 		case "505":
 			line += ": unsupported protocol version"
-			said = line
+			body = line
 		}
-		text = strings.ReplaceAll(text, match[0], "HTTP/1.1 "+line+string(errorFields)+said)
+		text = strings.ReplaceAll(text, match[0], "HTTP/1.1 "+line+string(errorFields)+body)
 	}
 	return text
 }
 
-// writeInPieces writes in the background until all is written, or refused by who
-// has heard enough.
+// writeInPieces writes text in the background, until all of it is written or the peer has
+// closed the connection.
 func writeInPieces(w io.Writer, text string, size int) <-chan struct{} {
 	done := make(chan struct{})
 	go func() {
@@ -229,15 +227,15 @@ func writeInPieces(w io.Writer, text string, size int) <-chan struct{} {
 	return done
 }
 
-// listen notes what comes from the proxy. When all requests that are complete
-// are answered, nothing more is sent.
-func (one *twin) listen(c *rawConn, methods []string, sent <-chan struct{}) (said []string) {
+// listen records what the proxy sends. It half-closes once all complete requests have been
+// answered.
+func (one *twin) listen(c *rawConn, methods []string, sent <-chan struct{}) (got []string) {
 	for _, method := range methods {
 		if method == "" {
 			break
 		}
-		said = append(said, readTwinResponse(c.r, method))
-		if last := said[len(said)-1]; !strings.HasPrefix(last, "whole") {
+		got = append(got, readTwinResponse(c.r, method))
+		if last := got[len(got)-1]; !strings.HasPrefix(last, "whole") {
 			break
 		}
 	}
@@ -249,16 +247,17 @@ func (one *twin) listen(c *rawConn, methods []string, sent <-chan struct{}) (sai
 		end = "silence"
 	}
 	rest = bytes.ReplaceAll(rest, []byte("Date: "+time.Now().UTC().Format(http.TimeFormat)), []byte("Date: now"))
-	return append(said, string(rest), end)
+	return append(got, string(rest), end)
 }
 
-// twinMethods returns the methods of the requests that net/http sees in a text, up
-// to something else. Those behind a CONNECT are answered if it is refused.
+// twinMethods returns the methods of the requests that net/http parses from a text, up to
+// the first thing that is not a request. Requests behind a CONNECT are answered only if the
+// CONNECT is refused.
 func twinMethods(text string) (methods []string) {
 	r := bufio.NewReader(strings.NewReader(text))
 	last := ""
 	for {
-		if last == http.MethodPost { // as net/http does
+		if last == http.MethodPost { // net/http skips blank lines after a POST
 			for peek, _ := r.Peek(1); len(peek) > 0 && (peek[0] == '\r' || peek[0] == '\n'); peek, _ = r.Peek(1) {
 				_, _ = r.ReadByte()
 			}
@@ -275,9 +274,9 @@ func twinMethods(text string) (methods []string) {
 	}
 }
 
-// readTwinResponse reads a response, with those before it that are interim, into
-// a text that is the same for all that mean the same. It begins with "whole" if
-// the response is, and another may follow.
+// readTwinResponse reads a response, interim responses included, into a normalized text:
+// equivalent responses give the same text. It begins with "whole" if the response is
+// complete and another may follow.
 func readTwinResponse(r *bufio.Reader, method string) string {
 	var text strings.Builder
 	for {
@@ -309,8 +308,8 @@ func readTwinResponse(r *bufio.Reader, method string) string {
 			n, err = io.ReadFull(r, body)
 			body = body[:n]
 		default:
-			// Only what net/http says of itself ends with the connection, which is
-			// reset if there is more to read.
+			// Only net/http's own error responses end with the connection. The connection
+			// is reset if unread bytes remain.
 			if body, err = io.ReadAll(r); errors.Is(err, syscall.ECONNRESET) {
 				err = nil
 			}
@@ -327,8 +326,8 @@ func readTwinResponse(r *bufio.Reader, method string) string {
 	}
 }
 
-// readTwinHead reads up to an empty line. What is not a field comes first, the
-// rest in order.
+// readTwinHead reads a head up to the empty line. Lines that are not fields come first, the
+// fields follow in sorted order.
 func readTwinHead(r *bufio.Reader) (status int, head string, fields map[string]string, err error) {
 	fields = make(map[string]string)
 	var lines []string
@@ -357,9 +356,9 @@ func readTwinHead(r *bufio.Reader) (status int, head string, fields map[string]s
 	return status, strings.Join(lines, "") + "\r\n", fields, nil
 }
 
-// twinOrigin notes the requests that come to a listener, and answers each with
-// the same bytes. CLOSE at their end closes the connection, RESET resets it.
-// What is at /warm gets an answer that is none of the conversation's.
+// twinOrigin records the requests to a listener and answers each with the same bytes. CLOSE
+// at the end of the answer closes the connection, RESET resets it. Requests for /warm get a
+// fixed response and are not recorded.
 type twinOrigin struct {
 	ln     net.Listener
 	answer string
@@ -387,7 +386,7 @@ func (o *twinOrigin) run() {
 		}
 		_ = conn.SetDeadline(time.Now().Add(patience))
 		var first [1]byte
-		if n, _ := conn.Read(first[:]); n == 1 && first[0] == 0 { // from end
+		if n, _ := conn.Read(first[:]); n == 1 && first[0] == 0 { // the marker that end sends
 			conn.Close()
 			return
 		}
@@ -442,7 +441,7 @@ func (o *twinOrigin) serve(c *net.TCPConn, from io.Reader) {
 	}
 }
 
-// end returns what has come, when nothing more will.
+// end returns what was recorded, once no more can arrive.
 func (o *twinOrigin) end() []string {
 	if c, err := net.Dial("tcp4", o.ln.Addr().String()); err == nil {
 		_, _ = c.Write([]byte{0})
@@ -453,12 +452,12 @@ func (o *twinOrigin) end() []string {
 	return o.got
 }
 
-// attack is what a client sends on a connection, and an origin answers.
+// attack is a text that a client sends on one connection, and the origin's answer.
 type attack struct {
 	name, send, answer string
 
-	// better says that the proxy serves this on purpose better than net/http does.
-	// Tests of their own say how.
+	// better marks what the proxy deliberately handles better than net/http. Tests of their
+	// own cover how.
 	better bool
 }
 
@@ -607,7 +606,7 @@ var requestAttacks = []attack{
 	{name: "a long name", send: plainGet + strings.Repeat("X", 5000) + ": x\n\n" + plainGet + "\n"},
 	{name: "a long target", send: "GET http://ORIGIN/" + strings.Repeat("x", 9000) + " HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
 
-	// Content and what else a request may ask for.
+	// Content, and requests with extra demands.
 	{name: "no content, by length", send: plainGet + "Content-Length: 0\n\n" + plainGet + "\n" + plainGet + "\n"},
 	{name: "content of GET", send: plainGet + "Content-Length: 3\n\nabc" + plainGet + "\n"},
 	{name: "a length in lower case", send: plainGet + "content-length: 3\n\nabc" + plainGet + "\n"},
@@ -693,7 +692,7 @@ var requestAttacks = []attack{
 	{name: "CONNECT that loops", send: "CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\nVia: 1.1 tester\n\n" + plainGet + "\n"},
 	{name: "CONNECT to a path alone", send: "CONNECT / HTTP/1.1\nHost: ORIGIN\n\n" + plainGet + "\n"},
 
-	// One behind the other.
+	// Several requests on one connection.
 	{name: "many at once", send: strings.Repeat(plainGet+"\n", 50)},
 	{name: "many of some length at once", send: strings.Repeat(plainGet+"X-One: "+strings.Repeat("x", 1500)+"\n\n", 20)},
 	{name: "one of each", send: plainGet + "\nPOST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nContent-Length: 2\n\nhi" + plainGet + "\n" + plainGet + "\n" + plainGet + "\nGET /pac HTTP/1.1\nHost: x\n\n" + plainGet + "\nnonsense\n\n"},
@@ -759,8 +758,7 @@ var responseAttacks = []attack{
 	{name: "a large head", answer: "HTTP/1.1 200 OK\nX-One: " + strings.Repeat("x", 60_000) + "\nContent-Length: 2\n\nokCLOSE"},
 }
 
-// TestClientConnRequests: what a request means does not depend on who serves
-// its connection.
+// TestClientConnRequests checks that the fast path and net/http understand requests alike.
 func TestClientConnRequests(t *testing.T) {
 	tw := newTwins(t, twinOptions+"\nserve_pac /pac", warmUp)
 	attacks := requestAttacks
@@ -781,7 +779,7 @@ func TestClientConnRequests(t *testing.T) {
 	}
 }
 
-// TestClientConnResponses: neither does what comes back.
+// TestClientConnResponses checks that both pass responses on alike.
 func TestClientConnResponses(t *testing.T) {
 	tw := newTwins(t, twinOptions, warmUp)
 	for _, a := range responseAttacks {
@@ -793,7 +791,7 @@ func TestClientConnResponses(t *testing.T) {
 	}
 }
 
-// TestClientConnRefusals: what the proxy says itself is the same, too.
+// TestClientConnRefusals checks that both send the same local replies.
 func TestClientConnRefusals(t *testing.T) {
 	credentials := "Proxy-Authorization: Basic YWxpY2U6d29uZGVybGFuZA==\n" // alice:wonderland
 	for _, refusals := range []struct {
@@ -826,45 +824,45 @@ func TestClientConnRefusals(t *testing.T) {
 	}
 }
 
-// TestClientConnHandsOn: net/http gets connections for more than what looks
-// different, but never to speak HTTP/2 behind other requests.
+// TestClientConnHandsOn checks which requests the fast path hands to net/http, and that
+// HTTP/2 never begins behind other requests on a connection.
 func TestClientConnHandsOn(t *testing.T) {
 	tw := newTwins(t, twinOptions, warmUp)
 	one := tw.each[0]
 	origin := newTwinOrigin(one.origin, "")
 	defer origin.end()
-	own := func() *rawConn {
+	fastConn := func() *rawConn {
 		c := dialRaw(t, one.proxy)
 		c.send(strings.ReplaceAll(warmUp, "ORIGIN", one.origin.Addr().String()))
 		c.response(http.MethodGet)
 		if ownConns() == 0 {
-			t.Fatal("the connection is served by net/http")
+			t.Fatal("the connection is not on the fast path")
 		}
 		return c
 	}
-	for _, path := range []string{"acme-challenge/x", "pki-validation/x"} { // Caddy's own, if it waits for that
-		c := own()
+	for _, path := range []string{"acme-challenge/x", "pki-validation/x"} { // Caddy's own handlers, while it waits for a challenge
+		c := fastConn()
 		c.send(strings.ReplaceAll("GET http://ORIGIN/.well-known/"+path+" HTTP/1.1\nHost: ORIGIN\n\n", "ORIGIN", one.origin.Addr().String()))
 		c.response(http.MethodGet)
 		eventually(t, path+" to be handed on", func() bool { return ownConns() == 0 })
 	}
-	for _, text := range []string{"BAD /x\n\n", "nonsense of some length\n", plainGet + "nonsense\n", plainGet + " folded\n\n"} { // which is said at once
-		c := own()
+	for _, text := range []string{"BAD /x\n\n", "nonsense of some length\n", plainGet + "nonsense\n", plainGet + " folded\n\n"} { // refused immediately
+		c := fastConn()
 		c.send(strings.ReplaceAll(text, "ORIGIN", one.origin.Addr().String()))
 		if res, _ := c.response(http.MethodGet); res.StatusCode != http.StatusBadRequest {
-			t.Errorf("%q is answered with %s", text, res.Status)
+			t.Errorf("%q: got %s", text, res.Status)
 		}
 	}
-	c := own()
+	c := fastConn()
 	c.send("PRI * HTTP/2.0\n\nSM\n\n")
-	if said := c.readAll(); !strings.HasPrefix(said, "HTTP/1.1 400 ") || !strings.HasSuffix(said, "HTTP/2 cannot begin behind other requests.\n") {
-		t.Errorf("in the middle of a connection, HTTP/2 is answered with %q", said)
+	if got := c.readAll(); !strings.HasPrefix(got, "HTTP/1.1 400 ") || !strings.HasSuffix(got, "HTTP/2 cannot begin behind other requests.\n") {
+		t.Errorf("HTTP/2 behind another request: got %q", got)
 	}
 }
 
-// TestClientConnWriter: a response is that of net/http, for a handler that gives
-// it a type, does not write content for HEAD, and does not change its fields
-// between the status and a flush.
+// TestClientConnWriter checks that responses are byte for byte those of net/http, for
+// handlers that set a Content-Type, write no content for HEAD, and change no fields between
+// WriteHeader and a flush.
 func TestClientConnWriter(t *testing.T) {
 	method := ""
 	write := func(w http.ResponseWriter, size int) error {
@@ -968,7 +966,8 @@ func TestClientConnWriter(t *testing.T) {
 	}
 }
 
-// TestClientConnWriterKeepsNothing: connections may be idle in great numbers.
+// TestClientConnWriterKeepsNothing checks that idle connections, of which there may be
+// many, hold no memory of their last response.
 func TestClientConnWriterKeepsNothing(t *testing.T) {
 	conn, outside := socketPair(t)
 	go io.Copy(io.Discard, outside)
@@ -984,13 +983,13 @@ func TestClientConnWriterKeepsNothing(t *testing.T) {
 	}
 }
 
-// mayBeBetter matches what the proxy may serve better than net/http on purpose: a %
-// that begins no escape, fields with _ or . in their names, empty lines before requests,
-// targets of CONNECT that are no authorities, and other protocols.
+// mayBeBetter matches what the proxy may deliberately handle better than net/http: a % that
+// begins no escape, field names with _ or . in them, empty lines before requests, CONNECT
+// targets that are no authorities, and other protocols.
 var mayBeBetter = regexp.MustCompile(`%(?:[^0-9A-Fa-f]|.?$|.[^0-9A-Fa-f])|(?m:^[^: ]*[_.][^: ]*:)|^\r|\r\n\r\n\r|CONNECT [^ ]*[^-A-Za-z0-9.:_ \[\]]|CONNECT (?:[^ ]*:[^ ]*){2}|CONNECT [^ ]*:[^ ]*[^0-9 ]|CONNECT [^ ]*\[|^[\x04\x05\x16]`)
 
-// FuzzClientConn: clients may send what they like, and origins answer it, without
-// telling from what comes who serves a connection.
+// FuzzClientConn checks that neither clients nor origins can tell the fast path from
+// net/http, whatever they send.
 func FuzzClientConn(f *testing.F) {
 	for _, rule := range rules {
 		f.Add([]byte(crlf(rule.send)), []byte(crlf(rule.answer)), byte(atOnce))
@@ -1009,7 +1008,7 @@ func FuzzClientConn(f *testing.F) {
 		}
 		text := strings.TrimSuffix(strings.TrimSuffix(string(answer), "RESET"), "CLOSE")
 		if text != "" {
-			text += "CLOSE" // who waits for more would wait long
+			text += "CLOSE" // else each run would wait for a timeout
 		}
 		for _, difference := range tw.compare(t, string(send), text, int(manner)%manners) {
 			t.Error(difference)

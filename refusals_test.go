@@ -21,8 +21,7 @@ import (
 	"time"
 )
 
-// refusalEvil comes behind each CONNECT that has to fail. It must never be
-// taken for a request.
+// refusalEvil follows each CONNECT that must fail. It must never be parsed as a request.
 const refusalEvil = "GET http://ORIGIN/evil HTTP/1.1\nHost: ORIGIN\n\n"
 
 const (
@@ -30,14 +29,14 @@ const (
 	refusalDenied = "destination_ip_prohibited"
 )
 
-// refusalBench is a world and the addresses that its requests name.
+// refusalBench is a world with the named addresses that its requests use.
 type refusalBench struct {
 	*world
 	t      *testing.T
-	target *policyOrigin // ORIGIN, to which nothing may be connected
-	whole  atomic.Int64  // requests that ECHO has got to their end
-	places []string      // for strings.NewReplacer
-	logged int           // lines "request" so far
+	target *policyOrigin // ORIGIN, which must get no connection
+	whole  atomic.Int64  // requests that ECHO has read completely
+	places []string      // old and new strings for strings.NewReplacer
+	logged int           // log lines "request" expected so far
 	custom bool          // the site has error routes
 }
 
@@ -55,10 +54,10 @@ func newRefusalBench(t *testing.T, options string) *refusalBench {
 
 func (b *refusalBench) place(name, address string) { b.places = append(b.places, name, address) }
 
-// in replaces the names of places in a text.
+// in replaces the names of addresses in a text.
 func (b *refusalBench) in(text string) string { return strings.NewReplacer(b.places...).Replace(text) }
 
-// request is a whole request, of which text is the first line, or more.
+// request completes a request of which text is the first line or more.
 func (b *refusalBench) request(text string) string {
 	if !strings.Contains(text, "\n") {
 		text += " HTTP/1.1\nHost: proxy.test\n\n"
@@ -71,9 +70,9 @@ func (b *refusalBench) passed() { b.logged++; b.waitLog("request", b.logged) }
 
 var refusalStatus = regexp.MustCompile(`^[!#$%&'*+.^_|~0-9A-Za-z:/-]+; error=([a-z_]+)(?:; [a-z-]+=(?:[0-9]+|"[0-9A-Za-z_ ]+"))*$`)
 
-// refuses compares the answers to requests, each on a connection of its own,
-// with a status, an error type, which is "" for answers of net/http, and a part
-// of the body; and nothing has come to the target.
+// refuses checks the response to each request, sent on its own connection: its status, its
+// error type ("" for net/http's own responses) and a part of its body. ORIGIN must not get
+// a connection.
 func (b *refusalBench) refuses(status int, kind, text string, requests ...string) {
 	b.t.Helper()
 	for _, request := range requests {
@@ -103,8 +102,8 @@ func (b *refusalBench) refusesOne(status int, kind, text, row string) {
 	if res.StatusCode != status {
 		wrong("want status %d", status)
 	}
-	// http.ReadResponse takes Connection: close away, and acts as if it were
-	// there if the end of the body is that of the connection.
+	// http.ReadResponse removes Connection: close, and sets Close too if the body ends with
+	// the connection.
 	if connect && (!res.Close || kind != "" && res.ContentLength < 0) {
 		wrong("want Connection: close")
 	} else if connect {
@@ -115,15 +114,15 @@ func (b *refusalBench) refusesOne(status int, kind, text, row string) {
 	if head && body != "" || !head && !strings.Contains(body, text) {
 		wrong("want a body with %q", text)
 	}
-	got, said := "", res.Header["Proxy-Status"]
-	if len(said) == 1 && refusalStatus.MatchString(said[0]) {
-		got = refusalStatus.FindStringSubmatch(said[0])[1]
+	got, values := "", res.Header["Proxy-Status"]
+	if len(values) == 1 && refusalStatus.MatchString(values[0]) {
+		got = refusalStatus.FindStringSubmatch(values[0])[1]
 	}
-	if got != kind || len(said) > 0 && kind == "" {
+	if got != kind || len(values) > 0 && kind == "" {
 		wrong("want error=%s", kind)
 	}
-	if len(said) == 0 || status == http.StatusTooManyRequests && kind == "http_request_denied" {
-		return // has no line "request"
+	if len(values) == 0 || status == http.StatusTooManyRequests && kind == "http_request_denied" {
+		return // logs no line "request"
 	}
 	if !b.custom && !head && (!strings.HasSuffix(body, ".\n") || strings.Count(body, "\n") != 1 || strings.Contains(body, "secret")) {
 		wrong("want a body of one sentence without secrets")
@@ -142,8 +141,8 @@ func (b *refusalBench) refusesOne(status int, kind, text, row string) {
 	}
 }
 
-// refusesMalformed sends requests that do not get as far as a handler, or only where
-// clients are served below net/http.
+// refusesMalformed sends requests that reach no handler, or reach one only on the fast
+// path.
 func (b *refusalBench) refusesMalformed(rows ...string) {
 	b.t.Helper()
 	for _, row := range rows {
@@ -195,24 +194,24 @@ func TestRefusalRequest(t *testing.T) {
 	b.refuses(403, refusalDenied, "169.254.169.254", "CONNECT 169.254.169.254:PORT", "GET http://169.254.169.254/", "GET https://169.254.169.254/")
 	b.refuses(403, refusalDenied, ": it is an address of the proxy itself.", "CONNECT "+b.proxy, "GET http://"+b.proxy+"/")
 
-	// The connection behind the refusal of any other request is as good as before.
+	// After the refusal of any other request, the connection can be reused.
 	conn := b.dial()
 	for range 3 {
 		conn.send(b.request("GET ftp://ECHO/") + b.request("GET http://ECHO/"))
 		if res, _ := conn.response(http.MethodGet); res.StatusCode != http.StatusBadRequest {
-			t.Errorf("before: %s", res.Status)
+			t.Errorf("the refused request: %s", res.Status)
 		}
 		if res, body := conn.response(http.MethodGet); res.StatusCode != http.StatusOK || !strings.HasPrefix(body, "Via ") {
-			t.Errorf("behind: %s %q", res.Status, body)
+			t.Errorf("the request after it: %s %q", res.Status, body)
 		}
 	}
 }
 
-// answers lets an address answer the first request of each connection.
+// answers makes an address answer the first request on each connection.
 func (b *refusalBench) answers(name, answer string) {
 	b.place(name, listen(b.t, func(conn *net.TCPConn) {
 		if _, err := http.ReadRequest(bufio.NewReader(conn)); err == nil {
-			_, _ = io.WriteString(conn, answer) // who has read enough may close
+			_, _ = io.WriteString(conn, answer) // fails if the proxy has closed, having read enough
 		}
 	}))
 }
@@ -253,12 +252,12 @@ func TestRefusalOrigin(t *testing.T) {
 		"POST http://ECHO/ HTTP/1.1\nHost: x\nTransfer-Encoding: chunked\n\n5\nhello, world\n0\n\n",
 		"POST http://ECHO/ HTTP/1.1\nHost: x\nTransfer-Encoding: chunked\n\nhello\n")
 	if n := b.whole.Load(); n != 0 {
-		t.Errorf("%d broken requests were whole ones to the origin", n)
+		t.Errorf("the origin got %d truncated requests as complete ones", n)
 	}
 }
 
-// A TLS alert is reported as one, whichever origin sends it (RFC 9209 §2.3.15):
-// an origin that sends alerts does speak TLS.
+// TestTLSAlerts checks that an alert is reported as tls_alert_received, whichever origin
+// sends it (RFC 9209 §2.3.15): an origin that sends alerts does speak TLS.
 func TestTLSAlerts(t *testing.T) {
 	b := newRefusalBench(t, "")
 	for id, name := range map[byte]string{40: "handshake_failure", 70: "protocol_version", 80: "internal_error",
@@ -278,8 +277,8 @@ func TestTLSAlerts(t *testing.T) {
 	}
 }
 
-// TestRefusalHalf: a client that stops halfway has left, or has sent half a
-// body. It gets no status that is for logs only.
+// TestRefusalHalf checks that a client that half-closes amid its request body gets no
+// response with a status that exists only in logs (499).
 func TestRefusalHalf(t *testing.T) {
 	b := newRefusalBench(t, "")
 	for _, lines := range []string{"Content-Length: 10\n\nhello", "Transfer-Encoding: chunked\n\n5\nhello\n"} {
@@ -291,7 +290,7 @@ func TestRefusalHalf(t *testing.T) {
 		}
 	}
 	if n := b.whole.Load(); n != 0 {
-		t.Errorf("%d broken requests were whole ones to the origin", n)
+		t.Errorf("the origin got %d truncated requests as complete ones", n)
 	}
 }
 
@@ -302,11 +301,11 @@ func TestRefusalTime(t *testing.T) {
 	b.place("SILENT", listen(t, func(conn *net.TCPConn) { _, _ = io.Copy(io.Discard, conn) }))
 	b.refuses(504, "connection_timeout", "FULL did not accept a connection in time", "CONNECT FULL", "GET http://FULL/", "GET https://FULL/")
 	b.refuses(504, "dns_timeout", "was not resolved in time", "CONNECT silent.invalid:PORT", "GET http://silent.invalid/")
-	b.load(b.site("response_header_timeout 200ms")) // and time to connect, whatever the machine does
+	b.load(b.site("response_header_timeout 200ms")) // long enough to connect, even if the machine stalls
 	b.refuses(504, "http_response_timeout", "SILENT did not answer in time", "GET http://SILENT/", "HEAD http://SILENT/", "POST http://SILENT/ HTTP/1.1\nHost: x\nContent-Length: 5\n\nhello")
 }
 
-// refusalFull is an address that accepts no more connections, and refuses none.
+// refusalFull returns an address that neither accepts nor refuses connections.
 func refusalFull(t *testing.T) string {
 	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
 	if err != nil {
@@ -325,8 +324,8 @@ func refusalFull(t *testing.T) string {
 	return address
 }
 
-// fillQueue opens connections to an address on which nobody accepts any, until there
-// is no place for another. If one fails, that may be a stall of the machine.
+// fillQueue opens connections to an address whose listener accepts none, until its backlog
+// is full. A single failure may be a stall of the machine.
 func fillQueue(t *testing.T, address string) {
 	t.Helper()
 	failures := 0
@@ -342,11 +341,11 @@ func fillQueue(t *testing.T, address string) {
 	t.Fatal("the queue of a listener never fills")
 }
 
-// TestRefusalLoop: the proxy knows itself by its name in Via.
+// TestRefusalLoop checks that the proxy recognizes itself by its name in Via.
 func TestRefusalLoop(t *testing.T) {
 	b := newRefusalBench(t, "")
 	for _, via := range []string{"", "via my-name", "via off"} {
-		b.load(b.site("allow 127.0.0.0/8\n" + via)) // as a client with Via is no local one
+		b.load(b.site("allow 127.0.0.0/8\n" + via)) // requests with Via do not count as local ones
 		get := func(lines string) string {
 			_, body := policyRequest(t, b.proxy, http.MethodGet, b.in("ECHO"), lines)
 			b.passed()
@@ -355,7 +354,7 @@ func TestRefusalLoop(t *testing.T) {
 		received := regexp.MustCompile(`^Via \["1\.1 ([^ "]+)"\]$`).FindStringSubmatch(get(""))
 		if via == "via off" {
 			if body := get("Via: 1.1 my-name\n"); received != nil || body != `Via ["1.1 my-name"]` {
-				t.Errorf("%s: the origin received %q, and with one of others %q", via, received, body)
+				t.Errorf("%s: the origin received %q, and with another proxy's Via %q", via, received, body)
 			}
 			continue
 		}
@@ -369,7 +368,7 @@ func TestRefusalLoop(t *testing.T) {
 		}
 		for _, value := range []string{"1.1 " + name + "x", "1.1 x" + name, "1.1 other (" + name + ")"} {
 			if body := get("Via: " + value + "\n"); body != fmt.Sprintf("Via [%q %q]", value, "1.1 "+name) && body != fmt.Sprintf("Via [%q]", value+", 1.1 "+name) {
-				t.Errorf("Via %q of others: %q", value, body)
+				t.Errorf("Via %q of another proxy: %q", value, body)
 			}
 		}
 	}
@@ -404,8 +403,7 @@ func TestRefusalLimits(t *testing.T) {
 	}
 }
 
-// TestRefusalErrorRoutes: with error routes, the body is the site's. All else is
-// as without.
+// TestRefusalErrorRoutes checks that error routes replace the body and nothing else.
 func TestRefusalErrorRoutes(t *testing.T) {
 	b := newRefusalBench(t, "")
 	b.custom = true
@@ -416,8 +414,8 @@ func TestRefusalErrorRoutes(t *testing.T) {
 	b.refuses(403, refusalDenied, "403 custom", "CONNECT 0.0.0.0:PORT", "GET http://0.0.0.0:PORT/")
 }
 
-// TestErrorRoutesSayWhy: error routes have the sentence once, without what went
-// wrong inside, and the cause and the rule by themselves.
+// TestErrorRoutesSayWhy checks that error routes get the explanation once, without internal
+// errors, and the cause and the rule in placeholders of their own.
 func TestErrorRoutesSayWhy(t *testing.T) {
 	w := newWorld(t, "", nil)
 	w.load(strings.TrimSuffix(w.site("deny ads.example"), "}\n") +
@@ -437,8 +435,8 @@ func TestErrorRoutesSayWhy(t *testing.T) {
 	}
 }
 
-// TestRefusalsShareNoFields: what Caddy's header directive makes of the fields of
-// one answer, in place, is not seen in the next.
+// TestRefusalsShareNoFields checks that edits by Caddy's header directive to one response's
+// fields, in place, do not show in the next response.
 func TestRefusalsShareNoFields(t *testing.T) {
 	w := newWorld(t, "", nil)
 	w.load(strings.Replace(w.site("burst 1\nrefill 0.00001"), "\tasync_proxy",
@@ -449,14 +447,14 @@ func TestRefusalsShareNoFields(t *testing.T) {
 		conn.send("CONNECT 127.0.0.1:25 HTTP/1.1\nHost: 127.0.0.1:25\n\n")
 		res, _ := conn.response(http.MethodConnect)
 		if res.Header.Del("Date"); res.StatusCode != http.StatusTooManyRequests {
-			continue // the one that had a token
+			continue // this request got the one token
 		}
 		if first == nil {
 			if first = res.Header; first.Get("Retry-After")[0] != '0' || first.Get("Content-Type")[0] != 'x' {
-				t.Fatalf("the directive has changed nothing: %v", first)
+				t.Fatalf("the directive changed nothing: %v", first)
 			}
 		}
-		// The time goes on, and with it two of the values.
+		// Two of the values change with time.
 		for _, name := range []string{"Retry-After", "Ratelimit"} {
 			if got := res.Header.Get(name); len(got) != len(first.Get(name)) {
 				t.Errorf("%s: %s, at first %s", name, got, first.Get(name))
@@ -470,8 +468,8 @@ func TestRefusalsShareNoFields(t *testing.T) {
 	}
 }
 
-// refusalResolver lets names be resolved by a server on loopback, which says of
-// all that there is no such name; to silent.invalid it says nothing.
+// refusalResolver makes a loopback server the resolver. It answers NXDOMAIN for every name
+// but silent.invalid, for which it never answers.
 func refusalResolver(t *testing.T) {
 	server, err := net.ListenPacket("udp4", "127.0.0.1:0")
 	if err != nil {
@@ -491,7 +489,7 @@ func refusalResolver(t *testing.T) {
 	}()
 	old := net.DefaultResolver
 	t.Cleanup(func() { net.DefaultResolver = old; server.Close() })
-	dialer := net.Dialer{Resolver: new(net.Resolver)} // of its own, as a late query must not look at the default one
+	dialer := net.Dialer{Resolver: new(net.Resolver)} // own resolver: a late query must not read net.DefaultResolver during cleanup
 	net.DefaultResolver = &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return dialer.DialContext(ctx, "udp4", server.LocalAddr().String())
 	}}
