@@ -30,13 +30,12 @@ import (
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 )
 
-// patience bounds every wait in the tests. Nothing is expected to take that
-// long: it only turns a hang into a failure.
+// patience bounds every wait in the tests. Nothing should take that long: it turns a hang
+// into a failure.
 const patience = 20 * time.Second
 
-// world is a Caddy in this process with one async_proxy site, and an origin.
-// There is only one Caddy per process, so tests with a world do not run in
-// parallel.
+// world is a Caddy in this process with one async_proxy site, and an origin. There is only
+// one Caddy per process, so tests with a world cannot run in parallel.
 type world struct {
 	t      testing.TB
 	proxy  string           // host:port of the proxy
@@ -44,9 +43,9 @@ type world struct {
 	logs   string           // file of Caddy's log, JSON lines
 }
 
-// newWorld starts a proxy with the given options, one a line, and an origin on
-// loopback that answers with handler. "burst 1000000" and "refill 1000000" are
-// set unless options say otherwise.
+// newWorld starts a proxy with the given options, one per line, and an origin on loopback
+// that answers with handler. "burst 1000000" and "refill 1000000" apply unless options
+// override them.
 func newWorld(t testing.TB, options string, handler http.Handler) *world {
 	t.Helper()
 	w := &world{t: t, proxy: freeAddress(t), logs: filepath.Join(t.TempDir(), "caddy.log")}
@@ -60,7 +59,7 @@ func newWorld(t testing.TB, options string, handler http.Handler) *world {
 	return w
 }
 
-// site is the Caddyfile of a proxy with the given options.
+// site returns the Caddyfile of a proxy with the given options.
 func (w *world) site(options string) string {
 	for _, option := range []string{"burst", "refill"} {
 		if !strings.Contains(options, option) {
@@ -70,18 +69,18 @@ func (w *world) site(options string) string {
 	return fmt.Sprintf("http://%s {\n\tasync_proxy {\n\t\t%s\n\t}\n}\n", strings.TrimPrefix(w.proxy, "127.0.0.1"), options)
 }
 
-// inRoute has connections to a site served by Caddy's HTTP server: nested in
-// another directive, async_proxy brings no listener wrapper along.
+// inRoute makes Caddy's HTTP server serve a site's connections: nested in another
+// directive, async_proxy does not add its listener wrapper.
 func inRoute(site string) string {
 	return strings.Replace(site, "\tasync_proxy", "\troute {\nasync_proxy", 1) + "}\n"
 }
 
-// byNetHTTP has the tests' clients served by Caddy's HTTP server: options of a
-// server, of whatever kind, take the place of the listener wrapper.
+// byNetHTTP makes Caddy's HTTP server serve the tests' clients: any server options at all
+// replace the listener wrapper.
 var byNetHTTP = flag.Bool("nethttp", false, "have clients served by Caddy's HTTP server")
 
-// load replaces the running config by sites, in Caddyfile syntax. The global
-// options are the world's: logs go to w.logs.
+// load replaces the running config with sites, in Caddyfile syntax. The global options are
+// the world's: logs go to w.logs.
 func (w *world) load(sites string) {
 	w.t.Helper()
 	servers := ""
@@ -102,9 +101,9 @@ func loadCaddyfile(t testing.TB, caddyfile string) {
 	})
 }
 
-// replaced loads a config and waits for the end of the servers before: when a reload
-// returns they may still accept a connection, to close it or to serve it as they did
-// others, and their sockets may still be there.
+// replaced loads a config and waits until the previous servers have stopped. When a reload
+// returns, they may still accept a connection, which they close or serve as before, and
+// their sockets may still be open.
 func replaced(t testing.TB, load func()) {
 	t.Helper()
 	old := serving()
@@ -115,9 +114,9 @@ func replaced(t testing.TB, load func()) {
 	})
 }
 
-// startCaddyfile does not wait until the config before has ended. Beside sites
-// with TLS, Caddy would listen at port 80, which may be taken, and which an
-// ordinary user may not have: unless the Caddyfile says otherwise, it does not.
+// startCaddyfile does not wait until the previous config has stopped. With TLS sites, Caddy
+// would also listen on port 80, which may be in use or need privileges: startCaddyfile
+// disables that unless the Caddyfile says otherwise.
 func startCaddyfile(t testing.TB, caddyfile string) {
 	t.Helper()
 	if options, ok := strings.CutPrefix(caddyfile, "{\n"); ok && !strings.Contains(caddyfile, "auto_https") {
@@ -137,7 +136,7 @@ func startCaddyfile(t testing.TB, caddyfile string) {
 	}
 }
 
-// serving returns the goroutines in which Caddy's servers accept connections.
+// serving returns the IDs of the goroutines in which Caddy's servers accept connections.
 func serving() []string {
 	stacks := make([]byte, 4<<20)
 	stacks = stacks[:runtime.Stack(stacks, true)]
@@ -150,8 +149,8 @@ func serving() []string {
 	return ids
 }
 
-// listeningTwice reports whether there are two sockets for one of the addresses
-// of the tests, so far as the system tells.
+// listeningTwice reports whether any of the tests' addresses has two listening sockets. It
+// is false on systems that do not tell.
 func listeningTwice() bool {
 	data, _ := os.ReadFile("/proc/net/tcp")
 	seen := make(map[string]bool)
@@ -168,15 +167,15 @@ func listeningTwice() bool {
 	return false
 }
 
-// nextPort is below the ports that systems hand out by themselves, so that
-// nobody else is given one between here and its use: nor is a process that was
-// started together with this one, as those are that fuzz.
+// nextPort starts below the ephemeral port range, so that the kernel gives no port away
+// between its choice here and its use. Processes started together, as fuzz workers are, get
+// separate ranges.
 var nextPort atomic.Int64
 
 func init() { nextPort.Store(20000 + int64(os.Getpid()*8%4000)) }
 
-// freeAddress returns an address of loopback that nobody listens on, another
-// one each time.
+// freeAddress returns a loopback address that nothing listens on, a different one each
+// time.
 func freeAddress(t testing.TB) string {
 	t.Helper()
 	for {
@@ -192,7 +191,7 @@ func freeAddress(t testing.TB) string {
 	}
 }
 
-// client is an http.Client that uses the proxy, with connections of its own.
+// client returns an http.Client that uses the proxy, with its own connections.
 func (w *world) client() *http.Client {
 	transport := &http.Transport{
 		Proxy:              http.ProxyURL(&url.URL{Scheme: "http", Host: w.proxy}),
@@ -205,7 +204,7 @@ func (w *world) client() *http.Client {
 // dial opens a raw connection to the proxy.
 func (w *world) dial() *rawConn { return dialRaw(w.t, w.proxy) }
 
-// logLines returns the lines of Caddy's log that have the given message.
+// logLines returns the lines of Caddy's log with the given message.
 func (w *world) logLines(message string) []map[string]any {
 	w.t.Helper()
 	data, err := os.ReadFile(w.logs)
@@ -215,7 +214,7 @@ func (w *world) logLines(message string) []map[string]any {
 	var lines []map[string]any
 	for text := range strings.Lines(string(data)) {
 		if !strings.HasSuffix(text, "\n") {
-			break // it is being written
+			break // still being written
 		}
 		var line map[string]any
 		if err := json.Unmarshal([]byte(text), &line); err != nil {
@@ -239,17 +238,17 @@ func (w *world) waitLog(message string, n int) []map[string]any {
 	return lines
 }
 
-// eventually waits until condition holds, which must be soon.
+// eventually waits until condition holds, for at most patience.
 func eventually(t testing.TB, what string, condition func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(patience); !condition(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("waited in vain for %s", what)
+			t.Fatalf("timed out waiting for %s", what)
 		}
 	}
 }
 
-// rawConn is a connection for tests that say each byte themselves.
+// rawConn is a connection for tests that spell out every byte.
 type rawConn struct {
 	*net.TCPConn
 	t testing.TB
@@ -267,7 +266,7 @@ func dialRaw(t testing.TB, address string) *rawConn {
 	return &rawConn{conn.(*net.TCPConn), t, bufio.NewReader(conn)}
 }
 
-// send writes a text, in which lines may end with \n alone.
+// send writes a text whose lines may end with a bare \n.
 func (c *rawConn) send(text string) {
 	c.t.Helper()
 	text = strings.ReplaceAll(strings.ReplaceAll(text, "\r\n", "\n"), "\n", "\r\n")
@@ -276,8 +275,7 @@ func (c *rawConn) send(text string) {
 	}
 }
 
-// response reads a response to a request of the given method. Its body is
-// read and closed.
+// response reads a response to a request of the given method, and its body to the end.
 func (c *rawConn) response(method string) (*http.Response, string) {
 	c.t.Helper()
 	res, err := http.ReadResponse(c.r, &http.Request{Method: method})
@@ -304,7 +302,7 @@ func (c *rawConn) connect(target string) {
 	}
 }
 
-// readAll reads until the other side ends.
+// readAll reads until the peer closes or half-closes.
 func (c *rawConn) readAll() string {
 	c.t.Helper()
 	data, err := io.ReadAll(c.r)
@@ -314,7 +312,7 @@ func (c *rawConn) readAll() string {
 	return string(data)
 }
 
-// readReset fails unless the connection is reset before anything else comes.
+// readReset fails the test unless a reset is the next thing to arrive.
 func (c *rawConn) readReset() {
 	c.t.Helper()
 	if data, err := io.ReadAll(c.r); !errors.Is(err, syscall.ECONNRESET) || len(data) > 0 {
@@ -322,8 +320,8 @@ func (c *rawConn) readReset() {
 	}
 }
 
-// listen runs serve for each connection to a listener on loopback, and returns
-// its address. All connections are closed when the test ends.
+// listen runs serve for each connection to a new loopback listener and returns the
+// listener's address. The end of the test closes all connections.
 func listen(t testing.TB, serve func(*net.TCPConn)) string {
 	t.Helper()
 	ln, err := net.Listen("tcp4", "127.0.0.1:0")

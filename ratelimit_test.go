@@ -25,7 +25,7 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// limits is the key of a limiter with these limits and defaults otherwise.
+// limits returns the key of a limiter with these limits and defaults otherwise.
 func limits(burst int64, refill float64) limiterKey {
 	h := Handler{Burst: burst, Refill: refill}
 	h.setDefaults()
@@ -44,7 +44,7 @@ func newSomeone(t *testing.T, burst int64, refill float64) *someone {
 	return &someone{t: t, l: newLimiter(limits(burst, refill)), addr: netip.MustParseAddr("127.0.0.1")}
 }
 
-// allowed has n requests made at once, all of which must be allowed.
+// allowed makes n requests at once, all of which must be allowed.
 func (s *someone) allowed(n int) {
 	s.t.Helper()
 	for i := range n {
@@ -54,7 +54,7 @@ func (s *someone) allowed(n int) {
 	}
 }
 
-// denied has one request made, which must be denied and told how long to wait.
+// denied makes one request, which must be denied with the given wait.
 func (s *someone) denied(wait time.Duration) {
 	s.t.Helper()
 	if got := s.l.take(s.addr, int64(s.now)); got.ok || got.wait != wait {
@@ -62,10 +62,10 @@ func (s *someone) denied(wait time.Duration) {
 	}
 }
 
-// passes lets time pass.
+// passes advances the time.
 func (s *someone) passes(d time.Duration) { s.now += d }
 
-// left gives the bucket a number of tokens, for bursts too large to use up.
+// left sets the number of tokens in the bucket, for bursts too large to use up.
 func (s *someone) left(tokens int64) {
 	s.l.bucket(s.addr, int64(s.now)).full.Store(int64(s.now) + s.l.fill - tokens*s.l.interval)
 }
@@ -84,12 +84,12 @@ func TestBurstAtOnceThenOneEachInterval(t *testing.T) {
 func TestRefillIsContinuous(t *testing.T) {
 	s := newSomeone(t, 10, 0.5)
 	s.allowed(10)
-	s.passes(3 * time.Second) // one token and a half
+	s.passes(3 * time.Second) // one and a half tokens
 	s.allowed(1)
 	s.denied(1 * time.Second)
 	s.passes(700 * time.Millisecond)
 	s.denied(300 * time.Millisecond)
-	s.passes(400 * time.Millisecond) // a twentieth more than one
+	s.passes(400 * time.Millisecond) // a twentieth more than one token
 	s.allowed(1)
 	s.denied(1900 * time.Millisecond)
 }
@@ -117,7 +117,7 @@ func TestBucketNeverHoldsMoreThanBurst(t *testing.T) {
 }
 
 func TestWaitIsExactToTheNanosecond(t *testing.T) {
-	s := newSomeone(t, 2, 3) // a token each 333333333 ns
+	s := newSomeone(t, 2, 3) // one token every 333333333 ns
 	s.allowed(2)
 	s.denied(333333333)
 	s.passes(333333332)
@@ -154,7 +154,7 @@ func TestLimitsAtTheirBounds(t *testing.T) {
 		{3, 0.3, 3333333333, 3 * 3333333333},
 		{1000, 700_000, 1429, 1000 * 1429},
 		{maxBurst, maxRefill, time.Microsecond, 1000 * time.Second},
-		{maxBurst, 0.25, 4 * time.Second, maxFill * time.Second}, // the longest there is
+		{maxBurst, 0.25, 4 * time.Second, maxFill * time.Second}, // the longest possible
 		{40_000, minRefill, 100_000 * time.Second, maxFill * time.Second},
 	} {
 		t.Run(fmt.Sprintf("burst %d refill %v", tc.burst, tc.refill), func(t *testing.T) {
@@ -163,7 +163,7 @@ func TestLimitsAtTheirBounds(t *testing.T) {
 				t.Fatalf("validate() = %v, want no error", err)
 			}
 			if interval, fill := time.Duration(s.l.interval), time.Duration(s.l.fill); interval != tc.interval || fill != tc.fill {
-				t.Fatalf("a token each %v and full after %v, want %v and %v", interval, fill, tc.interval, tc.fill)
+				t.Fatalf("one token every %v and full after %v, want %v and %v", interval, fill, tc.interval, tc.fill)
 			}
 			// Nothing overflows, even in a process that has run for a century.
 			for _, started := range []time.Duration{0, 100 * 365 * day} {
@@ -311,8 +311,8 @@ func TestClientWithoutAnAddressIsLimitedToo(t *testing.T) {
 	s.denied(2 * time.Second)
 }
 
-// The first ten refusals have a line each, then one line a second says how many
-// there were.
+// Each of a client's first ten refusals is logged. After that, one line a second carries
+// the number of refusals since the last one.
 func TestRefusalsAreLoggedWithRestraint(t *testing.T) {
 	s := newSomeone(t, 1, minRefill)
 	s.allowed(1)
@@ -359,12 +359,12 @@ func TestLoggedRefusalsAddUp(t *testing.T) {
 	}
 	pending := int64(s.l.bucket(s.addr, int64(s.now)).refused.Load())
 	if logged+pending != refused || pending > 100 {
-		t.Errorf("%d refusals are logged and %d pending, want %d in all and few pending", logged, pending, refused)
+		t.Errorf("%d refusals were logged and %d are pending, want %d in all and few pending", logged, pending, refused)
 	}
 }
 
-// x/time/rate is what most Go programs limit with. It counts tokens as floating
-// point and never forgets anyone.
+// x/time/rate is the usual limiter of Go programs. It counts tokens in floating point and
+// never forgets a client.
 func TestSameDecisionsAsXTimeRate(t *testing.T) {
 	const each = 200_000
 	for _, tc := range []struct {
@@ -386,8 +386,8 @@ func TestSameDecisionsAsXTimeRate(t *testing.T) {
 			var now int64
 			var allowed, moved int
 			for op := range each {
-				// All clients together want a little more than they get, and
-				// sometimes nobody comes for long.
+				// The clients together request slightly more than they are allowed, with
+				// occasional long pauses.
 				step := rnd.ExpFloat64() * float64(l.interval) / float64(len(clients)) * 0.7
 				if rnd.IntN(50*int(tc.burst)) == 0 {
 					step = rnd.Float64() * 2 * float64(l.fill)
@@ -396,9 +396,8 @@ func TestSameDecisionsAsXTimeRate(t *testing.T) {
 				i := rnd.IntN(len(clients))
 				at := func() time.Time { return base.Add(time.Duration(now)) }
 				tokens := oracles[i].TokensAt(at())
-				// Too close to a whole token floating point cannot tell, unless
-				// the bucket is full; and x/time/rate does not see waits of less
-				// than a nanosecond.
+				// Floating point cannot decide this close to a whole token unless the
+				// bucket is full, and x/time/rate ignores waits of less than a nanosecond.
 				for math.Abs(tokens-1) < 1e-6+1.01/float64(l.interval) && tokens != float64(tc.burst) {
 					moved++
 					now += 1 + l.interval/1000
@@ -425,7 +424,7 @@ func TestSameDecisionsAsXTimeRate(t *testing.T) {
 	}
 }
 
-// tank is a bucket in whole numbers, written the obvious way: a token is as many
+// tank is a token bucket in integer arithmetic, written the obvious way: a token is as many
 // units as it takes nanoseconds to gain one.
 type tank struct{ level, filled int64 }
 
@@ -438,9 +437,9 @@ func (b *tank) take(now, interval, capacity int64) (wait int64) {
 	return 0
 }
 
-// Generations are dropped as early as the limiter may ever do so, and requests
-// come just before, at and after the moments that matter. Nobody is forgotten
-// too early, and every wait is right to the nanosecond.
+// Here generations are dropped as early as the limiter may ever drop them, and requests
+// arrive just before, at and after every critical moment. No client is forgotten too early,
+// and every wait is exact to the nanosecond.
 func TestSameDecisionsAsBucketsThatAreNeverForgotten(t *testing.T) {
 	const each = 250_000
 	for _, tc := range []struct {
@@ -500,7 +499,7 @@ func TestSameDecisionsAsBucketsThatAreNeverForgotten(t *testing.T) {
 	}
 }
 
-// loopback is the n-th address of 127.0.0.0/8, as far as that goes.
+// loopback returns the n-th address of 127.0.0.0/8.
 func loopback(n int) netip.Addr {
 	return netip.AddrFrom4([4]byte{127, byte(n >> 16), byte(n >> 8), byte(n)})
 }
@@ -518,7 +517,7 @@ func TestFiftyThousandClientsAreIndependent(t *testing.T) {
 	if got := l.clients(); got != n {
 		t.Errorf("clients() = %d, want %d", got, n)
 	}
-	// One that has waited changes nothing for the others.
+	// A client that has waited does not affect the others.
 	wait := int64(2 * time.Second)
 	if v := l.take(loopback(7), wait); !v.ok {
 		t.Errorf("after %v: take = %+v, want it allowed", time.Duration(wait), v)
@@ -534,14 +533,14 @@ func TestFiftyThousandClientsAreIndependent(t *testing.T) {
 // heap returns the bytes in use that are reachable.
 func heap() int64 {
 	runtime.GC()
-	runtime.GC() // what finalizers and pools held on to
+	runtime.GC() // what finalizers and pools kept alive
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
 	return int64(m.HeapAlloc)
 }
 
 func TestMemoryOfAClient(t *testing.T) {
-	// The map doubles its table: how full that is makes the difference.
+	// The map's table doubles: the cost per client depends on how full it is.
 	for n, most := range map[int]float64{50_000: 120, 500_000: 140} {
 		key := limits(10, 0.5)
 		key.maxClients = 2 * n
@@ -570,7 +569,7 @@ func counterValue(t *testing.T) float64 {
 	return m.GetCounter().GetValue()
 }
 
-// All are active within one period, so that only the bound drops any.
+// All clients are active within one period, so that only the bound drops any.
 func TestMemoryIsBoundedByMaxClients(t *testing.T) {
 	const maxClients = 20_000
 	key := limits(10, 0.5)
@@ -600,16 +599,16 @@ func TestMemoryIsBoundedByMaxClients(t *testing.T) {
 	}
 	want := n - l.clients()
 	if got := l.forced.Load(); got != int64(want) {
-		t.Errorf("%d clients were counted as forgotten early, want %d", got, want)
+		t.Errorf("forced = %d, want %d", got, want)
 	}
 	if got := counterValue(t) - evicted; got != float64(want) {
-		t.Errorf("the metric counted %v clients as forgotten early, want %d", got, want)
+		t.Errorf("the metric counts %v, want %d", got, want)
 	}
 	runtime.KeepAlive(l)
 }
 
-// The bound forgets those that were idle for longest: a client that keeps
-// coming stays limited, whatever flood of others comes with it.
+// The bound forgets the clients that were idle longest: a client that keeps sending stays
+// limited however many others flood the table.
 func TestFloodDoesNotFreeAClientThatKeepsComing(t *testing.T) {
 	const maxClients = 100
 	key := limits(1, minRefill)
@@ -625,12 +624,12 @@ func TestFloodDoesNotFreeAClientThatKeepsComing(t *testing.T) {
 		s.denied(100_000 * time.Second)
 	}
 	if s.l.forced.Load() == 0 {
-		t.Error("nobody was forgotten: this was no flood")
+		t.Error("no client was forgotten: this was no flood")
 	}
 }
 
-// "Only when more than max_clients are active at once is a generation dropped
-// early."
+// The docs promise: "Only when more than max_clients are active at once is a generation
+// dropped early."
 func TestNobodyIsForgottenUpToHalfOfMaxClients(t *testing.T) {
 	const maxClients = 100
 	key := limits(1, minRefill)
@@ -652,8 +651,7 @@ func TestNobodyIsForgottenUpToHalfOfMaxClients(t *testing.T) {
 	}
 }
 
-// A client that came again is in both generations for a while, and tracked all
-// the time.
+// A client that returns is in both generations for a while, and is tracked throughout.
 func TestOnlyTheForgottenAreCountedAsForgotten(t *testing.T) {
 	const maxClients, newcomers = 100, 20_000
 	key := limits(1, minRefill)
@@ -699,14 +697,14 @@ func TestExactlyBurstIsAdmittedConcurrently(t *testing.T) {
 	}
 }
 
-// Some callers are a nanosecond late: they still work on a generation while
-// others replace it.
+// Some callers are a nanosecond late: they still use a generation that others are
+// replacing.
 func TestExactlyBurstIsAdmittedWhileGenerationsRotate(t *testing.T) {
 	const callers, burst, rounds = 8, 3, 5000
 	l := newLimiter(limits(burst, 0.5))
 	for round := range rounds {
 		client := loopback(round)
-		l.take(loopback(1<<20), l.gens.Load().until) // a generation begins
+		l.take(loopback(1<<20), l.gens.Load().until) // starts a generation
 		ends := l.gens.Load().until
 		var admitted atomic.Int64
 		together(callers, func(i int) {
@@ -759,11 +757,11 @@ func TestTakeAllocatesNothing(t *testing.T) {
 	}
 }
 
-// What follows is about the limiter in a running Caddy. Where buckets must not
-// refill while a test runs, refill is one token in 100 s or less.
+// The following tests cover the limiter in a running Caddy. Where buckets must not refill
+// during a test, refill is at most one token per 100 s.
 
-// get makes a request to the origin through the proxy at address, with a
-// connection of its own, and returns the status. fields are names and values.
+// get makes a request to the origin through the proxy at address, on its own connection,
+// and returns the status. fields alternates names and values.
 func (w *world) get(address string, fields ...string) int {
 	w.t.Helper()
 	conn := dialRaw(w.t, address)
@@ -777,7 +775,7 @@ func (w *world) get(address string, fields ...string) int {
 	return res.StatusCode
 }
 
-// gets makes requests one after the other and compares their statuses.
+// gets makes requests one after the other and checks their statuses.
 func (w *world) gets(address string, want ...int) {
 	w.t.Helper()
 	for i, want := range want {
@@ -787,7 +785,7 @@ func (w *world) gets(address string, want ...int) {
 	}
 }
 
-// siteAt is the Caddyfile of another proxy.
+// siteAt returns the Caddyfile of another proxy.
 func siteAt(address, options string) string {
 	return fmt.Sprintf("http://%s {\n\tasync_proxy {\n\t\t%s\n\t}\n}\n", strings.TrimPrefix(address, "127.0.0.1"), options)
 }
@@ -815,7 +813,7 @@ func TestOneHundredAtOnce(t *testing.T) {
 		case http.StatusTooManyRequests:
 			limited.Add(1)
 			retry, err := strconv.Atoi(res.Header.Get("Retry-After"))
-			// One that came first may have looked at the clock last.
+			// An earlier request may have read the clock later.
 			if err != nil || retry < 1 || retry > 101 {
 				t.Errorf("Retry-After: %q, want seconds from 1 to 101", res.Header.Get("Retry-After"))
 			}
@@ -1000,7 +998,7 @@ func TestForwardedForOfTrustedProxiesIsTheClient(t *testing.T) {
 			t.Errorf("a request for %s: status %d, want %d", tc.forwardedFor, got, tc.want)
 		}
 	}
-	w.gets(w.proxy, 200, 429) // the trusted proxy for itself
+	w.gets(w.proxy, 200, 429) // the trusted proxy's own bucket
 }
 
 func TestErrorRoutesAnswerForTheLimiter(t *testing.T) {
@@ -1023,19 +1021,18 @@ func TestErrorRoutesAnswerForTheLimiter(t *testing.T) {
 	}
 }
 
-// nothingMore reads to the end of a connection, which must come without another
-// byte, and maybe as a reset.
+// nothingMore checks that the connection ends, orderly or with a reset, without another
+// byte.
 func (c *rawConn) nothingMore() {
 	c.t.Helper()
 	rest, err := io.ReadAll(c.r)
 	if len(rest) > 0 || err != nil && !errors.Is(err, syscall.ECONNRESET) {
-		c.t.Errorf("after the answer: %q and %v, want nothing and an end", rest, err)
+		c.t.Errorf("after the response: %q and %v, want the end", rest, err)
 	}
 }
 
-// The body of a request that was denied consists of another request, which must
-// not be taken for one: the connection ends. The answer does not wait for the
-// body, which may never come.
+// The body of a denied request contains another request, which must not be parsed as one:
+// the connection closes. The response does not wait for the body, which may never arrive.
 func TestBodyOfADeniedRequest(t *testing.T) {
 	const smuggled = "GET http://smuggled.example/ HTTP/1.1\r\nHost: smuggled.example\r\n\r\n"
 	chunked := func(body string) string { return fmt.Sprintf("%x\r\n%s\r\n0\r\n\r\n", len(body), body) }
@@ -1055,7 +1052,7 @@ func TestBodyOfADeniedRequest(t *testing.T) {
 				conn.send("POST " + w.origin.URL + "/ HTTP/1.1\nHost: origin\n" + tc.fields + "\n")
 				written := make(chan struct{})
 				write := func() {
-					_, _ = io.WriteString(conn, tc.body+smuggled) // fails if the connection is closed before
+					_, _ = io.WriteString(conn, tc.body+smuggled) // fails if the proxy closes first
 					_ = conn.CloseWrite()
 					close(written)
 				}
@@ -1064,7 +1061,7 @@ func TestBodyOfADeniedRequest(t *testing.T) {
 				}
 				res, body := conn.response(http.MethodPost)
 				if res.StatusCode != http.StatusTooManyRequests || !res.Close {
-					t.Errorf("status %d (%s), to be closed: %t; want 429 and an end", res.StatusCode, body, res.Close)
+					t.Errorf("status %d (%s), close: %t; want 429 and Connection: close", res.StatusCode, body, res.Close)
 				}
 				if sent == "after the answer" {
 					go write()
@@ -1079,7 +1076,8 @@ func TestBodyOfADeniedRequest(t *testing.T) {
 	}
 }
 
-// With buckets that are full again by then, the bound on memory forgets nothing.
+// If their buckets are full again by then, clients dropped by the memory bound are not
+// counted as forgotten.
 func TestFullBucketsAreNotForgottenEarly(t *testing.T) {
 	key := limits(2, 1)
 	key.maxClients = 100

@@ -21,26 +21,25 @@ import (
 	"time"
 )
 
-// rule is a rule for intermediaries: raw bytes in, raw bytes out at a recording
-// origin, and back. ORIGIN stands for the origin's address; lines end with \n
-// alone for the sake of readers.
+// rule is a rule for intermediaries: raw bytes from the client, raw bytes at a recording
+// origin, and back. ORIGIN stands for the origin's address; for legibility, lines end with
+// a bare \n.
 type rule struct {
 	name string
 	rfc  string
 	send string // what the client sends
 
-	// What the origin gets: the request line, lines among its fields, names that
-	// are not, and its body. "-" as the line: nothing at all.
+	// What the origin must get: the request line, lines that are among its fields, names
+	// that are not, and its body. "-" as the line means no request at all.
 	line    string
 	has     []string
 	hasNot  []string
 	content string
 
-	answer string // what the origin sends; by default 200 and "ok"
+	answer string // the origin's response; by default 200 and "ok"
 
-	// What the client gets: responses before the final one, its status, lines
-	// among its fields, names that are not, its body and trailers; or that it
-	// breaks off.
+	// What the client must get: interim responses, the status, lines that are among the
+	// fields, names that are not, the body and the trailers; or a response that is cut off.
 	interim   []string
 	status    int
 	clientHas []string
@@ -48,7 +47,7 @@ type rule struct {
 	body      string
 	trailers  []string
 	brokenOff bool
-	mustClose bool // the connection to the client is closed after it
+	mustClose bool // the client's connection is closed afterwards
 }
 
 const ruleOK = "HTTP/1.1 200 OK\nContent-Length: 2\n\nok"
@@ -72,7 +71,7 @@ var rules = []rule{
 	{name: "encoded space and plus", rfc: "9110 §7.7", send: "GET http://ORIGIN/a%20b+c?d%20e+f HTTP/1.1\nHost: ORIGIN\n\n", line: "GET /a%20b+c?d%20e+f HTTP/1.1"},
 	{name: "scheme in upper case", rfc: "9110 §4.2.3", send: "GET HTTP://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1"},
 
-	// RFC 9110 §9: methods of any token.
+	// RFC 9110 §9: any token is a method.
 	{name: "unknown method", rfc: "9110 §9.1", send: "FOO http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "FOO / HTTP/1.1"},
 	{name: "method with a hyphen", rfc: "9110 §9.1", send: "M-SEARCH http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "M-SEARCH / HTTP/1.1"},
 	{name: "DELETE with content", rfc: "9110 §9.3.5", send: "DELETE http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nContent-Length: 3\n\nabc", line: "DELETE / HTTP/1.1", has: []string{"Content-Length: 3"}, content: "abc"},
@@ -104,7 +103,7 @@ var rules = []rule{
 	{name: "trailers after an empty body", rfc: "9110 §6.5", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1",
 		answer: "HTTP/1.1 200 OK\nTrailer: Grpc-Status\nTransfer-Encoding: chunked\n\n0\nGrpc-Status: 0\n\n", body: "-", trailers: []string{"Grpc-Status: 0"}},
 
-	// RFC 9110 §7.6.1: fields of one connection.
+	// RFC 9110 §7.6.1: connection-specific fields.
 	{name: "Connection of a request", rfc: "9110 §7.6.1", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nConnection: X-One, keep-alive\nX-One: 1\nconnection: x-two\nX-Two: 2\nX-Three: 3\nKeep-Alive: 5\nProxy-Connection: keep-alive\n\n",
 		line: "GET / HTTP/1.1", has: []string{"X-Three: 3"}, hasNot: []string{"Connection", "X-One", "X-Two", "Keep-Alive", "Proxy-Connection"}},
 	{name: "Connection of a response", rfc: "9110 §7.6.1", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1",
@@ -131,7 +130,7 @@ var rules = []rule{
 	{name: "Via has the received version", rfc: "9110 §7.6.3", send: "GET http://ORIGIN/ HTTP/1.0\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", has: []string{"Via: 1.0 tester"},
 		answer: "HTTP/1.0 200 OK\nContent-Length: 2\n\nok", clientHas: []string{"Via: 1.0 tester"}, mustClose: true},
 
-	// RFC 9110 §7.7: nothing is changed, added or left out.
+	// RFC 9110 §7.7: nothing is changed, added or removed.
 	{name: "nothing is added to a request", rfc: "9110 §7.7", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", hasNot: []string{"Accept-Encoding", "User-Agent", "Accept", "Content-Length", "Connection"}},
 	{name: "what a request says stays", rfc: "9110 §7.7", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nAccept-Encoding: br;q=1.0, *;q=0\nUser-Agent: x\nX-Repeated: 1\nX-Repeated: 2\nX-Repeated: 3\nForwarded: for=1.2.3.4\n\n",
 		line: "GET / HTTP/1.1", has: []string{"Accept-Encoding: br;q=1.0, *;q=0", "User-Agent: x", "X-Repeated: 1", "X-Repeated: 2", "X-Repeated: 3", "Forwarded: for=1.2.3.4"}},
@@ -157,7 +156,7 @@ var rules = []rule{
 	{name: "304", rfc: "9110 §15.4.5", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nIf-None-Match: \"x\"\n\n", line: "GET / HTTP/1.1", has: []string{"If-None-Match: \"x\""}, answer: "HTTP/1.1 304 Not Modified\nETag: \"x\"\n\n", status: 304, body: "-", clientHas: []string{"Etag: \"x\""}},
 	{name: "a part", rfc: "9110 §14", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nRange: bytes=1-2\n\n", line: "GET / HTTP/1.1", has: []string{"Range: bytes=1-2"}, answer: "HTTP/1.1 206 Partial Content\nContent-Range: bytes 1-2/9\nContent-Length: 2\n\nok", status: 206, clientHas: []string{"Content-Range: bytes 1-2/9"}},
 
-	// RFC 9112 §5 and §6: what an origin may and may not send.
+	// RFC 9112 §5 and §6: valid and invalid origin responses.
 	{name: "chunks", rfc: "9112 §7.1", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", answer: "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n1;ext=1\no\n1\nk\n0\n\n"},
 	{name: "to the end of the connection", rfc: "9112 §6.3", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", answer: "HTTP/1.0 200 OK\n\nokCLOSE"},
 	{name: "lengths that agree", rfc: "9112 §6.3", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", answer: "HTTP/1.1 200 OK\nContent-Length: 2\nContent-Length: 2, 2\n\nok", clientHas: []string{"Content-Length: 2"}},
@@ -198,21 +197,21 @@ var rules = []rule{
 	{name: "the origin closes", rfc: "9112 §9.6", send: "GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\n\n", line: "GET / HTTP/1.1", answer: "HTTP/1.1 200 OK\nConnection: close\nContent-Length: 2\n\nokCLOSE", clientNot: []string{"Connection"}},
 }
 
-// ruleOptions are what the rules take for granted.
+// ruleOptions are options that the rules rely on.
 const ruleOptions = "via tester\nresponse_header_timeout 5s\nallow 127.0.0.0/8"
 
 func TestRules(t *testing.T) {
 	runRules(t, newWorld(t, ruleOptions, nil).proxy, newRuleOrigin)
 }
 
-// TestRulesOfNetHTTP: it makes no difference who serves a connection.
+// TestRulesOfNetHTTP checks the rules where net/http serves the clients.
 func TestRulesOfNetHTTP(t *testing.T) {
 	w := newWorld(t, "", nil)
 	w.load(inRoute(w.site(ruleOptions)))
 	runRules(t, w.proxy, newRuleOrigin)
 }
 
-// TestRulesBehindARequest: nor whether there was a request before.
+// TestRulesBehindARequest checks the rules on connections that have served a request.
 func TestRulesBehindARequest(t *testing.T) {
 	w := newWorld(t, ruleOptions, nil)
 	runRulesOn(t, func() *rawConn {
@@ -222,7 +221,7 @@ func TestRulesBehindARequest(t *testing.T) {
 	}, newRuleOrigin)
 }
 
-// TestRulesOverTLS: an https origin that speaks HTTP/1 is as an http one.
+// TestRulesOverTLS checks the rules with an https origin that speaks HTTP/1.1.
 func TestRulesOverTLS(t *testing.T) {
 	runRules(t, newWorld(t, ruleOptions, nil).proxy, newSecureRuleOrigin)
 }
@@ -241,13 +240,12 @@ func runRulesOn(t *testing.T, dial func() *rawConn, origin func(t *testing.T, an
 	}
 }
 
-// differences are what a proxy does otherwise than a rule says.
+// differences lists how a proxy's behavior differs from a rule.
 type differences []string
 
 func (d *differences) add(format string, args ...any) { *d = append(*d, fmt.Sprintf(format, args...)) }
 
-// run sends the rule's request on a connection to a proxy, to an origin that
-// answers as the rule says.
+// run sends the rule's request through a proxy to an origin that answers as the rule says.
 func (rule rule) run(t *testing.T, c *rawConn, origin *ruleOrigin, timeout time.Duration) (d differences) {
 	t.Helper()
 	fill := func(s string) string {
@@ -263,7 +261,7 @@ func (rule rule) run(t *testing.T, c *rawConn, origin *ruleOrigin, timeout time.
 	return d
 }
 
-// checkResponse compares what the client gets.
+// checkResponse checks what the client got.
 func (rule rule) checkResponse(d *differences, c *rawConn, fill func(string) string) {
 	method, _, _ := strings.Cut(rule.send, " ")
 	var interim []string
@@ -271,7 +269,7 @@ func (rule rule) checkResponse(d *differences, c *rawConn, fill func(string) str
 	for {
 		var err error
 		if res, err = http.ReadResponse(c.r, &http.Request{Method: method}); err != nil {
-			if !rule.brokenOff || rule.body != "" { // else it was, before anything was passed on
+			if !rule.brokenOff || rule.body != "" { // else it was cut off before anything was passed on
 				d.add("reading the response: %v", err)
 			}
 			return
@@ -336,7 +334,7 @@ func (rule rule) checkResponse(d *differences, c *rawConn, fill func(string) str
 	}
 }
 
-// checkRequest compares what the origin got.
+// checkRequest checks what the origin got.
 func (rule rule) checkRequest(d *differences, origin *ruleOrigin, fill func(string) string) {
 	got, any := origin.request()
 	if rule.line == "-" {
@@ -359,7 +357,7 @@ func (rule rule) checkRequest(d *differences, origin *ruleOrigin, fill func(stri
 }
 
 func ruleFields(d *differences, what string, fields http.Header, has, hasNot []string, fill func(string) string) {
-	at := make(map[string]int) // repeated fields are in order
+	at := make(map[string]int) // repeated fields must be in order
 	for _, line := range has {
 		name, value, _ := strings.Cut(fill(line), ": ")
 		values := fields[textproto.CanonicalMIMEHeaderKey(name)]
@@ -378,11 +376,11 @@ func ruleFields(d *differences, what string, fields http.Header, has, hasNot []s
 	}
 }
 
-// ruleOrigin records the one request that it gets on a connection, and answers
-// with bytes. CLOSE at their end closes the connection, RESET resets it.
+// ruleOrigin records the single request on each connection and sends fixed bytes in
+// response. CLOSE at their end closes the connection, RESET resets it.
 type ruleOrigin struct {
 	address string
-	secure  bool // by TLS
+	secure  bool // over TLS
 	mu      sync.Mutex
 	got     []ruleRequest
 }
@@ -412,7 +410,7 @@ func newSecureRuleOrigin(t *testing.T, answer string) *ruleOrigin {
 	return o
 }
 
-// serve is for one connection, on the given socket.
+// serve serves one connection, whose TCP socket is socket.
 func (o *ruleOrigin) serve(c net.Conn, socket *net.TCPConn, answer string) {
 	if answer == "" {
 		answer = ruleOK
@@ -438,7 +436,7 @@ func (o *ruleOrigin) serve(c net.Conn, socket *net.TCPConn, answer string) {
 	}
 }
 
-// request returns the last request, which has been answered.
+// request returns the last request that was answered.
 func (o *ruleOrigin) request() (ruleRequest, bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()

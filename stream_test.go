@@ -25,7 +25,7 @@ import (
 	"time"
 )
 
-// readUntil reads until what was read ends with end.
+// readUntil reads until the text read ends with end.
 func (c *rawConn) readUntil(end string) string {
 	c.t.Helper()
 	var b strings.Builder
@@ -39,7 +39,7 @@ func (c *rawConn) readUntil(end string) string {
 	return b.String()
 }
 
-// streamRequest reads the head of a request at an origin.
+// streamRequest reads the head of a request, for an origin.
 func streamRequest(c *net.TCPConn) *bufio.Reader {
 	r := bufio.NewReader(c)
 	for {
@@ -50,8 +50,8 @@ func streamRequest(c *net.TCPConn) *bufio.Reader {
 	}
 }
 
-// Each byte leaves when it arrives: the origin waits until the client has what
-// was sent before.
+// TestStreamDown checks that each byte is passed on as it arrives: the origin waits until
+// the client has the previous bytes.
 func TestStreamDown(t *testing.T) {
 	for name, framing := range map[string][3]string{
 		"chunks":            {"Transfer-Encoding: chunked\r\n\r\n", "3\r\none\r\n", "3\r\ntwo\r\n0\r\n\r\n"},
@@ -86,9 +86,9 @@ func TestStreamDown(t *testing.T) {
 	}
 }
 
-// A request's body and the response pass each other: each chunk is echoed
-// before the next is sent. Then the connection ends, as the response had begun
-// before the request was complete.
+// TestStreamBothWays checks that request and response bodies stream at the same time: each
+// chunk is echoed before the next is sent. The connection then closes, because the response
+// began before the request was complete.
 func TestStreamBothWays(t *testing.T) {
 	origin := listen(t, func(c *net.TCPConn) {
 		r := streamRequest(c)
@@ -98,7 +98,7 @@ func TestStreamBothWays(t *testing.T) {
 	c := newWorld(t, "", nil).dial()
 	c.send("POST http://" + origin + "/ HTTP/1.1\nHost: " + origin + "\nTransfer-Encoding: chunked\n\n")
 	if head := c.readUntil("\r\n\r\n"); !strings.Contains(head, "\r\nConnection: close\r\n") {
-		t.Errorf("the response is not announced as the last: %s", head)
+		t.Errorf("the response lacks Connection: close: %s", head)
 	}
 	for i := range 10 {
 		chunk := fmt.Sprintf("chunk %d", i)
@@ -108,11 +108,11 @@ func TestStreamBothWays(t *testing.T) {
 	c.send("0\n\n")
 	c.readUntil("0\r\n\r\n")
 	if rest := c.readAll(); rest != "" {
-		t.Errorf("behind the response there is %q", rest)
+		t.Errorf("after the response: got %q", rest)
 	}
 }
 
-// A connection on which a body of known length was sent serves another request.
+// TestStreamKeepAlive checks that a connection is reused after a body of known length.
 func TestStreamKeepAlive(t *testing.T) {
 	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
@@ -128,8 +128,9 @@ func TestStreamKeepAlive(t *testing.T) {
 	}
 }
 
-// The time for a response begins when the origin has the request: one that comes
-// slowly may take longer. An origin that takes no more of it has had its time.
+// TestStreamSlowRequest checks that the response-header timeout starts once the origin has
+// the whole request, so that a slow upload may take longer; but an origin that stops
+// reading the request times out.
 func TestStreamSlowRequest(t *testing.T) {
 	w := newWorld(t, "response_header_timeout 2s", nil)
 	origin := newRuleOrigin(t, "")
@@ -150,14 +151,14 @@ func TestStreamSlowRequest(t *testing.T) {
 	c.send("POST http://" + deaf + "/ HTTP/1.1\nHost: x\nContent-Length: 1000000000\n\n")
 	go func() { _, _ = io.CopyN(c, zeros{}, 1000000000) }()
 	if res, body := c.response(http.MethodPost); res.StatusCode != http.StatusGatewayTimeout {
-		t.Errorf("an origin that takes no more: %s %q", res.Status, body)
+		t.Errorf("an origin that stopped reading: %s %q", res.Status, body)
 	}
 }
 
-// The time of an origin that takes a request slowly begins when it has nearly all of
-// it: there is not much in the kernel that it has yet to take.
+// TestStreamSteadyOrigin checks that for an origin that reads a request slowly, the timeout
+// starts when it has read nearly all of it: little is left in kernel buffers.
 func TestStreamSteadyOrigin(t *testing.T) {
-	const size, rate = 4 << 20, 1200 << 10 // bytes, and bytes a second
+	const size, rate = 4 << 20, 1200 << 10 // bytes, and bytes per second
 	origin := listen(t, func(c *net.TCPConn) {
 		_ = c.SetReadBuffer(256 << 10)
 		r := streamRequest(c)
@@ -180,7 +181,8 @@ func TestStreamSteadyOrigin(t *testing.T) {
 	}
 }
 
-// A head takes as long as it takes, however promptly it has begun.
+// TestStreamHeadInPieces checks a response head that arrives slowly, however early its
+// first byte came.
 func TestStreamHeadInPieces(t *testing.T) {
 	origin := listen(t, func(c *net.TCPConn) {
 		streamRequest(c)
@@ -196,8 +198,8 @@ func TestStreamHeadInPieces(t *testing.T) {
 	}
 }
 
-// Interim responses are no reason to wait for longer, and one that has come is
-// enough for a request not to be sent again.
+// TestStreamInterim checks that interim responses do not extend the response-header
+// timeout, and that a request that has got one is not retried.
 func TestStreamInterim(t *testing.T) {
 	endless := listen(t, func(c *net.TCPConn) {
 		streamRequest(c)
@@ -243,8 +245,8 @@ func TestStreamInterim(t *testing.T) {
 	}
 }
 
-// A response that comes before the body is complete is passed on, and the
-// client can read it to its end.
+// TestStreamEarlyResponse checks that a response sent before the request body is complete
+// reaches the client whole.
 func TestStreamEarlyResponse(t *testing.T) {
 	origin := listen(t, func(c *net.TCPConn) {
 		streamRequest(c)
@@ -257,8 +259,8 @@ func TestStreamEarlyResponse(t *testing.T) {
 	}
 }
 
-// A client that leaves takes its exchange with the origin along, whatever that is
-// at.
+// TestStreamClientLeaves checks that a client's disconnect ends its exchange with the
+// origin, whatever stage that has reached.
 func TestStreamClientLeaves(t *testing.T) {
 	silent, err := net.ListenPacket("udp4", "127.0.0.1:0") // a resolver
 	if err != nil {
@@ -322,7 +324,7 @@ func streamSum(t *testing.T, h hash.Hash, r io.Reader) string {
 	return fmt.Sprintf("%x", h.Sum(nil))
 }
 
-// 50 MiB go up and down unharmed, in memory that does not grow with them.
+// TestStreamLarge passes 50 MiB up and down unchanged, in constant memory.
 func TestStreamLarge(t *testing.T) {
 	const size = 50 << 20
 	body := func() io.Reader { return io.LimitReader(rand.NewChaCha8([32]byte{1}), size) }
@@ -352,21 +354,22 @@ func TestStreamLarge(t *testing.T) {
 				t.Fatal(err)
 			}
 			if sum := streamSum(t, sha256.New(), res.Body); sum != want {
-				t.Errorf("%s: the response has the sum %s, want %s", path, sum, want)
+				t.Errorf("%s: the response's checksum is %s, want %s", path, sum, want)
 			}
 			res.Body.Close()
 			if got.Load() != want {
-				t.Errorf("%s: the request had the sum %s, want %s", path, got.Load(), want)
+				t.Errorf("%s: the request's checksum is %s, want %s", path, got.Load(), want)
 			}
 			runtime.ReadMemStats(&after)
 			if grown := int64(after.HeapSys) - int64(before.HeapSys); grown > 24<<20 {
-				t.Errorf("%s: the heap has grown by %d MiB", path, grown>>20)
+				t.Errorf("%s: the heap grew by %d MiB", path, grown>>20)
 			}
 		}
 	}
 }
 
-// A client that reads slowly holds back its origin, and nobody else.
+// TestStreamSlowReader checks that a slow client applies back-pressure to its own origin
+// and delays no other client.
 func TestStreamSlowReader(t *testing.T) {
 	var sent atomic.Int64
 	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -396,7 +399,7 @@ func TestStreamSlowReader(t *testing.T) {
 		return stopped
 	})
 	if last > 64<<20 {
-		t.Errorf("%d MiB were taken from the origin for a client that does not read", last>>20)
+		t.Errorf("the proxy read %d MiB from the origin for a client that does not read", last>>20)
 	}
 	res, err := w.client().Get(w.origin.URL + "/other")
 	if err != nil {
@@ -408,8 +411,8 @@ func TestStreamSlowReader(t *testing.T) {
 	}
 }
 
-// A write timeout of the operator's ends a response to a client that does not
-// read, whichever way its body goes.
+// TestStreamWriteTimeout checks that the operator's write timeout ends a response to a
+// client that does not read, on each path that copies a body.
 func TestStreamWriteTimeout(t *testing.T) {
 	const size = 64 << 20
 	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -427,11 +430,10 @@ func TestStreamWriteTimeout(t *testing.T) {
 	}
 }
 
-// A client that takes its answer slowly gets all of it, as long as it takes
-// something: what waits for it in the kernel is not so much that writing more is too
-// late.
+// TestStreamSteadyReader checks that a client that reads slowly but steadily gets the whole
+// response: what the kernel buffers for it never delays the next write beyond the timeout.
 func TestStreamSteadyReader(t *testing.T) {
-	const size, rate = 5 << 20, 200 << 10 // bytes, and bytes a second
+	const size, rate = 5 << 20, 200 << 10 // bytes, and bytes per second
 	origin := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/known" {
 			w.Header().Set("Content-Length", fmt.Sprint(size))
@@ -443,7 +445,7 @@ func TestStreamSteadyReader(t *testing.T) {
 	var clients sync.WaitGroup
 	for _, row := range []struct{ protocol, alpn, content string }{
 		{"h1", "", ""},
-		{"h1", "", "content"}, // has net/http serve it
+		{"h1", "", "content"}, // served by net/http
 		{"tls", "http/1.1", ""},
 		{"tls", "h2", ""},
 	} {
@@ -477,7 +479,8 @@ func TestStreamSteadyReader(t *testing.T) {
 	clients.Wait()
 }
 
-// A client that takes nothing of its answer loses it, however much it has taken before.
+// TestStreamStalledReader checks that the response to a client that has stopped reading is
+// cut off, however much it has read before.
 func TestStreamStalledReader(t *testing.T) {
 	const size = 64 << 20
 	origin := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -491,7 +494,7 @@ func TestStreamStalledReader(t *testing.T) {
 	for i, request := range []struct{ protocol, alpn, path, content string }{
 		{"h1", "", "/known", ""},
 		{"h1", "", "/unknown", ""},
-		{"h1", "", "/known", "content"}, // has net/http serve it
+		{"h1", "", "/known", "content"}, // served by net/http
 		{"h1", "", "/unknown", "content"},
 		{"tls", "http/1.1", "/unknown", ""},
 	} {
@@ -511,7 +514,7 @@ func TestStreamStalledReader(t *testing.T) {
 		}
 		_, _ = io.CopyN(io.Discard, conn, 8<<20)
 		if own := request.protocol == "h1" && request.content == ""; own != (ownConns() == 1) {
-			t.Errorf("%q: %d connections are served by the proxy itself", request, ownConns())
+			t.Errorf("%q: %d connections are on the fast path", request, ownConns())
 		}
 		if line := w.waitLog("request", i+1)[i]; line["status"] != 499. {
 			t.Errorf("%q: the line is %v", request, line)
@@ -536,11 +539,11 @@ func steadyRoundTrip(conn net.Conn, request *http.Request, overHTTP2 bool) (*htt
 	return http.ReadResponse(bufio.NewReader(conn), nil)
 }
 
-// steadyConn reads slowly for seven seconds: what waits for it then has waited for
-// longer than the timeout of the test.
+// steadyConn reads slowly for seven seconds, so that buffered data has by then waited for
+// longer than the test's timeout.
 type steadyConn struct {
 	net.Conn
-	rate, read float64 // bytes a second, and bytes
+	rate, read float64 // bytes per second, and bytes
 	start      time.Time
 }
 
@@ -553,8 +556,8 @@ func (c *steadyConn) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// The end of a response has a time of its own to be written in, however long ago
-// that for its last part was over.
+// TestStreamLateEnd checks that the end of a response gets its own write deadline, even if
+// the deadline of its last part has long passed.
 func TestStreamLateEnd(t *testing.T) {
 	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.WriteString(w, "all")
@@ -573,8 +576,8 @@ type zeros struct{}
 
 func (zeros) Read(b []byte) (int, error) { clear(b); return len(b), nil }
 
-// A connection that the origin has closed while it was idle is noticed by the
-// next exchange: what may be sent again is, and what may not is refused.
+// TestStreamStaleConnection checks what happens when the origin has closed an idle
+// connection: a request that may be retried is, any other gets a 502.
 func TestStreamStaleConnection(t *testing.T) {
 	var conns atomic.Int64
 	closeIdle := make(chan struct{})
@@ -583,7 +586,7 @@ func TestStreamStaleConnection(t *testing.T) {
 		r := streamRequest(c)
 		_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
 		if conns.Load() == 1 {
-			// Closes without a word as soon as the second request is there.
+			// Reset as soon as the second request arrives.
 			_, _ = r.ReadByte()
 			_ = c.SetLinger(0)
 			close(closeIdle)
@@ -628,7 +631,7 @@ func TestStreamStalePost(t *testing.T) {
 	}
 }
 
-// Requests that come together are answered in their order.
+// TestStreamPipelined checks that pipelined requests are answered in order.
 func TestStreamPipelined(t *testing.T) {
 	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.URL.Path) }))
 	origin := strings.TrimPrefix(w.origin.URL, "http://")
@@ -645,8 +648,8 @@ func TestStreamPipelined(t *testing.T) {
 	}
 }
 
-// streamUpgrade is an origin that agrees to every upgrade, says something right
-// behind its answer, and then echoes.
+// streamUpgrade is an origin that accepts every upgrade, sends bytes right behind its 101,
+// and then echoes.
 func streamUpgrade(t *testing.T) string {
 	return listen(t, func(c *net.TCPConn) {
 		r := streamRequest(c)
@@ -656,8 +659,9 @@ func streamUpgrade(t *testing.T) string {
 	})
 }
 
-// An upgraded connection is a tunnel, with what was sent behind the request and
-// behind the 101, whether the request was for the proxy or for the next handler.
+// TestStreamUpgrade checks that an upgraded connection is a tunnel that includes the bytes
+// behind the request and behind the 101, whether the proxy or the next handler served the
+// request.
 func TestStreamUpgrade(t *testing.T) {
 	for _, name := range []string{"absolute form", "next handler"} {
 		t.Run(name, func(t *testing.T) {
@@ -690,8 +694,8 @@ func TestStreamUpgrade(t *testing.T) {
 	}
 }
 
-// As many connections to an origin stay open as were busy, are used again, and
-// are closed when the config goes.
+// TestStreamPool checks that all origin connections that were busy at once stay open, are
+// reused, and are closed when their config is replaced.
 func TestStreamPool(t *testing.T) {
 	var opened, open atomic.Int64
 	busy := make(chan struct{})
