@@ -163,8 +163,8 @@ func (row causeRow) checkLog(t *testing.T, w *world, method, target string) {
 func TestDeniedTexts(t *testing.T) {
 	w := newWorld(t, "deny ads.test 203.0.113.0/24:80-90\nports 80-100", nil)
 	for i, row := range []struct{ target, text, hint string }{
-		{"ads.test:80", "This proxy does not allow ads.test:80.", "put an allow before that rule"},
-		{"203.0.113.1:80", "This proxy does not allow 203.0.113.1:80.", "put an allow before that rule"},
+		{"ads.test:80", "This proxy does not allow ads.test:80.", "put an allow rule before it"},
+		{"203.0.113.1:80", "This proxy does not allow 203.0.113.1:80.", "put an allow rule before it"},
 		{"203.0.113.1:91", "This proxy does not allow 203.0.113.1:91: its address is private or local.", "allow 203.0.113.1"},
 		{"ads.test:443", "This proxy does not allow port 443.", "add 443 to ports"},
 		{"127.0.0.1:25", "This proxy does not allow port 25.", "add 25 to ports"},

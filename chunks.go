@@ -14,7 +14,7 @@ import (
 // maxChunkLine bounds a line with the size of a chunk and its extensions.
 const maxChunkLine = 4 << 10
 
-const errChunkLine = protocolError("a chunk does not begin with its size")
+const errChunkLine = protocolError("a chunk does not begin with a valid size line")
 
 // chunkReader reads content in chunks (RFC 9112 §7.1) up to the trailers, which
 // it leaves. Unlike net/http's it never waits for more when it has something to

@@ -36,8 +36,8 @@ const (
 )
 
 var (
-	errContentExit = errors.New("the proxy goes away, and the origin sends nothing")
-	errContentMany = errors.New("the origin sends nothing, and max_tunnels allows no more responses to wait")
+	errContentExit = errors.New("the proxy is shutting down and the origin sends nothing")
+	errContentMany = errors.New("the origin sends nothing, and max_tunnels does not allow another waiting response")
 )
 
 func (h *Handler) newContentWait(client netip.Addr) *contentWait {
@@ -67,7 +67,7 @@ func (w *contentWait) step(waited time.Duration) time.Duration {
 func (w *contentWait) overdue(waited time.Duration) error {
 	switch {
 	case w.timeout > 0 && waited >= w.timeout:
-		return fmt.Errorf("the origin has sent nothing for %v, which is the response_idle_timeout: %w", w.timeout, os.ErrDeadlineExceeded)
+		return fmt.Errorf("the origin sent nothing for %v (response_idle_timeout): %w", w.timeout, os.ErrDeadlineExceeded)
 	case w.exiting() && waited >= exitGrace:
 		return errContentExit
 	case !w.counted && waited >= w.grace:

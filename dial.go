@@ -132,7 +132,7 @@ func (d *dialer) open(ctx context.Context, dialer *net.Dialer, t target) (net.Co
 // hostsFile is a resolver that knows what is in the system's hosts file, and
 // asks nobody.
 var hostsFile = &net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) {
-	return nil, errors.New("there is no server to ask")
+	return nil, errors.New("no DNS server is configured")
 }}
 
 // usesParent reports whether connections to address go through the parent.

@@ -313,7 +313,7 @@ func (x *exchange) take() (conn *originConn, early []byte, err error) {
 		return nil, nil, context.Cause(x.ctx)
 	}
 	if x.sender != nil && !x.sender.stop(conn) {
-		return nil, nil, protocolError("the protocol was changed before the request was complete")
+		return nil, nil, protocolError("the protocol was switched before the request was complete")
 	}
 	conn.expectNone()
 	if n := conn.r.Buffered(); n > 0 {

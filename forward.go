@@ -35,7 +35,7 @@ func (h *Handler) isProxyRequest(r *http.Request) bool {
 }
 
 // errHostByHeaderUp is for the log: it is the operator who can mend this.
-var errHostByHeaderUp = errors.New("header_up makes a Host field that is not valid")
+var errHostByHeaderUp = errors.New("header_up produces an invalid Host field")
 
 // forward sends a request in absolute form to its origin and the response back.
 // It returns the status for the log.
@@ -164,13 +164,13 @@ func newOutgoing(r *http.Request) (out *outgoing, scheme string, err error) {
 	case r.RequestURI == "*" && (r.ProtoMajor == 1 || r.Method != http.MethodOptions): // else that is how OPTIONS for an empty path is written
 		return nil, "", errors.New("the target * is for OPTIONS to this server only")
 	case scheme == "":
-		return nil, "", errors.New("its target is no absolute URL")
+		return nil, "", errors.New("its target is not an absolute URL")
 	case scheme != "http" && scheme != "https":
 		return nil, "", fmt.Errorf("the scheme %q is neither http nor https", u.Scheme)
 	case u.User != nil:
-		return nil, "", errors.New("user names and passwords do not belong into a request's target")
+		return nil, "", errors.New("user names and passwords do not belong in a request target")
 	case strings.Contains(r.RequestURI, "#"):
-		return nil, "", errors.New("a fragment does not belong into a request's target")
+		return nil, "", errors.New("a fragment does not belong in a request target")
 	}
 	host, port, _ := cutPort(u.Host)
 	if port == "" {
@@ -202,10 +202,10 @@ func newOutgoing(r *http.Request) (out *outgoing, scheme string, err error) {
 // what ends the content.
 func (out *outgoing) checkFrames() error {
 	if !httpguts.ValidHeaderFieldName(out.method) {
-		return fmt.Errorf("the method %q is no token", out.method)
+		return fmt.Errorf("the method %q is not a token", out.method)
 	}
 	if strings.ContainsFunc(out.target, func(c rune) bool { return c <= ' ' || c == 0x7f }) {
-		return errors.New("its target has a space or a control character in it")
+		return errors.New("its target contains a space or a control character")
 	}
 	length, err := contentLength(out.header["Content-Length"])
 	has := int64(0)
@@ -213,7 +213,7 @@ func (out *outgoing) checkFrames() error {
 		has = out.body.length
 	}
 	if err != nil || length >= 0 && length != has {
-		return fmt.Errorf("the Content-Length %q is not that of the content", out.header["Content-Length"])
+		return fmt.Errorf("the Content-Length %q does not match the content", out.header["Content-Length"])
 	}
 	return nil
 }
@@ -341,7 +341,7 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, out *outgoing,
 
 // errNoProxy reports a 407 from an origin. To the client it would say that this proxy
 // wants credentials, and browsers would ask their users for them.
-const errNoProxy = protocolError("it asks for credentials as only a proxy may (407)")
+const errNoProxy = protocolError("it asks for credentials that only a proxy may ask for (407)")
 
 // restartable reports whether Caddy's timeout for writing begins anew with each
 // write: it does not where a write timeout or a least rate is to be kept.
@@ -368,7 +368,7 @@ func (h *Handler) setResponseFields(w http.ResponseWriter, r *http.Request, res 
 // brokenOff is the end of an answer that is not complete and cannot be mended.
 type brokenOff struct{ error }
 
-func (e brokenOff) Error() string        { return "the response broke off: " + e.error.Error() }
+func (e brokenOff) Error() string        { return "the response was cut off: " + e.error.Error() }
 func (e brokenOff) Unwrap() error        { return e.error }
 func (e brokenOff) Is(target error) bool { return target == http.ErrAbortHandler }
 

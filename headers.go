@@ -103,7 +103,7 @@ func checkHeaders(h *headers.Handler) error {
 	return errors.Join(errs...)
 }
 
-func notAFieldName(name string) error { return fmt.Errorf("'%s' is no field name", name) }
+func notAFieldName(name string) error { return fmt.Errorf("'%s' is not a field name", name) }
 
 // removeHopByHop removes the fields that are not to be passed on: hopByHop and
 // whatever any Connection field nominates. What the proxy adds itself is added

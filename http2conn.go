@@ -82,7 +82,7 @@ func startHTTP2(t *http2.Transport, observed *observedConn, conn net.Conn, times
 }
 
 // errServerSilent reports that a connection was closed since the server did not answer.
-var errServerSilent = errors.New("the server does not answer on its connection")
+var errServerSilent = errors.New("the server has stopped responding on its connection")
 
 // observedConn notes when something was last read.
 type observedConn struct {

@@ -76,7 +76,7 @@ func newHTTP2Origins(dial dialFunc, http1 *origins) (*http2Origins, error) {
 }
 
 // errNoHTTP2 is of a connection to something that does not speak HTTP/2.
-var errNoHTTP2 = errors.New("HTTP/2 is not spoken there")
+var errNoHTTP2 = errors.New("the server does not speak HTTP/2")
 
 // GetClientConn implements http2.ClientConnPool: it returns a connection on which there
 // is room for the request.

@@ -85,7 +85,7 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 	res.Body = &http2Response{res.Body, body, h.newContentWait(from.bucket), func() { wait.cancel(os.ErrDeadlineExceeded) }}
 	defer res.Body.Close()
 	if res.StatusCode < 200 {
-		return 0, forwardRefusal(r, protocolError("the response has a status that ends no exchange"))
+		return 0, forwardRefusal(r, protocolError("the final response has a 1xx status"))
 	}
 	if res.StatusCode == http.StatusProxyAuthRequired {
 		return 0, forwardRefusal(r, errNoProxy)

@@ -15,7 +15,7 @@ import (
 // may send one more each second, so that a long request can report its progress.
 const maxInterim = 100
 
-const errInterim = protocolError("the origin sends interim responses without end")
+const errInterim = protocolError("the origin sends too many interim responses")
 
 // interimLimit counts the interim responses to a request.
 type interimLimit struct {

@@ -125,7 +125,7 @@ func descriptorSlots() (int, error) {
 	}
 	_, rest, found := strings.Cut(string(status), "\nFDSize:")
 	if !found {
-		return 0, errors.New("the kernel does not tell")
+		return 0, errors.New("/proc/self/status has no FDSize")
 	}
 	line, _, _ := strings.Cut(rest, "\n")
 	return strconv.Atoi(strings.TrimSpace(line))

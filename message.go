@@ -47,7 +47,7 @@ func (e protocolError) Error() string { return string(e) }
 func readResponse(r *bufio.Reader, method string) (*http.Response, error) {
 	// What is no HTTP may never have an end of line: it is told from its start.
 	if start, err := r.Peek(len("HTTP/")); string(start) != "HTTP/"[:len(start)] {
-		return nil, protocolError("the response is not one of HTTP/1")
+		return nil, protocolError("the response is not HTTP/1")
 	} else if err == io.EOF && len(start) > 0 {
 		return nil, io.ErrUnexpectedEOF
 	} else if err != nil {
@@ -59,7 +59,7 @@ func readResponse(r *bufio.Reader, method string) (*http.Response, error) {
 	}
 	line, fields, _ := strings.Cut(head, "\n")
 	if strings.ContainsAny(line, "\x00\r") {
-		return nil, protocolError("the status line has a NUL or a bare CR in it")
+		return nil, protocolError("the status line contains a NUL or a bare CR")
 	}
 	res := &http.Response{Close: true}
 	if err := parseStatusLine(res, line); err != nil {
@@ -124,13 +124,13 @@ func parseStatusLine(res *http.Response, line string) error {
 	default: // a later 1.x is read as the latest that is known (RFC 9110 §2.5)
 		minor, found := strings.CutPrefix(version, "HTTP/1.")
 		if !found || len(minor) != 1 || minor[0] < '1' || minor[0] > '9' {
-			return protocolError("the response is not one of HTTP/1")
+			return protocolError("the response is not HTTP/1")
 		}
 		res.Proto, res.ProtoMajor, res.ProtoMinor = "HTTP/1.1", 1, 1
 	}
 	n, err := strconv.ParseUint(code, 10, 16)
 	if err != nil || len(code) != 3 || n < 100 {
-		return protocolError(fmt.Sprintf("the status %.20q is no number from 100 to 999", code))
+		return protocolError(fmt.Sprintf("the status %.20q is not a number from 100 to 999", code))
 	}
 	res.StatusCode = int(n)
 	return nil
@@ -139,7 +139,7 @@ func parseStatusLine(res *http.Response, line string) error {
 // parseFields reads field lines, each ended by \n.
 func parseFields(lines string) (http.Header, error) {
 	if strings.IndexByte(lines, 0) >= 0 || strings.IndexByte(lines, '\r') >= 0 {
-		return nil, protocolError("a field of the response has a NUL or a bare CR in it")
+		return nil, protocolError("a field of the response contains a NUL or a bare CR")
 	}
 	n := strings.Count(lines, "\n")
 	if n > maxFields {
@@ -152,7 +152,7 @@ func parseFields(lines string) (http.Header, error) {
 		key, value, found := strings.Cut(line, ":")
 		key = strings.TrimRight(key, " \t") // RFC 9112 §5.1
 		if !found || !httpguts.ValidHeaderFieldName(key) {
-			return nil, protocolError(fmt.Sprintf("the response has the line %.60q among its fields", line))
+			return nil, protocolError(fmt.Sprintf("the response has the malformed field line %.60q", line))
 		}
 		value = strings.Trim(value, " \t")
 		if isFolded(lines) {
@@ -238,7 +238,7 @@ func frame(res *http.Response, r *bufio.Reader, method string) error {
 	if len(coding) > 0 {
 		switch {
 		case len(coding) > 1 || !strings.EqualFold(coding[0], "chunked") || res.ProtoMinor == 0:
-			return protocolError(fmt.Sprintf("the response has the transfer coding %.60q", coding))
+			return protocolError(fmt.Sprintf("the response has the unsupported transfer coding %.60q", coding))
 		case length >= 0:
 			// The chunks count (RFC 9112 §6.3), but something before this proxy may
 			// have gone by the length and left something else on the connection.
@@ -289,7 +289,7 @@ func contentLength(values []string) (int64, error) {
 			part = strings.Trim(part, " \t")
 			n, err := strconv.ParseUint(part, 10, 63)
 			if err != nil || part[0] == '+' || length >= 0 && int64(n) != length {
-				return 0, protocolError(fmt.Sprintf("the response has the Content-Length %.60q", values))
+				return 0, protocolError(fmt.Sprintf("the response has the invalid Content-Length %.60q", values))
 			}
 			length = int64(n)
 		}

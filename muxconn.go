@@ -104,7 +104,7 @@ var (
 // silenceError is the failure of a connection on which nothing comes any more.
 type silenceError struct{}
 
-func (*silenceError) Error() string   { return "pings are not answered" }
+func (*silenceError) Error() string   { return "pings go unanswered" }
 func (*silenceError) Timeout() bool   { return true }
 func (*silenceError) Temporary() bool { return true }
 
@@ -412,7 +412,7 @@ func (c *muxConn) readLoop() {
 		if errors.As(err, &ofStream) {
 			c.mu.Lock()
 			if s := c.streams[ofStream.StreamID]; s != nil {
-				s.resetLocked(ofStream.Code, protocolError("the parent breaks the rules of HTTP/2: "+err.Error()))
+				s.resetLocked(ofStream.Code, protocolError("the parent violates HTTP/2: "+err.Error()))
 			}
 			c.mu.Unlock()
 			continue
@@ -430,10 +430,10 @@ func (c *muxConn) endOfReading(err error) {
 	switch code := http2.ErrCode(0); {
 	case errors.As(err, &broken):
 		code = http2.ErrCode(broken)
-		c.end(protocolError("the parent breaks the rules of HTTP/2: "+err.Error()), &code)
+		c.end(protocolError("the parent violates HTTP/2: "+err.Error()), &code)
 	case errors.Is(err, http2.ErrFrameTooLarge):
 		code = http2.ErrCodeFrameSize
-		c.end(protocolError("the parent breaks the rules of HTTP/2: "+err.Error()), &code)
+		c.end(protocolError("the parent violates HTTP/2: "+err.Error()), &code)
 	default:
 		c.end(err, nil)
 		_ = c.conn.SetDeadline(time.Unix(1, 0)) // the parent takes nothing any more

@@ -86,12 +86,12 @@ func newParent(ctx caddy.Context, u *Upstream, timeout time.Duration, connector 
 	for name, value := range u.Headers {
 		value = repl.ReplaceKnown(value, "")
 		if !httpguts.ValidHeaderFieldName(name) || !httpguts.ValidHeaderFieldValue(value) || scheme == "socks5" {
-			return nil, fmt.Errorf("header %q: expected the name of a field and its value, for an HTTP proxy", name)
+			return nil, fmt.Errorf("header %q: expected a valid field name and value, and an HTTP proxy", name)
 		}
 		p.header.Set(name, value)
 	}
 	if u.TLS != nil && scheme != "https" {
-		return nil, errors.New("tls: expected a proxy with https://")
+		return nil, errors.New("tls: expected an upstream with https://")
 	}
 	switch scheme {
 	case "socks5":
@@ -203,7 +203,7 @@ func readCredentials(s string) (*url.Userinfo, error) {
 	read := func(s string) (string, error) {
 		s, err := url.PathUnescape(s)
 		if err != nil {
-			return "", errors.New("the user or the password is not percent-encoded as it should")
+			return "", errors.New("the user or the password is not correctly percent-encoded")
 		}
 		if s, err = repl.ReplaceOrErr(s, true, true); err != nil {
 			return "", errors.New("a placeholder in the user or the password is not known, or empty") // or no placeholder, but secret
@@ -272,11 +272,11 @@ func (p *parent) exposes(out *outgoing) *refusal {
 	var f *refusal
 	switch method := strings.ToUpper(out.method); {
 	case method == http.MethodTrace, method == "TRACK":
-		f = refuse(http.StatusForbidden, deniedRequest, nil, "%s is not possible here: the answer would show what this proxy tells its parent proxy alone.", method)
+		f = refuse(http.StatusForbidden, deniedRequest, nil, "%s is not possible here: the answer would reveal what this proxy tells only its parent proxy.", method)
 	case method == http.MethodOptions && len(out.header["Max-Forwards"]) > 0:
-		f = refuse(http.StatusForbidden, deniedRequest, nil, "OPTIONS with Max-Forwards is not possible here: the parent proxy may answer it with what this proxy tells it alone.")
+		f = refuse(http.StatusForbidden, deniedRequest, nil, "OPTIONS with Max-Forwards is not possible here: the parent proxy's answer could reveal what only it is told.")
 	case strings.EqualFold(out.authority, p.address):
-		f = refuse(http.StatusForbidden, deniedRequest, nil, "The parent proxy cannot be asked for %s, which is itself.", out.host)
+		f = refuse(http.StatusForbidden, deniedRequest, nil, "The parent proxy cannot be asked for itself (%s).", out.host)
 	default:
 		return nil
 	}

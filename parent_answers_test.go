@@ -123,7 +123,7 @@ func (w *world) failsAs(target string, want failure, methods ...string) {
 // TestParentFailurePhases: a parent that takes the connection and then fails is
 // not told as one to which there is no connection.
 func TestParentFailurePhases(t *testing.T) {
-	wantsTLS := failure{502, "http_protocol_error", "The parent proxy wants https://"}
+	wantsTLS := failure{502, "http_protocol_error", "The parent proxy expects https://"}
 	cases := []struct {
 		answer string
 		want   failure
@@ -215,7 +215,7 @@ func TestParentSOCKSPhases(t *testing.T) {
 	for text, want := range map[string]failure{
 		"":                       {504, "connection_read_timeout", "The parent proxy did not answer in time"},
 		"\x05":                   {502, "connection_terminated", "The parent proxy closed the connection before its answer was complete"},
-		"HTTP/1.1 400 x\r\n\r\n": {502, "destination_unavailable", "The parent proxy did not answer as a SOCKS proxy does"},
+		"HTTP/1.1 400 x\r\n\r\n": {502, "destination_unavailable", "The parent proxy did not give a valid SOCKS answer"},
 	} {
 		answer.Store(text)
 		w.failsAs("a.example:80", want, http.MethodConnect, http.MethodGet)
@@ -384,8 +384,8 @@ func TestParentOverHTTP2(t *testing.T) {
 			w.Header().Set("Retry-After", "17")
 			w.Header().Set("Proxy-Status", "parent; error=http_request_denied")
 			w.WriteHeader(http.StatusTooManyRequests)
-		}, failure{429, "destination_unavailable", "The parent proxy has had too many requests"}, "parent; error=http_request_denied", "17"},
-		{func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusForbidden) }, failure{403, deniedRequest, "The parent proxy does not let this one connect"}, "", ""},
+		}, failure{429, "destination_unavailable", "The parent proxy has received too many requests"}, "parent; error=http_request_denied", "17"},
+		{func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusForbidden) }, failure{403, deniedRequest, "The parent proxy does not allow this proxy to connect"}, "", ""},
 		{abort, failure{502, "http_response_incomplete", "The parent proxy closed the connection before its answer was complete"}, "", ""},
 		{func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, failure{504, "http_response_timeout", "The parent proxy did not answer in time"}, "", ""},
 	}

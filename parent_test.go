@@ -300,12 +300,12 @@ func TestParentFailures(t *testing.T) {
 		text         string
 	}{
 		{"credentials", "HTTP/1.1 407 Proxy Authentication Required\nProxy-Authenticate: Basic realm=\"x\"\nContent-Length: 0\n\n", 502, parentWantsOthers},
-		{"denied", "HTTP/1.1 403 Forbidden\nContent-Length: 0\n\n", 403, "The parent proxy does not let this one connect to target.example:443"},
-		{"too many", "HTTP/1.1 429 Too Many Requests\nContent-Length: 0\n\n", 429, "The parent proxy has had too many requests"},
+		{"denied", "HTTP/1.1 403 Forbidden\nContent-Length: 0\n\n", 403, "The parent proxy does not allow this proxy to connect to target.example:443"},
+		{"too many", "HTTP/1.1 429 Too Many Requests\nContent-Length: 0\n\n", 429, "The parent proxy has received too many requests"},
 		{"busy", "HTTP/1.1 503 Service Unavailable\nContent-Length: 0\n\n", 503, "The parent proxy is too busy"},
-		{"no target", "HTTP/1.1 502 Bad Gateway\nContent-Length: 0\n\n", 502, "The parent proxy has no connection to target.example:443"},
-		{"target silent", "HTTP/1.1 504 Gateway Timeout\nContent-Length: 0\n\n", 504, "The parent proxy got no connection to target.example:443 in time"},
-		{"anything else", "HTTP/1.1 302 Found\nContent-Length: 0\n\n", 502, "The parent proxy has no connection to target.example:443"},
+		{"no target", "HTTP/1.1 502 Bad Gateway\nContent-Length: 0\n\n", 502, "The parent proxy could not connect to target.example:443"},
+		{"target silent", "HTTP/1.1 504 Gateway Timeout\nContent-Length: 0\n\n", 504, "The parent proxy could not connect to target.example:443 in time"},
+		{"anything else", "HTTP/1.1 302 Found\nContent-Length: 0\n\n", 502, "The parent proxy could not connect to target.example:443"},
 		{"no HTTP", "SSH-2.0-x\n", 502, "The parent proxy did not answer with a valid HTTP response"},
 		{"silent", "", 504, "The parent proxy did not answer in time"},
 		{"refused", "refused", 502, "The parent proxy refused the connection"},

@@ -39,7 +39,7 @@ func (e *parentError) Unwrap() error { return e.err }
 
 // errParentWantsTLS is the failure of a request without TLS that a TLS server
 // has answered with an alert.
-var errParentWantsTLS = errors.New("it speaks TLS; the URL in the option upstream begins with http:// and should begin with https://")
+var errParentWantsTLS = errors.New("it speaks TLS: the URL of the option upstream should begin with https://, not http://")
 
 // asAnswerError makes an error of reading the parent's answer from r a
 // parentError.
@@ -110,13 +110,13 @@ func (e *parentError) handshakeRefusal() *refusal {
 func (e *parentError) exchangeRefusal() *refusal {
 	switch {
 	case errors.Is(e.err, errParentWantsTLS):
-		return refuse(http.StatusBadGateway, "http_protocol_error", nil, "The parent proxy wants https://, and this proxy speaks http:// with it.")
+		return refuse(http.StatusBadGateway, "http_protocol_error", nil, "The parent proxy expects https://, but this proxy uses http://.")
 	case isTimeout(e.err):
 		return refuse(http.StatusGatewayTimeout, "http_response_timeout", nil, "The parent proxy did not answer in time.")
 	case errors.Is(e.err, errHeadTooLarge), errors.Is(e.err, errTooManyFields):
 		return refuse(http.StatusBadGateway, "http_response_header_section_size", nil, "The parent proxy did not answer with a valid HTTP response: %v.", e.err)
 	case errors.Is(e.err, errUnprocessed):
-		return refuse(http.StatusServiceUnavailable, "destination_unavailable", nil, "The parent proxy takes no more requests; try again later.")
+		return refuse(http.StatusServiceUnavailable, "destination_unavailable", nil, "The parent proxy accepts no more requests; try again later.")
 	case isClosed(e.err):
 		return refuse(http.StatusBadGateway, "http_response_incomplete", nil, "The parent proxy closed the connection before its answer was complete.")
 	}
@@ -131,7 +131,7 @@ func (e *parentError) socksRefusal() *refusal {
 	case isClosed(e.err):
 		return refuse(http.StatusBadGateway, "connection_terminated", nil, "The parent proxy closed the connection before its answer was complete.")
 	}
-	return refuse(http.StatusBadGateway, "destination_unavailable", nil, "The parent proxy did not answer as a SOCKS proxy does.")
+	return refuse(http.StatusBadGateway, "destination_unavailable", nil, "The parent proxy did not give a valid SOCKS answer.")
 }
 
 // answerRefusal is for a parent that has refused. What it says of the reason is
@@ -140,18 +140,18 @@ func (e *parentError) answerRefusal(host string) *refusal {
 	var f *refusal
 	switch e.status {
 	case http.StatusForbidden:
-		f = refuse(http.StatusForbidden, deniedRequest, nil, "The parent proxy does not let this one connect to %s.", host)
+		f = refuse(http.StatusForbidden, deniedRequest, nil, "The parent proxy does not allow this proxy to connect to %s.", host)
 	case http.StatusProxyAuthRequired, http.StatusUnauthorized: // tinyproxy has the latter
 		f = refuse(http.StatusBadGateway, "proxy_configuration_error", nil, "The parent proxy does not accept this proxy's credentials.")
 	case http.StatusTooManyRequests:
-		f = refuse(http.StatusTooManyRequests, "destination_unavailable", nil, "The parent proxy has had too many requests and opens no connection to %s; try again later.", host)
+		f = refuse(http.StatusTooManyRequests, "destination_unavailable", nil, "The parent proxy has received too many requests and did not connect to %s; try again later.", host)
 		f.cause = causeParent
 	case http.StatusServiceUnavailable:
-		f = refuse(http.StatusServiceUnavailable, "destination_unavailable", nil, "The parent proxy is too busy for a connection to %s; try again later.", host)
+		f = refuse(http.StatusServiceUnavailable, "destination_unavailable", nil, "The parent proxy is too busy to connect to %s; try again later.", host)
 	case http.StatusGatewayTimeout:
-		f = refuse(http.StatusGatewayTimeout, "connection_timeout", nil, "The parent proxy got no connection to %s in time.", host)
+		f = refuse(http.StatusGatewayTimeout, "connection_timeout", nil, "The parent proxy could not connect to %s in time.", host)
 	default:
-		f = refuse(http.StatusBadGateway, "destination_unavailable", nil, "The parent proxy has no connection to %s.", host)
+		f = refuse(http.StatusBadGateway, "destination_unavailable", nil, "The parent proxy could not connect to %s.", host)
 	}
 	f.before = proxyStatusMembers(e.header["Proxy-Status"])
 	if f.status == http.StatusTooManyRequests || f.status == http.StatusServiceUnavailable {

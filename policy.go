@@ -71,7 +71,7 @@ func parsePorts(s string) (portRange, error) {
 	low, err := strconv.ParseUint(from, 10, 16)
 	high, err2 := strconv.ParseUint(to, 10, 16)
 	if err != nil || err2 != nil || low == 0 || high < low {
-		return portRange{}, fmt.Errorf("%q is no port from 1 to 65535 and no range of ports such as 8000-8999", s)
+		return portRange{}, fmt.Errorf("%q is neither a port from 1 to 65535 nor a range of ports such as 8000-8999", s)
 	}
 	return portRange{uint16(low), uint16(high)}, nil
 }
@@ -273,7 +273,7 @@ func (p *policy) checkPort(ctx context.Context, port uint16) *deniedError {
 	e := &deniedError{rule: option, kind: deniedRequest, what: fmt.Sprintf("port %d", port), hint: fmt.Sprintf("add %d to %s", port, option)}
 	if port == portSMTP && ports == nil {
 		e.what = "port 25 (mail)"
-		e.hint = "list the open ports, with 25, in " + option
+		e.hint = "list the open ports, including 25, in " + option
 	}
 	return e
 }
@@ -356,7 +356,7 @@ func (s *ruleSet) denied(what string) *deniedError {
 		what += ":" + s.ports.String()
 	}
 	return &deniedError{
-		rule: "deny " + what, kind: deniedRequest, hint: "put an allow before that rule",
+		rule: "deny " + what, kind: deniedRequest, hint: "put an allow rule before it",
 	}
 }
 

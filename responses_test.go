@@ -14,9 +14,9 @@ import (
 func TestResponsesThatCannotBeRead(t *testing.T) {
 	const chunks = "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n"
 	rows := []struct{ name, answer, says string }{
-		{"a size that is none", chunks + "zz\nhello\n0\n\n", "a chunk does not begin with its size"},
-		{"no size", chunks + "\nhello\n0\n\n", "a chunk does not begin with its size"},
-		{"an extension without end", chunks + "5;" + strings.Repeat("x", 2*maxChunkLine) + "\nhello\n0\n\n", "a chunk does not begin with its size"},
+		{"a size that is none", chunks + "zz\nhello\n0\n\n", "a chunk does not begin with a valid size line"},
+		{"no size", chunks + "\nhello\n0\n\n", "a chunk does not begin with a valid size line"},
+		{"an extension without end", chunks + "5;" + strings.Repeat("x", 2*maxChunkLine) + "\nhello\n0\n\n", "a chunk does not begin with a valid size line"},
 		{"no content and a trailer that is none", chunks + "0\nnonsense\n\n", `"nonsense"`},
 		{"a line that is no field", "HTTP/1.1 200 OK\nsh not found\nContent-Length: 2\n\nok", `"sh not found"`},
 		{"a line that looks like an error of TLS", "HTTP/1.1 200 OK\ntls : x y: z\ntls: \x00\nContent-Length: 2\n\nok", "NUL"},

@@ -84,7 +84,7 @@ func parseDestination(s string) (destination, error) {
 			return destination{}, fmt.Errorf("%q has no closing bracket", s)
 		}
 		if ports, hasPorts = strings.CutPrefix(ports, ":"); !hasPorts && ports != "" {
-			return destination{}, fmt.Errorf("%q has something else than a port behind its bracket", s)
+			return destination{}, fmt.Errorf("%q has something other than a port after its bracket", s)
 		}
 	} else if strings.Count(s, ":") == 1 {
 		host, ports, hasPorts = strings.Cut(s, ":")
@@ -105,7 +105,7 @@ func parseDestination(s string) (destination, error) {
 		return destination{}, fmt.Errorf("%q is not a name; for the name and everything below it, write %s *.%s", s, name, name)
 	}
 	if strings.Contains(host, "%") {
-		return destination{}, fmt.Errorf("%q has a zone, which is this machine's affair", s)
+		return destination{}, fmt.Errorf("%q has a zone, which only means something on one machine", s)
 	}
 	if prefix, err := parsePrefix(strings.TrimSuffix(host, ".")); err == nil {
 		d.prefix = prefix
@@ -120,7 +120,7 @@ func parseDestination(s string) (destination, error) {
 	d.text, d.below = strings.TrimSuffix(strings.ToLower(ascii), "."), below
 	_, isAddress := parsePrefix(d.text) // spelled in another way than addresses are
 	if err != nil || isAddress == nil || checkHost(d.text) != nil || strings.ContainsAny(host, "/[]") || strings.HasSuffix(d.text, ".") {
-		return destination{}, fmt.Errorf("%q is no address, no CIDR range and no name", s)
+		return destination{}, fmt.Errorf("%q is not an address, a CIDR range or a name", s)
 	}
 	return d, nil
 }

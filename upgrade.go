@@ -52,7 +52,7 @@ func (h *Handler) upgrade(w http.ResponseWriter, r *http.Request, res *http.Resp
 	protocols := upgradeProtocols(res.Header["Upgrade"])
 	if !isUpgradeTo(protocols, upgradeProtocols(r.Header["Upgrade"])) {
 		_ = t.far.Close()
-		return 0, forwardRefusal(r, protocolError("it changes to a protocol that was not asked for"))
+		return 0, forwardRefusal(r, protocolError("it switches to a protocol that was not requested"))
 	}
 	header := h.setResponseFields(w, r, res)
 	delete(header, "Content-Type")

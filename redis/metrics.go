@@ -18,16 +18,16 @@ var metrics = struct {
 }{
 	duration: prometheus.NewHistogram(prometheus.HistogramOpts{
 		Name:    "caddy_async_proxy_limiter_duration_seconds",
-		Help:    "How long requests waited for the shared limiter, failures included.",
+		Help:    "Time that requests waited for the shared limiter, including failures.",
 		Buckets: []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, 1},
 	}),
 	errors: prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "caddy_async_proxy_limiter_errors_total",
-		Help: "Questions to the shared limiter that failed: by timeout, connection, or the answer.",
+		Help: "Failed queries to the shared limiter, by kind: timeout, connection or answer.",
 	}, []string{"kind"}),
 	fallbacks: prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "caddy_async_proxy_limiter_fallbacks_total",
-		Help: "Requests that the shared limiter did not count, by what became of them instead.",
+		Help: "Requests that the shared limiter did not count, by the on_error policy that applied.",
 	}, []string{"on_error"}),
 }
 
