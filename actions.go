@@ -72,7 +72,7 @@ func refillShared(addr netip.Addr, zone string) (found bool) {
 		key := h.limiter.keyOf(addr)
 		done, err := shared.Refill(context.Background(), h.limiter.shared(key))
 		if err != nil {
-			h.logger.Warn("a shared bucket is not refilled", textField("client", h.limiter.name(key)), errorField(err))
+			h.logger.Warn("failed to refill a shared bucket", textField("client", h.limiter.name(key)), errorField(err))
 		}
 		found = found || done
 	}

@@ -61,7 +61,7 @@ func (a adminAPI) serve(w http.ResponseWriter, r *http.Request) error {
 	case what == "tunnels" && verb == "":
 		id, err := strconv.ParseUint(name, 10, 64)
 		if err != nil {
-			return apiError(http.StatusBadRequest, "%q is no id of a tunnel, which is a number", name)
+			return apiError(http.StatusBadRequest, "%q is not a tunnel id; expected a number", name)
 		}
 		return a.do(w, r, http.MethodDelete, func() bool { return closeTunnel(id) })
 	case what == "clients" && (verb == "" || verb == "block"):
@@ -78,7 +78,7 @@ func (a adminAPI) serve(w http.ResponseWriter, r *http.Request) error {
 		}
 		return a.do(w, r, http.MethodPut, func() bool { return blockClient(addr, d) })
 	}
-	return apiError(http.StatusNotFound, "there is no %s; see docs/admin-api.md of async_proxy", r.URL.Path)
+	return apiError(http.StatusNotFound, "no endpoint %s; see docs/admin-api.md of async_proxy", r.URL.Path)
 }
 
 func isNumber(s string) bool {
@@ -103,7 +103,7 @@ func (adminAPI) do(w http.ResponseWriter, r *http.Request, method string, action
 		return apiError(http.StatusMethodNotAllowed, "%s: expected %s", r.Method, method)
 	}
 	if !action() {
-		return caddy.APIError{HTTPStatus: http.StatusNotFound, Err: errors.New("there is none")}
+		return caddy.APIError{HTTPStatus: http.StatusNotFound, Err: errors.New("not found")}
 	}
 	w.WriteHeader(http.StatusNoContent)
 	return nil
@@ -127,7 +127,7 @@ func parseClient(s string) (netip.Addr, error) {
 	}
 	addr, err := netip.ParseAddr(s)
 	if err != nil || addr.Zone() != "" {
-		return netip.Addr{}, fmt.Errorf("%q is no client: expected an address, a network or a user as the list of clients shows it", s)
+		return netip.Addr{}, fmt.Errorf("%q is not a client: expected an address, a network or a user as the list of clients shows it", s)
 	}
 	return addr, nil
 }
@@ -136,7 +136,7 @@ func parseClient(s string) (netip.Addr, error) {
 // some site's limiter has buckets for.
 func clientToActOn(s string) (netip.Addr, error) {
 	if network, err := netip.ParsePrefix(s); err == nil && !isClient(network) {
-		return netip.Addr{}, fmt.Errorf("%q is no client: no site has clients of %d bits; ipv4_prefix and ipv6_prefix set that", s, network.Bits())
+		return netip.Addr{}, fmt.Errorf("%q is not a client: no site has clients of %d bits; ipv4_prefix and ipv6_prefix set that", s, network.Bits())
 	}
 	return parseClient(s)
 }

@@ -126,7 +126,7 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 			return err
 		}
 		if !d.NextArg() {
-			return p.mistake("there is no value")
+			return p.mistake("missing value")
 		}
 		if !o.set(h, d.Val()) {
 			return p.invalid(d.Val())
@@ -152,7 +152,7 @@ const (
 	expectedDestinations = "addresses, CIDR ranges, names, *.names, public, private or all, each optionally followed by :<ports>"
 	expectedRanges       = "addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges"
 	expectedSource       = "a source of CIDR ranges, as for trusted_proxies"
-	expectedFiles        = "readable files with one destination a line"
+	expectedFiles        = "readable files with one destination per line"
 	expectedPorts        = "ports from 1 to 65535, or ranges such as 8000-8999"
 	expectedHeader       = "[+|-]<field> [<value|regexp> [<replacement>]]"
 
@@ -214,7 +214,7 @@ var options = map[string]option{
 	"tunnel_idle_timeout":  durationOrOff("a positive duration such as 1h, or off", func(h *Handler) *caddy.Duration { return &h.TunnelIdleTimeout }),
 	"tunnel_stall_timeout": durationOrOff("a positive duration such as 1m, or off", func(h *Handler) *caddy.Duration { return &h.TunnelStallTimeout }),
 	"tunnel_max_duration":  duration("a positive duration such as 24h", func(h *Handler) *caddy.Duration { return &h.TunnelMaxDuration }),
-	"stream_close_delay": {expected: "a duration such as 5m, or 0 for at once", set: func(h *Handler, s string) (ok bool) {
+	"stream_close_delay": {expected: "a duration such as 5m, or 0 for immediately", set: func(h *Handler, s string) (ok bool) {
 		h.StreamCloseDelay = new(caddy.Duration)
 		*h.StreamCloseDelay, ok = parseDuration(s, 0)
 		return ok
@@ -316,7 +316,7 @@ func (p *caddyfileParser) begin(name string) (option, error) {
 	}
 	p.name, p.expected = name, o.expected
 	if first, twice := p.seen[name]; twice && !o.many {
-		return o, p.Errf("%s: the option was given before, at %s:%d; expected it once", name, first.File(), first.Line())
+		return o, p.Errf("%s: the option is already set at %s:%d; expected it once", name, first.File(), first.Line())
 	}
 	p.seen[name] = *p.Dispenser
 	return o, nil
@@ -362,7 +362,7 @@ func (p *caddyfileParser) values(least, most int) ([]string, error) {
 	args := p.RemainingArgs()
 	switch {
 	case len(args) < least:
-		return nil, p.mistake("there is no value")
+		return nil, p.mistake("missing value")
 	case len(args) > most:
 		return nil, p.mistake("unexpected value '%s'", args[most])
 	}
@@ -417,13 +417,13 @@ func (p *caddyfileParser) check(h *Handler) error {
 		return err
 	}
 	if at := p.seen["no_upstream"]; h.NoUpstream != nil && h.Upstream == nil {
-		return at.Errf("no_upstream: there is no upstream to go without; expected the option upstream beside it")
+		return at.Errf("no_upstream: no upstream is configured; expected the option upstream as well")
 	}
 	if at := p.seen["limit_by"]; h.LimitBy == "user" && h.AuthRaw == nil {
-		return at.Errf("limit_by: nobody is asked for a user; expected the option basic_auth beside it")
+		return at.Errf("limit_by: user requires authentication; expected the option basic_auth as well")
 	}
 	if at, given := p.seen["failed_logins"]; given && h.AuthRaw == nil {
-		return at.Errf("failed_logins: nobody is asked for a password; expected the option basic_auth beside it")
+		return at.Errf("failed_logins: no authentication is configured; expected the option basic_auth as well")
 	}
 	return nil
 }

@@ -121,11 +121,11 @@ func (p *caddyfileParser) ruleSource(h *Handler) error {
 	}
 	source, ok := module.(caddyhttp.IPRangeSource)
 	if !ok {
-		return p.mistake("the module '%s' is no source of CIDR ranges", stem)
+		return p.mistake("the module '%s' is not a source of CIDR ranges", stem)
 	}
 	if static, ok := module.(*caddyhttp.StaticIPRange); ok {
 		if len(static.Ranges) == 0 {
-			return p.mistake("there are no ranges behind static")
+			return p.mistake("static has no ranges")
 		}
 		for _, r := range static.Ranges {
 			if _, err := parsePrefix(r); err != nil {
@@ -141,7 +141,7 @@ func (p *caddyfileParser) ruleSource(h *Handler) error {
 // module reads the name of a module in a namespace and what belongs to it.
 func (p *caddyfileParser) module(namespace string) (stem string, module caddyfile.Unmarshaler, err error) {
 	if !p.NextArg() {
-		return "", nil, p.mistake("there is no value")
+		return "", nil, p.mistake("missing value")
 	}
 	stem = p.Val()
 	if _, err := caddy.GetModule(namespace + "." + stem); err != nil {
@@ -177,7 +177,7 @@ func (p *caddyfileParser) maxTunnels(h *Handler) error {
 	case args[1] != "per_client":
 		return p.mistake("unexpected value '%s'", args[1])
 	case len(args) == 2:
-		return p.mistake("there is no value behind per_client")
+		return p.mistake("missing value after per_client")
 	}
 	if h.MaxTunnelsPerClient, ok = parseInt(args[2], 1, maxCount); !ok {
 		return p.invalid(args[2])
@@ -277,7 +277,7 @@ func (p *caddyfileParser) basicAuth(h *Handler) error {
 		realm = args[1]
 	}
 	if _, err := caddy.GetModule("http.authentication.hashes." + algorithm); err != nil {
-		return p.mistake("the algorithm '%s' is not known", algorithm)
+		return p.mistake("unknown algorithm '%s'", algorithm)
 	}
 	auth := caddyauth.HTTPBasicAuth{
 		HashRaw:   json.RawMessage(`{"algorithm":"` + algorithm + `"}`),
@@ -296,7 +296,7 @@ func (p *caddyfileParser) basicAuth(h *Handler) error {
 			return p.Errf("basic_auth: the hash of the user '%s' is not valid; expected one for %s, as `caddy hash-password` prints it", account.Username, algorithm)
 		}
 		if slices.ContainsFunc(auth.AccountList, func(a caddyauth.Account) bool { return a.Username == account.Username }) {
-			return p.Errf("basic_auth: the user '%s' is there twice; expected each user once", account.Username)
+			return p.Errf("basic_auth: the user '%s' is listed twice; expected each user once", account.Username)
 		}
 		auth.AccountList = append(auth.AccountList, account)
 	}
@@ -352,10 +352,10 @@ func (p *caddyfileParser) upstream(h *Handler) error {
 	args := p.RemainingArgs()
 	switch len(args) {
 	case 0:
-		return p.mistake("there is no value")
+		return p.mistake("missing value")
 	case 1:
 	default:
-		return p.mistake("there is more than one value")
+		return p.mistake("more than one value")
 	}
 	scheme, credentials, _, err := splitUpstream(args[0])
 	if err == nil && !strings.Contains(credentials, "{") {
@@ -415,7 +415,7 @@ func (p *caddyfileParser) upstreamOption(u *Upstream, scheme string) error {
 		}
 		pool, ok := module.(caddytls.CA)
 		if !ok {
-			return p.mistake("the module '%s' is no source of certificates", stem)
+			return p.mistake("the module '%s' is not a source of certificates", stem)
 		}
 		u.TLS.CARaw = caddyconfig.JSONModuleObject(pool, "provider", stem, nil)
 	default:

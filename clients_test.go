@@ -224,7 +224,7 @@ func TestReadablePasswordsAreWarnedAbout(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := strings.Contains(string(data), `"msg":"passwords are sent readable`); got != row.want {
+		if got := strings.Contains(string(data), `"msg":"passwords are sent in clear text`); got != row.want {
 			t.Errorf("%s\nis warned about: %v, want %v", row.site, got, row.want)
 		}
 	}

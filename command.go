@@ -26,20 +26,18 @@ func init() {
 		Usage: "[--listen <addr>] [--burst <n>] [--refill <n>] [--clients <cidr>] [--allow <destination>] [--deny <destination>] [--auth <user:hash>] [--upstream <url>] [--admin <addr>] [--access-log] [--debug]",
 		Short: "A forward proxy in one line",
 		Long: `
-Runs a forward proxy until it is stopped. Useful for development and for a quick
-look; for more, use the async_proxy directive in a Caddyfile.
+Runs a forward proxy until it is stopped. Useful for development and quick
+trials; for anything more, use the async_proxy directive in a Caddyfile.
 
-By default it listens on this machine only. On other addresses, clients with
-private addresses may use it unless --clients or --auth say otherwise; --clients
-all opens it to everybody. --allow and --deny take destinations as the directive
-does. All --allow flags are applied before
-all --deny flags:
+By default it listens on this machine only. When it listens on other addresses,
+clients with private addresses may use it unless --clients or --auth say
+otherwise; --clients all opens it to everyone. --allow and --deny accept the same
+destinations as the directive. All --allow flags apply before all --deny flags:
 
   caddy async-proxy --allow '*.example.com' --deny all
 
-lets clients connect to the hosts below example.com and to nothing else. Make
-hashes for --auth with caddy hash-password. --clients, --allow, --deny and --auth
-may be repeated.
+allows the hosts below example.com and nothing else. Create hashes for --auth
+with caddy hash-password. --clients, --allow, --deny and --auth may be repeated.
 
 caddy async-proxy status shows what a running proxy is doing.
 `,
@@ -48,11 +46,11 @@ caddy async-proxy status shows what a running proxy is doing.
 			flags.StringP("listen", "l", "127.0.0.1:8080", "Address to listen on")
 			flags.StringP("burst", "b", "", "Requests a client may make at once (default 10)")
 			flags.StringP("refill", "r", "", "Requests per second a client regains (default 0.5)")
-			flags.StringArrayP("clients", "c", nil, "The only clients that may use the proxy, as CIDR ranges, or all (default private_ranges)")
+			flags.StringArrayP("clients", "c", nil, "Clients that may use the proxy, as CIDR ranges, or all (default private_ranges)")
 			flags.StringArrayP("allow", "a", nil, "Allow a destination")
 			flags.StringArrayP("deny", "d", nil, "Deny a destination")
-			flags.StringArrayP("auth", "", nil, "A user and a hash, user:hash")
-			flags.StringP("upstream", "u", "", "A parent proxy, http://, https:// or socks5://")
+			flags.StringArrayP("auth", "", nil, "User and password hash, as user:hash")
+			flags.StringP("upstream", "u", "", "Parent proxy, as an http://, https:// or socks5:// URL")
 			flags.StringP("admin", "", "localhost:2019", "Address of the admin endpoint, or off")
 			flags.BoolP("access-log", "", false, "Enable the access log")
 			flags.BoolP("debug", "v", false, "Enable verbose debug logs")
@@ -83,7 +81,7 @@ func runCommand(flags caddycmd.Flags) (int, error) {
 	}
 	for _, name := range []string{"listen", "admin"} {
 		if err := checkFree(flags.String(name)); err != nil {
-			return caddy.ExitCodeFailedStartup, fmt.Errorf("%w; stop what listens there, or give another address by --%s", err, name)
+			return caddy.ExitCodeFailedStartup, fmt.Errorf("%w; stop the process that listens there, or choose another address with --%s", err, name)
 		}
 	}
 	if err := caddy.Run(config); err != nil {
@@ -192,7 +190,7 @@ func commandConfig(flags caddycmd.Flags) (*caddy.Config, error) {
 			if raw := json.RawMessage(`{"algorithm":"` + algorithm + `"}`); auth.HashRaw == nil {
 				auth.HashRaw = raw
 			} else if string(auth.HashRaw) != string(raw) {
-				return nil, errors.New("auth: expected hashes of one kind")
+				return nil, errors.New("auth: expected all hashes to use the same algorithm")
 			}
 			auth.AccountList = append(auth.AccountList, caddyauth.Account{Username: user, Password: hash})
 		}

@@ -34,15 +34,15 @@ func statusCommand() *cobra.Command {
 		Use:   "status [--watch] [--json] [--address <addr>]",
 		Short: "Shows what a running proxy is doing",
 		Long: `
-Asks the admin endpoint of a running Caddy, and prints its counters, the clients
-and the tunnels that were active last. With --watch it does so every two seconds,
-on a terminal in the same place and as far as there is room, also while Caddy
-cannot be asked.
+Queries the admin endpoint of a running Caddy and prints its counters and the
+most recently active clients and tunnels. With --watch it repeats every two
+seconds and keeps trying while Caddy cannot be reached. On a terminal it then
+redraws in place and shows as many rows as fit.
 `,
 		Args: cobra.NoArgs,
 	}
-	cmd.Flags().BoolP("watch", "w", false, "Go on until interrupted")
-	cmd.Flags().BoolP("json", "j", false, "Print JSON, with --watch one line each time")
+	cmd.Flags().BoolP("watch", "w", false, "Repeat until interrupted")
+	cmd.Flags().BoolP("json", "j", false, "Print JSON; with --watch, one line per update")
 	cmd.Flags().StringP("address", "", "", "Address of the admin endpoint, if it is not Caddy's default")
 	cmd.RunE = caddycmd.WrapCommandFuncForCobra(func(flags caddycmd.Flags) (int, error) {
 		if given := flags.String("address"); given != "" {
@@ -72,7 +72,7 @@ cannot be asked.
 			case err != nil && !clear:
 				fmt.Fprintf(os.Stderr, "Error: %v\n", err)
 			case err != nil:
-				fmt.Fprintf(&out, "%s: Caddy cannot be asked, trying again\n\n%s\n", time.Now().Format(time.TimeOnly), wrap(err.Error(), width))
+				fmt.Fprintf(&out, "%s: cannot reach Caddy, retrying\n\n%s\n", time.Now().Format(time.TimeOnly), wrap(err.Error(), width))
 			case asJSON:
 				_ = json.NewEncoder(&out).Encode(shown)
 			default:
@@ -140,12 +140,12 @@ func fetchStatus(address string, limit int) (*shownStatus, error) {
 	} {
 		res, err := caddycmd.AdminAPIRequest(address, http.MethodGet, "/async_proxy/"+path, nil, nil)
 		if err != nil {
-			return nil, fmt.Errorf("asking %s: %w; --address names another admin endpoint", address, err)
+			return nil, fmt.Errorf("querying %s: %w; use --address for another admin endpoint", address, err)
 		}
 		err = json.NewDecoder(res.Body).Decode(into)
 		_ = res.Body.Close()
 		if err != nil {
-			return nil, fmt.Errorf("the answer of %s: %w", address, err)
+			return nil, fmt.Errorf("invalid response from %s: %w", address, err)
 		}
 	}
 	return s, nil

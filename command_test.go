@@ -73,8 +73,8 @@ func TestCommand(t *testing.T) {
 		{"--listen 127.0.0.1:x", "expected an address with a port, such as 127.0.0.1:8080"},
 		{"--listen 127.0.0.1", "expected an address with a port, such as 127.0.0.1:8080"},
 		{"--listen 8080", "expected an address with a port, such as 127.0.0.1:8080"},
-		{"--listen " + taken(t), "address already in use; stop what listens there, or give another address by --listen"},
-		{"--admin " + taken(t), "address already in use; stop what listens there, or give another address by --admin"},
+		{"--listen " + taken(t), "address already in use; stop the process that listens there, or choose another address with --listen"},
+		{"--admin " + taken(t), "address already in use; stop the process that listens there, or choose another address with --admin"},
 		{"--admin localhost", `admin "localhost": expected an address with a port`},
 		{"status --address localhost", `address "localhost": expected an address with a port`},
 		{"status --address http://127.0.0.1:2019", `address "http://127.0.0.1:2019": expected an address with a port`},
@@ -149,7 +149,7 @@ func TestCommandStatus(t *testing.T) {
 	if err != nil || shown.Stats.Requests.Forwarded != 3 || shown.Clients.Total != 1 {
 		t.Errorf("%v, %s", err, out)
 	}
-	if out, err := commandOf(t, "async-proxy", "status", "--address", "127.0.0.1:1").CombinedOutput(); err == nil || !strings.Contains(string(out), "--address names another admin endpoint") {
+	if out, err := commandOf(t, "async-proxy", "status", "--address", "127.0.0.1:1").CombinedOutput(); err == nil || !strings.Contains(string(out), "use --address for another admin endpoint") {
 		t.Errorf("%v, %s", err, out)
 	}
 }
@@ -208,7 +208,7 @@ func TestCommandStatusOnATerminal(t *testing.T) {
 	if _, err := caddycmd.AdminAPIRequest(w.logs, http.MethodPost, "/stop", nil, nil); err != nil {
 		t.Fatal(err)
 	}
-	if screen := shows("Caddy cannot be asked"); !strings.Contains(strings.ReplaceAll(screen, "\n", ""), "--address names another admin endpoint") {
+	if screen := shows("cannot reach Caddy"); !strings.Contains(strings.ReplaceAll(screen, "\n", ""), "use --address for another admin endpoint") {
 		t.Errorf("the screen:\n%s", screen)
 	}
 	cmd := commandOf(t, "async-proxy", "--listen", w.proxy, "--admin", w.logs)
@@ -219,7 +219,7 @@ func TestCommandStatusOnATerminal(t *testing.T) {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
 	})
-	if screen := shows("0 forwarded"); strings.Contains(screen, "cannot be asked") || strings.Contains(screen, "more clients") {
+	if screen := shows("0 forwarded"); strings.Contains(screen, "cannot reach") || strings.Contains(screen, "more clients") {
 		t.Errorf("the screen:\n%s", screen)
 	}
 }

@@ -73,10 +73,10 @@ var documented = []struct{ file, command, says string }{
 	{"docs/admin-api.md", "curl localhost:2019/async_proxy/stats", `"requests":\{"forwarded":11,"tunnels":1,`},
 	{"docs/admin-api.md", "curl 'localhost:2019/async_proxy/clients?limited&sort=rejections'", `"client":"127.0.0.1".*"total":1`},
 	{"docs/admin-api.md", "curl 'localhost:2019/async_proxy/tunnels?q=example.com'", `\{"tunnels":\[\],"total":0\}`},
-	{"docs/admin-api.md", "curl -X DELETE localhost:2019/async_proxy/tunnels/42", `\{"error":"there is none"\}`},
-	{"docs/admin-api.md", "curl -X DELETE localhost:2019/async_proxy/clients/192.0.2.1", `\{"error":"there is none"\}`},
+	{"docs/admin-api.md", "curl -X DELETE localhost:2019/async_proxy/tunnels/42", `\{"error":"not found"\}`},
+	{"docs/admin-api.md", "curl -X DELETE localhost:2019/async_proxy/clients/192.0.2.1", `\{"error":"not found"\}`},
 	{"docs/admin-api.md", "curl -X PUT 'localhost:2019/async_proxy/clients/192.0.2.1/block?for=10m'", `\n$`}, // 204
-	{"docs/admin-api.md", "curl -X DELETE 'localhost:2019/async_proxy/clients/user%20sales%2Falice?zone=default'", `\{"error":"there is none"\}`},
+	{"docs/admin-api.md", "curl -X DELETE 'localhost:2019/async_proxy/clients/user%20sales%2Falice?zone=default'", `\{"error":"not found"\}`},
 	{"CONTRIBUTING.md", "go test ./...", byCI},
 	{"CONTRIBUTING.md", ".ci/run", byCI},
 	{"docs/redis.md", "xcaddy build --with github.com/asyncproxy/caddy-async-proxy --with github.com/asyncproxy/caddy-async-proxy/redis", byCI},

@@ -225,7 +225,7 @@ func TestRefillingTheSharedLimiter(t *testing.T) {
 	if refillClient(netip.MustParseAddr("192.0.2.7"), "") {
 		t.Error("the client is known")
 	}
-	if line := w.waitLog("a shared bucket is not refilled", 1)[0]; line["client"] != "192.0.2.0/24" || line["error"] != "out of order" {
+	if line := w.waitLog("failed to refill a shared bucket", 1)[0]; line["client"] != "192.0.2.0/24" || line["error"] != "out of order" {
 		t.Errorf("log line: %v", line)
 	}
 }
@@ -288,9 +288,9 @@ func TestCaddyfileLimiter(t *testing.T) {
 	}
 	const expected = "expected a limiter that this Caddy is built with; for redis, build it with --with github.com/asyncproxy/caddy-async-proxy/redis"
 	for directive, want := range map[string]string{
-		"limiter":                       "limiter: there is no value; " + expected + ", at Caddyfile:3",
+		"limiter":                       "limiter: missing value; " + expected + ", at Caddyfile:3",
 		"limiter nonsense":              "limiter: this build has no module http.async_proxy.limiters.nonsense; " + expected + ", at Caddyfile:3",
-		"limiter test\nlimiter test":    "limiter: the option was given before, at Caddyfile:3; expected it once, at Caddyfile:4",
+		"limiter test\nlimiter test":    "limiter: the option is already set at Caddyfile:3; expected it once, at Caddyfile:4",
 		"limiter test {\nnonsense a\n}": "unrecognized option 'nonsense', at Caddyfile:4",
 	} {
 		_, _, err := adapt(":8080 {\nasync_proxy {\n"+directive+"\n}\n}\n", "Caddyfile")

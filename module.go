@@ -309,7 +309,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		return fmt.Errorf("serve_pac %q: expected a path that begins with /", h.ServePAC)
 	}
 	if len(h.PACDirect) > 0 && h.ServePAC == "" {
-		return errors.New("pac_direct: there is no serve_pac that it could be in")
+		return errors.New("pac_direct: expected serve_pac to be set as well")
 	}
 	if h.pacDirect, err = newPACDirect(h.PACDirect); err != nil {
 		return fmt.Errorf("pac_direct: %w", err)
@@ -318,7 +318,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		return err
 	}
 	if h.LimitBy == "user" && len(h.auth) == 0 {
-		return errors.New("limit_by \"user\": nobody is asked for a user; expected authentication, too")
+		return errors.New("limit_by \"user\" requires authentication")
 	}
 	if h.ForwardedFor != "auto" && h.ForwardedFor != "off" {
 		return fmt.Errorf("forwarded_for %q: expected auto or off", h.ForwardedFor)
@@ -453,7 +453,7 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 	h.pacRules = sync.OnceValue(h.makePACRules)
 	if h.Upstream == nil {
 		if len(h.NoUpstream) > 0 {
-			return errors.New("no_upstream: there is no upstream to go without")
+			return errors.New("no_upstream: no upstream is configured")
 		}
 		return nil
 	}
@@ -588,7 +588,7 @@ func (h *Handler) serveOrNote(w http.ResponseWriter, r *http.Request, v *visit, 
 }
 
 // errLimited is of a request that the limiter has refused, by the visit's verdict.
-var errLimited = errors.New("refused by the limiter")
+var errLimited = errors.New("denied by the rate limiter")
 
 // serve does what a request asks for, or says why not.
 func (h *Handler) serve(w http.ResponseWriter, r *http.Request, v *visit, next caddyhttp.Handler) (err error) {

@@ -35,7 +35,7 @@ func (h *Handler) passOn(w http.ResponseWriter, r *http.Request, from caller, ne
 var errUnanswered = errors.New("no handler answered this request for the server itself")
 
 // errNoHosts is errUnanswered where the request may have been meant for the proxy.
-var errNoHosts = errors.New("no handler answered; over HTTP/2 and HTTP/3 only the option hosts tells requests through the proxy from requests for this server")
+var errNoHosts = errors.New("no handler answered; over HTTP/2 and HTTP/3, requests to be proxied can be told from requests for this server only with the option hosts")
 
 // unanswered returns the answer to a request that no handler has answered. Caddy's
 // own would be an empty 200. That would say in the name of a site that it is empty, or,
@@ -43,11 +43,11 @@ var errNoHosts = errors.New("no handler answered; over HTTP/2 and HTTP/3 only th
 func unanswered(r *http.Request) *refusal {
 	switch {
 	case isExtendedConnect(r):
-		return refuse(http.StatusNotImplemented, "proxy_internal_response", nil, "The protocol that this CONNECT asks for is not supported here.")
+		return refuse(http.StatusNotImplemented, "proxy_internal_response", nil, "The protocol of this CONNECT request is not supported here.")
 	case r.ProtoMajor > 1:
 		return refuse(http.StatusMisdirectedRequest, "http_request_error", errNoHosts, "This is a proxy. It has no page of its own here, and it does not forward http:// URLs over HTTP/%d.", r.ProtoMajor)
 	}
-	return refuse(http.StatusMisdirectedRequest, "http_request_error", errUnanswered, "This is a proxy, and it has no page of its own here. Requests through it name a whole URL.")
+	return refuse(http.StatusMisdirectedRequest, "http_request_error", errUnanswered, "This is a proxy, and it has no page of its own here. A request to be proxied names a whole URL.")
 }
 
 // statusRecorder records the status of a response, and whether there is one. Unlike

@@ -174,7 +174,7 @@ func prefixCondition(prefix netip.Prefix) string {
 func newPACDirect(texts []string) (*ruleSet, error) {
 	s, err := newDirectSet(texts)
 	if err == nil && (s.all || s.public || s.private) {
-		err = errors.New("all, public and private are no such destinations")
+		err = errors.New("all, public and private are not allowed")
 	}
 	return s, err
 }

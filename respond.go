@@ -111,7 +111,7 @@ func forwardRefusal(r *http.Request, err error) *refusal {
 	case errors.As(err, &body) && errors.Is(body, os.ErrDeadlineExceeded):
 		return refuse(http.StatusRequestTimeout, "http_request_error", err, "The content of the request did not arrive in time.")
 	case errors.As(err, &body):
-		return refuse(http.StatusBadRequest, "http_request_error", err, "The content of the request is broken off or malformed.")
+		return refuse(http.StatusBadRequest, "http_request_error", err, "The content of the request is incomplete or malformed.")
 	case r.Context().Err() != nil:
 		return clientLeft(context.Cause(r.Context()))
 	case errors.As(err, &dial):
@@ -151,7 +151,7 @@ func tlsRefusal(err error, host string) *refusal {
 	case errors.As(err, &remote) && remote.Op == "remote error":
 		return alertRefusal(err, remote.Err.Error(), host)
 	}
-	return refuse(http.StatusBadGateway, "tls_protocol_error", err, "%s does not speak TLS, or no version of it that is safe.", host)
+	return refuse(http.StatusBadGateway, "tls_protocol_error", err, "%s does not speak TLS, or only insecure versions of it.", host)
 }
 
 // alertRefusal says which TLS alert host has sent. crypto/tls does not export the

@@ -81,11 +81,11 @@ func (h *Handler) settings() []setting {
 		ports = fmt.Sprintf("all but %d", portSMTP)
 	}
 	add("ports", ports, fmt.Sprintf("all but %d", portSMTP))
-	connectPorts := "as ports"
+	connectPorts := "same as ports"
 	if len(h.ConnectPorts) > 0 {
 		connectPorts = words(h.ConnectPorts)
 	}
-	add("connect_ports", connectPorts, "as ports")
+	add("connect_ports", connectPorts, "same as ports")
 	add("report_only", words(h.ReportOnly), "none")
 	upstream := "none"
 	if h.dialer.parent != nil {
@@ -95,9 +95,9 @@ func (h *Handler) settings() []setting {
 	add("no_upstream", words(h.NoUpstream), "none")
 	resolvers := words(h.Resolvers)
 	if len(h.Resolvers) == 0 {
-		resolvers = "the system's"
+		resolvers = "system default"
 	}
-	add("resolvers", resolvers, "the system's")
+	add("resolvers", resolvers, "system default")
 	add("dial_timeout", duration(h.DialTimeout, ""), duration(d.DialTimeout, ""))
 	add("response_header_timeout", duration(h.ResponseHeaderTimeout, ""), duration(d.ResponseHeaderTimeout, ""))
 	add("response_idle_timeout", duration(h.ResponseIdleTimeout, ""), duration(d.ResponseIdleTimeout, ""))
@@ -114,7 +114,7 @@ func (h *Handler) settings() []setting {
 	add("tunnel_max_duration", duration(h.TunnelMaxDuration, "none"), "none")
 	delay := "never"
 	if h.StreamCloseDelay != nil {
-		delay = duration(*h.StreamCloseDelay, "at once")
+		delay = duration(*h.StreamCloseDelay, "immediately")
 	}
 	add("stream_close_delay", delay, "never")
 	onOff := map[bool]string{true: "on", false: "off"}

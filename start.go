@@ -73,7 +73,7 @@ func (h *Handler) started(ctx caddy.Context, server *caddyhttp.Server) {
 			"which a client can make up to get past clients, limits and blocks; add trusted_proxies_strict", zap.Strings("addresses", server.Listen))
 	}
 	if h.isOpen() {
-		h.logger.Warn("open proxy: anyone who can reach this address can use it; list who may in clients, or add basic_auth or a remote_ip matcher",
+		h.logger.Warn("open proxy: anyone who can reach this address can use it; restrict it with the option clients, or add basic_auth or a remote_ip matcher",
 			zap.Strings("addresses", server.Listen), zap.Strings("clients", h.Clients))
 	}
 	for _, ln := range server.Listeners() {
@@ -83,7 +83,7 @@ func (h *Handler) started(ctx caddy.Context, server *caddyhttp.Server) {
 		}
 	}
 	if addresses := h.plainAddresses(ctx, server); len(h.auth) > 0 && len(addresses) > 0 {
-		h.logger.Warn("passwords are sent readable: other machines can reach this address, and it does not use TLS; "+
+		h.logger.Warn("passwords are sent in clear text: other machines can reach this address, and it does not use TLS; "+
 			"give the site a certificate, or bind it to 127.0.0.1", zap.Strings("addresses", addresses))
 	}
 	if app, err := ctx.AppIfConfigured("http"); err == nil && len(h.Hosts) == 0 && speaksHTTP2(app.(*caddyhttp.App), server) {
@@ -98,7 +98,7 @@ func (h *Handler) started(ctx caddy.Context, server *caddyhttp.Server) {
 		case owner == h && len(server.TLSConnPolicies) > 0:
 			why = "TLS"
 		case owner == h:
-			level, why = zapcore.InfoLevel, "the server's listener_wrappers are not async_proxy alone; if they were, most requests would take 0.7 of the CPU"
+			level, why = zapcore.InfoLevel, "the server has listener_wrappers other than async_proxy; with async_proxy alone, most requests would take about 30 % less CPU"
 		}
 		h.logger.Log(level, "clients are served by Caddy's HTTP server", zap.Strings("addresses", server.Listen), zap.String("why", why))
 	}

@@ -108,7 +108,7 @@ func (s *Status) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		case d.NextArg():
 			return d.Errf("%s: unexpected value '%s'; expected no value", name, d.Val())
 		case *on:
-			return d.Errf("%s: the option is given twice; expected it once", name)
+			return d.Errf("%s: the option is set twice; expected it once", name)
 		}
 		*on = true
 		if last := d.Val(); d.NextBlock(d.Nesting()) || d.Val() != last { // an empty block only moves on
@@ -116,7 +116,7 @@ func (s *Status) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		}
 	}
 	if s.Actions && s.MaskClients {
-		return d.Err("mask_clients: expected no actions beside it, which need to know the clients")
+		return d.Err("mask_clients: cannot be combined with actions, which need the clients' addresses")
 	}
 	return nil
 }
@@ -124,7 +124,7 @@ func (s *Status) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 // Provision implements caddy.Provisioner.
 func (s *Status) Provision(ctx caddy.Context) error {
 	if s.Actions && s.MaskClients {
-		return errors.New("mask_clients: expected no actions beside it, which need to know the clients")
+		return errors.New("mask_clients: cannot be combined with actions, which need the clients' addresses")
 	}
 	s.logger = ctx.Logger()
 	ended := make(chan struct{})
@@ -154,8 +154,8 @@ func (s *Status) started(server *caddyhttp.Server) {
 	hosts, _ := hostsBefore(server.Routes, s)
 	asks := restrictedBefore(server, s, func(caddyhttp.MatcherSet) bool { return false })
 	if len(hosts) == 0 && !asks {
-		s.logger.Warn("the actions of this status page can be had done by any page in the browser of somebody who can reach it (DNS rebinding), "+
-			"as its site has no host name in its address; give it one, such as localhost, or ask for credentials by basic_auth",
+		s.logger.Warn("any web page open in an operator's browser can trigger this status page's actions by DNS rebinding, "+
+			"because its site has no host name in its address; give it one, such as localhost, or require basic_auth",
 			zap.Strings("addresses", server.Listen))
 	}
 }
@@ -246,7 +246,7 @@ func (s *Status) data(w http.ResponseWriter, r *http.Request, data interface{ ma
 	case err != nil:
 		statusError(w, http.StatusBadRequest, err.Error())
 	case s.MaskClients && r.URL.Query().Get("q") != "":
-		statusError(w, http.StatusForbidden, "mask_clients is on: expected no q.")
+		statusError(w, http.StatusForbidden, "Searching by q is not allowed while mask_clients is on.")
 	default:
 		if s.MaskClients {
 			data.mask()
@@ -269,7 +269,7 @@ func (s *Status) page(w http.ResponseWriter, r *http.Request, name string) {
 	last := path[strings.LastIndexByte(path, '/')+1:]
 	switch {
 	case strings.Contains(name, "."):
-		statusError(w, http.StatusNotFound, "There is no such part of the status page.")
+		statusError(w, http.StatusNotFound, "The status page has no such file.")
 	case last != "":
 		w.Header().Set("Location", (&url.URL{Path: last + "/"}).String())
 		w.WriteHeader(http.StatusPermanentRedirect)

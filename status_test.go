@@ -158,12 +158,12 @@ func TestStatusCaddyfile(t *testing.T) {
 			t.Errorf("%s is %s, want %s", input, got, want)
 		}
 	}
-	exclude := "mask_clients: expected no actions beside it, which need to know the clients, at Caddyfile:5"
+	exclude := "mask_clients: cannot be combined with actions, which need the clients' addresses, at Caddyfile:5"
 	for input, want := range map[string]string{
 		"async_proxy_status here":                             "unexpected argument 'here'; expected a block of options, or nothing, at Caddyfile:2",
 		"async_proxy_status {\nacts\n}":                       "unrecognized option 'acts'; expected actions or mask_clients, at Caddyfile:3",
 		"async_proxy_status {\nactions on\n}":                 "actions: unexpected value 'on'; expected no value, at Caddyfile:3",
-		"async_proxy_status {\nmask_clients\nmask_clients\n}": "mask_clients: the option is given twice; expected it once, at Caddyfile:4",
+		"async_proxy_status {\nmask_clients\nmask_clients\n}": "mask_clients: the option is set twice; expected it once, at Caddyfile:4",
 		"async_proxy_status {\nactions {\nclose\n}\n}":        "actions: unexpected block; expected no value, at Caddyfile:4",
 		"async_proxy_status {\nactions\nmask_clients\n}":      exclude,
 		"async_proxy_status {\nmask_clients\nactions\n}":      exclude,
@@ -173,7 +173,7 @@ func TestStatusCaddyfile(t *testing.T) {
 			t.Errorf("%s\ngives %v\nwant  %v", input, err, want)
 		}
 	}
-	if err := validate(t, `{"handler": "async_proxy_status", "actions": true, "mask_clients": true}`); err == nil || !strings.Contains(err.Error(), "mask_clients: expected no actions") {
+	if err := validate(t, `{"handler": "async_proxy_status", "actions": true, "mask_clients": true}`); err == nil || !strings.Contains(err.Error(), "mask_clients: cannot be combined with actions") {
 		t.Errorf("the options exclude each other in JSON, too: %v", err)
 	}
 }
@@ -458,7 +458,7 @@ func TestStatusViewersAreCapped(t *testing.T) {
 		streams = append(streams, w.stream())
 	}
 	res, text := w.ask("GET", "/events", "")
-	if res.StatusCode != http.StatusServiceUnavailable || res.Header.Get("Retry-After") == "" || !strings.Contains(text, "20 pages") {
+	if res.StatusCode != http.StatusServiceUnavailable || res.Header.Get("Retry-After") == "" || !strings.Contains(text, "limit of 20") {
 		t.Errorf("one more is answered with %s, Retry-After %q: %s", res.Status, res.Header.Get("Retry-After"), text)
 	}
 	streams[0].body.Close()
@@ -565,15 +565,15 @@ func TestStatusActions(t *testing.T) {
 		{"/close", "tunnel=" + id, []string{"Origin", "null"}, 403, "another origin"},
 		{"/close", "tunnel=x", nil, 400, "tunnel: expected"},
 		{"/close", "", nil, 400, "tunnel: expected"},
-		{"/close", "tunnel=999999", nil, 404, "not there"},
+		{"/close", "tunnel=999999", nil, 404, "no longer exists"},
 		{"/open", "tunnel=" + id, nil, 404, "no such action"},
 		{"/refill", "client=everybody", nil, 400, "client: expected"},
-		{"/refill", "client=192.0.2.200", nil, 404, "not there"},
+		{"/refill", "client=192.0.2.200", nil, 404, "no longer exists"},
 		{"/block", "client=127.0.0.1", nil, 400, "for: expected"},
 		{"/block", "client=127.0.0.1&for=-1m", nil, 400, "for: expected"},
 		{"/block", "client=127.0.0.1&for=1000d", nil, 400, "for: expected"},
 		{"/close", "tunnel=" + id, []string{"Sec-Fetch-Site", "same-origin"}, 200, `{"done":true}`},
-		{"/close", "tunnel=" + id, nil, 404, "not there"},
+		{"/close", "tunnel=" + id, nil, 404, "no longer exists"},
 	} {
 		if res, text := w.ask("POST", tc.path, tc.body, tc.fields...); res.StatusCode != tc.status || !strings.Contains(text, tc.want) || res.Header.Get("Cache-Control") != "no-store" {
 			t.Errorf("%s %s %v: %s %s", tc.path, tc.body, tc.fields, res.Status, text)

@@ -65,10 +65,10 @@ func (s *Status) act(w http.ResponseWriter, r *http.Request, name string) {
 		statusError(w, http.StatusNotFound, "There is no such action; expected close, refill or block.")
 		return
 	case !s.Actions:
-		statusError(w, http.StatusForbidden, "Actions are off; the option actions of async_proxy_status turns them on.")
+		statusError(w, http.StatusForbidden, "Actions are off; enable them with the option actions of async_proxy_status.")
 		return
 	case crossOrigin.Check(r) != nil:
-		statusError(w, http.StatusForbidden, "Actions are for the status page itself, and this comes from another origin.")
+		statusError(w, http.StatusForbidden, "Actions may only come from the status page itself; this request comes from another origin.")
 		return
 	}
 	r.Body = http.MaxBytesReader(w, r.Body, 4<<10)
@@ -90,7 +90,7 @@ func (s *Status) act(w http.ResponseWriter, r *http.Request, name string) {
 		)
 	}
 	if !done {
-		statusError(w, http.StatusNotFound, "It is not there any more.")
+		statusError(w, http.StatusNotFound, "It no longer exists.")
 		return
 	}
 	statusJSON(w, http.StatusOK, map[string]bool{"done": true})

@@ -129,7 +129,7 @@ func (s *Status) stream(w http.ResponseWriter, r *http.Request) {
 	viewer := statusFeed.join(s.MaskClients)
 	if viewer == nil {
 		w.Header().Set("Retry-After", "10")
-		statusError(w, http.StatusServiceUnavailable, fmt.Sprintf("%d pages are looking already, which is as many as may.", maxViewers))
+		statusError(w, http.StatusServiceUnavailable, fmt.Sprintf("The limit of %d concurrent viewers is reached; try again later.", maxViewers))
 		return
 	}
 	defer statusFeed.leave(viewer)

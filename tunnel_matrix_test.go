@@ -464,7 +464,7 @@ func TestExtendedConnect(t *testing.T) {
 		status int
 		body   string
 	}{
-		"nobody answers":           {"", http.StatusNotImplemented, "The protocol that this CONNECT asks for is not supported here.\n"},
+		"nobody answers":           {"", http.StatusNotImplemented, "The protocol of this CONNECT request is not supported here.\n"},
 		"the next handler answers": {"respond here", http.StatusOK, "here"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -53,7 +53,7 @@ func (u *Unclaimed) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddy
 	}
 	now := sinceEpoch(time.Now())
 	if last := u.logged.Load(); (last == 0 || now-last >= int64(time.Second)) && u.logged.CompareAndSwap(last, now) {
-		u.logger.Warn("no async_proxy of this server takes this request: none matches it, or its site has a host name in its address",
+		u.logger.Warn("no async_proxy of this server handles this request: none matches it, or its site has a host name in its address",
 			zap.String("client", printable(r.RemoteAddr)), zap.String("method", printable(r.Method)), zap.String("host", printable(withoutUser(r.Host))))
 	}
 	header := w.Header()
@@ -62,7 +62,7 @@ func (u *Unclaimed) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddy
 		header["Connection"] = []string{"close"} // what follows may be meant for a tunnel
 	}
 	w.WriteHeader(http.StatusMisdirectedRequest)
-	_, _ = io.WriteString(w, "No proxy here takes this request.\n")
+	_, _ = io.WriteString(w, "No proxy here handles this request.\n")
 	return nil
 }
 

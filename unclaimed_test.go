@@ -60,7 +60,7 @@ func TestUnclaimedRequestsAreRefused(t *testing.T) {
 				continue
 			}
 			res, body := policyRequest(t, w.proxy, method, origin, tc.lines)
-			if res.StatusCode != want || want == 421 && body != "No proxy here takes this request.\n" {
+			if res.StatusCode != want || want == 421 && body != "No proxy here handles this request.\n" {
 				t.Errorf("%s\n%s: %s %q, want %d", sites, method, res.Status, body, want)
 			}
 		}
@@ -76,7 +76,7 @@ func TestUnclaimedRequestsAreRefused(t *testing.T) {
 	if res, _ := policyRequest(t, w.proxy, http.MethodConnect, origin, ""); res.StatusCode != http.StatusMisdirectedRequest {
 		t.Errorf("%s", res.Status)
 	}
-	if lines := w.waitLog("no async_proxy of this server takes this request: none matches it, or its site has a host name in its address", 1); lines[0]["host"] != origin {
+	if lines := w.waitLog("no async_proxy of this server handles this request: none matches it, or its site has a host name in its address", 1); lines[0]["host"] != origin {
 		t.Errorf("log %v", lines)
 	}
 }
@@ -91,7 +91,7 @@ func TestUnclaimedRequestsInFramesAreRefused(t *testing.T) {
 	conn := dialTLS(t, secure, "h2")
 	for name, ask := range map[string]loginClient{"HTTP/2": http2LoginClient(t, conn), "HTTP/3": http3LoginClient(t, secure)} {
 		for url, want := range map[string]string{
-			"http://www.example.com/": "421 No proxy here takes this request.\n", "http://localhost/": "200 ",
+			"http://www.example.com/": "421 No proxy here handles this request.\n", "http://localhost/": "200 ",
 			"http://localhost:" + port + "/": "200 ",
 		} {
 			if res, body := ask(http.MethodGet, url, ""); fmt.Sprint(res.StatusCode, " ", body) != want {

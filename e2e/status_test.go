@@ -77,8 +77,8 @@ func TestLoads(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			w := newWorld(t, proxyOptions, "actions")
 			p := w.open(tc.width, tc.scheme)
-			p.until("that nobody is there", "!!"+row("clients", "No client has come yet"), patience)
-			p.until("that nothing is open", "!!"+row("tunnels", "No tunnel is open"), patience)
+			p.until("that nobody is there", "!!"+row("clients", "No clients yet"), patience)
+			p.until("that nothing is open", "!!"+row("tunnels", "No open tunnels"), patience)
 			p.fits()
 			p.accessible()
 
@@ -136,7 +136,7 @@ func TestFilterAndSort(t *testing.T) {
 	p.until("those that fit", rows("clients")+" === 10", patience)
 	p.until("how many of how many", "document.getElementById('clients').innerText.includes('10 of 22')", patience)
 	p.fill("Filter clients by address", "nobody")
-	p.until("that none fits", "!!"+row("clients", "No client is like that"), patience)
+	p.until("that none fits", "!!"+row("clients", "No matching clients"), patience)
 	p.fill("Filter clients by address", "")
 	p.do(chromedp.Click(chromedp.CSS("#clients label.switch")))
 	p.until("the limited client alone", rows("clients")+" === 1 && !!"+row("clients", "198.51.100.7"), patience)
@@ -149,7 +149,7 @@ func TestFilterAndSort(t *testing.T) {
 	p.until("it last", "!"+first+".includes('198.51.100.7') && document.querySelector('#clients th[aria-sort]').getAttribute('aria-sort') === 'descending'", patience)
 
 	p.fill("Filter tunnels by client or target", "198.51.100.9")
-	p.until("no tunnel", "!!"+row("tunnels", "No tunnel is like that"), patience)
+	p.until("no tunnel", "!!"+row("tunnels", "No matching tunnels"), patience)
 	p.fill("Filter tunnels by client or target", "198.51.100.8")
 	p.until("the tunnel", rows("tunnels")+" === 1", patience)
 	p.clean()
@@ -264,7 +264,7 @@ func TestReconnects(t *testing.T) {
 	p.state("Reconnecting")
 	w.start()
 	p.state("Live")
-	p.until("an empty table", "!!"+row("clients", "No client has come yet"), patience)
+	p.until("an empty table", "!!"+row("clients", "No clients yet"), patience)
 }
 
 // What the charts show outlives a reload of the page itself.
@@ -342,7 +342,7 @@ func TestFindsABlockedUser(t *testing.T) {
 	p.until("how many", "document.getElementById('clients-count').innerText === '1'", patience)
 	p.until("the user", "!!"+row("clients", "user Sales/Alice", "blocked"), patience)
 	p.press("Unblock user Sales/Alice")
-	p.until("nobody", "!!"+row("clients", "No client is like that"), patience)
+	p.until("nobody", "!!"+row("clients", "No matching clients"), patience)
 	p.clean()
 }
 

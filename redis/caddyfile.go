@@ -37,7 +37,7 @@ func (l *Limiter) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		l.Addresses = append(l.Addresses, d.Val())
 	}
 	if len(l.Addresses) == 0 {
-		return d.Errf("redis: there is no value; expected %s", expectedAddresses)
+		return d.Errf("redis: missing value; expected %s", expectedAddresses)
 	}
 	seen := make(map[string]bool)
 	for nesting := d.Nesting(); d.NextBlock(nesting); {
@@ -46,7 +46,7 @@ func (l *Limiter) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 			return d.Errf("unrecognized option '%s'", name)
 		}
 		if seen[name] {
-			return d.Errf("%s: the option is given twice; expected it once", name)
+			return d.Errf("%s: the option is set twice; expected it once", name)
 		}
 		seen[name] = true
 		if err := l.option(d, name, d.RemainingArgs()); err != nil {
@@ -82,9 +82,9 @@ func (l *Limiter) option(d *caddyfile.Dispenser, name string, args []string) err
 	}
 	switch {
 	case len(args) == 0:
-		return d.Errf("%s: there is no value; expected %s", name, expectations[name])
+		return d.Errf("%s: missing value; expected %s", name, expectations[name])
 	case len(args) > 1:
-		return d.Errf("%s: there is more than one value; expected %s", name, expectations[name])
+		return d.Errf("%s: more than one value; expected %s", name, expectations[name])
 	}
 	value, ok := args[0], args[0] != ""
 	switch name {

@@ -265,7 +265,7 @@ func TestRefill(t *testing.T) {
 	machines[0].ask(http.MethodDelete, "/async_proxy/clients/192.0.2.1", "", http.StatusNotFound)
 	e.kill()
 	machines[0].ask(http.MethodDelete, "/async_proxy/clients/127.0.0.1", "", http.StatusNoContent)
-	if lines := logLines(t, machines[0].logs, "a shared bucket is not refilled"); len(lines) != 1 || lines[0]["client"] != "127.0.0.1" {
+	if lines := logLines(t, machines[0].logs, "failed to refill a shared bucket"); len(lines) != 1 || lines[0]["client"] != "127.0.0.1" {
 		t.Errorf("log lines: %v", lines)
 	}
 }

@@ -1,21 +1,21 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-// The page that shows what async_proxy does. It is told once a second, by
-// server-sent events, and keeps what it needs for five minutes of charts.
+// The live status page of async_proxy. It receives a snapshot every second as a
+// server-sent event and keeps five minutes of samples for the charts.
 
 /* global uPlot */
 
-const SPAN = 300 // seconds that charts show
-const RECENT = 60 // seconds that tiles speak of
+const SPAN = 300 // seconds that the charts cover
+const RECENT = 60 // seconds that the tiles cover
 const $ = (id) => document.getElementById(id)
 
-// ---- Words for numbers
+// ---- Number formatting
 
 const integers = new Intl.NumberFormat("en")
 const count = (n) => integers.format(Math.round(n))
 
-// short writes a number in some three digits: 0, 0.4, 7.5, 12, 1.2 k.
+// short formats a number with about three digits: 0, 0.4, 7.5, 12, 1.2 k.
 function short(n) {
 	for (const [unit, size] of [[" G", 1e9], [" M", 1e6], [" k", 1e3]]) {
 		if (Math.abs(n) >= size * 0.9995) return digits(n / size) + unit
@@ -46,7 +46,7 @@ function percent(share) {
 	return share < 0.1 ? (100 * share).toFixed(1) : (100 * share).toFixed(0)
 }
 
-// span writes seconds in at most two units: 4 s, 3 min 12 s, 2 h 5 min, 3 d 4 h.
+// span formats seconds in at most two units: 4 s, 3 min 12 s, 2 h 5 min, 3 d 4 h.
 function span(seconds) {
 	const s = Math.max(0, Math.floor(seconds))
 	if (s < 60) return `${s} s`
@@ -65,7 +65,7 @@ function latency(seconds) {
 	return [digits(ms), "ms"]
 }
 
-// Go writes nanoseconds, which Date takes.
+// Go's timestamps have nanoseconds, which Date accepts.
 const seconds = (time) => Date.parse(time) / 1000
 const clock = (t) => new Date(t * 1000).toLocaleTimeString("en-GB")
 
@@ -101,14 +101,14 @@ function note(text) {
 	noteTimer = setTimeout(() => $("note").classList.remove("shown"), 4000)
 }
 
-// ---- What is known
+// ---- State
 
-let snapshot = null // the latest
+let snapshot = null // the latest one
 let canAct = false
 let masked = false
 let paused = false
 let samples = [] // of the last SPAN seconds, oldest first
-let counters = null // of the latest snapshot, to take rates from
+let counters = null // of the latest snapshot, the base for rates
 let clientCounters = new Map() // requests by row
 let clientRates = new Map()
 
@@ -122,24 +122,24 @@ const outcomes = [
 	["failed", "Failed", "failed"],
 ]
 
-// Charts outlive a reload of the page.
+// Keep the samples across a reload of the page.
 const storage = "async_proxy"
 try {
 	const kept = JSON.parse(sessionStorage.getItem(storage))
 	if (kept) ({ samples, counters } = kept)
 } catch {
-	// There is no storage, or something else in it.
+	// No storage, or its content is not ours.
 }
 addEventListener("pagehide", () => {
 	try {
 		sessionStorage.setItem(storage, JSON.stringify({ samples, counters }))
 	} catch {
-		// Then they do not.
+		// No storage: the charts start empty after a reload.
 	}
 })
 
-// learn makes a sample of a snapshot: rates since the one before it, unless the
-// page was not told for a while, or the process has been started anew.
+// learn turns a snapshot into a sample with the rates since the previous one. There
+// are no rates after a gap in the stream or a restart of the process.
 function learn(next) {
 	const stats = next.stats
 	const at = seconds(stats.time)
@@ -158,7 +158,7 @@ function learn(next) {
 	} else if (before) {
 		samples.push({ at: before.at + 0.5 }) // a gap
 	}
-	if (!same) for (const s of samples) s.dial = s.first = undefined // what another process has counted
+	if (!same) for (const s of samples) s.dial = s.first = undefined // counts of the previous process
 	samples.push(sample)
 	samples = samples.filter((s) => s.at > at - SPAN - 2 && s.at <= at)
 
@@ -174,7 +174,7 @@ function learn(next) {
 	clientRates = rates
 }
 
-// over returns the samples of the last so many seconds.
+// over returns the samples of the last span seconds.
 function over(span) {
 	const from = (counters?.at ?? 0) - span
 	return samples.filter((s) => s.at > from)
@@ -185,7 +185,8 @@ function mean(name, span) {
 	return values.length ? values.reduce((a, b) => a + b) / values.length : 0
 }
 
-// share is that of the requests of a time which were rate limited.
+// limitedShare returns how many requests of the last span seconds were rate limited,
+// and their share of all.
 function limitedShare(span) {
 	let limited = 0
 	let all = 0
@@ -197,7 +198,7 @@ function limitedShare(span) {
 	return { limited, share: all ? limited / all : 0 }
 }
 
-// histogram is that of what happened in a time: the difference of two.
+// histogram covers the last span seconds: the difference of two cumulative ones.
 function histogram(name, span) {
 	const now = samples.at(-1)?.[name]
 	if (!now) return { buckets: [], counts: [], total: 0 }
@@ -206,7 +207,7 @@ function histogram(name, span) {
 	return { buckets: now.buckets, counts, total: counts.reduce((a, b) => a + b, 0) }
 }
 
-// quantile is taken as if what is in a bucket were spread evenly over it.
+// quantile assumes that the values in a bucket are spread evenly over it.
 function quantile(h, q) {
 	if (!h.total) return null
 	let left = q * h.total
@@ -288,7 +289,7 @@ function showTiles(stats) {
 	tiles.requests.show(short(rate), "/s", `${count(total)} since start`)
 
 	const { limited, share } = limitedShare(RECENT)
-	tiles.limited.show(percent(share), "%", `${count(limited)} in a minute`, share >= 0.2 ? "bad" : share > 0 ? "warn" : "")
+	tiles.limited.show(percent(share), "%", `${count(limited)} in the last minute`, share >= 0.2 ? "bad" : share > 0 ? "warn" : "")
 
 	const { open, limit } = stats.tunnels
 	tiles.tunnels.show(count(open), "", limit ? `of ${count(limit)} · ${percent(open / limit)} %` : "no limit", limit && open >= limit * 0.9 ? "bad" : "")
@@ -300,7 +301,7 @@ function showTiles(stats) {
 	const h = histogram("dial", RECENT)
 	const p99 = latency(quantile(h, 0.99))
 	const failed = stats.dials.failed
-	tiles.dial.show(...latency(quantile(h, 0.5)), h.total ? `p99 ${p99.join(" ")} · ${count(failed)} failed` : `none in a minute`)
+	tiles.dial.show(...latency(quantile(h, 0.5)), h.total ? `p99 ${p99.join(" ")} · ${count(failed)} failed` : `none in the last minute`)
 
 	const { tracked, limit: most, evicted } = stats.clients
 	tiles.clients.show(tracked < 100000 ? count(tracked) : short(tracked), "",
@@ -311,16 +312,16 @@ function showTiles(stats) {
 
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim()
 
-// rounds are the steps of a scale: 1, 2, 5, 10, 20, ...
+// rounds are the possible steps of a scale: 1, 2, 5, 10, 20, ...
 const rounds = Array.from({ length: 45 }, (_, i) => [1, 2, 5][i % 3] * 10 ** Math.floor(i / 3))
 
-// Chart is a line or a stack of some values over the last five minutes.
+// Chart draws lines or a stack of values over the last five minutes.
 class Chart {
 	constructor(title, unit, series, { stacked = false, write, least }) {
 		this.series = series
 		this.stacked = stacked
 		this.write = write
-		this.least = least // that the scale goes up to
+		this.least = least // smallest upper end of the scale
 		this.plotElement = make("div", { class: "plot", role: "img", "aria-label": `Chart: ${title}, last five minutes` })
 		this.values = series.map(() => make("b", {}, "–"))
 		const legend = make("ul", { class: "legend" })
@@ -398,7 +399,7 @@ class Chart {
 	}
 }
 
-// LatencyChart is a histogram of the last five minutes.
+// LatencyChart draws a histogram of the last five minutes.
 class LatencyChart {
 	constructor() {
 		this.series = [["dial", "Connecting", "tunnels"], ["first", "First byte", "up"]]
@@ -465,7 +466,7 @@ class LatencyChart {
 			})
 		} else {
 			const label = makeSVG("text", { x: (width + left) / 2, y: height / 2, "text-anchor": "middle" })
-			label.textContent = "No connection in the last five minutes"
+			label.textContent = "No connections in the last five minutes"
 			svg.append(label)
 		}
 		this.plotElement.replaceChildren(svg)
@@ -483,9 +484,9 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => char
 
 // ---- Tables
 
-// Table shows rows as a table that can be sorted, and keeps the elements of
-// rows that stay. While a pointer or the focus is in it, rows keep their
-// places, so that nothing moves away under a click.
+// Table is a sortable table. It reuses the elements of rows that stay. While the
+// pointer or the focus is inside, rows keep their places, so that nothing moves
+// under a click.
 class Table {
 	constructor(name, { columns, key, classes, sort, order = -1, empty, label }) {
 		Object.assign(this, { columns, key, classes, empty, sort, order })
@@ -589,7 +590,7 @@ class Table {
 	}
 }
 
-// text is the way to show what a function makes of a row.
+// text returns a cell renderer that shows the result of a function of the row.
 const text = (write) => (cell, row) => setText(cell, write(row))
 
 const clientKey = (c) => `${c.zone} ${c.client}`
@@ -598,10 +599,10 @@ const isLimited = (c) => c.tokens < 1
 const age = (time) => (time ? counters.at - seconds(time) : Infinity)
 const ago = (time) => (!time ? "never" : age(time) < 1.5 ? "now" : `${span(age(time))} ago`)
 
-// tokens are rounded down: there is no token until there is a whole one.
+// tokens are rounded down: a fraction of a token does not admit a request.
 const tokens = (n) => (n < 10 ? digits(Math.floor(n * 10) / 10) : count(Math.floor(n)))
 
-// Where clients are of several zones, the same one may be there several times.
+// With several zones, the same client may have several rows.
 let manyZones = false
 const inZone = (c) => (manyZones ? ` in zone ${c.zone}` : "")
 
@@ -612,7 +613,7 @@ function named(cell, kept) {
 	cell.append(kept.name, kept.zone, kept.badge)
 }
 
-// twoLines makes a cell that says more where there is no room for more columns.
+// twoLines makes a cell whose second line replaces columns that do not fit.
 function twoLines(cell, kept) {
 	kept.lines = [make("div", { class: "line" }), make("div", { class: "line sub" })]
 	cell.append(...kept.lines)
@@ -636,7 +637,7 @@ function actionCell(...buttons) {
 const clients = new Table("clients", {
 	key: clientKey,
 	sort: "last_seen",
-	empty: "No client has come yet.",
+	empty: "No clients yet.",
 	classes: (c) => (isBlocked(c) ? "blocked" : isLimited(c) ? "limited" : ""),
 	columns: [
 		{
@@ -671,7 +672,7 @@ const clients = new Table("clients", {
 		{ name: "rejections", label: "Rejected", value: (c) => c.rejections, class: "num", show: text((c) => count(c.rejections)) },
 		{ name: "tunnels", label: "Tunnels", value: (c) => c.tunnels, class: "num mid", show: text((c) => count(c.tunnels)) },
 		{ name: "bytes", label: "Traffic", value: (c) => c.bytes_up + c.bytes_down, class: "num mid", show: text((c) => bytesText(c.bytes_up + c.bytes_down)) },
-		// Those of the last seconds count as one, so that rows do not dance.
+		// Sort in steps of five seconds, so that active rows do not jump around.
 		{ name: "last_seen", label: "Last seen", value: (c) => -Math.floor(age(c.last_seen) / 5), class: "num mid soft", show: text((c) => ago(c.last_seen)) },
 		{
 			name: "do", hidden: "Actions", class: "do",
@@ -692,7 +693,7 @@ const tunnels = new Table("tunnels", {
 	key: (t) => String(t.id),
 	sort: "started",
 	order: 1,
-	empty: "No tunnel is open.",
+	empty: "No open tunnels.",
 	columns: [
 		{
 			name: "target", label: "Target", value: (t) => t.target, first: 1, class: "grow", make: twoLines,
@@ -717,13 +718,13 @@ const tunnels = new Table("tunnels", {
 	],
 })
 
-// causeOf says why the proxy refused, or what failed if it did not refuse itself.
+// causeOf returns why the proxy refused the request, or what failed upstream.
 const causeOf = (r) => r.cause ?? r.reason
 
 const refusals = new Table("refusals", {
 	key: (r) => `${r.time} ${r.client} ${r.target}`,
 	sort: "time",
-	empty: "Nothing has been refused.",
+	empty: "No refusals yet.",
 	columns: [
 		{ name: "time", label: "Time", value: (r) => r.time, class: "soft", show: text((r) => clock(seconds(r.time))) },
 		{
@@ -752,8 +753,8 @@ const refusals = new Table("refusals", {
 	],
 })
 
-// The snapshot has the clients seen last and some tunnels. Where there are more
-// of them than that, the server sorts and filters.
+// A snapshot holds only the most recently active clients and tunnels. When there are
+// more, Source asks the server to sort and filter.
 class Source {
 	constructor(name, query) {
 		this.name = name
@@ -762,7 +763,7 @@ class Source {
 		this.answer = null
 	}
 
-	// list returns what to show: of the snapshot, or what the server last said.
+	// list returns the server's last answer, or null if the snapshot is complete enough.
 	list() {
 		const part = snapshot[this.name]
 		const query = part.total > part[this.name].length ? this.query() : null
@@ -811,12 +812,12 @@ const tunnelSource = new Source("tunnels", () => {
 	if (!q && (!sort || (sort === "started" && tunnels.order > 0))) return null
 	const query = new URLSearchParams({ limit: 200 })
 	if (sort) query.set("sort", sort)
-	if (sort) query.set("order", (tunnels.order > 0) === (sort === "idle") ? "asc" : "desc") // the youngest has started last
+	if (sort) query.set("order", (tunnels.order > 0) === (sort === "idle") ? "asc" : "desc") // the youngest tunnel has the latest start
 	if (q) query.set("q", q)
 	return query.toString()
 })
 
-// shown writes how many of how many are in a table.
+// shown displays how many of the total a table contains.
 function shown(id, n, total) {
 	setText($(id), n === total ? count(total) : `${count(n)} of ${count(total)}`)
 }
@@ -827,18 +828,18 @@ function showTables() {
 	let list = (clientSource.list() ?? snapshot.clients).clients
 	manyZones = new Set([...snapshot.clients.clients, ...list].map((c) => c.zone)).size > 1
 	list = list.filter((c) => c.client.toLowerCase().includes(fitting) && (!limited || isLimited(c) || isBlocked(c)))
-	clients.show(clients.sorted(list), fitting || limited ? "No client is like that." : undefined)
+	clients.show(clients.sorted(list), fitting || limited ? "No matching clients." : undefined)
 	shown("clients-count", list.length, snapshot.clients.total)
 
 	const like = words("tunnels-filter")
 	let open = (tunnelSource.list() ?? snapshot.tunnels).tunnels
 	open = open.filter((t) => t.client.toLowerCase().includes(like) || t.target.toLowerCase().includes(like) || (t.user ?? "").toLowerCase().includes(like))
-	tunnels.show(tunnels.sorted(open), like ? "No tunnel is like that." : undefined)
+	tunnels.show(tunnels.sorted(open), like ? "No matching tunnels." : undefined)
 	shown("tunnels-count", open.length, snapshot.tunnels.total)
 
 	const about = words("refusals-filter")
 	const refused = snapshot.refusals.filter((r) => `${r.client} ${r.method} ${r.target} ${r.cause ?? ""} ${r.reason} ${r.status}`.toLowerCase().includes(about))
-	refusals.show(refusals.sorted(refused), about ? "No refusal is like that." : undefined)
+	refusals.show(refusals.sorted(refused), about ? "No matching refusals." : undefined)
 	shown("refusals-count", refused.length, snapshot.refusals.length)
 
 	for (const table of [clients, tunnels]) table.heads.at(-1).hidden = !canAct
@@ -858,7 +859,7 @@ function showSettings() {
 	if (now === settingsShown) return
 	settingsShown = now
 	if (!snapshot.settings.length) {
-		$("sites").replaceChildren(make("p", { class: "hint" }, "There is no async_proxy in this config."))
+		$("sites").replaceChildren(make("p", { class: "hint" }, "This config has no async_proxy."))
 		return
 	}
 	$("sites").replaceChildren(...snapshot.settings.map(({ site, settings }) => {
@@ -886,7 +887,7 @@ async function act(action, fields, done) {
 
 const close = (t) => act("close", { tunnel: t.id }, `Closed the tunnel to ${t.target}.`)
 const refill = (c) => act("refill", { client: c.client, zone: c.zone }, `${c.client} has a full bucket${inZone(c)}.`)
-const unblock = (c) => act("block", { client: c.client, for: "0s" }, `${c.client} is not blocked any more.`)
+const unblock = (c) => act("block", { client: c.client, for: "0s" }, `${c.client} is no longer blocked.`)
 
 function block(c) {
 	setText($("block-client"), c.client)
@@ -948,24 +949,24 @@ function connect() {
 	events.addEventListener("error", () => {
 		connected = false
 		showState()
-		// The browser tries again by itself, but for an answer that is no stream.
+		// The browser retries by itself, except when the response is not an event stream.
 		if (events.readyState !== EventSource.CLOSED) return
 		retry = setTimeout(connect, 3000)
 		refused()
 	})
 }
 
-// refused says why the server does not want to tell, which an EventSource hides.
+// refused shows why the server denied the stream; EventSource hides the response.
 async function refused() {
 	try {
 		const response = await fetch("events", { method: "HEAD" })
-		if (!response.ok) note(response.status === 503 ? "Too many pages are looking; trying again." : `The server refuses: status ${response.status}.`)
+		if (!response.ok) note(response.status === 503 ? "Too many viewers; retrying." : `The server responded with status ${response.status}.`)
 	} catch {
-		// It is not there.
+		// The server is unreachable.
 	}
 }
 
-// A connection may also be lost without a word.
+// A connection may also die silently.
 setInterval(() => {
 	if (!events || performance.now() - lastHeard < 4000) return
 	connected = false
@@ -980,7 +981,7 @@ $("pause").addEventListener("click", () => {
 	if (!paused && snapshot) show()
 })
 
-// A page that nobody looks at costs the server nothing after five minutes.
+// A hidden page disconnects after five minutes, and then costs the server nothing.
 let away
 document.addEventListener("visibilitychange", () => {
 	clearTimeout(away)
