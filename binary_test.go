@@ -35,19 +35,18 @@ import (
 	"golang.org/x/net/http2"
 )
 
-// The tests here are of cmd/caddy as a process, and of what a process shows to
-// the outside: exit codes, descriptors, memory.
+// The tests in this file run cmd/caddy as a process and check what is visible from outside:
+// exit codes, descriptors, memory.
 
-// binaryOptions say how a binaryCaddy is to run.
+// binaryOptions configure a binaryCaddy.
 type binaryOptions struct {
 	global string // global options
 	site   string // options of async_proxy, as for newWorld
-	secure bool   // with a second site, over TLS
-	shell  string // what sh is to do first
+	secure bool   // adds a second site, over TLS
+	shell  string // shell commands to run before Caddy
 }
 
-// binaryCaddy is a Caddy in a process of its own. Of its world there is no
-// origin.
+// binaryCaddy is a Caddy in a process of its own. Its world has no origin.
 type binaryCaddy struct {
 	*world
 	options binaryOptions
@@ -117,7 +116,7 @@ func binaryListens(address string) bool {
 	return err == nil
 }
 
-// caddyfile is a config with the given options of async_proxy.
+// caddyfile returns a config with the given options of async_proxy.
 func (c *binaryCaddy) caddyfile(site string) string {
 	text := fmt.Sprintf("{\n\tadmin %s\n\tpersist_config off\n\tskip_install_trust\n\tauto_https disable_redirects\n\tdefault_bind 127.0.0.1\n\t%s\n\tlog {\n\t\toutput file %s\n\t\tformat json\n\t}\n}\n%s",
 		c.admin, c.options.global, c.logs, c.site(site))
@@ -135,7 +134,7 @@ func (c *binaryCaddy) write(caddyfile string) {
 	}
 }
 
-// command is one of Caddy's, in an environment of the test's own.
+// command returns a Caddy command in the test's own environment.
 func (c *binaryCaddy) command(args ...string) *exec.Cmd {
 	cmd := exec.Command(caddyBinary(c.t), args...)
 	dir := filepath.Dir(c.config)
@@ -143,7 +142,7 @@ func (c *binaryCaddy) command(args ...string) *exec.Cmd {
 	return cmd
 }
 
-// ask sends a request to the admin endpoint, on a connection of its own.
+// ask sends a request to the admin endpoint, on its own connection.
 func (c *binaryCaddy) ask(method, path, body string) (int, string) {
 	c.t.Helper()
 	req, err := http.NewRequest(method, "http://"+c.admin+path, strings.NewReader(body))
@@ -164,7 +163,7 @@ func (c *binaryCaddy) ask(method, path, body string) (int, string) {
 	return res.StatusCode, string(text)
 }
 
-// reload replaces the options of async_proxy by the admin endpoint.
+// reload replaces the options of async_proxy through the admin endpoint.
 func (c *binaryCaddy) reload(site string) {
 	c.t.Helper()
 	if status, text := c.ask(http.MethodPost, "/load", c.caddyfile(site)); status != http.StatusOK {
@@ -173,14 +172,14 @@ func (c *binaryCaddy) reload(site string) {
 	c.waitReloaded()
 }
 
-// waitReloaded waits until no connection gets to the config before.
+// waitReloaded waits until no new connection can reach the previous config.
 func (c *binaryCaddy) waitReloaded() {
 	c.t.Helper()
 	eventually(c.t, "the old sockets to be closed", func() bool { return !listeningTwice() })
 }
 
-// descriptors is how many the process has open: the fewest within some time, as
-// those of the admin endpoint's connections come and go.
+// descriptors returns the number of open descriptors: the lowest of several readings, as
+// connections to the admin endpoint come and go.
 func (c *binaryCaddy) descriptors() int {
 	c.t.Helper()
 	fewest := math.MaxInt
@@ -195,14 +194,14 @@ func (c *binaryCaddy) descriptors() int {
 	return fewest
 }
 
-// goroutines is how many the process has.
+// goroutines returns the number of goroutines in the process.
 func (c *binaryCaddy) goroutines() int {
 	c.t.Helper()
 	_, text := c.ask(http.MethodGet, "/debug/pprof/goroutine?debug=1", "")
 	return binaryNumber(c.t, text, `total (\d+)`)
 }
 
-// resident is the memory of the process in bytes, after a garbage collection.
+// resident returns the resident memory of the process in bytes, after a garbage collection.
 func (c *binaryCaddy) resident() int {
 	c.t.Helper()
 	c.ask(http.MethodGet, "/debug/pprof/heap?gc=1", "")
@@ -213,7 +212,7 @@ func (c *binaryCaddy) resident() int {
 	return binaryNumber(c.t, string(status), `VmRSS:\s+(\d+) kB`) << 10
 }
 
-// binaryNumber is what the group of pattern matches in text.
+// binaryNumber returns the number that the group of pattern matches in text.
 func binaryNumber(t testing.TB, text, pattern string) int {
 	t.Helper()
 	match := regexp.MustCompile(pattern).FindStringSubmatch(text)
@@ -227,7 +226,7 @@ func binaryNumber(t testing.TB, text, pattern string) int {
 	return n
 }
 
-// binaryEcho is a target that returns what it gets, without a pipe.
+// binaryEcho runs an echo server that does not splice, and so uses no pipe.
 func binaryEcho(t *testing.T) string {
 	t.Helper()
 	return listen(t, func(c *net.TCPConn) {
@@ -242,8 +241,8 @@ func binaryEcho(t *testing.T) string {
 	})
 }
 
-// binaryOpen sends a CONNECT for target. The connection is a tunnel if there is
-// no error; res is nil if there was no response in time.
+// binaryOpen sends a CONNECT for target. Without an error, the connection is a tunnel. res
+// is nil if no response arrived in time.
 func binaryOpen(proxy, target string, wait time.Duration) (conn *net.TCPConn, res *http.Response, err error) {
 	dialled, err := net.DialTimeout("tcp4", proxy, wait)
 	if err != nil {
@@ -265,7 +264,7 @@ func binaryOpen(proxy, target string, wait time.Duration) (conn *net.TCPConn, re
 	return conn, res, nil
 }
 
-// binaryPing sends a byte through a tunnel and back.
+// binaryPing echoes a byte through a tunnel.
 func binaryPing(tunnel io.ReadWriter) error {
 	if c, ok := tunnel.(net.Conn); ok {
 		c.SetDeadline(time.Now().Add(patience))
@@ -301,7 +300,7 @@ func binaryEach(t *testing.T, n int, f func(int) error) {
 	}
 }
 
-// binaryTunnels opens n tunnels to an echo, each of which has been used.
+// binaryTunnels opens n tunnels to an echo server and uses each once.
 func binaryTunnels(t *testing.T, proxy string, n int) []*net.TCPConn {
 	t.Helper()
 	target := binaryEcho(t)
@@ -324,7 +323,7 @@ func binaryClose(tunnels []*net.TCPConn) {
 	}
 }
 
-// binaryStreams opens n tunnels to an echo over one connection of HTTP/2.
+// binaryStreams opens n tunnels to an echo server over one HTTP/2 connection.
 func binaryStreams(t *testing.T, proxy string, n int) []io.ReadWriter {
 	t.Helper()
 	target := binaryEcho(t)
@@ -358,7 +357,7 @@ func binaryStreams(t *testing.T, proxy string, n int) []io.ReadWriter {
 	return streams
 }
 
-// curl runs curl in an environment of the test's own.
+// curl runs curl in the test's own environment.
 func (c *binaryCaddy) curl(args ...string) string {
 	c.t.Helper()
 	cmd := exec.Command("curl", append([]string{"-sS", "--max-time", "20"}, args...)...)
@@ -370,7 +369,7 @@ func (c *binaryCaddy) curl(args ...string) string {
 	return string(out)
 }
 
-// statuses are those of n requests in a row, each by a curl.
+// statuses returns the statuses of n consecutive requests, each by its own curl.
 func (c *binaryCaddy) statuses(n int, url string) string {
 	c.t.Helper()
 	var list strings.Builder
@@ -380,8 +379,8 @@ func (c *binaryCaddy) statuses(n int, url string) string {
 	return list.String()
 }
 
-// status is that of one request, on a connection of its own. A server that has
-// just been replaced may have accepted the connection, only to close it.
+// status returns the status of one request on its own connection. It retries if the
+// connection is closed: a server that has just been replaced may have accepted it.
 func (c *binaryCaddy) status(url string) (status string) {
 	c.t.Helper()
 	eventually(c.t, "a response", func() bool {
@@ -417,7 +416,7 @@ func binaryHttpbin(t *testing.T) (plain, secure string) {
 	return "http://" + plain, "https://" + secure
 }
 
-// TestBinaryReadme is the walk-through of the README.
+// TestBinaryReadme follows the README's walk-through.
 func TestBinaryReadme(t *testing.T) {
 	plain, secure := binaryHttpbin(t)
 	c := binaryStart(t, binaryOptions{site: "burst 10\nrefill 0.5"})
@@ -438,7 +437,7 @@ func TestBinaryReadme(t *testing.T) {
 		}
 	}
 
-	// A bucket of its own in place of 20 seconds.
+	// A new bucket, instead of waiting 20 seconds.
 	c.reload("burst 10\nrefill 0.5\nzone again")
 	ok, limited := strings.Repeat("200 ", 10), strings.Repeat("429 ", 5)
 	if got := c.statuses(15, plain+"/get"); got != ok+limited {
@@ -469,7 +468,7 @@ func TestBinaryReadme(t *testing.T) {
 		t.Errorf("after 20 seconds: %s", got)
 	}
 
-	// The log of it.
+	// The log lines.
 	host, target := strings.TrimPrefix(plain, "http://"), strings.TrimPrefix(secure, "https://")
 	for message, want := range map[string]map[string]string{
 		"async-proxy listening": {"level": "info", "burst": "10", "refill": "0.5", "addresses": `\[127.0.0.1:\d+\]`},
@@ -480,7 +479,7 @@ func TestBinaryReadme(t *testing.T) {
 		"CONNECT tunnel": {"level": "info", "id": "1", "target": target, "address": target, "client": "127.0.0.1",
 			"proto": "HTTP/1.1"},
 		"CONNECT tunnel closed": {"level": "info", "id": "1", "target": target, "client": "127.0.0.1", "proto": "HTTP/1.1",
-			"bytes_up": `[1-9]\d{2,}`, "bytes_down": `[1-9]\d{2,}`, "duration": `.+`, "reason": "(client|target) closed|client error"}, // curl may leave before it has read the end of TLS
+			"bytes_up": `[1-9]\d{2,}`, "bytes_down": `[1-9]\d{2,}`, "duration": `.+`, "reason": "(client|target) closed|client error"}, // curl may close before it has read TLS's close_notify
 	} {
 		line := c.waitLog(message, 1)[0]
 		if line["logger"] != "http.handlers.async_proxy" {
@@ -494,7 +493,7 @@ func TestBinaryReadme(t *testing.T) {
 	}
 }
 
-// TestBinaryReload replaces the config under an open tunnel.
+// TestBinaryReload replaces the config while a tunnel is open.
 func TestBinaryReload(t *testing.T) {
 	c := binaryStart(t, binaryOptions{site: "burst 3\nrefill 0.00001"})
 	tunnel := binaryTunnels(t, c.proxy, 1)[0]
@@ -505,7 +504,7 @@ func TestBinaryReload(t *testing.T) {
 		}
 		var got string
 		for range strings.Fields(want) {
-			// Port 1: 502 when a token was left.
+			// Port 1 gives a 502 if a token was left.
 			got += c.status("http://127.0.0.1:1/") + " "
 		}
 		if got != want {
@@ -555,7 +554,7 @@ func TestBinaryReload(t *testing.T) {
 	}
 }
 
-// TestBinaryExit ends a Caddy that has tunnels.
+// TestBinaryExit stops a Caddy that has open tunnels.
 func TestBinaryExit(t *testing.T) {
 	for _, row := range []struct {
 		name, global  string
@@ -582,7 +581,7 @@ func TestBinaryExit(t *testing.T) {
 			select {
 			case <-c.exited:
 			case <-time.After(patience):
-				t.Fatal("Caddy does not exit")
+				t.Fatal("Caddy did not exit")
 			}
 			took := time.Since(start)
 			t.Logf("took %v", took)
@@ -603,7 +602,8 @@ func TestBinaryExit(t *testing.T) {
 	}
 }
 
-// settled fails the test unless the process comes back to what it had.
+// settled checks that the process returns to its earlier numbers of descriptors and
+// goroutines.
 func (c *binaryCaddy) settled(descriptors, goroutines int) {
 	c.t.Helper()
 	defer func() {
@@ -613,14 +613,14 @@ func (c *binaryCaddy) settled(descriptors, goroutines int) {
 	eventually(c.t, "goroutines to end", func() bool { return c.goroutines() <= goroutines+5 })
 }
 
-// TestBinaryIdle measures what an idle tunnel costs.
+// TestBinaryIdle measures the cost of an idle tunnel.
 func TestBinaryIdle(t *testing.T) {
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
 		t.Fatal(err)
 	}
 	n := 5000
-	if limit.Max < 2*uint64(n)+500 { // two of a tunnel are here, and two there
+	if limit.Max < 2*uint64(n)+500 { // two per tunnel in this process, and two in Caddy's
 		n = (int(limit.Max) - 500) / 2
 	}
 	c := binaryStart(t, binaryOptions{})
@@ -631,12 +631,12 @@ func TestBinaryIdle(t *testing.T) {
 
 	tunnels := binaryTunnels(t, c.proxy, n)
 	if got := c.descriptors() - descriptors; got != 2*n {
-		t.Errorf("%d tunnels have %d descriptors, want %d", n, got, 2*n)
+		t.Errorf("%d tunnels use %d descriptors, want %d", n, got, 2*n)
 	}
 	each := (c.resident() - resident) / n
 	t.Logf("%d tunnels: %d bytes each, %d goroutines", n, each, c.goroutines()-goroutines)
 	if each > 16<<10 {
-		t.Errorf("a tunnel has %d bytes of memory, want %d at most", each, 16<<10)
+		t.Errorf("a tunnel uses %d bytes of memory, want at most %d", each, 16<<10)
 	}
 	binaryClose(tunnels)
 	c.settled(descriptors, goroutines)
@@ -645,7 +645,7 @@ func TestBinaryIdle(t *testing.T) {
 	}
 }
 
-// TestBinaryChurn opens and closes tunnels, in order and by resets.
+// TestBinaryChurn opens tunnels and closes them, half in order and half by resets.
 func TestBinaryChurn(t *testing.T) {
 	c := binaryStart(t, binaryOptions{})
 	target := binaryEcho(t)
@@ -666,9 +666,8 @@ func TestBinaryChurn(t *testing.T) {
 	c.settled(descriptors, goroutines)
 }
 
-// TestBinaryDescriptors lets the process run out of descriptors. One more
-// connection beforehand makes the other of a tunnel's two the one that is
-// missing.
+// TestBinaryDescriptors makes the process run out of descriptors. A tunnel needs two; one
+// more connection beforehand makes the other one of the two fail.
 func TestBinaryDescriptors(t *testing.T) {
 	c := binaryStart(t, binaryOptions{shell: "ulimit -n 128"})
 	target := binaryEcho(t)
@@ -706,10 +705,10 @@ func TestBinaryDescriptors(t *testing.T) {
 		})
 	}
 	if refused == 0 {
-		t.Error("there was no 503")
+		t.Error("got no 503")
 	}
-	// A client that had to wait for its connection to be accepted, and left, has
-	// a line too.
+	// A client that had to wait for its connection to be accepted, and then disconnected,
+	// is logged too.
 	var line map[string]any
 	eventually(t, "the line of a 503", func() bool {
 		lines := c.logLines("request")
@@ -737,14 +736,14 @@ func TestBinaryOverTLS(t *testing.T) {
 		}
 	}
 	for _, line := range c.waitLog("CONNECT tunnel closed", 2) {
-		// The target may be told by TLS that the client is done, and be first.
+		// The target may learn of the client's end through TLS and close first.
 		if line["reason"] != reasonClient && line["reason"] != reasonTarget {
 			t.Errorf("closing line: %v", line)
 		}
 	}
 }
 
-// TestBinaryCommands asks Caddy what it thinks of the module and the example.
+// TestBinaryCommands checks the module and the example config with Caddy's own commands.
 func TestBinaryCommands(t *testing.T) {
 	for want, args := range map[string][]string{
 		"\nhttp.handlers.async_proxy\n": {"list-modules"},
@@ -760,7 +759,7 @@ func TestBinaryCommands(t *testing.T) {
 	}
 }
 
-// The rules for intermediaries hold for the binary as they do in this process.
+// TestBinaryRules checks the rules for intermediaries against the binary.
 func TestBinaryRules(t *testing.T) {
 	runRules(t, binaryStart(t, binaryOptions{site: ruleOptions}).proxy, newRuleOrigin)
 }

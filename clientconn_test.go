@@ -30,7 +30,7 @@ import (
 	"go.uber.org/zap"
 )
 
-// listeners returns those whose connections the proxy serves itself.
+// listeners returns the registered fast-path listeners.
 func listeners() []*clientListener {
 	clientListeners.Lock()
 	defer clientListeners.Unlock()
@@ -45,7 +45,7 @@ func (p *clientConns) list() []*clientConn {
 
 func (p *clientConns) size() int { return len(p.list()) }
 
-// ownConns returns how many connections the proxy serves itself.
+// ownConns returns the number of connections on the fast path.
 func ownConns() (n int) {
 	for _, l := range listeners() {
 		n += l.conns.size()
@@ -53,13 +53,13 @@ func ownConns() (n int) {
 	return n
 }
 
-// get sends a request for a URL, and what else is to come with it.
+// get sends a request for a URL, followed by the given lines.
 func (c *rawConn) get(url, more string) {
 	c.t.Helper()
 	c.send("GET " + url + " HTTP/1.1\nHost: x\n" + more + "\n")
 }
 
-// gets sends a request for a URL and returns the body of its response.
+// gets sends a request for a URL and returns the response body.
 func (c *rawConn) gets(url string) string {
 	c.t.Helper()
 	c.get(url, "")
@@ -67,7 +67,7 @@ func (c *rawConn) gets(url string) string {
 	return body
 }
 
-// dialOwn opens a connection that the proxy serves itself.
+// dialOwn opens a connection that the fast path serves.
 func (w *world) dialOwn() *rawConn {
 	w.t.Helper()
 	c := w.dial()
@@ -77,16 +77,16 @@ func (w *world) dialOwn() *rawConn {
 			return c
 		}
 	}
-	w.t.Fatal("the connection is served by net/http")
+	w.t.Fatal("the connection is not on the fast path")
 	return nil
 }
 
-// withServers adds an option servers to a Caddyfile's global options.
+// withServers adds a servers option to a Caddyfile's global options.
 func withServers(caddyfile, lines string) string {
 	return "{\nservers {\n" + lines + "\n}\n" + strings.TrimPrefix(caddyfile, "{\n")
 }
 
-// A connection is served by the proxy itself where nobody else has a part in it.
+// The fast path serves a connection where no other module has a part in it.
 func TestClientConnServed(t *testing.T) {
 	w := newWorld(t, "", nil)
 	_, port, _ := strings.Cut(w.proxy, ":")
@@ -96,7 +96,7 @@ func TestClientConnServed(t *testing.T) {
 	with := func(lines string) string { return strings.Replace(site, "{\n", "{\n"+lines+"\n", 1) }
 	servers := func(lines string) string { return "{\nservers {\n" + lines + "\n}\n}\n" + site }
 	for _, row := range []struct {
-		name, caddyfile string // in which PORT is the port
+		name, caddyfile string // PORT stands for the port
 		want            int
 	}{
 		{"alone", site, 1},
@@ -167,8 +167,7 @@ func TestClientConnServed(t *testing.T) {
 	}
 }
 
-// Connections with other than ordinary requests, or with other protocols, are for
-// net/http.
+// Requests that are not ordinary, and other protocols, are net/http's.
 func TestClientConnNotServed(t *testing.T) {
 	w := newTunnelWorld(t, tunnelSetup{options: "hosts proxy.example"})
 	w.origin = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.Copy(w, r.Body) }))
@@ -216,8 +215,8 @@ func TestClientConnNotServed(t *testing.T) {
 	}
 }
 
-// slowly is an origin that begins to answer when it is told to, with one part
-// of the content, and ends when it is told to.
+// slowly is an origin that starts its response with a part of the content, and completes
+// it, when told to.
 type slowly struct{ asked, begin, end chan struct{} }
 
 func newSlowly() *slowly {
@@ -243,8 +242,8 @@ func (s *slowly) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	_, _ = io.WriteString(w, "last")
 }
 
-// A request that comes during a reload is answered completely, and its connection
-// stays. Only one that nobody has accepted yet may end with the old config's socket.
+// A request during a reload is answered completely, and its connection stays open. Only a
+// connection that was not yet accepted may be closed with the old config's socket.
 func TestClientConnReloadUnderTraffic(t *testing.T) {
 	w := newWorld(t, "", nil)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -270,13 +269,13 @@ func TestClientConnReloadUnderTraffic(t *testing.T) {
 					}
 					if err != nil {
 						if lost.Add(1); n > 0 {
-							t.Errorf("a connection ends behind %d responses: %v", n, err)
+							t.Errorf("a connection closed after %d responses: %v", n, err)
 						}
 						break
 					}
 					res, err := http.ReadResponse(r, nil)
 					if err != nil {
-						t.Errorf("a response that has begun: %v", err)
+						t.Errorf("a truncated response: %v", err)
 						break
 					}
 					if body, err := io.ReadAll(res.Body); err != nil || string(body) != "hello from the origin" {
@@ -296,53 +295,53 @@ func TestClientConnReloadUnderTraffic(t *testing.T) {
 		w.load(w.site(fmt.Sprintf("dial_timeout %ds", 10+i)))
 		eventually(t, "connections to be served", func() bool { return ownConns() > 0 })
 	}
-	for i := range 40 { // one upon the other
+	for i := range 40 { // overlapping reloads
 		startCaddyfile(t, w.globals()+w.site(fmt.Sprintf("dial_timeout %ds", 10+i)))
 	}
 	cancel()
 	wg.Wait()
-	t.Logf("%d requests were served, %d connections lost before", served.Load(), lost.Load())
+	t.Logf("%d requests were served, %d connections lost before their first request", served.Load(), lost.Load())
 	eventually(t, "all connections to end", func() bool { return ownConns() == 0 })
 }
 
-// A connection that has a request while the server shuts down is left to answer it;
-// one that comes later is not served by the proxy itself.
+// A connection that is busy while the server shuts down completes its response. The fast
+// path serves no connection that arrives later.
 func TestClientConnAtShutdown(t *testing.T) {
 	l := unitListener(nil)
 	p := &l.conns
 	near, far := socketPair(t)
 	c := newClientConn(l, &readConn{TCPConn: near.(*net.TCPConn)}, false)
 	if !p.add(c) {
-		t.Error("the connection is not served")
+		t.Error("the connection is not accepted")
 	}
 	c.state.Store(connBusy)
 	p.shutdown(false)
 	if _, err := io.WriteString(near, "the answer"); err != nil {
-		t.Errorf("before the request is answered: %v", err)
+		t.Errorf("before the response is complete: %v", err)
 	}
 	if p.add(newClientConn(l, &readConn{TCPConn: far.(*net.TCPConn)}, false)) {
-		t.Error("a connection is served by a server that has shut down")
+		t.Error("a server that has shut down accepts a connection")
 	}
 	if c.becomesIdle() {
-		t.Error("behind its answer the connection waits for another request")
+		t.Error("after its response the connection waits for another request")
 	}
-	c.state.Store(connIdle) // just when it was about to wait
+	c.state.Store(connIdle) // as if it had just become idle
 	p.shutdown(false)
 	c.expect(caddy.Duration(time.Hour))
 	_, _ = io.WriteString(far, "a request")
 	if _, err := near.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
-		t.Errorf("a connection that is to move waits: %v", err)
+		t.Errorf("a connection that must move still waits: %v", err)
 	}
 }
 
-// What had come on a connection that moves goes on with it, if it has to move again
-// before anybody looks.
+// Bytes read ahead on a connection that moves go with it, even if it moves again before
+// anything reads them.
 func TestClientConnMovesTwice(t *testing.T) {
 	near, far := socketPair(t)
 	const request = "GET http://a.example/ HTTP/1.1\r\nHost: x\r\n\r\n"
 	_, _ = io.WriteString(far, request[20:])
 	second, third := unitListener(nil), unitListener(nil)
-	third.conns.over.Store(true) // so that net/http serves it there
+	third.conns.over.Store(true) // makes net/http serve it there
 	c := newClientConn(second, &readConn{TCPConn: near.(*net.TCPConn), early: []byte(request[:20])}, false)
 	second.conns.add(c)
 	second.conns.shutdown(false)
@@ -352,11 +351,11 @@ func TestClientConnMovesTwice(t *testing.T) {
 	moved := <-third.others
 	_ = far.Close()
 	if got, _ := io.ReadAll(moved); string(got) != request {
-		t.Errorf("%q has moved, want %q", got, request)
+		t.Errorf("got %q, want %q", got, request)
 	}
 }
 
-// How long a request takes counts from its beginning, whenever that is asked for.
+// A request's duration counts from its start, whenever the placeholder is first read.
 func TestClientConnDuration(t *testing.T) {
 	w := newWorld(t, "header_down X-Took {http.request.duration_ms}", http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
 		time.Sleep(50 * time.Millisecond)
@@ -366,13 +365,13 @@ func TestClientConnDuration(t *testing.T) {
 		c.get(w.origin.URL+"/", "")
 		res, _ := c.response(http.MethodGet)
 		if took, err := strconv.ParseFloat(res.Header.Get("X-Took"), 64); err != nil || took < 50 {
-			t.Errorf("it took %v ms, %v", took, err)
+			t.Errorf("duration = %v ms, %v", took, err)
 		}
 	}
 }
 
-// What a client sends behind a request is not its leaving, and is answered in its
-// order, even if the client says that it is done.
+// Pipelined bytes are not a disconnect. Pipelined requests are answered in order, even if
+// the client then half-closes.
 func TestClientConnPipelined(t *testing.T) {
 	for _, half := range []bool{false, true} {
 		origin := newSlowly()
@@ -380,17 +379,17 @@ func TestClientConnPipelined(t *testing.T) {
 		c := w.dialOwn()
 		c.get(w.origin.URL+"/slow", "")
 		<-origin.asked
-		time.Sleep(2 * promptly) // until the client is watched
+		time.Sleep(2 * promptly) // until the disconnect watch has started
 		const more = 5
 		for range more {
 			c.get(w.origin.URL+"/", "")
 		}
 		if half {
 			_ = c.CloseWrite()
-		} else { // and one with which the connection goes back
+		} else { // a request that hands the connection to net/http
 			c.send("POST " + w.origin.URL + "/ HTTP/1.1\nHost: x\nContent-Length: 4\n\nmore")
 		}
-		time.Sleep(promptly) // until it is seen
+		time.Sleep(promptly) // until the watch has seen it
 		origin.begin <- struct{}{}
 		origin.end <- struct{}{}
 		if _, body := c.response(http.MethodGet); body != "first last" {
@@ -398,18 +397,18 @@ func TestClientConnPipelined(t *testing.T) {
 		}
 		for range more {
 			if _, body := c.response(http.MethodGet); body != "last" {
-				t.Errorf("half-closed: %t: behind it: %q", half, body)
+				t.Errorf("half-closed: %t: the next response: %q", half, body)
 			}
 		}
 		if half {
 			c.readAll()
 		} else if _, body := c.response(http.MethodPost); body != "last" {
-			t.Errorf("behind them: %q", body)
+			t.Errorf("the last response: %q", body)
 		}
 	}
 }
 
-// More than there is room for is not lost, and no leaving.
+// More pipelined bytes than the buffer holds are neither lost nor taken for a disconnect.
 func TestClientConnPipelinedMuch(t *testing.T) {
 	origin := newSlowly()
 	w := newWorld(t, "", origin)
@@ -430,7 +429,7 @@ func TestClientConnPipelinedMuch(t *testing.T) {
 	}
 }
 
-// A response that breaks off takes the connection along, and nothing of it stays.
+// A truncated response closes its connection, and nothing of it stays in memory.
 func TestClientConnBrokenOff(t *testing.T) {
 	w := newWorld(t, "", nil)
 	for _, answer := range []string{"Content-Length: 9\n\nshort", "Transfer-Encoding: chunked\n\n5\nshort\n"} {
@@ -446,10 +445,10 @@ func TestClientConnBrokenOff(t *testing.T) {
 	}
 }
 
-// A handler that panics takes its connection along and no other.
+// A handler that panics ends its own connection and no other.
 func TestClientConnPanic(t *testing.T) {
 	near, far := socketPair(t)
-	l := unitListener(&Handler{logger: zap.NewNop()}) // has no limiter, for one
+	l := unitListener(&Handler{logger: zap.NewNop()}) // without a limiter, ServeHTTP panics
 	_, _ = io.WriteString(far, "GET http://a.example/ HTTP/1.1\r\nHost: x\r\n\r\n")
 	l.take(near, true)
 	eventually(t, "the connection to end", func() bool { return l.conns.size() == 0 })
@@ -462,13 +461,13 @@ type noListener struct{ net.Listener }
 
 func (noListener) Addr() net.Addr { return &net.TCPAddr{} }
 
-// unitListener accepts nothing.
+// unitListener returns a listener that accepts nothing.
 func unitListener(h *Handler) *clientListener {
 	return newClientListener(noListener{}, h, new(caddyhttp.Server))
 }
 
-// What waits for the end of a request longer than that takes neither the next
-// request from the connection nor its deadline.
+// A context that is still waited on after its request has ended reads nothing of the next
+// request from the connection, and does not touch its deadline.
 func TestClientConnWatchedTooLate(t *testing.T) {
 	near, far := socketPair(t)
 	c := newClientConn(unitListener(nil), &readConn{TCPConn: near.(*net.TCPConn)}, false)
@@ -489,11 +488,11 @@ func TestClientConnWatchedTooLate(t *testing.T) {
 		c.stopWatch()
 	}
 	if ctx.Err() != nil {
-		t.Errorf("the end of the watch is taken for the client's leaving: %v", ctx.Err())
+		t.Errorf("stopping the watch counts as a disconnect: %v", ctx.Err())
 	}
 	late.Go(func() { <-ctx.Done() })
 	if ctx.Done(); c.watch != nil {
-		t.Fatal("between two requests there is a watch")
+		t.Fatal("the watch runs between two requests")
 	}
 	for range requests {
 		_, _ = io.WriteString(far, "GET http://a.example/ HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -506,7 +505,7 @@ func TestClientConnWatchedTooLate(t *testing.T) {
 	<-early
 }
 
-// A connection that waits holds nothing of the responses before.
+// An idle connection holds no memory of earlier responses.
 func TestClientConnHoldsLittle(t *testing.T) {
 	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		for i := range 500 {
@@ -525,8 +524,8 @@ func TestClientConnHoldsLittle(t *testing.T) {
 	}
 }
 
-// A connection goes to net/http with its first request that is not ordinary, whole,
-// and stays there.
+// A connection goes to net/http with its first request that is not ordinary, with every
+// byte of it, and stays there.
 func TestClientConnHandedOn(t *testing.T) {
 	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
@@ -542,7 +541,7 @@ func TestClientConnHandedOn(t *testing.T) {
 		{"GET /here HTTP/1.1\nHost: x\n\n", "at home"},
 	} {
 		c := w.dialOwn()
-		for range 2 { // with an ordinary one behind it
+		for range 2 { // the second time behind an ordinary request
 			c.send(strings.ReplaceAll(row.request+"GET URL HTTP/1.1\nHost: x\n\n", "URL", w.origin.URL+"/"))
 			for _, want := range []string{row.want, "GET "} {
 				res, body := c.response(http.MethodGet)
@@ -555,15 +554,15 @@ func TestClientConnHandedOn(t *testing.T) {
 			}
 			eventually(t, "the connection to be handed on", func() bool { return ownConns() == 0 })
 			if strings.Contains(row.request, "chunked") {
-				break // has the connection closed
+				break // closes the connection
 			}
 		}
 		_ = c.Close()
 	}
 }
 
-// Tunnels are on the bare socket, with what was sent early, and do not keep what
-// served the requests before.
+// Tunnels use the bare socket, include bytes sent early, and keep nothing alive of what
+// served earlier requests.
 func TestClientConnTunnels(t *testing.T) {
 	w := newWorld(t, "", nil)
 	upgraded, echo := streamUpgrade(t), echoTarget(t)
@@ -598,8 +597,8 @@ func TestClientConnTunnels(t *testing.T) {
 	}
 }
 
-// Half a head has its answer, or none, when the time for the rest is over: the same
-// one as from net/http.
+// When the head timeout expires, a partial head gets the same response, or none, as from
+// net/http.
 func TestClientConnStalledHead(t *testing.T) {
 	w := newWorld(t, "", nil)
 	other := *w
@@ -635,7 +634,7 @@ func TestClientConnStalledHead(t *testing.T) {
 	defer all.Wait()
 	for cut := 1; cut < len(request); cut++ {
 		for _, behind := range []bool{false, true} {
-			if behind && cut < 4 { // waits for the time between requests
+			if behind && cut < 4 { // the idle timeout applies
 				continue
 			}
 			all.Go(func() {
@@ -648,7 +647,7 @@ func TestClientConnStalledHead(t *testing.T) {
 	}
 }
 
-// A connection that would go to a server which has shut down is closed.
+// A connection that should go to a server that has shut down is closed.
 func TestClientConnHandedOnAtShutdown(t *testing.T) {
 	near, far := socketPair(t)
 	_ = far.SetDeadline(time.Now().Add(patience))
@@ -660,7 +659,7 @@ func TestClientConnHandedOnAtShutdown(t *testing.T) {
 	}
 }
 
-// The server's limits to the time between requests and to that for a head hold.
+// The server's idle and head timeouts apply.
 func TestClientConnTimeouts(t *testing.T) {
 	origin := newSlowly()
 	w := newWorld(t, "", origin)
@@ -670,19 +669,19 @@ func TestClientConnTimeouts(t *testing.T) {
 	head := "GET " + w.origin.URL + "/ HTTP/1.1\r\nHost: x\r\n\r\n"
 	servers("idle 1500ms")
 	if rest := w.dialOwn().readAll(); rest != "" {
-		t.Errorf("an idle connection ends with %q", rest)
+		t.Errorf("an idle connection got %q before its end", rest)
 	}
 	c := w.dialOwn()
 	c.get(w.origin.URL+"/slow", "")
 	<-origin.asked
-	time.Sleep(1800 * time.Millisecond) // no idle time
+	time.Sleep(1800 * time.Millisecond) // not idle: a response is under way
 	origin.begin <- struct{}{}
 	origin.end <- struct{}{}
 	if _, body := c.response(http.MethodGet); body != "first last" {
 		t.Errorf("a request for longer than idle: %q", body)
 	}
 	c.send(head[:20])
-	time.Sleep(1800 * time.Millisecond) // a head is begun
+	time.Sleep(1800 * time.Millisecond) // not idle: a head has begun
 	c.send(head[20:])
 	if _, body := c.response(http.MethodGet); body != "last" {
 		t.Errorf("a head for longer than idle: %q", body)
@@ -699,7 +698,7 @@ func TestClientConnTimeouts(t *testing.T) {
 	}
 	c.send(head[:20])
 	if rest := c.readAll(); !strings.HasPrefix(rest, "HTTP/1.1 400 ") {
-		t.Errorf("half a head is answered by %q", rest)
+		t.Errorf("half a head: got %q", rest)
 	}
 
 	servers("read_header -1s\nidle -1s")
@@ -714,12 +713,12 @@ func TestClientConnTimeouts(t *testing.T) {
 	time.Sleep(promptly)
 	c.send(head[20:])
 	if _, body := c.response(http.MethodGet); body != "last" {
-		t.Errorf("half a head behind a slow response, with no timeouts: %q", body)
+		t.Errorf("half a head after a slow response, with no timeouts: %q", body)
 	}
 }
 
-// Caddy's timeout for stalled writes is over when a client takes something, and
-// is of one response alone.
+// Caddy's write-idle timeout restarts when a client reads something, and applies to each
+// response separately.
 func TestClientConnStalledWrites(t *testing.T) {
 	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
@@ -735,7 +734,7 @@ func TestClientConnStalledWrites(t *testing.T) {
 	}))
 	loadCaddyfile(t, withServers(w.globals()+w.site(""), withWrapper+"timeouts {\nwrite_idle 200ms\n}"))
 	c := w.dial()
-	for i := range 2 { // first by net/http
+	for i := range 2 { // the first one by net/http
 		if body := c.gets(w.origin.URL + "/slow"); body != "first " {
 			t.Errorf("request %d: %q", i, body)
 		}

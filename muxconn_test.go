@@ -26,19 +26,19 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// muxParent is the other end of a muxConn, frame by frame.
+// muxParent is the parent's end of a muxConn, frame by frame.
 type muxParent struct {
 	t      *testing.T
 	conn   net.Conn
 	mu     sync.Mutex
-	framer *http2.Framer // writes are the test's
-	seen   []string      // frames that have come, but for DATA
+	framer *http2.Framer // only the test writes
+	seen   []string      // frames received, except DATA
 	data   map[uint32][]byte
-	deaf   atomic.Bool // answers no pings
-	answer string      // the status that each CONNECT is answered with; "": none
+	deaf   atomic.Bool // does not answer pings
+	answer string      // the status of the response to each CONNECT; "": no response
 }
 
-// newMuxParent returns the parent's end of a connection, and the other one.
+// newMuxParent returns the parent's end of a connection, and the client's.
 func newMuxParent(t *testing.T, settings ...http2.Setting) (*muxParent, net.Conn) {
 	near, far := net.Pipe()
 	p := &muxParent{t: t, conn: far, framer: http2.NewFramer(far, far), data: make(map[uint32][]byte), answer: "200"}
@@ -92,14 +92,14 @@ func (p *muxParent) take(frame http2.Frame) {
 	p.mu.Unlock()
 }
 
-// do lets f write frames.
+// do runs f to write frames.
 func (p *muxParent) do(f func(*http2.Framer)) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	f(p.framer)
 }
 
-// head sends a head with the given fields, names and values in turn.
+// head sends HEADERS with the given fields, names and values in turn.
 func (p *muxParent) head(id uint32, end bool, fields ...string) {
 	var block bytes.Buffer
 	encoder := hpack.NewEncoder(&block)
@@ -111,7 +111,7 @@ func (p *muxParent) head(id uint32, end bool, fields ...string) {
 	})
 }
 
-// saw reports whether a frame has come.
+// saw reports whether a frame was received.
 func (p *muxParent) saw(frame string) bool {
 	synctest.Wait()
 	p.mu.Lock()
@@ -128,12 +128,12 @@ func (p *muxParent) got(id uint32) string {
 
 var muxClient = netip.MustParseAddr("192.0.2.1")
 
-// muxStream opens the next stream of a connection and waits for its answer.
+// muxStream opens the next stream of a connection and waits for its response.
 func muxStream(t *testing.T, c *muxConn) *streamConn {
 	t.Helper()
 	s := c.open(muxClient, len(c.streams) == 0, "target.example:443", nil)
 	if s == nil {
-		t.Fatal("the connection takes no stream")
+		t.Fatal("the connection accepts no stream")
 	}
 	if err := s.await(t.Context(), time.Second, time.Second); err != nil {
 		t.Fatal(err)
@@ -141,7 +141,7 @@ func muxStream(t *testing.T, c *muxConn) *streamConn {
 	return s
 }
 
-// inMux runs a test with a connection to a parent, in a bubble of its own.
+// inMux runs a test with a connection to a parent, in its own synctest bubble.
 func inMux(t *testing.T, settings []http2.Setting, f func(t *testing.T, c *muxConn, p *muxParent)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
@@ -154,7 +154,7 @@ func inMux(t *testing.T, settings []http2.Setting, f func(t *testing.T, c *muxCo
 	})
 }
 
-// TestMuxTunnel: both directions, their ends, and the ends of streams.
+// TestMuxTunnel checks both directions, half-closes, and how streams end.
 func TestMuxTunnel(t *testing.T) {
 	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
 		s := muxStream(t, c)
@@ -164,7 +164,7 @@ func TestMuxTunnel(t *testing.T) {
 		}
 		_ = s.CloseWrite()
 		if got := p.got(1); got != payload || !p.saw("END 1") {
-			t.Errorf("the parent has got %d bytes", len(got))
+			t.Errorf("the parent got %d bytes", len(got))
 		}
 		if _, err := s.Write([]byte("x")); !errors.Is(err, net.ErrClosed) {
 			t.Errorf("writing after the end: %v", err)
@@ -180,7 +180,7 @@ func TestMuxTunnel(t *testing.T) {
 		}
 		_ = s.Close()
 		if len(c.streams) > 0 || p.saw("RST_STREAM 1 CANCEL") {
-			t.Error("a stream that has ended on both sides is there, or was reset")
+			t.Error("a stream closed on both sides still exists or was reset")
 		}
 		p.do(func(f *http2.Framer) { _ = f.WriteWindowUpdate(0, uint32(len(payload))) })
 		for _, end := range []func(*streamConn) error{(*streamConn).Close, (*streamConn).Abort} {
@@ -194,20 +194,20 @@ func TestMuxTunnel(t *testing.T) {
 			_ = end(s)
 			_ = end(s)
 			if err := <-reading; !errors.Is(err, net.ErrClosed) {
-				t.Errorf("a read that waits: %v", err)
+				t.Errorf("a blocked read: %v", err)
 			}
 			if !p.saw(fmt.Sprintf("RST_STREAM %d CANCEL", s.id)) || len(c.streams) > 0 {
 				t.Error("the stream was not reset")
 			}
 		}
 		if !p.saw("END 3") || p.saw("END 5") {
-			t.Errorf("an orderly end is not told from a reset: %q", p.seen)
+			t.Errorf("an orderly end looks like a reset: %q", p.seen)
 		}
 	})
 }
 
-// TestMuxFields: the parent gets what it is to get, and nothing that somebody has
-// added.
+// TestMuxFields checks that the parent gets the intended fields and none that other
+// handlers added.
 func TestMuxFields(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		near, far := net.Pipe()
@@ -241,11 +241,11 @@ func TestMuxFields(t *testing.T) {
 	})
 }
 
-// TestMuxShares: a tunnel whose target does not read leaves the others their part
-// of the connection's window; no tunnel joins such a connection; and the window is
-// whole again after a reset.
+// TestMuxShares checks that a tunnel whose target does not read leaves the others their
+// share of the connection's window, that no tunnel joins such a connection, and that a
+// reset restores the window.
 func TestMuxShares(t *testing.T) {
-	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) { // a parent with 64 KiB for a stream and for the connection
+	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) { // a parent with windows of 64 KiB for stream and connection
 		stuck, other := muxStream(t, c), muxStream(t, c)
 		written := make(chan error, 1)
 		go func() {
@@ -253,39 +253,39 @@ func TestMuxShares(t *testing.T) {
 			written <- err
 		}()
 		if n := len(p.got(1)); n < muxInitial/2 || n > muxInitial*7/8 {
-			t.Errorf("the stuck tunnel has sent %d bytes", n)
+			t.Errorf("the stuck tunnel sent %d bytes", n)
 		}
 		if _, err := other.Write([]byte("hello")); err != nil || p.got(3) != "hello" {
-			t.Errorf("beside it: %q, %v", p.got(3), err)
+			t.Errorf("the other tunnel: %q, %v", p.got(3), err)
 		}
 		if s := c.open(muxClient, false, "a:1", nil); s == nil {
-			t.Error("a connection with a tunnel that has just filled its window takes no other")
+			t.Error("no tunnel can join right after another has filled its window")
 		} else {
 			_ = s.Abort()
 		}
 		time.Sleep(muxStuck)
 		if s := c.open(muxClient, false, "a:1", nil); s != nil {
-			t.Error("a tunnel joins a connection on which one has waited for a second")
+			t.Error("a tunnel joins a connection on which another has been blocked for a second")
 		}
 		_ = stuck.Abort()
 		if err := <-written; !errors.Is(err, net.ErrClosed) {
-			t.Errorf("a write that waits: %v", err)
+			t.Errorf("a blocked write: %v", err)
 		}
 		p.do(func(f *http2.Framer) { _ = f.WriteWindowUpdate(0, uint32(len(p.data[1]))) })
 		if !p.saw("RST_STREAM 1 CANCEL") || c.open(muxClient, false, "a:1", nil) == nil {
-			t.Error("the connection takes no tunnel after the reset")
+			t.Error("the connection accepts no tunnel after the reset")
 		}
 	})
 }
 
-// TestMuxAlone: a tunnel that is alone has the whole window, in which there is then no
-// room for another.
+// TestMuxAlone checks that a single tunnel may use the whole window, and that no other
+// tunnel can then join.
 func TestMuxAlone(t *testing.T) {
 	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
 		s := muxStream(t, c)
-		go s.Write(make([]byte, muxInitial)) // of which none waits
+		go s.Write(make([]byte, muxInitial)) // none of it blocks
 		if n := len(p.got(1)); n != muxInitial {
-			t.Errorf("it has sent %d bytes", n)
+			t.Errorf("it sent %d bytes", n)
 		}
 		if c.open(muxClient, false, "a:1", nil) != nil {
 			t.Error("a tunnel joins a connection without a window")
@@ -293,10 +293,11 @@ func TestMuxAlone(t *testing.T) {
 	})
 }
 
-// TestMuxSocketStuck: a parent that reads nothing stops writes, and nothing else.
+// TestMuxSocketStuck checks that a parent that reads nothing blocks writes and nothing
+// else.
 func TestMuxSocketStuck(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		near, far := net.Pipe() // which nobody reads
+		near, far := net.Pipe() // nothing reads from far
 		defer far.Close()
 		c := newMuxConn(near, new(atomic.Int64), func(*muxConn) {})
 		s := c.open(muxClient, true, "a:1", nil)
@@ -324,7 +325,7 @@ func TestMuxSocketStuck(t *testing.T) {
 	})
 }
 
-// TestMuxReceiveWindow: what a client does not read is bounded, and given back when
+// TestMuxReceiveWindow checks that unread data for a client is bounded, and credited when
 // its tunnel ends.
 func TestMuxReceiveWindow(t *testing.T) {
 	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
@@ -338,20 +339,20 @@ func TestMuxReceiveWindow(t *testing.T) {
 			t.Errorf("the other tunnel reads %d bytes, %v", n, err)
 		}
 		if _, err := s.Read(buf[:muxWindow/16-1]); err != nil || strings.Contains(strings.Join(p.seen, " "), "WINDOW_UPDATE 1 ") {
-			t.Errorf("%v, or the first bytes are credited", err)
+			t.Errorf("%v, or the first bytes were credited", err)
 		}
 		if n, err := s.Read(buf[:muxWindow/4-muxWindow/16+1]); n != muxWindow/4-muxWindow/16+1 || err != nil || !p.saw("WINDOW_UPDATE 1 65536") {
 			t.Errorf("%d bytes, %v, and no credit", n, err)
 		}
-		// More than the window is the parent's mistake.
+		// To exceed the window is the parent's error.
 		for range muxWindow/muxFrame/4 + 1 {
 			p.do(func(f *http2.Framer) { _ = f.WriteData(1, false, make([]byte, muxFrame)) })
 		}
 		if !p.saw("RST_STREAM 1 FLOW_CONTROL_ERROR") {
-			t.Error("more than the window is accepted")
+			t.Error("data beyond the window is accepted")
 		}
 		if n, err := io.ReadFull(s, buf); n != muxWindow || err != nil {
-			t.Errorf("what has come before: %d bytes, %v", n, err)
+			t.Errorf("the data before: %d bytes, %v", n, err)
 		}
 		if _, err := s.Read(buf); err == nil || err == io.EOF {
 			t.Errorf("after that: %v", err)
@@ -359,8 +360,8 @@ func TestMuxReceiveWindow(t *testing.T) {
 	})
 }
 
-// TestMuxWindowGrows: the window of a client that keeps up grows, as far as the
-// connection and the process have room for that, and what it took is given back.
+// TestMuxWindowGrows checks that the window of a client that keeps up grows, within the
+// limits of the connection and the process, and that the growth is given back afterwards.
 func TestMuxWindowGrows(t *testing.T) {
 	for _, tc := range []struct{ room, want int64 }{{muxGrowth, muxMaxWindow}, {0, muxWindow}, {muxWindow, 2 * muxWindow}} {
 		inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
@@ -378,15 +379,15 @@ func TestMuxWindowGrows(t *testing.T) {
 				c.mu.Unlock()
 			}
 			if granted != tc.want || c.growth.Load() != tc.room-tc.want+muxWindow {
-				t.Errorf("with room for %d the window grows to %d, want %d; %d are left", tc.room, granted, tc.want, c.growth.Load())
+				t.Errorf("with room for %d the window grew to %d, want %d; %d left", tc.room, granted, tc.want, c.growth.Load())
 			}
 			_ = s.Abort()
 			if c.growth.Load() != tc.room || c.grown != 0 {
-				t.Errorf("%d of %d are given back, %d are left on the connection", c.growth.Load(), tc.room, c.grown)
+				t.Errorf("%d of %d given back, %d left on the connection", c.growth.Load(), tc.room, c.grown)
 			}
 		})
 	}
-	// On one connection there is room for some.
+	// One connection may use only part of the process's room.
 	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
 		c.growth.Store(muxGrowth)
 		var sum int64
@@ -400,12 +401,13 @@ func TestMuxWindowGrows(t *testing.T) {
 			c.mu.Unlock()
 		}
 		if sum != muxConnGrowth {
-			t.Errorf("the windows have grown by %d", sum)
+			t.Errorf("the windows grew by %d", sum)
 		}
 	})
 }
 
-// TestMuxConnectionWindow: the connection's window is refilled whatever streams do.
+// TestMuxConnectionWindow checks that the connection's window is refilled whatever the
+// streams do.
 func TestMuxConnectionWindow(t *testing.T) {
 	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
 		for range 8 {
@@ -414,7 +416,7 @@ func TestMuxConnectionWindow(t *testing.T) {
 				p.do(func(f *http2.Framer) { _ = f.WriteData(s.id, false, make([]byte, muxFrame)) })
 			}
 			_ = s.Abort()
-			p.do(func(f *http2.Framer) { _ = f.WriteData(s.id, false, make([]byte, muxFrame)) }) // was on its way
+			p.do(func(f *http2.Framer) { _ = f.WriteData(s.id, false, make([]byte, muxFrame)) }) // already in flight
 		}
 		if !p.saw(fmt.Sprintf("WINDOW_UPDATE 0 %d", muxConnWindow/16)) {
 			t.Errorf("no credit for the connection: %q", p.seen)
@@ -422,7 +424,7 @@ func TestMuxConnectionWindow(t *testing.T) {
 	})
 }
 
-// TestMuxDeadlines: deadlines end reads that wait, and may be lifted.
+// TestMuxDeadlines checks that deadlines end blocked reads and can be lifted.
 func TestMuxDeadlines(t *testing.T) {
 	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
 		s := muxStream(t, c)
@@ -444,7 +446,7 @@ func TestMuxDeadlines(t *testing.T) {
 	})
 }
 
-// TestMuxIdle: a connection ends when it was idle for long enough, and not before.
+// TestMuxIdle checks that a connection closes after the idle timeout and not before.
 func TestMuxIdle(t *testing.T) {
 	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
 		s := muxStream(t, c)
@@ -455,27 +457,28 @@ func TestMuxIdle(t *testing.T) {
 		_ = s.Close()
 		time.Sleep(maxIdleTime - muxTick)
 		if p.saw("GOAWAY NO_ERROR") {
-			t.Error("it ends too early")
+			t.Error("it closes too early")
 		}
 		time.Sleep(2 * muxTick)
 		if !p.saw("GOAWAY NO_ERROR") {
-			t.Error("it does not end")
+			t.Error("it does not close")
 		}
 	})
 	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
 		s := muxStream(t, c)
 		c.close()
 		if p.saw("GOAWAY NO_ERROR") || c.open(muxClient, false, "a:1", nil) != nil {
-			t.Error("it ends with a tunnel, or takes another")
+			t.Error("it closes under a tunnel, or accepts another")
 		}
 		_ = s.Close()
 		if !p.saw("GOAWAY NO_ERROR") {
-			t.Error("it does not end with its last tunnel")
+			t.Error("it does not close with its last tunnel")
 		}
 	})
 }
 
-// TestMuxSilence: tunnels on a dead connection end; silence alone ends none.
+// TestMuxSilence checks that tunnels on a dead connection end, and that silence alone ends
+// none.
 func TestMuxSilence(t *testing.T) {
 	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
 		s := muxStream(t, c)
@@ -487,7 +490,7 @@ func TestMuxSilence(t *testing.T) {
 		time.Sleep(10 * time.Minute)
 		synctest.Wait()
 		if len(failed) > 0 {
-			t.Fatalf("a silent tunnel has ended: %v", <-failed)
+			t.Fatalf("a silent tunnel ended: %v", <-failed)
 		}
 		start := time.Now()
 		p.deaf.Store(true)
@@ -497,9 +500,9 @@ func TestMuxSilence(t *testing.T) {
 	})
 }
 
-// TestMuxAnotherConnection: a CONNECT that gets no answer from a dead connection gets
-// one from another within the same time limit, and so does one that the parent has not
-// processed, or whose connection it was closing.
+// TestMuxAnotherConnection checks that a CONNECT is retried on another connection, within
+// the same time limit, if its first connection is dead or was being closed, or if the
+// parent has not processed it.
 func TestMuxAnotherConnection(t *testing.T) {
 	for name, fail := range map[string]func(*muxParent, uint32){
 		"silence": func(p *muxParent, id uint32) {},
@@ -540,7 +543,7 @@ func TestMuxAnotherConnection(t *testing.T) {
 				}
 				third, err := up.connect(t.Context(), "c.example:443")
 				if err != nil || name != "refused" && third.(*streamConn).c != second.(*streamConn).c {
-					t.Errorf("%s, %v: the dead connection is used again: %v", name, timeout, err)
+					t.Errorf("%s, %v: the dead connection is reused: %v", name, timeout, err)
 				}
 				for _, conn := range []net.Conn{first, second, third} {
 					if conn != nil {
@@ -557,8 +560,8 @@ func TestMuxAnotherConnection(t *testing.T) {
 	}
 }
 
-// TestMuxSlowAnswer: an answer that takes its time on a living connection is waited
-// for, on that connection.
+// TestMuxSlowAnswer checks that a slow response on a live connection is waited for, on that
+// connection.
 func TestMuxSlowAnswer(t *testing.T) {
 	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
 		p.answer = ""
@@ -579,8 +582,8 @@ func TestMuxSlowAnswer(t *testing.T) {
 	})
 }
 
-// TestMuxPool: connections are opened one at a time for each client, and have up to 16
-// tunnels of one client each.
+// TestMuxPool checks that each client's connections are dialed one at a time, and carry up
+// to 16 tunnels of that client alone.
 func TestMuxPool(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var dials, busy atomic.Int32
@@ -627,14 +630,14 @@ func TestMuxPool(t *testing.T) {
 				t.Fatal("two clients share a connection")
 			}
 		}
-		// One that was left serves another client.
+		// An idle connection can serve another client.
 		for _, s := range streams[others] {
 			_ = s.Close()
 		}
 		if s, err := pool.open(t.Context(), netip.MustParseAddr("192.0.2.3"), "a:1", nil); err != nil || s.c != mine {
-			t.Errorf("a connection that is idle is not used: %v", err)
+			t.Errorf("an idle connection is not reused: %v", err)
 		}
-		// A client that leaves does not end the dial for the others.
+		// A client that disconnects does not end the dial that others wait for.
 		ctx, cancel := context.WithCancel(t.Context())
 		left := make(chan error, 1)
 		go func() {
@@ -660,7 +663,7 @@ func TestMuxPool(t *testing.T) {
 		}
 		synctest.Wait()
 		if len(pool.conns) > 0 {
-			t.Errorf("%d connections that have ended are kept", len(pool.conns))
+			t.Errorf("%d closed connections are kept", len(pool.conns))
 		}
 		broken := newMuxPool(func(func()) (net.Conn, error) { return nil, syscall.ECONNREFUSED })
 		if _, err := broken.open(t.Context(), others, "a:1", nil); !errors.Is(err, syscall.ECONNREFUSED) || len(broken.dials) > 0 {
@@ -669,7 +672,8 @@ func TestMuxPool(t *testing.T) {
 	})
 }
 
-// TestMuxMistakes: a parent that breaks the rules loses the stream or the connection.
+// TestMuxMistakes checks that a parent that breaks the protocol loses the stream or the
+// connection.
 func TestMuxMistakes(t *testing.T) {
 	frame := func(write func(*http2.Framer)) func(*muxParent) {
 		return func(p *muxParent) {
@@ -719,20 +723,21 @@ func TestMuxMistakes(t *testing.T) {
 				synctest.Wait()
 				tc.do(p)
 				if !p.saw(tc.want) {
-					t.Errorf("the parent gets %q, want %s", p.seen, tc.want)
+					t.Errorf("the parent got %q, want %s", p.seen, tc.want)
 				}
 				if err := s.await(t.Context(), time.Second, time.Second); err == nil {
-					t.Error("the stream has an answer")
+					t.Error("the stream got a response")
 				}
 			})
 		})
 	}
 }
 
-// TestMuxFlood: a parent that asks without reading the answers is left.
+// TestMuxFlood checks that a parent that sends pings without reading the replies is
+// disconnected.
 func TestMuxFlood(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		near, far := net.Pipe() // whose output nobody reads
+		near, far := net.Pipe() // nothing reads the output
 		defer far.Close()
 		c := newMuxConn(near, new(atomic.Int64), func(*muxConn) {})
 		f := http2.NewFramer(far, nil)
@@ -741,7 +746,7 @@ func TestMuxFlood(t *testing.T) {
 			err = f.WritePing(false, [8]byte{})
 		}
 		if err == nil {
-			t.Error("pings are taken without end")
+			t.Error("pings are accepted without end")
 		}
 		if c.mu.Lock(); len(c.out) > 2*muxFlood || c.err == nil {
 			t.Errorf("%d bytes are pending, %v", len(c.out), c.err)
@@ -773,8 +778,8 @@ func TestBlockQueue(t *testing.T) {
 	}
 }
 
-// FuzzMuxConn: whatever a parent sends, nothing panics or hangs, and what is kept of
-// it is bounded.
+// FuzzMuxConn checks that whatever a parent sends, nothing panics or hangs, and memory
+// stays bounded.
 func FuzzMuxConn(f *testing.F) {
 	frames := func(do func(*http2.Framer)) []byte {
 		var b bytes.Buffer
@@ -802,7 +807,7 @@ func FuzzMuxConn(f *testing.F) {
 		_, _ = far.Write(data)
 		c.mu.Lock()
 		if s.received.size > muxWindow || len(c.out) > 2*muxFlood || len(s.header) > muxHead/32 {
-			t.Errorf("%d bytes are kept, %d are pending", s.received.size, len(c.out))
+			t.Errorf("%d bytes are buffered, %d are pending", s.received.size, len(c.out))
 		}
 		c.mu.Unlock()
 		far.Close()

@@ -23,7 +23,7 @@ import (
 	"go.uber.org/zap"
 )
 
-// policyOrigin is a server on loopback that counts its connections.
+// policyOrigin is a loopback server that counts its connections.
 type policyOrigin struct {
 	address, port string
 	accepted      atomic.Int64
@@ -46,9 +46,8 @@ func newPolicyOrigin(t *testing.T) *policyOrigin {
 	return o
 }
 
-// connections returns how many connections there were since the last call. One
-// of its own comes behind them, as none is accepted before those that were
-// there earlier.
+// connections returns the number of connections since the last call. It connects once
+// itself: connections are accepted in order, so all earlier ones have been counted by then.
 func (o *policyOrigin) connections(t testing.TB) int64 {
 	t.Helper()
 	conn := dialRaw(t, o.address)
@@ -57,8 +56,8 @@ func (o *policyOrigin) connections(t testing.TB) int64 {
 	return o.accepted.Swap(0) - 1
 }
 
-// policyRequest is one request for an authority, in which method is GET or
-// CONNECT, with more lines of a head.
+// policyRequest sends one request for an authority, with additional head lines. method is
+// GET or CONNECT.
 func policyRequest(t *testing.T, proxy, method, authority, lines string) (*http.Response, string) {
 	t.Helper()
 	target := authority
@@ -70,10 +69,10 @@ func policyRequest(t *testing.T, proxy, method, authority, lines string) (*http.
 	return conn.response(method)
 }
 
-// policyRemote makes a client on loopback one from elsewhere.
+// policyRemote makes a loopback client count as one from elsewhere.
 const policyRemote = "X-Forwarded-For: 8.8.8.8\n"
 
-// policyDenied fails unless a request for authority is refused by the policy.
+// policyDenied checks that the policy refuses a request for authority.
 func policyDenied(t *testing.T, proxy, method, authority, lines string) {
 	t.Helper()
 	res, body := policyRequest(t, proxy, method, authority, lines)
@@ -85,7 +84,7 @@ func policyDenied(t *testing.T, proxy, method, authority, lines string) {
 	}
 }
 
-// policyOpen fails unless a request for authority is answered with want.
+// policyOpen checks that a request for authority gets the response want.
 func policyOpen(t *testing.T, proxy, method, authority, lines, want string) {
 	t.Helper()
 	res, body := policyRequest(t, proxy, method, authority, lines)
@@ -94,14 +93,14 @@ func policyOpen(t *testing.T, proxy, method, authority, lines, want string) {
 	}
 }
 
-// TestPolicyCheck knows of each address who gets there.
+// TestPolicyCheck lists addresses and the clients that may reach them.
 func TestPolicyCheck(t *testing.T) {
 	for _, rows := range []struct {
 		local, public bool
 		addresses     string
 	}{
-		// Unspecified, link-local (of which the metadata of clouds), multicast,
-		// broadcast, Teredo, and what leads there.
+		// Unspecified, link-local (including cloud metadata), multicast, broadcast, Teredo,
+		// and addresses that embed these.
 		{false, false, `0.0.0.0 0.0.0.1 0.255.255.255 169.254.0.0 169.254.169.254 169.254.255.255
 			224.0.0.0 224.0.0.1 239.255.255.255 255.255.255.255
 			:: fe80:: fe80::1 fe80::1%eth0 fe80::1%1 febf:ffff:ffff:ffff:ffff:ffff:ffff:ffff
@@ -121,9 +120,9 @@ func TestPolicyCheck(t *testing.T) {
 			192.0.2.0 192.0.2.1 192.0.2.255 198.51.100.0 198.51.100.255 203.0.113.0 203.0.113.255
 			192.88.99.0 192.88.99.1 192.88.99.255 198.18.0.0 198.18.0.1 198.19.255.255
 			240.0.0.0 240.0.0.1 255.255.255.254`},
-		// Loopback, ULA, documentation, benchmarking, ORCHID, discard-only,
-		// segment routing, former site-local, and all the rest of IPv6 beyond
-		// global unicast; IPv4 inside of it, too.
+		// Loopback, ULA, documentation, benchmarking, ORCHID, discard-only, segment
+		// routing, former site-local, and all of IPv6 outside global unicast; also as IPv4
+		// embedded in it.
 		{true, false, `::1 ::1%lo fc00:: fc00::1 fd12:3456::1 fdff:ffff:ffff:ffff:ffff:ffff:ffff:ffff
 			2001:db8:: 2001:db8::1 2001:db8:ffff:ffff:ffff:ffff:ffff:ffff 3fff:: 3fff::1 3fff:fff:ffff::1
 			2001:1:: 2001:2::1 2001:10::1 2001:20::1 2001:1ff:ffff::1 100::1 5f00::1 fec0::1 feff::1 fe7f:ffff::1
@@ -134,7 +133,7 @@ func TestPolicyCheck(t *testing.T) {
 			64:ff9b::127.0.0.1 64:ff9b::7f00:1 64:ff9b::10.0.0.1 64:ff9b::172.16.0.1 64:ff9b::192.168.0.1 64:ff9b::100.64.0.1 64:ff9b::192.0.2.1
 			2002:7f00:1:: 2002:7f00:1::1 2002:a00:1:: 2002:ac10:1::1 2002:c0a8:101::1 2002:6440:1:: 2002:c000:201::`},
 
-		// What is public, first of all the neighbours of what is not.
+		// Public addresses, first of all the neighbors of the ranges above.
 		{true, true, `1.0.0.0 1.1.1.1 8.8.8.8 9.255.255.255 11.0.0.0 100.63.255.255 100.128.0.0 126.255.255.255 128.0.0.0
 			169.253.255.255 169.255.0.0 172.15.255.255 172.32.0.0 191.255.255.255 192.0.1.0 192.0.1.255 192.0.3.0
 			192.88.98.255 192.88.100.0 192.167.255.255 192.169.0.0 198.17.255.255 198.20.0.0 198.51.99.255 198.51.101.0
@@ -158,9 +157,8 @@ func TestPolicyCheck(t *testing.T) {
 	}
 }
 
-// policyOf makes a policy of rules in the words of the Caddyfile, one a line. A
-// last rule, about a port that no test uses, keeps an allow rule from being one
-// without effect.
+// policyOf makes a policy from rules in Caddyfile syntax, one per line. It adds a rule
+// about a port that no test uses, because an allow rule without a deny rule has no effect.
 func policyOf(t testing.TB, rules string) *policy {
 	t.Helper()
 	h := &Handler{logger: zap.NewNop()}
@@ -188,7 +186,7 @@ func policyCheck(t *testing.T, p *policy, r reach, address string, port uint16, 
 	}
 }
 
-// TestPolicyTexts: who is refused learns why, and not more.
+// TestPolicyTexts checks that a refusal gives its reason and nothing more.
 func TestPolicyTexts(t *testing.T) {
 	for r, want := range map[reach]string{local: "its address is link-local, multicast or unspecified", public: "its address is private or local"} {
 		to := netip.MustParseAddrPort("169.254.169.254:80")
@@ -207,7 +205,7 @@ func TestPolicyAllow(t *testing.T) {
 		{"169.254.169.254/32", "169.254.169.254 64:ff9b::169.254.169.254", "169.254.169.253 169.254.169.255"},
 		{"fe80::/10", "fe80::1 fe80::1%eth0", "fec0::1 ff02::1%eth0"},
 		{"fd00::/8 192.168.0.0/16", "fd00::1 192.168.0.1", "fc00::1 192.0.0.1 10.0.0.1"},
-		// The outer range alone opens nothing private that is inside.
+		// The outer range alone opens no private address embedded in it.
 		{"64:ff9b::/96", "64:ff9b::8.8.8.8", "64:ff9b::10.0.0.1 10.0.0.1 2002:a00:1::"},
 		{"64:ff9b:1::/48", "64:ff9b:1::8.8.8.8", "64:ff9b:1::10.0.0.1"},
 		{"2002::/16", "2002:808:808::", "2002:a00:1:: 10.0.0.1 64:ff9b::10.0.0.1"},
@@ -229,8 +227,8 @@ func TestPolicyAllow(t *testing.T) {
 	}
 }
 
-// TestPolicyOwn: what is the proxy's own stays closed, whatever is allowed and
-// however it is written.
+// TestPolicyOwn checks that the proxy's own addresses stay closed, whatever is allowed and
+// however they are written.
 func TestPolicyOwn(t *testing.T) {
 	d := policyOf(t, "allow 0.0.0.0/0 ::/0")
 	d.own = func(to netip.AddrPort) bool {
@@ -261,7 +259,7 @@ func TestPolicyReach(t *testing.T) {
 	if n := o.connections(t); n != 3 {
 		t.Errorf("%d connections, want 3", n)
 	}
-	// The connection of the first GET is idle, and nobody else's.
+	// The first GET's connection is idle, and no other client may use it.
 	for _, method := range []string{http.MethodConnect, http.MethodGet} {
 		for _, host := range policyPrivate {
 			policyDenied(t, w.proxy, method, host+":"+o.port, policyRemote)
@@ -270,7 +268,7 @@ func TestPolicyReach(t *testing.T) {
 			policyDenied(t, w.proxy, method, o.address, lines)
 		}
 		for _, host := range []string{"169.254.169.254", "0.0.0.0", "[fe80::1]", "224.0.0.1", "255.255.255.255", "[::]"} {
-			policyDenied(t, w.proxy, method, host+":"+o.port, "") // closed to local clients, too
+			policyDenied(t, w.proxy, method, host+":"+o.port, "") // closed even to local clients
 		}
 	}
 	if n := o.connections(t); n != 0 {
@@ -291,15 +289,15 @@ func TestPolicyReach(t *testing.T) {
 	}
 }
 
-// TestPolicyListeners: Caddy's admin endpoint and the proxy itself are closed to
-// all, with everything allowed; another site is not.
+// TestPolicyListeners checks that Caddy's admin endpoint and the proxy itself are closed to
+// all clients even if everything is allowed, and that another site is not.
 func TestPolicyListeners(t *testing.T) {
 	admin, proxy, other := freeAddress(t), freeAddress(t), freeAddress(t)
 	port := func(address string) string { return address[strings.LastIndexByte(address, ':')+1:] }
 	for _, options := range []string{"", "allow 0.0.0.0/0 ::/0"} {
 		loadCaddyfile(t, fmt.Sprintf("{\n\tadmin %s\n\tpersist_config off\n\tskip_install_trust\n\tgrace_period 5s\n\tdefault_bind 127.0.0.1\n\tlog {\n\t\toutput discard\n\t}\n}\n"+
 			"http://:%s {\n\tasync_proxy {\n\t\tburst 1000000\n\t\trefill 1000000\n\t\t%s\n\t}\n}\nhttp://:%s {\n\trespond \"another site\"\n}\n", admin, port(proxy), options, port(other)))
-		conn := dialRaw(t, admin) // the endpoint is really there
+		conn := dialRaw(t, admin) // the endpoint does exist
 		conn.send("GET /config/ HTTP/1.1\nHost: " + admin + "\nConnection: close\n\n")
 		if res, _ := conn.response(http.MethodGet); res.StatusCode != http.StatusOK {
 			t.Fatalf("admin endpoint: %s", res.Status)
@@ -308,7 +306,7 @@ func TestPolicyListeners(t *testing.T) {
 			for _, lines := range []string{"", policyRemote} {
 				for _, host := range []string{"127.0.0.1", "localhost", "0.0.0.0", "[::ffff:127.0.0.1]", "[::]", "[64:ff9b::7f00:1]"} {
 					if host == "localhost" && lines == "" && !policyOnlyIPv4(t) {
-						continue // ::1 may refuse before 127.0.0.1 is denied
+						continue // ::1 may refuse the connection before 127.0.0.1 is denied
 					}
 					policyDenied(t, proxy, method, host+":"+port(admin), lines)
 					policyDenied(t, proxy, method, host+":"+port(proxy), lines)
@@ -329,8 +327,8 @@ func policyOnlyIPv4(t *testing.T) bool {
 	return err == nil && slices.Equal(addrs, []string{"127.0.0.1"})
 }
 
-// TestPolicyListenersSpelled: however the config spells where Caddy listens, and
-// if it has the socket from elsewhere, that is closed.
+// TestPolicyListenersSpelled checks that Caddy's listeners are closed however the config
+// spells them, and also if the socket is inherited.
 func TestPolicyListenersSpelled(t *testing.T) {
 	for _, listen := range strings.Fields("localhost LOCALHOST 127.0.0.1 [::ffff:127.0.0.1] [::1] [0:0:0:0:0:0:0:1] [0::1] 0.0.0.0 [::] [0::0] tcp6/[::0] tcp4/0.0.0.0") {
 		admin, proxy := freeAddress(t), freeAddress(t)
@@ -341,21 +339,21 @@ func TestPolicyListenersSpelled(t *testing.T) {
 		for _, host := range []string{"127.0.0.1", "[::1]"} {
 			conn, err := net.Dial("tcp", host+port)
 			if err != nil {
-				continue // it does not listen there
+				continue // nothing listens there
 			}
 			conn.Close()
 			refused++
 			policyDenied(t, proxy, http.MethodConnect, host+port, policyRemote)
 		}
 		if refused == 0 {
-			t.Errorf("admin %s%s is nowhere", listen, port)
+			t.Errorf("admin %s%s found no address to check", listen, port)
 		}
 	}
 }
 
-// TestPolicyListenersWhileReloading: Caddy's admin endpoint stays closed while a
-// config is loaded that opens it anew, at the same port or another, and after one
-// that failed to load.
+// TestPolicyListenersWhileReloading checks that the admin endpoint stays closed while a
+// config is loaded that reopens it, on the same port or another, and after a config that
+// failed to load.
 func TestPolicyListenersWhileReloading(t *testing.T) {
 	admins, proxy := []string{freeAddress(t), freeAddress(t)}, freeAddress(t)
 	config := func(admin, sites string) string {
@@ -375,7 +373,7 @@ func TestPolicyListenersWhileReloading(t *testing.T) {
 				}
 				conn, err := net.Dial("tcp", proxy)
 				if err != nil {
-					continue // the old listener has just been closed
+					continue // the old listener has just closed
 				}
 				_ = conn.SetDeadline(time.Now().Add(patience))
 				fmt.Fprintf(conn, "CONNECT %s HTTP/1.1\r\nHost: x\r\n%s\r\n", admin, policyRemote)
@@ -409,12 +407,12 @@ func TestPolicyListenersWhileReloading(t *testing.T) {
 	close(stop)
 	attackers.Wait()
 	if open.Load() != 0 {
-		t.Errorf("%d of %d connections to the admin endpoint were let through", open.Load(), tried.Load())
+		t.Errorf("%d of %d connections to the admin endpoint succeeded", open.Load(), tried.Load())
 	}
 }
 
-// TestPolicyPool: a connection that was opened for a client on this machine is
-// idle afterwards, but for such clients only, whatever is spoken on it.
+// TestPolicyPool checks that an idle connection dialed for a client on this machine is
+// reused only for such clients, in any protocol.
 func TestPolicyPool(t *testing.T) {
 	w := newWorld(t, "", nil)
 	o := newPolicyOrigin(t)

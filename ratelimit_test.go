@@ -871,8 +871,9 @@ func TestConnectIsOneRequest(t *testing.T) {
 	refused.nothingMore()
 }
 
-// TestRequestsOutOfOrder: requests that came in one order and are counted in
-// another find the tokens of the latest, so that burst of them pass at once.
+// TestRequestsOutOfOrder checks requests that take their tokens in another order than that
+// of their timestamps: each finds the tokens as of the latest timestamp, so burst of them
+// pass at once.
 func TestRequestsOutOfOrder(t *testing.T) {
 	const burst, second = 5, int64(time.Second)
 	for _, order := range [][]int64{{4, 3, 2, 1, 0}, {0, 4, 1, 3, 2}, {0, 1, 2, 3, 4}} {
@@ -888,8 +889,8 @@ func TestRequestsOutOfOrder(t *testing.T) {
 	}
 }
 
-// TestOwnRequestsTakeNoToken: health checks, the PAC script and other handlers
-// of the site answer a client that has no token left, and cost it none.
+// TestOwnRequestsTakeNoToken checks that health checks, the PAC script and the site's other
+// handlers cost no token and work for a client without one.
 func TestOwnRequestsTakeNoToken(t *testing.T) {
 	for name, serve := range map[string]func(string) string{
 		"fast":     func(site string) string { return site },
@@ -941,7 +942,7 @@ func TestReloadKeepsBuckets(t *testing.T) {
 	w.gets(w.proxy, 200, 200, 429)
 	w.load(w.site("burst 2\nrefill 0.00002"))
 	w.gets(w.proxy, 200, 200, 429)
-	w.load(w.site("burst 2\nrefill 0.00002\ndial_timeout 3s")) // no limit has changed
+	w.load(w.site("burst 2\nrefill 0.00002\ndial_timeout 3s")) // limits unchanged
 	w.gets(w.proxy, 429)
 }
 
@@ -991,7 +992,7 @@ func TestForwardedForOfTrustedProxiesIsTheClient(t *testing.T) {
 		{"203.0.113.2", 200},
 		{"203.0.113.1", 429},
 		{"2001:db8::1", 200},
-		{"2001:db8::2", 429}, // of the same /64
+		{"2001:db8::2", 429}, // same /64
 		{"2001:db8:0:1::1", 200},
 	} {
 		if got := w.get(w.proxy, "X-Forwarded-For", tc.forwardedFor); got != tc.want {

@@ -26,24 +26,24 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 )
 
-// dnsQuery is a question as the DNS server of the tests sees it.
+// dnsQuery is a question as the tests' DNS server gets it.
 type dnsQuery struct {
-	name    string // in lower case, without a dot at the end
+	name    string // lower case, without a trailing dot
 	ipv6    bool
-	from    string // address of the socket that it was sent from
+	from    string // address of the client's socket
 	network string // udp or tcp
 }
 
-// dnsReply is what the server says to a query.
+// dnsReply is the server's reply to a query.
 type dnsReply struct {
 	rcode     dnsmessage.RCode
-	addrs     []string // those of the family that is asked for
+	addrs     []string // only those of the family asked for are sent
 	truncated bool
 	silent    bool
 }
 
-// dnsServer answers questions for A and AAAA on a port of loopback, by UDP and TCP.
-// reply is called concurrently, and may take its time.
+// dnsServer answers A and AAAA questions on a loopback port, over UDP and TCP. reply is
+// called concurrently and may block.
 func dnsServer(t *testing.T, reply func(dnsQuery) dnsReply) (address string) {
 	t.Helper()
 	address = freeAddress(t)
@@ -93,7 +93,7 @@ func dnsServer(t *testing.T, reply func(dnsQuery) dnsReply) (address string) {
 					return
 				}
 				for _, b := range binary.BigEndian.AppendUint16(nil, uint16(len(message))) {
-					_, _ = conn.Write([]byte{b}) // a response may come in parts
+					_, _ = conn.Write([]byte{b}) // a response may arrive in pieces
 				}
 				_, _ = conn.Write(message)
 			}()
@@ -102,7 +102,7 @@ func dnsServer(t *testing.T, reply func(dnsQuery) dnsReply) (address string) {
 	return address
 }
 
-// dnsAnswerTo makes the message that answers a query; nil is none.
+// dnsAnswerTo returns the message that answers a query, or nil for none.
 func dnsAnswerTo(b []byte, from net.Addr, reply func(dnsQuery) dnsReply) []byte {
 	var m dnsmessage.Message
 	if err := m.Unpack(b); err != nil || len(m.Questions) != 1 {
@@ -133,8 +133,8 @@ func dnsAnswerTo(b []byte, from net.Addr, reply func(dnsQuery) dnsReply) []byte 
 	return message
 }
 
-// closedDNS returns an address at which questions by UDP are refused: the socket there
-// takes packets from another one only.
+// closedDNS returns an address at which UDP questions are refused: its socket is connected
+// elsewhere.
 func closedDNS(t *testing.T) string {
 	t.Helper()
 	here := &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)}
@@ -146,8 +146,8 @@ func closedDNS(t *testing.T) string {
 	return conn.LocalAddr().String()
 }
 
-// resolverAt makes a resolver that asks the given servers, and the next one, or the
-// same again, after resend.
+// resolverAt returns a resolver for the given servers. After resend it asks the next
+// server, or the same one again.
 func resolverAt(t *testing.T, resend time.Duration, servers ...string) *resolver {
 	t.Helper()
 	r, err := newResolver(servers)
@@ -164,8 +164,8 @@ func lookupContext(t *testing.T) context.Context {
 	return ctx
 }
 
-// A question whose answer is lost, or takes long, is repeated, and the answer to the
-// first one still counts.
+// A question whose answer is lost or late is repeated, and an answer to the first copy
+// still counts.
 func TestResolverRepeatsQuestions(t *testing.T) {
 	var mu sync.Mutex
 	asked := make(map[string]chan struct{})
@@ -201,8 +201,8 @@ func TestResolverRepeatsQuestions(t *testing.T) {
 	mu.Unlock()
 }
 
-// One server of several that is silent, not there or out of order does not make a
-// look-up fail, whichever is asked first.
+// One server that is silent, unreachable or failing does not make a lookup fail, whichever
+// server is asked first.
 func TestResolverAsksNextServer(t *testing.T) {
 	good := dnsServer(t, func(dnsQuery) dnsReply { return dnsReply{addrs: []string{"192.0.2.1"}} })
 	silent := dnsServer(t, func(dnsQuery) dnsReply { return dnsReply{silent: true} })
@@ -213,7 +213,7 @@ func TestResolverAsksNextServer(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := resolverAt(t, 50*time.Millisecond, servers...)
-			for i := range 8 { // as they are asked in any order
+			for i := range 8 { // the order in which servers are asked varies
 				addrs, err := r.lookup(lookupContext(t), fmt.Sprintf("name%d.test.", i))
 				if err != nil || !slices.Equal(addrs, addrsOf("192.0.2.1")) {
 					t.Errorf("%v, %v", addrs, err)
@@ -221,7 +221,7 @@ func TestResolverAsksNextServer(t *testing.T) {
 			}
 		})
 	}
-	// That a name does not exist is an answer, and no other server is asked.
+	// NXDOMAIN is an answer: no other server is asked.
 	r := resolverAt(t, time.Hour, dnsServer(t, func(dnsQuery) dnsReply { return dnsReply{rcode: dnsmessage.RCodeNameError} }), silent)
 	r.silent.put(1, struct{}{})
 	if addrs, err := r.lookup(lookupContext(t), "nowhere.test."); err == nil || !err.(*resolveError).noSuchName() {
@@ -241,12 +241,11 @@ func TestResolverRemembersSilence(t *testing.T) {
 		}
 	}
 	if first[0] == 0 || first[2] == 0 {
-		t.Errorf("first %v, want one at random", first)
+		t.Errorf("first %v, want a random one", first)
 	}
 }
 
-// Requests for a name share a look-up that has just begun, and none waits for one
-// that hangs.
+// Requests for a name share a lookup that has just begun, but do not join one that hangs.
 func TestResolverJoinsLookups(t *testing.T) {
 	var mu sync.Mutex
 	sources := make(map[string]bool)
@@ -259,7 +258,7 @@ func TestResolverJoinsLookups(t *testing.T) {
 	release := make(chan struct{})
 	server := dnsServer(t, func(q dnsQuery) dnsReply {
 		mu.Lock()
-		first := len(sources) < 2 // one socket for each family
+		first := len(sources) < 2 // one socket per family
 		old := sources[q.from]
 		sources[q.from] = true
 		mu.Unlock()
@@ -278,7 +277,7 @@ func TestResolverJoinsLookups(t *testing.T) {
 	r.mu.Lock()
 	for _, l := range r.pending {
 		if len(l.waiting) != 2 {
-			t.Errorf("%d wait for %v, want 2", len(l.waiting), l.question)
+			t.Errorf("%d requests wait for %v, want 2", len(l.waiting), l.question)
 		}
 		l.began = time.Now().Add(-2 * time.Hour)
 	}
@@ -287,15 +286,15 @@ func TestResolverJoinsLookups(t *testing.T) {
 		t.Errorf("%v, %v", addrs, err)
 	}
 	if len(hung) > 0 {
-		t.Errorf("the look-up that hangs has the answer %v", <-hung)
+		t.Errorf("the lookup that hangs returned %v", <-hung)
 	}
 }
 
-// earlyClose is a connection to a DNS server that tells whether it was closed before
-// its time was over.
+// earlyClose is a connection to a DNS server that reports whether it was closed before its
+// deadline.
 type earlyClose struct {
 	net.Conn
-	deadline atomic.Int64 // in Unix nanoseconds; 0: none
+	deadline atomic.Int64 // Unix nanoseconds; 0: none
 	closed   chan<- bool
 	once     sync.Once
 }
@@ -313,13 +312,13 @@ func (c *earlyClose) Close() error {
 	return c.Conn.Close()
 }
 
-// earlyPackets has net.Resolver send packets.
+// earlyPackets is an earlyClose that net.Resolver uses for datagrams.
 type earlyPackets struct{ *earlyClose }
 
 func (c earlyPackets) ReadFrom([]byte) (int, net.Addr, error) { return 0, nil, net.ErrClosed }
 func (c earlyPackets) WriteTo([]byte, net.Addr) (int, error)  { return 0, net.ErrClosed }
 
-// The question is repeated early enough for whoever waits for less than a second.
+// The question is repeated early enough even for timeouts below a second.
 func TestResolverRepeatsInTime(t *testing.T) {
 	for timeout, want := range map[time.Duration]time.Duration{time.Hour: time.Second, 300 * time.Millisecond: 100 * time.Millisecond, 1: time.Millisecond} {
 		r := resolverAt(t, 0)
@@ -330,7 +329,7 @@ func TestResolverRepeatsInTime(t *testing.T) {
 	}
 }
 
-// A look-up that nobody waits for any more holds no socket.
+// A lookup that no request waits for any more keeps no socket open.
 func TestResolverIsLeft(t *testing.T) {
 	asked := make(chan struct{}, 100)
 	server := dnsServer(t, func(dnsQuery) dnsReply {
@@ -363,30 +362,30 @@ func TestResolverIsLeft(t *testing.T) {
 			}
 			leave()
 			if n := pending(); n != 2 {
-				t.Errorf("%d look-ups, want 2 for the one who waits", n)
+				t.Errorf("%d lookups, want 2 for the request that still waits", n)
 			}
 			other()
 			if n := pending(); n != 0 {
-				t.Errorf("%d look-ups that nobody waits for", n)
+				t.Errorf("%d lookups that no request waits for", n)
 			}
 			for range 2 {
 				if early := <-closed; !early {
-					t.Error("a socket was held until its time was over")
+					t.Error("a socket was kept open until its deadline")
 				}
 			}
 			if len(answers) != 0 {
-				t.Errorf("the answer %v to nobody", <-answers)
+				t.Errorf("got the answer %v, though canceled", <-answers)
 			}
 		})
 	}
 }
 
-// What DNS says, and that it says nothing, is told apart (RFC 9209 §2.3.2).
+// A DNS error and the lack of any DNS answer are reported differently (RFC 9209 §2.3.2).
 func TestDNSFailures(t *testing.T) {
 	server := dnsServer(t, func(q dnsQuery) dnsReply {
 		rcodes := map[string]dnsmessage.RCode{"nxdomain": 3, "servfail": 2, "refused": 5, "notimp": 4, "formerr": 1, "twelve": 12}
 		name, _, _ := strings.Cut(q.name, ".")
-		if rest, ok := strings.CutPrefix(name, "long-"); ok { // of which the answer comes by TCP
+		if rest, ok := strings.CutPrefix(name, "long-"); ok { // the server answers these over TCP
 			if q.network == "udp" {
 				return dnsReply{truncated: true}
 			}
@@ -437,8 +436,8 @@ func TestDNSFailures(t *testing.T) {
 	}
 }
 
-// A DNS answer that never comes holds no request up if there is another one, and an
-// address that does not answer costs a moment once.
+// If DNS answers for one family never arrive, the other family's address is used without
+// delay, and a dead address delays only the first request.
 func TestDialWithHalfOfDNS(t *testing.T) {
 	echo := echoTarget(t)
 	_, port, _ := net.SplitHostPort(echo)
@@ -457,8 +456,8 @@ func TestDialWithHalfOfDNS(t *testing.T) {
 	}
 }
 
-// A lack of descriptors is this proxy's affair, and no name's, also when it is a
-// look-up that it hits.
+// Running out of descriptors is an error of this proxy, not of the name, even if it hits a
+// lookup.
 func TestNoDescriptorsForDNS(t *testing.T) {
 	old := net.DefaultResolver
 	t.Cleanup(func() { net.DefaultResolver = old })
@@ -477,15 +476,15 @@ func TestNoDescriptorsForDNS(t *testing.T) {
 	}
 }
 
-// What a race has shown is remembered: not that a rule has denied an address, and
-// nothing where all goes well, so that clients stay spread over all addresses.
+// The connector remembers which address lost a race, but not that a rule denied one, and
+// nothing when all goes well, so that clients stay spread over all addresses.
 func TestConnectorLearns(t *testing.T) {
 	to := hostPort{"name.test.", 443}
 	for name, tc := range map[string]struct {
 		attempts []started
-		lookups  int // outstanding
+		lookups  int // still running
 		winner   string
-		first    string // what the next race begins with
+		first    string // the address that the next race starts with
 		dead     string
 	}{
 		"the first wins":       {[]started{{addr: addrsOf("::1")[0]}, {addr: addrsOf("::2")[0]}}, 0, "::1", "", ""},
@@ -534,7 +533,7 @@ func TestMemoryIsBounded(t *testing.T) {
 		if _, ok := m.get(5); ok {
 			t.Error("remembered for too long")
 		}
-		// What has expired makes room for what has not.
+		// Expired entries make room for live ones.
 		for i := 100; len(m.values) < 10; i++ {
 			m.values[i] = remembered[int]{}
 		}
@@ -545,7 +544,7 @@ func TestMemoryIsBounded(t *testing.T) {
 	})
 }
 
-// The code of a response is read from whatever pieces it comes in.
+// The response code is found however the response is split into pieces.
 func FuzzQueryConn(f *testing.F) {
 	f.Add([]byte("\x00\x0c\x12\x34\x81\x83\x00\x01\x00\x00\x00\x00\x00\x00"), []byte{1, 1, 9})
 	f.Add([]byte("\x00"), []byte{2})
@@ -580,7 +579,7 @@ func FuzzQueryConn(f *testing.F) {
 	})
 }
 
-// Errors keep what callers ask for.
+// Errors keep what callers match on.
 func TestResolveErrors(t *testing.T) {
 	err := error(&resolveError{err: &net.DNSError{Err: "server misbehaving"}, rcode: rcodeServerFailure})
 	var dns *net.DNSError

@@ -29,48 +29,48 @@ import (
 	"golang.org/x/net/http2"
 )
 
-// tunnelProtocols are the ways in which a client can ask for a tunnel: HTTP/1
-// plain and over TLS, HTTP/2 over TLS and plain, HTTP/3.
+// tunnelProtocols are the protocols over which a client can request a tunnel: HTTP/1 plain
+// and over TLS, HTTP/2 over TLS and plain, HTTP/3.
 var tunnelProtocols = []string{"h1", "h1-tls", "h2", "h2c", "h3"}
 
-// tunnelPatience bounds the life of a tunnel in the tests.
+// tunnelPatience bounds a tunnel's lifetime in the tests.
 const tunnelPatience = time.Minute
 
-// tunnelConn is the client's end of a tunnel. When the proxy ends it in order,
-// Read returns io.EOF; when it breaks it off, another error.
+// tunnelConn is the client's end of a tunnel. Read returns io.EOF when the proxy closes the
+// tunnel in order, another error when it resets it.
 type tunnelConn interface {
 	io.Reader
 	io.Writer
-	CloseWrite() error // says that nothing more will be written
-	Reset()            // breaks the tunnel off
-	Close() error      // gives the tunnel up, as whoever is done with all of it does
+	CloseWrite() error // half-closes
+	Reset()            // resets the tunnel
+	Close() error      // closes the tunnel, for a client that is done with both directions
 }
 
-// tunnelClient opens tunnels through a proxy by one protocol.
+// tunnelClient opens tunnels through a proxy over one protocol.
 type tunnelClient struct {
 	t        testing.TB
 	protocol string
 	proxy    string     // host:port
-	preface  string     // sent before all else on a connection of HTTP/1
+	preface  string     // sent first on a connection of HTTP/1
 	login    string     // Proxy-Authorization, if not empty
-	header   string     // more field lines of a CONNECT over HTTP/1, each with its \r\n
+	header   string     // additional field lines of a CONNECT over HTTP/1, each with its \r\n
 	local    netip.Addr // the client's address, if valid
-	shared   int        // how many tunnels share a connection of HTTP/2 or 3; 0: none do
+	shared   int        // how many tunnels share a connection of HTTP/2 or 3; 0: each has its own
 
 	mu   sync.Mutex
-	used int               // tunnels opened on the following
-	tcp  *net.TCPConn      // below h2
+	used int               // tunnels opened on the connection below
+	tcp  *net.TCPConn      // socket of h2
 	h2   *http2.ClientConn // or nil
 	h3   *http3.ClientConn // or nil
 }
 
-// open opens a tunnel to target, which is given up when the test ends.
+// open opens a tunnel to target. The end of the test closes it.
 func (c *tunnelClient) open(target string) tunnelConn {
 	c.t.Helper()
 	return c.openEarly(target, "")
 }
 
-// openEarly is open with data that is sent without waiting for an answer.
+// openEarly is open with data that is sent without waiting for the response.
 func (c *tunnelClient) openEarly(target, early string) tunnelConn {
 	c.t.Helper()
 	conn, err := c.try(target, early)
@@ -81,13 +81,12 @@ func (c *tunnelClient) openEarly(target, early string) tunnelConn {
 	return conn
 }
 
-// halfCloses reports whether the client may go on after the target's end.
+// halfCloses reports whether the client can keep sending after the target has half-closed.
 func (c *tunnelClient) halfCloses() bool {
 	return c.protocol == "h1" || c.protocol == "h1-tls"
 }
 
-// breakConnection breaks the connection of a shared protocol off, with all its
-// tunnels.
+// breakConnection resets the connection of a multiplexed protocol, with all its tunnels.
 func (c *tunnelClient) breakConnection() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -100,7 +99,7 @@ func (c *tunnelClient) breakConnection() {
 	}
 }
 
-// refusedError is an answer to CONNECT other than 200.
+// refusedError is a response to CONNECT other than 200.
 type refusedError struct {
 	status      int
 	body        string
@@ -115,13 +114,13 @@ func newRefusedError(res *http.Response) error {
 	return errors.Join(&refusedError{res.StatusCode, string(body), res.Header.Get("Proxy-Status"), res.Header.Get("Proxy-Authenticate")}, err)
 }
 
-// refused opens a tunnel that must not come about, and returns the answer.
+// refused opens a tunnel that must be refused and returns the response.
 func (c *tunnelClient) refused(target string) *refusedError {
 	c.t.Helper()
 	conn, err := c.try(target, "")
 	if err == nil {
 		conn.Close()
-		c.t.Fatalf("CONNECT %s over %s is not refused", target, c.protocol)
+		c.t.Fatalf("CONNECT %s over %s is accepted", target, c.protocol)
 	}
 	var refused *refusedError
 	if !errors.As(err, &refused) {
@@ -130,8 +129,7 @@ func (c *tunnelClient) refused(target string) *refusedError {
 	return refused
 }
 
-// try opens a tunnel or says why there is none: by a refusedError, if the proxy
-// has answered.
+// try opens a tunnel. If the proxy has responded otherwise, the error is a refusedError.
 func (c *tunnelClient) try(target, early string) (tunnelConn, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), tunnelPatience)
 	var conn tunnelConn
@@ -141,7 +139,7 @@ func (c *tunnelClient) try(target, early string) (tunnelConn, error) {
 		conn, err = c.tryH1(ctx, target, early)
 	case "h2", "h2c":
 		if conn, err = c.tryH2(ctx, cancel, target, early); err == nil {
-			return conn, nil // which needs ctx
+			return conn, nil // keep ctx alive: canceling it would end the tunnel
 		}
 	case "h3":
 		conn, err = c.tryH3(ctx, target, early)
@@ -200,7 +198,7 @@ func (c *tunnelClient) tryH1(ctx context.Context, target, early string) (tunnelC
 	return tunnel, nil
 }
 
-// h1Tunnel has a connection to itself.
+// h1Tunnel is a connection of its own.
 type h1Tunnel struct {
 	net.Conn
 	tcp *net.TCPConn
@@ -235,7 +233,7 @@ func (c *tunnelClient) tryH2(ctx context.Context, cancel func(), target, early s
 	if early != "" {
 		go io.WriteString(up, early)
 	}
-	// Its body has no length, so that it is a stream.
+	// The request body has no length and so is a stream.
 	req, err := http.NewRequestWithContext(ctx, http.MethodConnect, "https://"+target, body)
 	if err != nil {
 		return nil, err
@@ -254,7 +252,7 @@ func (c *tunnelClient) tryH2(ctx context.Context, cancel func(), target, early s
 	return &h2Tunnel{res.Body, up, cancel}, nil
 }
 
-// h2Conn returns a connection for one more tunnel.
+// h2Conn returns a connection with room for one more tunnel.
 func (c *tunnelClient) h2Conn(ctx context.Context) (*http2.ClientConn, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -280,10 +278,10 @@ func newH2Conn(conn net.Conn) (*http2.ClientConn, error) {
 	return (&http2.Transport{AllowHTTP: true}).NewClientConn(conn)
 }
 
-// h2Tunnel is a stream on a connection of HTTP/2.
+// h2Tunnel is a stream of an HTTP/2 connection.
 type h2Tunnel struct {
-	io.ReadCloser         // the response's body
-	*io.PipeWriter        // the request's body
+	io.ReadCloser         // the response body
+	*io.PipeWriter        // the request body
 	cancel         func() // resets the stream
 }
 
@@ -322,7 +320,7 @@ func (c *tunnelClient) tryH3(ctx context.Context, target, early string) (tunnelC
 	return tunnel, nil
 }
 
-// h3Conn returns a connection for one more tunnel.
+// h3Conn returns a connection with room for one more tunnel.
 func (c *tunnelClient) h3Conn(ctx context.Context) (*http3.ClientConn, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -348,7 +346,7 @@ func (c *tunnelClient) h3Conn(ctx context.Context) (*http3.ClientConn, error) {
 	return c.h3, nil
 }
 
-// h3Tunnel is a stream on a connection of HTTP/3.
+// h3Tunnel is a stream of an HTTP/3 connection.
 type h3Tunnel struct{ *http3.RequestStream }
 
 func (t *h3Tunnel) connect(target, login, early string) (*http.Response, error) {
@@ -379,13 +377,13 @@ func (t *h3Tunnel) Close() error {
 	return nil
 }
 
-// tunnelWorld is a Caddy in this process with a proxy for each protocol.
+// tunnelWorld is a Caddy in this process with a plain and a TLS proxy site.
 type tunnelWorld struct {
 	*world
 	plain, tls string // addresses of its proxies
 }
 
-// tunnelSetup is what differs between tunnelWorlds, as lines of a Caddyfile.
+// tunnelSetup holds the parts of a Caddyfile in which tunnelWorlds differ.
 type tunnelSetup struct {
 	admin     string // address of the admin endpoint; "off" if empty
 	level     string // of the log; "DEBUG" if empty
@@ -404,7 +402,7 @@ func newTunnelWorld(t *testing.T, setup tunnelSetup) *tunnelWorld {
 	return w
 }
 
-// emptyTunnelWorld has addresses, but no Caddy.
+// emptyTunnelWorld returns a world with addresses but no running Caddy.
 func emptyTunnelWorld(t *testing.T) *tunnelWorld {
 	t.Helper()
 	w := &tunnelWorld{world: &world{t: t, proxy: freeAddress(t), logs: filepath.Join(t.TempDir(), "caddy.log")}}
@@ -412,8 +410,8 @@ func emptyTunnelWorld(t *testing.T) *tunnelWorld {
 	return w
 }
 
-// caddyfile has no grace period, so that nothing but the tunnels themselves
-// says how long they live.
+// caddyfile sets no grace period, so that only the tunnels' own settings limit their
+// lifetime.
 func (w *tunnelWorld) caddyfile(setup tunnelSetup) string {
 	servers := cmp.Or(setup.servers, "listener_wrappers {\nasync_proxy\ntls\n}")
 	admin, level, protocols := cmp.Or(setup.admin, "off"), cmp.Or(setup.level, "DEBUG"), cmp.Or(setup.protocols, "h1 h2 h2c h3")
@@ -449,8 +447,7 @@ http://:%s {
 `, admin, filepath.Dir(w.logs), secure, w.logs, level, protocols, servers, setup.global, plain, proxy)
 }
 
-// reload replaces the running config by another one, until the test of the
-// world ends.
+// reload replaces the running config until the end of the world's test.
 func (w *tunnelWorld) reload(t *testing.T, setup tunnelSetup) {
 	t.Helper()
 	config, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(w.caddyfile(setup)), nil)
@@ -464,7 +461,7 @@ func (w *tunnelWorld) reload(t *testing.T, setup tunnelSetup) {
 	})
 }
 
-// ready waits until there is a certificate.
+// ready waits until Caddy has a certificate.
 func (w *tunnelWorld) ready(t *testing.T) {
 	t.Helper()
 	eventually(t, "a certificate", func() bool {
@@ -476,7 +473,7 @@ func (w *tunnelWorld) ready(t *testing.T) {
 	})
 }
 
-// address is where the proxy for a protocol listens.
+// address returns the address of the proxy for a protocol.
 func (w *tunnelWorld) address(protocol string) string {
 	if protocol == "h1" || protocol == "h2c" {
 		return w.plain
@@ -484,8 +481,8 @@ func (w *tunnelWorld) address(protocol string) string {
 	return w.tls
 }
 
-// client makes a client of the world's proxy. It hides the world's own, which
-// is for plain requests.
+// client returns a client of the world's proxy. It hides world.client, which is for plain
+// requests.
 func (w *tunnelWorld) client(t testing.TB, protocol string) *tunnelClient {
 	return &tunnelClient{t: t, protocol: protocol, proxy: w.address(protocol)}
 }
