@@ -26,11 +26,11 @@ import (
 	"golang.org/x/crypto/bcrypt"
 )
 
-// authUsers are options that let in alice, whose password is wonderland, and
-// bob, whose is builder. Real hashes take their time, of which tests have little.
+// authUsers are options with two users: alice, password wonderland, and bob, password
+// builder. The test hash replaces real ones, which are slow.
 const authUsers = "basic_auth counting Office {\nalice $wonderland\nbob $builder\n}\n"
 
-// bcryptUsers are the same for processes that know no hashes of the tests.
+// bcryptUsers is the same for processes without the tests' hash.
 var bcryptUsers = func() string {
 	hash := func(password string) string {
 		hash, err := bcrypt.GenerateFromPassword([]byte(password), bcrypt.MinCost)
@@ -42,12 +42,12 @@ var bcryptUsers = func() string {
 	return "basic_auth bcrypt Office {\nalice " + hash("wonderland") + "\nbob " + hash("builder") + "\n}\n"
 }()
 
-// login is the value of Proxy-Authorization.
+// login returns a value for Proxy-Authorization.
 func login(user, password string) string {
 	return "Basic " + base64.StdEncoding.EncodeToString([]byte(user+":"+password))
 }
 
-// authRefused is the text for a client that is not let in, by its credentials.
+// authRefused returns the text for a client whose credentials are refused.
 func authRefused(credentials string) string {
 	if strings.TrimSpace(credentials) == "" {
 		return "This proxy requires a user name and password.\n"
@@ -76,7 +76,7 @@ func TestAuth(t *testing.T) {
 			if strings.TrimSpace(credentials) == "" {
 				lines = ""
 			}
-			// That for the origin is none for the proxy.
+			// Credentials for the origin are not for the proxy.
 			res, body := ask(method, "Authorization: "+login("alice", "wonderland")+"\n"+lines)
 			if res.StatusCode != http.StatusProxyAuthRequired || res.Header.Get("Proxy-Authenticate") != `Basic realm="Office"` || body != authRefused(credentials) {
 				t.Errorf("%s with %s: %s, Proxy-Authenticate %q, %q", method, name, res.Status, res.Header.Get("Proxy-Authenticate"), body)
@@ -99,7 +99,7 @@ func TestAuth(t *testing.T) {
 		}
 	}
 	if got, want := strings.Join(seen, " "), "[] [for-the-origin] [] [for-the-origin]"; got != want {
-		t.Errorf("the origin has seen %s, want %s", got, want)
+		t.Errorf("the origin got %s, want %s", got, want)
 	}
 	for _, secret := range []string{"wonderland", "builder", login("alice", "wonderland"), login("bob", "builder")} {
 		w.keepsSecret(secret)
@@ -108,7 +108,7 @@ func TestAuth(t *testing.T) {
 	for _, line := range w.waitLog("request", 24) {
 		levels[fmt.Sprint(line["status"], line["level"], line["user"])]++
 	}
-	// A request without credentials is how browsers and curl begin.
+	// Browsers and curl start without credentials.
 	if levels["407info<nil>"] != 4 || levels["407warn<nil>"] != 18 || levels["200infoalice"] != 1 || levels["200infobob"] != 1 {
 		t.Errorf("lines %v", levels)
 	}
@@ -117,7 +117,7 @@ func TestAuth(t *testing.T) {
 	}
 }
 
-// TestAuthOfProtocols opens tunnels as a user over each.
+// TestAuthOfProtocols opens tunnels as a user over each protocol.
 func TestAuthOfProtocols(t *testing.T) {
 	w := newTunnelWorld(t, tunnelSetup{options: authUsers, site: "log_append who {http.auth.user.id}\nlog"})
 	target := listen(t, func(conn *net.TCPConn) { _, _ = conn.Write([]byte("hello")) })
@@ -140,7 +140,8 @@ func TestAuthOfProtocols(t *testing.T) {
 	}
 }
 
-// TestAuthIsForTheProxyAlone: what is no proxy request is another handler's.
+// TestAuthIsForTheProxyAlone checks that requests that are not proxy requests reach the
+// next handler without a login.
 func TestAuthIsForTheProxyAlone(t *testing.T) {
 	w := newWorld(t, "", nil)
 	w.load(strings.Replace(w.site(authUsers), "async_proxy {", "respond \"a site\"\nasync_proxy {", 1))
@@ -169,8 +170,8 @@ func TestClients(t *testing.T) {
 	}
 }
 
-// TestLimitByUser: a user has one bucket wherever it is; a failed login takes no
-// token, and a request without credentials one of the client's.
+// TestLimitByUser checks that a user has one bucket at all addresses, that a failed login
+// costs the user no token, and that a request without credentials costs the client one.
 func TestLimitByUser(t *testing.T) {
 	for i, tc := range []struct {
 		by, logins, want string
@@ -196,8 +197,8 @@ func TestLimitByUser(t *testing.T) {
 	}
 }
 
-// TestLoginsOfTheSharedLimiter: all processes count a client's failed logins
-// together, and a login that succeeds costs no question about the client.
+// TestLoginsOfTheSharedLimiter checks that all processes count a client's failed logins
+// together, and that a successful login asks the shared limiter nothing about the client.
 func TestLoginsOfTheSharedLimiter(t *testing.T) {
 	w := newWorld(t, authUsers+"limiter test\nlimit_by user\nburst 10\nrefill 0.5\nzone logins\nfailed_logins 4 per 1m", nil)
 	ask := func(password string, status int, buckets ...Bucket) {
@@ -219,18 +220,18 @@ func TestLoginsOfTheSharedLimiter(t *testing.T) {
 	ask("guess", 407) // known to be wrong
 	answer(t, 100*time.Second, nil, false)
 	ask("another guess", 429, failures)
-	ask("a third one", 429) // as this process has learned
+	ask("a third one", 429) // this process has learned that the client is out of tokens
 	answer(t, 0, nil, false)
 	ask("wonderland", 200, user)
 	answer(t, 0, nil, true)
 	ask("wonderland", 200)
 }
 
-// TestBlockedUser: who is blocked as a user is told so.
+// TestBlockedUser checks that a blocked user is told so.
 func TestBlockedUser(t *testing.T) {
 	w := newWorld(t, authUsers+"limit_by user", nil)
 	if !blockClient(userKey("alice"), time.Hour) {
-		t.Fatal("it was not done")
+		t.Fatal("the block failed")
 	}
 	res, body := policyRequest(t, w.proxy, http.MethodGet, w.origin.Listener.Addr().String(), "Proxy-Authorization: "+login("alice", "wonderland")+"\n")
 	if res.StatusCode != http.StatusTooManyRequests || !strings.HasPrefix(body, "The operator of this proxy has blocked this user; try again in ") {
@@ -257,7 +258,7 @@ func TestAuthByCurl(t *testing.T) {
 	}
 }
 
-// TestAuthByChromium: a browser asks for credentials, gets them, and loads the
+// TestAuthByChromium checks that a browser asks for credentials, sends them, and loads the
 // page.
 func TestAuthByChromium(t *testing.T) {
 	chromium, err := exec.LookPath("chromium")
@@ -291,7 +292,7 @@ func TestAuthByChromium(t *testing.T) {
 		return text["result"].(map[string]any)["value"] == "hello from the origin"
 	})
 	if !asked {
-		t.Error("the browser was not asked for credentials")
+		t.Error("the browser got no request for credentials")
 	}
 	for _, line := range w.waitLog("request", 2) {
 		if line["path"] == "/page" && line["status"] == 200.0 && line["user"] == "alice" {
@@ -301,7 +302,7 @@ func TestAuthByChromium(t *testing.T) {
 	t.Errorf("lines %v", w.logLines("request"))
 }
 
-// cdp speaks the DevTools protocol with a browser through a pipe.
+// cdp speaks the DevTools protocol to a browser through a pipe.
 type cdp struct {
 	t        *testing.T
 	to       *os.File
@@ -310,7 +311,7 @@ type cdp struct {
 	handlers map[string]func(session string, params map[string]any)
 }
 
-// newCDP runs a browser without a window until the test ends.
+// newCDP runs a headless browser until the test ends.
 func newCDP(t *testing.T, chromium string, args ...string) *cdp {
 	t.Helper()
 	theirs, to, err := os.Pipe()
@@ -343,7 +344,7 @@ func (c *cdp) on(event string, handler func(session string, params map[string]an
 	c.handlers[event] = handler
 }
 
-// send calls a method whose result nobody waits for.
+// send calls a method without waiting for the result.
 func (c *cdp) send(session, method string, params map[string]any) (id int) {
 	c.t.Helper()
 	c.last++
@@ -361,7 +362,7 @@ func (c *cdp) send(session, method string, params map[string]any) (id int) {
 	return c.last
 }
 
-// call calls a method and returns its result; events are handled meanwhile.
+// call calls a method and returns its result. It handles events meanwhile.
 func (c *cdp) call(session, method string, params map[string]any) map[string]any {
 	c.t.Helper()
 	id := c.send(session, method, params)
@@ -393,12 +394,12 @@ func (c *cdp) call(session, method string, params map[string]any) map[string]any
 	}
 }
 
-// countingHash counts how often a password was compared.
+// countingHash counts password comparisons.
 type countingHash struct{}
 
 var (
 	compared atomic.Int64
-	holding  atomic.Pointer[chan struct{}] // if not nil: comparisons wait for its end
+	holding  atomic.Pointer[chan struct{}] // if not nil, comparisons block until it is closed
 )
 
 func init() { caddy.RegisterModule(countingHash{}) }
@@ -416,7 +417,7 @@ func (countingHash) Compare(hash, password []byte) (bool, error) {
 	return string(hash) == "$"+string(password), nil
 }
 
-// TestAuthTellsNothing: an unknown user costs what a wrong password does.
+// TestAuthTellsNothing checks that an unknown user takes as long as a wrong password.
 func TestAuthTellsNothing(t *testing.T) {
 	w := newWorld(t, authUsers, nil)
 	for _, tc := range []struct {
@@ -431,7 +432,7 @@ func TestAuthTellsNothing(t *testing.T) {
 	}
 }
 
-// TestAuthPlaceholders: Caddy's access log knows the user, and other handlers do.
+// TestAuthPlaceholders checks that Caddy's access log and other handlers know the user.
 func TestAuthPlaceholders(t *testing.T) {
 	w := newWorld(t, "", nil)
 	w.load(strings.Replace(w.site(authUsers), "async_proxy {", "log\nlog_append who {http.async_proxy.user}\nasync_proxy {", 1))
@@ -445,7 +446,7 @@ func TestAuthPlaceholders(t *testing.T) {
 	w.keepsSecret("wonderland")
 }
 
-// tokenAuth is a provider as others may write one.
+// tokenAuth is an example of a third-party provider.
 type tokenAuth struct{}
 
 var refusing atomic.Bool // makes tokenAuth reject every user
@@ -466,12 +467,12 @@ func (tokenAuth) Authenticate(w http.ResponseWriter, r *http.Request) (caddyauth
 	case "Bearer broken":
 		return caddyauth.User{}, false, errors.New("the directory is down")
 	}
-	w.WriteHeader(http.StatusTeapot) // nobody is to see that
+	w.WriteHeader(http.StatusTeapot) // must not reach the client
 	_, _ = io.WriteString(w, "nor that")
 	return caddyauth.User{}, false, nil
 }
 
-// TestAuthByOtherProviders: JSON takes any provider, and several.
+// TestAuthByOtherProviders checks that JSON configs accept any provider, and several.
 func TestAuthByOtherProviders(t *testing.T) {
 	w := newWorld(t, "", nil)
 	config, _, err := adapt(w.globals()+w.site("via tester"), "Caddyfile")
@@ -497,8 +498,7 @@ func TestAuthByOtherProviders(t *testing.T) {
 	w.waitLog("auth provider returned error", 1)
 }
 
-// A hash from Caddy's documentation is refused wherever it may stand: its password
-// is public.
+// Hashes from Caddy's documentation are refused everywhere: their passwords are public.
 func TestPublishedHashes(t *testing.T) {
 	published := func(hash string) []string {
 		list := []string{hash, base64.StdEncoding.EncodeToString([]byte(hash))}

@@ -16,9 +16,9 @@ import (
 	"testing"
 )
 
-// parentAnswers runs a parent that answers each request as answer says, which
-// gets the request line, and echoes what follows a CONNECT. An answer of "silence"
-// is none, and one of "close" closes the connection.
+// parentAnswers runs a parent that responds to each request line with what answer returns
+// for it, and echoes what follows a CONNECT. "silence" means no response, "close" closes
+// the connection.
 func parentAnswers(t *testing.T, answer func(line string) string) (address string) {
 	return listen(t, func(conn *net.TCPConn) {
 		r := bufio.NewReader(conn)
@@ -47,8 +47,8 @@ func parentAnswers(t *testing.T, answer func(line string) string) (address strin
 	})
 }
 
-// TestParentTunnelHeads: a 2xx to CONNECT opens the tunnel whatever its fields
-// say of content.
+// TestParentTunnelHeads checks that a 2xx to CONNECT opens the tunnel whatever its fields
+// say about content.
 func TestParentTunnelHeads(t *testing.T) {
 	heads := []string{
 		"HTTP/1.0 200 OK\nTransfer-Encoding: chunked\n", "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n", "HTTP/1.1 200 OK\nTransfer-Encoding: identity\n",
@@ -74,7 +74,7 @@ func TestParentTunnelHeads(t *testing.T) {
 	}
 }
 
-// TestSwitchWithFraming: a 101 ends with its head, too.
+// TestSwitchWithFraming checks that a 101 has no content either, whatever its fields say.
 func TestSwitchWithFraming(t *testing.T) {
 	origin := listen(t, func(conn *net.TCPConn) {
 		r := bufio.NewReader(conn)
@@ -95,14 +95,14 @@ func TestSwitchWithFraming(t *testing.T) {
 	}
 }
 
-// failure is how a request fails.
+// failure is how a request must fail.
 type failure struct {
 	status int
-	kind   string // in Proxy-Status
+	kind   string // error type in Proxy-Status
 	text   string
 }
 
-// failsAs sends CONNECT and GET for a target and compares what comes of them.
+// failsAs sends CONNECT and GET for a target and checks how they fail.
 func (w *world) failsAs(target string, want failure, methods ...string) {
 	w.t.Helper()
 	for _, method := range methods {
@@ -120,8 +120,8 @@ func (w *world) failsAs(target string, want failure, methods ...string) {
 	}
 }
 
-// TestParentFailurePhases: a parent that takes the connection and then fails is
-// not told as one to which there is no connection.
+// TestParentFailurePhases checks that a parent that accepts the connection and then fails
+// is not reported as unreachable.
 func TestParentFailurePhases(t *testing.T) {
 	wantsTLS := failure{502, "http_protocol_error", "The parent proxy expects https://"}
 	cases := []struct {
@@ -154,21 +154,21 @@ func TestParentFailurePhases(t *testing.T) {
 		default:
 			_, _ = io.WriteString(conn, strings.ReplaceAll(answer, "\n", "\r\n"))
 			if strings.HasPrefix(answer, "HTTP/1.1 101") {
-				<-closing // which is not to be waited for
+				<-closing // the proxy must not wait for this
 			}
 		}
 	})
 	w := newWorld(t, "dial_timeout 2s\nresponse_header_timeout 300ms\nupstream http://"+address, nil)
 	for n, tc := range cases {
 		w.failsAs(fmt.Sprintf("a%d.example:80", n), tc.want, http.MethodConnect)
-		if !strings.HasPrefix(tc.answer, "HTTP/1.1 1") { // which a client of HTTP gets to see
+		if !strings.HasPrefix(tc.answer, "HTTP/1.1 1") { // HTTP clients never see a final response of 1xx
 			w.failsAs(fmt.Sprintf("a%d.example:80", n), tc.want, http.MethodPost)
 		}
 	}
 }
 
-// TestParentTLSPhases: a handshake that fails is told as that, also when the
-// parent judges this proxy after it.
+// TestParentTLSPhases checks that a failed handshake is reported as one, even if the parent
+// rejects this proxy's certificate after it.
 func TestParentTLSPhases(t *testing.T) {
 	for name, tc := range map[string]struct {
 		serve func(*net.TCPConn)
@@ -200,7 +200,7 @@ func TestParentTLSPhases(t *testing.T) {
 	})
 }
 
-// TestParentSOCKSPhases is the same for a SOCKS parent.
+// TestParentSOCKSPhases does the same for a SOCKS parent.
 func TestParentSOCKSPhases(t *testing.T) {
 	var answer atomic.Value
 	address := listen(t, func(conn *net.TCPConn) {
@@ -222,13 +222,13 @@ func TestParentSOCKSPhases(t *testing.T) {
 	}
 }
 
-// TestParentSaysWhy: when the parent refuses, the client learns what the parent
-// has said of the reason, and when to try again.
+// TestParentSaysWhy checks that when the parent refuses, the client gets the parent's
+// reasons (Proxy-Status) and Retry-After.
 func TestParentSaysWhy(t *testing.T) {
 	cases := []struct {
-		answer string // the status and the fields of the parent's
+		answer string // the parent's status and fields
 		status int
-		before string // members of Proxy-Status that come before ours
+		before string // the Proxy-Status members before ours
 		retry  string
 	}{
 		{"429 x\nRetry-After: 17\nProxy-Status: parent; error=http_request_denied\n", 429, "parent; error=http_request_denied", "17"},
@@ -256,7 +256,7 @@ func TestParentSaysWhy(t *testing.T) {
 	}
 }
 
-// TestParentSecretsStay: no answer shows the client the fields that are for the
+// TestParentSecretsStay checks that no response shows the client the fields meant for the
 // parent, which answers some requests itself.
 func TestParentSecretsStay(t *testing.T) {
 	heads := make(chan string, 10)
@@ -287,7 +287,7 @@ func TestParentSecretsStay(t *testing.T) {
 			{"OPTIONS http://a.example/ HTTP/1.1\nMax-Forwards: 1\n", 403},
 			{"OPTIONS http://a.example/ HTTP/1.1\nMax-Forwards: 1\nMax-Forwards: 2\n", 403},
 			{"GET http://" + address + "/printenv HTTP/1.1\n", 403},
-			{"TRACE http://a.example/ HTTP/1.1\nMax-Forwards: 0\n", 200}, // answered here
+			{"TRACE http://a.example/ HTTP/1.1\nMax-Forwards: 0\n", 200}, // answered by this proxy
 			{"OPTIONS http://a.example/ HTTP/1.1\nMax-Forwards: 0\n", 200},
 		} {
 			conn := w.dial()
@@ -301,27 +301,27 @@ func TestParentSecretsStay(t *testing.T) {
 		if len(heads) > 0 {
 			t.Errorf("the parent was asked: %q", <-heads)
 		}
-		// Others may not be answered on the way either.
+		// Later hops must not answer other requests with an echo either.
 		if res, _ := policyRequest(t, w.proxy, http.MethodGet, "a.example:80", "Max-Forwards: 1\n"); res.StatusCode != http.StatusOK {
 			t.Error(res.Status)
 		}
 		if head := <-heads; strings.Contains(head, "Max-Forwards") {
-			t.Errorf("the parent gets %q", head)
+			t.Errorf("the parent got %q", head)
 		}
 	}
-	w := newWorld(t, "upstream http://"+address, nil) // which has no secrets
+	w := newWorld(t, "upstream http://"+address, nil) // no secrets here
 	conn := w.dial()
 	conn.send("TRACE http://a.example/ HTTP/1.1\nMax-Forwards: 2\nHost: x\n\n")
 	if res, _ := conn.response(""); res.StatusCode != http.StatusOK {
 		t.Error(res.Status)
 	}
 	if head := <-heads; !strings.Contains(head, "Max-Forwards: 1") {
-		t.Errorf("the parent gets %q", head)
+		t.Errorf("the parent got %q", head)
 	}
 }
 
-// TestParentSecretWrittenOut: what the admin endpoint and Caddy's debug log show is
-// warned about.
+// TestParentSecretWrittenOut checks the warning about secrets in the config, which the
+// admin endpoint and Caddy's debug log show.
 func TestParentSecretWrittenOut(t *testing.T) {
 	t.Setenv("PARENT_KEY", "rabbit")
 	for option, want := range map[string]int{
@@ -345,8 +345,8 @@ func TestParentSecretWrittenOut(t *testing.T) {
 	}
 }
 
-// TestParentNameAskedOnce: whether the parent is on this machine is not asked for
-// each request to a port at which this machine has something closed.
+// TestParentNameAskedOnce checks that the parent's name is not looked up for each request
+// to a port that is closed on this machine.
 func TestParentNameAskedOnce(t *testing.T) {
 	var asked atomic.Int32
 	server := nameServer(t, func(name string, n int) []string {
@@ -359,25 +359,25 @@ func TestParentNameAskedOnce(t *testing.T) {
 	}
 	p := &parent{address: "parent.test:80", connector: newConnector(resolver)}
 	if p.isHere(t.Context()) {
-		t.Error("192.0.2.1 is taken for this machine")
+		t.Error("192.0.2.1 counts as this machine")
 	}
 	before := asked.Load()
 	for range 10 {
 		p.isHere(t.Context())
 	}
 	if n := asked.Load(); n != before {
-		t.Errorf("the name server was asked %d times more", n-before)
+		t.Errorf("the name server got %d more questions", n-before)
 	}
 }
 
-// TestParentOverHTTP2: what holds for the answers of a parent over HTTP/1 holds over
-// HTTP/2.
+// TestParentOverHTTP2 checks that a parent's responses over HTTP/2 are treated as over
+// HTTP/1.
 func TestParentOverHTTP2(t *testing.T) {
 	abort := func(w http.ResponseWriter, r *http.Request) { panic(http.ErrAbortHandler) }
 	cases := []struct {
 		serve  http.HandlerFunc
 		want   failure
-		before string // members of Proxy-Status that come before ours
+		before string // the Proxy-Status members before ours
 		retry  string
 	}{
 		{func(w http.ResponseWriter, r *http.Request) {
@@ -391,7 +391,7 @@ func TestParentOverHTTP2(t *testing.T) {
 	}
 	secure := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.ProtoMajor != 2 || len(r.Header["Accept-Encoding"]) > 0 || len(r.Header["User-Agent"]) > 0 {
-			t.Errorf("the parent gets %s with %v", r.Proto, r.Header)
+			t.Errorf("the parent got %s with %v", r.Proto, r.Header)
 		}
 		var n int
 		_, _ = fmt.Sscanf(r.Host, "a%d.example", &n)

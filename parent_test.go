@@ -21,9 +21,9 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// throughParent sends a request and bytes in a tunnel through a world with a
-// parent, and checks that they arrive whole. Not every parent has half-close, or
-// tells when a connection ends.
+// throughParent sends requests and tunnel data through a world with a parent, and checks
+// that all of it arrives. Some parents lack half-close, or do not announce that they will
+// close a connection.
 func throughParent(t *testing.T, options string, halfClose bool) {
 	t.Helper()
 	var via []string
@@ -34,9 +34,9 @@ func throughParent(t *testing.T, options string, halfClose bool) {
 	}))
 	for i := range 3 {
 		conn := w.dial()
-		for range 2 { // the second on connections that are there
-			// tinyproxy ends connections without a word: only what can be
-			// repeated gets through it for certain.
+		for range 2 { // the second time on existing connections
+			// tinyproxy closes connections without notice: only requests that can be
+			// retried are sure to get through.
 			conn.send(fmt.Sprintf("PUT %s/a//b?c=%d HTTP/1.1\nHost: x\nContent-Length: 0\n\n", w.origin.URL, i))
 			if res, body := conn.response(http.MethodPut); res.StatusCode != http.StatusOK || body != fmt.Sprintf("PUT /a//b?c=%d ", i) {
 				t.Errorf("%s: %q", res.Status, body)
@@ -44,10 +44,10 @@ func throughParent(t *testing.T, options string, halfClose bool) {
 		}
 	}
 	if len(via) == 0 {
-		t.Error("the origin has seen no Via")
+		t.Error("the origin got no Via")
 	}
-	// The target speaks first; the client ends first and then hears the rest, or,
-	// without half-close, hears it when the target has heard all.
+	// The target sends first. The client half-closes first and then reads the rest; without
+	// half-close, it reads the rest once the target has read everything.
 	target := listen(t, func(conn *net.TCPConn) {
 		_, _ = io.WriteString(conn, "welcome ")
 		if halfClose {
@@ -77,7 +77,7 @@ func throughParent(t *testing.T, options string, halfClose bool) {
 		}
 	}()
 	if got := conn.readAll(); got != "welcome early "+payload+" and goodbye" {
-		t.Errorf("the tunnel has carried %d bytes, want %d: %.40q ... %q", len(got), len(payload)+26, got, got[max(0, len(got)-20):])
+		t.Errorf("the tunnel carried %d bytes, want %d: %.40q ... %q", len(got), len(payload)+26, got, got[max(0, len(got)-20):])
 	}
 	conn.Close()
 	if line := w.waitLog("CONNECT tunnel closed", 1)[0]; line["bytes_up"] != float64(len(payload)+6) || line["bytes_down"] != float64(len(payload)+26) {
@@ -87,8 +87,8 @@ func throughParent(t *testing.T, options string, halfClose bool) {
 
 var parentPayload = strings.Repeat("0123456789abcdef", 1<<14)
 
-// refusedByParent fails unless both kinds of requests are answered with status
-// and a text, and the log knows no secret.
+// refusedByParent checks that a GET and a CONNECT both get a response with status and text,
+// and that no secret is logged.
 func refusedByParent(t *testing.T, options string, status int, text string) {
 	t.Helper()
 	w := newWorld(t, options, nil)
@@ -102,8 +102,8 @@ func refusedByParent(t *testing.T, options string, status int, text string) {
 	w.keepsSecret("rabbit")
 }
 
-// keepsSecret fails the test if the log has a secret. Caddy logs the config
-// itself at DEBUG, with what is written out there.
+// keepsSecret fails the test if the log contains a secret. Caddy's own DEBUG line with the
+// config does not count: it shows what the config spells out.
 func (w *world) keepsSecret(secret string) {
 	w.t.Helper()
 	data, err := os.ReadFile(w.logs)
@@ -112,14 +112,14 @@ func (w *world) keepsSecret(secret string) {
 	}
 	for line := range strings.Lines(string(data)) {
 		if strings.Contains(line, secret) && !strings.Contains(line, `"msg":"adjusted config"`) {
-			w.t.Errorf("the log has the password: %s", line)
+			w.t.Errorf("the log contains the password: %s", line)
 		}
 	}
 }
 
 const parentWantsOthers = "The parent proxy does not accept this proxy's credentials"
 
-// parentUsers is a file for squid with the user alice and the password rabbit.
+// parentUsers is a password file for squid: user alice, password rabbit.
 const parentUsers = "alice:$apr1$abcdefgh$t7bR9AfmWG/NqwxSupcEr/\n"
 
 func TestParentSquid(t *testing.T) {
@@ -128,7 +128,7 @@ func TestParentSquid(t *testing.T) {
 	users := t.TempDir() + "/users"
 	for path := users; path != "/tmp" && path != "/"; path = path[:strings.LastIndexByte(path, '/')] {
 		if path != users {
-			_ = os.Chmod(path, 0o755) // squid changes its user
+			_ = os.Chmod(path, 0o755) // squid changes to another user
 		}
 	}
 	if err := os.WriteFile(users, []byte(parentUsers), 0o644); err != nil {
@@ -150,7 +150,7 @@ func TestParentTinyproxy(t *testing.T) {
 	throughParent(t, "upstream http://alice:rabbit@"+address, false)
 	w := newWorld(t, "upstream http://alice:rabbits@"+address, nil)
 	if res, body := policyRequest(t, w.proxy, http.MethodConnect, "target.example:443", ""); res.StatusCode != http.StatusBadGateway || !strings.HasPrefix(body, parentWantsOthers) {
-		t.Errorf("%s %q", res.Status, body) // to a GET it answers 401, like an origin
+		t.Errorf("%s %q", res.Status, body) // the parent answers a GET with 401, like an origin
 	}
 }
 
@@ -163,8 +163,8 @@ func TestParentMicrosocks(t *testing.T) {
 	refusedByParent(t, "upstream socks5://"+address, http.StatusBadGateway, "")
 }
 
-// parentListens runs a parent that answers each head with answer, and records
-// the head.
+// parentListens runs a parent that sends answer in response to each head, and records the
+// head.
 func parentListens(t *testing.T, answer string) (address string, heads <-chan string) {
 	seen := make(chan string, 10)
 	return listen(t, func(conn *net.TCPConn) {
@@ -187,7 +187,7 @@ func parentListens(t *testing.T, answer string) (address string, heads <-chan st
 	}), seen
 }
 
-// TestParentHeads compares what a parent gets to the byte.
+// TestParentHeads compares the heads that a parent gets byte for byte.
 func TestParentHeads(t *testing.T) {
 	address, heads := parentListens(t, "HTTP/1.1 200 OK\nContent-Length: 0\n\n")
 	w := newWorld(t, "via tester\nupstream http://al%69ce:r%40bbit@"+address+" {\nheader X-Team crawler\n}", nil)
@@ -203,16 +203,16 @@ func TestParentHeads(t *testing.T) {
 		conn := w.dial()
 		conn.send(tc.request)
 		if res, body := conn.response(strings.Fields(tc.request)[0]); res.StatusCode != http.StatusOK {
-			t.Errorf("%q: %s %q", tc.request, res.Status, body)
+			t.Errorf("%q: got %s %q", tc.request, res.Status, body)
 		}
 		conn.Close()
 		if got := <-heads; got != tc.want {
-			t.Errorf("%q: the parent gets\n%s\nwant\n%s", tc.request, got, tc.want)
+			t.Errorf("%q: the parent got\n%s\nwant\n%s", tc.request, got, tc.want)
 		}
 	}
 }
 
-// TestParentHost: Host may be changed, but not where a request goes.
+// TestParentHost checks that Host may be rewritten without changing the destination.
 func TestParentHost(t *testing.T) {
 	address, heads := parentListens(t, "HTTP/1.1 200 OK\nContent-Length: 0\n\n")
 	w := newWorld(t, "via off\nforwarded_for off\ndeny internal.example\nheader_up Host internal.example\nupstream http://"+address, nil)
@@ -220,12 +220,12 @@ func TestParentHost(t *testing.T) {
 		t.Error(res.Status)
 	}
 	if got, want := <-heads, "GET http://good.example:8080/ HTTP/1.1\nHost: good.example:8080"; got != want {
-		t.Errorf("the parent gets\n%s\nwant\n%s", got, want)
+		t.Errorf("the parent got\n%s\nwant\n%s", got, want)
 	}
 }
 
-// TestParentSecrets: what is for the parent alone is in no field of the client's,
-// and what cannot be read is not repeated.
+// TestParentSecrets checks that no request shows the parent's credentials to anyone else,
+// and that errors do not repeat a malformed option.
 func TestParentSecrets(t *testing.T) {
 	t.Setenv("PARENT_KEY", "rabbit")
 	address, heads := parentListens(t, "HTTP/1.1 200 OK\nContent-Length: 0\n\n")
@@ -236,7 +236,7 @@ func TestParentSecrets(t *testing.T) {
 		t.Error(res.Status)
 	}
 	if head := <-heads; !strings.Contains(head, "X-Key: rabbit") {
-		t.Errorf("the parent gets %s", head)
+		t.Errorf("the parent got %s", head)
 	}
 	w.waitLog("handled request", 1)
 	w.keepsSecret("rabbit")
@@ -256,8 +256,8 @@ func TestParentSecrets(t *testing.T) {
 	}
 }
 
-// TestParentOnThisMachine: what such a parent makes of a name may be what is
-// closed to all here.
+// TestParentOnThisMachine covers parents on this machine, which could resolve a name to an
+// address that is closed here.
 func TestParentOnThisMachine(t *testing.T) {
 	refusalResolver(t)
 	address, heads := parentListens(t, "HTTP/1.1 200 OK\nContent-Length: 0\n\n")
@@ -286,7 +286,7 @@ func TestParentOnThisMachine(t *testing.T) {
 	}
 	for address, want := range map[string]bool{"127.0.0.1:80": true, "[::1]:80": true, "[::ffff:127.0.0.1]:80": true, "localhost:80": true, "0.0.0.0:80": true, "192.0.2.1:80": false} {
 		if got := (&parent{address: address, connector: newConnector(system)}).isHere(t.Context()); got != want {
-			t.Errorf("%s is here: %v, want %v", address, got, want)
+			t.Errorf("%s is on this machine: %v, want %v", address, got, want)
 		}
 	}
 }
@@ -295,7 +295,7 @@ func TestParentFailures(t *testing.T) {
 	refusalResolver(t)
 	closed := freeAddress(t)
 	for _, tc := range []struct {
-		name, answer string // "" for an address where nobody listens
+		name, answer string // "": nothing listens at the address
 		status       int
 		text         string
 	}{
@@ -334,18 +334,19 @@ func TestParentFailures(t *testing.T) {
 	}
 }
 
-// TestParentRules: rules hold with a parent, whose own address needs none.
+// TestParentRules checks that rules apply with a parent, and that the parent's own address
+// needs no rule.
 func TestParentRules(t *testing.T) {
 	address, heads := parentListens(t, "HTTP/1.1 200 OK\nContent-Length: 0\n\n")
 	w := newWorld(t, "deny bad.example *.bad.example\nno_upstream direct.example 127.0.0.0/8\nupstream http://"+address, nil)
 	for _, tc := range []struct {
 		authority string
-		status    int // 0: not the parent's
+		status    int // 0: not from the parent
 	}{
 		{"good.example:80", 200}, {"bad.example:80", 403}, {"x.bad.example:80", 403}, {"BAD.example.:80", 403}, {"good.example:25", 403},
 		{"10.0.0.1:80", 403}, {"localhost:80", 403}, {"[::1]:80", 403}, {"169.254.169.254:80", 403}, {"8.8.8.8:80", 200},
 		{"2130706433:80", 400}, {"0x7f.1:80", 400},
-		{w.origin.Listener.Addr().String(), 403}, // directly, and closed to whom is not local
+		{w.origin.Listener.Addr().String(), 403}, // direct, and closed to remote clients
 	} {
 		for _, method := range []string{http.MethodConnect, http.MethodGet} {
 			res, body := policyRequest(t, w.proxy, method, tc.authority, policyRemote)
@@ -368,13 +369,13 @@ func TestParentRules(t *testing.T) {
 	for _, mistake := range []string{`"upstream": {"url": "http://alice:{env.THERE_IS_NO_SUCH}@proxy.example"}`, `"no_upstream": ["a.example"]`,
 		`"upstream": {"url": "proxy.example:80"}`, `"upstream": {"url": "http://a.example", "tls": {}}`, `"upstream": {"url": "http://a.example", "headers": {"a b": "c"}}`} {
 		if err := validate(t, `{"handler": "async_proxy", `+mistake+`}`); err == nil {
-			t.Errorf("%q is accepted", mistake)
+			t.Errorf("the config %q is accepted", mistake)
 		}
 	}
 }
 
-// TestParentLeaving: a client that leaves while the parent is slow ends the
-// attempt, and nothing is left of it.
+// TestParentLeaving checks that a client's disconnect ends the attempt to reach a slow
+// parent, and that nothing of it remains.
 func TestParentLeaving(t *testing.T) {
 	address, heads := parentListens(t, "")
 	w := newWorld(t, "upstream http://"+address, nil)
@@ -389,13 +390,13 @@ func TestParentLeaving(t *testing.T) {
 	eventually(t, "goroutines to end", func() bool { return runtime.NumGoroutine() <= before })
 }
 
-// TestParentStreamsMixed: a parent that speaks HTTP/2 on some connections only,
-// as several machines behind one name may, loses no tunnel by that.
+// TestParentStreamsMixed checks that no tunnel fails because the parent speaks HTTP/2 on
+// some connections only, as several machines behind one name may.
 func TestParentStreamsMixed(t *testing.T) {
 	var p *parent
 	over := make(chan struct{})
 	secure := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		p.http1.Store(true) // as another tunnel finds at this moment
+		p.http1.Store(true) // as if another tunnel had just found out
 		w.WriteHeader(http.StatusOK)
 		_ = http.NewResponseController(w).Flush()
 		select {
@@ -423,7 +424,7 @@ func TestParentStreamsMixed(t *testing.T) {
 	}
 }
 
-// TestParentTimeouts: the attempt is bounded as a whole.
+// TestParentTimeouts checks that a single timeout bounds the whole attempt.
 func TestParentTimeouts(t *testing.T) {
 	silent := listen(t, func(conn *net.TCPConn) { _, _ = io.Copy(io.Discard, conn) })
 	for _, scheme := range []string{"http", "https", "socks5"} {

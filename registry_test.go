@@ -23,15 +23,14 @@ import (
 	"go.uber.org/zap"
 )
 
-// pipedTunnel is a tunnel between two pipes, for tests in which time is not
-// the real one.
+// pipedTunnel is a tunnel between two pipes, for tests in synthetic time.
 type pipedTunnel struct {
 	*tunnel
-	client, target net.Conn // their ends
+	client, target net.Conn // the far ends
 	done           chan struct{}
 }
 
-// newPipedTunnel runs a tunnel of a handler. Its client and target listen.
+// newPipedTunnel runs a tunnel of a handler. Its client and target read everything.
 func newPipedTunnel(h *Handler) *pipedTunnel {
 	if h.limiter == nil {
 		h.limiter = newLimiter(limits(10, 0.5))
@@ -66,9 +65,9 @@ func TestTunnelTimeouts(t *testing.T) {
 	for _, tc := range []struct {
 		name       string
 		idle, most time.Duration
-		up, down   []time.Duration // when the client and the target say something
+		up, down   []time.Duration // when the client and the target send something
 		want       string
-		after      time.Duration // or a little later, if not never
+		after      time.Duration // or slightly later; 0: never
 	}{
 		{"silent from the start", 10 * time.Second, 0, nil, nil, reasonIdle, 10 * time.Second},
 		{"the client speaks once", 10 * time.Second, 0, []time.Duration{9 * time.Second}, nil, reasonIdle, 19 * time.Second},
@@ -86,7 +85,7 @@ func TestTunnelTimeouts(t *testing.T) {
 				h := &Handler{TunnelIdleTimeout: caddy.Duration(tc.idle), TunnelMaxDuration: caddy.Duration(tc.most), tunnels: newRegistry()}
 				h.setDefaults()
 				defer h.tunnels.stop()
-				time.Sleep(watchInterval / 3) // tunnels do not begin when they are looked at
+				time.Sleep(watchInterval / 3) // tunnels do not start on a tick of the watch
 				p := newPipedTunnel(h)
 				var wg sync.WaitGroup
 				defer wg.Wait()
@@ -110,7 +109,7 @@ func TestTunnelTimeouts(t *testing.T) {
 					return
 				}
 				<-p.done
-				// A word is noticed within a second, silence within another one.
+				// A byte is noticed within one tick, silence within another.
 				if age := time.Since(p.start); *p.reason.Load() != tc.want || age < tc.after || age > tc.after+2*watchInterval {
 					t.Errorf("closed after %v for the reason %q, want %v and %q", age, *p.reason.Load(), tc.after, tc.want)
 				}
@@ -152,7 +151,7 @@ func TestTunnelIsClosedAfterSilenceAndNotBefore(t *testing.T) {
 			hear(t, conn, say(t, conn, "I am still here, over "+protocol))
 		}
 	}
-	// A client hears of the end a little before the registry does.
+	// The client sees the end slightly before the registry does.
 	eventually(t, "the silent tunnels to be gone", func() bool { return len(openTunnels()) == len(lively) })
 }
 
@@ -160,7 +159,7 @@ func TestDrain(t *testing.T) {
 	for _, tc := range []struct {
 		name         string
 		grace        time.Duration // 0: none
-		ends         time.Duration // when the client ends by itself, if not 0
+		ends         time.Duration // when the client closes by itself, if not 0
 		reason       string
 		after, least time.Duration
 	}{
@@ -187,16 +186,16 @@ func TestDrain(t *testing.T) {
 				begun := time.Now()
 				h.tunnels.drain(ctx)
 				if took := time.Since(begun); took < tc.least || took > tc.after+time.Second {
-					t.Errorf("it took %v, want between %v and a second more than %v", took, tc.least, tc.after)
+					t.Errorf("took %v, want at least %v and at most a second more than %v", took, tc.least, tc.after)
 				}
 				if n := h.tunnels.tunnels.Size(); n != 0 {
-					t.Errorf("%d tunnels are open still", n)
+					t.Errorf("%d tunnels are still open", n)
 				}
 				<-p.done
 				if *p.reason.Load() != tc.reason {
 					t.Errorf("reason %q, want %q", *p.reason.Load(), tc.reason)
 				}
-				late := newPipedTunnel(h) // whose target was being dialled
+				late := newPipedTunnel(h) // its target was being dialed at shutdown
 				<-late.done
 				if *late.reason.Load() != reasonShutdown {
 					t.Errorf("reason %q of a late tunnel, want %q", *late.reason.Load(), reasonShutdown)
@@ -206,7 +205,7 @@ func TestDrain(t *testing.T) {
 	}
 }
 
-// countingTarget echoes, and counts its connections.
+// countingTarget is an echo server that counts its connections.
 func countingTarget(t *testing.T) (address string, accepted func() int64) {
 	t.Helper()
 	var n atomic.Int64
@@ -215,7 +214,7 @@ func countingTarget(t *testing.T) (address string, accepted func() int64) {
 		io.Copy(conn, conn)
 	})
 	return address, func() int64 {
-		// A connection of our own comes after all that were made before it.
+		// Connections are accepted in order: ours comes after all earlier ones.
 		conn := dialRaw(t, address)
 		conn.send("done")
 		hear(t, conn, "done")
@@ -236,7 +235,7 @@ func TestMaxTunnels(t *testing.T) {
 				t.Errorf("status %d, Proxy-Status %q; want 503, connection_limit_reached", refused.status, refused.proxyStatus)
 			}
 			if n := accepted(); n != 2 {
-				t.Errorf("the target has seen %d connections, want 2", n)
+				t.Errorf("the target got %d connections, want 2", n)
 			}
 			hear(t, second, say(t, second, "none the worse for it"))
 			first.Close()
@@ -266,7 +265,7 @@ func TestMaxTunnelsPerClient(t *testing.T) {
 				t.Errorf("status %d, Proxy-Status %q; want 429, connection_limit_reached", refused.status, refused.proxyStatus)
 			}
 			if n := accepted(); n != 2 {
-				t.Errorf("the target has seen %d connections, want 2", n)
+				t.Errorf("the target got %d connections, want 2", n)
 			}
 			conn := other.open(target)
 			hear(t, conn, say(t, conn, "another client"))
@@ -283,8 +282,8 @@ func TestMaxTunnelsPerClient(t *testing.T) {
 	}
 }
 
-// An upgrade that would be one tunnel too many does not get to the origin, and
-// one that the origin does not want takes no place.
+// An upgrade beyond the tunnel limit is not sent to the origin, and one that the origin
+// declines frees its slot.
 func TestMaxTunnelsOfUpgrades(t *testing.T) {
 	var requests atomic.Int64
 	w := newWorld(t, "max_tunnels 1", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { requests.Add(1) }))
@@ -304,7 +303,7 @@ func TestMaxTunnelsOfUpgrades(t *testing.T) {
 	noTunnels(t)
 }
 
-// A tunnel that does not come about takes no place.
+// A tunnel that fails to open frees its slot.
 func TestFailedTunnelsAreNotCounted(t *testing.T) {
 	w := newTunnelWorld(t, tunnelSetup{options: "max_tunnels 1 per_client 1"})
 	nobody := freeAddress(t)
@@ -318,7 +317,7 @@ func TestFailedTunnelsAreNotCounted(t *testing.T) {
 	noTunnels(t)
 }
 
-// noTunnels waits until the registry is empty in all its parts.
+// noTunnels waits until every part of the registry is empty.
 func noTunnels(t *testing.T) {
 	t.Helper()
 	r, err := acquireRegistry()
@@ -376,7 +375,7 @@ func TestReloadWithStreamCloseDelay(t *testing.T) {
 					t.Errorf("log line %v, want the reason %q", line, want)
 				}
 			}
-			conn := w.client(t, "h1").open(target) // the new config's
+			conn := w.client(t, "h1").open(target) // through the new config
 			hear(t, conn, say(t, conn, "hello"))
 		})
 	}
@@ -396,7 +395,7 @@ func TestReloadWithoutAProxyClosesTunnels(t *testing.T) {
 func TestRecheckTunnels(t *testing.T) {
 	for _, tc := range []struct {
 		name, options string // after the reload
-		closed        bool   // the tunnel of a client from elsewhere, which loopback was opened to
+		closed        bool   // the remote client's tunnel, for which loopback was allowed
 	}{
 		{"rules that forbid it", "recheck_tunnels", true},
 		{"rules that still allow it", "recheck_tunnels\nallow 127.0.0.1", false},
@@ -429,8 +428,7 @@ func TestRecheckTunnels(t *testing.T) {
 	}
 }
 
-// Each site judges its own tunnels, and not those of another one that happens to
-// be of the same zone.
+// Each site checks its own tunnels only, not those of another site that shares the zone.
 func TestRecheckTunnelsOfOneSite(t *testing.T) {
 	const open = "allow 127.0.0.0/8"
 	w := newWorld(t, open, nil)
@@ -451,8 +449,8 @@ func TestRecheckTunnelsOfOneSite(t *testing.T) {
 	hear(t, stays.r, say(t, stays, "the other site has other rules"))
 }
 
-// A tunnel that leads back to the proxy, which no Via tells, is not another
-// step of the same way.
+// A tunnel that leads back to the proxy is a loop. Via does not show it, because the tunnel
+// hides the earlier hop.
 func TestTunnelLoops(t *testing.T) {
 	for _, tc := range []struct {
 		name, options string
@@ -483,8 +481,8 @@ func TestTunnelLoops(t *testing.T) {
 	}
 }
 
-// The kernel gives one port to connections with different destinations, so that
-// two tunnels may have it.
+// The kernel reuses a local port for connections to different destinations, so two tunnels
+// may share one.
 func TestLoopsOfTunnelsWithOnePort(t *testing.T) {
 	r := newRegistry()
 	defer r.stop()
@@ -509,7 +507,7 @@ func TestLoopsOfTunnelsWithOnePort(t *testing.T) {
 			t.Errorf("%s: the other loops: %v", when, got)
 		}
 		if loops("another-proxy", one) || loops("another-proxy", another) {
-			t.Errorf("%s: another proxy's requests loop", when)
+			t.Errorf("%s: another proxy's requests count as loops", when)
 		}
 	}
 	check("before", false, false)
@@ -525,12 +523,12 @@ func TestLoopsOfTunnelsWithOnePort(t *testing.T) {
 
 type tunnelEnding struct {
 	reason string
-	target func(conn *net.TCPConn) // echoes one word before
+	target func(conn *net.TCPConn) // echoes one word first
 	client func(conn tunnelConn)
 }
 
-// tunnelEndings are the ways in which a tunnel ends, and what its closing line
-// calls them.
+// tunnelEndings are the ways in which a tunnel can end, with the reason in its closing
+// line.
 var tunnelEndings = []tunnelEnding{
 	{reasonClient, func(conn *net.TCPConn) { io.Copy(conn, conn) }, func(conn tunnelConn) { conn.CloseWrite() }},
 	{reasonTarget, func(*net.TCPConn) {}, func(conn tunnelConn) { io.Copy(io.Discard, conn); conn.CloseWrite() }},
@@ -538,8 +536,8 @@ var tunnelEndings = []tunnelEnding{
 	{reasonTargetError, func(conn *net.TCPConn) { conn.SetLinger(0) }, func(tunnelConn) {}},
 }
 
-// streamEndings are those of a stream. A client that resets one with the code CANCEL
-// needs it no more; a connection that breaks is a failure.
+// streamEndings are the ways in which a stream can end. Resetting it with CANCEL means that
+// the client no longer needs it; a broken connection is an error.
 func streamEndings(c *tunnelClient) []tunnelEnding {
 	endings := slices.Clone(tunnelEndings)
 	endings[2].reason = reasonClient
@@ -559,7 +557,7 @@ func TestClosingLines(t *testing.T) {
 				const word = "a word"
 				target := listen(t, func(conn *net.TCPConn) {
 					io.CopyN(conn, conn, int64(len(word)))
-					io.ReadFull(conn, make([]byte, 1)) // a sign that the word was heard
+					io.ReadFull(conn, make([]byte, 1)) // confirms that the word was received
 					ending.target(conn)
 				})
 				conn := c.open(target)
@@ -618,7 +616,7 @@ func openTunnels() (open []*tunnel) {
 	return open
 }
 
-// A tunnel that the proxy itself ends says why, over every protocol.
+// A timeout's closing line names the timeout, over every protocol.
 func TestClosingLinesOfTimeouts(t *testing.T) {
 	for reason, options := range map[string]string{
 		reasonIdle:        "tunnel_idle_timeout 1s",

@@ -476,7 +476,7 @@ func TestNoDescriptorsForDNS(t *testing.T) {
 	}
 }
 
-// The connector remembers which address lost a race, but not that a rule denied one, and
+// The connector remembers which addresses won and lost a race, but not a denial by a rule, and
 // nothing when all goes well, so that clients stay spread over all addresses.
 func TestConnectorLearns(t *testing.T) {
 	to := hostPort{"name.test.", 443}

@@ -24,11 +24,10 @@ import (
 	"golang.org/x/net/http2"
 )
 
-// observed switches on what Caddy puts between a handler and its connection to
-// see the bytes.
+// observed enables Caddy features that wrap a handler's connection to see the bytes.
 var observed = tunnelSetup{global: "metrics", site: "log"}
 
-// tunnelBehaviours are what a tunnel has to do over every protocol.
+// tunnelBehaviours is what a tunnel must do over every protocol.
 var tunnelBehaviours = []struct {
 	name string
 	run  func(t *testing.T, c *tunnelClient)
@@ -53,7 +52,7 @@ func TestTunnels(t *testing.T) {
 			for _, protocol := range tunnelProtocols {
 				behaviours := tunnelBehaviours
 				if (setup.site == "") != (setup.global == "") {
-					behaviours = behaviours[:len(behaviours)-2] // without the long ones
+					behaviours = behaviours[:len(behaviours)-2] // without the slow ones
 				}
 				for _, behaviour := range behaviours {
 					t.Run(protocol+"/"+behaviour.name, func(t *testing.T) {
@@ -65,7 +64,7 @@ func TestTunnels(t *testing.T) {
 	}
 }
 
-// The connection of a client is then the wrapper's.
+// A client's connection is then of the PROXY protocol wrapper's type.
 func TestTunnelsBehindTheProxyProtocol(t *testing.T) {
 	wrapped := tunnelSetup{servers: "listener_wrappers {\nproxy_protocol {\nallow 127.0.0.0/8\n}\ntls\n}"}
 	wrappedObserved := wrapped
@@ -84,18 +83,18 @@ func TestTunnelsBehindTheProxyProtocol(t *testing.T) {
 			}
 			for _, line := range w.logLines("CONNECT tunnel") {
 				if line["client"] != "127.0.0.9" {
-					t.Fatalf("log line %v, want the client of the header", line)
+					t.Fatalf("log line %v, want the client from the PROXY header", line)
 				}
 			}
 		})
 	}
 }
 
-// With HTTP/2 switched off, Caddy hides the socket of a plain connection behind
-// a type of its own that has no half-close. The socket below it has.
+// With HTTP/2 disabled, Caddy hides a plain connection's socket behind a type without
+// half-close. The socket underneath has it.
 func TestTunnelsOfAServerForHTTP1(t *testing.T) {
 	for name, setup := range map[string]tunnelSetup{"bare": {}, "observed": observed} {
-		setup.protocols, setup.servers = "h1", "keepalive_interval 15s" // and no listener wrapper
+		setup.protocols, setup.servers = "h1", "keepalive_interval 15s" // without the listener wrapper
 		t.Run(name, func(t *testing.T) {
 			w := newTunnelWorld(t, setup)
 			for _, behaviour := range tunnelBehaviours {
@@ -169,12 +168,12 @@ func tunnelPassesTheTargetsEnd(t *testing.T, c *tunnelClient) {
 		closeWrite(t, conn)
 	}
 	if got := <-heard; got != want {
-		t.Errorf("after its end the target reads %q, want %q", got, want)
+		t.Errorf("after its half-close the target reads %q, want %q", got, want)
 	}
 }
 
-// Over HTTP/2 and HTTP/3 the target's end is that of its client too, which
-// cannot end what it was sending.
+// Over HTTP/2 and HTTP/3 the target's end also ends the client's stream, which cannot
+// finish what it was sending.
 func TestTargetEndsWhileTheClientSends(t *testing.T) {
 	w := newTunnelWorld(t, tunnelSetup{})
 	for _, protocol := range []string{"h2", "h2c", "h3"} {
@@ -220,7 +219,7 @@ func tunnelPassesTheTargetsReset(t *testing.T, c *tunnelClient) {
 		conn.SetLinger(0)
 	})
 	conn := c.open(target)
-	hear(t, conn, say(t, conn, "hello")) // else the reset might overtake it
+	hear(t, conn, say(t, conn, "hello")) // otherwise the reset might overtake it
 	say(t, conn, "break off")
 	rest, err := io.ReadAll(conn)
 	if len(rest) > 0 || !isReset(c.protocol, err) {
@@ -228,7 +227,7 @@ func tunnelPassesTheTargetsReset(t *testing.T, c *tunnelClient) {
 	}
 }
 
-// isReset reports whether err is the form that a reset has in a protocol.
+// isReset reports whether err is how a protocol reports a reset.
 func isReset(protocol string, err error) bool {
 	switch protocol {
 	case "h2", "h2c":
@@ -266,7 +265,7 @@ func tunnelCarriesBulk(t *testing.T, c *tunnelClient) {
 	receiveBulk(t, "the client", conn, downSeed, size)
 }
 
-// bulk returns bytes that are the same for the same seed.
+// bulk returns pseudo-random bytes that depend on the seed alone.
 func bulk(seed byte, size int64) io.Reader {
 	return io.LimitReader(rand.NewChaCha8([32]byte{seed}), size)
 }
@@ -277,7 +276,7 @@ func sendBulk(t *testing.T, who string, w io.Writer, seed byte, size int64) {
 	}
 }
 
-// receiveBulk reads to the end, which must come after the bytes of bulk.
+// receiveBulk reads to the end and checks the bytes of bulk.
 func receiveBulk(t *testing.T, who string, r io.Reader, seed byte, size int64) {
 	want, got := crc32.NewIEEE(), crc32.NewIEEE()
 	io.Copy(want, bulk(seed, size))
@@ -354,8 +353,8 @@ func TestTunnelsOfOneConnectionDoNotWaitForEachOther(t *testing.T) {
 	}
 }
 
-// What a client has sent on a connection that then breaks is not all that it
-// meant to send.
+// A client whose connection breaks may not have sent everything: its targets must see a
+// reset.
 func TestTunnelsOfABrokenConnection(t *testing.T) {
 	const each = 3
 	w := newTunnelWorld(t, tunnelSetup{})
@@ -382,8 +381,8 @@ func TestTunnelsOfABrokenConnection(t *testing.T) {
 	}
 }
 
-// Caddy cuts requests and responses that stall, by default after a minute. A
-// tunnel may be silent, and its client may take its time to read.
+// Caddy cuts off requests and responses that stall, by default after a minute. A tunnel may
+// be silent, and its client may read slowly.
 func TestTunnelsOutliveCaddysStallLimits(t *testing.T) {
 	const limit, size = time.Second, 32 << 20
 	for name, setup := range map[string]tunnelSetup{"bare": {}, "observed": observed} {
@@ -442,8 +441,8 @@ func TestTunnelsOutliveAReload(t *testing.T) {
 				})
 				wg.Go(func() { receiveBulk(t, "the client over "+protocol, conn, 1, size) })
 			}
-			// The first reload finds the tunnels busy, the last one finds them
-			// with all that was sent echoed or on its way.
+			// The first reload happens while the tunnels are busy, the last one when
+			// everything has been echoed or is in flight.
 			for i := range reloads {
 				if i == reloads-1 {
 					sent.Wait()
@@ -456,8 +455,8 @@ func TestTunnelsOutliveAReload(t *testing.T) {
 	}
 }
 
-// A CONNECT for another protocol is the next handler's. If there is none that
-// answers, its client must not think that the protocol is spoken.
+// An extended CONNECT is the next handler's. If none responds, the client must not conclude
+// that the protocol is supported.
 func TestExtendedConnect(t *testing.T) {
 	for name, tc := range map[string]struct {
 		site   string
@@ -517,8 +516,8 @@ func TestTunnelsInTheAccessLog(t *testing.T) {
 	}
 }
 
-// echoTarget returns the address of a target that says what it hears. It holds
-// no pipes, as io.Copy between sockets would.
+// echoTarget returns the address of an echo server. It uses no pipes, as io.Copy between
+// sockets would.
 func echoTarget(t testing.TB) string {
 	t.Helper()
 	return listen(t, func(conn *net.TCPConn) {
@@ -531,44 +530,44 @@ func echoTarget(t testing.TB) string {
 func say(t *testing.T, w io.Writer, text string) string {
 	t.Helper()
 	if _, err := io.WriteString(w, text); err != nil {
-		t.Fatalf("saying %.40q: %v", text, err)
+		t.Fatalf("writing %.40q: %v", text, err)
 	}
 	return text
 }
 
-// hear reads a text.
+// hear reads a text and compares it.
 func hear(t *testing.T, r io.Reader, text string) {
 	t.Helper()
 	got := make([]byte, len(text))
 	if n, err := io.ReadFull(r, got); err != nil || string(got) != text {
-		t.Fatalf("heard %.40q, %v; want %.40q", got[:n], err, text)
+		t.Fatalf("read %.40q, %v; want %.40q", got[:n], err, text)
 	}
 }
 
-// hearEnd reads an end in order.
+// hearEnd reads an orderly end.
 func hearEnd(t *testing.T, r io.Reader) {
 	t.Helper()
 	if rest, err := io.ReadAll(r); err != nil || len(rest) > 0 {
-		t.Fatalf("heard %.40q, %v; want the end", rest, err)
+		t.Fatalf("read %.40q, %v; want the end", rest, err)
 	}
 }
 
-// hearReset reads nothing but a reset.
+// hearReset reads a reset and nothing before it.
 func hearReset(t *testing.T, protocol string, r io.Reader) {
 	t.Helper()
 	if rest, err := io.ReadAll(r); !isReset(protocol, err) || len(rest) > 0 {
-		t.Fatalf("heard %.40q, %v; want a reset", rest, err)
+		t.Fatalf("read %.40q, %v; want a reset", rest, err)
 	}
 }
 
 func closeWrite(t *testing.T, conn tunnelConn) {
 	t.Helper()
 	if err := conn.CloseWrite(); err != nil {
-		t.Fatalf("ending: %v", err)
+		t.Fatalf("half-closing: %v", err)
 	}
 }
 
-// concurrently calls f for all numbers below n, in so many goroutines, and
+// concurrently calls f for all numbers below n, in the given number of goroutines, and
 // returns the first error.
 func concurrently(n, goroutines int, f func(i int) error) error {
 	var next, failed atomic.Int64
