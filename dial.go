@@ -18,23 +18,22 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// dialer opens connections to targets, or through a parent proxy, and asks the
-// policy which addresses may be one. It judges the address that is about to be
-// connected to, after resolution: there is no name, no spelling of an address
-// and no second answer of a resolver that it would not see.
+// dialer opens connections to targets, directly or through a parent proxy. It checks
+// each address against the policy after resolution, immediately before connecting, so
+// that no name, no spelling of an address and no later DNS answer can bypass the policy.
 type dialer struct {
 	policy    *policy
 	timeout   time.Duration
 	parent    *parent           // nil: none
-	direct    *ruleSet          // what is not for the parent
-	ownPort   func(uint16) bool // whether one of our listeners that are closed to all has a port; may be nil
+	direct    *ruleSet          // the targets that bypass the parent
+	ownPort   func(uint16) bool // whether one of our protected listeners uses a port; may be nil
 	dialers   [reaches]net.Dialer
 	connector *connector
 	report    func(ctx context.Context, target string, reported *deniedError)
 }
 
-// newDialer makes a dialer that gives up after timeout, which covers
-// resolution and all addresses of a name together.
+// newDialer returns a dialer. The timeout covers resolution and all addresses of a
+// name together.
 func newDialer(p *policy, timeout time.Duration, resolver *resolver) *dialer {
 	d := &dialer{policy: p, timeout: timeout, connector: newConnector(resolver)}
 	resolver.limit(timeout)
@@ -59,29 +58,28 @@ func newDialer(p *policy, timeout time.Duration, resolver *resolver) *dialer {
 	return d
 }
 
-// keepAlive has it noticed after two minutes that the other end of a connection
-// is gone without a word. That takes four system calls, which those that end
-// before have no use for.
+// keepAlive makes the kernel detect a dead peer within two minutes. It costs four system
+// calls, so short-lived connections do without it.
 func keepAlive(conn *net.TCPConn) {
 	_ = conn.SetKeepAliveConfig(keepAliveConfig)
 }
 
 var keepAliveConfig = net.KeepAliveConfig{Enable: true, Idle: time.Minute, Interval: 15 * time.Second, Count: 4}
 
-// attempt is a dial, as the checks of its addresses see it.
+// attempt tells the policy checks of a dial which target its addresses belong to.
 type attempt struct {
 	target
 	address string
-	denied  atomic.Pointer[deniedError] // the last that was
+	denied  atomic.Pointer[deniedError] // the last denial, if any
 }
 
-// attemptKey is for the context of a dial, in which it finds its attempt.
+// attemptKey is the context key under which a dial carries its attempt.
 type attemptKey struct{}
 
-// dial connects to address, a host and a port, for a client of the given reach:
-// through the parent, if there is one for it. The addresses of a name are tried
-// as RFC 8305 says. It ends when ctx does. If it fails and one of the addresses
-// was denied, that is the error, whatever came of the others.
+// dial connects to address, a host and a port, for a client of the given reach. It
+// uses the parent unless the address bypasses it. The addresses of a name are tried as
+// RFC 8305 recommends. If the dial fails and any of the addresses was denied, dial
+// returns the denial.
 func (d *dialer) dial(ctx context.Context, r reach, address string) (conn net.Conn, err error) {
 	start := time.Now()
 	defer func() { countDial(ctx, start, err) }()
@@ -102,8 +100,8 @@ func (d *dialer) dial(ctx context.Context, r reach, address string) (conn net.Co
 	if err != nil {
 		return nil, err
 	}
-	// A listener may have been opened between the check of the address and the
-	// connection, as the admin endpoint's is in a reload.
+	// A listener may have been opened between the check and the connection: a reload
+	// opens the admin endpoint's.
 	if denied := d.policy.checkOwn(addrPort(conn.RemoteAddr())); denied != nil {
 		_ = conn.Close()
 		return nil, denied
@@ -111,26 +109,25 @@ func (d *dialer) dial(ctx context.Context, r reach, address string) (conn net.Co
 	return conn, nil
 }
 
-// open connects to an address, or to those of a name. The name is made fully
-// qualified by a dot at the end: a search list of the system's would make another
-// one of it, which no rule has judged.
+// open dials t, an address or a name. Names are made fully qualified with a trailing
+// dot: the system's search list could otherwise turn the name into one that no rule
+// has checked.
 func (d *dialer) open(ctx context.Context, dialer *net.Dialer, t target) (net.Conn, error) {
 	if t.addr.IsValid() {
 		return dialer.DialContext(ctx, "tcp", netip.AddrPortFrom(t.addr, t.port).String())
 	}
-	if !strings.Contains(t.name, ".") { // the hosts file has such names without one
+	if !strings.Contains(t.name, ".") { // the hosts file lists such names without the dot
 		if addrs, err := hostsFile.LookupNetIP(ctx, "ip", t.name); err == nil {
 			return d.connector.dialAddresses(ctx, dialer, hostPort{t.name, t.port}, addrs)
 		}
 	}
-	if t.name == "localhost" { // is known to most systems without a dot only
+	if t.name == "localhost" { // most systems know it only without the dot
 		return d.connector.dial(ctx, dialer, t.name, t.port)
 	}
 	return d.connector.dial(ctx, dialer, t.name+".", t.port)
 }
 
-// hostsFile is a resolver that knows what is in the system's hosts file, and
-// asks nobody.
+// hostsFile resolves names from the system's hosts file only; it sends no queries.
 var hostsFile = &net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) {
 	return nil, errors.New("no DNS server is configured")
 }}
@@ -149,8 +146,9 @@ func (d *dialer) usesParent(address string) bool {
 	return !direct
 }
 
-// checkUnresolved judges a target that is for the parent to resolve. One on this
-// machine may make an address of this machine of any name.
+// checkUnresolved checks a target whose name the parent resolves. A parent on this
+// machine can resolve any name to this machine, so the ports of our own protected
+// listeners are then denied for all names.
 func (d *dialer) checkUnresolved(ctx context.Context, r reach, address string) error {
 	t := newTarget(address)
 	if t.name != "" && d.ownPort != nil && d.ownPort(t.port) && d.parent.isHere(ctx) {
@@ -161,7 +159,7 @@ func (d *dialer) checkUnresolved(ctx context.Context, r reach, address string) e
 	return d.verdict(ctx, address, denied, reported)
 }
 
-// verdict reports what is only to be reported, and returns what is denied.
+// verdict logs a denial that is only reported, and returns one that is enforced.
 func (d *dialer) verdict(ctx context.Context, address string, denied, reported *deniedError) error {
 	if reported != nil {
 		d.report(ctx, address, reported)
@@ -172,10 +170,10 @@ func (d *dialer) verdict(ctx context.Context, address string, denied, reported *
 	return nil
 }
 
-// forbids reports whether a tunnel that is open would not be opened now.
+// forbids reports whether the policy would now deny an open tunnel.
 func (d *dialer) forbids(t *tunnel) bool {
 	ctx := context.Background()
-	if strings.HasPrefix(t.proto, "HTTP/") { // and not what a request was upgraded to
+	if strings.HasPrefix(t.proto, "HTTP/") { // a CONNECT, not an upgraded request
 		ctx = context.WithValue(ctx, connectKey{}, true)
 	}
 	if d.usesParent(t.target) {
@@ -185,8 +183,8 @@ func (d *dialer) forbids(t *tunnel) bool {
 	return denied != nil
 }
 
-// again judges a connection that was opened for another request of a client of
-// reach r.
+// again checks a reused connection, which was opened for an earlier request, for a
+// client of reach r.
 func (d *dialer) again(ctx context.Context, r reach, address string, conn net.Conn) error {
 	if d.usesParent(address) {
 		return d.checkUnresolved(ctx, r, address)
@@ -195,7 +193,7 @@ func (d *dialer) again(ctx context.Context, r reach, address string, conn net.Co
 	return d.verdict(ctx, address, denied, reported)
 }
 
-// requestOf returns the request that a context is of, as the client sent it.
+// requestOf returns the request of a context, as the client sent it, or an empty one.
 func requestOf(ctx context.Context) *http.Request {
 	if r, ok := ctx.Value(caddyhttp.OriginalRequestCtxKey).(http.Request); ok {
 		return &r
@@ -203,17 +201,17 @@ func requestOf(ctx context.Context) *http.Request {
 	return new(http.Request)
 }
 
-// statusClientClosedRequest is for logs only: the client left before there was
-// an answer, or all of it. The number is nginx's.
+// statusClientClosedRequest is for logs only: the client disconnected before it had the
+// complete response. The number is nginx's.
 const statusClientClosedRequest = 499
 
-// clientLeft is for a client that gets no answer, or none any more.
+// clientLeft returns the refusal for a client that has disconnected. It is only logged.
 func clientLeft(err error) *refusal {
 	return refuse(statusClientClosedRequest, "connection_terminated", err, "the client left")
 }
 
-// dialRefusal says to the client why there is no connection to host. ctx is
-// the request's.
+// dialRefusal returns the response that tells the client why there is no connection to
+// host. ctx is the request's.
 func dialRefusal(ctx context.Context, err error, host string) *refusal {
 	var denied *deniedError
 	var unresolved *resolveError
@@ -238,14 +236,14 @@ func dialRefusal(ctx context.Context, err error, host string) *refusal {
 		return refuse(http.StatusBadGateway, "connection_refused", err, "%s refused the connection.", host)
 	case isUnroutable(err):
 		return refuse(http.StatusBadGateway, "destination_ip_unroutable", err, "There is no route to %s.", host)
-	case errors.Is(err, syscall.EADDRNOTAVAIL): // all ports are taken
+	case errors.Is(err, syscall.EADDRNOTAVAIL): // all local ports are in use
 		return noRoom(err)
 	default:
 		return refuse(http.StatusBadGateway, "destination_unavailable", err, "Could not connect to %s.", host)
 	}
 }
 
-// noRoom says that this proxy cannot open another connection now.
+// noRoom returns the response for when this proxy has no descriptors or ports left.
 func noRoom(err error) *refusal {
 	return refuse(http.StatusServiceUnavailable, "proxy_internal_error", err, "This proxy cannot open another connection now; try again later.")
 }

@@ -21,57 +21,57 @@ import (
 	"golang.org/x/net/http/httpguts"
 )
 
-// exchange is one request to an HTTP/1 origin and its response, on the
-// goroutine of the handler: http.Transport parks and wakes two more for each.
-// Only the body of a request, which may take as long as it likes while the
-// response is already there, has a goroutine of its own.
+// exchange sends one request to an HTTP/1 origin and reads its response. It runs on
+// the handler's goroutine, where http.Transport would park and wake two more. Only a
+// request body is sent on a goroutine of its own, because the response may arrive
+// before the body is complete.
 type exchange struct {
 	origins *origins
-	ctx     context.Context // the client's: when it leaves, the exchange ends
+	ctx     context.Context // the request's: the exchange ends when the client disconnects
 	conn    *originConn
-	timeout time.Duration // for the head of the response
+	timeout time.Duration // for the response head
 	interim func(status int, header http.Header)
 	binding binding
 
-	stopWatch func() bool // ends the watch for the client's leaving; nil: there is none yet
-	sender    *sender     // of the body, if there is one
-	answered  bool        // something of a response has come
+	stopWatch func() bool // stops watching for client disconnect; nil: not watching yet
+	sender    *sender     // of the request body; nil: there is none
+	answered  bool        // a response head, perhaps interim, has been read
 	interims  interimLimit
-	news      int64     // when the origin last told of progress, since epoch; 0: never
-	sendBy    time.Time // when the body is sent though the origin has not asked for it; zero: it is being sent
+	news      int64     // when the origin last reported progress, since epoch; 0: never
+	sendBy    time.Time // when to send the body without a 100 (Continue); zero: already sending
 }
 
-// outgoing is a request to an origin, as it is sent.
+// outgoing is a request as it is sent to an origin.
 type outgoing struct {
 	method    string
-	authority string // what to connect to, a host and a port
+	authority string // the host and port to connect to
 	target    string // the request target, as the client wrote it
 	host      string
 	header    http.Header
 
 	body     *clientBody // nil: none
-	invites  bool        // the client has to be told 100 (Continue) before the body is read
-	trailers []string    // the names that may come behind a body in chunks
-	trailer  http.Header // whose values are there when the body has ended
-	stopBody func()      // ends a read of the body that waits for the client
+	invites  bool        // 100 (Continue) must be sent to the client before the body is read
+	trailers []string    // names of the trailers that may follow a chunked body
+	trailer  http.Header // their values, valid once the body has been read
+	stopBody func()      // aborts a read of the body that is waiting for the client
 }
 
-// clientBody is the content of a request, as it comes from the client.
+// clientBody reads the content of a request from the client.
 type clientBody struct {
 	r       io.Reader
-	length  int64        // < 0: not known, so that it is sent in chunks
-	read    atomic.Int64 // how much has come
+	length  int64        // < 0: unknown, so the body is sent in chunks
+	read    atomic.Int64 // bytes read so far
 	count   func(n int64)
 	failure atomic.Pointer[bodyError]
 }
 
-// bodyError is the client's failure to send a body, or to send it well.
+// bodyError reports that the client sent its request body incompletely or malformed.
 type bodyError struct{ error }
 
 func (e *bodyError) Unwrap() error { return e.error }
 
-// Read implements io.Reader. Not every server that a body comes from compares
-// its length with the one that was announced, which is what the origin is told.
+// Read implements io.Reader. It checks that the body has the announced length, which
+// the origin is told and which not every server checks itself.
 func (b *clientBody) Read(p []byte) (int, error) {
 	n, err := b.r.Read(p)
 	b.count(int64(n))
@@ -99,8 +99,8 @@ func (b *clientBody) failed() error {
 	return nil
 }
 
-// do sends a request and returns the head of its response, whose body is to be
-// read to its end or not, and then finish called.
+// do sends a request and returns the response. The caller reads the body, if it wants
+// it, and then calls finish.
 func (x *exchange) do(out *outgoing) (*http.Response, error) {
 	res, err := x.try(out, false)
 	if err == nil || !x.mayRetry(out, err) {
@@ -110,9 +110,9 @@ func (x *exchange) do(out *outgoing) (*http.Response, error) {
 	return x.try(out, true)
 }
 
-// mayRetry reports whether a request that failed on a connection that was idle
-// before may be sent once more (RFC 9110 §9.2.2): nothing has come back, so it is
-// the idle connection that the origin was closing.
+// mayRetry reports whether a request that failed on a reused connection may be sent
+// once more (RFC 9110 §9.2.2). It may if nothing of a response has arrived: then the
+// origin was most likely closing the idle connection.
 func (x *exchange) mayRetry(out *outgoing, err error) bool {
 	if x.conn == nil || !x.conn.reused || !out.repeatable() || x.ctx.Err() != nil || x.answered || x.conn.r.Buffered() > 0 {
 		return false
@@ -124,7 +124,7 @@ func (x *exchange) mayRetry(out *outgoing, err error) bool {
 	return true
 }
 
-// repeatable reports whether sending the request twice does no harm.
+// repeatable reports whether the request is idempotent and has no body.
 func (out *outgoing) repeatable() bool {
 	switch out.method {
 	case http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace, http.MethodPut, http.MethodDelete:
@@ -133,8 +133,8 @@ func (out *outgoing) repeatable() bool {
 	return false
 }
 
-// connect returns a connection for the request: one that is bound to the client, if there
-// is one, unless a fresh one is wanted.
+// connect returns a connection for the request. Unless fresh is set, it prefers a
+// connection that is bound to the client.
 func (x *exchange) connect(out *outgoing, fresh bool) (*originConn, error) {
 	if x.binding.client != nil && !fresh {
 		if conn, err := x.binding.reuse(x.ctx, x.origins); conn != nil || err != nil {
@@ -169,7 +169,7 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 		x.await(out, start)
 		res, err := readResponse(conn.r, out.method)
 		if x.sender != nil && err != nil && x.ctx.Err() != nil {
-			x.sender.wait() // it may be the body that the client broke off
+			x.sender.wait() // the client may have cut off its body
 		}
 		if failed := out.body.failed(); failed != nil {
 			return nil, failed
@@ -183,7 +183,7 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 			body.conn, body.sender = conn.Conn, x.sender
 			if body.left < 0 || body.left > int64(conn.r.Buffered()) || res.StatusCode == http.StatusSwitchingProtocols {
 				x.watch()
-				conn.expectNone() // a body takes what it takes
+				conn.expectNone() // the timeout is for the head, not for the body
 			}
 			if x.sender != nil {
 				x.sender.proceed(false)
@@ -205,10 +205,11 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 	}
 }
 
-// promptHead is the size of a head for which each socket has room.
+// promptHead is the size of a request head that fits into any socket's send buffer.
 const promptHead = 8 << 10
 
-// send writes the head of a request. The origin may read nothing of a large one.
+// send writes the head of a request. Writing a large one can block if the origin does
+// not read it, so that gets a deadline.
 func (x *exchange) send(head []byte) error {
 	if len(head) > promptHead {
 		x.watch()
@@ -221,8 +222,8 @@ func (x *exchange) send(head []byte) error {
 	return err
 }
 
-// sendBody begins to send the body, unless that has begun. Until then the client has
-// not been asked for it.
+// sendBody starts sending the body, unless it has started already. If the client waits
+// for 100 (Continue), it gets it now.
 func (x *exchange) sendBody(out *outgoing) {
 	if out.invites {
 		x.interim(http.StatusContinue, nil)
@@ -232,11 +233,11 @@ func (x *exchange) sendBody(out *outgoing) {
 	x.sender.proceed(true)
 }
 
-// promptly is how long an exchange may go unwatched: most are over before that,
-// and a watch would make each of them some 4 % dearer.
+// promptly is how long an exchange runs before it watches for client disconnect. Most
+// finish sooner, and the watch costs about 4 % of an exchange.
 const promptly = 20 * time.Millisecond
 
-// watch ends the exchange as soon as the client leaves.
+// watch closes the connection to the origin as soon as the client disconnects.
 func (x *exchange) watch() {
 	if x.stopWatch == nil {
 		conn := x.conn
@@ -244,10 +245,10 @@ func (x *exchange) watch() {
 	}
 }
 
-// await returns when there is something to read, or the time for it is over:
-// that in which the origin has had all of the request, which it began to get at
-// start, or would not take more. A body that the origin has not asked for in time is
-// sent meanwhile.
+// await blocks until response bytes arrive or the response timeout expires. The clock
+// runs from start, when the request was sent, or with a body while the origin has all
+// of the body or is not reading it. It stops while the client's body is awaited. If the
+// origin does not send 100 (Continue) in time, the body is sent without it.
 func (x *exchange) await(out *outgoing, start time.Time) {
 	if x.stopWatch == nil {
 		x.conn.expectBy(promptly/4, promptly)
@@ -256,7 +257,7 @@ func (x *exchange) await(out *outgoing, start time.Time) {
 		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) || bytes.Contains(head, headEnd) {
 			return
 		}
-		x.watch() // nothing has come yet, or not all of a head
+		x.watch() // the head has not arrived, or not completely
 	}
 	if !x.sendBy.IsZero() {
 		wait := max(time.Until(x.sendBy), time.Millisecond)
@@ -286,16 +287,16 @@ func (x *exchange) await(out *outgoing, start time.Time) {
 	}
 }
 
-// finish ends the exchange. With reusable, the response was read to its end and
-// the connection can serve another exchange.
+// finish ends the exchange. reusable says that the response was read to its end and
+// that the connection can serve another exchange.
 func (x *exchange) finish(reusable bool) {
 	if x.conn == nil {
 		return
 	}
-	left := x.stopWatch != nil && !x.stopWatch() // the client
+	disconnected := x.stopWatch != nil && !x.stopWatch()
 	sent := x.sender == nil || x.sender.stop(x.conn)
 	switch {
-	case !reusable || !sent || left:
+	case !reusable || !sent || disconnected:
 		x.conn.discard()
 	case x.binding.login || x.conn.bound != nil:
 		x.binding.keep(x.ctx, x.origins, x.conn)
@@ -305,8 +306,8 @@ func (x *exchange) finish(reusable bool) {
 	x.conn, x.sender, x.stopWatch = nil, nil, nil
 }
 
-// take hands the connection over to the caller, with what was read from it
-// beyond the response.
+// take detaches the connection from the exchange and returns it with the bytes that
+// were read beyond the response head.
 func (x *exchange) take() (conn *originConn, early []byte, err error) {
 	conn = x.conn
 	if x.watch(); !x.stopWatch() {
@@ -325,12 +326,12 @@ func (x *exchange) take() (conn *originConn, early []byte, err error) {
 	return conn, early, nil
 }
 
-// dialError is an error before there was a connection.
+// dialError is an error that occurred before there was a connection.
 type dialError struct{ error }
 
 func (e *dialError) Unwrap() error { return e.error }
 
-// heads are buffers for the heads of requests.
+// heads is a pool of buffers for request heads.
 var heads = sync.Pool{New: func() any { b := make([]byte, 0, 4<<10); return &b }}
 
 // writeHead sends the head of a request in one write.
@@ -345,7 +346,7 @@ func (x *exchange) writeHead(out *outgoing) error {
 	b = append(b, "\r\n"...)
 	for name, values := range out.header {
 		if name == "Content-Length" || name == "Transfer-Encoding" || name == "Host" {
-			continue // said otherwise
+			continue // written separately
 		}
 		name = wireName(name)
 		for _, value := range values {
@@ -375,9 +376,9 @@ func (x *exchange) writeHead(out *outgoing) error {
 	return err
 }
 
-// appendField appends a field line. What the server accepts from clients is
-// valid; a field that the config has made invalid is left out, as it could end
-// the head.
+// appendField appends a field line. The server accepts only valid fields from clients,
+// but the config can make one invalid. Such a field could end the head, so it is
+// omitted.
 func appendField(b []byte, name, value string) []byte {
 	if !httpguts.ValidHeaderFieldName(name) || !httpguts.ValidHeaderFieldValue(value) {
 		return b
@@ -385,8 +386,8 @@ func appendField(b []byte, name, value string) []byte {
 	return appendLine(b, name, value)
 }
 
-// continueTimeout is how long an origin may take to ask for a body with 100
-// before it gets it unasked (RFC 9110 §10.1.1).
+// continueTimeout is how long to wait for an origin's 100 (Continue) before sending
+// the body anyway (RFC 9110 §10.1.1).
 const continueTimeout = time.Second
 
 // sender sends the body of a request on a goroutine of its own.
@@ -394,17 +395,17 @@ type sender struct {
 	out   *outgoing
 	conn  *originConn
 	ended chan struct{}
-	asked chan bool // tells whether the body is wanted
+	asked chan bool // receives whether to send the body
 
-	due      atomic.Int64 // since when it is the origin's turn, since epoch; 0: it is the client's
-	complete bool         // after ended: all of it was sent
-	reset    bool         // after ended: the origin reset the connection
+	due      atomic.Int64 // when the origin's turn began, since epoch; 0: waiting for the client
+	complete bool         // the whole body was sent; valid after ended
+	reset    bool         // the origin reset the connection; valid after ended
 }
 
 func newSender(conn *originConn, out *outgoing) *sender {
 	if out.body.length < 0 || out.body.length > copyBuffer {
 		if socket := newConnPeer(conn.Conn).tcp; socket != nil {
-			limitUnsent(socket) // its time for an answer begins when it has the request
+			limitUnsent(socket) // the origin's response timeout starts when it has the request
 		}
 	}
 	s := &sender{out: out, conn: conn, ended: make(chan struct{}), asked: make(chan bool, 2)}
@@ -412,7 +413,7 @@ func newSender(conn *originConn, out *outgoing) *sender {
 	return s
 }
 
-// proceed tells what the origin thinks of the body, once it has said so.
+// proceed tells the sender whether to send the body. Only the first call counts.
 func (s *sender) proceed(wanted bool) {
 	select {
 	case s.asked <- wanted:
@@ -437,8 +438,8 @@ func (s *sender) run() {
 		n, err := s.out.body.Read(buf[:])
 		s.turn(true)
 		if n > 0 {
-			// An origin that takes no more may still answer: that is the
-			// handler's to find out.
+			// The origin may still respond although it reads no more. The
+			// handler finds out by reading.
 			if _, err := w.Write(buf[:n]); err != nil {
 				s.reset = errors.Is(err, syscall.ECONNRESET)
 				return
@@ -450,13 +451,14 @@ func (s *sender) run() {
 			return
 		}
 		if err != nil {
-			_ = s.conn.Close() // the origin must not take it for the whole
+			_ = s.conn.Close() // the origin must not mistake a part for the whole body
 			return
 		}
 	}
 }
 
-// turn notes whose turn it is.
+// turn records whether the exchange waits for the origin or for the client. Only the
+// origin's turn counts towards the response timeout.
 func (s *sender) turn(origin bool) {
 	if origin {
 		s.due.Store(sinceEpoch(time.Now()))
@@ -465,7 +467,7 @@ func (s *sender) turn(origin bool) {
 	}
 }
 
-// finishBody ends a body that was sent in chunks, with its trailers.
+// finishBody writes the last chunk and the trailers of a chunked body.
 func (s *sender) finishBody(w io.Writer) error {
 	chunks, ok := w.(io.WriteCloser)
 	if s.out.body.length >= 0 || !ok {
@@ -484,7 +486,8 @@ func (s *sender) finishBody(w io.Writer) error {
 	return err
 }
 
-// stop ends the sender, and reports whether the body was sent completely.
+// stop stops the sender, and reports whether the whole body was sent. If it was not,
+// the connection is closed.
 func (s *sender) stop(conn *originConn) bool {
 	s.proceed(false)
 	if s.wait() {
@@ -496,11 +499,11 @@ func (s *sender) stop(conn *originConn) bool {
 	return false
 }
 
-// wasReset reports whether a write has learned that the origin reset the connection. The
-// system tells that once: the reader may see nothing but an end.
+// wasReset reports whether a write failed because the origin reset the connection. The
+// kernel reports a reset only once, so the reader may see just EOF.
 func (s *sender) wasReset() bool { return s.wait() && s.reset }
 
-// wait waits for the end for a moment, and reports whether it has come.
+// wait waits up to lastWrite for the sender to end, and reports whether it has.
 func (s *sender) wait() bool {
 	select {
 	case <-s.ended:
@@ -510,6 +513,6 @@ func (s *sender) wait() bool {
 	}
 }
 
-// lastWrite is how long a sender may take to notice that it is done: the origin
-// has often answered before the last write returns.
+// lastWrite is how long wait waits for the sender: the origin has often responded
+// before the sender's last write returns.
 const lastWrite = 50 * time.Millisecond

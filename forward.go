@@ -19,10 +19,10 @@ import (
 	"golang.org/x/net/http/httpguts"
 )
 
-// isProxyRequest reports whether r is to be forwarded: its target is in absolute
-// form (RFC 9112 §3.2.2), or in a form that is none, of which forward tells what
-// is wrong. Over HTTP/2 and 3 all requests look alike, and only the names of
-// this server tell which are for itself.
+// isProxyRequest reports whether r should be forwarded. Over HTTP/1 that is a
+// request whose target is in absolute form (RFC 9112 §3.2.2), or is malformed, which
+// forward then reports. Over HTTP/2 and 3 all requests look alike: those for one of
+// this server's own names are not forwarded.
 func (h *Handler) isProxyRequest(r *http.Request) bool {
 	if r.ProtoMajor == 1 {
 		return r.URL.Host != "" || r.URL.Scheme != "" || !strings.HasPrefix(r.RequestURI, "/")
@@ -31,10 +31,10 @@ func (h *Handler) isProxyRequest(r *http.Request) bool {
 		return false
 	}
 	host, _, _ := cutPort(r.Host)
-	return !slices.ContainsFunc(h.Hosts, func(own string) bool { return strings.EqualFold(own, host) })
+	return !slices.ContainsFunc(h.Hosts, func(name string) bool { return strings.EqualFold(name, host) })
 }
 
-// errHostByHeaderUp is for the log: it is the operator who can mend this.
+// errHostByHeaderUp is logged for the operator, whose config is at fault.
 var errHostByHeaderUp = errors.New("header_up produces an invalid Host field")
 
 // forward sends a request in absolute form to its origin and the response back.
@@ -62,7 +62,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 		control := http.NewResponseController(w)
 		out.stopBody = func() { _ = control.SetReadDeadline(time.Unix(1, 0)) }
 		if r.ProtoMajor == 1 {
-			// The response may come while the body is still being sent.
+			// The response may arrive while the request body is still being sent.
 			if err := control.EnableFullDuplex(); err != nil && !errors.Is(err, http.ErrNotSupported) {
 				return 0, caddyhttp.Error(http.StatusInternalServerError, err)
 			}
@@ -71,8 +71,9 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 	target, pool, binding := out.authority, h.origins[from.reach], newBinding(w, r, out, from)
 	if scheme == "https" {
 		pool = h.secureOrigins[from.reach]
-		// Only HTTP/1 has upgrades, and an idle connection shows that it is spoken.
-		// The logins of bound connections have no meaning in HTTP/2.
+		// Use HTTP/1 for upgrades, which HTTP/2 does not have, for logins that are
+		// bound to a connection, which HTTP/2 does not have either, and for an origin
+		// with an idle HTTP/1 connection in the pool, which evidently speaks HTTP/1.
 		if len(r.Header["Upgrade"]) == 0 && !pool.has(out.authority) && !binding.login && !binding.has(pool) {
 			if status, err := h.forwardHTTP2(w, r, out, from); !errors.Is(err, errNoHTTP2) {
 				return status, err
@@ -91,7 +92,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 		pool = h.parentOrigins
 	}
 
-	admitted := false // to the tunnels, of which an upgrade becomes one
+	admitted := false // counted as a tunnel, which an upgraded request becomes
 	leave := func() {
 		if admitted {
 			h.tunnels.leave(from.bucket)
@@ -122,7 +123,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 	metrics.responses.Observe(time.Since(start).Seconds())
 	x.binding.challenged(w, r, res)
 	if res.StatusCode == http.StatusProxyAuthRequired && pool == h.parentOrigins {
-		// Not the client's affair, who has no credentials for the parent.
+		// The parent rejected this proxy's credentials. The client has none for it.
 		return 0, dialRefusal(r.Context(), &parentError{phase: parentAnswering, status: res.StatusCode, header: res.Header, err: errors.New("it asks for credentials")}, r.Host)
 	} else if res.StatusCode == http.StatusProxyAuthRequired {
 		return 0, forwardRefusal(r, errNoProxy)
@@ -135,7 +136,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 		t := h.newTunnel(from, target, "", conn.Conn)
 		t.fromTarget = early
 		status, err := h.upgrade(w, r, res, t)
-		admitted = admitted && err != nil // else the tunnel leaves when it ends
+		admitted = admitted && err != nil // on success the tunnel itself leaves when it ends
 		return status, err
 	}
 	leave()
@@ -152,16 +153,16 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 	return res.StatusCode, nil
 }
 
-// newOutgoing makes the request to the origin out of the client's. Their fields
-// are one map, which Caddy has copied for its logs before.
+// newOutgoing derives the request to the origin from the client's. Both share one
+// header map; Caddy has already copied it for its logs.
 func newOutgoing(r *http.Request) (out *outgoing, scheme string, err error) {
 	u := r.URL
 	if r.ProtoMajor > 1 {
-		u = &url.URL{Scheme: "http", Host: r.Host} // of :scheme nothing is left to see
+		u = &url.URL{Scheme: "http", Host: r.Host} // net/http does not expose :scheme
 	}
 	scheme = strings.ToLower(u.Scheme)
 	switch {
-	case r.RequestURI == "*" && (r.ProtoMajor == 1 || r.Method != http.MethodOptions): // else that is how OPTIONS for an empty path is written
+	case r.RequestURI == "*" && (r.ProtoMajor == 1 || r.Method != http.MethodOptions): // over HTTP/2 and 3, OPTIONS * means an empty path
 		return nil, "", errors.New("the target * is for OPTIONS to this server only")
 	case scheme == "":
 		return nil, "", errors.New("its target is not an absolute URL")
@@ -196,10 +197,9 @@ func newOutgoing(r *http.Request) (out *outgoing, scheme string, err error) {
 	return out, scheme, nil
 }
 
-// checkFrames says what of a request over HTTP/2 or HTTP/3 cannot be said in
-// HTTP/1 without being taken for something else: their fields are in frames that
-// no space and no line end could break, and a length that is announced is not
-// what ends the content.
+// checkFrames returns an error for an HTTP/2 or HTTP/3 request that would change its
+// meaning in HTTP/1. Frames may carry spaces and line ends where HTTP/1 uses them as
+// delimiters, and do not depend on Content-Length for the end of the content.
 func (out *outgoing) checkFrames() error {
 	if !httpguts.ValidHeaderFieldName(out.method) {
 		return fmt.Errorf("the method %q is not a token", out.method)
@@ -218,12 +218,13 @@ func (out *outgoing) checkFrames() error {
 	return nil
 }
 
-// endsConnection reports whether the answer to r is the last on an HTTP/1
-// connection: to a client that speaks HTTP/1.0, with whom a proxy keeps none (RFC
-// 9112 §9.3); to one that may still be sending its request, behind which net/http
-// would look for another one; and to a request in chunks, as net/http does not
-// tell whether it had a Content-Length too, which has the connection closed (RFC
-// 9112 §6.1).
+// endsConnection reports whether the HTTP/1 connection must close after the response
+// to r. It must if
+//   - the client speaks HTTP/1.0, with which a proxy keeps no connection (RFC 9112 §9.3),
+//   - the request body was not read to its end, as net/http would look for the next
+//     request in the rest of it,
+//   - the body was chunked: with a Content-Length as well, RFC 9112 §6.1 requires
+//     closing, and net/http does not say whether there was one.
 func endsConnection(r *http.Request, out *outgoing) bool {
 	switch {
 	case r.ProtoMajor > 1:
@@ -234,12 +235,10 @@ func endsConnection(r *http.Request, out *outgoing) bool {
 	return out.body != nil && (out.body.length < 0 || out.body.read.Load() < out.body.length)
 }
 
-// originForm returns the path and query of r's target exactly as the client
-// wrote them.
+// originForm returns the path and query of r's target exactly as the client wrote them.
 func originForm(r *http.Request) string {
 	target := r.RequestURI
-	// A handler before this one may have rewritten the target, and left an
-	// origin form.
+	// An earlier handler may have rewritten the target to origin form.
 	if _, rest, found := strings.Cut(target, "://"); found && target[0] != '/' {
 		i := strings.IndexAny(rest, "/?")
 		if i < 0 {
@@ -256,7 +255,7 @@ func originForm(r *http.Request) string {
 	return target
 }
 
-// setRequestFields makes r's fields those of the message to the next hop.
+// setRequestFields turns r's header fields into those of the request to the next hop.
 func (h *Handler) setRequestFields(r *http.Request, from caller) {
 	prepareRequest(r.Header, r.ProtoMajor, r.ProtoMinor)
 	if h.ForwardedFor == "off" {
@@ -268,8 +267,7 @@ func (h *Handler) setRequestFields(r *http.Request, from caller) {
 	h.via.add(r.Header, r.ProtoMajor, r.ProtoMinor)
 }
 
-// applyUp makes the configured changes to the fields of a request to an origin,
-// of which Host is one.
+// applyUp applies header_up to the request's header fields, and to host, its Host field.
 func (h *Handler) applyUp(r *http.Request, host *string) {
 	if h.Headers == nil || h.Headers.Request == nil {
 		return
@@ -280,7 +278,7 @@ func (h *Handler) applyUp(r *http.Request, host *string) {
 	*host = changed.Host
 }
 
-// applyDown makes the configured changes to the fields of a response.
+// applyDown applies header_down to the response's header fields.
 func (h *Handler) applyDown(res *http.Response, r *http.Request) {
 	if h.Headers == nil || h.Headers.Response == nil {
 		return
@@ -292,8 +290,8 @@ func (h *Handler) applyDown(res *http.Response, r *http.Request) {
 	ops.ApplyTo(res.Header, r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer))
 }
 
-// respond passes a response on. If it breaks off, the answer to the client is
-// to be broken off too, so that nobody takes a part for the whole (RFC 9112 §8).
+// respond sends the origin's response to the client. If the origin's response is cut
+// off, so is the client's, which must not mistake a part for the whole (RFC 9112 §8).
 func (h *Handler) respond(w http.ResponseWriter, r *http.Request, out *outgoing, res *http.Response, from caller) error {
 	if body, ok := res.Body.(*originBody); ok {
 		if err := body.checkStart(); err != nil {
@@ -315,12 +313,12 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, out *outgoing,
 	if len(announced) > 0 {
 		header["Trailer"] = []string{strings.Join(announced, ", ")}
 		if r.ProtoMajor == 1 {
-			delete(header, "Content-Length") // HTTP/2 has both, HTTP/1 only one or the other
+			delete(header, "Content-Length") // HTTP/1 has trailers only behind chunks
 		}
 	}
 	limitWrite(r)
 	w.WriteHeader(res.StatusCode)
-	if r.ProtoMajor == 3 && !hasContent(r.Method, res.StatusCode) { // else quic-go says that it has none of a length
+	if r.ProtoMajor == 3 && !hasContent(r.Method, res.StatusCode) { // otherwise quic-go sends Content-Length: 0
 		_ = http.NewResponseController(w).Flush()
 	}
 	err := copyBody(w, r, res, func(n int64) { h.countForwarded(from.bucket, 0, n) })
@@ -329,34 +327,34 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, out *outgoing,
 	case errors.As(err, &gone) || err != nil && r.Context().Err() != nil:
 		return clientLeft(err)
 	case err != nil:
-		_ = http.NewResponseController(w).Flush() // what has come before is the client's
+		_ = http.NewResponseController(w).Flush() // send what arrived before the failure
 		return brokenOff{err}
 	}
 	if res.ContentLength < 0 && r.ProtoMajor == 1 {
-		limitWrite(r) // the end of the content, which is written after this
+		limitWrite(r) // for the final chunk, which net/http writes after this handler
 	}
 	_ = res.Body.Close() // fills in the trailers
 	return passTrailers(w, res, announced, connection)
 }
 
-// errNoProxy reports a 407 from an origin. To the client it would say that this proxy
-// wants credentials, and browsers would ask their users for them.
+// errNoProxy reports a 407 from an origin. If it were passed on, the client would take
+// it for this proxy's, and browsers would prompt their users for a password.
 const errNoProxy = protocolError("it asks for credentials that only a proxy may ask for (407)")
 
-// restartable reports whether Caddy's timeout for writing begins anew with each
-// write: it does not where a write timeout or a least rate is to be kept.
+// restartable reports whether each write may restart Caddy's write timeout. It may not
+// if the server has a fixed write deadline or a minimum rate.
 func restartable(idle *caddyhttp.IdleTimeoutWriter) bool {
 	return idle.Deadline.MinRate <= 0 && idle.Deadline.HardDeadline.IsZero()
 }
 
-// setResponseFields makes the fields of the answer those of res.
+// setResponseFields copies the header of res, adapted for the client, to w.
 func (h *Handler) setResponseFields(w http.ResponseWriter, r *http.Request, res *http.Response) http.Header {
 	removeHopByHop(res.Header)
 	h.via.add(res.Header, res.ProtoMajor, res.ProtoMinor)
 	h.applyDown(res, r)
 	header := w.Header()
-	// What Caddy says of itself is not true of the origin, and net/http is not
-	// to guess at a type.
+	// Caddy's Server field does not describe the origin. A nil Content-Type keeps
+	// net/http from guessing one.
 	delete(header, "Server")
 	header["Content-Type"] = nil
 	for name, values := range res.Header {
@@ -365,19 +363,20 @@ func (h *Handler) setResponseFields(w http.ResponseWriter, r *http.Request, res 
 	return header
 }
 
-// brokenOff is the end of an answer that is not complete and cannot be mended.
+// brokenOff reports that a response was cut off after its head had been sent. It is
+// an http.ErrAbortHandler, so that the server aborts the client's response too.
 type brokenOff struct{ error }
 
 func (e brokenOff) Error() string        { return "the response was cut off: " + e.error.Error() }
 func (e brokenOff) Unwrap() error        { return e.error }
 func (e brokenOff) Is(target error) bool { return target == http.ErrAbortHandler }
 
-// clientError is the client's failure to take an answer.
+// clientError is a failure to write the response to the client.
 type clientError struct{ error }
 
 func (e *clientError) Unwrap() error { return e.error }
 
-// toClient makes a failure that of the client.
+// toClient wraps err, if there is one, as a clientError.
 func toClient(err error) error {
 	if err != nil {
 		err = &clientError{err}
@@ -385,23 +384,24 @@ func toClient(err error) error {
 	return err
 }
 
-// hasContent reports whether a response to a method may have content.
+// hasContent reports whether a response with the given status to the given method may
+// have content.
 func hasContent(method string, status int) bool {
 	return method != http.MethodHead && status != http.StatusNoContent && status != http.StatusNotModified
 }
 
 const copyBuffer = 32 << 10
 
-// copyBuffers are what bodies are copied through.
+// copyBuffers is a pool of buffers for copying bodies.
 var copyBuffers = sync.Pool{New: func() any { return new([copyBuffer]byte) }}
 
-// copyBody copies the body of a response, counts what has passed part by part,
-// and flushes what has come whenever there may be a wait for more.
+// copyBody copies a response body to the client and calls count for each part. It
+// flushes whenever the next read could block.
 func copyBody(w http.ResponseWriter, r *http.Request, res *http.Response, count func(n int64)) error {
-	body, own := res.Body.(*originBody)
-	if own {
+	body, isHTTP1 := res.Body.(*originBody)
+	if isHTTP1 {
 		if rest, ok := body.rest(); ok {
-			if len(rest) == 0 { // a status that has no content forbids even that
+			if len(rest) == 0 { // some statuses do not allow even an empty write
 				return nil
 			}
 			n, err := w.Write(rest)
@@ -414,13 +414,13 @@ func copyBody(w http.ResponseWriter, r *http.Request, res *http.Response, count 
 	}
 	slow := newSlowReader(w, r)
 	defer slow.stop()
-	if own {
+	if isHTTP1 {
 		if done, err := body.splice(w, count); done || err != nil {
 			return err
 		}
 	}
 	control := http.NewResponseController(w)
-	if !own || !body.more() {
+	if !isHTTP1 || !body.more() {
 		if err := control.Flush(); err != nil {
 			return toClient(err)
 		}
@@ -429,7 +429,7 @@ func copyBody(w http.ResponseWriter, r *http.Request, res *http.Response, count 
 	defer copyBuffers.Put(buf)
 	left := res.ContentLength
 	for {
-		if own {
+		if isHTTP1 {
 			if err := body.awaitContent(); err != nil {
 				return err
 			}
@@ -451,7 +451,7 @@ func copyBody(w http.ResponseWriter, r *http.Request, res *http.Response, count 
 		if err != nil {
 			return err
 		}
-		if n > 0 && left != 0 && (!own || !body.more()) {
+		if n > 0 && left != 0 && (!isHTTP1 || !body.more()) {
 			if err := control.Flush(); err != nil {
 				return toClient(err)
 			}

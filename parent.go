@@ -27,48 +27,48 @@ import (
 	"golang.org/x/net/proxy"
 )
 
-// Upstream is a parent proxy: what this proxy would connect to, it asks that one
-// for.
+// Upstream is a parent proxy, through which this proxy connects to destinations.
 type Upstream struct {
-	// Where it is: `http://`, `https://` or `socks5://` (`socks5h://` is the same), a
-	// host and perhaps a port (default: 80, 443 or 1080). User and password before
-	// an @ may be placeholders such as {env.PROXY_PASSWORD} and
-	// {file./run/secrets/proxy}, which are replaced when the config is loaded; what
-	// is written out is percent-encoded, and visible in the config.
+	// The URL of the parent proxy: `http://`, `https://` or `socks5://` (`socks5h://` is
+	// the same), a host and optionally a port (default: 80, 443 or 1080). A user and
+	// password before an @ may be placeholders such as {env.PROXY_PASSWORD} and
+	// {file./run/secrets/proxy}, which are replaced when the config is loaded. Written
+	// literally, they must be percent-encoded, and are visible in the config.
 	URL string `json:"url"`
 
-	// Fields of the requests to it, CONNECT included; not with socks5.
+	// Header fields to add to the requests to the parent proxy, including CONNECT. Not
+	// available with socks5.
 	Headers map[string]string `json:"headers,omitempty"`
 
-	// How to speak TLS with it, if its scheme is https.
+	// TLS settings for the connection to the parent proxy, if its scheme is https.
 	TLS *reverseproxy.TLSConfig `json:"tls,omitempty"`
 }
 
-// parent connects through a parent proxy.
+// parent opens connections through a parent proxy.
 //
 // All methods are safe for concurrent use.
 type parent struct {
 	scheme    string
 	address   string        // host and port
-	header    http.Header   // of requests to it, credentials included
+	header    http.Header   // added to requests to the parent; includes credentials
 	secure    *tls.Config   // nil: no TLS
 	socks     socksDialer   // nil: an HTTP proxy
-	timeout   time.Duration // for a connection through it
+	timeout   time.Duration // for opening a connection through it
 	dialer    net.Dialer
 	connector *connector
 
-	streams *muxPool    // for tunnels over HTTP/2; nil: not with this scheme
-	http1   atomic.Bool // it does not speak HTTP/2
+	streams *muxPool    // for tunnels over HTTP/2; nil: the scheme is not https
+	http1   atomic.Bool // the parent does not speak HTTP/2
 
-	whereabouts atomic.Pointer[whereabouts] // the last answer of isHere
+	whereabouts atomic.Pointer[whereabouts] // the cached result of isHere
 }
 
-// socksDialer is what there is in a Dialer of golang.org/x/net/proxy.
+// socksDialer is implemented by the SOCKS5 dialer of golang.org/x/net/proxy.
 type socksDialer interface {
 	DialWithConn(ctx context.Context, c net.Conn, network, address string) (net.Addr, error)
 }
 
-// newParent makes the way through a parent proxy that u describes.
+// newParent returns a parent for the config u.
 func newParent(ctx caddy.Context, u *Upstream, timeout time.Duration, connector *connector) (*parent, error) {
 	scheme, credentials, address, err := splitUpstream(u.URL)
 	if err != nil {
@@ -126,11 +126,11 @@ func newParent(ctx caddy.Context, u *Upstream, timeout time.Duration, connector 
 	return p, nil
 }
 
-// upstreamPorts are the schemes of parents and their default ports. As in curl,
-// socks5h says that the parent resolves the names, which it does in any case.
+// upstreamPorts maps the schemes of parents to their default ports. In curl, socks5h
+// makes the parent resolve names; here the parent always does.
 var upstreamPorts = map[string]string{"http": "80", "https": "443", "socks5": "1080", "socks5h": "1080"}
 
-// splitUpstream splits the URL of a parent. Its errors never repeat credentials.
+// splitUpstream splits the URL of a parent. Its errors never contain credentials.
 func splitUpstream(s string) (scheme, credentials, address string, err error) {
 	scheme, rest, found := strings.Cut(s, "://")
 	if !found {
@@ -159,8 +159,7 @@ func splitUpstream(s string) (scheme, credentials, address string, err error) {
 	return scheme, credentials, address, nil
 }
 
-// hasLiteralSecret reports whether u has a secret that is written out, and not a
-// placeholder.
+// hasLiteralSecret reports whether u contains a literal secret instead of a placeholder.
 func (u *Upstream) hasLiteralSecret() bool {
 	_, credentials, _, _ := splitUpstream(u.URL)
 	if _, password := cutCredentials(credentials); password != "" && !strings.Contains(password, "{") {
@@ -176,8 +175,8 @@ func (u *Upstream) hasLiteralSecret() bool {
 	return false
 }
 
-// cutCredentials splits a user and a password at the first colon that is not
-// part of a placeholder. Both are as they are written.
+// cutCredentials splits a user and a password at the first colon outside a placeholder.
+// It decodes neither.
 func cutCredentials(s string) (user, password string) {
 	depth := 0
 	for i, c := range s {
@@ -193,8 +192,8 @@ func cutCredentials(s string) (user, password string) {
 	return s, ""
 }
 
-// readCredentials reads a user and a password, both percent-encoded or with
-// placeholders. Without any it returns nil.
+// readCredentials decodes a user and a password, which are percent-encoded or contain
+// placeholders. It returns nil if s is empty.
 func readCredentials(s string) (*url.Userinfo, error) {
 	if s == "" {
 		return nil, nil
@@ -206,7 +205,8 @@ func readCredentials(s string) (*url.Userinfo, error) {
 			return "", errors.New("the user or the password is not correctly percent-encoded")
 		}
 		if s, err = repl.ReplaceOrErr(s, true, true); err != nil {
-			return "", errors.New("a placeholder in the user or the password is not known, or empty") // or no placeholder, but secret
+			// err may contain a part of the password that only looks like a placeholder.
+			return "", errors.New("a placeholder in the user or the password is not known, or empty")
 		}
 		return s, nil
 	}
@@ -219,17 +219,17 @@ func readCredentials(s string) (*url.Userinfo, error) {
 	return url.UserPassword(name, password), err
 }
 
-// hereFor is how long an answer of isHere holds: a proxy that listens on port 443
-// asks for each CONNECT to that port.
+// hereFor is how long a result of isHere is cached: a proxy that listens on port 443
+// needs it for each CONNECT to that port.
 const hereFor = 10 * time.Second
 
-// whereabouts is an answer of isHere.
+// whereabouts is a cached result of isHere.
 type whereabouts struct {
 	here bool
 	at   time.Time
 }
 
-// isHere reports whether the parent is on this machine.
+// isHere reports whether the parent is on this machine. It may look up the parent's name.
 func (p *parent) isHere(ctx context.Context) bool {
 	if known := p.whereabouts.Load(); known != nil && time.Since(known.at) < hereFor {
 		return known.here
@@ -240,7 +240,7 @@ func (p *parent) isHere(ctx context.Context) bool {
 	if addr, err := netip.ParseAddr(host); err == nil {
 		addrs = append(addrs, addr)
 	} else if addrs, err = p.connector.resolver.lookup(ctx, host); err != nil {
-		return true // rather refuse too much
+		return true // err on the side of denying
 	}
 	here := slices.ContainsFunc(addrs, func(addr netip.Addr) bool {
 		addr = addr.Unmap()
@@ -250,21 +250,21 @@ func (p *parent) isHere(ctx context.Context) bool {
 	return here
 }
 
-// open connects to the parent's own address, a name of which may need a search list
-// of the system's.
+// open connects to the parent. Its name, unlike a target's, may use the system's DNS
+// search list.
 func (p *parent) open(ctx context.Context) (net.Conn, error) {
 	t := newTarget(p.address)
 	host, _, _ := cutPort(p.address)
 	return p.connector.dial(ctx, &p.dialer, strings.Trim(host, "[]"), t.port)
 }
 
-// takesRequests reports whether plain requests go to the parent as they are,
-// and not through a tunnel.
+// takesRequests reports whether plain requests are sent to the parent as such, and not
+// through a tunnel.
 func (p *parent) takesRequests() bool { return p.socks == nil }
 
-// exposes refuses a request whose answer may show the fields for the parent to
-// the client (RFC 9110 §9.3.8): one that the parent answers itself, with what it
-// has got. It is asked before prepare adds them.
+// exposes refuses a request that the parent may answer itself by echoing the request it
+// received: that would reveal the fields that are meant for the parent alone to the
+// client (RFC 9110 §9.3.8). It must be called before prepare adds them.
 func (p *parent) exposes(out *outgoing) *refusal {
 	if len(p.header) == 0 {
 		return nil
@@ -284,11 +284,11 @@ func (p *parent) exposes(out *outgoing) *refusal {
 	return f
 }
 
-// prepare makes a request to an http origin one to the parent, which gets its
-// target in absolute form (RFC 9112 §3.2.2). asked is the authority that the
-// client has named and the rules have judged: it is where the parent is sent to,
-// whatever Host was made of it. The fields for the parent may be secret, and are
-// in none of the client's.
+// prepare readdresses a request for an http origin to the parent, with its target in
+// absolute form (RFC 9112 §3.2.2). asked is the authority that the client requested and
+// the rules have checked. It goes into the target even if header_up has changed Host.
+// The header is cloned, so that the parent's fields, which may be secret, do not end up
+// in the client's request.
 func (p *parent) prepare(out *outgoing, asked string) {
 	if out.target == "*" {
 		out.target = ""
@@ -296,14 +296,14 @@ func (p *parent) prepare(out *outgoing, asked string) {
 	out.target, out.host = "http://"+asked+out.target, asked
 	out.authority = p.address
 	out.header = maps.Clone(out.header)
-	if len(p.header) > 0 { // nobody before the origin answers this request
+	if len(p.header) > 0 { // make sure that no proxy answers, as it could echo p.header
 		delete(out.header, "Max-Forwards")
 	}
 	maps.Copy(out.header, p.header)
 }
 
-// connect opens a tunnel through the parent to address, a host and a port,
-// whose name the parent resolves.
+// connect opens a tunnel through the parent to address, a host and a port. The parent
+// resolves the name.
 func (p *parent) connect(ctx context.Context, address string) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
@@ -317,7 +317,7 @@ func (p *parent) connect(ctx context.Context, address string) (net.Conn, error) 
 	if err != nil {
 		return nil, err
 	}
-	// Ends what follows when ctx does.
+	// Abort the reads and writes below when ctx ends.
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	var tunnel net.Conn
 	if p.socks != nil {
@@ -335,8 +335,8 @@ func (p *parent) connect(ctx context.Context, address string) (net.Conn, error) 
 	return tunnel, nil
 }
 
-// dial connects to the parent itself, whose address is the operator's choice
-// and no client's.
+// dial connects to the parent itself. The policy does not apply: the operator chose its
+// address.
 func (p *parent) dial(ctx context.Context) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
@@ -354,7 +354,7 @@ func (p *parent) dial(ctx context.Context) (net.Conn, error) {
 	return secure, nil
 }
 
-// handshakeWith begins TLS on conn, which it closes if that fails.
+// handshakeWith performs a TLS handshake on conn, and closes it if that fails.
 func handshakeWith(ctx context.Context, conn net.Conn, config *tls.Config, protocols ...string) (*tls.Conn, error) {
 	config = config.Clone()
 	config.NextProtos = protocols
@@ -369,7 +369,7 @@ func handshakeWith(ctx context.Context, conn net.Conn, config *tls.Config, proto
 func (p *parent) connectSOCKS(ctx context.Context, conn net.Conn, address string) (net.Conn, error) {
 	if _, err := p.socks.DialWithConn(ctx, conn, "tcp", address); err != nil {
 		status := 0
-		switch text := err.Error(); { // its errors have no types
+		switch text := err.Error(); { // the package's errors have no types
 		case strings.Contains(text, "not allowed by ruleset"):
 			status = http.StatusForbidden
 		case strings.Contains(text, "authentication"):
@@ -420,7 +420,7 @@ func (p *parent) connectHTTP1(ctx context.Context, conn net.Conn, address string
 	return conn, nil
 }
 
-// refusedConnect is the error of a CONNECT that the parent has refused.
+// refusedConnect returns the error for a CONNECT that the parent refused.
 func refusedConnect(status int, header http.Header) *parentError {
 	return &parentError{
 		phase: parentAnswering, status: status, header: header,
@@ -428,18 +428,18 @@ func refusedConnect(status int, header http.Header) *parentError {
 	}
 }
 
-// parentRequestKey is for the context of a dial for a CONNECT, in which there is a
+// parentRequestKey is the context key under which the dial for a CONNECT carries a
 // *parentRequest.
 type parentRequestKey struct{}
 
-// parentRequest is what the parent and its connections are to know of a CONNECT.
+// parentRequest holds what the parent is told of a CONNECT, and for whom it is.
 type parentRequest struct {
 	fields http.Header
-	client netip.Addr // what the client shares its limits with
+	client netip.Addr // the address or prefix that is the client's limit key
 }
 
-// fields returns the fields of a CONNECT to the parent, and the client that it is
-// for, if it is for one alone.
+// fields returns the header of a CONNECT to the parent, and the client that it is for,
+// if it is for one client only.
 func (p *parent) fields(ctx context.Context) (fields http.Header, client netip.Addr) {
 	fields = make(http.Header)
 	if request, ok := ctx.Value(parentRequestKey{}).(*parentRequest); ok {
@@ -450,7 +450,7 @@ func (p *parent) fields(ctx context.Context) (fields http.Header, client netip.A
 	return fields, client
 }
 
-// earlyConn is a connection of which something has been read already.
+// earlyConn is a connection that first returns the bytes that were read ahead.
 type earlyConn struct {
 	net.Conn
 	early []byte
@@ -472,8 +472,8 @@ func (c *earlyConn) CloseWrite() error {
 	return c.Close()
 }
 
-// dialStreams opens a connection for tunnels over HTTP/2, or learns that the
-// parent has none.
+// dialStreams opens a connection for tunnels over HTTP/2. If the parent does not speak
+// HTTP/2, it records that in p.http1 and returns errNoHTTP2.
 func (p *parent) dialStreams(connected func()) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), p.timeout)
 	defer cancel()
@@ -494,8 +494,8 @@ func (p *parent) dialStreams(connected func()) (net.Conn, error) {
 	return secure, nil
 }
 
-// connectStream opens a tunnel that is a stream of HTTP/2. If the connection has
-// died in the meantime, or the parent is closing it, it tries another one: nothing
+// connectStream opens a tunnel on an HTTP/2 stream. If the connection has died or the
+// parent is closing it, connectStream tries another one, which is safe because nothing
 // has been sent through the tunnel yet.
 func (p *parent) connectStream(ctx context.Context, address string) (net.Conn, error) {
 	fields, client := p.fields(ctx)
@@ -513,14 +513,14 @@ func (p *parent) connectStream(ctx context.Context, address string) (net.Conn, e
 		if err == nil {
 			return s, nil
 		}
-		again := errors.Is(err, errUnprocessed) || errors.Is(err, errSilence) || isClosed(err) && s.id > 1
-		if !again || attempt == muxDials || ctx.Err() != nil {
+		retry := errors.Is(err, errUnprocessed) || errors.Is(err, errSilence) || isClosed(err) && s.id > 1
+		if !retry || attempt == muxDials || ctx.Err() != nil {
 			return nil, asAnswerError(err, nil)
 		}
 	}
 }
 
-// close ends what is idle.
+// close closes idle connections to the parent, and others once they are idle.
 func (p *parent) close() {
 	if p.streams != nil {
 		p.streams.close()

@@ -16,33 +16,33 @@ import (
 	"time"
 )
 
-// parentPhase is how far an attempt to use the parent had got when it failed.
+// parentPhase is the phase in which an attempt to use the parent failed.
 type parentPhase int
 
 const (
-	parentConnecting  parentPhase = iota // resolving its name, connecting to it
-	parentHandshaking                    // beginning TLS
+	parentConnecting  parentPhase = iota // resolving its name, connecting
+	parentHandshaking                    // the TLS handshake
 	parentAnswering                      // waiting for its answer
 )
 
 // parentError is a failure of the parent, not of the target.
 type parentError struct {
 	phase  parentPhase
-	status int         // the parent's answer; 0: there is none
-	header http.Header // of that answer; may be nil
-	socks  bool        // it is a SOCKS proxy
+	status int         // the status of the parent's answer; 0: there is none
+	header http.Header // the header of that answer; may be nil
+	socks  bool        // the parent is a SOCKS proxy
 	err    error
 }
 
 func (e *parentError) Error() string { return "the parent proxy: " + e.err.Error() }
 func (e *parentError) Unwrap() error { return e.err }
 
-// errParentWantsTLS is the failure of a request without TLS that a TLS server
-// has answered with an alert.
+// errParentWantsTLS reports that the parent answered a plain-text request with a TLS
+// alert.
 var errParentWantsTLS = errors.New("it speaks TLS: the URL of the option upstream should begin with https://, not http://")
 
-// asAnswerError makes an error of reading the parent's answer from r a
-// parentError.
+// asAnswerError wraps an error that occurred while reading the parent's answer from r.
+// r may be nil.
 func asAnswerError(err error, r *bufio.Reader) *parentError {
 	// An alert of TLS 1.0 to 1.3 begins with these bytes (RFC 8446 §5.1).
 	if r != nil && r.Buffered() >= 2 {
@@ -53,8 +53,8 @@ func asAnswerError(err error, r *bufio.Reader) *parentError {
 	return &parentError{phase: parentAnswering, err: err}
 }
 
-// asParentError makes a failure of an exchange with the parent a parentError,
-// unless it is the client's, or there was no connection.
+// asParentError wraps a failure of an exchange with the parent as a parentError, unless
+// the client caused it or there was no connection.
 func (x *exchange) asParentError(err error) error {
 	if errors.As(err, new(*bodyError)) || errors.As(err, new(*dialError)) || x.conn == nil {
 		return err
@@ -62,8 +62,8 @@ func (x *exchange) asParentError(err error) error {
 	return asAnswerError(err, x.conn.r)
 }
 
-// refusal tells the client why the parent has no connection to host. ctx is the
-// request's.
+// refusal returns the response that tells the client why the parent could not connect to
+// host. ctx is the request's.
 func (e *parentError) refusal(ctx context.Context, host string) *refusal {
 	var f *refusal
 	switch {
@@ -72,7 +72,7 @@ func (e *parentError) refusal(ctx context.Context, host string) *refusal {
 	case e.phase == parentConnecting:
 		f = dialRefusal(ctx, e.err, "the parent proxy")
 		f.text = strings.ToUpper(f.text[:1]) + f.text[1:]
-	case isTLSError(e.err): // in TLS 1.3 the parent judges our certificate after the handshake
+	case isTLSError(e.err): // in TLS 1.3 the parent rejects our certificate after the handshake
 		f = tlsRefusal(e.err, "the parent proxy")
 		f.text = strings.ToUpper(f.text[:1]) + f.text[1:]
 	case e.phase == parentHandshaking:
@@ -86,19 +86,19 @@ func (e *parentError) refusal(ctx context.Context, host string) *refusal {
 	return f
 }
 
-// isTimeout reports whether err says that something took too long.
+// isTimeout reports whether err is a timeout.
 func isTimeout(err error) bool {
 	var timeout net.Error
 	return errors.Is(err, os.ErrDeadlineExceeded) || errors.As(err, &timeout) && timeout.Timeout()
 }
 
-// isClosed reports whether err says that the other end has closed the
-// connection, or reset it.
+// isClosed reports whether err says that the peer closed or reset the connection.
 func isClosed(err error) bool {
 	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 }
 
-// handshakeRefusal is for a TLS handshake that has failed without a word of TLS.
+// handshakeRefusal returns the response for a TLS handshake that timed out or whose
+// connection was closed.
 func (e *parentError) handshakeRefusal() *refusal {
 	if isTimeout(e.err) {
 		return refuse(http.StatusGatewayTimeout, "connection_timeout", nil, "The parent proxy did not complete the TLS handshake in time.")
@@ -106,7 +106,7 @@ func (e *parentError) handshakeRefusal() *refusal {
 	return refuse(http.StatusBadGateway, "tls_protocol_error", nil, "The parent proxy closed the connection during the TLS handshake.")
 }
 
-// exchangeRefusal is for an HTTP parent that gave no valid answer.
+// exchangeRefusal returns the response for an HTTP parent that gave no valid answer.
 func (e *parentError) exchangeRefusal() *refusal {
 	switch {
 	case errors.Is(e.err, errParentWantsTLS):
@@ -123,7 +123,7 @@ func (e *parentError) exchangeRefusal() *refusal {
 	return refuse(http.StatusBadGateway, "http_protocol_error", nil, "The parent proxy did not answer with a valid HTTP response.")
 }
 
-// socksRefusal is for a SOCKS parent that gave no valid answer.
+// socksRefusal returns the response for a SOCKS parent that gave no valid answer.
 func (e *parentError) socksRefusal() *refusal {
 	switch {
 	case isTimeout(e.err):
@@ -134,14 +134,14 @@ func (e *parentError) socksRefusal() *refusal {
 	return refuse(http.StatusBadGateway, "destination_unavailable", nil, "The parent proxy did not give a valid SOCKS answer.")
 }
 
-// answerRefusal is for a parent that has refused. What it says of the reason is
-// passed on: its members of Proxy-Status, and when to try again.
+// answerRefusal returns the response for a parent that refused the connection. It passes
+// on the parent's Proxy-Status and Retry-After.
 func (e *parentError) answerRefusal(host string) *refusal {
 	var f *refusal
 	switch e.status {
 	case http.StatusForbidden:
 		f = refuse(http.StatusForbidden, deniedRequest, nil, "The parent proxy does not allow this proxy to connect to %s.", host)
-	case http.StatusProxyAuthRequired, http.StatusUnauthorized: // tinyproxy has the latter
+	case http.StatusProxyAuthRequired, http.StatusUnauthorized: // tinyproxy sends 401
 		f = refuse(http.StatusBadGateway, "proxy_configuration_error", nil, "The parent proxy does not accept this proxy's credentials.")
 	case http.StatusTooManyRequests:
 		f = refuse(http.StatusTooManyRequests, "destination_unavailable", nil, "The parent proxy has received too many requests and did not connect to %s; try again later.", host)

@@ -17,37 +17,37 @@ import (
 	"github.com/gaissmai/bart"
 )
 
-// policy decides where clients may go: by the rules of the config, in their
-// order, and by how far a client reaches where no rule speaks.
+// policy decides which targets clients may connect to. The rules of the config apply in
+// their order; where no rule matches, the client's reach decides.
 type policy struct {
 	sets       []*ruleSet
 	ports      []portRange               // nil: all but portSMTP
 	connect    []portRange               // the ports for CONNECT; nil: as ports
-	own        func(netip.AddrPort) bool // listeners of this process that nobody may be taken to
-	reportOnly bool                      // denials by rules and ports are reported and not enforced
-	changing   bool                      // its verdicts may be others later, or are to be heard again
+	own        func(netip.AddrPort) bool // whether an address is a protected listener of this process
+	reportOnly bool                      // denials by rules and ports are only reported
+	changing   bool                      // verdicts can change, or must be reported again: recheck reused connections
 }
 
-// portSMTP is denied unless the option ports names it: an open relay for mail
-// is what a forward proxy is abused for first.
+// portSMTP is denied unless the option ports lists it: sending spam is the most common
+// abuse of a forward proxy.
 const portSMTP = 25
 
-// ruleSet is what neighbouring rules with one action and one range of ports
-// name. Their order among each other makes no difference.
+// ruleSet merges the destinations of adjacent rules that have the same action and port
+// range. The order among such rules makes no difference.
 type ruleSet struct {
 	deny  bool
 	ports portRange // zero: all of them
 
 	all             bool
 	private, public bool
-	names           map[string]bool // in lower case, without a dot at the end
-	domains         map[string]bool // of which a name is a subdomain, like names
+	names           map[string]bool // in lower case, without a trailing dot
+	domains         map[string]bool // match their subdomains; spelled like names
 	prefixes        bart.Lite
 	count           int // of prefixes
 	sources         []*rangeSource
 }
 
-// portRange is all ports from low to high.
+// portRange is the ports from low to high; the zero value is all ports.
 type portRange struct{ low, high uint16 }
 
 func (p portRange) contains(port uint16) bool { return p.high == 0 || p.low <= port && port <= p.high }
@@ -62,7 +62,7 @@ func (p portRange) String() string {
 	return fmt.Sprintf("%d-%d", p.low, p.high)
 }
 
-// parsePorts reads a port, or a range of them such as 8000-8999.
+// parsePorts parses a port or a range of ports such as 8000-8999.
 func parsePorts(s string) (portRange, error) {
 	from, to, ranged := strings.Cut(s, "-")
 	if !ranged {
@@ -76,7 +76,7 @@ func parsePorts(s string) (portRange, error) {
 	return portRange{uint16(low), uint16(high)}, nil
 }
 
-// parsePortList reads the ports of an option.
+// parsePortList parses the ports of an option.
 func parsePortList(option string, texts []string) (list []portRange, err error) {
 	for _, text := range texts {
 		ports, err := parsePorts(text)
@@ -88,14 +88,14 @@ func parsePortList(option string, texts []string) (list []portRange, err error) 
 	return list, nil
 }
 
-// target is where a client wants to go: a host as it was asked for, and a port.
+// target is the host and port that a client asks for.
 type target struct {
-	name string     // in lower case, without a dot at the end; "" for an address
+	name string     // in lower case, without a trailing dot; "" for an address
 	addr netip.Addr // if the host is an address
 	port uint16
 }
 
-// newTarget splits an address that joinTarget has made.
+// newTarget parses an address that joinTarget has built.
 func newTarget(address string) target {
 	host, port, _ := cutPort(address)
 	n, _ := strconv.ParseUint(port, 10, 16)
@@ -109,18 +109,18 @@ func newTarget(address string) target {
 	return t
 }
 
-// deniedError says that the policy forbids a target.
+// deniedError reports that the policy denies a target.
 type deniedError struct {
-	to   netip.AddrPort // the address that it was judged by; not valid if only the name was
-	rule string         // which rule, or ""; for the log
-	kind string         // the error type of RFC 9209
+	to   netip.AddrPort // the denied address; invalid if only the name was checked
+	rule string         // the rule that denies it, for the log; may be ""
+	kind string         // the RFC 9209 error type
 	what string         // what is not allowed, for the client; "": the host
 	why  string         // the reason, for the client; may be ""
 	hint string         // how the operator could allow it, for the log; may be ""
 }
 
-// text tells the client what is not allowed. Which option forbids it, and which
-// would allow it, concerns the operator: the log says so.
+// text returns the message for the client. The options that deny the target, or would
+// allow it, are the operator's business and are only logged.
 func (e *deniedError) text(host string) string {
 	text := "This proxy does not allow " + cmp.Or(e.what, host)
 	if e.why != "" {
@@ -145,12 +145,11 @@ const (
 	deniedRequest = "http_request_denied"
 )
 
-// check judges an address that is about to be connected to for a client of
-// reach r, as one of t. The rules are walked in order: the first that names the
-// target's name or the address decides. A name that is allowed does not open
-// whatever it resolves to: its address is judged by the rules behind it that
-// are about addresses, and by the client's reach. reported is what would have
-// been denied, had rules not only to be reported.
+// check decides whether a client of reach r may connect to the address to of target t.
+// The first rule that matches the target's name or the address decides. Allowing a name
+// does not allow whatever it resolves to: the address must still pass the later rules
+// for addresses, and the client's reach. reported is the first denial that report-only
+// mode suppressed, if any.
 func (p *policy) check(ctx context.Context, r reach, t target, to netip.AddrPort) (denied, reported *deniedError) {
 	ip := to.Addr().WithZone("").Unmap()
 	host := embedded(ip)
@@ -194,7 +193,7 @@ func (p *policy) check(ctx context.Context, r reach, t target, to netip.AddrPort
 	}
 }
 
-// checkOwn denies an address at which this process itself listens.
+// checkOwn denies the address of a protected listener of this process.
 func (p *policy) checkOwn(to netip.AddrPort) *deniedError {
 	if p.own == nil {
 		return nil
@@ -207,8 +206,8 @@ func (p *policy) checkOwn(to netip.AddrPort) *deniedError {
 	return nil
 }
 
-// enforces reports whether a denial by rules or ports holds. If it is only to be
-// reported, reported becomes the first there is.
+// enforces reports whether a denial by rules or ports is enforced. In report-only mode
+// it stores the first denial in reported instead.
 func (p *policy) enforces(e *deniedError, reported **deniedError) bool {
 	if p.reportOnly && *reported == nil {
 		*reported = e
@@ -216,10 +215,10 @@ func (p *policy) enforces(e *deniedError, reported **deniedError) bool {
 	return !p.reportOnly
 }
 
-// checkName judges a target whose address is not known yet, or, if this proxy is
-// not to resolve names, never will be: rules about addresses then say nothing
-// about names. Its verdict spares the resolver; it is never more lenient than
-// that of check.
+// checkName decides about a target before its name is resolved, which saves DNS queries
+// for denied names. What it allows must still pass check. If resolvable is false, this
+// proxy never resolves the name, since the parent does: then rules for addresses do not
+// apply to names, and checkName decides alone.
 func (p *policy) checkName(ctx context.Context, r reach, t target, resolvable bool) (denied, reported *deniedError) {
 	if t.addr.IsValid() {
 		if resolvable {
@@ -245,7 +244,7 @@ func (p *policy) checkName(ctx context.Context, r reach, t target, resolvable bo
 			}
 		case matches, resolvable && !s.deny && s.aboutAddresses():
 			if resolvable {
-				reported = nil // check will find it again
+				reported = nil // check reports it again
 			}
 			return nil, reported
 		}
@@ -258,8 +257,8 @@ func (p *policy) checkName(ctx context.Context, r reach, t target, resolvable bo
 
 var loopback4 = netip.AddrFrom4([4]byte{127, 0, 0, 1})
 
-// connectKey is for the context of a CONNECT's dial. It is there if the option
-// connect_ports is.
+// connectKey is the context key that marks the dial of a CONNECT. It is only set if the
+// option connect_ports is.
 type connectKey struct{}
 
 func (p *policy) checkPort(ctx context.Context, port uint16) *deniedError {
@@ -278,10 +277,10 @@ func (p *policy) checkPort(ctx context.Context, port uint16) *deniedError {
 	return e
 }
 
-// matchAddress returns what of the set an address matches. host is what ip
-// embeds, or ip. A range of outer addresses that is allowed, such as 2000::/3,
-// does not open a private address inside one of them: a rule has to allow that
-// address itself.
+// matchAddress returns which entry of the set matches an address. host is the IPv4
+// address that ip embeds, or else ip. Allowing a range of IPv6 addresses such as
+// 2000::/3 does not allow private IPv4 addresses embedded in them: a rule must allow
+// those themselves.
 func (s *ruleSet) matchAddress(ctx context.Context, ip, host netip.Addr) (string, bool) {
 	what, matches := s.matchRange(ctx, host)
 	if !matches && ip != host && (s.deny || public.includes(host, host)) {
@@ -300,8 +299,8 @@ func (s *ruleSet) matchAddress(ctx context.Context, ip, host netip.Addr) (string
 	return "", false
 }
 
-// matchRange returns which range of the set an address is in. An address of a
-// metadata service is allowed by its own entry only, not by a range around it.
+// matchRange returns which range of the set contains an address. A metadata service is
+// only allowed by an entry for its exact address, not by a range around it.
 func (s *ruleSet) matchRange(ctx context.Context, addr netip.Addr) (string, bool) {
 	if !s.deny && isMetadata(addr) {
 		return "", s.count > 0 && s.prefixes.Get(netip.PrefixFrom(addr, addr.BitLen()))
@@ -321,7 +320,8 @@ func (s *ruleSet) matchRange(ctx context.Context, addr netip.Addr) (string, bool
 	return "", false
 }
 
-// matchName returns what of the set a target matches by its name.
+// matchName returns which entry of the set matches a target's name. The entry all also
+// matches addresses.
 func (s *ruleSet) matchName(t target) (string, bool) {
 	if s.all {
 		return "all", true
@@ -345,12 +345,12 @@ func (s *ruleSet) matchName(t target) (string, bool) {
 	return "", false
 }
 
-// aboutAddresses reports whether the set names any.
+// aboutAddresses reports whether the set has entries for addresses.
 func (s *ruleSet) aboutAddresses() bool {
 	return s.count > 0 || len(s.sources) > 0 || s.private || s.public
 }
 
-// denied makes the error of a set that denies, of which what has matched.
+// denied returns the error for a target that matches the entry what of a deny set.
 func (s *ruleSet) denied(what string) *deniedError {
 	if s.ports.high > 0 {
 		what += ":" + s.ports.String()
@@ -362,12 +362,12 @@ func (s *ruleSet) denied(what string) *deniedError {
 
 // rangeSource is a list of CIDR ranges that may change while the config runs.
 type rangeSource struct {
-	name   string // of the module
+	name   string // the module's ID
 	source caddyhttp.IPRangeSource
 	built  atomic.Pointer[builtRanges]
 }
 
-// builtRanges is the table that was made of a list.
+// builtRanges is a list and the lookup table built from it.
 type builtRanges struct {
 	list  []netip.Prefix
 	table bart.Lite
@@ -389,19 +389,19 @@ func (s *rangeSource) contains(ctx context.Context, addr netip.Addr) bool {
 	return b.table.Contains(addr)
 }
 
-// A reach is how far a client may go through the proxy: no further than it
-// could without it.
+// A reach says which addresses a client may reach by default: no more than it could
+// reach without the proxy.
 type reach int
 
 const (
-	public reach = iota // to public unicast addresses beyond this machine's own networks: any client on the Internet can go there
-	local               // to this machine and its networks too: a client on this machine can
+	public reach = iota // public unicast addresses outside this machine's networks: open to any client
+	local               // this machine and its networks as well: for clients on this machine
 	reaches
 )
 
-// includes reports whether an address is within reach. host is what ip embeds, or
-// ip, which is not v4-mapped and has no zone. Both must be within reach, except
-// that an address of a public translator reaches what it embeds.
+// includes reports whether an address is within reach. ip is not v4-mapped and has no
+// zone; host is the IPv4 address that it embeds, or else ip. Both must be within reach,
+// except that for the public NAT64 prefix only host counts.
 func (r reach) includes(ip, host netip.Addr) bool {
 	return r.reaches(host) && (ip == host || nat64.Contains(ip) || r.reaches(ip))
 }
@@ -413,12 +413,12 @@ func (r reach) reaches(ip netip.Addr) bool {
 	return !notPublic.Contains(ip) && !isNearby(ip)
 }
 
-// notPublic has the addresses that are not public unicast, from the
-// special-purpose registries of IANA (RFC 6890), and Azure's 168.63.129.16, which
-// belongs to the machine's host. Of IPv6 everything outside global unicast,
-// 2000::/3, is in it. notLocal has the addresses that even a client on this
-// machine does not need: the unspecified ones, which are this machine under
-// another name, link-local, multicast and broadcast.
+// notPublic contains the addresses that are not public unicast, from IANA's
+// special-purpose registries (RFC 6890), everything in IPv6 outside global unicast,
+// 2000::/3, and Azure's 168.63.129.16, which belongs to the machine's host. notLocal
+// contains the addresses that even a client on this machine may not reach by default:
+// unspecified ones, which are aliases of this machine, link-local, multicast and
+// broadcast.
 var (
 	notPublic = prefixes("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16",
 		"172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16",
@@ -427,9 +427,8 @@ var (
 	notLocal = prefixes("0.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "255.255.255.255/32",
 		"::/128", "fe80::/10", "ff00::/8", "2001::/32")
 
-	// Where clouds hand out credentials to the machine: the metadata services of
-	// AWS (also ECS and EKS), Google, Azure, Oracle, OpenStack, Alibaba, Tencent
-	// and Scaleway.
+	// The metadata services that hand a machine its cloud credentials: AWS (also ECS
+	// and EKS), Google, Azure, Oracle, OpenStack, Alibaba, Tencent and Scaleway.
 	metadata = addressSet("169.254.169.254", "169.254.170.2", "169.254.170.23", "169.254.0.23", "169.254.42.42",
 		"168.63.129.16", "192.0.0.192", "100.100.100.200",
 		"fd00:ec2::254", "fd00:ec2::23", "fd20:ce::254", "fd00:42::42", "fe80::a9fe:a9fe")
@@ -441,8 +440,8 @@ var (
 	translated = netip.MustParsePrefix("::ffff:0:0:0/96") // RFC 2765
 )
 
-// embedded returns the IPv4 address inside an IPv6 one that leads there, or once
-// did, through a translator, a relay or a tunnel, else ip itself.
+// embedded returns the IPv4 address that is embedded in an IPv6 address for a
+// translator, relay or tunnel, in current or obsolete use, or else ip itself.
 func embedded(ip netip.Addr) netip.Addr {
 	if ip.Is4() {
 		return ip
@@ -456,7 +455,7 @@ func embedded(ip netip.Addr) netip.Addr {
 		return netip.AddrFrom4([4]byte(b[2:6]))
 	case localNAT64.Contains(ip) && [5]byte(b[11:]) == [5]byte{}: // the prefix has 48 bits
 		return netip.AddrFrom4([4]byte{b[6], b[7], b[9], b[10]})
-	case localNAT64.Contains(ip): // 96
+	case localNAT64.Contains(ip): // the prefix has 96 bits
 		return last
 	case b[8]&^2 == 0 && b[9] == 0 && b[10] == 0x5e && b[11] == 0xfe: // ISATAP, RFC 5214
 		return last
@@ -464,7 +463,7 @@ func embedded(ip netip.Addr) netip.Addr {
 	return ip
 }
 
-// isMetadata reports whether a cloud's metadata service is at addr.
+// isMetadata reports whether addr is that of a cloud's metadata service.
 func isMetadata(addr netip.Addr) bool { return metadata[addr] }
 
 func addressSet(list ...string) map[netip.Addr]bool {
