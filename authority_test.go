@@ -41,13 +41,13 @@ func TestParseAuthority(t *testing.T) {
 		}
 	}
 
-	const noPort, noHost = "there is no port", "there is no host"
-	const tooLong = "the name of the host is too long"
+	const noPort, noHost = "the port is missing", "the host is missing"
+	const tooLong = "the host name is too long"
 	badPort := func(port string) string {
 		return "the port " + strconv.Quote(port) + " is not a number from 1 to 65535"
 	}
-	badName := func(host string) string { return strconv.Quote(host) + " is no name of a host" }
-	badAddr := func(host string) string { return strconv.Quote(host) + " is no IPv6 address" }
+	badName := func(host string) string { return strconv.Quote(host) + " is not a host name" }
+	badAddr := func(host string) string { return strconv.Quote(host) + " is not an IPv6 address" }
 	for _, tc := range []struct{ authority, want string }{
 		{"", noPort},
 		{"example.com", noPort},
@@ -79,8 +79,8 @@ func TestParseAuthority(t *testing.T) {
 		{"example..com:443", badName("example..com")},
 		{".example.com:443", badName(".example.com")},
 		{"example.com..:443", badName("example.com..")},
-		{"user@example.com:443", "user names and passwords do not belong there"},
-		{"user:password@example.com:443", "user names and passwords do not belong there"},
+		{"user@example.com:443", "user names and passwords do not belong in a request target"},
+		{"user:password@example.com:443", "user names and passwords do not belong in a request target"},
 		{"http://example.com:443", badName("http://example.com")},
 		{"//example.com:443", badName("//example.com")},
 		{"/path:443", badName("/path")},

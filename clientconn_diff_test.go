@@ -855,7 +855,7 @@ func TestClientConnHandsOn(t *testing.T) {
 	}
 	c := fastConn()
 	c.send("PRI * HTTP/2.0\n\nSM\n\n")
-	if got := c.readAll(); !strings.HasPrefix(got, "HTTP/1.1 400 ") || !strings.HasSuffix(got, "HTTP/2 cannot begin behind other requests.\n") {
+	if got := c.readAll(); !strings.HasPrefix(got, "HTTP/1.1 400 ") || !strings.HasSuffix(got, "HTTP/2 cannot start after HTTP/1 requests on the same connection.\n") {
 		t.Errorf("HTTP/2 behind another request: got %q", got)
 	}
 }

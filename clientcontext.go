@@ -16,28 +16,28 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// requestContext is the context of a request on a clientConn. What costs is there
-// when somebody asks for it, which for most requests nobody does.
+// requestContext is the context of a request on a clientConn. It prepares the expensive
+// parts, which most requests do not need, on first use.
 type requestContext struct {
-	context.Context // of the connection, with what holds for all requests
+	context.Context // of the connection, with the values that all requests share
 	conn            *clientConn
 	r               *http.Request
 	start           time.Time
-	placeholder     caddy.ReplacerFunc // of the proxy's own
+	placeholder     caddy.ReplacerFunc // the proxy's placeholders
 
 	once     sync.Once
 	prepared context.Context
 }
 
-// Done implements context.Context: the client's leaving is looked out for from
-// now on.
+// Done implements context.Context. The first call starts the watch for the client's
+// disconnect.
 func (c *requestContext) Done() <-chan struct{} {
 	c.conn.startWatch()
 	return c.Context.Done()
 }
 
-// Value implements context.Context. What Caddy prepares for each request, such as
-// variables and placeholders, is prepared with the first thing that is asked for.
+// Value implements context.Context. The first call for one of Caddy's keys prepares what
+// Caddy prepares for each request, such as variables and placeholders.
 func (c *requestContext) Value(key any) any {
 	if value := c.Context.Value(key); value != nil {
 		return value
@@ -49,18 +49,19 @@ func (c *requestContext) Value(key any) any {
 		repl := caddy.NewReplacer()
 		repl.Map(c.placeholder)
 		c.prepared = caddyhttp.PrepareRequest(c.r.WithContext(c.Context), repl, c.conn.out, c.conn.listener.site).Context()
-		caddyhttp.SetVar(c.prepared, "start_time", c.start) // which Caddy counts the duration from
+		caddyhttp.SetVar(c.prepared, "start_time", c.start) // Caddy measures durations from it
 	})
 	return c.prepared.Value(key)
 }
 
-// namesClient reports whether a request may speak for another client than the one
-// whose connection this is. That is Caddy's to say.
+// namesClient reports whether a request has a field that may name another client than the
+// one that is connected. Caddy then decides who the client is.
 func (c *requestContext) namesClient() bool {
 	has := func(name string) bool { return len(c.r.Header.Values(name)) > 0 }
 	return has("X-Forwarded-For") || slices.ContainsFunc(c.conn.listener.site.ClientIPHeaders, has)
 }
 
+// startWatch starts to watch for the client's disconnect while a request is served.
 func (c *clientConn) startWatch() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -73,10 +74,9 @@ func (c *clientConn) startWatch() {
 	go c.look(c.watch)
 }
 
-// look reads ahead until the connection has ended, or stopWatch is called, or
-// there is no room for more. A client that has sent further requests and then
-// says that it is done still waits for this answer; that it waits for the last one,
-// net/http does not believe either.
+// look reads ahead until the connection ends, the buffer is full, or stopWatch is called.
+// EOF after pipelined requests is a half-close: the client still waits for its responses.
+// EOF with nothing buffered counts as a disconnect, as in net/http.
 func (c *clientConn) look(done chan<- struct{}) {
 	defer close(done)
 	for {
@@ -93,6 +93,7 @@ func (c *clientConn) look(done chan<- struct{}) {
 	}
 }
 
+// stopWatch ends the watch, and returns when look no longer reads.
 func (c *clientConn) stopWatch() {
 	c.mu.Lock()
 	c.answering = false

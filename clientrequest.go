@@ -16,13 +16,13 @@ import (
 	"golang.org/x/net/http/httpguts"
 )
 
-// readHead reads until there is a whole head, and returns its length without the
-// empty line. That is negative if there is something else, which is for net/http:
-// more than there is room for, the end or a timeout in the middle, or what parse would
-// not take, about which net/http is to say what is wrong without waiting for the rest.
-// If reading fails, what was read before is still there.
+// readHead reads a whole request head and returns its length without the empty line. The
+// length is negative if the request is for net/http: the head does not fit into the buffer,
+// the client half-closed or timed out in the middle, or parse would not accept the lines
+// that have arrived. net/http then refuses malformed lines without waiting for the rest. If
+// reading fails, the bytes that were read before are still buffered.
 func (c *clientConn) readHead() (length int, err error) {
-	waits, checked := false, 0
+	waiting, checked := false, 0 // checked: bytes of whole lines that isOrdinaryStart accepts
 	for {
 		input, _ := c.r.Peek(c.r.Buffered())
 		if bytes.HasPrefix(input, emptyLine) { // RFC 9112 §2.2
@@ -35,27 +35,27 @@ func (c *clientConn) readHead() (length int, err error) {
 		if len(input) == c.r.Size() || len(input) > 0 && !httpguts.IsTokenRune(rune(input[0])) && string(input) != "\r" {
 			return -1, nil
 		}
-		if end := bytes.LastIndexByte(input, '\n') + 1; end > checked { // each line is looked at once
+		if end := bytes.LastIndexByte(input, '\n') + 1; end > checked {
 			if !isOrdinaryStart(string(input[checked:end]), checked == 0) {
 				return -1, nil
 			}
 			checked = end
 		}
-		if !waits {
-			waits = true
-			c.due = time.Unix(1, 0) // what is set was for something else
+		if !waiting {
+			waiting = true
+			c.due = time.Unix(1, 0) // the current deadline was not for a request head
 			c.expect(c.listener.site.ReadHeaderTimeout)
 		}
 		if _, err := c.r.Peek(len(input) + 1); err == io.EOF && len(input) > 0 {
-			return -1, nil // who says nothing more may still want an answer
+			return -1, nil // the client half-closed mid-head; net/http responds with 400
 		} else if err != nil {
 			return -1, err
 		}
 	}
 }
 
-// isOrdinaryStart reports whether lines, which come first in a head or not, may be those
-// of an ordinary request.
+// isOrdinaryStart reports whether lines of a head may belong to a request that this package
+// serves. first says that they start with the request line.
 func isOrdinaryStart(lines string, first bool) bool {
 	lines, ok := strings.CutSuffix(lines, "\r\n")
 	if ok && first {
@@ -65,11 +65,11 @@ func isOrdinaryStart(lines string, first bool) bool {
 	return ok && parseStrictly(lines) != nil
 }
 
-// emptyLine may stand before a request, and means nothing.
+// emptyLine is ignored before a request (RFC 9112 §2.2).
 var emptyLine = []byte("\r\n")
 
-// parse returns the request with the given head, without its empty line, if it
-// is ordinary and well-formed beyond doubt.
+// parse returns the request with the given head, which does not include the empty line. It
+// returns nil if the request is not ordinary and well-formed beyond doubt.
 func (c *clientConn) parse(head string) *http.Request {
 	method, target, header := parseLines(head)
 	if header == nil || !isOrdinary(header) {
@@ -77,7 +77,7 @@ func (c *clientConn) parse(head string) *http.Request {
 	}
 	var u *url.URL
 	if method == http.MethodConnect {
-		// The handler says what is wrong with a target that is no authority.
+		// The handler responds to a target that is not an authority.
 		if u = connectURL(target); u == nil {
 			return nil
 		}
@@ -86,7 +86,7 @@ func (c *clientConn) parse(head string) *http.Request {
 		if u, err = parseURL(target); err != nil || strings.Trim(u.Hostname(), ".") == "" || !httpguts.ValidHostHeader(u.Host) {
 			return nil
 		}
-		if strings.HasPrefix(u.Path, "/.well-known/") { // Caddy may be asked to prove there whose a name is
+		if strings.HasPrefix(u.Path, "/.well-known/") { // Caddy may have to answer ACME challenges there
 			return nil
 		}
 	}
@@ -99,8 +99,8 @@ func (c *clientConn) parse(head string) *http.Request {
 	return r
 }
 
-// connectURL returns what net/http makes of the target of a CONNECT request, for
-// any target that it may see. User names and passwords are not in it.
+// connectURL returns the URL that net/http makes of a CONNECT target, or nil if net/http or
+// Caddy would refuse the target. It drops user names and passwords.
 func connectURL(target string) *url.URL {
 	if strings.ContainsFunc(target, func(c rune) bool { return c <= ' ' || c == 0x7f }) {
 		return nil
@@ -112,9 +112,9 @@ func connectURL(target string) *url.URL {
 	return &url.URL{Host: host}
 }
 
-// parseURL is url.ParseRequestURI, but accepts a % in the path that begins no
-// escape: browsers send it (WHATWG URL §4.4), and what it means is up to the origin,
-// which gets the target as the client sent it.
+// parseURL is url.ParseRequestURI, but also accepts a % in the path that begins no escape.
+// Browsers send that (WHATWG URL §4.4), and its meaning is up to the origin, which gets the
+// target as the client sent it.
 func parseURL(target string) (*url.URL, error) {
 	u, err := url.ParseRequestURI(target)
 	if err == nil {
@@ -132,7 +132,7 @@ func parseURL(target string) (*url.URL, error) {
 	return u, err
 }
 
-// escapePercents makes each % that begins no escape an escape of itself.
+// escapePercents escapes each % that begins no escape.
 func escapePercents(path string) string {
 	var b strings.Builder
 	for i := range len(path) {
@@ -148,18 +148,18 @@ func isHex(c byte) bool {
 	return c >= '0' && c <= '9' || c|0x20 >= 'a' && c|0x20 <= 'f'
 }
 
-// isOrdinary reports whether a request with these fields has no content and asks
-// for nothing but a response.
+// isOrdinary reports whether a request with these fields has no content and asks for nothing
+// but a response.
 func isOrdinary(header http.Header) bool {
 	for _, name := range [...]string{"Content-Length", "Expect", "Trailer", "Transfer-Encoding", "Upgrade"} {
 		if _, ok := header[name]; ok {
 			return false
 		}
 	}
-	return len(header["Pragma"]) == 0 || len(header["Cache-Control"]) > 0 // net/http adds that
+	return len(header["Pragma"]) == 0 || len(header["Cache-Control"]) > 0 // net/http adds Cache-Control to a lone Pragma
 }
 
-// wantsClose reports whether a client sends nothing more, as net/http sees it.
+// wantsClose reports whether Connection has the token close, parsed as net/http does.
 func wantsClose(connection []string) bool {
 	for _, value := range connection {
 		for token := range strings.FieldsFuncSeq(value, func(c rune) bool { return c == ',' || c == ' ' || c == '\t' }) {
@@ -171,8 +171,8 @@ func wantsClose(connection []string) bool {
 	return false
 }
 
-// isPlainAuthority reports whether an authority has a host and a port, and
-// nothing in it that net/http or Caddy might read in another way.
+// isPlainAuthority reports whether an authority has a host and a port, and nothing that
+// net/http or Caddy might read differently.
 func isPlainAuthority(authority string) bool {
 	host, port, found := cutPort(authority)
 	if inner, ok := strings.CutPrefix(host, "["); ok {
@@ -188,9 +188,9 @@ func isPlainAuthority(authority string) bool {
 	return found && strings.Trim(host, ".") != "" && port != "" && strings.Trim(port, "0123456789") == ""
 }
 
-// parseLines reads a head, or the first lines of one, without the last line end.
-// It returns no fields if there is a line that is not that of an ordinary request.
-// POST is none even without content, as net/http bears with blank lines behind it.
+// parseLines parses a request line and the field lines after it, without the last CRLF. It
+// returns a nil header if one of them does not belong to an ordinary request. POST is
+// excluded even without content, because net/http tolerates empty lines after one.
 func parseLines(head string) (method, target string, header http.Header) {
 	line, lines, more := strings.Cut(head, "\r\n")
 	method, rest, _ := strings.Cut(line, " ")
@@ -205,9 +205,9 @@ func parseLines(head string) (method, target string, header http.Header) {
 	return method, target, parseStrictly(lines)
 }
 
-// parseStrictly reads field lines. It returns nil if there is one that is not
-// well-formed. Unlike Caddy it keeps fields with _ or . in their names: a proxy has to
-// forward what it does not know (RFC 9110 §5.1).
+// parseStrictly parses field lines. It returns nil if one of them is malformed. Unlike
+// Caddy, it keeps fields with _ or . in their names: a proxy has to forward fields that it
+// does not know (RFC 9110 §5.1).
 func parseStrictly(lines string) http.Header {
 	fields := newFields(strings.Count(lines, "\r\n") + 1)
 	for line := range strings.SplitSeq(lines, "\r\n") {

@@ -19,40 +19,40 @@ import (
 	"golang.org/x/net/http/httpguts"
 )
 
-// responseWriter writes the responses on a clientConn as net/http would:
-// byte for byte but for the order of the fields that it adds.
+// responseWriter writes the responses on a clientConn byte for byte as net/http would,
+// except for the order of the fields that it adds.
 type responseWriter struct {
 	client   *clientConn
 	header   http.Header
 	head     bool // the request is HEAD
 	closes   bool // the connection ends after this response
 	hijacked bool
-	tunnel   *tunnel    // that the connection is to become; nil: none
-	lingers  bool       // the connection will be closed in stages
-	sender   netip.Addr // its client, if it lingers
+	tunnel   *tunnel    // what the connection becomes after the handler returns; nil: none
+	lingers  bool       // close the connection in stages
+	sender   netip.Addr // the client, if lingers is set
 
-	status  int      // 0: there is no response yet
-	length  int64    // of the content, as announced; < 0: it is not
-	written int64    // of the content
-	sent    bool     // the fields, at least
-	chunked bool     // the content
-	trailer nameSet  // that were announced
-	pending []byte   // content, while it may still be all that there is
-	names   []string // of the fields, in order
+	status  int      // 0: not set yet
+	length  int64    // from Content-Length; < 0: unknown
+	written int64    // bytes of content
+	sent    bool     // the header has been sent
+	chunked bool     // the content is sent in chunks
+	trailer nameSet  // announced trailer fields
+	pending []byte   // content held back, since it may be the whole content
+	names   []string // of the fields, sorted
 	buf     []byte
 	vectors net.Buffers
 	vector  [3][]byte
 }
 
-// pendingContent is how much content of unknown length is kept back until it is
-// flushed or ends.
+// pendingContent limits how much content of unknown length is held back until a flush or the
+// end.
 const pendingContent = 2 << 10
 
-// keptBuffer is how large a buffer may be to be kept for the next response.
+// keptBuffer is the largest buffer that is kept for the next response.
 const keptBuffer = 16 << 10
 
-// begin prepares the writer for a response: to HEAD or to another method, behind
-// which the connection closes or not.
+// begin resets the writer for the response to the next request. head says that the request
+// is HEAD, closes that the connection closes after the response.
 func (w *responseWriter) begin(head, closes bool) {
 	w.header = make(http.Header, 8)
 	w.head, w.closes, w.lingers = head, closes, false
@@ -65,7 +65,7 @@ func (w *responseWriter) Header() http.Header { return w.header }
 // Hijack implements http.Hijacker.
 func (w *responseWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	if w.status != 0 {
-		return nil, nil, http.ErrHijacked // by a response
+		return nil, nil, http.ErrHijacked // the response has begun
 	}
 	w.hijacked = true
 	w.client.stopWatch()
@@ -74,8 +74,8 @@ func (w *responseWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	return w.client.TCPConn, bufio.NewReadWriter(w.client.r, nil), nil
 }
 
-// SetWriteDeadline implements the deadlines of http.ResponseController. Every
-// write sets its own, so that none is ever removed.
+// SetWriteDeadline implements the method that http.ResponseController calls. It ignores the
+// zero time: every write sets its own deadline, so that none has to be removed.
 func (w *responseWriter) SetWriteDeadline(t time.Time) error {
 	if !t.IsZero() {
 		w.client.setWriteDeadline(t, time.Until(t)/16)
@@ -96,7 +96,7 @@ func (w *responseWriter) WriteHeader(status int) {
 		delete(w.header, "Transfer-Encoding")
 		w.buf = append(w.appendFields(appendStatusLine(w.buf[:0], status)), "\r\n"...)
 		w.client.limitWrite()
-		_, _ = w.client.Write(w.buf) // a failure is that of the response, too
+		_, _ = w.client.Write(w.buf) // if it fails, writing the response fails too
 		return
 	}
 	w.status = status
@@ -112,7 +112,7 @@ func (w *responseWriter) WriteHeader(status int) {
 	w.trailer = listedNames(w.header["Trailer"])
 }
 
-// hasContent reports whether a response of this status may have some.
+// hasContent reports whether a response with this status may have content.
 func (w *responseWriter) hasContent() bool {
 	return w.status != http.StatusNoContent && w.status != http.StatusNotModified
 }
@@ -128,7 +128,7 @@ func (w *responseWriter) Write(p []byte) (int, error) {
 	case !w.hasContent():
 		return 0, http.ErrBodyNotAllowed
 	}
-	w.written += int64(len(p)) // of too much, too: end is to know
+	w.written += int64(len(p)) // counts bytes beyond Content-Length too, for end to detect
 	if w.length >= 0 && w.written > w.length {
 		return 0, http.ErrContentLength
 	}
@@ -141,18 +141,18 @@ func (w *responseWriter) Write(p []byte) (int, error) {
 	return len(p), w.send(p, false)
 }
 
-// FlushError sends what there is of the response.
+// FlushError sends the header, and the content that is held back.
 func (w *responseWriter) FlushError() error {
 	if w.status == 0 {
 		w.WriteHeader(http.StatusOK)
 	}
 	if w.sent {
-		return nil // content does not wait once the fields are sent
+		return nil // no content is held back once the header is sent
 	}
 	return w.send(nil, false)
 }
 
-// ReadFrom implements io.ReaderFrom: between two sockets the kernel can copy.
+// ReadFrom implements io.ReaderFrom. Between two sockets, the kernel copies the content.
 func (w *responseWriter) ReadFrom(r io.Reader) (int64, error) {
 	if w.status == 0 || w.head || !w.hasContent() || w.length < 0 {
 		return io.Copy(struct{ io.Writer }{w}, r)
@@ -162,7 +162,7 @@ func (w *responseWriter) ReadFrom(r io.Reader) (int64, error) {
 	}
 	left := w.length - w.written
 	if limited, ok := r.(*io.LimitedReader); !ok || limited.N > left {
-		r = io.LimitReader(r, left) // a socket behind one limit is copied by the kernel, behind two it is not
+		r = io.LimitReader(r, left) // the kernel copies only below a single LimitedReader
 	}
 	w.client.limitWrite()
 	n, err := w.client.ReadFrom(r)
@@ -170,26 +170,27 @@ func (w *responseWriter) ReadFrom(r io.Reader) (int64, error) {
 	return n, err
 }
 
-// end completes the response, of which nothing is kept.
+// end completes the response and drops what was kept for it.
 func (w *responseWriter) end() error {
 	if w.status == 0 {
 		w.WriteHeader(http.StatusOK)
 	}
 	if w.length >= 0 && w.written != w.length && w.hasContent() && !w.head {
-		w.closes = true // the client is to see that it is not complete
+		w.closes = true // tells the client that the response is incomplete
 	}
 	var err error
 	if !w.sent || w.chunked {
 		err = w.send(nil, true)
 	}
-	// A connection that waits need not hold a head, of which each name is a part.
+	// Every header name is a substring of the request head. Drop them, so that an idle
+	// connection does not keep the head in memory.
 	w.header = nil
 	clear(w.names[:cap(w.names)])
 	return err
 }
 
-// send sends content, behind the fields and what is pending if they are not sent
-// yet, and the end of the content if it is the last.
+// send writes the header if it is not sent yet, the content that is held back, and p. If
+// last is set, it also writes the end of the content.
 func (w *responseWriter) send(p []byte, last bool) error {
 	b := w.buf[:0]
 	if !w.sent {
@@ -227,8 +228,8 @@ func (w *responseWriter) send(p []byte, last bool) error {
 	return err
 }
 
-// appendHead appends the status line and the fields. The content that is there
-// now is all of it if it is the last.
+// appendHead appends the status line and the fields. content is the size of the content so
+// far, and if last is set, of all the content.
 func (w *responseWriter) appendHead(b []byte, content int64, last bool) []byte {
 	trailers := len(w.trailer) > 0
 	for name := range w.header {
@@ -243,7 +244,7 @@ func (w *responseWriter) appendHead(b []byte, content int64, last bool) []byte {
 		}
 	case w.length >= 0 || w.head:
 	case last && !trailers:
-		framed = true // below
+		framed = true // Content-Length is added below
 	default:
 		w.chunked = true
 	}
@@ -283,7 +284,7 @@ func appendStatusLine(b []byte, status int) []byte {
 	return append(b, "\r\n"...)
 }
 
-// appendFields appends the fields in the order of their names.
+// appendFields appends the fields, sorted by name.
 func (w *responseWriter) appendFields(b []byte) []byte {
 	w.names = w.names[:0]
 	for name := range w.header {
@@ -298,7 +299,7 @@ func (w *responseWriter) appendFields(b []byte) []byte {
 	return b
 }
 
-// appendTrailers appends what stands behind the last chunk.
+// appendTrailers appends the trailer fields, which follow the last chunk.
 func (w *responseWriter) appendTrailers(b []byte) []byte {
 	for name, values := range w.header {
 		announced := w.trailer.has(name)
@@ -312,7 +313,7 @@ func (w *responseWriter) appendTrailers(b []byte) []byte {
 	return b
 }
 
-// oneLine keeps what stands in a value from being a field of its own.
+// oneLine replaces CR and LF in field values, to prevent header injection.
 var oneLine = strings.NewReplacer("\n", " ", "\r", " ")
 
 func appendValues(b []byte, name string, values []string) []byte {

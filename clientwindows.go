@@ -10,18 +10,18 @@ import (
 	"sync"
 )
 
-// The flow-control windows of clients' HTTP/2 connections. By default a single
-// stream may use up the window of its whole connection: if the target of one tunnel
-// takes nothing, no other stream can send a byte. With these, that takes 64 such
-// streams. A stream's window is what one upload may have on its way, so it also
-// bounds the speed over long distances; it is net/http's default.
+// Flow-control windows of clients' HTTP/2 connections. By default, one stream can use up the
+// window of the whole connection: if the target of one tunnel reads nothing, no other stream
+// can send a byte. With these values it takes 64 such streams. The stream window, which is
+// net/http's default, limits what one upload may have in flight, and so its speed over long
+// distances.
 const (
 	clientConnWindow   = 64 << 20
 	clientStreamWindow = 1 << 20
 )
 
-// withWindows returns a function for a server to call before it serves a connection.
-// The first call sets the server's windows.
+// withWindows returns a function for http.Server.ConnContext. Its first call sets the
+// server's windows.
 func withWindows() func(context.Context, net.Conn) context.Context {
 	var once sync.Once
 	return func(ctx context.Context, _ net.Conn) context.Context {
@@ -34,8 +34,8 @@ func withWindows() func(context.Context, net.Conn) context.Context {
 	}
 }
 
-// setWindows sets the windows of a server that has served no connection yet. Caddy
-// has no option for them; if it gets one, the operator's values are kept.
+// setWindows sets the windows of a server that has not served a connection yet. Caddy has no
+// option for them. If it gets one, the operator's values are kept.
 func setWindows(server *http.Server) {
 	var config http.HTTP2Config
 	if server.HTTP2 != nil {

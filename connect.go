@@ -17,14 +17,13 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// established answers a CONNECT over HTTP/1. It is written past net/http, which
-// would add fields that frame a body: a 2xx to CONNECT has none (RFC 9110
-// §9.3.6).
+// established is the response to a CONNECT over HTTP/1. It is written to the hijacked
+// connection, because net/http would add fields that frame a body, and a 2xx to CONNECT has
+// none (RFC 9110 §9.3.6).
 var established = []byte("HTTP/1.1 200 Connection Established\r\n\r\n")
 
-// connect opens a tunnel to the target of a CONNECT request. The target is
-// dialled first, so that a failure is an answer like any other. It returns the
-// status for the log.
+// connect opens a tunnel to the target of a CONNECT request. It dials before it responds, so
+// that a dial failure is an ordinary error response. It returns the status for the log.
 func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *visit) (int, error) {
 	from := v.caller
 	target, err := parseAuthority(r.RequestURI)
@@ -63,19 +62,19 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *visit) (int
 	}
 	recordStatus(w, http.StatusOK)
 	t.near, t.early, t.greeting = newConnPeer(near), early, established
-	if own, ok := innermost(w).(*responseWriter); ok {
-		own.tunnel = t // which that connection's goroutine runs when this one's frames are gone
+	if fast, ok := innermost(w).(*responseWriter); ok {
+		fast.tunnel = t // clientConn.run starts it when the stack of serve is gone
 		return http.StatusOK, nil
 	}
-	// The tunnel lives on without this goroutine, whose stack, like the request
-	// and all that net/http holds for it, is many times what the tunnel needs.
+	// The tunnel runs on a new goroutine. This one's stack, the request and all that
+	// net/http holds for it are many times as large as what the tunnel needs.
 	go t.run()
 	return http.StatusOK, nil
 }
 
-// announcesContent reports whether a CONNECT request says that it has content,
-// which it cannot have (RFC 9110 §9.3.6). Over HTTP/2 and HTTP/3 the bytes of the
-// tunnel are content of unknown length.
+// announcesContent reports whether a CONNECT request declares content, which it must not
+// have (RFC 9110 §9.3.6). Over HTTP/2 and HTTP/3, the tunnel's bytes are content of unknown
+// length.
 func announcesContent(r *http.Request) bool {
 	if r.ProtoMajor == 1 {
 		return r.ContentLength != 0
@@ -84,9 +83,9 @@ func announcesContent(r *http.Request) bool {
 	return r.ContentLength > 0 || length > 0 || err != nil
 }
 
-// withParentFields returns the context of a CONNECT. If that is passed on to a
-// parent, it has what the parent is to know of it: that it came through here
-// (RFC 9110 §7.6.3), and from whom.
+// withParentFields returns the context for dialing the target of a CONNECT. If a parent
+// proxy will receive the request, the context carries the fields that tell it of the path
+// (Via, RFC 9110 §7.6.3) and of the client.
 func (h *Handler) withParentFields(r *http.Request, from caller, target string) context.Context {
 	if !h.dialer.usesParent(target) {
 		return r.Context()
@@ -101,29 +100,29 @@ func (h *Handler) withParentFields(r *http.Request, from caller, target string) 
 	return context.WithValue(r.Context(), parentRequestKey{}, &parentRequest{fields, from.bucket})
 }
 
-// connectStream runs a tunnel on a stream of HTTP/2 or HTTP/3, which lasts as
-// long as its handler does.
+// connectStream runs a tunnel on an HTTP/2 or HTTP/3 stream, which ends when the handler
+// returns.
 func (h *Handler) connectStream(w http.ResponseWriter, r *http.Request, v *visit, t *tunnel) (int, error) {
-	clear(w.Header()) // Server and Alt-Svc are not the target's
+	clear(w.Header()) // Server and Alt-Svc do not describe the target
 	w.WriteHeader(http.StatusOK)
 	v.count(nil)
 	near := newStreamPeer(w, r)
 	t.near = near
-	t.run() // flushes the answer when it is ready for more
+	t.run() // flushes the response headers first
 	if near.state.Load() == streamAborted {
 		return http.StatusOK, near.reset()
 	}
 	return http.StatusOK, nil
 }
 
-// hijack takes the client's connection over, with what the client has sent on
-// it behind the request.
+// hijack takes over the client's connection. early is what the client has sent after the
+// request.
 func hijack(w http.ResponseWriter) (conn net.Conn, early []byte, err error) {
-	// At the innermost writer, the connection is the one that was accepted: the
-	// one that Caddy's recorders hand out has no half-close.
+	// The innermost writer hands out the accepted connection. The one that Caddy's response
+	// recorders hand out has no half-close.
 	hijacker, ok := innermost(w).(http.Hijacker)
 	if !ok {
-		return nil, nil, errors.New("the connection cannot be taken over")
+		return nil, nil, errors.New("the connection cannot be hijacked")
 	}
 	conn, buffered, err := hijacker.Hijack()
 	if err != nil {
@@ -139,16 +138,16 @@ func hijack(w http.ResponseWriter) (conn net.Conn, early []byte, err error) {
 	return conn, early, nil
 }
 
-// resetConnection ends an HTTP/1 connection so that the client sees a failure.
+// resetConnection resets an HTTP/1 connection, so that the client does not take the response
+// for complete.
 func resetConnection(w http.ResponseWriter) {
 	if conn, _, err := hijack(w); err == nil {
 		_ = newConnPeer(conn).Abort()
 	}
 }
 
-// recordStatus tells the access log and the metrics, if there are any, the
-// status of a request whose connection was taken over below them. net/http
-// itself ignores it.
+// recordStatus tells Caddy's access log and metrics, if there are any, the status of a
+// hijacked request. net/http itself ignores the call.
 func recordStatus(w http.ResponseWriter, status int) {
 	for inner := w; ; {
 		if _, ok := inner.(caddyhttp.ResponseRecorder); ok {
@@ -163,28 +162,27 @@ func recordStatus(w http.ResponseWriter, status int) {
 	}
 }
 
-// isExtendedConnect reports whether a CONNECT asks for another protocol than a
-// tunnel (RFC 8441, RFC 9220): for a resource of this server.
+// isExtendedConnect reports whether a CONNECT has a :protocol (RFC 8441, RFC 9220). Such a
+// request is for a resource of this server, not for a tunnel.
 func isExtendedConnect(r *http.Request) bool {
 	return r.Method == http.MethodConnect &&
 		(len(r.Header[":protocol"]) > 0 || r.ProtoMajor == 3 && r.Proto != "HTTP/3.0")
 }
 
-// parseAuthority returns the host and port of a CONNECT request's target in
-// the form that net.Dial takes. The port is not optional.
+// parseAuthority returns the host and port of a CONNECT target in the form that net.Dial
+// takes. The port is required.
 func parseAuthority(authority string) (string, error) {
-	if strings.Contains(authority, "@") { // not to be repeated
-		return "", errors.New("user names and passwords do not belong there")
+	if strings.Contains(authority, "@") { // do not echo it: it may contain a password
+		return "", errors.New("user names and passwords do not belong in a request target")
 	}
 	host, port, found := cutPort(authority)
 	if !found {
-		return "", errors.New("there is no port")
+		return "", errors.New("the port is missing")
 	}
 	return joinTarget(host, port)
 }
 
-// cutPort separates the port from an authority, if there is one. Brackets stay
-// on the host.
+// cutPort splits an authority into host and port. The host keeps its brackets.
 func cutPort(authority string) (host, port string, found bool) {
 	if i := strings.LastIndexByte(authority, ':'); i >= 0 && i > strings.LastIndexByte(authority, ']') {
 		return authority[:i], authority[i+1:], true
@@ -192,13 +190,14 @@ func cutPort(authority string) (host, port string, found bool) {
 	return authority, "", false
 }
 
-// joinTarget checks a host, as it stands in an authority, and a port.
+// joinTarget checks a host, in the form that it has in an authority, and a port, and joins
+// them.
 func joinTarget(host, port string) (string, error) {
 	if err := checkHost(host); err != nil {
 		return "", err
 	}
-	// Leading zeros change nothing (RFC 3986 §3.2.3). From here on, everything
-	// compares the number.
+	// Leading zeros have no meaning (RFC 3986 §3.2.3). Strip them, because everything from
+	// here on compares the text.
 	number := strings.TrimLeft(port, "0")
 	if n, err := strconv.ParseUint(number, 10, 16); err != nil || n == 0 || number[0] == '+' {
 		return "", fmt.Errorf("the port %q is not a number from 1 to 65535", port)
@@ -206,38 +205,39 @@ func joinTarget(host, port string) (string, error) {
 	return host + ":" + number, nil
 }
 
-// checkHost accepts a DNS name, an IPv4 address, or an IPv6 address in brackets
-// without a zone, which would be this machine's affair (RFC 9110 §4.2, RFC 3986
-// §3.2.2). An internationalised name comes in its ASCII form.
+// checkHost accepts a DNS name, an IPv4 address, or an IPv6 address in brackets. A zone is
+// refused, because it only has a meaning on this machine (RFC 9110 §4.2, RFC 3986 §3.2.2).
+// An internationalised name must be in its ASCII form.
 func checkHost(host string) error {
 	if host == "" {
-		return errors.New("there is no host")
+		return errors.New("the host is missing")
 	}
 	if host[0] == '[' {
 		addr, err := netip.ParseAddr(strings.TrimSuffix(host[1:], "]"))
 		if err != nil || !addr.Is6() || addr.Zone() != "" || host[len(host)-1] != ']' {
-			return fmt.Errorf("%q is no IPv6 address", host)
+			return fmt.Errorf("%q is not an IPv6 address", host)
 		}
 		return nil
 	}
 	name := strings.TrimSuffix(host, ".")
 	if len(name) > 253 {
-		return errors.New("the name of the host is too long")
+		return errors.New("the host name is too long")
 	}
 	for label := range strings.SplitSeq(name, ".") {
 		if label == "" || len(label) > 63 {
-			return fmt.Errorf("%q is no name of a host", host)
+			return fmt.Errorf("%q is not a host name", host)
 		}
 		for _, c := range []byte(label) {
 			if c != '-' && c != '_' && (c < '0' || c > '9') && (c|0x20 < 'a' || c|0x20 > 'z') {
-				return fmt.Errorf("%q is no name of a host", host)
+				return fmt.Errorf("%q is not a host name", host)
 			}
 		}
 	}
-	// A name that ends in a number would be an IPv4 address (WHATWG URL §3.5):
-	// 127.1, 0x7f.1 and 2130706433 are, to some resolvers.
+	// A name that ends in a number is an IPv4 address (WHATWG URL §3.5). Some resolvers
+	// accept 127.1, 0x7f.1 and 2130706433 as such, so only the dotted decimal form is
+	// allowed.
 	if addr, err := netip.ParseAddr(name); endsInNumber(name) && (err != nil || !addr.Is4()) {
-		return fmt.Errorf("%q is no IPv4 address of four decimal numbers", host)
+		return fmt.Errorf("%q is not an IPv4 address in dotted decimal", host)
 	}
 	return nil
 }

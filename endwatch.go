@@ -5,21 +5,19 @@ package asyncproxy
 
 import "time"
 
-// endWatch follows what one end of a tunnel takes. Bytes that were written count
-// when the kernel has them, so that an end that takes nothing and one that takes
-// little look the same for as long as the kernel's buffer is full. What the other
-// side has acknowledged tells them apart.
+// endWatch tracks how much one end of a tunnel takes. Written bytes count as soon as the
+// kernel has them. While the kernel's buffer is full, that does not tell an end that reads
+// slowly from one that does not read at all. The other side's acknowledgements do.
 type endWatch struct {
-	taken   int64  // bytes that were written to it, at the last look
-	since   int64  // when it last took something, or had nothing to take, since epoch
-	pending bool   // there was something for it that it had not taken, at the last look
-	checked int64  // when its socket was last looked at, since epoch; 0: not since taken has changed
-	acked   uint64 // by the other side of the socket, then
+	taken   int64  // bytes written to it, as of the last look
+	since   int64  // when it last took bytes or none were waiting, since epoch
+	pending bool   // bytes were waiting for it, as of the last look
+	checked int64  // when its socket was last checked, since epoch; 0: not since taken changed
+	acked   uint64 // bytes acknowledged by the other side, as of then
 }
 
-// look reports whether the end has taken something since the last look. The socket of
-// an end that has nothing to take is looked at only once in an interval, since most
-// tunnels are idle.
+// look reports whether the end has taken bytes since the last look. Without bytes waiting,
+// it checks the socket only once per interval, since most tunnels are idle.
 func (e *endWatch) look(now int64, f *flow, p peer, interval time.Duration) (took bool) {
 	taken, waiting := f.Load(), f.waiting.Load()
 	if took = taken != e.taken; took || e.since == 0 {
@@ -41,7 +39,7 @@ func (e *endWatch) look(now int64, f *flow, p peer, interval time.Duration) (too
 	return took
 }
 
-// stalledFor returns for how long the end has taken nothing of what there is for it.
+// stalledFor returns how long the end has taken nothing although bytes wait for it.
 func (e *endWatch) stalledFor(now int64) time.Duration {
 	if !e.pending {
 		return 0
@@ -49,8 +47,8 @@ func (e *endWatch) stalledFor(now int64) time.Duration {
 	return time.Duration(now - e.since)
 }
 
-// isAtRest reports whether the end has taken all that there was for it, and nothing
-// since the last look.
+// isAtRest reports whether no bytes wait for the end, and none were written since the last
+// look.
 func (e *endWatch) isAtRest(f *flow, p peer) bool {
 	if f.waiting.Load() || f.Load() != e.taken {
 		return false

@@ -20,40 +20,41 @@ import (
 	"golang.org/x/net/http2"
 )
 
-// peer is one end of a tunnel.
+// peer is one end of a tunnel: a connection or a stream.
 type peer interface {
 	io.Writer
 
-	// reader and writer are what to relay from and to: the bare socket if there
-	// is nothing between it and the bytes.
+	// reader and writer return what to relay from and to: the bare socket, if nothing lies
+	// between it and the bytes.
 	reader() io.Reader
 	writer() io.Writer
 
-	// CloseWrite says that nothing more will be written. The other side reads an
-	// end, and may still write where the protocol lets it.
+	// CloseWrite half-closes: the other side reads EOF, and may still write if the protocol
+	// allows it.
 	CloseWrite() error
 
-	// sendState returns how much the other side has acknowledged of what was
-	// written, or last if that is not known; and whether the kernel holds more.
+	// sendState returns how many of the written bytes the other side has acknowledged, or
+	// last if that is unknown, and whether the kernel holds more for it.
 	sendState(last uint64) (acked uint64, queued bool)
 
-	// Close and Abort end both directions; the other side sees an end, or an
-	// error. All three may be called at any time, by anyone, more than once.
+	// Close and Abort end both directions. The other side sees EOF after Close, and an error
+	// after Abort. These two and CloseWrite may be called at any time, concurrently, and
+	// more than once.
 	Close() error
 	Abort() error
 }
 
 type closeWriter interface{ CloseWrite() error }
 
-// connPeer is a peer on a connection of its own.
+// connPeer is a peer with a connection of its own.
 type connPeer struct {
 	net.Conn
-	half closeWriter  // nil: the connection has no half-close
-	tcp  *net.TCPConn // the socket below, if it is known
+	half closeWriter  // nil: the connection cannot half-close
+	tcp  *net.TCPConn // the underlying socket, if known
 }
 
-// newConnPeer finds out what conn can do: it may be a socket, TLS on one, or a
-// listener's wrapper around one.
+// newConnPeer finds the half-close and the socket of conn, which may be a socket, TLS on a
+// socket, or a listener's wrapper around either.
 func newConnPeer(conn net.Conn) *connPeer {
 	p := &connPeer{Conn: conn}
 	p.half, _ = conn.(closeWriter)
@@ -63,7 +64,7 @@ func newConnPeer(conn net.Conn) *connPeer {
 			p.tcp = c
 		case *readConn:
 			p.tcp = c.TCPConn
-		case interface{ TCPConn() (*net.TCPConn, bool) }: // PROXY protocol: nothing between after its header
+		case interface{ TCPConn() (*net.TCPConn, bool) }: // PROXY protocol, after its header
 			p.tcp, _ = c.TCPConn()
 			if p.half == nil && p.tcp != nil {
 				p.half = p.tcp
@@ -83,9 +84,9 @@ func newConnPeer(conn net.Conn) *connPeer {
 	return p
 }
 
-// embeddedConn returns the net.Conn in a struct around it. Caddy wraps the
-// connections of servers that speak HTTP/1 alone, and shows no way to the
-// socket, which a reset needs.
+// embeddedConn returns the net.Conn that a struct embeds. Caddy wraps the connections of
+// HTTP/1-only servers in such a struct, without a method that returns the socket, which a
+// reset needs.
 func embeddedConn(conn net.Conn) net.Conn {
 	v := reflect.Indirect(reflect.ValueOf(conn))
 	if v.Kind() != reflect.Struct {
@@ -117,7 +118,7 @@ func (p *connPeer) sendState(last uint64) (acked uint64, queued bool) {
 
 func (p *connPeer) Abort() error {
 	if p.tcp != nil {
-		_ = p.tcp.SetLinger(0) // makes closing a reset
+		_ = p.tcp.SetLinger(0) // Close sends RST
 		return p.tcp.Close()
 	}
 	if stream, ok := p.Conn.(*streamConn); ok {
@@ -126,34 +127,34 @@ func (p *connPeer) Abort() error {
 	return p.Close()
 }
 
-// streamPeer is a client whose tunnel is a stream of HTTP/2 or HTTP/3. What is
-// written to it ends with the handler's return and in no other way, and then
-// nothing can be read from it any more: there is no half-close towards the
-// client. What it was sending then is cut short.
+// streamPeer is a client whose tunnel is an HTTP/2 or HTTP/3 stream. Only the handler's
+// return ends what is written to the stream, and it also ends what can be read from it. So
+// there is no half-close towards the client: bytes that the client is still sending then are
+// lost.
 type streamPeer struct {
-	ctx     context.Context // ends when the client has reset the stream, or its connection has ended
+	ctx     context.Context // canceled when the client resets the stream or its connection ends
 	w       http.ResponseWriter
 	control *http.ResponseController
 	body    io.ReadCloser
-	state   atomic.Int32 // streamOpen and then one of the others
+	state   atomic.Int32 // streamOpen, then streamEnded or streamAborted
 
-	full      bool      // the last read had something; Read's own
-	delivered time.Time // when what was read last had been passed on; Read's own
+	full      bool      // the last read returned bytes; only for Read
+	delivered time.Time // when the bytes of the last read had been passed on; only for Read
 
-	conn   net.Conn      // below a stream of HTTP/2
-	tcp    *net.TCPConn  // the socket below that, if it is known
-	server *http3.Server // of a stream of HTTP/3, whose connection nobody is shown
+	conn   net.Conn      // the connection of an HTTP/2 stream
+	tcp    *net.TCPConn  // its socket, if known
+	server *http3.Server // of an HTTP/3 stream, whose connection is not accessible
 }
 
 const (
 	streamOpen    = iota
-	streamEnded   // nothing more is read or written
-	streamAborted // neither, and the handler is to reset the stream
+	streamEnded   // neither reads nor writes
+	streamAborted // neither reads nor writes, and the handler resets the stream
 )
 
-// newStreamPeer takes over w and the body of r. Caddy's timeouts for stalled
-// requests do not apply to a tunnel, which may be silent for as long as it likes.
-// Its timeouts for whole requests do.
+// newStreamPeer takes over w and the body of r. It turns Caddy's idle timeouts off, because
+// a tunnel may be silent as long as its own timeouts allow. Caddy's timeouts for whole
+// requests remain in force.
 func newStreamPeer(w http.ResponseWriter, r *http.Request) *streamPeer {
 	p := &streamPeer{ctx: r.Context(), w: w, control: http.NewResponseController(w), body: r.Body}
 	if p.conn = connOf(w, r); p.conn != nil {
@@ -164,32 +165,32 @@ func newStreamPeer(w http.ResponseWriter, r *http.Request) *streamPeer {
 	return p
 }
 
-// dropIdleTimeouts stops Caddy from setting a deadline before each read and write.
-// A long timeout in their place would not do: on a stream of HTTP/2 a deadline is a
-// timer, and one that is set when the client has just reset the stream is never
-// stopped, so that it would keep the stream in memory until it fires.
+// dropIdleTimeouts stops Caddy from setting a deadline before each read and write. Setting a
+// very long timeout instead does not work: over HTTP/2 a deadline is a timer, and one that
+// is set just after the client has reset the stream is never stopped. It would keep the
+// stream in memory until it fires.
 //
-// HTTP/2 has deadlines for whole requests of its own. Over HTTP/3 Caddy's are the
-// only ones, so they are set here.
+// HTTP/2 has separate deadlines for whole requests. HTTP/3 has only those that Caddy sets,
+// so they are set here again.
 func (p *streamPeer) dropIdleTimeouts(r *http.Request) {
 	control := http.NewResponseController(innermost(p.w))
 	none := http.NewResponseController(noDeadlines{p.w})
 	reader, writer := caddyhttp.IdleTimeoutsFromContext(r.Context())
 	if reader != nil {
 		reader.Ctrl = none
-		if due := reader.Deadline.HardDeadline; r.ProtoMajor > 2 && !due.IsZero() {
-			_ = control.SetReadDeadline(due)
+		if deadline := reader.Deadline.HardDeadline; r.ProtoMajor > 2 && !deadline.IsZero() {
+			_ = control.SetReadDeadline(deadline)
 		}
 	}
 	if writer != nil {
 		writer.Ctrl = none
-		if due := writer.Deadline.HardDeadline; r.ProtoMajor > 2 && !due.IsZero() {
-			_ = control.SetWriteDeadline(due)
+		if deadline := writer.Deadline.HardDeadline; r.ProtoMajor > 2 && !deadline.IsZero() {
+			_ = control.SetWriteDeadline(deadline)
 		}
 	}
 }
 
-// noDeadlines is a ResponseWriter that takes deadlines and ignores them.
+// noDeadlines is a ResponseWriter that ignores deadlines.
 type noDeadlines struct{ http.ResponseWriter }
 
 func (noDeadlines) SetReadDeadline(time.Time) error  { return nil }
@@ -213,9 +214,9 @@ func (p *streamPeer) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// quietTime is how long a client has been silent that is taken to have been done
-// when its stream ends with the target. One that was not may have more on its
-// way, which nobody will read.
+// quietTime is how long a client must have been silent to count as done when the target ends
+// the stream. A client that sent bytes more recently may have more in flight, which are
+// lost.
 const quietTime = time.Second
 
 var errCutShort = errors.New("the stream ended while the client was sending")
@@ -235,8 +236,8 @@ func (p *streamPeer) CloseWrite() error {
 	return p.closeBody()
 }
 
-// closeBody ends a read that waits for the client. Over HTTP/3, closing the body would
-// tell the client that its request was cancelled; how the stream ends says more.
+// closeBody unblocks a pending read. Over HTTP/3 it does not close the body, because that
+// would tell the client that its request was cancelled; how the stream ends is more exact.
 func (p *streamPeer) closeBody() error {
 	if p.server == nil {
 		return p.body.Close()
@@ -245,16 +246,16 @@ func (p *streamPeer) closeBody() error {
 	return nil
 }
 
-// stopReading ends a read that waits for the client. Over HTTP/2 that has happened
-// when the stream's context has ended.
+// stopReading unblocks a pending read over HTTP/3. Over HTTP/2, the read has ended by itself
+// once the stream's context is canceled.
 func (p *streamPeer) stopReading() {
 	if p.server != nil {
 		_ = http.NewResponseController(innermost(p.w)).SetReadDeadline(time.Unix(1, 0))
 	}
 }
 
-// sendState knows of what goes over the connection as a whole. That other streams get
-// on says nothing about this one, unless it waits for room in their common socket.
+// sendState only knows the connection as a whole. Its acknowledgements say nothing about
+// this stream while the socket has room, and are reported only while the socket is full.
 func (p *streamPeer) sendState(last uint64) (acked uint64, queued bool) {
 	if p.tcp == nil || hasRoom(p.tcp) {
 		return last, false
@@ -263,14 +264,15 @@ func (p *streamPeer) sendState(last uint64) (acked uint64, queued bool) {
 	return acked, false
 }
 
-// hasLeft reports whether p is a stream that the client has reset, or whose connection
-// has ended.
+// hasLeft reports whether p is a stream that the client has reset, or whose connection has
+// ended.
 func hasLeft(p peer) bool {
 	stream, ok := p.(*streamPeer)
 	return ok && stream.ctx.Err() != nil
 }
 
-// wasGivenUp reports whether err is how a client ends a stream that it needs no more.
+// wasGivenUp reports whether err means that the client has cancelled a stream that it no
+// longer needs.
 func (p *streamPeer) wasGivenUp(err error) bool {
 	if reset := (http2.StreamError{}); errors.As(err, &reset) {
 		return reset.Code == http2.ErrCodeCancel || reset.Code == http2.ErrCodeNo
@@ -278,13 +280,13 @@ func (p *streamPeer) wasGivenUp(err error) bool {
 	if ended := (*http3.Error)(nil); errors.As(err, &ended) {
 		return ended.ErrorCode == http3.ErrCodeRequestCanceled || ended.ErrorCode == http3.ErrCodeNoError
 	}
-	// The client wants no more of the target, and its own side was not ended yet.
+	// The client has stopped reading, and had not half-closed before.
 	return p.ctx.Err() != nil && errors.Is(err, os.ErrDeadlineExceeded)
 }
 
-// reset has the stream reset when its handler returns err. Over HTTP/3 it is reset
-// here, with the code that RFC 9114 §4.4 wants. net/http has no way to choose that of
-// HTTP/2.
+// reset resets the stream. Over HTTP/2 it returns the error that makes net/http do so when
+// the handler returns it; the error code cannot be chosen. Over HTTP/3 it resets the stream
+// itself, with the code that RFC 9114 §4.4 requires.
 func (p *streamPeer) reset() (err error) {
 	streamer, ok := innermost(p.w).(http3.HTTPStreamer)
 	if !ok {
@@ -296,14 +298,13 @@ func (p *streamPeer) reset() (err error) {
 	return nil
 }
 
-// Close is Abort: there is no other end to a stream than its handler's return,
-// and one that is cut short is to be seen as such.
+// Close is Abort. Only the handler's return ends a stream in order, and a stream that was cut
+// short must not look complete.
 func (p *streamPeer) Close() error { return p.Abort() }
 
-// Abort also ends a write that waits for the client, by a deadline set below
-// Caddy's own writers, which are not made for a second goroutine. The handler may
-// return before the deadline is set, but not as one that is done with its
-// writer: it sees the abort, and panics.
+// Abort also unblocks a pending write, by a deadline on the innermost writer: Caddy's own
+// writers are not safe for a second goroutine. The handler may return before the deadline is
+// set, but it sees the abort and panics, so that the writer is not reused.
 func (p *streamPeer) Abort() error {
 	if !p.state.CompareAndSwap(streamOpen, streamAborted) {
 		return nil
@@ -312,38 +313,37 @@ func (p *streamPeer) Abort() error {
 	return p.closeBody()
 }
 
-// closeConnection closes what is below a stream of HTTP/2, and with it all its
-// other streams. A client that grants large windows and then reads nothing keeps
-// everything in its connection, the reset of a stream too.
+// closeConnection closes the connection of an HTTP/2 stream, and with it all other streams.
+// A client that grants large windows and then does not read keeps everything stuck in its
+// connection, even the stream's reset.
 func (p *streamPeer) closeConnection() {
 	if p.conn != nil {
 		_ = p.conn.Close()
 	}
 }
 
-// connKey is for the context of a connection, in which its requests find it.
+// connKey is the context key of a request's connection.
 type connKey struct{}
 
-// withConn puts a connection into its context.
+// withConn adds a connection to its context.
 func withConn(ctx context.Context, conn net.Conn) context.Context {
-	if ctx.Value(connKey{}) != nil { // by another handler of the server
+	if ctx.Value(connKey{}) != nil { // added by another handler of the server
 		return ctx
 	}
 	return context.WithValue(ctx, connKey{}, conn)
 }
 
-// connOf returns the connection that a request has come on; nil if that is none of
-// TCP.
+// connOf returns the TCP connection of a request, or nil if it has none.
 func connOf(w http.ResponseWriter, r *http.Request) net.Conn {
-	if own, ok := innermost(w).(*responseWriter); ok {
-		return own.client.TCPConn
+	if fast, ok := innermost(w).(*responseWriter); ok {
+		return fast.client.TCPConn
 	}
 	conn, _ := r.Context().Value(connKey{}).(net.Conn)
 	return conn
 }
 
-// innermost returns the writer that net/http or quic-go gave to Caddy, below
-// those of access logs, metrics and other handlers.
+// innermost returns the writer that net/http or quic-go gave to Caddy. Access logs, metrics
+// and other handlers wrap it.
 func innermost(w http.ResponseWriter) http.ResponseWriter {
 	for {
 		u, ok := w.(interface{ Unwrap() http.ResponseWriter })

@@ -162,26 +162,26 @@ func (b *refusalBench) refusesMalformed(rows ...string) {
 
 func TestRefusalRequest(t *testing.T) {
 	b := newRefusalBench(t, "")
-	b.refuses(400, refusalBad, "CONNECT needs a host and a port, such as example.com:443: there is no port",
+	b.refuses(400, refusalBad, "CONNECT needs a host and a port, such as example.com:443: the port is missing",
 		"CONNECT 127.0.0.1", "CONNECT [::1]", "CONNECT localhost", "CONNECT /", "CONNECT *")
 	b.refuses(400, refusalBad, "is not a number from 1 to 65535",
 		"CONNECT 127.0.0.1:", "CONNECT 127.0.0.1:0", "CONNECT 127.0.0.1:65536", "CONNECT 127.0.0.1:99999999999999999999",
 		"CONNECT ORIGIN/", "CONNECT ORIGIN/path", "CONNECT ORIGIN?query",
 		"GET http://127.0.0.1:0/", "GET https://127.0.0.1:0/", "GET http://127.0.0.1:65536/")
 	b.refuses(400, refusalBad, `the port "0" is`, "CONNECT 127.0.0.1:0", "HEAD http://127.0.0.1:0/")
-	b.refuses(400, refusalBad, "there is no host", "CONNECT :PORT", "GET http:///", "GET http://:PORT/", "GET http:ORIGIN/", "GET http:/ORIGIN/")
-	b.refuses(400, refusalBad, "is no name of a host",
+	b.refuses(400, refusalBad, "the host is missing", "CONNECT :PORT", "GET http:///", "GET http://:PORT/", "GET http:ORIGIN/", "GET http:/ORIGIN/")
+	b.refuses(400, refusalBad, "is not a host name",
 		"CONNECT //ORIGIN", "CONNECT http://ORIGIN", "CONNECT http://ORIGIN/", "CONNECT local..host:PORT", "CONNECT .localhost:PORT",
 		"CONNECT "+strings.Repeat("a", 64)+".test:PORT", "GET http://local..host:PORT/", "GET http://ORI!GIN:PORT/")
 	b.refuses(400, refusalBad, "too long", "CONNECT "+strings.Repeat("a.", 130)+"test:PORT", "GET http://"+strings.Repeat("a.", 130)+"test/")
-	b.refuses(400, refusalBad, "is no IPv6 address", "CONNECT [::1%25lo]:PORT", "GET http://[::1%25lo]:PORT/")
+	b.refuses(400, refusalBad, "is not an IPv6 address", "CONNECT [::1%25lo]:PORT", "GET http://[::1%25lo]:PORT/")
 	b.refuses(400, refusalBad, "A CONNECT request must not have content",
 		"CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\nContent-Length: 5\n\nhello",
 		"CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\nTransfer-Encoding: chunked\n\n0\n\n",
 		"CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\nTransfer-Encoding: chunked\n\n")
 	b.refuses(400, refusalBad, `the scheme "ftp" is neither http nor https`, "GET ftp://ORIGIN/", "GET ftp:ORIGIN", "HEAD ftp://ORIGIN/")
 	b.refuses(400, refusalBad, "is neither http nor https", "GET ws://ORIGIN/", "GET mailto:someone", "GET httpx://ORIGIN/")
-	b.refuses(400, refusalBad, "user names and passwords do not belong", "CONNECT user@ORIGIN", "CONNECT user:word@ORIGIN", "GET http://user@ORIGIN/", "GET http://user:secret@ORIGIN/", "GET https://user:secret@ORIGIN/", "GET http://@ORIGIN/")
+	b.refuses(400, refusalBad, "user names and passwords do not belong in a request target", "CONNECT user@ORIGIN", "CONNECT user:word@ORIGIN", "GET http://user@ORIGIN/", "GET http://user:secret@ORIGIN/", "GET https://user:secret@ORIGIN/", "GET http://@ORIGIN/")
 	b.refuses(400, refusalBad, "a fragment does not belong", "GET http://ORIGIN/#fragment", "GET http://ORIGIN/?a#b")
 	b.refuses(400, refusalBad, "the target * is for OPTIONS", "GET *", "POST *")
 	b.refuses(400, refusalBad, "A TRACE request must not have content", "TRACE http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nMax-Forwards: 0\nContent-Length: 5\n\nhello")

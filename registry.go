@@ -16,48 +16,46 @@ import (
 	"github.com/quic-go/quic-go/http3"
 )
 
-// registries holds the one registry of the process, by registryKey, for as long
-// as any config has a proxy. Tunnels are the process's and not a config's, so
-// that a reload has no effect on those that are open.
+// registries holds the process's only registry, under registryKey, while any config has a
+// proxy. Tunnels belong to the process and not to a config, so that a reload does not close
+// open ones.
 var registries = caddy.NewUsagePool()
 
 const registryKey = "tunnels"
 
-// watchInterval is how often tunnels are looked at for their timeouts, which
-// are that exact.
+// watchInterval is how often the timeouts of tunnels are checked, and so their precision.
 const watchInterval = time.Second
 
-// stuckTime is how long a client may keep a stream that was aborted from ending
-// before its connection is closed, with whatever else goes over it; lastMoment
-// is the same for when Caddy exits.
+// stuckTime is how long an aborted stream may take to end before its whole connection is
+// closed, with all other streams on it. When Caddy exits, lastMoment applies instead.
 const (
 	stuckTime  = 10 * time.Second
 	lastMoment = time.Second
 )
 
-// registry knows the tunnels that are open.
+// registry tracks the open tunnels of the process.
 //
 // All methods are safe for concurrent use.
 type registry struct {
 	tunnels  *xsync.Map[uint64, *tunnel]
-	clients  *xsync.Map[netip.Addr, int] // tunnels admitted, of each client
+	clients  *xsync.Map[netip.Addr, int] // admitted tunnels of each client
 	sources  *xsync.Map[source, struct{}]
-	handlers *xsync.Map[*Handler, struct{}] // those that are provisioned
-	blocks   *xsync.Map[netip.Addr, int64]  // clients that the operator has blocked, and until when, since epoch
-	admitted atomic.Int64                   // all of them, those still being dialled too
+	handlers *xsync.Map[*Handler, struct{}] // provisioned handlers
+	blocks   *xsync.Map[netip.Addr, int64]  // blocked clients, and until when, since epoch
+	admitted atomic.Int64                   // all tunnels, including those being dialled
 	lastID   atomic.Uint64
-	config   atomic.Value           // that of the handlers that started last
-	ended    atomic.Pointer[string] // the reason for which no tunnel may be open any more
-	open     context.Context        // ends when no tunnel may be open any more
+	config   atomic.Value           // of the handlers that started last
+	ended    atomic.Pointer[string] // why no tunnel may be open; nil: tunnels may be open
+	open     context.Context        // canceled when no tunnel may be open any longer
 	end      context.CancelFunc
 	stop     func()
 
-	heads     heldHeads // of responses that are passed on
-	lingering lingering // connections of clients that are being closed
+	heads     heldHeads // of responses in progress
+	lingering lingering // client connections that are being closed in stages
 }
 
-// acquireRegistry returns the registry. Each call is to be followed by one of
-// releaseRegistry.
+// acquireRegistry returns the registry. The caller must call releaseRegistry once for each
+// call that succeeds.
 func acquireRegistry() (*registry, error) {
 	r, _, err := registries.LoadOrNew(registryKey, func() (caddy.Destructor, error) { return newRegistry(), nil })
 	if err != nil {
@@ -84,7 +82,7 @@ func newRegistry() *registry {
 	return r
 }
 
-// Destruct implements caddy.Destructor: no config has a proxy any more.
+// Destruct implements caddy.Destructor. It is called when no config has a proxy any longer.
 func (r *registry) Destruct() error {
 	reason := reasonReload
 	if caddy.Exiting() {
@@ -95,12 +93,13 @@ func (r *registry) Destruct() error {
 	return nil
 }
 
-// admit lets a client open one more tunnel, to be followed by leave, or says
-// why not. Limits of 0 are none. client is what shares a bucket of the limiter.
+// admit reserves a tunnel for a client, which the caller must release with leave, or returns
+// the refusal if a limit is reached. A limit of 0 means no limit. client is the limiter's
+// key for the client.
 func (r *registry) admit(client netip.Addr, limit, perClient int) *refusal {
 	if n := r.admitted.Add(1); limit > 0 && n > int64(limit) {
 		r.admitted.Add(-1)
-		return causeTunnels.refusal(&deniedError{rule: "max_tunnels", why: "all tunnels are in use", hint: "raise max_tunnels"})
+		return causeTunnels.refusal(&deniedError{rule: "max_tunnels", why: "the limit on open tunnels is reached", hint: "raise max_tunnels"})
 	}
 	refused := false
 	r.clients.Compute(client, func(n int, _ bool) (int, xsync.ComputeOp) {
@@ -112,12 +111,12 @@ func (r *registry) admit(client netip.Addr, limit, perClient int) *refusal {
 	})
 	if refused {
 		r.admitted.Add(-1)
-		return causeTunnelsPerClient.refusal(&deniedError{rule: "max_tunnels per_client", why: "the client has all of its tunnels in use", hint: "raise max_tunnels per_client"})
+		return causeTunnelsPerClient.refusal(&deniedError{rule: "max_tunnels per_client", why: "the client's limit on open tunnels is reached", hint: "raise max_tunnels per_client"})
 	}
 	return nil
 }
 
-// leave takes back what admit did.
+// leave releases what admit has reserved.
 func (r *registry) leave(client netip.Addr) {
 	r.clients.Compute(client, func(n int, _ bool) (int, xsync.ComputeOp) {
 		if n <= 1 {
@@ -130,32 +129,32 @@ func (r *registry) leave(client netip.Addr) {
 	}
 }
 
-// whileOpen returns the context of a tunnel's dial, which ends with ctx, after
-// timeout, and when all tunnels are closed: then it is for nothing. done is to be
-// called. A dial with a deadline makes no context of its own for one. That ctx
-// ends is looked out for only when the dial takes longer than most, as a look at
-// the client's connection costs more than the dial of an address nearby.
+// whileOpen returns the context for dialing a tunnel's target. It ends when ctx ends, after
+// timeout, and when all tunnels are closed. The caller must call done.
+//
+// The deadline is set here because net.Dialer then allocates no context of its own. The end
+// of ctx is only watched for after the delay promptly: watching the client's connection
+// costs more than dialing a nearby host.
 func (r *registry) whileOpen(ctx context.Context, timeout time.Duration) (open context.Context, done func()) {
 	open, cancel := context.WithTimeout(dialContext{r.open, ctx}, timeout)
 	watch := time.AfterFunc(promptly, func() { context.AfterFunc(ctx, cancel) })
 	return open, func() { watch.Stop(); cancel() }
 }
 
-// dialContext ends like one context, which has no values, and has the values of
-// another.
+// dialContext ends with the embedded context, and takes values from another one.
 type dialContext struct {
 	context.Context
 	values context.Context
 }
 
 func (c dialContext) Value(key any) any {
-	if own := c.Context.Value(key); own != nil { // how contexts find one another
-		return own
+	if value := c.Context.Value(key); value != nil { // package context looks up its own keys
+		return value
 	}
 	return c.values.Value(key)
 }
 
-// add makes an admitted tunnel known, whose two ends are there.
+// add adds an admitted tunnel whose two ends are connected.
 func (r *registry) add(t *tunnel) {
 	t.id = r.lastID.Add(1)
 	t.active.Store(sinceEpoch(t.start))
@@ -170,8 +169,8 @@ func (r *registry) add(t *tunnel) {
 	}
 }
 
-// addLate does with a tunnel what was done with the others of its owner when
-// that was replaced, since it was still being dialled then.
+// addLate applies a reload to a tunnel that was still being dialled when its owner was
+// replaced: it gets the same checks and delays as the owner's other tunnels.
 func (r *registry) addLate(t *tunnel, current any) {
 	for h := range r.handlers.All() {
 		if h.RecheckTunnels && current == any(h.config) && h.running.Load() && h.succeeds(t.owner) && h.dialer.forbids(t) {
@@ -181,11 +180,11 @@ func (r *registry) addLate(t *tunnel, current any) {
 	select {
 	case <-t.owner.config:
 		t.owner.closeTunnelsLater()
-	default: // will be called yet
+	default: // the end of the config will call it
 	}
 }
 
-// remove forgets a tunnel that has ended, and lets its client open another.
+// remove removes a tunnel that has ended and releases what admit has reserved.
 func (r *registry) remove(t *tunnel) {
 	r.tunnels.Delete(t.id)
 	if t.source.IsValid() {
@@ -194,8 +193,8 @@ func (r *registry) remove(t *tunnel) {
 	r.leave(t.bucket)
 }
 
-// source is a connection to a target: the proxy that opened it, and both ends,
-// since the kernel gives one port to several connections.
+// source identifies a connection to a target: the proxy that opened it and both ends. Both
+// are needed, because the kernel may use one local port for several connections.
 type source struct {
 	proxy    string
 	from, to netip.AddrPort
@@ -203,9 +202,9 @@ type source struct {
 
 func (t *tunnel) origin() source { return source{t.owner.name, t.source, t.address} }
 
-// loops reports whether a request from peer, which the proxy of the given name
-// got at local, comes over that proxy's own connection to a target: it has been
-// here before. A CONNECT carries no Via that could tell.
+// loops reports whether a request from peer, received at local, arrived over a connection
+// that the proxy of the given name has opened itself, which means that it loops. A CONNECT
+// carries no Via that could tell.
 func (r *registry) loops(proxy string, peer netip.AddrPort, local net.Addr) bool {
 	_, ok := r.sources.Load(source{proxy, peer, addrPort(local)})
 	return ok
@@ -221,11 +220,12 @@ func (r *registry) closeWhere(reason string, condition func(*tunnel) bool) {
 	})
 }
 
-// closeAll closes all tunnels, and those that are still being opened as soon
-// as they are; then the connections of clients that keep theirs. Over HTTP/3 a
-// stream always ends, but Caddy waits for clients to close their connections,
-// which those do not that leave something unread. When it exits, all
-// connections of the servers that had tunnels are closed.
+// closeAll closes all tunnels, and those that are still being opened once they are open.
+// Later it closes the connections of clients whose aborted streams do not end.
+//
+// Over HTTP/3 a stream always ends, but on exit Caddy waits for clients to close their
+// connections, and a client that leaves bytes unread does not. So on exit all connections of
+// the servers that had tunnels are closed.
 func (r *registry) closeAll(reason string) {
 	r.ended.Store(&reason)
 	r.end()
@@ -257,8 +257,8 @@ func (r *registry) closeStuck() {
 	}
 }
 
-// watch closes tunnels that have been silent or open for too long. What a
-// tunnel does is seen from its counters, so that its bytes pay nothing for it.
+// watch checks the timeouts of all tunnels once per watchInterval. It reads their counters,
+// so that relaying needs no timers.
 func (r *registry) watch(stop <-chan struct{}) {
 	ticker := time.NewTicker(watchInterval)
 	defer ticker.Stop()
@@ -279,9 +279,9 @@ func (r *registry) look(now time.Time) {
 	})
 }
 
-// drain ends all tunnels when Caddy exits: at once, or, if ctx has a deadline,
-// which is the end of the grace period, when that comes. It returns when the
-// tunnels have ended and their lines are written.
+// drain ends all tunnels when Caddy exits: at once, or at the deadline of ctx, the end of
+// the grace period, if there is one. It returns when the tunnels have ended and their log
+// lines are written.
 func (r *registry) drain(ctx context.Context) {
 	if _, ok := ctx.Deadline(); ok {
 		r.wait(ctx)
@@ -292,12 +292,12 @@ func (r *registry) drain(ctx context.Context) {
 	r.wait(ctx)
 }
 
-// wait returns when there are no tunnels, or ctx ends.
+// wait waits until there are no tunnels, or ctx ends.
 func (r *registry) wait(ctx context.Context) {
 	waitUntil(ctx, func() bool { return r.tunnels.Size() == 0 })
 }
 
-// waitUntil returns when condition holds, or ctx ends.
+// waitUntil waits until condition holds, or ctx ends.
 func waitUntil(ctx context.Context, condition func() bool) {
 	for !condition() {
 		select {
@@ -308,7 +308,7 @@ func waitUntil(ctx context.Context, condition func() bool) {
 	}
 }
 
-// limit returns the least max_tunnels of the handlers, or 0 if none has one.
+// limit returns the lowest max_tunnels of the handlers, or 0 if none has a limit.
 func (r *registry) limit() int {
 	limit := 0
 	r.handlers.Range(func(h *Handler, _ struct{}) bool {
@@ -320,7 +320,7 @@ func (r *registry) limit() int {
 	return limit
 }
 
-// countBytes has the metrics know what has gone through open tunnels.
+// countBytes updates the metrics with the bytes of open tunnels.
 func (r *registry) countBytes() {
 	r.tunnels.Range(func(_ uint64, t *tunnel) bool {
 		t.countBytes()

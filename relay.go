@@ -10,8 +10,8 @@ import (
 	"sync/atomic"
 )
 
-// Buffers of the relay. A message that fits into small is copied with two
-// system calls; more than that is worth a large one, or splice(2).
+// Sizes of the relay's buffers. A message that fits into a small buffer is copied with two
+// system calls. Anything longer uses a large buffer, or splice(2).
 const (
 	smallBuffer = 4 << 10
 	largeBuffer = 32 << 10
@@ -22,20 +22,19 @@ var (
 	largeBuffers = sync.Pool{New: func() any { return new([largeBuffer]byte) }}
 )
 
-// flow is one direction of a tunnel.
+// flow counts the bytes of one direction of a tunnel.
 type flow struct {
-	atomic.Int64             // bytes that the destination has taken
-	waiting      atomic.Bool // a write to the destination is under way
+	atomic.Int64             // bytes written to the destination
+	waiting      atomic.Bool // a write to the destination is in progress
 }
 
-// relay copies from src to dst until src ends, and counts what dst has taken.
-// readErr is the end on src's side, io.EOF if it ended as it should; writeErr
-// is dst's failure to take it.
+// relay copies from src to dst until src ends or dst fails, and counts the bytes that were
+// written. readErr is src's error, io.EOF if it ended in order. writeErr is dst's error.
 //
-// While src is silent it holds no buffer and no pipe, which is what makes an
-// idle tunnel cheap. Where the source is a socket, that is waited for until it
-// has something; anything else, TLS or a stream of HTTP/2, can only be read
-// with a buffer at hand, so that one is kept small until it runs full.
+// While src is silent, relay holds no pooled buffer and no pipe, so that an idle tunnel is
+// cheap. It waits until a socket is readable and only then takes a buffer. Any other source,
+// such as TLS or an HTTP/2 stream, can only be read into a buffer that is there already:
+// that one is small, and a large one replaces it while reads fill it.
 func relay(dst io.Writer, src io.Reader, copied *flow) (readErr, writeErr error) {
 	if socket, ok := src.(*net.TCPConn); ok {
 		return relaySocket(dst, socket, copied)
@@ -43,8 +42,7 @@ func relay(dst io.Writer, src io.Reader, copied *flow) (readErr, writeErr error)
 	return relayReader(dst, src, copied)
 }
 
-// relayReader reads with a small buffer and, while those come back full, with
-// a large one.
+// relayReader reads into a small buffer, and into a large one while reads fill it.
 func relayReader(dst io.Writer, src io.Reader, copied *flow) (readErr, writeErr error) {
 	small := make([]byte, smallBuffer/4)
 	for {
@@ -61,8 +59,8 @@ func relayReader(dst io.Writer, src io.Reader, copied *flow) (readErr, writeErr 
 	}
 }
 
-// relayBurst copies through a large buffer until a read does not fill half of
-// it: then src has run dry. It returns no errors if src goes on.
+// relayBurst copies through a large buffer until a read fills less than half of it, which
+// means that src has no more for now. It returns no errors if src goes on.
 func relayBurst(dst io.Writer, src io.Reader, copied *flow) (readErr, writeErr error) {
 	large := largeBuffers.Get().(*[largeBuffer]byte)
 	defer largeBuffers.Put(large)
@@ -77,7 +75,7 @@ func relayBurst(dst io.Writer, src io.Reader, copied *flow) (readErr, writeErr e
 	}
 }
 
-// writeCounted writes b and counts what dst has taken of it.
+// writeCounted writes b and counts the bytes that were written.
 func writeCounted(dst io.Writer, b []byte, copied *flow) error {
 	copied.waiting.Store(true)
 	n, err := dst.Write(b)

@@ -17,65 +17,66 @@ import (
 	"go.uber.org/zap"
 )
 
-// Why a tunnel ended, as it stands in its closing line.
+// Reasons for the end of a tunnel, as in its closing log line.
 const (
-	reasonClient      = "client closed" // the client was the first to say that it was done
+	reasonClient      = "client closed" // the client was the first to half-close
 	reasonTarget      = "target closed"
 	reasonClientError = "client error" // such as a reset
 	reasonTargetError = "target error"
 	reasonIdle        = "idle"         // tunnel_idle_timeout
 	reasonStalled     = "stalled"      // tunnel_stall_timeout
 	reasonMaxDuration = "max duration" // tunnel_max_duration
-	reasonReload      = "reload"       // stream_close_delay, or no config has a proxy any more
+	reasonReload      = "reload"       // stream_close_delay, or no config has a proxy left
 	reasonForbidden   = "forbidden"    // recheck_tunnels
-	reasonOperator    = "operator"     // by the admin API or the status page
+	reasonOperator    = "operator"     // closed by the admin API or on the status page
 	reasonShutdown    = "shutdown"     // Caddy exits
 )
 
-// tunnel joins a client and a target: what one of them writes the other reads,
-// until both are done or one fails.
+// tunnel relays bytes between a client and a target in both directions, until both have
+// half-closed or one has failed.
 type tunnel struct {
 	id     uint64
 	client netip.Addr
 	user   string
-	bucket netip.Addr // what the client shares its limits with
-	target string     // as the client named it
+	bucket netip.Addr // the limiter's key for the client
+	target string     // host and port as requested
 	proto  string     // of the client's request, or what it upgraded to
 	start  time.Time
 
-	owner    *Handler // which opened it; a reload may have replaced it since
+	owner    *Handler // the handler that opened it; a reload may have replaced it since
 	reach    reach
-	address  netip.AddrPort // the target that was connected to
-	source   netip.AddrPort // our end of that connection
+	address  netip.AddrPort // the target's address
+	source   netip.AddrPort // the proxy's end of that connection
 	registry *registry
 	logger   *zap.Logger
 
 	near, far peer   // the client and the target
-	greeting  []byte // goes to the client before anything from the target
-	early     []byte // what the client sent before it was greeted
+	greeting  []byte // sent to the client before any bytes from the target
+	early     []byte // bytes that the client sent after its request, before the greeting
 
-	fromTarget []byte // of an upgrade: what the target sent behind its 101
+	fromTarget []byte // of an upgrade: bytes that the target sent after its 101
 
-	up, down flow         // bytes from the client and to it
-	active   atomic.Int64 // when some were last seen to have been, since epoch
-	stuck    int          // looks since its stream was aborted; look's own
-	lasting  bool         // has been looked at before; look's own
+	up, down flow         // bytes from and to the client
+	active   atomic.Int64 // when bytes were last seen to have passed, since epoch
+	stuck    int          // ticks since its stream was aborted; only for look
+	lasting  bool         // has seen a tick before; only for look
 
 	mu                  sync.Mutex // guards the following
 	nearWatch, farWatch endWatch
 
-	countedUp, countedDown atomic.Int64 // bytes that are in the metrics already
+	countedUp, countedDown atomic.Int64 // bytes that the metrics include already
 
-	halves atomic.Int32           // directions that have ended orderly, of connections
-	broken atomic.Bool            // the proxy has reset both ends
-	reason atomic.Pointer[string] // why it ended; nil: it has not
+	halves atomic.Int32           // directions that have half-closed, if both ends are connections
+	broken atomic.Bool            // the proxy resets both ends
+	reason atomic.Pointer[string] // why it ended; nil while it is open
 }
 
-// lastWords is how long what a client has sent may take to get to a target that
-// has ended, where the client's stream cannot be ended before.
+// lastWords limits how long a client's last bytes may take to reach a target that has ended,
+// or whose client has left. It is needed over HTTP/2 and HTTP/3, where the client's stream
+// ends only when the handler returns.
 const lastWords = 5 * time.Second
 
-// newTunnel prepares a tunnel to far, the connection that was dialled.
+// newTunnel prepares a tunnel to the target over the dialled connection far.
 func (h *Handler) newTunnel(from caller, target, proto string, far net.Conn) *tunnel {
 	return &tunnel{
 		client: from.addr, user: from.user, bucket: from.bucket, target: target, proto: proto, start: time.Now(),
@@ -92,8 +93,8 @@ func addrPort(addr net.Addr) netip.AddrPort {
 	return netip.AddrPort{}
 }
 
-// run relays until the tunnel has ended. It takes the calling goroutine for
-// what goes to the client and one more for what comes from there.
+// run relays until the tunnel has ended. The calling goroutine relays to the client, and one
+// more relays from the client.
 func (t *tunnel) run() {
 	t.registry.add(t)
 	defer t.registry.remove(t)
@@ -108,14 +109,14 @@ func (t *tunnel) run() {
 	}
 	t.relayDown(err)
 	if ok {
-		// The client learns of the end when its handler returns. A target that
-		// has ended and takes no more either must not keep it.
+		// The client's stream ends when the handler returns. A target that has ended and no
+		// longer reads must not delay that.
 		defer time.AfterFunc(lastWords, func() { _ = t.far.Abort() }).Stop()
 	}
 	<-upDone
-	t.ended(reasonClient) // unless there was another reason: the client has left
+	t.ended(reasonClient) // if there is no other reason, the client has left
 	if t.broken.Load() {
-		t.reset() // may still be under way
+		t.reset() // another goroutine may still be in the middle of its reset
 	}
 	_ = t.near.Close()
 	_ = t.far.Close()
@@ -123,8 +124,8 @@ func (t *tunnel) run() {
 	t.logClosed()
 }
 
-// relayUp passes on what the client says. Like relayDown it has a name, so that
-// it has one in a dump of goroutines.
+// relayUp relays from the client to the target. Like relayDown, it is a method and not a
+// closure, so that goroutine dumps show its name.
 func (t *tunnel) relayUp(done chan<- struct{}) {
 	defer close(done)
 	if len(t.early) > 0 {
@@ -140,8 +141,7 @@ func (t *tunnel) relayUp(done chan<- struct{}) {
 	t.directionEnded(t.far, t.near, readErr, writeErr)
 }
 
-// relayDown passes on what the target says, unless the client could not be
-// greeted.
+// relayDown relays from the target to the client. err is the error of writing the greeting.
 func (t *tunnel) relayDown(err error) {
 	if err == nil && len(t.fromTarget) > 0 {
 		var n int
@@ -157,16 +157,16 @@ func (t *tunnel) relayDown(err error) {
 	t.directionEnded(t.near, t.far, readErr, writeErr)
 }
 
-// send writes what the proxy has for dst before the relay begins.
+// send writes bytes that the proxy holds for dst before the relay begins.
 func (t *tunnel) send(dst peer, f *flow, b []byte) (int, error) {
 	f.waiting.Store(true)
 	defer f.waiting.Store(false)
 	return dst.Write(b)
 }
 
-// clientLeft ends the tunnel when the client has reset its stream, or its connection
-// has ended. The target may be silent, so that nothing else would notice. What the
-// client had sent before still gets to the target if that takes it soon.
+// clientLeft ends the tunnel when the client has reset its stream, or its connection has
+// ended. A silent target would not reveal that. The target still gets the bytes that the
+// client had sent, if it reads them within lastWords.
 func (t *tunnel) clientLeft(near *streamPeer, upDone <-chan struct{}) {
 	near.stopReading()
 	timer := time.NewTimer(lastWords)
@@ -180,26 +180,26 @@ func (t *tunnel) clientLeft(near *streamPeer, upDone <-chan struct{}) {
 	}
 }
 
-// directionEnded passes the end of one direction on. An orderly end, src saying
-// that it is done, leaves the other direction open. A failure of either side is
-// made known to the other one as a failure, so that nobody takes what came
-// before it for the whole (RFC 9110 §9.3.6, RFC 9113 §8.5).
+// directionEnded passes the end of one direction on to the other side. If src has
+// half-closed, the other direction stays open. If src or dst has failed, the other side sees
+// a failure, so that it does not take the bytes before it for complete (RFC 9110 §9.3.6, RFC
+// 9113 §8.5).
 func (t *tunnel) directionEnded(dst, src peer, readErr, writeErr error) {
 	end, srcError, dstError := reasonClient, t.clientError(readErr), reasonTargetError
 	if src == t.far {
 		end, srcError, dstError = reasonTarget, reasonTargetError, reasonClientError
 	}
 	switch {
-	case t.broken.Load(): // an end that was passed on now would look like one in order
-	case writeErr != nil && hasLeft(dst): // clientLeft does the rest
+	case t.broken.Load(): // a half-close now would look like an orderly end
+	case writeErr != nil && hasLeft(dst): // clientLeft ends the tunnel
 	case writeErr != nil:
 		t.ended(dstError)
 		_ = src.Abort()
 		_ = dst.Close()
-	case readErr == io.EOF, t.reason.Load() != nil && errors.Is(readErr, net.ErrClosed): // closed by ourselves
+	case readErr == io.EOF, t.reason.Load() != nil && errors.Is(readErr, net.ErrClosed): // we closed it
 		t.ended(end)
 		if _, ok := dst.(*streamPeer); !ok && t.halves.Add(1) == 2 {
-			return // both are done: closing says it all
+			return // both sides have half-closed: run closes the connections
 		}
 		_ = dst.CloseWrite()
 	default:
@@ -209,8 +209,8 @@ func (t *tunnel) directionEnded(dst, src peer, readErr, writeErr error) {
 	}
 }
 
-// clientError tells a client that has given its tunnel up, as browsers do that need
-// it no more, from one that failed.
+// clientError returns the reason for a read error of the client. Browsers cancel the streams
+// of tunnels that they no longer need, which is not an error.
 func (t *tunnel) clientError(err error) string {
 	stream, ok := t.near.(*streamPeer)
 	if ok && (stream.wasGivenUp(err) || stream.ctx.Err() != nil && t.isAtRest(restTime)) {
@@ -219,18 +219,18 @@ func (t *tunnel) clientError(err error) string {
 	return reasonClientError
 }
 
-// ended notes why the tunnel ended. What happens first is the reason; the rest
-// follows from it.
+// ended records why the tunnel ended. Only the first reason counts: the later ones follow
+// from it.
 func (t *tunnel) ended(reason string) {
 	if t.reason.Load() == nil {
-		first := reason // for which there is no room to be made each time
+		first := reason // taking the parameter's address would heap-allocate it on every call
 		t.reason.CompareAndSwap(nil, &first)
 	}
 }
 
-// look closes the tunnel if it has been silent, stalled or open for too long, and the
-// connection of one that is closed and does not end. One that has come to be
-// looked at is kept alive from then on.
+// look is called on every tick. It closes the tunnel if it has been idle, stalled or open
+// for too long. If its stream was aborted but does not end, it closes the connection below.
+// It turns keep-alive on at the first tick, so that short-lived tunnels do not pay for it.
 func (t *tunnel) look(now time.Time) {
 	if far, ok := t.far.(*connPeer); ok && !t.lasting && far.tcp != nil {
 		keepAlive(far.tcp)
@@ -255,8 +255,8 @@ func (t *tunnel) look(now time.Time) {
 	}
 }
 
-// watchEnds notes what both ends have taken, and returns how long one of them has
-// taken nothing although there is something for it.
+// watchEnds records what both ends have taken, and returns how long one of them has taken
+// nothing although bytes wait for it.
 func (t *tunnel) watchEnds(now time.Time) (stalled time.Duration) {
 	interval := max(watchInterval, least(t.owner.TunnelStallTimeout, t.owner.TunnelIdleTimeout)/4)
 	t.mu.Lock()
@@ -270,7 +270,7 @@ func (t *tunnel) watchEnds(now time.Time) (stalled time.Duration) {
 	return max(t.nearWatch.stalledFor(at), t.farWatch.stalledFor(at))
 }
 
-// least returns the shorter of two timeouts, which are not positive if there are none.
+// least returns the shorter of two timeouts. A timeout that is not positive is none.
 func least(a, b caddy.Duration) time.Duration {
 	if a <= 0 || b > 0 && b < a {
 		return time.Duration(b)
@@ -278,12 +278,11 @@ func least(a, b caddy.Duration) time.Duration {
 	return time.Duration(a)
 }
 
-// restTime is how long nothing has passed through a tunnel that may end in order,
-// although it is the proxy that ends it.
+// restTime is how long a tunnel must have been silent for the proxy to end it as in order.
 const restTime = 3 * time.Second
 
-// close ends the tunnel for a reason of the proxy's own. Something that was cut off
-// must not look complete: unless the tunnel is at rest, both ends are reset.
+// close ends the tunnel for a reason of the proxy. It resets both ends unless the tunnel is
+// at rest, because a transfer that was cut short must not look complete.
 func (t *tunnel) close(reason string) {
 	atRest := restTime
 	if reason == reasonIdle {
@@ -302,14 +301,14 @@ func (t *tunnel) close(reason string) {
 	_ = t.far.Close()
 }
 
-// reset breaks the tunnel off at both ends.
+// reset resets both ends of the tunnel.
 func (t *tunnel) reset() {
 	t.broken.Store(true)
 	_ = t.near.Abort()
 	_ = t.far.Abort()
 }
 
-// isAtRest reports whether nothing has passed for that long and nothing waits.
+// isAtRest reports whether no bytes have passed for at least that long, and none wait.
 func (t *tunnel) isAtRest(atLeast time.Duration) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
