@@ -1,9 +1,8 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package e2e has tests of the status page in a browser, with cmd/caddy as a
-// process. It is a module of its own, so that what drives the browser reaches
-// nobody's build.
+// Package e2e tests the status page in a browser, with cmd/caddy as a process. It is a
+// separate module, so that builds of async_proxy do not depend on the browser driver.
 package e2e
 
 import (
@@ -32,10 +31,10 @@ import (
 	"github.com/chromedp/chromedp/kb"
 )
 
-// patience bounds every wait. Nothing is expected to take that long.
+// patience bounds every wait. No wait is expected to take that long.
 const patience = 30 * time.Second
 
-// program is the Caddy under test.
+// program is the path of the Caddy under test.
 var program string
 
 func TestMain(m *testing.M) {
@@ -86,7 +85,7 @@ func newWorld(t *testing.T, proxyOptions, statusOptions string) *world {
 	return w
 }
 
-// configure writes the Caddyfile. Clients say who they are by X-Forwarded-For.
+// configure writes the Caddyfile. Clients set their address with X-Forwarded-For.
 func (w *world) configure(proxyOptions, statusOptions string) {
 	w.config = fmt.Sprintf(`{
 	admin %s
@@ -119,7 +118,7 @@ func port(address string) string {
 	return port
 }
 
-// freeAddress returns an address of loopback that nobody listens on.
+// freeAddress returns a loopback address with a port that is not in use.
 func freeAddress(t *testing.T) string {
 	t.Helper()
 	ln, err := net.Listen("tcp4", "127.0.0.1:0")
@@ -157,8 +156,7 @@ func (w *world) start() {
 	})
 }
 
-// stop ends Caddy as a service manager does. A page that is open must not keep
-// it.
+// stop ends Caddy as a service manager does. An open page must not keep it running.
 func (w *world) stop() {
 	w.t.Helper()
 	_ = w.cmd.Process.Signal(syscall.SIGTERM)
@@ -195,12 +193,12 @@ func (w *world) eventually(what string, condition func() bool) {
 	w.t.Helper()
 	for deadline := time.Now().Add(patience); !condition(); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			w.t.Fatalf("waited in vain for %s", what)
+			w.t.Fatalf("timed out waiting for %s", what)
 		}
 	}
 }
 
-// client returns a function that sends a request of the client of an address.
+// client returns a function that sends a request from the client with the given address.
 func (w *world) client() func(address string) (status int) {
 	transport := &http.Transport{Proxy: http.ProxyURL(&url.URL{Scheme: "http", Host: w.proxy})}
 	w.t.Cleanup(transport.CloseIdleConnections)
@@ -221,14 +219,14 @@ func (w *world) client() func(address string) (status int) {
 	}
 }
 
-// limit has a client ask until it gets a 429.
+// limit sends requests of a client until it gets a 429.
 func (w *world) limit(address string) {
 	w.t.Helper()
 	get := w.client()
 	w.eventually("a 429", func() bool { return get(address) == http.StatusTooManyRequests })
 }
 
-// tunnel opens one to the origin.
+// tunnel opens a tunnel to the origin for the client with the given address.
 func (w *world) tunnel(address string) net.Conn {
 	w.t.Helper()
 	conn, err := net.Dial("tcp4", w.proxy)
@@ -252,15 +250,15 @@ type page struct {
 	ctx context.Context
 
 	mu      sync.Mutex
-	trouble []string // errors in the console, resources that were refused
+	trouble []string // errors in the console, and resources that failed to load
 }
 
-// open loads the page in a browser of its own, in a viewport of some width.
+// open loads the page in a new browser, in a viewport of the given width.
 func (w *world) open(width int64, scheme string) *page {
 	w.t.Helper()
 	browser, err := exec.LookPath("chromium")
 	if err != nil {
-		w.t.Skip("there is no chromium; apt-get install chromium")
+		w.t.Skip("chromium is missing; apt-get install chromium")
 	}
 	options := append(chromedp.DefaultExecAllocatorOptions[:], chromedp.ExecPath(browser), chromedp.NoSandbox, chromedp.DisableGPU)
 	allocator, cancel := chromedp.NewExecAllocator(context.Background(), options...)
@@ -281,7 +279,7 @@ func (w *world) open(width int64, scheme string) *page {
 	return p
 }
 
-// colorScheme is what the operator prefers.
+// colorScheme sets the color scheme that the operator prefers.
 func colorScheme(name string) chromedp.Action[chromedp.Void] {
 	return chromedp.Func(func(ctx context.Context, t *chromedp.Target) error {
 		_, err := cdp.Call(ctx, t, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{
@@ -298,7 +296,7 @@ func scheme(name string) string {
 	return name
 }
 
-// watch notes what goes wrong in the page.
+// watch records errors in the page.
 func (p *page) watch() {
 	note := func(format string, args ...any) {
 		p.mu.Lock()
@@ -331,7 +329,7 @@ func (p *page) watch() {
 	}()
 }
 
-// clean fails the test if something has gone wrong in the page.
+// clean fails the test if there were errors in the page.
 func (p *page) clean() {
 	p.t.Helper()
 	p.mu.Lock()
@@ -350,7 +348,7 @@ func (p *page) do(actions ...chromedp.Action[chromedp.Void]) {
 	}
 }
 
-// run evaluates an expression in the page. A promise is waited for.
+// run evaluates an expression in the page, and awaits it if it is a promise.
 func run[T any](p *page, expression string) T {
 	p.t.Helper()
 	value, err := chromedp.Run(p.ctx, chromedp.Evaluate[T](expression, chromedp.EvalAwaitPromise))
@@ -360,32 +358,33 @@ func run[T any](p *page, expression string) T {
 	return value
 }
 
-// until waits until an expression is true, for so long at most.
-func (p *page) until(what, expression string, most time.Duration) {
+// until waits at most timeout for an expression to become true.
+func (p *page) until(what, expression string, timeout time.Duration) {
 	p.t.Helper()
-	_, err := chromedp.Run(p.ctx, chromedp.Poll[bool](expression, chromedp.WithPollingInterval(20*time.Millisecond), chromedp.WithPollingTimeout(most)))
+	_, err := chromedp.Run(p.ctx, chromedp.Poll[bool](expression, chromedp.WithPollingInterval(20*time.Millisecond), chromedp.WithPollingTimeout(timeout)))
 	if errors.Is(err, chromedp.ErrPollingTimeout) {
-		p.t.Fatalf("not within %v: %s\nthe page says\n%s", most, what, run[string](p, "document.querySelector('main').innerText"))
+		p.t.Fatalf("not within %v: %s\nthe page shows\n%s", timeout, what, run[string](p, "document.querySelector('main').innerText"))
 	}
 	if err != nil {
 		p.t.Fatalf("%s: %v", what, err)
 	}
 }
 
-// state waits until the page says that it is in that state.
+// state waits until the page shows the given state.
 func (p *page) state(name string) {
 	p.t.Helper()
 	p.until("the state "+name, fmt.Sprintf("document.querySelector('header [role=status]').textContent === %q", name), patience)
 }
 
-// row is an expression for the row of the table of some name which says all of
-// some texts, or undefined.
+// row returns an expression for the first row of the named table that contains all of
+// the texts, or undefined.
 func row(table string, texts ...string) string {
 	return fmt.Sprintf("[...document.querySelectorAll('table[aria-labelledby=%s-title] tbody tr')].find((r) => %s.every((t) => r.innerText.includes(t)))",
 		table, list(texts))
 }
 
-// rows is an expression for how many rows there are that say anything.
+// rows returns an expression for the number of rows of the named table, without the row
+// that says that it is empty.
 func rows(table string) string {
 	return fmt.Sprintf("document.querySelectorAll('table[aria-labelledby=%s-title] tbody tr:not(.empty)').length", table)
 }
@@ -398,7 +397,7 @@ func list(texts []string) string {
 	return "[" + strings.Join(quoted, ",") + "]"
 }
 
-// press clicks the button, or whatever else has that label.
+// press clicks the button with the given label.
 func (p *page) press(label string) {
 	p.t.Helper()
 	find := fmt.Sprintf("[...document.querySelectorAll('button')].find((b) => (b.getAttribute('aria-label') ?? b.textContent) === %q)", label)
@@ -406,7 +405,7 @@ func (p *page) press(label string) {
 	run[bool](p, find+".click() ?? true")
 }
 
-// fill writes into the field of that label, in place of what is there.
+// fill replaces the text of the field with the given label.
 func (p *page) fill(label, text string) {
 	p.t.Helper()
 	field := chromedp.CSS(fmt.Sprintf("[aria-label=%q]", label))

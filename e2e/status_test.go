@@ -20,7 +20,7 @@ import (
 	"github.com/chromedp/chromedp/kb"
 )
 
-// vendored returns a file that others have made, if it is as they have made it.
+// vendored returns a third-party file, after comparing its checksum.
 func vendored(t *testing.T, name string) string {
 	t.Helper()
 	content, err := os.ReadFile("testdata/" + name)
@@ -37,7 +37,7 @@ func vendored(t *testing.T, name string) string {
 	return string(content)
 }
 
-// accessible fails the test for what axe-core finds, be it serious or not.
+// accessible fails the test for every violation that axe-core finds, of any impact.
 func (p *page) accessible() {
 	p.t.Helper()
 	axe := vendored(p.t, "axe.min.js")
@@ -53,7 +53,7 @@ func (p *page) accessible() {
 	}
 }
 
-// fits fails the test if the page is wider than what it is seen through.
+// fits fails the test if the page is wider than the viewport.
 func (p *page) fits() {
 	p.t.Helper()
 	if n := run[int](p, "document.documentElement.scrollWidth - innerWidth"); n > 0 {
@@ -61,8 +61,8 @@ func (p *page) fits() {
 	}
 }
 
-// With nobody there, and with somebody: the page loads, nothing is refused, and
-// who cannot see it can use it, in each of its looks.
+// TestLoads checks that the page loads without errors and is accessible, in each color
+// scheme and width, with and without clients.
 func TestLoads(t *testing.T) {
 	for _, tc := range []struct {
 		name   string
@@ -77,8 +77,8 @@ func TestLoads(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			w := newWorld(t, proxyOptions, "actions")
 			p := w.open(tc.width, tc.scheme)
-			p.until("that nobody is there", "!!"+row("clients", "No clients yet"), patience)
-			p.until("that nothing is open", "!!"+row("tunnels", "No open tunnels"), patience)
+			p.until("the empty table of clients", "!!"+row("clients", "No clients yet"), patience)
+			p.until("the empty table of tunnels", "!!"+row("tunnels", "No open tunnels"), patience)
 			p.fits()
 			p.accessible()
 
@@ -91,7 +91,7 @@ func TestLoads(t *testing.T) {
 			p.fits()
 			p.accessible()
 			if got := run[string](p, "getComputedStyle(document.body).colorScheme + matchMedia('(prefers-color-scheme: dark)').matches"); got != fmt.Sprint("light dark", tc.scheme == "dark") {
-				t.Errorf("the page's look is %s", got)
+				t.Errorf("the page's color scheme is %s", got)
 			}
 			if dark := run[bool](p, "getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0] < 100"); dark != (tc.scheme == "dark") {
 				t.Errorf("the page is dark: %t", dark)
@@ -101,7 +101,7 @@ func TestLoads(t *testing.T) {
 	}
 }
 
-// A client that is limited is seen to be within two seconds.
+// TestLimitedLive checks that the page shows a limited client within two seconds.
 func TestLimitedLive(t *testing.T) {
 	w := newWorld(t, proxyOptions, "")
 	p := w.open(1440, "light")
@@ -115,7 +115,7 @@ func TestLimitedLive(t *testing.T) {
 	if tokens := run[float64](p, row("clients", "203.0.113.9")+".querySelector('meter').value"); tokens >= 1 {
 		t.Errorf("its meter is at %v", tokens)
 	}
-	p.until("its share", "/Rate limited\\s*[1-9]/.test(document.querySelector('dl').innerText)", patience)
+	p.until("the share of limited requests", "/Rate limited\\s*[1-9]/.test(document.querySelector('dl').innerText)", patience)
 	p.clean()
 }
 
@@ -133,10 +133,10 @@ func TestFilterAndSort(t *testing.T) {
 	p.until("all clients", rows("clients")+" === 22", patience)
 
 	p.fill("Filter clients by address", "113.11")
-	p.until("those that fit", rows("clients")+" === 10", patience)
-	p.until("how many of how many", "document.getElementById('clients').innerText.includes('10 of 22')", patience)
+	p.until("the matching clients", rows("clients")+" === 10", patience)
+	p.until("the number of matches and the total", "document.getElementById('clients').innerText.includes('10 of 22')", patience)
 	p.fill("Filter clients by address", "nobody")
-	p.until("that none fits", "!!"+row("clients", "No matching clients"), patience)
+	p.until("no matching client", "!!"+row("clients", "No matching clients"), patience)
 	p.fill("Filter clients by address", "")
 	p.do(chromedp.Click(chromedp.CSS("#clients label.switch")))
 	p.until("the limited client alone", rows("clients")+" === 1 && !!"+row("clients", "198.51.100.7"), patience)
@@ -146,7 +146,7 @@ func TestFilterAndSort(t *testing.T) {
 	p.press("Bucket")
 	p.until("the emptiest bucket first", first+".includes('198.51.100.7')", patience)
 	p.press("Bucket")
-	p.until("it last", "!"+first+".includes('198.51.100.7') && document.querySelector('#clients th[aria-sort]').getAttribute('aria-sort') === 'descending'", patience)
+	p.until("the emptiest bucket last", "!"+first+".includes('198.51.100.7') && document.querySelector('#clients th[aria-sort]').getAttribute('aria-sort') === 'descending'", patience)
 
 	p.fill("Filter tunnels by client or target", "198.51.100.9")
 	p.until("no tunnel", "!!"+row("tunnels", "No matching tunnels"), patience)
@@ -172,7 +172,7 @@ func TestClosesATunnel(t *testing.T) {
 	p.clean()
 }
 
-// Who works with the keyboard is not thrown out of a table that moves.
+// TestKeyboard checks that the keyboard focus survives updates of a table.
 func TestKeyboard(t *testing.T) {
 	w := newWorld(t, proxyOptions, "actions")
 	p := w.open(1440, "light")
@@ -232,8 +232,8 @@ func TestRefillsAndBlocksAClient(t *testing.T) {
 	p.clean()
 }
 
-// Refusals are shown with their reason, and settings in the words of the
-// Caddyfile, those that were given apart from defaults.
+// TestRefusalsAndSettings checks that refusals are shown with their reason, and settings
+// by their Caddyfile names, with defaults apart.
 func TestRefusalsAndSettings(t *testing.T) {
 	w := newWorld(t, proxyOptions, "")
 	p := w.open(1440, "light")
@@ -248,17 +248,17 @@ func TestRefusalsAndSettings(t *testing.T) {
 	p.clean()
 }
 
-// The page goes on by itself after a reload, and after a restart.
+// TestReconnects checks that the page recovers by itself after a reload and a restart.
 func TestReconnects(t *testing.T) {
 	w := newWorld(t, proxyOptions, "actions")
 	p := w.open(1440, "light")
 	w.tunnel("203.0.113.1")
 	p.until("the tunnel, and its button", "!!"+row("tunnels", "Close"), patience)
 	w.reload(proxyOptions, "")
-	p.until("no button any more, as it is told", "!!"+row("tunnels", "203.0.113.1")+" && !"+row("tunnels", "Close"), patience)
+	p.until("the tunnel without its button", "!!"+row("tunnels", "203.0.113.1")+" && !"+row("tunnels", "Close"), patience)
 	p.state("Live")
 	w.client()("203.0.113.2")
-	p.until("what came after the reload", "!!"+row("clients", "203.0.113.2"), patience)
+	p.until("the client of after the reload", "!!"+row("clients", "203.0.113.2"), patience)
 
 	w.stop()
 	p.state("Reconnecting")
@@ -267,7 +267,7 @@ func TestReconnects(t *testing.T) {
 	p.until("an empty table", "!!"+row("clients", "No clients yet"), patience)
 }
 
-// What the charts show outlives a reload of the page itself.
+// TestKeepsItsCharts checks that the data of the charts survives a reload of the page.
 func TestKeepsItsCharts(t *testing.T) {
 	w := newWorld(t, proxyOptions, "")
 	p := w.open(1440, "light")
@@ -278,7 +278,7 @@ func TestKeepsItsCharts(t *testing.T) {
 	p.until("no tunnel", rows("tunnels")+" === 0", patience)
 	p.do(chromedp.Reload())
 	p.state("Live")
-	p.until("what was before", tallest+" > 20", patience)
+	p.until("the tunnel in its sparkline after the reload", tallest+" > 20", patience)
 	p.clean()
 }
 
@@ -291,30 +291,30 @@ func TestPauses(t *testing.T) {
 	at := run[float64](p, "performance.now()")
 	p.until("two snapshots more", fmt.Sprintf("performance.now() > %f", at+2500), patience)
 	if run[bool](p, "!!"+row("clients", "203.0.113.2")) {
-		t.Error("a page that pauses shows what is new")
+		t.Error("a paused page shows a new client")
 	}
 	p.press("Pause")
 	p.state("Live")
-	p.until("what is new", "!!"+row("clients", "203.0.113.2"), patience)
+	p.until("the new client", "!!"+row("clients", "203.0.113.2"), patience)
 	p.clean()
 }
 
-// Who is a client in several zones can be told apart in each width, and its
-// buckets be refilled one by one.
+// TestZones checks that a client in several zones has a row for each, in each width, and
+// that its buckets are refilled separately.
 func TestZones(t *testing.T) {
-	other := freeAddress(t)
-	w := newWorld(t, fmt.Sprintf("zone one\n%s\n\t}\n}\nhttp://:%s {\n\tasync_proxy {\n\t\tzone two\n\t\tclients all\n\t\tburst 1000\n\t\trefill 0.01\n\t\tallow 127.0.0.0/8", proxyOptions, port(other)), "actions")
+	zoneTwo := freeAddress(t)
+	w := newWorld(t, fmt.Sprintf("zone one\n%s\n\t}\n}\nhttp://:%s {\n\tasync_proxy {\n\t\tzone two\n\t\tclients all\n\t\tburst 1000\n\t\trefill 0.01\n\t\tallow 127.0.0.0/8", proxyOptions, port(zoneTwo)), "actions")
 	for _, width := range []int64{400, 1440} {
 		p := w.open(width, "light")
 		w.limit("203.0.113.9")
 		p.until("the client", "!!"+row("clients", "203.0.113.9", "limited"), patience)
 		proxy := w.proxy
-		w.proxy = other
+		w.proxy = zoneTwo
 		if status := w.client()("203.0.113.9"); status != http.StatusOK {
 			t.Errorf("in the other zone the client gets %d", status)
 		}
 		w.proxy = proxy
-		p.until("it in both", "!!"+row("clients", "203.0.113.9 one", "limited")+" && !!"+row("clients", "203.0.113.9 two", " / 1,000"), patience)
+		p.until("the client in both zones", "!!"+row("clients", "203.0.113.9 one", "limited")+" && !!"+row("clients", "203.0.113.9 two", " / 1,000"), patience)
 		p.fits()
 		p.accessible()
 		p.press("Refill the bucket of 203.0.113.9 in zone two")
@@ -323,8 +323,8 @@ func TestZones(t *testing.T) {
 	}
 }
 
-// Names are found in any case, whether the page filters or the server does, and
-// also if they are only blocked.
+// TestFindsABlockedUser checks that the filter ignores case, both in the page and on the
+// server, and that it finds clients that are blocked but not tracked.
 func TestFindsABlockedUser(t *testing.T) {
 	w := newWorld(t, proxyOptions, "actions")
 	p := w.open(1440, "light")
@@ -339,14 +339,14 @@ func TestFindsABlockedUser(t *testing.T) {
 	res.Body.Close()
 	p.until("the user", "!!"+row("clients", "user Sales/Alice", "blocked", "never"), patience)
 	p.fill("Filter clients by address", "sales/aLiCe")
-	p.until("how many", "document.getElementById('clients-count').innerText === '1'", patience)
+	p.until("the number of matches", "document.getElementById('clients-count').innerText === '1'", patience)
 	p.until("the user", "!!"+row("clients", "user Sales/Alice", "blocked"), patience)
 	p.press("Unblock user Sales/Alice")
-	p.until("nobody", "!!"+row("clients", "No matching clients"), patience)
+	p.until("no matching client", "!!"+row("clients", "No matching clients"), patience)
 	p.clean()
 }
 
-// With more clients than a snapshot has, the page finds all of them.
+// TestManyClients checks that the page finds clients that are not in the snapshot.
 func TestManyClients(t *testing.T) {
 	const n = 50_000
 	w := newWorld(t, proxyOptions, "")
@@ -363,9 +363,9 @@ func TestManyClients(t *testing.T) {
 	}
 	wg.Wait()
 	p := w.open(1440, "light")
-	p.until("that they are many", "document.getElementById('clients').innerText.includes('100 of 50,000')", patience)
+	p.until("the number of clients", "document.getElementById('clients').innerText.includes('100 of 50,000')", patience)
 	p.fill("Filter clients by address", "192.0.2.1")
-	p.until("the first", "!!"+row("clients", "192.0.2.1"), patience)
+	p.until("the client that came first", "!!"+row("clients", "192.0.2.1"), patience)
 	p.fill("Filter clients by address", "")
 	p.press("Rejected")
 	p.until("the one with refusals", "document.querySelector('#clients tbody tr').innerText.includes('192.0.2.2')", patience)
@@ -373,12 +373,12 @@ func TestManyClients(t *testing.T) {
 	p.accessible()
 }
 
-// TestScreenshots makes the pictures of the documentation, if SCREENSHOTS names
-// the directory for them: of some minutes of traffic, which it takes.
+// TestScreenshots takes the screenshots for the documentation, if SCREENSHOTS names the
+// directory for them. It generates traffic for some minutes, which the charts show.
 func TestScreenshots(t *testing.T) {
 	dir := os.Getenv("SCREENSHOTS")
 	if dir == "" {
-		t.Skip("SCREENSHOTS names no directory")
+		t.Skip("SCREENSHOTS is not set")
 	}
 	w := newWorld(t, "burst 60\nrefill 4\nallow 127.0.0.0/8\nmax_tunnels 500 per_client 50", "actions")
 	p := w.open(1440, "light")

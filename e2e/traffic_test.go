@@ -16,8 +16,8 @@ import (
 	"time"
 )
 
-// traffic is like that of an office for some time: clients that come and go,
-// tunnels that talk, now and then one that asks for too much.
+// traffic generates traffic like that of an office for the given time: varying clients,
+// active tunnels, and now and then a client that exceeds its limit.
 func (w *world) traffic(span time.Duration) {
 	origin := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		time.Sleep(time.Duration(math.Exp(rand.NormFloat64()+2.5)) * time.Millisecond)
@@ -32,9 +32,9 @@ func (w *world) traffic(span time.Duration) {
 		target := origin.URL
 		switch rand.IntN(60) {
 		case 0:
-			target = "http://169.254.169.254/latest/meta-data/" // is closed to all
+			target = "http://169.254.169.254/latest/meta-data/" // closed to all clients
 		case 1:
-			target = "http://127.0.0.1:9/" // nobody listens
+			target = "http://127.0.0.1:9/" // nothing listens there
 		}
 		req, err := http.NewRequest(http.MethodGet, target, nil)
 		if err != nil {
