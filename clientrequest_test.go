@@ -19,7 +19,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// headOrigin answers each request with its head, byte for byte.
+// headOrigin is an origin that returns each request's head byte for byte.
 func headOrigin(t *testing.T) (address string) {
 	return listen(t, func(c *net.TCPConn) {
 		r := bufio.NewReader(c)
@@ -37,8 +37,8 @@ func headOrigin(t *testing.T) (address string) {
 	})
 }
 
-// What a path means is up to the origin: a % that begins no escape gets there as it
-// is, directly and through a parent.
+// A path's meaning is up to the origin: a % that begins no escape is passed on unchanged,
+// directly and through a parent.
 func TestBarePercent(t *testing.T) {
 	origin := headOrigin(t)
 	parent := headOrigin(t)
@@ -70,8 +70,8 @@ func TestBarePercent(t *testing.T) {
 	check(w, "http://"+origin)
 }
 
-// FuzzParseURL: a target that net/http accepts means the same here, and what else is
-// accepted differs from a good target only in how a % is written.
+// FuzzParseURL checks that a target that net/http accepts is parsed alike here, and that
+// any other accepted target differs from a valid one only in its use of %.
 func FuzzParseURL(f *testing.F) {
 	for _, target := range []string{"http://a/50%", "http://a%/", "http://a/%zz?%", "http://a?%", "http://a/%41%", "http://[::1%25lo]/%", "http://u:%@a/", "http://"} {
 		f.Add(target)
@@ -93,7 +93,7 @@ func FuzzParseURL(f *testing.F) {
 	})
 }
 
-// A proxy forwards fields that it does not know, whatever their names.
+// A proxy forwards unknown fields, whatever their names.
 func TestFieldNamesWithUnderscoresAndDots(t *testing.T) {
 	origin := headOrigin(t)
 	c := newWorld(t, "", nil).dialOwn()
@@ -106,8 +106,8 @@ func TestFieldNamesWithUnderscoresAndDots(t *testing.T) {
 	}
 }
 
-// Empty lines before a request are ignored (RFC 9112 §2.2), in whatever pieces they
-// arrive, also before a request that net/http serves.
+// Empty lines before a request are ignored (RFC 9112 §2.2), however they are split, also
+// before a request that net/http serves.
 func TestEmptyLinesBeforeRequests(t *testing.T) {
 	w := newWorld(t, "", nil)
 	get := "GET " + w.origin.URL + "/ HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -127,12 +127,12 @@ func TestEmptyLinesBeforeRequests(t *testing.T) {
 	c := w.dialOwn()
 	c.send("\r\n")
 	if c.gets(w.origin.URL+"/") == "" || ownConns() == 0 {
-		t.Error("an empty line between two requests moves the connection to net/http")
+		t.Error("an empty line between two requests hands the connection to net/http")
 	}
 }
 
-// A CONNECT request has no content, in any version: one that announces some is
-// refused before anything is connected.
+// A CONNECT request has no content in any version: one that announces content is refused
+// before anything is dialed.
 func TestConnectWithContent(t *testing.T) {
 	w := newTunnelWorld(t, tunnelSetup{})
 	dialled := make(chan struct{}, 10)
@@ -142,7 +142,7 @@ func TestConnectWithContent(t *testing.T) {
 	}
 	for _, r := range []*http.Request{{ProtoMajor: 3, ContentLength: 5}, {ProtoMajor: 3, ContentLength: -1, Header: http.Header{"Content-Length": {"5"}}}} {
 		if !announcesContent(r) {
-			t.Errorf("over HTTP/3, nothing is announced by %v", r)
+			t.Errorf("over HTTP/3, %v counts as announcing content", r)
 		}
 	}
 	if announcesContent(&http.Request{ProtoMajor: 3, ContentLength: -1}) {
@@ -160,7 +160,7 @@ func TestConnectWithContent(t *testing.T) {
 	}
 }
 
-// Zeros before a port change nothing, for the rules neither (RFC 3986 §3.2.3).
+// Leading zeros in a port change nothing, rules included (RFC 3986 §3.2.3).
 func TestPortWithZeros(t *testing.T) {
 	w := newWorld(t, "", nil)
 	_, port, _ := net.SplitHostPort(w.origin.Listener.Addr().String())
@@ -180,8 +180,8 @@ func TestPortWithZeros(t *testing.T) {
 	}
 }
 
-// The proxy says itself what is wrong with the target of a CONNECT, logs it, and
-// writes no password down.
+// The proxy's own response names the error in a CONNECT target. It is logged without
+// passwords.
 func TestMalformedConnect(t *testing.T) {
 	w := newWorld(t, "", nil)
 	const secret = "pa55w0rd"
@@ -191,7 +191,7 @@ func TestMalformedConnect(t *testing.T) {
 		"bob:" + secret + "@exa%mple.com:443", "bob:" + secret + "@127.0.0.1:1", "bob:" + secret + "@host", "http://bob:" + secret + "@127.0.0.1:1/", "bob:" + secret + "%@host:1",
 	} {
 		c := w.dialOwn()
-		n++ // the line of the request before
+		n++ // the previous request's line
 		c.send("CONNECT " + target + " HTTP/1.1\nHost: x\n\n")
 		res, body := c.response(http.MethodConnect)
 		if res.StatusCode != http.StatusBadRequest || !strings.Contains(res.Header.Get("Proxy-Status"), "error=http_request_error") || strings.Contains(body, secret) {
@@ -230,8 +230,8 @@ func TestMalformedConnect(t *testing.T) {
 	}
 }
 
-// What no handler answers is refused, and never an empty 200 in the name of a site.
-// An answer of another handler is passed on, empty or not.
+// A request that no handler answers is refused, never answered with the site's empty 200.
+// Another handler's response is passed on, empty or not.
 func TestUnansweredRequests(t *testing.T) {
 	for name, tc := range map[string]struct {
 		site   string
@@ -284,7 +284,7 @@ func TestUnansweredRequests(t *testing.T) {
 	}
 }
 
-// A handler may answer by a flush alone, or by taking the connection over.
+// A handler may respond with a flush alone, or by hijacking the connection.
 func TestAnswersWithoutStatus(t *testing.T) {
 	for name, answer := range map[string]func(w http.ResponseWriter) error{
 		"a flush":    func(w http.ResponseWriter) error { return http.NewResponseController(w).Flush() },
@@ -313,7 +313,7 @@ func TestAnswersWithoutStatus(t *testing.T) {
 	}
 }
 
-// A proxy that has TLS and does not know its own names is warned about.
+// A proxy with TLS but without its own host names causes a warning.
 func TestWarningWithoutHosts(t *testing.T) {
 	const warning = "this proxy has TLS, but not the option hosts"
 	count := func(w *world) (n int) {
@@ -324,7 +324,7 @@ func TestWarningWithoutHosts(t *testing.T) {
 		return strings.Count(string(data), warning)
 	}
 	w := newTunnelWorld(t, tunnelSetup{})
-	eventually(t, "the warning", func() bool { return count(w.world) == 1 }) // and none for the plain site
+	eventually(t, "the warning", func() bool { return count(w.world) == 1 }) // and no second one for the plain site
 	w = newTunnelWorld(t, tunnelSetup{options: "hosts localhost"})
 	w.waitLog("async-proxy listening", 2)
 	if n := count(w.world); n != 0 {
@@ -332,13 +332,13 @@ func TestWarningWithoutHosts(t *testing.T) {
 	}
 }
 
-// When a reload has returned, no request is answered by the old config, not even on a
-// connection that the old listener has not moved yet.
+// Once a reload has returned, the old config serves no request, not even on a connection
+// that the old listener has not yet moved.
 func TestReloadIsAtOnce(t *testing.T) {
 	w := newWorld(t, "", nil)
 	c := w.dialOwn()
 	old := listeners()[0]
-	old.conns.mu.Lock() // its end takes its time
+	old.conns.mu.Lock() // makes the old listener slow to stop
 	startCaddyfile(t, strings.Replace(w.globals(), "{\n", "{\ngrace_period 5s\n", 1)+w.site("deny all"))
 	c.get(w.origin.URL+"/", "")
 	res, body := c.response(http.MethodGet)
@@ -352,8 +352,8 @@ func TestReloadIsAtOnce(t *testing.T) {
 	}
 }
 
-// A proxy takes heads as large as browsers and Kerberos make them, unless the operator
-// has set another limit.
+// The proxy accepts heads as large as browsers and Kerberos send, unless the operator has
+// set another limit.
 func TestHeadLimit(t *testing.T) {
 	origin := headOrigin(t)
 	w := newWorld(t, "", nil)
@@ -383,7 +383,7 @@ func TestHeadLimit(t *testing.T) {
 	}
 }
 
-// A large field over HTTP/2 ends no connection.
+// A large field over HTTP/2 does not end the connection.
 func TestHeadLimitOverHTTP2(t *testing.T) {
 	origin := headOrigin(t)
 	w := newTunnelWorld(t, tunnelSetup{options: "hosts localhost"})
@@ -409,7 +409,7 @@ func TestHeadLimitOverHTTP2(t *testing.T) {
 	}
 }
 
-// Where no async_proxy takes a request, no password is written down either.
+// Passwords are not logged either when no async_proxy handles a request.
 func TestUnclaimedConnectWithPassword(t *testing.T) {
 	w := newWorld(t, "", nil)
 	site := strings.Replace(w.site(""), "async_proxy {", "@none remote_ip 192.0.2.1\nasync_proxy @none {", 1)

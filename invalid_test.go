@@ -17,20 +17,20 @@ import (
 	"time"
 )
 
-// invalidCount returns a count of caddy_async_proxy_invalid_requests_total.
+// invalidCount returns a value of caddy_async_proxy_invalid_requests_total.
 func invalidCount(t *testing.T, reason invalid) float64 {
 	t.Helper()
 	return gathered(t)[fmt.Sprintf(`invalid_requests_total{reason="%s"}`, reason)]
 }
 
-// forgetInvalidLines makes each client get its next lines at once.
+// forgetInvalidLines resets the log limit, so that the next lines appear at once.
 func forgetInvalidLines() {
 	invalidLines.mu.Lock()
 	defer invalidLines.mu.Unlock()
 	clear(invalidLines.lines)
 }
 
-// clientHello is what a TLS client sends first.
+// clientHello returns the first bytes that a TLS client sends.
 func clientHello(t *testing.T) string {
 	t.Helper()
 	near, far := net.Pipe()
@@ -45,9 +45,9 @@ func clientHello(t *testing.T) string {
 	return string(buf[:n])
 }
 
-// What a client of another protocol sends first is told from a request at its first
-// byte: it is logged, counted, answered if the client may understand it, and the
-// connection ends, on every way of serving.
+// A client of another protocol is recognized by its first byte. It is logged and counted,
+// gets a response if it may understand one, and its connection is closed, on every serving
+// path.
 func TestFirstContact(t *testing.T) {
 	hello := clientHello(t)
 	plain := []struct {
@@ -89,10 +89,10 @@ func TestFirstContact(t *testing.T) {
 					said := c.readAll()
 					<-sent
 					if !strings.HasSuffix(said, row.says) || row.says == "" && said != "" {
-						t.Errorf("the answer is %q", said)
+						t.Errorf("the response is %q", said)
 					}
 					if row.says != "" && (!strings.HasPrefix(said, "HTTP/1.1 400 Bad Request\r\n") || !strings.Contains(said, "\r\nProxy-Status: ")) {
-						t.Errorf("the answer is %q", said)
+						t.Errorf("the response is %q", said)
 					}
 					line := w.waitLog(invalids[row.reason].message, n+1)[n]
 					if line["client"] != "127.0.0.1" || line["address"] != address || line["reason"] != string(row.reason) || line["refused"] != 1.0 || line["level"] != "warn" {
@@ -104,7 +104,7 @@ func TestFirstContact(t *testing.T) {
 				})
 			}
 		}
-		// Clients that speak as they should are served.
+		// Clients of the right protocol are served.
 		w.client(t, "h1-tls").open(echoTarget(t))
 		if options.protocols == "" {
 			w.client(t, "h2").open(echoTarget(t))
@@ -113,7 +113,7 @@ func TestFirstContact(t *testing.T) {
 	}
 }
 
-// Real clients with the wrong scheme are told so.
+// Real clients with the wrong scheme report it.
 func TestFirstContactOfClients(t *testing.T) {
 	w := newTunnelWorld(t, tunnelSetup{})
 	for proxy, want := range map[string]string{
@@ -129,7 +129,7 @@ func TestFirstContactOfClients(t *testing.T) {
 	}
 }
 
-// Other wrappers may come before what is HTTP or TLS: their first bytes are theirs.
+// Wrappers in front may consume their own first bytes before HTTP or TLS begins.
 func TestFirstContactBehindOtherWrappers(t *testing.T) {
 	w := newTunnelWorld(t, tunnelSetup{servers: "listener_wrappers {\nasync_proxy\nproxy_protocol {\nallow 127.0.0.0/8\n}\ntls\n}"})
 	for _, protocol := range []string{"h1", "h1-tls"} {
@@ -142,9 +142,9 @@ func TestFirstContactBehindOtherWrappers(t *testing.T) {
 	}
 }
 
-// What net/http refuses before a handler sees it is answered with the proxy's name and
-// what is wrong, logged and counted, as a first request and behind others, wherever the
-// listener wrapper sees the connection.
+// A request that net/http refuses before a handler gets it is answered with the proxy's
+// name and the error, logged and counted, as the first request and as a later one, wherever
+// the listener wrapper has the connection.
 func TestRefusedBelowHandlers(t *testing.T) {
 	w := newWorld(t, "via tester", nil)
 	get := "GET " + w.origin.URL + "/ HTTP/1.1\r\n"
@@ -169,7 +169,7 @@ func TestRefusedBelowHandlers(t *testing.T) {
 		} {
 			for _, before := range []string{"", get + "Host: x\r\n\r\n"} {
 				if before != "" && row.status == 414 && site != w.site("via tester") {
-					row.status, row.says = 431, "too large" // net/http alone knows where a later request begins
+					row.status, row.says = 431, "too large" // only net/http knows where a later request begins
 				}
 				t.Run(fmt.Sprintf("%s/%v/%v", row.name, before != "", site == w.site("via tester")), func(t *testing.T) {
 					forgetInvalidLines()
@@ -201,7 +201,7 @@ func TestRefusedBelowHandlers(t *testing.T) {
 	}
 }
 
-// No response of a handler or an origin is taken for a refusal of net/http's.
+// No response of a handler or an origin is mistaken for net/http's refusal.
 func TestResponsesAreNoRefusals(t *testing.T) {
 	origin := listen(t, func(c *net.TCPConn) {
 		streamRequest(c)
@@ -219,10 +219,9 @@ func TestResponsesAreNoRefusals(t *testing.T) {
 	}
 }
 
-// Content of a response is passed on as it is, also where it arrives by itself and
-// looks like net/http's answer to a malformed request. If it were replaced, its length
-// would no longer be the one that was announced, and the client would take the rest for
-// the response to its next request.
+// Response content is passed on unchanged, even if it arrives on its own and looks like
+// net/http's response to a malformed request. Replacing it would break the announced
+// length, and the client would take the rest for the response to its next request.
 func TestContentThatLooksLikeARefusal(t *testing.T) {
 	const content = "HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n400 Bad Request"
 	goOn := make(chan struct{})
@@ -234,14 +233,14 @@ func TestContentThatLooksLikeARefusal(t *testing.T) {
 			_, _ = io.WriteString(c, content)
 		}
 	})
-	for _, log := range []string{"", "\tlog\n"} { // with an access log net/http serves all requests
+	for _, log := range []string{"", "\tlog\n"} { // an access log makes net/http serve all requests
 		w := newWorld(t, "", nil)
 		w.load(strings.Replace(w.site(""), "\tasync_proxy", log+"\tasync_proxy", 1))
 		c := w.dial()
 		before := invalidCount(t, invalidMalformed)
 		for range 2 {
 			c.send("POST http://" + origin + "/ HTTP/1.1\nHost: x\nContent-Length: 0\n\n")
-			if _, err := c.r.Peek(1); err != nil { // the head is on its own
+			if _, err := c.r.Peek(1); err != nil { // the head arrives separately
 				t.Fatal(err)
 			}
 			goOn <- struct{}{}
@@ -252,7 +251,7 @@ func TestContentThatLooksLikeARefusal(t *testing.T) {
 		if got := invalidCount(t, invalidMalformed); got != before {
 			t.Errorf("counted %v times", got-before)
 		}
-		// Behind these responses a malformed request is noticed as before.
+		// After these responses, a malformed request is still recognized.
 		c.send("POST http://" + origin + "/ HTTP/1.1\nHost: x\nContent-Length: x\n\n")
 		if res, body := c.response(http.MethodPost); res.StatusCode != http.StatusBadRequest || !strings.Contains(body, "well-formed") && !*byNetHTTP {
 			t.Errorf("a malformed request: %s %q", res.Status, body)
@@ -260,8 +259,8 @@ func TestContentThatLooksLikeARefusal(t *testing.T) {
 	}
 }
 
-// A client gets ten lines of a kind, and then one a minute, which says for how many
-// refusals it stands. Memory is bounded.
+// A client gets ten log lines of a kind, then one a minute with the number of refusals it
+// stands for. Memory is bounded.
 func TestLineLimit(t *testing.T) {
 	l := lineLimit{lines: make(map[invalidLine]*lineCount)}
 	now := time.Now()
@@ -281,7 +280,7 @@ func TestLineLimit(t *testing.T) {
 	expect(invalidInterval, 0)
 	expect(2*invalidInterval, 2)
 	for range invalidBurst {
-		expect(4*invalidInterval, 1) // a minute was quiet
+		expect(4*invalidInterval, 1) // after a minute without refusals
 	}
 	expect(4*invalidInterval, 0)
 	line.what = "b"
@@ -294,13 +293,13 @@ func TestLineLimit(t *testing.T) {
 		}
 	}
 	if len(l.lines) > maxInvalidLines || lines != maxInvalidLines {
-		t.Errorf("%d kinds are known, and %d lines were let through, want %d", len(l.lines), lines, maxInvalidLines)
+		t.Errorf("%d kinds are tracked and %d lines were logged, want %d", len(l.lines), lines, maxInvalidLines)
 	}
 	line.what = "c"
-	expect(12*invalidInterval, 1) // there is room again
+	expect(12*invalidInterval, 1) // entries have expired
 }
 
-// A listener of TLS keeps working whatever crypto/tls makes of it.
+// TestListenerBelowTLS guards against a change of the listener type in crypto/tls.
 func TestListenerBelowTLS(t *testing.T) {
 	ln, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
@@ -308,14 +307,14 @@ func TestListenerBelowTLS(t *testing.T) {
 	}
 	defer ln.Close()
 	if listenerBelowTLS(ln).IsValid() {
-		t.Error("a listener of TCP is taken for one of TLS")
+		t.Error("a TCP listener counts as a TLS listener")
 	}
 	if over := tls.NewListener(ln, &tls.Config{}); !listenerBelowTLS(over).IsValid() {
-		t.Error("a listener of TLS is not known")
+		t.Error("a TLS listener is not recognized")
 	}
 }
 
-// A connection reads the same in whatever pieces it arrives.
+// A connection reads the same however its bytes are split.
 func TestReadConnFirst(t *testing.T) {
 	for _, text := range []string{"\r\n\r\nGET /", "GET /\r\n", "\r\rGET", "\rG", "\r\n\n", "\n\r\n"} {
 		for size := 1; size <= len(text); size++ {
@@ -338,7 +337,7 @@ func TestReadConnFirst(t *testing.T) {
 	}
 }
 
-// FuzzNetHTTPRefusal: only an answer in the very form of net/http's is replaced.
+// FuzzNetHTTPRefusal checks that only a response in exactly net/http's form is replaced.
 func FuzzNetHTTPRefusal(f *testing.F) {
 	for _, line := range []string{"400 Bad Request", "400 Bad Request: x", "431 Request Header Fields Too Large", "200 OK"} {
 		f.Add([]byte("HTTP/1.1 " + line + string(errorFields) + line))
@@ -347,7 +346,7 @@ func FuzzNetHTTPRefusal(f *testing.F) {
 	f.Fuzz(func(t *testing.T, p []byte) {
 		status, _, ok := isNetHTTPRefusal(p)
 		if ok && (len(status) < 3 || !bytes.HasPrefix(p, []byte("HTTP/1.1 "+status[:3]))) {
-			t.Errorf("%q is taken for %q", p, status)
+			t.Errorf("%q counts as %q", p, status)
 		}
 	})
 }

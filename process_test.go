@@ -26,13 +26,13 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// The tests here are of tunnels of all protocols through cmd/caddy as a process,
-// beside those of binary_test.go.
+// The tests in this file complement binary_test.go: they run tunnels of all protocols
+// through cmd/caddy as a process.
 
-// everyProtocol has a binaryCaddy speak all of tunnelProtocols.
+// everyProtocol makes a binaryCaddy speak all of tunnelProtocols.
 const everyProtocol = "servers {\nprotocols h1 h2 h2c h3\n}\n"
 
-// tunnels makes a client of the process.
+// tunnels returns a client of the process.
 func (c *binaryCaddy) tunnels(t testing.TB, protocol string) *tunnelClient {
 	client := &tunnelClient{t: t, protocol: protocol, proxy: c.secure, shared: 100}
 	if protocol == "h1" || protocol == "h2c" {
@@ -41,7 +41,7 @@ func (c *binaryCaddy) tunnels(t testing.TB, protocol string) *tunnelClient {
 	return client
 }
 
-// floodTarget is one that sends for as long as somebody takes it.
+// floodTarget is a target that sends as long as its peer reads.
 func floodTarget(t *testing.T) string {
 	t.Helper()
 	return listen(t, func(conn *net.TCPConn) {
@@ -54,8 +54,8 @@ func floodTarget(t *testing.T) string {
 	})
 }
 
-// However many tunnels there are, over whatever protocol, idle or stuck in the
-// middle of something: when Caddy is told to exit, it does.
+// Caddy exits when told to, however many tunnels are open, over whatever protocol, idle or
+// stuck.
 func TestProcessExitsWithLiveTunnels(t *testing.T) {
 	const each = 100
 	for _, row := range []struct {
@@ -68,8 +68,8 @@ func TestProcessExitsWithLiveTunnels(t *testing.T) {
 		t.Run(row.name, func(t *testing.T) {
 			c := binaryStart(t, binaryOptions{global: everyProtocol + row.global, secure: true})
 			target := echoTarget(t)
-			var some []tunnelConn   // one of each protocol
-			var open sync.WaitGroup // until each client sees the end
+			var some []tunnelConn   // one per protocol
+			var open sync.WaitGroup // until each client has seen the end
 			for _, protocol := range tunnelProtocols {
 				client := c.tunnels(t, protocol)
 				for i := range each {
@@ -102,7 +102,7 @@ func TestProcessExitsWithLiveTunnels(t *testing.T) {
 	}
 }
 
-// A client that does not read must not keep Caddy.
+// A client that does not read must not prevent Caddy from exiting.
 func TestProcessExitsWithStuckTunnels(t *testing.T) {
 	const each = 3
 	for _, protocol := range tunnelProtocols {
@@ -110,7 +110,7 @@ func TestProcessExitsWithStuckTunnels(t *testing.T) {
 			c := binaryStart(t, binaryOptions{global: everyProtocol, secure: true})
 			target := floodTarget(t)
 			client := c.tunnels(t, protocol)
-			client.shared = 1 // so that none waits for another's window
+			client.shared = 1 // so that no tunnel waits for another's window
 			for range each {
 				conn := client.open(target)
 				if _, err := io.CopyN(io.Discard, conn, 1<<20); err != nil {
@@ -125,8 +125,8 @@ func TestProcessExitsWithStuckTunnels(t *testing.T) {
 	}
 }
 
-// A client of HTTP/2 that grants all there is to grant and then does not even
-// read its socket holds back what would end its stream.
+// An HTTP/2 client that grants the largest windows and then does not even read its socket
+// also blocks the frames that would end its stream.
 func TestProcessClosesTunnelsOfDeafClients(t *testing.T) {
 	protocols := []string{"h2", "h2c"}
 	c := binaryStart(t, binaryOptions{global: everyProtocol, site: "tunnel_idle_timeout 1s", secure: true})
@@ -147,8 +147,8 @@ func TestProcessClosesTunnelsOfDeafClients(t *testing.T) {
 	c.allShutDown(t, len(protocols))
 }
 
-// openDeaf opens a tunnel on a connection of its own, reads nothing, and waits
-// until nothing moves any more.
+// openDeaf opens a tunnel on its own connection, reads nothing, and waits until no more
+// data moves.
 func (c *binaryCaddy) openDeaf(t *testing.T, protocol string) {
 	t.Helper()
 	var sent atomic.Int64
@@ -193,7 +193,7 @@ func (c *binaryCaddy) openDeaf(t *testing.T, protocol string) {
 	})
 }
 
-// exits tells Caddy to exit and returns how long that takes.
+// exits tells Caddy to exit and returns how long that took.
 func (c *binaryCaddy) exits(t *testing.T, meanwhile func()) time.Duration {
 	t.Helper()
 	begun := time.Now()
@@ -204,7 +204,7 @@ func (c *binaryCaddy) exits(t *testing.T, meanwhile func()) time.Duration {
 	select {
 	case <-c.exited:
 	case <-time.After(patience):
-		t.Fatal("Caddy does not exit")
+		t.Fatal("Caddy did not exit")
 	}
 	took := time.Since(begun)
 	t.Logf("Caddy exits after %v", took)
@@ -214,7 +214,7 @@ func (c *binaryCaddy) exits(t *testing.T, meanwhile func()) time.Duration {
 	return took
 }
 
-// allShutDown checks that there are n closing lines, all for the one reason.
+// allShutDown checks that there are n closing lines, all with the reason shutdown.
 func (c *binaryCaddy) allShutDown(t *testing.T, n int) {
 	t.Helper()
 	closed := map[string]int{}
@@ -230,7 +230,7 @@ func (c *binaryCaddy) allShutDown(t *testing.T, n int) {
 	}
 }
 
-// Tunnels carry on while one config replaces another, and another.
+// Tunnels continue while configs replace each other.
 func TestProcessReloadsUnderTraffic(t *testing.T) {
 	const size = 32 << 20
 	for name, reload := range map[string]func(c *binaryCaddy, site string) error{
@@ -263,7 +263,7 @@ func TestProcessReloadsUnderTraffic(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			c := binaryStart(t, binaryOptions{global: everyProtocol, secure: true})
 			target := echoTarget(t)
-			const least = 3 // reloads in the middle of every transfer
+			const least = 3 // reloads during every transfer
 			var reloads atomic.Int64
 			var wg sync.WaitGroup
 			for _, protocol := range tunnelProtocols {
@@ -272,7 +272,7 @@ func TestProcessReloadsUnderTraffic(t *testing.T) {
 				wg.Go(func() {
 					data := bulk(1, size)
 					for sent := int64(0); sent < size; {
-						// The last quarter waits for the reloads.
+						// The last quarter is sent after the reloads.
 						for sent >= size*3/4 && reloads.Load() < least {
 							time.Sleep(time.Millisecond)
 						}
@@ -295,8 +295,8 @@ func TestProcessReloadsUnderTraffic(t *testing.T) {
 			failures := 0
 			for over := false; !over; {
 				err := reload(c, fmt.Sprintf("max_tunnels %d", 1000+reloads.Load()))
-				// The admin endpoint is replaced by each load itself, and a
-				// connection that comes just then is lost.
+				// Each load also replaces the admin endpoint, and a connection to it at
+				// that moment is lost.
 				if failures++; err == nil {
 					reloads.Add(1)
 					failures = 0
@@ -319,8 +319,8 @@ func TestProcessReloadsUnderTraffic(t *testing.T) {
 	}
 }
 
-// A target may take a connection and never say a word. Its tunnel is there for
-// as long as its client is, or the target.
+// A target may accept a connection and never send anything. Its tunnel lasts until the
+// client or the target closes.
 func TestProcessWithSilentTarget(t *testing.T) {
 	c := binaryStart(t, binaryOptions{global: everyProtocol, secure: true})
 	heard, release := make(chan error), make(chan struct{})
@@ -339,19 +339,19 @@ func TestProcessWithSilentTarget(t *testing.T) {
 			}
 			leaves.Reset()
 			if err := <-heard; !errors.Is(err, syscall.ECONNRESET) {
-				t.Errorf("a client leaves: the target reads %v, want a reset", err)
+				t.Errorf("a client disconnects: the target read %v, want a reset", err)
 			}
 			closeWrite(t, waits)
 			if err := <-heard; err != nil {
-				t.Errorf("a client half-closes: the target reads %v, want the end", err)
+				t.Errorf("a client half-closes: the target read %v, want the end", err)
 			}
 			lines := c.waitLog("CONNECT tunnel closed", 2*i+1)
-			want := reasonClient // a stream that is canceled
+			want := reasonClient // a canceled stream
 			if strings.HasPrefix(protocol, "h1") {
 				want = reasonClientError
 			}
 			if len(lines) != 2*i+1 || lines[2*i]["reason"] != want {
-				t.Errorf("closing lines %v, want one more, of the client that has left, with %q", lines, want)
+				t.Errorf("closing lines %v, want one more, of the client that disconnected, with %q", lines, want)
 			}
 			release <- struct{}{}
 			release <- struct{}{}

@@ -18,21 +18,21 @@ import (
 	"testing"
 )
 
-// namespaceAddresses are of the interface that the tests of this file have in a
-// network of their own, so that every destination is really there.
+// namespaceAddresses are the addresses of the interface in the network namespace of this
+// file's tests, so that every destination really exists.
 var namespaceAddresses = strings.Fields(`8.8.8.8 1.1.1.1 172.32.0.1 10.0.0.1 172.16.0.1 192.168.1.1 100.64.0.1 169.254.169.254
 	192.0.0.192 198.18.0.1 203.0.113.1 168.63.129.16 240.0.0.1
 	2606:4700::1111 fd00::1 fec0::1 2001:db8::1 2001:0:7f00:1::1 64:ff9b::808:808 64:ff9b::7f00:1 64:ff9b::a00:1 64:ff9b::a9fe:a9fe 64:ff9b:1::7f00:1
 	2002:7f00:1::1 2002:a00:1::1 2002:a9fe:a9fe::1 2002:808:808::1 ::127.0.0.1`)
 
-// inNamespace runs the test in a process with a network of its own, in which it
+// inNamespace runs the test in a child process with its own network namespace, in which it
 // returns true.
 func inNamespace(t *testing.T) bool {
 	t.Helper()
 	const marker = "ASYNC_PROXY_NAMESPACE"
 	if os.Getenv(marker) != "" {
 		commands := []string{"ip link set lo up"}
-		for _, address := range namespaceAddresses { // is answered, and yet no address of an interface
+		for _, address := range namespaceAddresses { // the machine answers at these although no interface has them
 			commands = append(commands, "ip route add local "+address+" dev lo")
 		}
 		if out, err := exec.Command("sh", "-ec", strings.Join(commands, "\n")).CombinedOutput(); err != nil {
@@ -41,7 +41,7 @@ func inNamespace(t *testing.T) bool {
 		return true
 	}
 	if _, err := exec.LookPath("ip"); err != nil {
-		t.Skip("there is no ip; apt-get install iproute2")
+		t.Skip("ip is not installed; apt-get install iproute2")
 	}
 	cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v")
 	cmd.Env = append(os.Environ(), marker+"=yes")
@@ -53,7 +53,7 @@ func inNamespace(t *testing.T) bool {
 	}
 	out, err := cmd.CombinedOutput()
 	if errors.Is(err, syscall.EPERM) {
-		t.Skip("this user may not make a network namespace")
+		t.Skip("this user may not create network namespaces")
 	}
 	if err != nil {
 		t.Errorf("%v\n%s", err, out)
@@ -61,7 +61,7 @@ func inNamespace(t *testing.T) bool {
 	return false
 }
 
-// everywhere listens on all addresses, and counts its connections.
+// everywhere listens on all addresses and counts the connections.
 func everywhere(t *testing.T) (port string, accepted *atomic.Int64) {
 	t.Helper()
 	ln, err := net.Listen("tcp", ":0")
@@ -92,7 +92,7 @@ func (l countingListener) Accept() (net.Conn, error) {
 	return conn, err
 }
 
-// names are what the name server of the tests knows.
+// names returns the addresses that the tests' name server has for a name.
 func names(name string, n int) []string {
 	switch name {
 	case "public.test":
@@ -109,9 +109,9 @@ func names(name string, n int) []string {
 		return []string{"64:ff9b::7f00:1"}
 	case "alias.test":
 		return []string{"CNAME loopback.test", "127.0.0.1"}
-	case "mixed.test": // one that is open among closed ones
+	case "mixed.test": // one open address among closed ones
 		return []string{"127.0.0.1", "8.8.8.8", "10.0.0.1", "::1"}
-	case "rebinding.test": // public the first time, then never again
+	case "rebinding.test": // public in the first answer, loopback in all later ones
 		if n == 0 {
 			return []string{"8.8.8.8"}
 		}
@@ -122,8 +122,8 @@ func names(name string, n int) []string {
 	return nil
 }
 
-// TestSpellings asks for every forbidden destination in every way in which it
-// can be written, through CONNECT and as a plain request.
+// TestSpellings requests every forbidden destination in every spelling, by CONNECT and as a
+// plain request.
 func TestSpellings(t *testing.T) {
 	if !inNamespace(t) {
 		return
@@ -161,16 +161,16 @@ func TestSpellings(t *testing.T) {
 		ask(host, "", http.StatusForbidden)
 		forbidden++
 	}
-	ask("localhost.", policyRemote, http.StatusForbidden, http.StatusBadGateway) // some resolvers know it
+	ask("localhost.", policyRemote, http.StatusForbidden, http.StatusBadGateway) // some resolvers resolve it
 	for host := range strings.FieldsSeq(malformed) {
 		ask(host, policyRemote, http.StatusBadRequest)
 		ask(host, "", http.StatusBadRequest)
 		forbidden += 2
 	}
 	if n := accepted.Load(); n != 0 {
-		t.Errorf("%d connections have come through", n)
+		t.Errorf("%d connections got through", n)
 	}
-	t.Logf("%d refused, each twice", forbidden)
+	t.Logf("%d spellings refused, each twice", forbidden)
 	for _, row := range []struct{ hosts, lines string }{
 		{`8.8.8.8 1.1.1.1 172.32.0.1 [2606:4700::1111] [2606:4700:0::1111] [::ffff:8.8.8.8] [::ffff:808:808] [64:ff9b::8.8.8.8] [2002:808:808::1] public.test PUBLIC.test. mixed.test`, policyRemote},
 		{`127.0.0.1 127.0.0.2 [::1] [::ffff:127.0.0.1] 10.0.0.1 172.16.0.1 192.168.1.1 100.64.0.1 [fd00::1] localhost loopback.test private.test alias.test 8.8.8.8`, ""},
@@ -180,11 +180,11 @@ func TestSpellings(t *testing.T) {
 		}
 	}
 	if accepted.Load() == 0 {
-		t.Error("nothing has come through")
+		t.Error("no connection got through")
 	}
 }
 
-// TestRebinding: what a name resolved to a moment ago counts for nothing.
+// TestRebinding checks that an earlier DNS answer for a name does not count.
 func TestRebinding(t *testing.T) {
 	if !inNamespace(t) {
 		return
@@ -199,14 +199,14 @@ func TestRebinding(t *testing.T) {
 		accepted.Store(0)
 	}
 	if n := accepted.Load(); n != 0 {
-		t.Errorf("%d connections have come through", n)
+		t.Errorf("%d connections got through", n)
 	}
 	line := w.waitLog("request", 2)[0]
 	if line["level"] != "warn" || line["rule"] != "default" || line["address"] != "127.0.0.1:"+port || line["client"] != "127.0.0.1" {
 		t.Errorf("line %v", line)
 	}
-	// One address is closed to the client, at the others nobody listens: what the
-	// client is to know is the former. A name that is denied is not even resolved.
+	// One address is closed to the client and nothing listens at the others: the client is
+	// told about the former. A name that is denied is not even resolved.
 	var questions atomic.Int64
 	w.load(w.site("deny denied.test\nresolvers " + nameServer(t, func(name string, n int) []string {
 		questions.Add(1)
@@ -219,7 +219,7 @@ func TestRebinding(t *testing.T) {
 	if res, body := policyRequest(t, w.proxy, http.MethodConnect, "denied.test:80", policyRemote); res.StatusCode != http.StatusForbidden || questions.Load() != 0 {
 		t.Errorf("%s %q, %d questions to the name server", res.Status, body, questions.Load())
 	}
-	// A name that is allowed opens nothing by that.
+	// Allowing a name does not open closed addresses.
 	w.load(w.site("allow rebinding.test loopback.test mixed.test\ndeny all\nresolvers " + nameServer(t, func(name string, _ int) []string { return names(name, 1) })))
 	for host, want := range map[string]int{"rebinding.test": 403, "loopback.test": 403, "mixed.test": 200, "public.test": 403, "8.8.8.8": 403} {
 		for _, method := range []string{http.MethodConnect, http.MethodGet} {
@@ -230,8 +230,8 @@ func TestRebinding(t *testing.T) {
 	}
 }
 
-// TestOwnAddresses: what listens on all addresses is closed at each of this
-// machine's.
+// TestOwnAddresses checks that a port that is open on all addresses is closed at each
+// address of this machine.
 func TestOwnAddresses(t *testing.T) {
 	if !inNamespace(t) {
 		return
@@ -249,7 +249,7 @@ func TestOwnAddresses(t *testing.T) {
 	}
 }
 
-// addAddresses gives the loopback interface of a namespace more addresses.
+// addAddresses adds addresses to a namespace's loopback interface.
 func addAddresses(t *testing.T, cidrs ...string) {
 	t.Helper()
 	for _, cidr := range cidrs {
@@ -259,9 +259,9 @@ func addAddresses(t *testing.T, cidrs ...string) {
 	}
 }
 
-// TestNearbyAddresses: a remote client reaches neither this machine at its
-// public addresses nor the networks that they are in. A rule that allows such
-// an address opens it, and a client on this machine reaches it anyway.
+// TestNearbyAddresses checks that a remote client reaches neither this machine at its
+// public addresses nor the networks around them. An allow rule for such an address opens
+// it, and clients on this machine reach it anyway.
 func TestNearbyAddresses(t *testing.T) {
 	if !inNamespace(t) {
 		return
@@ -293,8 +293,8 @@ func TestNearbyAddresses(t *testing.T) {
 	}
 }
 
-// TestSearchList: a name is the whole name, and not what a search list of this
-// machine makes of it, which no rule would judge. The hosts file knows short ones.
+// TestSearchList checks that names are complete: a search list would turn one into a name
+// that no rule has checked. The hosts file may contain short names.
 func TestSearchList(t *testing.T) {
 	if !inNamespace(t) {
 		return
@@ -327,9 +327,8 @@ func TestSearchList(t *testing.T) {
 	}
 }
 
-// TestUnroutable: where this machine has no IPv6 addresses, an IPv6 destination has
-// no route; where it has some, or for IPv4, the same error of the system says that
-// all ports are taken.
+// TestUnroutable checks the cause reported for EADDRNOTAVAIL. For an IPv6 destination on a
+// machine without IPv6 addresses there is no route. Otherwise all local ports are in use.
 func TestUnroutable(t *testing.T) {
 	if !inNamespace(t) {
 		return
@@ -365,7 +364,7 @@ func TestUnroutable(t *testing.T) {
 		}
 		return err == nil
 	})
-	// Two ports for all connections, both of which are taken, by either family.
+	// Two ports for all connections, and connections of either family use both.
 	system("echo 61000 61001 > /proc/sys/net/ipv4/ip_local_port_range")
 	for _, host := range []string{"127.0.0.1", "[2606:4700::1111]"} {
 		for range 2 {
@@ -376,7 +375,7 @@ func TestUnroutable(t *testing.T) {
 			defer conn.Close()
 		}
 	}
-	// This end of the connection to the proxy has a port of its own choice.
+	// The client's connection to the proxy chooses its own local port.
 	for i, host := range []string{"127.0.0.1", "[2606:4700::1111]"} {
 		dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 50000 + i}}
 		conn, err := dialer.Dial("tcp", w.proxy)

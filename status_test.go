@@ -29,7 +29,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// statusWorld is a world with a status page on an address of its own.
+// statusWorld is a world with a status page on its own address.
 type statusWorld struct {
 	*world
 	page string // URL
@@ -45,7 +45,7 @@ func (w *statusWorld) statusSite(options string) string {
 	return fmt.Sprintf("%s {\n\tasync_proxy_status {\n\t\t%s\n\t}\n}\n", w.page, options)
 }
 
-// ask sends a request to the page. Fields are pairs.
+// ask sends a request to the page. fields alternates names and values.
 func (w *statusWorld) ask(method, path, body string, fields ...string) (*http.Response, string) {
 	w.t.Helper()
 	req, err := http.NewRequest(method, w.page+path, strings.NewReader(body))
@@ -75,7 +75,7 @@ func (w *statusWorld) ask(method, path, body string, fields ...string) (*http.Re
 	return res, string(text)
 }
 
-// eventStream reads what the page is told.
+// eventStream reads the page's events.
 type eventStream struct {
 	t    *testing.T
 	body io.ReadCloser
@@ -90,12 +90,12 @@ func (w *statusWorld) stream() *eventStream {
 	}
 	w.t.Cleanup(func() { res.Body.Close() })
 	if res.StatusCode != http.StatusOK || res.Header.Get("Content-Type") != "text/event-stream" {
-		w.t.Fatalf("the stream is answered with %s, %q", res.Status, res.Header.Get("Content-Type"))
+		w.t.Fatalf("the stream's response: %s, %q", res.Status, res.Header.Get("Content-Type"))
 	}
 	return &eventStream{w.t.(*testing.T), res.Body, bufio.NewReader(res.Body)}
 }
 
-// next reads an event up to the empty line after it.
+// next reads one event, up to its empty line.
 func (s *eventStream) next() (event, data string) {
 	s.t.Helper()
 	for {
@@ -178,8 +178,8 @@ func TestStatusCaddyfile(t *testing.T) {
 	}
 }
 
-// The directive needs no order: whatever protects the site comes before it, and
-// so does the proxy.
+// The directive needs no order option: authentication for the site comes before it, and so
+// does the proxy.
 func TestStatusOrder(t *testing.T) {
 	var names []string
 	for _, handler := range handlers(t, `:8080 {
@@ -197,7 +197,7 @@ func TestStatusOrder(t *testing.T) {
 	}
 }
 
-// statusSyntax are the options that a description of the syntax names.
+// statusSyntax returns the options that a description of the syntax names.
 func statusSyntax(t *testing.T, text string) []string {
 	t.Helper()
 	_, rest, found := strings.Cut(text, "async_proxy_status [<matcher>] {\n")
@@ -247,7 +247,7 @@ func TestStatusPage(t *testing.T) {
 	}
 	for _, want := range []string{"default-src 'none'", "script-src 'self'", "frame-ancestors 'none'"} {
 		if !strings.Contains(statusHeader["Content-Security-Policy"], want) {
-			t.Errorf("the policy is without %s", want)
+			t.Errorf("the policy lacks %s", want)
 		}
 	}
 	for _, bad := range []string{"unsafe-", "*", "http:"} {
@@ -256,7 +256,7 @@ func TestStatusPage(t *testing.T) {
 		}
 	}
 	if regexp.MustCompile(`(?i)<script>|<style|\bstyle=|\bon[a-z]+=|https?://`).MatchString(index) {
-		t.Error("the page has something inline, or loads something from elsewhere")
+		t.Error("the page has inline code, or loads something from another site")
 	}
 	parts := regexp.MustCompile(`(?:src|href)="([^"#]+\?v=[^"]*)"`).FindAllStringSubmatch(index, -1)
 	if len(parts) != 5 {
@@ -289,8 +289,8 @@ func TestStatusPage(t *testing.T) {
 	}
 }
 
-// The links of the page are relative: it must not be served under a path that
-// does not end in a slash.
+// The page's links are relative: it must not be served under a path without a trailing
+// slash.
 func TestStatusPageUnderAPath(t *testing.T) {
 	w := newStatusWorld(t, "", "")
 	_, want := w.ask("GET", "/", "")
@@ -322,7 +322,7 @@ func TestStatusPageUnderAPath(t *testing.T) {
 	}
 }
 
-// What others have made is as they have made it.
+// Vendored files are unmodified.
 func TestStatusVendored(t *testing.T) {
 	text, err := os.ReadFile("status/uplot.sha256")
 	if err != nil {
@@ -426,7 +426,7 @@ func TestStatusStream(t *testing.T) {
 	eventually(t, "the viewers to be gone", func() bool { return viewersOf(statusFeed) == 0 })
 }
 
-// A page that is open must not keep a config, nor Caddy, from ending.
+// An open page must not keep a config or Caddy from stopping.
 func TestStatusStreamEnds(t *testing.T) {
 	w := newStatusWorld(t, "", "")
 	s := w.stream()
@@ -435,7 +435,7 @@ func TestStatusStreamEnds(t *testing.T) {
 	s.ends()
 	s = w.stream()
 	if _, hello := s.next(); !strings.Contains(hello, `"actions":true`) {
-		t.Errorf("after the reload the page is told %s", hello)
+		t.Errorf("after the reload the page got %s", hello)
 	}
 	stopped := make(chan error, 1)
 	go func() { stopped <- caddy.Stop() }()
@@ -459,14 +459,14 @@ func TestStatusViewersAreCapped(t *testing.T) {
 	}
 	res, text := w.ask("GET", "/events", "")
 	if res.StatusCode != http.StatusServiceUnavailable || res.Header.Get("Retry-After") == "" || !strings.Contains(text, "limit of 20") {
-		t.Errorf("one more is answered with %s, Retry-After %q: %s", res.Status, res.Header.Get("Retry-After"), text)
+		t.Errorf("the response to one more: %s, Retry-After %q: %s", res.Status, res.Header.Get("Retry-After"), text)
 	}
 	streams[0].body.Close()
 	eventually(t, "a viewer to be gone", func() bool { return viewersOf(statusFeed) < maxViewers })
 	w.stream().next()
 }
 
-// A viewer that does not read is dropped, and holds nobody up until then.
+// A viewer that does not read is dropped, and blocks nothing until then.
 func TestStatusStuckViewer(t *testing.T) {
 	was := statusFeed
 	defer func() { statusFeed = was }()
@@ -495,14 +495,14 @@ func TestFeedTakesOneSnapshotASecond(t *testing.T) {
 		})
 		time.Sleep(time.Hour)
 		if taken != 0 {
-			t.Errorf("%d snapshots were taken for nobody", taken)
+			t.Errorf("%d snapshots were taken without a viewer", taken)
 		}
 		var viewers []*viewer
 		for range maxViewers {
 			viewers = append(viewers, f.join(false))
 		}
 		if f.join(true) != nil {
-			t.Error("one more than maxViewers may look")
+			t.Error("one more than maxViewers was accepted")
 		}
 		f.leave(viewers[0])
 		viewers[0] = f.join(true)
@@ -516,20 +516,20 @@ func TestFeedTakesOneSnapshotASecond(t *testing.T) {
 		if taken != 11 {
 			t.Errorf("%d snapshots were taken in 10 s, want 11", taken)
 		}
-		// Nobody has read since: each has the oldest event, and the same one.
+		// No viewer has read since: each holds the oldest event, and all hold the same one.
 		a, b, masked := <-viewers[2].events, <-viewers[3].events, <-viewers[0].events
 		if &a[0] != &b[0] {
-			t.Error("the snapshot is written out for each viewer")
+			t.Error("the snapshot is encoded for each viewer")
 		}
 		if !bytes.Contains(a, []byte(`"192.0.2.7"`)) || bytes.Contains(masked, []byte("192.0.2.7")) || !bytes.Contains(masked, []byte(`"192.0.2.0/24"`)) {
-			t.Errorf("one is told %s\nthe other %s", a, masked)
+			t.Errorf("one got %s\nthe other %s", a, masked)
 		}
 		for _, v := range viewers {
 			f.leave(v)
 		}
 		time.Sleep(time.Hour)
 		if taken != 11 {
-			t.Errorf("%d snapshots were taken after the last viewer has left", taken-11)
+			t.Errorf("%d snapshots were taken after the last viewer had left", taken-11)
 		}
 	})
 }
@@ -579,7 +579,7 @@ func TestStatusActions(t *testing.T) {
 			t.Errorf("%s %s %v: %s %s", tc.path, tc.body, tc.fields, res.Status, text)
 		}
 	}
-	conn.readReset() // of the tunnel
+	conn.readReset() // the tunnel's connection
 
 	client := w.client()
 	get := func() int {
@@ -616,7 +616,7 @@ func TestStatusActionsAreOff(t *testing.T) {
 	}
 }
 
-// A page that masks clients has nowhere a whole address.
+// A page that masks clients shows no full address anywhere.
 func TestStatusMasksClients(t *testing.T) {
 	w := newStatusWorld(t, "allow 127.0.0.0/8", "mask_clients")
 	w.dial().connect(echoTarget(t))
@@ -664,7 +664,7 @@ func TestMaskClient(t *testing.T) {
 	}
 }
 
-// A site that takes any Host takes also the one of a page that means harm.
+// A site that accepts any Host also accepts that of a hostile page.
 func TestActionsWithoutAHostAreWarnedAbout(t *testing.T) {
 	w := newStatusWorld(t, "", "")
 	_, port, _ := strings.Cut(strings.TrimPrefix(w.page, "http://"), ":")
@@ -699,9 +699,9 @@ func TestActionsWithoutAHostAreWarnedAbout(t *testing.T) {
 	}
 }
 
-// TestStatusThroughProxy: no client of the proxy sees the status page or acts on
-// it, whatever is allowed: the proxy does not connect to its server, and the page
-// itself refuses what has come through the proxy. Another site stays open.
+// TestStatusThroughProxy checks that no client of the proxy can see or use the status page,
+// whatever is allowed: the proxy does not connect to its server, and the page refuses
+// requests that came through the proxy. Another site stays reachable.
 func TestStatusThroughProxy(t *testing.T) {
 	w := newStatusWorld(t, "allow private\nvia tester", "actions")
 	page, other := strings.TrimPrefix(w.page, "http://"), freeAddress(t)
@@ -728,14 +728,14 @@ func TestStatusThroughProxy(t *testing.T) {
 	}
 }
 
-// TestStatusBesideProxy: a page that is on the proxy's own port is shown, although
-// async_proxy adds itself to Via before it hands the request on.
+// TestStatusBesideProxy checks that a page on the proxy's own port works, although
+// async_proxy adds itself to Via before it passes the request on.
 func TestStatusBesideProxy(t *testing.T) {
 	w := newWorld(t, "", nil)
 	w.load(strings.Replace(w.site("via tester"), "\n}\n", "\n\tasync_proxy_status\n}\n", 1))
 	conn := w.dial()
 	conn.send("GET /snapshot.json HTTP/1.1\nHost: x\n\n")
 	if res, _ := conn.response(http.MethodGet); res.StatusCode != http.StatusOK {
-		t.Errorf("the page is answered with %s", res.Status)
+		t.Errorf("the page's response: %s", res.Status)
 	}
 }

@@ -22,7 +22,7 @@ import (
 	"github.com/quic-go/quic-go/http3"
 )
 
-// talk sends something now and then until that fails.
+// talk writes now and then until a write fails.
 func talk(w io.Writer) {
 	for {
 		if _, err := w.Write(make([]byte, 100)); err != nil {
@@ -32,8 +32,8 @@ func talk(w io.Writer) {
 	}
 }
 
-// A tunnel that the proxy ends while something passes looks complete neither to the
-// client nor to the target.
+// A tunnel that the proxy closes in mid-traffic must be reset: neither the client nor the
+// target may take it for complete.
 func TestCutTunnelsAreReset(t *testing.T) {
 	for reason, cut := range map[string]func(*testing.T, *tunnelWorld){
 		reasonMaxDuration: func(*testing.T, *tunnelWorld) {}, // happens by itself
@@ -55,7 +55,7 @@ func TestCutTunnelsAreReset(t *testing.T) {
 				_, err := io.Copy(io.Discard, conn)
 				failures <- err
 			})
-			// One that writes and reads might see the failure when it writes.
+			// A connection that also writes might get the error on a write.
 			conns := map[string]tunnelConn{}
 			for _, protocol := range tunnelProtocols {
 				go talk(w.client(t, protocol).open(listening))
@@ -66,10 +66,10 @@ func TestCutTunnelsAreReset(t *testing.T) {
 			cut(t, w)
 			for _, protocol := range tunnelProtocols {
 				if n, err := io.Copy(io.Discard, conns[protocol]); !isReset(protocol, err) {
-					t.Errorf("%s: the client reads %d bytes and then %v, want a reset", protocol, n, err)
+					t.Errorf("%s: the client read %d bytes and then %v, want a reset", protocol, n, err)
 				}
 				if err := <-failures; !errors.Is(err, syscall.ECONNRESET) {
-					t.Errorf("a target reads %v, want a reset", err)
+					t.Errorf("a target read %v, want a reset", err)
 				}
 			}
 			for _, line := range w.waitLog("CONNECT tunnel closed", 2*len(tunnelProtocols)) {
@@ -81,7 +81,7 @@ func TestCutTunnelsAreReset(t *testing.T) {
 	}
 }
 
-// A tunnel that was silent before the proxy ended it ends in order.
+// A tunnel that was silent before the proxy closed it ends in order.
 func TestSilentTunnelsEndInOrder(t *testing.T) {
 	w := newTunnelWorld(t, tunnelSetup{options: "tunnel_idle_timeout 1s"})
 	ends := make(chan error, len(tunnelProtocols))
@@ -97,12 +97,12 @@ func TestSilentTunnelsEndInOrder(t *testing.T) {
 	for _, protocol := range tunnelProtocols {
 		hearEnd(t, conns[protocol])
 		if err := <-ends; err != nil {
-			t.Errorf("a target reads %v, want the end", err)
+			t.Errorf("a target read %v, want the end", err)
 		}
 	}
 }
 
-// readSlowly reads n bytes at so many a second.
+// readSlowly reads n bytes at rate bytes per second.
 func readSlowly(r io.Reader, n, rate int64) error {
 	for read, start := int64(0), time.Now(); read < n; {
 		time.Sleep(20 * time.Millisecond)
@@ -114,12 +114,12 @@ func readSlowly(r io.Reader, n, rate int64) error {
 	return nil
 }
 
-// A client that takes what waits for it in the kernel slowly keeps its tunnel neither
-// idle nor stalled.
+// A client that slowly reads what the kernel has buffered for it keeps its tunnel from
+// counting as idle or stalled.
 func TestSlowReadersAreNeitherIdleNorStalled(t *testing.T) {
 	t.Run("idle", func(t *testing.T) {
 		w := newTunnelWorld(t, tunnelSetup{options: "tunnel_idle_timeout 2s\ntunnel_stall_timeout 2s"})
-		readersAreSlow(t, w, tunnelProtocols[:2]) // others' clients have taken what their windows hold
+		readersAreSlow(t, w, tunnelProtocols[:2]) // the other protocols' clients have already read what their windows hold
 	})
 	t.Run("stalled", func(t *testing.T) {
 		readersAreSlow(t, newTunnelWorld(t, tunnelSetup{options: "tunnel_stall_timeout 2s"}), tunnelProtocols)
@@ -127,7 +127,7 @@ func TestSlowReadersAreNeitherIdleNorStalled(t *testing.T) {
 }
 
 func readersAreSlow(t *testing.T, w *tunnelWorld, protocols []string) {
-	const size, rate = 6 << 20, 1 << 20 // bytes, and bytes a second
+	const size, rate = 6 << 20, 1 << 20 // bytes, and bytes per second
 	target := listen(t, func(conn *net.TCPConn) {
 		conn.SetDeadline(time.Now().Add(tunnelPatience))
 		io.CopyN(conn, zeros{}, size)
@@ -152,8 +152,8 @@ func readersAreSlow(t *testing.T, w *tunnelWorld, protocols []string) {
 	clients.Wait()
 }
 
-// A tunnel of which one end takes nothing, although there is something for it, is
-// reset; others on the connection go on.
+// A tunnel is reset if one end reads nothing although data waits for it. The connection's
+// other tunnels go on.
 func TestStalledTunnelsAreReset(t *testing.T) {
 	w := newTunnelWorld(t, tunnelSetup{options: "tunnel_stall_timeout 1s"})
 	echo := echoTarget(t)
@@ -201,7 +201,7 @@ func TestStalledTunnelsAreReset(t *testing.T) {
 	}
 }
 
-// wantReason waits for a tunnel's closing line.
+// wantReason waits for a tunnel's closing line and checks its reason.
 func wantReason(t *testing.T, w *tunnelWorld, reason string) {
 	t.Helper()
 	if line := w.waitLog("CONNECT tunnel closed", 1)[0]; line["reason"] != reason {
@@ -209,8 +209,8 @@ func wantReason(t *testing.T, w *tunnelWorld, reason string) {
 	}
 }
 
-// What the kernel has for a target that takes nothing keeps a tunnel no longer than
-// what the proxy has for it.
+// A target that reads nothing stalls its tunnel, no matter whether the unread data is in
+// the kernel or in the proxy.
 func TestStalledTunnelsOfClientsThatHaveEnded(t *testing.T) {
 	w := newTunnelWorld(t, tunnelSetup{options: "tunnel_stall_timeout 1s"})
 	wait := make(chan struct{})
@@ -227,8 +227,8 @@ func TestStalledTunnelsOfClientsThatHaveEnded(t *testing.T) {
 	noTunnels(t)
 }
 
-// A client that stops reading its stream over HTTP/3 has left, even if its target says
-// nothing that could not be written.
+// A client that sends STOP_SENDING over HTTP/3 has disconnected, even if its target sends
+// nothing, so that no write can fail.
 func TestStopSendingEndsTheTunnel(t *testing.T) {
 	w := newTunnelWorld(t, tunnelSetup{})
 	failure := make(chan error, 1)
@@ -246,7 +246,7 @@ func TestStopSendingEndsTheTunnel(t *testing.T) {
 	wantReason(t, w, reasonClient)
 }
 
-// A client that leaves while its target takes nothing is not waited for.
+// A client that disconnects while its target reads nothing ends the tunnel at once.
 func TestClientLeavesAStuckTarget(t *testing.T) {
 	w := newTunnelWorld(t, tunnelSetup{options: "tunnel_stall_timeout off"})
 	for _, protocol := range []string{"h2", "h3"} {
@@ -263,7 +263,7 @@ func TestClientLeavesAStuckTarget(t *testing.T) {
 	}
 }
 
-// waitForStall waits until no tunnel gets anything up any more.
+// waitForStall waits until no tunnel carries any more upstream bytes.
 func waitForStall(t *testing.T) {
 	t.Helper()
 	last, same := int64(-1), 0
@@ -280,7 +280,8 @@ func waitForStall(t *testing.T) {
 	})
 }
 
-// Uploads whose targets take nothing leave the connection of HTTP/2 to other streams.
+// Uploads to targets that read nothing leave other streams of the HTTP/2 connection their
+// windows.
 func TestStuckUploadsLeaveRoomForOthers(t *testing.T) {
 	const stuck = 20
 	w := newTunnelWorld(t, tunnelSetup{})
@@ -320,7 +321,7 @@ func TestSetWindows(t *testing.T) {
 	}
 }
 
-// watchedPeer has what a socket says.
+// watchedPeer reports what a test says about a socket.
 type watchedPeer struct {
 	peer
 	acked  uint64
@@ -333,15 +334,15 @@ func (p *watchedPeer) sendState(uint64) (uint64, bool) {
 	return p.acked, p.queued
 }
 
-// An end is stalled when it has acknowledged nothing for a while of what waits for it.
+// An end has stalled if it has acknowledged none of its pending data for a while.
 func TestEndWatch(t *testing.T) {
 	const second, interval = int64(time.Second), 15 * time.Second
 	for _, row := range []struct {
 		name  string
-		tick  func(i int, f *flow, p *watchedPeer) // each second
-		most  time.Duration                        // that it is stalled at the end of a minute
+		tick  func(i int, f *flow, p *watchedPeer) // runs each second
+		most  time.Duration                        // bounds for how long it has stalled after a minute
 		least time.Duration
-		looks int32 // at its socket, at most
+		looks int32 // upper bound for the reads of its socket's state
 	}{
 		{"nothing to take", func(int, *flow, *watchedPeer) {}, 0, 0, 5},
 		{"bytes that go at once", func(_ int, f *flow, _ *watchedPeer) { f.Add(1) }, 0, 0, 0},
@@ -380,8 +381,7 @@ func TestEndWatch(t *testing.T) {
 	}
 }
 
-// An upgraded connection, and a tunnel that is a stream to a parent proxy, stall as
-// others do.
+// Upgraded connections, and tunnels that are streams to a parent proxy, stall like others.
 func TestStalledTunnelsOfOtherKinds(t *testing.T) {
 	deaf := func(t *testing.T, answer string) string {
 		wait := make(chan struct{})
