@@ -15,66 +15,66 @@ import (
 	"time"
 )
 
-// The delays of RFC 8305 §8, and how many addresses of a name are tried: a request
-// must not cost as many connections as a name server cares to list.
+// The delays of RFC 8305 §8, and a limit on the addresses of a name that are tried: a DNS
+// server must not be able to make one request cost any number of connections.
 const (
-	resolutionDelay = 50 * time.Millisecond  // from the IPv4 addresses until the IPv6 ones are not waited for
-	attemptDelay    = 250 * time.Millisecond // from one attempt until the next one starts beside it
+	resolutionDelay = 50 * time.Millisecond  // how long the IPv4 addresses wait for the IPv6 answer
+	attemptDelay    = 250 * time.Millisecond // from one attempt to the start of the next
 	maxAttempts     = 16
 )
 
-// lateAnswerDelay is how long an outstanding DNS answer is still waited for once
-// all else has failed: long enough for the question to be repeated.
+// lateAnswerDelay is how long to wait for an outstanding DNS answer once everything else
+// has failed. It leaves time to repeat the query.
 const lateAnswerDelay = 2 * resendDelay
 
-// dnsAnswer is what a look-up of one address family has returned.
+// dnsAnswer is the result of looking up one address family.
 type dnsAnswer struct {
 	ipv6  bool
 	addrs []netip.Addr
 	err   error
 }
 
-// race connects to the addresses of one name as RFC 8305 says: it starts with the
-// answer that is there, alternates between IPv6 and IPv4, and starts another
-// attempt whenever one fails or has taken too long. The first connection wins.
+// race connects to the addresses of one name as RFC 8305 recommends: it starts with the
+// first answer, alternates between IPv6 and IPv4, and starts another attempt whenever one
+// fails or takes too long. The first connection wins.
 type race struct {
 	answers <-chan dnsAnswer
-	lookups int                                                 // how many answers are still to come
+	lookups int                                                 // how many answers are outstanding
 	dial    func(context.Context, netip.Addr) (net.Conn, error) // called concurrently
-	isDead  func(netip.Addr) bool                               // whether to try an address after the others; nil: none
-	winner  netip.Addr                                          // an address to start with; may be invalid
+	isDead  func(netip.Addr) bool                               // whether to try an address last; nil: none
+	winner  netip.Addr                                          // the address to try first; may be invalid
 
 	queue    candidates
 	attempts []started
 	running  int
-	err      error // the most telling one so far
+	err      error // the most informative error so far
 }
 
-// started is an attempt that was begun.
+// started is an attempt that has been started.
 type started struct {
 	addr netip.Addr
 	err  error // nil: it has not failed yet
 }
 
-// finished is the end of an attempt.
+// finished is the result of an attempt.
 type finished struct {
 	index int // in race.attempts
 	conn  net.Conn
 	err   error
 }
 
-// run returns the first connection and its address. If there is none, the error is
-// that of the attempt or the look-up that says most. When ctx ends, run returns at
-// once; connections that come later are closed.
+// run returns the first connection and its address. If there is none, it returns the most
+// informative error of the attempts and look-ups. When ctx ends, run returns at once, and
+// connections that are established later are closed.
 func (r *race) run(ctx context.Context) (net.Conn, netip.Addr, error) {
 	ctx, cancel := context.WithCancel(ctx)
-	defer cancel() // ends the attempts that have lost
+	defer cancel() // cancels the attempts that lost
 	results := make(chan finished)
 	r.queue.isDead, r.queue.winner = r.isDead, r.winner
 	timer := time.NewTimer(resolutionDelay)
 	timer.Stop()
 	defer timer.Stop()
-	next, last := false, false // the next attempt may start; the timer is the last that is waited for
+	next, last := false, false // the next attempt may start; only the timer is waited for
 	for {
 		if next && r.start(ctx, results) {
 			next, last = false, false
@@ -119,10 +119,10 @@ func (r *race) run(ctx context.Context) (net.Conn, netip.Addr, error) {
 	}
 }
 
-// exhausted reports whether there is no address to try now.
+// exhausted reports whether there is no address left to try now.
 func (r *race) exhausted() bool { return len(r.attempts) == maxAttempts || r.queue.empty() }
 
-// add takes an answer.
+// add queues the addresses of an answer, and records its error.
 func (r *race) add(a dnsAnswer) {
 	if a.err != nil {
 		r.err = moreTelling(r.err, a.err)
@@ -130,11 +130,11 @@ func (r *race) add(a dnsAnswer) {
 	r.queue.add(a)
 }
 
-// start begins an attempt, if there is an address for one.
+// start starts the next attempt, and reports whether there was an address to try.
 func (r *race) start(ctx context.Context, results chan<- finished) bool {
 	if r.exhausted() {
 		if len(r.attempts) == maxAttempts {
-			r.lookups = 0 // whatever comes would not be tried
+			r.lookups = 0 // further addresses would not be tried
 		}
 		return false
 	}
@@ -154,7 +154,7 @@ func (r *race) start(ctx context.Context, results chan<- finished) bool {
 	return true
 }
 
-// ended returns the error of a race that was ended by its context.
+// ended returns the error of a race whose context has ended.
 func (r *race) ended(ctx context.Context) error {
 	switch {
 	case !errors.Is(ctx.Err(), context.DeadlineExceeded):
@@ -167,8 +167,8 @@ func (r *race) ended(ctx context.Context) error {
 	return &resolveError{err: &net.DNSError{Err: "no answer in time", IsTimeout: true}}
 }
 
-// connector connects to names and addresses, and remembers for a while what was of
-// use: which address of a name answered where others did not, and which did not.
+// connector connects to names and addresses. For a while it remembers which addresses did
+// not answer, and which address of a name answered when others did not.
 //
 // All methods are safe for concurrent use.
 type connector struct {
@@ -177,7 +177,7 @@ type connector struct {
 	dead     *memory[netip.AddrPort, struct{}]
 }
 
-// hostPort is what a connection is to.
+// hostPort is the destination of a connection.
 type hostPort struct {
 	host string
 	port uint16
@@ -191,8 +191,8 @@ func newConnector(r *resolver) *connector {
 	}
 }
 
-// dial connects to a host: an address, or a name exactly as the resolver gets it. The dialer's time limit is for the look-up and all attempts
-// together.
+// dial connects to a host: an address, or a name exactly as the resolver gets it. The
+// dialer's timeout covers the look-up and all attempts together.
 func (c *connector) dial(ctx context.Context, dialer *net.Dialer, host string, port uint16) (net.Conn, error) {
 	if addr, err := netip.ParseAddr(host); err == nil {
 		return dialer.DialContext(ctx, "tcp", netip.AddrPortFrom(addr, port).String())
@@ -209,7 +209,7 @@ func (c *connector) dialAddresses(ctx context.Context, dialer *net.Dialer, to ho
 	return c.connect(ctx, dialer, to, &race{answers: answers, lookups: 1})
 }
 
-// connect runs a race.
+// connect runs a race, and remembers its result.
 func (c *connector) connect(ctx context.Context, dialer *net.Dialer, to hostPort, r *race) (net.Conn, error) {
 	if dialer.Timeout > 0 {
 		var cancel context.CancelFunc
@@ -231,41 +231,41 @@ func (c *connector) connect(ctx context.Context, dialer *net.Dialer, to hostPort
 	return conn, err
 }
 
-// learn remembers what came of a race. Where the first attempt has succeeded there is
-// nothing to prefer, and clients stay spread over all addresses of a name.
+// learn remembers the result of a race. It does not record a winner if the first attempt
+// succeeded: then no address is better than others, and clients stay spread over all
+// addresses of a name.
 func (c *connector) learn(to hostPort, r *race, winner netip.Addr) {
-	late := r.lookups > 0 && winner.Is4() // IPv6 addresses were waited for
+	delayed := r.lookups > 0 && winner.Is4() // IPv4 had to wait for the IPv6 answer
 	for _, a := range r.attempts {
 		switch {
-		case a.addr == winner && late:
+		case a.addr == winner && delayed:
 			c.winners.put(to, winner)
 			return
 		case a.addr == winner:
 			return
-		case errors.As(a.err, new(*deniedError)), noDescriptors(a.err): // nothing is known of the address
+		case errors.As(a.err, new(*deniedError)), noDescriptors(a.err): // says nothing about the address
 		default:
-			late = true
+			delayed = true
 			c.dead.put(netip.AddrPortFrom(a.addr, to.port), struct{}{})
 		}
 	}
 }
 
-// errNoAddress is of a name without any.
+// errNoAddress reports that a name has no address.
 var errNoAddress = &resolveError{err: &net.DNSError{Err: "no address", IsNotFound: true}}
 
-// candidates are the addresses that have not been tried.
+// candidates are the addresses that have not been tried yet.
 type candidates struct {
 	live   [2][]netip.Addr // IPv4, IPv6
-	dead   []netip.Addr    // what did not answer lately
+	dead   []netip.Addr    // addresses that recently did not answer
 	seen   []netip.Addr
-	ipv4   bool // whose turn it is
+	ipv4   bool // the next address is preferably IPv4
 	isDead func(netip.Addr) bool
 	winner netip.Addr
-	first  bool // the winner is one of the addresses and was not taken
+	first  bool // the winner is among the addresses and has not been tried
 }
 
-// add takes the addresses of an answer, each once, and no more of a family than
-// could be tried.
+// add adds the addresses of an answer, each only once, and at most maxAttempts of them.
 func (c *candidates) add(a dnsAnswer) {
 	added := 0
 	for _, addr := range a.addrs {
@@ -295,8 +295,8 @@ func (c *candidates) empty() bool {
 	return !c.first && len(c.live[0]) == 0 && len(c.live[1]) == 0 && len(c.dead) == 0
 }
 
-// next removes and returns the next address to try: the last winner first, the
-// families in turns, IPv6 first, and what is dead last. There must be one.
+// next removes and returns the next address to try: the last winner, then the families in
+// turns, IPv6 first, and dead addresses last. There must be one.
 func (c *candidates) next() (addr netip.Addr) {
 	if c.first {
 		c.first = false
@@ -316,16 +316,16 @@ func (c *candidates) next() (addr netip.Addr) {
 	return addr
 }
 
-// moreTelling returns which of two errors says more about why there is no
-// connection; was, if they say as much. Either may be nil.
-func moreTelling(was, is error) error {
-	if was == nil || telling(is) > telling(was) {
-		return is
+// moreTelling returns the error that says more about why there is no connection, and the
+// earlier one if they are equal. Either may be nil.
+func moreTelling(earlier, later error) error {
+	if earlier == nil || telling(later) > telling(earlier) {
+		return later
 	}
-	return was
+	return earlier
 }
 
-// telling ranks the errors of attempts and look-ups.
+// telling ranks the errors of attempts and look-ups by how much they say.
 func telling(err error) int {
 	var failed *resolveError
 	switch {
@@ -345,22 +345,20 @@ func telling(err error) int {
 	return 2
 }
 
-// isDefinite reports whether an error is the answer to a client even if there is
-// a DNS answer missing: some address could not be connected to, or the DNS server
-// knows that there is none.
+// isDefinite reports whether an error is conclusive even while a DNS answer is
+// outstanding: a connection attempt failed, or DNS says that the name does not exist.
 func isDefinite(err error) bool {
 	var failed *resolveError
 	return err != nil && (!errors.As(err, &failed) || failed.noSuchName())
 }
 
-// noDescriptors reports whether it is this process or machine that can open no
-// more.
+// noDescriptors reports whether this process or machine has run out of file descriptors.
 func noDescriptors(err error) bool {
 	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
 }
 
-// isUnroutable reports whether an address could not be reached since there is no
-// way to it from this machine.
+// isUnroutable reports whether a dial failed because this machine has no route to the
+// address.
 func isUnroutable(err error) bool {
 	for _, errno := range [...]error{syscall.EHOSTUNREACH, syscall.ENETUNREACH, syscall.ENETDOWN, syscall.EAFNOSUPPORT} {
 		if errors.Is(err, errno) {
@@ -370,8 +368,9 @@ func isUnroutable(err error) bool {
 	return errors.Is(err, syscall.EADDRNOTAVAIL) && lacksIPv6(err)
 }
 
-// lacksIPv6 reports whether err is of a dial to an IPv6 address, and this machine
-// has none to dial from. For IPv4, EADDRNOTAVAIL means that all ports are taken.
+// lacksIPv6 reports whether err is from a dial to an IPv6 address while this machine has
+// no IPv6 address to dial from. For IPv4, EADDRNOTAVAIL means that all local ports are in
+// use.
 func lacksIPv6(err error) bool {
 	var dial *net.OpError
 	if !errors.As(err, &dial) {
@@ -381,7 +380,7 @@ func lacksIPv6(err error) bool {
 	addrs, err := net.InterfaceAddrs()
 	return to.Is6() && err == nil && !slices.ContainsFunc(addrs, func(a net.Addr) bool {
 		prefix, err := netip.ParsePrefix(a.String())
-		own := prefix.Addr()
-		return err == nil && own.Is6() && (own.IsGlobalUnicast() || own.IsLoopback() && to.IsLoopback())
+		local := prefix.Addr()
+		return err == nil && local.Is6() && (local.IsGlobalUnicast() || local.IsLoopback() && to.IsLoopback())
 	})
 }

@@ -23,32 +23,31 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// resendDelay is how long a DNS server may take before it is asked again, or
-// another one is, and for how long a look-up takes further requests for the same
-// name along.
+// resendDelay is how long to wait for a DNS server before repeating the query or asking
+// another server. For the same time, further requests for a name share its look-up.
 const resendDelay = time.Second
 
-// resolver looks up the addresses of names, by the servers that the config names
-// or as the system does. The two families are separate look-ups, so that an answer
-// that is late or lost does not hold up the other one.
+// resolver looks up the addresses of names, using the configured DNS servers or the
+// system's resolver. It looks up the two address families separately, so that a late or
+// lost answer for one does not delay the other.
 //
 // All methods are safe for concurrent use.
 type resolver struct {
 	servers []caddy.NetworkAddress // none: the system's
 	resend  time.Duration          // see resendDelay
-	silent  *memory[int, struct{}] // servers that have let a question go unanswered
+	silent  *memory[int, struct{}] // servers that recently did not answer in time
 
 	mu      sync.Mutex
 	pending map[question]*lookup
 }
 
-// question is what a look-up asks.
+// question is the name and address family of a look-up.
 type question struct {
-	name string // with a dot at the end if no search list applies
+	name string // with a trailing dot if no search list applies
 	ipv6 bool
 }
 
-// lookup is a question that is being asked, and who waits for the answer.
+// lookup is a look-up in progress, with the channels that wait for its answer.
 type lookup struct {
 	question
 	began   time.Time
@@ -56,14 +55,14 @@ type lookup struct {
 	waiting []chan<- dnsAnswer // guarded by resolver.mu
 }
 
-// limit has r repeat questions early enough for look-ups that may take no longer than
-// timeout.
+// limit sets the resend delay for look-ups with the given timeout, so that there is time
+// to repeat a query.
 func (r *resolver) limit(timeout time.Duration) {
 	r.resend = max(min(resendDelay, timeout/3), time.Millisecond)
 }
 
-// newResolver makes a resolver that asks the given servers, or those of the system
-// if there are none.
+// newResolver returns a resolver that asks the given servers, or the system's if there
+// are none.
 func newResolver(addresses []string) (*resolver, error) {
 	r := &resolver{
 		resend:  resendDelay,
@@ -83,8 +82,9 @@ func newResolver(addresses []string) (*resolver, error) {
 	return r, nil
 }
 
-// ask begins to look up both families of a name. The two answers go to a channel
-// with room for them, unless leave is called before, which it must be in the end.
+// ask starts looking up both address families of a name. It sends the two answers to a
+// channel, which must have room for them. The caller must call leave in the end; after
+// that nothing more is sent.
 func (r *resolver) ask(name string, answers chan<- dnsAnswer) (leave func()) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -98,8 +98,8 @@ func (r *resolver) ask(name string, answers chan<- dnsAnswer) (leave func()) {
 	}
 }
 
-// join has a look-up of q send its answer to a channel. One that began a while ago
-// may hang, and is left to those who wait for it already.
+// join adds a channel to the look-up of q, and starts one if there is none. A look-up
+// that began more than r.resend ago may hang, so join starts another one instead.
 func (r *resolver) join(q question, answers chan<- dnsAnswer) *lookup {
 	l := r.pending[q]
 	if l == nil || time.Since(l.began) >= r.resend {
@@ -113,18 +113,18 @@ func (r *resolver) join(q question, answers chan<- dnsAnswer) *lookup {
 	return l
 }
 
-// leave takes a channel from a look-up, and ends that if nobody is left.
+// leave removes a channel from a look-up, and cancels the look-up if no other waits.
 func (r *resolver) leave(l *lookup, answers chan<- dnsAnswer) {
 	i := slices.Index(l.waiting, answers)
 	if i < 0 {
-		return // it has its answer
+		return // already answered
 	}
 	if l.waiting = slices.Delete(l.waiting, i, i+1); len(l.waiting) == 0 {
 		r.forget(l)
 	}
 }
 
-// forget ends a look-up and lets nobody join it any more.
+// forget cancels a look-up, and makes sure that no further request joins it.
 func (r *resolver) forget(l *lookup) {
 	l.cancel()
 	if r.pending[l.question] == l {
@@ -132,7 +132,7 @@ func (r *resolver) forget(l *lookup) {
 	}
 }
 
-// end gives the answer to whoever waits for it.
+// end sends the answer of a look-up to all channels that wait for it.
 func (r *resolver) end(l *lookup, a dnsAnswer) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -161,8 +161,8 @@ func (r *resolver) lookup(ctx context.Context, name string) (addrs []netip.Addr,
 	return nil, err
 }
 
-// resolve asks a question until there is an answer. It asks another server when
-// one fails, and one more whenever a while has passed.
+// resolve answers a question. It asks another server when one fails, and an additional
+// one each time r.resend has passed.
 func (r *resolver) resolve(ctx context.Context, q question, system *net.Resolver) dnsAnswer {
 	switch len(r.servers) {
 	case 0:
@@ -206,8 +206,8 @@ func (r *resolver) resolve(ctx context.Context, q question, system *net.Resolver
 	}
 }
 
-// order returns the indices of the servers, shuffled; those that were silent lately
-// are the last.
+// order returns the indices of the servers in random order, with those that recently did
+// not answer last.
 func (r *resolver) order() []int {
 	order := rand.Perm(len(r.servers))
 	slices.SortStableFunc(order, func(a, b int) int { return r.silence(a) - r.silence(b) })
@@ -221,8 +221,8 @@ func (r *resolver) silence(server int) int {
 	return 0
 }
 
-// query asks a question of one server, or, if that is nil, as the system does. The
-// net.Resolver is of its own, since one that is shared joins look-ups of a name.
+// query sends a question to one server, or to the system's resolver if server is nil. It
+// uses a net.Resolver of its own, because a shared one merges look-ups of the same name.
 func (r *resolver) query(ctx context.Context, q question, system *net.Resolver, server *caddy.NetworkAddress) dnsAnswer {
 	w := &queryWatch{server: server, resend: r.resend, dial: system.Dial}
 	asker := &net.Resolver{PreferGo: server != nil || system.PreferGo, Dial: w.connect}
@@ -232,8 +232,8 @@ func (r *resolver) query(ctx context.Context, q question, system *net.Resolver, 
 	}
 	addrs, err := asker.LookupNetIP(ctx, network, q.name)
 	if q.ipv6 && errors.As(err, new(*net.AddrError)) {
-		// There are addresses, and none is of that family. They may be IPv4 ones
-		// in AAAA records, which are what they are anywhere else.
+		// There are addresses, but none of that family. They may be v4-mapped
+		// addresses in AAAA records, which are usable like any others.
 		if addrs, err = asker.LookupNetIP(ctx, "ip", q.name); err != nil {
 			err = &net.DNSError{Err: err.Error(), Name: q.name, IsNotFound: true}
 		}
@@ -244,17 +244,17 @@ func (r *resolver) query(ctx context.Context, q question, system *net.Resolver, 
 	return dnsAnswer{ipv6: q.ipv6, addrs: addrs}
 }
 
-// queryWatch opens the connections of a query, and sees what net.Resolver keeps to
-// itself.
+// queryWatch opens the connections of a query, and records the RCODE of the responses,
+// which net.Resolver does not expose.
 type queryWatch struct {
-	server *caddy.NetworkAddress // nil: what net.Resolver says
+	server *caddy.NetworkAddress // nil: the address that net.Resolver chooses
 	resend time.Duration
 	dial   func(ctx context.Context, network, address string) (net.Conn, error) // nil: queryDialer's
 	rcode  atomic.Int32                                                         // of the last response
 }
 
-// queryDialer has a resolver of its own since net.DefaultResolver may be replaced
-// while a look-up that nobody waits for ends.
+// queryDialer has its own resolver, because net.DefaultResolver may be replaced while an
+// abandoned look-up is still running.
 var queryDialer = net.Dialer{Resolver: new(net.Resolver)}
 
 func (w *queryWatch) connect(ctx context.Context, network, address string) (net.Conn, error) {
@@ -273,7 +273,7 @@ func (w *queryWatch) connect(ctx context.Context, network, address string) (net.
 		return nil, err
 	}
 	c := &queryConn{Conn: conn, watch: w}
-	// net.Resolver does not look at ctx while it waits for a response.
+	// net.Resolver ignores the cancellation of ctx while it waits for a response.
 	c.stop = context.AfterFunc(ctx, func() {
 		if errors.Is(ctx.Err(), context.Canceled) {
 			_ = conn.Close()
@@ -285,16 +285,16 @@ func (w *queryWatch) connect(ctx context.Context, network, address string) (net.
 	return c, nil
 }
 
-// queryConn is a connection of a query by TCP.
+// queryConn is a TCP connection of a query.
 type queryConn struct {
 	net.Conn
 	watch *queryWatch
 	stop  func() bool
-	head  []byte // the beginning of the response: its length and what begins the header
+	head  []byte // the first bytes of the response: its length and part of its header
 }
 
-// rcodeAt is where the RCODE of a DNS message is, in the lower four bits (RFC 1035
-// §4.1.1).
+// rcodeAt is the offset of the byte of a DNS message that has the RCODE in its lower four
+// bits (RFC 1035 §4.1.1).
 const rcodeAt = 3
 
 func (c *queryConn) Read(b []byte) (int, error) {
@@ -312,13 +312,12 @@ func (c *queryConn) Close() error {
 	return c.Conn.Close()
 }
 
-// packetConn is a connection of a query by UDP. It repeats the question while there
-// is no response, at intervals that double: either of the two packets may have been
-// lost.
+// packetConn is a UDP connection of a query. It repeats the query until there is a
+// response, at intervals that double, because either packet may have been lost.
 type packetConn struct {
 	*queryConn
 	question []byte
-	interval time.Duration // until the question is repeated
+	interval time.Duration // until the query is repeated
 	deadline time.Time     // zero: none
 }
 
@@ -334,12 +333,12 @@ func (c *packetConn) Write(b []byte) (int, error) {
 
 func (c *packetConn) Read(b []byte) (int, error) {
 	for {
-		again := time.Now().Add(c.interval)
-		repeats := c.deadline.IsZero() || again.Before(c.deadline)
+		resendAt := time.Now().Add(c.interval)
+		repeats := c.deadline.IsZero() || resendAt.Before(c.deadline)
 		if !repeats {
-			again = c.deadline
+			resendAt = c.deadline
 		}
-		if err := c.Conn.SetReadDeadline(again); err != nil {
+		if err := c.Conn.SetReadDeadline(resendAt); err != nil {
 			return 0, err
 		}
 		n, err := c.Conn.Read(b)
@@ -357,8 +356,7 @@ func (c *packetConn) Read(b []byte) (int, error) {
 	}
 }
 
-// ReadFrom implements net.PacketConn, which is how net.Resolver knows that it sends
-// packets.
+// ReadFrom implements net.PacketConn, by which net.Resolver recognizes a UDP connection.
 func (c *packetConn) ReadFrom(b []byte) (int, net.Addr, error) {
 	n, err := c.Read(b)
 	return n, c.RemoteAddr(), err
@@ -367,9 +365,9 @@ func (c *packetConn) ReadFrom(b []byte) (int, net.Addr, error) {
 // WriteTo implements net.PacketConn.
 func (c *packetConn) WriteTo(b []byte, _ net.Addr) (int, error) { return c.Write(b) }
 
-// resolveError says why a name has no addresses.
+// resolveError reports why a name could not be resolved.
 type resolveError struct {
-	err   error // most often a *net.DNSError
+	err   error // usually a *net.DNSError
 	rcode int   // of the last response of a DNS server
 	ipv6  bool  // the look-up was for IPv6 addresses
 }
@@ -381,8 +379,8 @@ func (e *resolveError) Error() string {
 	return e.err.Error()
 }
 
-// Unwrap has the errors that e is made of. A *net.DNSError has only the text of what
-// has kept this machine from asking.
+// Unwrap returns the wrapped errors. A *net.DNSError has only the text of its cause, from
+// which Unwrap restores EMFILE.
 func (e *resolveError) Unwrap() []error {
 	if strings.Contains(e.err.Error(), syscall.EMFILE.Error()) {
 		return []error{e.err, syscall.EMFILE}
@@ -395,11 +393,12 @@ const (
 	rcodeNameError     = 3
 )
 
-// rcodeNames are the names in IANA's registry of DNS response codes.
+// rcodeNames are the names of IANA's registry of DNS RCODEs.
 var rcodeNames = [...]string{1: "FORMERR", rcodeServerFailure: "SERVFAIL", rcodeNameError: "NXDOMAIN", 4: "NOTIMP", 5: "REFUSED",
 	6: "YXDOMAIN", 7: "YXRRSET", 8: "NXRRSET", 9: "NOTAUTH", 10: "NOTZONE"}
 
-// failure returns the name of the response code that has made the look-up fail, or "".
+// failure returns the name of the RCODE with which the look-up failed, or "" if it failed
+// for another reason.
 func (e *resolveError) failure() string {
 	switch {
 	case e.rcode == 0 || e.timeout():
@@ -410,16 +409,15 @@ func (e *resolveError) failure() string {
 	return "RCODE" + strconv.Itoa(e.rcode)
 }
 
-// notFound reports whether the name has no address of the family, for all that
-// anybody knows.
+// notFound reports whether DNS says that the name has no address of the family.
 func (e *resolveError) notFound() bool {
 	var dns *net.DNSError
 	return errors.As(e.err, &dns) && dns.IsNotFound || errors.As(e.err, new(*net.AddrError))
 }
 
-// noSuchName reports whether there is no such name, which is then so for both
-// families. Some servers say so of IPv6 where there is no address of that family
-// (RFC 4074 §4.2).
+// noSuchName reports whether the name does not exist, so that it has no address of either
+// family. It ignores NXDOMAIN for IPv6, which some servers send for a name that has only
+// IPv4 addresses (RFC 4074 §4.2).
 func (e *resolveError) noSuchName() bool {
 	return e.rcode == rcodeNameError && !e.ipv6 && e.notFound()
 }
@@ -429,8 +427,8 @@ func (e *resolveError) timeout() bool {
 	return errors.As(e.err, &timeout) && timeout.Timeout()
 }
 
-// refusal says to the client why the name of host has no address. err is what there
-// is for the log.
+// refusal returns the response that tells the client why the name of host could not be
+// resolved. err is the error for the log.
 func (e *resolveError) refusal(err error, host string) *refusal {
 	host, _, _ = cutPort(host)
 	rcode := e.failure()

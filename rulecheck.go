@@ -13,40 +13,39 @@ import (
 	"go.uber.org/zap"
 )
 
-// ruleCheck finds rules that do not do what the operator must believe they do:
-// destinations that can never match, and allow rules that change nothing.
+// ruleCheck finds rules that do not do what the operator expects: destinations that can
+// never match, and allow rules that have no effect.
 type ruleCheck struct {
-	open      []portRange // the ports that clients may go to
-	skipFiles bool        // files that may not be read here are not an error
-	blind     bool        // there was one, so there may be other rules
+	open      []portRange // the ports that clients may connect to
+	skipFiles bool        // ignore files that this process has no permission to read
+	blind     bool        // such a file was ignored, so not all rules are known
 	noted     []listedDestination
 	never     []neverMatch
 	inexact   []string // ranges in files that have bits set beyond their length
 }
 
-// listedDestination is a destination of a rule, by its index.
+// listedDestination is a destination of a rule.
 type listedDestination struct {
-	rule int
-	text string // as the config has it
+	rule int    // the rule's index
+	text string // as in the config
 	dest destination
 	file bool     // it is from a file
 	dead bool     // it can never match
-	set  *ruleSet // that it is in
+	set  *ruleSet // the set that contains it
 }
 
-// neverMatch is about destinations of a rule that can never match, for one
-// reason.
+// neverMatch lists destinations of a rule that can never match, all for the same reason.
 type neverMatch struct {
 	rule  int
-	texts []string // the first of them
+	texts []string // the first maxRuleTexts of them
 	count int
 	why   string
 }
 
-// maxRuleTexts bounds how many destinations of a rule a log line lists.
+// maxRuleTexts is the maximum number of destinations of a rule that a log line lists.
 const maxRuleTexts = 5
 
-// openPorts returns the ports that clients may go to.
+// openPorts returns the ports that clients may connect to.
 func (p *policy) openPorts() []portRange {
 	if p.ports == nil {
 		return append([]portRange{{1, portSMTP - 1}, {portSMTP + 1, 65535}}, p.connect...)
@@ -54,7 +53,7 @@ func (p *policy) openPorts() []portRange {
 	return slices.Concat(p.ports, p.connect)
 }
 
-// note looks at a destination before it joins the sets of the rules before it.
+// note checks a destination against the sets of the earlier rules, and records it.
 func (c *ruleCheck) note(sets []*ruleSet, l listedDestination, deny bool) {
 	ports := c.reachable(l.dest.ports)
 	by, byDeny := covering(sets, l.dest, ports)
@@ -64,15 +63,15 @@ func (c *ruleCheck) note(sets []*ruleSet, l listedDestination, deny bool) {
 		c.dead(l.rule, l.text, fmt.Sprintf("port %s is closed", l.dest.ports))
 	case by != "":
 		l.dead = true
-		if !l.file || byDeny != deny { // redundant entries of a list from elsewhere are nobody's mistake
+		if !l.file || byDeny != deny { // redundant entries of a third-party list are harmless
 			c.dead(l.rule, l.text, by+" before it decides first")
 		}
 	}
 	c.noted = append(c.noted, l)
 }
 
-// unreadable reports whether a list may not be read by this process, and need
-// not be.
+// unreadable reports whether err says that this process has no permission to read a file,
+// and the check ignores such files.
 func (c *ruleCheck) unreadable(err error) bool {
 	skip := c.skipFiles && errors.Is(err, fs.ErrPermission)
 	c.blind = c.blind || skip
@@ -87,14 +86,14 @@ func (c *ruleCheck) dead(rule int, text, why string) {
 	}
 	n := &c.never[i]
 	if slices.Contains(n.texts, text) {
-		return // private_ranges stands for several
+		return // private_ranges expands to several destinations with the same text
 	}
 	if n.count++; len(n.texts) < maxRuleTexts {
 		n.texts = append(n.texts, text)
 	}
 }
 
-// reachable returns which of some ports clients may go to.
+// reachable returns the part of ports that clients may connect to.
 func (c *ruleCheck) reachable(ports portRange) (open []portRange) {
 	for _, p := range c.open {
 		if both := (portRange{max(p.low, ports.low), min(p.high, ports.high)}); ports.high == 0 {
@@ -106,8 +105,8 @@ func (c *ruleCheck) reachable(ports portRange) (open []portRange) {
 	return open
 }
 
-// covering returns a destination in the sets that decides about all of d, which
-// comes behind them, and whether it denies.
+// covering returns an entry of the sets that already decides everything that d matches,
+// and whether it denies. d comes after the sets.
 func covering(sets []*ruleSet, d destination, ports []portRange) (by string, deny bool) {
 	namesAllowed := false
 	for _, s := range sets {
@@ -127,8 +126,8 @@ func covering(sets []*ruleSet, d destination, ports []portRange) (by string, den
 			}
 			return s.action() + " " + what, s.deny
 		}
-		// deny all does not end the walk for a name that was allowed before:
-		// its addresses are judged by the rules behind it.
+		// deny all does not decide for a name that an earlier rule allows: its
+		// addresses are still checked against later rules.
 		namesAllowed = namesAllowed || !s.deny && s.aboutNames()
 	}
 	return "", false
@@ -145,7 +144,7 @@ func (s *ruleSet) action() string {
 	return "allow"
 }
 
-// aboutNames reports whether the set matches targets by their names.
+// aboutNames reports whether the set has entries for names.
 func (s *ruleSet) aboutNames() bool { return s.all || len(s.names) > 0 || len(s.domains) > 0 }
 
 func (s *ruleSet) coversPorts(ports []portRange) bool {
@@ -154,8 +153,8 @@ func (s *ruleSet) coversPorts(ports []portRange) bool {
 	})
 }
 
-// coversName returns what of the set matches all that d does, which is a name,
-// all names below one, or all.
+// coversName returns the entry of the set that matches everything that d matches. d is a
+// name, all names below one, or all.
 func (s *ruleSet) coversName(d destination) (string, bool) {
 	switch {
 	case s.all:
@@ -163,13 +162,13 @@ func (s *ruleSet) coversName(d destination) (string, bool) {
 	case d.text == "all":
 		return "", false
 	case d.below:
-		return s.matchName(target{name: "*." + d.text}) // of which the * stands for any name
+		return s.matchName(target{name: "*." + d.text}) // the * stands for any label
 	}
 	return s.matchName(target{name: d.text})
 }
 
-// coversAddresses returns what of the set matches all that d does, which is a
-// range of addresses, public or private.
+// coversAddresses returns the entry of the set that matches everything that d matches. d
+// is a range of addresses, public or private.
 func (s *ruleSet) coversAddresses(d destination) (string, bool) {
 	if !d.prefix.IsValid() {
 		return d.text, d.text == "public" && s.public || d.text == "private" && s.private && s.deny
@@ -184,23 +183,23 @@ func (s *ruleSet) coversAddresses(d destination) (string, bool) {
 	return "private", private
 }
 
-// opens reports whether a rule that allows d may open what is closed by default.
+// opens reports whether allowing d may allow what is denied by default.
 func (d destination) opens() bool {
 	return d.text == "private" || d.prefix.IsValid() && notPublic.OverlapsPrefix(d.prefix)
 }
 
-// overrides reports whether an allow rule with the destination lets through what
-// one of the sets behind it would deny. Of files, which may be long, it says so
-// whenever anything is denied there.
-func (l listedDestination) overrides(behind []*ruleSet) bool {
+// overrides reports whether allowing the destination allows something that one of the
+// later sets would deny. For destinations from files, which may be long, any later deny
+// set counts.
+func (l listedDestination) overrides(later []*ruleSet) bool {
 	if l.file {
-		return slices.ContainsFunc(behind, func(s *ruleSet) bool { return s.deny })
+		return slices.ContainsFunc(later, func(s *ruleSet) bool { return s.deny })
 	}
-	return l.dest.overrides(behind)
+	return l.dest.overrides(later)
 }
 
-func (d destination) overrides(behind []*ruleSet) bool {
-	return slices.ContainsFunc(behind, func(s *ruleSet) bool {
+func (d destination) overrides(later []*ruleSet) bool {
+	return slices.ContainsFunc(later, func(s *ruleSet) bool {
 		if !s.deny || s.ports.high > 0 && d.ports.high > 0 && (s.ports.low > d.ports.high || d.ports.low > s.ports.high) {
 			return false
 		}
@@ -208,10 +207,10 @@ func (d destination) overrides(behind []*ruleSet) bool {
 		case s.all, d.text == "all" && s.aboutNames():
 			return true
 		case d.isName():
-			// A name that is allowed does not open the addresses behind it.
+			// Allowing a name does not allow its addresses, so only names matter.
 			return d.overlapsNames(s)
 		case s.aboutNames(), len(s.sources) > 0:
-			return true // names resolve to any address
+			return true // a name may resolve to any address
 		}
 		return d.overlapsAddresses(s)
 	})
@@ -254,11 +253,11 @@ func (d destination) overlapsAddresses(s *ruleSet) bool {
 type useless struct {
 	rule  int
 	texts []string
-	all   bool // the whole rule certainly has none
+	all   bool // the whole rule certainly has no effect
 }
 
-// useless returns the allow rules that change nothing or have destinations that
-// do, now that all sets are there.
+// useless returns the allow rules that have destinations without effect. It must be
+// called when all sets are complete.
 func (c *ruleCheck) useless(rules []Rule, sets []*ruleSet) (found []useless) {
 	effective := make(map[int]bool) // rules that have an effect, or may have one
 	texts := make(map[int][]string)
@@ -268,7 +267,8 @@ func (c *ruleCheck) useless(rules []Rule, sets []*ruleSet) (found []useless) {
 		case l.dest.opens() || l.overrides(sets[slices.Index(sets, l.set)+1:]):
 			effective[l.rule] = true
 		default:
-			// A public address may be in one of this machine's own networks.
+			// A public address may be in one of this machine's networks, which are
+			// denied by default.
 			effective[l.rule] = effective[l.rule] || l.file || l.dest.prefix.IsValid()
 			if list := texts[l.rule]; !slices.Contains(list, l.text) && len(list) < maxRuleTexts {
 				texts[l.rule] = append(list, l.text)
@@ -283,7 +283,7 @@ func (c *ruleCheck) useless(rules []Rule, sets []*ruleSet) (found []useless) {
 	return found
 }
 
-// text says what is wrong and how to mean it.
+// text describes the problem and its remedy.
 func (u useless) text() string {
 	cure := "for an allow-list, add `deny all` after it; otherwise remove it"
 	if slices.Equal(u.texts, []string{"all"}) || slices.Equal(u.texts, []string{"public"}) {
@@ -296,8 +296,8 @@ func (u useless) text() string {
 	return fmt.Sprintf("%s %s no effect, because no later rule denies what it allows; %s", strings.Join(u.texts, " "), has, cure)
 }
 
-// report returns an error for the first allow rule that can have no effect, and
-// logs what else is worth a look.
+// report returns an error for the first allow rule that has no effect at all, and logs
+// warnings about the other findings.
 func (c *ruleCheck) report(rules []Rule, sets []*ruleSet, logger *zap.Logger) error {
 	for _, n := range c.never {
 		what := strings.Join(n.texts, " ")

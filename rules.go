@@ -19,36 +19,34 @@ import (
 	"golang.org/x/net/idna"
 )
 
-// Rule allows or denies destinations. Rules are walked in order, and the first
-// that names a destination decides.
+// Rule allows or denies destinations. The first rule that matches a destination decides.
 type Rule struct {
 	// What to do with the destinations: "allow" or "deny".
 	Action string `json:"action"`
 
-	// The destinations: an address (192.0.2.1), a CIDR range (10.0.0.0/8), the
-	// name of a host (example.com), all names below one (*.example.com),
-	// `public` or `private` addresses, those that a client on this machine may
-	// reach by default and others may not, or `all`. Each may be followed by a
-	// colon and a port or a range of ports (example.com:443, all:8000-8999,
-	// [2001:db8::]:443); without, it is for all ports.
+	// The destinations: an address (192.0.2.1), a CIDR range (10.0.0.0/8), a host name
+	// (example.com), all names below one (*.example.com), `public` addresses, `private`
+	// addresses (those that by default only a client on this machine may reach), or
+	// `all`. Each may be followed by a colon and a port or a range of ports
+	// (example.com:443, all:8000-8999, [2001:db8::]:443). Default: all ports.
 	//
-	// Names are compared with the name that a client asks for, which no search
-	// list of this machine completes, and are not resolved; addresses with the
-	// one that is about to be connected to. A name that is allowed does not open
-	// addresses that are closed otherwise, and neither does `all`, nor a range of
-	// IPv6 a private IPv4 address inside of it.
+	// A name is compared with the name that the client asks for; it is not resolved, and
+	// this machine's DNS search list does not apply. An address is compared with the
+	// address that the proxy is about to connect to. Allowing a name, or `all`, does not
+	// allow addresses that are denied otherwise. Allowing a range of IPv6 addresses does
+	// not allow private IPv4 addresses embedded in them.
 	Destinations []string `json:"destinations,omitempty"`
 
-	// Files with destinations, one a line; a # begins a comment. They are read
-	// when the config is loaded.
+	// Files that list destinations, one per line; # starts a comment. They are read when
+	// the config is loaded.
 	Files []string `json:"files,omitempty"`
 
-	// A hash of the contents of Files. The Caddyfile adapter sets it, so that a
-	// file that has changed makes another config, which Caddy loads; it does not
-	// load one that it already runs. Nothing else depends on it.
+	// A hash of the contents of Files. The Caddyfile adapter sets it, because Caddy does
+	// not load a config that equals the running one: with the hash, a changed file makes
+	// a different config. Nothing else depends on it.
 	FilesHash string `json:"files_hash,omitempty"`
 
-	// A source of CIDR ranges, as for trusted_proxies.
+	// A source of CIDR ranges: a module as for trusted_proxies.
 	SourceRaw json.RawMessage `json:"source,omitempty" caddy:"namespace=http.ip_sources inline_key=source"`
 }
 
@@ -67,15 +65,15 @@ func hashFiles(paths []string) string {
 	return hex.EncodeToString(all.Sum(nil)[:16])
 }
 
-// destination is one of a rule.
+// destination is one destination of a rule.
 type destination struct {
-	text   string // a class, a name, or what a name is below of
-	below  bool   // it is *.text
+	text   string // a name, or all, public or private
+	below  bool   // matches *.text, the names below text
 	prefix netip.Prefix
 	ports  portRange
 }
 
-// parseDestination reads a destination as rules name it.
+// parseDestination parses a destination of a rule.
 func parseDestination(s string) (destination, error) {
 	host, ports, hasPorts := s, "", false
 	if rest, ok := strings.CutPrefix(s, "["); ok {
@@ -114,18 +112,19 @@ func parseDestination(s string) (destination, error) {
 	name, below := strings.CutPrefix(host, "*.")
 	ascii, err := name, error(nil)
 	if strings.ContainsFunc(name, func(c rune) bool { return c > unicode.MaxASCII }) {
-		ascii, err = idna.Lookup.ToASCII(name) // which knows no _, as there is in names of services
+		ascii, err = idna.Lookup.ToASCII(name) // rejects _, which service names contain
 	}
-	// The dot at the end may have been another character. A second one is none of a name.
+	// ToASCII maps other full stops to a dot. One trailing dot is removed; a second one
+	// makes the name invalid.
 	d.text, d.below = strings.TrimSuffix(strings.ToLower(ascii), "."), below
-	_, isAddress := parsePrefix(d.text) // spelled in another way than addresses are
+	_, isAddress := parsePrefix(d.text) // an address in other than ASCII digits
 	if err != nil || isAddress == nil || checkHost(d.text) != nil || strings.ContainsAny(host, "/[]") || strings.HasSuffix(d.text, ".") {
 		return destination{}, fmt.Errorf("%q is not an address, a CIDR range or a name", s)
 	}
 	return d, nil
 }
 
-// parsePrefix reads an address or a CIDR range. One that is v4-mapped is of IPv4.
+// parsePrefix parses an address or a CIDR range, and converts v4-mapped ones to IPv4.
 func parsePrefix(s string) (netip.Prefix, error) {
 	prefix, err := caddyhttp.CIDRExpressionToPrefix(s)
 	if err == nil && prefix.Addr().Is4In6() && prefix.Bits() >= 96 {
@@ -134,8 +133,8 @@ func parsePrefix(s string) (netip.Prefix, error) {
 	return prefix.Masked(), err
 }
 
-// hostBitsError reports that a range has bits set beyond its length: it is not
-// clear whether the range or the address is meant.
+// hostBitsError reports that a range has bits set beyond its prefix length, so that it is
+// unclear whether the range or the address is meant.
 type hostBitsError struct {
 	text    string
 	network netip.Prefix
@@ -146,7 +145,7 @@ func (e *hostBitsError) Error() string {
 	return fmt.Sprintf("%s has bits set beyond its length; write %s for the range, or %s for the address", e.text, e.network, address)
 }
 
-// checkHostBits fails with a hostBitsError.
+// checkHostBits returns a hostBitsError if text is a range with host bits set.
 func checkHostBits(text string) error {
 	if prefix, err := netip.ParsePrefix(text); err == nil && prefix != prefix.Masked() {
 		return &hostBitsError{text, prefix.Masked()}
@@ -154,11 +153,11 @@ func checkHostBits(text string) error {
 	return nil
 }
 
-// newRuleSets reads rules, whose sources load makes. The check looks at each
-// destination.
+// newRuleSets builds the sets for rules. It calls load for rules with a source, and
+// records each destination in check.
 func newRuleSets(rules []Rule, load func(*Rule) (*rangeSource, error), check *ruleCheck) ([]*ruleSet, error) {
 	var sets []*ruleSet
-	first := 0 // of the neighbours with the action of the current rule
+	first := 0 // the first set of the current run of rules with the same action
 	for i := range rules {
 		rule := &rules[i]
 		if rule.Action != "allow" && rule.Action != "deny" {
@@ -181,14 +180,14 @@ func newRuleSets(rules []Rule, load func(*Rule) (*rangeSource, error), check *ru
 			sets = append(sets, s)
 			return s
 		}
-		// The destinations of a rule are compared with the rules before it, and
-		// not among each other.
+		// Destinations are compared with earlier rules, not with each other: they join
+		// the sets only after the whole rule has been read.
 		before := len(check.noted)
 		note := func(text string, file bool) error {
 			for _, expanded := range expandRanges(text) {
 				d, err := parseDestination(expanded)
 				if bits := new(hostBitsError); file && errors.As(err, &bits) {
-					check.inexact = append(check.inexact, text) // in a list from elsewhere
+					check.inexact = append(check.inexact, text) // only a warning in a file
 				} else if err != nil {
 					return err
 				}
@@ -227,7 +226,7 @@ func newRuleSets(rules []Rule, load func(*Rule) (*rangeSource, error), check *ru
 	return sets, nil
 }
 
-// loadSource makes the source of a rule.
+// loadSource returns a function that loads the source module of a rule.
 func loadSource(ctx caddy.Context) func(*Rule) (*rangeSource, error) {
 	return func(rule *Rule) (*rangeSource, error) {
 		module, err := ctx.LoadModule(rule, "SourceRaw")
@@ -238,7 +237,7 @@ func loadSource(ctx caddy.Context) func(*Rule) (*rangeSource, error) {
 	}
 }
 
-// newDirectSet makes a set of destinations for all ports.
+// newDirectSet returns a set of the destinations in texts, which must not have ports.
 func newDirectSet(texts []string) (*ruleSet, error) {
 	s := newRuleSet(false, portRange{})
 	for _, text := range texts {
@@ -278,7 +277,7 @@ func (s *ruleSet) add(d destination) {
 	}
 }
 
-// expandRanges returns the CIDR ranges that private_ranges stands for, or text.
+// expandRanges returns the CIDR ranges of private_ranges, or else text itself.
 func expandRanges(text string) []string {
 	if text == "private_ranges" {
 		ranges := caddyhttp.PrivateRangesCIDR()
@@ -292,8 +291,8 @@ func expandRanges(text string) []string {
 	return []string{text}
 }
 
-// readList calls each with the lines of a file, without comments and blank ones.
-// An error says which line it is about.
+// readList calls each for every line of a file, without comments and blank lines. It
+// adds the file and line number to errors.
 func readList(path string, each func(string) error) error {
 	data, err := os.ReadFile(path)
 	if err != nil {
