@@ -19,13 +19,13 @@ import (
 
 func init() {
 	httpcaddyfile.RegisterDirective("async_proxy", parseCaddyfile)
-	// After authentication, so that a site that asks for credentials is no open
-	// proxy, and before everything that answers requests.
+	// After authentication, so that a site that requires credentials is not an open
+	// proxy, and before every handler that responds to requests.
 	httpcaddyfile.RegisterDirectiveOrder("async_proxy", httpcaddyfile.After, "request_header")
 }
 
-// parseCaddyfile makes a handler and the listener wrapper for its server, which
-// has a use even for a handler with a matcher: see Unclaimed.
+// parseCaddyfile returns a handler and the listener wrapper for its server. A handler
+// with a matcher needs the wrapper, too: see Unclaimed.
 func parseCaddyfile(h httpcaddyfile.Helper) ([]httpcaddyfile.ConfigValue, error) {
 	if !h.Next() {
 		return nil, h.ArgErr()
@@ -45,8 +45,8 @@ func parseCaddyfile(h httpcaddyfile.Helper) ([]httpcaddyfile.ConfigValue, error)
 	return values, nil
 }
 
-// isNested reports whether a directive is in the block of another one. Such a
-// block has a state of its own, while that of a site is everybody's.
+// isNested reports whether a directive is inside the block of another one. Such a block
+// has its own State; at the top level of a site, State and BlockState are the same map.
 func isNested(h httpcaddyfile.Helper) bool {
 	const mark = "async_proxy"
 	h.State[mark] = true
@@ -109,10 +109,10 @@ func isNested(h httpcaddyfile.Helper) bool {
 //		}
 //	}
 //
-// burst and refill may stand on the directive's own line. Options that take
-// any number of values, header_up and header_down may stand more than once;
-// everything else once. The latter two are reverse_proxy's. The order of allow
-// and deny in all their forms counts.
+// burst and refill may also be given on the directive's own line. Options that accept
+// any number of values, header_up and header_down may be repeated; all others may
+// appear once. header_up and header_down have reverse_proxy's syntax. Rules (allow and
+// deny in all their forms) are evaluated in order.
 func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // the directive's name
 	p := &caddyfileParser{Dispenser: d, seen: make(map[string]caddyfile.Dispenser)}
@@ -140,12 +140,12 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	return p.check(h)
 }
 
-// option is how one of the options is read.
+// option describes how to parse one option.
 type option struct {
-	expected string                                     // what it takes, in the words of the errors
-	many     bool                                       // it may be given more than once
-	set      func(h *Handler, value string) bool        // takes one value, with many each of several; false if it is not valid
-	read     func(p *caddyfileParser, h *Handler) error // in place of set: takes all that is behind the name
+	expected string                                     // the valid values, as error messages name them
+	many     bool                                       // it may be repeated, with any number of values
+	set      func(h *Handler, value string) bool        // stores one value; false if it is not valid
+	read     func(p *caddyfileParser, h *Handler) error // replaces set: parses everything after the name
 }
 
 const (
@@ -156,13 +156,13 @@ const (
 	expectedPorts        = "ports from 1 to 65535, or ranges such as 8000-8999"
 	expectedHeader       = "[+|-]<field> [<value|regexp> [<replacement>]]"
 
-	// maxCount keeps numbers well within those that survive being a float64,
-	// which is what Caddy's JSON passes through.
+	// maxCount keeps numbers in the range that a float64 holds exactly, because
+	// Caddy's JSON passes through float64.
 	maxCount    = 1_000_000_000
 	maxDuration = caddy.Duration(1 << 62) // 146 years
 )
 
-// options are all options of the directive, by name.
+// options maps the name of each option of the directive to its description.
 var options = map[string]option{
 	"burst": number("a whole number of tokens from 1 to 1000000000", func(h *Handler) *int64 { return &h.Burst }, minBurst, maxBurst),
 	"refill": {expected: "tokens per second from 0.00001 to 1000000", set: func(h *Handler, s string) bool {
@@ -233,7 +233,7 @@ var options = map[string]option{
 	"serve_pac":     {expected: "a path that begins with /, or no value", read: (*caddyfileParser).servePAC},
 }
 
-// number is an option for a whole number in a range.
+// number returns an option for a whole number in a range.
 func number[T int | int64](expected string, field func(*Handler) *T, low, high T) option {
 	return option{expected: expected, set: func(h *Handler, s string) (ok bool) {
 		*field(h), ok = parseInt(s, low, high)
@@ -241,7 +241,7 @@ func number[T int | int64](expected string, field func(*Handler) *T, low, high T
 	}}
 }
 
-// word is an option for one value as it stands there.
+// word returns an option for one value, stored verbatim.
 func word(expected string, field func(*Handler) *string, valid func(string) bool) option {
 	return option{expected: expected, set: func(h *Handler, s string) bool {
 		*field(h) = s
@@ -253,7 +253,7 @@ func oneOf(words ...string) func(string) bool {
 	return func(s string) bool { return slices.Contains(words, s) }
 }
 
-// list is an option for any number of values.
+// list returns an option for any number of values.
 func list(expected string, field func(*Handler) *[]string, check func(string) error) option {
 	return option{expected: expected, many: true, set: func(h *Handler, s string) bool {
 		*field(h) = append(*field(h), s)
@@ -261,7 +261,7 @@ func list(expected string, field func(*Handler) *[]string, check func(string) er
 	}}
 }
 
-// duration is an option for a positive duration.
+// duration returns an option for a positive duration.
 func duration(expected string, field func(*Handler) *caddy.Duration) option {
 	return option{expected: expected, set: func(h *Handler, s string) (ok bool) {
 		*field(h), ok = parseDuration(s, 1)
@@ -269,7 +269,7 @@ func duration(expected string, field func(*Handler) *caddy.Duration) option {
 	}}
 }
 
-// durationOrOff is an option for a positive duration, or none.
+// durationOrOff returns an option for a positive duration or off.
 func durationOrOff(expected string, field func(*Handler) *caddy.Duration) option {
 	return option{expected: expected, set: func(h *Handler, s string) (ok bool) {
 		if *field(h) = -1; s == "off" {
@@ -280,16 +280,16 @@ func durationOrOff(expected string, field func(*Handler) *caddy.Duration) option
 	}}
 }
 
-// caddyfileParser reads options. Of each mistake it says the option, the value
-// and what was expected; the Dispenser adds the file and the line.
+// caddyfileParser parses options. Its errors name the option, the value and what was
+// expected; the Dispenser adds the file and the line.
 type caddyfileParser struct {
 	*caddyfile.Dispenser
-	seen           map[string]caddyfile.Dispenser // where each option stands
-	rules          []caddyfile.Dispenser          // where each rule stands
-	name, expected string                         // of the option that is being read
+	seen           map[string]caddyfile.Dispenser // the position of each option
+	rules          []caddyfile.Dispenser          // the position of each rule
+	name, expected string                         // of the option being parsed
 }
 
-// mistake is what is wrong with the option that is being read.
+// mistake returns an error about the option being parsed.
 func (p *caddyfileParser) mistake(format string, args ...any) error {
 	return p.Errf("%s: %s; expected %s", p.name, fmt.Sprintf(format, args...), p.expected)
 }
@@ -298,8 +298,8 @@ func (p *caddyfileParser) invalid(value string) error {
 	return p.Errf("%v", invalidValue(p.name, p.expected, value))
 }
 
-// invalidValue says what is wrong with a value of an option, and how to mean it
-// where that can be told.
+// invalidValue returns the error for an invalid value of an option. If the intended
+// destination is obvious, the error says how to write it.
 func invalidValue(option, expected, value string) error {
 	_, err := parseDestination(value)
 	if bits := new(hostBitsError); errors.As(err, &bits) || strings.HasPrefix(value, ".") && strings.Contains(expected, "*.names") {
@@ -308,7 +308,7 @@ func invalidValue(option, expected, value string) error {
 	return fmt.Errorf("%s: the value '%s' is not valid; expected %s", option, value, expected)
 }
 
-// begin looks up the option whose name was just read.
+// begin looks up the option whose name was just parsed, and records its position.
 func (p *caddyfileParser) begin(name string) (option, error) {
 	o, known := options[name]
 	if !known {
@@ -322,7 +322,7 @@ func (p *caddyfileParser) begin(name string) (option, error) {
 	return o, nil
 }
 
-// option reads one line or block of the directive's block.
+// option parses one line or block of the directive's block.
 func (p *caddyfileParser) option(h *Handler, name string) error {
 	o, err := p.begin(name)
 	if err != nil {
@@ -336,7 +336,7 @@ func (p *caddyfileParser) option(h *Handler, name string) error {
 	if err != nil {
 		return err
 	}
-	if last := p.Val(); p.NextBlock(p.Nesting()) || p.Val() != last { // an empty block only moves on
+	if last := p.Val(); p.NextBlock(p.Nesting()) || p.Val() != last { // an empty block only advances the Dispenser
 		at := p.seen[name]
 		return at.Errf("%s: unexpected block; expected %s", name, o.expected)
 	}
@@ -357,7 +357,8 @@ func (p *caddyfileParser) set(h *Handler, o option) error {
 	return err
 }
 
-// values returns the values on the option's line, of which there must be so many.
+// values returns the values on the option's line, and fails unless there are between
+// least and most of them.
 func (p *caddyfileParser) values(least, most int) ([]string, error) {
 	args := p.RemainingArgs()
 	switch {
@@ -369,8 +370,7 @@ func (p *caddyfileParser) values(least, most int) ([]string, error) {
 	return args, nil
 }
 
-// unknown refuses an option that there is not, and names the one that was
-// probably meant.
+// unknown returns the error for an unknown option, and suggests the most similar name.
 func (p *caddyfileParser) unknown(name string) error {
 	all := slices.Sorted(maps.Keys(options))
 	nearest := slices.MinFunc(all, func(a, b string) int { return edits(name, a) - edits(name, b) })
@@ -380,8 +380,8 @@ func (p *caddyfileParser) unknown(name string) error {
 	return p.Errf("unrecognized option '%s'; expected one of %s", name, strings.Join(all, ", "))
 }
 
-// edits returns how many bytes have to be inserted, left out or replaced to make
-// b of a (Levenshtein's distance).
+// edits returns the Levenshtein distance of a and b: how many bytes must be inserted,
+// deleted or replaced to turn a into b.
 func edits(a, b string) int {
 	row := make([]int, len(b)+1)
 	for j := range row {
@@ -402,7 +402,7 @@ func edits(a, b string) int {
 	return row[len(b)]
 }
 
-// check refuses options that do not go together.
+// check rejects invalid combinations of options.
 func (p *caddyfileParser) check(h *Handler) error {
 	full := *h
 	full.setDefaults()

@@ -24,7 +24,7 @@ import (
 	"golang.org/x/net/http/httpguts"
 )
 
-// rule reads a rule of destinations.
+// rule parses a rule that lists destinations.
 func (p *caddyfileParser) rule(h *Handler) error {
 	args, err := p.values(1, math.MaxInt)
 	if err != nil {
@@ -39,15 +39,16 @@ func (p *caddyfileParser) rule(h *Handler) error {
 	return nil
 }
 
-// ruleFiles reads a rule of files with destinations, and looks into them: a
-// mistake in one is told now, and not first when the config is loaded.
+// ruleFiles parses a rule that names files of destinations. It checks the files as well,
+// so that a mistake in one is reported now and not only when the config is loaded.
 func (p *caddyfileParser) ruleFiles(h *Handler) error {
 	args, err := p.values(1, math.MaxInt)
 	if err != nil {
 		return err
 	}
 	for _, file := range args {
-		// Who adapts a config may be another one than runs it, and may not read all that is.
+		// A config may be adapted by another user than the one that runs Caddy, who
+		// may lack permission to read the file.
 		if err := readList(file, checkListed); err != nil && !errors.Is(err, fs.ErrPermission) {
 			return p.mistake("%v", err)
 		}
@@ -62,7 +63,7 @@ func (p *caddyfileParser) addRule(h *Handler, rule Rule) {
 	p.rules = append(p.rules, *p.Dispenser)
 }
 
-// checkRules refuses allow rules that can have no effect.
+// checkRules rejects allow rules that can have no effect.
 func (p *caddyfileParser) checkRules(h *Handler) error {
 	u, err := uselessRule(h)
 	if u != nil {
@@ -94,8 +95,8 @@ func uselessRule(h *Handler) (*useless, error) {
 	return nil, nil
 }
 
-// checkListed checks a destination in a file, of which the bits beyond the length
-// of a range are ignored.
+// checkListed checks a destination in a file. Bits beyond the length of a range are
+// ignored there.
 func checkListed(text string) error {
 	err := checkDestination(text)
 	if bits := new(hostBitsError); errors.As(err, &bits) {
@@ -113,7 +114,7 @@ func checkDestination(text string) error {
 	return nil
 }
 
-// ruleSource reads a rule whose ranges come from one of Caddy's modules.
+// ruleSource parses a rule whose ranges come from one of Caddy's IP source modules.
 func (p *caddyfileParser) ruleSource(h *Handler) error {
 	stem, module, err := p.module("http.ip_sources")
 	if err != nil {
@@ -138,7 +139,7 @@ func (p *caddyfileParser) ruleSource(h *Handler) error {
 	return nil
 }
 
-// module reads the name of a module in a namespace and what belongs to it.
+// module parses the name of a module in a namespace, and the module's own tokens.
 func (p *caddyfileParser) module(namespace string) (stem string, module caddyfile.Unmarshaler, err error) {
 	if !p.NextArg() {
 		return "", nil, p.mistake("missing value")
@@ -151,7 +152,7 @@ func (p *caddyfileParser) module(namespace string) (stem string, module caddyfil
 	return stem, module, err
 }
 
-// limiter reads a limiter that several processes share.
+// limiter parses the limiter that several processes share.
 func (p *caddyfileParser) limiter(h *Handler) error {
 	stem, module, err := p.module(limiterNamespace)
 	if err != nil {
@@ -161,7 +162,7 @@ func (p *caddyfileParser) limiter(h *Handler) error {
 	return nil
 }
 
-// maxTunnels reads the bounds on tunnels.
+// maxTunnels parses the limits on open tunnels.
 func (p *caddyfileParser) maxTunnels(h *Handler) error {
 	args, err := p.values(1, 3)
 	if err != nil {
@@ -185,7 +186,7 @@ func (p *caddyfileParser) maxTunnels(h *Handler) error {
 	return nil
 }
 
-// servePAC reads the path of the PAC script and what it sends past the proxy.
+// servePAC parses the path of the PAC script and the destinations that bypass the proxy.
 func (p *caddyfileParser) servePAC(h *Handler) error {
 	args, err := p.values(0, 1)
 	if err != nil {
@@ -236,7 +237,7 @@ func (p *caddyfileParser) headerDown(h *Handler) error {
 	return p.headerOp(h.Headers.Response.HeaderOps)
 }
 
-// headerOp reads an operation on a field, in reverse_proxy's syntax.
+// headerOp parses an operation on a header field, in reverse_proxy's syntax.
 func (p *caddyfileParser) headerOp(ops *headers.HeaderOps) error {
 	args, err := p.values(1, 3)
 	if err != nil {
@@ -249,12 +250,13 @@ func (p *caddyfileParser) headerOp(ops *headers.HeaderOps) error {
 	if len(args) > 2 {
 		replacement = &args[2]
 	}
-	// Provision compiles the regular expression, and changes what it is called on.
-	alone := new(headers.HeaderOps)
-	if strings.HasPrefix(args[0], "?") { // is for the directive header alone
+	// Provision compiles the regular expression, but it modifies its receiver: check
+	// the operation on a scratch value.
+	scratch := new(headers.HeaderOps)
+	if strings.HasPrefix(args[0], "?") { // only the header directive has this prefix
 		err = notAFieldName(args[0])
-	} else if err = headers.CaddyfileHeaderOp(alone, args[0], value, replacement); err == nil {
-		err = errors.Join(checkFieldNames(alone), alone.Provision(caddy.Context{}))
+	} else if err = headers.CaddyfileHeaderOp(scratch, args[0], value, replacement); err == nil {
+		err = errors.Join(checkFieldNames(scratch), scratch.Provision(caddy.Context{}))
 	}
 	if err != nil {
 		return p.mistake("the values '%s' are not valid: %v", strings.Join(args, " "), err)
@@ -262,8 +264,8 @@ func (p *caddyfileParser) headerOp(ops *headers.HeaderOps) error {
 	return headers.CaddyfileHeaderOp(ops, args[0], value, replacement)
 }
 
-// basicAuth reads what Caddy's basic_auth directive has, without a matcher. Its
-// errors do not repeat what should be a hash, and may be a password.
+// basicAuth parses the syntax of Caddy's basic_auth directive, without a matcher. Its
+// errors do not quote the hash, because the user may have written a password instead.
 func (p *caddyfileParser) basicAuth(h *Handler) error {
 	algorithm, realm := "bcrypt", ""
 	args, err := p.values(0, 2)
@@ -307,7 +309,7 @@ func (p *caddyfileParser) basicAuth(h *Handler) error {
 	return nil
 }
 
-// failedLogins reads a number of logins that may fail in a time.
+// failedLogins parses how many logins may fail per period.
 func (p *caddyfileParser) failedLogins(h *Handler) error {
 	args, err := p.values(1, 3)
 	if err != nil {
@@ -329,9 +331,9 @@ func (p *caddyfileParser) failedLogins(h *Handler) error {
 	return nil
 }
 
-// checkHash says what is wrong with the hash of a password. What a placeholder
-// stands for is known only when the config is loaded, and the hashes of other
-// modules only to them.
+// checkHash returns what is wrong with a password hash, if anything. It accepts
+// placeholders, whose values are known only when the config is loaded, and the hashes of
+// other modules, whose format it does not know.
 func checkHash(algorithm, hash string) error {
 	var err error
 	switch {
@@ -346,8 +348,8 @@ func checkHash(algorithm, hash string) error {
 	return err
 }
 
-// upstream reads the parent proxy. Its errors do not repeat the URL, in which
-// there may be a password.
+// upstream parses the parent proxy. Its errors do not quote the URL, which may contain a
+// password.
 func (p *caddyfileParser) upstream(h *Handler) error {
 	args := p.RemainingArgs()
 	switch len(args) {
@@ -389,7 +391,7 @@ func (p *caddyfileParser) upstreamOption(u *Upstream, scheme string) error {
 		p.expected = "a field and a value, in quotes if it has spaces, for http:// and https:// only"
 		args := p.RemainingArgs()
 		if len(args) != 2 || scheme == "socks5" || !httpguts.ValidHeaderFieldName(args[0]) || !httpguts.ValidHeaderFieldValue(args[1]) {
-			return p.mistake("the values are not valid") // and perhaps secret
+			return p.mistake("the values are not valid") // they may be secret
 		}
 		if u.Headers == nil {
 			u.Headers = make(map[string]string)

@@ -334,7 +334,7 @@ func TestParentSecretWrittenOut(t *testing.T) {
 	} {
 		w := newWorld(t, option, nil)
 		warned := 0
-		for _, line := range w.logLines("the option upstream has a password or a key written out, which Caddy's debug log and admin endpoint show with the rest of the config; use a placeholder such as {env.PROXY_PASSWORD} or {file./run/secrets/proxy}") {
+		for _, line := range w.logLines("the option upstream contains a password or a key in plain text, which Caddy's debug log and admin endpoint show with the rest of the config; use a placeholder such as {env.PROXY_PASSWORD} or {file./run/secrets/proxy}") {
 			if warned++; line["level"] != "warn" {
 				t.Errorf("%v", line)
 			}

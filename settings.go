@@ -12,14 +12,13 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// settings returns the options as they are in effect, in the words of the
-// Caddyfile, without anything that is secret.
+// settings returns the options in effect, named as in the Caddyfile, without secrets.
 func (h *Handler) settings() []setting {
 	var byDefault Handler
 	byDefault.setDefaults()
 	var list []setting
-	add := func(option, value, standard string) {
-		list = append(list, setting{option, value, value == standard})
+	add := func(option, value, defaultValue string) {
+		list = append(list, setting{option, value, value == defaultValue})
 	}
 	words := func(list []string) string {
 		if len(list) == 0 {
@@ -136,7 +135,7 @@ func (h *Handler) settings() []setting {
 	return list
 }
 
-// shortDuration is 1h rather than 1h0m0s.
+// shortDuration formats a duration without zero units: 1h rather than 1h0m0s.
 func shortDuration(d time.Duration) string {
 	s := d.String()
 	if strings.HasSuffix(s, "m0s") {
