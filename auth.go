@@ -19,13 +19,13 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
-// authProvider asks one of Caddy's authentication providers.
+// authProvider is one of Caddy's authentication providers, with its name.
 type authProvider struct {
 	name string
 	caddyauth.Authenticator
 }
 
-// loadAuth makes the configured providers, in the order of their names.
+// loadAuth provisions the configured providers and sorts them by name.
 func (h *Handler) loadAuth(ctx caddy.Context) error {
 	if h.AuthRaw == nil {
 		return nil
@@ -40,10 +40,10 @@ func (h *Handler) loadAuth(ctx caddy.Context) error {
 	for name, module := range modules.(map[string]any) {
 		provider, ok := module.(caddyauth.Authenticator)
 		if !ok {
-			return fmt.Errorf("authentication: %s is no provider", name)
+			return fmt.Errorf("authentication: %s is not an authentication provider", name)
 		}
 		if basic, ok := module.(*caddyauth.HTTPBasicAuth); ok {
-			for _, account := range basic.Accounts { // in which placeholders are replaced
+			for _, account := range basic.Accounts { // its placeholders are replaced by now
 				if isPublished(account.Password) {
 					return fmt.Errorf("authentication: the user %q has %w", account.Username, errPublished)
 				}
@@ -64,8 +64,8 @@ func (h *Handler) loadAuth(ctx caddy.Context) error {
 	return nil
 }
 
-// publishedHashes are in the documentation, the source and the tests of Caddy,
-// together with their passwords or for anybody to find them.
+// publishedHashes are the hashes in Caddy's documentation, source and tests. Their passwords
+// are published with them, or easily found.
 var publishedHashes = []string{
 	"$2a$14$Zkx19XLiW6VYouLHR5NmfOFU0z2GTNmpkT/5qqR7hx4IjWJPDhjvG",
 	"$2a$10$EB6gZ4H6N.bz4LbAw0VagumWq5K0VdFyCuVsKs8BpdOShYYtEdd8W",
@@ -74,11 +74,10 @@ var publishedHashes = []string{
 	"$argon2id$v=19$m=47104,t=1,p=1$P2nzckEdTZ3bxCiBCkRTyA$xQL3Z32eo5jKl7u5tcIsnEKObYiyNZQQf5/4sAau6Pg",
 }
 
-var errPublished = errors.New("a hash from Caddy's documentation, whose password is public; expected one of your own, as `caddy hash-password` prints it")
+var errPublished = errors.New("a hash from Caddy's documentation, whose password is public; generate your own with `caddy hash-password`")
 
-// isPublished reports whether a hash is a published sample, also if it is
-// encoded in base64, as older versions of Caddy print it, or has the prefix that
-// htpasswd gives to bcrypt.
+// isPublished reports whether a hash is a published one. It also recognises the base64 form
+// that older versions of Caddy print, and the prefix that htpasswd gives to bcrypt hashes.
 func isPublished(hash string) bool {
 	if decoded, err := base64.StdEncoding.DecodeString(hash); err == nil {
 		hash = string(decoded)
@@ -89,16 +88,16 @@ func isPublished(hash string) bool {
 	return slices.Contains(publishedHashes, strings.TrimSpace(hash))
 }
 
-// hasCredentials reports whether r tries to log in.
+// hasCredentials reports whether r carries proxy credentials.
 func hasCredentials(r *http.Request) bool {
 	values := r.Header["Proxy-Authorization"]
 	return len(values) > 0 && strings.TrimSpace(values[0]) != ""
 }
 
-// authenticate finds out who the user of v is (RFC 9110 §11.7), or refuses the
-// request: with a refusal, or with errLimited and the visit's verdict.
+// authenticate identifies the user of v (RFC 9110 §11.7). If it refuses the request, it
+// returns a refusal, or errLimited with v.verdict set.
 func (h *Handler) authenticate(w http.ResponseWriter, r *http.Request, v *visit) error {
-	if !hasCredentials(r) { // some providers know users by something else
+	if !hasCredentials(r) { // some providers identify users by other means
 		known, _ := h.askProviders(w, r, v)
 		if !known {
 			return causeAuthRequired.refusal(nil)
@@ -112,7 +111,7 @@ func (h *Handler) authenticate(w http.ResponseWriter, r *http.Request, v *visit)
 			if known, err := h.askAgain(w, r, v); known || err != nil {
 				return err
 			}
-			rightCredentials.remove(key) // they have been revoked, or are too old
+			rightCredentials.remove(key) // revoked or expired
 		}
 		return h.checkLogin(w, r, v, key)
 	}
@@ -141,37 +140,37 @@ func (h *Handler) repeatedLogin(w http.ResponseWriter, r *http.Request, v *visit
 	return causeAuthFailed.refusal(errBadCredentials)
 }
 
-// challenge sets Proxy-Authenticate without having credentials checked.
+// challenge sets Proxy-Authenticate without checking the credentials.
 func (h *Handler) challenge(w http.ResponseWriter, r *http.Request, v *visit) {
-	without := *r
-	without.Header = make(http.Header)
-	_, _ = h.askProviders(w, &without, v)
+	anonymous := *r
+	anonymous.Header = make(http.Header)
+	_, _ = h.askProviders(w, &anonymous, v)
 }
 
-// checkLogin asks the providers about credentials that are not known, if there is
-// a token for a failed login, and when it is this client's turn. The token is
-// given back unless the login fails.
+// checkLogin asks the providers about credentials that are not cached. It first waits for a
+// failed-login token and for the client's turn. The token is refunded unless the login
+// fails.
 func (h *Handler) checkLogin(w http.ResponseWriter, r *http.Request, v *visit, key credentialKey) error {
 	var wait time.Duration
-	giveBack := func() {}
+	refund := func() {}
 	if h.failed != nil {
 		now, ok := sinceEpoch(time.Now()), false
 		if wait, ok = h.failed.reserve(v.bucket, now, loginPatience); !ok {
 			return h.refuseLogin(v, wait, errFailedLogins)
 		}
-		giveBack = func() { h.failed.giveBack(v.bucket, sinceEpoch(time.Now())) }
+		refund = func() { h.failed.giveBack(v.bucket, sinceEpoch(time.Now())) }
 	}
 	err := sleep(r.Context(), wait)
 	if err == nil {
 		err = logins.enter(r.Context(), v.bucket)
 	}
 	if err != nil {
-		giveBack()
+		refund()
 		return h.notChecked(v, err)
 	}
 	result := h.checkInTurn(w, r, v, key)
 	if result != loginWrong {
-		giveBack()
+		refund()
 	}
 	if result == loginRight {
 		return nil
@@ -187,7 +186,8 @@ func (h *Handler) checkLogin(w http.ResponseWriter, r *http.Request, v *visit, k
 	return causeAuthFailed.refusal(errBadCredentials)
 }
 
-// notChecked is the error of a login that logins did not let in.
+// notChecked returns the error for a login that was not checked, because logins.enter failed
+// with err.
 func (h *Handler) notChecked(v *visit, err error) error {
 	if err == errLoginsBusy {
 		return h.refuseLogin(v, loginRetry, err)
@@ -195,9 +195,9 @@ func (h *Handler) notChecked(v *visit, err error) error {
 	return clientLeft(err)
 }
 
-// askAgain asks the providers about credentials that were right before. If one of
-// them is http_basic, it hashes the password each time, so a request with a
-// password waits for its client's turn.
+// askAgain asks the providers about credentials that they accepted before. If one of the
+// providers is http_basic, it hashes the password again, so a request with a password waits
+// for its client's turn.
 func (h *Handler) askAgain(w http.ResponseWriter, r *http.Request, v *visit) (known bool, err error) {
 	if h.hashes && readBasic(r.Header["Proxy-Authorization"][0]).ok {
 		client := v.bucket
@@ -210,18 +210,18 @@ func (h *Handler) askAgain(w http.ResponseWriter, r *http.Request, v *visit) (kn
 	return known, nil
 }
 
-// loginResult is what came of a login.
+// loginResult is the outcome of a login.
 type loginResult int
 
 const (
 	loginRight    loginResult = iota
-	loginWrong                // the providers do not know the credentials, or could not tell
-	loginRepeated             // they were found wrong while these waited
+	loginWrong                // the providers rejected the credentials, or returned an error
+	loginRepeated             // the same credentials were rejected while this login waited
 )
 
-// checkInTurn asks the providers, unless the same credentials were checked while
-// these waited. An error of a provider is a failed login, because some providers
-// return an error for each wrong token.
+// checkInTurn asks the providers, unless the same credentials were checked while this login
+// waited. An error from a provider counts as a failed login, because some providers return
+// an error for each wrong token.
 func (h *Handler) checkInTurn(w http.ResponseWriter, r *http.Request, v *visit, key credentialKey) loginResult {
 	client := v.bucket
 	defer logins.leave(client)
@@ -246,34 +246,34 @@ func (h *Handler) checkInTurn(w http.ResponseWriter, r *http.Request, v *visit, 
 	return loginWrong
 }
 
-// refuseLogin makes the verdict on a login that is not to be checked now.
+// refuseLogin sets the verdict for a login that is not checked now.
 func (h *Handler) refuseLogin(v *visit, wait time.Duration, err error) error {
 	now := sinceEpoch(time.Now())
 	v.verdict = h.limiter.bucket(v.bucket, now).refuse(int64(wait), now, err)
 	return errLimited
 }
 
-// shareFailure takes a token of the shared limiter's bucket of failed logins, so
-// that a client that guesses at all processes has no more guesses than at one. If
-// there is none, it returns for how long, which this process learns.
+// shareFailure charges the shared limiter's failed-login bucket, so that a client that
+// guesses at several processes has no more guesses than at one. If the bucket is empty, it
+// returns how long the client has to wait, and empties the local bucket for as long.
 func (h *Handler) shareFailure(r *http.Request, v *visit) time.Duration {
 	if h.shared == nil || h.failed == nil || h.shared.Suspended() {
 		return 0
 	}
 	bucket := h.failed.shared(v.bucket)
-	bucket.Zone += " failed_logins" // no zone of a config has a space
+	bucket.Zone += " failed_logins" // cannot collide: configured zones have no spaces
 	wait, err := h.shared.Take(r.Context(), bucket)
 	if err != nil || wait <= 0 {
-		return 0 // counted here, at least
+		return 0 // the local bucket has counted the failure
 	}
 	h.failed.learn(v.bucket, sinceEpoch(time.Now()), wait)
 	return wait
 }
 
-// askProviders asks one provider after the other. They read Authorization and
-// answer with WWW-Authenticate, as for a site: they get a request with the proxy's
-// fields in the place of these, and what they answer goes the other way. broken
-// reports whether one of them could not tell.
+// askProviders asks the providers one after the other. They read Authorization and set
+// WWW-Authenticate, as for a site, so each gets a copy of the request with
+// Proxy-Authorization as Authorization, and its challenges become Proxy-Authenticate. broken
+// reports whether a provider returned an error.
 func (h *Handler) askProviders(w http.ResponseWriter, r *http.Request, v *visit) (known, broken bool) {
 	asked := *r
 	asked.Header = r.Header.Clone()
@@ -299,12 +299,13 @@ func (h *Handler) askProviders(w http.ResponseWriter, r *http.Request, v *visit)
 	if challenges := answer.fields["Www-Authenticate"]; len(challenges) > 0 {
 		w.Header()["Proxy-Authenticate"] = challenges
 	} else {
-		w.Header()["Proxy-Authenticate"] = []string{`Basic realm="restricted"`} // there must be one
+		w.Header()["Proxy-Authenticate"] = []string{`Basic realm="restricted"`} // required in a 407
 	}
 	return false, broken
 }
 
-// loggedIn notes the user of v, in the placeholders of Caddy's own handler too.
+// loggedIn records the user of v, and sets the placeholders that Caddy's own authentication
+// handler sets.
 func (v *visit) loggedIn(user caddyauth.User) {
 	v.user = user.ID
 	if repl, _ := v.r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer); repl != nil {
@@ -315,15 +316,15 @@ func (v *visit) loggedIn(user caddyauth.User) {
 	}
 }
 
-// errBadCredentials tells a login that failed from one that was not tried.
+// errBadCredentials distinguishes a failed login from a request without credentials.
 var errBadCredentials = errors.New("the credentials are wrong")
 
-// headerOnly keeps the fields of an answer and nothing else of it.
+// headerOnly is a ResponseWriter that keeps only the header.
 type headerOnly struct{ fields http.Header }
 
 func (w headerOnly) Header() http.Header         { return w.fields }
 func (w headerOnly) Write(b []byte) (int, error) { return len(b), nil }
 func (w headerOnly) WriteHeader(int)             {}
 
-// userKey is the limiter's key of a user. No client has such an address.
+// userKey returns the limiter's key for a user. It collides with no client's address.
 func userKey(user string) netip.Addr { return netip.IPv6Unspecified().WithZone(user) }

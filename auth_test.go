@@ -507,7 +507,7 @@ func TestPublishedHashes(t *testing.T) {
 		}
 		return list
 	}
-	const text = "a hash from Caddy's documentation, whose password is public; expected one of your own, as `caddy hash-password` prints it"
+	const text = "a hash from Caddy's documentation, whose password is public; generate your own with `caddy hash-password`"
 	for _, hash := range publishedHashes {
 		algorithm := "bcrypt"
 		if strings.HasPrefix(hash, "$argon2id$") {

@@ -15,45 +15,45 @@ import (
 	"go.uber.org/zap"
 )
 
-// Limiter is what a module of the namespace http.async_proxy.limiters has to
-// be: a place where several processes count the same clients together.
+// Limiter is the interface of modules in the namespace http.async_proxy.limiters. A Limiter
+// counts clients across several processes.
 //
-// It is a second opinion. A request that this process's own bucket refuses is
-// refused without asking; a refusal by the Limiter empties the own bucket for
-// as long, so that a client that does not wait is not asked about again.
+// It is a second stage. A request that this process's own bucket denies is denied without
+// asking the Limiter. If the Limiter denies a request, the local bucket is emptied for as
+// long, so that a client that does not wait is not asked about again.
 //
-// Both methods are called concurrently, and before anything else is done for a
-// request: neither may take long, whatever happens to what is behind them.
+// Both methods are called concurrently, and before any other work for a request. They must
+// return quickly, whatever state their backend is in.
 type Limiter interface {
-	// Take takes a token from the bucket and returns 0, or takes none and
-	// returns how long until there is one. An error says that the request
-	// cannot be counted and is to be refused for that: it is answered with 503.
+	// Take takes a token from the bucket and returns 0, or takes none and returns how long
+	// until there is one. An error means that the request cannot be counted: it is refused
+	// with status 503.
 	Take(context.Context, Bucket) (wait time.Duration, err error)
 
-	// Suspended reports whether nobody is to be limited for now. Then neither
-	// this process's buckets are looked at, nor is Take called.
+	// Suspended reports whether rate limiting is suspended. While it is, neither this
+	// process's buckets nor Take are used.
 	Suspended() bool
 }
 
-// Refiller is a Limiter whose buckets the operator can fill.
+// Refiller is a Limiter whose buckets can be refilled by an operator.
 type Refiller interface {
-	// Refill fills the bucket, and reports whether it was not full.
+	// Refill fills the bucket. done reports whether it was not full before.
 	Refill(context.Context, Bucket) (done bool, err error)
 }
 
-// Bucket names the token bucket of one client, and says how large it is. Equal
-// Buckets are the same bucket, whichever process asks.
+// Bucket identifies a client's token bucket and gives its size. Equal Buckets are the same
+// bucket, whichever process asks.
 type Bucket struct {
 	Zone     string
-	Client   netip.Prefix  // zero for clients without an address, on Unix sockets, and for users
-	User     string        // with limit_by user: who it is; else ""
+	Client   netip.Prefix  // zero for users and for clients on Unix sockets
+	User     string        // with limit_by user: the user; else ""
 	Burst    int64         // tokens in a full bucket
-	Interval time.Duration // from one token to the next
+	Interval time.Duration // time to gain one token
 }
 
 const limiterNamespace = "http.async_proxy.limiters"
 
-// loadLimiter provisions the module that the config names, if it names one.
+// loadLimiter provisions the configured limiter module, if there is one.
 func (h *Handler) loadLimiter(ctx caddy.Context) error {
 	if h.LimiterRaw == nil {
 		return nil
@@ -66,15 +66,15 @@ func (h *Handler) loadLimiter(ctx caddy.Context) error {
 	return nil
 }
 
-// ask takes one of the client's tokens: from its bucket here, and then from the
-// shared one, if there is one.
+// ask charges one token to the client: from its local bucket, and then from the shared one,
+// if there is one.
 func (h *Handler) ask(ctx context.Context, client netip.Addr, now int64) verdict {
 	if h.shared != nil && h.shared.Suspended() {
 		return verdict{ok: true}
 	}
-	own := h.limiter.take(client, now)
-	if h.shared == nil || !own.ok {
-		return own
+	local := h.limiter.take(client, now)
+	if h.shared == nil || !local.ok {
+		return local
 	}
 	wait, err := h.shared.Take(ctx, h.limiter.shared(client))
 	switch {
@@ -83,10 +83,10 @@ func (h *Handler) ask(ctx context.Context, client netip.Addr, now int64) verdict
 	case wait > 0:
 		return h.limiter.learn(client, now, wait).refuse(int64(wait), now, nil)
 	}
-	return own
+	return local
 }
 
-// shared is the client's bucket as others know it.
+// shared returns the client's bucket as the shared limiter identifies it.
 func (l *limiter) shared(client netip.Addr) Bucket {
 	b := Bucket{Zone: l.key.zone, Burst: l.key.burst, Interval: time.Duration(l.interval)}
 	if b.User = client.Zone(); b.User == "" {
@@ -95,44 +95,43 @@ func (l *limiter) shared(client netip.Addr) Bucket {
 	return b
 }
 
-// giveBack returns a token to the client's bucket: the request was refused for
-// another reason, or the login did not fail.
+// giveBack refunds one token to the client's bucket: the request was refused for another
+// reason, or the login did not fail.
 func (l *limiter) giveBack(client netip.Addr, now int64) *bucket {
 	b := l.bucket(client, now)
 	b.full.Add(-l.interval)
 	return b
 }
 
-// learn makes the client's bucket what the shared one is, which has no token for
-// as long as wait, for a request that is refused after all. now is when the
-// request came: a wait that began a little later is over a little later than the
-// one that is learned, and never before it.
+// learn sets the client's bucket to the state of the shared one, which has no token for the
+// duration wait. now is when the request arrived, slightly before the wait began, so the
+// local wait ends slightly early and never late.
 func (l *limiter) learn(client netip.Addr, now int64, wait time.Duration) *bucket {
 	b := l.bucket(client, now)
 	b.full.Store(now + l.fill - l.interval + int64(wait))
 	return b
 }
 
-// errBlocked is why a client of whom the operator has had enough is refused.
+// errBlocked reports that an operator has blocked the client.
 var errBlocked = errors.New("the client is blocked")
 
-// refuseUncounted answers a request that is refused for another reason than want
-// of a token: the shared limiter cannot count it, its client is blocked, or its
-// login is not checked. As with refuseLimited, a line stands for many.
+// refuseUncounted responds to a request that is refused for another reason than an empty
+// bucket: the shared limiter cannot count it, its client is blocked, or its login is not
+// checked. As in refuseLimited, one log line stands for many refusals.
 func (h *Handler) refuseUncounted(w http.ResponseWriter, r *http.Request, v *visit, verdict verdict) error {
 	var f *refusal
-	seconds := ceilSeconds(verdict.wait)
+	retryAfter := ceilSeconds(verdict.wait)
 	switch verdict.err {
 	case errFailedLogins:
-		f = causeFailedLogins.refusal(errFailedLogins, seconds)
+		f = causeFailedLogins.refusal(errFailedLogins, retryAfter)
 	case errLoginsBusy:
-		f = causeLoginsBusy.refusal(errLoginsBusy, seconds)
+		f = causeLoginsBusy.refusal(errLoginsBusy, retryAfter)
 	case errBlocked:
-		who := "your address"
+		subject := "your address"
 		if v.bucket.Zone() != "" {
-			who = "this user"
+			subject = "this user"
 		}
-		f = causeBlocked.refusal(errBlocked, who, seconds)
+		f = causeBlocked.refusal(errBlocked, subject, retryAfter)
 	default:
 		f = causeUncounted.refusal(verdict.err)
 	}
@@ -142,6 +141,6 @@ func (h *Handler) refuseUncounted(w http.ResponseWriter, r *http.Request, v *vis
 		v.addRecent(f)
 		h.logRequest(r, v, f.err, zap.Int64("refused", verdict.refused))
 	}
-	w.Header()["Retry-After"] = []string{strconv.FormatInt(seconds, 10)}
+	w.Header()["Retry-After"] = []string{strconv.FormatInt(retryAfter, 10)}
 	return h.answer(w, r, f)
 }

@@ -23,42 +23,42 @@ import (
 	"github.com/puzpuzpuz/xsync/v4"
 )
 
-// Comparing a password with a hash takes a processor about a second. These
-// mechanisms keep that from stopping the proxy, and a client that guesses
-// passwords, or a job that uses an old one, from locking out others behind the
-// same address:
+// Checking a password against its hash takes about a second of CPU time. These mechanisms
+// keep that from stalling the proxy. They also keep a client that guesses passwords, or a
+// job with an old password, from locking out others behind the same address:
 //
-//   - loginGate bounds how many passwords are checked at once.
-//   - credentialSet remembers the results. Credentials that were right before are
-//     neither checked nor limited, and those that were wrong are not checked again.
-//   - failedLogins is a bucket of failed logins for each client. A login for which
-//     there is no token waits a while for one, so that somebody who knows the
-//     password gets in beside somebody who guesses one password after the other.
-//     Several guesses at a time may take all tokens of that while.
+//   - loginGate limits how many passwords are checked at once.
+//   - credentialSet caches the results. Credentials that were accepted before are neither
+//     checked again nor limited, and those that were rejected are not checked again.
+//   - failedLogins holds a bucket of failed logins for each client. A login that finds no
+//     token waits a while for one, so that a user with the right password gets in beside
+//     somebody who guesses one password after another. Many concurrent guesses may still
+//     take all tokens of that while.
 
 const (
-	// loginPatience bounds how long a login waits for a token, and again how
-	// long it waits for other passwords to be checked.
+	// loginPatience limits how long a login waits for a token, and then again how long it
+	// waits for its turn to be checked.
 	loginPatience = 15 * time.Second
 
-	// maxLoginLine bounds how many logins of one client wait at once.
+	// maxLoginLine limits how many logins of one client wait at once.
 	maxLoginLine = 100
 
-	// loginRetry is when a client whose login was not checked may try again.
+	// loginRetry is the Retry-After time of a login that was not checked.
 	loginRetry = 5 * time.Second
 
-	// maxFailedLoginsPer keeps sums of times within an int64 of nanoseconds.
+	// maxFailedLogins and maxFailedLoginsPer keep sums of times within an int64 of
+	// nanoseconds.
 	maxFailedLogins    = 1_000_000
 	maxFailedLoginsPer = caddy.Duration(365 * 24 * time.Hour)
 )
 
 var (
-	errFailedLogins = errors.New("too many failed logins of the client")
+	errFailedLogins = errors.New("too many failed logins by the client")
 	errLoginsBusy   = errors.New("too many passwords are waiting to be checked")
 )
 
-// loginGate lets one login of each client be checked at once, and a bounded
-// number in all. The others wait.
+// loginGate checks one login of each client at a time, and a limited number in all. Other
+// logins wait.
 type loginGate struct {
 	slots    chan struct{}
 	patience time.Duration
@@ -67,22 +67,22 @@ type loginGate struct {
 	lines map[netip.Addr]*loginLine
 }
 
-// loginLine is the logins of one client that are being checked, or wait.
+// loginLine is the queue of one client's logins.
 type loginLine struct {
-	turn chan struct{} // holds the one whose turn it is
-	n    int
+	turn chan struct{} // full while a login has its turn
+	n    int           // logins that have their turn or wait for it
 }
 
-// logins is the gate of the process: half of the processors check passwords, the
-// other half carries traffic.
+// logins is the process's gate. Half of the processors check passwords, and the other half
+// carry traffic.
 var logins = newLoginGate(max(1, runtime.GOMAXPROCS(0)/2), loginPatience)
 
 func newLoginGate(slots int, patience time.Duration) *loginGate {
 	return &loginGate{slots: make(chan struct{}, slots), patience: patience, lines: make(map[netip.Addr]*loginLine)}
 }
 
-// enter waits for the client's turn, to be followed by leave if there is no
-// error. It gives up with errLoginsBusy, or when ctx ends.
+// enter waits for the client's turn. It returns errLoginsBusy if that takes too long or too
+// many logins wait, or the cause of ctx's end. On success the caller must call leave.
 func (g *loginGate) enter(ctx context.Context, client netip.Addr) error {
 	g.mu.Lock()
 	line := g.lines[client]
@@ -110,7 +110,7 @@ func (g *loginGate) enter(ctx context.Context, client netip.Addr) error {
 	return err
 }
 
-// leave ends what enter has begun.
+// leave ends the turn that enter has begun.
 func (g *loginGate) leave(client netip.Addr) {
 	<-g.slots
 	g.mu.Lock()
@@ -128,8 +128,8 @@ func (g *loginGate) quit(client netip.Addr, line *loginLine) {
 	}
 }
 
-// acquire puts a token into a channel. The client's leaving is watched for only
-// if that takes time.
+// acquire sends to a channel, and waits until the deadline if it is full. It only watches
+// ctx, and with it the client's connection, if it has to wait.
 func acquire(ctx context.Context, to chan struct{}, deadline time.Time) error {
 	select {
 	case to <- struct{}{}:
@@ -148,12 +148,12 @@ func acquire(ctx context.Context, to chan struct{}, deadline time.Time) error {
 	}
 }
 
-// failedLogins holds the buckets of failed logins that are in use, by limiterKey.
-// As with limiters, they survive a reload.
+// failedLogins holds the buckets of failed logins in use, by limiterKey. Like limiters, they
+// survive a reload.
 var failedLogins = caddy.NewUsagePool()
 
-// provisionFailedLogins takes the handler's buckets of failed logins, to be given
-// back by Cleanup.
+// provisionFailedLogins acquires the handler's buckets of failed logins, which Cleanup
+// releases.
 func (h *Handler) provisionFailedLogins() error {
 	switch {
 	case h.FailedLogins < -1 || h.FailedLogins > maxFailedLogins:
@@ -172,16 +172,14 @@ func (h *Handler) provisionFailedLogins() error {
 	return err
 }
 
-// repeatsOf is the key of the bucket for credentials of a client that are known
-// to be wrong. Using them again is not a guess, so it takes no token of the
-// bucket of failed logins, but it is limited as well.
+// repeatsOf returns the key of a client's bucket for credentials that are known to be wrong.
+// Repeating them is not a guess and takes no failed-login token, but it is limited too.
 func repeatsOf(client netip.Addr) netip.Addr {
 	return netip.AddrFrom16(client.As16()).WithZone("repeats")
 }
 
-// reserve takes one of the client's tokens, which may be one that the bucket gains
-// only after wait. If that would take longer than patience, it takes none, and
-// wait is the time until there is one.
+// reserve takes one of the client's tokens, or reserves the next one, which is there after
+// wait. If wait would be longer than patience, it takes none and returns ok = false.
 func (l *limiter) reserve(client netip.Addr, now int64, patience time.Duration) (wait time.Duration, ok bool) {
 	full := &l.bucket(client, now).full
 	for {
@@ -202,24 +200,25 @@ func (l *limiter) until(client netip.Addr, now int64) time.Duration {
 	return time.Duration(max(0, max(l.bucket(client, now).full.Load(), now)+l.interval-now-l.fill))
 }
 
-// credentialKey stands for the credentials of a request, without giving them away.
+// credentialKey identifies the credentials of a request without revealing them.
 type credentialKey [sha256.Size]byte
 
-// credentialSecret makes keys useless to other processes.
+// credentialSecret makes the keys useless outside this process.
 var credentialSecret = func() (secret [32]byte) {
 	_, _ = rand.Read(secret[:]) // never fails
 	return secret
 }()
 
-// credentialSet is a bounded set. When it is half full, what was not looked up
-// since it was half full before is forgotten. Its zero value is not usable.
+// credentialSet is a bounded set in two generations. When the newer one holds half of the
+// maximum, it becomes the older one, and entries that were not looked up during it are
+// dropped. The zero value is not usable.
 type credentialSet struct {
 	half int
 	gens atomic.Pointer[[2]*xsync.Map[credentialKey, struct{}]] // newest first
 }
 
-// The credentials that providers have found right or wrong. For those of
-// http_basic that is so forever, as their keys depend on the stored hash.
+// Credentials that providers have accepted and rejected. For http_basic, an entry stays true
+// forever, because its key depends on the stored hash.
 var rightCredentials, wrongCredentials = newCredentialSet(10_000), newCredentialSet(10_000)
 
 func newCredentialSet(size int) *credentialSet {
@@ -259,14 +258,14 @@ func (s *credentialSet) remove(key credentialKey) {
 	}
 }
 
-// basicLogin is what http_basic makes of credentials.
+// basicLogin is the user name and password of Basic credentials.
 type basicLogin struct {
 	user     string
 	password string
-	ok       bool // it can be read
+	ok       bool // they are well-formed
 }
 
-// readBasic reads credentials as net/http's Request.BasicAuth does.
+// readBasic parses credentials as net/http's Request.BasicAuth does.
 func readBasic(credentials string) basicLogin {
 	const scheme = "Basic "
 	if len(credentials) < len(scheme) || !strings.EqualFold(credentials[:len(scheme)], scheme) {
@@ -280,13 +279,13 @@ func readBasic(credentials string) basicLogin {
 	return basicLogin{user, password, ok}
 }
 
-// basicKey depends on the hash that the account has now: a result that was true
-// for it once stays true.
+// basicKey includes the account's current hash, so that a result for the key stays true.
 func basicKey(provider *caddyauth.HTTPBasicAuth, login basicLogin) credentialKey {
 	return credentialsKey("http_basic", string(provider.HashRaw), provider.Accounts[login.user].Password, login.user, login.password)
 }
 
-// credentialsKey makes a key of parts, each with its length.
+// credentialsKey hashes parts, each with its length, so that different parts never make the
+// same key.
 func credentialsKey(parts ...string) credentialKey {
 	buf := append(make([]byte, 0, 512), credentialSecret[:]...)
 	for _, part := range parts {
@@ -296,7 +295,7 @@ func credentialsKey(parts ...string) credentialKey {
 	return sha256.Sum256(buf)
 }
 
-// sleep waits, or returns the cause of ctx's end.
+// sleep waits for d, or returns the cause of ctx's end.
 func sleep(ctx context.Context, d time.Duration) error {
 	if d <= 0 {
 		return nil

@@ -17,23 +17,21 @@ import (
 	"github.com/puzpuzpuz/xsync/v4"
 )
 
-// Bounds on what the limiter accepts. Within them no sum of times below
-// overflows an int64 of nanoseconds.
+// Limits of the parameters. Within them, no sum of times below overflows an int64 of
+// nanoseconds.
 const (
 	minBurst, maxBurst   = 1, 1_000_000_000
-	minRefill, maxRefill = 0.00001, 1_000_000 // tokens per second: from about one a day to one a microsecond
+	minRefill, maxRefill = 0.00001, 1_000_000 // tokens per second: one a day to one a µs
 	maxFill              = 4e9                // seconds from empty to full: some 126 years
 	minClients           = 2
 )
 
-// limiters holds the limiters in use, by limiterKey. A config that is loaded
-// takes its limiters before the config it replaces gives them back, so that
-// a client's tokens survive a reload.
+// limiters holds the limiters in use, by limiterKey. A new config acquires its limiters
+// before the old one releases them, so that clients' tokens survive a reload.
 var limiters = caddy.NewUsagePool()
 
-// limiterKey is what makes two handlers share one budget for each client: the
-// same zone with the same parameters. Changed parameters are another limiter,
-// with every bucket full.
+// limiterKey identifies a limiter. Handlers with the same zone and parameters share one
+// budget for each client. Changed parameters make a new limiter, with every bucket full.
 type limiterKey struct {
 	zone       string
 	burst      int64
@@ -42,75 +40,72 @@ type limiterKey struct {
 	maxClients int
 }
 
-// limiter is a token bucket for each client: a bucket holds burst tokens, is
-// full at first, loses one with each request and gains refill a second,
-// continuously.
+// limiter holds a token bucket for each client. A bucket starts full with burst tokens,
+// loses one with each request, and continuously gains refill tokens per second.
 //
-// It is kept as GCRA (the virtual scheduling algorithm of ITU-T I.371): one
-// word per client, the time at which its bucket will be full again. That
-// decides exactly as a bucket with a fractional count of tokens would.
+// A bucket is stored as GCRA (the virtual scheduling algorithm of ITU-T I.371): one word,
+// the time at which it will be full again. The decisions are exactly those of a bucket with
+// a fractional token count.
 //
-// Buckets live in two generations. A bucket that nobody touched for as long as
-// it takes to fill is full, and so is a bucket that does not exist: dropping a
-// generation that was last written to that long ago forgets nothing. Only when
-// more than half of max_clients come in that time is a generation dropped
-// early; those of its clients that have not come since, the longest idle, then
-// find a full bucket. Memory is bounded, and no newcomer is ever locked out.
-// Buckets that fill in less than a minute live for a minute, as it is in them
-// that a client's last event is noted.
+// Buckets live in two generations. A bucket that was not used for as long as it takes to
+// fill is full, and so is a bucket that does not exist. Dropping a generation that was last
+// written that long ago therefore loses nothing. A generation is dropped early only if more
+// than half of max_clients arrive in that time. Those of its clients that have not returned
+// since, which are the longest idle, then find a full bucket. This bounds memory without
+// ever locking out a new client. Buckets that fill in less than a minute live for a minute,
+// because they also record the client's last event.
 //
 // All methods are safe for concurrent use.
 type limiter struct {
 	key      limiterKey
-	interval int64 // nanoseconds from one token to the next
+	interval int64 // nanoseconds to gain one token
 	fill     int64 // nanoseconds from empty to full: burst × interval
 	period   int64 // nanoseconds between rotations; at least fill, and eventInterval
-	half     int   // clients in a generation that force a rotation
+	half     int   // number of clients in a generation that forces a rotation
 	gens     atomic.Pointer[generations]
-	forced   atomic.Int64 // clients forgotten early, since max_clients was reached
+	forced   atomic.Int64 // clients dropped early because max_clients was reached
 }
 
-// generations are the buckets, newest first. A bucket is the time, in
-// nanoseconds since epoch, at which it is full.
+// generations are the two generations of buckets.
 type generations struct {
 	cur, old *buckets
-	promoted atomic.Int64 // buckets of old that are in cur, too
+	promoted atomic.Int64 // buckets of old that are in cur too
 	until    int64
 }
 
-// bucket is what is known of one client. Its times are nanoseconds since
-// epoch; its zero value is a full bucket.
+// bucket is the state of one client. Times are nanoseconds since epoch. The zero value is a
+// full bucket.
 type bucket struct {
-	full    atomic.Int64  // when it is full
-	quiet   atomic.Int64  // the same for a bucket of log lines
-	refused atomic.Uint32 // refusals since the last line
-	silent  atomic.Uint32 // until when no event of a refusal is due, in seconds
+	full    atomic.Int64  // when the bucket is full
+	quiet   atomic.Int64  // when its budget of log lines is full
+	refused atomic.Uint32 // refusals since the last log line
+	silent  atomic.Uint32 // no event of a refusal until then, in seconds
 
-	// For those who look. A bucket that is forgotten takes them with it.
+	// For the status page. They are lost with the bucket.
 	requests, rejections atomic.Int64
-	seen                 atomic.Int64 // when the last request came; 0: none has
-	bytesUp, bytesDown   atomic.Int64 // of messages, and of tunnels that have ended
+	seen                 atomic.Int64 // when the last request arrived; 0: none has
+	bytesUp, bytesDown   atomic.Int64 // of requests, responses and closed tunnels
 }
 
 type buckets = xsync.Map[netip.Addr, *bucket]
 
-// A client's refusals are logged one by one as long as they are few: one a
-// second, ten at once. Past that they are counted, and the next line tells.
+// A client's refusals are logged one by one as long as they are few: one a second, ten at
+// once. Beyond that they are counted, and the next log line has their number.
 const (
 	lineInterval = int64(time.Second)
 	lineFill     = 10 * lineInterval
 )
 
-// verdict is what the limiter says of one request.
+// verdict is the limiter's decision about one request.
 type verdict struct {
 	ok      bool
-	wait    time.Duration // if !ok: until there is a token, or the client is not blocked any more
-	refused int64         // if > 0: log a line, which stands for that many refusals
-	event   bool          // emit one
-	err     error         // if !ok: why the request is refused, if not for want of a token
+	wait    time.Duration // if !ok: until there is a token, or the block ends
+	refused int64         // if > 0: write a log line for that many refusals
+	event   bool          // emit an event
+	err     error         // if !ok: why the request is refused; nil: no token
 }
 
-// validate says what is wrong with the parameters, if anything.
+// validate returns an error that names the first invalid parameter.
 func (k limiterKey) validate() error {
 	switch {
 	case k.burst < minBurst || k.burst > maxBurst:
@@ -133,7 +128,7 @@ func (k limiterKey) validate() error {
 	return nil
 }
 
-// bits returns how many bits of an address make a client.
+// bits returns how many bits of an address identify a client.
 func (k limiterKey) bits(addr netip.Addr) int {
 	if addr.Is4() {
 		return k.v4
@@ -141,14 +136,14 @@ func (k limiterKey) bits(addr netip.Addr) int {
 	return k.v6
 }
 
-// validZone reports whether a name can stand in a RateLimit field as it is.
+// validZone reports whether a name needs no escaping in a RateLimit field.
 func validZone(name string) bool {
 	return name != "" && !strings.ContainsFunc(name, func(c rune) bool {
 		return c <= ' ' || c > '~' || c == '"' || c == '\\'
 	})
 }
 
-// newLimiter makes the limiter for a valid key, with every bucket full.
+// newLimiter returns the limiter for a valid key, with every bucket full.
 func newLimiter(key limiterKey) *limiter {
 	l := &limiter{key: key, half: key.maxClients / 2}
 	l.interval = max(1, int64(math.Round(float64(time.Second)/key.refill)))
@@ -162,13 +157,12 @@ func newBuckets() *buckets {
 	return xsync.NewMap[netip.Addr, *bucket]()
 }
 
-// Destruct implements caddy.Destructor: nothing but memory is held.
+// Destruct implements caddy.Destructor. A limiter holds nothing but memory.
 func (l *limiter) Destruct() error { return nil }
 
-// client returns the address that shares a bucket with addr: the network of
-// ipv4_prefix or ipv6_prefix bits that it is in. A v4-mapped address counts as
-// IPv4. The zero Addr, a client without an address, such as on a Unix socket,
-// is a client like any other.
+// client returns the key of addr's bucket: its network of ipv4_prefix or ipv6_prefix bits. A
+// v4-mapped address counts as IPv4. The zero Addr stands for all clients without an address,
+// such as those on a Unix socket, which share a bucket.
 func (l *limiter) client(addr netip.Addr) netip.Addr {
 	if !addr.IsValid() {
 		return addr
@@ -178,13 +172,13 @@ func (l *limiter) client(addr netip.Addr) netip.Addr {
 	if bits == addr.BitLen() {
 		return addr
 	}
-	p, _ := addr.Prefix(bits) // fails only for bits that validate refuses
+	p, _ := addr.Prefix(bits) // validate has checked bits
 	return p.Addr()
 }
 
-// take removes one token from the client's bucket, or says how long until
-// there is one. A request that is refused costs nothing. now is the time since
-// epoch; concurrent callers may come with slightly older ones.
+// take takes one token from the client's bucket, or returns how long until there is one. A
+// denied request costs nothing. now is the time since epoch; concurrent callers may pass
+// slightly older times.
 func (l *limiter) take(client netip.Addr, now int64) verdict {
 	b := l.bucket(client, now)
 	now = b.came(now)
@@ -194,16 +188,16 @@ func (l *limiter) take(client netip.Addr, now int64) verdict {
 	return verdict{ok: true}
 }
 
-// block refuses a request of a client that is blocked for that long.
+// block denies a request of a client that stays blocked for the duration wait.
 func (l *limiter) block(client netip.Addr, now int64, wait time.Duration) verdict {
 	b := l.bucket(client, now)
 	now = b.came(now)
 	return b.refuse(int64(wait), now, errBlocked)
 }
 
-// came notes that a request has come, and returns the time for it: the latest at
-// which one has come. Requests may be counted in another order than they came in,
-// and one that is counted late would find the tokens of an earlier time.
+// came records a request, and returns the latest time at which one has arrived. Requests may
+// be counted in another order than they arrived in, and one that is counted late must not
+// find the tokens of an earlier time.
 func (b *bucket) came(now int64) int64 {
 	b.requests.Add(1)
 	for {
@@ -217,8 +211,8 @@ func (b *bucket) came(now int64) int64 {
 	}
 }
 
-// refuse is the verdict on a request that is refused for that long: for want of
-// a token, or for err.
+// refuse returns the verdict for a request that is denied for the duration wait: because of
+// err, or if err is nil, because there is no token.
 func (b *bucket) refuse(wait, now int64, err error) verdict {
 	v := verdict{wait: time.Duration(wait), err: err}
 	b.refused.Add(1)
@@ -235,9 +229,9 @@ func (b *bucket) refuse(wait, now int64, err error) verdict {
 	return v
 }
 
-// takeToken takes a token from a bucket that is full at the time in full, gains
-// one each interval and fills up in fill. It returns 0, or how long until there
-// is a token.
+// takeToken takes a token from a bucket that is full at the time in full, gains a token each
+// interval, and takes the time fill to fill up. It returns 0, or how long until there is a
+// token.
 func takeToken(full *atomic.Int64, now, interval, fill int64) int64 {
 	for {
 		was := full.Load()
@@ -251,10 +245,10 @@ func takeToken(full *atomic.Int64, now, interval, fill int64) int64 {
 	}
 }
 
-// bucket finds the client's bucket in the newer generation, brings it there
-// from the older one, or makes a full one.
+// bucket returns the client's bucket from the newer generation. It moves it there from the
+// older one, or creates a full one.
 func (l *limiter) bucket(client netip.Addr, now int64) *bucket {
-	var b *bucket // survives a rotation that the client itself brings about
+	var b *bucket // kept across a rotation that this call causes
 	for {
 		g := l.gens.Load()
 		if now >= g.until {
@@ -279,17 +273,17 @@ func (l *limiter) bucket(client netip.Addr, now int64) *bucket {
 		if promoted && !loaded {
 			g.promoted.Add(1)
 		}
-		// A rotation in between may have left the bucket behind in a generation
-		// that nobody looks into any more: then look again.
+		// A concurrent rotation may have left the bucket in a generation that is no longer
+		// read. Look it up again then.
 		if b = stored; l.gens.Load() == g {
 			return b
 		}
 	}
 }
 
-// rotate makes the newer generation of g the older one and drops that. When
-// several callers come at once, one of them does it. What is dropped was last
-// written to when g began, and is full if that is long enough ago.
+// rotate drops the older generation of g and starts a new one. Of several concurrent
+// callers, one does it. The buckets that are dropped were last written when g began; if that
+// is long enough ago, they are full.
 func (l *limiter) rotate(g *generations, now int64) {
 	early := now < g.until-l.period+l.fill
 	if l.gens.CompareAndSwap(g, &generations{cur: newBuckets(), old: g.cur, until: now + l.period}) && early {
@@ -299,25 +293,27 @@ func (l *limiter) rotate(g *generations, now int64) {
 	}
 }
 
-// clients returns how many clients are tracked, never more than max_clients by
-// more than the number of concurrent callers.
+// clients returns how many clients are tracked. It exceeds max_clients by at most the number
+// of concurrent callers.
 func (l *limiter) clients() int {
 	g := l.gens.Load()
 	return g.cur.Size() + g.old.Size() - int(g.promoted.Load())
 }
 
-// policy and state are the values of the RateLimit-Policy and RateLimit fields
-// (draft-ietf-httpapi-ratelimit-headers-10): the quota and the seconds in which
-// it is refilled; that nothing is left and the seconds until there is a token.
+// policy returns the value of the RateLimit-Policy field
+// (draft-ietf-httpapi-ratelimit-headers-10): the quota, and the seconds that it takes to
+// refill.
 func (l *limiter) policy() string {
 	return fmt.Sprintf(`"%s";q=%d;w=%d`, l.key.zone, l.key.burst, ceilSeconds(time.Duration(l.fill)))
 }
 
+// state returns the value of the RateLimit field: no tokens remain, and the seconds until
+// there is one.
 func (l *limiter) state(seconds int64) string {
 	return `"` + l.key.zone + `";r=0;t=` + strconv.FormatInt(seconds, 10)
 }
 
-// refuseLimited answers a request that found no token.
+// refuseLimited responds to a request that the limiter has denied.
 func (h *Handler) refuseLimited(w http.ResponseWriter, r *http.Request, v *visit, verdict verdict) error {
 	if verdict.err != nil {
 		return h.refuseUncounted(w, r, v, verdict)
@@ -334,14 +330,13 @@ func (h *Handler) refuseLimited(w http.ResponseWriter, r *http.Request, v *visit
 		h.events.limited(h.Zone, v, verdict)
 	}
 	header := w.Header()
-	values := [...]string{a.retryAfter, h.policy, a.state} // one allocation for three
+	values := [...]string{a.retryAfter, h.policy, a.state} // one allocation for all three
 	header["Retry-After"], header["Ratelimit-Policy"], header["Ratelimit"] = values[:1:1], values[1:2:2], values[2:]
 	return h.writeAnswer(w, r, &a.refusal, a.proxyStatus, a.body)
 }
 
-// limitedAnswer is what a client gets that is to wait for some seconds. In a
-// flood of refusals that is the same one again and again, so that the last one
-// is kept.
+// limitedAnswer is the response to a client that has to wait for some seconds. In a flood of
+// refusals it is the same again and again, so the last one is cached.
 type limitedAnswer struct {
 	refusal
 	seconds                        int64
@@ -366,8 +361,8 @@ func (h *Handler) limitedAnswer(seconds int64) *limitedAnswer {
 	return a
 }
 
-// ceilSeconds rounds up to whole seconds, at least 1, so that a client that
-// waits that long is not too early.
+// ceilSeconds rounds up to whole seconds, at least 1, so that a client that waits that long
+// does not return too early.
 func ceilSeconds(d time.Duration) int64 {
 	return max(1, int64((d+time.Second-1)/time.Second))
 }
@@ -375,5 +370,5 @@ func ceilSeconds(d time.Duration) int64 {
 // epoch is the start of the limiter's clock, which is monotonic.
 var epoch = time.Now()
 
-// sinceEpoch is t on the limiter's clock. t must carry a monotonic reading.
+// sinceEpoch converts t to the limiter's clock. t must have a monotonic reading.
 func sinceEpoch(t time.Time) int64 { return int64(t.Sub(epoch)) }
