@@ -22,18 +22,16 @@ import (
 	"time"
 )
 
-// The benchmarks here measure a proxy as its operator pays for it: the CPU time
-// of its process for a request, with the clients and the origin in this one.
-// Compare the metric proxy-µs/op of the rows of one run; absolute figures are
-// the machine's.
+// The benchmarks in this file measure the operator's cost: the CPU time of the proxy's
+// process per request. Clients and origin run in the test's own process. Compare the metric
+// proxy-µs/op between rows of one run; absolute figures depend on the machine.
 
 const benchClients = 32
 
-// BenchmarkForward is a small GET over keep-alive connections, through
-// async_proxy and what it is to be compared with: Caddy that answers itself,
-// Caddy's reverse_proxy, and a bare forwarder of net/http. These have no lines of
-// their own for each request, so that they are compared with async_proxy without
-// its lines; what these cost is a row of its own.
+// BenchmarkForward measures a small GET over keep-alive connections, through async_proxy
+// and through what it is compared with: Caddy's own response, Caddy's reverse_proxy, and a
+// bare net/http forwarder. These log no requests, so async_proxy is measured without
+// request logging too; logging has a row of its own.
 func BenchmarkForward(b *testing.B) {
 	for _, size := range []int{128, 10 << 10, 1 << 20} {
 		origin := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -59,10 +57,9 @@ func BenchmarkForward(b *testing.B) {
 	}
 }
 
-// BenchmarkConnect is a tunnel that is opened on a connection of its own, carries a
-// byte there and back, and is closed by its client: where the proxy serves the
-// connection itself, where Caddy's HTTP server does, and through a bare proxy of
-// net/http that takes the connection over.
+// BenchmarkConnect measures a tunnel on its own connection that carries one byte each way
+// and is closed by its client: on the fast path, through Caddy's HTTP server, and through a
+// bare net/http proxy that hijacks the connection.
 func BenchmarkConnect(b *testing.B) {
 	echo := echoTarget(b)
 	const limiter = "async_proxy burst 1000000000 refill 1000000"
@@ -112,8 +109,8 @@ func tunnelOnce(proxy string, r *bufio.Reader, request string) error {
 	return err
 }
 
-// BenchmarkReject is a 429 over keep-alive connections, with and without lines in
-// a log, next to Caddy's respond, which is the least that an answer costs.
+// BenchmarkReject measures a 429 over keep-alive connections, with and without logging to a
+// file, next to Caddy's respond, the cheapest possible response.
 func BenchmarkReject(b *testing.B) {
 	for _, row := range []struct {
 		name, site, log string
@@ -125,7 +122,7 @@ func BenchmarkReject(b *testing.B) {
 	} {
 		b.Run(row.name, func(b *testing.B) {
 			proxy := startBench(b, row.site, row.log)
-			// The one token there is.
+			// Use up the single token.
 			through := &http.Transport{Proxy: http.ProxyURL(&url.URL{Scheme: "http", Host: proxy.address}), DisableKeepAlives: true}
 			if res, err := (&http.Client{Transport: through}).Get("http://127.0.0.1:1/"); err == nil {
 				res.Body.Close()
@@ -135,14 +132,14 @@ func BenchmarkReject(b *testing.B) {
 	}
 }
 
-// benchProxy is a proxy in a process of its own.
+// benchProxy is a proxy in its own process.
 type benchProxy struct {
 	address string
 	process *os.Process
 }
 
-// startBench runs a Caddy with one site and its log, discarded or in a file; or,
-// without a site, the bare forwarder.
+// startBench runs a Caddy with one site, whose log is discarded or goes to a file. Without
+// a site it runs the bare forwarder.
 func startBench(b *testing.B, site, log string) benchProxy {
 	b.Helper()
 	ln, err := net.Listen("tcp4", "127.0.0.1:0")
@@ -213,8 +210,8 @@ func (p benchProxy) run(b *testing.B, request string, status int) {
 	})
 }
 
-// measure runs benchClients clients, which do something as long as there is more to
-// do, b.N times in all.
+// measure runs benchClients clients that together do something b.N times, as long as more
+// returns true.
 func (p benchProxy) measure(b *testing.B, client func(more func() bool) error) {
 	b.Helper()
 	var left atomic.Int64
@@ -253,8 +250,7 @@ func exchangeOnce(w io.Writer, r *bufio.Reader, request string, status int) erro
 	return err
 }
 
-// cpu is the time that the process has spent on a processor, exact to a tick of
-// 10 ms.
+// cpu returns the CPU time that the process has used, to within a clock tick of 10 ms.
 func (p benchProxy) cpu(b *testing.B) time.Duration {
 	b.Helper()
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.process.Pid))
@@ -267,7 +263,7 @@ func (p benchProxy) cpu(b *testing.B) time.Duration {
 	return time.Duration(user+system) * 10 * time.Millisecond
 }
 
-// caddyBinary builds cmd/caddy, once.
+// caddyBinary builds cmd/caddy once and returns its path.
 func caddyBinary(tb testing.TB) string {
 	tb.Helper()
 	path, err := buildCaddy()
@@ -291,8 +287,8 @@ var buildCaddy = sync.OnceValues(func() (string, error) {
 	return path, nil
 })
 
-// forwarderEnv makes this test binary a bare forwarder of net/http on the
-// address that it holds.
+// forwarderEnv makes this test binary a bare net/http forwarder on the address in its
+// value.
 const forwarderEnv = "ASYNC_PROXY_TEST_FORWARDER"
 
 func bareTunnel(w http.ResponseWriter, r *http.Request) {

@@ -19,7 +19,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// found asks for clients as the admin API does.
+// found looks up clients as the admin API does.
 func found(t *testing.T, query string) clientList {
 	t.Helper()
 	values, err := url.ParseQuery(query)
@@ -33,14 +33,14 @@ func found(t *testing.T, query string) clientList {
 	return list
 }
 
-// loadForOthers loads sites in which clients are who X-Forwarded-For says.
+// loadForOthers loads sites that take clients' addresses from X-Forwarded-For.
 func (w *world) loadForOthers(sites string) {
 	w.t.Helper()
 	loadCaddyfile(w.t, strings.Replace(w.globals(), "{\n", "{\n\tevents {\n\t\ton rate_limited async_proxy_test\n\t}\n\tservers {\n\t\ttrusted_proxies static 127.0.0.0/8\n\t}\n", 1)+sites)
 }
 
-// A flood of a client that is blocked, or that cannot be counted, is a few lines,
-// which stand for all of it.
+// A flood from a client that is blocked or cannot be counted is logged in a few lines that
+// stand for all of it.
 func TestFloodsOfBlockedAndUncountedClients(t *testing.T) {
 	const flood = 200
 	for _, tc := range []struct {
@@ -83,10 +83,10 @@ func TestFloodsOfBlockedAndUncountedClients(t *testing.T) {
 				}
 			}
 			if len(lines) > most || told > flood {
-				t.Errorf("%d lines stand for %v refusals, want at most %d lines for %d", len(lines), told, most, flood)
+				t.Errorf("%d lines cover %v refusals, want at most %d lines for %d", len(lines), told, most, flood)
 			}
 			if n := recent.n.Load() - entries; n != uint64(len(lines)) {
-				t.Errorf("%d of the last refusals are of the flood, want as many as lines: %d", n, len(lines))
+				t.Errorf("%d of the last refusals are from the flood, want one per line: %d", n, len(lines))
 			}
 			grown := since(t, before)
 			if got := grown[`requests_total{kind="forward",outcome="refused"}`] + grown[`requests_total{kind="forward",outcome="failed"}`]; got != flood {
@@ -97,15 +97,14 @@ func TestFloodsOfBlockedAndUncountedClients(t *testing.T) {
 			}
 			select {
 			case e := <-notedEvents:
-				t.Errorf("there is an event, though the client had tokens: %v", e.Data)
+				t.Errorf("got an event, though the client had tokens: %v", e.Data)
 			default:
 			}
 		})
 	}
 }
 
-// Whoever is blocked can be seen to be, and so unblocked, also if no limiter
-// knows it.
+// Blocks are listed, and so can be lifted, even if no limiter knows the client.
 func TestBlocksAreSeenWithoutABucket(t *testing.T) {
 	w := newWorld(t, "", nil)
 	other := freeAddress(t)
@@ -133,7 +132,7 @@ func TestBlocksAreSeenWithoutABucket(t *testing.T) {
 	if list := found(t, "q=Alice"); list.names() != "user alice" {
 		t.Errorf("q=Alice: %s", list.names())
 	}
-	// Those who come are one with their buckets.
+	// Clients that send requests are merged with their buckets.
 	for _, proxy := range []string{w.proxy, other} {
 		if got := w.get(proxy, "X-Forwarded-For", "192.0.2.7"); got != http.StatusTooManyRequests {
 			t.Errorf("status %d", got)
@@ -150,16 +149,16 @@ func TestBlocksAreSeenWithoutABucket(t *testing.T) {
 		blockClient(addr, 0)
 	}
 	if list := found(t, "limited"); list.Total != 0 {
-		t.Errorf("blocked are still %+v", list)
+		t.Errorf("still blocked: %+v", list)
 	}
 }
 
-// A client with a tunnel is seen as long as that is open.
+// A client with a tunnel is listed while the tunnel is open.
 func TestTunnelsAreSeenWithoutABucket(t *testing.T) {
 	w := newWorld(t, "zone old", nil)
 	conn := w.dial()
 	conn.connect(echoTarget(t))
-	w.load(w.site("zone new")) // which knows nobody
+	w.load(w.site("zone new")) // a new zone that knows no clients
 	hear(t, conn, say(t, conn, "0123456789"))
 	var list clientList
 	eventually(t, "bytes that have passed to be counted", func() bool {
@@ -173,7 +172,7 @@ func TestTunnelsAreSeenWithoutABucket(t *testing.T) {
 		t.Errorf("client %+v", c)
 	}
 	if list := found(t, "limited"); list.Total != 0 {
-		t.Errorf("limited are %+v", list)
+		t.Errorf("limited: %+v", list)
 	}
 	w.gets(w.proxy, 200)
 	if list := found(t, ""); list.Total != 2 || list.Clients[0].Zone != "new" || list.Clients[0].Tunnels != 0 || list.Clients[1].Zone != "old" || list.Clients[1].Tunnels != 1 {
@@ -181,8 +180,8 @@ func TestTunnelsAreSeenWithoutABucket(t *testing.T) {
 	}
 }
 
-// A request counts once for each client that it is of, however often the limiter
-// is asked about it.
+// A request counts once for each client it belongs to, however often the limiter is asked
+// about it.
 func TestCountsByUser(t *testing.T) {
 	w := newWorld(t, "", nil)
 	ask := func(user, password string, want int) {
@@ -217,7 +216,7 @@ func TestCountsByUser(t *testing.T) {
 	ask("alice", "?", 407)
 	ask("", "", 407)
 	ask("", "", 407)
-	ask("", "", 429) // the address has no tokens left
+	ask("", "", 429) // the address is out of tokens
 	ask("bob", "builder", 200)
 	counts("127.0.0.1 8 1, user alice 3 1, user bob 1 0")
 	if c := found(t, "q=127").Clients[0]; c.LastSeen.Before(start.Add(-time.Second)) {
@@ -232,7 +231,7 @@ func TestCountsByUser(t *testing.T) {
 	for range 3 {
 		ask("alice", "wonderland", 200)
 	}
-	// The last of each three finds no token: of the address, and of alice.
+	// The last of each three finds no token, once the address's and once alice's.
 	if got := gathered(t)[`reported_total{what="limits"}`] - before[`reported_total{what="limits"}`]; got != 2 {
 		t.Errorf("%v requests were reported, want 2", got)
 	}
@@ -255,7 +254,7 @@ func TestLastRefusals(t *testing.T) {
 	}
 }
 
-// What is first is what comes first when all is sorted.
+// first returns the same elements as a full sort.
 func TestFirst(t *testing.T) {
 	for range 500 {
 		f := first[int]{n: 1 + rand.IntN(20), ascending: rand.IntN(2) == 0}
@@ -293,8 +292,8 @@ func TestFirst(t *testing.T) {
 	}
 }
 
-// BenchmarkClients finds the first and the last of 50,000, which come in the
-// order that is the worst.
+// BenchmarkClients finds the first and the last of 50,000 clients, in the worst input
+// order.
 func BenchmarkClients(b *testing.B) {
 	manyClients(b, 50_000)
 	for _, query := range []string{"sort=requests", "sort=requests&order=asc", "sort=requests&offset=49000", "sort=requests&order=asc&offset=49000"} {
@@ -309,7 +308,7 @@ func BenchmarkClients(b *testing.B) {
 	}
 }
 
-// names of clients, in order.
+// names returns the clients' names, in order.
 func (l clientList) names() string {
 	var names []string
 	for _, c := range l.Clients {
@@ -318,8 +317,8 @@ func (l clientList) names() string {
 	return strings.Join(names, " ")
 }
 
-// manyClients has a limiter know n clients, of which each has made one request
-// more than the one before.
+// manyClients fills a limiter with n clients, each of which has made one request more than
+// the previous one.
 func manyClients(t testing.TB, n int) *limiter {
 	t.Helper()
 	key := limits(1_000_000, 1)

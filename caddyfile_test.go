@@ -24,12 +24,12 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 )
 
-// adapt makes JSON of a Caddyfile, as `caddy adapt` does.
+// adapt converts a Caddyfile to JSON, as `caddy adapt` does.
 func adapt(input, filename string) (config []byte, warnings []caddyconfig.Warning, err error) {
 	return caddyconfig.GetAdapter("caddyfile").Adapt([]byte(input), map[string]any{"filename": filename})
 }
 
-// adapted is what the tests look at in an adapted config.
+// adapted is the part of an adapted config that the tests check.
 type adapted struct {
 	Apps struct {
 		HTTP struct {
@@ -161,7 +161,7 @@ func TestCaddyfile(t *testing.T) {
 				t.Fatal(err)
 			}
 			if len(got) != 1 || !reflect.DeepEqual(got[0], want) {
-				t.Errorf("%s\nmakes %v\nwant  %v", tc.directive, got, want)
+				t.Errorf("%s\ngives %v\nwant  %v", tc.directive, got, want)
 			}
 		})
 	}
@@ -174,13 +174,13 @@ func TestCaddyfileMatcher(t *testing.T) {
 	}
 	for _, want := range []string{`"match":[{"remote_ip":{"ranges":["10.0.0.0/8"]}}]`, `{"burst":5,"handler":"async_proxy","refill":2}`} {
 		if !strings.Contains(string(config), want) {
-			t.Errorf("%s\nhas no %s", config, want)
+			t.Errorf("%s\nlacks %s", config, want)
 		}
 	}
 }
 
-// A site that asks for credentials is no open proxy, and a site that answers
-// requests of its own does so to those that the proxy passes on.
+// A site with authentication is no open proxy, and other handlers of the site serve the
+// requests that the proxy passes on.
 func TestDirectiveOrder(t *testing.T) {
 	got := handlers(t, `:8080 {
 		respond hello
@@ -397,8 +397,8 @@ func TestCaddyfileMistakes(t *testing.T) {
 	}
 }
 
-// validate has Caddy check a config of one async_proxy handler, in JSON, that is
-// not run.
+// validate makes Caddy check a config with one async_proxy handler, in JSON, without
+// running it.
 func validate(t *testing.T, handler string) error {
 	t.Helper()
 	var config caddy.Config
@@ -422,7 +422,7 @@ func TestJSON(t *testing.T) {
 	}
 }
 
-// Each mistake is refused, and what was taken before is given back.
+// Each mistake is refused, and resources acquired before it are released.
 func TestJSONMistakes(t *testing.T) {
 	for _, tc := range []struct{ options, want string }{
 		{`"burst": -1`, "burst -1: expected a number of tokens from 1 to 1000000000"},
@@ -473,11 +473,11 @@ func TestJSONMistakes(t *testing.T) {
 			t.Errorf("%s: %v\nwant %s at the end", tc.options, err, want)
 		}
 		limiters.Range(func(key, _ any) bool {
-			t.Errorf("%s: the limiter %+v was not given back", tc.options, key)
+			t.Errorf("%s: the limiter %+v was not released", tc.options, key)
 			return true
 		})
 		if n, _ := registries.References(registryKey); n != 0 {
-			t.Errorf("%s: the registry of tunnels was not given back", tc.options)
+			t.Errorf("%s: the registry was not released", tc.options)
 		}
 	}
 }
@@ -498,8 +498,8 @@ func TestJSONOfAnotherShape(t *testing.T) {
 	}
 }
 
-// What adapts loads: the tokens of a directive, whatever they are, give a config
-// that survives JSON and that Caddy takes, or an error.
+// FuzzCaddyfile checks that any tokens of a directive give either an error or a config that
+// survives JSON and that Caddy accepts.
 func FuzzCaddyfile(f *testing.F) {
 	f.Add("async_proxy")
 	f.Add("async_proxy burst 5 refill 0.5 {\n zone a\n exempt 10.0.0.0/8 private_ranges\n}")
@@ -514,7 +514,7 @@ func FuzzCaddyfile(f *testing.F) {
 	f.Add("async_proxy {\n clients 10.0.0.0/8\n limit_by user\n basic_auth bcrypt a {\n alice $2a$04$L3tYy4Xp5LAaG0jL6YbCaeF2TPXqQVbEs6EY68eOAKjBjzLWbN.oi\n }\n}")
 	f.Add("async_proxy {\n limiter test a\n max_clients 9007199254740993\n tunnel_max_duration 2562047h\n}")
 	f.Fuzz(func(t *testing.T, input string) {
-		// What is in files and what placeholders stand for may be another thing when the config is loaded.
+		// Files and placeholders may have other contents when the config is loaded.
 		if regexp.MustCompile(`_file|tls_trust_pool|\{[^\s{]`).MatchString(input) {
 			return
 		}
@@ -544,7 +544,7 @@ func FuzzCaddyfile(f *testing.F) {
 	})
 }
 
-// fenced are the blocks of code of a Markdown file that are Caddyfiles.
+// fenced matches the Caddyfile code blocks of a Markdown file.
 var fenced = regexp.MustCompile("(?ms)^```caddyfile\n(.*?)^```")
 
 func TestCaddyfilesOfTheDocumentation(t *testing.T) {
@@ -555,7 +555,7 @@ func TestCaddyfilesOfTheDocumentation(t *testing.T) {
 	found := 0
 	for _, page := range append(pages, "README.md") {
 		if page == "docs/redis.md" {
-			continue // the module in redis checks it, as it has the limiter
+			continue // checked in the redis module, which has the limiter
 		}
 		text, err := os.ReadFile(page)
 		if err != nil {
@@ -567,7 +567,7 @@ func TestCaddyfilesOfTheDocumentation(t *testing.T) {
 		}
 	}
 	if found == 0 {
-		t.Error("there is no Caddyfile in the documentation")
+		t.Error("found no Caddyfile in the documentation")
 	}
 }
 
@@ -581,8 +581,8 @@ func TestCaddyfileExamples(t *testing.T) {
 	}
 }
 
-// checkShipped checks a Caddyfile that people copy: it adapts without a warning
-// and is as `caddy fmt` would have it.
+// checkShipped checks a Caddyfile that users copy: it must adapt without warnings and be
+// formatted as by `caddy fmt`.
 func checkShipped(t *testing.T, text, filename string) {
 	t.Helper()
 	_, warnings, err := adapt(text, filename)
@@ -593,18 +593,18 @@ func checkShipped(t *testing.T, text, filename string) {
 		t.Errorf("adapting: %v\n%s", warning, text)
 	}
 	if formatted := string(caddyfile.Format([]byte(text))); formatted != text {
-		t.Errorf("formatted it is\n%s\nnot\n%s", formatted, text)
+		t.Errorf("formatted:\n%s\nfile:\n%s", formatted, text)
 	}
 }
 
-// syntaxOptions returns the options in a description of the directive's syntax,
-// which are indented by one tab.
+// syntaxOptions returns the options in a description of the directive's syntax, which are
+// indented by one tab.
 func syntaxOptions(t *testing.T, text string) []string {
 	t.Helper()
 	_, rest, found := strings.Cut(text, "async_proxy [<matcher>]")
 	block, _, found2 := strings.Cut(rest, "\n}")
 	if !found || !found2 {
-		t.Fatalf("there is no syntax in %q", text)
+		t.Fatalf("found no syntax in %q", text)
 	}
 	var options []string
 	for line := range strings.Lines(block[strings.IndexByte(block, '\n'):]) {

@@ -16,22 +16,21 @@ import (
 	"time"
 )
 
-// ownConns returns how many connections the process serves below net/http.
+// ownConns returns how many connections the process serves on the fast path.
 func (c *binaryCaddy) ownConns() int {
 	c.t.Helper()
 	_, text := c.ask(http.MethodGet, "/debug/pprof/goroutine?debug=2", "")
 	return strings.Count(text, ".(*clientConn).run(")
 }
 
-// A Caddy that is told to exit does so at once where connections are idle, and
-// waits for responses that clients are getting, those of earlier configs too, but
-// for no longer than the grace period.
+// Caddy exits at once if all connections are idle. It waits for responses in progress, also
+// those of earlier configs, but no longer than the grace period.
 func TestProcessExitsWithClientConns(t *testing.T) {
 	for _, row := range []struct {
 		name, global string
-		slow         bool // there is a response in progress
-		reloaded     bool // it is of an earlier config
-		ends         bool // it ends
+		slow         bool // a response is in progress
+		reloaded     bool // it belongs to an earlier config
+		ends         bool // it completes
 	}{
 		{name: "idle"},
 		{name: "in progress", slow: true, ends: true},
@@ -53,8 +52,8 @@ func TestProcessExitsWithClientConns(t *testing.T) {
 			}
 			eventually(t, "the connections to be all that the proxy serves itself", func() bool { return c.ownConns() == len(conns) })
 			conns[0].send("GET " + c.origin.URL + "/ HTTP/1.1\nHo")
-			time.Sleep(100 * time.Millisecond) // until it is read: who closes before resets
-			silent := c.dial()                 // has no request
+			time.Sleep(100 * time.Millisecond) // until the request has been read: closing a socket with unread data would reset it
+			silent := c.dial()                 // sends no request
 			eventually(t, "it to be accepted", func() bool { return c.ownConns() == len(conns)+1 })
 			if row.slow {
 				conns[2].get(c.origin.URL+"/slow", "")
@@ -69,25 +68,25 @@ func TestProcessExitsWithClientConns(t *testing.T) {
 			}
 			for _, conn := range append(conns[:2:2], silent) {
 				if rest := conn.readAll(); rest != "" {
-					t.Errorf("an idle connection ends with %q", rest)
+					t.Errorf("an idle connection got %q before its end", rest)
 				}
 			}
 			if row.ends {
 				origin.begin <- struct{}{}
 				conns[2].readUntil("first ")
-				time.Sleep(200 * time.Millisecond) // the process is still there
+				time.Sleep(200 * time.Millisecond) // the process is still running
 				origin.end <- struct{}{}
 				if rest := conns[2].readAll(); !strings.HasSuffix(rest, "last\r\n0\r\n\r\n") {
-					t.Errorf("the response ends with %q", rest)
+					t.Errorf("the rest of the response is %q", rest)
 				}
 			}
 			select {
 			case <-c.exited:
 			case <-time.After(patience):
-				t.Fatal("Caddy does not exit")
+				t.Fatal("Caddy did not exit")
 			}
 			if took := time.Since(told); took > 4*time.Second {
-				t.Errorf("Caddy exits after %v, want 4 s at most", took)
+				t.Errorf("Caddy exited after %v, want at most 4 s", took)
 			}
 			if code := c.cmd.ProcessState.ExitCode(); code != 0 {
 				t.Errorf("exit code %d, want 0", code)
@@ -96,7 +95,7 @@ func TestProcessExitsWithClientConns(t *testing.T) {
 	}
 }
 
-// What is large goes through the kernel alone.
+// Large content is spliced: it stays in the kernel.
 func TestProcessSplicesOnClientConns(t *testing.T) {
 	const size = 64 << 20
 	c := binaryStart(t, binaryOptions{})
@@ -119,7 +118,7 @@ func TestProcessSplicesOnClientConns(t *testing.T) {
 	}
 	before := read()
 	if n := len(conn.gets(c.origin.URL + "/large")); n != size {
-		t.Errorf("%d bytes have come, want %d", n, size)
+		t.Errorf("got %d bytes, want %d", n, size)
 	}
 	if n := read() - before; n > size/2 {
 		t.Errorf("%d bytes of %d were read by the process", n, size)
@@ -127,9 +126,9 @@ func TestProcessSplicesOnClientConns(t *testing.T) {
 	eventually(t, "the connection to be the only one that the proxy serves itself", func() bool { return c.ownConns() == 1 })
 }
 
-// A reload closes no connection, if the new config serves it: one that waits goes
-// there at once, one that is being answered goes there behind its answer. If not,
-// they end, with the response that they are at.
+// A reload closes no connection that the new config serves: idle ones move at once, busy
+// ones after their response. If the new config does not serve them, they close, busy ones
+// after their response.
 func TestClientConnReload(t *testing.T) {
 	for _, stays := range []bool{true, false} {
 		t.Run(fmt.Sprintf("served again: %t", stays), func(t *testing.T) {
@@ -140,7 +139,7 @@ func TestClientConnReload(t *testing.T) {
 				c.gets(w.origin.URL + "/")
 				_ = c.Close()
 			}
-			once() // has a connection to the origin, which stays
+			once() // opens a connection to the origin, which stays open
 			files, goroutines := descriptors(t, "self"), runtime.NumGoroutine()
 			old := listeners()[0]
 			idle, half, waits, begun := w.dialOwn(), w.dialOwn(), w.dialOwn(), w.dialOwn()
@@ -153,7 +152,7 @@ func TestClientConnReload(t *testing.T) {
 					c.readUntil("first ")
 				}
 			}
-			time.Sleep(2 * promptly) // until half a head is read: who closes before resets
+			time.Sleep(2 * promptly) // until the partial head has been read: closing a socket with unread data would reset it
 			site := w.site("dial_timeout 9s")
 			if !stays {
 				site = inRoute(site)
@@ -162,12 +161,12 @@ func TestClientConnReload(t *testing.T) {
 			eventually(t, "those that wait to go", func() bool { return old.conns.size() == 2 })
 			origin.end <- struct{}{}
 			if rest := begun.readUntil("0\r\n\r\n"); !strings.HasSuffix(rest, "last\r\n0\r\n\r\n") {
-				t.Errorf("the response that had begun ends with %q", rest)
+				t.Errorf("the rest of the response that had begun is %q", rest)
 			}
 			origin.begin <- struct{}{}
 			origin.end <- struct{}{}
 			if res, body := waits.response(http.MethodGet); body != "first last" || res.Close == stays {
-				t.Errorf("the response that was awaited: %q, to be closed: %t", body, res.Close)
+				t.Errorf("the response that was awaited: %q, close: %t", body, res.Close)
 			}
 			for name, c := range map[string]*rawConn{"idle": idle, "in the middle of a head": half, "awaited": waits, "begun": begun} {
 				if !stays {
@@ -182,11 +181,11 @@ func TestClientConnReload(t *testing.T) {
 					c.get(w.origin.URL+"/", "")
 				}
 				if res, body := c.response(http.MethodGet); body != "last" || res.Close {
-					t.Errorf("%s, after the reload: %q, to be closed: %t", name, body, res.Close)
+					t.Errorf("%s, after the reload: %q, close: %t", name, body, res.Close)
 				}
 			}
 			if n := ownConns(); stays != (n == 4) {
-				t.Errorf("%d connections are served by the new config", n)
+				t.Errorf("%d connections moved to the new config", n)
 			}
 			for _, c := range []*rawConn{idle, half, waits, begun} {
 				_ = c.Close()

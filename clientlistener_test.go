@@ -24,14 +24,14 @@ import (
 	"go.uber.org/zap"
 )
 
-// withWrapper are the options of a server that has others, too.
+// withWrapper is the servers options to add when a server has others.
 const withWrapper = "listener_wrappers {\nasync_proxy\n}\n"
 
-// A Caddyfile brings the listener wrapper along where it may be of use.
+// A Caddyfile adds the listener wrapper wherever it can be of use.
 func TestListenerWrapperFromCaddyfile(t *testing.T) {
 	for _, row := range []struct {
 		name, caddyfile string
-		want            []int // wrappers of each server
+		want            []int // number of wrappers of each server
 	}{
 		{"alone", "http://:8080 {\nasync_proxy\n}", []int{1}},
 		{"two servers", "http://:8080 {\nasync_proxy\n}\nhttp://:8081 {\nasync_proxy\n}", []int{1, 1}},
@@ -82,7 +82,7 @@ func TestListenerWrapperFromCaddyfile(t *testing.T) {
 	}
 }
 
-// Where the wrapper would be of use and is not there, Caddy's log says so.
+// Caddy's log mentions where the wrapper would be of use but is missing.
 func TestListenerWrapperIsMissed(t *testing.T) {
 	w := newWorld(t, "", nil)
 	const missed = "clients are served by Caddy's HTTP server"
@@ -99,8 +99,8 @@ func TestListenerWrapperIsMissed(t *testing.T) {
 	}
 }
 
-// A connection that has come before a reload, and its first request after it, is
-// answered whatever that is.
+// A connection accepted before a reload, whose first request arrives after it, is served
+// whatever that request is.
 func TestListenerNewConnsAtReload(t *testing.T) {
 	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
@@ -114,14 +114,14 @@ func TestListenerNewConnsAtReload(t *testing.T) {
 		"CONNECT " + echo + " HTTP/1.1\nHost: x\n\n":                               "",
 		"GET URL HTTP/1.1\nHost: x\nX-Long: " + strings.Repeat("x", 5000) + "\n\n": "GET ",
 	}
-	for _, cut := range []int{0, 1, 10} { // how much has come before
+	for _, cut := range []int{0, 1, 10} { // bytes that arrive before the reload
 		conns := make(map[string]*rawConn)
 		for request := range requests {
 			conns[request] = w.dial()
 			conns[request].send(strings.ReplaceAll(request, "URL", w.origin.URL+"/")[:cut])
 		}
 		eventually(t, "all to be accepted", func() bool { return ownConns() == len(requests) })
-		time.Sleep(promptly) // until what has come is read
+		time.Sleep(promptly) // until those bytes have been read
 		w.load(w.site(fmt.Sprintf("dial_timeout %ds", 11+cut)))
 
 		for request, want := range requests {
@@ -136,7 +136,7 @@ func TestListenerNewConnsAtReload(t *testing.T) {
 				c.send("hello")
 				_ = c.CloseWrite()
 				if got := c.readAll(); got != "hello" {
-					t.Errorf("%d bytes before: the tunnel says %q", cut, got)
+					t.Errorf("%d bytes before: the tunnel echoed %q", cut, got)
 				}
 			}
 			_ = c.Close()
@@ -147,12 +147,12 @@ func TestListenerNewConnsAtReload(t *testing.T) {
 	eventually(t, "nothing to be left", func() bool { return runtime.NumGoroutine() <= goroutines })
 }
 
-// New connections get the server's time for a head, from their beginning. Half a head
-// has net/http's answer then.
+// The server's head timeout applies to new connections from their start. A partial head
+// then gets net/http's response.
 func TestListenerNewConnsTimeOut(t *testing.T) {
 	w := newWorld(t, "", nil)
 	loadCaddyfile(t, withServers(w.globals()+w.site(""), withWrapper+"timeouts {\nread_header 500ms\n}"))
-	start := time.Now() // before they come, as the time for a head does not begin earlier
+	start := time.Now() // the earliest start of their timeouts
 	silent, half, bytewise := w.dial(), w.dial(), w.dial()
 	half.send("GET http://a")
 	go func() {
@@ -168,13 +168,13 @@ func TestListenerNewConnsTimeOut(t *testing.T) {
 		}
 	}
 	if took := time.Since(start); took < 450*time.Millisecond {
-		t.Errorf("they were closed after %v", took)
+		t.Errorf("the connections were closed after %v", took)
 	}
 	eventually(t, "the connections to end", func() bool { return ownConns() == 0 })
 }
 
-// Where clients are to speak TLS, nothing is served in clear, wherever among the
-// wrappers TLS is. The site for HTTP beside it is as ever.
+// Where clients must use TLS, nothing is served in clear, wherever TLS is among the
+// wrappers. A plain HTTP site next to it is unaffected.
 func TestListenerOfTLS(t *testing.T) {
 	for _, wrappers := range []string{"async_proxy\ntls", "async_proxy"} {
 		w := newTunnelWorld(t, tunnelSetup{servers: "listener_wrappers {\n" + wrappers + "\n}"})
@@ -187,7 +187,7 @@ func TestListenerOfTLS(t *testing.T) {
 			c := dialRaw(t, w.tls)
 			c.send(request)
 			if said := c.readAll(); !strings.HasPrefix(said, "HTTP/1.1 400 ") {
-				t.Errorf("%q: in clear, %s gets %q", wrappers, method, said)
+				t.Errorf("%q: in clear, %s got %q", wrappers, method, said)
 			}
 		}
 		client := &http.Client{Transport: &http.Transport{TLSClientConfig: clientTLS("http/1.1"), Proxy: http.ProxyURL(&url.URL{Scheme: "https", Host: w.tls})}}
@@ -197,7 +197,7 @@ func TestListenerOfTLS(t *testing.T) {
 		}
 		_ = res.Body.Close()
 		if res.StatusCode != http.StatusOK {
-			t.Errorf("%q: by TLS, %s", wrappers, res.Status)
+			t.Errorf("%q: over TLS, %s", wrappers, res.Status)
 		}
 		eventually(t, "the client by TLS to be served by net/http", func() bool { return ownConns() == 0 })
 		client.CloseIdleConnections()
@@ -208,7 +208,7 @@ func TestListenerOfTLS(t *testing.T) {
 	}
 }
 
-// Who is trusted to speak for others is heard on these connections, too.
+// trusted_proxies works on these connections, too.
 func TestListenerTrustedProxies(t *testing.T) {
 	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprint(w, r.Header["X-Forwarded-For"], r.Header["X-Real-Ip"], r.Header["X-Client"])
@@ -232,7 +232,7 @@ func TestListenerTrustedProxies(t *testing.T) {
 	}
 }
 
-// stumbling fails to accept, for some time.
+// stumbling is a listener whose Accept fails for a while.
 type stumbling struct {
 	net.Listener
 	failures atomic.Int64
@@ -245,7 +245,7 @@ func (l *stumbling) Accept() (net.Conn, error) {
 	return l.Listener.Accept()
 }
 
-// A listener goes on when it cannot accept for a while, without spinning.
+// A listener recovers when Accept fails for a while, without spinning.
 func TestListenerThatFails(t *testing.T) {
 	inner, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
@@ -258,7 +258,7 @@ func TestListenerThatFails(t *testing.T) {
 	start := time.Now()
 	go l.accept()
 	c := dialRaw(t, inner.Addr().String())
-	c.send("POST / HTTP/1.1\n\n") // for net/http
+	c.send("POST / HTTP/1.1\n\n") // goes to net/http
 	conn, err := l.Accept()
 	if err != nil {
 		t.Fatal(err)
@@ -277,21 +277,21 @@ func TestListenerThatFails(t *testing.T) {
 	if err := l.Close(); err != nil {
 		t.Error(err)
 	}
-	if conn, err := l.Accept(); err != nil { // had come, and has no request yet
+	if conn, err := l.Accept(); err != nil { // accepted, no request yet
 		t.Error(err)
 	} else {
 		conn.Close()
 	}
 	if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
-		t.Errorf("accepting from a listener that is closed: %v", err)
+		t.Errorf("accepting from a closed listener: %v", err)
 	}
 	if err := l.Close(); err != nil {
 		t.Errorf("closing twice: %v", err)
 	}
 }
 
-// A server that accepts nothing any more, before it is said to end, does not keep
-// connections.
+// A server that has stopped accepting but was not yet told to shut down does not hold
+// connections open.
 func TestListenerThatNobodyAsks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := unitListener(nil)
@@ -301,7 +301,7 @@ func TestListenerThatNobodyAsks(t *testing.T) {
 		go l.end()
 		start := time.Now()
 		if _, err := far.Read(make([]byte, 1)); err != io.EOF {
-			t.Errorf("the client reads %v, want the end", err)
+			t.Errorf("the client read %v, want the end", err)
 		}
 		if took := time.Since(start); took != lastWords {
 			t.Errorf("the connection was kept for %v, want %v", took, lastWords)

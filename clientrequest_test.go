@@ -142,11 +142,11 @@ func TestConnectWithContent(t *testing.T) {
 	}
 	for _, r := range []*http.Request{{ProtoMajor: 3, ContentLength: 5}, {ProtoMajor: 3, ContentLength: -1, Header: http.Header{"Content-Length": {"5"}}}} {
 		if !announcesContent(r) {
-			t.Errorf("over HTTP/3, %v counts as announcing content", r)
+			t.Errorf("over HTTP/3, %v does not count as announcing content", r)
 		}
 	}
 	if announcesContent(&http.Request{ProtoMajor: 3, ContentLength: -1}) {
-		t.Error("over HTTP/3, no tunnel is possible")
+		t.Error("over HTTP/3, an ordinary CONNECT counts as announcing content")
 	}
 	for _, field := range []string{"Content-Length: 5", "Transfer-Encoding: chunked"} {
 		c := dialRaw(t, w.plain)

@@ -17,15 +17,15 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// clientFrom is a header field by which the tests' client, as a trusted proxy,
-// speaks for a client with another address.
+// clientFrom returns the header line with which the tests' client, as a trusted proxy,
+// forwards for a client at another address.
 func clientFrom(address string) string { return "X-Forwarded-For: " + address + "\n" }
 
-// clientSites are sites, and who may use their proxy.
+// clientSites are sites and the clients that may use their proxy.
 var clientSites = []struct {
-	site    string // what is in it
-	clients string // the option clients as it is in effect
-	open    bool   // anybody may use it
+	site    string // the site's directives
+	clients string // the effective clients option
+	open    bool   // any client may use the proxy
 }{
 	{"async_proxy", "private_ranges", false},
 	{"async_proxy {\nclients all\n}", "all", true},
@@ -38,8 +38,8 @@ var clientSites = []struct {
 	{strings.Replace(bcryptUsers, "basic_auth", "basic_auth /private/*", 1) + "\nasync_proxy", "private_ranges", false},
 	{"route /private/* {\n" + bcryptUsers + "}\nasync_proxy", "private_ranges", false},
 	{"route {\n" + bcryptUsers + "\nasync_proxy\n}", "all", false},
-	// A matcher of addresses is the operator's word on who may get here; any
-	// other one says nothing about that.
+	// A matcher for addresses counts as the operator's choice of clients; other matchers do
+	// not.
 	{"@known remote_ip 203.0.113.0/24\nasync_proxy @known", "all", false},
 	{"@known client_ip 203.0.113.0/24\nhandle @known {\nasync_proxy\n}", "all", false},
 	{"@known client_ip 203.0.113.0/24\nasync_proxy @known {\nclients all\n}", "all", false},
@@ -48,8 +48,8 @@ var clientSites = []struct {
 	{"@others not remote_ip 192.0.2.1\nasync_proxy @others", "private_ranges", false},
 	{"@office remote_ip 203.0.113.0/24\nheader @office X-A b\nasync_proxy", "private_ranges", false},
 	{"@one {\nremote_ip 203.0.113.0/24\n}\n@two method GET\nroute @two {\nrespond @one hello\nasync_proxy\n}", "private_ranges", false},
-	// What turns away everybody but certain clients counts, if it comes first
-	// and ends the request.
+	// A handler that rejects all but certain clients counts if it comes first and ends the
+	// request.
 	{"@others not remote_ip 203.0.113.0/24\nabort @others\nroute {\nasync_proxy\n}", "private_ranges", false},
 	{"route {\n@others not remote_ip 203.0.113.0/24\nabort @others\nasync_proxy\n}", "all", false},
 	{"route {\n@others not client_ip 203.0.113.0/24\nhandle @others {\nerror 403\n}\nasync_proxy\n}", "all", false},
@@ -58,7 +58,7 @@ var clientSites = []struct {
 	{"route {\n@others not remote_ip 203.0.113.0/24\nheader @others X-A b\nasync_proxy\n}", "private_ranges", false},
 	{"route {\n@others {\nnot remote_ip 203.0.113.0/24\npath /private/*\n}\nabort @others\nasync_proxy\n}", "private_ranges", false},
 	{"route {\n@bad remote_ip 192.0.2.1\nabort @bad\nasync_proxy\n}", "private_ranges", false},
-	// Of a group a request takes one route only: the second is no gate.
+	// A request takes only one route of a group: the second is no gate.
 	{"route {\nhandle /x {\nheader X-A b\n}\nhandle {\n" + bcryptUsers + "}\nasync_proxy\n}", "private_ranges", false},
 	{"invoke proxy", "private_ranges", false},
 	{"@known client_ip 203.0.113.0/24\ninvoke @known proxy", "all", false},
@@ -66,7 +66,7 @@ var clientSites = []struct {
 	{"respond /health ok\nasync_proxy", "private_ranges", false},
 }
 
-// clientSite is a Caddyfile with one of the sites.
+// clientSite returns a Caddyfile with one of the sites.
 func clientSite(w *world, site string) string {
 	_, port, _ := strings.Cut(w.proxy, ":")
 	text := fmt.Sprintf("http://:%s {\n%s\n}\n", port, site)
@@ -76,8 +76,8 @@ func clientSite(w *world, site string) string {
 	return withServers(w.globals()+text, withWrapper+"trusted_proxies static 127.0.0.1\ntrusted_proxies_strict")
 }
 
-// Who may use the proxy is decided for the first request as for all others, and
-// an open proxy is warned about at start.
+// Which clients may use the proxy is decided at start, for all requests alike, and an open
+// proxy is warned about at start.
 func TestWhoMayUseTheProxy(t *testing.T) {
 	w := newWorld(t, "", nil)
 	for _, row := range clientSites {
@@ -96,13 +96,13 @@ func TestWhoMayUseTheProxy(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got := strings.Contains(string(data), `"msg":"open proxy: `); got != row.open {
-			t.Errorf("%s\nis warned about: %v, want %v", row.site, got, row.open)
+			t.Errorf("%s\nwarned about: %v, want %v", row.site, got, row.open)
 		}
 	}
 }
 
-// Without a word on clients, those with private addresses may use the proxy, and
-// all others get a 403 that says so, whichever way they are served.
+// Without a clients option, clients with private addresses may use the proxy. All others
+// get a 403 that says so, on either serving path.
 func TestClientsByDefault(t *testing.T) {
 	w := newWorld(t, "", nil)
 	origin := w.origin.Listener.Addr().String()
@@ -134,7 +134,7 @@ func TestClientsByDefault(t *testing.T) {
 			}
 		}
 	}
-	// What is not for the proxy is not its business.
+	// Requests that are not proxy requests are not affected.
 	loadCaddyfile(t, clientSite(w, "async_proxy\nrespond \"a site\""))
 	c := w.dial()
 	c.send("GET / HTTP/1.1\nHost: x\n" + clientFrom("8.8.8.8") + "\n")
@@ -143,7 +143,7 @@ func TestClientsByDefault(t *testing.T) {
 	}
 }
 
-// The option takes effect with a reload, also for connections that are open.
+// The option takes effect on a reload, also for open connections.
 func TestClientsAfterAReload(t *testing.T) {
 	w := newWorld(t, "", nil)
 	const site = "async_proxy {\nallow 127.0.0.0/8\nburst 1000000\nrefill 1000000\nCLIENTS\n}"
@@ -164,7 +164,7 @@ func TestClientsAfterAReload(t *testing.T) {
 	get(http.StatusOK)
 }
 
-// JSON has the same option, default and errors.
+// The JSON option has the same default and errors.
 func TestClientsInJSON(t *testing.T) {
 	for clients, want := range map[string]string{
 		`["all"]`:                       "",
@@ -183,8 +183,8 @@ func TestClientsInJSON(t *testing.T) {
 	}
 }
 
-// Passwords on a port without TLS that other machines can reach are warned about,
-// by the address that the socket really has.
+// Passwords on a port without TLS that other machines can reach cause a warning. The
+// socket's actual address decides.
 func TestReadablePasswordsAreWarnedAbout(t *testing.T) {
 	w := newWorld(t, "", nil)
 	_, port, _ := strings.Cut(w.proxy, ":")
@@ -225,12 +225,12 @@ func TestReadablePasswordsAreWarnedAbout(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got := strings.Contains(string(data), `"msg":"passwords are sent in clear text`); got != row.want {
-			t.Errorf("%s\nis warned about: %v, want %v", row.site, got, row.want)
+			t.Errorf("%s\nwarned about: %v, want %v", row.site, got, row.want)
 		}
 	}
 }
 
-// The settings that the status page shows say who may use the proxy.
+// The settings on the status page show which clients may use the proxy.
 func TestClientsInTheSettings(t *testing.T) {
 	w := newWorld(t, "", nil)
 	for options, want := range map[string]setting{

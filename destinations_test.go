@@ -25,11 +25,11 @@ func TestRulesOfDestinations(t *testing.T) {
 	for _, tc := range []struct {
 		rules string
 		reach reach
-		name  string // "" for the address itself
+		name  string // "": the address itself
 		to    string
 		want  string // opens, or the rule that denies
 	}{
-		// The first that names it decides.
+		// The first matching rule decides.
 		{"deny 192.0.2.0/24\nallow 192.0.2.1", local, "", "192.0.2.1:80", "deny 192.0.2.0/24"},
 		{"allow 192.0.2.1\ndeny 192.0.2.0/24", public, "", "192.0.2.1:80", opens},
 		{"allow 192.0.2.1\ndeny 192.0.2.0/24", public, "", "192.0.2.2:80", "deny 192.0.2.0/24"},
@@ -53,7 +53,7 @@ func TestRulesOfDestinations(t *testing.T) {
 		{"allow www.ads.example\ndeny *.ads.example", public, "www.ads.example", "1.1.1.1:80", opens},
 		{"allow www.ads.example\ndeny *.ads.example", public, "ftp.ads.example", "1.1.1.1:80", "deny *.ads.example"},
 
-		// A name that is allowed opens no address that is closed otherwise.
+		// Allowing a name opens no address that is otherwise closed.
 		{"allow wiki.example", public, "wiki.example", "10.0.0.1:80", byDefault},
 		{"allow wiki.example", local, "wiki.example", "10.0.0.1:80", opens},
 		{"allow wiki.example", local, "wiki.example", "169.254.169.254:80", byDefault},
@@ -107,7 +107,7 @@ func TestRulesOfDestinations(t *testing.T) {
 		{"deny 100.64.0.0/10", local, "", "100.100.100.200:80", "deny 100.64.0.0/10"},
 		{"deny private", local, "", "100.100.100.200:80", "deny private"},
 
-		// What an address embeds.
+		// Addresses embedded in others.
 		{"deny 1.1.1.0/24", public, "", "[64:ff9b::101:101]:80", "deny 1.1.1.0/24"},
 		{"deny 1.1.1.0/24", public, "", "[2002:101:101::]:80", "deny 1.1.1.0/24"},
 		{"deny 1.1.1.0/24", public, "", "[::ffff:1.1.1.1]:80", "deny 1.1.1.0/24"},
@@ -149,14 +149,14 @@ func TestRulesOfDestinations(t *testing.T) {
 		if got != tc.want {
 			t.Errorf("%q: %q at %s for reach %d: %s, want %s", tc.rules, tc.name, tc.to, tc.reach, got, tc.want)
 		}
-		// Judging the name alone spares a resolver, and changes no verdict.
+		// Checking the name alone may save a lookup but must not change the outcome.
 		if early, _ := p.checkName(t.Context(), tc.reach, asked, true); early != nil && got == opens {
 			t.Errorf("%q: the name %q is denied by %s, its address is not", tc.rules, tc.name, early.rule)
 		}
 	}
 }
 
-// TestRulesWithoutResolving is about names that a parent proxy resolves.
+// TestRulesWithoutResolving covers names that a parent proxy resolves.
 func TestRulesWithoutResolving(t *testing.T) {
 	for _, tc := range []struct {
 		rules, address string
@@ -178,9 +178,9 @@ func TestRulesWithoutResolving(t *testing.T) {
 		{"deny all", "y.example:80", public, false},
 		{"allow *.example\ndeny all", "y.example:80", public, true},
 		{"allow *.example\ndeny all", "y.test:80", public, false},
-		{"allow 1.1.1.1\ndeny all", "y.test:80", public, false}, // it cannot be told
+		{"allow 1.1.1.1\ndeny all", "y.test:80", public, false}, // unknown: the address would decide
 		{"allow 1.1.1.1\ndeny all", "1.1.1.1:80", public, true},
-		{"deny 1.1.1.1", "y.test:80", public, true}, // nor can this
+		{"deny 1.1.1.1", "y.test:80", public, true}, // likewise unknown
 		{"deny 1.1.1.1", "1.1.1.1:80", public, false},
 		{"allow private", "10.0.0.1:80", public, true},
 	} {
@@ -191,8 +191,8 @@ func TestRulesWithoutResolving(t *testing.T) {
 	}
 }
 
-// TestRulesReportOnly: what rules and ports deny is reported, and then goes on
-// as if they were not there.
+// TestRulesReportOnly checks that denials by rules and ports are reported, and that
+// checking continues as if those rules did not exist.
 func TestRulesReportOnly(t *testing.T) {
 	for _, tc := range []struct {
 		rules, name, to, reported string
@@ -268,12 +268,12 @@ func TestRulesFromFiles(t *testing.T) {
 	}
 	for _, rule := range []Rule{{Action: "permit", Destinations: []string{"all"}}, {Action: "deny"}, {Action: "deny", Destinations: []string{"a b"}}} {
 		if _, err := newRuleSets([]Rule{rule}, loadSource(ctx), new(ruleCheck)); err == nil {
-			t.Errorf("%+v is accepted", rule)
+			t.Errorf("the rule %+v is accepted", rule)
 		}
 	}
 }
 
-// changingRanges is a source of ranges that tests change.
+// changingRanges is a source of ranges that tests can change.
 type changingRanges struct{}
 
 var changing atomic.Pointer[[]netip.Prefix]
@@ -315,7 +315,8 @@ func TestRulesFromSources(t *testing.T) {
 	check("", "198.51.100.1")
 }
 
-// TestRulesLookup: thousands of entries cost no memory and hardly any time.
+// TestRulesLookup checks that thousands of entries cost no memory per check and hardly any
+// time.
 func TestRulesLookup(t *testing.T) {
 	p := manyRules(t)
 	to := netip.MustParseAddrPort("1.2.3.4:443")
@@ -353,16 +354,16 @@ func BenchmarkRules(b *testing.B) {
 	}
 }
 
-// A rule that no destination could match is refused, not kept.
+// A rule that can match no destination is refused.
 func TestRulesThatNothingMatches(t *testing.T) {
 	for _, text := range []string{"", ".", "*.", "..", "a..", "a..b", ".a", "*..a", "a.example..", "münchen.。", "münchen。.", "0A.。", "0.0.0.0..", "0.0.0.0。", "*.0.0.0.0"} {
 		if d, err := parseDestination(text); err == nil {
-			t.Errorf("%q is read as %+v", text, d)
+			t.Errorf("%q parses as %+v", text, d)
 		}
 	}
 	for text, want := range map[string]string{"a.": "a", "A.Example": "a.example", "*.a.": "a", "münchen。": "xn--mnchen-3ya", "_dmarc.a": "_dmarc.a"} {
 		if d, err := parseDestination(text); err != nil || d.text != want {
-			t.Errorf("%q is read as %+v, %v", text, d, err)
+			t.Errorf("%q parses as %+v, %v", text, d, err)
 		}
 	}
 }
@@ -377,12 +378,12 @@ func FuzzDestination(f *testing.F) {
 			return
 		}
 		if d.text == "" && !d.prefix.IsValid() || d.ports.high < d.ports.low {
-			t.Errorf("%q makes %+v", s, d)
+			t.Errorf("%q parses as %+v", s, d)
 		}
 		if d.prefix.IsValid() && (d.prefix.Addr().Is4In6() || d.prefix != d.prefix.Masked()) {
-			t.Errorf("%q makes the prefix %s", s, d.prefix)
+			t.Errorf("%q has the prefix %s", s, d.prefix)
 		}
-		// What a rule names it matches.
+		// A rule matches the destination that it names.
 		set := newRuleSet(true, d.ports)
 		set.add(d)
 		switch {
@@ -402,9 +403,9 @@ func FuzzDestination(f *testing.F) {
 	})
 }
 
-// TestRulesOfPooledConnections: a connection that was opened before a source of
-// ranges has changed is not used against what it says now, whether to an http or
-// an https origin, nor, if it is for an upgrade, to one that declines.
+// TestRulesOfPooledConnections checks that a pooled connection is not used for an http or
+// https request, or an upgrade that the origin declines, if the source of ranges has
+// changed since and now denies it.
 func TestRulesOfPooledConnections(t *testing.T) {
 	secure := httptest.NewUnstartedServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
 	secure.EnableHTTP2 = true

@@ -23,13 +23,14 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// documents returns the texts that people read, by file.
+// documents returns the texts of the documentation by file.
 func documents(t *testing.T) map[string]string {
 	t.Helper()
 	return readFiles(t, "*.md", "docs/*.md")
 }
 
-// readFiles returns the files that match patterns, of which each must match some.
+// readFiles returns the files that match the patterns. Each pattern must match at least
+// one.
 func readFiles(t *testing.T, patterns ...string) map[string]string {
 	t.Helper()
 	texts := make(map[string]string)
@@ -49,18 +50,18 @@ func readFiles(t *testing.T, patterns ...string) map[string]string {
 	return texts
 }
 
-// What becomes of a documented command that does not just say something.
+// What happens to a documented command that does not just print something.
 const (
 	inBackground = "in the background"
 	byCI         = ".ci/run does this, or is it"
 )
 
-// documented are the commands of a file, in their order, and patterns of what
-// they say on a machine without a network.
+// documented lists the commands of the documentation in order, with patterns for their
+// output on a machine without a network.
 var documented = []struct{ file, command, says string }{
 	{"README.md", "go run ./cmd/caddy run --config Caddyfile.example", inBackground},
 	{"README.md", "go test ./...", byCI},
-	{"README.md", "curl -x http://127.0.0.1:8080 https://example.com/", `CONNECT tunnel failed, response 50[234]`}, // there is no DNS
+	{"README.md", "curl -x http://127.0.0.1:8080 https://example.com/", `CONNECT tunnel failed, response 50[234]`}, // no DNS here
 	{"README.md", "xcaddy build --with github.com/asyncproxy/caddy-async-proxy", byCI},
 	{"README.md", "git clone https://github.com/asyncproxy/caddy-async-proxy", byCI},
 	{"README.md", "cd caddy-async-proxy", byCI},
@@ -82,8 +83,8 @@ var documented = []struct{ file, command, says string }{
 	{"docs/redis.md", "xcaddy build --with github.com/asyncproxy/caddy-async-proxy --with github.com/asyncproxy/caddy-async-proxy/redis", byCI},
 }
 
-// TestDocumentedCommands does what the documentation tells newcomers to, word
-// for word and in order, in a network of its own, so that the ports are free.
+// TestDocumentedCommands runs the documentation's commands for newcomers verbatim and in
+// order, in a network namespace of its own, where the ports are free.
 func TestDocumentedCommands(t *testing.T) {
 	if !inNamespace(t) {
 		return
@@ -102,7 +103,7 @@ func TestDocumentedCommands(t *testing.T) {
 	}
 	for file, text := range texts {
 		if blocks.MatchString(text) {
-			t.Errorf("%s has commands that nobody tries", file)
+			t.Errorf("%s has commands that no test runs", file)
 		}
 	}
 	if len(commands) != len(documented) {
@@ -120,14 +121,14 @@ func TestDocumentedCommands(t *testing.T) {
 	}
 	for i, row := range documented {
 		if commands[i].file != row.file || commands[i].command != row.command {
-			t.Fatalf("%s has the command %q, want %q of %s", commands[i].file, commands[i].command, row.command, row.file)
+			t.Fatalf("%s has the command %q, want %q from %s", commands[i].file, commands[i].command, row.command, row.file)
 		}
 		switch row.says {
 		case byCI:
 			continue
 		case inBackground:
 			cmd := shell(row.command)
-			cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // with what `go run` starts
+			cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // to stop what `go run` starts, too
 			var output bytes.Buffer
 			cmd.Stdout, cmd.Stderr = &output, &output
 			if err := cmd.Start(); err != nil {
@@ -149,7 +150,7 @@ func TestDocumentedCommands(t *testing.T) {
 			continue
 		}
 		if strings.HasPrefix(row.command, "for ") {
-			time.Sleep(7 * time.Second) // three requests were made before
+			time.Sleep(7 * time.Second) // three requests have been made before
 		}
 		cmd := shell(row.command)
 		if strings.Contains(row.command, ":2019") {
@@ -161,13 +162,13 @@ func TestDocumentedCommands(t *testing.T) {
 			want, _, _ = strings.Cut(want, "```")
 			compareAnswers(t, string(out), "HTTP/1.1 429"+want)
 		} else if !regexp.MustCompile(row.says).Match(out) {
-			t.Errorf("%s says\n%s\nwant %s", row.command, out, row.says)
+			t.Errorf("%s prints\n%s\nwant %s", row.command, out, row.says)
 		}
 	}
 }
 
-// compareAnswers compares what curl says with what the README says that it does.
-// A field may be missing there, and a second may have passed.
+// compareAnswers compares curl's output with that in the README, which may lack fields and
+// may be a second off.
 func compareAnswers(t *testing.T, got, want string) {
 	t.Helper()
 	same := func(text string) string {
@@ -177,13 +178,13 @@ func compareAnswers(t *testing.T, got, want string) {
 	got = same(strings.ReplaceAll(got, "\r", ""))
 	for line := range strings.Lines(same(want)) {
 		if !strings.Contains(got, line) {
-			t.Errorf("curl does not say %q but\n%s", line, got)
+			t.Errorf("curl's output lacks %q:\n%s", line, got)
 		}
 	}
 }
 
-// shipped returns the Caddyfiles that people copy, by where they are. What the
-// module redis reads is left out.
+// shipped returns the Caddyfiles that users copy, by location, without those of the redis
+// module.
 func shipped(t *testing.T) map[string]string {
 	t.Helper()
 	configs := readFiles(t, "Caddyfile.example", "examples/*/Caddyfile")
@@ -199,8 +200,8 @@ func shipped(t *testing.T) map[string]string {
 	return configs
 }
 
-// TestShippedConfigs runs each Caddyfile that people copy, in a network of its
-// own: none may be an open proxy, or anything else that is warned of at start.
+// TestShippedConfigs runs each Caddyfile that users copy, in a network namespace of its
+// own: none may be an open proxy, or cause any other warning at start.
 func TestShippedConfigs(t *testing.T) {
 	if !inNamespace(t) {
 		return
@@ -224,7 +225,7 @@ func TestShippedConfigs(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { _ = os.RemoveAll(storage) }) // into which Caddy may still write when it has stopped
+		t.Cleanup(func() { _ = os.RemoveAll(storage) }) // Caddy may still write to it after it has stopped
 		config["storage"] = map[string]any{"module": "file_system", "root": storage}
 		config["logging"] = map[string]any{"logs": map[string]any{"default": map[string]any{
 			"writer": map[string]any{"output": "file", "filename": w.logs}, "encoder": map[string]any{"format": "json"},
@@ -254,13 +255,13 @@ func TestShippedConfigs(t *testing.T) {
 	}
 }
 
-// TestDocumentedFail2ban: the expression in the recipe finds failed logins, and
+// TestDocumentedFail2ban checks that the recipe's expression matches failed logins and
 // nothing that only looks like one.
 func TestDocumentedFail2ban(t *testing.T) {
 	_, text, found := strings.Cut(documents(t)["docs/recipes.md"], "\nfailregex = ")
 	text, _, _ = strings.Cut(text, "\n")
 	if !found {
-		t.Fatal("there is no failregex")
+		t.Fatal("found no failregex")
 	}
 	failed := regexp.MustCompile(strings.Replace(text, "<HOST>", "([0-9a-f.:]+)", 1))
 
@@ -284,17 +285,17 @@ func TestDocumentedFail2ban(t *testing.T) {
 	for line := range strings.Lines(string(data)) {
 		if m := failed.FindStringSubmatch(strings.TrimSpace(line)); m != nil {
 			if matches++; m[1] != "127.0.0.1" || !strings.Contains(line, `"/failed"`) {
-				t.Errorf("%s is found in %s", m[1], line)
+				t.Errorf("%s matches %s", m[1], line)
 			}
 		}
 	}
 	if matches != 1 {
-		t.Errorf("%d failed logins are found in\n%s", matches, data)
+		t.Errorf("%d failed logins matched in\n%s", matches, data)
 	}
 }
 
-// TestDocumentedLinks: what the documentation points to in this repository is
-// there, and what it points to elsewhere is an address by https.
+// TestDocumentedLinks checks that the documentation's links into this repository exist, and
+// that all others use https.
 func TestDocumentedLinks(t *testing.T) {
 	texts := documents(t)
 	anchors := make(map[string]bool)
@@ -320,14 +321,14 @@ func TestDocumentedLinks(t *testing.T) {
 				if _, err := os.Stat(to); err != nil {
 					t.Errorf("%s: %s: %v", file, link[1], err)
 				} else if u.Fragment != "" && strings.HasSuffix(to, ".md") && !anchors[to+"#"+u.Fragment] {
-					t.Errorf("%s: %s: there is no such heading", file, link[1])
+					t.Errorf("%s: %s: no such heading", file, link[1])
 				}
 			}
 		}
 	}
 }
 
-// TestDocumentedJSON: a handler in the documentation is one.
+// TestDocumentedJSON checks that the handlers in the documentation are valid.
 func TestDocumentedJSON(t *testing.T) {
 	found := 0
 	for file, text := range documents(t) {
@@ -357,11 +358,11 @@ func TestDocumentedJSON(t *testing.T) {
 		}
 	}
 	if found == 0 {
-		t.Error("there is no JSON in the documentation")
+		t.Error("found no JSON in the documentation")
 	}
 }
 
-// The filter in the README keeps passwords of URLs out of Caddy's access log.
+// The filter in the README keeps passwords in URLs out of Caddy's access log.
 func TestAccessLogFilter(t *testing.T) {
 	var site string
 	for _, block := range fenced.FindAllStringSubmatch(documents(t)["README.md"], -1) {
@@ -392,17 +393,17 @@ func TestAccessLogFilter(t *testing.T) {
 		}
 	}
 	if strings.Contains(log, "pa55w0rd") {
-		t.Error("the log has the password")
+		t.Error("the log contains the password")
 	}
 }
 
-// TestDocumentsHaveNoPublishedHash checks that no example in the documentation has a
-// password that is publicly known.
+// TestDocumentsHaveNoPublishedHash checks that no example in the documentation uses a
+// publicly known password.
 func TestDocumentsHaveNoPublishedHash(t *testing.T) {
 	for file, text := range documents(t) {
 		for _, hash := range publishedHashes {
 			if strings.Contains(text, hash) {
-				t.Errorf("%s has %s", file, hash)
+				t.Errorf("%s contains %s", file, hash)
 			}
 		}
 	}

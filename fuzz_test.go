@@ -16,12 +16,12 @@ import (
 	"time"
 )
 
-// fuzzMessage is what matters of a request: what it asks for.
+// fuzzMessage is the essence of a request.
 type fuzzMessage struct{ method, target, content string }
 
-// FuzzRequests sends arbitrary bytes to the proxy. What the origin gets must be
-// well-formed requests, each of which means the same as one that the client
-// sent, in their order; and the proxy must go on serving.
+// FuzzRequests sends arbitrary bytes to the proxy. The origin must get only well-formed
+// requests, each equivalent to one that the client sent, in the same order; and the proxy
+// must go on serving.
 func FuzzRequests(f *testing.F) {
 	for _, rule := range rules {
 		f.Add([]byte(strings.ReplaceAll(rule.send, "\n", "\r\n")))
@@ -40,11 +40,11 @@ func FuzzRequests(f *testing.F) {
 
 	w := newWorld(f, "max_clients 1000\nresponse_header_timeout 2s\nallow 127.0.0.0/8", nil)
 	f.Fuzz(func(t *testing.T, input []byte) {
-		origin := &fuzzOrigin{} // of its own, since a request may come late
+		origin := &fuzzOrigin{} // one per run, since a request may arrive late
 		address := listen(t, origin.serve)
 		input = bytes.ReplaceAll(input, []byte("ORIGIN"), []byte(address))
 		if bytes.Contains(input, []byte("CONNECT")) {
-			return // what goes through a tunnel is the client's affair
+			return // a tunnel's content is up to the client
 		}
 		conn, err := net.Dial("tcp4", w.proxy)
 		if err != nil {
@@ -54,7 +54,7 @@ func FuzzRequests(f *testing.F) {
 		_ = conn.SetDeadline(time.Now().Add(patience))
 		_, _ = conn.Write(input)
 		_ = conn.(*net.TCPConn).CloseWrite()
-		_, _ = io.Copy(io.Discard, conn) // a reset is as good an end as any
+		_, _ = io.Copy(io.Discard, conn) // ending in a reset is fine
 
 		sent := fuzzRequests(input)
 		next := 0
@@ -63,7 +63,7 @@ func FuzzRequests(f *testing.F) {
 				next++
 			}
 			if next == len(sent) {
-				t.Fatalf("the origin got %+v, which nobody sent; sent was %+v", got, sent)
+				t.Fatalf("the origin got %+v, which the client did not send; it sent %+v", got, sent)
 			}
 			next++
 		}
@@ -71,13 +71,13 @@ func FuzzRequests(f *testing.F) {
 		c := dialRaw(t, w.proxy)
 		c.send("GET http://" + address + "/alive HTTP/1.1\nHost: x\n\n")
 		if res, body := c.response(http.MethodGet); body != "ok" {
-			t.Fatalf("the proxy does not serve any more: %s %q", res.Status, body)
+			t.Fatalf("the proxy has stopped serving: %s %q", res.Status, body)
 		}
 	})
 }
 
-// fuzzRequests reads the requests that net/http sees in input, as an origin
-// would be to get them.
+// fuzzRequests returns the requests that net/http parses from input, as an origin would get
+// them.
 func fuzzRequests(input []byte) (messages []fuzzMessage) {
 	r := bufio.NewReader(bytes.NewReader(input))
 	for {
@@ -93,7 +93,7 @@ func fuzzRequests(input []byte) (messages []fuzzMessage) {
 	}
 }
 
-// fuzzOrigin keeps what it gets, and complains about what is malformed.
+// fuzzOrigin records requests, and malformed input as faults.
 type fuzzOrigin struct {
 	mu       sync.Mutex
 	messages []fuzzMessage
@@ -112,7 +112,7 @@ func (o *fuzzOrigin) serve(c *net.TCPConn) {
 		o.mu.Lock()
 		switch {
 		case err != nil:
-			// A request whose body the client broke off is broken off here, too.
+			// A request whose body the client cuts off is cut off here, too.
 			if version != "HTTP/1.1" {
 				o.faults = append(o.faults, request.line+": "+err.Error())
 			}
@@ -142,15 +142,15 @@ func (o *fuzzOrigin) requests(t *testing.T) []fuzzMessage {
 	return o.messages
 }
 
-// FuzzResponses answers with arbitrary bytes. The client must get one response,
-// complete or visibly not, and no exchange after it must see any of it, whether
-// on the same connection of the client's or on that to the origin.
+// FuzzResponses answers with arbitrary bytes. The client must get one response, complete or
+// visibly incomplete, and no later exchange may see any of it, on the same client or origin
+// connection or not.
 func FuzzResponses(f *testing.F) {
 	for _, rule := range rules {
 		f.Add([]byte(strings.ReplaceAll(rule.answer, "\n", "\r\n")))
 	}
 	f.Add([]byte("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"))
-	var answer atomic.Pointer[[]byte] // to the next request
+	var answer atomic.Pointer[[]byte] // the response to the next request
 	origin := listen(f, func(c *net.TCPConn) {
 		r := bufio.NewReader(c)
 		for {
@@ -162,7 +162,7 @@ func FuzzResponses(f *testing.F) {
 				text = new([]byte("HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nnext"))
 			}
 			_, _ = c.Write(*text)
-			_ = c.SetReadDeadline(time.Now().Add(50 * time.Millisecond)) // what is incomplete stays so
+			_ = c.SetReadDeadline(time.Now().Add(50 * time.Millisecond)) // an incomplete response stays incomplete
 		}
 	})
 	w := newWorld(f, "response_header_timeout 2s", nil)
@@ -174,11 +174,11 @@ func FuzzResponses(f *testing.F) {
 			for {
 				res, err := http.ReadResponse(c.r, &http.Request{Method: http.MethodGet})
 				if err != nil {
-					return false // broken off
+					return false // cut off
 				}
 				_, err = io.Copy(io.Discard, res.Body)
 				if res.StatusCode == http.StatusSwitchingProtocols {
-					t.Fatal("the client was told to switch protocols, which it has not asked for")
+					t.Fatal("the client got a 101 without asking for one")
 				}
 				if err != nil || res.Close {
 					return false

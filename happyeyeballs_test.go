@@ -19,19 +19,19 @@ import (
 	"time"
 )
 
-// The tests of a race have the clock of a synctest bubble, and addresses and answers
-// that do what a script says.
+// The tests of a race run in a synctest bubble, with DNS answers and dials that follow a
+// script.
 
 const never = time.Duration(math.MaxInt64)
 
-// scripted is what happens in a race: when which answers come, and what comes of
-// the attempts.
+// scripted describes a race: when which DNS answers arrive, and the outcome of each
+// attempt.
 type scripted struct {
 	answers map[time.Duration]dnsAnswer
-	dials   map[string]scriptedDial // those that are not there connect at once
+	dials   map[string]scriptedDial // addresses not listed connect at once
 	winner  string
 	dead    string
-	limit   time.Duration // of the context; 0: none
+	limit   time.Duration // the context's timeout; 0: none
 }
 
 type scriptedDial struct {
@@ -39,16 +39,16 @@ type scriptedDial struct {
 	err   error
 }
 
-// raced is what has come of a race.
+// raced is the outcome of a race.
 type raced struct {
 	starts []string // address@milliseconds
 	addr   netip.Addr
 	err    error
 	took   time.Duration
-	left   int // connections that are still open
+	left   int // connections still open
 }
 
-// scriptedConn counts itself out when it is closed.
+// scriptedConn decrements a counter when it is closed.
 type scriptedConn struct {
 	net.Conn
 	open *int
@@ -56,7 +56,7 @@ type scriptedConn struct {
 
 func (c *scriptedConn) Close() error { *c.open--; return nil }
 
-// runScript runs a race in a bubble of its own, in which nothing may be left behind.
+// runScript runs a race in its own bubble, in which no goroutine may be left behind.
 func runScript(t *testing.T, s scripted) (got raced) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
@@ -72,7 +72,7 @@ func runScript(t *testing.T, s scripted) (got raced) {
 				time.AfterFunc(after, func() { answers <- a })
 			}
 		}
-		starting := make(chan struct{}, 1) // what synctest sees as a mutex of its bubble
+		starting := make(chan struct{}, 1) // a mutex that synctest treats as durably blocking
 		r := &race{answers: answers, lookups: len(s.answers)}
 		if s.winner != "" {
 			r.winner = netip.MustParseAddr(s.winner)
@@ -87,7 +87,7 @@ func runScript(t *testing.T, s scripted) (got raced) {
 				<-ctx.Done()
 				return nil, ctx.Err()
 			}
-			// A connection may be established after the race is over.
+			// A connection may be established after the race has ended.
 			time.Sleep(d.after)
 			if d.err != nil {
 				return nil, d.err
@@ -104,7 +104,7 @@ func runScript(t *testing.T, s scripted) (got raced) {
 			t.Errorf("connection %v, error %v", conn, got.err)
 		}
 		cancel()
-		time.Sleep(time.Hour) // for what comes late
+		time.Sleep(time.Hour) // for late events
 		synctest.Wait()
 	})
 	return got
@@ -120,7 +120,7 @@ func addrsOf(list string) (addrs []netip.Addr) {
 func ip4(list string) dnsAnswer { return dnsAnswer{addrs: addrsOf(list)} }
 func ip6(list string) dnsAnswer { return dnsAnswer{ipv6: true, addrs: addrsOf(list)} }
 
-// failed is the answer of a DNS server that has no addresses.
+// failed returns a DNS answer without addresses.
 func failed(ipv6 bool, rcode int) dnsAnswer {
 	dns := &net.DNSError{Err: "no such host", IsNotFound: rcode == rcodeNameError || rcode == 0}
 	return dnsAnswer{ipv6: ipv6, err: &resolveError{err: dns, rcode: rcode, ipv6: ipv6}}
@@ -137,7 +137,7 @@ func TestRace(t *testing.T) {
 	for name, tc := range map[string]struct {
 		scripted
 		starts string
-		want   any // the address that is connected to, or what the error is
+		want   any // the address that wins, or the error
 		took   time.Duration
 	}{
 		"IPv6 first":             {scripted{answers: answers{1: ip6("::6"), 2: ip4("0.0.0.4")}}, "::6@0", "::6", 1},
@@ -222,13 +222,13 @@ func TestRace(t *testing.T) {
 				t.Errorf("%v, %v after %v; want %v after %v", got.addr, got.err, got.took, tc.want, tc.took)
 			}
 			if got.left != left {
-				t.Errorf("%d connections are left open, want %d", got.left, left)
+				t.Errorf("%d connections were left open, want %d", got.left, left)
 			}
 		})
 	}
 }
 
-// However many addresses a name has, it costs no more attempts than a few.
+// The number of attempts is bounded, however many addresses a name has.
 func TestRaceIsBounded(t *testing.T) {
 	var many dnsAnswer
 	refuses := make(map[string]scriptedDial)
@@ -243,14 +243,14 @@ func TestRaceIsBounded(t *testing.T) {
 			t.Errorf("%d attempts, want at most %d", len(got.starts), maxAttempts)
 		}
 	}
-	// An answer that is still to come would change nothing.
+	// An answer that is still pending changes nothing.
 	got := runScript(t, scripted{answers: map[time.Duration]dnsAnswer{0: many, never: ip6("::1")}, dials: refuses})
 	if len(got.starts) != maxAttempts || got.took != resolutionDelay || !errors.Is(got.err, syscall.ECONNREFUSED) {
 		t.Errorf("%d attempts, %v after %v", len(got.starts), got.err, got.took)
 	}
 }
 
-// A race that is given up ends at once, with the reason.
+// A canceled race ends at once, with the reason.
 func TestRaceIsGivenUp(t *testing.T) {
 	gone := errors.New("gone")
 	for name, answers := range map[string][]dnsAnswer{"in a look-up": nil, "in an attempt": {ip6("::1")}} {
@@ -275,8 +275,8 @@ func TestRaceIsGivenUp(t *testing.T) {
 	}
 }
 
-// Whatever is answered and whatever comes of the attempts, there is one connection
-// at most, no address is tried twice, and a race ends that has nothing to wait for.
+// Whatever the answers and the outcomes of the attempts, at most one connection remains, no
+// address is tried twice, and a race with nothing to wait for ends.
 func FuzzRace(f *testing.F) {
 	f.Add([]byte{0, 0, 1, 2, 3}, []byte{1, 0, 4, 5, 6}, []byte{0, 1, 2, 3, 0, 1, 2})
 	f.Add([]byte{10, 1}, []byte{0, 0, 1, 1, 1}, []byte{3, 3, 3})

@@ -20,8 +20,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 )
 
-// bothWays runs a test with a proxy that serves its clients itself, and with one
-// whose clients Caddy's HTTP server serves.
+// bothWays runs a test twice: with clients on the fast path, and with clients served by
+// Caddy's HTTP server.
 func bothWays(t *testing.T, options string, test func(t *testing.T, w *world)) {
 	for _, way := range []string{"own", "net/http"} {
 		t.Run(way, func(t *testing.T) {
@@ -36,7 +36,7 @@ func bothWays(t *testing.T, options string, test func(t *testing.T, w *world)) {
 	}
 }
 
-// answering starts an HTTP/1 origin that answers each request with the same bytes,
+// answering starts an HTTP/1 origin that sends the same bytes in response to each request,
 // and returns its address.
 func answering(t testing.TB, answer string) string {
 	return listen(t, func(c *net.TCPConn) {
@@ -52,8 +52,8 @@ func answering(t testing.TB, answer string) string {
 	})
 }
 
-// A head, and likewise the trailers, have at most so many bytes and so many lines,
-// however the lines are made.
+// A head, and likewise the trailers, is limited in bytes and in lines, however the lines
+// are formed.
 func TestHeadsAreBounded(t *testing.T) {
 	const head, end = "HTTP/1.1 200 OK\nContent-Length: 2\n", "\nok"
 	const trailers = "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n2\nok\n0\n"
@@ -78,7 +78,7 @@ func TestHeadsAreBounded(t *testing.T) {
 		for _, row := range rows {
 			c := w.dial()
 			c.send("GET http://" + answering(t, row.answer) + "/ HTTP/1.1\nHost: x\n\n")
-			res, err := http.ReadResponse(bufio.NewReaderSize(c, maxHead), nil) // in which the trailers have to fit
+			res, err := http.ReadResponse(bufio.NewReaderSize(c, maxHead), nil) // the trailers must fit too
 			if err != nil {
 				t.Fatalf("%s: %v", row.name, err)
 			}
@@ -103,7 +103,7 @@ func numbered(n int) string {
 	return b.String()
 }
 
-// The same bounds hold for an origin that speaks HTTP/2.
+// The same limits apply to an origin that speaks HTTP/2.
 func TestHTTP2HeadsAreBounded(t *testing.T) {
 	bothWays(t, "", func(t *testing.T, w *world) {
 		for _, row := range []struct {
@@ -135,7 +135,7 @@ func TestHTTP2HeadsAreBounded(t *testing.T) {
 			})
 			c := w.dial()
 			c.send("GET https://" + origin + "/ HTTP/1.1\nHost: x\n\n")
-			res, err := http.ReadResponse(bufio.NewReaderSize(c, maxHead), nil) // in which the trailers have to fit
+			res, err := http.ReadResponse(bufio.NewReaderSize(c, maxHead), nil) // the trailers must fit too
 			if err != nil {
 				t.Fatalf("%s: %v", row.name, err)
 			}
@@ -150,8 +150,8 @@ func TestHTTP2HeadsAreBounded(t *testing.T) {
 	})
 }
 
-// What a client makes the proxy hold of large heads, by not reading their responses to
-// the end, is bounded. Other clients are not affected, nor is this one afterwards.
+// A client that does not read responses to the end can make the proxy hold only a bounded
+// amount of large heads. Other clients are not affected, nor is this one afterwards.
 func TestHeldHeadsAreBounded(t *testing.T) {
 	const size = 200 << 10
 	proceed := make(chan struct{})
@@ -199,7 +199,7 @@ func TestHeldHeadsAreBounded(t *testing.T) {
 	close(proceed)
 }
 
-// A request has at most so many lines, too.
+// A request is limited in lines, too.
 func TestRequestLinesAreBounded(t *testing.T) {
 	bothWays(t, "", func(t *testing.T, w *world) {
 		for n, want := range map[int]int{maxFields - 10: 200, maxFields + 10: 431} {
@@ -212,7 +212,7 @@ func TestRequestLinesAreBounded(t *testing.T) {
 	})
 }
 
-// Each line of a request is looked at once, however its bytes come.
+// Each line of a request is scanned once, however its bytes arrive.
 func TestRequestLinesAreReadOnce(t *testing.T) {
 	w := newWorld(t, "", nil)
 	head := "GET http://a.example/ HTTP/1.1\r\n" + strings.Repeat("a:\r\n", 900) + "\r\n"
@@ -224,11 +224,12 @@ func TestRequestLinesAreReadOnce(t *testing.T) {
 		}
 	}
 	if took := measure(read, []byte(head)); took.bytes > 2<<20 {
-		t.Errorf("%d bytes take %d bytes of memory", len(head), took.bytes)
+		t.Errorf("a head of %d bytes allocates %d bytes", len(head), took.bytes)
 	}
 }
 
-// A chunk may be as large as a size can say, behind another one in the same buffer.
+// The largest expressible chunk size is accepted, even behind another chunk in the same
+// buffer.
 func TestLargestChunk(t *testing.T) {
 	chunks := &chunkReader{r: bufio.NewReader(strings.NewReader(fmt.Sprintf("5\r\nhello\r\n%x\r\nx", int64(math.MaxInt64))))}
 	got, err := io.ReadAll(chunks)
@@ -237,8 +238,7 @@ func TestLargestChunk(t *testing.T) {
 	}
 }
 
-// What a panic in a handler ends is in the log and in the metrics like any other
-// request.
+// A request that ends in a handler's panic is logged and counted like any other.
 func TestPanicIsLoggedAndCounted(t *testing.T) {
 	for _, value := range []any{"out of range", http.ErrAbortHandler} {
 		w := newWorld(t, "", nil)
@@ -256,7 +256,7 @@ func TestPanicIsLoggedAndCounted(t *testing.T) {
 		func() {
 			defer func() {
 				if got := recover(); got != value {
-					t.Errorf("the panic went on as %v, want %v", got, value)
+					t.Errorf("the panic continued as %v, want %v", got, value)
 				}
 			}()
 			r, _ := http.NewRequest(http.MethodGet, "/panics", nil)
@@ -265,16 +265,16 @@ func TestPanicIsLoggedAndCounted(t *testing.T) {
 		}()
 		line := w.waitLog("request", 1)[0]
 		if line["path"] != "/panics" || !strings.Contains(fmt.Sprint(line["error"]), fmt.Sprint(value)) {
-			t.Errorf("the log says %v", line)
+			t.Errorf("log line %v", line)
 		}
 		if n := testutil.ToFloat64(failed) - before; n != 1 {
-			t.Errorf("%v requests are counted as failed, want 1", n)
+			t.Errorf("%v requests were counted as failed, want 1", n)
 		}
 	}
 }
 
-// FuzzHeads reads arbitrary responses and holds what that takes to a multiple of
-// their size: how much is allocated, how often, and how often it is read.
+// FuzzHeads reads arbitrary responses and bounds the cost to a multiple of their size:
+// bytes allocated, allocations and reads.
 func FuzzHeads(f *testing.F) {
 	const head = "HTTP/1.1 200 OK\n"
 	chunks := head + "Transfer-Encoding: chunked\n"
@@ -298,26 +298,26 @@ func FuzzHeads(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, input []byte) {
 		var least work
-		for i := range 3 { // others may allocate at the same time
+		for i := range 3 { // other goroutines may allocate at the same time
 			if w := measure(func(r *bufio.Reader) { readAnswer(r) }, input); i == 0 || w.bytes < least.bytes {
 				least = w
 			}
 		}
 		size, lines := uint64(len(input)), uint64(bytes.Count(input, []byte("\n")))
 		if most := 32<<10 + 8*size + 768*min(lines, 2*maxFields); least.bytes > most {
-			t.Errorf("%d bytes take %d bytes of memory, at most %d are right", size, least.bytes, most)
+			t.Errorf("%d bytes of input allocate %d bytes, want at most %d", size, least.bytes, most)
 		}
 		if most := 100 + size; least.allocations > most {
-			t.Errorf("%d bytes take %d allocations, at most %d are right", size, least.allocations, most)
+			t.Errorf("%d bytes of input take %d allocations, want at most %d", size, least.allocations, most)
 		}
 		if most := 10 + size/1024; least.reads > most {
-			t.Errorf("%d bytes take %d reads, at most %d are right", size, least.reads, most)
+			t.Errorf("%d bytes of input take %d reads, want at most %d", size, least.reads, most)
 		}
 	})
 }
 
-// readAnswer reads a response as an exchange does, to its end or to an error, with
-// what is done with its trailers.
+// readAnswer reads a response and processes its trailers as an exchange does, to its end or
+// to an error.
 func readAnswer(r *bufio.Reader) {
 	for range maxInterim {
 		res, err := readResponse(r, http.MethodGet)
@@ -342,10 +342,10 @@ func readAnswer(r *bufio.Reader) {
 	}
 }
 
-// work is what it takes to read something.
+// work is the cost of reading something.
 type work struct{ bytes, allocations, reads uint64 }
 
-// measure returns what read takes for input, apart from the buffer.
+// measure returns the cost of read for input, without the buffer.
 func measure(read func(*bufio.Reader), input []byte) (w work) {
 	source := &countedReads{r: bytes.NewReader(input)}
 	r := bufio.NewReaderSize(source, 16<<10)

@@ -20,13 +20,14 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// framesOrigin is a connection to an https origin that says each frame itself.
+// framesOrigin is an https origin's connection, for tests that spell out every frame.
 type framesOrigin struct {
 	*http2.Framer
 	conn net.Conn
 }
 
-// headers begins the answer to a request, and ends it, too, if that is all.
+// headers sends a response head that fits into one frame, and ends the stream if ends is
+// set.
 func (f *framesOrigin) headers(stream uint32, ends bool, fields ...string) {
 	var head bytes.Buffer
 	e := hpack.NewEncoder(&head)
@@ -36,7 +37,7 @@ func (f *framesOrigin) headers(stream uint32, ends bool, fields ...string) {
 	_ = f.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: head.Bytes(), EndHeaders: true, EndStream: ends})
 }
 
-// longHeaders is headers for what does not fit into one frame.
+// longHeaders is headers for a head that needs several frames.
 func (f *framesOrigin) longHeaders(stream uint32, ends bool, fields ...string) {
 	var head bytes.Buffer
 	e := hpack.NewEncoder(&head)
@@ -52,8 +53,8 @@ func (f *framesOrigin) longHeaders(stream uint32, ends bool, fields ...string) {
 	}
 }
 
-// newFramesOrigin has answer called with each request's stream, and returns the
-// origin's address. No frame gives a client more room for content than the first.
+// newFramesOrigin starts an https origin that calls answer with each request's stream, and
+// returns its address. It never enlarges the client's window for content.
 func newFramesOrigin(t *testing.T, answer func(f *framesOrigin, stream uint32)) string {
 	config := &tls.Config{Certificates: []tls.Certificate{tlsCertificate}, NextProtos: []string{"h2"}}
 	return listen(t, func(c *net.TCPConn) {
@@ -85,7 +86,7 @@ func newFramesOrigin(t *testing.T, answer func(f *framesOrigin, stream uint32)) 
 	})
 }
 
-// responsesObserved is how often the time until a response was measured.
+// responsesObserved returns how many response times were measured.
 func responsesObserved(t *testing.T) uint64 {
 	var m dto.Metric
 	if err := metrics.responses.Write(&m); err != nil {
@@ -94,7 +95,8 @@ func responsesObserved(t *testing.T) uint64 {
 	return m.GetHistogram().GetSampleCount()
 }
 
-// A response that comes before the request is complete is the client's at once.
+// TestHTTP2EarlyResponse checks that a response sent before the request is complete reaches
+// the client at once.
 func TestHTTP2EarlyResponse(t *testing.T) {
 	for _, length := range []string{"2", ""} {
 		origin := newFramesOrigin(t, func(f *framesOrigin, stream uint32) {
@@ -115,12 +117,12 @@ func TestHTTP2EarlyResponse(t *testing.T) {
 	}
 }
 
-// The length of a response is one, or it is none that is passed on; a status that has
-// no content may have one all the same (RFC 9110 §8.6, RFC 9113 §8.1.1).
+// A response with conflicting lengths is not passed on. A status without content may still
+// carry a length (RFC 9110 §8.6, RFC 9113 §8.1.1).
 func TestHTTP2Lengths(t *testing.T) {
 	for _, row := range []struct {
 		fields, data string
-		ends         bool // with the head
+		ends         bool // the head ends the stream
 		status       int
 		length, body string
 	}{
@@ -149,17 +151,17 @@ func TestHTTP2Lengths(t *testing.T) {
 			}
 		}
 		measured := uint64(2)
-		if row.status == http.StatusBadGateway { // no response that was understood
+		if row.status == http.StatusBadGateway { // not a valid response, so not measured
 			measured = 0
 		}
 		if n := responsesObserved(t) - before; n != measured {
-			t.Errorf("%s: %d responses are measured, want %d", row.fields, n, measured)
+			t.Errorf("%s: %d responses were measured, want %d", row.fields, n, measured)
 		}
 	}
 }
 
-// The time for a response is that of the origin alone: a client may take longer with
-// its request, and an origin that takes no more of it, or none, has had its time.
+// The response-header timeout covers the origin's time alone: a client may send its request
+// slowly, but an origin that stops reading it, or does not respond to it, times out.
 func TestHTTP2ResponseTimeout(t *testing.T) {
 	w := newWorld(t, "response_header_timeout 1s", nil)
 	before := responsesObserved(t)
@@ -172,7 +174,7 @@ func TestHTTP2ResponseTimeout(t *testing.T) {
 	} {
 		c := w.dial()
 		request = strings.ReplaceAll(request, "ORIGIN", origin)
-		go func() { // of which not all is taken
+		go func() { // the origin does not read all of it
 			_, _ = io.WriteString(c, strings.ReplaceAll(strings.Replace(request, "CONTENT", strings.Repeat("x", 1_000_000), 1), "\n", "\r\n"))
 		}()
 		if res, body := c.response(http.MethodGet); res.StatusCode != http.StatusGatewayTimeout {
@@ -180,7 +182,7 @@ func TestHTTP2ResponseTimeout(t *testing.T) {
 		}
 	}
 	if n := responsesObserved(t) - before; n != 0 {
-		t.Errorf("%d responses are measured", n)
+		t.Errorf("%d responses were measured", n)
 	}
 	patient := newFramesOrigin(t, func(f *framesOrigin, stream uint32) {
 		for {
@@ -201,12 +203,12 @@ func TestHTTP2ResponseTimeout(t *testing.T) {
 		c.send("x")
 	}
 	if res, body := c.response(http.MethodPut); res.StatusCode != http.StatusOK {
-		t.Errorf("a client that takes its time: %s %q", res.Status, body)
+		t.Errorf("a slow client: %s %q", res.Status, body)
 	}
 }
 
-// A connection that the origin was closing while it was idle is not the request's
-// failure, if that may be sent again.
+// A request that may be retried does not fail because the origin was closing an idle
+// connection.
 func TestHTTP2StaleConnection(t *testing.T) {
 	for method, want := range map[string]int{"GET": 200, "DELETE": 200, "POST": 502, "PATCH": 502} {
 		var requests atomic.Int64
@@ -227,15 +229,15 @@ func TestHTTP2StaleConnection(t *testing.T) {
 	}
 }
 
-// An origin that has fallen silent on its connection is asked on another one, if the
-// request may be sent again. The dead connection is not used any more in any case.
+// If an origin has fallen silent on a connection, a request that may be retried is sent on
+// another. The dead connection is never reused.
 func TestHTTP2SilentConnection(t *testing.T) {
 	for method, want := range map[string]int{"GET": 200, "DELETE": 200, "POST": 504} {
 		var conns atomic.Int64
 		origin := newFramesOrigin(t, func(f *framesOrigin, stream uint32) {
 			f.headers(stream, true, ":status", "200")
 			if conns.Add(1) == 1 {
-				_, _ = io.Copy(io.Discard, f.conn) // from now on
+				_, _ = io.Copy(io.Discard, f.conn) // silent from now on
 			}
 		})
 		w := newWorld(t, "response_header_timeout 10s", nil)

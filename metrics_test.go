@@ -25,15 +25,15 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 )
 
-// gathered returns the values of all metrics, of histograms the counts, by name
-// and labels as in the exposition format.
+// gathered returns the values of all metrics (of histograms, the counts), keyed by name and
+// labels as in the exposition format.
 func gathered(t testing.TB) map[string]float64 {
 	t.Helper()
 	registry := prometheus.NewPedanticRegistry()
 	if err := registerMetrics(registry); err != nil {
 		t.Fatal(err)
 	}
-	if err := registerMetrics(registry); err != nil { // by another handler
+	if err := registerMetrics(registry); err != nil { // already registered by another handler
 		t.Fatal(err)
 	}
 	families, err := registry.Gather()
@@ -57,8 +57,8 @@ func gathered(t testing.TB) map[string]float64 {
 	return values
 }
 
-// TestMetricsCount runs a script of requests, twice, with a reload in between,
-// and compares what was counted to the last one.
+// TestMetricsCount runs a script of requests twice, with a reload in between, and checks
+// every metric exactly.
 func TestMetricsCount(t *testing.T) {
 	refusalResolver(t)
 	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -89,7 +89,7 @@ func TestMetricsCount(t *testing.T) {
 		}
 		ask("GET", "http://denied.test/", "", 403)
 		ask("GET", "http://nowhere.invalid/", "", 502)
-		ask("GET", "/", "", 200) // another handler's
+		ask("GET", "/", "", 200) // served by another handler
 		ask("CONNECT", "bad", "", 400)
 		ask("CONNECT", closed, "", 502)
 		ask("CONNECT", "10.0.0.1:80", policyRemote, 403)
@@ -107,7 +107,7 @@ func TestMetricsCount(t *testing.T) {
 		})
 		for name, want := range map[string]float64{"tunnels": 1, "tunnels_limit": 7, `tunnel_bytes_total{direction="up"}`: up} {
 			if during[name] != want {
-				t.Errorf("with a tunnel open: %s = %v, want %v", name, during[name], want)
+				t.Errorf("while a tunnel is open: %s = %v, want %v", name, during[name], want)
 			}
 		}
 		if during["rate_limit_clients"] < 1 || during["idle_connections"] < 1 {
@@ -144,7 +144,7 @@ func TestMetricsCount(t *testing.T) {
 			`tunnel_bytes_total{direction="up"}`:                                 10,
 			`tunnel_bytes_total{direction="down"}`:                               10,
 			`tunnel_duration_seconds`:                                            1,
-			`response_duration_seconds`:                                          7, // heads that came
+			`response_duration_seconds`:                                          7, // response heads received
 			`forwarded_bytes_total{direction="down"}`:                            4,
 			`dial_duration_seconds{outcome="dns"}`:                               1,
 			`dial_duration_seconds{outcome="refused"}`:                           1,
@@ -158,10 +158,10 @@ func TestMetricsCount(t *testing.T) {
 					got[name] = added
 				}
 			}
-			want[dialled] = got[dialled] // as many as were idle
+			want[dialled] = got[dialled] // depends on how many connections were idle
 			return maps.Equal(got, want)
 		}
-		// A client may have its answer before that is counted.
+		// A client may have its response before it is counted.
 		for deadline := time.Now().Add(patience); !counted() && time.Now().Before(deadline); {
 			time.Sleep(5 * time.Millisecond)
 		}
@@ -180,7 +180,7 @@ func TestMetricsCount(t *testing.T) {
 	}
 }
 
-// TestMetricsLint: the metrics keep the conventions, and are what the README says.
+// TestMetricsLint checks that the metrics follow the conventions and match the README.
 func TestMetricsLint(t *testing.T) {
 	registry := prometheus.NewPedanticRegistry()
 	if err := registerMetrics(registry); err != nil {
@@ -215,8 +215,8 @@ func TestMetricsLint(t *testing.T) {
 	}
 }
 
-// TestMetricsExposition compares the metrics of a proxy that has done nothing
-// yet with testdata/metrics.txt, apart from what is there at the moment.
+// TestMetricsExposition compares an unused proxy's metrics with testdata/metrics.txt,
+// except for gauges of the process's current state.
 func TestMetricsExposition(t *testing.T) {
 	registry := prometheus.NewPedanticRegistry()
 	m := newProcessMetrics()
@@ -231,12 +231,12 @@ func TestMetricsExposition(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got != string(want) {
-		t.Errorf("the exposition is not that of %s but\n%s", golden, got)
+		t.Errorf("the exposition differs from %s:\n%s", golden, got)
 	}
 }
 
-// since returns what has grown, apart from what is there at the moment and how
-// long things took.
+// since returns how much each metric has grown, except for gauges of the current state and
+// for durations.
 func since(t testing.TB, before map[string]float64) map[string]float64 {
 	t.Helper()
 	grown := make(map[string]float64)
@@ -248,7 +248,7 @@ func since(t testing.TB, before map[string]float64) map[string]float64 {
 	return grown
 }
 
-// A client that leaves is nobody's failure, whenever it does.
+// A client's disconnect never counts as a failure, whenever it happens.
 func TestMetricsOfAClientThatLeaves(t *testing.T) {
 	const some = 1 << 20
 	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -256,7 +256,7 @@ func TestMetricsOfAClientThatLeaves(t *testing.T) {
 			<-r.Context().Done()
 			return
 		}
-		if strings.HasPrefix(r.URL.Path, "/length") { // else in chunks
+		if strings.HasPrefix(r.URL.Path, "/length") { // otherwise chunked
 			w.Header().Set("Content-Length", fmt.Sprint(1<<40))
 		}
 		for part := make([]byte, some); ; {
@@ -293,13 +293,13 @@ func TestMetricsOfAClientThatLeaves(t *testing.T) {
 			grown := since(t, before)
 			delete(grown, `forwarded_bytes_total{direction="down"}`)
 			if want := map[string]float64{`requests_total{kind="forward",outcome="canceled"}`: 1}; !maps.Equal(grown, want) {
-				t.Errorf("what has grown is %v, want %v", grown, want)
+				t.Errorf("growth %v, want %v", grown, want)
 			}
 		})
 	}
 }
 
-// The content of requests counts as it is read, however it comes.
+// Request content is counted as it is read, whatever its framing.
 func TestMetricsOfUploads(t *testing.T) {
 	const size = 100_000
 	w := newWorld(t, "zone uploads", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) }))
@@ -321,26 +321,26 @@ func TestMetricsOfUploads(t *testing.T) {
 	}
 }
 
-// A tunnel counts when it opens, whatever it came by.
+// A tunnel is counted when it opens, over every protocol.
 func TestMetricsOfTunnelsThatAreOpen(t *testing.T) {
 	w := newTunnelWorld(t, tunnelSetup{})
 	for _, protocol := range tunnelProtocols {
 		before := gathered(t)
 		conn := w.client(t, protocol).open(echoTarget(t))
 		hear(t, conn, say(t, conn, "hello"))
-		// Over HTTP/1 the answer may be there before the handler has returned.
+		// Over HTTP/1 the client may have its response before the handler has returned.
 		want := map[string]float64{`requests_total{kind="tunnel",outcome="ok"}`: 1}
 		eventually(t, protocol+" to count", func() bool { return maps.Equal(since(t, before), want) })
 		conn.Close()
 		eventually(t, "the tunnel to end", func() bool { return gathered(t)["tunnels"] == 0 })
 		if grown := since(t, before); !maps.Equal(grown, want) {
-			t.Errorf("%s: after its end %v has grown, want %v", protocol, grown, want)
+			t.Errorf("%s: after its end: growth %v, want %v", protocol, grown, want)
 		}
 	}
 }
 
-// A dial that takes too long is a time-out, whoever has set the limit; one that
-// the client or the proxy gives up is canceled.
+// A dial that takes too long is a timeout, whichever limit applies. A dial that the client
+// or the proxy gives up is canceled.
 func TestDialOutcomes(t *testing.T) {
 	late, cancel := context.WithTimeout(t.Context(), 0)
 	defer cancel()

@@ -19,14 +19,14 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// forgetCredentials makes each test begin as a new process does.
+// forgetCredentials resets the credential caches, as in a new process.
 func forgetCredentials() {
 	for _, s := range []*credentialSet{rightCredentials, wrongCredentials} {
 		s.gens.Store(newCredentialSet(0).gens.Load())
 	}
 }
 
-// TestLoginGate checks who may enter, and that waiting is bounded.
+// TestLoginGate checks which clients may enter, and that waiting is bounded.
 func TestLoginGate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newLoginGate(2, time.Minute)
@@ -48,17 +48,17 @@ func TestLoginGate(t *testing.T) {
 		want := func(in, wait int64) {
 			t.Helper()
 			if synctest.Wait(); inside.Load() != in || waiting.Load() != wait {
-				t.Fatalf("%d are inside and %d wait, want %d and %d", inside.Load(), waiting.Load(), in, wait)
+				t.Fatalf("%d entered and %d wait, want %d and %d", inside.Load(), waiting.Load(), in, wait)
 			}
 		}
 		leave := func(n byte) { inside.Add(-1); g.leave(client(n)) }
 
 		for range 3 {
-			enter(t.Context(), 1, ignore) // one client has one turn
+			enter(t.Context(), 1, ignore) // each client has one slot
 		}
 		want(1, 2)
 		enter(t.Context(), 2, ignore)
-		enter(t.Context(), 3, ignore) // there are two places in all
+		enter(t.Context(), 3, ignore) // there are two slots in total
 		want(2, 3)
 		leave(1)
 		want(2, 2)
@@ -71,31 +71,31 @@ func TestLoginGate(t *testing.T) {
 		enter(ctx, 4, func(err error) { got <- err })
 		cancel(left)
 		if err := <-got; err != left {
-			t.Errorf("a client that leaves: %v", err)
+			t.Errorf("a client that disconnects: %v", err)
 		}
 		enter(t.Context(), 5, func(err error) { got <- err })
-		if err := <-got; err != errLoginsBusy { // after a minute of the test's clock
-			t.Errorf("a client that has waited: %v", err)
+		if err := <-got; err != errLoginsBusy { // after a minute of synthetic time
+			t.Errorf("a client that timed out: %v", err)
 		}
-		want(2, 0) // and so has the last one of the first client
+		want(2, 0) // the first client's last login has timed out too
 		for range maxLoginLine - 1 {
 			enter(t.Context(), 1, ignore)
 		}
 		enter(t.Context(), 1, func(err error) { got <- err })
 		if err := <-got; err != errLoginsBusy {
-			t.Errorf("one too many: %v", err)
+			t.Errorf("one login too many: %v", err)
 		}
 		time.Sleep(2 * time.Minute)
 		want(2, 0)
 		leave(1)
 		leave(3)
 		if len(g.lines) != 0 || len(g.slots) != 0 {
-			t.Errorf("%d lines and %d places are left", len(g.lines), len(g.slots))
+			t.Errorf("%d queues and %d slots are left", len(g.lines), len(g.slots))
 		}
 	})
 }
 
-// TestCredentialSet: the set is bounded, and keeps what is looked up.
+// TestCredentialSet checks that the set is bounded and keeps entries that are looked up.
 func TestCredentialSet(t *testing.T) {
 	s := newCredentialSet(20)
 	key := func(n int) credentialKey { return credentialsKey(fmt.Sprint(n)) }
@@ -112,24 +112,24 @@ func TestCredentialSet(t *testing.T) {
 		}
 	}
 	if kept > 22 || s.has(key(1)) {
-		t.Errorf("%d are kept, of 20", kept)
+		t.Errorf("%d of 20 entries are kept", kept)
 	}
 	s.remove(key(0))
 	if s.has(key(0)) {
-		t.Error("it was removed")
+		t.Error("the entry was removed")
 	}
 	if credentialsKey("a", "bc") == credentialsKey("ab", "c") {
 		t.Error("different parts have the same key")
 	}
 }
 
-// loginWorld is a world in which every request tries to log in.
+// loginWorld is a world in which every request logs in.
 type loginWorld struct {
 	*world
 	t *testing.T
 }
 
-// newLoginWorld serves clients in one of the two ways.
+// newLoginWorld starts a world that serves clients in one of the two ways.
 func newLoginWorld(t *testing.T, way, options string) *loginWorld {
 	w := newWorld(t, "", nil)
 	site := w.site(authUsers + "zone " + strings.ReplaceAll(t.Name(), "#", "") + "\n" + options)
@@ -147,7 +147,7 @@ func loginWays(t *testing.T, test func(t *testing.T, way string)) {
 	}
 }
 
-// ask logs in from an address, "" for that of the test.
+// ask logs in from an address; "" means the test's own.
 func (w *loginWorld) ask(from, user, password string) (*http.Response, string) {
 	w.t.Helper()
 	lines := "Proxy-Authorization: " + login(user, password) + "\n"
@@ -160,7 +160,7 @@ func (w *loginWorld) ask(from, user, password string) (*http.Response, string) {
 	return policyRequest(w.t, w.proxy, http.MethodGet, w.origin.Listener.Addr().String(), lines)
 }
 
-// gets compares the status of the answer.
+// gets logs in and checks the response's status.
 func (w *loginWorld) gets(status int, from, user, password string) {
 	w.t.Helper()
 	if res, body := w.ask(from, user, password); res.StatusCode != status {
@@ -168,8 +168,8 @@ func (w *loginWorld) gets(status int, from, user, password string) {
 	}
 }
 
-// TestFailedLogins: a client that guesses is refused without a check, also for
-// other users, and those who have logged in before, and other clients, are not.
+// TestFailedLogins checks that a client that guesses passwords is refused without a check,
+// for other users too, while earlier logins and other clients are not affected.
 func TestFailedLogins(t *testing.T) {
 	loginWays(t, func(t *testing.T, way string) {
 		w := newLoginWorld(t, way, "failed_logins 3 per 1h\nburst 4\nrefill 0.00001\nallow 127.0.0.0/8")
@@ -194,7 +194,7 @@ func TestFailedLogins(t *testing.T) {
 		w.gets(407, "192.0.2.7", "alice", "guess0")
 		w.gets(407, "192.0.2.7", "alice", "another guess")
 
-		// The client's own tokens are those of its requests that were let in.
+		// Requests that were let in took the client's own tokens.
 		for _, status := range []int{200, 200, 200, 429} {
 			w.gets(status, "", "alice", "wonderland")
 		}
@@ -204,21 +204,21 @@ func TestFailedLogins(t *testing.T) {
 			}
 		}
 		if !refillClient(netip.MustParseAddr("127.0.0.1"), "") {
-			t.Error("there was nothing to refill")
+			t.Error("nothing was refilled")
 		}
 		w.gets(407, "", "alice", "one more guess")
 	})
 }
 
-// TestRightPasswordBesideGuesses: somebody who knows the password gets in from the
-// address of somebody who guesses, the first time as well.
+// TestRightPasswordBesideGuesses checks that a client with the right password gets in from
+// an address that others guess from, the first time as well.
 func TestRightPasswordBesideGuesses(t *testing.T) {
 	loginWays(t, func(t *testing.T, way string) {
 		w := newLoginWorld(t, way, "failed_logins 20 per 2s\nallow 127.0.0.0/8")
 		limited := 0
 		for i := 0; limited < 3; i++ {
 			if i == 1000 {
-				t.Fatal("a client may guess as often as it likes")
+				t.Fatal("guesses are not limited")
 			}
 			if res, _ := w.ask("", "alice", fmt.Sprint("guess", i)); res.StatusCode == 429 {
 				limited++
@@ -229,8 +229,8 @@ func TestRightPasswordBesideGuesses(t *testing.T) {
 	})
 }
 
-// TestOldPasswordOfAJob: a job that uses an old password again and again costs one
-// check, and locks out nobody behind its address.
+// TestOldPasswordOfAJob checks that a job that keeps using an outdated password costs a
+// single check, and does not lock out other clients at its address.
 func TestOldPasswordOfAJob(t *testing.T) {
 	for _, by := range []string{"client_ip", "user"} {
 		t.Run(by, func(t *testing.T) {
@@ -256,7 +256,8 @@ func TestOldPasswordOfAJob(t *testing.T) {
 	}
 }
 
-// TestLoginsAreRemembered for as long as the hash is the same, across reloads.
+// TestLoginsAreRemembered checks that a login is remembered while the hash is the same,
+// across reloads.
 func TestLoginsAreRemembered(t *testing.T) {
 	loginWays(t, func(t *testing.T, way string) {
 		options := "allow 127.0.0.0/8\n"
@@ -278,8 +279,8 @@ func TestLoginsAreRemembered(t *testing.T) {
 	})
 }
 
-// TestPasswordsAreCheckedOneByOne of each client, and in all no more than half of
-// the processors do.
+// TestPasswordsAreCheckedOneByOne checks that each client's passwords are checked one at a
+// time, on at most half of the processors in total.
 func TestPasswordsAreCheckedOneByOne(t *testing.T) {
 	loginWays(t, func(t *testing.T, way string) {
 		const guesses, tokens, clients = 20, 5, 3
@@ -303,7 +304,7 @@ func TestPasswordsAreCheckedOneByOne(t *testing.T) {
 		eventually(t, "each to be answered or held", func() bool {
 			return len(statuses) == (guesses-tokens)*clients && compared.Load() == int64(slots)
 		})
-		// The other handlers of the process do not wait.
+		// Requests that need no check do not wait.
 		w.gets(407, "192.0.2.99", "", "")
 		if n := compared.Load(); n != int64(slots) {
 			t.Errorf("%d passwords are checked at once, want %d", n, slots)
@@ -320,7 +321,8 @@ func TestPasswordsAreCheckedOneByOne(t *testing.T) {
 	})
 }
 
-// TestLoginOfAClientThatLeaves takes no token.
+// TestLoginOfAClientThatLeaves checks that a client that disconnects in the queue is
+// charged no token.
 func TestLoginOfAClientThatLeaves(t *testing.T) {
 	loginWays(t, func(t *testing.T, way string) {
 		w := newLoginWorld(t, way, "failed_logins 2 per 1h\nallow 127.0.0.0/8")
@@ -354,7 +356,8 @@ func TestLoginOfAClientThatLeaves(t *testing.T) {
 	})
 }
 
-// TestLoginsOfOtherProviders are asked each time, as they may change their minds.
+// TestLoginsOfOtherProviders checks that other providers are asked every time, because
+// their answer may change.
 func TestLoginsOfOtherProviders(t *testing.T) {
 	w := newWorld(t, "", nil)
 	config, _, err := adapt(w.globals()+w.site("via tester"), "Caddyfile")
@@ -375,7 +378,7 @@ func TestLoginsOfOtherProviders(t *testing.T) {
 		}
 	}
 	gets(200, "Bearer abc")
-	gets(407, "Bearer broken") // some providers return an error for a wrong token
+	gets(407, "Bearer broken") // some providers return an error for an invalid token
 	gets(407, "Bearer x")
 	gets(429, "Bearer y")
 	gets(200, "Bearer abc")
@@ -384,8 +387,9 @@ func TestLoginsOfOtherProviders(t *testing.T) {
 	gets(429, "Bearer abc")
 }
 
-// Passwords that http_basic hashes for each request, as it is not the only provider,
-// are checked one by one too.
+// TestRightPasswordsOfSeveralProvidersTakeTurns checks that passwords which http_basic
+// hashes for each request, because there are other providers, are also checked one at a
+// time.
 func TestRightPasswordsOfSeveralProvidersTakeTurns(t *testing.T) {
 	w := newLoginWorld(t, "fast", "allow 127.0.0.0/8")
 	config, _, err := adapt(w.globals()+w.site(authUsers), "Caddyfile")
@@ -432,7 +436,7 @@ func TestRightPasswordsOfSeveralProvidersTakeTurns(t *testing.T) {
 	}
 }
 
-// TestFailedLoginsOptions refuses values that make no sense.
+// TestFailedLoginsOptions checks that invalid values are refused.
 func TestFailedLoginsOptions(t *testing.T) {
 	for _, row := range []struct {
 		n    int

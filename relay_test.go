@@ -22,20 +22,20 @@ import (
 	"time"
 )
 
-// relayRig is a relay that runs: what is written to in comes out of out.
+// relayRig is a running relay: what is written to in comes out of out.
 type relayRig struct {
-	in, out net.Conn // the two ends outside
-	dst     net.Conn // the end to the destination, for the test to close
+	in, out net.Conn // the outer ends
+	dst     net.Conn // the inner end towards the destination, for the test to close
 	copied  flow
 	result  chan relayResult
 }
 
 type relayResult struct{ readErr, writeErr error }
 
-// connPair makes two connected ends of some kind.
+// connPair returns the two ends of a connection.
 type connPair func(t testing.TB) (inside, outside net.Conn)
 
-// relayKinds are the pairs of ends that a relay meets. Only sockets can be
+// relayKinds are the combinations of ends that a relay handles. Only sockets can be
 // spliced.
 var relayKinds = []struct {
 	name     string
@@ -72,7 +72,7 @@ func pipePair(t testing.TB) (inside, outside net.Conn) {
 	return inside, outside
 }
 
-// socketPair makes a connection on loopback.
+// socketPair returns the two ends of a loopback TCP connection.
 func socketPair(t testing.TB) (inside, outside net.Conn) {
 	t.Helper()
 	ln, err := net.Listen("tcp4", "127.0.0.1:0")
@@ -117,7 +117,7 @@ func selfSigned(t testing.TB) tls.Certificate {
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
 }
 
-// end says that nothing more will be written to a connection.
+// end half-closes a connection.
 func end(conn net.Conn) error {
 	if half, ok := conn.(closeWriter); ok {
 		return half.CloseWrite()
@@ -125,7 +125,7 @@ func end(conn net.Conn) error {
 	return conn.Close()
 }
 
-// inChunks hands out what r has in chunks of random sizes up to most.
+// inChunks returns r's data in chunks of random sizes up to most.
 type inChunks struct {
 	r    io.Reader
 	most int
@@ -136,14 +136,14 @@ func (c *inChunks) Read(b []byte) (int, error) {
 	return c.r.Read(b[:min(len(b), 1+c.rng.IntN(c.most))])
 }
 
-// Each size is one at which a buffer is just full, or just not.
+// The sizes are at the boundaries of full buffers.
 func TestRelay(t *testing.T) {
 	sizes := []int64{0, 1, 1023, 1024, 1025, 4095, 4096, 4097, 8192, 32767, 32768, 32769, 65535, 65536, 65537, 1 << 20, 16 << 20}
 	for _, kind := range relayKinds {
 		for _, size := range sizes {
 			for _, most := range []int{1 << 20, 5000, 37} {
 				if size > 1<<20 && most < 5000 {
-					continue // a system call for each few bytes of very many
+					continue // a system call for every few bytes would take too long
 				}
 				t.Run(fmt.Sprintf("%s/%d bytes in chunks of %d", kind.name, size, most), func(t *testing.T) {
 					rig := newRelayRig(t, kind.src, kind.dst)
@@ -161,10 +161,10 @@ func TestRelay(t *testing.T) {
 					}()
 					res := <-rig.result
 					if res.readErr != io.EOF || res.writeErr != nil {
-						t.Errorf("relay ends with %v, %v; want EOF", res.readErr, res.writeErr)
+						t.Errorf("the relay ended with %v, %v; want EOF", res.readErr, res.writeErr)
 					}
 					if n := rig.copied.Load(); n != size {
-						t.Errorf("relay counts %d bytes, want %d", n, size)
+						t.Errorf("the relay counted %d bytes, want %d", n, size)
 					}
 					end(rig.dst)
 					<-received
@@ -174,7 +174,7 @@ func TestRelay(t *testing.T) {
 	}
 }
 
-// What is there is passed on at once, whatever the size of the buffers.
+// Data is passed on at once, whatever the size of the buffers.
 func TestRelayDoesNotWaitForMore(t *testing.T) {
 	for _, kind := range relayKinds {
 		t.Run(kind.name, func(t *testing.T) {
@@ -188,14 +188,14 @@ func TestRelayDoesNotWaitForMore(t *testing.T) {
 			end(rig.in)
 			<-rig.result
 			if n := rig.copied.Load(); n != total {
-				t.Errorf("relay counts %d bytes, want %d", n, total)
+				t.Errorf("the relay counted %d bytes, want %d", n, total)
 			}
 		})
 	}
 }
 
-// A destination that does not read stops the source, after what the kernel
-// holds and a pipe or a buffer.
+// A destination that does not read stops the source after what the kernel and one pipe or
+// buffer hold.
 func TestRelayWaitsForASlowDestination(t *testing.T) {
 	const kernel, size = 64 << 10, 64 << 20
 	for _, kind := range relayKinds {
@@ -238,12 +238,12 @@ func TestRelayWaitsForASlowDestination(t *testing.T) {
 				last = wrote.Load()
 			}
 			if n := wrote.Load(); n > 4<<20 {
-				t.Errorf("the source could write %d bytes that nobody read", n)
+				t.Errorf("the source wrote %d bytes to a destination that does not read", n)
 			}
 			runtime.GC()
 			runtime.ReadMemStats(&after)
 			if grown := int64(after.HeapAlloc) - int64(before.HeapAlloc) - size; grown > 1<<20 {
-				t.Errorf("the heap has grown by %d bytes", grown)
+				t.Errorf("the heap grew by %d bytes", grown)
 			}
 			received := make(chan struct{})
 			go func() {
@@ -267,10 +267,10 @@ func TestRelayReportsTheSourcesFailure(t *testing.T) {
 				newConnPeer(rig.in).Abort()
 				res := <-rig.result
 				if res.writeErr != nil || res.readErr == nil || res.readErr == io.EOF && newConnPeer(rig.in).tcp != nil {
-					t.Errorf("relay ends with %v, %v; want a failure of the source", res.readErr, res.writeErr)
+					t.Errorf("the relay ended with %v, %v; want a source error", res.readErr, res.writeErr)
 				}
 				if n := rig.copied.Load(); n != size {
-					t.Errorf("relay counts %d bytes, want %d", n, size)
+					t.Errorf("the relay counted %d bytes, want %d", n, size)
 				}
 			})
 		}
@@ -291,19 +291,19 @@ func TestRelayReportsTheDestinationsFailure(t *testing.T) {
 				receiveBulk(t, "the other side", io.LimitReader(rig.out, before), 1, before)
 				newConnPeer(rig.out).Abort()
 				if res := <-rig.result; res.writeErr == nil || res.readErr != nil {
-					t.Errorf("relay ends with %v, %v; want a failure of the destination", res.readErr, res.writeErr)
+					t.Errorf("the relay ended with %v, %v; want a destination error", res.readErr, res.writeErr)
 				}
-				newConnPeer(rig.in).Abort() // ends the sender
+				newConnPeer(rig.in).Abort() // stops the sender
 				n := <-sent
-				if copied := rig.copied.Load(); copied < before || copied > n+16<<10 { // TLS: one record is on its way
-					t.Errorf("relay counts %d bytes; %d were received and %d sent", copied, before, n)
+				if copied := rig.copied.Load(); copied < before || copied > n+16<<10 { // TLS: one record is in flight
+					t.Errorf("the relay counted %d bytes; %d were received and %d sent", copied, before, n)
 				}
 			})
 		}
 	}
 }
 
-// What the destination has not taken is not counted.
+// Bytes that the destination has not accepted are not counted.
 func TestRelayCountsWhatIsTaken(t *testing.T) {
 	const sent, taken = 1000, 10
 	for _, src := range []connPair{socketPair, pipePair} {
@@ -313,12 +313,12 @@ func TestRelayCountsWhatIsTaken(t *testing.T) {
 		rig.out.Close()
 		<-rig.result
 		if n := rig.copied.Load(); n != taken {
-			t.Errorf("relay counts %d bytes, want %d", n, taken)
+			t.Errorf("the relay counted %d bytes, want %d", n, taken)
 		}
 	}
 }
 
-// A relay that has ended in the middle of something leaves no byte to another.
+// A relay that failed midway leaves no bytes to the next one.
 func TestRelayAfterFailures(t *testing.T) {
 	for range 50 {
 		rig := newRelayRig(t, socketPair, socketPair)
@@ -340,7 +340,7 @@ func TestRelayAfterFailures(t *testing.T) {
 	receiveBulk(t, "the other side", rig.out, 1, 16<<20)
 }
 
-// Closing either end from elsewhere, as limits do, ends a relay that waits.
+// Closing either end from outside, as limits do, ends a blocked relay.
 func TestRelayEndsWhenItsEndsAreClosed(t *testing.T) {
 	for _, kind := range relayKinds {
 		t.Run(kind.name+"/source", func(t *testing.T) {
@@ -354,7 +354,7 @@ func TestRelayEndsWhenItsEndsAreClosed(t *testing.T) {
 			}()
 			from.Close()
 			if err := <-done; !errors.Is(err, net.ErrClosed) && err != io.ErrClosedPipe {
-				t.Errorf("relay ends with %v, want that the source is closed", err)
+				t.Errorf("the relay ended with %v, want a closed source", err)
 			}
 		})
 		t.Run(kind.name+"/destination", func(t *testing.T) {
@@ -363,13 +363,13 @@ func TestRelayEndsWhenItsEndsAreClosed(t *testing.T) {
 			io.CopyN(io.Discard, rig.out, 100)
 			rig.dst.Close()
 			if res := <-rig.result; res.writeErr == nil {
-				t.Errorf("relay ends with %v, %v; want a failure to write", res.readErr, res.writeErr)
+				t.Errorf("the relay ended with %v, %v; want a write error", res.readErr, res.writeErr)
 			}
 		})
 	}
 }
 
-// A deadline of the source is a failure like others.
+// A deadline on the source is an error like any other.
 func TestRelayWithADeadline(t *testing.T) {
 	for _, kind := range relayKinds {
 		t.Run(kind.name, func(t *testing.T) {
@@ -378,7 +378,7 @@ func TestRelayWithADeadline(t *testing.T) {
 			from.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
 			var copied flow
 			if err, _ := relay(to, from, &copied); !errors.Is(err, os.ErrDeadlineExceeded) {
-				t.Errorf("relay ends with %v, want the deadline", err)
+				t.Errorf("the relay ended with %v, want the deadline", err)
 			}
 		})
 	}

@@ -15,12 +15,12 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// An allow rule that changes nothing is an error that says how to mean it: who
-// writes it believes that it closes everything else.
+// An allow rule without effect is an error that explains what to write instead: its author
+// believes that it closes everything else.
 func TestAllowWithoutEffect(t *testing.T) {
 	for _, tc := range []struct {
-		rules   string // one a line
-		useless string // the destinations in the error; "": there is none
+		rules   string // one per line
+		useless string // the destinations in the error; "": no error
 	}{
 		{"allow example.com", "example.com"},
 		{"allow github.com *.github.com", "github.com *.github.com"},
@@ -31,7 +31,7 @@ func TestAllowWithoutEffect(t *testing.T) {
 		{"allow example.com\ndeny ads.example.com", "example.com"},
 		{"allow example.com\nallow *.example.net\ndeny example.org", "example.com"},
 		{"allow example.com:443\ndeny all:80", "example.com:443"},
-		// A name that is allowed does not open its addresses.
+		// Allowing a name does not open its addresses.
 		{"allow example.com\ndeny 192.0.2.0/24", "example.com"},
 		{"allow example.com\ndeny public", "example.com"},
 		{"allow example.com\ndeny private", "example.com"},
@@ -51,8 +51,8 @@ func TestAllowWithoutEffect(t *testing.T) {
 		{"allow *.example.com\ndeny *.ads.example.com", ""},
 		{"allow example.com\ndeny example.com:80", ""},
 		{"allow all\ndeny example.com", ""},
-		// Private addresses are closed by default, and public ones may be in
-		// one of this machine's own networks.
+		// Private addresses are closed by default, and public ones may be in one of this
+		// machine's networks.
 		{"allow 10.0.0.0/8", ""},
 		{"allow 127.0.0.1", ""},
 		{"allow fd00::/8", ""},
@@ -62,9 +62,9 @@ func TestAllowWithoutEffect(t *testing.T) {
 		{"allow 8.8.8.8", ""},
 		{"allow public\ndeny 8.8.8.0/24", ""},
 		{"allow public\ndeny *.example.com", ""},
-		{"allow example.com 10.0.0.0/8", ""}, // warned about
+		{"allow example.com 10.0.0.0/8", ""}, // a warning
 		{"allow_from static 8.8.8.0/24", ""},
-		// Rules that never match are warned about.
+		// Rules that never match cause a warning.
 		{"deny all\nallow example.com", ""},
 		{"ports 80\nallow example.com:443", ""},
 	} {
@@ -108,7 +108,7 @@ func validateJSON(t *testing.T, data []byte) error {
 	return caddy.Validate(c)
 }
 
-// JSON is checked when it is loaded. Rules from files are never an error.
+// JSON rules are checked on load. Rules from files are never an error.
 func TestAllowWithoutEffectInJSON(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "list")
 	if err := os.WriteFile(file, []byte("example.com\n"), 0o600); err != nil {
@@ -129,8 +129,8 @@ func TestAllowWithoutEffectInJSON(t *testing.T) {
 	}
 }
 
-// Rules that never match, or of which a part has no effect, are warned about when
-// the config is loaded.
+// Rules that never match, or have a part without effect, are warned about when the config
+// is loaded.
 func TestRulesThatNeverMatchAreWarnedAbout(t *testing.T) {
 	w := newWorld(t, "", nil)
 	file := filepath.Join(t.TempDir(), "list")
@@ -143,7 +143,7 @@ func TestRulesThatNeverMatchAreWarnedAbout(t *testing.T) {
 	}
 	for _, tc := range []struct {
 		rules string
-		want  []string // rule and why of each warning
+		want  []string // rule and reason of each warning
 	}{
 		{"deny all\nallow example.com 10.0.0.0/8", []string{"allow example.com 10.0.0.0/8: deny all before it decides first"}},
 		{"deny all\ndeny example.com", []string{"deny example.com: deny all before it decides first"}},
@@ -171,8 +171,8 @@ func TestRulesThatNeverMatchAreWarnedAbout(t *testing.T) {
 		{"allow 10.0.0.0/8\ndeny private", nil},
 		{"deny 10.0.0.0/8\nallow private", nil},
 		{"allow example.com *.example.com\ndeny all", nil},
-		{"allow *.example.com www.example.com\ndeny all", nil}, // one rule
-		{"deny *.example.com\ndeny_file " + file, nil},         // a list from elsewhere
+		{"allow *.example.com www.example.com\ndeny all", nil}, // a single rule
+		{"deny *.example.com\ndeny_file " + file, nil},         // a third-party list
 		{"ports 80 443 8000-8999\nallow example.com:8080 example.net:400-500\ndeny all", nil},
 		{"deny all:1-24\ndeny all:25-80", nil},
 		{"allow_from static 192.0.2.0/24\ndeny 192.0.2.7", nil},
@@ -192,8 +192,8 @@ func TestRulesThatNeverMatchAreWarnedAbout(t *testing.T) {
 	}
 }
 
-// A file that has changed makes another config of the same Caddyfile, since Caddy
-// does not load one that it already runs.
+// A changed rule file gives the same Caddyfile another config, because Caddy does not
+// reload a config that it already runs.
 func TestChangedRuleFileIsRead(t *testing.T) {
 	w := newWorld(t, "", nil)
 	file := filepath.Join(t.TempDir(), "list")
@@ -219,11 +219,11 @@ func TestChangedRuleFileIsRead(t *testing.T) {
 		write("192.0.2.1\n")
 		first := load()
 		if load() != first {
-			t.Errorf("%s: the same file makes another config", option)
+			t.Errorf("%s: an unchanged file gives another config", option)
 		}
 		write("192.0.2.2\n")
 		if load() == first {
-			t.Errorf("%s: a changed file makes the same config", option)
+			t.Errorf("%s: a changed file gives the same config", option)
 		}
 		if got := w.waitLog("async-proxy listening", 2); len(got) < 2 {
 			t.Errorf("%s: the config was not loaded", option)
@@ -231,7 +231,7 @@ func TestChangedRuleFileIsRead(t *testing.T) {
 	}
 }
 
-// A list from elsewhere may have ranges that are spelled inexactly.
+// Third-party lists may contain ranges with host bits set.
 func TestInexactRangesInFilesAreWarnedAbout(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "list")
 	if err := os.WriteFile(file, []byte("192.0.2.1/24\n127.0.0.1/8\n"), 0o600); err != nil {
