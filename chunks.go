@@ -11,22 +11,21 @@ import (
 	"strings"
 )
 
-// maxChunkLine bounds a line with the size of a chunk and its extensions.
+// maxChunkLine is the maximum length of a line with a chunk's size and extensions.
 const maxChunkLine = 4 << 10
 
 const errChunkLine = protocolError("a chunk does not begin with a valid size line")
 
-// chunkReader reads content in chunks (RFC 9112 §7.1) up to the trailers, which
-// it leaves. Unlike net/http's it never waits for more when it has something to
-// give out.
+// chunkReader reads chunked content (RFC 9112 §7.1) up to the trailers, which it does not
+// read. Unlike net/http's, it never blocks when it has content to return.
 type chunkReader struct {
 	r     *bufio.Reader
-	left  int64 // of the chunk that is being read
-	open  bool  // a chunk was read, but not the line end behind it
+	left  int64 // bytes left in the current chunk
+	open  bool  // the line end after the last chunk has not been read yet
 	ended bool
 }
 
-// Read implements io.Reader. The end comes alone, behind all that was read.
+// Read implements io.Reader. It returns io.EOF only without content.
 func (c *chunkReader) Read(p []byte) (n int, err error) {
 	if c.ended {
 		return 0, io.EOF
@@ -59,7 +58,8 @@ func (c *chunkReader) Read(p []byte) (n int, err error) {
 	return n, err
 }
 
-// begin reads what stands between two chunks.
+// begin reads up to the content of the next chunk: the line end of the previous one and
+// the size line.
 func (c *chunkReader) begin() error {
 	if c.open {
 		end, err := c.r.Peek(2)
@@ -69,7 +69,7 @@ func (c *chunkReader) begin() error {
 		if string(end) != "\r\n" {
 			return protocolError("a chunk is longer than its size")
 		}
-		_, _ = c.r.Discard(2) // is buffered
+		_, _ = c.r.Discard(2) // cannot fail: they are buffered
 		c.open = false
 	}
 	line, err := c.r.ReadSlice('\n')
@@ -84,8 +84,8 @@ func (c *chunkReader) begin() error {
 	return err
 }
 
-// checkStart returns what is wrong with the first line, and with the trailers if they
-// follow it, as far as they are buffered.
+// checkStart returns an error if the buffered first size line is malformed, or if it is
+// the last chunk and the buffered trailers are.
 func (c *chunkReader) checkStart() error {
 	input, _ := c.r.Peek(c.r.Buffered())
 	end := bytes.IndexByte(input, '\n') + 1
@@ -107,7 +107,7 @@ func (c *chunkReader) checkStart() error {
 	return err
 }
 
-// parseChunkLine returns the size in a line, of which it ignores the extensions.
+// parseChunkLine returns the chunk size in a line, and ignores extensions.
 func parseChunkLine(line []byte) (int64, error) {
 	line, found := bytes.CutSuffix(line, []byte("\r\n"))
 	if !found || bytes.IndexByte(line, '\r') >= 0 {
@@ -125,7 +125,7 @@ func parseChunkLine(line []byte) (int64, error) {
 	return int64(n), nil
 }
 
-// more reports whether the next read waits for nothing.
+// more reports whether the next read returns without blocking.
 func (c *chunkReader) more() bool {
 	input, _ := c.r.Peek(c.r.Buffered())
 	if c.left > 0 || c.ended {
@@ -136,7 +136,7 @@ func (c *chunkReader) more() bool {
 			return false
 		}
 		if string(input[:2]) != "\r\n" {
-			return true // the next read tells what is wrong
+			return true // the next read returns the error
 		}
 		input = input[2:]
 	}
@@ -145,7 +145,7 @@ func (c *chunkReader) more() bool {
 		return len(input) > maxChunkLine
 	}
 	size, err := parseChunkLine(input[:end])
-	if size == 0 && err == nil { // the trailers belong to the end
+	if size == 0 && err == nil { // the last chunk: the trailers must be there too
 		lines := input[end-1:]
 		return bytes.Contains(lines, []byte("\n\r\n")) || bytes.Contains(lines, []byte("\n\n"))
 	}

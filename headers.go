@@ -21,10 +21,10 @@ import (
 	"golang.org/x/net/http/httpguts"
 )
 
-// hopByHop are the fields that belong to one connection and are never passed
-// on: those of RFC 9110 §7.6.1, Proxy-Connection, which old clients send
-// instead of Connection, and those of the authentication between a client and
-// this proxy (§11.7). Names are in canonical form.
+// hopByHop are the fields that are never forwarded because they apply to one connection:
+// those of RFC 9110 §7.6.1, Proxy-Connection, which old clients send instead of
+// Connection, and those for authentication between a client and this proxy (§11.7). Names
+// are in canonical form.
 var hopByHop = [...]string{
 	"Connection",
 	"Keep-Alive",
@@ -62,7 +62,7 @@ func listedNames(values []string) nameSet {
 	return names
 }
 
-// countLines returns how many lines the fields of h take.
+// countLines returns the number of field lines in h.
 func countLines(h http.Header) (n int) {
 	for _, values := range h {
 		n += len(values)
@@ -70,7 +70,7 @@ func countLines(h http.Header) (n int) {
 	return n
 }
 
-// countMembers returns how many members a list field has, empty ones included.
+// countMembers returns the number of members of a list field, including empty ones.
 func countMembers(values []string) (n int) {
 	for _, value := range values {
 		n += strings.Count(value, ",") + 1
@@ -78,8 +78,8 @@ func countMembers(values []string) (n int) {
 	return n
 }
 
-// checkFieldNames refuses operations on fields that there cannot be: Caddy would pass
-// over them. A name may have placeholders, and * for anything.
+// checkFieldNames returns an error for operations on invalid field names, which Caddy
+// would silently ignore. A name may contain placeholders and the wildcard *.
 func checkFieldNames(ops *headers.HeaderOps) error {
 	names := slices.Concat(slices.Collect(maps.Keys(ops.Add)), slices.Collect(maps.Keys(ops.Set)), ops.Delete, slices.Collect(maps.Keys(ops.Replace)))
 	slices.Sort(names)
@@ -91,7 +91,7 @@ func checkFieldNames(ops *headers.HeaderOps) error {
 	return nil
 }
 
-// checkHeaders is checkFieldNames for both directions.
+// checkHeaders applies checkFieldNames to the operations on requests and responses.
 func checkHeaders(h *headers.Handler) error {
 	var errs []error
 	if h.Request != nil {
@@ -105,9 +105,9 @@ func checkHeaders(h *headers.Handler) error {
 
 func notAFieldName(name string) error { return fmt.Errorf("'%s' is not a field name", name) }
 
-// removeHopByHop removes the fields that are not to be passed on: hopByHop and
-// whatever any Connection field nominates. What the proxy adds itself is added
-// afterwards, so that nobody can nominate it away.
+// removeHopByHop removes the fields in hopByHop and those that a Connection field lists.
+// The proxy adds its own fields afterwards, so that a client cannot strip them by listing
+// them.
 func removeHopByHop(h http.Header) {
 	for _, value := range h["Connection"] {
 		for name := range strings.SplitSeq(value, ",") {
@@ -121,23 +121,22 @@ func removeHopByHop(h http.Header) {
 	}
 }
 
-// prepareRequest makes the fields of a request those of the message that goes
-// to the next hop: without hop-by-hop fields, but with the upgrade and the
-// willingness to take trailers that the client has asked for and this proxy
-// passes on.
+// prepareRequest turns the fields of a request into those for the next hop. It removes the
+// hop-by-hop fields, and sets Connection, Upgrade and TE again for upgrades and trailers,
+// which this proxy supports.
 func prepareRequest(h http.Header, protoMajor, protoMinor int) {
 	var upgrade []string
-	// RFC 9110 §7.8: Upgrade in an HTTP/1.0 request is to be ignored; later
-	// versions than 1.1 have none.
+	// RFC 9110 §7.8: Upgrade in an HTTP/1.0 request must be ignored. HTTP/2 and 3 have no
+	// Upgrade.
 	if protoMajor == 1 && protoMinor == 1 && httpguts.HeaderValuesContainsToken(h["Connection"], "upgrade") {
 		upgrade = upgradeProtocols(h["Upgrade"])
 	}
 	trailers := httpguts.HeaderValuesContainsToken(h["Te"], "trailers")
 	if protoMajor == 1 && protoMinor == 0 {
-		delete(h, "Expect") // RFC 9110 §10.1.1: to be ignored, and so not said again as HTTP/1.1
+		delete(h, "Expect") // RFC 9110 §10.1.1: ignored in HTTP/1.0, so not to be forwarded as HTTP/1.1
 	}
 	removeHopByHop(h)
-	// The options are on one line, as small WebSocket servers read no further.
+	// Write the options on one line: small WebSocket servers read only the first.
 	option := ""
 	if len(upgrade) > 0 {
 		h["Upgrade"] = []string{strings.Join(upgrade, ", ")}
@@ -155,8 +154,8 @@ func prepareRequest(h http.Header, protoMajor, protoMinor int) {
 	}
 }
 
-// wireName returns how the name of a field is written in a message. Names have no case,
-// but some WebSocket peers know only those of RFC 6455.
+// wireName returns the spelling of a canonical field name in messages. Names are
+// case-insensitive, but some WebSocket peers only accept the spelling of RFC 6455.
 func wireName(name string) string {
 	if rest, ok := strings.CutPrefix(name, "Sec-Websocket-"); ok {
 		return "Sec-WebSocket-" + rest
@@ -164,12 +163,12 @@ func wireName(name string) string {
 	return name
 }
 
-// pseudonymSeed makes the default pseudonym this process's own, so that two
-// proxies in a chain are not taken for a loop.
+// pseudonymSeed makes the default pseudonym unique to this process, so that two proxies in
+// a chain are not mistaken for a loop.
 var pseudonymSeed = rand.Text()
 
-// provisionName gives the proxy its name in Via and Proxy-Status. The default
-// stays the same for a server across reloads.
+// provisionName sets the proxy's name for Via and Proxy-Status. The default name of a
+// server stays the same across reloads.
 func (h *Handler) provisionName(server *caddyhttp.Server) error {
 	var site string
 	if server != nil {
@@ -191,8 +190,9 @@ func (h *Handler) provisionName(server *caddyhttp.Server) error {
 	return nil
 }
 
-// validPseudonym reports whether a name can stand in Via and, which also wants
-// a letter first (RFC 8941), in Proxy-Status. Who writes "via on" means no name.
+// validPseudonym reports whether a name is valid in Via and in Proxy-Status, where it must
+// start with a letter (RFC 8941). Words such as on are rejected: an operator who writes
+// "via on" does not mean a name.
 func validPseudonym(name string) bool {
 	switch strings.ToLower(name) {
 	case "", "on", "true", "yes", "false", "no":
@@ -202,11 +202,10 @@ func validPseudonym(name string) bool {
 	return c >= 'a' && c <= 'z' && httpguts.ValidHeaderFieldName(name)
 }
 
-// A via is what this proxy says of itself in Via (RFC 9110 §7.6.3). Its zero
-// value says nothing.
+// A via adds this proxy to Via fields (RFC 9110 §7.6.3). The zero value adds nothing.
 type via struct {
 	pseudonym string
-	http11    string // the member for a message received as HTTP/1.1, by far the most
+	http11    string // the member for messages received over HTTP/1.1, by far the most
 }
 
 func newVia(pseudonym string) via { return via{pseudonym, "1.1 " + pseudonym} }
@@ -224,8 +223,8 @@ func (v via) add(h http.Header, major, minor int) {
 	h["Via"] = append(h["Via"], member)
 }
 
-// seen reports whether this proxy is in the Via of a request: it has been here
-// before.
+// seen reports whether a request's Via names this proxy, so that the request has been
+// here before.
 func (v via) seen(h http.Header) bool {
 	if v.pseudonym == "" {
 		return false
@@ -242,10 +241,10 @@ func (v via) seen(h http.Header) bool {
 	return false
 }
 
-// setForwarded tells the next hop who the client is. A stranger's
-// X-Forwarded-For is replaced; that of a trusted proxy is kept, and the proxy
-// that it came from appended. X-Real-Ip is the client. Without a peer address,
-// as on a Unix socket, nothing is invented.
+// setForwarded sets X-Forwarded-For and X-Real-Ip for the next hop. It replaces the
+// X-Forwarded-For of an untrusted peer; to that of a trusted proxy it appends the proxy's
+// address. X-Real-Ip is the client's address. Without a peer address, as on a Unix
+// socket, it does not make one up.
 func setForwarded(h http.Header, peer, client netip.Addr, trusted bool) {
 	if !trusted {
 		delete(h, "X-Forwarded-For")
@@ -266,9 +265,9 @@ func setForwarded(h http.Header, peer, client netip.Addr, trusted bool) {
 	}
 }
 
-// maxForwards reads Max-Forwards (RFC 9110 §7.6.2), which only TRACE and
-// OPTIONS heed, and counts it down, to below 2^32. last reports that the request
-// is to go no further. A value that is not a number is left as it is.
+// maxForwards decrements Max-Forwards (RFC 9110 §7.6.2) of TRACE and OPTIONS requests, and
+// caps it below 2^32. It returns true if the value is 0, so that the request must not be
+// forwarded. A value that is not a number is left unchanged.
 func maxForwards(method string, h http.Header) (last bool) {
 	if method != http.MethodTrace && method != http.MethodOptions {
 		return false
@@ -278,7 +277,7 @@ func maxForwards(method string, h http.Header) (last bool) {
 		return false
 	}
 	n, err := strconv.ParseUint(values[0], 10, 32)
-	if err != nil && !errors.Is(err, strconv.ErrRange) { // which leaves the most that there is
+	if err != nil && !errors.Is(err, strconv.ErrRange) { // with ErrRange, n is the maximum
 		return false
 	}
 	if n == 0 {

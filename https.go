@@ -18,8 +18,8 @@ import (
 	"time"
 )
 
-// forwardHTTP2 is forward for an https origin that may speak HTTP/2. If it does
-// not, the error is errNoHTTP2, and the body has not been touched.
+// forwardHTTP2 forwards a request to an https origin over HTTP/2. If the origin does not
+// speak HTTP/2, it returns errNoHTTP2 and has not read the body.
 func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoing, from caller) (int, error) {
 	wait := newHeadWait(r.Context(), time.Duration(h.ResponseHeaderTimeout))
 	defer wait.end()
@@ -33,12 +33,12 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 	out.Header = maps.Clone(r.Header)
 	out.URL = &url.URL{Scheme: "https", Host: o.authority, Opaque: o.target}
 	if strings.HasPrefix(o.target, "//") {
-		// net/url takes an Opaque that starts with // for an authority, so the
-		// target goes in absolute form, which is that of :path all the same.
+		// net/url treats an Opaque that starts with // as an authority. So pass the
+		// target in absolute form, from which :path is derived.
 		out.URL.Opaque = "//" + o.host + o.target
 	}
 	out.Host, out.RequestURI, out.Close = o.host, "", false
-	out.Body, out.Trailer = nil, nil // else a body would be sent, and never again
+	out.Body, out.Trailer = nil, nil // a non-nil Body would be sent, and could not be retried
 	var body *http2Body
 	if o.body != nil {
 		body = &http2Body{from: o, to: out, wait: wait}
@@ -55,7 +55,7 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 	}
 	delete(out.Header, "Connection")
 	if _, ok := out.Header["User-Agent"]; !ok {
-		out.Header["User-Agent"] = nil // else Go puts its own
+		out.Header["User-Agent"] = nil // keeps the transport from adding Go's
 	}
 	start := time.Now()
 	res, err := h.upstreams[from.reach].transport.RoundTrip(out)
@@ -75,7 +75,7 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 			err = wrong
 		} else if wait.lost() {
 			err = errServerSilent
-		} else if strings.Contains(err.Error(), "response header list larger") { // it has no type
+		} else if strings.Contains(err.Error(), "response header list larger") { // the error has no type
 			err = errHeadTooLarge
 		}
 		return 0, forwardRefusal(r, err)
@@ -95,18 +95,18 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 	}
 	if length, err := oneLength(res.Header); err != nil {
 		return 0, forwardRefusal(r, err)
-	} else if length >= 0 && res.ContentLength < 0 { // there were several
+	} else if length >= 0 && res.ContentLength < 0 { // several equal values
 		res.ContentLength = length
 	}
 	return res.StatusCode, h.respond(w, r, o, res, from)
 }
 
-// http2Body is the body of a request over HTTP/2, behind which come trailers.
+// http2Body is the body of a request over HTTP/2, with its trailers.
 type http2Body struct {
 	from   *outgoing
 	to     *http.Request
 	wait   *headWait
-	invite func() // tells the client to send; nil: it does so anyway
+	invite func() // sends 100 (Continue) to the client; nil: the client does not wait for it
 	begun  atomic.Bool
 	ended  atomic.Bool
 }
@@ -130,25 +130,25 @@ func (b *http2Body) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Close implements io.Closer. The body is the server's to close.
+// Close implements io.Closer. It does nothing: the server closes the client's body.
 func (b *http2Body) Close() error { return nil }
 
-// http2Response is the body of a response that may come before the request is
+// http2Response is the body of a response, which may arrive before the request body is
 // complete.
 type http2Response struct {
 	io.ReadCloser
-	request *http2Body // nil: it has none
+	request *http2Body // nil: the request has none
 	wait    *contentWait
-	cancel  func() // ends the response
+	cancel  func() // aborts the response
 }
 
 func (b *http2Response) Read(p []byte) (int, error) {
 	return b.wait.read(p, b.ReadCloser.Read, b.cancel)
 }
 
-// Close implements io.Closer. It ends a read of the request's body, which waits for the
-// client, and which the transport would wait for; not before, as net/http takes a read
-// that is ended for the client's leaving.
+// Close implements io.Closer. It aborts a read of the request body that waits for the
+// client, because the transport would wait for it. That must not happen earlier: net/http
+// takes an aborted read for a disconnect of the client.
 func (b *http2Response) Close() error {
 	b.wait.end()
 	if b.request != nil && b.request.begun.Load() && !b.request.ended.Load() {

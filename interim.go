@@ -12,7 +12,7 @@ import (
 )
 
 // maxInterim is how many interim responses to a request an origin may send at once. It
-// may send one more each second, so that a long request can report its progress.
+// may send one more per second, so that long requests can report progress.
 const maxInterim = 100
 
 const errInterim = protocolError("the origin sends too many interim responses")
@@ -23,7 +23,7 @@ type interimLimit struct {
 	first time.Time
 }
 
-// take counts one, and reports whether it is within the limit.
+// take counts an interim response, and reports whether it is within the limit.
 func (l *interimLimit) take() bool {
 	if l.count++; l.count == 1 {
 		l.first = time.Now()
@@ -31,22 +31,22 @@ func (l *interimLimit) take() bool {
 	return l.count <= maxInterim+int(time.Since(l.first)/time.Second)
 }
 
-// isProgress reports whether an interim response says that the request is being worked
-// on, so that the time for its response begins anew.
+// isProgress reports whether an interim response means that the origin is working on the
+// request, which restarts the response timeout.
 func isProgress(status int) bool {
 	return status == http.StatusProcessing || status == http.StatusEarlyHints
 }
 
-// waitsForInvitation reports whether the handler must send 100 (Continue) before the body
-// is read. Otherwise net/http sends it with the first read: on the goroutine that reads,
-// into a buffer that the handler may be writing to. Over HTTP/2 that is harmless.
+// waitsForInvitation reports whether the handler must send 100 (Continue) before it reads
+// the body. Otherwise net/http would send it with the first read, from the goroutine that
+// reads, into a buffer that the handler may be writing to. Over HTTP/2 that is harmless.
 func waitsForInvitation(r *http.Request) bool {
 	return r.ProtoMajor != 2 && r.ProtoAtLeast(1, 1) && expectsContinue(r)
 }
 
-// passInterim passes an interim response on that was received in the given version, or
-// says 100 (Continue), which is between each two neighbours and has no fields. It must
-// not be called by two goroutines at once. HTTP/1.0 has no interim responses.
+// passInterim sends an interim response to the client that was received over the given
+// HTTP version. It drops the fields of a 100 (Continue), which is meant for one hop, and
+// does nothing for clients that speak HTTP/1.0. It must not be called concurrently.
 func (h *Handler) passInterim(w http.ResponseWriter, r *http.Request, status int, fields http.Header, major, minor int) {
 	if !r.ProtoAtLeast(1, 1) {
 		return
@@ -65,31 +65,31 @@ func (h *Handler) passInterim(w http.ResponseWriter, r *http.Request, status int
 	maps.Copy(header, saved)
 }
 
-// maxInterimWaiting is how many interim responses wait for a client that takes them
-// slowly. Further ones are dropped: they may get lost, the final response tells all.
+// maxInterimWaiting is how many interim responses are queued for a slow client. Further
+// ones are dropped, since they are only informational.
 const maxInterimWaiting = 8
 
-// interimQueue passes on what http.Transport reports on the goroutine that reads a
-// connection to an HTTP/2 origin, which must not wait for one client as it serves many.
-// A goroutine writes the responses while there are some. The handler does not write
-// before end has returned.
+// interimQueue forwards interim responses from an HTTP/2 origin. http.Transport reports
+// them on the goroutine that reads the connection, which serves many clients and must not
+// block for one of them. So a separate goroutine writes them to the client while there are
+// any. The handler must not write before end has returned.
 type interimQueue struct {
-	write func(status int, fields http.Header) // to the client
-	heard func()                               // is called for responses that isProgress; may be nil
+	write func(status int, fields http.Header) // sends one to the client
+	heard func()                               // called for responses that report progress; may be nil
 
 	mu       sync.Mutex
 	limit    interimLimit
 	failed   error // why the origin's interim responses ended the exchange
 	waiting  []interimResponse
-	writing  chan struct{} // closed when the goroutine has ended; nil: there is none
+	writing  chan struct{} // closed when the goroutine ends; nil: there is none
 	ended    bool
-	panicked any // what write panicked with
+	panicked any // the value that write panicked with
 }
 
 type interimResponse struct {
 	status int
 	fields http.Header
-	passed chan struct{} // closed afterwards; may be nil
+	passed chan struct{} // closed once it has been written; may be nil
 }
 
 // got implements httptrace.ClientTrace.Got1xxResponse.
@@ -108,14 +108,14 @@ func (q *interimQueue) got(status int, fields textproto.MIMEHeader) error {
 	if isProgress(status) && q.heard != nil {
 		q.heard()
 	}
-	if status != http.StatusContinue && len(q.waiting) < maxInterimWaiting { // 100 is for invite to say
+	if status != http.StatusContinue && len(q.waiting) < maxInterimWaiting { // invite sends the 100
 		q.add(interimResponse{status: status, fields: http.Header(fields)})
 	}
 	return nil
 }
 
-// invite says 100 (Continue) to the client, and returns when that has been written, or
-// when the final response has come before.
+// invite sends 100 (Continue) to the client, and returns when it has been written. It
+// sends nothing if end has been called.
 func (q *interimQueue) invite() {
 	passed := make(chan struct{})
 	q.mu.Lock()
@@ -128,7 +128,7 @@ func (q *interimQueue) invite() {
 	<-passed
 }
 
-// add is called with the lock held.
+// add queues a response. The caller holds q.mu.
 func (q *interimQueue) add(res interimResponse) {
 	if q.ended {
 		return
@@ -140,7 +140,7 @@ func (q *interimQueue) add(res interimResponse) {
 	}
 }
 
-// run writes what waits, and ends with it.
+// run writes the queued responses, and returns when there are none left.
 func (q *interimQueue) run() {
 	for {
 		q.mu.Lock()
@@ -163,7 +163,8 @@ func (q *interimQueue) run() {
 	}
 }
 
-// pass writes one response. A panic is the handler's, and must not end the process.
+// pass writes one response. It catches a panic, which would end the process, so that end
+// can raise it on the handler's goroutine.
 func (q *interimQueue) pass(res interimResponse) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -175,7 +176,7 @@ func (q *interimQueue) pass(res interimResponse) {
 	q.write(res.status, res.fields)
 }
 
-// end returns when all that waits has been written, and nothing more will be.
+// end closes the queue, and returns when all queued responses have been written.
 func (q *interimQueue) end() {
 	q.mu.Lock()
 	q.ended = true
@@ -190,14 +191,14 @@ func (q *interimQueue) end() {
 	}
 }
 
-// any reports whether there was an interim response.
+// any reports whether an interim response has arrived.
 func (q *interimQueue) any() bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	return q.limit.count > 0
 }
 
-// error returns what was wrong with the interim responses, if anything was.
+// error returns the error that interim responses ended the exchange with, if any.
 func (q *interimQueue) error() error {
 	q.mu.Lock()
 	defer q.mu.Unlock()

@@ -20,14 +20,14 @@ import (
 	"golang.org/x/net/http/httpguts"
 )
 
-// Bounds on the head of a response, and separately on its trailers. The number of
-// lines is bounded too, because a short line takes many times its size in memory.
+// Limits for the head of a response, and separately for its trailers. The number of lines
+// is limited too, because a short line takes many times its size in memory.
 const (
 	maxHead   = 256 << 10
 	maxFields = 1000 // field lines, or names in a Connection or Trailer field
 )
 
-// headEnd ends a head, together with its last line.
+// headEnd is the end of a head's last line and the empty line after it.
 var headEnd = []byte("\r\n\r\n")
 
 var (
@@ -35,17 +35,16 @@ var (
 	errTooManyFields = errors.New("the head or the trailers of the response have more than 1000 lines")
 )
 
-// protocolError says what is wrong with a message from an origin.
+// protocolError describes what is wrong with a message from an origin.
 type protocolError string
 
 func (e protocolError) Error() string { return string(e) }
 
-// readResponse reads the head of a response to a request of the given method
-// (RFC 9112), and makes its body readable. It is stricter than net/http, which
-// as an end may repair what an intermediary must not pass on: a message that
-// others could take for two, or for another one.
+// readResponse reads the head of a response to a request with the given method (RFC 9112),
+// and sets up its body. It is stricter than net/http: an endpoint may repair a message
+// that an intermediary must not pass on, because others could split or read it differently.
 func readResponse(r *bufio.Reader, method string) (*http.Response, error) {
-	// What is no HTTP may never have an end of line: it is told from its start.
+	// Check the first bytes first: something other than HTTP may never send a line end.
 	if start, err := r.Peek(len("HTTP/")); string(start) != "HTTP/"[:len(start)] {
 		return nil, protocolError("the response is not HTTP/1")
 	} else if err == io.EOF && len(start) > 0 {
@@ -75,13 +74,13 @@ func readResponse(r *bufio.Reader, method string) (*http.Response, error) {
 	return res, err
 }
 
-// readHead reads lines up to an empty one, which is left out. Line ends are
-// made \n. An end of the connection before the first byte is io.EOF.
+// readHead reads lines up to an empty one, which it omits, and converts line ends to \n.
+// It returns io.EOF if the connection ends before the first byte.
 func readHead(r *bufio.Reader) (string, error) {
 	var b strings.Builder
 	buffered, _ := r.Peek(r.Buffered())
 	if end := bytes.Index(buffered, headEnd); end >= 0 {
-		b.Grow(end + len(headEnd)) // the head of most responses, which has come as a whole
+		b.Grow(end + len(headEnd)) // most heads arrive as a whole
 	}
 	for {
 		line, err := r.ReadSlice('\n')
@@ -90,7 +89,7 @@ func readHead(r *bufio.Reader) (string, error) {
 		}
 		if err != nil {
 			if n := len(line) - 1; err == bufio.ErrBufferFull && line[n] == '\r' {
-				_ = r.UnreadByte() // perhaps half of a line end; cannot fail after a read
+				_ = r.UnreadByte() // may be half of a line end; cannot fail after a read
 				line = line[:n]
 			}
 			b.Write(line)
@@ -114,14 +113,14 @@ func readHead(r *bufio.Reader) (string, error) {
 	}
 }
 
-// parseStatusLine reads "HTTP/1.1 200 OK".
+// parseStatusLine parses a line such as "HTTP/1.1 200 OK".
 func parseStatusLine(res *http.Response, line string) error {
 	version, rest, _ := strings.Cut(line, " ")
 	code, _, _ := strings.Cut(rest, " ")
 	switch version {
 	case "HTTP/1.0":
 		res.Proto, res.ProtoMajor, res.ProtoMinor = version, 1, 0
-	default: // a later 1.x is read as the latest that is known (RFC 9110 §2.5)
+	default: // treat a later 1.x as 1.1 (RFC 9110 §2.5)
 		minor, found := strings.CutPrefix(version, "HTTP/1.")
 		if !found || len(minor) != 1 || minor[0] < '1' || minor[0] > '9' {
 			return protocolError("the response is not HTTP/1")
@@ -136,7 +135,7 @@ func parseStatusLine(res *http.Response, line string) error {
 	return nil
 }
 
-// parseFields reads field lines, each ended by \n.
+// parseFields parses field lines, each of which ends with \n.
 func parseFields(lines string) (http.Header, error) {
 	if strings.IndexByte(lines, 0) >= 0 || strings.IndexByte(lines, '\r') >= 0 {
 		return nil, protocolError("a field of the response contains a NUL or a bare CR")
@@ -163,13 +162,13 @@ func parseFields(lines string) (http.Header, error) {
 	return fields.header, nil
 }
 
-// isFolded reports whether lines begin with one that continues the field before it.
+// isFolded reports whether the first of lines continues the field before it.
 func isFolded(lines string) bool {
 	return lines != "" && (lines[0] == ' ' || lines[0] == '\t')
 }
 
-// unfold joins a value with the lines that continue it, by single spaces (RFC
-// 9112 §5.2), and returns the lines that are left.
+// unfold joins a value and the lines that continue it with single spaces (RFC 9112 §5.2),
+// and returns the remaining lines.
 func unfold(value, lines string) (joined, left string) {
 	parts := []byte(value)
 	for isFolded(lines) {
@@ -183,7 +182,7 @@ func unfold(value, lines string) (joined, left string) {
 	return string(parts), lines
 }
 
-// appendLine appends a field line, whose parts are valid.
+// appendLine appends a field line. The name and value must be valid.
 func appendLine(b []byte, name, value string) []byte {
 	b = append(b, name...)
 	b = append(b, ": "...)
@@ -191,14 +190,14 @@ func appendLine(b []byte, name, value string) []byte {
 	return append(b, "\r\n"...)
 }
 
-// fieldSet collects field lines. The first values of all names are in one array.
+// fieldSet collects field lines. The first values of all names share one array.
 type fieldSet struct {
 	header http.Header
 	values []string
 }
 
-// newFields makes room for n lines, unless they are more than messages usually have:
-// lines may be short, and have all the same name.
+// newFields returns a fieldSet with room for n lines, but for no more than messages usually
+// have: many lines may be short and share a name.
 func newFields(n int) *fieldSet {
 	n = min(n, 64)
 	return &fieldSet{make(http.Header, n), make([]string, 0, n)}
@@ -213,8 +212,8 @@ func (f *fieldSet) add(name, value string) {
 	f.header[name] = f.values[len(f.values)-1 : len(f.values) : len(f.values)]
 }
 
-// frame finds out where the body of a response ends (RFC 9112 §6.3), and
-// whether the connection can be used again after it.
+// frame determines where the body of a response ends (RFC 9112 §6.3), and whether the
+// connection can be reused after it.
 func frame(res *http.Response, r *bufio.Reader, method string) error {
 	options := res.Header["Connection"]
 	if countMembers(options) > maxFields || countMembers(res.Header["Trailer"]) > maxFields {
@@ -224,7 +223,7 @@ func frame(res *http.Response, r *bufio.Reader, method string) error {
 		res.ProtoMinor == 0 && !httpguts.HeaderValuesContainsToken(options, "keep-alive")
 
 	if status := res.StatusCode; status < 200 || method == http.MethodConnect && status/100 == 2 {
-		// There is no content, whatever these fields say (RFC 9112 §6.3).
+		// These responses have no content, whatever their fields say (RFC 9112 §6.3).
 		delete(res.Header, "Content-Length")
 		delete(res.Header, "Transfer-Encoding")
 		res.Body = &originBody{r: r}
@@ -240,8 +239,9 @@ func frame(res *http.Response, r *bufio.Reader, method string) error {
 		case len(coding) > 1 || !strings.EqualFold(coding[0], "chunked") || res.ProtoMinor == 0:
 			return protocolError(fmt.Sprintf("the response has the unsupported transfer coding %.60q", coding))
 		case length >= 0:
-			// The chunks count (RFC 9112 §6.3), but something before this proxy may
-			// have gone by the length and left something else on the connection.
+			// Transfer-Encoding overrides Content-Length (RFC 9112 §6.3). Another
+			// intermediary may have used the length and left stray bytes on the
+			// connection, so it is not reused.
 			delete(res.Header, "Content-Length")
 			length, res.Close = -1, true
 		}
@@ -271,7 +271,8 @@ func frame(res *http.Response, r *bufio.Reader, method string) error {
 	return nil
 }
 
-// oneLength returns the Content-Length, of which it leaves one; -1 if there is none.
+// oneLength returns the Content-Length of h, or -1 if there is none. It merges repeated
+// equal values into one.
 func oneLength(h http.Header) (int64, error) {
 	values := h["Content-Length"]
 	length, err := contentLength(values)
@@ -281,7 +282,8 @@ func oneLength(h http.Header) (int64, error) {
 	return length, err
 }
 
-// contentLength returns -1 if there is none. Several that agree are one.
+// contentLength parses the values of Content-Length. It returns -1 if there are none, and
+// an error if they differ.
 func contentLength(values []string) (int64, error) {
 	length := int64(-1)
 	for _, value := range values {
@@ -297,8 +299,8 @@ func contentLength(values []string) (int64, error) {
 	return length, nil
 }
 
-// announcedTrailers takes the Trailer field out of h, and returns the names in it,
-// without values, as http.Response wants it.
+// announcedTrailers removes the Trailer field from h, and returns the names in it as keys
+// without values, the form of http.Response.Trailer.
 func announcedTrailers(h http.Header) http.Header {
 	names := listedNames(h["Trailer"])
 	delete(h, "Trailer")
@@ -314,16 +316,16 @@ func announcedTrailers(h http.Header) http.Header {
 
 // originBody is the body of a response.
 type originBody struct {
-	conn     net.Conn // below r
+	conn     net.Conn // that r reads from
 	r        *bufio.Reader
-	left     int64             // < 0: not known
-	chunks   *chunkReader      // of a chunked body
-	trailers func(http.Header) // gets the trailers of a chunked body
+	left     int64             // bytes left to read; < 0: unknown
+	chunks   *chunkReader      // nil: not chunked
+	trailers func(http.Header) // receives the trailers of a chunked body
 	ended    bool              // read to its end
-	head     int               // bytes of the head before it
-	sender   *sender           // of the body of the request; nil: there is none
+	head     int               // size of the response head in bytes
+	sender   *sender           // of the request body; nil: there is none
 
-	handler *Handler // that passes it on; nil: it may wait for ever
+	handler *Handler // whose limits apply to waits; nil: none do
 	client  netip.Addr
 	origin  *originConn
 	wait    *contentWait // nil: it has not waited yet
@@ -359,7 +361,7 @@ func (b *originBody) Read(p []byte) (n int, err error) {
 	return n, err
 }
 
-// readTrailers reads what follows the last chunk.
+// readTrailers reads the trailers after the last chunk. It returns io.EOF on success.
 func (b *originBody) readTrailers() error {
 	lines, err := readHead(b.r)
 	if err != nil {
@@ -377,8 +379,8 @@ func (b *originBody) readTrailers() error {
 	return io.EOF
 }
 
-// checkStart returns what is wrong with the beginning of the content, as far as it has
-// come with the head. The client has no response yet, and can be told.
+// checkStart returns an error if the content that arrived with the head is malformed. At
+// that point the client can still be sent an error response.
 func (b *originBody) checkStart() error {
 	if b.chunks == nil {
 		return nil
@@ -386,7 +388,7 @@ func (b *originBody) checkStart() error {
 	return b.chunks.checkStart()
 }
 
-// more reports whether the next read waits for nothing.
+// more reports whether the next read returns without blocking.
 func (b *originBody) more() bool {
 	if b.chunks != nil {
 		return b.chunks.more()
@@ -394,18 +396,18 @@ func (b *originBody) more() bool {
 	return b.r.Buffered() > 0
 }
 
-// rest returns what is left of a body, if all of it has arrived.
+// rest returns the rest of the body if it is completely buffered.
 func (b *originBody) rest() ([]byte, bool) {
 	if b.chunks != nil || b.left < 0 || int64(b.r.Buffered()) < b.left {
 		return nil, false
 	}
 	data, _ := b.r.Peek(int(b.left))
-	_, _ = b.r.Discard(len(data)) // data stays until the next read
+	_, _ = b.r.Discard(len(data)) // data stays valid until the next read
 	b.left, b.ended = 0, true
 	return data, true
 }
 
-// Close implements io.Closer. The connection is not the body's.
+// Close implements io.Closer. It does not close the connection.
 func (b *originBody) Close() error {
 	if b.wait != nil {
 		b.wait.end()

@@ -21,7 +21,7 @@ import (
 	"github.com/puzpuzpuz/xsync/v4"
 )
 
-// Bounds on idle connections to origins: in all, and in time.
+// Limits for idle connections to origins: their number, and how long each may be idle.
 const (
 	maxIdleOrigins = 4096
 	maxIdleTime    = 90 * time.Second
@@ -30,38 +30,38 @@ const (
 
 const handshakeTimeout = 10 * time.Second
 
-// origins opens connections to HTTP/1 origins and keeps those that are idle: as
-// many for an origin as were busy at once. It is for clients of one reach, since
-// a connection that was opened for one is used for others later.
+// origins is a pool of connections to HTTP/1 origins. It opens connections and keeps idle
+// ones: as many per origin as were busy at once. A pool serves clients of one reach,
+// because a connection that was opened for one client is later used for others.
 //
 // All methods are safe for concurrent use.
 type origins struct {
 	dial    dialFunc
-	recheck func(context.Context, *originConn) error // judges a connection that is used again; may be nil
+	recheck func(context.Context, *originConn) error // checks a reused connection; may be nil
 
-	idle     *xsync.Map[string, []*originConn] // by key; the last used last
+	idle     *xsync.Map[string, []*originConn] // by key; the most recently used last
 	count    atomic.Int64
-	sweeping atomic.Bool // sweepIdle will be called
+	sweeping atomic.Bool // sweepIdle is scheduled
 	over     atomic.Bool // close was called
 }
 
-// originConn is a connection to an origin that serves one exchange after the
-// other. It belongs to whoever got it.
+// originConn is a connection to an origin. It serves one exchange at a time, and is owned
+// by the exchange that it was given to.
 type originConn struct {
 	net.Conn
-	r         *bufio.Reader // nil while it is idle
+	r         *bufio.Reader // nil while idle
 	authority string
-	key       string         // under which it is kept while it is idle; "": its authority
-	bound     *boundClient   // the client's connection that alone may use it; nil: any
-	to        netip.AddrPort // the other end, if it is this machine
-	fresh     bool           // it has served none yet
+	key       string         // in origins.idle; "": the authority
+	bound     *boundClient   // the only client connection that may use it; nil: any
+	to        netip.AddrPort // the remote address, if it is on this machine
+	fresh     bool           // put in the pool unused
 	reused    bool           // it was idle before
 	idleSince time.Time      // when it was put back
-	deadline  time.Time      // that is set for reading
+	deadline  time.Time      // the current read deadline
 }
 
-// readers are the buffers of busy connections. A response that fits into one,
-// head and all, takes a single system call to read.
+// readers is a pool of buffers for busy connections. A response that fits into one,
+// including its head, takes a single system call to read.
 var readers = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, 16<<10) }}
 
 // dialFunc connects to an authority, a host and a port.
@@ -71,8 +71,8 @@ func newOrigins(dial dialFunc) *origins {
 	return &origins{dial: dial, idle: xsync.NewMap[string, []*originConn]()}
 }
 
-// get returns an idle connection to authority, a host and a port, or opens one.
-// With fresh it opens one in any case.
+// get returns an idle connection to authority, a host and a port, or opens one. If fresh
+// is set, it always opens one.
 func (o *origins) get(ctx context.Context, authority string, fresh bool) (*originConn, error) {
 	if !fresh {
 		if c, err := o.reuse(ctx, authority); c != nil || err != nil {
@@ -89,13 +89,13 @@ func (o *origins) get(ctx context.Context, authority string, fresh bool) (*origi
 	return c, nil
 }
 
-// newOriginConn makes a connection that was dialled one of a pool.
+// newOriginConn wraps a new connection for a pool.
 func newOriginConn(conn net.Conn, authority string) *originConn {
 	return &originConn{Conn: conn, authority: authority, to: endHere(conn)}
 }
 
-// endHere returns the other end of a connection to this machine, and nothing valid for
-// one to another machine.
+// endHere returns the remote address of a connection if it is an address of this machine,
+// and otherwise an invalid one.
 func endHere(conn net.Conn) netip.AddrPort {
 	to := addrPort(conn.RemoteAddr())
 	if ip := to.Addr(); !ip.IsValid() || !ip.IsLoopback() && !isOwnAddress(ip) {
@@ -104,15 +104,15 @@ func endHere(conn net.Conn) netip.AddrPort {
 	return to
 }
 
-// reuse returns an idle connection that is kept under key; nil if there is none.
+// reuse returns an idle connection with the given key, or nil if there is none.
 func (o *origins) reuse(ctx context.Context, key string) (*originConn, error) {
 	for {
 		c := o.takeIdle(key)
 		if c == nil {
 			return nil, nil
 		}
-		// An origin closes idle connections when it likes, and one that has sent
-		// something since would have it taken for the answer to this request.
+		// The origin may have closed the connection. If it has sent something
+		// unasked, that would be mistaken for the response to this request.
 		if time.Since(c.idleSince) < maxIdleTime && (c.fresh || c.quiet()) {
 			c.r = readers.Get().(*bufio.Reader)
 			c.r.Reset(c.Conn)
@@ -129,10 +129,11 @@ func (o *origins) reuse(ctx context.Context, key string) (*originConn, error) {
 	}
 }
 
-// handshakeError is an error after there was a connection.
+// handshakeError is an error of the TLS handshake, after the connection was established.
 type handshakeError struct{ error }
 
-// asDialError tells an error of a dialFunc from what may fail later.
+// asDialError wraps an error of a dialFunc as a dialError, unless it is a handshakeError,
+// which it unwraps.
 func asDialError(err error) error {
 	var failed *handshakeError
 	if errors.As(err, &failed) {
@@ -141,8 +142,8 @@ func asDialError(err error) error {
 	return &dialError{err}
 }
 
-// overTLS returns a dial that begins TLS for one of the given protocols on what
-// dial connects to.
+// overTLS returns a dialFunc that dials and performs a TLS handshake that offers the given
+// protocols.
 func overTLS(dial dialFunc, protocols ...string) dialFunc {
 	return func(ctx context.Context, authority string) (net.Conn, error) {
 		conn, err := dial(ctx, authority)
@@ -160,7 +161,7 @@ func overTLS(dial dialFunc, protocols ...string) dialFunc {
 	}
 }
 
-// has reports whether there is an idle connection under key.
+// has reports whether there is an idle connection with the given key.
 func (o *origins) has(key string) bool {
 	_, ok := o.idle.Load(key)
 	return ok
@@ -184,18 +185,17 @@ func (o *origins) takeIdle(key string) (c *originConn) {
 	return c
 }
 
-// put keeps a connection for another exchange. The caller has read all of the
-// last one.
+// put returns a connection to the pool. Its last response must have been read completely.
 func (o *origins) put(c *originConn) {
 	if c.r.Buffered() > 0 || o.over.Load() {
-		c.discard() // it talks without being asked
+		c.discard() // closed pool, or the origin sent something unasked
 		return
 	}
 	c.releaseReader()
 	o.keep(c)
 }
 
-// keep is put for a connection that nobody is reading from.
+// keep puts a connection without a reader into the pool.
 func (o *origins) keep(c *originConn) {
 	c.idleSince = time.Now()
 	if o.count.Add(1) > maxIdleOrigins {
@@ -212,16 +212,15 @@ func (o *origins) keep(c *originConn) {
 	}
 }
 
-// sweepLater has idle connections looked at in a while, if that is not so
-// already.
+// sweepLater schedules sweepIdle, unless it is already scheduled.
 func (o *origins) sweepLater() {
 	if !o.sweeping.Swap(true) {
 		time.AfterFunc(sweepInterval, o.sweepIdle)
 	}
 }
 
-// sweepIdle closes what has been idle for too long or was closed by the origin,
-// and comes again while there is more.
+// sweepIdle closes connections that have been idle for too long or that the origin has
+// closed. It reschedules itself while any are left.
 func (o *origins) sweepIdle() {
 	now := time.Now()
 	o.closeIdle(func(c *originConn) bool { return now.Sub(c.idleSince) >= maxIdleTime || !c.quiet() })
@@ -232,7 +231,7 @@ func (o *origins) sweepIdle() {
 }
 
 func (o *origins) closeIdle(condition func(*originConn) bool) {
-	var closing []*originConn // outside of the map, as the end of TLS may take a while
+	var closing []*originConn // closed outside the map operation: ending TLS may block
 	o.idle.Range(func(key string, _ []*originConn) bool {
 		o.idle.Compute(key, func(conns []*originConn, _ bool) ([]*originConn, xsync.ComputeOp) {
 			before := len(closing)
@@ -256,13 +255,13 @@ func (o *origins) closeIdle(condition func(*originConn) bool) {
 	}
 }
 
-// close closes all idle connections, and from now on those that become idle.
+// close closes all idle connections, and makes put and keep close those that become idle.
 func (o *origins) close() {
 	o.over.Store(true)
 	o.closeIdle(func(*originConn) bool { return true })
 }
 
-// discard ends a connection that is not to be used again.
+// discard closes a busy connection and releases its reader.
 func (c *originConn) discard() {
 	_ = c.Close()
 	c.releaseReader()
@@ -274,8 +273,7 @@ func (c *originConn) releaseReader() {
 	c.r = nil
 }
 
-// quiet reports whether an idle connection is still open and the origin has
-// said nothing on it.
+// quiet reports whether an idle connection is still open and nothing has arrived on it.
 func (c *originConn) quiet() bool {
 	switch conn := c.Conn.(type) {
 	case *net.TCPConn:
@@ -285,8 +283,8 @@ func (c *originConn) quiet() bool {
 		if !ok || !socketQuiet(socket) {
 			return false
 		}
-		// TLS may have read more than it has given out. It tries that before it
-		// finds the deadline passed.
+		// TLS may have buffered bytes. Read returns those before it checks the
+		// deadline, which has passed, so it does not block.
 		c.deadline = time.Unix(1, 0)
 		_ = conn.SetReadDeadline(c.deadline)
 		_, err := conn.Read(make([]byte, 1))
@@ -296,8 +294,8 @@ func (c *originConn) quiet() bool {
 	return false
 }
 
-// expectBy limits how long the next read may take, to least at least and to most
-// at most. Deadlines cost a timer each, so that one which fits is left.
+// expectBy sets a read deadline between least and most from now. Setting a deadline costs
+// a timer, so it keeps the current one if that is in the range.
 func (c *originConn) expectBy(least, most time.Duration) {
 	now := time.Now()
 	if left := c.deadline.Sub(now); left >= least && left <= most {
@@ -307,7 +305,7 @@ func (c *originConn) expectBy(least, most time.Duration) {
 	_ = c.SetReadDeadline(c.deadline)
 }
 
-// expectNone lifts the limit.
+// expectNone removes the read deadline.
 func (c *originConn) expectNone() {
 	if !c.deadline.IsZero() {
 		c.deadline = time.Time{}

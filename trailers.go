@@ -10,30 +10,29 @@ import (
 	"golang.org/x/net/http/httpguts"
 )
 
-// headOnly are fields that must not come as trailers although httpguts lets them:
-// those that describe routing, authentication and how a response is to be handled
-// (RFC 9110 §6.5.1), and what a proxy says of a message's way and of its client,
-// which nobody else is to say again.
+// headOnly are fields that must not be trailers although httpguts accepts them: fields for
+// routing, authentication and response handling (RFC 9110 §6.5.1), and the fields in which
+// proxies describe the client and the path of a message, so that they cannot be forged
+// after the head.
 var headOnly = nameSet{
 	"Age": {}, "Alt-Svc": {}, "Cookie": {}, "Date": {}, "Expires": {}, "Location": {}, "Retry-After": {}, "Set-Cookie": {}, "Vary": {}, "Warning": {},
 	"Forwarded": {}, "Via": {}, "X-Forwarded-For": {}, "X-Real-Ip": {},
 }
 
-// mayTrail reports whether a field, named in canonical form, may go to the next hop
-// behind a body. One that a Connection option names belongs to this connection only.
+// mayTrail reports whether a field, named in canonical form, may be forwarded as a trailer.
+// Fields that a Connection option lists apply to this connection only.
 func mayTrail(name string, options nameSet) bool {
 	return httpguts.ValidHeaderFieldName(name) && httpguts.ValidTrailerHeader(name) &&
 		!slices.Contains(hopByHop[:], name) && !options.has(name) && !headOnly.has(name)
 }
 
-// requestTrailers returns the names of those trailers that r has announced and
-// that may go to the next hop.
+// requestTrailers returns the names of the announced trailers of r that may be forwarded.
 func requestTrailers(r *http.Request) []string {
 	return trailingNames(r.Trailer, r.Header["Connection"])
 }
 
-// trailingNames returns the names of the trailers that may go to the next hop, in
-// order, behind a head with the given Connection options.
+// trailingNames returns the sorted names of the trailers that may be forwarded, for a head
+// with the given Connection options.
 func trailingNames(trailer http.Header, connection []string) []string {
 	if len(trailer) == 0 {
 		return nil
@@ -49,8 +48,8 @@ func trailingNames(trailer http.Header, connection []string) []string {
 	return names
 }
 
-// passTrailers passes on the trailers of a response, whose content has been passed
-// on: those that were announced, and others that have come.
+// passTrailers forwards the trailers of a response after its content, both announced and
+// unannounced ones.
 func passTrailers(w http.ResponseWriter, res *http.Response, announced, connection []string) error {
 	if countLines(res.Trailer) > maxFields {
 		return brokenOff{errTooManyFields}
@@ -59,10 +58,10 @@ func passTrailers(w http.ResponseWriter, res *http.Response, announced, connecti
 	if len(names) == 0 && len(announced) == 0 {
 		return nil
 	}
-	_ = http.NewResponseController(w).Flush() // puts an empty body into chunks, behind which trailers can be
+	_ = http.NewResponseController(w).Flush() // makes an empty body chunked, so that trailers can follow
 	header := w.Header()
 	for _, name := range names {
-		values := res.Trailer[name] // none if it was announced and has not come: that of the head is no trailer
+		values := res.Trailer[name] // nil if announced but not sent, so that no value of the head is used
 		if _, found := slices.BinarySearch(announced, name); !found {
 			name = http.TrailerPrefix + name
 		}

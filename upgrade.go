@@ -12,15 +12,15 @@ import (
 	"golang.org/x/net/http/httpguts"
 )
 
-// Bounds on an Upgrade field: protocols in it, and bytes of each. What is beyond them is
-// left out.
+// Limits for an Upgrade field: the number of protocols, and the length of each in bytes.
+// Protocols beyond the limits are dropped.
 const (
 	maxProtocols    = 8
 	maxProtocolName = 64
 )
 
-// upgradeProtocols returns the protocols that an Upgrade field names, without h2c, which
-// is no longer one to upgrade to (RFC 9113 §3.1) and would hide requests from this proxy.
+// upgradeProtocols returns the protocols in an Upgrade field. It drops h2c, which is
+// obsolete (RFC 9113 §3.1) and would hide requests from this proxy.
 func upgradeProtocols(values []string) []string {
 	var protocols []string
 	for _, value := range values {
@@ -38,16 +38,16 @@ func upgradeProtocols(values []string) []string {
 	return protocols
 }
 
-// isUpgradeTo reports whether each of the protocols that an origin changes to is one of
-// those that it was asked for (RFC 9110 §7.8).
+// isUpgradeTo reports whether all protocols that an origin switches to were requested (RFC
+// 9110 §7.8).
 func isUpgradeTo(protocols, asked []string) bool {
 	return len(protocols) > 0 && !slices.ContainsFunc(protocols, func(protocol string) bool {
 		return !slices.ContainsFunc(asked, func(name string) bool { return strings.EqualFold(name, protocol) })
 	})
 }
 
-// upgrade joins a client and an origin that has agreed to speak another protocol on the
-// connection.
+// upgrade sends the client the origin's 101 (Switching Protocols), and turns the two
+// connections into a tunnel.
 func (h *Handler) upgrade(w http.ResponseWriter, r *http.Request, res *http.Response, t *tunnel) (int, error) {
 	protocols := upgradeProtocols(res.Header["Upgrade"])
 	if !isUpgradeTo(protocols, upgradeProtocols(r.Header["Upgrade"])) {
@@ -74,8 +74,8 @@ func (h *Handler) upgrade(w http.ResponseWriter, r *http.Request, res *http.Resp
 	return http.StatusSwitchingProtocols, nil
 }
 
-// keepUpgrade says in a 426 which protocols the origin wants, as it has to (RFC 9110
-// §15.5.22). wanted is its Upgrade field.
+// keepUpgrade keeps the Upgrade field of a 426 (Upgrade Required), which must say which
+// protocols the origin requires (RFC 9110 §15.5.22). wanted is the origin's field.
 func keepUpgrade(r *http.Request, header http.Header, status int, wanted []string) {
 	if status != http.StatusUpgradeRequired || r.ProtoMajor != 1 || r.ProtoMinor == 0 {
 		return
