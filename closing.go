@@ -16,22 +16,20 @@ import (
 	"golang.org/x/net/http/httpguts"
 )
 
-// A client may still be sending when its request has been answered: the content
-// of a request that is refused, or what it has sent behind a CONNECT. If its
-// connection were closed with something unread, the kernel would send a reset,
-// and the client's own kernel might throw the response away before the client
-// reads it. So such a connection is closed in stages (RFC 9112 §9.6): first only
-// for writing, and then, when the client has closed it or a limit is reached, for
-// reading.
+// A client may still be sending when its request has been answered: the content of a refused
+// request, or bytes after a CONNECT. If its connection were closed with unread bytes, the
+// kernel would send a reset, and the client's kernel might discard the response before the
+// client reads it. So such a connection is closed in stages (RFC 9112 §9.6): first for
+// writing, and then for reading, when the client has closed its side or a limit is reached.
 const (
-	lingerBytes     = 64 << 20         // that are read and dropped
-	lingerTime      = 30 * time.Second // until the connection is closed in any case
-	lingerIdle      = 5 * time.Second  // without a byte from the client
-	lingerPerClient = 16               // connections of one client at a time; further ones are closed at once
+	lingerBytes     = 64 << 20         // read and dropped at most
+	lingerTime      = 30 * time.Second // closes the connection in any case
+	lingerIdle      = 5 * time.Second  // closes it if the client sends nothing
+	lingerPerClient = 16               // connections of a client; others are closed at once
 )
 
-// lingering counts the connections that are being closed in stages, by client. Its
-// methods are safe for concurrent use.
+// lingering counts, by client, the connections that are being closed in stages. Its methods
+// are safe for concurrent use.
 type lingering struct {
 	mu sync.Mutex
 	n  map[netip.Addr]int
@@ -58,11 +56,11 @@ func (l *lingering) leave(client netip.Addr) {
 	}
 }
 
-// close closes the connection of a client in stages.
+// close closes a client's connection in stages.
 func (l *lingering) close(conn net.Conn, client netip.Addr) {
 	if l.enter(client) {
 		if peer := newConnPeer(conn); peer.half != nil {
-			_ = conn.SetWriteDeadline(time.Now().Add(lingerIdle)) // for TLS, which writes a last record
+			_ = conn.SetWriteDeadline(time.Now().Add(lingerIdle)) // TLS writes a close_notify
 			_ = peer.CloseWrite()
 		}
 		drop(conn, conn.SetReadDeadline)
@@ -71,18 +69,17 @@ func (l *lingering) close(conn net.Conn, client netip.Addr) {
 	_ = conn.Close()
 }
 
-// drop reads from r until its end or one of the limits, and reports whether it has
-// seen the end.
+// drop reads from r until EOF or one of the limits, and reports whether it has seen EOF.
 func drop(r io.Reader, setDeadline func(time.Time) error) bool {
 	buf := copyBuffers.Get().(*[copyBuffer]byte)
 	defer copyBuffers.Put(buf)
 	end := time.Now().Add(lingerTime)
 	for dropped := 0; dropped < lingerBytes; {
-		due := time.Now().Add(lingerIdle)
-		if due.After(end) {
-			due = end
+		deadline := time.Now().Add(lingerIdle)
+		if deadline.After(end) {
+			deadline = end
 		}
-		if err := setDeadline(due); err != nil {
+		if err := setDeadline(deadline); err != nil {
 			return false
 		}
 		n, err := r.Read(buf[:])
@@ -94,18 +91,18 @@ func drop(r io.Reader, setDeadline func(time.Time) error) bool {
 	return false
 }
 
-// closeInStages closes the connection on which an answer of the proxy's own to r
-// has just been written, if that is HTTP/1 and the client may still be sending.
+// closeInStages closes the connection after the proxy's own response to r has been written,
+// if it is HTTP/1 and the client may still be sending.
 func (h *Handler) closeInStages(w http.ResponseWriter, r *http.Request, client netip.Addr) {
 	if r.ProtoMajor != 1 || !stillSending(r) {
 		return
 	}
-	if own, ok := innermost(w).(*responseWriter); ok {
-		own.lingers, own.sender = true, client // the connection's goroutine does it behind the answer
+	if fast, ok := innermost(w).(*responseWriter); ok {
+		fast.lingers, fast.sender = true, client // clientConn.serve closes it after the response
 		return
 	}
-	// net/http would close it without reading what is left. It hands the connection
-	// out in the middle of a response that has its length.
+	// net/http would close the connection without reading what is left. Hijack it in the
+	// middle of the response, which is possible when that has a Content-Length.
 	if w.Header().Get("Content-Length") == "" || http.NewResponseController(w).Flush() != nil {
 		return
 	}
@@ -114,21 +111,21 @@ func (h *Handler) closeInStages(w http.ResponseWriter, r *http.Request, client n
 	}
 }
 
-// stillSending reports whether the client that sent r may still be sending bytes
-// that the proxy will not use.
+// stillSending reports whether the client of r may still be sending bytes that the proxy
+// will not read.
 func stillSending(r *http.Request) bool {
 	return r.Method == http.MethodConnect || r.ContentLength != 0 && !expectsContinue(r)
 }
 
-// expectsContinue reports whether a client waits for 100 (Continue) before it
-// sends content.
+// expectsContinue reports whether the client waits for 100 (Continue) before it sends
+// content.
 func expectsContinue(r *http.Request) bool {
 	return httpguts.HeaderValuesContainsToken(r.Header["Expect"], "100-continue")
 }
 
-// dropContent reads and drops the content of a request that error routes are about
-// to answer. Once they have answered, the connection can no longer be read. As with
-// lingering, the number of such requests per client is limited.
+// dropContent reads and drops the content of a request before error routes answer it. Once
+// they have, the connection can no longer be read. As with lingering connections, the number
+// of such requests per client is limited.
 func (l *lingering) dropContent(w http.ResponseWriter, r *http.Request) {
 	if r.ProtoMajor != 1 || r.ContentLength == 0 || r.Method == http.MethodConnect || expectsContinue(r) {
 		return
@@ -139,7 +136,7 @@ func (l *lingering) dropContent(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// hasErrorRoutes reports whether the site answers errors by routes of its own.
+// hasErrorRoutes reports whether the site has error routes (handle_errors).
 func hasErrorRoutes(r *http.Request) bool {
 	server, _ := r.Context().Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
 	return server != nil && server.Errors != nil && len(server.Errors.Routes) > 0

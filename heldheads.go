@@ -10,15 +10,14 @@ import (
 	"sync"
 )
 
-// Bounds on the large heads of responses that a client has the proxy hold at once. A
-// head is held until its response has been passed on, which takes as long as the client
-// likes.
+// Limits on the large response heads that are held for one client at a time. A head is held
+// until its response has been sent, which takes as long as the client likes.
 const (
 	largeHead    = 16 << 10 // smaller heads are not counted
 	maxHeldHeads = 4 << 20
 )
 
-var errHeldHeads = errors.New("the head of the response is large, and too many such responses are on their way to this client already")
+var errHeldHeads = errors.New("the response head is large, and too many such responses to this client are in progress already")
 
 // heldHeads counts the bytes of the large heads that are held for each client.
 type heldHeads struct {
@@ -26,8 +25,8 @@ type heldHeads struct {
 	bytes map[netip.Addr]int
 }
 
-// hold counts a head of the given size for a client until release is called. It returns
-// nil if the client has too many already.
+// hold counts a head of the given size for a client until release is called. It returns nil
+// if the client's limit is reached.
 func (h *heldHeads) hold(client netip.Addr, size int) (release func()) {
 	if size < largeHead {
 		return func() {}
@@ -50,7 +49,7 @@ func (h *heldHeads) hold(client netip.Addr, size int) (release func()) {
 	}
 }
 
-// headSize returns about how many bytes the head of a response has.
+// headSize returns the approximate size of a response head in bytes.
 func headSize(res *http.Response) (size int) {
 	if body, ok := res.Body.(*originBody); ok {
 		return body.head

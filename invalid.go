@@ -16,20 +16,19 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
-// An invalid is a reason to refuse a client before there is a request that a handler
-// could see.
+// invalid is a reason to refuse a client before any handler sees a request.
 type invalid string
 
 const (
-	invalidTLS       invalid = "tls"        // TLS on a port without it
+	invalidTLS       invalid = "tls"        // TLS on a port without TLS
 	invalidSOCKS     invalid = "socks"      // SOCKS 4 or 5
-	invalidPlainHTTP invalid = "plain_http" // HTTP in clear on a port with TLS
-	invalidMalformed invalid = "malformed"  // no well-formed request
-	invalidTooLarge  invalid = "too_large"  // more than max_header_size
-	invalidUnknown   invalid = "unknown"    // a version, coding or expectation that is not supported
+	invalidPlainHTTP invalid = "plain_http" // HTTP without TLS on a port with TLS
+	invalidMalformed invalid = "malformed"  // not a well-formed request
+	invalidTooLarge  invalid = "too_large"  // request head over max_header_size
+	invalidUnknown   invalid = "unknown"    // HTTP version, transfer coding or expectation
 )
 
-// invalids has the log message for each reason.
+// invalids has the log level and message for each reason.
 var invalids = map[invalid]struct {
 	level   zapcore.Level
 	message string
@@ -42,8 +41,8 @@ var invalids = map[invalid]struct {
 	invalidUnknown:   {zapcore.InfoLevel, "unsupported request"},
 }
 
-// refusedInvalid counts and logs that a client was refused. The status is empty if it got
-// no answer; detail may say more about what was wrong.
+// refusedInvalid counts and logs a refused client. status is empty if the client got no
+// response. detail may say more about the cause.
 func (h *Handler) refusedInvalid(conn net.Conn, reason invalid, status, detail string) {
 	metrics.invalid.WithLabelValues(string(reason)).Inc()
 	remote, _ := netip.ParseAddrPort(conn.RemoteAddr().String())
@@ -52,8 +51,8 @@ func (h *Handler) refusedInvalid(conn net.Conn, reason invalid, status, detail s
 	if !ok {
 		return
 	}
-	row := invalids[reason]
-	c := h.logger.Check(row.level, row.message)
+	entry := invalids[reason]
+	c := h.logger.Check(entry.level, entry.message)
 	if c == nil {
 		return
 	}
@@ -67,16 +66,16 @@ func (h *Handler) refusedInvalid(conn net.Conn, reason invalid, status, detail s
 	c.Write(fields...)
 }
 
-// invalidLine identifies log lines of which a client gets few.
+// invalidLine identifies a kind of log line that is limited for each client.
 type invalidLine struct {
 	client  netip.Addr
-	address string // at which the client was refused
+	address string // local address that the client connected to
 	what    string
 }
 
-// lineLimit lets the first lines of a kind through, and then one a minute until there
-// was a minute without. It knows a bounded number of kinds: while that many are new,
-// there are no lines of further ones.
+// lineLimit lets the first lines of a kind through, and then one a minute until a minute
+// passes without a line. It tracks a limited number of kinds. While that many are recent,
+// lines of new kinds are dropped.
 type lineLimit struct {
 	mu    sync.Mutex
 	lines map[invalidLine]*lineCount
@@ -84,8 +83,8 @@ type lineLimit struct {
 }
 
 type lineCount struct {
-	lines   int       // one by one
-	next    time.Time // when there may be another line after those
+	lines   int       // written since the last quiet minute
+	next    time.Time // when a line may follow the first ones
 	skipped int64
 }
 
@@ -121,8 +120,8 @@ func (l *lineLimit) count(line invalidLine, now time.Time) (n int64, ok bool) {
 	return n, true
 }
 
-// sweep forgets the kinds whose minute is over, and reports whether there is room. It
-// looks at all of them, and so does that once a second only.
+// sweep drops the kinds whose minute is over, and reports whether there is room. It visits
+// all of them, so it does that at most once a second.
 func (l *lineLimit) sweep(now time.Time) bool {
 	if now.Sub(l.swept) >= time.Second {
 		l.swept = now
@@ -135,22 +134,22 @@ func (l *lineLimit) sweep(now time.Time) bool {
 	return len(l.lines) < maxInvalidLines
 }
 
-// firstByteOf tells by the first byte of a connection which client does not speak
-// HTTP, or not the way it is spoken on this port.
+// firstByteOf tells from the first byte of a connection whether the client speaks another
+// protocol than the port's, and which.
 func firstByteOf(b byte, overTLS bool) (reason invalid, found bool) {
 	switch {
 	case b == 4 || b == 5:
 		return invalidSOCKS, true
-	case b == 0x16 && !overTLS: // a handshake
+	case b == 0x16 && !overTLS: // a TLS handshake record
 		return invalidTLS, true
-	case overTLS && (b >= 'A' && b <= 'Z' || b >= 'a' && b <= 'z'): // a method; no record begins so
+	case overTLS && (b >= 'A' && b <= 'Z' || b >= 'a' && b <= 'z'): // a method: no TLS record starts so
 		return invalidPlainHTTP, true
 	}
 	return "", false
 }
 
-// answerFirstByte answers a client that speaks another protocol, if it may understand
-// the answer. The caller closes the connection in stages.
+// answerFirstByte responds to a client of another protocol, if it may understand the
+// response. The caller closes the connection in stages.
 func (h *Handler) answerFirstByte(conn *net.TCPConn, reason invalid) {
 	switch reason {
 	case invalidTLS:
@@ -162,34 +161,34 @@ func (h *Handler) answerFirstByte(conn *net.TCPConn, reason invalid) {
 	}
 }
 
-// answerInvalid answers a client whose request no handler has seen. Its connection is
-// to be closed in stages.
+// answerInvalid responds to a request that no handler has seen. The caller closes the
+// connection in stages.
 func (h *Handler) answerInvalid(conn *net.TCPConn, reason invalid, status, text string) {
 	h.refusedInvalid(conn, reason, status, "")
 	_ = conn.SetWriteDeadline(time.Now().Add(lingerIdle))
 	_, _ = conn.Write(h.invalidAnswer(status, text))
 }
 
-// invalidAnswer is the whole answer to a client whose request no handler has seen.
+// invalidAnswer returns the whole response to a request that no handler has seen.
 func (h *Handler) invalidAnswer(status, text string) []byte {
 	return fmt.Appendf(nil, "HTTP/1.1 %s\r\nConnection: close\r\nContent-Length: %d\r\nContent-Type: text/plain; charset=utf-8\r\nProxy-Status: %s\r\n\r\n%s\n",
 		status, len(text)+1, h.proxyStatus("http_request_error"), text)
 }
 
-// net/http answers requests that it refuses itself in one write of this form. The first
-// write of a handler's response never has it.
+// net/http sends its own refusals in one write of this form. The first write of a handler's
+// response never has it.
 var (
 	errorFields       = []byte("\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n")
 	expectationFailed = []byte("417 Expectation Failed\r\nConnection: close\r\nDate: ")
 	noContent         = []byte("GMT\r\nContent-Length: 0\r\n\r\n")
 )
 
-// isNetHTTPRefusal reports whether p is net/http's answer to a request that no handler
-// has seen, and returns the status of that and what net/http says is wrong.
+// isNetHTTPRefusal reports whether p is net/http's refusal of a request that no handler has
+// seen. It returns the status, and what net/http says about the cause.
 func isNetHTTPRefusal(p []byte) (status, detail string, ok bool) {
 	p, found := bytes.CutPrefix(p, []byte("HTTP/1.1 "))
 	if !found || len(p) == 0 || p[0] != '4' && p[0] != '5' {
-		return "", "", false // at no cost
+		return "", "", false // the usual case: cheap
 	}
 	if bytes.HasPrefix(p, expectationFailed) && bytes.HasSuffix(p, noContent) && len(p) < len(expectationFailed)+len(noContent)+40 {
 		return "417 Expectation Failed", "", true
@@ -202,10 +201,9 @@ func isNetHTTPRefusal(p []byte) (status, detail string, ok bool) {
 	return status, detail, len(status) >= len("400")
 }
 
-// replaceRefusal counts and logs a request that net/http refuses, and returns a better
-// answer than net/http's: one that says that it is the proxy's, and what is wrong. It
-// returns nil if p is something else. noLine says that not even the first line of the
-// request was complete.
+// replaceRefusal counts and logs a request that net/http refuses, and returns a response
+// that says more than net/http's: that it is from the proxy, and what is wrong. It returns
+// nil if p is something else. noLine says that not even the request line was complete.
 func (h *Handler) replaceRefusal(conn net.Conn, p []byte, noLine bool) []byte {
 	status, detail, ok := isNetHTTPRefusal(p)
 	if !ok {

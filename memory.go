@@ -9,9 +9,8 @@ import (
 	"time"
 )
 
-// memory keeps values by key for a while. Its size is bounded: when it is full and
-// nothing has expired, it forgets everything, which costs its users some time and
-// nothing else.
+// memory caches values by key for a limited time. Its size is bounded: when it is full and
+// nothing has expired, it drops everything, which only costs its users time.
 //
 // All methods are safe for concurrent use.
 type memory[K comparable, V any] struct {
@@ -42,7 +41,7 @@ func (m *memory[K, V]) get(key K) (value V, ok bool) {
 	return r.value, true
 }
 
-// put keeps a value.
+// put stores a value.
 func (m *memory[K, V]) put(key K, value V) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -12,20 +12,21 @@ import (
 	"sync/atomic"
 )
 
-// readConn is a client's connection that net/http serves. It begins with what was read
-// from it before, and notices what net/http refuses without asking a handler.
+// readConn is a client connection that net/http serves. Its first reads return the bytes
+// that were read before. It detects requests that net/http refuses without calling a
+// handler.
 type readConn struct {
 	*net.TCPConn
 	early   []byte
-	late    bool     // the time for more is over
-	handler *Handler // nil: nothing is to be noticed
-	first   bool     // nothing was read yet, and what comes first is to be looked at
-	overTLS bool     // what comes is TLS
-	hasLine bool     // a line has ended
+	late    bool     // reads after early time out
+	handler *Handler // nil: refusals are not detected
+	first   bool     // the first byte has not been read, and is to be checked
+	overTLS bool     // the connection carries TLS
+	hasLine bool     // a whole line has been read
 
-	// answered says that something was written since the connection was last idle.
-	// Then a handler has seen the request, and what is written is its response,
-	// whatever that looks like.
+	// answered is set by the first write since the connection was last idle. From then on a
+	// handler has seen the request, and any write is part of its response, whatever it looks
+	// like.
 	answered atomic.Bool
 }
 
@@ -49,8 +50,8 @@ func (c *readConn) Read(p []byte) (n int, err error) {
 	return n, err
 }
 
-// checkFirst refuses a client that does not speak the protocol of the port, and drops
-// empty lines before the first request (RFC 9112 §2.2). n bytes of p were read.
+// checkFirst refuses a client that does not speak the protocol of the port, and drops empty
+// lines before the first request (RFC 9112 §2.2). n is the number of bytes read into p.
 func (c *readConn) checkFirst(p []byte, n int) (int, error) {
 	if reason, found := firstByteOf(p[0], c.overTLS); found {
 		c.handler.answerFirstByte(c.TCPConn, reason)
@@ -77,8 +78,8 @@ func (c *readConn) checkFirst(p []byte, n int) (int, error) {
 	return n, nil
 }
 
-// Write implements io.Writer. It replaces net/http's answers to requests that no
-// handler has seen.
+// Write implements io.Writer. It replaces net/http's responses to requests that no handler
+// has seen.
 func (c *readConn) Write(p []byte) (int, error) {
 	if c.handler != nil && !c.overTLS && !c.answered.Swap(true) {
 		if answer := c.handler.replaceRefusal(c, p, !c.hasLine); answer != nil {
@@ -89,7 +90,7 @@ func (c *readConn) Write(p []byte) (int, error) {
 	return c.TCPConn.Write(p)
 }
 
-// readListener accepts connections for net/http.
+// readListener accepts connections for net/http as readConns.
 type readListener struct {
 	net.Listener
 	handler *Handler
@@ -105,8 +106,8 @@ func (l *readListener) Accept() (net.Conn, error) {
 	return conn, err
 }
 
-// watchFirstBytes returns ln with connections that refuse clients of other protocols,
-// for h.
+// watchFirstBytes wraps ln, or the listener below it if ln is TLS, so that h refuses clients
+// that speak another protocol. It returns ln as it is if h is nil.
 func watchFirstBytes(ln net.Listener, h *Handler, overTLS bool) net.Listener {
 	if h == nil {
 		return ln
@@ -121,10 +122,10 @@ func watchFirstBytes(ln net.Listener, h *Handler, overTLS bool) net.Listener {
 	return &readListener{ln, h, overTLS}
 }
 
-// listenerBelowTLS returns the field of a listener of crypto/tls that holds the
-// listener below it, which nobody has used yet. By default Caddy puts listener wrappers
-// on top of TLS, where the first bytes cannot be seen. The value is not valid if ln is
-// something else.
+// listenerBelowTLS returns the field of a crypto/tls listener that holds the underlying
+// listener, which has not been used yet. By default, Caddy puts listener wrappers on top of
+// TLS, where they cannot see the first bytes. The result is invalid if ln is not a
+// crypto/tls listener.
 func listenerBelowTLS(ln net.Listener) reflect.Value {
 	v := reflect.ValueOf(ln)
 	if v.Type().String() != "*tls.listener" || v.Elem().Kind() != reflect.Struct {

@@ -12,24 +12,24 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// slowReader gives a client of HTTP/1 that takes a response slowly the time it needs.
-// Caddy's timeout for stalled writes begins with each write, and ends it when that has
-// not been possible: but the kernel has up to some MiB of room for a socket, and once
-// that is full takes no more until a third of it is free. From a slow client that takes
-// longer than the timeout, though it takes something all the time. So the timeout begins
-// anew here whenever the client has acknowledged something.
+// slowReader extends the write deadline of an HTTP/1 client that reads a response slowly.
+// Caddy's timeout for stalled writes starts with each write and expires if the write cannot
+// be made in time. But the kernel buffers up to some MiB for a socket, and once the buffer
+// is full, accepts no more until a third of it is free. With a slow client that takes longer
+// than the timeout, although the client reads all the time. So slowReader restarts the
+// timeout whenever the client has acknowledged bytes.
 type slowReader struct {
 	socket  *net.TCPConn
 	timeout time.Duration
 
 	mu    sync.Mutex
-	timer *time.Timer // nil: it is over
-	taken uint64      // of the connection
+	timer *time.Timer // nil: stopped
+	taken uint64      // bytes acknowledged on the connection
 }
 
-// newSlowReader returns nil if there is no timeout that may begin anew. Over HTTP/2 each
-// stream has one alone, and acknowledgements are of all of them: less waits in the
-// kernel there.
+// newSlowReader returns nil if there is no timeout that can be restarted. Over HTTP/2 each
+// stream has a timeout of its own, but acknowledgements are for the whole connection. There
+// it limits how much waits in the kernel instead.
 func newSlowReader(w http.ResponseWriter, r *http.Request) *slowReader {
 	_, idle := caddyhttp.IdleTimeoutsFromContext(r.Context())
 	socket := newConnPeer(connOf(w, r)).tcp
@@ -47,6 +47,7 @@ func newSlowReader(w http.ResponseWriter, r *http.Request) *slowReader {
 	return s
 }
 
+// look restarts the timeout if the client has acknowledged bytes since the last tick.
 func (s *slowReader) look() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -55,25 +56,25 @@ func (s *slowReader) look() {
 	}
 	if taken := bytesTaken(s.socket); taken > s.taken {
 		s.taken = taken
-		_ = s.socket.SetWriteDeadline(time.Now().Add(s.timeout)) // a failure is that of the write, too
+		_ = s.socket.SetWriteDeadline(time.Now().Add(s.timeout)) // if it fails, so does the write
 	}
 	s.timer.Reset(s.pause())
 }
 
-// pause is how long a client may have taken something before that is noticed.
+// pause returns the time between two ticks, which is how late progress may be noticed.
 func (s *slowReader) pause() time.Duration { return max(s.timeout/4, time.Millisecond) }
 
-// waitForEnd waits until the client has taken so much that the end of a response in
-// chunks, which is written when nobody gives it time any more, does not wait.
+// waitForEnd waits until the client has read enough for the end of a chunked response to be
+// written without waiting: at that point, nothing restarts the timeout any longer.
 func (s *slowReader) waitForEnd() error {
 	if s == nil {
 		return nil
 	}
-	_ = s.socket.SetWriteDeadline(time.Now().Add(s.timeout)) // that of the last write may be over
+	_ = s.socket.SetWriteDeadline(time.Now().Add(s.timeout)) // the last one may have passed
 	return toClient(waitWritable(s.socket))
 }
 
-// stop returns when the deadline is set no more.
+// stop stops the timer. When it returns, the deadline is no longer set.
 func (s *slowReader) stop() {
 	if s == nil {
 		return
@@ -84,16 +85,16 @@ func (s *slowReader) stop() {
 	s.timer = nil
 }
 
-// limitWrite gives a client that does not read Caddy's write_idle for the response
-// that begins now. Caddy's own timeout begins with content that is written, so that
-// a response without content would wait for such a client for ever. A connection
-// that this package serves itself has a deadline for each write. Over HTTP/2 a
-// deadline is a timer that ends the stream even when nothing is written.
+// limitWrite sets Caddy's write_idle as the deadline for the response that begins now.
+// Caddy's own timeout starts with the first content that is written, so a response without
+// content would wait forever for a client that does not read. A clientConn sets a deadline
+// for each write itself. Over HTTP/2, a deadline is a timer that ends the stream even when
+// nothing is written, so it is not set.
 func limitWrite(r *http.Request) {
 	if r.ProtoMajor == 2 {
 		return
 	}
-	if _, own := r.Context().(*requestContext); own {
+	if _, fast := r.Context().(*requestContext); fast {
 		return
 	}
 	_, idle := caddyhttp.IdleTimeoutsFromContext(r.Context())

@@ -11,15 +11,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// relaySocket reads when the socket says that it can be read. What comes in
-// bulk for another socket goes through the kernel by splice(2).
+// relaySocket reads when the socket is readable. Bulk data for another socket moves inside
+// the kernel by splice(2).
 func relaySocket(dst io.Writer, src *net.TCPConn, copied *flow) (readErr, writeErr error) {
 	conn, err := src.SyscallConn()
 	if err != nil {
 		return err, nil
 	}
 	r := newSocketReader(conn)
-	var splice *splicer // is made for the first bulk
+	var splice *splicer // created for the first bulk data
 	for {
 		buf, n, err := r.read()
 		if n > 0 {
@@ -42,11 +42,11 @@ func relaySocket(dst io.Writer, src *net.TCPConn, copied *flow) (readErr, writeE
 	}
 }
 
-// socketReader reads from a socket into a pooled buffer that is taken only when
-// there is something to read.
+// socketReader reads from a socket, and takes a pooled buffer only when there are bytes to
+// read.
 type socketReader struct {
 	conn syscall.RawConn
-	wait func(fd uintptr) bool // ready, made into a function once
+	wait func(fd uintptr) bool // the method value ready, allocated once
 	buf  *[smallBuffer]byte
 	n    int
 	err  error
@@ -58,8 +58,8 @@ func newSocketReader(conn syscall.RawConn) *socketReader {
 	return r
 }
 
-// read returns a buffer and how much of it is filled, or the end. The buffer,
-// if any, is the caller's to give back.
+// read returns a buffer and how many of its bytes are filled, or an error. The caller puts
+// the buffer, if any, back into smallBuffers.
 func (r *socketReader) read() (*[smallBuffer]byte, int, error) {
 	r.buf, r.n, r.err = nil, 0, nil
 	err := r.conn.Read(r.wait)
@@ -72,7 +72,7 @@ func (r *socketReader) read() (*[smallBuffer]byte, int, error) {
 	return r.buf, r.n, err
 }
 
-// ready is called when the socket may be readable, and says whether it was.
+// ready tries to read, and reports whether the socket was readable.
 func (r *socketReader) ready(fd uintptr) bool {
 	r.buf = smallBuffers.Get().(*[smallBuffer]byte)
 	for {
@@ -92,15 +92,15 @@ func (r *socketReader) ready(fd uintptr) bool {
 	return true
 }
 
-// bytesTaken returns how much the other side has acknowledged in all; 0 if that is not
-// known.
+// bytesTaken returns how many bytes the other side has acknowledged in all, or 0 if that is
+// unknown.
 func bytesTaken(socket *net.TCPConn) uint64 {
 	taken, _ := sendState(socket)
 	return taken
 }
 
-// sendState returns how much the other side has acknowledged in all, and whether the
-// kernel holds more for it. A closed socket has neither.
+// sendState returns how many bytes the other side has acknowledged in all, and whether the
+// kernel holds more for it. For a closed socket it returns 0 and false.
 func sendState(socket *net.TCPConn) (taken uint64, queued bool) {
 	conn, err := socket.SyscallConn()
 	if err != nil {
@@ -114,7 +114,7 @@ func sendState(socket *net.TCPConn) (taken uint64, queued bool) {
 	return taken, queued
 }
 
-// hasRoom reports whether the kernel takes more for the other side.
+// hasRoom reports whether the socket is writable.
 func hasRoom(socket *net.TCPConn) bool {
 	conn, err := socket.SyscallConn()
 	if err != nil {
@@ -127,7 +127,7 @@ func hasRoom(socket *net.TCPConn) bool {
 	return events != 0
 }
 
-// waitWritable waits until the kernel has room for more.
+// waitWritable waits until the socket is writable.
 func waitWritable(socket *net.TCPConn) error {
 	conn, err := socket.SyscallConn()
 	if err != nil {
@@ -139,12 +139,12 @@ func waitWritable(socket *net.TCPConn) error {
 	})
 }
 
-// maxUnsent is how much may wait in the kernel before a socket takes no more. It is
-// writable again with half of that.
+// maxUnsent is how many unsent bytes the kernel holds before a socket stops being writable.
+// It is writable again with half of that.
 const maxUnsent = 512 << 10
 
-// limitUnsent limits what waits in the kernel until the other side has room for it.
-// Without a limit that is up to some MiB.
+// limitUnsent limits how many unsent bytes the kernel holds for the socket. Without a limit,
+// that is up to some MiB.
 func limitUnsent(socket *net.TCPConn) {
 	if conn, err := socket.SyscallConn(); err == nil {
 		_ = conn.Control(func(fd uintptr) {

@@ -7,6 +7,6 @@ package asyncproxy
 
 import "net"
 
-// socketQuiet cannot tell here, so that no connection to an origin is used for a
-// second exchange.
+// socketQuiet cannot tell here. It returns false, so that connections to origins are not
+// reused.
 func socketQuiet(*net.TCPConn) bool { return false }

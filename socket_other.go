@@ -11,29 +11,29 @@ import (
 	"net/http"
 )
 
-// relaySocket has no cheaper way here than any other source.
+// relaySocket has no special way to read from sockets here.
 func relaySocket(dst io.Writer, src *net.TCPConn, copied *flow) (readErr, writeErr error) {
 	return relayReader(dst, src, copied)
 }
 
 func closePipes() {}
 
-// splice leaves the body to be copied.
+// splice does nothing here: the caller copies the body.
 func (b *originBody) splice(http.ResponseWriter, func(int64)) (done bool, err error) {
 	return false, nil
 }
 
-// bytesTaken is not known.
+// bytesTaken returns 0, which means unknown.
 func bytesTaken(*net.TCPConn) uint64 { return 0 }
 
-// sendState is not known.
+// sendState returns 0 and false, which means unknown.
 func sendState(*net.TCPConn) (taken uint64, queued bool) { return 0, false }
 
-// hasRoom is not known.
+// hasRoom returns true, since it cannot tell.
 func hasRoom(*net.TCPConn) bool { return true }
 
-// waitWritable leaves the wait to the next write.
+// waitWritable does not wait: the next write does.
 func waitWritable(*net.TCPConn) error { return nil }
 
-// limitUnsent leaves it to the system how much waits for the other side.
+// limitUnsent does nothing here.
 func limitUnsent(*net.TCPConn) {}

@@ -15,15 +15,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// pipeSize is asked for each pipe. The kernel may give less to an unprivileged
-// user with many pipes; then more calls move the same bytes.
+// pipeSize is the requested size of each pipe. The kernel may give less to an unprivileged
+// user with many pipes. Then moving the same bytes takes more calls.
 const pipeSize = 1 << 20
 
-// spliceFlags make splice(2) return at once when it can move nothing. Waiting
-// is the netpoller's.
+// spliceFlags make splice(2) return at once when it cannot move anything. The netpoller does
+// the waiting.
 const spliceFlags = unix.SPLICE_F_NONBLOCK | unix.SPLICE_F_MOVE
 
-// pipes holds pipes that nobody uses now, all empty. What is more is closed.
+// pipes holds unused, empty pipes. Pipes that do not fit into it are closed.
 var pipes = make(chan pipe, 32)
 
 type pipe struct{ r, w int }
@@ -42,7 +42,7 @@ func newPipe() (pipe, error) {
 	return pipe{fds[0], fds[1]}, nil
 }
 
-// release gives an empty pipe back, or closes one that still holds bytes.
+// release returns an empty pipe to pipes, and closes one that still holds bytes.
 func (p pipe) release(empty bool) {
 	if empty {
 		select {
@@ -55,8 +55,8 @@ func (p pipe) release(empty bool) {
 	_ = unix.Close(p.w)
 }
 
-// closePipes closes the pipes that nobody uses, so that a process without
-// tunnels holds no descriptor for them.
+// closePipes closes the unused pipes, so that a process without tunnels holds no descriptors
+// for them.
 func closePipes() {
 	for {
 		select {
@@ -68,9 +68,9 @@ func closePipes() {
 	}
 }
 
-// splicer moves bytes from a socket to a socket inside the kernel.
+// splicer moves bytes from one socket to another inside the kernel.
 type splicer struct {
-	dst, src syscall.RawConn // dst is nil if it is no socket
+	dst, src syscall.RawConn // dst is nil if it is not a socket
 	pipe     pipe
 	moved    int
 	held     int // bytes in the pipe
@@ -87,9 +87,9 @@ func newSplicer(dst io.Writer, src syscall.RawConn) *splicer {
 	return s
 }
 
-// burst moves bytes until the source has nothing more to read just now, and
-// gives the pipe back. It returns no errors if the source goes on, and does
-// nothing if bytes cannot be moved or there is no pipe to be had.
+// burst moves bytes until the source has no more for now, and then releases the pipe. It
+// returns no errors if the source goes on. It does nothing if bytes cannot be spliced, or no
+// pipe is available.
 func (s *splicer) burst(copied *flow) (readErr, writeErr error) {
 	if s.dst == nil {
 		return nil, nil
@@ -105,11 +105,11 @@ func (s *splicer) burst(copied *flow) (readErr, writeErr error) {
 			readErr = err
 			break
 		}
-		if s.err == unix.EAGAIN { // dry, or the end, which the next read tells
+		if s.err == unix.EAGAIN { // no more bytes, or EOF, which the next read finds
 			break
 		}
 		if s.err == unix.EINVAL || s.err == unix.EPERM || s.err == unix.ENOSYS {
-			s.dst = nil // not from this kind of socket, or not in this sandbox
+			s.dst = nil // not supported for this socket or in this sandbox
 			break
 		}
 		if s.err != nil {
@@ -129,7 +129,7 @@ func (s *splicer) burst(copied *flow) (readErr, writeErr error) {
 	return readErr, writeErr
 }
 
-// drain empties the pipe into the target.
+// drain empties the pipe into the destination.
 func (s *splicer) drain(copied *flow) error {
 	copied.waiting.Store(true)
 	defer copied.waiting.Store(false)
@@ -147,13 +147,13 @@ func (s *splicer) drain(copied *flow) error {
 	return nil
 }
 
-// fillPipe never waits: a source that is dry ends the burst.
+// fillPipe never waits: a source without bytes ends the burst.
 func (s *splicer) fillPipe(fd uintptr) bool {
 	s.splice(int(fd), s.pipe.w, pipeSize)
 	return true
 }
 
-// emptyPipe waits until the target takes more.
+// emptyPipe waits until the destination accepts bytes.
 func (s *splicer) emptyPipe(fd uintptr) bool {
 	s.splice(s.pipe.r, int(fd), s.held)
 	return s.err != unix.EAGAIN
@@ -170,17 +170,15 @@ func (s *splicer) splice(from, to, size int) {
 	}
 }
 
-// spliceFrom is the least that is worth moving inside the kernel.
+// spliceFrom is the smallest body that is worth splicing.
 const spliceFrom = 256 << 10
 
-// splice passes the body of a response on inside the kernel, where both
-// connections are plain sockets and its length is known. It reports whether it
-// has.
+// splice copies the body of a response inside the kernel, if both connections are plain
+// sockets and the body's length is known. done reports whether it has done so.
 //
-// Of what Caddy puts between a handler and its connection only the timeout for
-// stalled writes may be passed by, whose work is done here: an access log or
-// metrics want to see the bytes, and a write timeout or a least rate that the
-// operator has set want to be kept.
+// Of the writers that Caddy puts between a handler and its connection, only the timeout for
+// stalled writes can be bypassed, because it is applied here. Access logs and metrics need
+// to see the bytes, and the operator's write timeouts and minimum rates need to be enforced.
 func (b *originBody) splice(w http.ResponseWriter, count func(n int64)) (done bool, err error) {
 	idle, ok := w.(*caddyhttp.IdleTimeoutWriter)
 	socket, ok2 := b.conn.(*net.TCPConn)
@@ -203,9 +201,7 @@ func (b *originBody) splice(w http.ResponseWriter, count func(n int64)) (done bo
 	return true, nil
 }
 
-// spliceSome waits for the origin, as long as that takes, and then moves what
-// has come, in the time that the client has to take some of it: a slowReader gives
-// it more.
+// spliceSome waits for bytes from the origin, and then moves what has arrived. It sets the client's write deadline, which a slowReader extends.
 func (b *originBody) spliceSome(client io.ReaderFrom, conn syscall.RawConn, socket *net.TCPConn, idle *caddyhttp.IdleTimeoutWriter) (int64, error) {
 	if buffered := int64(b.r.Buffered()); buffered > 0 {
 		n, err := io.CopyN(idle, b.r, min(buffered, b.left))
@@ -224,14 +220,14 @@ func (b *originBody) spliceSome(client io.ReaderFrom, conn syscall.RawConn, sock
 		})
 	})
 	if b.origin != nil {
-		b.origin.expectNone() // the client takes the time that it takes
+		b.origin.expectNone() // the client may take as long as its own timeout allows
 	}
 	if err = errors.Join(err, errIoctl); err != nil {
 		return 0, err
 	}
-	if available == 0 { // the end, or a failure that the next read tells
-		var one [1]byte
-		n, err := socket.Read(one[:])
+	if available == 0 { // EOF, or an error that the next read returns
+		var buf [1]byte
+		n, err := socket.Read(buf[:])
 		if err == nil || err == io.EOF {
 			err = io.ErrUnexpectedEOF
 		}
@@ -240,8 +236,8 @@ func (b *originBody) spliceSome(client io.ReaderFrom, conn syscall.RawConn, sock
 	if err := idle.Ctrl.SetWriteDeadline(time.Now().Add(idle.Deadline.Timeout)); err != nil {
 		return 0, toClient(err)
 	}
-	// What has come can be read: a failure is the client's. It counts when the client has
-	// taken it, so that it is no more at once than a pipe holds.
+	// The bytes that have arrived can be read, so an error is the client's. Bytes are
+	// counted once the client has taken them, so move at most a pipe's worth at a time.
 	n, err := client.ReadFrom(io.LimitReader(socket, min(int64(available), b.left, pipeSize)))
 	return n, toClient(err)
 }
