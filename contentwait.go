@@ -15,21 +15,20 @@ import (
 	"time"
 )
 
-// contentWait bounds how long a response waits for its origin to send more of its
-// content: by response_idle_timeout, and, as long as it waits, by the limits on tunnels,
-// which it is one of then. When Caddy exits, such responses are broken off, as tunnels
-// are.
+// contentWait limits how long a response waits for its origin to send more content. It
+// enforces response_idle_timeout. A response that waits for long counts as a tunnel, so
+// that the limits on tunnels apply to it, and so that it is closed when Caddy exits.
 type contentWait struct {
 	handler *Handler
 	client  netip.Addr
 	timeout time.Duration // <= 0: none
-	grace   time.Duration // how long a wait may take before it counts
+	grace   time.Duration // how long a wait may take before it counts as a tunnel
 	counted bool
-	stop    func() bool // ends the look-out for Caddy's exit; nil: there is none
+	stop    func() bool // stops watching for Caddy's exit; nil: not watching
 }
 
-// contentGrace is how long content may be silent before the response counts as a tunnel,
-// exitGrace the same before it is broken off when Caddy exits.
+// contentGrace is how long an origin may send nothing before the response counts as a
+// tunnel. exitGrace is the same before the response is closed when Caddy exits.
 const (
 	contentGrace = 10 * time.Second
 	exitGrace    = time.Second
@@ -46,7 +45,7 @@ func (h *Handler) newContentWait(client netip.Addr) *contentWait {
 
 func (w *contentWait) exiting() bool { return w.handler.tunnels.open.Err() != nil }
 
-// step returns how long to wait from now until overdue has something to say; 0: for ever.
+// step returns how long to wait before overdue must be called; 0 means forever.
 func (w *contentWait) step(waited time.Duration) time.Duration {
 	step := time.Duration(0)
 	if w.timeout > 0 {
@@ -62,8 +61,8 @@ func (w *contentWait) step(waited time.Duration) time.Duration {
 	return step
 }
 
-// overdue returns an error if the response has waited too long and must be broken off.
-// It counts a response that has waited for the grace period as a tunnel.
+// overdue returns an error if the response has waited too long and must be closed. After
+// the grace period it counts the response as a tunnel.
 func (w *contentWait) overdue(waited time.Duration) error {
 	switch {
 	case w.timeout > 0 && waited >= w.timeout:
@@ -79,7 +78,8 @@ func (w *contentWait) overdue(waited time.Duration) error {
 	return nil
 }
 
-// over notes that the origin has sent something, or that the response has ended.
+// over ends a wait, and stops counting the response as a tunnel: the origin has sent
+// something, or the response has ended.
 func (w *contentWait) over() {
 	if w.counted {
 		w.handler.tunnels.leave(w.client)
@@ -87,7 +87,7 @@ func (w *contentWait) over() {
 	}
 }
 
-// end releases what the wait holds, once the response has ended.
+// end releases the resources of the wait once the response has ended.
 func (w *contentWait) end() {
 	w.over()
 	if w.stop != nil {
@@ -95,8 +95,9 @@ func (w *contentWait) end() {
 	}
 }
 
-// waitFor calls arrives, which blocks until c can be read or its deadline passes. It
-// returns the error of arrives, or the reason to break off the response.
+// waitFor calls arrives, which blocks until c is readable or its deadline passes, until
+// it returns something other than a timeout. It returns that, or the reason to close the
+// response.
 func (w *contentWait) waitFor(c *originConn, arrives func() error) error {
 	if w.stop == nil {
 		w.stop = context.AfterFunc(w.handler.tunnels.open, func() { _ = c.SetReadDeadline(time.Unix(1, 0)) })
@@ -109,7 +110,7 @@ func (w *contentWait) waitFor(c *originConn, arrives func() error) error {
 		} else {
 			c.expectNone()
 		}
-		if w.exiting() { // the deadline may have been set before the one above
+		if w.exiting() { // the exit may have set its deadline before the one above
 			c.deadline = time.Now().Add(exitGrace)
 			_ = c.SetReadDeadline(c.deadline)
 		}
@@ -123,20 +124,20 @@ func (w *contentWait) waitFor(c *originConn, arrives func() error) error {
 	}
 }
 
-// read calls read, which returns when something has come from an origin that speaks
-// HTTP/2, or the stream is cancelled.
+// read is waitFor for an origin that speaks HTTP/2. It calls read, and calls cancel, which
+// must make read return, if the response has waited too long.
 func (w *contentWait) read(p []byte, read func([]byte) (int, error), cancel func()) (int, error) {
 	var mu sync.Mutex
 	var timer *time.Timer
 	var failed error
 	done, start := false, time.Now()
-	step := func(waited time.Duration) time.Duration { // not longer than Caddy's exit may go unnoticed
+	step := func(waited time.Duration) time.Duration { // at most exitGrace, to notice Caddy's exit
 		if step := w.step(waited); step > 0 {
 			return min(step, exitGrace)
 		}
 		return exitGrace
 	}
-	look := func() {
+	onTimer := func() {
 		mu.Lock()
 		defer mu.Unlock()
 		if done || failed != nil {
@@ -150,7 +151,7 @@ func (w *contentWait) read(p []byte, read func([]byte) (int, error), cancel func
 		}
 	}
 	mu.Lock()
-	timer = time.AfterFunc(step(0), look)
+	timer = time.AfterFunc(step(0), onTimer)
 	mu.Unlock()
 	n, err := read(p)
 	mu.Lock()
@@ -164,18 +165,18 @@ func (w *contentWait) read(p []byte, read func([]byte) (int, error), cancel func
 	return n, err
 }
 
-// awaitContent waits until the next read waits for nothing. What comes before content,
-// such as the size of a chunk, may come in several parts.
+// awaitContent waits until the next read returns without blocking. It loops because what
+// precedes content, such as a chunk's size line, may arrive in several parts.
 func (b *originBody) awaitContent() error {
 	for !b.more() && !b.ended && (b.chunks != nil || b.left != 0) {
 		var last error
 		err := b.waitFor(func() error {
 			_, err := b.r.Peek(b.r.Buffered() + 1)
 			if err == io.EOF || err == bufio.ErrBufferFull {
-				last = err // the next read tells
+				last = err // the next read returns it too
 				return nil
 			}
-			return err // which the connection may not tell again: after a reset it reads as ended
+			return err // the connection may report it only once: after a reset, reads return EOF
 		})
 		if err == nil && last == bufio.ErrBufferFull {
 			b.expectRest()
@@ -187,7 +188,7 @@ func (b *originBody) awaitContent() error {
 	return nil
 }
 
-// expectRest gives long trailers, which do not fit into the buffer, their time.
+// expectRest sets the read deadline for trailers that are too long for the buffer.
 func (b *originBody) expectRest() {
 	switch {
 	case b.wait == nil:
@@ -198,7 +199,7 @@ func (b *originBody) expectRest() {
 	}
 }
 
-// waitFor calls arrives as a contentWait does.
+// waitFor calls arrives, within the limits of a contentWait if there is a handler.
 func (b *originBody) waitFor(arrives func() error) error {
 	if b.handler == nil {
 		return arrives()

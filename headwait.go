@@ -16,28 +16,29 @@ import (
 	"time"
 )
 
-// headWait ends a request over HTTP/2 whose response does not come in time: that in
-// which the origin has had all of the request, or would not take more, on whichever
-// connections it was tried.
+// headWait cancels a request over HTTP/2 whose response head is overdue. The clock runs
+// only while the origin has the whole request or is not reading it. All connections on
+// which the request is tried share it.
 type headWait struct {
 	ctx     context.Context
 	cancel  context.CancelCauseFunc
 	timeout time.Duration
-	due     atomic.Int64 // since when it is the origin's turn, since epoch; 0: it is not
-	news    atomic.Int64 // when the origin last told of progress, since epoch; 0: never
-	reused  atomic.Bool  // the connection had served a request before
+	due     atomic.Int64 // when the origin's turn began, since epoch; 0: it is not its turn
+	news    atomic.Int64 // when the origin last reported progress, since epoch; 0: never
+	reused  atomic.Bool  // the connection had served an earlier request
 
 	mu        sync.Mutex
 	timer     *time.Timer // nil: the wait is over
-	conn      *http2Conn  // that the request was sent on last; nil: none so far
-	stopWatch func()      // ends the watch over conn
+	conn      *http2Conn  // the connection of the latest attempt; nil: none so far
+	stopWatch func()      // stops the watch on conn
 }
 
-// headWaitKey is for the context of a request, in which the pool of connections finds
-// its headWait.
+// headWaitKey is the context key under which the connection pool finds a request's
+// headWait.
 type headWaitKey struct{}
 
-// newHeadWait begins to wait when there is a connection. A timeout <= 0 is none.
+// newHeadWait returns a headWait whose clock starts when there is a connection. A timeout
+// <= 0 means none.
 func newHeadWait(ctx context.Context, timeout time.Duration) *headWait {
 	w := &headWait{timeout: timeout}
 	w.ctx, w.cancel = context.WithCancelCause(context.WithValue(ctx, headWaitKey{}, w))
@@ -54,7 +55,8 @@ func (w *headWait) connected(info httptrace.GotConnInfo) {
 	w.due.CompareAndSwap(0, sinceEpoch(time.Now()))
 }
 
-// watch has a connection watched over, on which the request is about to be sent.
+// watch starts watching a connection on which the request is about to be sent, and stops
+// watching the previous one.
 func (w *headWait) watch(conn *http2Conn) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -63,14 +65,14 @@ func (w *headWait) watch(conn *http2Conn) {
 	w.conn, w.stopWatch = conn, conn.watch()
 }
 
-// closeSingle closes a connection that is for this request alone. The caller holds mu.
+// closeSingle closes the connection if it is for this request only. The caller holds mu.
 func (w *headWait) closeSingle() {
 	if w.conn != nil && w.conn.single {
 		_ = w.conn.Close()
 	}
 }
 
-// endWatch ends the watch over the connection, if there is one. The caller holds mu.
+// endWatch stops the watch on the connection, if there is one. The caller holds mu.
 func (w *headWait) endWatch() {
 	if w.stopWatch != nil {
 		w.stopWatch()
@@ -78,15 +80,14 @@ func (w *headWait) endWatch() {
 	}
 }
 
-// lost reports whether the origin has died without a word, so that the connection was
-// closed.
+// lost reports whether the connection was closed because the origin had silently died.
 func (w *headWait) lost() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.conn != nil && w.conn.lost.Load()
 }
 
-// turn notes whose turn it is.
+// turn starts the clock if it is the origin's turn, and stops it if it is the client's.
 func (w *headWait) turn(origin bool) {
 	if origin {
 		w.due.Store(sinceEpoch(time.Now()))
@@ -95,16 +96,16 @@ func (w *headWait) turn(origin bool) {
 	}
 }
 
-// heard notes that the origin has told of progress.
+// heard records that the origin has reported progress.
 func (w *headWait) heard() { w.news.Store(sinceEpoch(time.Now())) }
 
-// maxWaits is how many times its timeout a response may take if the origin tells of
-// progress meanwhile.
+// maxWaits is how many timeouts a response may take in all while the origin keeps reporting
+// progress.
 const maxWaits = 10
 
-// timeLeft returns how much time an origin has left for a response, whose turn it has
-// been since turn and which last told of progress at news, both since epoch. It has all
-// of its time while it is the client's turn.
+// timeLeft returns how much time an origin has left to respond. turn is when its turn began,
+// or 0 while it is the client's turn, when the clock stands still. news is when the origin
+// last reported progress. Both are since epoch.
 func timeLeft(timeout time.Duration, turn, news int64) time.Duration {
 	if turn == 0 {
 		return timeout
@@ -131,11 +132,11 @@ func (w *headWait) look() {
 	w.timer.Reset(left)
 }
 
-// over reports whether the response has not come in time.
+// over reports whether the timeout has expired.
 func (w *headWait) over() bool { return context.Cause(w.ctx) == os.ErrDeadlineExceeded }
 
-// stale reports whether an error is that of a connection that the origin was closing
-// while it was idle, or on which it did not answer any more.
+// stale reports whether an error came from a stale connection: one that the origin was
+// closing while it was idle, or on which it had stopped answering.
 func (w *headWait) stale(err error) bool {
 	if w.lost() {
 		return w.ctx.Err() == nil
@@ -144,7 +145,7 @@ func (w *headWait) stale(err error) bool {
 	return lost && w.reused.Load() && w.ctx.Err() == nil
 }
 
-// stop ends the wait, and not the request.
+// stop ends the wait, but not the request.
 func (w *headWait) stop() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -154,12 +155,12 @@ func (w *headWait) stop() {
 	}
 }
 
-// end ends the request, too.
+// end ends the wait and the request.
 func (w *headWait) end() {
 	w.stop()
 	w.cancel(nil)
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.endWatch() // a connection can die in the middle of a response, too
+	w.endWatch() // only now: a connection can also die in the middle of a response
 	w.closeSingle()
 }

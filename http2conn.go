@@ -18,42 +18,43 @@ import (
 	"golang.org/x/net/http2"
 )
 
-// http2Conn is a client's HTTP/2 connection that notices when the server has died
-// without a word. While a request waits (see watch), silence makes it ping the server,
-// and a ping without an answer closes the connection, which fails all of its streams.
+// http2Conn is an HTTP/2 connection to a server that detects when the server has silently
+// died. While a request waits (see watch), it pings a silent server. If the ping is not
+// answered, it closes the connection, which fails all its streams.
 //
 // All methods are safe for concurrent use.
 type http2Conn struct {
 	*http2.ClientConn
 	conn    *observedConn
-	socket  *net.TCPConn // below TLS; nil if it is not known
+	socket  *net.TCPConn // below TLS; nil if unknown
 	times   pingTimes
-	pinging sync.Mutex  // held while a ping waits for its answer
-	lost    atomic.Bool // the server did not answer, and the connection was closed
-	single  bool        // for one request alone, which closes it
+	pinging sync.Mutex  // held while a ping is outstanding
+	lost    atomic.Bool // the connection was closed because a ping was not answered
+	single  bool        // for one request only, which closes it
 }
 
-// pingTimes says when an HTTP/2 server counts as dead.
+// pingTimes are the delays after which an HTTP/2 server counts as dead.
 type pingTimes struct {
 	silence time.Duration // how long a request waits without a frame before a ping
-	answer  time.Duration // how long the answer to a ping may take
+	answer  time.Duration // how long to wait for the answer to a ping
 }
 
 var defaultPingTimes = pingTimes{silence: time.Second, answer: 2 * time.Second}
 
-// A server that answers its pings, but not the request, is asked ever less often, as
-// some servers end connections with more than a few pings in five minutes.
+// A server that answers pings, but not the request, is pinged less and less often, because
+// some servers close connections with more than a few pings in five minutes.
 const (
 	pingBackoff     = 30
 	maxPingInterval = 5 * time.Minute
 )
 
-// uploadProgress is how much the server's kernel must have taken during a ping for the
-// upload to be slow and the server alive. Pings and heads of requests are less.
+// uploadProgress is how many bytes the server's kernel must acknowledge during a ping for
+// the server to count as alive but slow to read an upload. Pings and request heads are
+// smaller than this.
 const uploadProgress = 16 << 10
 
-// newHTTP2Transport returns the transport for connections that pool opens and keeps.
-// Its settings, such as the sizes of windows, are those of settings, which it changes.
+// newHTTP2Transport returns a transport for the connections of pool. It takes its settings,
+// such as window sizes, from settings, which it modifies.
 func newHTTP2Transport(pool http2.ClientConnPool, settings *http.Transport) (*http2.Transport, error) {
 	t, err := http2.ConfigureTransports(settings) //nolint:staticcheck // nothing else gives a pool's connections a size of their windows
 	if err != nil {
@@ -63,14 +64,13 @@ func newHTTP2Transport(pool http2.ClientConnPool, settings *http.Transport) (*ht
 	return t, nil
 }
 
-// newHTTP2Conn starts HTTP/2 on conn, for which TLS has agreed on it. It closes conn if
-// that fails.
+// newHTTP2Conn starts HTTP/2 on conn, which has negotiated it. It closes conn on failure.
 func newHTTP2Conn(t *http2.Transport, conn *tls.Conn, times pingTimes) (*http2Conn, error) {
 	observed := &observedConn{Conn: conn}
 	return startHTTP2(t, observed, observed, times)
 }
 
-// startHTTP2 is newHTTP2Conn with something that reads from observed in between.
+// startHTTP2 is like newHTTP2Conn, with a conn that reads from observed.
 func startHTTP2(t *http2.Transport, observed *observedConn, conn net.Conn, times pingTimes) (*http2Conn, error) {
 	c := &http2Conn{conn: observed, socket: newConnPeer(observed.Conn).tcp, times: times}
 	var err error
@@ -81,10 +81,10 @@ func startHTTP2(t *http2.Transport, observed *observedConn, conn net.Conn, times
 	return c, nil
 }
 
-// errServerSilent reports that a connection was closed since the server did not answer.
+// errServerSilent reports that a connection was closed because the server did not answer.
 var errServerSilent = errors.New("the server has stopped responding on its connection")
 
-// observedConn notes when something was last read.
+// observedConn records when something was last read.
 type observedConn struct {
 	*tls.Conn
 	lastRead atomic.Int64 // since epoch
@@ -98,13 +98,13 @@ func (c *observedConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// silentFor returns how long nothing has arrived from the server.
+// silentFor returns the time since something last arrived from the server.
 func (c *http2Conn) silentFor() time.Duration {
 	return time.Duration(sinceEpoch(time.Now()) - c.conn.lastRead.Load())
 }
 
-// watch watches over a request that is about to be sent. The caller calls stop when the
-// response has come, or the request has ended without one.
+// watch starts watching for a dead server while a request waits. The caller calls stop when
+// the response has arrived or the request has failed.
 func (c *http2Conn) watch() (stop func()) {
 	w := &silenceWatch{conn: c, start: sinceEpoch(time.Now()), wait: c.times.silence}
 	w.mu.Lock()
@@ -113,11 +113,11 @@ func (c *http2Conn) watch() (stop func()) {
 	return w.stop
 }
 
-// silenceWatch pings the server of a request that waits.
+// silenceWatch pings the server while a request waits.
 type silenceWatch struct {
 	conn  *http2Conn
 	start int64         // since epoch
-	wait  time.Duration // how long the server may be silent before the next ping; look's own
+	wait  time.Duration // how long the server may be silent before the next ping; used by look only
 
 	mu    sync.Mutex
 	timer *time.Timer
@@ -139,8 +139,8 @@ func (w *silenceWatch) look() {
 	}
 }
 
-// stop ends the watch. If nothing at all has arrived since the request was sent, one
-// more look is taken: clients that give up early must not hide a dead connection.
+// stop stops the watch. If nothing has arrived since the request was sent, it leaves the
+// timer for one last check: clients that give up early must not hide a dead connection.
 func (w *silenceWatch) stop() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -155,7 +155,7 @@ func (c *http2Conn) answers() bool {
 	c.pinging.Lock()
 	defer c.pinging.Unlock()
 	if c.silentFor() < c.times.silence {
-		return true // another request's ping was answered meanwhile
+		return true // another request's ping has been answered meanwhile
 	}
 	for taken := uint64(0); ; {
 		start := sinceEpoch(time.Now())

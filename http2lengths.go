@@ -13,20 +13,21 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// lengthGuard keeps responses from an HTTP/2 origin whose Content-Length is malformed from
-// being passed on (RFC 9113 §8.1.1). golang.org/x/net/http2 drops such a field without a
-// trace, so the guard reads frames before it does, and resets the stream of such a
-// response. Whatever else is wrong with frames it leaves to golang.org/x/net/http2.
+// lengthGuard rejects responses from an HTTP/2 origin that have a malformed Content-Length
+// (RFC 9113 §8.1.1). golang.org/x/net/http2 silently drops such a field. So the guard reads
+// the frames first, and replaces such a response with a reset of its stream. It leaves all
+// other errors in frames to golang.org/x/net/http2.
 type lengthGuard struct {
 	*observedConn
 	frames  *http2.Framer
 	decoder *hpack.Decoder
-	unread  bytes.Buffer // what the frames were read from, and was not asked for yet
-	lengths []string     // in the block of fields that is being decoded
-	off     bool         // a frame was malformed: what follows is passed on as it is
+	unread  bytes.Buffer // bytes of frames that have been checked but not returned by Read
+	lengths []string     // Content-Length values of the field block that is being decoded
+	off     bool         // a frame was malformed, so everything after it passes unchecked
 }
 
-// maxFrame is the size of frames that origins are offered, the least there is.
+// maxFrame is the maximum frame size that origins are offered, the smallest that HTTP/2
+// allows.
 const maxFrame = 16 << 10
 
 func newLengthGuard(conn *observedConn) *lengthGuard {
@@ -56,7 +57,7 @@ func (g *lengthGuard) Read(p []byte) (int, error) {
 	return g.unread.Read(p)
 }
 
-// readFrame reads a frame, or all those of a block of fields.
+// readFrame reads one frame, or all frames of one field block.
 func (g *lengthGuard) readFrame() error {
 	frame, err := g.frames.ReadFrame()
 	if headers, ok := frame.(*http2.HeadersFrame); ok {
@@ -98,9 +99,9 @@ func (g *lengthGuard) readFields(headers *http2.HeadersFrame) error {
 	return nil
 }
 
-// reset puts the reset of a stream in the place of the block of fields that was read. The
-// block itself goes to a stream that there is not: its fields are ignored there, but for
-// what they mean to the decoder of all blocks.
+// reset replaces the field block that was read with a reset of its stream. The block itself
+// is readdressed to a stream that does not exist. There its fields are ignored, but they
+// still update the decoder's table, which all later blocks depend on.
 func (g *lengthGuard) reset(stream uint32) {
 	block := bytes.Clone(g.unread.Bytes())
 	g.unread.Reset()
@@ -112,7 +113,7 @@ func (g *lengthGuard) reset(stream uint32) {
 	_, _ = g.unread.Write(block)
 }
 
-// noStream is a stream that no connection gets to.
+// noStream is a stream number that no connection ever reaches.
 const noStream = 1<<31 - 1
 
 // Interface guard

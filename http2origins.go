@@ -19,22 +19,23 @@ import (
 	"golang.org/x/net/http2"
 )
 
-// http2Origins opens connections to https origins that speak HTTP/2, and shares them
-// among requests. It is for clients of one reach. A connection to an origin that speaks
-// HTTP/1 goes to http1, and the request fails with errNoHTTP2, to be sent there.
+// http2Origins is a pool of connections to https origins that speak HTTP/2. Requests share
+// its connections. It serves clients of one reach. If an origin turns out to speak HTTP/1,
+// the connection is put into http1, and the request fails with errNoHTTP2, so that the
+// caller sends it there.
 //
 // All methods are safe for concurrent use.
 type http2Origins struct {
-	dial      dialFunc // begins TLS, too
+	dial      dialFunc // includes the TLS handshake
 	http1     *origins
-	recheck   func(ctx context.Context, authority string, conn net.Conn, to netip.AddrPort) error // judges a connection that is used again; may be nil
+	recheck   func(ctx context.Context, authority string, conn net.Conn, to netip.AddrPort) error // checks a reused connection; may be nil
 	transport *http2.Transport
 	times     pingTimes
 
 	mu    sync.Mutex
 	conns map[string][]*http2Origin // by authority
 	byTLS map[*http2.ClientConn]*http2Origin
-	dials map[string]*http2Dial // those in progress
+	dials map[string]*http2Dial // dials in progress, by authority
 	over  bool                  // close was called
 }
 
@@ -42,20 +43,21 @@ type http2Origins struct {
 type http2Origin struct {
 	*http2Conn
 	authority string
-	to        netip.AddrPort // the other end, if it is this machine
+	to        netip.AddrPort // the remote address, if it is on this machine
 }
 
 // http2Dial is a dial that several requests may wait for.
 type http2Dial struct {
 	done chan struct{}
 	err  error // valid after done
-	left bool  // valid after done: the request that dialled gave up before there was a result
+	left bool  // valid after done: the request that dialed gave up before there was a result
 }
 
-// streamWindow is how much content of one response may wait for the client in memory.
-// Readers that do not read cost no more than that each, and at a round trip of 50 ms a
-// response still comes at 20 MB/s. The window of a connection, which requests of several
-// clients share, is that of net/http, 1 GiB: no number of stalled streams uses it up.
+// streamWindow is the receive window of a stream: how much content of one response may be
+// buffered for its client. A client that does not read costs no more memory than that, and
+// with a round trip of 50 ms a response still arrives at 20 MB/s. The window of the
+// connection, which several clients share, is net/http's 1 GiB, so that stalled streams
+// cannot exhaust it.
 const streamWindow = 1 << 20
 
 func newHTTP2Origins(dial dialFunc, http1 *origins) (*http2Origins, error) {
@@ -65,7 +67,7 @@ func newHTTP2Origins(dial dialFunc, http1 *origins) (*http2Origins, error) {
 	}
 	var err error
 	o.transport, err = newHTTP2Transport(o, &http.Transport{
-		// What is not asked for is not added, such as compression.
+		// Do not ask for compression that the client has not asked for.
 		DisableCompression:     true,
 		ExpectContinueTimeout:  continueTimeout,
 		MaxResponseHeaderBytes: maxHead,
@@ -75,11 +77,11 @@ func newHTTP2Origins(dial dialFunc, http1 *origins) (*http2Origins, error) {
 	return o, err
 }
 
-// errNoHTTP2 is of a connection to something that does not speak HTTP/2.
+// errNoHTTP2 reports that a server does not speak HTTP/2.
 var errNoHTTP2 = errors.New("the server does not speak HTTP/2")
 
-// GetClientConn implements http2.ClientConnPool: it returns a connection on which there
-// is room for the request.
+// GetClientConn implements http2.ClientConnPool. It returns a connection on which a stream
+// is reserved for the request.
 func (o *http2Origins) GetClientConn(r *http.Request, _ string) (*http2.ClientConn, error) {
 	c, err := o.get(r.Context(), r.URL.Host)
 	if err != nil {
@@ -91,8 +93,8 @@ func (o *http2Origins) GetClientConn(r *http.Request, _ string) (*http2.ClientCo
 	return c.ClientConn, nil
 }
 
-// get returns a connection on which a request is reserved: one that there is, or one
-// that this or another request dials.
+// get returns a connection on which it has reserved a request: an existing one, or one that
+// this or another request dials.
 func (o *http2Origins) get(ctx context.Context, authority string) (*http2Origin, error) {
 	for {
 		c, call, waits := o.find(authority)
@@ -121,8 +123,8 @@ func (o *http2Origins) get(ctx context.Context, authority string) (*http2Origin,
 	}
 }
 
-// find returns a connection that has room for a request, or else a dial: one that is in
-// progress, or a new one that the caller is to carry out.
+// find returns a connection that has room for a request, or else a dial. If waits is true,
+// the dial is in progress; otherwise the caller must perform it.
 func (o *http2Origins) find(authority string) (c *http2Origin, call *http2Dial, waits bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -138,7 +140,7 @@ func (o *http2Origins) find(authority string) (c *http2Origin, call *http2Dial, 
 	return nil, call, waits
 }
 
-// open dials for one request, and perhaps for others that wait for call.
+// open performs a dial, for one request and any others that wait for call.
 func (o *http2Origins) open(ctx context.Context, authority string, call *http2Dial) (c *http2Origin, err error) {
 	defer func() {
 		o.mu.Lock()
@@ -159,20 +161,21 @@ func (o *http2Origins) open(ctx context.Context, authority string, call *http2Di
 		return nil, errNoHTTP2
 	}
 	observed := &observedConn{Conn: secure}
-	own, err := startHTTP2(o.transport, observed, newLengthGuard(observed), o.times)
+	client, err := startHTTP2(o.transport, observed, newLengthGuard(observed), o.times)
 	if err != nil {
 		return nil, err
 	}
-	c = &http2Origin{http2Conn: own, authority: authority, to: endHere(conn)}
+	c = &http2Origin{http2Conn: client, authority: authority, to: endHere(conn)}
 	o.add(c)
 	return c, nil
 }
 
-// add reserves a request on a new connection and shares it, unless there are too many.
+// add reserves a request on a new connection, and puts it into the pool. If the pool is full
+// or closed, the connection serves only this request.
 func (o *http2Origins) add(c *http2Origin) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	c.ReserveNewRequest() // cannot fail, or the request will
+	c.ReserveNewRequest() // if this fails, so will the request
 	if c.single = o.over || len(o.byTLS) >= maxIdleOrigins; c.single {
 		return
 	}
@@ -199,7 +202,7 @@ func (o *http2Origins) remove(conn *http2.ClientConn) {
 	}
 }
 
-// count returns how many connections are idle.
+// count returns the number of idle connections.
 func (o *http2Origins) count() (n int) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -216,15 +219,15 @@ func isIdle(conn *http2.ClientConn) bool {
 	return state.StreamsActive+state.StreamsReserved+state.StreamsPending == 0
 }
 
-// close closes all idle connections, and from now on those that become idle.
+// close closes all idle connections, and makes the others close when they become idle.
 func (o *http2Origins) close() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.over = true
 	for conn := range o.byTLS {
 		o.remove(conn)
-		if conn.SetDoNotReuse(); isIdle(conn) { // nothing can be reserved any more
-			go conn.Close() // the end of TLS may take a while
+		if conn.SetDoNotReuse(); isIdle(conn) { // from here on no request can be reserved
+			go conn.Close() // ending TLS may block
 		}
 	}
 }

@@ -19,19 +19,20 @@ import (
 	"github.com/quic-go/quic-go/http3"
 )
 
-// Some logins belong to a connection rather than to a request: after an NTLM or
-// Negotiate login (RFC 4559) many origins take whatever follows on the connection for
-// that user's. So a connection to an origin on which a request had such credentials, or
-// a response such a challenge, is bound: it serves only the client's connection that it
-// was used for, there only the same client address and user, and is closed with that. While it is idle, it is in the pool of its
-// origins like all others, under a key of its own.
+// Some logins apply to a connection rather than to a request: after an NTLM or Negotiate
+// login (RFC 4559), many origins treat every later request on the connection as that
+// user's. So a connection to an origin is bound once a request on it has carried such
+// credentials, or a response such a challenge. A bound connection serves only the client
+// connection that it was used for, and on that only the same client address and user. It is
+// closed when the client connection ends. While idle, it is in the pool of its origin like
+// all others, under a key of its own.
 
-// connectionSchemes are the authentication schemes whose logins belong to a connection.
+// connectionSchemes are the authentication schemes whose logins apply to a connection.
 var connectionSchemes = [...]string{"NTLM", "Negotiate", "Kerberos"}
 
-// connectionLogin reports whether an Authorization or WWW-Authenticate field has
-// credentials or a challenge of a login that belongs to the connection, and whether
-// there is a token with it.
+// connectionLogin reports whether an Authorization or WWW-Authenticate field contains
+// credentials or a challenge of a scheme whose logins apply to a connection, and whether
+// they include a token.
 func connectionLogin(values []string) (found, token bool) {
 	for _, value := range values {
 		for part := range strings.SplitSeq(value, ",") {
@@ -47,17 +48,17 @@ func connectionLogin(values []string) (found, token bool) {
 	return found, token
 }
 
-// binding is what a request has to do with bound connections.
+// binding determines which bound connections a request may use, and whether it binds one.
 type binding struct {
-	client  any        // identifies the client's connection; nil: it is not known, or does not matter
-	addr    netip.Addr // with user: who, of those that share that connection
+	client  any        // identifies the client connection; nil: unknown or irrelevant
+	addr    netip.Addr // with user: the client, among those that share that connection
 	user    string
-	target  string // the origin's authority, also if there is a parent proxy in between
-	login   bool   // a login of the connection has begun, or is done
+	target  string // the origin's authority, even if there is a parent proxy in between
+	login   bool   // a login of the connection has begun or is complete
 	pending bool   // the next request answers the origin's challenge, on the same connection
 }
 
-// newBinding looks at a request that is about to be sent.
+// newBinding returns the binding of a request that is about to be sent.
 func newBinding(w http.ResponseWriter, r *http.Request, out *outgoing, from caller) binding {
 	b := binding{target: out.authority, addr: from.addr, user: from.user}
 	b.login, _ = connectionLogin(out.header["Authorization"])
@@ -67,7 +68,7 @@ func newBinding(w http.ResponseWriter, r *http.Request, out *outgoing, from call
 	return b
 }
 
-// challenged looks at the response.
+// challenged updates the binding if the response contains a challenge.
 func (b *binding) challenged(w http.ResponseWriter, r *http.Request, res *http.Response) {
 	found, token := connectionLogin(res.Header["Www-Authenticate"])
 	if !found {
@@ -79,8 +80,8 @@ func (b *binding) challenged(w http.ResponseWriter, r *http.Request, res *http.R
 	}
 }
 
-// socketKey is for the context of a client's connection, in which its requests find
-// what identifies it.
+// socketKey is the context key under which requests find what identifies their client
+// connection.
 type socketKey struct{}
 
 func withSocket(ctx context.Context, conn net.Conn) context.Context {
@@ -90,7 +91,8 @@ func withSocket(ctx context.Context, conn net.Conn) context.Context {
 	return context.WithValue(ctx, socketKey{}, socketOf(conn))
 }
 
-// socketOf returns the socket below all wrappers of a connection.
+// socketOf returns the TCP socket below all wrappers of a connection, or conn itself if
+// there is none.
 func socketOf(conn net.Conn) any {
 	if tcp := newConnPeer(conn).tcp; tcp != nil {
 		return tcp
@@ -98,48 +100,48 @@ func socketOf(conn net.Conn) any {
 	return conn
 }
 
-// clientConnection returns what identifies the client's connection that a request came
-// on; nil if that is not known.
+// clientConnection returns what identifies the client connection of a request, or nil if
+// it is not known.
 func clientConnection(w http.ResponseWriter, r *http.Request) any {
-	if own, ok := innermost(w).(*responseWriter); ok {
-		return own.client.TCPConn
+	if fast, ok := innermost(w).(*responseWriter); ok {
+		return fast.client.TCPConn
 	}
 	if r.ProtoMajor == 3 {
-		return r.Context().Value(http3.RemoteAddrContextKey) // a pointer, of which each connection has its own
+		return r.Context().Value(http3.RemoteAddrContextKey) // a pointer, unique to the connection
 	}
 	return r.Context().Value(socketKey{})
 }
 
-// boundClient is a client's connection to which connections to origins are bound.
+// boundClient is a client connection to which connections to origins are bound.
 type boundClient struct {
-	id    string // in the keys of the pools
+	id    string // used in pool keys
 	mu    sync.Mutex
 	pools []*origins
 	gone  bool
-	timer *time.Timer // forgets the client if nobody tells that it has left
+	timer *time.Timer // releases the client if its disconnect is not reported
 }
 
-// boundClients has the client connections to which others are bound, by what
-// identifies them.
+// boundClients maps what identifies a client connection to its boundClient.
 var (
 	boundClients     = xsync.NewMap[any, *boundClient]()
 	boundClientCount atomic.Int64
 	lastBoundID      atomic.Uint64
 )
 
-// key is where a pool keeps idle connections that are bound to c for the request's
-// target, client address and user: those that wait for the next step of a login, or the
-// others.
+// key returns the pool key of idle connections that are bound to c, for the request's
+// target, client address and user. Connections that wait for the next step of a login have
+// a different key.
 func (b *binding) key(c *boundClient, pending bool) string {
-	who := c.id + " " + b.addr.String() + " " + b.user
+	client := c.id + " " + b.addr.String() + " " + b.user
 	if pending {
-		return b.target + " pending " + who
+		return b.target + " pending " + client
 	}
-	return b.target + " " + who
+	return b.target + " " + client
 }
 
-// reuse returns an idle connection that is bound to the client; nil if there is none.
-// A login goes on where the challenge came from; other requests would disturb it there.
+// reuse returns an idle connection that is bound to the client, or nil if there is none. A
+// login continues on the connection that its challenge came from. Other requests do not
+// use that connection, as they would disturb the login.
 func (b *binding) reuse(ctx context.Context, pool *origins) (*originConn, error) {
 	c, ok := boundClients.Load(b.client)
 	if !ok {
@@ -153,14 +155,14 @@ func (b *binding) reuse(ctx context.Context, pool *origins) (*originConn, error)
 	return pool.reuse(ctx, b.key(c, false))
 }
 
-// has reports whether the client has an idle connection of its own in the pool.
+// has reports whether the pool has an idle connection that is bound to the client.
 func (b *binding) has(pool *origins) bool {
 	c, ok := boundClients.Load(b.client)
 	return ok && (pool.has(b.key(c, false)) || pool.has(b.key(c, true)))
 }
 
-// keep keeps a connection for further requests of the client, whose request's context
-// is ctx, or closes it if the client is not known.
+// keep binds a connection to the client and puts it into the pool, or closes it if the
+// client is not known. ctx is the context of the client's request.
 func (b *binding) keep(ctx context.Context, pool *origins, conn *originConn) {
 	if b.client == nil {
 		conn.discard()
@@ -175,14 +177,14 @@ func (b *binding) keep(ctx context.Context, pool *origins, conn *originConn) {
 	c.uses(pool, b.client)
 	conn.bound, conn.key = c, b.key(c, b.pending)
 	pool.put(conn)
-	if ctx.Err() != nil { // the client may have left before it was in the map
+	if ctx.Err() != nil { // the client may have disconnected before it was in the map
 		releaseClient(b.client)
 	} else if c.isGone() {
 		c.closeConnections([]*origins{pool})
 	}
 }
 
-// uses notes that a pool has, or is about to have, a connection that is bound to c.
+// uses records that a pool has, or will have, a connection that is bound to c.
 func (c *boundClient) uses(pool *origins, client any) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -210,8 +212,8 @@ func (c *boundClient) closeConnections(pools []*origins) {
 	}
 }
 
-// releaseClient closes what is bound to a client's connection that has ended, or that
-// has not used it for long.
+// releaseClient closes the connections that are bound to a client connection, which has
+// ended or has not used them for long.
 func releaseClient(client any) {
 	if boundClientCount.Load() == 0 {
 		return
@@ -223,7 +225,7 @@ func releaseClient(client any) {
 	boundClientCount.Add(-1)
 	c.mu.Lock()
 	c.gone = true
-	if c.timer != nil { // nil if the client leaves before uses has noted its first pool
+	if c.timer != nil { // nil if the client disconnects before uses has recorded a pool
 		c.timer.Stop()
 	}
 	pools := c.pools
@@ -231,10 +233,10 @@ func releaseClient(client any) {
 	c.closeConnections(pools)
 }
 
-// connState is told what becomes of the connections of Caddy's HTTP server.
+// connState is the ConnState hook of Caddy's HTTP server.
 func connState(conn net.Conn, state http.ConnState) {
-	if own, ok := conn.(*readConn); ok && state == http.StateIdle {
-		own.answered.Store(false)
+	if c, ok := conn.(*readConn); ok && state == http.StateIdle {
+		c.answered.Store(false)
 	}
 	if (state == http.StateClosed || state == http.StateHijacked) && boundClientCount.Load() > 0 {
 		releaseClient(socketOf(conn))

@@ -9,11 +9,11 @@ import (
 	"time"
 )
 
-// begins reports whether a request over HTTP/3 has content, as far as it is to be known:
-// quic-go does not tell it of one that announces no length. With the methods that seldom
-// have any, its first byte or its end is waited for. Else they would come with empty
-// content in chunks to origins that may not expect any. Clients of other methods may
-// themselves wait for a response first.
+// begins reports whether a request over HTTP/3 without Content-Length has content, which
+// quic-go does not say. For methods that rarely have content, it waits for the first byte
+// or the end. Without this, such requests would reach origins with an empty chunked body,
+// which some do not expect. For other methods it assumes content without waiting: their
+// clients may wait for a response before they send any.
 func begins(out *outgoing) bool {
 	switch out.method {
 	case http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace, http.MethodDelete:
@@ -33,13 +33,13 @@ func begins(out *outgoing) bool {
 	}
 }
 
-// beginTimeout is how long the end of a request may come behind its head.
+// beginTimeout is how long begins waits for the first byte or the end of a request.
 const beginTimeout = time.Second
 
-// startedBody is a body of which the first byte is read before it is asked for.
+// startedBody is a body whose first byte is read ahead.
 type startedBody struct {
 	rest  io.Reader
-	read  chan struct{} // closed when first, n and err are there
+	read  chan struct{} // closed when first, n and err are valid
 	first [1]byte
 	n     int
 	err   error
