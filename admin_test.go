@@ -19,7 +19,7 @@ import (
 	"time"
 )
 
-// api asks the admin API and decodes its answer.
+// api calls the admin API and decodes the response.
 func (c *binaryCaddy) api(method, path string, want int, into any) string {
 	c.t.Helper()
 	status, text := c.ask(method, "/async_proxy/"+path, "")
@@ -43,13 +43,13 @@ func TestAdminAPI(t *testing.T) {
 	get := func(client string, want int) {
 		t.Helper()
 		if res, body := policyRequest(t, c.proxy, http.MethodGet, origin, "X-Forwarded-For: "+client+"\n"); res.StatusCode != want {
-			t.Errorf("%s gets %s %q, want %d", client, res.Status, body, want)
+			t.Errorf("%s: %s %q, want %d", client, res.Status, body, want)
 		}
 	}
 	var empty clientList
 	c.api("GET", "clients", 200, &empty)
 	if empty.Clients == nil || empty.Total != 0 {
-		t.Errorf("at first there are %+v", empty)
+		t.Errorf("at first: %+v", empty)
 	}
 	start := time.Now()
 	get("192.0.2.1", 200)
@@ -83,7 +83,7 @@ func TestAdminAPI(t *testing.T) {
 		}
 	}
 
-	// Tunnels, one of which is closed from here.
+	// Two tunnels, one of which is closed through the API.
 	echo := listen(t, func(conn *net.TCPConn) { _, _ = io.Copy(conn, conn) })
 	conns := make([]*rawConn, 2)
 	for i := range conns {
@@ -121,7 +121,7 @@ func TestAdminAPI(t *testing.T) {
 	}
 	c.api("DELETE", fmt.Sprintf("tunnels/%d", one.Tunnels[0].ID), 404, nil)
 
-	// A bucket is refilled, a client blocked; both survive a reload.
+	// Refill a bucket, block a client; both survive a reload.
 	c.api("DELETE", "clients/192.0.2.2", 204, nil)
 	get("192.0.2.2", 200)
 	c.api("PUT", "clients/2001:db8::99/block?for=1h", 204, nil)
@@ -131,7 +131,7 @@ func TestAdminAPI(t *testing.T) {
 	get("192.0.2.2", 200)
 	c.api("GET", "clients?limited", 200, &list)
 	if list.names() != "2001:db8::/64" || list.Clients[0].BlockedUntil == nil || time.Until(*list.Clients[0].BlockedUntil) < 59*time.Minute {
-		t.Errorf("blocked are %+v", list)
+		t.Errorf("blocked: %+v", list)
 	}
 	c.api("DELETE", "clients/2001:db8::/64", 204, nil)
 	get("2001:db8::1", 200)
@@ -141,13 +141,13 @@ func TestAdminAPI(t *testing.T) {
 	c.api("DELETE", "clients/192.0.2.2?zone=another", 404, nil)
 	c.api("DELETE", "clients/192.0.2.2?zone=default", 204, nil)
 
-	// Names may have slashes, and nobody needs to have been there to be blocked.
+	// Names may contain slashes, and a client can be blocked before its first request.
 	for _, name := range []string{"user sales/alice", "user a//b/block", "2001:db8:1::/64"} {
 		path := "clients/" + url.PathEscape(name)
 		c.api("PUT", path+"/block?for=1h", 204, nil)
 		c.api("GET", "clients?limited&q="+url.QueryEscape(strings.ToUpper(name)), 200, &list)
 		if list.names() != name || list.Clients[0].BlockedUntil == nil {
-			t.Errorf("blocked are %+v, want %s", list, name)
+			t.Errorf("blocked: %+v, want %s", list, name)
 		}
 		c.api("DELETE", path, 204, nil)
 		c.api("DELETE", path, 404, nil)
@@ -165,7 +165,7 @@ func TestAdminAPI(t *testing.T) {
 		dialled += n
 	}
 	if dialled != s.Dials.OK {
-		t.Errorf("the histogram has %d dials, want %d", dialled, s.Dials.OK)
+		t.Errorf("the histogram counts %d dials, want %d", dialled, s.Dials.OK)
 	}
 
 	for path, want := range map[string]string{
@@ -191,8 +191,8 @@ func TestAdminAPI(t *testing.T) {
 	}
 }
 
-// A tunnel counts for its client in the zone through which it was opened, whichever
-// others know that client, and stays with that zone when its limits change.
+// A tunnel counts for its client in the zone that opened it, whichever other zones know the
+// client, and stays with that zone when its limits change.
 func TestAdminTunnelsOfZones(t *testing.T) {
 	w := newWorld(t, "zone one", nil)
 	other := *w
@@ -231,8 +231,8 @@ func TestAdminTunnelsOfZones(t *testing.T) {
 	}
 	check("when the first have ended", "127.0.0.1 of one and 2000 has 1", "127.0.0.1 of two and 2000 has 1")
 
-	// Of several in a zone none takes the place of another, and none whose clients are
-	// not the same.
+	// Limiters of one zone do not replace each other, nor one that masks clients
+	// differently.
 	same := func(burst int, prefix string) {
 		w.load(w.site("burst 1000\nrefill 1000\nzone same") + other.site(fmt.Sprintf("burst %d\nrefill 1000\nzone same\n%s", burst, prefix)))
 	}
@@ -247,7 +247,7 @@ func TestAdminTunnelsOfZones(t *testing.T) {
 	check("other prefixes", "127.0.0.0/24 of same and 1000 has 1", "127.0.0.1 of one and 2000 has 1", "127.0.0.1 of same and 1000 has 1", "127.0.0.1 of same and 2000 has 1", "127.0.0.1 of two and 2000 has 1")
 }
 
-// TestSnapshotOfMany: thousands of clients and tunnels are looked at in passing.
+// TestSnapshotOfMany checks a query over thousands of clients.
 func TestSnapshotOfMany(t *testing.T) {
 	l := manyClients(t, 50_000)
 	now := epoch.Add(time.Hour)
@@ -267,8 +267,8 @@ func BenchmarkSnapshot(b *testing.B) {
 	}
 }
 
-// TestActionsInSeveralZones: a client is one of all limiters that know it, each
-// in its own terms.
+// TestActionsInSeveralZones checks that an action applies to a client in every limiter that
+// knows it, with each limiter's own prefix lengths.
 func TestActionsInSeveralZones(t *testing.T) {
 	w := newWorld(t, "", nil)
 	other := freeAddress(t)
@@ -295,32 +295,32 @@ func TestActionsInSeveralZones(t *testing.T) {
 		get(proxy, "192.0.2.7", 429)
 	}
 	if !refillClient(client, "one") || refillClient(client, "three") {
-		t.Error("the client is not known in zone one, or is in zone three")
+		t.Error("the client is unknown in zone one, or known in zone three")
 	}
 	get(w.proxy, "192.0.2.7", 200)
 	get(other, "192.0.2.7", 429)
 	if !refillClient(client, "") {
-		t.Error("the client is not known")
+		t.Error("the client is unknown")
 	}
 	get(w.proxy, "192.0.2.7", 200)
-	get(other, "192.0.2.8", 200) // the same client there
+	get(other, "192.0.2.8", 200) // the same client in the other zone
 	get(other, "192.0.2.7", 429)
 
 	if !blockClient(client, time.Hour) || !refillClient(netip.MustParseAddr("192.0.2.8"), "") {
-		t.Error("there is no such client")
+		t.Error("the client is unknown")
 	}
 	get(w.proxy, "192.0.2.7", 429)
 	get(w.proxy, "192.0.2.8", 200)
 	load("dial_timeout 9s") // keeps blocks
 	get(w.proxy, "192.0.2.7", 429)
-	load("max_clients 5000") // has every bucket full, and keeps them, too
+	load("max_clients 5000") // resets every bucket to full, and keeps blocks too
 	get(w.proxy, "192.0.2.7", 429)
 	if !blockClient(client, 0) {
-		t.Error("there was no block")
+		t.Error("the client was not blocked")
 	}
 	get(w.proxy, "192.0.2.7", 200)
 	get(other, "192.0.2.7", 200)
 	if blockClient(client, 0) {
-		t.Error("there is still a block")
+		t.Error("the client is still blocked")
 	}
 }

@@ -15,7 +15,7 @@ func TestParseAuthority(t *testing.T) {
 	label63 := strings.Repeat("a", 63)
 	name253 := strings.Repeat("a.", 126) + "a"
 
-	// What is good is left as it is.
+	// Valid authorities are left unchanged.
 	for _, authority := range []string{
 		"example.com:443",
 		"EXAMPLE.com:443",
@@ -147,7 +147,7 @@ func FuzzParseAuthority(f *testing.F) {
 			}
 			return
 		}
-		zeros := strings.LastIndexByte(authority, ':') + 1 // of which the port may begin with some
+		zeros := strings.LastIndexByte(authority, ':') + 1 // the port may begin with zeros
 		if got != authority[:zeros]+strings.TrimLeft(authority[zeros:], "0") {
 			t.Fatalf("parseAuthority(%q) = %q, want it unchanged but for zeros before the port", authority, got)
 		}

@@ -19,17 +19,17 @@ import (
 	"time"
 )
 
-// causeRow is a way to be refused.
+// causeRow is a way in which a request can be refused.
 type causeRow struct {
 	cause   string
 	options string
-	method  string // GET if ""
-	target  string // the origin if ""
+	method  string // "": GET
+	target  string // "": the origin
 	lines   string
-	before  func(w *world) // makes the next request one to refuse
+	before  func(w *world) // runs before the request that must be refused
 	status  int
 	reason  string
-	outcome string // refused if ""
+	outcome string // "": refused
 }
 
 func causeRows(parent, target string) []causeRow {
@@ -64,8 +64,8 @@ func causeRows(parent, target string) []causeRow {
 	}
 }
 
-// TestCauses refuses a request for each cause, on both ways of serving, and
-// looks for the cause wherever it is told.
+// TestCauses has a request refused for each cause, on both serving paths, and checks every
+// place that reports the cause.
 func TestCauses(t *testing.T) {
 	target := listen(t, func(conn *net.TCPConn) { _, _ = io.Copy(io.Discard, conn) })
 	parent := listen(t, func(conn *net.TCPConn) {
@@ -118,10 +118,10 @@ func (row causeRow) check(t *testing.T, w *world, way string) {
 		fmt.Sprintf("refusals_total{cause=%q,reason=%q}", row.cause, row.reason): 1,
 	}
 	if got := since(t, before); !maps.Equal(got, want) {
-		t.Errorf("what has grown is %v, want %v", got, want)
+		t.Errorf("growth %v, want %v", got, want)
 	}
 	if now := takeStats(time.Now()).Causes; row.cause != "" && now[row.cause] != causes[row.cause]+1 {
-		t.Errorf("the causes of the stats are %v, and were %v", now, causes)
+		t.Errorf("the stats' causes are %v, and were %v", now, causes)
 	}
 	if last := recent.list(); row.cause == "auth_required" {
 		if len(last) > 0 && last[0].Cause == row.cause {
@@ -139,7 +139,7 @@ func (row causeRow) check(t *testing.T, w *world, way string) {
 	}
 }
 
-// checkLog looks for the fields that each line of a refused request has.
+// checkLog checks the fields of a refused request's log line.
 func (row causeRow) checkLog(t *testing.T, w *world, method, target string) {
 	message := "request"
 	if row.cause == "rate_limited" {
@@ -158,8 +158,8 @@ func (row causeRow) checkLog(t *testing.T, w *world, method, target string) {
 	}
 }
 
-// TestDeniedTexts: the client learns what is not allowed, and the log what would
-// allow it.
+// TestDeniedTexts checks that the client is told what is not allowed, and the log what
+// would allow it.
 func TestDeniedTexts(t *testing.T) {
 	w := newWorld(t, "deny ads.test 203.0.113.0/24:80-90\nports 80-100", nil)
 	for i, row := range []struct{ target, text, hint string }{
@@ -180,8 +180,8 @@ func TestDeniedTexts(t *testing.T) {
 	}
 }
 
-// TestLinesOfAnswers: the line of each answer says what was asked for, and what
-// came of it, without the query.
+// TestLinesOfAnswers checks that each response's log line has the request's target and
+// outcome, without the query.
 func TestLinesOfAnswers(t *testing.T) {
 	w := newWorld(t, "", nil)
 	w.load(strings.TrimSuffix(strings.TrimSpace(inRoute(w.site(""))), "}\n}") + "error /broken 418\nrespond /here 201\n}\n}\n")
@@ -210,11 +210,11 @@ func TestLinesOfAnswers(t *testing.T) {
 		}
 	}
 	if lines := fmt.Sprint(w.logLines("request")); strings.Contains(lines, "secret") {
-		t.Errorf("the lines have the query: %s", lines)
+		t.Errorf("the lines contain the query: %s", lines)
 	}
 }
 
-// TestCausesTable compares the table of causes with README, which has each.
+// TestCausesTable checks that the README documents each cause.
 func TestCausesTable(t *testing.T) {
 	readme, err := os.ReadFile("README.md")
 	if err != nil {
@@ -223,10 +223,10 @@ func TestCausesTable(t *testing.T) {
 	options := regexp.MustCompile(`\b(option|basic_auth|clients|max_tunnels|per_client|ports|allow|deny|upstream|no_upstream)\b`)
 	for c, row := range causes {
 		if options.MatchString(row.text) {
-			t.Errorf("%s: the text %q is for operators", c, row.text)
+			t.Errorf("%s: the text %q is meant for operators", c, row.text)
 		}
 		if !regexp.MustCompile("(?m)^\\| (`[a-z_]+`, )?`" + string(c) + "`[^|]*\\|").Match(readme) {
-			t.Errorf("README.md has no row of the cause %s", c)
+			t.Errorf("README.md has no row for the cause %s", c)
 		}
 		if row.text == "" {
 			continue

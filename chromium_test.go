@@ -17,8 +17,7 @@ import (
 	"time"
 )
 
-// chromiumPage talks to a WebSocket on its own origin and tells the origin what
-// came back.
+// chromiumPage talks to a WebSocket on its own origin and reports the reply to the origin.
 const chromiumPage = `<!doctype html><script>
 const tell = text => fetch("/told?" + text)
 const socket = new WebSocket("ws://" + location.host + "/socket")
@@ -27,8 +26,8 @@ socket.onmessage = message => tell(message.data)
 socket.onerror = () => tell("error")
 </script>`
 
-// A browser with an HTTPS proxy, to which it speaks HTTP/2, loads a page for
-// http:// as a plain request and opens a WebSocket through a tunnel.
+// A browser with an HTTPS proxy, which it uses over HTTP/2, loads an http:// page by a
+// plain request and opens a WebSocket through a tunnel.
 func TestChromium(t *testing.T) {
 	chromium, err := exec.LookPath("chromium")
 	if err != nil {
@@ -53,7 +52,7 @@ func TestChromium(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Its processes may write on for a moment after their end was asked for.
+	// The browser's processes may go on writing for a moment after they were told to exit.
 	t.Cleanup(func() {
 		eventually(t, "the browser's profile to be removed", func() bool { return os.RemoveAll(profile) == nil })
 	})
@@ -72,12 +71,12 @@ func TestChromium(t *testing.T) {
 	select {
 	case text := <-told:
 		if text != "hello" {
-			t.Errorf("the socket said %q, want hello", text)
+			t.Errorf("the socket sent %q, want hello", text)
 		}
 	case <-time.After(90 * time.Second):
-		t.Fatal("the page has told nothing")
+		t.Fatal("the page has reported nothing")
 	}
-	// The browser has business of its own, too.
+	// The browser also makes requests of its own.
 	origin := strings.TrimPrefix(w.origin.URL, "http://")
 	var page, socket map[string]any
 	for _, line := range w.waitLog("request", 1) {
@@ -91,15 +90,15 @@ func TestChromium(t *testing.T) {
 		}
 	}
 	if page["method"] != http.MethodGet || page["status"] != 200.0 {
-		t.Errorf("the page was asked for as %v", page)
+		t.Errorf("log line of the page: %v", page)
 	}
 	if socket["proto"] != "HTTP/2.0" {
-		t.Errorf("the socket was opened as %v", socket)
+		t.Errorf("log line of the socket: %v", socket)
 	}
 }
 
-// chromiumSocket answers a WebSocket handshake (RFC 6455 §4.2.2) and echoes one
-// short message.
+// chromiumSocket completes a WebSocket handshake (RFC 6455 §4.2.2) and echoes one short
+// message.
 func chromiumSocket(t *testing.T, w http.ResponseWriter, r *http.Request) {
 	conn, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {

@@ -13,7 +13,7 @@ import (
 	"testing/iotest"
 )
 
-// What is there is given out, whatever of the rest has come with it.
+// Available data is returned at once, whatever part of the rest has arrived.
 func TestChunksDoNotWait(t *testing.T) {
 	for _, input := range []string{
 		"3\r\none", "3\r\none\r", "3\r\none\r\n", "3\r\none\r\n1", "3\r\none\r\n10", "3\r\none\r\n10\r", "3\r\none\r\n10\r\n",
@@ -27,7 +27,7 @@ func TestChunksDoNotWait(t *testing.T) {
 			p := make([]byte, 100)
 			n, err := chunks.Read(p)
 			if err != nil {
-				t.Fatalf("%q: %q, and then it wants more (%v)", input, got, err)
+				t.Fatalf("%q: %q, and then it waits for more (%v)", input, got, err)
 			}
 			got = append(got, p[:n]...)
 		}
@@ -37,7 +37,7 @@ func TestChunksDoNotWait(t *testing.T) {
 	}
 }
 
-// FuzzChunks compares chunkReader with that of net/http.
+// FuzzChunks compares chunkReader with net/http's.
 func FuzzChunks(f *testing.F) {
 	for _, input := range []string{
 		"3\r\none\r\n0\r\n\r\n", "3;a=b\r\none\r\n0\r\nX: 1\r\n\r\n", "03 \t\r\none\r\n00\r\n\r\n", "3\none\r\n0\r\n\r\n", "3\r\nonee\r\n0\r\n\r\n",
@@ -48,12 +48,12 @@ func FuzzChunks(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, input []byte, size, step uint8) {
 		if bytes.Contains(input, []byte(" ;")) || bytes.Contains(input, []byte("\t;")) {
-			return // white space that net/http takes for part of the size
+			return // net/http counts this white space as part of the size
 		}
 		theirs := bufio.NewReader(bytes.NewReader(input))
 		want, wantErr := io.ReadAll(httputil.NewChunkedReader(theirs))
 		if wantErr != nil && strings.Contains(wantErr.Error(), "non-data") {
-			return // it counts what is no content, and guesses
+			return // net/http counts the framing bytes, and limits them by a heuristic
 		}
 		var source io.Reader = bytes.NewReader(input)
 		if step%2 == 1 {
@@ -78,7 +78,7 @@ func FuzzChunks(f *testing.F) {
 			err = nil
 		}
 		if err != nil && bytes.HasPrefix(want, got) {
-			want = got // of sizes that do not fit into an int64, all is refused
+			want = got // a size that does not fit into an int64 is refused entirely
 		}
 		if !bytes.Equal(got, want) || (err == nil) != (wantErr == nil) {
 			t.Fatalf("got %q, %v; net/http %q, %v", got, err, want, wantErr)

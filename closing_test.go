@@ -22,8 +22,8 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// TestRefusalsOfEagerClients checks that a client that sends a whole large request
-// before it reads still gets the response, on every way of serving.
+// TestRefusalsOfEagerClients checks that a client that sends a large request whole before
+// it reads still gets the response, on every serving path.
 func TestRefusalsOfEagerClients(t *testing.T) {
 	early := listen(t, func(conn *net.TCPConn) {
 		if _, err := http.ReadRequest(bufio.NewReader(conn)); err == nil {
@@ -82,7 +82,7 @@ func TestRefusalsOfEagerClients(t *testing.T) {
 	}
 }
 
-// eager sends a whole request, and only then reads the response.
+// eager sends a whole request before it reads the response.
 func eager(t *testing.T, w *world, way, request string) (status int) {
 	t.Helper()
 	var conn net.Conn = w.dial().TCPConn
@@ -110,8 +110,8 @@ func eager(t *testing.T, w *world, way, request string) (status int) {
 	return res.StatusCode
 }
 
-// TestLingeringIsBounded: a connection that is closed in stages ends in any case,
-// and a client has only so many.
+// TestLingeringIsBounded checks that a connection that is closed in stages always ends, and
+// that a client can have only a limited number of them.
 func TestLingeringIsBounded(t *testing.T) {
 	client := netip.MustParseAddr("192.0.2.1")
 	for name, tc := range map[string]struct {
@@ -146,7 +146,7 @@ func TestLingeringIsBounded(t *testing.T) {
 					t.Errorf("closed after %v, want %v", took, tc.want)
 				}
 				if len(l.n) != 0 {
-					t.Errorf("%v are left", l.n)
+					t.Errorf("%v connections are left", l.n)
 				}
 				_ = far.Close()
 				<-sent
@@ -164,23 +164,24 @@ func TestLingeringIsBounded(t *testing.T) {
 		near, _ := net.Pipe()
 		l.close(near, client)
 		if took := time.Since(start); took != 0 {
-			t.Errorf("one too many is closed after %v", took)
+			t.Errorf("one too many was closed after %v", took)
 		}
 		other, _ := net.Pipe()
 		l.close(other, netip.MustParseAddr("192.0.2.2"))
 		if took := time.Since(start); took != lingerIdle {
-			t.Errorf("that of another client is closed after %v", took)
+			t.Errorf("another client's was closed after %v", took)
 		}
 	})
 }
 
-// countingBody is endless content that counts its reads.
+// countingBody is endless content that counts reads.
 type countingBody struct{ reads int }
 
 func (b *countingBody) Read([]byte) (int, error) { b.reads++; return 0, io.EOF }
 func (b *countingBody) Close() error             { return nil }
 
-// The content of refused requests is read for only so many of one client at a time.
+// The content of refused requests is read for a limited number of a client's requests at a
+// time.
 func TestDroppedContentIsBounded(t *testing.T) {
 	var l lingering
 	client := netip.MustParseAddr("192.0.2.1")
@@ -193,7 +194,7 @@ func TestDroppedContentIsBounded(t *testing.T) {
 		return body.reads
 	}
 	if n := reads(); n != 1 || len(l.n) != 0 {
-		t.Errorf("%d reads, and %v are left", n, l.n)
+		t.Errorf("%d reads, and %v requests are left", n, l.n)
 	}
 	for range lingerPerClient {
 		l.enter(client)
@@ -203,7 +204,7 @@ func TestDroppedContentIsBounded(t *testing.T) {
 	}
 }
 
-// deadlineRecorder is a ResponseRecorder that takes deadlines.
+// deadlineRecorder is a ResponseRecorder that accepts deadlines.
 type deadlineRecorder struct{ *httptest.ResponseRecorder }
 
 func (deadlineRecorder) SetReadDeadline(time.Time) error { return nil }

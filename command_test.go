@@ -107,7 +107,7 @@ func TestCommand(t *testing.T) {
 	}
 }
 
-// taken returns an address that somebody listens on who would share it.
+// taken returns an address with a listener that would allow others to share it.
 func taken(t *testing.T) string {
 	t.Helper()
 	address := freeAddress(t)
@@ -135,11 +135,11 @@ func TestCommandStatus(t *testing.T) {
 	text := strings.Join(strings.Fields(string(out)), " ")
 	for _, want := range []string{"requests 3 forwarded", "refused 2 rate limited", "clients 1 of 1000000 tracked", "127.0.0.1 0.0/3 5 2 0 0 B 63 B"} {
 		if !strings.Contains(text, want) {
-			t.Errorf("there is no %q in\n%s", want, out)
+			t.Errorf("found no %q in\n%s", want, out)
 		}
 	}
 	if strings.Contains(string(out), "\x1b") {
-		t.Errorf("control characters in what is piped: %q", out)
+		t.Errorf("control characters in piped output: %q", out)
 	}
 	var shown shownStatus
 	out, err = commandOf(t, "async-proxy", "status", "--json", "--address", w.logs).Output()
@@ -154,11 +154,11 @@ func TestCommandStatus(t *testing.T) {
 	}
 }
 
-// TestCommandStatusOnATerminal looks at what --watch has put on the screen.
+// TestCommandStatusOnATerminal checks the screen that --watch draws.
 func TestCommandStatusOnATerminal(t *testing.T) {
 	tmux, err := exec.LookPath("tmux")
 	if err != nil {
-		t.Skip("there is no tmux; apt-get install tmux")
+		t.Skip("tmux is not installed; apt-get install tmux")
 	}
 	w := commandStart(t)
 	socket := t.TempDir() + "/tmux"
@@ -187,7 +187,7 @@ func TestCommandStatusOnATerminal(t *testing.T) {
 		t.Errorf("the screen:\n%s", screen)
 	}
 
-	// More than fits leaves the head where it is.
+	// More lines than fit leave the head in place.
 	for i := range 20 {
 		from := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 1, byte(i))}}
 		conn, err := from.Dial("tcp4", w.proxy)
@@ -204,7 +204,7 @@ func TestCommandStatusOnATerminal(t *testing.T) {
 		t.Errorf("the screen of %d lines:\n%s", len(lines), screen)
 	}
 
-	// Caddy is started anew.
+	// Restart Caddy.
 	if _, err := caddycmd.AdminAPIRequest(w.logs, http.MethodPost, "/stop", nil, nil); err != nil {
 		t.Fatal(err)
 	}
@@ -236,15 +236,16 @@ func TestStatusFits(t *testing.T) {
 		var out strings.Builder
 		s.print(&out)
 		if n := strings.Count(out.String(), "\n"); tc.height > 13 && n > tc.height-1 {
-			t.Errorf("%d lines are printed for a screen of %d", n, tc.height)
+			t.Errorf("%d lines were printed for a screen of %d", n, tc.height)
 		}
 	}
 	if got, want := screen("one\ntwo and more\nthree\nfour\n", 8, 4), "\x1b[Hone\x1b[K\ntwo an…\x1b[K\nthree\x1b[K\n\x1b[J"; got != want {
-		t.Errorf("the screen gets %q, want %q", got, want)
+		t.Errorf("the screen got %q, want %q", got, want)
 	}
 }
 
-// What is printed of tunnels, of all traffic, and of clients in several zones.
+// TestStatusPrints checks the output for tunnels, total traffic, and clients in several
+// zones.
 func TestStatusPrints(t *testing.T) {
 	var s shownStatus
 	s.Stats.Time = time.Now()

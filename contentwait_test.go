@@ -16,7 +16,7 @@ import (
 	"time"
 )
 
-// stalls are responses whose content does not come, after some that has.
+// stalls are responses whose content stops arriving at some point.
 var stalls = map[string]string{
 	"of a length":                     "Content-Length: 1000\r\n\r\nx",
 	"of which nothing has come":       "Content-Length: 1000\r\n\r\n",
@@ -27,8 +27,8 @@ var stalls = map[string]string{
 	"in chunks, but for the trailers": "Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nA: b\r\n",
 }
 
-// stallingOrigin answers each request with a response that stalls until more says what
-// else there is to send.
+// stallingOrigin answers each request with a response that stalls until more supplies the
+// rest.
 func stallingOrigin(t *testing.T, response string, more <-chan string) string {
 	return listen(t, func(c *net.TCPConn) {
 		_ = c.SetDeadline(time.Time{})
@@ -44,24 +44,24 @@ func stallingOrigin(t *testing.T, response string, more <-chan string) string {
 	})
 }
 
-// brokenOffSoon reads a response that must not look complete.
+// brokenOffSoon reads a response that must be visibly incomplete.
 func (c *rawConn) brokenOffSoon(what string) {
 	c.t.Helper()
 	res, err := http.ReadResponse(c.r, nil)
 	if errors.Is(err, os.ErrDeadlineExceeded) {
-		c.t.Errorf("%s: it is not broken off", what)
+		c.t.Errorf("%s: it is not cut off", what)
 	}
 	if err != nil {
-		return // nothing had been sent yet
+		return // nothing was sent
 	}
 	if n, err := io.Copy(io.Discard, res.Body); errors.Is(err, os.ErrDeadlineExceeded) {
-		c.t.Errorf("%s: it is not broken off", what)
+		c.t.Errorf("%s: it is not cut off", what)
 	} else if err == nil && res.ContentLength != n && !res.Close {
 		c.t.Errorf("%s: %d bytes and an orderly end", what, n)
 	}
 }
 
-// A response whose origin sends nothing more is broken off after response_idle_timeout.
+// A response whose origin sends nothing more is cut off after response_idle_timeout.
 func TestContentThatStalls(t *testing.T) {
 	w := newWorld(t, "", nil)
 	for _, way := range []string{"fast", "ordinary"} {
@@ -97,7 +97,7 @@ func TestContentThatStalls(t *testing.T) {
 	}
 }
 
-// Content that comes slowly is not stalled, nor is content that the client takes slowly.
+// Content that arrives slowly is not stalled, nor is content that the client reads slowly.
 func TestContentThatComesSlowly(t *testing.T) {
 	w := newWorld(t, "response_idle_timeout 300ms", nil)
 	more := make(chan string)
@@ -118,7 +118,7 @@ func TestContentThatComesSlowly(t *testing.T) {
 	if res, body := other.response(http.MethodGet); body != "xxxxxx" {
 		t.Errorf("%s %q", res.Status, body)
 	}
-	c.brokenOffSoon("beside it") // as this one's origin has sent nothing meanwhile
+	c.brokenOffSoon("beside it") // its origin has sent nothing meanwhile
 
 	size := 32 << 20
 	huge := listen(t, func(c *net.TCPConn) {
@@ -135,7 +135,7 @@ func TestContentThatComesSlowly(t *testing.T) {
 	}
 }
 
-// What stands between chunks may come slowly, too, and in several parts.
+// Chunk framing, too, may arrive slowly and in pieces.
 func TestChunksThatComeSlowly(t *testing.T) {
 	w := newWorld(t, "", nil)
 	h := provisioned(t)[0]
@@ -160,13 +160,13 @@ func TestChunksThatComeSlowly(t *testing.T) {
 			}
 		})
 		c := w.dial()
-		c.r = bufio.NewReaderSize(c, maxHead) // in which the trailers have to fit
+		c.r = bufio.NewReaderSize(c, maxHead) // the trailers must fit too
 		c.send("GET http://" + origin + "/ HTTP/1.1\nHost: " + origin + "\n\n")
 		go func() {
 			defer close(more)
 			for i, part := range parts {
 				if i%2 == 0 {
-					time.Sleep(h.contentGrace / 4) // so that the wait ends before it counts
+					time.Sleep(h.contentGrace / 4) // the wait ends before it counts
 				} else {
 					time.Sleep(3 * h.contentGrace)
 				}
@@ -180,7 +180,7 @@ func TestChunksThatComeSlowly(t *testing.T) {
 	}
 }
 
-// A response that waits for its content is one of the client's tunnels meanwhile.
+// A response that waits for its content counts as one of the client's tunnels meanwhile.
 func TestContentThatStallsCounts(t *testing.T) {
 	w := newWorld(t, "max_tunnels 1", nil)
 	h := provisioned(t)[0]
@@ -201,12 +201,12 @@ func TestContentThatStallsCounts(t *testing.T) {
 	c := w.dial()
 	c.send("CONNECT " + origin + " HTTP/1.1\nHost: " + origin + "\n\n")
 	if res, _ := c.response(http.MethodConnect); res.StatusCode != http.StatusServiceUnavailable {
-		t.Errorf("a tunnel beside it: %s", res.Status)
+		t.Errorf("a tunnel at the same time: %s", res.Status)
 	}
 	get().brokenOffSoon("one more that waits")
 	more <- "yz"
 	if res, body := first.response(http.MethodGet); body != "xyz" {
-		t.Errorf("%s %q: the wait did harm", res.Status, body)
+		t.Errorf("%s %q: the wait broke the response", res.Status, body)
 	}
 	admitted(0)
 	left := get()
@@ -216,7 +216,7 @@ func TestContentThatStallsCounts(t *testing.T) {
 	w.dial().connect(origin)
 }
 
-// A response that waits for its content does not outlast the proxy.
+// A response that waits for its content does not delay the proxy's exit.
 func TestContentThatStallsAtTheEnd(t *testing.T) {
 	w := newWorld(t, "", nil)
 	h := provisioned(t)[0]

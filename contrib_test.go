@@ -15,8 +15,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// TestContribNamesMetrics: boards and rules ask for metrics and labels that there
-// are, and the board shows each of them.
+// TestContribNamesMetrics checks that dashboards and alert rules use only existing metrics
+// and labels, and that the dashboard shows every metric.
 func TestContribNamesMetrics(t *testing.T) {
 	registry := prometheus.NewPedanticRegistry()
 	if err := registerMetrics(registry); err != nil {
@@ -26,7 +26,7 @@ func TestContribNamesMetrics(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	labels := make(map[string]map[string][]string) // by metric, the labels and their values
+	labels := make(map[string]map[string][]string) // labels and their values, by metric
 	var names []string
 	for _, family := range families {
 		names = append(names, family.GetName())
@@ -41,33 +41,33 @@ func TestContribNamesMetrics(t *testing.T) {
 		}
 		labels[family.GetName()] = values
 	}
-	labels["caddy_async_proxy_refusals_total"]["reason"] = nil // there are many
+	labels["caddy_async_proxy_refusals_total"]["reason"] = nil // too many to list
 	asked := func(file string) []string {
 		data, err := os.ReadFile(file)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if strings.HasSuffix(file, ".json") && !json.Valid(data) {
-			t.Errorf("%s is no JSON", file)
+			t.Errorf("%s is not JSON", file)
 		}
 		list, wrong := contribAsks(string(data), labels)
 		for _, what := range wrong {
-			t.Errorf("%s asks for %s, which there is not", file, what)
+			t.Errorf("%s uses %s, which does not exist", file, what)
 		}
 		return list
 	}
 	shown := asked("contrib/grafana/async_proxy.json")
 	for _, name := range names {
 		if !slices.Contains(shown, name) {
-			t.Errorf("the board does not show %s", name)
+			t.Errorf("the dashboard does not show %s", name)
 		}
 	}
 	asked("contrib/prometheus/rules.yml")
 	asked("contrib/prometheus/tests.yml")
 }
 
-// contribAsks returns the metrics that are asked for in a file, and what of them
-// and their labels there is not. Labels without values have any.
+// contribAsks returns the metrics that a file uses, and those metrics and labels that do
+// not exist. Labels without listed values may have any.
 func contribAsks(text string, labels map[string]map[string][]string) (names, wrong []string) {
 	text = strings.ReplaceAll(text, `\"`, `"`) // in JSON
 	var (
@@ -76,7 +76,7 @@ func contribAsks(text string, labels map[string]map[string][]string) (names, wro
 		grouping = regexp.MustCompile(`\b(?:by|without|on|ignoring)\s*\(([^)]*)\)`)
 	)
 	for line := range strings.Lines(text) {
-		var of []string // the metrics of the line
+		var of []string // the line's metrics
 		for _, match := range selector.FindAllStringSubmatch(line, -1) {
 			name := match[1]
 			for _, suffix := range []string{"_bucket", "_count", "_sum"} {
@@ -137,7 +137,7 @@ func TestContribAsks(t *testing.T) {
 func TestContribRules(t *testing.T) {
 	promtool, err := exec.LookPath("promtool")
 	if err != nil {
-		t.Skip("there is no promtool; apt-get install prometheus")
+		t.Skip("promtool is not installed; apt-get install prometheus")
 	}
 	for _, args := range [][]string{{"check", "rules", "rules.yml"}, {"test", "rules", "tests.yml"}} {
 		cmd := exec.Command(promtool, args...)

@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// curl runs curl through the proxy and returns what it prints.
+// curl runs curl through the proxy and returns its output.
 func (w *world) curl(args ...string) string {
 	w.t.Helper()
 	var stderr bytes.Buffer
@@ -27,7 +27,7 @@ func (w *world) curl(args ...string) string {
 	return string(out)
 }
 
-// What package managers and scripts do, with curl in their place.
+// TestCurl does what package managers and scripts do, with curl.
 func TestCurl(t *testing.T) {
 	const file = "0123456789abcdef"
 	modified := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
@@ -81,7 +81,7 @@ func TestCurl(t *testing.T) {
 		}
 		out := w.curl(args...)
 		if n := strings.Count(out, file); n != 100 {
-			t.Errorf("%d files of 100 are whole", n)
+			t.Errorf("%d of 100 files are complete", n)
 		}
 		if n := strings.Count(out, file+"0\n"); n != 99 {
 			t.Errorf("%d files came over the first connection, want 99", n)
@@ -99,7 +99,7 @@ func TestCurl(t *testing.T) {
 		}
 		first := make([]byte, len("data: one\n\n"))
 		if _, err := io.ReadFull(out, first); err != nil {
-			t.Errorf("the first event has not come while the second is not sent: %v", err)
+			t.Errorf("the first event did not arrive before the second was sent: %v", err)
 		}
 		close(events)
 		rest, _ := io.ReadAll(out)

@@ -20,7 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// descriptors counts what a process has open.
+// descriptors counts a process's open descriptors.
 func descriptors(t testing.TB, pid string) int {
 	t.Helper()
 	names, err := os.ReadDir("/proc/" + pid + "/fd")
@@ -28,7 +28,7 @@ func descriptors(t testing.TB, pid string) int {
 		t.Fatal(err)
 	}
 	if pid == "self" {
-		return len(names) - 1 // the one for the directory itself
+		return len(names) - 1 // without the directory's own
 	}
 	return len(names)
 }
@@ -48,7 +48,7 @@ func TestTunnelsLeaveNothingBehind(t *testing.T) {
 				}
 				defer conn.Close()
 				if i%4 == 0 {
-					return nil // closed without a word
+					return nil // closed without a response
 				}
 				if _, err := io.WriteString(conn, "hello"); err != nil {
 					return err
@@ -84,7 +84,7 @@ func TestTunnelsLeaveNothingBehind(t *testing.T) {
 	})
 }
 
-// A tunnel that has carried bulk has given its pipes back.
+// A tunnel that has carried bulk data returns its pipes.
 func TestTunnelHoldsTwoDescriptorsAfterBulk(t *testing.T) {
 	w := newTunnelWorld(t, tunnelSetup{})
 	target := echoTarget(t)
@@ -103,7 +103,7 @@ func TestTunnelHoldsTwoDescriptorsAfterBulk(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	// Pipes that nobody uses are kept for the next burst, but only so many.
+	// Unused pipes are kept for the next burst, up to a limit.
 	spare := 2 * cap(pipes)
 	held := 0
 	eventually(t, "the pipes to be given back", func() bool {
@@ -111,7 +111,7 @@ func TestTunnelHoldsTwoDescriptorsAfterBulk(t *testing.T) {
 		return held <= 4*n+spare
 	})
 	if held < 4*n {
-		t.Errorf("%d tunnels hold %d descriptors with those of their clients and targets: this test counts wrong", n, held)
+		t.Errorf("%d tunnels with their clients and targets hold only %d descriptors: this test counts wrong", n, held)
 	}
 	for _, conn := range conns {
 		conn.Close()
@@ -120,8 +120,8 @@ func TestTunnelHoldsTwoDescriptorsAfterBulk(t *testing.T) {
 	eventually(t, "descriptors to be as many as before", func() bool { return descriptors(t, "self") <= before })
 }
 
-// The system gives one local port to connections with different destinations,
-// so that a client on this machine may have the port of a tunnel's other side.
+// The kernel reuses a local port for connections to different destinations, so a client on
+// this machine may have the port of a tunnel's other side.
 func TestClientWithThePortOfATunnelIsNoLoop(t *testing.T) {
 	w := newTunnelWorld(t, tunnelSetup{})
 	target := echoTarget(t)
@@ -142,22 +142,22 @@ func TestClientWithThePortOfATunnelIsNoLoop(t *testing.T) {
 		t.Fatal(err)
 	}
 	if res.StatusCode != http.StatusOK {
-		t.Fatalf("a client at %v, from where a tunnel to %s comes too, gets status %d, want 200", source, target, res.StatusCode)
+		t.Fatalf("a client at %v, the local address of a tunnel to %s: status %d, want 200", source, target, res.StatusCode)
 	}
 	hear(t, second, say(t, second, "hello"))
 }
 
-// An idle relay waits for its source with no buffer and no pipe.
+// An idle relay waits for its source without a buffer or a pipe.
 func TestIdleRelaysHoldNothing(t *testing.T) {
 	const n, size = 500, 64 << 10
-	stack := int64(6 << 10) // of each at most
+	stack := int64(6 << 10) // upper bound per relay
 	if raceEnabled {
 		stack *= 2
 	}
 	for _, carried := range []int64{0, 1, size} {
 		t.Run(fmt.Sprintf("after %d bytes", carried), func(t *testing.T) {
 			rigs := make([]*relayRig, n)
-			ends := make([][2]net.Conn, n) // of a relay: its source and destination
+			ends := make([][2]net.Conn, n) // each relay's source and destination
 			for i := range rigs {
 				rigs[i] = &relayRig{result: make(chan relayResult, 1)}
 				ends[i][0], rigs[i].in = socketPair(t)
@@ -185,14 +185,14 @@ func TestIdleRelaysHoldNothing(t *testing.T) {
 			for _, rig := range rigs {
 				end(rig.in)
 				if res := <-rig.result; res.readErr != io.EOF {
-					t.Errorf("relay ends with %v, want EOF", res.readErr)
+					t.Errorf("the relay ended with %v, want EOF", res.readErr)
 				}
 			}
 		})
 	}
 }
 
-// usage is what this process has in use.
+// usage is the resources that this process uses.
 type usage struct {
 	descriptors  int
 	heap, stacks int64
@@ -205,13 +205,13 @@ func (u usage) since(before usage) usage {
 func usageOf(t testing.TB) usage {
 	t.Helper()
 	runtime.GC()
-	runtime.GC() // empties the victims of pools
+	runtime.GC() // empties the pools' victim caches
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
 	return usage{descriptors(t, "self"), int64(m.HeapAlloc), int64(m.StackInuse)}
 }
 
-// Where there are no descriptors left for a pipe, bytes are copied.
+// If no descriptors are left for a pipe, the relay copies.
 func TestRelayWithoutPipes(t *testing.T) {
 	rig := newRelayRig(t, socketPair, socketPair)
 	closePipes()
@@ -227,7 +227,7 @@ func TestRelayWithoutPipes(t *testing.T) {
 	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
 	if p, err := newPipe(); err == nil {
 		p.release(false)
-		t.Fatal("there is a pipe to be had: this test tests nothing")
+		t.Fatal("pipes can be created: this test tests nothing")
 	}
 	go func() {
 		io.Copy(struct{ io.Writer }{rig.in}, bulk(1, 16<<20))
@@ -240,7 +240,7 @@ func TestRelayWithoutPipes(t *testing.T) {
 	receiveBulk(t, "the other side", rig.out, 1, 16<<20)
 }
 
-// dialFrom connects from a port that another connection has already.
+// dialFrom connects from a port that another connection already uses.
 func dialFrom(source netip.AddrPort, address string) (net.Conn, error) {
 	dialer := net.Dialer{Timeout: patience, ControlContext: func(_ context.Context, _, _ string, c syscall.RawConn) error {
 		var errOption error

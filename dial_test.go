@@ -22,9 +22,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The tests here are of what happens while a tunnel's target is being dialled.
+// The tests in this file cover what happens while a tunnel's target is being dialed.
 
-// What a reload does to tunnels it does to those, too, that were being dialled.
+// A reload affects tunnels that are still being dialed as it does open ones.
 func TestReloadDuringADial(t *testing.T) {
 	for _, tc := range []struct {
 		name, before, after, reason string
@@ -60,8 +60,8 @@ func TestReloadDuringADial(t *testing.T) {
 	}
 }
 
-// deafTarget returns an address on which a connection is neither accepted nor
-// refused. Port 0 is any.
+// deafTarget returns an address that neither accepts nor refuses connections. Port 0 means
+// any port.
 func deafTarget(t *testing.T, ip string, port uint16) string {
 	t.Helper()
 	family, to := unix.AF_INET, unix.Sockaddr(&unix.SockaddrInet4{Port: int(port), Addr: [4]byte{127, 0, 0, 1}})
@@ -94,7 +94,7 @@ func deafTarget(t *testing.T, ip string, port uint16) string {
 	return address
 }
 
-// waitDialling waits until n connections are being opened to an address.
+// waitDialling waits until n connections to an address are being dialed.
 func waitDialling(t *testing.T, address string, n int) {
 	t.Helper()
 	const synSent = "02"
@@ -179,8 +179,8 @@ func TestProcessExitsDuringDials(t *testing.T) {
 	c.exits(t, answers.Wait)
 }
 
-// Where IPv6 leads nowhere, IPv4 is tried beside it, and not after it, when no
-// time is left (RFC 8305): half an hour would be IPv6's alone.
+// If IPv6 does not respond, IPv4 is tried in parallel (RFC 8305), not after IPv6 has used
+// up the timeout of half an hour.
 func TestDialOfTwoFamilies(t *testing.T) {
 	alive := netip.MustParseAddrPort(echoTarget(t))
 	deafTarget(t, "::1", alive.Port())
@@ -190,8 +190,8 @@ func TestDialOfTwoFamilies(t *testing.T) {
 	hear(t, c, say(t, c, "hello"))
 }
 
-// A target that is gone without a word is noticed: by a tunnel that lasts, and by
-// a connection that waits for another request.
+// The death of a target is detected, by a tunnel that lasts and by an idle origin
+// connection.
 func TestTargetsAreKeptAlive(t *testing.T) {
 	w := newWorld(t, "", nil)
 	w.dial().connect(echoTarget(t))
@@ -215,7 +215,7 @@ func TestTargetsAreKeptAlive(t *testing.T) {
 	}
 }
 
-// isKeptAlive reports whether the system looks after a connection as it is to.
+// isKeptAlive reports whether keep-alive is set on a connection as intended.
 func isKeptAlive(t *testing.T, conn *net.TCPConn) bool {
 	t.Helper()
 	socket, err := conn.SyscallConn()

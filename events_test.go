@@ -20,7 +20,7 @@ func init() {
 	caddy.RegisterModule(noteEvents{})
 }
 
-// noteEvents is a handler of events, for one who automates.
+// noteEvents is an event handler that records events.
 type noteEvents struct{}
 
 var notedEvents = make(chan caddy.Event, 100)
@@ -38,8 +38,8 @@ func (*noteEvents) Handle(_ context.Context, e caddy.Event) error {
 
 var _ caddyevents.Handler = (*noteEvents)(nil)
 
-// Each client that finds no token makes an event, and the same client another
-// one a minute later at the earliest, whatever the config does in between.
+// Each client without a token causes an event, and again after a minute at the earliest,
+// whatever the config does in between.
 func TestEventOfALimitedClient(t *testing.T) {
 	w := newWorld(t, "", nil)
 	load := func(options string) {
@@ -61,13 +61,13 @@ func TestEventOfALimitedClient(t *testing.T) {
 		for _, client := range clients {
 			select {
 			case e := <-notedEvents:
-				wait, _ := e.Data["retry_after"].(int64) // less by the time since the token was taken
+				wait, _ := e.Data["retry_after"].(int64) // minus the time since the token was taken
 				data := map[string]any{"client": client, "user": "", "zone": "events", "host": w.origin.Listener.Addr().String(), "retry_after": min(max(wait, 900), 1000), "cause": "rate_limited"}
 				if e.Name() != "rate_limited" || e.Origin().CaddyModule().ID != "http.handlers.async_proxy" || !maps.Equal(e.Data, data) {
-					t.Errorf("the event %s of %v has %v, want %v", e.Name(), e.Origin(), e.Data, data)
+					t.Errorf("event %s of %v: %v, want %v", e.Name(), e.Origin(), e.Data, data)
 				}
 			default:
-				t.Errorf("there is no event of %s", client)
+				t.Errorf("got no event for %s", client)
 			}
 		}
 		select {
@@ -89,7 +89,7 @@ func TestEventOfALimitedClient(t *testing.T) {
 	want()
 }
 
-// An event is due at a refusal, and then at the first one after a minute.
+// An event is due at a refusal, and again at the first refusal after a minute.
 func TestEventOnceAMinute(t *testing.T) {
 	s := newSomeone(t, 1, minRefill)
 	s.allowed(1)
@@ -102,13 +102,12 @@ func TestEventOnceAMinute(t *testing.T) {
 	} {
 		s.passes(tc.after)
 		if v := s.l.take(s.addr, int64(s.now)); v.ok || v.event != tc.want {
-			t.Errorf("at %v: %+v, want an event: %v", s.now, v, tc.want)
+			t.Errorf("at %v: %+v, want event = %v", s.now, v, tc.want)
 		}
 	}
 }
 
-// That is so for buckets, too, that are full again long before, when others have
-// come in between.
+// That includes buckets that fill up again long before, while other clients send requests.
 func TestEventOnceAMinuteOfABucketThatFillsSooner(t *testing.T) {
 	s := newSomeone(t, 1, 1)
 	limited := func() (event bool) {
@@ -116,7 +115,7 @@ func TestEventOnceAMinuteOfABucketThatFillsSooner(t *testing.T) {
 		return s.l.take(s.addr, int64(s.now)).event
 	}
 	if !limited() {
-		t.Error("there is no event at first")
+		t.Error("got no event at first")
 	}
 	for range 11 {
 		s.passes(5 * time.Second)
@@ -127,6 +126,6 @@ func TestEventOnceAMinuteOfABucketThatFillsSooner(t *testing.T) {
 	}
 	s.passes(5 * time.Second)
 	if !limited() {
-		t.Errorf("there is no event at %v", s.now)
+		t.Errorf("got no event at %v", s.now)
 	}
 }

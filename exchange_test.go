@@ -21,8 +21,8 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// An origin that does not read a large head holds neither the proxy nor a client that
-// leaves.
+// An origin that does not read a large head blocks neither the proxy nor a client that
+// disconnects.
 func TestLargeHeadThatIsNotRead(t *testing.T) {
 	for _, leaves := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
@@ -36,7 +36,7 @@ func TestLargeHeadThatIsNotRead(t *testing.T) {
 				time.AfterFunc(time.Second, leave)
 			}
 			bound := time.AfterFunc(time.Hour, func() {
-				t.Error("the write has no end")
+				t.Error("the write has no deadline")
 				_ = far.Close()
 			})
 			defer bound.Stop()
@@ -45,13 +45,13 @@ func TestLargeHeadThatIsNotRead(t *testing.T) {
 				header: http.Header{"A": {strings.Repeat("a", promptHead)}},
 			})
 			if err == nil || errors.Is(err, os.ErrDeadlineExceeded) == leaves {
-				t.Errorf("the client leaves: %v; got %v", leaves, err)
+				t.Errorf("client disconnects = %v: got %v", leaves, err)
 			}
 		})
 	}
 }
 
-// Timeouts of centuries are as good as any long ones.
+// Timeouts of centuries do not overflow.
 func TestTimeoutsOfCenturies(t *testing.T) {
 	h := &Handler{ResponseHeaderTimeout: math.MaxInt64, ResponseIdleTimeout: math.MaxInt64}
 	h.setDefaults()
@@ -62,8 +62,8 @@ func TestTimeoutsOfCenturies(t *testing.T) {
 	}
 }
 
-// A response to the end of the connection is cut off when a write has learned of a reset,
-// although the read sees only an end.
+// A response that is delimited by the end of the connection is cut off if a write has seen
+// a reset, although the read sees only EOF.
 func TestResetThatTheSenderLearns(t *testing.T) {
 	for _, failure := range []error{syscall.ECONNRESET, syscall.EPIPE} {
 		body := &clientBody{r: strings.NewReader("x"), length: 1, count: func(int64) {}}

@@ -18,7 +18,7 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// framesWorld is a world that forwards plain requests over HTTP/2 and HTTP/3, too.
+// framesWorld is a world that also forwards plain requests over HTTP/2 and HTTP/3.
 func framesWorld(t *testing.T) (w *world, secure string) {
 	w = newWorld(t, "", nil)
 	secure = freeAddress(t)
@@ -29,8 +29,8 @@ func framesWorld(t *testing.T) (w *world, secure string) {
 	return w, secure
 }
 
-// framesRequest sends a request in frames as they are given, and returns the
-// status of the answer, or 0 if the stream is reset.
+// framesRequest sends a request in the given frames and returns the status of the response,
+// or 0 if the stream is reset.
 func framesRequest(t *testing.T, address string, fields []string, data string) string {
 	t.Helper()
 	c := dialRaw(t, address)
@@ -66,16 +66,15 @@ func framesRequest(t *testing.T, address string, fields []string, data string) s
 	}
 }
 
-// What can be said in frames and not in the lines of HTTP/1 is refused: the
-// origin gets nothing, or one request and no part of another (RFC 9113 §8.1.1,
-// §8.2.1, §8.3.1, §10.3).
+// Requests that frames can express but HTTP/1 cannot are refused: the origin gets nothing,
+// or one request and no part of another (RFC 9113 §8.1.1, §8.2.1, §8.3.1, §10.3).
 func TestFramesThatHTTP1CannotSay(t *testing.T) {
 	w, _ := framesWorld(t)
 	for _, row := range []struct {
 		name    string
-		fields  []string // those behind :scheme and :authority
+		fields  []string // after :scheme and :authority
 		data    string
-		answers string // possible ones
+		answers string // possible responses
 	}{
 		{"a request", []string{":method", "POST", ":path", "/", "content-length", "5"}, "hello", "200"},
 		{"no content, of a length", []string{":method", "POST", ":path", "/", "content-length", "0"}, "", "200"},
@@ -114,9 +113,8 @@ func TestFramesThatHTTP1CannotSay(t *testing.T) {
 	}
 }
 
-// A request over HTTP/3 whose content is shorter than it says is broken off
-// towards the origin, and so is a response that the origin breaks off towards the
-// client (RFC 9114 §4.1.2).
+// A request over HTTP/3 with less content than announced is cut off towards the origin, and
+// a response that the origin cuts off is cut off towards the client (RFC 9114 §4.1.2).
 func TestFramesOfHTTP3(t *testing.T) {
 	_, secure := framesWorld(t)
 	transport := &http3.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true, ServerName: "localhost"}}
@@ -140,13 +138,13 @@ func TestFramesOfHTTP3(t *testing.T) {
 			t.Errorf("the origin got %q", all)
 		}
 	case <-time.After(patience):
-		t.Error("the origin's connection goes on")
+		t.Error("the origin's connection stays open")
 	}
 	for answer, whole := range map[string]bool{ruleOK: true, "HTTP/1.1 200 OK\nContent-Length: 5\n\nokCLOSE": false, "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n2\nok\nCLOSE": false} {
 		origin := newRuleOrigin(t, answer)
 		var body []byte
 		res, err := do(origin.address, "hello", 5)
-		if err == nil { // else the reset has overtaken what came before it
+		if err == nil { // otherwise the reset has overtaken the data before it
 			body, err = io.ReadAll(res.Body)
 			res.Body.Close()
 		}
@@ -156,8 +154,9 @@ func TestFramesOfHTTP3(t *testing.T) {
 	}
 }
 
-// Over HTTP/3 nobody says beforehand that there is no content: neither to an origin
-// that there is some, nor to a client that there is none where that is not known.
+// HTTP/3 requests may lack content without announcing it. The proxy must not announce
+// content to the origin then, nor tell the client that a response has none when that is
+// unknown.
 func TestFramesOfHTTP3WithoutContent(t *testing.T) {
 	_, secure := framesWorld(t)
 	transport := &http3.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true, ServerName: "localhost"}}

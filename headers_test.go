@@ -17,7 +17,7 @@ import (
 	"golang.org/x/net/http/httpguts"
 )
 
-// fields reads a header section, one field a line, as net/http does.
+// fields parses a header section, one field per line, as net/http does.
 func fields(t *testing.T, text string) http.Header {
 	t.Helper()
 	h, err := readFields(text)
@@ -118,7 +118,7 @@ func TestViaAdd(t *testing.T) {
 		h := fields(t, tc.in)
 		v.add(h, tc.major, tc.minor)
 		if want := fields(t, tc.want); !reflect.DeepEqual(h, want) {
-			t.Errorf("add of %q, received as %d.%d, to %q makes %v, want %v", tc.pseudonym, tc.major, tc.minor, tc.in, h, want)
+			t.Errorf("add of %q, received as %d.%d, to %q gives %v, want %v", tc.pseudonym, tc.major, tc.minor, tc.in, h, want)
 		}
 	}
 }
@@ -187,7 +187,7 @@ func TestSetForwarded(t *testing.T) {
 			}
 			setForwarded(h, peer, client, tc.trusted)
 			if want := fields(t, tc.want); !reflect.DeepEqual(h, want) {
-				t.Errorf("setForwarded(%q, %v, %v, %v) makes %v, want %v", tc.in, peer, client, tc.trusted, h, want)
+				t.Errorf("setForwarded(%q, %v, %v, %v) gives %v, want %v", tc.in, peer, client, tc.trusted, h, want)
 			}
 		})
 	}
@@ -245,7 +245,7 @@ func FuzzRemoveHopByHop(f *testing.F) {
 		if err != nil {
 			return
 		}
-		hop := make(map[string]bool) // what must go, in canonical form
+		hop := make(map[string]bool) // must be removed, in canonical form
 		for name, values := range before {
 			if !httpguts.ValidHeaderFieldName(name) {
 				return // net/http has answered 400
@@ -266,7 +266,7 @@ func FuzzRemoveHopByHop(f *testing.F) {
 			got, ok := h[name]
 			switch {
 			case hop[name] && ok:
-				t.Errorf("%s has survived: %q", name, got)
+				t.Errorf("%s is still there: %q", name, got)
 			case !hop[name] && !slices.Equal(got, values):
 				t.Errorf("%s: %q, want %q", name, got, values)
 			}
@@ -275,7 +275,7 @@ func FuzzRemoveHopByHop(f *testing.F) {
 			t.Errorf("there are more fields than before: %v", h)
 		}
 
-		// What the proxy adds cannot be nominated away, and of what it has
+		// The fields that the proxy adds cannot be removed by Connection, and of those
 		// removed only the upgrade and the trailers come back.
 		h = before.Clone()
 		client := netip.MustParseAddr("192.0.2.1")
@@ -295,7 +295,7 @@ func FuzzRemoveHopByHop(f *testing.F) {
 			case "Via", "X-Forwarded-For", "X-Real-Ip", "Connection", "Upgrade", "Te":
 			default:
 				if hop[name] {
-					t.Errorf("%s has survived: %q", name, h[name])
+					t.Errorf("%s is still there: %q", name, h[name])
 				}
 			}
 		}
@@ -304,7 +304,7 @@ func FuzzRemoveHopByHop(f *testing.F) {
 				continue
 			}
 			if option != "Upgrade" && option != "TE" || len(h[http.CanonicalHeaderKey(option)]) == 0 {
-				t.Errorf("Connection: %q, which nominates what is not there", h["Connection"])
+				t.Errorf("Connection: %q names absent fields", h["Connection"])
 			}
 		}
 	})

@@ -17,7 +17,7 @@ import (
 	"golang.org/x/net/http2"
 )
 
-// pingedServer is a server of HTTP/2 that answers nothing but pings, until it dies.
+// pingedServer is an HTTP/2 server that answers nothing but pings, until it dies.
 type pingedServer struct {
 	dead  atomic.Bool
 	pings atomic.Int64
@@ -43,7 +43,7 @@ func (s *pingedServer) serve(conn net.Conn) {
 	}
 }
 
-// newPingedConn connects to a pingedServer inside of a synctest bubble.
+// newPingedConn connects to a pingedServer inside a synctest bubble.
 func newPingedConn(t *testing.T) (*http2Conn, *pingedServer) {
 	near, far := net.Pipe()
 	server := new(pingedServer)
@@ -61,8 +61,8 @@ func newPingedConn(t *testing.T) (*http2Conn, *pingedServer) {
 	return c, server
 }
 
-// A request that waits on a connection whose server has died fails after three seconds.
-// One whose server answers pings waits on, and the server is asked ever less often.
+// A request on a connection whose server has died fails after three seconds. If the server
+// answers pings, the request goes on waiting, and pings become less frequent.
 func TestHTTP2ConnPings(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, server := newPingedConn(t)
@@ -100,12 +100,12 @@ func TestHTTP2ConnPings(t *testing.T) {
 			t.Errorf("ended after %v with %v, want an error after 3s", took, err)
 		}
 		if c.CanTakeNewRequest() {
-			t.Error("the dead connection takes another request")
+			t.Error("the dead connection accepts another request")
 		}
 	})
 }
 
-// Clients that give up before anything was noticed do not hide that a server has died.
+// Clients that give up before the detection do not prevent it.
 func TestHTTP2ConnPingsBehindImpatientClients(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, server := newPingedConn(t)

@@ -74,8 +74,8 @@ func (o *http2Origins) ask(ctx context.Context, authority string) (int, error) {
 	return res.StatusCode, res.Body.Close()
 }
 
-// Requests that come at once share one connection, which is judged again for each that
-// finds it open. It ends with its pool, and after the last response.
+// Concurrent requests share one connection, which is rechecked for each request that finds
+// it open. It closes with its pool, after the last response.
 func TestHTTP2OriginsShare(t *testing.T) {
 	answer := make(chan struct{})
 	var asked, judged atomic.Int64
@@ -89,7 +89,7 @@ func TestHTTP2OriginsShare(t *testing.T) {
 	}
 	o.recheck = func(_ context.Context, name string, _ net.Conn, to netip.AddrPort) error {
 		if judged.Add(1); name != authority || to.String() != authority {
-			t.Errorf("%s at %v is judged, want %s", name, to, authority)
+			t.Errorf("rechecked %s at %v, want %s", name, to, authority)
 		}
 		return nil
 	}
@@ -103,16 +103,16 @@ func TestHTTP2OriginsShare(t *testing.T) {
 	}
 	eventually(t, "all requests to wait", func() bool { return asked.Load() == 20 })
 	if n := opened.Load(); n != 1 || o.count() != 0 || judged.Load() != 19 {
-		t.Errorf("%d connections, of which %d are idle, and %d were judged; want one that is busy and was judged 19 times", n, o.count(), judged.Load())
+		t.Errorf("%d connections, %d of them idle, %d rechecks; want 1 busy connection and 19 rechecks", n, o.count(), judged.Load())
 	}
 	o.close()
 	if n := open.Load(); n != 1 {
-		t.Error("the connection ended with requests on it")
+		t.Error("the connection closed under its requests")
 	}
 	close(answer)
 	all.Wait()
 	eventually(t, "the connection to end", func() bool { return open.Load() == 0 })
-	if _, err := o.ask(t.Context(), authority); err != nil { // of a handler whose config is gone
+	if _, err := o.ask(t.Context(), authority); err != nil { // of a handler whose config was replaced
 		t.Error(err)
 	}
 	eventually(t, "that of a late request to end, too", func() bool { return open.Load() == 0 })
@@ -124,16 +124,16 @@ func TestHTTP2OriginsShare(t *testing.T) {
 	forbidden := errors.New("forbidden")
 	o.recheck = func(context.Context, string, net.Conn, netip.AddrPort) error { return forbidden }
 	if _, err := o.ask(t.Context(), authority); !errors.Is(err, forbidden) || !errors.As(err, new(*dialError)) {
-		t.Errorf("%v, want that it is forbidden", err)
+		t.Errorf("%v, want forbidden", err)
 	}
 	if o.close(); o.count() != 0 {
-		t.Error("there are idle connections after the end")
+		t.Error("idle connections are left after close")
 	}
 	eventually(t, "the idle connection to end", func() bool { return open.Load() == 0 })
 }
 
-// A request that gives up while it dials takes only itself along: those that wait for
-// the same dial begin another one. A dial that fails has failed for all.
+// A request that is canceled while it dials fails alone: requests that wait for the same
+// dial start another. A failed dial fails all of them.
 func TestHTTP2OriginsDial(t *testing.T) {
 	authority, _, _ := http2TestOrigin(t, func(http.ResponseWriter, *http.Request) {})
 	var dials atomic.Int64
@@ -165,22 +165,22 @@ func TestHTTP2OriginsDial(t *testing.T) {
 	}
 	leave()
 	if err := <-errs; !errors.Is(err, context.Canceled) {
-		t.Errorf("%v, want that of the first", err)
+		t.Errorf("%v, want the first request's cancellation", err)
 	}
 	<-begun
-	time.AfterFunc(20*time.Millisecond, func() { close(failing) }) // by when the third waits, too, or dials itself
+	time.AfterFunc(20*time.Millisecond, func() { close(failing) }) // by then the third request waits too, or dials itself
 	for range 2 {
 		if err := <-errs; err != nil && !errors.Is(err, refused) {
 			t.Error(err)
 		}
 	}
 	if _, err := o.ask(t.Context(), authority); err != nil {
-		t.Errorf("after a dial that failed: %v", err)
+		t.Errorf("after a failed dial: %v", err)
 	}
 }
 
-// A dial that fails has failed for all that wait for it, although the request that dialled
-// ends before they look.
+// A failed dial fails all requests that wait for it, even if the one that dialed ends
+// before they notice.
 func TestHTTP2OriginsDialFailsOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var dials atomic.Int64
@@ -200,7 +200,7 @@ func TestHTTP2OriginsDialFailsOnce(t *testing.T) {
 				ctx, end := context.WithCancel(t.Context())
 				defer end()
 				if _, err := o.get(ctx, "origin.test:443"); !errors.Is(err, refused) {
-					t.Errorf("%v, want that it is refused", err)
+					t.Errorf("%v, want refused", err)
 				}
 			})
 		}

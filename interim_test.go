@@ -22,8 +22,8 @@ import (
 
 const hint = "HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
 
-// A client that does not read its interim responses does not block the requests of other
-// clients to the same HTTP/2 origin, on the same connection.
+// A client that does not read its interim responses does not block other clients' requests
+// on the same HTTP/2 connection to the origin.
 func TestInterimResponsesStallNobody(t *testing.T) {
 	bothWays(t, "", func(t *testing.T, w *world) {
 		origin := newFramesOrigin(t, func(f *framesOrigin, stream uint32) {
@@ -53,8 +53,8 @@ func TestInterimResponsesStallNobody(t *testing.T) {
 	})
 }
 
-// A client that expects a 100 (Continue) gets one, and gets it before the origin's hints,
-// which are written at the same time as its content is asked for.
+// A client that expects a 100 (Continue) gets one, and before the origin's early hints,
+// which are written while the content is being requested.
 func TestContinueAndHints(t *testing.T) {
 	const hints = 30
 	plain := listen(t, func(c *net.TCPConn) {
@@ -96,7 +96,7 @@ func TestContinueAndHints(t *testing.T) {
 				for {
 					res, err := http.ReadResponse(c.r, &http.Request{Method: http.MethodPost})
 					if err != nil {
-						t.Fatalf("%s: what comes is no response: %v", url, err)
+						t.Fatalf("%s: not a response: %v", url, err)
 					}
 					if res.StatusCode == http.StatusContinue {
 						asked++
@@ -107,7 +107,7 @@ func TestContinueAndHints(t *testing.T) {
 					}
 					if res.StatusCode >= 200 {
 						if res.StatusCode != 200 || asked != 1 {
-							t.Fatalf("%s: %s after %d times 100", url, res.Status, asked)
+							t.Fatalf("%s: %s after %d 100s", url, res.Status, asked)
 						}
 						break
 					}
@@ -118,8 +118,8 @@ func TestContinueAndHints(t *testing.T) {
 	})
 }
 
-// An origin that does not ask for content gets it nevertheless after a while, and the
-// client is asked for it.
+// If an origin does not ask for content, the proxy asks the client for it and sends it
+// after a while.
 func TestContinueUnasked(t *testing.T) {
 	plain := listen(t, func(c *net.TCPConn) {
 		if req, err := http.ReadRequest(bufio.NewReader(c)); err == nil {
@@ -140,8 +140,8 @@ func TestContinueUnasked(t *testing.T) {
 	})
 }
 
-// The number of interim responses is bounded whatever the origin speaks, and each of
-// them says once that it has come through this proxy.
+// The number of interim responses is bounded, whatever the origin's protocol, and each gets
+// exactly one Via entry.
 func TestInterimResponsesAreBounded(t *testing.T) {
 	plain := listen(t, func(c *net.TCPConn) {
 		if _, err := http.ReadRequest(bufio.NewReader(c)); err == nil {
@@ -177,8 +177,8 @@ func TestInterimResponsesAreBounded(t *testing.T) {
 	})
 }
 
-// A queue passes on what it has before it ends, drops what there is no room for, and
-// reports a panic to the caller of end.
+// A queue passes on its contents before it ends, drops what exceeds its size, and reports a
+// panic to the caller of end.
 func TestInterimQueue(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var got []int
@@ -194,9 +194,9 @@ func TestInterimQueue(t *testing.T) {
 		if n := len(got); n < maxInterimWaiting || n > maxInterimWaiting+1 {
 			t.Errorf("%d responses were passed on", n)
 		}
-		q.invite() // returns, too
+		q.invite() // must not block
 		if err := q.got(http.StatusEarlyHints, nil); err != nil || q.writing != nil {
-			t.Errorf("it goes on after its end: %v", err)
+			t.Errorf("it continues after its end: %v", err)
 		}
 		q = &interimQueue{write: func(int, http.Header) { panic("wrong") }}
 		_ = q.got(http.StatusEarlyHints, nil)
@@ -210,8 +210,8 @@ func TestInterimQueue(t *testing.T) {
 	})
 }
 
-// pipeExchange sends a request to an origin at the other end of a pipe, and returns what
-// comes of it and how long that takes on the clock of a bubble.
+// pipeExchange sends a request to an origin at the other end of a pipe. It returns the
+// outcome and the synthetic time that it took.
 func pipeExchange(ctx context.Context, timeout time.Duration, answer func(w io.Writer)) (*http.Response, time.Duration, error) {
 	ended := make(chan struct{})
 	dial := func(context.Context, string) (net.Conn, error) {
@@ -234,7 +234,7 @@ func pipeExchange(ctx context.Context, timeout time.Duration, answer func(w io.W
 	return res, took, err
 }
 
-// A 102 or a 103 gives an origin its time anew, ten times as much in all.
+// A 102 or 103 restarts the response-header timeout, up to ten times the timeout in total.
 func TestProgressRenewsTheTime(t *testing.T) {
 	const timeout = 3 * time.Second
 	for _, row := range []struct {
@@ -263,13 +263,13 @@ func TestProgressRenewsTheTime(t *testing.T) {
 				_, _ = io.WriteString(w, "HTTP/1.1 204 No Content\r\n\r\n")
 			})
 			if !errors.Is(err, row.err) || took < row.want || took > row.want+timeout/8 {
-				t.Errorf("%d times %s, every %v: %v after %v, want %v after %v", row.n, row.interim, row.pause, err, took, row.err, row.want)
+				t.Errorf("%d of %s, every %v: %v after %v, want %v after %v", row.n, row.interim, row.pause, err, took, row.err, row.want)
 			}
 		})
 	}
 }
 
-// The same holds for origins that speak HTTP/2.
+// The same applies to origins that speak HTTP/2.
 func TestHTTP2ProgressRenewsTheTime(t *testing.T) {
 	const timeout = 3 * time.Second
 	for _, row := range []struct {
@@ -292,7 +292,7 @@ func TestHTTP2ProgressRenewsTheTime(t *testing.T) {
 			}
 			<-wait.ctx.Done()
 			if took := time.Since(start); took < row.want || took > row.want+row.pause || !wait.over() {
-				t.Errorf("progress every %v: over after %v, want %v", row.pause, took, row.want)
+				t.Errorf("progress every %v: ended after %v, want %v", row.pause, took, row.want)
 			}
 		})
 	}

@@ -19,12 +19,12 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 )
 
-// testLimiter is a limiter module that answers what a test says.
+// testLimiter is a limiter module whose answers a test sets.
 type testLimiter struct {
 	Word string `json:"word,omitempty"`
 }
 
-// answers are what every testLimiter says, and what it was asked.
+// answers holds what every testLimiter answers, and what it was asked.
 var answers struct {
 	sync.Mutex
 	wait      time.Duration
@@ -70,7 +70,7 @@ func (l *testLimiter) Refill(ctx context.Context, b Bucket) (bool, error) {
 	return err == nil, err
 }
 
-// answer says what the testLimiters answer until the test ends.
+// answer sets what the testLimiters answer until the test ends.
 func answer(t *testing.T, wait time.Duration, err error, suspended bool) {
 	t.Helper()
 	answers.Lock()
@@ -83,7 +83,7 @@ func answer(t *testing.T, wait time.Duration, err error, suspended bool) {
 	})
 }
 
-// asked returns the buckets that were asked for since the last call.
+// asked returns the buckets asked for since the last call.
 func asked() []Bucket {
 	answers.Lock()
 	defer answers.Unlock()
@@ -92,8 +92,8 @@ func asked() []Bucket {
 	return list
 }
 
-// sharer is a client of a handler with a shared limiter. Time passes only when
-// a test says so.
+// sharer is a client of a handler with a shared limiter. Time passes only when a test says
+// so.
 type sharer struct {
 	t   *testing.T
 	h   *Handler
@@ -104,12 +104,12 @@ func newSharer(t *testing.T, burst int64, refill float64) *sharer {
 	return &sharer{t: t, h: &Handler{limiter: newLimiter(limits(burst, refill)), shared: new(testLimiter)}}
 }
 
-// takes has a request made, for which the shared limiter is asked so many times.
+// takes makes a request and checks how often the shared limiter is asked about it.
 func (s *sharer) takes(questions int, want verdict) {
 	s.t.Helper()
 	asked()
 	got := s.h.ask(s.t.Context(), netip.MustParseAddr("192.0.2.1"), int64(s.now))
-	got.refused, got.event = 0, false // others' subject
+	got.refused, got.event = 0, false // covered by other tests
 	if n := len(asked()); got != want || n != questions {
 		s.t.Errorf("after %v: take = %+v, want %+v; the shared limiter is asked %d times, want %d", s.now, got, want, n, questions)
 	}
@@ -126,8 +126,8 @@ func TestOwnRefusalAsksNobody(t *testing.T) {
 	s.takes(0, verdict{wait: 2 * time.Second})
 }
 
-// A client that the others have let use up its tokens is refused here without
-// a question until there is one.
+// A client that is out of tokens because of requests through other proxies is refused here
+// without asking again until a token is due.
 func TestSharedRefusalIsLearned(t *testing.T) {
 	s := newSharer(t, 10, 0.5)
 	answer(t, 1500*time.Millisecond, nil, false)
@@ -138,13 +138,13 @@ func TestSharedRefusalIsLearned(t *testing.T) {
 	s.now++
 	answer(t, 0, nil, false)
 	s.takes(1, verdict{ok: true})
-	s.takes(0, verdict{wait: 2 * time.Second}) // it was the only one
+	s.takes(0, verdict{wait: 2 * time.Second}) // there was only one token
 }
 
-// A refusal costs no token, whoever it comes from.
+// A denial costs no token, whether the shared limiter or an error caused it.
 func TestSharedRefusalCostsNothing(t *testing.T) {
 	s := newSharer(t, 3, 0.5)
-	answer(t, 1, nil, false) // so little that the own bucket is as before
+	answer(t, 1, nil, false) // so short that the local bucket is full again
 	for range 100 {
 		s.takes(1, verdict{wait: 1})
 		s.now++
@@ -157,7 +157,7 @@ func TestSharedRefusalCostsNothing(t *testing.T) {
 	s.takes(1, verdict{ok: true})
 }
 
-// However many are refused together, the wait is the same.
+// The wait is the same, however many requests are denied at the same time.
 func TestLearningTogether(t *testing.T) {
 	const burst = 50
 	l := newLimiter(limits(burst, 0.5))
@@ -200,26 +200,26 @@ func TestBucketsOfTheSharedLimiter(t *testing.T) {
 		}
 	}
 	if got, want := l.shared(userKey("alice")), (Bucket{"office", netip.Prefix{}, "alice", 7, 333333333}); got != want {
-		t.Errorf("alice has the bucket %v, want %v", got, want)
+		t.Errorf("alice's bucket is %v, want %v", got, want)
 	}
 	if got, want := l.shared(l.client(netip.Addr{})), (Bucket{"office", netip.Prefix{}, "", 7, 333333333}); got != want {
 		t.Errorf("the bucket of a client without an address is %+v, want %+v", got, want)
 	}
 }
 
-// An operator refills the shared bucket, too.
+// An operator's refill also refills the shared bucket.
 func TestRefillingTheSharedLimiter(t *testing.T) {
 	w := newWorld(t, "limiter test\nburst 10\nrefill 0.5\nipv4_prefix 24", nil)
 	answer(t, 0, nil, false)
 	if !refillClient(netip.MustParseAddr("192.0.2.7"), "") || !refillClient(userKey("alice"), "") {
-		t.Error("the clients are not known")
+		t.Error("the clients are unknown")
 	}
 	want := []Bucket{
 		{"default", netip.MustParsePrefix("192.0.2.0/24"), "", 10, 2 * time.Second},
 		{"default", netip.Prefix{}, "alice", 10, 2 * time.Second},
 	}
 	if got := asked(); !slices.Equal(got, want) {
-		t.Errorf("the buckets %+v are refilled, want %+v", got, want)
+		t.Errorf("refilled %+v, want %+v", got, want)
 	}
 	answer(t, 0, errors.New("out of order"), false)
 	if refillClient(netip.MustParseAddr("192.0.2.7"), "") {
@@ -283,7 +283,7 @@ func TestCaddyfileLimiter(t *testing.T) {
 	} {
 		got := handlers(t, ":8080 {\nasync_proxy {\nburst 5\n"+directive+"\nrefill 3\n}\n}")
 		if len(got) != 1 || fmt.Sprint(got[0]["limiter"]) != fmt.Sprint(want) || got[0]["refill"] != 3.0 {
-			t.Errorf("%s\nmakes %v\nwant limiter %v", directive, got, want)
+			t.Errorf("%s\ngives %v\nwant limiter %v", directive, got, want)
 		}
 	}
 	const expected = "expected a limiter that this Caddy is built with; for redis, build it with --with github.com/asyncproxy/caddy-async-proxy/redis"

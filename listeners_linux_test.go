@@ -12,12 +12,11 @@ import (
 	"testing"
 )
 
-// inherited are sockets as a service manager hands them over. Caddy never gives
-// them back.
+// inherited are sockets passed on as by a service manager. Caddy never returns them.
 var inherited []*os.File
 
-// TestPolicyListenersInherited: a socket that Caddy was given is closed like one
-// that it has made, if it is the proxy's own.
+// TestPolicyListenersInherited checks that an inherited socket is closed to clients like
+// any other of the proxy's own.
 func TestPolicyListenersInherited(t *testing.T) {
 	ln, err := net.Listen("tcp4", freeAddress(t))
 	if err != nil {
@@ -31,7 +30,7 @@ func TestPolicyListenersInherited(t *testing.T) {
 	inherited = append(inherited, file)
 	w := newWorld(t, "", nil)
 	w.load(w.site("allow 127.0.0.0/8") + fmt.Sprintf("http://a.example {\n\tbind fd/%d\n\tasync_proxy\n}\n", file.Fd()))
-	policyOpen(t, w.proxy, http.MethodConnect, ln.Addr().String(), "", "") // another site's
+	policyOpen(t, w.proxy, http.MethodConnect, ln.Addr().String(), "", "") // another site's socket
 	w.load(strings.Replace(w.site("allow 127.0.0.0/8"), "async_proxy", fmt.Sprintf("bind 127.0.0.1 fd/%d\n\tasync_proxy", file.Fd()), 1))
 	policyDenied(t, w.proxy, http.MethodConnect, ln.Addr().String(), "")
 }

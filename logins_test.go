@@ -44,7 +44,7 @@ func TestConnectionLogin(t *testing.T) {
 		}
 	}
 	if found, _ := connectionLogin(nil); found {
-		t.Error("no field is one of a login")
+		t.Error("a missing field counts as a login")
 	}
 	fields := http.Header{"Authorization": {"Bearer abc"}}
 	if n := testing.AllocsPerRun(100, func() { _, _ = connectionLogin(fields["Authorization"]) }); n > 0 {
@@ -52,14 +52,14 @@ func TestConnectionLogin(t *testing.T) {
 	}
 }
 
-// loginOrigin is an origin whose logins take three requests, and belong to the
-// connection from then on.
+// loginOrigin is an origin whose logins take three requests and are then bound to the
+// connection, as with NTLM.
 type loginOrigin struct {
 	*httptest.Server
 	open, last atomic.Int64
 }
 
-// loginState is that of a connection to a loginOrigin.
+// loginState is the login state of a connection to a loginOrigin.
 type loginState struct {
 	number int64
 	user   string
@@ -115,10 +115,10 @@ func (o *loginOrigin) answer(w http.ResponseWriter, r *http.Request) {
 	_, _ = io.WriteString(w, state.user)
 }
 
-// loginClient sends requests on one connection to a proxy.
+// loginClient sends requests to a proxy on one connection.
 type loginClient func(method, url, authorization string) (*http.Response, string)
 
-// login logs a user in, as far as the challenge or to the end.
+// begin logs a user in, up to the challenge.
 func (ask loginClient) begin(t *testing.T, url string) (challenge string) {
 	t.Helper()
 	if res, _ := ask("GET", url, ""); res.StatusCode != http.StatusUnauthorized {
@@ -131,7 +131,7 @@ func (ask loginClient) begin(t *testing.T, url string) (challenge string) {
 		}
 	}
 	if challenge == "" {
-		t.Fatalf("%s, %v: there is no challenge", res.Status, res.Header)
+		t.Fatalf("%s, %v: got no challenge", res.Status, res.Header)
 	}
 	return challenge
 }
@@ -143,7 +143,7 @@ func (ask loginClient) finish(t *testing.T, url, user, challenge string) {
 	}
 }
 
-// rawLoginClient speaks HTTP/1 on a connection. Each request has the further lines.
+// rawLoginClient speaks HTTP/1 on a connection. Each request carries the additional lines.
 func rawLoginClient(t *testing.T, conn net.Conn, lines ...string) loginClient {
 	raw := &rawConn{t: t, r: bufio.NewReader(conn)}
 	return func(method, url, authorization string) (*http.Response, string) {
@@ -190,7 +190,7 @@ func http2LoginClient(t *testing.T, conn net.Conn) loginClient {
 	}
 }
 
-// http3LoginClient speaks HTTP/3 on a connection of its own.
+// http3LoginClient speaks HTTP/3 on its own connection.
 func http3LoginClient(t *testing.T, proxy string) loginClient {
 	transport := &http3.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true, ServerName: "localhost"}}
 	t.Cleanup(func() { transport.Close() })
@@ -224,8 +224,8 @@ func dialTLS(t *testing.T, address, protocol string) net.Conn {
 	return conn
 }
 
-// A login that belongs to a connection is its client's and nobody else's, and works, on
-// all ways from a client to an origin. When the client leaves, the connection ends.
+// A connection-bound login works for its own client and no other, over every protocol to
+// the proxy and to the origin. When the client disconnects, the origin's connection closes.
 func TestConnectionLogins(t *testing.T) {
 	w, secure := framesWorld(t)
 	frames := func() (net.Conn, loginClient) {
@@ -248,10 +248,10 @@ func TestConnectionLogins(t *testing.T) {
 		o := newLoginOrigin(t, false)
 		testConnectionLogins(t, o, func() (net.Conn, loginClient) { return nil, http3LoginClient(t, secure) })
 		if o.open.Load() == 0 {
-			t.Error("there are no connections to the origin")
+			t.Error("no connections to the origin are open")
 		}
 		boundClients.Range(func(client any, _ *boundClient) bool {
-			releaseClient(client) // as a timer would: nobody tells that such a client leaves
+			releaseClient(client) // as a timer would: no event reports that such a client has disconnected
 			return true
 		})
 		eventually(t, "all connections to the origin to end", func() bool { return o.open.Load() == 0 })
@@ -289,7 +289,7 @@ func testConnectionLogins(t *testing.T, o *loginOrigin, dial func() (net.Conn, l
 	for range 2 {
 		for name, ask := range map[string]loginClient{"alice": alice, "bob": bob} {
 			if res, body := ask("GET", url, ""); body != name {
-				t.Errorf("%s, who has logged in: %s %q", name, res.Status, body)
+				t.Errorf("%s, logged in: %s %q", name, res.Status, body)
 			}
 		}
 	}
@@ -303,22 +303,22 @@ func testConnectionLogins(t *testing.T, o *loginOrigin, dial func() (net.Conn, l
 	aliceConn.Close()
 	eventually(t, "alice's connection to the origin to end", func() bool { return o.open.Load() < before })
 	if res, body := bob("GET", url, ""); body != "bob" {
-		t.Errorf("bob, after alice has left: %s %q", res.Status, body)
+		t.Errorf("bob, after alice has disconnected: %s %q", res.Status, body)
 	}
 	if _, body := other("GET", url, ""); body != "" {
-		t.Errorf("somebody else is %q", body)
+		t.Errorf("another client is %q", body)
 	}
 	bobConn.Close()
 	otherConn.Close()
 	shared := int64(0)
 	if o.TLS != nil {
-		shared = 1 // by HTTP/2, on which nobody has logged in
+		shared = 1 // over HTTP/2, a connection without logins
 	}
 	eventually(t, "all connections to the origin to end but what is shared", func() bool { return o.open.Load() <= shared })
 	eventually(t, "the clients to be forgotten", func() bool { return boundClientCount.Load() == 0 })
 }
 
-// A client may leave while its first bound connection is being noted.
+// A client may disconnect while its first bound connection is being registered.
 func TestBoundClientLeavesAtOnce(t *testing.T) {
 	client, c := new(int), &boundClient{id: "leaves at once"}
 	boundClients.Store(client, c)
@@ -326,11 +326,11 @@ func TestBoundClientLeavesAtOnce(t *testing.T) {
 	releaseClient(client)
 	c.uses(new(origins), client)
 	if c.timer != nil || !c.isGone() {
-		t.Error("a client that has left is still waited for")
+		t.Error("a disconnected client is still registered")
 	}
 }
 
-// Users of the proxy, or clients of a balancer, that share a connection do not share the
+// Proxy users, or a load balancer's clients, that share a connection do not share the
 // logins on it.
 func TestConnectionLoginsOnSharedConnections(t *testing.T) {
 	loginWays(t, func(t *testing.T, way string) {

@@ -11,10 +11,9 @@ import (
 	"testing"
 )
 
-// A head is the same wherever it is cut by the buffer that it is read through,
-// between the two bytes of a line end, too.
+// A head reads the same wherever the buffer's end cuts it, even between CR and LF.
 func TestReadHeadThroughSmallBuffer(t *testing.T) {
-	const size = 16 // the least that bufio has
+	const size = 16 // bufio's minimum
 	for n := range 3 * size {
 		value := strings.Repeat("x", n)
 		for _, end := range []string{"\r\n", "\n"} {
@@ -24,10 +23,10 @@ func TestReadHeadThroughSmallBuffer(t *testing.T) {
 				t.Errorf("%d bytes, %q: %q, %v", n, end, head, err)
 			}
 			if rest, _ := r.Peek(4); string(rest) != "rest" {
-				t.Errorf("%d bytes, %q: behind the head there is %q", n, end, rest)
+				t.Errorf("%d bytes, %q: after the head: %q", n, end, rest)
 			}
 		}
-		// A bare CR stays what it is.
+		// A bare CR is preserved.
 		head, err := readHead(bufio.NewReaderSize(strings.NewReader(value+"\rB\r\n\r\n"), size))
 		if want := value + "\rB\n"; head != want || err != nil {
 			t.Errorf("%d bytes and a bare CR: %q, %v", n, head, err)
@@ -35,8 +34,8 @@ func TestReadHeadThroughSmallBuffer(t *testing.T) {
 	}
 }
 
-// Nothing is written for a status that has no content: net/http and quic-go
-// take that for a mistake, and the stream would be reset.
+// Nothing is written for a status without content: net/http and quic-go treat that as an
+// error, and would reset the stream.
 func TestNoContentOverHTTP2(t *testing.T) {
 	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		var status int

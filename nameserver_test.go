@@ -13,8 +13,8 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 )
 
-// nameServer answers questions for A and AAAA with what answer returns, the n-th
-// time that the name is asked for.
+// nameServer answers A and AAAA questions with what answer returns for the n-th question
+// about the name.
 func nameServer(t *testing.T, answer func(name string, n int) []string) string {
 	t.Helper()
 	socket, err := net.ListenPacket("udp4", "127.0.0.1:0")

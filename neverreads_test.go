@@ -18,8 +18,8 @@ import (
 	"time"
 )
 
-// TestClientsThatNeverRead: a client that sends requests and reads no response is
-// given up after write_idle, whatever the responses are, in both ways of serving.
+// TestClientsThatNeverRead checks that a client that sends requests and reads no responses
+// is disconnected after write_idle, whatever the responses are, on both serving paths.
 func TestClientsThatNeverRead(t *testing.T) {
 	pad := strings.Repeat("p", 4000)
 	origin := listen(t, func(conn *net.TCPConn) {
@@ -79,11 +79,11 @@ func TestClientsThatNeverRead(t *testing.T) {
 	}
 }
 
-// sendUntilGivenUp repeats a request, reads nothing, and fails unless the other
-// end gives the connection up.
+// sendUntilGivenUp repeats a request without reading, and fails unless the peer closes the
+// connection.
 func sendUntilGivenUp(t *testing.T, address, request string) {
 	t.Helper()
-	// Set before it connects, a small buffer keeps the window small.
+	// A small buffer, set before connecting, keeps the TCP window small.
 	dialer := net.Dialer{Control: func(_, _ string, c syscall.RawConn) (err error) {
 		_ = c.Control(func(fd uintptr) { err = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 2048) })
 		return err
@@ -97,10 +97,10 @@ func sendUntilGivenUp(t *testing.T, address, request string) {
 	many := []byte(strings.Repeat(request, 100))
 	for sent := 0; sent < 64<<20; sent += len(many) {
 		if _, err := conn.Write(many); errors.Is(err, os.ErrDeadlineExceeded) {
-			t.Fatalf("the connection is still there %v after it stopped reading", patience)
+			t.Fatalf("the connection is still open %v after the client stopped reading", patience)
 		} else if err != nil {
 			return
 		}
 	}
-	t.Fatal("all of the requests were taken, and no response was read")
+	t.Fatal("the proxy read all requests though no response was read")
 }

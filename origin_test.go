@@ -17,7 +17,7 @@ import (
 	"time"
 )
 
-// What an origin says between two exchanges is nobody's answer.
+// Bytes that an origin sends between two exchanges are no response to the next request.
 func TestOriginSaysMoreThanItWasAsked(t *testing.T) {
 	var conns atomic.Int64
 	more, said := make(chan struct{}), make(chan struct{})
@@ -50,8 +50,7 @@ func TestOriginSaysMoreThanItWasAsked(t *testing.T) {
 	}
 }
 
-// An idle connection is used again as long as nothing has come on it, over TLS
-// as without.
+// An idle connection is reused as long as nothing has arrived on it, over TCP and TLS.
 func TestOriginConnQuiet(t *testing.T) {
 	config := &tls.Config{Certificates: []tls.Certificate{tlsCertificate}}
 	for _, name := range []string{"TCP", "TLS"} {
@@ -62,7 +61,7 @@ func TestOriginConnQuiet(t *testing.T) {
 					secure := tls.Client(near, &tls.Config{InsecureSkipVerify: true})
 					near, far = secure, tls.Server(far, config)
 					go func() { _, _ = io.WriteString(far, "x") }()
-					if _, err := near.Read(make([]byte, 1)); err != nil { // the handshake, and what comes behind it
+					if _, err := near.Read(make([]byte, 1)); err != nil { // the handshake, and the messages after it
 						t.Fatal(err)
 					}
 				}
@@ -72,28 +71,28 @@ func TestOriginConnQuiet(t *testing.T) {
 			c := &originConn{Conn: near}
 			for range 2 {
 				if !c.quiet() {
-					t.Fatal("a connection on which nothing has come is not quiet")
+					t.Fatal("a connection without unread data is not quiet")
 				}
 			}
 			go func() { _, _ = io.WriteString(far, "answer") }()
 			if n, err := near.Read(make([]byte, 6)); n == 0 || err != nil {
-				t.Fatalf("%d bytes, %v: the connection cannot be used after a look", n, err)
+				t.Fatalf("%d bytes, %v: the check has broken the connection", n, err)
 			}
 			if n, err := far.Write([]byte("more")); n != 4 || err != nil {
 				t.Fatal(err)
 			}
 			if c.quiet() {
-				t.Error("a connection on which something has come is quiet")
+				t.Error("a connection with unread data is quiet")
 			}
 
 			near, far = pair()
 			c = &originConn{Conn: near}
 			far.Close()
 			if c.quiet() {
-				t.Error("a connection that was closed is quiet")
+				t.Error("a closed connection is quiet")
 			}
 
-			// Two messages in one record, or in two that were read together.
+			// Two messages in one TLS record, or in two records that were read together.
 			near, far = pair()
 			c = &originConn{Conn: near}
 			if n, err := far.Write([]byte("onetwo")); n != 6 || err != nil {
@@ -103,14 +102,14 @@ func TestOriginConnQuiet(t *testing.T) {
 				t.Fatal(err)
 			}
 			if c.quiet() {
-				t.Error("a connection of which not all was read is quiet")
+				t.Error("a connection with decrypted unread data is quiet")
 			}
 		})
 	}
 }
 
-// Idle connections are bounded in number and in age, and what is left of
-// a response ends its connection.
+// Idle connections are limited in number and age, and unread bytes of a response close its
+// connection.
 func TestOriginsAreBounded(t *testing.T) {
 	o := newOrigins(nil)
 	idle := func() (*originConn, net.Conn) {
@@ -136,18 +135,18 @@ func TestOriginsAreBounded(t *testing.T) {
 		c.idleSince = c.idleSince.Add(-maxIdleTime)
 	}
 	if c, err := o.get(t.Context(), "origin.example:80", false); err != nil || c != conns[maxIdleOrigins-1] {
-		t.Errorf("got %p, %v; want the one that was used last", c, err)
+		t.Errorf("got %p, %v; want the one used last", c, err)
 	}
 	o.closeIdle(func(c *originConn) bool { return time.Since(c.idleSince) >= maxIdleTime })
 	if n := o.count.Load(); n != maxIdleOrigins-11 || !closed(conns[0]) || closed(conns[10]) {
-		t.Errorf("%d idle connections after ten were too old", n)
+		t.Errorf("%d idle connections after ten had expired", n)
 	}
 	o.close()
 	late, _ := idle()
 	late.r = bufio.NewReader(late)
 	o.put(late)
 	if n := o.count.Load(); n != 0 || !closed(conns[10]) || !closed(late) {
-		t.Errorf("%d idle connections after the end", n)
+		t.Errorf("%d idle connections after close", n)
 	}
 
 	o = newOrigins(nil)
@@ -158,11 +157,11 @@ func TestOriginsAreBounded(t *testing.T) {
 		t.Fatal(err)
 	}
 	if o.put(talking); o.count.Load() != 0 || !closed(talking) {
-		t.Error("a connection with something left on it is kept")
+		t.Error("a connection with unread data is kept")
 	}
 }
 
-// A connection on which not all of a request was sent serves no other one.
+// A connection that has not sent all of a request is not reused.
 func TestOriginHasNotGotAll(t *testing.T) {
 	var conns atomic.Int64
 	origin := listen(t, func(c *net.TCPConn) {
@@ -184,8 +183,8 @@ func TestOriginHasNotGotAll(t *testing.T) {
 	}
 }
 
-// A connection to this machine that is used again is judged again: there may be a
-// listener now that no client may reach.
+// A reused connection to this machine is checked again: the address may have become that of
+// a listener that is closed to clients.
 func TestConnectionsToThisMachineAreJudgedAgain(t *testing.T) {
 	shared, opened, _ := http2TestOrigin(t, func(http.ResponseWriter, *http.Request) {})
 	alone := listen(t, func(c *net.TCPConn) {
@@ -216,6 +215,6 @@ func TestConnectionsToThisMachineAreJudgedAgain(t *testing.T) {
 		ask(http.StatusOK)
 	}
 	if n := opened.Load(); n != 1 {
-		t.Errorf("%d connections, want that a verdict ends none that others use", n)
+		t.Errorf("%d connections, a denial must not close one that others use", n)
 	}
 }

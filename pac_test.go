@@ -16,7 +16,7 @@ import (
 	"github.com/dop251/goja"
 )
 
-// pacRuntime runs a script as browsers do, of whose functions it needs one.
+// pacRuntime runs a script as browsers do, with the only helper function that it needs.
 func pacRuntime(t *testing.T, script string) func(url, host string) string {
 	t.Helper()
 	vm := goja.New()
@@ -36,7 +36,7 @@ func pacRuntime(t *testing.T, script string) func(url, host string) string {
 	}
 	find, ok := goja.AssertFunction(vm.Get("FindProxyForURL"))
 	if !ok {
-		t.Fatalf("there is no function\n%s", script)
+		t.Fatalf("the script lacks the function\n%s", script)
 	}
 	return func(url, host string) string {
 		result, err := find(goja.Undefined(), vm.ToValue(url), vm.ToValue(host))
@@ -48,8 +48,8 @@ func pacRuntime(t *testing.T, script string) func(url, host string) string {
 	}
 }
 
-// The script sends browsers past the proxy only to what it closes by default and
-// to what the operator lists. What rules deny is the proxy's to refuse.
+// The script bypasses the proxy only for destinations that are closed by default or listed
+// by the operator. Rule denials are left to the proxy.
 func TestPAC(t *testing.T) {
 	const private = "http://10.1.2.3/ http://192.168.1.1/ http://172.16.0.1/ http://100.64.0.1/ http://127.0.0.1/ http://127.1.2.3:80/ http://169.254.169.254/ http://0.0.0.0/ http://[::1]/ http://[fd00::1]/ http://[fe80::1]/ http://[2001:db8::1]/"
 	const near = "http://intranet/ http://localhost/ http://LOCALHOST:8080/ http://a.localhost/ http://printer.local/"
@@ -58,7 +58,7 @@ func TestPAC(t *testing.T) {
 		options, proxied, direct string
 	}{
 		{"", public, private + " " + near + " http://own.example/ http://127.0.0.1:1/"},
-		// Rules that deny, and ports, open no way around the proxy.
+		// Deny rules and ports do not bypass the proxy.
 		{"deny ads.example *.ads.test 8.8.8.0/24", public + " http://ads.example/ http://a.ads.test/ http://8.8.8.8/", private + " " + near},
 		{"allow *.good.test:443 1.1.1.1\ndeny all", public + " https://a.good.test/ http://a.good.test/", private + " " + near},
 		{"deny public", public, private + " " + near},
@@ -66,8 +66,8 @@ func TestPAC(t *testing.T) {
 		{"ports 80 443", public + " http://example.com:9000/ http://example.com:22/", private + " " + near},
 		{"deny all:8080", public, private + " " + near},
 		{"report_only rules\nports 443\ndeny all", public, private + " " + near},
-		// Where a rule opens some of what is closed by default, the proxy gets all of
-		// its class: only it knows the rules.
+		// If a rule opens a part of a class that is closed by default, the whole class goes
+		// to the proxy: only the proxy knows the rules.
 		{"allow 10.1.0.0/16", public + " http://10.1.2.3/ http://10.2.2.3/", "http://192.168.1.1/ http://127.0.0.1/ http://[fd00::1]/ " + near},
 		{"allow intern.example.com 127.0.0.1\ndeny all", public + " http://news.example.org/ http://127.0.0.1/", "http://10.1.2.3/ " + near},
 		{"allow fd12::/16", public + " http://[fd12::1]/ http://[fd00::1]/", "http://10.1.2.3/ http://[fe80::1]/ http://[::1]/ " + near},
@@ -77,7 +77,7 @@ func TestPAC(t *testing.T) {
 		{"allow printer.local app.localhost\ndeny all", public + " http://printer.local/ http://scanner.local/ http://app.localhost/", private + " http://intranet/ http://localhost/"},
 		{"allow *.local localhost\ndeny all", public + " http://printer.local/ http://localhost/", private + " http://intranet/ http://a.localhost/"},
 		{"allow all 10.0.0.0/8\ndeny ads.example", public + " http://10.1.2.3/", "http://192.168.1.1/ " + near},
-		// What the operator lists comes first.
+		// The operator's list takes precedence.
 		{"serve_pac {\ndirect *.corp.example WIKI.example 8.8.8.0/24 [2606:4700::]\ndirect 2001:4860::/32\n}\ndeny all",
 			"http://corp.example/ http://x.wiki.example/ http://8.8.9.1/ http://[2606:4700::1]/ http://xcorp.example/ http://[2001:4861::1]/ http://example.com/",
 			"http://a.corp.example/ https://A.B.corp.example/ http://wiki.example/ http://wiki.example./ http://8.8.8.8/ http://[2606:4700::]/ http://[2001:4860:1:2:3:4:5:6]/ http://[2001:4860::]/ " + private + " " + near},
@@ -109,7 +109,7 @@ func TestPAC(t *testing.T) {
 	}
 }
 
-// Anybody may read the script, so it tells nothing of the rules.
+// Any client may read the script, so it reveals no rules.
 func TestPACHoldsNoRules(t *testing.T) {
 	w := newWorld(t, "serve_pac", nil)
 	script := func() string {
@@ -133,7 +133,7 @@ func TestPACHoldsNoRules(t *testing.T) {
 	}
 }
 
-// pacHost is the host that browsers give to FindProxyForURL.
+// pacHost returns the host that browsers pass to FindProxyForURL.
 func pacHost(url string) string {
 	_, rest, _ := strings.Cut(url, "://")
 	rest, _, _ = strings.Cut(rest, "/")
@@ -175,7 +175,7 @@ func TestPACOfSites(t *testing.T) {
 	if line := w.waitLog("request", 5)[0]; line["status"] != 200.0 || line["path"] != "/wpad.dat" {
 		t.Errorf("line %v", line)
 	}
-	// Another path is the next handler's, and HEAD has no content.
+	// Another path goes to the next handler, and HEAD has no content.
 	conn := dialRaw(t, w.plain)
 	conn.send("HEAD /wpad.dat HTTP/1.1\nHost: x\n\n")
 	if res, body := conn.response(http.MethodHead); res.StatusCode != http.StatusOK || body != "" || res.ContentLength <= 0 {

@@ -17,8 +17,8 @@ import (
 	"time"
 )
 
-// TestParentOwn chains two of our own, over plain HTTP/1, and over TLS with
-// HTTP/2 and without.
+// TestParentOwn chains two of our own proxies, over plain HTTP/1 and over TLS with and
+// without HTTP/2.
 func TestParentOwn(t *testing.T) {
 	const trusting = " {\ntls_insecure_skip_verify\n}"
 	for _, tc := range []struct{ name, scheme, global, proto string }{
@@ -40,7 +40,7 @@ func TestParentOwn(t *testing.T) {
 		})
 	}
 	t.Run("what it denies", func(t *testing.T) {
-		parent := binaryStart(t, binaryOptions{}) // to which the child's clients are not on its machine
+		parent := binaryStart(t, binaryOptions{}) // for this parent, the child's clients are on another machine
 		w := newWorld(t, "upstream http://"+parent.proxy, nil)
 		for _, method := range []string{http.MethodGet, http.MethodConnect} {
 			res, body := policyRequest(t, w.proxy, method, w.origin.Listener.Addr().String(), "")
@@ -55,8 +55,8 @@ func TestParentOwn(t *testing.T) {
 	})
 }
 
-// TestParentStreams: tunnels over HTTP/2 share connections to the parent, 16 at a
-// time; one that is reset says so, and none is left in the end.
+// TestParentStreams checks that tunnels over HTTP/2 share connections to the parent, 16 per
+// connection, that resets are passed on, and that no tunnel is left at the end.
 func TestParentStreams(t *testing.T) {
 	parent := binaryStart(t, binaryOptions{secure: true, site: "allow 127.0.0.0/8"})
 	w := newWorld(t, "upstream https://"+parent.secure+" {\ntls_insecure_skip_verify\n}", nil)
@@ -74,7 +74,7 @@ func TestParentStreams(t *testing.T) {
 		conns = append(conns, conn)
 	}
 	if n := parent.descriptors() - descriptors; n > 53 {
-		t.Errorf("50 tunnels take %d descriptors of the parent, want one each, to the target, and three for connections", n)
+		t.Errorf("50 tunnels use %d descriptors of the parent, want one each for the target, and three for connections", n)
 	}
 	for i, conn := range conns {
 		if i%2 > 0 {
@@ -85,7 +85,7 @@ func TestParentStreams(t *testing.T) {
 	parent.waitLog("CONNECT tunnel closed", 50)
 	eventually(t, "descriptors to be closed", func() bool { return parent.descriptors() <= descriptors+3 })
 
-	// Resets are passed on as such, both ways.
+	// Resets are passed on as resets, in both directions.
 	broken := make(chan error, 1)
 	listening := listen(t, func(conn *net.TCPConn) {
 		_, err := io.Copy(io.Discard, conn)
@@ -97,7 +97,7 @@ func TestParentStreams(t *testing.T) {
 	leaving.SetLinger(0)
 	leaving.Close()
 	if err := <-broken; !errors.Is(err, syscall.ECONNRESET) {
-		t.Errorf("the target sees %v when the client resets, want a reset", err)
+		t.Errorf("the target read %v after the client's reset, want a reset", err)
 	}
 	resetting := listen(t, func(conn *net.TCPConn) {
 		_, _ = conn.Read(make([]byte, 1))
@@ -107,13 +107,12 @@ func TestParentStreams(t *testing.T) {
 	conn.connect(resetting)
 	conn.send("x")
 	if _, err := conn.Read(make([]byte, 1)); err == nil || err == io.EOF {
-		t.Errorf("after a reset behind the parent: %v", err)
+		t.Errorf("after a reset by the target: %v", err)
 	}
 }
 
-// TestParentStreamsIndependent: a tunnel whose target does not read stops neither
-// the tunnels that its client has open nor new ones, and those of other clients least
-// of all.
+// TestParentStreamsIndependent checks that a tunnel whose target does not read blocks
+// neither its client's other tunnels nor new ones, let alone those of other clients.
 func TestParentStreamsIndependent(t *testing.T) {
 	parent := binaryStart(t, binaryOptions{secure: true, site: "allow 127.0.0.0/8"})
 	w := newWorld(t, "tunnel_stall_timeout 5s\nupstream https://"+parent.secure+" {\ntls_insecure_skip_verify\n}", nil)
@@ -138,7 +137,7 @@ func TestParentStreamsIndependent(t *testing.T) {
 	for chunk := make([]byte, 64<<10); ; {
 		stuck.SetWriteDeadline(time.Now().Add(time.Second))
 		if _, err := stuck.Write(chunk); err != nil {
-			break // nothing more fits anywhere
+			break // every buffer is full
 		}
 	}
 	pings(before)
@@ -153,9 +152,9 @@ func TestParentStreamsIndependent(t *testing.T) {
 		after.connect(echo)
 		pings(after)
 	}
-	// It ends as one that is stalled, here and at the parent.
+	// It ends with the reason stalled, here and at the parent.
 	if line := w.waitLog("CONNECT tunnel closed", 1); !slices.ContainsFunc(line, func(line map[string]any) bool { return line["reason"] == reasonStalled && line["target"] == deaf }) {
-		t.Errorf("the lines are %v", line)
+		t.Errorf("log lines %v", line)
 	}
 	eventually(t, "the parent's end of the tunnel to end", func() bool {
 		return slices.ContainsFunc(parent.logLines("CONNECT tunnel closed"), func(line map[string]any) bool { return line["target"] == deaf })

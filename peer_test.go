@@ -18,14 +18,14 @@ import (
 	"go.uber.org/zap"
 )
 
-// newTestStream makes a stream on conn, whose client says what is written to up.
+// newTestStream returns a stream on conn whose client sends what is written to up.
 func newTestStream(w http.ResponseWriter, conn net.Conn) (stream *streamPeer, up *io.PipeWriter) {
 	body, up := io.Pipe()
 	r := (&http.Request{Body: body}).WithContext(withConn(context.Background(), conn))
 	return newStreamPeer(w, r), up
 }
 
-// runTestTunnel runs a tunnel until it has ended, which closes the channel.
+// runTestTunnel starts a tunnel. The channel is closed when it ends.
 func runTestTunnel(h *Handler, near, far peer) (t *tunnel, done chan struct{}) {
 	h.limiter = newLimiter(limits(10, 0.5))
 	t = &tunnel{owner: h, registry: h.tunnels, logger: zap.NewNop(), start: time.Now(), near: near, far: far}
@@ -38,12 +38,12 @@ func runTestTunnel(h *Handler, near, far peer) (t *tunnel, done chan struct{}) {
 	return t, done
 }
 
-// A client that was silent when its stream ended with the target had ended too;
-// what another one was sending is cut short.
+// When the target's end closes a stream, a client that had been silent counts as complete,
+// but what another client was sending is cut short.
 func TestStreamIsCutShort(t *testing.T) {
 	for name, tc := range map[string]struct {
 		says           bool
-		taking, silent time.Duration // how long the target takes for it, and the silence after that
+		taking, silent time.Duration // how long the target takes to read it, and the silence afterwards
 		want           error
 	}{
 		"a client that has said nothing":        {false, 0, 0, net.ErrClosed},
@@ -78,18 +78,18 @@ func TestStreamIsCutShort(t *testing.T) {
 	}
 }
 
-// halfPipe is a connection of which each direction ends by itself.
+// halfPipe is a connection whose directions close separately.
 type halfPipe struct {
-	net.Conn          // to write to
-	r        net.Conn // to read from
+	net.Conn          // for writing
+	r        net.Conn // for reading
 }
 
 func (p halfPipe) Read(b []byte) (int, error) { return p.r.Read(b) }
 func (p halfPipe) CloseWrite() error          { return p.Conn.Close() }
 func (p halfPipe) Close() error               { return errors.Join(p.Conn.Close(), p.r.Close()) }
 
-// A target that has ended may take its time for what the client of a stream
-// had said, but not for ever.
+// A target that has half-closed may still read what the client of a stream sent before, but
+// only for lastWords.
 func TestLastWords(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &Handler{tunnels: newRegistry()}
@@ -108,13 +108,12 @@ func TestLastWords(t *testing.T) {
 		target.Close()
 		<-done
 		if took := time.Since(begun); took != lastWords {
-			t.Errorf("the tunnel ends after %v, want %v", took, lastWords)
+			t.Errorf("the tunnel ended after %v, want %v", took, lastWords)
 		}
 	})
 }
 
-// stuckWriter is the writer of a stream that waits until its connection takes
-// something.
+// stuckWriter is a stream's writer that blocks until the connection accepts data.
 type stuckWriter struct {
 	http.ResponseWriter
 	conn net.Conn
@@ -122,8 +121,7 @@ type stuckWriter struct {
 
 func (w stuckWriter) Write(b []byte) (int, error) { return w.conn.Write(b) }
 
-// A tunnel whose stream cannot end, since its connection is stuck, takes that
-// along.
+// A tunnel whose stream cannot end because its connection is stuck closes the connection.
 func TestStuckConnectionIsClosed(t *testing.T) {
 	for reason, tc := range map[string]struct {
 		idle  time.Duration
@@ -150,7 +148,7 @@ func TestStuckConnectionIsClosed(t *testing.T) {
 				tc.begin(h.tunnels)
 				<-done
 				if took := time.Since(begun); took < tc.after || took > tc.after+3*watchInterval {
-					t.Errorf("the tunnel ends after %v, want %v", took, tc.after)
+					t.Errorf("the tunnel ended after %v, want %v", took, tc.after)
 				}
 				if *tunnel.reason.Load() != reason {
 					t.Errorf("reason %q, want %q", *tunnel.reason.Load(), reason)

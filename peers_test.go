@@ -13,8 +13,8 @@ import (
 	"time"
 )
 
-// peerProxies are other forward proxies, as Debian has them, with the settings
-// that make them comparable. PORT and DIR are filled in.
+// peerProxies are other forward proxies, as packaged by Debian, with settings that make
+// them comparable. PORT and DIR are filled in.
 var peerProxies = []struct {
 	name, command string
 	args          []string
@@ -64,12 +64,12 @@ ViaProxyName "tester"
 `},
 }
 
-// peerAgreed are rules that every proxy of the list keeps: if one of these
-// breaks, it is the table, or the way it is run, that is wrong.
+// peerAgreed are rules that every listed proxy keeps. If one of these fails, the table, or
+// the way it is run, is wrong.
 var peerAgreed = []string{"origin form", "no content", "content of known length", "304", "a part", "HEAD"}
 
-// TestRulesOfPeers runs the table of rules against other proxies. Where they
-// differ is told, not judged; that the table can be kept at all is.
+// TestRulesOfPeers runs the table of rules against other proxies. Differences are logged,
+// not judged; the test shows that the table can be kept at all.
 func TestRulesOfPeers(t *testing.T) {
 	for _, peer := range peerProxies {
 		t.Run(peer.name, func(t *testing.T) {
@@ -97,8 +97,8 @@ func TestRulesOfPeers(t *testing.T) {
 	}
 }
 
-// forPeer leaves out what is this proxy's own way and no rule: how it names
-// itself and the client, and the spelling of Go.
+// forPeer removes from a rule what is specific to this proxy: how it names itself and the
+// client, and Go's spelling of fields.
 func (rule rule) forPeer() rule {
 	own := func(lines []string) (others []string) {
 		for _, line := range lines {
@@ -112,7 +112,7 @@ func (rule rule) forPeer() rule {
 	return rule
 }
 
-// startPeer runs a proxy of Debian's until the test ends.
+// startPeer runs one of the Debian proxies until the test ends.
 func startPeer(t *testing.T, command string, args []string, config string) string {
 	t.Helper()
 	path, err := exec.LookPath(command)
@@ -122,10 +122,10 @@ func startPeer(t *testing.T, command string, args []string, config string) strin
 		}
 	}
 	if err != nil {
-		t.Skipf("there is no %s; apt-get install it", command)
+		t.Skipf("%s is not installed; apt-get install it", command)
 	}
 	dir := t.TempDir()
-	if err := os.Chmod(dir, 0o777); err != nil { // they change their user
+	if err := os.Chmod(dir, 0o777); err != nil { // the proxies change to another user
 		t.Fatal(err)
 	}
 	if err := os.Chmod(filepath.Dir(dir), 0o755); err != nil {

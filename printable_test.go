@@ -46,8 +46,8 @@ func TestPrintable(t *testing.T) {
 	}
 }
 
-// TestShownTexts: however long and odd the texts are that clients and origins
-// choose, log lines, the snapshot and the status command stay small and printable.
+// TestShownTexts checks that log lines, the snapshot and the status command stay small and
+// printable, however long and odd the texts that clients and origins choose.
 func TestShownTexts(t *testing.T) {
 	protocol := "x\x1b]0;owned\a\x1b[2J" + strings.Repeat("y", 10_000)
 	upgraded := listen(t, func(conn *net.TCPConn) {
@@ -68,7 +68,7 @@ func TestShownTexts(t *testing.T) {
 	} {
 		conn := w.dial()
 		conn.send(head + "\n")
-		if _, err := conn.r.ReadString('\n'); err != nil { // an answer may quote what no client takes
+		if _, err := conn.r.ReadString('\n'); err != nil { // an error response may quote the text, and be too long
 			t.Fatal(err)
 		}
 	}
@@ -92,7 +92,7 @@ func TestShownTexts(t *testing.T) {
 		}
 	}
 	if n < 4 {
-		t.Errorf("%d lines", n)
+		t.Errorf("got %d log lines", n)
 	}
 	now := time.Now()
 	data, err := json.Marshal(takeSnapshot(now))
@@ -110,8 +110,8 @@ func TestShownTexts(t *testing.T) {
 	}
 }
 
-// TestQueriesAreBounded: a query keeps as many clients as it asks for, and cannot
-// ask for any number.
+// TestQueriesAreBounded checks that a query holds no more clients than it returns, and that
+// it cannot ask for arbitrarily many.
 func TestQueriesAreBounded(t *testing.T) {
 	for query, want := range map[string]bool{"offset=10000&limit=1000": true, "offset=10001": false, "limit=1001": false, "offset=-1": false} {
 		values, err := url.ParseQuery(query)

@@ -31,8 +31,8 @@ func TestProxyStatusMembers(t *testing.T) {
 	}
 }
 
-// FuzzProxyStatusMembers: what is passed on is bounded and printable, has its
-// quotes closed, and means the same with our own member behind it.
+// FuzzProxyStatusMembers checks that the members passed on are bounded and printable, with
+// balanced quotes, and mean the same with our own member behind them.
 func FuzzProxyStatusMembers(f *testing.F) {
 	for _, s := range []string{"a; error=dns_error", `"a,\"b"; c="d", e`, "a;b=:x:", `a;b="`, "a,"} {
 		f.Add(s)

@@ -5,6 +5,5 @@
 
 package asyncproxy
 
-// raceEnabled says that the tests run under the race detector, which takes
-// several times the time and memory.
+// raceEnabled reports that the race detector is on. It multiplies time and memory.
 const raceEnabled = true

@@ -13,19 +13,18 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// taker is a limiter as the benchmarks see it.
+// taker is a limiter as the benchmarks use it.
 type taker interface {
 	take(client netip.Addr) (ok bool)
 }
 
-// ourTaker is the limiter at a moment that never passes, so that the clock is
-// not measured with it.
+// ourTaker is the limiter at a fixed time, so that the clock is not measured.
 type ourTaker struct{ *limiter }
 
 func (l ourTaker) take(client netip.Addr) bool { return l.limiter.take(client, 1).ok }
 
-// xTaker is what most Go programs do: x/time/rate in a sync.Map, which forgets
-// nobody by itself.
+// xTaker is what most Go programs do: x/time/rate in a sync.Map, which never forgets a
+// client.
 type xTaker struct {
 	limit   rate.Limit
 	burst   int
@@ -41,12 +40,12 @@ func (l *xTaker) take(client netip.Addr) bool {
 	return b.(*rate.Limiter).AllowN(l.now, 1)
 }
 
-// BenchmarkTake measures one decision, on as many goroutines as there are CPUs.
+// BenchmarkTake measures one decision, on one goroutine per CPU.
 func BenchmarkTake(b *testing.B) {
 	for _, bench := range []struct {
 		name    string
 		burst   int64
-		clients int // that come again and again; 0: each comes once
+		clients int // clients that return; 0: each comes once
 		want    bool
 	}{
 		{"deny/1", 1, 1, false},
@@ -73,7 +72,7 @@ func BenchmarkTake(b *testing.B) {
 				b.ReportAllocs()
 				b.ResetTimer()
 				b.RunParallel(func(pb *testing.PB) {
-					// Each goroutine has networks of its own, and another pace.
+					// Each goroutine has its own networks and its own step.
 					first := last.Add(1) << 40
 					step := int(first>>40)*2 + 7919
 					for n := 0; pb.Next(); n++ {
@@ -92,7 +91,7 @@ func BenchmarkTake(b *testing.B) {
 	}
 }
 
-// newcomer is the n-th of many IPv6 clients.
+// newcomer returns the n-th of many IPv6 clients.
 func newcomer(n uint64) netip.Addr {
 	addr := [16]byte{0: 0x20, 1: 0x01}
 	for i := range 8 {

@@ -16,9 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// relayRows are our relay and what it is to be compared with. The CPU time is
-// this process's and includes what the two ends outside do, the same in all
-// rows.
+// relayRows are our relay and alternatives. The CPU time is this process's: it includes the
+// work of the two outer ends, which is the same in all rows.
 var relayRows = []struct {
 	name string
 	copy func(dst, src net.Conn)
@@ -33,7 +32,7 @@ var relayRows = []struct {
 	}},
 }
 
-// cpuTime is what this process has spent on processors.
+// cpuTime returns the CPU time that this process has used.
 func cpuTime(b *testing.B) time.Duration {
 	var usage unix.Rusage
 	if err := unix.Getrusage(unix.RUSAGE_SELF, &usage); err != nil {
@@ -42,7 +41,7 @@ func cpuTime(b *testing.B) time.Duration {
 	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
 }
 
-// BenchmarkRelayBulk is one direction in bulk, a MiB an operation.
+// BenchmarkRelayBulk measures bulk data in one direction, one MiB per operation.
 func BenchmarkRelayBulk(b *testing.B) {
 	const size = 1 << 20
 	for _, row := range relayRows {
@@ -65,7 +64,7 @@ func BenchmarkRelayBulk(b *testing.B) {
 					}
 				}
 			}
-			receive(8 * size) // windows open
+			receive(8 * size) // lets the TCP windows open
 			b.SetBytes(size)
 			before, n := cpuTime(b), 0
 			for b.Loop() {
@@ -79,8 +78,8 @@ func BenchmarkRelayBulk(b *testing.B) {
 	}
 }
 
-// BenchmarkRelayPingPong is a message of 64 bytes there and back, through a
-// relay for each direction.
+// BenchmarkRelayPingPong sends a message of 64 bytes there and back, through one relay per
+// direction.
 func BenchmarkRelayPingPong(b *testing.B) {
 	for _, row := range relayRows {
 		b.Run(row.name, func(b *testing.B) {
@@ -112,9 +111,9 @@ func BenchmarkRelayPingPong(b *testing.B) {
 	}
 }
 
-// BenchmarkRelayIdle is what a tunnel holds while it is silent: descriptors
-// beyond its two sockets, and memory beyond theirs. It has carried a little or
-// a lot before. An operation is all the tunnels.
+// BenchmarkRelayIdle measures what a silent tunnel holds: descriptors besides its two
+// sockets, and memory besides theirs, after it has carried little or much. One operation is
+// all tunnels.
 func BenchmarkRelayIdle(b *testing.B) {
 	const tunnels = 500
 	for _, carried := range []int{64, 256 << 10} {
@@ -126,7 +125,7 @@ func BenchmarkRelayIdle(b *testing.B) {
 				}
 				b.ReportMetric(float64(held.descriptors)/tunnels, "fds/tunnel")
 				b.ReportMetric(float64(held.heap+held.stacks)/tunnels, "B/tunnel")
-				b.ReportMetric(0, "ns/op") // says nothing
+				b.ReportMetric(0, "ns/op") // meaningless here
 			})
 		}
 	}

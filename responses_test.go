@@ -9,8 +9,8 @@ import (
 	"testing"
 )
 
-// Content whose beginning cannot be read is told as that as long as nothing has been
-// passed on, and the client learns what is wrong with a response.
+// Content that cannot be decoded from its start gives an error response as long as nothing
+// was passed on, and the error names what is wrong.
 func TestResponsesThatCannotBeRead(t *testing.T) {
 	const chunks = "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n"
 	rows := []struct{ name, answer, says string }{
@@ -35,13 +35,13 @@ func TestResponsesThatCannotBeRead(t *testing.T) {
 				t.Errorf("%s: %s, %q, Proxy-Status %q", row.name, res.Status, body, res.Header.Get("Proxy-Status"))
 			}
 			if len(res.Header["Proxy-Authenticate"]) > 0 || len(res.Header["Transfer-Encoding"]) > 0 {
-				t.Errorf("%s: what the origin has sent is in the head of the answer: %v", row.name, res.Header)
+				t.Errorf("%s: the origin's fields are in the head of the error response: %v", row.name, res.Header)
 			}
 		}
 	})
 }
 
-// An HTTP/2 origin is no proxy either.
+// An HTTP/2 origin may not ask for proxy credentials either.
 func TestHTTP2OriginAsksForProxyCredentials(t *testing.T) {
 	origin := newFramesOrigin(t, func(f *framesOrigin, stream uint32) {
 		f.headers(stream, true, ":status", "407", "proxy-authenticate", "Basic realm=x")
@@ -55,8 +55,8 @@ func TestHTTP2OriginAsksForProxyCredentials(t *testing.T) {
 	})
 }
 
-// Of a length beside chunks nothing reaches the client, and the connection it came on
-// serves nobody else.
+// A Content-Length next to chunked coding does not reach the client, and the origin's
+// connection is not reused.
 func TestLengthBesideChunks(t *testing.T) {
 	origin, heads := recording(t, "HTTP/1.1 200 OK\nContent-Length: 9\nTransfer-Encoding: chunked\n\n2\nok\n0\n\n")
 	bothWays(t, "", func(t *testing.T, w *world) {
@@ -75,7 +75,7 @@ func TestLengthBesideChunks(t *testing.T) {
 	})
 }
 
-// openTo returns how many idle connections to an origin the proxies keep.
+// openTo returns the number of idle connections to an origin.
 func openTo(t *testing.T, origin string) (n int) {
 	registry, err := acquireRegistry()
 	if err != nil {
@@ -92,8 +92,8 @@ func openTo(t *testing.T, origin string) (n int) {
 	return n
 }
 
-// The proxy's own answers say nothing of where else the host that was asked for is to be
-// found, which only that host may say.
+// The proxy's own responses carry no Alt-Svc, because only the requested host may advertise
+// alternatives.
 func TestRefusalsHaveNoAltSvc(t *testing.T) {
 	w := newWorld(t, "", nil)
 	w.load(strings.Replace(inRoute(w.site("")), "route {", "route {\nheader Alt-Svc `h3=\":443\"`", 1))

@@ -16,12 +16,12 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// sharerAddress is the environment variable that has this test's process listen
-// at an address, as another Caddy would.
+// sharerAddress is the environment variable that makes this test's process listen at an
+// address, as another Caddy would.
 const sharerAddress = "ASYNC_PROXY_TEST_SHARER"
 
-// A process that listens at the same address gets some of the connections, which
-// is hard to find out when the answers differ.
+// A process that listens at the same address gets some of the connections, which is hard to
+// diagnose when its responses differ.
 func TestAnotherProcessAtThePortIsWarnedAbout(t *testing.T) {
 	if address := os.Getenv(sharerAddress); address != "" {
 		listenAsAnother(t, address)
@@ -30,7 +30,7 @@ func TestAnotherProcessAtThePortIsWarnedAbout(t *testing.T) {
 	const warning = "another process listens at the same address and gets some of the connections; stop it, or use another port"
 	w := newWorld(t, "", nil)
 	if lines := w.logLines(warning); len(lines) > 0 {
-		t.Errorf("a process alone is warned about: %v", lines)
+		t.Errorf("warnings without another process: %v", lines)
 	}
 	for _, address := range []string{w.proxy, strings.Replace(w.proxy, "127.0.0.1", "[::1]", 1)} {
 		cmd := exec.Command(os.Args[0], "-test.run", "^"+t.Name()+"$")
@@ -60,12 +60,12 @@ func TestAnotherProcessAtThePortIsWarnedAbout(t *testing.T) {
 		if err := cmd.Wait(); err != nil {
 			t.Error(err)
 		}
-		// A reload has two sockets for a moment, of one process.
+		// During a reload one process briefly has two sockets.
 		w.forgetLogs()
 		loadCaddyfile(t, w.globals()+fmt.Sprintf("http://:%s {\nbind %s\nasync_proxy\n}\n", port, host))
 		w.waitLog("async-proxy listening", 1)
 		if lines := w.logLines(warning); len(lines) > 0 {
-			t.Errorf("a process alone is warned about: %v", lines)
+			t.Errorf("warnings without another process: %v", lines)
 		}
 	}
 }

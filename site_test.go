@@ -14,12 +14,12 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// globals are global options that have Caddy log to the world's file.
+// globals returns global options that send Caddy's log to the world's file.
 func (w *world) globals() string {
 	return fmt.Sprintf("{\n\tadmin off\n\tpersist_config off\n\tdefault_bind 127.0.0.1\n\tlog {\n\t\toutput file %s\n\t\tformat json\n\t\tlevel DEBUG\n\t}\n}\n", w.logs)
 }
 
-// forgetLogs empties the file of the log.
+// forgetLogs empties the log file.
 func (w *world) forgetLogs() {
 	w.t.Helper()
 	if err := os.Truncate(w.logs, 0); err != nil {
@@ -27,13 +27,13 @@ func (w *world) forgetLogs() {
 	}
 }
 
-// Such a site would answer proxy requests with an empty 200, without a word.
+// A site with a host would silently answer proxy requests with an empty 200.
 func TestHostInTheSiteAddressIsWarnedAbout(t *testing.T) {
 	w := newWorld(t, "", nil)
 	_, port, _ := strings.Cut(w.proxy, ":")
 	for _, tc := range []struct {
 		name, sites string // PORT stands for the port
-		want        []any  // the hosts in the warning; nil: there is none
+		want        []any  // the hosts in the warning; nil: no warning
 	}{
 		{"no host", "http://:PORT {\n\tasync_proxy\n}", nil},
 		{"a host", "http://proxy.example.com:PORT {\n\tasync_proxy\n}", []any{"proxy.example.com"}},
@@ -110,7 +110,7 @@ func TestListeningIsLogged(t *testing.T) {
 		listening[line["addresses"].([]any)[0]] = line["burst"]
 	}
 	if want := map[any]any{w.proxy: 1e6, other: 7.0}; !reflect.DeepEqual(listening, want) {
-		t.Errorf("the proxies that listen and their bursts are %v, want %v", listening, want)
+		t.Errorf("listening proxies and their bursts: %v, want %v", listening, want)
 	}
 }
 
@@ -134,5 +134,5 @@ func TestListeningIsNotLoggedByAValidation(t *testing.T) {
 	if lines := w.logLines("adjusted config"); len(lines) == 0 {
 		t.Error("a validation logs nothing: this test sees nothing")
 	}
-	w.gets(w.proxy, 200) // the running config is the one that was
+	w.gets(w.proxy, 200) // the previous config still runs
 }

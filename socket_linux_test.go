@@ -17,8 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What comes in bulk goes through a pipe, which is there for the next one then.
-// Where the system does not let it, it is copied.
+// Bulk data is spliced through a pipe, which is then reused. Where the kernel refuses that,
+// the relay copies.
 func TestRelaySplices(t *testing.T) {
 	const size = 16 << 20
 	for name, errno := range map[string]unix.Errno{
@@ -44,7 +44,7 @@ func TestRelaySplices(t *testing.T) {
 			}()
 			receiveBulk(t, "the destination", out, 1, size)
 			if res := <-rig.result; res.readErr != io.EOF || res.writeErr != nil || rig.copied.Load() != size {
-				t.Errorf("relay ends with %v, %v after %d bytes; want EOF after %d", res.readErr, res.writeErr, rig.copied.Load(), size)
+				t.Errorf("the relay ended with %v, %v after %d bytes; want EOF after %d", res.readErr, res.writeErr, rig.copied.Load(), size)
 			}
 			if errno == 0 && len(pipes) != 1 {
 				t.Errorf("%d pipes were used, want 1", len(pipes))
@@ -53,8 +53,7 @@ func TestRelaySplices(t *testing.T) {
 	}
 }
 
-// What an origin sends in bulk is not copied on its way to a client that the proxy
-// serves itself, either.
+// A fast-path client's bulk response is not copied either.
 func TestClientConnWriterSplices(t *testing.T) {
 	from, in := socketPair(t)
 	to, _ := socketPair(t)
@@ -74,38 +73,37 @@ func TestClientConnWriterSplices(t *testing.T) {
 		result <- err
 	}()
 	if err := <-result; !errors.Is(err, unix.EPERM) {
-		t.Errorf("ReadFrom, where splice is refused: %v; want that", err)
+		t.Errorf("ReadFrom without splice: %v", err)
 	}
 }
 
-// A socket whose other side takes nothing is waited for until it does, or until the
-// time for that is over.
+// WaitWritable returns when the socket accepts data again, or at its deadline.
 func TestWaitWritable(t *testing.T) {
 	near, far := socketPair(t)
 	socket := near.(*net.TCPConn)
 	if err := waitWritable(socket); err != nil {
-		t.Errorf("there is room, but %v", err)
+		t.Errorf("with room in the buffer: %v", err)
 	}
 	_ = socket.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
 	if _, err := io.CopyN(near, zeros{}, 64<<20); !errors.Is(err, os.ErrDeadlineExceeded) {
-		t.Fatalf("64 MiB are taken: %v", err)
+		t.Fatalf("the socket accepted 64 MiB: %v", err)
 	}
 	_ = socket.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
 	if err := waitWritable(socket); !errors.Is(err, os.ErrDeadlineExceeded) {
-		t.Errorf("there is no room, but %v", err)
+		t.Errorf("with a full buffer: %v", err)
 	}
 	_ = socket.SetWriteDeadline(time.Now().Add(patience))
 	go func() { _, _ = io.Copy(io.Discard, far) }()
 	if err := waitWritable(socket); err != nil {
-		t.Errorf("there is room again, but %v", err)
+		t.Errorf("with room again: %v", err)
 	}
 }
 
-// refuseSplice has splice(2) fail for the rest of the calling goroutine, which
-// keeps its thread to itself.
+// refuseSplice makes splice(2) fail for the rest of the calling goroutine, which keeps its
+// thread to itself.
 func refuseSplice(errno unix.Errno) error {
 	runtime.LockOSThread()
-	const number = 0 // where the system call's is in seccomp_data
+	const number = 0 // offset of the system call number in seccomp_data
 	filter := []unix.SockFilter{
 		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: number},
 		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.SYS_SPLICE, Jf: 1},

@@ -18,10 +18,10 @@ import (
 	"time"
 )
 
-// BenchmarkStatusViewers is a small GET with 50,000 clients tracked and 1,000
-// tunnels open, by turns with nobody looking at the status page and with five.
-// The metric to look at is their ratio; with -benchtime 600000x a turn takes
-// some seconds, and so some snapshots.
+// BenchmarkStatusViewers measures a small GET with 50,000 clients tracked and 1,000 tunnels
+// open, alternately without viewers of the status page and with five. The ratio is what
+// matters. With -benchtime 600000x a turn lasts some seconds, and so includes some
+// snapshots.
 func BenchmarkStatusViewers(b *testing.B) {
 	const clients, tunnels, viewers, turns = 50_000, 1000, 5, 10
 	origin := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
@@ -33,7 +33,7 @@ func BenchmarkStatusViewers(b *testing.B) {
 	proxy := startBench(b, "async_proxy burst 1000000000 refill 1000\n\tasync_proxy_status /status*", "discard")
 	request := fmt.Sprintf("GET http://%s/ HTTP/1.1\r\nHost: %[1]s\r\n\r\n", target)
 
-	// Each client has an address of its own on loopback.
+	// Each client has its own loopback address.
 	from := func(i int) net.Conn {
 		dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 1+byte(i>>16), byte(i>>8), byte(i))}}
 		conn, err := dialer.Dial("tcp4", proxy.address)
@@ -119,8 +119,8 @@ func BenchmarkStatusViewers(b *testing.B) {
 	}
 }
 
-// BenchmarkSnapshotEvent writes out as much as a snapshot can hold, which
-// happens once a second however many look.
+// BenchmarkSnapshotEvent encodes the largest possible snapshot, as happens once a second
+// whatever the number of viewers.
 func BenchmarkSnapshotEvent(b *testing.B) {
 	var snap snapshot
 	for i := range 200 {

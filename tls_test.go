@@ -23,7 +23,7 @@ import (
 	"time"
 )
 
-// tlsCertificate is trusted by this process: it is the only root that it knows.
+// tlsCertificate is the only root certificate that this process trusts.
 var tlsCertificate = tlsTrust()
 
 func tlsTrust() tls.Certificate {
@@ -57,8 +57,8 @@ func tlsTrust() tls.Certificate {
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
 }
 
-// An https URL in absolute form goes over TLS, by HTTP/2 if the origin speaks
-// it, with all that HTTP/1 has carried to the proxy.
+// An https URL in absolute form goes over TLS, with HTTP/2 if the origin speaks it, and
+// keeps everything that the HTTP/1 request carried.
 func TestTLSForward(t *testing.T) {
 	for _, version := range []string{"HTTP/1.1", "HTTP/2.0"} {
 		t.Run(version, func(t *testing.T) {
@@ -93,7 +93,7 @@ func TestTLSForward(t *testing.T) {
 	}
 }
 
-// An upgrade over TLS is a tunnel like one without.
+// An upgrade over TLS is a tunnel, as without TLS.
 func TestTLSUpgrade(t *testing.T) {
 	ln, err := tls.Listen("tcp4", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{tlsCertificate}, NextProtos: []string{"h2", "http/1.1"}})
 	if err != nil {
@@ -123,7 +123,7 @@ func TestTLSUpgrade(t *testing.T) {
 	}
 }
 
-// header_up and header_down have the last word, but for what frames messages.
+// header_up and header_down apply last, but cannot change message framing.
 func TestHeaderOps(t *testing.T) {
 	origin := newRuleOrigin(t, "HTTP/1.1 200 OK\nX-Down: 1\nX-Gone: 1\nContent-Length: 2\n\nok")
 	w := newWorld(t, `header_up X-Up {http.request.method}
@@ -150,7 +150,7 @@ func TestHeaderOps(t *testing.T) {
 	}
 }
 
-// What a client writes cannot end the Host field, or the name of one.
+// Client input in header_up cannot break out of Host or of a field name.
 func TestHeaderOpsOfWhatClientsWrite(t *testing.T) {
 	w := newWorld(t, "header_up Host {http.request.uri.query.h}\nheader_up {http.request.uri.query.n} x", nil)
 	for query, status := range map[string]int{
@@ -172,7 +172,7 @@ func TestHeaderOpsOfWhatClientsWrite(t *testing.T) {
 	}
 }
 
-// The placeholders tell the access log what came of a request.
+// The placeholders give the access log a request's outcome.
 func TestPlaceholders(t *testing.T) {
 	w := newWorld(t, "", nil)
 	want := map[string]any{"method": "GET", "host": "127.0.0.1:25", "status": 403.0, "client": "127.0.0.1", "reason": "http_request_denied"}

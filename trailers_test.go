@@ -12,8 +12,8 @@ import (
 	"testing"
 )
 
-// What an origin sends behind a response goes to the client, but for what may not come
-// there, whether it was announced or not and whatever the origin speaks.
+// An origin's trailers go to the client, except for fields not permitted there, whether
+// announced or not and whatever the origin's protocol.
 func TestTrailersAreFiltered(t *testing.T) {
 	const forbidden = "age authorization connection content-encoding content-length content-range content-type cookie host http2-settings if-match keep-alive location " +
 		"proxy-authenticate proxy-authentication-info proxy-authorization proxy-connection set-cookie te trailer transfer-encoding upgrade vary via www-authenticate"
@@ -62,8 +62,8 @@ func TestTrailersAreFiltered(t *testing.T) {
 	}
 }
 
-// A field of the head that is announced as a trailer, too, comes in the head alone if
-// there is no such trailer.
+// If a field in the head is also announced as a trailer but no such trailer arrives, the
+// client gets it once, in the head.
 func TestAnnouncedTrailerThatDoesNotCome(t *testing.T) {
 	origin := answering(t, "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\nTrailer: X-Sum, X-Other\nX-Sum: head\n\n2\nok\n0\nX-Other: 1\n\n")
 	bothWays(t, "", func(t *testing.T, w *world) {

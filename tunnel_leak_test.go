@@ -16,8 +16,8 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// A stream that the client has reset is forgotten, although the target goes on
-// sending and the connection stays open: no timer of a deadline holds it.
+// A stream that the client has reset is freed although the target goes on sending and the
+// connection stays open: no deadline's timer keeps it alive.
 func TestResetStreamsLeaveNoMemory(t *testing.T) {
 	const each = 200
 	var handlers sync.WaitGroup
@@ -62,20 +62,20 @@ func TestResetStreamsLeaveNoMemory(t *testing.T) {
 	resetStreams()
 	before := resetStreams()
 	if grown := resetStreams() - before; grown > each*500 {
-		t.Errorf("%d streams have left %d bytes", each, grown)
+		t.Errorf("%d streams left %d bytes", each, grown)
 	}
 }
 
-// liveHeap returns how many bytes are in use.
+// liveHeap returns the number of heap bytes in use.
 func liveHeap() int64 {
 	var stats runtime.MemStats
 	runtime.GC()
-	runtime.GC() // what pools hold is gone with the second
+	runtime.GC() // the second collection also frees what pools hold
 	runtime.ReadMemStats(&stats)
 	return int64(stats.HeapAlloc)
 }
 
-// deadlines notes the deadlines that are set.
+// deadlines records the deadlines that are set.
 type deadlines struct {
 	*httptest.ResponseRecorder
 	read, write []time.Time
@@ -91,8 +91,8 @@ func (d *deadlines) SetWriteDeadline(at time.Time) error {
 	return nil
 }
 
-// A stream has no deadline for each read and write. The operator's timeouts for whole
-// requests hold, which over HTTP/3 are set here.
+// A stream sets no deadline per read or write. The operator's timeouts for whole requests
+// apply; over HTTP/3 the stream sets them itself.
 func TestStreamPeerSetsNoDeadlines(t *testing.T) {
 	due := time.Now().Add(time.Hour)
 	for _, row := range []struct {

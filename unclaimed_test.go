@@ -11,8 +11,8 @@ import (
 	"testing"
 )
 
-// A proxy request that no async_proxy takes is refused: an empty 200 to CONNECT
-// would say that a tunnel is open.
+// A proxy request that no async_proxy handles is refused: an empty 200 to CONNECT would
+// mean an open tunnel.
 func TestUnclaimedRequestsAreRefused(t *testing.T) {
 	w := newWorld(t, "", nil)
 	origin := w.origin.Listener.Addr().String()
@@ -23,7 +23,7 @@ func TestUnclaimedRequestsAreRefused(t *testing.T) {
 		lines   string
 		connect int
 		get     int
-		warning string // at start; "": there is none
+		warning string // at start; "": none
 	}{
 		{"http://:PORT {\n" + groups + "}", "", 421, 421, "every async_proxy of this site has a matcher"},
 		{"http://:PORT {\n" + groups + "}", clientFrom("203.0.113.1"), 200, 200, "every async_proxy of this site has a matcher"},
@@ -32,7 +32,7 @@ func TestUnclaimedRequestsAreRefused(t *testing.T) {
 		{"http://proxy.example.com:PORT {\nasync_proxy\n}\nhttp://www.example.com:PORT {\nrespond hello\n}", "", 421, 421, "this proxy's site has a host name"},
 		{"http://:PORT {\n@never method DELETE\nroute {\nasync_proxy @never\n}\nasync_proxy @never\n}", "", 421, 421, "every async_proxy of this site has a matcher"},
 		{"http://:PORT {\nroute {\nheader X-A b\nasync_proxy\n}\n}", "", 200, 200, ""},
-		// What answers such requests is heard.
+		// Responses of other handlers to such requests are passed on.
 		{"http://:PORT {\n" + groups + "respond no 403\n}", "", 403, 403, ""},
 		{"http://:PORT {\n" + groups + "respond /path no 403\nabort /path2\n}", "", 421, 421, "every async_proxy of this site has a matcher"},
 		{"http://:PORT {\n" + groups + "async_proxy\n}", "", 200, 200, ""},
@@ -65,14 +65,14 @@ func TestUnclaimedRequestsAreRefused(t *testing.T) {
 			}
 		}
 	}
-	// Sites that are not proxies answer as ever.
+	// Sites that are not proxies respond as before.
 	loadCaddyfile(t, w.globals()+"http://:"+port+" {\n@never method DELETE\nasync_proxy @never\nheader X-A b\n}")
 	c := w.dial()
 	c.send("GET / HTTP/1.1\nHost: x\n\n")
 	if res, _ := c.response(http.MethodGet); res.StatusCode != http.StatusOK || res.Header.Get("X-A") != "b" {
 		t.Errorf("%s %v", res.Status, res.Header)
 	}
-	// And a Caddyfile brings the wrapper, and so this handler, along.
+	// The Caddyfile also adds the listener wrapper, and with it this handler.
 	if res, _ := policyRequest(t, w.proxy, http.MethodConnect, origin, ""); res.StatusCode != http.StatusMisdirectedRequest {
 		t.Errorf("%s", res.Status)
 	}
@@ -81,7 +81,7 @@ func TestUnclaimedRequestsAreRefused(t *testing.T) {
 	}
 }
 
-// Over HTTP/2 and HTTP/3 too, unless the request is for the server itself.
+// The same holds over HTTP/2 and HTTP/3, unless the request is for the server itself.
 func TestUnclaimedRequestsInFramesAreRefused(t *testing.T) {
 	w := newWorld(t, "", nil)
 	secure := freeAddress(t)
@@ -99,13 +99,13 @@ func TestUnclaimedRequestsInFramesAreRefused(t *testing.T) {
 			}
 		}
 	}
-	// What a handler answers is heard, whatever the host.
+	// A handler's response is passed on, whatever the host.
 	if res, body := http2LoginClient(t, dialTLS(t, secure, "h2"))(http.MethodGet, "http://www.example.com/path", ""); body != "hello" {
 		t.Errorf("%s %q", res.Status, body)
 	}
 }
 
-// trusted_proxies alone believes what a client says of itself.
+// trusted_proxies without strict mode believes what a client claims about itself.
 func TestTrustedProxiesWithoutStrictIsWarnedAbout(t *testing.T) {
 	w := newWorld(t, "", nil)
 	for servers, want := range map[string]bool{
@@ -122,13 +122,13 @@ func TestTrustedProxiesWithoutStrictIsWarnedAbout(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got := strings.Contains(string(data), "trusted_proxies without trusted_proxies_strict"); got != want {
-			t.Errorf("%q is warned about: %v, want %v", servers, got, want)
+			t.Errorf("%q: warned about: %v, want %v", servers, got, want)
 		}
 	}
 }
 
-// CONNECT has ports of its own, also through a parent, for open tunnels and
-// where rules are only reported.
+// CONNECT has its own ports, also through a parent, for open tunnels, and where rules are
+// only reported.
 func TestConnectPorts(t *testing.T) {
 	w := newWorld(t, "", nil)
 	origin := w.origin.Listener.Addr().String()
@@ -164,7 +164,7 @@ func TestConnectPorts(t *testing.T) {
 			})
 		}
 	}
-	// A tunnel that is open is closed if recheck_tunnels finds its port closed.
+	// recheck_tunnels closes an open tunnel whose port has been closed.
 	w.load(w.site(""))
 	c := w.dial()
 	c.connect(origin)

@@ -13,8 +13,8 @@ import (
 	"testing"
 )
 
-// recording starts an HTTP/1 origin that gives the head of each request to a channel,
-// without the request line, and answers with the same bytes.
+// recording starts an HTTP/1 origin that sends the head of each request, without the
+// request line, to a channel and always responds with the same bytes.
 func recording(t testing.TB, answer string) (address string, heads chan string) {
 	heads = make(chan string, 100)
 	return listen(t, func(c *net.TCPConn) {
@@ -40,13 +40,13 @@ func recording(t testing.TB, answer string) (address string, heads chan string) 
 	}), heads
 }
 
-// A client is told of no protocol but one that it has asked for, and never of h2c. What
-// is shown of the protocol is its name alone.
+// A client gets no upgrade to a protocol that it has not asked for, and never to h2c. Logs
+// show only the protocol's name.
 func TestUpgradeIsToWhatWasAskedFor(t *testing.T) {
 	for _, row := range []struct {
 		asked, sent string // by the client, to the origin
-		answer      string // its Upgrade; -: none
-		proto       string // of the tunnel; empty: there is none
+		answer      string // the origin's Upgrade; -: none
+		proto       string // the tunnel's protocol; "": no tunnel
 	}{
 		{"websocket", "websocket", "websocket", "websocket"},
 		{"websocket", "websocket", "WebSocket", "WebSocket"},
@@ -77,10 +77,10 @@ func TestUpgradeIsToWhatWasAskedFor(t *testing.T) {
 			}
 			head := <-heads
 			if strings.Contains(strings.ToLower(head), "http2-settings") {
-				t.Errorf("%q: the origin gets %q", row.asked, head)
+				t.Errorf("%q: the origin got %q", row.asked, head)
 			}
 			if want := "Upgrade: " + row.sent + "\r\n"; strings.Contains(head, "Upgrade") != (row.sent != "") || row.sent != "" && !strings.Contains(head, want) {
-				t.Errorf("%q: the origin gets %q, want Upgrade %q", row.asked, head, row.sent)
+				t.Errorf("%q: the origin got %q, want Upgrade %q", row.asked, head, row.sent)
 			}
 			if row.proto == "" {
 				if res.StatusCode != http.StatusBadGateway || !strings.Contains(res.Header.Get("Proxy-Status"), "http_protocol_error") {
@@ -98,7 +98,7 @@ func TestUpgradeIsToWhatWasAskedFor(t *testing.T) {
 	}
 }
 
-// A 426 says which protocols are wanted.
+// A 426 lists the protocols wanted.
 func TestUpgradeRequired(t *testing.T) {
 	origin := answering(t, "HTTP/1.1 426 Upgrade Required\nUpgrade: websocket, h2c\nConnection: Upgrade\nSec-WebSocket-Version: 13\nContent-Length: 0\n\n")
 	bothWays(t, "", func(t *testing.T, w *world) {
@@ -117,8 +117,8 @@ func TestUpgradeRequired(t *testing.T) {
 	})
 }
 
-// The names of a WebSocket handshake are written as RFC 6455 writes them, towards the
-// origin and towards the client, and the options of its connection are on one line.
+// A WebSocket handshake's field names are spelled as in RFC 6455, towards the origin and
+// the client, and its Connection options are on one line.
 func TestWebSocketNames(t *testing.T) {
 	for _, status := range []string{"101 Switching Protocols", "426 Upgrade Required"} {
 		origin, heads := recording(t, "HTTP/1.1 "+status+"\nConnection: Upgrade\nUpgrade: websocket\nsec-websocket-accept: a\nSec-Websocket-Version: 13\nContent-Length: 0\n\n")
@@ -126,10 +126,10 @@ func TestWebSocketNames(t *testing.T) {
 			c := w.dial()
 			c.send("GET http://" + origin + "/ HTTP/1.1\nHost: x\nConnection: Upgrade, TE\nTE: trailers\nUpgrade: websocket\nsec-websocket-key: a\nSec-Websocket-Protocol: chat\n\n")
 			if head := <-heads; !strings.Contains(head, "Sec-WebSocket-Key: a\r\n") || !strings.Contains(head, "Sec-WebSocket-Protocol: chat\r\n") || !strings.Contains(head, "Connection: Upgrade, TE\r\n") {
-				t.Errorf("the origin gets %q", head)
+				t.Errorf("the origin got %q", head)
 			}
 			if head := c.readUntil("\r\n\r\n"); !strings.Contains(head, "Sec-WebSocket-Accept: a\r\n") || !strings.Contains(head, "Sec-WebSocket-Version: 13\r\n") {
-				t.Errorf("the client gets %q", head)
+				t.Errorf("the client got %q", head)
 			}
 		})
 	}
