@@ -6,6 +6,7 @@ package asyncproxy
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"net"
@@ -189,12 +190,7 @@ func (c *clientConn) answer(r *http.Request) bool {
 		return false
 	}
 	if err != nil {
-		status := http.StatusInternalServerError
-		var failed caddyhttp.HandlerError
-		if errors.As(err, &failed) && failed.StatusCode > 0 {
-			status = failed.StatusCode
-		}
-		c.w.WriteHeader(status)
+		c.w.WriteHeader(cmp.Or(caddyStatus(err), http.StatusInternalServerError))
 	}
 	c.stopWatch()
 	err = c.w.end()

@@ -102,7 +102,7 @@ func (d *dialer) dial(ctx context.Context, r reach, address string) (conn net.Co
 	}
 	// A listener may have been opened between the check and the connection: a reload
 	// opens the admin endpoint's.
-	if denied := d.policy.checkOwn(addrPort(conn.RemoteAddr())); denied != nil {
+	if denied := d.policy.checkOwn(addrPort(conn.RemoteAddr()), true); denied != nil {
 		_ = conn.Close()
 		return nil, denied
 	}
@@ -189,7 +189,11 @@ func (d *dialer) again(ctx context.Context, r reach, address string, conn net.Co
 	if d.usesParent(address) {
 		return d.checkUnresolved(ctx, r, address)
 	}
-	denied, reported := d.policy.check(ctx, r, newTarget(address), addrPort(conn.RemoteAddr()))
+	to := addrPort(conn.RemoteAddr())
+	if denied := d.policy.checkOwn(to, true); denied != nil {
+		return denied
+	}
+	denied, reported := d.policy.check(ctx, r, newTarget(address), to)
 	return d.verdict(ctx, address, denied, reported)
 }
 

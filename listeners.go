@@ -24,24 +24,25 @@ type ownListeners struct {
 	running *atomic.Bool // all servers listen
 }
 
-// at reports whether a connection to an address would arrive at one of them.
-// That of another machine, as most are, is told without looking for sockets.
-func (o *ownListeners) at(to netip.AddrPort) bool {
+// at reports whether a connection to an address would arrive at one of them. For an
+// address of another machine, as most are, it does not look for sockets. Without exact
+// it may miss a listener that was opened within the last lookInterval, at half the cost.
+func (o *ownListeners) at(to netip.AddrPort, exact bool) bool {
 	if ip := to.Addr(); !ip.IsLoopback() && !ip.IsUnspecified() && !isOwnAddress(ip) {
 		return false
 	}
-	return o.have(to, func(ln netip.AddrPort) bool { return arrives(to, ln) })
+	return o.have(to, exact, func(ln netip.AddrPort) bool { return arrives(to, ln) })
 }
 
 // atPort reports whether one of them has the port.
 func (o *ownListeners) atPort(port uint16) bool {
-	return o.have(netip.AddrPortFrom(loopback4, port), func(netip.AddrPort) bool { return true })
+	return o.have(netip.AddrPortFrom(loopback4, port), true, func(netip.AddrPort) bool { return true })
 }
 
 // have reports whether the condition holds for one of the listeners that have
 // the port of an address.
-func (o *ownListeners) have(to netip.AddrPort, condition func(netip.AddrPort) bool) bool {
-	return slices.ContainsFunc(listenersAt(to), func(ln netip.AddrPort) bool { return condition(ln) && !o.isSite(ln) })
+func (o *ownListeners) have(to netip.AddrPort, exact bool, condition func(netip.AddrPort) bool) bool {
+	return slices.ContainsFunc(listenersAt(to, exact), func(ln netip.AddrPort) bool { return condition(ln) && !o.isSite(ln) })
 }
 
 // arrives reports whether a listener at ln gets connections to an address with

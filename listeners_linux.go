@@ -38,14 +38,15 @@ var (
 )
 
 // listenersAt returns where Caddy listens at the port of an address. It asks the
-// system anew when its last answer is old or no longer true.
-func listenersAt(to netip.AddrPort) []netip.AddrPort {
-	if found, complete := knownSockets.Load().listening(to); complete {
+// system anew when its last answer is old or no longer true; with exact, also when Caddy
+// counts more listeners than the answer has.
+func listenersAt(to netip.AddrPort, exact bool) []netip.AddrPort {
+	if found, complete := knownSockets.Load().listening(to, exact); complete {
 		return found
 	}
 	lookingMu.Lock()
 	defer lookingMu.Unlock()
-	if found, complete := knownSockets.Load().listening(to); complete {
+	if found, complete := knownSockets.Load().listening(to, exact); complete {
 		return found
 	}
 	known, err := lookForSockets()
@@ -53,7 +54,7 @@ func listenersAt(to netip.AddrPort) []netip.AddrPort {
 		return usedListeners(to) // there is no /proc
 	}
 	knownSockets.Store(known)
-	found, complete := known.listening(to)
+	found, complete := known.listening(to, exact)
 	if !complete { // a listener was opened while the descriptors were looked at
 		found = append(found, usedListeners(to)...)
 	}
@@ -64,7 +65,7 @@ func listenersAt(to netip.AddrPort) []netip.AddrPort {
 // reports whether these are all of them. They are not if one has been closed or
 // Caddy counts more: a reload opens the new listener of the admin endpoint and
 // closes the old one long before the config has started, or failed to.
-func (s *sockets) listening(to netip.AddrPort) (found []netip.AddrPort, complete bool) {
+func (s *sockets) listening(to netip.AddrPort, exact bool) (found []netip.AddrPort, complete bool) {
 	if s == nil || s.config != configLoaded.Load() || time.Since(s.looked) >= lookInterval {
 		return nil, false
 	}
@@ -76,7 +77,7 @@ func (s *sockets) listening(to netip.AddrPort) (found []netip.AddrPort, complete
 			complete = false
 		}
 	}
-	return found, complete && listenerCount(to) <= len(found)
+	return found, complete && (!exact || listenerCount(to) <= len(found))
 }
 
 func lookForSockets() (*sockets, error) {

@@ -11,4 +11,4 @@ import "net/netip"
 // what it tells of that is known here: not a listener that the config
 // names by another spelling of its address, by the name of a host or by a file
 // descriptor.
-func listenersAt(to netip.AddrPort) []netip.AddrPort { return usedListeners(to) }
+func listenersAt(to netip.AddrPort, _ bool) []netip.AddrPort { return usedListeners(to) }

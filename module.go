@@ -357,7 +357,13 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		recheck := func(ctx context.Context, authority string, conn net.Conn, to netip.AddrPort) error {
 			return h.judgeAgain(ctx, r, authority, conn, to)
 		}
-		recheckConn := func(ctx context.Context, c *originConn) error { return recheck(ctx, c.authority, c.Conn, c.to) }
+		recheckConn := func(ctx context.Context, c *originConn) error {
+			err := recheck(ctx, c.authority, c.Conn, c.to)
+			if c.to.IsValid() && time.Since(c.opened) > lookInterval {
+				c.to = netip.AddrPort{} // what is known of listeners is newer than the connection
+			}
+			return err
+		}
 		h.origins[r].recheck, h.secureOrigins[r].recheck, h.upstreams[r].recheck = recheckConn, recheckConn, recheck
 	}
 	if err := h.validateTunnels(); err != nil {
@@ -479,7 +485,7 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 // been opened since.
 func (h *Handler) judgeAgain(ctx context.Context, r reach, authority string, conn net.Conn, to netip.AddrPort) error {
 	p := h.dialer.policy
-	if p.changing || to.IsValid() && p.own != nil && p.own(to) {
+	if p.changing || to.IsValid() && p.own != nil && p.own(to, true) {
 		return h.dialer.again(ctx, r, authority, conn)
 	}
 	return nil
@@ -674,8 +680,8 @@ func (h *Handler) finish(w http.ResponseWriter, r *http.Request, v *visit, err e
 	}
 	f := v.count(err)
 	if f == nil {
-		if failed := new(caddyhttp.HandlerError); v.status == 0 && errors.As(err, failed) {
-			v.status = failed.StatusCode // Caddy writes this response
+		if v.status == 0 && err != nil {
+			v.status = caddyStatus(err) // Caddy writes this response
 		}
 		h.logRequest(r, v, err)
 		if errors.Is(err, http.ErrAbortHandler) {
@@ -702,6 +708,14 @@ func (h *Handler) finish(w http.ResponseWriter, r *http.Request, v *visit, err e
 	}
 	h.closeInStages(w, r, v.addr)
 	return nil
+}
+
+// caddyStatus returns the status with which Caddy answers an error; 0 if the error
+// does not say.
+func caddyStatus(err error) int {
+	var failed caddyhttp.HandlerError
+	errors.As(err, &failed)
+	return failed.StatusCode
 }
 
 // charge takes a token for v. Without one it returns errLimited, and the visit's

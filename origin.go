@@ -53,11 +53,12 @@ type originConn struct {
 	authority string
 	key       string         // in origins.idle; "": the authority
 	bound     *boundClient   // the only client connection that may use it; nil: any
-	to        netip.AddrPort // the remote address, if it is on this machine
-	fresh     bool           // put in the pool unused
-	reused    bool           // it was idle before
-	idleSince time.Time      // when it was put back
-	deadline  time.Time      // the current read deadline
+	to        netip.AddrPort // the remote address, if it is on this machine and its listener must be judged again
+	opened    time.Time
+	fresh     bool      // put in the pool unused
+	reused    bool      // it was idle before
+	idleSince time.Time // when it was put back
+	deadline  time.Time // the current read deadline
 }
 
 // readers is a pool of buffers for busy connections. A response that fits into one,
@@ -91,7 +92,7 @@ func (o *origins) get(ctx context.Context, authority string, fresh bool) (*origi
 
 // newOriginConn wraps a new connection for a pool.
 func newOriginConn(conn net.Conn, authority string) *originConn {
-	return &originConn{Conn: conn, authority: authority, to: endHere(conn)}
+	return &originConn{Conn: conn, authority: authority, to: endHere(conn), opened: time.Now()}
 }
 
 // endHere returns the remote address of a connection if it is an address of this machine,

@@ -209,7 +209,7 @@ func TestConnectionsToThisMachineAreJudgedAgain(t *testing.T) {
 			}
 		}
 		ask(http.StatusOK)
-		p.own = func(to netip.AddrPort) bool { return strings.HasSuffix(url, to.String()) }
+		p.own = func(to netip.AddrPort, _ bool) bool { return strings.HasSuffix(url, to.String()) }
 		ask(http.StatusForbidden)
 		p.own = before
 		ask(http.StatusOK)

@@ -21,11 +21,11 @@ import (
 // their order; where no rule matches, the client's reach decides.
 type policy struct {
 	sets       []*ruleSet
-	ports      []portRange               // nil: all but portSMTP
-	connect    []portRange               // the ports for CONNECT; nil: as ports
-	own        func(netip.AddrPort) bool // whether an address is a protected listener of this process
-	reportOnly bool                      // denials by rules and ports are only reported
-	changing   bool                      // verdicts can change, or must be reported again: recheck reused connections
+	ports      []portRange                              // nil: all but portSMTP
+	connect    []portRange                              // the ports for CONNECT; nil: as ports
+	own        func(to netip.AddrPort, exact bool) bool // whether an address is a protected listener of this process
+	reportOnly bool                                     // denials by rules and ports are only reported
+	changing   bool                                     // verdicts can change, or must be reported again: recheck reused connections
 }
 
 // portSMTP is denied unless the option ports lists it: sending spam is the most common
@@ -153,7 +153,7 @@ const (
 func (p *policy) check(ctx context.Context, r reach, t target, to netip.AddrPort) (denied, reported *deniedError) {
 	ip := to.Addr().WithZone("").Unmap()
 	host := embedded(ip)
-	if e := p.checkOwn(to); e != nil {
+	if e := p.checkOwn(to, false); e != nil {
 		return e, nil
 	}
 	if e := p.checkPort(ctx, to.Port()); e != nil {
@@ -193,14 +193,15 @@ func (p *policy) check(ctx context.Context, r reach, t target, to netip.AddrPort
 	}
 }
 
-// checkOwn denies the address of a protected listener of this process.
-func (p *policy) checkOwn(to netip.AddrPort) *deniedError {
+// checkOwn denies the address of a protected listener of this process. With exact it also
+// knows listeners that were opened a moment ago.
+func (p *policy) checkOwn(to netip.AddrPort, exact bool) *deniedError {
 	if p.own == nil {
 		return nil
 	}
 	ip := to.Addr().WithZone("").Unmap()
 	host := embedded(ip)
-	if p.own(netip.AddrPortFrom(ip, to.Port())) || host != ip && p.own(netip.AddrPortFrom(host, to.Port())) {
+	if p.own(netip.AddrPortFrom(ip, to.Port()), exact) || host != ip && p.own(netip.AddrPortFrom(host, to.Port()), exact) {
 		return &deniedError{to: to, kind: deniedAddress, why: "it is an address of the proxy itself"}
 	}
 	return nil

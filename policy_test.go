@@ -231,7 +231,7 @@ func TestPolicyAllow(t *testing.T) {
 // however they are written.
 func TestPolicyOwn(t *testing.T) {
 	d := policyOf(t, "allow 0.0.0.0/0 ::/0")
-	d.own = func(to netip.AddrPort) bool {
+	d.own = func(to netip.AddrPort, _ bool) bool {
 		return to == netip.MustParseAddrPort("127.0.0.1:2019") || to == netip.MustParseAddrPort("[2002:909:909:1::5]:2019")
 	}
 	for _, address := range strings.Fields("127.0.0.1 ::ffff:127.0.0.1 64:ff9b::7f00:1 2002:7f00:1:: 2002:909:909:1::5") {
