@@ -46,7 +46,7 @@ func parseCaddyfile(h httpcaddyfile.Helper) ([]httpcaddyfile.ConfigValue, error)
 }
 
 // isNested reports whether a directive is inside the block of another one. Such a block
-// has its own State; at the top level of a site, State and BlockState are the same map.
+// has its own BlockState; at the top level of a site, BlockState and State are the same map.
 func isNested(h httpcaddyfile.Helper) bool {
 	const mark = "async_proxy"
 	h.State[mark] = true

@@ -8,32 +8,31 @@ import (
 	"net/http"
 )
 
-// cause says why the proxy itself refused a request. It is finer than the error
-// type of RFC 9209 in Proxy-Status, which is the same for most of them. Logs,
-// metrics, the snapshot, events and placeholders have both.
+// cause says why the proxy itself refused a request. It is more specific than the RFC 9209
+// error type in Proxy-Status, which most causes share. Logs, metrics, the snapshot, events
+// and placeholders have both.
 type cause string
 
 const (
 	causeRateLimited      cause = "rate_limited"        // no token left
 	causeBlocked          cause = "blocked"             // an operator has blocked the client
-	causeUncounted        cause = "limiter_unavailable" // the shared limiter does not answer
-	causeRule             cause = "rule"                // a deny rule names the destination
+	causeUncounted        cause = "limiter_unavailable" // the shared limiter is unavailable
+	causeRule             cause = "rule"                // a deny rule matches the destination
 	causeDefault          cause = "default"             // the destination is closed by default
 	causePort             cause = "port"                // the destination's port is closed
 	causeClient           cause = "client"              // the client is not in the option clients
 	causeAuthRequired     cause = "auth_required"       // a challenge: there were no credentials
 	causeAuthFailed       cause = "auth_failed"         // the credentials were wrong
-	causeFailedLogins     cause = "failed_logins"       // so many logins of the client have failed that this one was not checked, or too late
-	causeLoginsBusy       cause = "logins_busy"         // too many passwords wait to be checked
+	causeFailedLogins     cause = "failed_logins"       // too many logins of the client failed: this one was not checked, or too late
+	causeLoginsBusy       cause = "logins_busy"         // too many passwords are waiting to be checked
 	causeTunnels          cause = "max_tunnels"         // all tunnels are in use
 	causeTunnelsPerClient cause = "tunnels_per_client"  // the client has all of its tunnels in use
 	causeLoop             cause = "loop"                // the request has passed this proxy before
 	causeParent           cause = "parent"              // the parent proxy refused
 )
 
-// causes maps each cause to the answer: the status, the error type of RFC 9209
-// and the sentence for the client. The name of a cause is also the value of the
-// label cause in the metrics.
+// causes maps each cause to its response: the status, the RFC 9209 error type and the
+// sentence for the client. The name of a cause is also the value of the metric label cause.
 var causes = map[cause]struct {
 	status int
 	kind   string
@@ -56,7 +55,7 @@ var causes = map[cause]struct {
 	causeParent:           {http.StatusForbidden, deniedRequest, ""},
 }
 
-// refusal makes the refusal of a cause, whose sentence is formatted with args.
+// refusal returns the refusal for a cause, with its sentence formatted with args.
 func (c cause) refusal(err error, args ...any) *refusal {
 	row := causes[c]
 	f := refuse(row.status, row.kind, err, row.text, args...)
@@ -64,9 +63,9 @@ func (c cause) refusal(err error, args ...any) *refusal {
 	return f
 }
 
-// causeOf returns the cause of a refusal, or "" if it is not the proxy's own
-// decision, such as when an origin does not answer. A refusal that was not made
-// from the table is told by its error.
+// causeOf returns the cause of a refusal, or "" if the refusal is not the proxy's own
+// decision, such as when an origin does not respond. If the refusal was not built from
+// the table, its error determines the cause.
 func causeOf(f *refusal) cause {
 	if f.cause != "" {
 		return f.cause
@@ -84,7 +83,7 @@ func causeOf(f *refusal) cause {
 	return ""
 }
 
-// cause tells by the name of the rule.
+// cause derives the cause from the name of the rule.
 func (e *deniedError) cause() cause {
 	switch {
 	case e.rule == "":

@@ -61,7 +61,7 @@ caddy async-proxy status shows what a running proxy is doing.
 	})
 }
 
-// noArguments refuses what is neither a flag nor a command.
+// noArguments rejects arguments that are neither flags nor subcommands.
 func noArguments(cmd *cobra.Command, args []string) error {
 	if len(args) == 0 {
 		return nil
@@ -72,7 +72,7 @@ func noArguments(cmd *cobra.Command, args []string) error {
 	return fmt.Errorf("unexpected argument %q; a flag takes one value and may be repeated", args[0])
 }
 
-// runCommand is `caddy async-proxy`.
+// runCommand implements `caddy async-proxy`.
 func runCommand(flags caddycmd.Flags) (int, error) {
 	caddy.TrapSignals()
 	config, err := commandConfig(flags)
@@ -90,12 +90,12 @@ func runCommand(flags caddycmd.Flags) (int, error) {
 	select {}
 }
 
-// checkFree fails if another process listens on an address. Caddy itself would
-// share it without a word, and connections would go to either process.
+// checkFree fails if another process listens on an address. Caddy itself would share the
+// address silently, and connections would reach either process.
 func checkFree(address string) error {
 	addr, err := caddy.ParseNetworkAddress(address)
 	if err != nil || address == "off" || addr.IsUnixNetwork() || addr.IsFdNetwork() {
-		return nil // Caddy says what is wrong, if anything is
+		return nil // Caddy reports an invalid address itself
 	}
 	for i := range addr.PortRangeSize() {
 		ln, err := net.Listen(addr.Network, addr.JoinHostPort(i))
@@ -109,8 +109,8 @@ func checkFree(address string) error {
 	return nil
 }
 
-// checkEndpoint refuses what nobody can listen on: a flag's address without a port, or
-// a URL.
+// checkEndpoint rejects flag values that are not listen addresses: those without a port,
+// and URLs.
 func checkEndpoint(flag, address string) error {
 	addr, err := caddy.ParseNetworkAddress(address)
 	if err != nil || strings.Contains(address, "://") || addr.StartPort == 0 && !addr.IsUnixNetwork() && !addr.IsFdNetwork() {
@@ -119,8 +119,8 @@ func checkEndpoint(flag, address string) error {
 	return nil
 }
 
-// commandHandler makes the proxy that the flags describe. It checks them as the
-// directive does its options.
+// commandHandler builds the handler that the flags describe. It checks them like the
+// directive's options.
 func commandHandler(flags caddycmd.Flags) (*Handler, error) {
 	h := new(Handler)
 	for _, name := range []string{"burst", "refill"} {
@@ -163,7 +163,7 @@ func commandHandler(flags caddycmd.Flags) (*Handler, error) {
 	return h, err
 }
 
-// commandConfig makes the config that the flags describe.
+// commandConfig builds the config that the flags describe.
 func commandConfig(flags caddycmd.Flags) (*caddy.Config, error) {
 	h, err := commandHandler(flags)
 	if err != nil {
@@ -206,7 +206,7 @@ func commandConfig(flags caddycmd.Flags) (*caddy.Config, error) {
 	if err := checkEndpoint("listen", listen); err != nil {
 		return nil, err
 	}
-	if admin := flags.String("admin"); admin != "off" && admin != "" && !strings.Contains(admin, "{") { // Caddy fills placeholders in
+	if admin := flags.String("admin"); admin != "off" && admin != "" && !strings.Contains(admin, "{") { // Caddy replaces placeholders
 		if err := checkEndpoint("admin", admin); err != nil {
 			return nil, err
 		}

@@ -21,14 +21,14 @@ import (
 	"golang.org/x/term"
 )
 
-// watchEvery is how often --watch looks.
+// watchEvery is the refresh interval of --watch.
 const watchEvery = 2 * time.Second
 
-// shownRows is how many clients and tunnels are shown, where a terminal does not
-// say how many fit.
+// shownRows is how many clients and tunnels the command shows when the terminal's height
+// is unknown.
 const shownRows = 10
 
-// statusCommand is `caddy async-proxy status`.
+// statusCommand returns `caddy async-proxy status`.
 func statusCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "status [--watch] [--json] [--address <addr>]",
@@ -60,7 +60,7 @@ redraws in place and shows as many rows as fit.
 		for {
 			limit, width, height := shownRows, 0, 0
 			if clear {
-				width, height, _ = term.GetSize(stdout) // 0 if it is not known
+				width, height, _ = term.GetSize(stdout) // 0 if unknown
 				limit = max(limit, min(height, maxPage))
 			}
 			shown, err := fetchStatus(address, limit)
@@ -95,9 +95,10 @@ redraws in place and shows as many rows as fit.
 	return cmd
 }
 
-// screen is what puts a text in the place of the last one, on a terminal of that
-// size. Each line is cleared behind what replaces it, so that nothing flickers.
-// What does not fit is cut off: the head is not to be scrolled away.
+// screen returns the terminal output that replaces the previous text with text, on a
+// terminal of the given size. It clears only the remainder of each line after writing it,
+// so that nothing flickers. It cuts off what does not fit, so that the top does not scroll
+// away.
 func screen(text string, width, height int) string {
 	lines := strings.Split(strings.TrimSuffix(text, "\n"), "\n")
 	if height > 1 && len(lines) >= height {
@@ -114,7 +115,7 @@ func screen(text string, width, height int) string {
 	return b.String() + "\x1b[J"
 }
 
-// wrap puts a text into lines that a terminal of that width has room for.
+// wrap breaks text into lines that fit a terminal of the given width.
 func wrap(text string, width int) string {
 	if width < 2 {
 		return text
@@ -126,7 +127,7 @@ func wrap(text string, width int) string {
 	return strings.Join(lines, "\n")
 }
 
-// shownStatus is what the command prints.
+// shownStatus holds what the command prints.
 type shownStatus struct {
 	Stats   stats      `json:"stats"`
 	Clients clientList `json:"clients"`
@@ -151,11 +152,12 @@ func fetchStatus(address string, limit int) (*shownStatus, error) {
 	return s, nil
 }
 
-// otherLines are those that print writes beside clients and tunnels, at most.
+// otherLines is the maximum number of lines that print writes besides rows of clients
+// and tunnels.
 const otherLines = 13
 
-// fit leaves of clients and tunnels as many as a screen of that height has room
-// for: half of it for each, or what the others leave.
+// fit truncates the clients and tunnels to what fits a screen of the given height. Each
+// list gets half of the room, plus what the other list does not need.
 func (s *shownStatus) fit(height int) {
 	room := max(0, height-1-otherLines)
 	clients, tunnels := len(s.Clients.Clients), len(s.Tunnels.Tunnels)
@@ -201,20 +203,20 @@ func (s *shownStatus) print(w io.Writer) {
 	table = tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
 	fmt.Fprintf(table, "TUNNEL\tCLIENT\tTARGET\tPROTO\tAGE\tIDLE\tUP\tDOWN\n")
 	for _, t := range s.Tunnels.Tunnels {
-		who := t.Client
+		client := t.Client
 		if t.User != "" {
-			who = t.User + "@" + who
+			client = t.User + "@" + client
 		}
-		fmt.Fprintf(table, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", t.ID, printable(who), printable(t.Target), printable(t.Proto), age(st.Time.Sub(t.Started)),
+		fmt.Fprintf(table, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", t.ID, printable(client), printable(t.Target), printable(t.Proto), age(st.Time.Sub(t.Started)),
 			age(time.Duration(t.IdleSeconds*float64(time.Second))), size(t.BytesUp), size(t.BytesDown))
 	}
 	_ = table.Flush()
 	more(w, s.Tunnels.Total-len(s.Tunnels.Tunnels), "tunnels")
 }
 
-func more(w io.Writer, n int, what string) {
+func more(w io.Writer, n int, noun string) {
 	if n > 0 {
-		fmt.Fprintf(w, "and %d more %s\n", n, what)
+		fmt.Fprintf(w, "and %d more %s\n", n, noun)
 	}
 }
 
@@ -225,7 +227,7 @@ func ofLimit(n, limit int64) string {
 	return fmt.Sprintf("%d of %d", n, limit)
 }
 
-// age is a duration in one unit, or two.
+// age formats a duration in one or two units.
 func age(d time.Duration) string {
 	switch d = max(0, d); {
 	case d < 10*time.Second:
@@ -238,7 +240,7 @@ func age(d time.Duration) string {
 	return fmt.Sprintf("%dd", d/(24*time.Hour))
 }
 
-// size is a number of bytes with a unit.
+// size formats a number of bytes with a unit.
 func size(n int64) string {
 	const units = "kMGTPE"
 	if n < 1000 {

@@ -10,9 +10,9 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 )
 
-// eventLimited is the event of a client that finds no token, for the handlers
-// of Caddy's events app. A client has one a minute at most, unless it is
-// forgotten early.
+// eventLimited is the event for a client that is rate limited, for handlers of Caddy's
+// events app. A client causes at most one per eventInterval, unless the limiter forgets it
+// early.
 const (
 	eventLimited  = "rate_limited"
 	eventInterval = time.Minute
@@ -32,8 +32,8 @@ func newEmitter(ctx caddy.Context) (emitter, error) {
 	return emitter{ctx, app.(*caddyevents.App)}, nil
 }
 
-// limited tells that the client of v is refused. It returns when all handlers of
-// the event have.
+// limited emits the event that the client of v is rate limited. It returns when all
+// handlers of the event have returned.
 func (e emitter) limited(zone string, v *visit, verdict verdict) {
 	if !e.app.ShouldEmit(eventLimited) {
 		return

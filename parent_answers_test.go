@@ -193,7 +193,7 @@ func TestParentTLSPhases(t *testing.T) {
 		}), nil)
 		for _, method := range []string{http.MethodConnect, http.MethodGet} {
 			res, body := policyRequest(t, w.proxy, method, "a.example:80", "")
-			if res.StatusCode != http.StatusBadGateway || !strings.Contains(res.Header.Get("Proxy-Status"), "error=tls_alert_received; alert-id=") || !strings.HasPrefix(body, "The parent proxy ended TLS with the alert") {
+			if res.StatusCode != http.StatusBadGateway || !strings.Contains(res.Header.Get("Proxy-Status"), "error=tls_alert_received; alert-id=") || !strings.HasPrefix(body, "The parent proxy ended the TLS connection with the alert") {
 				t.Errorf("%s: %s, %q, %q", method, res.Status, res.Header.Get("Proxy-Status"), body)
 			}
 		}

@@ -266,7 +266,7 @@ func TestTLSAlerts(t *testing.T) {
 			_, _ = conn.Read(make([]byte, 4<<10))
 			_, _ = conn.Write([]byte{21, 3, 3, 0, 2, 2, id})
 		})
-		b.refuses(502, "tls_alert_received", origin+" ended TLS with the alert "+name+".", "GET https://"+origin+"/")
+		b.refuses(502, "tls_alert_received", origin+" ended the TLS connection with the alert "+name+".", "GET https://"+origin+"/")
 		c := b.dial()
 		c.send("HEAD https://" + origin + "/ HTTP/1.1\nHost: x\n\n")
 		res, _ := c.response(http.MethodHead)

@@ -20,34 +20,33 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// refusal is an answer that the proxy gives itself, since there is none from an
-// origin to pass on.
+// refusal is a response that the proxy generates itself, in place of one from an origin.
 type refusal struct {
 	status int
 	kind   string // the error type of RFC 9209 §2.3, for the Proxy-Status field
-	text   string // one sentence for the person at the other end; no internals
+	text   string // one sentence for the user, without internals
 	err    error  // what happened, for the log; may be nil
-	cause  cause  // or "", if causeOf tells it by err
-	params string // more parameters of the Proxy-Status field, each behind "; "
+	cause  cause  // ""; causeOf derives it from err
+	params string // further parameters of the Proxy-Status field, each preceded by "; "
 
-	before     string // members of Proxy-Status that come before ours; "": none
+	before     string // members of Proxy-Status that precede ours; "": none
 	retryAfter string // the Retry-After field; "": none
 }
 
-// refuse makes a refusal whose text is formatted.
+// refuse returns a refusal with a formatted text.
 func refuse(status int, kind string, err error, format string, args ...any) *refusal {
 	return &refusal{status: status, kind: kind, err: err, text: fmt.Sprintf(format, args...)}
 }
 
-// Error returns the sentence for the client. Error routes show it as {err.message},
-// so it has nothing of what went wrong inside, which the log line has.
+// Error returns the sentence for the client. Error routes show it as {err.message}, so it
+// does not contain internals; those are in the log line.
 func (f *refusal) Error() string { return f.text }
 
 func (f *refusal) Unwrap() error { return f.err }
 
-// answer gives f to the client: through the site's error routes if there are
-// any, else straight away as one line of text. The fields that carry what
-// machines need are set in both cases.
+// answer sends f to the client: through the site's error routes if there are any,
+// otherwise directly as one line of text. The machine-readable fields are set in both
+// cases.
 func (h *Handler) answer(w http.ResponseWriter, r *http.Request, f *refusal) error {
 	status := h.proxyStatus(f.kind) + f.params
 	if f.before != "" {
@@ -59,11 +58,11 @@ func (h *Handler) answer(w http.ResponseWriter, r *http.Request, f *refusal) err
 	return h.writeAnswer(w, r, f, status, append([]byte(f.text), '\n'))
 }
 
-// proxyStatus is the value of the Proxy-Status field (RFC 9209).
+// proxyStatus returns the value of the Proxy-Status field (RFC 9209).
 func (h *Handler) proxyStatus(kind string) string { return h.name + "; error=" + kind }
 
-// writeAnswer is answer with what is sent made before. No field's value is shared
-// with another answer: Caddy's header directive writes to values in place.
+// writeAnswer is answer with a prepared Proxy-Status value and body. Each response gets
+// field values of its own, because Caddy's header directive modifies values in place.
 func (h *Handler) writeAnswer(w http.ResponseWriter, r *http.Request, f *refusal, proxyStatus string, body []byte) error {
 	header := w.Header()
 	header["Proxy-Status"] = []string{proxyStatus}
@@ -82,21 +81,21 @@ func (h *Handler) writeAnswer(w http.ResponseWriter, r *http.Request, f *refusal
 	limitWrite(r)
 	w.WriteHeader(f.status)
 	if r.Method != http.MethodHead {
-		_, _ = w.Write(body) // a client that left has no use for it
+		_, _ = w.Write(body) // fails only if the client has disconnected
 	}
 	return nil
 }
 
-// unread reports whether more than an answer to r is to come on an HTTP/1
-// connection that would be taken for another request, or read before the answer
-// is sent: the content, which nobody wants now, or what the client has sent
-// behind a CONNECT, for the tunnel that there is not. RFC 9112 §9.3: HTTP/1.0 ends
-// it anyway.
+// unread reports whether an HTTP/1 connection must close after a response to r because
+// the client may have sent data that nothing reads: the request's content, or bytes after
+// a CONNECT for a tunnel that was not opened. They would be parsed as another request, or
+// read before the response is sent. An HTTP/1.0 connection closes in any case (RFC 9112
+// §9.3).
 func unread(r *http.Request) bool {
 	return r.ProtoMajor == 1 && (r.ContentLength != 0 || r.Method == http.MethodConnect || r.ProtoMinor == 0)
 }
 
-// forwardRefusal says to the client why there is no response from the origin.
+// forwardRefusal returns the refusal for a request that got no response from the origin.
 func forwardRefusal(r *http.Request, err error) *refusal {
 	host := r.Host
 	var (
@@ -118,7 +117,7 @@ func forwardRefusal(r *http.Request, err error) *refusal {
 		return dialRefusal(r.Context(), err, host)
 	case errors.As(err, &parent):
 		return parent.refusal(r.Context(), host)
-	case errors.As(err, &wrong): // whose text may repeat what the origin has sent
+	case errors.As(err, &wrong): // its text may quote what the origin sent
 		return refuse(http.StatusBadGateway, "http_protocol_error", err, answered+": %v.", host, wrong)
 	case isTLSError(err):
 		return tlsRefusal(err, host)
@@ -135,11 +134,11 @@ func forwardRefusal(r *http.Request, err error) *refusal {
 	}
 }
 
-// isTLSError reports whether it is TLS that has failed. Most of its errors have
-// no type.
+// isTLSError reports whether err is a TLS error. It checks the text, because most errors
+// of crypto/tls have no type.
 func isTLSError(err error) bool { return strings.Contains(err.Error(), "tls: ") }
 
-// tlsRefusal says to the client why host cannot be spoken to by TLS.
+// tlsRefusal returns the refusal for a failed TLS connection to host.
 func tlsRefusal(err error, host string) *refusal {
 	var (
 		cert   *tls.CertificateVerificationError
@@ -154,22 +153,22 @@ func tlsRefusal(err error, host string) *refusal {
 	return refuse(http.StatusBadGateway, "tls_protocol_error", err, "%s does not speak TLS, or only insecure versions of it.", host)
 }
 
-// alertRefusal says which TLS alert host has sent. crypto/tls does not export the
-// type of an alert that it receives, but its text is that of an AlertError.
+// alertRefusal returns the refusal for a TLS alert from host. crypto/tls does not export
+// the type of a received alert, but its text equals that of the AlertError.
 func alertRefusal(err error, text, host string) *refusal {
 	for id := range 256 {
 		if tls.AlertError(id).Error() != text {
 			continue
 		}
 		name := cmp.Or(tlsAlerts[uint8(id)], "unknown alert "+strconv.Itoa(id))
-		f := refuse(http.StatusBadGateway, "tls_alert_received", err, "%s ended TLS with the alert %s.", host, name)
+		f := refuse(http.StatusBadGateway, "tls_alert_received", err, "%s ended the TLS connection with the alert %s.", host, name)
 		f.params = fmt.Sprintf("; alert-id=%d; alert-message=%q", id, name)
 		return f
 	}
-	return refuse(http.StatusBadGateway, "tls_alert_received", err, "%s ended TLS with an alert.", host)
+	return refuse(http.StatusBadGateway, "tls_alert_received", err, "%s ended the TLS connection with an alert.", host)
 }
 
-// tlsAlerts are the names in IANA's registry of TLS alerts.
+// tlsAlerts maps TLS alerts to their names in IANA's registry.
 var tlsAlerts = map[uint8]string{
 	0: "close_notify", 10: "unexpected_message", 20: "bad_record_mac", 21: "decryption_failed", 22: "record_overflow",
 	30: "decompression_failure", 40: "handshake_failure", 41: "no_certificate", 42: "bad_certificate",
@@ -182,7 +181,7 @@ var tlsAlerts = map[uint8]string{
 	116: "certificate_required", 117: "general_error", 120: "no_application_protocol", 121: "ech_required",
 }
 
-// answerLast answers a request that Max-Forwards lets go no further.
+// answerLast responds to a TRACE or OPTIONS request whose Max-Forwards is used up.
 func answerLast(w http.ResponseWriter, r *http.Request) (int, error) {
 	if unread(r) {
 		w.Header()["Connection"] = []string{"close"}
@@ -197,7 +196,7 @@ func answerLast(w http.ResponseWriter, r *http.Request) (int, error) {
 	if r.ContentLength != 0 {
 		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "A TRACE request must not have content.")
 	}
-	// RFC 9110 §9.3.8: the request as it was received, without what is secret.
+	// RFC 9110 §9.3.8: the request as it was received, without secrets.
 	for _, name := range []string{"Authorization", "Cookie", "Proxy-Authorization"} {
 		delete(r.Header, name)
 	}

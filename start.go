@@ -18,13 +18,13 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
-// eventHandler calls a function. It is a struct as Caddy logs it as JSON.
+// eventHandler calls a function. It is a struct because Caddy logs it as JSON.
 type eventHandler struct{ call func() }
 
 func (h eventHandler) Handle(context.Context, caddy.Event) error { h.call(); return nil }
 
-// atStart has things done when the config runs, and not when it is only
-// validated; and what is left to do when Caddy exits.
+// atStart registers hooks for when the config starts to run, which do not run when it is
+// only validated, and for when the server shuts down.
 func (h *Handler) atStart(ctx caddy.Context, server *caddyhttp.Server) error {
 	if server == nil {
 		return nil // provisioned outside of the http app
@@ -49,6 +49,8 @@ func (h *Handler) atStart(ctx caddy.Context, server *caddyhttp.Server) error {
 	return events.(*caddyevents.App).On("started", eventHandler{func() { h.started(ctx, server) }})
 }
 
+// started marks the handler as running and warns about mistakes in the config that only
+// show once the server listens.
 func (h *Handler) started(ctx caddy.Context, server *caddyhttp.Server) {
 	now := time.Now()
 	configLoaded.Store(&now)
@@ -65,7 +67,7 @@ func (h *Handler) started(ctx caddy.Context, server *caddyhttp.Server) {
 			zap.Strings("hosts", hosts))
 	}
 	if site := siteOf(server, h); leavesUnanswered(site) && firstProxy(site) == h {
-		h.logger.Warn("every async_proxy of this site has a matcher, and nothing answers the requests that none matches; "+
+		h.logger.Warn("every async_proxy of this site has a matcher, and nothing responds to requests that none of them matches; "+
 			"add one without a matcher, or respond with 403 at the end", zap.Strings("addresses", server.Listen))
 	}
 	if server.TrustedProxiesStrict == 0 && trustsProxies(server) {
@@ -109,16 +111,16 @@ func (h *Handler) started(ctx caddy.Context, server *caddyhttp.Server) {
 	}
 }
 
-// trustsProxies reports whether trusted_proxies is set. Caddy does not tell that
-// in any other way once it has loaded the module.
+// trustsProxies reports whether trusted_proxies is set. It reads an unexported field,
+// because Caddy has no other way to tell once it has loaded the module.
 func trustsProxies(server *caddyhttp.Server) bool {
 	field := reflect.ValueOf(server).Elem().FieldByName("trustedProxies")
 	return field.IsValid() && field.Kind() == reflect.Interface && !field.IsNil()
 }
 
-// plainAddresses returns the addresses of the server that other machines may
-// connect to without TLS, as the system knows them: a socket that was handed
-// over (fd/3) has an address that the config does not tell.
+// plainAddresses returns the listener addresses that other machines may connect to without
+// TLS. It asks the listeners, because the config does not contain the address of an
+// inherited socket (fd/3).
 func (h *Handler) plainAddresses(ctx caddy.Context, server *caddyhttp.Server) (plain []string) {
 	app, err := ctx.AppIfConfigured("http")
 	if err != nil {
@@ -132,17 +134,17 @@ func (h *Handler) plainAddresses(ctx caddy.Context, server *caddyhttp.Server) (p
 	return plain
 }
 
-// succeeds reports whether the tunnels of another handler are this one's affair:
-// it has been of the same site and zone, in a config before.
+// succeeds reports whether h replaces another handler: one of another config, with the
+// same zone and a common listen address. h is then responsible for its tunnels.
 func (h *Handler) succeeds(other *Handler) bool {
 	return h.Zone == other.Zone && h.config != other.config &&
 		slices.ContainsFunc(h.addresses, func(address string) bool { return slices.Contains(other.addresses, address) })
 }
 
-// onShutdown is called when a server stops accepting connections. When Caddy
-// exits, tunnels over HTTP/2 and HTTP/3 are requests that it waits for: without
-// limit, so that they must end now, or for the grace period, at whose end the
-// connections are closed under them, so that they must end just before.
+// onShutdown runs when a server stops accepting connections. When Caddy exits, it waits
+// for tunnels over HTTP/2 and HTTP/3 as for all requests. Without a grace period it waits
+// without limit, so the tunnels must close now. With one, it closes their connections at
+// the end of the period, so the tunnels must close just before.
 func (h *Handler) onShutdown(ctx caddy.Context) {
 	if !caddy.Exiting() {
 		return
@@ -154,11 +156,11 @@ func (h *Handler) onShutdown(ctx caddy.Context) {
 	time.AfterFunc(max(grace-lastCall, grace/2), func() { h.tunnels.closeAll(reasonShutdown) })
 }
 
-// lastCall is how long before the end of the grace period tunnels are closed.
+// lastCall is how long before the end of the grace period the proxy closes tunnels.
 const lastCall = 200 * time.Millisecond
 
-// closeTunnelsLater closes the tunnels that this handler has opened, if it is
-// configured to, now that another one takes its place.
+// closeTunnelsLater closes the tunnels of a replaced handler after its
+// stream_close_delay, if that is set.
 func (h *Handler) closeTunnelsLater() {
 	if h.StreamCloseDelay == nil || caddy.Exiting() {
 		return
@@ -189,22 +191,21 @@ func (h *Handler) validateTunnels() error {
 	return nil
 }
 
-// minHeadLimit is the least limit for the head of a request to a proxy: as much as
+// minHeadLimit is the smallest size limit for request heads that suits a proxy: as much as
 // Chromium sends. Kerberos tickets alone may take 64 KiB.
 const minHeadLimit = 256 << 10
 
-// caddyHeadLimit is the limit that Caddy gives a server for which the operator has
-// set none. It suits applications.
+// caddyHeadLimit is Caddy's default limit. It suits applications.
 const caddyHeadLimit = 16 << 10
 
-// raiseHeadLimit gives a server the limit of a proxy unless the operator has set one.
+// raiseHeadLimit raises a server's limit to minHeadLimit unless the operator has set one.
 func raiseHeadLimit(server *caddyhttp.Server) {
 	if server != nil && server.MaxHeaderBytes == caddyHeadLimit {
 		server.MaxHeaderBytes = minHeadLimit
 	}
 }
 
-// speaksHTTP2 reports whether clients can speak HTTP/2 or HTTP/3 over TLS to a server.
+// speaksHTTP2 reports whether a server accepts HTTP/2 or HTTP/3 over TLS.
 func speaksHTTP2(app *caddyhttp.App, server *caddyhttp.Server) bool {
 	if len(server.TLSConnPolicies) == 0 || !slices.ContainsFunc(server.Protocols, func(p string) bool { return p == "h2" || p == "h3" }) {
 		return false
@@ -215,8 +216,8 @@ func speaksHTTP2(app *caddyhttp.App, server *caddyhttp.Server) bool {
 	})
 }
 
-// hostsBefore returns the host names that only lead to h, if the way there is
-// for certain hosts only.
+// hostsBefore returns the host names that the routes to h are restricted to, if they are,
+// and whether the routes lead to h at all.
 func hostsBefore(routes caddyhttp.RouteList, h caddyhttp.MiddlewareHandler) (hosts []string, found bool) {
 	for _, route := range routes {
 		for _, handler := range route.Handlers {
@@ -233,7 +234,7 @@ func hostsBefore(routes caddyhttp.RouteList, h caddyhttp.MiddlewareHandler) (hos
 	return nil, false
 }
 
-// matchedHosts returns the hosts of a route that matches no others.
+// matchedHosts returns the hosts that a route is restricted to; none if it matches others.
 func matchedHosts(route caddyhttp.Route) []string {
 	var hosts []string
 	for _, set := range route.MatcherSets {
