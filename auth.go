@@ -275,15 +275,15 @@ func (h *Handler) shareFailure(r *http.Request, v *visit) time.Duration {
 // Proxy-Authorization as Authorization, and its challenges become Proxy-Authenticate. broken
 // reports whether a provider returned an error.
 func (h *Handler) askProviders(w http.ResponseWriter, r *http.Request, v *visit) (known, broken bool) {
-	asked := *r
-	asked.Header = r.Header.Clone()
-	delete(asked.Header, "Authorization")
+	siteRequest := *r
+	siteRequest.Header = r.Header.Clone()
+	delete(siteRequest.Header, "Authorization")
 	if hasCredentials(r) {
-		asked.Header["Authorization"] = r.Header["Proxy-Authorization"]
+		siteRequest.Header["Authorization"] = r.Header["Proxy-Authorization"]
 	}
 	answer := headerOnly{make(http.Header)}
 	for _, provider := range h.auth {
-		user, ok, err := provider.Authenticate(answer, &asked)
+		user, ok, err := provider.Authenticate(answer, &siteRequest)
 		if err != nil {
 			if c := h.logger.Check(zapcore.ErrorLevel, "auth provider returned error"); c != nil {
 				c.Write(zap.String("provider", provider.name), errorField(err))
@@ -326,5 +326,5 @@ func (w headerOnly) Header() http.Header         { return w.fields }
 func (w headerOnly) Write(b []byte) (int, error) { return len(b), nil }
 func (w headerOnly) WriteHeader(int)             {}
 
-// userKey returns the limiter's key for a user. It collides with no client's address.
+// userKey returns the limiter's key for a user. No client has such an address.
 func userKey(user string) netip.Addr { return netip.IPv6Unspecified().WithZone(user) }

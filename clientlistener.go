@@ -26,9 +26,9 @@ func init() { caddy.RegisterModule(ListenerWrapper{}) }
 // takes part in connections or requests, such as another listener wrapper, an access log,
 // metrics, or a handler before the proxy.
 //
-// If no other wrapper takes part, it also responds to and logs clients that speak another
-// protocol than the port's, with TLS or without. Without TLS it does so too for requests
-// that Go's HTTP server refuses before any handler sees them.
+// If no other wrapper takes part, it also refuses and logs clients that do not speak the
+// port's protocol, with TLS or without. Without TLS it does the same for requests that Go's
+// HTTP server refuses before any handler sees them.
 //
 // The Caddyfile adapter adds it wherever it helps, unless the server has global options.
 type ListenerWrapper struct {

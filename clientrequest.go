@@ -86,7 +86,7 @@ func (c *clientConn) parse(head string) *http.Request {
 		if u, err = parseURL(target); err != nil || strings.Trim(u.Hostname(), ".") == "" || !httpguts.ValidHostHeader(u.Host) {
 			return nil
 		}
-		if strings.HasPrefix(u.Path, "/.well-known/") { // Caddy may have to answer ACME challenges there
+		if strings.HasPrefix(u.Path, "/.well-known/") { // perhaps an ACME challenge for Caddy
 			return nil
 		}
 	}
@@ -156,7 +156,7 @@ func isOrdinary(header http.Header) bool {
 			return false
 		}
 	}
-	return len(header["Pragma"]) == 0 || len(header["Cache-Control"]) > 0 // net/http adds Cache-Control to a lone Pragma
+	return len(header["Pragma"]) == 0 || len(header["Cache-Control"]) > 0 // net/http adds the latter
 }
 
 // wantsClose reports whether Connection has the token close, parsed as net/http does.
@@ -192,14 +192,14 @@ func isPlainAuthority(authority string) bool {
 // returns a nil header if one of them does not belong to an ordinary request. POST is
 // excluded even without content, because net/http tolerates empty lines after one.
 func parseLines(head string) (method, target string, header http.Header) {
-	line, lines, more := strings.Cut(head, "\r\n")
+	line, lines, hasFields := strings.Cut(head, "\r\n")
 	method, rest, _ := strings.Cut(line, " ")
 	target, version, _ := strings.Cut(rest, " ")
 	switch {
 	case version != "HTTP/1.1" || len(method) > 32 || !httpguts.ValidHeaderFieldName(method) || method == http.MethodPost,
 		method != http.MethodConnect && !strings.HasPrefix(target, "http://"):
 		return "", "", nil
-	case !more:
+	case !hasFields:
 		return method, target, make(http.Header)
 	}
 	return method, target, parseStrictly(lines)

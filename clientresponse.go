@@ -197,17 +197,17 @@ func (w *responseWriter) send(p []byte, last bool) error {
 		b = w.appendHead(b, int64(len(w.pending)+len(p)), last)
 		w.sent = true
 	}
-	rest := ""
+	chunkEnd := ""
 	if size := len(w.pending) + len(p); w.chunked && size > 0 {
 		b = append(strconv.AppendInt(b, int64(size), 16), "\r\n"...)
-		rest = "\r\n"
+		chunkEnd = "\r\n"
 	}
 	b = append(b, w.pending...)
 	w.pending = w.pending[:0]
 	if len(b)+len(p) <= cap(b) || len(p) <= pendingContent {
 		b, p = append(b, p...), nil
-		b = append(b, rest...)
-		rest = ""
+		b = append(b, chunkEnd...)
+		chunkEnd = ""
 	}
 	if last && w.chunked {
 		b = append(w.appendTrailers(append(b, "0\r\n"...)), "\r\n"...)
@@ -220,7 +220,7 @@ func (w *responseWriter) send(p []byte, last bool) error {
 	if len(p) == 0 {
 		_, err = w.client.Write(b)
 	} else {
-		w.vector = [...][]byte{b, p, []byte(rest)}
+		w.vector = [...][]byte{b, p, []byte(chunkEnd)}
 		w.vectors = w.vector[:]
 		_, err = w.vectors.WriteTo(w.client.TCPConn)
 		w.vector = [3][]byte{}
@@ -235,7 +235,7 @@ func (w *responseWriter) appendHead(b []byte, content int64, last bool) []byte {
 	for name := range w.header {
 		trailers = trailers || strings.HasPrefix(name, http.TrailerPrefix)
 	}
-	framed := false
+	addLength := false
 	switch {
 	case !w.hasContent():
 		delete(w.header, "Content-Length")
@@ -244,7 +244,7 @@ func (w *responseWriter) appendHead(b []byte, content int64, last bool) []byte {
 		}
 	case w.length >= 0 || w.head:
 	case last && !trailers:
-		framed = true // Content-Length is added below
+		addLength = true // Content-Length is added below
 	default:
 		w.chunked = true
 	}
@@ -260,7 +260,7 @@ func (w *responseWriter) appendHead(b []byte, content int64, last bool) []byte {
 		b = time.Now().UTC().AppendFormat(b, http.TimeFormat)
 		b = append(b, "\r\n"...)
 	}
-	if framed {
+	if addLength {
 		b = append(b, "Content-Length: "...)
 		b = strconv.AppendInt(b, content, 10)
 		b = append(b, "\r\n"...)

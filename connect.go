@@ -132,8 +132,8 @@ func hijack(w http.ResponseWriter) (conn net.Conn, early []byte, err error) {
 		peeked, _ := buffered.Reader.Peek(n) // never fails: n bytes are there
 		early = append(early, peeked...)
 	}
-	if back, ok := conn.(*readConn); ok {
-		conn, early = back.TCPConn, append(early, back.early...)
+	if read, ok := conn.(*readConn); ok {
+		conn, early = read.TCPConn, append(early, read.early...)
 	}
 	return conn, early, nil
 }

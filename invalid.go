@@ -25,7 +25,7 @@ const (
 	invalidPlainHTTP invalid = "plain_http" // HTTP without TLS on a port with TLS
 	invalidMalformed invalid = "malformed"  // not a well-formed request
 	invalidTooLarge  invalid = "too_large"  // request head over max_header_size
-	invalidUnknown   invalid = "unknown"    // HTTP version, transfer coding or expectation
+	invalidUnknown   invalid = "unknown"    // unsupported version, coding or expectation
 )
 
 // invalids has the log level and message for each reason.
@@ -134,8 +134,8 @@ func (l *lineLimit) sweep(now time.Time) bool {
 	return len(l.lines) < maxInvalidLines
 }
 
-// firstByteOf tells from the first byte of a connection whether the client speaks another
-// protocol than the port's, and which.
+// firstByteOf tells from the first byte of a connection whether the client speaks a protocol
+// other than the port's, and which.
 func firstByteOf(b byte, overTLS bool) (reason invalid, found bool) {
 	switch {
 	case b == 4 || b == 5:

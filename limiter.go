@@ -115,7 +115,7 @@ func (l *limiter) learn(client netip.Addr, now int64, wait time.Duration) *bucke
 // errBlocked reports that an operator has blocked the client.
 var errBlocked = errors.New("the client is blocked")
 
-// refuseUncounted responds to a request that is refused for another reason than an empty
+// refuseUncounted responds to a request that is refused for a reason other than an empty
 // bucket: the shared limiter cannot count it, its client is blocked, or its login is not
 // checked. As in refuseLimited, one log line stands for many refusals.
 func (h *Handler) refuseUncounted(w http.ResponseWriter, r *http.Request, v *visit, verdict verdict) error {

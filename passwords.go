@@ -130,16 +130,16 @@ func (g *loginGate) quit(client netip.Addr, line *loginLine) {
 
 // acquire sends to a channel, and waits until the deadline if it is full. It only watches
 // ctx, and with it the client's connection, if it has to wait.
-func acquire(ctx context.Context, to chan struct{}, deadline time.Time) error {
+func acquire(ctx context.Context, tokens chan struct{}, deadline time.Time) error {
 	select {
-	case to <- struct{}{}:
+	case tokens <- struct{}{}:
 		return nil
 	default:
 	}
 	timer := time.NewTimer(time.Until(deadline))
 	defer timer.Stop()
 	select {
-	case to <- struct{}{}:
+	case tokens <- struct{}{}:
 		return nil
 	case <-timer.C:
 		return errLoginsBusy

@@ -196,8 +196,8 @@ func (l *limiter) block(client netip.Addr, now int64, wait time.Duration) verdic
 }
 
 // came records a request, and returns the latest time at which one has arrived. Requests may
-// be counted in another order than they arrived in, and one that is counted late must not
-// find the tokens of an earlier time.
+// be counted out of order, and one that is counted late must not find the tokens of an
+// earlier time.
 func (b *bucket) came(now int64) int64 {
 	b.requests.Add(1)
 	for {

@@ -29,7 +29,7 @@ type slowReader struct {
 
 // newSlowReader returns nil if there is no timeout that can be restarted. Over HTTP/2 each
 // stream has a timeout of its own, but acknowledgements are for the whole connection. There
-// it limits how much waits in the kernel instead.
+// newSlowReader only limits how much waits in the kernel.
 func newSlowReader(w http.ResponseWriter, r *http.Request) *slowReader {
 	_, idle := caddyhttp.IdleTimeoutsFromContext(r.Context())
 	socket := newConnPeer(connOf(w, r)).tcp

@@ -201,7 +201,8 @@ func (b *originBody) splice(w http.ResponseWriter, count func(n int64)) (done bo
 	return true, nil
 }
 
-// spliceSome waits for bytes from the origin, and then moves what has arrived. It sets the client's write deadline, which a slowReader extends.
+// spliceSome waits for bytes from the origin, and then moves what has arrived. It sets the
+// client's write deadline, which a slowReader extends.
 func (b *originBody) spliceSome(client io.ReaderFrom, conn syscall.RawConn, socket *net.TCPConn, idle *caddyhttp.IdleTimeoutWriter) (int64, error) {
 	if buffered := int64(b.r.Buffered()); buffered > 0 {
 		n, err := io.CopyN(idle, b.r, min(buffered, b.left))

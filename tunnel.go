@@ -278,7 +278,8 @@ func least(a, b caddy.Duration) time.Duration {
 	return time.Duration(a)
 }
 
-// restTime is how long a tunnel must have been silent for the proxy to end it as in order.
+// restTime is how long a tunnel must have been silent for the proxy to close it in order
+// instead of resetting it.
 const restTime = 3 * time.Second
 
 // close ends the tunnel for a reason of the proxy. It resets both ends unless the tunnel is
