@@ -233,7 +233,7 @@ func runRules(t *testing.T, proxy string, origin func(t *testing.T, answer strin
 func runRulesOn(t *testing.T, dial func() *rawConn, origin func(t *testing.T, answer string) *ruleOrigin) {
 	for _, rule := range rules {
 		t.Run(rule.name, func(t *testing.T) {
-			for _, difference := range rule.run(t, dial(), origin(t, rule.answer), patience) {
+			for _, difference := range rule.run(dial(), origin(t, rule.answer), patience) {
 				t.Errorf("RFC %s: %s", rule.rfc, difference)
 			}
 		})
@@ -246,8 +246,7 @@ type differences []string
 func (d *differences) add(format string, args ...any) { *d = append(*d, fmt.Sprintf(format, args...)) }
 
 // run sends the rule's request through a proxy to an origin that answers as the rule says.
-func (rule rule) run(t *testing.T, c *rawConn, origin *ruleOrigin, timeout time.Duration) (d differences) {
-	t.Helper()
+func (rule rule) run(c *rawConn, origin *ruleOrigin, timeout time.Duration) (d differences) {
 	fill := func(s string) string {
 		if origin.secure {
 			s = strings.NewReplacer("http://ORIGIN", "https://ORIGIN", "HTTP://ORIGIN", "HTTPS://ORIGIN").Replace(s)
@@ -255,7 +254,10 @@ func (rule rule) run(t *testing.T, c *rawConn, origin *ruleOrigin, timeout time.
 		return strings.ReplaceAll(s, "ORIGIN", origin.address)
 	}
 	c.SetDeadline(time.Now().Add(timeout))
-	c.send(fill(rule.send))
+	if _, err := io.WriteString(c, strings.ReplaceAll(fill(rule.send), "\n", "\r\n")); err != nil {
+		d.add("sending the request: %v", err)
+		return d
+	}
 	rule.checkResponse(&d, c, fill)
 	rule.checkRequest(&d, origin, fill)
 	return d
