@@ -98,7 +98,7 @@ func TestAdminAPI(t *testing.T) {
 		t.Fatal(err)
 	}
 	var tunnels tunnelList
-	eventually(t, "bytes that have passed to be counted", func() bool {
+	eventually(t, "the tunnel's bytes to be counted", func() bool {
 		c.api("GET", "tunnels?sort=bytes", 200, &tunnels)
 		return tunnels.Total == 2 && len(tunnels.Tunnels) == 2 && tunnels.Tunnels[0].BytesUp > 0 && tunnels.Tunnels[0].BytesDown > 0
 	})

@@ -710,7 +710,7 @@ func TestBinaryDescriptors(t *testing.T) {
 	// A client that had to wait for its connection to be accepted, and then disconnected,
 	// is logged too.
 	var line map[string]any
-	eventually(t, "the line of a 503", func() bool {
+	eventually(t, "the log line of a 503", func() bool {
 		lines := c.logLines("request")
 		i := slices.IndexFunc(lines, func(line map[string]any) bool { return line["status"] == 503.0 })
 		if i >= 0 {

@@ -161,7 +161,7 @@ func TestTunnelsAreSeenWithoutABucket(t *testing.T) {
 	w.load(w.site("zone new")) // a new zone that knows no clients
 	hear(t, conn, say(t, conn, "0123456789"))
 	var list clientList
-	eventually(t, "bytes that have passed to be counted", func() bool {
+	eventually(t, "the tunnel's bytes to be counted", func() bool {
 		list = found(t, "")
 		return len(list.Clients) == 1 && list.Clients[0].BytesUp > 0 && list.Clients[0].BytesDown > 0
 	})

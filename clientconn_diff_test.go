@@ -158,7 +158,7 @@ func (one *twin) converse(t testing.TB, warm, send, answer string, manner int, f
 	got := one.listen(c, twinMethods(send), sent)
 	c.Close()
 	<-sent
-	eventually(t, "the connection to be given up", func() bool { return ownConns() == 0 })
+	eventually(t, "the fast-path connection to close", func() bool { return ownConns() == 0 })
 	got = append(got, origin.end()...)
 	for i, text := range got {
 		got[i] = strings.NewReplacer("127.0.0.2", "127.0.0.1", `"two";`, `"one";`, one.proxy, "PROXY").Replace(text)
@@ -844,7 +844,7 @@ func TestClientConnHandsOn(t *testing.T) {
 		c := fastConn()
 		c.send(strings.ReplaceAll("GET http://ORIGIN/.well-known/"+path+" HTTP/1.1\nHost: ORIGIN\n\n", "ORIGIN", one.origin.Addr().String()))
 		c.response(http.MethodGet)
-		eventually(t, path+" to be handed on", func() bool { return ownConns() == 0 })
+		eventually(t, path+" to be handed to net/http", func() bool { return ownConns() == 0 })
 	}
 	for _, text := range []string{"BAD /x\n\n", "nonsense of some length\n", plainGet + "nonsense\n", plainGet + " folded\n\n"} { // refused immediately
 		c := fastConn()

@@ -50,11 +50,11 @@ func TestProcessExitsWithClientConns(t *testing.T) {
 			for _, conn := range conns {
 				conn.gets(c.origin.URL + "/")
 			}
-			eventually(t, "the connections to be all that the proxy serves itself", func() bool { return c.ownConns() == len(conns) })
+			eventually(t, "all connections to be on the fast path", func() bool { return c.ownConns() == len(conns) })
 			conns[0].send("GET " + c.origin.URL + "/ HTTP/1.1\nHo")
 			time.Sleep(100 * time.Millisecond) // until the request has been read: closing a socket with unread data would reset it
 			silent := c.dial()                 // sends no request
-			eventually(t, "it to be accepted", func() bool { return c.ownConns() == len(conns)+1 })
+			eventually(t, "the new connection to be accepted", func() bool { return c.ownConns() == len(conns)+1 })
 			if row.slow {
 				conns[2].get(c.origin.URL+"/slow", "")
 				<-origin.asked
@@ -123,7 +123,7 @@ func TestProcessSplicesOnClientConns(t *testing.T) {
 	if n := read() - before; n > size/2 {
 		t.Errorf("%d bytes of %d were read by the process", n, size)
 	}
-	eventually(t, "the connection to be the only one that the proxy serves itself", func() bool { return c.ownConns() == 1 })
+	eventually(t, "the connection to be the only one on the fast path", func() bool { return c.ownConns() == 1 })
 }
 
 // A reload closes no connection that the new config serves: idle ones move at once, busy
@@ -158,7 +158,7 @@ func TestClientConnReload(t *testing.T) {
 				site = inRoute(site)
 			}
 			w.load(site)
-			eventually(t, "those that wait to go", func() bool { return old.conns.size() == 2 })
+			eventually(t, "the idle connections to move", func() bool { return old.conns.size() == 2 })
 			origin.end <- struct{}{}
 			if rest := begun.readUntil("0\r\n\r\n"); !strings.HasSuffix(rest, "last\r\n0\r\n\r\n") {
 				t.Errorf("the rest of the response that had begun is %q", rest)
@@ -191,7 +191,7 @@ func TestClientConnReload(t *testing.T) {
 				_ = c.Close()
 			}
 			once()
-			eventually(t, "nothing to be left", func() bool {
+			eventually(t, "all connections to be gone", func() bool {
 				return old.conns.size()+ownConns() == 0 && descriptors(t, "self") <= files && runtime.NumGoroutine() <= goroutines
 			})
 		})

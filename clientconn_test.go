@@ -161,7 +161,7 @@ func TestClientConnServed(t *testing.T) {
 				if denied := conn.RemoteAddr().Network() == "unix"; !denied && string(body) != "hello from the origin" {
 					t.Errorf("%s: %q", res.Status, body)
 				}
-				eventually(t, fmt.Sprintf("the proxy to serve %d connections itself after request %d", row.want, i+1), func() bool { return ownConns() == row.want })
+				eventually(t, fmt.Sprintf("%d connections on the fast path after request %d", row.want, i+1), func() bool { return ownConns() == row.want })
 			}
 		})
 	}
@@ -515,7 +515,7 @@ func TestClientConnHoldsLittle(t *testing.T) {
 	w.dialOwn()
 	for _, l := range listeners() {
 		for _, c := range l.conns.list() {
-			eventually(t, "the connection to wait", func() bool { return c.state.Load() == connIdle })
+			eventually(t, "the connection to be idle", func() bool { return c.state.Load() == connIdle })
 			names := strings.Join(c.w.names[:cap(c.w.names)], "")
 			if size := cap(c.w.buf); size > 16<<10 || c.w.header != nil || names != "" {
 				t.Errorf("%d bytes, %d fields and %d bytes of names", size, len(c.w.header), len(names))
@@ -552,7 +552,7 @@ func TestClientConnHandedOn(t *testing.T) {
 					break
 				}
 			}
-			eventually(t, "the connection to be handed on", func() bool { return ownConns() == 0 })
+			eventually(t, "the connection to be handed to net/http", func() bool { return ownConns() == 0 })
 			if strings.Contains(row.request, "chunked") {
 				break // closes the connection
 			}
@@ -586,7 +586,7 @@ func TestClientConnTunnels(t *testing.T) {
 			if _, ok := near.Conn.(*net.TCPConn); !ok {
 				t.Errorf("the client's end of the tunnel is %T, want the socket", near.Conn)
 			}
-			eventually(t, "the connection to be handed on", func() bool { return ownConns() == 0 })
+			eventually(t, "the connection to be handed to net/http", func() bool { return ownConns() == 0 })
 			c.send("late")
 			_ = c.CloseWrite()
 			if got := c.readAll(); got != want+early+"late" {
@@ -745,7 +745,7 @@ func TestClientConnStalledWrites(t *testing.T) {
 		}
 	}
 	c.get(w.origin.URL+"/large", "")
-	eventually(t, "the client that does not read to be left", func() bool { return ownConns() == 0 })
+	eventually(t, "the client that does not read to be disconnected", func() bool { return ownConns() == 0 })
 	if n, err := io.Copy(io.Discard, c); err != nil && !errors.Is(err, syscall.ECONNRESET) || n >= 64<<20 {
 		t.Errorf("%d bytes, %v", n, err)
 	}

@@ -144,7 +144,7 @@ func TestListenerNewConnsAtReload(t *testing.T) {
 		noTunnels(t)
 	}
 	w.origin.CloseClientConnections()
-	eventually(t, "nothing to be left", func() bool { return runtime.NumGoroutine() <= goroutines })
+	eventually(t, "all connections to be gone", func() bool { return runtime.NumGoroutine() <= goroutines })
 }
 
 // The server's head timeout applies to new connections from their start. A partial head
@@ -199,11 +199,11 @@ func TestListenerOfTLS(t *testing.T) {
 		if res.StatusCode != http.StatusOK {
 			t.Errorf("%q: over TLS, %s", wrappers, res.Status)
 		}
-		eventually(t, "the client by TLS to be served by net/http", func() bool { return ownConns() == 0 })
+		eventually(t, "the TLS client to be served by net/http", func() bool { return ownConns() == 0 })
 		client.CloseIdleConnections()
 		c := dialRaw(t, w.plain)
 		c.gets(w.origin.URL + "/")
-		eventually(t, "the client at the port for HTTP to be served by the proxy itself", func() bool { return ownConns() == 1 })
+		eventually(t, "the plain HTTP client to be on the fast path", func() bool { return ownConns() == 1 })
 		c.Close()
 	}
 }

@@ -233,7 +233,7 @@ func TestContentThatStallsAtTheEnd(t *testing.T) {
 	})
 	other := w.dial()
 	other.send("GET https://" + secure + "/ HTTP/1.1\nHost: " + secure + "\n\n")
-	eventually(t, "both responses to wait", func() bool { return h.tunnels.admitted.Load() == 2 })
+	eventually(t, "both responses to be waiting", func() bool { return h.tunnels.admitted.Load() == 2 })
 	w.load("http://127.0.0.1:" + strings.Split(freeAddress(t), ":")[1] + " {\nrespond hi\n}\n")
 	c.brokenOffSoon("when no proxy is left")
 	other.brokenOffSoon("over HTTP/2, when no proxy is left")

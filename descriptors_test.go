@@ -79,7 +79,7 @@ func TestTunnelsLeaveNothingBehind(t *testing.T) {
 		openAndClose(protocol, n/len(tunnelProtocols))
 	}
 	noTunnels(t)
-	eventually(t, "descriptors and goroutines to be as many as before", func() bool {
+	eventually(t, "the earlier numbers of descriptors and goroutines", func() bool {
 		return descriptors(t, "self") <= files && runtime.NumGoroutine() <= goroutines
 	})
 }
@@ -106,7 +106,7 @@ func TestTunnelHoldsTwoDescriptorsAfterBulk(t *testing.T) {
 	// Unused pipes are kept for the next burst, up to a limit.
 	spare := 2 * cap(pipes)
 	held := 0
-	eventually(t, "the pipes to be given back", func() bool {
+	eventually(t, "the pipes to be returned", func() bool {
 		held = descriptors(t, "self") - before
 		return held <= 4*n+spare
 	})
@@ -117,7 +117,7 @@ func TestTunnelHoldsTwoDescriptorsAfterBulk(t *testing.T) {
 		conn.Close()
 	}
 	noTunnels(t)
-	eventually(t, "descriptors to be as many as before", func() bool { return descriptors(t, "self") <= before })
+	eventually(t, "the earlier number of descriptors", func() bool { return descriptors(t, "self") <= before })
 }
 
 // The kernel reuses a local port for connections to different destinations, so a client on
@@ -177,7 +177,7 @@ func TestIdleRelaysHoldNothing(t *testing.T) {
 			}
 			var held usage
 			defer func() { t.Logf("%d relays hold %+v", n, held) }()
-			eventually(t, "nothing to be held by idle relays", func() bool {
+			eventually(t, "idle relays to hold nothing", func() bool {
 				closePipes()
 				held = usageOf(t).since(before)
 				return held.descriptors == 0 && held.heap < n*2<<10 && held.stacks < n*stack

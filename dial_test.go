@@ -195,7 +195,7 @@ func TestDialOfTwoFamilies(t *testing.T) {
 func TestTargetsAreKeptAlive(t *testing.T) {
 	w := newWorld(t, "", nil)
 	w.dial().connect(echoTarget(t))
-	eventually(t, "a tunnel that is kept alive", func() bool {
+	eventually(t, "a tunnel with keep-alive", func() bool {
 		open := openTunnels()
 		return len(open) == 1 && isKeptAlive(t, open[0].far.(*connPeer).tcp)
 	})

@@ -189,7 +189,7 @@ func TestHeldHeadsAreBounded(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer releaseRegistry()
-			eventually(t, "the heads to be given up", func() bool {
+			eventually(t, "the heads to be released", func() bool {
 				registry.heads.mu.Lock()
 				defer registry.heads.mu.Unlock()
 				return len(registry.heads.bytes) == 0

@@ -115,7 +115,7 @@ func TestHTTP2OriginsShare(t *testing.T) {
 	if _, err := o.ask(t.Context(), authority); err != nil { // of a handler whose config was replaced
 		t.Error(err)
 	}
-	eventually(t, "that of a late request to end, too", func() bool { return open.Load() == 0 })
+	eventually(t, "the late request's connection to close, too", func() bool { return open.Load() == 0 })
 
 	o, _ = newHTTP2Origins(dialTCP, newOrigins(nil))
 	if _, err := o.ask(t.Context(), authority); err != nil || o.count() != 1 {

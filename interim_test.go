@@ -36,7 +36,7 @@ func TestInterimResponsesStallNobody(t *testing.T) {
 		stuck := w.dial()
 		_ = stuck.SetReadBuffer(4 << 10)
 		go func() { _, _ = io.WriteString(stuck, strings.Repeat(strings.ReplaceAll(request, "\n", "\r\n"), 2000)) }()
-		eventually(t, "an interim response that waits for its client", func() bool {
+		eventually(t, "an interim response that is blocked by its client", func() bool {
 			stacks := make([]byte, 4<<20)
 			for stack := range strings.SplitSeq(string(stacks[:runtime.Stack(stacks, true)]), "\n\n") {
 				if strings.Contains(stack, "passInterim") && strings.Contains(stack, "waitWrite") {

@@ -314,8 +314,8 @@ func testConnectionLogins(t *testing.T, o *loginOrigin, dial func() (net.Conn, l
 	if o.TLS != nil {
 		shared = 1 // over HTTP/2, a connection without logins
 	}
-	eventually(t, "all connections to the origin to end but what is shared", func() bool { return o.open.Load() <= shared })
-	eventually(t, "the clients to be forgotten", func() bool { return boundClientCount.Load() == 0 })
+	eventually(t, "all but the shared connection to the origin to close", func() bool { return o.open.Load() <= shared })
+	eventually(t, "the clients to be dropped", func() bool { return boundClientCount.Load() == 0 })
 }
 
 // A client may disconnect while its first bound connection is being registered.

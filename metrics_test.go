@@ -101,7 +101,7 @@ func TestMetricsCount(t *testing.T) {
 		}
 		var during map[string]float64
 		up := before[`tunnel_bytes_total{direction="up"}`] + 10
-		eventually(t, "what was sent to be counted", func() bool {
+		eventually(t, "the bytes sent to be counted", func() bool {
 			during = gathered(t)
 			return during[`tunnel_bytes_total{direction="up"}`] >= up
 		})
@@ -284,7 +284,7 @@ func TestMetricsOfAClientThatLeaves(t *testing.T) {
 				if _, err := io.CopyN(io.Discard, res.Body, some); err != nil {
 					t.Fatal(err)
 				}
-				eventually(t, "the bytes to be counted while there are more", func() bool { return since(t, before)[`forwarded_bytes_total{direction="down"}`] >= some })
+				eventually(t, "bytes to be counted during the transfer", func() bool { return since(t, before)[`forwarded_bytes_total{direction="down"}`] >= some })
 			}
 			conn.Close()
 			if line := w.waitLog("request", 1)[0]; line["level"] != "info" || line["status"] != 499.0 || line["reason"] != "connection_terminated" {

@@ -301,7 +301,7 @@ func TestPasswordsAreCheckedOneByOne(t *testing.T) {
 			}()
 		}
 		slots := min(clients, max(1, runtime.GOMAXPROCS(0)/2))
-		eventually(t, "each to be answered or held", func() bool {
+		eventually(t, "each login to be answered or held", func() bool {
 			return len(statuses) == (guesses-tokens)*clients && compared.Load() == int64(slots)
 		})
 		// Requests that need no check do not wait.
@@ -335,9 +335,9 @@ func TestLoginOfAClientThatLeaves(t *testing.T) {
 			return conn
 		}
 		first := send("first")
-		eventually(t, "the first to be checked", func() bool { return compared.Load() == 1 })
+		eventually(t, "the first login to be checked", func() bool { return compared.Load() == 1 })
 		second := send("second")
-		eventually(t, "the second to wait", func() bool {
+		eventually(t, "the second login to wait", func() bool {
 			logins.mu.Lock()
 			defer logins.mu.Unlock()
 			return len(logins.lines) == 1 && logins.lines[netip.MustParseAddr("127.0.0.1")].n == 2
@@ -421,7 +421,7 @@ func TestRightPasswordsOfSeveralProvidersTakeTurns(t *testing.T) {
 			statuses <- res.StatusCode
 		}()
 	}
-	eventually(t, "one to be checked and the others to wait", func() bool {
+	eventually(t, "one login to be checked and the others to wait", func() bool {
 		logins.mu.Lock()
 		defer logins.mu.Unlock()
 		line := logins.lines[netip.MustParseAddr("127.0.0.1")]

@@ -402,7 +402,7 @@ func TestPolicyListenersWhileReloading(t *testing.T) {
 			t.Fatal("the config with an address of another machine was loaded")
 		}
 		before := tried.Load()
-		eventually(t, "attempts after the reload that failed", func() bool { return tried.Load() > before+20 })
+		eventually(t, "attempts after the failed reload", func() bool { return tried.Load() > before+20 })
 	}
 	close(stop)
 	attackers.Wait()

@@ -184,7 +184,7 @@ func (c *binaryCaddy) openDeaf(t *testing.T, protocol string) {
 		t.Fatal(err)
 	}
 	last := int64(0)
-	eventually(t, "the target to be held back", func() bool {
+	eventually(t, "back-pressure on the target", func() bool {
 		time.Sleep(100 * time.Millisecond)
 		now := sent.Load()
 		stopped := now == last && now > 0

@@ -152,7 +152,7 @@ func TestTunnelIsClosedAfterSilenceAndNotBefore(t *testing.T) {
 		}
 	}
 	// The client sees the end slightly before the registry does.
-	eventually(t, "the silent tunnels to be gone", func() bool { return len(openTunnels()) == len(lively) })
+	eventually(t, "the silent tunnels to be closed", func() bool { return len(openTunnels()) == len(lively) })
 }
 
 func TestDrain(t *testing.T) {

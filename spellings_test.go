@@ -357,7 +357,7 @@ func TestUnroutable(t *testing.T) {
 	}
 	ask("127.0.0.1", 200, "")
 	system("echo 0 > /proc/sys/net/ipv6/conf/all/disable_ipv6; ip addr add 2606:4700::1111/128 dev lo nodad")
-	eventually(t, "the way to the address", func() bool {
+	eventually(t, "a route to the address", func() bool {
 		conn, err := net.Dial("tcp", "[2606:4700::1111]:"+port)
 		if err == nil {
 			conn.Close()

@@ -391,7 +391,7 @@ func TestStreamSlowReader(t *testing.T) {
 	slow.send("GET http://" + origin + "/slow HTTP/1.1\nHost: " + origin + "\n\n")
 	slow.readUntil("\r\n\r\n")
 	var last int64
-	eventually(t, "the origin to be held back", func() bool {
+	eventually(t, "back-pressure on the origin", func() bool {
 		time.Sleep(100 * time.Millisecond)
 		now := sent.Load()
 		stopped := now == last && now > 0
@@ -475,7 +475,7 @@ func TestStreamSteadyReader(t *testing.T) {
 			})
 		}
 	}
-	eventually(t, "two clients to be served by the proxy itself", func() bool { return ownConns() == 2 })
+	eventually(t, "two clients on the fast path", func() bool { return ownConns() == 2 })
 	clients.Wait()
 }
 

@@ -267,7 +267,7 @@ func TestClientLeavesAStuckTarget(t *testing.T) {
 func waitForStall(t *testing.T) {
 	t.Helper()
 	last, same := int64(-1), 0
-	eventually(t, "the target to take nothing more", func() bool {
+	eventually(t, "the target to accept no more data", func() bool {
 		sum := int64(0)
 		for _, t := range openTunnels() {
 			sum += t.up.Load()
