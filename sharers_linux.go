@@ -4,6 +4,7 @@
 package asyncproxy
 
 import (
+	"bufio"
 	"encoding/hex"
 	"fmt"
 	"net/netip"
@@ -37,10 +38,20 @@ func listeningInodes(at netip.AddrPort) (inodes []string) {
 		slices.Reverse(word) // the kernel prints words in the order of the machine's bytes
 	}
 	local := fmt.Sprintf("%s:%04X", strings.ToUpper(hex.EncodeToString(ip)), at.Port())
-	data, _ := os.ReadFile(file)
-	for line := range strings.Lines(string(data)) {
+	sockets, err := os.Open(file)
+	if err != nil {
+		return nil
+	}
+	defer sockets.Close()
+	lines := bufio.NewScanner(sockets)
+	lines.Scan() // the headings
+	for lines.Scan() {
 		const listening = "0A"
-		if fields := strings.Fields(line); len(fields) > 9 && fields[1] == local && fields[3] == listening {
+		fields := strings.Fields(lines.Text())
+		if len(fields) < 10 || fields[3] != listening {
+			break // The kernel lists the connections behind, and there may be many.
+		}
+		if fields[1] == local {
 			inodes = append(inodes, fields[9])
 		}
 	}
