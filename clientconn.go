@@ -126,7 +126,7 @@ func (c *clientConn) run() {
 
 // serve serves requests until the connection ends, becomes a tunnel, or is handed off.
 func (c *clientConn) serve() (t *tunnel) {
-	handedOff := false // the connection was handed off
+	handedOff := false
 	defer func() {
 		if err := recover(); err != nil && err != http.ErrAbortHandler {
 			c.listener.handler.logger.Error("panic serving a client", zap.String("client", c.remote), zap.Any("panic", err), zap.ByteString("stack", debug.Stack()))
