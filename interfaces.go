@@ -13,12 +13,11 @@ import (
 	"github.com/gaissmai/bart"
 )
 
-// lookInterval is how long an answer of the system about its addresses and
-// sockets is trusted: asking it for each connection would cost too much.
+// lookInterval is how long information from the system about its addresses and sockets is
+// cached: asking for each connection would cost too much.
 const lookInterval = time.Second
 
-// interfaces is what the network interfaces of this machine looked like when
-// the system was last asked.
+// interfaces is a snapshot of the addresses of this machine's network interfaces.
 type interfaces struct {
 	addresses map[netip.Addr]bool
 	networks  bart.Lite // the networks of these addresses
@@ -30,9 +29,9 @@ var (
 	askingInterfaces sync.Mutex
 )
 
-// currentInterfaces returns what is known of the interfaces, at most
-// lookInterval old if the system tells, or nil if it never has. While one
-// goroutine asks the system the others go on with the last answer.
+// currentInterfaces returns a snapshot of the interfaces that is about lookInterval old at
+// most, unless asking the system fails; then it returns the last snapshot, or nil if there
+// is none. While one goroutine asks the system, the others use the last snapshot.
 func currentInterfaces() *interfaces {
 	known := knownInterfaces.Load()
 	if known != nil && (time.Since(known.asked) < lookInterval || !askingInterfaces.TryLock()) {
@@ -43,7 +42,7 @@ func currentInterfaces() *interfaces {
 	}
 	defer askingInterfaces.Unlock()
 	list, err := net.InterfaceAddrs()
-	if err != nil { // such as for want of descriptors
+	if err != nil { // such as when there are no descriptors left
 		return known
 	}
 	known = newInterfaces(list)
@@ -75,18 +74,16 @@ func newInterfaces(list []net.Addr) *interfaces {
 	return known
 }
 
-// isOwnAddress reports whether ip is an address of this machine. If the system
-// does not tell, every address is taken for one: then the proxy denies too much
-// rather than too little.
+// isOwnAddress reports whether ip is an address of this machine. If the system's addresses
+// are unknown, it returns true, so that the proxy denies too much rather than too little.
 func isOwnAddress(ip netip.Addr) bool {
 	known := currentInterfaces()
 	return known == nil || known.addresses[ip]
 }
 
-// isNearby reports whether ip is an address of this machine or of a network that
-// one of its interfaces is in. The machine reaches such a host without passing
-// the firewall that protects it from everybody else, even if the address itself
-// is public.
+// isNearby reports whether ip is in the network of one of this machine's interfaces. From
+// here such a host is reached without passing the firewall that protects it from the rest
+// of the Internet, even if its address is public.
 func isNearby(ip netip.Addr) bool {
 	known := currentInterfaces()
 	return known == nil || known.networks.Contains(ip)

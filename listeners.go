@@ -14,19 +14,20 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// ownListeners knows the listeners of this process that the proxy takes no client
-// to: Caddy's admin endpoint and the status page, which are often protected by
-// nothing but their address, the proxy itself, and listeners of other Caddy apps.
-// Other sites of this Caddy are destinations like all others.
+// ownListeners knows the protected listeners of this process, to which the proxy connects
+// no client: Caddy's admin endpoint and the status page, which are often protected by
+// nothing but their address, the proxy itself, and the listeners of other Caddy apps.
+// Other sites of this Caddy are destinations like any others.
 type ownListeners struct {
 	ctx     caddy.Context
 	self    *caddyhttp.Server
 	running *atomic.Bool // all servers listen
 }
 
-// at reports whether a connection to an address would arrive at one of them. For an
-// address of another machine, as most are, it does not look for sockets. Without exact
-// it may miss a listener that was opened within the last lookInterval, at half the cost.
+// at reports whether a connection to an address would arrive at one of them. It decides
+// about addresses of other machines, as most are, without looking for sockets. Unless exact
+// is set, it may miss a listener that was opened within the last lookInterval, which halves
+// the cost.
 func (o *ownListeners) at(to netip.AddrPort, exact bool) bool {
 	if ip := to.Addr(); !ip.IsLoopback() && !ip.IsUnspecified() && !isOwnAddress(ip) {
 		return false
@@ -34,32 +35,32 @@ func (o *ownListeners) at(to netip.AddrPort, exact bool) bool {
 	return o.have(to, exact, func(ln netip.AddrPort) bool { return arrives(to, ln) })
 }
 
-// atPort reports whether one of them has the port.
+// atPort reports whether one of them listens on the port.
 func (o *ownListeners) atPort(port uint16) bool {
 	return o.have(netip.AddrPortFrom(loopback4, port), true, func(netip.AddrPort) bool { return true })
 }
 
-// have reports whether the condition holds for one of the listeners that have
-// the port of an address.
+// have reports whether the condition holds for one of them that listens on the port of an
+// address.
 func (o *ownListeners) have(to netip.AddrPort, exact bool, condition func(netip.AddrPort) bool) bool {
 	return slices.ContainsFunc(listenersAt(to, exact), func(ln netip.AddrPort) bool { return condition(ln) && !o.isSite(ln) })
 }
 
-// arrives reports whether a listener at ln gets connections to an address with
-// the same port.
+// arrives reports whether a listener at ln accepts connections to an address with the same
+// port.
 func arrives(to, ln netip.AddrPort) bool {
 	ip, at := to.Addr(), ln.Addr()
 	switch {
 	case ip == at:
 		return true
-	case ip.IsUnspecified(): // the kernel takes it for loopback
+	case ip.IsUnspecified(): // the kernel connects to loopback
 		return at.IsLoopback() || at.IsUnspecified()
 	}
 	return at.IsUnspecified() && (ip.IsLoopback() || isOwnAddress(ip))
 }
 
-// isSite reports whether another HTTP server, one without a status page, listens
-// at an address. Until all servers listen, none is known.
+// isSite reports whether another HTTP server without a status page listens on an address.
+// Until all servers listen, it returns false.
 func (o *ownListeners) isSite(ln netip.AddrPort) bool {
 	app, err := o.ctx.AppIfConfigured("http")
 	if err != nil || !o.running.Load() {
@@ -73,9 +74,9 @@ func (o *ownListeners) isSite(ln netip.AddrPort) bool {
 	return false
 }
 
-// spellings are the ways in which a config may write the host of a listener that
-// gets connections to an address of this machine, with the address that it then
-// listens at. The host of the address itself is one more.
+// spellings are the usual ways in which a config may write the host of a listener that
+// accepts connections to an address of this machine, and the address that it then listens
+// on. In addition, the config may write the address itself.
 var spellings = [...]struct {
 	host string
 	addr netip.Addr
@@ -84,8 +85,8 @@ var spellings = [...]struct {
 	{"localhost", loopback4}, {"127.0.0.1", loopback4}, {"::1", netip.IPv6Loopback()},
 }
 
-// listenerCount returns how many listeners at the port of an address Caddy has
-// counted, as far as it counts them under the usual spellings.
+// listenerCount returns how many listeners on the port of an address Caddy has counted
+// under the usual spellings.
 func listenerCount(to netip.AddrPort) (n int) {
 	port := strconv.Itoa(int(to.Port()))
 	for _, s := range spellings {
@@ -97,8 +98,8 @@ func listenerCount(to netip.AddrPort) (n int) {
 	return n
 }
 
-// usedListeners returns where Caddy listens for connections to an address, as
-// far as the ways are known in which a config may spell that.
+// usedListeners returns the addresses on which Caddy listens for connections to an address.
+// It finds only listeners that the config writes in one of the usual spellings.
 func usedListeners(to netip.AddrPort) (found []netip.AddrPort) {
 	port := strconv.Itoa(int(to.Port()))
 	add := func(host string, addr netip.Addr) {

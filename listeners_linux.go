@@ -17,12 +17,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// sockets are those on which Caddy listens, by port, as the kernel knows them,
-// however a config spells the address.
+// sockets are the sockets on which Caddy listens, by port. Their addresses come from the
+// kernel, so it does not matter how a config spells them.
 type sockets struct {
 	at     map[uint16][]socket
 	looked time.Time
-	config *time.Time // that was running then
+	config *time.Time // identifies the config that was running at that time
 }
 
 type socket struct {
@@ -30,16 +30,16 @@ type socket struct {
 	addr netip.AddrPort
 }
 
-// Looking for sockets costs a system call for each descriptor, so the result is
-// kept for lookInterval unless something shows that it is out of date.
+// Looking for sockets costs a system call for each descriptor, so the result is cached for
+// lookInterval, unless something shows that it is stale.
 var (
 	knownSockets atomic.Pointer[sockets]
 	lookingMu    sync.Mutex
 )
 
-// listenersAt returns where Caddy listens at the port of an address. It asks the
-// system anew when its last answer is old or no longer true; with exact, also when Caddy
-// counts more listeners than the answer has.
+// listenersAt returns the addresses on which Caddy listens on the port of an address. It
+// looks for sockets again when the cached result is old or stale. If exact is set, it also
+// does so when Caddy counts more listeners than the result has.
 func listenersAt(to netip.AddrPort, exact bool) []netip.AddrPort {
 	if found, complete := knownSockets.Load().listening(to, exact); complete {
 		return found
@@ -55,16 +55,16 @@ func listenersAt(to netip.AddrPort, exact bool) []netip.AddrPort {
 	}
 	knownSockets.Store(known)
 	found, complete := known.listening(to, exact)
-	if !complete { // a listener was opened while the descriptors were looked at
+	if !complete { // a listener was opened during the search
 		found = append(found, usedListeners(to)...)
 	}
 	return found
 }
 
-// listening returns the sockets that still listen at the port of an address, and
-// reports whether these are all of them. They are not if one has been closed or
-// Caddy counts more: a reload opens the new listener of the admin endpoint and
-// closes the old one long before the config has started, or failed to.
+// listening returns the addresses of the sockets that still listen on the port of an
+// address, and reports whether these are all of them. They are not if one has been closed
+// or, which only exact checks, Caddy counts more: a reload opens the new listener of the
+// admin endpoint and closes the old one long before the new config has started or failed.
 func (s *sockets) listening(to netip.AddrPort, exact bool) (found []netip.AddrPort, complete bool) {
 	if s == nil || s.config != configLoaded.Load() || time.Since(s.looked) >= lookInterval {
 		return nil, false
@@ -94,9 +94,9 @@ func lookForSockets() (*sockets, error) {
 	return s, nil
 }
 
-// listensAt returns the address of a descriptor that is a listening socket of
-// Caddy's: of those that it makes each can be shared with the next config, and
-// those that it was given have their descriptor as their address.
+// listensAt returns the address of a descriptor if that is a listening socket of Caddy's.
+// Those that Caddy opens have SO_REUSEPORT set, so that the next config can share them;
+// those that it inherits are counted as listeners with the descriptor as their address.
 func listensAt(fd int) (addr netip.AddrPort, ok bool) {
 	if listening, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN); err != nil || listening == 0 {
 		return addr, false
@@ -118,7 +118,7 @@ func listensAt(fd int) (addr netip.AddrPort, ok bool) {
 	return addr, false
 }
 
-// descriptorSlots returns a number that is greater than all descriptors.
+// descriptorSlots returns a number that is greater than any open descriptor.
 func descriptorSlots() (int, error) {
 	status, err := os.ReadFile("/proc/self/status")
 	if err != nil {

@@ -7,8 +7,7 @@ package asyncproxy
 
 import "net/netip"
 
-// listenersAt returns where Caddy listens for connections to an address. Only
-// what it tells of that is known here: not a listener that the config
-// names by another spelling of its address, by the name of a host or by a file
-// descriptor.
+// listenersAt returns the addresses on which Caddy listens for connections to an address.
+// On this system it misses listeners that the config names by an unusual spelling of their
+// address, by a host name or by a file descriptor.
 func listenersAt(to netip.AddrPort, _ bool) []netip.AddrPort { return usedListeners(to) }

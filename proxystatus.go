@@ -5,12 +5,12 @@ package asyncproxy
 
 import "strings"
 
-// maxProxyStatus bounds, in bytes, the members of Proxy-Status that are passed on.
+// maxProxyStatus is the maximum length in bytes of a Proxy-Status that is passed on.
 const maxProxyStatus = 1 << 10
 
 // proxyStatusMembers returns the members of a received Proxy-Status field as one
-// list, to put in front of our own (RFC 9209 §2). It returns "" if the field is
-// absent, too long, or no list of tokens and strings with parameters (RFC 8941).
+// list, to put in front of our own (RFC 9209 §2). It returns "" if the field is absent, too
+// long, or not a list of tokens and strings with parameters (RFC 8941).
 func proxyStatusMembers(values []string) string {
 	s := strings.Join(values, ", ")
 	if len(s) > maxProxyStatus {
@@ -57,9 +57,9 @@ func cutMember(s string) (rest string, ok bool) {
 	return s, true
 }
 
-// cutBareItem cuts a string, or a token, number, boolean or byte sequence, from
-// the front of s. What is in one of the latter is not looked at further: none of
-// it ends a member.
+// cutBareItem cuts a string, or a token, number, boolean or byte sequence, from the front
+// of s. It does not check the syntax of the latter any further: none of their characters
+// can end a member.
 func cutBareItem(s string) (rest string, ok bool) {
 	if !strings.HasPrefix(s, `"`) {
 		n := 0

@@ -15,27 +15,27 @@ import (
 	"strings"
 )
 
-// sharers returns the processes that listen at an address beside this one, as
-// far as it may see them: Linux lets processes of one user share a port, and
-// gives each some of the connections.
+// sharers returns the other processes that listen on an address, as far as this one has
+// permission to see them. Linux lets processes of one user share a port, and distributes
+// the connections among them.
 func sharers(at netip.AddrPort) (processes []string) {
-	own := socketsOf("self")
+	ours := socketsOf("self")
 	for _, inode := range listeningInodes(at) {
-		if !slices.Contains(own, inode) {
+		if !slices.Contains(ours, inode) {
 			processes = append(processes, processOf(inode))
 		}
 	}
 	return processes
 }
 
-// listeningInodes returns the sockets that listen at an address.
+// listeningInodes returns the inodes of the sockets that listen on an address.
 func listeningInodes(at netip.AddrPort) (inodes []string) {
 	file, ip := "/proc/net/tcp6", at.Addr().AsSlice()
 	if at.Addr().Is4() {
 		file = "/proc/net/tcp"
 	}
 	for word := range slices.Chunk(ip, 4) {
-		slices.Reverse(word) // the kernel prints words in the order of the machine's bytes
+		slices.Reverse(word) // the kernel prints words in host byte order
 	}
 	local := fmt.Sprintf("%s:%04X", strings.ToUpper(hex.EncodeToString(ip)), at.Port())
 	sockets, err := os.Open(file)
@@ -58,7 +58,7 @@ func listeningInodes(at netip.AddrPort) (inodes []string) {
 	return inodes
 }
 
-// socketsOf returns the sockets that a process has open.
+// socketsOf returns the inodes of the sockets that a process has open.
 func socketsOf(process string) (inodes []string) {
 	links, _ := filepath.Glob("/proc/" + process + "/fd/*")
 	for _, link := range links {
@@ -70,7 +70,7 @@ func socketsOf(process string) (inodes []string) {
 	return inodes
 }
 
-// processOf describes a process that has a socket open, if it can be found.
+// processOf returns the name and pid of a process that has a socket open, or "unknown".
 func processOf(inode string) string {
 	entries, _ := os.ReadDir("/proc")
 	for _, entry := range entries {

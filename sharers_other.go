@@ -7,6 +7,6 @@ package asyncproxy
 
 import "net/netip"
 
-// sharers returns nothing: on other systems processes cannot share a port, or
-// there is no way to see it.
+// sharers returns nil: other systems do not let processes share a port, or have no way to
+// find out.
 func sharers(netip.AddrPort) []string { return nil }

@@ -29,7 +29,7 @@ func (l *Limiter) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		if hasUser(d.Val()) {
 			return d.Errf("redis: a value is a URL or has a user; expected %s", expectedAddresses)
 		}
-		if !strings.Contains(d.Val(), "{") { // else a placeholder
+		if !strings.Contains(d.Val(), "{") { // a placeholder is checked once it is replaced
 			if _, ok := parseAddress(d.Val()); !ok {
 				return d.Errf("redis: the value '%s' is not valid; expected %s", d.Val(), expectedAddresses)
 			}
@@ -52,7 +52,7 @@ func (l *Limiter) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		if err := l.option(d, name, d.RemainingArgs()); err != nil {
 			return err
 		}
-		if last := d.Val(); d.NextBlock(d.Nesting()) || d.Val() != last { // an empty block only moves on
+		if last := d.Val(); d.NextBlock(d.Nesting()) || d.Val() != last { // for an empty block, NextBlock returns false but advances
 			return d.Errf("%s: unexpected block; expected %s", name, expectations[name])
 		}
 	}
@@ -61,7 +61,7 @@ func (l *Limiter) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 
 const expectedAddresses = "addresses of servers as " + expectedAddress
 
-// expectations are what the options want, in the words of the errors.
+// expectations describe the values of the options in errors.
 var expectations = map[string]string{
 	"username": "a name",
 	"password": "a password, such as {env.REDIS_PASSWORD}",
@@ -73,8 +73,7 @@ var expectations = map[string]string{
 	"on_error": "local, allow or deny",
 }
 
-// option reads one option with its arguments. The value of a password is never
-// part of an error.
+// option parses one option and its arguments. Errors never contain a password.
 func (l *Limiter) option(d *caddyfile.Dispenser, name string, args []string) error {
 	if name == "tls" && len(args) == 0 {
 		l.TLS = new(TLS)

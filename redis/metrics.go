@@ -9,8 +9,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// metrics are the process's. They are made once and registered with each
-// config's registry, so that they count on across reloads.
+// metrics are shared by the whole process. They are created once and registered with each
+// config's registry, so that counts survive reloads.
 var metrics = struct {
 	duration  prometheus.Histogram
 	errors    *prometheus.CounterVec
@@ -31,8 +31,8 @@ var metrics = struct {
 	}, []string{"on_error"}),
 }
 
-// registerMetrics makes the metrics part of registry. Another limiter of the
-// same config may have done so before.
+// registerMetrics registers the metrics with registry. Another limiter of the same config
+// may already have done so.
 func registerMetrics(registry *prometheus.Registry) error {
 	for _, c := range []prometheus.Collector{metrics.duration, metrics.errors, metrics.fallbacks} {
 		if err := registry.Register(c); err != nil && !errors.As(err, &prometheus.AlreadyRegisteredError{}) {

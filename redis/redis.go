@@ -1,12 +1,11 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package redis lets several processes with async_proxy count their clients
-// together, in Redis, Valkey or whatever else speaks their protocol and runs
-// Lua scripts.
+// Package redis shares rate limits between several processes with async_proxy, in Redis,
+// Valkey or any other server that speaks their protocol and runs Lua scripts.
 //
-// A bucket is the same as in memory, and a script in take.lua takes from it by
-// the server's clock. server.go knows whether there is somebody to ask.
+// A bucket works as it does in memory. The script take.lua takes tokens from it, by the
+// server's clock. server.go keeps track of whether the server is available.
 package redis
 
 import (
@@ -32,15 +31,14 @@ func init() {
 	caddy.RegisterModule(Limiter{})
 }
 
-// Limiter counts clients in Redis, so that all machines that use the same one,
-// with the same zone and limits, give a client one budget together.
+// Limiter keeps the buckets of clients in Redis, so that a client has one budget on all
+// machines that use the same Redis with the same zone and limits.
 //
-// Requests that the machine's own bucket refuses are refused without asking
-// Redis. While Redis does not answer, OnError says what becomes of the others.
+// Requests that the machine's own bucket denies are denied without asking Redis. While
+// Redis does not answer, OnError decides about the others.
 type Limiter struct {
-	// Where Redis listens, as host:port or a host alone for port 6379: one
-	// server, some nodes of a cluster, or the sentinels. Placeholders are
-	// replaced.
+	// The addresses of Redis, as host:port or as a host for port 6379: one server, some
+	// nodes of a cluster, or the sentinels. Placeholders are replaced.
 	Addresses []string `json:"addresses"`
 
 	// The user to authenticate as. Placeholders are replaced. Default: the
@@ -48,7 +46,7 @@ type Limiter struct {
 	Username string `json:"username,omitempty"`
 
 	// The password to authenticate with. Placeholders are replaced: use
-	// `{env.NAME}` or `{file./path}`, so that it is not part of the config.
+	// `{env.NAME}` or `{file./path}` to keep it out of the config.
 	Password string `json:"password,omitempty"`
 
 	// Connects over TLS.
@@ -57,22 +55,21 @@ type Limiter struct {
 	// The number of the database. Default: 0, the only one of a cluster.
 	DB int `json:"db,omitempty"`
 
-	// The name of the set of servers that the sentinels at Addresses watch
-	// over. Sentinels are given the same user and password as servers. Default:
-	// none, Addresses are those of servers.
+	// The name of the set of servers that the sentinels at Addresses monitor. The user
+	// and password are used for the sentinels as well. Default: none; Addresses are
+	// servers.
 	Sentinel string `json:"sentinel,omitempty"`
 
-	// What the names of keys begin with, without spaces and braces. Default:
-	// "async_proxy".
+	// The prefix of all keys, without spaces and braces. Default: "async_proxy".
 	Prefix string `json:"prefix,omitempty"`
 
-	// How long a request waits for Redis. It is also how slow Redis may be
-	// before it counts as gone. Default: 50ms.
+	// How long a request waits for Redis. If Redis is slower, it counts as unavailable.
+	// Default: 50ms.
 	Timeout caddy.Duration `json:"timeout,omitempty"`
 
-	// What becomes of requests while Redis does not answer: "local" lets each
-	// machine limit clients by its own buckets, "allow" limits nobody, and
-	// "deny" refuses all with 503. Default: "local".
+	// What to do with requests while Redis does not answer: "local" limits clients by
+	// this machine's own buckets, "allow" does not limit them, and "deny" refuses all
+	// requests with 503. Default: "local".
 	OnError string `json:"on_error,omitempty"`
 
 	server    *server
@@ -81,22 +78,22 @@ type Limiter struct {
 	fallbacks interface{ Inc() }
 }
 
-// TLS says how to connect over TLS.
+// TLS configures the connection over TLS.
 type TLS struct {
-	// A file with the certificates, in PEM, of those who may sign the server's.
-	// Placeholders are replaced. Default: those that the system trusts.
+	// A PEM file with the CA certificates that are trusted to sign the server's
+	// certificate. Placeholders are replaced. Default: the CAs that the system trusts.
 	CA string `json:"ca,omitempty"`
 }
 
-// servers holds the servers in use, by serverKey, so that what is known of one
-// survives a reload, and several sites do not find out for themselves.
+// servers holds the servers in use, by serverKey. Sites share them, and their connections
+// and state survive a reload.
 var servers = caddy.NewUsagePool()
 
-// serverKey is what makes two limiters use the same server.
+// serverKey is the settings that two limiters must have in common to share a server.
 type serverKey struct {
 	addresses, username, password, sentinel string
 	tls                                     bool
-	ca                                      string // what is in the file
+	ca                                      string // the contents of the file
 	db                                      int
 	timeout                                 caddy.Duration
 }
@@ -109,7 +106,7 @@ func (Limiter) CaddyModule() caddy.ModuleInfo {
 	}
 }
 
-// Provision implements caddy.Provisioner. It waits for nobody.
+// Provision implements caddy.Provisioner. It does not wait for Redis.
 func (l *Limiter) Provision(ctx caddy.Context) error {
 	l.Timeout = cmp.Or(l.Timeout, caddy.Duration(50*time.Millisecond))
 	l.OnError = cmp.Or(l.OnError, "local")
@@ -144,7 +141,7 @@ func (l *Limiter) Provision(ctx caddy.Context) error {
 	return nil
 }
 
-// Cleanup implements caddy.CleanerUpper. It may follow a Provision that failed.
+// Cleanup implements caddy.CleanerUpper. It may be called after a failed Provision.
 func (l *Limiter) Cleanup() error {
 	if l.server == nil {
 		return nil
@@ -164,7 +161,7 @@ func (l *Limiter) Take(_ context.Context, b asyncproxy.Bucket) (time.Duration, e
 	if l.OnError == "deny" {
 		return 0, err
 	}
-	return 0, nil // the machine's own bucket has let the request through
+	return 0, nil // the machine's own bucket has allowed the request
 }
 
 // Suspended implements asyncproxy.Limiter.
@@ -203,15 +200,14 @@ func validOnError(s string) bool { return s == "local" || s == "allow" || s == "
 
 func validPrefix(s string) bool { return s != "" && !strings.ContainsAny(s, " \t\r\n{}") }
 
-// expectedAddress is what an address is to be, in the words of the errors.
+// expectedAddress describes a valid address in errors.
 const expectedAddress = "host:port, and username and password as options"
 
-// hasUser reports whether s may have a password in it, as a URL may, so that it
-// is not to be repeated.
+// hasUser reports whether s looks like a URL or has a user, so that it may contain a
+// password and must not be repeated in an error.
 func hasUser(s string) bool { return strings.Contains(s, "://") || strings.Contains(s, "@") }
 
-// parseAddress returns the host and port in s, with Redis's port if there is
-// none.
+// parseAddress returns the host and port in s. The default port is that of Redis, 6379.
 func parseAddress(s string) (address string, ok bool) {
 	host, port, err := net.SplitHostPort(s)
 	if err != nil {
@@ -223,8 +219,8 @@ func parseAddress(s string) (address string, ok bool) {
 	return net.JoinHostPort(host, port), true
 }
 
-// clientOption is what the client library is to be told, with placeholders
-// replaced. ca is what is in the file of that name.
+// clientOption returns the options for the client library, with placeholders replaced. ca
+// is the contents of the CA file.
 func (l *Limiter) clientOption() (o rueidis.ClientOption, ca string, err error) {
 	repl := caddy.NewReplacer()
 	for _, s := range l.Addresses {
@@ -237,7 +233,7 @@ func (l *Limiter) clientOption() (o rueidis.ClientOption, ca string, err error) 
 		}
 		address, ok := parseAddress(replaced)
 		if !ok {
-			return o, "", fmt.Errorf("addresses %q: expected %s", s, expectedAddress) // replaced may have a secret
+			return o, "", fmt.Errorf("addresses %q: expected %s", s, expectedAddress) // not replaced, which may contain a secret
 		}
 		o.InitAddress = append(o.InitAddress, address)
 	}
@@ -245,7 +241,7 @@ func (l *Limiter) clientOption() (o rueidis.ClientOption, ca string, err error) 
 		return o, "", fmt.Errorf("username: %w", err)
 	}
 	if o.Password, err = repl.ReplaceOrErr(l.Password, true, true); err != nil {
-		return o, "", errors.New("password: a placeholder in it is empty or unknown") // err may have a part of it
+		return o, "", errors.New("password: a placeholder in it is empty or unknown") // err may contain a part of the password
 	}
 	o.SelectDB = l.DB
 	if o.TLSConfig, ca, err = l.TLS.config(repl); err != nil {
@@ -260,7 +256,7 @@ func (l *Limiter) clientOption() (o rueidis.ClientOption, ca string, err error) 
 	return o, ca, nil
 }
 
-// config is nil if there is to be no TLS. ca is what is in the file of that name.
+// config returns the TLS config, or nil if TLS is off. ca is the contents of the CA file.
 func (t *TLS) config(repl *caddy.Replacer) (config *tls.Config, ca string, err error) {
 	if t == nil {
 		return nil, "", nil

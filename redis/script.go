@@ -13,17 +13,16 @@ import (
 	"github.com/redis/rueidis"
 )
 
-// takeText takes a token from a bucket. It is loaded into Redis once, and then
-// named by its hash.
+// takeText is the script that takes a token from a bucket. It is loaded into Redis once,
+// and then called by its hash.
 //
 //go:embed take.lua
 var takeText string
 
 var takeScript = rueidis.NewLuaScript(takeText)
 
-// bucketKey is the key of a bucket in Redis. The zone, which may contain
-// anything but spaces, quotes and backslashes, stands last, so that no two
-// buckets have the same key.
+// bucketKey returns the key of a bucket in Redis. The zone may contain anything but spaces,
+// quotes and backslashes, so it comes last: no two buckets have the same key.
 func bucketKey(prefix string, b asyncproxy.Bucket) string {
 	key := make([]byte, 0, 96)
 	key = append(key, prefix...)
@@ -45,11 +44,11 @@ func bucketKey(prefix string, b asyncproxy.Bucket) string {
 	return braces.Replace(string(key))
 }
 
-// braces escapes them: the key of a bucket has none, so that in a cluster all of
-// it says where the bucket is.
+// braces escapes braces. Without any, a cluster hashes the whole key of a bucket to choose
+// its node.
 var braces = strings.NewReplacer("{", `\x7b`, "}", `\x7d`)
 
-// bucketArgs are the arguments of the script.
+// bucketArgs returns the arguments of the script.
 func bucketArgs(burst int64, interval time.Duration) []string {
 	fill := time.Duration(burst) * interval
 	return []string{
@@ -58,9 +57,9 @@ func bucketArgs(burst int64, interval time.Duration) []string {
 	}
 }
 
-// probeKey is the key by which to see whether Redis takes tokens of a bucket. In
-// a cluster it is where the bucket's own is, as the braces say what counts.
+// probeKey returns the key of a bucket for probing Redis. In a cluster it is on the same
+// node as the bucket with the given key, because only the part in braces is hashed.
 func probeKey(prefix, key string) string { return prefix + ":{" + key + "}" }
 
-// probeArgs are those of a bucket that is never empty and never kept for long.
+// probeArgs are the arguments for a bucket that is never empty and expires quickly.
 var probeArgs = bucketArgs(1_000_000_000, 1)

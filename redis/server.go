@@ -19,50 +19,49 @@ import (
 )
 
 const (
-	// probeInterval is how long after a failure, and after each attempt in
-	// vain, Redis is tried again.
+	// probeInterval is the delay before a reconnection attempt, after a failure and
+	// after each failed attempt.
 	probeInterval = time.Second
 
-	// setupTimeout bounds an attempt to connect: no request waits for one.
+	// setupTimeout is the timeout for connecting. No request waits for that.
 	setupTimeout = time.Second
 
-	// maxWaiting is how many requests may wait for Redis at a time; more wait
-	// for their turn. The queue of a connection, which blocks when it is full,
-	// has twice as many places.
+	// maxWaiting is how many requests may wait for Redis at a time; others queue for
+	// their turn. The queue of a connection, which blocks when it is full, has twice as
+	// many places.
 	maxWaiting = 512
 )
 
-// errDown is why requests are not counted between a failure and the attempt
-// that brings Redis back.
+// errDown reports that Redis has failed and has not been reconnected yet.
 var errDown = errors.New("redis is not available")
 
-// server is a Redis and whether it answers. While it does not, nobody asks it:
-// one goroutine tries it now and then, with connections of its own.
+// server is a Redis and its availability. While it does not answer, no request asks it:
+// one goroutine tries to reconnect from time to time.
 type server struct {
 	options rueidis.ClientOption
 	timeout time.Duration
 
 	link  atomic.Pointer[link] // nil while Redis does not answer
-	tried chan struct{}        // closed when it is known for the first time
+	tried chan struct{}        // closed after the first attempt to connect
 	ctx   atomic.Pointer[sharedContext]
 
 	mu      sync.Mutex
-	loggers []*zap.Logger // of those who want to ask; the first is in a config that has been there for longest
-	done    chan struct{} // closed with mu held, when nobody wants to ask any more
+	loggers []*zap.Logger // of the limiters that use the server, the oldest config first
+	done    chan struct{} // closed with mu held, when no limiter uses the server any more
 }
 
-// link are the connections to Redis from when it comes up until it fails.
+// link is the set of connections to Redis, from a successful connect until a failure.
 type link struct {
 	client  rueidis.Client
-	waiting chan struct{} // has a place for each request that may wait
+	waiting chan struct{} // a semaphore for the requests that may wait
 }
 
-// newServer begins to connect. Meanwhile take waits, but no longer than it
-// would for Redis.
+// newServer returns a server, and starts connecting in the background. Until that is done,
+// take waits, within its timeout.
 func newServer(options rueidis.ClientOption, timeout time.Duration, prefix string, logger *zap.Logger) *server {
 	options.Dialer.Timeout = setupTimeout
 	options.ConnWriteTimeout = max(setupTimeout, timeout)
-	options.PipelineMultiplex = -1 // one connection to each server, which is there when requests come
+	options.PipelineMultiplex = -1 // one connection to each server, established in advance
 	options.ReadBufferEachConn, options.WriteBufferEachConn = 32<<10, 32<<10
 	options.DisableCache = true
 	options.DialCtxFn = dial
@@ -88,7 +87,7 @@ func (s *server) Destruct() error {
 	defer s.mu.Unlock()
 	close(s.done)
 	if l := s.link.Swap(nil); l != nil {
-		go l.client.Close() // which takes a second if Redis is silent
+		go l.client.Close() // takes a second if Redis does not answer
 	}
 	return nil
 }
@@ -107,8 +106,8 @@ func (s *server) removeLogger(logger *zap.Logger) {
 	}
 }
 
-// logger is one of a config that is in use: that of a newer one may yet be
-// rejected, and nobody reads its log then.
+// logger returns the logger of the oldest config that uses the server. A newer config may
+// still be rejected, and then its log is lost.
 func (s *server) logger() *zap.Logger {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -118,7 +117,7 @@ func (s *server) logger() *zap.Logger {
 	return s.loggers[0]
 }
 
-// dial connects to a server, over TLS if there is a config for it.
+// dial connects to a server, over TLS if config is not nil.
 func dial(ctx context.Context, address string, dialer *net.Dialer, config *tls.Config) (net.Conn, error) {
 	var conn net.Conn
 	var err error
@@ -133,10 +132,9 @@ func dial(ctx context.Context, address string, dialer *net.Dialer, config *tls.C
 	return yieldingConn{conn}, nil
 }
 
-// yieldingConn lets others go first after each Write, which is of all questions
-// that had come by then: so that those who have one can ask it, and the next
-// Write is of them all. That halves what a question costs when there are many,
-// and costs nothing when there are not.
+// yieldingConn yields the processor after each Write, so that other goroutines can queue
+// their queries and the next Write sends them all at once. Under load that halves the cost
+// of a query; otherwise it costs nothing.
 type yieldingConn struct{ net.Conn }
 
 func (c yieldingConn) Write(p []byte) (int, error) {
@@ -155,7 +153,7 @@ func (s *server) down() bool {
 	}
 }
 
-// up returns the link, or nil if there is none. It waits until that is known.
+// up returns the link, or nil if there is none. It waits for the first attempt to connect.
 func (s *server) up(ctx context.Context) *link {
 	select {
 	case <-s.tried:
@@ -165,11 +163,11 @@ func (s *server) up(ctx context.Context) *link {
 	}
 }
 
-// take runs the script on a bucket whose key begins with prefix. That takes no
-// longer than the timeout.
+// take runs the script on a bucket whose key begins with prefix. It returns within the
+// timeout.
 func (s *server) take(prefix, key string, args []string) (time.Duration, error) {
-	// Not the request's context: what has been sent is counted, even if the
-	// client leaves, and its leaving is not Redis's failure.
+	// Do not use the request's context: a query that has been sent counts even if the
+	// client disconnects, and a disconnect is not a failure of Redis.
 	start := time.Now()
 	ctx := s.deadline(start)
 	l := s.up(ctx)
@@ -186,8 +184,8 @@ func (s *server) take(prefix, key string, args []string) (time.Duration, error) 
 	return wait, nil
 }
 
-// refill fills a bucket, and reports whether it was there. It has the key expire
-// by a command that the script uses, too, so that no other has to be allowed.
+// refill fills a bucket, and reports whether it existed. It makes the key expire with a
+// command that the script uses too, so that operators need not allow another command.
 func (s *server) refill(ctx context.Context, key string) (found bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, s.timeout)
 	defer cancel()
@@ -202,15 +200,15 @@ func (s *server) refill(ctx context.Context, key string) (found bool, err error)
 	return err == nil, err
 }
 
-// deadline is a context that ends when a request that comes now has waited for
-// long enough. All that come within a quarter of the timeout have the same, so
-// that some wait for a quarter less: one for each would be a fifth of what a
-// question costs.
+// deadline returns a context that ends when the timeout of a request that starts now
+// expires. Requests that start within a quarter of the timeout share a context, so some
+// wait up to a quarter less. A context for each request would be a fifth of the cost of a
+// query.
 func (s *server) deadline(now time.Time) context.Context {
 	shared := s.ctx.Load()
 	if shared == nil || now.Sub(shared.start) > s.timeout/4 {
 		ctx, cancel := context.WithDeadline(context.Background(), now.Add(s.timeout))
-		context.AfterFunc(ctx, cancel) // it is for everybody, to its end
+		context.AfterFunc(ctx, cancel) // shared, so not canceled before its deadline
 		shared = &sharedContext{ctx, now}
 		s.ctx.Store(shared)
 	}
@@ -231,8 +229,8 @@ func (l *link) take(ctx context.Context, key string, args []string) (time.Durati
 	if l.client.Mode() == rueidis.ClientModeStandalone {
 		return l.exec(ctx, key, args)
 	}
-	// For a cluster or sentinels the library may first have to find out whom to
-	// ask, or wait for another who does, and minds no context then.
+	// With a cluster or sentinels, the library may first have to find the right server,
+	// or wait for another call that does, and ignores the context meanwhile.
 	type answer struct {
 		wait time.Duration
 		err  error
@@ -250,16 +248,16 @@ func (l *link) take(ctx context.Context, key string, args []string) (time.Durati
 	}
 }
 
-// exec runs the script, and gives the place up that the request had.
+// exec runs the script, and releases the request's place in l.waiting.
 func (l *link) exec(ctx context.Context, key string, args []string) (time.Duration, error) {
 	defer func() { <-l.waiting }()
 	wait, err := takeScript.Exec(ctx, l.client, []string{key}, args).AsInt64()
 	return time.Duration(wait), err
 }
 
-// reach connects to all nodes of a cluster, of which the addresses may name only
-// some: a request cannot wait for as long as that may take. Those that do not
-// answer are the probe's matter, or nobody's.
+// reach connects to all nodes of a cluster in advance, because the addresses may name only
+// some of them and a request must not wait for a connection. It ignores nodes that do not
+// answer: the probe that follows fails if it needs one of them.
 func (l *link) reach() {
 	ctx, cancel := context.WithTimeout(context.Background(), setupTimeout)
 	defer cancel()
@@ -270,8 +268,8 @@ func (l *link) reach() {
 	wg.Wait()
 }
 
-// fail gives l up, once, and has somebody see to it that there is another one.
-// key is what to try it with.
+// fail closes l and starts reconnecting, unless that has been done already. key is the key
+// for the probe.
 func (s *server) fail(l *link, key string, err error) {
 	if !s.link.CompareAndSwap(l, nil) {
 		return // another request was first, or the server is closed
@@ -279,13 +277,12 @@ func (s *server) fail(l *link, key string, err error) {
 	s.logFailed(err)
 	start := time.Now()
 	go func() {
-		l.client.Close() // which takes a second if Redis is silent
+		l.client.Close() // takes a second if Redis does not answer
 		s.heal(key, start)
 	}()
 }
 
-// heal tries again and again until Redis answers, or nobody wants it to any
-// more.
+// heal tries to reconnect until Redis answers or the server is closed.
 func (s *server) heal(key string, since time.Time) {
 	for {
 		select {
@@ -306,7 +303,7 @@ func (s *server) heal(key string, since time.Time) {
 	}
 }
 
-// connect makes a new link, if Redis takes tokens in time.
+// connect establishes a new link if Redis runs the script in time.
 func (s *server) connect(key string) error {
 	options := s.options
 	options.InitAddress = slices.Clone(options.InitAddress)
@@ -316,7 +313,8 @@ func (s *server) connect(key string) error {
 	}
 	l := &link{client, make(chan struct{}, maxWaiting)}
 	l.reach()
-	// At first the script may have to be loaded; then it must do in what any request has.
+	// The first run may have to load the script. The second must be as fast as a request
+	// needs it to be.
 	for _, timeout := range []time.Duration{setupTimeout, s.timeout - s.timeout/4} {
 		ctx, cancel := context.WithTimeout(context.Background(), timeout)
 		_, err = l.take(ctx, key, probeArgs)
@@ -336,7 +334,7 @@ func (s *server) connect(key string) error {
 	return nil
 }
 
-// closed reports whether nobody wants to ask any more.
+// closed reports whether no limiter uses the server any more.
 func (s *server) closed() bool {
 	select {
 	case <-s.done:
@@ -352,7 +350,7 @@ func (s *server) logFailed(err error) {
 		zap.Error(err))
 }
 
-// kind is the label of an error in the metrics.
+// kind returns the metrics label for an error.
 func kind(err error) string {
 	var timeout interface{ Timeout() bool }
 	switch {
