@@ -23,36 +23,35 @@ import (
 
 const (
 	muxStreams      = 16        // tunnels on one connection
-	muxWindow       = 256 << 10 // what a tunnel may hold that its client has not read, at first
-	muxMaxWindow    = 4 << 20   // the same, for one whose client keeps up
-	muxConnGrowth   = 16 << 20  // by how much the windows on a connection may grow in all
-	muxFrame        = 16 << 10  // the payload of a frame; all implementations accept as much
-	muxPending      = 64 << 10  // frames that wait for the socket before tunnels must wait
-	muxFlood        = 1 << 20   // the same, control frames included: the parent asks and does not read
-	muxHead         = 64 << 10  // the head of an answer
-	muxConnWindow   = 16 << 20  // refilled on receipt: it is the streams' windows that count
+	muxWindow       = 256 << 10 // initial receive window of a tunnel: what it buffers for its client
+	muxMaxWindow    = 4 << 20   // the same, at most, for a tunnel whose client keeps up
+	muxConnGrowth   = 16 << 20  // by how much the receive windows on a connection may grow in all
+	muxFrame        = 16 << 10  // maximum payload of a frame, which all implementations accept
+	muxPending      = 64 << 10  // bytes queued for the socket at which tunnels must wait
+	muxFlood        = 1 << 20   // the same, including control frames, at which the parent is flooding us
+	muxHead         = 64 << 10  // maximum size of the head of an answer
+	muxConnWindow   = 16 << 20  // credited on receipt: only the windows of streams limit the parent
 	muxInitial      = 65535     // the windows that a connection begins with (RFC 9113 §6.9.2)
 	muxStuck        = time.Second
 	muxTick         = 5 * time.Second
-	muxSilence      = 15 * time.Second // a connection with tunnels that was silent as long is pinged
+	muxSilence      = 15 * time.Second // after this much silence, a connection with tunnels is pinged
 	muxPingTimeout  = 10 * time.Second
-	muxCloseTimeout = time.Second // for the last frames
+	muxCloseTimeout = time.Second // for writing the last frames
 )
 
 // muxConn is an HTTP/2 connection to a parent, whose streams are tunnels.
 //
-// net/http has such a client, but it hides the flow control, on which it depends
-// whether tunnels can stop one another. Here a tunnel that is one of several never
-// has more in flight than it leaves of the connection's window to the others; a
-// connection whose tunnels wait to send is seen as such; silence is asked about
-// when somebody waits for an answer; and a tunnel without traffic has no buffer,
-// whereas net/http keeps one of up to 512 KiB for each.
+// It exists because net/http's client hides flow control, which decides whether tunnels can
+// block each other. Here a tunnel that shares a connection always leaves some of the
+// connection's window to the others. New tunnels avoid a connection on which tunnels are
+// blocked. A silent parent is pinged as soon as a tunnel waits for an answer. And an idle
+// tunnel has no buffer, whereas net/http keeps up to 512 KiB for each.
 //
 // All methods are safe for concurrent use.
 type muxConn struct {
 	conn   net.Conn
 	heard  atomic.Int64  // when something was last read, since epoch
-	growth *atomic.Int64 // by how much the windows on all connections may still grow
+	growth *atomic.Int64 // by how much the receive windows on all connections may still grow
 	silent chan struct{} // closed when a ping was not answered in time
 	done   chan struct{} // closed when the connection has ended
 
@@ -60,30 +59,30 @@ type muxConn struct {
 	pending  sync.Cond // there are frames to write, or the connection has ended
 	changed  sync.Cond // a window has grown, frames were written, or a stream has ended
 	out      frameBuffer
-	spare    frameBuffer   // what out was before
+	spare    frameBuffer   // the previous buffer of out, for reuse
 	framer   *http2.Framer // writes to out
 	block    frameBuffer
 	encoder  *hpack.Encoder // writes to block
-	writing  int64          // since when the socket has taken nothing, since epoch; 0: it has all
+	writing  int64          // when the current write began, since epoch; 0: not writing
 	streams  map[uint32]*streamConn
 	next     uint32     // the next stream's number
-	owner    netip.Addr // whose tunnels the streams are
-	window   int64      // what the parent takes on all streams now
-	top      int64      // the most that it has been
-	initial  int64      // the window of a new stream
+	owner    netip.Addr // the client whose tunnels the streams are
+	window   int64      // the current send window for all streams
+	top      int64      // the largest value of window so far
+	initial  int64      // the send window of a new stream
 	limit    uint32     // how many streams the parent allows
-	received int64      // bytes that were not yet credited to the parent
-	grown    int64      // by how much the windows of the streams have grown
-	probing  bool       // a ping is on its way for who waits for an answer
-	pinged   int64      // when a ping was sent in silence, since epoch; 0: none is on its way
-	idle     int64      // since when there is no stream, since epoch
-	retired  bool       // takes no more streams
+	received int64      // bytes received but not yet credited to the parent
+	grown    int64      // by how much the receive windows of the streams have grown
+	probing  bool       // a ping of probe is outstanding
+	pinged   int64      // when a ping of tick was sent, since epoch; 0: none is outstanding
+	idle     int64      // since when there has been no stream, since epoch
+	retired  bool       // accepts no more streams
 	closing  bool       // ends with its last stream
 	ticker   *time.Timer
 	err      error // why it has ended; nil: it has not
 }
 
-// frameBuffer is a writer to memory.
+// frameBuffer is an io.Writer to memory.
 type frameBuffer []byte
 
 func (b *frameBuffer) Write(p []byte) (int, error) {
@@ -92,8 +91,8 @@ func (b *frameBuffer) Write(p []byte) (int, error) {
 }
 
 var (
-	// errUnprocessed is of a stream that the parent has not begun to process
-	// (RFC 9113 §8.7), so that the request may be sent once more.
+	// errUnprocessed reports that the parent has not begun to process a stream (RFC 9113
+	// §8.7), so that the request may be sent again.
 	errUnprocessed = errors.New("the parent did not process the request")
 
 	errMuxIdle   = errors.New("the connection was idle")
@@ -101,16 +100,16 @@ var (
 	errSilence   = &silenceError{}
 )
 
-// silenceError is the failure of a connection on which nothing comes any more.
+// silenceError reports that nothing arrives on a connection any more.
 type silenceError struct{}
 
 func (*silenceError) Error() string   { return "pings go unanswered" }
 func (*silenceError) Timeout() bool   { return true }
 func (*silenceError) Temporary() bool { return true }
 
-// newMuxConn begins HTTP/2 on conn. The windows of its streams grow by growth at
-// most, which it shares with other connections. ended is called when the connection
-// has ended.
+// newMuxConn starts HTTP/2 on conn. The receive windows of its streams may grow by growth
+// in all, which it shares with other connections. ended is called when the connection has
+// ended.
 func newMuxConn(conn net.Conn, growth *atomic.Int64, ended func(*muxConn)) *muxConn {
 	now := sinceEpoch(time.Now())
 	c := &muxConn{
@@ -138,8 +137,8 @@ func newMuxConn(conn net.Conn, growth *atomic.Int64, ended func(*muxConn)) *muxC
 	return c
 }
 
-// writeLoop writes what is pending. Nobody else writes to the socket, so that
-// neither the reader nor a tunnel waits for it with the connection locked.
+// writeLoop writes the queued frames. No other goroutine writes to the socket, so that
+// neither the reader nor a tunnel blocks on it while holding the lock.
 func (c *muxConn) writeLoop() {
 	for {
 		c.mu.Lock()
@@ -165,7 +164,8 @@ func (c *muxConn) writeLoop() {
 	}
 }
 
-// end ends the connection and all its streams. With a code, the parent is told.
+// end ends the connection and all its streams. If code is not nil, it sends the parent a
+// GOAWAY.
 func (c *muxConn) end(err error, code *http2.ErrCode) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -185,15 +185,15 @@ func (c *muxConn) endLocked(err error, code *http2.ErrCode) {
 	}
 	c.ticker.Stop()
 	close(c.done)
-	// The writer writes what is pending and then closes the connection.
+	// writeLoop writes the queued frames and then closes the connection.
 	_ = c.conn.SetDeadline(time.Now().Add(muxCloseTimeout))
 	c.pending.Signal()
 	c.changed.Broadcast()
 }
 
-// open opens a stream for owner, or returns nil if the connection takes none: it
-// is another's, full, or does not get rid of what it has. With idle it must have no
-// stream yet; without, at least one.
+// open opens a stream for owner. It returns nil if the connection cannot take it: it serves
+// another client, is full or ending, or is blocked. If idle is set, the connection must
+// have no streams, otherwise at least one.
 func (c *muxConn) open(owner netip.Addr, idle bool, address string, fields http.Header) *streamConn {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -236,8 +236,8 @@ func (c *muxConn) writeField(name, value string) {
 	_ = c.encoder.WriteField(hpack.HeaderField{Name: name, Value: value, Sensitive: strings.Contains(name, "auth")})
 }
 
-// isConnectionField reports whether HTTP/2 says otherwise what a field says (RFC
-// 9113 §8.2.2).
+// isConnectionField reports whether a field must not be sent over HTTP/2: the
+// connection-specific fields (RFC 9113 §8.2.2), and Host, which :authority replaces.
 func isConnectionField(name string) bool {
 	switch http.CanonicalHeaderKey(name) {
 	case "Connection", "Host", "Keep-Alive", "Proxy-Connection", "Te", "Transfer-Encoding", "Upgrade":
@@ -246,8 +246,8 @@ func isConnectionField(name string) bool {
 	return false
 }
 
-// stuckLocked reports whether something has waited to be sent for so long that
-// another tunnel had better not wait behind it.
+// stuckLocked reports whether a write has been blocked for so long that no further tunnel
+// should use the connection.
 func (c *muxConn) stuckLocked() bool {
 	before := sinceEpoch(time.Now().Add(-muxStuck))
 	if c.writing != 0 && c.writing <= before {
@@ -261,9 +261,9 @@ func (c *muxConn) stuckLocked() bool {
 	return false
 }
 
-// roomLocked returns how much s may send now. One of several leaves a third of what it
-// has in flight of the connection's window, so that there is always some for each of
-// the others.
+// roomLocked returns how many bytes s may send now. If s is not the only stream, it leaves
+// at least a third of what it has in flight in the connection's window, so that the others
+// can always send.
 func (c *muxConn) roomLocked(s *streamConn) int64 {
 	if len(c.out) >= muxPending {
 		return 0
@@ -275,20 +275,19 @@ func (c *muxConn) roomLocked(s *streamConn) int64 {
 	return room
 }
 
-// growLocked makes the receive window of s up to four times as large, as far as
-// there is room for that.
+// growLocked makes the receive window of s up to four times as large, within the limits.
 func (c *muxConn) growLocked(s *streamConn) {
 	by := min(3*s.size, muxMaxWindow-s.size, muxConnGrowth-c.grown, c.growth.Load())
 	if by <= 0 {
 		return
 	}
-	c.growth.Add(-by) // by less than 0 only if others have come between, and then by little
+	c.growth.Add(-by) // concurrent calls may make it slightly negative
 	c.grown += by
 	s.size += by
-	s.read += by // is credited with the next bytes
+	s.read += by // credited to the parent with the next WINDOW_UPDATE
 }
 
-// removeLocked forgets a stream that has ended on both sides.
+// removeLocked removes a stream that has ended in both directions.
 func (c *muxConn) removeLocked(s *streamConn) {
 	if c.streams[s.id] != s {
 		return
@@ -299,7 +298,7 @@ func (c *muxConn) removeLocked(s *streamConn) {
 	s.size = muxWindow
 	s.readBy.stop()
 	s.writeBy.stop()
-	c.changed.Broadcast() // the others may have more of the window
+	c.changed.Broadcast() // the others may use more of the window
 	if len(c.streams) > 0 {
 		return
 	}
@@ -309,7 +308,7 @@ func (c *muxConn) removeLocked(s *streamConn) {
 	}
 }
 
-// goodbyeLocked ends a connection without streams orderly.
+// goodbyeLocked ends a connection without streams gracefully.
 func (c *muxConn) goodbyeLocked(err error) {
 	code := http2.ErrCodeNo
 	c.endLocked(err, &code)
@@ -324,7 +323,7 @@ func (c *muxConn) close() {
 	}
 }
 
-// tick ends a connection that was idle for too long, and asks about silence.
+// tick ends a connection that has been idle for too long, and pings one that is silent.
 func (c *muxConn) tick() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -332,7 +331,7 @@ func (c *muxConn) tick() {
 		return
 	}
 	if len(c.out) == 0 && c.writing == 0 {
-		c.out, c.spare = nil, nil // a connection at rest holds no buffers
+		c.out, c.spare = nil, nil // a quiet connection holds no buffers
 	}
 	now, heard := sinceEpoch(time.Now()), c.heard.Load()
 	switch {
@@ -345,7 +344,7 @@ func (c *muxConn) tick() {
 		c.pinged = 0
 	case c.pinged != 0 && now-c.pinged >= int64(muxPingTimeout):
 		c.endLocked(errMuxSilent, nil)
-		_ = c.conn.SetDeadline(time.Unix(1, 0)) // nobody takes last frames there
+		_ = c.conn.SetDeadline(time.Unix(1, 0)) // do not wait to write the last frames
 		return
 	case c.pinged == 0 && now-heard >= int64(muxSilence):
 		c.pinged = now
@@ -359,8 +358,8 @@ func (c *muxConn) pingLocked() {
 	c.pending.Signal()
 }
 
-// probe pings the parent. If nothing comes within timeout, the connection takes no
-// more streams, and whoever waits for an answer learns that by silent.
+// probe pings the parent. If nothing arrives within timeout, the connection accepts no more
+// streams, and silent is closed for the tunnels that wait for an answer.
 func (c *muxConn) probe(timeout time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -369,7 +368,7 @@ func (c *muxConn) probe(timeout time.Duration) {
 	}
 	c.probing = true
 	c.pingLocked()
-	asked := sinceEpoch(time.Now())
+	sent := sinceEpoch(time.Now())
 	time.AfterFunc(timeout, func() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
@@ -377,7 +376,7 @@ func (c *muxConn) probe(timeout time.Duration) {
 		select {
 		case <-c.silent:
 		default:
-			if c.heard.Load() < asked {
+			if c.heard.Load() < sent {
 				c.retired = true
 				close(c.silent)
 			}
@@ -385,7 +384,7 @@ func (c *muxConn) probe(timeout time.Duration) {
 	})
 }
 
-// heardConn notes when something is read.
+// heardConn reads from the connection and records when something arrives.
 type heardConn struct{ c *muxConn }
 
 func (h heardConn) Read(b []byte) (int, error) {
@@ -408,11 +407,11 @@ func (c *muxConn) readLoop() {
 		if err == nil {
 			err = c.take(frame)
 		}
-		var ofStream http2.StreamError
-		if errors.As(err, &ofStream) {
+		var streamErr http2.StreamError
+		if errors.As(err, &streamErr) {
 			c.mu.Lock()
-			if s := c.streams[ofStream.StreamID]; s != nil {
-				s.resetLocked(ofStream.Code, protocolError("the parent violates HTTP/2: "+err.Error()))
+			if s := c.streams[streamErr.StreamID]; s != nil {
+				s.resetLocked(streamErr.Code, protocolError("the parent violates HTTP/2: "+err.Error()))
 			}
 			c.mu.Unlock()
 			continue
@@ -424,7 +423,8 @@ func (c *muxConn) readLoop() {
 	}
 }
 
-// endOfReading ends the connection for an error of reading from it.
+// endOfReading ends the connection after a read error. For a violation of HTTP/2 it tells
+// the parent the error code.
 func (c *muxConn) endOfReading(err error) {
 	var broken http2.ConnectionError
 	switch code := http2.ErrCode(0); {
@@ -436,11 +436,11 @@ func (c *muxConn) endOfReading(err error) {
 		c.end(protocolError("the parent violates HTTP/2: "+err.Error()), &code)
 	default:
 		c.end(err, nil)
-		_ = c.conn.SetDeadline(time.Unix(1, 0)) // the parent takes nothing any more
+		_ = c.conn.SetDeadline(time.Unix(1, 0)) // the parent reads no more either
 	}
 }
 
-// take acts on a frame. Its error is that of a stream or that of the connection.
+// take processes a frame. It returns a stream error or a connection error.
 func (c *muxConn) take(frame http2.Frame) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -489,7 +489,7 @@ func (c *muxConn) take(frame http2.Frame) error {
 	return err
 }
 
-// takeDataLocked takes content for s, which is nil if it has ended meanwhile.
+// takeDataLocked processes data for s, which is nil if the stream has ended meanwhile.
 func (c *muxConn) takeDataLocked(s *streamConn, f *http2.DataFrame) error {
 	if c.received += int64(f.Length); c.received >= muxConnWindow/16 {
 		_ = c.framer.WriteWindowUpdate(0, uint32(c.received))
@@ -547,13 +547,12 @@ func (c *muxConn) takeSettingsLocked(f *http2.SettingsFrame) error {
 	return c.framer.WriteSettingsAck()
 }
 
-// takeGoAwayLocked fails the streams that the parent will not process. The others
-// go on.
+// takeGoAwayLocked fails the streams that the parent will not process. The others continue.
 func (c *muxConn) takeGoAwayLocked(f *http2.GoAwayFrame) {
 	c.retired = true
 	for _, s := range c.streams {
 		if s.id > f.LastStreamID {
-			s.sent = true // there is nobody to tell its end to
+			s.sent = true // the parent need not be told of its end
 			s.failLocked(errUnprocessed)
 			c.removeLocked(s)
 		}
@@ -563,7 +562,7 @@ func (c *muxConn) takeGoAwayLocked(f *http2.GoAwayFrame) {
 	}
 }
 
-// streamError is a reset of a stream by the parent.
+// streamError reports that the parent reset a stream.
 type streamError struct{ code http2.ErrCode }
 
 func (e streamError) Error() string { return "the parent reset the stream: " + e.code.String() }

@@ -13,21 +13,21 @@ import (
 	"sync/atomic"
 )
 
-// muxDials is how many connections are opened for a tunnel before it is given up:
-// others may take the place on the first, or it may end at once.
+// muxDials is how many connections are tried for a tunnel before it fails: other tunnels may
+// fill a new connection first, or it may end at once.
 const muxDials = 4
 
-// muxPool spreads tunnels over connections to a parent: up to 16 on each, all of
-// one client, so that none can stop another's. A connection that has served one
-// client's tunnels to their ends serves the next client's.
+// muxPool distributes tunnels over connections to a parent: up to 16 on each, all of one
+// client, so that clients cannot block each other. A connection can serve another client
+// when it has no tunnels left.
 //
 // All methods are safe for concurrent use.
 type muxPool struct {
-	// dial opens a connection, within a time of its own, as several tunnels may wait
-	// for it. It calls connected when TLS begins.
+	// dial opens a connection. It has its own timeout instead of a context, because
+	// several tunnels may wait for it. It calls connected when TLS begins.
 	dial func(connected func()) (net.Conn, error)
 
-	growth atomic.Int64 // by how much the windows of tunnels may still grow
+	growth atomic.Int64 // by how much the receive windows of tunnels may still grow
 
 	mu    sync.Mutex
 	conns []*muxConn
@@ -40,11 +40,11 @@ type muxDial struct {
 	waiting   int
 	connected atomic.Bool
 	done      chan struct{}
-	err       error // after done
+	err       error // valid after done
 }
 
-// muxGrowth bounds, in bytes, what all tunnels through a parent may hold in the heap
-// beyond muxWindow each.
+// muxGrowth is how many bytes all tunnels through a parent may buffer in addition to
+// muxWindow each.
 const muxGrowth = 64 << 20
 
 func newMuxPool(dial func(connected func()) (net.Conn, error)) *muxPool {
@@ -53,7 +53,7 @@ func newMuxPool(dial func(connected func()) (net.Conn, error)) *muxPool {
 	return p
 }
 
-// open begins a tunnel of owner to address, for which fields are sent along.
+// open opens a stream for owner's tunnel to address, and sends the CONNECT with fields.
 func (p *muxPool) open(ctx context.Context, owner netip.Addr, address string, fields http.Header) (*streamConn, error) {
 	for range muxDials {
 		s, d := p.openOrDial(owner, address, fields)
@@ -76,7 +76,7 @@ func (p *muxPool) open(ctx context.Context, owner netip.Addr, address string, fi
 	return nil, &parentError{phase: parentAnswering, err: errUnprocessed}
 }
 
-// openOrDial opens a stream, or returns the dial to wait for.
+// openOrDial opens a stream on an existing connection, or returns a dial to wait for.
 func (p *muxPool) openOrDial(owner netip.Addr, address string, fields http.Header) (*streamConn, *muxDial) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -111,14 +111,14 @@ func (p *muxPool) run(d *muxDial) {
 	close(d.done)
 }
 
-// remove forgets a connection that has ended.
+// remove removes a connection that has ended.
 func (p *muxPool) remove(c *muxConn) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.conns = slices.DeleteFunc(p.conns, func(other *muxConn) bool { return other == c })
 }
 
-// close ends the connections that are idle, and the others with their last tunnel.
+// close closes idle connections, and the others when their last tunnel ends.
 func (p *muxPool) close() {
 	p.mu.Lock()
 	defer p.mu.Unlock()

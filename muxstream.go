@@ -17,31 +17,31 @@ import (
 	"golang.org/x/net/http2"
 )
 
-// streamConn is a tunnel through the parent on a stream of HTTP/2.
+// streamConn is a tunnel through the parent on an HTTP/2 stream.
 //
 // All methods are safe for concurrent use. The fields are guarded by the
 // connection's mutex.
 type streamConn struct {
 	c        *muxConn
 	id       uint32
-	answered chan struct{} // closed when there is an answer, or the stream has failed
+	answered chan struct{} // closed when there is an answer or the stream has failed
 
 	status  int         // of the answer; 0: there is none
 	header  http.Header // of the answer
-	interim int         // how many answers came before it
+	interim int         // number of interim answers before it
 
 	readable sync.Cond
 	received blockQueue
-	size     int64 // of the window in which the parent sends
-	room     int64 // what the parent may still send
-	read     int64 // bytes that were not yet credited to the parent
-	readErr  error // of reads, once received is empty: the parent sends no more
+	size     int64 // of the receive window
+	room     int64 // how many bytes the parent may still send
+	read     int64 // bytes read but not yet credited to the parent
+	readErr  error // the error of reads once received is empty; nil: the parent may send more
 
-	window   int64 // what the parent takes now
-	top      int64 // the most that it has been
-	waiting  int64 // since when a write waits, since epoch; 0: none does
-	writeErr error // of writes: no more is sent
-	sent     bool  // the parent knows that no more is sent
+	window   int64 // the current send window
+	top      int64 // the largest value of window so far
+	waiting  int64 // since when a write has been blocked, since epoch; 0: none is
+	writeErr error // the error of writes; nil: writes are possible
+	sent     bool  // the parent has been sent END_STREAM or a reset, or need not be
 
 	readBy, writeBy deadline
 }
@@ -52,9 +52,9 @@ func newStreamConn(c *muxConn, id uint32) *streamConn {
 	return s
 }
 
-// await waits for the answer, which is in status and header then. After quiet
-// without a byte from the parent it asks for a sign of life, and takes the connection
-// for dead if there is none within timeout.
+// await waits for the answer, and stores it in status and header. If nothing arrives from
+// the parent for quiet, it pings the parent, and gives up on the connection if nothing
+// arrives within timeout after that.
 func (s *streamConn) await(ctx context.Context, quiet, timeout time.Duration) error {
 	start := sinceEpoch(time.Now())
 	timer := time.NewTimer(quiet)
@@ -114,7 +114,7 @@ func (s *streamConn) Read(b []byte) (int, error) {
 	return n, nil
 }
 
-// Write implements net.Conn. It returns when all is on its way to the socket.
+// Write implements net.Conn. It returns when all bytes are queued for the socket.
 func (s *streamConn) Write(b []byte) (n int, err error) {
 	c := s.c
 	c.mu.Lock()
@@ -145,7 +145,7 @@ func (s *streamConn) Write(b []byte) (n int, err error) {
 	return n, nil
 }
 
-// CloseWrite tells the other side that no more will be written.
+// CloseWrite half-closes the stream: it tells the parent that no more will be written.
 func (s *streamConn) CloseWrite() error {
 	s.c.mu.Lock()
 	defer s.c.mu.Unlock()
@@ -166,7 +166,7 @@ func (s *streamConn) closeWriteLocked() {
 	}
 }
 
-// stopWritesLocked makes err the error of writes.
+// stopWritesLocked makes writes fail with err, unless they already fail.
 func (s *streamConn) stopWritesLocked(err error) {
 	if s.writeErr == nil {
 		s.writeErr = err
@@ -174,8 +174,8 @@ func (s *streamConn) stopWritesLocked(err error) {
 	s.c.changed.Broadcast()
 }
 
-// Close ends both directions: an orderly end of what was written, as it is with a
-// socket.
+// Close closes both directions. As with a socket, what has been written before is delivered
+// with an orderly end.
 func (s *streamConn) Close() error {
 	s.c.mu.Lock()
 	defer s.c.mu.Unlock()
@@ -184,8 +184,8 @@ func (s *streamConn) Close() error {
 	return nil
 }
 
-// Abort resets the stream, unless it has ended. What the parent holds of it, and
-// of its window, is free again.
+// Abort resets the stream, unless it has ended, so that the parent releases its buffers and
+// window.
 func (s *streamConn) Abort() error {
 	s.c.mu.Lock()
 	defer s.c.mu.Unlock()
@@ -199,8 +199,8 @@ func (s *streamConn) abortLocked() {
 	s.readErr = net.ErrClosed
 }
 
-// resetLocked resets the stream if it has not ended on both sides. err is that of
-// reads and writes from now on.
+// resetLocked resets the stream if it has not ended in both directions, and makes reads and
+// writes fail with err.
 func (s *streamConn) resetLocked(code http2.ErrCode, err error) {
 	if s.c.err == nil && s.c.streams[s.id] == s {
 		_ = s.c.framer.WriteRSTStream(s.id, code)
@@ -211,13 +211,14 @@ func (s *streamConn) resetLocked(code http2.ErrCode, err error) {
 	s.c.removeLocked(s)
 }
 
-// failLocked makes err the error of reads and writes.
+// failLocked makes reads and writes fail with err, unless they already fail.
 func (s *streamConn) failLocked(err error) {
 	s.endReadsLocked(err)
 	s.stopWritesLocked(err)
 }
 
-// endReadsLocked makes err the error of reads that come after what was received.
+// endReadsLocked makes reads fail with err after the received bytes have been read, unless
+// they already fail.
 func (s *streamConn) endReadsLocked(err error) {
 	if s.readErr == nil {
 		s.readErr = err
@@ -230,7 +231,7 @@ func (s *streamConn) endReadsLocked(err error) {
 	s.readable.Broadcast()
 }
 
-// endLocked notes that the parent has ended its direction.
+// endLocked handles the parent's END_STREAM.
 func (s *streamConn) endLocked() {
 	s.endReadsLocked(io.EOF)
 	if s.sent {
@@ -238,7 +239,7 @@ func (s *streamConn) endLocked() {
 	}
 }
 
-// takeHeadLocked takes an answer, or trailers.
+// takeHeadLocked processes an answer or trailers.
 func (s *streamConn) takeHeadLocked(f *http2.MetaHeadersFrame) error {
 	wrong := http2.StreamError{StreamID: s.id, Code: http2.ErrCodeProtocol}
 	if s.readErr != nil {
@@ -276,7 +277,7 @@ func (s *streamConn) takeHeadLocked(f *http2.MetaHeadersFrame) error {
 	return nil
 }
 
-// takeDataLocked takes content of the answer.
+// takeDataLocked processes data from the parent.
 func (s *streamConn) takeDataLocked(f *http2.DataFrame) error {
 	size := int64(f.Length)
 	switch {
@@ -289,7 +290,7 @@ func (s *streamConn) takeDataLocked(f *http2.DataFrame) error {
 	}
 	s.room -= size
 	s.received.put(f.Data())
-	s.read += size - int64(len(f.Data())) // padding is read at once
+	s.read += size - int64(len(f.Data())) // padding counts as read
 	if f.StreamEnded() {
 		s.endLocked()
 	}
@@ -297,8 +298,8 @@ func (s *streamConn) takeDataLocked(f *http2.DataFrame) error {
 	return nil
 }
 
-// takeResetLocked takes a reset. NO_ERROR after a complete answer says that the
-// parent wants no more, and is no failure of what it has sent (RFC 9113 §8.1).
+// takeResetLocked processes a reset. After a complete answer, NO_ERROR only means that the
+// parent reads no more, and reads still succeed (RFC 9113 §8.1).
 func (s *streamConn) takeResetLocked(code http2.ErrCode) {
 	s.sent = true
 	var err error = streamError{code}
@@ -309,7 +310,7 @@ func (s *streamConn) takeResetLocked(code http2.ErrCode) {
 	s.c.removeLocked(s)
 }
 
-// streamAddr is where a stream leads to.
+// streamAddr is the address of a stream's connection.
 type streamAddr string
 
 func (streamAddr) Network() string  { return "tcp" }
@@ -318,7 +319,7 @@ func (a streamAddr) String() string { return string(a) }
 // LocalAddr implements net.Conn.
 func (s *streamConn) LocalAddr() net.Addr { return streamAddr("") }
 
-// RemoteAddr implements net.Conn. A stream leads to the parent.
+// RemoteAddr implements net.Conn. It returns the parent's address.
 func (s *streamConn) RemoteAddr() net.Addr { return streamAddr(s.c.conn.RemoteAddr().String()) }
 
 // SetDeadline implements net.Conn.
@@ -330,7 +331,7 @@ func (s *streamConn) SetDeadline(t time.Time) error {
 func (s *streamConn) SetReadDeadline(t time.Time) error {
 	s.c.mu.Lock()
 	defer s.c.mu.Unlock()
-	if s.c.streams[s.id] == s { // else there is nothing to wait for
+	if s.c.streams[s.id] == s { // an ended stream never blocks
 		s.readBy.set(t, &s.readable)
 	}
 	return nil
@@ -346,13 +347,13 @@ func (s *streamConn) SetWriteDeadline(t time.Time) error {
 	return nil
 }
 
-// deadline wakes those who wait for a condition when it passes.
+// deadline wakes the goroutines that wait for a condition when it passes.
 type deadline struct {
 	at    time.Time // zero: none
 	timer *time.Timer
 }
 
-// set is called with the lock of the condition.
+// set sets the deadline. The caller holds the lock of the condition.
 func (d *deadline) set(at time.Time, condition *sync.Cond) {
 	d.stop()
 	if d.at = at; at.IsZero() {
@@ -377,11 +378,11 @@ func (d *deadline) stop() {
 
 func (d *deadline) passed() bool { return !d.at.IsZero() && !time.Now().Before(d.at) }
 
-// blockQueue holds bytes in blocks that it shares with others of its kind, so that
-// it holds none when it is empty.
+// blockQueue is a queue of bytes in blocks from a shared pool. An empty queue holds no
+// blocks.
 type blockQueue struct {
 	blocks     []*[muxFrame]byte
-	start, end int // in the first block and in the last
+	start, end int // of the bytes, in the first block and in the last
 	size       int
 }
 
