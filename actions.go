@@ -9,33 +9,33 @@ import (
 	"time"
 )
 
-// closeTunnel closes a tunnel, and reports whether there is one of that id. No
-// list has the tunnel when it returns, unless its client keeps it from ending.
+// closeTunnel closes a tunnel and reports whether the id exists. It waits up to a second
+// until the tunnel has disappeared from all lists.
 func closeTunnel(id uint64) (found bool) {
-	var in *registry
+	var owner *registry
 	eachRegistry(func(r *registry) {
 		if t, ok := r.tunnels.Load(id); ok {
 			t.close(reasonOperator)
-			in = r
+			owner = r
 		}
 	})
-	if in == nil {
+	if owner == nil {
 		return false
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	waitUntil(ctx, func() bool {
-		_, open := in.tunnels.Load(id)
+		_, open := owner.tunnels.Load(id)
 		return !open
 	})
 	return true
 }
 
-// refillClient gives a client a full bucket in a zone, of tokens and of failed
-// logins; or in all zones, for "", and then it ends a block as well. It reports whether there was something to do
-// it to.
+// refillClient refills a client's buckets of tokens and of failed logins in a zone. If zone
+// is "", it does so in all zones and also ends a block. It reports whether the client was
+// known or blocked.
 func refillClient(addr netip.Addr, zone string) (found bool) {
-	found = refillShared(addr, zone) // first, as what it says is learned
+	found = refillShared(addr, zone) // first, so that no local bucket learns the old state again
 	refill := func(_, value any) bool {
 		l := value.(*limiter)
 		if zone != "" && zone != l.key.zone {
@@ -55,7 +55,7 @@ func refillClient(addr netip.Addr, zone string) (found bool) {
 	return zone == "" && unblock(addr) || found
 }
 
-// refillShared does so in the shared limiters that can.
+// refillShared refills the client's buckets in the shared limiters that implement Refiller.
 func refillShared(addr netip.Addr, zone string) (found bool) {
 	var handlers []*Handler
 	eachRegistry(func(r *registry) {
@@ -79,8 +79,8 @@ func refillShared(addr netip.Addr, zone string) (found bool) {
 	return found
 }
 
-// blockClient has all requests of a client refused for a while; 0 ends that. It
-// reports whether it was done: there must be a proxy.
+// blockClient blocks all requests of a client for d; 0 ends the block. It reports whether
+// it changed anything: without an async_proxy there is nothing to block.
 func blockClient(addr netip.Addr, d time.Duration) (done bool) {
 	if d <= 0 {
 		return unblock(addr)
@@ -105,8 +105,8 @@ func unblock(addr netip.Addr) (found bool) {
 	return found
 }
 
-// keysOf returns what a client is to the limiters, of which each may make it
-// part of another network.
+// keysOf returns the client's key in each limiter. The keys differ where limiters have
+// different prefix lengths.
 func keysOf(addr netip.Addr) (keys []netip.Addr) {
 	limiters.Range(func(_, l any) bool {
 		keys = append(keys, l.(*limiter).keyOf(addr))
@@ -115,7 +115,7 @@ func keysOf(addr netip.Addr) (keys []netip.Addr) {
 	return keys
 }
 
-// keyOf is client for a user as well.
+// keyOf returns the limiter's key for a client or a user.
 func (l *limiter) keyOf(addr netip.Addr) netip.Addr {
 	if addr.Zone() != "" {
 		return addr
@@ -123,8 +123,7 @@ func (l *limiter) keyOf(addr netip.Addr) netip.Addr {
 	return l.client(addr)
 }
 
-// blocked returns how long the client whose limits are those of key stays
-// blocked, or 0.
+// blocked returns how long the client with this key remains blocked; 0 if it is not.
 func (r *registry) blocked(key netip.Addr, now int64) time.Duration {
 	if r.blocks.Size() == 0 {
 		return 0

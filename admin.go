@@ -21,8 +21,7 @@ func init() {
 	caddy.RegisterModule(adminAPI{})
 }
 
-// adminAPI is at /async_proxy/ of Caddy's admin endpoint. docs/admin-api.md
-// describes it.
+// adminAPI serves /async_proxy/ on Caddy's admin endpoint. docs/admin-api.md describes it.
 type adminAPI struct{}
 
 // CaddyModule returns the Caddy module information.
@@ -40,11 +39,11 @@ func (a adminAPI) Routes() []caddy.AdminRoute {
 
 func (a adminAPI) serve(w http.ResponseWriter, r *http.Request) error {
 	now := time.Now()
-	// Names that have a slash of their own are written with %2F.
-	what, rest, _ := strings.Cut(strings.TrimPrefix(r.URL.EscapedPath(), "/async_proxy/"), "/")
+	// A slash within a name is escaped as %2F.
+	collection, rest, _ := strings.Cut(strings.TrimPrefix(r.URL.EscapedPath(), "/async_proxy/"), "/")
 	name, verb, _ := strings.Cut(rest, "/")
-	// A network is written with a slash of its own.
-	if bits, more, _ := strings.Cut(verb, "/"); what == "clients" && isNumber(bits) {
+	// The slash of a network is not escaped.
+	if bits, more, _ := strings.Cut(verb, "/"); collection == "clients" && isNumber(bits) {
 		name, verb = name+"/"+bits, more
 	}
 	name, err := url.PathUnescape(name)
@@ -52,19 +51,19 @@ func (a adminAPI) serve(w http.ResponseWriter, r *http.Request) error {
 		return apiError(http.StatusBadRequest, "%w", err)
 	}
 	switch {
-	case what == "stats" && rest == "":
+	case collection == "stats" && rest == "":
 		return a.get(w, r, func() (any, error) { return takeStats(now), nil })
-	case what == "clients" && rest == "":
+	case collection == "clients" && rest == "":
 		return a.get(w, r, func() (any, error) { return queryClients(r.URL.Query(), now) })
-	case what == "tunnels" && rest == "":
+	case collection == "tunnels" && rest == "":
 		return a.get(w, r, func() (any, error) { return queryTunnels(r.URL.Query(), now) })
-	case what == "tunnels" && verb == "":
+	case collection == "tunnels" && verb == "":
 		id, err := strconv.ParseUint(name, 10, 64)
 		if err != nil {
 			return apiError(http.StatusBadRequest, "%q is not a tunnel id; expected a number", name)
 		}
 		return a.do(w, r, http.MethodDelete, func() bool { return closeTunnel(id) })
-	case what == "clients" && (verb == "" || verb == "block"):
+	case collection == "clients" && (verb == "" || verb == "block"):
 		addr, err := clientToActOn(name)
 		if err != nil {
 			return apiError(http.StatusBadRequest, "%w", err)
@@ -113,8 +112,8 @@ func apiError(status int, format string, args ...any) error {
 	return caddy.APIError{HTTPStatus: status, Err: fmt.Errorf(format, args...)}
 }
 
-// parseClient reads a client as clientName and a snapshot write it: an address,
-// a network, a user, or "unix".
+// parseClient parses a client in the format of clientName and of snapshots: an address, a
+// network, a user, or "unix".
 func parseClient(s string) (netip.Addr, error) {
 	if s == "unix" {
 		return netip.Addr{}, nil
@@ -132,8 +131,8 @@ func parseClient(s string) (netip.Addr, error) {
 	return addr, nil
 }
 
-// clientToActOn is parseClient for what somebody has written, which must be what
-// some site's limiter has buckets for.
+// clientToActOn parses a client that an operator entered. It rejects networks of a size for
+// which no site's limiter has buckets.
 func clientToActOn(s string) (netip.Addr, error) {
 	if network, err := netip.ParsePrefix(s); err == nil && !isClient(network) {
 		return netip.Addr{}, fmt.Errorf("%q is not a client: no site has clients of %d bits; ipv4_prefix and ipv6_prefix set that", s, network.Bits())
@@ -141,7 +140,7 @@ func clientToActOn(s string) (netip.Addr, error) {
 	return parseClient(s)
 }
 
-// isClient reports whether a network shares a bucket with one of the sites.
+// isClient reports whether some site's limiter has one bucket per network of this size.
 func isClient(network netip.Prefix) (found bool) {
 	limiters.Range(func(_, l any) bool {
 		bits := l.(*limiter).key.v6

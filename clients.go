@@ -20,7 +20,7 @@ import (
 // allClients is the value of the option clients that opens the proxy.
 const allClients = "all"
 
-// provisionClients reads which clients may use the proxy.
+// provisionClients parses the option clients.
 func (h *Handler) provisionClients(server *caddyhttp.Server) (err error) {
 	var ranges []string
 	for _, r := range h.Clients {
@@ -42,19 +42,18 @@ func (h *Handler) provisionClients(server *caddyhttp.Server) (err error) {
 	return nil
 }
 
-// admits reports whether a client may use the proxy. An address that is not
-// valid is that of a client on a Unix socket, which has none.
+// admits reports whether a client may use the proxy. A client on a Unix socket has no
+// valid address; it is always admitted.
 //
-// Without the option clients, everybody may if authentication or a matcher of
-// addresses already restricts who gets here, and otherwise private addresses
-// may. That depends on the routes around the handler, which are complete only
-// after all handlers are provisioned, but always before the first request: it
-// is decided then, so the proxy is never open in between.
+// Without the option clients, every client is admitted if authentication or an address
+// matcher already restricts access; otherwise only private addresses are. That depends on
+// the routes around the handler, which are complete only once all handlers are provisioned.
+// It is therefore decided at the first request, so the proxy is never open in between.
 func (h *Handler) admits(addr netip.Addr) bool {
 	return !addr.IsValid() || h.clients.Contains(addr) || len(h.Clients) == 0 && h.guarded()
 }
 
-// isOpen reports whether anybody who can reach the proxy may use it.
+// isOpen reports whether every client that can reach the proxy may use it.
 func (h *Handler) isOpen() bool {
 	return len(h.Clients) > 0 && !namesClients(h.Clients) && !h.guarded()
 }
@@ -70,33 +69,32 @@ func (h *Handler) effectiveClients() []string {
 	return []string{"private_ranges"}
 }
 
-// namesClients reports whether ranges of addresses are limited to certain
-// clients.
+// namesClients reports whether ranges restrict access, which ranges that include all
+// addresses do not.
 func namesClients(ranges []string) bool {
 	return len(ranges) > 0 && !slices.ContainsFunc(ranges, func(r string) bool { return r == allClients || strings.HasSuffix(r, "/0") })
 }
 
-// restrictedBefore reports whether every way to a handler is for certain clients
-// or users only, as far as the routes of its server tell: the matchers on the
-// way restrict clients, or a handler before it asks everybody for credentials or
-// turns away everybody but certain clients.
+// restrictedBefore reports whether every path to a handler through the routes of its
+// server is restricted to certain clients or users: a matcher on the path restricts the
+// clients, or an earlier handler requires credentials or rejects all other clients.
 func restrictedBefore(server *caddyhttp.Server, h caddyhttp.MiddlewareHandler, restricts func(caddyhttp.MatcherSet) bool) bool {
 	w := waysTo{handler: h, restricts: restricts}
 	w.walk(server.Routes, maps.Clone(server.NamedRoutes), false)
 	return w.found && !w.open
 }
 
-// waysTo finds the ways through routes to a handler.
+// waysTo finds the paths through routes to a handler.
 type waysTo struct {
 	handler   caddyhttp.MiddlewareHandler
-	restricts func(caddyhttp.MatcherSet) bool // reports whether a set of matchers matches certain clients only
+	restricts func(caddyhttp.MatcherSet) bool // reports whether a matcher set matches certain clients only
 
-	found bool // there is a way
-	open  bool // there is one that is not restricted
+	found bool // a path exists
+	open  bool // an unrestricted path exists
 }
 
-// walk follows routes. restricted says whether only certain clients or users get
-// to the first of them; the result says the same of what follows the last one.
+// walk follows routes. restricted says whether only certain clients or users reach the
+// first route; the result says the same of whatever follows the last one.
 func (w *waysTo) walk(routes caddyhttp.RouteList, named map[string]*caddyhttp.Route, restricted bool) bool {
 	groups := make(map[string]bool)
 	for _, route := range routes {
@@ -108,7 +106,7 @@ func (w *waysTo) walk(routes caddyhttp.RouteList, named map[string]*caddyhttp.Ro
 			case *caddyhttp.Invoke:
 				if invoked := named[handler.Name]; invoked != nil {
 					others := maps.Clone(named)
-					delete(others, handler.Name) // it may invoke itself
+					delete(others, handler.Name) // a named route may invoke itself
 					inside = w.walk(caddyhttp.RouteList{*invoked}, others, inside)
 				}
 			case *caddyauth.Authentication, *caddyhttp.StaticError:
@@ -121,33 +119,32 @@ func (w *waysTo) walk(routes caddyhttp.RouteList, named map[string]*caddyhttp.Ro
 				}
 			}
 		}
-		// A route that not all requests take restricts those that skip it only if
-		// it takes everybody but certain clients.
+		// A route that some requests skip restricts these only if its matcher
+		// matches all but certain clients.
 		skipped := len(route.MatcherSets) > 0 || groups[route.Group]
 		if !skipped || everySet(route.MatcherSets, matchesAllBut(w.restricts)) && !groups[route.Group] {
 			restricted = inside
 		}
 		if route.Group != "" {
-			groups[route.Group] = true // of which a request takes one route only
+			groups[route.Group] = true // a request takes only one route of a group
 		}
 	}
 	return restricted
 }
 
-// endsRequest reports whether a static response ends the request, as all do but
-// 103 (Early Hints). A status in a placeholder may be that.
+// endsRequest reports whether a static response ends the request. All do except 103 (Early
+// Hints), which a status in a placeholder may turn out to be.
 func endsRequest(s *caddyhttp.StaticResponse) bool {
 	status, err := strconv.Atoi(string(s.StatusCode))
 	return s.Abort || s.StatusCode == "" || err == nil && status != http.StatusEarlyHints
 }
 
-// everySet reports whether there are sets of matchers and the condition holds
-// for each.
+// everySet reports whether there are matcher sets and condition holds for each of them.
 func everySet(sets caddyhttp.MatcherSets, condition func(caddyhttp.MatcherSet) bool) bool {
 	return len(sets) > 0 && !slices.ContainsFunc(sets, func(set caddyhttp.MatcherSet) bool { return !condition(set) })
 }
 
-// matchesClients reports whether a set of matchers matches certain clients only.
+// matchesClients reports whether a matcher set matches certain clients only.
 func matchesClients(set caddyhttp.MatcherSet) bool {
 	return slices.ContainsFunc(set, func(m any) bool {
 		switch m := m.(type) {
@@ -160,8 +157,8 @@ func matchesClients(set caddyhttp.MatcherSet) bool {
 	})
 }
 
-// matchesAllBut returns a condition that holds for a set of matchers which matches
-// whatever sets that restrict do not.
+// matchesAllBut returns a condition that holds for a matcher set that is exactly the
+// negation of sets for which restricts holds.
 func matchesAllBut(restricts func(caddyhttp.MatcherSet) bool) func(caddyhttp.MatcherSet) bool {
 	return func(set caddyhttp.MatcherSet) bool {
 		if len(set) != 1 {
@@ -172,8 +169,8 @@ func matchesAllBut(restricts func(caddyhttp.MatcherSet) bool) func(caddyhttp.Mat
 	}
 }
 
-// isBeyondLoopback reports whether other machines may be able to connect to a
-// listener's address.
+// isBeyondLoopback reports whether a listener's address is a TCP address that other
+// machines may be able to reach.
 func isBeyondLoopback(addr net.Addr) bool {
 	tcp, ok := addr.(*net.TCPAddr)
 	return ok && !tcp.IP.IsLoopback()

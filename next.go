@@ -18,7 +18,7 @@ func (h *Handler) passOn(w http.ResponseWriter, r *http.Request, from caller, ne
 	prior := r.Header["X-Forwarded-For"]
 	h.setRequestFields(r, from)
 	if from.trusted && h.ForwardedFor != "off" {
-		// A reverse_proxy appends the peer itself.
+		// The next handler, if it is reverse_proxy, appends the peer itself.
 		if r.Header["X-Forwarded-For"] = prior; len(prior) == 0 {
 			delete(r.Header, "X-Forwarded-For")
 		}
@@ -31,15 +31,16 @@ func (h *Handler) passOn(w http.ResponseWriter, r *http.Request, from caller, ne
 	return recorder.status, err
 }
 
-// errUnanswered reports that no handler has answered a request for this server.
+// errUnanswered reports that no handler responded to a request for this server.
 var errUnanswered = errors.New("no handler answered this request for the server itself")
 
-// errNoHosts is errUnanswered where the request may have been meant for the proxy.
+// errNoHosts reports the same for a request that may have been meant for the proxy.
 var errNoHosts = errors.New("no handler answered; over HTTP/2 and HTTP/3, requests to be proxied can be told from requests for this server only with the option hosts")
 
-// unanswered returns the answer to a request that no handler has answered. Caddy's
-// own would be an empty 200. That would say in the name of a site that it is empty, or,
-// to an extended CONNECT, that the other protocol begins here (RFC 8441 §5).
+// unanswered returns the response to a request that no handler responded to. Caddy would
+// send an empty 200. A client would take that for the response of the site that it
+// requested, or, after an extended CONNECT, for the start of the other protocol (RFC 8441
+// §5).
 func unanswered(r *http.Request) *refusal {
 	switch {
 	case isExtendedConnect(r):
@@ -50,8 +51,8 @@ func unanswered(r *http.Request) *refusal {
 	return refuse(http.StatusMisdirectedRequest, "http_request_error", errUnanswered, "This is a proxy, and it has no page of its own here. A request to be proxied names a whole URL.")
 }
 
-// statusRecorder records the status of a response, and whether there is one. Unlike
-// Caddy's recorders it does not wrap a connection that a handler takes over.
+// statusRecorder records the status of a response; 0 if there is none. Unlike Caddy's
+// recorders it does not wrap a hijacked connection.
 type statusRecorder struct {
 	caddyhttp.ResponseWriterWrapper
 	r      *http.Request
@@ -77,7 +78,7 @@ func (w *statusRecorder) FlushError() error {
 	return http.NewResponseController(w.ResponseWriter).Flush()
 }
 
-// Hijack implements http.Hijacker. Whoever takes the connection over answers on it.
+// Hijack implements http.Hijacker. The hijacker writes the response itself.
 func (w *statusRecorder) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	conn, buffered, err := http.NewResponseController(w.ResponseWriter).Hijack()
 	if err == nil && w.status == 0 {

@@ -19,8 +19,8 @@ func (h *Handler) isPAC(r *http.Request) bool {
 	return h.ServePAC != "" && r.URL.Path == h.ServePAC && (r.Method == http.MethodGet || r.Method == http.MethodHead)
 }
 
-// servePAC answers with a script that tells a browser when to use this proxy,
-// under the very address at which it got the script.
+// servePAC responds with a script that tells a browser when to use this proxy. The script
+// names the proxy by the address at which the browser requested it.
 func (h *Handler) servePAC(w http.ResponseWriter, r *http.Request) int {
 	head, rules := pacHead(r), h.pacRules()
 	header := w.Header()
@@ -36,7 +36,8 @@ func (h *Handler) servePAC(w http.ResponseWriter, r *http.Request) int {
 	return http.StatusOK
 }
 
-// pacHead begins the script with the proxy's address as the browser knows it.
+// pacHead returns the beginning of the script, with the proxy's address as the browser
+// knows it.
 func pacHead(r *http.Request) string {
 	kind, port := "PROXY", ":80"
 	if r.TLS != nil {
@@ -46,18 +47,20 @@ func pacHead(r *http.Request) string {
 	if _, _, found := cutPort(host); !found {
 		host += port
 	}
-	own, _, _ := cutPort(r.Host)
-	return fmt.Sprintf("var proxy = %s;\nvar own = %s;\n", quote(kind+" "+host), quote(strings.ToLower(strings.Trim(own, "[]"))))
+	name, _, _ := cutPort(r.Host)
+	return fmt.Sprintf("var proxy = %s;\nvar own = %s;\n", quote(kind+" "+host), quote(strings.ToLower(strings.Trim(name, "[]"))))
 }
 
-// makePACRules writes the rest of the script, which is the same for everybody.
-// DIRECT is only for what the proxy closes by default to clients on other
-// machines, and for what the operator lists: it may be in reach of the browser,
-// and if it is not, the browser says so better. What a rule denies goes to the
-// proxy, which says why, and must not get a way around it. The script holds no
-// rules, since anybody may read it; of a class of addresses or names that is
-// closed by default it only says that all of it goes to the proxy, if a rule
-// allows some of it. It never resolves a name: that is the proxy's business.
+// makePACRules returns the rest of the script, which is the same for all clients.
+//
+// It returns DIRECT only for destinations that the proxy closes by default to clients on
+// other machines and for those that the operator lists. The browser may be able to reach
+// them, and if not, its own error message is better. Destinations that a rule denies go to
+// the proxy, which says why, so that the script offers no way around the rule.
+//
+// The script does not contain the rules, because everyone may read it. If a rule allows
+// part of a class of addresses or names that is closed by default, the script sends the
+// whole class to the proxy. It never resolves names: the proxy does.
 func (h *Handler) makePACRules() string {
 	var b strings.Builder
 	b.WriteString(`function FindProxyForURL(url, host) {
@@ -90,8 +93,8 @@ func (h *Handler) makePACRules() string {
 	return b.String()
 }
 
-// closedConditions are true of what is closed by default, as far as a browser
-// can tell, but for classes of which a rule allows something.
+// closedConditions returns the conditions for destinations that are closed by default, as
+// far as a browser can tell. It omits classes of which a rule allows a part.
 func closedConditions(sets []*ruleSet) (list []string) {
 	allowed := func(condition func(*ruleSet) bool) bool {
 		return slices.ContainsFunc(sets, func(s *ruleSet) bool { return !s.deny && condition(s) })
@@ -134,19 +137,20 @@ func closedConditions(sets []*ruleSet) (list []string) {
 	return list
 }
 
-// closedIPv6 are the ranges of IPv6 that users know as private.
+// closedIPv6 lists the IPv6 ranges that are commonly regarded as private.
 var closedIPv6 = []netip.Prefix{
 	netip.MustParsePrefix("::/128"), netip.MustParsePrefix("::1/128"), netip.MustParsePrefix("2001:db8::/32"),
 	netip.MustParsePrefix("fc00::/7"), netip.MustParsePrefix("fe80::/10"), netip.MustParsePrefix("fec0::/10"), netip.MustParsePrefix("ff00::/8"),
 }
 
-// quote writes a string for JavaScript.
+// quote returns a string as a JavaScript literal.
 func quote(s string) string {
 	b, _ := json.Marshal(s) // never fails
 	return string(b)
 }
 
-// conditions are true of what is in the set, which has no ports.
+// conditions returns the script's conditions for the destinations in the set, which must
+// not have ports.
 func (s *ruleSet) conditions() (list []string) {
 	for name := range s.names {
 		list = append(list, "is("+quote(name)+")")
@@ -161,7 +165,7 @@ func (s *ruleSet) conditions() (list []string) {
 	return list
 }
 
-// prefixCondition is true of an address in a range.
+// prefixCondition returns the script's condition for an address in a range.
 func prefixCondition(prefix netip.Prefix) string {
 	if prefix.Addr().Is6() {
 		return fmt.Sprintf("within6(%q, %d)", prefix.Addr(), prefix.Bits())
@@ -170,7 +174,7 @@ func prefixCondition(prefix netip.Prefix) string {
 	return fmt.Sprintf("within(%q, \"%d.%d.%d.%d\")", prefix.Addr(), byte(mask>>24), byte(mask>>16), byte(mask>>8), byte(mask))
 }
 
-// newPACDirect reads the destinations that browsers reach directly.
+// newPACDirect parses the destinations that browsers reach directly.
 func newPACDirect(texts []string) (*ruleSet, error) {
 	s, err := newDirectSet(texts)
 	if err == nil && (s.all || s.public || s.private) {

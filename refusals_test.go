@@ -247,7 +247,7 @@ func TestRefusalOrigin(t *testing.T) {
 	b.refuses(502, "http_response_header_section_size", "are larger than 256 KiB", "GET http://LARGE/", "GET http://LONG/")
 	b.refuses(502, "tls_certificate_error", "The certificate of SECURE is not trusted", "GET https://SECURE/")
 	b.refuses(502, "tls_protocol_error", "does not speak TLS", "GET https://ECHO/", "GET https://GREETS/")
-	b.refuses(400, refusalBad, "The content of the request is broken off or malformed",
+	b.refuses(400, refusalBad, "The content of the request is incomplete or malformed",
 		"POST http://ECHO/ HTTP/1.1\nHost: x\nTransfer-Encoding: chunked\n\n5\nhello\nzz\n",
 		"POST http://ECHO/ HTTP/1.1\nHost: x\nTransfer-Encoding: chunked\n\n5\nhello, world\n0\n\n",
 		"POST http://ECHO/ HTTP/1.1\nHost: x\nTransfer-Encoding: chunked\n\nhello\n")

@@ -21,15 +21,15 @@ import (
 
 func init() { caddy.RegisterModule(Unclaimed{}) }
 
-// Unclaimed refuses proxy requests that no other handler has answered, such as
-// those of a client that no async_proxy of the site matches. Caddy itself would
-// answer them with an empty 200, which for a CONNECT says that a tunnel is open.
+// Unclaimed refuses proxy requests that no other handler has responded to, such as those
+// of a client that no async_proxy of the site matches. Caddy itself would respond with an
+// empty 200, which tells the client of a CONNECT that a tunnel is open.
 //
-// The listener wrapper async_proxy adds this handler behind all others of its
-// server. Without the wrapper it may stand there in the config.
+// The listener wrapper async_proxy adds this handler after all others of its server.
+// Without the wrapper, add it there in the config.
 type Unclaimed struct {
 	logger *zap.Logger
-	logged *atomic.Int64 // when a refusal was last logged, since epoch: one line a second tells enough
+	logged *atomic.Int64 // time of the last log line, since epoch; at most one line per second
 }
 
 // CaddyModule returns the Caddy module information.
@@ -59,15 +59,15 @@ func (u *Unclaimed) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddy
 	header := w.Header()
 	header["Content-Type"] = []string{"text/plain; charset=utf-8"}
 	if r.ProtoMajor == 1 {
-		header["Connection"] = []string{"close"} // what follows may be meant for a tunnel
+		header["Connection"] = []string{"close"} // the bytes that follow may be meant for a tunnel
 	}
 	w.WriteHeader(http.StatusMisdirectedRequest)
 	_, _ = io.WriteString(w, "No proxy here handles this request.\n")
 	return nil
 }
 
-// hasVisited reports whether an async_proxy has handed r on, which answers it itself
-// if nobody does.
+// hasVisited reports whether an async_proxy has passed r to the next handler. That
+// async_proxy responds to r itself if no handler does.
 func hasVisited(r *http.Request) bool {
 	repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
 	if !ok {
@@ -77,9 +77,9 @@ func hasVisited(r *http.Request) bool {
 	return visited
 }
 
-// isForeign reports whether a request over HTTP/2 or HTTP/3, in which proxy requests
-// look like all others, is for another host than the server that TLS was set up
-// with. If the client named no server there, nobody can tell.
+// isForeign reports whether an HTTP/2 or HTTP/3 request, where proxy requests look like all
+// others, is for another host than the server name of its TLS connection. It returns false
+// if the client sent no server name.
 func isForeign(r *http.Request) bool {
 	if r.ProtoMajor == 1 || r.TLS == nil || r.TLS.ServerName == "" {
 		return false
@@ -91,14 +91,14 @@ func isForeign(r *http.Request) bool {
 	return !strings.EqualFold(strings.TrimSuffix(host, "."), r.TLS.ServerName)
 }
 
-// addUnclaimed puts the handler behind all others of a server: at the end of its
-// routes, and of those of its routes that are the last for a request.
+// addUnclaimed adds the handler after all others of a server: at the end of its routes and
+// of each terminal route.
 func addUnclaimed(server *caddyhttp.Server) {
 	raw := caddyconfig.JSONModuleObject(Unclaimed{}, "handler", "async_proxy_unclaimed", nil)
-	isIt := func(other json.RawMessage) bool { return string(other) == string(raw) }
+	isUnclaimed := func(handler json.RawMessage) bool { return string(handler) == string(raw) }
 	n := len(server.Routes)
-	if n == 0 || slices.ContainsFunc(server.Routes[n-1].HandlersRaw, isIt) {
-		return // there is one wrapper for each site
+	if n == 0 || slices.ContainsFunc(server.Routes[n-1].HandlersRaw, isUnclaimed) {
+		return // the wrapper of another site has added it
 	}
 	for i := range server.Routes {
 		if route := &server.Routes[i]; route.Terminal {
@@ -122,8 +122,8 @@ func siteOf(server *caddyhttp.Server, h caddyhttp.MiddlewareHandler) caddyhttp.R
 	return server.Routes
 }
 
-// leavesUnanswered reports whether a request may pass all routes without an
-// answer, as far as they tell.
+// leavesUnanswered reports whether a request may pass all routes without a response, as far
+// as can be told from the config.
 func leavesUnanswered(routes caddyhttp.RouteList) bool {
 	return !slices.ContainsFunc(routes, func(route caddyhttp.Route) bool {
 		return len(route.MatcherSets) == 0 && slices.ContainsFunc(route.Handlers, func(handler caddyhttp.MiddlewareHandler) bool {
@@ -141,7 +141,7 @@ func leavesUnanswered(routes caddyhttp.RouteList) bool {
 	})
 }
 
-// passingHandlers are those of Caddy that leave the answer to the next one.
+// passingHandlers lists Caddy's handlers that leave the response to the next handler.
 var passingHandlers = []string{
 	"authentication", "encode", "headers", "intercept", "log_append", "map", "push", "request_body", "rewrite", "templates", "tracing", "vars",
 }
