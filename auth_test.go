@@ -69,8 +69,8 @@ func TestAuth(t *testing.T) {
 		for name, credentials := range map[string]string{
 			"none": "", "a wrong password": login("alice", "builder"), "no password": login("alice", ""), "a wrong user": login("carol", "wonderland"),
 			"another scheme": "Bearer abc", "no base64": "Basic !!!", "no colon": "Basic " + base64.StdEncoding.EncodeToString([]byte("alice")),
-			"nothing behind the scheme": "Basic", "a space": " ", "an enormous password": login("alice", strings.Repeat("x", 8000)),
-			"a password past what bcrypt looks at": login("alice", "wonderland"+strings.Repeat("x", 100)),
+			"nothing after the scheme": "Basic", "a space": " ", "an enormous password": login("alice", strings.Repeat("x", 8000)),
+			"a password longer than bcrypt's limit": login("alice", "wonderland"+strings.Repeat("x", 100)),
 		} {
 			lines := "Proxy-Authorization: " + credentials + "\n"
 			if strings.TrimSpace(credentials) == "" {
@@ -119,7 +119,7 @@ func TestAuth(t *testing.T) {
 
 // TestAuthOfProtocols opens tunnels as a user over each protocol.
 func TestAuthOfProtocols(t *testing.T) {
-	w := newTunnelWorld(t, tunnelSetup{options: authUsers, site: "log_append who {http.auth.user.id}\nlog"})
+	w := newTunnelWorld(t, tunnelSetup{options: authUsers, site: "log_append user {http.auth.user.id}\nlog"})
 	target := listen(t, func(conn *net.TCPConn) { _, _ = conn.Write([]byte("hello")) })
 	for _, protocol := range tunnelProtocols {
 		t.Run(protocol, func(t *testing.T) {
@@ -183,11 +183,11 @@ func TestLimitByUser(t *testing.T) {
 	} {
 		w := newWorld(t, fmt.Sprintf("%sburst 3\nrefill 0.00001\nzone by-%d\nlimit_by %s", authUsers, i, tc.by), nil)
 		var got []string
-		for who := range strings.FieldsSeq(tc.logins) {
+		for client := range strings.FieldsSeq(tc.logins) {
 			lines := map[string]string{
 				"a": "Proxy-Authorization: " + login("alice", "wonderland") + "\n", "b": "Proxy-Authorization: " + login("bob", "builder") + "\n",
 				"x": "Proxy-Authorization: " + login("alice", "?") + "\n", "-": "",
-			}[who]
+			}[client]
 			res, _ := policyRequest(t, w.proxy, http.MethodGet, w.origin.Listener.Addr().String(), lines)
 			got = append(got, fmt.Sprint(res.StatusCode))
 		}
@@ -435,12 +435,12 @@ func TestAuthTellsNothing(t *testing.T) {
 // TestAuthPlaceholders checks that Caddy's access log and other handlers know the user.
 func TestAuthPlaceholders(t *testing.T) {
 	w := newWorld(t, "", nil)
-	w.load(strings.Replace(w.site(authUsers), "async_proxy {", "log\nlog_append who {http.async_proxy.user}\nasync_proxy {", 1))
+	w.load(strings.Replace(w.site(authUsers), "async_proxy {", "log\nlog_append user {http.async_proxy.user}\nasync_proxy {", 1))
 	res, _ := policyRequest(t, w.proxy, http.MethodGet, w.origin.Listener.Addr().String(), "Proxy-Authorization: "+login("alice", "wonderland")+"\n")
 	if res.StatusCode != http.StatusOK {
 		t.Fatal(res.Status)
 	}
-	if line := w.waitLog("handled request", 1)[0]; line["user_id"] != "alice" || line["who"] != "alice" {
+	if line := w.waitLog("handled request", 1)[0]; line["user_id"] != "alice" || line["user"] != "alice" {
 		t.Errorf("line %v", line)
 	}
 	w.keepsSecret("wonderland")

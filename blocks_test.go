@@ -74,16 +74,16 @@ func TestFloodsOfBlockedAndUncountedClients(t *testing.T) {
 			}
 			most := 10 + int(time.Since(start)/time.Second) + 1
 			lines := w.waitLog("request", 10)
-			var told float64
+			var covered float64
 			for _, line := range lines {
 				refused, _ := line["refused"].(float64)
-				told += refused
+				covered += refused
 				if line["error"] != tc.err || line["status"] != float64(tc.status) {
 					t.Errorf("line %v", line)
 				}
 			}
-			if len(lines) > most || told > flood {
-				t.Errorf("%d lines cover %v refusals, want at most %d lines for %d", len(lines), told, most, flood)
+			if len(lines) > most || covered > flood {
+				t.Errorf("%d lines cover %v refusals, want at most %d lines for %d", len(lines), covered, most, flood)
 			}
 			if n := recent.n.Load() - entries; n != uint64(len(lines)) {
 				t.Errorf("%d of the last refusals are from the flood, want one per line: %d", n, len(lines))

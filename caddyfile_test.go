@@ -530,16 +530,16 @@ func FuzzCaddyfile(f *testing.F) {
 		if err != nil {
 			t.Fatalf("%q: %v", input, err)
 		}
-		again := new(Handler)
-		if err := caddy.StrictUnmarshalJSON(data, again); err != nil {
-			t.Fatalf("%q makes %s: %v", input, data, err)
+		roundTripped := new(Handler)
+		if err := caddy.StrictUnmarshalJSON(data, roundTripped); err != nil {
+			t.Fatalf("%q gives %s: %v", input, data, err)
 		}
-		if !reflect.DeepEqual(h, again) {
-			t.Fatalf("%q makes %s, which makes %+v, want %+v", input, data, again, h)
+		if !reflect.DeepEqual(h, roundTripped) {
+			t.Fatalf("%q gives %s, which gives %+v, want %+v", input, data, roundTripped, h)
 		}
 		data = caddyconfig.JSONModuleObject(h, "handler", "async_proxy", nil)
 		if err := validate(t, string(data)); err != nil {
-			t.Errorf("%q makes %s: %v", input, data, err)
+			t.Errorf("%q gives %s: %v", input, data, err)
 		}
 	})
 }

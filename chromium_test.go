@@ -19,7 +19,7 @@ import (
 
 // chromiumPage talks to a WebSocket on its own origin and reports the reply to the origin.
 const chromiumPage = `<!doctype html><script>
-const tell = text => fetch("/told?" + text)
+const tell = text => fetch("/report?" + text)
 const socket = new WebSocket("ws://" + location.host + "/socket")
 socket.onopen = () => socket.send("hello")
 socket.onmessage = message => tell(message.data)
@@ -33,13 +33,13 @@ func TestChromium(t *testing.T) {
 	if err != nil {
 		t.Skip("there is no chromium; apt-get install chromium")
 	}
-	told := make(chan string, 10)
+	reports := make(chan string, 10)
 	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case "/socket":
 			chromiumSocket(t, w, r)
-		case "/told":
-			told <- r.URL.RawQuery
+		case "/report":
+			reports <- r.URL.RawQuery
 		default:
 			w.Header().Set("Content-Type", "text/html")
 			fmt.Fprint(w, chromiumPage)
@@ -69,7 +69,7 @@ func TestChromium(t *testing.T) {
 		_ = command.Wait()
 	}()
 	select {
-	case text := <-told:
+	case text := <-reports:
 		if text != "hello" {
 			t.Errorf("the socket sent %q, want hello", text)
 		}

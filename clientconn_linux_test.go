@@ -62,7 +62,7 @@ func TestProcessExitsWithClientConns(t *testing.T) {
 			if row.reloaded {
 				c.reload("dial_timeout 9s")
 			}
-			told := time.Now()
+			signaled := time.Now()
 			if err := c.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 				t.Fatal(err)
 			}
@@ -85,7 +85,7 @@ func TestProcessExitsWithClientConns(t *testing.T) {
 			case <-time.After(patience):
 				t.Fatal("Caddy did not exit")
 			}
-			if took := time.Since(told); took > 4*time.Second {
+			if took := time.Since(signaled); took > 4*time.Second {
 				t.Errorf("Caddy exited after %v, want at most 4 s", took)
 			}
 			if code := c.cmd.ProcessState.ExitCode(); code != 0 {

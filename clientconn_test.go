@@ -100,7 +100,7 @@ func TestClientConnServed(t *testing.T) {
 		want            int
 	}{
 		{"alone", site, 1},
-		{"a handler behind it", with("respond hello"), 1},
+		{"a handler after it", with("respond hello"), 1},
 		{"another port", site + "http://www.example.com:" + other + " {\nrespond hello\n}\n", 1},
 		{"options of the server", servers(withWrapper + "protocols h1 h2 h2c"), 1},
 		{"the wrapper twice", servers(strings.Replace(withWrapper, "async_proxy", "async_proxy\nasync_proxy", 1)), 1},
@@ -127,7 +127,7 @@ func TestClientConnServed(t *testing.T) {
 		{"names with a dot", servers(withWrapper + "expected_dot_headers A.b"), 0},
 		{"an address without HTTP/1.1", with("bind 127.0.0.1 {\nprotocols h1\n}\nbind 127.0.0.2 {\nprotocols h2c\n}"), 0},
 		{"PROXY protocol", servers("listener_wrappers {\nproxy_protocol\nasync_proxy\n}"), 0},
-		{"PROXY protocol that would see nothing", servers("listener_wrappers {\nasync_proxy\nproxy_protocol\n}"), 0},
+		{"PROXY protocol after the wrapper", servers("listener_wrappers {\nasync_proxy\nproxy_protocol\n}"), 0},
 		{"another wrapper", servers(strings.Replace(withWrapper, "async_proxy", "async_proxy\ntls\nhttp_redirect", 1)), 0},
 		{"a Unix socket", with("bind unix/" + socket), 0},
 	} {

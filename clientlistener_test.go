@@ -41,7 +41,7 @@ func TestListenerWrapperFromCaddyfile(t *testing.T) {
 		{"a matcher", "http://:8080 {\n@get method GET\nasync_proxy @get\n}", []int{1}},
 		{"in route", "http://:8080 {\nroute {\nasync_proxy\n}\n}", []int{0}},
 		{"in handle", "http://:8080 {\nhandle {\nasync_proxy\n}\n}", []int{0}},
-		{"in a route and then not", "http://:8080 {\nroute /a {\nasync_proxy\n}\nasync_proxy\n}", []int{1}},
+		{"in a route and outside", "http://:8080 {\nroute /a {\nasync_proxy\n}\nasync_proxy\n}", []int{1}},
 		{"in a named route", "&(proxy) {\nasync_proxy\n}\nhttp://:8080 {\ninvoke proxy\n}", []int{0}},
 		{"options of the server", "{\nservers {\nmax_header_size 1MB\n}\n}\nhttp://:8080 {\nasync_proxy\n}", []int{0}},
 		{"named in them", "{\nservers {\n" + withWrapper + "}\n}\nhttp://:8080 {\nasync_proxy\n}", []int{1}},
@@ -162,9 +162,9 @@ func TestListenerNewConnsTimeOut(t *testing.T) {
 		}
 	}()
 	for name, c := range map[string]*rawConn{"silent": silent, "half a head": half, "byte by byte": bytewise} {
-		said, err := io.ReadAll(c)
-		if err != nil && !errors.Is(err, syscall.ECONNRESET) || len(said) > 0 && (c == silent || !strings.HasPrefix(string(said), "HTTP/1.1 400 ")) {
-			t.Errorf("%s: %q, %v", name, said, err)
+		got, err := io.ReadAll(c)
+		if err != nil && !errors.Is(err, syscall.ECONNRESET) || len(got) > 0 && (c == silent || !strings.HasPrefix(string(got), "HTTP/1.1 400 ")) {
+			t.Errorf("%s: %q, %v", name, got, err)
 		}
 	}
 	if took := time.Since(start); took < 450*time.Millisecond {
@@ -186,8 +186,8 @@ func TestListenerOfTLS(t *testing.T) {
 		} {
 			c := dialRaw(t, w.tls)
 			c.send(request)
-			if said := c.readAll(); !strings.HasPrefix(said, "HTTP/1.1 400 ") {
-				t.Errorf("%q: in clear, %s got %q", wrappers, method, said)
+			if got := c.readAll(); !strings.HasPrefix(got, "HTTP/1.1 400 ") {
+				t.Errorf("%q: in clear, %s got %q", wrappers, method, got)
 			}
 		}
 		client := &http.Client{Transport: &http.Transport{TLSClientConfig: clientTLS("http/1.1"), Proxy: http.ProxyURL(&url.URL{Scheme: "https", Host: w.tls})}}

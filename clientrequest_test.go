@@ -238,13 +238,13 @@ func TestUnansweredRequests(t *testing.T) {
 		status int
 		body   string
 	}{
-		"nobody answers":    {"", http.StatusMisdirectedRequest, ""},
-		"content":           {"respond here", http.StatusOK, "here"},
-		"an empty 200":      {"respond 200", http.StatusOK, ""},
-		"an empty 204":      {"respond 204", http.StatusNoContent, ""},
-		"fields, no answer": {"header X-A b", http.StatusMisdirectedRequest, ""},
-		"an error":          {"error 503", http.StatusServiceUnavailable, ""},
-		"a file server":     {"file_server browse", http.StatusOK, ""},
+		"no handler responds":       {"", http.StatusMisdirectedRequest, ""},
+		"content":                   {"respond here", http.StatusOK, "here"},
+		"an empty 200":              {"respond 200", http.StatusOK, ""},
+		"an empty 204":              {"respond 204", http.StatusNoContent, ""},
+		"fields without a response": {"header X-A b", http.StatusMisdirectedRequest, ""},
+		"an error":                  {"error 503", http.StatusServiceUnavailable, ""},
+		"a file server":             {"file_server browse", http.StatusOK, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newTunnelWorld(t, tunnelSetup{site: tc.site})
@@ -289,7 +289,7 @@ func TestAnswersWithoutStatus(t *testing.T) {
 	for name, answer := range map[string]func(w http.ResponseWriter) error{
 		"a flush":    func(w http.ResponseWriter) error { return http.NewResponseController(w).Flush() },
 		"no content": func(w http.ResponseWriter) error { _, err := w.Write(nil); return err },
-		"a connection of its own": func(w http.ResponseWriter) error {
+		"a hijacked connection": func(w http.ResponseWriter) error {
 			conn, _, err := http.NewResponseController(w).Hijack()
 			if err == nil {
 				_, err = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")

@@ -18,13 +18,13 @@ import (
 
 // stalls are responses whose content stops arriving at some point.
 var stalls = map[string]string{
-	"of a length":                     "Content-Length: 1000\r\n\r\nx",
-	"of which nothing has come":       "Content-Length: 1000\r\n\r\n",
-	"for the kernel to pass on":       "Content-Length: 1000000\r\n\r\n" + strings.Repeat("x", 300_000),
-	"in chunks":                       "Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n",
-	"with a chunk that has begun":     "Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n5",
-	"to the end of the connection":    "\r\nx",
-	"in chunks, but for the trailers": "Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nA: b\r\n",
+	"with a length":                "Content-Length: 1000\r\n\r\nx",
+	"without any content":          "Content-Length: 1000\r\n\r\n",
+	"large enough to splice":       "Content-Length: 1000000\r\n\r\n" + strings.Repeat("x", 300_000),
+	"in chunks":                    "Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n",
+	"in the middle of a chunk":     "Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n5",
+	"to the end of the connection": "\r\nx",
+	"in the trailers":              "Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nA: b\r\n",
 }
 
 // stallingOrigin answers each request with a response that stalls until more supplies the

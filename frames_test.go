@@ -77,10 +77,10 @@ func TestFramesThatHTTP1CannotSay(t *testing.T) {
 		answers string // possible responses
 	}{
 		{"a request", []string{":method", "POST", ":path", "/", "content-length", "5"}, "hello", "200"},
-		{"no content, of a length", []string{":method", "POST", ":path", "/", "content-length", "0"}, "", "200"},
-		{"no content, of another length", []string{":method", "POST", ":path", "/", "content-length", "44"}, "", "400 reset"},
-		{"no content, of two lengths", []string{":method", "POST", ":path", "/", "content-length", "0", "content-length", "6"}, "", "400 reset"},
-		{"content of two lengths", []string{":method", "POST", ":path", "/", "content-length", "5", "content-length", "6"}, "hello", "400 reset"},
+		{"no content, with a length", []string{":method", "POST", ":path", "/", "content-length", "0"}, "", "200"},
+		{"no content, with a wrong length", []string{":method", "POST", ":path", "/", "content-length", "44"}, "", "400 reset"},
+		{"no content, with two lengths", []string{":method", "POST", ":path", "/", "content-length", "0", "content-length", "6"}, "", "400 reset"},
+		{"content with two lengths", []string{":method", "POST", ":path", "/", "content-length", "5", "content-length", "6"}, "hello", "400 reset"},
 		{"a length with a sign", []string{":method", "POST", ":path", "/", "content-length", "+5"}, "hello", "400 reset"},
 		{"content that is too short", []string{":method", "POST", ":path", "/", "content-length", "9"}, "hello", "400 reset"},
 		{"content that is too long", []string{":method", "POST", ":path", "/", "content-length", "3"}, "hello", "400 reset"},
@@ -140,7 +140,7 @@ func TestFramesOfHTTP3(t *testing.T) {
 	case <-time.After(patience):
 		t.Error("the origin's connection stays open")
 	}
-	for answer, whole := range map[string]bool{ruleOK: true, "HTTP/1.1 200 OK\nContent-Length: 5\n\nokCLOSE": false, "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n2\nok\nCLOSE": false} {
+	for answer, complete := range map[string]bool{ruleOK: true, "HTTP/1.1 200 OK\nContent-Length: 5\n\nokCLOSE": false, "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n2\nok\nCLOSE": false} {
 		origin := newRuleOrigin(t, answer)
 		var body []byte
 		res, err := do(origin.address, "hello", 5)
@@ -148,7 +148,7 @@ func TestFramesOfHTTP3(t *testing.T) {
 			body, err = io.ReadAll(res.Body)
 			res.Body.Close()
 		}
-		if (err == nil) != whole || whole && string(body) != "ok" {
+		if (err == nil) != complete || complete && string(body) != "ok" {
 			t.Errorf("%q: got %q, %v", answer, body, err)
 		}
 	}

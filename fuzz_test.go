@@ -169,7 +169,7 @@ func FuzzResponses(f *testing.F) {
 	f.Fuzz(func(t *testing.T, input []byte) {
 		answer.Store(&input)
 		c := dialRaw(t, w.proxy)
-		whole := func() bool {
+		complete := func() bool {
 			c.send("GET http://" + origin + "/ HTTP/1.1\nHost: x\n\n")
 			for {
 				res, err := http.ReadResponse(c.r, &http.Request{Method: http.MethodGet})
@@ -189,7 +189,7 @@ func FuzzResponses(f *testing.F) {
 			}
 		}()
 		next := []*rawConn{dialRaw(t, w.proxy)}
-		if whole {
+		if complete {
 			next = append(next, c)
 		}
 		for _, c := range next {

@@ -62,7 +62,7 @@ func TestHeadsAreBounded(t *testing.T) {
 		name, answer string
 		ok           bool
 	}{
-		{"the most lines", head + strings.Repeat("a:\n", maxFields-1) + end, true},
+		{"the maximum of lines", head + strings.Repeat("a:\n", maxFields-1) + end, true},
 		{"one line more", head + strings.Repeat("a:\n", maxFields) + end, false},
 		{"one name more", head + numbered(maxFields) + end, false},
 		{"too many folded lines", head + "a: b\n" + strings.Repeat(" x\n", maxFields) + end, false},
@@ -70,7 +70,7 @@ func TestHeadsAreBounded(t *testing.T) {
 		{"a longer value", head + "a: " + strings.Repeat("x", maxHead) + "\n" + end, false},
 		{"too many options", head + "Connection: " + names + "a\n" + end, false},
 		{"too many names of trailers", strings.Replace(trailers, "\n\n", "\nTrailer: "+names+"a\n\n", 1) + "\n", false},
-		{"the most trailers", trailers + numbered(maxFields) + "\n", true},
+		{"the maximum of trailers", trailers + numbered(maxFields) + "\n", true},
 		{"one trailer more", trailers + numbered(maxFields+1) + "\n", false},
 		{"longer trailers", trailers + "a: " + strings.Repeat("x", maxHead) + "\n\n", false},
 	}
@@ -83,8 +83,8 @@ func TestHeadsAreBounded(t *testing.T) {
 				t.Fatalf("%s: %v", row.name, err)
 			}
 			body, err := io.ReadAll(res.Body)
-			whole := err == nil && res.StatusCode == http.StatusOK
-			if whole != row.ok {
+			complete := err == nil && res.StatusCode == http.StatusOK
+			if complete != row.ok {
 				t.Errorf("%s: %s, %.100q, %v", row.name, res.Status, body, err)
 			}
 			if res.StatusCode == http.StatusBadGateway && !strings.Contains(res.Header.Get("Proxy-Status"), "http_response_header_section_size") {
@@ -113,9 +113,9 @@ func TestHTTP2HeadsAreBounded(t *testing.T) {
 			status        int
 		}{
 			{"few lines", 10, 10, 0, 200},
-			{"one line more than the most", maxFields + 1, 1, 0, 502},
+			{"one line too many", maxFields + 1, 1, 0, 502},
 			{"long lines", 10, maxHead / 10, 0, 502},
-			{"the most trailers", 1, 1, maxFields, 200},
+			{"the maximum of trailers", 1, 1, maxFields, 200},
 			{"one trailer more", 1, 1, maxFields + 1, 0},
 		} {
 			origin := newFramesOrigin(t, func(f *framesOrigin, stream uint32) {

@@ -86,13 +86,13 @@ func TestFirstContact(t *testing.T) {
 					n := len(w.logLines(invalids[row.reason].message))
 					c := dialRaw(t, address)
 					sent := writeInPieces(c, row.send, 1<<20)
-					said := c.readAll()
+					got := c.readAll()
 					<-sent
-					if !strings.HasSuffix(said, row.says) || row.says == "" && said != "" {
-						t.Errorf("the response is %q", said)
+					if !strings.HasSuffix(got, row.says) || row.says == "" && got != "" {
+						t.Errorf("the response is %q", got)
 					}
-					if row.says != "" && (!strings.HasPrefix(said, "HTTP/1.1 400 Bad Request\r\n") || !strings.Contains(said, "\r\nProxy-Status: ")) {
-						t.Errorf("the response is %q", said)
+					if row.says != "" && (!strings.HasPrefix(got, "HTTP/1.1 400 Bad Request\r\n") || !strings.Contains(got, "\r\nProxy-Status: ")) {
+						t.Errorf("the response is %q", got)
 					}
 					line := w.waitLog(invalids[row.reason].message, n+1)[n]
 					if line["client"] != "127.0.0.1" || line["address"] != address || line["reason"] != string(row.reason) || line["refused"] != 1.0 || line["level"] != "warn" {

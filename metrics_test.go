@@ -205,13 +205,13 @@ func TestMetricsLint(t *testing.T) {
 	for _, family := range families {
 		names = append(names, family.GetName())
 	}
-	var told []string
+	var documented []string
 	for _, match := range regexp.MustCompile("(?m)^\\| `(caddy_async_proxy_[a-z_]+)").FindAllStringSubmatch(string(readme), -1) {
-		told = append(told, match[1])
+		documented = append(documented, match[1])
 	}
-	slices.Sort(told)
-	if !slices.Equal(names, told) {
-		t.Errorf("the metrics are %v, README.md has %v", names, told)
+	slices.Sort(documented)
+	if !slices.Equal(names, documented) {
+		t.Errorf("the metrics are %v, README.md has %v", names, documented)
 	}
 }
 

@@ -595,13 +595,13 @@ func TestMuxPool(t *testing.T) {
 			_, near := newMuxParent(t)
 			return near, nil
 		})
-		others := netip.MustParseAddr("192.0.2.2")
+		otherClient := netip.MustParseAddr("192.0.2.2")
 		var mu sync.Mutex
 		streams := make(map[netip.Addr][]*streamConn)
 		for i := range 50 {
 			client := muxClient
 			if i >= 40 {
-				client = others
+				client = otherClient
 			}
 			go func() {
 				s, err := pool.open(t.Context(), client, "a:1", nil)
@@ -616,22 +616,22 @@ func TestMuxPool(t *testing.T) {
 		}
 		time.Sleep(5 * time.Second)
 		synctest.Wait()
-		if n := dials.Load(); n != 4 || len(streams[muxClient]) != 40 || len(streams[others]) != 10 {
-			t.Fatalf("%d connections for %d and %d tunnels, want 4 for 40 and 10", n, len(streams[muxClient]), len(streams[others]))
+		if n := dials.Load(); n != 4 || len(streams[muxClient]) != 40 || len(streams[otherClient]) != 10 {
+			t.Fatalf("%d connections for %d and %d tunnels, want 4 for 40 and 10", n, len(streams[muxClient]), len(streams[otherClient]))
 		}
 		for _, c := range pool.conns {
 			if n := len(c.streams); n > muxStreams {
 				t.Errorf("%d tunnels on a connection", n)
 			}
 		}
-		mine := streams[others][0].c
+		mine := streams[otherClient][0].c
 		for _, s := range streams[muxClient] {
 			if s.c == mine {
 				t.Fatal("two clients share a connection")
 			}
 		}
 		// An idle connection can serve another client.
-		for _, s := range streams[others] {
+		for _, s := range streams[otherClient] {
 			_ = s.Close()
 		}
 		if s, err := pool.open(t.Context(), netip.MustParseAddr("192.0.2.3"), "a:1", nil); err != nil || s.c != mine {
@@ -641,13 +641,13 @@ func TestMuxPool(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		left := make(chan error, 1)
 		go func() {
-			_, err := pool.open(ctx, others, "a:1", nil)
+			_, err := pool.open(ctx, otherClient, "a:1", nil)
 			left <- err
 		}()
 		synctest.Wait()
 		opened := make(chan error, 1)
 		go func() {
-			_, err := pool.open(t.Context(), others, "a:1", nil)
+			_, err := pool.open(t.Context(), otherClient, "a:1", nil)
 			opened <- err
 		}()
 		synctest.Wait()
@@ -666,7 +666,7 @@ func TestMuxPool(t *testing.T) {
 			t.Errorf("%d closed connections are kept", len(pool.conns))
 		}
 		broken := newMuxPool(func(func()) (net.Conn, error) { return nil, syscall.ECONNREFUSED })
-		if _, err := broken.open(t.Context(), others, "a:1", nil); !errors.Is(err, syscall.ECONNREFUSED) || len(broken.dials) > 0 {
+		if _, err := broken.open(t.Context(), otherClient, "a:1", nil); !errors.Is(err, syscall.ECONNREFUSED) || len(broken.dials) > 0 {
 			t.Errorf("%v, %d dials", err, len(broken.dials))
 		}
 	})
@@ -692,25 +692,25 @@ func TestMuxMistakes(t *testing.T) {
 	}{
 		"content before the head":      {frame(func(f *http2.Framer) { _ = f.WriteData(1, false, []byte("x")) }), "RST_STREAM 1 PROTOCOL_ERROR"},
 		"a stream that was not opened": {frame(func(f *http2.Framer) { _ = f.WriteData(3, false, []byte("x")) }), "GOAWAY PROTOCOL_ERROR"},
-		"a stream of its own":          {frame(func(f *http2.Framer) { _ = f.WriteWindowUpdate(2, 1) }), "GOAWAY PROTOCOL_ERROR"},
-		"a promise": {frame(func(f *http2.Framer) {
+		"a stream the parent opens":    {frame(func(f *http2.Framer) { _ = f.WriteWindowUpdate(2, 1) }), "GOAWAY PROTOCOL_ERROR"},
+		"a push promise": {frame(func(f *http2.Framer) {
 			_ = f.WritePushPromise(http2.PushPromiseParam{StreamID: 1, PromiseID: 2, EndHeaders: true})
 		}), "GOAWAY PROTOCOL_ERROR"},
-		"no increment":                    {frame(func(f *http2.Framer) { _ = f.WriteRawFrame(http2.FrameWindowUpdate, 0, 1, make([]byte, 4)) }), "RST_STREAM 1 PROTOCOL_ERROR"},
+		"a zero increment":                {frame(func(f *http2.Framer) { _ = f.WriteRawFrame(http2.FrameWindowUpdate, 0, 1, make([]byte, 4)) }), "RST_STREAM 1 PROTOCOL_ERROR"},
 		"a window of 2^31":                {frame(func(f *http2.Framer) { _ = f.WriteWindowUpdate(0, 1<<31-1) }), "GOAWAY FLOW_CONTROL_ERROR"},
 		"a window of 2^31 for the stream": {frame(func(f *http2.Framer) { _ = f.WriteWindowUpdate(1, 1<<31-1) }), "RST_STREAM 1 FLOW_CONTROL_ERROR"},
 		"an invalid setting": {frame(func(f *http2.Framer) {
 			_ = f.WriteSettings(http2.Setting{ID: http2.SettingMaxFrameSize, Val: 1})
 		}), "GOAWAY PROTOCOL_ERROR"},
 		"a frame that is too large": {frame(func(f *http2.Framer) { _ = f.WriteData(1, false, make([]byte, muxFrame+1)) }), "GOAWAY FRAME_SIZE_ERROR"},
-		"a head that is none": {frame(func(f *http2.Framer) {
+		"an invalid head": {frame(func(f *http2.Framer) {
 			_ = f.WriteRawFrame(http2.FrameHeaders, http2.FlagHeadersEndHeaders, 1, []byte{0x80})
 		}), "GOAWAY COMPRESSION_ERROR"},
 		"a head that is too large": {head(append([]string{":status", "200"}, slices.Repeat([]string{"a", strings.Repeat("~", 1000)}, 80)...)...), "RST_STREAM 1 ENHANCE_YOUR_CALM"},
 		"101":                      {head(":status", "101"), "RST_STREAM 1 PROTOCOL_ERROR"},
 		"no status":                {head("a", "b"), "RST_STREAM 1 PROTOCOL_ERROR"},
-		"a status that is none":    {head(":status", "2e2"), "RST_STREAM 1 PROTOCOL_ERROR"},
-		"interim answers without end": {func(p *muxParent) {
+		"an invalid status":        {head(":status", "2e2"), "RST_STREAM 1 PROTOCOL_ERROR"},
+		"endless interim responses": {func(p *muxParent) {
 			for range maxInterim {
 				p.head(1, false, ":status", "102")
 			}

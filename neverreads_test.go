@@ -53,18 +53,18 @@ func TestClientsThatNeverRead(t *testing.T) {
 			wrapper, strings.ReplaceAll(sites, " {\n\tasync_proxy", " {\n"+log+"\tasync_proxy")))
 		t.Run(fmt.Sprintf("ordinary %v", ordinary), func(t *testing.T) {
 			for name, tc := range map[string]struct{ proxy, request string }{
-				"HEAD":           {w.proxy, "HEAD http://" + origin + "/content"},
-				"GET":            {w.proxy, "GET http://" + origin + "/content"},
-				"204":            {w.proxy, "GET http://" + origin + "/204"},
-				"304":            {w.proxy, "GET http://" + origin + "/304"},
-				"103":            {w.proxy, "GET http://" + origin + "/103"},
-				"empty":          {w.proxy, "GET http://" + origin + "/empty"},
-				"refused":        {w.proxy, "HEAD http://169.254.1.1/"},
-				"limited":        {limited, "GET http://" + origin + "/204"},
-				"limited HEAD":   {limited, "HEAD http://" + origin + "/204"},
-				"this server":    {w.proxy, "GET /own"},
-				"nobody answers": {w.proxy, "HEAD /nothing"},
-				"OPTIONS":        {w.proxy, "OPTIONS http://" + origin + "/"},
+				"HEAD":                {w.proxy, "HEAD http://" + origin + "/content"},
+				"GET":                 {w.proxy, "GET http://" + origin + "/content"},
+				"204":                 {w.proxy, "GET http://" + origin + "/204"},
+				"304":                 {w.proxy, "GET http://" + origin + "/304"},
+				"103":                 {w.proxy, "GET http://" + origin + "/103"},
+				"empty":               {w.proxy, "GET http://" + origin + "/empty"},
+				"refused":             {w.proxy, "HEAD http://169.254.1.1/"},
+				"limited":             {limited, "GET http://" + origin + "/204"},
+				"limited HEAD":        {limited, "HEAD http://" + origin + "/204"},
+				"this server":         {w.proxy, "GET /own"},
+				"no handler responds": {w.proxy, "HEAD /nothing"},
+				"OPTIONS":             {w.proxy, "OPTIONS http://" + origin + "/"},
 			} {
 				t.Run(name, func(t *testing.T) {
 					t.Parallel()

@@ -20,15 +20,15 @@ import (
 // Bytes that an origin sends between two exchanges are no response to the next request.
 func TestOriginSaysMoreThanItWasAsked(t *testing.T) {
 	var conns atomic.Int64
-	more, said := make(chan struct{}), make(chan struct{})
+	sendExtra, extraSent := make(chan struct{}), make(chan struct{})
 	origin := listen(t, func(c *net.TCPConn) {
 		conns.Add(1)
 		streamRequest(c)
 		_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
 		if conns.Load() == 1 {
-			<-more
+			<-sendExtra
 			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\npoison")
-			close(said)
+			close(extraSent)
 		}
 		_, _ = io.Copy(io.Discard, c)
 	})
@@ -41,8 +41,8 @@ func TestOriginSaysMoreThanItWasAsked(t *testing.T) {
 		}
 		if i == 0 {
 			w.waitLog("request", 1) // the connection is idle by now
-			close(more)
-			<-said
+			close(sendExtra)
+			<-extraSent
 		}
 	}
 	if n := conns.Load(); n != 2 {

@@ -49,7 +49,7 @@ func TestParentOwn(t *testing.T) {
 			}
 		}
 	})
-	t.Run("a certificate that nobody trusts", func(t *testing.T) {
+	t.Run("an untrusted certificate", func(t *testing.T) {
 		parent := binaryStart(t, binaryOptions{secure: true})
 		refusedByParent(t, "upstream https://"+parent.secure, http.StatusBadGateway, "The certificate of the parent proxy is not trusted")
 	})

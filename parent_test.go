@@ -261,12 +261,12 @@ func TestParentSecrets(t *testing.T) {
 func TestParentOnThisMachine(t *testing.T) {
 	refusalResolver(t)
 	address, heads := parentListens(t, "HTTP/1.1 200 OK\nContent-Length: 0\n\n")
-	_, own, _ := cutPort(address)
+	_, parentPort, _ := cutPort(address)
 	for _, host := range []string{"127.0.0.1", "localhost"} {
-		w := newWorld(t, "no_upstream direct.invalid\nupstream http://"+host+":"+own, nil)
+		w := newWorld(t, "no_upstream direct.invalid\nupstream http://"+host+":"+parentPort, nil)
 		_, port, _ := cutPort(w.proxy)
 		for _, method := range []string{http.MethodConnect, http.MethodGet} {
-			for target, want := range map[string]int{"a.example:" + port: 403, "a.example:443": 200, "a.example:" + own: 200, "8.8.8.8:" + port: 200, "direct.invalid:" + port: 502} {
+			for target, want := range map[string]int{"a.example:" + port: 403, "a.example:443": 200, "a.example:" + parentPort: 200, "8.8.8.8:" + port: 200, "direct.invalid:" + port: 502} {
 				res, body := policyRequest(t, w.proxy, method, target, policyRemote)
 				if res.StatusCode != want || want == 403 && !strings.Contains(body, "its port is reserved.") {
 					t.Errorf("%s %s: %s %q, want %d", method, target, res.Status, body, want)

@@ -46,10 +46,10 @@ func TestStreamIsCutShort(t *testing.T) {
 		taking, silent time.Duration // how long the target takes to read it, and the silence afterwards
 		want           error
 	}{
-		"a client that has said nothing":        {false, 0, 0, net.ErrClosed},
-		"one that has been silent for a while":  {true, 0, quietTime, net.ErrClosed},
-		"one that has just spoken":              {true, 0, quietTime - 1, errCutShort},
-		"one whose word the target took lately": {true, time.Minute, 0, errCutShort},
+		"a client that has sent nothing":               {false, 0, 0, net.ErrClosed},
+		"a client silent for a while":                  {true, 0, quietTime, net.ErrClosed},
+		"a client that has just sent":                  {true, 0, quietTime - 1, errCutShort},
+		"a client whose data the target has just read": {true, time.Minute, 0, errCutShort},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

@@ -109,15 +109,15 @@ func TestRulesOfPeers(t *testing.T) {
 // forPeer removes from a rule what is specific to this proxy: how it names itself and the
 // client, and Go's spelling of fields.
 func (rule rule) forPeer() rule {
-	own := func(lines []string) (others []string) {
+	withoutOwn := func(lines []string) (kept []string) {
 		for _, line := range lines {
 			if !strings.Contains(line, "tester") && !strings.HasPrefix(line, "X-Forwarded-For") && !strings.HasPrefix(line, "X-Real-Ip") && !strings.HasPrefix(line, "Allow") {
-				others = append(others, line)
+				kept = append(kept, line)
 			}
 		}
-		return others
+		return kept
 	}
-	rule.has, rule.clientHas = own(rule.has), own(rule.clientHas)
+	rule.has, rule.clientHas = withoutOwn(rule.has), withoutOwn(rule.clientHas)
 	return rule
 }
 

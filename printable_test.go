@@ -138,8 +138,8 @@ func FuzzPrintable(f *testing.F) {
 		if strings.ContainsFunc(out, func(c rune) bool { return !unicode.IsPrint(c) && c != utf8.RuneError }) {
 			t.Fatalf("%q becomes %q", in, out)
 		}
-		if again := printable(out); again != out {
-			t.Fatalf("%q becomes %q, and that %q", in, out, again)
+		if twice := printable(out); twice != out {
+			t.Fatalf("%q becomes %q, and that %q", in, out, twice)
 		}
 	})
 }

@@ -901,9 +901,9 @@ func TestOwnRequestsTakeNoToken(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t, "", nil)
-			site := strings.TrimSuffix(strings.TrimSpace(w.site("burst 2\nrefill 0.00001\nzone own-"+name+"\nserve_pac")), "}")
+			site := strings.TrimSuffix(strings.TrimSpace(w.site("burst 2\nrefill 0.00001\nzone otherHandlers-"+name+"\nserve_pac")), "}")
 			w.load(serve(site) + "respond /healthz \"well\"\n}\n")
-			own := func() {
+			otherHandlers := func() {
 				t.Helper()
 				conn := w.dial()
 				for range 5 {
@@ -915,10 +915,10 @@ func TestOwnRequestsTakeNoToken(t *testing.T) {
 					}
 				}
 			}
-			own()
+			otherHandlers()
 			w.gets(w.proxy, 200, 200, 429)
 			asked()
-			own()
+			otherHandlers()
 			if n := len(asked()); n != 0 {
 				t.Errorf("the shared limiter was asked %d times", n)
 			}
@@ -1043,7 +1043,7 @@ func TestBodyOfADeniedRequest(t *testing.T) {
 		{"small, chunked", "Transfer-Encoding: chunked\n", chunked(smuggled)},
 		{"large", fmt.Sprintf("Content-Length: %d\n", len(big)), big},
 		{"large, chunked", "Transfer-Encoding: chunked\n", chunked(big)},
-		{"expected to be asked for", fmt.Sprintf("Content-Length: %d\nExpect: 100-continue\n", len(smuggled)), smuggled},
+		{"with Expect: 100-continue", fmt.Sprintf("Content-Length: %d\nExpect: 100-continue\n", len(smuggled)), smuggled},
 	} {
 		for _, sent := range []string{"before the answer", "after the answer"} {
 			t.Run(tc.name+", "+sent, func(t *testing.T) {

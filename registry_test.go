@@ -70,15 +70,15 @@ func TestTunnelTimeouts(t *testing.T) {
 		after      time.Duration // or slightly later; 0: never
 	}{
 		{"silent from the start", 10 * time.Second, 0, nil, nil, reasonIdle, 10 * time.Second},
-		{"the client speaks once", 10 * time.Second, 0, []time.Duration{9 * time.Second}, nil, reasonIdle, 19 * time.Second},
-		{"the target speaks once", 10 * time.Second, 0, nil, []time.Duration{9 * time.Second}, reasonIdle, 19 * time.Second},
-		{"only the client speaks", 10 * time.Second, 0, talk(0, time.Minute, 8*time.Second), nil, reasonIdle, 66 * time.Second},
+		{"the client sends once", 10 * time.Second, 0, []time.Duration{9 * time.Second}, nil, reasonIdle, 19 * time.Second},
+		{"the target sends once", 10 * time.Second, 0, nil, []time.Duration{9 * time.Second}, reasonIdle, 19 * time.Second},
+		{"only the client sends", 10 * time.Second, 0, talk(0, time.Minute, 8*time.Second), nil, reasonIdle, 66 * time.Second},
 		{"they take turns", 10 * time.Second, 0, talk(0, time.Minute, 15*time.Second), talk(8*time.Second, time.Minute, 15*time.Second), reasonIdle, 70 * time.Second},
 		{"busy for too long", 10 * time.Second, time.Minute, talk(0, time.Hour, time.Second), nil, reasonMaxDuration, time.Minute},
-		{"silent for less than the most", time.Hour, time.Minute, nil, nil, reasonMaxDuration, time.Minute},
+		{"silent for less than the limit", time.Hour, time.Minute, nil, nil, reasonMaxDuration, time.Minute},
 		{"silent with no limits", -1, 0, nil, nil, "", never},
 		{"the default", 0, 0, nil, nil, reasonIdle, time.Hour},
-		{"the default, with a word just in time", 0, 0, nil, []time.Duration{59 * time.Minute}, reasonIdle, 119 * time.Minute},
+		{"the default, with a byte just in time", 0, 0, nil, []time.Duration{59 * time.Minute}, reasonIdle, 119 * time.Minute},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -306,10 +306,10 @@ func TestMaxTunnelsOfUpgrades(t *testing.T) {
 // A tunnel that fails to open frees its slot.
 func TestFailedTunnelsAreNotCounted(t *testing.T) {
 	w := newTunnelWorld(t, tunnelSetup{options: "max_tunnels 1 per_client 1"})
-	nobody := freeAddress(t)
+	closedPort := freeAddress(t)
 	for _, protocol := range tunnelProtocols {
 		for range 3 {
-			if refused := w.client(t, protocol).refused(nobody); refused.status != http.StatusBadGateway {
+			if refused := w.client(t, protocol).refused(closedPort); refused.status != http.StatusBadGateway {
 				t.Errorf("%s: status %d, want 502", protocol, refused.status)
 			}
 		}
@@ -337,7 +337,7 @@ func TestReloadWithStreamCloseDelay(t *testing.T) {
 		reload  tunnelSetup
 		after   time.Duration // when the tunnel is closed; negative: never
 	}{
-		{"not given", "", tunnelSetup{options: "max_tunnels 777"}, -1},
+		{"not set", "", tunnelSetup{options: "max_tunnels 777"}, -1},
 		{"at once", "stream_close_delay 0", tunnelSetup{}, 0},
 		{"a second", "stream_close_delay 1s", tunnelSetup{}, time.Second},
 		{"of the new config", "", tunnelSetup{options: "stream_close_delay 0"}, -1},

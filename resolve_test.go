@@ -171,22 +171,22 @@ func TestResolverRepeatsQuestions(t *testing.T) {
 	asked := make(map[string]chan struct{})
 	r := resolverAt(t, 20*time.Millisecond, dnsServer(t, func(q dnsQuery) dnsReply {
 		mu.Lock()
-		again, repeated := asked[q.from]
+		secondSeen, repeated := asked[q.from]
 		if !repeated {
-			again = make(chan struct{})
-			asked[q.from] = again
+			secondSeen = make(chan struct{})
+			asked[q.from] = secondSeen
 		}
 		mu.Unlock()
 		if repeated {
 			select {
-			case <-again:
+			case <-secondSeen:
 			default:
-				close(again)
+				close(secondSeen)
 			}
 			return dnsReply{silent: true}
 		}
 		select {
-		case <-again:
+		case <-secondSeen:
 		case <-t.Context().Done():
 		}
 		return dnsReply{addrs: []string{"192.0.2.1", "2001:db8::1"}}
@@ -487,15 +487,15 @@ func TestConnectorLearns(t *testing.T) {
 		first    string // the address that the next race starts with
 		dead     string
 	}{
-		"the first wins":       {[]started{{addr: addrsOf("::1")[0]}, {addr: addrsOf("::2")[0]}}, 0, "::1", "", ""},
-		"another one wins":     {[]started{{addr: addrsOf("::1")[0]}, {addr: addrsOf("::2")[0]}, {addr: addrsOf("::3")[0]}}, 0, "::2", "::2", "::1"},
-		"another one fails":    {[]started{{addrsOf("::1")[0], syscall.ECONNREFUSED}, {addr: addrsOf("::2")[0]}}, 0, "::2", "::2", "::1"},
-		"another one is shut":  {[]started{{addrsOf("::1")[0], &deniedError{}}, {addr: addrsOf("::2")[0]}}, 0, "::2", "", ""},
-		"no descriptors":       {[]started{{addrsOf("::1")[0], syscall.EMFILE}}, 0, "", "", ""},
-		"all fail":             {[]started{{addrsOf("::1")[0], syscall.ECONNREFUSED}, {addr: addrsOf("::2")[0]}}, 0, "", "", "::1 ::2"},
-		"IPv6 was waited for":  {[]started{{addr: addrsOf("1.1.1.1")[0]}}, 1, "1.1.1.1", "1.1.1.1", ""},
-		"IPv4 was not there":   {[]started{{addr: addrsOf("::1")[0]}}, 1, "::1", "", ""},
-		"nothing has happened": {},
+		"the first wins":        {[]started{{addr: addrsOf("::1")[0]}, {addr: addrsOf("::2")[0]}}, 0, "::1", "", ""},
+		"another one wins":      {[]started{{addr: addrsOf("::1")[0]}, {addr: addrsOf("::2")[0]}, {addr: addrsOf("::3")[0]}}, 0, "::2", "::2", "::1"},
+		"another one fails":     {[]started{{addrsOf("::1")[0], syscall.ECONNREFUSED}, {addr: addrsOf("::2")[0]}}, 0, "::2", "::2", "::1"},
+		"another one is denied": {[]started{{addrsOf("::1")[0], &deniedError{}}, {addr: addrsOf("::2")[0]}}, 0, "::2", "", ""},
+		"no descriptors":        {[]started{{addrsOf("::1")[0], syscall.EMFILE}}, 0, "", "", ""},
+		"all fail":              {[]started{{addrsOf("::1")[0], syscall.ECONNREFUSED}, {addr: addrsOf("::2")[0]}}, 0, "", "", "::1 ::2"},
+		"IPv6 was waited for":   {[]started{{addr: addrsOf("1.1.1.1")[0]}}, 1, "1.1.1.1", "1.1.1.1", ""},
+		"IPv4 had no answer":    {[]started{{addr: addrsOf("::1")[0]}}, 1, "::1", "", ""},
+		"nothing has happened":  {},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := newConnector(resolverAt(t, time.Second))

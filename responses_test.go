@@ -14,15 +14,15 @@ import (
 func TestResponsesThatCannotBeRead(t *testing.T) {
 	const chunks = "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n"
 	rows := []struct{ name, answer, says string }{
-		{"a size that is none", chunks + "zz\nhello\n0\n\n", "a chunk does not begin with a valid size line"},
+		{"an invalid size", chunks + "zz\nhello\n0\n\n", "a chunk does not begin with a valid size line"},
 		{"no size", chunks + "\nhello\n0\n\n", "a chunk does not begin with a valid size line"},
-		{"an extension without end", chunks + "5;" + strings.Repeat("x", 2*maxChunkLine) + "\nhello\n0\n\n", "a chunk does not begin with a valid size line"},
-		{"no content and a trailer that is none", chunks + "0\nnonsense\n\n", `"nonsense"`},
-		{"a line that is no field", "HTTP/1.1 200 OK\nsh not found\nContent-Length: 2\n\nok", `"sh not found"`},
+		{"an endless extension", chunks + "5;" + strings.Repeat("x", 2*maxChunkLine) + "\nhello\n0\n\n", "a chunk does not begin with a valid size line"},
+		{"no content and an invalid trailer", chunks + "0\nnonsense\n\n", `"nonsense"`},
+		{"a line without a field", "HTTP/1.1 200 OK\nsh not found\nContent-Length: 2\n\nok", `"sh not found"`},
 		{"a line that looks like an error of TLS", "HTTP/1.1 200 OK\ntls : x y: z\ntls: \x00\nContent-Length: 2\n\nok", "NUL"},
-		{"a coding that nobody knows", "HTTP/1.1 200 OK\nTransfer-Encoding: tls: x\n\nok", "transfer coding"},
+		{"an unknown coding", "HTTP/1.1 200 OK\nTransfer-Encoding: tls: x\n\nok", "transfer coding"},
 		{"two lengths", "HTTP/1.1 200 OK\nContent-Length: 2\nContent-Length: 3\n\nok", "Content-Length"},
-		{"a status that is none", "HTTP/1.1 20 OK\n\n", "status"},
+		{"an invalid status", "HTTP/1.1 20 OK\n\n", "status"},
 		{"no HTTP", "SSH-2.0-OpenSSH\n\n", "HTTP/1"},
 		{"a login to a proxy", "HTTP/1.1 407 Proxy Authentication Required\nProxy-Authenticate: Basic realm=x\nContent-Length: 2\n\nno", "(407)"},
 	}

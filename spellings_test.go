@@ -268,17 +268,17 @@ func TestNearbyAddresses(t *testing.T) {
 	}
 	addAddresses(t, "8.8.8.1/24", "2606:4700::1/64")
 	port, _ := everywhere(t)
-	const own, network, elsewhere = "8.8.8.1 [2606:4700::1] [::ffff:8.8.8.1]",
+	const ownAddrs, network, elsewhere = "8.8.8.1 [2606:4700::1] [::ffff:8.8.8.1]",
 		"8.8.8.8 [2606:4700::1111] [2002:808:808::1] [64:ff9b::808:808] public.test", "1.1.1.1"
 	for _, tc := range []struct{ rules, lines, open, denied string }{
-		{"", policyRemote, elsewhere, own + " " + network},
-		{"allow public\ndeny all:1", policyRemote, elsewhere, own + " " + network},
-		{"allow private", policyRemote, own + " " + network + " " + elsewhere, ""},
+		{"", policyRemote, elsewhere, ownAddrs + " " + network},
+		{"allow public\ndeny all:1", policyRemote, elsewhere, ownAddrs + " " + network},
+		{"allow private", policyRemote, ownAddrs + " " + network + " " + elsewhere, ""},
 		{"allow 8.8.8.0/24", policyRemote, "8.8.8.1 8.8.8.8 1.1.1.1", "[2606:4700::1] [2606:4700::1111]"},
 		{"allow 2000::/3", policyRemote, "[2606:4700::1]", "[2002:808:808::1] 8.8.8.8"},
-		{"deny private", policyRemote, elsewhere, own + " " + network},
-		{"", "", own + " " + network + " " + elsewhere, ""},
-		{"deny private", "", elsewhere, own + " " + network},
+		{"deny private", policyRemote, elsewhere, ownAddrs + " " + network},
+		{"", "", ownAddrs + " " + network + " " + elsewhere, ""},
+		{"deny private", "", elsewhere, ownAddrs + " " + network},
 	} {
 		w := newWorld(t, "resolvers "+nameServer(t, names)+"\n"+tc.rules, nil)
 		for _, method := range []string{http.MethodConnect, http.MethodGet} {

@@ -61,7 +61,7 @@ func TestStreamDown(t *testing.T) {
 		"part of a chunk":   {"Transfer-Encoding: chunked\r\n\r\n", "6\r\none", "two\r\n0\r\n\r\n"},
 		"known length":      {"Content-Length: 6\r\n\r\n", "one", "two"},
 		"to the end":        {"\r\n", "one", "two"},
-		"an event steam":    {"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n", "3\r\none\r\n", "3\r\ntwo\r\n0\r\n\r\n"},
+		"an event stream":   {"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n", "3\r\none\r\n", "3\r\ntwo\r\n0\r\n\r\n"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			next := make(chan struct{})
@@ -513,7 +513,7 @@ func TestStreamStalledReader(t *testing.T) {
 			t.Fatal(err)
 		}
 		_, _ = io.CopyN(io.Discard, conn, 8<<20)
-		if own := request.protocol == "h1" && request.content == ""; own != (ownConns() == 1) {
+		if fastPath := request.protocol == "h1" && request.content == ""; fastPath != (ownConns() == 1) {
 			t.Errorf("%q: %d connections are on the fast path", request, ownConns())
 		}
 		if line := w.waitLog("request", i+1)[i]; line["status"] != 499. {

@@ -344,22 +344,22 @@ func TestEndWatch(t *testing.T) {
 		least time.Duration
 		looks int32 // upper bound for the reads of its socket's state
 	}{
-		{"nothing to take", func(int, *flow, *watchedPeer) {}, 0, 0, 5},
-		{"bytes that go at once", func(_ int, f *flow, _ *watchedPeer) { f.Add(1) }, 0, 0, 0},
-		{"a write that waits", func(_ int, f *flow, _ *watchedPeer) { f.waiting.Store(true) }, 60 * time.Second, 58 * time.Second, 60},
-		{"a write that waits for a slow reader", func(i int, f *flow, p *watchedPeer) {
+		{"nothing to read", func(int, *flow, *watchedPeer) {}, 0, 0, 5},
+		{"bytes that are acknowledged at once", func(_ int, f *flow, _ *watchedPeer) { f.Add(1) }, 0, 0, 0},
+		{"a blocked write", func(_ int, f *flow, _ *watchedPeer) { f.waiting.Store(true) }, 60 * time.Second, 58 * time.Second, 60},
+		{"a write blocked by a slow reader", func(i int, f *flow, p *watchedPeer) {
 			f.waiting.Store(true)
 			p.acked = uint64(i / 5)
 		}, 5 * time.Second, 0, 60},
-		{"a queue that nobody takes", func(_ int, f *flow, p *watchedPeer) {
+		{"a queue that is never read", func(_ int, f *flow, p *watchedPeer) {
 			f.Store(5)
 			p.queued = true
 		}, 60 * time.Second, 58 * time.Second, 60},
-		{"a queue that is taken slowly", func(i int, f *flow, p *watchedPeer) {
+		{"a queue that is read slowly", func(i int, f *flow, p *watchedPeer) {
 			f.Store(5)
 			p.acked, p.queued = uint64(i/5), true
 		}, 5 * time.Second, 0, 60},
-		{"a write that begins late", func(i int, f *flow, _ *watchedPeer) { f.waiting.Store(i > 50) }, 10 * time.Second, 8 * time.Second, 15},
+		{"a write that blocks late", func(i int, f *flow, _ *watchedPeer) { f.waiting.Store(i > 50) }, 10 * time.Second, 8 * time.Second, 15},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			var e endWatch

@@ -34,7 +34,7 @@ var tunnelBehaviours = []struct {
 }{
 	{"echo", tunnelEchoes},
 	{"early data", tunnelTakesEarlyData},
-	{"the target speaks first", tunnelLetsTheTargetSpeakFirst},
+	{"the target sends first", tunnelLetsTheTargetSpeakFirst},
 	{"half-close by the client", tunnelPassesTheClientsEnd},
 	{"half-close by the target", tunnelPassesTheTargetsEnd},
 	{"reset by the client", tunnelPassesTheClientsReset},
@@ -270,21 +270,21 @@ func bulk(seed byte, size int64) io.Reader {
 	return io.LimitReader(rand.NewChaCha8([32]byte{seed}), size)
 }
 
-func sendBulk(t *testing.T, who string, w io.Writer, seed byte, size int64) {
+func sendBulk(t *testing.T, end string, w io.Writer, seed byte, size int64) {
 	if n, err := io.Copy(struct{ io.Writer }{w}, bulk(seed, size)); err != nil {
-		t.Errorf("%s sends %d bytes of %d and then fails: %v", who, n, size, err)
+		t.Errorf("%s sent %d bytes of %d and then failed: %v", end, n, size, err)
 	}
 }
 
 // receiveBulk reads to the end and checks the bytes of bulk.
-func receiveBulk(t *testing.T, who string, r io.Reader, seed byte, size int64) {
+func receiveBulk(t *testing.T, end string, r io.Reader, seed byte, size int64) {
 	want, got := crc32.NewIEEE(), crc32.NewIEEE()
 	io.Copy(want, bulk(seed, size))
 	n, err := io.Copy(got, r)
 	if err != nil || n != size {
-		t.Errorf("%s receives %d bytes of %d and then %v", who, n, size, err)
+		t.Errorf("%s received %d bytes of %d and then %v", end, n, size, err)
 	} else if got.Sum32() != want.Sum32() {
-		t.Errorf("%s receives other bytes than were sent", who)
+		t.Errorf("%s received other bytes than were sent", end)
 	}
 }
 
@@ -463,8 +463,8 @@ func TestExtendedConnect(t *testing.T) {
 		status int
 		body   string
 	}{
-		"nobody answers":           {"", http.StatusNotImplemented, "The protocol of this CONNECT request is not supported here.\n"},
-		"the next handler answers": {"respond here", http.StatusOK, "here"},
+		"no handler responds":       {"", http.StatusNotImplemented, "The protocol of this CONNECT request is not supported here.\n"},
+		"the next handler responds": {"respond here", http.StatusOK, "here"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newTunnelWorld(t, tunnelSetup{site: tc.site})
