@@ -11,21 +11,21 @@ import (
 	"go.uber.org/zap"
 )
 
-// The lengths in bytes at which texts are cut before they are kept or shown: what
-// a peer has chosen, and an error, which may quote several such texts.
+// The maximum lengths in bytes of texts that are stored or shown: of a text that a peer has
+// chosen, and of an error, which may quote several such texts.
 const (
 	maxShown      = 256
 	maxShownError = 1024
 )
 
-// printable returns a text that a client or an origin has chosen in a form that
-// is safe to keep and to show in lists, log lines and terminals: at most maxShown
-// bytes, with U+FFFD in the place of control characters, of characters that
-// change the direction or are invisible, and of what is not UTF-8. A longer text
-// ends with an ellipsis. A text that is harmless already is returned as it is.
+// printable makes a text that a client or an origin has chosen safe to store and to show in
+// lists, log lines and terminals. It replaces control characters, invisible characters,
+// characters that change the text direction and invalid UTF-8 by U+FFFD. It shortens texts
+// beyond maxShown bytes and ends them with an ellipsis. A harmless text is returned
+// unchanged.
 func printable(s string) string { return printableUpTo(maxShown, s) }
 
-// printableUpTo is printable with another limit.
+// printableUpTo is printable with the given limit in bytes.
 func printableUpTo(limit int, s string) string {
 	if isHarmless(limit, s) {
 		return s
@@ -60,11 +60,10 @@ func isHarmless(limit int, s string) bool {
 	return true
 }
 
-// textField is a field of a log line whose value a client or an origin has
-// chosen.
+// textField returns a log field for a value that a client or an origin has chosen.
 func textField(key, value string) zap.Field { return zap.String(key, printable(value)) }
 
-// errorField is the field of an error, which may quote what a peer has sent.
+// errorField returns the log field for an error, which may quote what a peer has sent.
 func errorField(err error) zap.Field {
 	return zap.String("error", printableUpTo(maxShownError, err.Error()))
 }

@@ -21,7 +21,7 @@ import (
 	dto "github.com/prometheus/client_model/go"
 )
 
-// snapshot is what there is to see at one moment.
+// snapshot is the state of the process at one moment, as the status page shows it.
 type snapshot struct {
 	Stats    stats          `json:"stats"`
 	Clients  clientList     `json:"clients"`
@@ -30,7 +30,7 @@ type snapshot struct {
 	Settings []siteSettings `json:"settings"`
 }
 
-// stats count since the process has begun.
+// stats are the counters since the process started.
 type stats struct {
 	Version  string    `json:"version"`
 	Caddy    string    `json:"caddy"`
@@ -71,20 +71,20 @@ type stats struct {
 	FirstByteSeconds histogram `json:"first_byte_seconds"`
 }
 
-// histogram counts durations up to each bound of Buckets, and not up to the one
-// before; the last count is of all longer ones.
+// histogram counts durations per bucket, not cumulatively: above the previous bound of
+// Buckets and up to this one. The last count is that of all longer durations.
 type histogram struct {
 	Buckets []float64 `json:"buckets"`
 	Counts  []int64   `json:"counts"`
 }
 
-// clientList is a part of the clients, of which there are Total.
+// clientList is one page of the clients; Total counts them all.
 type clientList struct {
 	Clients []clientInfo `json:"clients"`
 	Total   int          `json:"total"`
 }
 
-// clientInfo is one bucket, or a client without one, whose bucket would be full.
+// clientInfo describes one bucket, or a client without one, which counts as full.
 type clientInfo struct {
 	Client       string     `json:"client"`
 	Zone         string     `json:"zone"`
@@ -96,11 +96,11 @@ type clientInfo struct {
 	BytesUp      int64      `json:"bytes_up"`
 	BytesDown    int64      `json:"bytes_down"`
 	Tunnels      int64      `json:"tunnels"`
-	LastSeen     time.Time  `json:"last_seen,omitzero"` // zero: it never was
+	LastSeen     time.Time  `json:"last_seen,omitzero"` // zero: never
 	BlockedUntil *time.Time `json:"blocked_until,omitempty"`
 }
 
-// tunnelList is a part of the open tunnels, of which there are Total.
+// tunnelList is one page of the open tunnels; Total counts them all.
 type tunnelList struct {
 	Tunnels []tunnelInfo `json:"tunnels"`
 	Total   int          `json:"total"`
@@ -119,7 +119,7 @@ type tunnelInfo struct {
 	BytesDown   int64     `json:"bytes_down"`
 }
 
-// refusalInfo is an answer of the proxy's own.
+// refusalInfo describes a response that the proxy generated itself.
 type refusalInfo struct {
 	Time   time.Time `json:"time"`
 	Client string    `json:"client"`
@@ -131,7 +131,7 @@ type refusalInfo struct {
 	Detail string    `json:"detail"`
 }
 
-// siteSettings are the options of one handler, in the words of the Caddyfile.
+// siteSettings holds the options of one handler, named as in the Caddyfile.
 type siteSettings struct {
 	Site     string    `json:"site"`
 	Settings []setting `json:"settings"`
@@ -143,7 +143,7 @@ type setting struct {
 	Default bool   `json:"default"`
 }
 
-// Of clients and tunnels a snapshot has the first of those that were active last.
+// The number of most recently active clients and tunnels in a snapshot.
 const (
 	snapshotClients = 100
 	snapshotTunnels = 200
@@ -151,10 +151,10 @@ const (
 
 var (
 	processStart = time.Now()
-	configLoaded atomic.Pointer[time.Time] // when a config with a proxy has last begun to run
+	configLoaded atomic.Pointer[time.Time] // when the last config with a proxy started to run
 )
 
-// takeSnapshot copies what there is to see. Requests do not wait for it.
+// takeSnapshot copies the current state. It does not block requests.
 func takeSnapshot(now time.Time) snapshot {
 	s := snapshot{Stats: takeStats(now), Refusals: recent.list(), Settings: []siteSettings{}}
 	s.Clients = findClients(clientQuery{limit: snapshotClients, key: sortsOfClients["last_seen"]}, now)
@@ -171,7 +171,7 @@ func takeSnapshot(now time.Time) snapshot {
 	return s
 }
 
-// eachRegistry calls f with the one registry, if there is one.
+// eachRegistry calls f with the process's only registry, if it exists.
 func eachRegistry(f func(*registry)) {
 	registries.Range(func(_, r any) bool { f(r.(*registry)); return true })
 }
@@ -242,7 +242,7 @@ const modulePath = "github.com/asyncproxy/caddy-async-proxy"
 
 func read(m prometheus.Metric) *dto.Metric {
 	var d dto.Metric
-	_ = m.Write(&d) // fails only for metrics that are not valid
+	_ = m.Write(&d) // fails only for invalid metrics
 	return &d
 }
 
@@ -268,13 +268,13 @@ func readHistogram(m *dto.Metric) histogram {
 	return h
 }
 
-// first finds the n values with the greatest keys, or, ascending, the least; of
-// equal ones those that were added first.
+// first finds the n values with the largest keys or, if ascending, the smallest. Among equal
+// keys, earlier values win.
 type first[T any] struct {
 	n         int
 	ascending bool
 	added     int
-	list      []keyed[T] // once that many were added, the first n are sorted, and nothing after the last of them matters
+	list      []keyed[T] // up to 2n candidates; after a compaction, the first n are the best so far, in order
 }
 
 type keyed[T any] struct {
@@ -291,8 +291,7 @@ func (f *first[T]) compare(a, b keyed[T]) int {
 	return cmp.Or(order, cmp.Compare(a.at, b.at))
 }
 
-// add sorts once for each n values that matter, and takes little time for those
-// that do not.
+// add sorts once per n relevant values. It discards irrelevant ones after one comparison.
 func (f *first[T]) add(key float64, value T) {
 	f.added++
 	k := keyed[T]{key, f.added, value}
@@ -305,36 +304,36 @@ func (f *first[T]) add(key float64, value T) {
 	}
 }
 
-// sorted returns the values, in their order, but for some at the beginning.
+// sorted returns the best n values in order, without the first offset.
 func (f *first[T]) sorted(offset int) []keyed[T] {
 	slices.SortFunc(f.list, f.compare)
 	return f.list[min(offset, len(f.list)):min(f.n, len(f.list))]
 }
 
-// clientQuery says which clients are asked for.
+// clientQuery selects clients.
 type clientQuery struct {
 	limit, offset int
-	limited       bool   // only those that have no token, or are blocked
-	match         string // a part of the name, in lower case; "" for all
+	limited       bool   // only clients without a token or that are blocked
+	match         string // substring of the name, in lower case; "" for all
 	key           func(*client, int64) float64
 	ascending     bool
 }
 
-// contains reports whether a name has a part, which is in lower case.
+// contains reports whether a name contains part, ignoring case. part must be lower case.
 func contains(name, part string) bool {
 	return part == "" || strings.Contains(strings.ToLower(name), part)
 }
 
-// client is a bucket and whose it is.
+// client is a bucket with its owner.
 type client struct {
 	*bucket
 	limiter *limiter
 	addr    netip.Addr
 	tunnels int
-	up      int64 // of tunnels that are open
+	up      int64 // bytes of open tunnels
 	down    int64
 	blocked int64 // since epoch; 0: not
-	known   bool  // to a limiter
+	known   bool  // a limiter tracks it, so it is already listed
 }
 
 func (c *client) tokens(now int64) float64 {
@@ -353,9 +352,8 @@ var sortsOfClients = map[string]func(c *client, now int64) float64{
 	"tokens":  func(c *client, now int64) float64 { return c.tokens(now) },
 }
 
-// findClients looks at all clients and returns those that are asked for: those
-// that a limiter knows, and those that it does not, or not any more, but that
-// are blocked or have tunnels open.
+// findClients returns the clients that q selects. It searches the clients that a limiter
+// tracks, and also untracked ones that are blocked or have open tunnels.
 func findClients(q clientQuery, now time.Time) clientList {
 	at := sinceEpoch(now)
 	tunnels, blocks := tunnelsByClient(), blocksByClient(at)
@@ -372,9 +370,9 @@ func findClients(q clientQuery, now time.Time) clientList {
 		l := value.(*limiter)
 		l.each(func(addr netip.Addr, b *bucket) {
 			c := client{addr: addr}
-			if has := tunnels[clientKey{l, addr}]; has != nil {
-				has.known = true
-				c = *has
+			if open := tunnels[clientKey{l, addr}]; open != nil {
+				open.known = true
+				c = *open
 			}
 			if block := blocks[addr]; block != nil {
 				block.known = true
@@ -409,14 +407,14 @@ func findClients(q clientQuery, now time.Time) clientList {
 	return list
 }
 
-// clientKey is a client as one limiter knows it.
+// clientKey identifies a client of one limiter.
 type clientKey struct {
 	limiter *limiter
 	addr    netip.Addr
 }
 
-// tunnelsByClient returns the clients that have tunnels open, each with what there is
-// to say of it if its limiter does not know it.
+// tunnelsByClient returns the clients with open tunnels. Each entry is complete enough to be
+// listed even if its limiter does not track the client.
 func tunnelsByClient() map[clientKey]*client {
 	clients, current := make(map[clientKey]*client), make(map[*limiter]*limiter)
 	eachRegistry(func(r *registry) {
@@ -441,27 +439,26 @@ func tunnelsByClient() map[clientKey]*client {
 	return clients
 }
 
-// successor returns the limiter that has taken the place of one of an earlier config:
-// the only one of its zone to which the same clients are one. If there is none, or l is
-// in use, that is l.
+// successor returns the limiter that replaced l after a reload: the only one with the same
+// zone and prefix lengths. It returns l if l is still in use or there is no such limiter.
 func (l *limiter) successor() *limiter {
-	var same []*limiter
+	var candidates []*limiter
 	inUse := false
 	limiters.Range(func(_, value any) bool {
-		other := value.(*limiter)
-		inUse = inUse || other == l
-		if other.key.zone == l.key.zone && other.key.v4 == l.key.v4 && other.key.v6 == l.key.v6 {
-			same = append(same, other)
+		candidate := value.(*limiter)
+		inUse = inUse || candidate == l
+		if candidate.key.zone == l.key.zone && candidate.key.v4 == l.key.v4 && candidate.key.v6 == l.key.v6 {
+			candidates = append(candidates, candidate)
 		}
 		return true
 	})
-	if inUse || len(same) != 1 {
+	if inUse || len(candidates) != 1 {
 		return l
 	}
-	return same[0]
+	return candidates[0]
 }
 
-// blocksByClient returns those that are blocked, which they are in all zones.
+// blocksByClient returns the blocked clients. Blocks apply in all zones.
 func blocksByClient(at int64) map[netip.Addr]*client {
 	clients := make(map[netip.Addr]*client)
 	eachRegistry(func(r *registry) {
@@ -475,8 +472,8 @@ func blocksByClient(at int64) map[netip.Addr]*client {
 	return clients
 }
 
-// limiterOf returns a limiter to which addr is a client, or nil: of those the
-// one with the largest networks, as to it addr is as large as that.
+// limiterOf returns a limiter for which addr is the key of a client, or nil. Among several
+// it prefers the shortest prefix, so that addr is shown as the largest network.
 func limiterOf(addr netip.Addr) *limiter {
 	var best *limiter
 	order := func(a, b *limiter) int {
@@ -511,7 +508,7 @@ func (c *client) info(now time.Time) clientInfo {
 	return info
 }
 
-// each calls f with every bucket.
+// each calls f for every bucket.
 func (l *limiter) each(f func(netip.Addr, *bucket)) {
 	g := l.gens.Load()
 	g.cur.Range(func(addr netip.Addr, b *bucket) bool { f(addr, b); return true })
@@ -523,8 +520,8 @@ func (l *limiter) each(f func(netip.Addr, *bucket)) {
 	})
 }
 
-// name is how a client is shown: an address, a network where several share
-// a bucket, or a user.
+// name formats a client for display: an address, a network if its addresses share a bucket,
+// or a user.
 func (l *limiter) name(addr netip.Addr) string {
 	if addr.Zone() != "" {
 		return "user " + addr.Zone()
@@ -536,10 +533,10 @@ func (l *limiter) name(addr netip.Addr) string {
 	return name
 }
 
-// tunnelQuery says which tunnels are asked for.
+// tunnelQuery selects tunnels.
 type tunnelQuery struct {
 	limit, offset int
-	match         string // a part of the client, user or target, in lower case
+	match         string // substring of the client, user or target, in lower case
 	key           func(*tunnel, int64) float64
 	ascending     bool
 }
@@ -550,7 +547,7 @@ var sortsOfTunnels = map[string]func(t *tunnel, now int64) float64{
 	"bytes":   func(t *tunnel, _ int64) float64 { return float64(t.up.Load() + t.down.Load()) },
 }
 
-// findTunnels looks at all tunnels and returns those that are asked for.
+// findTunnels returns the open tunnels that q selects.
 func findTunnels(q tunnelQuery, now time.Time) tunnelList {
 	at := sinceEpoch(now)
 	found := first[*tunnel]{n: q.offset + q.limit, ascending: q.ascending}
@@ -574,18 +571,18 @@ func findTunnels(q tunnelQuery, now time.Time) tunnelList {
 	return list
 }
 
-// What a query may ask for: maxPage clients or tunnels in one answer, after at
-// most maxOffset others. To find them, limit+offset of them are kept.
+// The limits of a query: at most maxPage clients or tunnels in one response, after skipping
+// at most maxOffset. The search holds limit+offset candidates in memory.
 const (
 	maxPage   = 1000
 	maxOffset = 10_000
 )
 
-// querying is held while a query looks at all clients or tunnels, so that many
-// queries at once cost no more memory than one.
+// querying is held while a query searches all clients or tunnels, so that concurrent queries
+// need no more memory than one.
 var querying sync.Mutex
 
-// queryClients reads a query as of the admin API, and answers it.
+// queryClients parses a query of the admin API and returns its result.
 func queryClients(values url.Values, now time.Time) (clientList, error) {
 	q := clientQuery{limited: values.Has("limited") && values.Get("limited") != "false", match: strings.ToLower(values.Get("q"))}
 	var err error
@@ -600,7 +597,7 @@ func queryClients(values url.Values, now time.Time) (clientList, error) {
 	return findClients(q, now), nil
 }
 
-// queryTunnels is queryClients for tunnels.
+// queryTunnels does the same for tunnels.
 func queryTunnels(values url.Values, now time.Time) (tunnelList, error) {
 	q := tunnelQuery{match: strings.ToLower(values.Get("q"))}
 	var err error
@@ -633,11 +630,11 @@ func queryPage(values url.Values) (limit, offset int, ascending bool, err error)
 	return limit, offset, ascending, nil
 }
 
-// recent are the last refusals of the process.
+// recent holds the latest refusals of the process.
 var recent refusalRing
 
-// refusalRing keeps the last refusals. Its methods are safe for concurrent use,
-// and wait for nobody.
+// refusalRing holds the latest refusals. Its methods are safe for concurrent use and
+// lock-free.
 type refusalRing struct {
 	last [100]atomic.Pointer[refusalInfo]
 	n    atomic.Uint64
@@ -647,7 +644,7 @@ func (r *refusalRing) add(info *refusalInfo) {
 	r.last[(r.n.Add(1)-1)%uint64(len(r.last))].Store(info)
 }
 
-// list returns the refusals, the latest first.
+// list returns the refusals, latest first.
 func (r *refusalRing) list() []refusalInfo {
 	list := make([]refusalInfo, 0, len(r.last))
 	n := r.n.Load()

@@ -24,29 +24,27 @@ import (
 func init() {
 	caddy.RegisterModule(Status{})
 	httpcaddyfile.RegisterHandlerDirective("async_proxy_status", parseStatus)
-	// Beside metrics, which is as much of an answer as this is.
+	// Next to metrics, which responds to requests in the same way.
 	httpcaddyfile.RegisterDirectiveOrder("async_proxy_status", httpcaddyfile.After, "metrics")
 }
 
-// Status serves a page that shows what all async_proxy handlers of this process
-// are doing: their clients, tunnels and refusals, live. The page is at every
-// path that ends in a slash; what it needs lies beside it.
+// Status serves a live page with the clients, tunnels and refusals of all async_proxy
+// handlers of this process. The page is served at every path that ends in a slash, and
+// its files next to it.
 //
-// It shows the addresses of clients and where they go. Restrict who can see it:
-// by the site's address, `remote_ip` or `basic_auth`. Give its site a host name,
-// such as localhost, so that no other name leads there. The proxy takes no client
-// to a server that has such a page. Caddy's admin endpoint has the same data for
-// programs.
+// It shows the addresses of clients and their destinations. Restrict access to it by the
+// site's address, `remote_ip` or `basic_auth`. Give its site a host name, such as
+// localhost, so that no other name leads to it. The proxy does not connect clients to a
+// server with such a page. Caddy's admin endpoint provides the same data for programs.
 type Status struct {
-	// Whether the page may close tunnels, and give clients a full bucket or
-	// block them. Only requests from the page itself, or from no browser, are
-	// taken; that is only so if the site has a host name or asks for
-	// credentials. Default: false.
+	// Whether the page may close tunnels and refill or block clients. Only requests
+	// from the page itself or from programs other than browsers are accepted. To enforce
+	// that, the site needs a host name or must require credentials. Default: false.
 	Actions bool `json:"actions,omitempty"`
 
-	// Whether of a client only its network is shown, the first 24 bits of an
-	// IPv4 address and 48 of an IPv6 one, and of a tunnel not its user. Excludes
-	// actions. Default: false.
+	// Whether to show only the network of each client (the first 24 bits of an IPv4
+	// address, 48 of an IPv6 address) and no user names. Cannot be combined with actions.
+	// Default: false.
 	MaskClients bool `json:"mask_clients,omitempty"`
 
 	logger *zap.Logger
@@ -54,8 +52,8 @@ type Status struct {
 	ended  <-chan struct{}
 }
 
-// statusServers has the server of each status page of this process. The proxy
-// takes no client to such a server.
+// statusServers maps each status page of this process to its server. The proxy does not
+// connect clients to these servers.
 var statusServers sync.Map // *Status -> *caddyhttp.Server
 
 // servesStatus reports whether a server has a status page.
@@ -87,7 +85,7 @@ func parseStatus(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 //		mask_clients
 //	}
 //
-// Both are off by default, and exclude each other.
+// Both are off by default, and they cannot be combined.
 func (s *Status) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // the directive's name
 	if d.NextArg() {
@@ -111,7 +109,7 @@ func (s *Status) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 			return d.Errf("%s: the option is set twice; expected it once", name)
 		}
 		*on = true
-		if last := d.Val(); d.NextBlock(d.Nesting()) || d.Val() != last { // an empty block only moves on
+		if last := d.Val(); d.NextBlock(d.Nesting()) || d.Val() != last { // an empty block only advances the Dispenser
 			return d.Errf("%s: unexpected block; expected no value", name)
 		}
 	}
@@ -129,7 +127,7 @@ func (s *Status) Provision(ctx caddy.Context) error {
 	s.logger = ctx.Logger()
 	ended := make(chan struct{})
 	s.ended, s.stop = ended, sync.OnceFunc(func() { close(ended) })
-	// A server that stops waits for its requests: a stream must end by itself.
+	// A server that shuts down waits for its requests, so streams must end by themselves.
 	server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
 	if !ok {
 		return nil // provisioned outside of the http app
@@ -143,10 +141,10 @@ func (s *Status) Provision(ctx caddy.Context) error {
 	return events.(*caddyevents.App).On("started", eventHandler{func() { s.started(server) }})
 }
 
-// started warns about a page whose actions pages of others can have done: in the
-// browser of somebody who looks at one, whose name comes to stand for this
-// server's address (DNS rebinding), requests to here are from the same origin.
-// They have another host, and no credentials.
+// started warns if any web page can trigger the actions of this status page by DNS
+// rebinding: the web page's name is made to resolve to this server's address, so that the
+// operator's browser regards requests to the server as same-origin. Such requests carry
+// another host and no credentials.
 func (s *Status) started(server *caddyhttp.Server) {
 	if !s.Actions {
 		return
@@ -169,8 +167,7 @@ func (s *Status) Cleanup() error {
 	return nil
 }
 
-// statusHeader is what the page may do: load what lies beside it, and nothing
-// else; and be in nobody's frame.
+// statusHeader restricts the page: it may load only its own files and cannot be framed.
 var statusHeader = map[string]string{
 	"Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; " +
 		"base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -181,7 +178,8 @@ var statusHeader = map[string]string{
 	"Cache-Control":                "no-store",
 }
 
-// ServeHTTP implements caddyhttp.MiddlewareHandler. It answers every request.
+// ServeHTTP implements caddyhttp.MiddlewareHandler. It responds to every request and never
+// calls the next handler.
 func (s *Status) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
 	for field, value := range statusHeader {
 		w.Header().Set(field, value)
@@ -203,9 +201,9 @@ func (s *Status) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.H
 	return nil
 }
 
-// cameThroughProxy reports whether a proxy of this process forwarded or tunnelled
-// r to here. An async_proxy before the page has already refused such a request,
-// and has put its own name into Via.
+// cameThroughProxy reports whether a proxy of this process forwarded or tunnelled r to this
+// page. If an async_proxy runs before the page, it has already refused such requests, and
+// the proxy's name in Via is its own.
 func cameThroughProxy(r *http.Request) (found bool) {
 	if hasVisited(r) {
 		return false
@@ -239,8 +237,8 @@ func (s *Status) get(w http.ResponseWriter, r *http.Request, name string) {
 	}
 }
 
-// data answers with what there is to see. Where clients are masked they cannot
-// be searched for either, as that would tell who is there.
+// data responds with data as JSON. Searching is not allowed when clients are masked, because
+// it would reveal their addresses.
 func (s *Status) data(w http.ResponseWriter, r *http.Request, data interface{ mask() }, err error) {
 	switch {
 	case err != nil:
@@ -255,8 +253,8 @@ func (s *Status) data(w http.ResponseWriter, r *http.Request, data interface{ ma
 	}
 }
 
-// page serves the page and its parts. Its links are relative, so that a path
-// which is to be that of the page must end in a slash.
+// page serves the page and its files. Their links are relative, so the path of the page
+// must end in a slash; other paths are redirected.
 func (s *Status) page(w http.ResponseWriter, r *http.Request, name string) {
 	if file, ok := statusFiles()[name]; ok && name != "" {
 		file.serve(w, r)
@@ -264,7 +262,7 @@ func (s *Status) page(w http.ResponseWriter, r *http.Request, name string) {
 	}
 	path := r.URL.Path
 	if original, ok := r.Context().Value(caddyhttp.OriginalRequestCtxKey).(http.Request); ok {
-		path = original.URL.Path // of which handle_path may have taken a part away
+		path = original.URL.Path // handle_path may have stripped a prefix from r's
 	}
 	last := path[strings.LastIndexByte(path, '/')+1:]
 	switch {
@@ -281,7 +279,7 @@ func (s *Status) page(w http.ResponseWriter, r *http.Request, name string) {
 func statusJSON(w http.ResponseWriter, status int, v any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
-	_ = json.NewEncoder(w).Encode(v) // fails if the client has left
+	_ = json.NewEncoder(w).Encode(v) // fails only if the client has disconnected
 }
 
 func statusError(w http.ResponseWriter, status int, text string) {

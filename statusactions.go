@@ -14,16 +14,15 @@ import (
 	"go.uber.org/zap"
 )
 
-// statusActions are what an operator can have done, by the name that is posted
-// to. They return false if what was meant is not there any more.
+// statusActions maps the path of a POST request to its action. An action returns false if
+// its tunnel or client no longer exists.
 var statusActions = map[string]func(r *http.Request) (done bool, err error){
 	"close":  closeAction,
 	"refill": refillAction,
 	"block":  blockAction,
 }
 
-// maxBlock is how long a client can be blocked from the page: what is to last
-// longer belongs in the config.
+// maxBlock is the longest block that the page can set. Longer ones belong in the config.
 const maxBlock = 30 * 24 * time.Hour
 
 func closeAction(r *http.Request) (bool, error) {
@@ -54,10 +53,10 @@ func blockAction(r *http.Request) (bool, error) {
 	return blockClient(client, d), nil
 }
 
-// crossOrigin refuses what a page of somebody else's has a browser send.
+// crossOrigin rejects requests that a browser sends on behalf of another origin.
 var crossOrigin = http.NewCrossOriginProtection()
 
-// act does what an operator asks for.
+// act performs an action of an operator.
 func (s *Status) act(w http.ResponseWriter, r *http.Request, name string) {
 	action, ok := statusActions[name]
 	switch {

@@ -20,21 +20,21 @@ import (
 //go:embed status
 var statusFS embed.FS
 
-// statusFile is a part of the page, made ready to be served.
+// statusFile is a file of the page, ready to be served.
 type statusFile struct {
 	contentType string
 	etag        string
 	content     []byte
 }
 
-// statusFiles are the parts of the page by name; "" is the page itself.
+// statusFiles returns the files of the page by name; "" is the page itself.
 var statusFiles = sync.OnceValue(func() map[string]*statusFile {
 	files := make(map[string]*statusFile)
 	for _, name := range statusNames() {
-		content, _ := statusFS.ReadFile(path.Join("status", name)) // is there, as it was listed
+		content, _ := statusFS.ReadFile(path.Join("status", name)) // cannot fail: statusNames listed it
 		if name == "index.html" {
-			// A part of another version has another address, so that each may
-			// be kept for ever.
+			// Each version has its own URLs, so that browsers may cache the files
+			// indefinitely.
 			content = bytes.ReplaceAll(content, []byte("VERSION"), []byte(statusVersion()))
 			files[""] = newStatusFile(name, content)
 			continue
@@ -49,7 +49,7 @@ func newStatusFile(name string, content []byte) *statusFile {
 	return &statusFile{statusTypes[path.Ext(name)], `"` + hex.EncodeToString(sum[:8]) + `"`, content}
 }
 
-// statusTypes are the media types of the parts.
+// statusTypes maps file extensions to media types.
 var statusTypes = map[string]string{
 	".html": "text/html; charset=utf-8",
 	".js":   "text/javascript; charset=utf-8",
@@ -57,8 +57,8 @@ var statusTypes = map[string]string{
 	".svg":  "image/svg+xml",
 }
 
-// statusNames are those of the parts that are served, in order: not those that
-// are there for whoever reads the source.
+// statusNames returns the sorted names of the files to serve. The directory also holds
+// files that are not served, such as licenses.
 func statusNames() []string {
 	names, _ := fs.Glob(statusFS, "status/*")
 	var list []string
@@ -72,8 +72,8 @@ func statusNames() []string {
 	return list
 }
 
-// statusVersion is that of all parts together. A page that was loaded from
-// another version of this program loads itself again.
+// statusVersion returns a hash over all files. A page reloads itself when the server reports
+// another version.
 var statusVersion = sync.OnceValue(func() string {
 	hash := sha256.New()
 	for _, name := range statusNames() {

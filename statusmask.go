@@ -5,8 +5,7 @@ package asyncproxy
 
 import "strings"
 
-// maskClient is the network that a client is in, for a page that is not to tell
-// more.
+// maskClient returns the network of a client, or "user" for a user.
 func maskClient(name string) string {
 	addr, err := parseClient(name)
 	switch {
@@ -19,7 +18,7 @@ func maskClient(name string) string {
 	if addr.Is4() {
 		bits = 24
 	}
-	p, _ := addr.Prefix(bits) // fails only for bits that an address does not have
+	p, _ := addr.Prefix(bits) // cannot fail: bits is within the address length
 	return p.String()
 }
 

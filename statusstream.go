@@ -14,21 +14,21 @@ import (
 )
 
 const (
-	// snapshotInterval is how often those who look are told.
+	// snapshotInterval is how often viewers receive a snapshot.
 	snapshotInterval = time.Second
 
-	// maxViewers bounds what looking at the process costs it.
+	// maxViewers bounds the cost of serving viewers.
 	maxViewers = 20
 
-	// viewerPatience is how long a viewer may take for a snapshot until it
-	// counts as gone. A server that stops waits for it as long.
+	// viewerPatience is the write timeout for one snapshot. A server that shuts down may
+	// have to wait this long for a stalled viewer.
 	viewerPatience = 5 * time.Second
 )
 
-// statusFeed is the process's, as what it shows is.
+// statusFeed is shared by all status pages, because they show the whole process.
 var statusFeed = newFeed(takeSnapshot)
 
-// feed makes one snapshot a second for all viewers, as long as there are some.
+// feed takes one snapshot per second for all viewers while there are any.
 //
 // All methods are safe for concurrent use.
 type feed struct {
@@ -36,21 +36,21 @@ type feed struct {
 
 	mu      sync.Mutex
 	viewers map[*viewer]struct{}
-	stop    chan struct{} // ends run, which is there while there are viewers
+	stop    chan struct{} // closing it ends run, which runs while there are viewers
 }
 
-// viewer is somebody who looks.
+// viewer is one subscriber of the feed.
 type viewer struct {
 	masked bool
-	events chan []byte // at most one: a viewer that is slow misses some
+	events chan []byte // holds one event: a slow viewer misses later ones
 }
 
 func newFeed(take func(now time.Time) snapshot) *feed {
 	return &feed{take: take, viewers: make(map[*viewer]struct{})}
 }
 
-// join returns a viewer, to be followed by leave; or nil if there are
-// maxViewers already.
+// join adds a viewer, which must be removed by leave. It returns nil if there are already
+// maxViewers.
 func (f *feed) join(masked bool) *viewer {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -88,14 +88,14 @@ func (f *feed) run(stop <-chan struct{}) {
 	}
 }
 
-// publish tells all viewers. The snapshot is taken and written out once, and
-// once more if there are viewers for whom clients are masked.
+// publish sends a snapshot to all viewers. It is encoded once, and a second time if some
+// viewers get masked clients.
 func (f *feed) publish(now time.Time) {
 	f.mu.Lock()
 	viewers := slices.Collect(maps.Keys(f.viewers))
 	f.mu.Unlock()
 	snap := f.take(now)
-	for _, masked := range []bool{false, true} { // masking changes the snapshot
+	for _, masked := range []bool{false, true} { // masking modifies the snapshot, so it comes last
 		var event []byte
 		for _, v := range viewers {
 			if v.masked != masked {
@@ -116,7 +116,7 @@ func (f *feed) publish(now time.Time) {
 }
 
 func snapshotEvent(snap snapshot) []byte {
-	data, err := json.Marshal(snap) // has no line breaks
+	data, err := json.Marshal(snap) // contains no line breaks, which would split the event
 	if err != nil {
 		return fmt.Appendf(nil, "event: failure\ndata: %q\n\n", err.Error())
 	}
@@ -124,7 +124,7 @@ func snapshotEvent(snap snapshot) []byte {
 }
 
 // stream sends events (https://html.spec.whatwg.org/multipage/server-sent-events.html)
-// until the client leaves, or the config or the process ends.
+// until the client disconnects, or the config or the process ends.
 func (s *Status) stream(w http.ResponseWriter, r *http.Request) {
 	viewer := statusFeed.join(s.MaskClients)
 	if viewer == nil {
@@ -134,7 +134,7 @@ func (s *Status) stream(w http.ResponseWriter, r *http.Request) {
 	}
 	defer statusFeed.leave(viewer)
 	w.Header().Set("Content-Type", "text/event-stream")
-	w.Header().Set("X-Accel-Buffering", "no") // for an nginx in front
+	w.Header().Set("X-Accel-Buffering", "no") // disables buffering in an nginx in front
 	controller := http.NewResponseController(w)
 	defer func() { _ = controller.SetWriteDeadline(time.Time{}) }()
 	send := func(event []byte) bool {
