@@ -1,8 +1,8 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Command caddy is Caddy with its standard modules and async_proxy, so that
-// `go build ./cmd/caddy` is all that a build needs.
+// Command caddy is Caddy with its standard modules and async_proxy. Build it with
+// `go build ./cmd/caddy`.
 package main
 
 import (

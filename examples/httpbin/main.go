@@ -1,12 +1,12 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Command httpbin serves go-httpbin on loopback, over HTTP and HTTPS, as
-// something to send requests to through the proxy:
+// Command httpbin serves go-httpbin on loopback, over HTTP and HTTPS, as an origin for
+// trying out the proxy:
 //
 //	go run ./examples/httpbin
 //
-// The certificate is made anew at each start and signed by nobody: use curl -k.
+// It creates a self-signed certificate at each start: use curl -k.
 package main
 
 import (
@@ -38,7 +38,7 @@ func main() {
 	}
 }
 
-// serve serves until the process is told to end.
+// serve serves until the process receives a signal to stop.
 func serve(plain, secure string) error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
@@ -65,7 +65,7 @@ func serve(plain, secure string) error {
 	case err = <-failed:
 	case <-ctx.Done():
 	}
-	// Requests in flight have five seconds to end; then they are cut off.
+	// Requests in flight have five seconds to finish.
 	grace, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
 	if server.Shutdown(grace) != nil {
@@ -74,7 +74,7 @@ func serve(plain, secure string) error {
 	return err
 }
 
-// selfSigned makes a certificate for loopback that is valid for a day.
+// selfSigned creates a self-signed certificate for loopback that is valid for a day.
 func selfSigned() (tls.Certificate, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
