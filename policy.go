@@ -166,14 +166,14 @@ func (p *policy) check(ctx context.Context, r reach, t target, to netip.AddrPort
 		if !s.ports.contains(to.Port()) {
 			continue
 		}
-		what, byAddress := s.matchAddress(ctx, ip, host)
+		entry, byAddress := s.matchAddress(ctx, ip, host)
 		byName := false
 		if !byAddress && !named {
-			what, byName = s.matchName(t)
+			entry, byName = s.matchName(t)
 		}
 		switch {
 		case s.deny && (byAddress || byName):
-			e := s.denied(what)
+			e := s.denied(entry)
 			if e.to = to; p.enforces(e, &reported) {
 				return e, nil
 			}
@@ -237,10 +237,10 @@ func (p *policy) checkName(ctx context.Context, r reach, t target, resolvable bo
 		if !s.ports.contains(t.port) {
 			continue
 		}
-		what, matches := s.matchName(t)
+		entry, matches := s.matchName(t)
 		switch {
 		case matches && s.deny:
-			if e := s.denied(what); p.enforces(e, &reported) {
+			if e := s.denied(entry); p.enforces(e, &reported) {
 				return e, nil
 			}
 		case matches, resolvable && !s.deny && s.aboutAddresses():
@@ -283,12 +283,12 @@ func (p *policy) checkPort(ctx context.Context, port uint16) *deniedError {
 // 2000::/3 does not allow private IPv4 addresses embedded in them: a rule must allow
 // those themselves.
 func (s *ruleSet) matchAddress(ctx context.Context, ip, host netip.Addr) (string, bool) {
-	what, matches := s.matchRange(ctx, host)
+	entry, matches := s.matchRange(ctx, host)
 	if !matches && ip != host && (s.deny || public.includes(host, host)) {
-		what, matches = s.matchRange(ctx, ip)
+		entry, matches = s.matchRange(ctx, ip)
 	}
 	if matches || !s.public && !s.private {
-		return what, matches
+		return entry, matches
 	}
 	isPublic := public.includes(ip, host)
 	switch {
@@ -351,13 +351,13 @@ func (s *ruleSet) aboutAddresses() bool {
 	return s.count > 0 || len(s.sources) > 0 || s.private || s.public
 }
 
-// denied returns the error for a target that matches the entry what of a deny set.
-func (s *ruleSet) denied(what string) *deniedError {
+// denied returns the error for a target that matches an entry of a deny set.
+func (s *ruleSet) denied(entry string) *deniedError {
 	if s.ports.high > 0 {
-		what += ":" + s.ports.String()
+		entry += ":" + s.ports.String()
 	}
 	return &deniedError{
-		rule: "deny " + what, kind: deniedRequest, hint: "put an allow rule before it",
+		rule: "deny " + entry, kind: deniedRequest, hint: "put an allow rule before it",
 	}
 }
 

@@ -110,21 +110,21 @@ func (c *ruleCheck) reachable(ports portRange) (open []portRange) {
 func covering(sets []*ruleSet, d destination, ports []portRange) (by string, deny bool) {
 	namesAllowed := false
 	for _, s := range sets {
-		what, matches := "", false
+		entry, matches := "", false
 		if s.coversPorts(ports) {
 			if d.isName() {
-				what, matches = s.coversName(d)
+				entry, matches = s.coversName(d)
 			} else if s.deny && s.all && !namesAllowed {
-				what, matches = "all", true
+				entry, matches = "all", true
 			} else {
-				what, matches = s.coversAddresses(d)
+				entry, matches = s.coversAddresses(d)
 			}
 		}
 		if matches {
 			if s.ports.high > 0 {
-				what += ":" + s.ports.String()
+				entry += ":" + s.ports.String()
 			}
-			return s.action() + " " + what, s.deny
+			return s.action() + " " + entry, s.deny
 		}
 		// deny all does not decide for a name that an earlier rule allows: its
 		// addresses are still checked against later rules.
@@ -300,11 +300,11 @@ func (u useless) text() string {
 // warnings about the other findings.
 func (c *ruleCheck) report(rules []Rule, sets []*ruleSet, logger *zap.Logger) error {
 	for _, n := range c.never {
-		what := strings.Join(n.texts, " ")
+		destinations := strings.Join(n.texts, " ")
 		if more := n.count - len(n.texts); more > 0 {
-			what += fmt.Sprintf(" and %d more", more)
+			destinations += fmt.Sprintf(" and %d more", more)
 		}
-		logger.Warn("a rule can never match", zap.String("rule", rules[n.rule].Action+" "+what), zap.String("why", n.why))
+		logger.Warn("a rule can never match", zap.String("rule", rules[n.rule].Action+" "+destinations), zap.String("why", n.why))
 	}
 	if n := len(c.inexact); n > 0 {
 		logger.Warn("ranges in a file have bits set beyond their length, which are ignored",
