@@ -115,8 +115,8 @@ func newProcessMetrics() *processMetrics {
 			m.requests[k][o] = requests.WithLabelValues(kindNames[k], outcomeNames[o])
 		}
 	}
-	for _, what := range []string{"rules", "limits"} {
-		m.reported.WithLabelValues(what)
+	for _, scope := range []string{"rules", "limits"} {
+		m.reported.WithLabelValues(scope)
 	}
 	for reason := range invalids {
 		m.invalid.WithLabelValues(string(reason))

@@ -360,7 +360,9 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		recheckConn := func(ctx context.Context, c *originConn) error {
 			err := recheck(ctx, c.authority, c.Conn, c.to)
 			if c.to.IsValid() && time.Since(c.opened) > lookInterval {
-				c.to = netip.AddrPort{} // what is known of listeners is newer than the connection
+				// This check knew every listener that was open when the connection was
+				// made, so it need not be repeated.
+				c.to = netip.AddrPort{}
 			}
 			return err
 		}
@@ -481,8 +483,8 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 
 // judgeAgain checks the policy for a reused connection that an earlier request of a client
 // of reach r opened. The verdict can only have changed if the rules can change, or if the
-// connection leads to this machine (then to is valid), where a protected listener may have
-// been opened since.
+// connection leads to this machine (then to is valid), where the first check may have
+// missed a protected listener that had just been opened.
 func (h *Handler) judgeAgain(ctx context.Context, r reach, authority string, conn net.Conn, to netip.AddrPort) error {
 	p := h.dialer.policy
 	if p.changing || to.IsValid() && p.own != nil && p.own(to, true) {
@@ -710,8 +712,8 @@ func (h *Handler) finish(w http.ResponseWriter, r *http.Request, v *visit, err e
 	return nil
 }
 
-// caddyStatus returns the status with which Caddy answers an error; 0 if the error
-// does not say.
+// caddyStatus returns the status of Caddy's response to an error; 0 if the error does not
+// contain one.
 func caddyStatus(err error) int {
 	var failed caddyhttp.HandlerError
 	errors.As(err, &failed)
