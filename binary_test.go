@@ -602,9 +602,9 @@ func TestBinaryExit(t *testing.T) {
 	}
 }
 
-// settled checks that the process returns to its earlier numbers of descriptors and
+// checkSettled checks that the process returns to its earlier numbers of descriptors and
 // goroutines.
-func (c *binaryCaddy) settled(descriptors, goroutines int) {
+func (c *binaryCaddy) checkSettled(descriptors, goroutines int) {
 	c.t.Helper()
 	defer func() {
 		c.t.Logf("descriptors %d, before %d; goroutines %d, before %d", c.descriptors(), descriptors, c.goroutines(), goroutines)
@@ -639,7 +639,7 @@ func TestBinaryIdle(t *testing.T) {
 		t.Errorf("a tunnel uses %d bytes of memory, want at most %d", each, 16<<10)
 	}
 	binaryClose(tunnels)
-	c.settled(descriptors, goroutines)
+	c.checkSettled(descriptors, goroutines)
 	if lines := c.waitLog("CONNECT tunnel closed", n+1); len(lines) != n+1 {
 		t.Errorf("%d closing lines, want %d", len(lines), n+1)
 	}
@@ -663,7 +663,7 @@ func TestBinaryChurn(t *testing.T) {
 		}
 		return binaryPing(tunnel)
 	})
-	c.settled(descriptors, goroutines)
+	c.checkSettled(descriptors, goroutines)
 }
 
 // TestBinaryDescriptors makes the process run out of descriptors. A tunnel needs two; one

@@ -19,8 +19,8 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// found looks up clients as the admin API does.
-func found(t *testing.T, query string) clientList {
+// lookupClients looks up clients as the admin API does.
+func lookupClients(t *testing.T, query string) clientList {
 	t.Helper()
 	values, err := url.ParseQuery(query)
 	if err != nil {
@@ -33,8 +33,8 @@ func found(t *testing.T, query string) clientList {
 	return list
 }
 
-// loadForOthers loads sites that take clients' addresses from X-Forwarded-For.
-func (w *world) loadForOthers(sites string) {
+// loadTrustingForwardedFor loads sites that take clients' addresses from X-Forwarded-For.
+func (w *world) loadTrustingForwardedFor(sites string) {
 	w.t.Helper()
 	loadCaddyfile(w.t, strings.Replace(w.globals(), "{\n", "{\n\tevents {\n\t\ton rate_limited async_proxy_test\n\t}\n\tservers {\n\t\ttrusted_proxies static 127.0.0.0/8\n\t}\n", 1)+sites)
 }
@@ -53,7 +53,7 @@ func TestFloodsOfBlockedAndUncountedClients(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			w := newWorld(t, "", nil)
-			w.loadForOthers(w.site(tc.options))
+			w.loadTrustingForwardedFor(w.site(tc.options))
 			if tc.status == http.StatusServiceUnavailable {
 				answer(t, 0, errors.New(tc.err), false)
 			} else if !blockClient(netip.MustParseAddr("127.0.0.1"), time.Hour) {
@@ -92,7 +92,7 @@ func TestFloodsOfBlockedAndUncountedClients(t *testing.T) {
 			if got := grown[`requests_total{kind="forward",outcome="refused"}`] + grown[`requests_total{kind="forward",outcome="failed"}`]; got != flood {
 				t.Errorf("%v requests were counted as refused, want %d", got, flood)
 			}
-			if list := found(t, ""); len(list.Clients) != 1 || list.Clients[0].Requests != flood || list.Clients[0].Rejections != flood || list.Clients[0].LastSeen.Before(start.Add(-time.Second)) {
+			if list := lookupClients(t, ""); len(list.Clients) != 1 || list.Clients[0].Requests != flood || list.Clients[0].Rejections != flood || list.Clients[0].LastSeen.Before(start.Add(-time.Second)) {
 				t.Errorf("clients %+v", list)
 			}
 			select {
@@ -108,7 +108,7 @@ func TestFloodsOfBlockedAndUncountedClients(t *testing.T) {
 func TestBlocksAreSeenWithoutABucket(t *testing.T) {
 	w := newWorld(t, "", nil)
 	other := freeAddress(t)
-	w.loadForOthers(w.site("zone one") + siteAt(other, "zone two\nipv4_prefix 24\nipv6_prefix 48"))
+	w.loadTrustingForwardedFor(w.site("zone one") + siteAt(other, "zone two\nipv4_prefix 24\nipv6_prefix 48"))
 	for _, name := range []string{"192.0.2.7", "2001:db8::7", "user alice"} {
 		addr, err := parseClient(name)
 		if err != nil || !blockClient(addr, time.Hour) {
@@ -116,7 +116,7 @@ func TestBlocksAreSeenWithoutABucket(t *testing.T) {
 		}
 	}
 	for _, query := range []string{"", "limited", "limited=&sort=tokens&order=asc"} {
-		list := found(t, query)
+		list := lookupClients(t, query)
 		names := strings.Split(list.names(), " ")
 		slices.Sort(names)
 		if got, want := strings.Join(names, " "), "192.0.2.0/24 192.0.2.7 2001:db8::/48 alice user"; got != want || list.Total != 4 {
@@ -129,7 +129,7 @@ func TestBlocksAreSeenWithoutABucket(t *testing.T) {
 			}
 		}
 	}
-	if list := found(t, "q=Alice"); list.names() != "user alice" {
+	if list := lookupClients(t, "q=Alice"); list.names() != "user alice" {
 		t.Errorf("q=Alice: %s", list.names())
 	}
 	// Clients that send requests are merged with their buckets.
@@ -138,17 +138,17 @@ func TestBlocksAreSeenWithoutABucket(t *testing.T) {
 			t.Errorf("status %d", got)
 		}
 	}
-	if list := found(t, "limited&q=192.0.2"); list.Total != 2 || list.Clients[0].Requests != 1 || list.Clients[1].Requests != 1 {
+	if list := lookupClients(t, "limited&q=192.0.2"); list.Total != 2 || list.Clients[0].Requests != 1 || list.Clients[1].Requests != 1 {
 		t.Errorf("clients %+v", list)
 	}
-	for _, c := range found(t, "limited").Clients {
+	for _, c := range lookupClients(t, "limited").Clients {
 		addr, err := parseClient(c.Client)
 		if err != nil {
 			t.Error(err)
 		}
 		blockClient(addr, 0)
 	}
-	if list := found(t, "limited"); list.Total != 0 {
+	if list := lookupClients(t, "limited"); list.Total != 0 {
 		t.Errorf("still blocked: %+v", list)
 	}
 }
@@ -162,7 +162,7 @@ func TestTunnelsAreSeenWithoutABucket(t *testing.T) {
 	hear(t, conn, say(t, conn, "0123456789"))
 	var list clientList
 	eventually(t, "the tunnel's bytes to be counted", func() bool {
-		list = found(t, "")
+		list = lookupClients(t, "")
 		return len(list.Clients) == 1 && list.Clients[0].BytesUp > 0 && list.Clients[0].BytesDown > 0
 	})
 	if list.Total != 1 {
@@ -171,11 +171,11 @@ func TestTunnelsAreSeenWithoutABucket(t *testing.T) {
 	if c := list.Clients[0]; c.Client != "127.0.0.1" || c.Zone != "old" || c.Tunnels != 1 || c.BytesUp != 10 || c.BytesDown != 10 || time.Since(c.LastSeen) > time.Minute || c.BlockedUntil != nil {
 		t.Errorf("client %+v", c)
 	}
-	if list := found(t, "limited"); list.Total != 0 {
+	if list := lookupClients(t, "limited"); list.Total != 0 {
 		t.Errorf("limited: %+v", list)
 	}
 	w.gets(w.proxy, 200)
-	if list := found(t, ""); list.Total != 2 || list.Clients[0].Zone != "new" || list.Clients[0].Tunnels != 0 || list.Clients[1].Zone != "old" || list.Clients[1].Tunnels != 1 {
+	if list := lookupClients(t, ""); list.Total != 2 || list.Clients[0].Zone != "new" || list.Clients[0].Tunnels != 0 || list.Clients[1].Zone != "old" || list.Clients[1].Tunnels != 1 {
 		t.Errorf("clients %+v", list)
 	}
 }
@@ -197,7 +197,7 @@ func TestCountsByUser(t *testing.T) {
 	counts := func(want string) {
 		t.Helper()
 		var got []string
-		for _, c := range found(t, "sort=requests").Clients {
+		for _, c := range lookupClients(t, "sort=requests").Clients {
 			got = append(got, fmt.Sprintf("%s %d %d", c.Client, c.Requests, c.Rejections))
 			if time.Since(c.LastSeen) > time.Minute || c.LastSeen.IsZero() {
 				t.Errorf("%s was last seen %v", c.Client, c.LastSeen)
@@ -219,7 +219,7 @@ func TestCountsByUser(t *testing.T) {
 	ask("", "", 429) // the address is out of tokens
 	ask("bob", "builder", 200)
 	counts("127.0.0.1 8 1, user alice 3 1, user bob 1 0")
-	if c := found(t, "q=127").Clients[0]; c.LastSeen.Before(start.Add(-time.Second)) {
+	if c := lookupClients(t, "q=127").Clients[0]; c.LastSeen.Before(start.Add(-time.Second)) {
 		t.Errorf("the address was last seen %v", c.LastSeen)
 	}
 

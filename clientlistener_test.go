@@ -232,13 +232,13 @@ func TestListenerTrustedProxies(t *testing.T) {
 	}
 }
 
-// stumbling is a listener whose Accept fails for a while.
-type stumbling struct {
+// failingListener is a listener whose Accept fails for a while.
+type failingListener struct {
 	net.Listener
 	failures atomic.Int64
 }
 
-func (l *stumbling) Accept() (net.Conn, error) {
+func (l *failingListener) Accept() (net.Conn, error) {
 	if l.failures.Add(-1) >= 0 {
 		return nil, &net.OpError{Op: "accept", Err: syscall.EMFILE}
 	}
@@ -251,7 +251,7 @@ func TestListenerThatFails(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ln := &stumbling{Listener: inner}
+	ln := &failingListener{Listener: inner}
 	ln.failures.Store(4)
 	l := unitListener(&Handler{logger: zap.NewNop()})
 	l.Listener = ln

@@ -69,11 +69,11 @@ func TestRefusalsOfEagerClients(t *testing.T) {
 						continue
 					}
 					for tc.status == http.StatusTooManyRequests {
-						if status := eager(t, w, way, strings.ReplaceAll(requests["no content"], "TARGET", closed)); status == tc.status {
+						if status := sendThenRead(t, w, way, strings.ReplaceAll(requests["no content"], "TARGET", closed)); status == tc.status {
 							break
 						}
 					}
-					if status := eager(t, w, way, strings.ReplaceAll(request, "TARGET", tc.target)); status != tc.status {
+					if status := sendThenRead(t, w, way, strings.ReplaceAll(request, "TARGET", tc.target)); status != tc.status {
 						t.Errorf("%s: status %d, want %d", name, status, tc.status)
 					}
 				}
@@ -82,8 +82,8 @@ func TestRefusalsOfEagerClients(t *testing.T) {
 	}
 }
 
-// eager sends a whole request before it reads the response.
-func eager(t *testing.T, w *world, way, request string) (status int) {
+// sendThenRead sends a whole request before it reads the response.
+func sendThenRead(t *testing.T, w *world, way, request string) (status int) {
 	t.Helper()
 	var conn net.Conn = w.dial().TCPConn
 	if way == "TLS" {

@@ -73,8 +73,8 @@ func TestCommand(t *testing.T) {
 		{"--listen 127.0.0.1:x", "expected an address with a port, such as 127.0.0.1:8080"},
 		{"--listen 127.0.0.1", "expected an address with a port, such as 127.0.0.1:8080"},
 		{"--listen 8080", "expected an address with a port, such as 127.0.0.1:8080"},
-		{"--listen " + taken(t), "address already in use; stop the process that listens there, or choose another address with --listen"},
-		{"--admin " + taken(t), "address already in use; stop the process that listens there, or choose another address with --admin"},
+		{"--listen " + takenAddress(t), "address already in use; stop the process that listens there, or choose another address with --listen"},
+		{"--admin " + takenAddress(t), "address already in use; stop the process that listens there, or choose another address with --admin"},
 		{"--admin localhost", `admin "localhost": expected an address with a port`},
 		{"status --address localhost", `address "localhost": expected an address with a port`},
 		{"status --address http://127.0.0.1:2019", `address "http://127.0.0.1:2019": expected an address with a port`},
@@ -107,8 +107,8 @@ func TestCommand(t *testing.T) {
 	}
 }
 
-// taken returns an address with a listener that would allow others to share it.
-func taken(t *testing.T) string {
+// takenAddress returns an address with a listener that would allow others to share it.
+func takenAddress(t *testing.T) string {
 	t.Helper()
 	address := freeAddress(t)
 	addr, err := caddy.ParseNetworkAddress(address)

@@ -16,8 +16,8 @@ import (
 	"time"
 )
 
-// stalls are responses whose content stops arriving at some point.
-var stalls = map[string]string{
+// stalledResponses are responses whose content stops arriving at some point.
+var stalledResponses = map[string]string{
 	"with a length":                "Content-Length: 1000\r\n\r\nx",
 	"without any content":          "Content-Length: 1000\r\n\r\n",
 	"large enough to splice":       "Content-Length: 1000000\r\n\r\n" + strings.Repeat("x", 300_000),
@@ -44,8 +44,8 @@ func stallingOrigin(t *testing.T, response string, more <-chan string) string {
 	})
 }
 
-// brokenOffSoon reads a response that must be visibly incomplete.
-func (c *rawConn) brokenOffSoon(what string) {
+// expectTruncated reads a response that must be visibly incomplete.
+func (c *rawConn) expectTruncated(what string) {
 	c.t.Helper()
 	res, err := http.ReadResponse(c.r, nil)
 	if errors.Is(err, os.ErrDeadlineExceeded) {
@@ -71,11 +71,11 @@ func TestContentThatStalls(t *testing.T) {
 		}
 		w.load(site)
 		n := 0
-		for name, response := range stalls {
+		for name, response := range stalledResponses {
 			origin := stallingOrigin(t, response, nil)
 			c := w.dial()
 			c.send("GET http://" + origin + "/ HTTP/1.1\nHost: " + origin + "\n\n")
-			c.brokenOffSoon(way + ", " + name)
+			c.expectTruncated(way + ", " + name)
 			n++
 			_ = c.Close()
 		}
@@ -85,7 +85,7 @@ func TestContentThatStalls(t *testing.T) {
 		})
 		c := w.dial()
 		c.send("GET https://" + origin + "/ HTTP/1.1\nHost: " + origin + "\n\n")
-		c.brokenOffSoon(way + ", HTTP/2")
+		c.expectTruncated(way + ", HTTP/2")
 		n++
 		lines := w.waitLog("request", n)
 		for _, line := range lines[len(lines)-n:] {
@@ -118,7 +118,7 @@ func TestContentThatComesSlowly(t *testing.T) {
 	if res, body := other.response(http.MethodGet); body != "xxxxxx" {
 		t.Errorf("%s %q", res.Status, body)
 	}
-	c.brokenOffSoon("beside it") // its origin has sent nothing meanwhile
+	c.expectTruncated("beside it") // its origin has sent nothing meanwhile
 
 	size := 32 << 20
 	huge := listen(t, func(c *net.TCPConn) {
@@ -203,7 +203,7 @@ func TestContentThatStallsCounts(t *testing.T) {
 	if res, _ := c.response(http.MethodConnect); res.StatusCode != http.StatusServiceUnavailable {
 		t.Errorf("a tunnel at the same time: %s", res.Status)
 	}
-	get().brokenOffSoon("one more that waits")
+	get().expectTruncated("one more that waits")
 	more <- "yz"
 	if res, body := first.response(http.MethodGet); body != "xyz" {
 		t.Errorf("%s %q: the wait broke the response", res.Status, body)
@@ -235,6 +235,6 @@ func TestContentThatStallsAtTheEnd(t *testing.T) {
 	other.send("GET https://" + secure + "/ HTTP/1.1\nHost: " + secure + "\n\n")
 	eventually(t, "both responses to be waiting", func() bool { return h.tunnels.admitted.Load() == 2 })
 	w.load("http://127.0.0.1:" + strings.Split(freeAddress(t), ":")[1] + " {\nrespond hi\n}\n")
-	c.brokenOffSoon("when no proxy is left")
-	other.brokenOffSoon("over HTTP/2, when no proxy is left")
+	c.expectTruncated("when no proxy is left")
+	other.expectTruncated("over HTTP/2, when no proxy is left")
 }

@@ -197,7 +197,7 @@ func TestTargetsAreKeptAlive(t *testing.T) {
 	w.dial().connect(echoTarget(t))
 	eventually(t, "a tunnel with keep-alive", func() bool {
 		open := openTunnels()
-		return len(open) == 1 && isKeptAlive(t, open[0].far.(*connPeer).tcp)
+		return len(open) == 1 && keepAliveEnabled(t, open[0].far.(*connPeer).tcp)
 	})
 	origin := w.origin.Listener.Addr().String()
 	c := w.dial()
@@ -210,13 +210,13 @@ func TestTargetsAreKeptAlive(t *testing.T) {
 		}
 		return len(idle) == 1
 	})
-	if !isKeptAlive(t, idle[0].Conn.(*net.TCPConn)) {
+	if !keepAliveEnabled(t, idle[0].Conn.(*net.TCPConn)) {
 		t.Error("an idle connection to an origin is not kept alive")
 	}
 }
 
-// isKeptAlive reports whether keep-alive is set on a connection as intended.
-func isKeptAlive(t *testing.T, conn *net.TCPConn) bool {
+// keepAliveEnabled reports whether keep-alive is set on a connection as intended.
+func keepAliveEnabled(t *testing.T, conn *net.TCPConn) bool {
 	t.Helper()
 	socket, err := conn.SyscallConn()
 	if err != nil {

@@ -106,10 +106,10 @@ func loadCaddyfile(t testing.TB, caddyfile string) {
 // their sockets may still be open.
 func replaced(t testing.TB, load func()) {
 	t.Helper()
-	old := serving()
+	old := acceptGoroutines()
 	load()
 	eventually(t, "the old servers to stop", func() bool {
-		now := serving()
+		now := acceptGoroutines()
 		return !slices.ContainsFunc(old, func(id string) bool { return slices.Contains(now, id) }) && !listeningTwice()
 	})
 }
@@ -136,8 +136,9 @@ func startCaddyfile(t testing.TB, caddyfile string) {
 	}
 }
 
-// serving returns the IDs of the goroutines in which Caddy's servers accept connections.
-func serving() []string {
+// acceptGoroutines returns the IDs of the goroutines in which Caddy's servers accept
+// connections.
+func acceptGoroutines() []string {
 	stacks := make([]byte, 4<<20)
 	stacks = stacks[:runtime.Stack(stacks, true)]
 	var ids []string

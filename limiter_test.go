@@ -92,20 +92,20 @@ func asked() []Bucket {
 	return list
 }
 
-// sharer is a client of a handler with a shared limiter. Time passes only when a test says
-// so.
-type sharer struct {
+// sharedClient is a client of a handler with a shared limiter. Time passes only when a test
+// says so.
+type sharedClient struct {
 	t   *testing.T
 	h   *Handler
 	now time.Duration
 }
 
-func newSharer(t *testing.T, burst int64, refill float64) *sharer {
-	return &sharer{t: t, h: &Handler{limiter: newLimiter(limits(burst, refill)), shared: new(testLimiter)}}
+func newSharedClient(t *testing.T, burst int64, refill float64) *sharedClient {
+	return &sharedClient{t: t, h: &Handler{limiter: newLimiter(limits(burst, refill)), shared: new(testLimiter)}}
 }
 
 // takes makes a request and checks how often the shared limiter is asked about it.
-func (s *sharer) takes(questions int, want verdict) {
+func (s *sharedClient) takes(questions int, want verdict) {
 	s.t.Helper()
 	asked()
 	got := s.h.ask(s.t.Context(), netip.MustParseAddr("192.0.2.1"), int64(s.now))
@@ -116,7 +116,7 @@ func (s *sharer) takes(questions int, want verdict) {
 }
 
 func TestOwnRefusalAsksNobody(t *testing.T) {
-	s := newSharer(t, 2, 0.5)
+	s := newSharedClient(t, 2, 0.5)
 	answer(t, 0, nil, false)
 	s.takes(1, verdict{ok: true})
 	s.takes(1, verdict{ok: true})
@@ -129,7 +129,7 @@ func TestOwnRefusalAsksNobody(t *testing.T) {
 // A client that is out of tokens because of requests through other proxies is refused here
 // without asking again until a token is due.
 func TestSharedRefusalIsLearned(t *testing.T) {
-	s := newSharer(t, 10, 0.5)
+	s := newSharedClient(t, 10, 0.5)
 	answer(t, 1500*time.Millisecond, nil, false)
 	s.takes(1, verdict{wait: 1500 * time.Millisecond})
 	s.takes(0, verdict{wait: 1500 * time.Millisecond})
@@ -143,7 +143,7 @@ func TestSharedRefusalIsLearned(t *testing.T) {
 
 // A denial costs no token, whether the shared limiter or an error caused it.
 func TestSharedRefusalCostsNothing(t *testing.T) {
-	s := newSharer(t, 3, 0.5)
+	s := newSharedClient(t, 3, 0.5)
 	answer(t, 1, nil, false) // so short that the local bucket is full again
 	for range 100 {
 		s.takes(1, verdict{wait: 1})
@@ -174,7 +174,7 @@ func TestLearningTogether(t *testing.T) {
 }
 
 func TestSuspendedLimiterLimitsNobody(t *testing.T) {
-	s := newSharer(t, 1, 0.5)
+	s := newSharedClient(t, 1, 0.5)
 	answer(t, time.Second, nil, false)
 	s.takes(1, verdict{wait: time.Second})
 	answer(t, time.Second, nil, true)

@@ -48,7 +48,7 @@ func newMuxParent(t *testing.T, settings ...http2.Setting) (*muxParent, net.Conn
 		if _, err := io.CopyN(io.Discard, far, int64(len(http2.ClientPreface))); err != nil {
 			return
 		}
-		p.do(func(f *http2.Framer) { _ = f.WriteSettings(settings...) })
+		p.writeFrames(func(f *http2.Framer) { _ = f.WriteSettings(settings...) })
 		for {
 			frame, err := p.framer.ReadFrame()
 			if err != nil {
@@ -72,11 +72,11 @@ func (p *muxParent) take(frame http2.Frame) {
 		}
 	case *http2.MetaHeadersFrame:
 		if text = fmt.Sprintf("HEADERS %d", id); p.answer != "" {
-			p.head(id, false, ":status", p.answer)
+			p.writeHead(id, false, ":status", p.answer)
 		}
 	case *http2.PingFrame:
 		if text = "PING"; !f.IsAck() && !p.deaf.Load() {
-			p.do(func(w *http2.Framer) { _ = w.WritePing(true, f.Data) })
+			p.writeFrames(func(w *http2.Framer) { _ = w.WritePing(true, f.Data) })
 		}
 	case *http2.RSTStreamFrame:
 		text = fmt.Sprintf("RST_STREAM %d %v", id, f.ErrCode)
@@ -92,27 +92,27 @@ func (p *muxParent) take(frame http2.Frame) {
 	p.mu.Unlock()
 }
 
-// do runs f to write frames.
-func (p *muxParent) do(f func(*http2.Framer)) {
+// writeFrames runs f to write frames.
+func (p *muxParent) writeFrames(f func(*http2.Framer)) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	f(p.framer)
 }
 
-// head sends HEADERS with the given fields, names and values in turn.
-func (p *muxParent) head(id uint32, end bool, fields ...string) {
+// writeHead sends HEADERS with the given fields, names and values in turn.
+func (p *muxParent) writeHead(id uint32, end bool, fields ...string) {
 	var block bytes.Buffer
 	encoder := hpack.NewEncoder(&block)
 	for i := 0; i < len(fields); i += 2 {
 		_ = encoder.WriteField(hpack.HeaderField{Name: fields[i], Value: fields[i+1]})
 	}
-	p.do(func(f *http2.Framer) {
+	p.writeFrames(func(f *http2.Framer) {
 		_ = f.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: block.Bytes(), EndHeaders: true, EndStream: end})
 	})
 }
 
-// saw reports whether a frame was received.
-func (p *muxParent) saw(frame string) bool {
+// received reports whether a frame was received.
+func (p *muxParent) received(frame string) bool {
 	synctest.Wait()
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -141,8 +141,8 @@ func muxStream(t *testing.T, c *muxConn) *streamConn {
 	return s
 }
 
-// inMux runs a test with a connection to a parent, in its own synctest bubble.
-func inMux(t *testing.T, settings []http2.Setting, f func(t *testing.T, c *muxConn, p *muxParent)) {
+// runMux runs a test with a connection to a parent, in its own synctest bubble.
+func runMux(t *testing.T, settings []http2.Setting, f func(t *testing.T, c *muxConn, p *muxParent)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		p, near := newMuxParent(t, settings...)
@@ -156,14 +156,14 @@ func inMux(t *testing.T, settings []http2.Setting, f func(t *testing.T, c *muxCo
 
 // TestMuxTunnel checks both directions, half-closes, and how streams end.
 func TestMuxTunnel(t *testing.T) {
-	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
+	runMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
 		s := muxStream(t, c)
 		payload := strings.Repeat("0123456789abcdef", 4<<10)[:50_000]
 		if n, err := io.WriteString(s, payload); n != len(payload) || err != nil {
 			t.Fatal(n, err)
 		}
 		_ = s.CloseWrite()
-		if got := p.got(1); got != payload || !p.saw("END 1") {
+		if got := p.got(1); got != payload || !p.received("END 1") {
 			t.Errorf("the parent got %d bytes", len(got))
 		}
 		if _, err := s.Write([]byte("x")); !errors.Is(err, net.ErrClosed) {
@@ -171,18 +171,18 @@ func TestMuxTunnel(t *testing.T) {
 		}
 		go func() {
 			for part := range slices.Chunk([]byte(payload), 7000) {
-				p.do(func(f *http2.Framer) { _ = f.WriteDataPadded(1, false, part, make([]byte, 9)) })
+				p.writeFrames(func(f *http2.Framer) { _ = f.WriteDataPadded(1, false, part, make([]byte, 9)) })
 			}
-			p.do(func(f *http2.Framer) { _ = f.WriteData(1, true, []byte("last")) })
+			p.writeFrames(func(f *http2.Framer) { _ = f.WriteData(1, true, []byte("last")) })
 		}()
 		if got, err := io.ReadAll(s); string(got) != payload+"last" || err != nil {
 			t.Errorf("%d bytes, %v", len(got), err)
 		}
 		_ = s.Close()
-		if len(c.streams) > 0 || p.saw("RST_STREAM 1 CANCEL") {
+		if len(c.streams) > 0 || p.received("RST_STREAM 1 CANCEL") {
 			t.Error("a stream closed on both sides still exists or was reset")
 		}
-		p.do(func(f *http2.Framer) { _ = f.WriteWindowUpdate(0, uint32(len(payload))) })
+		p.writeFrames(func(f *http2.Framer) { _ = f.WriteWindowUpdate(0, uint32(len(payload))) })
 		for _, end := range []func(*streamConn) error{(*streamConn).Close, (*streamConn).Abort} {
 			s := muxStream(t, c)
 			reading := make(chan error, 1)
@@ -196,11 +196,11 @@ func TestMuxTunnel(t *testing.T) {
 			if err := <-reading; !errors.Is(err, net.ErrClosed) {
 				t.Errorf("a blocked read: %v", err)
 			}
-			if !p.saw(fmt.Sprintf("RST_STREAM %d CANCEL", s.id)) || len(c.streams) > 0 {
+			if !p.received(fmt.Sprintf("RST_STREAM %d CANCEL", s.id)) || len(c.streams) > 0 {
 				t.Error("the stream was not reset")
 			}
 		}
-		if !p.saw("END 3") || p.saw("END 5") {
+		if !p.received("END 3") || p.received("END 5") {
 			t.Errorf("an orderly end looks like a reset: %q", p.seen)
 		}
 	})
@@ -245,7 +245,7 @@ func TestMuxFields(t *testing.T) {
 // share of the connection's window, that no tunnel joins such a connection, and that a
 // reset restores the window.
 func TestMuxShares(t *testing.T) {
-	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) { // a parent with windows of 64 KiB for stream and connection
+	runMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) { // a parent with windows of 64 KiB for stream and connection
 		stuck, other := muxStream(t, c), muxStream(t, c)
 		written := make(chan error, 1)
 		go func() {
@@ -271,8 +271,8 @@ func TestMuxShares(t *testing.T) {
 		if err := <-written; !errors.Is(err, net.ErrClosed) {
 			t.Errorf("a blocked write: %v", err)
 		}
-		p.do(func(f *http2.Framer) { _ = f.WriteWindowUpdate(0, uint32(len(p.data[1]))) })
-		if !p.saw("RST_STREAM 1 CANCEL") || c.open(muxClient, false, "a:1", nil) == nil {
+		p.writeFrames(func(f *http2.Framer) { _ = f.WriteWindowUpdate(0, uint32(len(p.data[1]))) })
+		if !p.received("RST_STREAM 1 CANCEL") || c.open(muxClient, false, "a:1", nil) == nil {
 			t.Error("the connection accepts no tunnel after the reset")
 		}
 	})
@@ -281,7 +281,7 @@ func TestMuxShares(t *testing.T) {
 // TestMuxAlone checks that a single tunnel may use the whole window, and that no other
 // tunnel can then join.
 func TestMuxAlone(t *testing.T) {
-	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
+	runMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
 		s := muxStream(t, c)
 		go s.Write(make([]byte, muxInitial)) // none of it blocks
 		if n := len(p.got(1)); n != muxInitial {
@@ -328,12 +328,12 @@ func TestMuxSocketStuck(t *testing.T) {
 // TestMuxReceiveWindow checks that unread data for a client is bounded, and credited when
 // its tunnel ends.
 func TestMuxReceiveWindow(t *testing.T) {
-	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
+	runMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
 		s, other := muxStream(t, c), muxStream(t, c)
 		for range muxWindow / muxFrame {
-			p.do(func(f *http2.Framer) { _ = f.WriteData(1, false, make([]byte, muxFrame)) })
+			p.writeFrames(func(f *http2.Framer) { _ = f.WriteData(1, false, make([]byte, muxFrame)) })
 		}
-		p.do(func(f *http2.Framer) { _ = f.WriteData(3, false, []byte("hello")) })
+		p.writeFrames(func(f *http2.Framer) { _ = f.WriteData(3, false, []byte("hello")) })
 		buf := make([]byte, muxWindow)
 		if n, err := other.Read(buf); n != 5 || err != nil {
 			t.Errorf("the other tunnel reads %d bytes, %v", n, err)
@@ -341,14 +341,14 @@ func TestMuxReceiveWindow(t *testing.T) {
 		if _, err := s.Read(buf[:muxWindow/16-1]); err != nil || strings.Contains(strings.Join(p.seen, " "), "WINDOW_UPDATE 1 ") {
 			t.Errorf("%v, or the first bytes were credited", err)
 		}
-		if n, err := s.Read(buf[:muxWindow/4-muxWindow/16+1]); n != muxWindow/4-muxWindow/16+1 || err != nil || !p.saw("WINDOW_UPDATE 1 65536") {
+		if n, err := s.Read(buf[:muxWindow/4-muxWindow/16+1]); n != muxWindow/4-muxWindow/16+1 || err != nil || !p.received("WINDOW_UPDATE 1 65536") {
 			t.Errorf("%d bytes, %v, and no credit", n, err)
 		}
 		// To exceed the window is the parent's error.
 		for range muxWindow/muxFrame/4 + 1 {
-			p.do(func(f *http2.Framer) { _ = f.WriteData(1, false, make([]byte, muxFrame)) })
+			p.writeFrames(func(f *http2.Framer) { _ = f.WriteData(1, false, make([]byte, muxFrame)) })
 		}
-		if !p.saw("RST_STREAM 1 FLOW_CONTROL_ERROR") {
+		if !p.received("RST_STREAM 1 FLOW_CONTROL_ERROR") {
 			t.Error("data beyond the window is accepted")
 		}
 		if n, err := io.ReadFull(s, buf); n != muxWindow || err != nil {
@@ -364,12 +364,12 @@ func TestMuxReceiveWindow(t *testing.T) {
 // limits of the connection and the process, and that the growth is given back afterwards.
 func TestMuxWindowGrows(t *testing.T) {
 	for _, tc := range []struct{ room, want int64 }{{muxGrowth, muxMaxWindow}, {0, muxWindow}, {muxWindow, 2 * muxWindow}} {
-		inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
+		runMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
 			c.growth.Store(tc.room)
 			s := muxStream(t, c)
 			granted := int64(0)
 			for range 4 * muxMaxWindow / muxFrame {
-				p.do(func(f *http2.Framer) { _ = f.WriteData(1, false, make([]byte, muxFrame)) })
+				p.writeFrames(func(f *http2.Framer) { _ = f.WriteData(1, false, make([]byte, muxFrame)) })
 				if _, err := io.ReadFull(s, make([]byte, muxFrame)); err != nil {
 					t.Fatal(err)
 				}
@@ -388,7 +388,7 @@ func TestMuxWindowGrows(t *testing.T) {
 		})
 	}
 	// One connection may use only part of the process's room.
-	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
+	runMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
 		c.growth.Store(muxGrowth)
 		var sum int64
 		for range muxStreams {
@@ -409,16 +409,16 @@ func TestMuxWindowGrows(t *testing.T) {
 // TestMuxConnectionWindow checks that the connection's window is refilled whatever the
 // streams do.
 func TestMuxConnectionWindow(t *testing.T) {
-	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
+	runMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
 		for range 8 {
 			s := muxStream(t, c)
 			for range muxWindow / muxFrame {
-				p.do(func(f *http2.Framer) { _ = f.WriteData(s.id, false, make([]byte, muxFrame)) })
+				p.writeFrames(func(f *http2.Framer) { _ = f.WriteData(s.id, false, make([]byte, muxFrame)) })
 			}
 			_ = s.Abort()
-			p.do(func(f *http2.Framer) { _ = f.WriteData(s.id, false, make([]byte, muxFrame)) }) // already in flight
+			p.writeFrames(func(f *http2.Framer) { _ = f.WriteData(s.id, false, make([]byte, muxFrame)) }) // already in flight
 		}
-		if !p.saw(fmt.Sprintf("WINDOW_UPDATE 0 %d", muxConnWindow/16)) {
+		if !p.received(fmt.Sprintf("WINDOW_UPDATE 0 %d", muxConnWindow/16)) {
 			t.Errorf("no credit for the connection: %q", p.seen)
 		}
 	})
@@ -426,7 +426,7 @@ func TestMuxConnectionWindow(t *testing.T) {
 
 // TestMuxDeadlines checks that deadlines end blocked reads and can be lifted.
 func TestMuxDeadlines(t *testing.T) {
-	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
+	runMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
 		s := muxStream(t, c)
 		start := time.Now()
 		_ = s.SetReadDeadline(start.Add(time.Hour))
@@ -435,7 +435,7 @@ func TestMuxDeadlines(t *testing.T) {
 			t.Errorf("%v after %v", err, time.Since(start))
 		}
 		_ = s.SetDeadline(time.Time{})
-		p.do(func(f *http2.Framer) { _ = f.WriteData(1, false, []byte("a")) })
+		p.writeFrames(func(f *http2.Framer) { _ = f.WriteData(1, false, []byte("a")) })
 		if n, err := s.Read(make([]byte, 1)); n != 1 || err != nil {
 			t.Errorf("%d, %v", n, err)
 		}
@@ -448,7 +448,7 @@ func TestMuxDeadlines(t *testing.T) {
 
 // TestMuxIdle checks that a connection closes after the idle timeout and not before.
 func TestMuxIdle(t *testing.T) {
-	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
+	runMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
 		s := muxStream(t, c)
 		time.Sleep(2 * maxIdleTime)
 		if c.err != nil {
@@ -456,22 +456,22 @@ func TestMuxIdle(t *testing.T) {
 		}
 		_ = s.Close()
 		time.Sleep(maxIdleTime - muxTick)
-		if p.saw("GOAWAY NO_ERROR") {
+		if p.received("GOAWAY NO_ERROR") {
 			t.Error("it closes too early")
 		}
 		time.Sleep(2 * muxTick)
-		if !p.saw("GOAWAY NO_ERROR") {
+		if !p.received("GOAWAY NO_ERROR") {
 			t.Error("it does not close")
 		}
 	})
-	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
+	runMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
 		s := muxStream(t, c)
 		c.close()
-		if p.saw("GOAWAY NO_ERROR") || c.open(muxClient, false, "a:1", nil) != nil {
+		if p.received("GOAWAY NO_ERROR") || c.open(muxClient, false, "a:1", nil) != nil {
 			t.Error("it closes under a tunnel, or accepts another")
 		}
 		_ = s.Close()
-		if !p.saw("GOAWAY NO_ERROR") {
+		if !p.received("GOAWAY NO_ERROR") {
 			t.Error("it does not close with its last tunnel")
 		}
 	})
@@ -480,7 +480,7 @@ func TestMuxIdle(t *testing.T) {
 // TestMuxSilence checks that tunnels on a dead connection end, and that silence alone ends
 // none.
 func TestMuxSilence(t *testing.T) {
-	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
+	runMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
 		s := muxStream(t, c)
 		failed := make(chan error, 1)
 		go func() {
@@ -507,10 +507,10 @@ func TestMuxAnotherConnection(t *testing.T) {
 	for name, fail := range map[string]func(*muxParent, uint32){
 		"silence": func(p *muxParent, id uint32) {},
 		"refused": func(p *muxParent, id uint32) {
-			p.do(func(f *http2.Framer) { _ = f.WriteRSTStream(id, http2.ErrCodeRefusedStream) })
+			p.writeFrames(func(f *http2.Framer) { _ = f.WriteRSTStream(id, http2.ErrCodeRefusedStream) })
 		},
 		"going away": func(p *muxParent, id uint32) {
-			p.do(func(f *http2.Framer) { _ = f.WriteGoAway(id-2, http2.ErrCodeNo, nil) })
+			p.writeFrames(func(f *http2.Framer) { _ = f.WriteGoAway(id-2, http2.ErrCodeNo, nil) })
 		},
 		"closed": func(p *muxParent, id uint32) { p.conn.Close() },
 	} {
@@ -532,7 +532,7 @@ func TestMuxAnotherConnection(t *testing.T) {
 				dead.deaf.Store(true)
 				start := time.Now()
 				go func() {
-					for !dead.saw("HEADERS 3") {
+					for !dead.received("HEADERS 3") {
 						time.Sleep(time.Millisecond)
 					}
 					fail(dead, 3)
@@ -563,20 +563,20 @@ func TestMuxAnotherConnection(t *testing.T) {
 // TestMuxSlowAnswer checks that a slow response on a live connection is waited for, on that
 // connection.
 func TestMuxSlowAnswer(t *testing.T) {
-	inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
+	runMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
 		p.answer = ""
 		s := c.open(muxClient, true, "a:1", nil)
 		time.AfterFunc(9*time.Second, func() {
-			p.head(1, false, ":status", "103")
-			p.head(1, false, ":status", "200")
+			p.writeHead(1, false, ":status", "103")
+			p.writeHead(1, false, ":status", "200")
 		})
-		if err := s.await(t.Context(), time.Second, 2*time.Second); err != nil || s.status != 200 || !p.saw("PING") {
+		if err := s.await(t.Context(), time.Second, 2*time.Second); err != nil || s.status != 200 || !p.received("PING") {
 			t.Errorf("%v, %d", err, s.status)
 		}
 		s = c.open(muxClient, false, "a:1", nil)
 		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 		defer cancel()
-		if err := s.await(ctx, time.Second, 2*time.Second); !errors.Is(err, context.DeadlineExceeded) || !p.saw("RST_STREAM 3 CANCEL") || c.retired {
+		if err := s.await(ctx, time.Second, 2*time.Second); !errors.Is(err, context.DeadlineExceeded) || !p.received("RST_STREAM 3 CANCEL") || c.retired {
 			t.Errorf("%v", err)
 		}
 	})
@@ -677,14 +677,14 @@ func TestMuxPool(t *testing.T) {
 func TestMuxMistakes(t *testing.T) {
 	frame := func(write func(*http2.Framer)) func(*muxParent) {
 		return func(p *muxParent) {
-			p.do(func(f *http2.Framer) {
+			p.writeFrames(func(f *http2.Framer) {
 				f.AllowIllegalWrites = true
 				write(f)
 			})
 		}
 	}
 	head := func(fields ...string) func(*muxParent) {
-		return func(p *muxParent) { p.head(1, false, fields...) }
+		return func(p *muxParent) { p.writeHead(1, false, fields...) }
 	}
 	for name, tc := range map[string]struct {
 		do   func(p *muxParent)
@@ -712,17 +712,17 @@ func TestMuxMistakes(t *testing.T) {
 		"an invalid status":        {head(":status", "2e2"), "RST_STREAM 1 PROTOCOL_ERROR"},
 		"endless interim responses": {func(p *muxParent) {
 			for range maxInterim {
-				p.head(1, false, ":status", "102")
+				p.writeHead(1, false, ":status", "102")
 			}
 		}, "RST_STREAM 1 PROTOCOL_ERROR"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
+			runMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
 				p.answer = ""
 				s := c.open(muxClient, true, "a:1", nil)
 				synctest.Wait()
 				tc.do(p)
-				if !p.saw(tc.want) {
+				if !p.received(tc.want) {
 					t.Errorf("the parent got %q, want %s", p.seen, tc.want)
 				}
 				if err := s.await(t.Context(), time.Second, time.Second); err == nil {

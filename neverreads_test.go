@@ -72,16 +72,16 @@ func TestClientsThatNeverRead(t *testing.T) {
 					if name == "OPTIONS" {
 						request += "\r\nMax-Forwards: 0"
 					}
-					sendUntilGivenUp(t, tc.proxy, request+"\r\n\r\n")
+					sendUntilDisconnected(t, tc.proxy, request+"\r\n\r\n")
 				})
 			}
 		})
 	}
 }
 
-// sendUntilGivenUp repeats a request without reading, and fails unless the peer closes the
-// connection.
-func sendUntilGivenUp(t *testing.T, address, request string) {
+// sendUntilDisconnected repeats a request without reading, and fails unless the peer closes
+// the connection.
+func sendUntilDisconnected(t *testing.T, address, request string) {
 	t.Helper()
 	// A small buffer, set before connecting, keeps the TCP window small.
 	dialer := net.Dialer{Control: func(_, _ string, c syscall.RawConn) (err error) {

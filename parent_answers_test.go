@@ -16,10 +16,10 @@ import (
 	"testing"
 )
 
-// parentAnswers runs a parent that responds to each request line with what answer returns
-// for it, and echoes what follows a CONNECT. "silence" means no response, "close" closes
-// the connection.
-func parentAnswers(t *testing.T, answer func(line string) string) (address string) {
+// startScriptedParent runs a parent that responds to each request line with what answer
+// returns for it, and echoes what follows a CONNECT. "silence" means no response, "close"
+// closes the connection.
+func startScriptedParent(t *testing.T, answer func(line string) string) (address string) {
 	return listen(t, func(conn *net.TCPConn) {
 		r := bufio.NewReader(conn)
 		for {
@@ -57,7 +57,7 @@ func TestParentTunnelHeads(t *testing.T) {
 		"HTTP/1.1 204 No Content\nContent-Length: 7\n", "HTTP/1.1 299 OK\nTransfer-Encoding: x\n", "HTTP/1.1 100 Continue\nContent-Length: x\n\nHTTP/1.1 200 OK\n",
 		"HTTP/1.1 103 Early Hints\nTransfer-Encoding: identity\n\nHTTP/1.1 200 OK\n",
 	}
-	address := parentAnswers(t, func(line string) string {
+	address := startScriptedParent(t, func(line string) string {
 		var n int
 		_, _ = fmt.Sscanf(line, "CONNECT a%d.example", &n)
 		return heads[n] + "\n"
@@ -102,8 +102,8 @@ type failure struct {
 	text   string
 }
 
-// failsAs sends CONNECT and GET for a target and checks how they fail.
-func (w *world) failsAs(target string, want failure, methods ...string) {
+// expectFailure sends CONNECT and GET for a target and checks how they fail.
+func (w *world) expectFailure(target string, want failure, methods ...string) {
 	w.t.Helper()
 	for _, method := range methods {
 		conn := w.dial()
@@ -160,9 +160,9 @@ func TestParentFailurePhases(t *testing.T) {
 	})
 	w := newWorld(t, "dial_timeout 2s\nresponse_header_timeout 300ms\nupstream http://"+address, nil)
 	for n, tc := range cases {
-		w.failsAs(fmt.Sprintf("a%d.example:80", n), tc.want, http.MethodConnect)
+		w.expectFailure(fmt.Sprintf("a%d.example:80", n), tc.want, http.MethodConnect)
 		if !strings.HasPrefix(tc.answer, "HTTP/1.1 1") { // HTTP clients never see a final response of 1xx
-			w.failsAs(fmt.Sprintf("a%d.example:80", n), tc.want, http.MethodPost)
+			w.expectFailure(fmt.Sprintf("a%d.example:80", n), tc.want, http.MethodPost)
 		}
 	}
 }
@@ -183,7 +183,7 @@ func TestParentTLSPhases(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t, "dial_timeout 1s\nupstream https://"+listen(t, tc.serve), nil)
-			w.failsAs("a.example:80", tc.want, http.MethodConnect, http.MethodGet)
+			w.expectFailure("a.example:80", tc.want, http.MethodConnect, http.MethodGet)
 		})
 	}
 	t.Run("wants a certificate", func(t *testing.T) {
@@ -218,7 +218,7 @@ func TestParentSOCKSPhases(t *testing.T) {
 		"HTTP/1.1 400 x\r\n\r\n": {502, "destination_unavailable", "The parent proxy did not give a valid SOCKS answer"},
 	} {
 		answer.Store(text)
-		w.failsAs("a.example:80", want, http.MethodConnect, http.MethodGet)
+		w.expectFailure("a.example:80", want, http.MethodConnect, http.MethodGet)
 	}
 }
 
@@ -241,7 +241,7 @@ func TestParentSaysWhy(t *testing.T) {
 		{"407 x\nProxy-Status: parent; error=http_request_denied\nRetry-After: 3\n", 502, "parent; error=http_request_denied", ""},
 		{"504 x\nProxy-Status: \"unfinished\n", 504, "", ""},
 	}
-	address := parentAnswers(t, func(line string) string {
+	address := startScriptedParent(t, func(line string) string {
 		var n int
 		_, _ = fmt.Sscanf(line, "CONNECT a%d.example", &n)
 		return "HTTP/1.1 " + cases[n].answer + "Content-Length: 0\n\n"
@@ -404,7 +404,7 @@ func TestParentOverHTTP2(t *testing.T) {
 	w := newWorld(t, "via tester\ndial_timeout 2s\nupstream "+secure.URL, nil)
 	for n, tc := range cases {
 		target := fmt.Sprintf("a%d.example:443", n)
-		w.failsAs(target, tc.want, http.MethodConnect)
+		w.expectFailure(target, tc.want, http.MethodConnect)
 		res, _ := policyRequest(t, w.proxy, http.MethodConnect, target, "")
 		before, _, _ := strings.Cut(res.Header.Get("Proxy-Status"), "tester; error=")
 		if strings.TrimSuffix(before, ", ") != tc.before || res.Header.Get("Retry-After") != tc.retry {

@@ -163,9 +163,9 @@ func TestParentMicrosocks(t *testing.T) {
 	refusedByParent(t, "upstream socks5://"+address, http.StatusBadGateway, "")
 }
 
-// parentListens runs a parent that sends answer in response to each head, and records the
-// head.
-func parentListens(t *testing.T, answer string) (address string, heads <-chan string) {
+// startRecordingParent runs a parent that sends answer in response to each head, and
+// records the head.
+func startRecordingParent(t *testing.T, answer string) (address string, heads <-chan string) {
 	seen := make(chan string, 10)
 	return listen(t, func(conn *net.TCPConn) {
 		r := bufio.NewReader(conn)
@@ -189,7 +189,7 @@ func parentListens(t *testing.T, answer string) (address string, heads <-chan st
 
 // TestParentHeads compares the heads that a parent gets byte for byte.
 func TestParentHeads(t *testing.T) {
-	address, heads := parentListens(t, "HTTP/1.1 200 OK\nContent-Length: 0\n\n")
+	address, heads := startRecordingParent(t, "HTTP/1.1 200 OK\nContent-Length: 0\n\n")
 	w := newWorld(t, "via tester\nupstream http://al%69ce:r%40bbit@"+address+" {\nheader X-Team crawler\n}", nil)
 	const added = "Proxy-Authorization: Basic YWxpY2U6ckBiYml0\n%sVia: 1.1 tester\nX-Forwarded-For: 127.0.0.1\nX-Real-Ip: 127.0.0.1\nX-Team: crawler"
 	for _, tc := range []struct{ request, want string }{
@@ -214,7 +214,7 @@ func TestParentHeads(t *testing.T) {
 
 // TestParentHost checks that Host may be rewritten without changing the destination.
 func TestParentHost(t *testing.T) {
-	address, heads := parentListens(t, "HTTP/1.1 200 OK\nContent-Length: 0\n\n")
+	address, heads := startRecordingParent(t, "HTTP/1.1 200 OK\nContent-Length: 0\n\n")
 	w := newWorld(t, "via off\nforwarded_for off\ndeny internal.example\nheader_up Host internal.example\nupstream http://"+address, nil)
 	if res, _ := policyRequest(t, w.proxy, http.MethodGet, "good.example:8080", ""); res.StatusCode != http.StatusOK {
 		t.Error(res.Status)
@@ -228,7 +228,7 @@ func TestParentHost(t *testing.T) {
 // and that errors do not repeat a malformed option.
 func TestParentSecrets(t *testing.T) {
 	t.Setenv("PARENT_KEY", "rabbit")
-	address, heads := parentListens(t, "HTTP/1.1 200 OK\nContent-Length: 0\n\n")
+	address, heads := startRecordingParent(t, "HTTP/1.1 200 OK\nContent-Length: 0\n\n")
 	w := newWorld(t, "", nil)
 	w.load(strings.Replace(w.site("upstream http://alice:{env.PARENT_KEY}@"+address+" {\nheader X-Key {env.PARENT_KEY}\n}"), "async_proxy {",
 		"log\nlog_append key {http.request.header.X-Key}\nlog_append login {http.request.header.Proxy-Authorization}\nasync_proxy {", 1))
@@ -260,7 +260,7 @@ func TestParentSecrets(t *testing.T) {
 // address that is closed here.
 func TestParentOnThisMachine(t *testing.T) {
 	refusalResolver(t)
-	address, heads := parentListens(t, "HTTP/1.1 200 OK\nContent-Length: 0\n\n")
+	address, heads := startRecordingParent(t, "HTTP/1.1 200 OK\nContent-Length: 0\n\n")
 	_, parentPort, _ := cutPort(address)
 	for _, host := range []string{"127.0.0.1", "localhost"} {
 		w := newWorld(t, "no_upstream direct.invalid\nupstream http://"+host+":"+parentPort, nil)
@@ -311,7 +311,7 @@ func TestParentFailures(t *testing.T) {
 		{"refused", "refused", 502, "The parent proxy refused the connection"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			address, _ := parentListens(t, tc.answer)
+			address, _ := startRecordingParent(t, tc.answer)
 			options := ""
 			switch tc.answer {
 			case "":
@@ -337,7 +337,7 @@ func TestParentFailures(t *testing.T) {
 // TestParentRules checks that rules apply with a parent, and that the parent's own address
 // needs no rule.
 func TestParentRules(t *testing.T) {
-	address, heads := parentListens(t, "HTTP/1.1 200 OK\nContent-Length: 0\n\n")
+	address, heads := startRecordingParent(t, "HTTP/1.1 200 OK\nContent-Length: 0\n\n")
 	w := newWorld(t, "deny bad.example *.bad.example\nno_upstream direct.example 127.0.0.0/8\nupstream http://"+address, nil)
 	for _, tc := range []struct {
 		authority string
@@ -377,7 +377,7 @@ func TestParentRules(t *testing.T) {
 // TestParentLeaving checks that a client's disconnect ends the attempt to reach a slow
 // parent, and that nothing of it remains.
 func TestParentLeaving(t *testing.T) {
-	address, heads := parentListens(t, "")
+	address, heads := startRecordingParent(t, "")
 	w := newWorld(t, "upstream http://"+address, nil)
 	before := runtime.NumGoroutine()
 	conn := w.dial()

@@ -97,7 +97,7 @@ func TestProcessExitsWithLiveTunnels(t *testing.T) {
 				t.Errorf("Caddy exits after %v, want %v to %v", took, row.least, row.atMost)
 			}
 			open.Wait()
-			c.allShutDown(t, each*len(tunnelProtocols))
+			c.checkAllShutDown(t, each*len(tunnelProtocols))
 		})
 	}
 }
@@ -120,7 +120,7 @@ func TestProcessExitsWithStuckTunnels(t *testing.T) {
 			if took := c.exits(t, func() {}); took > 4*time.Second {
 				t.Errorf("Caddy exits after %v, want 4 s at most", took)
 			}
-			c.allShutDown(t, each)
+			c.checkAllShutDown(t, each)
 		})
 	}
 }
@@ -144,7 +144,7 @@ func TestProcessClosesTunnelsOfDeafClients(t *testing.T) {
 		c.openDeaf(t, protocol)
 	}
 	c.exits(t, func() {})
-	c.allShutDown(t, len(protocols))
+	c.checkAllShutDown(t, len(protocols))
 }
 
 // openDeaf opens a tunnel on its own connection, reads nothing, and waits until no more
@@ -214,8 +214,8 @@ func (c *binaryCaddy) exits(t *testing.T, meanwhile func()) time.Duration {
 	return took
 }
 
-// allShutDown checks that there are n closing lines, all with the reason shutdown.
-func (c *binaryCaddy) allShutDown(t *testing.T, n int) {
+// checkAllShutDown checks that there are n closing lines, all with the reason shutdown.
+func (c *binaryCaddy) checkAllShutDown(t *testing.T, n int) {
 	t.Helper()
 	closed := map[string]int{}
 	for _, line := range c.logLines("CONNECT tunnel closed") {

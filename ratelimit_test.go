@@ -65,8 +65,8 @@ func (s *someone) denied(wait time.Duration) {
 // passes advances the time.
 func (s *someone) passes(d time.Duration) { s.now += d }
 
-// left sets the number of tokens in the bucket, for bursts too large to use up.
-func (s *someone) left(tokens int64) {
+// setTokens sets the number of tokens in the bucket, for bursts too large to use up.
+func (s *someone) setTokens(tokens int64) {
 	s.l.bucket(s.addr, int64(s.now)).full.Store(int64(s.now) + s.l.fill - tokens*s.l.interval)
 }
 
@@ -168,14 +168,14 @@ func TestLimitsAtTheirBounds(t *testing.T) {
 			// Nothing overflows, even in a process that has run for a century.
 			for _, started := range []time.Duration{0, 100 * 365 * day} {
 				s.now = started
-				s.left(1)
+				s.setTokens(1)
 				s.allowed(1)
 				s.denied(tc.interval)
 				s.passes(tc.interval - 1)
 				s.denied(1)
 				s.passes(1)
 				s.allowed(1)
-				s.left(tc.burst)
+				s.setTokens(tc.burst)
 				s.allowed(1)
 			}
 		})
@@ -868,7 +868,7 @@ func TestConnectIsOneRequest(t *testing.T) {
 	if res, _ := refused.response(http.MethodConnect); res.StatusCode != http.StatusTooManyRequests || !res.Close {
 		t.Errorf("CONNECT: status %d, close %v; want 429 and the connection closed", res.StatusCode, res.Close)
 	}
-	refused.nothingMore()
+	refused.expectEnd()
 }
 
 // TestRequestsOutOfOrder checks requests that take their tokens in another order than that
@@ -1022,9 +1022,9 @@ func TestErrorRoutesAnswerForTheLimiter(t *testing.T) {
 	}
 }
 
-// nothingMore checks that the connection ends, orderly or with a reset, without another
+// expectEnd checks that the connection ends, orderly or with a reset, without another
 // byte.
-func (c *rawConn) nothingMore() {
+func (c *rawConn) expectEnd() {
 	c.t.Helper()
 	rest, err := io.ReadAll(c.r)
 	if len(rest) > 0 || err != nil && !errors.Is(err, syscall.ECONNRESET) {
@@ -1067,7 +1067,7 @@ func TestBodyOfADeniedRequest(t *testing.T) {
 				if sent == "after the answer" {
 					go write()
 				}
-				conn.nothingMore()
+				conn.expectEnd()
 				<-written
 				if lines := w.waitLog("rate limited", 1); len(lines) != 1 || lines[0]["method"] != "POST" {
 					t.Errorf("log lines %v", lines)

@@ -476,8 +476,8 @@ func TestNoDescriptorsForDNS(t *testing.T) {
 	}
 }
 
-// The connector remembers which addresses won and lost a race, but not a denial by a rule, and
-// nothing when all goes well, so that clients stay spread over all addresses.
+// The connector remembers which addresses won and lost a race, but not a denial by a rule,
+// and nothing when all goes well, so that clients stay spread over all addresses.
 func TestConnectorLearns(t *testing.T) {
 	to := hostPort{"name.test.", 443}
 	for name, tc := range map[string]struct {

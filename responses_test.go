@@ -68,15 +68,15 @@ func TestLengthBesideChunks(t *testing.T) {
 			if length := res.Header.Get("Content-Length"); body != "ok" || length == "9" {
 				t.Errorf("%s %q %v", res.Status, body, res.Header)
 			}
-			if n := openTo(t, origin); n != 0 {
+			if n := idleConnsTo(t, origin); n != 0 {
 				t.Errorf("%d connections to the origin are kept", n)
 			}
 		}
 	})
 }
 
-// openTo returns the number of idle connections to an origin.
-func openTo(t *testing.T, origin string) (n int) {
+// idleConnsTo returns the number of idle connections to an origin.
+func idleConnsTo(t *testing.T, origin string) (n int) {
 	registry, err := acquireRegistry()
 	if err != nil {
 		t.Fatal(err)

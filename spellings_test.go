@@ -61,8 +61,8 @@ func inNamespace(t *testing.T) bool {
 	return false
 }
 
-// everywhere listens on all addresses and counts the connections.
-func everywhere(t *testing.T) (port string, accepted *atomic.Int64) {
+// listenEverywhere listens on all addresses and counts the connections.
+func listenEverywhere(t *testing.T) (port string, accepted *atomic.Int64) {
 	t.Helper()
 	ln, err := net.Listen("tcp", ":0")
 	if err != nil {
@@ -92,8 +92,8 @@ func (l countingListener) Accept() (net.Conn, error) {
 	return conn, err
 }
 
-// names returns the addresses that the tests' name server has for a name.
-func names(name string, n int) []string {
+// dnsNames returns the addresses that the tests' name server has for a name.
+func dnsNames(name string, n int) []string {
 	switch name {
 	case "public.test":
 		return []string{"8.8.8.8", "2606:4700::1111"}
@@ -128,8 +128,8 @@ func TestSpellings(t *testing.T) {
 	if !inNamespace(t) {
 		return
 	}
-	port, accepted := everywhere(t)
-	w := newWorld(t, "resolvers "+nameServer(t, names), nil)
+	port, accepted := listenEverywhere(t)
+	w := newWorld(t, "resolvers "+nameServer(t, dnsNames), nil)
 	const (
 		loopback  = `127.0.0.1 127.0.0.1. 127.0.0.2 127.1.2.3 127.255.255.254 [::1] [0:0:0:0:0:0:0:1] [::0001] [0000:0000:0000:0000:0000:0000:0000:0001] [::ffff:127.0.0.1] [::ffff:7f00:1] [0:0:0:0:0:ffff:127.0.0.1] [::FFFF:7F00:0001] [::127.0.0.1] [::7f00:1] localhost LOCALHOST LocalHost loopback.test LOOPBACK.test loopback.test. alias.test mapped.test nat64.test xn--lclhst-cua.test`
 		private   = `10.0.0.1 10.0.0.1. 172.16.0.1 192.168.1.1 100.64.0.1 192.0.0.192 198.18.0.1 203.0.113.1 240.0.0.1 168.63.129.16 [fd00::1] [FD00::1] [fec0::1] [2001:db8::1] [::ffff:10.0.0.1] [::ffff:a00:1] [::ffff:192.168.1.1] [::ffff:100.64.0.1] private.test`
@@ -189,8 +189,8 @@ func TestRebinding(t *testing.T) {
 	if !inNamespace(t) {
 		return
 	}
-	port, accepted := everywhere(t)
-	w := newWorld(t, "resolvers "+nameServer(t, names), nil)
+	port, accepted := listenEverywhere(t)
+	w := newWorld(t, "resolvers "+nameServer(t, dnsNames), nil)
 	for i, want := range []int{http.StatusOK, http.StatusForbidden, http.StatusForbidden} {
 		res, body := policyRequest(t, w.proxy, http.MethodConnect, "rebinding.test:"+port, policyRemote)
 		if res.StatusCode != want {
@@ -210,7 +210,7 @@ func TestRebinding(t *testing.T) {
 	var questions atomic.Int64
 	w.load(w.site("deny denied.test\nresolvers " + nameServer(t, func(name string, n int) []string {
 		questions.Add(1)
-		return names(name, n)
+		return dnsNames(name, n)
 	})))
 	if res, body := policyRequest(t, w.proxy, http.MethodConnect, "mixed.test:1", policyRemote); res.StatusCode != http.StatusForbidden {
 		t.Errorf("%s %q", res.Status, body)
@@ -220,7 +220,7 @@ func TestRebinding(t *testing.T) {
 		t.Errorf("%s %q, %d questions to the name server", res.Status, body, questions.Load())
 	}
 	// Allowing a name does not open closed addresses.
-	w.load(w.site("allow rebinding.test loopback.test mixed.test\ndeny all\nresolvers " + nameServer(t, func(name string, _ int) []string { return names(name, 1) })))
+	w.load(w.site("allow rebinding.test loopback.test mixed.test\ndeny all\nresolvers " + nameServer(t, func(name string, _ int) []string { return dnsNames(name, 1) })))
 	for host, want := range map[string]int{"rebinding.test": 403, "loopback.test": 403, "mixed.test": 200, "public.test": 403, "8.8.8.8": 403} {
 		for _, method := range []string{http.MethodConnect, http.MethodGet} {
 			if res, body := policyRequest(t, w.proxy, method, host+":"+port, policyRemote); res.StatusCode != want {
@@ -267,7 +267,7 @@ func TestNearbyAddresses(t *testing.T) {
 		return
 	}
 	addAddresses(t, "8.8.8.1/24", "2606:4700::1/64")
-	port, _ := everywhere(t)
+	port, _ := listenEverywhere(t)
 	const ownAddrs, network, elsewhere = "8.8.8.1 [2606:4700::1] [::ffff:8.8.8.1]",
 		"8.8.8.8 [2606:4700::1111] [2002:808:808::1] [64:ff9b::808:808] public.test", "1.1.1.1"
 	for _, tc := range []struct{ rules, lines, open, denied string }{
@@ -280,7 +280,7 @@ func TestNearbyAddresses(t *testing.T) {
 		{"", "", ownAddrs + " " + network + " " + elsewhere, ""},
 		{"deny private", "", elsewhere, ownAddrs + " " + network},
 	} {
-		w := newWorld(t, "resolvers "+nameServer(t, names)+"\n"+tc.rules, nil)
+		w := newWorld(t, "resolvers "+nameServer(t, dnsNames)+"\n"+tc.rules, nil)
 		for _, method := range []string{http.MethodConnect, http.MethodGet} {
 			for want, hosts := range map[int]string{http.StatusOK: tc.open, http.StatusForbidden: tc.denied} {
 				for host := range strings.FieldsSeq(hosts) {
@@ -299,7 +299,7 @@ func TestSearchList(t *testing.T) {
 	if !inNamespace(t) {
 		return
 	}
-	port, accepted := everywhere(t)
+	port, accepted := listenEverywhere(t)
 	dir := t.TempDir()
 	for name, text := range map[string]string{"resolv.conf": "search corp.example eu.corp.example\n", "hosts": "127.0.0.1 localhost short long.test\n"} {
 		if err := os.WriteFile(dir+"/"+name, []byte(text), 0o644); err != nil {
@@ -339,7 +339,7 @@ func TestUnroutable(t *testing.T) {
 			t.Fatalf("%v: %s", err, out)
 		}
 	}
-	port, _ := everywhere(t)
+	port, _ := listenEverywhere(t)
 	server := nameServer(t, func(string, int) []string { return []string{"2606:4700::1111"} })
 	w := newWorld(t, "resolvers "+server, nil)
 	ask := func(host string, status int, kind string) {
