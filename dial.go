@@ -129,7 +129,7 @@ func (d *dialer) open(ctx context.Context, dialer *net.Dialer, t target) (net.Co
 
 // hostsFile resolves names from the system's hosts file only; it sends no queries.
 var hostsFile = &net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) {
-	return nil, errors.New("no DNS server is configured")
+	return nil, errors.New("only the hosts file is consulted")
 }}
 
 // usesParent reports whether connections to address go through the parent.

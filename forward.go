@@ -55,7 +55,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 	asked := out.host
 	h.applyUp(r, &out.host)
 	if !httpguts.ValidHostHeader(out.host) {
-		return 0, refuse(http.StatusBadRequest, "http_request_error", errHostByHeaderUp, "This request cannot be forwarded: its Host field would not be valid.")
+		return 0, refuse(http.StatusBadRequest, "http_request_error", errHostByHeaderUp, "This request cannot be forwarded: its Host field would be invalid.")
 	}
 	if out.body != nil {
 		out.body.count = func(n int64) { h.countForwarded(from.bucket, n, 0) }

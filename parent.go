@@ -86,7 +86,7 @@ func newParent(ctx caddy.Context, u *Upstream, timeout time.Duration, connector 
 	for name, value := range u.Headers {
 		value = repl.ReplaceKnown(value, "")
 		if !httpguts.ValidHeaderFieldName(name) || !httpguts.ValidHeaderFieldValue(value) || scheme == "socks5" {
-			return nil, fmt.Errorf("header %q: expected a valid field name and value, and an HTTP proxy", name)
+			return nil, fmt.Errorf("header %q: expected a valid field name and value; headers are not available with socks5", name)
 		}
 		p.header.Set(name, value)
 	}
@@ -134,7 +134,7 @@ var upstreamPorts = map[string]string{"http": "80", "https": "443", "socks5": "1
 func splitUpstream(s string) (scheme, credentials, address string, err error) {
 	scheme, rest, found := strings.Cut(s, "://")
 	if !found {
-		return "", "", "", errors.New("there is no scheme; expected http://, https:// or socks5://, and the host of a proxy")
+		return "", "", "", errors.New("missing scheme; expected http://, https:// or socks5://, and the host of a proxy")
 	}
 	scheme = strings.ToLower(scheme)
 	port, known := upstreamPorts[scheme]
@@ -147,14 +147,14 @@ func splitUpstream(s string) (scheme, credentials, address string, err error) {
 	}
 	rest = strings.TrimSuffix(rest, "/")
 	if strings.ContainsAny(rest, "/?#") {
-		return "", "", "", errors.New("there is a path, a query or a fragment, or a character of the password that is not percent-encoded; expected the host of a proxy, and perhaps its port")
+		return "", "", "", errors.New("unexpected path, query or fragment, or a character of the password that is not percent-encoded; expected the host of a proxy, and optionally its port")
 	}
 	host, given, found := cutPort(rest)
 	if found {
 		port = given
 	}
 	if address, err = joinTarget(host, port); err != nil {
-		return "", "", "", fmt.Errorf("the host or the port is not valid; expected the host of a proxy, and perhaps its port, behind %s:// and any credentials", scheme)
+		return "", "", "", fmt.Errorf("the host or the port is not valid; expected the host of a proxy, and optionally its port, after %s:// and any credentials", scheme)
 	}
 	return scheme, credentials, address, nil
 }
@@ -206,7 +206,7 @@ func readCredentials(s string) (*url.Userinfo, error) {
 		}
 		if s, err = repl.ReplaceOrErr(s, true, true); err != nil {
 			// err may contain a part of the password that only looks like a placeholder.
-			return "", errors.New("a placeholder in the user or the password is not known, or empty")
+			return "", errors.New("a placeholder in the user or the password is unknown or empty")
 		}
 		return s, nil
 	}
@@ -274,9 +274,9 @@ func (p *parent) exposes(out *outgoing) *refusal {
 	case method == http.MethodTrace, method == "TRACK":
 		f = refuse(http.StatusForbidden, deniedRequest, nil, "%s is not possible here: the answer would reveal what this proxy tells only its parent proxy.", method)
 	case method == http.MethodOptions && len(out.header["Max-Forwards"]) > 0:
-		f = refuse(http.StatusForbidden, deniedRequest, nil, "OPTIONS with Max-Forwards is not possible here: the parent proxy's answer could reveal what only it is told.")
+		f = refuse(http.StatusForbidden, deniedRequest, nil, "OPTIONS with Max-Forwards is not possible here: the parent proxy's answer could reveal what this proxy tells only its parent proxy.")
 	case strings.EqualFold(out.authority, p.address):
-		f = refuse(http.StatusForbidden, deniedRequest, nil, "The parent proxy cannot be asked for itself (%s).", out.host)
+		f = refuse(http.StatusForbidden, deniedRequest, nil, "The parent proxy itself (%s) cannot be a destination.", out.host)
 	default:
 		return nil
 	}

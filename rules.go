@@ -103,7 +103,7 @@ func parseDestination(s string) (destination, error) {
 		return destination{}, fmt.Errorf("%q is not a name; for the name and everything below it, write %s *.%s", s, name, name)
 	}
 	if strings.Contains(host, "%") {
-		return destination{}, fmt.Errorf("%q has a zone, which only means something on one machine", s)
+		return destination{}, fmt.Errorf("%q has a zone; expected an address without one", s)
 	}
 	if prefix, err := parsePrefix(strings.TrimSuffix(host, ".")); err == nil {
 		d.prefix = prefix
@@ -164,7 +164,7 @@ func newRuleSets(rules []Rule, load func(*Rule) (*rangeSource, error), check *ru
 			return nil, fmt.Errorf("rules[%d]: action %q: expected allow or deny", i, rule.Action)
 		}
 		if len(rule.Destinations) == 0 && len(rule.Files) == 0 && rule.SourceRaw == nil {
-			return nil, errors.New(rule.Action + ": there is no destination")
+			return nil, errors.New(rule.Action + ": missing destination")
 		}
 		deny := rule.Action == "deny"
 		if len(sets) > 0 && sets[len(sets)-1].deny != deny {

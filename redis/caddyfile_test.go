@@ -144,7 +144,7 @@ func TestJSONMistakes(t *testing.T) {
 		`"addresses": ["a"], "prefix": "{a}"`:                      `prefix "{a}": expected a name without spaces and braces`,
 		`"addresses": ["a"], "on_error": "panic"`:                  `on_error "panic": expected local, allow or deny`,
 		`"addresses": ["a"], "tls": {"ca": "/nonexistent"}`:        "tls: open /nonexistent: no such file or directory",
-		`"addresses": ["a"], "tls": {"ca": "` + file + `"}`:        "tls: " + file + ": there is no certificate in PEM in it",
+		`"addresses": ["a"], "tls": {"ca": "` + file + `"}`:        "tls: " + file + ": it contains no PEM certificate",
 	} {
 		if err := validate(t, options); err == nil || !strings.HasSuffix(err.Error(), want) {
 			t.Errorf("%s: %v\nwant %s at the end", options, err, want)

@@ -275,7 +275,7 @@ func (t *TLS) config(repl *caddy.Replacer) (config *tls.Config, ca string, err e
 	}
 	config.RootCAs = x509.NewCertPool()
 	if !config.RootCAs.AppendCertsFromPEM(pem) {
-		return nil, "", fmt.Errorf("%s: there is no certificate in PEM in it", file)
+		return nil, "", fmt.Errorf("%s: it contains no PEM certificate", file)
 	}
 	return config, string(pem), nil
 }
