@@ -145,11 +145,11 @@ const (
 	deniedRequest = "http_request_denied"
 )
 
-// check decides whether a client of reach r may connect to the address to of target t.
-// The first rule that matches the target's name or the address decides. Allowing a name
-// does not allow whatever it resolves to: the address must still pass the later rules
-// for addresses, and the client's reach. reported is the first denial that report-only
-// mode suppressed, if any.
+// check decides whether a client of reach r may connect to the address to, which belongs
+// to target t. The first rule that matches the target's name or the address decides.
+// Allowing a name does not allow whatever it resolves to: the address must still pass the
+// later rules for addresses, and the client's reach. reported is the first denial that
+// report-only mode suppressed, if any.
 func (p *policy) check(ctx context.Context, r reach, t target, to netip.AddrPort) (denied, reported *deniedError) {
 	ip := to.Addr().WithZone("").Unmap()
 	host := embedded(ip)
@@ -193,8 +193,8 @@ func (p *policy) check(ctx context.Context, r reach, t target, to netip.AddrPort
 	}
 }
 
-// checkOwn denies the address of a protected listener of this process. With exact it also
-// knows listeners that were opened a moment ago.
+// checkOwn denies the address of a protected listener of this process. Unless exact is set,
+// it may miss a listener that was opened within the last lookInterval.
 func (p *policy) checkOwn(to netip.AddrPort, exact bool) *deniedError {
 	if p.own == nil {
 		return nil
@@ -223,7 +223,7 @@ func (p *policy) enforces(e *deniedError, reported **deniedError) bool {
 func (p *policy) checkName(ctx context.Context, r reach, t target, resolvable bool) (denied, reported *deniedError) {
 	if t.addr.IsValid() {
 		if resolvable {
-			return nil, nil // check will see it
+			return nil, nil // check decides about it
 		}
 		return p.check(ctx, r, t, netip.AddrPortFrom(t.addr, t.port))
 	}

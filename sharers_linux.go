@@ -49,7 +49,7 @@ func listeningInodes(at netip.AddrPort) (inodes []string) {
 		const listening = "0A"
 		fields := strings.Fields(lines.Text())
 		if len(fields) < 10 || fields[3] != listening {
-			break // The kernel lists the connections behind, and there may be many.
+			break // after the listeners the kernel lists connections, of which there may be many
 		}
 		if fields[1] == local {
 			inodes = append(inodes, fields[9])
