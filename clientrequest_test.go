@@ -315,7 +315,7 @@ func TestAnswersWithoutStatus(t *testing.T) {
 
 // A proxy with TLS but without its own host names causes a warning.
 func TestWarningWithoutHosts(t *testing.T) {
-	const warning = "this proxy has TLS, but not the option hosts"
+	const warning = "this proxy uses TLS, but the option hosts"
 	count := func(w *world) (n int) {
 		data, err := os.ReadFile(w.logs)
 		if err != nil {

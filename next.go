@@ -35,7 +35,7 @@ func (h *Handler) passOn(w http.ResponseWriter, r *http.Request, from caller, ne
 var errUnanswered = errors.New("no handler answered this request for the server itself")
 
 // errNoHosts reports the same for a request that may have been meant for the proxy.
-var errNoHosts = errors.New("no handler answered; over HTTP/2 and HTTP/3, requests to be proxied can be told from requests for this server only with the option hosts")
+var errNoHosts = errors.New("no handler answered; over HTTP/2 and HTTP/3, the proxy can tell its requests from requests for this server only if the option hosts is set")
 
 // unanswered returns the response to a request that no handler responded to. Caddy would
 // send an empty 200. A client would take that for the response of the site that it
@@ -48,7 +48,7 @@ func unanswered(r *http.Request) *refusal {
 	case r.ProtoMajor > 1:
 		return refuse(http.StatusMisdirectedRequest, "http_request_error", errNoHosts, "This is a proxy. It has no page of its own here, and it does not forward http:// URLs over HTTP/%d.", r.ProtoMajor)
 	}
-	return refuse(http.StatusMisdirectedRequest, "http_request_error", errUnanswered, "This is a proxy, and it has no page of its own here. A request to be proxied names a whole URL.")
+	return refuse(http.StatusMisdirectedRequest, "http_request_error", errUnanswered, "This is a proxy, and it has no page of its own here. A proxy request must name a full URL.")
 }
 
 // statusRecorder records the status of a response; 0 if there is none. Unlike Caddy's

@@ -71,8 +71,8 @@ func (h *Handler) started(ctx caddy.Context, server *caddyhttp.Server) {
 			"add one without a matcher, or respond with 403 at the end", zap.Strings("addresses", server.Listen))
 	}
 	if server.TrustedProxiesStrict == 0 && trustsProxies(server) {
-		h.logger.Warn("the server has trusted_proxies without trusted_proxies_strict, so it believes the first address in X-Forwarded-For, "+
-			"which a client can make up to get past clients, limits and blocks; add trusted_proxies_strict", zap.Strings("addresses", server.Listen))
+		h.logger.Warn("the server has trusted_proxies without trusted_proxies_strict, so it trusts the first address in X-Forwarded-For, "+
+			"which a client can forge to bypass clients, limits and blocks; add trusted_proxies_strict", zap.Strings("addresses", server.Listen))
 	}
 	if h.isOpen() {
 		h.logger.Warn("open proxy: anyone who can reach this address can use it; restrict it with the option clients, or add basic_auth or a remote_ip matcher",
@@ -89,7 +89,7 @@ func (h *Handler) started(ctx caddy.Context, server *caddyhttp.Server) {
 			"give the site a certificate, or bind it to 127.0.0.1", zap.Strings("addresses", addresses))
 	}
 	if app, err := ctx.AppIfConfigured("http"); err == nil && len(h.Hosts) == 0 && speaksHTTP2(app.(*caddyhttp.App), server) {
-		h.logger.Warn("this proxy has TLS, but not the option hosts with the server's own names; without it, requests for http:// URLs "+
+		h.logger.Warn("this proxy uses TLS, but the option hosts, which lists the server's own names, is not set; without it, requests for http:// URLs "+
 			"over HTTP/2 and HTTP/3 look like requests for the server itself, and are answered with 421 unless another handler answers them",
 			zap.Strings("addresses", server.Listen))
 	}
@@ -195,7 +195,7 @@ func (h *Handler) validateTunnels() error {
 // Chromium sends. Kerberos tickets alone may take 64 KiB.
 const minHeadLimit = 256 << 10
 
-// caddyHeadLimit is Caddy's default limit. It suits applications.
+// caddyHeadLimit is Caddy's default size limit for request heads. It suits applications.
 const caddyHeadLimit = 16 << 10
 
 // raiseHeadLimit raises a server's limit to minHeadLimit unless the operator has set one.
