@@ -50,6 +50,9 @@ type registry struct {
 	end      context.CancelFunc
 	stop     func()
 
+	interval  time.Duration // watchInterval, but shorter in some tests
+	lastWords time.Duration // lastWords, but shorter in some tests
+
 	heads     heldHeads // of responses in progress
 	lingering lingering // client connections that are being closed in stages
 }
@@ -69,8 +72,11 @@ func releaseRegistry() error {
 	return err
 }
 
-func newRegistry() *registry {
+func newRegistry() *registry { return newPacedRegistry(watchInterval, lastWords) }
+
+func newPacedRegistry(interval, lastWords time.Duration) *registry {
 	r := &registry{
+		interval: interval, lastWords: lastWords,
 		tunnels: xsync.NewMap[uint64, *tunnel](),
 		clients: xsync.NewMap[netip.Addr, int](),
 		sources: xsync.NewMap[source, struct{}](), handlers: xsync.NewMap[*Handler, struct{}](), blocks: xsync.NewMap[netip.Addr, int64](),
@@ -257,10 +263,10 @@ func (r *registry) closeStuck() {
 	}
 }
 
-// watch checks the timeouts of all tunnels once per watchInterval. It reads their counters,
+// watch checks the timeouts of all tunnels once per interval. It reads their counters,
 // so that relaying needs no timers.
 func (r *registry) watch(stop <-chan struct{}) {
-	ticker := time.NewTicker(watchInterval)
+	ticker := time.NewTicker(r.interval)
 	defer ticker.Stop()
 	for {
 		select {

@@ -111,7 +111,7 @@ func (t *tunnel) run() {
 	if ok {
 		// The client's stream ends when the handler returns. A target that has ended and no
 		// longer reads must not delay that.
-		defer time.AfterFunc(lastWords, func() { _ = t.far.Abort() }).Stop()
+		defer time.AfterFunc(t.registry.lastWords, func() { _ = t.far.Abort() }).Stop()
 	}
 	<-upDone
 	t.ended(reasonClient) // if there is no other reason, the client has left
@@ -169,7 +169,7 @@ func (t *tunnel) send(dst peer, f *flow, b []byte) (int, error) {
 // client had sent, if it reads them within lastWords.
 func (t *tunnel) clientLeft(near *streamPeer, upDone <-chan struct{}) {
 	near.stopReading()
-	timer := time.NewTimer(lastWords)
+	timer := time.NewTimer(t.registry.lastWords)
 	defer timer.Stop()
 	select {
 	case <-upDone:
@@ -237,7 +237,7 @@ func (t *tunnel) look(now time.Time) {
 	}
 	t.lasting = true
 	if stream, ok := t.near.(*streamPeer); ok && stream.state.Load() == streamAborted {
-		if t.stuck++; t.stuck > int(stuckTime/watchInterval) {
+		if t.stuck++; t.stuck > int(stuckTime/t.registry.interval) {
 			stream.closeConnection()
 		}
 		return
@@ -258,7 +258,7 @@ func (t *tunnel) look(now time.Time) {
 // watchEnds records what both ends have taken, and returns how long one of them has taken
 // nothing although bytes wait for it.
 func (t *tunnel) watchEnds(now time.Time) (stalled time.Duration) {
-	interval := max(watchInterval, least(t.owner.TunnelStallTimeout, t.owner.TunnelIdleTimeout)/4)
+	interval := max(t.registry.interval, least(t.owner.TunnelStallTimeout, t.owner.TunnelIdleTimeout)/4)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	at := sinceEpoch(now)
