@@ -121,7 +121,8 @@ func TestTunnelTimeouts(t *testing.T) {
 }
 
 func TestTunnelIsClosedAfterSilenceAndNotBefore(t *testing.T) {
-	const limit = 2 * time.Second
+	const limit = time.Second
+	watchOften(t)
 	w := newTunnelWorld(t, tunnelSetup{options: fmt.Sprintf("tunnel_idle_timeout %v", limit)})
 	target := echoTarget(t)
 	lively := map[string]tunnelConn{}
@@ -131,7 +132,7 @@ func TestTunnelIsClosedAfterSilenceAndNotBefore(t *testing.T) {
 		conn, opened := w.client(t, protocol).open(target), time.Now()
 		silent.Go(func() {
 			io.Copy(io.Discard, conn)
-			if age := time.Since(opened); age < limit-watchInterval {
+			if age := time.Since(opened); age < limit-oftenInterval {
 				t.Errorf("%s: closed after %v, want %v of silence", protocol, age, limit)
 			}
 		})
@@ -316,6 +317,35 @@ func TestFailedTunnelsAreNotCounted(t *testing.T) {
 	}
 	noTunnels(t)
 }
+
+// watchOften has the worlds of this test check the timeouts of tunnels twenty times a
+// second, and wait only briefly for a client's last bytes.
+func watchOften(t *testing.T) {
+	t.Helper()
+	eventually(t, "the previous registry to be released", func() bool {
+		r, used, err := registries.LoadOrNew(registryKey, func() (caddy.Destructor, error) {
+			return newPacedRegistry(oftenInterval, oftenLastWords), nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if used && r.(*registry).interval != oftenInterval {
+			_ = releaseRegistry()
+			return false
+		}
+		return true
+	})
+	t.Cleanup(func() {
+		if err := releaseRegistry(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+const (
+	oftenInterval  = 50 * time.Millisecond
+	oftenLastWords = 500 * time.Millisecond
+)
 
 // noTunnels waits until every part of the registry is empty.
 func noTunnels(t *testing.T) {
@@ -618,6 +648,7 @@ func openTunnels() (open []*tunnel) {
 
 // A timeout's closing line names the timeout, over every protocol.
 func TestClosingLinesOfTimeouts(t *testing.T) {
+	watchOften(t)
 	for reason, options := range map[string]string{
 		reasonIdle:        "tunnel_idle_timeout 1s",
 		reasonMaxDuration: "tunnel_max_duration 1s",

@@ -12,6 +12,8 @@ import (
 	"net"
 	"net/http"
 	"reflect"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -35,6 +37,7 @@ func talk(w io.Writer) {
 // A tunnel that the proxy closes in mid-traffic must be reset: neither the client nor the
 // target may take it for complete.
 func TestCutTunnelsAreReset(t *testing.T) {
+	watchOften(t)
 	for reason, cut := range map[string]func(*testing.T, *tunnelWorld){
 		reasonMaxDuration: func(*testing.T, *tunnelWorld) {}, // happens by itself
 		reasonReload:      func(t *testing.T, w *tunnelWorld) { w.reload(t, tunnelSetup{}) },
@@ -83,6 +86,7 @@ func TestCutTunnelsAreReset(t *testing.T) {
 
 // A tunnel that was silent before the proxy closed it ends in order.
 func TestSilentTunnelsEndInOrder(t *testing.T) {
+	watchOften(t)
 	w := newTunnelWorld(t, tunnelSetup{options: "tunnel_idle_timeout 1s"})
 	ends := make(chan error, len(tunnelProtocols))
 	target := listen(t, func(conn *net.TCPConn) {
@@ -117,17 +121,26 @@ func readSlowly(r io.Reader, n, rate int64) error {
 // A client that slowly reads what the kernel has buffered for it keeps its tunnel from
 // counting as idle or stalled.
 func TestSlowReadersAreNeitherIdleNorStalled(t *testing.T) {
-	t.Run("idle", func(t *testing.T) {
-		w := newTunnelWorld(t, tunnelSetup{options: "tunnel_idle_timeout 2s\ntunnel_stall_timeout 2s"})
-		readersAreSlow(t, w, tunnelProtocols[:2]) // the other protocols' clients have already read what their windows hold
-	})
-	t.Run("stalled", func(t *testing.T) {
-		readersAreSlow(t, newTunnelWorld(t, tunnelSetup{options: "tunnel_stall_timeout 2s"}), tunnelProtocols)
+	watchOften(t)
+	w, other := emptyTunnelWorld(t), emptyTunnelWorld(t)
+	_, sites, _ := strings.Cut(other.caddyfile(tunnelSetup{options: "tunnel_stall_timeout 1s"}), "\nhttp://")
+	loadCaddyfile(t, w.caddyfile(tunnelSetup{options: "tunnel_idle_timeout 1s\ntunnel_stall_timeout 1s"})+"\nhttp://"+sites)
+	w.ready(t)
+	other.ready(t)
+	t.Run("at the same time", func(t *testing.T) {
+		t.Run("idle", func(t *testing.T) {
+			t.Parallel()
+			readersAreSlow(t, w, tunnelProtocols[:2]) // others' clients have taken what their windows hold
+		})
+		t.Run("stalled", func(t *testing.T) {
+			t.Parallel()
+			readersAreSlow(t, other, tunnelProtocols)
+		})
 	})
 }
 
 func readersAreSlow(t *testing.T, w *tunnelWorld, protocols []string) {
-	const size, rate = 6 << 20, 1 << 20 // bytes, and bytes per second
+	const size, rate = 6 << 20, 2 << 20 // bytes, and bytes per second
 	target := listen(t, func(conn *net.TCPConn) {
 		conn.SetDeadline(time.Now().Add(tunnelPatience))
 		io.CopyN(conn, zeros{}, size)
@@ -155,49 +168,67 @@ func readersAreSlow(t *testing.T, w *tunnelWorld, protocols []string) {
 // A tunnel is reset if one end reads nothing although data waits for it. The connection's
 // other tunnels go on.
 func TestStalledTunnelsAreReset(t *testing.T) {
-	w := newTunnelWorld(t, tunnelSetup{options: "tunnel_stall_timeout 1s"})
+	watchOften(t)
+	w := newTunnelWorld(t, tunnelSetup{options: "tunnel_stall_timeout 500ms"})
 	echo := echoTarget(t)
-	for _, protocol := range tunnelProtocols {
-		t.Run(protocol+"/target", func(t *testing.T) {
-			wait, result := make(chan struct{}), make(chan error, 1)
-			deaf := listen(t, func(conn *net.TCPConn) {
-				<-wait
-				_, err := io.Copy(io.Discard, conn)
-				result <- err
+	t.Run("at the same time", func(t *testing.T) {
+		for _, protocol := range tunnelProtocols {
+			t.Run(protocol+"/target", func(t *testing.T) {
+				t.Parallel()
+				wait, result := make(chan struct{}), make(chan error, 1)
+				deaf := listen(t, func(conn *net.TCPConn) {
+					<-wait
+					_, err := io.Copy(io.Discard, conn)
+					result <- err
+				})
+				c := w.client(t, protocol)
+				c.shared = 2
+				lively, stalled := c.open(echo), c.open(deaf)
+				if n, err := io.Copy(struct{ io.Writer }{stalled}, zeros{}); err == nil {
+					t.Errorf("%d bytes were sent", n)
+				}
+				close(wait)
+				if err := <-result; !errors.Is(err, syscall.ECONNRESET) {
+					t.Errorf("the target reads %v, want a reset", err)
+				}
+				hear(t, lively, say(t, lively, "the other tunnel"))
+				wantReasonFor(t, w, deaf, reasonStalled)
 			})
-			c := w.client(t, protocol)
-			c.shared = 2
-			lively, stalled := c.open(echo), c.open(deaf)
-			if n, err := io.Copy(struct{ io.Writer }{stalled}, zeros{}); err == nil {
-				t.Errorf("%d bytes were sent", n)
-			}
-			close(wait)
-			if err := <-result; !errors.Is(err, syscall.ECONNRESET) {
-				t.Errorf("the target reads %v, want a reset", err)
-			}
-			hear(t, lively, say(t, lively, "the other tunnel"))
-			wantReason(t, w, reasonStalled)
-			lively.Close()
-			noTunnels(t)
-			w.forgetLogs()
-		})
-		t.Run(protocol+"/client", func(t *testing.T) {
-			failure := make(chan error, 1)
-			pouring := listen(t, func(conn *net.TCPConn) {
-				_, err := io.Copy(conn, zeros{})
-				failure <- err
+			t.Run(protocol+"/client", func(t *testing.T) {
+				t.Parallel()
+				failure := make(chan error, 1)
+				pouring := listen(t, func(conn *net.TCPConn) {
+					_, err := io.Copy(conn, zeros{})
+					failure <- err
+				})
+				stalled := w.client(t, protocol).open(pouring)
+				if err := <-failure; err == nil {
+					t.Error("the target could send everything")
+				}
+				if n, err := io.Copy(io.Discard, stalled); err == nil {
+					t.Errorf("the client reads %d bytes and then an end in order", n)
+				}
+				wantReasonFor(t, w, pouring, reasonStalled)
 			})
-			stalled := w.client(t, protocol).open(pouring)
-			if err := <-failure; err == nil {
-				t.Error("the target could send everything")
-			}
-			if n, err := io.Copy(io.Discard, stalled); err == nil {
-				t.Errorf("the client reads %d bytes and then an end in order", n)
-			}
-			wantReason(t, w, reasonStalled)
-			noTunnels(t)
-			w.forgetLogs()
-		})
+		}
+	})
+	noTunnels(t)
+}
+
+// wantReasonFor waits for the closing line of the tunnel to a target.
+func wantReasonFor(t *testing.T, w *tunnelWorld, target, reason string) {
+	t.Helper()
+	var line map[string]any
+	eventually(t, "the tunnel's closing line", func() bool {
+		lines := w.logLines("CONNECT tunnel closed")
+		i := slices.IndexFunc(lines, func(line map[string]any) bool { return line["target"] == target })
+		if i >= 0 {
+			line = lines[i]
+		}
+		return i >= 0
+	})
+	if line["reason"] != reason {
+		t.Errorf("log line %v, want the reason %q", line, reason)
 	}
 }
 
@@ -212,7 +243,8 @@ func wantReason(t *testing.T, w *tunnelWorld, reason string) {
 // A target that reads nothing stalls its tunnel, no matter whether the unread data is in
 // the kernel or in the proxy.
 func TestStalledTunnelsOfClientsThatHaveEnded(t *testing.T) {
-	w := newTunnelWorld(t, tunnelSetup{options: "tunnel_stall_timeout 1s"})
+	watchOften(t)
+	w := newTunnelWorld(t, tunnelSetup{options: "tunnel_stall_timeout 500ms"})
 	wait := make(chan struct{})
 	defer close(wait)
 	deaf := listen(t, func(conn *net.TCPConn) {
@@ -248,6 +280,7 @@ func TestStopSendingEndsTheTunnel(t *testing.T) {
 
 // A client that disconnects while its target reads nothing ends the tunnel at once.
 func TestClientLeavesAStuckTarget(t *testing.T) {
+	watchOften(t)
 	w := newTunnelWorld(t, tunnelSetup{options: "tunnel_stall_timeout off"})
 	for _, protocol := range []string{"h2", "h3"} {
 		wait := make(chan struct{})
@@ -383,6 +416,7 @@ func TestEndWatch(t *testing.T) {
 
 // Upgraded connections, and tunnels that are streams to a parent proxy, stall like others.
 func TestStalledTunnelsOfOtherKinds(t *testing.T) {
+	watchOften(t)
 	deaf := func(t *testing.T, answer string) string {
 		wait := make(chan struct{})
 		t.Cleanup(func() { close(wait) })
@@ -404,7 +438,7 @@ func TestStalledTunnelsOfOtherKinds(t *testing.T) {
 		}
 	}
 	t.Run("upgrade", func(t *testing.T) {
-		w := newWorld(t, "tunnel_stall_timeout 1s", nil)
+		w := newWorld(t, "tunnel_stall_timeout 500ms", nil)
 		conn := w.dial()
 		origin := deaf(t, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: silence\r\n\r\n")
 		conn.send("GET http://" + origin + "/ HTTP/1.1\nHost: x\nConnection: Upgrade\nUpgrade: silence\n\n")
@@ -413,7 +447,7 @@ func TestStalledTunnelsOfOtherKinds(t *testing.T) {
 	})
 	t.Run("stream to a parent", func(t *testing.T) {
 		parent := binaryStart(t, binaryOptions{secure: true, site: "allow 127.0.0.0/8"})
-		w := newWorld(t, "tunnel_stall_timeout 1s\nupstream https://"+parent.secure+" {\ntls_insecure_skip_verify\n}", nil)
+		w := newWorld(t, "tunnel_stall_timeout 500ms\nupstream https://"+parent.secure+" {\ntls_insecure_skip_verify\n}", nil)
 		conn := w.dial()
 		conn.connect(deaf(t, ""))
 		stalls(t, w, conn)
