@@ -52,7 +52,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 		return answerLast(w, r)
 	}
 	h.setRequestFields(r, from)
-	asked := out.host
+	requestedHost := out.host
 	h.applyUp(r, &out.host)
 	if !httpguts.ValidHostHeader(out.host) {
 		return 0, refuse(http.StatusBadRequest, "http_request_error", errHostByHeaderUp, "This request cannot be forwarded: its Host field would be invalid.")
@@ -88,18 +88,18 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 		if f := h.dialer.parent.exposes(out); f != nil {
 			return 0, f
 		}
-		h.dialer.parent.prepare(out, asked)
+		h.dialer.parent.prepare(out, requestedHost)
 		pool = h.parentOrigins
 	}
 
 	admitted := false // counted as a tunnel, which an upgraded request becomes
-	leave := func() {
+	releaseTunnel := func() {
 		if admitted {
 			h.tunnels.leave(from.bucket)
 		}
 		admitted = false
 	}
-	defer leave()
+	defer releaseTunnel()
 	if len(r.Header["Upgrade"]) > 0 {
 		if f := h.tunnels.admit(from.bucket, h.MaxTunnels, h.MaxTunnelsPerClient); f != nil {
 			return 0, f
@@ -139,7 +139,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 		admitted = admitted && err != nil // on success the tunnel itself leaves when it ends
 		return status, err
 	}
-	leave()
+	releaseTunnel()
 	body := res.Body.(*originBody)
 	body.handler, body.client, body.origin = h, from.bucket, x.conn
 	defer body.Close()

@@ -74,18 +74,18 @@ func (r *race) run(ctx context.Context) (net.Conn, netip.Addr, error) {
 	timer := time.NewTimer(resolutionDelay)
 	timer.Stop()
 	defer timer.Stop()
-	next, last := false, false // the next attempt may start; only the timer is waited for
+	startNext, finalWait := false, false // the next attempt may start; the timer ends the race
 	for {
-		if next && r.start(ctx, results) {
-			next, last = false, false
+		if startNext && r.start(ctx, results) {
+			startNext, finalWait = false, false
 			timer.Reset(attemptDelay)
 		}
 		if r.running == 0 && r.exhausted() {
 			if r.lookups == 0 {
 				return nil, netip.Addr{}, cmp.Or(r.err, error(errNoAddress))
 			}
-			if !last && isDefinite(r.err) {
-				last = true
+			if !finalWait && isDefinite(r.err) {
+				finalWait = true
 				timer.Reset(lateAnswerDelay)
 			}
 		}
@@ -96,8 +96,8 @@ func (r *race) run(ctx context.Context) (net.Conn, netip.Addr, error) {
 			switch {
 			case len(r.attempts) > 0:
 			case a.ipv6, r.lookups == 0, r.queue.first:
-				next = true
-			case !last:
+				startNext = true
+			case !finalWait:
 				timer.Reset(resolutionDelay)
 			}
 		case f := <-results:
@@ -107,12 +107,12 @@ func (r *race) run(ctx context.Context) (net.Conn, netip.Addr, error) {
 			}
 			r.attempts[f.index].err = f.err
 			r.err = moreTelling(r.err, f.err)
-			next = true
+			startNext = true
 		case <-timer.C:
-			if last && r.running == 0 && r.exhausted() {
+			if finalWait && r.running == 0 && r.exhausted() {
 				return nil, netip.Addr{}, r.err
 			}
-			next = true
+			startNext = true
 		case <-ctx.Done():
 			return nil, netip.Addr{}, r.ended(ctx)
 		}

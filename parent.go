@@ -285,15 +285,15 @@ func (p *parent) exposes(out *outgoing) *refusal {
 }
 
 // prepare readdresses a request for an http origin to the parent, with its target in
-// absolute form (RFC 9112 §3.2.2). asked is the authority that the client requested and
-// the rules have checked. It goes into the target even if header_up has changed Host.
+// absolute form (RFC 9112 §3.2.2). requested is the authority from the client's request,
+// which the rules have checked. It goes into the target even if header_up has changed Host.
 // The header is cloned, so that the parent's fields, which may be secret, do not end up
 // in the client's request.
-func (p *parent) prepare(out *outgoing, asked string) {
+func (p *parent) prepare(out *outgoing, requested string) {
 	if out.target == "*" {
 		out.target = ""
 	}
-	out.target, out.host = "http://"+asked+out.target, asked
+	out.target, out.host = "http://"+requested+out.target, requested
 	out.authority = p.address
 	out.header = maps.Clone(out.header)
 	if len(p.header) > 0 { // make sure that no proxy answers, as it could echo p.header

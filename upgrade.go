@@ -40,9 +40,9 @@ func upgradeProtocols(values []string) []string {
 
 // isUpgradeTo reports whether all protocols that an origin switches to were requested (RFC
 // 9110 §7.8).
-func isUpgradeTo(protocols, asked []string) bool {
+func isUpgradeTo(protocols, requested []string) bool {
 	return len(protocols) > 0 && !slices.ContainsFunc(protocols, func(protocol string) bool {
-		return !slices.ContainsFunc(asked, func(name string) bool { return strings.EqualFold(name, protocol) })
+		return !slices.ContainsFunc(requested, func(name string) bool { return strings.EqualFold(name, protocol) })
 	})
 }
 
