@@ -20,29 +20,27 @@ import (
 	"time"
 )
 
-// The benchmarks here measure what Redis adds to the CPU time of the proxy's
-// process for a request, with the clients, the origin and Redis in others. A
-// Caddy with it and one without take turns, so that what else the machine does
-// is the same for both. Compare without-µs/op and with-µs/op; absolute figures
-// are the machine's.
+// The benchmarks in this file measure what Redis adds to the CPU time of the proxy's
+// process per request. Clients, origin and Redis run in other processes. A Caddy with Redis
+// and one without take turns, so that other load on the machine affects both alike. Compare
+// without-µs/op and with-µs/op; absolute figures depend on the machine.
 
 const (
 	benchClients = 64
 	benchTurn    = 4000 // requests
 )
 
-// BenchmarkAdmitted is a small GET that Redis, or nobody, is asked about.
+// BenchmarkAdmitted measures a small GET, with and without asking Redis.
 func BenchmarkAdmitted(b *testing.B) {
 	compare(b, "burst 1000000000\n\t\trefill 1000000", startOrigin(b), http.StatusOK)
 }
 
-// BenchmarkRejected is a 429 for a client that has used up its tokens.
+// BenchmarkRejected measures a 429 for a client that is out of tokens.
 func BenchmarkRejected(b *testing.B) {
 	compare(b, "burst 1\n\t\trefill 0.00001", "http://127.0.0.1:1", http.StatusTooManyRequests)
 }
 
-// compare sends b.N requests to a Caddy with a limiter, and as many to one
-// without.
+// compare sends b.N requests to a Caddy with a shared limiter, and as many to one without.
 func compare(b *testing.B, options, origin string, status int) {
 	e := startEngine(b, "redis-server")
 	without := startBench(b, options, origin)
@@ -65,7 +63,7 @@ func compare(b *testing.B, options, origin string, status int) {
 	b.ReportMetric(float64(e.commands())/float64(b.N+benchTurn), "questions/op")
 }
 
-// commands is how often the script was run.
+// commands returns how often the script was run.
 func (e *engine) commands() int {
 	e.t.Helper()
 	_, rest, _ := strings.Cut(e.do("INFO", "commandstats"), "cmdstat_evalsha:calls=")
@@ -74,13 +72,13 @@ func (e *engine) commands() int {
 	return n
 }
 
-// benchProxy is a Caddy in a process of its own, and connections to it.
+// benchProxy is a Caddy in its own process, with connections to it.
 type benchProxy struct {
 	*process
 	request string
 	conns   []net.Conn
 	readers []*bufio.Reader
-	before  time.Duration // its CPU time before it was measured
+	before  time.Duration // its CPU time before the measurement
 }
 
 func startBench(b *testing.B, options, origin string) *benchProxy {
@@ -97,7 +95,7 @@ func startBench(b *testing.B, options, origin string) *benchProxy {
 		request: fmt.Sprintf("GET %s/ HTTP/1.1\r\nHost: %s\r\n\r\n", origin, strings.TrimPrefix(origin, "http://")),
 	}
 	eventually(b, "Caddy to run", func() bool { return listens(address) })
-	if _, err := get(address, origin); err != nil { // which uses up the only token, if there is one
+	if _, err := get(address, origin); err != nil { // uses up the single token, if the config has only one
 		b.Fatal(err)
 	}
 	for range benchClients {
@@ -111,7 +109,7 @@ func startBench(b *testing.B, options, origin string) *benchProxy {
 	return p
 }
 
-// run sends n requests over all connections at once.
+// run sends n requests over all connections concurrently.
 func (p *benchProxy) run(b *testing.B, n, status int) {
 	b.Helper()
 	var left atomic.Int64
@@ -149,8 +147,7 @@ func exchange(w io.Writer, r *bufio.Reader, request string, status int) error {
 	return err
 }
 
-// cpu is the time that the process has spent on a processor, exact to a tick of
-// 10 ms.
+// cpu returns the CPU time that the process has used, to within a clock tick of 10 ms.
 func (p *process) cpu(b *testing.B) time.Duration {
 	b.Helper()
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))

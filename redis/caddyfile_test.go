@@ -24,7 +24,7 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 )
 
-// adapt makes JSON of a Caddyfile, as `caddy adapt` does.
+// adapt converts a Caddyfile to JSON, as `caddy adapt` does.
 func adapt(input, filename string) (config []byte, warnings []caddyconfig.Warning, err error) {
 	return caddyconfig.GetAdapter("caddyfile").Adapt([]byte(input), map[string]any{"filename": filename})
 }
@@ -71,7 +71,7 @@ func TestCaddyfile(t *testing.T) {
 			t.Fatal(err)
 		}
 		if handler := got.Apps.HTTP.Servers["srv0"].Routes[0].Handle[0]; !reflect.DeepEqual(handler, want) {
-			t.Errorf("%s\nmakes %v\nwant  %v", tc.option, handler, want)
+			t.Errorf("%s\ngives %v\nwant  %v", tc.option, handler, want)
 		}
 	}
 }
@@ -109,7 +109,7 @@ func TestCaddyfileMistakes(t *testing.T) {
 	}
 }
 
-// validate has Caddy check a config with one limiter, in JSON, that is not run.
+// validate makes Caddy check a config with one limiter, in JSON, without running it.
 func validate(t *testing.T, limiter string) error {
 	t.Helper()
 	var config caddy.Config
@@ -121,7 +121,7 @@ func validate(t *testing.T, limiter string) error {
 	return caddy.Validate(&config)
 }
 
-// Each mistake is refused, and no server is left behind.
+// Each mistake is refused, and no server stays referenced.
 func TestJSONMistakes(t *testing.T) {
 	t.Setenv("REDIS_TEST_EMPTY", "")
 	t.Setenv("REDIS_TEST_URL", "redis://:open-sesame@a")
@@ -154,13 +154,13 @@ func TestJSONMistakes(t *testing.T) {
 		t.Error(err)
 	}
 	servers.Range(func(key, _ any) bool {
-		t.Errorf("a server was not given back")
+		t.Errorf("a server was not released")
 		return true
 	})
 }
 
-// The tokens of a block, whatever they are, give a config that survives JSON
-// and is valid, or an error.
+// FuzzCaddyfile checks that any tokens of a block give either an error or a valid config
+// that survives JSON.
 func FuzzCaddyfile(f *testing.F) {
 	f.Add("redis 127.0.0.1:6379 [::1] {env.A}")
 	f.Add("redis a {\n username a\n password b\n tls\n db 1\n sentinel c\n prefix d\n timeout 1s\n on_error allow\n}")
@@ -181,18 +181,18 @@ func FuzzCaddyfile(f *testing.F) {
 		}
 		again := new(Limiter)
 		if err := caddy.StrictUnmarshalJSON(data, again); err != nil {
-			t.Fatalf("%q makes %s: %v", input, data, err)
+			t.Fatalf("%q gives %s: %v", input, data, err)
 		}
 		if !reflect.DeepEqual(l, again) {
-			t.Fatalf("%q makes %s, which makes %+v, want %+v", input, data, again, l)
+			t.Fatalf("%q gives %s, which gives %+v, want %+v", input, data, again, l)
 		}
 		l.OnError, l.Prefix = orDefault(l.OnError, "local"), orDefault(l.Prefix, "a")
 		if err := l.validate(); err != nil && (l.Username == "" || l.Password != "") {
-			t.Errorf("%q makes %s: %v", input, data, err)
+			t.Errorf("%q gives %s: %v", input, data, err)
 		}
 		for _, address := range l.Addresses {
 			if _, ok := parseAddress(address); !ok && !strings.Contains(address, "{") {
-				t.Errorf("%q makes %s: what is %q?", input, data, address)
+				t.Errorf("%q gives %s: unexpected address %q", input, data, address)
 			}
 		}
 	})
@@ -205,8 +205,8 @@ func orDefault(s, other string) string {
 	return s
 }
 
-// checkShipped checks a Caddyfile that people copy: it adapts without a warning
-// and is as `caddy fmt` would have it.
+// checkShipped checks a Caddyfile that users copy: it must adapt without warnings and be
+// formatted as by `caddy fmt`.
 func checkShipped(t *testing.T, text, filename string) {
 	t.Helper()
 	_, warnings, err := adapt(text, filename)
@@ -217,7 +217,7 @@ func checkShipped(t *testing.T, text, filename string) {
 		t.Errorf("adapting: %v\n%s", warning, text)
 	}
 	if formatted := string(caddyfile.Format([]byte(text))); formatted != text {
-		t.Errorf("formatted it is\n%s\nnot\n%s", formatted, text)
+		t.Errorf("formatted:\n%s\nfile:\n%s", formatted, text)
 	}
 }
 
@@ -230,7 +230,7 @@ func TestShippedCaddyfiles(t *testing.T) {
 	}
 	blocks := regexp.MustCompile("(?ms)^```caddyfile\n(.*?)^```").FindAllSubmatch(text, -1)
 	if len(blocks) == 0 {
-		t.Error("there is no Caddyfile in " + page)
+		t.Error("found no Caddyfile in " + page)
 	}
 	for _, block := range blocks {
 		checkShipped(t, string(block[1]), page)
@@ -242,14 +242,14 @@ func TestShippedCaddyfiles(t *testing.T) {
 	checkShipped(t, string(text), example)
 }
 
-// syntaxOptions returns the options in a description of the syntax, which are
-// indented deeper than the line that starts with "redis".
+// syntaxOptions returns the options in a description of the syntax, which are indented
+// deeper than the line that starts with "redis".
 func syntaxOptions(t *testing.T, text, start string) []string {
 	t.Helper()
 	_, rest, found := strings.Cut(text, start)
 	block, _, found2 := strings.Cut(rest, "\n}")
 	if !found || !found2 {
-		t.Fatalf("there is no syntax in %q", text)
+		t.Fatalf("found no syntax in %q", text)
 	}
 	var options []string
 	for line := range strings.Lines(block[strings.IndexByte(block, '\n'):]) {

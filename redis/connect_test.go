@@ -27,27 +27,26 @@ import (
 	asyncproxy "github.com/asyncproxy/caddy-async-proxy"
 )
 
-// counts has a request made that Redis must have counted, and no line say that
-// it is gone.
+// counts makes a request, which Redis must count, and checks that no log line reports Redis
+// as gone.
 func (w *world) counts(e *engine) {
 	w.t.Helper()
 	w.gets(200)
 	if e.bucket() == "" {
-		w.t.Error("Redis does not count")
+		w.t.Error("Redis did not count the request")
 	}
 	if failed, _ := w.states(); failed != 0 {
-		w.t.Errorf("the log says: %v", logLines(w.t, w.logs, failedLine))
+		w.t.Errorf("log lines: %v", logLines(w.t, w.logs, failedLine))
 	}
 }
 
-// The user, the password and the address may come from the environment or a
-// file, and none of what is secret appears in a log, the config or the answer to
-// one that is rejected.
+// The user, the password and the address may come from the environment or a file. No secret
+// appears in a log, the config, or the response to a rejected config.
 func TestSecrets(t *testing.T) {
 	e := startEngine(t, "redis-server")
 	const acl = "resetkeys ~async_proxy:* nocommands +evalsha +eval +get +set +time +hello +ping"
 	if text, err := os.ReadFile(page); err != nil || !strings.Contains(string(text), "ACL SETUSER proxy on >PASSWORD "+acl+"\n") {
-		t.Errorf("%s does not say what has to be allowed: %v", page, err)
+		t.Errorf("%s does not list the permissions needed: %v", page, err)
 	}
 	e.do(append([]string{"ACL", "SETUSER", "proxy", "on", ">open-sesame"}, strings.Fields(acl)...)...)
 	file := filepath.Join(t.TempDir(), "password")
@@ -69,11 +68,11 @@ func TestSecrets(t *testing.T) {
 			t.Fatal(err)
 		}
 		if !strings.Contains(string(text), "WRONGPASS") {
-			t.Errorf("the log does not say what is wrong: %s", text)
+			t.Errorf("the log does not name the error: %s", text)
 		}
 		for _, secret := range []string{"open-sesame", "open-barley"} {
 			if strings.Contains(string(text), secret) {
-				t.Errorf("the log has the password: %s", text)
+				t.Errorf("the log contains the password: %s", text)
 			}
 		}
 	}
@@ -85,15 +84,14 @@ func TestSecrets(t *testing.T) {
 	}
 	answer := m.ask(http.MethodPost, "/load", siteConfig(m.proxy, m.logs, m.admin, "limiter redis proxy:{env.REDIS_TEST_PASSWORD}"), http.StatusBadRequest)
 	if !strings.Contains(answer, "{env.REDIS_TEST_PASSWORD}") || strings.Contains(answer, "open-sesame") {
-		t.Errorf("/load answers %s", answer)
+		t.Errorf("/load responds %s", answer)
 	}
 	if text, err := os.ReadFile(m.logs); err != nil || strings.Contains(string(text), "open-sesame") {
-		t.Errorf("the log has the password: %s, %v", text, err)
+		t.Errorf("the log contains the password: %s, %v", text, err)
 	}
 }
 
-// certificate makes one for 127.0.0.1 that signs itself, and returns the files
-// of it and its key.
+// certificate creates a self-signed certificate for 127.0.0.1 and returns its files.
 func certificate(t *testing.T) (cert, key string) {
 	t.Helper()
 	dir := t.TempDir()
@@ -122,8 +120,8 @@ func certificate(t *testing.T) (cert, key string) {
 	return cert, key
 }
 
-// startSecure runs a server that speaks TLS at an address of its own, by
-// a certificate that is its own authority.
+// startSecure runs a server that speaks TLS at its own address, with a self-signed
+// certificate.
 func startSecure(t *testing.T) (e *engine, address, cert string) {
 	t.Helper()
 	cert, key := certificate(t)
@@ -145,16 +143,16 @@ func TestTLS(t *testing.T) {
 	w.gets(200)
 	eventually(t, "a line about the certificate", func() bool { failed, _ := w.states(); return failed == 1 })
 	if line := logLines(t, w.logs, failedLine)[0]; !strings.Contains(fmt.Sprint(line["error"]), "certificate signed by unknown authority") {
-		t.Errorf("the log says %v", line)
+		t.Errorf("log line %v", line)
 	}
-	// Who is trusted by the system is not, if there is a file.
+	// A CA file replaces the system's roots.
 	other, _ := certificate(t)
 	t.Setenv("SSL_CERT_FILE", cert)
 	m := startMachine(t, fmt.Sprintf("limiter redis %s {\ntls %s\n}", secure, other))
 	rush(t, 1, w.origin, m.proxy)
 	eventually(t, "a line about the certificate", func() bool { return len(logLines(t, m.logs, failedLine)) == 1 })
 	if e.bucket() != "" {
-		t.Error("a request was counted by a server that is not trusted")
+		t.Error("a request was counted by an untrusted server")
 	}
 }
 
@@ -170,7 +168,7 @@ func TestDatabaseAndPrefix(t *testing.T) {
 	}
 }
 
-// A server is another one with another database.
+// A different database counts as a different server.
 func TestDatabases(t *testing.T) {
 	e := startEngine(t, "redis-server")
 	w := newWorld(t, fleetOptions(e, "burst 10"))
@@ -187,7 +185,7 @@ func TestDatabases(t *testing.T) {
 	}
 }
 
-// A config that is replaced before it has connected says nothing about it.
+// A config that is replaced before it has connected logs nothing about that.
 func TestReloadAtOnce(t *testing.T) {
 	e := startEngine(t, "redis-server")
 	b := startBridge(t, e.address)
@@ -196,7 +194,7 @@ func TestReloadAtOnce(t *testing.T) {
 	w.load(fleetOptions(e, ""))
 	w.counts(e)
 	eventually(t, "the first one to be done", func() bool { return stacksWith("redis.(*server)") == 0 })
-	eventually(t, "its connection to be closed", func() bool { // there are this test's and the new one
+	eventually(t, "its connection to be closed", func() bool { // this test's and the new config's remain
 		return strings.Contains(e.do("INFO", "clients"), "connected_clients:2\r\n")
 	})
 	w.load("burst 5")
@@ -206,15 +204,15 @@ func TestReloadAtOnce(t *testing.T) {
 	}
 }
 
-// startNode runs a server in cluster mode. Its port for the other nodes is not
-// the one that it would choose by itself, which a client may have just then.
+// startNode runs a server in cluster mode. Its cluster bus port is not the default one,
+// which a client may be using.
 func startNode(t *testing.T) *engine {
 	t.Helper()
 	_, port, _ := net.SplitHostPort(freeAddress(t))
 	return startEngine(t, "redis-server", "--cluster-enabled", "yes", "--cluster-port", port)
 }
 
-// Those who sign are others after a reload if the file has changed.
+// A changed CA file takes effect on a reload.
 func TestRenewedCA(t *testing.T) {
 	e, secure, cert := startSecure(t)
 	ca, _ := certificate(t)
@@ -229,7 +227,7 @@ func TestRenewedCA(t *testing.T) {
 	w.untilCounted(e)
 }
 
-// A server in cluster mode is found out.
+// Cluster mode is detected automatically.
 func TestCluster(t *testing.T) {
 	e := startNode(t)
 	e.do("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
@@ -250,7 +248,7 @@ func TestCluster(t *testing.T) {
 	eventually(t, "Redis to be back", func() bool { _, back := w.states(); return back > 0 })
 }
 
-// joinNodes makes a cluster of nodes that have all slots.
+// joinNodes joins nodes into a cluster that covers all slots.
 func joinNodes(t *testing.T, nodes []*engine) {
 	t.Helper()
 	for _, e := range nodes[1:] {
@@ -262,7 +260,7 @@ func joinNodes(t *testing.T, nodes []*engine) {
 	}
 }
 
-// announce starts a bridge before a node, which is the way to it for clients.
+// announce puts a bridge in front of a node and announces its address to clients.
 func announce(t *testing.T, e *engine) *bridge {
 	t.Helper()
 	b := startBridge(t, e.address)
@@ -271,7 +269,8 @@ func announce(t *testing.T, e *engine) *bridge {
 	return b
 }
 
-// No request connects to a node that the addresses do not name, either.
+// No request waits for a connection to a cluster node, even one that the addresses do not
+// list.
 func TestClusterSlowToConnect(t *testing.T) {
 	nodes := []*engine{startNode(t), startNode(t), startNode(t)}
 	first := announce(t, nodes[0])
@@ -288,7 +287,7 @@ func TestClusterSlowToConnect(t *testing.T) {
 	w := newWorld(t, fmt.Sprintf("burst 100000\nrefill 0.001\nlimiter redis %s {\ntimeout 500ms\n}", first.address))
 	s := w.server()
 	<-s.tried
-	var asked [3]int // each node
+	var asked [3]int // per node
 	for i := range 30 {
 		key := fmt.Sprint("async_proxy:", i)
 		slot, err := strconv.Atoi(nodes[0].do("CLUSTER", "KEYSLOT", key))
@@ -305,11 +304,11 @@ func TestClusterSlowToConnect(t *testing.T) {
 		t.Errorf("the nodes were asked %v times", asked)
 	}
 	if failed, _ := w.states(); failed != 0 {
-		t.Errorf("the log says: %v", logLines(t, w.logs, failedLine))
+		t.Errorf("log lines: %v", logLines(t, w.logs, failedLine))
 	}
 }
 
-// A request does not wait while the library finds out which node has its key.
+// A request does not wait while the library finds out which node serves its key.
 func TestClusterThatFallsSilent(t *testing.T) {
 	const key = "async_proxy:nobody's"
 	e := startNode(t)
@@ -326,14 +325,14 @@ func TestClusterThatFallsSilent(t *testing.T) {
 	s := w.server()
 	b.silent.Store(true)
 	if _, err := s.link.Load().take(s.deadline(time.Now()), key, probeArgs); !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("the answer is %v", err)
+		t.Errorf("got %v", err)
 	}
 	if stacksWith("rueidis.(*clusterClient)._refresh") == 0 {
-		t.Error("the library had given up by then")
+		t.Error("the library had already given up")
 	}
 }
 
-// A cluster of two: each key is counted by the one that it belongs to.
+// In a cluster of two nodes, each key is counted by its own node.
 func TestClusterOfTwo(t *testing.T) {
 	nodes := []*engine{startNode(t), startNode(t)}
 	nodes[0].do("CLUSTER", "ADDSLOTSRANGE", "0", "8191")
@@ -350,11 +349,10 @@ func TestClusterOfTwo(t *testing.T) {
 		}
 	}
 	if failed, _ := w.states(); failed != 0 {
-		t.Errorf("the log says: %v", logLines(t, w.logs, failedLine))
+		t.Errorf("log lines: %v", logLines(t, w.logs, failedLine))
 	}
 
-	// One of them is gone: that it does for the other's keys does not bring
-	// Redis back.
+	// One node is gone. The other's successes do not count as Redis being back.
 	key := nodes[1].bucketKeys()[0]
 	w.load(fmt.Sprintf("burst 3\nrefill 0.001\nzone %s\nlimiter redis %s %s", key[strings.LastIndexByte(key, ':')+1:], nodes[0].address, nodes[1].address))
 	nodes[1].kill()
@@ -365,7 +363,7 @@ func TestClusterOfTwo(t *testing.T) {
 	}
 }
 
-// The sentinels say which server is the master, also when it is another one.
+// The sentinels name the current master, also after a failover.
 func TestSentinel(t *testing.T) {
 	first := startEngine(t, "redis-server")
 	second := startEngine(t, "redis-server")
@@ -403,7 +401,7 @@ func TestSentinel(t *testing.T) {
 	})
 }
 
-// What is measured is in Caddy's metrics, also after a reload.
+// Redis metrics are among Caddy's metrics, also after a reload.
 func TestMetrics(t *testing.T) {
 	e := startEngine(t, "redis-server")
 	m := startMachine(t, fleetOptions(e, "burst 100\nrefill 0.001"))
@@ -428,7 +426,7 @@ func TestMetrics(t *testing.T) {
 		`caddy_async_proxy_limiter_fallbacks_total{on_error="local"} 1`,
 	} {
 		if !strings.Contains(body.String(), "\n"+want+"\n") {
-			t.Errorf("the metrics have no %s", want)
+			t.Errorf("the metrics lack %s", want)
 		}
 	}
 }

@@ -20,13 +20,13 @@ import (
 	dto "github.com/prometheus/client_model/go"
 )
 
-// bridge is a TCP proxy before a Redis, which can do it harm.
+// bridge is a TCP proxy in front of Redis that injects faults.
 type bridge struct {
 	address, target string
-	delay           atomic.Int64 // of what the server says
-	setup           atomic.Int64 // what a connection takes before it says anything
-	silent          atomic.Bool  // what the client says is lost
-	resets          atomic.Bool  // a connection is reset when the client says something
+	delay           atomic.Int64 // added to what the server sends
+	setup           atomic.Int64 // time before a new connection passes anything on
+	silent          atomic.Bool  // drops what the client sends
+	resets          atomic.Bool  // resets a connection when the client sends something
 
 	mu    sync.Mutex
 	conns []net.Conn
@@ -110,7 +110,7 @@ func (b *bridge) down(client, server net.Conn) {
 	}
 }
 
-// questions is how many were put to Redis by this process.
+// questions returns how many requests this process has made to Redis.
 func questions(t testing.TB) uint64 {
 	t.Helper()
 	var m dto.Metric
@@ -130,20 +130,20 @@ func counter(t testing.TB, c interface{ Write(*dto.Metric) error }) float64 {
 }
 
 const (
-	// faultTimeout is the limiter's in these tests.
+	// faultTimeout is the limiter's timeout in these tests.
 	faultTimeout = 200 * time.Millisecond
 
-	// tooLong is what no request takes that waits for the timeout, and each
-	// that waits for anything else.
+	// tooLong separates requests that wait for the timeout, which take less, from those
+	// that wait for anything else.
 	tooLong = 900 * time.Millisecond
 )
 
-// Whatever becomes of Redis, requests go on, there is one line when it goes and
-// one when it is back, nobody asks in between, and then it counts again.
+// Whatever happens to Redis, requests succeed. One line is logged when it is gone and one
+// when it is back; it is not asked in between, and counts again afterwards.
 func TestFaults(t *testing.T) {
 	for _, row := range []struct {
 		name, kind string
-		says       string // what the log says is wrong
+		says       string // the error in the log
 		harm, heal func(*engine, *bridge)
 	}{
 		{"stopped", "timeout", "context deadline exceeded",
@@ -162,7 +162,7 @@ func TestFaults(t *testing.T) {
 			func(_ *engine, b *bridge) {
 				b.silent.Store(true)
 				b.closeAll()
-				time.Sleep(2500 * time.Millisecond) // until the library knows, so that a request has to connect
+				time.Sleep(2500 * time.Millisecond) // the library notices, and the next request must connect
 			},
 			func(_ *engine, b *bridge) { b.silent.Store(false) }},
 		{"answers take longer", "timeout", "context deadline exceeded",
@@ -187,7 +187,7 @@ func TestFaults(t *testing.T) {
 				e.args = []string{"--key-load-delay", "10000", "--loading-process-events-interval-bytes", "1024", "--rdbcompression", "no"}
 				e.run()
 				if info := e.do("INFO", "persistence"); !strings.Contains(info, "loading:1") {
-					e.t.Errorf("Redis does not load: %s", info)
+					e.t.Errorf("Redis is not loading: %s", info)
 				}
 			},
 			func(e *engine, _ *bridge) { e.do("CONFIG", "SET", "key-load-delay", "0") }},
@@ -218,14 +218,14 @@ func TestFaults(t *testing.T) {
 				t.Fatalf("%d lines say that Redis is gone, want 1", failed)
 			}
 			asked := questions(t)
-			for range 3 { // while it is tried in vain
+			for range 3 { // while reconnecting fails
 				time.Sleep(probeInterval / 2)
 				if statuses, longest = rush(t, 20, w.origin, w.proxy); statuses[200] != 20 || longest > tooLong {
 					t.Errorf("statuses %v, the last one after %v", statuses, longest)
 				}
 			}
 			if n := questions(t) - asked; n != 0 {
-				t.Errorf("%d questions to a Redis that is gone", n)
+				t.Errorf("%d questions while Redis is gone", n)
 			}
 			if n := counter(t, metrics.fallbacks.WithLabelValues("local")) - fallbacks; n != 80 {
 				t.Errorf("%v fallbacks, want 80", n)
@@ -236,7 +236,7 @@ func TestFaults(t *testing.T) {
 
 			said := fmt.Sprint(append(logLines(t, w.logs, failedLine), logLines(t, w.logs, stillLine)...))
 			if !strings.Contains(said, row.says) {
-				t.Errorf("the log says %s; want %s", said, row.says)
+				t.Errorf("log line %s; want %s", said, row.says)
 			}
 
 			row.heal(e, b)
@@ -253,8 +253,8 @@ func TestFaults(t *testing.T) {
 	}
 }
 
-// A Redis that answers in the timeout, but later than some requests wait, is not
-// back: it would be gone again at once.
+// A Redis that answers within the timeout, but too late for some requests, does not count
+// as back: it would be gone again at once.
 func TestAlmostTooSlow(t *testing.T) {
 	e := startEngine(t, "redis-server")
 	b := startBridge(t, e.address)
@@ -267,9 +267,9 @@ func TestAlmostTooSlow(t *testing.T) {
 	before := tried()
 	eventually(t, "some attempts in vain", func() bool {
 		if _, back := w.states(); back > 0 {
-			t.Fatal("it is back")
+			t.Fatal("Redis counts as back")
 		}
-		return tried() >= before+4 // the first may have begun before it became faster
+		return tried() >= before+4 // the first of them may have begun before Redis became faster
 	})
 	b.delay.Store(0)
 	eventually(t, "Redis to be back", func() bool { _, back := w.states(); return back > 0 })
@@ -279,7 +279,7 @@ func TestAlmostTooSlow(t *testing.T) {
 	}
 }
 
-// A wrong type under the key is replaced: it is nobody's fault but the key's.
+// A key of the wrong type is replaced: it does not make Redis count as gone.
 func TestWrongTypeUnderTheKey(t *testing.T) {
 	e := startEngine(t, "redis-server")
 	w := newWorld(t, fleetOptions(e, "burst 10\nrefill 0.001"))
@@ -309,7 +309,7 @@ func TestOnError(t *testing.T) {
 			fallbacks := counter(t, metrics.fallbacks.WithLabelValues(onError))
 			e.kill()
 			w.gets(want...)
-			refused := 0.0 // by the own bucket, which is no fallback
+			refused := 0.0 // by the local bucket, which is no fallback
 			if onError == "local" {
 				refused = 2
 			}
@@ -321,10 +321,10 @@ func TestOnError(t *testing.T) {
 			if onError != "local" {
 				w.gets(200)
 			}
-			if onError == "deny" { // no token was taken meanwhile
+			if onError == "deny" { // no token was taken in the meantime
 				w.gets(200, 200, 429)
 			}
-			// A config that starts without Redis.
+			// A config that starts while Redis is down.
 			e.kill()
 			w.load(options + "\nzone other")
 			w.gets(want...)
@@ -332,7 +332,7 @@ func TestOnError(t *testing.T) {
 	}
 }
 
-// A request is one fallback, also if it is the user who is to be counted.
+// A request counts as one fallback, even if its user is to be counted.
 func TestFallbacksOfUsers(t *testing.T) {
 	for onError, want := range map[string]int{"local": 200, "allow": 200, "deny": 503} {
 		t.Run(onError, func(t *testing.T) {
@@ -368,10 +368,10 @@ func TestFallbacksOfUsers(t *testing.T) {
 	}
 }
 
-// secretHash is that of the password "secret", by a bcrypt that is cheap.
+// secretHash is a cheap bcrypt hash of the password "secret".
 const secretHash = "$2a$04$Qygo7lFPW76iK/UX8fhfkuttDQgKfbTsOK8PodbD0NQzppfmPuHZy"
 
-// Redis may forget the script at any time.
+// Redis may lose the script at any time.
 func TestScriptIsForgotten(t *testing.T) {
 	e := startEngine(t, "redis-server")
 	w := newWorld(t, fleetOptions(e, "burst 100000\nrefill 0.001"))
@@ -403,15 +403,14 @@ func TestScriptIsForgotten(t *testing.T) {
 	}
 }
 
-// A Redis that falls silent under load has neither requests nor goroutines pile
-// up.
+// If Redis falls silent under load, neither requests nor goroutines pile up.
 func TestNothingPilesUp(t *testing.T) {
 	e := startEngine(t, "redis-server")
 	w := newWorld(t, fmt.Sprintf("burst 100000\nrefill 0.001\nlimiter redis %s {\ntimeout %v\n}", e.address, faultTimeout))
 	rush(t, 100, w.origin, w.proxy)
 	e.signal(t, syscall.SIGSTOP)
 	for range 4 {
-		// More than may wait at a time.
+		// More than maxWaiting at a time.
 		if statuses, _ := rush(t, 2*maxWaiting, w.origin, w.proxy); statuses[200] != 2*maxWaiting {
 			t.Errorf("statuses %v", statuses)
 		}
@@ -425,8 +424,8 @@ func TestNothingPilesUp(t *testing.T) {
 	w.gets(200)
 }
 
-// The library's queue blocks when it is full: requests wait for their turn
-// before it, and no longer than for an answer.
+// The library's queue blocks when it is full: requests queue in front of it, for at most
+// the timeout.
 func TestWaitingIsBounded(t *testing.T) {
 	e := startEngine(t, "redis-server")
 	b := startBridge(t, e.address)
@@ -439,7 +438,7 @@ func TestWaitingIsBounded(t *testing.T) {
 		wg.Go(func() {
 			start := time.Now()
 			if _, err := s.take("a", "a:b", probeArgs); err == nil {
-				t.Error("an answer though nothing arrives")
+				t.Error("got an answer though nothing arrives")
 			}
 			if took := time.Since(start); took > tooLong {
 				t.Errorf("took %v", took)
@@ -449,8 +448,8 @@ func TestWaitingIsBounded(t *testing.T) {
 	wg.Wait()
 }
 
-// No request connects, which may take longer than it can wait, while there is a
-// connection.
+// While a connection exists, no request waits for a new one, which may take longer than its
+// timeout.
 func TestSlowToConnect(t *testing.T) {
 	e := startEngine(t, "redis-server")
 	b := startBridge(t, e.address)
@@ -466,7 +465,7 @@ func TestSlowToConnect(t *testing.T) {
 	}
 }
 
-// server is the only one.
+// server returns the only server.
 func (w *world) server() *server {
 	w.t.Helper()
 	var found *server
@@ -475,12 +474,12 @@ func (w *world) server() *server {
 		return true
 	})
 	if found == nil {
-		w.t.Fatal("there is no server")
+		w.t.Fatal("found no server")
 	}
 	return found
 }
 
-// A reload keeps what is known of Redis, and its end leaves nothing behind.
+// A reload keeps the state of Redis, and the end of the config leaves nothing behind.
 func TestReload(t *testing.T) {
 	e := startEngine(t, "redis-server")
 	options := fmt.Sprintf("burst 100000\nrefill 0.001\nlimiter redis %s {\ntimeout %v\n}", e.address, faultTimeout)
@@ -500,18 +499,18 @@ func TestReload(t *testing.T) {
 		t.Errorf("%d lines say that Redis is gone, %d that it is back; want the one from before the reload", failed, back)
 	}
 
-	// The lines are where the newest config wants them.
+	// Lines go to the newest config's log.
 	w.logs = filepath.Join(t.TempDir(), "other.log")
 	w.load(options)
 	e.run()
 	eventually(t, "Redis to be back", func() bool { _, back := w.states(); return back > 0 })
 	e.kill()
 	w.gets(200)
-	w.load("burst 5") // without a limiter, while it is tried in vain
+	w.load("burst 5") // no limiter, while reconnecting fails
 	eventually(t, "the goroutines of the limiter to end", func() bool { return stacksWith("redis.(*server)") == 0 })
 }
 
-// A config that is rejected has no say in where the lines go.
+// A rejected config does not change where lines are logged.
 func TestRejectedReload(t *testing.T) {
 	e := startEngine(t, "redis-server")
 	options := fmt.Sprintf("burst 100000\nrefill 0.001\nlimiter redis %s {\ntimeout 5s\n}", e.address)
@@ -528,7 +527,7 @@ func TestRejectedReload(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err = caddy.Load(config, true); err == nil {
-		t.Fatal("a config is loaded though its port is taken")
+		t.Fatal("a config was loaded though its port is in use")
 	}
 	e.kill()
 	w.gets(200)
@@ -537,7 +536,7 @@ func TestRejectedReload(t *testing.T) {
 	}
 }
 
-// stacksWith is how many goroutines there are with a function of that name.
+// stacksWith returns the number of goroutines whose stack contains the named function.
 func stacksWith(name string) int {
 	stacks := make([]byte, 16<<20)
 	stacks = stacks[:runtime.Stack(stacks, true)]

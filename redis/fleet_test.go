@@ -20,10 +20,10 @@ import (
 	"time"
 )
 
-// The tests here are of several Caddys in processes of their own, with one
-// client, this one, whose requests are spread over them.
+// The tests in this file run several Caddys in their own processes. This process is their
+// single client and spreads its requests over them.
 
-// machine is a Caddy in a process of its own.
+// machine is a Caddy in its own process.
 type machine struct {
 	*process
 	t                          testing.TB
@@ -56,14 +56,14 @@ func (m *machine) run() {
 	eventually(m.t, "Caddy to run", func() bool { return listens(m.admin) && listens(m.proxy) })
 }
 
-// stop has Caddy exit in order.
+// stop makes Caddy exit in order.
 func (m *machine) stop() {
 	m.t.Helper()
 	m.signal(m.t, syscall.SIGTERM)
 	<-m.exited
 }
 
-// reload replaces the config by the admin endpoint.
+// reload replaces the config through the admin endpoint.
 func (m *machine) reload(options string) {
 	m.t.Helper()
 	m.write(options)
@@ -80,8 +80,8 @@ func (m *machine) reload(options string) {
 	})
 }
 
-// ask has the admin endpoint asked, with a Caddyfile if there is content, and
-// returns the answer, which is to have a certain status.
+// ask calls the admin endpoint, with a Caddyfile if content is not empty, checks the status
+// and returns the response.
 func (m *machine) ask(method, path, content string, want int) string {
 	m.t.Helper()
 	req, err := http.NewRequest(method, "http://"+m.admin+path, strings.NewReader(content))
@@ -111,8 +111,8 @@ func startFleet(t testing.TB, n int, e *engine, options string) (machines []*mac
 	return machines, proxies
 }
 
-// fleetOptions are those of async_proxy with a limiter whose timeout is so long
-// that a busy machine does not count as a Redis that is gone.
+// fleetOptions returns options of async_proxy with a limiter whose timeout is long enough
+// that Redis does not count as gone on a busy machine.
 func fleetOptions(e *engine, options string) string {
 	return fmt.Sprintf("%s\nlimiter redis %s {\ntimeout 5s\n}", options, e.address)
 }
@@ -143,13 +143,13 @@ func TestExactlyBurstIsAdmittedByAFleet(t *testing.T) {
 	}
 }
 
-// In the long run a client gets refill requests a second from all of them
-// together, however much it asks for.
+// In the long run, a client gets refill requests per second from all machines together,
+// however many it sends.
 func TestLongRunRateOfAFleet(t *testing.T) {
 	const (
-		burst  = 400 // so many that a client who is not heard for two seconds loses none
+		burst  = 400 // enough that a pause of two seconds loses no token
 		refill = 200
-		ahead  = 200  // come in while the burst is used up
+		ahead  = 200  // arrive while the burst is used up
 		tokens = 1600 // eight seconds' worth
 	)
 	for _, n := range []int{2, 4} {
@@ -185,7 +185,7 @@ func TestLongRunRateOfAFleet(t *testing.T) {
 				})
 			}
 			wg.Wait()
-			// When the burst is used up, and what has come in meanwhile, each
+			// Once the burst and the requests that arrived meanwhile are served, each
 			// request waits for its token.
 			first, last := admitted[burst+ahead], admitted[burst+tokens-1]
 			rate := (tokens - ahead - 1) / last.Sub(first).Seconds()
@@ -220,8 +220,7 @@ func TestFleetForgetsNothing(t *testing.T) {
 	machines[1].run()
 	want("after both restarted", 0, 4)
 
-	// Redis forgets, but no more than once, and not what the Caddys have
-	// learned since.
+	// Redis forgets, but only once, and not what the Caddys have learned since.
 	e.kill()
 	e.run()
 	var back int
@@ -245,8 +244,8 @@ func TestFleetForgetsNothing(t *testing.T) {
 	want("after that", 0, 10)
 }
 
-// An operator who refills a client does so in Redis, too, also by a machine that
-// has not seen the client.
+// An operator's refill applies in Redis, too, also from a machine that has not seen the
+// client.
 func TestRefill(t *testing.T) {
 	e := startEngine(t, "redis-server")
 	machines, proxies := startFleet(t, 2, e, "burst 3\nrefill 0.0001")
@@ -270,7 +269,7 @@ func TestRefill(t *testing.T) {
 	}
 }
 
-// caddyBinary builds cmd/caddy, once.
+// caddyBinary builds cmd/caddy once and returns its path.
 func caddyBinary(tb testing.TB) string {
 	tb.Helper()
 	path, err := buildCaddy()

@@ -33,28 +33,28 @@ import (
 	"github.com/redis/rueidis"
 )
 
-// patience bounds every wait in the tests. Nothing is expected to take that
-// long: it only turns a hang into a failure.
+// patience bounds every wait in the tests. Nothing should take that long: it turns a hang
+// into a failure.
 const patience = 20 * time.Second
 
-// eventually waits until condition holds, which must be soon.
+// eventually waits until condition holds, for at most patience.
 func eventually(t testing.TB, what string, condition func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(patience); !condition(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("waited in vain for %s", what)
+			t.Fatalf("timed out waiting for %s", what)
 		}
 	}
 }
 
-// nextPort is below the ports that systems hand out by themselves, so that
-// nobody else is given one between here and its use.
+// nextPort starts below the ephemeral port range, so that the kernel gives no port away
+// between its choice here and its use.
 var nextPort atomic.Int64
 
 func init() { nextPort.Store(24000 + int64(os.Getpid()%4000)) }
 
-// freeAddress returns an address of loopback that nobody listens on, another
-// one each time.
+// freeAddress returns a loopback address that nothing listens on, a different one each
+// time.
 func freeAddress(t testing.TB) string {
 	t.Helper()
 	for {
@@ -70,7 +70,7 @@ func freeAddress(t testing.TB) string {
 	}
 }
 
-// engines are the servers that are installed, by the names of their commands.
+// engines returns the command names of the installed servers.
 func engines(t testing.TB) []string {
 	t.Helper()
 	found := []string{"redis-server"}
@@ -80,7 +80,7 @@ func engines(t testing.TB) []string {
 	return found
 }
 
-// process is one that a test has started.
+// process is a process that a test has started.
 type process struct {
 	cmd    *exec.Cmd
 	exited chan struct{}
@@ -120,7 +120,7 @@ func (p *process) signal(t testing.TB, s syscall.Signal) {
 	}
 }
 
-// engine is a Redis or Valkey in a process of its own.
+// engine is a Redis or Valkey in its own process.
 type engine struct {
 	*process
 	t       testing.TB
@@ -128,7 +128,7 @@ type engine struct {
 	address string
 	dir     string
 	args    []string
-	ask     rueidis.Client // nil with arguments that keep a plain client out
+	ask     rueidis.Client // nil if the arguments keep a plain client out
 }
 
 // startEngine runs a server with some arguments until the test ends.
@@ -144,7 +144,7 @@ func startEngine(t testing.TB, command string, args ...string) *engine {
 	return e
 }
 
-// run starts the server, or starts it again after a kill.
+// run starts the server, or restarts it after a kill.
 func (e *engine) run() {
 	e.t.Helper()
 	_, port, _ := net.SplitHostPort(e.address)
@@ -166,7 +166,7 @@ func listens(address string) bool {
 	return err == nil
 }
 
-// do sends a command, and returns what the answer looks like.
+// do sends a command and returns the answer as text.
 func (e *engine) do(words ...string) string {
 	e.t.Helper()
 	ctx, cancel := context.WithTimeout(e.t.Context(), patience)
@@ -183,13 +183,13 @@ func (e *engine) do(words ...string) string {
 	return fmt.Sprint(answer)
 }
 
-// bucketKeys are the keys of buckets, without that of a probe.
+// bucketKeys returns the keys of buckets, without the probe's.
 func (e *engine) bucketKeys() []string {
 	e.t.Helper()
 	return strings.Fields(strings.Trim(e.do("KEYS", "async_proxy:[0-9]*"), "[]"))
 }
 
-// bucket is what is kept of the only bucket, or nothing.
+// bucket returns the contents of the only bucket, or "" if there is none.
 func (e *engine) bucket() string {
 	e.t.Helper()
 	switch keys := e.bucketKeys(); len(keys) {
@@ -203,9 +203,8 @@ func (e *engine) bucket() string {
 	}
 }
 
-// world is a Caddy in this process with one async_proxy site, and an origin.
-// There is only one Caddy per process, so tests with a world do not run in
-// parallel.
+// world is a Caddy in this process with one async_proxy site, and an origin. There is only
+// one Caddy per process, so tests with a world cannot run in parallel.
 type world struct {
 	t      testing.TB
 	proxy  string // host:port
@@ -227,7 +226,7 @@ func newWorld(t testing.TB, options string) *world {
 	return w
 }
 
-// siteConfig is a config with one site.
+// siteConfig returns a config with one site.
 func siteConfig(proxy, logs, admin, options string) string {
 	_, port, _ := net.SplitHostPort(proxy)
 	return fmt.Sprintf("{\n\tadmin %s\n\tpersist_config off\n\tskip_install_trust\n\tgrace_period 5s\n\tdefault_bind 127.0.0.1\n\tmetrics\n\tlog {\n\t\toutput file %s\n\t\tformat json\n\t\tlevel DEBUG\n\t}\n}\nhttp://:%s {\n\tasync_proxy {\n\t\t%s\n\t}\n}\n",
@@ -246,8 +245,7 @@ func (w *world) load(options string) {
 	if err := caddy.Load(config, true); err != nil {
 		w.t.Fatalf("loading: %v\n%s", err, text)
 	}
-	// A reload returns while the old servers may still accept a connection, only
-	// to close it.
+	// When a reload returns, the old servers may still accept a connection and close it.
 	eventually(w.t, "the old servers to stop", func() bool {
 		now := serving()
 		return !slices.ContainsFunc(old, func(id string) bool { return slices.Contains(now, id) })
@@ -259,7 +257,7 @@ func (w *world) load(options string) {
 	})
 }
 
-// serving returns the goroutines in which Caddy's servers accept connections.
+// serving returns the IDs of the goroutines in which Caddy's servers accept connections.
 func serving() []string {
 	stacks := make([]byte, 4<<20)
 	stacks = stacks[:runtime.Stack(stacks, true)]
@@ -272,7 +270,7 @@ func serving() []string {
 	return ids
 }
 
-// get sends a request for url through a proxy, on a connection of its own.
+// get sends a request for url through a proxy, on its own connection.
 func get(proxy, url string) (*http.Response, error) {
 	conn, err := net.DialTimeout("tcp4", proxy, patience)
 	if err != nil {
@@ -291,7 +289,7 @@ func get(proxy, url string) (*http.Response, error) {
 	return readResponse(conn, req)
 }
 
-// gets sends one request after the other and wants certain statuses.
+// gets sends requests one after the other and checks their statuses.
 func (w *world) gets(want ...int) {
 	w.t.Helper()
 	for i, want := range want {
@@ -305,15 +303,15 @@ func (w *world) gets(want ...int) {
 	}
 }
 
-// untilCounted sends requests until Redis has counted one: the first may come
-// before it is there.
+// untilCounted sends requests until Redis has counted one: the first may precede the
+// connection to Redis.
 func (w *world) untilCounted(e *engine) {
 	w.t.Helper()
 	eventually(w.t, "Redis to count", func() bool { w.gets(200); return e.bucket() != "" })
 }
 
-// rush sends n requests at once, spread over proxies, and counts the answers by
-// status. longest is how long the last of them took.
+// rush sends n concurrent requests, spread over proxies, and counts the responses by
+// status. longest is how long the slowest took.
 func rush(t testing.TB, n int, origin string, proxies ...string) (statuses map[int]int, longest time.Duration) {
 	t.Helper()
 	statuses = make(map[int]int)
@@ -356,7 +354,7 @@ func rush(t testing.TB, n int, origin string, proxies ...string) (statuses map[i
 	return statuses, longest
 }
 
-// logLines returns the lines of a log that have the given message.
+// logLines returns the lines of a log with the given message.
 func logLines(t testing.TB, file, message string) []map[string]any {
 	t.Helper()
 	data, err := os.ReadFile(file)
@@ -367,7 +365,7 @@ func logLines(t testing.TB, file, message string) []map[string]any {
 	for text := range strings.Lines(string(data)) {
 		var line map[string]any
 		if err := json.Unmarshal([]byte(text), &line); err != nil {
-			continue // it is being written
+			continue // still being written
 		}
 		if line["msg"] == message {
 			lines = append(lines, line)
@@ -382,13 +380,13 @@ const (
 	backLine   = "redis answers again"
 )
 
-// states counts the lines about Redis's coming and going.
+// states counts the log lines about Redis being gone and back.
 func (w *world) states() (failed, back int) {
 	w.t.Helper()
 	return len(logLines(w.t, w.logs, failedLine)), len(logLines(w.t, w.logs, backLine))
 }
 
-// client is an http.Client that uses a proxy.
+// client returns an http.Client that uses a proxy.
 func client(t testing.TB, proxy string) *http.Client {
 	transport := &http.Transport{Proxy: http.ProxyURL(&url.URL{Scheme: "http", Host: proxy}), MaxIdleConnsPerHost: 64}
 	t.Cleanup(transport.CloseIdleConnections)

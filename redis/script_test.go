@@ -16,8 +16,8 @@ import (
 	"github.com/redis/rueidis"
 )
 
-// virtualTake is the script with a clock that a test sets, in ARGV[5] and
-// ARGV[6], and with keys that do not expire by the real one.
+// virtualTake returns the script with a clock that the test sets, in ARGV[5] and ARGV[6],
+// and without expiry by the real clock.
 func virtualTake(t testing.TB) *rueidis.Lua {
 	t.Helper()
 	text := takeText
@@ -26,16 +26,16 @@ func virtualTake(t testing.TB) *rueidis.Lua {
 		", 'PXAT', string.format('%d', gone))\nreturn 0": ")\nreturn 0",
 	} {
 		if strings.Count(text, real) != 1 {
-			t.Fatalf("the script does not have %q once", real)
+			t.Fatalf("the script does not contain %q exactly once", real)
 		}
 		text = strings.Replace(text, real, virtual, 1)
 	}
 	return rueidis.NewLuaScript(text)
 }
 
-// tank is a bucket in whole numbers, written the obvious way: a token is as many
-// units as it takes nanoseconds to gain one. It is the oracle of async_proxy's
-// own buckets, too.
+// tank is a token bucket in integer arithmetic, written the obvious way: a token is as many
+// units as it takes nanoseconds to gain one. The tests of async_proxy's local buckets use
+// the same oracle.
 type tank struct{ level, filled int64 }
 
 func (b *tank) take(now, interval, capacity int64) (wait int64) {
@@ -47,8 +47,8 @@ func (b *tank) take(now, interval, capacity int64) (wait int64) {
 	return 0
 }
 
-// Requests come just before, at and after the moments that matter, and keys
-// expire as early as they ever may. Every wait is right to the nanosecond.
+// Requests arrive just before, at and after every critical moment, and keys expire as early
+// as they ever may. Every wait is exact to the nanosecond.
 func TestSameDecisionsAsInMemory(t *testing.T) {
 	const each = 10_000
 	for _, command := range engines(t) {
@@ -70,7 +70,7 @@ func TestSameDecisionsAsInMemory(t *testing.T) {
 				for i := range tanks {
 					tanks[i].level = capacity
 				}
-				if tc.burst > 1000 { // nobody uses that up: begin with little
+				if tc.burst > 1000 { // too many to use up: begin with few
 					for i := range tanks {
 						tanks[i].level = 20*interval + 7
 						full := base*1000 + capacity - tanks[i].level
@@ -124,7 +124,7 @@ func TestSameDecisionsAsInMemory(t *testing.T) {
 	}
 }
 
-// take runs the script as it is.
+// take runs the unmodified script.
 func (e *engine) take(key string, burst int64, interval time.Duration) time.Duration {
 	e.t.Helper()
 	wait, err := takeScript.Exec(e.t.Context(), e.ask, []string{key}, bucketArgs(burst, interval)).AsInt64()
@@ -134,12 +134,12 @@ func (e *engine) take(key string, burst int64, interval time.Duration) time.Dura
 	return time.Duration(wait)
 }
 
-// A key is there until the millisecond in which its bucket is full has passed.
+// A key expires at the end of the millisecond in which its bucket is full.
 func TestKeysExpireWhenFull(t *testing.T) {
 	for _, command := range engines(t) {
 		e := startEngine(t, command)
 		for _, interval := range []time.Duration{1, time.Microsecond, 1_700_000, 100 * time.Millisecond, time.Hour, 100_000 * time.Second} {
-			for range 20 { // at other parts of a millisecond
+			for range 20 { // at different fractions of a millisecond
 				e.take("a", 40_000, interval)
 				kept := e.do("EVAL", "return (redis.call('GET', 'a') or 'full') .. ' ' .. redis.call('PEXPIRETIME', 'a')", "0")
 				full, gone, _ := strings.Cut(kept, " ")
@@ -158,7 +158,7 @@ func TestKeysExpireWhenFull(t *testing.T) {
 	}
 }
 
-// What is under the key of a bucket but is none gives way.
+// A value under a bucket's key that is not a bucket is replaced.
 func TestWhatIsNoBucket(t *testing.T) {
 	for _, command := range engines(t) {
 		e := startEngine(t, command)
@@ -175,8 +175,7 @@ func TestWhatIsNoBucket(t *testing.T) {
 	}
 }
 
-// After the server's clock has gone back by a year, clients wait for a token and
-// not for a year.
+// If the server's clock goes back by a year, clients wait for a token and not for a year.
 func TestClockGoesBack(t *testing.T) {
 	e := startEngine(t, "redis-server")
 	full := time.Now().AddDate(1, 0, 0)
@@ -185,7 +184,7 @@ func TestClockGoesBack(t *testing.T) {
 		t.Errorf("a wait of %v, want 1m", wait)
 	}
 	if got := e.do("GET", "a"); !strings.HasPrefix(got, strconv.FormatInt(full.Unix(), 10)) {
-		t.Errorf("a refusal has written %s", got)
+		t.Errorf("a denial wrote %s", got)
 	}
 }
 
@@ -206,14 +205,14 @@ func TestBucketKey(t *testing.T) {
 	}
 }
 
-// Different buckets have different keys.
+// FuzzBucketKey checks that different buckets have different keys.
 func FuzzBucketKey(f *testing.F) {
 	f.Add("default", []byte{192, 0, 2, 1}, 32, int64(10), int64(2e9), "a:10", []byte{192, 0, 2, 1}, 24, int64(10), int64(2e9))
 	f.Add("a:10", make([]byte, 16), 64, int64(5), int64(2000), "a", []byte("0123456789abcdef"), 64, int64(10), int64(5))
 	f.Add("a{", []byte{192, 0, 2, 1}, 32, int64(10), int64(2e9), "a}", []byte{192, 0, 2, 1}, 32, int64(10), int64(2e9))
 	f.Fuzz(func(t *testing.T, zone1 string, addr1 []byte, bits1 int, burst1, interval1 int64, zone2 string, addr2 []byte, bits2 int, burst2, interval2 int64) {
 		if strings.Contains(zone1+zone2, `\`) {
-			return // no zone has one
+			return // zones cannot contain a backslash
 		}
 		bucket := func(zone string, addr []byte, bits int, burst, interval int64) asyncproxy.Bucket {
 			a, _ := netip.AddrFromSlice(addr)
@@ -227,8 +226,8 @@ func FuzzBucketKey(f *testing.F) {
 	})
 }
 
-// Whatever is kept under a key, the script takes a token or names a wait, and
-// never longer than until there is one in an empty bucket.
+// FuzzTake checks that whatever is stored under a key, the script takes a token or returns
+// a wait, at most the wait for the first token of an empty bucket.
 func FuzzTake(f *testing.F) {
 	e := startEngine(f, "redis-server")
 	f.Add("1795455000.000000000", int64(10), int64(2e9))
