@@ -43,8 +43,8 @@ func refillClient(addr netip.Addr, zone string) (found bool) {
 		}
 		g := l.gens.Load()
 		for _, buckets := range []*buckets{g.cur, g.old} {
-			if b, ok := buckets.Load(l.keyOf(addr)); ok {
-				b.full.Store(0)
+			if b, ok := buckets.Load(l.keyForClientOrUser(addr)); ok {
+				b.fullAt.Store(0)
 				found = true
 			}
 		}
@@ -69,10 +69,10 @@ func refillShared(addr netip.Addr, zone string) (found bool) {
 		if !ok || zone != "" && zone != h.Zone {
 			continue
 		}
-		key := h.limiter.keyOf(addr)
-		done, err := shared.Refill(context.Background(), h.limiter.shared(key))
+		key := h.limiter.keyForClientOrUser(addr)
+		done, err := shared.Refill(context.Background(), h.limiter.sharedBucket(key))
 		if err != nil {
-			h.logger.Warn("failed to refill a shared bucket", textField("client", h.limiter.name(key)), errorField(err))
+			h.logger.Warn("failed to refill a shared bucket", textField("client", h.limiter.displayName(key)), errorField(err))
 		}
 		found = found || done
 	}
@@ -86,7 +86,7 @@ func blockClient(addr netip.Addr, d time.Duration) (done bool) {
 		return unblock(addr)
 	}
 	eachRegistry(func(r *registry) {
-		for _, key := range keysOf(addr) {
+		for _, key := range limiterKeys(addr) {
 			r.blocks.Store(key, sinceEpoch(time.Now().Add(d)))
 			done = true
 		}
@@ -96,7 +96,7 @@ func blockClient(addr netip.Addr, d time.Duration) (done bool) {
 
 func unblock(addr netip.Addr) (found bool) {
 	eachRegistry(func(r *registry) {
-		for _, key := range keysOf(addr) {
+		for _, key := range limiterKeys(addr) {
 			if _, ok := r.blocks.LoadAndDelete(key); ok {
 				found = true
 			}
@@ -105,26 +105,26 @@ func unblock(addr netip.Addr) (found bool) {
 	return found
 }
 
-// keysOf returns the client's key in each limiter. The keys differ where limiters have
+// limiterKeys returns the client's key in each limiter. The keys differ where limiters have
 // different prefix lengths.
-func keysOf(addr netip.Addr) (keys []netip.Addr) {
+func limiterKeys(addr netip.Addr) (keys []netip.Addr) {
 	limiters.Range(func(_, l any) bool {
-		keys = append(keys, l.(*limiter).keyOf(addr))
+		keys = append(keys, l.(*limiter).keyForClientOrUser(addr))
 		return true
 	})
 	return keys
 }
 
-// keyOf returns the limiter's key for a client or a user.
-func (l *limiter) keyOf(addr netip.Addr) netip.Addr {
+// keyForClientOrUser returns the limiter's key for a client or a user.
+func (l *limiter) keyForClientOrUser(addr netip.Addr) netip.Addr {
 	if addr.Zone() != "" {
 		return addr
 	}
-	return l.client(addr)
+	return l.keyFor(addr)
 }
 
-// blocked returns how long the client with this key remains blocked; 0 if it is not.
-func (r *registry) blocked(key netip.Addr, now int64) time.Duration {
+// blockedFor returns how long the client with this key remains blocked; 0 if it is not.
+func (r *registry) blockedFor(key netip.Addr, now int64) time.Duration {
 	if r.blocks.Size() == 0 {
 		return 0
 	}

@@ -48,7 +48,7 @@ func (h *Handler) loadAuth(ctx caddy.Context) error {
 					return fmt.Errorf("authentication: the user %q has %w", account.Username, errPublished)
 				}
 			}
-			h.hashes = true
+			h.hasBasicAuth = true
 			if len(modules.(map[string]any)) == 1 { // LoadModule has emptied AuthRaw
 				h.basic = basic
 			}
@@ -95,8 +95,8 @@ func hasCredentials(r *http.Request) bool {
 }
 
 // authenticate identifies the user of v (RFC 9110 §11.7). If it refuses the request, it
-// returns a refusal, or errLimited with v.verdict set.
-func (h *Handler) authenticate(w http.ResponseWriter, r *http.Request, v *visit) error {
+// returns a refusal, or errRateLimited with v.verdict set.
+func (h *Handler) authenticate(w http.ResponseWriter, r *http.Request, v *transaction) error {
 	if !hasCredentials(r) { // some providers identify users by other means
 		known, _ := h.askProviders(w, r, v)
 		if !known {
@@ -108,7 +108,7 @@ func (h *Handler) authenticate(w http.ResponseWriter, r *http.Request, v *visit)
 	if h.basic == nil {
 		key := credentialsKey(append([]string{"others"}, credentials...)...)
 		if rightCredentials.has(key) {
-			if known, err := h.askAgain(w, r, v); known || err != nil {
+			if known, err := h.recheckLogin(w, r, v); known || err != nil {
 				return err
 			}
 			rightCredentials.remove(key) // revoked or expired
@@ -119,20 +119,20 @@ func (h *Handler) authenticate(w http.ResponseWriter, r *http.Request, v *visit)
 	key := basicKey(h.basic, login)
 	switch {
 	case rightCredentials.has(key):
-		v.loggedIn(caddyauth.User{ID: login.user})
+		v.setUser(caddyauth.User{ID: login.user})
 		return nil
 	case !login.ok || wrongCredentials.has(key):
-		return h.repeatedLogin(w, r, v)
+		return h.refuseKnownWrong(w, r, v)
 	}
 	return h.checkLogin(w, r, v, key)
 }
 
-// repeatedLogin refuses credentials that are known to be wrong.
-func (h *Handler) repeatedLogin(w http.ResponseWriter, r *http.Request, v *visit) error {
+// refuseKnownWrong refuses credentials that are known to be wrong.
+func (h *Handler) refuseKnownWrong(w http.ResponseWriter, r *http.Request, v *transaction) error {
 	metrics.authFailures.Inc()
-	if h.failed != nil {
+	if h.failedLogins != nil {
 		now := sinceEpoch(time.Now())
-		if wait, ok := h.failed.reserve(repeatsOf(v.bucket), now, 0); !ok {
+		if wait, ok := h.failedLogins.reserve(repeatsKey(v.limitKey), now, 0); !ok {
 			return h.refuseLogin(v, wait, errFailedLogins)
 		}
 	}
@@ -141,7 +141,7 @@ func (h *Handler) repeatedLogin(w http.ResponseWriter, r *http.Request, v *visit
 }
 
 // challenge sets Proxy-Authenticate without checking the credentials.
-func (h *Handler) challenge(w http.ResponseWriter, r *http.Request, v *visit) {
+func (h *Handler) challenge(w http.ResponseWriter, r *http.Request, v *transaction) {
 	anonymous := *r
 	anonymous.Header = make(http.Header)
 	_, _ = h.askProviders(w, &anonymous, v)
@@ -150,19 +150,19 @@ func (h *Handler) challenge(w http.ResponseWriter, r *http.Request, v *visit) {
 // checkLogin asks the providers about credentials that are not cached. It first waits for a
 // failed-login token and for the client's turn. The token is refunded unless the login
 // fails.
-func (h *Handler) checkLogin(w http.ResponseWriter, r *http.Request, v *visit, key credentialKey) error {
+func (h *Handler) checkLogin(w http.ResponseWriter, r *http.Request, v *transaction, key credentialKey) error {
 	var wait time.Duration
 	refund := func() {}
-	if h.failed != nil {
+	if h.failedLogins != nil {
 		now, ok := sinceEpoch(time.Now()), false
-		if wait, ok = h.failed.reserve(v.bucket, now, loginPatience); !ok {
+		if wait, ok = h.failedLogins.reserve(v.limitKey, now, loginPatience); !ok {
 			return h.refuseLogin(v, wait, errFailedLogins)
 		}
-		refund = func() { h.failed.giveBack(v.bucket, sinceEpoch(time.Now())) }
+		refund = func() { h.failedLogins.refund(v.limitKey, sinceEpoch(time.Now())) }
 	}
 	err := sleep(r.Context(), wait)
 	if err == nil {
-		err = logins.enter(r.Context(), v.bucket)
+		err = logins.enter(r.Context(), v.limitKey)
 	}
 	if err != nil {
 		refund()
@@ -176,31 +176,31 @@ func (h *Handler) checkLogin(w http.ResponseWriter, r *http.Request, v *visit, k
 		return nil
 	}
 	metrics.authFailures.Inc()
-	if result == loginRepeated || h.failed == nil {
+	if result == loginRepeated || h.failedLogins == nil {
 		return causeAuthFailed.refusal(errBadCredentials)
 	}
-	if limited := h.shareFailure(r, v); limited > 0 || wait > 0 {
+	if limited := h.chargeSharedFailure(r, v); limited > 0 || wait > 0 {
 		delete(w.Header(), "Proxy-Authenticate") // logging in would not help now
-		return h.refuseLogin(v, max(limited, h.failed.until(v.bucket, sinceEpoch(time.Now()))), errFailedLogins)
+		return h.refuseLogin(v, max(limited, h.failedLogins.waitTime(v.limitKey, sinceEpoch(time.Now()))), errFailedLogins)
 	}
 	return causeAuthFailed.refusal(errBadCredentials)
 }
 
 // notChecked returns the error for a login that was not checked, because logins.enter failed
 // with err.
-func (h *Handler) notChecked(v *visit, err error) error {
+func (h *Handler) notChecked(v *transaction, err error) error {
 	if err == errLoginsBusy {
 		return h.refuseLogin(v, loginRetry, err)
 	}
-	return clientLeft(err)
+	return clientDisconnected(err)
 }
 
-// askAgain asks the providers about credentials that they accepted before. If one of the
+// recheckLogin asks the providers about credentials that they accepted before. If one of the
 // providers is http_basic, it hashes the password again, so a request with a password waits
 // for its client's turn.
-func (h *Handler) askAgain(w http.ResponseWriter, r *http.Request, v *visit) (known bool, err error) {
-	if h.hashes && readBasic(r.Header["Proxy-Authorization"][0]).ok {
-		client := v.bucket
+func (h *Handler) recheckLogin(w http.ResponseWriter, r *http.Request, v *transaction) (known bool, err error) {
+	if h.hasBasicAuth && readBasic(r.Header["Proxy-Authorization"][0]).ok {
+		client := v.limitKey
 		if err := logins.enter(r.Context(), client); err != nil {
 			return false, h.notChecked(v, err)
 		}
@@ -222,12 +222,12 @@ const (
 // checkInTurn asks the providers, unless the same credentials were checked while this login
 // waited. An error from a provider counts as a failed login, because some providers return
 // an error for each wrong token.
-func (h *Handler) checkInTurn(w http.ResponseWriter, r *http.Request, v *visit, key credentialKey) loginResult {
-	client := v.bucket
+func (h *Handler) checkInTurn(w http.ResponseWriter, r *http.Request, v *transaction, key credentialKey) loginResult {
+	client := v.limitKey
 	defer logins.leave(client)
 	if h.basic != nil {
 		if rightCredentials.has(key) {
-			v.loggedIn(caddyauth.User{ID: readBasic(r.Header["Proxy-Authorization"][0]).user})
+			v.setUser(caddyauth.User{ID: readBasic(r.Header["Proxy-Authorization"][0]).user})
 			return loginRight
 		}
 		if wrongCredentials.has(key) {
@@ -247,26 +247,26 @@ func (h *Handler) checkInTurn(w http.ResponseWriter, r *http.Request, v *visit, 
 }
 
 // refuseLogin sets the verdict for a login that is not checked now.
-func (h *Handler) refuseLogin(v *visit, wait time.Duration, err error) error {
+func (h *Handler) refuseLogin(v *transaction, wait time.Duration, err error) error {
 	now := sinceEpoch(time.Now())
-	v.verdict = h.limiter.bucket(v.bucket, now).refuse(int64(wait), now, err)
-	return errLimited
+	v.verdict = h.limiter.bucket(v.limitKey, now).refuse(int64(wait), now, err)
+	return errRateLimited
 }
 
-// shareFailure charges the shared limiter's failed-login bucket, so that a client that
+// chargeSharedFailure charges the shared limiter's failed-login bucket, so that a client that
 // guesses at several processes has no more guesses than at one. If the bucket is empty, it
 // returns how long the client has to wait, and empties the local bucket for as long.
-func (h *Handler) shareFailure(r *http.Request, v *visit) time.Duration {
-	if h.shared == nil || h.failed == nil || h.shared.Suspended() {
+func (h *Handler) chargeSharedFailure(r *http.Request, v *transaction) time.Duration {
+	if h.shared == nil || h.failedLogins == nil || h.shared.Suspended() {
 		return 0
 	}
-	bucket := h.failed.shared(v.bucket)
+	bucket := h.failedLogins.sharedBucket(v.limitKey)
 	bucket.Zone += " failed_logins" // cannot collide: configured zones have no spaces
 	wait, err := h.shared.Take(r.Context(), bucket)
 	if err != nil || wait <= 0 {
 		return 0 // the local bucket has counted the failure
 	}
-	h.failed.learn(v.bucket, sinceEpoch(time.Now()), wait)
+	h.failedLogins.drain(v.limitKey, sinceEpoch(time.Now()), wait)
 	return wait
 }
 
@@ -274,7 +274,7 @@ func (h *Handler) shareFailure(r *http.Request, v *visit) time.Duration {
 // WWW-Authenticate, as for a site, so each gets a copy of the request with
 // Proxy-Authorization as Authorization, and its challenges become Proxy-Authenticate. broken
 // reports whether a provider returned an error.
-func (h *Handler) askProviders(w http.ResponseWriter, r *http.Request, v *visit) (known, broken bool) {
+func (h *Handler) askProviders(w http.ResponseWriter, r *http.Request, v *transaction) (known, broken bool) {
 	siteRequest := *r
 	siteRequest.Header = r.Header.Clone()
 	delete(siteRequest.Header, "Authorization")
@@ -292,7 +292,7 @@ func (h *Handler) askProviders(w http.ResponseWriter, r *http.Request, v *visit)
 			continue
 		}
 		if ok {
-			v.loggedIn(user)
+			v.setUser(user)
 			return true, broken
 		}
 	}
@@ -304,9 +304,9 @@ func (h *Handler) askProviders(w http.ResponseWriter, r *http.Request, v *visit)
 	return false, broken
 }
 
-// loggedIn records the user of v, and sets the placeholders that Caddy's own authentication
+// setUser records the user of v, and sets the placeholders that Caddy's own authentication
 // handler sets.
-func (v *visit) loggedIn(user caddyauth.User) {
+func (v *transaction) setUser(user caddyauth.User) {
 	v.user = user.ID
 	if repl, _ := v.r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer); repl != nil {
 		repl.Set("http.auth.user.id", user.ID)

@@ -563,7 +563,7 @@ func TestBinaryExit(t *testing.T) {
 	}{
 		{"SIGTERM", "", func(c *binaryCaddy) { _ = c.cmd.Process.Signal(syscall.SIGTERM) }, 0, 4 * time.Second},
 		{"SIGTERM with a grace period", "grace_period 2s",
-			func(c *binaryCaddy) { _ = c.cmd.Process.Signal(syscall.SIGTERM) }, 2*time.Second - lastCall, 4500 * time.Millisecond},
+			func(c *binaryCaddy) { _ = c.cmd.Process.Signal(syscall.SIGTERM) }, 2*time.Second - graceMargin, 4500 * time.Millisecond},
 		{"stop", "", func(c *binaryCaddy) { c.ask(http.MethodPost, "/stop", "") }, 0, 4 * time.Second},
 	} {
 		t.Run(row.name, func(t *testing.T) {

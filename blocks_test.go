@@ -59,7 +59,7 @@ func TestFloodsOfBlockedAndUncountedClients(t *testing.T) {
 			} else if !blockClient(netip.MustParseAddr("127.0.0.1"), time.Hour) {
 				t.Fatal("the client is not blocked")
 			}
-			start, entries, before := time.Now(), recent.n.Load(), gathered(t)
+			start, entries, before := time.Now(), recentRefusals.n.Load(), gathered(t)
 			client := w.client()
 			for range flood {
 				res, err := client.Get(w.origin.URL)
@@ -85,7 +85,7 @@ func TestFloodsOfBlockedAndUncountedClients(t *testing.T) {
 			if len(lines) > most || covered > flood {
 				t.Errorf("%d lines cover %v refusals, want at most %d lines for %d", len(lines), covered, most, flood)
 			}
-			if n := recent.n.Load() - entries; n != uint64(len(lines)) {
+			if n := recentRefusals.n.Load() - entries; n != uint64(len(lines)) {
 				t.Errorf("%d of the last refusals are from the flood, want one per line: %d", n, len(lines))
 			}
 			grown := since(t, before)
@@ -257,7 +257,7 @@ func TestLastRefusals(t *testing.T) {
 // first returns the same elements as a full sort.
 func TestFirst(t *testing.T) {
 	for range 500 {
-		f := first[int]{n: 1 + rand.IntN(20), ascending: rand.IntN(2) == 0}
+		f := topN[int]{n: 1 + rand.IntN(20), ascending: rand.IntN(2) == 0}
 		var keys []float64
 		for i := range rand.IntN(200) {
 			key := float64(rand.IntN(50))

@@ -126,7 +126,7 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 			return err
 		}
 		if !d.NextArg() {
-			return p.mistake("missing value")
+			return p.expectedErr("missing value")
 		}
 		if !o.set(h, d.Val()) {
 			return p.invalid(d.Val())
@@ -142,10 +142,10 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 
 // option describes how to parse one option.
 type option struct {
-	expected string                                     // the valid values, as error messages name them
-	many     bool                                       // it may be repeated, with any number of values
-	set      func(h *Handler, value string) bool        // stores one value; false if it is not valid
-	read     func(p *caddyfileParser, h *Handler) error // replaces set: parses everything after the name
+	expected   string                                     // the valid values, as error messages name them
+	repeatable bool                                       // it may be repeated, with any number of values
+	set        func(h *Handler, value string) bool        // stores one value; false if it is not valid
+	parse      func(p *caddyfileParser, h *Handler) error // replaces set: parses everything after the name
 }
 
 const (
@@ -164,85 +164,85 @@ const (
 
 // options maps the name of each option of the directive to its description.
 var options = map[string]option{
-	"burst": number("a whole number of tokens from 1 to 1000000000", func(h *Handler) *int64 { return &h.Burst }, minBurst, maxBurst),
+	"burst": numberOption("a whole number of tokens from 1 to 1000000000", func(h *Handler) *int64 { return &h.Burst }, minBurst, maxBurst),
 	"refill": {expected: "tokens per second from 0.00001 to 1000000", set: func(h *Handler, s string) bool {
 		var err error
 		h.Refill, err = strconv.ParseFloat(s, 64)
 		return err == nil && h.Refill >= minRefill && h.Refill <= maxRefill
 	}},
-	"ipv4_prefix": number("a number of bits from 1 to 32", func(h *Handler) *int { return &h.IPv4Prefix }, 1, 32),
-	"ipv6_prefix": number("a number of bits from 1 to 128", func(h *Handler) *int { return &h.IPv6Prefix }, 1, 128),
-	"max_clients": number("a whole number of clients from 2 to 1000000000", func(h *Handler) *int { return &h.MaxClients }, minClients, maxCount),
-	"zone":        word("a name in printable ASCII without spaces, quotes and backslashes", func(h *Handler) *string { return &h.Zone }, validZone),
-	"exempt":      list(expectedRanges, func(h *Handler) *[]string { return &h.Exempt }, checkRange),
+	"ipv4_prefix": numberOption("a number of bits from 1 to 32", func(h *Handler) *int { return &h.IPv4Prefix }, 1, 32),
+	"ipv6_prefix": numberOption("a number of bits from 1 to 128", func(h *Handler) *int { return &h.IPv6Prefix }, 1, 128),
+	"max_clients": numberOption("a whole number of clients from 2 to 1000000000", func(h *Handler) *int { return &h.MaxClients }, minClients, maxCount),
+	"zone":        wordOption("a name in printable ASCII without spaces, quotes and backslashes", func(h *Handler) *string { return &h.Zone }, validZone),
+	"exempt":      listOption(expectedRanges, func(h *Handler) *[]string { return &h.Exempt }, checkRange),
 	"limiter": {
 		expected: "a limiter that this Caddy is built with; for redis, build it with --with github.com/asyncproxy/caddy-async-proxy/redis",
-		read:     (*caddyfileParser).limiter,
+		parse:    (*caddyfileParser).limiter,
 	},
-	"limit_by": word("client_ip or user", func(h *Handler) *string { return &h.LimitBy }, oneOf("client_ip", "user")),
+	"limit_by": wordOption("client_ip or user", func(h *Handler) *string { return &h.LimitBy }, oneOf("client_ip", "user")),
 
-	"clients":    list("all, or "+expectedRanges, func(h *Handler) *[]string { return &h.Clients }, checkClients),
-	"basic_auth": {expected: "[bcrypt|argon2id [<realm>]] and a block of `<user> <hash>` lines", read: (*caddyfileParser).basicAuth},
+	"clients":    listOption("all, or "+expectedRanges, func(h *Handler) *[]string { return &h.Clients }, checkClients),
+	"basic_auth": {expected: "[bcrypt|argon2id [<realm>]] and a block of `<user> <hash>` lines", parse: (*caddyfileParser).basicAuth},
 
-	"failed_logins": {expected: "<n> per <duration>, such as 10 per 1m, or off", read: (*caddyfileParser).failedLogins},
+	"failed_logins": {expected: "<n> per <duration>, such as 10 per 1m, or off", parse: (*caddyfileParser).failedLogins},
 
-	"allow":      {expected: expectedDestinations, many: true, read: (*caddyfileParser).rule},
-	"deny":       {expected: expectedDestinations, many: true, read: (*caddyfileParser).rule},
-	"allow_file": {expected: expectedFiles, many: true, read: (*caddyfileParser).ruleFiles},
-	"deny_file":  {expected: expectedFiles, many: true, read: (*caddyfileParser).ruleFiles},
-	"allow_from": {expected: expectedSource, many: true, read: (*caddyfileParser).ruleSource},
-	"deny_from":  {expected: expectedSource, many: true, read: (*caddyfileParser).ruleSource},
+	"allow":      {expected: expectedDestinations, repeatable: true, parse: (*caddyfileParser).rule},
+	"deny":       {expected: expectedDestinations, repeatable: true, parse: (*caddyfileParser).rule},
+	"allow_file": {expected: expectedFiles, repeatable: true, parse: (*caddyfileParser).ruleFiles},
+	"deny_file":  {expected: expectedFiles, repeatable: true, parse: (*caddyfileParser).ruleFiles},
+	"allow_from": {expected: expectedSource, repeatable: true, parse: (*caddyfileParser).ruleSource},
+	"deny_from":  {expected: expectedSource, repeatable: true, parse: (*caddyfileParser).ruleSource},
 
-	"ports":         list(expectedPorts, func(h *Handler) *[]string { return &h.Ports }, checkPorts),
-	"connect_ports": list(expectedPorts, func(h *Handler) *[]string { return &h.ConnectPorts }, checkPorts),
+	"ports":         listOption(expectedPorts, func(h *Handler) *[]string { return &h.Ports }, checkPorts),
+	"connect_ports": listOption(expectedPorts, func(h *Handler) *[]string { return &h.ConnectPorts }, checkPorts),
 
-	"report_only": {expected: "rules, limits or both", many: true, set: func(h *Handler, s string) bool {
+	"report_only": {expected: "rules, limits or both", repeatable: true, set: func(h *Handler, s string) bool {
 		h.ReportOnly = append(h.ReportOnly, s)
 		return s == "rules" || s == "limits"
 	}},
 
-	"resolvers": list("IP addresses of DNS servers, such as 192.0.2.53", func(h *Handler) *[]string { return &h.Resolvers },
+	"resolvers": listOption("IP addresses of DNS servers, such as 192.0.2.53", func(h *Handler) *[]string { return &h.Resolvers },
 		func(s string) error { _, err := newResolver([]string{s}); return err }),
-	"upstream": {expected: "http|https|socks5://[<user>[:<password>]@]<host>[:<port>]", read: (*caddyfileParser).upstream},
-	"no_upstream": list("destinations without ports: addresses, CIDR ranges, names, *.names, public or private", func(h *Handler) *[]string { return &h.NoUpstream },
+	"upstream": {expected: "http|https|socks5://[<user>[:<password>]@]<host>[:<port>]", parse: (*caddyfileParser).upstream},
+	"no_upstream": listOption("destinations without ports: addresses, CIDR ranges, names, *.names, public or private", func(h *Handler) *[]string { return &h.NoUpstream },
 		func(s string) error { _, err := newDirectSet([]string{s}); return err }),
-	"dial_timeout":            duration("a positive duration such as 10s", func(h *Handler) *caddy.Duration { return &h.DialTimeout }),
-	"response_header_timeout": durationOrOff("a positive duration such as 5m, or off", func(h *Handler) *caddy.Duration { return &h.ResponseHeaderTimeout }),
-	"response_idle_timeout":   durationOrOff("a positive duration such as 5m, or off", func(h *Handler) *caddy.Duration { return &h.ResponseIdleTimeout }),
+	"dial_timeout":            durationOption("a positive duration such as 10s", func(h *Handler) *caddy.Duration { return &h.DialTimeout }),
+	"response_header_timeout": durationOrOffOption("a positive duration such as 5m, or off", func(h *Handler) *caddy.Duration { return &h.ResponseHeaderTimeout }),
+	"response_idle_timeout":   durationOrOffOption("a positive duration such as 5m, or off", func(h *Handler) *caddy.Duration { return &h.ResponseIdleTimeout }),
 
-	"max_tunnels":          {expected: "<n> [per_client <n>], each from 1 to 1000000000", read: (*caddyfileParser).maxTunnels},
-	"tunnel_idle_timeout":  durationOrOff("a positive duration such as 1h, or off", func(h *Handler) *caddy.Duration { return &h.TunnelIdleTimeout }),
-	"tunnel_stall_timeout": durationOrOff("a positive duration such as 1m, or off", func(h *Handler) *caddy.Duration { return &h.TunnelStallTimeout }),
-	"tunnel_max_duration":  duration("a positive duration such as 24h", func(h *Handler) *caddy.Duration { return &h.TunnelMaxDuration }),
+	"max_tunnels":          {expected: "<n> [per_client <n>], each from 1 to 1000000000", parse: (*caddyfileParser).maxTunnels},
+	"tunnel_idle_timeout":  durationOrOffOption("a positive duration such as 1h, or off", func(h *Handler) *caddy.Duration { return &h.TunnelIdleTimeout }),
+	"tunnel_stall_timeout": durationOrOffOption("a positive duration such as 1m, or off", func(h *Handler) *caddy.Duration { return &h.TunnelStallTimeout }),
+	"tunnel_max_duration":  durationOption("a positive duration such as 24h", func(h *Handler) *caddy.Duration { return &h.TunnelMaxDuration }),
 	"stream_close_delay": {expected: "a duration such as 5m, or 0 for immediately", set: func(h *Handler, s string) (ok bool) {
 		h.StreamCloseDelay = new(caddy.Duration)
 		*h.StreamCloseDelay, ok = parseDuration(s, 0)
 		return ok
 	}},
-	"recheck_tunnels": {expected: "no value", read: func(p *caddyfileParser, h *Handler) error {
+	"recheck_tunnels": {expected: "no value", parse: func(p *caddyfileParser, h *Handler) error {
 		h.RecheckTunnels = true
 		_, err := p.values(0, 0)
 		return err
 	}},
 
-	"hosts":         list("names of this server, without ports", func(h *Handler) *[]string { return &h.Hosts }, checkHost),
-	"via":           word("a pseudonym that starts with a letter, or off", func(h *Handler) *string { return &h.Via }, validPseudonym),
-	"forwarded_for": word("auto or off", func(h *Handler) *string { return &h.ForwardedFor }, oneOf("auto", "off")),
-	"header_up":     {expected: expectedHeader, many: true, read: (*caddyfileParser).headerUp},
-	"header_down":   {expected: expectedHeader, many: true, read: (*caddyfileParser).headerDown},
-	"serve_pac":     {expected: "a path that begins with /, or no value", read: (*caddyfileParser).servePAC},
+	"hosts":         listOption("names of this server, without ports", func(h *Handler) *[]string { return &h.Hosts }, checkHost),
+	"via":           wordOption("a pseudonym that starts with a letter, or off", func(h *Handler) *string { return &h.Via }, validPseudonym),
+	"forwarded_for": wordOption("auto or off", func(h *Handler) *string { return &h.ForwardedFor }, oneOf("auto", "off")),
+	"header_up":     {expected: expectedHeader, repeatable: true, parse: (*caddyfileParser).headerUp},
+	"header_down":   {expected: expectedHeader, repeatable: true, parse: (*caddyfileParser).headerDown},
+	"serve_pac":     {expected: "a path that begins with /, or no value", parse: (*caddyfileParser).servePAC},
 }
 
-// number returns an option for a whole number in a range.
-func number[T int | int64](expected string, field func(*Handler) *T, low, high T) option {
+// numberOption returns an option for a whole number in a range.
+func numberOption[T int | int64](expected string, field func(*Handler) *T, low, high T) option {
 	return option{expected: expected, set: func(h *Handler, s string) (ok bool) {
 		*field(h), ok = parseInt(s, low, high)
 		return ok
 	}}
 }
 
-// word returns an option for one value, stored verbatim.
-func word(expected string, field func(*Handler) *string, valid func(string) bool) option {
+// wordOption returns an option for one value, stored verbatim.
+func wordOption(expected string, field func(*Handler) *string, valid func(string) bool) option {
 	return option{expected: expected, set: func(h *Handler, s string) bool {
 		*field(h) = s
 		return valid(s)
@@ -253,24 +253,24 @@ func oneOf(words ...string) func(string) bool {
 	return func(s string) bool { return slices.Contains(words, s) }
 }
 
-// list returns an option for any number of values.
-func list(expected string, field func(*Handler) *[]string, check func(string) error) option {
-	return option{expected: expected, many: true, set: func(h *Handler, s string) bool {
+// listOption returns an option for any number of values.
+func listOption(expected string, field func(*Handler) *[]string, check func(string) error) option {
+	return option{expected: expected, repeatable: true, set: func(h *Handler, s string) bool {
 		*field(h) = append(*field(h), s)
 		return check(s) == nil
 	}}
 }
 
-// duration returns an option for a positive duration.
-func duration(expected string, field func(*Handler) *caddy.Duration) option {
+// durationOption returns an option for a positive duration.
+func durationOption(expected string, field func(*Handler) *caddy.Duration) option {
 	return option{expected: expected, set: func(h *Handler, s string) (ok bool) {
 		*field(h), ok = parseDuration(s, 1)
 		return ok
 	}}
 }
 
-// durationOrOff returns an option for a positive duration or off.
-func durationOrOff(expected string, field func(*Handler) *caddy.Duration) option {
+// durationOrOffOption returns an option for a positive duration or off.
+func durationOrOffOption(expected string, field func(*Handler) *caddy.Duration) option {
 	return option{expected: expected, set: func(h *Handler, s string) (ok bool) {
 		if *field(h) = -1; s == "off" {
 			return true
@@ -289,8 +289,8 @@ type caddyfileParser struct {
 	name, expected string                         // of the option being parsed
 }
 
-// mistake returns an error about the option being parsed.
-func (p *caddyfileParser) mistake(format string, args ...any) error {
+// expectedErr returns an error about the option being parsed.
+func (p *caddyfileParser) expectedErr(format string, args ...any) error {
 	return p.Errf("%s: %s; expected %s", p.name, fmt.Sprintf(format, args...), p.expected)
 }
 
@@ -315,7 +315,7 @@ func (p *caddyfileParser) begin(name string) (option, error) {
 		return o, p.unknown(name)
 	}
 	p.name, p.expected = name, o.expected
-	if first, twice := p.seen[name]; twice && !o.many {
+	if first, twice := p.seen[name]; twice && !o.repeatable {
 		return o, p.Errf("%s: the option is already set at %s:%d; expected it once", name, first.File(), first.Line())
 	}
 	p.seen[name] = *p.Dispenser
@@ -328,8 +328,8 @@ func (p *caddyfileParser) option(h *Handler, name string) error {
 	if err != nil {
 		return err
 	}
-	if o.read != nil {
-		err = o.read(p, h)
+	if o.parse != nil {
+		err = o.parse(p, h)
 	} else {
 		err = p.set(h, o)
 	}
@@ -345,7 +345,7 @@ func (p *caddyfileParser) option(h *Handler, name string) error {
 
 func (p *caddyfileParser) set(h *Handler, o option) error {
 	most := 1
-	if o.many {
+	if o.repeatable {
 		most = math.MaxInt
 	}
 	args, err := p.values(1, most)
@@ -363,9 +363,9 @@ func (p *caddyfileParser) values(least, most int) ([]string, error) {
 	args := p.RemainingArgs()
 	switch {
 	case len(args) < least:
-		return nil, p.mistake("missing value")
+		return nil, p.expectedErr("missing value")
 	case len(args) > most:
-		return nil, p.mistake("unexpected value '%s'", args[most])
+		return nil, p.expectedErr("unexpected value '%s'", args[most])
 	}
 	return args, nil
 }
@@ -373,16 +373,16 @@ func (p *caddyfileParser) values(least, most int) ([]string, error) {
 // unknown returns the error for an unknown option, and suggests the most similar name.
 func (p *caddyfileParser) unknown(name string) error {
 	all := slices.Sorted(maps.Keys(options))
-	nearest := slices.MinFunc(all, func(a, b string) int { return edits(name, a) - edits(name, b) })
-	if edits(name, nearest) <= 2 {
+	nearest := slices.MinFunc(all, func(a, b string) int { return editDistance(name, a) - editDistance(name, b) })
+	if editDistance(name, nearest) <= 2 {
 		return p.Errf("unrecognized option '%s'; did you mean %s?", name, nearest)
 	}
 	return p.Errf("unrecognized option '%s'; expected one of %s", name, strings.Join(all, ", "))
 }
 
-// edits returns the Levenshtein distance of a and b: how many bytes must be inserted,
+// editDistance returns the Levenshtein distance of a and b: how many bytes must be inserted,
 // deleted or replaced to turn a into b.
-func edits(a, b string) int {
+func editDistance(a, b string) int {
 	row := make([]int, len(b)+1)
 	for j := range row {
 		row[j] = j

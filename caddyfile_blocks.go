@@ -50,7 +50,7 @@ func (p *caddyfileParser) ruleFiles(h *Handler) error {
 		// A config may be adapted by another user than the one that runs Caddy, who
 		// may lack permission to read the file.
 		if err := readList(file, checkListed); err != nil && !errors.Is(err, fs.ErrPermission) {
-			return p.mistake("%v", err)
+			return p.expectedErr("%v", err)
 		}
 	}
 	action, _, _ := strings.Cut(p.name, "_")
@@ -122,11 +122,11 @@ func (p *caddyfileParser) ruleSource(h *Handler) error {
 	}
 	source, ok := module.(caddyhttp.IPRangeSource)
 	if !ok {
-		return p.mistake("the module '%s' is not a source of CIDR ranges", stem)
+		return p.expectedErr("the module '%s' is not a source of CIDR ranges", stem)
 	}
 	if static, ok := module.(*caddyhttp.StaticIPRange); ok {
 		if len(static.Ranges) == 0 {
-			return p.mistake("static has no ranges")
+			return p.expectedErr("static has no ranges")
 		}
 		for _, r := range static.Ranges {
 			if _, err := parsePrefix(r); err != nil {
@@ -142,11 +142,11 @@ func (p *caddyfileParser) ruleSource(h *Handler) error {
 // module parses the name of a module in a namespace, and the module's own tokens.
 func (p *caddyfileParser) module(namespace string) (stem string, module caddyfile.Unmarshaler, err error) {
 	if !p.NextArg() {
-		return "", nil, p.mistake("missing value")
+		return "", nil, p.expectedErr("missing value")
 	}
 	stem = p.Val()
 	if _, err := caddy.GetModule(namespace + "." + stem); err != nil {
-		return "", nil, p.mistake("this build has no module %s.%s", namespace, stem)
+		return "", nil, p.expectedErr("this build has no module %s.%s", namespace, stem)
 	}
 	module, err = caddyfile.UnmarshalModule(p.Dispenser, namespace+"."+stem)
 	return stem, module, err
@@ -176,9 +176,9 @@ func (p *caddyfileParser) maxTunnels(h *Handler) error {
 	case len(args) == 1:
 		return nil
 	case args[1] != "per_client":
-		return p.mistake("unexpected value '%s'", args[1])
+		return p.expectedErr("unexpected value '%s'", args[1])
 	case len(args) == 2:
-		return p.mistake("missing value after per_client")
+		return p.expectedErr("missing value after per_client")
 	}
 	if h.MaxTunnelsPerClient, ok = parseInt(args[2], 1, maxCount); !ok {
 		return p.invalid(args[2])
@@ -259,7 +259,7 @@ func (p *caddyfileParser) headerOp(ops *headers.HeaderOps) error {
 		err = errors.Join(checkFieldNames(scratch), scratch.Provision(caddy.Context{}))
 	}
 	if err != nil {
-		return p.mistake("the values '%s' are not valid: %v", strings.Join(args, " "), err)
+		return p.expectedErr("the values '%s' are not valid: %v", strings.Join(args, " "), err)
 	}
 	return headers.CaddyfileHeaderOp(ops, args[0], value, replacement)
 }
@@ -279,7 +279,7 @@ func (p *caddyfileParser) basicAuth(h *Handler) error {
 		realm = args[1]
 	}
 	if _, err := caddy.GetModule("http.authentication.hashes." + algorithm); err != nil {
-		return p.mistake("unknown algorithm '%s'", algorithm)
+		return p.expectedErr("unknown algorithm '%s'", algorithm)
 	}
 	auth := caddyauth.HTTPBasicAuth{
 		HashRaw:   json.RawMessage(`{"algorithm":"` + algorithm + `"}`),
@@ -303,7 +303,7 @@ func (p *caddyfileParser) basicAuth(h *Handler) error {
 		auth.AccountList = append(auth.AccountList, account)
 	}
 	if len(auth.AccountList) == 0 {
-		return p.mistake("there are no users")
+		return p.expectedErr("there are no users")
 	}
 	h.AuthRaw = caddy.ModuleMap{"http_basic": caddyconfig.JSON(auth, nil)}
 	return nil
@@ -320,7 +320,7 @@ func (p *caddyfileParser) failedLogins(h *Handler) error {
 		return nil
 	}
 	if len(args) < 3 {
-		return p.mistake("the value '%s' is incomplete", strings.Join(args, " "))
+		return p.expectedErr("the value '%s' is incomplete", strings.Join(args, " "))
 	}
 	var ok, ok2 bool
 	h.FailedLogins, ok = parseInt(args[0], 1, maxFailedLogins)
@@ -354,10 +354,10 @@ func (p *caddyfileParser) upstream(h *Handler) error {
 	args := p.RemainingArgs()
 	switch len(args) {
 	case 0:
-		return p.mistake("missing value")
+		return p.expectedErr("missing value")
 	case 1:
 	default:
-		return p.mistake("more than one value")
+		return p.expectedErr("more than one value")
 	}
 	scheme, credentials, _, err := splitUpstream(args[0])
 	if err == nil && !strings.Contains(credentials, "{") {
@@ -391,7 +391,7 @@ func (p *caddyfileParser) upstreamOption(u *Upstream, scheme string) error {
 		p.expected = "a field and a value, in quotes if it has spaces, for http:// and https:// only"
 		args := p.RemainingArgs()
 		if len(args) != 2 || scheme == "socks5" || !httpguts.ValidHeaderFieldName(args[0]) || !httpguts.ValidHeaderFieldValue(args[1]) {
-			return p.mistake("the values are not valid") // they may be secret
+			return p.expectedErr("the values are not valid") // they may be secret
 		}
 		if u.Headers == nil {
 			u.Headers = make(map[string]string)
@@ -417,7 +417,7 @@ func (p *caddyfileParser) upstreamOption(u *Upstream, scheme string) error {
 		}
 		pool, ok := module.(caddytls.CA)
 		if !ok {
-			return p.mistake("the module '%s' is not a source of certificates", stem)
+			return p.expectedErr("the module '%s' is not a source of certificates", stem)
 		}
 		u.TLS.CARaw = caddyconfig.JSONModuleObject(pool, "provider", stem, nil)
 	default:

@@ -14,21 +14,21 @@ import (
 type cause string
 
 const (
-	causeRateLimited      cause = "rate_limited"        // no token left
-	causeBlocked          cause = "blocked"             // an operator has blocked the client
-	causeUncounted        cause = "limiter_unavailable" // the shared limiter is unavailable
-	causeRule             cause = "rule"                // a deny rule matches the destination
-	causeDefault          cause = "default"             // the destination is closed by default
-	causePort             cause = "port"                // the destination's port is closed
-	causeClient           cause = "client"              // the client is not in the option clients
-	causeAuthRequired     cause = "auth_required"       // a challenge: there were no credentials
-	causeAuthFailed       cause = "auth_failed"         // the credentials were wrong
-	causeFailedLogins     cause = "failed_logins"       // too many logins of the client failed: this one was not checked, or too late
-	causeLoginsBusy       cause = "logins_busy"         // too many passwords are waiting to be checked
-	causeTunnels          cause = "max_tunnels"         // all tunnels are in use
-	causeTunnelsPerClient cause = "tunnels_per_client"  // the client has all of its tunnels in use
-	causeLoop             cause = "loop"                // the request has passed this proxy before
-	causeParent           cause = "parent"              // the parent proxy refused
+	causeRateLimited        cause = "rate_limited"        // no token left
+	causeBlocked            cause = "blocked"             // an operator has blocked the client
+	causeLimiterUnavailable cause = "limiter_unavailable" // the shared limiter is unavailable
+	causeRule               cause = "rule"                // a deny rule matches the destination
+	causeDefault            cause = "default"             // the destination is closed by default
+	causePort               cause = "port"                // the destination's port is closed
+	causeClient             cause = "client"              // the client is not in the option clients
+	causeAuthRequired       cause = "auth_required"       // a challenge: there were no credentials
+	causeAuthFailed         cause = "auth_failed"         // the credentials were wrong
+	causeFailedLogins       cause = "failed_logins"       // too many logins of the client failed: this one was not checked, or too late
+	causeLoginsBusy         cause = "logins_busy"         // too many passwords are waiting to be checked
+	causeTunnels            cause = "max_tunnels"         // all tunnels are in use
+	causeTunnelsPerClient   cause = "tunnels_per_client"  // the client has all of its tunnels in use
+	causeLoop               cause = "loop"                // the request has passed this proxy before
+	causeParent             cause = "parent"              // the parent proxy refused
 )
 
 // causes maps each cause to its response: the status, the RFC 9209 error type and the
@@ -38,27 +38,27 @@ var causes = map[cause]struct {
 	kind   string
 	text   string // a format; "" where the sentence depends on more than the cause
 }{
-	causeRateLimited:      {http.StatusTooManyRequests, deniedRequest, "Too many requests from your address; try again in %d s."},
-	causeBlocked:          {http.StatusTooManyRequests, deniedRequest, "The operator of this proxy has blocked %s; try again in %d s."},
-	causeUncounted:        {http.StatusServiceUnavailable, "proxy_internal_error", "The rate limiter is unavailable; try again shortly."},
-	causeRule:             {http.StatusForbidden, deniedRequest, ""},
-	causeDefault:          {http.StatusForbidden, deniedAddress, ""},
-	causePort:             {http.StatusForbidden, deniedRequest, ""},
-	causeClient:           {http.StatusForbidden, deniedRequest, "Your address, %s, may not use this proxy."},
-	causeAuthRequired:     {http.StatusProxyAuthRequired, deniedRequest, "This proxy requires a user name and password."},
-	causeAuthFailed:       {http.StatusProxyAuthRequired, deniedRequest, "The user name or password is wrong."},
-	causeFailedLogins:     {http.StatusTooManyRequests, deniedRequest, "Too many failed logins from your address; try again in %d s."},
-	causeLoginsBusy:       {http.StatusServiceUnavailable, "proxy_internal_error", "The proxy is busy with other logins; try again in %d s."},
-	causeTunnels:          {http.StatusServiceUnavailable, "connection_limit_reached", "This proxy has reached its limit of open tunnels; try again later."},
-	causeTunnelsPerClient: {http.StatusTooManyRequests, "connection_limit_reached", "Your address has reached its limit of open tunnels; close one first."},
-	causeLoop:             {http.StatusLoopDetected, "proxy_loop_detected", "Proxy loop: this request has already passed through %s."},
-	causeParent:           {http.StatusForbidden, deniedRequest, ""},
+	causeRateLimited:        {http.StatusTooManyRequests, deniedRequest, "Too many requests from your address; try again in %d s."},
+	causeBlocked:            {http.StatusTooManyRequests, deniedRequest, "The operator of this proxy has blocked %s; try again in %d s."},
+	causeLimiterUnavailable: {http.StatusServiceUnavailable, "proxy_internal_error", "The rate limiter is unavailable; try again shortly."},
+	causeRule:               {http.StatusForbidden, deniedRequest, ""},
+	causeDefault:            {http.StatusForbidden, deniedAddress, ""},
+	causePort:               {http.StatusForbidden, deniedRequest, ""},
+	causeClient:             {http.StatusForbidden, deniedRequest, "Your address, %s, may not use this proxy."},
+	causeAuthRequired:       {http.StatusProxyAuthRequired, deniedRequest, "This proxy requires a user name and password."},
+	causeAuthFailed:         {http.StatusProxyAuthRequired, deniedRequest, "The user name or password is wrong."},
+	causeFailedLogins:       {http.StatusTooManyRequests, deniedRequest, "Too many failed logins from your address; try again in %d s."},
+	causeLoginsBusy:         {http.StatusServiceUnavailable, "proxy_internal_error", "The proxy is busy with other logins; try again in %d s."},
+	causeTunnels:            {http.StatusServiceUnavailable, "connection_limit_reached", "This proxy has reached its limit of open tunnels; try again later."},
+	causeTunnelsPerClient:   {http.StatusTooManyRequests, "connection_limit_reached", "Your address has reached its limit of open tunnels; close one first."},
+	causeLoop:               {http.StatusLoopDetected, "proxy_loop_detected", "Proxy loop: this request has already passed through %s."},
+	causeParent:             {http.StatusForbidden, deniedRequest, ""},
 }
 
 // refusal returns the refusal for a cause, with its sentence formatted with args.
 func (c cause) refusal(err error, args ...any) *refusal {
 	row := causes[c]
-	f := refuse(row.status, row.kind, err, row.text, args...)
+	f := newRefusal(row.status, row.kind, err, row.text, args...)
 	f.cause = c
 	return f
 }

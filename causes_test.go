@@ -123,7 +123,7 @@ func (row causeRow) check(t *testing.T, w *world, way string) {
 	if now := takeStats(time.Now()).Causes; row.cause != "" && now[row.cause] != causes[row.cause]+1 {
 		t.Errorf("the stats' causes are %v, and were %v", now, causes)
 	}
-	if last := recent.list(); row.cause == "auth_required" {
+	if last := recentRefusals.list(); row.cause == "auth_required" {
 		if len(last) > 0 && last[0].Cause == row.cause {
 			t.Errorf("a challenge is among the refusals: %v", last[0])
 		}
@@ -232,7 +232,7 @@ func TestCausesTable(t *testing.T) {
 			continue
 		}
 		f := c.refusal(nil, make([]any, strings.Count(row.text, "%"))...)
-		if causeOf(f) != c || f.status != row.status || f.kind != row.kind {
+		if causeOf(f) != c || f.status != row.status || f.errorType != row.kind {
 			t.Errorf("%s: %+v", c, f)
 		}
 	}

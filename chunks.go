@@ -19,10 +19,10 @@ const errChunkLine = protocolError("a chunk does not begin with a valid size lin
 // chunkReader reads chunked content (RFC 9112 §7.1) up to the trailers, which it does not
 // read. Unlike net/http's, it never blocks when it has content to return.
 type chunkReader struct {
-	r     *bufio.Reader
-	left  int64 // bytes left in the current chunk
-	open  bool  // the line end after the last chunk has not been read yet
-	ended bool
+	r            *bufio.Reader
+	remaining    int64 // bytes left in the current chunk
+	needsLineEnd bool  // the line end after the last chunk has not been read yet
+	ended        bool
 }
 
 // Read implements io.Reader. It returns io.EOF only without content.
@@ -30,9 +30,9 @@ func (c *chunkReader) Read(p []byte) (n int, err error) {
 	if c.ended {
 		return 0, io.EOF
 	}
-	for n < len(p) && (n == 0 || c.more()) {
-		if c.left == 0 {
-			if err = c.begin(); err == nil && c.left == 0 {
+	for n < len(p) && (n == 0 || c.ready()) {
+		if c.remaining == 0 {
+			if err = c.nextChunk(); err == nil && c.remaining == 0 {
 				c.ended = true
 			}
 			if c.ended || err != nil {
@@ -40,10 +40,10 @@ func (c *chunkReader) Read(p []byte) (n int, err error) {
 			}
 		}
 		var m int
-		m, err = c.r.Read(p[n:][:min(int64(len(p)-n), c.left)])
+		m, err = c.r.Read(p[n:][:min(int64(len(p)-n), c.remaining)])
 		n += m
-		if c.left -= int64(m); c.left == 0 {
-			c.open = true
+		if c.remaining -= int64(m); c.remaining == 0 {
+			c.needsLineEnd = true
 		}
 		if err != nil {
 			break
@@ -58,10 +58,10 @@ func (c *chunkReader) Read(p []byte) (n int, err error) {
 	return n, err
 }
 
-// begin reads up to the content of the next chunk: the line end of the previous one and
+// nextChunk reads up to the content of the next chunk: the line end of the previous one and
 // the size line.
-func (c *chunkReader) begin() error {
-	if c.open {
+func (c *chunkReader) nextChunk() error {
+	if c.needsLineEnd {
 		end, err := c.r.Peek(2)
 		if err != nil {
 			return err
@@ -70,7 +70,7 @@ func (c *chunkReader) begin() error {
 			return protocolError("a chunk is longer than its size")
 		}
 		_, _ = c.r.Discard(2) // cannot fail: they are buffered
-		c.open = false
+		c.needsLineEnd = false
 	}
 	line, err := c.r.ReadSlice('\n')
 	if len(line) > maxChunkLine || err == bufio.ErrBufferFull {
@@ -80,7 +80,7 @@ func (c *chunkReader) begin() error {
 		return err
 	}
 	size, err := parseChunkLine(line)
-	c.left = size
+	c.remaining = size
 	return err
 }
 
@@ -125,13 +125,13 @@ func parseChunkLine(line []byte) (int64, error) {
 	return int64(n), nil
 }
 
-// more reports whether the next read returns without blocking.
-func (c *chunkReader) more() bool {
+// ready reports whether the next read returns without blocking.
+func (c *chunkReader) ready() bool {
 	input, _ := c.r.Peek(c.r.Buffered())
-	if c.left > 0 || c.ended {
+	if c.remaining > 0 || c.ended {
 		return len(input) > 0 || c.ended
 	}
-	if c.open {
+	if c.needsLineEnd {
 		if len(input) < 2 {
 			return false
 		}

@@ -31,8 +31,8 @@ func TestChunksDoNotWait(t *testing.T) {
 			}
 			got = append(got, p[:n]...)
 		}
-		if string(got) != "one" || chunks.more() {
-			t.Errorf("%q: got %q, and there is more: %v", input, got, chunks.more())
+		if string(got) != "one" || chunks.ready() {
+			t.Errorf("%q: got %q, and there is more: %v", input, got, chunks.ready())
 		}
 	}
 }
@@ -66,7 +66,7 @@ func FuzzChunks(f *testing.F) {
 		for err == nil {
 			var n int
 			p := make([]byte, int(size)+1)
-			more := chunks.more()
+			more := chunks.ready()
 			before := ours.Buffered()
 			n, err = chunks.Read(p)
 			got = append(got, p[:n]...)

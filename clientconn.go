@@ -31,25 +31,25 @@ import (
 // not notice.
 type clientConn struct {
 	*net.TCPConn
-	early    []byte // bytes that were read before the clientConn was created
+	prefix   []byte // bytes that were read before the clientConn was created
 	listener *clientListener
 	remote   string
 
-	r    *bufio.Reader
-	w    responseWriter
-	out  http.ResponseWriter // w, or w wrapped in Caddy's write-idle timeout
-	ctx  context.Context     // canceled when the connection ends
-	gone context.CancelFunc
-	due  time.Time // current read deadline
+	r            *bufio.Reader
+	w            responseWriter
+	out          http.ResponseWriter // w, or w wrapped in Caddy's write-idle timeout
+	ctx          context.Context     // canceled when the connection ends
+	cancel       context.CancelFunc
+	readDeadline time.Time // current read deadline
 
-	writeDue time.Time // current write deadline; zero: none
-	isNew    bool      // no request has been read yet
-	late     bool      // the request head timed out before it was complete
-	state    atomic.Int32
+	writeDeadline time.Time // current write deadline; zero: none
+	isNew         bool      // no request has been read yet
+	headTimedOut  bool      // the request head timed out before it was complete
+	state         atomic.Int32
 
 	mu        sync.Mutex
-	answering bool          // a request is being served
-	watch     chan struct{} // closed when look returns; nil: look is not running
+	serving   bool          // a request is being served
+	watchDone chan struct{} // closed when look returns; nil: look is not running
 }
 
 // States of a clientConn.
@@ -60,12 +60,12 @@ const (
 	connMoves         // told by shutdown while idle to move to another listener
 )
 
-// headReaders holds readers for request heads. A request whose head does not fit is handed
+// requestReaderPool holds readers for request heads. A request whose head does not fit is handed
 // to net/http.
-var headReaders = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, 4<<10) }}
+var requestReaderPool = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, 4<<10) }}
 
 func newClientConn(l *clientListener, conn *readConn, isNew bool) *clientConn {
-	c := &clientConn{TCPConn: conn.TCPConn, early: conn.early, listener: l, isNew: isNew}
+	c := &clientConn{TCPConn: conn.TCPConn, prefix: conn.prefix, listener: l, isNew: isNew}
 	c.w.client = c
 	return c
 }
@@ -73,14 +73,14 @@ func newClientConn(l *clientListener, conn *readConn, isNew bool) *clientConn {
 // start allocates what the connection needs to serve requests.
 func (c *clientConn) start() {
 	c.remote = c.RemoteAddr().String()
-	c.r = headReaders.Get().(*bufio.Reader)
-	if c.r.Reset(c.TCPConn); len(c.early) > 0 {
-		c.r.Reset(&readConn{TCPConn: c.TCPConn, early: c.early})
-		_, _ = c.r.Peek(len(c.early)) // early fits; buffer it, so that leave hands it on too
-		c.early = nil
+	c.r = requestReaderPool.Get().(*bufio.Reader)
+	if c.r.Reset(c.TCPConn); len(c.prefix) > 0 {
+		c.r.Reset(&readConn{TCPConn: c.TCPConn, prefix: c.prefix})
+		_, _ = c.r.Peek(len(c.prefix)) // early fits; buffer it, so that leave hands it on too
+		c.prefix = nil
 	}
 	ctx := context.WithValue(context.Background(), http.LocalAddrContextKey, c.LocalAddr())
-	ctx, c.gone = context.WithCancel(ctx)
+	ctx, c.cancel = context.WithCancel(ctx)
 	c.ctx, c.out = context.WithValue(ctx, caddyhttp.ServerCtxKey, c.listener.site), &c.w
 }
 
@@ -88,7 +88,7 @@ func (c *clientConn) start() {
 // connection.
 func (c *clientConn) newRequest(method string) *http.Request {
 	if method != http.MethodConnect && c.out == &c.w {
-		c.limitWrites()
+		c.enableWriteIdleTimeout()
 	}
 	ctx := &requestContext{Context: c.ctx, conn: c}
 	ctx.r = blankRequest.WithContext(ctx)
@@ -98,9 +98,9 @@ func (c *clientConn) newRequest(method string) *http.Request {
 
 var blankRequest = &http.Request{Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, Body: http.NoBody}
 
-// limitWrites wraps the writer in Caddy's write-idle timeout. CONNECT does not need it:
+// enableWriteIdleTimeout wraps the writer in Caddy's write-idle timeout. CONNECT does not need it:
 // tunnels have their own timeouts.
-func (c *clientConn) limitWrites() {
+func (c *clientConn) enableWriteIdleTimeout() {
 	timeout := time.Duration(c.listener.site.WriteIdleTimeout)
 	if timeout <= 0 {
 		return
@@ -132,32 +132,32 @@ func (c *clientConn) serve() (t *tunnel) {
 			c.listener.handler.logger.Error("panic serving a client", zap.String("client", c.remote), zap.Any("panic", err), zap.ByteString("stack", debug.Stack()))
 		}
 		c.stopWatch() // look reads from c.r
-		c.gone()
+		c.cancel()
 		if !handedOff {
 			releaseClient(c.TCPConn)
 		}
 		if !handedOff && !c.w.hijacked && !c.w.lingers {
 			_ = c.Close()
 		}
-		c.decide()
+		c.markUsed()
 		c.listener.conns.remove(c)
 		c.r.Reset(nil)
-		headReaders.Put(c.r)
+		requestReaderPool.Put(c.r)
 		if c.w.lingers {
 			c.listener.handler.tunnels.lingering.close(c.TCPConn, c.w.sender)
 		}
 	}()
 	c.start()
 	for {
-		r, handOff := c.next()
+		r, handOff := c.nextRequest()
 		if r == nil {
 			if handedOff = handOff; handOff {
-				c.leave()
+				c.handOff()
 			}
 			return nil
 		}
-		c.decide()
-		if !c.answer(r) {
+		c.markUsed()
+		if !c.serveRequest(r) {
 			return c.w.tunnel
 		}
 	}
@@ -170,20 +170,20 @@ func growStack() {
 	runtime.KeepAlive(&frame)
 }
 
-// decide marks the connection as no longer new.
-func (c *clientConn) decide() {
+// markUsed marks the connection as no longer new.
+func (c *clientConn) markUsed() {
 	if c.isNew {
 		c.isNew = false
-		c.listener.conns.undecided.Done()
+		c.listener.conns.pristine.Done()
 	}
 }
 
-// answer serves a request and reports whether the connection can serve another one.
-func (c *clientConn) answer(r *http.Request) bool {
+// serveRequest serves a request and reports whether the connection can serve another one.
+func (c *clientConn) serveRequest(r *http.Request) bool {
 	c.mu.Lock()
-	c.answering = true
+	c.serving = true
 	c.mu.Unlock()
-	c.w.begin(r.Method == http.MethodHead, r.Close)
+	c.w.reset(r.Method == http.MethodHead, r.Close)
 	c.w.header["Server"] = []string{"Caddy"}
 	err := c.listener.handler.ServeHTTP(c.out, r, nil)
 	if c.w.hijacked {
@@ -193,18 +193,18 @@ func (c *clientConn) answer(r *http.Request) bool {
 		c.w.WriteHeader(cmp.Or(caddyStatus(err), http.StatusInternalServerError))
 	}
 	c.stopWatch()
-	err = c.w.end()
+	err = c.w.finish()
 	return err == nil && !c.w.closes && c.ctx.Err() == nil
 }
 
-// next returns the next request. If r is nil, either the connection has ended, or handOff
+// nextRequest returns the next request. If r is nil, either the connection has ended, or handOff
 // says to hand it off.
-func (c *clientConn) next() (r *http.Request, handOff bool) {
-	if !c.becomesIdle() {
+func (c *clientConn) nextRequest() (r *http.Request, handOff bool) {
+	if !c.enterIdle() {
 		return nil, true
 	}
 	if !c.isNew && c.r.Buffered() < 4 {
-		c.expect(c.listener.site.IdleTimeout)
+		c.setReadTimeout(c.listener.site.IdleTimeout)
 		if _, err := c.r.Peek(4); err != nil { // net/http closes silently, too
 			return nil, c.state.Load() == connMoves
 		}
@@ -213,8 +213,8 @@ func (c *clientConn) next() (r *http.Request, handOff bool) {
 	if !c.state.CompareAndSwap(connIdle, connBusy) {
 		return nil, c.state.Load() == connMoves
 	}
-	c.late = errors.Is(err, os.ErrDeadlineExceeded) && c.r.Buffered() > 0
-	if err != nil && !c.late {
+	c.headTimedOut = errors.Is(err, os.ErrDeadlineExceeded) && c.r.Buffered() > 0
+	if err != nil && !c.headTimedOut {
 		return nil, false
 	}
 	if length < 0 && c.isNew && c.refuseFirstByte() {
@@ -231,26 +231,26 @@ func (c *clientConn) next() (r *http.Request, handOff bool) {
 	return r, false
 }
 
-// becomesIdle marks the connection idle, which lets shutdown close or move it. It returns
+// enterIdle marks the connection idle, which lets shutdown close or move it. It returns
 // false if shutdown has already begun.
-func (c *clientConn) becomesIdle() bool {
+func (c *clientConn) enterIdle() bool {
 	c.state.Store(connIdle)
-	return !c.listener.conns.over.Load() || !c.state.CompareAndSwap(connIdle, connMoves)
+	return !c.listener.conns.closed.Load() || !c.state.CompareAndSwap(connIdle, connMoves)
 }
 
-// expect sets the read deadline to limit from now. It keeps a deadline that is at most a
+// setReadTimeout sets the read deadline to limit from now. It keeps a deadline that is at most a
 // sixteenth of limit too early, because each change costs a change of a timer.
-func (c *clientConn) expect(limit caddy.Duration) {
+func (c *clientConn) setReadTimeout(limit caddy.Duration) {
 	var due time.Time
 	if limit > 0 {
 		due = time.Now().Add(time.Duration(limit))
-		if diff := c.due.Sub(due); diff <= 0 && diff >= -time.Duration(limit)/16 {
+		if diff := c.readDeadline.Sub(due); diff <= 0 && diff >= -time.Duration(limit)/16 {
 			return
 		}
-	} else if c.due.IsZero() {
+	} else if c.readDeadline.IsZero() {
 		return
 	}
-	c.due = due
+	c.readDeadline = due
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.state.Load() != connMoves { // keep the deadline in the past that shutdown has set
@@ -258,9 +258,9 @@ func (c *clientConn) expect(limit caddy.Duration) {
 	}
 }
 
-// limitWrite sets Caddy's write_idle as the deadline for the next write, for clients that do
+// startWriteIdleTimeout sets Caddy's write_idle as the deadline for the next write, for clients that do
 // not read. It is called before each write of a response, also of one without content.
-func (c *clientConn) limitWrite() {
+func (c *clientConn) startWriteIdleTimeout() {
 	if timeout := time.Duration(c.listener.site.WriteIdleTimeout); timeout > 0 {
 		c.setWriteDeadline(time.Now().Add(timeout), timeout/16)
 	}
@@ -270,8 +270,8 @@ func (c *clientConn) limitWrite() {
 // each change costs a change of a timer. The deadline stays set between responses, when
 // nothing is written.
 func (c *clientConn) setWriteDeadline(due time.Time, slack time.Duration) {
-	if diff := due.Sub(c.writeDue); diff < 0 || diff > slack {
-		c.writeDue = due
+	if diff := due.Sub(c.writeDeadline); diff < 0 || diff > slack {
+		c.writeDeadline = due
 		_ = c.TCPConn.SetWriteDeadline(due)
 	}
 }
@@ -279,30 +279,30 @@ func (c *clientConn) setWriteDeadline(due time.Time, slack time.Duration) {
 // clearWriteDeadline removes the write deadline before the connection is handed off or
 // hijacked.
 func (c *clientConn) clearWriteDeadline() {
-	if !c.writeDue.IsZero() {
-		c.writeDue = time.Time{}
+	if !c.writeDeadline.IsZero() {
+		c.writeDeadline = time.Time{}
 		_ = c.TCPConn.SetWriteDeadline(time.Time{})
 	}
 }
 
-// leave hands the connection off, with every byte that was read but not consumed: to the
+// handOff hands the connection off, with every byte that was read but not consumed: to the
 // listener of the new config if there is one, else to net/http.
-func (c *clientConn) leave() {
+func (c *clientConn) handOff() {
 	unread, _ := c.r.Peek(c.r.Buffered())
 	c.clearWriteDeadline()
 	c.mu.Lock() // shutdown sets the deadline concurrently
 	_ = c.SetReadDeadline(time.Time{})
 	c.mu.Unlock()
-	conn := &readConn{TCPConn: c.TCPConn, early: bytes.Clone(unread), late: c.late, handler: c.listener.handler}
+	conn := &readConn{TCPConn: c.TCPConn, prefix: bytes.Clone(unread), timedOut: c.headTimedOut, handler: c.listener.handler}
 	var successor *clientListener
-	if c.listener.conns.over.Load() || c.listener.replaced() {
+	if c.listener.conns.closed.Load() || c.listener.replaced() {
 		successor = c.listener.successor()
 	}
 	switch {
 	case successor != nil:
-		successor.take(conn, c.isNew)
+		successor.serveConn(conn, c.isNew)
 	case c.isNew:
-		c.listener.handOn(conn)
+		c.listener.handToNetHTTP(conn)
 	case c.state.Load() == connMoves:
 		releaseClient(c.TCPConn)
 		_ = c.Close()
@@ -313,7 +313,7 @@ func (c *clientConn) leave() {
 		releaseClient(c.TCPConn)
 		c.refuse("This is not a well-formed HTTP request.")
 	default:
-		c.listener.handOn(conn)
+		c.listener.handToNetHTTP(conn)
 	}
 }
 
@@ -332,7 +332,7 @@ func (c *clientConn) refuseFirstByte() bool {
 	if len(first) == 0 || c.listener.handler == nil {
 		return false
 	}
-	reason, found := firstByteOf(first[0], false)
+	reason, found := foreignProtocol(first[0], false)
 	if found {
 		c.listener.handler.answerFirstByte(c.TCPConn, reason)
 		c.w.lingers, c.w.sender = true, addrPort(c.RemoteAddr()).Addr()
@@ -340,10 +340,10 @@ func (c *clientConn) refuseFirstByte() bool {
 	return found
 }
 
-// ends reports whether the server is shutting down and no other listener can serve the
+// isShuttingDown reports whether the server is shutting down and no other listener can serve the
 // connection.
-func (c *clientConn) ends() bool {
-	return c.listener.conns.over.Load() && c.listener.successor() == nil
+func (c *clientConn) isShuttingDown() bool {
+	return c.listener.conns.closed.Load() && c.listener.successor() == nil
 }
 
 // shutdown closes or moves the connection if it is idle. A busy connection does so after its
@@ -361,10 +361,10 @@ func (c *clientConn) shutdown(exits bool) {
 
 // clientConns is the set of the connections of one listener.
 type clientConns struct {
-	mu        sync.Mutex
-	conns     map[*clientConn]struct{}
-	undecided sync.WaitGroup // new connections, which have not sent a request yet
-	over      atomic.Bool    // the listener is closed
+	mu       sync.Mutex
+	conns    map[*clientConn]struct{}
+	pristine sync.WaitGroup // new connections, which have not sent a request yet
+	closed   atomic.Bool    // the listener is closed
 }
 
 // clientConnCount counts open client connections across all listeners, including those of
@@ -375,12 +375,12 @@ var clientConnCount atomic.Int64
 func (p *clientConns) add(c *clientConn) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.over.Load() {
+	if p.closed.Load() {
 		return false
 	}
 	p.conns[c] = struct{}{}
 	if c.isNew {
-		p.undecided.Add(1)
+		p.pristine.Add(1)
 	}
 	clientConnCount.Add(1)
 	return true
@@ -398,7 +398,7 @@ func (p *clientConns) remove(c *clientConn) {
 func (p *clientConns) shutdown(exits bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.over.Store(true)
+	p.closed.Store(true)
 	for c := range p.conns {
 		c.shutdown(exits)
 	}

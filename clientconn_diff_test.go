@@ -948,9 +948,9 @@ func TestClientConnWriter(t *testing.T) {
 					defer close(done)
 					w := &responseWriter{client: newClientConn(unitListener(nil), &readConn{TCPConn: c}, false)}
 					for i := 0; i < 2 && !w.closes; i++ {
-						w.begin(r.Method == http.MethodHead, false)
+						w.reset(r.Method == http.MethodHead, false)
 						handler(w, r)
-						if err := w.end(); err != nil {
+						if err := w.finish(); err != nil {
 							t.Error(err)
 						}
 					}
@@ -972,13 +972,13 @@ func TestClientConnWriterKeepsNothing(t *testing.T) {
 	conn, outside := socketPair(t)
 	go io.Copy(io.Discard, outside)
 	w := &responseWriter{client: newClientConn(unitListener(nil), &readConn{TCPConn: conn.(*net.TCPConn)}, false)}
-	w.begin(false, false)
+	w.reset(false, false)
 	w.Header()["X-One"] = []string{strings.Repeat("x", 1<<20)}
 	_, _ = io.WriteString(w, "hello")
-	if err := w.end(); err != nil {
+	if err := w.finish(); err != nil {
 		t.Fatal(err)
 	}
-	if w.header != nil || cap(w.buf) > keptBuffer || slices.ContainsFunc(w.names[:cap(w.names)], func(name string) bool { return name != "" }) {
+	if w.header != nil || cap(w.buf) > maxKeptBuffer || slices.ContainsFunc(w.names[:cap(w.names)], func(name string) bool { return name != "" }) {
 		t.Errorf("an idle connection keeps %d fields, names %q and a buffer of %d bytes", len(w.header), w.names[:cap(w.names)], cap(w.buf))
 	}
 }

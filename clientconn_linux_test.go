@@ -152,7 +152,7 @@ func TestClientConnReload(t *testing.T) {
 					c.readUntil("first ")
 				}
 			}
-			time.Sleep(2 * promptly) // until the partial head has been read: closing a socket with unread data would reset it
+			time.Sleep(2 * disconnectWatchDelay) // until the partial head has been read: closing a socket with unread data would reset it
 			site := w.site("dial_timeout 9s")
 			if !stays {
 				site = inRoute(site)

@@ -322,12 +322,12 @@ func TestClientConnAtShutdown(t *testing.T) {
 	if p.add(newClientConn(l, &readConn{TCPConn: far.(*net.TCPConn)}, false)) {
 		t.Error("a server that has shut down accepts a connection")
 	}
-	if c.becomesIdle() {
+	if c.enterIdle() {
 		t.Error("after its response the connection waits for another request")
 	}
 	c.state.Store(connIdle) // as if it had just become idle
 	p.shutdown(false)
-	c.expect(caddy.Duration(time.Hour))
+	c.setReadTimeout(caddy.Duration(time.Hour))
 	_, _ = io.WriteString(far, "a request")
 	if _, err := near.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("a connection that must move still waits: %v", err)
@@ -341,14 +341,14 @@ func TestClientConnMovesTwice(t *testing.T) {
 	const request = "GET http://a.example/ HTTP/1.1\r\nHost: x\r\n\r\n"
 	_, _ = io.WriteString(far, request[20:])
 	second, third := unitListener(nil), unitListener(nil)
-	third.conns.over.Store(true) // makes net/http serve it there
-	c := newClientConn(second, &readConn{TCPConn: near.(*net.TCPConn), early: []byte(request[:20])}, false)
+	third.conns.closed.Store(true) // makes net/http serve it there
+	c := newClientConn(second, &readConn{TCPConn: near.(*net.TCPConn), prefix: []byte(request[:20])}, false)
 	second.conns.add(c)
 	second.conns.shutdown(false)
 	third.register()
 	defer third.unregister()
 	go c.run()
-	moved := <-third.others
+	moved := <-third.netHTTPConns
 	_ = far.Close()
 	if got, _ := io.ReadAll(moved); string(got) != request {
 		t.Errorf("got %q, want %q", got, request)
@@ -379,7 +379,7 @@ func TestClientConnPipelined(t *testing.T) {
 		c := w.dialOwn()
 		c.get(w.origin.URL+"/slow", "")
 		<-origin.asked
-		time.Sleep(2 * promptly) // until the disconnect watch has started
+		time.Sleep(2 * disconnectWatchDelay) // until the disconnect watch has started
 		const more = 5
 		for range more {
 			c.get(w.origin.URL+"/", "")
@@ -389,7 +389,7 @@ func TestClientConnPipelined(t *testing.T) {
 		} else { // a request that hands the connection to net/http
 			c.send("POST " + w.origin.URL + "/ HTTP/1.1\nHost: x\nContent-Length: 4\n\nmore")
 		}
-		time.Sleep(promptly) // until the watch has seen it
+		time.Sleep(disconnectWatchDelay) // until the watch has seen it
 		origin.begin <- struct{}{}
 		origin.end <- struct{}{}
 		if _, body := c.response(http.MethodGet); body != "first last" {
@@ -419,7 +419,7 @@ func TestClientConnPipelinedMuch(t *testing.T) {
 	for range more {
 		c.get(w.origin.URL+"/", "X-More: "+strings.Repeat("x", 100)+"\n")
 	}
-	time.Sleep(2 * promptly)
+	time.Sleep(2 * disconnectWatchDelay)
 	origin.begin <- struct{}{}
 	origin.end <- struct{}{}
 	for i := range more + 1 {
@@ -450,7 +450,7 @@ func TestClientConnPanic(t *testing.T) {
 	near, far := socketPair(t)
 	l := unitListener(&Handler{logger: zap.NewNop()}) // without a limiter, ServeHTTP panics
 	_, _ = io.WriteString(far, "GET http://a.example/ HTTP/1.1\r\nHost: x\r\n\r\n")
-	l.take(near, true)
+	l.serveConn(near, true)
 	eventually(t, "the connection to end", func() bool { return l.conns.size() == 0 })
 	if n, err := io.Copy(io.Discard, far); n > 0 || err != nil {
 		t.Errorf("%d bytes, %v, want the end", n, err)
@@ -478,7 +478,7 @@ func TestClientConnWatchedTooLate(t *testing.T) {
 	var late sync.WaitGroup
 	for range requests {
 		c.mu.Lock()
-		c.answering = true
+		c.serving = true
 		c.mu.Unlock()
 		late.Go(func() { <-ctx.Done() })
 		late.Go(func() {
@@ -491,16 +491,16 @@ func TestClientConnWatchedTooLate(t *testing.T) {
 		t.Errorf("stopping the watch counts as a disconnect: %v", ctx.Err())
 	}
 	late.Go(func() { <-ctx.Done() })
-	if ctx.Done(); c.watch != nil {
+	if ctx.Done(); c.watchDone != nil {
 		t.Fatal("the watch runs between two requests")
 	}
 	for range requests {
 		_, _ = io.WriteString(far, "GET http://a.example/ HTTP/1.1\r\nHost: x\r\n\r\n")
-		if r, back := c.next(); r == nil || back {
+		if r, back := c.nextRequest(); r == nil || back {
 			t.Error("the next request is lost")
 		}
 	}
-	c.gone()
+	c.cancel()
 	late.Wait()
 	<-early
 }
@@ -652,8 +652,8 @@ func TestClientConnHandedOnAtShutdown(t *testing.T) {
 	near, far := socketPair(t)
 	_ = far.SetDeadline(time.Now().Add(patience))
 	l := unitListener(nil)
-	l.end()
-	l.handOn(near)
+	l.stopServing()
+	l.handToNetHTTP(near)
 	if n, err := io.Copy(io.Discard, far); n > 0 || err != nil {
 		t.Errorf("%d bytes, %v, want the end", n, err)
 	}
@@ -706,11 +706,11 @@ func TestClientConnTimeouts(t *testing.T) {
 	c.get(w.origin.URL+"/slow", "")
 	<-origin.asked
 	c.send(head[:20])
-	time.Sleep(2 * promptly)
+	time.Sleep(2 * disconnectWatchDelay)
 	origin.begin <- struct{}{}
 	origin.end <- struct{}{}
 	c.response(http.MethodGet)
-	time.Sleep(promptly)
+	time.Sleep(disconnectWatchDelay)
 	c.send(head[20:])
 	if _, body := c.response(http.MethodGet); body != "last" {
 		t.Errorf("half a head after a slow response, with no timeouts: %q", body)

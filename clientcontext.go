@@ -65,19 +65,19 @@ func (c *requestContext) namesClient() bool {
 func (c *clientConn) startWatch() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.answering || c.watch != nil {
+	if !c.serving || c.watchDone != nil {
 		return
 	}
-	c.watch = make(chan struct{})
-	c.due = time.Time{}
-	_ = c.SetReadDeadline(c.due)
-	go c.look(c.watch)
+	c.watchDone = make(chan struct{})
+	c.readDeadline = time.Time{}
+	_ = c.SetReadDeadline(c.readDeadline)
+	go c.watchDisconnect(c.watchDone)
 }
 
-// look reads ahead until the connection ends, the buffer is full, or stopWatch is called.
+// watchDisconnect reads ahead until the connection ends, the buffer is full, or stopWatch is called.
 // EOF after pipelined requests is a half-close: the client still waits for its responses.
 // EOF with nothing buffered counts as a disconnect, as in net/http.
-func (c *clientConn) look(done chan<- struct{}) {
+func (c *clientConn) watchDisconnect(done chan<- struct{}) {
 	defer close(done)
 	for {
 		_, err := c.r.Peek(c.r.Buffered() + 1)
@@ -85,8 +85,8 @@ func (c *clientConn) look(done chan<- struct{}) {
 			continue
 		}
 		c.mu.Lock()
-		if c.answering && err != bufio.ErrBufferFull && (err != io.EOF || c.r.Buffered() == 0) {
-			c.gone()
+		if c.serving && err != bufio.ErrBufferFull && (err != io.EOF || c.r.Buffered() == 0) {
+			c.cancel()
 		}
 		c.mu.Unlock()
 		return
@@ -96,15 +96,15 @@ func (c *clientConn) look(done chan<- struct{}) {
 // stopWatch ends the watch, and returns when look no longer reads.
 func (c *clientConn) stopWatch() {
 	c.mu.Lock()
-	c.answering = false
-	watch := c.watch
+	c.serving = false
+	watch := c.watchDone
 	if watch != nil {
-		c.due = time.Unix(1, 0)
-		_ = c.SetReadDeadline(c.due)
+		c.readDeadline = time.Unix(1, 0)
+		_ = c.SetReadDeadline(c.readDeadline)
 	}
 	c.mu.Unlock()
 	if watch != nil {
 		<-watch
-		c.watch = nil
+		c.watchDone = nil
 	}
 }

@@ -32,9 +32,9 @@ func init() { caddy.RegisterModule(ListenerWrapper{}) }
 //
 // The Caddyfile adapter adds it wherever it helps, unless the server has global options.
 type ListenerWrapper struct {
-	ctx    caddy.Context
-	server *caddyhttp.Server
-	alone  bool // there is no other wrapper but tls
+	ctx         caddy.Context
+	server      *caddyhttp.Server
+	onlyWrapper bool // there is no other wrapper but tls
 }
 
 // CaddyModule returns the Caddy module information.
@@ -53,7 +53,7 @@ func (w *ListenerWrapper) Provision(ctx caddy.Context) error {
 		return errors.New("async_proxy is a listener wrapper for HTTP servers")
 	}
 	addUnclaimed(w.server) // here, because the routes are provisioned later
-	w.alone = !slices.ContainsFunc(w.server.ListenerWrappersRaw, func(raw json.RawMessage) bool {
+	w.onlyWrapper = !slices.ContainsFunc(w.server.ListenerWrappersRaw, func(raw json.RawMessage) bool {
 		var other struct{ Wrapper string }
 		return json.Unmarshal(raw, &other) != nil || other.Wrapper != "async_proxy" && other.Wrapper != "tls"
 	})
@@ -83,11 +83,11 @@ func (w *ListenerWrapper) WrapListener(ln net.Listener) net.Listener {
 	if err != nil {
 		return ln
 	}
-	h, _ := ownerOf(app.(*caddyhttp.App), w.server)
+	h, _ := fastPathHandler(app.(*caddyhttp.App), w.server)
 	if h != nil {
-		h.wraps = w.alone
+		h.fastPath = w.onlyWrapper
 	}
-	if overTLS := usesTLS(app.(*caddyhttp.App), w.server, ln); !w.alone {
+	if overTLS := usesTLS(app.(*caddyhttp.App), w.server, ln); !w.onlyWrapper {
 		return ln
 	} else if h == nil || overTLS {
 		return watchFirstBytes(ln, firstProxy(w.server.Routes), overTLS)
@@ -105,9 +105,9 @@ func usesTLS(app *caddyhttp.App, server *caddyhttp.Server, ln net.Listener) bool
 	return len(server.TLSConnPolicies) > 0 && (!ok || tcp.Port != cmp.Or(app.HTTPPort, caddyhttp.DefaultHTTPPort))
 }
 
-// ownerOf returns the handler if the fast path can serve the server's proxy requests, which
+// fastPathHandler returns the handler if the fast path can serve the server's proxy requests, which
 // is when no other part of Caddy takes part in them. Otherwise why names that part.
-func ownerOf(app *caddyhttp.App, server *caddyhttp.Server) (h *Handler, why string) {
+func fastPathHandler(app *caddyhttp.App, server *caddyhttp.Server) (h *Handler, why string) {
 	lacksHTTP1 := func(protocols []string) bool { return protocols != nil && !slices.Contains(protocols, "h1") }
 	switch {
 	case server.Logs != nil:
@@ -156,20 +156,20 @@ type clientListener struct {
 	site    *caddyhttp.Server
 	conns   clientConns
 
-	others  chan net.Conn // handed to net/http
-	close   sync.Once
-	closing chan struct{} // closed by Close
-	ended   chan struct{} // closed when no more connections are handed to net/http
+	netHTTPConns chan net.Conn // handed to net/http
+	close        sync.Once
+	closing      chan struct{} // closed by Close
+	ended        chan struct{} // closed when no more connections are handed to net/http
 }
 
 func newClientListener(ln net.Listener, h *Handler, site *caddyhttp.Server) *clientListener {
 	l := &clientListener{
 		Listener: ln, address: ln.Addr().String(), handler: h, site: site,
-		conns:  clientConns{conns: make(map[*clientConn]struct{})},
-		others: make(chan net.Conn), closing: make(chan struct{}), ended: make(chan struct{}),
+		conns:        clientConns{conns: make(map[*clientConn]struct{})},
+		netHTTPConns: make(chan net.Conn), closing: make(chan struct{}), ended: make(chan struct{}),
 	}
 	if h != nil {
-		l.config = h.config
+		l.config = h.configDone
 	}
 	return l
 }
@@ -223,7 +223,7 @@ func (l *clientListener) replaced() bool {
 // accepted before.
 func (l *clientListener) Accept() (net.Conn, error) {
 	select {
-	case conn := <-l.others:
+	case conn := <-l.netHTTPConns:
 		return conn, nil
 	case <-l.ended:
 		return nil, net.ErrClosed
@@ -241,12 +241,12 @@ func (l *clientListener) Close() (err error) {
 
 // accept accepts connections until the listener is closed.
 func (l *clientListener) accept() {
-	defer l.end()
+	defer l.stopServing()
 	for pause := time.Duration(0); ; {
 		conn, err := l.Listener.Accept()
 		if err == nil {
 			pause = 0
-			l.take(conn, true)
+			l.serveConn(conn, true)
 			continue
 		}
 		if errors.Is(err, net.ErrClosed) {
@@ -263,9 +263,9 @@ func (l *clientListener) accept() {
 	}
 }
 
-// take serves a TCP connection, and hands any other to net/http. If l is closed, the next
+// serveConn serves a TCP connection, and hands any other to net/http. If l is closed, the next
 // listener takes the connection, or net/http if there is none.
-func (l *clientListener) take(conn net.Conn, isNew bool) {
+func (l *clientListener) serveConn(conn net.Conn, isNew bool) {
 	var read *readConn
 	switch conn := conn.(type) {
 	case *readConn:
@@ -273,42 +273,42 @@ func (l *clientListener) take(conn net.Conn, isNew bool) {
 	case *net.TCPConn:
 		read = &readConn{TCPConn: conn}
 	default:
-		l.handOn(conn)
+		l.handToNetHTTP(conn)
 		return
 	}
 	if c := newClientConn(l, read, isNew); l.conns.add(c) {
 		go c.run()
 	} else if successor := l.successor(); successor != nil {
-		successor.take(read, isNew)
+		successor.serveConn(read, isNew)
 	} else {
-		l.handOn(conn)
+		l.handToNetHTTP(conn)
 	}
 }
 
-// handOn hands a connection to net/http.
-func (l *clientListener) handOn(conn net.Conn) {
+// handToNetHTTP hands a connection to net/http.
+func (l *clientListener) handToNetHTTP(conn net.Conn) {
 	select {
-	case l.others <- conn:
+	case l.netHTTPConns <- conn:
 	case <-l.ended:
 		releaseClient(socketOf(conn))
 		_ = conn.Close()
 	}
 }
 
-// end stops serving: connections move to the next listener or to net/http. It waits, for up
-// to lastWords, until each new connection has sent its first request and so can be handed to
+// stopServing stops serving: connections move to the next listener or to net/http. It waits, for up
+// to drainTimeout, until each new connection has sent its first request and so can be handed to
 // net/http.
-func (l *clientListener) end() {
+func (l *clientListener) stopServing() {
 	l.unregister()
 	l.conns.shutdown(caddy.Exiting())
 	decided := make(chan struct{})
 	go func() {
-		l.conns.undecided.Wait()
+		l.conns.pristine.Wait()
 		close(decided)
 	}()
 	select {
 	case <-decided:
-	case <-time.After(lastWords):
+	case <-time.After(drainTimeout):
 	}
 	close(l.ended)
 }

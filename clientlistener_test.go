@@ -121,7 +121,7 @@ func TestListenerNewConnsAtReload(t *testing.T) {
 			conns[request].send(strings.ReplaceAll(request, "URL", w.origin.URL+"/")[:cut])
 		}
 		eventually(t, "all to be accepted", func() bool { return ownConns() == len(requests) })
-		time.Sleep(promptly) // until those bytes have been read
+		time.Sleep(disconnectWatchDelay) // until those bytes have been read
 		w.load(w.site(fmt.Sprintf("dial_timeout %ds", 11+cut)))
 
 		for request, want := range requests {
@@ -295,17 +295,17 @@ func TestListenerThatFails(t *testing.T) {
 func TestListenerThatNobodyAsks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := unitListener(nil)
-		l.conns.undecided.Add(1)
+		l.conns.pristine.Add(1)
 		near, far := net.Pipe()
-		go l.handOn(near)
-		go l.end()
+		go l.handToNetHTTP(near)
+		go l.stopServing()
 		start := time.Now()
 		if _, err := far.Read(make([]byte, 1)); err != io.EOF {
 			t.Errorf("the client read %v, want the end", err)
 		}
-		if took := time.Since(start); took != lastWords {
-			t.Errorf("the connection was kept for %v, want %v", took, lastWords)
+		if took := time.Since(start); took != drainTimeout {
+			t.Errorf("the connection was kept for %v, want %v", took, drainTimeout)
 		}
-		l.conns.undecided.Done()
+		l.conns.pristine.Done()
 	})
 }

@@ -300,7 +300,7 @@ func TestAnswersWithoutStatus(t *testing.T) {
 	} {
 		h := &Handler{ForwardedFor: "off"}
 		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			_, err := h.passOn(w, r, caller{}, caddyhttp.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) error { return answer(w) }))
+			_, err := h.passOn(w, r, clientIdentity{}, caddyhttp.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) error { return answer(w) }))
 			if err != nil {
 				t.Errorf("%s: %v", name, err)
 			}

@@ -31,32 +31,32 @@ type responseWriter struct {
 	lingers  bool       // close the connection in stages
 	sender   netip.Addr // the client, if lingers is set
 
-	status  int      // 0: not set yet
-	length  int64    // from Content-Length; < 0: unknown
-	written int64    // bytes of content
-	sent    bool     // the header has been sent
-	chunked bool     // the content is sent in chunks
-	trailer nameSet  // announced trailer fields
-	pending []byte   // content held back, since it may be the whole content
-	names   []string // of the fields, sorted
-	buf     []byte
-	vectors net.Buffers
-	vector  [3][]byte
+	status     int      // 0: not set yet
+	length     int64    // from Content-Length; < 0: unknown
+	written    int64    // bytes of content
+	headerSent bool     // the header has been sent
+	chunked    bool     // the content is sent in chunks
+	trailer    nameSet  // announced trailer fields
+	pending    []byte   // content held back, since it may be the whole content
+	names      []string // of the fields, sorted
+	buf        []byte
+	vectors    net.Buffers
+	vector     [3][]byte
 }
 
-// pendingContent limits how much content of unknown length is held back until a flush or the
+// maxPendingContent limits how much content of unknown length is held back until a flush or the
 // end.
-const pendingContent = 2 << 10
+const maxPendingContent = 2 << 10
 
-// keptBuffer is the largest buffer that is kept for the next response.
-const keptBuffer = 16 << 10
+// maxKeptBuffer is the largest buffer that is kept for the next response.
+const maxKeptBuffer = 16 << 10
 
-// begin resets the writer for the response to the next request. head says that the request
+// reset resets the writer for the response to the next request. head says that the request
 // is HEAD, closes that the connection closes after the response.
-func (w *responseWriter) begin(head, closes bool) {
+func (w *responseWriter) reset(head, closes bool) {
 	w.header = make(http.Header, 8)
 	w.head, w.closes, w.lingers = head, closes, false
-	w.status, w.length, w.written, w.sent, w.chunked, w.trailer = 0, -1, 0, false, false, nil
+	w.status, w.length, w.written, w.headerSent, w.chunked, w.trailer = 0, -1, 0, false, false, nil
 	w.pending = w.pending[:0]
 }
 
@@ -95,7 +95,7 @@ func (w *responseWriter) WriteHeader(status int) {
 		delete(w.header, "Content-Length")
 		delete(w.header, "Transfer-Encoding")
 		w.buf = append(w.appendFields(appendStatusLine(w.buf[:0], status)), "\r\n"...)
-		w.client.limitWrite()
+		w.client.startWriteIdleTimeout()
 		_, _ = w.client.Write(w.buf) // if it fails, writing the response fails too
 		return
 	}
@@ -132,7 +132,7 @@ func (w *responseWriter) Write(p []byte) (int, error) {
 	if w.length >= 0 && w.written > w.length {
 		return 0, http.ErrContentLength
 	}
-	if !w.sent && len(w.pending)+len(p) <= pendingContent || w.head {
+	if !w.headerSent && len(w.pending)+len(p) <= maxPendingContent || w.head {
 		if !w.head {
 			w.pending = append(w.pending, p...)
 		}
@@ -146,7 +146,7 @@ func (w *responseWriter) FlushError() error {
 	if w.status == 0 {
 		w.WriteHeader(http.StatusOK)
 	}
-	if w.sent {
+	if w.headerSent {
 		return nil // no content is held back once the header is sent
 	}
 	return w.send(nil, false)
@@ -164,14 +164,14 @@ func (w *responseWriter) ReadFrom(r io.Reader) (int64, error) {
 	if limited, ok := r.(*io.LimitedReader); !ok || limited.N > left {
 		r = io.LimitReader(r, left) // the kernel copies only below a single LimitedReader
 	}
-	w.client.limitWrite()
+	w.client.startWriteIdleTimeout()
 	n, err := w.client.ReadFrom(r)
 	w.written += n
 	return n, err
 }
 
-// end completes the response and drops what was kept for it.
-func (w *responseWriter) end() error {
+// finish completes the response and drops what was kept for it.
+func (w *responseWriter) finish() error {
 	if w.status == 0 {
 		w.WriteHeader(http.StatusOK)
 	}
@@ -179,7 +179,7 @@ func (w *responseWriter) end() error {
 		w.closes = true // tells the client that the response is incomplete
 	}
 	var err error
-	if !w.sent || w.chunked {
+	if !w.headerSent || w.chunked {
 		err = w.send(nil, true)
 	}
 	// Every header name is a substring of the request head. Drop them, so that an idle
@@ -193,9 +193,9 @@ func (w *responseWriter) end() error {
 // last is set, it also writes the end of the content.
 func (w *responseWriter) send(p []byte, last bool) error {
 	b := w.buf[:0]
-	if !w.sent {
+	if !w.headerSent {
 		b = w.appendHead(b, int64(len(w.pending)+len(p)), last)
-		w.sent = true
+		w.headerSent = true
 	}
 	chunkEnd := ""
 	if size := len(w.pending) + len(p); w.chunked && size > 0 {
@@ -204,7 +204,7 @@ func (w *responseWriter) send(p []byte, last bool) error {
 	}
 	b = append(b, w.pending...)
 	w.pending = w.pending[:0]
-	if len(b)+len(p) <= cap(b) || len(p) <= pendingContent {
+	if len(b)+len(p) <= cap(b) || len(p) <= maxPendingContent {
 		b, p = append(b, p...), nil
 		b = append(b, chunkEnd...)
 		chunkEnd = ""
@@ -212,11 +212,11 @@ func (w *responseWriter) send(p []byte, last bool) error {
 	if last && w.chunked {
 		b = append(w.appendTrailers(append(b, "0\r\n"...)), "\r\n"...)
 	}
-	if w.buf = b; cap(b) > keptBuffer {
+	if w.buf = b; cap(b) > maxKeptBuffer {
 		w.buf = nil
 	}
 	var err error
-	w.client.limitWrite()
+	w.client.startWriteIdleTimeout()
 	if len(p) == 0 {
 		_, err = w.client.Write(b)
 	} else {
@@ -248,7 +248,7 @@ func (w *responseWriter) appendHead(b []byte, content int64, last bool) []byte {
 	default:
 		w.chunked = true
 	}
-	if connection := w.header["Connection"]; w.client.ends() || len(connection) > 0 && connection[0] == "close" {
+	if connection := w.header["Connection"]; w.client.isShuttingDown() || len(connection) > 0 && connection[0] == "close" {
 		w.closes = true
 	}
 	if w.closes && !httpguts.HeaderValuesContainsToken(w.header["Connection"], "close") {
@@ -313,8 +313,8 @@ func (w *responseWriter) appendTrailers(b []byte) []byte {
 	return b
 }
 
-// oneLine replaces CR and LF in field values, to prevent header injection.
-var oneLine = strings.NewReplacer("\n", " ", "\r", " ")
+// newlineReplacer replaces CR and LF in field values, to prevent header injection.
+var newlineReplacer = strings.NewReplacer("\n", " ", "\r", " ")
 
 func appendValues(b []byte, name string, values []string) []byte {
 	if !httpguts.ValidHeaderFieldName(name) {
@@ -323,7 +323,7 @@ func appendValues(b []byte, name string, values []string) []byte {
 	name = wireName(name)
 	for _, value := range values {
 		if strings.ContainsAny(value, "\r\n") {
-			value = oneLine.Replace(value)
+			value = newlineReplacer.Replace(value)
 		}
 		b = appendLine(b, name, textproto.TrimString(value))
 	}

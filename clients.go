@@ -36,7 +36,7 @@ func (h *Handler) provisionClients(server *caddyhttp.Server) (err error) {
 	if h.clients, err = parsePrefixes("clients", ranges); err != nil {
 		return err
 	}
-	h.guarded = sync.OnceValue(func() bool {
+	h.restrictedElsewhere = sync.OnceValue(func() bool {
 		return len(h.auth) > 0 || server != nil && restrictedBefore(server, h, matchesClients)
 	})
 	return nil
@@ -50,12 +50,12 @@ func (h *Handler) provisionClients(server *caddyhttp.Server) (err error) {
 // the routes around the handler, which are complete only once all handlers are provisioned.
 // It is therefore decided at the first request, so the proxy is never open in between.
 func (h *Handler) admits(addr netip.Addr) bool {
-	return !addr.IsValid() || h.clients.Contains(addr) || len(h.Clients) == 0 && h.guarded()
+	return !addr.IsValid() || h.clients.Contains(addr) || len(h.Clients) == 0 && h.restrictedElsewhere()
 }
 
 // isOpen reports whether every client that can reach the proxy may use it.
 func (h *Handler) isOpen() bool {
-	return len(h.Clients) > 0 && !namesClients(h.Clients) && !h.guarded()
+	return len(h.Clients) > 0 && !namesClients(h.Clients) && !h.restrictedElsewhere()
 }
 
 // effectiveClients returns the value of the option clients that is in effect.
@@ -63,7 +63,7 @@ func (h *Handler) effectiveClients() []string {
 	switch {
 	case len(h.Clients) > 0:
 		return h.Clients
-	case h.guarded():
+	case h.restrictedElsewhere():
 		return []string{allClients}
 	}
 	return []string{"private_ranges"}
@@ -79,26 +79,26 @@ func namesClients(ranges []string) bool {
 // server is restricted to certain clients or users: a matcher on the path restricts the
 // clients, or an earlier handler requires credentials or rejects all other clients.
 func restrictedBefore(server *caddyhttp.Server, h caddyhttp.MiddlewareHandler, restricts func(caddyhttp.MatcherSet) bool) bool {
-	w := waysTo{handler: h, restricts: restricts}
+	w := pathsTo{handler: h, restricts: restricts}
 	w.walk(server.Routes, maps.Clone(server.NamedRoutes), false)
-	return w.found && !w.open
+	return w.found && !w.unrestricted
 }
 
-// waysTo finds the paths through routes to a handler.
-type waysTo struct {
+// pathsTo finds the paths through routes to a handler.
+type pathsTo struct {
 	handler   caddyhttp.MiddlewareHandler
 	restricts func(caddyhttp.MatcherSet) bool // reports whether a matcher set matches certain clients only
 
-	found bool // a path exists
-	open  bool // an unrestricted path exists
+	found        bool // a path exists
+	unrestricted bool // an unrestricted path exists
 }
 
 // walk follows routes. restricted says whether only certain clients or users reach the
 // first route; the result says the same of whatever follows the last one.
-func (w *waysTo) walk(routes caddyhttp.RouteList, named map[string]*caddyhttp.Route, restricted bool) bool {
+func (w *pathsTo) walk(routes caddyhttp.RouteList, named map[string]*caddyhttp.Route, restricted bool) bool {
 	groups := make(map[string]bool)
 	for _, route := range routes {
-		inside := restricted || everySet(route.MatcherSets, w.restricts)
+		inside := restricted || allSets(route.MatcherSets, w.restricts)
 		for _, handler := range route.Handlers {
 			switch handler := handler.(type) {
 			case *caddyhttp.Subroute:
@@ -115,14 +115,14 @@ func (w *waysTo) walk(routes caddyhttp.RouteList, named map[string]*caddyhttp.Ro
 				inside = inside || endsRequest(handler)
 			default:
 				if handler == w.handler {
-					w.found, w.open = true, w.open || !inside
+					w.found, w.unrestricted = true, w.unrestricted || !inside
 				}
 			}
 		}
 		// A route that some requests skip restricts these only if its matcher
 		// matches all but certain clients.
 		skipped := len(route.MatcherSets) > 0 || groups[route.Group]
-		if !skipped || everySet(route.MatcherSets, matchesAllBut(w.restricts)) && !groups[route.Group] {
+		if !skipped || allSets(route.MatcherSets, matchesAllBut(w.restricts)) && !groups[route.Group] {
 			restricted = inside
 		}
 		if route.Group != "" {
@@ -139,8 +139,8 @@ func endsRequest(s *caddyhttp.StaticResponse) bool {
 	return s.Abort || s.StatusCode == "" || err == nil && status != http.StatusEarlyHints
 }
 
-// everySet reports whether there are matcher sets and condition holds for each of them.
-func everySet(sets caddyhttp.MatcherSets, condition func(caddyhttp.MatcherSet) bool) bool {
+// allSets reports whether there are matcher sets and condition holds for each of them.
+func allSets(sets caddyhttp.MatcherSets, condition func(caddyhttp.MatcherSet) bool) bool {
 	return len(sets) > 0 && !slices.ContainsFunc(sets, func(set caddyhttp.MatcherSet) bool { return !condition(set) })
 }
 
@@ -165,7 +165,7 @@ func matchesAllBut(restricts func(caddyhttp.MatcherSet) bool) func(caddyhttp.Mat
 			return false
 		}
 		not, ok := set[0].(*caddyhttp.MatchNot)
-		return ok && everySet(not.MatcherSets, restricts)
+		return ok && allSets(not.MatcherSets, restricts)
 	}
 }
 

@@ -71,8 +71,8 @@ func (l *lingering) close(conn net.Conn, client netip.Addr) {
 
 // drop reads from r until EOF or one of the limits, and reports whether it has seen EOF.
 func drop(r io.Reader, setDeadline func(time.Time) error) bool {
-	buf := copyBuffers.Get().(*[copyBuffer]byte)
-	defer copyBuffers.Put(buf)
+	buf := copyBufferPool.Get().(*[copyBuffer]byte)
+	defer copyBufferPool.Put(buf)
 	end := time.Now().Add(lingerTime)
 	for dropped := 0; dropped < lingerBytes; {
 		deadline := time.Now().Add(lingerIdle)
@@ -130,7 +130,7 @@ func (l *lingering) dropContent(w http.ResponseWriter, r *http.Request) {
 	if r.ProtoMajor != 1 || r.ContentLength == 0 || r.Method == http.MethodConnect || expectsContinue(r) {
 		return
 	}
-	if client := callerOf(r).addr; l.enter(client) {
+	if client := identifyClient(r).addr; l.enter(client) {
 		defer l.leave(client)
 		drop(r.Body, http.NewResponseController(w).SetReadDeadline)
 	}

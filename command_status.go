@@ -21,12 +21,12 @@ import (
 	"golang.org/x/term"
 )
 
-// watchEvery is the refresh interval of --watch.
-const watchEvery = 2 * time.Second
+// refreshInterval is the refresh interval of --watch.
+const refreshInterval = 2 * time.Second
 
-// shownRows is how many clients and tunnels the command shows when the terminal's height
+// defaultRows is how many clients and tunnels the command shows when the terminal's height
 // is unknown.
-const shownRows = 10
+const defaultRows = 10
 
 // statusCommand returns `caddy async-proxy status`.
 func statusCommand() *cobra.Command {
@@ -58,7 +58,7 @@ redraws in place and shows as many rows as fit.
 		stdout := int(os.Stdout.Fd())
 		clear := watch && !asJSON && term.IsTerminal(stdout)
 		for {
-			limit, width, height := shownRows, 0, 0
+			limit, width, height := defaultRows, 0, 0
 			if clear {
 				width, height, _ = term.GetSize(stdout) // 0 if unknown
 				limit = max(limit, min(height, maxPage))
@@ -72,7 +72,7 @@ redraws in place and shows as many rows as fit.
 			case err != nil && !clear:
 				fmt.Fprintf(os.Stderr, "Error: %v\n", err)
 			case err != nil:
-				fmt.Fprintf(&out, "%s: cannot reach Caddy, retrying\n\n%s\n", time.Now().Format(time.TimeOnly), wrap(err.Error(), width))
+				fmt.Fprintf(&out, "%s: cannot reach Caddy, retrying\n\n%s\n", time.Now().Format(time.TimeOnly), wrapText(err.Error(), width))
 			case asJSON:
 				_ = json.NewEncoder(&out).Encode(shown)
 			default:
@@ -82,24 +82,24 @@ redraws in place and shows as many rows as fit.
 				shown.print(&out)
 			}
 			if clear {
-				fmt.Print(screen(out.String(), width, height))
+				fmt.Print(screenUpdate(out.String(), width, height))
 			} else {
 				_, _ = out.WriteTo(os.Stdout)
 			}
 			if !watch {
 				return caddy.ExitCodeSuccess, nil
 			}
-			time.Sleep(watchEvery)
+			time.Sleep(refreshInterval)
 		}
 	})
 	return cmd
 }
 
-// screen returns the terminal output that replaces the previous text with text, on a
+// screenUpdate returns the terminal output that replaces the previous text with text, on a
 // terminal of the given size. It clears only the remainder of each line after writing it,
 // so that nothing flickers. It cuts off what does not fit, so that the top does not scroll
 // away.
-func screen(text string, width, height int) string {
+func screenUpdate(text string, width, height int) string {
 	lines := strings.Split(strings.TrimSuffix(text, "\n"), "\n")
 	if height > 1 && len(lines) >= height {
 		lines = lines[:height-1]
@@ -115,8 +115,8 @@ func screen(text string, width, height int) string {
 	return b.String() + "\x1b[J"
 }
 
-// wrap breaks text into lines that fit a terminal of the given width.
-func wrap(text string, width int) string {
+// wrapText breaks text into lines that fit a terminal of the given width.
+func wrapText(text string, width int) string {
 	if width < 2 {
 		return text
 	}
@@ -127,15 +127,15 @@ func wrap(text string, width int) string {
 	return strings.Join(lines, "\n")
 }
 
-// shownStatus holds what the command prints.
-type shownStatus struct {
+// statusReport holds what the command prints.
+type statusReport struct {
 	Stats   stats      `json:"stats"`
 	Clients clientList `json:"clients"`
 	Tunnels tunnelList `json:"tunnels"`
 }
 
-func fetchStatus(address string, limit int) (*shownStatus, error) {
-	s := new(shownStatus)
+func fetchStatus(address string, limit int) (*statusReport, error) {
+	s := new(statusReport)
 	for path, into := range map[string]any{
 		"stats": &s.Stats, fmt.Sprintf("clients?limit=%d", limit): &s.Clients, fmt.Sprintf("tunnels?limit=%d&sort=idle&order=asc", limit): &s.Tunnels,
 	} {
@@ -152,29 +152,29 @@ func fetchStatus(address string, limit int) (*shownStatus, error) {
 	return s, nil
 }
 
-// otherLines is the maximum number of lines that print writes besides rows of clients
+// maxOtherLines is the maximum number of lines that print writes besides rows of clients
 // and tunnels.
-const otherLines = 13
+const maxOtherLines = 13
 
 // fit truncates the clients and tunnels to what fits a screen of the given height. Each
 // list gets half of the room, plus what the other list does not need.
-func (s *shownStatus) fit(height int) {
-	room := max(0, height-1-otherLines)
+func (s *statusReport) fit(height int) {
+	room := max(0, height-1-maxOtherLines)
 	clients, tunnels := len(s.Clients.Clients), len(s.Tunnels.Tunnels)
 	s.Clients.Clients = s.Clients.Clients[:min(clients, max(room-room/2, room-tunnels))]
 	s.Tunnels.Tunnels = s.Tunnels.Tunnels[:min(tunnels, max(room/2, room-clients))]
 }
 
-func (s *shownStatus) print(w io.Writer) {
+func (s *statusReport) print(w io.Writer) {
 	st := &s.Stats
 	fmt.Fprintf(w, "async_proxy %s in Caddy %s, up %s, config loaded %s ago\n\n", st.Version, st.Caddy,
-		age(st.Time.Sub(st.Started)), age(st.Time.Sub(st.Loaded)))
+		formatAge(st.Time.Sub(st.Started)), formatAge(st.Time.Sub(st.Loaded)))
 	table := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
 	fmt.Fprintf(table, "requests\t%d forwarded\t%d tunnels\t%d passed on\n", st.Requests.Forwarded, st.Requests.Tunnels, st.Requests.PassedOn)
 	fmt.Fprintf(table, "refused\t%d rate limited\t%d refused\t%d failed\n", st.Requests.RateLimited, st.Requests.Refused, st.Requests.Failed)
-	fmt.Fprintf(table, "tunnels\t%s open\t%s up\t%s down\n", ofLimit(st.Tunnels.Open, st.Tunnels.Limit), size(st.Tunnels.BytesUp), size(st.Tunnels.BytesDown))
-	fmt.Fprintf(table, "traffic\t%s in all\t%s up\t%s down\n", size(st.BytesUp+st.BytesDown), size(st.BytesUp), size(st.BytesDown))
-	fmt.Fprintf(table, "clients\t%s tracked\t%d evicted\t\n", ofLimit(st.Clients.Tracked, st.Clients.Limit), st.Clients.Evicted)
+	fmt.Fprintf(table, "tunnels\t%s open\t%s up\t%s down\n", formatOfLimit(st.Tunnels.Open, st.Tunnels.Limit), formatSize(st.Tunnels.BytesUp), formatSize(st.Tunnels.BytesDown))
+	fmt.Fprintf(table, "traffic\t%s in all\t%s up\t%s down\n", formatSize(st.BytesUp+st.BytesDown), formatSize(st.BytesUp), formatSize(st.BytesDown))
+	fmt.Fprintf(table, "clients\t%s tracked\t%d evicted\t\n", formatOfLimit(st.Clients.Tracked, st.Clients.Limit), st.Clients.Evicted)
 	_ = table.Flush()
 
 	fmt.Fprintf(w, "\n")
@@ -187,17 +187,17 @@ func (s *shownStatus) print(w io.Writer) {
 	for _, c := range s.Clients.Clients {
 		tokens := fmt.Sprintf("%.1f/%d", c.Tokens, c.Burst)
 		if c.BlockedUntil != nil {
-			tokens = "blocked " + age(c.BlockedUntil.Sub(st.Time))
+			tokens = "blocked " + formatAge(c.BlockedUntil.Sub(st.Time))
 		}
 		seen := "never"
 		if !c.LastSeen.IsZero() {
-			seen = age(st.Time.Sub(c.LastSeen)) + " ago"
+			seen = formatAge(st.Time.Sub(c.LastSeen)) + " ago"
 		}
 		fmt.Fprintf(table, "%s%s\t%s\t%d\t%d\t%d\t%s\t%s\t%s\n", printable(c.Client), zone(printable(c.Zone)), tokens, c.Requests, c.Rejections, c.Tunnels,
-			size(c.BytesUp), size(c.BytesDown), seen)
+			formatSize(c.BytesUp), formatSize(c.BytesDown), seen)
 	}
 	_ = table.Flush()
-	more(w, s.Clients.Total-len(s.Clients.Clients), "clients")
+	printMore(w, s.Clients.Total-len(s.Clients.Clients), "clients")
 
 	fmt.Fprintf(w, "\n")
 	table = tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
@@ -207,28 +207,28 @@ func (s *shownStatus) print(w io.Writer) {
 		if t.User != "" {
 			client = t.User + "@" + client
 		}
-		fmt.Fprintf(table, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", t.ID, printable(client), printable(t.Target), printable(t.Proto), age(st.Time.Sub(t.Started)),
-			age(time.Duration(t.IdleSeconds*float64(time.Second))), size(t.BytesUp), size(t.BytesDown))
+		fmt.Fprintf(table, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", t.ID, printable(client), printable(t.Target), printable(t.Proto), formatAge(st.Time.Sub(t.Started)),
+			formatAge(time.Duration(t.IdleSeconds*float64(time.Second))), formatSize(t.BytesUp), formatSize(t.BytesDown))
 	}
 	_ = table.Flush()
-	more(w, s.Tunnels.Total-len(s.Tunnels.Tunnels), "tunnels")
+	printMore(w, s.Tunnels.Total-len(s.Tunnels.Tunnels), "tunnels")
 }
 
-func more(w io.Writer, n int, noun string) {
+func printMore(w io.Writer, n int, noun string) {
 	if n > 0 {
 		fmt.Fprintf(w, "and %d more %s\n", n, noun)
 	}
 }
 
-func ofLimit(n, limit int64) string {
+func formatOfLimit(n, limit int64) string {
 	if limit == 0 {
 		return fmt.Sprint(n)
 	}
 	return fmt.Sprintf("%d of %d", n, limit)
 }
 
-// age formats a duration in one or two units.
-func age(d time.Duration) string {
+// formatAge formats a duration in one or two units.
+func formatAge(d time.Duration) string {
 	switch d = max(0, d); {
 	case d < 10*time.Second:
 		return d.Round(100 * time.Millisecond).String()
@@ -240,8 +240,8 @@ func age(d time.Duration) string {
 	return fmt.Sprintf("%dd", d/(24*time.Hour))
 }
 
-// size formats a number of bytes with a unit.
-func size(n int64) string {
+// formatSize formats a number of bytes with a unit.
+func formatSize(n int64) string {
 	const units = "kMGTPE"
 	if n < 1000 {
 		return fmt.Sprintf("%d B", n)

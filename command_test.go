@@ -141,7 +141,7 @@ func TestCommandStatus(t *testing.T) {
 	if strings.Contains(string(out), "\x1b") {
 		t.Errorf("control characters in piped output: %q", out)
 	}
-	var shown shownStatus
+	var shown statusReport
 	out, err = commandOf(t, "async-proxy", "status", "--json", "--address", w.logs).Output()
 	if err == nil {
 		err = json.Unmarshal(out, &shown)
@@ -228,7 +228,7 @@ func TestStatusFits(t *testing.T) {
 	for _, tc := range []struct{ height, clients, tunnels, wantClients, wantTunnels int }{
 		{24, 100, 100, 5, 5}, {25, 100, 100, 6, 5}, {24, 2, 100, 2, 8}, {24, 100, 1, 9, 1}, {24, 0, 0, 0, 0}, {50, 3, 4, 3, 4}, {14, 9, 9, 0, 0}, {1, 9, 9, 0, 0},
 	} {
-		s := shownStatus{Clients: clientList{make([]clientInfo, tc.clients), 200}, Tunnels: tunnelList{make([]tunnelInfo, tc.tunnels), 200}}
+		s := statusReport{Clients: clientList{make([]clientInfo, tc.clients), 200}, Tunnels: tunnelList{make([]tunnelInfo, tc.tunnels), 200}}
 		s.fit(tc.height)
 		if clients, tunnels := len(s.Clients.Clients), len(s.Tunnels.Tunnels); clients != tc.wantClients || tunnels != tc.wantTunnels {
 			t.Errorf("of %d clients and %d tunnels there are %d and %d in %d lines, want %d and %d", tc.clients, tc.tunnels, clients, tunnels, tc.height, tc.wantClients, tc.wantTunnels)
@@ -239,7 +239,7 @@ func TestStatusFits(t *testing.T) {
 			t.Errorf("%d lines were printed for a screen of %d", n, tc.height)
 		}
 	}
-	if got, want := screen("one\ntwo and more\nthree\nfour\n", 8, 4), "\x1b[Hone\x1b[K\ntwo an…\x1b[K\nthree\x1b[K\n\x1b[J"; got != want {
+	if got, want := screenUpdate("one\ntwo and more\nthree\nfour\n", 8, 4), "\x1b[Hone\x1b[K\ntwo an…\x1b[K\nthree\x1b[K\n\x1b[J"; got != want {
 		t.Errorf("the screen got %q, want %q", got, want)
 	}
 }
@@ -247,7 +247,7 @@ func TestStatusFits(t *testing.T) {
 // TestStatusPrints checks the output for tunnels, total traffic, and clients in several
 // zones.
 func TestStatusPrints(t *testing.T) {
-	var s shownStatus
+	var s statusReport
 	s.Stats.Time = time.Now()
 	s.Stats.Tunnels.Open, s.Stats.Tunnels.BytesUp, s.Stats.Tunnels.BytesDown = 1, 2000, 3000
 	s.Stats.BytesUp, s.Stats.BytesDown = 12_000, 23_000
@@ -272,12 +272,12 @@ func TestStatusPrints(t *testing.T) {
 
 func TestUnits(t *testing.T) {
 	for n, want := range map[int64]string{0: "0 B", 999: "999 B", 1000: "1.0 kB", 9949: "9.9 kB", 9950: "10 kB", 999_499: "999 kB", 999_500: "1.0 MB", 1_500_000_000: "1.5 GB", 1 << 62: "4.6 EB"} {
-		if got := size(n); got != want {
+		if got := formatSize(n); got != want {
 			t.Errorf("size(%d) = %q, want %q", n, got, want)
 		}
 	}
 	for d, want := range map[time.Duration]string{0: "0s", -1: "0s", 1234 * time.Millisecond: "1.2s", 61 * time.Second: "1m1s", time.Hour: "1h", 90 * time.Minute: "1h30m", 47 * time.Hour: "47h", 100 * time.Hour: "4d"} {
-		if got := age(d); got != want {
+		if got := formatAge(d); got != want {
 			t.Errorf("age(%v) = %q, want %q", d, got, want)
 		}
 	}

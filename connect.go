@@ -24,29 +24,29 @@ var established = []byte("HTTP/1.1 200 Connection Established\r\n\r\n")
 
 // connect opens a tunnel to the target of a CONNECT request. It dials before it responds, so
 // that a dial failure is an ordinary error response. It returns the status for the log.
-func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *visit) (int, error) {
-	from := v.caller
+func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *transaction) (int, error) {
+	from := v.clientIdentity
 	target, err := parseAuthority(r.RequestURI)
 	if err != nil {
-		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "CONNECT needs a host and a port, such as example.com:443: %v.", err)
+		return 0, newRefusal(http.StatusBadRequest, "http_request_error", nil, "CONNECT needs a host and a port, such as example.com:443: %v.", err)
 	}
 	if announcesContent(r) {
-		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "A CONNECT request must not have content.")
+		return 0, newRefusal(http.StatusBadRequest, "http_request_error", nil, "A CONNECT request must not have content.")
 	}
-	if f := h.tunnels.admit(from.bucket, h.MaxTunnels, h.MaxTunnelsPerClient); f != nil {
+	if f := h.tunnels.admit(from.limitKey, h.MaxTunnels, h.MaxTunnelsPerClient); f != nil {
 		return 0, f
 	}
 	ctx := h.withParentFields(r, from, target)
 	if h.dialer.policy.connect != nil {
 		ctx = context.WithValue(ctx, connectKey{}, true)
 	}
-	ctx, dialled := h.tunnels.whileOpen(ctx, time.Duration(h.DialTimeout))
+	ctx, dialled := h.tunnels.dialContext(ctx, time.Duration(h.DialTimeout))
 	far, err := h.dialer.dial(ctx, from.reach, target)
 	dialled()
 	if err != nil {
-		h.tunnels.leave(from.bucket)
-		if h.tunnels.ended.Load() != nil && r.Context().Err() == nil {
-			return 0, refuse(http.StatusServiceUnavailable, "proxy_internal_error", err, "This proxy is shutting down; try again later.")
+		h.tunnels.release(from.limitKey)
+		if h.tunnels.endReason.Load() != nil && r.Context().Err() == nil {
+			return 0, newRefusal(http.StatusServiceUnavailable, "proxy_internal_error", err, "This proxy is shutting down; try again later.")
 		}
 		return 0, dialRefusal(r.Context(), err, target)
 	}
@@ -57,11 +57,11 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *visit) (int
 	near, early, err := hijack(w)
 	if err != nil {
 		_ = far.Close()
-		h.tunnels.leave(from.bucket)
+		h.tunnels.release(from.limitKey)
 		return 0, caddyhttp.Error(http.StatusInternalServerError, err)
 	}
 	recordStatus(w, http.StatusOK)
-	t.near, t.early, t.greeting = newConnPeer(near), early, established
+	t.near, t.clientPrefix, t.responseHead = newConnPeer(near), early, established
 	if fast, ok := innermost(w).(*responseWriter); ok {
 		fast.tunnel = t // clientConn.run starts it when the stack of serve is gone
 		return http.StatusOK, nil
@@ -86,7 +86,7 @@ func announcesContent(r *http.Request) bool {
 // withParentFields returns the context for dialing the target of a CONNECT. If a parent
 // proxy will receive the request, the context carries the fields that tell it of the path
 // (Via, RFC 9110 §7.6.3) and of the client.
-func (h *Handler) withParentFields(r *http.Request, from caller, target string) context.Context {
+func (h *Handler) withParentFields(r *http.Request, from clientIdentity, target string) context.Context {
 	if !h.dialer.usesParent(target) {
 		return r.Context()
 	}
@@ -97,12 +97,12 @@ func (h *Handler) withParentFields(r *http.Request, from caller, target string) 
 			fields[name] = values
 		}
 	}
-	return context.WithValue(r.Context(), parentRequestKey{}, &parentRequest{fields, from.bucket})
+	return context.WithValue(r.Context(), parentRequestKey{}, &parentRequest{fields, from.limitKey})
 }
 
 // connectStream runs a tunnel on an HTTP/2 or HTTP/3 stream, which ends when the handler
 // returns.
-func (h *Handler) connectStream(w http.ResponseWriter, r *http.Request, v *visit, t *tunnel) (int, error) {
+func (h *Handler) connectStream(w http.ResponseWriter, r *http.Request, v *transaction, t *tunnel) (int, error) {
 	clear(w.Header()) // Server and Alt-Svc do not describe the target
 	w.WriteHeader(http.StatusOK)
 	v.count(nil)
@@ -133,7 +133,7 @@ func hijack(w http.ResponseWriter) (conn net.Conn, early []byte, err error) {
 		early = append(early, peeked...)
 	}
 	if read, ok := conn.(*readConn); ok {
-		conn, early = read.TCPConn, append(early, read.early...)
+		conn, early = read.TCPConn, append(early, read.prefix...)
 	}
 	return conn, early, nil
 }

@@ -45,8 +45,8 @@ func (h *Handler) newContentWait(client netip.Addr) *contentWait {
 
 func (w *contentWait) exiting() bool { return w.handler.tunnels.open.Err() != nil }
 
-// step returns how long to wait before overdue must be called; 0 means forever.
-func (w *contentWait) step(waited time.Duration) time.Duration {
+// nextCheck returns how long to wait before overdue must be called; 0 means forever.
+func (w *contentWait) nextCheck(waited time.Duration) time.Duration {
 	step := time.Duration(0)
 	if w.timeout > 0 {
 		step = max(w.timeout-waited, time.Millisecond)
@@ -78,18 +78,18 @@ func (w *contentWait) overdue(waited time.Duration) error {
 	return nil
 }
 
-// over ends a wait, and stops counting the response as a tunnel: the origin has sent
+// endWait ends a wait, and stops counting the response as a tunnel: the origin has sent
 // something, or the response has ended.
-func (w *contentWait) over() {
+func (w *contentWait) endWait() {
 	if w.counted {
-		w.handler.tunnels.leave(w.client)
+		w.handler.tunnels.release(w.client)
 		w.counted = false
 	}
 }
 
 // end releases the resources of the wait once the response has ended.
 func (w *contentWait) end() {
-	w.over()
+	w.endWait()
 	if w.stop != nil {
 		w.stop()
 	}
@@ -102,13 +102,13 @@ func (w *contentWait) waitFor(c *originConn, arrives func() error) error {
 	if w.stop == nil {
 		w.stop = context.AfterFunc(w.handler.tunnels.open, func() { _ = c.SetReadDeadline(time.Unix(1, 0)) })
 	}
-	defer w.over()
+	defer w.endWait()
 	for start := time.Now(); ; {
 		waited := time.Since(start)
-		if step := w.step(waited); step > 0 {
-			c.expectBy(step, step+step/8)
+		if step := w.nextCheck(waited); step > 0 {
+			c.setDeadlineBetween(step, step+step/8)
 		} else {
-			c.expectNone()
+			c.clearDeadline()
 		}
 		if w.exiting() { // the exit may have set its deadline before the one above
 			c.deadline = time.Now().Add(exitGrace)
@@ -132,7 +132,7 @@ func (w *contentWait) read(p []byte, read func([]byte) (int, error), cancel func
 	var failed error
 	done, start := false, time.Now()
 	step := func(waited time.Duration) time.Duration { // at most exitGrace, to notice Caddy's exit
-		if step := w.step(waited); step > 0 {
+		if step := w.nextCheck(waited); step > 0 {
 			return min(step, exitGrace)
 		}
 		return exitGrace
@@ -158,7 +158,7 @@ func (w *contentWait) read(p []byte, read func([]byte) (int, error), cancel func
 	defer mu.Unlock()
 	done = true
 	timer.Stop()
-	w.over()
+	w.endWait()
 	if n == 0 && err != nil && failed != nil {
 		err = failed
 	}
@@ -168,7 +168,7 @@ func (w *contentWait) read(p []byte, read func([]byte) (int, error), cancel func
 // awaitContent waits until the next read returns without blocking. It loops because what
 // precedes content, such as a chunk's size line, may arrive in several parts.
 func (b *originBody) awaitContent() error {
-	for !b.more() && !b.ended && (b.chunks != nil || b.left != 0) {
+	for !b.ready() && !b.ended && (b.chunks != nil || b.remaining != 0) {
 		var last error
 		err := b.waitFor(func() error {
 			_, err := b.r.Peek(b.r.Buffered() + 1)
@@ -179,7 +179,7 @@ func (b *originBody) awaitContent() error {
 			return err // the connection may report it only once: after a reset, reads return EOF
 		})
 		if err == nil && last == bufio.ErrBufferFull {
-			b.expectRest()
+			b.setTrailerDeadline()
 		}
 		if err != nil || last != nil {
 			return err
@@ -188,14 +188,14 @@ func (b *originBody) awaitContent() error {
 	return nil
 }
 
-// expectRest sets the read deadline for trailers that are too long for the buffer.
-func (b *originBody) expectRest() {
+// setTrailerDeadline sets the read deadline for trailers that are too long for the buffer.
+func (b *originBody) setTrailerDeadline() {
 	switch {
 	case b.wait == nil:
 	case b.wait.timeout > 0:
-		b.origin.expectBy(b.wait.timeout, b.wait.timeout+b.wait.timeout/8)
+		b.origin.setDeadlineBetween(b.wait.timeout, b.wait.timeout+b.wait.timeout/8)
 	default:
-		b.origin.expectNone()
+		b.origin.clearDeadline()
 	}
 }
 

@@ -127,7 +127,7 @@ func TestClientWithThePortOfATunnelIsNoLoop(t *testing.T) {
 	target := echoTarget(t)
 	first := w.client(t, "h1").open(target)
 	hear(t, first, say(t, first, "hello"))
-	source := openTunnels()[0].source
+	source := openTunnels()[0].localAddr
 	if !source.IsValid() {
 		t.Fatal("the tunnel has no local address")
 	}

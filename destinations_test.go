@@ -24,115 +24,115 @@ func TestRulesOfDestinations(t *testing.T) {
 	const opens, byDefault = "opens", "default"
 	for _, tc := range []struct {
 		rules string
-		reach reach
+		reach clientScope
 		name  string // "": the address itself
 		to    string
 		want  string // opens, or the rule that denies
 	}{
 		// The first matching rule decides.
-		{"deny 192.0.2.0/24\nallow 192.0.2.1", local, "", "192.0.2.1:80", "deny 192.0.2.0/24"},
-		{"allow 192.0.2.1\ndeny 192.0.2.0/24", public, "", "192.0.2.1:80", opens},
-		{"allow 192.0.2.1\ndeny 192.0.2.0/24", public, "", "192.0.2.2:80", "deny 192.0.2.0/24"},
-		{"deny 8.8.8.8 1.1.1.1", public, "", "1.1.1.1:80", "deny 1.1.1.1/32"},
-		{"deny 8.8.8.8", public, "", "1.1.1.1:80", opens},
-		{"", public, "", "1.1.1.1:80", opens},
-		{"", public, "", "10.0.0.1:80", byDefault},
-		{"", local, "", "10.0.0.1:80", opens},
+		{"deny 192.0.2.0/24\nallow 192.0.2.1", localScope, "", "192.0.2.1:80", "deny 192.0.2.0/24"},
+		{"allow 192.0.2.1\ndeny 192.0.2.0/24", publicScope, "", "192.0.2.1:80", opens},
+		{"allow 192.0.2.1\ndeny 192.0.2.0/24", publicScope, "", "192.0.2.2:80", "deny 192.0.2.0/24"},
+		{"deny 8.8.8.8 1.1.1.1", publicScope, "", "1.1.1.1:80", "deny 1.1.1.1/32"},
+		{"deny 8.8.8.8", publicScope, "", "1.1.1.1:80", opens},
+		{"", publicScope, "", "1.1.1.1:80", opens},
+		{"", publicScope, "", "10.0.0.1:80", byDefault},
+		{"", localScope, "", "10.0.0.1:80", opens},
 
 		// Names.
-		{"deny ads.example", public, "ads.example", "1.1.1.1:80", "deny ads.example"},
-		{"deny ads.example", public, "www.ads.example", "1.1.1.1:80", opens},
-		{"deny ads.example", public, "", "1.1.1.1:80", opens},
-		{"deny ADS.Example.", public, "ads.example", "1.1.1.1:80", "deny ads.example"},
-		{"deny *.ads.example", public, "ads.example", "1.1.1.1:80", opens},
-		{"deny *.ads.example", public, "a.ads.example", "1.1.1.1:80", "deny *.ads.example"},
-		{"deny *.ads.example", public, "a.b.ads.example", "1.1.1.1:80", "deny *.ads.example"},
-		{"deny *.ads.example", public, "bads.example", "1.1.1.1:80", opens},
-		{"deny *.example", public, "a.b.ads.example", "1.1.1.1:80", "deny *.example"},
-		{"deny münchen.example", public, "xn--mnchen-3ya.example", "1.1.1.1:80", "deny xn--mnchen-3ya.example"},
-		{"allow www.ads.example\ndeny *.ads.example", public, "www.ads.example", "1.1.1.1:80", opens},
-		{"allow www.ads.example\ndeny *.ads.example", public, "ftp.ads.example", "1.1.1.1:80", "deny *.ads.example"},
+		{"deny ads.example", publicScope, "ads.example", "1.1.1.1:80", "deny ads.example"},
+		{"deny ads.example", publicScope, "www.ads.example", "1.1.1.1:80", opens},
+		{"deny ads.example", publicScope, "", "1.1.1.1:80", opens},
+		{"deny ADS.Example.", publicScope, "ads.example", "1.1.1.1:80", "deny ads.example"},
+		{"deny *.ads.example", publicScope, "ads.example", "1.1.1.1:80", opens},
+		{"deny *.ads.example", publicScope, "a.ads.example", "1.1.1.1:80", "deny *.ads.example"},
+		{"deny *.ads.example", publicScope, "a.b.ads.example", "1.1.1.1:80", "deny *.ads.example"},
+		{"deny *.ads.example", publicScope, "bads.example", "1.1.1.1:80", opens},
+		{"deny *.example", publicScope, "a.b.ads.example", "1.1.1.1:80", "deny *.example"},
+		{"deny münchen.example", publicScope, "xn--mnchen-3ya.example", "1.1.1.1:80", "deny xn--mnchen-3ya.example"},
+		{"allow www.ads.example\ndeny *.ads.example", publicScope, "www.ads.example", "1.1.1.1:80", opens},
+		{"allow www.ads.example\ndeny *.ads.example", publicScope, "ftp.ads.example", "1.1.1.1:80", "deny *.ads.example"},
 
 		// Allowing a name opens no address that is otherwise closed.
-		{"allow wiki.example", public, "wiki.example", "10.0.0.1:80", byDefault},
-		{"allow wiki.example", local, "wiki.example", "10.0.0.1:80", opens},
-		{"allow wiki.example", local, "wiki.example", "169.254.169.254:80", byDefault},
-		{"allow wiki.example 10.0.0.0/8", public, "wiki.example", "10.0.0.1:80", opens},
-		{"allow wiki.example\nallow 10.0.0.0/8", public, "wiki.example", "10.0.0.1:80", opens},
-		{"allow wiki.example\ndeny 1.1.1.0/24", public, "wiki.example", "1.1.1.1:80", "deny 1.1.1.0/24"},
-		{"allow wiki.example\ndeny all", public, "wiki.example", "1.1.1.1:80", opens},
-		{"allow wiki.example\ndeny all", public, "wiki.example", "10.0.0.1:80", byDefault},
-		{"allow wiki.example 10.0.0.0/8\ndeny all", public, "wiki.example", "10.0.0.1:80", opens},
-		{"allow wiki.example 10.0.0.0/8\ndeny all", public, "other.example", "10.0.0.1:80", opens},
-		{"allow wiki.example\ndeny all", public, "other.example", "1.1.1.1:80", "deny all"},
-		{"allow wiki.example\ndeny all", public, "", "1.1.1.1:80", "deny all"},
-		{"allow 1.1.1.1\ndeny all", public, "other.example", "1.1.1.1:80", opens},
-		{"allow 1.1.1.1\ndeny all", public, "", "8.8.8.8:80", "deny all"},
+		{"allow wiki.example", publicScope, "wiki.example", "10.0.0.1:80", byDefault},
+		{"allow wiki.example", localScope, "wiki.example", "10.0.0.1:80", opens},
+		{"allow wiki.example", localScope, "wiki.example", "169.254.169.254:80", byDefault},
+		{"allow wiki.example 10.0.0.0/8", publicScope, "wiki.example", "10.0.0.1:80", opens},
+		{"allow wiki.example\nallow 10.0.0.0/8", publicScope, "wiki.example", "10.0.0.1:80", opens},
+		{"allow wiki.example\ndeny 1.1.1.0/24", publicScope, "wiki.example", "1.1.1.1:80", "deny 1.1.1.0/24"},
+		{"allow wiki.example\ndeny all", publicScope, "wiki.example", "1.1.1.1:80", opens},
+		{"allow wiki.example\ndeny all", publicScope, "wiki.example", "10.0.0.1:80", byDefault},
+		{"allow wiki.example 10.0.0.0/8\ndeny all", publicScope, "wiki.example", "10.0.0.1:80", opens},
+		{"allow wiki.example 10.0.0.0/8\ndeny all", publicScope, "other.example", "10.0.0.1:80", opens},
+		{"allow wiki.example\ndeny all", publicScope, "other.example", "1.1.1.1:80", "deny all"},
+		{"allow wiki.example\ndeny all", publicScope, "", "1.1.1.1:80", "deny all"},
+		{"allow 1.1.1.1\ndeny all", publicScope, "other.example", "1.1.1.1:80", opens},
+		{"allow 1.1.1.1\ndeny all", publicScope, "", "8.8.8.8:80", "deny all"},
 
 		// Classes.
-		{"allow all", public, "", "10.0.0.1:80", byDefault},
-		{"allow all", public, "x.example", "10.0.0.1:80", byDefault},
-		{"allow all", public, "x.example", "1.1.1.1:80", opens},
-		{"allow private", public, "", "10.0.0.1:80", opens},
-		{"allow private", public, "", "127.0.0.1:80", opens},
-		{"allow private", public, "", "[fd00::1]:80", opens},
-		{"allow private", public, "", "169.254.169.254:80", byDefault},
-		{"allow private", local, "", "0.0.0.0:80", byDefault},
-		{"allow private\ndeny all", public, "", "1.1.1.1:80", "deny all"},
-		{"allow public\ndeny all", local, "", "1.1.1.1:80", opens},
-		{"allow public\ndeny all", local, "", "127.0.0.1:80", "deny all"},
-		{"deny private", local, "", "127.0.0.1:80", "deny private"},
-		{"deny private", local, "x.example", "[64:ff9b::a00:1]:80", "deny private"},
-		{"deny private", local, "", "1.1.1.1:80", opens},
-		{"deny public", local, "", "1.1.1.1:80", "deny public"},
-		{"deny public", local, "", "127.0.0.1:80", opens},
-		{"allow private_ranges", public, "", "192.168.1.1:80", opens},
+		{"allow all", publicScope, "", "10.0.0.1:80", byDefault},
+		{"allow all", publicScope, "x.example", "10.0.0.1:80", byDefault},
+		{"allow all", publicScope, "x.example", "1.1.1.1:80", opens},
+		{"allow private", publicScope, "", "10.0.0.1:80", opens},
+		{"allow private", publicScope, "", "127.0.0.1:80", opens},
+		{"allow private", publicScope, "", "[fd00::1]:80", opens},
+		{"allow private", publicScope, "", "169.254.169.254:80", byDefault},
+		{"allow private", localScope, "", "0.0.0.0:80", byDefault},
+		{"allow private\ndeny all", publicScope, "", "1.1.1.1:80", "deny all"},
+		{"allow public\ndeny all", localScope, "", "1.1.1.1:80", opens},
+		{"allow public\ndeny all", localScope, "", "127.0.0.1:80", "deny all"},
+		{"deny private", localScope, "", "127.0.0.1:80", "deny private"},
+		{"deny private", localScope, "x.example", "[64:ff9b::a00:1]:80", "deny private"},
+		{"deny private", localScope, "", "1.1.1.1:80", opens},
+		{"deny public", localScope, "", "1.1.1.1:80", "deny public"},
+		{"deny public", localScope, "", "127.0.0.1:80", opens},
+		{"allow private_ranges", publicScope, "", "192.168.1.1:80", opens},
 
 		// Metadata services.
-		{"allow private", public, "", "[fd00:ec2::254]:80", byDefault},
-		{"allow private_ranges", public, "", "[fd00:ec2::254]:80", byDefault},
-		{"allow private", public, "", "100.100.100.200:80", byDefault},
-		{"allow 100.64.0.0/10", public, "", "100.100.100.200:80", byDefault},
-		{"allow 100.64.0.0/10", public, "", "100.100.100.201:80", opens},
-		{"allow 0.0.0.0/0 ::/0", public, "", "168.63.129.16:80", byDefault},
-		{"allow 0.0.0.0/0 ::/0", public, "", "169.254.169.254:80", byDefault},
-		{"allow 0.0.0.0/0 ::/0", public, "", "[64:ff9b::a9fe:a9fe]:80", byDefault},
-		{"allow 168.63.129.16", public, "", "168.63.129.16:80", opens},
-		{"allow 169.254.0.0/16 169.254.169.254", public, "", "169.254.169.254:80", opens},
-		{"allow 169.254.169.254", public, "metadata.example", "169.254.169.254:80", opens},
-		{"allow 169.254.169.254", public, "", "[64:ff9b::a9fe:a9fe]:80", opens},
-		{"allow all", local, "metadata.example", "192.0.0.192:80", byDefault},
-		{"", local, "", "192.0.0.192:80", byDefault},
-		{"", local, "", "[fd20:ce::254]:80", byDefault},
-		{"deny 100.64.0.0/10", local, "", "100.100.100.200:80", "deny 100.64.0.0/10"},
-		{"deny private", local, "", "100.100.100.200:80", "deny private"},
+		{"allow private", publicScope, "", "[fd00:ec2::254]:80", byDefault},
+		{"allow private_ranges", publicScope, "", "[fd00:ec2::254]:80", byDefault},
+		{"allow private", publicScope, "", "100.100.100.200:80", byDefault},
+		{"allow 100.64.0.0/10", publicScope, "", "100.100.100.200:80", byDefault},
+		{"allow 100.64.0.0/10", publicScope, "", "100.100.100.201:80", opens},
+		{"allow 0.0.0.0/0 ::/0", publicScope, "", "168.63.129.16:80", byDefault},
+		{"allow 0.0.0.0/0 ::/0", publicScope, "", "169.254.169.254:80", byDefault},
+		{"allow 0.0.0.0/0 ::/0", publicScope, "", "[64:ff9b::a9fe:a9fe]:80", byDefault},
+		{"allow 168.63.129.16", publicScope, "", "168.63.129.16:80", opens},
+		{"allow 169.254.0.0/16 169.254.169.254", publicScope, "", "169.254.169.254:80", opens},
+		{"allow 169.254.169.254", publicScope, "metadata.example", "169.254.169.254:80", opens},
+		{"allow 169.254.169.254", publicScope, "", "[64:ff9b::a9fe:a9fe]:80", opens},
+		{"allow all", localScope, "metadata.example", "192.0.0.192:80", byDefault},
+		{"", localScope, "", "192.0.0.192:80", byDefault},
+		{"", localScope, "", "[fd20:ce::254]:80", byDefault},
+		{"deny 100.64.0.0/10", localScope, "", "100.100.100.200:80", "deny 100.64.0.0/10"},
+		{"deny private", localScope, "", "100.100.100.200:80", "deny private"},
 
 		// Addresses embedded in others.
-		{"deny 1.1.1.0/24", public, "", "[64:ff9b::101:101]:80", "deny 1.1.1.0/24"},
-		{"deny 1.1.1.0/24", public, "", "[2002:101:101::]:80", "deny 1.1.1.0/24"},
-		{"deny 1.1.1.0/24", public, "", "[::ffff:1.1.1.1]:80", "deny 1.1.1.0/24"},
-		{"deny ::ffff:1.1.1.1", public, "", "1.1.1.1:80", "deny 1.1.1.1/32"},
-		{"deny ::ffff:1.1.1.0/120", public, "", "1.1.1.1:80", "deny 1.1.1.0/24"},
-		{"deny 64:ff9b::/96", public, "", "[64:ff9b::101:101]:80", "deny 64:ff9b::/96"},
+		{"deny 1.1.1.0/24", publicScope, "", "[64:ff9b::101:101]:80", "deny 1.1.1.0/24"},
+		{"deny 1.1.1.0/24", publicScope, "", "[2002:101:101::]:80", "deny 1.1.1.0/24"},
+		{"deny 1.1.1.0/24", publicScope, "", "[::ffff:1.1.1.1]:80", "deny 1.1.1.0/24"},
+		{"deny ::ffff:1.1.1.1", publicScope, "", "1.1.1.1:80", "deny 1.1.1.1/32"},
+		{"deny ::ffff:1.1.1.0/120", publicScope, "", "1.1.1.1:80", "deny 1.1.1.0/24"},
+		{"deny 64:ff9b::/96", publicScope, "", "[64:ff9b::101:101]:80", "deny 64:ff9b::/96"},
 
 		// Ports.
-		{"deny x.example:80", public, "x.example", "1.1.1.1:80", "deny x.example:80"},
-		{"deny x.example:80", public, "x.example", "1.1.1.1:443", opens},
-		{"deny all:1-1023\nallow all", public, "", "1.1.1.1:1023", "deny all:1-1023"},
-		{"deny all:1-1023\nallow all", public, "", "1.1.1.1:1024", opens},
-		{"allow all:443\ndeny all", public, "x.example", "1.1.1.1:443", opens},
-		{"allow all:443\ndeny all", public, "x.example", "1.1.1.1:80", "deny all"},
-		{"allow 10.0.0.1:443 [fd00::1]:443 [fd00::]:80-90", public, "", "10.0.0.1:443", opens},
-		{"allow 10.0.0.1:443 [fd00::1]:443 [fd00::]:80-90", public, "", "[fd00::1]:443", opens},
-		{"allow 10.0.0.1:443 [fd00::1]:443 [fd00::]:80-90", public, "", "[fd00::]:85", opens},
-		{"allow 10.0.0.1:443 [fd00::1]:443 [fd00::]:80-90", public, "", "[fd00::]:91", byDefault},
-		{"allow 10.0.0.1:443 [fd00::1]:443 [fd00::]:80-90", public, "", "10.0.0.1:80", byDefault},
-		{"", public, "", "1.1.1.1:25", "ports"},
-		{"allow all 1.1.1.1:25", public, "", "1.1.1.1:25", "ports"},
-		{"ports 25", public, "", "1.1.1.1:25", opens},
-		{"ports 80 8000-8999", public, "", "1.1.1.1:8500", opens},
-		{"ports 80 8000-8999", public, "", "1.1.1.1:443", "ports"},
-		{"ports 80 8000-8999\nallow 1.1.1.1:443", public, "", "1.1.1.1:443", "ports"},
+		{"deny x.example:80", publicScope, "x.example", "1.1.1.1:80", "deny x.example:80"},
+		{"deny x.example:80", publicScope, "x.example", "1.1.1.1:443", opens},
+		{"deny all:1-1023\nallow all", publicScope, "", "1.1.1.1:1023", "deny all:1-1023"},
+		{"deny all:1-1023\nallow all", publicScope, "", "1.1.1.1:1024", opens},
+		{"allow all:443\ndeny all", publicScope, "x.example", "1.1.1.1:443", opens},
+		{"allow all:443\ndeny all", publicScope, "x.example", "1.1.1.1:80", "deny all"},
+		{"allow 10.0.0.1:443 [fd00::1]:443 [fd00::]:80-90", publicScope, "", "10.0.0.1:443", opens},
+		{"allow 10.0.0.1:443 [fd00::1]:443 [fd00::]:80-90", publicScope, "", "[fd00::1]:443", opens},
+		{"allow 10.0.0.1:443 [fd00::1]:443 [fd00::]:80-90", publicScope, "", "[fd00::]:85", opens},
+		{"allow 10.0.0.1:443 [fd00::1]:443 [fd00::]:80-90", publicScope, "", "[fd00::]:91", byDefault},
+		{"allow 10.0.0.1:443 [fd00::1]:443 [fd00::]:80-90", publicScope, "", "10.0.0.1:80", byDefault},
+		{"", publicScope, "", "1.1.1.1:25", "ports"},
+		{"allow all 1.1.1.1:25", publicScope, "", "1.1.1.1:25", "ports"},
+		{"ports 25", publicScope, "", "1.1.1.1:25", opens},
+		{"ports 80 8000-8999", publicScope, "", "1.1.1.1:8500", opens},
+		{"ports 80 8000-8999", publicScope, "", "1.1.1.1:443", "ports"},
+		{"ports 80 8000-8999\nallow 1.1.1.1:443", publicScope, "", "1.1.1.1:443", "ports"},
 	} {
 		p := policyOf(t, tc.rules)
 		to := netip.MustParseAddrPort(tc.to)
@@ -160,29 +160,29 @@ func TestRulesOfDestinations(t *testing.T) {
 func TestRulesWithoutResolving(t *testing.T) {
 	for _, tc := range []struct {
 		rules, address string
-		reach          reach
+		reach          clientScope
 		open           bool
 	}{
-		{"", "x.example:80", public, true},
-		{"", "x.example:25", public, false},
-		{"", "10.0.0.1:80", public, false},
-		{"", "10.0.0.1:80", local, true},
-		{"", "169.254.169.254:80", local, false},
-		{"", "[::ffff:10.0.0.1]:80", public, false},
-		{"", "localhost:80", public, false},
-		{"", "LOCALHOST.:80", public, false},
-		{"", "x.localhost:80", public, false},
-		{"", "localhost:80", local, true},
-		{"deny x.example", "X.example.:80", public, false},
-		{"deny x.example", "y.example:80", public, true},
-		{"deny all", "y.example:80", public, false},
-		{"allow *.example\ndeny all", "y.example:80", public, true},
-		{"allow *.example\ndeny all", "y.test:80", public, false},
-		{"allow 1.1.1.1\ndeny all", "y.test:80", public, false}, // unknown: the address would decide
-		{"allow 1.1.1.1\ndeny all", "1.1.1.1:80", public, true},
-		{"deny 1.1.1.1", "y.test:80", public, true}, // likewise unknown
-		{"deny 1.1.1.1", "1.1.1.1:80", public, false},
-		{"allow private", "10.0.0.1:80", public, true},
+		{"", "x.example:80", publicScope, true},
+		{"", "x.example:25", publicScope, false},
+		{"", "10.0.0.1:80", publicScope, false},
+		{"", "10.0.0.1:80", localScope, true},
+		{"", "169.254.169.254:80", localScope, false},
+		{"", "[::ffff:10.0.0.1]:80", publicScope, false},
+		{"", "localhost:80", publicScope, false},
+		{"", "LOCALHOST.:80", publicScope, false},
+		{"", "x.localhost:80", publicScope, false},
+		{"", "localhost:80", localScope, true},
+		{"deny x.example", "X.example.:80", publicScope, false},
+		{"deny x.example", "y.example:80", publicScope, true},
+		{"deny all", "y.example:80", publicScope, false},
+		{"allow *.example\ndeny all", "y.example:80", publicScope, true},
+		{"allow *.example\ndeny all", "y.test:80", publicScope, false},
+		{"allow 1.1.1.1\ndeny all", "y.test:80", publicScope, false}, // unknown: the address would decide
+		{"allow 1.1.1.1\ndeny all", "1.1.1.1:80", publicScope, true},
+		{"deny 1.1.1.1", "y.test:80", publicScope, true}, // likewise unknown
+		{"deny 1.1.1.1", "1.1.1.1:80", publicScope, false},
+		{"allow private", "10.0.0.1:80", publicScope, true},
 	} {
 		p := policyOf(t, tc.rules)
 		if denied, _ := p.checkName(t.Context(), tc.reach, newTarget(tc.address), false); (denied == nil) != tc.open {
@@ -207,7 +207,7 @@ func TestRulesReportOnly(t *testing.T) {
 	} {
 		p := policyOf(t, "report_only rules\n"+tc.rules)
 		to := netip.MustParseAddrPort(tc.to)
-		denied, reported := p.check(t.Context(), public, target{name: tc.name, port: to.Port()}, to)
+		denied, reported := p.check(t.Context(), publicScope, target{name: tc.name, port: to.Port()}, to)
 		rule := ""
 		if reported != nil {
 			rule = reported.rule
@@ -215,7 +215,7 @@ func TestRulesReportOnly(t *testing.T) {
 		if (denied == nil) != tc.open || rule != tc.reported {
 			t.Errorf("%q: %s: %v, reported %q; want open %v, reported %q", tc.rules, tc.to, denied, rule, tc.open, tc.reported)
 		}
-		if early, _ := p.checkName(t.Context(), public, target{name: tc.name, port: to.Port()}, true); early != nil {
+		if early, _ := p.checkName(t.Context(), publicScope, target{name: tc.name, port: to.Port()}, true); early != nil {
 			t.Errorf("%q: the name alone is denied: %v", tc.rules, early)
 		}
 	}
@@ -251,7 +251,7 @@ func TestRulesFromFiles(t *testing.T) {
 		open     bool
 	}{{"", "10.1.2.3:80", false}, {"", "10.1.2.4:80", true}, {"ads.example", "1.1.1.1:1", false}, {"x.ads.example", "1.1.1.1:80", false}, {"x.ads.example", "1.1.1.1:81", true}} {
 		to := netip.MustParseAddrPort(tc.to)
-		if denied, _ := p.check(t.Context(), local, target{name: tc.name, port: to.Port()}, to); (denied == nil) != tc.open {
+		if denied, _ := p.check(t.Context(), localScope, target{name: tc.name, port: to.Port()}, to); (denied == nil) != tc.open {
 			t.Errorf("%s %s: %v", tc.name, tc.to, denied)
 		}
 	}
@@ -298,7 +298,7 @@ func TestRulesFromSources(t *testing.T) {
 		for _, address := range addresses {
 			to := netip.AddrPortFrom(netip.MustParseAddr(address), 80)
 			rule := ""
-			if denied, _ := p.check(t.Context(), local, newTarget(to.String()), to); denied != nil {
+			if denied, _ := p.check(t.Context(), localScope, newTarget(to.String()), to); denied != nil {
 				rule = denied.rule
 			}
 			if rule != want {
@@ -322,7 +322,7 @@ func TestRulesLookup(t *testing.T) {
 	to := netip.MustParseAddrPort("1.2.3.4:443")
 	asked := target{name: "a.b.c.example.com", port: 443}
 	ctx := context.Background()
-	if n := testing.AllocsPerRun(100, func() { _, _ = p.check(ctx, public, asked, to) }); n > 0 {
+	if n := testing.AllocsPerRun(100, func() { _, _ = p.check(ctx, publicScope, asked, to) }); n > 0 {
 		t.Errorf("%v allocations for a check, want none", n)
 	}
 }
@@ -346,7 +346,7 @@ func BenchmarkRules(b *testing.B) {
 		to := netip.MustParseAddrPort(address)
 		b.Run(name, func(b *testing.B) {
 			for b.Loop() {
-				if denied, _ := p.check(ctx, public, asked, to); denied != nil {
+				if denied, _ := p.check(ctx, publicScope, asked, to); denied != nil {
 					b.Fatal(denied)
 				}
 			}
@@ -391,7 +391,7 @@ func FuzzDestination(f *testing.F) {
 			if _, ok := set.matchAddress(t.Context(), d.prefix.Addr(), d.prefix.Addr()); !ok {
 				t.Errorf("%q does not match %s", s, d.prefix.Addr())
 			}
-		case d.below:
+		case d.subdomains:
 			if _, ok := set.matchName(newTarget("x." + d.text + ":80")); !ok {
 				t.Errorf("%q does not match a name below %s", s, d.text)
 			}

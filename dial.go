@@ -27,7 +27,7 @@ type dialer struct {
 	parent    *parent           // nil: none
 	direct    *ruleSet          // the targets that bypass the parent
 	ownPort   func(uint16) bool // whether one of our protected listeners uses a port; may be nil
-	dialers   [reaches]net.Dialer
+	dialers   [scopeCount]net.Dialer
 	connector *connector
 	report    func(ctx context.Context, target string, reported *deniedError)
 }
@@ -36,11 +36,11 @@ type dialer struct {
 // name together.
 func newDialer(p *policy, timeout time.Duration, resolver *resolver) *dialer {
 	d := &dialer{policy: p, timeout: timeout, connector: newConnector(resolver)}
-	resolver.limit(timeout)
-	for r := range reaches {
+	resolver.setTimeout(timeout)
+	for r := range scopeCount {
 		d.dialers[r] = net.Dialer{
 			Timeout:   timeout,
-			KeepAlive: -1, // see keepAlive
+			KeepAlive: -1, // see enableKeepAlive
 			ControlContext: func(ctx context.Context, _, address string, _ syscall.RawConn) error {
 				to, err := netip.ParseAddrPort(address)
 				if err != nil {
@@ -51,16 +51,16 @@ func newDialer(p *policy, timeout time.Duration, resolver *resolver) *dialer {
 				if denied != nil {
 					a.denied.Store(denied)
 				}
-				return d.verdict(ctx, a.address, denied, reported)
+				return d.enforce(ctx, a.address, denied, reported)
 			},
 		}
 	}
 	return d
 }
 
-// keepAlive makes the kernel detect a dead peer within two minutes. It costs four system
+// enableKeepAlive makes the kernel detect a dead peer within two minutes. It costs four system
 // calls, so short-lived connections do without it.
-func keepAlive(conn *net.TCPConn) {
+func enableKeepAlive(conn *net.TCPConn) {
 	_ = conn.SetKeepAliveConfig(keepAliveConfig)
 }
 
@@ -80,11 +80,11 @@ type attemptKey struct{}
 // uses the parent unless the address bypasses it. The addresses of a name are tried as
 // RFC 8305 recommends. If the dial fails and any of the addresses was denied, dial
 // returns the denial.
-func (d *dialer) dial(ctx context.Context, r reach, address string) (conn net.Conn, err error) {
+func (d *dialer) dial(ctx context.Context, r clientScope, address string) (conn net.Conn, err error) {
 	start := time.Now()
 	defer func() { countDial(ctx, start, err) }()
 	if d.usesParent(address) {
-		if err := d.checkUnresolved(ctx, r, address); err != nil {
+		if err := d.checkForParent(ctx, r, address); err != nil {
 			return nil, err
 		}
 		return d.parent.connect(ctx, address)
@@ -93,7 +93,7 @@ func (d *dialer) dial(ctx context.Context, r reach, address string) (conn net.Co
 	if denied, _ := d.policy.checkName(ctx, r, a.target, true); denied != nil {
 		return nil, denied
 	}
-	conn, err = d.open(context.WithValue(ctx, attemptKey{}, a), &d.dialers[r], a.target)
+	conn, err = d.dialTarget(context.WithValue(ctx, attemptKey{}, a), &d.dialers[r], a.target)
 	if denied := a.denied.Load(); err != nil && denied != nil && !errors.Is(ctx.Err(), context.Canceled) {
 		return nil, denied
 	}
@@ -102,17 +102,17 @@ func (d *dialer) dial(ctx context.Context, r reach, address string) (conn net.Co
 	}
 	// A listener may have been opened between the check and the connection: a reload
 	// opens the admin endpoint's.
-	if denied := d.policy.checkOwn(addrPort(conn.RemoteAddr()), true); denied != nil {
+	if denied := d.policy.checkSelf(addrPort(conn.RemoteAddr()), true); denied != nil {
 		_ = conn.Close()
 		return nil, denied
 	}
 	return conn, nil
 }
 
-// open dials t, an address or a name. Names are made fully qualified with a trailing
+// dialTarget dials t, an address or a name. Names are made fully qualified with a trailing
 // dot: the system's search list could otherwise turn the name into one that no rule
 // has checked.
-func (d *dialer) open(ctx context.Context, dialer *net.Dialer, t target) (net.Conn, error) {
+func (d *dialer) dialTarget(ctx context.Context, dialer *net.Dialer, t target) (net.Conn, error) {
 	if t.addr.IsValid() {
 		return dialer.DialContext(ctx, "tcp", netip.AddrPortFrom(t.addr, t.port).String())
 	}
@@ -141,26 +141,26 @@ func (d *dialer) usesParent(address string) bool {
 	_, direct := d.direct.matchName(t)
 	if !direct && t.addr.IsValid() {
 		ip := t.addr.Unmap()
-		_, direct = d.direct.matchAddress(context.Background(), ip, embedded(ip))
+		_, direct = d.direct.matchAddress(context.Background(), ip, embeddedIPv4(ip))
 	}
 	return !direct
 }
 
-// checkUnresolved checks a target whose name the parent resolves. A parent on this
+// checkForParent checks a target whose name the parent resolves. A parent on this
 // machine can resolve any name to this machine, so the ports of our own protected
 // listeners are then denied for all names.
-func (d *dialer) checkUnresolved(ctx context.Context, r reach, address string) error {
+func (d *dialer) checkForParent(ctx context.Context, r clientScope, address string) error {
 	t := newTarget(address)
-	if t.name != "" && d.ownPort != nil && d.ownPort(t.port) && d.parent.isHere(ctx) {
-		return &deniedError{kind: deniedAddress, why: "its port is reserved",
+	if t.name != "" && d.ownPort != nil && d.ownPort(t.port) && d.parent.isLocal(ctx) {
+		return &deniedError{kind: deniedAddress, reason: "its port is reserved",
 			hint: "the parent proxy on this machine could resolve the name to it; add the name to no_upstream, so that it is resolved here"}
 	}
 	denied, reported := d.policy.checkName(ctx, r, t, false)
-	return d.verdict(ctx, address, denied, reported)
+	return d.enforce(ctx, address, denied, reported)
 }
 
-// verdict logs a denial that is only reported, and returns one that is enforced.
-func (d *dialer) verdict(ctx context.Context, address string, denied, reported *deniedError) error {
+// enforce logs a denial that is only reported, and returns one that is enforced.
+func (d *dialer) enforce(ctx context.Context, address string, denied, reported *deniedError) error {
 	if reported != nil {
 		d.report(ctx, address, reported)
 	}
@@ -170,31 +170,31 @@ func (d *dialer) verdict(ctx context.Context, address string, denied, reported *
 	return nil
 }
 
-// forbids reports whether the policy would now deny an open tunnel.
-func (d *dialer) forbids(t *tunnel) bool {
+// denies reports whether the policy would now deny an open tunnel.
+func (d *dialer) denies(t *tunnel) bool {
 	ctx := context.Background()
 	if strings.HasPrefix(t.proto, "HTTP/") { // a CONNECT, not an upgraded request
 		ctx = context.WithValue(ctx, connectKey{}, true)
 	}
 	if d.usesParent(t.target) {
-		return d.checkUnresolved(ctx, t.reach, t.target) != nil
+		return d.checkForParent(ctx, t.reach, t.target) != nil
 	}
 	denied, _ := d.policy.check(ctx, t.reach, newTarget(t.target), t.address)
 	return denied != nil
 }
 
-// again checks a reused connection, which was opened for an earlier request, for a
+// recheck checks a reused connection, which was opened for an earlier request, for a
 // client of reach r.
-func (d *dialer) again(ctx context.Context, r reach, address string, conn net.Conn) error {
+func (d *dialer) recheck(ctx context.Context, r clientScope, address string, conn net.Conn) error {
 	if d.usesParent(address) {
-		return d.checkUnresolved(ctx, r, address)
+		return d.checkForParent(ctx, r, address)
 	}
 	to := addrPort(conn.RemoteAddr())
-	if denied := d.policy.checkOwn(to, true); denied != nil {
+	if denied := d.policy.checkSelf(to, true); denied != nil {
 		return denied
 	}
 	denied, reported := d.policy.check(ctx, r, newTarget(address), to)
-	return d.verdict(ctx, address, denied, reported)
+	return d.enforce(ctx, address, denied, reported)
 }
 
 // requestOf returns the request of a context, as the client sent it, or an empty one.
@@ -209,9 +209,9 @@ func requestOf(ctx context.Context) *http.Request {
 // complete response. The number is nginx's.
 const statusClientClosedRequest = 499
 
-// clientLeft returns the refusal for a client that has disconnected. It is only logged.
-func clientLeft(err error) *refusal {
-	return refuse(statusClientClosedRequest, "connection_terminated", err, "the client left")
+// clientDisconnected returns the refusal for a client that has disconnected. It is only logged.
+func clientDisconnected(err error) *refusal {
+	return newRefusal(statusClientClosedRequest, "connection_terminated", err, "the client left")
 }
 
 // dialRefusal returns the response that tells the client why there is no connection to
@@ -223,31 +223,31 @@ func dialRefusal(ctx context.Context, err error, host string) *refusal {
 	var parent *parentError
 	switch {
 	case ctx.Err() != nil:
-		return clientLeft(context.Cause(ctx))
+		return clientDisconnected(context.Cause(ctx))
 	case errors.As(err, &denied):
-		return refuse(http.StatusForbidden, denied.kind, err, "%s", denied.text(host))
+		return newRefusal(http.StatusForbidden, denied.kind, err, "%s", denied.text(host))
 	case errors.As(err, &parent):
 		return parent.refusal(ctx, host)
 	case isTLSError(err):
 		return tlsRefusal(err, host)
 	case noDescriptors(err):
-		return noRoom(err)
+		return resourceRefusal(err)
 	case errors.As(err, &unresolved):
 		return unresolved.refusal(err, host)
 	case errors.Is(err, os.ErrDeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
-		return refuse(http.StatusGatewayTimeout, "connection_timeout", err, "%s did not accept a connection in time.", host)
+		return newRefusal(http.StatusGatewayTimeout, "connection_timeout", err, "%s did not accept a connection in time.", host)
 	case errors.Is(err, syscall.ECONNREFUSED):
-		return refuse(http.StatusBadGateway, "connection_refused", err, "%s refused the connection.", host)
+		return newRefusal(http.StatusBadGateway, "connection_refused", err, "%s refused the connection.", host)
 	case isUnroutable(err):
-		return refuse(http.StatusBadGateway, "destination_ip_unroutable", err, "There is no route to %s.", host)
+		return newRefusal(http.StatusBadGateway, "destination_ip_unroutable", err, "There is no route to %s.", host)
 	case errors.Is(err, syscall.EADDRNOTAVAIL): // all local ports are in use
-		return noRoom(err)
+		return resourceRefusal(err)
 	default:
-		return refuse(http.StatusBadGateway, "destination_unavailable", err, "Could not connect to %s.", host)
+		return newRefusal(http.StatusBadGateway, "destination_unavailable", err, "Could not connect to %s.", host)
 	}
 }
 
-// noRoom returns the response for when this proxy has no descriptors or ports left.
-func noRoom(err error) *refusal {
-	return refuse(http.StatusServiceUnavailable, "proxy_internal_error", err, "This proxy cannot open another connection now; try again later.")
+// resourceRefusal returns the response for when this proxy has no descriptors or ports left.
+func resourceRefusal(err error) *refusal {
+	return newRefusal(http.StatusServiceUnavailable, "proxy_internal_error", err, "This proxy cannot open another connection now; try again later.")
 }

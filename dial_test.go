@@ -206,7 +206,7 @@ func TestTargetsAreKeptAlive(t *testing.T) {
 	var idle []*originConn
 	eventually(t, "an idle connection", func() bool {
 		for h := range openTunnels()[0].registry.handlers.All() {
-			idle, _ = h.origins[local].idle.Load(origin)
+			idle, _ = h.origins[localScope].idle.Load(origin)
 		}
 		return len(idle) == 1
 	})

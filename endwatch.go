@@ -9,30 +9,30 @@ import "time"
 // kernel has them. While the kernel's buffer is full, that does not tell an end that reads
 // slowly from one that does not read at all. The other side's acknowledgements do.
 type endWatch struct {
-	taken   int64  // bytes written to it, as of the last look
-	since   int64  // when it last took bytes or none were waiting, since epoch
-	pending bool   // bytes were waiting for it, as of the last look
-	checked int64  // when its socket was last checked, since epoch; 0: not since taken changed
-	acked   uint64 // bytes acknowledged by the other side, as of then
+	written       int64  // bytes written to it, as of the last look
+	since         int64  // when it last took bytes or none were waiting, since epoch
+	pending       bool   // bytes were waiting for it, as of the last look
+	socketChecked int64  // when its socket was last checked, since epoch; 0: not since taken changed
+	acked         uint64 // bytes acknowledged by the other side, as of then
 }
 
-// look reports whether the end has taken bytes since the last look. Without bytes waiting,
+// update reports whether the end has taken bytes since the last look. Without bytes waiting,
 // it checks the socket only once per interval, since most tunnels are idle.
-func (e *endWatch) look(now int64, f *flow, p peer, interval time.Duration) (took bool) {
-	taken, waiting := f.Load(), f.waiting.Load()
-	if took = taken != e.taken; took || e.since == 0 {
-		*e = endWatch{taken: taken, since: now, pending: waiting, acked: e.acked}
+func (e *endWatch) update(now int64, f *flow, p peer, interval time.Duration) (took bool) {
+	taken, waiting := f.Load(), f.writing.Load()
+	if took = taken != e.written; took || e.since == 0 {
+		*e = endWatch{written: taken, since: now, pending: waiting, acked: e.acked}
 		return took
 	}
 	if waiting && !e.pending {
 		e.pending, e.since = true, now
 	}
-	if !e.pending && e.checked != 0 && now-e.checked < int64(interval) {
+	if !e.pending && e.socketChecked != 0 && now-e.socketChecked < int64(interval) {
 		return false
 	}
 	acked, queued := p.sendState(e.acked)
-	took = e.checked != 0 && acked != e.acked
-	e.checked, e.acked, e.pending = now, acked, waiting || queued
+	took = e.socketChecked != 0 && acked != e.acked
+	e.socketChecked, e.acked, e.pending = now, acked, waiting || queued
 	if took || !e.pending {
 		e.since = now
 	}
@@ -50,7 +50,7 @@ func (e *endWatch) stalledFor(now int64) time.Duration {
 // isAtRest reports whether no bytes wait for the end, and none were written since the last
 // look.
 func (e *endWatch) isAtRest(f *flow, p peer) bool {
-	if f.waiting.Load() || f.Load() != e.taken {
+	if f.writing.Load() || f.Load() != e.written {
 		return false
 	}
 	_, queued := p.sendState(e.acked)

@@ -32,9 +32,9 @@ func newEmitter(ctx caddy.Context) (emitter, error) {
 	return emitter{ctx, app.(*caddyevents.App)}, nil
 }
 
-// limited emits the event that the client of v is rate limited. It returns when all
+// emitRateLimited emits the event that the client of v is rate limited. It returns when all
 // handlers of the event have returned.
-func (e emitter) limited(zone string, v *visit, verdict verdict) {
+func (e emitter) emitRateLimited(zone string, v *transaction, verdict decision) {
 	if !e.app.ShouldEmit(eventLimited) {
 		return
 	}

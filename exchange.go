@@ -26,19 +26,19 @@ import (
 // request body is sent on a goroutine of its own, because the response may arrive
 // before the body is complete.
 type exchange struct {
-	origins *origins
+	pool    *originPool
 	ctx     context.Context // the request's: the exchange ends when the client disconnects
 	conn    *originConn
 	timeout time.Duration // for the response head
 	interim func(status int, header http.Header)
 	binding binding
 
-	stopWatch func() bool // stops watching for client disconnect; nil: not watching yet
-	sender    *sender     // of the request body; nil: there is none
-	answered  bool        // a response head, perhaps interim, has been read
-	interims  interimLimit
-	news      int64     // when the origin last reported progress, since epoch; 0: never
-	sendBy    time.Time // when to send the body without a 100 (Continue); zero: already sending
+	stopWatch    func() bool // stops watching for client disconnect; nil: not watching yet
+	sender       *bodySender // of the request body; nil: there is none
+	answered     bool        // a response head, perhaps interim, has been read
+	interims     interimLimit
+	lastProgress int64     // when the origin last reported progress, since epoch; 0: never
+	sendBodyAt   time.Time // when to send the body without a 100 (Continue); zero: already sending
 }
 
 // outgoing is a request as it is sent to an origin.
@@ -49,11 +49,11 @@ type outgoing struct {
 	host      string
 	header    http.Header
 
-	body     *clientBody // nil: none
-	invites  bool        // 100 (Continue) must be sent to the client before the body is read
-	trailers []string    // names of the trailers that may follow a chunked body
-	trailer  http.Header // their values, valid once the body has been read
-	stopBody func()      // aborts a read of the body that is waiting for the client
+	body          *clientBody // nil: none
+	needsContinue bool        // 100 (Continue) must be sent to the client before the body is read
+	trailers      []string    // names of the trailers that may follow a chunked body
+	trailer       http.Header // their values, valid once the body has been read
+	stopBody      func()      // aborts a read of the body that is waiting for the client
 }
 
 // clientBody reads the content of a request from the client.
@@ -137,11 +137,11 @@ func (out *outgoing) repeatable() bool {
 // connection that is bound to the client.
 func (x *exchange) connect(out *outgoing, fresh bool) (*originConn, error) {
 	if x.binding.client != nil && !fresh {
-		if conn, err := x.binding.reuse(x.ctx, x.origins); conn != nil || err != nil {
+		if conn, err := x.binding.reuse(x.ctx, x.pool); conn != nil || err != nil {
 			return conn, err
 		}
 	}
-	return x.origins.get(x.ctx, out.authority, fresh)
+	return x.pool.get(x.ctx, out.authority, fresh)
 }
 
 func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
@@ -151,22 +151,22 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 	}
 	x.conn = conn
 	if out.body != nil {
-		x.watch()
+		x.watchDisconnect()
 	}
 	start := time.Now()
 	if err := x.writeHead(out); err != nil {
 		return nil, err
 	}
 	if out.body != nil {
-		x.sender = newSender(conn, out)
+		x.sender = newBodySender(conn, out)
 		if httpguts.HeaderValuesContainsToken(out.header["Expect"], "100-continue") {
-			x.sendBy = start.Add(continueTimeout)
+			x.sendBodyAt = start.Add(continueTimeout)
 		} else {
 			x.sendBody(out)
 		}
 	}
 	for {
-		x.await(out, start)
+		x.awaitResponse(out, start)
 		res, err := readResponse(conn.r, out.method)
 		if x.sender != nil && err != nil && x.ctx.Err() != nil {
 			x.sender.wait() // the client may have cut off its body
@@ -181,9 +181,9 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 		if res.StatusCode >= 200 || res.StatusCode == http.StatusSwitchingProtocols {
 			body := res.Body.(*originBody)
 			body.conn, body.sender = conn.Conn, x.sender
-			if body.left < 0 || body.left > int64(conn.r.Buffered()) || res.StatusCode == http.StatusSwitchingProtocols {
-				x.watch()
-				conn.expectNone() // the timeout is for the head, not for the body
+			if body.remaining < 0 || body.remaining > int64(conn.r.Buffered()) || res.StatusCode == http.StatusSwitchingProtocols {
+				x.watchDisconnect()
+				conn.clearDeadline() // the timeout is for the head, not for the body
 			}
 			if x.sender != nil {
 				x.sender.proceed(false)
@@ -194,25 +194,25 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 			return nil, errInterim
 		}
 		if isProgress(res.StatusCode) {
-			x.news = sinceEpoch(time.Now())
+			x.lastProgress = sinceEpoch(time.Now())
 		}
 		if res.StatusCode != http.StatusContinue {
 			x.interim(res.StatusCode, res.Header)
 		} else if x.sender != nil {
 			x.sendBody(out)
 		}
-		x.watch()
+		x.watchDisconnect()
 	}
 }
 
-// promptHead is the size of a request head that fits into any socket's send buffer.
-const promptHead = 8 << 10
+// smallHead is the size of a request head that fits into any socket's send buffer.
+const smallHead = 8 << 10
 
 // send writes the head of a request. Writing a large one can block if the origin does
 // not read it, so that gets a deadline.
 func (x *exchange) send(head []byte) error {
-	if len(head) > promptHead {
-		x.watch()
+	if len(head) > smallHead {
+		x.watchDisconnect()
 		if x.timeout > 0 {
 			_ = x.conn.SetWriteDeadline(time.Now().Add(x.timeout))
 			defer func() { _ = x.conn.SetWriteDeadline(time.Time{}) }()
@@ -225,43 +225,43 @@ func (x *exchange) send(head []byte) error {
 // sendBody starts sending the body, unless it has started already. If the client waits
 // for 100 (Continue), it gets it now.
 func (x *exchange) sendBody(out *outgoing) {
-	if out.invites {
+	if out.needsContinue {
 		x.interim(http.StatusContinue, nil)
-		out.invites = false
+		out.needsContinue = false
 	}
-	x.sendBy = time.Time{}
+	x.sendBodyAt = time.Time{}
 	x.sender.proceed(true)
 }
 
-// promptly is how long an exchange runs before it watches for client disconnect. Most
+// disconnectWatchDelay is how long an exchange runs before it watches for client disconnect. Most
 // finish sooner, and the watch costs about 4 % of an exchange.
-const promptly = 20 * time.Millisecond
+const disconnectWatchDelay = 20 * time.Millisecond
 
-// watch closes the connection to the origin as soon as the client disconnects.
-func (x *exchange) watch() {
+// watchDisconnect closes the connection to the origin as soon as the client disconnects.
+func (x *exchange) watchDisconnect() {
 	if x.stopWatch == nil {
 		conn := x.conn
 		x.stopWatch = context.AfterFunc(x.ctx, func() { _ = conn.Close() })
 	}
 }
 
-// await blocks until response bytes arrive or the response timeout expires. The clock
+// awaitResponse blocks until response bytes arrive or the response timeout expires. The clock
 // runs from start, when the request was sent, or with a body while the origin has all
 // of the body or is not reading it. It stops while the client's body is awaited. If the
 // origin does not send 100 (Continue) in time, the body is sent without it.
-func (x *exchange) await(out *outgoing, start time.Time) {
+func (x *exchange) awaitResponse(out *outgoing, start time.Time) {
 	if x.stopWatch == nil {
-		x.conn.expectBy(promptly/4, promptly)
+		x.conn.setDeadlineBetween(disconnectWatchDelay/4, disconnectWatchDelay)
 		_, err := x.conn.r.Peek(1)
 		head, _ := x.conn.r.Peek(x.conn.r.Buffered())
 		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) || bytes.Contains(head, headEnd) {
 			return
 		}
-		x.watch() // the head has not arrived, or not completely
+		x.watchDisconnect() // the head has not arrived, or not completely
 	}
-	if !x.sendBy.IsZero() {
-		wait := max(time.Until(x.sendBy), time.Millisecond)
-		x.conn.expectBy(wait, wait)
+	if !x.sendBodyAt.IsZero() {
+		wait := max(time.Until(x.sendBodyAt), time.Millisecond)
+		x.conn.setDeadlineBetween(wait, wait)
 		if _, err := x.conn.r.Peek(1); !errors.Is(err, os.ErrDeadlineExceeded) {
 			return
 		}
@@ -270,16 +270,16 @@ func (x *exchange) await(out *outgoing, start time.Time) {
 	for {
 		turn := sinceEpoch(start)
 		if x.sender != nil {
-			turn = x.sender.due.Load()
+			turn = x.sender.turnBegan.Load()
 		}
-		left := timeLeft(x.timeout, turn, x.news)
+		left := timeLeft(x.timeout, turn, x.lastProgress)
 		switch {
 		case x.timeout <= 0:
-			x.conn.expectNone()
+			x.conn.clearDeadline()
 		case left <= 0:
 			return
 		default:
-			x.conn.expectBy(left, left+left/8)
+			x.conn.setDeadlineBetween(left, left+left/8)
 		}
 		if _, err := x.conn.r.Peek(1); !errors.Is(err, os.ErrDeadlineExceeded) {
 			return
@@ -299,24 +299,24 @@ func (x *exchange) finish(reusable bool) {
 	case !reusable || !sent || disconnected:
 		x.conn.discard()
 	case x.binding.login || x.conn.bound != nil:
-		x.binding.keep(x.ctx, x.origins, x.conn)
+		x.binding.keep(x.ctx, x.pool, x.conn)
 	default:
-		x.origins.put(x.conn)
+		x.pool.put(x.conn)
 	}
 	x.conn, x.sender, x.stopWatch = nil, nil, nil
 }
 
-// take detaches the connection from the exchange and returns it with the bytes that
+// detach detaches the connection from the exchange and returns it with the bytes that
 // were read beyond the response head.
-func (x *exchange) take() (conn *originConn, early []byte, err error) {
+func (x *exchange) detach() (conn *originConn, early []byte, err error) {
 	conn = x.conn
-	if x.watch(); !x.stopWatch() {
+	if x.watchDisconnect(); !x.stopWatch() {
 		return nil, nil, context.Cause(x.ctx)
 	}
 	if x.sender != nil && !x.sender.stop(conn) {
 		return nil, nil, protocolError("the protocol was switched before the request was complete")
 	}
-	conn.expectNone()
+	conn.clearDeadline()
 	if n := conn.r.Buffered(); n > 0 {
 		peeked, _ := conn.r.Peek(n)
 		early = bytes.Clone(peeked)
@@ -331,12 +331,12 @@ type dialError struct{ error }
 
 func (e *dialError) Unwrap() error { return e.error }
 
-// heads is a pool of buffers for request heads.
-var heads = sync.Pool{New: func() any { b := make([]byte, 0, 4<<10); return &b }}
+// requestHeadPool is a pool of buffers for request heads.
+var requestHeadPool = sync.Pool{New: func() any { b := make([]byte, 0, 4<<10); return &b }}
 
 // writeHead sends the head of a request in one write.
 func (x *exchange) writeHead(out *outgoing) error {
-	pooled := heads.Get().(*[]byte)
+	pooled := requestHeadPool.Get().(*[]byte)
 	b := (*pooled)[:0]
 	b = append(b, out.method...)
 	b = append(b, ' ')
@@ -371,7 +371,7 @@ func (x *exchange) writeHead(out *outgoing) error {
 	err := x.send(b)
 	if cap(b) <= 64<<10 {
 		*pooled = b
-		heads.Put(pooled)
+		requestHeadPool.Put(pooled)
 	}
 	return err
 }
@@ -390,53 +390,53 @@ func appendField(b []byte, name, value string) []byte {
 // the body anyway (RFC 9110 §10.1.1).
 const continueTimeout = time.Second
 
-// sender sends the body of a request on a goroutine of its own.
-type sender struct {
-	out   *outgoing
-	conn  *originConn
-	ended chan struct{}
-	asked chan bool // receives whether to send the body
+// bodySender sends the body of a request on a goroutine of its own.
+type bodySender struct {
+	out    *outgoing
+	conn   *originConn
+	ended  chan struct{}
+	wanted chan bool // receives whether to send the body
 
-	due      atomic.Int64 // when the origin's turn began, since epoch; 0: waiting for the client
-	complete bool         // the whole body was sent; valid after ended
-	reset    bool         // the origin reset the connection; valid after ended
+	turnBegan atomic.Int64 // when the origin's turn began, since epoch; 0: waiting for the client
+	complete  bool         // the whole body was sent; valid after ended
+	reset     bool         // the origin reset the connection; valid after ended
 }
 
-func newSender(conn *originConn, out *outgoing) *sender {
+func newBodySender(conn *originConn, out *outgoing) *bodySender {
 	if out.body.length < 0 || out.body.length > copyBuffer {
 		if socket := newConnPeer(conn.Conn).tcp; socket != nil {
 			limitUnsent(socket) // the origin's response timeout starts when it has the request
 		}
 	}
-	s := &sender{out: out, conn: conn, ended: make(chan struct{}), asked: make(chan bool, 2)}
+	s := &bodySender{out: out, conn: conn, ended: make(chan struct{}), wanted: make(chan bool, 2)}
 	go s.run()
 	return s
 }
 
 // proceed tells the sender whether to send the body. Only the first call counts.
-func (s *sender) proceed(wanted bool) {
+func (s *bodySender) proceed(wanted bool) {
 	select {
-	case s.asked <- wanted:
+	case s.wanted <- wanted:
 	default:
 	}
 }
 
-func (s *sender) run() {
+func (s *bodySender) run() {
 	defer close(s.ended)
-	defer s.turn(true)
-	if !<-s.asked {
+	defer s.setTurn(true)
+	if !<-s.wanted {
 		return
 	}
-	buf := copyBuffers.Get().(*[copyBuffer]byte)
-	defer copyBuffers.Put(buf)
+	buf := copyBufferPool.Get().(*[copyBuffer]byte)
+	defer copyBufferPool.Put(buf)
 	w := io.Writer(s.conn)
 	if s.out.body.length < 0 {
 		w = httputil.NewChunkedWriter(s.conn)
 	}
 	for {
-		s.turn(false)
+		s.setTurn(false)
 		n, err := s.out.body.Read(buf[:])
-		s.turn(true)
+		s.setTurn(true)
 		if n > 0 {
 			// The origin may still respond although it reads no more. The
 			// handler finds out by reading.
@@ -457,18 +457,18 @@ func (s *sender) run() {
 	}
 }
 
-// turn records whether the exchange waits for the origin or for the client. Only the
+// setTurn records whether the exchange waits for the origin or for the client. Only the
 // origin's turn counts towards the response timeout.
-func (s *sender) turn(origin bool) {
+func (s *bodySender) setTurn(origin bool) {
 	if origin {
-		s.due.Store(sinceEpoch(time.Now()))
+		s.turnBegan.Store(sinceEpoch(time.Now()))
 	} else {
-		s.due.Store(0)
+		s.turnBegan.Store(0)
 	}
 }
 
 // finishBody writes the last chunk and the trailers of a chunked body.
-func (s *sender) finishBody(w io.Writer) error {
+func (s *bodySender) finishBody(w io.Writer) error {
 	chunks, ok := w.(io.WriteCloser)
 	if s.out.body.length >= 0 || !ok {
 		return nil
@@ -488,7 +488,7 @@ func (s *sender) finishBody(w io.Writer) error {
 
 // stop stops the sender, and reports whether the whole body was sent. If it was not,
 // the connection is closed.
-func (s *sender) stop(conn *originConn) bool {
+func (s *bodySender) stop(conn *originConn) bool {
 	s.proceed(false)
 	if s.wait() {
 		return s.complete
@@ -501,18 +501,18 @@ func (s *sender) stop(conn *originConn) bool {
 
 // wasReset reports whether a write failed because the origin reset the connection. The
 // kernel reports a reset only once, so the reader may see just EOF.
-func (s *sender) wasReset() bool { return s.wait() && s.reset }
+func (s *bodySender) wasReset() bool { return s.wait() && s.reset }
 
-// wait waits up to lastWrite for the sender to end, and reports whether it has.
-func (s *sender) wait() bool {
+// wait waits up to senderGrace for the sender to end, and reports whether it has.
+func (s *bodySender) wait() bool {
 	select {
 	case <-s.ended:
 		return true
-	case <-time.After(lastWrite):
+	case <-time.After(senderGrace):
 		return false
 	}
 }
 
-// lastWrite is how long wait waits for the sender: the origin has often responded
+// senderGrace is how long wait waits for the sender: the origin has often responded
 // before the sender's last write returns.
-const lastWrite = 50 * time.Millisecond
+const senderGrace = 50 * time.Millisecond

@@ -42,7 +42,7 @@ func TestLargeHeadThatIsNotRead(t *testing.T) {
 			defer bound.Stop()
 			err := x.writeHead(&outgoing{
 				method: http.MethodGet, target: "/", host: "origin.test",
-				header: http.Header{"A": {strings.Repeat("a", promptHead)}},
+				header: http.Header{"A": {strings.Repeat("a", smallHead)}},
 			})
 			if err == nil || errors.Is(err, os.ErrDeadlineExceeded) == leaves {
 				t.Errorf("client disconnects = %v: got %v", leaves, err)
@@ -69,9 +69,9 @@ func TestResetThatTheSenderLearns(t *testing.T) {
 		body := &clientBody{r: strings.NewReader("x"), length: 1, count: func(int64) {}}
 		near, far := net.Pipe()
 		defer far.Close()
-		s := newSender(newOriginConn(failingWrites{near, failure}, "origin.test:80"), &outgoing{body: body})
+		s := newBodySender(newOriginConn(failingWrites{near, failure}, "origin.test:80"), &outgoing{body: body})
 		s.proceed(true)
-		response := &originBody{r: bufio.NewReader(strings.NewReader("part")), left: -1, sender: s}
+		response := &originBody{r: bufio.NewReader(strings.NewReader("part")), remaining: -1, sender: s}
 		_, err := io.ReadAll(response)
 		if reset := failure == syscall.ECONNRESET; (err == io.ErrUnexpectedEOF) != reset {
 			t.Errorf("after %v: %v", failure, err)

@@ -39,26 +39,26 @@ var errHostByHeaderUp = errors.New("header_up produces an invalid Host field")
 
 // forward sends a request in absolute form to its origin and the response back.
 // It returns the status for the log.
-func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (int, error) {
+func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from clientIdentity) (int, error) {
 	out, scheme, err := newOutgoing(r)
 	if err != nil {
-		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "This request cannot be forwarded: %v.", err)
+		return 0, newRefusal(http.StatusBadRequest, "http_request_error", nil, "This request cannot be forwarded: %v.", err)
 	}
 	if countLines(r.Header) > maxFields {
-		return 0, refuse(http.StatusRequestHeaderFieldsTooLarge, "http_request_error", nil, "This request has more than %d header lines.", maxFields)
+		return 0, newRefusal(http.StatusRequestHeaderFieldsTooLarge, "http_request_error", nil, "This request has more than %d header lines.", maxFields)
 	}
-	out.invites = out.body != nil && waitsForInvitation(r)
+	out.needsContinue = out.body != nil && handlerSendsContinue(r)
 	if maxForwards(r.Method, r.Header) {
-		return answerLast(w, r)
+		return answerMaxForwards(w, r)
 	}
 	h.setRequestFields(r, from)
 	requestedHost := out.host
 	h.applyUp(r, &out.host)
 	if !httpguts.ValidHostHeader(out.host) {
-		return 0, refuse(http.StatusBadRequest, "http_request_error", errHostByHeaderUp, "This request cannot be forwarded: its Host field would be invalid.")
+		return 0, newRefusal(http.StatusBadRequest, "http_request_error", errHostByHeaderUp, "This request cannot be forwarded: its Host field would be invalid.")
 	}
 	if out.body != nil {
-		out.body.count = func(n int64) { h.countForwarded(from.bucket, n, 0) }
+		out.body.count = func(n int64) { h.countForwarded(from.limitKey, n, 0) }
 		control := http.NewResponseController(w)
 		out.stopBody = func() { _ = control.SetReadDeadline(time.Unix(1, 0)) }
 		if r.ProtoMajor == 1 {
@@ -82,10 +82,10 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 	}
 
 	if h.parentOrigins != nil && scheme == "http" && h.dialer.usesParent(out.authority) {
-		if err := h.dialer.checkUnresolved(r.Context(), from.reach, out.authority); err != nil {
+		if err := h.dialer.checkForParent(r.Context(), from.reach, out.authority); err != nil {
 			return 0, dialRefusal(r.Context(), err, r.Host)
 		}
-		if f := h.dialer.parent.exposes(out); f != nil {
+		if f := h.dialer.parent.refuseEcho(out); f != nil {
 			return 0, f
 		}
 		h.dialer.parent.prepare(out, requestedHost)
@@ -95,20 +95,20 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 	admitted := false // counted as a tunnel, which an upgraded request becomes
 	releaseTunnel := func() {
 		if admitted {
-			h.tunnels.leave(from.bucket)
+			h.tunnels.release(from.limitKey)
 		}
 		admitted = false
 	}
 	defer releaseTunnel()
 	if len(r.Header["Upgrade"]) > 0 {
-		if f := h.tunnels.admit(from.bucket, h.MaxTunnels, h.MaxTunnelsPerClient); f != nil {
+		if f := h.tunnels.admit(from.limitKey, h.MaxTunnels, h.MaxTunnelsPerClient); f != nil {
 			return 0, f
 		}
 		admitted = true
 	}
 
 	x := &exchange{
-		origins: pool, ctx: r.Context(), timeout: time.Duration(h.ResponseHeaderTimeout), binding: binding,
+		pool: pool, ctx: r.Context(), timeout: time.Duration(h.ResponseHeaderTimeout), binding: binding,
 		interim: func(status int, fields http.Header) { h.passInterim(w, r, status, fields, 1, 1) },
 	}
 	defer x.finish(false)
@@ -126,28 +126,28 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from caller) (
 		// The parent rejected this proxy's credentials. The client has none for it.
 		return 0, dialRefusal(r.Context(), &parentError{phase: parentAnswering, status: res.StatusCode, header: res.Header, err: errors.New("it asks for credentials")}, r.Host)
 	} else if res.StatusCode == http.StatusProxyAuthRequired {
-		return 0, forwardRefusal(r, errNoProxy)
+		return 0, forwardRefusal(r, errOriginSent407)
 	}
 	if res.StatusCode == http.StatusSwitchingProtocols {
-		conn, early, err := x.take()
+		conn, early, err := x.detach()
 		if err != nil {
 			return 0, forwardRefusal(r, err)
 		}
 		t := h.newTunnel(from, target, "", conn.Conn)
-		t.fromTarget = early
+		t.targetPrefix = early
 		status, err := h.upgrade(w, r, res, t)
 		admitted = admitted && err != nil // on success the tunnel itself leaves when it ends
 		return status, err
 	}
 	releaseTunnel()
 	body := res.Body.(*originBody)
-	body.handler, body.client, body.origin = h, from.bucket, x.conn
+	body.handler, body.client, body.origin = h, from.limitKey, x.conn
 	defer body.Close()
 	if err := h.respond(w, r, out, res, from); err != nil {
 		return res.StatusCode, err
 	}
 	x.finish(body.ended && !res.Close)
-	if endsConnection(r, out) {
+	if isLastOnConnection(r, out) {
 		h.closeInStages(w, r, from.addr)
 	}
 	return res.StatusCode, nil
@@ -187,7 +187,7 @@ func newOutgoing(r *http.Request) (out *outgoing, scheme string, err error) {
 	}
 	if r.ContentLength != 0 {
 		out.body = &clientBody{r: r.Body, length: r.ContentLength}
-		if r.ProtoMajor == 3 && r.ContentLength < 0 && !begins(out) {
+		if r.ProtoMajor == 3 && r.ContentLength < 0 && !probeBody(out) {
 			out.body, r.ContentLength = nil, 0
 		}
 	}
@@ -218,14 +218,14 @@ func (out *outgoing) checkFrames() error {
 	return nil
 }
 
-// endsConnection reports whether the HTTP/1 connection must close after the response
+// isLastOnConnection reports whether the HTTP/1 connection must close after the response
 // to r. It must if
 //   - the client speaks HTTP/1.0, with which a proxy keeps no connection (RFC 9112 §9.3),
 //   - the request body was not read to its end, as net/http would look for the next
 //     request in the rest of it,
 //   - the body was chunked: with a Content-Length as well, RFC 9112 §6.1 requires
 //     closing, and net/http does not say whether there was one.
-func endsConnection(r *http.Request, out *outgoing) bool {
+func isLastOnConnection(r *http.Request, out *outgoing) bool {
 	switch {
 	case r.ProtoMajor > 1:
 		return false
@@ -256,7 +256,7 @@ func originForm(r *http.Request) string {
 }
 
 // setRequestFields turns r's header fields into those of the request to the next hop.
-func (h *Handler) setRequestFields(r *http.Request, from caller) {
+func (h *Handler) setRequestFields(r *http.Request, from clientIdentity) {
 	prepareRequest(r.Header, r.ProtoMajor, r.ProtoMinor)
 	if h.ForwardedFor == "off" {
 		delete(r.Header, "X-Forwarded-For")
@@ -292,13 +292,13 @@ func (h *Handler) applyDown(res *http.Response, r *http.Request) {
 
 // respond sends the origin's response to the client. If the origin's response is cut
 // off, so is the client's, which must not mistake a part for the whole (RFC 9112 §8).
-func (h *Handler) respond(w http.ResponseWriter, r *http.Request, out *outgoing, res *http.Response, from caller) error {
+func (h *Handler) respond(w http.ResponseWriter, r *http.Request, out *outgoing, res *http.Response, from clientIdentity) error {
 	if body, ok := res.Body.(*originBody); ok {
 		if err := body.checkStart(); err != nil {
 			return forwardRefusal(r, err)
 		}
 	}
-	release := h.tunnels.heads.hold(from.bucket, headSize(res))
+	release := h.tunnels.heads.hold(from.limitKey, headSize(res))
 	if release == nil {
 		return forwardRefusal(r, errHeldHeads)
 	}
@@ -306,7 +306,7 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, out *outgoing,
 	connection, upgrade := res.Header["Connection"], res.Header["Upgrade"]
 	announced := trailingNames(res.Trailer, connection)
 	header := h.setResponseFields(w, r, res)
-	if endsConnection(r, out) {
+	if isLastOnConnection(r, out) {
 		header["Connection"] = []string{"close"}
 	}
 	keepUpgrade(r, header, res.StatusCode, upgrade)
@@ -316,34 +316,34 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, out *outgoing,
 			delete(header, "Content-Length") // HTTP/1 has trailers only behind chunks
 		}
 	}
-	limitWrite(r)
+	startWriteIdleTimeout(r)
 	w.WriteHeader(res.StatusCode)
 	if r.ProtoMajor == 3 && !hasContent(r.Method, res.StatusCode) { // otherwise quic-go sends Content-Length: 0
 		_ = http.NewResponseController(w).Flush()
 	}
-	err := copyBody(w, r, res, func(n int64) { h.countForwarded(from.bucket, 0, n) })
+	err := copyBody(w, r, res, func(n int64) { h.countForwarded(from.limitKey, 0, n) })
 	var gone *clientError
 	switch {
 	case errors.As(err, &gone) || err != nil && r.Context().Err() != nil:
-		return clientLeft(err)
+		return clientDisconnected(err)
 	case err != nil:
 		_ = http.NewResponseController(w).Flush() // send what arrived before the failure
-		return brokenOff{err}
+		return cutOffError{err}
 	}
 	if res.ContentLength < 0 && r.ProtoMajor == 1 {
-		limitWrite(r) // for the final chunk, which net/http writes after this handler
+		startWriteIdleTimeout(r) // for the final chunk, which net/http writes after this handler
 	}
 	_ = res.Body.Close() // fills in the trailers
 	return passTrailers(w, res, announced, connection)
 }
 
-// errNoProxy reports a 407 from an origin. If it were passed on, the client would take
+// errOriginSent407 reports a 407 from an origin. If it were passed on, the client would take
 // it for this proxy's, and browsers would prompt their users for a password.
-const errNoProxy = protocolError("it asks for credentials that only a proxy may ask for (407)")
+const errOriginSent407 = protocolError("it asks for credentials that only a proxy may ask for (407)")
 
-// restartable reports whether each write may restart Caddy's write timeout. It may not
+// restartsWithEachWrite reports whether each write may restart Caddy's write timeout. It may not
 // if the server has a fixed write deadline or a minimum rate.
-func restartable(idle *caddyhttp.IdleTimeoutWriter) bool {
+func restartsWithEachWrite(idle *caddyhttp.IdleTimeoutWriter) bool {
 	return idle.Deadline.MinRate <= 0 && idle.Deadline.HardDeadline.IsZero()
 }
 
@@ -363,21 +363,21 @@ func (h *Handler) setResponseFields(w http.ResponseWriter, r *http.Request, res 
 	return header
 }
 
-// brokenOff reports that a response was cut off after its head had been sent. It is
+// cutOffError reports that a response was cut off after its head had been sent. It is
 // an http.ErrAbortHandler, so that the server aborts the client's response too.
-type brokenOff struct{ error }
+type cutOffError struct{ error }
 
-func (e brokenOff) Error() string        { return "the response was cut off: " + e.error.Error() }
-func (e brokenOff) Unwrap() error        { return e.error }
-func (e brokenOff) Is(target error) bool { return target == http.ErrAbortHandler }
+func (e cutOffError) Error() string        { return "the response was cut off: " + e.error.Error() }
+func (e cutOffError) Unwrap() error        { return e.error }
+func (e cutOffError) Is(target error) bool { return target == http.ErrAbortHandler }
 
 // clientError is a failure to write the response to the client.
 type clientError struct{ error }
 
 func (e *clientError) Unwrap() error { return e.error }
 
-// toClient wraps err, if there is one, as a clientError.
-func toClient(err error) error {
+// asClientError wraps err, if there is one, as a clientError.
+func asClientError(err error) error {
 	if err != nil {
 		err = &clientError{err}
 	}
@@ -392,27 +392,27 @@ func hasContent(method string, status int) bool {
 
 const copyBuffer = 32 << 10
 
-// copyBuffers is a pool of buffers for copying bodies.
-var copyBuffers = sync.Pool{New: func() any { return new([copyBuffer]byte) }}
+// copyBufferPool is a pool of buffers for copying bodies.
+var copyBufferPool = sync.Pool{New: func() any { return new([copyBuffer]byte) }}
 
 // copyBody copies a response body to the client and calls count for each part. It
 // flushes whenever the next read could block.
 func copyBody(w http.ResponseWriter, r *http.Request, res *http.Response, count func(n int64)) error {
 	body, isHTTP1 := res.Body.(*originBody)
 	if isHTTP1 {
-		if rest, ok := body.rest(); ok {
+		if rest, ok := body.buffered(); ok {
 			if len(rest) == 0 { // some statuses do not allow even an empty write
 				return nil
 			}
 			n, err := w.Write(rest)
 			count(int64(n))
-			return toClient(err)
+			return asClientError(err)
 		}
 	}
 	if !hasContent(r.Method, res.StatusCode) {
 		return nil
 	}
-	slow := newSlowReader(w, r)
+	slow := newWriteStallTimer(w, r)
 	defer slow.stop()
 	if isHTTP1 {
 		if done, err := body.splice(w, count); done || err != nil {
@@ -420,13 +420,13 @@ func copyBody(w http.ResponseWriter, r *http.Request, res *http.Response, count 
 		}
 	}
 	control := http.NewResponseController(w)
-	if !isHTTP1 || !body.more() {
+	if !isHTTP1 || !body.ready() {
 		if err := control.Flush(); err != nil {
-			return toClient(err)
+			return asClientError(err)
 		}
 	}
-	buf := copyBuffers.Get().(*[copyBuffer]byte)
-	defer copyBuffers.Put(buf)
+	buf := copyBufferPool.Get().(*[copyBuffer]byte)
+	defer copyBufferPool.Put(buf)
 	left := res.ContentLength
 	for {
 		if isHTTP1 {
@@ -437,7 +437,7 @@ func copyBody(w http.ResponseWriter, r *http.Request, res *http.Response, count 
 		n, err := res.Body.Read(buf[:])
 		if n > 0 {
 			if _, err := w.Write(buf[:n]); err != nil {
-				return toClient(err)
+				return asClientError(err)
 			}
 			count(int64(n))
 			left -= int64(n)
@@ -451,9 +451,9 @@ func copyBody(w http.ResponseWriter, r *http.Request, res *http.Response, count 
 		if err != nil {
 			return err
 		}
-		if n > 0 && left != 0 && (!isHTTP1 || !body.more()) {
+		if n > 0 && left != 0 && (!isHTTP1 || !body.ready()) {
 			if err := control.Flush(); err != nil {
-				return toClient(err)
+				return asClientError(err)
 			}
 		}
 	}

@@ -106,7 +106,7 @@ func (r *race) run(ctx context.Context) (net.Conn, netip.Addr, error) {
 				return f.conn, r.attempts[f.index].addr, nil
 			}
 			r.attempts[f.index].err = f.err
-			r.err = moreTelling(r.err, f.err)
+			r.err = moreInformative(r.err, f.err)
 			startNext = true
 		case <-timer.C:
 			if finalWait && r.running == 0 && r.exhausted() {
@@ -114,7 +114,7 @@ func (r *race) run(ctx context.Context) (net.Conn, netip.Addr, error) {
 			}
 			startNext = true
 		case <-ctx.Done():
-			return nil, netip.Addr{}, r.ended(ctx)
+			return nil, netip.Addr{}, r.contextErr(ctx)
 		}
 	}
 }
@@ -125,7 +125,7 @@ func (r *race) exhausted() bool { return len(r.attempts) == maxAttempts || r.que
 // add queues the addresses of an answer, and records its error.
 func (r *race) add(a dnsAnswer) {
 	if a.err != nil {
-		r.err = moreTelling(r.err, a.err)
+		r.err = moreInformative(r.err, a.err)
 	}
 	r.queue.add(a)
 }
@@ -154,8 +154,8 @@ func (r *race) start(ctx context.Context, results chan<- finished) bool {
 	return true
 }
 
-// ended returns the error of a race whose context has ended.
-func (r *race) ended(ctx context.Context) error {
+// contextErr returns the error of a race whose context has ended.
+func (r *race) contextErr(ctx context.Context) error {
 	switch {
 	case !errors.Is(ctx.Err(), context.DeadlineExceeded):
 		return context.Cause(ctx)
@@ -173,8 +173,8 @@ func (r *race) ended(ctx context.Context) error {
 // All methods are safe for concurrent use.
 type connector struct {
 	resolver *resolver
-	winners  *memory[hostPort, netip.Addr]
-	dead     *memory[netip.AddrPort, struct{}]
+	winners  *ttlCache[hostPort, netip.Addr]
+	dead     *ttlCache[netip.AddrPort, struct{}]
 }
 
 // hostPort is the destination of a connection.
@@ -186,8 +186,8 @@ type hostPort struct {
 func newConnector(r *resolver) *connector {
 	return &connector{
 		resolver: r,
-		winners:  newMemory[hostPort, netip.Addr](4096, 10*time.Minute),
-		dead:     newMemory[netip.AddrPort, struct{}](4096, time.Minute),
+		winners:  newTTLCache[hostPort, netip.Addr](4096, 10*time.Minute),
+		dead:     newTTLCache[netip.AddrPort, struct{}](4096, time.Minute),
 	}
 }
 
@@ -226,15 +226,15 @@ func (c *connector) connect(ctx context.Context, dialer *net.Dialer, to hostPort
 	}
 	conn, winner, err := r.run(ctx)
 	if err == nil || !errors.Is(ctx.Err(), context.Canceled) {
-		c.learn(to, r, winner)
+		c.remember(to, r, winner)
 	}
 	return conn, err
 }
 
-// learn remembers the result of a race. It does not record a winner if the first attempt
+// remember remembers the result of a race. It does not record a winner if the first attempt
 // succeeded: then no address is better than others, and clients stay spread over all
 // addresses of a name.
-func (c *connector) learn(to hostPort, r *race, winner netip.Addr) {
+func (c *connector) remember(to hostPort, r *race, winner netip.Addr) {
 	delayed := r.lookups > 0 && winner.Is4() // IPv4 had to wait for the IPv6 answer
 	for _, a := range r.attempts {
 		switch {
@@ -316,17 +316,17 @@ func (c *candidates) next() (addr netip.Addr) {
 	return addr
 }
 
-// moreTelling returns the error that says more about why there is no connection, and the
+// moreInformative returns the error that says more about why there is no connection, and the
 // earlier one if they are equal. Either may be nil.
-func moreTelling(earlier, later error) error {
-	if earlier == nil || telling(later) > telling(earlier) {
+func moreInformative(earlier, later error) error {
+	if earlier == nil || informativeness(later) > informativeness(earlier) {
 		return later
 	}
 	return earlier
 }
 
-// telling ranks the errors of attempts and look-ups by how much they say.
-func telling(err error) int {
+// informativeness ranks the errors of attempts and look-ups by how much they say.
+func informativeness(err error) int {
 	var failed *resolveError
 	switch {
 	case err == nil:

@@ -309,7 +309,7 @@ func (c *rawConn) connect(target string) {
 	}
 }
 
-// readAll reads until the peer closes or half-closes.
+// readMetrics reads until the peer closes or half-closes.
 func (c *rawConn) readAll() string {
 	c.t.Helper()
 	data, err := io.ReadAll(c.r)

@@ -330,13 +330,13 @@ func readAnswer(r *bufio.Reader) {
 		connection := res.Header["Connection"]
 		announced := trailingNames(res.Trailer, connection)
 		removeHopByHop(res.Header)
-		buf := copyBuffers.Get().(*[copyBuffer]byte)
-		defer copyBuffers.Put(buf)
+		buf := copyBufferPool.Get().(*[copyBuffer]byte)
+		defer copyBufferPool.Put(buf)
 		for err == nil {
 			_, err = res.Body.Read(buf[:])
 		}
 		if err == io.EOF {
-			_ = passTrailers(&responseWriter{status: 200, header: res.Header, sent: true}, res, announced, connection)
+			_ = passTrailers(&responseWriter{status: 200, header: res.Header, headerSent: true}, res, announced, connection)
 		}
 		return
 	}

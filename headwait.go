@@ -16,16 +16,16 @@ import (
 	"time"
 )
 
-// headWait cancels a request over HTTP/2 whose response head is overdue. The clock runs
+// headTimer cancels a request over HTTP/2 whose response head is overdue. The clock runs
 // only while the origin has the whole request or is not reading it. All connections on
 // which the request is tried share it.
-type headWait struct {
-	ctx     context.Context
-	cancel  context.CancelCauseFunc
-	timeout time.Duration
-	due     atomic.Int64 // when the origin's turn began, since epoch; 0: it is not its turn
-	news    atomic.Int64 // when the origin last reported progress, since epoch; 0: never
-	reused  atomic.Bool  // the connection had served an earlier request
+type headTimer struct {
+	ctx          context.Context
+	cancel       context.CancelCauseFunc
+	timeout      time.Duration
+	turnBegan    atomic.Int64 // when the origin's turn began, since epoch; 0: it is not its turn
+	lastProgress atomic.Int64 // when the origin last reported progress, since epoch; 0: never
+	reused       atomic.Bool  // the connection had served an earlier request
 
 	mu        sync.Mutex
 	timer     *time.Timer // nil: the wait is over
@@ -33,31 +33,31 @@ type headWait struct {
 	stopWatch func()      // stops the watch on conn
 }
 
-// headWaitKey is the context key under which the connection pool finds a request's
-// headWait.
-type headWaitKey struct{}
+// headTimerKey is the context key under which the connection pool finds a request's
+// headTimer.
+type headTimerKey struct{}
 
-// newHeadWait returns a headWait whose clock starts when there is a connection. A timeout
+// newHeadTimer returns a headTimer whose clock starts when there is a connection. A timeout
 // <= 0 means none.
-func newHeadWait(ctx context.Context, timeout time.Duration) *headWait {
-	w := &headWait{timeout: timeout}
-	w.ctx, w.cancel = context.WithCancelCause(context.WithValue(ctx, headWaitKey{}, w))
+func newHeadTimer(ctx context.Context, timeout time.Duration) *headTimer {
+	w := &headTimer{timeout: timeout}
+	w.ctx, w.cancel = context.WithCancelCause(context.WithValue(ctx, headTimerKey{}, w))
 	if timeout > 0 {
 		w.mu.Lock()
 		defer w.mu.Unlock()
-		w.timer = time.AfterFunc(timeout, w.look)
+		w.timer = time.AfterFunc(timeout, w.onTimer)
 	}
 	return w
 }
 
-func (w *headWait) connected(info httptrace.GotConnInfo) {
+func (w *headTimer) connected(info httptrace.GotConnInfo) {
 	w.reused.Store(info.Reused)
-	w.due.CompareAndSwap(0, sinceEpoch(time.Now()))
+	w.turnBegan.CompareAndSwap(0, sinceEpoch(time.Now()))
 }
 
 // watch starts watching a connection on which the request is about to be sent, and stops
 // watching the previous one.
-func (w *headWait) watch(conn *http2Conn) {
+func (w *headTimer) watch(conn *http2Conn) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.endWatch()
@@ -66,14 +66,14 @@ func (w *headWait) watch(conn *http2Conn) {
 }
 
 // closeSingle closes the connection if it is for this request only. The caller holds mu.
-func (w *headWait) closeSingle() {
+func (w *headTimer) closeSingle() {
 	if w.conn != nil && w.conn.single {
 		_ = w.conn.Close()
 	}
 }
 
 // endWatch stops the watch on the connection, if there is one. The caller holds mu.
-func (w *headWait) endWatch() {
+func (w *headTimer) endWatch() {
 	if w.stopWatch != nil {
 		w.stopWatch()
 		w.stopWatch = nil
@@ -81,27 +81,27 @@ func (w *headWait) endWatch() {
 }
 
 // lost reports whether the connection was closed because the origin had silently died.
-func (w *headWait) lost() bool {
+func (w *headTimer) lost() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.conn != nil && w.conn.lost.Load()
 }
 
-// turn starts the clock if it is the origin's turn, and stops it if it is the client's.
-func (w *headWait) turn(origin bool) {
+// setTurn starts the clock if it is the origin's turn, and stops it if it is the client's.
+func (w *headTimer) setTurn(origin bool) {
 	if origin {
-		w.due.Store(sinceEpoch(time.Now()))
+		w.turnBegan.Store(sinceEpoch(time.Now()))
 	} else {
-		w.due.Store(0)
+		w.turnBegan.Store(0)
 	}
 }
 
-// heard records that the origin has reported progress.
-func (w *headWait) heard() { w.news.Store(sinceEpoch(time.Now())) }
+// recordProgress records that the origin has reported progress.
+func (w *headTimer) recordProgress() { w.lastProgress.Store(sinceEpoch(time.Now())) }
 
-// maxWaits is how many timeouts a response may take in all while the origin keeps reporting
+// maxTimeouts is how many timeouts a response may take in all while the origin keeps reporting
 // progress.
-const maxWaits = 10
+const maxTimeouts = 10
 
 // timeLeft returns how much time an origin has left to respond. turn is when its turn began,
 // or 0 while it is the client's turn, when the clock stands still. news is when the origin
@@ -114,17 +114,17 @@ func timeLeft(timeout time.Duration, turn, news int64) time.Duration {
 	if news != 0 {
 		last = max(turn, news)
 	}
-	inAll := maxWaits * min(timeout, math.MaxInt64/maxWaits)
+	inAll := maxTimeouts * min(timeout, math.MaxInt64/maxTimeouts)
 	return min(timeout-time.Duration(now-last), inAll-time.Duration(now-turn))
 }
 
-func (w *headWait) look() {
+func (w *headTimer) onTimer() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.timer == nil {
 		return
 	}
-	left := timeLeft(w.timeout, w.due.Load(), w.news.Load())
+	left := timeLeft(w.timeout, w.turnBegan.Load(), w.lastProgress.Load())
 	if left <= 0 {
 		w.cancel(os.ErrDeadlineExceeded)
 		return
@@ -132,12 +132,12 @@ func (w *headWait) look() {
 	w.timer.Reset(left)
 }
 
-// over reports whether the timeout has expired.
-func (w *headWait) over() bool { return context.Cause(w.ctx) == os.ErrDeadlineExceeded }
+// expired reports whether the timeout has expired.
+func (w *headTimer) expired() bool { return context.Cause(w.ctx) == os.ErrDeadlineExceeded }
 
 // stale reports whether an error came from a stale connection: one that the origin was
 // closing while it was idle, or on which it had stopped answering.
-func (w *headWait) stale(err error) bool {
+func (w *headTimer) stale(err error) bool {
 	if w.lost() {
 		return w.ctx.Err() == nil
 	}
@@ -146,7 +146,7 @@ func (w *headWait) stale(err error) bool {
 }
 
 // stop ends the wait, but not the request.
-func (w *headWait) stop() {
+func (w *headTimer) stop() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.timer != nil {
@@ -156,7 +156,7 @@ func (w *headWait) stop() {
 }
 
 // end ends the wait and the request.
-func (w *headWait) end() {
+func (w *headTimer) end() {
 	w.stop()
 	w.cancel(nil)
 	w.mu.Lock()

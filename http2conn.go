@@ -109,7 +109,7 @@ func (c *http2Conn) watch() (stop func()) {
 	w := &silenceWatch{conn: c, start: sinceEpoch(time.Now()), wait: c.times.silence}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.timer = time.AfterFunc(w.wait, w.look)
+	w.timer = time.AfterFunc(w.wait, w.onTimer)
 	return w.stop
 }
 
@@ -119,22 +119,22 @@ type silenceWatch struct {
 	start int64         // since epoch
 	wait  time.Duration // how long the server may be silent before the next ping; used by look only
 
-	mu    sync.Mutex
-	timer *time.Timer
-	over  bool
+	mu      sync.Mutex
+	timer   *time.Timer
+	stopped bool
 }
 
-func (w *silenceWatch) look() {
+func (w *silenceWatch) onTimer() {
 	silent := w.conn.silentFor()
 	if silent >= w.wait {
-		if !w.conn.answers() {
+		if !w.conn.pingAnswered() {
 			return
 		}
 		w.wait, silent = min(w.wait*pingBackoff, maxPingInterval), 0
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if !w.over {
+	if !w.stopped {
 		w.timer.Reset(w.wait - silent)
 	}
 }
@@ -144,14 +144,14 @@ func (w *silenceWatch) look() {
 func (w *silenceWatch) stop() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.over = true
+	w.stopped = true
 	if w.conn.conn.lastRead.Load() >= w.start {
 		w.timer.Stop()
 	}
 }
 
-// answers pings the server, and closes the connection if there is no answer in time.
-func (c *http2Conn) answers() bool {
+// pingAnswered pings the server, and closes the connection if there is no answer in time.
+func (c *http2Conn) pingAnswered() bool {
 	c.pinging.Lock()
 	defer c.pinging.Unlock()
 	if c.silentFor() < c.times.silence {
@@ -160,7 +160,7 @@ func (c *http2Conn) answers() bool {
 	for taken := uint64(0); ; {
 		start := sinceEpoch(time.Now())
 		if c.socket != nil {
-			taken = bytesTaken(c.socket)
+			taken = bytesAcked(c.socket)
 		}
 		ctx, cancel := context.WithTimeout(context.Background(), c.times.answer)
 		err := c.Ping(ctx)
@@ -168,7 +168,7 @@ func (c *http2Conn) answers() bool {
 		if err == nil || c.conn.lastRead.Load() >= start {
 			return true
 		}
-		if c.socket == nil || bytesTaken(c.socket) < taken+uploadProgress {
+		if c.socket == nil || bytesAcked(c.socket) < taken+uploadProgress {
 			break
 		}
 	}

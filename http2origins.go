@@ -19,24 +19,24 @@ import (
 	"golang.org/x/net/http2"
 )
 
-// http2Origins is a pool of connections to https origins that speak HTTP/2. Requests share
+// http2OriginPool is a pool of connections to https origins that speak HTTP/2. Requests share
 // its connections. It serves clients of one reach. If an origin turns out to speak HTTP/1,
 // the connection is put into http1, and the request fails with errNoHTTP2, so that the
 // caller sends it there.
 //
 // All methods are safe for concurrent use.
-type http2Origins struct {
+type http2OriginPool struct {
 	dial      dialFunc // includes the TLS handshake
-	http1     *origins
+	http1     *originPool
 	recheck   func(ctx context.Context, authority string, conn net.Conn, to netip.AddrPort) error // checks a reused connection; may be nil
 	transport *http2.Transport
 	times     pingTimes
 
-	mu    sync.Mutex
-	conns map[string][]*http2Origin // by authority
-	byTLS map[*http2.ClientConn]*http2Origin
-	dials map[string]*http2Dial // dials in progress, by authority
-	over  bool                  // close was called
+	mu     sync.Mutex
+	conns  map[string][]*http2Origin // by authority
+	byTLS  map[*http2.ClientConn]*http2Origin
+	dials  map[string]*http2Dial // dials in progress, by authority
+	closed bool                  // close was called
 }
 
 // http2Origin is a connection to an origin.
@@ -48,9 +48,9 @@ type http2Origin struct {
 
 // http2Dial is a dial that several requests may wait for.
 type http2Dial struct {
-	done chan struct{}
-	err  error // valid after done
-	left bool  // valid after done: the request that dialed gave up before there was a result
+	done      chan struct{}
+	err       error // valid after done
+	abandoned bool  // valid after done: the request that dialed gave up before there was a result
 }
 
 // streamWindow is the receive window of a stream: how much content of one response may be
@@ -60,8 +60,8 @@ type http2Dial struct {
 // cannot exhaust it.
 const streamWindow = 1 << 20
 
-func newHTTP2Origins(dial dialFunc, http1 *origins) (*http2Origins, error) {
-	o := &http2Origins{
+func newHTTP2OriginPool(dial dialFunc, http1 *originPool) (*http2OriginPool, error) {
+	o := &http2OriginPool{
 		dial: overTLS(dial, "h2", "http/1.1"), http1: http1, times: defaultPingTimes,
 		conns: make(map[string][]*http2Origin), byTLS: make(map[*http2.ClientConn]*http2Origin), dials: make(map[string]*http2Dial),
 	}
@@ -82,12 +82,12 @@ var errNoHTTP2 = errors.New("the server does not speak HTTP/2")
 
 // GetClientConn implements http2.ClientConnPool. It returns a connection on which a stream
 // is reserved for the request.
-func (o *http2Origins) GetClientConn(r *http.Request, _ string) (*http2.ClientConn, error) {
+func (o *http2OriginPool) GetClientConn(r *http.Request, _ string) (*http2.ClientConn, error) {
 	c, err := o.get(r.Context(), r.URL.Host)
 	if err != nil {
 		return nil, err
 	}
-	if wait, ok := r.Context().Value(headWaitKey{}).(*headWait); ok {
+	if wait, ok := r.Context().Value(headTimerKey{}).(*headTimer); ok {
 		wait.watch(c.http2Conn)
 	}
 	return c.ClientConn, nil
@@ -95,7 +95,7 @@ func (o *http2Origins) GetClientConn(r *http.Request, _ string) (*http2.ClientCo
 
 // get returns a connection on which it has reserved a request: an existing one, or one that
 // this or another request dials.
-func (o *http2Origins) get(ctx context.Context, authority string) (*http2Origin, error) {
+func (o *http2OriginPool) get(ctx context.Context, authority string) (*http2Origin, error) {
 	for {
 		c, call, waits := o.find(authority)
 		switch {
@@ -116,7 +116,7 @@ func (o *http2Origins) get(ctx context.Context, authority string) (*http2Origin,
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
 		case <-call.done:
-			if call.err != nil && !call.left {
+			if call.err != nil && !call.abandoned {
 				return nil, call.err
 			}
 		}
@@ -125,7 +125,7 @@ func (o *http2Origins) get(ctx context.Context, authority string) (*http2Origin,
 
 // find returns a connection that has room for a request, or else a dial. If waits is true,
 // the dial is in progress; otherwise the caller must perform it.
-func (o *http2Origins) find(authority string) (c *http2Origin, call *http2Dial, waits bool) {
+func (o *http2OriginPool) find(authority string) (c *http2Origin, call *http2Dial, waits bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for _, c := range o.conns[authority] {
@@ -141,11 +141,11 @@ func (o *http2Origins) find(authority string) (c *http2Origin, call *http2Dial, 
 }
 
 // open performs a dial, for one request and any others that wait for call.
-func (o *http2Origins) open(ctx context.Context, authority string, call *http2Dial) (c *http2Origin, err error) {
+func (o *http2OriginPool) open(ctx context.Context, authority string, call *http2Dial) (c *http2Origin, err error) {
 	defer func() {
 		o.mu.Lock()
 		delete(o.dials, authority)
-		call.err, call.left = err, err != nil && ctx.Err() != nil
+		call.err, call.abandoned = err, err != nil && ctx.Err() != nil
 		close(call.done)
 		o.mu.Unlock()
 	}()
@@ -165,18 +165,18 @@ func (o *http2Origins) open(ctx context.Context, authority string, call *http2Di
 	if err != nil {
 		return nil, err
 	}
-	c = &http2Origin{http2Conn: client, authority: authority, to: endHere(conn)}
+	c = &http2Origin{http2Conn: client, authority: authority, to: localPeer(conn)}
 	o.add(c)
 	return c, nil
 }
 
 // add reserves a request on a new connection, and puts it into the pool. If the pool is full
 // or closed, the connection serves only this request.
-func (o *http2Origins) add(c *http2Origin) {
+func (o *http2OriginPool) add(c *http2Origin) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	c.ReserveNewRequest() // if this fails, so will the request
-	if c.single = o.over || len(o.byTLS) >= maxIdleOrigins; c.single {
+	if c.single = o.closed || len(o.byTLS) >= maxIdleOrigins; c.single {
 		return
 	}
 	o.conns[c.authority] = append(o.conns[c.authority], c)
@@ -184,13 +184,13 @@ func (o *http2Origins) add(c *http2Origin) {
 }
 
 // MarkDead implements http2.ClientConnPool.
-func (o *http2Origins) MarkDead(conn *http2.ClientConn) {
+func (o *http2OriginPool) MarkDead(conn *http2.ClientConn) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.remove(conn)
 }
 
-func (o *http2Origins) remove(conn *http2.ClientConn) {
+func (o *http2OriginPool) remove(conn *http2.ClientConn) {
 	c, ok := o.byTLS[conn]
 	if !ok {
 		return
@@ -203,7 +203,7 @@ func (o *http2Origins) remove(conn *http2.ClientConn) {
 }
 
 // count returns the number of idle connections.
-func (o *http2Origins) count() (n int) {
+func (o *http2OriginPool) count() (n int) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for conn := range o.byTLS {
@@ -220,10 +220,10 @@ func isIdle(conn *http2.ClientConn) bool {
 }
 
 // close closes all idle connections, and makes the others close when they become idle.
-func (o *http2Origins) close() {
+func (o *http2OriginPool) close() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.over = true
+	o.closed = true
 	for conn := range o.byTLS {
 		o.remove(conn)
 		if conn.SetDoNotReuse(); isIdle(conn) { // from here on no request can be reserved

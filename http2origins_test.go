@@ -60,8 +60,8 @@ func dialTCP(ctx context.Context, authority string) (net.Conn, error) {
 	return d.DialContext(ctx, "tcp", authority)
 }
 
-func (o *http2Origins) ask(ctx context.Context, authority string) (int, error) {
-	wait := newHeadWait(ctx, 0)
+func (o *http2OriginPool) ask(ctx context.Context, authority string) (int, error) {
+	wait := newHeadTimer(ctx, 0)
 	defer wait.end()
 	r, err := http.NewRequestWithContext(wait.ctx, http.MethodGet, "https://"+authority+"/", nil)
 	if err != nil {
@@ -83,7 +83,7 @@ func TestHTTP2OriginsShare(t *testing.T) {
 		asked.Add(1)
 		<-answer
 	})
-	o, err := newHTTP2Origins(dialTCP, newOrigins(nil))
+	o, err := newHTTP2OriginPool(dialTCP, newOriginPool(nil))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -117,7 +117,7 @@ func TestHTTP2OriginsShare(t *testing.T) {
 	}
 	eventually(t, "the late request's connection to close, too", func() bool { return open.Load() == 0 })
 
-	o, _ = newHTTP2Origins(dialTCP, newOrigins(nil))
+	o, _ = newHTTP2OriginPool(dialTCP, newOriginPool(nil))
 	if _, err := o.ask(t.Context(), authority); err != nil || o.count() != 1 {
 		t.Errorf("%v; %d idle connections, want one", err, o.count())
 	}
@@ -140,7 +140,7 @@ func TestHTTP2OriginsDial(t *testing.T) {
 	begun := make(chan struct{}, 10)
 	refused := errors.New("refused")
 	failing := make(chan struct{})
-	o, err := newHTTP2Origins(func(ctx context.Context, authority string) (net.Conn, error) {
+	o, err := newHTTP2OriginPool(func(ctx context.Context, authority string) (net.Conn, error) {
 		begun <- struct{}{}
 		switch dials.Add(1) {
 		case 1:
@@ -151,7 +151,7 @@ func TestHTTP2OriginsDial(t *testing.T) {
 			return nil, refused
 		}
 		return dialTCP(ctx, authority)
-	}, newOrigins(nil))
+	}, newOriginPool(nil))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -186,11 +186,11 @@ func TestHTTP2OriginsDialFailsOnce(t *testing.T) {
 		var dials atomic.Int64
 		refused := errors.New("refused")
 		failing := make(chan struct{})
-		o, err := newHTTP2Origins(func(context.Context, string) (net.Conn, error) {
+		o, err := newHTTP2OriginPool(func(context.Context, string) (net.Conn, error) {
 			dials.Add(1)
 			<-failing
 			return nil, refused
-		}, newOrigins(nil))
+		}, newOriginPool(nil))
 		if err != nil {
 			t.Fatal(err)
 		}

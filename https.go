@@ -20,15 +20,15 @@ import (
 
 // forwardHTTP2 forwards a request to an https origin over HTTP/2. If the origin does not
 // speak HTTP/2, it returns errNoHTTP2 and has not read the body.
-func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoing, from caller) (int, error) {
-	wait := newHeadWait(r.Context(), time.Duration(h.ResponseHeaderTimeout))
+func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoing, from clientIdentity) (int, error) {
+	wait := newHeadTimer(r.Context(), time.Duration(h.ResponseHeaderTimeout))
 	defer wait.end()
 	interim := &interimQueue{
-		write: func(status int, fields http.Header) { h.passInterim(w, r, status, fields, 2, 0) },
-		heard: wait.heard,
+		write:      func(status int, fields http.Header) { h.passInterim(w, r, status, fields, 2, 0) },
+		onProgress: wait.recordProgress,
 	}
 	defer interim.end()
-	ctx := httptrace.WithClientTrace(wait.ctx, &httptrace.ClientTrace{GotConn: wait.connected, Got1xxResponse: interim.got})
+	ctx := httptrace.WithClientTrace(wait.ctx, &httptrace.ClientTrace{GotConn: wait.connected, Got1xxResponse: interim.got1xx})
 	out := r.WithContext(ctx)
 	out.Header = maps.Clone(r.Header)
 	out.URL = &url.URL{Scheme: "https", Host: o.authority, Opaque: o.target}
@@ -42,8 +42,8 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 	var body *http2Body
 	if o.body != nil {
 		body = &http2Body{from: o, to: out, wait: wait}
-		if o.invites {
-			body.invite = interim.invite
+		if o.needsContinue {
+			body.sendContinue = interim.sendContinue
 		}
 		out.Body = body
 		for _, name := range o.trailers {
@@ -58,9 +58,9 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 		out.Header["User-Agent"] = nil // keeps the transport from adding Go's
 	}
 	start := time.Now()
-	res, err := h.upstreams[from.reach].transport.RoundTrip(out)
+	res, err := h.h2Origins[from.reach].transport.RoundTrip(out)
 	if err != nil && wait.stale(err) && o.repeatable() && !interim.any() {
-		res, err = h.upstreams[from.reach].transport.RoundTrip(out)
+		res, err = h.h2Origins[from.reach].transport.RoundTrip(out)
 	}
 	interim.end()
 	if errors.Is(err, errNoHTTP2) {
@@ -69,7 +69,7 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 	if err != nil {
 		if failure := o.body.failed(); failure != nil {
 			err = failure
-		} else if wait.over() {
+		} else if wait.expired() {
 			err = os.ErrDeadlineExceeded
 		} else if wrong := interim.error(); wrong != nil {
 			err = wrong
@@ -82,18 +82,18 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 	}
 	wait.stop()
 	metrics.responses.Observe(time.Since(start).Seconds())
-	res.Body = &http2Response{res.Body, body, h.newContentWait(from.bucket), func() { wait.cancel(os.ErrDeadlineExceeded) }}
+	res.Body = &http2Response{res.Body, body, h.newContentWait(from.limitKey), func() { wait.cancel(os.ErrDeadlineExceeded) }}
 	defer res.Body.Close()
 	if res.StatusCode < 200 {
 		return 0, forwardRefusal(r, protocolError("the final response has a 1xx status"))
 	}
 	if res.StatusCode == http.StatusProxyAuthRequired {
-		return 0, forwardRefusal(r, errNoProxy)
+		return 0, forwardRefusal(r, errOriginSent407)
 	}
 	if countLines(res.Header) > maxFields || len(res.Trailer) > maxFields || countMembers(res.Header["Connection"]) > maxFields {
 		return 0, forwardRefusal(r, errTooManyFields)
 	}
-	if length, err := oneLength(res.Header); err != nil {
+	if length, err := normalizeContentLength(res.Header); err != nil {
 		return 0, forwardRefusal(r, err)
 	} else if length >= 0 && res.ContentLength < 0 { // several equal values
 		res.ContentLength = length
@@ -103,22 +103,22 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 
 // http2Body is the body of a request over HTTP/2, with its trailers.
 type http2Body struct {
-	from   *outgoing
-	to     *http.Request
-	wait   *headWait
-	invite func() // sends 100 (Continue) to the client; nil: the client does not wait for it
-	begun  atomic.Bool
-	ended  atomic.Bool
+	from         *outgoing
+	to           *http.Request
+	wait         *headTimer
+	sendContinue func() // sends 100 (Continue) to the client; nil: the client does not wait for it
+	begun        atomic.Bool
+	ended        atomic.Bool
 }
 
 func (b *http2Body) Read(p []byte) (int, error) {
-	if b.wait.turn(false); b.invite != nil {
-		b.invite()
-		b.invite = nil
+	if b.wait.setTurn(false); b.sendContinue != nil {
+		b.sendContinue()
+		b.sendContinue = nil
 	}
 	b.begun.Store(true)
 	n, err := b.from.body.Read(p)
-	b.wait.turn(true)
+	b.wait.setTurn(true)
 	if err == io.EOF {
 		for name := range b.to.Trailer {
 			b.to.Trailer[name] = b.from.trailer[name]

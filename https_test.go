@@ -242,7 +242,7 @@ func TestHTTP2SilentConnection(t *testing.T) {
 		})
 		w := newWorld(t, "response_header_timeout 10s", nil)
 		for _, h := range provisioned(t) {
-			for _, upstream := range h.upstreams {
+			for _, upstream := range h.h2Origins {
 				upstream.times = pingTimes{silence: 50 * time.Millisecond, answer: 100 * time.Millisecond}
 			}
 		}

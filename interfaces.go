@@ -13,9 +13,9 @@ import (
 	"github.com/gaissmai/bart"
 )
 
-// lookInterval is how long information from the system about its addresses and sockets is
+// systemCacheTTL is how long information from the system about its addresses and sockets is
 // cached: asking for each connection would cost too much.
-const lookInterval = time.Second
+const systemCacheTTL = time.Second
 
 // interfaces is a snapshot of the addresses of this machine's network interfaces.
 type interfaces struct {
@@ -29,12 +29,12 @@ var (
 	askingInterfaces sync.Mutex
 )
 
-// currentInterfaces returns a snapshot of the interfaces that is about lookInterval old at
+// currentInterfaces returns a snapshot of the interfaces that is about systemCacheTTL old at
 // most, unless asking the system fails; then it returns the last snapshot, or nil if there
 // is none. While one goroutine asks the system, the others use the last snapshot.
 func currentInterfaces() *interfaces {
 	known := knownInterfaces.Load()
-	if known != nil && (time.Since(known.asked) < lookInterval || !askingInterfaces.TryLock()) {
+	if known != nil && (time.Since(known.asked) < systemCacheTTL || !askingInterfaces.TryLock()) {
 		return known
 	}
 	if known == nil {

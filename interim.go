@@ -37,10 +37,10 @@ func isProgress(status int) bool {
 	return status == http.StatusProcessing || status == http.StatusEarlyHints
 }
 
-// waitsForInvitation reports whether the handler must send 100 (Continue) before it reads
+// handlerSendsContinue reports whether the handler must send 100 (Continue) before it reads
 // the body. Otherwise net/http would send it with the first read, from the goroutine that
 // reads, into a buffer that the handler may be writing to. Over HTTP/2 that is harmless.
-func waitsForInvitation(r *http.Request) bool {
+func handlerSendsContinue(r *http.Request) bool {
 	return r.ProtoMajor != 2 && r.ProtoAtLeast(1, 1) && expectsContinue(r)
 }
 
@@ -59,7 +59,7 @@ func (h *Handler) passInterim(w http.ResponseWriter, r *http.Request, status int
 		h.via.add(fields, major, minor)
 		maps.Copy(header, fields)
 	}
-	limitWrite(r)
+	startWriteIdleTimeout(r)
 	w.WriteHeader(status)
 	clear(header)
 	maps.Copy(header, saved)
@@ -74,12 +74,12 @@ const maxInterimWaiting = 8
 // block for one of them. So a separate goroutine writes them to the client while there are
 // any. The handler must not write before end has returned.
 type interimQueue struct {
-	write func(status int, fields http.Header) // sends one to the client
-	heard func()                               // called for responses that report progress; may be nil
+	write      func(status int, fields http.Header) // sends one to the client
+	onProgress func()                               // called for responses that report progress; may be nil
 
 	mu       sync.Mutex
 	limit    interimLimit
-	failed   error // why the origin's interim responses ended the exchange
+	err      error // why the origin's interim responses ended the exchange
 	waiting  []interimResponse
 	writing  chan struct{} // closed when the goroutine ends; nil: there is none
 	ended    bool
@@ -87,26 +87,26 @@ type interimQueue struct {
 }
 
 type interimResponse struct {
-	status int
-	fields http.Header
-	passed chan struct{} // closed once it has been written; may be nil
+	status  int
+	fields  http.Header
+	written chan struct{} // closed once it has been written; may be nil
 }
 
-// got implements httptrace.ClientTrace.Got1xxResponse.
-func (q *interimQueue) got(status int, fields textproto.MIMEHeader) error {
+// got1xx implements httptrace.ClientTrace.Got1xxResponse.
+func (q *interimQueue) got1xx(status int, fields textproto.MIMEHeader) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	switch {
 	case !q.limit.take():
-		q.failed = errInterim
+		q.err = errInterim
 	case countLines(http.Header(fields)) > maxFields:
-		q.failed = errTooManyFields
+		q.err = errTooManyFields
 	}
-	if q.failed != nil {
-		return q.failed
+	if q.err != nil {
+		return q.err
 	}
-	if isProgress(status) && q.heard != nil {
-		q.heard()
+	if isProgress(status) && q.onProgress != nil {
+		q.onProgress()
 	}
 	if status != http.StatusContinue && len(q.waiting) < maxInterimWaiting { // invite sends the 100
 		q.add(interimResponse{status: status, fields: http.Header(fields)})
@@ -114,15 +114,15 @@ func (q *interimQueue) got(status int, fields textproto.MIMEHeader) error {
 	return nil
 }
 
-// invite sends 100 (Continue) to the client, and returns when it has been written. It
+// sendContinue sends 100 (Continue) to the client, and returns when it has been written. It
 // sends nothing if end has been called.
-func (q *interimQueue) invite() {
+func (q *interimQueue) sendContinue() {
 	passed := make(chan struct{})
 	q.mu.Lock()
 	if q.ended {
 		close(passed)
 	} else {
-		q.add(interimResponse{status: http.StatusContinue, passed: passed})
+		q.add(interimResponse{status: http.StatusContinue, written: passed})
 	}
 	q.mu.Unlock()
 	<-passed
@@ -157,8 +157,8 @@ func (q *interimQueue) run() {
 		if !failed {
 			q.pass(next)
 		}
-		if next.passed != nil {
-			close(next.passed)
+		if next.written != nil {
+			close(next.written)
 		}
 	}
 }
@@ -202,5 +202,5 @@ func (q *interimQueue) any() bool {
 func (q *interimQueue) error() error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return q.failed
+	return q.err
 }

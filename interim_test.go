@@ -185,7 +185,7 @@ func TestInterimQueue(t *testing.T) {
 		slow := make(chan struct{})
 		q := &interimQueue{write: func(status int, _ http.Header) { <-slow; got = append(got, status) }}
 		for range 3 * maxInterimWaiting {
-			if err := q.got(http.StatusEarlyHints, nil); err != nil {
+			if err := q.got1xx(http.StatusEarlyHints, nil); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -194,13 +194,13 @@ func TestInterimQueue(t *testing.T) {
 		if n := len(got); n < maxInterimWaiting || n > maxInterimWaiting+1 {
 			t.Errorf("%d responses were passed on", n)
 		}
-		q.invite() // must not block
-		if err := q.got(http.StatusEarlyHints, nil); err != nil || q.writing != nil {
+		q.sendContinue() // must not block
+		if err := q.got1xx(http.StatusEarlyHints, nil); err != nil || q.writing != nil {
 			t.Errorf("it continues after its end: %v", err)
 		}
 		q = &interimQueue{write: func(int, http.Header) { panic("wrong") }}
-		_ = q.got(http.StatusEarlyHints, nil)
-		q.invite()
+		_ = q.got1xx(http.StatusEarlyHints, nil)
+		q.sendContinue()
 		defer func() {
 			if recover() != "wrong" {
 				t.Error("the panic was lost")
@@ -225,7 +225,7 @@ func pipeExchange(ctx context.Context, timeout time.Duration, answer func(w io.W
 		}()
 		return ours, nil
 	}
-	x := &exchange{origins: newOrigins(dial), ctx: ctx, timeout: timeout, interim: func(int, http.Header) {}}
+	x := &exchange{pool: newOriginPool(dial), ctx: ctx, timeout: timeout, interim: func(int, http.Header) {}}
 	start := time.Now()
 	res, err := x.do(&outgoing{method: http.MethodGet, authority: "origin:80", target: "/", host: "origin", header: http.Header{}})
 	took := time.Since(start)
@@ -246,7 +246,7 @@ func TestProgressRenewsTheTime(t *testing.T) {
 	}{
 		{"102 Processing", 2 * time.Second, 5, 10 * time.Second, nil},
 		{"103 Early Hints", 2 * time.Second, 5, 10 * time.Second, nil},
-		{"102 Processing", 2 * time.Second, 100, maxWaits * timeout, os.ErrDeadlineExceeded},
+		{"102 Processing", 2 * time.Second, 100, maxTimeouts * timeout, os.ErrDeadlineExceeded},
 		{"102 Processing", 4 * time.Second, 5, timeout, os.ErrDeadlineExceeded},
 		{"100 Continue", 2 * time.Second, 5, timeout, os.ErrDeadlineExceeded},
 		{"102 Processing", 200 * time.Millisecond, 110, 22 * time.Second, nil},
@@ -276,22 +276,22 @@ func TestHTTP2ProgressRenewsTheTime(t *testing.T) {
 		pause time.Duration
 		want  time.Duration
 	}{
-		{0, timeout}, {2 * time.Second, maxWaits * timeout}, {4 * time.Second, timeout},
+		{0, timeout}, {2 * time.Second, maxTimeouts * timeout}, {4 * time.Second, timeout},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			start := time.Now()
-			wait := newHeadWait(t.Context(), timeout)
+			wait := newHeadTimer(t.Context(), timeout)
 			defer wait.end()
-			wait.turn(true)
+			wait.setTurn(true)
 			for row.pause > 0 && wait.ctx.Err() == nil {
 				select {
 				case <-wait.ctx.Done():
 				case <-time.After(row.pause):
-					wait.heard()
+					wait.recordProgress()
 				}
 			}
 			<-wait.ctx.Done()
-			if took := time.Since(start); took < row.want || took > row.want+row.pause || !wait.over() {
+			if took := time.Since(start); took < row.want || took > row.want+row.pause || !wait.expired() {
 				t.Errorf("progress every %v: ended after %v, want %v", row.pause, took, row.want)
 			}
 		})

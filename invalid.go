@@ -16,20 +16,20 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
-// invalid is a reason to refuse a client before any handler sees a request.
-type invalid string
+// invalidReason is a reason to refuse a client before any handler sees a request.
+type invalidReason string
 
 const (
-	invalidTLS       invalid = "tls"        // TLS on a port without TLS
-	invalidSOCKS     invalid = "socks"      // SOCKS 4 or 5
-	invalidPlainHTTP invalid = "plain_http" // HTTP without TLS on a port with TLS
-	invalidMalformed invalid = "malformed"  // not a well-formed request
-	invalidTooLarge  invalid = "too_large"  // request head over max_header_size
-	invalidUnknown   invalid = "unknown"    // unsupported version, coding or expectation
+	invalidTLS       invalidReason = "tls"        // TLS on a port without TLS
+	invalidSOCKS     invalidReason = "socks"      // SOCKS 4 or 5
+	invalidPlainHTTP invalidReason = "plain_http" // HTTP without TLS on a port with TLS
+	invalidMalformed invalidReason = "malformed"  // not a well-formed request
+	invalidTooLarge  invalidReason = "too_large"  // request head over max_header_size
+	invalidUnknown   invalidReason = "unknown"    // unsupported version, coding or expectation
 )
 
-// invalids has the log level and message for each reason.
-var invalids = map[invalid]struct {
+// invalidLogs has the log level and message for each reason.
+var invalidLogs = map[invalidReason]struct {
 	level   zapcore.Level
 	message string
 }{
@@ -41,17 +41,17 @@ var invalids = map[invalid]struct {
 	invalidUnknown:   {zapcore.InfoLevel, "unsupported request"},
 }
 
-// refusedInvalid counts and logs a refused client. status is empty if the client got no
+// recordInvalid counts and logs a refused client. status is empty if the client got no
 // response. detail may say more about the cause.
-func (h *Handler) refusedInvalid(conn net.Conn, reason invalid, status, detail string) {
+func (h *Handler) recordInvalid(conn net.Conn, reason invalidReason, status, detail string) {
 	metrics.invalid.WithLabelValues(string(reason)).Inc()
 	remote, _ := netip.ParseAddrPort(conn.RemoteAddr().String())
 	client := remote.Addr().Unmap().WithZone("")
-	n, ok := invalidLines.count(invalidLine{h.limiter.client(client), conn.LocalAddr().String(), string(reason) + status + detail}, time.Now())
+	n, ok := invalidLines.count(invalidLine{h.limiter.keyFor(client), conn.LocalAddr().String(), string(reason) + status + detail}, time.Now())
 	if !ok {
 		return
 	}
-	entry := invalids[reason]
+	entry := invalidLogs[reason]
 	c := h.logger.Check(entry.level, entry.message)
 	if c == nil {
 		return
@@ -70,7 +70,7 @@ func (h *Handler) refusedInvalid(conn net.Conn, reason invalid, status, detail s
 type invalidLine struct {
 	client  netip.Addr
 	address string // local address that the client connected to
-	what    string
+	kind    string
 }
 
 // lineLimit lets the first lines of a kind through, and then one a minute until a minute
@@ -134,9 +134,9 @@ func (l *lineLimit) sweep(now time.Time) bool {
 	return len(l.lines) < maxInvalidLines
 }
 
-// firstByteOf tells from the first byte of a connection whether the client speaks a protocol
+// foreignProtocol tells from the first byte of a connection whether the client speaks a protocol
 // other than the port's, and which.
-func firstByteOf(b byte, overTLS bool) (reason invalid, found bool) {
+func foreignProtocol(b byte, overTLS bool) (reason invalidReason, found bool) {
 	switch {
 	case b == 4 || b == 5:
 		return invalidSOCKS, true
@@ -150,21 +150,21 @@ func firstByteOf(b byte, overTLS bool) (reason invalid, found bool) {
 
 // answerFirstByte responds to a client of another protocol, if it may understand the
 // response. The caller closes the connection in stages.
-func (h *Handler) answerFirstByte(conn *net.TCPConn, reason invalid) {
+func (h *Handler) answerFirstByte(conn *net.TCPConn, reason invalidReason) {
 	switch reason {
 	case invalidTLS:
 		h.answerInvalid(conn, reason, "400 Bad Request", "This proxy does not speak TLS on this port: use http:// in the proxy URL.")
 	case invalidPlainHTTP:
 		h.answerInvalid(conn, reason, "400 Bad Request", "Client sent an HTTP request to an HTTPS server. This proxy speaks TLS on this port: use https:// in the proxy URL.")
 	default:
-		h.refusedInvalid(conn, reason, "", "")
+		h.recordInvalid(conn, reason, "", "")
 	}
 }
 
 // answerInvalid responds to a request that no handler has seen. The caller closes the
 // connection in stages.
-func (h *Handler) answerInvalid(conn *net.TCPConn, reason invalid, status, text string) {
-	h.refusedInvalid(conn, reason, status, "")
+func (h *Handler) answerInvalid(conn *net.TCPConn, reason invalidReason, status, text string) {
+	h.recordInvalid(conn, reason, status, "")
 	_ = conn.SetWriteDeadline(time.Now().Add(lingerIdle))
 	_, _ = conn.Write(h.invalidAnswer(status, text))
 }
@@ -226,6 +226,6 @@ func (h *Handler) replaceRefusal(conn net.Conn, p []byte, noLine bool) []byte {
 	case "505":
 		text = "This proxy does not support the HTTP version of this request."
 	}
-	h.refusedInvalid(conn, reason, status, detail)
+	h.recordInvalid(conn, reason, status, detail)
 	return h.invalidAnswer(status, text)
 }

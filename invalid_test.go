@@ -18,7 +18,7 @@ import (
 )
 
 // invalidCount returns a value of caddy_async_proxy_invalid_requests_total.
-func invalidCount(t *testing.T, reason invalid) float64 {
+func invalidCount(t *testing.T, reason invalidReason) float64 {
 	t.Helper()
 	return gathered(t)[fmt.Sprintf(`invalid_requests_total{reason="%s"}`, reason)]
 }
@@ -52,7 +52,7 @@ func TestFirstContact(t *testing.T) {
 	hello := clientHello(t)
 	plain := []struct {
 		name, send string
-		reason     invalid
+		reason     invalidReason
 		says       string
 	}{
 		{"TLS", hello, invalidTLS, "This proxy does not speak TLS on this port: use http:// in the proxy URL.\n"},
@@ -76,14 +76,14 @@ func TestFirstContact(t *testing.T) {
 		w := newTunnelWorld(t, options)
 		for address, rows := range map[string][]struct {
 			name, send string
-			reason     invalid
+			reason     invalidReason
 			says       string
 		}{w.plain: plain, w.tls: secure} {
 			for _, row := range rows {
 				t.Run(fmt.Sprintf("%s/%s/%v", setup, row.name, address == w.tls), func(t *testing.T) {
 					forgetInvalidLines()
 					before := invalidCount(t, row.reason)
-					n := len(w.logLines(invalids[row.reason].message))
+					n := len(w.logLines(invalidLogs[row.reason].message))
 					c := dialRaw(t, address)
 					sent := writeInPieces(c, row.send, 1<<20)
 					got := c.readAll()
@@ -94,7 +94,7 @@ func TestFirstContact(t *testing.T) {
 					if row.says != "" && (!strings.HasPrefix(got, "HTTP/1.1 400 Bad Request\r\n") || !strings.Contains(got, "\r\nProxy-Status: ")) {
 						t.Errorf("the response is %q", got)
 					}
-					line := w.waitLog(invalids[row.reason].message, n+1)[n]
+					line := w.waitLog(invalidLogs[row.reason].message, n+1)[n]
 					if line["client"] != "127.0.0.1" || line["address"] != address || line["reason"] != string(row.reason) || line["refused"] != 1.0 || line["level"] != "warn" {
 						t.Errorf("the log has %v", line)
 					}
@@ -152,7 +152,7 @@ func TestRefusedBelowHandlers(t *testing.T) {
 		for _, row := range []struct {
 			name, send string
 			status     int
-			reason     invalid
+			reason     invalidReason
 			says       string
 		}{
 			{"no Host", get + "\r\n", 400, invalidMalformed, "missing required Host header"},
@@ -174,7 +174,7 @@ func TestRefusedBelowHandlers(t *testing.T) {
 				t.Run(fmt.Sprintf("%s/%v/%v", row.name, before != "", site == w.site("via tester")), func(t *testing.T) {
 					forgetInvalidLines()
 					w.load(site)
-					counted, n := invalidCount(t, row.reason), len(w.logLines(invalids[row.reason].message))
+					counted, n := invalidCount(t, row.reason), len(w.logLines(invalidLogs[row.reason].message))
 					c := w.dial()
 					if before != "" {
 						c.send(before)
@@ -188,7 +188,7 @@ func TestRefusedBelowHandlers(t *testing.T) {
 					if res.StatusCode != row.status || res.Header.Get("Proxy-Status") != "tester; error=http_request_error" || !strings.Contains(body, row.says) {
 						t.Errorf("%s %q %q, want %d and %q", res.Status, res.Header.Get("Proxy-Status"), body, row.status, row.says)
 					}
-					line := w.waitLog(invalids[row.reason].message, n+1)[n]
+					line := w.waitLog(invalidLogs[row.reason].message, n+1)[n]
 					if line["client"] != "127.0.0.1" || line["reason"] != string(row.reason) || !strings.HasPrefix(fmt.Sprint(line["status"]), fmt.Sprint(row.status)) {
 						t.Errorf("the log has %v", line)
 					}
@@ -264,7 +264,7 @@ func TestContentThatLooksLikeARefusal(t *testing.T) {
 func TestLineLimit(t *testing.T) {
 	l := lineLimit{lines: make(map[invalidLine]*lineCount)}
 	now := time.Now()
-	line := invalidLine{client: netip.MustParseAddr("192.0.2.1"), what: "a"}
+	line := invalidLine{client: netip.MustParseAddr("192.0.2.1"), kind: "a"}
 	expect := func(after time.Duration, want int64) { // 0: no line
 		t.Helper()
 		if n, ok := l.count(line, now.Add(after)); n != want || ok != (n > 0) {
@@ -283,7 +283,7 @@ func TestLineLimit(t *testing.T) {
 		expect(4*invalidInterval, 1) // after a minute without refusals
 	}
 	expect(4*invalidInterval, 0)
-	line.what = "b"
+	line.kind = "b"
 	expect(0, 1)
 	lines := 0
 	for i := range 3 * maxInvalidLines {
@@ -295,7 +295,7 @@ func TestLineLimit(t *testing.T) {
 	if len(l.lines) > maxInvalidLines || lines != maxInvalidLines {
 		t.Errorf("%d kinds are tracked and %d lines were logged, want %d", len(l.lines), lines, maxInvalidLines)
 	}
-	line.what = "c"
+	line.kind = "c"
 	expect(12*invalidInterval, 1) // entries have expired
 }
 
@@ -319,7 +319,7 @@ func TestReadConnFirst(t *testing.T) {
 	for _, text := range []string{"\r\n\r\nGET /", "GET /\r\n", "\r\rGET", "\rG", "\r\n\n", "\n\r\n"} {
 		for size := 1; size <= len(text); size++ {
 			near, far := socketPair(t)
-			c := &readConn{TCPConn: near.(*net.TCPConn), first: true, handler: new(Handler)}
+			c := &readConn{TCPConn: near.(*net.TCPConn), isFirstRead: true, handler: new(Handler)}
 			go func() {
 				_, _ = io.WriteString(far, text[:size])
 				_, _ = io.WriteString(far, text[size:])

@@ -66,28 +66,28 @@ func (h *Handler) loadLimiter(ctx caddy.Context) error {
 	return nil
 }
 
-// ask charges one token to the client: from its local bucket, and then from the shared one,
+// chargeBuckets charges one token to the client: from its local bucket, and then from the shared one,
 // if there is one.
-func (h *Handler) ask(ctx context.Context, client netip.Addr, now int64) verdict {
+func (h *Handler) chargeBuckets(ctx context.Context, client netip.Addr, now int64) decision {
 	if h.shared != nil && h.shared.Suspended() {
-		return verdict{ok: true}
+		return decision{ok: true}
 	}
 	local := h.limiter.take(client, now)
 	if h.shared == nil || !local.ok {
 		return local
 	}
-	wait, err := h.shared.Take(ctx, h.limiter.shared(client))
+	wait, err := h.shared.Take(ctx, h.limiter.sharedBucket(client))
 	switch {
 	case err != nil:
-		return h.limiter.giveBack(client, now).refuse(0, now, err)
+		return h.limiter.refund(client, now).refuse(0, now, err)
 	case wait > 0:
-		return h.limiter.learn(client, now, wait).refuse(int64(wait), now, nil)
+		return h.limiter.drain(client, now, wait).refuse(int64(wait), now, nil)
 	}
 	return local
 }
 
-// shared returns the client's bucket as the shared limiter identifies it.
-func (l *limiter) shared(client netip.Addr) Bucket {
+// sharedBucket returns the client's bucket as the shared limiter identifies it.
+func (l *limiter) sharedBucket(client netip.Addr) Bucket {
 	b := Bucket{Zone: l.key.zone, Burst: l.key.burst, Interval: time.Duration(l.interval)}
 	if b.User = client.Zone(); b.User == "" {
 		b.Client = netip.PrefixFrom(client, l.key.bits(client))
@@ -95,20 +95,20 @@ func (l *limiter) shared(client netip.Addr) Bucket {
 	return b
 }
 
-// giveBack refunds one token to the client's bucket: the request was refused for another
+// refund refunds one token to the client's bucket: the request was refused for another
 // reason, or the login did not fail.
-func (l *limiter) giveBack(client netip.Addr, now int64) *bucket {
+func (l *limiter) refund(client netip.Addr, now int64) *bucket {
 	b := l.bucket(client, now)
-	b.full.Add(-l.interval)
+	b.fullAt.Add(-l.interval)
 	return b
 }
 
-// learn sets the client's bucket to the state of the shared one, which has no token for the
+// drain sets the client's bucket to the state of the shared one, which has no token for the
 // duration wait. now is when the request arrived, slightly before the wait began, so the
 // local wait ends slightly early and never late.
-func (l *limiter) learn(client netip.Addr, now int64, wait time.Duration) *bucket {
+func (l *limiter) drain(client netip.Addr, now int64, wait time.Duration) *bucket {
 	b := l.bucket(client, now)
-	b.full.Store(now + l.fill - l.interval + int64(wait))
+	b.fullAt.Store(now + l.fill - l.interval + int64(wait))
 	return b
 }
 
@@ -118,7 +118,7 @@ var errBlocked = errors.New("the client is blocked")
 // refuseUncounted responds to a request that is refused for a reason other than an empty
 // bucket: the shared limiter cannot count it, its client is blocked, or its login is not
 // checked. As in refuseLimited, one log line stands for many refusals.
-func (h *Handler) refuseUncounted(w http.ResponseWriter, r *http.Request, v *visit, verdict verdict) error {
+func (h *Handler) refuseUncounted(w http.ResponseWriter, r *http.Request, v *transaction, verdict decision) error {
 	var f *refusal
 	retryAfter := ceilSeconds(verdict.wait)
 	switch verdict.err {
@@ -128,19 +128,19 @@ func (h *Handler) refuseUncounted(w http.ResponseWriter, r *http.Request, v *vis
 		f = causeLoginsBusy.refusal(errLoginsBusy, retryAfter)
 	case errBlocked:
 		subject := "your address"
-		if v.bucket.Zone() != "" {
+		if v.limitKey.Zone() != "" {
 			subject = "this user"
 		}
 		f = causeBlocked.refusal(errBlocked, subject, retryAfter)
 	default:
-		f = causeUncounted.refusal(verdict.err)
+		f = causeLimiterUnavailable.refusal(verdict.err)
 	}
-	v.refusedBy(f)
+	v.setRefusal(f)
 	v.count(f)
-	if verdict.refused > 0 {
+	if verdict.logCount > 0 {
 		v.addRecent(f)
-		h.logRequest(r, v, f.err, zap.Int64("refused", verdict.refused))
+		h.logRequest(r, v, f.err, zap.Int64("refused", verdict.logCount))
 	}
 	w.Header()["Retry-After"] = []string{strconv.FormatInt(retryAfter, 10)}
-	return h.answer(w, r, f)
+	return h.sendRefusal(w, r, f)
 }

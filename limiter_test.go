@@ -105,11 +105,11 @@ func newSharedClient(t *testing.T, burst int64, refill float64) *sharedClient {
 }
 
 // takes makes a request and checks how often the shared limiter is asked about it.
-func (s *sharedClient) takes(questions int, want verdict) {
+func (s *sharedClient) takes(questions int, want decision) {
 	s.t.Helper()
 	asked()
-	got := s.h.ask(s.t.Context(), netip.MustParseAddr("192.0.2.1"), int64(s.now))
-	got.refused, got.event = 0, false // covered by other tests
+	got := s.h.chargeBuckets(s.t.Context(), netip.MustParseAddr("192.0.2.1"), int64(s.now))
+	got.logCount, got.event = 0, false // covered by other tests
 	if n := len(asked()); got != want || n != questions {
 		s.t.Errorf("after %v: take = %+v, want %+v; the shared limiter is asked %d times, want %d", s.now, got, want, n, questions)
 	}
@@ -118,12 +118,12 @@ func (s *sharedClient) takes(questions int, want verdict) {
 func TestOwnRefusalAsksNobody(t *testing.T) {
 	s := newSharedClient(t, 2, 0.5)
 	answer(t, 0, nil, false)
-	s.takes(1, verdict{ok: true})
-	s.takes(1, verdict{ok: true})
-	s.takes(0, verdict{wait: 2 * time.Second})
+	s.takes(1, decision{ok: true})
+	s.takes(1, decision{ok: true})
+	s.takes(0, decision{wait: 2 * time.Second})
 	s.now += 2 * time.Second
-	s.takes(1, verdict{ok: true})
-	s.takes(0, verdict{wait: 2 * time.Second})
+	s.takes(1, decision{ok: true})
+	s.takes(0, decision{wait: 2 * time.Second})
 }
 
 // A client that is out of tokens because of requests through other proxies is refused here
@@ -131,14 +131,14 @@ func TestOwnRefusalAsksNobody(t *testing.T) {
 func TestSharedRefusalIsLearned(t *testing.T) {
 	s := newSharedClient(t, 10, 0.5)
 	answer(t, 1500*time.Millisecond, nil, false)
-	s.takes(1, verdict{wait: 1500 * time.Millisecond})
-	s.takes(0, verdict{wait: 1500 * time.Millisecond})
+	s.takes(1, decision{wait: 1500 * time.Millisecond})
+	s.takes(0, decision{wait: 1500 * time.Millisecond})
 	s.now += 1500*time.Millisecond - 1
-	s.takes(0, verdict{wait: 1})
+	s.takes(0, decision{wait: 1})
 	s.now++
 	answer(t, 0, nil, false)
-	s.takes(1, verdict{ok: true})
-	s.takes(0, verdict{wait: 2 * time.Second}) // there was only one token
+	s.takes(1, decision{ok: true})
+	s.takes(0, decision{wait: 2 * time.Second}) // there was only one token
 }
 
 // A denial costs no token, whether the shared limiter or an error caused it.
@@ -146,15 +146,15 @@ func TestSharedRefusalCostsNothing(t *testing.T) {
 	s := newSharedClient(t, 3, 0.5)
 	answer(t, 1, nil, false) // so short that the local bucket is full again
 	for range 100 {
-		s.takes(1, verdict{wait: 1})
+		s.takes(1, decision{wait: 1})
 		s.now++
 	}
 	answer(t, 0, errors.New("out of order"), false)
 	for range 100 {
-		s.takes(1, verdict{err: answers.err})
+		s.takes(1, decision{err: answers.err})
 	}
 	answer(t, 0, nil, false)
-	s.takes(1, verdict{ok: true})
+	s.takes(1, decision{ok: true})
 }
 
 // The wait is the same, however many requests are denied at the same time.
@@ -167,7 +167,7 @@ func TestLearningTogether(t *testing.T) {
 			t.Errorf("take = %+v", v)
 		}
 	})
-	together(burst, func(int) { l.learn(client, 0, time.Second) })
+	together(burst, func(int) { l.drain(client, 0, time.Second) })
 	if got := l.take(client, 0); got.wait != time.Second {
 		t.Errorf("take = %+v, want a wait of 1s", got)
 	}
@@ -176,13 +176,13 @@ func TestLearningTogether(t *testing.T) {
 func TestSuspendedLimiterLimitsNobody(t *testing.T) {
 	s := newSharedClient(t, 1, 0.5)
 	answer(t, time.Second, nil, false)
-	s.takes(1, verdict{wait: time.Second})
+	s.takes(1, decision{wait: time.Second})
 	answer(t, time.Second, nil, true)
 	for range 10 {
-		s.takes(0, verdict{ok: true})
+		s.takes(0, decision{ok: true})
 	}
 	answer(t, 0, nil, false)
-	s.takes(0, verdict{wait: time.Second})
+	s.takes(0, decision{wait: time.Second})
 }
 
 func TestBucketsOfTheSharedLimiter(t *testing.T) {
@@ -194,15 +194,15 @@ func TestBucketsOfTheSharedLimiter(t *testing.T) {
 		"::ffff:192.0.2.9": "192.0.2.0/24",
 		"2001:db8:0:1ff::": "2001:db8:0:100::/56",
 	} {
-		got := l.shared(l.client(netip.MustParseAddr(addr)))
+		got := l.sharedBucket(l.keyFor(netip.MustParseAddr(addr)))
 		if want := (Bucket{"office", netip.MustParsePrefix(want), "", 7, 333333333}); got != want {
 			t.Errorf("the bucket of %s is %+v, want %+v", addr, got, want)
 		}
 	}
-	if got, want := l.shared(userKey("alice")), (Bucket{"office", netip.Prefix{}, "alice", 7, 333333333}); got != want {
+	if got, want := l.sharedBucket(userKey("alice")), (Bucket{"office", netip.Prefix{}, "alice", 7, 333333333}); got != want {
 		t.Errorf("alice's bucket is %v, want %v", got, want)
 	}
-	if got, want := l.shared(l.client(netip.Addr{})), (Bucket{"office", netip.Prefix{}, "", 7, 333333333}); got != want {
+	if got, want := l.sharedBucket(l.keyFor(netip.Addr{})), (Bucket{"office", netip.Prefix{}, "", 7, 333333333}); got != want {
 		t.Errorf("the bucket of a client without an address is %+v, want %+v", got, want)
 	}
 }

@@ -14,35 +14,35 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// ownListeners knows the protected listeners of this process, to which the proxy connects
+// protectedListeners knows the protected listeners of this process, to which the proxy connects
 // no client: Caddy's admin endpoint and the status page, which are often protected by
 // nothing but their address, the proxy itself, and the listeners of other Caddy apps.
 // Other sites of this Caddy are destinations like any others.
-type ownListeners struct {
+type protectedListeners struct {
 	ctx     caddy.Context
 	self    *caddyhttp.Server
 	running *atomic.Bool // all servers listen
 }
 
-// at reports whether a connection to an address would arrive at one of them. It decides
+// listensOn reports whether a connection to an address would arrive at one of them. It decides
 // about addresses of other machines, as most are, without looking for sockets. Unless exact
-// is set, it may miss a listener that was opened within the last lookInterval, which halves
+// is set, it may miss a listener that was opened within the last systemCacheTTL, which halves
 // the cost.
-func (o *ownListeners) at(to netip.AddrPort, exact bool) bool {
+func (o *protectedListeners) listensOn(to netip.AddrPort, exact bool) bool {
 	if ip := to.Addr(); !ip.IsLoopback() && !ip.IsUnspecified() && !isOwnAddress(ip) {
 		return false
 	}
-	return o.have(to, exact, func(ln netip.AddrPort) bool { return arrives(to, ln) })
+	return o.anyListener(to, exact, func(ln netip.AddrPort) bool { return arrives(to, ln) })
 }
 
-// atPort reports whether one of them listens on the port.
-func (o *ownListeners) atPort(port uint16) bool {
-	return o.have(netip.AddrPortFrom(loopback4, port), true, func(netip.AddrPort) bool { return true })
+// usesPort reports whether one of them listens on the port.
+func (o *protectedListeners) usesPort(port uint16) bool {
+	return o.anyListener(netip.AddrPortFrom(loopback4, port), true, func(netip.AddrPort) bool { return true })
 }
 
-// have reports whether the condition holds for one of them that listens on the port of an
+// anyListener reports whether the condition holds for one of them that listens on the port of an
 // address.
-func (o *ownListeners) have(to netip.AddrPort, exact bool, condition func(netip.AddrPort) bool) bool {
+func (o *protectedListeners) anyListener(to netip.AddrPort, exact bool, condition func(netip.AddrPort) bool) bool {
 	return slices.ContainsFunc(listenersAt(to, exact), func(ln netip.AddrPort) bool { return condition(ln) && !o.isSite(ln) })
 }
 
@@ -61,7 +61,7 @@ func arrives(to, ln netip.AddrPort) bool {
 
 // isSite reports whether another HTTP server without a status page listens on an address.
 // Until all servers listen, it returns false.
-func (o *ownListeners) isSite(ln netip.AddrPort) bool {
+func (o *protectedListeners) isSite(ln netip.AddrPort) bool {
 	app, err := o.ctx.AppIfConfigured("http")
 	if err != nil || !o.running.Load() {
 		return false

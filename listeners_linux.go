@@ -31,10 +31,10 @@ type socket struct {
 }
 
 // Looking for sockets costs a system call for each descriptor, so the result is cached for
-// lookInterval, unless something shows that it is stale.
+// systemCacheTTL, unless something shows that it is stale.
 var (
 	knownSockets atomic.Pointer[sockets]
-	lookingMu    sync.Mutex
+	findMu       sync.Mutex
 )
 
 // listenersAt returns the addresses on which Caddy listens on the port of an address. It
@@ -44,12 +44,12 @@ func listenersAt(to netip.AddrPort, exact bool) []netip.AddrPort {
 	if found, complete := knownSockets.Load().listening(to, exact); complete {
 		return found
 	}
-	lookingMu.Lock()
-	defer lookingMu.Unlock()
+	findMu.Lock()
+	defer findMu.Unlock()
 	if found, complete := knownSockets.Load().listening(to, exact); complete {
 		return found
 	}
-	known, err := lookForSockets()
+	known, err := findSockets()
 	if err != nil {
 		return usedListeners(to) // there is no /proc
 	}
@@ -66,7 +66,7 @@ func listenersAt(to netip.AddrPort, exact bool) []netip.AddrPort {
 // or, which only exact checks, Caddy counts more: a reload opens the new listener of the
 // admin endpoint and closes the old one long before the new config has started or failed.
 func (s *sockets) listening(to netip.AddrPort, exact bool) (found []netip.AddrPort, complete bool) {
-	if s == nil || s.config != configLoaded.Load() || time.Since(s.looked) >= lookInterval {
+	if s == nil || s.config != configLoaded.Load() || time.Since(s.looked) >= systemCacheTTL {
 		return nil, false
 	}
 	complete = true
@@ -80,7 +80,7 @@ func (s *sockets) listening(to netip.AddrPort, exact bool) (found []netip.AddrPo
 	return found, complete && (!exact || listenerCount(to) <= len(found))
 }
 
-func lookForSockets() (*sockets, error) {
+func findSockets() (*sockets, error) {
 	s := &sockets{at: make(map[uint16][]socket), looked: time.Now(), config: configLoaded.Load()}
 	n, err := descriptorSlots()
 	if err != nil {

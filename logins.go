@@ -59,7 +59,7 @@ type binding struct {
 }
 
 // newBinding returns the binding of a request that is about to be sent.
-func newBinding(w http.ResponseWriter, r *http.Request, out *outgoing, from caller) binding {
+func newBinding(w http.ResponseWriter, r *http.Request, out *outgoing, from clientIdentity) binding {
 	b := binding{target: out.authority, addr: from.addr, user: from.user}
 	b.login, _ = connectionLogin(out.header["Authorization"])
 	if b.login || boundClientCount.Load() > 0 {
@@ -116,7 +116,7 @@ func clientConnection(w http.ResponseWriter, r *http.Request) any {
 type boundClient struct {
 	id    string // used in pool keys
 	mu    sync.Mutex
-	pools []*origins
+	pools []*originPool
 	gone  bool
 	timer *time.Timer // releases the client if its disconnect is not reported
 }
@@ -142,7 +142,7 @@ func (b *binding) key(c *boundClient, pending bool) string {
 // reuse returns an idle connection that is bound to the client, or nil if there is none. A
 // login continues on the connection that its challenge came from. Other requests do not
 // use that connection, as they would disturb the login.
-func (b *binding) reuse(ctx context.Context, pool *origins) (*originConn, error) {
+func (b *binding) reuse(ctx context.Context, pool *originPool) (*originConn, error) {
 	c, ok := boundClients.Load(b.client)
 	if !ok {
 		return nil, nil
@@ -156,14 +156,14 @@ func (b *binding) reuse(ctx context.Context, pool *origins) (*originConn, error)
 }
 
 // has reports whether the pool has an idle connection that is bound to the client.
-func (b *binding) has(pool *origins) bool {
+func (b *binding) has(pool *originPool) bool {
 	c, ok := boundClients.Load(b.client)
 	return ok && (pool.has(b.key(c, false)) || pool.has(b.key(c, true)))
 }
 
 // keep binds a connection to the client and puts it into the pool, or closes it if the
 // client is not known. ctx is the context of the client's request.
-func (b *binding) keep(ctx context.Context, pool *origins, conn *originConn) {
+func (b *binding) keep(ctx context.Context, pool *originPool, conn *originConn) {
 	if b.client == nil {
 		conn.discard()
 		return
@@ -180,15 +180,15 @@ func (b *binding) keep(ctx context.Context, pool *origins, conn *originConn) {
 	if ctx.Err() != nil { // the client may have disconnected before it was in the map
 		releaseClient(b.client)
 	} else if c.isGone() {
-		c.closeConnections([]*origins{pool})
+		c.closeConnections([]*originPool{pool})
 	}
 }
 
 // uses records that a pool has, or will have, a connection that is bound to c.
-func (c *boundClient) uses(pool *origins, client any) {
+func (c *boundClient) uses(pool *originPool, client any) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.pools = slices.DeleteFunc(c.pools, func(other *origins) bool { return other == pool || other.over.Load() })
+	c.pools = slices.DeleteFunc(c.pools, func(other *originPool) bool { return other == pool || other.closed.Load() })
 	c.pools = append(c.pools, pool)
 	if c.gone {
 		return
@@ -206,7 +206,7 @@ func (c *boundClient) isGone() bool {
 	return c.gone
 }
 
-func (c *boundClient) closeConnections(pools []*origins) {
+func (c *boundClient) closeConnections(pools []*originPool) {
 	for _, pool := range pools {
 		pool.closeIdle(func(conn *originConn) bool { return conn.bound == c })
 	}
@@ -236,7 +236,7 @@ func releaseClient(client any) {
 // connState is the ConnState hook of Caddy's HTTP server.
 func connState(conn net.Conn, state http.ConnState) {
 	if c, ok := conn.(*readConn); ok && state == http.StateIdle {
-		c.answered.Store(false)
+		c.responded.Store(false)
 	}
 	if (state == http.StateClosed || state == http.StateHijacked) && boundClientCount.Load() > 0 {
 		releaseClient(socketOf(conn))

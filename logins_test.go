@@ -324,7 +324,7 @@ func TestBoundClientLeavesAtOnce(t *testing.T) {
 	boundClients.Store(client, c)
 	boundClientCount.Add(1)
 	releaseClient(client)
-	c.uses(new(origins), client)
+	c.uses(new(originPool), client)
 	if c.timer != nil || !c.isGone() {
 		t.Error("a disconnected client is still registered")
 	}

@@ -67,7 +67,7 @@ func readResponse(r *bufio.Reader, method string) (*http.Response, error) {
 	if res.Header, err = parseFields(fields); err != nil {
 		return nil, err
 	}
-	err = frame(res, r, method)
+	err = setFraming(res, r, method)
 	if body, ok := res.Body.(*originBody); ok {
 		body.head = len(head)
 	}
@@ -212,9 +212,9 @@ func (f *fieldSet) add(name, value string) {
 	f.header[name] = f.values[len(f.values)-1 : len(f.values) : len(f.values)]
 }
 
-// frame determines where the body of a response ends (RFC 9112 §6.3), and whether the
+// setFraming determines where the body of a response ends (RFC 9112 §6.3), and whether the
 // connection can be reused after it.
-func frame(res *http.Response, r *bufio.Reader, method string) error {
+func setFraming(res *http.Response, r *bufio.Reader, method string) error {
 	options := res.Header["Connection"]
 	if countMembers(options) > maxFields || countMembers(res.Header["Trailer"]) > maxFields {
 		return errTooManyFields
@@ -229,7 +229,7 @@ func frame(res *http.Response, r *bufio.Reader, method string) error {
 		res.Body = &originBody{r: r}
 		return nil
 	}
-	length, err := oneLength(res.Header)
+	length, err := normalizeContentLength(res.Header)
 	if err != nil {
 		return err
 	}
@@ -247,13 +247,13 @@ func frame(res *http.Response, r *bufio.Reader, method string) error {
 		}
 	}
 
-	body := &originBody{r: r, left: length}
+	body := &originBody{r: r, remaining: length}
 	res.Body, res.ContentLength = body, length
 	switch status := res.StatusCode; {
 	case method == http.MethodHead || status == http.StatusNotModified:
-		body.left = 0
+		body.remaining = 0
 	case status == http.StatusNoContent:
-		body.left, res.ContentLength = 0, 0
+		body.remaining, res.ContentLength = 0, 0
 		delete(res.Header, "Content-Length")
 	case len(coding) > 0:
 		body.chunks = &chunkReader{r: r}
@@ -271,9 +271,9 @@ func frame(res *http.Response, r *bufio.Reader, method string) error {
 	return nil
 }
 
-// oneLength returns the Content-Length of h, or -1 if there is none. It merges repeated
+// normalizeContentLength returns the Content-Length of h, or -1 if there is none. It merges repeated
 // equal values into one.
-func oneLength(h http.Header) (int64, error) {
+func normalizeContentLength(h http.Header) (int64, error) {
 	values := h["Content-Length"]
 	length, err := contentLength(values)
 	if len(values) > 1 || len(values) == 1 && strings.Contains(values[0], ",") {
@@ -316,14 +316,14 @@ func announcedTrailers(h http.Header) http.Header {
 
 // originBody is the body of a response.
 type originBody struct {
-	conn     net.Conn // that r reads from
-	r        *bufio.Reader
-	left     int64             // bytes left to read; < 0: unknown
-	chunks   *chunkReader      // nil: not chunked
-	trailers func(http.Header) // receives the trailers of a chunked body
-	ended    bool              // read to its end
-	head     int               // size of the response head in bytes
-	sender   *sender           // of the request body; nil: there is none
+	conn      net.Conn // that r reads from
+	r         *bufio.Reader
+	remaining int64             // bytes left to read; < 0: unknown
+	chunks    *chunkReader      // nil: not chunked
+	trailers  func(http.Header) // receives the trailers of a chunked body
+	ended     bool              // read to its end
+	head      int               // size of the response head in bytes
+	sender    *bodySender       // of the request body; nil: there is none
 
 	handler *Handler // whose limits apply to waits; nil: none do
 	client  netip.Addr
@@ -333,7 +333,7 @@ type originBody struct {
 
 func (b *originBody) Read(p []byte) (n int, err error) {
 	switch {
-	case b.ended || b.left == 0:
+	case b.ended || b.remaining == 0:
 		b.ended = true
 		return 0, io.EOF
 	case b.chunks != nil:
@@ -341,16 +341,16 @@ func (b *originBody) Read(p []byte) (n int, err error) {
 		if err == io.EOF {
 			err = b.readTrailers()
 		}
-	case b.left < 0:
+	case b.remaining < 0:
 		n, err = b.r.Read(p)
 		if err == io.EOF && b.sender != nil && b.sender.wasReset() {
 			err = io.ErrUnexpectedEOF
 		}
 		b.ended = err == io.EOF
 	default:
-		n, err = b.r.Read(p[:min(int64(len(p)), b.left)])
-		b.left -= int64(n)
-		b.ended = b.left == 0
+		n, err = b.r.Read(p[:min(int64(len(p)), b.remaining)])
+		b.remaining -= int64(n)
+		b.ended = b.remaining == 0
 		if err == io.EOF && !b.ended {
 			err = io.ErrUnexpectedEOF
 		}
@@ -388,22 +388,22 @@ func (b *originBody) checkStart() error {
 	return b.chunks.checkStart()
 }
 
-// more reports whether the next read returns without blocking.
-func (b *originBody) more() bool {
+// ready reports whether the next read returns without blocking.
+func (b *originBody) ready() bool {
 	if b.chunks != nil {
-		return b.chunks.more()
+		return b.chunks.ready()
 	}
 	return b.r.Buffered() > 0
 }
 
-// rest returns the rest of the body if it is completely buffered.
-func (b *originBody) rest() ([]byte, bool) {
-	if b.chunks != nil || b.left < 0 || int64(b.r.Buffered()) < b.left {
+// buffered returns the rest of the body if it is completely buffered.
+func (b *originBody) buffered() ([]byte, bool) {
+	if b.chunks != nil || b.remaining < 0 || int64(b.r.Buffered()) < b.remaining {
 		return nil, false
 	}
-	data, _ := b.r.Peek(int(b.left))
+	data, _ := b.r.Peek(int(b.remaining))
 	_, _ = b.r.Discard(len(data)) // data stays valid until the next read
-	b.left, b.ended = 0, true
+	b.remaining, b.ended = 0, true
 	return data, true
 }
 

@@ -233,38 +233,38 @@ type Handler struct {
 	// X-Forwarded-For and X-Real-IP, "off" removes them. Default: "auto".
 	ForwardedFor string `json:"forwarded_for,omitempty"`
 
-	logger    *zap.Logger
-	events    emitter
-	limiter   *limiter
-	shared    Limiter // or nil
-	policy    string  // the value of RateLimit-Policy
-	limited   *atomic.Pointer[limitedAnswer]
-	exempt    *bart.Lite
-	clients   *bart.Lite  // that may use the proxy
-	pacDirect *ruleSet    // destinations that the PAC script makes browsers reach directly
-	guarded   func() bool // something other than clients restricts who may use the proxy
-	auth      []authProvider
-	basic     *caddyauth.HTTPBasicAuth // the provider, if it is the only one
-	hashes    bool                     // http_basic is one of the providers
-	failed    *limiter                 // counts failed logins; nil: no limit
-	dialer    *dialer
-	tunnels   *registry
-	origins   [reaches]*origins
+	logger              *zap.Logger
+	events              emitter
+	limiter             *limiter
+	shared              Limiter // or nil
+	policy              string  // the value of RateLimit-Policy
+	limitedResponse     *atomic.Pointer[limitedAnswer]
+	exempt              *bart.Lite
+	clients             *bart.Lite  // that may use the proxy
+	pacDirect           *ruleSet    // destinations that the PAC script makes browsers reach directly
+	restrictedElsewhere func() bool // something other than clients restricts who may use the proxy
+	auth                []authProvider
+	basic               *caddyauth.HTTPBasicAuth // the provider, if it is the only one
+	hasBasicAuth        bool                     // http_basic is one of the providers
+	failedLogins        *limiter                 // counts failed logins; nil: no limit
+	dialer              *dialer
+	tunnels             *registry
+	origins             [scopeCount]*originPool
 
 	contentGrace time.Duration // how long content may stall before its response counts as a tunnel
 
-	upstreams [reaches]*http2Origins // HTTPS origins that speak HTTP/2
+	h2Origins [scopeCount]*http2OriginPool // HTTPS origins that speak HTTP/2
 
-	secureOrigins [reaches]*origins // HTTPS origins without HTTP/2, and upgrades
-	parentOrigins *origins          // the parent, for forwarded requests; nil: it accepts none
+	secureOrigins [scopeCount]*originPool // HTTPS origins without HTTP/2, and upgrades
+	parentOrigins *originPool             // the parent, for forwarded requests; nil: it accepts none
 	via           via
 	name          string        // in Proxy-Status
 	pacRules      func() string // the PAC script without its head
 
-	running   *atomic.Bool    // its config has started
-	wraps     bool            // its server has our listener wrapper and no other
-	config    <-chan struct{} // closed when its config ends; shared by all handlers of the config
-	addresses []string        // that its server listens on
+	running    *atomic.Bool    // its config has started
+	fastPath   bool            // its server has our listener wrapper and no other
+	configDone <-chan struct{} // closed when its config ends; shared by all handlers of the config
+	addresses  []string        // that its server listens on
 }
 
 // CaddyModule returns the Caddy module information.
@@ -279,7 +279,7 @@ func (Handler) CaddyModule() caddy.ModuleInfo {
 func (h *Handler) Provision(ctx caddy.Context) error {
 	h.logger = ctx.Logger()
 	h.setDefaults()
-	h.running, h.config = new(atomic.Bool), ctx.Done()
+	h.running, h.configDone = new(atomic.Bool), ctx.Done()
 
 	var err error
 	if h.exempt, err = parsePrefixes("exempt", h.Exempt); err != nil {
@@ -342,31 +342,31 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if err := h.provisionDialer(ctx, server); err != nil {
 		return err
 	}
-	for r := range reaches {
+	for r := range scopeCount {
 		dial := func(ctx context.Context, authority string) (net.Conn, error) {
 			conn, err := h.dialer.dial(ctx, r, authority)
 			if tcp, ok := conn.(*net.TCPConn); ok {
-				keepAlive(tcp) // a pooled connection may be idle from the start
+				enableKeepAlive(tcp) // a pooled connection may be idle from the start
 			}
 			return conn, err
 		}
-		h.origins[r], h.secureOrigins[r] = newOrigins(dial), newOrigins(overTLS(dial, "http/1.1"))
-		if h.upstreams[r], err = newHTTP2Origins(dial, h.secureOrigins[r]); err != nil {
+		h.origins[r], h.secureOrigins[r] = newOriginPool(dial), newOriginPool(overTLS(dial, "http/1.1"))
+		if h.h2Origins[r], err = newHTTP2OriginPool(dial, h.secureOrigins[r]); err != nil {
 			return err
 		}
 		recheck := func(ctx context.Context, authority string, conn net.Conn, to netip.AddrPort) error {
-			return h.judgeAgain(ctx, r, authority, conn, to)
+			return h.recheckPolicy(ctx, r, authority, conn, to)
 		}
 		recheckConn := func(ctx context.Context, c *originConn) error {
 			err := recheck(ctx, c.authority, c.Conn, c.to)
-			if c.to.IsValid() && time.Since(c.opened) > lookInterval {
+			if c.to.IsValid() && time.Since(c.opened) > systemCacheTTL {
 				// This check knew every listener that was open when the connection was
 				// made, so it need not be repeated.
 				c.to = netip.AddrPort{}
 			}
 			return err
 		}
-		h.origins[r].recheck, h.secureOrigins[r].recheck, h.upstreams[r].recheck = recheckConn, recheckConn, recheck
+		h.origins[r].recheck, h.secureOrigins[r].recheck, h.h2Origins[r].recheck = recheckConn, recheckConn, recheck
 	}
 	if err := h.validateTunnels(); err != nil {
 		return err
@@ -388,21 +388,21 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if err := h.provisionFailedLogins(); err != nil {
 		return err
 	}
-	h.policy, h.limited = h.limiter.policy(), new(atomic.Pointer[limitedAnswer])
+	h.policy, h.limitedResponse = h.limiter.policy(), new(atomic.Pointer[limitedAnswer])
 	if h.tunnels, err = acquireRegistry(); err != nil {
 		return err
 	}
 	h.tunnels.handlers.Store(h, struct{}{})
-	return h.atStart(ctx, server)
+	return h.registerHooks(ctx, server)
 }
 
 // Cleanup implements caddy.CleanerUpper. Caddy also calls it after Provision failed.
 func (h *Handler) Cleanup() error {
-	for r := range reaches {
+	for r := range scopeCount {
 		if h.origins[r] != nil {
 			h.origins[r].close()
 			h.secureOrigins[r].close()
-			h.upstreams[r].close()
+			h.h2Origins[r].close()
 		}
 	}
 	if h.parentOrigins != nil {
@@ -414,15 +414,15 @@ func (h *Handler) Cleanup() error {
 	var err error
 	if h.tunnels != nil {
 		h.tunnels.handlers.Delete(h)
-		h.closeTunnelsLater()
+		h.closeTunnelsAfterDelay()
 		err = releaseRegistry()
 	}
 	if h.limiter != nil {
 		_, err2 := limiters.Delete(h.limiter.key)
 		err = errors.Join(err, err2)
 	}
-	if h.failed != nil {
-		_, err2 := failedLogins.Delete(h.failed.key)
+	if h.failedLogins != nil {
+		_, err2 := failedLogins.Delete(h.failedLogins.key)
 		err = errors.Join(err, err2)
 	}
 	return err
@@ -430,8 +430,8 @@ func (h *Handler) Cleanup() error {
 
 // provisionDialer builds the dialer with its policy, resolver and parent.
 func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) error {
-	own := &ownListeners{ctx, server, h.running}
-	p := &policy{own: own.at, reportOnly: slices.Contains(h.ReportOnly, "rules")}
+	own := &protectedListeners{ctx, server, h.running}
+	p := &policy{isSelf: own.listensOn, reportOnly: slices.Contains(h.ReportOnly, "rules")}
 	var err error
 	if p.ports, err = parsePortList("ports", h.Ports); err != nil {
 		return err
@@ -446,13 +446,13 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 	if err := check.report(h.Rules, p.sets, h.logger); err != nil {
 		return err
 	}
-	p.changing = p.reportOnly || slices.ContainsFunc(p.sets, func(s *ruleSet) bool { return len(s.sources) > 0 })
+	p.recheckReused = p.reportOnly || slices.ContainsFunc(p.sets, func(s *ruleSet) bool { return len(s.sources) > 0 })
 	resolver, err := newResolver(h.Resolvers)
 	if err != nil {
 		return err
 	}
 	h.dialer = newDialer(p, time.Duration(h.DialTimeout), resolver)
-	h.dialer.report, h.dialer.ownPort = h.logReported, own.atPort
+	h.dialer.report, h.dialer.ownPort = h.logReported, own.usesPort
 	h.pacRules = sync.OnceValue(h.makePACRules)
 	if h.Upstream == nil {
 		if len(h.NoUpstream) > 0 {
@@ -470,8 +470,8 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 		h.logger.Warn("the option upstream contains a password or a key in plain text, which Caddy's debug log and admin endpoint show with the rest of the config; " +
 			"use a placeholder such as {env.PROXY_PASSWORD} or {file./run/secrets/proxy}")
 	}
-	if parent := h.dialer.parent; parent.takesRequests() {
-		h.parentOrigins = newOrigins(func(ctx context.Context, _ string) (net.Conn, error) {
+	if parent := h.dialer.parent; parent.isHTTP() {
+		h.parentOrigins = newOriginPool(func(ctx context.Context, _ string) (net.Conn, error) {
 			start := time.Now()
 			conn, err := parent.dial(ctx)
 			countDial(ctx, start, err)
@@ -481,14 +481,14 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 	return nil
 }
 
-// judgeAgain checks the policy for a reused connection that an earlier request of a client
+// recheckPolicy checks the policy for a reused connection that an earlier request of a client
 // of reach r opened. The verdict can only have changed if the rules can change, or if the
 // connection leads to this machine (then to is valid), where the first check may have
 // missed a protected listener that had just been opened.
-func (h *Handler) judgeAgain(ctx context.Context, r reach, authority string, conn net.Conn, to netip.AddrPort) error {
+func (h *Handler) recheckPolicy(ctx context.Context, r clientScope, authority string, conn net.Conn, to netip.AddrPort) error {
 	p := h.dialer.policy
-	if p.changing || to.IsValid() && p.own != nil && p.own(to, true) {
-		return h.dialer.again(ctx, r, authority, conn)
+	if p.recheckReused || to.IsValid() && p.isSelf != nil && p.isSelf(to, true) {
+		return h.dialer.recheck(ctx, r, authority, conn)
 	}
 	return nil
 }
@@ -496,8 +496,8 @@ func (h *Handler) judgeAgain(ctx context.Context, r reach, authority string, con
 // idleConnections returns the number of idle connections to origins and the parent.
 func (h *Handler) idleConnections() int {
 	n := 0
-	for r := range reaches {
-		n += int(h.origins[r].count.Load()+h.secureOrigins[r].count.Load()) + h.upstreams[r].count()
+	for r := range scopeCount {
+		n += int(h.origins[r].count.Load()+h.secureOrigins[r].count.Load()) + h.h2Origins[r].count()
 	}
 	if h.parentOrigins != nil {
 		n += int(h.parentOrigins.count.Load())
@@ -558,7 +558,7 @@ func parsePrefixes(option string, exprs []string) (*bart.Lite, error) {
 // ServeHTTP implements caddyhttp.MiddlewareHandler.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 	r.Host = withoutUser(r.Host) // RequestURI keeps the password, for which the request is refused
-	v := h.newVisit(r)
+	v := h.newTransaction(r)
 	switch {
 	case r.Method == http.MethodConnect && !isExtendedConnect(r):
 		v.kind = kindTunnel
@@ -570,16 +570,16 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	if v.kind != kindOther {
 		delete(w.Header(), "Alt-Svc") // advertises this server, not the requested host
 	}
-	v.bucket = h.limiter.client(v.addr)
-	return h.finish(w, r, v, h.serveOrNote(w, r, v, next))
+	v.limitKey = h.limiter.keyFor(v.addr)
+	return h.finish(w, r, v, h.serveRecordingPanics(w, r, v, next))
 }
 
-// serveOrNote calls serve. If serve panics, it counts and logs the request as failed
+// serveRecordingPanics calls serve. If serve panics, it counts and logs the request as failed
 // and re-panics.
-func (h *Handler) serveOrNote(w http.ResponseWriter, r *http.Request, v *visit, next caddyhttp.Handler) error {
+func (h *Handler) serveRecordingPanics(w http.ResponseWriter, r *http.Request, v *transaction, next caddyhttp.Handler) error {
 	defer func() {
 		if p := recover(); p != nil {
-			err := brokenOff{fmt.Errorf("panic: %v", p)}
+			err := cutOffError{fmt.Errorf("panic: %v", p)}
 			if v.status == 0 && p != http.ErrAbortHandler {
 				v.status = http.StatusInternalServerError
 			}
@@ -591,18 +591,18 @@ func (h *Handler) serveOrNote(w http.ResponseWriter, r *http.Request, v *visit, 
 	return h.serve(w, r, v, next)
 }
 
-// errLimited reports that the rate limiter denied the request; the visit's verdict says why.
-var errLimited = errors.New("denied by the rate limiter")
+// errRateLimited reports that the rate limiter denied the request; the visit's verdict says why.
+var errRateLimited = errors.New("denied by the rate limiter")
 
 // serve admits, authenticates and handles a request, or returns why it does not.
-func (h *Handler) serve(w http.ResponseWriter, r *http.Request, v *visit, next caddyhttp.Handler) (err error) {
+func (h *Handler) serve(w http.ResponseWriter, r *http.Request, v *transaction, next caddyhttp.Handler) (err error) {
 	requiresLogin := v.kind != kindOther && len(h.auth) > 0
 	if !requiresLogin {
 		if err := h.charge(r, v); err != nil {
 			return err
 		}
 	}
-	if f := h.turnAway(r, v); f != nil {
+	if f := h.refuseAccess(r, v); f != nil {
 		if requiresLogin {
 			if err := h.charge(r, v); err != nil {
 				return err
@@ -619,25 +619,25 @@ func (h *Handler) serve(w http.ResponseWriter, r *http.Request, v *visit, next c
 	case kindTunnel:
 		v.status, err = h.connect(w, r, v)
 	case kindForward:
-		v.status, err = h.forward(w, r, v.caller)
+		v.status, err = h.forward(w, r, v.clientIdentity)
 	default:
 		if h.isPAC(r) {
 			v.status = h.servePAC(w, r)
 		} else {
-			v.status, err = h.passOn(w, r, v.caller, next)
+			v.status, err = h.passOn(w, r, v.clientIdentity, next)
 		}
 	}
 	return err
 }
 
-// turnAway returns the refusal of a request that no user may make: one that loops, or
+// refuseAccess returns the refusal of a request that no user may make: one that loops, or
 // one from a client that may not use the proxy. It returns nil for all others.
-func (h *Handler) turnAway(r *http.Request, v *visit) *refusal {
-	if h.via.seen(r.Header) || h.loops(r, v.peer) {
+func (h *Handler) refuseAccess(r *http.Request, v *transaction) *refusal {
+	if h.via.seen(r.Header) || h.isLoop(r, v.peer) {
 		return causeLoop.refusal(nil, h.name)
 	}
 	if v.kind != kindOther && !h.admits(v.addr) {
-		return causeClient.refusal(&deniedError{rule: "clients", why: "the client's address is not in clients " + strings.Join(h.effectiveClients(), " ")}, v.addr)
+		return causeClient.refusal(&deniedError{rule: "clients", reason: "the client's address is not in clients " + strings.Join(h.effectiveClients(), " ")}, v.addr)
 	}
 	return nil
 }
@@ -646,23 +646,23 @@ func (h *Handler) turnAway(r *http.Request, v *visit) *refusal {
 // limit_by user, otherwise to the client's. A challenge is charged to the client, too.
 // A failed login is not, because it has its own bucket: otherwise a job with an old
 // password would use up the tokens of everyone behind the same address.
-func (h *Handler) login(w http.ResponseWriter, r *http.Request, v *visit) error {
+func (h *Handler) login(w http.ResponseWriter, r *http.Request, v *transaction) error {
 	now := sinceEpoch(v.start)
-	if wait := h.tunnels.blocked(v.bucket, now); wait > 0 {
-		v.verdict = h.limiter.block(v.bucket, now, wait)
-		return errLimited
+	if wait := h.tunnels.blockedFor(v.limitKey, now); wait > 0 {
+		v.verdict = h.limiter.block(v.limitKey, now, wait)
+		return errRateLimited
 	}
-	client := v.bucket
+	client := v.limitKey
 	err := h.authenticate(w, r, v)
 	failed := err != nil && hasCredentials(r)
 	if failed || v.user != "" && h.LimitBy == "user" {
-		h.limiter.bucket(client, now).came(now) // count the request for the client as well
+		h.limiter.bucket(client, now).recordRequest(now) // count the request for the client as well
 	}
 	if failed {
 		return err
 	}
 	if v.user != "" && h.LimitBy == "user" {
-		v.bucket = userKey(v.user)
+		v.limitKey = userKey(v.user)
 	}
 	if limited := h.charge(r, v); limited != nil {
 		delete(w.Header(), "Proxy-Authenticate") // a login would be rate limited, too
@@ -672,8 +672,8 @@ func (h *Handler) login(w http.ResponseWriter, r *http.Request, v *visit) error 
 }
 
 // finish counts and logs a request, and responds to it if no handler has.
-func (h *Handler) finish(w http.ResponseWriter, r *http.Request, v *visit, err error) error {
-	if err == errLimited {
+func (h *Handler) finish(w http.ResponseWriter, r *http.Request, v *transaction, err error) error {
+	if err == errRateLimited {
 		if err := h.refuseLimited(w, r, v, v.verdict); err != nil {
 			return err
 		}
@@ -696,7 +696,7 @@ func (h *Handler) finish(w http.ResponseWriter, r *http.Request, v *visit, err e
 		}
 		return err
 	}
-	v.refusedBy(f)
+	v.setRefusal(f)
 	// Neither a disconnected client nor a challenge belongs in the list of refusals.
 	if f.status != statusClientClosedRequest && v.cause != causeAuthRequired {
 		v.addRecent(f)
@@ -705,7 +705,7 @@ func (h *Handler) finish(w http.ResponseWriter, r *http.Request, v *visit, err e
 	if f.status == statusClientClosedRequest {
 		panic(http.ErrAbortHandler) // the client has disconnected
 	}
-	if err := h.answer(w, r, f); err != nil {
+	if err := h.sendRefusal(w, r, f); err != nil {
 		return err
 	}
 	h.closeInStages(w, r, v.addr)
@@ -720,37 +720,37 @@ func caddyStatus(err error) int {
 	return failed.StatusCode
 }
 
-// charge takes a token for v. Without one it returns errLimited, and the visit's
+// charge takes a token for v. Without one it returns errRateLimited, and the visit's
 // verdict says why.
-func (h *Handler) charge(r *http.Request, v *visit) error {
-	if v.verdict = h.take(r, v); !v.verdict.ok {
-		return errLimited
+func (h *Handler) charge(r *http.Request, v *transaction) error {
+	if v.verdict = h.takeToken(r, v); !v.verdict.ok {
+		return errRateLimited
 	}
 	return nil
 }
 
-// take takes a token for v and returns the limiter's verdict. Requests for this server
+// takeToken takes a token for v and returns the limiter's verdict. Requests for this server
 // itself, such as health checks, are not limited: a client without tokens can still
 // fetch the PAC script.
-func (h *Handler) take(r *http.Request, v *visit) verdict {
+func (h *Handler) takeToken(r *http.Request, v *transaction) decision {
 	now := sinceEpoch(v.start)
-	if wait := h.tunnels.blocked(v.bucket, now); wait > 0 {
-		return h.limiter.block(v.bucket, now, wait)
+	if wait := h.tunnels.blockedFor(v.limitKey, now); wait > 0 {
+		return h.limiter.block(v.limitKey, now, wait)
 	}
 	if v.kind == kindOther || h.exempt.Contains(v.addr) {
-		return verdict{ok: true}
+		return decision{ok: true}
 	}
-	return h.orReport(r, v, h.ask(r.Context(), v.bucket, now))
+	return h.applyReportOnly(r, v, h.chargeBuckets(r.Context(), v.limitKey, now))
 }
 
-// orReport turns a denial into an allow, and reports it, if limits are report-only.
-func (h *Handler) orReport(r *http.Request, v *visit, verdict verdict) verdict {
+// applyReportOnly turns a denial into an allow, and reports it, if limits are report-only.
+func (h *Handler) applyReportOnly(r *http.Request, v *transaction, verdict decision) decision {
 	if !verdict.ok && slices.Contains(h.ReportOnly, "limits") {
-		if !v.reported {
+		if !v.reportedOnly {
 			metrics.reported.WithLabelValues("limits").Inc()
-			v.reported = true
+			v.reportedOnly = true
 		}
-		if verdict.refused > 0 {
+		if verdict.logCount > 0 {
 			h.logLimited(r, v, verdict, true)
 		}
 		verdict.ok = true
@@ -758,26 +758,26 @@ func (h *Handler) orReport(r *http.Request, v *visit, verdict verdict) verdict {
 	return verdict
 }
 
-// loops reports whether r arrived over one of this proxy's own connections to targets.
-func (h *Handler) loops(r *http.Request, peer netip.AddrPort) bool {
+// isLoop reports whether r arrived over one of this proxy's own connections to targets.
+func (h *Handler) isLoop(r *http.Request, peer netip.AddrPort) bool {
 	local, _ := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
 	return h.tunnels.loops(h.name, peer, local)
 }
 
-// caller identifies the sender of a request.
-type caller struct {
-	addr    netip.Addr     // the client, after Caddy's trusted_proxies; v4-mapped is v4
-	user    string         // the authenticated user name; "" if none
-	bucket  netip.Addr     // the key of its limits: a network or a user
-	peer    netip.AddrPort // the remote end of the connection
-	trusted bool           // the peer is a trusted proxy
-	reach   reach
+// clientIdentity identifies the sender of a request.
+type clientIdentity struct {
+	addr     netip.Addr     // the client, after Caddy's trusted_proxies; v4-mapped is v4
+	user     string         // the authenticated user name; "" if none
+	limitKey netip.Addr     // the key of its limits: a network or a user
+	peer     netip.AddrPort // the remote end of the connection
+	trusted  bool           // the peer is a trusted proxy
+	reach    clientScope
 }
 
-// callerOf returns the sender of r. Connections over a Unix socket have no address: they
+// identifyClient returns the sender of r. Connections over a Unix socket have no address: they
 // count as one client, unless the peer is a trusted proxy that names the clients.
-func callerOf(r *http.Request) caller {
-	var c caller
+func identifyClient(r *http.Request) clientIdentity {
+	var c clientIdentity
 	if ap, err := netip.ParseAddrPort(r.RemoteAddr); err == nil {
 		c.peer = netip.AddrPortFrom(ap.Addr().Unmap().WithZone(""), ap.Port())
 	}
@@ -795,7 +795,7 @@ func callerOf(r *http.Request) caller {
 	// load balancer or proxy that forwarded it is.
 	if c.addr.IsLoopback() && c.peer.Addr().IsLoopback() &&
 		len(r.Header["X-Forwarded-For"]) == 0 && len(r.Header["Forwarded"]) == 0 && len(r.Header["Via"]) == 0 {
-		c.reach = local
+		c.reach = localScope
 	}
 	return c
 }

@@ -32,7 +32,7 @@ const (
 	muxHead         = 64 << 10  // maximum size of the head of an answer
 	muxConnWindow   = 16 << 20  // credited on receipt: only the windows of streams limit the parent
 	muxInitial      = 65535     // the windows that a connection begins with (RFC 9113 §6.9.2)
-	muxStuck        = time.Second
+	muxBlockedAfter = time.Second
 	muxTick         = 5 * time.Second
 	muxSilence      = 15 * time.Second // after this much silence, a connection with tunnels is pinged
 	muxPingTimeout  = 10 * time.Second
@@ -49,37 +49,37 @@ const (
 //
 // All methods are safe for concurrent use.
 type muxConn struct {
-	conn   net.Conn
-	heard  atomic.Int64  // when something was last read, since epoch
-	growth *atomic.Int64 // by how much the receive windows on all connections may still grow
-	silent chan struct{} // closed when a ping was not answered in time
-	done   chan struct{} // closed when the connection has ended
+	conn     net.Conn
+	lastRead atomic.Int64  // when something was last read, since epoch
+	growth   *atomic.Int64 // by how much the receive windows on all connections may still grow
+	silent   chan struct{} // closed when a ping was not answered in time
+	done     chan struct{} // closed when the connection has ended
 
-	mu       sync.Mutex
-	pending  sync.Cond // there are frames to write, or the connection has ended
-	changed  sync.Cond // a window has grown, frames were written, or a stream has ended
-	out      frameBuffer
-	spare    frameBuffer   // the previous buffer of out, for reuse
-	framer   *http2.Framer // writes to out
-	block    frameBuffer
-	encoder  *hpack.Encoder // writes to block
-	writing  int64          // when the current write began, since epoch; 0: not writing
-	streams  map[uint32]*streamConn
-	next     uint32     // the next stream's number
-	owner    netip.Addr // the client whose tunnels the streams are
-	window   int64      // the current send window for all streams
-	top      int64      // the largest value of window so far
-	initial  int64      // the send window of a new stream
-	limit    uint32     // how many streams the parent allows
-	received int64      // bytes received but not yet credited to the parent
-	grown    int64      // by how much the receive windows of the streams have grown
-	probing  bool       // a ping of probe is outstanding
-	pinged   int64      // when a ping of tick was sent, since epoch; 0: none is outstanding
-	idle     int64      // since when there has been no stream, since epoch
-	retired  bool       // accepts no more streams
-	closing  bool       // ends with its last stream
-	ticker   *time.Timer
-	err      error // why it has ended; nil: it has not
+	mu        sync.Mutex
+	pending   sync.Cond // there are frames to write, or the connection has ended
+	changed   sync.Cond // a window has grown, frames were written, or a stream has ended
+	out       frameBuffer
+	spare     frameBuffer   // the previous buffer of out, for reuse
+	framer    *http2.Framer // writes to out
+	block     frameBuffer
+	encoder   *hpack.Encoder // writes to block
+	writing   int64          // when the current write began, since epoch; 0: not writing
+	streams   map[uint32]*streamConn
+	next      uint32     // the next stream's number
+	owner     netip.Addr // the client whose tunnels the streams are
+	window    int64      // the current send window for all streams
+	maxWindow int64      // the largest value of window so far
+	initial   int64      // the send window of a new stream
+	limit     uint32     // how many streams the parent allows
+	received  int64      // bytes received but not yet credited to the parent
+	grown     int64      // by how much the receive windows of the streams have grown
+	probing   bool       // a ping of probe is outstanding
+	pinged    int64      // when a ping of tick was sent, since epoch; 0: none is outstanding
+	idle      int64      // since when there has been no stream, since epoch
+	retired   bool       // accepts no more streams
+	closing   bool       // ends with its last stream
+	ticker    *time.Timer
+	err       error // why it has ended; nil: it has not
 }
 
 // frameBuffer is an io.Writer to memory.
@@ -114,9 +114,9 @@ func newMuxConn(conn net.Conn, growth *atomic.Int64, ended func(*muxConn)) *muxC
 	now := sinceEpoch(time.Now())
 	c := &muxConn{
 		conn: conn, growth: growth, silent: make(chan struct{}), done: make(chan struct{}), streams: make(map[uint32]*streamConn), next: 1,
-		window: muxInitial, top: muxInitial, initial: muxInitial, limit: muxStreams, idle: now,
+		window: muxInitial, maxWindow: muxInitial, initial: muxInitial, limit: muxStreams, idle: now,
 	}
-	c.heard.Store(now)
+	c.lastRead.Store(now)
 	c.pending.L, c.changed.L = &c.mu, &c.mu
 	c.framer = http2.NewFramer(&c.out, nil)
 	c.encoder = hpack.NewEncoder(&c.block)
@@ -199,7 +199,7 @@ func (c *muxConn) open(owner netip.Addr, idle bool, address string, fields http.
 	defer c.mu.Unlock()
 	n := len(c.streams)
 	if idle != (n == 0) || n > 0 && owner != c.owner || n >= muxStreams || uint32(n) >= c.limit ||
-		c.err != nil || c.retired || c.closing || c.window < c.top/8 || c.stuckLocked() {
+		c.err != nil || c.retired || c.closing || c.window < c.maxWindow/8 || c.blockedLocked() {
 		return nil
 	}
 	s := newStreamConn(c, c.next)
@@ -246,15 +246,15 @@ func isConnectionField(name string) bool {
 	return false
 }
 
-// stuckLocked reports whether a write has been blocked for so long that no further tunnel
+// blockedLocked reports whether a write has been blocked for so long that no further tunnel
 // should use the connection.
-func (c *muxConn) stuckLocked() bool {
-	before := sinceEpoch(time.Now().Add(-muxStuck))
+func (c *muxConn) blockedLocked() bool {
+	before := sinceEpoch(time.Now().Add(-muxBlockedAfter))
 	if c.writing != 0 && c.writing <= before {
 		return true
 	}
 	for _, s := range c.streams {
-		if s.waiting != 0 && s.waiting <= before {
+		if s.blockedSince != 0 && s.blockedSince <= before {
 			return true
 		}
 	}
@@ -270,7 +270,7 @@ func (c *muxConn) roomLocked(s *streamConn) int64 {
 	}
 	room := min(s.window, c.window)
 	if len(c.streams) > 1 {
-		room = min(room, c.window-(s.top-s.window)/3)
+		room = min(room, c.window-(s.maxWindow-s.window)/3)
 	}
 	return room
 }
@@ -333,7 +333,7 @@ func (c *muxConn) tick() {
 	if len(c.out) == 0 && c.writing == 0 {
 		c.out, c.spare = nil, nil // a quiet connection holds no buffers
 	}
-	now, heard := sinceEpoch(time.Now()), c.heard.Load()
+	now, heard := sinceEpoch(time.Now()), c.lastRead.Load()
 	switch {
 	case len(c.streams) == 0:
 		if c.pinged = 0; now-c.idle >= int64(maxIdleTime) {
@@ -376,7 +376,7 @@ func (c *muxConn) probe(timeout time.Duration) {
 		select {
 		case <-c.silent:
 		default:
-			if c.heard.Load() < sent {
+			if c.lastRead.Load() < sent {
 				c.retired = true
 				close(c.silent)
 			}
@@ -384,20 +384,20 @@ func (c *muxConn) probe(timeout time.Duration) {
 	})
 }
 
-// heardConn reads from the connection and records when something arrives.
-type heardConn struct{ c *muxConn }
+// timestampingReader reads from the connection and records when something arrives.
+type timestampingReader struct{ c *muxConn }
 
-func (h heardConn) Read(b []byte) (int, error) {
+func (h timestampingReader) Read(b []byte) (int, error) {
 	n, err := h.c.conn.Read(b)
 	if n > 0 {
-		h.c.heard.Store(sinceEpoch(time.Now()))
+		h.c.lastRead.Store(sinceEpoch(time.Now()))
 	}
 	return n, err
 }
 
 // readLoop reads frames until the connection ends.
 func (c *muxConn) readLoop() {
-	framer := http2.NewFramer(nil, bufio.NewReader(heardConn{c}))
+	framer := http2.NewFramer(nil, bufio.NewReader(timestampingReader{c}))
 	framer.SetMaxReadFrameSize(muxFrame)
 	framer.SetReuseFrames()
 	framer.ReadMetaHeaders = hpack.NewDecoder(4<<10, nil)
@@ -405,7 +405,7 @@ func (c *muxConn) readLoop() {
 	for {
 		frame, err := framer.ReadFrame()
 		if err == nil {
-			err = c.take(frame)
+			err = c.handleFrame(frame)
 		}
 		var streamErr http2.StreamError
 		if errors.As(err, &streamErr) {
@@ -417,15 +417,15 @@ func (c *muxConn) readLoop() {
 			continue
 		}
 		if err != nil {
-			c.endOfReading(err)
+			c.handleReadError(err)
 			return
 		}
 	}
 }
 
-// endOfReading ends the connection after a read error. For a violation of HTTP/2 it tells
+// handleReadError ends the connection after a read error. For a violation of HTTP/2 it tells
 // the parent the error code.
-func (c *muxConn) endOfReading(err error) {
+func (c *muxConn) handleReadError(err error) {
 	var broken http2.ConnectionError
 	switch code := http2.ErrCode(0); {
 	case errors.As(err, &broken):
@@ -440,8 +440,8 @@ func (c *muxConn) endOfReading(err error) {
 	}
 }
 
-// take processes a frame. It returns a stream error or a connection error.
-func (c *muxConn) take(frame http2.Frame) error {
+// handleFrame processes a frame. It returns a stream error or a connection error.
+func (c *muxConn) handleFrame(frame http2.Frame) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.err != nil {
@@ -459,24 +459,24 @@ func (c *muxConn) take(frame http2.Frame) error {
 	switch f := frame.(type) {
 	case *http2.MetaHeadersFrame:
 		if s != nil {
-			err = s.takeHeadLocked(f)
+			err = s.handleHeadLocked(f)
 		}
 	case *http2.DataFrame:
-		err = c.takeDataLocked(s, f)
+		err = c.handleDataLocked(s, f)
 	case *http2.RSTStreamFrame:
 		if s != nil {
-			s.takeResetLocked(f.ErrCode)
+			s.handleResetLocked(f.ErrCode)
 		}
 	case *http2.WindowUpdateFrame:
-		err = c.takeWindowLocked(s, f)
+		err = c.handleWindowLocked(s, f)
 	case *http2.SettingsFrame:
-		err = c.takeSettingsLocked(f)
+		err = c.handleSettingsLocked(f)
 	case *http2.PingFrame:
 		if !f.IsAck() {
 			_ = c.framer.WritePing(true, f.Data)
 		}
 	case *http2.GoAwayFrame:
-		c.takeGoAwayLocked(f)
+		c.handleGoAwayLocked(f)
 	case *http2.PushPromiseFrame:
 		err = http2.ConnectionError(http2.ErrCodeProtocol)
 	}
@@ -489,8 +489,8 @@ func (c *muxConn) take(frame http2.Frame) error {
 	return err
 }
 
-// takeDataLocked processes data for s, which is nil if the stream has ended meanwhile.
-func (c *muxConn) takeDataLocked(s *streamConn, f *http2.DataFrame) error {
+// handleDataLocked processes data for s, which is nil if the stream has ended meanwhile.
+func (c *muxConn) handleDataLocked(s *streamConn, f *http2.DataFrame) error {
 	if c.received += int64(f.Length); c.received >= muxConnWindow/16 {
 		_ = c.framer.WriteWindowUpdate(0, uint32(c.received))
 		c.received = 0
@@ -498,28 +498,28 @@ func (c *muxConn) takeDataLocked(s *streamConn, f *http2.DataFrame) error {
 	if s == nil {
 		return nil
 	}
-	return s.takeDataLocked(f)
+	return s.handleDataLocked(f)
 }
 
-func (c *muxConn) takeWindowLocked(s *streamConn, f *http2.WindowUpdateFrame) error {
+func (c *muxConn) handleWindowLocked(s *streamConn, f *http2.WindowUpdateFrame) error {
 	const most = 1<<31 - 1
 	switch {
 	case f.StreamID == 0:
 		if c.window += int64(f.Increment); c.window > most {
 			return http2.ConnectionError(http2.ErrCodeFlowControl)
 		}
-		c.top = max(c.top, c.window)
+		c.maxWindow = max(c.maxWindow, c.window)
 	case s != nil:
 		if s.window += int64(f.Increment); s.window > most {
 			return http2.StreamError{StreamID: s.id, Code: http2.ErrCodeFlowControl}
 		}
-		s.top = max(s.top, s.window)
+		s.maxWindow = max(s.maxWindow, s.window)
 	}
 	c.changed.Broadcast()
 	return nil
 }
 
-func (c *muxConn) takeSettingsLocked(f *http2.SettingsFrame) error {
+func (c *muxConn) handleSettingsLocked(f *http2.SettingsFrame) error {
 	if f.IsAck() {
 		return nil
 	}
@@ -533,7 +533,7 @@ func (c *muxConn) takeSettingsLocked(f *http2.SettingsFrame) error {
 			c.initial = int64(setting.Val)
 			for _, s := range c.streams {
 				s.window += grown
-				s.top += grown
+				s.maxWindow += grown
 			}
 		case http2.SettingMaxConcurrentStreams:
 			c.limit = setting.Val
@@ -547,12 +547,12 @@ func (c *muxConn) takeSettingsLocked(f *http2.SettingsFrame) error {
 	return c.framer.WriteSettingsAck()
 }
 
-// takeGoAwayLocked fails the streams that the parent will not process. The others continue.
-func (c *muxConn) takeGoAwayLocked(f *http2.GoAwayFrame) {
+// handleGoAwayLocked fails the streams that the parent will not process. The others continue.
+func (c *muxConn) handleGoAwayLocked(f *http2.GoAwayFrame) {
 	c.retired = true
 	for _, s := range c.streams {
 		if s.id > f.LastStreamID {
-			s.sent = true // the parent need not be told of its end
+			s.endSent = true // the parent need not be told of its end
 			s.failLocked(errUnprocessed)
 			c.removeLocked(s)
 		}

@@ -263,7 +263,7 @@ func TestMuxShares(t *testing.T) {
 		} else {
 			_ = s.Abort()
 		}
-		time.Sleep(muxStuck)
+		time.Sleep(muxBlockedAfter)
 		if s := c.open(muxClient, false, "a:1", nil); s != nil {
 			t.Error("a tunnel joins a connection on which another has been blocked for a second")
 		}
@@ -302,14 +302,14 @@ func TestMuxSocketStuck(t *testing.T) {
 		c := newMuxConn(near, new(atomic.Int64), func(*muxConn) {})
 		s := c.open(muxClient, true, "a:1", nil)
 		c.mu.Lock()
-		c.window, s.window, s.top = 1<<30, 1<<30, 1<<30
+		c.window, s.window, s.maxWindow = 1<<30, 1<<30, 1<<30
 		c.mu.Unlock()
 		written := make(chan error, 1)
 		go func() {
 			_, err := s.Write(make([]byte, 1<<20))
 			written <- err
 		}()
-		time.Sleep(2 * muxStuck)
+		time.Sleep(2 * muxBlockedAfter)
 		c.mu.Lock()
 		pending := len(c.out)
 		c.mu.Unlock()

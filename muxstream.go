@@ -37,17 +37,17 @@ type streamConn struct {
 	read     int64 // bytes read but not yet credited to the parent
 	readErr  error // the error of reads once received is empty; nil: the parent may send more
 
-	window   int64 // the current send window
-	top      int64 // the largest value of window so far
-	waiting  int64 // since when a write has been blocked, since epoch; 0: none is
-	writeErr error // the error of writes; nil: writes are possible
-	sent     bool  // the parent has been sent END_STREAM or a reset, or need not be
+	window       int64 // the current send window
+	maxWindow    int64 // the largest value of window so far
+	blockedSince int64 // since when a write has been blocked, since epoch; 0: none is
+	writeErr     error // the error of writes; nil: writes are possible
+	endSent      bool  // the parent has been sent END_STREAM or a reset, or need not be
 
 	readBy, writeBy deadline
 }
 
 func newStreamConn(c *muxConn, id uint32) *streamConn {
-	s := &streamConn{c: c, id: id, answered: make(chan struct{}), size: muxWindow, room: muxWindow, window: c.initial, top: c.initial}
+	s := &streamConn{c: c, id: id, answered: make(chan struct{}), size: muxWindow, room: muxWindow, window: c.initial, maxWindow: c.initial}
 	s.readable.L = &c.mu
 	return s
 }
@@ -75,7 +75,7 @@ func (s *streamConn) await(ctx context.Context, quiet, timeout time.Duration) er
 			_ = s.Abort()
 			return context.Cause(ctx)
 		case <-timer.C:
-			left := quiet - time.Duration(sinceEpoch(time.Now())-max(start, s.c.heard.Load()))
+			left := quiet - time.Duration(sinceEpoch(time.Now())-max(start, s.c.lastRead.Load()))
 			if left <= 0 {
 				s.c.probe(timeout)
 				left = quiet + timeout
@@ -119,7 +119,7 @@ func (s *streamConn) Write(b []byte) (n int, err error) {
 	c := s.c
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	defer func() { s.waiting = 0 }()
+	defer func() { s.blockedSince = 0 }()
 	for n < len(b) {
 		room := c.roomLocked(s)
 		switch {
@@ -128,8 +128,8 @@ func (s *streamConn) Write(b []byte) (n int, err error) {
 		case s.writeBy.passed():
 			return n, os.ErrDeadlineExceeded
 		case room <= 0:
-			if s.waiting == 0 {
-				s.waiting = sinceEpoch(time.Now())
+			if s.blockedSince == 0 {
+				s.blockedSince = sinceEpoch(time.Now())
 			}
 			c.changed.Wait()
 			continue
@@ -140,7 +140,7 @@ func (s *streamConn) Write(b []byte) (n int, err error) {
 		c.window -= int64(len(part))
 		s.window -= int64(len(part))
 		n += len(part)
-		s.waiting = 0
+		s.blockedSince = 0
 	}
 	return n, nil
 }
@@ -154,10 +154,10 @@ func (s *streamConn) CloseWrite() error {
 }
 
 func (s *streamConn) closeWriteLocked() {
-	if s.sent {
+	if s.endSent {
 		return
 	}
-	s.sent = true
+	s.endSent = true
 	_ = s.c.framer.WriteData(s.id, true, nil)
 	s.c.pending.Signal()
 	s.stopWritesLocked(net.ErrClosed)
@@ -206,7 +206,7 @@ func (s *streamConn) resetLocked(code http2.ErrCode, err error) {
 		_ = s.c.framer.WriteRSTStream(s.id, code)
 		s.c.pending.Signal()
 	}
-	s.sent = true
+	s.endSent = true
 	s.failLocked(err)
 	s.c.removeLocked(s)
 }
@@ -234,13 +234,13 @@ func (s *streamConn) endReadsLocked(err error) {
 // endLocked handles the parent's END_STREAM.
 func (s *streamConn) endLocked() {
 	s.endReadsLocked(io.EOF)
-	if s.sent {
+	if s.endSent {
 		s.c.removeLocked(s)
 	}
 }
 
-// takeHeadLocked processes an answer or trailers.
-func (s *streamConn) takeHeadLocked(f *http2.MetaHeadersFrame) error {
+// handleHeadLocked processes an answer or trailers.
+func (s *streamConn) handleHeadLocked(f *http2.MetaHeadersFrame) error {
 	wrong := http2.StreamError{StreamID: s.id, Code: http2.ErrCodeProtocol}
 	if s.readErr != nil {
 		return http2.StreamError{StreamID: s.id, Code: http2.ErrCodeStreamClosed}
@@ -277,8 +277,8 @@ func (s *streamConn) takeHeadLocked(f *http2.MetaHeadersFrame) error {
 	return nil
 }
 
-// takeDataLocked processes data from the parent.
-func (s *streamConn) takeDataLocked(f *http2.DataFrame) error {
+// handleDataLocked processes data from the parent.
+func (s *streamConn) handleDataLocked(f *http2.DataFrame) error {
 	size := int64(f.Length)
 	switch {
 	case s.readErr != nil:
@@ -298,10 +298,10 @@ func (s *streamConn) takeDataLocked(f *http2.DataFrame) error {
 	return nil
 }
 
-// takeResetLocked processes a reset. After a complete answer, NO_ERROR only means that the
+// handleResetLocked processes a reset. After a complete answer, NO_ERROR only means that the
 // parent reads no more, and reads still succeed (RFC 9113 §8.1).
-func (s *streamConn) takeResetLocked(code http2.ErrCode) {
-	s.sent = true
+func (s *streamConn) handleResetLocked(code http2.ErrCode) {
+	s.endSent = true
 	var err error = streamError{code}
 	if code == http2.ErrCodeRefusedStream && s.status == 0 {
 		err = errUnprocessed

@@ -14,7 +14,7 @@ import (
 )
 
 // passOn hands a request that is not for the proxy to the next handler.
-func (h *Handler) passOn(w http.ResponseWriter, r *http.Request, from caller, next caddyhttp.Handler) (int, error) {
+func (h *Handler) passOn(w http.ResponseWriter, r *http.Request, from clientIdentity, next caddyhttp.Handler) (int, error) {
 	prior := r.Header["X-Forwarded-For"]
 	h.setRequestFields(r, from)
 	if from.trusted && h.ForwardedFor != "off" {
@@ -26,29 +26,29 @@ func (h *Handler) passOn(w http.ResponseWriter, r *http.Request, from caller, ne
 	recorder := &statusRecorder{ResponseWriterWrapper: caddyhttp.ResponseWriterWrapper{ResponseWriter: w}, r: r}
 	err := next.ServeHTTP(recorder, r)
 	if err == nil && recorder.status == 0 {
-		return 0, unanswered(r)
+		return 0, noHandlerRefusal(r)
 	}
 	return recorder.status, err
 }
 
-// errUnanswered reports that no handler responded to a request for this server.
-var errUnanswered = errors.New("no handler answered this request for the server itself")
+// errNoHandler reports that no handler responded to a request for this server.
+var errNoHandler = errors.New("no handler answered this request for the server itself")
 
 // errNoHosts reports the same for a request that may have been meant for the proxy.
 var errNoHosts = errors.New("no handler answered; over HTTP/2 and HTTP/3, the proxy can tell its requests from requests for this server only if the option hosts is set")
 
-// unanswered returns the response to a request that no handler responded to. Caddy would
+// noHandlerRefusal returns the response to a request that no handler responded to. Caddy would
 // send an empty 200. A client would take that for the response of the site that it
 // requested, or, after an extended CONNECT, for the start of the other protocol (RFC 8441
 // §5).
-func unanswered(r *http.Request) *refusal {
+func noHandlerRefusal(r *http.Request) *refusal {
 	switch {
 	case isExtendedConnect(r):
-		return refuse(http.StatusNotImplemented, "proxy_internal_response", nil, "The protocol of this CONNECT request is not supported here.")
+		return newRefusal(http.StatusNotImplemented, "proxy_internal_response", nil, "The protocol of this CONNECT request is not supported here.")
 	case r.ProtoMajor > 1:
-		return refuse(http.StatusMisdirectedRequest, "http_request_error", errNoHosts, "This is a proxy. It has no page of its own here, and it does not forward http:// URLs over HTTP/%d.", r.ProtoMajor)
+		return newRefusal(http.StatusMisdirectedRequest, "http_request_error", errNoHosts, "This is a proxy. It has no page of its own here, and it does not forward http:// URLs over HTTP/%d.", r.ProtoMajor)
 	}
-	return refuse(http.StatusMisdirectedRequest, "http_request_error", errUnanswered, "This is a proxy, and it has no page of its own here. A proxy request must name a full URL.")
+	return newRefusal(http.StatusMisdirectedRequest, "http_request_error", errNoHandler, "This is a proxy, and it has no page of its own here. A proxy request must name a full URL.")
 }
 
 // statusRecorder records the status of a response; 0 if there is none. Unlike Caddy's
@@ -63,7 +63,7 @@ func (w *statusRecorder) WriteHeader(status int) {
 	if w.status < 200 {
 		w.status = status
 	}
-	limitWrite(w.r)
+	startWriteIdleTimeout(w.r)
 	w.ResponseWriterWrapper.WriteHeader(status)
 }
 

@@ -30,19 +30,19 @@ const (
 
 const handshakeTimeout = 10 * time.Second
 
-// origins is a pool of connections to HTTP/1 origins. It opens connections and keeps idle
+// originPool is a pool of connections to HTTP/1 origins. It opens connections and keeps idle
 // ones: as many per origin as were busy at once. A pool serves clients of one reach,
 // because a connection that was opened for one client is later used for others.
 //
 // All methods are safe for concurrent use.
-type origins struct {
+type originPool struct {
 	dial    dialFunc
 	recheck func(context.Context, *originConn) error // checks a reused connection; may be nil
 
 	idle     *xsync.Map[string, []*originConn] // by key; the most recently used last
 	count    atomic.Int64
 	sweeping atomic.Bool // sweepIdle is scheduled
-	over     atomic.Bool // close was called
+	closed   atomic.Bool // close was called
 }
 
 // originConn is a connection to an origin. It serves one exchange at a time, and is owned
@@ -61,20 +61,20 @@ type originConn struct {
 	deadline  time.Time // the current read deadline
 }
 
-// readers is a pool of buffers for busy connections. A response that fits into one,
+// responseReaderPool is a pool of buffers for busy connections. A response that fits into one,
 // including its head, takes a single system call to read.
-var readers = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, 16<<10) }}
+var responseReaderPool = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, 16<<10) }}
 
 // dialFunc connects to an authority, a host and a port.
 type dialFunc func(ctx context.Context, authority string) (net.Conn, error)
 
-func newOrigins(dial dialFunc) *origins {
-	return &origins{dial: dial, idle: xsync.NewMap[string, []*originConn]()}
+func newOriginPool(dial dialFunc) *originPool {
+	return &originPool{dial: dial, idle: xsync.NewMap[string, []*originConn]()}
 }
 
 // get returns an idle connection to authority, a host and a port, or opens one. If fresh
 // is set, it always opens one.
-func (o *origins) get(ctx context.Context, authority string, fresh bool) (*originConn, error) {
+func (o *originPool) get(ctx context.Context, authority string, fresh bool) (*originConn, error) {
 	if !fresh {
 		if c, err := o.reuse(ctx, authority); c != nil || err != nil {
 			return c, err
@@ -85,19 +85,19 @@ func (o *origins) get(ctx context.Context, authority string, fresh bool) (*origi
 		return nil, asDialError(err)
 	}
 	c := newOriginConn(conn, authority)
-	c.r = readers.Get().(*bufio.Reader)
+	c.r = responseReaderPool.Get().(*bufio.Reader)
 	c.r.Reset(conn)
 	return c, nil
 }
 
 // newOriginConn wraps a new connection for a pool.
 func newOriginConn(conn net.Conn, authority string) *originConn {
-	return &originConn{Conn: conn, authority: authority, to: endHere(conn), opened: time.Now()}
+	return &originConn{Conn: conn, authority: authority, to: localPeer(conn), opened: time.Now()}
 }
 
-// endHere returns the remote address of a connection if it is an address of this machine,
+// localPeer returns the remote address of a connection if it is an address of this machine,
 // and otherwise an invalid one.
-func endHere(conn net.Conn) netip.AddrPort {
+func localPeer(conn net.Conn) netip.AddrPort {
 	to := addrPort(conn.RemoteAddr())
 	if ip := to.Addr(); !ip.IsValid() || !ip.IsLoopback() && !isOwnAddress(ip) {
 		return netip.AddrPort{}
@@ -106,7 +106,7 @@ func endHere(conn net.Conn) netip.AddrPort {
 }
 
 // reuse returns an idle connection with the given key, or nil if there is none.
-func (o *origins) reuse(ctx context.Context, key string) (*originConn, error) {
+func (o *originPool) reuse(ctx context.Context, key string) (*originConn, error) {
 	for {
 		c := o.takeIdle(key)
 		if c == nil {
@@ -115,7 +115,7 @@ func (o *origins) reuse(ctx context.Context, key string) (*originConn, error) {
 		// The origin may have closed the connection. If it has sent something
 		// unasked, that would be mistaken for the response to this request.
 		if time.Since(c.idleSince) < maxIdleTime && (c.fresh || c.quiet()) {
-			c.r = readers.Get().(*bufio.Reader)
+			c.r = responseReaderPool.Get().(*bufio.Reader)
 			c.r.Reset(c.Conn)
 			c.fresh, c.reused = false, true
 			if o.recheck != nil {
@@ -163,12 +163,12 @@ func overTLS(dial dialFunc, protocols ...string) dialFunc {
 }
 
 // has reports whether there is an idle connection with the given key.
-func (o *origins) has(key string) bool {
+func (o *originPool) has(key string) bool {
 	_, ok := o.idle.Load(key)
 	return ok
 }
 
-func (o *origins) takeIdle(key string) (c *originConn) {
+func (o *originPool) takeIdle(key string) (c *originConn) {
 	o.idle.Compute(key, func(conns []*originConn, _ bool) ([]*originConn, xsync.ComputeOp) {
 		if len(conns) == 0 {
 			return nil, xsync.CancelOp
@@ -187,8 +187,8 @@ func (o *origins) takeIdle(key string) (c *originConn) {
 }
 
 // put returns a connection to the pool. Its last response must have been read completely.
-func (o *origins) put(c *originConn) {
-	if c.r.Buffered() > 0 || o.over.Load() {
+func (o *originPool) put(c *originConn) {
+	if c.r.Buffered() > 0 || o.closed.Load() {
 		c.discard() // closed pool, or the origin sent something unasked
 		return
 	}
@@ -197,7 +197,7 @@ func (o *origins) put(c *originConn) {
 }
 
 // keep puts a connection without a reader into the pool.
-func (o *origins) keep(c *originConn) {
+func (o *originPool) keep(c *originConn) {
 	c.idleSince = time.Now()
 	if o.count.Add(1) > maxIdleOrigins {
 		o.count.Add(-1)
@@ -208,13 +208,13 @@ func (o *origins) keep(c *originConn) {
 		return append(conns, c), xsync.UpdateOp
 	})
 	o.sweepLater()
-	if o.over.Load() {
+	if o.closed.Load() {
 		o.close()
 	}
 }
 
 // sweepLater schedules sweepIdle, unless it is already scheduled.
-func (o *origins) sweepLater() {
+func (o *originPool) sweepLater() {
 	if !o.sweeping.Swap(true) {
 		time.AfterFunc(sweepInterval, o.sweepIdle)
 	}
@@ -222,7 +222,7 @@ func (o *origins) sweepLater() {
 
 // sweepIdle closes connections that have been idle for too long or that the origin has
 // closed. It reschedules itself while any are left.
-func (o *origins) sweepIdle() {
+func (o *originPool) sweepIdle() {
 	now := time.Now()
 	o.closeIdle(func(c *originConn) bool { return now.Sub(c.idleSince) >= maxIdleTime || !c.quiet() })
 	o.sweeping.Store(false)
@@ -231,7 +231,7 @@ func (o *origins) sweepIdle() {
 	}
 }
 
-func (o *origins) closeIdle(condition func(*originConn) bool) {
+func (o *originPool) closeIdle(condition func(*originConn) bool) {
 	var closing []*originConn // closed outside the map operation: ending TLS may block
 	o.idle.Range(func(key string, _ []*originConn) bool {
 		o.idle.Compute(key, func(conns []*originConn, _ bool) ([]*originConn, xsync.ComputeOp) {
@@ -257,8 +257,8 @@ func (o *origins) closeIdle(condition func(*originConn) bool) {
 }
 
 // close closes all idle connections, and makes put and keep close those that become idle.
-func (o *origins) close() {
-	o.over.Store(true)
+func (o *originPool) close() {
+	o.closed.Store(true)
 	o.closeIdle(func(*originConn) bool { return true })
 }
 
@@ -270,7 +270,7 @@ func (c *originConn) discard() {
 
 func (c *originConn) releaseReader() {
 	c.r.Reset(nil)
-	readers.Put(c.r)
+	responseReaderPool.Put(c.r)
 	c.r = nil
 }
 
@@ -289,15 +289,15 @@ func (c *originConn) quiet() bool {
 		c.deadline = time.Unix(1, 0)
 		_ = conn.SetReadDeadline(c.deadline)
 		_, err := conn.Read(make([]byte, 1))
-		c.expectNone()
+		c.clearDeadline()
 		return errors.Is(err, os.ErrDeadlineExceeded)
 	}
 	return false
 }
 
-// expectBy sets a read deadline between least and most from now. Setting a deadline costs
+// setDeadlineBetween sets a read deadline between least and most from now. Setting a deadline costs
 // a timer, so it keeps the current one if that is in the range.
-func (c *originConn) expectBy(least, most time.Duration) {
+func (c *originConn) setDeadlineBetween(least, most time.Duration) {
 	now := time.Now()
 	if left := c.deadline.Sub(now); left >= least && left <= most {
 		return
@@ -306,8 +306,8 @@ func (c *originConn) expectBy(least, most time.Duration) {
 	_ = c.SetReadDeadline(c.deadline)
 }
 
-// expectNone removes the read deadline.
-func (c *originConn) expectNone() {
+// clearDeadline removes the read deadline.
+func (c *originConn) clearDeadline() {
 	if !c.deadline.IsZero() {
 		c.deadline = time.Time{}
 		_ = c.SetReadDeadline(time.Time{})

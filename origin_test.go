@@ -111,7 +111,7 @@ func TestOriginConnQuiet(t *testing.T) {
 // Idle connections are limited in number and age, and unread bytes of a response close its
 // connection.
 func TestOriginsAreBounded(t *testing.T) {
-	o := newOrigins(nil)
+	o := newOriginPool(nil)
 	idle := func() (*originConn, net.Conn) {
 		near, far := net.Pipe()
 		t.Cleanup(func() { near.Close(); far.Close() })
@@ -149,7 +149,7 @@ func TestOriginsAreBounded(t *testing.T) {
 		t.Errorf("%d idle connections after close", n)
 	}
 
-	o = newOrigins(nil)
+	o = newOriginPool(nil)
 	talking, far := idle()
 	talking.r = bufio.NewReader(talking)
 	go func() { _, _ = io.WriteString(far, "more than was asked for") }()
@@ -198,7 +198,7 @@ func TestConnectionsToThisMachineAreJudgedAgain(t *testing.T) {
 	})
 	w := newWorld(t, "", nil)
 	p := provisioned(t)[0].dialer.policy
-	before := p.own
+	before := p.isSelf
 	for _, url := range []string{w.origin.URL, "https://" + shared, "https://" + alone} {
 		ask := func(want int) {
 			t.Helper()
@@ -209,9 +209,9 @@ func TestConnectionsToThisMachineAreJudgedAgain(t *testing.T) {
 			}
 		}
 		ask(http.StatusOK)
-		p.own = func(to netip.AddrPort, _ bool) bool { return strings.HasSuffix(url, to.String()) }
+		p.isSelf = func(to netip.AddrPort, _ bool) bool { return strings.HasSuffix(url, to.String()) }
 		ask(http.StatusForbidden)
-		p.own = before
+		p.isSelf = before
 		ask(http.StatusOK)
 	}
 	if n := opened.Load(); n != 1 {

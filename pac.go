@@ -27,7 +27,7 @@ func (h *Handler) servePAC(w http.ResponseWriter, r *http.Request) int {
 	header["Content-Type"] = []string{"application/x-ns-proxy-autoconfig"}
 	header["Cache-Control"] = []string{"max-age=300"}
 	header["Content-Length"] = []string{fmt.Sprint(len(head) + len(rules))}
-	limitWrite(r)
+	startWriteIdleTimeout(r)
 	w.WriteHeader(http.StatusOK)
 	if r.Method != http.MethodHead {
 		_, _ = io.WriteString(w, head)
@@ -48,7 +48,7 @@ func pacHead(r *http.Request) string {
 		host += port
 	}
 	name, _, _ := cutPort(r.Host)
-	return fmt.Sprintf("var proxy = %s;\nvar own = %s;\n", quote(kind+" "+host), quote(strings.ToLower(strings.Trim(name, "[]"))))
+	return fmt.Sprintf("var proxy = %s;\nvar own = %s;\n", quoteJS(kind+" "+host), quoteJS(strings.ToLower(strings.Trim(name, "[]"))))
 }
 
 // makePACRules returns the rest of the script, which is the same for all clients.
@@ -80,7 +80,7 @@ func (h *Handler) makePACRules() string {
 	if (is(own)) return "DIRECT";
 `)
 	for _, name := range h.Hosts {
-		fmt.Fprintf(&b, "\tif (is(%s)) return \"DIRECT\";\n", quote(strings.ToLower(name)))
+		fmt.Fprintf(&b, "\tif (is(%s)) return \"DIRECT\";\n", quoteJS(strings.ToLower(name)))
 	}
 	var direct []string
 	if h.pacDirect != nil {
@@ -101,7 +101,7 @@ func closedConditions(sets []*ruleSet) (list []string) {
 	}
 	for _, class := range slices.Concat(slices.Collect(notPublic.AllSorted4()), closedIPv6) {
 		if !allowed(func(s *ruleSet) bool {
-			return len(s.sources) > 0 || s.prefixes.OverlapsPrefix(class) || s.private && !notLocal.LookupPrefix(class)
+			return len(s.sources) > 0 || s.prefixes.OverlapsPrefix(class) || s.private && !neverReachable.LookupPrefix(class)
 		}) {
 			list = append(list, prefixCondition(class))
 		}
@@ -143,8 +143,8 @@ var closedIPv6 = []netip.Prefix{
 	netip.MustParsePrefix("fc00::/7"), netip.MustParsePrefix("fe80::/10"), netip.MustParsePrefix("fec0::/10"), netip.MustParsePrefix("ff00::/8"),
 }
 
-// quote returns a string as a JavaScript literal.
-func quote(s string) string {
+// quoteJS returns a string as a JavaScript literal.
+func quoteJS(s string) string {
 	b, _ := json.Marshal(s) // never fails
 	return string(b)
 }
@@ -153,10 +153,10 @@ func quote(s string) string {
 // not have ports.
 func (s *ruleSet) conditions() (list []string) {
 	for name := range s.names {
-		list = append(list, "is("+quote(name)+")")
+		list = append(list, "is("+quoteJS(name)+")")
 	}
 	for name := range s.domains {
-		list = append(list, "below("+quote(name)+")")
+		list = append(list, "below("+quoteJS(name)+")")
 	}
 	for prefix := range s.prefixes.All() {
 		list = append(list, prefixCondition(prefix))

@@ -60,7 +60,7 @@ type parent struct {
 	streams *muxPool    // for tunnels over HTTP/2; nil: the scheme is not https
 	http1   atomic.Bool // the parent does not speak HTTP/2
 
-	whereabouts atomic.Pointer[whereabouts] // the cached result of isHere
+	locality atomic.Pointer[parentLocality] // the cached result of isLocal
 }
 
 // socksDialer is implemented by the SOCKS5 dialer of golang.org/x/net/proxy.
@@ -219,19 +219,19 @@ func readCredentials(s string) (*url.Userinfo, error) {
 	return url.UserPassword(name, password), err
 }
 
-// hereFor is how long a result of isHere is cached: a proxy that listens on port 443
+// localityTTL is how long a result of isLocal is cached: a proxy that listens on port 443
 // needs it for each CONNECT to that port.
-const hereFor = 10 * time.Second
+const localityTTL = 10 * time.Second
 
-// whereabouts is a cached result of isHere.
-type whereabouts struct {
+// parentLocality is a cached result of isLocal.
+type parentLocality struct {
 	here bool
 	at   time.Time
 }
 
-// isHere reports whether the parent is on this machine. It may look up the parent's name.
-func (p *parent) isHere(ctx context.Context) bool {
-	if known := p.whereabouts.Load(); known != nil && time.Since(known.at) < hereFor {
+// isLocal reports whether the parent is on this machine. It may look up the parent's name.
+func (p *parent) isLocal(ctx context.Context) bool {
+	if known := p.locality.Load(); known != nil && time.Since(known.at) < localityTTL {
 		return known.here
 	}
 	host, _, _ := cutPort(p.address)
@@ -246,7 +246,7 @@ func (p *parent) isHere(ctx context.Context) bool {
 		addr = addr.Unmap()
 		return addr.IsLoopback() || addr.IsUnspecified() || isOwnAddress(addr)
 	})
-	p.whereabouts.Store(&whereabouts{here, time.Now()})
+	p.locality.Store(&parentLocality{here, time.Now()})
 	return here
 }
 
@@ -258,25 +258,25 @@ func (p *parent) open(ctx context.Context) (net.Conn, error) {
 	return p.connector.dial(ctx, &p.dialer, strings.Trim(host, "[]"), t.port)
 }
 
-// takesRequests reports whether plain requests are sent to the parent as such, and not
+// isHTTP reports whether plain requests are sent to the parent as such, and not
 // through a tunnel.
-func (p *parent) takesRequests() bool { return p.socks == nil }
+func (p *parent) isHTTP() bool { return p.socks == nil }
 
-// exposes refuses a request that the parent may answer itself by echoing the request it
+// refuseEcho refuses a request that the parent may answer itself by echoing the request it
 // received: that would reveal the fields that are meant for the parent alone to the
 // client (RFC 9110 §9.3.8). It must be called before prepare adds them.
-func (p *parent) exposes(out *outgoing) *refusal {
+func (p *parent) refuseEcho(out *outgoing) *refusal {
 	if len(p.header) == 0 {
 		return nil
 	}
 	var f *refusal
 	switch method := strings.ToUpper(out.method); {
 	case method == http.MethodTrace, method == "TRACK":
-		f = refuse(http.StatusForbidden, deniedRequest, nil, "%s is not possible here: the answer would reveal what this proxy tells only its parent proxy.", method)
+		f = newRefusal(http.StatusForbidden, deniedRequest, nil, "%s is not possible here: the answer would reveal what this proxy tells only its parent proxy.", method)
 	case method == http.MethodOptions && len(out.header["Max-Forwards"]) > 0:
-		f = refuse(http.StatusForbidden, deniedRequest, nil, "OPTIONS with Max-Forwards is not possible here: the parent proxy's answer could reveal what this proxy tells only its parent proxy.")
+		f = newRefusal(http.StatusForbidden, deniedRequest, nil, "OPTIONS with Max-Forwards is not possible here: the parent proxy's answer could reveal what this proxy tells only its parent proxy.")
 	case strings.EqualFold(out.authority, p.address):
-		f = refuse(http.StatusForbidden, deniedRequest, nil, "The parent proxy itself (%s) cannot be a destination.", out.host)
+		f = newRefusal(http.StatusForbidden, deniedRequest, nil, "The parent proxy itself (%s) cannot be a destination.", out.host)
 	default:
 		return nil
 	}
@@ -415,7 +415,7 @@ func (p *parent) connectHTTP1(ctx context.Context, conn net.Conn, address string
 	}
 	if n := r.Buffered(); n > 0 {
 		early, _ := r.Peek(n)
-		return &earlyConn{Conn: conn, early: early}, nil
+		return &prefixConn{Conn: conn, prefix: early}, nil
 	}
 	return conn, nil
 }
@@ -434,8 +434,8 @@ type parentRequestKey struct{}
 
 // parentRequest holds what the parent is told of a CONNECT, and for whom it is.
 type parentRequest struct {
-	fields http.Header
-	client netip.Addr // the address or prefix that is the client's limit key
+	fields   http.Header
+	limitKey netip.Addr // the address or prefix that is the client's limit key
 }
 
 // fields returns the header of a CONNECT to the parent, and the client that it is for,
@@ -444,28 +444,28 @@ func (p *parent) fields(ctx context.Context) (fields http.Header, client netip.A
 	fields = make(http.Header)
 	if request, ok := ctx.Value(parentRequestKey{}).(*parentRequest); ok {
 		maps.Copy(fields, request.fields)
-		client = request.client
+		client = request.limitKey
 	}
 	maps.Copy(fields, p.header)
 	return fields, client
 }
 
-// earlyConn is a connection that first returns the bytes that were read ahead.
-type earlyConn struct {
+// prefixConn is a connection that first returns the bytes that were read ahead.
+type prefixConn struct {
 	net.Conn
-	early []byte
+	prefix []byte
 }
 
-func (c *earlyConn) Read(b []byte) (int, error) {
-	if len(c.early) > 0 {
-		n := copy(b, c.early)
-		c.early = c.early[n:]
+func (c *prefixConn) Read(b []byte) (int, error) {
+	if len(c.prefix) > 0 {
+		n := copy(b, c.prefix)
+		c.prefix = c.prefix[n:]
 		return n, nil
 	}
 	return c.Conn.Read(b)
 }
 
-func (c *earlyConn) CloseWrite() error {
+func (c *prefixConn) CloseWrite() error {
 	if half, ok := c.Conn.(closeWriter); ok {
 		return half.CloseWrite()
 	}

@@ -358,12 +358,12 @@ func TestParentNameAskedOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	p := &parent{address: "parent.test:80", connector: newConnector(resolver)}
-	if p.isHere(t.Context()) {
+	if p.isLocal(t.Context()) {
 		t.Error("192.0.2.1 counts as this machine")
 	}
 	before := asked.Load()
 	for range 10 {
-		p.isHere(t.Context())
+		p.isLocal(t.Context())
 	}
 	if n := asked.Load(); n != before {
 		t.Errorf("the name server got %d more questions", n-before)

@@ -285,7 +285,7 @@ func TestParentOnThisMachine(t *testing.T) {
 		t.Fatal(err)
 	}
 	for address, want := range map[string]bool{"127.0.0.1:80": true, "[::1]:80": true, "[::ffff:127.0.0.1]:80": true, "localhost:80": true, "0.0.0.0:80": true, "192.0.2.1:80": false} {
-		if got := (&parent{address: address, connector: newConnector(system)}).isHere(t.Context()); got != want {
+		if got := (&parent{address: address, connector: newConnector(system)}).isLocal(t.Context()); got != want {
 			t.Errorf("%s is on this machine: %v, want %v", address, got, want)
 		}
 	}

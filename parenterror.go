@@ -101,37 +101,37 @@ func isClosed(err error) bool {
 // connection was closed.
 func (e *parentError) handshakeRefusal() *refusal {
 	if isTimeout(e.err) {
-		return refuse(http.StatusGatewayTimeout, "connection_timeout", nil, "The parent proxy did not complete the TLS handshake in time.")
+		return newRefusal(http.StatusGatewayTimeout, "connection_timeout", nil, "The parent proxy did not complete the TLS handshake in time.")
 	}
-	return refuse(http.StatusBadGateway, "tls_protocol_error", nil, "The parent proxy closed the connection during the TLS handshake.")
+	return newRefusal(http.StatusBadGateway, "tls_protocol_error", nil, "The parent proxy closed the connection during the TLS handshake.")
 }
 
 // exchangeRefusal returns the response for an HTTP parent that gave no valid answer.
 func (e *parentError) exchangeRefusal() *refusal {
 	switch {
 	case errors.Is(e.err, errParentWantsTLS):
-		return refuse(http.StatusBadGateway, "http_protocol_error", nil, "The parent proxy expects https://, but this proxy uses http://.")
+		return newRefusal(http.StatusBadGateway, "http_protocol_error", nil, "The parent proxy expects https://, but this proxy uses http://.")
 	case isTimeout(e.err):
-		return refuse(http.StatusGatewayTimeout, "http_response_timeout", nil, "The parent proxy did not answer in time.")
+		return newRefusal(http.StatusGatewayTimeout, "http_response_timeout", nil, "The parent proxy did not answer in time.")
 	case errors.Is(e.err, errHeadTooLarge), errors.Is(e.err, errTooManyFields):
-		return refuse(http.StatusBadGateway, "http_response_header_section_size", nil, "The parent proxy did not answer with a valid HTTP response: %v.", e.err)
+		return newRefusal(http.StatusBadGateway, "http_response_header_section_size", nil, "The parent proxy did not answer with a valid HTTP response: %v.", e.err)
 	case errors.Is(e.err, errUnprocessed):
-		return refuse(http.StatusServiceUnavailable, "destination_unavailable", nil, "The parent proxy accepts no more requests; try again later.")
+		return newRefusal(http.StatusServiceUnavailable, "destination_unavailable", nil, "The parent proxy accepts no more requests; try again later.")
 	case isClosed(e.err):
-		return refuse(http.StatusBadGateway, "http_response_incomplete", nil, "The parent proxy closed the connection before its answer was complete.")
+		return newRefusal(http.StatusBadGateway, "http_response_incomplete", nil, "The parent proxy closed the connection before its answer was complete.")
 	}
-	return refuse(http.StatusBadGateway, "http_protocol_error", nil, "The parent proxy did not answer with a valid HTTP response.")
+	return newRefusal(http.StatusBadGateway, "http_protocol_error", nil, "The parent proxy did not answer with a valid HTTP response.")
 }
 
 // socksRefusal returns the response for a SOCKS parent that gave no valid answer.
 func (e *parentError) socksRefusal() *refusal {
 	switch {
 	case isTimeout(e.err):
-		return refuse(http.StatusGatewayTimeout, "connection_read_timeout", nil, "The parent proxy did not answer in time.")
+		return newRefusal(http.StatusGatewayTimeout, "connection_read_timeout", nil, "The parent proxy did not answer in time.")
 	case isClosed(e.err):
-		return refuse(http.StatusBadGateway, "connection_terminated", nil, "The parent proxy closed the connection before its answer was complete.")
+		return newRefusal(http.StatusBadGateway, "connection_terminated", nil, "The parent proxy closed the connection before its answer was complete.")
 	}
-	return refuse(http.StatusBadGateway, "destination_unavailable", nil, "The parent proxy did not give a valid SOCKS answer.")
+	return newRefusal(http.StatusBadGateway, "destination_unavailable", nil, "The parent proxy did not give a valid SOCKS answer.")
 }
 
 // answerRefusal returns the response for a parent that refused the connection. It passes
@@ -140,20 +140,20 @@ func (e *parentError) answerRefusal(host string) *refusal {
 	var f *refusal
 	switch e.status {
 	case http.StatusForbidden:
-		f = refuse(http.StatusForbidden, deniedRequest, nil, "The parent proxy does not allow this proxy to connect to %s.", host)
+		f = newRefusal(http.StatusForbidden, deniedRequest, nil, "The parent proxy does not allow this proxy to connect to %s.", host)
 	case http.StatusProxyAuthRequired, http.StatusUnauthorized: // tinyproxy sends 401
-		f = refuse(http.StatusBadGateway, "proxy_configuration_error", nil, "The parent proxy does not accept this proxy's credentials.")
+		f = newRefusal(http.StatusBadGateway, "proxy_configuration_error", nil, "The parent proxy does not accept this proxy's credentials.")
 	case http.StatusTooManyRequests:
-		f = refuse(http.StatusTooManyRequests, "destination_unavailable", nil, "The parent proxy has received too many requests and did not connect to %s; try again later.", host)
+		f = newRefusal(http.StatusTooManyRequests, "destination_unavailable", nil, "The parent proxy has received too many requests and did not connect to %s; try again later.", host)
 		f.cause = causeParent
 	case http.StatusServiceUnavailable:
-		f = refuse(http.StatusServiceUnavailable, "destination_unavailable", nil, "The parent proxy is too busy to connect to %s; try again later.", host)
+		f = newRefusal(http.StatusServiceUnavailable, "destination_unavailable", nil, "The parent proxy is too busy to connect to %s; try again later.", host)
 	case http.StatusGatewayTimeout:
-		f = refuse(http.StatusGatewayTimeout, "connection_timeout", nil, "The parent proxy could not connect to %s in time.", host)
+		f = newRefusal(http.StatusGatewayTimeout, "connection_timeout", nil, "The parent proxy could not connect to %s in time.", host)
 	default:
-		f = refuse(http.StatusBadGateway, "destination_unavailable", nil, "The parent proxy could not connect to %s.", host)
+		f = newRefusal(http.StatusBadGateway, "destination_unavailable", nil, "The parent proxy could not connect to %s.", host)
 	}
-	f.before = proxyStatusMembers(e.header["Proxy-Status"])
+	f.priorMembers = proxyStatusMembers(e.header["Proxy-Status"])
 	if f.status == http.StatusTooManyRequests || f.status == http.StatusServiceUnavailable {
 		f.retryAfter = retryAfter(e.header["Retry-After"])
 	}

@@ -167,21 +167,21 @@ func (h *Handler) provisionFailedLogins() error {
 	key.burst, key.refill = int64(h.FailedLogins), float64(h.FailedLogins)/time.Duration(h.FailedLoginsPer).Seconds()
 	pooled, _, err := failedLogins.LoadOrNew(key, func() (caddy.Destructor, error) { return newLimiter(key), nil })
 	if err == nil {
-		h.failed = pooled.(*limiter)
+		h.failedLogins = pooled.(*limiter)
 	}
 	return err
 }
 
-// repeatsOf returns the key of a client's bucket for credentials that are known to be wrong.
+// repeatsKey returns the key of a client's bucket for credentials that are known to be wrong.
 // Repeating them is not a guess and takes no failed-login token, but it is limited too.
-func repeatsOf(client netip.Addr) netip.Addr {
+func repeatsKey(client netip.Addr) netip.Addr {
 	return netip.AddrFrom16(client.As16()).WithZone("repeats")
 }
 
 // reserve takes one of the client's tokens, or reserves the next one, which is there after
 // wait. If wait would be longer than patience, it takes none and returns ok = false.
 func (l *limiter) reserve(client netip.Addr, now int64, patience time.Duration) (wait time.Duration, ok bool) {
-	full := &l.bucket(client, now).full
+	full := &l.bucket(client, now).fullAt
 	for {
 		was := full.Load()
 		next := max(was, now) + l.interval
@@ -195,9 +195,9 @@ func (l *limiter) reserve(client netip.Addr, now int64, patience time.Duration) 
 	}
 }
 
-// until returns how long it takes until the client has a token.
-func (l *limiter) until(client netip.Addr, now int64) time.Duration {
-	return time.Duration(max(0, max(l.bucket(client, now).full.Load(), now)+l.interval-now-l.fill))
+// waitTime returns how long it takes until the client has a token.
+func (l *limiter) waitTime(client netip.Addr, now int64) time.Duration {
+	return time.Duration(max(0, max(l.bucket(client, now).fullAt.Load(), now)+l.interval-now-l.fill))
 }
 
 // credentialKey identifies the credentials of a request without revealing them.

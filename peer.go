@@ -207,17 +207,17 @@ func (p *streamPeer) Read(b []byte) (int, error) {
 	p.full = n > 0
 	if state := p.state.Load(); err != nil && err != io.EOF && state != streamOpen {
 		err = net.ErrClosed
-		if state == streamEnded && time.Since(p.delivered) < quietTime {
+		if state == streamEnded && time.Since(p.delivered) < cutShortWindow {
 			err = errCutShort
 		}
 	}
 	return n, err
 }
 
-// quietTime is how long a client must have been silent to count as done when the target ends
+// cutShortWindow is how long a client must have been silent to count as done when the target ends
 // the stream. A client that sent bytes more recently may have more in flight, which are
 // lost.
-const quietTime = time.Second
+const cutShortWindow = time.Second
 
 var errCutShort = errors.New("the stream ended while the client was sending")
 
@@ -264,16 +264,16 @@ func (p *streamPeer) sendState(last uint64) (acked uint64, queued bool) {
 	return acked, false
 }
 
-// hasLeft reports whether p is a stream that the client has reset, or whose connection has
+// clientIsGone reports whether p is a stream that the client has reset, or whose connection has
 // ended.
-func hasLeft(p peer) bool {
+func clientIsGone(p peer) bool {
 	stream, ok := p.(*streamPeer)
 	return ok && stream.ctx.Err() != nil
 }
 
-// wasGivenUp reports whether err means that the client has cancelled a stream that it no
+// wasCanceled reports whether err means that the client has cancelled a stream that it no
 // longer needs.
-func (p *streamPeer) wasGivenUp(err error) bool {
+func (p *streamPeer) wasCanceled(err error) bool {
 	if reset := (http2.StreamError{}); errors.As(err, &reset) {
 		return reset.Code == http2.ErrCodeCancel || reset.Code == http2.ErrCodeNo
 	}

@@ -29,7 +29,7 @@ func newTestStream(w http.ResponseWriter, conn net.Conn) (stream *streamPeer, up
 func runTestTunnel(h *Handler, near, far peer) (t *tunnel, done chan struct{}) {
 	h.limiter = newLimiter(limits(10, 0.5))
 	t = &tunnel{owner: h, registry: h.tunnels, logger: zap.NewNop(), start: time.Now(), near: near, far: far}
-	h.tunnels.admit(t.bucket, 0, 0)
+	h.tunnels.admit(t.limitKey, 0, 0)
 	done = make(chan struct{})
 	go func() {
 		t.run()
@@ -47,8 +47,8 @@ func TestStreamIsCutShort(t *testing.T) {
 		want           error
 	}{
 		"a client that has sent nothing":               {false, 0, 0, net.ErrClosed},
-		"a client silent for a while":                  {true, 0, quietTime, net.ErrClosed},
-		"a client that has just sent":                  {true, 0, quietTime - 1, errCutShort},
+		"a client silent for a while":                  {true, 0, cutShortWindow, net.ErrClosed},
+		"a client that has just sent":                  {true, 0, cutShortWindow - 1, errCutShort},
 		"a client whose data the target has just read": {true, time.Minute, 0, errCutShort},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -89,7 +89,7 @@ func (p halfPipe) CloseWrite() error          { return p.Conn.Close() }
 func (p halfPipe) Close() error               { return errors.Join(p.Conn.Close(), p.r.Close()) }
 
 // A target that has half-closed may still read what the client of a stream sent before, but
-// only for lastWords.
+// only for drainTimeout.
 func TestLastWords(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &Handler{tunnels: newRegistry()}
@@ -107,8 +107,8 @@ func TestLastWords(t *testing.T) {
 		begun := time.Now()
 		target.Close()
 		<-done
-		if took := time.Since(begun); took != lastWords {
-			t.Errorf("the tunnel ended after %v, want %v", took, lastWords)
+		if took := time.Since(begun); took != drainTimeout {
+			t.Errorf("the tunnel ended after %v, want %v", took, drainTimeout)
 		}
 	})
 }
@@ -128,9 +128,9 @@ func TestStuckConnectionIsClosed(t *testing.T) {
 		begin func(*registry)
 		after time.Duration
 	}{
-		reasonIdle:     {time.Minute, func(*registry) {}, time.Minute + stuckTime},
-		reasonReload:   {-1, func(r *registry) { r.closeAll(reasonReload); r.stop() }, stuckTime},
-		reasonShutdown: {-1, func(r *registry) { r.closeAll(reasonShutdown) }, lastMoment},
+		reasonIdle:     {time.Minute, func(*registry) {}, time.Minute + abortGrace},
+		reasonReload:   {-1, func(r *registry) { r.closeAll(reasonReload); r.stop() }, abortGrace},
+		reasonShutdown: {-1, func(r *registry) { r.closeAll(reasonShutdown) }, abortGraceOnExit},
 	} {
 		t.Run(reason, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

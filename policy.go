@@ -20,12 +20,12 @@ import (
 // policy decides which targets clients may connect to. The rules of the config apply in
 // their order; where no rule matches, the client's reach decides.
 type policy struct {
-	sets       []*ruleSet
-	ports      []portRange                              // nil: all but portSMTP
-	connect    []portRange                              // the ports for CONNECT; nil: as ports
-	own        func(to netip.AddrPort, exact bool) bool // whether an address is a protected listener of this process
-	reportOnly bool                                     // denials by rules and ports are only reported
-	changing   bool                                     // verdicts can change, or must be reported again: recheck reused connections
+	sets          []*ruleSet
+	ports         []portRange                              // nil: all but portSMTP
+	connect       []portRange                              // the ports for CONNECT; nil: as ports
+	isSelf        func(to netip.AddrPort, exact bool) bool // whether an address is a protected listener of this process
+	reportOnly    bool                                     // denials by rules and ports are only reported
+	recheckReused bool                                     // verdicts can change, or must be reported again: recheck reused connections
 }
 
 // portSMTP is denied unless the option ports lists it: sending spam is the most common
@@ -111,20 +111,20 @@ func newTarget(address string) target {
 
 // deniedError reports that the policy denies a target.
 type deniedError struct {
-	to   netip.AddrPort // the denied address; invalid if only the name was checked
-	rule string         // the rule that denies it, for the log; may be ""
-	kind string         // the RFC 9209 error type
-	what string         // what is not allowed, for the client; "": the host
-	why  string         // the reason, for the client; may be ""
-	hint string         // how the operator could allow it, for the log; may be ""
+	to      netip.AddrPort // the denied address; invalid if only the name was checked
+	rule    string         // the rule that denies it, for the log; may be ""
+	kind    string         // the RFC 9209 error type
+	subject string         // what is not allowed, for the client; "": the host
+	reason  string         // the reason, for the client; may be ""
+	hint    string         // how the operator could allow it, for the log; may be ""
 }
 
 // text returns the message for the client. The options that deny the target, or would
 // allow it, are the operator's business and are only logged.
 func (e *deniedError) text(host string) string {
-	text := "This proxy does not allow " + cmp.Or(e.what, host)
-	if e.why != "" {
-		text += ": " + e.why
+	text := "This proxy does not allow " + cmp.Or(e.subject, host)
+	if e.reason != "" {
+		text += ": " + e.reason
 	}
 	return text + "."
 }
@@ -134,7 +134,7 @@ func (e *deniedError) Error() string {
 	if e.to.IsValid() {
 		text = e.to.String() + " is denied"
 	}
-	if why := cmp.Or(e.why, e.what, e.rule); why != "" {
+	if why := cmp.Or(e.reason, e.subject, e.rule); why != "" {
 		text += ": " + why
 	}
 	return text
@@ -150,10 +150,10 @@ const (
 // Allowing a name does not allow whatever it resolves to: the address must still pass the
 // later rules for addresses, and the client's reach. reported is the first denial that
 // report-only mode suppressed, if any.
-func (p *policy) check(ctx context.Context, r reach, t target, to netip.AddrPort) (denied, reported *deniedError) {
+func (p *policy) check(ctx context.Context, r clientScope, t target, to netip.AddrPort) (denied, reported *deniedError) {
 	ip := to.Addr().WithZone("").Unmap()
-	host := embedded(ip)
-	if e := p.checkOwn(to, false); e != nil {
+	host := embeddedIPv4(ip)
+	if e := p.checkSelf(to, false); e != nil {
 		return e, nil
 	}
 	if e := p.checkPort(ctx, to.Port()); e != nil {
@@ -186,23 +186,23 @@ func (p *policy) check(ctx context.Context, r reach, t target, to netip.AddrPort
 	switch {
 	case r.includes(ip, host):
 		return nil, reported
-	case r == local:
-		return &deniedError{to: to, kind: deniedAddress, why: "its address is link-local, multicast or unspecified", hint: "allow " + ip.String()}, nil
+	case r == localScope:
+		return &deniedError{to: to, kind: deniedAddress, reason: "its address is link-local, multicast or unspecified", hint: "allow " + ip.String()}, nil
 	default:
-		return &deniedError{to: to, kind: deniedAddress, why: "its address is private or local", hint: "allow " + ip.String()}, nil
+		return &deniedError{to: to, kind: deniedAddress, reason: "its address is private or local", hint: "allow " + ip.String()}, nil
 	}
 }
 
-// checkOwn denies the address of a protected listener of this process. Unless exact is set,
-// it may miss a listener that was opened within the last lookInterval.
-func (p *policy) checkOwn(to netip.AddrPort, exact bool) *deniedError {
-	if p.own == nil {
+// checkSelf denies the address of a protected listener of this process. Unless exact is set,
+// it may miss a listener that was opened within the last systemCacheTTL.
+func (p *policy) checkSelf(to netip.AddrPort, exact bool) *deniedError {
+	if p.isSelf == nil {
 		return nil
 	}
 	ip := to.Addr().WithZone("").Unmap()
-	host := embedded(ip)
-	if p.own(netip.AddrPortFrom(ip, to.Port()), exact) || host != ip && p.own(netip.AddrPortFrom(host, to.Port()), exact) {
-		return &deniedError{to: to, kind: deniedAddress, why: "it is an address of the proxy itself"}
+	host := embeddedIPv4(ip)
+	if p.isSelf(netip.AddrPortFrom(ip, to.Port()), exact) || host != ip && p.isSelf(netip.AddrPortFrom(host, to.Port()), exact) {
+		return &deniedError{to: to, kind: deniedAddress, reason: "it is an address of the proxy itself"}
 	}
 	return nil
 }
@@ -220,7 +220,7 @@ func (p *policy) enforces(e *deniedError, reported **deniedError) bool {
 // for denied names. What it allows must still pass check. If resolvable is false, this
 // proxy never resolves the name, since the parent does: then rules for addresses do not
 // apply to names, and checkName decides alone.
-func (p *policy) checkName(ctx context.Context, r reach, t target, resolvable bool) (denied, reported *deniedError) {
+func (p *policy) checkName(ctx context.Context, r clientScope, t target, resolvable bool) (denied, reported *deniedError) {
 	if t.addr.IsValid() {
 		if resolvable {
 			return nil, nil // check decides about it
@@ -270,9 +270,9 @@ func (p *policy) checkPort(ctx context.Context, port uint16) *deniedError {
 	if ports == nil && port != portSMTP || slices.ContainsFunc(ports, func(r portRange) bool { return r.contains(port) }) {
 		return nil
 	}
-	e := &deniedError{rule: option, kind: deniedRequest, what: fmt.Sprintf("port %d", port), hint: fmt.Sprintf("add %d to %s", port, option)}
+	e := &deniedError{rule: option, kind: deniedRequest, subject: fmt.Sprintf("port %d", port), hint: fmt.Sprintf("add %d to %s", port, option)}
 	if port == portSMTP && ports == nil {
-		e.what = "port 25 (mail)"
+		e.subject = "port 25 (mail)"
 		e.hint = "list the open ports, including 25, in " + option
 	}
 	return e
@@ -284,17 +284,17 @@ func (p *policy) checkPort(ctx context.Context, port uint16) *deniedError {
 // those themselves.
 func (s *ruleSet) matchAddress(ctx context.Context, ip, host netip.Addr) (string, bool) {
 	entry, matches := s.matchRange(ctx, host)
-	if !matches && ip != host && (s.deny || public.includes(host, host)) {
+	if !matches && ip != host && (s.deny || publicScope.includes(host, host)) {
 		entry, matches = s.matchRange(ctx, ip)
 	}
 	if matches || !s.public && !s.private {
 		return entry, matches
 	}
-	isPublic := public.includes(ip, host)
+	isPublic := publicScope.includes(ip, host)
 	switch {
 	case s.public && isPublic:
 		return "public", true
-	case s.private && !isPublic && (s.deny || local.includes(ip, host)):
+	case s.private && !isPublic && (s.deny || localScope.includes(ip, host)):
 		return "private", true
 	}
 	return "", false
@@ -391,32 +391,32 @@ func (s *rangeSource) contains(ctx context.Context, addr netip.Addr) bool {
 }
 
 // A reach says which addresses a client may reach by default: no more than it could
-// reach without the proxy.
-type reach int
+// clientScope without the proxy.
+type clientScope int
 
 const (
-	public reach = iota // public unicast addresses outside this machine's networks: open to any client
-	local               // this machine and its networks as well: for clients on this machine
-	reaches
+	publicScope clientScope = iota // public unicast addresses outside this machine's networks: open to any client
+	localScope                     // this machine and its networks as well: for clients on this machine
+	scopeCount
 )
 
 // includes reports whether an address is within reach. ip is not v4-mapped and has no
 // zone; host is the IPv4 address that it embeds, or else ip. Both must be within reach,
 // except that for the public NAT64 prefix only host counts.
-func (r reach) includes(ip, host netip.Addr) bool {
+func (r clientScope) includes(ip, host netip.Addr) bool {
 	return r.reaches(host) && (ip == host || nat64.Contains(ip) || r.reaches(ip))
 }
 
-func (r reach) reaches(ip netip.Addr) bool {
-	if r == local {
-		return !notLocal.Contains(ip) && !isMetadata(ip)
+func (r clientScope) reaches(ip netip.Addr) bool {
+	if r == localScope {
+		return !neverReachable.Contains(ip) && !isMetadata(ip)
 	}
 	return !notPublic.Contains(ip) && !isNearby(ip)
 }
 
 // notPublic contains the addresses that are not public unicast, from IANA's
 // special-purpose registries (RFC 6890), everything in IPv6 outside global unicast,
-// 2000::/3, and Azure's 168.63.129.16, which belongs to the machine's host. notLocal
+// 2000::/3, and Azure's 168.63.129.16, which belongs to the machine's host. neverReachable
 // contains the addresses that even a client on this machine may not reach by default:
 // unspecified ones, which are aliases of this machine, link-local, multicast and
 // broadcast.
@@ -425,7 +425,7 @@ var (
 		"172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16",
 		"168.63.129.16/32", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4",
 		"::/3", "4000::/2", "8000::/1", "2001::/23", "2001:db8::/32", "3fff::/20")
-	notLocal = prefixes("0.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "255.255.255.255/32",
+	neverReachable = prefixes("0.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "255.255.255.255/32",
 		"::/128", "fe80::/10", "ff00::/8", "2001::/32")
 
 	// The metadata services that hand a machine its cloud credentials: AWS (also ECS
@@ -434,25 +434,25 @@ var (
 		"168.63.129.16", "192.0.0.192", "100.100.100.200",
 		"fd00:ec2::254", "fd00:ec2::23", "fd20:ce::254", "fd00:42::42", "fe80::a9fe:a9fe")
 
-	nat64      = netip.MustParsePrefix("64:ff9b::/96")    // RFC 6052
-	localNAT64 = netip.MustParsePrefix("64:ff9b:1::/48")  // RFC 8215
-	sixTo      = netip.MustParsePrefix("2002::/16")       // RFC 3056
-	compatible = netip.MustParsePrefix("::/96")           // RFC 4291 §2.5.5.1
-	translated = netip.MustParsePrefix("::ffff:0:0:0/96") // RFC 2765
+	nat64          = netip.MustParsePrefix("64:ff9b::/96")    // RFC 6052
+	localNAT64     = netip.MustParsePrefix("64:ff9b:1::/48")  // RFC 8215
+	sixToFour      = netip.MustParsePrefix("2002::/16")       // RFC 3056
+	ipv4Compatible = netip.MustParsePrefix("::/96")           // RFC 4291 §2.5.5.1
+	ipv4Translated = netip.MustParsePrefix("::ffff:0:0:0/96") // RFC 2765
 )
 
-// embedded returns the IPv4 address that is embedded in an IPv6 address for a
+// embeddedIPv4 returns the IPv4 address that is embedded in an IPv6 address for a
 // translator, relay or tunnel, in current or obsolete use, or else ip itself.
-func embedded(ip netip.Addr) netip.Addr {
+func embeddedIPv4(ip netip.Addr) netip.Addr {
 	if ip.Is4() {
 		return ip
 	}
 	b := ip.As16()
 	last := netip.AddrFrom4([4]byte(b[12:]))
 	switch {
-	case nat64.Contains(ip), translated.Contains(ip), compatible.Contains(ip) && b[12] != 0:
+	case nat64.Contains(ip), ipv4Translated.Contains(ip), ipv4Compatible.Contains(ip) && b[12] != 0:
 		return last
-	case sixTo.Contains(ip):
+	case sixToFour.Contains(ip):
 		return netip.AddrFrom4([4]byte(b[2:6]))
 	case localNAT64.Contains(ip) && [5]byte(b[11:]) == [5]byte{}: // the prefix has 48 bits
 		return netip.AddrFrom4([4]byte{b[6], b[7], b[9], b[10]})

@@ -144,10 +144,10 @@ func TestPolicyCheck(t *testing.T) {
 			2606:4700::5efe:808:808 2606:4700::100:5efe:7f00:1`},
 	} {
 		for _, address := range strings.Fields(rows.addresses) {
-			policyCheck(t, new(policy), local, address, 443, rows.local)
-			policyCheck(t, new(policy), public, address, 443, rows.public)
+			policyCheck(t, new(policy), localScope, address, 443, rows.local)
+			policyCheck(t, new(policy), publicScope, address, 443, rows.public)
 			everything := policyOf(t, "allow 0.0.0.0/0 ::/0 169.254.169.254")
-			for _, r := range []reach{local, public} {
+			for _, r := range []clientScope{localScope, publicScope} {
 				policyCheck(t, everything, r, address, 443, true)
 				policyCheck(t, everything, r, address, 24, true)
 				policyCheck(t, everything, r, address, 25, false)
@@ -170,27 +170,27 @@ func policyOf(t testing.TB, rules string) *policy {
 	if err := h.provisionDialer(ctx, nil); err != nil {
 		t.Fatal(err)
 	}
-	h.dialer.policy.own = nil
+	h.dialer.policy.isSelf = nil
 	return h.dialer.policy
 }
 
-func policyCheck(t *testing.T, p *policy, r reach, address string, port uint16, want bool) {
+func policyCheck(t *testing.T, p *policy, r clientScope, address string, port uint16, want bool) {
 	t.Helper()
 	to := netip.AddrPortFrom(netip.MustParseAddr(address), port)
 	err, _ := p.check(t.Context(), r, target{addr: to.Addr(), port: port}, to)
 	if (err == nil) != want {
-		t.Errorf("%s for %s: %v, want it open: %v", to, map[reach]string{local: "local", public: "public"}[r], err, want)
+		t.Errorf("%s for %s: %v, want it open: %v", to, map[clientScope]string{localScope: "local", publicScope: "public"}[r], err, want)
 	}
-	if err != nil && (err.to != to || err.hint == "" && err.why == "") {
+	if err != nil && (err.to != to || err.hint == "" && err.reason == "") {
 		t.Errorf("%s: error %#v", to, err)
 	}
 }
 
 // TestPolicyTexts checks that a refusal gives its reason and nothing more.
 func TestPolicyTexts(t *testing.T) {
-	for r, want := range map[reach]string{local: "its address is link-local, multicast or unspecified", public: "its address is private or local"} {
+	for r, want := range map[clientScope]string{localScope: "its address is link-local, multicast or unspecified", publicScope: "its address is private or local"} {
 		to := netip.MustParseAddrPort("169.254.169.254:80")
-		if denied, _ := new(policy).check(t.Context(), r, target{addr: to.Addr(), port: 80}, to); denied == nil || denied.why != want || denied.hint != "allow 169.254.169.254" {
+		if denied, _ := new(policy).check(t.Context(), r, target{addr: to.Addr(), port: 80}, to); denied == nil || denied.reason != want || denied.hint != "allow 169.254.169.254" {
 			t.Errorf("%v, want %q", denied, want)
 		}
 	}
@@ -217,12 +217,12 @@ func TestPolicyAllow(t *testing.T) {
 	} {
 		d := policyOf(t, "allow "+row.allow)
 		for _, address := range strings.Fields(row.open) {
-			policyCheck(t, d, public, address, 80, true)
-			policyCheck(t, d, local, address, 80, true)
-			policyCheck(t, d, public, address, portSMTP, false)
+			policyCheck(t, d, publicScope, address, 80, true)
+			policyCheck(t, d, localScope, address, 80, true)
+			policyCheck(t, d, publicScope, address, portSMTP, false)
 		}
 		for _, address := range strings.Fields(row.closed) {
-			policyCheck(t, d, public, address, 80, false)
+			policyCheck(t, d, publicScope, address, 80, false)
 		}
 	}
 }
@@ -231,11 +231,11 @@ func TestPolicyAllow(t *testing.T) {
 // however they are written.
 func TestPolicyOwn(t *testing.T) {
 	d := policyOf(t, "allow 0.0.0.0/0 ::/0")
-	d.own = func(to netip.AddrPort, _ bool) bool {
+	d.isSelf = func(to netip.AddrPort, _ bool) bool {
 		return to == netip.MustParseAddrPort("127.0.0.1:2019") || to == netip.MustParseAddrPort("[2002:909:909:1::5]:2019")
 	}
 	for _, address := range strings.Fields("127.0.0.1 ::ffff:127.0.0.1 64:ff9b::7f00:1 2002:7f00:1:: 2002:909:909:1::5") {
-		for _, r := range []reach{local, public} {
+		for _, r := range []clientScope{localScope, publicScope} {
 			policyCheck(t, d, r, address, 2019, false)
 			policyCheck(t, d, r, address, 2020, true)
 		}

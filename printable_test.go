@@ -99,7 +99,7 @@ func TestShownTexts(t *testing.T) {
 	if err != nil || len(data) > 64<<10 {
 		t.Errorf("the snapshot has %d bytes: %v", len(data), err)
 	}
-	odd := &shownStatus{
+	odd := &statusReport{
 		Clients: clientList{Clients: []clientInfo{{Client: "user \x1b[2J" + long, Zone: "\a"}}},
 		Tunnels: tunnelList{Tunnels: []tunnelInfo{{Client: "\x1b[2J", User: "\u202e", Target: long + "\x1b", Proto: protocol}}},
 	}

@@ -70,20 +70,20 @@ type limiter struct {
 type generations struct {
 	cur, old *buckets
 	promoted atomic.Int64 // buckets of old that are in cur too
-	until    int64
+	rotateAt int64
 }
 
 // bucket is the state of one client. Times are nanoseconds since epoch. The zero value is a
 // full bucket.
 type bucket struct {
-	full    atomic.Int64  // when the bucket is full
-	quiet   atomic.Int64  // when its budget of log lines is full
-	refused atomic.Uint32 // refusals since the last log line
-	silent  atomic.Uint32 // no event of a refusal until then, in seconds
+	fullAt      atomic.Int64  // when the bucket is full
+	logFullAt   atomic.Int64  // when its budget of log lines is full
+	unlogged    atomic.Uint32 // refusals since the last log line
+	nextEventAt atomic.Uint32 // no event of a refusal until then, in seconds
 
 	// For the status page. They are lost with the bucket.
 	requests, rejections atomic.Int64
-	seen                 atomic.Int64 // when the last request arrived; 0: none has
+	lastSeen             atomic.Int64 // when the last request arrived; 0: none has
 	bytesUp, bytesDown   atomic.Int64 // of requests, responses and closed tunnels
 }
 
@@ -96,13 +96,13 @@ const (
 	lineFill     = 10 * lineInterval
 )
 
-// verdict is the limiter's decision about one request.
-type verdict struct {
-	ok      bool
-	wait    time.Duration // if !ok: until there is a token, or the block ends
-	refused int64         // if > 0: write a log line for that many refusals
-	event   bool          // emit an event
-	err     error         // if !ok: why the request is refused; nil: no token
+// decision is the limiter's decision about one request.
+type decision struct {
+	ok       bool
+	wait     time.Duration // if !ok: until there is a token, or the block ends
+	logCount int64         // if > 0: write a log line for that many refusals
+	event    bool          // emit an event
+	err      error         // if !ok: why the request is refused; nil: no token
 }
 
 // validate returns an error that names the first invalid parameter.
@@ -160,10 +160,10 @@ func newBuckets() *buckets {
 // Destruct implements caddy.Destructor. A limiter holds nothing but memory.
 func (l *limiter) Destruct() error { return nil }
 
-// client returns the key of addr's bucket: its network of ipv4_prefix or ipv6_prefix bits. A
+// keyFor returns the key of addr's bucket: its network of ipv4_prefix or ipv6_prefix bits. A
 // v4-mapped address counts as IPv4. The zero Addr stands for all clients without an address,
 // such as those on a Unix socket, which share a bucket.
-func (l *limiter) client(addr netip.Addr) netip.Addr {
+func (l *limiter) keyFor(addr netip.Addr) netip.Addr {
 	if !addr.IsValid() {
 		return addr
 	}
@@ -179,33 +179,33 @@ func (l *limiter) client(addr netip.Addr) netip.Addr {
 // take takes one token from the client's bucket, or returns how long until there is one. A
 // denied request costs nothing. now is the time since epoch; concurrent callers may pass
 // slightly older times.
-func (l *limiter) take(client netip.Addr, now int64) verdict {
+func (l *limiter) take(client netip.Addr, now int64) decision {
 	b := l.bucket(client, now)
-	now = b.came(now)
-	if wait := takeToken(&b.full, now, l.interval, l.fill); wait > 0 {
+	now = b.recordRequest(now)
+	if wait := takeToken(&b.fullAt, now, l.interval, l.fill); wait > 0 {
 		return b.refuse(wait, now, nil)
 	}
-	return verdict{ok: true}
+	return decision{ok: true}
 }
 
 // block denies a request of a client that stays blocked for the duration wait.
-func (l *limiter) block(client netip.Addr, now int64, wait time.Duration) verdict {
+func (l *limiter) block(client netip.Addr, now int64, wait time.Duration) decision {
 	b := l.bucket(client, now)
-	now = b.came(now)
+	now = b.recordRequest(now)
 	return b.refuse(int64(wait), now, errBlocked)
 }
 
-// came records a request, and returns the latest time at which one has arrived. Requests may
+// recordRequest records a request, and returns the latest time at which one has arrived. Requests may
 // be counted out of order, and one that is counted late must not find the tokens of an
 // earlier time.
-func (b *bucket) came(now int64) int64 {
+func (b *bucket) recordRequest(now int64) int64 {
 	b.requests.Add(1)
 	for {
-		seen := b.seen.Load()
+		seen := b.lastSeen.Load()
 		if now <= seen {
 			return seen
 		}
-		if b.seen.CompareAndSwap(seen, now) {
+		if b.lastSeen.CompareAndSwap(seen, now) {
 			return now
 		}
 	}
@@ -213,18 +213,18 @@ func (b *bucket) came(now int64) int64 {
 
 // refuse returns the verdict for a request that is denied for the duration wait: because of
 // err, or if err is nil, because there is no token.
-func (b *bucket) refuse(wait, now int64, err error) verdict {
-	v := verdict{wait: time.Duration(wait), err: err}
-	b.refused.Add(1)
+func (b *bucket) refuse(wait, now int64, err error) decision {
+	v := decision{wait: time.Duration(wait), err: err}
+	b.unlogged.Add(1)
 	b.rejections.Add(1)
-	if takeToken(&b.quiet, now, lineInterval, lineFill) == 0 {
-		v.refused = int64(b.refused.Swap(0))
+	if takeToken(&b.logFullAt, now, lineInterval, lineFill) == 0 {
+		v.logCount = int64(b.unlogged.Swap(0))
 	}
 	if err != nil {
 		return v
 	}
-	if until := b.silent.Load(); now >= int64(until)*int64(time.Second) {
-		v.event = b.silent.CompareAndSwap(until, uint32(ceilSeconds(time.Duration(now)+eventInterval)))
+	if until := b.nextEventAt.Load(); now >= int64(until)*int64(time.Second) {
+		v.event = b.nextEventAt.CompareAndSwap(until, uint32(ceilSeconds(time.Duration(now)+eventInterval)))
 	}
 	return v
 }
@@ -251,7 +251,7 @@ func (l *limiter) bucket(client netip.Addr, now int64) *bucket {
 	var b *bucket // kept across a rotation that this call causes
 	for {
 		g := l.gens.Load()
-		if now >= g.until {
+		if now >= g.rotateAt {
 			l.rotate(g, now)
 			continue
 		}
@@ -285,8 +285,8 @@ func (l *limiter) bucket(client netip.Addr, now int64) *bucket {
 // callers, one does it. The buckets that are dropped were last written when g began; if that
 // is long enough ago, they are full.
 func (l *limiter) rotate(g *generations, now int64) {
-	early := now < g.until-l.period+l.fill
-	if l.gens.CompareAndSwap(g, &generations{cur: newBuckets(), old: g.cur, until: now + l.period}) && early {
+	early := now < g.rotateAt-l.period+l.fill
+	if l.gens.CompareAndSwap(g, &generations{cur: newBuckets(), old: g.cur, rotateAt: now + l.period}) && early {
 		n := g.old.Size() - int(g.promoted.Load())
 		l.forced.Add(int64(n))
 		metrics.evictions.Add(float64(n))
@@ -314,25 +314,25 @@ func (l *limiter) state(seconds int64) string {
 }
 
 // refuseLimited responds to a request that the limiter has denied.
-func (h *Handler) refuseLimited(w http.ResponseWriter, r *http.Request, v *visit, verdict verdict) error {
+func (h *Handler) refuseLimited(w http.ResponseWriter, r *http.Request, v *transaction, verdict decision) error {
 	if verdict.err != nil {
 		return h.refuseUncounted(w, r, v, verdict)
 	}
 	a := h.limitedAnswer(ceilSeconds(verdict.wait))
-	v.limited = true
-	v.refusedBy(&a.refusal)
+	v.rateLimited = true
+	v.setRefusal(&a.refusal)
 	v.count(nil)
-	if verdict.refused > 0 {
+	if verdict.logCount > 0 {
 		h.logLimited(r, v, verdict, false)
 		v.addRecent(&a.refusal)
 	}
 	if verdict.event {
-		h.events.limited(h.Zone, v, verdict)
+		h.events.emitRateLimited(h.Zone, v, verdict)
 	}
 	header := w.Header()
 	values := [...]string{a.retryAfter, h.policy, a.state} // one allocation for all three
 	header["Retry-After"], header["Ratelimit-Policy"], header["Ratelimit"] = values[:1:1], values[1:2:2], values[2:]
-	return h.writeAnswer(w, r, &a.refusal, a.proxyStatus, a.body)
+	return h.writeRefusal(w, r, &a.refusal, a.proxyStatus, a.body)
 }
 
 // limitedAnswer is the response to a client that has to wait for some seconds. In a flood of
@@ -345,7 +345,7 @@ type limitedAnswer struct {
 }
 
 func (h *Handler) limitedAnswer(seconds int64) *limitedAnswer {
-	if a := h.limited.Load(); a != nil && a.seconds == seconds {
+	if a := h.limitedResponse.Load(); a != nil && a.seconds == seconds {
 		return a
 	}
 	retry := strconv.FormatInt(seconds, 10)
@@ -357,7 +357,7 @@ func (h *Handler) limitedAnswer(seconds int64) *limitedAnswer {
 		proxyStatus: h.proxyStatus(deniedRequest),
 	}
 	a.body = []byte(a.text + "\n")
-	h.limited.Store(a)
+	h.limitedResponse.Store(a)
 	return a
 }
 

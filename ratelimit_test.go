@@ -48,7 +48,7 @@ func newSomeone(t *testing.T, burst int64, refill float64) *someone {
 func (s *someone) allowed(n int) {
 	s.t.Helper()
 	for i := range n {
-		if got, want := s.l.take(s.addr, int64(s.now)), (verdict{ok: true}); got != want {
+		if got, want := s.l.take(s.addr, int64(s.now)), (decision{ok: true}); got != want {
 			s.t.Fatalf("after %v, request %d of %d: take = %+v, want %+v", s.now, i+1, n, got, want)
 		}
 	}
@@ -67,7 +67,7 @@ func (s *someone) passes(d time.Duration) { s.now += d }
 
 // setTokens sets the number of tokens in the bucket, for bursts too large to use up.
 func (s *someone) setTokens(tokens int64) {
-	s.l.bucket(s.addr, int64(s.now)).full.Store(int64(s.now) + s.l.fill - tokens*s.l.interval)
+	s.l.bucket(s.addr, int64(s.now)).fullAt.Store(int64(s.now) + s.l.fill - tokens*s.l.interval)
 }
 
 func TestBurstAtOnceThenOneEachInterval(t *testing.T) {
@@ -298,7 +298,7 @@ func TestClientIsANetwork(t *testing.T) {
 		key := limits(10, 0.5)
 		key.v4, key.v6 = tc.v4, tc.v6
 		addr, want := netip.MustParseAddr(tc.addr), netip.MustParseAddr(tc.want)
-		if got := newLimiter(key).client(addr); got != want {
+		if got := newLimiter(key).keyFor(addr); got != want {
 			t.Errorf("with prefixes %d and %d: client(%v) = %v, want %v", tc.v4, tc.v6, addr, got, want)
 		}
 	}
@@ -306,7 +306,7 @@ func TestClientIsANetwork(t *testing.T) {
 
 func TestClientWithoutAnAddressIsLimitedToo(t *testing.T) {
 	s := newSomeone(t, 3, 0.5)
-	s.addr = s.l.client(netip.Addr{})
+	s.addr = s.l.keyFor(netip.Addr{})
 	s.allowed(3)
 	s.denied(2 * time.Second)
 }
@@ -319,7 +319,7 @@ func TestRefusalsAreLoggedWithRestraint(t *testing.T) {
 	lines := func(want ...int64) {
 		t.Helper()
 		for i, want := range want {
-			if got := s.l.take(s.addr, int64(s.now)).refused; got != want {
+			if got := s.l.take(s.addr, int64(s.now)).logCount; got != want {
 				t.Fatalf("after %v, refusal %d: a line for %d refusals, want %d", s.now, i+1, got, want)
 			}
 		}
@@ -337,7 +337,7 @@ func TestRefusalsAreLoggedWithRestraint(t *testing.T) {
 	someoneElse := *s
 	someoneElse.addr = netip.MustParseAddr("127.0.0.2")
 	someoneElse.allowed(1)
-	if got := s.l.take(someoneElse.addr, int64(s.now)).refused; got != 1 {
+	if got := s.l.take(someoneElse.addr, int64(s.now)).logCount; got != 1 {
 		t.Errorf("the first refusal of another client: a line for %d refusals, want 1", got)
 	}
 }
@@ -349,15 +349,15 @@ func TestLoggedRefusalsAddUp(t *testing.T) {
 	for range 100_000 {
 		s.passes(time.Duration(rnd.ExpFloat64() * float64(200*time.Millisecond)))
 		if v := s.l.take(s.addr, int64(s.now)); v.ok {
-			if v.refused != 0 {
+			if v.logCount != 0 {
 				t.Fatalf("after %v: take = %+v: a line about an allowed request", s.now, v)
 			}
 		} else {
 			refused++
-			logged += v.refused
+			logged += v.logCount
 		}
 	}
-	pending := int64(s.l.bucket(s.addr, int64(s.now)).refused.Load())
+	pending := int64(s.l.bucket(s.addr, int64(s.now)).unlogged.Load())
 	if logged+pending != refused || pending > 100 {
 		t.Errorf("%d refusals were logged and %d are pending, want %d in all and few pending", logged, pending, refused)
 	}
@@ -469,7 +469,7 @@ func TestSameDecisionsAsBucketsThatAreNeverForgotten(t *testing.T) {
 					now += l.interval / 4
 				case 4:
 					if rnd.IntN(2*int(tc.burst)) == 0 {
-						now = max(now, g.until-1+rnd.Int64N(3)) // as a generation ends
+						now = max(now, g.rotateAt-1+rnd.Int64N(3)) // as a generation ends
 					}
 				}
 				i := rnd.IntN(len(tanks))
@@ -704,8 +704,8 @@ func TestExactlyBurstIsAdmittedWhileGenerationsRotate(t *testing.T) {
 	l := newLimiter(limits(burst, 0.5))
 	for round := range rounds {
 		client := loopback(round)
-		l.take(loopback(1<<20), l.gens.Load().until) // starts a generation
-		ends := l.gens.Load().until
+		l.take(loopback(1<<20), l.gens.Load().rotateAt) // starts a generation
+		ends := l.gens.Load().rotateAt
 		var admitted atomic.Int64
 		together(callers, func(i int) {
 			for range burst {

@@ -17,30 +17,30 @@ import (
 // handler.
 type readConn struct {
 	*net.TCPConn
-	early   []byte
-	late    bool     // reads after early time out
-	handler *Handler // nil: refusals are not detected
-	first   bool     // the first byte has not been read, and is to be checked
-	overTLS bool     // the connection carries TLS
-	hasLine bool     // a whole line has been read
+	prefix      []byte
+	timedOut    bool     // reads after early time out
+	handler     *Handler // nil: refusals are not detected
+	isFirstRead bool     // the first byte has not been read, and is to be checked
+	overTLS     bool     // the connection carries TLS
+	hasLine     bool     // a whole line has been read
 
-	// answered is set by the first write since the connection was last idle. From then on a
+	// responded is set by the first write since the connection was last idle. From then on a
 	// handler has seen the request, and any write is part of its response, whatever it looks
 	// like.
-	answered atomic.Bool
+	responded atomic.Bool
 }
 
 func (c *readConn) Read(p []byte) (n int, err error) {
 	switch {
-	case len(c.early) > 0:
-		n = copy(p, c.early)
-		c.early = c.early[n:]
-	case c.late:
+	case len(c.prefix) > 0:
+		n = copy(p, c.prefix)
+		c.prefix = c.prefix[n:]
+	case c.timedOut:
 		return 0, os.ErrDeadlineExceeded
 	default:
-		c.early = nil
-		if n, err = c.TCPConn.Read(p); c.first && n > 0 {
-			c.first = false
+		c.prefix = nil
+		if n, err = c.TCPConn.Read(p); c.isFirstRead && n > 0 {
+			c.isFirstRead = false
 			n, err = c.checkFirst(p, n)
 		}
 	}
@@ -53,7 +53,7 @@ func (c *readConn) Read(p []byte) (n int, err error) {
 // checkFirst refuses a client that does not speak the protocol of the port, and drops empty
 // lines before the first request (RFC 9112 §2.2). n is the number of bytes read into p.
 func (c *readConn) checkFirst(p []byte, n int) (int, error) {
-	if reason, found := firstByteOf(p[0], c.overTLS); found {
+	if reason, found := foreignProtocol(p[0], c.overTLS); found {
 		c.handler.answerFirstByte(c.TCPConn, reason)
 		c.handler.tunnels.lingering.close(c.TCPConn, addrPort(c.RemoteAddr()).Addr())
 		return 0, io.EOF
@@ -81,7 +81,7 @@ func (c *readConn) checkFirst(p []byte, n int) (int, error) {
 // Write implements io.Writer. It replaces net/http's responses to requests that no handler
 // has seen.
 func (c *readConn) Write(p []byte) (int, error) {
-	if c.handler != nil && !c.overTLS && !c.answered.Swap(true) {
+	if c.handler != nil && !c.overTLS && !c.responded.Swap(true) {
 		if answer := c.handler.replaceRefusal(c, p, !c.hasLine); answer != nil {
 			_, err := c.TCPConn.Write(answer)
 			return len(p), err
@@ -101,7 +101,7 @@ type readListener struct {
 func (l *readListener) Accept() (net.Conn, error) {
 	conn, err := l.Listener.Accept()
 	if tcp, ok := conn.(*net.TCPConn); ok && err == nil {
-		return &readConn{TCPConn: tcp, handler: l.handler, first: true, overTLS: l.overTLS}, nil
+		return &readConn{TCPConn: tcp, handler: l.handler, isFirstRead: true, overTLS: l.overTLS}, nil
 	}
 	return conn, err
 }

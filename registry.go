@@ -26,32 +26,32 @@ const registryKey = "tunnels"
 // watchInterval is how often the timeouts of tunnels are checked, and so their precision.
 const watchInterval = time.Second
 
-// stuckTime is how long an aborted stream may take to end before its whole connection is
-// closed, with all other streams on it. When Caddy exits, lastMoment applies instead.
+// abortGrace is how long an aborted stream may take to end before its whole connection is
+// closed, with all other streams on it. When Caddy exits, abortGraceOnExit applies instead.
 const (
-	stuckTime  = 10 * time.Second
-	lastMoment = time.Second
+	abortGrace       = 10 * time.Second
+	abortGraceOnExit = time.Second
 )
 
 // registry tracks the open tunnels of the process.
 //
 // All methods are safe for concurrent use.
 type registry struct {
-	tunnels  *xsync.Map[uint64, *tunnel]
-	clients  *xsync.Map[netip.Addr, int] // admitted tunnels of each client
-	sources  *xsync.Map[source, struct{}]
-	handlers *xsync.Map[*Handler, struct{}] // provisioned handlers
-	blocks   *xsync.Map[netip.Addr, int64]  // blocked clients, and until when, since epoch
-	admitted atomic.Int64                   // all tunnels, including those being dialled
-	lastID   atomic.Uint64
-	config   atomic.Value           // of the handlers that started last
-	ended    atomic.Pointer[string] // why no tunnel may be open; nil: tunnels may be open
-	open     context.Context        // canceled when no tunnel may be open any longer
-	end      context.CancelFunc
-	stop     func()
+	tunnels     *xsync.Map[uint64, *tunnel]
+	clients     *xsync.Map[netip.Addr, int] // admitted tunnels of each client
+	sources     *xsync.Map[loopKey, struct{}]
+	handlers    *xsync.Map[*Handler, struct{}] // provisioned handlers
+	blocks      *xsync.Map[netip.Addr, int64]  // blocked clients, and until when, since epoch
+	admitted    atomic.Int64                   // all tunnels, including those being dialled
+	lastID      atomic.Uint64
+	config      atomic.Value           // of the handlers that started last
+	endReason   atomic.Pointer[string] // why no tunnel may be open; nil: tunnels may be open
+	open        context.Context        // canceled when no tunnel may be open any longer
+	cancelDials context.CancelFunc
+	stop        func()
 
 	interval  time.Duration // watchInterval, but shorter in some tests
-	lastWords time.Duration // lastWords, but shorter in some tests
+	lastWords time.Duration // drainTimeout, but shorter in some tests
 
 	heads     heldHeads // of responses in progress
 	lingering lingering // client connections that are being closed in stages
@@ -72,16 +72,16 @@ func releaseRegistry() error {
 	return err
 }
 
-func newRegistry() *registry { return newPacedRegistry(watchInterval, lastWords) }
+func newRegistry() *registry { return newPacedRegistry(watchInterval, drainTimeout) }
 
 func newPacedRegistry(interval, lastWords time.Duration) *registry {
 	r := &registry{
 		interval: interval, lastWords: lastWords,
 		tunnels: xsync.NewMap[uint64, *tunnel](),
 		clients: xsync.NewMap[netip.Addr, int](),
-		sources: xsync.NewMap[source, struct{}](), handlers: xsync.NewMap[*Handler, struct{}](), blocks: xsync.NewMap[netip.Addr, int64](),
+		sources: xsync.NewMap[loopKey, struct{}](), handlers: xsync.NewMap[*Handler, struct{}](), blocks: xsync.NewMap[netip.Addr, int64](),
 	}
-	r.open, r.end = context.WithCancel(context.Background())
+	r.open, r.cancelDials = context.WithCancel(context.Background())
 	stop := make(chan struct{})
 	r.stop = sync.OnceFunc(func() { close(stop) })
 	go r.watch(stop)
@@ -105,7 +105,7 @@ func (r *registry) Destruct() error {
 func (r *registry) admit(client netip.Addr, limit, perClient int) *refusal {
 	if n := r.admitted.Add(1); limit > 0 && n > int64(limit) {
 		r.admitted.Add(-1)
-		return causeTunnels.refusal(&deniedError{rule: "max_tunnels", why: "the limit on open tunnels is reached", hint: "raise max_tunnels"})
+		return causeTunnels.refusal(&deniedError{rule: "max_tunnels", reason: "the limit on open tunnels is reached", hint: "raise max_tunnels"})
 	}
 	refused := false
 	r.clients.Compute(client, func(n int, _ bool) (int, xsync.ComputeOp) {
@@ -117,13 +117,13 @@ func (r *registry) admit(client netip.Addr, limit, perClient int) *refusal {
 	})
 	if refused {
 		r.admitted.Add(-1)
-		return causeTunnelsPerClient.refusal(&deniedError{rule: "max_tunnels per_client", why: "the client's limit on open tunnels is reached", hint: "raise max_tunnels per_client"})
+		return causeTunnelsPerClient.refusal(&deniedError{rule: "max_tunnels per_client", reason: "the client's limit on open tunnels is reached", hint: "raise max_tunnels per_client"})
 	}
 	return nil
 }
 
-// leave releases what admit has reserved.
-func (r *registry) leave(client netip.Addr) {
+// release releases what admit has reserved.
+func (r *registry) release(client netip.Addr) {
 	r.clients.Compute(client, func(n int, _ bool) (int, xsync.ComputeOp) {
 		if n <= 1 {
 			return 0, xsync.DeleteOp
@@ -135,15 +135,15 @@ func (r *registry) leave(client netip.Addr) {
 	}
 }
 
-// whileOpen returns the context for dialing a tunnel's target. It ends when ctx ends, after
+// dialContext returns the context for dialing a tunnel's target. It ends when ctx ends, after
 // timeout, and when all tunnels are closed. The caller must call done.
 //
 // The deadline is set here because net.Dialer then allocates no context of its own. The end
 // of ctx is only watched for after the delay promptly: watching the client's connection
 // costs more than dialing a nearby host.
-func (r *registry) whileOpen(ctx context.Context, timeout time.Duration) (open context.Context, done func()) {
+func (r *registry) dialContext(ctx context.Context, timeout time.Duration) (open context.Context, done func()) {
 	open, cancel := context.WithTimeout(dialContext{r.open, ctx}, timeout)
-	watch := time.AfterFunc(promptly, func() { context.AfterFunc(ctx, cancel) })
+	watch := time.AfterFunc(disconnectWatchDelay, func() { context.AfterFunc(ctx, cancel) })
 	return open, func() { watch.Stop(); cancel() }
 }
 
@@ -163,29 +163,29 @@ func (c dialContext) Value(key any) any {
 // add adds an admitted tunnel whose two ends are connected.
 func (r *registry) add(t *tunnel) {
 	t.id = r.lastID.Add(1)
-	t.active.Store(sinceEpoch(t.start))
+	t.lastActive.Store(sinceEpoch(t.start))
 	r.tunnels.Store(t.id, t)
-	if t.source.IsValid() {
-		r.sources.Store(t.origin(), struct{}{})
+	if t.localAddr.IsValid() {
+		r.sources.Store(t.loopKey(), struct{}{})
 	}
-	if reason := r.ended.Load(); reason != nil {
+	if reason := r.endReason.Load(); reason != nil {
 		t.close(*reason)
-	} else if current := r.config.Load(); current != any(t.owner.config) {
-		r.addLate(t, current)
+	} else if current := r.config.Load(); current != any(t.owner.configDone) {
+		r.reconcile(t, current)
 	}
 }
 
-// addLate applies a reload to a tunnel that was still being dialled when its owner was
+// reconcile applies a reload to a tunnel that was still being dialled when its owner was
 // replaced: it gets the same checks and delays as the owner's other tunnels.
-func (r *registry) addLate(t *tunnel, current any) {
+func (r *registry) reconcile(t *tunnel, current any) {
 	for h := range r.handlers.All() {
-		if h.RecheckTunnels && current == any(h.config) && h.running.Load() && h.succeeds(t.owner) && h.dialer.forbids(t) {
+		if h.RecheckTunnels && current == any(h.configDone) && h.running.Load() && h.supersedes(t.owner) && h.dialer.denies(t) {
 			t.close(reasonForbidden)
 		}
 	}
 	select {
-	case <-t.owner.config:
-		t.owner.closeTunnelsLater()
+	case <-t.owner.configDone:
+		t.owner.closeTunnelsAfterDelay()
 	default: // the end of the config will call it
 	}
 }
@@ -193,31 +193,31 @@ func (r *registry) addLate(t *tunnel, current any) {
 // remove removes a tunnel that has ended and releases what admit has reserved.
 func (r *registry) remove(t *tunnel) {
 	r.tunnels.Delete(t.id)
-	if t.source.IsValid() {
-		r.sources.Delete(t.origin())
+	if t.localAddr.IsValid() {
+		r.sources.Delete(t.loopKey())
 	}
-	r.leave(t.bucket)
+	r.release(t.limitKey)
 }
 
-// source identifies a connection to a target: the proxy that opened it and both ends. Both
+// loopKey identifies a connection to a target: the proxy that opened it and both ends. Both
 // are needed, because the kernel may use one local port for several connections.
-type source struct {
+type loopKey struct {
 	proxy    string
 	from, to netip.AddrPort
 }
 
-func (t *tunnel) origin() source { return source{t.owner.name, t.source, t.address} }
+func (t *tunnel) loopKey() loopKey { return loopKey{t.owner.name, t.localAddr, t.address} }
 
 // loops reports whether a request from peer, received at local, arrived over a connection
 // that the proxy of the given name has opened itself, which means that it loops. A CONNECT
 // carries no Via that could tell.
 func (r *registry) loops(proxy string, peer netip.AddrPort, local net.Addr) bool {
-	_, ok := r.sources.Load(source{proxy, peer, addrPort(local)})
+	_, ok := r.sources.Load(loopKey{proxy, peer, addrPort(local)})
 	return ok
 }
 
-// closeWhere closes the tunnels for which condition holds.
-func (r *registry) closeWhere(reason string, condition func(*tunnel) bool) {
+// closeIf closes the tunnels for which condition holds.
+func (r *registry) closeIf(reason string, condition func(*tunnel) bool) {
 	r.tunnels.Range(func(_ uint64, t *tunnel) bool {
 		if condition(t) {
 			t.close(reason)
@@ -233,20 +233,20 @@ func (r *registry) closeWhere(reason string, condition func(*tunnel) bool) {
 // connections, and a client that leaves bytes unread does not. So on exit all connections of
 // the servers that had tunnels are closed.
 func (r *registry) closeAll(reason string) {
-	r.ended.Store(&reason)
-	r.end()
+	r.endReason.Store(&reason)
+	r.cancelDials()
 	servers := make(map[*http3.Server]struct{})
-	r.closeWhere(reason, func(t *tunnel) bool {
+	r.closeIf(reason, func(t *tunnel) bool {
 		if stream, ok := t.near.(*streamPeer); ok && stream.server != nil {
 			servers[stream.server] = struct{}{}
 		}
 		return true
 	})
 	if reason != reasonShutdown {
-		time.AfterFunc(stuckTime, r.closeStuck)
+		time.AfterFunc(abortGrace, r.closeStuck)
 		return
 	}
-	time.AfterFunc(lastMoment, func() {
+	time.AfterFunc(abortGraceOnExit, func() {
 		r.closeStuck()
 		for server := range servers {
 			_ = server.Close()
@@ -273,14 +273,14 @@ func (r *registry) watch(stop <-chan struct{}) {
 		case <-stop:
 			return
 		case now := <-ticker.C:
-			r.look(now)
+			r.tick(now)
 		}
 	}
 }
 
-func (r *registry) look(now time.Time) {
+func (r *registry) tick(now time.Time) {
 	r.tunnels.Range(func(_ uint64, t *tunnel) bool {
-		t.look(now)
+		t.tick(now)
 		return true
 	})
 }

@@ -44,7 +44,7 @@ func newPipedTunnel(h *Handler) *pipedTunnel {
 		},
 		client: client, target: target, done: make(chan struct{}),
 	}
-	h.tunnels.admit(p.bucket, 0, 0)
+	h.tunnels.admit(p.limitKey, 0, 0)
 	go func() {
 		p.run()
 		close(p.done)
@@ -519,8 +519,8 @@ func TestLoopsOfTunnelsWithOnePort(t *testing.T) {
 	source := netip.MustParseAddrPort("127.0.0.1:40000")
 	h := &Handler{name: "the-proxy", tunnels: r}
 	open := func(address string) *tunnel {
-		t := &tunnel{owner: h, registry: r, source: source, address: netip.MustParseAddrPort(address)}
-		r.admit(t.bucket, 0, 0)
+		t := &tunnel{owner: h, registry: r, localAddr: source, address: netip.MustParseAddrPort(address)}
+		r.admit(t.limitKey, 0, 0)
 		r.add(t)
 		return t
 	}

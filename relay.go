@@ -25,7 +25,7 @@ var (
 // flow counts the bytes of one direction of a tunnel.
 type flow struct {
 	atomic.Int64             // bytes written to the destination
-	waiting      atomic.Bool // a write to the destination is in progress
+	writing      atomic.Bool // a write to the destination is in progress
 }
 
 // relay copies from src to dst until src ends or dst fails, and counts the bytes that were
@@ -77,9 +77,9 @@ func relayBurst(dst io.Writer, src io.Reader, copied *flow) (readErr, writeErr e
 
 // writeCounted writes b and counts the bytes that were written.
 func writeCounted(dst io.Writer, b []byte, copied *flow) error {
-	copied.waiting.Store(true)
+	copied.writing.Store(true)
 	n, err := dst.Write(b)
 	copied.Add(int64(n))
-	copied.waiting.Store(false)
+	copied.writing.Store(false)
 	return err
 }

@@ -33,9 +33,9 @@ const resendDelay = time.Second
 //
 // All methods are safe for concurrent use.
 type resolver struct {
-	servers []caddy.NetworkAddress // none: the system's
-	resend  time.Duration          // see resendDelay
-	silent  *memory[int, struct{}] // servers that recently did not answer in time
+	servers []caddy.NetworkAddress   // none: the system's
+	resend  time.Duration            // see resendDelay
+	silent  *ttlCache[int, struct{}] // servers that recently did not answer in time
 
 	mu      sync.Mutex
 	pending map[question]*lookup
@@ -55,9 +55,9 @@ type lookup struct {
 	waiting []chan<- dnsAnswer // guarded by resolver.mu
 }
 
-// limit sets the resend delay for look-ups with the given timeout, so that there is time
+// setTimeout sets the resend delay for look-ups with the given timeout, so that there is time
 // to repeat a query.
-func (r *resolver) limit(timeout time.Duration) {
+func (r *resolver) setTimeout(timeout time.Duration) {
 	r.resend = max(min(resendDelay, timeout/3), time.Millisecond)
 }
 
@@ -66,7 +66,7 @@ func (r *resolver) limit(timeout time.Duration) {
 func newResolver(addresses []string) (*resolver, error) {
 	r := &resolver{
 		resend:  resendDelay,
-		silent:  newMemory[int, struct{}](len(addresses)+1, 30*time.Second),
+		silent:  newTTLCache[int, struct{}](len(addresses)+1, 30*time.Second),
 		pending: make(map[question]*lookup),
 	}
 	for _, address := range addresses {
@@ -107,7 +107,7 @@ func (r *resolver) join(q question, answers chan<- dnsAnswer) *lookup {
 		l = &lookup{question: q, began: time.Now(), cancel: cancel}
 		r.pending[q] = l
 		system := net.DefaultResolver
-		go func() { r.end(l, r.resolve(ctx, q, system)) }()
+		go func() { r.deliver(l, r.resolve(ctx, q, system)) }()
 	}
 	l.waiting = append(l.waiting, answers)
 	return l
@@ -132,8 +132,8 @@ func (r *resolver) forget(l *lookup) {
 	}
 }
 
-// end sends the answer of a look-up to all channels that wait for it.
-func (r *resolver) end(l *lookup, a dnsAnswer) {
+// deliver sends the answer of a look-up to all channels that wait for it.
+func (r *resolver) deliver(l *lookup, a dnsAnswer) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.forget(l)
@@ -150,7 +150,7 @@ func (r *resolver) lookup(ctx context.Context, name string) (addrs []netip.Addr,
 	for range 2 {
 		select {
 		case a := <-answers:
-			addrs, err = append(addrs, a.addrs...), moreTelling(err, a.err)
+			addrs, err = append(addrs, a.addrs...), moreInformative(err, a.err)
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
 		}
@@ -192,7 +192,7 @@ func (r *resolver) resolve(ctx context.Context, q question, system *net.Resolver
 			if a.err == nil || a.err.(*resolveError).notFound() {
 				return a
 			}
-			failure = moreTelling(failure, a.err)
+			failure = moreInformative(failure, a.err)
 			if failed++; failed == len(order) {
 				return dnsAnswer{ipv6: q.ipv6, err: failure}
 			}
@@ -210,11 +210,11 @@ func (r *resolver) resolve(ctx context.Context, q question, system *net.Resolver
 // not answer last.
 func (r *resolver) order() []int {
 	order := rand.Perm(len(r.servers))
-	slices.SortStableFunc(order, func(a, b int) int { return r.silence(a) - r.silence(b) })
+	slices.SortStableFunc(order, func(a, b int) int { return r.rank(a) - r.rank(b) })
 	return order
 }
 
-func (r *resolver) silence(server int) int {
+func (r *resolver) rank(server int) int {
 	if _, silent := r.silent.get(server); silent {
 		return 1
 	}
@@ -435,15 +435,15 @@ func (e *resolveError) refusal(err error, host string) *refusal {
 	var f *refusal
 	switch {
 	case e.timeout():
-		return refuse(http.StatusGatewayTimeout, "dns_timeout", err, "The name of %s was not resolved in time.", host)
+		return newRefusal(http.StatusGatewayTimeout, "dns_timeout", err, "The name of %s was not resolved in time.", host)
 	case e.notFound() && rcode == "":
-		return refuse(http.StatusBadGateway, "dns_error", err, "The name of %s has no address.", host)
+		return newRefusal(http.StatusBadGateway, "dns_error", err, "The name of %s has no address.", host)
 	case e.notFound():
-		f = refuse(http.StatusBadGateway, "dns_error", err, "The name of %s does not resolve.", host)
+		f = newRefusal(http.StatusBadGateway, "dns_error", err, "The name of %s does not resolve.", host)
 	case rcode == "":
-		return refuse(http.StatusServiceUnavailable, "dns_error", err, "The name of %s cannot be looked up: there is no answer from DNS.", host)
+		return newRefusal(http.StatusServiceUnavailable, "dns_error", err, "The name of %s cannot be looked up: there is no answer from DNS.", host)
 	default:
-		f = refuse(http.StatusServiceUnavailable, "dns_error", err, "The name of %s cannot be looked up: the DNS server answers %s.", host, rcode)
+		f = newRefusal(http.StatusServiceUnavailable, "dns_error", err, "The name of %s cannot be looked up: the DNS server answers %s.", host, rcode)
 	}
 	f.params = fmt.Sprintf("; rcode=%q", rcode)
 	return f

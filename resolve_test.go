@@ -467,8 +467,8 @@ func TestNoDescriptorsForDNS(t *testing.T) {
 		}}
 		_, err := resolverAt(t, time.Second).lookup(lookupContext(t), "name.test.")
 		f := dialRefusal(t.Context(), err, "name.test:443")
-		if f.status != http.StatusServiceUnavailable || f.kind != "proxy_internal_error" || !strings.Contains(f.text, "cannot open another connection") {
-			t.Errorf("%v: %d, %s, %q", err, f.status, f.kind, f.text)
+		if f.status != http.StatusServiceUnavailable || f.errorType != "proxy_internal_error" || !strings.Contains(f.text, "cannot open another connection") {
+			t.Errorf("%v: %d, %s, %q", err, f.status, f.errorType, f.text)
 		}
 		if got := dialOutcome(t.Context(), err); got != "failed" {
 			t.Errorf("%v counts as %s", err, got)
@@ -500,7 +500,7 @@ func TestConnectorLearns(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			c := newConnector(resolverAt(t, time.Second))
 			winner, _ := netip.ParseAddr(tc.winner)
-			c.learn(to, &race{attempts: tc.attempts, lookups: tc.lookups}, winner)
+			c.remember(to, &race{attempts: tc.attempts, lookups: tc.lookups}, winner)
 			if got, ok := c.winners.get(to); ok != (tc.first != "") || ok && got.String() != tc.first {
 				t.Errorf("%v is preferred, want %s", got, tc.first)
 			}
@@ -516,7 +516,7 @@ func TestConnectorLearns(t *testing.T) {
 
 func TestMemoryIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		m := newMemory[int, int](10, time.Minute)
+		m := newTTLCache[int, int](10, time.Minute)
 		for i := range 1000 {
 			m.put(i, -i)
 			if value, ok := m.get(i); !ok || value != -i || len(m.values) > 10 {
@@ -535,7 +535,7 @@ func TestMemoryIsBounded(t *testing.T) {
 		}
 		// Expired entries make room for live ones.
 		for i := 100; len(m.values) < 10; i++ {
-			m.values[i] = remembered[int]{}
+			m.values[i] = ttlEntry[int]{}
 		}
 		m.put(7, 7)
 		if _, ok := m.get(6); !ok {

@@ -22,20 +22,20 @@ import (
 
 // refusal is a response that the proxy generates itself, in place of one from an origin.
 type refusal struct {
-	status int
-	kind   string // the error type of RFC 9209 §2.3, for the Proxy-Status field
-	text   string // one sentence for the user, without internals
-	err    error  // what happened, for the log; may be nil
-	cause  cause  // ""; causeOf derives it from err
-	params string // further parameters of the Proxy-Status field, each preceded by "; "
+	status    int
+	errorType string // the error type of RFC 9209 §2.3, for the Proxy-Status field
+	text      string // one sentence for the user, without internals
+	err       error  // what happened, for the log; may be nil
+	cause     cause  // ""; causeOf derives it from err
+	params    string // further parameters of the Proxy-Status field, each preceded by "; "
 
-	before     string // members of Proxy-Status that precede ours; "": none
-	retryAfter string // the Retry-After field; "": none
+	priorMembers string // members of Proxy-Status that precede ours; "": none
+	retryAfter   string // the Retry-After field; "": none
 }
 
-// refuse returns a refusal with a formatted text.
-func refuse(status int, kind string, err error, format string, args ...any) *refusal {
-	return &refusal{status: status, kind: kind, err: err, text: fmt.Sprintf(format, args...)}
+// newRefusal returns a refusal with a formatted text.
+func newRefusal(status int, kind string, err error, format string, args ...any) *refusal {
+	return &refusal{status: status, errorType: kind, err: err, text: fmt.Sprintf(format, args...)}
 }
 
 // Error returns the sentence for the client. Error routes show it as {err.message}, so it
@@ -44,29 +44,29 @@ func (f *refusal) Error() string { return f.text }
 
 func (f *refusal) Unwrap() error { return f.err }
 
-// answer sends f to the client: through the site's error routes if there are any,
+// sendRefusal sends f to the client: through the site's error routes if there are any,
 // otherwise directly as one line of text. The machine-readable fields are set in both
 // cases.
-func (h *Handler) answer(w http.ResponseWriter, r *http.Request, f *refusal) error {
-	status := h.proxyStatus(f.kind) + f.params
-	if f.before != "" {
-		status = f.before + ", " + status
+func (h *Handler) sendRefusal(w http.ResponseWriter, r *http.Request, f *refusal) error {
+	status := h.proxyStatus(f.errorType) + f.params
+	if f.priorMembers != "" {
+		status = f.priorMembers + ", " + status
 	}
 	if f.retryAfter != "" {
 		w.Header()["Retry-After"] = []string{f.retryAfter}
 	}
-	return h.writeAnswer(w, r, f, status, append([]byte(f.text), '\n'))
+	return h.writeRefusal(w, r, f, status, append([]byte(f.text), '\n'))
 }
 
 // proxyStatus returns the value of the Proxy-Status field (RFC 9209).
 func (h *Handler) proxyStatus(kind string) string { return h.name + "; error=" + kind }
 
-// writeAnswer is answer with a prepared Proxy-Status value and body. Each response gets
+// writeRefusal is answer with a prepared Proxy-Status value and body. Each response gets
 // field values of its own, because Caddy's header directive modifies values in place.
-func (h *Handler) writeAnswer(w http.ResponseWriter, r *http.Request, f *refusal, proxyStatus string, body []byte) error {
+func (h *Handler) writeRefusal(w http.ResponseWriter, r *http.Request, f *refusal, proxyStatus string, body []byte) error {
 	header := w.Header()
 	header["Proxy-Status"] = []string{proxyStatus}
-	closes := unread(r)
+	closes := hasUnreadInput(r)
 	if closes {
 		header["Connection"] = []string{"close"}
 	}
@@ -78,7 +78,7 @@ func (h *Handler) writeAnswer(w http.ResponseWriter, r *http.Request, f *refusal
 		header["Content-Length"] = []string{strconv.Itoa(len(body))}
 	}
 	header["Content-Type"] = []string{"text/plain; charset=utf-8"}
-	limitWrite(r)
+	startWriteIdleTimeout(r)
 	w.WriteHeader(f.status)
 	if r.Method != http.MethodHead {
 		_, _ = w.Write(body) // fails only if the client has disconnected
@@ -86,12 +86,12 @@ func (h *Handler) writeAnswer(w http.ResponseWriter, r *http.Request, f *refusal
 	return nil
 }
 
-// unread reports whether an HTTP/1 connection must close after a response to r because
+// hasUnreadInput reports whether an HTTP/1 connection must close after a response to r because
 // the client may have sent data that nothing reads: the request's content, or bytes after
 // a CONNECT for a tunnel that was not opened. They would be parsed as another request, or
 // read before the response is sent. An HTTP/1.0 connection closes in any case (RFC 9112
 // §9.3).
-func unread(r *http.Request) bool {
+func hasUnreadInput(r *http.Request) bool {
 	return r.ProtoMajor == 1 && (r.ContentLength != 0 || r.Method == http.MethodConnect || r.ProtoMinor == 0)
 }
 
@@ -108,29 +108,29 @@ func forwardRefusal(r *http.Request, err error) *refusal {
 	)
 	switch {
 	case errors.As(err, &body) && errors.Is(body, os.ErrDeadlineExceeded):
-		return refuse(http.StatusRequestTimeout, "http_request_error", err, "The content of the request did not arrive in time.")
+		return newRefusal(http.StatusRequestTimeout, "http_request_error", err, "The content of the request did not arrive in time.")
 	case errors.As(err, &body):
-		return refuse(http.StatusBadRequest, "http_request_error", err, "The content of the request is incomplete or malformed.")
+		return newRefusal(http.StatusBadRequest, "http_request_error", err, "The content of the request is incomplete or malformed.")
 	case r.Context().Err() != nil:
-		return clientLeft(context.Cause(r.Context()))
+		return clientDisconnected(context.Cause(r.Context()))
 	case errors.As(err, &dial):
 		return dialRefusal(r.Context(), err, host)
 	case errors.As(err, &parent):
 		return parent.refusal(r.Context(), host)
 	case errors.As(err, &wrong): // its text may quote what the origin sent
-		return refuse(http.StatusBadGateway, "http_protocol_error", err, answered+": %v.", host, wrong)
+		return newRefusal(http.StatusBadGateway, "http_protocol_error", err, answered+": %v.", host, wrong)
 	case isTLSError(err):
 		return tlsRefusal(err, host)
 	case errors.Is(err, errHeadTooLarge), errors.Is(err, errTooManyFields), errors.Is(err, errHeldHeads):
-		return refuse(http.StatusBadGateway, "http_response_header_section_size", err, answered+": %v.", host, err)
+		return newRefusal(http.StatusBadGateway, "http_response_header_section_size", err, answered+": %v.", host, err)
 	case errors.Is(err, errServerSilent):
-		return refuse(http.StatusGatewayTimeout, "connection_read_timeout", err, "%s has stopped answering on its connection; try again.", host)
+		return newRefusal(http.StatusGatewayTimeout, "connection_read_timeout", err, "%s has stopped answering on its connection; try again.", host)
 	case errors.As(err, &timeout) && timeout.Timeout():
-		return refuse(http.StatusGatewayTimeout, "http_response_timeout", err, "%s did not answer in time.", host)
+		return newRefusal(http.StatusGatewayTimeout, "http_response_timeout", err, "%s did not answer in time.", host)
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
-		return refuse(http.StatusBadGateway, "http_response_incomplete", err, "%s closed the connection before its response was complete.", host)
+		return newRefusal(http.StatusBadGateway, "http_response_incomplete", err, "%s closed the connection before its response was complete.", host)
 	default:
-		return refuse(http.StatusBadGateway, "http_protocol_error", err, answered+".", host)
+		return newRefusal(http.StatusBadGateway, "http_protocol_error", err, answered+".", host)
 	}
 }
 
@@ -146,11 +146,11 @@ func tlsRefusal(err error, host string) *refusal {
 	)
 	switch {
 	case errors.As(err, &cert):
-		return refuse(http.StatusBadGateway, "tls_certificate_error", err, "The certificate of %s is not trusted.", host)
+		return newRefusal(http.StatusBadGateway, "tls_certificate_error", err, "The certificate of %s is not trusted.", host)
 	case errors.As(err, &remote) && remote.Op == "remote error":
 		return alertRefusal(err, remote.Err.Error(), host)
 	}
-	return refuse(http.StatusBadGateway, "tls_protocol_error", err, "%s does not speak TLS, or only insecure versions of it.", host)
+	return newRefusal(http.StatusBadGateway, "tls_protocol_error", err, "%s does not speak TLS, or only insecure versions of it.", host)
 }
 
 // alertRefusal returns the refusal for a TLS alert from host. crypto/tls does not export
@@ -161,11 +161,11 @@ func alertRefusal(err error, text, host string) *refusal {
 			continue
 		}
 		name := cmp.Or(tlsAlerts[uint8(id)], "unknown alert "+strconv.Itoa(id))
-		f := refuse(http.StatusBadGateway, "tls_alert_received", err, "%s ended the TLS connection with the alert %s.", host, name)
+		f := newRefusal(http.StatusBadGateway, "tls_alert_received", err, "%s ended the TLS connection with the alert %s.", host, name)
 		f.params = fmt.Sprintf("; alert-id=%d; alert-message=%q", id, name)
 		return f
 	}
-	return refuse(http.StatusBadGateway, "tls_alert_received", err, "%s ended the TLS connection with an alert.", host)
+	return newRefusal(http.StatusBadGateway, "tls_alert_received", err, "%s ended the TLS connection with an alert.", host)
 }
 
 // tlsAlerts maps TLS alerts to their names in IANA's registry.
@@ -181,12 +181,12 @@ var tlsAlerts = map[uint8]string{
 	116: "certificate_required", 117: "general_error", 120: "no_application_protocol", 121: "ech_required",
 }
 
-// answerLast responds to a TRACE or OPTIONS request whose Max-Forwards is used up.
-func answerLast(w http.ResponseWriter, r *http.Request) (int, error) {
-	if unread(r) {
+// answerMaxForwards responds to a TRACE or OPTIONS request whose Max-Forwards is used up.
+func answerMaxForwards(w http.ResponseWriter, r *http.Request) (int, error) {
+	if hasUnreadInput(r) {
 		w.Header()["Connection"] = []string{"close"}
 	}
-	limitWrite(r)
+	startWriteIdleTimeout(r)
 	if r.Method == http.MethodOptions {
 		w.Header()["Allow"] = []string{"CONNECT, DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT, TRACE"}
 		w.Header()["Content-Length"] = []string{"0"}
@@ -194,7 +194,7 @@ func answerLast(w http.ResponseWriter, r *http.Request) (int, error) {
 		return http.StatusOK, nil
 	}
 	if r.ContentLength != 0 {
-		return 0, refuse(http.StatusBadRequest, "http_request_error", nil, "A TRACE request must not have content.")
+		return 0, newRefusal(http.StatusBadRequest, "http_request_error", nil, "A TRACE request must not have content.")
 	}
 	// RFC 9110 §9.3.8: the request as it was received, without secrets.
 	for _, name := range []string{"Authorization", "Cookie", "Proxy-Authorization"} {

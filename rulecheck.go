@@ -16,12 +16,12 @@ import (
 // ruleCheck finds rules that do not do what the operator expects: destinations that can
 // never match, and allow rules that have no effect.
 type ruleCheck struct {
-	open      []portRange // the ports that clients may connect to
-	skipFiles bool        // ignore files that this process has no permission to read
-	blind     bool        // such a file was ignored, so not all rules are known
-	noted     []listedDestination
-	never     []neverMatch
-	inexact   []string // ranges in files that have bits set beyond their length
+	open       []portRange // the ports that clients may connect to
+	skipFiles  bool        // ignore files that this process has no permission to read
+	incomplete bool        // such a file was ignored, so not all rules are known
+	noted      []listedDestination
+	never      []neverMatch
+	inexact    []string // ranges in files that have bits set beyond their length
 }
 
 // listedDestination is a destination of a rule.
@@ -60,11 +60,11 @@ func (c *ruleCheck) note(sets []*ruleSet, l listedDestination, deny bool) {
 	switch {
 	case len(ports) == 0:
 		l.dead = true
-		c.dead(l.rule, l.text, fmt.Sprintf("port %s is closed", l.dest.ports))
+		c.addNeverMatch(l.rule, l.text, fmt.Sprintf("port %s is closed", l.dest.ports))
 	case by != "":
 		l.dead = true
 		if !l.file || byDeny != deny { // redundant entries of a third-party list are harmless
-			c.dead(l.rule, l.text, by+" before it decides first")
+			c.addNeverMatch(l.rule, l.text, by+" before it decides first")
 		}
 	}
 	c.noted = append(c.noted, l)
@@ -74,11 +74,11 @@ func (c *ruleCheck) note(sets []*ruleSet, l listedDestination, deny bool) {
 // and the check ignores such files.
 func (c *ruleCheck) unreadable(err error) bool {
 	skip := c.skipFiles && errors.Is(err, fs.ErrPermission)
-	c.blind = c.blind || skip
+	c.incomplete = c.incomplete || skip
 	return skip
 }
 
-func (c *ruleCheck) dead(rule int, text, why string) {
+func (c *ruleCheck) addNeverMatch(rule int, text, why string) {
 	i := slices.IndexFunc(c.never, func(n neverMatch) bool { return n.rule == rule && n.why == why })
 	if i < 0 {
 		i = len(c.never)
@@ -161,7 +161,7 @@ func (s *ruleSet) coversName(d destination) (string, bool) {
 		return "all", true
 	case d.text == "all":
 		return "", false
-	case d.below:
+	case d.subdomains:
 		return s.matchName(target{name: "*." + d.text}) // the * stands for any label
 	}
 	return s.matchName(target{name: d.text})
@@ -176,10 +176,10 @@ func (s *ruleSet) coversAddresses(d destination) (string, bool) {
 	if within, ok := s.prefixes.LookupPrefixLPM(d.prefix); ok {
 		return within.String(), true
 	}
-	if s.public && !notPublic.OverlapsPrefix(d.prefix) && !sixTo.Overlaps(d.prefix) {
+	if s.public && !notPublic.OverlapsPrefix(d.prefix) && !sixToFour.Overlaps(d.prefix) {
 		return "public", true
 	}
-	private := s.private && notPublic.LookupPrefix(d.prefix) && (s.deny || !notLocal.OverlapsPrefix(d.prefix))
+	private := s.private && notPublic.LookupPrefix(d.prefix) && (s.deny || !neverReachable.OverlapsPrefix(d.prefix))
 	return "private", private
 }
 
@@ -217,7 +217,7 @@ func (d destination) overrides(later []*ruleSet) bool {
 }
 
 func (d destination) overlapsNames(s *ruleSet) bool {
-	if _, matches := s.coversName(d); matches || !d.below {
+	if _, matches := s.coversName(d); matches || !d.subdomains {
 		return matches
 	}
 	below := func(names map[string]bool) bool {
@@ -276,7 +276,7 @@ func (c *ruleCheck) useless(rules []Rule, sets []*ruleSet) (found []useless) {
 		}
 	}
 	for i := range rules {
-		if len(texts[i]) > 0 && !c.blind {
+		if len(texts[i]) > 0 && !c.incomplete {
 			found = append(found, useless{i, texts[i], !effective[i] && rules[i].SourceRaw == nil})
 		}
 	}

@@ -67,10 +67,10 @@ func hashFiles(paths []string) string {
 
 // destination is one destination of a rule.
 type destination struct {
-	text   string // a name, or all, public or private
-	below  bool   // matches *.text, the names below text
-	prefix netip.Prefix
-	ports  portRange
+	text       string // a name, or all, public or private
+	subdomains bool   // matches *.text, the names below text
+	prefix     netip.Prefix
+	ports      portRange
 }
 
 // parseDestination parses a destination of a rule.
@@ -116,7 +116,7 @@ func parseDestination(s string) (destination, error) {
 	}
 	// ToASCII maps other full stops to a dot. One trailing dot is removed; a second one
 	// makes the name invalid.
-	d.text, d.below = strings.TrimSuffix(strings.ToLower(ascii), "."), below
+	d.text, d.subdomains = strings.TrimSuffix(strings.ToLower(ascii), "."), below
 	_, isAddress := parsePrefix(d.text) // an address in other than ASCII digits
 	if err != nil || isAddress == nil || checkHost(d.text) != nil || strings.ContainsAny(host, "/[]") || strings.HasSuffix(d.text, ".") {
 		return destination{}, fmt.Errorf("%q is not an address, a CIDR range or a name", s)
@@ -270,7 +270,7 @@ func (s *ruleSet) add(d destination) {
 		s.public = true
 	case d.text == "private":
 		s.private = true
-	case d.below:
+	case d.subdomains:
 		s.domains[d.text] = true
 	default:
 		s.names[d.text] = true

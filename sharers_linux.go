@@ -15,10 +15,10 @@ import (
 	"strings"
 )
 
-// sharers returns the other processes that listen on an address, as far as this one has
+// otherListeners returns the other processes that listen on an address, as far as this one has
 // permission to see them. Linux lets processes of one user share a port, and distributes
 // the connections among them.
-func sharers(at netip.AddrPort) (processes []string) {
+func otherListeners(at netip.AddrPort) (processes []string) {
 	ours := socketsOf("self")
 	for _, inode := range listeningInodes(at) {
 		if !slices.Contains(ours, inode) {

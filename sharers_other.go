@@ -7,6 +7,6 @@ package asyncproxy
 
 import "net/netip"
 
-// sharers returns nil: other systems do not let processes share a port, or have no way to
+// otherListeners returns nil: other systems do not let processes share a port, or have no way to
 // find out.
-func sharers(netip.AddrPort) []string { return nil }
+func otherListeners(netip.AddrPort) []string { return nil }

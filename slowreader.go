@@ -12,70 +12,70 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// slowReader extends the write deadline of an HTTP/1 client that reads a response slowly.
+// writeStallTimer extends the write deadline of an HTTP/1 client that reads a response slowly.
 // Caddy's timeout for stalled writes starts with each write and expires if the write cannot
 // be made in time. But the kernel buffers up to some MiB for a socket, and once the buffer
 // is full, accepts no more until a third of it is free. With a slow client that takes longer
-// than the timeout, although the client reads all the time. So slowReader restarts the
+// than the timeout, although the client reads all the time. So writeStallTimer restarts the
 // timeout whenever the client has acknowledged bytes.
-type slowReader struct {
+type writeStallTimer struct {
 	socket  *net.TCPConn
 	timeout time.Duration
 
 	mu    sync.Mutex
 	timer *time.Timer // nil: stopped
-	taken uint64      // bytes acknowledged on the connection
+	acked uint64      // bytes acknowledged on the connection
 }
 
-// newSlowReader returns nil if there is no timeout that can be restarted. Over HTTP/2 each
+// newWriteStallTimer returns nil if there is no timeout that can be restarted. Over HTTP/2 each
 // stream has a timeout of its own, but acknowledgements are for the whole connection. There
-// newSlowReader only limits how much waits in the kernel.
-func newSlowReader(w http.ResponseWriter, r *http.Request) *slowReader {
+// newWriteStallTimer only limits how much waits in the kernel.
+func newWriteStallTimer(w http.ResponseWriter, r *http.Request) *writeStallTimer {
 	_, idle := caddyhttp.IdleTimeoutsFromContext(r.Context())
 	socket := newConnPeer(connOf(w, r)).tcp
 	switch {
-	case idle == nil || !restartable(idle) || socket == nil:
+	case idle == nil || !restartsWithEachWrite(idle) || socket == nil:
 		return nil
 	case r.ProtoMajor > 1:
 		limitUnsent(socket)
 		return nil
 	}
-	s := &slowReader{socket: socket, timeout: idle.Deadline.Timeout}
+	s := &writeStallTimer{socket: socket, timeout: idle.Deadline.Timeout}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.timer = time.AfterFunc(s.pause(), s.look)
+	s.timer = time.AfterFunc(s.tickInterval(), s.tick)
 	return s
 }
 
-// look restarts the timeout if the client has acknowledged bytes since the last tick.
-func (s *slowReader) look() {
+// tick restarts the timeout if the client has acknowledged bytes since the last tick.
+func (s *writeStallTimer) tick() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.timer == nil {
 		return
 	}
-	if taken := bytesTaken(s.socket); taken > s.taken {
-		s.taken = taken
+	if taken := bytesAcked(s.socket); taken > s.acked {
+		s.acked = taken
 		_ = s.socket.SetWriteDeadline(time.Now().Add(s.timeout)) // if it fails, so does the write
 	}
-	s.timer.Reset(s.pause())
+	s.timer.Reset(s.tickInterval())
 }
 
-// pause returns the time between two ticks, which is how late progress may be noticed.
-func (s *slowReader) pause() time.Duration { return max(s.timeout/4, time.Millisecond) }
+// tickInterval returns the time between two ticks, which is how late progress may be noticed.
+func (s *writeStallTimer) tickInterval() time.Duration { return max(s.timeout/4, time.Millisecond) }
 
 // waitForEnd waits until the client has read enough for the end of a chunked response to be
 // written without waiting: at that point, nothing restarts the timeout any longer.
-func (s *slowReader) waitForEnd() error {
+func (s *writeStallTimer) waitForEnd() error {
 	if s == nil {
 		return nil
 	}
 	_ = s.socket.SetWriteDeadline(time.Now().Add(s.timeout)) // the last one may have passed
-	return toClient(waitWritable(s.socket))
+	return asClientError(waitWritable(s.socket))
 }
 
 // stop stops the timer. When it returns, the deadline is no longer set.
-func (s *slowReader) stop() {
+func (s *writeStallTimer) stop() {
 	if s == nil {
 		return
 	}
@@ -85,12 +85,12 @@ func (s *slowReader) stop() {
 	s.timer = nil
 }
 
-// limitWrite sets Caddy's write_idle as the deadline for the response that begins now.
+// startWriteIdleTimeout sets Caddy's write_idle as the deadline for the response that begins now.
 // Caddy's own timeout starts with the first content that is written, so a response without
 // content would wait forever for a client that does not read. A clientConn sets a deadline
 // for each write itself. Over HTTP/2, a deadline is a timer that ends the stream even when
 // nothing is written, so it is not set.
-func limitWrite(r *http.Request) {
+func startWriteIdleTimeout(r *http.Request) {
 	if r.ProtoMajor == 2 {
 		return
 	}

@@ -156,7 +156,7 @@ var (
 
 // takeSnapshot copies the current state. It does not block requests.
 func takeSnapshot(now time.Time) snapshot {
-	s := snapshot{Stats: takeStats(now), Refusals: recent.list(), Settings: []siteSettings{}}
+	s := snapshot{Stats: takeStats(now), Refusals: recentRefusals.list(), Settings: []siteSettings{}}
 	s.Clients = findClients(clientQuery{limit: snapshotClients, key: sortsOfClients["last_seen"]}, now)
 	s.Tunnels = findTunnels(tunnelQuery{limit: snapshotTunnels, key: sortsOfTunnels["idle"], ascending: true}, now)
 	eachRegistry(func(r *registry) {
@@ -189,17 +189,19 @@ func takeStats(now time.Time) stats {
 	if loaded := configLoaded.Load(); loaded != nil {
 		s.Loaded = *loaded
 	}
-	requests := func(k kind, o outcome) int64 { return int64(read(metrics.requests[k][o]).GetCounter().GetValue()) }
+	requests := func(k requestKind, o outcome) int64 {
+		return int64(readMetric(metrics.requests[k][o]).GetCounter().GetValue())
+	}
 	s.Requests.Forwarded = requests(kindForward, outcomeOK)
 	s.Requests.Tunnels = requests(kindTunnel, outcomeOK)
 	s.Requests.PassedOn = requests(kindOther, outcomeOK)
-	for k := range kinds {
+	for k := range numKinds {
 		s.Requests.RateLimited += requests(k, outcomeLimited)
 		s.Requests.Refused += requests(k, outcomeRefused)
 		s.Requests.Failed += requests(k, outcomeFailed)
 		s.Requests.AuthRequired += requests(k, outcomeAuthRequired)
 	}
-	for _, m := range readAll(metrics.refusals) {
+	for _, m := range readMetrics(metrics.refusals) {
 		labels := map[string]string{}
 		for _, label := range m.Label {
 			labels[label.GetName()] = label.GetValue()
@@ -210,7 +212,7 @@ func takeStats(now time.Time) stats {
 			s.Causes[labels["cause"]] += n
 		}
 	}
-	s.Clients.Evicted = int64(read(metrics.evictions).GetCounter().GetValue())
+	s.Clients.Evicted = int64(readMetric(metrics.evictions).GetCounter().GetValue())
 	limiters.Range(func(_, l any) bool {
 		s.Clients.Tracked += int64(l.(*limiter).clients())
 		s.Clients.Limit += int64(l.(*limiter).key.maxClients)
@@ -222,11 +224,11 @@ func takeStats(now time.Time) stats {
 		r.countBytes()
 	})
 	s.Tunnels.Opened = s.Requests.Tunnels
-	s.Tunnels.BytesUp = int64(read(metrics.up).GetCounter().GetValue())
-	s.Tunnels.BytesDown = int64(read(metrics.down).GetCounter().GetValue())
-	s.BytesUp = s.Tunnels.BytesUp + int64(read(metrics.forwardedUp).GetCounter().GetValue())
-	s.BytesDown = s.Tunnels.BytesDown + int64(read(metrics.forwardedDown).GetCounter().GetValue())
-	for _, m := range readAll(metrics.dials) {
+	s.Tunnels.BytesUp = int64(readMetric(metrics.up).GetCounter().GetValue())
+	s.Tunnels.BytesDown = int64(readMetric(metrics.down).GetCounter().GetValue())
+	s.BytesUp = s.Tunnels.BytesUp + int64(readMetric(metrics.forwardedUp).GetCounter().GetValue())
+	s.BytesDown = s.Tunnels.BytesDown + int64(readMetric(metrics.forwardedDown).GetCounter().GetValue())
+	for _, m := range readMetrics(metrics.dials) {
 		if m.Label[0].GetValue() == "ok" {
 			s.Dials.OK += int64(m.GetHistogram().GetSampleCount())
 			s.DialSeconds = readHistogram(m)
@@ -234,24 +236,24 @@ func takeStats(now time.Time) stats {
 			s.Dials.Failed += int64(m.GetHistogram().GetSampleCount())
 		}
 	}
-	s.FirstByteSeconds = readHistogram(read(metrics.responses))
+	s.FirstByteSeconds = readHistogram(readMetric(metrics.responses))
 	return s
 }
 
 const modulePath = "github.com/asyncproxy/caddy-async-proxy"
 
-func read(m prometheus.Metric) *dto.Metric {
+func readMetric(m prometheus.Metric) *dto.Metric {
 	var d dto.Metric
 	_ = m.Write(&d) // fails only for invalid metrics
 	return &d
 }
 
-func readAll(c prometheus.Collector) []*dto.Metric {
+func readMetrics(c prometheus.Collector) []*dto.Metric {
 	ch := make(chan prometheus.Metric)
 	go func() { c.Collect(ch); close(ch) }()
 	var list []*dto.Metric
 	for m := range ch {
-		list = append(list, read(m))
+		list = append(list, readMetric(m))
 	}
 	return list
 }
@@ -268,33 +270,33 @@ func readHistogram(m *dto.Metric) histogram {
 	return h
 }
 
-// first finds the n values with the largest keys or, if ascending, the smallest. Among equal
+// topN finds the n values with the largest keys or, if ascending, the smallest. Among equal
 // keys, earlier values win.
-type first[T any] struct {
+type topN[T any] struct {
 	n         int
 	ascending bool
 	added     int
-	list      []keyed[T] // up to 2n candidates; after a compaction, the first n are the best so far, in order
+	list      []topEntry[T] // up to 2n candidates; after a compaction, the first n are the best so far, in order
 }
 
-type keyed[T any] struct {
+type topEntry[T any] struct {
 	key   float64
-	at    int
+	seq   int
 	value T
 }
 
-func (f *first[T]) compare(a, b keyed[T]) int {
+func (f *topN[T]) compare(a, b topEntry[T]) int {
 	order := cmp.Compare(a.key, b.key)
 	if !f.ascending {
 		order = -order
 	}
-	return cmp.Or(order, cmp.Compare(a.at, b.at))
+	return cmp.Or(order, cmp.Compare(a.seq, b.seq))
 }
 
 // add sorts once per n relevant values. It discards irrelevant ones after one comparison.
-func (f *first[T]) add(key float64, value T) {
+func (f *topN[T]) add(key float64, value T) {
 	f.added++
-	k := keyed[T]{key, f.added, value}
+	k := topEntry[T]{key, f.added, value}
 	if f.added > 2*f.n && f.compare(k, f.list[f.n-1]) > 0 {
 		return
 	}
@@ -305,7 +307,7 @@ func (f *first[T]) add(key float64, value T) {
 }
 
 // sorted returns the best n values in order, without the first offset.
-func (f *first[T]) sorted(offset int) []keyed[T] {
+func (f *topN[T]) sorted(offset int) []topEntry[T] {
 	slices.SortFunc(f.list, f.compare)
 	return f.list[min(offset, len(f.list)):min(f.n, len(f.list))]
 }
@@ -315,17 +317,17 @@ type clientQuery struct {
 	limit, offset int
 	limited       bool   // only clients without a token or that are blocked
 	match         string // substring of the name, in lower case; "" for all
-	key           func(*client, int64) float64
+	key           func(*clientRow, int64) float64
 	ascending     bool
 }
 
-// contains reports whether a name contains part, ignoring case. part must be lower case.
-func contains(name, part string) bool {
+// containsFold reports whether a name contains part, ignoring case. part must be lower case.
+func containsFold(name, part string) bool {
 	return part == "" || strings.Contains(strings.ToLower(name), part)
 }
 
-// client is a bucket with its owner.
-type client struct {
+// clientRow is a bucket with its owner.
+type clientRow struct {
 	*bucket
 	limiter *limiter
 	addr    netip.Addr
@@ -333,23 +335,23 @@ type client struct {
 	up      int64 // bytes of open tunnels
 	down    int64
 	blocked int64 // since epoch; 0: not
-	known   bool  // a limiter tracks it, so it is already listed
+	listed  bool  // a limiter tracks it, so it is already listed
 }
 
-func (c *client) tokens(now int64) float64 {
+func (c *clientRow) tokens(now int64) float64 {
 	l := c.limiter
-	return min(float64(l.key.burst), max(0, float64(now+l.fill-c.full.Load())/float64(l.interval)))
+	return min(float64(l.key.burst), max(0, float64(now+l.fill-c.fullAt.Load())/float64(l.interval)))
 }
 
-var sortsOfClients = map[string]func(c *client, now int64) float64{
-	"last_seen":  func(c *client, _ int64) float64 { return float64(c.seen.Load()) },
-	"requests":   func(c *client, _ int64) float64 { return float64(c.requests.Load()) },
-	"rejections": func(c *client, _ int64) float64 { return float64(c.rejections.Load()) },
-	"bytes": func(c *client, _ int64) float64 {
+var sortsOfClients = map[string]func(c *clientRow, now int64) float64{
+	"last_seen":  func(c *clientRow, _ int64) float64 { return float64(c.lastSeen.Load()) },
+	"requests":   func(c *clientRow, _ int64) float64 { return float64(c.requests.Load()) },
+	"rejections": func(c *clientRow, _ int64) float64 { return float64(c.rejections.Load()) },
+	"bytes": func(c *clientRow, _ int64) float64 {
 		return float64(c.bytesUp.Load() + c.bytesDown.Load() + c.up + c.down)
 	},
-	"tunnels": func(c *client, _ int64) float64 { return float64(c.tunnels) },
-	"tokens":  func(c *client, now int64) float64 { return c.tokens(now) },
+	"tunnels": func(c *clientRow, _ int64) float64 { return float64(c.tunnels) },
+	"tokens":  func(c *clientRow, now int64) float64 { return c.tokens(now) },
 }
 
 // findClients returns the clients that q selects. It searches the clients that a limiter
@@ -357,10 +359,10 @@ var sortsOfClients = map[string]func(c *client, now int64) float64{
 func findClients(q clientQuery, now time.Time) clientList {
 	at := sinceEpoch(now)
 	tunnels, blocks := tunnelsByClient(), blocksByClient(at)
-	found := first[client]{n: q.offset + q.limit, ascending: q.ascending}
+	found := topN[clientRow]{n: q.offset + q.limit, ascending: q.ascending}
 	total := 0
-	add := func(c client) {
-		if q.limited && c.blocked == 0 && c.tokens(at) >= 1 || q.match != "" && !contains(c.limiter.name(c.addr), q.match) {
+	add := func(c clientRow) {
+		if q.limited && c.blocked == 0 && c.tokens(at) >= 1 || q.match != "" && !containsFold(c.limiter.displayName(c.addr), q.match) {
 			return
 		}
 		total++
@@ -368,14 +370,14 @@ func findClients(q clientQuery, now time.Time) clientList {
 	}
 	limiters.Range(func(_, value any) bool {
 		l := value.(*limiter)
-		l.each(func(addr netip.Addr, b *bucket) {
-			c := client{addr: addr}
+		l.forEachBucket(func(addr netip.Addr, b *bucket) {
+			c := clientRow{addr: addr}
 			if open := tunnels[clientKey{l, addr}]; open != nil {
-				open.known = true
+				open.listed = true
 				c = *open
 			}
 			if block := blocks[addr]; block != nil {
-				block.known = true
+				block.listed = true
 				c.blocked = block.blocked
 			}
 			c.bucket, c.limiter = b, l
@@ -384,16 +386,16 @@ func findClients(q clientQuery, now time.Time) clientList {
 		return true
 	})
 	for key, c := range tunnels {
-		if block := blocks[key.addr]; block != nil && !c.known {
-			block.known = true
+		if block := blocks[key.addr]; block != nil && !c.listed {
+			block.listed = true
 			c.blocked = block.blocked
 		}
-		if !c.known {
+		if !c.listed {
 			add(*c)
 		}
 	}
 	for _, c := range blocks {
-		if c.known {
+		if c.listed {
 			continue
 		}
 		if c.limiter = limiterOf(c.addr); c.limiter != nil {
@@ -415,33 +417,33 @@ type clientKey struct {
 
 // tunnelsByClient returns the clients with open tunnels. Each entry is complete enough to be
 // listed even if its limiter does not track the client.
-func tunnelsByClient() map[clientKey]*client {
-	clients, current := make(map[clientKey]*client), make(map[*limiter]*limiter)
+func tunnelsByClient() map[clientKey]*clientRow {
+	clients, current := make(map[clientKey]*clientRow), make(map[*limiter]*limiter)
 	eachRegistry(func(r *registry) {
 		r.tunnels.Range(func(_ uint64, t *tunnel) bool {
 			l := current[t.owner.limiter]
 			if l == nil {
-				l = t.owner.limiter.successor()
+				l = t.owner.limiter.replacement()
 				current[t.owner.limiter] = l
 			}
-			c := clients[clientKey{l, t.bucket}]
+			c := clients[clientKey{l, t.limitKey}]
 			if c == nil {
-				c = &client{bucket: new(bucket), limiter: l, addr: t.bucket}
-				clients[clientKey{l, t.bucket}] = c
+				c = &clientRow{bucket: new(bucket), limiter: l, addr: t.limitKey}
+				clients[clientKey{l, t.limitKey}] = c
 			}
 			c.tunnels++
 			c.up += t.up.Load()
 			c.down += t.down.Load()
-			c.seen.Store(max(c.seen.Load(), sinceEpoch(t.start)))
+			c.lastSeen.Store(max(c.lastSeen.Load(), sinceEpoch(t.start)))
 			return true
 		})
 	})
 	return clients
 }
 
-// successor returns the limiter that replaced l after a reload: the only one with the same
+// replacement returns the limiter that replaced l after a reload: the only one with the same
 // zone and prefix lengths. It returns l if l is still in use or there is no such limiter.
-func (l *limiter) successor() *limiter {
+func (l *limiter) replacement() *limiter {
 	var candidates []*limiter
 	inUse := false
 	limiters.Range(func(_, value any) bool {
@@ -459,12 +461,12 @@ func (l *limiter) successor() *limiter {
 }
 
 // blocksByClient returns the blocked clients. Blocks apply in all zones.
-func blocksByClient(at int64) map[netip.Addr]*client {
-	clients := make(map[netip.Addr]*client)
+func blocksByClient(at int64) map[netip.Addr]*clientRow {
+	clients := make(map[netip.Addr]*clientRow)
 	eachRegistry(func(r *registry) {
 		r.blocks.Range(func(addr netip.Addr, until int64) bool {
 			if until > at {
-				clients[addr] = &client{bucket: new(bucket), addr: addr, blocked: until}
+				clients[addr] = &clientRow{bucket: new(bucket), addr: addr, blocked: until}
 			}
 			return true
 		})
@@ -481,7 +483,7 @@ func limiterOf(addr netip.Addr) *limiter {
 			cmp.Compare(a.key.burst, b.key.burst), cmp.Compare(a.key.refill, b.key.refill))
 	}
 	limiters.Range(func(_, value any) bool {
-		if l := value.(*limiter); l.keyOf(addr) == addr && (best == nil || order(l, best) < 0) {
+		if l := value.(*limiter); l.keyForClientOrUser(addr) == addr && (best == nil || order(l, best) < 0) {
 			best = l
 		}
 		return true
@@ -489,16 +491,16 @@ func limiterOf(addr netip.Addr) *limiter {
 	return best
 }
 
-func (c *client) info(now time.Time) clientInfo {
+func (c *clientRow) info(now time.Time) clientInfo {
 	at := sinceEpoch(now)
 	info := clientInfo{
-		Client: printable(c.limiter.name(c.addr)), Zone: c.limiter.key.zone,
+		Client: printable(c.limiter.displayName(c.addr)), Zone: c.limiter.key.zone,
 		Tokens: c.tokens(at), Burst: c.limiter.key.burst, Refill: c.limiter.key.refill,
 		Requests: c.requests.Load(), Rejections: c.rejections.Load(),
 		BytesUp: c.bytesUp.Load() + c.up, BytesDown: c.bytesDown.Load() + c.down,
 		Tunnels: int64(c.tunnels),
 	}
-	if seen := c.seen.Load(); seen > 0 {
+	if seen := c.lastSeen.Load(); seen > 0 {
 		info.LastSeen = now.Add(time.Duration(seen - at))
 	}
 	if c.blocked > 0 {
@@ -508,8 +510,8 @@ func (c *client) info(now time.Time) clientInfo {
 	return info
 }
 
-// each calls f for every bucket.
-func (l *limiter) each(f func(netip.Addr, *bucket)) {
+// forEachBucket calls f for every bucket.
+func (l *limiter) forEachBucket(f func(netip.Addr, *bucket)) {
 	g := l.gens.Load()
 	g.cur.Range(func(addr netip.Addr, b *bucket) bool { f(addr, b); return true })
 	g.old.Range(func(addr netip.Addr, b *bucket) bool {
@@ -520,9 +522,9 @@ func (l *limiter) each(f func(netip.Addr, *bucket)) {
 	})
 }
 
-// name formats a client for display: an address, a network if its addresses share a bucket,
+// displayName formats a client for display: an address, a network if its addresses share a bucket,
 // or a user.
-func (l *limiter) name(addr netip.Addr) string {
+func (l *limiter) displayName(addr netip.Addr) string {
 	if addr.Zone() != "" {
 		return "user " + addr.Zone()
 	}
@@ -543,18 +545,18 @@ type tunnelQuery struct {
 
 var sortsOfTunnels = map[string]func(t *tunnel, now int64) float64{
 	"started": func(t *tunnel, _ int64) float64 { return float64(t.id) },
-	"idle":    func(t *tunnel, now int64) float64 { return float64(now - t.active.Load()) },
+	"idle":    func(t *tunnel, now int64) float64 { return float64(now - t.lastActive.Load()) },
 	"bytes":   func(t *tunnel, _ int64) float64 { return float64(t.up.Load() + t.down.Load()) },
 }
 
 // findTunnels returns the open tunnels that q selects.
 func findTunnels(q tunnelQuery, now time.Time) tunnelList {
 	at := sinceEpoch(now)
-	found := first[*tunnel]{n: q.offset + q.limit, ascending: q.ascending}
+	found := topN[*tunnel]{n: q.offset + q.limit, ascending: q.ascending}
 	list := tunnelList{Tunnels: []tunnelInfo{}}
 	eachRegistry(func(r *registry) {
 		r.tunnels.Range(func(_ uint64, t *tunnel) bool {
-			if contains(clientName(t.client), q.match) || contains(t.user, q.match) || contains(t.target, q.match) {
+			if containsFold(clientName(t.client), q.match) || containsFold(t.user, q.match) || containsFold(t.target, q.match) {
 				list.Total++
 				found.add(q.key(t, at), t)
 			}
@@ -565,7 +567,7 @@ func findTunnels(q tunnelQuery, now time.Time) tunnelList {
 		t := k.value
 		list.Tunnels = append(list.Tunnels, tunnelInfo{
 			ID: t.id, Client: clientName(t.client), User: printable(t.user), Target: printable(t.target), Address: t.address.String(), Proto: printable(t.proto),
-			Started: t.start, IdleSeconds: time.Duration(max(0, at-t.active.Load())).Seconds(), BytesUp: t.up.Load(), BytesDown: t.down.Load(),
+			Started: t.start, IdleSeconds: time.Duration(max(0, at-t.lastActive.Load())).Seconds(), BytesUp: t.up.Load(), BytesDown: t.down.Load(),
 		})
 	}
 	return list
@@ -578,9 +580,9 @@ const (
 	maxOffset = 10_000
 )
 
-// querying is held while a query searches all clients or tunnels, so that concurrent queries
+// queryMutex is held while a query searches all clients or tunnels, so that concurrent queries
 // need no more memory than one.
-var querying sync.Mutex
+var queryMutex sync.Mutex
 
 // queryClients parses a query of the admin API and returns its result.
 func queryClients(values url.Values, now time.Time) (clientList, error) {
@@ -592,8 +594,8 @@ func queryClients(values url.Values, now time.Time) (clientList, error) {
 	if q.key = sortsOfClients[cmp.Or(values.Get("sort"), "last_seen")]; q.key == nil {
 		return clientList{}, fmt.Errorf("sort %q: expected last_seen, requests, rejections, bytes, tunnels or tokens", values.Get("sort"))
 	}
-	querying.Lock()
-	defer querying.Unlock()
+	queryMutex.Lock()
+	defer queryMutex.Unlock()
 	return findClients(q, now), nil
 }
 
@@ -607,8 +609,8 @@ func queryTunnels(values url.Values, now time.Time) (tunnelList, error) {
 	if q.key = sortsOfTunnels[cmp.Or(values.Get("sort"), "started")]; q.key == nil {
 		return tunnelList{}, fmt.Errorf("sort %q: expected started, idle or bytes", values.Get("sort"))
 	}
-	querying.Lock()
-	defer querying.Unlock()
+	queryMutex.Lock()
+	defer queryMutex.Unlock()
 	return findTunnels(q, now), nil
 }
 
@@ -630,26 +632,26 @@ func queryPage(values url.Values) (limit, offset int, ascending bool, err error)
 	return limit, offset, ascending, nil
 }
 
-// recent holds the latest refusals of the process.
-var recent refusalRing
+// recentRefusals holds the latest refusals of the process.
+var recentRefusals refusalRing
 
 // refusalRing holds the latest refusals. Its methods are safe for concurrent use and
 // lock-free.
 type refusalRing struct {
-	last [100]atomic.Pointer[refusalInfo]
-	n    atomic.Uint64
+	entries [100]atomic.Pointer[refusalInfo]
+	n       atomic.Uint64
 }
 
 func (r *refusalRing) add(info *refusalInfo) {
-	r.last[(r.n.Add(1)-1)%uint64(len(r.last))].Store(info)
+	r.entries[(r.n.Add(1)-1)%uint64(len(r.entries))].Store(info)
 }
 
 // list returns the refusals, latest first.
 func (r *refusalRing) list() []refusalInfo {
-	list := make([]refusalInfo, 0, len(r.last))
+	list := make([]refusalInfo, 0, len(r.entries))
 	n := r.n.Load()
-	for i := range min(n, uint64(len(r.last))) {
-		if info := r.last[(n-1-i)%uint64(len(r.last))].Load(); info != nil {
+	for i := range min(n, uint64(len(r.entries))) {
+		if info := r.entries[(n-1-i)%uint64(len(r.entries))].Load(); info != nil {
 			list = append(list, *info)
 		}
 	}
@@ -657,9 +659,9 @@ func (r *refusalRing) list() []refusalInfo {
 }
 
 // addRecent adds a refusal to the list that the status page shows.
-func (v *visit) addRecent(f *refusal) {
-	recent.add(&refusalInfo{
+func (v *transaction) addRecent(f *refusal) {
+	recentRefusals.add(&refusalInfo{
 		Time: v.start, Client: clientName(v.addr), Method: printable(v.r.Method), Target: printable(v.r.Host),
-		Status: f.status, Reason: f.kind, Cause: string(v.cause), Detail: printable(f.text),
+		Status: f.status, Reason: f.errorType, Cause: string(v.cause), Detail: printable(f.text),
 	})
 }

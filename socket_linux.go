@@ -92,9 +92,9 @@ func (r *socketReader) ready(fd uintptr) bool {
 	return true
 }
 
-// bytesTaken returns how many bytes the other side has acknowledged in all, or 0 if that is
+// bytesAcked returns how many bytes the other side has acknowledged in all, or 0 if that is
 // unknown.
-func bytesTaken(socket *net.TCPConn) uint64 {
+func bytesAcked(socket *net.TCPConn) uint64 {
 	taken, _ := sendState(socket)
 	return taken
 }

@@ -61,7 +61,7 @@ func TestClientConnWriterSplices(t *testing.T) {
 		t.Fatal(err)
 	}
 	w := &responseWriter{client: newClientConn(unitListener(nil), &readConn{TCPConn: to.(*net.TCPConn)}, false)}
-	w.begin(false, false)
+	w.reset(false, false)
 	w.Header()["Content-Length"] = []string{"1000"}
 	w.WriteHeader(http.StatusOK)
 	result := make(chan error, 1)

@@ -23,8 +23,8 @@ func (b *originBody) splice(http.ResponseWriter, func(int64)) (done bool, err er
 	return false, nil
 }
 
-// bytesTaken returns 0, which means unknown.
-func bytesTaken(*net.TCPConn) uint64 { return 0 }
+// bytesAcked returns 0, which means unknown.
+func bytesAcked(*net.TCPConn) uint64 { return 0 }
 
 // sendState returns 0 and false, which means unknown.
 func sendState(*net.TCPConn) (taken uint64, queued bool) { return 0, false }

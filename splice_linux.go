@@ -131,8 +131,8 @@ func (s *splicer) burst(copied *flow) (readErr, writeErr error) {
 
 // drain empties the pipe into the destination.
 func (s *splicer) drain(copied *flow) error {
-	copied.waiting.Store(true)
-	defer copied.waiting.Store(false)
+	copied.writing.Store(true)
+	defer copied.writing.Store(false)
 	for s.held > 0 {
 		s.moved, s.err = 0, nil
 		if err := s.dst.Write(s.emptyPipe); err != nil {
@@ -182,7 +182,7 @@ const spliceFrom = 256 << 10
 func (b *originBody) splice(w http.ResponseWriter, count func(n int64)) (done bool, err error) {
 	idle, ok := w.(*caddyhttp.IdleTimeoutWriter)
 	socket, ok2 := b.conn.(*net.TCPConn)
-	if !ok || !ok2 || b.chunks != nil || b.left < spliceFrom || !restartable(idle) {
+	if !ok || !ok2 || b.chunks != nil || b.remaining < spliceFrom || !restartsWithEachWrite(idle) {
 		return false, nil
 	}
 	client, ok := innermost(w).(io.ReaderFrom)
@@ -190,10 +190,10 @@ func (b *originBody) splice(w http.ResponseWriter, count func(n int64)) (done bo
 	if !ok || err != nil {
 		return false, err
 	}
-	for b.left > 0 {
+	for b.remaining > 0 {
 		n, err := b.spliceSome(client, conn, socket, idle)
 		count(n)
-		if b.left -= n; err != nil {
+		if b.remaining -= n; err != nil {
 			return true, err
 		}
 	}
@@ -202,11 +202,11 @@ func (b *originBody) splice(w http.ResponseWriter, count func(n int64)) (done bo
 }
 
 // spliceSome waits for bytes from the origin, and then moves what has arrived. It sets the
-// client's write deadline, which a slowReader extends.
+// client's write deadline, which a writeStallTimer extends.
 func (b *originBody) spliceSome(client io.ReaderFrom, conn syscall.RawConn, socket *net.TCPConn, idle *caddyhttp.IdleTimeoutWriter) (int64, error) {
 	if buffered := int64(b.r.Buffered()); buffered > 0 {
-		n, err := io.CopyN(idle, b.r, min(buffered, b.left))
-		return n, toClient(err)
+		n, err := io.CopyN(idle, b.r, min(buffered, b.remaining))
+		return n, asClientError(err)
 	}
 	available := 0
 	var errIoctl error
@@ -221,7 +221,7 @@ func (b *originBody) spliceSome(client io.ReaderFrom, conn syscall.RawConn, sock
 		})
 	})
 	if b.origin != nil {
-		b.origin.expectNone() // the client may take as long as its own timeout allows
+		b.origin.clearDeadline() // the client may take as long as its own timeout allows
 	}
 	if err = errors.Join(err, errIoctl); err != nil {
 		return 0, err
@@ -235,10 +235,10 @@ func (b *originBody) spliceSome(client io.ReaderFrom, conn syscall.RawConn, sock
 		return int64(n), err
 	}
 	if err := idle.Ctrl.SetWriteDeadline(time.Now().Add(idle.Deadline.Timeout)); err != nil {
-		return 0, toClient(err)
+		return 0, asClientError(err)
 	}
 	// The bytes that have arrived can be read, so an error is the client's. Bytes are
 	// counted once the client has taken them, so move at most a pipe's worth at a time.
-	n, err := client.ReadFrom(io.LimitReader(socket, min(int64(available), b.left, pipeSize)))
-	return n, toClient(err)
+	n, err := client.ReadFrom(io.LimitReader(socket, min(int64(available), b.remaining, pipeSize)))
+	return n, asClientError(err)
 }

@@ -23,9 +23,9 @@ type eventHandler struct{ call func() }
 
 func (h eventHandler) Handle(context.Context, caddy.Event) error { h.call(); return nil }
 
-// atStart registers hooks for when the config starts to run, which do not run when it is
+// registerHooks registers hooks for when the config starts to run, which do not run when it is
 // only validated, and for when the server shuts down.
-func (h *Handler) atStart(ctx caddy.Context, server *caddyhttp.Server) error {
+func (h *Handler) registerHooks(ctx caddy.Context, server *caddyhttp.Server) error {
 	if server == nil {
 		return nil // provisioned outside of the http app
 	}
@@ -46,27 +46,27 @@ func (h *Handler) atStart(ctx caddy.Context, server *caddyhttp.Server) error {
 		}
 		return nil
 	})
-	return events.(*caddyevents.App).On("started", eventHandler{func() { h.started(ctx, server) }})
+	return events.(*caddyevents.App).On("started", eventHandler{func() { h.onStarted(ctx, server) }})
 }
 
-// started marks the handler as running and warns about mistakes in the config that only
+// onStarted marks the handler as running and warns about mistakes in the config that only
 // show once the server listens.
-func (h *Handler) started(ctx caddy.Context, server *caddyhttp.Server) {
+func (h *Handler) onStarted(ctx caddy.Context, server *caddyhttp.Server) {
 	now := time.Now()
 	configLoaded.Store(&now)
 	h.running.Store(true)
-	h.tunnels.config.Store(h.config)
+	h.tunnels.config.Store(h.configDone)
 	h.logger.Info("async-proxy listening",
 		zap.Strings("addresses", server.Listen),
 		zap.Int64("burst", h.Burst),
 		zap.Float64("refill", h.Refill),
 		zap.Strings("clients", h.effectiveClients()))
-	if hosts, _ := hostsBefore(server.Routes, h); len(hosts) > 0 {
+	if hosts, _ := hostsLeadingTo(server.Routes, h); len(hosts) > 0 {
 		h.logger.Warn("this proxy's site has a host name in its address, so requests for other hosts never reach the proxy; "+
 			"give the site an address without a host, such as :8080",
 			zap.Strings("hosts", hosts))
 	}
-	if site := siteOf(server, h); leavesUnanswered(site) && firstProxy(site) == h {
+	if site := siteOf(server, h); mayFallThrough(site) && firstProxy(site) == h {
 		h.logger.Warn("every async_proxy of this site has a matcher, and nothing responds to requests that none of them matches; "+
 			"add one without a matcher, or respond with 403 at the end", zap.Strings("addresses", server.Listen))
 	}
@@ -79,7 +79,7 @@ func (h *Handler) started(ctx caddy.Context, server *caddyhttp.Server) {
 			zap.Strings("addresses", server.Listen), zap.Strings("clients", h.Clients))
 	}
 	for _, ln := range server.Listeners() {
-		if processes := sharers(addrPort(ln.Addr())); len(processes) > 0 {
+		if processes := otherListeners(addrPort(ln.Addr())); len(processes) > 0 {
 			h.logger.Warn("another process listens at the same address and gets some of the connections; stop it, or use another port",
 				zap.Stringer("address", ln.Addr()), zap.Strings("processes", processes))
 		}
@@ -93,9 +93,9 @@ func (h *Handler) started(ctx caddy.Context, server *caddyhttp.Server) {
 			"over HTTP/2 and HTTP/3 look like requests for the server itself, and are answered with 421 unless another handler answers them",
 			zap.Strings("addresses", server.Listen))
 	}
-	if app, err := ctx.AppIfConfigured("http"); err == nil && !h.wraps {
+	if app, err := ctx.AppIfConfigured("http"); err == nil && !h.fastPath {
 		level := zapcore.DebugLevel
-		owner, why := ownerOf(app.(*caddyhttp.App), server)
+		owner, why := fastPathHandler(app.(*caddyhttp.App), server)
 		switch {
 		case owner == h && len(server.TLSConnPolicies) > 0:
 			why = "TLS"
@@ -105,8 +105,8 @@ func (h *Handler) started(ctx caddy.Context, server *caddyhttp.Server) {
 		h.logger.Log(level, "clients are served by Caddy's HTTP server", zap.Strings("addresses", server.Listen), zap.String("why", why))
 	}
 	if h.RecheckTunnels {
-		h.tunnels.closeWhere(reasonForbidden, func(t *tunnel) bool {
-			return h.succeeds(t.owner) && h.dialer.forbids(t)
+		h.tunnels.closeIf(reasonForbidden, func(t *tunnel) bool {
+			return h.supersedes(t.owner) && h.dialer.denies(t)
 		})
 	}
 }
@@ -134,10 +134,10 @@ func (h *Handler) plainAddresses(ctx caddy.Context, server *caddyhttp.Server) (p
 	return plain
 }
 
-// succeeds reports whether h replaces another handler: one of another config, with the
+// supersedes reports whether h replaces another handler: one of another config, with the
 // same zone and a common listen address. h is then responsible for its tunnels.
-func (h *Handler) succeeds(other *Handler) bool {
-	return h.Zone == other.Zone && h.config != other.config &&
+func (h *Handler) supersedes(other *Handler) bool {
+	return h.Zone == other.Zone && h.configDone != other.configDone &&
 		slices.ContainsFunc(h.addresses, func(address string) bool { return slices.Contains(other.addresses, address) })
 }
 
@@ -153,21 +153,21 @@ func (h *Handler) onShutdown(ctx caddy.Context) {
 	if app, err := ctx.AppIfConfigured("http"); err == nil {
 		grace = time.Duration(app.(*caddyhttp.App).GracePeriod)
 	}
-	time.AfterFunc(max(grace-lastCall, grace/2), func() { h.tunnels.closeAll(reasonShutdown) })
+	time.AfterFunc(max(grace-graceMargin, grace/2), func() { h.tunnels.closeAll(reasonShutdown) })
 }
 
-// lastCall is how long before the end of the grace period the proxy closes tunnels.
-const lastCall = 200 * time.Millisecond
+// graceMargin is how long before the end of the grace period the proxy closes tunnels.
+const graceMargin = 200 * time.Millisecond
 
-// closeTunnelsLater closes the tunnels of a replaced handler after its
+// closeTunnelsAfterDelay closes the tunnels of a replaced handler after its
 // stream_close_delay, if that is set.
-func (h *Handler) closeTunnelsLater() {
+func (h *Handler) closeTunnelsAfterDelay() {
 	if h.StreamCloseDelay == nil || caddy.Exiting() {
 		return
 	}
 	tunnels := h.tunnels
 	time.AfterFunc(time.Duration(*h.StreamCloseDelay), func() {
-		tunnels.closeWhere(reasonReload, func(t *tunnel) bool { return t.owner == h })
+		tunnels.closeIf(reasonReload, func(t *tunnel) bool { return t.owner == h })
 	})
 }
 
@@ -216,13 +216,13 @@ func speaksHTTP2(app *caddyhttp.App, server *caddyhttp.Server) bool {
 	})
 }
 
-// hostsBefore returns the host names that the routes to h are restricted to, if they are,
+// hostsLeadingTo returns the host names that the routes to h are restricted to, if they are,
 // and whether the routes lead to h at all.
-func hostsBefore(routes caddyhttp.RouteList, h caddyhttp.MiddlewareHandler) (hosts []string, found bool) {
+func hostsLeadingTo(routes caddyhttp.RouteList, h caddyhttp.MiddlewareHandler) (hosts []string, found bool) {
 	for _, route := range routes {
 		for _, handler := range route.Handlers {
 			if sub, ok := handler.(*caddyhttp.Subroute); ok {
-				hosts, found = hostsBefore(sub.Routes, h)
+				hosts, found = hostsLeadingTo(sub.Routes, h)
 			} else {
 				found = handler == h
 			}

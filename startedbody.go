@@ -9,21 +9,21 @@ import (
 	"time"
 )
 
-// begins reports whether a request over HTTP/3 without Content-Length has content, which
+// probeBody reports whether a request over HTTP/3 without Content-Length has content, which
 // quic-go does not say. For methods that rarely have content, it waits for the first byte
 // or the end. Without this, such requests would reach origins with an empty chunked body,
 // which some do not expect. For other methods it assumes content without waiting: their
 // clients may wait for a response before they send any.
-func begins(out *outgoing) bool {
+func probeBody(out *outgoing) bool {
 	switch out.method {
 	case http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace, http.MethodDelete:
 	default:
 		return true
 	}
-	start := &startedBody{rest: out.body.r, read: make(chan struct{})}
+	start := &probedBody{rest: out.body.r, read: make(chan struct{})}
 	out.body.r = start
-	go start.begin()
-	timer := time.NewTimer(beginTimeout)
+	go start.readFirst()
+	timer := time.NewTimer(probeBodyTimeout)
 	defer timer.Stop()
 	select {
 	case <-start.read:
@@ -33,30 +33,30 @@ func begins(out *outgoing) bool {
 	}
 }
 
-// beginTimeout is how long begins waits for the first byte or the end of a request.
-const beginTimeout = time.Second
+// probeBodyTimeout is how long begins waits for the first byte or the end of a request.
+const probeBodyTimeout = time.Second
 
-// startedBody is a body whose first byte is read ahead.
-type startedBody struct {
-	rest  io.Reader
-	read  chan struct{} // closed when first, n and err are valid
-	first [1]byte
-	n     int
-	err   error
-	given bool
+// probedBody is a body whose first byte is read ahead.
+type probedBody struct {
+	rest      io.Reader
+	read      chan struct{} // closed when first, n and err are valid
+	first     [1]byte
+	n         int
+	err       error
+	delivered bool
 }
 
-func (b *startedBody) begin() {
+func (b *probedBody) readFirst() {
 	defer close(b.read)
 	b.n, b.err = io.ReadFull(b.rest, b.first[:])
 }
 
 // Read implements io.Reader.
-func (b *startedBody) Read(p []byte) (int, error) {
-	if b.given || len(p) == 0 {
+func (b *probedBody) Read(p []byte) (int, error) {
+	if b.delivered || len(p) == 0 {
 		return b.rest.Read(p)
 	}
 	<-b.read
-	b.given = true
+	b.delivered = true
 	return copy(p, b.first[:b.n]), b.err
 }

@@ -49,7 +49,7 @@ type Status struct {
 
 	logger *zap.Logger
 	stop   func() // ends the streams
-	ended  <-chan struct{}
+	done   <-chan struct{}
 }
 
 // statusServers maps each status page of this process to its server. The proxy does not
@@ -126,7 +126,7 @@ func (s *Status) Provision(ctx caddy.Context) error {
 	}
 	s.logger = ctx.Logger()
 	ended := make(chan struct{})
-	s.ended, s.stop = ended, sync.OnceFunc(func() { close(ended) })
+	s.done, s.stop = ended, sync.OnceFunc(func() { close(ended) })
 	// A server that shuts down waits for its requests, so streams must end by themselves.
 	server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
 	if !ok {
@@ -149,7 +149,7 @@ func (s *Status) started(server *caddyhttp.Server) {
 	if !s.Actions {
 		return
 	}
-	hosts, _ := hostsBefore(server.Routes, s)
+	hosts, _ := hostsLeadingTo(server.Routes, s)
 	asks := restrictedBefore(server, s, func(caddyhttp.MatcherSet) bool { return false })
 	if len(hosts) == 0 && !asks {
 		s.logger.Warn("any web page open in an operator's browser can trigger this status page's actions by DNS rebinding, "+
@@ -205,14 +205,14 @@ func (s *Status) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.H
 // page. If an async_proxy runs before the page, it has already refused such requests, and
 // the proxy's name in Via is its own.
 func cameThroughProxy(r *http.Request) (found bool) {
-	if hasVisited(r) {
+	if passedProxyHandler(r) {
 		return false
 	}
 	peer, _ := netip.ParseAddrPort(r.RemoteAddr)
 	peer = netip.AddrPortFrom(peer.Addr().Unmap(), peer.Port())
 	eachRegistry(func(reg *registry) {
 		reg.handlers.Range(func(h *Handler, _ struct{}) bool {
-			found = h.via.seen(r.Header) || h.loops(r, peer)
+			found = h.via.seen(r.Header) || h.isLoop(r, peer)
 			return !found
 		})
 	})

@@ -499,13 +499,13 @@ func TestFeedTakesOneSnapshotASecond(t *testing.T) {
 		}
 		var viewers []*viewer
 		for range maxViewers {
-			viewers = append(viewers, f.join(false))
+			viewers = append(viewers, f.subscribe(false))
 		}
-		if f.join(true) != nil {
+		if f.subscribe(true) != nil {
 			t.Error("one more than maxViewers was accepted")
 		}
-		f.leave(viewers[0])
-		viewers[0] = f.join(true)
+		f.unsubscribe(viewers[0])
+		viewers[0] = f.subscribe(true)
 		synctest.Wait()
 		first := <-viewers[1].events
 		if !bytes.HasPrefix(first, []byte("event: snapshot\ndata: {")) || !bytes.HasSuffix(first, []byte("}\n\n")) || bytes.Count(first, []byte("\n")) != 3 {
@@ -525,7 +525,7 @@ func TestFeedTakesOneSnapshotASecond(t *testing.T) {
 			t.Errorf("one got %s\nthe other %s", a, masked)
 		}
 		for _, v := range viewers {
-			f.leave(v)
+			f.unsubscribe(v)
 		}
 		time.Sleep(time.Hour)
 		if taken != 11 {

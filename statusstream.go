@@ -20,9 +20,9 @@ const (
 	// maxViewers bounds the cost of serving viewers.
 	maxViewers = 20
 
-	// viewerPatience is the write timeout for one snapshot. A server that shuts down may
+	// viewerWriteTimeout is the write timeout for one snapshot. A server that shuts down may
 	// have to wait this long for a stalled viewer.
-	viewerPatience = 5 * time.Second
+	viewerWriteTimeout = 5 * time.Second
 )
 
 // statusFeed is shared by all status pages, because they show the whole process.
@@ -32,7 +32,7 @@ var statusFeed = newFeed(takeSnapshot)
 //
 // All methods are safe for concurrent use.
 type feed struct {
-	take func(now time.Time) snapshot
+	takeSnapshot func(now time.Time) snapshot
 
 	mu      sync.Mutex
 	viewers map[*viewer]struct{}
@@ -46,12 +46,12 @@ type viewer struct {
 }
 
 func newFeed(take func(now time.Time) snapshot) *feed {
-	return &feed{take: take, viewers: make(map[*viewer]struct{})}
+	return &feed{takeSnapshot: take, viewers: make(map[*viewer]struct{})}
 }
 
-// join adds a viewer, which must be removed by leave. It returns nil if there are already
+// subscribe adds a viewer, which must be removed by leave. It returns nil if there are already
 // maxViewers.
-func (f *feed) join(masked bool) *viewer {
+func (f *feed) subscribe(masked bool) *viewer {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if len(f.viewers) == maxViewers {
@@ -66,7 +66,7 @@ func (f *feed) join(masked bool) *viewer {
 	return v
 }
 
-func (f *feed) leave(v *viewer) {
+func (f *feed) unsubscribe(v *viewer) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	delete(f.viewers, v)
@@ -94,7 +94,7 @@ func (f *feed) publish(now time.Time) {
 	f.mu.Lock()
 	viewers := slices.Collect(maps.Keys(f.viewers))
 	f.mu.Unlock()
-	snap := f.take(now)
+	snap := f.takeSnapshot(now)
 	for _, masked := range []bool{false, true} { // masking modifies the snapshot, so it comes last
 		var event []byte
 		for _, v := range viewers {
@@ -126,19 +126,19 @@ func snapshotEvent(snap snapshot) []byte {
 // stream sends events (https://html.spec.whatwg.org/multipage/server-sent-events.html)
 // until the client disconnects, or the config or the process ends.
 func (s *Status) stream(w http.ResponseWriter, r *http.Request) {
-	viewer := statusFeed.join(s.MaskClients)
+	viewer := statusFeed.subscribe(s.MaskClients)
 	if viewer == nil {
 		w.Header().Set("Retry-After", "10")
 		statusError(w, http.StatusServiceUnavailable, fmt.Sprintf("The limit of %d concurrent viewers is reached; try again later.", maxViewers))
 		return
 	}
-	defer statusFeed.leave(viewer)
+	defer statusFeed.unsubscribe(viewer)
 	w.Header().Set("Content-Type", "text/event-stream")
 	w.Header().Set("X-Accel-Buffering", "no") // disables buffering in an nginx in front
 	controller := http.NewResponseController(w)
 	defer func() { _ = controller.SetWriteDeadline(time.Time{}) }()
 	send := func(event []byte) bool {
-		_ = controller.SetWriteDeadline(time.Now().Add(viewerPatience))
+		_ = controller.SetWriteDeadline(time.Now().Add(viewerWriteTimeout))
 		_, err := w.Write(event)
 		return err == nil && controller.Flush() == nil
 	}
@@ -150,7 +150,7 @@ func (s *Status) stream(w http.ResponseWriter, r *http.Request) {
 		select {
 		case <-r.Context().Done():
 			return
-		case <-s.ended:
+		case <-s.done:
 			return
 		case event := <-viewer.events:
 			if !send(event) {

@@ -188,7 +188,7 @@ func TestStreamHeadInPieces(t *testing.T) {
 		streamRequest(c)
 		for _, piece := range []string{"HTTP/1.1 200 OK\r\n", "Content-Length: 2\r\n", "\r\n", "o", "k"} {
 			_, _ = io.WriteString(c, piece)
-			time.Sleep(2 * promptly)
+			time.Sleep(2 * disconnectWatchDelay)
 		}
 	})
 	c := newWorld(t, "", nil).dial()

@@ -10,11 +10,11 @@ import (
 	"golang.org/x/net/http/httpguts"
 )
 
-// headOnly are fields that must not be trailers although httpguts accepts them: fields for
+// neverTrailers are fields that must not be trailers although httpguts accepts them: fields for
 // routing, authentication and response handling (RFC 9110 §6.5.1), and the fields in which
 // proxies describe the client and the path of a message, so that they cannot be forged
 // after the head.
-var headOnly = nameSet{
+var neverTrailers = nameSet{
 	"Age": {}, "Alt-Svc": {}, "Cookie": {}, "Date": {}, "Expires": {}, "Location": {}, "Retry-After": {}, "Set-Cookie": {}, "Vary": {}, "Warning": {},
 	"Forwarded": {}, "Via": {}, "X-Forwarded-For": {}, "X-Real-Ip": {},
 }
@@ -23,7 +23,7 @@ var headOnly = nameSet{
 // Fields that a Connection option lists apply to this connection only.
 func mayTrail(name string, options nameSet) bool {
 	return httpguts.ValidHeaderFieldName(name) && httpguts.ValidTrailerHeader(name) &&
-		!slices.Contains(hopByHop[:], name) && !options.has(name) && !headOnly.has(name)
+		!slices.Contains(hopByHop[:], name) && !options.has(name) && !neverTrailers.has(name)
 }
 
 // requestTrailers returns the names of the announced trailers of r that may be forwarded.
@@ -52,7 +52,7 @@ func trailingNames(trailer http.Header, connection []string) []string {
 // unannounced ones.
 func passTrailers(w http.ResponseWriter, res *http.Response, announced, connection []string) error {
 	if countLines(res.Trailer) > maxFields {
-		return brokenOff{errTooManyFields}
+		return cutOffError{errTooManyFields}
 	}
 	names := trailingNames(res.Trailer, connection)
 	if len(names) == 0 && len(announced) == 0 {

@@ -35,53 +35,53 @@ const (
 // tunnel relays bytes between a client and a target in both directions, until both have
 // half-closed or one has failed.
 type tunnel struct {
-	id     uint64
-	client netip.Addr
-	user   string
-	bucket netip.Addr // the limiter's key for the client
-	target string     // host and port as requested
-	proto  string     // of the client's request, or what it upgraded to
-	start  time.Time
+	id       uint64
+	client   netip.Addr
+	user     string
+	limitKey netip.Addr // the limiter's key for the client
+	target   string     // host and port as requested
+	proto    string     // of the client's request, or what it upgraded to
+	start    time.Time
 
-	owner    *Handler // the handler that opened it; a reload may have replaced it since
-	reach    reach
-	address  netip.AddrPort // the target's address
-	source   netip.AddrPort // the proxy's end of that connection
-	registry *registry
-	logger   *zap.Logger
+	owner     *Handler // the handler that opened it; a reload may have replaced it since
+	reach     clientScope
+	address   netip.AddrPort // the target's address
+	localAddr netip.AddrPort // the proxy's end of that connection
+	registry  *registry
+	logger    *zap.Logger
 
-	near, far peer   // the client and the target
-	greeting  []byte // sent to the client before any bytes from the target
-	early     []byte // bytes that the client sent after its request, before the greeting
+	near, far    peer   // the client and the target
+	responseHead []byte // sent to the client before any bytes from the target
+	clientPrefix []byte // bytes that the client sent after its request, before the greeting
 
-	fromTarget []byte // of an upgrade: bytes that the target sent after its 101
+	targetPrefix []byte // of an upgrade: bytes that the target sent after its 101
 
-	up, down flow         // bytes from and to the client
-	active   atomic.Int64 // when bytes were last seen to have passed, since epoch
-	stuck    int          // ticks since its stream was aborted; only for look
-	lasting  bool         // has seen a tick before; only for look
+	up, down        flow         // bytes from and to the client
+	lastActive      atomic.Int64 // when bytes were last seen to have passed, since epoch
+	ticksSinceAbort int          // ticks since its stream was aborted; only for look
+	keepAliveOn     bool         // has seen a tick before; only for look
 
 	mu                  sync.Mutex // guards the following
 	nearWatch, farWatch endWatch
 
 	countedUp, countedDown atomic.Int64 // bytes that the metrics include already
 
-	halves atomic.Int32           // directions that have half-closed, if both ends are connections
-	broken atomic.Bool            // the proxy resets both ends
-	reason atomic.Pointer[string] // why it ended; nil while it is open
+	halfClosed atomic.Int32           // directions that have half-closed, if both ends are connections
+	wasReset   atomic.Bool            // the proxy resets both ends
+	reason     atomic.Pointer[string] // why it ended; nil while it is open
 }
 
-// lastWords limits how long a client's last bytes may take to reach a target that has ended,
+// drainTimeout limits how long a client's last bytes may take to reach a target that has ended,
 // or whose client has left. It is needed over HTTP/2 and HTTP/3, where the client's stream
 // ends only when the handler returns.
-const lastWords = 5 * time.Second
+const drainTimeout = 5 * time.Second
 
 // newTunnel prepares a tunnel to the target over the dialled connection far.
-func (h *Handler) newTunnel(from caller, target, proto string, far net.Conn) *tunnel {
+func (h *Handler) newTunnel(from clientIdentity, target, proto string, far net.Conn) *tunnel {
 	return &tunnel{
-		client: from.addr, user: from.user, bucket: from.bucket, target: target, proto: proto, start: time.Now(),
+		client: from.addr, user: from.user, limitKey: from.limitKey, target: target, proto: proto, start: time.Now(),
 		owner: h, reach: from.reach, registry: h.tunnels, logger: h.logger,
-		far: newConnPeer(far), address: addrPort(far.RemoteAddr()), source: addrPort(far.LocalAddr()),
+		far: newConnPeer(far), address: addrPort(far.RemoteAddr()), localAddr: addrPort(far.LocalAddr()),
 	}
 }
 
@@ -99,8 +99,8 @@ func (t *tunnel) run() {
 	t.registry.add(t)
 	defer t.registry.remove(t)
 	t.logOpened()
-	_, err := t.send(t.near, &t.down, t.greeting)
-	t.greeting = nil
+	_, err := t.send(t.near, &t.down, t.responseHead)
+	t.responseHead = nil
 	upDone := make(chan struct{})
 	go t.relayUp(upDone)
 	stream, ok := t.near.(*streamPeer)
@@ -114,8 +114,8 @@ func (t *tunnel) run() {
 		defer time.AfterFunc(t.registry.lastWords, func() { _ = t.far.Abort() }).Stop()
 	}
 	<-upDone
-	t.ended(reasonClient) // if there is no other reason, the client has left
-	if t.broken.Load() {
+	t.setReason(reasonClient) // if there is no other reason, the client has left
+	if t.wasReset.Load() {
 		t.reset() // another goroutine may still be in the middle of its reset
 	}
 	_ = t.near.Close()
@@ -128,9 +128,9 @@ func (t *tunnel) run() {
 // closure, so that goroutine dumps show its name.
 func (t *tunnel) relayUp(done chan<- struct{}) {
 	defer close(done)
-	if len(t.early) > 0 {
-		n, err := t.send(t.far, &t.up, t.early)
-		t.early = nil
+	if len(t.clientPrefix) > 0 {
+		n, err := t.send(t.far, &t.up, t.clientPrefix)
+		t.clientPrefix = nil
 		t.up.Add(int64(n))
 		if err != nil {
 			t.directionEnded(t.far, t.near, nil, err)
@@ -143,10 +143,10 @@ func (t *tunnel) relayUp(done chan<- struct{}) {
 
 // relayDown relays from the target to the client. err is the error of writing the greeting.
 func (t *tunnel) relayDown(err error) {
-	if err == nil && len(t.fromTarget) > 0 {
+	if err == nil && len(t.targetPrefix) > 0 {
 		var n int
-		n, err = t.send(t.near, &t.down, t.fromTarget)
-		t.fromTarget = nil
+		n, err = t.send(t.near, &t.down, t.targetPrefix)
+		t.targetPrefix = nil
 		t.down.Add(int64(n))
 	}
 	if err != nil {
@@ -159,14 +159,14 @@ func (t *tunnel) relayDown(err error) {
 
 // send writes bytes that the proxy holds for dst before the relay begins.
 func (t *tunnel) send(dst peer, f *flow, b []byte) (int, error) {
-	f.waiting.Store(true)
-	defer f.waiting.Store(false)
+	f.writing.Store(true)
+	defer f.writing.Store(false)
 	return dst.Write(b)
 }
 
-// clientLeft ends the tunnel when the client has reset its stream, or its connection has
+// clientDisconnected ends the tunnel when the client has reset its stream, or its connection has
 // ended. A silent target would not reveal that. The target still gets the bytes that the
-// client had sent, if it reads them within lastWords.
+// client had sent, if it reads them within drainTimeout.
 func (t *tunnel) clientLeft(near *streamPeer, upDone <-chan struct{}) {
 	near.stopReading()
 	timer := time.NewTimer(t.registry.lastWords)
@@ -175,7 +175,7 @@ func (t *tunnel) clientLeft(near *streamPeer, upDone <-chan struct{}) {
 	case <-upDone:
 		_ = t.far.Close()
 	case <-timer.C:
-		t.ended(reasonClient)
+		t.setReason(reasonClient)
 		_ = t.far.Abort()
 	}
 }
@@ -185,68 +185,68 @@ func (t *tunnel) clientLeft(near *streamPeer, upDone <-chan struct{}) {
 // a failure, so that it does not take the bytes before it for complete (RFC 9110 §9.3.6, RFC
 // 9113 §8.5).
 func (t *tunnel) directionEnded(dst, src peer, readErr, writeErr error) {
-	end, srcError, dstError := reasonClient, t.clientError(readErr), reasonTargetError
+	end, srcError, dstError := reasonClient, t.clientErrorReason(readErr), reasonTargetError
 	if src == t.far {
 		end, srcError, dstError = reasonTarget, reasonTargetError, reasonClientError
 	}
 	switch {
-	case t.broken.Load(): // a half-close now would look like an orderly end
-	case writeErr != nil && hasLeft(dst): // clientLeft ends the tunnel
+	case t.wasReset.Load(): // a half-close now would look like an orderly end
+	case writeErr != nil && clientIsGone(dst): // clientDisconnected ends the tunnel
 	case writeErr != nil:
-		t.ended(dstError)
+		t.setReason(dstError)
 		_ = src.Abort()
 		_ = dst.Close()
 	case readErr == io.EOF, t.reason.Load() != nil && errors.Is(readErr, net.ErrClosed): // we closed it
-		t.ended(end)
-		if _, ok := dst.(*streamPeer); !ok && t.halves.Add(1) == 2 {
+		t.setReason(end)
+		if _, ok := dst.(*streamPeer); !ok && t.halfClosed.Add(1) == 2 {
 			return // both sides have half-closed: run closes the connections
 		}
 		_ = dst.CloseWrite()
 	default:
-		t.ended(srcError)
+		t.setReason(srcError)
 		_ = dst.Abort()
 		_ = src.Close()
 	}
 }
 
-// clientError returns the reason for a read error of the client. Browsers cancel the streams
+// clientErrorReason returns the reason for a read error of the client. Browsers cancel the streams
 // of tunnels that they no longer need, which is not an error.
-func (t *tunnel) clientError(err error) string {
+func (t *tunnel) clientErrorReason(err error) string {
 	stream, ok := t.near.(*streamPeer)
-	if ok && (stream.wasGivenUp(err) || stream.ctx.Err() != nil && t.isAtRest(restTime)) {
+	if ok && (stream.wasCanceled(err) || stream.ctx.Err() != nil && t.isAtRest(restTime)) {
 		return reasonClient
 	}
 	return reasonClientError
 }
 
-// ended records why the tunnel ended. Only the first reason counts: the later ones follow
+// setReason records why the tunnel ended. Only the first reason counts: the later ones follow
 // from it.
-func (t *tunnel) ended(reason string) {
+func (t *tunnel) setReason(reason string) {
 	if t.reason.Load() == nil {
 		first := reason // taking the parameter's address would heap-allocate it on every call
 		t.reason.CompareAndSwap(nil, &first)
 	}
 }
 
-// look is called on every tick. It closes the tunnel if it has been idle, stalled or open
+// tick is called on every tick. It closes the tunnel if it has been idle, stalled or open
 // for too long. If its stream was aborted but does not end, it closes the connection below.
 // It turns keep-alive on at the first tick, so that short-lived tunnels do not pay for it.
-func (t *tunnel) look(now time.Time) {
-	if far, ok := t.far.(*connPeer); ok && !t.lasting && far.tcp != nil {
-		keepAlive(far.tcp)
+func (t *tunnel) tick(now time.Time) {
+	if far, ok := t.far.(*connPeer); ok && !t.keepAliveOn && far.tcp != nil {
+		enableKeepAlive(far.tcp)
 	}
-	t.lasting = true
+	t.keepAliveOn = true
 	if stream, ok := t.near.(*streamPeer); ok && stream.state.Load() == streamAborted {
-		if t.stuck++; t.stuck > int(stuckTime/t.registry.interval) {
+		if t.ticksSinceAbort++; t.ticksSinceAbort > int(abortGrace/t.registry.interval) {
 			stream.closeConnection()
 		}
 		return
 	}
 	stalled := t.watchEnds(now)
-	idle := time.Duration(sinceEpoch(now) - t.active.Load())
+	idle := time.Duration(sinceEpoch(now) - t.lastActive.Load())
 	switch {
 	case t.owner.TunnelStallTimeout > 0 && stalled >= time.Duration(t.owner.TunnelStallTimeout):
-		t.ended(reasonStalled)
+		t.setReason(reasonStalled)
 		t.reset()
 	case t.owner.TunnelIdleTimeout > 0 && idle >= time.Duration(t.owner.TunnelIdleTimeout):
 		t.close(reasonIdle)
@@ -258,20 +258,20 @@ func (t *tunnel) look(now time.Time) {
 // watchEnds records what both ends have taken, and returns how long one of them has taken
 // nothing although bytes wait for it.
 func (t *tunnel) watchEnds(now time.Time) (stalled time.Duration) {
-	interval := max(t.registry.interval, least(t.owner.TunnelStallTimeout, t.owner.TunnelIdleTimeout)/4)
+	interval := max(t.registry.interval, shorterTimeout(t.owner.TunnelStallTimeout, t.owner.TunnelIdleTimeout)/4)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	at := sinceEpoch(now)
-	tookNear := t.nearWatch.look(at, &t.down, t.near, interval)
-	tookFar := t.farWatch.look(at, &t.up, t.far, interval)
+	tookNear := t.nearWatch.update(at, &t.down, t.near, interval)
+	tookFar := t.farWatch.update(at, &t.up, t.far, interval)
 	if tookNear || tookFar {
-		t.active.Store(at)
+		t.lastActive.Store(at)
 	}
 	return max(t.nearWatch.stalledFor(at), t.farWatch.stalledFor(at))
 }
 
-// least returns the shorter of two timeouts. A timeout that is not positive is none.
-func least(a, b caddy.Duration) time.Duration {
+// shorterTimeout returns the shorter of two timeouts. A timeout that is not positive is none.
+func shorterTimeout(a, b caddy.Duration) time.Duration {
 	if a <= 0 || b > 0 && b < a {
 		return time.Duration(b)
 	}
@@ -289,7 +289,7 @@ func (t *tunnel) close(reason string) {
 	if reason == reasonIdle {
 		atRest = 0 // it was idle for the timeout
 	}
-	t.ended(reason)
+	t.setReason(reason)
 	if !t.isAtRest(atRest) {
 		t.reset()
 		return
@@ -304,7 +304,7 @@ func (t *tunnel) close(reason string) {
 
 // reset resets both ends of the tunnel.
 func (t *tunnel) reset() {
-	t.broken.Store(true)
+	t.wasReset.Store(true)
 	_ = t.near.Abort()
 	_ = t.far.Abort()
 }
@@ -313,6 +313,6 @@ func (t *tunnel) reset() {
 func (t *tunnel) isAtRest(atLeast time.Duration) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return time.Duration(sinceEpoch(time.Now())-t.active.Load()) >= atLeast &&
+	return time.Duration(sinceEpoch(time.Now())-t.lastActive.Load()) >= atLeast &&
 		t.nearWatch.isAtRest(&t.down, t.near) && t.farWatch.isAtRest(&t.up, t.far)
 }

@@ -42,7 +42,7 @@ func TestCutTunnelsAreReset(t *testing.T) {
 		reasonMaxDuration: func(*testing.T, *tunnelWorld) {}, // happens by itself
 		reasonReload:      func(t *testing.T, w *tunnelWorld) { w.reload(t, tunnelSetup{}) },
 		reasonOperator: func(*testing.T, *tunnelWorld) {
-			eachRegistry(func(r *registry) { r.closeWhere(reasonOperator, func(*tunnel) bool { return true }) })
+			eachRegistry(func(r *registry) { r.closeIf(reasonOperator, func(*tunnel) bool { return true }) })
 		},
 	} {
 		t.Run(reason, func(t *testing.T) {
@@ -379,9 +379,9 @@ func TestEndWatch(t *testing.T) {
 	}{
 		{"nothing to read", func(int, *flow, *watchedPeer) {}, 0, 0, 5},
 		{"bytes that are acknowledged at once", func(_ int, f *flow, _ *watchedPeer) { f.Add(1) }, 0, 0, 0},
-		{"a blocked write", func(_ int, f *flow, _ *watchedPeer) { f.waiting.Store(true) }, 60 * time.Second, 58 * time.Second, 60},
+		{"a blocked write", func(_ int, f *flow, _ *watchedPeer) { f.writing.Store(true) }, 60 * time.Second, 58 * time.Second, 60},
 		{"a write blocked by a slow reader", func(i int, f *flow, p *watchedPeer) {
-			f.waiting.Store(true)
+			f.writing.Store(true)
 			p.acked = uint64(i / 5)
 		}, 5 * time.Second, 0, 60},
 		{"a queue that is never read", func(_ int, f *flow, p *watchedPeer) {
@@ -392,7 +392,7 @@ func TestEndWatch(t *testing.T) {
 			f.Store(5)
 			p.acked, p.queued = uint64(i/5), true
 		}, 5 * time.Second, 0, 60},
-		{"a write that blocks late", func(i int, f *flow, _ *watchedPeer) { f.waiting.Store(i > 50) }, 10 * time.Second, 8 * time.Second, 15},
+		{"a write that blocks late", func(i int, f *flow, _ *watchedPeer) { f.writing.Store(i > 50) }, 10 * time.Second, 8 * time.Second, 15},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			var e endWatch
@@ -401,7 +401,7 @@ func TestEndWatch(t *testing.T) {
 			now := second
 			for i := range 60 {
 				row.tick(i, &f, p)
-				e.look(now, &f, p, interval)
+				e.update(now, &f, p, interval)
 				now += second
 			}
 			if stalled := e.stalledFor(now); stalled < row.least || stalled > row.most {

@@ -48,7 +48,7 @@ func (u *Unclaimed) Provision(ctx caddy.Context) error {
 
 // ServeHTTP implements caddyhttp.MiddlewareHandler.
 func (u *Unclaimed) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
-	if (r.Method != http.MethodConnect || isExtendedConnect(r)) && r.URL.Host == "" && (!isForeign(r) || hasVisited(r)) {
+	if (r.Method != http.MethodConnect || isExtendedConnect(r)) && r.URL.Host == "" && (!isForOtherHost(r) || passedProxyHandler(r)) {
 		return next.ServeHTTP(w, r)
 	}
 	now := sinceEpoch(time.Now())
@@ -66,9 +66,9 @@ func (u *Unclaimed) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddy
 	return nil
 }
 
-// hasVisited reports whether an async_proxy has passed r to the next handler. That
+// passedProxyHandler reports whether an async_proxy has passed r to the next handler. That
 // async_proxy responds to r itself if no handler does.
-func hasVisited(r *http.Request) bool {
+func passedProxyHandler(r *http.Request) bool {
 	repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
 	if !ok {
 		return false
@@ -77,10 +77,10 @@ func hasVisited(r *http.Request) bool {
 	return visited
 }
 
-// isForeign reports whether an HTTP/2 or HTTP/3 request, where proxy requests look like all
+// isForOtherHost reports whether an HTTP/2 or HTTP/3 request, where proxy requests look like all
 // others, is for another host than the server name of its TLS connection. It returns false
 // if the client sent no server name.
-func isForeign(r *http.Request) bool {
+func isForOtherHost(r *http.Request) bool {
 	if r.ProtoMajor == 1 || r.TLS == nil || r.TLS.ServerName == "" {
 		return false
 	}
@@ -113,7 +113,7 @@ func siteOf(server *caddyhttp.Server, h caddyhttp.MiddlewareHandler) caddyhttp.R
 	for _, route := range server.Routes {
 		for _, handler := range route.Handlers {
 			if sub, ok := handler.(*caddyhttp.Subroute); ok && route.Terminal {
-				if _, found := hostsBefore(sub.Routes, h); found {
+				if _, found := hostsLeadingTo(sub.Routes, h); found {
 					return sub.Routes
 				}
 			}
@@ -122,16 +122,16 @@ func siteOf(server *caddyhttp.Server, h caddyhttp.MiddlewareHandler) caddyhttp.R
 	return server.Routes
 }
 
-// leavesUnanswered reports whether a request may pass all routes without a response, as far
+// mayFallThrough reports whether a request may pass all routes without a response, as far
 // as can be told from the config.
-func leavesUnanswered(routes caddyhttp.RouteList) bool {
+func mayFallThrough(routes caddyhttp.RouteList) bool {
 	return !slices.ContainsFunc(routes, func(route caddyhttp.Route) bool {
 		return len(route.MatcherSets) == 0 && slices.ContainsFunc(route.Handlers, func(handler caddyhttp.MiddlewareHandler) bool {
 			switch handler := handler.(type) {
 			case *Unclaimed:
 				return false
 			case *caddyhttp.Subroute:
-				return !leavesUnanswered(handler.Routes)
+				return !mayFallThrough(handler.Routes)
 			case *caddyhttp.StaticResponse:
 				return endsRequest(handler)
 			}

@@ -69,7 +69,7 @@ func (h *Handler) upgrade(w http.ResponseWriter, r *http.Request, res *http.Resp
 		head = appendValues(head, name, values)
 	}
 	t.proto = protocols[0]
-	t.near, t.early, t.greeting = newConnPeer(conn), early, append(head, "\r\n"...)
+	t.near, t.clientPrefix, t.responseHead = newConnPeer(conn), early, append(head, "\r\n"...)
 	go t.run()
 	return http.StatusSwitchingProtocols, nil
 }
