@@ -192,7 +192,7 @@ func TestLimitByUser(t *testing.T) {
 			got = append(got, fmt.Sprint(res.StatusCode))
 		}
 		if got := strings.Join(got, " "); got != tc.want {
-			t.Errorf("by %s: %s gets %s, want %s", tc.by, tc.logins, got, tc.want)
+			t.Errorf("by %s: %s got %s, want %s", tc.by, tc.logins, got, tc.want)
 		}
 	}
 }

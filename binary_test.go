@@ -217,7 +217,7 @@ func binaryNumber(t testing.TB, text, pattern string) int {
 	t.Helper()
 	match := regexp.MustCompile(pattern).FindStringSubmatch(text)
 	if match == nil {
-		t.Fatalf("there is no %s in %.300q", pattern, text)
+		t.Fatalf("found no %s in %.300q", pattern, text)
 	}
 	n, err := strconv.Atoi(match[1])
 	if err != nil {
@@ -456,7 +456,7 @@ func TestBinaryReadme(t *testing.T) {
 		fmt.Sprintf(`\r\n\r\nToo many requests from your address; try again in %d s.\n?$`, wait),
 	} {
 		if !regexp.MustCompile(want).MatchString(answer) {
-			t.Errorf("there is no %s in\n%s", want, answer)
+			t.Errorf("found no %s in\n%s", want, answer)
 		}
 	}
 	time.Sleep(time.Duration(wait) * time.Second)

@@ -243,7 +243,7 @@ func TestLastRefusals(t *testing.T) {
 	for n := range 250 {
 		list := r.list()
 		if len(list) != min(n, 100) {
-			t.Fatalf("after %d refusals there are %d", n, len(list))
+			t.Fatalf("after %d refusals %d are kept", n, len(list))
 		}
 		for i, info := range list {
 			if info.Status != n-1-i {

@@ -32,7 +32,7 @@ func TestChunksDoNotWait(t *testing.T) {
 			got = append(got, p[:n]...)
 		}
 		if string(got) != "one" || chunks.ready() {
-			t.Errorf("%q: got %q, and there is more: %v", input, got, chunks.ready())
+			t.Errorf("%q: got %q, and more = %v", input, got, chunks.ready())
 		}
 	}
 }

@@ -233,7 +233,7 @@ func TestMuxFields(t *testing.T) {
 				slices.Sort(got)
 				want := []string{":authority=target.", ":method=CONNECT", "long=yyyyyyy", "proxy-authorization=Basic x", "via=a", "via=b"}
 				if !slices.Equal(got, want) || head.StreamEnded() {
-					t.Errorf("the parent gets %q, want %q", got, want)
+					t.Errorf("the parent got %q, want %q", got, want)
 				}
 				return
 			}

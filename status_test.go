@@ -203,7 +203,7 @@ func statusSyntax(t *testing.T, text string) []string {
 	_, rest, found := strings.Cut(text, "async_proxy_status [<matcher>] {\n")
 	block, _, found2 := strings.Cut(rest, "}")
 	if !found || !found2 {
-		t.Fatal("there is no syntax")
+		t.Fatal("found no syntax")
 	}
 	return strings.Fields(block)
 }
@@ -419,7 +419,7 @@ func TestStatusStream(t *testing.T) {
 		}
 	}
 	if n := viewersOf(statusFeed); n != 2 {
-		t.Errorf("there are %d viewers, want 2", n)
+		t.Errorf("got %d viewers, want 2", n)
 	}
 	one.body.Close()
 	two.body.Close()
@@ -596,7 +596,7 @@ func TestStatusActions(t *testing.T) {
 	}
 	for range 3 {
 		if status := get(); status != http.StatusOK {
-			t.Errorf("with a full bucket the client gets %d", status)
+			t.Errorf("with a full bucket the client got %d", status)
 		}
 	}
 	lines := w.waitLog("operator's action", 4)
@@ -638,7 +638,7 @@ func TestStatusMasksClients(t *testing.T) {
 		}
 	}
 	if want := "Your address, 127.0.0.0/24, may not use this proxy"; !strings.Contains(event, want) || !strings.Contains(snap, want) {
-		t.Errorf("no refusal says %q: %s", want, snap)
+		t.Errorf("no refusal contains %q: %s", want, snap)
 	}
 	for _, path := range []string{"/clients.json?q=127.0.0.1", "/tunnels.json?q=127.0.0.1"} {
 		if res, _ := w.ask("GET", path, ""); res.StatusCode != http.StatusForbidden {

@@ -123,7 +123,7 @@ func TestStreamKeepAlive(t *testing.T) {
 		body := strings.Repeat("x", i*997)
 		c.send(fmt.Sprintf("POST %s/ HTTP/1.1\nHost: x\nContent-Length: %d\n\n%s", w.origin.URL, len(body), body))
 		if res, got := c.response(http.MethodPost); got != body || res.Close {
-			t.Fatalf("request %d: %s, %d bytes, to be closed: %t", i, res.Status, len(got), res.Close)
+			t.Fatalf("request %d: %s, %d bytes, close: %t", i, res.Status, len(got), res.Close)
 		}
 	}
 }

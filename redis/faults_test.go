@@ -461,7 +461,7 @@ func TestSlowToConnect(t *testing.T) {
 		rush(t, 10, w.origin, w.proxy)
 	}
 	if failed, _ := w.states(); failed != 0 || questions(t) != asked+30 {
-		t.Errorf("%d questions; the log says %v", questions(t)-asked, logLines(t, w.logs, failedLine))
+		t.Errorf("%d questions; log lines %v", questions(t)-asked, logLines(t, w.logs, failedLine))
 	}
 }
 

@@ -198,7 +198,7 @@ func (e *engine) bucket() string {
 	case 1:
 		return e.do("GET", keys[0])
 	default:
-		e.t.Fatalf("there are the keys %q, want one", keys)
+		e.t.Fatalf("got the keys %q, want one", keys)
 		return ""
 	}
 }
