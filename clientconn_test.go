@@ -638,7 +638,11 @@ func TestClientConnStalledHead(t *testing.T) {
 				continue
 			}
 			all.Go(func() {
-				got, want := stall(w.proxy, cut, behind), stall(other.proxy, cut, behind)
+				var got, want string
+				var both sync.WaitGroup
+				both.Go(func() { got = stall(w.proxy, cut, behind) })
+				both.Go(func() { want = stall(other.proxy, cut, behind) })
+				both.Wait()
 				if got != want {
 					t.Errorf("%q, behind a request: %t: %s\nnet/http: %s", request[:cut], behind, got, want)
 				}
@@ -661,60 +665,80 @@ func TestClientConnHandedOnAtShutdown(t *testing.T) {
 
 // The server's idle and head timeouts apply.
 func TestClientConnTimeouts(t *testing.T) {
-	origin := newSlowly()
-	w := newWorld(t, "", origin)
-	servers := func(timeouts string) {
-		loadCaddyfile(t, withServers(w.globals()+w.site(""), withWrapper+"timeouts {\n"+timeouts+"\n}"))
+	w := newWorld(t, "", nil)
+	type server struct {
+		*world
+		origin *slowly
 	}
-	head := "GET " + w.origin.URL + "/ HTTP/1.1\r\nHost: x\r\n\r\n"
-	servers("idle 1500ms")
-	if rest := w.dialOwn().readAll(); rest != "" {
-		t.Errorf("an idle connection got %q before its end", rest)
+	config := strings.TrimPrefix(w.globals(), "{\n")
+	serves := func(timeouts string) server {
+		one := server{&world{t: t, proxy: freeAddress(t), logs: w.logs}, newSlowly()}
+		one.world.origin = httptest.NewServer(one.origin)
+		t.Cleanup(one.world.origin.Close)
+		config = "servers " + one.proxy + " {\n" + withWrapper + "timeouts {\n" + timeouts + "\n}\n}\n" + config + one.site("zone "+strings.ReplaceAll(one.proxy, ":", "-"))
+		return one
 	}
-	c := w.dialOwn()
-	c.get(w.origin.URL+"/slow", "")
-	<-origin.asked
-	time.Sleep(1800 * time.Millisecond) // not idle: a response is under way
-	origin.begin <- struct{}{}
-	origin.end <- struct{}{}
-	if _, body := c.response(http.MethodGet); body != "first last" {
-		t.Errorf("a request for longer than idle: %q", body)
+	idle, header, none := serves("idle 1500ms"), serves("read_header 1500ms"), serves("read_header -1s\nidle -1s")
+	loadCaddyfile(t, "{\n"+config)
+	meanwhile := func(name string, s server, test func(t *testing.T, s server, head string)) {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := *s.world
+			w.t = t
+			test(t, server{&w, s.origin}, "GET "+w.origin.URL+"/ HTTP/1.1\r\nHost: x\r\n\r\n")
+		})
 	}
-	c.send(head[:20])
-	time.Sleep(1800 * time.Millisecond) // not idle: a head has begun
-	c.send(head[20:])
-	if _, body := c.response(http.MethodGet); body != "last" {
-		t.Errorf("a head for longer than idle: %q", body)
-	}
-
-	servers("read_header 1500ms")
-	c = w.dialOwn()
-	time.Sleep(1800 * time.Millisecond)
-	for i := range head {
-		_, _ = io.WriteString(c, head[i:i+1])
-	}
-	if _, body := c.response(http.MethodGet); body != "last" {
-		t.Errorf("a head in pieces: %q", body)
-	}
-	c.send(head[:20])
-	if rest := c.readAll(); !strings.HasPrefix(rest, "HTTP/1.1 400 ") {
-		t.Errorf("half a head: got %q", rest)
-	}
-
-	servers("read_header -1s\nidle -1s")
-	c = w.dialOwn()
-	c.get(w.origin.URL+"/slow", "")
-	<-origin.asked
-	c.send(head[:20])
-	time.Sleep(2 * disconnectWatchDelay)
-	origin.begin <- struct{}{}
-	origin.end <- struct{}{}
-	c.response(http.MethodGet)
-	time.Sleep(disconnectWatchDelay)
-	c.send(head[20:])
-	if _, body := c.response(http.MethodGet); body != "last" {
-		t.Errorf("half a head after a slow response, with no timeouts: %q", body)
-	}
+	meanwhile("idle", idle, func(t *testing.T, s server, _ string) {
+		if rest := s.dialOwn().readAll(); rest != "" {
+			t.Errorf("an idle connection got %q before its end", rest)
+		}
+	})
+	meanwhile("not idle", idle, func(t *testing.T, s server, head string) {
+		c := s.dialOwn()
+		c.get(s.world.origin.URL+"/slow", "")
+		<-s.origin.asked
+		time.Sleep(1800 * time.Millisecond) // not idle: a response is under way
+		s.origin.begin <- struct{}{}
+		s.origin.end <- struct{}{}
+		if _, body := c.response(http.MethodGet); body != "first last" {
+			t.Errorf("a request for longer than idle: %q", body)
+		}
+		c.send(head[:20])
+		time.Sleep(1800 * time.Millisecond) // not idle: a head has begun
+		c.send(head[20:])
+		if _, body := c.response(http.MethodGet); body != "last" {
+			t.Errorf("a head for longer than idle: %q", body)
+		}
+	})
+	meanwhile("slow heads", header, func(t *testing.T, s server, head string) {
+		c := s.dialOwn()
+		time.Sleep(1800 * time.Millisecond)
+		for i := range head {
+			_, _ = io.WriteString(c, head[i:i+1])
+		}
+		if _, body := c.response(http.MethodGet); body != "last" {
+			t.Errorf("a head in pieces: %q", body)
+		}
+		c.send(head[:20])
+		if rest := c.readAll(); !strings.HasPrefix(rest, "HTTP/1.1 400 ") {
+			t.Errorf("half a head: got %q", rest)
+		}
+	})
+	meanwhile("no timeouts", none, func(t *testing.T, s server, head string) {
+		c := s.dialOwn()
+		c.get(s.world.origin.URL+"/slow", "")
+		<-s.origin.asked
+		c.send(head[:20])
+		time.Sleep(2 * disconnectWatchDelay)
+		s.origin.begin <- struct{}{}
+		s.origin.end <- struct{}{}
+		c.response(http.MethodGet)
+		time.Sleep(disconnectWatchDelay)
+		c.send(head[20:])
+		if _, body := c.response(http.MethodGet); body != "last" {
+			t.Errorf("half a head after a slow response, with no timeouts: %q", body)
+		}
+	})
 }
 
 // Caddy's write-idle timeout restarts when a client reads something, and applies to each

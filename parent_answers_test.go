@@ -158,7 +158,7 @@ func TestParentFailurePhases(t *testing.T) {
 			}
 		}
 	})
-	w := newWorld(t, "dial_timeout 2s\nresponse_header_timeout 300ms\nupstream http://"+address, nil)
+	w := newWorld(t, "dial_timeout 1s\nresponse_header_timeout 300ms\nupstream http://"+address, nil)
 	for n, tc := range cases {
 		w.expectFailure(fmt.Sprintf("a%d.example:80", n), tc.want, http.MethodConnect)
 		if !strings.HasPrefix(tc.answer, "HTTP/1.1 1") { // HTTP clients never see a final response of 1xx
@@ -182,7 +182,11 @@ func TestParentTLSPhases(t *testing.T) {
 		}, failure{502, "tls_protocol_error", "The parent proxy"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			w := newWorld(t, "dial_timeout 1s\nupstream https://"+listen(t, tc.serve), nil)
+			timeout := "10s"
+			if name == "silence" {
+				timeout = "300ms"
+			}
+			w := newWorld(t, "dial_timeout "+timeout+"\nupstream https://"+listen(t, tc.serve), nil)
 			w.expectFailure("a.example:80", tc.want, http.MethodConnect, http.MethodGet)
 		})
 	}
@@ -401,14 +405,20 @@ func TestParentOverHTTP2(t *testing.T) {
 	secure.TLS = &tls.Config{Certificates: []tls.Certificate{tlsCertificate}}
 	secure.StartTLS()
 	defer secure.Close()
-	w := newWorld(t, "via tester\ndial_timeout 2s\nupstream "+secure.URL, nil)
-	for n, tc := range cases {
-		target := fmt.Sprintf("a%d.example:443", n)
-		w.expectFailure(target, tc.want, http.MethodConnect)
-		res, _ := policyRequest(t, w.proxy, http.MethodConnect, target, "")
-		before, _, _ := strings.Cut(res.Header.Get("Proxy-Status"), "tester; error=")
-		if strings.TrimSuffix(before, ", ") != tc.before || res.Header.Get("Retry-After") != tc.retry {
-			t.Errorf("%s: Proxy-Status %q, Retry-After %q", target, res.Header["Proxy-Status"], res.Header["Retry-After"])
+	w := newWorld(t, "via tester\ndial_timeout 1s\nupstream "+secure.URL, nil)
+	t.Run("cases", func(t *testing.T) {
+		for n, tc := range cases {
+			t.Run(fmt.Sprint(n), func(t *testing.T) {
+				t.Parallel()
+				target := fmt.Sprintf("a%d.example:443", n)
+				w := &world{t: t, proxy: w.proxy}
+				w.expectFailure(target, tc.want, http.MethodConnect)
+				res, _ := policyRequest(t, w.proxy, http.MethodConnect, target, "")
+				before, _, _ := strings.Cut(res.Header.Get("Proxy-Status"), "tester; error=")
+				if strings.TrimSuffix(before, ", ") != tc.before || res.Header.Get("Retry-After") != tc.retry {
+					t.Errorf("%s: Proxy-Status %q, Retry-After %q", target, res.Header["Proxy-Status"], res.Header["Retry-After"])
+				}
+			})
 		}
-	}
+	})
 }

@@ -475,6 +475,7 @@ func TestStatusStuckViewer(t *testing.T) {
 		snap.Stats.Version = strings.Repeat("more than the buffers of a connection hold", 1<<18)
 		return snap
 	})
+	statusFeed.writeTimeout = 2 * time.Second // enough for the viewer that reads
 	w := newStatusWorld(t, "", "")
 	c := dialRaw(t, strings.TrimPrefix(w.page, "http://"))
 	c.send("GET /events HTTP/1.1\nHost: " + strings.TrimPrefix(w.page, "http://") + "\n\n")

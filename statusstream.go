@@ -33,6 +33,7 @@ var statusFeed = newFeed(takeSnapshot)
 // All methods are safe for concurrent use.
 type feed struct {
 	takeSnapshot func(now time.Time) snapshot
+	writeTimeout time.Duration // viewerWriteTimeout
 
 	mu      sync.Mutex
 	viewers map[*viewer]struct{}
@@ -46,7 +47,7 @@ type viewer struct {
 }
 
 func newFeed(take func(now time.Time) snapshot) *feed {
-	return &feed{takeSnapshot: take, viewers: make(map[*viewer]struct{})}
+	return &feed{takeSnapshot: take, writeTimeout: viewerWriteTimeout, viewers: make(map[*viewer]struct{})}
 }
 
 // subscribe adds a viewer, which must be removed by leave. It returns nil if there are already
@@ -138,7 +139,7 @@ func (s *Status) stream(w http.ResponseWriter, r *http.Request) {
 	controller := http.NewResponseController(w)
 	defer func() { _ = controller.SetWriteDeadline(time.Time{}) }()
 	send := func(event []byte) bool {
-		_ = controller.SetWriteDeadline(time.Now().Add(viewerWriteTimeout))
+		_ = controller.SetWriteDeadline(time.Now().Add(statusFeed.writeTimeout))
 		_, err := w.Write(event)
 		return err == nil && controller.Flush() == nil
 	}

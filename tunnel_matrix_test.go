@@ -384,7 +384,7 @@ func TestTunnelsOfABrokenConnection(t *testing.T) {
 // Caddy cuts off requests and responses that stall, by default after a minute. A tunnel may
 // be silent, and its client may read slowly.
 func TestTunnelsOutliveCaddysStallLimits(t *testing.T) {
-	const limit, size = time.Second, 32 << 20
+	const limit, size = 400 * time.Millisecond, 32 << 20
 	for name, setup := range map[string]tunnelSetup{"bare": {}, "observed": observed} {
 		setup.servers = fmt.Sprintf("timeouts {\nread_body_idle %v\nwrite_idle %[1]v\n}", limit)
 		t.Run(name, func(t *testing.T) {
