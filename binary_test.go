@@ -369,14 +369,15 @@ func (c *binaryCaddy) curl(args ...string) string {
 	return string(out)
 }
 
-// statuses returns the statuses of n consecutive requests, each by its own curl.
+// statuses returns the statuses of n consecutive requests, each on its own connection. One
+// curl sends them all, so that a busy machine does not give the bucket time to fill.
 func (c *binaryCaddy) statuses(n int, url string) string {
 	c.t.Helper()
-	var list strings.Builder
+	args := []string{"-H", "Connection: close", "-w", "%{http_code} ", "-x", "http://" + c.proxy}
 	for range n {
-		list.WriteString(c.curl("-o", "/dev/null", "-w", "%{http_code} ", "-x", "http://"+c.proxy, url))
+		args = append(args, "-o", "/dev/null", url)
 	}
-	return list.String()
+	return c.curl(args...)
 }
 
 // status returns the status of one request on its own connection. It retries if the
@@ -418,6 +419,7 @@ func binaryHttpbin(t *testing.T) (plain, secure string) {
 
 // TestBinaryReadme follows the README's walk-through.
 func TestBinaryReadme(t *testing.T) {
+	t.Parallel()
 	plain, secure := binaryHttpbin(t)
 	c := binaryStart(t, binaryOptions{site: "burst 10\nrefill 0.5"})
 
@@ -495,6 +497,7 @@ func TestBinaryReadme(t *testing.T) {
 
 // TestBinaryReload replaces the config while a tunnel is open.
 func TestBinaryReload(t *testing.T) {
+	t.Parallel()
 	c := binaryStart(t, binaryOptions{site: "burst 3\nrefill 0.00001"})
 	tunnel := binaryTunnels(t, c.proxy, 1)[0]
 	check := func(step, want string) {
@@ -613,7 +616,7 @@ func (c *binaryCaddy) checkSettled(descriptors, goroutines int) {
 	eventually(c.t, "goroutines to end", func() bool { return c.goroutines() <= goroutines+5 })
 }
 
-// TestBinaryIdle measures the cost of an idle tunnel.
+// TestBinaryIdle measures the cost of an idle tunnel, which is higher beside other tests.
 func TestBinaryIdle(t *testing.T) {
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
@@ -647,6 +650,7 @@ func TestBinaryIdle(t *testing.T) {
 
 // TestBinaryChurn opens tunnels and closes them, half in order and half by resets.
 func TestBinaryChurn(t *testing.T) {
+	t.Parallel()
 	c := binaryStart(t, binaryOptions{})
 	target := binaryEcho(t)
 	binaryClose(binaryTunnels(t, c.proxy, 1))
@@ -725,6 +729,7 @@ func TestBinaryDescriptors(t *testing.T) {
 
 // TestBinaryOverTLS uses an HTTPS proxy.
 func TestBinaryOverTLS(t *testing.T) {
+	t.Parallel()
 	plain, secure := binaryHttpbin(t)
 	c := binaryStart(t, binaryOptions{secure: true})
 	for _, args := range [][]string{{"-p", plain}, {plain}, {"-k", secure}} {
@@ -745,6 +750,7 @@ func TestBinaryOverTLS(t *testing.T) {
 
 // TestBinaryCommands checks the module and the example config with Caddy's own commands.
 func TestBinaryCommands(t *testing.T) {
+	t.Parallel()
 	for want, args := range map[string][]string{
 		"\nhttp.handlers.async_proxy\n": {"list-modules"},
 		"Valid configuration":           {"validate", "--config", "Caddyfile.example", "--adapter", "caddyfile"},
@@ -761,5 +767,6 @@ func TestBinaryCommands(t *testing.T) {
 
 // TestBinaryRules checks the rules for intermediaries against the binary.
 func TestBinaryRules(t *testing.T) {
+	t.Parallel()
 	runRules(t, binaryStart(t, binaryOptions{site: ruleOptions}).proxy, newRuleOrigin)
 }

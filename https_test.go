@@ -163,20 +163,24 @@ func TestHTTP2Lengths(t *testing.T) {
 // The response-header timeout covers the origin's time alone: a client may send its request
 // slowly, but an origin that stops reading it, or does not respond to it, times out.
 func TestHTTP2ResponseTimeout(t *testing.T) {
-	w := newWorld(t, "response_header_timeout 1s", nil)
+	w := newWorld(t, "response_header_timeout 500ms", nil)
 	before := responsesObserved(t)
 	silent := newFramesOrigin(t, func(f *framesOrigin, stream uint32) {})
 	refusing := newFramesOrigin(t, func(f *framesOrigin, stream uint32) { _ = f.WriteRSTStream(stream, http2.ErrCodeRefusedStream) })
+	clients := map[string]*rawConn{}
 	for request, origin := range map[string]string{
 		"GET https://ORIGIN/silent HTTP/1.1\nHost: x\n\n":                               silent,
 		"GET https://ORIGIN/refusing HTTP/1.1\nHost: x\n\n":                             refusing,
 		"PUT https://ORIGIN/full HTTP/1.1\nHost: x\nContent-Length: 1000000\n\nCONTENT": silent,
 	} {
 		c := w.dial()
-		request = strings.ReplaceAll(request, "ORIGIN", origin)
+		clients[request] = c
+		sent := strings.ReplaceAll(request, "ORIGIN", origin)
 		go func() { // the origin does not read all of it
-			_, _ = io.WriteString(c, strings.ReplaceAll(strings.Replace(request, "CONTENT", strings.Repeat("x", 1_000_000), 1), "\n", "\r\n"))
+			_, _ = io.WriteString(c, strings.ReplaceAll(strings.Replace(sent, "CONTENT", strings.Repeat("x", 1_000_000), 1), "\n", "\r\n"))
 		}()
+	}
+	for request, c := range clients {
 		if res, body := c.response(http.MethodGet); res.StatusCode != http.StatusGatewayTimeout {
 			t.Errorf("%.40q: %s %q", request, res.Status, body)
 		}
@@ -199,7 +203,7 @@ func TestHTTP2ResponseTimeout(t *testing.T) {
 	c := w.dial()
 	c.send("PUT https://" + patient + "/ HTTP/1.1\nHost: x\nContent-Length: 6\n\n")
 	for range 6 {
-		time.Sleep(300 * time.Millisecond)
+		time.Sleep(150 * time.Millisecond)
 		c.send("x")
 	}
 	if res, body := c.response(http.MethodPut); res.StatusCode != http.StatusOK {

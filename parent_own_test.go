@@ -115,7 +115,8 @@ func TestParentStreams(t *testing.T) {
 // neither its client's other tunnels nor new ones, let alone those of other clients.
 func TestParentStreamsIndependent(t *testing.T) {
 	parent := binaryStart(t, binaryOptions{secure: true, site: "allow 127.0.0.0/8"})
-	w := newWorld(t, "tunnel_stall_timeout 5s\nupstream https://"+parent.secure+" {\ntls_insecure_skip_verify\n}", nil)
+	watchOften(t)
+	w := newWorld(t, "tunnel_stall_timeout 2s\nupstream https://"+parent.secure+" {\ntls_insecure_skip_verify\n}", nil)
 	echo := binaryEcho(t)
 	over := make(chan struct{})
 	defer close(over)
@@ -135,7 +136,7 @@ func TestParentStreamsIndependent(t *testing.T) {
 	stuck.connect(deaf)
 	stuck.SetWriteBuffer(64 << 10)
 	for chunk := make([]byte, 64<<10); ; {
-		stuck.SetWriteDeadline(time.Now().Add(time.Second))
+		stuck.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
 		if _, err := stuck.Write(chunk); err != nil {
 			break // every buffer is full
 		}

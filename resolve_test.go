@@ -424,9 +424,12 @@ func TestDNSFailures(t *testing.T) {
 				want.status, want.kind = 503, "dns_error"
 				want.text = "The name of " + name + ".test cannot be looked up: there is no answer from DNS."
 			}
+			clients := map[string]*rawConn{}
 			for _, request := range []string{"CONNECT " + name + ".test:443", "GET http://" + name + ".test:8080/", "GET https://" + name + ".test/"} {
-				c := w.dial()
-				c.send(request + " HTTP/1.1\nHost: x\nConnection: close\n\n")
+				clients[request] = w.dial()
+				clients[request].send(request + " HTTP/1.1\nHost: x\nConnection: close\n\n")
+			}
+			for request, c := range clients {
 				res, body := c.response(http.MethodGet)
 				if _, got, _ := strings.Cut(res.Header.Get("Proxy-Status"), "error="); res.StatusCode != want.status || got != want.kind || body != want.text+"\n" {
 					t.Errorf("%s by %s: %d, %s, %q; want %v", request, resolver, res.StatusCode, got, body, want)

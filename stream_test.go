@@ -132,12 +132,12 @@ func TestStreamKeepAlive(t *testing.T) {
 // the whole request, so that a slow upload may take longer; but an origin that stops
 // reading the request times out.
 func TestStreamSlowRequest(t *testing.T) {
-	w := newWorld(t, "response_header_timeout 2s", nil)
+	w := newWorld(t, "response_header_timeout 1s", nil)
 	origin := newRuleOrigin(t, "")
 	c := w.dial()
 	c.send("POST http://" + origin.address + "/ HTTP/1.1\nHost: x\nContent-Length: 6\n\n")
 	for range 6 {
-		time.Sleep(400 * time.Millisecond)
+		time.Sleep(200 * time.Millisecond)
 		c.send("x")
 	}
 	if res, body := c.response(http.MethodPost); body != "ok" {
@@ -210,7 +210,7 @@ func TestStreamInterim(t *testing.T) {
 			time.Sleep(50 * time.Millisecond)
 		}
 	})
-	c := newWorld(t, "response_header_timeout 300ms", nil).dial()
+	c := newWorld(t, "response_header_timeout 150ms", nil).dial()
 	c.send("GET http://" + endless + "/ HTTP/1.1\nHost: x\n\n")
 	for {
 		if res, _ := c.response(http.MethodGet); res.StatusCode != http.StatusProcessing {
@@ -433,7 +433,7 @@ func TestStreamWriteTimeout(t *testing.T) {
 // TestStreamSteadyReader checks that a client that reads slowly but steadily gets the whole
 // response: what the kernel buffers for it never delays the next write beyond the timeout.
 func TestStreamSteadyReader(t *testing.T) {
-	const size, rate = 5 << 20, 200 << 10 // bytes, and bytes per second
+	const size, rate = 5 << 20, 400 << 10 // bytes, and bytes per second
 	origin := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/known" {
 			w.Header().Set("Content-Length", fmt.Sprint(size))
@@ -441,7 +441,7 @@ func TestStreamSteadyReader(t *testing.T) {
 		_, _ = io.CopyN(w, zeros{}, size)
 	}))
 	defer origin.Close()
-	w := newTunnelWorld(t, tunnelSetup{options: "hosts proxy.example", servers: "listener_wrappers {\nasync_proxy\ntls\n}\ntimeouts {\nwrite_idle 3s\n}"})
+	w := newTunnelWorld(t, tunnelSetup{options: "hosts proxy.example", servers: "listener_wrappers {\nasync_proxy\ntls\n}\ntimeouts {\nwrite_idle 1500ms\n}"})
 	var clients sync.WaitGroup
 	for _, row := range []struct{ protocol, alpn, content string }{
 		{"h1", "", ""},
@@ -539,7 +539,7 @@ func steadyRoundTrip(conn net.Conn, request *http.Request, overHTTP2 bool) (*htt
 	return http.ReadResponse(bufio.NewReader(conn), nil)
 }
 
-// steadyConn reads slowly for seven seconds, so that buffered data has by then waited for
+// steadyConn reads slowly for three and a half seconds, so that buffered data has by then waited for
 // longer than the test's timeout.
 type steadyConn struct {
 	net.Conn
@@ -548,7 +548,7 @@ type steadyConn struct {
 }
 
 func (c *steadyConn) Read(b []byte) (int, error) {
-	for time.Since(c.start) < 7*time.Second && c.read > time.Since(c.start).Seconds()*c.rate {
+	for time.Since(c.start) < 3500*time.Millisecond && c.read > time.Since(c.start).Seconds()*c.rate {
 		time.Sleep(10 * time.Millisecond)
 	}
 	n, err := c.Conn.Read(b)
