@@ -33,8 +33,8 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *transaction
 	if announcesContent(r) {
 		return 0, newRefusal(http.StatusBadRequest, "http_request_error", nil, "A CONNECT request must not have content.")
 	}
-	if f := h.tunnels.admit(from.limitKey, h.MaxTunnels, h.MaxTunnelsPerClient); f != nil {
-		return 0, f
+	if err := h.tunnels.admit(from.limitKey, h.MaxTunnels, h.MaxTunnelsPerClient); err != nil {
+		return 0, tunnelRefusal(err)
 	}
 	ctx := h.withParentFields(r, from, target)
 	if h.dialer.policy.connect != nil {
@@ -70,6 +70,14 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *transaction
 	// net/http holds for it are many times as large as what the tunnel needs.
 	go t.run()
 	return http.StatusOK, nil
+}
+
+// tunnelRefusal returns the response for when a limit does not allow another tunnel.
+func tunnelRefusal(err *limitError) *refusal {
+	if err.perClient {
+		return causeTunnelsPerClient.refusal(&deniedError{rule: "max_tunnels per_client", reason: err.Error(), hint: "raise max_tunnels per_client"})
+	}
+	return causeTunnels.refusal(&deniedError{rule: "max_tunnels", reason: err.Error(), hint: "raise max_tunnels"})
 }
 
 // announcesContent reports whether a CONNECT request declares content, which it must not

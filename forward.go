@@ -101,8 +101,8 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from clientIde
 	}
 	defer releaseTunnel()
 	if len(r.Header["Upgrade"]) > 0 {
-		if f := h.tunnels.admit(from.limitKey, h.MaxTunnels, h.MaxTunnelsPerClient); f != nil {
-			return 0, f
+		if err := h.tunnels.admit(from.limitKey, h.MaxTunnels, h.MaxTunnelsPerClient); err != nil {
+			return 0, tunnelRefusal(err)
 		}
 		admitted = true
 	}

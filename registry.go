@@ -99,13 +99,26 @@ func (r *registry) Destruct() error {
 	return nil
 }
 
-// admit reserves a tunnel for a client, which the caller must release with leave, or returns
-// the refusal if a limit is reached. A limit of 0 means no limit. client is the limiter's
-// key for the client.
-func (r *registry) admit(client netip.Addr, limit, perClient int) *refusal {
+// limitError reports that a limit on open tunnels is reached.
+type limitError struct {
+	perClient bool // the client's own limit, not the one for all clients
+}
+
+// Error implements error.
+func (e *limitError) Error() string {
+	if e.perClient {
+		return "the client's limit on open tunnels is reached"
+	}
+	return "the limit on open tunnels is reached"
+}
+
+// admit reserves a tunnel for a client, which the caller must release with release, or
+// returns an error if a limit is reached. A limit of 0 means no limit. client is the
+// limiter's key for the client.
+func (r *registry) admit(client netip.Addr, limit, perClient int) *limitError {
 	if n := r.admitted.Add(1); limit > 0 && n > int64(limit) {
 		r.admitted.Add(-1)
-		return causeTunnels.refusal(&deniedError{rule: "max_tunnels", reason: "the limit on open tunnels is reached", hint: "raise max_tunnels"})
+		return &limitError{}
 	}
 	refused := false
 	r.clients.Compute(client, func(n int, _ bool) (int, xsync.ComputeOp) {
@@ -117,7 +130,7 @@ func (r *registry) admit(client netip.Addr, limit, perClient int) *refusal {
 	})
 	if refused {
 		r.admitted.Add(-1)
-		return causeTunnelsPerClient.refusal(&deniedError{rule: "max_tunnels per_client", reason: "the client's limit on open tunnels is reached", hint: "raise max_tunnels per_client"})
+		return &limitError{perClient: true}
 	}
 	return nil
 }
