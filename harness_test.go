@@ -248,10 +248,12 @@ func (w *world) waitLog(message string, n int) []map[string]any {
 // eventually waits until condition holds, for at most patience.
 func eventually(t testing.TB, what string, condition func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(patience); !condition(); time.Sleep(5 * time.Millisecond) {
+	pause := 100 * time.Microsecond // Most conditions hold at once.
+	for deadline := time.Now().Add(patience); !condition(); pause = min(2*pause, 5*time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("timed out waiting for %s", what)
 		}
+		time.Sleep(pause)
 	}
 }
 

@@ -128,6 +128,7 @@ func TestProcessExitsWithStuckTunnels(t *testing.T) {
 // An HTTP/2 client that grants the largest windows and then does not even read its socket
 // also blocks the frames that would end its stream.
 func TestProcessClosesTunnelsOfDeafClients(t *testing.T) {
+	t.Parallel() // mostly waits for abortGrace
 	protocols := []string{"h2", "h2c"}
 	c := binaryStart(t, binaryOptions{global: everyProtocol, site: "tunnel_idle_timeout 1s", secure: true})
 	for _, protocol := range protocols {
@@ -232,6 +233,7 @@ func (c *binaryCaddy) checkAllShutDown(t *testing.T, n int) {
 
 // Tunnels continue while configs replace each other.
 func TestProcessReloadsUnderTraffic(t *testing.T) {
+	t.Parallel()
 	const size = 32 << 20
 	for name, reload := range map[string]func(c *binaryCaddy, site string) error{
 		"POST load": func(c *binaryCaddy, site string) error {
