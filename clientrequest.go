@@ -7,7 +7,6 @@ import (
 	"bytes"
 	"io"
 	"net/http"
-	"net/netip"
 	"net/textproto"
 	"net/url"
 	"strings"
@@ -169,23 +168,6 @@ func wantsClose(connection []string) bool {
 		}
 	}
 	return false
-}
-
-// isPlainAuthority reports whether an authority has a host and a port, and nothing that
-// net/http or Caddy might read differently.
-func isPlainAuthority(authority string) bool {
-	host, port, found := cutPort(authority)
-	if inner, ok := strings.CutPrefix(host, "["); ok {
-		inner, ok = strings.CutSuffix(inner, "]")
-		if addr, err := netip.ParseAddr(inner); !ok || err != nil || addr.Is4() || addr.Zone() != "" {
-			return false
-		}
-	} else if strings.ContainsFunc(host, func(c rune) bool {
-		return c != '-' && c != '.' && c != '_' && (c < '0' || c > '9') && (c|0x20 < 'a' || c|0x20 > 'z')
-	}) {
-		return false
-	}
-	return found && strings.Trim(host, ".") != "" && port != "" && strings.Trim(port, "0123456789") == ""
 }
 
 // parseLines parses a request line and the field lines after it, without the last CRLF. It

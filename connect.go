@@ -6,12 +6,8 @@ package asyncproxy
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net"
 	"net/http"
-	"net/netip"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -175,87 +171,4 @@ func recordStatus(w http.ResponseWriter, status int) {
 func isExtendedConnect(r *http.Request) bool {
 	return r.Method == http.MethodConnect &&
 		(len(r.Header[":protocol"]) > 0 || r.ProtoMajor == 3 && r.Proto != "HTTP/3.0")
-}
-
-// parseAuthority returns the host and port of a CONNECT target in the form that net.Dial
-// takes. The port is required.
-func parseAuthority(authority string) (string, error) {
-	if strings.Contains(authority, "@") { // do not echo it: it may contain a password
-		return "", errors.New("user names and passwords do not belong in a request target")
-	}
-	host, port, found := cutPort(authority)
-	if !found {
-		return "", errors.New("the port is missing")
-	}
-	return joinTarget(host, port)
-}
-
-// cutPort splits an authority into host and port. The host keeps its brackets.
-func cutPort(authority string) (host, port string, found bool) {
-	if i := strings.LastIndexByte(authority, ':'); i >= 0 && i > strings.LastIndexByte(authority, ']') {
-		return authority[:i], authority[i+1:], true
-	}
-	return authority, "", false
-}
-
-// joinTarget checks a host, in the form that it has in an authority, and a port, and joins
-// them.
-func joinTarget(host, port string) (string, error) {
-	if err := checkHost(host); err != nil {
-		return "", err
-	}
-	// Leading zeros have no meaning (RFC 3986 §3.2.3). Strip them, because everything from
-	// here on compares the text.
-	number := strings.TrimLeft(port, "0")
-	if n, err := strconv.ParseUint(number, 10, 16); err != nil || n == 0 || number[0] == '+' {
-		return "", fmt.Errorf("the port %q is not a number from 1 to 65535", port)
-	}
-	return host + ":" + number, nil
-}
-
-// checkHost accepts a DNS name, an IPv4 address, or an IPv6 address in brackets. A zone is
-// refused, because it only has a meaning on this machine (RFC 9110 §4.2, RFC 3986 §3.2.2).
-// An internationalised name must be in its ASCII form.
-func checkHost(host string) error {
-	if host == "" {
-		return errors.New("the host is missing")
-	}
-	if host[0] == '[' {
-		addr, err := netip.ParseAddr(strings.TrimSuffix(host[1:], "]"))
-		if err != nil || !addr.Is6() || addr.Zone() != "" || host[len(host)-1] != ']' {
-			return fmt.Errorf("%q is not an IPv6 address", host)
-		}
-		return nil
-	}
-	name := strings.TrimSuffix(host, ".")
-	if len(name) > 253 {
-		return errors.New("the host name is too long")
-	}
-	for label := range strings.SplitSeq(name, ".") {
-		if label == "" || len(label) > 63 {
-			return fmt.Errorf("%q is not a host name", host)
-		}
-		for _, c := range []byte(label) {
-			if c != '-' && c != '_' && (c < '0' || c > '9') && (c|0x20 < 'a' || c|0x20 > 'z') {
-				return fmt.Errorf("%q is not a host name", host)
-			}
-		}
-	}
-	// A name that ends in a number is an IPv4 address (WHATWG URL §3.5). Some resolvers
-	// accept 127.1, 0x7f.1 and 2130706433 as such, so only the dotted decimal form is
-	// allowed.
-	if addr, err := netip.ParseAddr(name); endsInNumber(name) && (err != nil || !addr.Is4()) {
-		return fmt.Errorf("%q is not an IPv4 address in dotted decimal", host)
-	}
-	return nil
-}
-
-// endsInNumber reports whether the last label of a name is a decimal, octal or
-// hexadecimal number.
-func endsInNumber(name string) bool {
-	last := name[strings.LastIndexByte(name, '.')+1:]
-	if rest, ok := strings.CutPrefix(strings.ToLower(last), "0x"); ok {
-		return !strings.ContainsFunc(rest, func(c rune) bool { return (c < '0' || c > '9') && (c < 'a' || c > 'f') })
-	}
-	return last != "" && !strings.ContainsFunc(last, func(c rune) bool { return c < '0' || c > '9' })
 }

@@ -138,9 +138,6 @@ func (h *Handler) logRequest(r *http.Request, v *transaction, err error, more ..
 	c.Write(append(fields, more...)...)
 }
 
-// withoutUser returns an authority without the user name and password before it.
-func withoutUser(authority string) string { return authority[strings.LastIndexByte(authority, '@')+1:] }
-
 // withoutPasswords removes the user names and passwords of URLs in a path.
 func withoutPasswords(path string) string {
 	if !strings.Contains(path, "@") {

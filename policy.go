@@ -88,27 +88,6 @@ func parsePortList(option string, texts []string) (list []portRange, err error) 
 	return list, nil
 }
 
-// target is the host and port that a client asks for.
-type target struct {
-	name string     // in lower case, without a trailing dot; "" for an address
-	addr netip.Addr // if the host is an address
-	port uint16
-}
-
-// newTarget parses an address that joinTarget has built.
-func newTarget(address string) target {
-	host, port, _ := cutPort(address)
-	n, _ := strconv.ParseUint(port, 10, 16)
-	t := target{port: uint16(n)}
-	host = strings.TrimSuffix(strings.ToLower(strings.Trim(host, "[]")), ".")
-	if addr, err := netip.ParseAddr(host); err == nil {
-		t.addr = addr
-	} else {
-		t.name = host
-	}
-	return t
-}
-
 // deniedError reports that the policy denies a target.
 type deniedError struct {
 	to      netip.AddrPort // the denied address; invalid if only the name was checked

@@ -366,9 +366,3 @@ func (h *Handler) limitedAnswer(seconds int64) *limitedAnswer {
 func ceilSeconds(d time.Duration) int64 {
 	return max(1, int64((d+time.Second-1)/time.Second))
 }
-
-// epoch is the start of the limiter's clock, which is monotonic.
-var epoch = time.Now()
-
-// sinceEpoch converts t to the limiter's clock. t must have a monotonic reading.
-func sinceEpoch(t time.Time) int64 { return int64(t.Sub(epoch)) }

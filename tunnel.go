@@ -85,14 +85,6 @@ func (h *Handler) newTunnel(from clientIdentity, target, proto string, far net.C
 	}
 }
 
-func addrPort(addr net.Addr) netip.AddrPort {
-	if tcp, ok := addr.(*net.TCPAddr); ok {
-		ap := tcp.AddrPort()
-		return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
-	}
-	return netip.AddrPort{}
-}
-
 // run relays until the tunnel has ended. The calling goroutine relays to the client, and one
 // more relays from the client.
 func (t *tunnel) run() {
