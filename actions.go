@@ -7,6 +7,8 @@ import (
 	"context"
 	"net/netip"
 	"time"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )
 
 // closeTunnel closes a tunnel and reports whether the id exists. It waits up to a second
@@ -87,7 +89,7 @@ func blockClient(addr netip.Addr, d time.Duration) (done bool) {
 	}
 	eachRegistry(func(r *registry) {
 		for _, key := range limiterKeys(addr) {
-			r.blocks.Store(key, sinceEpoch(time.Now().Add(d)))
+			r.blocks.Store(key, monotime.Of(time.Now().Add(d)))
 			done = true
 		}
 	})

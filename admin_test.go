@@ -17,6 +17,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )
 
 // api calls the admin API and decodes the response.
@@ -115,7 +117,7 @@ func TestAdminAPI(t *testing.T) {
 		t.Fatalf("tunnels %+v", one)
 	}
 	c.api("DELETE", fmt.Sprintf("tunnels/%d", one.Tunnels[0].ID), 204, nil)
-	conns[1].readReset()
+	conns[1].expectReset()
 	if line := c.waitLog("CONNECT tunnel closed", 1)[0]; line["reason"] != reasonOperator {
 		t.Errorf("line %v", line)
 	}
@@ -250,7 +252,7 @@ func TestAdminTunnelsOfZones(t *testing.T) {
 // TestSnapshotOfMany checks a query over thousands of clients.
 func TestSnapshotOfMany(t *testing.T) {
 	l := manyClients(t, 50_000)
-	now := epoch.Add(time.Hour)
+	now := monotime.Time(int64(time.Hour))
 	list, err := queryClients(map[string][]string{"sort": {"requests"}, "limit": {"3"}}, now)
 	if err != nil || list.Total != 50_000 || list.names() != "10.0.195.79 10.0.195.78 10.0.195.77" {
 		t.Errorf("%v, %d clients, first %s", err, list.Total, list.names())

@@ -17,6 +17,8 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/caddyauth"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )
 
 // authProvider is one of Caddy's authentication providers, with its name.
@@ -131,7 +133,7 @@ func (h *Handler) authenticate(w http.ResponseWriter, r *http.Request, v *transa
 func (h *Handler) refuseKnownWrong(w http.ResponseWriter, r *http.Request, v *transaction) error {
 	metrics.authFailures.Inc()
 	if h.failedLogins != nil {
-		now := sinceEpoch(time.Now())
+		now := monotime.Of(time.Now())
 		if wait, ok := h.failedLogins.reserve(repeatsKey(v.limitKey), now, 0); !ok {
 			return h.refuseLogin(v, wait, errFailedLogins)
 		}
@@ -154,11 +156,11 @@ func (h *Handler) checkLogin(w http.ResponseWriter, r *http.Request, v *transact
 	var wait time.Duration
 	refund := func() {}
 	if h.failedLogins != nil {
-		now, ok := sinceEpoch(time.Now()), false
+		now, ok := monotime.Of(time.Now()), false
 		if wait, ok = h.failedLogins.reserve(v.limitKey, now, loginPatience); !ok {
 			return h.refuseLogin(v, wait, errFailedLogins)
 		}
-		refund = func() { h.failedLogins.refund(v.limitKey, sinceEpoch(time.Now())) }
+		refund = func() { h.failedLogins.refund(v.limitKey, monotime.Of(time.Now())) }
 	}
 	err := sleep(r.Context(), wait)
 	if err == nil {
@@ -181,7 +183,7 @@ func (h *Handler) checkLogin(w http.ResponseWriter, r *http.Request, v *transact
 	}
 	if limited := h.chargeSharedFailure(r, v); limited > 0 || wait > 0 {
 		delete(w.Header(), "Proxy-Authenticate") // logging in would not help now
-		return h.refuseLogin(v, max(limited, h.failedLogins.waitTime(v.limitKey, sinceEpoch(time.Now()))), errFailedLogins)
+		return h.refuseLogin(v, max(limited, h.failedLogins.waitTime(v.limitKey, monotime.Of(time.Now()))), errFailedLogins)
 	}
 	return causeAuthFailed.refusal(errBadCredentials)
 }
@@ -248,7 +250,7 @@ func (h *Handler) checkInTurn(w http.ResponseWriter, r *http.Request, v *transac
 
 // refuseLogin sets the verdict for a login that is not checked now.
 func (h *Handler) refuseLogin(v *transaction, wait time.Duration, err error) error {
-	now := sinceEpoch(time.Now())
+	now := monotime.Of(time.Now())
 	v.verdict = h.limiter.bucket(v.limitKey, now).refuse(int64(wait), now, err)
 	return errRateLimited
 }
@@ -266,7 +268,7 @@ func (h *Handler) chargeSharedFailure(r *http.Request, v *transaction) time.Dura
 	if err != nil || wait <= 0 {
 		return 0 // the local bucket has counted the failure
 	}
-	h.failedLogins.drain(v.limitKey, sinceEpoch(time.Now()), wait)
+	h.failedLogins.drain(v.limitKey, monotime.Of(time.Now()), wait)
 	return wait
 }
 

@@ -102,7 +102,7 @@ func TestAuth(t *testing.T) {
 		t.Errorf("the origin got %s, want %s", got, want)
 	}
 	for _, secret := range []string{"wonderland", "builder", login("alice", "wonderland"), login("bob", "builder")} {
-		w.keepsSecret(secret)
+		w.checkSecretNotLogged(secret)
 	}
 	levels := map[any]int{}
 	for _, line := range w.waitLog("request", 24) {
@@ -140,9 +140,9 @@ func TestAuthOfProtocols(t *testing.T) {
 	}
 }
 
-// TestAuthIsForTheProxyAlone checks that requests that are not proxy requests reach the
+// TestAuthOnlyForProxyRequests checks that requests that are not proxy requests reach the
 // next handler without a login.
-func TestAuthIsForTheProxyAlone(t *testing.T) {
+func TestAuthOnlyForProxyRequests(t *testing.T) {
 	w := newWorld(t, "", nil)
 	w.load(strings.Replace(w.site(authUsers), "async_proxy {", "respond \"a site\"\nasync_proxy {", 1))
 	conn := w.dial()
@@ -203,9 +203,9 @@ func TestLoginsOfTheSharedLimiter(t *testing.T) {
 	w := newWorld(t, authUsers+"limiter test\nlimit_by user\nburst 10\nrefill 0.5\nzone logins\nfailed_logins 4 per 1m", nil)
 	ask := func(password string, status int, buckets ...Bucket) {
 		t.Helper()
-		asked()
+		askedBuckets()
 		res, _ := policyRequest(t, w.proxy, http.MethodGet, w.origin.Listener.Addr().String(), "Proxy-Authorization: "+login("alice", password)+"\n")
-		if got := asked(); res.StatusCode != status || !slices.Equal(got, buckets) {
+		if got := askedBuckets(); res.StatusCode != status || !slices.Equal(got, buckets) {
 			t.Errorf("with %q: %s, want %d; asked for %+v, want %+v", password, res.Status, status, got, buckets)
 		}
 		if res.StatusCode == http.StatusTooManyRequests && res.Header.Get("Proxy-Authenticate") != "" {
@@ -417,8 +417,8 @@ func (countingHash) Compare(hash, password []byte) (bool, error) {
 	return string(hash) == "$"+string(password), nil
 }
 
-// TestAuthTellsNothing checks that an unknown user takes as long as a wrong password.
-func TestAuthTellsNothing(t *testing.T) {
+// TestAuthDoesNotRevealUsers checks that an unknown user takes as long as a wrong password.
+func TestAuthDoesNotRevealUsers(t *testing.T) {
 	w := newWorld(t, authUsers, nil)
 	for _, tc := range []struct {
 		user, password string
@@ -443,7 +443,7 @@ func TestAuthPlaceholders(t *testing.T) {
 	if line := w.waitLog("handled request", 1)[0]; line["user_id"] != "alice" || line["user"] != "alice" {
 		t.Errorf("line %v", line)
 	}
-	w.keepsSecret("wonderland")
+	w.checkSecretNotLogged("wonderland")
 }
 
 // tokenAuth is an example of a third-party provider.
@@ -481,7 +481,7 @@ func TestAuthByOtherProviders(t *testing.T) {
 	}
 	with := strings.Replace(string(config), `"handler":"async_proxy"`, `"handler":"async_proxy","authentication":{"token":{},"http_basic":{"realm":"both","accounts":[{"username":"alice","password":"`+
 		strings.TrimSpace(strings.Fields(bcryptUsers)[5])+`"}]}}`, 1)
-	replaced(t, func() {
+	reloadAndWait(t, func() {
 		if err := caddy.Load([]byte(with), true); err != nil {
 			t.Fatal(err)
 		}

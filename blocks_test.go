@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 	"github.com/caddyserver/caddy/v2"
 )
 
@@ -59,7 +60,7 @@ func TestFloodsOfBlockedAndUncountedClients(t *testing.T) {
 			} else if !blockClient(netip.MustParseAddr("127.0.0.1"), time.Hour) {
 				t.Fatal("the client is not blocked")
 			}
-			start, entries, before := time.Now(), recentRefusals.n.Load(), gathered(t)
+			start, entries, before := time.Now(), recentRefusals.n.Load(), gatherMetrics(t)
 			client := w.client()
 			for range flood {
 				res, err := client.Get(w.origin.URL)
@@ -105,7 +106,7 @@ func TestFloodsOfBlockedAndUncountedClients(t *testing.T) {
 }
 
 // Blocks are listed, and so can be lifted, even if no limiter knows the client.
-func TestBlocksAreSeenWithoutABucket(t *testing.T) {
+func TestBlocksListedWithoutBucket(t *testing.T) {
 	w := newWorld(t, "", nil)
 	other := freeAddress(t)
 	w.loadTrustingForwardedFor(w.site("zone one") + siteAt(other, "zone two\nipv4_prefix 24\nipv6_prefix 48"))
@@ -154,7 +155,7 @@ func TestBlocksAreSeenWithoutABucket(t *testing.T) {
 }
 
 // A client with a tunnel is listed while the tunnel is open.
-func TestTunnelsAreSeenWithoutABucket(t *testing.T) {
+func TestTunnelsListedWithoutBucket(t *testing.T) {
 	w := newWorld(t, "zone old", nil)
 	conn := w.dial()
 	conn.connect(echoTarget(t))
@@ -224,7 +225,7 @@ func TestCountsByUser(t *testing.T) {
 	}
 
 	w.load(w.site(options + "zone counts-2\nreport_only limits"))
-	before := gathered(t)
+	before := gatherMetrics(t)
 	for range 3 {
 		ask("", "", 407)
 	}
@@ -232,7 +233,7 @@ func TestCountsByUser(t *testing.T) {
 		ask("alice", "wonderland", 200)
 	}
 	// The last of each three finds no token, once the address's and once alice's.
-	if got := gathered(t)[`reported_total{what="limits"}`] - before[`reported_total{what="limits"}`]; got != 2 {
+	if got := gatherMetrics(t)[`reported_total{what="limits"}`] - before[`reported_total{what="limits"}`]; got != 2 {
 		t.Errorf("%v requests were reported, want 2", got)
 	}
 	counts("127.0.0.1 6 1, user alice 3 1")
@@ -300,7 +301,7 @@ func BenchmarkClients(b *testing.B) {
 		b.Run(query, func(b *testing.B) {
 			values, _ := url.ParseQuery(query)
 			for b.Loop() {
-				if list, err := queryClients(values, epoch.Add(time.Hour)); err != nil || len(list.Clients) != 100 {
+				if list, err := queryClients(values, monotime.Time(int64(time.Hour))); err != nil || len(list.Clients) != 100 {
 					b.Fatal(err)
 				}
 			}

@@ -15,6 +15,8 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
 func init() {
@@ -225,7 +227,7 @@ var options = map[string]option{
 		return err
 	}},
 
-	"hosts":         listOption("names of this server, without ports", func(h *Handler) *[]string { return &h.Hosts }, checkHost),
+	"hosts":         listOption("names of this server, without ports", func(h *Handler) *[]string { return &h.Hosts }, hostport.CheckHost),
 	"via":           wordOption("a pseudonym that starts with a letter, or off", func(h *Handler) *string { return &h.Via }, validPseudonym),
 	"forwarded_for": wordOption("auto or off", func(h *Handler) *string { return &h.ForwardedFor }, oneOf("auto", "off")),
 	"header_up":     {expected: expectedHeader, repeatable: true, parse: (*caddyfileParser).headerUp},

@@ -35,7 +35,7 @@ type causeRow struct {
 func causeRows(parent, target string) []causeRow {
 	denied, prohibited, connections := "http_request_denied", "destination_ip_prohibited", "connection_limit_reached"
 	open := func(w *world) {
-		before := gathered(w.t)
+		before := gatherMetrics(w.t)
 		w.dial().connect(target)
 		eventually(w.t, "the tunnel to be counted", func() bool { return len(since(w.t, before)) > 0 })
 	}
@@ -106,7 +106,7 @@ func (row causeRow) check(t *testing.T, w *world, way string) {
 	if outcome == "" {
 		outcome = "refused"
 	}
-	before, causes := gathered(t), takeStats(time.Now()).Causes
+	before, causes := gatherMetrics(t), takeStats(time.Now()).Causes
 	res, body := policyRequest(t, w.proxy, method, target, row.lines)
 	if got := res.Header.Get("Proxy-Status"); res.StatusCode != row.status || !strings.HasSuffix(got, "; error="+row.reason) {
 		t.Errorf("%s, Proxy-Status %q, %q; want %d with %s", res.Status, got, body, row.status, row.reason)
@@ -180,9 +180,9 @@ func TestDeniedTexts(t *testing.T) {
 	}
 }
 
-// TestLinesOfAnswers checks that each response's log line has the request's target and
+// TestRequestLogLines checks that each response's log line has the request's target and
 // outcome, without the query.
-func TestLinesOfAnswers(t *testing.T) {
+func TestRequestLogLines(t *testing.T) {
 	w := newWorld(t, "", nil)
 	w.load(strings.TrimSuffix(strings.TrimSpace(inRoute(w.site(""))), "}\n}") + "error /broken 418\nrespond /here 201\n}\n}\n")
 	origin := w.origin.Listener.Addr().String()

@@ -21,6 +21,8 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
 // clientConn serves one client connection on one goroutine, bypassing net/http and Caddy's
@@ -322,7 +324,7 @@ const http2Preface = "PRI * HTTP/2.0"
 // refuse responds 400 to input that is not a request that can be served.
 func (c *clientConn) refuse(text string) {
 	c.listener.handler.answerInvalid(c.TCPConn, invalidMalformed, "400 Bad Request", text)
-	c.w.lingers, c.w.sender = true, addrPort(c.RemoteAddr()).Addr()
+	c.w.lingers, c.w.sender = true, hostport.AddrPortOf(c.RemoteAddr()).Addr()
 }
 
 // refuseFirstByte refuses a client whose first byte is not HTTP, and reports whether it has
@@ -335,7 +337,7 @@ func (c *clientConn) refuseFirstByte() bool {
 	reason, found := foreignProtocol(first[0], false)
 	if found {
 		c.listener.handler.answerFirstByte(c.TCPConn, reason)
-		c.w.lingers, c.w.sender = true, addrPort(c.RemoteAddr()).Addr()
+		c.w.lingers, c.w.sender = true, hostport.AddrPortOf(c.RemoteAddr()).Addr()
 	}
 	return found
 }

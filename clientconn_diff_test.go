@@ -150,7 +150,7 @@ func (one *twin) converse(t testing.TB, warm, send, answer string, manner int, f
 		}
 	}
 	if manner == behind {
-		if n := ownConns(); fastPath != (n == 1) {
+		if n := fastPathConns(); fastPath != (n == 1) {
 			t.Fatalf("%d connections are on the fast path", n)
 		}
 		sent = writeInPieces(c, text, size)
@@ -158,7 +158,7 @@ func (one *twin) converse(t testing.TB, warm, send, answer string, manner int, f
 	got := one.listen(c, twinMethods(send), sent)
 	c.Close()
 	<-sent
-	eventually(t, "the fast-path connection to close", func() bool { return ownConns() == 0 })
+	eventually(t, "the fast-path connection to close", func() bool { return fastPathConns() == 0 })
 	got = append(got, origin.end()...)
 	for i, text := range got {
 		got[i] = strings.NewReplacer("127.0.0.2", "127.0.0.1", `"two";`, `"one";`, one.proxy, "PROXY").Replace(text)
@@ -824,9 +824,9 @@ func TestClientConnRefusals(t *testing.T) {
 	}
 }
 
-// TestClientConnHandsOn checks which requests the fast path hands to net/http, and that
+// TestClientConnHandOffRequests checks which requests the fast path hands to net/http, and that
 // HTTP/2 never begins behind other requests on a connection.
-func TestClientConnHandsOn(t *testing.T) {
+func TestClientConnHandOffRequests(t *testing.T) {
 	tw := newTwins(t, twinOptions, warmUp)
 	one := tw.each[0]
 	origin := newTwinOrigin(one.origin, "")
@@ -835,7 +835,7 @@ func TestClientConnHandsOn(t *testing.T) {
 		c := dialRaw(t, one.proxy)
 		c.send(strings.ReplaceAll(warmUp, "ORIGIN", one.origin.Addr().String()))
 		c.response(http.MethodGet)
-		if ownConns() == 0 {
+		if fastPathConns() == 0 {
 			t.Fatal("the connection is not on the fast path")
 		}
 		return c
@@ -844,7 +844,7 @@ func TestClientConnHandsOn(t *testing.T) {
 		c := fastConn()
 		c.send(strings.ReplaceAll("GET http://ORIGIN/.well-known/"+path+" HTTP/1.1\nHost: ORIGIN\n\n", "ORIGIN", one.origin.Addr().String()))
 		c.response(http.MethodGet)
-		eventually(t, path+" to be handed to net/http", func() bool { return ownConns() == 0 })
+		eventually(t, path+" to be handed to net/http", func() bool { return fastPathConns() == 0 })
 	}
 	for _, text := range []string{"BAD /x\n\n", "nonsense of some length\n", plainGet + "nonsense\n", plainGet + " folded\n\n"} { // refused immediately
 		c := fastConn()
@@ -966,9 +966,9 @@ func TestClientConnWriter(t *testing.T) {
 	}
 }
 
-// TestClientConnWriterKeepsNothing checks that idle connections, of which there may be
+// TestClientConnWriterIdleMemory checks that idle connections, of which there may be
 // many, hold no memory of their last response.
-func TestClientConnWriterKeepsNothing(t *testing.T) {
+func TestClientConnWriterIdleMemory(t *testing.T) {
 	conn, outside := socketPair(t)
 	go io.Copy(io.Discard, outside)
 	w := &responseWriter{client: newClientConn(unitListener(nil), &readConn{TCPConn: conn.(*net.TCPConn)}, false)}

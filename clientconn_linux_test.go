@@ -16,8 +16,8 @@ import (
 	"time"
 )
 
-// ownConns returns how many connections the process serves on the fast path.
-func (c *binaryCaddy) ownConns() int {
+// fastPathConns returns how many connections the process serves on the fast path.
+func (c *binaryCaddy) fastPathConns() int {
 	c.t.Helper()
 	_, text := c.ask(http.MethodGet, "/debug/pprof/goroutine?debug=2", "")
 	return strings.Count(text, ".(*clientConn).run(")
@@ -39,7 +39,7 @@ func TestProcessExitsWithClientConns(t *testing.T) {
 		{name: "longer than the grace period", global: "grace_period 500ms", slow: true},
 	} {
 		t.Run(row.name, func(t *testing.T) {
-			origin := newSlowly()
+			origin := newSlowOrigin()
 			c := binaryStart(t, binaryOptions{global: row.global})
 			c.origin = httptest.NewServer(origin)
 			t.Cleanup(func() {
@@ -50,11 +50,11 @@ func TestProcessExitsWithClientConns(t *testing.T) {
 			for _, conn := range conns {
 				conn.gets(c.origin.URL + "/")
 			}
-			eventually(t, "all connections to be on the fast path", func() bool { return c.ownConns() == len(conns) })
+			eventually(t, "all connections to be on the fast path", func() bool { return c.fastPathConns() == len(conns) })
 			conns[0].send("GET " + c.origin.URL + "/ HTTP/1.1\nHo")
 			time.Sleep(100 * time.Millisecond) // until the request has been read: closing a socket with unread data would reset it
 			silent := c.dial()                 // sends no request
-			eventually(t, "the new connection to be accepted", func() bool { return c.ownConns() == len(conns)+1 })
+			eventually(t, "the new connection to be accepted", func() bool { return c.fastPathConns() == len(conns)+1 })
 			if row.slow {
 				conns[2].get(c.origin.URL+"/slow", "")
 				<-origin.asked
@@ -123,7 +123,7 @@ func TestProcessSplicesOnClientConns(t *testing.T) {
 	if n := read() - before; n > size/2 {
 		t.Errorf("%d bytes of %d were read by the process", n, size)
 	}
-	eventually(t, "the connection to be the only one on the fast path", func() bool { return c.ownConns() == 1 })
+	eventually(t, "the connection to be the only one on the fast path", func() bool { return c.fastPathConns() == 1 })
 }
 
 // A reload closes no connection that the new config serves: idle ones move at once, busy
@@ -132,7 +132,7 @@ func TestProcessSplicesOnClientConns(t *testing.T) {
 func TestClientConnReload(t *testing.T) {
 	for _, stays := range []bool{true, false} {
 		t.Run(fmt.Sprintf("served again: %t", stays), func(t *testing.T) {
-			origin := newSlowly()
+			origin := newSlowOrigin()
 			w := newWorld(t, "", origin)
 			once := func() {
 				c := w.dial()
@@ -142,7 +142,7 @@ func TestClientConnReload(t *testing.T) {
 			once() // opens a connection to the origin, which stays open
 			files, goroutines := descriptors(t, "self"), runtime.NumGoroutine()
 			old := listeners()[0]
-			idle, half, waits, begun := w.dialOwn(), w.dialOwn(), w.dialOwn(), w.dialOwn()
+			idle, half, waits, begun := w.dialFastPath(), w.dialFastPath(), w.dialFastPath(), w.dialFastPath()
 			half.send("GET " + w.origin.URL + "/ HTTP/1.1\nHo")
 			for _, c := range []*rawConn{begun, waits} {
 				c.get(w.origin.URL+"/slow", "")
@@ -184,7 +184,7 @@ func TestClientConnReload(t *testing.T) {
 					t.Errorf("%s, after the reload: %q, close: %t", name, body, res.Close)
 				}
 			}
-			if n := ownConns(); stays != (n == 4) {
+			if n := fastPathConns(); stays != (n == 4) {
 				t.Errorf("%d connections moved to the new config", n)
 			}
 			for _, c := range []*rawConn{idle, half, waits, begun} {
@@ -192,7 +192,7 @@ func TestClientConnReload(t *testing.T) {
 			}
 			once()
 			eventually(t, "all connections to be gone", func() bool {
-				return old.conns.size()+ownConns() == 0 && descriptors(t, "self") <= files && runtime.NumGoroutine() <= goroutines
+				return old.conns.size()+fastPathConns() == 0 && descriptors(t, "self") <= files && runtime.NumGoroutine() <= goroutines
 			})
 		})
 	}

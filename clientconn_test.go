@@ -45,8 +45,8 @@ func (p *clientConns) list() []*clientConn {
 
 func (p *clientConns) size() int { return len(p.list()) }
 
-// ownConns returns the number of connections on the fast path.
-func ownConns() (n int) {
+// fastPathConns returns the number of connections on the fast path.
+func fastPathConns() (n int) {
 	for _, l := range listeners() {
 		n += l.conns.size()
 	}
@@ -67,8 +67,8 @@ func (c *rawConn) gets(url string) string {
 	return body
 }
 
-// dialOwn opens a connection that the fast path serves.
-func (w *world) dialOwn() *rawConn {
+// dialFastPath opens a connection that the fast path serves.
+func (w *world) dialFastPath() *rawConn {
 	w.t.Helper()
 	c := w.dial()
 	c.gets(w.origin.URL + "/")
@@ -87,7 +87,7 @@ func withServers(caddyfile, lines string) string {
 }
 
 // The fast path serves a connection where no other module has a part in it.
-func TestClientConnServed(t *testing.T) {
+func TestClientConnFastPath(t *testing.T) {
 	w := newWorld(t, "", nil)
 	_, port, _ := strings.Cut(w.proxy, ":")
 	_, other, _ := strings.Cut(freeAddress(t), ":")
@@ -161,14 +161,14 @@ func TestClientConnServed(t *testing.T) {
 				if denied := conn.RemoteAddr().Network() == "unix"; !denied && string(body) != "hello from the origin" {
 					t.Errorf("%s: %q", res.Status, body)
 				}
-				eventually(t, fmt.Sprintf("%d connections on the fast path after request %d", row.want, i+1), func() bool { return ownConns() == row.want })
+				eventually(t, fmt.Sprintf("%d connections on the fast path after request %d", row.want, i+1), func() bool { return fastPathConns() == row.want })
 			}
 		})
 	}
 }
 
 // Requests that are not ordinary, and other protocols, are net/http's.
-func TestClientConnNotServed(t *testing.T) {
+func TestClientConnNetHTTP(t *testing.T) {
 	w := newTunnelWorld(t, tunnelSetup{options: "hosts proxy.example"})
 	w.origin = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.Copy(w, r.Body) }))
 	t.Cleanup(w.origin.Close)
@@ -186,7 +186,7 @@ func TestClientConnNotServed(t *testing.T) {
 			if res.StatusCode != http.StatusOK {
 				t.Errorf("%q: %s", request, res.Status)
 			}
-			eventually(t, request+" to be served by net/http", func() bool { return ownConns() == 0 })
+			eventually(t, request+" to be served by net/http", func() bool { return fastPathConns() == 0 })
 			if res.Close {
 				break
 			}
@@ -209,21 +209,21 @@ func TestClientConnNotServed(t *testing.T) {
 			if res.StatusCode != http.StatusOK {
 				t.Errorf("%s: %s", name, res.Status)
 			}
-			eventually(t, name+" to be served by net/http", func() bool { return ownConns() == 0 })
+			eventually(t, name+" to be served by net/http", func() bool { return fastPathConns() == 0 })
 		}
 		client.CloseIdleConnections()
 	}
 }
 
-// slowly is an origin that starts its response with a part of the content, and completes
+// slowOrigin is an origin that starts its response with a part of the content, and completes
 // it, when told to.
-type slowly struct{ asked, begin, end chan struct{} }
+type slowOrigin struct{ asked, begin, end chan struct{} }
 
-func newSlowly() *slowly {
-	return &slowly{make(chan struct{}, 10), make(chan struct{}, 10), make(chan struct{}, 10)}
+func newSlowOrigin() *slowOrigin {
+	return &slowOrigin{make(chan struct{}, 10), make(chan struct{}, 10), make(chan struct{}, 10)}
 }
 
-func (s *slowly) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+func (s *slowOrigin) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.URL.Path == "/slow" {
 		s.asked <- struct{}{}
 		select {
@@ -293,7 +293,7 @@ func TestClientConnReloadUnderTraffic(t *testing.T) {
 	}
 	for i := range 20 {
 		w.load(w.site(fmt.Sprintf("dial_timeout %ds", 10+i)))
-		eventually(t, "connections to be served", func() bool { return ownConns() > 0 })
+		eventually(t, "connections to be served", func() bool { return fastPathConns() > 0 })
 	}
 	for i := range 40 { // overlapping reloads
 		startCaddyfile(t, w.globals()+w.site(fmt.Sprintf("dial_timeout %ds", 10+i)))
@@ -301,7 +301,7 @@ func TestClientConnReloadUnderTraffic(t *testing.T) {
 	cancel()
 	wg.Wait()
 	t.Logf("%d requests were served, %d connections lost before their first request", served.Load(), lost.Load())
-	eventually(t, "all connections to end", func() bool { return ownConns() == 0 })
+	eventually(t, "all connections to end", func() bool { return fastPathConns() == 0 })
 }
 
 // A connection that is busy while the server shuts down completes its response. The fast
@@ -360,7 +360,7 @@ func TestClientConnDuration(t *testing.T) {
 	w := newWorld(t, "header_down X-Took {http.request.duration_ms}", http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
 		time.Sleep(50 * time.Millisecond)
 	}))
-	c := w.dialOwn()
+	c := w.dialFastPath()
 	for range 2 {
 		c.get(w.origin.URL+"/", "")
 		res, _ := c.response(http.MethodGet)
@@ -374,9 +374,9 @@ func TestClientConnDuration(t *testing.T) {
 // the client then half-closes.
 func TestClientConnPipelined(t *testing.T) {
 	for _, half := range []bool{false, true} {
-		origin := newSlowly()
+		origin := newSlowOrigin()
 		w := newWorld(t, "", origin)
-		c := w.dialOwn()
+		c := w.dialFastPath()
 		c.get(w.origin.URL+"/slow", "")
 		<-origin.asked
 		time.Sleep(2 * disconnectWatchDelay) // until the disconnect watch has started
@@ -410,9 +410,9 @@ func TestClientConnPipelined(t *testing.T) {
 
 // More pipelined bytes than the buffer holds are neither lost nor taken for a disconnect.
 func TestClientConnPipelinedMuch(t *testing.T) {
-	origin := newSlowly()
+	origin := newSlowOrigin()
 	w := newWorld(t, "", origin)
-	c := w.dialOwn()
+	c := w.dialFastPath()
 	c.get(w.origin.URL+"/slow", "")
 	<-origin.asked
 	const more = 200
@@ -434,14 +434,14 @@ func TestClientConnBrokenOff(t *testing.T) {
 	w := newWorld(t, "", nil)
 	for _, answer := range []string{"Content-Length: 9\n\nshort", "Transfer-Encoding: chunked\n\n5\nshort\n"} {
 		origin := newRuleOrigin(t, "HTTP/1.1 200 OK\n"+answer+"CLOSE")
-		c := w.dialOwn()
+		c := w.dialFastPath()
 		c.get("http://"+origin.address+"/", "")
 		if res, err := http.ReadResponse(c.r, nil); err != nil {
 			t.Error(err)
 		} else if body, err := io.ReadAll(res.Body); string(body) != "short" || !errors.Is(err, io.ErrUnexpectedEOF) {
 			t.Errorf("%q, %v, want a part and an error", body, err)
 		}
-		eventually(t, "the connection to end", func() bool { return ownConns() == 0 })
+		eventually(t, "the connection to end", func() bool { return fastPathConns() == 0 })
 	}
 }
 
@@ -468,7 +468,7 @@ func unitListener(h *Handler) *clientListener {
 
 // A context that is still waited on after its request has ended reads nothing of the next
 // request from the connection, and does not touch its deadline.
-func TestClientConnWatchedTooLate(t *testing.T) {
+func TestClientConnLateWatch(t *testing.T) {
 	near, far := socketPair(t)
 	c := newClientConn(unitListener(nil), &readConn{TCPConn: near.(*net.TCPConn)}, false)
 	c.start()
@@ -506,13 +506,13 @@ func TestClientConnWatchedTooLate(t *testing.T) {
 }
 
 // An idle connection holds no memory of earlier responses.
-func TestClientConnHoldsLittle(t *testing.T) {
+func TestClientConnIdleMemory(t *testing.T) {
 	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		for i := range 500 {
 			w.Header().Set(fmt.Sprint("X-Large-", i), strings.Repeat("x", 1000))
 		}
 	}))
-	w.dialOwn()
+	w.dialFastPath()
 	for _, l := range listeners() {
 		for _, c := range l.conns.list() {
 			eventually(t, "the connection to be idle", func() bool { return c.state.Load() == connIdle })
@@ -526,7 +526,7 @@ func TestClientConnHoldsLittle(t *testing.T) {
 
 // A connection goes to net/http with its first request that is not ordinary, with every
 // byte of it, and stays there.
-func TestClientConnHandedOn(t *testing.T) {
+func TestClientConnHandOff(t *testing.T) {
 	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
 		fmt.Fprintf(w, "%s %s", r.Method, body)
@@ -540,7 +540,7 @@ func TestClientConnHandedOn(t *testing.T) {
 		{"GET URL HTTP/1.1\nHost: x\nX-Large: " + large[:10_000] + "\n\n", "GET "},
 		{"GET /here HTTP/1.1\nHost: x\n\n", "at home"},
 	} {
-		c := w.dialOwn()
+		c := w.dialFastPath()
 		for range 2 { // the second time behind an ordinary request
 			c.send(strings.ReplaceAll(row.request+"GET URL HTTP/1.1\nHost: x\n\n", "URL", w.origin.URL+"/"))
 			for _, want := range []string{row.want, "GET "} {
@@ -552,7 +552,7 @@ func TestClientConnHandedOn(t *testing.T) {
 					break
 				}
 			}
-			eventually(t, "the connection to be handed to net/http", func() bool { return ownConns() == 0 })
+			eventually(t, "the connection to be handed to net/http", func() bool { return fastPathConns() == 0 })
 			if strings.Contains(row.request, "chunked") {
 				break // closes the connection
 			}
@@ -571,7 +571,7 @@ func TestClientConnTunnels(t *testing.T) {
 		"GET http://" + upgraded + "/ HTTP/1.1\nHost: x\nConnection: Upgrade\nUpgrade: echo\n\n": "hello ",
 	} {
 		for _, early := range []string{"early ", strings.Repeat("e", 10_000)} {
-			c := w.dialOwn()
+			c := w.dialFastPath()
 			c.send(request + early)
 			c.readUntil("\r\n\r\n")
 			var near *connPeer
@@ -586,13 +586,13 @@ func TestClientConnTunnels(t *testing.T) {
 			if _, ok := near.Conn.(*net.TCPConn); !ok {
 				t.Errorf("the client's end of the tunnel is %T, want the socket", near.Conn)
 			}
-			eventually(t, "the connection to be handed to net/http", func() bool { return ownConns() == 0 })
+			eventually(t, "the connection to be handed to net/http", func() bool { return fastPathConns() == 0 })
 			c.send("late")
 			_ = c.CloseWrite()
 			if got := c.readAll(); got != want+early+"late" {
 				t.Errorf("%.20q: got %d bytes, %.30q", request, len(got), got)
 			}
-			noTunnels(t)
+			waitNoTunnels(t)
 		}
 	}
 }
@@ -629,7 +629,7 @@ func TestClientConnStalledHead(t *testing.T) {
 		answer, err := io.ReadAll(r)
 		return fmt.Sprintf("%q, late: %t", asNetHTTPRefuses(string(answer)), errors.Is(err, os.ErrDeadlineExceeded))
 	}
-	w.dialOwn()
+	w.dialFastPath()
 	var all sync.WaitGroup
 	defer all.Wait()
 	for cut := 1; cut < len(request); cut++ {
@@ -652,7 +652,7 @@ func TestClientConnStalledHead(t *testing.T) {
 }
 
 // A connection that should go to a server that has shut down is closed.
-func TestClientConnHandedOnAtShutdown(t *testing.T) {
+func TestClientConnHandOffAtShutdown(t *testing.T) {
 	near, far := socketPair(t)
 	_ = far.SetDeadline(time.Now().Add(patience))
 	l := unitListener(nil)
@@ -668,11 +668,11 @@ func TestClientConnTimeouts(t *testing.T) {
 	w := newWorld(t, "", nil)
 	type server struct {
 		*world
-		origin *slowly
+		origin *slowOrigin
 	}
 	config := strings.TrimPrefix(w.globals(), "{\n")
 	serves := func(timeouts string) server {
-		one := server{&world{t: t, proxy: freeAddress(t), logs: w.logs}, newSlowly()}
+		one := server{&world{t: t, proxy: freeAddress(t), logs: w.logs}, newSlowOrigin()}
 		one.world.origin = httptest.NewServer(one.origin)
 		t.Cleanup(one.world.origin.Close)
 		config = "servers " + one.proxy + " {\n" + withWrapper + "timeouts {\n" + timeouts + "\n}\n}\n" + config + one.site("zone "+strings.ReplaceAll(one.proxy, ":", "-"))
@@ -689,12 +689,12 @@ func TestClientConnTimeouts(t *testing.T) {
 		})
 	}
 	meanwhile("idle", idle, func(t *testing.T, s server, _ string) {
-		if rest := s.dialOwn().readAll(); rest != "" {
+		if rest := s.dialFastPath().readAll(); rest != "" {
 			t.Errorf("an idle connection got %q before its end", rest)
 		}
 	})
 	meanwhile("not idle", idle, func(t *testing.T, s server, head string) {
-		c := s.dialOwn()
+		c := s.dialFastPath()
 		c.get(s.world.origin.URL+"/slow", "")
 		<-s.origin.asked
 		time.Sleep(1800 * time.Millisecond) // not idle: a response is under way
@@ -711,7 +711,7 @@ func TestClientConnTimeouts(t *testing.T) {
 		}
 	})
 	meanwhile("slow heads", header, func(t *testing.T, s server, head string) {
-		c := s.dialOwn()
+		c := s.dialFastPath()
 		time.Sleep(1800 * time.Millisecond)
 		for i := range head {
 			_, _ = io.WriteString(c, head[i:i+1])
@@ -725,7 +725,7 @@ func TestClientConnTimeouts(t *testing.T) {
 		}
 	})
 	meanwhile("no timeouts", none, func(t *testing.T, s server, head string) {
-		c := s.dialOwn()
+		c := s.dialFastPath()
 		c.get(s.world.origin.URL+"/slow", "")
 		<-s.origin.asked
 		c.send(head[:20])
@@ -769,7 +769,7 @@ func TestClientConnStalledWrites(t *testing.T) {
 		}
 	}
 	c.get(w.origin.URL+"/large", "")
-	eventually(t, "the client that does not read to be disconnected", func() bool { return ownConns() == 0 })
+	eventually(t, "the client that does not read to be disconnected", func() bool { return fastPathConns() == 0 })
 	if n, err := io.Copy(io.Discard, c); err != nil && !errors.Is(err, syscall.ECONNRESET) || n >= 64<<20 {
 		t.Errorf("%d bytes, %v", n, err)
 	}

@@ -83,7 +83,7 @@ func TestListenerWrapperFromCaddyfile(t *testing.T) {
 }
 
 // Caddy's log mentions where the wrapper would be of use but is missing.
-func TestListenerWrapperIsMissed(t *testing.T) {
+func TestListenerWrapperMissing(t *testing.T) {
 	w := newWorld(t, "", nil)
 	const missed = "clients are served by Caddy's HTTP server"
 	if lines := w.logLines(missed); len(lines) > 0 {
@@ -120,7 +120,7 @@ func TestListenerNewConnsAtReload(t *testing.T) {
 			conns[request] = w.dial()
 			conns[request].send(strings.ReplaceAll(request, "URL", w.origin.URL+"/")[:cut])
 		}
-		eventually(t, "all to be accepted", func() bool { return ownConns() == len(requests) })
+		eventually(t, "all to be accepted", func() bool { return fastPathConns() == len(requests) })
 		time.Sleep(disconnectWatchDelay) // until those bytes have been read
 		w.load(w.site(fmt.Sprintf("dial_timeout %ds", 11+cut)))
 
@@ -141,7 +141,7 @@ func TestListenerNewConnsAtReload(t *testing.T) {
 			}
 			_ = c.Close()
 		}
-		noTunnels(t)
+		waitNoTunnels(t)
 	}
 	w.origin.CloseClientConnections()
 	eventually(t, "all connections to be gone", func() bool { return runtime.NumGoroutine() <= goroutines })
@@ -170,7 +170,7 @@ func TestListenerNewConnsTimeOut(t *testing.T) {
 	if took := time.Since(start); took < 450*time.Millisecond {
 		t.Errorf("the connections were closed after %v", took)
 	}
-	eventually(t, "the connections to end", func() bool { return ownConns() == 0 })
+	eventually(t, "the connections to end", func() bool { return fastPathConns() == 0 })
 }
 
 // Where clients must use TLS, nothing is served in clear, wherever TLS is among the
@@ -199,11 +199,11 @@ func TestListenerOfTLS(t *testing.T) {
 		if res.StatusCode != http.StatusOK {
 			t.Errorf("%q: over TLS, %s", wrappers, res.Status)
 		}
-		eventually(t, "the TLS client to be served by net/http", func() bool { return ownConns() == 0 })
+		eventually(t, "the TLS client to be served by net/http", func() bool { return fastPathConns() == 0 })
 		client.CloseIdleConnections()
 		c := dialRaw(t, w.plain)
 		c.gets(w.origin.URL + "/")
-		eventually(t, "the plain HTTP client to be on the fast path", func() bool { return ownConns() == 1 })
+		eventually(t, "the plain HTTP client to be on the fast path", func() bool { return fastPathConns() == 1 })
 		c.Close()
 	}
 }
@@ -222,7 +222,7 @@ func TestListenerTrustedProxies(t *testing.T) {
 		{"trusted_proxies static 127.0.0.2", "X-Forwarded-For: 192.0.2.1\n", "[127.0.0.1] [127.0.0.1] [127.0.0.1]"},
 	} {
 		loadCaddyfile(t, withServers(w.globals()+w.site("clients 127.0.0.0/8 192.0.2.0/24\nallow 127.0.0.0/8\nheader_up X-Client {http.vars.client_ip}"), withWrapper+row.servers))
-		c := w.dialOwn()
+		c := w.dialFastPath()
 		for range 2 {
 			c.get(w.origin.URL+"/", row.fields)
 			if _, body := c.response(http.MethodGet); body != row.want {
@@ -246,7 +246,7 @@ func (l *failingListener) Accept() (net.Conn, error) {
 }
 
 // A listener recovers when Accept fails for a while, without spinning.
-func TestListenerThatFails(t *testing.T) {
+func TestListenerAcceptErrors(t *testing.T) {
 	inner, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -292,7 +292,7 @@ func TestListenerThatFails(t *testing.T) {
 
 // A server that has stopped accepting but was not yet told to shut down does not hold
 // connections open.
-func TestListenerThatNobodyAsks(t *testing.T) {
+func TestListenerWithoutAccept(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := unitListener(nil)
 		l.conns.pristine.Add(1)

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/net/http/httpguts"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
 // readHead reads a whole request head and returns its length without the empty line. The
@@ -104,8 +106,8 @@ func connectURL(target string) *url.URL {
 	if strings.ContainsFunc(target, func(c rune) bool { return c <= ' ' || c == 0x7f }) {
 		return nil
 	}
-	host := withoutUser(target)
-	if name, _, _ := cutPort(host); !isPlainAuthority(target) && strings.Trim(name, ".[]") == "" {
+	host := hostport.WithoutUser(target)
+	if name, _, _ := hostport.Split(host); !hostport.IsPlain(target) && strings.Trim(name, ".[]") == "" {
 		return nil // Caddy refuses such a host
 	}
 	return &url.URL{Host: host}

@@ -45,7 +45,7 @@ func TestBarePercent(t *testing.T) {
 	direct := newWorld(t, "", nil)
 	check := func(w *world, before string) {
 		t.Helper()
-		c := w.dialOwn()
+		c := w.dialFastPath()
 		for _, path := range []string{"/sale/50%", "/a%zz/b", "/%", "/%2", "/%%41%", "/%e4%?q=%&r=50%", "/a?%zz", "/50%%20off"} {
 			c.get("http://"+origin+path, "")
 			res, head := c.response(http.MethodGet)
@@ -53,13 +53,13 @@ func TestBarePercent(t *testing.T) {
 				t.Errorf("%s: %s, the next hop got %q", path, res.Status, line)
 			}
 		}
-		if ownConns() == 0 {
+		if fastPathConns() == 0 {
 			t.Error("the connection was handed to net/http")
 		}
 	}
 	check(direct, "")
 	for _, target := range []string{"http://127.0.0.1%/", "http://127.0.0.1:1%/", "http://a%zz.example/", "http://%/"} {
-		c := direct.dialOwn()
+		c := direct.dialFastPath()
 		c.get(target, "")
 		if res, _ := c.response(http.MethodGet); res.StatusCode != http.StatusBadRequest {
 			t.Errorf("%s: %s", target, res.Status)
@@ -96,7 +96,7 @@ func FuzzParseURL(f *testing.F) {
 // A proxy forwards unknown fields, whatever their names.
 func TestFieldNamesWithUnderscoresAndDots(t *testing.T) {
 	origin := headOrigin(t)
-	c := newWorld(t, "", nil).dialOwn()
+	c := newWorld(t, "", nil).dialFastPath()
 	c.get("http://"+origin+"/", "api_key: 1\nX.Trace: 2\n_: 3\n.: 4\n")
 	_, head := c.response(http.MethodGet)
 	for _, line := range []string{"api_key: 1", "x.trace: 2", "_: 3", ".: 4"} {
@@ -124,9 +124,9 @@ func TestEmptyLinesBeforeRequests(t *testing.T) {
 			<-sent
 		}
 	}
-	c := w.dialOwn()
+	c := w.dialFastPath()
 	c.send("\r\n")
-	if c.gets(w.origin.URL+"/") == "" || ownConns() == 0 {
+	if c.gets(w.origin.URL+"/") == "" || fastPathConns() == 0 {
 		t.Error("an empty line between two requests hands the connection to net/http")
 	}
 }
@@ -190,7 +190,7 @@ func TestMalformedConnect(t *testing.T) {
 		"exa%mple.com:443", "[::1:443", "a#b:443", "%31:1", "::1:443", "ü.example:443", "a:http", "a:+1", "{http.request.host}:1", "a\\b:1", "\"a\":1",
 		"bob:" + secret + "@exa%mple.com:443", "bob:" + secret + "@127.0.0.1:1", "bob:" + secret + "@host", "http://bob:" + secret + "@127.0.0.1:1/", "bob:" + secret + "%@host:1",
 	} {
-		c := w.dialOwn()
+		c := w.dialFastPath()
 		n++ // the previous request's line
 		c.send("CONNECT " + target + " HTTP/1.1\nHost: x\n\n")
 		res, body := c.response(http.MethodConnect)
@@ -285,7 +285,7 @@ func TestUnansweredRequests(t *testing.T) {
 }
 
 // A handler may respond with a flush alone, or by hijacking the connection.
-func TestAnswersWithoutStatus(t *testing.T) {
+func TestResponsesWithoutStatus(t *testing.T) {
 	for name, answer := range map[string]func(w http.ResponseWriter) error{
 		"a flush":    func(w http.ResponseWriter) error { return http.NewResponseController(w).Flush() },
 		"no content": func(w http.ResponseWriter) error { _, err := w.Write(nil); return err },
@@ -314,7 +314,7 @@ func TestAnswersWithoutStatus(t *testing.T) {
 }
 
 // A proxy with TLS but without its own host names causes a warning.
-func TestWarningWithoutHosts(t *testing.T) {
+func TestWarnsAboutMissingHosts(t *testing.T) {
 	const warning = "this proxy uses TLS, but the option hosts"
 	count := func(w *world) (n int) {
 		data, err := os.ReadFile(w.logs)
@@ -336,7 +336,7 @@ func TestWarningWithoutHosts(t *testing.T) {
 // that the old listener has not yet moved.
 func TestReloadIsAtOnce(t *testing.T) {
 	w := newWorld(t, "", nil)
-	c := w.dialOwn()
+	c := w.dialFastPath()
 	old := listeners()[0]
 	old.conns.mu.Lock() // makes the old listener slow to stop
 	startCaddyfile(t, strings.Replace(w.globals(), "{\n", "{\ngrace_period 5s\n", 1)+w.site("deny all"))

@@ -78,7 +78,7 @@ func clientSite(w *world, site string) string {
 
 // Which clients may use the proxy is decided at start, for all requests alike, and an open
 // proxy is warned about at start.
-func TestWhoMayUseTheProxy(t *testing.T) {
+func TestClientsOfSites(t *testing.T) {
 	w := newWorld(t, "", nil)
 	for _, row := range clientSites {
 		w.forgetLogs()
@@ -185,7 +185,7 @@ func TestClientsInJSON(t *testing.T) {
 
 // Passwords on a port without TLS that other machines can reach cause a warning. The
 // socket's actual address decides.
-func TestReadablePasswordsAreWarnedAbout(t *testing.T) {
+func TestWarnsAboutPasswordsWithoutTLS(t *testing.T) {
 	w := newWorld(t, "", nil)
 	_, port, _ := strings.Cut(w.proxy, ":")
 	handedOver := func(address string) string {

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
 // established is the response to a CONNECT over HTTP/1. It is written to the hijacked
@@ -22,7 +24,7 @@ var established = []byte("HTTP/1.1 200 Connection Established\r\n\r\n")
 // that a dial failure is an ordinary error response. It returns the status for the log.
 func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *transaction) (int, error) {
 	from := v.clientIdentity
-	target, err := parseAuthority(r.RequestURI)
+	target, err := hostport.Parse(r.RequestURI)
 	if err != nil {
 		return 0, newRefusal(http.StatusBadRequest, "http_request_error", nil, "CONNECT needs a host and a port, such as example.com:443: %v.", err)
 	}

@@ -62,7 +62,7 @@ func (c *rawConn) expectTruncated(what string) {
 }
 
 // A response whose origin sends nothing more is cut off after response_idle_timeout.
-func TestContentThatStalls(t *testing.T) {
+func TestStalledContent(t *testing.T) {
 	w := newWorld(t, "", nil)
 	for _, way := range []string{"fast", "ordinary"} {
 		site := w.site("response_idle_timeout 100ms")
@@ -98,7 +98,7 @@ func TestContentThatStalls(t *testing.T) {
 }
 
 // Content that arrives slowly is not stalled, nor is content that the client reads slowly.
-func TestContentThatComesSlowly(t *testing.T) {
+func TestSlowContent(t *testing.T) {
 	w := newWorld(t, "response_idle_timeout 300ms", nil)
 	more := make(chan string)
 	origin := stallingOrigin(t, "Content-Length: 6\r\n\r\nx", more)
@@ -136,7 +136,7 @@ func TestContentThatComesSlowly(t *testing.T) {
 }
 
 // Chunk framing, too, may arrive slowly and in pieces.
-func TestChunksThatComeSlowly(t *testing.T) {
+func TestSlowChunks(t *testing.T) {
 	w := newWorld(t, "", nil)
 	h := provisioned(t)[0]
 	h.contentGrace = 40 * time.Millisecond
@@ -181,7 +181,7 @@ func TestChunksThatComeSlowly(t *testing.T) {
 }
 
 // A response that waits for its content counts as one of the client's tunnels meanwhile.
-func TestContentThatStallsCounts(t *testing.T) {
+func TestStalledContentCountsAsTunnel(t *testing.T) {
 	w := newWorld(t, "max_tunnels 1", nil)
 	h := provisioned(t)[0]
 	h.contentGrace = 20 * time.Millisecond
@@ -217,7 +217,7 @@ func TestContentThatStallsCounts(t *testing.T) {
 }
 
 // A response that waits for its content does not delay the proxy's exit.
-func TestContentThatStallsAtTheEnd(t *testing.T) {
+func TestStalledContentAtExit(t *testing.T) {
 	w := newWorld(t, "", nil)
 	h := provisioned(t)[0]
 	h.contentGrace = 20 * time.Millisecond

@@ -73,12 +73,12 @@ func TestTunnelsLeaveNothingBehind(t *testing.T) {
 	for _, protocol := range tunnelProtocols {
 		openAndClose(protocol, 1)
 	}
-	noTunnels(t)
+	waitNoTunnels(t)
 	files, goroutines := descriptors(t, "self"), runtime.NumGoroutine()
 	for _, protocol := range tunnelProtocols {
 		openAndClose(protocol, n/len(tunnelProtocols))
 	}
-	noTunnels(t)
+	waitNoTunnels(t)
 	eventually(t, "the earlier numbers of descriptors and goroutines", func() bool {
 		return descriptors(t, "self") <= files && runtime.NumGoroutine() <= goroutines
 	})
@@ -89,7 +89,7 @@ func TestTunnelHoldsTwoDescriptorsAfterBulk(t *testing.T) {
 	w := newTunnelWorld(t, tunnelSetup{})
 	target := echoTarget(t)
 	w.client(t, "h1").open(target).Close()
-	noTunnels(t)
+	waitNoTunnels(t)
 	before := descriptors(t, "self")
 	const n, size = 50, 2 << 20
 	conns := make([]tunnelConn, n)
@@ -116,13 +116,13 @@ func TestTunnelHoldsTwoDescriptorsAfterBulk(t *testing.T) {
 	for _, conn := range conns {
 		conn.Close()
 	}
-	noTunnels(t)
+	waitNoTunnels(t)
 	eventually(t, "the earlier number of descriptors", func() bool { return descriptors(t, "self") <= before })
 }
 
 // The kernel reuses a local port for connections to different destinations, so a client on
 // this machine may have the port of a tunnel's other side.
-func TestClientWithThePortOfATunnelIsNoLoop(t *testing.T) {
+func TestClientWithTunnelPortIsNoLoop(t *testing.T) {
 	w := newTunnelWorld(t, tunnelSetup{})
 	target := echoTarget(t)
 	first := w.client(t, "h1").open(target)

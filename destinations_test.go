@@ -18,6 +18,8 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
 func TestRulesOfDestinations(t *testing.T) {
@@ -136,9 +138,9 @@ func TestRulesOfDestinations(t *testing.T) {
 	} {
 		p := policyOf(t, tc.rules)
 		to := netip.MustParseAddrPort(tc.to)
-		asked := target{name: tc.name, port: to.Port()}
+		asked := hostport.Target{Name: tc.name, Port: to.Port()}
 		if tc.name == "" {
-			asked.addr = to.Addr()
+			asked.Addr = to.Addr()
 		}
 		got := opens
 		if denied, _ := p.check(t.Context(), tc.reach, asked, to); denied != nil {
@@ -185,7 +187,7 @@ func TestRulesWithoutResolving(t *testing.T) {
 		{"allow private", "10.0.0.1:80", publicScope, true},
 	} {
 		p := policyOf(t, tc.rules)
-		if denied, _ := p.checkName(t.Context(), tc.reach, newTarget(tc.address), false); (denied == nil) != tc.open {
+		if denied, _ := p.checkName(t.Context(), tc.reach, hostport.TargetOf(tc.address), false); (denied == nil) != tc.open {
 			t.Errorf("%q: %s for reach %d: %v, want it open: %v", tc.rules, tc.address, tc.reach, denied, tc.open)
 		}
 	}
@@ -207,7 +209,7 @@ func TestRulesReportOnly(t *testing.T) {
 	} {
 		p := policyOf(t, "report_only rules\n"+tc.rules)
 		to := netip.MustParseAddrPort(tc.to)
-		denied, reported := p.check(t.Context(), publicScope, target{name: tc.name, port: to.Port()}, to)
+		denied, reported := p.check(t.Context(), publicScope, hostport.Target{Name: tc.name, Port: to.Port()}, to)
 		rule := ""
 		if reported != nil {
 			rule = reported.rule
@@ -215,7 +217,7 @@ func TestRulesReportOnly(t *testing.T) {
 		if (denied == nil) != tc.open || rule != tc.reported {
 			t.Errorf("%q: %s: %v, reported %q; want open %v, reported %q", tc.rules, tc.to, denied, rule, tc.open, tc.reported)
 		}
-		if early, _ := p.checkName(t.Context(), publicScope, target{name: tc.name, port: to.Port()}, true); early != nil {
+		if early, _ := p.checkName(t.Context(), publicScope, hostport.Target{Name: tc.name, Port: to.Port()}, true); early != nil {
 			t.Errorf("%q: the name alone is denied: %v", tc.rules, early)
 		}
 	}
@@ -251,7 +253,7 @@ func TestRulesFromFiles(t *testing.T) {
 		open     bool
 	}{{"", "10.1.2.3:80", false}, {"", "10.1.2.4:80", true}, {"ads.example", "1.1.1.1:1", false}, {"x.ads.example", "1.1.1.1:80", false}, {"x.ads.example", "1.1.1.1:81", true}} {
 		to := netip.MustParseAddrPort(tc.to)
-		if denied, _ := p.check(t.Context(), localScope, target{name: tc.name, port: to.Port()}, to); (denied == nil) != tc.open {
+		if denied, _ := p.check(t.Context(), localScope, hostport.Target{Name: tc.name, Port: to.Port()}, to); (denied == nil) != tc.open {
 			t.Errorf("%s %s: %v", tc.name, tc.to, denied)
 		}
 	}
@@ -298,7 +300,7 @@ func TestRulesFromSources(t *testing.T) {
 		for _, address := range addresses {
 			to := netip.AddrPortFrom(netip.MustParseAddr(address), 80)
 			rule := ""
-			if denied, _ := p.check(t.Context(), localScope, newTarget(to.String()), to); denied != nil {
+			if denied, _ := p.check(t.Context(), localScope, hostport.TargetOf(to.String()), to); denied != nil {
 				rule = denied.rule
 			}
 			if rule != want {
@@ -320,7 +322,7 @@ func TestRulesFromSources(t *testing.T) {
 func TestRulesLookup(t *testing.T) {
 	p := manyRules(t)
 	to := netip.MustParseAddrPort("1.2.3.4:443")
-	asked := target{name: "a.b.c.example.com", port: 443}
+	asked := hostport.Target{Name: "a.b.c.example.com", Port: 443}
 	ctx := context.Background()
 	if n := testing.AllocsPerRun(100, func() { _, _ = p.check(ctx, publicScope, asked, to) }); n > 0 {
 		t.Errorf("%v allocations for a check, want none", n)
@@ -341,7 +343,7 @@ func manyRules(t testing.TB) *policy {
 func BenchmarkRules(b *testing.B) {
 	p := manyRules(b)
 	ctx := context.Background()
-	asked := target{name: "www.d999.example.com", port: 443}
+	asked := hostport.Target{Name: "www.d999.example.com", Port: 443}
 	for name, address := range map[string]string{"IPv4": "30.2.3.4:443", "IPv6": "[2606:4700::1]:443"} {
 		to := netip.MustParseAddrPort(address)
 		b.Run(name, func(b *testing.B) {
@@ -355,7 +357,7 @@ func BenchmarkRules(b *testing.B) {
 }
 
 // A rule that can match no destination is refused.
-func TestRulesThatNothingMatches(t *testing.T) {
+func TestUnmatchableRules(t *testing.T) {
 	for _, text := range []string{"", ".", "*.", "..", "a..", "a..b", ".a", "*..a", "a.example..", "münchen.。", "münchen。.", "0A.。", "0.0.0.0..", "0.0.0.0。", "*.0.0.0.0"} {
 		if d, err := parseDestination(text); err == nil {
 			t.Errorf("%q parses as %+v", text, d)
@@ -392,11 +394,11 @@ func FuzzDestination(f *testing.F) {
 				t.Errorf("%q does not match %s", s, d.prefix.Addr())
 			}
 		case d.subdomains:
-			if _, ok := set.matchName(newTarget("x." + d.text + ":80")); !ok {
+			if _, ok := set.matchName(hostport.TargetOf("x." + d.text + ":80")); !ok {
 				t.Errorf("%q does not match a name below %s", s, d.text)
 			}
 		case d.text != "public" && d.text != "private":
-			if _, ok := set.matchName(newTarget(d.text + ":80")); !ok {
+			if _, ok := set.matchName(hostport.TargetOf(d.text + ":80")); !ok {
 				t.Errorf("%q does not match %s", s, d.text)
 			}
 		}

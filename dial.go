@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
 // dialer opens connections to targets, directly or through a parent proxy. It checks
@@ -47,7 +49,7 @@ func newDialer(p *policy, timeout time.Duration, resolver *resolver) *dialer {
 					return err
 				}
 				a := ctx.Value(attemptKey{}).(*attempt)
-				denied, reported := p.check(ctx, r, a.target, to)
+				denied, reported := p.check(ctx, r, a.Target, to)
 				if denied != nil {
 					a.denied.Store(denied)
 				}
@@ -68,7 +70,7 @@ var keepAliveConfig = net.KeepAliveConfig{Enable: true, Idle: time.Minute, Inter
 
 // attempt tells the policy checks of a dial which target its addresses belong to.
 type attempt struct {
-	target
+	hostport.Target
 	address string
 	denied  atomic.Pointer[deniedError] // the last denial, if any
 }
@@ -89,11 +91,11 @@ func (d *dialer) dial(ctx context.Context, r clientScope, address string) (conn 
 		}
 		return d.parent.connect(ctx, address)
 	}
-	a := &attempt{target: newTarget(address), address: address}
-	if denied, _ := d.policy.checkName(ctx, r, a.target, true); denied != nil {
+	a := &attempt{Target: hostport.TargetOf(address), address: address}
+	if denied, _ := d.policy.checkName(ctx, r, a.Target, true); denied != nil {
 		return nil, denied
 	}
-	conn, err = d.dialTarget(context.WithValue(ctx, attemptKey{}, a), &d.dialers[r], a.target)
+	conn, err = d.dialTarget(context.WithValue(ctx, attemptKey{}, a), &d.dialers[r], a.Target)
 	if denied := a.denied.Load(); err != nil && denied != nil && !errors.Is(ctx.Err(), context.Canceled) {
 		return nil, denied
 	}
@@ -102,7 +104,7 @@ func (d *dialer) dial(ctx context.Context, r clientScope, address string) (conn 
 	}
 	// A listener may have been opened between the check and the connection: a reload
 	// opens the admin endpoint's.
-	if denied := d.policy.checkSelf(addrPort(conn.RemoteAddr()), true); denied != nil {
+	if denied := d.policy.checkSelf(hostport.AddrPortOf(conn.RemoteAddr()), true); denied != nil {
 		_ = conn.Close()
 		return nil, denied
 	}
@@ -112,19 +114,19 @@ func (d *dialer) dial(ctx context.Context, r clientScope, address string) (conn 
 // dialTarget dials t, an address or a name. Names are made fully qualified with a trailing
 // dot: the system's search list could otherwise turn the name into one that no rule
 // has checked.
-func (d *dialer) dialTarget(ctx context.Context, dialer *net.Dialer, t target) (net.Conn, error) {
-	if t.addr.IsValid() {
-		return dialer.DialContext(ctx, "tcp", netip.AddrPortFrom(t.addr, t.port).String())
+func (d *dialer) dialTarget(ctx context.Context, dialer *net.Dialer, t hostport.Target) (net.Conn, error) {
+	if t.Addr.IsValid() {
+		return dialer.DialContext(ctx, "tcp", netip.AddrPortFrom(t.Addr, t.Port).String())
 	}
-	if !strings.Contains(t.name, ".") { // the hosts file lists such names without the dot
-		if addrs, err := hostsFile.LookupNetIP(ctx, "ip", t.name); err == nil {
-			return d.connector.dialAddresses(ctx, dialer, hostPort{t.name, t.port}, addrs)
+	if !strings.Contains(t.Name, ".") { // the hosts file lists such names without the dot
+		if addrs, err := hostsFile.LookupNetIP(ctx, "ip", t.Name); err == nil {
+			return d.connector.dialAddresses(ctx, dialer, hostPort{t.Name, t.Port}, addrs)
 		}
 	}
-	if t.name == "localhost" { // most systems know it only without the dot
-		return d.connector.dial(ctx, dialer, t.name, t.port)
+	if t.Name == "localhost" { // most systems know it only without the dot
+		return d.connector.dial(ctx, dialer, t.Name, t.Port)
 	}
-	return d.connector.dial(ctx, dialer, t.name+".", t.port)
+	return d.connector.dial(ctx, dialer, t.Name+".", t.Port)
 }
 
 // hostsFile resolves names from the system's hosts file only; it sends no queries.
@@ -137,10 +139,10 @@ func (d *dialer) usesParent(address string) bool {
 	if d.parent == nil {
 		return false
 	}
-	t := newTarget(address)
+	t := hostport.TargetOf(address)
 	_, direct := d.direct.matchName(t)
-	if !direct && t.addr.IsValid() {
-		ip := t.addr.Unmap()
+	if !direct && t.Addr.IsValid() {
+		ip := t.Addr.Unmap()
 		_, direct = d.direct.matchAddress(context.Background(), ip, embeddedIPv4(ip))
 	}
 	return !direct
@@ -150,8 +152,8 @@ func (d *dialer) usesParent(address string) bool {
 // machine can resolve any name to this machine, so the ports of our own protected
 // listeners are then denied for all names.
 func (d *dialer) checkForParent(ctx context.Context, r clientScope, address string) error {
-	t := newTarget(address)
-	if t.name != "" && d.ownPort != nil && d.ownPort(t.port) && d.parent.isLocal(ctx) {
+	t := hostport.TargetOf(address)
+	if t.Name != "" && d.ownPort != nil && d.ownPort(t.Port) && d.parent.isLocal(ctx) {
 		return &deniedError{kind: deniedAddress, reason: "its port is reserved",
 			hint: "the parent proxy on this machine could resolve the name to it; add the name to no_upstream, so that it is resolved here"}
 	}
@@ -179,7 +181,7 @@ func (d *dialer) denies(t *tunnel) bool {
 	if d.usesParent(t.target) {
 		return d.checkForParent(ctx, t.reach, t.target) != nil
 	}
-	denied, _ := d.policy.check(ctx, t.reach, newTarget(t.target), t.address)
+	denied, _ := d.policy.check(ctx, t.reach, hostport.TargetOf(t.target), t.address)
 	return denied != nil
 }
 
@@ -189,11 +191,11 @@ func (d *dialer) recheck(ctx context.Context, r clientScope, address string, con
 	if d.usesParent(address) {
 		return d.checkForParent(ctx, r, address)
 	}
-	to := addrPort(conn.RemoteAddr())
+	to := hostport.AddrPortOf(conn.RemoteAddr())
 	if denied := d.policy.checkSelf(to, true); denied != nil {
 		return denied
 	}
-	denied, reported := d.policy.check(ctx, r, newTarget(address), to)
+	denied, reported := d.policy.check(ctx, r, hostport.TargetOf(address), to)
 	return d.enforce(ctx, address, denied, reported)
 }
 

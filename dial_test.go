@@ -114,7 +114,7 @@ func waitDialling(t *testing.T, address string, n int) {
 	})
 }
 
-func TestClientLeavesDuringADial(t *testing.T) {
+func TestDisconnectDuringDial(t *testing.T) {
 	w := newTunnelWorld(t, tunnelSetup{options: "dial_timeout 1h"})
 	target := deafTarget(t, "127.0.0.1", 0)
 	for protocol, ask := range map[string]func(ctx context.Context, c *tunnelClient) (leave func(), err error){
@@ -156,7 +156,7 @@ func TestClientLeavesDuringADial(t *testing.T) {
 			}
 			waitDialling(t, target, 1)
 			leave()
-			noTunnels(t)
+			waitNoTunnels(t)
 			waitDialling(t, target, 0)
 		})
 	}
@@ -176,7 +176,7 @@ func TestProcessExitsDuringDials(t *testing.T) {
 		})
 	}
 	waitDialling(t, target, len(tunnelProtocols))
-	c.exits(t, answers.Wait)
+	c.timeExit(t, answers.Wait)
 }
 
 // If IPv6 does not respond, IPv4 is tried in parallel (RFC 8305), not after IPv6 has used

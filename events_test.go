@@ -17,26 +17,26 @@ import (
 )
 
 func init() {
-	caddy.RegisterModule(noteEvents{})
+	caddy.RegisterModule(eventRecorder{})
 }
 
-// noteEvents is an event handler that records events.
-type noteEvents struct{}
+// eventRecorder is an event handler that records events.
+type eventRecorder struct{}
 
 var notedEvents = make(chan caddy.Event, 100)
 
-func (noteEvents) CaddyModule() caddy.ModuleInfo {
-	return caddy.ModuleInfo{ID: "events.handlers.async_proxy_test", New: func() caddy.Module { return new(noteEvents) }}
+func (eventRecorder) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "events.handlers.async_proxy_test", New: func() caddy.Module { return new(eventRecorder) }}
 }
 
-func (*noteEvents) UnmarshalCaddyfile(*caddyfile.Dispenser) error { return nil }
+func (*eventRecorder) UnmarshalCaddyfile(*caddyfile.Dispenser) error { return nil }
 
-func (*noteEvents) Handle(_ context.Context, e caddy.Event) error {
+func (*eventRecorder) Handle(_ context.Context, e caddy.Event) error {
 	notedEvents <- e
 	return nil
 }
 
-var _ caddyevents.Handler = (*noteEvents)(nil)
+var _ caddyevents.Handler = (*eventRecorder)(nil)
 
 // Each client without a token causes an event, and again after a minute at the earliest,
 // whatever the config does in between.
@@ -100,7 +100,7 @@ func TestEventOnceAMinute(t *testing.T) {
 		{0, true}, {0, false}, {time.Second, false}, {time.Minute - time.Second - 1, false}, {1, true}, {0, false},
 		{time.Minute - 1, false}, {2 * time.Minute, true}, {time.Second, false},
 	} {
-		s.passes(tc.after)
+		s.advance(tc.after)
 		if v := s.l.take(s.addr, int64(s.now)); v.ok || v.event != tc.want {
 			t.Errorf("at %v: %+v, want event = %v", s.now, v, tc.want)
 		}
@@ -118,13 +118,13 @@ func TestEventOnceAMinuteOfABucketThatFillsSooner(t *testing.T) {
 		t.Error("got no event at first")
 	}
 	for range 11 {
-		s.passes(5 * time.Second)
+		s.advance(5 * time.Second)
 		s.l.take(loopback(5), int64(s.now))
 	}
 	if limited() {
 		t.Errorf("another event at %v", s.now)
 	}
-	s.passes(5 * time.Second)
+	s.advance(5 * time.Second)
 	if !limited() {
 		t.Errorf("got no event at %v", s.now)
 	}

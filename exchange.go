@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"golang.org/x/net/http/httpguts"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )
 
 // exchange sends one request to an HTTP/1 origin and reads its response. It runs on
@@ -194,7 +196,7 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 			return nil, errInterim
 		}
 		if isProgress(res.StatusCode) {
-			x.lastProgress = sinceEpoch(time.Now())
+			x.lastProgress = monotime.Of(time.Now())
 		}
 		if res.StatusCode != http.StatusContinue {
 			x.interim(res.StatusCode, res.Header)
@@ -268,7 +270,7 @@ func (x *exchange) awaitResponse(out *outgoing, start time.Time) {
 		x.sendBody(out)
 	}
 	for {
-		turn := sinceEpoch(start)
+		turn := monotime.Of(start)
 		if x.sender != nil {
 			turn = x.sender.turnBegan.Load()
 		}
@@ -461,7 +463,7 @@ func (s *bodySender) run() {
 // origin's turn counts towards the response timeout.
 func (s *bodySender) setTurn(origin bool) {
 	if origin {
-		s.turnBegan.Store(sinceEpoch(time.Now()))
+		s.turnBegan.Store(monotime.Of(time.Now()))
 	} else {
 		s.turnBegan.Store(0)
 	}

@@ -23,7 +23,7 @@ import (
 
 // An origin that does not read a large head blocks neither the proxy nor a client that
 // disconnects.
-func TestLargeHeadThatIsNotRead(t *testing.T) {
+func TestUnreadLargeHead(t *testing.T) {
 	for _, leaves := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
 			near, far := net.Pipe()
@@ -52,7 +52,7 @@ func TestLargeHeadThatIsNotRead(t *testing.T) {
 }
 
 // Timeouts of centuries do not overflow.
-func TestTimeoutsOfCenturies(t *testing.T) {
+func TestHugeTimeouts(t *testing.T) {
 	h := &Handler{ResponseHeaderTimeout: math.MaxInt64, ResponseIdleTimeout: math.MaxInt64}
 	h.setDefaults()
 	for _, timeout := range []caddy.Duration{h.ResponseHeaderTimeout, h.ResponseIdleTimeout} {
@@ -64,7 +64,7 @@ func TestTimeoutsOfCenturies(t *testing.T) {
 
 // A response that is delimited by the end of the connection is cut off if a write has seen
 // a reset, although the read sees only EOF.
-func TestResetThatTheSenderLearns(t *testing.T) {
+func TestResetSeenByWriter(t *testing.T) {
 	for _, failure := range []error{syscall.ECONNRESET, syscall.EPIPE} {
 		body := &clientBody{r: strings.NewReader("x"), length: 1, count: func(int64) {}}
 		near, far := net.Pipe()

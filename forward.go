@@ -17,6 +17,8 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"golang.org/x/net/http/httpguts"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
 // isProxyRequest reports whether r should be forwarded. Over HTTP/1 that is a
@@ -30,7 +32,7 @@ func (h *Handler) isProxyRequest(r *http.Request) bool {
 	if len(h.Hosts) == 0 || r.Method == http.MethodConnect {
 		return false
 	}
-	host, _, _ := cutPort(r.Host)
+	host, _, _ := hostport.Split(r.Host)
 	return !slices.ContainsFunc(h.Hosts, func(name string) bool { return strings.EqualFold(name, host) })
 }
 
@@ -173,11 +175,11 @@ func newOutgoing(r *http.Request) (out *outgoing, scheme string, err error) {
 	case strings.Contains(r.RequestURI, "#"):
 		return nil, "", errors.New("a fragment does not belong in a request target")
 	}
-	host, port, _ := cutPort(u.Host)
+	host, port, _ := hostport.Split(u.Host)
 	if port == "" {
 		port = map[string]string{"http": "80", "https": "443"}[scheme]
 	}
-	authority, err := joinTarget(host, port)
+	authority, err := hostport.Join(host, port)
 	if err != nil {
 		return nil, "", err
 	}

@@ -68,7 +68,7 @@ func framesRequest(t *testing.T, address string, fields []string, data string) s
 
 // Requests that frames can express but HTTP/1 cannot are refused: the origin gets nothing,
 // or one request and no part of another (RFC 9113 §8.1.1, §8.2.1, §8.3.1, §10.3).
-func TestFramesThatHTTP1CannotSay(t *testing.T) {
+func TestFramesInexpressibleInHTTP1(t *testing.T) {
 	w, _ := framesWorld(t)
 	for _, row := range []struct {
 		name    string

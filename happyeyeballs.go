@@ -13,6 +13,8 @@ import (
 	"slices"
 	"syscall"
 	"time"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
 // The delays of RFC 8305 §8, and a limit on the addresses of a name that are tried: a DNS
@@ -376,7 +378,7 @@ func lacksIPv6(err error) bool {
 	if !errors.As(err, &dial) {
 		return false
 	}
-	to := addrPort(dial.Addr).Addr()
+	to := hostport.AddrPortOf(dial.Addr).Addr()
 	addrs, err := net.InterfaceAddrs()
 	return to.Is6() && err == nil && !slices.ContainsFunc(addrs, func(a net.Addr) bool {
 		prefix, err := netip.ParsePrefix(a.String())

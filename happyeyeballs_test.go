@@ -251,7 +251,7 @@ func TestRaceIsBounded(t *testing.T) {
 }
 
 // A canceled race ends at once, with the reason.
-func TestRaceIsGivenUp(t *testing.T) {
+func TestRaceIsCanceled(t *testing.T) {
 	gone := errors.New("gone")
 	for name, answers := range map[string][]dnsAnswer{"in a look-up": nil, "in an attempt": {ip6("::1")}} {
 		t.Run(name, func(t *testing.T) {

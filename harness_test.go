@@ -93,7 +93,7 @@ func (w *world) load(sites string) {
 // loadCaddyfile runs a Caddyfile until the test ends.
 func loadCaddyfile(t testing.TB, caddyfile string) {
 	t.Helper()
-	replaced(t, func() { startCaddyfile(t, caddyfile) })
+	reloadAndWait(t, func() { startCaddyfile(t, caddyfile) })
 	t.Cleanup(func() {
 		if err := caddy.Stop(); err != nil {
 			t.Errorf("stopping: %v", err)
@@ -101,10 +101,10 @@ func loadCaddyfile(t testing.TB, caddyfile string) {
 	})
 }
 
-// replaced loads a config and waits until the previous servers have stopped. When a reload
+// reloadAndWait loads a config and waits until the previous servers have stopped. When a reload
 // returns, they may still accept a connection, which they close or serve as before, and
 // their sockets may still be open.
-func replaced(t testing.TB, load func()) {
+func reloadAndWait(t testing.TB, load func()) {
 	t.Helper()
 	old := acceptGoroutines()
 	load()
@@ -321,8 +321,8 @@ func (c *rawConn) readAll() string {
 	return string(data)
 }
 
-// readReset fails the test unless a reset is the next thing to arrive.
-func (c *rawConn) readReset() {
+// expectReset fails the test unless a reset is the next thing to arrive.
+func (c *rawConn) expectReset() {
 	c.t.Helper()
 	if data, err := io.ReadAll(c.r); !errors.Is(err, syscall.ECONNRESET) || len(data) > 0 {
 		c.t.Errorf("%q, then %v; want a reset", data, err)

@@ -20,9 +20,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 )
 
-// bothWays runs a test twice: with clients on the fast path, and with clients served by
+// onBothPaths runs a test twice: with clients on the fast path, and with clients served by
 // Caddy's HTTP server.
-func bothWays(t *testing.T, options string, test func(t *testing.T, w *world)) {
+func onBothPaths(t *testing.T, options string, test func(t *testing.T, w *world)) {
 	for _, way := range []string{"own", "net/http"} {
 		t.Run(way, func(t *testing.T) {
 			w := newWorld(t, "", nil)
@@ -36,9 +36,9 @@ func bothWays(t *testing.T, options string, test func(t *testing.T, w *world)) {
 	}
 }
 
-// answering starts an HTTP/1 origin that sends the same bytes in response to each request,
+// startFixedOrigin starts an HTTP/1 origin that sends the same bytes in response to each request,
 // and returns its address.
-func answering(t testing.TB, answer string) string {
+func startFixedOrigin(t testing.TB, answer string) string {
 	return listen(t, func(c *net.TCPConn) {
 		r := bufio.NewReader(c)
 		for {
@@ -74,10 +74,10 @@ func TestHeadsAreBounded(t *testing.T) {
 		{"one trailer more", trailers + numbered(maxFields+1) + "\n", false},
 		{"longer trailers", trailers + "a: " + strings.Repeat("x", maxHead) + "\n\n", false},
 	}
-	bothWays(t, "", func(t *testing.T, w *world) {
+	onBothPaths(t, "", func(t *testing.T, w *world) {
 		for _, row := range rows {
 			c := w.dial()
-			c.send("GET http://" + answering(t, row.answer) + "/ HTTP/1.1\nHost: x\n\n")
+			c.send("GET http://" + startFixedOrigin(t, row.answer) + "/ HTTP/1.1\nHost: x\n\n")
 			res, err := http.ReadResponse(bufio.NewReaderSize(c, maxHead), nil) // the trailers must fit too
 			if err != nil {
 				t.Fatalf("%s: %v", row.name, err)
@@ -105,7 +105,7 @@ func numbered(n int) string {
 
 // The same limits apply to an origin that speaks HTTP/2.
 func TestHTTP2HeadsAreBounded(t *testing.T) {
-	bothWays(t, "", func(t *testing.T, w *world) {
+	onBothPaths(t, "", func(t *testing.T, w *world) {
 		for _, row := range []struct {
 			name          string
 			lines, length int
@@ -167,7 +167,7 @@ func TestHeldHeadsAreBounded(t *testing.T) {
 		_ = f.WriteData(stream, false, []byte("o"))
 	})
 	for _, url := range []string{"http://" + plain, "https://" + secure} {
-		bothWays(t, "", func(t *testing.T, w *world) {
+		onBothPaths(t, "", func(t *testing.T, w *world) {
 			var conns []*rawConn
 			for i := range maxHeldHeads/size + 2 {
 				c := w.dial()
@@ -201,7 +201,7 @@ func TestHeldHeadsAreBounded(t *testing.T) {
 
 // A request is limited in lines, too.
 func TestRequestLinesAreBounded(t *testing.T) {
-	bothWays(t, "", func(t *testing.T, w *world) {
+	onBothPaths(t, "", func(t *testing.T, w *world) {
 		for n, want := range map[int]int{maxFields - 10: 200, maxFields + 10: 431} {
 			c := w.dial()
 			c.send("GET " + w.origin.URL + "/ HTTP/1.1\nHost: x\n" + strings.Repeat("a:\n", n) + "\n")

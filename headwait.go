@@ -14,6 +14,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )
 
 // headTimer cancels a request over HTTP/2 whose response head is overdue. The clock runs
@@ -52,7 +54,7 @@ func newHeadTimer(ctx context.Context, timeout time.Duration) *headTimer {
 
 func (w *headTimer) connected(info httptrace.GotConnInfo) {
 	w.reused.Store(info.Reused)
-	w.turnBegan.CompareAndSwap(0, sinceEpoch(time.Now()))
+	w.turnBegan.CompareAndSwap(0, monotime.Of(time.Now()))
 }
 
 // watch starts watching a connection on which the request is about to be sent, and stops
@@ -90,14 +92,14 @@ func (w *headTimer) lost() bool {
 // setTurn starts the clock if it is the origin's turn, and stops it if it is the client's.
 func (w *headTimer) setTurn(origin bool) {
 	if origin {
-		w.turnBegan.Store(sinceEpoch(time.Now()))
+		w.turnBegan.Store(monotime.Of(time.Now()))
 	} else {
 		w.turnBegan.Store(0)
 	}
 }
 
 // recordProgress records that the origin has reported progress.
-func (w *headTimer) recordProgress() { w.lastProgress.Store(sinceEpoch(time.Now())) }
+func (w *headTimer) recordProgress() { w.lastProgress.Store(monotime.Of(time.Now())) }
 
 // maxTimeouts is how many timeouts a response may take in all while the origin keeps reporting
 // progress.
@@ -110,7 +112,7 @@ func timeLeft(timeout time.Duration, turn, news int64) time.Duration {
 	if turn == 0 {
 		return timeout
 	}
-	now, last := sinceEpoch(time.Now()), turn
+	now, last := monotime.Of(time.Now()), turn
 	if news != 0 {
 		last = max(turn, news)
 	}

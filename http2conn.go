@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"golang.org/x/net/http2"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )
 
 // http2Conn is an HTTP/2 connection to a server that detects when the server has silently
@@ -93,20 +95,20 @@ type observedConn struct {
 func (c *observedConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
 	if n > 0 {
-		c.lastRead.Store(sinceEpoch(time.Now()))
+		c.lastRead.Store(monotime.Of(time.Now()))
 	}
 	return n, err
 }
 
 // silentFor returns the time since something last arrived from the server.
 func (c *http2Conn) silentFor() time.Duration {
-	return time.Duration(sinceEpoch(time.Now()) - c.conn.lastRead.Load())
+	return time.Duration(monotime.Of(time.Now()) - c.conn.lastRead.Load())
 }
 
 // watch starts watching for a dead server while a request waits. The caller calls stop when
 // the response has arrived or the request has failed.
 func (c *http2Conn) watch() (stop func()) {
-	w := &silenceWatch{conn: c, start: sinceEpoch(time.Now()), wait: c.times.silence}
+	w := &silenceWatch{conn: c, start: monotime.Of(time.Now()), wait: c.times.silence}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.timer = time.AfterFunc(w.wait, w.onTimer)
@@ -158,7 +160,7 @@ func (c *http2Conn) pingAnswered() bool {
 		return true // another request's ping has been answered meanwhile
 	}
 	for taken := uint64(0); ; {
-		start := sinceEpoch(time.Now())
+		start := monotime.Of(time.Now())
 		if c.socket != nil {
 			taken = bytesAcked(c.socket)
 		}

@@ -24,8 +24,8 @@ const hint = "HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
 
 // A client that does not read its interim responses does not block other clients' requests
 // on the same HTTP/2 connection to the origin.
-func TestInterimResponsesStallNobody(t *testing.T) {
-	bothWays(t, "", func(t *testing.T, w *world) {
+func TestUnreadInterimBlocksNoOthers(t *testing.T) {
+	onBothPaths(t, "", func(t *testing.T, w *world) {
 		origin := newFramesOrigin(t, func(f *framesOrigin, stream uint32) {
 			for range 8 {
 				f.headers(stream, false, ":status", "103", "link", strings.Repeat("x", 8000))
@@ -87,7 +87,7 @@ func TestContinueAndHints(t *testing.T) {
 		}
 		f.headers(stream, true, ":status", "200", "content-length", "0")
 	})
-	bothWays(t, "via off", func(t *testing.T, w *world) {
+	onBothPaths(t, "via off", func(t *testing.T, w *world) {
 		for _, url := range []string{"http://" + plain, "https://" + secure} {
 			for range 20 {
 				c := w.dial()
@@ -120,14 +120,14 @@ func TestContinueAndHints(t *testing.T) {
 
 // If an origin does not ask for content, the proxy asks the client for it and sends it
 // after a while.
-func TestContinueUnasked(t *testing.T) {
+func TestContinueWithoutOrigin(t *testing.T) {
 	plain := listen(t, func(c *net.TCPConn) {
 		if req, err := http.ReadRequest(bufio.NewReader(c)); err == nil {
 			content, _ := io.ReadAll(req.Body)
 			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n"+string(content))
 		}
 	})
-	bothWays(t, "", func(t *testing.T, w *world) {
+	onBothPaths(t, "", func(t *testing.T, w *world) {
 		c := w.dial()
 		c.send("POST http://" + plain + "/ HTTP/1.1\nHost: x\nExpect: 100-continue\nContent-Length: 5\n\n")
 		if got := c.readUntil("\r\n\r\n"); got != "HTTP/1.1 100 Continue\r\n\r\n" {
@@ -157,7 +157,7 @@ func TestInterimResponsesAreBounded(t *testing.T) {
 			f.headers(stream, false, ":status", "103", "link", "</a>", "via", "1.1 other")
 		}
 	})
-	bothWays(t, "via tester", func(t *testing.T, w *world) {
+	onBothPaths(t, "via tester", func(t *testing.T, w *world) {
 		for url, via := range map[string]string{"http://" + plain: "1.1 tester", "https://" + secure: "1.1 other, 2.0 tester"} {
 			c := w.dial()
 			c.send("GET " + url + "/ HTTP/1.1\nHost: x\n\n")
@@ -235,7 +235,7 @@ func pipeExchange(ctx context.Context, timeout time.Duration, answer func(w io.W
 }
 
 // A 102 or 103 restarts the response-header timeout, up to ten times the timeout in total.
-func TestProgressRenewsTheTime(t *testing.T) {
+func TestProgressRestartsTimeout(t *testing.T) {
 	const timeout = 3 * time.Second
 	for _, row := range []struct {
 		interim string
@@ -270,7 +270,7 @@ func TestProgressRenewsTheTime(t *testing.T) {
 }
 
 // The same applies to origins that speak HTTP/2.
-func TestHTTP2ProgressRenewsTheTime(t *testing.T) {
+func TestHTTP2ProgressRestartsTimeout(t *testing.T) {
 	const timeout = 3 * time.Second
 	for _, row := range []struct {
 		pause time.Duration

@@ -20,7 +20,7 @@ import (
 // invalidCount returns a value of caddy_async_proxy_invalid_requests_total.
 func invalidCount(t *testing.T, reason invalidReason) float64 {
 	t.Helper()
-	return gathered(t)[fmt.Sprintf(`invalid_requests_total{reason="%s"}`, reason)]
+	return gatherMetrics(t)[fmt.Sprintf(`invalid_requests_total{reason="%s"}`, reason)]
 }
 
 // forgetInvalidLines resets the log limit, so that the next lines appear at once.

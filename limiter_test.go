@@ -83,8 +83,8 @@ func answer(t *testing.T, wait time.Duration, err error, suspended bool) {
 	})
 }
 
-// asked returns the buckets asked for since the last call.
-func asked() []Bucket {
+// askedBuckets returns the buckets asked for since the last call.
+func askedBuckets() []Bucket {
 	answers.Lock()
 	defer answers.Unlock()
 	list := answers.asked
@@ -107,15 +107,15 @@ func newSharedClient(t *testing.T, burst int64, refill float64) *sharedClient {
 // takes makes a request and checks how often the shared limiter is asked about it.
 func (s *sharedClient) takes(questions int, want decision) {
 	s.t.Helper()
-	asked()
+	askedBuckets()
 	got := s.h.chargeBuckets(s.t.Context(), netip.MustParseAddr("192.0.2.1"), int64(s.now))
 	got.logCount, got.event = 0, false // covered by other tests
-	if n := len(asked()); got != want || n != questions {
+	if n := len(askedBuckets()); got != want || n != questions {
 		s.t.Errorf("after %v: take = %+v, want %+v; the shared limiter is asked %d times, want %d", s.now, got, want, n, questions)
 	}
 }
 
-func TestOwnRefusalAsksNobody(t *testing.T) {
+func TestLocalDenialSkipsSharedLimiter(t *testing.T) {
 	s := newSharedClient(t, 2, 0.5)
 	answer(t, 0, nil, false)
 	s.takes(1, decision{ok: true})
@@ -158,22 +158,22 @@ func TestSharedRefusalCostsNothing(t *testing.T) {
 }
 
 // The wait is the same, however many requests are denied at the same time.
-func TestLearningTogether(t *testing.T) {
+func TestConcurrentSharedDenials(t *testing.T) {
 	const burst = 50
 	l := newLimiter(limits(burst, 0.5))
 	client := netip.MustParseAddr("192.0.2.1")
-	together(burst, func(int) {
+	runTogether(burst, func(int) {
 		if v := l.take(client, 0); !v.ok {
 			t.Errorf("take = %+v", v)
 		}
 	})
-	together(burst, func(int) { l.drain(client, 0, time.Second) })
+	runTogether(burst, func(int) { l.drain(client, 0, time.Second) })
 	if got := l.take(client, 0); got.wait != time.Second {
 		t.Errorf("take = %+v, want a wait of 1s", got)
 	}
 }
 
-func TestSuspendedLimiterLimitsNobody(t *testing.T) {
+func TestSuspendedLimiter(t *testing.T) {
 	s := newSharedClient(t, 1, 0.5)
 	answer(t, time.Second, nil, false)
 	s.takes(1, decision{wait: time.Second})
@@ -218,7 +218,7 @@ func TestRefillingTheSharedLimiter(t *testing.T) {
 		{"default", netip.MustParsePrefix("192.0.2.0/24"), "", 10, 2 * time.Second},
 		{"default", netip.Prefix{}, "alice", 10, 2 * time.Second},
 	}
-	if got := asked(); !slices.Equal(got, want) {
+	if got := askedBuckets(); !slices.Equal(got, want) {
 		t.Errorf("refilled %+v, want %+v", got, want)
 	}
 	answer(t, 0, errors.New("out of order"), false)
@@ -234,7 +234,7 @@ func TestAnswersOfTheSharedLimiter(t *testing.T) {
 	w := newWorld(t, "limiter test\nburst 10\nrefill 0.5\nzone a", nil)
 	answer(t, 0, nil, false)
 	w.gets(w.proxy, 200)
-	if got := asked(); len(got) != 1 || got[0] != (Bucket{"a", netip.MustParsePrefix("127.0.0.1/32"), "", 10, 2 * time.Second}) {
+	if got := askedBuckets(); len(got) != 1 || got[0] != (Bucket{"a", netip.MustParsePrefix("127.0.0.1/32"), "", 10, 2 * time.Second}) {
 		t.Errorf("asked for %+v", got)
 	}
 
@@ -249,13 +249,13 @@ func TestAnswersOfTheSharedLimiter(t *testing.T) {
 		t.Errorf("log line: %v", line)
 	}
 	w.gets(w.proxy, 429)
-	if got := asked(); len(got) != 1 {
+	if got := askedBuckets(); len(got) != 1 {
 		t.Errorf("asked for %+v, want one question", got)
 	}
 
 	w.load(w.site("limiter test\nburst 10\nrefill 0.5\nexempt 127.0.0.1"))
 	w.gets(w.proxy, 200)
-	if got := asked(); len(got) != 0 {
+	if got := askedBuckets(); len(got) != 0 {
 		t.Errorf("asked for %+v though the client is exempt", got)
 	}
 

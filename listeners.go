@@ -12,6 +12,8 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
 // protectedListeners knows the protected listeners of this process, to which the proxy connects
@@ -67,7 +69,7 @@ func (o *protectedListeners) isSite(ln netip.AddrPort) bool {
 		return false
 	}
 	for _, server := range app.(*caddyhttp.App).Servers {
-		if server != o.self && !servesStatus(server) && slices.ContainsFunc(server.Listeners(), func(l net.Listener) bool { return addrPort(l.Addr()) == ln }) {
+		if server != o.self && !servesStatus(server) && slices.ContainsFunc(server.Listeners(), func(l net.Listener) bool { return hostport.AddrPortOf(l.Addr()) == ln }) {
 			return true
 		}
 	}

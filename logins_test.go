@@ -319,7 +319,7 @@ func testConnectionLogins(t *testing.T, o *loginOrigin, dial func() (net.Conn, l
 }
 
 // A client may disconnect while its first bound connection is being registered.
-func TestBoundClientLeavesAtOnce(t *testing.T) {
+func TestBoundClientDisconnectsAtOnce(t *testing.T) {
 	client, c := new(int), &boundClient{id: "leaves at once"}
 	boundClients.Store(client, c)
 	boundClientCount.Add(1)
@@ -333,7 +333,7 @@ func TestBoundClientLeavesAtOnce(t *testing.T) {
 // Proxy users, or a load balancer's clients, that share a connection do not share the
 // logins on it.
 func TestConnectionLoginsOnSharedConnections(t *testing.T) {
-	loginWays(t, func(t *testing.T, way string) {
+	onBothLoginPaths(t, func(t *testing.T, way string) {
 		w := newLoginWorld(t, way, "allow 127.0.0.0/8")
 		proxyLogin := func(user, password string) string {
 			return "Proxy-Authorization: " + login(user, password) + "\r\n"

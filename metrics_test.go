@@ -25,9 +25,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 )
 
-// gathered returns the values of all metrics (of histograms, the counts), keyed by name and
+// gatherMetrics returns the values of all metrics (of histograms, the counts), keyed by name and
 // labels as in the exposition format.
-func gathered(t testing.TB) map[string]float64 {
+func gatherMetrics(t testing.TB) map[string]float64 {
 	t.Helper()
 	registry := prometheus.NewPedanticRegistry()
 	if err := registerMetrics(registry); err != nil {
@@ -74,7 +74,7 @@ func TestMetricsCount(t *testing.T) {
 	closed := freeAddress(t)
 	for round := range 2 {
 		w.load(strings.Replace(w.site(fmt.Sprintf("burst 13\nrefill 0.00001\nzone metrics-%d\nmax_tunnels 7\ndeny denied.test\nexempt 192.0.2.0/24", round)), "{\n", "{\nrespond hello\n", 1))
-		before := gathered(t)
+		before := gatherMetrics(t)
 		ask := func(method, target, lines string, want int) {
 			t.Helper()
 			conn := w.dial()
@@ -102,7 +102,7 @@ func TestMetricsCount(t *testing.T) {
 		var during map[string]float64
 		up := before[`tunnel_bytes_total{direction="up"}`] + 10
 		eventually(t, "the bytes sent to be counted", func() bool {
-			during = gathered(t)
+			during = gatherMetrics(t)
 			return during[`tunnel_bytes_total{direction="up"}`] >= up
 		})
 		for name, want := range map[string]float64{"tunnels": 1, "tunnels_limit": 7, `tunnel_bytes_total{direction="up"}`: up} {
@@ -123,7 +123,7 @@ func TestMetricsCount(t *testing.T) {
 		}
 		ask("CONNECT", echo, "", 429)
 
-		eventually(t, "the last tunnel to be counted", func() bool { return gathered(t)["tunnels"] == 0 })
+		eventually(t, "the last tunnel to be counted", func() bool { return gatherMetrics(t)["tunnels"] == 0 })
 		const dialled = `dial_duration_seconds{outcome="ok"}`
 		want := map[string]float64{
 			`requests_total{kind="forward",outcome="ok"}`:                        6,
@@ -153,7 +153,7 @@ func TestMetricsCount(t *testing.T) {
 		var got map[string]float64
 		counted := func() bool {
 			got = make(map[string]float64)
-			for name, value := range gathered(t) {
+			for name, value := range gatherMetrics(t) {
 				if added := value - before[name]; added != 0 && !slices.Contains([]string{"tunnels", "tunnels_limit", "idle_connections", "rate_limit_clients"}, name) {
 					got[name] = added
 				}
@@ -240,7 +240,7 @@ func TestMetricsExposition(t *testing.T) {
 func since(t testing.TB, before map[string]float64) map[string]float64 {
 	t.Helper()
 	grown := make(map[string]float64)
-	for name, value := range gathered(t) {
+	for name, value := range gatherMetrics(t) {
 		if (strings.HasPrefix(name, "requests_total") || strings.HasPrefix(name, "refusals_total") || strings.HasPrefix(name, "forwarded_bytes")) && value != before[name] {
 			grown[name] = value - before[name]
 		}
@@ -249,7 +249,7 @@ func since(t testing.TB, before map[string]float64) map[string]float64 {
 }
 
 // A client's disconnect never counts as a failure, whenever it happens.
-func TestMetricsOfAClientThatLeaves(t *testing.T) {
+func TestMetricsOfDisconnect(t *testing.T) {
 	const some = 1 << 20
 	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/never" {
@@ -273,7 +273,7 @@ func TestMetricsOfAClientThatLeaves(t *testing.T) {
 	for _, path := range []string{"/never", "/length", "/length/some", "/chunks", "/chunks/some"} {
 		t.Run(path, func(t *testing.T) {
 			w.forgetLogs()
-			before := gathered(t)
+			before := gatherMetrics(t)
 			conn := w.dial()
 			conn.send(fmt.Sprintf("GET %s%s HTTP/1.1\nHost: x\n\n", w.origin.URL, path))
 			if path != "/never" {
@@ -304,7 +304,7 @@ func TestMetricsOfUploads(t *testing.T) {
 	const size = 100_000
 	w := newWorld(t, "zone uploads", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) }))
 	for i, body := range []io.Reader{strings.NewReader(strings.Repeat("x", size)), io.MultiReader(strings.NewReader(strings.Repeat("x", size)))} {
-		before := gathered(t)
+		before := gatherMetrics(t)
 		res, err := w.client().Post(w.origin.URL, "text/plain", body)
 		if err != nil {
 			t.Fatal(err)
@@ -322,17 +322,17 @@ func TestMetricsOfUploads(t *testing.T) {
 }
 
 // A tunnel is counted when it opens, over every protocol.
-func TestMetricsOfTunnelsThatAreOpen(t *testing.T) {
+func TestMetricsOfOpenTunnels(t *testing.T) {
 	w := newTunnelWorld(t, tunnelSetup{})
 	for _, protocol := range tunnelProtocols {
-		before := gathered(t)
+		before := gatherMetrics(t)
 		conn := w.client(t, protocol).open(echoTarget(t))
 		hear(t, conn, say(t, conn, "hello"))
 		// Over HTTP/1 the client may have its response before the handler has returned.
 		want := map[string]float64{`requests_total{kind="tunnel",outcome="ok"}`: 1}
 		eventually(t, protocol+" to count", func() bool { return maps.Equal(since(t, before), want) })
 		conn.Close()
-		eventually(t, "the tunnel to end", func() bool { return gathered(t)["tunnels"] == 0 })
+		eventually(t, "the tunnel to end", func() bool { return gatherMetrics(t)["tunnels"] == 0 })
 		if grown := since(t, before); !maps.Equal(grown, want) {
 			t.Errorf("%s: after its end: growth %v, want %v", protocol, grown, want)
 		}

@@ -32,6 +32,9 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/headers"
 	"github.com/gaissmai/bart"
 	"go.uber.org/zap"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
+	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )
 
 func init() {
@@ -557,7 +560,7 @@ func parsePrefixes(option string, exprs []string) (*bart.Lite, error) {
 
 // ServeHTTP implements caddyhttp.MiddlewareHandler.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
-	r.Host = withoutUser(r.Host) // RequestURI keeps the password, for which the request is refused
+	r.Host = hostport.WithoutUser(r.Host) // RequestURI keeps the password, for which the request is refused
 	v := h.newTransaction(r)
 	switch {
 	case r.Method == http.MethodConnect && !isExtendedConnect(r):
@@ -647,7 +650,7 @@ func (h *Handler) refuseAccess(r *http.Request, v *transaction) *refusal {
 // A failed login is not, because it has its own bucket: otherwise a job with an old
 // password would use up the tokens of everyone behind the same address.
 func (h *Handler) login(w http.ResponseWriter, r *http.Request, v *transaction) error {
-	now := sinceEpoch(v.start)
+	now := monotime.Of(v.start)
 	if wait := h.tunnels.blockedFor(v.limitKey, now); wait > 0 {
 		v.verdict = h.limiter.block(v.limitKey, now, wait)
 		return errRateLimited
@@ -733,7 +736,7 @@ func (h *Handler) charge(r *http.Request, v *transaction) error {
 // itself, such as health checks, are not limited: a client without tokens can still
 // fetch the PAC script.
 func (h *Handler) takeToken(r *http.Request, v *transaction) decision {
-	now := sinceEpoch(v.start)
+	now := monotime.Of(v.start)
 	if wait := h.tunnels.blockedFor(v.limitKey, now); wait > 0 {
 		return h.limiter.block(v.limitKey, now, wait)
 	}

@@ -19,6 +19,8 @@ import (
 	"golang.org/x/net/http/httpguts"
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )
 
 const (
@@ -111,7 +113,7 @@ func (*silenceError) Temporary() bool { return true }
 // in all, which it shares with other connections. ended is called when the connection has
 // ended.
 func newMuxConn(conn net.Conn, growth *atomic.Int64, ended func(*muxConn)) *muxConn {
-	now := sinceEpoch(time.Now())
+	now := monotime.Of(time.Now())
 	c := &muxConn{
 		conn: conn, growth: growth, silent: make(chan struct{}), done: make(chan struct{}), streams: make(map[uint32]*streamConn), next: 1,
 		window: muxInitial, maxWindow: muxInitial, initial: muxInitial, limit: muxStreams, idle: now,
@@ -146,7 +148,7 @@ func (c *muxConn) writeLoop() {
 			c.pending.Wait()
 		}
 		frames, ended := c.out, c.err != nil
-		c.out, c.spare, c.writing = c.spare[:0], nil, sinceEpoch(time.Now())
+		c.out, c.spare, c.writing = c.spare[:0], nil, monotime.Of(time.Now())
 		c.mu.Unlock()
 		_, err := c.conn.Write(frames)
 		c.mu.Lock()
@@ -249,7 +251,7 @@ func isConnectionField(name string) bool {
 // blockedLocked reports whether a write has been blocked for so long that no further tunnel
 // should use the connection.
 func (c *muxConn) blockedLocked() bool {
-	before := sinceEpoch(time.Now().Add(-muxBlockedAfter))
+	before := monotime.Of(time.Now().Add(-muxBlockedAfter))
 	if c.writing != 0 && c.writing <= before {
 		return true
 	}
@@ -302,7 +304,7 @@ func (c *muxConn) removeLocked(s *streamConn) {
 	if len(c.streams) > 0 {
 		return
 	}
-	c.idle = sinceEpoch(time.Now())
+	c.idle = monotime.Of(time.Now())
 	if c.closing || c.retired {
 		c.goodbyeLocked(errMuxIdle)
 	}
@@ -333,7 +335,7 @@ func (c *muxConn) tick() {
 	if len(c.out) == 0 && c.writing == 0 {
 		c.out, c.spare = nil, nil // a quiet connection holds no buffers
 	}
-	now, heard := sinceEpoch(time.Now()), c.lastRead.Load()
+	now, heard := monotime.Of(time.Now()), c.lastRead.Load()
 	switch {
 	case len(c.streams) == 0:
 		if c.pinged = 0; now-c.idle >= int64(maxIdleTime) {
@@ -368,7 +370,7 @@ func (c *muxConn) probe(timeout time.Duration) {
 	}
 	c.probing = true
 	c.pingLocked()
-	sent := sinceEpoch(time.Now())
+	sent := monotime.Of(time.Now())
 	time.AfterFunc(timeout, func() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
@@ -390,7 +392,7 @@ type timestampingReader struct{ c *muxConn }
 func (h timestampingReader) Read(b []byte) (int, error) {
 	n, err := h.c.conn.Read(b)
 	if n > 0 {
-		h.c.lastRead.Store(sinceEpoch(time.Now()))
+		h.c.lastRead.Store(monotime.Of(time.Now()))
 	}
 	return n, err
 }

@@ -241,10 +241,10 @@ func TestMuxFields(t *testing.T) {
 	})
 }
 
-// TestMuxShares checks that a tunnel whose target does not read leaves the others their
+// TestMuxWindowShares checks that a tunnel whose target does not read leaves the others their
 // share of the connection's window, that no tunnel joins such a connection, and that a
 // reset restores the window.
-func TestMuxShares(t *testing.T) {
+func TestMuxWindowShares(t *testing.T) {
 	runMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) { // a parent with windows of 64 KiB for stream and connection
 		stuck, other := muxStream(t, c), muxStream(t, c)
 		written := make(chan error, 1)
@@ -278,9 +278,9 @@ func TestMuxShares(t *testing.T) {
 	})
 }
 
-// TestMuxAlone checks that a single tunnel may use the whole window, and that no other
+// TestMuxSingleTunnel checks that a single tunnel may use the whole window, and that no other
 // tunnel can then join.
-func TestMuxAlone(t *testing.T) {
+func TestMuxSingleTunnel(t *testing.T) {
 	runMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
 		s := muxStream(t, c)
 		go s.Write(make([]byte, muxInitial)) // none of it blocks
@@ -672,9 +672,9 @@ func TestMuxPool(t *testing.T) {
 	})
 }
 
-// TestMuxMistakes checks that a parent that breaks the protocol loses the stream or the
+// TestMuxProtocolErrors checks that a parent that breaks the protocol loses the stream or the
 // connection.
-func TestMuxMistakes(t *testing.T) {
+func TestMuxProtocolErrors(t *testing.T) {
 	frame := func(write func(*http2.Framer)) func(*muxParent) {
 		return func(p *muxParent) {
 			p.writeFrames(func(f *http2.Framer) {

@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/net/http2"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )
 
 // streamConn is a tunnel through the parent on an HTTP/2 stream.
@@ -56,7 +58,7 @@ func newStreamConn(c *muxConn, id uint32) *streamConn {
 // the parent for quiet, it pings the parent, and gives up on the connection if nothing
 // arrives within timeout after that.
 func (s *streamConn) await(ctx context.Context, quiet, timeout time.Duration) error {
-	start := sinceEpoch(time.Now())
+	start := monotime.Of(time.Now())
 	timer := time.NewTimer(quiet)
 	defer timer.Stop()
 	for {
@@ -75,7 +77,7 @@ func (s *streamConn) await(ctx context.Context, quiet, timeout time.Duration) er
 			_ = s.Abort()
 			return context.Cause(ctx)
 		case <-timer.C:
-			left := quiet - time.Duration(sinceEpoch(time.Now())-max(start, s.c.lastRead.Load()))
+			left := quiet - time.Duration(monotime.Of(time.Now())-max(start, s.c.lastRead.Load()))
 			if left <= 0 {
 				s.c.probe(timeout)
 				left = quiet + timeout
@@ -129,7 +131,7 @@ func (s *streamConn) Write(b []byte) (n int, err error) {
 			return n, os.ErrDeadlineExceeded
 		case room <= 0:
 			if s.blockedSince == 0 {
-				s.blockedSince = sinceEpoch(time.Now())
+				s.blockedSince = monotime.Of(time.Now())
 			}
 			c.changed.Wait()
 			continue

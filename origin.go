@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"github.com/puzpuzpuz/xsync/v4"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
 // Limits for idle connections to origins: their number, and how long each may be idle.
@@ -98,7 +100,7 @@ func newOriginConn(conn net.Conn, authority string) *originConn {
 // localPeer returns the remote address of a connection if it is an address of this machine,
 // and otherwise an invalid one.
 func localPeer(conn net.Conn) netip.AddrPort {
-	to := addrPort(conn.RemoteAddr())
+	to := hostport.AddrPortOf(conn.RemoteAddr())
 	if ip := to.Addr(); !ip.IsValid() || !ip.IsLoopback() && !isOwnAddress(ip) {
 		return netip.AddrPort{}
 	}
@@ -151,7 +153,7 @@ func overTLS(dial dialFunc, protocols ...string) dialFunc {
 		if err != nil {
 			return nil, err
 		}
-		host, _, _ := cutPort(authority)
+		host, _, _ := hostport.Split(authority)
 		ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 		defer cancel()
 		secure, err := handshakeWith(ctx, conn, &tls.Config{ServerName: strings.Trim(host, "[]")}, protocols...)

@@ -18,7 +18,7 @@ import (
 )
 
 // Bytes that an origin sends between two exchanges are no response to the next request.
-func TestOriginSaysMoreThanItWasAsked(t *testing.T) {
+func TestUnsolicitedOriginBytes(t *testing.T) {
 	var conns atomic.Int64
 	sendExtra, extraSent := make(chan struct{}), make(chan struct{})
 	origin := listen(t, func(c *net.TCPConn) {
@@ -162,7 +162,7 @@ func TestOriginsAreBounded(t *testing.T) {
 }
 
 // A connection that has not sent all of a request is not reused.
-func TestOriginHasNotGotAll(t *testing.T) {
+func TestUnfinishedRequestIsLastOnOrigin(t *testing.T) {
 	var conns atomic.Int64
 	origin := listen(t, func(c *net.TCPConn) {
 		conns.Add(1)
@@ -185,7 +185,7 @@ func TestOriginHasNotGotAll(t *testing.T) {
 
 // A reused connection to this machine is checked again: the address may have become that of
 // a listener that is closed to clients.
-func TestConnectionsToThisMachineAreJudgedAgain(t *testing.T) {
+func TestLocalConnectionsAreRechecked(t *testing.T) {
 	shared, opened, _ := http2TestOrigin(t, func(http.ResponseWriter, *http.Request) {})
 	alone := listen(t, func(c *net.TCPConn) {
 		secure := tls.Server(c, &tls.Config{Certificates: []tls.Certificate{tlsCertificate}, NextProtos: []string{"http/1.1"}})

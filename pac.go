@@ -12,6 +12,8 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
 // isPAC reports whether a request is for the proxy auto-configuration file.
@@ -44,10 +46,10 @@ func pacHead(r *http.Request) string {
 		kind, port = "HTTPS", ":443"
 	}
 	host := r.Host
-	if _, _, found := cutPort(host); !found {
+	if _, _, found := hostport.Split(host); !found {
 		host += port
 	}
-	name, _, _ := cutPort(r.Host)
+	name, _, _ := hostport.Split(r.Host)
 	return fmt.Sprintf("var proxy = %s;\nvar own = %s;\n", quoteJS(kind+" "+host), quoteJS(strings.ToLower(strings.Trim(name, "[]"))))
 }
 

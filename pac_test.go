@@ -14,6 +14,8 @@ import (
 	"testing"
 
 	"github.com/dop251/goja"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
 // pacRuntime runs a script as browsers do, with the only helper function that it needs.
@@ -110,7 +112,7 @@ func TestPAC(t *testing.T) {
 }
 
 // Any client may read the script, so it reveals no rules.
-func TestPACHoldsNoRules(t *testing.T) {
+func TestPACRevealsNoRules(t *testing.T) {
 	w := newWorld(t, "serve_pac", nil)
 	script := func() string {
 		conn := w.dial()
@@ -137,7 +139,7 @@ func TestPACHoldsNoRules(t *testing.T) {
 func pacHost(url string) string {
 	_, rest, _ := strings.Cut(url, "://")
 	rest, _, _ = strings.Cut(rest, "/")
-	host, _, _ := cutPort(rest[strings.IndexByte(rest, '@')+1:])
+	host, _, _ := hostport.Split(rest[strings.IndexByte(rest, '@')+1:])
 	return host
 }
 

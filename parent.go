@@ -25,6 +25,8 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 	"golang.org/x/net/http/httpguts"
 	"golang.org/x/net/proxy"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
 // Upstream is a parent proxy, through which this proxy connects to destinations.
@@ -114,7 +116,7 @@ func newParent(ctx caddy.Context, u *Upstream, timeout time.Duration, connector 
 			}
 		}
 		if p.secure.ServerName == "" {
-			host, _, _ := cutPort(address)
+			host, _, _ := hostport.Split(address)
 			p.secure.ServerName = strings.Trim(host, "[]")
 		}
 		p.streams = newMuxPool(p.dialStreams)
@@ -149,11 +151,11 @@ func splitUpstream(s string) (scheme, credentials, address string, err error) {
 	if strings.ContainsAny(rest, "/?#") {
 		return "", "", "", errors.New("unexpected path, query or fragment, or a character of the password that is not percent-encoded; expected the host of a proxy, and optionally its port")
 	}
-	host, given, found := cutPort(rest)
+	host, given, found := hostport.Split(rest)
 	if found {
 		port = given
 	}
-	if address, err = joinTarget(host, port); err != nil {
+	if address, err = hostport.Join(host, port); err != nil {
 		return "", "", "", fmt.Errorf("the host or the port is not valid; expected the host of a proxy, and optionally its port, after %s:// and any credentials", scheme)
 	}
 	return scheme, credentials, address, nil
@@ -234,7 +236,7 @@ func (p *parent) isLocal(ctx context.Context) bool {
 	if known := p.locality.Load(); known != nil && time.Since(known.at) < localityTTL {
 		return known.here
 	}
-	host, _, _ := cutPort(p.address)
+	host, _, _ := hostport.Split(p.address)
 	host = strings.Trim(host, "[]")
 	addrs := []netip.Addr{}
 	if addr, err := netip.ParseAddr(host); err == nil {
@@ -253,9 +255,9 @@ func (p *parent) isLocal(ctx context.Context) bool {
 // open connects to the parent. Its name, unlike a target's, may use the system's DNS
 // search list.
 func (p *parent) open(ctx context.Context) (net.Conn, error) {
-	t := newTarget(p.address)
-	host, _, _ := cutPort(p.address)
-	return p.connector.dial(ctx, &p.dialer, strings.Trim(host, "[]"), t.port)
+	t := hostport.TargetOf(p.address)
+	host, _, _ := hostport.Split(p.address)
+	return p.connector.dial(ctx, &p.dialer, strings.Trim(host, "[]"), t.Port)
 }
 
 // isHTTP reports whether plain requests are sent to the parent as such, and not

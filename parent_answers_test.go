@@ -226,9 +226,9 @@ func TestParentSOCKSPhases(t *testing.T) {
 	}
 }
 
-// TestParentSaysWhy checks that when the parent refuses, the client gets the parent's
+// TestParentReasonIsPassedOn checks that when the parent refuses, the client gets the parent's
 // reasons (Proxy-Status) and Retry-After.
-func TestParentSaysWhy(t *testing.T) {
+func TestParentReasonIsPassedOn(t *testing.T) {
 	cases := []struct {
 		answer string // the parent's status and fields
 		status int
@@ -260,9 +260,9 @@ func TestParentSaysWhy(t *testing.T) {
 	}
 }
 
-// TestParentSecretsStay checks that no response shows the client the fields meant for the
+// TestParentSecretsAreNotEchoed checks that no response shows the client the fields meant for the
 // parent, which answers some requests itself.
-func TestParentSecretsStay(t *testing.T) {
+func TestParentSecretsAreNotEchoed(t *testing.T) {
 	heads := make(chan string, 10)
 	address := listen(t, func(conn *net.TCPConn) {
 		r := bufio.NewReader(conn)
@@ -324,9 +324,9 @@ func TestParentSecretsStay(t *testing.T) {
 	}
 }
 
-// TestParentSecretWrittenOut checks the warning about secrets in the config, which the
+// TestWarnsAboutParentSecret checks the warning about secrets in the config, which the
 // admin endpoint and Caddy's debug log show.
-func TestParentSecretWrittenOut(t *testing.T) {
+func TestWarnsAboutParentSecret(t *testing.T) {
 	t.Setenv("PARENT_KEY", "rabbit")
 	for option, want := range map[string]int{
 		"upstream http://alice:rabbit@a.example":                                                                 1,

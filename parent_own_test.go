@@ -17,9 +17,9 @@ import (
 	"time"
 )
 
-// TestParentOwn chains two of our own proxies, over plain HTTP/1 and over TLS with and
+// TestParentChain chains two of our own proxies, over plain HTTP/1 and over TLS with and
 // without HTTP/2.
-func TestParentOwn(t *testing.T) {
+func TestParentChain(t *testing.T) {
 	const trusting = " {\ntls_insecure_skip_verify\n}"
 	for _, tc := range []struct{ name, scheme, global, proto string }{
 		{"plain", "http", "", "HTTP/1.1"},
@@ -32,11 +32,11 @@ func TestParentOwn(t *testing.T) {
 			if tc.scheme == "https" {
 				address, block = parent.secure, trusting
 			}
-			throughParent(t, "upstream "+tc.scheme+"://alice:wonderland@"+address+block, true)
+			checkThroughParent(t, "upstream "+tc.scheme+"://alice:wonderland@"+address+block, true)
 			if line := parent.waitLog("CONNECT tunnel closed", 1)[0]; line["user"] != "alice" || line["proto"] != tc.proto {
 				t.Errorf("the parent's line: %v", line)
 			}
-			refusedByParent(t, "upstream "+tc.scheme+"://alice:rabbit@"+address+block, http.StatusBadGateway, parentWantsOthers)
+			checkRefusedByParent(t, "upstream "+tc.scheme+"://alice:rabbit@"+address+block, http.StatusBadGateway, parentWantsOthers)
 		})
 	}
 	t.Run("what it denies", func(t *testing.T) {
@@ -51,7 +51,7 @@ func TestParentOwn(t *testing.T) {
 	})
 	t.Run("an untrusted certificate", func(t *testing.T) {
 		parent := binaryStart(t, binaryOptions{secure: true})
-		refusedByParent(t, "upstream https://"+parent.secure, http.StatusBadGateway, "The certificate of the parent proxy is not trusted")
+		checkRefusedByParent(t, "upstream https://"+parent.secure, http.StatusBadGateway, "The certificate of the parent proxy is not trusted")
 	})
 }
 

@@ -19,12 +19,14 @@ import (
 	"testing"
 
 	"github.com/caddyserver/caddy/v2"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
-// throughParent sends requests and tunnel data through a world with a parent, and checks
+// checkThroughParent sends requests and tunnel data through a world with a parent, and checks
 // that all of it arrives. Some parents lack half-close, or do not announce that they will
 // close a connection.
-func throughParent(t *testing.T, options string, halfClose bool) {
+func checkThroughParent(t *testing.T, options string, halfClose bool) {
 	t.Helper()
 	var via []string
 	w := newWorld(t, options, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -87,9 +89,9 @@ func throughParent(t *testing.T, options string, halfClose bool) {
 
 var parentPayload = strings.Repeat("0123456789abcdef", 1<<14)
 
-// refusedByParent checks that a GET and a CONNECT both get a response with status and text,
+// checkRefusedByParent checks that a GET and a CONNECT both get a response with status and text,
 // and that no secret is logged.
-func refusedByParent(t *testing.T, options string, status int, text string) {
+func checkRefusedByParent(t *testing.T, options string, status int, text string) {
 	t.Helper()
 	w := newWorld(t, options, nil)
 	for _, method := range []string{http.MethodGet, http.MethodConnect} {
@@ -99,12 +101,12 @@ func refusedByParent(t *testing.T, options string, status int, text string) {
 		}
 	}
 	w.waitLog("request", 2)
-	w.keepsSecret("rabbit")
+	w.checkSecretNotLogged("rabbit")
 }
 
-// keepsSecret fails the test if the log contains a secret. Caddy's own DEBUG line with the
+// checkSecretNotLogged fails the test if the log contains a secret. Caddy's own DEBUG line with the
 // config does not count: it shows what the config spells out.
-func (w *world) keepsSecret(secret string) {
+func (w *world) checkSecretNotLogged(secret string) {
 	w.t.Helper()
 	data, err := os.ReadFile(w.logs)
 	if err != nil {
@@ -124,7 +126,7 @@ const parentUsers = "alice:$apr1$abcdefgh$t7bR9AfmWG/NqwxSupcEr/\n"
 
 func TestParentSquid(t *testing.T) {
 	address := startPeer(t, "squid", peerProxies[0].args, peerProxies[0].config+"half_closed_clients on\n")
-	throughParent(t, "upstream http://"+address, false)
+	checkThroughParent(t, "upstream http://"+address, false)
 	users := t.TempDir() + "/users"
 	for path := users; path != "/tmp" && path != "/"; path = path[:strings.LastIndexByte(path, '/')] {
 		if path != users {
@@ -136,18 +138,18 @@ func TestParentSquid(t *testing.T) {
 	}
 	address = startPeer(t, "squid", []string{"--foreground", "-n", "users", "-f", "DIR/config"}, strings.Replace(peerProxies[0].config, "acl loop src 127.0.0.0/8\nhttp_access allow loop",
 		"auth_param basic program /usr/lib/squid/basic_ncsa_auth "+users+"\nacl known proxy_auth REQUIRED\nhttp_access allow known\nhttp_access deny all", 1))
-	throughParent(t, "upstream http://alice:rabbit@"+address, false)
+	checkThroughParent(t, "upstream http://alice:rabbit@"+address, false)
 	t.Setenv("PARENT_PASSWORD", "rabbit")
-	throughParent(t, "upstream http://alice:{env.PARENT_PASSWORD}@"+address, false)
-	refusedByParent(t, "upstream http://alice:rabbits@"+address, http.StatusBadGateway, parentWantsOthers)
-	refusedByParent(t, "upstream http://"+address, http.StatusBadGateway, parentWantsOthers)
+	checkThroughParent(t, "upstream http://alice:{env.PARENT_PASSWORD}@"+address, false)
+	checkRefusedByParent(t, "upstream http://alice:rabbits@"+address, http.StatusBadGateway, parentWantsOthers)
+	checkRefusedByParent(t, "upstream http://"+address, http.StatusBadGateway, parentWantsOthers)
 }
 
 func TestParentTinyproxy(t *testing.T) {
 	address := startPeer(t, "tinyproxy", peerProxies[2].args, peerProxies[2].config)
-	throughParent(t, "upstream http://"+address, false)
+	checkThroughParent(t, "upstream http://"+address, false)
 	address = startPeer(t, "tinyproxy", []string{"-d", "-c", "DIR/config"}, peerProxies[2].config+"BasicAuth alice rabbit\n")
-	throughParent(t, "upstream http://alice:rabbit@"+address, false)
+	checkThroughParent(t, "upstream http://alice:rabbit@"+address, false)
 	w := newWorld(t, "upstream http://alice:rabbits@"+address, nil)
 	if res, body := policyRequest(t, w.proxy, http.MethodConnect, "target.example:443", ""); res.StatusCode != http.StatusBadGateway || !strings.HasPrefix(body, parentWantsOthers) {
 		t.Errorf("%s %q", res.Status, body) // the parent answers a GET with 401, like an origin
@@ -156,11 +158,11 @@ func TestParentTinyproxy(t *testing.T) {
 
 func TestParentMicrosocks(t *testing.T) {
 	address := startPeer(t, "microsocks", []string{"-i", "127.0.0.1", "-p", "PORT"}, "")
-	throughParent(t, "upstream socks5://"+address, false)
+	checkThroughParent(t, "upstream socks5://"+address, false)
 	address = startPeer(t, "microsocks", []string{"-i", "127.0.0.1", "-p", "PORT", "-u", "alice", "-P", "rabbit"}, "")
-	throughParent(t, "upstream socks5://alice:rabbit@"+address, false)
-	refusedByParent(t, "upstream socks5://alice:rabbits@"+address, http.StatusBadGateway, parentWantsOthers)
-	refusedByParent(t, "upstream socks5://"+address, http.StatusBadGateway, "")
+	checkThroughParent(t, "upstream socks5://alice:rabbit@"+address, false)
+	checkRefusedByParent(t, "upstream socks5://alice:rabbits@"+address, http.StatusBadGateway, parentWantsOthers)
+	checkRefusedByParent(t, "upstream socks5://"+address, http.StatusBadGateway, "")
 }
 
 // startRecordingParent runs a parent that sends answer in response to each head, and
@@ -239,8 +241,8 @@ func TestParentSecrets(t *testing.T) {
 		t.Errorf("the parent got %s", head)
 	}
 	w.waitLog("handled request", 1)
-	w.keepsSecret("rabbit")
-	w.keepsSecret(login("alice", "rabbit"))
+	w.checkSecretNotLogged("rabbit")
+	w.checkSecretNotLogged(login("alice", "rabbit"))
 	for _, option := range []string{"upstream http://alice:rabbit", "upstream http://alice:9rabbit@", "upstream http://p.example {\nheader Proxy-Authorization Basic rabbit\n}",
 		"upstream http://alice:rab{rabbit}bit@p.example"} {
 		config, _, err := adapt(":8080 {\nasync_proxy {\n"+option+"\n}\n}\n", "Caddyfile")
@@ -261,10 +263,10 @@ func TestParentSecrets(t *testing.T) {
 func TestParentOnThisMachine(t *testing.T) {
 	refusalResolver(t)
 	address, heads := startRecordingParent(t, "HTTP/1.1 200 OK\nContent-Length: 0\n\n")
-	_, parentPort, _ := cutPort(address)
+	_, parentPort, _ := hostport.Split(address)
 	for _, host := range []string{"127.0.0.1", "localhost"} {
 		w := newWorld(t, "no_upstream direct.invalid\nupstream http://"+host+":"+parentPort, nil)
-		_, port, _ := cutPort(w.proxy)
+		_, port, _ := hostport.Split(w.proxy)
 		for _, method := range []string{http.MethodConnect, http.MethodGet} {
 			for target, want := range map[string]int{"a.example:" + port: 403, "a.example:443": 200, "a.example:" + parentPort: 200, "8.8.8.8:" + port: 200, "direct.invalid:" + port: 502} {
 				res, body := policyRequest(t, w.proxy, method, target, policyRemote)
@@ -325,7 +327,7 @@ func TestParentFailures(t *testing.T) {
 				t.Errorf("%s %q, want %d %q", res.Status, body, tc.status, tc.text)
 			}
 			w.waitLog("request", 1)
-			w.keepsSecret("rabbit")
+			w.checkSecretNotLogged("rabbit")
 		})
 	}
 	w := newWorld(t, "upstream http://nowhere.invalid", nil)
@@ -374,9 +376,9 @@ func TestParentRules(t *testing.T) {
 	}
 }
 
-// TestParentLeaving checks that a client's disconnect ends the attempt to reach a slow
+// TestParentDisconnect checks that a client's disconnect ends the attempt to reach a slow
 // parent, and that nothing of it remains.
-func TestParentLeaving(t *testing.T) {
+func TestParentDisconnect(t *testing.T) {
 	address, heads := startRecordingParent(t, "")
 	w := newWorld(t, "upstream http://"+address, nil)
 	before := runtime.NumGoroutine()

@@ -141,7 +141,7 @@ func newLoginWorld(t *testing.T, way, options string) *loginWorld {
 	return &loginWorld{w, t}
 }
 
-func loginWays(t *testing.T, test func(t *testing.T, way string)) {
+func onBothLoginPaths(t *testing.T, test func(t *testing.T, way string)) {
 	for _, way := range []string{"fast", "ordinary"} {
 		t.Run(way, func(t *testing.T) { test(t, way) })
 	}
@@ -171,9 +171,9 @@ func (w *loginWorld) gets(status int, from, user, password string) {
 // TestFailedLogins checks that a client that guesses passwords is refused without a check,
 // for other users too, while earlier logins and other clients are not affected.
 func TestFailedLogins(t *testing.T) {
-	loginWays(t, func(t *testing.T, way string) {
+	onBothLoginPaths(t, func(t *testing.T, way string) {
 		w := newLoginWorld(t, way, "failed_logins 3 per 1h\nburst 4\nrefill 0.00001\nallow 127.0.0.0/8")
-		before := gathered(t)["auth_failures_total"]
+		before := gatherMetrics(t)["auth_failures_total"]
 		w.gets(200, "", "alice", "wonderland")
 		for i := range 3 {
 			w.gets(407, "", "alice", fmt.Sprint("guess", i))
@@ -188,7 +188,7 @@ func TestFailedLogins(t *testing.T) {
 		if n := compared.Load(); n != 4 {
 			t.Errorf("%d passwords were checked, want 4", n)
 		}
-		if n := gathered(t)["auth_failures_total"] - before; n != 3 {
+		if n := gatherMetrics(t)["auth_failures_total"] - before; n != 3 {
 			t.Errorf("%v failures were counted, want 3", n)
 		}
 		w.gets(407, "192.0.2.7", "alice", "guess0")
@@ -210,10 +210,10 @@ func TestFailedLogins(t *testing.T) {
 	})
 }
 
-// TestRightPasswordBesideGuesses checks that a client with the right password gets in from
+// TestRightPasswordAmongGuesses checks that a client with the right password gets in from
 // an address that others guess from, the first time as well.
-func TestRightPasswordBesideGuesses(t *testing.T) {
-	loginWays(t, func(t *testing.T, way string) {
+func TestRightPasswordAmongGuesses(t *testing.T) {
+	onBothLoginPaths(t, func(t *testing.T, way string) {
 		w := newLoginWorld(t, way, "failed_logins 20 per 2s\nallow 127.0.0.0/8")
 		limited := 0
 		for i := 0; limited < 3; i++ {
@@ -229,12 +229,12 @@ func TestRightPasswordBesideGuesses(t *testing.T) {
 	})
 }
 
-// TestOldPasswordOfAJob checks that a job that keeps using an outdated password costs a
+// TestRepeatedOldPassword checks that a job that keeps using an outdated password costs a
 // single check, and does not lock out other clients at its address.
-func TestOldPasswordOfAJob(t *testing.T) {
+func TestRepeatedOldPassword(t *testing.T) {
 	for _, by := range []string{"client_ip", "user"} {
 		t.Run(by, func(t *testing.T) {
-			loginWays(t, func(t *testing.T, way string) {
+			onBothLoginPaths(t, func(t *testing.T, way string) {
 				w := newLoginWorld(t, way, "failed_logins 3 per 1h\nburst 4\nrefill 0.00001\nallow 127.0.0.0/8\nlimit_by "+by)
 				for i := range 20 {
 					want := 407
@@ -259,7 +259,7 @@ func TestOldPasswordOfAJob(t *testing.T) {
 // TestLoginsAreRemembered checks that a login is remembered while the hash is the same,
 // across reloads.
 func TestLoginsAreRemembered(t *testing.T) {
-	loginWays(t, func(t *testing.T, way string) {
+	onBothLoginPaths(t, func(t *testing.T, way string) {
 		options := "allow 127.0.0.0/8\n"
 		w := newLoginWorld(t, way, options)
 		for range 2 {
@@ -282,7 +282,7 @@ func TestLoginsAreRemembered(t *testing.T) {
 // TestPasswordsAreCheckedOneByOne checks that each client's passwords are checked one at a
 // time, on at most half of the processors in total.
 func TestPasswordsAreCheckedOneByOne(t *testing.T) {
-	loginWays(t, func(t *testing.T, way string) {
+	onBothLoginPaths(t, func(t *testing.T, way string) {
 		const guesses, tokens, clients = 20, 5, 3
 		w := newLoginWorld(t, way, fmt.Sprintf("allow 127.0.0.0/8\nfailed_logins %d per 1h", tokens))
 		hold := make(chan struct{})
@@ -321,10 +321,10 @@ func TestPasswordsAreCheckedOneByOne(t *testing.T) {
 	})
 }
 
-// TestLoginOfAClientThatLeaves checks that a client that disconnects in the queue is
+// TestDisconnectDuringLogin checks that a client that disconnects in the queue is
 // charged no token.
-func TestLoginOfAClientThatLeaves(t *testing.T) {
-	loginWays(t, func(t *testing.T, way string) {
+func TestDisconnectDuringLogin(t *testing.T) {
+	onBothLoginPaths(t, func(t *testing.T, way string) {
 		w := newLoginWorld(t, way, "failed_logins 2 per 1h\nallow 127.0.0.0/8")
 		hold := make(chan struct{})
 		holding.Store(&hold)
@@ -364,7 +364,7 @@ func TestLoginsOfOtherProviders(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	replaced(t, func() {
+	reloadAndWait(t, func() {
 		json := strings.Replace(string(config), `"handler":"async_proxy"`, `"handler":"async_proxy","failed_logins":2,"failed_logins_per":"1h","authentication":{"token":{}}`, 1)
 		if err := caddy.Load([]byte(json), true); err != nil {
 			t.Fatal(err)
@@ -387,16 +387,16 @@ func TestLoginsOfOtherProviders(t *testing.T) {
 	gets(429, "Bearer abc")
 }
 
-// TestRightPasswordsOfSeveralProvidersTakeTurns checks that passwords which http_basic
+// TestPasswordsOfSeveralProvidersTakeTurns checks that passwords which http_basic
 // hashes for each request, because there are other providers, are also checked one at a
 // time.
-func TestRightPasswordsOfSeveralProvidersTakeTurns(t *testing.T) {
+func TestPasswordsOfSeveralProvidersTakeTurns(t *testing.T) {
 	w := newLoginWorld(t, "fast", "allow 127.0.0.0/8")
 	config, _, err := adapt(w.globals()+w.site(authUsers), "Caddyfile")
 	if err != nil {
 		t.Fatal(err)
 	}
-	replaced(t, func() {
+	reloadAndWait(t, func() {
 		json := strings.NewReplacer(`"authentication":{`, `"authentication":{"token":{},`, `"hash_cache":{},`, "").Replace(string(config))
 		if err := caddy.Load([]byte(json), true); err != nil {
 			t.Fatal(err)

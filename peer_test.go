@@ -90,7 +90,7 @@ func (p halfPipe) Close() error               { return errors.Join(p.Conn.Close(
 
 // A target that has half-closed may still read what the client of a stream sent before, but
 // only for drainTimeout.
-func TestLastWords(t *testing.T) {
+func TestDrainTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &Handler{tunnels: newRegistry()}
 		h.setDefaults()

@@ -15,6 +15,8 @@ import (
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/gaissmai/bart"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
 // policy decides which targets clients may connect to. The rules of the config apply in
@@ -129,7 +131,7 @@ const (
 // Allowing a name does not allow whatever it resolves to: the address must still pass the
 // later rules for addresses, and the client's reach. reported is the first denial that
 // report-only mode suppressed, if any.
-func (p *policy) check(ctx context.Context, r clientScope, t target, to netip.AddrPort) (denied, reported *deniedError) {
+func (p *policy) check(ctx context.Context, r clientScope, t hostport.Target, to netip.AddrPort) (denied, reported *deniedError) {
 	ip := to.Addr().WithZone("").Unmap()
 	host := embeddedIPv4(ip)
 	if e := p.checkSelf(to, false); e != nil {
@@ -199,21 +201,21 @@ func (p *policy) enforces(e *deniedError, reported **deniedError) bool {
 // for denied names. What it allows must still pass check. If resolvable is false, this
 // proxy never resolves the name, since the parent does: then rules for addresses do not
 // apply to names, and checkName decides alone.
-func (p *policy) checkName(ctx context.Context, r clientScope, t target, resolvable bool) (denied, reported *deniedError) {
-	if t.addr.IsValid() {
+func (p *policy) checkName(ctx context.Context, r clientScope, t hostport.Target, resolvable bool) (denied, reported *deniedError) {
+	if t.Addr.IsValid() {
 		if resolvable {
 			return nil, nil // check decides about it
 		}
-		return p.check(ctx, r, t, netip.AddrPortFrom(t.addr, t.port))
+		return p.check(ctx, r, t, netip.AddrPortFrom(t.Addr, t.Port))
 	}
-	if !resolvable && (t.name == "localhost" || strings.HasSuffix(t.name, ".localhost")) {
-		return p.check(ctx, r, t, netip.AddrPortFrom(loopback4, t.port))
+	if !resolvable && (t.Name == "localhost" || strings.HasSuffix(t.Name, ".localhost")) {
+		return p.check(ctx, r, t, netip.AddrPortFrom(loopback4, t.Port))
 	}
-	if e := p.checkPort(ctx, t.port); e != nil && p.enforces(e, &reported) {
+	if e := p.checkPort(ctx, t.Port); e != nil && p.enforces(e, &reported) {
 		return e, nil
 	}
 	for _, s := range p.sets {
-		if !s.ports.contains(t.port) {
+		if !s.ports.contains(t.Port) {
 			continue
 		}
 		entry, matches := s.matchName(t)
@@ -302,18 +304,18 @@ func (s *ruleSet) matchRange(ctx context.Context, addr netip.Addr) (string, bool
 
 // matchName returns which entry of the set matches a target's name. The entry all also
 // matches addresses.
-func (s *ruleSet) matchName(t target) (string, bool) {
+func (s *ruleSet) matchName(t hostport.Target) (string, bool) {
 	if s.all {
 		return "all", true
 	}
-	if t.name == "" {
+	if t.Name == "" {
 		return "", false
 	}
-	if s.names[t.name] {
-		return t.name, true
+	if s.names[t.Name] {
+		return t.Name, true
 	}
 	if len(s.domains) > 0 {
-		for rest, found := t.name, true; ; {
+		for rest, found := t.Name, true; ; {
 			if _, rest, found = strings.Cut(rest, "."); !found {
 				break
 			}

@@ -21,6 +21,8 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"go.uber.org/zap"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
 // policyOrigin is a loopback server that counts its connections.
@@ -177,7 +179,7 @@ func policyOf(t testing.TB, rules string) *policy {
 func policyCheck(t *testing.T, p *policy, r clientScope, address string, port uint16, want bool) {
 	t.Helper()
 	to := netip.AddrPortFrom(netip.MustParseAddr(address), port)
-	err, _ := p.check(t.Context(), r, target{addr: to.Addr(), port: port}, to)
+	err, _ := p.check(t.Context(), r, hostport.Target{Addr: to.Addr(), Port: port}, to)
 	if (err == nil) != want {
 		t.Errorf("%s for %s: %v, want it open: %v", to, map[clientScope]string{localScope: "local", publicScope: "public"}[r], err, want)
 	}
@@ -190,7 +192,7 @@ func policyCheck(t *testing.T, p *policy, r clientScope, address string, port ui
 func TestPolicyTexts(t *testing.T) {
 	for r, want := range map[clientScope]string{localScope: "its address is link-local, multicast or unspecified", publicScope: "its address is private or local"} {
 		to := netip.MustParseAddrPort("169.254.169.254:80")
-		if denied, _ := new(policy).check(t.Context(), r, target{addr: to.Addr(), port: 80}, to); denied == nil || denied.reason != want || denied.hint != "allow 169.254.169.254" {
+		if denied, _ := new(policy).check(t.Context(), r, hostport.Target{Addr: to.Addr(), Port: 80}, to); denied == nil || denied.reason != want || denied.hint != "allow 169.254.169.254" {
 			t.Errorf("%v, want %q", denied, want)
 		}
 	}
@@ -227,9 +229,9 @@ func TestPolicyAllow(t *testing.T) {
 	}
 }
 
-// TestPolicyOwn checks that the proxy's own addresses stay closed, whatever is allowed and
+// TestPolicyOwnAddresses checks that the proxy's own addresses stay closed, whatever is allowed and
 // however they are written.
-func TestPolicyOwn(t *testing.T) {
+func TestPolicyOwnAddresses(t *testing.T) {
 	d := policyOf(t, "allow 0.0.0.0/0 ::/0")
 	d.isSelf = func(to netip.AddrPort, _ bool) bool {
 		return to == netip.MustParseAddrPort("127.0.0.1:2019") || to == netip.MustParseAddrPort("[2002:909:909:1::5]:2019")

@@ -46,9 +46,9 @@ func TestPrintable(t *testing.T) {
 	}
 }
 
-// TestShownTexts checks that log lines, the snapshot and the status command stay small and
+// TestPrintedTextsAreBounded checks that log lines, the snapshot and the status command stay small and
 // printable, however long and odd the texts that clients and origins choose.
-func TestShownTexts(t *testing.T) {
+func TestPrintedTextsAreBounded(t *testing.T) {
 	protocol := "x\x1b]0;owned\a\x1b[2J" + strings.Repeat("y", 10_000)
 	upgraded := listen(t, func(conn *net.TCPConn) {
 		if _, err := http.ReadRequest(bufio.NewReader(conn)); err == nil {

@@ -82,7 +82,7 @@ func TestProcessExitsWithLiveTunnels(t *testing.T) {
 					}
 				}
 			}
-			took := c.exits(t, func() {
+			took := c.timeExit(t, func() {
 				if row.least > 0 {
 					c.waitLog("servers shutting down; grace period initiated", 1)
 				}
@@ -117,7 +117,7 @@ func TestProcessExitsWithStuckTunnels(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if took := c.exits(t, func() {}); took > 4*time.Second {
+			if took := c.timeExit(t, func() {}); took > 4*time.Second {
 				t.Errorf("Caddy exits after %v, want 4 s at most", took)
 			}
 			c.checkAllShutDown(t, each)
@@ -144,7 +144,7 @@ func TestProcessClosesTunnelsOfDeafClients(t *testing.T) {
 	for _, protocol := range protocols {
 		c.openDeaf(t, protocol)
 	}
-	c.exits(t, func() {})
+	c.timeExit(t, func() {})
 	c.checkAllShutDown(t, len(protocols))
 }
 
@@ -194,8 +194,8 @@ func (c *binaryCaddy) openDeaf(t *testing.T, protocol string) {
 	})
 }
 
-// exits tells Caddy to exit and returns how long that took.
-func (c *binaryCaddy) exits(t *testing.T, meanwhile func()) time.Duration {
+// timeExit tells Caddy to exit and returns how long that took.
+func (c *binaryCaddy) timeExit(t *testing.T, meanwhile func()) time.Duration {
 	t.Helper()
 	begun := time.Now()
 	if err := c.cmd.Process.Signal(syscall.SIGTERM); err != nil {

@@ -62,8 +62,8 @@ func (s *someone) denied(wait time.Duration) {
 	}
 }
 
-// passes advances the time.
-func (s *someone) passes(d time.Duration) { s.now += d }
+// advance advances the time.
+func (s *someone) advance(d time.Duration) { s.now += d }
 
 // setTokens sets the number of tokens in the bucket, for bursts too large to use up.
 func (s *someone) setTokens(tokens int64) {
@@ -75,7 +75,7 @@ func TestBurstAtOnceThenOneEachInterval(t *testing.T) {
 	s.allowed(10)
 	s.denied(2 * time.Second)
 	for range 5 {
-		s.passes(2 * time.Second)
+		s.advance(2 * time.Second)
 		s.allowed(1)
 		s.denied(2 * time.Second)
 	}
@@ -84,12 +84,12 @@ func TestBurstAtOnceThenOneEachInterval(t *testing.T) {
 func TestRefillIsContinuous(t *testing.T) {
 	s := newSomeone(t, 10, 0.5)
 	s.allowed(10)
-	s.passes(3 * time.Second) // one and a half tokens
+	s.advance(3 * time.Second) // one and a half tokens
 	s.allowed(1)
 	s.denied(1 * time.Second)
-	s.passes(700 * time.Millisecond)
+	s.advance(700 * time.Millisecond)
 	s.denied(300 * time.Millisecond)
-	s.passes(400 * time.Millisecond) // a twentieth more than one token
+	s.advance(400 * time.Millisecond) // a twentieth more than one token
 	s.allowed(1)
 	s.denied(1900 * time.Millisecond)
 }
@@ -97,13 +97,13 @@ func TestRefillIsContinuous(t *testing.T) {
 func TestBucketIsFullAgainAfterBurstOverRefill(t *testing.T) {
 	s := newSomeone(t, 10, 0.5)
 	s.allowed(10)
-	s.passes(20*time.Second - 1)
+	s.advance(20*time.Second - 1)
 	s.allowed(9)
 	s.denied(1)
 
 	s = newSomeone(t, 10, 0.5)
 	s.allowed(10)
-	s.passes(20 * time.Second)
+	s.advance(20 * time.Second)
 	s.allowed(10)
 	s.denied(2 * time.Second)
 }
@@ -111,7 +111,7 @@ func TestBucketIsFullAgainAfterBurstOverRefill(t *testing.T) {
 func TestBucketNeverHoldsMoreThanBurst(t *testing.T) {
 	s := newSomeone(t, 10, 0.5)
 	s.allowed(1)
-	s.passes(24 * time.Hour)
+	s.advance(24 * time.Hour)
 	s.allowed(10)
 	s.denied(2 * time.Second)
 }
@@ -120,9 +120,9 @@ func TestWaitIsExactToTheNanosecond(t *testing.T) {
 	s := newSomeone(t, 2, 3) // one token every 333333333 ns
 	s.allowed(2)
 	s.denied(333333333)
-	s.passes(333333332)
+	s.advance(333333332)
 	s.denied(1)
-	s.passes(1)
+	s.advance(1)
 	s.allowed(1)
 	s.denied(333333333)
 }
@@ -131,10 +131,10 @@ func TestDeniedRequestCostsNothing(t *testing.T) {
 	s := newSomeone(t, 10, 0.5)
 	s.allowed(10)
 	for range 1000 {
-		s.passes(time.Millisecond)
+		s.advance(time.Millisecond)
 		s.denied(2*time.Second - s.now)
 	}
-	s.passes(time.Second)
+	s.advance(time.Second)
 	s.allowed(1)
 }
 
@@ -171,9 +171,9 @@ func TestLimitsAtTheirBounds(t *testing.T) {
 				s.setTokens(1)
 				s.allowed(1)
 				s.denied(tc.interval)
-				s.passes(tc.interval - 1)
+				s.advance(tc.interval - 1)
 				s.denied(1)
-				s.passes(1)
+				s.advance(1)
 				s.allowed(1)
 				s.setTokens(tc.burst)
 				s.allowed(1)
@@ -276,7 +276,7 @@ func TestRateLimitFields(t *testing.T) {
 	}
 }
 
-func TestClientIsANetwork(t *testing.T) {
+func TestClientKeyIsPrefix(t *testing.T) {
 	for _, tc := range []struct {
 		v4, v6     int
 		addr, want string
@@ -304,7 +304,7 @@ func TestClientIsANetwork(t *testing.T) {
 	}
 }
 
-func TestClientWithoutAnAddressIsLimitedToo(t *testing.T) {
+func TestClientWithoutAddressIsLimited(t *testing.T) {
 	s := newSomeone(t, 3, 0.5)
 	s.addr = s.l.keyFor(netip.Addr{})
 	s.allowed(3)
@@ -313,7 +313,7 @@ func TestClientWithoutAnAddressIsLimitedToo(t *testing.T) {
 
 // Each of a client's first ten refusals is logged. After that, one line a second carries
 // the number of refusals since the last one.
-func TestRefusalsAreLoggedWithRestraint(t *testing.T) {
+func TestRefusalLogLimit(t *testing.T) {
 	s := newSomeone(t, 1, minRefill)
 	s.allowed(1)
 	lines := func(want ...int64) {
@@ -325,13 +325,13 @@ func TestRefusalsAreLoggedWithRestraint(t *testing.T) {
 		}
 	}
 	lines(1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0)
-	s.passes(time.Second - 1)
+	s.advance(time.Second - 1)
 	lines(0)
-	s.passes(1)
+	s.advance(1)
 	lines(5, 0, 0)
-	s.passes(2 * time.Second)
+	s.advance(2 * time.Second)
 	lines(3, 1, 0)
-	s.passes(time.Hour)
+	s.advance(time.Hour)
 	lines(2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0)
 
 	someoneElse := *s
@@ -347,7 +347,7 @@ func TestLoggedRefusalsAddUp(t *testing.T) {
 	var refused, logged int64
 	rnd := rand.New(rand.NewPCG(1, 2))
 	for range 100_000 {
-		s.passes(time.Duration(rnd.ExpFloat64() * float64(200*time.Millisecond)))
+		s.advance(time.Duration(rnd.ExpFloat64() * float64(200*time.Millisecond)))
 		if v := s.l.take(s.addr, int64(s.now)); v.ok {
 			if v.logCount != 0 {
 				t.Fatalf("after %v: take = %+v: a line about an allowed request", s.now, v)
@@ -440,7 +440,7 @@ func (b *tank) take(now, interval, capacity int64) (wait int64) {
 // Here generations are dropped as early as the limiter may ever drop them, and requests
 // arrive just before, at and after every critical moment. No client is forgotten too early,
 // and every wait is exact to the nanosecond.
-func TestSameDecisionsAsBucketsThatAreNeverForgotten(t *testing.T) {
+func TestSameDecisionsAsUnboundedBuckets(t *testing.T) {
 	const each = 250_000
 	for _, tc := range []struct {
 		burst  int64
@@ -539,7 +539,7 @@ func heap() int64 {
 	return int64(m.HeapAlloc)
 }
 
-func TestMemoryOfAClient(t *testing.T) {
+func TestMemoryPerClient(t *testing.T) {
 	// The map's table doubles: the cost per client depends on how full it is.
 	for n, most := range map[int]float64{50_000: 120, 500_000: 140} {
 		key := limits(10, 0.5)
@@ -609,7 +609,7 @@ func TestMemoryIsBoundedByMaxClients(t *testing.T) {
 
 // The bound forgets the clients that were idle longest: a client that keeps sending stays
 // limited however many others flood the table.
-func TestFloodDoesNotFreeAClientThatKeepsComing(t *testing.T) {
+func TestFloodDoesNotResetActiveClient(t *testing.T) {
 	const maxClients = 100
 	key := limits(1, minRefill)
 	key.maxClients = maxClients
@@ -630,7 +630,7 @@ func TestFloodDoesNotFreeAClientThatKeepsComing(t *testing.T) {
 
 // The docs promise: "Only when more than max_clients are active at once is a generation
 // dropped early."
-func TestNobodyIsForgottenUpToHalfOfMaxClients(t *testing.T) {
+func TestNoClientDroppedUpToHalfOfMaxClients(t *testing.T) {
 	const maxClients = 100
 	key := limits(1, minRefill)
 	key.maxClients = maxClients
@@ -652,7 +652,7 @@ func TestNobodyIsForgottenUpToHalfOfMaxClients(t *testing.T) {
 }
 
 // A client that returns is in both generations for a while, and is tracked throughout.
-func TestOnlyTheForgottenAreCountedAsForgotten(t *testing.T) {
+func TestOnlyDroppedClientsAreCounted(t *testing.T) {
 	const maxClients, newcomers = 100, 20_000
 	key := limits(1, minRefill)
 	key.maxClients = maxClients
@@ -667,8 +667,8 @@ func TestOnlyTheForgottenAreCountedAsForgotten(t *testing.T) {
 	}
 }
 
-// together runs do in n goroutines that start at the same time.
-func together(n int, do func(i int)) {
+// runTogether runs do in n goroutines that start at the same time.
+func runTogether(n int, do func(i int)) {
 	var wg sync.WaitGroup
 	start := make(chan struct{})
 	for i := range n {
@@ -685,7 +685,7 @@ func TestExactlyBurstIsAdmittedConcurrently(t *testing.T) {
 	const burst = 1000
 	l := newLimiter(limits(burst, 0.5))
 	var admitted atomic.Int64
-	together(64, func(int) {
+	runTogether(64, func(int) {
 		for range burst / 16 {
 			if l.take(loopback(1), 1).ok {
 				admitted.Add(1)
@@ -707,7 +707,7 @@ func TestExactlyBurstIsAdmittedWhileGenerationsRotate(t *testing.T) {
 		l.take(loopback(1<<20), l.gens.Load().rotateAt) // starts a generation
 		ends := l.gens.Load().rotateAt
 		var admitted atomic.Int64
-		together(callers, func(i int) {
+		runTogether(callers, func(i int) {
 			for range burst {
 				if l.take(client, ends-int64(i%2)).ok {
 					admitted.Add(1)
@@ -725,7 +725,7 @@ func TestConcurrentFlood(t *testing.T) {
 	key := limits(1, minRefill)
 	key.maxClients = maxClients
 	l := newLimiter(key)
-	together(callers, func(i int) {
+	runTogether(callers, func(i int) {
 		for n := range each {
 			if newcomer := loopback(i*each + n); !l.take(newcomer, 1).ok {
 				t.Errorf("the newcomer %v was denied", newcomer)
@@ -796,7 +796,7 @@ func TestOneHundredAtOnce(t *testing.T) {
 	w := newWorld(t, "burst 10\nrefill 0.01", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { reached.Add(1) }))
 	var ok, limited atomic.Int64
 	client := w.client()
-	together(requests, func(int) {
+	runTogether(requests, func(int) {
 		res, err := client.Get(w.origin.URL)
 		if err != nil {
 			t.Error(err)
@@ -889,9 +889,9 @@ func TestRequestsOutOfOrder(t *testing.T) {
 	}
 }
 
-// TestOwnRequestsTakeNoToken checks that health checks, the PAC script and the site's other
+// TestOtherHandlersTakeNoToken checks that health checks, the PAC script and the site's other
 // handlers cost no token and work for a client without one.
-func TestOwnRequestsTakeNoToken(t *testing.T) {
+func TestOtherHandlersTakeNoToken(t *testing.T) {
 	for name, serve := range map[string]func(string) string{
 		"fast":     func(site string) string { return site },
 		"ordinary": func(site string) string { return strings.Replace(site, "async_proxy {", "log\nasync_proxy {", 1) },
@@ -917,9 +917,9 @@ func TestOwnRequestsTakeNoToken(t *testing.T) {
 			}
 			otherHandlers()
 			w.gets(w.proxy, 200, 200, 429)
-			asked()
+			askedBuckets()
 			otherHandlers()
-			if n := len(asked()); n != 0 {
+			if n := len(askedBuckets()); n != 0 {
 				t.Errorf("the shared limiter was asked %d times", n)
 			}
 			w.gets(w.proxy, 429)
@@ -970,7 +970,7 @@ func TestExemptClientsAreNeverLimited(t *testing.T) {
 	}
 }
 
-func TestForwardedForOfStrangersIsIgnored(t *testing.T) {
+func TestForwardedForUntrustedIgnored(t *testing.T) {
 	w := newWorld(t, "burst 1\nrefill 0.00001\nallow 127.0.0.1", nil)
 	for i, want := range []int{200, 429, 429} {
 		if got := w.get(w.proxy, "X-Forwarded-For", fmt.Sprintf("203.0.113.%d", i)); got != want {
@@ -979,7 +979,7 @@ func TestForwardedForOfStrangersIsIgnored(t *testing.T) {
 	}
 }
 
-func TestForwardedForOfTrustedProxiesIsTheClient(t *testing.T) {
+func TestForwardedForTrustedIsClient(t *testing.T) {
 	const options = "clients all\nburst 1\nrefill 0.00001\nallow 127.0.0.1"
 	w := newWorld(t, options, nil)
 	loadCaddyfile(t, "{\n\tadmin off\n\tpersist_config off\n\tdefault_bind 127.0.0.1\n\tservers {\n\t\ttrusted_proxies static 127.0.0.1/32\n\t}\n}\n"+w.site(options))
@@ -1034,7 +1034,7 @@ func (c *rawConn) expectEnd() {
 
 // The body of a denied request contains another request, which must not be parsed as one:
 // the connection closes. The response does not wait for the body, which may never arrive.
-func TestBodyOfADeniedRequest(t *testing.T) {
+func TestDeniedRequestBodyIsNotParsed(t *testing.T) {
 	const smuggled = "GET http://smuggled.example/ HTTP/1.1\r\nHost: smuggled.example\r\n\r\n"
 	chunked := func(body string) string { return fmt.Sprintf("%x\r\n%s\r\n0\r\n\r\n", len(body), body) }
 	big := strings.Repeat(smuggled, 1<<20/len(smuggled))

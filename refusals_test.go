@@ -277,9 +277,9 @@ func TestTLSAlerts(t *testing.T) {
 	}
 }
 
-// TestRefusalHalf checks that a client that half-closes amid its request body gets no
+// TestRefusalOfTruncatedRequest checks that a client that half-closes amid its request body gets no
 // response with a status that exists only in logs (499).
-func TestRefusalHalf(t *testing.T) {
+func TestRefusalOfTruncatedRequest(t *testing.T) {
 	b := newRefusalBench(t, "")
 	for _, lines := range []string{"Content-Length: 10\n\nhello", "Transfer-Encoding: chunked\n\n5\nhello\n"} {
 		conn := b.dial()
@@ -390,7 +390,7 @@ func TestRefusalLimits(t *testing.T) {
 		}
 		_ = conn.Close()
 		b.waitLog("CONNECT tunnel closed", i+1)
-		noTunnels(t)
+		waitNoTunnels(t)
 	}
 	b.load(b.site("burst 1\nrefill 0.00001"))
 	policyRequest(t, b.proxy, http.MethodGet, b.in("ECHO"), "")
@@ -414,9 +414,9 @@ func TestRefusalErrorRoutes(t *testing.T) {
 	b.refuses(403, refusalDenied, "403 custom", "CONNECT 0.0.0.0:PORT", "GET http://0.0.0.0:PORT/")
 }
 
-// TestErrorRoutesSayWhy checks that error routes get the explanation once, without internal
+// TestErrorRoutesPlaceholders checks that error routes get the explanation once, without internal
 // errors, and the cause and the rule in placeholders of their own.
-func TestErrorRoutesSayWhy(t *testing.T) {
+func TestErrorRoutesPlaceholders(t *testing.T) {
 	w := newWorld(t, "", nil)
 	w.load(strings.TrimSuffix(w.site("deny ads.example"), "}\n") +
 		"\thandle_errors {\n\t\trespond \"{err.message}|{http.async_proxy.message}|{http.async_proxy.cause}|{http.async_proxy.rule}\"\n\t}\n}\n")

@@ -14,6 +14,9 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/puzpuzpuz/xsync/v4"
 	"github.com/quic-go/quic-go/http3"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
+	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )
 
 // registries holds the process's only registry, under registryKey, while any config has a
@@ -176,7 +179,7 @@ func (c dialContext) Value(key any) any {
 // add adds an admitted tunnel whose two ends are connected.
 func (r *registry) add(t *tunnel) {
 	t.id = r.lastID.Add(1)
-	t.lastActive.Store(sinceEpoch(t.start))
+	t.lastActive.Store(monotime.Of(t.start))
 	r.tunnels.Store(t.id, t)
 	if t.localAddr.IsValid() {
 		r.sources.Store(t.loopKey(), struct{}{})
@@ -225,7 +228,7 @@ func (t *tunnel) loopKey() loopKey { return loopKey{t.owner.name, t.localAddr, t
 // that the proxy of the given name has opened itself, which means that it loops. A CONNECT
 // carries no Via that could tell.
 func (r *registry) loops(proxy string, peer netip.AddrPort, local net.Addr) bool {
-	_, ok := r.sources.Load(loopKey{proxy, peer, addrPort(local)})
+	_, ok := r.sources.Load(loopKey{proxy, peer, hostport.AddrPortOf(local)})
 	return ok
 }
 

@@ -249,7 +249,7 @@ func TestMaxTunnels(t *testing.T) {
 				return err == nil
 			})
 		})
-		noTunnels(t)
+		waitNoTunnels(t)
 	}
 }
 
@@ -279,7 +279,7 @@ func TestMaxTunnelsPerClient(t *testing.T) {
 				return err == nil
 			})
 		})
-		noTunnels(t)
+		waitNoTunnels(t)
 	}
 }
 
@@ -296,12 +296,12 @@ func TestMaxTunnelsOfUpgrades(t *testing.T) {
 		t.Errorf("%s %q after %d requests to the origin, want 503 and none", res.Status, body, requests.Load())
 	}
 	tunnel.Close()
-	noTunnels(t)
+	waitNoTunnels(t)
 	c.send(upgrade)
 	if res, body := c.response(http.MethodGet); res.StatusCode != http.StatusOK || requests.Load() != 1 {
 		t.Errorf("%s %q after %d requests to the origin, want 200 and one", res.Status, body, requests.Load())
 	}
-	noTunnels(t)
+	waitNoTunnels(t)
 }
 
 // A tunnel that fails to open frees its slot.
@@ -315,7 +315,7 @@ func TestFailedTunnelsAreNotCounted(t *testing.T) {
 			}
 		}
 	}
-	noTunnels(t)
+	waitNoTunnels(t)
 }
 
 // watchOften has the worlds of this test check the timeouts of tunnels twenty times a
@@ -347,8 +347,8 @@ const (
 	oftenLastWords = 500 * time.Millisecond
 )
 
-// noTunnels waits until every part of the registry is empty.
-func noTunnels(t *testing.T) {
+// waitNoTunnels waits until every part of the registry is empty.
+func waitNoTunnels(t *testing.T) {
 	t.Helper()
 	r, err := acquireRegistry()
 	if err != nil {
@@ -628,7 +628,7 @@ func TestClosingLines(t *testing.T) {
 					t.Errorf("closing line: duration = %v", closed["duration"])
 				}
 			})
-			noTunnels(t)
+			waitNoTunnels(t)
 		}
 	}
 }

@@ -257,7 +257,7 @@ func TestRelayWaitsForASlowDestination(t *testing.T) {
 	}
 }
 
-func TestRelayReportsTheSourcesFailure(t *testing.T) {
+func TestRelayReportsSourceError(t *testing.T) {
 	for _, kind := range relayKinds {
 		for _, size := range []int64{0, 1, 4096, 1 << 20} {
 			t.Run(fmt.Sprintf("%s/after %d bytes", kind.name, size), func(t *testing.T) {
@@ -277,7 +277,7 @@ func TestRelayReportsTheSourcesFailure(t *testing.T) {
 	}
 }
 
-func TestRelayReportsTheDestinationsFailure(t *testing.T) {
+func TestRelayReportsDestinationError(t *testing.T) {
 	const size = 64 << 20
 	for _, kind := range relayKinds {
 		for _, before := range []int64{0, 1, 1 << 20} {
@@ -304,7 +304,7 @@ func TestRelayReportsTheDestinationsFailure(t *testing.T) {
 }
 
 // Bytes that the destination has not accepted are not counted.
-func TestRelayCountsWhatIsTaken(t *testing.T) {
+func TestRelayCountsAcceptedBytes(t *testing.T) {
 	const sent, taken = 1000, 10
 	for _, src := range []connPair{socketPair, pipePair} {
 		rig := newRelayRig(t, src, pipePair)

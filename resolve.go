@@ -21,6 +21,8 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
 // resendDelay is how long to wait for a DNS server before repeating the query or asking
@@ -430,7 +432,7 @@ func (e *resolveError) timeout() bool {
 // refusal returns the response that tells the client why the name of host could not be
 // resolved. err is the error for the log.
 func (e *resolveError) refusal(err error, host string) *refusal {
-	host, _, _ = cutPort(host)
+	host, _, _ = hostport.Split(host)
 	rcode := e.failure()
 	var f *refusal
 	switch {

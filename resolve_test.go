@@ -330,7 +330,7 @@ func TestResolverRepeatsInTime(t *testing.T) {
 }
 
 // A lookup that no request waits for any more keeps no socket open.
-func TestResolverIsLeft(t *testing.T) {
+func TestResolverCanceled(t *testing.T) {
 	asked := make(chan struct{}, 100)
 	server := dnsServer(t, func(dnsQuery) dnsReply {
 		asked <- struct{}{}
@@ -441,7 +441,7 @@ func TestDNSFailures(t *testing.T) {
 
 // If DNS answers for one family never arrive, the other family's address is used without
 // delay, and a dead address delays only the first request.
-func TestDialWithHalfOfDNS(t *testing.T) {
+func TestDialWithOneSilentDNSFamily(t *testing.T) {
 	echo := echoTarget(t)
 	_, port, _ := net.SplitHostPort(echo)
 	server := dnsServer(t, func(q dnsQuery) dnsReply {

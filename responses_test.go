@@ -11,7 +11,7 @@ import (
 
 // Content that cannot be decoded from its start gives an error response as long as nothing
 // was passed on, and the error names what is wrong.
-func TestResponsesThatCannotBeRead(t *testing.T) {
+func TestUndecodableResponses(t *testing.T) {
 	const chunks = "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n"
 	rows := []struct{ name, answer, says string }{
 		{"an invalid size", chunks + "zz\nhello\n0\n\n", "a chunk does not begin with a valid size line"},
@@ -26,10 +26,10 @@ func TestResponsesThatCannotBeRead(t *testing.T) {
 		{"no HTTP", "SSH-2.0-OpenSSH\n\n", "HTTP/1"},
 		{"a login to a proxy", "HTTP/1.1 407 Proxy Authentication Required\nProxy-Authenticate: Basic realm=x\nContent-Length: 2\n\nno", "(407)"},
 	}
-	bothWays(t, "", func(t *testing.T, w *world) {
+	onBothPaths(t, "", func(t *testing.T, w *world) {
 		for _, row := range rows {
 			c := w.dial()
-			c.send("GET http://" + answering(t, row.answer) + "/ HTTP/1.1\nHost: x\n\n")
+			c.send("GET http://" + startFixedOrigin(t, row.answer) + "/ HTTP/1.1\nHost: x\n\n")
 			res, body := c.response(http.MethodGet)
 			if res.StatusCode != http.StatusBadGateway || !strings.Contains(body, row.says) || !strings.Contains(res.Header.Get("Proxy-Status"), "http_protocol_error") {
 				t.Errorf("%s: %s, %q, Proxy-Status %q", row.name, res.Status, body, res.Header.Get("Proxy-Status"))
@@ -46,7 +46,7 @@ func TestHTTP2OriginAsksForProxyCredentials(t *testing.T) {
 	origin := newFramesOrigin(t, func(f *framesOrigin, stream uint32) {
 		f.headers(stream, true, ":status", "407", "proxy-authenticate", "Basic realm=x")
 	})
-	bothWays(t, "", func(t *testing.T, w *world) {
+	onBothPaths(t, "", func(t *testing.T, w *world) {
 		c := w.dial()
 		c.send("GET https://" + origin + "/ HTTP/1.1\nHost: x\n\n")
 		if res, body := c.response(http.MethodGet); res.StatusCode != http.StatusBadGateway || !strings.Contains(body, "(407)") {
@@ -58,8 +58,8 @@ func TestHTTP2OriginAsksForProxyCredentials(t *testing.T) {
 // A Content-Length next to chunked coding does not reach the client, and the origin's
 // connection is not reused.
 func TestLengthBesideChunks(t *testing.T) {
-	origin, heads := recording(t, "HTTP/1.1 200 OK\nContent-Length: 9\nTransfer-Encoding: chunked\n\n2\nok\n0\n\n")
-	bothWays(t, "", func(t *testing.T, w *world) {
+	origin, heads := startRecordingOrigin(t, "HTTP/1.1 200 OK\nContent-Length: 9\nTransfer-Encoding: chunked\n\n2\nok\n0\n\n")
+	onBothPaths(t, "", func(t *testing.T, w *world) {
 		c := w.dial()
 		for range 2 {
 			c.send("GET http://" + origin + "/ HTTP/1.1\nHost: x\n\n")

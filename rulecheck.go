@@ -11,6 +11,8 @@ import (
 	"strings"
 
 	"go.uber.org/zap"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
 // ruleCheck finds rules that do not do what the operator expects: destinations that can
@@ -162,9 +164,9 @@ func (s *ruleSet) coversName(d destination) (string, bool) {
 	case d.text == "all":
 		return "", false
 	case d.subdomains:
-		return s.matchName(target{name: "*." + d.text}) // the * stands for any label
+		return s.matchName(hostport.Target{Name: "*." + d.text}) // the * stands for any label
 	}
-	return s.matchName(target{name: d.text})
+	return s.matchName(hostport.Target{Name: d.text})
 }
 
 // coversAddresses returns the entry of the set that matches everything that d matches. d

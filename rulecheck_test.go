@@ -131,7 +131,7 @@ func TestAllowWithoutEffectInJSON(t *testing.T) {
 
 // Rules that never match, or have a part without effect, are warned about when the config
 // is loaded.
-func TestRulesThatNeverMatchAreWarnedAbout(t *testing.T) {
+func TestWarnsAboutRulesThatNeverMatch(t *testing.T) {
 	w := newWorld(t, "", nil)
 	file := filepath.Join(t.TempDir(), "list")
 	var list strings.Builder
@@ -232,7 +232,7 @@ func TestChangedRuleFileIsRead(t *testing.T) {
 }
 
 // Third-party lists may contain ranges with host bits set.
-func TestInexactRangesInFilesAreWarnedAbout(t *testing.T) {
+func TestWarnsAboutInexactRanges(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "list")
 	if err := os.WriteFile(file, []byte("192.0.2.1/24\n127.0.0.1/8\n"), 0o600); err != nil {
 		t.Fatal(err)

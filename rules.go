@@ -17,6 +17,8 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"golang.org/x/net/idna"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
 // Rule allows or denies destinations. The first rule that matches a destination decides.
@@ -118,7 +120,7 @@ func parseDestination(s string) (destination, error) {
 	// makes the name invalid.
 	d.text, d.subdomains = strings.TrimSuffix(strings.ToLower(ascii), "."), below
 	_, isAddress := parsePrefix(d.text) // an address in other than ASCII digits
-	if err != nil || isAddress == nil || checkHost(d.text) != nil || strings.ContainsAny(host, "/[]") || strings.HasSuffix(d.text, ".") {
+	if err != nil || isAddress == nil || hostport.CheckHost(d.text) != nil || strings.ContainsAny(host, "/[]") || strings.HasSuffix(d.text, ".") {
 		return destination{}, fmt.Errorf("%q is not an address, a CIDR range or a name", s)
 	}
 	return d, nil

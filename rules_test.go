@@ -211,8 +211,8 @@ func TestRulesOfNetHTTP(t *testing.T) {
 	runRules(t, w.proxy, newRuleOrigin)
 }
 
-// TestRulesBehindARequest checks the rules on connections that have served a request.
-func TestRulesBehindARequest(t *testing.T) {
+// TestRulesBehindRequest checks the rules on connections that have served a request.
+func TestRulesBehindRequest(t *testing.T) {
 	w := newWorld(t, ruleOptions, nil)
 	runRulesOn(t, func() *rawConn {
 		c := w.dial()

@@ -22,7 +22,7 @@ const sharerAddress = "ASYNC_PROXY_TEST_SHARER"
 
 // A process that listens at the same address gets some of the connections, which is hard to
 // diagnose when its responses differ.
-func TestAnotherProcessAtThePortIsWarnedAbout(t *testing.T) {
+func TestWarnsAboutOtherProcessAtPort(t *testing.T) {
 	if address := os.Getenv(sharerAddress); address != "" {
 		listenAsAnother(t, address)
 		return

@@ -28,7 +28,7 @@ func (w *world) forgetLogs() {
 }
 
 // A site with a host would silently answer proxy requests with an empty 200.
-func TestHostInTheSiteAddressIsWarnedAbout(t *testing.T) {
+func TestWarnsAboutHostInSiteAddress(t *testing.T) {
 	w := newWorld(t, "", nil)
 	_, port, _ := strings.Cut(w.proxy, ":")
 	for _, tc := range []struct {

@@ -19,6 +19,8 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )
 
 // snapshot is the state of the process at one moment, as the status page shows it.
@@ -357,7 +359,7 @@ var sortsOfClients = map[string]func(c *clientRow, now int64) float64{
 // findClients returns the clients that q selects. It searches the clients that a limiter
 // tracks, and also untracked ones that are blocked or have open tunnels.
 func findClients(q clientQuery, now time.Time) clientList {
-	at := sinceEpoch(now)
+	at := monotime.Of(now)
 	tunnels, blocks := tunnelsByClient(), blocksByClient(at)
 	found := topN[clientRow]{n: q.offset + q.limit, ascending: q.ascending}
 	total := 0
@@ -434,7 +436,7 @@ func tunnelsByClient() map[clientKey]*clientRow {
 			c.tunnels++
 			c.up += t.up.Load()
 			c.down += t.down.Load()
-			c.lastSeen.Store(max(c.lastSeen.Load(), sinceEpoch(t.start)))
+			c.lastSeen.Store(max(c.lastSeen.Load(), monotime.Of(t.start)))
 			return true
 		})
 	})
@@ -492,7 +494,7 @@ func limiterOf(addr netip.Addr) *limiter {
 }
 
 func (c *clientRow) info(now time.Time) clientInfo {
-	at := sinceEpoch(now)
+	at := monotime.Of(now)
 	info := clientInfo{
 		Client: printable(c.limiter.displayName(c.addr)), Zone: c.limiter.key.zone,
 		Tokens: c.tokens(at), Burst: c.limiter.key.burst, Refill: c.limiter.key.refill,
@@ -551,7 +553,7 @@ var sortsOfTunnels = map[string]func(t *tunnel, now int64) float64{
 
 // findTunnels returns the open tunnels that q selects.
 func findTunnels(q tunnelQuery, now time.Time) tunnelList {
-	at := sinceEpoch(now)
+	at := monotime.Of(now)
 	found := topN[*tunnel]{n: q.offset + q.limit, ascending: q.ascending}
 	list := tunnelList{Tunnels: []tunnelInfo{}}
 	eachRegistry(func(r *registry) {

@@ -16,6 +16,8 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
 // eventHandler calls a function. It is a struct because Caddy logs it as JSON.
@@ -79,7 +81,7 @@ func (h *Handler) onStarted(ctx caddy.Context, server *caddyhttp.Server) {
 			zap.Strings("addresses", server.Listen), zap.Strings("clients", h.Clients))
 	}
 	for _, ln := range server.Listeners() {
-		if processes := otherListeners(addrPort(ln.Addr())); len(processes) > 0 {
+		if processes := otherListeners(hostport.AddrPortOf(ln.Addr())); len(processes) > 0 {
 			h.logger.Warn("another process listens at the same address and gets some of the connections; stop it, or use another port",
 				zap.Stringer("address", ln.Addr()), zap.Strings("processes", processes))
 		}
@@ -184,7 +186,7 @@ func (h *Handler) validateTunnels() error {
 		return fmt.Errorf("stream_close_delay %v: expected a duration, or null for never", time.Duration(*h.StreamCloseDelay))
 	}
 	for _, host := range h.Hosts {
-		if checkHost(host) != nil {
+		if hostport.CheckHost(host) != nil {
 			return fmt.Errorf("hosts %q: expected the name of a host, without a port", host)
 		}
 	}

@@ -580,7 +580,7 @@ func TestStatusActions(t *testing.T) {
 			t.Errorf("%s %s %v: %s %s", tc.path, tc.body, tc.fields, res.Status, text)
 		}
 	}
-	conn.readReset() // the tunnel's connection
+	conn.expectReset() // the tunnel's connection
 
 	client := w.client()
 	get := func() int {
@@ -666,7 +666,7 @@ func TestMaskClient(t *testing.T) {
 }
 
 // A site that accepts any Host also accepts that of a hostile page.
-func TestActionsWithoutAHostAreWarnedAbout(t *testing.T) {
+func TestWarnsAboutActionsWithoutHost(t *testing.T) {
 	w := newStatusWorld(t, "", "")
 	_, port, _ := strings.Cut(strings.TrimPrefix(w.page, "http://"), ":")
 	const status = "async_proxy_status {\nactions\n}"

@@ -275,7 +275,7 @@ func TestStreamClientLeaves(t *testing.T) {
 			t.Errorf("status %v in the log, want 499", line["status"])
 		}
 		w.forgetLogs()
-		eventually(t, "the connection to end", func() bool { return ownConns() == 0 })
+		eventually(t, "the connection to end", func() bool { return fastPathConns() == 0 })
 	}
 	for name, answer := range map[string]string{
 		"before the response": "",
@@ -475,7 +475,7 @@ func TestStreamSteadyReader(t *testing.T) {
 			})
 		}
 	}
-	eventually(t, "two clients on the fast path", func() bool { return ownConns() == 2 })
+	eventually(t, "two clients on the fast path", func() bool { return fastPathConns() == 2 })
 	clients.Wait()
 }
 
@@ -513,8 +513,8 @@ func TestStreamStalledReader(t *testing.T) {
 			t.Fatal(err)
 		}
 		_, _ = io.CopyN(io.Discard, conn, 8<<20)
-		if fastPath := request.protocol == "h1" && request.content == ""; fastPath != (ownConns() == 1) {
-			t.Errorf("%q: %d connections are on the fast path", request, ownConns())
+		if fastPath := request.protocol == "h1" && request.content == ""; fastPath != (fastPathConns() == 1) {
+			t.Errorf("%q: %d connections are on the fast path", request, fastPathConns())
 		}
 		if line := w.waitLog("request", i+1)[i]; line["status"] != 499. {
 			t.Errorf("%q: the line is %v", request, line)

@@ -151,7 +151,7 @@ func TestHeaderOps(t *testing.T) {
 }
 
 // Client input in header_up cannot break out of Host or of a field name.
-func TestHeaderOpsOfWhatClientsWrite(t *testing.T) {
+func TestHeaderOpsWithClientInput(t *testing.T) {
 	w := newWorld(t, "header_up Host {http.request.uri.query.h}\nheader_up {http.request.uri.query.n} x", nil)
 	for query, status := range map[string]int{
 		"h=other.example&n=X-Name":                http.StatusOK,

@@ -39,8 +39,8 @@ func TestTrailersAreFiltered(t *testing.T) {
 		if announced {
 			answer += "Trailer: " + strings.Join(names, ", ") + "\n"
 		}
-		plain := answering(t, answer+"\n2\nok\n0\nx-nominated: 1\n"+lines.String()+"\n")
-		bothWays(t, "", func(t *testing.T, w *world) {
+		plain := startFixedOrigin(t, answer+"\n2\nok\n0\nx-nominated: 1\n"+lines.String()+"\n")
+		onBothPaths(t, "", func(t *testing.T, w *world) {
 			for _, url := range []string{"http://" + plain, "https://" + secure} {
 				c := w.dial()
 				c.send("GET " + url + "/ HTTP/1.1\nHost: x\nTE: trailers\n\n")
@@ -64,9 +64,9 @@ func TestTrailersAreFiltered(t *testing.T) {
 
 // If a field in the head is also announced as a trailer but no such trailer arrives, the
 // client gets it once, in the head.
-func TestAnnouncedTrailerThatDoesNotCome(t *testing.T) {
-	origin := answering(t, "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\nTrailer: X-Sum, X-Other\nX-Sum: head\n\n2\nok\n0\nX-Other: 1\n\n")
-	bothWays(t, "", func(t *testing.T, w *world) {
+func TestAnnouncedTrailerMissing(t *testing.T) {
+	origin := startFixedOrigin(t, "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\nTrailer: X-Sum, X-Other\nX-Sum: head\n\n2\nok\n0\nX-Other: 1\n\n")
+	onBothPaths(t, "", func(t *testing.T, w *world) {
 		c := w.dial()
 		c.send("GET http://" + origin + "/ HTTP/1.1\nHost: x\n\n")
 		res, _ := c.response(http.MethodGet)

@@ -15,6 +15,9 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"go.uber.org/zap"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
+	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )
 
 // Reasons for the end of a tunnel, as in its closing log line.
@@ -81,7 +84,7 @@ func (h *Handler) newTunnel(from clientIdentity, target, proto string, far net.C
 	return &tunnel{
 		client: from.addr, user: from.user, limitKey: from.limitKey, target: target, proto: proto, start: time.Now(),
 		owner: h, reach: from.reach, registry: h.tunnels, logger: h.logger,
-		far: newConnPeer(far), address: addrPort(far.RemoteAddr()), localAddr: addrPort(far.LocalAddr()),
+		far: newConnPeer(far), address: hostport.AddrPortOf(far.RemoteAddr()), localAddr: hostport.AddrPortOf(far.LocalAddr()),
 	}
 }
 
@@ -235,7 +238,7 @@ func (t *tunnel) tick(now time.Time) {
 		return
 	}
 	stalled := t.watchEnds(now)
-	idle := time.Duration(sinceEpoch(now) - t.lastActive.Load())
+	idle := time.Duration(monotime.Of(now) - t.lastActive.Load())
 	switch {
 	case t.owner.TunnelStallTimeout > 0 && stalled >= time.Duration(t.owner.TunnelStallTimeout):
 		t.setReason(reasonStalled)
@@ -253,7 +256,7 @@ func (t *tunnel) watchEnds(now time.Time) (stalled time.Duration) {
 	interval := max(t.registry.interval, shorterTimeout(t.owner.TunnelStallTimeout, t.owner.TunnelIdleTimeout)/4)
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	at := sinceEpoch(now)
+	at := monotime.Of(now)
 	tookNear := t.nearWatch.update(at, &t.down, t.near, interval)
 	tookFar := t.farWatch.update(at, &t.up, t.far, interval)
 	if tookNear || tookFar {
@@ -305,6 +308,6 @@ func (t *tunnel) reset() {
 func (t *tunnel) isAtRest(atLeast time.Duration) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return time.Duration(sinceEpoch(time.Now())-t.lastActive.Load()) >= atLeast &&
+	return time.Duration(monotime.Of(time.Now())-t.lastActive.Load()) >= atLeast &&
 		t.nearWatch.isAtRest(&t.down, t.near) && t.farWatch.isAtRest(&t.up, t.far)
 }

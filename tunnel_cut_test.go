@@ -212,7 +212,7 @@ func TestStalledTunnelsAreReset(t *testing.T) {
 			})
 		}
 	})
-	noTunnels(t)
+	waitNoTunnels(t)
 }
 
 // wantReasonFor waits for the closing line of the tunnel to a target.
@@ -242,7 +242,7 @@ func wantReason(t *testing.T, w *tunnelWorld, reason string) {
 
 // A target that reads nothing stalls its tunnel, no matter whether the unread data is in
 // the kernel or in the proxy.
-func TestStalledTunnelsOfClientsThatHaveEnded(t *testing.T) {
+func TestStalledTunnelsAfterClientEnd(t *testing.T) {
 	watchOften(t)
 	w := newTunnelWorld(t, tunnelSetup{options: "tunnel_stall_timeout 500ms"})
 	wait := make(chan struct{})
@@ -256,7 +256,7 @@ func TestStalledTunnelsOfClientsThatHaveEnded(t *testing.T) {
 		t.Fatal(err)
 	}
 	conn.Close()
-	noTunnels(t)
+	waitNoTunnels(t)
 }
 
 // A client that sends STOP_SENDING over HTTP/3 has disconnected, even if its target sends
@@ -279,7 +279,7 @@ func TestStopSendingEndsTheTunnel(t *testing.T) {
 }
 
 // A client that disconnects while its target reads nothing ends the tunnel at once.
-func TestClientLeavesAStuckTarget(t *testing.T) {
+func TestDisconnectWithStuckTarget(t *testing.T) {
 	watchOften(t)
 	w := newTunnelWorld(t, tunnelSetup{options: "tunnel_stall_timeout off"})
 	for _, protocol := range []string{"h2", "h3"} {
@@ -289,7 +289,7 @@ func TestClientLeavesAStuckTarget(t *testing.T) {
 		go io.Copy(struct{ io.Writer }{conn}, zeros{})
 		waitForStall(t)
 		conn.Close()
-		noTunnels(t)
+		waitNoTunnels(t)
 		close(wait)
 		wantReason(t, w, reasonClient)
 		w.forgetLogs()

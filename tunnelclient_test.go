@@ -454,7 +454,7 @@ func (w *tunnelWorld) reload(t *testing.T, setup tunnelSetup) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	replaced(t, func() {
+	reloadAndWait(t, func() {
 		if err := caddy.Load(config, true); err != nil {
 			t.Fatal(err)
 		}

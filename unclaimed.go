@@ -17,6 +17,9 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
+	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )
 
 func init() { caddy.RegisterModule(Unclaimed{}) }
@@ -51,10 +54,10 @@ func (u *Unclaimed) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddy
 	if (r.Method != http.MethodConnect || isExtendedConnect(r)) && r.URL.Host == "" && (!isForOtherHost(r) || passedProxyHandler(r)) {
 		return next.ServeHTTP(w, r)
 	}
-	now := sinceEpoch(time.Now())
+	now := monotime.Of(time.Now())
 	if last := u.logged.Load(); (last == 0 || now-last >= int64(time.Second)) && u.logged.CompareAndSwap(last, now) {
 		u.logger.Warn("no async_proxy of this server handles this request: none matches it, or its site has a host name in its address",
-			zap.String("client", printable(r.RemoteAddr)), zap.String("method", printable(r.Method)), zap.String("host", printable(withoutUser(r.Host))))
+			zap.String("client", printable(r.RemoteAddr)), zap.String("method", printable(r.Method)), zap.String("host", printable(hostport.WithoutUser(r.Host))))
 	}
 	header := w.Header()
 	header["Content-Type"] = []string{"text/plain; charset=utf-8"}

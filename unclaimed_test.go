@@ -106,7 +106,7 @@ func TestUnclaimedRequestsInFramesAreRefused(t *testing.T) {
 }
 
 // trusted_proxies without strict mode believes what a client claims about itself.
-func TestTrustedProxiesWithoutStrictIsWarnedAbout(t *testing.T) {
+func TestWarnsAboutTrustedProxiesWithoutStrict(t *testing.T) {
 	w := newWorld(t, "", nil)
 	for servers, want := range map[string]bool{
 		"":                                 false,

@@ -13,9 +13,9 @@ import (
 	"testing"
 )
 
-// recording starts an HTTP/1 origin that sends the head of each request, without the
+// startRecordingOrigin starts an HTTP/1 origin that sends the head of each request, without the
 // request line, to a channel and always responds with the same bytes.
-func recording(t testing.TB, answer string) (address string, heads chan string) {
+func startRecordingOrigin(t testing.TB, answer string) (address string, heads chan string) {
 	heads = make(chan string, 100)
 	return listen(t, func(c *net.TCPConn) {
 		r := bufio.NewReader(c)
@@ -42,7 +42,7 @@ func recording(t testing.TB, answer string) (address string, heads chan string) 
 
 // A client gets no upgrade to a protocol that it has not asked for, and never to h2c. Logs
 // show only the protocol's name.
-func TestUpgradeIsToWhatWasAskedFor(t *testing.T) {
+func TestUpgradeOnlyAsRequested(t *testing.T) {
 	for _, row := range []struct {
 		asked, sent string // by the client, to the origin
 		answer      string // the origin's Upgrade; -: none
@@ -67,8 +67,8 @@ func TestUpgradeIsToWhatWasAskedFor(t *testing.T) {
 		if row.answer == "-" {
 			answer = "HTTP/1.1 101 Switching Protocols\n\n"
 		}
-		origin, heads := recording(t, answer)
-		bothWays(t, "", func(t *testing.T, w *world) {
+		origin, heads := startRecordingOrigin(t, answer)
+		onBothPaths(t, "", func(t *testing.T, w *world) {
 			c := w.dial()
 			c.send("GET http://" + origin + "/ HTTP/1.1\nHost: x\nConnection: Upgrade, HTTP2-Settings\nUpgrade: " + row.asked + "\nHTTP2-Settings: AAMAAABk\n\n")
 			res, err := http.ReadResponse(c.r, nil)
@@ -100,8 +100,8 @@ func TestUpgradeIsToWhatWasAskedFor(t *testing.T) {
 
 // A 426 lists the protocols wanted.
 func TestUpgradeRequired(t *testing.T) {
-	origin := answering(t, "HTTP/1.1 426 Upgrade Required\nUpgrade: websocket, h2c\nConnection: Upgrade\nSec-WebSocket-Version: 13\nContent-Length: 0\n\n")
-	bothWays(t, "", func(t *testing.T, w *world) {
+	origin := startFixedOrigin(t, "HTTP/1.1 426 Upgrade Required\nUpgrade: websocket, h2c\nConnection: Upgrade\nSec-WebSocket-Version: 13\nContent-Length: 0\n\n")
+	onBothPaths(t, "", func(t *testing.T, w *world) {
 		c := w.dial()
 		for range 2 {
 			c.send("GET http://" + origin + "/ HTTP/1.1\nHost: x\n\n")
@@ -121,8 +121,8 @@ func TestUpgradeRequired(t *testing.T) {
 // the client, and its Connection options are on one line.
 func TestWebSocketNames(t *testing.T) {
 	for _, status := range []string{"101 Switching Protocols", "426 Upgrade Required"} {
-		origin, heads := recording(t, "HTTP/1.1 "+status+"\nConnection: Upgrade\nUpgrade: websocket\nsec-websocket-accept: a\nSec-Websocket-Version: 13\nContent-Length: 0\n\n")
-		bothWays(t, "", func(t *testing.T, w *world) {
+		origin, heads := startRecordingOrigin(t, "HTTP/1.1 "+status+"\nConnection: Upgrade\nUpgrade: websocket\nsec-websocket-accept: a\nSec-Websocket-Version: 13\nContent-Length: 0\n\n")
+		onBothPaths(t, "", func(t *testing.T, w *world) {
 			c := w.dial()
 			c.send("GET http://" + origin + "/ HTTP/1.1\nHost: x\nConnection: Upgrade, TE\nTE: trailers\nUpgrade: websocket\nsec-websocket-key: a\nSec-Websocket-Protocol: chat\n\n")
 			if head := <-heads; !strings.Contains(head, "Sec-WebSocket-Key: a\r\n") || !strings.Contains(head, "Sec-WebSocket-Protocol: chat\r\n") || !strings.Contains(head, "Connection: Upgrade, TE\r\n") {

@@ -1,7 +1,10 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+// Package hostport reads and checks the host and port that a client asks for. It offers the
+// grammar of an authority, the checked text that net.Dial takes, and its parts as a Target.
+// It knows neither URL schemes nor HTTP.
+package hostport
 
 import (
 	"errors"
@@ -12,31 +15,31 @@ import (
 	"strings"
 )
 
-// parseAuthority returns the host and port of a CONNECT target in the form that net.Dial
+// Parse returns the host and port of a CONNECT target in the form that net.Dial
 // takes. The port is required.
-func parseAuthority(authority string) (string, error) {
+func Parse(authority string) (string, error) {
 	if strings.Contains(authority, "@") { // do not echo it: it may contain a password
 		return "", errors.New("user names and passwords do not belong in a request target")
 	}
-	host, port, found := cutPort(authority)
+	host, port, found := Split(authority)
 	if !found {
 		return "", errors.New("the port is missing")
 	}
-	return joinTarget(host, port)
+	return Join(host, port)
 }
 
-// cutPort splits an authority into host and port. The host keeps its brackets.
-func cutPort(authority string) (host, port string, found bool) {
+// Split splits an authority into host and port. The host keeps its brackets.
+func Split(authority string) (host, port string, found bool) {
 	if i := strings.LastIndexByte(authority, ':'); i >= 0 && i > strings.LastIndexByte(authority, ']') {
 		return authority[:i], authority[i+1:], true
 	}
 	return authority, "", false
 }
 
-// joinTarget checks a host, in the form that it has in an authority, and a port, and joins
+// Join checks a host, in the form that it has in an authority, and a port, and joins
 // them.
-func joinTarget(host, port string) (string, error) {
-	if err := checkHost(host); err != nil {
+func Join(host, port string) (string, error) {
+	if err := CheckHost(host); err != nil {
 		return "", err
 	}
 	// Leading zeros have no meaning (RFC 3986 §3.2.3). Strip them, because everything from
@@ -48,10 +51,10 @@ func joinTarget(host, port string) (string, error) {
 	return host + ":" + number, nil
 }
 
-// checkHost accepts a DNS name, an IPv4 address, or an IPv6 address in brackets. A zone is
+// CheckHost accepts a DNS name, an IPv4 address, or an IPv6 address in brackets. A zone is
 // refused, because it only has a meaning on this machine (RFC 9110 §4.2, RFC 3986 §3.2.2).
 // An internationalised name must be in its ASCII form.
-func checkHost(host string) error {
+func CheckHost(host string) error {
 	if host == "" {
 		return errors.New("the host is missing")
 	}
@@ -95,10 +98,10 @@ func endsInNumber(name string) bool {
 	return last != "" && !strings.ContainsFunc(last, func(c rune) bool { return c < '0' || c > '9' })
 }
 
-// isPlainAuthority reports whether an authority has a host and a port, and nothing that
+// IsPlain reports whether an authority has a host and a port, and nothing that
 // net/http or Caddy might read differently.
-func isPlainAuthority(authority string) bool {
-	host, port, found := cutPort(authority)
+func IsPlain(authority string) bool {
+	host, port, found := Split(authority)
 	if inner, ok := strings.CutPrefix(host, "["); ok {
 		inner, ok = strings.CutSuffix(inner, "]")
 		if addr, err := netip.ParseAddr(inner); !ok || err != nil || addr.Is4() || addr.Zone() != "" {
@@ -112,31 +115,31 @@ func isPlainAuthority(authority string) bool {
 	return found && strings.Trim(host, ".") != "" && port != "" && strings.Trim(port, "0123456789") == ""
 }
 
-// withoutUser returns an authority without the user name and password before it.
-func withoutUser(authority string) string { return authority[strings.LastIndexByte(authority, '@')+1:] }
+// WithoutUser returns an authority without the user name and password before it.
+func WithoutUser(authority string) string { return authority[strings.LastIndexByte(authority, '@')+1:] }
 
-// target is the host and port that a client asks for.
-type target struct {
-	name string     // in lower case, without a trailing dot; "" for an address
-	addr netip.Addr // if the host is an address
-	port uint16
+// Target is the host and port that a client asks for.
+type Target struct {
+	Name string     // in lower case, without a trailing dot; "" for an address
+	Addr netip.Addr // if the host is an address
+	Port uint16
 }
 
-// newTarget parses an address that joinTarget has built.
-func newTarget(address string) target {
-	host, port, _ := cutPort(address)
+// TargetOf parses an address that Join has built.
+func TargetOf(address string) Target {
+	host, port, _ := Split(address)
 	n, _ := strconv.ParseUint(port, 10, 16)
-	t := target{port: uint16(n)}
+	t := Target{Port: uint16(n)}
 	host = strings.TrimSuffix(strings.ToLower(strings.Trim(host, "[]")), ".")
 	if addr, err := netip.ParseAddr(host); err == nil {
-		t.addr = addr
+		t.Addr = addr
 	} else {
-		t.name = host
+		t.Name = host
 	}
 	return t
 }
 
-func addrPort(addr net.Addr) netip.AddrPort {
+func AddrPortOf(addr net.Addr) netip.AddrPort {
 	if tcp, ok := addr.(*net.TCPAddr); ok {
 		ap := tcp.AddrPort()
 		return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package hostport
 
 import (
 	"net"
@@ -35,7 +35,7 @@ func TestParseAuthority(t *testing.T) {
 		name253 + ":443",
 		name253 + ".:443",
 	} {
-		got, err := parseAuthority(authority)
+		got, err := Parse(authority)
 		if got != authority || err != nil {
 			t.Errorf("parseAuthority(%q) = %q, %v, want it unchanged", authority, got, err)
 		}
@@ -125,7 +125,7 @@ func TestParseAuthority(t *testing.T) {
 		{"[12345::]:443", badAddr("[12345::]")},
 		{"[v1.a]:443", badAddr("[v1.a]")},
 	} {
-		got, err := parseAuthority(tc.authority)
+		got, err := Parse(tc.authority)
 		if got != "" || err == nil || err.Error() != tc.want {
 			t.Errorf("parseAuthority(%q) = %q, %v, want the error %q", tc.authority, got, err, tc.want)
 		}
@@ -140,7 +140,7 @@ func FuzzParseAuthority(f *testing.F) {
 		f.Add(authority)
 	}
 	f.Fuzz(func(t *testing.T, authority string) {
-		got, err := parseAuthority(authority)
+		got, err := Parse(authority)
 		if err != nil {
 			if got != "" {
 				t.Fatalf("parseAuthority(%q) = %q, %v, want nothing with an error", authority, got, err)
