@@ -616,7 +616,7 @@ func (c *binaryCaddy) checkSettled(descriptors, goroutines int) {
 	eventually(c.t, "goroutines to end", func() bool { return c.goroutines() <= goroutines+5 })
 }
 
-// TestBinaryIdle measures the cost of an idle tunnel, which is higher beside other tests.
+// TestBinaryIdle measures the cost of an idle tunnel.
 func TestBinaryIdle(t *testing.T) {
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
