@@ -5,9 +5,9 @@ package asyncproxy
 
 import (
 	"context"
-	"net/netip"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )
 
@@ -36,8 +36,8 @@ func closeTunnel(id uint64) (found bool) {
 // refillClient refills a client's buckets of tokens and of failed logins in a zone. If zone
 // is "", it does so in all zones and also ends a block. It reports whether the client was
 // known or blocked.
-func refillClient(addr netip.Addr, zone string) (found bool) {
-	found = refillShared(addr, zone) // first, so that no local bucket learns the old state again
+func refillClient(key client.Key, zone string) (found bool) {
+	found = refillShared(key, zone) // first, so that no local bucket learns the old state again
 	refill := func(_, value any) bool {
 		l := value.(*limiter)
 		if zone != "" && zone != l.key.zone {
@@ -45,7 +45,7 @@ func refillClient(addr netip.Addr, zone string) (found bool) {
 		}
 		g := l.gens.Load()
 		for _, buckets := range []*buckets{g.cur, g.old} {
-			if b, ok := buckets.Load(l.keyForClientOrUser(addr)); ok {
+			if b, ok := buckets.Load(l.keyForClientOrUser(key)); ok {
 				b.fullAt.Store(0)
 				found = true
 			}
@@ -54,11 +54,11 @@ func refillClient(addr netip.Addr, zone string) (found bool) {
 	}
 	limiters.Range(refill)
 	failedLogins.Range(refill)
-	return zone == "" && unblock(addr) || found
+	return zone == "" && unblock(key) || found
 }
 
 // refillShared refills the client's buckets in the shared limiters that implement Refiller.
-func refillShared(addr netip.Addr, zone string) (found bool) {
+func refillShared(key client.Key, zone string) (found bool) {
 	var handlers []*Handler
 	eachRegistry(func(r *registry) {
 		r.handlers.Range(func(h *Handler, _ struct{}) bool {
@@ -71,7 +71,7 @@ func refillShared(addr netip.Addr, zone string) (found bool) {
 		if !ok || zone != "" && zone != h.Zone {
 			continue
 		}
-		key := h.limiter.keyForClientOrUser(addr)
+		key := h.limiter.keyForClientOrUser(key)
 		done, err := shared.Refill(context.Background(), h.limiter.sharedBucket(key))
 		if err != nil {
 			h.logger.Warn("failed to refill a shared bucket", textField("client", h.limiter.displayName(key)), errorField(err))
@@ -83,12 +83,12 @@ func refillShared(addr netip.Addr, zone string) (found bool) {
 
 // blockClient blocks all requests of a client for d; 0 ends the block. It reports whether
 // it changed anything: without an async_proxy there is nothing to block.
-func blockClient(addr netip.Addr, d time.Duration) (done bool) {
+func blockClient(key client.Key, d time.Duration) (done bool) {
 	if d <= 0 {
-		return unblock(addr)
+		return unblock(key)
 	}
 	eachRegistry(func(r *registry) {
-		for _, key := range limiterKeys(addr) {
+		for _, key := range limiterKeys(key) {
 			r.blocks.Store(key, monotime.Of(time.Now().Add(d)))
 			done = true
 		}
@@ -96,9 +96,9 @@ func blockClient(addr netip.Addr, d time.Duration) (done bool) {
 	return done
 }
 
-func unblock(addr netip.Addr) (found bool) {
+func unblock(key client.Key) (found bool) {
 	eachRegistry(func(r *registry) {
-		for _, key := range limiterKeys(addr) {
+		for _, key := range limiterKeys(key) {
 			if _, ok := r.blocks.LoadAndDelete(key); ok {
 				found = true
 			}
@@ -109,24 +109,24 @@ func unblock(addr netip.Addr) (found bool) {
 
 // limiterKeys returns the client's key in each limiter. The keys differ where limiters have
 // different prefix lengths.
-func limiterKeys(addr netip.Addr) (keys []netip.Addr) {
+func limiterKeys(key client.Key) (keys []client.Key) {
 	limiters.Range(func(_, l any) bool {
-		keys = append(keys, l.(*limiter).keyForClientOrUser(addr))
+		keys = append(keys, l.(*limiter).keyForClientOrUser(key))
 		return true
 	})
 	return keys
 }
 
 // keyForClientOrUser returns the limiter's key for a client or a user.
-func (l *limiter) keyForClientOrUser(addr netip.Addr) netip.Addr {
-	if addr.Zone() != "" {
-		return addr
+func (l *limiter) keyForClientOrUser(key client.Key) client.Key {
+	if key.User() != "" {
+		return key
 	}
-	return l.keyFor(addr)
+	return l.keyFor(key.Addr())
 }
 
 // blockedFor returns how long the client with this key remains blocked; 0 if it is not.
-func (r *registry) blockedFor(key netip.Addr, now int64) time.Duration {
+func (r *registry) blockedFor(key client.Key, now int64) time.Duration {
 	if r.blocks.Size() == 0 {
 		return 0
 	}

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/caddyserver/caddy/v2"
 )
 
@@ -64,18 +65,18 @@ func (a adminAPI) serve(w http.ResponseWriter, r *http.Request) error {
 		}
 		return a.do(w, r, http.MethodDelete, func() bool { return closeTunnel(id) })
 	case collection == "clients" && (verb == "" || verb == "block"):
-		addr, err := clientToActOn(name)
+		key, err := clientToActOn(name)
 		if err != nil {
 			return apiError(http.StatusBadRequest, "%w", err)
 		}
 		if verb == "" {
-			return a.do(w, r, http.MethodDelete, func() bool { return refillClient(addr, r.URL.Query().Get("zone")) })
+			return a.do(w, r, http.MethodDelete, func() bool { return refillClient(key, r.URL.Query().Get("zone")) })
 		}
 		d, err := caddy.ParseDuration(r.URL.Query().Get("for"))
 		if r.Method == http.MethodPut && (err != nil || d <= 0) {
 			return apiError(http.StatusBadRequest, "for=%s: expected a positive duration such as 10m", r.URL.Query().Get("for"))
 		}
-		return a.do(w, r, http.MethodPut, func() bool { return blockClient(addr, d) })
+		return a.do(w, r, http.MethodPut, func() bool { return blockClient(key, d) })
 	}
 	return apiError(http.StatusNotFound, "no endpoint %s; see docs/admin-api.md of async_proxy", r.URL.Path)
 }
@@ -112,32 +113,13 @@ func apiError(status int, format string, args ...any) error {
 	return caddy.APIError{HTTPStatus: status, Err: fmt.Errorf(format, args...)}
 }
 
-// parseClient parses a client in the format of clientName and of snapshots: an address, a
-// network, a user, or "unix".
-func parseClient(s string) (netip.Addr, error) {
-	if s == "unix" {
-		return netip.Addr{}, nil
-	}
-	if user, ok := strings.CutPrefix(s, "user "); ok && user != "" {
-		return userKey(user), nil
-	}
-	if prefix, err := netip.ParsePrefix(s); err == nil {
-		return prefix.Addr(), nil
-	}
-	addr, err := netip.ParseAddr(s)
-	if err != nil || addr.Zone() != "" {
-		return netip.Addr{}, fmt.Errorf("%q is not a client: expected an address, a network or a user as the list of clients shows it", s)
-	}
-	return addr, nil
-}
-
 // clientToActOn parses a client that an operator entered. It rejects networks of a size for
 // which no site's limiter has buckets.
-func clientToActOn(s string) (netip.Addr, error) {
+func clientToActOn(s string) (client.Key, error) {
 	if network, err := netip.ParsePrefix(s); err == nil && !isClient(network) {
-		return netip.Addr{}, fmt.Errorf("%q is not a client: no site has clients of %d bits; ipv4_prefix and ipv6_prefix set that", s, network.Bits())
+		return client.Key{}, fmt.Errorf("%q is not a client: no site has clients of %d bits; ipv4_prefix and ipv6_prefix set that", s, network.Bits())
 	}
-	return parseClient(s)
+	return client.Parse(s)
 }
 
 // isClient reports whether some site's limiter has one bucket per network of this size.

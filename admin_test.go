@@ -11,7 +11,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/netip"
 	"net/url"
 	"slices"
 	"strings"
@@ -289,26 +288,26 @@ func TestActionsInSeveralZones(t *testing.T) {
 			t.Errorf("%s by %s: %s %q, want %d", client, proxy, res.Status, body, want)
 		}
 	}
-	client := netip.MustParseAddr("192.0.2.7")
+	key := keyOf("192.0.2.7")
 
 	load("")
 	for _, proxy := range []string{w.proxy, other} {
 		get(proxy, "192.0.2.7", 200)
 		get(proxy, "192.0.2.7", 429)
 	}
-	if !refillClient(client, "one") || refillClient(client, "three") {
+	if !refillClient(key, "one") || refillClient(key, "three") {
 		t.Error("the client is unknown in zone one, or known in zone three")
 	}
 	get(w.proxy, "192.0.2.7", 200)
 	get(other, "192.0.2.7", 429)
-	if !refillClient(client, "") {
+	if !refillClient(key, "") {
 		t.Error("the client is unknown")
 	}
 	get(w.proxy, "192.0.2.7", 200)
 	get(other, "192.0.2.8", 200) // the same client in the other zone
 	get(other, "192.0.2.7", 429)
 
-	if !blockClient(client, time.Hour) || !refillClient(netip.MustParseAddr("192.0.2.8"), "") {
+	if !blockClient(key, time.Hour) || !refillClient(keyOf("192.0.2.8"), "") {
 		t.Error("the client is unknown")
 	}
 	get(w.proxy, "192.0.2.7", 429)
@@ -317,12 +316,12 @@ func TestActionsInSeveralZones(t *testing.T) {
 	get(w.proxy, "192.0.2.7", 429)
 	load("max_clients 5000") // resets every bucket to full, and keeps blocks too
 	get(w.proxy, "192.0.2.7", 429)
-	if !blockClient(client, 0) {
+	if !blockClient(key, 0) {
 		t.Error("the client was not blocked")
 	}
 	get(w.proxy, "192.0.2.7", 200)
 	get(other, "192.0.2.7", 200)
-	if blockClient(client, 0) {
+	if blockClient(key, 0) {
 		t.Error("the client is still blocked")
 	}
 }

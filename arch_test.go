@@ -17,6 +17,7 @@ import (
 // may import. No package may import one that is listed after it.
 var arrows = []struct{ name, imports string }{
 	{"monotime", ""},
+	{"client", ""},
 	{"hostport", ""},
 }
 

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -202,11 +201,11 @@ func (h *Handler) notChecked(v *transaction, err error) error {
 // for its client's turn.
 func (h *Handler) recheckLogin(w http.ResponseWriter, r *http.Request, v *transaction) (known bool, err error) {
 	if h.hasBasicAuth && readBasic(r.Header["Proxy-Authorization"][0]).ok {
-		client := v.limitKey
-		if err := logins.enter(r.Context(), client); err != nil {
+		key := v.limitKey
+		if err := logins.enter(r.Context(), key); err != nil {
 			return false, h.notChecked(v, err)
 		}
-		defer logins.leave(client)
+		defer logins.leave(key)
 	}
 	known, _ = h.askProviders(w, r, v)
 	return known, nil
@@ -225,8 +224,7 @@ const (
 // waited. An error from a provider counts as a failed login, because some providers return
 // an error for each wrong token.
 func (h *Handler) checkInTurn(w http.ResponseWriter, r *http.Request, v *transaction, key credentialKey) loginResult {
-	client := v.limitKey
-	defer logins.leave(client)
+	defer logins.leave(v.limitKey)
 	if h.basic != nil {
 		if rightCredentials.has(key) {
 			v.setUser(caddyauth.User{ID: readBasic(r.Header["Proxy-Authorization"][0]).user})
@@ -327,6 +325,3 @@ type headerOnly struct{ fields http.Header }
 func (w headerOnly) Header() http.Header         { return w.fields }
 func (w headerOnly) Write(b []byte) (int, error) { return len(b), nil }
 func (w headerOnly) WriteHeader(int)             {}
-
-// userKey returns the limiter's key for a user. No client has such an address.
-func userKey(user string) netip.Addr { return netip.IPv6Unspecified().WithZone(user) }

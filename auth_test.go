@@ -21,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/caddyauth"
 	"golang.org/x/crypto/bcrypt"
@@ -230,7 +231,7 @@ func TestLoginsOfTheSharedLimiter(t *testing.T) {
 // TestBlockedUser checks that a blocked user is told so.
 func TestBlockedUser(t *testing.T) {
 	w := newWorld(t, authUsers+"limit_by user", nil)
-	if !blockClient(userKey("alice"), time.Hour) {
+	if !blockClient(client.User("alice"), time.Hour) {
 		t.Fatal("the block failed")
 	}
 	res, body := policyRequest(t, w.proxy, http.MethodGet, w.origin.Listener.Addr().String(), "Proxy-Authorization: "+login("alice", "wonderland")+"\n")

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 	"github.com/caddyserver/caddy/v2"
 )
@@ -57,7 +58,7 @@ func TestFloodsOfBlockedAndUncountedClients(t *testing.T) {
 			w.loadTrustingForwardedFor(w.site(tc.options))
 			if tc.status == http.StatusServiceUnavailable {
 				answer(t, 0, errors.New(tc.err), false)
-			} else if !blockClient(netip.MustParseAddr("127.0.0.1"), time.Hour) {
+			} else if !blockClient(keyOf("127.0.0.1"), time.Hour) {
 				t.Fatal("the client is not blocked")
 			}
 			start, entries, before := time.Now(), recentRefusals.n.Load(), gatherMetrics(t)
@@ -111,8 +112,8 @@ func TestBlocksListedWithoutBucket(t *testing.T) {
 	other := freeAddress(t)
 	w.loadTrustingForwardedFor(w.site("zone one") + siteAt(other, "zone two\nipv4_prefix 24\nipv6_prefix 48"))
 	for _, name := range []string{"192.0.2.7", "2001:db8::7", "user alice"} {
-		addr, err := parseClient(name)
-		if err != nil || !blockClient(addr, time.Hour) {
+		key, err := client.Parse(name)
+		if err != nil || !blockClient(key, time.Hour) {
 			t.Fatalf("%s is not blocked: %v", name, err)
 		}
 	}
@@ -143,11 +144,11 @@ func TestBlocksListedWithoutBucket(t *testing.T) {
 		t.Errorf("clients %+v", list)
 	}
 	for _, c := range lookupClients(t, "limited").Clients {
-		addr, err := parseClient(c.Client)
+		key, err := client.Parse(c.Client)
 		if err != nil {
 			t.Error(err)
 		}
-		blockClient(addr, 0)
+		blockClient(key, 0)
 	}
 	if list := lookupClients(t, "limited"); list.Total != 0 {
 		t.Errorf("still blocked: %+v", list)
@@ -331,9 +332,9 @@ func manyClients(t testing.TB, n int) *limiter {
 	t.Cleanup(func() { _, _ = limiters.Delete(key) })
 	l := pooled.(*limiter)
 	for i := range n {
-		addr := netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)})
-		l.take(addr, int64(i))
-		l.bucket(addr, int64(i)).requests.Store(int64(i))
+		key := client.Address(netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}))
+		l.take(key, int64(i))
+		l.bucket(key, int64(i)).requests.Store(int64(i))
 	}
 	return l
 }

@@ -9,10 +9,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/netip"
 	"os"
 	"sync"
 	"time"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 )
 
 // contentWait limits how long a response waits for its origin to send more content. It
@@ -20,7 +21,7 @@ import (
 // that the limits on tunnels apply to it, and so that it is closed when Caddy exits.
 type contentWait struct {
 	handler *Handler
-	client  netip.Addr
+	client  client.Key
 	timeout time.Duration // <= 0: none
 	grace   time.Duration // how long a wait may take before it counts as a tunnel
 	counted bool
@@ -39,8 +40,8 @@ var (
 	errContentMany = errors.New("the origin sends nothing, and max_tunnels does not allow another waiting response")
 )
 
-func (h *Handler) newContentWait(client netip.Addr) *contentWait {
-	return &contentWait{handler: h, client: client, timeout: time.Duration(h.ResponseIdleTimeout), grace: h.contentGrace}
+func (h *Handler) newContentWait(key client.Key) *contentWait {
+	return &contentWait{handler: h, client: key, timeout: time.Duration(h.ResponseIdleTimeout), grace: h.contentGrace}
 }
 
 func (w *contentWait) exiting() bool { return w.handler.tunnels.open.Err() != nil }

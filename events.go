@@ -6,6 +6,7 @@ package asyncproxy
 import (
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 )
@@ -39,7 +40,7 @@ func (e emitter) emitRateLimited(zone string, v *transaction, verdict decision) 
 		return
 	}
 	e.app.Emit(e.ctx, eventLimited, map[string]any{
-		"client":      clientName(v.addr),
+		"client":      client.Name(v.addr),
 		"user":        printable(v.user),
 		"zone":        zone,
 		"host":        printable(v.r.Host),

@@ -101,7 +101,7 @@ func TestEventOnceAMinute(t *testing.T) {
 		{time.Minute - 1, false}, {2 * time.Minute, true}, {time.Second, false},
 	} {
 		s.advance(tc.after)
-		if v := s.l.take(s.addr, int64(s.now)); v.ok || v.event != tc.want {
+		if v := s.l.take(s.key, int64(s.now)); v.ok || v.event != tc.want {
 			t.Errorf("at %v: %+v, want event = %v", s.now, v, tc.want)
 		}
 	}
@@ -112,7 +112,7 @@ func TestEventOnceAMinuteOfABucketThatFillsSooner(t *testing.T) {
 	s := newSomeone(t, 1, 1)
 	limited := func() (event bool) {
 		s.allowed(1)
-		return s.l.take(s.addr, int64(s.now)).event
+		return s.l.take(s.key, int64(s.now)).event
 	}
 	if !limited() {
 		t.Error("got no event at first")

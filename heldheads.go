@@ -6,8 +6,9 @@ package asyncproxy
 import (
 	"errors"
 	"net/http"
-	"net/netip"
 	"sync"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 )
 
 // Limits on the large response heads that are held for one client at a time. A head is held
@@ -22,29 +23,29 @@ var errHeldHeads = errors.New("the response head is large, and too many such res
 // heldHeads counts the bytes of the large heads that are held for each client.
 type heldHeads struct {
 	mu    sync.Mutex
-	bytes map[netip.Addr]int
+	bytes map[client.Key]int
 }
 
 // hold counts a head of the given size for a client until release is called. It returns nil
 // if the client's limit is reached.
-func (h *heldHeads) hold(client netip.Addr, size int) (release func()) {
+func (h *heldHeads) hold(key client.Key, size int) (release func()) {
 	if size < largeHead {
 		return func() {}
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.bytes[client]+size > maxHeldHeads {
+	if h.bytes[key]+size > maxHeldHeads {
 		return nil
 	}
 	if h.bytes == nil {
-		h.bytes = make(map[netip.Addr]int)
+		h.bytes = make(map[client.Key]int)
 	}
-	h.bytes[client] += size
+	h.bytes[key] += size
 	return func() {
 		h.mu.Lock()
 		defer h.mu.Unlock()
-		if h.bytes[client] -= size; h.bytes[client] == 0 {
-			delete(h.bytes, client)
+		if h.bytes[key] -= size; h.bytes[key] == 0 {
+			delete(h.bytes, key)
 		}
 	}
 }

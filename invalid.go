@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 )
@@ -46,8 +47,8 @@ var invalidLogs = map[invalidReason]struct {
 func (h *Handler) recordInvalid(conn net.Conn, reason invalidReason, status, detail string) {
 	metrics.invalid.WithLabelValues(string(reason)).Inc()
 	remote, _ := netip.ParseAddrPort(conn.RemoteAddr().String())
-	client := remote.Addr().Unmap().WithZone("")
-	n, ok := invalidLines.count(invalidLine{h.limiter.keyFor(client), conn.LocalAddr().String(), string(reason) + status + detail}, time.Now())
+	addr := remote.Addr().Unmap().WithZone("")
+	n, ok := invalidLines.count(invalidLine{h.limiter.keyFor(addr), conn.LocalAddr().String(), string(reason) + status + detail}, time.Now())
 	if !ok {
 		return
 	}
@@ -56,7 +57,7 @@ func (h *Handler) recordInvalid(conn net.Conn, reason invalidReason, status, det
 	if c == nil {
 		return
 	}
-	fields := []zap.Field{clientField(client), zap.Stringer("address", conn.LocalAddr()), zap.String("reason", string(reason)), zap.Int64("refused", n)}
+	fields := []zap.Field{clientField(addr), zap.Stringer("address", conn.LocalAddr()), zap.String("reason", string(reason)), zap.Int64("refused", n)}
 	if status != "" {
 		fields = append(fields, zap.String("status", status))
 	}
@@ -68,7 +69,7 @@ func (h *Handler) recordInvalid(conn net.Conn, reason invalidReason, status, det
 
 // invalidLine identifies a kind of log line that is limited for each client.
 type invalidLine struct {
-	client  netip.Addr
+	client  client.Key
 	address string // local address that the client connected to
 	kind    string
 }

@@ -15,6 +15,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 )
 
 // invalidCount returns a value of caddy_async_proxy_invalid_requests_total.
@@ -264,7 +266,7 @@ func TestContentThatLooksLikeARefusal(t *testing.T) {
 func TestLineLimit(t *testing.T) {
 	l := lineLimit{lines: make(map[invalidLine]*lineCount)}
 	now := time.Now()
-	line := invalidLine{client: netip.MustParseAddr("192.0.2.1"), kind: "a"}
+	line := invalidLine{client: keyOf("192.0.2.1"), kind: "a"}
 	expect := func(after time.Duration, want int64) { // 0: no line
 		t.Helper()
 		if n, ok := l.count(line, now.Add(after)); n != want || ok != (n > 0) {
@@ -287,8 +289,8 @@ func TestLineLimit(t *testing.T) {
 	expect(0, 1)
 	lines := 0
 	for i := range 3 * maxInvalidLines {
-		addr := netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)})
-		if _, ok := l.count(invalidLine{client: addr}, now.Add(10*invalidInterval)); ok {
+		key := client.Address(netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}))
+		if _, ok := l.count(invalidLine{client: key}, now.Add(10*invalidInterval)); ok {
 			lines++
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/caddyserver/caddy/v2"
 	"go.uber.org/zap"
 )
@@ -68,37 +69,37 @@ func (h *Handler) loadLimiter(ctx caddy.Context) error {
 
 // chargeBuckets charges one token to the client: from its local bucket, and then from the shared one,
 // if there is one.
-func (h *Handler) chargeBuckets(ctx context.Context, client netip.Addr, now int64) decision {
+func (h *Handler) chargeBuckets(ctx context.Context, key client.Key, now int64) decision {
 	if h.shared != nil && h.shared.Suspended() {
 		return decision{ok: true}
 	}
-	local := h.limiter.take(client, now)
+	local := h.limiter.take(key, now)
 	if h.shared == nil || !local.ok {
 		return local
 	}
-	wait, err := h.shared.Take(ctx, h.limiter.sharedBucket(client))
+	wait, err := h.shared.Take(ctx, h.limiter.sharedBucket(key))
 	switch {
 	case err != nil:
-		return h.limiter.refund(client, now).refuse(0, now, err)
+		return h.limiter.refund(key, now).refuse(0, now, err)
 	case wait > 0:
-		return h.limiter.drain(client, now, wait).refuse(int64(wait), now, nil)
+		return h.limiter.drain(key, now, wait).refuse(int64(wait), now, nil)
 	}
 	return local
 }
 
 // sharedBucket returns the client's bucket as the shared limiter identifies it.
-func (l *limiter) sharedBucket(client netip.Addr) Bucket {
+func (l *limiter) sharedBucket(key client.Key) Bucket {
 	b := Bucket{Zone: l.key.zone, Burst: l.key.burst, Interval: time.Duration(l.interval)}
-	if b.User = client.Zone(); b.User == "" {
-		b.Client = netip.PrefixFrom(client, l.key.bits(client))
+	if b.User = key.User(); b.User == "" {
+		b.Client = netip.PrefixFrom(key.Addr(), l.key.bits(key))
 	}
 	return b
 }
 
 // refund refunds one token to the client's bucket: the request was refused for another
 // reason, or the login did not fail.
-func (l *limiter) refund(client netip.Addr, now int64) *bucket {
-	b := l.bucket(client, now)
+func (l *limiter) refund(key client.Key, now int64) *bucket {
+	b := l.bucket(key, now)
 	b.fullAt.Add(-l.interval)
 	return b
 }
@@ -106,8 +107,8 @@ func (l *limiter) refund(client netip.Addr, now int64) *bucket {
 // drain sets the client's bucket to the state of the shared one, which has no token for the
 // duration wait. now is when the request arrived, slightly before the wait began, so the
 // local wait ends slightly early and never late.
-func (l *limiter) drain(client netip.Addr, now int64, wait time.Duration) *bucket {
-	b := l.bucket(client, now)
+func (l *limiter) drain(key client.Key, now int64, wait time.Duration) *bucket {
+	b := l.bucket(key, now)
 	b.fullAt.Store(now + l.fill - l.interval + int64(wait))
 	return b
 }
@@ -128,7 +129,7 @@ func (h *Handler) refuseUncounted(w http.ResponseWriter, r *http.Request, v *tra
 		f = causeLoginsBusy.refusal(errLoginsBusy, retryAfter)
 	case errBlocked:
 		subject := "your address"
-		if v.limitKey.Zone() != "" {
+		if v.limitKey.User() != "" {
 			subject = "this user"
 		}
 		f = causeBlocked.refusal(errBlocked, subject, retryAfter)

@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 )
@@ -108,7 +109,7 @@ func newSharedClient(t *testing.T, burst int64, refill float64) *sharedClient {
 func (s *sharedClient) takes(questions int, want decision) {
 	s.t.Helper()
 	askedBuckets()
-	got := s.h.chargeBuckets(s.t.Context(), netip.MustParseAddr("192.0.2.1"), int64(s.now))
+	got := s.h.chargeBuckets(s.t.Context(), keyOf("192.0.2.1"), int64(s.now))
 	got.logCount, got.event = 0, false // covered by other tests
 	if n := len(askedBuckets()); got != want || n != questions {
 		s.t.Errorf("after %v: take = %+v, want %+v; the shared limiter is asked %d times, want %d", s.now, got, want, n, questions)
@@ -161,14 +162,14 @@ func TestSharedRefusalCostsNothing(t *testing.T) {
 func TestConcurrentSharedDenials(t *testing.T) {
 	const burst = 50
 	l := newLimiter(limits(burst, 0.5))
-	client := netip.MustParseAddr("192.0.2.1")
+	key := keyOf("192.0.2.1")
 	runTogether(burst, func(int) {
-		if v := l.take(client, 0); !v.ok {
+		if v := l.take(key, 0); !v.ok {
 			t.Errorf("take = %+v", v)
 		}
 	})
-	runTogether(burst, func(int) { l.drain(client, 0, time.Second) })
-	if got := l.take(client, 0); got.wait != time.Second {
+	runTogether(burst, func(int) { l.drain(key, 0, time.Second) })
+	if got := l.take(key, 0); got.wait != time.Second {
 		t.Errorf("take = %+v, want a wait of 1s", got)
 	}
 }
@@ -199,7 +200,7 @@ func TestBucketsOfTheSharedLimiter(t *testing.T) {
 			t.Errorf("the bucket of %s is %+v, want %+v", addr, got, want)
 		}
 	}
-	if got, want := l.sharedBucket(userKey("alice")), (Bucket{"office", netip.Prefix{}, "alice", 7, 333333333}); got != want {
+	if got, want := l.sharedBucket(client.User("alice")), (Bucket{"office", netip.Prefix{}, "alice", 7, 333333333}); got != want {
 		t.Errorf("alice's bucket is %v, want %v", got, want)
 	}
 	if got, want := l.sharedBucket(l.keyFor(netip.Addr{})), (Bucket{"office", netip.Prefix{}, "", 7, 333333333}); got != want {
@@ -211,7 +212,7 @@ func TestBucketsOfTheSharedLimiter(t *testing.T) {
 func TestRefillingTheSharedLimiter(t *testing.T) {
 	w := newWorld(t, "limiter test\nburst 10\nrefill 0.5\nipv4_prefix 24", nil)
 	answer(t, 0, nil, false)
-	if !refillClient(netip.MustParseAddr("192.0.2.7"), "") || !refillClient(userKey("alice"), "") {
+	if !refillClient(keyOf("192.0.2.7"), "") || !refillClient(client.User("alice"), "") {
 		t.Error("the clients are unknown")
 	}
 	want := []Bucket{
@@ -222,7 +223,7 @@ func TestRefillingTheSharedLimiter(t *testing.T) {
 		t.Errorf("refilled %+v, want %+v", got, want)
 	}
 	answer(t, 0, errors.New("out of order"), false)
-	if refillClient(netip.MustParseAddr("192.0.2.7"), "") {
+	if refillClient(keyOf("192.0.2.7"), "") {
 		t.Error("the client is known")
 	}
 	if line := w.waitLog("failed to refill a shared bucket", 1)[0]; line["client"] != "192.0.2.0/24" || line["error"] != "out of order" {

@@ -12,11 +12,11 @@ import (
 	"maps"
 	"net"
 	"net/http"
-	"net/netip"
 	"net/textproto"
 	"strconv"
 	"strings"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"golang.org/x/net/http/httpguts"
 )
 
@@ -326,7 +326,7 @@ type originBody struct {
 	sender    *bodySender       // of the request body; nil: there is none
 
 	handler *Handler // whose limits apply to waits; nil: none do
-	client  netip.Addr
+	client  client.Key
 	origin  *originConn
 	wait    *contentWait // nil: it has not waited yet
 }

@@ -8,12 +8,12 @@ import (
 	"errors"
 	"net"
 	"net/http"
-	"net/netip"
 	"os"
 	"sync/atomic"
 	"syscall"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/prometheus/client_golang/prometheus"
 )
 
@@ -223,21 +223,21 @@ func (t *tunnel) count() {
 }
 
 // countForwarded counts content bytes of a request or its response.
-func (h *Handler) countForwarded(client netip.Addr, up, down int64) {
+func (h *Handler) countForwarded(key client.Key, up, down int64) {
 	if up+down == 0 {
 		return
 	}
 	metrics.forwardedUp.Add(float64(up))
 	metrics.forwardedDown.Add(float64(down))
-	h.limiter.countBytes(client, up, down)
+	h.limiter.countBytes(key, up, down)
 }
 
 // countBytes counts bytes for a client, if the limiter tracks it.
-func (l *limiter) countBytes(client netip.Addr, up, down int64) {
+func (l *limiter) countBytes(key client.Key, up, down int64) {
 	g := l.gens.Load()
-	b, ok := g.cur.Load(client)
+	b, ok := g.cur.Load(key)
 	if !ok {
-		b, ok = g.old.Load(client)
+		b, ok = g.old.Load(key)
 	}
 	if ok && up+down > 0 {
 		b.bytesUp.Add(up)

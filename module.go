@@ -26,6 +26,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/caddyauth"
@@ -655,17 +656,17 @@ func (h *Handler) login(w http.ResponseWriter, r *http.Request, v *transaction) 
 		v.verdict = h.limiter.block(v.limitKey, now, wait)
 		return errRateLimited
 	}
-	client := v.limitKey
+	key := v.limitKey
 	err := h.authenticate(w, r, v)
 	failed := err != nil && hasCredentials(r)
 	if failed || v.user != "" && h.LimitBy == "user" {
-		h.limiter.bucket(client, now).recordRequest(now) // count the request for the client as well
+		h.limiter.bucket(key, now).recordRequest(now) // count the request for the client as well
 	}
 	if failed {
 		return err
 	}
 	if v.user != "" && h.LimitBy == "user" {
-		v.limitKey = userKey(v.user)
+		v.limitKey = client.User(v.user)
 	}
 	if limited := h.charge(r, v); limited != nil {
 		delete(w.Header(), "Proxy-Authenticate") // a login would be rate limited, too
@@ -771,7 +772,7 @@ func (h *Handler) isLoop(r *http.Request, peer netip.AddrPort) bool {
 type clientIdentity struct {
 	addr     netip.Addr     // the client, after Caddy's trusted_proxies; v4-mapped is v4
 	user     string         // the authenticated user name; "" if none
-	limitKey netip.Addr     // the key of its limits: a network or a user
+	limitKey client.Key     // the key of its limits: a network or a user
 	peer     netip.AddrPort // the remote end of the connection
 	trusted  bool           // the peer is a trusted proxy
 	reach    clientScope

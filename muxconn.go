@@ -9,13 +9,13 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"net/netip"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"golang.org/x/net/http/httpguts"
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
@@ -68,7 +68,7 @@ type muxConn struct {
 	writing   int64          // when the current write began, since epoch; 0: not writing
 	streams   map[uint32]*streamConn
 	next      uint32     // the next stream's number
-	owner     netip.Addr // the client whose tunnels the streams are
+	owner     client.Key // the client whose tunnels the streams are
 	window    int64      // the current send window for all streams
 	maxWindow int64      // the largest value of window so far
 	initial   int64      // the send window of a new stream
@@ -196,7 +196,7 @@ func (c *muxConn) endLocked(err error, code *http2.ErrCode) {
 // open opens a stream for owner. It returns nil if the connection cannot take it: it serves
 // another client, is full or ending, or is blocked. If idle is set, the connection must
 // have no streams, otherwise at least one.
-func (c *muxConn) open(owner netip.Addr, idle bool, address string, fields http.Header) *streamConn {
+func (c *muxConn) open(owner client.Key, idle bool, address string, fields http.Header) *streamConn {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	n := len(c.streams)

@@ -22,6 +22,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 )
@@ -126,7 +127,7 @@ func (p *muxParent) got(id uint32) string {
 	return string(p.data[id])
 }
 
-var muxClient = netip.MustParseAddr("192.0.2.1")
+var muxClient = client.Address(netip.MustParseAddr("192.0.2.1"))
 
 // muxStream opens the next stream of a connection and waits for its response.
 func muxStream(t *testing.T, c *muxConn) *streamConn {
@@ -595,22 +596,22 @@ func TestMuxPool(t *testing.T) {
 			_, near := newMuxParent(t)
 			return near, nil
 		})
-		otherClient := netip.MustParseAddr("192.0.2.2")
+		otherClient := client.Address(netip.MustParseAddr("192.0.2.2"))
 		var mu sync.Mutex
-		streams := make(map[netip.Addr][]*streamConn)
+		streams := make(map[client.Key][]*streamConn)
 		for i := range 50 {
-			client := muxClient
+			key := muxClient
 			if i >= 40 {
-				client = otherClient
+				key = otherClient
 			}
 			go func() {
-				s, err := pool.open(t.Context(), client, "a:1", nil)
+				s, err := pool.open(t.Context(), key, "a:1", nil)
 				if err != nil {
 					t.Error(err)
 					return
 				}
 				mu.Lock()
-				streams[client] = append(streams[client], s)
+				streams[key] = append(streams[key], s)
 				mu.Unlock()
 			}()
 		}
@@ -634,7 +635,7 @@ func TestMuxPool(t *testing.T) {
 		for _, s := range streams[otherClient] {
 			_ = s.Close()
 		}
-		if s, err := pool.open(t.Context(), netip.MustParseAddr("192.0.2.3"), "a:1", nil); err != nil || s.c != mine {
+		if s, err := pool.open(t.Context(), client.Address(netip.MustParseAddr("192.0.2.3")), "a:1", nil); err != nil || s.c != mine {
 			t.Errorf("an idle connection is not reused: %v", err)
 		}
 		// A client that disconnects does not end the dial that others wait for.

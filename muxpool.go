@@ -7,10 +7,11 @@ import (
 	"context"
 	"net"
 	"net/http"
-	"net/netip"
 	"slices"
 	"sync"
 	"sync/atomic"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 )
 
 // muxDials is how many connections are tried for a tunnel before it fails: other tunnels may
@@ -36,7 +37,7 @@ type muxPool struct {
 
 // muxDial is a connection that is being opened, and the tunnels that wait for it.
 type muxDial struct {
-	owner     netip.Addr
+	owner     client.Key
 	waiting   int
 	connected atomic.Bool
 	done      chan struct{}
@@ -54,7 +55,7 @@ func newMuxPool(dial func(connected func()) (net.Conn, error)) *muxPool {
 }
 
 // open opens a stream for owner's tunnel to address, and sends the CONNECT with fields.
-func (p *muxPool) open(ctx context.Context, owner netip.Addr, address string, fields http.Header) (*streamConn, error) {
+func (p *muxPool) open(ctx context.Context, owner client.Key, address string, fields http.Header) (*streamConn, error) {
 	for range muxDials {
 		s, d := p.openOrDial(owner, address, fields)
 		if s != nil {
@@ -77,7 +78,7 @@ func (p *muxPool) open(ctx context.Context, owner netip.Addr, address string, fi
 }
 
 // openOrDial opens a stream on an existing connection, or returns a dial to wait for.
-func (p *muxPool) openOrDial(owner netip.Addr, address string, fields http.Header) (*streamConn, *muxDial) {
+func (p *muxPool) openOrDial(owner client.Key, address string, fields http.Header) (*streamConn, *muxDial) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, idle := range []bool{false, true} {

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
@@ -60,7 +61,7 @@ func (v *transaction) placeholder(key string) (any, bool) {
 	}
 	switch name {
 	case "client":
-		return clientName(v.addr), true
+		return client.Name(v.addr), true
 	case "method":
 		return v.r.Method, true
 	case "host":
@@ -166,7 +167,7 @@ func (h *Handler) logLimited(r *http.Request, v *transaction, verdict decision, 
 		return
 	}
 	fields := []zap.Field{
-		zap.String("ip", clientName(v.addr)),
+		zap.String("ip", client.Name(v.addr)),
 		textField("method", r.Method),
 		textField("host", r.Host),
 		textField("path", withoutPasswords(r.URL.Path)),
@@ -255,14 +256,5 @@ func (t *tunnel) userField() zap.Field {
 
 // clientField returns the log field for the client.
 func clientField(addr netip.Addr) zap.Field {
-	return zap.String("client", clientName(addr))
-}
-
-// clientName formats a client's address. A client without one is connected over a Unix
-// socket.
-func clientName(addr netip.Addr) string {
-	if !addr.IsValid() {
-		return "unix"
-	}
-	return addr.String()
+	return zap.String("client", client.Name(addr))
 }

@@ -21,6 +21,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 	"golang.org/x/net/http/httpguts"
@@ -437,19 +438,19 @@ type parentRequestKey struct{}
 // parentRequest holds what the parent is told of a CONNECT, and for whom it is.
 type parentRequest struct {
 	fields   http.Header
-	limitKey netip.Addr // the address or prefix that is the client's limit key
+	limitKey client.Key
 }
 
 // fields returns the header of a CONNECT to the parent, and the client that it is for,
 // if it is for one client only.
-func (p *parent) fields(ctx context.Context) (fields http.Header, client netip.Addr) {
+func (p *parent) fields(ctx context.Context) (fields http.Header, owner client.Key) {
 	fields = make(http.Header)
 	if request, ok := ctx.Value(parentRequestKey{}).(*parentRequest); ok {
 		maps.Copy(fields, request.fields)
-		client = request.limitKey
+		owner = request.limitKey
 	}
 	maps.Copy(fields, p.header)
-	return fields, client
+	return fields, owner
 }
 
 // prefixConn is a connection that first returns the bytes that were read ahead.
@@ -500,10 +501,10 @@ func (p *parent) dialStreams(connected func()) (net.Conn, error) {
 // parent is closing it, connectStream tries another one, which is safe because nothing
 // has been sent through the tunnel yet.
 func (p *parent) connectStream(ctx context.Context, address string) (net.Conn, error) {
-	fields, client := p.fields(ctx)
+	fields, owner := p.fields(ctx)
 	quiet, ping := min(time.Second, p.timeout/6), min(2*time.Second, p.timeout/3)
 	for attempt := 1; ; attempt++ {
-		s, err := p.streams.open(ctx, client, address, fields)
+		s, err := p.streams.open(ctx, owner, address, fields)
 		if err != nil {
 			return nil, err
 		}

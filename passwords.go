@@ -11,13 +11,13 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"net/netip"
 	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/caddyauth"
 	"github.com/puzpuzpuz/xsync/v4"
@@ -64,7 +64,7 @@ type loginGate struct {
 	patience time.Duration
 
 	mu    sync.Mutex
-	lines map[netip.Addr]*loginLine
+	lines map[client.Key]*loginLine
 }
 
 // loginLine is the queue of one client's logins.
@@ -78,17 +78,17 @@ type loginLine struct {
 var logins = newLoginGate(max(1, runtime.GOMAXPROCS(0)/2), loginPatience)
 
 func newLoginGate(slots int, patience time.Duration) *loginGate {
-	return &loginGate{slots: make(chan struct{}, slots), patience: patience, lines: make(map[netip.Addr]*loginLine)}
+	return &loginGate{slots: make(chan struct{}, slots), patience: patience, lines: make(map[client.Key]*loginLine)}
 }
 
 // enter waits for the client's turn. It returns errLoginsBusy if that takes too long or too
 // many logins wait, or the cause of ctx's end. On success the caller must call leave.
-func (g *loginGate) enter(ctx context.Context, client netip.Addr) error {
+func (g *loginGate) enter(ctx context.Context, key client.Key) error {
 	g.mu.Lock()
-	line := g.lines[client]
+	line := g.lines[key]
 	if line == nil {
 		line = &loginLine{turn: make(chan struct{}, 1)}
-		g.lines[client] = line
+		g.lines[key] = line
 	}
 	if line.n >= maxLoginLine {
 		g.mu.Unlock()
@@ -100,31 +100,31 @@ func (g *loginGate) enter(ctx context.Context, client netip.Addr) error {
 	deadline := time.Now().Add(g.patience)
 	err := acquire(ctx, line.turn, deadline)
 	if err != nil {
-		g.quit(client, line)
+		g.quit(key, line)
 		return err
 	}
 	if err = acquire(ctx, g.slots, deadline); err != nil {
 		<-line.turn
-		g.quit(client, line)
+		g.quit(key, line)
 	}
 	return err
 }
 
 // leave ends the turn that enter has begun.
-func (g *loginGate) leave(client netip.Addr) {
+func (g *loginGate) leave(key client.Key) {
 	<-g.slots
 	g.mu.Lock()
-	line := g.lines[client]
+	line := g.lines[key]
 	g.mu.Unlock()
 	<-line.turn
-	g.quit(client, line)
+	g.quit(key, line)
 }
 
-func (g *loginGate) quit(client netip.Addr, line *loginLine) {
+func (g *loginGate) quit(key client.Key, line *loginLine) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if line.n--; line.n == 0 {
-		delete(g.lines, client)
+		delete(g.lines, key)
 	}
 }
 
@@ -174,14 +174,12 @@ func (h *Handler) provisionFailedLogins() error {
 
 // repeatsKey returns the key of a client's bucket for credentials that are known to be wrong.
 // Repeating them is not a guess and takes no failed-login token, but it is limited too.
-func repeatsKey(client netip.Addr) netip.Addr {
-	return netip.AddrFrom16(client.As16()).WithZone("repeats")
-}
+func repeatsKey(key client.Key) client.Key { return key.Variant("repeats") }
 
 // reserve takes one of the client's tokens, or reserves the next one, which is there after
 // wait. If wait would be longer than patience, it takes none and returns ok = false.
-func (l *limiter) reserve(client netip.Addr, now int64, patience time.Duration) (wait time.Duration, ok bool) {
-	full := &l.bucket(client, now).fullAt
+func (l *limiter) reserve(key client.Key, now int64, patience time.Duration) (wait time.Duration, ok bool) {
+	full := &l.bucket(key, now).fullAt
 	for {
 		was := full.Load()
 		next := max(was, now) + l.interval
@@ -196,8 +194,8 @@ func (l *limiter) reserve(client netip.Addr, now int64, patience time.Duration) 
 }
 
 // waitTime returns how long it takes until the client has a token.
-func (l *limiter) waitTime(client netip.Addr, now int64) time.Duration {
-	return time.Duration(max(0, max(l.bucket(client, now).fullAt.Load(), now)+l.interval-now-l.fill))
+func (l *limiter) waitTime(key client.Key, now int64) time.Duration {
+	return time.Duration(max(0, max(l.bucket(key, now).fullAt.Load(), now)+l.interval-now-l.fill))
 }
 
 // credentialKey identifies the credentials of a request without revealing them.

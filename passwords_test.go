@@ -16,6 +16,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/caddyserver/caddy/v2"
 )
 
@@ -30,12 +31,12 @@ func forgetCredentials() {
 func TestLoginGate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newLoginGate(2, time.Minute)
-		client := func(n byte) netip.Addr { return netip.AddrFrom4([4]byte{192, 0, 2, n}) }
+		key := func(n byte) client.Key { return client.Address(netip.AddrFrom4([4]byte{192, 0, 2, n})) }
 		var inside, waiting atomic.Int64
 		enter := func(ctx context.Context, n byte, done func(error)) {
 			waiting.Add(1)
 			go func() {
-				err := g.enter(ctx, client(n))
+				err := g.enter(ctx, key(n))
 				waiting.Add(-1)
 				if err == nil {
 					inside.Add(1)
@@ -51,7 +52,7 @@ func TestLoginGate(t *testing.T) {
 				t.Fatalf("%d entered and %d wait, want %d and %d", inside.Load(), waiting.Load(), in, wait)
 			}
 		}
-		leave := func(n byte) { inside.Add(-1); g.leave(client(n)) }
+		leave := func(n byte) { inside.Add(-1); g.leave(key(n)) }
 
 		for range 3 {
 			enter(t.Context(), 1, ignore) // each client has one slot
@@ -203,7 +204,7 @@ func TestFailedLogins(t *testing.T) {
 				t.Errorf("line %v", line)
 			}
 		}
-		if !refillClient(netip.MustParseAddr("127.0.0.1"), "") {
+		if !refillClient(keyOf("127.0.0.1"), "") {
 			t.Error("nothing was refilled")
 		}
 		w.gets(407, "", "alice", "one more guess")
@@ -340,7 +341,7 @@ func TestDisconnectDuringLogin(t *testing.T) {
 		eventually(t, "the second login to wait", func() bool {
 			logins.mu.Lock()
 			defer logins.mu.Unlock()
-			return len(logins.lines) == 1 && logins.lines[netip.MustParseAddr("127.0.0.1")].n == 2
+			return len(logins.lines) == 1 && logins.lines[keyOf("127.0.0.1")].n == 2
 		})
 		second.Close()
 		if line := w.waitLog("request", 1)[0]; line["status"] != 499.0 {
@@ -424,7 +425,7 @@ func TestPasswordsOfSeveralProvidersTakeTurns(t *testing.T) {
 	eventually(t, "one login to be checked and the others to wait", func() bool {
 		logins.mu.Lock()
 		defer logins.mu.Unlock()
-		line := logins.lines[netip.MustParseAddr("127.0.0.1")]
+		line := logins.lines[keyOf("127.0.0.1")]
 		return line != nil && line.n == requests && compared.Load() == before+1
 	})
 	holding.Store(nil)

@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/puzpuzpuz/xsync/v4"
 )
@@ -87,7 +88,7 @@ type bucket struct {
 	bytesUp, bytesDown   atomic.Int64 // of requests, responses and closed tunnels
 }
 
-type buckets = xsync.Map[netip.Addr, *bucket]
+type buckets = xsync.Map[client.Key, *bucket]
 
 // A client's refusals are logged one by one as long as they are few: one a second, ten at
 // once. Beyond that they are counted, and the next log line has their number.
@@ -129,8 +130,8 @@ func (k limiterKey) validate() error {
 }
 
 // bits returns how many bits of an address identify a client.
-func (k limiterKey) bits(addr netip.Addr) int {
-	if addr.Is4() {
+func (k limiterKey) bits(key client.Key) int {
+	if key.Addr().Is4() {
 		return k.v4
 	}
 	return k.v6
@@ -154,33 +155,23 @@ func newLimiter(key limiterKey) *limiter {
 }
 
 func newBuckets() *buckets {
-	return xsync.NewMap[netip.Addr, *bucket]()
+	return xsync.NewMap[client.Key, *bucket]()
 }
 
 // Destruct implements caddy.Destructor. A limiter holds nothing but memory.
 func (l *limiter) Destruct() error { return nil }
 
-// keyFor returns the key of addr's bucket: its network of ipv4_prefix or ipv6_prefix bits. A
-// v4-mapped address counts as IPv4. The zero Addr stands for all clients without an address,
-// such as those on a Unix socket, which share a bucket.
-func (l *limiter) keyFor(addr netip.Addr) netip.Addr {
-	if !addr.IsValid() {
-		return addr
-	}
-	addr = addr.Unmap().WithZone("")
-	bits := l.key.bits(addr)
-	if bits == addr.BitLen() {
-		return addr
-	}
-	p, _ := addr.Prefix(bits) // validate has checked bits
-	return p.Addr()
+// keyFor returns the key of addr's bucket: its network of ipv4_prefix or ipv6_prefix bits.
+// Clients without an address share a bucket.
+func (l *limiter) keyFor(addr netip.Addr) client.Key {
+	return client.Network(addr, l.key.v4, l.key.v6)
 }
 
 // take takes one token from the client's bucket, or returns how long until there is one. A
 // denied request costs nothing. now is the time since epoch; concurrent callers may pass
 // slightly older times.
-func (l *limiter) take(client netip.Addr, now int64) decision {
-	b := l.bucket(client, now)
+func (l *limiter) take(key client.Key, now int64) decision {
+	b := l.bucket(key, now)
 	now = b.recordRequest(now)
 	if wait := takeToken(&b.fullAt, now, l.interval, l.fill); wait > 0 {
 		return b.refuse(wait, now, nil)
@@ -189,8 +180,8 @@ func (l *limiter) take(client netip.Addr, now int64) decision {
 }
 
 // block denies a request of a client that stays blocked for the duration wait.
-func (l *limiter) block(client netip.Addr, now int64, wait time.Duration) decision {
-	b := l.bucket(client, now)
+func (l *limiter) block(key client.Key, now int64, wait time.Duration) decision {
+	b := l.bucket(key, now)
 	now = b.recordRequest(now)
 	return b.refuse(int64(wait), now, errBlocked)
 }
@@ -247,7 +238,7 @@ func takeToken(full *atomic.Int64, now, interval, fill int64) int64 {
 
 // bucket returns the client's bucket from the newer generation. It moves it there from the
 // older one, or creates a full one.
-func (l *limiter) bucket(client netip.Addr, now int64) *bucket {
+func (l *limiter) bucket(key client.Key, now int64) *bucket {
 	var b *bucket // kept across a rotation that this call causes
 	for {
 		g := l.gens.Load()
@@ -255,10 +246,10 @@ func (l *limiter) bucket(client netip.Addr, now int64) *bucket {
 			l.rotate(g, now)
 			continue
 		}
-		if b, ok := g.cur.Load(client); ok {
+		if b, ok := g.cur.Load(key); ok {
 			return b
 		}
-		old, promoted := g.old.Load(client)
+		old, promoted := g.old.Load(key)
 		if promoted {
 			b = old
 		}
@@ -269,7 +260,7 @@ func (l *limiter) bucket(client netip.Addr, now int64) *bucket {
 		if b == nil {
 			b = new(bucket)
 		}
-		stored, loaded := g.cur.LoadOrStore(client, b)
+		stored, loaded := g.cur.LoadOrStore(key, b)
 		if promoted && !loaded {
 			g.promoted.Add(1)
 		}

@@ -10,18 +10,19 @@ import (
 	"testing"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"golang.org/x/time/rate"
 )
 
 // taker is a limiter as the benchmarks use it.
 type taker interface {
-	take(client netip.Addr) (ok bool)
+	take(key client.Key) (ok bool)
 }
 
 // ourTaker is the limiter at a fixed time, so that the clock is not measured.
 type ourTaker struct{ *limiter }
 
-func (l ourTaker) take(client netip.Addr) bool { return l.limiter.take(client, 1).ok }
+func (l ourTaker) take(key client.Key) bool { return l.limiter.take(key, 1).ok }
 
 // xTaker is what most Go programs do: x/time/rate in a sync.Map, which never forgets a
 // client.
@@ -32,10 +33,10 @@ type xTaker struct {
 	clients sync.Map
 }
 
-func (l *xTaker) take(client netip.Addr) bool {
-	b, ok := l.clients.Load(client)
+func (l *xTaker) take(key client.Key) bool {
+	b, ok := l.clients.Load(key)
 	if !ok {
-		b, _ = l.clients.LoadOrStore(client, rate.NewLimiter(l.limit, l.burst))
+		b, _ = l.clients.LoadOrStore(key, rate.NewLimiter(l.limit, l.burst))
 	}
 	return b.(*rate.Limiter).AllowN(l.now, 1)
 }
@@ -76,12 +77,12 @@ func BenchmarkTake(b *testing.B) {
 					first := last.Add(1) << 40
 					step := int(first>>40)*2 + 7919
 					for n := 0; pb.Next(); n++ {
-						client := newcomer(first + uint64(n))
+						key := newcomer(first + uint64(n))
 						if bench.clients > 0 {
-							client = loopback(n * step % bench.clients)
+							key = loopback(n * step % bench.clients)
 						}
-						if ok := l.take(client); ok != bench.want {
-							b.Errorf("take(%v) = %v, want %v", client, ok, bench.want)
+						if ok := l.take(key); ok != bench.want {
+							b.Errorf("take(%v) = %v, want %v", key, ok, bench.want)
 							return
 						}
 					}
@@ -92,10 +93,10 @@ func BenchmarkTake(b *testing.B) {
 }
 
 // newcomer returns the n-th of many IPv6 clients.
-func newcomer(n uint64) netip.Addr {
+func newcomer(n uint64) client.Key {
 	addr := [16]byte{0: 0x20, 1: 0x01}
 	for i := range 8 {
 		addr[15-i] = byte(n >> (8 * i))
 	}
-	return netip.AddrFrom16(addr)
+	return client.Address(netip.AddrFrom16(addr))
 }

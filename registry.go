@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/puzpuzpuz/xsync/v4"
 	"github.com/quic-go/quic-go/http3"
@@ -41,10 +42,10 @@ const (
 // All methods are safe for concurrent use.
 type registry struct {
 	tunnels     *xsync.Map[uint64, *tunnel]
-	clients     *xsync.Map[netip.Addr, int] // admitted tunnels of each client
+	clients     *xsync.Map[client.Key, int] // admitted tunnels of each client
 	sources     *xsync.Map[loopKey, struct{}]
 	handlers    *xsync.Map[*Handler, struct{}] // provisioned handlers
-	blocks      *xsync.Map[netip.Addr, int64]  // blocked clients, and until when, since epoch
+	blocks      *xsync.Map[client.Key, int64]  // blocked clients, and until when, since epoch
 	admitted    atomic.Int64                   // all tunnels, including those being dialled
 	lastID      atomic.Uint64
 	config      atomic.Value           // of the handlers that started last
@@ -81,8 +82,8 @@ func newPacedRegistry(interval, lastWords time.Duration) *registry {
 	r := &registry{
 		interval: interval, lastWords: lastWords,
 		tunnels: xsync.NewMap[uint64, *tunnel](),
-		clients: xsync.NewMap[netip.Addr, int](),
-		sources: xsync.NewMap[loopKey, struct{}](), handlers: xsync.NewMap[*Handler, struct{}](), blocks: xsync.NewMap[netip.Addr, int64](),
+		clients: xsync.NewMap[client.Key, int](),
+		sources: xsync.NewMap[loopKey, struct{}](), handlers: xsync.NewMap[*Handler, struct{}](), blocks: xsync.NewMap[client.Key, int64](),
 	}
 	r.open, r.cancelDials = context.WithCancel(context.Background())
 	stop := make(chan struct{})
@@ -116,15 +117,15 @@ func (e *limitError) Error() string {
 }
 
 // admit reserves a tunnel for a client, which the caller must release with release, or
-// returns an error if a limit is reached. A limit of 0 means no limit. client is the
+// returns an error if a limit is reached. A limit of 0 means no limit. key is the
 // limiter's key for the client.
-func (r *registry) admit(client netip.Addr, limit, perClient int) *limitError {
+func (r *registry) admit(key client.Key, limit, perClient int) *limitError {
 	if n := r.admitted.Add(1); limit > 0 && n > int64(limit) {
 		r.admitted.Add(-1)
 		return &limitError{}
 	}
 	refused := false
-	r.clients.Compute(client, func(n int, _ bool) (int, xsync.ComputeOp) {
+	r.clients.Compute(key, func(n int, _ bool) (int, xsync.ComputeOp) {
 		if perClient > 0 && n >= perClient {
 			refused = true
 			return n, xsync.CancelOp
@@ -139,8 +140,8 @@ func (r *registry) admit(client netip.Addr, limit, perClient int) *limitError {
 }
 
 // release releases what admit has reserved.
-func (r *registry) release(client netip.Addr) {
-	r.clients.Compute(client, func(n int, _ bool) (int, xsync.ComputeOp) {
+func (r *registry) release(key client.Key) {
+	r.clients.Compute(key, func(n int, _ bool) (int, xsync.ComputeOp) {
 		if n <= 1 {
 			return 0, xsync.DeleteOp
 		}

@@ -6,7 +6,6 @@ package asyncproxy
 import (
 	"cmp"
 	"fmt"
-	"net/netip"
 	"net/url"
 	"runtime/debug"
 	"slices"
@@ -16,6 +15,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
@@ -332,7 +332,7 @@ func containsFold(name, part string) bool {
 type clientRow struct {
 	*bucket
 	limiter *limiter
-	addr    netip.Addr
+	client  client.Key
 	tunnels int
 	up      int64 // bytes of open tunnels
 	down    int64
@@ -364,7 +364,7 @@ func findClients(q clientQuery, now time.Time) clientList {
 	found := topN[clientRow]{n: q.offset + q.limit, ascending: q.ascending}
 	total := 0
 	add := func(c clientRow) {
-		if q.limited && c.blocked == 0 && c.tokens(at) >= 1 || q.match != "" && !containsFold(c.limiter.displayName(c.addr), q.match) {
+		if q.limited && c.blocked == 0 && c.tokens(at) >= 1 || q.match != "" && !containsFold(c.limiter.displayName(c.client), q.match) {
 			return
 		}
 		total++
@@ -372,13 +372,13 @@ func findClients(q clientQuery, now time.Time) clientList {
 	}
 	limiters.Range(func(_, value any) bool {
 		l := value.(*limiter)
-		l.forEachBucket(func(addr netip.Addr, b *bucket) {
-			c := clientRow{addr: addr}
-			if open := tunnels[clientKey{l, addr}]; open != nil {
+		l.forEachBucket(func(key client.Key, b *bucket) {
+			c := clientRow{client: key}
+			if open := tunnels[clientKey{l, key}]; open != nil {
 				open.listed = true
 				c = *open
 			}
-			if block := blocks[addr]; block != nil {
+			if block := blocks[key]; block != nil {
 				block.listed = true
 				c.blocked = block.blocked
 			}
@@ -388,7 +388,7 @@ func findClients(q clientQuery, now time.Time) clientList {
 		return true
 	})
 	for key, c := range tunnels {
-		if block := blocks[key.addr]; block != nil && !c.listed {
+		if block := blocks[key.client]; block != nil && !c.listed {
 			block.listed = true
 			c.blocked = block.blocked
 		}
@@ -400,7 +400,7 @@ func findClients(q clientQuery, now time.Time) clientList {
 		if c.listed {
 			continue
 		}
-		if c.limiter = limiterOf(c.addr); c.limiter != nil {
+		if c.limiter = limiterOf(c.client); c.limiter != nil {
 			add(*c)
 		}
 	}
@@ -414,7 +414,7 @@ func findClients(q clientQuery, now time.Time) clientList {
 // clientKey identifies a client of one limiter.
 type clientKey struct {
 	limiter *limiter
-	addr    netip.Addr
+	client  client.Key
 }
 
 // tunnelsByClient returns the clients with open tunnels. Each entry is complete enough to be
@@ -430,7 +430,7 @@ func tunnelsByClient() map[clientKey]*clientRow {
 			}
 			c := clients[clientKey{l, t.limitKey}]
 			if c == nil {
-				c = &clientRow{bucket: new(bucket), limiter: l, addr: t.limitKey}
+				c = &clientRow{bucket: new(bucket), limiter: l, client: t.limitKey}
 				clients[clientKey{l, t.limitKey}] = c
 			}
 			c.tunnels++
@@ -463,12 +463,12 @@ func (l *limiter) replacement() *limiter {
 }
 
 // blocksByClient returns the blocked clients. Blocks apply in all zones.
-func blocksByClient(at int64) map[netip.Addr]*clientRow {
-	clients := make(map[netip.Addr]*clientRow)
+func blocksByClient(at int64) map[client.Key]*clientRow {
+	clients := make(map[client.Key]*clientRow)
 	eachRegistry(func(r *registry) {
-		r.blocks.Range(func(addr netip.Addr, until int64) bool {
+		r.blocks.Range(func(key client.Key, until int64) bool {
 			if until > at {
-				clients[addr] = &clientRow{bucket: new(bucket), addr: addr, blocked: until}
+				clients[key] = &clientRow{bucket: new(bucket), client: key, blocked: until}
 			}
 			return true
 		})
@@ -476,16 +476,16 @@ func blocksByClient(at int64) map[netip.Addr]*clientRow {
 	return clients
 }
 
-// limiterOf returns a limiter for which addr is the key of a client, or nil. Among several
-// it prefers the shortest prefix, so that addr is shown as the largest network.
-func limiterOf(addr netip.Addr) *limiter {
+// limiterOf returns a limiter for which key is the key of a client, or nil. Among several
+// it prefers the shortest prefix, so that key is shown as the largest network.
+func limiterOf(key client.Key) *limiter {
 	var best *limiter
 	order := func(a, b *limiter) int {
-		return cmp.Or(cmp.Compare(a.key.bits(addr), b.key.bits(addr)), cmp.Compare(a.key.zone, b.key.zone),
+		return cmp.Or(cmp.Compare(a.key.bits(key), b.key.bits(key)), cmp.Compare(a.key.zone, b.key.zone),
 			cmp.Compare(a.key.burst, b.key.burst), cmp.Compare(a.key.refill, b.key.refill))
 	}
 	limiters.Range(func(_, value any) bool {
-		if l := value.(*limiter); l.keyForClientOrUser(addr) == addr && (best == nil || order(l, best) < 0) {
+		if l := value.(*limiter); l.keyForClientOrUser(key) == key && (best == nil || order(l, best) < 0) {
 			best = l
 		}
 		return true
@@ -496,7 +496,7 @@ func limiterOf(addr netip.Addr) *limiter {
 func (c *clientRow) info(now time.Time) clientInfo {
 	at := monotime.Of(now)
 	info := clientInfo{
-		Client: printable(c.limiter.displayName(c.addr)), Zone: c.limiter.key.zone,
+		Client: printable(c.limiter.displayName(c.client)), Zone: c.limiter.key.zone,
 		Tokens: c.tokens(at), Burst: c.limiter.key.burst, Refill: c.limiter.key.refill,
 		Requests: c.requests.Load(), Rejections: c.rejections.Load(),
 		BytesUp: c.bytesUp.Load() + c.up, BytesDown: c.bytesDown.Load() + c.down,
@@ -513,12 +513,12 @@ func (c *clientRow) info(now time.Time) clientInfo {
 }
 
 // forEachBucket calls f for every bucket.
-func (l *limiter) forEachBucket(f func(netip.Addr, *bucket)) {
+func (l *limiter) forEachBucket(f func(client.Key, *bucket)) {
 	g := l.gens.Load()
-	g.cur.Range(func(addr netip.Addr, b *bucket) bool { f(addr, b); return true })
-	g.old.Range(func(addr netip.Addr, b *bucket) bool {
-		if _, promoted := g.cur.Load(addr); !promoted {
-			f(addr, b)
+	g.cur.Range(func(key client.Key, b *bucket) bool { f(key, b); return true })
+	g.old.Range(func(key client.Key, b *bucket) bool {
+		if _, promoted := g.cur.Load(key); !promoted {
+			f(key, b)
 		}
 		return true
 	})
@@ -526,12 +526,9 @@ func (l *limiter) forEachBucket(f func(netip.Addr, *bucket)) {
 
 // displayName formats a client for display: an address, a network if its addresses share a bucket,
 // or a user.
-func (l *limiter) displayName(addr netip.Addr) string {
-	if addr.Zone() != "" {
-		return "user " + addr.Zone()
-	}
-	name := clientName(addr)
-	if bits := l.key.bits(addr); addr.IsValid() && bits < addr.BitLen() {
+func (l *limiter) displayName(key client.Key) string {
+	name, addr := key.String(), key.Addr()
+	if bits := l.key.bits(key); addr.IsValid() && bits < addr.BitLen() {
 		name += "/" + strconv.Itoa(bits)
 	}
 	return name
@@ -558,7 +555,7 @@ func findTunnels(q tunnelQuery, now time.Time) tunnelList {
 	list := tunnelList{Tunnels: []tunnelInfo{}}
 	eachRegistry(func(r *registry) {
 		r.tunnels.Range(func(_ uint64, t *tunnel) bool {
-			if containsFold(clientName(t.client), q.match) || containsFold(t.user, q.match) || containsFold(t.target, q.match) {
+			if containsFold(client.Name(t.client), q.match) || containsFold(t.user, q.match) || containsFold(t.target, q.match) {
 				list.Total++
 				found.add(q.key(t, at), t)
 			}
@@ -568,7 +565,7 @@ func findTunnels(q tunnelQuery, now time.Time) tunnelList {
 	for _, k := range found.sorted(q.offset) {
 		t := k.value
 		list.Tunnels = append(list.Tunnels, tunnelInfo{
-			ID: t.id, Client: clientName(t.client), User: printable(t.user), Target: printable(t.target), Address: t.address.String(), Proto: printable(t.proto),
+			ID: t.id, Client: client.Name(t.client), User: printable(t.user), Target: printable(t.target), Address: t.address.String(), Proto: printable(t.proto),
 			Started: t.start, IdleSeconds: time.Duration(max(0, at-t.lastActive.Load())).Seconds(), BytesUp: t.up.Load(), BytesDown: t.down.Load(),
 		})
 	}
@@ -663,7 +660,7 @@ func (r *refusalRing) list() []refusalInfo {
 // addRecent adds a refusal to the list that the status page shows.
 func (v *transaction) addRecent(f *refusal) {
 	recentRefusals.add(&refusalInfo{
-		Time: v.start, Client: clientName(v.addr), Method: printable(v.r.Method), Target: printable(v.r.Host),
+		Time: v.start, Client: client.Name(v.addr), Method: printable(v.r.Method), Target: printable(v.r.Host),
 		Status: f.status, Reason: f.errorType, Cause: string(v.cause), Detail: printable(f.text),
 	})
 }

@@ -650,14 +650,9 @@ func TestStatusMasksClients(t *testing.T) {
 
 func TestMaskClient(t *testing.T) {
 	for name, want := range map[string]string{
-		"192.0.2.77":           "192.0.2.0/24",
-		"192.0.2.0/25":         "192.0.2.0/24",
-		"2001:db8:1:2::/64":    "2001:db8:1::/48",
-		"2001:db8:1:2:3:4:5:6": "2001:db8:1::/48",
-		"unix":                 "unix",
-		"":                     "",
-		"198.51.100.200":       "198.51.100.0/24",
-		"::1":                  "::/48",
+		"192.0.2.77": "192.0.2.0/24",
+		"user alice": "user",
+		"":           "",
 	} {
 		if got := maskClient(name); got != want {
 			t.Errorf("maskClient(%q) = %q, want %q", name, got, want)

@@ -34,15 +34,15 @@ func closeAction(r *http.Request) (bool, error) {
 }
 
 func refillAction(r *http.Request) (bool, error) {
-	client, err := clientToActOn(r.FormValue("client"))
+	key, err := clientToActOn(r.FormValue("client"))
 	if err != nil {
 		return false, err
 	}
-	return refillClient(client, r.FormValue("zone")), nil
+	return refillClient(key, r.FormValue("zone")), nil
 }
 
 func blockAction(r *http.Request) (bool, error) {
-	client, err := clientToActOn(r.FormValue("client"))
+	key, err := clientToActOn(r.FormValue("client"))
 	if err != nil {
 		return false, err
 	}
@@ -50,7 +50,7 @@ func blockAction(r *http.Request) (bool, error) {
 	if err != nil || d < 0 || d > maxBlock {
 		return false, errors.New("for: expected a duration up to 30d such as 10m, or 0s to end a block")
 	}
-	return blockClient(client, d), nil
+	return blockClient(key, d), nil
 }
 
 // crossOrigin rejects requests that a browser sends on behalf of another origin.

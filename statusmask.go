@@ -3,23 +3,19 @@
 
 package asyncproxy
 
-import "strings"
+import (
+	"strings"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+)
 
 // maskClient returns the network of a client, or "user" for a user.
 func maskClient(name string) string {
-	addr, err := parseClient(name)
-	switch {
-	case err != nil || !addr.IsValid():
+	key, err := client.Parse(name)
+	if err != nil {
 		return name
-	case addr.Zone() != "":
-		return "user"
 	}
-	bits := 48
-	if addr.Is4() {
-		bits = 24
-	}
-	p, _ := addr.Prefix(bits) // cannot fail: bits is within the address length
-	return p.String()
+	return key.Masked()
 }
 
 func (s *snapshot) mask() {

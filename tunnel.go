@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/caddyserver/caddy/v2"
 	"go.uber.org/zap"
 
@@ -41,7 +42,7 @@ type tunnel struct {
 	id       uint64
 	client   netip.Addr
 	user     string
-	limitKey netip.Addr // the limiter's key for the client
+	limitKey client.Key // the limiter's key for the client
 	target   string     // host and port as requested
 	proto    string     // of the client's request, or what it upgraded to
 	start    time.Time
