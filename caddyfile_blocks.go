@@ -82,12 +82,12 @@ func uselessRule(h *Handler) (*useless, error) {
 		return nil, err
 	}
 	check := &ruleCheck{open: p.openPorts(), skipFiles: true}
-	noSource := func(*Rule) (*rangeSource, error) { return new(rangeSource), nil }
-	sets, err := newRuleSets(h.Rules, noSource, check)
+	rules := compileRules(caddy.Context{}, h.Rules)
+	sets, err := newRuleSets(rules, check)
 	if err != nil {
 		return nil, err
 	}
-	for _, u := range check.useless(h.Rules, sets) {
+	for _, u := range check.useless(rules, sets) {
 		if u.all {
 			return &u, nil
 		}

@@ -76,15 +76,15 @@ func causeOf(f *refusal) cause {
 	)
 	switch {
 	case errors.As(f.err, &denied):
-		return denied.cause()
+		return causeOfDenied(denied)
 	case errors.As(f.err, &parent) && f.status == http.StatusForbidden:
 		return causeParent
 	}
 	return ""
 }
 
-// cause derives the cause from the name of the rule.
-func (e *deniedError) cause() cause {
+// causeOfDenied derives the cause from the name of the rule.
+func causeOfDenied(e *deniedError) cause {
 	switch {
 	case e.rule == "":
 		return causeDefault

@@ -34,10 +34,7 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *transaction
 	if err := h.tunnels.admit(from.limitKey, h.MaxTunnels, h.MaxTunnelsPerClient); err != nil {
 		return 0, tunnelRefusal(err)
 	}
-	ctx := h.withParentFields(r, from, target)
-	if h.dialer.policy.connect != nil {
-		ctx = context.WithValue(ctx, connectKey{}, true)
-	}
+	ctx := h.dialer.policy.withConnect(h.withParentFields(r, from, target))
 	ctx, dialled := h.tunnels.dialContext(ctx, time.Duration(h.DialTimeout))
 	far, err := h.dialer.dial(ctx, from.reach, target)
 	dialled()

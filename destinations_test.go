@@ -257,20 +257,18 @@ func TestRulesFromFiles(t *testing.T) {
 			t.Errorf("%s %s: %v", tc.name, tc.to, denied)
 		}
 	}
-	ctx, cancel := caddy.NewContext(caddy.Context{Context: t.Context()})
-	defer cancel()
 	if err := os.WriteFile(file, []byte("a.example\nnot/a/name\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	for path, want := range map[string]string{file: "deny: " + file + ":2: ", file + ".missing": "deny: open " + file + ".missing: "} {
-		_, err := newRuleSets([]Rule{{Action: "deny", Files: []string{path}}}, loadSource(ctx), new(ruleCheck))
+		_, err := newRuleSets([]policyRule{{action: "deny", files: []string{path}}}, new(ruleCheck))
 		if err == nil || !strings.HasPrefix(err.Error(), want) {
 			t.Errorf("%s: %v", path, err)
 		}
 	}
-	for _, rule := range []Rule{{Action: "permit", Destinations: []string{"all"}}, {Action: "deny"}, {Action: "deny", Destinations: []string{"a b"}}} {
-		if _, err := newRuleSets([]Rule{rule}, loadSource(ctx), new(ruleCheck)); err == nil {
-			t.Errorf("the rule %+v is accepted", rule)
+	for _, r := range []policyRule{{action: "permit", destinations: []string{"all"}}, {action: "deny"}, {action: "deny", destinations: []string{"a b"}}} {
+		if _, err := newRuleSets([]policyRule{r}, new(ruleCheck)); err == nil {
+			t.Errorf("the rule %+v is accepted", r)
 		}
 	}
 }

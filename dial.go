@@ -176,7 +176,7 @@ func (d *dialer) enforce(ctx context.Context, address string, denied, reported *
 func (d *dialer) denies(t *tunnel) bool {
 	ctx := context.Background()
 	if strings.HasPrefix(t.proto, "HTTP/") { // a CONNECT, not an upgraded request
-		ctx = context.WithValue(ctx, connectKey{}, true)
+		ctx = d.policy.withConnect(ctx)
 	}
 	if d.usesParent(t.target) {
 		return d.checkForParent(ctx, t.reach, t.target) != nil

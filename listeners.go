@@ -76,6 +76,8 @@ func (o *protectedListeners) isSite(ln netip.AddrPort) bool {
 	return false
 }
 
+var loopback4 = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+
 // spellings are the usual ways in which a config may write the host of a listener that
 // accepts connections to an address of this machine, and the address that it then listens
 // on. In addition, the config may write the address itself.

@@ -444,10 +444,11 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 		return err
 	}
 	check := &ruleCheck{open: p.openPorts()}
-	if p.sets, err = newRuleSets(h.Rules, loadSource(ctx), check); err != nil {
+	rules := compileRules(ctx, h.Rules)
+	if p.sets, err = newRuleSets(rules, check); err != nil {
 		return err
 	}
-	if err := check.report(h.Rules, p.sets, h.logger); err != nil {
+	if err := reportRules(check, rules, p.sets, h.logger); err != nil {
 		return err
 	}
 	p.recheckReused = p.reportOnly || slices.ContainsFunc(p.sets, func(s *ruleSet) bool { return len(s.sources) > 0 })

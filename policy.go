@@ -13,7 +13,6 @@ import (
 	"strings"
 	"sync/atomic"
 
-	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/gaissmai/bart"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
@@ -209,7 +208,7 @@ func (p *policy) checkName(ctx context.Context, r clientScope, t hostport.Target
 		return p.check(ctx, r, t, netip.AddrPortFrom(t.Addr, t.Port))
 	}
 	if !resolvable && (t.Name == "localhost" || strings.HasSuffix(t.Name, ".localhost")) {
-		return p.check(ctx, r, t, netip.AddrPortFrom(loopback4, t.Port))
+		return p.check(ctx, r, t, netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), t.Port))
 	}
 	if e := p.checkPort(ctx, t.Port); e != nil && p.enforces(e, &reported) {
 		return e, nil
@@ -237,11 +236,17 @@ func (p *policy) checkName(ctx context.Context, r clientScope, t hostport.Target
 	return nil, reported
 }
 
-var loopback4 = netip.AddrFrom4([4]byte{127, 0, 0, 1})
-
-// connectKey is the context key that marks the dial of a CONNECT. It is only set if the
-// option connect_ports is.
+// connectKey is the context key that marks the dial of a CONNECT.
 type connectKey struct{}
+
+// withConnect marks ctx as that of the dial of a CONNECT, for which the option connect_ports
+// may allow other ports.
+func (p *policy) withConnect(ctx context.Context) context.Context {
+	if p.connect == nil {
+		return ctx
+	}
+	return context.WithValue(ctx, connectKey{}, true)
+}
 
 func (p *policy) checkPort(ctx context.Context, port uint16) *deniedError {
 	ports, option := p.ports, "ports"
@@ -344,9 +349,9 @@ func (s *ruleSet) denied(entry string) *deniedError {
 
 // rangeSource is a list of CIDR ranges that may change while the config runs.
 type rangeSource struct {
-	name   string // the module's ID
-	source caddyhttp.IPRangeSource
-	built  atomic.Pointer[builtRanges]
+	name  string                               // the module's ID
+	list  func(context.Context) []netip.Prefix // the ranges for the request of a context
+	built atomic.Pointer[builtRanges]
 }
 
 // builtRanges is a list and the lookup table built from it.
@@ -356,7 +361,7 @@ type builtRanges struct {
 }
 
 func (s *rangeSource) contains(ctx context.Context, addr netip.Addr) bool {
-	list := s.source.GetIPRanges(requestOf(ctx))
+	list := s.list(ctx)
 	if len(list) == 0 {
 		return false
 	}
@@ -371,8 +376,8 @@ func (s *rangeSource) contains(ctx context.Context, addr netip.Addr) bool {
 	return b.table.Contains(addr)
 }
 
-// A reach says which addresses a client may reach by default: no more than it could
-// clientScope without the proxy.
+// A clientScope says which addresses a client may reach by default: no more than it could
+// reach without the proxy.
 type clientScope int
 
 const (

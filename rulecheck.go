@@ -10,8 +10,6 @@ import (
 	"slices"
 	"strings"
 
-	"go.uber.org/zap"
-
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
@@ -260,7 +258,7 @@ type useless struct {
 
 // useless returns the allow rules that have destinations without effect. It must be
 // called when all sets are complete.
-func (c *ruleCheck) useless(rules []Rule, sets []*ruleSet) (found []useless) {
+func (c *ruleCheck) useless(rules []policyRule, sets []*ruleSet) (found []useless) {
 	effective := make(map[int]bool) // rules that have an effect, or may have one
 	texts := make(map[int][]string)
 	for _, l := range c.noted {
@@ -279,7 +277,7 @@ func (c *ruleCheck) useless(rules []Rule, sets []*ruleSet) (found []useless) {
 	}
 	for i := range rules {
 		if len(texts[i]) > 0 && !c.incomplete {
-			found = append(found, useless{i, texts[i], !effective[i] && rules[i].SourceRaw == nil})
+			found = append(found, useless{i, texts[i], !effective[i] && rules[i].source == nil})
 		}
 	}
 	return found
@@ -296,27 +294,4 @@ func (u useless) text() string {
 		has = "have"
 	}
 	return fmt.Sprintf("%s %s no effect, because no later rule denies what it allows; %s", strings.Join(u.texts, " "), has, cure)
-}
-
-// report returns an error for the first allow rule that has no effect at all, and logs
-// warnings about the other findings.
-func (c *ruleCheck) report(rules []Rule, sets []*ruleSet, logger *zap.Logger) error {
-	for _, n := range c.never {
-		destinations := strings.Join(n.texts, " ")
-		if more := n.count - len(n.texts); more > 0 {
-			destinations += fmt.Sprintf(" and %d more", more)
-		}
-		logger.Warn("a rule can never match", zap.String("rule", rules[n.rule].Action+" "+destinations), zap.String("why", n.why))
-	}
-	if n := len(c.inexact); n > 0 {
-		logger.Warn("ranges in a file have bits set beyond their length, which are ignored",
-			zap.Strings("ranges", c.inexact[:min(n, maxRuleTexts)]), zap.Int("count", n))
-	}
-	for _, u := range c.useless(rules, sets) {
-		if u.all {
-			return fmt.Errorf("rules[%d]: allow: %s", u.rule, u.text())
-		}
-		logger.Warn("a rule has no effect", zap.String("rule", "allow "+strings.Join(u.texts, " ")), zap.String("why", u.text()))
-	}
-	return nil
 }

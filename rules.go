@@ -4,9 +4,6 @@
 package asyncproxy
 
 import (
-	"crypto/sha256"
-	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -14,57 +11,17 @@ import (
 	"strings"
 	"unicode"
 
-	"github.com/caddyserver/caddy/v2"
-	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"golang.org/x/net/idna"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
-// Rule allows or denies destinations. The first rule that matches a destination decides.
-type Rule struct {
-	// What to do with the destinations: "allow" or "deny".
-	Action string `json:"action"`
-
-	// The destinations: an address (192.0.2.1), a CIDR range (10.0.0.0/8), a host name
-	// (example.com), all names below one (*.example.com), `public` addresses, `private`
-	// addresses (those that by default only a client on this machine may reach), or
-	// `all`. Each may be followed by a colon and a port or a range of ports
-	// (example.com:443, all:8000-8999, [2001:db8::]:443). Default: all ports.
-	//
-	// A name is compared with the name that the client asks for; it is not resolved, and
-	// this machine's DNS search list does not apply. An address is compared with the
-	// address that the proxy is about to connect to. Allowing a name, or `all`, does not
-	// allow addresses that are denied otherwise. Allowing a range of IPv6 addresses does
-	// not allow private IPv4 addresses embedded in them.
-	Destinations []string `json:"destinations,omitempty"`
-
-	// Files that list destinations, one per line; # starts a comment. They are read when
-	// the config is loaded.
-	Files []string `json:"files,omitempty"`
-
-	// A hash of the contents of Files. The Caddyfile adapter sets it, because Caddy does
-	// not load a config that equals the running one: with the hash, a changed file makes
-	// a different config. Nothing else depends on it.
-	FilesHash string `json:"files_hash,omitempty"`
-
-	// A source of CIDR ranges: a module as for trusted_proxies.
-	SourceRaw json.RawMessage `json:"source,omitempty" caddy:"namespace=http.ip_sources inline_key=source"`
-}
-
-// hashFiles returns a hash of the contents of files, or "" if one of them cannot
-// be read.
-func hashFiles(paths []string) string {
-	all := sha256.New()
-	for _, path := range paths {
-		data, err := os.ReadFile(path)
-		if err != nil {
-			return ""
-		}
-		sum := sha256.Sum256(data)
-		all.Write(sum[:])
-	}
-	return hex.EncodeToString(all.Sum(nil)[:16])
+// policyRule is a rule that allows or denies destinations.
+type policyRule struct {
+	action       string // allow or deny
+	destinations []string
+	files        []string                     // of destinations, one per line; # starts a comment
+	source       func() (*rangeSource, error) // loads a source of ranges; nil: none
 }
 
 // destination is one destination of a rule.
@@ -128,7 +85,12 @@ func parseDestination(s string) (destination, error) {
 
 // parsePrefix parses an address or a CIDR range, and converts v4-mapped ones to IPv4.
 func parsePrefix(s string) (netip.Prefix, error) {
-	prefix, err := caddyhttp.CIDRExpressionToPrefix(s)
+	prefix, err := netip.ParsePrefix(s)
+	if !strings.Contains(s, "/") {
+		var addr netip.Addr
+		addr, err = netip.ParseAddr(s)
+		prefix = netip.PrefixFrom(addr, addr.BitLen())
+	}
 	if err == nil && prefix.Addr().Is4In6() && prefix.Bits() >= 96 {
 		prefix = netip.PrefixFrom(prefix.Addr().Unmap(), prefix.Bits()-96)
 	}
@@ -155,20 +117,20 @@ func checkHostBits(text string) error {
 	return nil
 }
 
-// newRuleSets builds the sets for rules. It calls load for rules with a source, and
-// records each destination in check.
-func newRuleSets(rules []Rule, load func(*Rule) (*rangeSource, error), check *ruleCheck) ([]*ruleSet, error) {
+// newRuleSets builds the sets for rules. It loads their sources, and records each
+// destination in check.
+func newRuleSets(rules []policyRule, check *ruleCheck) ([]*ruleSet, error) {
 	var sets []*ruleSet
 	first := 0 // the first set of the current run of rules with the same action
 	for i := range rules {
 		rule := &rules[i]
-		if rule.Action != "allow" && rule.Action != "deny" {
-			return nil, fmt.Errorf("rules[%d]: action %q: expected allow or deny", i, rule.Action)
+		if rule.action != "allow" && rule.action != "deny" {
+			return nil, fmt.Errorf("rules[%d]: action %q: expected allow or deny", i, rule.action)
 		}
-		if len(rule.Destinations) == 0 && len(rule.Files) == 0 && rule.SourceRaw == nil {
-			return nil, errors.New(rule.Action + ": missing destination")
+		if len(rule.destinations) == 0 && len(rule.files) == 0 && rule.source == nil {
+			return nil, errors.New(rule.action + ": missing destination")
 		}
-		deny := rule.Action == "deny"
+		deny := rule.action == "deny"
 		if len(sets) > 0 && sets[len(sets)-1].deny != deny {
 			first = len(sets)
 		}
@@ -197,18 +159,18 @@ func newRuleSets(rules []Rule, load func(*Rule) (*rangeSource, error), check *ru
 			}
 			return nil
 		}
-		for _, text := range rule.Destinations {
+		for _, text := range rule.destinations {
 			if err := note(text, false); err != nil {
-				return nil, fmt.Errorf("%s: %w", rule.Action, err)
+				return nil, fmt.Errorf("%s: %w", rule.action, err)
 			}
 		}
-		for _, file := range rule.Files {
+		for _, file := range rule.files {
 			err := readList(file, func(text string) error { return note(text, true) })
 			if check.unreadable(err) {
 				continue
 			}
 			if err != nil {
-				return nil, fmt.Errorf("%s: %w", rule.Action, err)
+				return nil, fmt.Errorf("%s: %w", rule.action, err)
 			}
 		}
 		for j := range check.noted[before:] {
@@ -216,27 +178,16 @@ func newRuleSets(rules []Rule, load func(*Rule) (*rangeSource, error), check *ru
 			l.set = set(l.dest.ports)
 			l.set.add(l.dest)
 		}
-		if rule.SourceRaw != nil {
-			source, err := load(rule)
+		if rule.source != nil {
+			source, err := rule.source()
 			if err != nil {
-				return nil, fmt.Errorf("%s: %w", rule.Action, err)
+				return nil, fmt.Errorf("%s: %w", rule.action, err)
 			}
 			s := set(portRange{})
 			s.sources = append(s.sources, source)
 		}
 	}
 	return sets, nil
-}
-
-// loadSource returns a function that loads the source module of a rule.
-func loadSource(ctx caddy.Context) func(*Rule) (*rangeSource, error) {
-	return func(rule *Rule) (*rangeSource, error) {
-		module, err := ctx.LoadModule(rule, "SourceRaw")
-		if err != nil {
-			return nil, err
-		}
-		return &rangeSource{name: string(module.(caddy.Module).CaddyModule().ID), source: module.(caddyhttp.IPRangeSource)}, nil
-	}
 }
 
 // newDirectSet returns a set of the destinations in texts, which must not have ports.
@@ -279,16 +230,11 @@ func (s *ruleSet) add(d destination) {
 	}
 }
 
-// expandRanges returns the CIDR ranges of private_ranges, or else text itself.
+// expandRanges returns the CIDR ranges of private_ranges, which are Caddy's, or else text
+// itself.
 func expandRanges(text string) []string {
 	if text == "private_ranges" {
-		ranges := caddyhttp.PrivateRangesCIDR()
-		for i, text := range ranges {
-			if prefix, err := netip.ParsePrefix(text); err == nil {
-				ranges[i] = prefix.Masked().String()
-			}
-		}
-		return ranges
+		return []string{"192.168.0.0/16", "172.16.0.0/12", "10.0.0.0/8", "127.0.0.0/8", "fd00::/8", "::1/128"}
 	}
 	return []string{text}
 }
