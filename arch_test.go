@@ -19,6 +19,7 @@ var arrows = []struct{ name, imports string }{
 	{"monotime", ""},
 	{"client", ""},
 	{"hostport", ""},
+	{"policy", "hostport"},
 }
 
 // TestArrows checks the imports of the packages below internal/. They know neither Caddy nor

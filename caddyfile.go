@@ -17,6 +17,7 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
+	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 func init() {
@@ -207,7 +208,7 @@ var options = map[string]option{
 		func(s string) error { _, err := newResolver([]string{s}); return err }),
 	"upstream": {expected: "http|https|socks5://[<user>[:<password>]@]<host>[:<port>]", parse: (*caddyfileParser).upstream},
 	"no_upstream": listOption("destinations without ports: addresses, CIDR ranges, names, *.names, public or private", func(h *Handler) *[]string { return &h.NoUpstream },
-		func(s string) error { _, err := newDirectSet([]string{s}); return err }),
+		func(s string) error { _, err := policy.NewDirectSet([]string{s}); return err }),
 	"dial_timeout":            durationOption("a positive duration such as 10s", func(h *Handler) *caddy.Duration { return &h.DialTimeout }),
 	"response_header_timeout": durationOrOffOption("a positive duration such as 5m, or off", func(h *Handler) *caddy.Duration { return &h.ResponseHeaderTimeout }),
 	"response_idle_timeout":   durationOrOffOption("a positive duration such as 5m, or off", func(h *Handler) *caddy.Duration { return &h.ResponseIdleTimeout }),
@@ -303,8 +304,8 @@ func (p *caddyfileParser) invalid(value string) error {
 // invalidValue returns the error for an invalid value of an option. If the intended
 // destination is obvious, the error says how to write it.
 func invalidValue(option, expected, value string) error {
-	_, err := parseDestination(value)
-	if bits := new(hostBitsError); errors.As(err, &bits) || strings.HasPrefix(value, ".") && strings.Contains(expected, "*.names") {
+	_, err := policy.ParseDestination(value)
+	if bits := new(policy.HostBitsError); errors.As(err, &bits) || strings.HasPrefix(value, ".") && strings.Contains(expected, "*.names") {
 		return fmt.Errorf("%s: %w", option, err)
 	}
 	return fmt.Errorf("%s: the value '%s' is not valid; expected %s", option, value, expected)
@@ -441,7 +442,7 @@ func parseDuration(s string, low caddy.Duration) (caddy.Duration, bool) {
 }
 
 func checkPorts(s string) error {
-	_, err := parsePorts(s)
+	_, err := policy.ParsePorts(s)
 	return err
 }
 

@@ -22,6 +22,8 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddytls"
 	"golang.org/x/crypto/bcrypt"
 	"golang.org/x/net/http/httpguts"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // rule parses a rule that lists destinations.
@@ -49,7 +51,7 @@ func (p *caddyfileParser) ruleFiles(h *Handler) error {
 	for _, file := range args {
 		// A config may be adapted by another user than the one that runs Caddy, who
 		// may lack permission to read the file.
-		if err := readList(file, checkListed); err != nil && !errors.Is(err, fs.ErrPermission) {
+		if err := policy.ReadList(file, checkListed); err != nil && !errors.Is(err, fs.ErrPermission) {
 			return p.expectedErr("%v", err)
 		}
 	}
@@ -67,28 +69,28 @@ func (p *caddyfileParser) addRule(h *Handler, rule Rule) {
 func (p *caddyfileParser) checkRules(h *Handler) error {
 	u, err := uselessRule(h)
 	if u != nil {
-		return p.rules[u.rule].Errf("allow: %s", u.text())
+		return p.rules[u.Rule].Errf("allow: %s", u.Text())
 	}
 	return err
 }
 
 // uselessRule returns the first allow rule that can have no effect.
-func uselessRule(h *Handler) (*useless, error) {
-	var p policy
+func uselessRule(h *Handler) (*policy.Useless, error) {
+	var p policy.Policy
 	var err, err2 error
-	p.ports, err = parsePortList("ports", h.Ports)
-	p.connect, err2 = parsePortList("connect_ports", h.ConnectPorts)
+	p.Ports, err = policy.ParsePortList("ports", h.Ports)
+	p.Connect, err2 = policy.ParsePortList("connect_ports", h.ConnectPorts)
 	if err := errors.Join(err, err2); err != nil {
 		return nil, err
 	}
-	check := &ruleCheck{open: p.openPorts(), skipFiles: true}
+	check := &policy.RuleCheck{Open: p.OpenPorts(), SkipFiles: true}
 	rules := compileRules(caddy.Context{}, h.Rules)
-	sets, err := newRuleSets(rules, check)
+	sets, err := policy.NewRuleSets(rules, check)
 	if err != nil {
 		return nil, err
 	}
-	for _, u := range check.useless(rules, sets) {
-		if u.all {
+	for _, u := range check.Useless(rules, sets) {
+		if u.All {
 			return &u, nil
 		}
 	}
@@ -99,15 +101,15 @@ func uselessRule(h *Handler) (*useless, error) {
 // ignored there.
 func checkListed(text string) error {
 	err := checkDestination(text)
-	if bits := new(hostBitsError); errors.As(err, &bits) {
+	if bits := new(policy.HostBitsError); errors.As(err, &bits) {
 		return nil
 	}
 	return err
 }
 
 func checkDestination(text string) error {
-	for _, text := range expandRanges(text) {
-		if _, err := parseDestination(text); err != nil {
+	for _, text := range policy.ExpandRanges(text) {
+		if _, err := policy.ParseDestination(text); err != nil {
 			return err
 		}
 	}
@@ -129,7 +131,7 @@ func (p *caddyfileParser) ruleSource(h *Handler) error {
 			return p.expectedErr("static has no ranges")
 		}
 		for _, r := range static.Ranges {
-			if _, err := parsePrefix(r); err != nil {
+			if _, err := policy.ParsePrefix(r); err != nil {
 				return p.invalid(r)
 			}
 		}
@@ -208,7 +210,7 @@ func (p *caddyfileParser) servePAC(h *Handler) error {
 			return err
 		}
 		for _, arg := range args {
-			if _, err := newPACDirect([]string{arg}); err != nil {
+			if _, err := policy.NewPACDirect([]string{arg}); err != nil {
 				return p.invalid(arg)
 			}
 		}

@@ -6,6 +6,8 @@ package asyncproxy
 import (
 	"errors"
 	"net/http"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // cause says why the proxy itself refused a request. It is more specific than the RFC 9209
@@ -38,21 +40,21 @@ var causes = map[cause]struct {
 	kind   string
 	text   string // a format; "" where the sentence depends on more than the cause
 }{
-	causeRateLimited:        {http.StatusTooManyRequests, deniedRequest, "Too many requests from your address; try again in %d s."},
-	causeBlocked:            {http.StatusTooManyRequests, deniedRequest, "The operator of this proxy has blocked %s; try again in %d s."},
+	causeRateLimited:        {http.StatusTooManyRequests, policy.DeniedRequest, "Too many requests from your address; try again in %d s."},
+	causeBlocked:            {http.StatusTooManyRequests, policy.DeniedRequest, "The operator of this proxy has blocked %s; try again in %d s."},
 	causeLimiterUnavailable: {http.StatusServiceUnavailable, "proxy_internal_error", "The rate limiter is unavailable; try again shortly."},
-	causeRule:               {http.StatusForbidden, deniedRequest, ""},
-	causeDefault:            {http.StatusForbidden, deniedAddress, ""},
-	causePort:               {http.StatusForbidden, deniedRequest, ""},
-	causeClient:             {http.StatusForbidden, deniedRequest, "Your address, %s, may not use this proxy."},
-	causeAuthRequired:       {http.StatusProxyAuthRequired, deniedRequest, "This proxy requires a user name and password."},
-	causeAuthFailed:         {http.StatusProxyAuthRequired, deniedRequest, "The user name or password is wrong."},
-	causeFailedLogins:       {http.StatusTooManyRequests, deniedRequest, "Too many failed logins from your address; try again in %d s."},
+	causeRule:               {http.StatusForbidden, policy.DeniedRequest, ""},
+	causeDefault:            {http.StatusForbidden, policy.DeniedAddress, ""},
+	causePort:               {http.StatusForbidden, policy.DeniedRequest, ""},
+	causeClient:             {http.StatusForbidden, policy.DeniedRequest, "Your address, %s, may not use this proxy."},
+	causeAuthRequired:       {http.StatusProxyAuthRequired, policy.DeniedRequest, "This proxy requires a user name and password."},
+	causeAuthFailed:         {http.StatusProxyAuthRequired, policy.DeniedRequest, "The user name or password is wrong."},
+	causeFailedLogins:       {http.StatusTooManyRequests, policy.DeniedRequest, "Too many failed logins from your address; try again in %d s."},
 	causeLoginsBusy:         {http.StatusServiceUnavailable, "proxy_internal_error", "The proxy is busy with other logins; try again in %d s."},
 	causeTunnels:            {http.StatusServiceUnavailable, "connection_limit_reached", "This proxy has reached its limit of open tunnels; try again later."},
 	causeTunnelsPerClient:   {http.StatusTooManyRequests, "connection_limit_reached", "Your address has reached its limit of open tunnels; close one first."},
 	causeLoop:               {http.StatusLoopDetected, "proxy_loop_detected", "Proxy loop: this request has already passed through %s."},
-	causeParent:             {http.StatusForbidden, deniedRequest, ""},
+	causeParent:             {http.StatusForbidden, policy.DeniedRequest, ""},
 }
 
 // refusal returns the refusal for a cause, with its sentence formatted with args.
@@ -71,7 +73,7 @@ func causeOf(f *refusal) cause {
 		return f.cause
 	}
 	var (
-		denied *deniedError
+		denied *policy.DeniedError
 		parent *parentError
 	)
 	switch {
@@ -84,11 +86,11 @@ func causeOf(f *refusal) cause {
 }
 
 // causeOfDenied derives the cause from the name of the rule.
-func causeOfDenied(e *deniedError) cause {
+func causeOfDenied(e *policy.DeniedError) cause {
 	switch {
-	case e.rule == "":
+	case e.Rule == "":
 		return causeDefault
-	case e.rule == "ports" || e.rule == "connect_ports":
+	case e.Rule == "ports" || e.Rule == "connect_ports":
 		return causePort
 	}
 	return causeRule

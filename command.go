@@ -158,7 +158,7 @@ func commandHandler(flags caddycmd.Flags) (*Handler, error) {
 	}
 	u, err := uselessRule(h)
 	if u != nil {
-		return nil, fmt.Errorf("allow: %s", u.text())
+		return nil, fmt.Errorf("allow: %s", u.Text())
 	}
 	return h, err
 }

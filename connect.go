@@ -13,6 +13,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
+	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // established is the response to a CONNECT over HTTP/1. It is written to the hijacked
@@ -34,7 +35,7 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *transaction
 	if err := h.tunnels.admit(from.limitKey, h.MaxTunnels, h.MaxTunnelsPerClient); err != nil {
 		return 0, tunnelRefusal(err)
 	}
-	ctx := h.dialer.policy.withConnect(h.withParentFields(r, from, target))
+	ctx := h.dialer.policy.WithConnect(h.withParentFields(r, from, target))
 	ctx, dialled := h.tunnels.dialContext(ctx, time.Duration(h.DialTimeout))
 	far, err := h.dialer.dial(ctx, from.reach, target)
 	dialled()
@@ -70,9 +71,9 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *transaction
 // tunnelRefusal returns the response for when a limit does not allow another tunnel.
 func tunnelRefusal(err *limitError) *refusal {
 	if err.perClient {
-		return causeTunnelsPerClient.refusal(&deniedError{rule: "max_tunnels per_client", reason: err.Error(), hint: "raise max_tunnels per_client"})
+		return causeTunnelsPerClient.refusal(&policy.DeniedError{Rule: "max_tunnels per_client", Reason: err.Error(), Hint: "raise max_tunnels per_client"})
 	}
-	return causeTunnels.refusal(&deniedError{rule: "max_tunnels", reason: err.Error(), hint: "raise max_tunnels"})
+	return causeTunnels.refusal(&policy.DeniedError{Rule: "max_tunnels", Reason: err.Error(), Hint: "raise max_tunnels"})
 }
 
 // announcesContent reports whether a CONNECT request declares content, which it must not

@@ -20,121 +20,122 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
+	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 func TestRulesOfDestinations(t *testing.T) {
 	const opens, byDefault = "opens", "default"
 	for _, tc := range []struct {
 		rules string
-		reach clientScope
+		reach policy.Scope
 		name  string // "": the address itself
 		to    string
 		want  string // opens, or the rule that denies
 	}{
 		// The first matching rule decides.
-		{"deny 192.0.2.0/24\nallow 192.0.2.1", localScope, "", "192.0.2.1:80", "deny 192.0.2.0/24"},
-		{"allow 192.0.2.1\ndeny 192.0.2.0/24", publicScope, "", "192.0.2.1:80", opens},
-		{"allow 192.0.2.1\ndeny 192.0.2.0/24", publicScope, "", "192.0.2.2:80", "deny 192.0.2.0/24"},
-		{"deny 8.8.8.8 1.1.1.1", publicScope, "", "1.1.1.1:80", "deny 1.1.1.1/32"},
-		{"deny 8.8.8.8", publicScope, "", "1.1.1.1:80", opens},
-		{"", publicScope, "", "1.1.1.1:80", opens},
-		{"", publicScope, "", "10.0.0.1:80", byDefault},
-		{"", localScope, "", "10.0.0.1:80", opens},
+		{"deny 192.0.2.0/24\nallow 192.0.2.1", policy.LocalScope, "", "192.0.2.1:80", "deny 192.0.2.0/24"},
+		{"allow 192.0.2.1\ndeny 192.0.2.0/24", policy.PublicScope, "", "192.0.2.1:80", opens},
+		{"allow 192.0.2.1\ndeny 192.0.2.0/24", policy.PublicScope, "", "192.0.2.2:80", "deny 192.0.2.0/24"},
+		{"deny 8.8.8.8 1.1.1.1", policy.PublicScope, "", "1.1.1.1:80", "deny 1.1.1.1/32"},
+		{"deny 8.8.8.8", policy.PublicScope, "", "1.1.1.1:80", opens},
+		{"", policy.PublicScope, "", "1.1.1.1:80", opens},
+		{"", policy.PublicScope, "", "10.0.0.1:80", byDefault},
+		{"", policy.LocalScope, "", "10.0.0.1:80", opens},
 
 		// Names.
-		{"deny ads.example", publicScope, "ads.example", "1.1.1.1:80", "deny ads.example"},
-		{"deny ads.example", publicScope, "www.ads.example", "1.1.1.1:80", opens},
-		{"deny ads.example", publicScope, "", "1.1.1.1:80", opens},
-		{"deny ADS.Example.", publicScope, "ads.example", "1.1.1.1:80", "deny ads.example"},
-		{"deny *.ads.example", publicScope, "ads.example", "1.1.1.1:80", opens},
-		{"deny *.ads.example", publicScope, "a.ads.example", "1.1.1.1:80", "deny *.ads.example"},
-		{"deny *.ads.example", publicScope, "a.b.ads.example", "1.1.1.1:80", "deny *.ads.example"},
-		{"deny *.ads.example", publicScope, "bads.example", "1.1.1.1:80", opens},
-		{"deny *.example", publicScope, "a.b.ads.example", "1.1.1.1:80", "deny *.example"},
-		{"deny münchen.example", publicScope, "xn--mnchen-3ya.example", "1.1.1.1:80", "deny xn--mnchen-3ya.example"},
-		{"allow www.ads.example\ndeny *.ads.example", publicScope, "www.ads.example", "1.1.1.1:80", opens},
-		{"allow www.ads.example\ndeny *.ads.example", publicScope, "ftp.ads.example", "1.1.1.1:80", "deny *.ads.example"},
+		{"deny ads.example", policy.PublicScope, "ads.example", "1.1.1.1:80", "deny ads.example"},
+		{"deny ads.example", policy.PublicScope, "www.ads.example", "1.1.1.1:80", opens},
+		{"deny ads.example", policy.PublicScope, "", "1.1.1.1:80", opens},
+		{"deny ADS.Example.", policy.PublicScope, "ads.example", "1.1.1.1:80", "deny ads.example"},
+		{"deny *.ads.example", policy.PublicScope, "ads.example", "1.1.1.1:80", opens},
+		{"deny *.ads.example", policy.PublicScope, "a.ads.example", "1.1.1.1:80", "deny *.ads.example"},
+		{"deny *.ads.example", policy.PublicScope, "a.b.ads.example", "1.1.1.1:80", "deny *.ads.example"},
+		{"deny *.ads.example", policy.PublicScope, "bads.example", "1.1.1.1:80", opens},
+		{"deny *.example", policy.PublicScope, "a.b.ads.example", "1.1.1.1:80", "deny *.example"},
+		{"deny münchen.example", policy.PublicScope, "xn--mnchen-3ya.example", "1.1.1.1:80", "deny xn--mnchen-3ya.example"},
+		{"allow www.ads.example\ndeny *.ads.example", policy.PublicScope, "www.ads.example", "1.1.1.1:80", opens},
+		{"allow www.ads.example\ndeny *.ads.example", policy.PublicScope, "ftp.ads.example", "1.1.1.1:80", "deny *.ads.example"},
 
 		// Allowing a name opens no address that is otherwise closed.
-		{"allow wiki.example", publicScope, "wiki.example", "10.0.0.1:80", byDefault},
-		{"allow wiki.example", localScope, "wiki.example", "10.0.0.1:80", opens},
-		{"allow wiki.example", localScope, "wiki.example", "169.254.169.254:80", byDefault},
-		{"allow wiki.example 10.0.0.0/8", publicScope, "wiki.example", "10.0.0.1:80", opens},
-		{"allow wiki.example\nallow 10.0.0.0/8", publicScope, "wiki.example", "10.0.0.1:80", opens},
-		{"allow wiki.example\ndeny 1.1.1.0/24", publicScope, "wiki.example", "1.1.1.1:80", "deny 1.1.1.0/24"},
-		{"allow wiki.example\ndeny all", publicScope, "wiki.example", "1.1.1.1:80", opens},
-		{"allow wiki.example\ndeny all", publicScope, "wiki.example", "10.0.0.1:80", byDefault},
-		{"allow wiki.example 10.0.0.0/8\ndeny all", publicScope, "wiki.example", "10.0.0.1:80", opens},
-		{"allow wiki.example 10.0.0.0/8\ndeny all", publicScope, "other.example", "10.0.0.1:80", opens},
-		{"allow wiki.example\ndeny all", publicScope, "other.example", "1.1.1.1:80", "deny all"},
-		{"allow wiki.example\ndeny all", publicScope, "", "1.1.1.1:80", "deny all"},
-		{"allow 1.1.1.1\ndeny all", publicScope, "other.example", "1.1.1.1:80", opens},
-		{"allow 1.1.1.1\ndeny all", publicScope, "", "8.8.8.8:80", "deny all"},
+		{"allow wiki.example", policy.PublicScope, "wiki.example", "10.0.0.1:80", byDefault},
+		{"allow wiki.example", policy.LocalScope, "wiki.example", "10.0.0.1:80", opens},
+		{"allow wiki.example", policy.LocalScope, "wiki.example", "169.254.169.254:80", byDefault},
+		{"allow wiki.example 10.0.0.0/8", policy.PublicScope, "wiki.example", "10.0.0.1:80", opens},
+		{"allow wiki.example\nallow 10.0.0.0/8", policy.PublicScope, "wiki.example", "10.0.0.1:80", opens},
+		{"allow wiki.example\ndeny 1.1.1.0/24", policy.PublicScope, "wiki.example", "1.1.1.1:80", "deny 1.1.1.0/24"},
+		{"allow wiki.example\ndeny all", policy.PublicScope, "wiki.example", "1.1.1.1:80", opens},
+		{"allow wiki.example\ndeny all", policy.PublicScope, "wiki.example", "10.0.0.1:80", byDefault},
+		{"allow wiki.example 10.0.0.0/8\ndeny all", policy.PublicScope, "wiki.example", "10.0.0.1:80", opens},
+		{"allow wiki.example 10.0.0.0/8\ndeny all", policy.PublicScope, "other.example", "10.0.0.1:80", opens},
+		{"allow wiki.example\ndeny all", policy.PublicScope, "other.example", "1.1.1.1:80", "deny all"},
+		{"allow wiki.example\ndeny all", policy.PublicScope, "", "1.1.1.1:80", "deny all"},
+		{"allow 1.1.1.1\ndeny all", policy.PublicScope, "other.example", "1.1.1.1:80", opens},
+		{"allow 1.1.1.1\ndeny all", policy.PublicScope, "", "8.8.8.8:80", "deny all"},
 
 		// Classes.
-		{"allow all", publicScope, "", "10.0.0.1:80", byDefault},
-		{"allow all", publicScope, "x.example", "10.0.0.1:80", byDefault},
-		{"allow all", publicScope, "x.example", "1.1.1.1:80", opens},
-		{"allow private", publicScope, "", "10.0.0.1:80", opens},
-		{"allow private", publicScope, "", "127.0.0.1:80", opens},
-		{"allow private", publicScope, "", "[fd00::1]:80", opens},
-		{"allow private", publicScope, "", "169.254.169.254:80", byDefault},
-		{"allow private", localScope, "", "0.0.0.0:80", byDefault},
-		{"allow private\ndeny all", publicScope, "", "1.1.1.1:80", "deny all"},
-		{"allow public\ndeny all", localScope, "", "1.1.1.1:80", opens},
-		{"allow public\ndeny all", localScope, "", "127.0.0.1:80", "deny all"},
-		{"deny private", localScope, "", "127.0.0.1:80", "deny private"},
-		{"deny private", localScope, "x.example", "[64:ff9b::a00:1]:80", "deny private"},
-		{"deny private", localScope, "", "1.1.1.1:80", opens},
-		{"deny public", localScope, "", "1.1.1.1:80", "deny public"},
-		{"deny public", localScope, "", "127.0.0.1:80", opens},
-		{"allow private_ranges", publicScope, "", "192.168.1.1:80", opens},
+		{"allow all", policy.PublicScope, "", "10.0.0.1:80", byDefault},
+		{"allow all", policy.PublicScope, "x.example", "10.0.0.1:80", byDefault},
+		{"allow all", policy.PublicScope, "x.example", "1.1.1.1:80", opens},
+		{"allow private", policy.PublicScope, "", "10.0.0.1:80", opens},
+		{"allow private", policy.PublicScope, "", "127.0.0.1:80", opens},
+		{"allow private", policy.PublicScope, "", "[fd00::1]:80", opens},
+		{"allow private", policy.PublicScope, "", "169.254.169.254:80", byDefault},
+		{"allow private", policy.LocalScope, "", "0.0.0.0:80", byDefault},
+		{"allow private\ndeny all", policy.PublicScope, "", "1.1.1.1:80", "deny all"},
+		{"allow public\ndeny all", policy.LocalScope, "", "1.1.1.1:80", opens},
+		{"allow public\ndeny all", policy.LocalScope, "", "127.0.0.1:80", "deny all"},
+		{"deny private", policy.LocalScope, "", "127.0.0.1:80", "deny private"},
+		{"deny private", policy.LocalScope, "x.example", "[64:ff9b::a00:1]:80", "deny private"},
+		{"deny private", policy.LocalScope, "", "1.1.1.1:80", opens},
+		{"deny public", policy.LocalScope, "", "1.1.1.1:80", "deny public"},
+		{"deny public", policy.LocalScope, "", "127.0.0.1:80", opens},
+		{"allow private_ranges", policy.PublicScope, "", "192.168.1.1:80", opens},
 
 		// Metadata services.
-		{"allow private", publicScope, "", "[fd00:ec2::254]:80", byDefault},
-		{"allow private_ranges", publicScope, "", "[fd00:ec2::254]:80", byDefault},
-		{"allow private", publicScope, "", "100.100.100.200:80", byDefault},
-		{"allow 100.64.0.0/10", publicScope, "", "100.100.100.200:80", byDefault},
-		{"allow 100.64.0.0/10", publicScope, "", "100.100.100.201:80", opens},
-		{"allow 0.0.0.0/0 ::/0", publicScope, "", "168.63.129.16:80", byDefault},
-		{"allow 0.0.0.0/0 ::/0", publicScope, "", "169.254.169.254:80", byDefault},
-		{"allow 0.0.0.0/0 ::/0", publicScope, "", "[64:ff9b::a9fe:a9fe]:80", byDefault},
-		{"allow 168.63.129.16", publicScope, "", "168.63.129.16:80", opens},
-		{"allow 169.254.0.0/16 169.254.169.254", publicScope, "", "169.254.169.254:80", opens},
-		{"allow 169.254.169.254", publicScope, "metadata.example", "169.254.169.254:80", opens},
-		{"allow 169.254.169.254", publicScope, "", "[64:ff9b::a9fe:a9fe]:80", opens},
-		{"allow all", localScope, "metadata.example", "192.0.0.192:80", byDefault},
-		{"", localScope, "", "192.0.0.192:80", byDefault},
-		{"", localScope, "", "[fd20:ce::254]:80", byDefault},
-		{"deny 100.64.0.0/10", localScope, "", "100.100.100.200:80", "deny 100.64.0.0/10"},
-		{"deny private", localScope, "", "100.100.100.200:80", "deny private"},
+		{"allow private", policy.PublicScope, "", "[fd00:ec2::254]:80", byDefault},
+		{"allow private_ranges", policy.PublicScope, "", "[fd00:ec2::254]:80", byDefault},
+		{"allow private", policy.PublicScope, "", "100.100.100.200:80", byDefault},
+		{"allow 100.64.0.0/10", policy.PublicScope, "", "100.100.100.200:80", byDefault},
+		{"allow 100.64.0.0/10", policy.PublicScope, "", "100.100.100.201:80", opens},
+		{"allow 0.0.0.0/0 ::/0", policy.PublicScope, "", "168.63.129.16:80", byDefault},
+		{"allow 0.0.0.0/0 ::/0", policy.PublicScope, "", "169.254.169.254:80", byDefault},
+		{"allow 0.0.0.0/0 ::/0", policy.PublicScope, "", "[64:ff9b::a9fe:a9fe]:80", byDefault},
+		{"allow 168.63.129.16", policy.PublicScope, "", "168.63.129.16:80", opens},
+		{"allow 169.254.0.0/16 169.254.169.254", policy.PublicScope, "", "169.254.169.254:80", opens},
+		{"allow 169.254.169.254", policy.PublicScope, "metadata.example", "169.254.169.254:80", opens},
+		{"allow 169.254.169.254", policy.PublicScope, "", "[64:ff9b::a9fe:a9fe]:80", opens},
+		{"allow all", policy.LocalScope, "metadata.example", "192.0.0.192:80", byDefault},
+		{"", policy.LocalScope, "", "192.0.0.192:80", byDefault},
+		{"", policy.LocalScope, "", "[fd20:ce::254]:80", byDefault},
+		{"deny 100.64.0.0/10", policy.LocalScope, "", "100.100.100.200:80", "deny 100.64.0.0/10"},
+		{"deny private", policy.LocalScope, "", "100.100.100.200:80", "deny private"},
 
 		// Addresses embedded in others.
-		{"deny 1.1.1.0/24", publicScope, "", "[64:ff9b::101:101]:80", "deny 1.1.1.0/24"},
-		{"deny 1.1.1.0/24", publicScope, "", "[2002:101:101::]:80", "deny 1.1.1.0/24"},
-		{"deny 1.1.1.0/24", publicScope, "", "[::ffff:1.1.1.1]:80", "deny 1.1.1.0/24"},
-		{"deny ::ffff:1.1.1.1", publicScope, "", "1.1.1.1:80", "deny 1.1.1.1/32"},
-		{"deny ::ffff:1.1.1.0/120", publicScope, "", "1.1.1.1:80", "deny 1.1.1.0/24"},
-		{"deny 64:ff9b::/96", publicScope, "", "[64:ff9b::101:101]:80", "deny 64:ff9b::/96"},
+		{"deny 1.1.1.0/24", policy.PublicScope, "", "[64:ff9b::101:101]:80", "deny 1.1.1.0/24"},
+		{"deny 1.1.1.0/24", policy.PublicScope, "", "[2002:101:101::]:80", "deny 1.1.1.0/24"},
+		{"deny 1.1.1.0/24", policy.PublicScope, "", "[::ffff:1.1.1.1]:80", "deny 1.1.1.0/24"},
+		{"deny ::ffff:1.1.1.1", policy.PublicScope, "", "1.1.1.1:80", "deny 1.1.1.1/32"},
+		{"deny ::ffff:1.1.1.0/120", policy.PublicScope, "", "1.1.1.1:80", "deny 1.1.1.0/24"},
+		{"deny 64:ff9b::/96", policy.PublicScope, "", "[64:ff9b::101:101]:80", "deny 64:ff9b::/96"},
 
 		// Ports.
-		{"deny x.example:80", publicScope, "x.example", "1.1.1.1:80", "deny x.example:80"},
-		{"deny x.example:80", publicScope, "x.example", "1.1.1.1:443", opens},
-		{"deny all:1-1023\nallow all", publicScope, "", "1.1.1.1:1023", "deny all:1-1023"},
-		{"deny all:1-1023\nallow all", publicScope, "", "1.1.1.1:1024", opens},
-		{"allow all:443\ndeny all", publicScope, "x.example", "1.1.1.1:443", opens},
-		{"allow all:443\ndeny all", publicScope, "x.example", "1.1.1.1:80", "deny all"},
-		{"allow 10.0.0.1:443 [fd00::1]:443 [fd00::]:80-90", publicScope, "", "10.0.0.1:443", opens},
-		{"allow 10.0.0.1:443 [fd00::1]:443 [fd00::]:80-90", publicScope, "", "[fd00::1]:443", opens},
-		{"allow 10.0.0.1:443 [fd00::1]:443 [fd00::]:80-90", publicScope, "", "[fd00::]:85", opens},
-		{"allow 10.0.0.1:443 [fd00::1]:443 [fd00::]:80-90", publicScope, "", "[fd00::]:91", byDefault},
-		{"allow 10.0.0.1:443 [fd00::1]:443 [fd00::]:80-90", publicScope, "", "10.0.0.1:80", byDefault},
-		{"", publicScope, "", "1.1.1.1:25", "ports"},
-		{"allow all 1.1.1.1:25", publicScope, "", "1.1.1.1:25", "ports"},
-		{"ports 25", publicScope, "", "1.1.1.1:25", opens},
-		{"ports 80 8000-8999", publicScope, "", "1.1.1.1:8500", opens},
-		{"ports 80 8000-8999", publicScope, "", "1.1.1.1:443", "ports"},
-		{"ports 80 8000-8999\nallow 1.1.1.1:443", publicScope, "", "1.1.1.1:443", "ports"},
+		{"deny x.example:80", policy.PublicScope, "x.example", "1.1.1.1:80", "deny x.example:80"},
+		{"deny x.example:80", policy.PublicScope, "x.example", "1.1.1.1:443", opens},
+		{"deny all:1-1023\nallow all", policy.PublicScope, "", "1.1.1.1:1023", "deny all:1-1023"},
+		{"deny all:1-1023\nallow all", policy.PublicScope, "", "1.1.1.1:1024", opens},
+		{"allow all:443\ndeny all", policy.PublicScope, "x.example", "1.1.1.1:443", opens},
+		{"allow all:443\ndeny all", policy.PublicScope, "x.example", "1.1.1.1:80", "deny all"},
+		{"allow 10.0.0.1:443 [fd00::1]:443 [fd00::]:80-90", policy.PublicScope, "", "10.0.0.1:443", opens},
+		{"allow 10.0.0.1:443 [fd00::1]:443 [fd00::]:80-90", policy.PublicScope, "", "[fd00::1]:443", opens},
+		{"allow 10.0.0.1:443 [fd00::1]:443 [fd00::]:80-90", policy.PublicScope, "", "[fd00::]:85", opens},
+		{"allow 10.0.0.1:443 [fd00::1]:443 [fd00::]:80-90", policy.PublicScope, "", "[fd00::]:91", byDefault},
+		{"allow 10.0.0.1:443 [fd00::1]:443 [fd00::]:80-90", policy.PublicScope, "", "10.0.0.1:80", byDefault},
+		{"", policy.PublicScope, "", "1.1.1.1:25", "ports"},
+		{"allow all 1.1.1.1:25", policy.PublicScope, "", "1.1.1.1:25", "ports"},
+		{"ports 25", policy.PublicScope, "", "1.1.1.1:25", opens},
+		{"ports 80 8000-8999", policy.PublicScope, "", "1.1.1.1:8500", opens},
+		{"ports 80 8000-8999", policy.PublicScope, "", "1.1.1.1:443", "ports"},
+		{"ports 80 8000-8999\nallow 1.1.1.1:443", policy.PublicScope, "", "1.1.1.1:443", "ports"},
 	} {
 		p := policyOf(t, tc.rules)
 		to := netip.MustParseAddrPort(tc.to)
@@ -143,8 +144,8 @@ func TestRulesOfDestinations(t *testing.T) {
 			asked.Addr = to.Addr()
 		}
 		got := opens
-		if denied, _ := p.check(t.Context(), tc.reach, asked, to); denied != nil {
-			if got = denied.rule; got == "" {
+		if denied, _ := p.Check(t.Context(), tc.reach, asked, to); denied != nil {
+			if got = denied.Rule; got == "" {
 				got = byDefault
 			}
 		}
@@ -152,8 +153,8 @@ func TestRulesOfDestinations(t *testing.T) {
 			t.Errorf("%q: %q at %s for reach %d: %s, want %s", tc.rules, tc.name, tc.to, tc.reach, got, tc.want)
 		}
 		// Checking the name alone may save a lookup but must not change the outcome.
-		if early, _ := p.checkName(t.Context(), tc.reach, asked, true); early != nil && got == opens {
-			t.Errorf("%q: the name %q is denied by %s, its address is not", tc.rules, tc.name, early.rule)
+		if early, _ := p.CheckName(t.Context(), tc.reach, asked, true); early != nil && got == opens {
+			t.Errorf("%q: the name %q is denied by %s, its address is not", tc.rules, tc.name, early.Rule)
 		}
 	}
 }
@@ -162,32 +163,32 @@ func TestRulesOfDestinations(t *testing.T) {
 func TestRulesWithoutResolving(t *testing.T) {
 	for _, tc := range []struct {
 		rules, address string
-		reach          clientScope
+		reach          policy.Scope
 		open           bool
 	}{
-		{"", "x.example:80", publicScope, true},
-		{"", "x.example:25", publicScope, false},
-		{"", "10.0.0.1:80", publicScope, false},
-		{"", "10.0.0.1:80", localScope, true},
-		{"", "169.254.169.254:80", localScope, false},
-		{"", "[::ffff:10.0.0.1]:80", publicScope, false},
-		{"", "localhost:80", publicScope, false},
-		{"", "LOCALHOST.:80", publicScope, false},
-		{"", "x.localhost:80", publicScope, false},
-		{"", "localhost:80", localScope, true},
-		{"deny x.example", "X.example.:80", publicScope, false},
-		{"deny x.example", "y.example:80", publicScope, true},
-		{"deny all", "y.example:80", publicScope, false},
-		{"allow *.example\ndeny all", "y.example:80", publicScope, true},
-		{"allow *.example\ndeny all", "y.test:80", publicScope, false},
-		{"allow 1.1.1.1\ndeny all", "y.test:80", publicScope, false}, // unknown: the address would decide
-		{"allow 1.1.1.1\ndeny all", "1.1.1.1:80", publicScope, true},
-		{"deny 1.1.1.1", "y.test:80", publicScope, true}, // likewise unknown
-		{"deny 1.1.1.1", "1.1.1.1:80", publicScope, false},
-		{"allow private", "10.0.0.1:80", publicScope, true},
+		{"", "x.example:80", policy.PublicScope, true},
+		{"", "x.example:25", policy.PublicScope, false},
+		{"", "10.0.0.1:80", policy.PublicScope, false},
+		{"", "10.0.0.1:80", policy.LocalScope, true},
+		{"", "169.254.169.254:80", policy.LocalScope, false},
+		{"", "[::ffff:10.0.0.1]:80", policy.PublicScope, false},
+		{"", "localhost:80", policy.PublicScope, false},
+		{"", "LOCALHOST.:80", policy.PublicScope, false},
+		{"", "x.localhost:80", policy.PublicScope, false},
+		{"", "localhost:80", policy.LocalScope, true},
+		{"deny x.example", "X.example.:80", policy.PublicScope, false},
+		{"deny x.example", "y.example:80", policy.PublicScope, true},
+		{"deny all", "y.example:80", policy.PublicScope, false},
+		{"allow *.example\ndeny all", "y.example:80", policy.PublicScope, true},
+		{"allow *.example\ndeny all", "y.test:80", policy.PublicScope, false},
+		{"allow 1.1.1.1\ndeny all", "y.test:80", policy.PublicScope, false}, // unknown: the address would decide
+		{"allow 1.1.1.1\ndeny all", "1.1.1.1:80", policy.PublicScope, true},
+		{"deny 1.1.1.1", "y.test:80", policy.PublicScope, true}, // likewise unknown
+		{"deny 1.1.1.1", "1.1.1.1:80", policy.PublicScope, false},
+		{"allow private", "10.0.0.1:80", policy.PublicScope, true},
 	} {
 		p := policyOf(t, tc.rules)
-		if denied, _ := p.checkName(t.Context(), tc.reach, hostport.TargetOf(tc.address), false); (denied == nil) != tc.open {
+		if denied, _ := p.CheckName(t.Context(), tc.reach, hostport.TargetOf(tc.address), false); (denied == nil) != tc.open {
 			t.Errorf("%q: %s for reach %d: %v, want it open: %v", tc.rules, tc.address, tc.reach, denied, tc.open)
 		}
 	}
@@ -209,15 +210,15 @@ func TestRulesReportOnly(t *testing.T) {
 	} {
 		p := policyOf(t, "report_only rules\n"+tc.rules)
 		to := netip.MustParseAddrPort(tc.to)
-		denied, reported := p.check(t.Context(), publicScope, hostport.Target{Name: tc.name, Port: to.Port()}, to)
+		denied, reported := p.Check(t.Context(), policy.PublicScope, hostport.Target{Name: tc.name, Port: to.Port()}, to)
 		rule := ""
 		if reported != nil {
-			rule = reported.rule
+			rule = reported.Rule
 		}
 		if (denied == nil) != tc.open || rule != tc.reported {
 			t.Errorf("%q: %s: %v, reported %q; want open %v, reported %q", tc.rules, tc.to, denied, rule, tc.open, tc.reported)
 		}
-		if early, _ := p.checkName(t.Context(), publicScope, hostport.Target{Name: tc.name, Port: to.Port()}, true); early != nil {
+		if early, _ := p.CheckName(t.Context(), policy.PublicScope, hostport.Target{Name: tc.name, Port: to.Port()}, true); early != nil {
 			t.Errorf("%q: the name alone is denied: %v", tc.rules, early)
 		}
 	}
@@ -253,7 +254,7 @@ func TestRulesFromFiles(t *testing.T) {
 		open     bool
 	}{{"", "10.1.2.3:80", false}, {"", "10.1.2.4:80", true}, {"ads.example", "1.1.1.1:1", false}, {"x.ads.example", "1.1.1.1:80", false}, {"x.ads.example", "1.1.1.1:81", true}} {
 		to := netip.MustParseAddrPort(tc.to)
-		if denied, _ := p.check(t.Context(), localScope, hostport.Target{Name: tc.name, Port: to.Port()}, to); (denied == nil) != tc.open {
+		if denied, _ := p.Check(t.Context(), policy.LocalScope, hostport.Target{Name: tc.name, Port: to.Port()}, to); (denied == nil) != tc.open {
 			t.Errorf("%s %s: %v", tc.name, tc.to, denied)
 		}
 	}
@@ -261,13 +262,13 @@ func TestRulesFromFiles(t *testing.T) {
 		t.Fatal(err)
 	}
 	for path, want := range map[string]string{file: "deny: " + file + ":2: ", file + ".missing": "deny: open " + file + ".missing: "} {
-		_, err := newRuleSets([]policyRule{{action: "deny", files: []string{path}}}, new(ruleCheck))
+		_, err := policy.NewRuleSets([]policy.Rule{{Action: "deny", Files: []string{path}}}, new(policy.RuleCheck))
 		if err == nil || !strings.HasPrefix(err.Error(), want) {
 			t.Errorf("%s: %v", path, err)
 		}
 	}
-	for _, r := range []policyRule{{action: "permit", destinations: []string{"all"}}, {action: "deny"}, {action: "deny", destinations: []string{"a b"}}} {
-		if _, err := newRuleSets([]policyRule{r}, new(ruleCheck)); err == nil {
+	for _, r := range []policy.Rule{{Action: "permit", Destinations: []string{"all"}}, {Action: "deny"}, {Action: "deny", Destinations: []string{"a b"}}} {
+		if _, err := policy.NewRuleSets([]policy.Rule{r}, new(policy.RuleCheck)); err == nil {
 			t.Errorf("the rule %+v is accepted", r)
 		}
 	}
@@ -298,8 +299,8 @@ func TestRulesFromSources(t *testing.T) {
 		for _, address := range addresses {
 			to := netip.AddrPortFrom(netip.MustParseAddr(address), 80)
 			rule := ""
-			if denied, _ := p.check(t.Context(), localScope, hostport.TargetOf(to.String()), to); denied != nil {
-				rule = denied.rule
+			if denied, _ := p.Check(t.Context(), policy.LocalScope, hostport.TargetOf(to.String()), to); denied != nil {
+				rule = denied.Rule
 			}
 			if rule != want {
 				t.Errorf("%s: rule %q, want %q", address, rule, want)
@@ -322,12 +323,12 @@ func TestRulesLookup(t *testing.T) {
 	to := netip.MustParseAddrPort("1.2.3.4:443")
 	asked := hostport.Target{Name: "a.b.c.example.com", Port: 443}
 	ctx := context.Background()
-	if n := testing.AllocsPerRun(100, func() { _, _ = p.check(ctx, publicScope, asked, to) }); n > 0 {
+	if n := testing.AllocsPerRun(100, func() { _, _ = p.Check(ctx, policy.PublicScope, asked, to) }); n > 0 {
 		t.Errorf("%v allocations for a check, want none", n)
 	}
 }
 
-func manyRules(t testing.TB) *policy {
+func manyRules(t testing.TB) *policy.Policy {
 	var b strings.Builder
 	for i := range 10_000 {
 		fmt.Fprintf(&b, "deny 20.%d.%d.0/24\n", i/256, i%256)
@@ -346,7 +347,7 @@ func BenchmarkRules(b *testing.B) {
 		to := netip.MustParseAddrPort(address)
 		b.Run(name, func(b *testing.B) {
 			for b.Loop() {
-				if denied, _ := p.check(ctx, publicScope, asked, to); denied != nil {
+				if denied, _ := p.Check(ctx, policy.PublicScope, asked, to); denied != nil {
 					b.Fatal(denied)
 				}
 			}
@@ -357,12 +358,12 @@ func BenchmarkRules(b *testing.B) {
 // A rule that can match no destination is refused.
 func TestUnmatchableRules(t *testing.T) {
 	for _, text := range []string{"", ".", "*.", "..", "a..", "a..b", ".a", "*..a", "a.example..", "münchen.。", "münchen。.", "0A.。", "0.0.0.0..", "0.0.0.0。", "*.0.0.0.0"} {
-		if d, err := parseDestination(text); err == nil {
+		if d, err := policy.ParseDestination(text); err == nil {
 			t.Errorf("%q parses as %+v", text, d)
 		}
 	}
 	for text, want := range map[string]string{"a.": "a", "A.Example": "a.example", "*.a.": "a", "münchen。": "xn--mnchen-3ya", "_dmarc.a": "_dmarc.a"} {
-		if d, err := parseDestination(text); err != nil || d.text != want {
+		if d, err := policy.ParseDestination(text); err != nil || d.Text != want {
 			t.Errorf("%q parses as %+v, %v", text, d, err)
 		}
 	}
@@ -373,31 +374,31 @@ func FuzzDestination(f *testing.F) {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
-		d, err := parseDestination(s)
+		d, err := policy.ParseDestination(s)
 		if err != nil {
 			return
 		}
-		if d.text == "" && !d.prefix.IsValid() || d.ports.high < d.ports.low {
+		if d.Text == "" && !d.Prefix.IsValid() || d.Ports.High < d.Ports.Low {
 			t.Errorf("%q parses as %+v", s, d)
 		}
-		if d.prefix.IsValid() && (d.prefix.Addr().Is4In6() || d.prefix != d.prefix.Masked()) {
-			t.Errorf("%q has the prefix %s", s, d.prefix)
+		if d.Prefix.IsValid() && (d.Prefix.Addr().Is4In6() || d.Prefix != d.Prefix.Masked()) {
+			t.Errorf("%q has the prefix %s", s, d.Prefix)
 		}
 		// A rule matches the destination that it names.
-		set := newRuleSet(true, d.ports)
-		set.add(d)
+		set := policy.NewRuleSet(true, d.Ports)
+		set.Add(d)
 		switch {
-		case d.prefix.IsValid():
-			if _, ok := set.matchAddress(t.Context(), d.prefix.Addr(), d.prefix.Addr()); !ok {
-				t.Errorf("%q does not match %s", s, d.prefix.Addr())
+		case d.Prefix.IsValid():
+			if _, ok := set.MatchAddress(t.Context(), d.Prefix.Addr(), d.Prefix.Addr()); !ok {
+				t.Errorf("%q does not match %s", s, d.Prefix.Addr())
 			}
-		case d.subdomains:
-			if _, ok := set.matchName(hostport.TargetOf("x." + d.text + ":80")); !ok {
-				t.Errorf("%q does not match a name below %s", s, d.text)
+		case d.Subdomains:
+			if _, ok := set.MatchName(hostport.TargetOf("x." + d.Text + ":80")); !ok {
+				t.Errorf("%q does not match a name below %s", s, d.Text)
 			}
-		case d.text != "public" && d.text != "private":
-			if _, ok := set.matchName(hostport.TargetOf(d.text + ":80")); !ok {
-				t.Errorf("%q does not match %s", s, d.text)
+		case d.Text != "public" && d.Text != "private":
+			if _, ok := set.MatchName(hostport.TargetOf(d.Text + ":80")); !ok {
+				t.Errorf("%q does not match %s", s, d.Text)
 			}
 		}
 	})

@@ -18,28 +18,29 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
+	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // dialer opens connections to targets, directly or through a parent proxy. It checks
 // each address against the policy after resolution, immediately before connecting, so
 // that no name, no spelling of an address and no later DNS answer can bypass the policy.
 type dialer struct {
-	policy    *policy
+	policy    *policy.Policy
 	timeout   time.Duration
 	parent    *parent           // nil: none
-	direct    *ruleSet          // the targets that bypass the parent
+	direct    *policy.RuleSet   // the targets that bypass the parent
 	ownPort   func(uint16) bool // whether one of our protected listeners uses a port; may be nil
-	dialers   [scopeCount]net.Dialer
+	dialers   [policy.ScopeCount]net.Dialer
 	connector *connector
-	report    func(ctx context.Context, target string, reported *deniedError)
+	report    func(ctx context.Context, target string, reported *policy.DeniedError)
 }
 
 // newDialer returns a dialer. The timeout covers resolution and all addresses of a
 // name together.
-func newDialer(p *policy, timeout time.Duration, resolver *resolver) *dialer {
+func newDialer(p *policy.Policy, timeout time.Duration, resolver *resolver) *dialer {
 	d := &dialer{policy: p, timeout: timeout, connector: newConnector(resolver)}
 	resolver.setTimeout(timeout)
-	for r := range scopeCount {
+	for r := range policy.ScopeCount {
 		d.dialers[r] = net.Dialer{
 			Timeout:   timeout,
 			KeepAlive: -1, // see enableKeepAlive
@@ -49,7 +50,7 @@ func newDialer(p *policy, timeout time.Duration, resolver *resolver) *dialer {
 					return err
 				}
 				a := ctx.Value(attemptKey{}).(*attempt)
-				denied, reported := p.check(ctx, r, a.Target, to)
+				denied, reported := p.Check(ctx, r, a.Target, to)
 				if denied != nil {
 					a.denied.Store(denied)
 				}
@@ -72,7 +73,7 @@ var keepAliveConfig = net.KeepAliveConfig{Enable: true, Idle: time.Minute, Inter
 type attempt struct {
 	hostport.Target
 	address string
-	denied  atomic.Pointer[deniedError] // the last denial, if any
+	denied  atomic.Pointer[policy.DeniedError] // the last denial, if any
 }
 
 // attemptKey is the context key under which a dial carries its attempt.
@@ -82,7 +83,7 @@ type attemptKey struct{}
 // uses the parent unless the address bypasses it. The addresses of a name are tried as
 // RFC 8305 recommends. If the dial fails and any of the addresses was denied, dial
 // returns the denial.
-func (d *dialer) dial(ctx context.Context, r clientScope, address string) (conn net.Conn, err error) {
+func (d *dialer) dial(ctx context.Context, r policy.Scope, address string) (conn net.Conn, err error) {
 	start := time.Now()
 	defer func() { countDial(ctx, start, err) }()
 	if d.usesParent(address) {
@@ -92,7 +93,7 @@ func (d *dialer) dial(ctx context.Context, r clientScope, address string) (conn 
 		return d.parent.connect(ctx, address)
 	}
 	a := &attempt{Target: hostport.TargetOf(address), address: address}
-	if denied, _ := d.policy.checkName(ctx, r, a.Target, true); denied != nil {
+	if denied, _ := d.policy.CheckName(ctx, r, a.Target, true); denied != nil {
 		return nil, denied
 	}
 	conn, err = d.dialTarget(context.WithValue(ctx, attemptKey{}, a), &d.dialers[r], a.Target)
@@ -104,7 +105,7 @@ func (d *dialer) dial(ctx context.Context, r clientScope, address string) (conn 
 	}
 	// A listener may have been opened between the check and the connection: a reload
 	// opens the admin endpoint's.
-	if denied := d.policy.checkSelf(hostport.AddrPortOf(conn.RemoteAddr()), true); denied != nil {
+	if denied := d.policy.CheckSelf(hostport.AddrPortOf(conn.RemoteAddr()), true); denied != nil {
 		_ = conn.Close()
 		return nil, denied
 	}
@@ -140,10 +141,10 @@ func (d *dialer) usesParent(address string) bool {
 		return false
 	}
 	t := hostport.TargetOf(address)
-	_, direct := d.direct.matchName(t)
+	_, direct := d.direct.MatchName(t)
 	if !direct && t.Addr.IsValid() {
 		ip := t.Addr.Unmap()
-		_, direct = d.direct.matchAddress(context.Background(), ip, embeddedIPv4(ip))
+		_, direct = d.direct.MatchAddress(context.Background(), ip, policy.EmbeddedIPv4(ip))
 	}
 	return !direct
 }
@@ -151,18 +152,18 @@ func (d *dialer) usesParent(address string) bool {
 // checkForParent checks a target whose name the parent resolves. A parent on this
 // machine can resolve any name to this machine, so the ports of our own protected
 // listeners are then denied for all names.
-func (d *dialer) checkForParent(ctx context.Context, r clientScope, address string) error {
+func (d *dialer) checkForParent(ctx context.Context, r policy.Scope, address string) error {
 	t := hostport.TargetOf(address)
 	if t.Name != "" && d.ownPort != nil && d.ownPort(t.Port) && d.parent.isLocal(ctx) {
-		return &deniedError{kind: deniedAddress, reason: "its port is reserved",
-			hint: "the parent proxy on this machine could resolve the name to it; add the name to no_upstream, so that it is resolved here"}
+		return &policy.DeniedError{Kind: policy.DeniedAddress, Reason: "its port is reserved",
+			Hint: "the parent proxy on this machine could resolve the name to it; add the name to no_upstream, so that it is resolved here"}
 	}
-	denied, reported := d.policy.checkName(ctx, r, t, false)
+	denied, reported := d.policy.CheckName(ctx, r, t, false)
 	return d.enforce(ctx, address, denied, reported)
 }
 
 // enforce logs a denial that is only reported, and returns one that is enforced.
-func (d *dialer) enforce(ctx context.Context, address string, denied, reported *deniedError) error {
+func (d *dialer) enforce(ctx context.Context, address string, denied, reported *policy.DeniedError) error {
 	if reported != nil {
 		d.report(ctx, address, reported)
 	}
@@ -176,26 +177,26 @@ func (d *dialer) enforce(ctx context.Context, address string, denied, reported *
 func (d *dialer) denies(t *tunnel) bool {
 	ctx := context.Background()
 	if strings.HasPrefix(t.proto, "HTTP/") { // a CONNECT, not an upgraded request
-		ctx = d.policy.withConnect(ctx)
+		ctx = d.policy.WithConnect(ctx)
 	}
 	if d.usesParent(t.target) {
 		return d.checkForParent(ctx, t.reach, t.target) != nil
 	}
-	denied, _ := d.policy.check(ctx, t.reach, hostport.TargetOf(t.target), t.address)
+	denied, _ := d.policy.Check(ctx, t.reach, hostport.TargetOf(t.target), t.address)
 	return denied != nil
 }
 
 // recheck checks a reused connection, which was opened for an earlier request, for a
 // client of reach r.
-func (d *dialer) recheck(ctx context.Context, r clientScope, address string, conn net.Conn) error {
+func (d *dialer) recheck(ctx context.Context, r policy.Scope, address string, conn net.Conn) error {
 	if d.usesParent(address) {
 		return d.checkForParent(ctx, r, address)
 	}
 	to := hostport.AddrPortOf(conn.RemoteAddr())
-	if denied := d.policy.checkSelf(to, true); denied != nil {
+	if denied := d.policy.CheckSelf(to, true); denied != nil {
 		return denied
 	}
-	denied, reported := d.policy.check(ctx, r, hostport.TargetOf(address), to)
+	denied, reported := d.policy.Check(ctx, r, hostport.TargetOf(address), to)
 	return d.enforce(ctx, address, denied, reported)
 }
 
@@ -219,7 +220,7 @@ func clientDisconnected(err error) *refusal {
 // dialRefusal returns the response that tells the client why there is no connection to
 // host. ctx is the request's.
 func dialRefusal(ctx context.Context, err error, host string) *refusal {
-	var denied *deniedError
+	var denied *policy.DeniedError
 	var unresolved *resolveError
 	var timeout net.Error
 	var parent *parentError
@@ -227,7 +228,7 @@ func dialRefusal(ctx context.Context, err error, host string) *refusal {
 	case ctx.Err() != nil:
 		return clientDisconnected(context.Cause(ctx))
 	case errors.As(err, &denied):
-		return newRefusal(http.StatusForbidden, denied.kind, err, "%s", denied.text(host))
+		return newRefusal(http.StatusForbidden, denied.Kind, err, "%s", denied.Text(host))
 	case errors.As(err, &parent):
 		return parent.refusal(ctx, host)
 	case isTLSError(err):

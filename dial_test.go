@@ -20,6 +20,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // The tests in this file cover what happens while a tunnel's target is being dialed.
@@ -206,7 +208,7 @@ func TestTargetsAreKeptAlive(t *testing.T) {
 	var idle []*originConn
 	eventually(t, "an idle connection", func() bool {
 		for h := range openTunnels()[0].registry.handlers.All() {
-			idle, _ = h.origins[localScope].idle.Load(origin)
+			idle, _ = h.origins[policy.LocalScope].idle.Load(origin)
 		}
 		return len(idle) == 1
 	})

@@ -15,6 +15,8 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"golang.org/x/sys/unix"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // sockets are the sockets on which Caddy listens, by port. Their addresses come from the
@@ -31,7 +33,7 @@ type socket struct {
 }
 
 // Looking for sockets costs a system call for each descriptor, so the result is cached for
-// systemCacheTTL, unless something shows that it is stale.
+// policy.SystemCacheTTL, unless something shows that it is stale.
 var (
 	knownSockets atomic.Pointer[sockets]
 	findMu       sync.Mutex
@@ -66,7 +68,7 @@ func listenersAt(to netip.AddrPort, exact bool) []netip.AddrPort {
 // or, which only exact checks, Caddy counts more: a reload opens the new listener of the
 // admin endpoint and closes the old one long before the new config has started or failed.
 func (s *sockets) listening(to netip.AddrPort, exact bool) (found []netip.AddrPort, complete bool) {
-	if s == nil || s.config != configLoaded.Load() || time.Since(s.looked) >= systemCacheTTL {
+	if s == nil || s.config != configLoaded.Load() || time.Since(s.looked) >= policy.SystemCacheTTL {
 		return nil, false
 	}
 	complete = true

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 	"github.com/prometheus/client_golang/prometheus"
 )
 
@@ -108,7 +109,7 @@ func newProcessMetrics() *processMetrics {
 	for c, row := range causes {
 		m.refusals.WithLabelValues(row.kind, string(c))
 	}
-	m.rateLimited = m.refusals.WithLabelValues(deniedRequest, string(causeRateLimited))
+	m.rateLimited = m.refusals.WithLabelValues(policy.DeniedRequest, string(causeRateLimited))
 	requests := counters("requests_total", "Requests by kind and outcome.", "kind", "outcome")
 	for k := range numKinds {
 		for o := range numOutcomes {
@@ -194,7 +195,7 @@ func dialOutcome(ctx context.Context, err error) string {
 		return "ok" // the fast path
 	}
 	var (
-		denied  *deniedError
+		denied  *policy.DeniedError
 		dns     *net.DNSError
 		timeout net.Error
 	)

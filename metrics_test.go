@@ -23,6 +23,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // gatherMetrics returns the values of all metrics (of histograms, the counts), keyed by name and
@@ -356,7 +358,7 @@ func TestDialOutcomes(t *testing.T) {
 		{t.Context(), refused, "refused"},
 		{late, os.ErrDeadlineExceeded, "timeout"},
 		{late, context.DeadlineExceeded, "timeout"},
-		{late, &deniedError{}, "denied"},
+		{late, &policy.DeniedError{}, "denied"},
 		{late, refused, "refused"},
 		{left, context.Canceled, "canceled"},
 		{left, os.ErrDeadlineExceeded, "canceled"},

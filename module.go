@@ -36,6 +36,7 @@ import (
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
+	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 func init() {
@@ -244,23 +245,23 @@ type Handler struct {
 	policy              string  // the value of RateLimit-Policy
 	limitedResponse     *atomic.Pointer[limitedAnswer]
 	exempt              *bart.Lite
-	clients             *bart.Lite  // that may use the proxy
-	pacDirect           *ruleSet    // destinations that the PAC script makes browsers reach directly
-	restrictedElsewhere func() bool // something other than clients restricts who may use the proxy
+	clients             *bart.Lite      // that may use the proxy
+	pacDirect           *policy.RuleSet // destinations that the PAC script makes browsers reach directly
+	restrictedElsewhere func() bool     // something other than clients restricts who may use the proxy
 	auth                []authProvider
 	basic               *caddyauth.HTTPBasicAuth // the provider, if it is the only one
 	hasBasicAuth        bool                     // http_basic is one of the providers
 	failedLogins        *limiter                 // counts failed logins; nil: no limit
 	dialer              *dialer
 	tunnels             *registry
-	origins             [scopeCount]*originPool
+	origins             [policy.ScopeCount]*originPool
 
 	contentGrace time.Duration // how long content may stall before its response counts as a tunnel
 
-	h2Origins [scopeCount]*http2OriginPool // HTTPS origins that speak HTTP/2
+	h2Origins [policy.ScopeCount]*http2OriginPool // HTTPS origins that speak HTTP/2
 
-	secureOrigins [scopeCount]*originPool // HTTPS origins without HTTP/2, and upgrades
-	parentOrigins *originPool             // the parent, for forwarded requests; nil: it accepts none
+	secureOrigins [policy.ScopeCount]*originPool // HTTPS origins without HTTP/2, and upgrades
+	parentOrigins *originPool                    // the parent, for forwarded requests; nil: it accepts none
 	via           via
 	name          string        // in Proxy-Status
 	pacRules      func() string // the PAC script without its head
@@ -310,7 +311,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if len(h.PACDirect) > 0 && h.ServePAC == "" {
 		return errors.New("pac_direct: expected serve_pac to be set as well")
 	}
-	if h.pacDirect, err = newPACDirect(h.PACDirect); err != nil {
+	if h.pacDirect, err = policy.NewPACDirect(h.PACDirect); err != nil {
 		return fmt.Errorf("pac_direct: %w", err)
 	}
 	if err := h.loadAuth(ctx); err != nil {
@@ -346,7 +347,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if err := h.provisionDialer(ctx, server); err != nil {
 		return err
 	}
-	for r := range scopeCount {
+	for r := range policy.ScopeCount {
 		dial := func(ctx context.Context, authority string) (net.Conn, error) {
 			conn, err := h.dialer.dial(ctx, r, authority)
 			if tcp, ok := conn.(*net.TCPConn); ok {
@@ -363,7 +364,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		}
 		recheckConn := func(ctx context.Context, c *originConn) error {
 			err := recheck(ctx, c.authority, c.Conn, c.to)
-			if c.to.IsValid() && time.Since(c.opened) > systemCacheTTL {
+			if c.to.IsValid() && time.Since(c.opened) > policy.SystemCacheTTL {
 				// This check knew every listener that was open when the connection was
 				// made, so it need not be repeated.
 				c.to = netip.AddrPort{}
@@ -402,7 +403,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 
 // Cleanup implements caddy.CleanerUpper. Caddy also calls it after Provision failed.
 func (h *Handler) Cleanup() error {
-	for r := range scopeCount {
+	for r := range policy.ScopeCount {
 		if h.origins[r] != nil {
 			h.origins[r].close()
 			h.secureOrigins[r].close()
@@ -435,23 +436,23 @@ func (h *Handler) Cleanup() error {
 // provisionDialer builds the dialer with its policy, resolver and parent.
 func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) error {
 	own := &protectedListeners{ctx, server, h.running}
-	p := &policy{isSelf: own.listensOn, reportOnly: slices.Contains(h.ReportOnly, "rules")}
+	p := &policy.Policy{IsSelf: own.listensOn, ReportOnly: slices.Contains(h.ReportOnly, "rules")}
 	var err error
-	if p.ports, err = parsePortList("ports", h.Ports); err != nil {
+	if p.Ports, err = policy.ParsePortList("ports", h.Ports); err != nil {
 		return err
 	}
-	if p.connect, err = parsePortList("connect_ports", h.ConnectPorts); err != nil {
+	if p.Connect, err = policy.ParsePortList("connect_ports", h.ConnectPorts); err != nil {
 		return err
 	}
-	check := &ruleCheck{open: p.openPorts()}
+	check := &policy.RuleCheck{Open: p.OpenPorts()}
 	rules := compileRules(ctx, h.Rules)
-	if p.sets, err = newRuleSets(rules, check); err != nil {
+	if p.Sets, err = policy.NewRuleSets(rules, check); err != nil {
 		return err
 	}
-	if err := reportRules(check, rules, p.sets, h.logger); err != nil {
+	if err := reportRules(check, rules, p.Sets, h.logger); err != nil {
 		return err
 	}
-	p.recheckReused = p.reportOnly || slices.ContainsFunc(p.sets, func(s *ruleSet) bool { return len(s.sources) > 0 })
+	p.RecheckReused = p.ReportOnly || slices.ContainsFunc(p.Sets, func(s *policy.RuleSet) bool { return len(s.Sources) > 0 })
 	resolver, err := newResolver(h.Resolvers)
 	if err != nil {
 		return err
@@ -465,7 +466,7 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 		}
 		return nil
 	}
-	if h.dialer.direct, err = newDirectSet(h.NoUpstream); err != nil {
+	if h.dialer.direct, err = policy.NewDirectSet(h.NoUpstream); err != nil {
 		return fmt.Errorf("no_upstream: %w", err)
 	}
 	if h.dialer.parent, err = newParent(ctx, h.Upstream, time.Duration(h.DialTimeout), h.dialer.connector); err != nil {
@@ -490,9 +491,9 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 // of reach r opened. The verdict can only have changed if the rules can change, or if the
 // connection leads to this machine (then to is valid), where the first check may have
 // missed a protected listener that had just been opened.
-func (h *Handler) recheckPolicy(ctx context.Context, r clientScope, authority string, conn net.Conn, to netip.AddrPort) error {
+func (h *Handler) recheckPolicy(ctx context.Context, r policy.Scope, authority string, conn net.Conn, to netip.AddrPort) error {
 	p := h.dialer.policy
-	if p.recheckReused || to.IsValid() && p.isSelf != nil && p.isSelf(to, true) {
+	if p.RecheckReused || to.IsValid() && p.IsSelf != nil && p.IsSelf(to, true) {
 		return h.dialer.recheck(ctx, r, authority, conn)
 	}
 	return nil
@@ -501,7 +502,7 @@ func (h *Handler) recheckPolicy(ctx context.Context, r clientScope, authority st
 // idleConnections returns the number of idle connections to origins and the parent.
 func (h *Handler) idleConnections() int {
 	n := 0
-	for r := range scopeCount {
+	for r := range policy.ScopeCount {
 		n += int(h.origins[r].count.Load()+h.secureOrigins[r].count.Load()) + h.h2Origins[r].count()
 	}
 	if h.parentOrigins != nil {
@@ -546,9 +547,9 @@ func (h *Handler) limiterKey() limiterKey {
 func parsePrefixes(option string, exprs []string) (*bart.Lite, error) {
 	table := new(bart.Lite)
 	for _, expr := range exprs {
-		for _, cidr := range expandRanges(expr) {
-			prefix, err := parsePrefix(cidr)
-			if bits := checkHostBits(cidr); bits != nil {
+		for _, cidr := range policy.ExpandRanges(expr) {
+			prefix, err := policy.ParsePrefix(cidr)
+			if bits := policy.CheckHostBits(cidr); bits != nil {
 				return nil, fmt.Errorf("%s: %w", option, bits)
 			}
 			if err != nil {
@@ -642,7 +643,7 @@ func (h *Handler) refuseAccess(r *http.Request, v *transaction) *refusal {
 		return causeLoop.refusal(nil, h.name)
 	}
 	if v.kind != kindOther && !h.admits(v.addr) {
-		return causeClient.refusal(&deniedError{rule: "clients", reason: "the client's address is not in clients " + strings.Join(h.effectiveClients(), " ")}, v.addr)
+		return causeClient.refusal(&policy.DeniedError{Rule: "clients", Reason: "the client's address is not in clients " + strings.Join(h.effectiveClients(), " ")}, v.addr)
 	}
 	return nil
 }
@@ -776,7 +777,7 @@ type clientIdentity struct {
 	limitKey client.Key     // the key of its limits: a network or a user
 	peer     netip.AddrPort // the remote end of the connection
 	trusted  bool           // the peer is a trusted proxy
-	reach    clientScope
+	reach    policy.Scope
 }
 
 // identifyClient returns the sender of r. Connections over a Unix socket have no address: they
@@ -800,7 +801,7 @@ func identifyClient(r *http.Request) clientIdentity {
 	// load balancer or proxy that forwarded it is.
 	if c.addr.IsLoopback() && c.peer.Addr().IsLoopback() &&
 		len(r.Header["X-Forwarded-For"]) == 0 && len(r.Header["Forwarded"]) == 0 && len(r.Header["Via"]) == 0 {
-		c.reach = localScope
+		c.reach = policy.LocalScope
 	}
 	return c
 }

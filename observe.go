@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
@@ -90,11 +91,11 @@ func (v *transaction) placeholder(key string) (any, bool) {
 // rule returns the rule that denied the destination, as in the log line, or "" if none
 // did.
 func (v *transaction) rule() string {
-	var denied *deniedError
+	var denied *policy.DeniedError
 	if v.refusal == nil || !errors.As(v.refusal.err, &denied) {
 		return ""
 	}
-	return cmp.Or(denied.rule, "default")
+	return cmp.Or(denied.Rule, "default")
 }
 
 // logRequest logs a completed request. It omits the query, which may contain secrets.
@@ -103,7 +104,7 @@ func (h *Handler) logRequest(r *http.Request, v *transaction, err error, more ..
 	if r.Method == http.MethodConnect && v.status == http.StatusOK {
 		return
 	}
-	var denied *deniedError
+	var denied *policy.DeniedError
 	errors.As(err, &denied)
 	level := zapcore.InfoLevel
 	if v.status >= 500 || denied != nil || err != nil && v.status == http.StatusForbidden || errors.Is(err, errBadCredentials) {
@@ -190,7 +191,7 @@ func (h *Handler) logLimited(r *http.Request, v *transaction, verdict decision, 
 }
 
 // logReported logs a destination that report_only kept from being denied.
-func (h *Handler) logReported(ctx context.Context, target string, denied *deniedError) {
+func (h *Handler) logReported(ctx context.Context, target string, denied *policy.DeniedError) {
 	metrics.reported.WithLabelValues("rules").Inc()
 	if c := h.logger.Check(zapcore.WarnLevel, "would be denied"); c != nil {
 		client, _ := caddyhttp.GetVar(ctx, caddyhttp.ClientIPVarKey).(string)
@@ -203,17 +204,17 @@ func (h *Handler) logReported(ctx context.Context, target string, denied *denied
 
 // deniedFields returns the log fields of a denied destination: the rule, the address if
 // it is known, and a hint how to allow it.
-func deniedFields(denied *deniedError) []zap.Field {
-	rule := denied.rule
+func deniedFields(denied *policy.DeniedError) []zap.Field {
+	rule := denied.Rule
 	if rule == "" {
 		rule = "default"
 	}
 	fields := []zap.Field{zap.String("rule", rule)}
-	if denied.to.IsValid() {
-		fields = append(fields, zap.Stringer("address", denied.to))
+	if denied.To.IsValid() {
+		fields = append(fields, zap.Stringer("address", denied.To))
 	}
-	if denied.hint != "" {
-		fields = append(fields, zap.String("hint", denied.hint))
+	if denied.Hint != "" {
+		fields = append(fields, zap.String("hint", denied.Hint))
 	}
 	return fields
 }

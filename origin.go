@@ -21,6 +21,7 @@ import (
 	"github.com/puzpuzpuz/xsync/v4"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
+	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // Limits for idle connections to origins: their number, and how long each may be idle.
@@ -101,7 +102,7 @@ func newOriginConn(conn net.Conn, authority string) *originConn {
 // and otherwise an invalid one.
 func localPeer(conn net.Conn) netip.AddrPort {
 	to := hostport.AddrPortOf(conn.RemoteAddr())
-	if ip := to.Addr(); !ip.IsValid() || !ip.IsLoopback() && !isOwnAddress(ip) {
+	if ip := to.Addr(); !ip.IsValid() || !ip.IsLoopback() && !policy.IsOwnAddress(ip) {
 		return netip.AddrPort{}
 	}
 	return to

@@ -198,7 +198,7 @@ func TestLocalConnectionsAreRechecked(t *testing.T) {
 	})
 	w := newWorld(t, "", nil)
 	p := provisioned(t)[0].dialer.policy
-	before := p.isSelf
+	before := p.IsSelf
 	for _, url := range []string{w.origin.URL, "https://" + shared, "https://" + alone} {
 		ask := func(want int) {
 			t.Helper()
@@ -209,9 +209,9 @@ func TestLocalConnectionsAreRechecked(t *testing.T) {
 			}
 		}
 		ask(http.StatusOK)
-		p.isSelf = func(to netip.AddrPort, _ bool) bool { return strings.HasSuffix(url, to.String()) }
+		p.IsSelf = func(to netip.AddrPort, _ bool) bool { return strings.HasSuffix(url, to.String()) }
 		ask(http.StatusForbidden)
-		p.isSelf = before
+		p.IsSelf = before
 		ask(http.StatusOK)
 	}
 	if n := opened.Load(); n != 1 {

@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
+	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // isPAC reports whether a request is for the proxy auto-configuration file.
@@ -46,7 +47,7 @@ func pacHead(r *http.Request) string {
 		host += port
 	}
 	name, _, _ := hostport.Split(r.Host)
-	return fmt.Sprintf("var proxy = %s;\nvar own = %s;\n", quoteJS(kind+" "+host), quoteJS(strings.ToLower(strings.Trim(name, "[]"))))
+	return fmt.Sprintf("var proxy = %s;\nvar own = %s;\n", policy.QuoteJS(kind+" "+host), policy.QuoteJS(strings.ToLower(strings.Trim(name, "[]"))))
 }
 
 // makePACRules returns the rest of the script, which is the same for all clients.
@@ -78,13 +79,13 @@ func (h *Handler) makePACRules() string {
 	if (is(own)) return "DIRECT";
 `)
 	for _, name := range h.Hosts {
-		fmt.Fprintf(&b, "\tif (is(%s)) return \"DIRECT\";\n", quoteJS(strings.ToLower(name)))
+		fmt.Fprintf(&b, "\tif (is(%s)) return \"DIRECT\";\n", policy.QuoteJS(strings.ToLower(name)))
 	}
 	var direct []string
 	if h.pacDirect != nil {
-		direct = h.pacDirect.conditions()
+		direct = h.pacDirect.Conditions()
 	}
-	for _, condition := range append(direct, closedConditions(h.dialer.policy.sets)...) {
+	for _, condition := range append(direct, policy.ClosedConditions(h.dialer.policy.Sets)...) {
 		fmt.Fprintf(&b, "\tif (%s) return \"DIRECT\";\n", condition)
 	}
 	b.WriteString("\treturn proxy;\n}\n")

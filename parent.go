@@ -28,6 +28,7 @@ import (
 	"golang.org/x/net/proxy"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
+	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // Upstream is a parent proxy, through which this proxy connects to destinations.
@@ -247,7 +248,7 @@ func (p *parent) isLocal(ctx context.Context) bool {
 	}
 	here := slices.ContainsFunc(addrs, func(addr netip.Addr) bool {
 		addr = addr.Unmap()
-		return addr.IsLoopback() || addr.IsUnspecified() || isOwnAddress(addr)
+		return addr.IsLoopback() || addr.IsUnspecified() || policy.IsOwnAddress(addr)
 	})
 	p.locality.Store(&parentLocality{here, time.Now()})
 	return here
@@ -275,11 +276,11 @@ func (p *parent) refuseEcho(out *outgoing) *refusal {
 	var f *refusal
 	switch method := strings.ToUpper(out.method); {
 	case method == http.MethodTrace, method == "TRACK":
-		f = newRefusal(http.StatusForbidden, deniedRequest, nil, "%s is not possible here: the answer would reveal what this proxy tells only its parent proxy.", method)
+		f = newRefusal(http.StatusForbidden, policy.DeniedRequest, nil, "%s is not possible here: the answer would reveal what this proxy tells only its parent proxy.", method)
 	case method == http.MethodOptions && len(out.header["Max-Forwards"]) > 0:
-		f = newRefusal(http.StatusForbidden, deniedRequest, nil, "OPTIONS with Max-Forwards is not possible here: the parent proxy's answer could reveal what this proxy tells only its parent proxy.")
+		f = newRefusal(http.StatusForbidden, policy.DeniedRequest, nil, "OPTIONS with Max-Forwards is not possible here: the parent proxy's answer could reveal what this proxy tells only its parent proxy.")
 	case strings.EqualFold(out.authority, p.address):
-		f = newRefusal(http.StatusForbidden, deniedRequest, nil, "The parent proxy itself (%s) cannot be a destination.", out.host)
+		f = newRefusal(http.StatusForbidden, policy.DeniedRequest, nil, "The parent proxy itself (%s) cannot be a destination.", out.host)
 	default:
 		return nil
 	}

@@ -14,6 +14,8 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // startScriptedParent runs a parent that responds to each request line with what answer
@@ -389,7 +391,7 @@ func TestParentOverHTTP2(t *testing.T) {
 			w.Header().Set("Proxy-Status", "parent; error=http_request_denied")
 			w.WriteHeader(http.StatusTooManyRequests)
 		}, failure{429, "destination_unavailable", "The parent proxy has received too many requests"}, "parent; error=http_request_denied", "17"},
-		{func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusForbidden) }, failure{403, deniedRequest, "The parent proxy does not allow this proxy to connect"}, "", ""},
+		{func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusForbidden) }, failure{403, policy.DeniedRequest, "The parent proxy does not allow this proxy to connect"}, "", ""},
 		{abort, failure{502, "http_response_incomplete", "The parent proxy closed the connection before its answer was complete"}, "", ""},
 		{func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, failure{504, "http_response_timeout", "The parent proxy did not answer in time"}, "", ""},
 	}

@@ -14,6 +14,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // parentPhase is the phase in which an attempt to use the parent failed.
@@ -140,7 +142,7 @@ func (e *parentError) answerRefusal(host string) *refusal {
 	var f *refusal
 	switch e.status {
 	case http.StatusForbidden:
-		f = newRefusal(http.StatusForbidden, deniedRequest, nil, "The parent proxy does not allow this proxy to connect to %s.", host)
+		f = newRefusal(http.StatusForbidden, policy.DeniedRequest, nil, "The parent proxy does not allow this proxy to connect to %s.", host)
 	case http.StatusProxyAuthRequired, http.StatusUnauthorized: // tinyproxy sends 401
 		f = newRefusal(http.StatusBadGateway, "proxy_configuration_error", nil, "The parent proxy does not accept this proxy's credentials.")
 	case http.StatusTooManyRequests:

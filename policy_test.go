@@ -23,6 +23,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
+	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // policyOrigin is a loopback server that counts its connections.
@@ -146,14 +147,14 @@ func TestPolicyCheck(t *testing.T) {
 			2606:4700::5efe:808:808 2606:4700::100:5efe:7f00:1`},
 	} {
 		for _, address := range strings.Fields(rows.addresses) {
-			policyCheck(t, new(policy), localScope, address, 443, rows.local)
-			policyCheck(t, new(policy), publicScope, address, 443, rows.public)
+			policyCheck(t, new(policy.Policy), policy.LocalScope, address, 443, rows.local)
+			policyCheck(t, new(policy.Policy), policy.PublicScope, address, 443, rows.public)
 			everything := policyOf(t, "allow 0.0.0.0/0 ::/0 169.254.169.254")
-			for _, r := range []clientScope{localScope, publicScope} {
+			for _, r := range []policy.Scope{policy.LocalScope, policy.PublicScope} {
 				policyCheck(t, everything, r, address, 443, true)
 				policyCheck(t, everything, r, address, 24, true)
 				policyCheck(t, everything, r, address, 25, false)
-				policyCheck(t, new(policy), r, address, 25, false)
+				policyCheck(t, new(policy.Policy), r, address, 25, false)
 			}
 		}
 	}
@@ -161,7 +162,7 @@ func TestPolicyCheck(t *testing.T) {
 
 // policyOf makes a policy from rules in Caddyfile syntax, one per line. It adds a rule
 // about a port that no test uses, because an allow rule without a deny rule has no effect.
-func policyOf(t testing.TB, rules string) *policy {
+func policyOf(t testing.TB, rules string) *policy.Policy {
 	t.Helper()
 	h := &Handler{logger: zap.NewNop()}
 	if err := h.UnmarshalCaddyfile(caddyfile.NewTestDispenser("async_proxy {\n" + rules + "\ndeny all:1\n}")); err != nil {
@@ -172,27 +173,27 @@ func policyOf(t testing.TB, rules string) *policy {
 	if err := h.provisionDialer(ctx, nil); err != nil {
 		t.Fatal(err)
 	}
-	h.dialer.policy.isSelf = nil
+	h.dialer.policy.IsSelf = nil
 	return h.dialer.policy
 }
 
-func policyCheck(t *testing.T, p *policy, r clientScope, address string, port uint16, want bool) {
+func policyCheck(t *testing.T, p *policy.Policy, r policy.Scope, address string, port uint16, want bool) {
 	t.Helper()
 	to := netip.AddrPortFrom(netip.MustParseAddr(address), port)
-	err, _ := p.check(t.Context(), r, hostport.Target{Addr: to.Addr(), Port: port}, to)
+	err, _ := p.Check(t.Context(), r, hostport.Target{Addr: to.Addr(), Port: port}, to)
 	if (err == nil) != want {
-		t.Errorf("%s for %s: %v, want it open: %v", to, map[clientScope]string{localScope: "local", publicScope: "public"}[r], err, want)
+		t.Errorf("%s for %s: %v, want it open: %v", to, map[policy.Scope]string{policy.LocalScope: "local", policy.PublicScope: "public"}[r], err, want)
 	}
-	if err != nil && (err.to != to || err.hint == "" && err.reason == "") {
+	if err != nil && (err.To != to || err.Hint == "" && err.Reason == "") {
 		t.Errorf("%s: error %#v", to, err)
 	}
 }
 
 // TestPolicyTexts checks that a refusal gives its reason and nothing more.
 func TestPolicyTexts(t *testing.T) {
-	for r, want := range map[clientScope]string{localScope: "its address is link-local, multicast or unspecified", publicScope: "its address is private or local"} {
+	for r, want := range map[policy.Scope]string{policy.LocalScope: "its address is link-local, multicast or unspecified", policy.PublicScope: "its address is private or local"} {
 		to := netip.MustParseAddrPort("169.254.169.254:80")
-		if denied, _ := new(policy).check(t.Context(), r, hostport.Target{Addr: to.Addr(), Port: 80}, to); denied == nil || denied.reason != want || denied.hint != "allow 169.254.169.254" {
+		if denied, _ := new(policy.Policy).Check(t.Context(), r, hostport.Target{Addr: to.Addr(), Port: 80}, to); denied == nil || denied.Reason != want || denied.Hint != "allow 169.254.169.254" {
 			t.Errorf("%v, want %q", denied, want)
 		}
 	}
@@ -219,12 +220,12 @@ func TestPolicyAllow(t *testing.T) {
 	} {
 		d := policyOf(t, "allow "+row.allow)
 		for _, address := range strings.Fields(row.open) {
-			policyCheck(t, d, publicScope, address, 80, true)
-			policyCheck(t, d, localScope, address, 80, true)
-			policyCheck(t, d, publicScope, address, portSMTP, false)
+			policyCheck(t, d, policy.PublicScope, address, 80, true)
+			policyCheck(t, d, policy.LocalScope, address, 80, true)
+			policyCheck(t, d, policy.PublicScope, address, policy.PortSMTP, false)
 		}
 		for _, address := range strings.Fields(row.closed) {
-			policyCheck(t, d, publicScope, address, 80, false)
+			policyCheck(t, d, policy.PublicScope, address, 80, false)
 		}
 	}
 }
@@ -233,11 +234,11 @@ func TestPolicyAllow(t *testing.T) {
 // however they are written.
 func TestPolicyOwnAddresses(t *testing.T) {
 	d := policyOf(t, "allow 0.0.0.0/0 ::/0")
-	d.isSelf = func(to netip.AddrPort, _ bool) bool {
+	d.IsSelf = func(to netip.AddrPort, _ bool) bool {
 		return to == netip.MustParseAddrPort("127.0.0.1:2019") || to == netip.MustParseAddrPort("[2002:909:909:1::5]:2019")
 	}
 	for _, address := range strings.Fields("127.0.0.1 ::ffff:127.0.0.1 64:ff9b::7f00:1 2002:7f00:1:: 2002:909:909:1::5") {
-		for _, r := range []clientScope{localScope, publicScope} {
+		for _, r := range []policy.Scope{policy.LocalScope, policy.PublicScope} {
 			policyCheck(t, d, r, address, 2019, false)
 			policyCheck(t, d, r, address, 2020, true)
 		}

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/puzpuzpuz/xsync/v4"
 )
@@ -345,7 +346,7 @@ func (h *Handler) limitedAnswer(seconds int64) *limitedAnswer {
 		seconds:     seconds,
 		retryAfter:  retry,
 		state:       h.limiter.state(seconds),
-		proxyStatus: h.proxyStatus(deniedRequest),
+		proxyStatus: h.proxyStatus(policy.DeniedRequest),
 	}
 	a.body = []byte(a.text + "\n")
 	h.limitedResponse.Store(a)

@@ -16,6 +16,8 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // Rule allows or denies destinations. The first rule that matches a destination decides.
@@ -65,13 +67,13 @@ func hashFiles(paths []string) string {
 }
 
 // compileRules returns the rules of the policy for those of the config.
-func compileRules(ctx caddy.Context, config []Rule) []policyRule {
-	rules := make([]policyRule, len(config))
+func compileRules(ctx caddy.Context, config []Rule) []policy.Rule {
+	rules := make([]policy.Rule, len(config))
 	for i := range config {
 		c := &config[i]
-		rules[i] = policyRule{action: c.Action, destinations: c.Destinations, files: c.Files}
+		rules[i] = policy.Rule{Action: c.Action, Destinations: c.Destinations, Files: c.Files}
 		if c.SourceRaw != nil {
-			rules[i].source = func() (*rangeSource, error) { return loadSource(ctx, c) }
+			rules[i].Source = func() (*policy.RangeSource, error) { return loadSource(ctx, c) }
 		}
 	}
 	return rules
@@ -79,40 +81,40 @@ func compileRules(ctx caddy.Context, config []Rule) []policyRule {
 
 // loadSource loads the source module of a rule. Without Caddy's context, as in the
 // Caddyfile adapter, it returns a source without ranges.
-func loadSource(ctx caddy.Context, rule *Rule) (*rangeSource, error) {
+func loadSource(ctx caddy.Context, rule *Rule) (*policy.RangeSource, error) {
 	if ctx.Context == nil {
-		return new(rangeSource), nil
+		return new(policy.RangeSource), nil
 	}
 	module, err := ctx.LoadModule(rule, "SourceRaw")
 	if err != nil {
 		return nil, err
 	}
 	source := module.(caddyhttp.IPRangeSource)
-	return &rangeSource{
-		name: string(module.(caddy.Module).CaddyModule().ID),
-		list: func(ctx context.Context) []netip.Prefix { return source.GetIPRanges(requestOf(ctx)) },
+	return &policy.RangeSource{
+		Name: string(module.(caddy.Module).CaddyModule().ID),
+		List: func(ctx context.Context) []netip.Prefix { return source.GetIPRanges(requestOf(ctx)) },
 	}, nil
 }
 
 // reportRules returns an error for the first allow rule that has no effect at all, and logs
 // warnings about the other findings.
-func reportRules(c *ruleCheck, rules []policyRule, sets []*ruleSet, logger *zap.Logger) error {
-	for _, n := range c.never {
-		destinations := strings.Join(n.texts, " ")
-		if more := n.count - len(n.texts); more > 0 {
+func reportRules(c *policy.RuleCheck, rules []policy.Rule, sets []*policy.RuleSet, logger *zap.Logger) error {
+	for _, n := range c.Never {
+		destinations := strings.Join(n.Texts, " ")
+		if more := n.Count - len(n.Texts); more > 0 {
 			destinations += fmt.Sprintf(" and %d more", more)
 		}
-		logger.Warn("a rule can never match", zap.String("rule", rules[n.rule].action+" "+destinations), zap.String("why", n.why))
+		logger.Warn("a rule can never match", zap.String("rule", rules[n.Rule].Action+" "+destinations), zap.String("why", n.Why))
 	}
-	if n := len(c.inexact); n > 0 {
+	if n := len(c.Inexact); n > 0 {
 		logger.Warn("ranges in a file have bits set beyond their length, which are ignored",
-			zap.Strings("ranges", c.inexact[:min(n, maxRuleTexts)]), zap.Int("count", n))
+			zap.Strings("ranges", c.Inexact[:min(n, policy.MaxRuleTexts)]), zap.Int("count", n))
 	}
-	for _, u := range c.useless(rules, sets) {
-		if u.all {
-			return fmt.Errorf("rules[%d]: allow: %s", u.rule, u.text())
+	for _, u := range c.Useless(rules, sets) {
+		if u.All {
+			return fmt.Errorf("rules[%d]: allow: %s", u.Rule, u.Text())
 		}
-		logger.Warn("a rule has no effect", zap.String("rule", "allow "+strings.Join(u.texts, " ")), zap.String("why", u.text()))
+		logger.Warn("a rule has no effect", zap.String("rule", "allow "+strings.Join(u.Texts, " ")), zap.String("why", u.Text()))
 	}
 	return nil
 }

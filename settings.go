@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // settings returns the options in effect, named as in the Caddyfile, without secrets.
@@ -77,9 +79,9 @@ func (h *Handler) settings() []setting {
 	}
 	ports := words(h.Ports)
 	if len(h.Ports) == 0 {
-		ports = fmt.Sprintf("all but %d", portSMTP)
+		ports = fmt.Sprintf("all but %d", policy.PortSMTP)
 	}
-	add("ports", ports, fmt.Sprintf("all but %d", portSMTP))
+	add("ports", ports, fmt.Sprintf("all but %d", policy.PortSMTP))
 	connectPorts := "same as ports"
 	if len(h.ConnectPorts) > 0 {
 		connectPorts = words(h.ConnectPorts)

@@ -19,6 +19,7 @@ import (
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
+	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // Reasons for the end of a tunnel, as in its closing log line.
@@ -48,7 +49,7 @@ type tunnel struct {
 	start    time.Time
 
 	owner     *Handler // the handler that opened it; a reload may have replaced it since
-	reach     clientScope
+	reach     policy.Scope
 	address   netip.AddrPort // the target's address
 	localAddr netip.AddrPort // the proxy's end of that connection
 	registry  *registry

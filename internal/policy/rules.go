@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package policy
 
 import (
 	"errors"
@@ -16,24 +16,24 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
-// policyRule is a rule that allows or denies destinations.
-type policyRule struct {
-	action       string // allow or deny
-	destinations []string
-	files        []string                     // of destinations, one per line; # starts a comment
-	source       func() (*rangeSource, error) // loads a source of ranges; nil: none
+// Rule is a rule that allows or denies destinations.
+type Rule struct {
+	Action       string // allow or deny
+	Destinations []string
+	Files        []string                     // of destinations, one per line; # starts a comment
+	Source       func() (*RangeSource, error) // loads a source of ranges; nil: none
 }
 
 // destination is one destination of a rule.
 type destination struct {
-	text       string // a name, or all, public or private
-	subdomains bool   // matches *.text, the names below text
-	prefix     netip.Prefix
-	ports      portRange
+	Text       string // a name, or all, public or private
+	Subdomains bool   // matches *.text, the names below text
+	Prefix     netip.Prefix
+	Ports      portRange
 }
 
-// parseDestination parses a destination of a rule.
-func parseDestination(s string) (destination, error) {
+// ParseDestination parses a destination of a rule.
+func ParseDestination(s string) (destination, error) {
 	host, ports, hasPorts := s, "", false
 	if rest, ok := strings.CutPrefix(s, "["); ok {
 		var closed bool
@@ -49,13 +49,13 @@ func parseDestination(s string) (destination, error) {
 	var d destination
 	if hasPorts {
 		var err error
-		if d.ports, err = parsePorts(ports); err != nil {
+		if d.Ports, err = ParsePorts(ports); err != nil {
 			return destination{}, err
 		}
 	}
 	switch host {
 	case "all", "public", "private":
-		d.text = host
+		d.Text = host
 		return d, nil
 	}
 	if name, ok := strings.CutPrefix(s, "."); ok {
@@ -64,9 +64,9 @@ func parseDestination(s string) (destination, error) {
 	if strings.Contains(host, "%") {
 		return destination{}, fmt.Errorf("%q has a zone; expected an address without one", s)
 	}
-	if prefix, err := parsePrefix(strings.TrimSuffix(host, ".")); err == nil {
-		d.prefix = prefix
-		return d, checkHostBits(strings.TrimSuffix(host, "."))
+	if prefix, err := ParsePrefix(strings.TrimSuffix(host, ".")); err == nil {
+		d.Prefix = prefix
+		return d, CheckHostBits(strings.TrimSuffix(host, "."))
 	}
 	name, below := strings.CutPrefix(host, "*.")
 	ascii, err := name, error(nil)
@@ -75,16 +75,16 @@ func parseDestination(s string) (destination, error) {
 	}
 	// ToASCII maps other full stops to a dot. One trailing dot is removed; a second one
 	// makes the name invalid.
-	d.text, d.subdomains = strings.TrimSuffix(strings.ToLower(ascii), "."), below
-	_, isAddress := parsePrefix(d.text) // an address in other than ASCII digits
-	if err != nil || isAddress == nil || hostport.CheckHost(d.text) != nil || strings.ContainsAny(host, "/[]") || strings.HasSuffix(d.text, ".") {
+	d.Text, d.Subdomains = strings.TrimSuffix(strings.ToLower(ascii), "."), below
+	_, isAddress := ParsePrefix(d.Text) // an address in other than ASCII digits
+	if err != nil || isAddress == nil || hostport.CheckHost(d.Text) != nil || strings.ContainsAny(host, "/[]") || strings.HasSuffix(d.Text, ".") {
 		return destination{}, fmt.Errorf("%q is not an address, a CIDR range or a name", s)
 	}
 	return d, nil
 }
 
-// parsePrefix parses an address or a CIDR range, and converts v4-mapped ones to IPv4.
-func parsePrefix(s string) (netip.Prefix, error) {
+// ParsePrefix parses an address or a CIDR range, and converts v4-mapped ones to IPv4.
+func ParsePrefix(s string) (netip.Prefix, error) {
 	prefix, err := netip.ParsePrefix(s)
 	if !strings.Contains(s, "/") {
 		var addr netip.Addr
@@ -97,50 +97,50 @@ func parsePrefix(s string) (netip.Prefix, error) {
 	return prefix.Masked(), err
 }
 
-// hostBitsError reports that a range has bits set beyond its prefix length, so that it is
+// HostBitsError reports that a range has bits set beyond its prefix length, so that it is
 // unclear whether the range or the address is meant.
-type hostBitsError struct {
+type HostBitsError struct {
 	text    string
 	network netip.Prefix
 }
 
-func (e *hostBitsError) Error() string {
+func (e *HostBitsError) Error() string {
 	address, _, _ := strings.Cut(e.text, "/")
 	return fmt.Sprintf("%s has bits set beyond its length; write %s for the range, or %s for the address", e.text, e.network, address)
 }
 
-// checkHostBits returns a hostBitsError if text is a range with host bits set.
-func checkHostBits(text string) error {
+// CheckHostBits returns a HostBitsError if text is a range with host bits set.
+func CheckHostBits(text string) error {
 	if prefix, err := netip.ParsePrefix(text); err == nil && prefix != prefix.Masked() {
-		return &hostBitsError{text, prefix.Masked()}
+		return &HostBitsError{text, prefix.Masked()}
 	}
 	return nil
 }
 
-// newRuleSets builds the sets for rules. It loads their sources, and records each
+// NewRuleSets builds the sets for rules. It loads their sources, and records each
 // destination in check.
-func newRuleSets(rules []policyRule, check *ruleCheck) ([]*ruleSet, error) {
-	var sets []*ruleSet
+func NewRuleSets(rules []Rule, check *RuleCheck) ([]*RuleSet, error) {
+	var sets []*RuleSet
 	first := 0 // the first set of the current run of rules with the same action
 	for i := range rules {
 		rule := &rules[i]
-		if rule.action != "allow" && rule.action != "deny" {
-			return nil, fmt.Errorf("rules[%d]: action %q: expected allow or deny", i, rule.action)
+		if rule.Action != "allow" && rule.Action != "deny" {
+			return nil, fmt.Errorf("rules[%d]: action %q: expected allow or deny", i, rule.Action)
 		}
-		if len(rule.destinations) == 0 && len(rule.files) == 0 && rule.source == nil {
-			return nil, errors.New(rule.action + ": missing destination")
+		if len(rule.Destinations) == 0 && len(rule.Files) == 0 && rule.Source == nil {
+			return nil, errors.New(rule.Action + ": missing destination")
 		}
-		deny := rule.action == "deny"
+		deny := rule.Action == "deny"
 		if len(sets) > 0 && sets[len(sets)-1].deny != deny {
 			first = len(sets)
 		}
-		set := func(ports portRange) *ruleSet {
+		set := func(ports portRange) *RuleSet {
 			for _, s := range sets[first:] {
 				if s.ports == ports {
 					return s
 				}
 			}
-			s := newRuleSet(deny, ports)
+			s := NewRuleSet(deny, ports)
 			sets = append(sets, s)
 			return s
 		}
@@ -148,10 +148,10 @@ func newRuleSets(rules []policyRule, check *ruleCheck) ([]*ruleSet, error) {
 		// the sets only after the whole rule has been read.
 		before := len(check.noted)
 		note := func(text string, file bool) error {
-			for _, expanded := range expandRanges(text) {
-				d, err := parseDestination(expanded)
-				if bits := new(hostBitsError); file && errors.As(err, &bits) {
-					check.inexact = append(check.inexact, text) // only a warning in a file
+			for _, expanded := range ExpandRanges(text) {
+				d, err := ParseDestination(expanded)
+				if bits := new(HostBitsError); file && errors.As(err, &bits) {
+					check.Inexact = append(check.Inexact, text) // only a warning in a file
 				} else if err != nil {
 					return err
 				}
@@ -159,89 +159,89 @@ func newRuleSets(rules []policyRule, check *ruleCheck) ([]*ruleSet, error) {
 			}
 			return nil
 		}
-		for _, text := range rule.destinations {
+		for _, text := range rule.Destinations {
 			if err := note(text, false); err != nil {
-				return nil, fmt.Errorf("%s: %w", rule.action, err)
+				return nil, fmt.Errorf("%s: %w", rule.Action, err)
 			}
 		}
-		for _, file := range rule.files {
-			err := readList(file, func(text string) error { return note(text, true) })
+		for _, file := range rule.Files {
+			err := ReadList(file, func(text string) error { return note(text, true) })
 			if check.unreadable(err) {
 				continue
 			}
 			if err != nil {
-				return nil, fmt.Errorf("%s: %w", rule.action, err)
+				return nil, fmt.Errorf("%s: %w", rule.Action, err)
 			}
 		}
 		for j := range check.noted[before:] {
 			l := &check.noted[before+j]
-			l.set = set(l.dest.ports)
-			l.set.add(l.dest)
+			l.set = set(l.dest.Ports)
+			l.set.Add(l.dest)
 		}
-		if rule.source != nil {
-			source, err := rule.source()
+		if rule.Source != nil {
+			source, err := rule.Source()
 			if err != nil {
-				return nil, fmt.Errorf("%s: %w", rule.action, err)
+				return nil, fmt.Errorf("%s: %w", rule.Action, err)
 			}
 			s := set(portRange{})
-			s.sources = append(s.sources, source)
+			s.Sources = append(s.Sources, source)
 		}
 	}
 	return sets, nil
 }
 
-// newDirectSet returns a set of the destinations in texts, which must not have ports.
-func newDirectSet(texts []string) (*ruleSet, error) {
-	s := newRuleSet(false, portRange{})
+// NewDirectSet returns a set of the destinations in texts, which must not have ports.
+func NewDirectSet(texts []string) (*RuleSet, error) {
+	s := NewRuleSet(false, portRange{})
 	for _, text := range texts {
-		for _, text := range expandRanges(text) {
-			d, err := parseDestination(text)
-			if err == nil && d.ports.high > 0 {
+		for _, text := range ExpandRanges(text) {
+			d, err := ParseDestination(text)
+			if err == nil && d.Ports.High > 0 {
 				err = fmt.Errorf("%q has a port; expected none", text)
 			}
 			if err != nil {
 				return nil, err
 			}
-			s.add(d)
+			s.Add(d)
 		}
 	}
 	return s, nil
 }
 
-func newRuleSet(deny bool, ports portRange) *ruleSet {
-	return &ruleSet{deny: deny, ports: ports, names: make(map[string]bool), domains: make(map[string]bool)}
+func NewRuleSet(deny bool, ports portRange) *RuleSet {
+	return &RuleSet{deny: deny, ports: ports, names: make(map[string]bool), domains: make(map[string]bool)}
 }
 
-func (s *ruleSet) add(d destination) {
+func (s *RuleSet) Add(d destination) {
 	switch {
-	case d.prefix.IsValid():
-		s.prefixes.Insert(d.prefix)
+	case d.Prefix.IsValid():
+		s.prefixes.Insert(d.Prefix)
 		s.count++
-	case d.text == "all":
+	case d.Text == "all":
 		s.all = true
-	case d.text == "public":
+	case d.Text == "public":
 		s.public = true
-	case d.text == "private":
+	case d.Text == "private":
 		s.private = true
-	case d.subdomains:
-		s.domains[d.text] = true
+	case d.Subdomains:
+		s.domains[d.Text] = true
 	default:
-		s.names[d.text] = true
+		s.names[d.Text] = true
 	}
 }
 
-// expandRanges returns the CIDR ranges of private_ranges, which are Caddy's, or else text
+// ExpandRanges returns the CIDR ranges of private_ranges, which are Caddy's, or else text
 // itself.
-func expandRanges(text string) []string {
+func ExpandRanges(text string) []string {
 	if text == "private_ranges" {
 		return []string{"192.168.0.0/16", "172.16.0.0/12", "10.0.0.0/8", "127.0.0.0/8", "fd00::/8", "::1/128"}
 	}
 	return []string{text}
 }
 
-// readList calls each for every line of a file, without comments and blank lines. It
+// ReadList calls each for every line of a file, without comments and blank lines. It
 // adds the file and line number to errors.
-func readList(path string, each func(string) error) error {
+func ReadList(path string, each func(string) error) error {
 	data, err := os.ReadFile(path)
 	if err != nil {
 		return err

@@ -1,7 +1,11 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+// Package policy decides which destinations clients may connect to. It offers the rules of a
+// configuration, compiled for fast lookup, the address classes that are closed by default,
+// and checks for rules without effect. It never connects, resolves a name or answers a
+// request.
+package policy
 
 import (
 	"cmp"
@@ -18,24 +22,24 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
-// policy decides which targets clients may connect to. The rules of the config apply in
+// Policy decides which targets clients may connect to. The rules of the config apply in
 // their order; where no rule matches, the client's reach decides.
-type policy struct {
-	sets          []*ruleSet
-	ports         []portRange                              // nil: all but portSMTP
-	connect       []portRange                              // the ports for CONNECT; nil: as ports
-	isSelf        func(to netip.AddrPort, exact bool) bool // whether an address is a protected listener of this process
-	reportOnly    bool                                     // denials by rules and ports are only reported
-	recheckReused bool                                     // verdicts can change, or must be reported again: recheck reused connections
+type Policy struct {
+	Sets          []*RuleSet
+	Ports         []portRange                              // nil: all but PortSMTP
+	Connect       []portRange                              // the ports for CONNECT; nil: as ports
+	IsSelf        func(to netip.AddrPort, exact bool) bool // whether an address is a protected listener of this process
+	ReportOnly    bool                                     // denials by rules and ports are only reported
+	RecheckReused bool                                     // verdicts can change, or must be reported again: recheck reused connections
 }
 
-// portSMTP is denied unless the option ports lists it: sending spam is the most common
+// PortSMTP is denied unless the option ports lists it: sending spam is the most common
 // abuse of a forward proxy.
-const portSMTP = 25
+const PortSMTP = 25
 
-// ruleSet merges the destinations of adjacent rules that have the same action and port
+// RuleSet merges the destinations of adjacent rules that have the same action and port
 // range. The order among such rules makes no difference.
-type ruleSet struct {
+type RuleSet struct {
 	deny  bool
 	ports portRange // zero: all of them
 
@@ -45,26 +49,26 @@ type ruleSet struct {
 	domains         map[string]bool // match their subdomains; spelled like names
 	prefixes        bart.Lite
 	count           int // of prefixes
-	sources         []*rangeSource
+	Sources         []*RangeSource
 }
 
 // portRange is the ports from low to high; the zero value is all ports.
-type portRange struct{ low, high uint16 }
+type portRange struct{ Low, High uint16 }
 
-func (p portRange) contains(port uint16) bool { return p.high == 0 || p.low <= port && port <= p.high }
+func (p portRange) contains(port uint16) bool { return p.High == 0 || p.Low <= port && port <= p.High }
 
 func (p portRange) String() string {
 	switch {
-	case p.high == 0:
+	case p.High == 0:
 		return ""
-	case p.low == p.high:
-		return strconv.Itoa(int(p.low))
+	case p.Low == p.High:
+		return strconv.Itoa(int(p.Low))
 	}
-	return fmt.Sprintf("%d-%d", p.low, p.high)
+	return fmt.Sprintf("%d-%d", p.Low, p.High)
 }
 
-// parsePorts parses a port or a range of ports such as 8000-8999.
-func parsePorts(s string) (portRange, error) {
+// ParsePorts parses a port or a range of ports such as 8000-8999.
+func ParsePorts(s string) (portRange, error) {
 	from, to, ranged := strings.Cut(s, "-")
 	if !ranged {
 		to = from
@@ -77,10 +81,10 @@ func parsePorts(s string) (portRange, error) {
 	return portRange{uint16(low), uint16(high)}, nil
 }
 
-// parsePortList parses the ports of an option.
-func parsePortList(option string, texts []string) (list []portRange, err error) {
+// ParsePortList parses the ports of an option.
+func ParsePortList(option string, texts []string) (list []portRange, err error) {
 	for _, text := range texts {
-		ports, err := parsePorts(text)
+		ports, err := ParsePorts(text)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", option, err)
 		}
@@ -89,72 +93,72 @@ func parsePortList(option string, texts []string) (list []portRange, err error) 
 	return list, nil
 }
 
-// deniedError reports that the policy denies a target.
-type deniedError struct {
-	to      netip.AddrPort // the denied address; invalid if only the name was checked
-	rule    string         // the rule that denies it, for the log; may be ""
-	kind    string         // the RFC 9209 error type
+// DeniedError reports that the policy denies a target.
+type DeniedError struct {
+	To      netip.AddrPort // the denied address; invalid if only the name was checked
+	Rule    string         // the rule that denies it, for the log; may be ""
+	Kind    string         // the RFC 9209 error type
 	subject string         // what is not allowed, for the client; "": the host
-	reason  string         // the reason, for the client; may be ""
-	hint    string         // how the operator could allow it, for the log; may be ""
+	Reason  string         // the reason, for the client; may be ""
+	Hint    string         // how the operator could allow it, for the log; may be ""
 }
 
-// text returns the message for the client. The options that deny the target, or would
+// Text returns the message for the client. The options that deny the target, or would
 // allow it, are the operator's business and are only logged.
-func (e *deniedError) text(host string) string {
+func (e *DeniedError) Text(host string) string {
 	text := "This proxy does not allow " + cmp.Or(e.subject, host)
-	if e.reason != "" {
-		text += ": " + e.reason
+	if e.Reason != "" {
+		text += ": " + e.Reason
 	}
 	return text + "."
 }
 
-func (e *deniedError) Error() string {
+func (e *DeniedError) Error() string {
 	text := "denied"
-	if e.to.IsValid() {
-		text = e.to.String() + " is denied"
+	if e.To.IsValid() {
+		text = e.To.String() + " is denied"
 	}
-	if why := cmp.Or(e.reason, e.subject, e.rule); why != "" {
+	if why := cmp.Or(e.Reason, e.subject, e.Rule); why != "" {
 		text += ": " + why
 	}
 	return text
 }
 
 const (
-	deniedAddress = "destination_ip_prohibited"
-	deniedRequest = "http_request_denied"
+	DeniedAddress = "destination_ip_prohibited"
+	DeniedRequest = "http_request_denied"
 )
 
-// check decides whether a client of reach r may connect to the address to, which belongs
+// Check decides whether a client of reach r may connect to the address to, which belongs
 // to target t. The first rule that matches the target's name or the address decides.
 // Allowing a name does not allow whatever it resolves to: the address must still pass the
 // later rules for addresses, and the client's reach. reported is the first denial that
 // report-only mode suppressed, if any.
-func (p *policy) check(ctx context.Context, r clientScope, t hostport.Target, to netip.AddrPort) (denied, reported *deniedError) {
+func (p *Policy) Check(ctx context.Context, r Scope, t hostport.Target, to netip.AddrPort) (denied, reported *DeniedError) {
 	ip := to.Addr().WithZone("").Unmap()
-	host := embeddedIPv4(ip)
-	if e := p.checkSelf(to, false); e != nil {
+	host := EmbeddedIPv4(ip)
+	if e := p.CheckSelf(to, false); e != nil {
 		return e, nil
 	}
 	if e := p.checkPort(ctx, to.Port()); e != nil {
-		if e.to = to; p.enforces(e, &reported) {
+		if e.To = to; p.enforces(e, &reported) {
 			return e, nil
 		}
 	}
 	named := false // a rule has allowed the name
-	for _, s := range p.sets {
+	for _, s := range p.Sets {
 		if !s.ports.contains(to.Port()) {
 			continue
 		}
-		entry, byAddress := s.matchAddress(ctx, ip, host)
+		entry, byAddress := s.MatchAddress(ctx, ip, host)
 		byName := false
 		if !byAddress && !named {
-			entry, byName = s.matchName(t)
+			entry, byName = s.MatchName(t)
 		}
 		switch {
 		case s.deny && (byAddress || byName):
 			e := s.denied(entry)
-			if e.to = to; p.enforces(e, &reported) {
+			if e.To = to; p.enforces(e, &reported) {
 				return e, nil
 			}
 		case byAddress:
@@ -166,58 +170,58 @@ func (p *policy) check(ctx context.Context, r clientScope, t hostport.Target, to
 	switch {
 	case r.includes(ip, host):
 		return nil, reported
-	case r == localScope:
-		return &deniedError{to: to, kind: deniedAddress, reason: "its address is link-local, multicast or unspecified", hint: "allow " + ip.String()}, nil
+	case r == LocalScope:
+		return &DeniedError{To: to, Kind: DeniedAddress, Reason: "its address is link-local, multicast or unspecified", Hint: "allow " + ip.String()}, nil
 	default:
-		return &deniedError{to: to, kind: deniedAddress, reason: "its address is private or local", hint: "allow " + ip.String()}, nil
+		return &DeniedError{To: to, Kind: DeniedAddress, Reason: "its address is private or local", Hint: "allow " + ip.String()}, nil
 	}
 }
 
-// checkSelf denies the address of a protected listener of this process. Unless exact is set,
-// it may miss a listener that was opened within the last systemCacheTTL.
-func (p *policy) checkSelf(to netip.AddrPort, exact bool) *deniedError {
-	if p.isSelf == nil {
+// CheckSelf denies the address of a protected listener of this process. Unless exact is set,
+// it may miss a listener that was opened within the last SystemCacheTTL.
+func (p *Policy) CheckSelf(to netip.AddrPort, exact bool) *DeniedError {
+	if p.IsSelf == nil {
 		return nil
 	}
 	ip := to.Addr().WithZone("").Unmap()
-	host := embeddedIPv4(ip)
-	if p.isSelf(netip.AddrPortFrom(ip, to.Port()), exact) || host != ip && p.isSelf(netip.AddrPortFrom(host, to.Port()), exact) {
-		return &deniedError{to: to, kind: deniedAddress, reason: "it is an address of the proxy itself"}
+	host := EmbeddedIPv4(ip)
+	if p.IsSelf(netip.AddrPortFrom(ip, to.Port()), exact) || host != ip && p.IsSelf(netip.AddrPortFrom(host, to.Port()), exact) {
+		return &DeniedError{To: to, Kind: DeniedAddress, Reason: "it is an address of the proxy itself"}
 	}
 	return nil
 }
 
 // enforces reports whether a denial by rules or ports is enforced. In report-only mode
 // it stores the first denial in reported instead.
-func (p *policy) enforces(e *deniedError, reported **deniedError) bool {
-	if p.reportOnly && *reported == nil {
+func (p *Policy) enforces(e *DeniedError, reported **DeniedError) bool {
+	if p.ReportOnly && *reported == nil {
 		*reported = e
 	}
-	return !p.reportOnly
+	return !p.ReportOnly
 }
 
-// checkName decides about a target before its name is resolved, which saves DNS queries
+// CheckName decides about a target before its name is resolved, which saves DNS queries
 // for denied names. What it allows must still pass check. If resolvable is false, this
 // proxy never resolves the name, since the parent does: then rules for addresses do not
-// apply to names, and checkName decides alone.
-func (p *policy) checkName(ctx context.Context, r clientScope, t hostport.Target, resolvable bool) (denied, reported *deniedError) {
+// apply to names, and CheckName decides alone.
+func (p *Policy) CheckName(ctx context.Context, r Scope, t hostport.Target, resolvable bool) (denied, reported *DeniedError) {
 	if t.Addr.IsValid() {
 		if resolvable {
 			return nil, nil // check decides about it
 		}
-		return p.check(ctx, r, t, netip.AddrPortFrom(t.Addr, t.Port))
+		return p.Check(ctx, r, t, netip.AddrPortFrom(t.Addr, t.Port))
 	}
 	if !resolvable && (t.Name == "localhost" || strings.HasSuffix(t.Name, ".localhost")) {
-		return p.check(ctx, r, t, netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), t.Port))
+		return p.Check(ctx, r, t, netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), t.Port))
 	}
 	if e := p.checkPort(ctx, t.Port); e != nil && p.enforces(e, &reported) {
 		return e, nil
 	}
-	for _, s := range p.sets {
+	for _, s := range p.Sets {
 		if !s.ports.contains(t.Port) {
 			continue
 		}
-		entry, matches := s.matchName(t)
+		entry, matches := s.MatchName(t)
 		switch {
 		case matches && s.deny:
 			if e := s.denied(entry); p.enforces(e, &reported) {
@@ -239,48 +243,48 @@ func (p *policy) checkName(ctx context.Context, r clientScope, t hostport.Target
 // connectKey is the context key that marks the dial of a CONNECT.
 type connectKey struct{}
 
-// withConnect marks ctx as that of the dial of a CONNECT, for which the option connect_ports
+// WithConnect marks ctx as that of the dial of a CONNECT, for which the option connect_ports
 // may allow other ports.
-func (p *policy) withConnect(ctx context.Context) context.Context {
-	if p.connect == nil {
+func (p *Policy) WithConnect(ctx context.Context) context.Context {
+	if p.Connect == nil {
 		return ctx
 	}
 	return context.WithValue(ctx, connectKey{}, true)
 }
 
-func (p *policy) checkPort(ctx context.Context, port uint16) *deniedError {
-	ports, option := p.ports, "ports"
-	if p.connect != nil && ctx.Value(connectKey{}) != nil {
-		ports, option = p.connect, "connect_ports"
+func (p *Policy) checkPort(ctx context.Context, port uint16) *DeniedError {
+	ports, option := p.Ports, "ports"
+	if p.Connect != nil && ctx.Value(connectKey{}) != nil {
+		ports, option = p.Connect, "connect_ports"
 	}
-	if ports == nil && port != portSMTP || slices.ContainsFunc(ports, func(r portRange) bool { return r.contains(port) }) {
+	if ports == nil && port != PortSMTP || slices.ContainsFunc(ports, func(r portRange) bool { return r.contains(port) }) {
 		return nil
 	}
-	e := &deniedError{rule: option, kind: deniedRequest, subject: fmt.Sprintf("port %d", port), hint: fmt.Sprintf("add %d to %s", port, option)}
-	if port == portSMTP && ports == nil {
+	e := &DeniedError{Rule: option, Kind: DeniedRequest, subject: fmt.Sprintf("port %d", port), Hint: fmt.Sprintf("add %d to %s", port, option)}
+	if port == PortSMTP && ports == nil {
 		e.subject = "port 25 (mail)"
-		e.hint = "list the open ports, including 25, in " + option
+		e.Hint = "list the open ports, including 25, in " + option
 	}
 	return e
 }
 
-// matchAddress returns which entry of the set matches an address. host is the IPv4
+// MatchAddress returns which entry of the set matches an address. host is the IPv4
 // address that ip embeds, or else ip. Allowing a range of IPv6 addresses such as
 // 2000::/3 does not allow private IPv4 addresses embedded in them: a rule must allow
 // those themselves.
-func (s *ruleSet) matchAddress(ctx context.Context, ip, host netip.Addr) (string, bool) {
+func (s *RuleSet) MatchAddress(ctx context.Context, ip, host netip.Addr) (string, bool) {
 	entry, matches := s.matchRange(ctx, host)
-	if !matches && ip != host && (s.deny || publicScope.includes(host, host)) {
+	if !matches && ip != host && (s.deny || PublicScope.includes(host, host)) {
 		entry, matches = s.matchRange(ctx, ip)
 	}
 	if matches || !s.public && !s.private {
 		return entry, matches
 	}
-	isPublic := publicScope.includes(ip, host)
+	isPublic := PublicScope.includes(ip, host)
 	switch {
 	case s.public && isPublic:
 		return "public", true
-	case s.private && !isPublic && (s.deny || localScope.includes(ip, host)):
+	case s.private && !isPublic && (s.deny || LocalScope.includes(ip, host)):
 		return "private", true
 	}
 	return "", false
@@ -288,7 +292,7 @@ func (s *ruleSet) matchAddress(ctx context.Context, ip, host netip.Addr) (string
 
 // matchRange returns which range of the set contains an address. A metadata service is
 // only allowed by an entry for its exact address, not by a range around it.
-func (s *ruleSet) matchRange(ctx context.Context, addr netip.Addr) (string, bool) {
+func (s *RuleSet) matchRange(ctx context.Context, addr netip.Addr) (string, bool) {
 	if !s.deny && isMetadata(addr) {
 		return "", s.count > 0 && s.prefixes.Get(netip.PrefixFrom(addr, addr.BitLen()))
 	}
@@ -299,17 +303,17 @@ func (s *ruleSet) matchRange(ctx context.Context, addr netip.Addr) (string, bool
 		prefix, _ := s.prefixes.LookupPrefixLPM(netip.PrefixFrom(addr, addr.BitLen()))
 		return prefix.String(), true
 	}
-	for _, source := range s.sources {
+	for _, source := range s.Sources {
 		if source.contains(ctx, addr) {
-			return source.name, true
+			return source.Name, true
 		}
 	}
 	return "", false
 }
 
-// matchName returns which entry of the set matches a target's name. The entry all also
+// MatchName returns which entry of the set matches a target's name. The entry all also
 // matches addresses.
-func (s *ruleSet) matchName(t hostport.Target) (string, bool) {
+func (s *RuleSet) MatchName(t hostport.Target) (string, bool) {
 	if s.all {
 		return "all", true
 	}
@@ -333,24 +337,24 @@ func (s *ruleSet) matchName(t hostport.Target) (string, bool) {
 }
 
 // aboutAddresses reports whether the set has entries for addresses.
-func (s *ruleSet) aboutAddresses() bool {
-	return s.count > 0 || len(s.sources) > 0 || s.private || s.public
+func (s *RuleSet) aboutAddresses() bool {
+	return s.count > 0 || len(s.Sources) > 0 || s.private || s.public
 }
 
 // denied returns the error for a target that matches an entry of a deny set.
-func (s *ruleSet) denied(entry string) *deniedError {
-	if s.ports.high > 0 {
+func (s *RuleSet) denied(entry string) *DeniedError {
+	if s.ports.High > 0 {
 		entry += ":" + s.ports.String()
 	}
-	return &deniedError{
-		rule: "deny " + entry, kind: deniedRequest, hint: "put an allow rule before it",
+	return &DeniedError{
+		Rule: "deny " + entry, Kind: DeniedRequest, Hint: "put an allow rule before it",
 	}
 }
 
-// rangeSource is a list of CIDR ranges that may change while the config runs.
-type rangeSource struct {
-	name  string                               // the module's ID
-	list  func(context.Context) []netip.Prefix // the ranges for the request of a context
+// RangeSource is a list of CIDR ranges that may change while the config runs.
+type RangeSource struct {
+	Name  string                               // the module's ID
+	List  func(context.Context) []netip.Prefix // the ranges for the request of a context
 	built atomic.Pointer[builtRanges]
 }
 
@@ -360,8 +364,8 @@ type builtRanges struct {
 	table bart.Lite
 }
 
-func (s *rangeSource) contains(ctx context.Context, addr netip.Addr) bool {
-	list := s.list(ctx)
+func (s *RangeSource) contains(ctx context.Context, addr netip.Addr) bool {
+	list := s.List(ctx)
 	if len(list) == 0 {
 		return false
 	}
@@ -376,25 +380,25 @@ func (s *rangeSource) contains(ctx context.Context, addr netip.Addr) bool {
 	return b.table.Contains(addr)
 }
 
-// A clientScope says which addresses a client may reach by default: no more than it could
+// A Scope says which addresses a client may reach by default: no more than it could
 // reach without the proxy.
-type clientScope int
+type Scope int
 
 const (
-	publicScope clientScope = iota // public unicast addresses outside this machine's networks: open to any client
-	localScope                     // this machine and its networks as well: for clients on this machine
-	scopeCount
+	PublicScope Scope = iota // public unicast addresses outside this machine's networks: open to any client
+	LocalScope               // this machine and its networks as well: for clients on this machine
+	ScopeCount
 )
 
 // includes reports whether an address is within reach. ip is not v4-mapped and has no
 // zone; host is the IPv4 address that it embeds, or else ip. Both must be within reach,
 // except that for the public NAT64 prefix only host counts.
-func (r clientScope) includes(ip, host netip.Addr) bool {
+func (r Scope) includes(ip, host netip.Addr) bool {
 	return r.reaches(host) && (ip == host || nat64.Contains(ip) || r.reaches(ip))
 }
 
-func (r clientScope) reaches(ip netip.Addr) bool {
-	if r == localScope {
+func (r Scope) reaches(ip netip.Addr) bool {
+	if r == LocalScope {
 		return !neverReachable.Contains(ip) && !isMetadata(ip)
 	}
 	return !notPublic.Contains(ip) && !isNearby(ip)
@@ -427,9 +431,9 @@ var (
 	ipv4Translated = netip.MustParsePrefix("::ffff:0:0:0/96") // RFC 2765
 )
 
-// embeddedIPv4 returns the IPv4 address that is embedded in an IPv6 address for a
+// EmbeddedIPv4 returns the IPv4 address that is embedded in an IPv6 address for a
 // translator, relay or tunnel, in current or obsolete use, or else ip itself.
-func embeddedIPv4(ip netip.Addr) netip.Addr {
+func EmbeddedIPv4(ip netip.Addr) netip.Addr {
 	if ip.Is4() {
 		return ip
 	}

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package policy
 
 import (
 	"net"
@@ -13,9 +13,9 @@ import (
 	"github.com/gaissmai/bart"
 )
 
-// systemCacheTTL is how long information from the system about its addresses and sockets is
+// SystemCacheTTL is how long information from the system about its addresses and sockets is
 // cached: asking for each connection would cost too much.
-const systemCacheTTL = time.Second
+const SystemCacheTTL = time.Second
 
 // interfaces is a snapshot of the addresses of this machine's network interfaces.
 type interfaces struct {
@@ -29,12 +29,12 @@ var (
 	askingInterfaces sync.Mutex
 )
 
-// currentInterfaces returns a snapshot of the interfaces that is about systemCacheTTL old at
+// currentInterfaces returns a snapshot of the interfaces that is about SystemCacheTTL old at
 // most, unless asking the system fails; then it returns the last snapshot, or nil if there
 // is none. While one goroutine asks the system, the others use the last snapshot.
 func currentInterfaces() *interfaces {
 	known := knownInterfaces.Load()
-	if known != nil && (time.Since(known.asked) < systemCacheTTL || !askingInterfaces.TryLock()) {
+	if known != nil && (time.Since(known.asked) < SystemCacheTTL || !askingInterfaces.TryLock()) {
 		return known
 	}
 	if known == nil {
@@ -74,9 +74,9 @@ func newInterfaces(list []net.Addr) *interfaces {
 	return known
 }
 
-// isOwnAddress reports whether ip is an address of this machine. If the system's addresses
+// IsOwnAddress reports whether ip is an address of this machine. If the system's addresses
 // are unknown, it returns true, so that the proxy denies too much rather than too little.
-func isOwnAddress(ip netip.Addr) bool {
+func IsOwnAddress(ip netip.Addr) bool {
 	known := currentInterfaces()
 	return known == nil || known.addresses[ip]
 }

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package policy
 
 import (
 	"encoding/json"
@@ -12,21 +12,21 @@ import (
 	"strings"
 )
 
-// closedConditions returns the conditions for destinations that are closed by default, as
+// ClosedConditions returns the conditions for destinations that are closed by default, as
 // far as a browser can tell. It omits classes of which a rule allows a part.
-func closedConditions(sets []*ruleSet) (list []string) {
-	allowed := func(condition func(*ruleSet) bool) bool {
-		return slices.ContainsFunc(sets, func(s *ruleSet) bool { return !s.deny && condition(s) })
+func ClosedConditions(sets []*RuleSet) (list []string) {
+	allowed := func(condition func(*RuleSet) bool) bool {
+		return slices.ContainsFunc(sets, func(s *RuleSet) bool { return !s.deny && condition(s) })
 	}
 	for _, class := range slices.Concat(slices.Collect(notPublic.AllSorted4()), closedIPv6) {
-		if !allowed(func(s *ruleSet) bool {
-			return len(s.sources) > 0 || s.prefixes.OverlapsPrefix(class) || s.private && !neverReachable.LookupPrefix(class)
+		if !allowed(func(s *RuleSet) bool {
+			return len(s.Sources) > 0 || s.prefixes.OverlapsPrefix(class) || s.private && !neverReachable.LookupPrefix(class)
 		}) {
 			list = append(list, prefixCondition(class))
 		}
 	}
 	named := func(condition func(name string) bool) bool {
-		return allowed(func(s *ruleSet) bool {
+		return allowed(func(s *RuleSet) bool {
 			for name := range s.names {
 				if condition(name) {
 					return true
@@ -62,20 +62,20 @@ var closedIPv6 = []netip.Prefix{
 	netip.MustParsePrefix("fc00::/7"), netip.MustParsePrefix("fe80::/10"), netip.MustParsePrefix("fec0::/10"), netip.MustParsePrefix("ff00::/8"),
 }
 
-// quoteJS returns a string as a JavaScript literal.
-func quoteJS(s string) string {
+// QuoteJS returns a string as a JavaScript literal.
+func QuoteJS(s string) string {
 	b, _ := json.Marshal(s) // never fails
 	return string(b)
 }
 
-// conditions returns the script's conditions for the destinations in the set, which must
+// Conditions returns the script's conditions for the destinations in the set, which must
 // not have ports.
-func (s *ruleSet) conditions() (list []string) {
+func (s *RuleSet) Conditions() (list []string) {
 	for name := range s.names {
-		list = append(list, "is("+quoteJS(name)+")")
+		list = append(list, "is("+QuoteJS(name)+")")
 	}
 	for name := range s.domains {
-		list = append(list, "below("+quoteJS(name)+")")
+		list = append(list, "below("+QuoteJS(name)+")")
 	}
 	for prefix := range s.prefixes.All() {
 		list = append(list, prefixCondition(prefix))
@@ -93,9 +93,9 @@ func prefixCondition(prefix netip.Prefix) string {
 	return fmt.Sprintf("within(%q, \"%d.%d.%d.%d\")", prefix.Addr(), byte(mask>>24), byte(mask>>16), byte(mask>>8), byte(mask))
 }
 
-// newPACDirect parses the destinations that browsers reach directly.
-func newPACDirect(texts []string) (*ruleSet, error) {
-	s, err := newDirectSet(texts)
+// NewPACDirect parses the destinations that browsers reach directly.
+func NewPACDirect(texts []string) (*RuleSet, error) {
+	s, err := NewDirectSet(texts)
 	if err == nil && (s.all || s.public || s.private) {
 		err = errors.New("all, public and private are not allowed")
 	}
