@@ -13,7 +13,6 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // established is the response to a CONNECT over HTTP/1. It is written to the hijacked
@@ -27,22 +26,22 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *transaction
 	from := v.clientIdentity
 	target, err := hostport.Parse(r.RequestURI)
 	if err != nil {
-		return 0, newRefusal(http.StatusBadRequest, "http_request_error", nil, "CONNECT needs a host and a port, such as example.com:443: %v.", err)
+		return 0, causeConnectTarget.refusal(nil, err)
 	}
 	if announcesContent(r) {
-		return 0, newRefusal(http.StatusBadRequest, "http_request_error", nil, "A CONNECT request must not have content.")
+		return 0, causeConnectContent.refusal(nil)
 	}
 	if err := h.tunnels.admit(from.limitKey, h.MaxTunnels, h.MaxTunnelsPerClient); err != nil {
 		return 0, tunnelRefusal(err)
 	}
 	ctx := h.dialer.policy.WithConnect(h.withParentFields(r, from, target))
 	ctx, dialled := h.tunnels.dialContext(ctx, time.Duration(h.DialTimeout))
-	far, err := h.dialer.dial(ctx, from.reach, target)
+	far, err := h.dial(ctx, from.reach, target)
 	dialled()
 	if err != nil {
 		h.tunnels.release(from.limitKey)
 		if h.tunnels.endReason.Load() != nil && r.Context().Err() == nil {
-			return 0, newRefusal(http.StatusServiceUnavailable, "proxy_internal_error", err, "This proxy is shutting down; try again later.")
+			return 0, causeShuttingDown.refusal(err)
 		}
 		return 0, dialRefusal(r.Context(), err, target)
 	}
@@ -66,14 +65,6 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *transaction
 	// net/http holds for it are many times as large as what the tunnel needs.
 	go t.run()
 	return http.StatusOK, nil
-}
-
-// tunnelRefusal returns the response for when a limit does not allow another tunnel.
-func tunnelRefusal(err *limitError) *refusal {
-	if err.perClient {
-		return causeTunnelsPerClient.refusal(&policy.DeniedError{Rule: "max_tunnels per_client", Reason: err.Error(), Hint: "raise max_tunnels per_client"})
-	}
-	return causeTunnels.refusal(&policy.DeniedError{Rule: "max_tunnels", Reason: err.Error(), Hint: "raise max_tunnels"})
 }
 
 // announcesContent reports whether a CONNECT request declares content, which it must not

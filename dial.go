@@ -7,15 +7,11 @@ import (
 	"context"
 	"errors"
 	"net"
-	"net/http"
 	"net/netip"
-	"os"
 	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
-
-	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
@@ -83,9 +79,7 @@ type attemptKey struct{}
 // uses the parent unless the address bypasses it. The addresses of a name are tried as
 // RFC 8305 recommends. If the dial fails and any of the addresses was denied, dial
 // returns the denial.
-func (d *dialer) dial(ctx context.Context, r policy.Scope, address string) (conn net.Conn, err error) {
-	start := time.Now()
-	defer func() { countDial(ctx, start, err) }()
+func (d *dialer) dial(ctx context.Context, r policy.Scope, address string) (net.Conn, error) {
 	if d.usesParent(address) {
 		if err := d.checkForParent(ctx, r, address); err != nil {
 			return nil, err
@@ -96,7 +90,7 @@ func (d *dialer) dial(ctx context.Context, r policy.Scope, address string) (conn
 	if denied, _ := d.policy.CheckName(ctx, r, a.Target, true); denied != nil {
 		return nil, denied
 	}
-	conn, err = d.dialTarget(context.WithValue(ctx, attemptKey{}, a), &d.dialers[r], a.Target)
+	conn, err := d.dialTarget(context.WithValue(ctx, attemptKey{}, a), &d.dialers[r], a.Target)
 	if denied := a.denied.Load(); err != nil && denied != nil && !errors.Is(ctx.Err(), context.Canceled) {
 		return nil, denied
 	}
@@ -173,16 +167,13 @@ func (d *dialer) enforce(ctx context.Context, address string, denied, reported *
 	return nil
 }
 
-// denies reports whether the policy would now deny an open tunnel.
-func (d *dialer) denies(t *tunnel) bool {
-	ctx := context.Background()
-	if strings.HasPrefix(t.proto, "HTTP/") { // a CONNECT, not an upgraded request
-		ctx = d.policy.WithConnect(ctx)
+// denies reports whether the policy would now deny an open connection to target, whose
+// address is to.
+func (d *dialer) denies(ctx context.Context, r policy.Scope, target string, to netip.AddrPort) bool {
+	if d.usesParent(target) {
+		return d.checkForParent(ctx, r, target) != nil
 	}
-	if d.usesParent(t.target) {
-		return d.checkForParent(ctx, t.reach, t.target) != nil
-	}
-	denied, _ := d.policy.Check(ctx, t.reach, hostport.TargetOf(t.target), t.address)
+	denied, _ := d.policy.Check(ctx, r, hostport.TargetOf(target), to)
 	return denied != nil
 }
 
@@ -198,59 +189,4 @@ func (d *dialer) recheck(ctx context.Context, r policy.Scope, address string, co
 	}
 	denied, reported := d.policy.Check(ctx, r, hostport.TargetOf(address), to)
 	return d.enforce(ctx, address, denied, reported)
-}
-
-// requestOf returns the request of a context, as the client sent it, or an empty one.
-func requestOf(ctx context.Context) *http.Request {
-	if r, ok := ctx.Value(caddyhttp.OriginalRequestCtxKey).(http.Request); ok {
-		return &r
-	}
-	return new(http.Request)
-}
-
-// statusClientClosedRequest is for logs only: the client disconnected before it had the
-// complete response. The number is nginx's.
-const statusClientClosedRequest = 499
-
-// clientDisconnected returns the refusal for a client that has disconnected. It is only logged.
-func clientDisconnected(err error) *refusal {
-	return newRefusal(statusClientClosedRequest, "connection_terminated", err, "the client left")
-}
-
-// dialRefusal returns the response that tells the client why there is no connection to
-// host. ctx is the request's.
-func dialRefusal(ctx context.Context, err error, host string) *refusal {
-	var denied *policy.DeniedError
-	var unresolved *resolveError
-	var timeout net.Error
-	var parent *parentError
-	switch {
-	case ctx.Err() != nil:
-		return clientDisconnected(context.Cause(ctx))
-	case errors.As(err, &denied):
-		return newRefusal(http.StatusForbidden, denied.Kind, err, "%s", denied.Text(host))
-	case errors.As(err, &parent):
-		return parent.refusal(ctx, host)
-	case isTLSError(err):
-		return tlsRefusal(err, host)
-	case noDescriptors(err):
-		return resourceRefusal(err)
-	case errors.As(err, &unresolved):
-		return unresolved.refusal(err, host)
-	case errors.Is(err, os.ErrDeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
-		return newRefusal(http.StatusGatewayTimeout, "connection_timeout", err, "%s did not accept a connection in time.", host)
-	case errors.Is(err, syscall.ECONNREFUSED):
-		return newRefusal(http.StatusBadGateway, "connection_refused", err, "%s refused the connection.", host)
-	case isUnroutable(err):
-		return newRefusal(http.StatusBadGateway, "destination_ip_unroutable", err, "There is no route to %s.", host)
-	case errors.Is(err, syscall.EADDRNOTAVAIL): // all local ports are in use
-		return resourceRefusal(err)
-	default:
-		return newRefusal(http.StatusBadGateway, "destination_unavailable", err, "Could not connect to %s.", host)
-	}
-}
-
-// resourceRefusal returns the response for when this proxy has no descriptors or ports left.
-func resourceRefusal(err error) *refusal {
-	return newRefusal(http.StatusServiceUnavailable, "proxy_internal_error", err, "This proxy cannot open another connection now; try again later.")
 }

@@ -44,10 +44,10 @@ var errHostByHeaderUp = errors.New("header_up produces an invalid Host field")
 func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from clientIdentity) (int, error) {
 	out, scheme, err := newOutgoing(r)
 	if err != nil {
-		return 0, newRefusal(http.StatusBadRequest, "http_request_error", nil, "This request cannot be forwarded: %v.", err)
+		return 0, causeTarget.refusal(nil, err)
 	}
 	if countLines(r.Header) > maxFields {
-		return 0, newRefusal(http.StatusRequestHeaderFieldsTooLarge, "http_request_error", nil, "This request has more than %d header lines.", maxFields)
+		return 0, causeHeaderLines.refusal(nil, maxFields)
 	}
 	out.needsContinue = out.body != nil && handlerSendsContinue(r)
 	if maxForwards(r.Method, r.Header) {
@@ -57,7 +57,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from clientIde
 	requestedHost := out.host
 	h.applyUp(r, &out.host)
 	if !httpguts.ValidHostHeader(out.host) {
-		return 0, newRefusal(http.StatusBadRequest, "http_request_error", errHostByHeaderUp, "This request cannot be forwarded: its Host field would be invalid.")
+		return 0, causeHostField.refusal(errHostByHeaderUp)
 	}
 	if out.body != nil {
 		out.body.count = func(n int64) { h.countForwarded(from.limitKey, n, 0) }
@@ -87,10 +87,10 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from clientIde
 		if err := h.dialer.checkForParent(r.Context(), from.reach, out.authority); err != nil {
 			return 0, dialRefusal(r.Context(), err, r.Host)
 		}
-		if f := h.dialer.parent.refuseEcho(out); f != nil {
+		if f := refuseEcho(h.dialer.parent, out); f != nil {
 			return 0, f
 		}
-		h.dialer.parent.prepare(out, requestedHost)
+		readdress(h.dialer.parent, out, requestedHost)
 		pool = h.parentOrigins
 	}
 
@@ -118,7 +118,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from clientIde
 	res, err := x.do(out)
 	if err != nil {
 		if pool == h.parentOrigins {
-			err = x.asParentError(err)
+			err = asParentError(x, err)
 		}
 		return 0, forwardRefusal(r, err)
 	}

@@ -6,11 +6,8 @@ package asyncproxy
 import (
 	"context"
 	"errors"
-	"net"
 	"net/http"
-	"os"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
@@ -107,7 +104,9 @@ func newProcessMetrics() *processMetrics {
 		}, []string{"outcome"}),
 	}
 	for c, row := range causes {
-		m.refusals.WithLabelValues(row.kind, string(c))
+		if row.label == c { // each label once
+			m.refusals.WithLabelValues(row.errorType, string(c))
+		}
 	}
 	m.rateLimited = m.refusals.WithLabelValues(policy.DeniedRequest, string(causeRateLimited))
 	requests := counters("requests_total", "Requests by kind and outcome.", "kind", "outcome")
@@ -157,7 +156,7 @@ func (v *transaction) count(err error) *refusal {
 		o = outcomeLimited
 		metrics.rateLimited.Inc()
 	case f != nil && o != outcomeCanceled:
-		metrics.refusals.WithLabelValues(f.errorType, string(causeOf(f))).Inc()
+		metrics.refusals.WithLabelValues(f.errorType, string(f.cause)).Inc()
 	}
 	v.counted = true
 	metrics.requests[v.kind][o].Inc()
@@ -174,7 +173,7 @@ func outcomeOf(err error) (outcome, *refusal) {
 	switch {
 	case errors.As(err, &f) && f.status == statusClientClosedRequest:
 		return outcomeCanceled, f
-	case f != nil && causeOf(f) == causeAuthRequired:
+	case f != nil && f.cause == causeAuthRequired:
 		return outcomeAuthRequired, f
 	case f != nil && (f.status < 500 || f.status == http.StatusLoopDetected):
 		return outcomeRefused, f
@@ -187,33 +186,6 @@ func outcomeOf(err error) (outcome, *refusal) {
 // countDial counts an attempt to connect that began at start.
 func countDial(ctx context.Context, start time.Time, err error) {
 	metrics.dials.WithLabelValues(dialOutcome(ctx, err)).Observe(time.Since(start).Seconds())
-}
-
-// dialOutcome returns the outcome of an attempt to connect.
-func dialOutcome(ctx context.Context, err error) string {
-	if err == nil {
-		return "ok" // the fast path
-	}
-	var (
-		denied  *policy.DeniedError
-		dns     *net.DNSError
-		timeout net.Error
-	)
-	switch {
-	case ctx.Err() != nil && !errors.Is(ctx.Err(), context.DeadlineExceeded): // an exceeded deadline is the dial timeout
-		return "canceled"
-	case errors.As(err, &denied):
-		return "denied"
-	case noDescriptors(err):
-		return "failed"
-	case errors.Is(err, os.ErrDeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
-		return "timeout"
-	case errors.As(err, &dns):
-		return "dns"
-	case errors.Is(err, syscall.ECONNREFUSED):
-		return "refused"
-	}
-	return "failed"
 }
 
 // count counts a closed tunnel.

@@ -362,8 +362,8 @@ func TestDialOutcomes(t *testing.T) {
 		{late, refused, "refused"},
 		{left, context.Canceled, "canceled"},
 		{left, os.ErrDeadlineExceeded, "canceled"},
-		{t.Context(), &net.DNSError{IsTimeout: true}, "timeout"},
-		{t.Context(), &net.DNSError{IsNotFound: true}, "dns"},
+		{t.Context(), &resolveError{err: &net.DNSError{IsTimeout: true}}, "timeout"},
+		{t.Context(), &resolveError{err: &net.DNSError{IsNotFound: true}}, "dns"},
 		{t.Context(), errors.New("else"), "failed"},
 	} {
 		if got := dialOutcome(tc.ctx, tc.err); got != tc.want {

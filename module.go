@@ -349,7 +349,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	}
 	for r := range policy.ScopeCount {
 		dial := func(ctx context.Context, authority string) (net.Conn, error) {
-			conn, err := h.dialer.dial(ctx, r, authority)
+			conn, err := h.dial(ctx, r, authority)
 			if tcp, ok := conn.(*net.TCPConn); ok {
 				enableKeepAlive(tcp) // a pooled connection may be idle from the start
 			}
@@ -485,6 +485,31 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 		})
 	}
 	return nil
+}
+
+// dial connects to address for a client of the given reach, and counts the attempt.
+func (h *Handler) dial(ctx context.Context, r policy.Scope, address string) (net.Conn, error) {
+	start := time.Now()
+	conn, err := h.dialer.dial(ctx, r, address)
+	countDial(ctx, start, err)
+	return conn, err
+}
+
+// forbids reports whether the policy would now deny an open tunnel.
+func (h *Handler) forbids(t *tunnel) bool {
+	ctx := context.Background()
+	if strings.HasPrefix(t.proto, "HTTP/") { // a CONNECT, not an upgraded request
+		ctx = h.dialer.policy.WithConnect(ctx)
+	}
+	return h.dialer.denies(ctx, t.reach, t.target, t.address)
+}
+
+// requestOf returns the request of a context, as the client sent it, or an empty one.
+func requestOf(ctx context.Context) *http.Request {
+	if r, ok := ctx.Value(caddyhttp.OriginalRequestCtxKey).(http.Request); ok {
+		return &r
+	}
+	return new(http.Request)
 }
 
 // recheckPolicy checks the policy for a reused connection that an earlier request of a client

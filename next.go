@@ -44,11 +44,11 @@ var errNoHosts = errors.New("no handler answered; over HTTP/2 and HTTP/3, the pr
 func noHandlerRefusal(r *http.Request) *refusal {
 	switch {
 	case isExtendedConnect(r):
-		return newRefusal(http.StatusNotImplemented, "proxy_internal_response", nil, "The protocol of this CONNECT request is not supported here.")
+		return causeNoProtocol.refusal(nil)
 	case r.ProtoMajor > 1:
-		return newRefusal(http.StatusMisdirectedRequest, "http_request_error", errNoHosts, "This is a proxy. It has no page of its own here, and it does not forward http:// URLs over HTTP/%d.", r.ProtoMajor)
+		return causeNoHosts.refusal(errNoHosts, r.ProtoMajor)
 	}
-	return newRefusal(http.StatusMisdirectedRequest, "http_request_error", errNoHandler, "This is a proxy, and it has no page of its own here. A proxy request must name a full URL.")
+	return causeNoHandler.refusal(errNoHandler)
 }
 
 // statusRecorder records the status of a response; 0 if there is none. Unlike Caddy's

@@ -52,7 +52,7 @@ func (h *Handler) newTransaction(r *http.Request) *transaction {
 
 // setRefusal records the response that the proxy generated.
 func (v *transaction) setRefusal(f *refusal) {
-	v.status, v.reason, v.cause, v.refusal = f.status, f.errorType, causeOf(f), f
+	v.status, v.reason, v.cause, v.refusal = f.status, f.errorType, f.cause, f
 }
 
 func (v *transaction) placeholder(key string) (any, bool) {

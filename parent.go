@@ -266,46 +266,6 @@ func (p *parent) open(ctx context.Context) (net.Conn, error) {
 // through a tunnel.
 func (p *parent) isHTTP() bool { return p.socks == nil }
 
-// refuseEcho refuses a request that the parent may answer itself by echoing the request it
-// received: that would reveal the fields that are meant for the parent alone to the
-// client (RFC 9110 §9.3.8). It must be called before prepare adds them.
-func (p *parent) refuseEcho(out *outgoing) *refusal {
-	if len(p.header) == 0 {
-		return nil
-	}
-	var f *refusal
-	switch method := strings.ToUpper(out.method); {
-	case method == http.MethodTrace, method == "TRACK":
-		f = newRefusal(http.StatusForbidden, policy.DeniedRequest, nil, "%s is not possible here: the answer would reveal what this proxy tells only its parent proxy.", method)
-	case method == http.MethodOptions && len(out.header["Max-Forwards"]) > 0:
-		f = newRefusal(http.StatusForbidden, policy.DeniedRequest, nil, "OPTIONS with Max-Forwards is not possible here: the parent proxy's answer could reveal what this proxy tells only its parent proxy.")
-	case strings.EqualFold(out.authority, p.address):
-		f = newRefusal(http.StatusForbidden, policy.DeniedRequest, nil, "The parent proxy itself (%s) cannot be a destination.", out.host)
-	default:
-		return nil
-	}
-	f.cause = causeDefault
-	return f
-}
-
-// prepare readdresses a request for an http origin to the parent, with its target in
-// absolute form (RFC 9112 §3.2.2). requested is the authority from the client's request,
-// which the rules have checked. It goes into the target even if header_up has changed Host.
-// The header is cloned, so that the parent's fields, which may be secret, do not end up
-// in the client's request.
-func (p *parent) prepare(out *outgoing, requested string) {
-	if out.target == "*" {
-		out.target = ""
-	}
-	out.target, out.host = "http://"+requested+out.target, requested
-	out.authority = p.address
-	out.header = maps.Clone(out.header)
-	if len(p.header) > 0 { // make sure that no proxy answers, as it could echo p.header
-		delete(out.header, "Max-Forwards")
-	}
-	maps.Copy(out.header, p.header)
-}
-
 // connect opens a tunnel through the parent to address, a host and a port. The parent
 // resolves the name.
 func (p *parent) connect(ctx context.Context, address string) (net.Conn, error) {

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
@@ -368,8 +369,12 @@ func TestParentNameAskedOnce(t *testing.T) {
 		t.Error("192.0.2.1 counts as this machine")
 	}
 	before := asked.Load()
+	d := newDialer(new(policy.Policy), time.Second, resolver)
+	d.parent, d.ownPort = p, func(port uint16) bool { return port == 443 }
 	for range 10 {
-		p.isLocal(t.Context())
+		if err := d.checkForParent(t.Context(), policy.PublicScope, "origin.test:443"); err != nil {
+			t.Error(err)
+		}
 	}
 	if n := asked.Load(); n != before {
 		t.Errorf("the name server got %d more questions", n-before)

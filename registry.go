@@ -196,7 +196,7 @@ func (r *registry) add(t *tunnel) {
 // replaced: it gets the same checks and delays as the owner's other tunnels.
 func (r *registry) reconcile(t *tunnel, current any) {
 	for h := range r.handlers.All() {
-		if h.RecheckTunnels && current == any(h.configDone) && h.running.Load() && h.supersedes(t.owner) && h.dialer.denies(t) {
+		if h.RecheckTunnels && current == any(h.configDone) && h.running.Load() && h.supersedes(t.owner) && h.forbids(t) {
 			t.close(reasonForbidden)
 		}
 	}

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
-	"net/http"
 	"net/netip"
 	"os"
 	"slices"
@@ -21,8 +20,6 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
-
-	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
 // resendDelay is how long to wait for a DNS server before repeating the query or asking
@@ -427,26 +424,4 @@ func (e *resolveError) noSuchName() bool {
 func (e *resolveError) timeout() bool {
 	var timeout net.Error
 	return errors.As(e.err, &timeout) && timeout.Timeout()
-}
-
-// refusal returns the response that tells the client why the name of host could not be
-// resolved. err is the error for the log.
-func (e *resolveError) refusal(err error, host string) *refusal {
-	host, _, _ = hostport.Split(host)
-	rcode := e.failure()
-	var f *refusal
-	switch {
-	case e.timeout():
-		return newRefusal(http.StatusGatewayTimeout, "dns_timeout", err, "The name of %s was not resolved in time.", host)
-	case e.notFound() && rcode == "":
-		return newRefusal(http.StatusBadGateway, "dns_error", err, "The name of %s has no address.", host)
-	case e.notFound():
-		f = newRefusal(http.StatusBadGateway, "dns_error", err, "The name of %s does not resolve.", host)
-	case rcode == "":
-		return newRefusal(http.StatusServiceUnavailable, "dns_error", err, "The name of %s cannot be looked up: there is no answer from DNS.", host)
-	default:
-		f = newRefusal(http.StatusServiceUnavailable, "dns_error", err, "The name of %s cannot be looked up: the DNS server answers %s.", host, rcode)
-	}
-	f.params = fmt.Sprintf("; rcode=%q", rcode)
-	return f
 }

@@ -108,7 +108,7 @@ func (h *Handler) onStarted(ctx caddy.Context, server *caddyhttp.Server) {
 	}
 	if h.RecheckTunnels {
 		h.tunnels.closeIf(reasonForbidden, func(t *tunnel) bool {
-			return h.supersedes(t.owner) && h.dialer.denies(t)
+			return h.supersedes(t.owner) && h.forbids(t)
 		})
 	}
 }

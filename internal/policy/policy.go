@@ -103,14 +103,15 @@ type DeniedError struct {
 	Hint    string         // how the operator could allow it, for the log; may be ""
 }
 
-// Text returns the message for the client. The options that deny the target, or would
-// allow it, are the operator's business and are only logged.
-func (e *DeniedError) Text(host string) string {
-	text := "This proxy does not allow " + cmp.Or(e.subject, host)
+// Subject returns what is denied, and why if that is for the client to know. Without a host
+// of its own it is that of the request. The options that deny it, or would allow it, are
+// the operator's business and are only logged.
+func (e *DeniedError) Subject(host string) string {
+	what := cmp.Or(e.subject, host)
 	if e.Reason != "" {
-		text += ": " + e.Reason
+		what += ": " + e.Reason
 	}
-	return text + "."
+	return what
 }
 
 func (e *DeniedError) Error() string {

@@ -5,6 +5,7 @@ package asyncproxy
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -213,26 +214,69 @@ func TestRequestLogLines(t *testing.T) {
 	}
 }
 
-// TestCausesTable checks that the README documents each cause.
+// TestCausesTable checks that the README documents the status, the error type and the label
+// of each cause, and no other labels.
 func TestCausesTable(t *testing.T) {
-	readme, err := os.ReadFile("README.md")
+	file, err := os.ReadFile("README.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	options := regexp.MustCompile(`\b(option|basic_auth|clients|max_tunnels|per_client|ports|allow|deny|upstream|no_upstream)\b`)
+	readme := string(file)
+	_, labels, _ := strings.Cut(readme, "| `cause` |")
+	labels, _, _ = strings.Cut(labels, "\n\n")
+	documented := make(map[cause]bool)
+	for _, row := range regexp.MustCompile("(?m)^\\| (`[^|]*`) \\|").FindAllStringSubmatch(labels, -1) {
+		for label := range strings.SplitSeq(row[1], ", ") {
+			documented[cause(strings.Trim(label, "`"))] = false
+		}
+	}
+	options := regexp.MustCompile(`\b(option|basic_auth|clients|max_tunnels|per_client|ports|allow rule|deny rule|upstream|no_upstream)\b`)
 	for c, row := range causes {
 		if options.MatchString(row.text) {
 			t.Errorf("%s: the text %q is meant for operators", c, row.text)
 		}
-		if !regexp.MustCompile("(?m)^\\| (`[a-z_]+`, )?`" + string(c) + "`[^|]*\\|").Match(readme) {
-			t.Errorf("README.md has no row for the cause %s", c)
+		if _, ok := documented[row.label]; row.label != "" && !ok {
+			t.Errorf("README.md does not explain the cause %s", row.label)
 		}
-		if row.text == "" {
-			continue
+		documented[row.label] = true
+		if line := regexp.MustCompile(fmt.Sprintf(`(?m)^\| ([0-9]+, )*%d(, [0-9]+)* \|.*$`, row.status)).FindString(readme); !strings.Contains(line, "`"+row.errorType+"`") && row.status != statusClientClosedRequest {
+			t.Errorf("%s: README.md does not name %s with status %d: %q", c, row.errorType, row.status, line)
 		}
-		f := c.refusal(nil, make([]any, strings.Count(row.text, "%"))...)
-		if causeOf(f) != c || f.status != row.status || f.errorType != row.kind {
-			t.Errorf("%s: %+v", c, f)
+		if row.outcome != "" && !slices.Contains(dialOutcomes, row.outcome) {
+			t.Errorf("%s: unknown outcome %q of a dial", c, row.outcome)
+		}
+	}
+	for label, ok := range documented {
+		if !ok {
+			t.Errorf("README.md explains the cause %q, which no response has", label)
+		}
+	}
+}
+
+// TestCausesTexts checks that each text is a whole sentence with the arguments that it gets,
+// and that the rows of failed attempts to connect are complete.
+func TestCausesTexts(t *testing.T) {
+	for c, row := range causes {
+		switch indexed := strings.Contains(row.text, "%["); {
+		case row.text == "" || row.status == 0 || row.errorType == "":
+			t.Errorf("%s: the row is incomplete: %+v", c, row)
+		case row.outcome != "" && strings.Contains(row.text, "%") && !indexed && !strings.HasPrefix(row.text, "This proxy does not allow"):
+			t.Errorf("%s: %q does not name its arguments", c, row.text)
+		case indexed:
+			text := c.failure(errors.New("something"), "origin.test:443").text
+			if strings.Contains(text, "!") || !strings.HasSuffix(text, ".") {
+				t.Errorf("%s: %q", c, text)
+			}
+		}
+	}
+	source, err := os.ReadFile("dialcause.go")
+	constants := regexp.MustCompile(`(?m)^\t\w+ +dialCause = "(\w+)"`).FindAllSubmatch(source, -1)
+	if err != nil || len(constants) == 0 {
+		t.Fatalf("there are no causes: %v", err)
+	}
+	for _, constant := range constants {
+		if causes[cause(constant[1])].outcome == "" {
+			t.Errorf("no row, or no outcome, for %s", constant[1])
 		}
 	}
 }

@@ -1,0 +1,350 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
+	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
+)
+
+// cause says why the proxy responds itself, in place of an origin. Each cause has a row in
+// the table causes. The causes of failed connection attempts are dialCauses.
+type cause string
+
+// Causes that logs, metrics, the snapshot, events and placeholders name.
+const (
+	causeRateLimited        cause = "rate_limited"        // no token left
+	causeBlocked            cause = "blocked"             // an operator has blocked the client
+	causeLimiterUnavailable cause = "limiter_unavailable" // the shared limiter is unavailable
+	causeRule               cause = "rule"                // a deny rule matches the destination
+	causeDefault            cause = "default"             // the destination is closed by default
+	causePort               cause = "port"                // the destination's port is closed
+	causeClient             cause = "client"              // the client is not in the option clients
+	causeAuthRequired       cause = "auth_required"       // a challenge: there were no credentials
+	causeAuthFailed         cause = "auth_failed"         // the credentials were wrong
+	causeFailedLogins       cause = "failed_logins"       // too many logins of the client failed: this one was not checked, or too late
+	causeLoginsBusy         cause = "logins_busy"         // too many passwords are waiting to be checked
+	causeTunnels            cause = "max_tunnels"         // all tunnels are in use
+	causeTunnelsPerClient   cause = "tunnels_per_client"  // the client has all of its tunnels in use
+	causeLoop               cause = "loop"                // the request has passed this proxy before
+	causeParent             cause = cause(parentDenies)   // the parent proxy refused
+)
+
+// Causes that only the error type describes: there is something wrong with the request, or
+// with the response of the origin.
+const (
+	causeClientLeft       cause = "client_left"       // only for logs: nobody is there to read the response
+	causeShuttingDown     cause = "shutting_down"     // Caddy exits
+	causeConnectTarget    cause = "connect_target"    // CONNECT without a valid host and port
+	causeConnectContent   cause = "connect_content"   // CONNECT with content
+	causeTraceContent     cause = "trace_content"     // TRACE with content
+	causeTarget           cause = "target"            // a request that cannot be forwarded
+	causeHostField        cause = "host_field"        // header_up has made the Host field invalid
+	causeHeaderLines      cause = "header_lines"      // too many of them
+	causeContentTimeout   cause = "content_timeout"   // the client has stopped sending
+	causeContentInvalid   cause = "content_invalid"   // the client's content is cut off or malformed
+	causeEchoMethod       cause = "echo_method"       // the parent might reveal fields that are for it alone
+	causeEchoMaxForwards  cause = "echo_max_forwards" // the same
+	causeEchoParent       cause = "echo_parent"       // the same
+	causeNoProtocol       cause = "no_protocol"       // an extended CONNECT that no handler answers
+	causeNoHosts          cause = "no_hosts"          // no handler answers, and the option hosts is not set
+	causeNoHandler        cause = "no_handler"        // no handler answers
+	causeResponseInvalid  cause = "response_invalid"  // not HTTP, and it is known why
+	causeResponseNotHTTP  cause = "response_not_http" // not HTTP
+	causeResponseHead     cause = "response_head"     // its head is too large
+	causeResponseTimeout  cause = "response_timeout"  // none in time
+	causeResponseCutOff   cause = "response_cut_off"  // the origin has closed the connection
+	causeConnectionSilent cause = "connection_silent" // an HTTP/2 origin has stopped responding
+)
+
+// localReply is the response to a cause.
+type localReply struct {
+	status    int
+	errorType string // of RFC 9209 §2.3, for the Proxy-Status field
+	label     cause  // what logs and metrics name as the cause; "": the error type says it all
+	outcome   string // of the dial, for the metric; "": "failed", or there was none
+	text      string // the sentence for the client, a format
+}
+
+// causes maps each cause to its response. In the texts of failed connection attempts and
+// exchanges, %[1]s is the host that did not respond as it should, and %[2]s a detail.
+var causes = map[cause]localReply{
+	causeRateLimited:        {429, policy.DeniedRequest, causeRateLimited, "", "Too many requests from your address; try again in %d s."},
+	causeBlocked:            {429, policy.DeniedRequest, causeBlocked, "", "The operator of this proxy has blocked %s; try again in %d s."},
+	causeLimiterUnavailable: {503, "proxy_internal_error", causeLimiterUnavailable, "", "The rate limiter is unavailable; try again shortly."},
+	causeRule:               {403, policy.DeniedRequest, causeRule, "denied", "This proxy does not allow %s."},
+	causeDefault:            {403, policy.DeniedAddress, causeDefault, "denied", "This proxy does not allow %s."},
+	causePort:               {403, policy.DeniedRequest, causePort, "denied", "This proxy does not allow %s."},
+	causeClient:             {403, policy.DeniedRequest, causeClient, "", "Your address, %s, may not use this proxy."},
+	causeAuthRequired:       {407, policy.DeniedRequest, causeAuthRequired, "", "This proxy requires a user name and password."},
+	causeAuthFailed:         {407, policy.DeniedRequest, causeAuthFailed, "", "The user name or password is wrong."},
+	causeFailedLogins:       {429, policy.DeniedRequest, causeFailedLogins, "", "Too many failed logins from your address; try again in %d s."},
+	causeLoginsBusy:         {503, "proxy_internal_error", causeLoginsBusy, "", "The proxy is busy with other logins; try again in %d s."},
+	causeTunnels:            {503, "connection_limit_reached", causeTunnels, "", "This proxy has reached its limit of open tunnels; try again later."},
+	causeTunnelsPerClient:   {429, "connection_limit_reached", causeTunnelsPerClient, "", "Your address has reached its limit of open tunnels; close one first."},
+	causeLoop:               {508, "proxy_loop_detected", causeLoop, "", "Proxy loop: this request has already passed through %s."},
+
+	causeClientLeft:      {statusClientClosedRequest, "connection_terminated", "", "", "the client left"},
+	causeShuttingDown:    {503, "proxy_internal_error", "", "", "This proxy is shutting down; try again later."},
+	causeConnectTarget:   {400, "http_request_error", "", "", "CONNECT needs a host and a port, such as example.com:443: %v."},
+	causeConnectContent:  {400, "http_request_error", "", "", "A CONNECT request must not have content."},
+	causeTraceContent:    {400, "http_request_error", "", "", "A TRACE request must not have content."},
+	causeTarget:          {400, "http_request_error", "", "", "This request cannot be forwarded: %v."},
+	causeHostField:       {400, "http_request_error", "", "", "This request cannot be forwarded: its Host field would be invalid."},
+	causeHeaderLines:     {431, "http_request_error", "", "", "This request has more than %d header lines."},
+	causeContentTimeout:  {408, "http_request_error", "", "", "The content of the request did not arrive in time."},
+	causeContentInvalid:  {400, "http_request_error", "", "", "The content of the request is incomplete or malformed."},
+	causeEchoMethod:      {403, policy.DeniedRequest, causeDefault, "", "%s is not possible here: the answer would reveal what this proxy tells only its parent proxy."},
+	causeEchoMaxForwards: {403, policy.DeniedRequest, causeDefault, "", "OPTIONS with Max-Forwards is not possible here: the parent proxy's answer could reveal what this proxy tells only its parent proxy."},
+	causeEchoParent:      {403, policy.DeniedRequest, causeDefault, "", "The parent proxy itself (%s) cannot be a destination."},
+	causeNoProtocol:      {501, "proxy_internal_response", "", "", "The protocol of this CONNECT request is not supported here."},
+	causeNoHosts:         {421, "http_request_error", "", "", "This is a proxy. It has no page of its own here, and it does not forward http:// URLs over HTTP/%d."},
+	causeNoHandler:       {421, "http_request_error", "", "", "This is a proxy, and it has no page of its own here. A proxy request must name a full URL."},
+
+	cause(dialNoResources): {503, "proxy_internal_error", "", "failed", "This proxy cannot open another connection now; try again later."},
+	cause(dialTimeout):     {504, "connection_timeout", "", "timeout", "%[1]s did not accept a connection in time."},
+	cause(dialRefused):     {502, "connection_refused", "", "refused", "%[1]s refused the connection."},
+	cause(dialUnroutable):  {502, "destination_ip_unroutable", "", "failed", "There is no route to %[1]s."},
+	cause(dialFailed):      {502, "destination_unavailable", "", "failed", "Could not connect to %[1]s."},
+	cause(dnsTimeout):      {504, "dns_timeout", "", "timeout", "The name of %[1]s was not resolved in time."},
+	cause(dnsNoAddress):    {502, "dns_error", "", "dns", "The name of %[1]s has no address."},
+	cause(dnsNoName):       {502, "dns_error", "", "dns", "The name of %[1]s does not resolve."},
+	cause(dnsSilent):       {503, "dns_error", "", "dns", "The name of %[1]s cannot be looked up: there is no answer from DNS."},
+	cause(dnsFailed):       {503, "dns_error", "", "dns", "The name of %[1]s cannot be looked up: the DNS server answers %[2]s."},
+	cause(tlsUntrusted):    {502, "tls_certificate_error", "", "failed", "The certificate of %[1]s is not trusted."},
+	cause(tlsAlerted):      {502, "tls_alert_received", "", "failed", "%[1]s ended the TLS connection with %[2]s."},
+	cause(tlsFailed):       {502, "tls_protocol_error", "", "failed", "%[1]s does not speak TLS, or only insecure versions of it."},
+
+	causeParent:                   {403, policy.DeniedRequest, causeParent, "failed", "The parent proxy does not allow this proxy to connect to %[1]s."},
+	cause(parentLimits):           {429, "destination_unavailable", causeParent, "failed", "The parent proxy has received too many requests and did not connect to %[1]s; try again later."},
+	cause(parentBusy):             {503, "destination_unavailable", "", "failed", "The parent proxy is too busy to connect to %[1]s; try again later."},
+	cause(parentDialTimeout):      {504, "connection_timeout", "", "failed", "The parent proxy could not connect to %[1]s in time."},
+	cause(parentDialFailed):       {502, "destination_unavailable", "", "failed", "The parent proxy could not connect to %[1]s."},
+	cause(parentCredentials):      {502, "proxy_configuration_error", "", "failed", "The parent proxy does not accept this proxy's credentials."},
+	cause(parentHandshakeTimeout): {504, "connection_timeout", "", "timeout", "The parent proxy did not complete the TLS handshake in time."},
+	cause(parentHandshakeCutOff):  {502, "tls_protocol_error", "", "failed", "The parent proxy closed the connection during the TLS handshake."},
+	cause(parentWantsTLS):         {502, "http_protocol_error", "", "failed", "The parent proxy expects https://, but this proxy uses http://."},
+	cause(parentTimeout):          {504, "http_response_timeout", "", "timeout", "The parent proxy did not answer in time."},
+	cause(parentHead):             {502, "http_response_header_section_size", "", "failed", "The parent proxy did not answer with a valid HTTP response: %[2]s."},
+	cause(parentFull):             {503, "destination_unavailable", "", "failed", "The parent proxy accepts no more requests; try again later."},
+	cause(parentCutOff):           {502, "http_response_incomplete", "", "failed", "The parent proxy closed the connection before its answer was complete."},
+	cause(parentNotHTTP):          {502, "http_protocol_error", "", "failed", "The parent proxy did not answer with a valid HTTP response."},
+	cause(parentSOCKSTimeout):     {504, "connection_read_timeout", "", "timeout", "The parent proxy did not answer in time."},
+	cause(parentSOCKSCutOff):      {502, "connection_terminated", "", "failed", "The parent proxy closed the connection before its answer was complete."},
+	cause(parentNotSOCKS):         {502, "destination_unavailable", "", "failed", "The parent proxy did not give a valid SOCKS answer."},
+
+	causeResponseInvalid:  {502, "http_protocol_error", "", "", "%[1]s did not answer with a valid HTTP response: %[2]s."},
+	causeResponseNotHTTP:  {502, "http_protocol_error", "", "", "%[1]s did not answer with a valid HTTP response."},
+	causeResponseHead:     {502, "http_response_header_section_size", "", "", "%[1]s did not answer with a valid HTTP response: %[2]s."},
+	causeResponseTimeout:  {504, "http_response_timeout", "", "", "%[1]s did not answer in time."},
+	causeResponseCutOff:   {502, "http_response_incomplete", "", "", "%[1]s closed the connection before its response was complete."},
+	causeConnectionSilent: {504, "connection_read_timeout", "", "", "%[1]s has stopped answering on its connection; try again."},
+}
+
+// statusClientClosedRequest is for logs only: the client disconnected before it had the
+// complete response. The number is nginx's.
+const statusClientClosedRequest = 499
+
+// refusal is a response that the proxy generates itself, in place of one from an origin.
+type refusal struct {
+	status    int
+	errorType string // the error type of RFC 9209 §2.3, for the Proxy-Status field
+	text      string // one sentence for the user, without internals
+	err       error  // what happened, for the log; may be nil
+	cause     cause  // what logs and metrics name as the cause; may be ""
+	params    string // further parameters of the Proxy-Status field, each preceded by "; "
+
+	priorMembers string // members of Proxy-Status that precede ours; "": none
+	retryAfter   string // the Retry-After field; "": none
+}
+
+// Error returns the sentence for the client. Error routes show it as {err.message}, so it
+// does not contain internals; those are in the log line.
+func (f *refusal) Error() string { return f.text }
+
+func (f *refusal) Unwrap() error { return f.err }
+
+// refusal returns the refusal for a cause, with its sentence formatted with args. err is what
+// happened, for the log; it may be nil.
+func (c cause) refusal(err error, args ...any) *refusal {
+	row := causes[c]
+	f := &refusal{status: row.status, errorType: row.errorType, err: err, cause: row.label, text: row.text}
+	if strings.Contains(row.text, "%") {
+		f.text = fmt.Sprintf(row.text, args...)
+	}
+	return f
+}
+
+// failure returns the refusal for a cause by which host did not respond as it should. err is
+// what happened.
+func (c cause) failure(err error, host string) *refusal {
+	var (
+		unresolved *resolveError
+		wrong      protocolError
+	)
+	detail, params := "", ""
+	switch {
+	case c == cause(tlsAlerted):
+		detail, params = alertDetail(err)
+	case errors.As(err, &unresolved):
+		host, _, _ = hostport.Split(host)
+		if detail = unresolved.failure(); detail != "" {
+			params = fmt.Sprintf("; rcode=%q", detail)
+		}
+	case errors.As(err, &wrong): // its text may quote what the origin sent
+		detail = wrong.Error()
+	default:
+		detail = err.Error()
+	}
+	f := c.refusal(err, host, detail)
+	f.params = params
+	return f
+}
+
+// clientDisconnected returns the refusal for a client that has disconnected. It is only logged.
+func clientDisconnected(err error) *refusal { return causeClientLeft.refusal(err) }
+
+// causeOfDenied derives the cause from the name of the rule.
+func causeOfDenied(e *policy.DeniedError) cause {
+	switch {
+	case e.Rule == "":
+		return causeDefault
+	case e.Rule == "ports" || e.Rule == "connect_ports":
+		return causePort
+	}
+	return causeRule
+}
+
+// tunnelRefusal returns the response for when a limit does not allow another tunnel.
+func tunnelRefusal(err *limitError) *refusal {
+	if err.perClient {
+		return causeTunnelsPerClient.refusal(&policy.DeniedError{Rule: "max_tunnels per_client", Reason: err.Error(), Hint: "raise max_tunnels per_client"})
+	}
+	return causeTunnels.refusal(&policy.DeniedError{Rule: "max_tunnels", Reason: err.Error(), Hint: "raise max_tunnels"})
+}
+
+// dialRefusal returns the response that tells the client why there is no connection to
+// host. ctx is the request's.
+func dialRefusal(ctx context.Context, err error, host string) *refusal {
+	var (
+		denied *policy.DeniedError
+		parent *parentError
+	)
+	switch {
+	case ctx.Err() != nil:
+		return clientDisconnected(context.Cause(ctx))
+	case errors.As(err, &denied):
+		return causeOfDenied(denied).refusal(err, denied.Subject(host))
+	case errors.As(err, &parent):
+		return parentRefusal(parent, host)
+	}
+	return cause(dialCauseOf(err)).failure(err, host)
+}
+
+// parentRefusal returns the response that tells the client why the parent could not connect
+// to host. It passes on the parent's Proxy-Status and Retry-After.
+func parentRefusal(e *parentError, host string) *refusal {
+	if e.concernsParent() {
+		host = "the parent proxy"
+	}
+	f := cause(e.cause()).failure(e.err, host)
+	f.text = strings.ToUpper(f.text[:1]) + f.text[1:]
+	f.err = e
+	f.priorMembers = proxyStatusMembers(e.header["Proxy-Status"])
+	if f.status == http.StatusTooManyRequests || f.status == http.StatusServiceUnavailable {
+		f.retryAfter = retryAfter(e.header["Retry-After"])
+	}
+	return f
+}
+
+// dialOutcome returns the outcome of an attempt to connect, for the metric. ctx is that of
+// the attempt.
+func dialOutcome(ctx context.Context, err error) string {
+	if err == nil {
+		return "ok" // the fast path
+	}
+	var denied *policy.DeniedError
+	switch {
+	case ctx.Err() != nil && !errors.Is(ctx.Err(), context.DeadlineExceeded): // an exceeded deadline is the dial timeout
+		return "canceled"
+	case errors.As(err, &denied):
+		return causes[causeOfDenied(denied)].outcome
+	}
+	return causes[cause(dialCauseOf(err))].outcome
+}
+
+// forwardRefusal returns the refusal for a request that got no response from the origin.
+func forwardRefusal(r *http.Request, err error) *refusal {
+	var body *bodyError
+	switch {
+	case errors.As(err, &body) && errors.Is(body, os.ErrDeadlineExceeded):
+		return causeContentTimeout.refusal(err)
+	case errors.As(err, &body):
+		return causeContentInvalid.refusal(err)
+	case r.Context().Err() != nil, errors.As(err, new(*dialError)), errors.As(err, new(*parentError)):
+		return dialRefusal(r.Context(), err, r.Host)
+	}
+	return responseCause(err).failure(err, r.Host)
+}
+
+// responseCause returns the cause for which there was no usable response from an origin
+// to which there was a connection.
+func responseCause(err error) cause {
+	switch {
+	case errors.As(err, new(protocolError)):
+		return causeResponseInvalid
+	case isTLSError(err):
+		return cause(tlsCause(err))
+	case errors.Is(err, errHeadTooLarge), errors.Is(err, errTooManyFields), errors.Is(err, errHeldHeads):
+		return causeResponseHead
+	case errors.Is(err, errServerSilent):
+		return causeConnectionSilent
+	case isTimeout(err):
+		return causeResponseTimeout
+	case isClosed(err):
+		return causeResponseCutOff
+	}
+	return causeResponseNotHTTP
+}
+
+// alertDetail returns the name of a TLS alert, and parameters for the Proxy-Status field.
+// crypto/tls does not export the type of a received alert, but its text equals that of the
+// AlertError.
+func alertDetail(err error) (detail, params string) {
+	var remote *net.OpError
+	if !errors.As(err, &remote) {
+		return "an alert", ""
+	}
+	for id := range 256 {
+		if tls.AlertError(id).Error() == remote.Err.Error() {
+			name := cmp.Or(tlsAlerts[uint8(id)], "unknown alert "+strconv.Itoa(id))
+			return "the alert " + name, fmt.Sprintf("; alert-id=%d; alert-message=%q", id, name)
+		}
+	}
+	return "an alert", ""
+}
+
+// tlsAlerts maps TLS alerts to their names in IANA's registry.
+var tlsAlerts = map[uint8]string{
+	0: "close_notify", 10: "unexpected_message", 20: "bad_record_mac", 21: "decryption_failed", 22: "record_overflow",
+	30: "decompression_failure", 40: "handshake_failure", 41: "no_certificate", 42: "bad_certificate",
+	43: "unsupported_certificate", 44: "certificate_revoked", 45: "certificate_expired", 46: "certificate_unknown",
+	47: "illegal_parameter", 48: "unknown_ca", 49: "access_denied", 50: "decode_error", 51: "decrypt_error",
+	52: "too_many_cids_requested", 60: "export_restriction", 70: "protocol_version", 71: "insufficient_security",
+	80: "internal_error", 86: "inappropriate_fallback", 90: "user_canceled", 100: "no_renegotiation",
+	109: "missing_extension", 110: "unsupported_extension", 111: "certificate_unobtainable", 112: "unrecognized_name",
+	113: "bad_certificate_status_response", 114: "bad_certificate_hash_value", 115: "unknown_psk_identity",
+	116: "certificate_required", 117: "general_error", 120: "no_application_protocol", 121: "ech_required",
+}

@@ -1,0 +1,56 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"errors"
+	"maps"
+	"net/http"
+	"strings"
+)
+
+// refuseEcho refuses a request that the parent may answer itself by echoing the request it
+// received: that would reveal the fields that are meant for the parent alone to the
+// client (RFC 9110 §9.3.8). It must be called before readdress adds them.
+func refuseEcho(p *parent, out *outgoing) *refusal {
+	if len(p.header) == 0 {
+		return nil
+	}
+	switch method := strings.ToUpper(out.method); {
+	case method == http.MethodTrace, method == "TRACK":
+		return causeEchoMethod.refusal(nil, method)
+	case method == http.MethodOptions && len(out.header["Max-Forwards"]) > 0:
+		return causeEchoMaxForwards.refusal(nil)
+	case strings.EqualFold(out.authority, p.address):
+		return causeEchoParent.refusal(nil, out.host)
+	}
+	return nil
+}
+
+// readdress readdresses a request for an http origin to the parent, with its target in
+// absolute form (RFC 9112 §3.2.2). requested is the authority from the client's request,
+// which the rules have checked. It goes into the target even if header_up has changed Host.
+// The header is cloned, so that the parent's fields, which may be secret, do not end up
+// in the client's request.
+func readdress(p *parent, out *outgoing, requested string) {
+	if out.target == "*" {
+		out.target = ""
+	}
+	out.target, out.host = "http://"+requested+out.target, requested
+	out.authority = p.address
+	out.header = maps.Clone(out.header)
+	if len(p.header) > 0 { // make sure that no proxy answers, as it could echo p.header
+		delete(out.header, "Max-Forwards")
+	}
+	maps.Copy(out.header, p.header)
+}
+
+// asParentError wraps a failure of an exchange with the parent as a parentError, unless
+// the client caused it or there was no connection.
+func asParentError(x *exchange, err error) error {
+	if errors.As(err, new(*bodyError)) || errors.As(err, new(*dialError)) || x.conn == nil {
+		return err
+	}
+	return asAnswerError(err, x.conn.r)
+}
