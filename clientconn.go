@@ -166,7 +166,10 @@ func (c *clientConn) serve() (t *tunnel) {
 }
 
 // growStack grows the goroutine's stack once to the size that a request needs, while there
-// is hardly anything on it to copy.
+// is hardly anything on it to copy. Inlined, it would make the frame of run as large, and
+// with it the stack of each idle tunnel.
+//
+//go:noinline
 func growStack() {
 	var frame [5 << 10]byte
 	runtime.KeepAlive(&frame)
