@@ -7,6 +7,7 @@ import (
 	"context"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )
@@ -39,16 +40,9 @@ func closeTunnel(id uint64) (found bool) {
 func refillClient(key client.Key, zone string) (found bool) {
 	found = refillShared(key, zone) // first, so that no local bucket learns the old state again
 	refill := func(_, value any) bool {
-		l := value.(*limiter)
-		if zone != "" && zone != l.key.zone {
-			return true
-		}
-		g := l.gens.Load()
-		for _, buckets := range []*buckets{g.cur, g.old} {
-			if b, ok := buckets.Load(l.keyForClientOrUser(key)); ok {
-				b.fullAt.Store(0)
-				found = true
-			}
+		t := value.(*bucket.Table)
+		if (zone == "" || zone == t.Limits.Zone) && t.Fill(t.KeyOf(key)) {
+			found = true
 		}
 		return true
 	}
@@ -71,10 +65,10 @@ func refillShared(key client.Key, zone string) (found bool) {
 		if !ok || zone != "" && zone != h.Zone {
 			continue
 		}
-		key := h.limiter.keyForClientOrUser(key)
-		done, err := shared.Refill(context.Background(), h.limiter.sharedBucket(key))
+		key := h.limiter.KeyOf(key)
+		done, err := shared.Refill(context.Background(), sharedBucket(h.limiter, key))
 		if err != nil {
-			h.logger.Warn("failed to refill a shared bucket", textField("client", h.limiter.displayName(key)), errorField(err))
+			h.logger.Warn("failed to refill a shared bucket", textField("client", h.limiter.Name(key)), errorField(err))
 		}
 		found = found || done
 	}
@@ -110,19 +104,11 @@ func unblock(key client.Key) (found bool) {
 // limiterKeys returns the client's key in each limiter. The keys differ where limiters have
 // different prefix lengths.
 func limiterKeys(key client.Key) (keys []client.Key) {
-	limiters.Range(func(_, l any) bool {
-		keys = append(keys, l.(*limiter).keyForClientOrUser(key))
+	limiters.Range(func(_, t any) bool {
+		keys = append(keys, t.(*bucket.Table).KeyOf(key))
 		return true
 	})
 	return keys
-}
-
-// keyForClientOrUser returns the limiter's key for a client or a user.
-func (l *limiter) keyForClientOrUser(key client.Key) client.Key {
-	if key.User() != "" {
-		return key
-	}
-	return l.keyFor(key.Addr())
 }
 
 // blockedFor returns how long the client with this key remains blocked; 0 if it is not.

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/caddyserver/caddy/v2"
 )
@@ -124,10 +125,11 @@ func clientToActOn(s string) (client.Key, error) {
 
 // isClient reports whether some site's limiter has one bucket per network of this size.
 func isClient(network netip.Prefix) (found bool) {
-	limiters.Range(func(_, l any) bool {
-		bits := l.(*limiter).key.v6
+	limiters.Range(func(_, t any) bool {
+		limits := t.(*bucket.Table).Limits
+		bits := limits.IPv6Prefix
 		if network.Addr().Is4() {
-			bits = l.(*limiter).key.v4
+			bits = limits.IPv4Prefix
 		}
 		found = found || bits == network.Bits()
 		return true

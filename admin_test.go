@@ -253,11 +253,11 @@ func TestAdminTunnelsOfZones(t *testing.T) {
 func TestSnapshotOfMany(t *testing.T) {
 	l := manyClients(t, 50_000)
 	now := monotime.Time(int64(time.Hour))
-	list, err := queryClients(map[string][]string{"sort": {"requests"}, "limit": {"3"}}, now)
+	list, err := queryClients(map[string][]string{"sort": {"last_seen"}, "limit": {"3"}}, now)
 	if err != nil || list.Total != 50_000 || list.names() != "10.0.195.79 10.0.195.78 10.0.195.77" {
 		t.Errorf("%v, %d clients, first %s", err, list.Total, list.names())
 	}
-	if n := l.clients(); n != 50_000 {
+	if n := l.Len(); n != 50_000 {
 		t.Errorf("%d clients are tracked", n)
 	}
 }

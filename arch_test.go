@@ -19,6 +19,7 @@ var arrows = []struct{ name, imports string }{
 	{"monotime", ""},
 	{"client", ""},
 	{"hostport", ""},
+	{"bucket", "client"},
 	{"policy", "hostport"},
 }
 

@@ -133,7 +133,7 @@ func (h *Handler) refuseKnownWrong(w http.ResponseWriter, r *http.Request, v *tr
 	metrics.authFailures.Inc()
 	if h.failedLogins != nil {
 		now := monotime.Of(time.Now())
-		if wait, ok := h.failedLogins.reserve(repeatsKey(v.limitKey), now, 0); !ok {
+		if wait, ok := h.failedLogins.Reserve(repeatsKey(v.limitKey), now, 0); !ok {
 			return h.refuseLogin(v, wait, errFailedLogins)
 		}
 	}
@@ -156,10 +156,10 @@ func (h *Handler) checkLogin(w http.ResponseWriter, r *http.Request, v *transact
 	refund := func() {}
 	if h.failedLogins != nil {
 		now, ok := monotime.Of(time.Now()), false
-		if wait, ok = h.failedLogins.reserve(v.limitKey, now, loginPatience); !ok {
+		if wait, ok = h.failedLogins.Reserve(v.limitKey, now, loginPatience); !ok {
 			return h.refuseLogin(v, wait, errFailedLogins)
 		}
-		refund = func() { h.failedLogins.refund(v.limitKey, monotime.Of(time.Now())) }
+		refund = func() { h.failedLogins.Refund(v.limitKey, monotime.Of(time.Now())) }
 	}
 	err := sleep(r.Context(), wait)
 	if err == nil {
@@ -182,7 +182,7 @@ func (h *Handler) checkLogin(w http.ResponseWriter, r *http.Request, v *transact
 	}
 	if limited := h.chargeSharedFailure(r, v); limited > 0 || wait > 0 {
 		delete(w.Header(), "Proxy-Authenticate") // logging in would not help now
-		return h.refuseLogin(v, max(limited, h.failedLogins.waitTime(v.limitKey, monotime.Of(time.Now()))), errFailedLogins)
+		return h.refuseLogin(v, max(limited, h.failedLogins.WaitTime(v.limitKey, monotime.Of(time.Now()))), errFailedLogins)
 	}
 	return causeAuthFailed.refusal(errBadCredentials)
 }
@@ -249,7 +249,7 @@ func (h *Handler) checkInTurn(w http.ResponseWriter, r *http.Request, v *transac
 // refuseLogin sets the verdict for a login that is not checked now.
 func (h *Handler) refuseLogin(v *transaction, wait time.Duration, err error) error {
 	now := monotime.Of(time.Now())
-	v.verdict = h.limiter.bucket(v.limitKey, now).refuse(int64(wait), now, err)
+	v.verdict = h.limiter.Deny(v.limitKey, now, wait, err)
 	return errRateLimited
 }
 
@@ -260,13 +260,13 @@ func (h *Handler) chargeSharedFailure(r *http.Request, v *transaction) time.Dura
 	if h.shared == nil || h.failedLogins == nil || h.shared.Suspended() {
 		return 0
 	}
-	bucket := h.failedLogins.sharedBucket(v.limitKey)
-	bucket.Zone += " failed_logins" // cannot collide: configured zones have no spaces
-	wait, err := h.shared.Take(r.Context(), bucket)
+	shared := sharedBucket(h.failedLogins, v.limitKey)
+	shared.Zone += " failed_logins" // cannot collide: configured zones have no spaces
+	wait, err := h.shared.Take(r.Context(), shared)
 	if err != nil || wait <= 0 {
 		return 0 // the local bucket has counted the failure
 	}
-	h.failedLogins.drain(v.limitKey, monotime.Of(time.Now()), wait)
+	h.failedLogins.Drain(v.limitKey, monotime.Of(time.Now()), wait)
 	return wait
 }
 

@@ -16,9 +16,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
-	"github.com/caddyserver/caddy/v2"
 )
 
 // lookupClients looks up clients as the admin API does.
@@ -298,7 +298,7 @@ func TestFirst(t *testing.T) {
 // order.
 func BenchmarkClients(b *testing.B) {
 	manyClients(b, 50_000)
-	for _, query := range []string{"sort=requests", "sort=requests&order=asc", "sort=requests&offset=49000", "sort=requests&order=asc&offset=49000"} {
+	for _, query := range []string{"sort=last_seen", "sort=last_seen&order=asc", "sort=last_seen&offset=49000", "sort=last_seen&order=asc&offset=49000"} {
 		b.Run(query, func(b *testing.B) {
 			values, _ := url.ParseQuery(query)
 			for b.Loop() {
@@ -319,22 +319,20 @@ func (l clientList) names() string {
 	return strings.Join(names, " ")
 }
 
-// manyClients fills a limiter with n clients, each of which has made one request more than
-// the previous one.
-func manyClients(t testing.TB, n int) *limiter {
+// manyClients fills a limiter with n clients, each of which was seen a moment after the
+// previous one.
+func manyClients(t testing.TB, n int) *bucket.Table {
 	t.Helper()
-	key := limits(1_000_000, 1)
-	key.zone, key.maxClients = t.Name(), 4*n
-	pooled, _, err := limiters.LoadOrNew(key, func() (caddy.Destructor, error) { return newLimiter(key), nil })
+	limits := limits(1_000_000, 1)
+	limits.Zone, limits.MaxClients = t.Name(), 4*n
+	l, err := acquireTable(limiters, limits)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _, _ = limiters.Delete(key) })
-	l := pooled.(*limiter)
+	t.Cleanup(func() { _, _ = limiters.Delete(limits) })
 	for i := range n {
 		key := client.Address(netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}))
-		l.take(key, int64(i))
-		l.bucket(key, int64(i)).requests.Store(int64(i))
+		l.Take(key, int64(i))
 	}
 	return l
 }

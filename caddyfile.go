@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
@@ -167,16 +168,16 @@ const (
 
 // options maps the name of each option of the directive to its description.
 var options = map[string]option{
-	"burst": numberOption("a whole number of tokens from 1 to 1000000000", func(h *Handler) *int64 { return &h.Burst }, minBurst, maxBurst),
+	"burst": numberOption("a whole number of tokens from 1 to 1000000000", func(h *Handler) *int64 { return &h.Burst }, bucket.MinBurst, bucket.MaxBurst),
 	"refill": {expected: "tokens per second from 0.00001 to 1000000", set: func(h *Handler, s string) bool {
 		var err error
 		h.Refill, err = strconv.ParseFloat(s, 64)
-		return err == nil && h.Refill >= minRefill && h.Refill <= maxRefill
+		return err == nil && h.Refill >= bucket.MinRefill && h.Refill <= bucket.MaxRefill
 	}},
 	"ipv4_prefix": numberOption("a number of bits from 1 to 32", func(h *Handler) *int { return &h.IPv4Prefix }, 1, 32),
 	"ipv6_prefix": numberOption("a number of bits from 1 to 128", func(h *Handler) *int { return &h.IPv6Prefix }, 1, 128),
-	"max_clients": numberOption("a whole number of clients from 2 to 1000000000", func(h *Handler) *int { return &h.MaxClients }, minClients, maxCount),
-	"zone":        wordOption("a name in printable ASCII without spaces, quotes and backslashes", func(h *Handler) *string { return &h.Zone }, validZone),
+	"max_clients": numberOption("a whole number of clients from 2 to 1000000000", func(h *Handler) *int { return &h.MaxClients }, bucket.MinClients, maxCount),
+	"zone":        wordOption("a name in printable ASCII without spaces, quotes and backslashes", func(h *Handler) *string { return &h.Zone }, bucket.ValidZone),
 	"exempt":      listOption(expectedRanges, func(h *Handler) *[]string { return &h.Exempt }, checkRange),
 	"limiter": {
 		expected: "a limiter that this Caddy is built with; for redis, build it with --with github.com/asyncproxy/caddy-async-proxy/redis",
@@ -409,7 +410,7 @@ func editDistance(a, b string) int {
 func (p *caddyfileParser) check(h *Handler) error {
 	full := *h
 	full.setDefaults()
-	if err := full.limiterKey().validate(); err != nil {
+	if err := full.limits().Validate(); err != nil {
 		at, ok := p.seen["refill"]
 		if !ok {
 			at = p.seen["burst"]

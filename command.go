@@ -130,7 +130,7 @@ func commandHandler(flags caddycmd.Flags) (*Handler, error) {
 	}
 	full := *h
 	full.setDefaults()
-	if err := full.limiterKey().validate(); err != nil {
+	if err := full.limits().Validate(); err != nil {
 		return nil, err
 	}
 	clients, err := flags.GetStringArray("clients")

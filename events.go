@@ -6,6 +6,7 @@ package asyncproxy
 import (
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
@@ -35,7 +36,7 @@ func newEmitter(ctx caddy.Context) (emitter, error) {
 
 // emitRateLimited emits the event that the client of v is rate limited. It returns when all
 // handlers of the event have returned.
-func (e emitter) emitRateLimited(zone string, v *transaction, verdict decision) {
+func (e emitter) emitRateLimited(zone string, v *transaction, verdict bucket.Decision) {
 	if !e.app.ShouldEmit(eventLimited) {
 		return
 	}
@@ -44,7 +45,7 @@ func (e emitter) emitRateLimited(zone string, v *transaction, verdict decision) 
 		"user":        printable(v.user),
 		"zone":        zone,
 		"host":        printable(v.r.Host),
-		"retry_after": ceilSeconds(verdict.wait),
+		"retry_after": ceilSeconds(verdict.Wait),
 		"cause":       string(v.cause),
 	})
 }

@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
@@ -87,45 +86,4 @@ func TestEventOfALimitedClient(t *testing.T) {
 	load("report_only limits")
 	ask("192.0.2.3")
 	want()
-}
-
-// An event is due at a refusal, and again at the first refusal after a minute.
-func TestEventOnceAMinute(t *testing.T) {
-	s := newSomeone(t, 1, minRefill)
-	s.allowed(1)
-	for _, tc := range []struct {
-		after time.Duration
-		want  bool
-	}{
-		{0, true}, {0, false}, {time.Second, false}, {time.Minute - time.Second - 1, false}, {1, true}, {0, false},
-		{time.Minute - 1, false}, {2 * time.Minute, true}, {time.Second, false},
-	} {
-		s.advance(tc.after)
-		if v := s.l.take(s.key, int64(s.now)); v.ok || v.event != tc.want {
-			t.Errorf("at %v: %+v, want event = %v", s.now, v, tc.want)
-		}
-	}
-}
-
-// That includes buckets that fill up again long before, while other clients send requests.
-func TestEventOnceAMinuteOfABucketThatFillsSooner(t *testing.T) {
-	s := newSomeone(t, 1, 1)
-	limited := func() (event bool) {
-		s.allowed(1)
-		return s.l.take(s.key, int64(s.now)).event
-	}
-	if !limited() {
-		t.Error("got no event at first")
-	}
-	for range 11 {
-		s.advance(5 * time.Second)
-		s.l.take(loopback(5), int64(s.now))
-	}
-	if limited() {
-		t.Errorf("another event at %v", s.now)
-	}
-	s.advance(5 * time.Second)
-	if !limited() {
-		t.Errorf("got no event at %v", s.now)
-	}
 }

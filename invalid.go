@@ -48,7 +48,7 @@ func (h *Handler) recordInvalid(conn net.Conn, reason invalidReason, status, det
 	metrics.invalid.WithLabelValues(string(reason)).Inc()
 	remote, _ := netip.ParseAddrPort(conn.RemoteAddr().String())
 	addr := remote.Addr().Unmap().WithZone("")
-	n, ok := invalidLines.count(invalidLine{h.limiter.keyFor(addr), conn.LocalAddr().String(), string(reason) + status + detail}, time.Now())
+	n, ok := invalidLines.count(invalidLine{h.limiter.Key(addr), conn.LocalAddr().String(), string(reason) + status + detail}, time.Now())
 	if !ok {
 		return
 	}

@@ -5,15 +5,12 @@ package asyncproxy
 
 import (
 	"context"
-	"errors"
-	"net/http"
 	"net/netip"
-	"strconv"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/caddyserver/caddy/v2"
-	"go.uber.org/zap"
 )
 
 // Limiter is the interface of modules in the namespace http.async_proxy.limiters. A Limiter
@@ -67,81 +64,11 @@ func (h *Handler) loadLimiter(ctx caddy.Context) error {
 	return nil
 }
 
-// chargeBuckets charges one token to the client: from its local bucket, and then from the shared one,
-// if there is one.
-func (h *Handler) chargeBuckets(ctx context.Context, key client.Key, now int64) decision {
-	if h.shared != nil && h.shared.Suspended() {
-		return decision{ok: true}
-	}
-	local := h.limiter.take(key, now)
-	if h.shared == nil || !local.ok {
-		return local
-	}
-	wait, err := h.shared.Take(ctx, h.limiter.sharedBucket(key))
-	switch {
-	case err != nil:
-		return h.limiter.refund(key, now).refuse(0, now, err)
-	case wait > 0:
-		return h.limiter.drain(key, now, wait).refuse(int64(wait), now, nil)
-	}
-	return local
-}
-
 // sharedBucket returns the client's bucket as the shared limiter identifies it.
-func (l *limiter) sharedBucket(key client.Key) Bucket {
-	b := Bucket{Zone: l.key.zone, Burst: l.key.burst, Interval: time.Duration(l.interval)}
+func sharedBucket(t *bucket.Table, key client.Key) Bucket {
+	b := Bucket{Zone: t.Limits.Zone, Burst: t.Limits.Burst, Interval: t.Limits.Interval()}
 	if b.User = key.User(); b.User == "" {
-		b.Client = netip.PrefixFrom(key.Addr(), l.key.bits(key))
+		b.Client = netip.PrefixFrom(key.Addr(), t.Bits(key))
 	}
 	return b
-}
-
-// refund refunds one token to the client's bucket: the request was refused for another
-// reason, or the login did not fail.
-func (l *limiter) refund(key client.Key, now int64) *bucket {
-	b := l.bucket(key, now)
-	b.fullAt.Add(-l.interval)
-	return b
-}
-
-// drain sets the client's bucket to the state of the shared one, which has no token for the
-// duration wait. now is when the request arrived, slightly before the wait began, so the
-// local wait ends slightly early and never late.
-func (l *limiter) drain(key client.Key, now int64, wait time.Duration) *bucket {
-	b := l.bucket(key, now)
-	b.fullAt.Store(now + l.fill - l.interval + int64(wait))
-	return b
-}
-
-// errBlocked reports that an operator has blocked the client.
-var errBlocked = errors.New("the client is blocked")
-
-// refuseUncounted responds to a request that is refused for a reason other than an empty
-// bucket: the shared limiter cannot count it, its client is blocked, or its login is not
-// checked. As in refuseLimited, one log line stands for many refusals.
-func (h *Handler) refuseUncounted(w http.ResponseWriter, r *http.Request, v *transaction, verdict decision) error {
-	var f *refusal
-	retryAfter := ceilSeconds(verdict.wait)
-	switch verdict.err {
-	case errFailedLogins:
-		f = causeFailedLogins.refusal(errFailedLogins, retryAfter)
-	case errLoginsBusy:
-		f = causeLoginsBusy.refusal(errLoginsBusy, retryAfter)
-	case errBlocked:
-		subject := "your address"
-		if v.limitKey.User() != "" {
-			subject = "this user"
-		}
-		f = causeBlocked.refusal(errBlocked, subject, retryAfter)
-	default:
-		f = causeLimiterUnavailable.refusal(verdict.err)
-	}
-	v.setRefusal(f)
-	v.count(f)
-	if verdict.logCount > 0 {
-		v.addRecent(f)
-		h.logRequest(r, v, f.err, zap.Int64("refused", verdict.logCount))
-	}
-	w.Header()["Retry-After"] = []string{strconv.FormatInt(retryAfter, 10)}
-	return h.sendRefusal(w, r, f)
 }

@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
@@ -102,15 +103,15 @@ type sharedClient struct {
 }
 
 func newSharedClient(t *testing.T, burst int64, refill float64) *sharedClient {
-	return &sharedClient{t: t, h: &Handler{limiter: newLimiter(limits(burst, refill)), shared: new(testLimiter)}}
+	return &sharedClient{t: t, h: &Handler{limiter: newTable(limits(burst, refill)), shared: new(testLimiter)}}
 }
 
 // takes makes a request and checks how often the shared limiter is asked about it.
-func (s *sharedClient) takes(questions int, want decision) {
+func (s *sharedClient) takes(questions int, want bucket.Decision) {
 	s.t.Helper()
 	askedBuckets()
 	got := s.h.chargeBuckets(s.t.Context(), keyOf("192.0.2.1"), int64(s.now))
-	got.logCount, got.event = 0, false // covered by other tests
+	got.LogCount, got.Event = 0, false // covered by other tests
 	if n := len(askedBuckets()); got != want || n != questions {
 		s.t.Errorf("after %v: take = %+v, want %+v; the shared limiter is asked %d times, want %d", s.now, got, want, n, questions)
 	}
@@ -119,12 +120,12 @@ func (s *sharedClient) takes(questions int, want decision) {
 func TestLocalDenialSkipsSharedLimiter(t *testing.T) {
 	s := newSharedClient(t, 2, 0.5)
 	answer(t, 0, nil, false)
-	s.takes(1, decision{ok: true})
-	s.takes(1, decision{ok: true})
-	s.takes(0, decision{wait: 2 * time.Second})
+	s.takes(1, bucket.Decision{Allowed: true})
+	s.takes(1, bucket.Decision{Allowed: true})
+	s.takes(0, bucket.Decision{Wait: 2 * time.Second})
 	s.now += 2 * time.Second
-	s.takes(1, decision{ok: true})
-	s.takes(0, decision{wait: 2 * time.Second})
+	s.takes(1, bucket.Decision{Allowed: true})
+	s.takes(0, bucket.Decision{Wait: 2 * time.Second})
 }
 
 // A client that is out of tokens because of requests through other proxies is refused here
@@ -132,14 +133,14 @@ func TestLocalDenialSkipsSharedLimiter(t *testing.T) {
 func TestSharedRefusalIsLearned(t *testing.T) {
 	s := newSharedClient(t, 10, 0.5)
 	answer(t, 1500*time.Millisecond, nil, false)
-	s.takes(1, decision{wait: 1500 * time.Millisecond})
-	s.takes(0, decision{wait: 1500 * time.Millisecond})
+	s.takes(1, bucket.Decision{Wait: 1500 * time.Millisecond})
+	s.takes(0, bucket.Decision{Wait: 1500 * time.Millisecond})
 	s.now += 1500*time.Millisecond - 1
-	s.takes(0, decision{wait: 1})
+	s.takes(0, bucket.Decision{Wait: 1})
 	s.now++
 	answer(t, 0, nil, false)
-	s.takes(1, decision{ok: true})
-	s.takes(0, decision{wait: 2 * time.Second}) // there was only one token
+	s.takes(1, bucket.Decision{Allowed: true})
+	s.takes(0, bucket.Decision{Wait: 2 * time.Second}) // there was only one token
 }
 
 // A denial costs no token, whether the shared limiter or an error caused it.
@@ -147,63 +148,47 @@ func TestSharedRefusalCostsNothing(t *testing.T) {
 	s := newSharedClient(t, 3, 0.5)
 	answer(t, 1, nil, false) // so short that the local bucket is full again
 	for range 100 {
-		s.takes(1, decision{wait: 1})
+		s.takes(1, bucket.Decision{Wait: 1})
 		s.now++
 	}
 	answer(t, 0, errors.New("out of order"), false)
 	for range 100 {
-		s.takes(1, decision{err: answers.err})
+		s.takes(1, bucket.Decision{Err: answers.err})
 	}
 	answer(t, 0, nil, false)
-	s.takes(1, decision{ok: true})
-}
-
-// The wait is the same, however many requests are denied at the same time.
-func TestConcurrentSharedDenials(t *testing.T) {
-	const burst = 50
-	l := newLimiter(limits(burst, 0.5))
-	key := keyOf("192.0.2.1")
-	runTogether(burst, func(int) {
-		if v := l.take(key, 0); !v.ok {
-			t.Errorf("take = %+v", v)
-		}
-	})
-	runTogether(burst, func(int) { l.drain(key, 0, time.Second) })
-	if got := l.take(key, 0); got.wait != time.Second {
-		t.Errorf("take = %+v, want a wait of 1s", got)
-	}
+	s.takes(1, bucket.Decision{Allowed: true})
 }
 
 func TestSuspendedLimiter(t *testing.T) {
 	s := newSharedClient(t, 1, 0.5)
 	answer(t, time.Second, nil, false)
-	s.takes(1, decision{wait: time.Second})
+	s.takes(1, bucket.Decision{Wait: time.Second})
 	answer(t, time.Second, nil, true)
 	for range 10 {
-		s.takes(0, decision{ok: true})
+		s.takes(0, bucket.Decision{Allowed: true})
 	}
 	answer(t, 0, nil, false)
-	s.takes(0, decision{wait: time.Second})
+	s.takes(0, bucket.Decision{Wait: time.Second})
 }
 
 func TestBucketsOfTheSharedLimiter(t *testing.T) {
-	key := limits(7, 3)
-	key.zone, key.v4, key.v6 = "office", 24, 56
-	l := newLimiter(key)
+	lim := limits(7, 3)
+	lim.Zone, lim.IPv4Prefix, lim.IPv6Prefix = "office", 24, 56
+	l := newTable(lim)
 	for addr, want := range map[string]string{
 		"192.0.2.1":        "192.0.2.0/24",
 		"::ffff:192.0.2.9": "192.0.2.0/24",
 		"2001:db8:0:1ff::": "2001:db8:0:100::/56",
 	} {
-		got := l.sharedBucket(l.keyFor(netip.MustParseAddr(addr)))
+		got := sharedBucket(l, l.Key(netip.MustParseAddr(addr)))
 		if want := (Bucket{"office", netip.MustParsePrefix(want), "", 7, 333333333}); got != want {
 			t.Errorf("the bucket of %s is %+v, want %+v", addr, got, want)
 		}
 	}
-	if got, want := l.sharedBucket(client.User("alice")), (Bucket{"office", netip.Prefix{}, "alice", 7, 333333333}); got != want {
+	if got, want := sharedBucket(l, client.User("alice")), (Bucket{"office", netip.Prefix{}, "alice", 7, 333333333}); got != want {
 		t.Errorf("alice's bucket is %v, want %v", got, want)
 	}
-	if got, want := l.sharedBucket(l.keyFor(netip.Addr{})), (Bucket{"office", netip.Prefix{}, "", 7, 333333333}); got != want {
+	if got, want := sharedBucket(l, l.Key(netip.Addr{})), (Bucket{"office", netip.Prefix{}, "", 7, 333333333}); got != want {
 		t.Errorf("the bucket of a client without an address is %+v, want %+v", got, want)
 	}
 }

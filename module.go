@@ -26,6 +26,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -240,7 +241,7 @@ type Handler struct {
 
 	logger              *zap.Logger
 	events              emitter
-	limiter             *limiter
+	limiter             *bucket.Table
 	shared              Limiter // or nil
 	policy              string  // the value of RateLimit-Policy
 	limitedResponse     *atomic.Pointer[limitedAnswer]
@@ -251,7 +252,7 @@ type Handler struct {
 	auth                []authProvider
 	basic               *caddyauth.HTTPBasicAuth // the provider, if it is the only one
 	hasBasicAuth        bool                     // http_basic is one of the providers
-	failedLogins        *limiter                 // counts failed logins; nil: no limit
+	failedLogins        *bucket.Table            // counts failed logins; nil: no limit
 	dialer              *dialer
 	tunnels             *registry
 	origins             [policy.ScopeCount]*originPool
@@ -381,19 +382,17 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	}
 
 	// Acquire shared state last, because Cleanup has to release it.
-	key := h.limiterKey()
-	if err := key.validate(); err != nil {
+	limits := h.limits()
+	if err := limits.Validate(); err != nil {
 		return err
 	}
-	pooled, _, err := limiters.LoadOrNew(key, func() (caddy.Destructor, error) { return newLimiter(key), nil })
-	if err != nil {
+	if h.limiter, err = acquireTable(limiters, limits); err != nil {
 		return err
 	}
-	h.limiter = pooled.(*limiter)
 	if err := h.provisionFailedLogins(); err != nil {
 		return err
 	}
-	h.policy, h.limitedResponse = h.limiter.policy(), new(atomic.Pointer[limitedAnswer])
+	h.policy, h.limitedResponse = rateLimitPolicy(limits), new(atomic.Pointer[limitedAnswer])
 	if h.tunnels, err = acquireRegistry(); err != nil {
 		return err
 	}
@@ -423,11 +422,11 @@ func (h *Handler) Cleanup() error {
 		err = releaseRegistry()
 	}
 	if h.limiter != nil {
-		_, err2 := limiters.Delete(h.limiter.key)
+		_, err2 := limiters.Delete(h.limiter.Limits)
 		err = errors.Join(err, err2)
 	}
 	if h.failedLogins != nil {
-		_, err2 := failedLogins.Delete(h.failedLogins.key)
+		_, err2 := failedLogins.Delete(h.failedLogins.Limits)
 		err = errors.Join(err, err2)
 	}
 	return err
@@ -561,13 +560,6 @@ func (h *Handler) setDefaults() {
 	h.TunnelStallTimeout = cmp.Or(h.TunnelStallTimeout, caddy.Duration(time.Minute))
 }
 
-func (h *Handler) limiterKey() limiterKey {
-	return limiterKey{
-		zone: h.Zone, burst: h.Burst, refill: h.Refill,
-		v4: h.IPv4Prefix, v6: h.IPv6Prefix, maxClients: h.MaxClients,
-	}
-}
-
 // parsePrefixes reads the addresses and CIDR ranges of an option.
 func parsePrefixes(option string, exprs []string) (*bart.Lite, error) {
 	table := new(bart.Lite)
@@ -601,7 +593,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	if v.kind != kindOther {
 		delete(w.Header(), "Alt-Svc") // advertises this server, not the requested host
 	}
-	v.limitKey = h.limiter.keyFor(v.addr)
+	v.limitKey = h.limiter.Key(v.addr)
 	return h.finish(w, r, v, h.serveRecordingPanics(w, r, v, next))
 }
 
@@ -680,14 +672,14 @@ func (h *Handler) refuseAccess(r *http.Request, v *transaction) *refusal {
 func (h *Handler) login(w http.ResponseWriter, r *http.Request, v *transaction) error {
 	now := monotime.Of(v.start)
 	if wait := h.tunnels.blockedFor(v.limitKey, now); wait > 0 {
-		v.verdict = h.limiter.block(v.limitKey, now, wait)
+		v.verdict = h.limiter.Block(v.limitKey, now, wait, errBlocked)
 		return errRateLimited
 	}
 	key := v.limitKey
 	err := h.authenticate(w, r, v)
 	failed := err != nil && hasCredentials(r)
 	if failed || v.user != "" && h.LimitBy == "user" {
-		h.limiter.bucket(key, now).recordRequest(now) // count the request for the client as well
+		h.limiter.RecordRequest(key, now) // count the request for the client as well
 	}
 	if failed {
 		return err
@@ -749,44 +741,6 @@ func caddyStatus(err error) int {
 	var failed caddyhttp.HandlerError
 	errors.As(err, &failed)
 	return failed.StatusCode
-}
-
-// charge takes a token for v. Without one it returns errRateLimited, and the visit's
-// verdict says why.
-func (h *Handler) charge(r *http.Request, v *transaction) error {
-	if v.verdict = h.takeToken(r, v); !v.verdict.ok {
-		return errRateLimited
-	}
-	return nil
-}
-
-// takeToken takes a token for v and returns the limiter's verdict. Requests for this server
-// itself, such as health checks, are not limited: a client without tokens can still
-// fetch the PAC script.
-func (h *Handler) takeToken(r *http.Request, v *transaction) decision {
-	now := monotime.Of(v.start)
-	if wait := h.tunnels.blockedFor(v.limitKey, now); wait > 0 {
-		return h.limiter.block(v.limitKey, now, wait)
-	}
-	if v.kind == kindOther || h.exempt.Contains(v.addr) {
-		return decision{ok: true}
-	}
-	return h.applyReportOnly(r, v, h.chargeBuckets(r.Context(), v.limitKey, now))
-}
-
-// applyReportOnly turns a denial into an allow, and reports it, if limits are report-only.
-func (h *Handler) applyReportOnly(r *http.Request, v *transaction, verdict decision) decision {
-	if !verdict.ok && slices.Contains(h.ReportOnly, "limits") {
-		if !v.reportedOnly {
-			metrics.reported.WithLabelValues("limits").Inc()
-			v.reportedOnly = true
-		}
-		if verdict.logCount > 0 {
-			h.logLimited(r, v, verdict, true)
-		}
-		verdict.ok = true
-	}
-	return verdict
 }
 
 // isLoop reports whether r arrived over one of this proxy's own connections to targets.

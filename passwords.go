@@ -148,7 +148,7 @@ func acquire(ctx context.Context, tokens chan struct{}, deadline time.Time) erro
 	}
 }
 
-// failedLogins holds the buckets of failed logins in use, by limiterKey. Like limiters, they
+// failedLogins holds the buckets of failed logins in use, by their limits. Like limiters, they
 // survive a reload.
 var failedLogins = caddy.NewUsagePool()
 
@@ -163,40 +163,16 @@ func (h *Handler) provisionFailedLogins() error {
 	case len(h.auth) == 0 || h.FailedLogins < 0:
 		return nil
 	}
-	key := h.limiterKey()
-	key.burst, key.refill = int64(h.FailedLogins), float64(h.FailedLogins)/time.Duration(h.FailedLoginsPer).Seconds()
-	pooled, _, err := failedLogins.LoadOrNew(key, func() (caddy.Destructor, error) { return newLimiter(key), nil })
-	if err == nil {
-		h.failedLogins = pooled.(*limiter)
-	}
+	limits := h.limits()
+	limits.Burst, limits.Refill = int64(h.FailedLogins), float64(h.FailedLogins)/time.Duration(h.FailedLoginsPer).Seconds()
+	var err error
+	h.failedLogins, err = acquireTable(failedLogins, limits)
 	return err
 }
 
 // repeatsKey returns the key of a client's bucket for credentials that are known to be wrong.
 // Repeating them is not a guess and takes no failed-login token, but it is limited too.
 func repeatsKey(key client.Key) client.Key { return key.Variant("repeats") }
-
-// reserve takes one of the client's tokens, or reserves the next one, which is there after
-// wait. If wait would be longer than patience, it takes none and returns ok = false.
-func (l *limiter) reserve(key client.Key, now int64, patience time.Duration) (wait time.Duration, ok bool) {
-	full := &l.bucket(key, now).fullAt
-	for {
-		was := full.Load()
-		next := max(was, now) + l.interval
-		over := time.Duration(max(0, next-now-l.fill))
-		if over > patience {
-			return over, false
-		}
-		if full.CompareAndSwap(was, next) {
-			return over, true
-		}
-	}
-}
-
-// waitTime returns how long it takes until the client has a token.
-func (l *limiter) waitTime(key client.Key, now int64) time.Duration {
-	return time.Duration(max(0, max(l.bucket(key, now).fullAt.Load(), now)+l.interval-now-l.fill))
-}
 
 // credentialKey identifies the credentials of a request without revealing them.
 type credentialKey [sha256.Size]byte

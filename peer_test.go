@@ -27,7 +27,7 @@ func newTestStream(w http.ResponseWriter, conn net.Conn) (stream *streamPeer, up
 
 // runTestTunnel starts a tunnel. The channel is closed when it ends.
 func runTestTunnel(h *Handler, near, far peer) (t *tunnel, done chan struct{}) {
-	h.limiter = newLimiter(limits(10, 0.5))
+	h.limiter = newTable(limits(10, 0.5))
 	t = &tunnel{owner: h, registry: h.tunnels, logger: zap.NewNop(), start: time.Now(), near: near, far: far}
 	h.tunnels.admit(t.limitKey, 0, 0)
 	done = make(chan struct{})

@@ -33,7 +33,7 @@ type pipedTunnel struct {
 // newPipedTunnel runs a tunnel of a handler. Its client and target read everything.
 func newPipedTunnel(h *Handler) *pipedTunnel {
 	if h.limiter == nil {
-		h.limiter = newLimiter(limits(10, 0.5))
+		h.limiter = newTable(limits(10, 0.5))
 	}
 	near, client := net.Pipe()
 	far, target := net.Pipe()

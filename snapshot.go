@@ -9,12 +9,12 @@ import (
 	"net/url"
 	"runtime/debug"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/prometheus/client_golang/prometheus"
@@ -214,10 +214,11 @@ func takeStats(now time.Time) stats {
 			s.Causes[labels["cause"]] += n
 		}
 	}
-	s.Clients.Evicted = int64(readMetric(metrics.evictions).GetCounter().GetValue())
-	limiters.Range(func(_, l any) bool {
-		s.Clients.Tracked += int64(l.(*limiter).clients())
-		s.Clients.Limit += int64(l.(*limiter).key.maxClients)
+	s.Clients.Evicted = metrics.evicted.Load()
+	limiters.Range(func(_, value any) bool {
+		t := value.(*bucket.Table)
+		s.Clients.Tracked += int64(t.Len())
+		s.Clients.Limit += int64(t.Limits.MaxClients)
 		return true
 	})
 	eachRegistry(func(r *registry) {
@@ -328,29 +329,36 @@ func containsFold(name, part string) bool {
 	return part == "" || strings.Contains(strings.ToLower(name), part)
 }
 
-// clientRow is a bucket with its owner.
+// clientRow is the state of a client.
 type clientRow struct {
-	*bucket
-	limiter *limiter
+	*bucket.Entry
+	table   *bucket.Table
 	client  client.Key
 	tunnels int
+	started int64 // of a client that no limiter tracks: when its last tunnel was
 	up      int64 // bytes of open tunnels
 	down    int64
 	blocked int64 // since epoch; 0: not
 	listed  bool  // a limiter tracks it, so it is already listed
 }
 
-func (c *clientRow) tokens(now int64) float64 {
-	l := c.limiter
-	return min(float64(l.key.burst), max(0, float64(now+l.fill-c.fullAt.Load())/float64(l.interval)))
+func (c *clientRow) tokens(now int64) float64 { return c.table.Tokens(c.Entry, now) }
+
+func (c *clientRow) lastSeen() int64 { return max(c.LastSeen(), c.started) }
+
+// bytes returns the client's bytes, those of open tunnels included.
+func (c *clientRow) bytes() (up, down int64) {
+	up, down = c.Bytes()
+	return up + c.up, down + c.down
 }
 
 var sortsOfClients = map[string]func(c *clientRow, now int64) float64{
-	"last_seen":  func(c *clientRow, _ int64) float64 { return float64(c.lastSeen.Load()) },
-	"requests":   func(c *clientRow, _ int64) float64 { return float64(c.requests.Load()) },
-	"rejections": func(c *clientRow, _ int64) float64 { return float64(c.rejections.Load()) },
+	"last_seen":  func(c *clientRow, _ int64) float64 { return float64(c.lastSeen()) },
+	"requests":   func(c *clientRow, _ int64) float64 { return float64(c.Requests()) },
+	"rejections": func(c *clientRow, _ int64) float64 { return float64(c.Rejections()) },
 	"bytes": func(c *clientRow, _ int64) float64 {
-		return float64(c.bytesUp.Load() + c.bytesDown.Load() + c.up + c.down)
+		up, down := c.bytes()
+		return float64(up + down)
 	},
 	"tunnels": func(c *clientRow, _ int64) float64 { return float64(c.tunnels) },
 	"tokens":  func(c *clientRow, now int64) float64 { return c.tokens(now) },
@@ -364,17 +372,17 @@ func findClients(q clientQuery, now time.Time) clientList {
 	found := topN[clientRow]{n: q.offset + q.limit, ascending: q.ascending}
 	total := 0
 	add := func(c clientRow) {
-		if q.limited && c.blocked == 0 && c.tokens(at) >= 1 || q.match != "" && !containsFold(c.limiter.displayName(c.client), q.match) {
+		if q.limited && c.blocked == 0 && c.tokens(at) >= 1 || q.match != "" && !containsFold(c.table.Name(c.client), q.match) {
 			return
 		}
 		total++
 		found.add(q.key(&c, at), c)
 	}
 	limiters.Range(func(_, value any) bool {
-		l := value.(*limiter)
-		l.forEachBucket(func(key client.Key, b *bucket) {
+		t := value.(*bucket.Table)
+		t.Each(func(key client.Key, e *bucket.Entry) {
 			c := clientRow{client: key}
-			if open := tunnels[clientKey{l, key}]; open != nil {
+			if open := tunnels[clientKey{t, key}]; open != nil {
 				open.listed = true
 				c = *open
 			}
@@ -382,7 +390,7 @@ func findClients(q clientQuery, now time.Time) clientList {
 				block.listed = true
 				c.blocked = block.blocked
 			}
-			c.bucket, c.limiter = b, l
+			c.Entry, c.table, c.started = e, t, 0
 			add(c)
 		})
 		return true
@@ -400,7 +408,7 @@ func findClients(q clientQuery, now time.Time) clientList {
 		if c.listed {
 			continue
 		}
-		if c.limiter = limiterOf(c.client); c.limiter != nil {
+		if c.table = tableOf(c.client); c.table != nil {
 			add(*c)
 		}
 	}
@@ -413,51 +421,52 @@ func findClients(q clientQuery, now time.Time) clientList {
 
 // clientKey identifies a client of one limiter.
 type clientKey struct {
-	limiter *limiter
-	client  client.Key
+	table  *bucket.Table
+	client client.Key
 }
 
 // tunnelsByClient returns the clients with open tunnels. Each entry is complete enough to be
 // listed even if its limiter does not track the client.
 func tunnelsByClient() map[clientKey]*clientRow {
-	clients, current := make(map[clientKey]*clientRow), make(map[*limiter]*limiter)
+	clients, current := make(map[clientKey]*clientRow), make(map[*bucket.Table]*bucket.Table)
 	eachRegistry(func(r *registry) {
 		r.tunnels.Range(func(_ uint64, t *tunnel) bool {
-			l := current[t.owner.limiter]
-			if l == nil {
-				l = t.owner.limiter.replacement()
-				current[t.owner.limiter] = l
+			table := current[t.owner.limiter]
+			if table == nil {
+				table = replacement(t.owner.limiter)
+				current[t.owner.limiter] = table
 			}
-			c := clients[clientKey{l, t.limitKey}]
+			c := clients[clientKey{table, t.limitKey}]
 			if c == nil {
-				c = &clientRow{bucket: new(bucket), limiter: l, client: t.limitKey}
-				clients[clientKey{l, t.limitKey}] = c
+				c = &clientRow{Entry: new(bucket.Entry), table: table, client: t.limitKey}
+				clients[clientKey{table, t.limitKey}] = c
 			}
 			c.tunnels++
 			c.up += t.up.Load()
 			c.down += t.down.Load()
-			c.lastSeen.Store(max(c.lastSeen.Load(), monotime.Of(t.start)))
+			c.started = max(c.started, monotime.Of(t.start))
 			return true
 		})
 	})
 	return clients
 }
 
-// replacement returns the limiter that replaced l after a reload: the only one with the same
-// zone and prefix lengths. It returns l if l is still in use or there is no such limiter.
-func (l *limiter) replacement() *limiter {
-	var candidates []*limiter
+// replacement returns the table that replaced t after a reload: the only one with the same
+// zone and prefix lengths. It returns t if t is still in use or there is no such table.
+func replacement(t *bucket.Table) *bucket.Table {
+	var candidates []*bucket.Table
 	inUse := false
 	limiters.Range(func(_, value any) bool {
-		candidate := value.(*limiter)
-		inUse = inUse || candidate == l
-		if candidate.key.zone == l.key.zone && candidate.key.v4 == l.key.v4 && candidate.key.v6 == l.key.v6 {
+		candidate := value.(*bucket.Table)
+		inUse = inUse || candidate == t
+		a, b := candidate.Limits, t.Limits
+		if a.Zone == b.Zone && a.IPv4Prefix == b.IPv4Prefix && a.IPv6Prefix == b.IPv6Prefix {
 			candidates = append(candidates, candidate)
 		}
 		return true
 	})
 	if inUse || len(candidates) != 1 {
-		return l
+		return t
 	}
 	return candidates[0]
 }
@@ -468,7 +477,7 @@ func blocksByClient(at int64) map[client.Key]*clientRow {
 	eachRegistry(func(r *registry) {
 		r.blocks.Range(func(key client.Key, until int64) bool {
 			if until > at {
-				clients[key] = &clientRow{bucket: new(bucket), client: key, blocked: until}
+				clients[key] = &clientRow{Entry: new(bucket.Entry), client: key, blocked: until}
 			}
 			return true
 		})
@@ -476,17 +485,17 @@ func blocksByClient(at int64) map[client.Key]*clientRow {
 	return clients
 }
 
-// limiterOf returns a limiter for which key is the key of a client, or nil. Among several
+// tableOf returns the table of a limiter for which key is the key of a client, or nil. Among several
 // it prefers the shortest prefix, so that key is shown as the largest network.
-func limiterOf(key client.Key) *limiter {
-	var best *limiter
-	order := func(a, b *limiter) int {
-		return cmp.Or(cmp.Compare(a.key.bits(key), b.key.bits(key)), cmp.Compare(a.key.zone, b.key.zone),
-			cmp.Compare(a.key.burst, b.key.burst), cmp.Compare(a.key.refill, b.key.refill))
+func tableOf(key client.Key) *bucket.Table {
+	var best *bucket.Table
+	order := func(a, b *bucket.Table) int {
+		return cmp.Or(cmp.Compare(a.Bits(key), b.Bits(key)), cmp.Compare(a.Limits.Zone, b.Limits.Zone),
+			cmp.Compare(a.Limits.Burst, b.Limits.Burst), cmp.Compare(a.Limits.Refill, b.Limits.Refill))
 	}
 	limiters.Range(func(_, value any) bool {
-		if l := value.(*limiter); l.keyForClientOrUser(key) == key && (best == nil || order(l, best) < 0) {
-			best = l
+		if t := value.(*bucket.Table); t.KeyOf(key) == key && (best == nil || order(t, best) < 0) {
+			best = t
 		}
 		return true
 	})
@@ -496,13 +505,13 @@ func limiterOf(key client.Key) *limiter {
 func (c *clientRow) info(now time.Time) clientInfo {
 	at := monotime.Of(now)
 	info := clientInfo{
-		Client: printable(c.limiter.displayName(c.client)), Zone: c.limiter.key.zone,
-		Tokens: c.tokens(at), Burst: c.limiter.key.burst, Refill: c.limiter.key.refill,
-		Requests: c.requests.Load(), Rejections: c.rejections.Load(),
-		BytesUp: c.bytesUp.Load() + c.up, BytesDown: c.bytesDown.Load() + c.down,
+		Client: printable(c.table.Name(c.client)), Zone: c.table.Limits.Zone,
+		Tokens: c.tokens(at), Burst: c.table.Limits.Burst, Refill: c.table.Limits.Refill,
+		Requests: c.Requests(), Rejections: c.Rejections(),
 		Tunnels: int64(c.tunnels),
 	}
-	if seen := c.lastSeen.Load(); seen > 0 {
+	info.BytesUp, info.BytesDown = c.bytes()
+	if seen := c.lastSeen(); seen > 0 {
 		info.LastSeen = now.Add(time.Duration(seen - at))
 	}
 	if c.blocked > 0 {
@@ -510,28 +519,6 @@ func (c *clientRow) info(now time.Time) clientInfo {
 		info.BlockedUntil = &until
 	}
 	return info
-}
-
-// forEachBucket calls f for every bucket.
-func (l *limiter) forEachBucket(f func(client.Key, *bucket)) {
-	g := l.gens.Load()
-	g.cur.Range(func(key client.Key, b *bucket) bool { f(key, b); return true })
-	g.old.Range(func(key client.Key, b *bucket) bool {
-		if _, promoted := g.cur.Load(key); !promoted {
-			f(key, b)
-		}
-		return true
-	})
-}
-
-// displayName formats a client for display: an address, a network if its addresses share a bucket,
-// or a user.
-func (l *limiter) displayName(key client.Key) string {
-	name, addr := key.String(), key.Addr()
-	if bits := l.key.bits(key); addr.IsValid() && bits < addr.BitLen() {
-		name += "/" + strconv.Itoa(bits)
-	}
-	return name
 }
 
 // tunnelQuery selects tunnels.

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package bucket
 
 import (
 	"net/netip"
@@ -19,10 +19,10 @@ type taker interface {
 	take(key client.Key) (ok bool)
 }
 
-// ourTaker is the limiter at a fixed time, so that the clock is not measured.
-type ourTaker struct{ *limiter }
+// ourTaker is the table at a fixed time, so that the clock is not measured.
+type ourTaker struct{ *Table }
 
-func (l ourTaker) take(key client.Key) bool { return l.limiter.take(key, 1).ok }
+func (l ourTaker) take(key client.Key) bool { return l.Table.Take(key, 1).Allowed }
 
 // xTaker is what most Go programs do: x/time/rate in a sync.Map, which never forgets a
 // client.
@@ -50,16 +50,16 @@ func BenchmarkTake(b *testing.B) {
 		want    bool
 	}{
 		{"deny/1", 1, 1, false},
-		{"allow/1", maxBurst, 1, true},
-		{"allow/1k", maxBurst, 1000, true},
-		{"allow/200k", maxBurst, 200_000, true},
+		{"allow/1", MaxBurst, 1, true},
+		{"allow/1k", MaxBurst, 1000, true},
+		{"allow/200k", MaxBurst, 200_000, true},
 		{"flood", 1, 0, true},
 	} {
 		for _, implementation := range []struct {
 			name string
 			make func() taker
 		}{
-			{"async_proxy", func() taker { return ourTaker{newLimiter(limits(bench.burst, 1))} }},
+			{"async_proxy", func() taker { return ourTaker{newTable(limits(bench.burst, 1))} }},
 			{"x-time-rate", func() taker { return &xTaker{limit: 1, burst: int(bench.burst), now: time.Unix(1e9, 0)} }},
 		} {
 			b.Run(bench.name+"/"+implementation.name, func(b *testing.B) {
