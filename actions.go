@@ -15,20 +15,20 @@ import (
 // closeTunnel closes a tunnel and reports whether the id exists. It waits up to a second
 // until the tunnel has disappeared from all lists.
 func closeTunnel(id uint64) (found bool) {
-	var owner *registry
-	eachRegistry(func(r *registry) {
-		if t, ok := r.tunnels.Load(id); ok {
+	var tunnels *registry
+	withProcess(func(p *process) {
+		if t, ok := p.tunnels.tunnels.Load(id); ok {
 			t.close(reasonOperator)
-			owner = r
+			tunnels = p.tunnels
 		}
 	})
-	if owner == nil {
+	if tunnels == nil {
 		return false
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	waitUntil(ctx, func() bool {
-		_, open := owner.tunnels.Load(id)
+		_, open := tunnels.tunnels.Load(id)
 		return !open
 	})
 	return true
@@ -54,11 +54,10 @@ func refillClient(key client.Key, zone string) (found bool) {
 // refillShared refills the client's buckets in the shared limiters that implement Refiller.
 func refillShared(key client.Key, zone string) (found bool) {
 	var handlers []*Handler
-	eachRegistry(func(r *registry) {
-		r.handlers.Range(func(h *Handler, _ struct{}) bool {
+	withProcess(func(p *process) {
+		for h := range p.handlers.All() {
 			handlers = append(handlers, h)
-			return true
-		})
+		}
 	})
 	for _, h := range handlers {
 		shared, ok := h.shared.(Refiller)
@@ -81,9 +80,9 @@ func blockClient(key client.Key, d time.Duration) (done bool) {
 	if d <= 0 {
 		return unblock(key)
 	}
-	eachRegistry(func(r *registry) {
+	withProcess(func(p *process) {
 		for _, key := range limiterKeys(key) {
-			r.blocks.Store(key, monotime.Of(time.Now().Add(d)))
+			p.blocks.Store(key, monotime.Of(time.Now().Add(d)))
 			done = true
 		}
 	})
@@ -91,9 +90,9 @@ func blockClient(key client.Key, d time.Duration) (done bool) {
 }
 
 func unblock(key client.Key) (found bool) {
-	eachRegistry(func(r *registry) {
+	withProcess(func(p *process) {
 		for _, key := range limiterKeys(key) {
-			if _, ok := r.blocks.LoadAndDelete(key); ok {
+			if _, ok := p.blocks.LoadAndDelete(key); ok {
 				found = true
 			}
 		}
@@ -112,16 +111,16 @@ func limiterKeys(key client.Key) (keys []client.Key) {
 }
 
 // blockedFor returns how long the client with this key remains blocked; 0 if it is not.
-func (r *registry) blockedFor(key client.Key, now int64) time.Duration {
-	if r.blocks.Size() == 0 {
+func (p *process) blockedFor(key client.Key, now int64) time.Duration {
+	if p.blocks.Size() == 0 {
 		return 0
 	}
-	until, ok := r.blocks.Load(key)
+	until, ok := p.blocks.Load(key)
 	if !ok {
 		return 0
 	}
 	if until <= now {
-		r.blocks.Delete(key)
+		p.blocks.Delete(key)
 		return 0
 	}
 	return time.Duration(until - now)

@@ -476,8 +476,8 @@ func TestJSONMistakes(t *testing.T) {
 			t.Errorf("%s: the limiter %+v was not released", tc.options, key)
 			return true
 		})
-		if n, _ := registries.References(registryKey); n != 0 {
-			t.Errorf("%s: the registry was not released", tc.options)
+		if n, _ := processes.References(processKey); n != 0 {
+			t.Errorf("%s: the process value was not released", tc.options)
 		}
 	}
 }

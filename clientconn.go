@@ -146,7 +146,7 @@ func (c *clientConn) serve() (t *tunnel) {
 		c.r.Reset(nil)
 		requestReaderPool.Put(c.r)
 		if c.w.lingers {
-			c.listener.handler.tunnels.lingering.close(c.TCPConn, c.w.sender)
+			c.listener.handler.process.lingering.close(c.TCPConn, c.w.sender)
 		}
 	}()
 	c.start()

@@ -54,12 +54,12 @@ func newTwins(t testing.TB, options, warm string) *twins {
 	other.proxy = freeAddress(t)
 	w.load(w.site(options+"\nzone one") + inRoute(other.site(options+"\nzone two")))
 	tw := &twins{t: t, warm: warm, each: [2]twin{{proxy: w.proxy}, {proxy: other.proxy}}}
-	registry, err := acquireRegistry()
+	shared, err := acquireProcess()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer releaseRegistry()
-	for h := range registry.handlers.All() {
+	defer releaseProcess()
+	for h := range shared.handlers.All() {
 		for _, origins := range h.origins {
 			origins.close() // the origin may be closing an idle connection, which would make the outcome random
 		}

@@ -576,10 +576,8 @@ func TestClientConnTunnels(t *testing.T) {
 			c.readUntil("\r\n\r\n")
 			var near *connPeer
 			eventually(t, "a tunnel", func() bool {
-				r, _ := acquireRegistry()
-				defer releaseRegistry()
-				for _, tunnel := range r.tunnels.All() {
-					near = tunnel.near.(*connPeer)
+				for _, t := range openTunnels() {
+					near = t.near.(*connPeer)
 				}
 				return near != nil
 			})

@@ -107,7 +107,7 @@ func (h *Handler) closeInStages(w http.ResponseWriter, r *http.Request, client n
 		return
 	}
 	if conn, _, err := hijack(w); err == nil {
-		go h.tunnels.lingering.close(conn, client)
+		go h.process.lingering.close(conn, client)
 	}
 }
 

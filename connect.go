@@ -67,6 +67,15 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *transaction
 	return http.StatusOK, nil
 }
 
+// newTunnel prepares a tunnel to the target over the dialled connection far.
+func (h *Handler) newTunnel(from clientIdentity, target, proto string, far net.Conn) *tunnel {
+	return &tunnel{
+		client: from.addr, user: from.user, limitKey: from.limitKey, target: target, proto: proto, start: time.Now(),
+		owner: h.tunnelOwner, scope: int(from.reach), registry: h.tunnels,
+		far: newConnPeer(far), address: hostport.AddrPortOf(far.RemoteAddr()), localAddr: hostport.AddrPortOf(far.LocalAddr()),
+	}
+}
+
 // announcesContent reports whether a CONNECT request declares content, which it must not
 // have (RFC 9110 §9.3.6). Over HTTP/2 and HTTP/3, the tunnel's bytes are content of unknown
 // length.

@@ -207,7 +207,7 @@ func TestTargetsAreKeptAlive(t *testing.T) {
 	c.response("GET")
 	var idle []*originConn
 	eventually(t, "an idle connection", func() bool {
-		for h := range openTunnels()[0].registry.handlers.All() {
+		for h := range openedBy(openTunnels()[0]).process.handlers.All() {
 			idle, _ = h.origins[policy.LocalScope].idle.Load(origin)
 		}
 		return len(idle) == 1

@@ -300,7 +300,7 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, out *outgoing,
 			return forwardRefusal(r, err)
 		}
 	}
-	release := h.tunnels.heads.hold(from.limitKey, headSize(res))
+	release := h.process.heads.hold(from.limitKey, headSize(res))
 	if release == nil {
 		return forwardRefusal(r, errHeldHeads)
 	}

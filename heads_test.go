@@ -184,15 +184,15 @@ func TestHeldHeadsAreBounded(t *testing.T) {
 			for _, c := range conns {
 				_ = c.Close()
 			}
-			registry, err := acquireRegistry()
+			shared, err := acquireProcess()
 			if err != nil {
 				t.Fatal(err)
 			}
-			defer releaseRegistry()
+			defer releaseProcess()
 			eventually(t, "the heads to be released", func() bool {
-				registry.heads.mu.Lock()
-				defer registry.heads.mu.Unlock()
-				return len(registry.heads.bytes) == 0
+				shared.heads.mu.Lock()
+				defer shared.heads.mu.Unlock()
+				return len(shared.heads.bytes) == 0
 			})
 		})
 	}
@@ -242,13 +242,13 @@ func TestLargestChunk(t *testing.T) {
 func TestPanicIsLoggedAndCounted(t *testing.T) {
 	for _, value := range []any{"out of range", http.ErrAbortHandler} {
 		w := newWorld(t, "", nil)
-		registry, err := acquireRegistry()
+		shared, err := acquireProcess()
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer releaseRegistry()
+		defer releaseProcess()
 		var h *Handler
-		for h = range registry.handlers.All() {
+		for h = range shared.handlers.All() {
 		}
 		failed := metrics.requests[kindOther][outcomeFailed]
 		before := testutil.ToFloat64(failed)

@@ -23,12 +23,12 @@ import (
 // provisioned returns the handlers of the running config.
 func provisioned(t *testing.T) (list []*Handler) {
 	t.Helper()
-	r, err := acquireRegistry()
+	p, err := acquireProcess()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = releaseRegistry() }()
-	r.handlers.Range(func(h *Handler, _ struct{}) bool {
+	defer func() { _ = releaseProcess() }()
+	p.handlers.Range(func(h *Handler, _ struct{}) bool {
 		list = append(list, h)
 		return true
 	})

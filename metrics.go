@@ -65,7 +65,7 @@ type processMetrics struct {
 
 	authFailures prometheus.Counter
 	durations    prometheus.Histogram // of tunnels
-	up, down     prometheus.Counter   // bytes of tunnels, as of the last countBytes
+	up, down     prometheus.Counter   // bytes of tunnels, as of the last countTunnelBytes
 	responses    prometheus.Histogram
 
 	forwardedUp, forwardedDown prometheus.Counter // bytes of the content of messages
@@ -189,13 +189,6 @@ func countDial(ctx context.Context, start time.Time, err error) {
 	metrics.dials.WithLabelValues(dialOutcome(ctx, err)).Observe(time.Since(start).Seconds())
 }
 
-// count counts a closed tunnel.
-func (t *tunnel) count() {
-	metrics.durations.Observe(time.Since(t.start).Seconds())
-	t.countBytes()
-	t.owner.limiter.AddBytes(t.limitKey, t.up.Load(), t.down.Load())
-}
-
 // countForwarded counts content bytes of a request or its response.
 func (h *Handler) countForwarded(key client.Key, up, down int64) {
 	if up+down == 0 {
@@ -206,18 +199,18 @@ func (h *Handler) countForwarded(key client.Key, up, down int64) {
 	h.limiter.AddBytes(key, up, down)
 }
 
-// countBytes counts the bytes that the tunnel has transferred since the last call.
-func (t *tunnel) countBytes() {
-	addGrowth(metrics.up, &t.up.Int64, &t.countedUp)
-	addGrowth(metrics.down, &t.down.Int64, &t.countedDown)
+// countTunnelBytes counts the bytes of open tunnels.
+func (p *process) countTunnelBytes() {
+	for _, t := range p.tunnels.tunnels.All() {
+		countTunnelBytes(t)
+	}
 }
 
-// addGrowth adds the growth of n to c. Concurrent callers add it only once.
-func addGrowth(c prometheus.Counter, n, counted *atomic.Int64) {
-	was, now := counted.Load(), n.Load()
-	if now > was && counted.CompareAndSwap(was, now) {
-		c.Add(float64(now - was))
-	}
+// countTunnelBytes counts the bytes that the tunnel has transferred since the last call.
+func countTunnelBytes(t *tunnel) {
+	up, down := t.growth()
+	metrics.up.Add(float64(up))
+	metrics.down.Add(float64(down))
 }
 
 // stateCollector collects the current state at each scrape.
@@ -248,13 +241,12 @@ func (s stateCollector) Collect(ch chan<- prometheus.Metric) {
 	})
 	gauge(descClients, clients)
 	var tunnels, limit, idle int
-	eachRegistry(func(r *registry) {
-		tunnels, limit = int(r.admitted.Load()), r.limit()
-		r.countBytes()
-		r.handlers.Range(func(h *Handler, _ struct{}) bool {
+	withProcess(func(p *process) {
+		tunnels, limit = int(p.tunnels.admitted.Load()), p.tunnelLimit()
+		p.countTunnelBytes()
+		for h := range p.handlers.All() {
 			idle += h.idleConnections()
-			return true
-		})
+		}
 	})
 	gauge(descTunnels, tunnels)
 	gauge(descLimit, limit)

@@ -254,7 +254,10 @@ type Handler struct {
 	hasBasicAuth        bool                     // http_basic is one of the providers
 	failedLogins        *bucket.Table            // counts failed logins; nil: no limit
 	dialer              *dialer
-	tunnels             *registry
+	process             *process
+	tunnels             *registry // of process
+	site                *site
+	tunnelOwner         *tunnelOwner // of the tunnels of site
 	origins             [policy.ScopeCount]*originPool
 
 	contentGrace time.Duration // how long content may stall before its response counts as a tunnel
@@ -270,7 +273,6 @@ type Handler struct {
 	running    *atomic.Bool    // its config has started
 	fastPath   bool            // its server has our listener wrapper and no other
 	configDone <-chan struct{} // closed when its config ends; shared by all handlers of the config
-	addresses  []string        // that its server listens on
 }
 
 // CaddyModule returns the Caddy module information.
@@ -393,10 +395,12 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		return err
 	}
 	h.policy, h.limitedResponse = rateLimitPolicy(limits), new(atomic.Pointer[limitedAnswer])
-	if h.tunnels, err = acquireRegistry(); err != nil {
+	if h.process, err = acquireProcess(); err != nil {
 		return err
 	}
-	h.tunnels.handlers.Store(h, struct{}{})
+	h.tunnels = h.process.tunnels
+	h.provisionSite(server)
+	h.process.handlers.Store(h, struct{}{})
 	return h.registerHooks(ctx, server)
 }
 
@@ -416,10 +420,10 @@ func (h *Handler) Cleanup() error {
 		h.dialer.parent.close()
 	}
 	var err error
-	if h.tunnels != nil {
-		h.tunnels.handlers.Delete(h)
-		h.closeTunnelsAfterDelay()
-		err = releaseRegistry()
+	if h.process != nil {
+		h.process.handlers.Delete(h)
+		h.site.closeTunnelsAfterDelay()
+		err = releaseProcess()
 	}
 	if h.limiter != nil {
 		_, err2 := limiters.Delete(h.limiter.Limits)
@@ -500,7 +504,7 @@ func (h *Handler) forbids(t *tunnel) bool {
 	if strings.HasPrefix(t.proto, "HTTP/") { // a CONNECT, not an upgraded request
 		ctx = h.dialer.policy.WithConnect(ctx)
 	}
-	return h.dialer.denies(ctx, t.reach, t.target, t.address)
+	return h.dialer.denies(ctx, policy.Scope(t.scope), t.target, t.address)
 }
 
 // requestOf returns the request of a context, as the client sent it, or an empty one.
@@ -671,7 +675,7 @@ func (h *Handler) refuseAccess(r *http.Request, v *transaction) *refusal {
 // password would use up the tokens of everyone behind the same address.
 func (h *Handler) login(w http.ResponseWriter, r *http.Request, v *transaction) error {
 	now := monotime.Of(v.start)
-	if wait := h.tunnels.blockedFor(v.limitKey, now); wait > 0 {
+	if wait := h.process.blockedFor(v.limitKey, now); wait > 0 {
 		v.verdict = h.limiter.Block(v.limitKey, now, wait, errBlocked)
 		return errRateLimited
 	}

@@ -220,26 +220,32 @@ func deniedFields(denied *policy.DeniedError) []zap.Field {
 	return fields
 }
 
-func (t *tunnel) logOpened() {
-	if c := t.logger.Check(zapcore.InfoLevel, "CONNECT tunnel"); c != nil {
+// opened implements tunnelObserver.
+func (s *site) opened(t *tunnel) {
+	s.process.reconcile(t)
+	if c := s.logger.Check(zapcore.InfoLevel, "CONNECT tunnel"); c != nil {
 		c.Write(
 			zap.Uint64("id", t.id),
 			textField("target", t.target),
 			zap.Stringer("address", t.address),
 			clientField(t.client),
-			t.userField(),
+			userField(t),
 			textField("proto", t.proto),
 		)
 	}
 }
 
-func (t *tunnel) logClosed() {
-	if c := t.logger.Check(zapcore.InfoLevel, "CONNECT tunnel closed"); c != nil {
+// closed implements tunnelObserver.
+func (s *site) closed(t *tunnel) {
+	metrics.durations.Observe(time.Since(t.start).Seconds())
+	countTunnelBytes(t)
+	s.limiter.AddBytes(t.limitKey, t.up.Load(), t.down.Load())
+	if c := s.logger.Check(zapcore.InfoLevel, "CONNECT tunnel closed"); c != nil {
 		c.Write(
 			zap.Uint64("id", t.id),
 			textField("target", t.target),
 			clientField(t.client),
-			t.userField(),
+			userField(t),
 			textField("proto", t.proto),
 			zap.Int64("bytes_up", t.up.Load()),
 			zap.Int64("bytes_down", t.down.Load()),
@@ -249,7 +255,8 @@ func (t *tunnel) logClosed() {
 	}
 }
 
-func (t *tunnel) userField() zap.Field {
+// userField returns the log field for the user of a tunnel, if there is one.
+func userField(t *tunnel) zap.Field {
 	if t.user == "" {
 		return zap.Skip()
 	}

@@ -13,9 +13,6 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
-
-	"github.com/caddyserver/caddy/v2"
-	"go.uber.org/zap"
 )
 
 // newTestStream returns a stream on conn whose client sends what is written to up.
@@ -26,10 +23,10 @@ func newTestStream(w http.ResponseWriter, conn net.Conn) (stream *streamPeer, up
 }
 
 // runTestTunnel starts a tunnel. The channel is closed when it ends.
-func runTestTunnel(h *Handler, near, far peer) (t *tunnel, done chan struct{}) {
-	h.limiter = newTable(limits(10, 0.5))
-	t = &tunnel{owner: h, registry: h.tunnels, logger: zap.NewNop(), start: time.Now(), near: near, far: far}
-	h.tunnels.admit(t.limitKey, 0, 0)
+func runTestTunnel(r *registry, idleTimeout time.Duration, near, far peer) (t *tunnel, done chan struct{}) {
+	owner := &tunnelOwner{idleTimeout: idleTimeout, observer: unobserved{}}
+	t = &tunnel{owner: owner, registry: r, start: time.Now(), near: near, far: far}
+	r.admit(t.limitKey, 0, 0)
 	done = make(chan struct{})
 	go func() {
 		t.run()
@@ -92,9 +89,8 @@ func (p halfPipe) Close() error               { return errors.Join(p.Conn.Close(
 // only for drainTimeout.
 func TestDrainTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := &Handler{tunnels: newRegistry()}
-		h.setDefaults()
-		defer h.tunnels.stop()
+		r := newRegistry()
+		defer r.stop()
 		near, conn := net.Pipe()
 		defer near.Close()
 		defer conn.Close()
@@ -102,7 +98,7 @@ func TestDrainTimeout(t *testing.T) {
 		toTarget, deaf := net.Pipe()
 		fromTarget, target := net.Pipe()
 		defer deaf.Close()
-		_, done := runTestTunnel(h, stream, newConnPeer(halfPipe{toTarget, fromTarget}))
+		_, done := runTestTunnel(r, 0, stream, newConnPeer(halfPipe{toTarget, fromTarget}))
 		io.WriteString(up, "words")
 		begun := time.Now()
 		target.Close()
@@ -134,18 +130,17 @@ func TestStuckConnectionIsClosed(t *testing.T) {
 	} {
 		t.Run(reason, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := &Handler{tunnels: newRegistry(), TunnelIdleTimeout: caddy.Duration(tc.idle), TunnelStallTimeout: -1}
-				h.setDefaults()
-				defer h.tunnels.stop()
+				r := newRegistry()
+				defer r.stop()
 				near, deaf := net.Pipe()
 				defer deaf.Close()
 				stream, _ := newTestStream(stuckWriter{httptest.NewRecorder(), near}, near)
 				far, target := net.Pipe()
 				defer target.Close()
-				tunnel, done := runTestTunnel(h, stream, newConnPeer(far))
+				tunnel, done := runTestTunnel(r, tc.idle, stream, newConnPeer(far))
 				synctest.Wait()
 				begun := time.Now()
-				tc.begin(h.tunnels)
+				tc.begin(r)
 				<-done
 				if took := time.Since(begun); took < tc.after || took > tc.after+3*watchInterval {
 					t.Errorf("the tunnel ended after %v, want %v", took, tc.after)

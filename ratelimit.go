@@ -60,7 +60,7 @@ func (h *Handler) charge(r *http.Request, v *transaction) error {
 // fetch the PAC script.
 func (h *Handler) takeToken(r *http.Request, v *transaction) bucket.Decision {
 	now := monotime.Of(v.start)
-	if wait := h.tunnels.blockedFor(v.limitKey, now); wait > 0 {
+	if wait := h.process.blockedFor(v.limitKey, now); wait > 0 {
 		return h.limiter.Block(v.limitKey, now, wait, errBlocked)
 	}
 	if v.kind == kindOther || h.exempt.Contains(v.addr) {

@@ -57,7 +57,7 @@ func (c *readConn) Read(p []byte) (n int, err error) {
 func (c *readConn) checkFirst(p []byte, n int) (int, error) {
 	if reason, found := foreignProtocol(p[0], c.overTLS); found {
 		c.handler.answerFirstByte(c.TCPConn, reason)
-		c.handler.tunnels.lingering.close(c.TCPConn, hostport.AddrPortOf(c.RemoteAddr()).Addr())
+		c.handler.process.lingering.close(c.TCPConn, hostport.AddrPortOf(c.RemoteAddr()).Addr())
 		return 0, io.EOF
 	}
 	for !c.overTLS && n > 0 && p[0] == '\r' && len(p) > 1 {

@@ -12,20 +12,12 @@ import (
 	"time"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
-	"github.com/caddyserver/caddy/v2"
 	"github.com/puzpuzpuz/xsync/v4"
 	"github.com/quic-go/quic-go/http3"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )
-
-// registries holds the process's only registry, under registryKey, while any config has a
-// proxy. Tunnels belong to the process and not to a config, so that a reload does not close
-// open ones.
-var registries = caddy.NewUsagePool()
-
-const registryKey = "tunnels"
 
 // watchInterval is how often the timeouts of tunnels are checked, and so their precision.
 const watchInterval = time.Second
@@ -44,11 +36,8 @@ type registry struct {
 	tunnels     *xsync.Map[uint64, *tunnel]
 	clients     *xsync.Map[client.Key, int] // admitted tunnels of each client
 	sources     *xsync.Map[loopKey, struct{}]
-	handlers    *xsync.Map[*Handler, struct{}] // provisioned handlers
-	blocks      *xsync.Map[client.Key, int64]  // blocked clients, and until when, since epoch
-	admitted    atomic.Int64                   // all tunnels, including those being dialled
+	admitted    atomic.Int64 // all tunnels, including those being dialled
 	lastID      atomic.Uint64
-	config      atomic.Value           // of the handlers that started last
 	endReason   atomic.Pointer[string] // why no tunnel may be open; nil: tunnels may be open
 	open        context.Context        // canceled when no tunnel may be open any longer
 	cancelDials context.CancelFunc
@@ -56,24 +45,6 @@ type registry struct {
 
 	interval  time.Duration // watchInterval, but shorter in some tests
 	lastWords time.Duration // drainTimeout, but shorter in some tests
-
-	heads     heldHeads // of responses in progress
-	lingering lingering // client connections that are being closed in stages
-}
-
-// acquireRegistry returns the registry. The caller must call releaseRegistry once for each
-// call that succeeds.
-func acquireRegistry() (*registry, error) {
-	r, _, err := registries.LoadOrNew(registryKey, func() (caddy.Destructor, error) { return newRegistry(), nil })
-	if err != nil {
-		return nil, err
-	}
-	return r.(*registry), nil
-}
-
-func releaseRegistry() error {
-	_, err := registries.Delete(registryKey)
-	return err
 }
 
 func newRegistry() *registry { return newPacedRegistry(watchInterval, drainTimeout) }
@@ -83,24 +54,13 @@ func newPacedRegistry(interval, lastWords time.Duration) *registry {
 		interval: interval, lastWords: lastWords,
 		tunnels: xsync.NewMap[uint64, *tunnel](),
 		clients: xsync.NewMap[client.Key, int](),
-		sources: xsync.NewMap[loopKey, struct{}](), handlers: xsync.NewMap[*Handler, struct{}](), blocks: xsync.NewMap[client.Key, int64](),
+		sources: xsync.NewMap[loopKey, struct{}](),
 	}
 	r.open, r.cancelDials = context.WithCancel(context.Background())
 	stop := make(chan struct{})
 	r.stop = sync.OnceFunc(func() { close(stop) })
 	go r.watch(stop)
 	return r
-}
-
-// Destruct implements caddy.Destructor. It is called when no config has a proxy any longer.
-func (r *registry) Destruct() error {
-	reason := reasonReload
-	if caddy.Exiting() {
-		reason = reasonShutdown
-	}
-	r.closeAll(reason)
-	r.stop()
-	return nil
 }
 
 // limitError reports that a limit on open tunnels is reached.
@@ -187,23 +147,6 @@ func (r *registry) add(t *tunnel) {
 	}
 	if reason := r.endReason.Load(); reason != nil {
 		t.close(*reason)
-	} else if current := r.config.Load(); current != any(t.owner.configDone) {
-		r.reconcile(t, current)
-	}
-}
-
-// reconcile applies a reload to a tunnel that was still being dialled when its owner was
-// replaced: it gets the same checks and delays as the owner's other tunnels.
-func (r *registry) reconcile(t *tunnel, current any) {
-	for h := range r.handlers.All() {
-		if h.RecheckTunnels && current == any(h.configDone) && h.running.Load() && h.supersedes(t.owner) && h.forbids(t) {
-			t.close(reasonForbidden)
-		}
-	}
-	select {
-	case <-t.owner.configDone:
-		t.owner.closeTunnelsAfterDelay()
-	default: // the end of the config will call it
 	}
 }
 
@@ -329,24 +272,4 @@ func waitUntil(ctx context.Context, condition func() bool) {
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
-}
-
-// limit returns the lowest max_tunnels of the handlers, or 0 if none has a limit.
-func (r *registry) limit() int {
-	limit := 0
-	r.handlers.Range(func(h *Handler, _ struct{}) bool {
-		if h.MaxTunnels > 0 && (limit == 0 || h.MaxTunnels < limit) {
-			limit = h.MaxTunnels
-		}
-		return true
-	})
-	return limit
-}
-
-// countBytes updates the metrics with the bytes of open tunnels.
-func (r *registry) countBytes() {
-	r.tunnels.Range(func(_ uint64, t *tunnel) bool {
-		t.countBytes()
-		return true
-	})
 }

@@ -20,7 +20,6 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
-	"go.uber.org/zap"
 )
 
 // pipedTunnel is a tunnel between two pipes, for tests in synthetic time.
@@ -30,21 +29,25 @@ type pipedTunnel struct {
 	done           chan struct{}
 }
 
-// newPipedTunnel runs a tunnel of a handler. Its client and target read everything.
-func newPipedTunnel(h *Handler) *pipedTunnel {
-	if h.limiter == nil {
-		h.limiter = newTable(limits(10, 0.5))
-	}
+// unobserved is the observer of a test's tunnels.
+type unobserved struct{}
+
+func (unobserved) opened(*tunnel) {}
+func (unobserved) closed(*tunnel) {}
+
+// newPipedTunnel runs a tunnel of a registry. Its client and target read everything.
+func newPipedTunnel(r *registry, owner tunnelOwner) *pipedTunnel {
+	owner.observer = unobserved{}
 	near, client := net.Pipe()
 	far, target := net.Pipe()
 	p := &pipedTunnel{
 		tunnel: &tunnel{
-			owner: h, registry: h.tunnels, logger: zap.NewNop(), start: time.Now(),
+			owner: &owner, registry: r, start: time.Now(),
 			near: newConnPeer(near), far: newConnPeer(far),
 		},
 		client: client, target: target, done: make(chan struct{}),
 	}
-	h.tunnels.admit(p.limitKey, 0, 0)
+	r.admit(p.limitKey, 0, 0)
 	go func() {
 		p.run()
 		close(p.done)
@@ -77,16 +80,15 @@ func TestTunnelTimeouts(t *testing.T) {
 		{"busy for too long", 10 * time.Second, time.Minute, talk(0, time.Hour, time.Second), nil, reasonMaxDuration, time.Minute},
 		{"silent for less than the limit", time.Hour, time.Minute, nil, nil, reasonMaxDuration, time.Minute},
 		{"silent with no limits", -1, 0, nil, nil, "", never},
-		{"the default", 0, 0, nil, nil, reasonIdle, time.Hour},
-		{"the default, with a byte just in time", 0, 0, nil, []time.Duration{59 * time.Minute}, reasonIdle, 119 * time.Minute},
+		{"an hour", time.Hour, 0, nil, nil, reasonIdle, time.Hour},
+		{"an hour, with a byte just in time", time.Hour, 0, nil, []time.Duration{59 * time.Minute}, reasonIdle, 119 * time.Minute},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := &Handler{TunnelIdleTimeout: caddy.Duration(tc.idle), TunnelMaxDuration: caddy.Duration(tc.most), tunnels: newRegistry()}
-				h.setDefaults()
-				defer h.tunnels.stop()
+				r := newRegistry()
+				defer r.stop()
 				time.Sleep(watchInterval / 3) // tunnels do not start on a tick of the watch
-				p := newPipedTunnel(h)
+				p := newPipedTunnel(r, tunnelOwner{idleTimeout: tc.idle, maxDuration: tc.most})
 				var wg sync.WaitGroup
 				defer wg.Wait()
 				speak := func(conn net.Conn, times []time.Duration) {
@@ -101,7 +103,7 @@ func TestTunnelTimeouts(t *testing.T) {
 				wg.Go(func() { speak(p.target, tc.down) })
 				if tc.after == never {
 					time.Sleep(100 * time.Hour)
-					if n := h.tunnels.tunnels.Size(); n != 1 {
+					if n := r.tunnels.Size(); n != 1 {
 						t.Error("the tunnel was closed")
 					}
 					p.client.Close()
@@ -170,10 +172,9 @@ func TestDrain(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := &Handler{tunnels: newRegistry()}
-				h.setDefaults()
-				defer h.tunnels.stop()
-				p := newPipedTunnel(h)
+				r := newRegistry()
+				defer r.stop()
+				p := newPipedTunnel(r, tunnelOwner{})
 				synctest.Wait()
 				if tc.ends > 0 {
 					time.AfterFunc(tc.ends, func() { p.client.Close() })
@@ -185,18 +186,18 @@ func TestDrain(t *testing.T) {
 					defer cancel()
 				}
 				begun := time.Now()
-				h.tunnels.drain(ctx)
+				r.drain(ctx)
 				if took := time.Since(begun); took < tc.least || took > tc.after+time.Second {
 					t.Errorf("took %v, want at least %v and at most a second more than %v", took, tc.least, tc.after)
 				}
-				if n := h.tunnels.tunnels.Size(); n != 0 {
+				if n := r.tunnels.Size(); n != 0 {
 					t.Errorf("%d tunnels are still open", n)
 				}
 				<-p.done
 				if *p.reason.Load() != tc.reason {
 					t.Errorf("reason %q, want %q", *p.reason.Load(), tc.reason)
 				}
-				late := newPipedTunnel(h) // its target was being dialed at shutdown
+				late := newPipedTunnel(r, tunnelOwner{}) // its target was being dialed at shutdown
 				<-late.done
 				if *late.reason.Load() != reasonShutdown {
 					t.Errorf("reason %q of a late tunnel, want %q", *late.reason.Load(), reasonShutdown)
@@ -323,20 +324,20 @@ func TestFailedTunnelsAreNotCounted(t *testing.T) {
 func watchOften(t *testing.T) {
 	t.Helper()
 	eventually(t, "the previous registry to be released", func() bool {
-		r, used, err := registries.LoadOrNew(registryKey, func() (caddy.Destructor, error) {
-			return newPacedRegistry(oftenInterval, oftenLastWords), nil
+		p, used, err := processes.LoadOrNew(processKey, func() (caddy.Destructor, error) {
+			return newProcess(newPacedRegistry(oftenInterval, oftenLastWords)), nil
 		})
 		if err != nil {
 			t.Fatal(err)
 		}
-		if used && r.(*registry).interval != oftenInterval {
-			_ = releaseRegistry()
+		if used && p.(*process).tunnels.interval != oftenInterval {
+			_ = releaseProcess()
 			return false
 		}
 		return true
 	})
 	t.Cleanup(func() {
-		if err := releaseRegistry(); err != nil {
+		if err := releaseProcess(); err != nil {
 			t.Error(err)
 		}
 	})
@@ -350,11 +351,12 @@ const (
 // waitNoTunnels waits until every part of the registry is empty.
 func waitNoTunnels(t *testing.T) {
 	t.Helper()
-	r, err := acquireRegistry()
+	p, err := acquireProcess()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer releaseRegistry()
+	defer releaseProcess()
+	r := p.tunnels
 	eventually(t, "an empty registry", func() bool {
 		return r.tunnels.Size() == 0 && r.admitted.Load() == 0 && r.clients.Size() == 0 && r.sources.Size() == 0
 	})
@@ -517,9 +519,9 @@ func TestLoopsOfTunnelsWithOnePort(t *testing.T) {
 	r := newRegistry()
 	defer r.stop()
 	source := netip.MustParseAddrPort("127.0.0.1:40000")
-	h := &Handler{name: "the-proxy", tunnels: r}
+	owner := &tunnelOwner{name: "the-proxy"}
 	open := func(address string) *tunnel {
-		t := &tunnel{owner: h, registry: r, localAddr: source, address: netip.MustParseAddrPort(address)}
+		t := &tunnel{owner: owner, registry: r, localAddr: source, address: netip.MustParseAddrPort(address)}
 		r.admit(t.limitKey, 0, 0)
 		r.add(t)
 		return t
@@ -530,10 +532,10 @@ func TestLoopsOfTunnelsWithOnePort(t *testing.T) {
 	const one, another = "127.0.0.1:8080", "127.0.0.1:8081"
 	check := func(when string, wantOne, wantAnother bool) {
 		t.Helper()
-		if got := loops(h.name, one); got != wantOne {
+		if got := loops(owner.name, one); got != wantOne {
 			t.Errorf("%s: one loops: %v", when, got)
 		}
-		if got := loops(h.name, another); got != wantAnother {
+		if got := loops(owner.name, another); got != wantAnother {
 			t.Errorf("%s: the other loops: %v", when, got)
 		}
 		if loops("another-proxy", one) || loops("another-proxy", another) {
@@ -635,14 +637,11 @@ func TestClosingLines(t *testing.T) {
 
 // openTunnels returns the tunnels in the registry.
 func openTunnels() (open []*tunnel) {
-	r, err := acquireRegistry()
-	if err != nil {
-		return nil
-	}
-	defer releaseRegistry()
-	for _, t := range r.tunnels.All() {
-		open = append(open, t)
-	}
+	withProcess(func(p *process) {
+		for _, t := range p.tunnels.tunnels.All() {
+			open = append(open, t)
+		}
+	})
 	return open
 }
 

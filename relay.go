@@ -24,8 +24,18 @@ var (
 
 // flow counts the bytes of one direction of a tunnel.
 type flow struct {
-	atomic.Int64             // bytes written to the destination
-	writing      atomic.Bool // a write to the destination is in progress
+	atomic.Int64              // bytes written to the destination
+	writing      atomic.Bool  // a write to the destination is in progress
+	counted      atomic.Int64 // bytes that growth has returned
+}
+
+// growth returns the growth since the last call. Concurrent callers get it only once.
+func (f *flow) growth() int64 {
+	was, now := f.counted.Load(), f.Load()
+	if now > was && f.counted.CompareAndSwap(was, now) {
+		return now - was
+	}
+	return 0
 }
 
 // relay copies from src to dst until src ends or dst fails, and counts the bytes that were

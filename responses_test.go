@@ -77,12 +77,12 @@ func TestLengthBesideChunks(t *testing.T) {
 
 // idleConnsTo returns the number of idle connections to an origin.
 func idleConnsTo(t *testing.T, origin string) (n int) {
-	registry, err := acquireRegistry()
+	shared, err := acquireProcess()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer releaseRegistry()
-	for h := range registry.handlers.All() {
+	defer releaseProcess()
+	for h := range shared.handlers.All() {
 		for _, origins := range h.origins {
 			if origins.has(origin) {
 				n++

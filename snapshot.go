@@ -161,21 +161,15 @@ func takeSnapshot(now time.Time) snapshot {
 	s := snapshot{Stats: takeStats(now), Refusals: recentRefusals.list(), Settings: []siteSettings{}}
 	s.Clients = findClients(clientQuery{limit: snapshotClients, key: sortsOfClients["last_seen"]}, now)
 	s.Tunnels = findTunnels(tunnelQuery{limit: snapshotTunnels, key: sortsOfTunnels["idle"], ascending: true}, now)
-	eachRegistry(func(r *registry) {
-		r.handlers.Range(func(h *Handler, _ struct{}) bool {
+	withProcess(func(p *process) {
+		for h := range p.handlers.All() {
 			if h.running.Load() {
-				s.Settings = append(s.Settings, siteSettings{strings.Join(h.addresses, " "), h.settings()})
+				s.Settings = append(s.Settings, siteSettings{strings.Join(h.site.addresses, " "), h.settings()})
 			}
-			return true
-		})
+		}
 	})
 	slices.SortFunc(s.Settings, func(a, b siteSettings) int { return cmp.Compare(a.Site, b.Site) })
 	return s
-}
-
-// eachRegistry calls f with the process's only registry, if it exists.
-func eachRegistry(f func(*registry)) {
-	registries.Range(func(_, r any) bool { f(r.(*registry)); return true })
 }
 
 func takeStats(now time.Time) stats {
@@ -221,10 +215,10 @@ func takeStats(now time.Time) stats {
 		s.Clients.Limit += int64(t.Limits.MaxClients)
 		return true
 	})
-	eachRegistry(func(r *registry) {
-		s.Tunnels.Open = int64(r.tunnels.Size())
-		s.Tunnels.Limit = int64(r.limit())
-		r.countBytes()
+	withProcess(func(p *process) {
+		s.Tunnels.Open = int64(p.tunnels.tunnels.Size())
+		s.Tunnels.Limit = int64(p.tunnelLimit())
+		p.countTunnelBytes()
 	})
 	s.Tunnels.Opened = s.Requests.Tunnels
 	s.Tunnels.BytesUp = int64(readMetric(metrics.up).GetCounter().GetValue())
@@ -429,12 +423,13 @@ type clientKey struct {
 // listed even if its limiter does not track the client.
 func tunnelsByClient() map[clientKey]*clientRow {
 	clients, current := make(map[clientKey]*clientRow), make(map[*bucket.Table]*bucket.Table)
-	eachRegistry(func(r *registry) {
-		r.tunnels.Range(func(_ uint64, t *tunnel) bool {
-			table := current[t.owner.limiter]
+	withProcess(func(p *process) {
+		for _, t := range p.tunnels.tunnels.All() {
+			opener := openedBy(t)
+			table := current[opener.limiter]
 			if table == nil {
-				table = replacement(t.owner.limiter)
-				current[t.owner.limiter] = table
+				table = replacement(opener.limiter)
+				current[opener.limiter] = table
 			}
 			c := clients[clientKey{table, t.limitKey}]
 			if c == nil {
@@ -445,8 +440,7 @@ func tunnelsByClient() map[clientKey]*clientRow {
 			c.up += t.up.Load()
 			c.down += t.down.Load()
 			c.started = max(c.started, monotime.Of(t.start))
-			return true
-		})
+		}
 	})
 	return clients
 }
@@ -474,13 +468,12 @@ func replacement(t *bucket.Table) *bucket.Table {
 // blocksByClient returns the blocked clients. Blocks apply in all zones.
 func blocksByClient(at int64) map[client.Key]*clientRow {
 	clients := make(map[client.Key]*clientRow)
-	eachRegistry(func(r *registry) {
-		r.blocks.Range(func(key client.Key, until int64) bool {
+	withProcess(func(p *process) {
+		for key, until := range p.blocks.All() {
 			if until > at {
 				clients[key] = &clientRow{Entry: new(bucket.Entry), client: key, blocked: until}
 			}
-			return true
-		})
+		}
 	})
 	return clients
 }
@@ -540,14 +533,13 @@ func findTunnels(q tunnelQuery, now time.Time) tunnelList {
 	at := monotime.Of(now)
 	found := topN[*tunnel]{n: q.offset + q.limit, ascending: q.ascending}
 	list := tunnelList{Tunnels: []tunnelInfo{}}
-	eachRegistry(func(r *registry) {
-		r.tunnels.Range(func(_ uint64, t *tunnel) bool {
+	withProcess(func(p *process) {
+		for _, t := range p.tunnels.tunnels.All() {
 			if containsFold(client.Name(t.client), q.match) || containsFold(t.user, q.match) || containsFold(t.target, q.match) {
 				list.Total++
 				found.add(q.key(t, at), t)
 			}
-			return true
-		})
+		}
 	})
 	for _, k := range found.sorted(q.offset) {
 		t := k.value

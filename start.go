@@ -35,7 +35,6 @@ func (h *Handler) registerHooks(ctx caddy.Context, server *caddyhttp.Server) err
 	if err != nil {
 		return err
 	}
-	h.addresses = server.Listen
 	server.RegisterConnContext(withConn)
 	server.RegisterConnContext(withSocket)
 	server.RegisterConnState(connState)
@@ -57,7 +56,7 @@ func (h *Handler) onStarted(ctx caddy.Context, server *caddyhttp.Server) {
 	now := time.Now()
 	configLoaded.Store(&now)
 	h.running.Store(true)
-	h.tunnels.config.Store(h.configDone)
+	h.process.config.Store(h.configDone)
 	h.logger.Info("async-proxy listening",
 		zap.Strings("addresses", server.Listen),
 		zap.Int64("burst", h.Burst),
@@ -108,7 +107,7 @@ func (h *Handler) onStarted(ctx caddy.Context, server *caddyhttp.Server) {
 	}
 	if h.RecheckTunnels {
 		h.tunnels.closeIf(reasonForbidden, func(t *tunnel) bool {
-			return h.supersedes(t.owner) && h.forbids(t)
+			return h.site.supersedes(openedBy(t)) && h.forbids(t)
 		})
 	}
 }
@@ -136,13 +135,6 @@ func (h *Handler) plainAddresses(ctx caddy.Context, server *caddyhttp.Server) (p
 	return plain
 }
 
-// supersedes reports whether h replaces another handler: one of another config, with the
-// same zone and a common listen address. h is then responsible for its tunnels.
-func (h *Handler) supersedes(other *Handler) bool {
-	return h.Zone == other.Zone && h.configDone != other.configDone &&
-		slices.ContainsFunc(h.addresses, func(address string) bool { return slices.Contains(other.addresses, address) })
-}
-
 // onShutdown runs when a server stops accepting connections. When Caddy exits, it waits
 // for tunnels over HTTP/2 and HTTP/3 as for all requests. Without a grace period it waits
 // without limit, so the tunnels must close now. With one, it closes their connections at
@@ -160,18 +152,6 @@ func (h *Handler) onShutdown(ctx caddy.Context) {
 
 // graceMargin is how long before the end of the grace period the proxy closes tunnels.
 const graceMargin = 200 * time.Millisecond
-
-// closeTunnelsAfterDelay closes the tunnels of a replaced handler after its
-// stream_close_delay, if that is set.
-func (h *Handler) closeTunnelsAfterDelay() {
-	if h.StreamCloseDelay == nil || caddy.Exiting() {
-		return
-	}
-	tunnels := h.tunnels
-	time.AfterFunc(time.Duration(*h.StreamCloseDelay), func() {
-		tunnels.closeIf(reasonReload, func(t *tunnel) bool { return t.owner == h })
-	})
-}
 
 // validateTunnels checks the options for tunnels.
 func (h *Handler) validateTunnels() error {

@@ -210,8 +210,8 @@ func cameThroughProxy(r *http.Request) (found bool) {
 	}
 	peer, _ := netip.ParseAddrPort(r.RemoteAddr)
 	peer = netip.AddrPortFrom(peer.Addr().Unmap(), peer.Port())
-	eachRegistry(func(reg *registry) {
-		reg.handlers.Range(func(h *Handler, _ struct{}) bool {
+	withProcess(func(p *process) {
+		p.handlers.Range(func(h *Handler, _ struct{}) bool {
 			found = h.via.seen(r.Header) || h.isLoop(r, peer)
 			return !found
 		})

@@ -14,12 +14,7 @@ import (
 	"time"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
-	"github.com/caddyserver/caddy/v2"
-	"go.uber.org/zap"
-
-	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // Reasons for the end of a tunnel, as in its closing log line.
@@ -37,6 +32,22 @@ const (
 	reasonShutdown    = "shutdown"     // Caddy exits
 )
 
+// tunnelOwner is what a tunnel needs of the proxy that opened it. A reload may have replaced
+// the proxy since. A timeout that is not positive is none.
+type tunnelOwner struct {
+	name         string // of the proxy
+	idleTimeout  time.Duration
+	stallTimeout time.Duration
+	maxDuration  time.Duration
+	observer     tunnelObserver
+}
+
+// tunnelObserver is told when tunnels open and close.
+type tunnelObserver interface {
+	opened(*tunnel)
+	closed(*tunnel)
+}
+
 // tunnel relays bytes between a client and a target in both directions, until both have
 // half-closed or one has failed.
 type tunnel struct {
@@ -48,12 +59,11 @@ type tunnel struct {
 	proto    string     // of the client's request, or what it upgraded to
 	start    time.Time
 
-	owner     *Handler // the handler that opened it; a reload may have replaced it since
-	reach     policy.Scope
+	owner     *tunnelOwner
+	scope     int            // the scope of the client, for the owner
 	address   netip.AddrPort // the target's address
 	localAddr netip.AddrPort // the proxy's end of that connection
 	registry  *registry
-	logger    *zap.Logger
 
 	near, far    peer   // the client and the target
 	responseHead []byte // sent to the client before any bytes from the target
@@ -69,8 +79,6 @@ type tunnel struct {
 	mu                  sync.Mutex // guards the following
 	nearWatch, farWatch endWatch
 
-	countedUp, countedDown atomic.Int64 // bytes that the metrics include already
-
 	halfClosed atomic.Int32           // directions that have half-closed, if both ends are connections
 	wasReset   atomic.Bool            // the proxy resets both ends
 	reason     atomic.Pointer[string] // why it ended; nil while it is open
@@ -81,21 +89,12 @@ type tunnel struct {
 // ends only when the handler returns.
 const drainTimeout = 5 * time.Second
 
-// newTunnel prepares a tunnel to the target over the dialled connection far.
-func (h *Handler) newTunnel(from clientIdentity, target, proto string, far net.Conn) *tunnel {
-	return &tunnel{
-		client: from.addr, user: from.user, limitKey: from.limitKey, target: target, proto: proto, start: time.Now(),
-		owner: h, reach: from.reach, registry: h.tunnels, logger: h.logger,
-		far: newConnPeer(far), address: hostport.AddrPortOf(far.RemoteAddr()), localAddr: hostport.AddrPortOf(far.LocalAddr()),
-	}
-}
-
 // run relays until the tunnel has ended. The calling goroutine relays to the client, and one
 // more relays from the client.
 func (t *tunnel) run() {
 	t.registry.add(t)
 	defer t.registry.remove(t)
-	t.logOpened()
+	t.owner.observer.opened(t)
 	_, err := t.send(t.near, &t.down, t.responseHead)
 	t.responseHead = nil
 	upDone := make(chan struct{})
@@ -117,8 +116,7 @@ func (t *tunnel) run() {
 	}
 	_ = t.near.Close()
 	_ = t.far.Close()
-	t.count()
-	t.logClosed()
+	t.owner.observer.closed(t)
 }
 
 // relayUp relays from the client to the target. Like relayDown, it is a method and not a
@@ -242,12 +240,12 @@ func (t *tunnel) tick(now time.Time) {
 	stalled := t.watchEnds(now)
 	idle := time.Duration(monotime.Of(now) - t.lastActive.Load())
 	switch {
-	case t.owner.TunnelStallTimeout > 0 && stalled >= time.Duration(t.owner.TunnelStallTimeout):
+	case t.owner.stallTimeout > 0 && stalled >= t.owner.stallTimeout:
 		t.setReason(reasonStalled)
 		t.reset()
-	case t.owner.TunnelIdleTimeout > 0 && idle >= time.Duration(t.owner.TunnelIdleTimeout):
+	case t.owner.idleTimeout > 0 && idle >= t.owner.idleTimeout:
 		t.close(reasonIdle)
-	case t.owner.TunnelMaxDuration > 0 && now.Sub(t.start) >= time.Duration(t.owner.TunnelMaxDuration):
+	case t.owner.maxDuration > 0 && now.Sub(t.start) >= t.owner.maxDuration:
 		t.close(reasonMaxDuration)
 	}
 }
@@ -255,7 +253,7 @@ func (t *tunnel) tick(now time.Time) {
 // watchEnds records what both ends have taken, and returns how long one of them has taken
 // nothing although bytes wait for it.
 func (t *tunnel) watchEnds(now time.Time) (stalled time.Duration) {
-	interval := max(t.registry.interval, shorterTimeout(t.owner.TunnelStallTimeout, t.owner.TunnelIdleTimeout)/4)
+	interval := max(t.registry.interval, shorterTimeout(t.owner.stallTimeout, t.owner.idleTimeout)/4)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	at := monotime.Of(now)
@@ -268,11 +266,11 @@ func (t *tunnel) watchEnds(now time.Time) (stalled time.Duration) {
 }
 
 // shorterTimeout returns the shorter of two timeouts. A timeout that is not positive is none.
-func shorterTimeout(a, b caddy.Duration) time.Duration {
+func shorterTimeout(a, b time.Duration) time.Duration {
 	if a <= 0 || b > 0 && b < a {
-		return time.Duration(b)
+		return b
 	}
-	return time.Duration(a)
+	return a
 }
 
 // restTime is how long a tunnel must have been silent for the proxy to close it in order
@@ -313,3 +311,6 @@ func (t *tunnel) isAtRest(atLeast time.Duration) bool {
 	return time.Duration(monotime.Of(time.Now())-t.lastActive.Load()) >= atLeast &&
 		t.nearWatch.isAtRest(&t.down, t.near) && t.farWatch.isAtRest(&t.up, t.far)
 }
+
+// growth returns the bytes from and to the client since the last call.
+func (t *tunnel) growth() (up, down int64) { return t.up.growth(), t.down.growth() }

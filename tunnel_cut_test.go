@@ -42,7 +42,7 @@ func TestCutTunnelsAreReset(t *testing.T) {
 		reasonMaxDuration: func(*testing.T, *tunnelWorld) {}, // happens by itself
 		reasonReload:      func(t *testing.T, w *tunnelWorld) { w.reload(t, tunnelSetup{}) },
 		reasonOperator: func(*testing.T, *tunnelWorld) {
-			eachRegistry(func(r *registry) { r.closeIf(reasonOperator, func(*tunnel) bool { return true }) })
+			withProcess(func(p *process) { p.tunnels.closeIf(reasonOperator, func(*tunnel) bool { return true }) })
 		},
 	} {
 		t.Run(reason, func(t *testing.T) {

@@ -590,14 +590,14 @@ func concurrently(n, goroutines int, f func(i int) error) error {
 // registryOf returns the registry of the running config.
 func registryOf(t *testing.T) *registry {
 	t.Helper()
-	r, err := acquireRegistry()
+	p, err := acquireProcess()
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := releaseRegistry(); err != nil {
+		if err := releaseProcess(); err != nil {
 			t.Error(err)
 		}
 	})
-	return r
+	return p.tunnels
 }

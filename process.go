@@ -1,0 +1,152 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/puzpuzpuz/xsync/v4"
+	"go.uber.org/zap"
+)
+
+// processes holds the process's only process value, under processKey, while any config has
+// a proxy.
+var processes = caddy.NewUsagePool()
+
+const processKey = "process"
+
+// process is what all proxies of the process share and what a reload keeps, such as open
+// tunnels.
+type process struct {
+	tunnels  *registry
+	handlers *xsync.Map[*Handler, struct{}] // provisioned handlers
+	blocks   *xsync.Map[client.Key, int64]  // blocked clients, and until when, since epoch
+	config   atomic.Value                   // of the handlers that started last: their configDone
+
+	heads     heldHeads // of responses in progress
+	lingering lingering // client connections that are being closed in stages
+}
+
+// acquireProcess returns the process's only process value. The caller must call
+// releaseProcess once for each call that succeeds.
+func acquireProcess() (*process, error) {
+	p, _, err := processes.LoadOrNew(processKey, func() (caddy.Destructor, error) { return newProcess(newRegistry()), nil })
+	if err != nil {
+		return nil, err
+	}
+	return p.(*process), nil
+}
+
+func releaseProcess() error {
+	_, err := processes.Delete(processKey)
+	return err
+}
+
+// withProcess calls f with the process's only process value, if any config has a proxy.
+func withProcess(f func(*process)) {
+	processes.Range(func(_, p any) bool { f(p.(*process)); return true })
+}
+
+func newProcess(tunnels *registry) *process {
+	return &process{tunnels: tunnels, handlers: xsync.NewMap[*Handler, struct{}](), blocks: xsync.NewMap[client.Key, int64]()}
+}
+
+// Destruct implements caddy.Destructor. It is called when no config has a proxy any longer.
+func (p *process) Destruct() error {
+	reason := reasonReload
+	if caddy.Exiting() {
+		reason = reasonShutdown
+	}
+	p.tunnels.closeAll(reason)
+	p.tunnels.stop()
+	return nil
+}
+
+// tunnelLimit returns the lowest max_tunnels of the handlers, or 0 if none has a limit.
+func (p *process) tunnelLimit() int {
+	limit := 0
+	for h := range p.handlers.All() {
+		if h.MaxTunnels > 0 && (limit == 0 || h.MaxTunnels < limit) {
+			limit = h.MaxTunnels
+		}
+	}
+	return limit
+}
+
+// site is what a tunnel needs of the proxy that opened it. A tunnel may outlive many
+// configs, so a site must not refer to its Handler, which would keep the whole config in
+// memory.
+type site struct {
+	zone       string
+	addresses  []string        // that its server listens on
+	configDone <-chan struct{} // closed when its config ends; shared by all sites of the config
+	closeDelay *caddy.Duration // stream_close_delay
+	limiter    *bucket.Table
+	logger     *zap.Logger
+	process    *process
+}
+
+// provisionSite sets site and tunnelOwner. server is nil outside of the http app.
+func (h *Handler) provisionSite(server *caddyhttp.Server) {
+	h.site = &site{
+		zone: h.Zone, configDone: h.configDone, closeDelay: h.StreamCloseDelay,
+		limiter: h.limiter, logger: h.logger, process: h.process,
+	}
+	if server != nil {
+		h.site.addresses = server.Listen
+	}
+	h.tunnelOwner = &tunnelOwner{
+		name:         h.name,
+		idleTimeout:  time.Duration(h.TunnelIdleTimeout),
+		stallTimeout: time.Duration(h.TunnelStallTimeout),
+		maxDuration:  time.Duration(h.TunnelMaxDuration),
+		observer:     h.site,
+	}
+}
+
+// openedBy returns the site that opened a tunnel.
+func openedBy(t *tunnel) *site { return t.owner.observer.(*site) }
+
+// supersedes reports whether s replaces another site: one of another config, with the same
+// zone and a common listen address. s is then responsible for its tunnels.
+func (s *site) supersedes(other *site) bool {
+	return s.zone == other.zone && s.configDone != other.configDone &&
+		slices.ContainsFunc(s.addresses, func(address string) bool { return slices.Contains(other.addresses, address) })
+}
+
+// closeTunnelsAfterDelay closes the tunnels of a replaced site after its
+// stream_close_delay, if that is set.
+func (s *site) closeTunnelsAfterDelay() {
+	if s.closeDelay == nil || caddy.Exiting() {
+		return
+	}
+	time.AfterFunc(time.Duration(*s.closeDelay), func() {
+		s.process.tunnels.closeIf(reasonReload, func(t *tunnel) bool { return openedBy(t) == s })
+	})
+}
+
+// reconcile applies a reload to a tunnel that was still being dialled when its site was
+// replaced: it gets the same checks and delays as the site's other tunnels.
+func (p *process) reconcile(t *tunnel) {
+	current, opener := p.config.Load(), openedBy(t)
+	if current == any(opener.configDone) {
+		return
+	}
+	for h := range p.handlers.All() {
+		if h.RecheckTunnels && current == any(h.configDone) && h.running.Load() && h.site.supersedes(opener) && h.forbids(t) {
+			t.close(reasonForbidden)
+		}
+	}
+	select {
+	case <-opener.configDone:
+		opener.closeTunnelsAfterDelay()
+	default: // the end of the config will call it
+	}
+}
