@@ -271,19 +271,6 @@ func (w *responseWriter) appendHead(b []byte, content int64, last bool) []byte {
 	return append(b, "\r\n"...)
 }
 
-func appendStatusLine(b []byte, status int) []byte {
-	b = append(b, "HTTP/1.1 "...)
-	b = strconv.AppendInt(b, int64(status), 10)
-	b = append(b, ' ')
-	if text := http.StatusText(status); text != "" {
-		b = append(b, text...)
-	} else {
-		b = append(b, "status code "...)
-		b = strconv.AppendInt(b, int64(status), 10)
-	}
-	return append(b, "\r\n"...)
-}
-
 // appendFields appends the fields, sorted by name.
 func (w *responseWriter) appendFields(b []byte) []byte {
 	w.names = w.names[:0]

@@ -169,7 +169,7 @@ func (w *contentWait) read(p []byte, read func([]byte) (int, error), cancel func
 // awaitContent waits until the next read returns without blocking. It loops because what
 // precedes content, such as a chunk's size line, may arrive in several parts.
 func (b *originBody) awaitContent() error {
-	for !b.ready() && !b.ended && (b.chunks != nil || b.remaining != 0) {
+	for !b.ready() && !b.ended && (b.isChunked() || b.remaining != 0) {
 		var last error
 		err := b.waitFor(func() error {
 			_, err := b.r.Peek(b.r.Buffered() + 1)

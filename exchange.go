@@ -167,9 +167,10 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 			x.sendBody(out)
 		}
 	}
+	body := &originBody{conn: conn.Conn, sender: x.sender}
 	for {
 		x.awaitResponse(out, start)
-		res, err := readResponse(conn.r, out.method)
+		res, err := readResponse(conn.r, out.method, &body.messageBody)
 		if x.sender != nil && err != nil && x.ctx.Err() != nil {
 			x.sender.wait() // the client may have cut off its body
 		}
@@ -181,8 +182,7 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 		}
 		x.answered = true
 		if res.StatusCode >= 200 || res.StatusCode == http.StatusSwitchingProtocols {
-			body := res.Body.(*originBody)
-			body.conn, body.sender = conn.Conn, x.sender
+			res.Body = body
 			if body.remaining < 0 || body.remaining > int64(conn.r.Buffered()) || res.StatusCode == http.StatusSwitchingProtocols {
 				x.watchDisconnect()
 				conn.clearDeadline() // the timeout is for the head, not for the body
@@ -376,16 +376,6 @@ func (x *exchange) writeHead(out *outgoing) error {
 		requestHeadPool.Put(pooled)
 	}
 	return err
-}
-
-// appendField appends a field line. The server accepts only valid fields from clients,
-// but the config can make one invalid. Such a field could end the head, so it is
-// omitted.
-func appendField(b []byte, name, value string) []byte {
-	if !httpguts.ValidHeaderFieldName(name) || !httpguts.ValidHeaderFieldValue(value) {
-		return b
-	}
-	return appendLine(b, name, value)
 }
 
 // continueTimeout is how long to wait for an origin's 100 (Continue) before sending

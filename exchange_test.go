@@ -71,7 +71,7 @@ func TestResetSeenByWriter(t *testing.T) {
 		defer far.Close()
 		s := newBodySender(newOriginConn(failingWrites{near, failure}, "origin.test:80"), &outgoing{body: body})
 		s.proceed(true)
-		response := &originBody{r: bufio.NewReader(strings.NewReader("part")), remaining: -1, sender: s}
+		response := &originBody{messageBody: messageBody{r: bufio.NewReader(strings.NewReader("part")), remaining: -1}, sender: s}
 		_, err := io.ReadAll(response)
 		if reset := failure == syscall.ECONNRESET; (err == io.ErrUnexpectedEOF) != reset {
 			t.Errorf("after %v: %v", failure, err)

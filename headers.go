@@ -11,7 +11,6 @@ import (
 	"maps"
 	"net/http"
 	"net/netip"
-	"net/textproto"
 	"slices"
 	"strconv"
 	"strings"
@@ -36,46 +35,6 @@ var hopByHop = [...]string{
 	"Proxy-Authenticate",
 	"Proxy-Authentication-Info",
 	"Proxy-Authorization",
-}
-
-// nameSet is a set of field names in canonical form.
-type nameSet map[string]struct{}
-
-func (s nameSet) has(name string) bool {
-	_, ok := s[name]
-	return ok
-}
-
-// listedNames returns the names in a list field such as Connection or Trailer.
-func listedNames(values []string) nameSet {
-	if len(values) == 0 {
-		return nil
-	}
-	names := make(nameSet)
-	for _, value := range values {
-		for name := range strings.SplitSeq(value, ",") {
-			if name = strings.Trim(name, " \t"); name != "" {
-				names[textproto.CanonicalMIMEHeaderKey(name)] = struct{}{}
-			}
-		}
-	}
-	return names
-}
-
-// countLines returns the number of field lines in h.
-func countLines(h http.Header) (n int) {
-	for _, values := range h {
-		n += len(values)
-	}
-	return n
-}
-
-// countMembers returns the number of members of a list field, including empty ones.
-func countMembers(values []string) (n int) {
-	for _, value := range values {
-		n += strings.Count(value, ",") + 1
-	}
-	return n
 }
 
 // checkFieldNames returns an error for operations on invalid field names, which Caddy
@@ -152,15 +111,6 @@ func prepareRequest(h http.Header, protoMajor, protoMinor int) {
 	if option != "" {
 		h["Connection"] = []string{option}
 	}
-}
-
-// wireName returns the spelling of a canonical field name in messages. Names are
-// case-insensitive, but some WebSocket peers only accept the spelling of RFC 6455.
-func wireName(name string) string {
-	if rest, ok := strings.CutPrefix(name, "Sec-Websocket-"); ok {
-		return "Sec-WebSocket-" + rest
-	}
-	return name
 }
 
 // pseudonymSeed makes the default pseudonym unique to this process, so that two proxies in

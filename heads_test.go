@@ -320,7 +320,7 @@ func FuzzHeads(f *testing.F) {
 // to an error.
 func readAnswer(r *bufio.Reader) {
 	for range maxInterim {
-		res, err := readResponse(r, http.MethodGet)
+		res, err := readResponse(r, http.MethodGet, nil)
 		if err != nil {
 			return
 		}

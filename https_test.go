@@ -263,3 +263,30 @@ func TestHTTP2SilentConnection(t *testing.T) {
 		}
 	}
 }
+
+// Nothing is written for a status without content: net/http and quic-go treat that as an
+// error, and would reset the stream.
+func TestNoContentOverHTTP2(t *testing.T) {
+	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var status int
+		_, _ = fmt.Sscan(r.URL.Path[1:], &status)
+		w.WriteHeader(status)
+	}))
+	loadCaddyfile(t, "{\nservers {\nprotocols h1 h2c\ntimeouts {\nwrite_idle -1s\n}\n}\n"+strings.TrimPrefix(w.globals(), "{\n")+w.site("hosts proxy.example"))
+	transport := &http.Transport{Protocols: new(http.Protocols)}
+	transport.Protocols.SetUnencryptedHTTP2(true)
+	defer transport.CloseIdleConnections()
+	for _, status := range []int{http.StatusNoContent, http.StatusNotModified, http.StatusOK} {
+		r, _ := http.NewRequest(http.MethodGet, fmt.Sprintf("http://%s/%d", w.proxy, status), nil)
+		r.Host = w.origin.Listener.Addr().String()
+		res, err := transport.RoundTrip(r)
+		if err != nil {
+			t.Errorf("%d: %v", status, err)
+			continue
+		}
+		if _, err := res.Body.Read(make([]byte, 1)); res.StatusCode != status || res.ProtoMajor != 2 || err == nil || err.Error() != "EOF" {
+			t.Errorf("%d: got %s %s, %v", status, res.Proto, res.Status, err)
+		}
+		res.Body.Close()
+	}
+}

@@ -361,12 +361,12 @@ func (p *parent) connectHTTP1(ctx context.Context, conn net.Conn, address string
 		return nil, asAnswerError(err, nil)
 	}
 	r := bufio.NewReaderSize(io.LimitReader(conn, maxHead), 4<<10)
-	res, err := readResponse(r, http.MethodConnect)
+	res, err := readResponse(r, http.MethodConnect, nil)
 	for range maxInterim {
 		if err != nil || res.StatusCode >= 200 || res.StatusCode == http.StatusSwitchingProtocols {
 			break
 		}
-		res, err = readResponse(r, http.MethodConnect)
+		res, err = readResponse(r, http.MethodConnect, nil)
 	}
 	if err == nil && res.StatusCode < 200 {
 		err = protocolError(fmt.Sprintf("the response to CONNECT has the status %d", res.StatusCode))

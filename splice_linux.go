@@ -182,7 +182,7 @@ const spliceFrom = 256 << 10
 func (b *originBody) splice(w http.ResponseWriter, count func(n int64)) (done bool, err error) {
 	idle, ok := w.(*caddyhttp.IdleTimeoutWriter)
 	socket, ok2 := b.conn.(*net.TCPConn)
-	if !ok || !ok2 || b.chunks != nil || b.remaining < spliceFrom || !restartsWithEachWrite(idle) {
+	if !ok || !ok2 || b.isChunked() || b.remaining < spliceFrom || !restartsWithEachWrite(idle) {
 		return false, nil
 	}
 	client, ok := innermost(w).(io.ReaderFrom)

@@ -10,13 +10,11 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"net"
 	"net/http"
 	"net/textproto"
 	"strconv"
 	"strings"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"golang.org/x/net/http/httpguts"
 )
 
@@ -41,9 +39,9 @@ type protocolError string
 func (e protocolError) Error() string { return string(e) }
 
 // readResponse reads the head of a response to a request with the given method (RFC 9112),
-// and sets up its body. It is stricter than net/http: an endpoint may repair a message
+// and sets up body, or a new one if that is nil. It is stricter than net/http: an endpoint may repair a message
 // that an intermediary must not pass on, because others could split or read it differently.
-func readResponse(r *bufio.Reader, method string) (*http.Response, error) {
+func readResponse(r *bufio.Reader, method string, body *messageBody) (*http.Response, error) {
 	// Check the first bytes first: something other than HTTP may never send a line end.
 	if start, err := r.Peek(len("HTTP/")); string(start) != "HTTP/"[:len(start)] {
 		return nil, protocolError("the response is not HTTP/1")
@@ -67,11 +65,12 @@ func readResponse(r *bufio.Reader, method string) (*http.Response, error) {
 	if res.Header, err = parseFields(fields); err != nil {
 		return nil, err
 	}
-	err = setFraming(res, r, method)
-	if body, ok := res.Body.(*originBody); ok {
-		body.head = len(head)
+	if body == nil {
+		body = new(messageBody)
 	}
-	return res, err
+	*body = messageBody{r: r, head: len(head)}
+	res.Body = body
+	return res, setFraming(res, body, method)
 }
 
 // readHead reads lines up to an empty one, which it omits, and converts line ends to \n.
@@ -182,39 +181,9 @@ func unfold(value, lines string) (joined, left string) {
 	return string(parts), lines
 }
 
-// appendLine appends a field line. The name and value must be valid.
-func appendLine(b []byte, name, value string) []byte {
-	b = append(b, name...)
-	b = append(b, ": "...)
-	b = append(b, value...)
-	return append(b, "\r\n"...)
-}
-
-// fieldSet collects field lines. The first values of all names share one array.
-type fieldSet struct {
-	header http.Header
-	values []string
-}
-
-// newFields returns a fieldSet with room for n lines, but for no more than messages usually
-// have: many lines may be short and share a name.
-func newFields(n int) *fieldSet {
-	n = min(n, 64)
-	return &fieldSet{make(http.Header, n), make([]string, 0, n)}
-}
-
-func (f *fieldSet) add(name, value string) {
-	if prior, ok := f.header[name]; ok {
-		f.header[name] = append(prior, value)
-		return
-	}
-	f.values = append(f.values, value)
-	f.header[name] = f.values[len(f.values)-1 : len(f.values) : len(f.values)]
-}
-
 // setFraming determines where the body of a response ends (RFC 9112 §6.3), and whether the
 // connection can be reused after it.
-func setFraming(res *http.Response, r *bufio.Reader, method string) error {
+func setFraming(res *http.Response, body *messageBody, method string) error {
 	options := res.Header["Connection"]
 	if countMembers(options) > maxFields || countMembers(res.Header["Trailer"]) > maxFields {
 		return errTooManyFields
@@ -226,7 +195,6 @@ func setFraming(res *http.Response, r *bufio.Reader, method string) error {
 		// These responses have no content, whatever their fields say (RFC 9112 §6.3).
 		delete(res.Header, "Content-Length")
 		delete(res.Header, "Transfer-Encoding")
-		res.Body = &originBody{r: r}
 		return nil
 	}
 	length, err := normalizeContentLength(res.Header)
@@ -247,8 +215,7 @@ func setFraming(res *http.Response, r *bufio.Reader, method string) error {
 		}
 	}
 
-	body := &originBody{r: r, remaining: length}
-	res.Body, res.ContentLength = body, length
+	body.remaining, res.ContentLength = length, length
 	switch status := res.StatusCode; {
 	case method == http.MethodHead || status == http.StatusNotModified:
 		body.remaining = 0
@@ -256,7 +223,7 @@ func setFraming(res *http.Response, r *bufio.Reader, method string) error {
 		body.remaining, res.ContentLength = 0, 0
 		delete(res.Header, "Content-Length")
 	case len(coding) > 0:
-		body.chunks = &chunkReader{r: r}
+		body.chunks = &chunkReader{r: body.r}
 		res.Trailer = announcedTrailers(res.Header)
 		body.trailers = func(h http.Header) {
 			if res.Trailer == nil {
@@ -314,24 +281,17 @@ func announcedTrailers(h http.Header) http.Header {
 	return trailer
 }
 
-// originBody is the body of a response.
-type originBody struct {
-	conn      net.Conn // that r reads from
+// messageBody is the body of a response, as its framing delimits it.
+type messageBody struct {
 	r         *bufio.Reader
 	remaining int64             // bytes left to read; < 0: unknown
 	chunks    *chunkReader      // nil: not chunked
 	trailers  func(http.Header) // receives the trailers of a chunked body
 	ended     bool              // read to its end
 	head      int               // size of the response head in bytes
-	sender    *bodySender       // of the request body; nil: there is none
-
-	handler *Handler // whose limits apply to waits; nil: none do
-	client  client.Key
-	origin  *originConn
-	wait    *contentWait // nil: it has not waited yet
 }
 
-func (b *originBody) Read(p []byte) (n int, err error) {
+func (b *messageBody) Read(p []byte) (n int, err error) {
 	switch {
 	case b.ended || b.remaining == 0:
 		b.ended = true
@@ -343,9 +303,6 @@ func (b *originBody) Read(p []byte) (n int, err error) {
 		}
 	case b.remaining < 0:
 		n, err = b.r.Read(p)
-		if err == io.EOF && b.sender != nil && b.sender.wasReset() {
-			err = io.ErrUnexpectedEOF
-		}
 		b.ended = err == io.EOF
 	default:
 		n, err = b.r.Read(p[:min(int64(len(p)), b.remaining)])
@@ -362,7 +319,7 @@ func (b *originBody) Read(p []byte) (n int, err error) {
 }
 
 // readTrailers reads the trailers after the last chunk. It returns io.EOF on success.
-func (b *originBody) readTrailers() error {
+func (b *messageBody) readTrailers() error {
 	lines, err := readHead(b.r)
 	if err != nil {
 		if err == io.EOF {
@@ -381,7 +338,7 @@ func (b *originBody) readTrailers() error {
 
 // checkStart returns an error if the content that arrived with the head is malformed. At
 // that point the client can still be sent an error response.
-func (b *originBody) checkStart() error {
+func (b *messageBody) checkStart() error {
 	if b.chunks == nil {
 		return nil
 	}
@@ -389,7 +346,7 @@ func (b *originBody) checkStart() error {
 }
 
 // ready reports whether the next read returns without blocking.
-func (b *originBody) ready() bool {
+func (b *messageBody) ready() bool {
 	if b.chunks != nil {
 		return b.chunks.ready()
 	}
@@ -397,7 +354,7 @@ func (b *originBody) ready() bool {
 }
 
 // buffered returns the rest of the body if it is completely buffered.
-func (b *originBody) buffered() ([]byte, bool) {
+func (b *messageBody) buffered() ([]byte, bool) {
 	if b.chunks != nil || b.remaining < 0 || int64(b.r.Buffered()) < b.remaining {
 		return nil, false
 	}
@@ -407,11 +364,8 @@ func (b *originBody) buffered() ([]byte, bool) {
 	return data, true
 }
 
-// Close implements io.Closer. It does not close the connection.
-func (b *originBody) Close() error {
-	if b.wait != nil {
-		b.wait.end()
-		b.wait = nil
-	}
-	return nil
-}
+// Close implements io.Closer. It does nothing.
+func (b *messageBody) Close() error { return nil }
+
+// isChunked reports whether the body is chunked.
+func (b *messageBody) isChunked() bool { return b.chunks != nil }

@@ -1,0 +1,45 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"io"
+	"net"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+)
+
+// originBody is the body of a response from an HTTP/1 origin, within the limits of a
+// handler.
+type originBody struct {
+	messageBody
+	conn   net.Conn    // that the body is read from
+	sender *bodySender // of the request body; nil: there is none
+
+	handler *Handler // whose limits apply to waits; nil: none do
+	client  client.Key
+	origin  *originConn
+	wait    *contentWait // nil: it has not waited yet
+}
+
+// Read implements io.Reader. If the end of the connection ends the body, a reset that only
+// the sender of the request body has seen counts as a cut-off.
+func (b *originBody) Read(p []byte) (n int, err error) {
+	wasEnded := b.ended
+	n, err = b.messageBody.Read(p)
+	if err == io.EOF && !wasEnded && b.remaining < 0 && !b.isChunked() && b.sender != nil && b.sender.wasReset() {
+		b.ended = false
+		err = io.ErrUnexpectedEOF
+	}
+	return n, err
+}
+
+// Close implements io.Closer. It does not close the connection.
+func (b *originBody) Close() error {
+	if b.wait != nil {
+		b.wait.end()
+		b.wait = nil
+	}
+	return nil
+}
