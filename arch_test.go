@@ -20,6 +20,7 @@ var arrows = []struct{ name, imports string }{
 	{"client", ""},
 	{"hostport", ""},
 	{"bucket", "client"},
+	{"h1", ""},
 	{"policy", "hostport"},
 }
 

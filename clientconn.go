@@ -22,6 +22,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
@@ -232,7 +233,7 @@ func (c *clientConn) nextRequest() (r *http.Request, handOff bool) {
 	if r = c.parse(string(head)); r == nil {
 		return nil, true
 	}
-	_, _ = c.r.Discard(length + len(headEnd)) // never fails: it is buffered
+	_, _ = c.r.Discard(length + len(h1.HeadEnd)) // never fails: it is buffered
 	return r, false
 }
 

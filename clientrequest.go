@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/net/http/httpguts"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
@@ -30,7 +31,7 @@ func (c *clientConn) readHead() (length int, err error) {
 			_, _ = c.r.Discard(len(emptyLine))
 			continue
 		}
-		if length = bytes.Index(input, headEnd); length >= 0 {
+		if length = bytes.Index(input, h1.HeadEnd); length >= 0 {
 			return length, nil
 		}
 		if len(input) == c.r.Size() || len(input) > 0 && !httpguts.IsTokenRune(rune(input[0])) && string(input) != "\r" {
@@ -193,14 +194,14 @@ func parseLines(head string) (method, target string, header http.Header) {
 // Caddy, it keeps fields with _ or . in their names: a proxy has to forward fields that it
 // does not know (RFC 9110 §5.1).
 func parseStrictly(lines string) http.Header {
-	fields := newFields(strings.Count(lines, "\r\n") + 1)
+	fields := h1.NewFields(strings.Count(lines, "\r\n") + 1)
 	for line := range strings.SplitSeq(lines, "\r\n") {
 		name, value, found := strings.Cut(line, ":")
 		value = strings.Trim(value, " \t")
 		if !found || !httpguts.ValidHeaderFieldName(name) || !httpguts.ValidHeaderFieldValue(value) {
 			return nil
 		}
-		fields.add(textproto.CanonicalMIMEHeaderKey(name), value)
+		fields.Add(textproto.CanonicalMIMEHeaderKey(name), value)
 	}
-	return fields.header
+	return fields.Header
 }

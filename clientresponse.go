@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/net/http/httpguts"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 )
 
 // responseWriter writes the responses on a clientConn byte for byte as net/http would,
@@ -31,14 +33,14 @@ type responseWriter struct {
 	lingers  bool       // close the connection in stages
 	sender   netip.Addr // the client, if lingers is set
 
-	status     int      // 0: not set yet
-	length     int64    // from Content-Length; < 0: unknown
-	written    int64    // bytes of content
-	headerSent bool     // the header has been sent
-	chunked    bool     // the content is sent in chunks
-	trailer    nameSet  // announced trailer fields
-	pending    []byte   // content held back, since it may be the whole content
-	names      []string // of the fields, sorted
+	status     int        // 0: not set yet
+	length     int64      // from Content-Length; < 0: unknown
+	written    int64      // bytes of content
+	headerSent bool       // the header has been sent
+	chunked    bool       // the content is sent in chunks
+	trailer    h1.NameSet // announced trailer fields
+	pending    []byte     // content held back, since it may be the whole content
+	names      []string   // of the fields, sorted
 	buf        []byte
 	vectors    net.Buffers
 	vector     [3][]byte
@@ -94,7 +96,7 @@ func (w *responseWriter) WriteHeader(status int) {
 	if status < 200 {
 		delete(w.header, "Content-Length")
 		delete(w.header, "Transfer-Encoding")
-		w.buf = append(w.appendFields(appendStatusLine(w.buf[:0], status)), "\r\n"...)
+		w.buf = append(w.appendFields(h1.AppendStatusLine(w.buf[:0], status)), "\r\n"...)
 		w.client.startWriteIdleTimeout()
 		_, _ = w.client.Write(w.buf) // if it fails, writing the response fails too
 		return
@@ -109,7 +111,7 @@ func (w *responseWriter) WriteHeader(status int) {
 			w.length = int64(length)
 		}
 	}
-	w.trailer = listedNames(w.header["Trailer"])
+	w.trailer = h1.ListedNames(w.header["Trailer"])
 }
 
 // hasContent reports whether a response with this status may have content.
@@ -254,7 +256,7 @@ func (w *responseWriter) appendHead(b []byte, content int64, last bool) []byte {
 	if w.closes && !httpguts.HeaderValuesContainsToken(w.header["Connection"], "close") {
 		w.header["Connection"] = []string{"close"}
 	}
-	b = w.appendFields(appendStatusLine(b, w.status))
+	b = w.appendFields(h1.AppendStatusLine(b, w.status))
 	if _, ok := w.header["Date"]; !ok {
 		b = append(b, "Date: "...)
 		b = time.Now().UTC().AppendFormat(b, http.TimeFormat)
@@ -289,7 +291,7 @@ func (w *responseWriter) appendFields(b []byte) []byte {
 // appendTrailers appends the trailer fields, which follow the last chunk.
 func (w *responseWriter) appendTrailers(b []byte) []byte {
 	for name, values := range w.header {
-		announced := w.trailer.has(name)
+		announced := w.trailer.Has(name)
 		if after, ok := strings.CutPrefix(name, http.TrailerPrefix); ok {
 			name, announced = after, true
 		}
@@ -307,12 +309,12 @@ func appendValues(b []byte, name string, values []string) []byte {
 	if !httpguts.ValidHeaderFieldName(name) {
 		return b
 	}
-	name = wireName(name)
+	name = h1.WireName(name)
 	for _, value := range values {
 		if strings.ContainsAny(value, "\r\n") {
 			value = newlineReplacer.Replace(value)
 		}
-		b = appendLine(b, name, textproto.TrimString(value))
+		b = h1.AppendLine(b, name, textproto.TrimString(value))
 	}
 	return b
 }

@@ -12,6 +12,7 @@ import (
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
@@ -83,7 +84,7 @@ func announcesContent(r *http.Request) bool {
 	if r.ProtoMajor == 1 {
 		return r.ContentLength != 0
 	}
-	length, err := contentLength(r.Header["Content-Length"])
+	length, err := h1.ContentLength(r.Header["Content-Length"])
 	return r.ContentLength > 0 || length > 0 || err != nil
 }
 

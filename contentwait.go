@@ -169,10 +169,10 @@ func (w *contentWait) read(p []byte, read func([]byte) (int, error), cancel func
 // awaitContent waits until the next read returns without blocking. It loops because what
 // precedes content, such as a chunk's size line, may arrive in several parts.
 func (b *originBody) awaitContent() error {
-	for !b.ready() && !b.ended && (b.isChunked() || b.remaining != 0) {
+	for !b.Ready() && !b.Ended && (b.IsChunked() || b.Remaining != 0) {
 		var last error
 		err := b.waitFor(func() error {
-			_, err := b.r.Peek(b.r.Buffered() + 1)
+			_, err := b.R.Peek(b.R.Buffered() + 1)
 			if err == io.EOF || err == bufio.ErrBufferFull {
 				last = err // the next read returns it too
 				return nil

@@ -14,6 +14,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 )
 
 // stalledResponses are responses whose content stops arriving at some point.
@@ -160,7 +162,7 @@ func TestSlowChunks(t *testing.T) {
 			}
 		})
 		c := w.dial()
-		c.r = bufio.NewReaderSize(c, maxHead) // the trailers must fit too
+		c.r = bufio.NewReaderSize(c, h1.MaxHead) // the trailers must fit too
 		c.send("GET http://" + origin + "/ HTTP/1.1\nHost: " + origin + "\n\n")
 		go func() {
 			defer close(more)

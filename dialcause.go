@@ -12,6 +12,8 @@ import (
 	"os"
 	"strings"
 	"syscall"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 )
 
 // dialCause says why there is no connection to a destination, unless the policy denies it.
@@ -173,7 +175,7 @@ func (e *parentError) httpCause() dialCause {
 		return parentWantsTLS
 	case isTimeout(e.err):
 		return parentTimeout
-	case errors.Is(e.err, errHeadTooLarge), errors.Is(e.err, errTooManyFields):
+	case errors.Is(e.err, h1.ErrHeadTooLarge), errors.Is(e.err, h1.ErrTooManyFields):
 		return parentHead
 	case errors.Is(e.err, errUnprocessed):
 		return parentFull

@@ -20,6 +20,7 @@ import (
 
 	"golang.org/x/net/http/httpguts"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )
 
@@ -119,7 +120,7 @@ func (x *exchange) mayRetry(out *outgoing, err error) bool {
 	if x.conn == nil || !x.conn.reused || !out.repeatable() || x.ctx.Err() != nil || x.answered || x.conn.r.Buffered() > 0 {
 		return false
 	}
-	var wrong protocolError
+	var wrong h1.ProtocolError
 	if errors.As(err, &wrong) || errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, io.ErrUnexpectedEOF) {
 		return false
 	}
@@ -170,7 +171,7 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 	body := &originBody{conn: conn.Conn, sender: x.sender}
 	for {
 		x.awaitResponse(out, start)
-		res, err := readResponse(conn.r, out.method, &body.messageBody)
+		res, err := h1.ReadResponse(conn.r, out.method, &body.Body)
 		if x.sender != nil && err != nil && x.ctx.Err() != nil {
 			x.sender.wait() // the client may have cut off its body
 		}
@@ -183,7 +184,7 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 		x.answered = true
 		if res.StatusCode >= 200 || res.StatusCode == http.StatusSwitchingProtocols {
 			res.Body = body
-			if body.remaining < 0 || body.remaining > int64(conn.r.Buffered()) || res.StatusCode == http.StatusSwitchingProtocols {
+			if body.Remaining < 0 || body.Remaining > int64(conn.r.Buffered()) || res.StatusCode == http.StatusSwitchingProtocols {
 				x.watchDisconnect()
 				conn.clearDeadline() // the timeout is for the head, not for the body
 			}
@@ -256,7 +257,7 @@ func (x *exchange) awaitResponse(out *outgoing, start time.Time) {
 		x.conn.setDeadlineBetween(disconnectWatchDelay/4, disconnectWatchDelay)
 		_, err := x.conn.r.Peek(1)
 		head, _ := x.conn.r.Peek(x.conn.r.Buffered())
-		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) || bytes.Contains(head, headEnd) {
+		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) || bytes.Contains(head, h1.HeadEnd) {
 			return
 		}
 		x.watchDisconnect() // the head has not arrived, or not completely
@@ -316,7 +317,7 @@ func (x *exchange) detach() (conn *originConn, early []byte, err error) {
 		return nil, nil, context.Cause(x.ctx)
 	}
 	if x.sender != nil && !x.sender.stop(conn) {
-		return nil, nil, protocolError("the protocol was switched before the request was complete")
+		return nil, nil, h1.ProtocolError("the protocol was switched before the request was complete")
 	}
 	conn.clearDeadline()
 	if n := conn.r.Buffered(); n > 0 {
@@ -350,9 +351,9 @@ func (x *exchange) writeHead(out *outgoing) error {
 		if name == "Content-Length" || name == "Transfer-Encoding" || name == "Host" {
 			continue // written separately
 		}
-		name = wireName(name)
+		name = h1.WireName(name)
 		for _, value := range values {
-			b = appendField(b, name, value)
+			b = h1.AppendField(b, name, value)
 		}
 	}
 	switch {
@@ -366,7 +367,7 @@ func (x *exchange) writeHead(out *outgoing) error {
 	default:
 		b = append(b, "Transfer-Encoding: chunked\r\n"...)
 		if len(out.trailers) > 0 {
-			b = appendField(b, "Trailer", strings.Join(out.trailers, ", "))
+			b = h1.AppendField(b, "Trailer", strings.Join(out.trailers, ", "))
 		}
 	}
 	b = append(b, "\r\n"...)
@@ -471,7 +472,7 @@ func (s *bodySender) finishBody(w io.Writer) error {
 	var b []byte
 	for _, name := range s.out.trailers {
 		for _, value := range s.out.trailer[name] {
-			b = appendField(b, name, value)
+			b = h1.AppendField(b, name, value)
 		}
 	}
 	_, err := s.conn.Write(append(b, "\r\n"...))

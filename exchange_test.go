@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 )
 
 // An origin that does not read a large head blocks neither the proxy nor a client that
@@ -71,7 +73,7 @@ func TestResetSeenByWriter(t *testing.T) {
 		defer far.Close()
 		s := newBodySender(newOriginConn(failingWrites{near, failure}, "origin.test:80"), &outgoing{body: body})
 		s.proceed(true)
-		response := &originBody{messageBody: messageBody{r: bufio.NewReader(strings.NewReader("part")), remaining: -1}, sender: s}
+		response := &originBody{Body: h1.Body{R: bufio.NewReader(strings.NewReader("part")), Remaining: -1}, sender: s}
 		_, err := io.ReadAll(response)
 		if reset := failure == syscall.ECONNRESET; (err == io.ErrUnexpectedEOF) != reset {
 			t.Errorf("after %v: %v", failure, err)

@@ -18,6 +18,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"golang.org/x/net/http/httpguts"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
@@ -46,8 +47,8 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from clientIde
 	if err != nil {
 		return 0, causeTarget.refusal(nil, err)
 	}
-	if countLines(r.Header) > maxFields {
-		return 0, causeHeaderLines.refusal(nil, maxFields)
+	if h1.CountLines(r.Header) > h1.MaxFields {
+		return 0, causeHeaderLines.refusal(nil, h1.MaxFields)
 	}
 	out.needsContinue = out.body != nil && handlerSendsContinue(r)
 	if maxForwards(r.Method, r.Header) {
@@ -148,7 +149,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from clientIde
 	if err := h.respond(w, r, out, res, from); err != nil {
 		return res.StatusCode, err
 	}
-	x.finish(body.ended && !res.Close)
+	x.finish(body.Ended && !res.Close)
 	if isLastOnConnection(r, out) {
 		h.closeInStages(w, r, from.addr)
 	}
@@ -209,7 +210,7 @@ func (out *outgoing) checkFrames() error {
 	if strings.ContainsFunc(out.target, func(c rune) bool { return c <= ' ' || c == 0x7f }) {
 		return errors.New("its target contains a space or a control character")
 	}
-	length, err := contentLength(out.header["Content-Length"])
+	length, err := h1.ContentLength(out.header["Content-Length"])
 	has := int64(0)
 	if out.body != nil {
 		has = out.body.length
@@ -296,7 +297,7 @@ func (h *Handler) applyDown(res *http.Response, r *http.Request) {
 // off, so is the client's, which must not mistake a part for the whole (RFC 9112 §8).
 func (h *Handler) respond(w http.ResponseWriter, r *http.Request, out *outgoing, res *http.Response, from clientIdentity) error {
 	if body, ok := res.Body.(*originBody); ok {
-		if err := body.checkStart(); err != nil {
+		if err := body.CheckStart(); err != nil {
 			return forwardRefusal(r, err)
 		}
 	}
@@ -341,7 +342,7 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, out *outgoing,
 
 // errOriginSent407 reports a 407 from an origin. If it were passed on, the client would take
 // it for this proxy's, and browsers would prompt their users for a password.
-const errOriginSent407 = protocolError("it asks for credentials that only a proxy may ask for (407)")
+const errOriginSent407 = h1.ProtocolError("it asks for credentials that only a proxy may ask for (407)")
 
 // restartsWithEachWrite reports whether each write may restart Caddy's write timeout. It may not
 // if the server has a fixed write deadline or a minimum rate.
@@ -360,7 +361,7 @@ func (h *Handler) setResponseFields(w http.ResponseWriter, r *http.Request, res 
 	delete(header, "Server")
 	header["Content-Type"] = nil
 	for name, values := range res.Header {
-		header[wireName(name)] = values
+		header[h1.WireName(name)] = values
 	}
 	return header
 }
@@ -402,7 +403,7 @@ var copyBufferPool = sync.Pool{New: func() any { return new([copyBuffer]byte) }}
 func copyBody(w http.ResponseWriter, r *http.Request, res *http.Response, count func(n int64)) error {
 	body, isHTTP1 := res.Body.(*originBody)
 	if isHTTP1 {
-		if rest, ok := body.buffered(); ok {
+		if rest, ok := body.Buffered(); ok {
 			if len(rest) == 0 { // some statuses do not allow even an empty write
 				return nil
 			}
@@ -422,7 +423,7 @@ func copyBody(w http.ResponseWriter, r *http.Request, res *http.Response, count 
 		}
 	}
 	control := http.NewResponseController(w)
-	if !isHTTP1 || !body.ready() {
+	if !isHTTP1 || !body.Ready() {
 		if err := control.Flush(); err != nil {
 			return asClientError(err)
 		}
@@ -453,7 +454,7 @@ func copyBody(w http.ResponseWriter, r *http.Request, res *http.Response, count 
 		if err != nil {
 			return err
 		}
-		if n > 0 && left != 0 && (!isHTTP1 || !body.ready()) {
+		if n > 0 && left != 0 && (!isHTTP1 || !body.Ready()) {
 			if err := control.Flush(); err != nil {
 				return asClientError(err)
 			}

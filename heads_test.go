@@ -18,6 +18,8 @@ import (
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 )
 
 // onBothPaths runs a test twice: with clients on the fast path, and with clients served by
@@ -57,28 +59,28 @@ func startFixedOrigin(t testing.TB, answer string) string {
 func TestHeadsAreBounded(t *testing.T) {
 	const head, end = "HTTP/1.1 200 OK\nContent-Length: 2\n", "\nok"
 	const trailers = "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n2\nok\n0\n"
-	names := strings.Repeat("a,", maxFields)
+	names := strings.Repeat("a,", h1.MaxFields)
 	rows := []struct {
 		name, answer string
 		ok           bool
 	}{
-		{"the maximum of lines", head + strings.Repeat("a:\n", maxFields-1) + end, true},
-		{"one line more", head + strings.Repeat("a:\n", maxFields) + end, false},
-		{"one name more", head + numbered(maxFields) + end, false},
-		{"too many folded lines", head + "a: b\n" + strings.Repeat(" x\n", maxFields) + end, false},
-		{"a long value", head + "a: " + strings.Repeat("x", maxHead-100) + "\n" + end, true},
-		{"a longer value", head + "a: " + strings.Repeat("x", maxHead) + "\n" + end, false},
+		{"the maximum of lines", head + strings.Repeat("a:\n", h1.MaxFields-1) + end, true},
+		{"one line more", head + strings.Repeat("a:\n", h1.MaxFields) + end, false},
+		{"one name more", head + numbered(h1.MaxFields) + end, false},
+		{"too many folded lines", head + "a: b\n" + strings.Repeat(" x\n", h1.MaxFields) + end, false},
+		{"a long value", head + "a: " + strings.Repeat("x", h1.MaxHead-100) + "\n" + end, true},
+		{"a longer value", head + "a: " + strings.Repeat("x", h1.MaxHead) + "\n" + end, false},
 		{"too many options", head + "Connection: " + names + "a\n" + end, false},
 		{"too many names of trailers", strings.Replace(trailers, "\n\n", "\nTrailer: "+names+"a\n\n", 1) + "\n", false},
-		{"the maximum of trailers", trailers + numbered(maxFields) + "\n", true},
-		{"one trailer more", trailers + numbered(maxFields+1) + "\n", false},
-		{"longer trailers", trailers + "a: " + strings.Repeat("x", maxHead) + "\n\n", false},
+		{"the maximum of trailers", trailers + numbered(h1.MaxFields) + "\n", true},
+		{"one trailer more", trailers + numbered(h1.MaxFields+1) + "\n", false},
+		{"longer trailers", trailers + "a: " + strings.Repeat("x", h1.MaxHead) + "\n\n", false},
 	}
 	onBothPaths(t, "", func(t *testing.T, w *world) {
 		for _, row := range rows {
 			c := w.dial()
 			c.send("GET http://" + startFixedOrigin(t, row.answer) + "/ HTTP/1.1\nHost: x\n\n")
-			res, err := http.ReadResponse(bufio.NewReaderSize(c, maxHead), nil) // the trailers must fit too
+			res, err := http.ReadResponse(bufio.NewReaderSize(c, h1.MaxHead), nil) // the trailers must fit too
 			if err != nil {
 				t.Fatalf("%s: %v", row.name, err)
 			}
@@ -113,10 +115,10 @@ func TestHTTP2HeadsAreBounded(t *testing.T) {
 			status        int
 		}{
 			{"few lines", 10, 10, 0, 200},
-			{"one line too many", maxFields + 1, 1, 0, 502},
-			{"long lines", 10, maxHead / 10, 0, 502},
-			{"the maximum of trailers", 1, 1, maxFields, 200},
-			{"one trailer more", 1, 1, maxFields + 1, 0},
+			{"one line too many", h1.MaxFields + 1, 1, 0, 502},
+			{"long lines", 10, h1.MaxHead / 10, 0, 502},
+			{"the maximum of trailers", 1, 1, h1.MaxFields, 200},
+			{"one trailer more", 1, 1, h1.MaxFields + 1, 0},
 		} {
 			origin := newFramesOrigin(t, func(f *framesOrigin, stream uint32) {
 				fields := []string{":status", "200"}
@@ -135,7 +137,7 @@ func TestHTTP2HeadsAreBounded(t *testing.T) {
 			})
 			c := w.dial()
 			c.send("GET https://" + origin + "/ HTTP/1.1\nHost: x\n\n")
-			res, err := http.ReadResponse(bufio.NewReaderSize(c, maxHead), nil) // the trailers must fit too
+			res, err := http.ReadResponse(bufio.NewReaderSize(c, h1.MaxHead), nil) // the trailers must fit too
 			if err != nil {
 				t.Fatalf("%s: %v", row.name, err)
 			}
@@ -202,7 +204,7 @@ func TestHeldHeadsAreBounded(t *testing.T) {
 // A request is limited in lines, too.
 func TestRequestLinesAreBounded(t *testing.T) {
 	onBothPaths(t, "", func(t *testing.T, w *world) {
-		for n, want := range map[int]int{maxFields - 10: 200, maxFields + 10: 431} {
+		for n, want := range map[int]int{h1.MaxFields - 10: 200, h1.MaxFields + 10: 431} {
 			c := w.dial()
 			c.send("GET " + w.origin.URL + "/ HTTP/1.1\nHost: x\n" + strings.Repeat("a:\n", n) + "\n")
 			if res, _ := c.response(http.MethodGet); res.StatusCode != want {
@@ -219,7 +221,7 @@ func TestRequestLinesAreReadOnce(t *testing.T) {
 	read := func(r *bufio.Reader) {
 		c := &clientConn{TCPConn: w.dial().TCPConn, listener: &clientListener{site: new(caddyhttp.Server)}}
 		c.r = bufio.NewReaderSize(iotest.OneByteReader(r), 4<<10)
-		if n, err := c.readHead(); n != len(head)-len(headEnd) || err != nil {
+		if n, err := c.readHead(); n != len(head)-len(h1.HeadEnd) || err != nil {
 			t.Errorf("a head of %d bytes, %v", n, err)
 		}
 	}
@@ -231,7 +233,7 @@ func TestRequestLinesAreReadOnce(t *testing.T) {
 // The largest expressible chunk size is accepted, even behind another chunk in the same
 // buffer.
 func TestLargestChunk(t *testing.T) {
-	chunks := &chunkReader{r: bufio.NewReader(strings.NewReader(fmt.Sprintf("5\r\nhello\r\n%x\r\nx", int64(math.MaxInt64))))}
+	chunks := &h1.ChunkReader{R: bufio.NewReader(strings.NewReader(fmt.Sprintf("5\r\nhello\r\n%x\r\nx", int64(math.MaxInt64))))}
 	got, err := io.ReadAll(chunks)
 	if string(got) != "hellox" || err != io.ErrUnexpectedEOF {
 		t.Errorf("%q, %v", got, err)
@@ -280,18 +282,18 @@ func FuzzHeads(f *testing.F) {
 	chunks := head + "Transfer-Encoding: chunked\n"
 	for _, answer := range []string{
 		head + "a:b\n" + strings.Repeat(" x\n", 50_000) + "\n",
-		head + "a:b\n" + strings.Repeat(" x\n", maxFields-1) + "\n",
-		head + strings.Repeat("a:\n", maxFields) + "\n",
-		head + strings.Repeat("a:\n", maxHead/3) + "\n",
-		head + numbered(maxFields) + "\n",
-		head + "Connection: " + strings.Repeat("a,", maxFields-1) + "\n\n",
-		head + "Content-Length: " + strings.Repeat("2,", maxFields) + "2\n\nok",
-		chunks + "Trailer: " + strings.Repeat("a,", maxFields-1) + "\n\n0\n" + numbered(maxFields) + "\n",
-		chunks + "Connection: " + strings.Repeat("a,", maxFields-1) + "\n\n0\n" + numbered(maxFields) + "\n",
+		head + "a:b\n" + strings.Repeat(" x\n", h1.MaxFields-1) + "\n",
+		head + strings.Repeat("a:\n", h1.MaxFields) + "\n",
+		head + strings.Repeat("a:\n", h1.MaxHead/3) + "\n",
+		head + numbered(h1.MaxFields) + "\n",
+		head + "Connection: " + strings.Repeat("a,", h1.MaxFields-1) + "\n\n",
+		head + "Content-Length: " + strings.Repeat("2,", h1.MaxFields) + "2\n\nok",
+		chunks + "Trailer: " + strings.Repeat("a,", h1.MaxFields-1) + "\n\n0\n" + numbered(h1.MaxFields) + "\n",
+		chunks + "Connection: " + strings.Repeat("a,", h1.MaxFields-1) + "\n\n0\n" + numbered(h1.MaxFields) + "\n",
 		chunks + "\n" + strings.Repeat("1\nx\n", 10_000) + "0\n\n",
-		chunks + "\n1;" + strings.Repeat("x", maxChunkLine) + "\nx\n0\n\n",
+		chunks + "\n1;" + strings.Repeat("x", h1.MaxChunkLine) + "\nx\n0\n\n",
 		chunks + "\n5\nhello\n7fffffffffffffff\nx",
-		chunks + "\n0\n" + "a:b\n" + strings.Repeat(" x\n", maxFields-1) + "\n",
+		chunks + "\n0\n" + "a:b\n" + strings.Repeat(" x\n", h1.MaxFields-1) + "\n",
 		strings.Repeat("HTTP/1.1 103 Early Hints\n\n", maxInterim) + head + "\n",
 	} {
 		f.Add([]byte(strings.ReplaceAll(answer, "\n", "\r\n")))
@@ -304,7 +306,7 @@ func FuzzHeads(f *testing.F) {
 			}
 		}
 		size, lines := uint64(len(input)), uint64(bytes.Count(input, []byte("\n")))
-		if most := 32<<10 + 8*size + 768*min(lines, 2*maxFields); least.bytes > most {
+		if most := 32<<10 + 8*size + 768*min(lines, 2*h1.MaxFields); least.bytes > most {
 			t.Errorf("%d bytes of input allocate %d bytes, want at most %d", size, least.bytes, most)
 		}
 		if most := 100 + size; least.allocations > most {
@@ -320,7 +322,7 @@ func FuzzHeads(f *testing.F) {
 // to an error.
 func readAnswer(r *bufio.Reader) {
 	for range maxInterim {
-		res, err := readResponse(r, http.MethodGet, nil)
+		res, err := h1.ReadResponse(r, http.MethodGet, nil)
 		if err != nil {
 			return
 		}

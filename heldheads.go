@@ -53,7 +53,7 @@ func (h *heldHeads) hold(key client.Key, size int) (release func()) {
 // headSize returns the approximate size of a response head in bytes.
 func headSize(res *http.Response) (size int) {
 	if body, ok := res.Body.(*originBody); ok {
-		return body.head
+		return body.Head
 	}
 	for name, values := range res.Header {
 		for _, value := range values {

@@ -11,6 +11,8 @@ import (
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 )
 
 // lengthGuard rejects responses from an HTTP/2 origin that have a malformed Content-Length
@@ -40,7 +42,7 @@ func newLengthGuard(conn *observedConn) *lengthGuard {
 			g.lengths = append(g.lengths, f.Value)
 		}
 	})
-	g.decoder.SetMaxStringLength(maxHead)
+	g.decoder.SetMaxStringLength(h1.MaxHead)
 	return g
 }
 
@@ -78,7 +80,7 @@ func (g *lengthGuard) readFields(headers *http2.HeadersFrame) error {
 		if err == nil && ends {
 			err = g.decoder.Close()
 		}
-		if err != nil || g.unread.Len() > 2*maxHead {
+		if err != nil || g.unread.Len() > 2*h1.MaxHead {
 			g.off = true
 			return nil
 		}
@@ -93,7 +95,7 @@ func (g *lengthGuard) readFields(headers *http2.HeadersFrame) error {
 		}
 		block, ends = next.HeaderBlockFragment(), next.HeadersEnded()
 	}
-	if _, err := contentLength(g.lengths); err != nil {
+	if _, err := h1.ContentLength(g.lengths); err != nil {
 		g.reset(stream)
 	}
 	return nil

@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/net/http2"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 )
 
 // http2OriginPool is a pool of connections to https origins that speak HTTP/2. Requests share
@@ -70,7 +72,7 @@ func newHTTP2OriginPool(dial dialFunc, http1 *originPool) (*http2OriginPool, err
 		// Do not ask for compression that the client has not asked for.
 		DisableCompression:     true,
 		ExpectContinueTimeout:  continueTimeout,
-		MaxResponseHeaderBytes: maxHead,
+		MaxResponseHeaderBytes: h1.MaxHead,
 		IdleConnTimeout:        maxIdleTime,
 		HTTP2:                  &http.HTTP2Config{MaxReceiveBufferPerStream: streamWindow, MaxReadFrameSize: maxFrame, WriteByteTimeout: time.Minute},
 	})

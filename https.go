@@ -16,6 +16,8 @@ import (
 	"strings"
 	"sync/atomic"
 	"time"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 )
 
 // forwardHTTP2 forwards a request to an https origin over HTTP/2. If the origin does not
@@ -76,7 +78,7 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 		} else if wait.lost() {
 			err = errServerSilent
 		} else if strings.Contains(err.Error(), "response header list larger") { // the error has no type
-			err = errHeadTooLarge
+			err = h1.ErrHeadTooLarge
 		}
 		return 0, forwardRefusal(r, err)
 	}
@@ -85,15 +87,15 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 	res.Body = &http2Response{res.Body, body, h.newContentWait(from.limitKey), func() { wait.cancel(os.ErrDeadlineExceeded) }}
 	defer res.Body.Close()
 	if res.StatusCode < 200 {
-		return 0, forwardRefusal(r, protocolError("the final response has a 1xx status"))
+		return 0, forwardRefusal(r, h1.ProtocolError("the final response has a 1xx status"))
 	}
 	if res.StatusCode == http.StatusProxyAuthRequired {
 		return 0, forwardRefusal(r, errOriginSent407)
 	}
-	if countLines(res.Header) > maxFields || len(res.Trailer) > maxFields || countMembers(res.Header["Connection"]) > maxFields {
-		return 0, forwardRefusal(r, errTooManyFields)
+	if h1.CountLines(res.Header) > h1.MaxFields || len(res.Trailer) > h1.MaxFields || h1.CountMembers(res.Header["Connection"]) > h1.MaxFields {
+		return 0, forwardRefusal(r, h1.ErrTooManyFields)
 	}
-	if length, err := normalizeContentLength(res.Header); err != nil {
+	if length, err := h1.NormalizeContentLength(res.Header); err != nil {
 		return 0, forwardRefusal(r, err)
 	} else if length >= 0 && res.ContentLength < 0 { // several equal values
 		res.ContentLength = length

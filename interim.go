@@ -9,13 +9,15 @@ import (
 	"net/textproto"
 	"sync"
 	"time"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 )
 
 // maxInterim is how many interim responses to a request an origin may send at once. It
 // may send one more per second, so that long requests can report progress.
 const maxInterim = 100
 
-const errInterim = protocolError("the origin sends too many interim responses")
+const errInterim = h1.ProtocolError("the origin sends too many interim responses")
 
 // interimLimit counts the interim responses to a request.
 type interimLimit struct {
@@ -99,8 +101,8 @@ func (q *interimQueue) got1xx(status int, fields textproto.MIMEHeader) error {
 	switch {
 	case !q.limit.take():
 		q.err = errInterim
-	case countLines(http.Header(fields)) > maxFields:
-		q.err = errTooManyFields
+	case h1.CountLines(http.Header(fields)) > h1.MaxFields:
+		q.err = h1.ErrTooManyFields
 	}
 	if q.err != nil {
 		return q.err

@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
@@ -192,7 +193,7 @@ func (c cause) refusal(err error, args ...any) *refusal {
 func (c cause) failure(err error, host string) *refusal {
 	var (
 		unresolved *resolveError
-		wrong      protocolError
+		wrong      h1.ProtocolError
 	)
 	detail, params := "", ""
 	switch {
@@ -303,11 +304,11 @@ func forwardRefusal(r *http.Request, err error) *refusal {
 // to which there was a connection.
 func responseCause(err error) cause {
 	switch {
-	case errors.As(err, new(protocolError)):
+	case errors.As(err, new(h1.ProtocolError)):
 		return causeResponseInvalid
 	case isTLSError(err):
 		return cause(tlsCause(err))
-	case errors.Is(err, errHeadTooLarge), errors.Is(err, errTooManyFields), errors.Is(err, errHeldHeads):
+	case errors.Is(err, h1.ErrHeadTooLarge), errors.Is(err, h1.ErrTooManyFields), errors.Is(err, errHeldHeads):
 		return causeResponseHead
 	case errors.Is(err, errServerSilent):
 		return causeConnectionSilent

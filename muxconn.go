@@ -20,6 +20,7 @@ import (
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )
 
@@ -413,7 +414,7 @@ func (c *muxConn) readLoop() {
 		if errors.As(err, &streamErr) {
 			c.mu.Lock()
 			if s := c.streams[streamErr.StreamID]; s != nil {
-				s.resetLocked(streamErr.Code, protocolError("the parent violates HTTP/2: "+err.Error()))
+				s.resetLocked(streamErr.Code, h1.ProtocolError("the parent violates HTTP/2: "+err.Error()))
 			}
 			c.mu.Unlock()
 			continue
@@ -432,10 +433,10 @@ func (c *muxConn) handleReadError(err error) {
 	switch code := http2.ErrCode(0); {
 	case errors.As(err, &broken):
 		code = http2.ErrCode(broken)
-		c.end(protocolError("the parent violates HTTP/2: "+err.Error()), &code)
+		c.end(h1.ProtocolError("the parent violates HTTP/2: "+err.Error()), &code)
 	case errors.Is(err, http2.ErrFrameTooLarge):
 		code = http2.ErrCodeFrameSize
-		c.end(protocolError("the parent violates HTTP/2: "+err.Error()), &code)
+		c.end(h1.ProtocolError("the parent violates HTTP/2: "+err.Error()), &code)
 	default:
 		c.end(err, nil)
 		_ = c.conn.SetDeadline(time.Unix(1, 0)) // the parent reads no more either

@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/net/http2"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )
 
@@ -257,7 +258,7 @@ func (s *streamConn) handleHeadLocked(f *http2.MetaHeadersFrame) error {
 	status, err := strconv.ParseUint(f.PseudoValue("status"), 10, 16)
 	switch {
 	case f.Truncated:
-		s.resetLocked(http2.ErrCodeEnhanceYourCalm, errHeadTooLarge)
+		s.resetLocked(http2.ErrCodeEnhanceYourCalm, h1.ErrHeadTooLarge)
 		return nil
 	case err != nil || status < 100 || status > 999 || status == http.StatusSwitchingProtocols:
 		return wrong

@@ -8,12 +8,13 @@ import (
 	"net"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 )
 
 // originBody is the body of a response from an HTTP/1 origin, within the limits of a
 // handler.
 type originBody struct {
-	messageBody
+	h1.Body
 	conn   net.Conn    // that the body is read from
 	sender *bodySender // of the request body; nil: there is none
 
@@ -26,10 +27,10 @@ type originBody struct {
 // Read implements io.Reader. If the end of the connection ends the body, a reset that only
 // the sender of the request body has seen counts as a cut-off.
 func (b *originBody) Read(p []byte) (n int, err error) {
-	wasEnded := b.ended
-	n, err = b.messageBody.Read(p)
-	if err == io.EOF && !wasEnded && b.remaining < 0 && !b.isChunked() && b.sender != nil && b.sender.wasReset() {
-		b.ended = false
+	wasEnded := b.Ended
+	n, err = b.Body.Read(p)
+	if err == io.EOF && !wasEnded && b.Remaining < 0 && !b.IsChunked() && b.sender != nil && b.sender.wasReset() {
+		b.Ended = false
 		err = io.ErrUnexpectedEOF
 	}
 	return n, err

@@ -27,6 +27,7 @@ import (
 	"golang.org/x/net/http/httpguts"
 	"golang.org/x/net/proxy"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
@@ -354,22 +355,22 @@ func (p *parent) connectHTTP1(ctx context.Context, conn net.Conn, address string
 	fields, _ := p.fields(ctx)
 	for name, values := range fields {
 		for _, value := range values {
-			head = appendField(head, name, value)
+			head = h1.AppendField(head, name, value)
 		}
 	}
 	if _, err := conn.Write(append(head, "\r\n"...)); err != nil {
 		return nil, asAnswerError(err, nil)
 	}
-	r := bufio.NewReaderSize(io.LimitReader(conn, maxHead), 4<<10)
-	res, err := readResponse(r, http.MethodConnect, nil)
+	r := bufio.NewReaderSize(io.LimitReader(conn, h1.MaxHead), 4<<10)
+	res, err := h1.ReadResponse(r, http.MethodConnect, nil)
 	for range maxInterim {
 		if err != nil || res.StatusCode >= 200 || res.StatusCode == http.StatusSwitchingProtocols {
 			break
 		}
-		res, err = readResponse(r, http.MethodConnect, nil)
+		res, err = h1.ReadResponse(r, http.MethodConnect, nil)
 	}
 	if err == nil && res.StatusCode < 200 {
-		err = protocolError(fmt.Sprintf("the response to CONNECT has the status %d", res.StatusCode))
+		err = h1.ProtocolError(fmt.Sprintf("the response to CONNECT has the status %d", res.StatusCode))
 	}
 	if err != nil {
 		return nil, asAnswerError(err, r)

@@ -7,6 +7,8 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 )
 
 // Content that cannot be decoded from its start gives an error response as long as nothing
@@ -16,7 +18,7 @@ func TestUndecodableResponses(t *testing.T) {
 	rows := []struct{ name, answer, says string }{
 		{"an invalid size", chunks + "zz\nhello\n0\n\n", "a chunk does not begin with a valid size line"},
 		{"no size", chunks + "\nhello\n0\n\n", "a chunk does not begin with a valid size line"},
-		{"an endless extension", chunks + "5;" + strings.Repeat("x", 2*maxChunkLine) + "\nhello\n0\n\n", "a chunk does not begin with a valid size line"},
+		{"an endless extension", chunks + "5;" + strings.Repeat("x", 2*h1.MaxChunkLine) + "\nhello\n0\n\n", "a chunk does not begin with a valid size line"},
 		{"no content and an invalid trailer", chunks + "0\nnonsense\n\n", `"nonsense"`},
 		{"a line without a field", "HTTP/1.1 200 OK\nsh not found\nContent-Length: 2\n\nok", `"sh not found"`},
 		{"a line that looks like an error of TLS", "HTTP/1.1 200 OK\ntls : x y: z\ntls: \x00\nContent-Length: 2\n\nok", "NUL"},

@@ -182,7 +182,7 @@ const spliceFrom = 256 << 10
 func (b *originBody) splice(w http.ResponseWriter, count func(n int64)) (done bool, err error) {
 	idle, ok := w.(*caddyhttp.IdleTimeoutWriter)
 	socket, ok2 := b.conn.(*net.TCPConn)
-	if !ok || !ok2 || b.isChunked() || b.remaining < spliceFrom || !restartsWithEachWrite(idle) {
+	if !ok || !ok2 || b.IsChunked() || b.Remaining < spliceFrom || !restartsWithEachWrite(idle) {
 		return false, nil
 	}
 	client, ok := innermost(w).(io.ReaderFrom)
@@ -190,22 +190,22 @@ func (b *originBody) splice(w http.ResponseWriter, count func(n int64)) (done bo
 	if !ok || err != nil {
 		return false, err
 	}
-	for b.remaining > 0 {
+	for b.Remaining > 0 {
 		n, err := b.spliceSome(client, conn, socket, idle)
 		count(n)
-		if b.remaining -= n; err != nil {
+		if b.Remaining -= n; err != nil {
 			return true, err
 		}
 	}
-	b.ended = true
+	b.Ended = true
 	return true, nil
 }
 
 // spliceSome waits for bytes from the origin, and then moves what has arrived. It sets the
 // client's write deadline, which a writeStallTimer extends.
 func (b *originBody) spliceSome(client io.ReaderFrom, conn syscall.RawConn, socket *net.TCPConn, idle *caddyhttp.IdleTimeoutWriter) (int64, error) {
-	if buffered := int64(b.r.Buffered()); buffered > 0 {
-		n, err := io.CopyN(idle, b.r, min(buffered, b.remaining))
+	if buffered := int64(b.R.Buffered()); buffered > 0 {
+		n, err := io.CopyN(idle, b.R, min(buffered, b.Remaining))
 		return n, asClientError(err)
 	}
 	available := 0
@@ -239,6 +239,6 @@ func (b *originBody) spliceSome(client io.ReaderFrom, conn syscall.RawConn, sock
 	}
 	// The bytes that have arrived can be read, so an error is the client's. Bytes are
 	// counted once the client has taken them, so move at most a pipe's worth at a time.
-	n, err := client.ReadFrom(io.LimitReader(socket, min(int64(available), b.remaining, pipeSize)))
+	n, err := client.ReadFrom(io.LimitReader(socket, min(int64(available), b.Remaining, pipeSize)))
 	return n, asClientError(err)
 }

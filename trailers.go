@@ -8,22 +8,24 @@ import (
 	"slices"
 
 	"golang.org/x/net/http/httpguts"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 )
 
 // neverTrailers are fields that must not be trailers although httpguts accepts them: fields for
 // routing, authentication and response handling (RFC 9110 §6.5.1), and the fields in which
 // proxies describe the client and the path of a message, so that they cannot be forged
 // after the head.
-var neverTrailers = nameSet{
+var neverTrailers = h1.NameSet{
 	"Age": {}, "Alt-Svc": {}, "Cookie": {}, "Date": {}, "Expires": {}, "Location": {}, "Retry-After": {}, "Set-Cookie": {}, "Vary": {}, "Warning": {},
 	"Forwarded": {}, "Via": {}, "X-Forwarded-For": {}, "X-Real-Ip": {},
 }
 
 // mayTrail reports whether a field, named in canonical form, may be forwarded as a trailer.
 // Fields that a Connection option lists apply to this connection only.
-func mayTrail(name string, options nameSet) bool {
+func mayTrail(name string, options h1.NameSet) bool {
 	return httpguts.ValidHeaderFieldName(name) && httpguts.ValidTrailerHeader(name) &&
-		!slices.Contains(hopByHop[:], name) && !options.has(name) && !neverTrailers.has(name)
+		!slices.Contains(hopByHop[:], name) && !options.Has(name) && !neverTrailers.Has(name)
 }
 
 // requestTrailers returns the names of the announced trailers of r that may be forwarded.
@@ -38,7 +40,7 @@ func trailingNames(trailer http.Header, connection []string) []string {
 		return nil
 	}
 	var names []string
-	options := listedNames(connection)
+	options := h1.ListedNames(connection)
 	for name := range trailer {
 		if mayTrail(name, options) {
 			names = append(names, name)
@@ -51,8 +53,8 @@ func trailingNames(trailer http.Header, connection []string) []string {
 // passTrailers forwards the trailers of a response after its content, both announced and
 // unannounced ones.
 func passTrailers(w http.ResponseWriter, res *http.Response, announced, connection []string) error {
-	if countLines(res.Trailer) > maxFields {
-		return cutOffError{errTooManyFields}
+	if h1.CountLines(res.Trailer) > h1.MaxFields {
+		return cutOffError{h1.ErrTooManyFields}
 	}
 	names := trailingNames(res.Trailer, connection)
 	if len(names) == 0 && len(announced) == 0 {

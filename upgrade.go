@@ -10,6 +10,8 @@ import (
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"golang.org/x/net/http/httpguts"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 )
 
 // Limits for an Upgrade field: the number of protocols, and the length of each in bytes.
@@ -52,7 +54,7 @@ func (h *Handler) upgrade(w http.ResponseWriter, r *http.Request, res *http.Resp
 	protocols := upgradeProtocols(res.Header["Upgrade"])
 	if !isUpgradeTo(protocols, upgradeProtocols(r.Header["Upgrade"])) {
 		_ = t.far.Close()
-		return 0, forwardRefusal(r, protocolError("it switches to a protocol that was not requested"))
+		return 0, forwardRefusal(r, h1.ProtocolError("it switches to a protocol that was not requested"))
 	}
 	header := h.setResponseFields(w, r, res)
 	delete(header, "Content-Type")

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package h1
 
 import (
 	"bufio"
@@ -11,22 +11,22 @@ import (
 	"strings"
 )
 
-// maxChunkLine is the maximum length of a line with a chunk's size and extensions.
-const maxChunkLine = 4 << 10
+// MaxChunkLine is the maximum length of a line with a chunk's size and extensions.
+const MaxChunkLine = 4 << 10
 
-const errChunkLine = protocolError("a chunk does not begin with a valid size line")
+const errChunkLine = ProtocolError("a chunk does not begin with a valid size line")
 
-// chunkReader reads chunked content (RFC 9112 §7.1) up to the trailers, which it does not
+// ChunkReader reads chunked content (RFC 9112 §7.1) up to the trailers, which it does not
 // read. Unlike net/http's, it never blocks when it has content to return.
-type chunkReader struct {
-	r            *bufio.Reader
+type ChunkReader struct {
+	R            *bufio.Reader
 	remaining    int64 // bytes left in the current chunk
 	needsLineEnd bool  // the line end after the last chunk has not been read yet
 	ended        bool
 }
 
 // Read implements io.Reader. It returns io.EOF only without content.
-func (c *chunkReader) Read(p []byte) (n int, err error) {
+func (c *ChunkReader) Read(p []byte) (n int, err error) {
 	if c.ended {
 		return 0, io.EOF
 	}
@@ -40,7 +40,7 @@ func (c *chunkReader) Read(p []byte) (n int, err error) {
 			}
 		}
 		var m int
-		m, err = c.r.Read(p[n:][:min(int64(len(p)-n), c.remaining)])
+		m, err = c.R.Read(p[n:][:min(int64(len(p)-n), c.remaining)])
 		n += m
 		if c.remaining -= int64(m); c.remaining == 0 {
 			c.needsLineEnd = true
@@ -60,20 +60,20 @@ func (c *chunkReader) Read(p []byte) (n int, err error) {
 
 // nextChunk reads up to the content of the next chunk: the line end of the previous one and
 // the size line.
-func (c *chunkReader) nextChunk() error {
+func (c *ChunkReader) nextChunk() error {
 	if c.needsLineEnd {
-		end, err := c.r.Peek(2)
+		end, err := c.R.Peek(2)
 		if err != nil {
 			return err
 		}
 		if string(end) != "\r\n" {
-			return protocolError("a chunk is longer than its size")
+			return ProtocolError("a chunk is longer than its size")
 		}
-		_, _ = c.r.Discard(2) // cannot fail: they are buffered
+		_, _ = c.R.Discard(2) // cannot fail: they are buffered
 		c.needsLineEnd = false
 	}
-	line, err := c.r.ReadSlice('\n')
-	if len(line) > maxChunkLine || err == bufio.ErrBufferFull {
+	line, err := c.R.ReadSlice('\n')
+	if len(line) > MaxChunkLine || err == bufio.ErrBufferFull {
 		return errChunkLine
 	}
 	if err != nil {
@@ -84,12 +84,12 @@ func (c *chunkReader) nextChunk() error {
 	return err
 }
 
-// checkStart returns an error if the buffered first size line is malformed, or if it is
+// CheckStart returns an error if the buffered first size line is malformed, or if it is
 // the last chunk and the buffered trailers are.
-func (c *chunkReader) checkStart() error {
-	input, _ := c.r.Peek(c.r.Buffered())
+func (c *ChunkReader) checkStart() error {
+	input, _ := c.R.Peek(c.R.Buffered())
 	end := bytes.IndexByte(input, '\n') + 1
-	if end > maxChunkLine || end == 0 && len(input) > maxChunkLine {
+	if end > MaxChunkLine || end == 0 && len(input) > MaxChunkLine {
 		return errChunkLine
 	}
 	if end == 0 {
@@ -126,8 +126,8 @@ func parseChunkLine(line []byte) (int64, error) {
 }
 
 // ready reports whether the next read returns without blocking.
-func (c *chunkReader) ready() bool {
-	input, _ := c.r.Peek(c.r.Buffered())
+func (c *ChunkReader) ready() bool {
+	input, _ := c.R.Peek(c.R.Buffered())
 	if c.remaining > 0 || c.ended {
 		return len(input) > 0 || c.ended
 	}
@@ -142,7 +142,7 @@ func (c *chunkReader) ready() bool {
 	}
 	end := bytes.IndexByte(input, '\n') + 1
 	if end == 0 {
-		return len(input) > maxChunkLine
+		return len(input) > MaxChunkLine
 	}
 	size, err := parseChunkLine(input[:end])
 	if size == 0 && err == nil { // the last chunk: the trailers must be there too

@@ -1,7 +1,10 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+// Package h1 reads and writes the parts of HTTP/1 messages (RFC 9112). It offers a strict
+// parser of responses with their framing and chunks, and field lines as they are sent. It
+// knows messages, but no connections, and not who may send what to whom.
+package h1
 
 import (
 	"bufio"
@@ -21,30 +24,30 @@ import (
 // Limits for the head of a response, and separately for its trailers. The number of lines
 // is limited too, because a short line takes many times its size in memory.
 const (
-	maxHead   = 256 << 10
-	maxFields = 1000 // field lines, or names in a Connection or Trailer field
+	MaxHead   = 256 << 10
+	MaxFields = 1000 // field lines, or names in a Connection or Trailer field
 )
 
-// headEnd is the end of a head's last line and the empty line after it.
-var headEnd = []byte("\r\n\r\n")
+// HeadEnd is the end of a head's last line and the empty line after it.
+var HeadEnd = []byte("\r\n\r\n")
 
 var (
-	errHeadTooLarge  = errors.New("the head or the trailers of the response are larger than 256 KiB")
-	errTooManyFields = errors.New("the head or the trailers of the response have more than 1000 lines")
+	ErrHeadTooLarge  = errors.New("the head or the trailers of the response are larger than 256 KiB")
+	ErrTooManyFields = errors.New("the head or the trailers of the response have more than 1000 lines")
 )
 
-// protocolError describes what is wrong with a message from an origin.
-type protocolError string
+// ProtocolError describes what is wrong with a message from an origin.
+type ProtocolError string
 
-func (e protocolError) Error() string { return string(e) }
+func (e ProtocolError) Error() string { return string(e) }
 
-// readResponse reads the head of a response to a request with the given method (RFC 9112),
+// ReadResponse reads the head of a response to a request with the given method (RFC 9112),
 // and sets up body, or a new one if that is nil. It is stricter than net/http: an endpoint may repair a message
 // that an intermediary must not pass on, because others could split or read it differently.
-func readResponse(r *bufio.Reader, method string, body *messageBody) (*http.Response, error) {
+func ReadResponse(r *bufio.Reader, method string, body *Body) (*http.Response, error) {
 	// Check the first bytes first: something other than HTTP may never send a line end.
 	if start, err := r.Peek(len("HTTP/")); string(start) != "HTTP/"[:len(start)] {
-		return nil, protocolError("the response is not HTTP/1")
+		return nil, ProtocolError("the response is not HTTP/1")
 	} else if err == io.EOF && len(start) > 0 {
 		return nil, io.ErrUnexpectedEOF
 	} else if err != nil {
@@ -56,7 +59,7 @@ func readResponse(r *bufio.Reader, method string, body *messageBody) (*http.Resp
 	}
 	line, fields, _ := strings.Cut(head, "\n")
 	if strings.ContainsAny(line, "\x00\r") {
-		return nil, protocolError("the status line contains a NUL or a bare CR")
+		return nil, ProtocolError("the status line contains a NUL or a bare CR")
 	}
 	res := &http.Response{Close: true}
 	if err := parseStatusLine(res, line); err != nil {
@@ -66,9 +69,9 @@ func readResponse(r *bufio.Reader, method string, body *messageBody) (*http.Resp
 		return nil, err
 	}
 	if body == nil {
-		body = new(messageBody)
+		body = new(Body)
 	}
-	*body = messageBody{r: r, head: len(head)}
+	*body = Body{R: r, Head: len(head)}
 	res.Body = body
 	return res, setFraming(res, body, method)
 }
@@ -78,13 +81,13 @@ func readResponse(r *bufio.Reader, method string, body *messageBody) (*http.Resp
 func readHead(r *bufio.Reader) (string, error) {
 	var b strings.Builder
 	buffered, _ := r.Peek(r.Buffered())
-	if end := bytes.Index(buffered, headEnd); end >= 0 {
-		b.Grow(end + len(headEnd)) // most heads arrive as a whole
+	if end := bytes.Index(buffered, HeadEnd); end >= 0 {
+		b.Grow(end + len(HeadEnd)) // most heads arrive as a whole
 	}
 	for {
 		line, err := r.ReadSlice('\n')
-		if b.Len()+len(line) > maxHead {
-			return "", errHeadTooLarge
+		if b.Len()+len(line) > MaxHead {
+			return "", ErrHeadTooLarge
 		}
 		if err != nil {
 			if n := len(line) - 1; err == bufio.ErrBufferFull && line[n] == '\r' {
@@ -122,13 +125,13 @@ func parseStatusLine(res *http.Response, line string) error {
 	default: // treat a later 1.x as 1.1 (RFC 9110 §2.5)
 		minor, found := strings.CutPrefix(version, "HTTP/1.")
 		if !found || len(minor) != 1 || minor[0] < '1' || minor[0] > '9' {
-			return protocolError("the response is not HTTP/1")
+			return ProtocolError("the response is not HTTP/1")
 		}
 		res.Proto, res.ProtoMajor, res.ProtoMinor = "HTTP/1.1", 1, 1
 	}
 	n, err := strconv.ParseUint(code, 10, 16)
 	if err != nil || len(code) != 3 || n < 100 {
-		return protocolError(fmt.Sprintf("the status %.20q is not a number from 100 to 999", code))
+		return ProtocolError(fmt.Sprintf("the status %.20q is not a number from 100 to 999", code))
 	}
 	res.StatusCode = int(n)
 	return nil
@@ -137,28 +140,28 @@ func parseStatusLine(res *http.Response, line string) error {
 // parseFields parses field lines, each of which ends with \n.
 func parseFields(lines string) (http.Header, error) {
 	if strings.IndexByte(lines, 0) >= 0 || strings.IndexByte(lines, '\r') >= 0 {
-		return nil, protocolError("a field of the response contains a NUL or a bare CR")
+		return nil, ProtocolError("a field of the response contains a NUL or a bare CR")
 	}
 	n := strings.Count(lines, "\n")
-	if n > maxFields {
-		return nil, errTooManyFields
+	if n > MaxFields {
+		return nil, ErrTooManyFields
 	}
-	fields := newFields(n)
+	fields := NewFields(n)
 	for lines != "" {
 		var line, value string
 		line, lines, _ = strings.Cut(lines, "\n")
 		key, value, found := strings.Cut(line, ":")
 		key = strings.TrimRight(key, " \t") // RFC 9112 §5.1
 		if !found || !httpguts.ValidHeaderFieldName(key) {
-			return nil, protocolError(fmt.Sprintf("the response has the malformed field line %.60q", line))
+			return nil, ProtocolError(fmt.Sprintf("the response has the malformed field line %.60q", line))
 		}
 		value = strings.Trim(value, " \t")
 		if isFolded(lines) {
 			value, lines = unfold(value, lines)
 		}
-		fields.add(textproto.CanonicalMIMEHeaderKey(key), value)
+		fields.Add(textproto.CanonicalMIMEHeaderKey(key), value)
 	}
-	return fields.header, nil
+	return fields.Header, nil
 }
 
 // isFolded reports whether the first of lines continues the field before it.
@@ -183,10 +186,10 @@ func unfold(value, lines string) (joined, left string) {
 
 // setFraming determines where the body of a response ends (RFC 9112 §6.3), and whether the
 // connection can be reused after it.
-func setFraming(res *http.Response, body *messageBody, method string) error {
+func setFraming(res *http.Response, body *Body, method string) error {
 	options := res.Header["Connection"]
-	if countMembers(options) > maxFields || countMembers(res.Header["Trailer"]) > maxFields {
-		return errTooManyFields
+	if CountMembers(options) > MaxFields || CountMembers(res.Header["Trailer"]) > MaxFields {
+		return ErrTooManyFields
 	}
 	res.Close = httpguts.HeaderValuesContainsToken(options, "close") ||
 		res.ProtoMinor == 0 && !httpguts.HeaderValuesContainsToken(options, "keep-alive")
@@ -197,7 +200,7 @@ func setFraming(res *http.Response, body *messageBody, method string) error {
 		delete(res.Header, "Transfer-Encoding")
 		return nil
 	}
-	length, err := normalizeContentLength(res.Header)
+	length, err := NormalizeContentLength(res.Header)
 	if err != nil {
 		return err
 	}
@@ -205,7 +208,7 @@ func setFraming(res *http.Response, body *messageBody, method string) error {
 	if len(coding) > 0 {
 		switch {
 		case len(coding) > 1 || !strings.EqualFold(coding[0], "chunked") || res.ProtoMinor == 0:
-			return protocolError(fmt.Sprintf("the response has the unsupported transfer coding %.60q", coding))
+			return ProtocolError(fmt.Sprintf("the response has the unsupported transfer coding %.60q", coding))
 		case length >= 0:
 			// Transfer-Encoding overrides Content-Length (RFC 9112 §6.3). Another
 			// intermediary may have used the length and left stray bytes on the
@@ -215,15 +218,15 @@ func setFraming(res *http.Response, body *messageBody, method string) error {
 		}
 	}
 
-	body.remaining, res.ContentLength = length, length
+	body.Remaining, res.ContentLength = length, length
 	switch status := res.StatusCode; {
 	case method == http.MethodHead || status == http.StatusNotModified:
-		body.remaining = 0
+		body.Remaining = 0
 	case status == http.StatusNoContent:
-		body.remaining, res.ContentLength = 0, 0
+		body.Remaining, res.ContentLength = 0, 0
 		delete(res.Header, "Content-Length")
 	case len(coding) > 0:
-		body.chunks = &chunkReader{r: body.r}
+		body.chunks = &ChunkReader{R: body.R}
 		res.Trailer = announcedTrailers(res.Header)
 		body.trailers = func(h http.Header) {
 			if res.Trailer == nil {
@@ -238,27 +241,27 @@ func setFraming(res *http.Response, body *messageBody, method string) error {
 	return nil
 }
 
-// normalizeContentLength returns the Content-Length of h, or -1 if there is none. It merges repeated
+// NormalizeContentLength returns the Content-Length of h, or -1 if there is none. It merges repeated
 // equal values into one.
-func normalizeContentLength(h http.Header) (int64, error) {
+func NormalizeContentLength(h http.Header) (int64, error) {
 	values := h["Content-Length"]
-	length, err := contentLength(values)
+	length, err := ContentLength(values)
 	if len(values) > 1 || len(values) == 1 && strings.Contains(values[0], ",") {
 		h["Content-Length"] = []string{strconv.FormatInt(length, 10)}
 	}
 	return length, err
 }
 
-// contentLength parses the values of Content-Length. It returns -1 if there are none, and
+// ContentLength parses the values of Content-Length. It returns -1 if there are none, and
 // an error if they differ.
-func contentLength(values []string) (int64, error) {
+func ContentLength(values []string) (int64, error) {
 	length := int64(-1)
 	for _, value := range values {
 		for part := range strings.SplitSeq(value, ",") {
 			part = strings.Trim(part, " \t")
 			n, err := strconv.ParseUint(part, 10, 63)
 			if err != nil || part[0] == '+' || length >= 0 && int64(n) != length {
-				return 0, protocolError(fmt.Sprintf("the response has the invalid Content-Length %.60q", values))
+				return 0, ProtocolError(fmt.Sprintf("the response has the invalid Content-Length %.60q", values))
 			}
 			length = int64(n)
 		}
@@ -269,7 +272,7 @@ func contentLength(values []string) (int64, error) {
 // announcedTrailers removes the Trailer field from h, and returns the names in it as keys
 // without values, the form of http.Response.Trailer.
 func announcedTrailers(h http.Header) http.Header {
-	names := listedNames(h["Trailer"])
+	names := ListedNames(h["Trailer"])
 	delete(h, "Trailer")
 	if len(names) == 0 {
 		return nil
@@ -281,37 +284,37 @@ func announcedTrailers(h http.Header) http.Header {
 	return trailer
 }
 
-// messageBody is the body of a response, as its framing delimits it.
-type messageBody struct {
-	r         *bufio.Reader
-	remaining int64             // bytes left to read; < 0: unknown
-	chunks    *chunkReader      // nil: not chunked
+// Body is the body of a response, as its framing delimits it.
+type Body struct {
+	R         *bufio.Reader
+	Remaining int64             // bytes left to read; < 0: unknown
+	chunks    *ChunkReader      // nil: not chunked
 	trailers  func(http.Header) // receives the trailers of a chunked body
-	ended     bool              // read to its end
-	head      int               // size of the response head in bytes
+	Ended     bool              // read to its end
+	Head      int               // size of the response head in bytes
 }
 
-func (b *messageBody) Read(p []byte) (n int, err error) {
+func (b *Body) Read(p []byte) (n int, err error) {
 	switch {
-	case b.ended || b.remaining == 0:
-		b.ended = true
+	case b.Ended || b.Remaining == 0:
+		b.Ended = true
 		return 0, io.EOF
 	case b.chunks != nil:
 		n, err = b.chunks.Read(p)
 		if err == io.EOF {
 			err = b.readTrailers()
 		}
-	case b.remaining < 0:
-		n, err = b.r.Read(p)
-		b.ended = err == io.EOF
+	case b.Remaining < 0:
+		n, err = b.R.Read(p)
+		b.Ended = err == io.EOF
 	default:
-		n, err = b.r.Read(p[:min(int64(len(p)), b.remaining)])
-		b.remaining -= int64(n)
-		b.ended = b.remaining == 0
-		if err == io.EOF && !b.ended {
+		n, err = b.R.Read(p[:min(int64(len(p)), b.Remaining)])
+		b.Remaining -= int64(n)
+		b.Ended = b.Remaining == 0
+		if err == io.EOF && !b.Ended {
 			err = io.ErrUnexpectedEOF
 		}
-		if b.ended {
+		if b.Ended {
 			err = io.EOF
 		}
 	}
@@ -319,8 +322,8 @@ func (b *messageBody) Read(p []byte) (n int, err error) {
 }
 
 // readTrailers reads the trailers after the last chunk. It returns io.EOF on success.
-func (b *messageBody) readTrailers() error {
-	lines, err := readHead(b.r)
+func (b *Body) readTrailers() error {
+	lines, err := readHead(b.R)
 	if err != nil {
 		if err == io.EOF {
 			err = io.ErrUnexpectedEOF
@@ -332,40 +335,40 @@ func (b *messageBody) readTrailers() error {
 		return err
 	}
 	b.trailers(fields)
-	b.ended = true
+	b.Ended = true
 	return io.EOF
 }
 
-// checkStart returns an error if the content that arrived with the head is malformed. At
+// CheckStart returns an error if the content that arrived with the head is malformed. At
 // that point the client can still be sent an error response.
-func (b *messageBody) checkStart() error {
+func (b *Body) CheckStart() error {
 	if b.chunks == nil {
 		return nil
 	}
 	return b.chunks.checkStart()
 }
 
-// ready reports whether the next read returns without blocking.
-func (b *messageBody) ready() bool {
+// Ready reports whether the next read returns without blocking.
+func (b *Body) Ready() bool {
 	if b.chunks != nil {
 		return b.chunks.ready()
 	}
-	return b.r.Buffered() > 0
+	return b.R.Buffered() > 0
 }
 
-// buffered returns the rest of the body if it is completely buffered.
-func (b *messageBody) buffered() ([]byte, bool) {
-	if b.chunks != nil || b.remaining < 0 || int64(b.r.Buffered()) < b.remaining {
+// Buffered returns the rest of the body if it is completely buffered.
+func (b *Body) Buffered() ([]byte, bool) {
+	if b.chunks != nil || b.Remaining < 0 || int64(b.R.Buffered()) < b.Remaining {
 		return nil, false
 	}
-	data, _ := b.r.Peek(int(b.remaining))
-	_, _ = b.r.Discard(len(data)) // data stays valid until the next read
-	b.remaining, b.ended = 0, true
+	data, _ := b.R.Peek(int(b.Remaining))
+	_, _ = b.R.Discard(len(data)) // data stays valid until the next read
+	b.Remaining, b.Ended = 0, true
 	return data, true
 }
 
 // Close implements io.Closer. It does nothing.
-func (b *messageBody) Close() error { return nil }
+func (b *Body) Close() error { return nil }
 
-// isChunked reports whether the body is chunked.
-func (b *messageBody) isChunked() bool { return b.chunks != nil }
+// IsChunked reports whether the body is chunked.
+func (b *Body) IsChunked() bool { return b.chunks != nil }

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package h1
 
 import (
 	"net/http"
@@ -12,20 +12,20 @@ import (
 	"golang.org/x/net/http/httpguts"
 )
 
-// nameSet is a set of field names in canonical form.
-type nameSet map[string]struct{}
+// NameSet is a set of field names in canonical form.
+type NameSet map[string]struct{}
 
-func (s nameSet) has(name string) bool {
+func (s NameSet) Has(name string) bool {
 	_, ok := s[name]
 	return ok
 }
 
-// listedNames returns the names in a list field such as Connection or Trailer.
-func listedNames(values []string) nameSet {
+// ListedNames returns the names in a list field such as Connection or Trailer.
+func ListedNames(values []string) NameSet {
 	if len(values) == 0 {
 		return nil
 	}
-	names := make(nameSet)
+	names := make(NameSet)
 	for _, value := range values {
 		for name := range strings.SplitSeq(value, ",") {
 			if name = strings.Trim(name, " \t"); name != "" {
@@ -36,43 +36,43 @@ func listedNames(values []string) nameSet {
 	return names
 }
 
-// countMembers returns the number of members of a list field, including empty ones.
-func countMembers(values []string) (n int) {
+// CountMembers returns the number of members of a list field, including empty ones.
+func CountMembers(values []string) (n int) {
 	for _, value := range values {
 		n += strings.Count(value, ",") + 1
 	}
 	return n
 }
 
-// countLines returns the number of field lines in h.
-func countLines(h http.Header) (n int) {
+// CountLines returns the number of field lines in h.
+func CountLines(h http.Header) (n int) {
 	for _, values := range h {
 		n += len(values)
 	}
 	return n
 }
 
-// wireName returns the spelling of a canonical field name in messages. Names are
+// WireName returns the spelling of a canonical field name in messages. Names are
 // case-insensitive, but some WebSocket peers only accept the spelling of RFC 6455.
-func wireName(name string) string {
+func WireName(name string) string {
 	if rest, ok := strings.CutPrefix(name, "Sec-Websocket-"); ok {
 		return "Sec-WebSocket-" + rest
 	}
 	return name
 }
 
-// appendField appends a field line. The server accepts only valid fields from clients,
+// AppendField appends a field line. The server accepts only valid fields from clients,
 // but the config can make one invalid. Such a field could end the head, so it is
 // omitted.
-func appendField(b []byte, name, value string) []byte {
+func AppendField(b []byte, name, value string) []byte {
 	if !httpguts.ValidHeaderFieldName(name) || !httpguts.ValidHeaderFieldValue(value) {
 		return b
 	}
-	return appendLine(b, name, value)
+	return AppendLine(b, name, value)
 }
 
-// appendLine appends a field line. The name and value must be valid.
-func appendLine(b []byte, name, value string) []byte {
+// AppendLine appends a field line. The name and value must be valid.
+func AppendLine(b []byte, name, value string) []byte {
 	b = append(b, name...)
 	b = append(b, ": "...)
 	b = append(b, value...)
@@ -81,27 +81,27 @@ func appendLine(b []byte, name, value string) []byte {
 
 // fieldSet collects field lines. The first values of all names share one array.
 type fieldSet struct {
-	header http.Header
+	Header http.Header
 	values []string
 }
 
-// newFields returns a fieldSet with room for n lines, but for no more than messages usually
+// NewFields returns a fieldSet with room for n lines, but for no more than messages usually
 // have: many lines may be short and share a name.
-func newFields(n int) *fieldSet {
+func NewFields(n int) *fieldSet {
 	n = min(n, 64)
 	return &fieldSet{make(http.Header, n), make([]string, 0, n)}
 }
 
-func (f *fieldSet) add(name, value string) {
-	if prior, ok := f.header[name]; ok {
-		f.header[name] = append(prior, value)
+func (f *fieldSet) Add(name, value string) {
+	if prior, ok := f.Header[name]; ok {
+		f.Header[name] = append(prior, value)
 		return
 	}
 	f.values = append(f.values, value)
-	f.header[name] = f.values[len(f.values)-1 : len(f.values) : len(f.values)]
+	f.Header[name] = f.values[len(f.values)-1 : len(f.values) : len(f.values)]
 }
 
-func appendStatusLine(b []byte, status int) []byte {
+func AppendStatusLine(b []byte, status int) []byte {
 	b = append(b, "HTTP/1.1 "...)
 	b = strconv.AppendInt(b, int64(status), 10)
 	b = append(b, ' ')

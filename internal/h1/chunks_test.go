@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package h1
 
 import (
 	"bufio"
@@ -21,7 +21,7 @@ func TestChunksDoNotWait(t *testing.T) {
 	} {
 		r := bufio.NewReader(io.MultiReader(strings.NewReader(input), iotest.ErrReader(io.ErrNoProgress)))
 		_, _ = r.Peek(len(input))
-		chunks := &chunkReader{r: r}
+		chunks := &ChunkReader{R: r}
 		var got []byte
 		for len(got) < 3 {
 			p := make([]byte, 100)
@@ -37,7 +37,7 @@ func TestChunksDoNotWait(t *testing.T) {
 	}
 }
 
-// FuzzChunks compares chunkReader with net/http's.
+// FuzzChunks compares ChunkReader with net/http's.
 func FuzzChunks(f *testing.F) {
 	for _, input := range []string{
 		"3\r\none\r\n0\r\n\r\n", "3;a=b\r\none\r\n0\r\nX: 1\r\n\r\n", "03 \t\r\none\r\n00\r\n\r\n", "3\none\r\n0\r\n\r\n", "3\r\nonee\r\n0\r\n\r\n",
@@ -60,7 +60,7 @@ func FuzzChunks(f *testing.F) {
 			source = iotest.OneByteReader(source)
 		}
 		ours := bufio.NewReader(source)
-		chunks := &chunkReader{r: ours}
+		chunks := &ChunkReader{R: ours}
 		var got []byte
 		var err error
 		for err == nil {
