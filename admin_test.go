@@ -18,7 +18,6 @@ import (
 	"time"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // api calls the admin API and decodes the response.
@@ -157,7 +156,7 @@ func TestAdminAPI(t *testing.T) {
 
 	var s stats
 	c.api("GET", "stats", 200, &s)
-	if s.Requests.Forwarded != 10 || s.Requests.Tunnels != 2 || s.Requests.RateLimited != 2 || s.Requests.Refused != 2 || s.Refusals[policy.DeniedRequest] != 4 ||
+	if s.Requests.Forwarded != 10 || s.Requests.Tunnels != 2 || s.Requests.RateLimited != 2 || s.Requests.Refused != 2 || s.Refusals[deniedRequest] != 4 ||
 		s.Tunnels.Open != 1 || s.Tunnels.BytesUp != 10 || s.BytesDown != 1010 || s.Clients.Tracked != 5 || s.Clients.Limit != 1_000_000 || s.Dials.OK != 12 ||
 		len(s.DialSeconds.Counts) != len(s.DialSeconds.Buckets)+1 || s.Caddy == "" || !s.Loaded.After(s.Started) {
 		t.Errorf("stats %+v", s)

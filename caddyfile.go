@@ -206,7 +206,7 @@ var options = map[string]option{
 	}},
 
 	"resolvers": listOption("IP addresses of DNS servers, such as 192.0.2.53", func(h *Handler) *[]string { return &h.Resolvers },
-		func(s string) error { _, err := newResolver([]string{s}); return err }),
+		func(s string) error { _, err := parseResolvers([]string{s}); return err }),
 	"upstream": {expected: "http|https|socks5://[<user>[:<password>]@]<host>[:<port>]", parse: (*caddyfileParser).upstream},
 	"no_upstream": listOption("destinations without ports: addresses, CIDR ranges, names, *.names, public or private", func(h *Handler) *[]string { return &h.NoUpstream },
 		func(s string) error { _, err := policy.NewDirectSet([]string{s}); return err }),

@@ -149,7 +149,7 @@ func (d *dialer) usesParent(address string) bool {
 func (d *dialer) checkForParent(ctx context.Context, r policy.Scope, address string) error {
 	t := hostport.TargetOf(address)
 	if t.Name != "" && d.ownPort != nil && d.ownPort(t.Port) && d.parent.isLocal(ctx) {
-		return &policy.DeniedError{Kind: policy.DeniedAddress, Reason: "its port is reserved",
+		return &policy.DeniedError{Reason: "its port is reserved",
 			Hint: "the parent proxy on this machine could resolve the name to it; add the name to no_upstream, so that it is resolved here"}
 	}
 	denied, reported := d.policy.CheckName(ctx, r, t, false)

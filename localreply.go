@@ -70,6 +70,12 @@ const (
 	causeConnectionSilent cause = "connection_silent" // an HTTP/2 origin has stopped responding
 )
 
+// Error types of denials.
+const (
+	deniedAddress = "destination_ip_prohibited"
+	deniedRequest = "http_request_denied"
+)
+
 // localReply is the response to a cause.
 type localReply struct {
 	status    int
@@ -82,16 +88,16 @@ type localReply struct {
 // causes maps each cause to its response. In the texts of failed connection attempts and
 // exchanges, %[1]s is the host that did not respond as it should, and %[2]s a detail.
 var causes = map[cause]localReply{
-	causeRateLimited:        {429, policy.DeniedRequest, causeRateLimited, "", "Too many requests from your address; try again in %d s."},
-	causeBlocked:            {429, policy.DeniedRequest, causeBlocked, "", "The operator of this proxy has blocked %s; try again in %d s."},
+	causeRateLimited:        {429, deniedRequest, causeRateLimited, "", "Too many requests from your address; try again in %d s."},
+	causeBlocked:            {429, deniedRequest, causeBlocked, "", "The operator of this proxy has blocked %s; try again in %d s."},
 	causeLimiterUnavailable: {503, "proxy_internal_error", causeLimiterUnavailable, "", "The rate limiter is unavailable; try again shortly."},
-	causeRule:               {403, policy.DeniedRequest, causeRule, "denied", "This proxy does not allow %s."},
-	causeDefault:            {403, policy.DeniedAddress, causeDefault, "denied", "This proxy does not allow %s."},
-	causePort:               {403, policy.DeniedRequest, causePort, "denied", "This proxy does not allow %s."},
-	causeClient:             {403, policy.DeniedRequest, causeClient, "", "Your address, %s, may not use this proxy."},
-	causeAuthRequired:       {407, policy.DeniedRequest, causeAuthRequired, "", "This proxy requires a user name and password."},
-	causeAuthFailed:         {407, policy.DeniedRequest, causeAuthFailed, "", "The user name or password is wrong."},
-	causeFailedLogins:       {429, policy.DeniedRequest, causeFailedLogins, "", "Too many failed logins from your address; try again in %d s."},
+	causeRule:               {403, deniedRequest, causeRule, "denied", "This proxy does not allow %s."},
+	causeDefault:            {403, deniedAddress, causeDefault, "denied", "This proxy does not allow %s."},
+	causePort:               {403, deniedRequest, causePort, "denied", "This proxy does not allow %s."},
+	causeClient:             {403, deniedRequest, causeClient, "", "Your address, %s, may not use this proxy."},
+	causeAuthRequired:       {407, deniedRequest, causeAuthRequired, "", "This proxy requires a user name and password."},
+	causeAuthFailed:         {407, deniedRequest, causeAuthFailed, "", "The user name or password is wrong."},
+	causeFailedLogins:       {429, deniedRequest, causeFailedLogins, "", "Too many failed logins from your address; try again in %d s."},
 	causeLoginsBusy:         {503, "proxy_internal_error", causeLoginsBusy, "", "The proxy is busy with other logins; try again in %d s."},
 	causeTunnels:            {503, "connection_limit_reached", causeTunnels, "", "This proxy has reached its limit of open tunnels; try again later."},
 	causeTunnelsPerClient:   {429, "connection_limit_reached", causeTunnelsPerClient, "", "Your address has reached its limit of open tunnels; close one first."},
@@ -107,9 +113,9 @@ var causes = map[cause]localReply{
 	causeHeaderLines:     {431, "http_request_error", "", "", "This request has more than %d header lines."},
 	causeContentTimeout:  {408, "http_request_error", "", "", "The content of the request did not arrive in time."},
 	causeContentInvalid:  {400, "http_request_error", "", "", "The content of the request is incomplete or malformed."},
-	causeEchoMethod:      {403, policy.DeniedRequest, causeDefault, "", "%s is not possible here: the answer would reveal what this proxy tells only its parent proxy."},
-	causeEchoMaxForwards: {403, policy.DeniedRequest, causeDefault, "", "OPTIONS with Max-Forwards is not possible here: the parent proxy's answer could reveal what this proxy tells only its parent proxy."},
-	causeEchoParent:      {403, policy.DeniedRequest, causeDefault, "", "The parent proxy itself (%s) cannot be a destination."},
+	causeEchoMethod:      {403, deniedRequest, causeDefault, "", "%s is not possible here: the answer would reveal what this proxy tells only its parent proxy."},
+	causeEchoMaxForwards: {403, deniedRequest, causeDefault, "", "OPTIONS with Max-Forwards is not possible here: the parent proxy's answer could reveal what this proxy tells only its parent proxy."},
+	causeEchoParent:      {403, deniedRequest, causeDefault, "", "The parent proxy itself (%s) cannot be a destination."},
 	causeNoProtocol:      {501, "proxy_internal_response", "", "", "The protocol of this CONNECT request is not supported here."},
 	causeNoHosts:         {421, "http_request_error", "", "", "This is a proxy. It has no page of its own here, and it does not forward http:// URLs over HTTP/%d."},
 	causeNoHandler:       {421, "http_request_error", "", "", "This is a proxy, and it has no page of its own here. A proxy request must name a full URL."},
@@ -128,7 +134,7 @@ var causes = map[cause]localReply{
 	cause(tlsAlerted):      {502, "tls_alert_received", "", "failed", "%[1]s ended the TLS connection with %[2]s."},
 	cause(tlsFailed):       {502, "tls_protocol_error", "", "failed", "%[1]s does not speak TLS, or only insecure versions of it."},
 
-	causeParent:                   {403, policy.DeniedRequest, causeParent, "failed", "The parent proxy does not allow this proxy to connect to %[1]s."},
+	causeParent:                   {403, deniedRequest, causeParent, "failed", "The parent proxy does not allow this proxy to connect to %[1]s."},
 	cause(parentLimits):           {429, "destination_unavailable", causeParent, "failed", "The parent proxy has received too many requests and did not connect to %[1]s; try again later."},
 	cause(parentBusy):             {503, "destination_unavailable", "", "failed", "The parent proxy is too busy to connect to %[1]s; try again later."},
 	cause(parentDialTimeout):      {504, "connection_timeout", "", "failed", "The parent proxy could not connect to %[1]s in time."},

@@ -12,7 +12,6 @@ import (
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 	"github.com/prometheus/client_golang/prometheus"
 )
 
@@ -105,7 +104,7 @@ func newProcessMetrics() *processMetrics {
 			m.refusals.WithLabelValues(row.errorType, string(c))
 		}
 	}
-	m.rateLimited = m.refusals.WithLabelValues(policy.DeniedRequest, string(causeRateLimited))
+	m.rateLimited = m.refusals.WithLabelValues(deniedRequest, string(causeRateLimited))
 	requests := counters("requests_total", "Requests by kind and outcome.", "kind", "outcome")
 	for k := range numKinds {
 		for o := range numOutcomes {

@@ -456,11 +456,11 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 		return err
 	}
 	p.RecheckReused = p.ReportOnly || slices.ContainsFunc(p.Sets, func(s *policy.RuleSet) bool { return len(s.Sources) > 0 })
-	resolver, err := newResolver(h.Resolvers)
+	servers, err := parseResolvers(h.Resolvers)
 	if err != nil {
 		return err
 	}
-	h.dialer = newDialer(p, time.Duration(h.DialTimeout), resolver)
+	h.dialer = newDialer(p, time.Duration(h.DialTimeout), newResolver(servers))
 	h.dialer.report, h.dialer.ownPort = h.logReported, own.usesPort
 	h.pacRules = sync.OnceValue(h.makePACRules)
 	if h.Upstream == nil {
@@ -472,7 +472,11 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 	if h.dialer.direct, err = policy.NewDirectSet(h.NoUpstream); err != nil {
 		return fmt.Errorf("no_upstream: %w", err)
 	}
-	if h.dialer.parent, err = newParent(ctx, h.Upstream, time.Duration(h.DialTimeout), h.dialer.connector); err != nil {
+	config, err := h.Upstream.parentConfig(ctx, time.Duration(h.DialTimeout))
+	if err == nil {
+		h.dialer.parent, err = newParent(config, h.dialer.connector)
+	}
+	if err != nil {
 		return fmt.Errorf("upstream: %w", err)
 	}
 	if h.Upstream.hasLiteralSecret() {
@@ -505,14 +509,6 @@ func (h *Handler) forbids(t *tunnel) bool {
 		ctx = h.dialer.policy.WithConnect(ctx)
 	}
 	return h.dialer.denies(ctx, policy.Scope(t.scope), t.target, t.address)
-}
-
-// requestOf returns the request of a context, as the client sent it, or an empty one.
-func requestOf(ctx context.Context) *http.Request {
-	if r, ok := ctx.Value(caddyhttp.OriginalRequestCtxKey).(http.Request); ok {
-		return &r
-	}
-	return new(http.Request)
 }
 
 // recheckPolicy checks the policy for a reused connection that an earlier request of a client

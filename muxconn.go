@@ -39,7 +39,8 @@ const (
 	muxTick         = 5 * time.Second
 	muxSilence      = 15 * time.Second // after this much silence, a connection with tunnels is pinged
 	muxPingTimeout  = 10 * time.Second
-	muxCloseTimeout = time.Second // for writing the last frames
+	muxIdleTime     = 90 * time.Second // after which a connection without tunnels is closed
+	muxCloseTimeout = time.Second      // for writing the last frames
 )
 
 // muxConn is an HTTP/2 connection to a parent, whose streams are tunnels.
@@ -339,7 +340,7 @@ func (c *muxConn) tick() {
 	now, heard := monotime.Of(time.Now()), c.lastRead.Load()
 	switch {
 	case len(c.streams) == 0:
-		if c.pinged = 0; now-c.idle >= int64(maxIdleTime) {
+		if c.pinged = 0; now-c.idle >= int64(muxIdleTime) {
 			c.goodbyeLocked(errMuxIdle)
 			return
 		}

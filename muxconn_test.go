@@ -451,12 +451,12 @@ func TestMuxDeadlines(t *testing.T) {
 func TestMuxIdle(t *testing.T) {
 	runMux(t, nil, func(t *testing.T, c *muxConn, p *muxParent) {
 		s := muxStream(t, c)
-		time.Sleep(2 * maxIdleTime)
+		time.Sleep(2 * muxIdleTime)
 		if c.err != nil {
 			t.Fatalf("with a tunnel: %v", c.err)
 		}
 		_ = s.Close()
-		time.Sleep(maxIdleTime - muxTick)
+		time.Sleep(muxIdleTime - muxTick)
 		if p.received("GOAWAY NO_ERROR") {
 			t.Error("it closes too early")
 		}

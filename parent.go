@@ -22,32 +22,12 @@ import (
 	"time"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
-	"github.com/caddyserver/caddy/v2"
-	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
-	"golang.org/x/net/http/httpguts"
 	"golang.org/x/net/proxy"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
-
-// Upstream is a parent proxy, through which this proxy connects to destinations.
-type Upstream struct {
-	// The URL of the parent proxy: `http://`, `https://` or `socks5://` (`socks5h://` is
-	// the same), a host and optionally a port (default: 80, 443 or 1080). A user and
-	// password before an @ may be placeholders such as {env.PROXY_PASSWORD} and
-	// {file./run/secrets/proxy}, which are replaced when the config is loaded. Written
-	// literally, they must be percent-encoded, and are visible in the config.
-	URL string `json:"url"`
-
-	// Header fields to add to the requests to the parent proxy, including CONNECT. Not
-	// available with socks5.
-	Headers map[string]string `json:"headers,omitempty"`
-
-	// TLS settings for the connection to the parent proxy, if its scheme is https.
-	TLS *reverseproxy.TLSConfig `json:"tls,omitempty"`
-}
 
 // parent opens connections through a parent proxy.
 //
@@ -73,155 +53,53 @@ type socksDialer interface {
 	DialWithConn(ctx context.Context, c net.Conn, network, address string) (net.Addr, error)
 }
 
-// newParent returns a parent for the config u.
-func newParent(ctx caddy.Context, u *Upstream, timeout time.Duration, connector *connector) (*parent, error) {
-	scheme, credentials, address, err := splitUpstream(u.URL)
-	if err != nil {
-		return nil, err
-	}
-	user, err := readCredentials(credentials)
-	if err != nil {
-		return nil, err
-	}
+// parentConfig says where a parent is and how to use it.
+type parentConfig struct {
+	scheme  string        // http, https or socks5
+	address string        // host and port
+	header  http.Header   // to add to requests to the parent; not for SOCKS
+	user    *url.Userinfo // nil: no credentials
+	secure  *tls.Config   // for https; nil: the defaults
+	timeout time.Duration // for opening a connection through the parent
+}
+
+// newParent returns a parent that the connector finds.
+func newParent(c parentConfig, connector *connector) (*parent, error) {
 	p := &parent{
-		scheme: scheme, address: address, timeout: timeout, header: make(http.Header),
+		scheme: c.scheme, address: c.address, timeout: c.timeout, header: make(http.Header),
 		dialer: net.Dialer{KeepAliveConfig: keepAliveConfig}, connector: connector,
 	}
-	repl := caddy.NewReplacer()
-	for name, value := range u.Headers {
-		value = repl.ReplaceKnown(value, "")
-		if !httpguts.ValidHeaderFieldName(name) || !httpguts.ValidHeaderFieldValue(value) || scheme == "socks5" {
-			return nil, fmt.Errorf("header %q: expected a valid field name and value; headers are not available with socks5", name)
-		}
-		p.header.Set(name, value)
+	password := ""
+	if c.user != nil {
+		password, _ = c.user.Password()
 	}
-	if u.TLS != nil && scheme != "https" {
-		return nil, errors.New("tls: expected an upstream with https://")
-	}
-	switch scheme {
-	case "socks5":
+	if c.scheme == "socks5" {
 		var auth *proxy.Auth
-		if user != nil {
-			password, _ := user.Password()
-			auth = &proxy.Auth{User: user.Username(), Password: password}
+		if c.user != nil {
+			auth = &proxy.Auth{User: c.user.Username(), Password: password}
 		}
-		d, err := proxy.SOCKS5("tcp", address, auth, nil)
+		d, err := proxy.SOCKS5("tcp", c.address, auth, nil)
 		if err != nil {
 			return nil, err
 		}
 		p.socks = d.(socksDialer)
 		return p, nil
-	case "https":
-		p.secure = new(tls.Config)
-		if u.TLS != nil {
-			if p.secure, err = u.TLS.MakeTLSClientConfig(ctx); err != nil {
-				return nil, err
-			}
+	}
+	if c.scheme == "https" {
+		if p.secure = c.secure; p.secure == nil {
+			p.secure = new(tls.Config)
 		}
 		if p.secure.ServerName == "" {
-			host, _, _ := hostport.Split(address)
+			host, _, _ := hostport.Split(c.address)
 			p.secure.ServerName = strings.Trim(host, "[]")
 		}
 		p.streams = newMuxPool(p.dialStreams)
 	}
-	if user != nil {
-		password, _ := user.Password()
-		p.header.Set("Proxy-Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(user.Username()+":"+password)))
+	maps.Copy(p.header, c.header)
+	if c.user != nil {
+		p.header.Set("Proxy-Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(c.user.Username()+":"+password)))
 	}
 	return p, nil
-}
-
-// upstreamPorts maps the schemes of parents to their default ports. In curl, socks5h
-// makes the parent resolve names; here the parent always does.
-var upstreamPorts = map[string]string{"http": "80", "https": "443", "socks5": "1080", "socks5h": "1080"}
-
-// splitUpstream splits the URL of a parent. Its errors never contain credentials.
-func splitUpstream(s string) (scheme, credentials, address string, err error) {
-	scheme, rest, found := strings.Cut(s, "://")
-	if !found {
-		return "", "", "", errors.New("missing scheme; expected http://, https:// or socks5://, and the host of a proxy")
-	}
-	scheme = strings.ToLower(scheme)
-	port, known := upstreamPorts[scheme]
-	if !known {
-		return "", "", "", errors.New("the scheme is not supported; expected http://, https:// or socks5://, and the host of a proxy")
-	}
-	scheme = strings.TrimSuffix(scheme, "h")
-	if i := strings.LastIndexByte(rest, '@'); i >= 0 {
-		credentials, rest = rest[:i], rest[i+1:]
-	}
-	rest = strings.TrimSuffix(rest, "/")
-	if strings.ContainsAny(rest, "/?#") {
-		return "", "", "", errors.New("unexpected path, query or fragment, or a character of the password that is not percent-encoded; expected the host of a proxy, and optionally its port")
-	}
-	host, given, found := hostport.Split(rest)
-	if found {
-		port = given
-	}
-	if address, err = hostport.Join(host, port); err != nil {
-		return "", "", "", fmt.Errorf("the host or the port is not valid; expected the host of a proxy, and optionally its port, after %s:// and any credentials", scheme)
-	}
-	return scheme, credentials, address, nil
-}
-
-// hasLiteralSecret reports whether u contains a literal secret instead of a placeholder.
-func (u *Upstream) hasLiteralSecret() bool {
-	_, credentials, _, _ := splitUpstream(u.URL)
-	if _, password := cutCredentials(credentials); password != "" && !strings.Contains(password, "{") {
-		return true
-	}
-	for name, value := range u.Headers {
-		name = strings.ToLower(name)
-		secret := slices.ContainsFunc([]string{"auth", "cookie", "key", "password", "secret", "token"}, func(word string) bool { return strings.Contains(name, word) })
-		if secret && value != "" && !strings.Contains(value, "{") {
-			return true
-		}
-	}
-	return false
-}
-
-// cutCredentials splits a user and a password at the first colon outside a placeholder.
-// It decodes neither.
-func cutCredentials(s string) (user, password string) {
-	depth := 0
-	for i, c := range s {
-		switch {
-		case c == '{':
-			depth++
-		case c == '}':
-			depth--
-		case c == ':' && depth == 0:
-			return s[:i], s[i+1:]
-		}
-	}
-	return s, ""
-}
-
-// readCredentials decodes a user and a password, which are percent-encoded or contain
-// placeholders. It returns nil if s is empty.
-func readCredentials(s string) (*url.Userinfo, error) {
-	if s == "" {
-		return nil, nil
-	}
-	repl := caddy.NewReplacer()
-	read := func(s string) (string, error) {
-		s, err := url.PathUnescape(s)
-		if err != nil {
-			return "", errors.New("the user or the password is not correctly percent-encoded")
-		}
-		if s, err = repl.ReplaceOrErr(s, true, true); err != nil {
-			// err may contain a part of the password that only looks like a placeholder.
-			return "", errors.New("a placeholder in the user or the password is unknown or empty")
-		}
-		return s, nil
-	}
-	user, password := cutCredentials(s)
-	name, err := read(user)
-	if err != nil || len(user) == len(s) {
-		return url.User(name), err
-	}
-	password, err = read(password)
-	return url.UserPassword(name, password), err
 }
 
 // localityTTL is how long a result of isLocal is cached: a proxy that listens on port 443
@@ -431,14 +309,14 @@ func (c *prefixConn) Read(b []byte) (int, error) {
 }
 
 func (c *prefixConn) CloseWrite() error {
-	if half, ok := c.Conn.(closeWriter); ok {
+	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
 		return half.CloseWrite()
 	}
 	return c.Close()
 }
 
 // dialStreams opens a connection for tunnels over HTTP/2. If the parent does not speak
-// HTTP/2, it records that in p.http1 and returns errNoHTTP2.
+// HTTP/2, it records that in p.http1 and returns an error.
 func (p *parent) dialStreams(connected func()) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), p.timeout)
 	defer cancel()
@@ -454,7 +332,7 @@ func (p *parent) dialStreams(connected func()) (net.Conn, error) {
 	if secure.ConnectionState().NegotiatedProtocol != "h2" {
 		p.http1.Store(true)
 		_ = secure.Close()
-		return nil, errNoHTTP2
+		return nil, errors.New("the parent does not speak HTTP/2")
 	}
 	return secure, nil
 }

@@ -360,10 +360,7 @@ func TestParentNameAskedOnce(t *testing.T) {
 		asked.Add(1)
 		return []string{"192.0.2.1"}
 	})
-	resolver, err := newResolver([]string{server})
-	if err != nil {
-		t.Fatal(err)
-	}
+	resolver := newResolver([]dnsAddress{{"udp", server}})
 	p := &parent{address: "parent.test:80", connector: newConnector(resolver)}
 	if p.isLocal(t.Context()) {
 		t.Error("192.0.2.1 counts as this machine")
@@ -396,7 +393,7 @@ func TestParentOverHTTP2(t *testing.T) {
 			w.Header().Set("Proxy-Status", "parent; error=http_request_denied")
 			w.WriteHeader(http.StatusTooManyRequests)
 		}, failure{429, "destination_unavailable", "The parent proxy has received too many requests"}, "parent; error=http_request_denied", "17"},
-		{func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusForbidden) }, failure{403, policy.DeniedRequest, "The parent proxy does not allow this proxy to connect"}, "", ""},
+		{func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusForbidden) }, failure{403, deniedRequest, "The parent proxy does not allow this proxy to connect"}, "", ""},
 		{abort, failure{502, "http_response_incomplete", "The parent proxy closed the connection before its answer was complete"}, "", ""},
 		{func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, failure{504, "http_response_timeout", "The parent proxy did not answer in time"}, "", ""},
 	}

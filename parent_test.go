@@ -282,12 +282,8 @@ func TestParentOnThisMachine(t *testing.T) {
 			}
 		}
 	}
-	system, err := newResolver(nil)
-	if err != nil {
-		t.Fatal(err)
-	}
 	for address, want := range map[string]bool{"127.0.0.1:80": true, "[::1]:80": true, "[::ffff:127.0.0.1]:80": true, "localhost:80": true, "0.0.0.0:80": true, "192.0.2.1:80": false} {
-		if got := (&parent{address: address, connector: newConnector(system)}).isLocal(t.Context()); got != want {
+		if got := (&parent{address: address, connector: newConnector(newResolver(nil))}).isLocal(t.Context()); got != want {
 			t.Errorf("%s is on this machine: %v, want %v", address, got, want)
 		}
 	}
@@ -411,7 +407,7 @@ func TestParentStreamsMixed(t *testing.T) {
 	secure.StartTLS()
 	defer secure.Close()
 	defer close(over)
-	p, err := newParent(caddy.Context{}, &Upstream{URL: secure.URL}, patience, nil)
+	p, err := newParent(parentConfig{scheme: "https", address: secure.Listener.Addr().String(), timeout: patience}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

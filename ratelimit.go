@@ -15,7 +15,6 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 	"github.com/caddyserver/caddy/v2"
 	"go.uber.org/zap"
 )
@@ -147,7 +146,7 @@ func (h *Handler) limitedAnswer(seconds int64) *limitedAnswer {
 		seconds:     seconds,
 		retryAfter:  retry,
 		state:       rateLimitState(h.Zone, seconds),
-		proxyStatus: h.proxyStatus(policy.DeniedRequest),
+		proxyStatus: h.proxyStatus(deniedRequest),
 	}
 	a.body = []byte(a.text + "\n")
 	h.limitedResponse.Store(a)

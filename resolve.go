@@ -6,7 +6,6 @@ package asyncproxy
 import (
 	"context"
 	"errors"
-	"fmt"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -18,8 +17,6 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
-
-	"github.com/caddyserver/caddy/v2"
 )
 
 // resendDelay is how long to wait for a DNS server before repeating the query or asking
@@ -32,7 +29,7 @@ const resendDelay = time.Second
 //
 // All methods are safe for concurrent use.
 type resolver struct {
-	servers []caddy.NetworkAddress   // none: the system's
+	servers []dnsAddress             // none: the system's
 	resend  time.Duration            // see resendDelay
 	silent  *ttlCache[int, struct{}] // servers that recently did not answer in time
 
@@ -60,25 +57,21 @@ func (r *resolver) setTimeout(timeout time.Duration) {
 	r.resend = max(min(resendDelay, timeout/3), time.Millisecond)
 }
 
+// dnsAddress is the address of a DNS server.
+type dnsAddress struct {
+	network string // udp or tcp; udp may change to tcp for a long answer
+	address string // IP address and port
+}
+
 // newResolver returns a resolver that asks the given servers, or the system's if there
 // are none.
-func newResolver(addresses []string) (*resolver, error) {
-	r := &resolver{
+func newResolver(servers []dnsAddress) *resolver {
+	return &resolver{
+		servers: servers,
 		resend:  resendDelay,
-		silent:  newTTLCache[int, struct{}](len(addresses)+1, 30*time.Second),
+		silent:  newTTLCache[int, struct{}](len(servers)+1, 30*time.Second),
 		pending: make(map[question]*lookup),
 	}
-	for _, address := range addresses {
-		server, err := caddy.ParseNetworkAddressWithDefaults(address, "udp", 53)
-		_, notIP := netip.ParseAddr(server.Host)
-		_, port, split := net.SplitHostPort(address)
-		if err != nil || split == nil && port == "" || server.PortRangeSize() != 1 || server.StartPort == 0 ||
-			server.Network != "udp" && server.Network != "tcp" || notIP != nil {
-			return nil, fmt.Errorf("resolvers %q: expected the IP address of a DNS server, such as 192.0.2.53 or tcp/[2001:db8::53]:53", address)
-		}
-		r.servers = append(r.servers, server)
-	}
-	return r, nil
 }
 
 // ask starts looking up both address families of a name. It sends the two answers to a
@@ -222,7 +215,7 @@ func (r *resolver) rank(server int) int {
 
 // query sends a question to one server, or to the system's resolver if server is nil. It
 // uses a net.Resolver of its own, because a shared one merges look-ups of the same name.
-func (r *resolver) query(ctx context.Context, q question, system *net.Resolver, server *caddy.NetworkAddress) dnsAnswer {
+func (r *resolver) query(ctx context.Context, q question, system *net.Resolver, server *dnsAddress) dnsAnswer {
 	w := &queryWatch{server: server, resend: r.resend, dial: system.Dial}
 	asker := &net.Resolver{PreferGo: server != nil || system.PreferGo, Dial: w.connect}
 	network := "ip4"
@@ -246,7 +239,7 @@ func (r *resolver) query(ctx context.Context, q question, system *net.Resolver, 
 // queryWatch opens the connections of a query, and records the RCODE of the responses,
 // which net.Resolver does not expose.
 type queryWatch struct {
-	server *caddy.NetworkAddress // nil: the address that net.Resolver chooses
+	server *dnsAddress // nil: the address that net.Resolver chooses
 	resend time.Duration
 	dial   func(ctx context.Context, network, address string) (net.Conn, error) // nil: queryDialer's
 	rcode  atomic.Int32                                                         // of the last response
@@ -259,9 +252,9 @@ var queryDialer = net.Dialer{Resolver: new(net.Resolver)}
 func (w *queryWatch) connect(ctx context.Context, network, address string) (net.Conn, error) {
 	dial := w.dial
 	if w.server != nil {
-		dial, address = nil, w.server.JoinHostPort(0)
-		if w.server.Network != "udp" {
-			network = w.server.Network
+		dial, address = nil, w.server.address
+		if w.server.network != "udp" {
+			network = w.server.network
 		}
 	}
 	if dial == nil {

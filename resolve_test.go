@@ -152,10 +152,15 @@ func closedDNS(t *testing.T) string {
 // server, or the same one again.
 func resolverAt(t *testing.T, resend time.Duration, servers ...string) *resolver {
 	t.Helper()
-	r, err := newResolver(servers)
-	if err != nil {
-		t.Fatal(err)
+	var list []dnsAddress
+	for _, address := range servers {
+		network, rest, found := strings.Cut(address, "/")
+		if !found {
+			network, rest = "udp", address
+		}
+		list = append(list, dnsAddress{network, rest})
 	}
+	r := newResolver(list)
 	r.resend = resend
 	return r
 }

@@ -9,6 +9,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"net/http"
 	"net/netip"
 	"os"
 	"strings"
@@ -117,4 +118,12 @@ func reportRules(c *policy.RuleCheck, rules []policy.Rule, sets []*policy.RuleSe
 		logger.Warn("a rule has no effect", zap.String("rule", "allow "+strings.Join(u.Texts, " ")), zap.String("why", u.Text()))
 	}
 	return nil
+}
+
+// requestOf returns the request of a context, as the client sent it, or an empty one.
+func requestOf(ctx context.Context) *http.Request {
+	if r, ok := ctx.Value(caddyhttp.OriginalRequestCtxKey).(http.Request); ok {
+		return &r
+	}
+	return new(http.Request)
 }

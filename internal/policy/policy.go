@@ -97,7 +97,6 @@ func ParsePortList(option string, texts []string) (list []portRange, err error) 
 type DeniedError struct {
 	To      netip.AddrPort // the denied address; invalid if only the name was checked
 	Rule    string         // the rule that denies it, for the log; may be ""
-	Kind    string         // the RFC 9209 error type
 	subject string         // what is not allowed, for the client; "": the host
 	Reason  string         // the reason, for the client; may be ""
 	Hint    string         // how the operator could allow it, for the log; may be ""
@@ -124,11 +123,6 @@ func (e *DeniedError) Error() string {
 	}
 	return text
 }
-
-const (
-	DeniedAddress = "destination_ip_prohibited"
-	DeniedRequest = "http_request_denied"
-)
 
 // Check decides whether a client of reach r may connect to the address to, which belongs
 // to target t. The first rule that matches the target's name or the address decides.
@@ -172,9 +166,9 @@ func (p *Policy) Check(ctx context.Context, r Scope, t hostport.Target, to netip
 	case r.includes(ip, host):
 		return nil, reported
 	case r == LocalScope:
-		return &DeniedError{To: to, Kind: DeniedAddress, Reason: "its address is link-local, multicast or unspecified", Hint: "allow " + ip.String()}, nil
+		return &DeniedError{To: to, Reason: "its address is link-local, multicast or unspecified", Hint: "allow " + ip.String()}, nil
 	default:
-		return &DeniedError{To: to, Kind: DeniedAddress, Reason: "its address is private or local", Hint: "allow " + ip.String()}, nil
+		return &DeniedError{To: to, Reason: "its address is private or local", Hint: "allow " + ip.String()}, nil
 	}
 }
 
@@ -187,7 +181,7 @@ func (p *Policy) CheckSelf(to netip.AddrPort, exact bool) *DeniedError {
 	ip := to.Addr().WithZone("").Unmap()
 	host := EmbeddedIPv4(ip)
 	if p.IsSelf(netip.AddrPortFrom(ip, to.Port()), exact) || host != ip && p.IsSelf(netip.AddrPortFrom(host, to.Port()), exact) {
-		return &DeniedError{To: to, Kind: DeniedAddress, Reason: "it is an address of the proxy itself"}
+		return &DeniedError{To: to, Reason: "it is an address of the proxy itself"}
 	}
 	return nil
 }
@@ -261,7 +255,7 @@ func (p *Policy) checkPort(ctx context.Context, port uint16) *DeniedError {
 	if ports == nil && port != PortSMTP || slices.ContainsFunc(ports, func(r portRange) bool { return r.contains(port) }) {
 		return nil
 	}
-	e := &DeniedError{Rule: option, Kind: DeniedRequest, subject: fmt.Sprintf("port %d", port), Hint: fmt.Sprintf("add %d to %s", port, option)}
+	e := &DeniedError{Rule: option, subject: fmt.Sprintf("port %d", port), Hint: fmt.Sprintf("add %d to %s", port, option)}
 	if port == PortSMTP && ports == nil {
 		e.subject = "port 25 (mail)"
 		e.Hint = "list the open ports, including 25, in " + option
@@ -348,7 +342,7 @@ func (s *RuleSet) denied(entry string) *DeniedError {
 		entry += ":" + s.ports.String()
 	}
 	return &DeniedError{
-		Rule: "deny " + entry, Kind: DeniedRequest, Hint: "put an allow rule before it",
+		Rule: "deny " + entry, Hint: "put an allow rule before it",
 	}
 }
 
