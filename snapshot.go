@@ -329,7 +329,7 @@ type clientRow struct {
 	table   *bucket.Table
 	client  client.Key
 	tunnels int
-	started int64 // of a client that no limiter tracks: when its last tunnel was
+	started int64 // when its last tunnel did, if no limiter tracks it; else 0
 	up      int64 // bytes of open tunnels
 	down    int64
 	blocked int64 // since epoch; 0: not
