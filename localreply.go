@@ -269,9 +269,10 @@ func parentRefusal(e *parentError, host string) *refusal {
 	f := cause(e.cause()).failure(e.err, host)
 	f.text = strings.ToUpper(f.text[:1]) + f.text[1:]
 	f.err = e
-	f.priorMembers = proxyStatusMembers(e.header["Proxy-Status"])
+	prior, retry := e.passedOn()
+	f.priorMembers = prior
 	if f.status == http.StatusTooManyRequests || f.status == http.StatusServiceUnavailable {
-		f.retryAfter = retryAfter(e.header["Retry-After"])
+		f.retryAfter = retry
 	}
 	return f
 }

@@ -712,7 +712,7 @@ func TestMuxProtocolErrors(t *testing.T) {
 		"no status":                {head("a", "b"), "RST_STREAM 1 PROTOCOL_ERROR"},
 		"an invalid status":        {head(":status", "2e2"), "RST_STREAM 1 PROTOCOL_ERROR"},
 		"endless interim responses": {func(p *muxParent) {
-			for range maxInterim {
+			for range maxParentInterim {
 				p.writeHead(1, false, ":status", "102")
 			}
 		}, "RST_STREAM 1 PROTOCOL_ERROR"},

@@ -263,7 +263,7 @@ func (s *streamConn) handleHeadLocked(f *http2.MetaHeadersFrame) error {
 	case err != nil || status < 100 || status > 999 || status == http.StatusSwitchingProtocols:
 		return wrong
 	case status < 200:
-		if s.interim++; s.interim >= maxInterim || f.StreamEnded() {
+		if s.interim++; s.interim >= maxParentInterim || f.StreamEnded() {
 			return wrong
 		}
 		return nil

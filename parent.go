@@ -102,6 +102,9 @@ func newParent(c parentConfig, connector *connector) (*parent, error) {
 	return p, nil
 }
 
+// maxParentInterim is how many interim responses the parent may send to a CONNECT.
+const maxParentInterim = 100
+
 // localityTTL is how long a result of isLocal is cached: a proxy that listens on port 443
 // needs it for each CONNECT to that port.
 const localityTTL = 10 * time.Second
@@ -241,7 +244,7 @@ func (p *parent) connectHTTP1(ctx context.Context, conn net.Conn, address string
 	}
 	r := bufio.NewReaderSize(io.LimitReader(conn, h1.MaxHead), 4<<10)
 	res, err := h1.ReadResponse(r, http.MethodConnect, nil)
-	for range maxInterim {
+	for range maxParentInterim {
 		if err != nil || res.StatusCode >= 200 || res.StatusCode == http.StatusSwitchingProtocols {
 			break
 		}

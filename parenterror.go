@@ -48,6 +48,12 @@ func asAnswerError(err error, r *bufio.Reader) *parentError {
 	return &parentError{phase: parentAnswering, err: err}
 }
 
+// passedOn returns what of the parent's answer the client is told: the members of its
+// Proxy-Status and its Retry-After, if they are valid, or "".
+func (e *parentError) passedOn() (proxyStatus, retry string) {
+	return proxyStatusMembers(e.header["Proxy-Status"]), retryAfter(e.header["Retry-After"])
+}
+
 // retryAfter returns the value of a Retry-After field (RFC 9110 §10.2.3), or ""
 // if there is no valid one.
 func retryAfter(values []string) string {
