@@ -17,7 +17,7 @@ import (
 func closeTunnel(id uint64) (found bool) {
 	var tunnels *registry
 	withProcess(func(p *process) {
-		if t, ok := p.tunnels.tunnels.Load(id); ok {
+		if t := p.tunnels.get(id); t != nil {
 			t.close(reasonOperator)
 			tunnels = p.tunnels
 		}
@@ -27,10 +27,7 @@ func closeTunnel(id uint64) (found bool) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
-	waitUntil(ctx, func() bool {
-		_, open := tunnels.tunnels.Load(id)
-		return !open
-	})
+	waitUntil(ctx, func() bool { return tunnels.get(id) == nil })
 	return true
 }
 

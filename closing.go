@@ -59,9 +59,9 @@ func (l *lingering) leave(client netip.Addr) {
 // close closes a client's connection in stages.
 func (l *lingering) close(conn net.Conn, client netip.Addr) {
 	if l.enter(client) {
-		if peer := newConnPeer(conn); peer.half != nil {
+		if _, half := unwrapConn(conn); half != nil {
 			_ = conn.SetWriteDeadline(time.Now().Add(lingerIdle)) // TLS writes a close_notify
-			_ = peer.CloseWrite()
+			_ = half.CloseWrite()
 		}
 		drop(conn, conn.SetReadDeadline)
 		l.leave(client)

@@ -41,7 +41,7 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *transaction
 	dialled()
 	if err != nil {
 		h.tunnels.release(from.limitKey)
-		if h.tunnels.endReason.Load() != nil && r.Context().Err() == nil {
+		if h.tunnels.isClosed() && r.Context().Err() == nil {
 			return 0, causeShuttingDown.refusal(err)
 		}
 		return 0, dialRefusal(r.Context(), err, target)
@@ -114,7 +114,7 @@ func (h *Handler) connectStream(w http.ResponseWriter, r *http.Request, v *trans
 	near := newStreamPeer(w, r)
 	t.near = near
 	t.run() // flushes the response headers first
-	if near.state.Load() == streamAborted {
+	if near.IsAborted() {
 		return http.StatusOK, near.reset()
 	}
 	return http.StatusOK, nil

@@ -44,7 +44,7 @@ func (h *Handler) newContentWait(key client.Key) *contentWait {
 	return &contentWait{handler: h, client: key, timeout: time.Duration(h.ResponseIdleTimeout), grace: h.contentGrace}
 }
 
-func (w *contentWait) exiting() bool { return w.handler.tunnels.open.Err() != nil }
+func (w *contentWait) exiting() bool { return w.handler.tunnels.isClosed() }
 
 // nextCheck returns how long to wait before overdue must be called; 0 means forever.
 func (w *contentWait) nextCheck(waited time.Duration) time.Duration {
@@ -101,7 +101,7 @@ func (w *contentWait) end() {
 // response.
 func (w *contentWait) waitFor(c *originConn, arrives func() error) error {
 	if w.stop == nil {
-		w.stop = context.AfterFunc(w.handler.tunnels.open, func() { _ = c.SetReadDeadline(time.Unix(1, 0)) })
+		w.stop = context.AfterFunc(w.handler.tunnels.context(), func() { _ = c.SetReadDeadline(time.Unix(1, 0)) })
 	}
 	defer w.endWait()
 	for start := time.Now(); ; {

@@ -57,14 +57,6 @@ func newDialer(p *policy.Policy, timeout time.Duration, resolver *resolver) *dia
 	return d
 }
 
-// enableKeepAlive makes the kernel detect a dead peer within two minutes. It costs four system
-// calls, so short-lived connections do without it.
-func enableKeepAlive(conn *net.TCPConn) {
-	_ = conn.SetKeepAliveConfig(keepAliveConfig)
-}
-
-var keepAliveConfig = net.KeepAliveConfig{Enable: true, Idle: time.Minute, Interval: 15 * time.Second, Count: 4}
-
 // attempt tells the policy checks of a dial which target its addresses belong to.
 type attempt struct {
 	hostport.Target

@@ -199,7 +199,7 @@ func TestTargetsAreKeptAlive(t *testing.T) {
 	w.dial().connect(echoTarget(t))
 	eventually(t, "a tunnel with keep-alive", func() bool {
 		open := openTunnels()
-		return len(open) == 1 && keepAliveEnabled(t, open[0].far.(*connPeer).tcp)
+		return len(open) == 1 && keepAliveEnabled(t, tcpConnOf(open[0].far.(*connPeer).Conn))
 	})
 	origin := w.origin.Listener.Addr().String()
 	c := w.dial()

@@ -30,7 +30,7 @@ func (e *endWatch) update(now int64, f *flow, p peer, interval time.Duration) (t
 	if !e.pending && e.socketChecked != 0 && now-e.socketChecked < int64(interval) {
 		return false
 	}
-	acked, queued := p.sendState(e.acked)
+	acked, queued := p.SendState(e.acked)
 	took = e.socketChecked != 0 && acked != e.acked
 	e.socketChecked, e.acked, e.pending = now, acked, waiting || queued
 	if took || !e.pending {
@@ -53,6 +53,6 @@ func (e *endWatch) isAtRest(f *flow, p peer) bool {
 	if f.writing.Load() || f.Load() != e.written {
 		return false
 	}
-	_, queued := p.sendState(e.acked)
+	_, queued := p.SendState(e.acked)
 	return !queued
 }

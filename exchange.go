@@ -397,7 +397,7 @@ type bodySender struct {
 
 func newBodySender(conn *originConn, out *outgoing) *bodySender {
 	if out.body.length < 0 || out.body.length > copyBuffer {
-		if socket := newConnPeer(conn.Conn).tcp; socket != nil {
+		if socket := tcpConnOf(conn.Conn); socket != nil {
 			limitUnsent(socket) // the origin's response timeout starts when it has the request
 		}
 	}

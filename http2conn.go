@@ -74,7 +74,7 @@ func newHTTP2Conn(t *http2.Transport, conn *tls.Conn, times pingTimes) (*http2Co
 
 // startHTTP2 is like newHTTP2Conn, with a conn that reads from observed.
 func startHTTP2(t *http2.Transport, observed *observedConn, conn net.Conn, times pingTimes) (*http2Conn, error) {
-	c := &http2Conn{conn: observed, socket: newConnPeer(observed.Conn).tcp, times: times}
+	c := &http2Conn{conn: observed, socket: tcpConnOf(observed.Conn), times: times}
 	var err error
 	if c.ClientConn, err = t.NewClientConn(conn); err != nil {
 		_ = observed.Close()

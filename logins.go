@@ -94,7 +94,7 @@ func withSocket(ctx context.Context, conn net.Conn) context.Context {
 // socketOf returns the TCP socket below all wrappers of a connection, or conn itself if
 // there is none.
 func socketOf(conn net.Conn) any {
-	if tcp := newConnPeer(conn).tcp; tcp != nil {
+	if tcp := tcpConnOf(conn); tcp != nil {
 		return tcp
 	}
 	return conn

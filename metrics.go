@@ -200,7 +200,7 @@ func (h *Handler) countForwarded(key client.Key, up, down int64) {
 
 // countTunnelBytes counts the bytes of open tunnels.
 func (p *process) countTunnelBytes() {
-	for _, t := range p.tunnels.tunnels.All() {
+	for t := range p.tunnels.all() {
 		countTunnelBytes(t)
 	}
 }
@@ -241,7 +241,7 @@ func (s stateCollector) Collect(ch chan<- prometheus.Metric) {
 	gauge(descClients, clients)
 	var tunnels, limit, idle int
 	withProcess(func(p *process) {
-		tunnels, limit = int(p.tunnels.admitted.Load()), p.tunnelLimit()
+		tunnels, limit = p.tunnels.reserved(), p.tunnelLimit()
 		p.countTunnelBytes()
 		for h := range p.handlers.All() {
 			idle += h.idleConnections()

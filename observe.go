@@ -220,8 +220,8 @@ func deniedFields(denied *policy.DeniedError) []zap.Field {
 	return fields
 }
 
-// opened implements tunnelObserver.
-func (s *site) opened(t *tunnel) {
+// Opened implements tunnelObserver.
+func (s *site) Opened(t *tunnel) {
 	s.process.reconcile(t)
 	if c := s.logger.Check(zapcore.InfoLevel, "CONNECT tunnel"); c != nil {
 		c.Write(
@@ -235,11 +235,11 @@ func (s *site) opened(t *tunnel) {
 	}
 }
 
-// closed implements tunnelObserver.
-func (s *site) closed(t *tunnel) {
+// Closed implements tunnelObserver.
+func (s *site) Closed(t *tunnel) {
 	metrics.durations.Observe(time.Since(t.start).Seconds())
 	countTunnelBytes(t)
-	s.limiter.AddBytes(t.limitKey, t.up.Load(), t.down.Load())
+	s.limiter.AddBytes(t.limitKey, t.bytesUp(), t.bytesDown())
 	if c := s.logger.Check(zapcore.InfoLevel, "CONNECT tunnel closed"); c != nil {
 		c.Write(
 			zap.Uint64("id", t.id),
@@ -247,10 +247,10 @@ func (s *site) closed(t *tunnel) {
 			clientField(t.client),
 			userField(t),
 			textField("proto", t.proto),
-			zap.Int64("bytes_up", t.up.Load()),
-			zap.Int64("bytes_down", t.down.Load()),
+			zap.Int64("bytes_up", t.bytesUp()),
+			zap.Int64("bytes_down", t.bytesDown()),
 			zap.Duration("duration", time.Since(t.start)),
-			zap.Stringp("reason", t.reason.Load()),
+			zap.String("reason", t.endReason()),
 		)
 	}
 }

@@ -4,6 +4,7 @@
 package asyncproxy
 
 import (
+	"context"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -148,5 +149,16 @@ func (p *process) reconcile(t *tunnel) {
 	case <-opener.configDone:
 		opener.closeTunnelsAfterDelay()
 	default: // the end of the config will call it
+	}
+}
+
+// waitUntil waits until condition holds, or ctx ends.
+func waitUntil(ctx context.Context, condition func() bool) {
+	for !condition() {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(10 * time.Millisecond):
+		}
 	}
 }

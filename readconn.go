@@ -32,6 +32,9 @@ type readConn struct {
 	responded atomic.Bool
 }
 
+// NetConn returns the socket, as the method of tls.Conn does.
+func (c *readConn) NetConn() net.Conn { return c.TCPConn }
+
 func (c *readConn) Read(p []byte) (n int, err error) {
 	switch {
 	case len(c.prefix) > 0:

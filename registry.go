@@ -5,6 +5,8 @@ package asyncproxy
 
 import (
 	"context"
+	"io"
+	"iter"
 	"net"
 	"net/netip"
 	"sync"
@@ -13,7 +15,6 @@ import (
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/puzpuzpuz/xsync/v4"
-	"github.com/quic-go/quic-go/http3"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
@@ -112,15 +113,18 @@ func (r *registry) release(key client.Key) {
 	}
 }
 
+// dialWatchDelay is how long a dial takes before the end of its request is watched for.
+const dialWatchDelay = 20 * time.Millisecond
+
 // dialContext returns the context for dialing a tunnel's target. It ends when ctx ends, after
 // timeout, and when all tunnels are closed. The caller must call done.
 //
 // The deadline is set here because net.Dialer then allocates no context of its own. The end
-// of ctx is only watched for after the delay promptly: watching the client's connection
+// of ctx is only watched for after a delay: watching the client's connection
 // costs more than dialing a nearby host.
 func (r *registry) dialContext(ctx context.Context, timeout time.Duration) (open context.Context, done func()) {
 	open, cancel := context.WithTimeout(dialContext{r.open, ctx}, timeout)
-	watch := time.AfterFunc(disconnectWatchDelay, func() { context.AfterFunc(ctx, cancel) })
+	watch := time.AfterFunc(dialWatchDelay, func() { context.AfterFunc(ctx, cancel) })
 	return open, func() { watch.Stop(); cancel() }
 }
 
@@ -195,10 +199,13 @@ func (r *registry) closeIf(reason string, condition func(*tunnel) bool) {
 func (r *registry) closeAll(reason string) {
 	r.endReason.Store(&reason)
 	r.cancelDials()
-	servers := make(map[*http3.Server]struct{})
+	servers := make(map[io.Closer]struct{})
 	r.closeIf(reason, func(t *tunnel) bool {
-		if stream, ok := t.near.(*streamPeer); ok && stream.server != nil {
-			servers[stream.server] = struct{}{}
+		if t.stream == nil {
+			return true
+		}
+		if server := t.stream.Server(); server != nil {
+			servers[server] = struct{}{}
 		}
 		return true
 	})
@@ -217,8 +224,8 @@ func (r *registry) closeAll(reason string) {
 // closeStuck closes the connections of all streams that have not ended.
 func (r *registry) closeStuck() {
 	for _, t := range r.tunnels.All() {
-		if stream, ok := t.near.(*streamPeer); ok {
-			stream.closeConnection()
+		if t.stream != nil {
+			t.stream.CloseConnection()
 		}
 	}
 }
@@ -260,16 +267,41 @@ func (r *registry) drain(ctx context.Context) {
 
 // wait waits until there are no tunnels, or ctx ends.
 func (r *registry) wait(ctx context.Context) {
-	waitUntil(ctx, func() bool { return r.tunnels.Size() == 0 })
-}
-
-// waitUntil waits until condition holds, or ctx ends.
-func waitUntil(ctx context.Context, condition func() bool) {
-	for !condition() {
+	for r.tunnels.Size() > 0 {
 		select {
 		case <-ctx.Done():
 			return
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
+}
+
+// all iterates over the open tunnels.
+func (r *registry) all() iter.Seq[*tunnel] {
+	return func(yield func(*tunnel) bool) {
+		r.tunnels.Range(func(_ uint64, t *tunnel) bool { return yield(t) })
+	}
+}
+
+// get returns the open tunnel with an ID, or nil.
+func (r *registry) get(id uint64) *tunnel {
+	t, _ := r.tunnels.Load(id)
+	return t
+}
+
+// size returns the number of open tunnels.
+func (r *registry) size() int { return r.tunnels.Size() }
+
+// reserved returns the number of tunnels that are open or being opened.
+func (r *registry) reserved() int { return int(r.admitted.Load()) }
+
+// context returns the context that is canceled when no tunnel may be open any longer.
+func (r *registry) context() context.Context { return r.open }
+
+// isClosed reports whether no tunnel may be open any longer.
+func (r *registry) isClosed() bool { return r.endReason.Load() != nil }
+
+// isEmpty reports whether nothing is left of any tunnel.
+func (r *registry) isEmpty() bool {
+	return r.tunnels.Size() == 0 && r.admitted.Load() == 0 && r.clients.Size() == 0 && r.sources.Size() == 0
 }

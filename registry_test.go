@@ -32,8 +32,8 @@ type pipedTunnel struct {
 // unobserved is the observer of a test's tunnels.
 type unobserved struct{}
 
-func (unobserved) opened(*tunnel) {}
-func (unobserved) closed(*tunnel) {}
+func (unobserved) Opened(*tunnel) {}
+func (unobserved) Closed(*tunnel) {}
 
 // newPipedTunnel runs a tunnel of a registry. Its client and target read everything.
 func newPipedTunnel(r *registry, owner tunnelOwner) *pipedTunnel {
@@ -358,7 +358,7 @@ func waitNoTunnels(t *testing.T) {
 	defer releaseProcess()
 	r := p.tunnels
 	eventually(t, "an empty registry", func() bool {
-		return r.tunnels.Size() == 0 && r.admitted.Load() == 0 && r.clients.Size() == 0 && r.sources.Size() == 0
+		return r.isEmpty()
 	})
 }
 
@@ -598,7 +598,7 @@ func TestClosingLines(t *testing.T) {
 				eventually(t, "the sign to be counted", func() bool {
 					up := int64(0)
 					for _, t := range openTunnels() {
-						up += t.up.Load()
+						up += t.bytesUp()
 					}
 					return up == int64(len(word))+1 || len(openTunnels()) == 0
 				})
@@ -638,7 +638,7 @@ func TestClosingLines(t *testing.T) {
 // openTunnels returns the tunnels in the registry.
 func openTunnels() (open []*tunnel) {
 	withProcess(func(p *process) {
-		for _, t := range p.tunnels.tunnels.All() {
+		for t := range p.tunnels.all() {
 			open = append(open, t)
 		}
 	})

@@ -32,7 +32,7 @@ type writeStallTimer struct {
 // newWriteStallTimer only limits how much waits in the kernel.
 func newWriteStallTimer(w http.ResponseWriter, r *http.Request) *writeStallTimer {
 	_, idle := caddyhttp.IdleTimeoutsFromContext(r.Context())
-	socket := newConnPeer(connOf(w, r)).tcp
+	socket := tcpConnOf(connOf(w, r))
 	switch {
 	case idle == nil || !restartsWithEachWrite(idle) || socket == nil:
 		return nil

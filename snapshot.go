@@ -216,7 +216,7 @@ func takeStats(now time.Time) stats {
 		return true
 	})
 	withProcess(func(p *process) {
-		s.Tunnels.Open = int64(p.tunnels.tunnels.Size())
+		s.Tunnels.Open = int64(p.tunnels.size())
 		s.Tunnels.Limit = int64(p.tunnelLimit())
 		p.countTunnelBytes()
 	})
@@ -424,7 +424,7 @@ type clientKey struct {
 func tunnelsByClient() map[clientKey]*clientRow {
 	clients, current := make(map[clientKey]*clientRow), make(map[*bucket.Table]*bucket.Table)
 	withProcess(func(p *process) {
-		for _, t := range p.tunnels.tunnels.All() {
+		for t := range p.tunnels.all() {
 			opener := openedBy(t)
 			table := current[opener.limiter]
 			if table == nil {
@@ -437,8 +437,8 @@ func tunnelsByClient() map[clientKey]*clientRow {
 				clients[clientKey{table, t.limitKey}] = c
 			}
 			c.tunnels++
-			c.up += t.up.Load()
-			c.down += t.down.Load()
+			c.up += t.bytesUp()
+			c.down += t.bytesDown()
 			c.started = max(c.started, monotime.Of(t.start))
 		}
 	})
@@ -524,8 +524,8 @@ type tunnelQuery struct {
 
 var sortsOfTunnels = map[string]func(t *tunnel, now int64) float64{
 	"started": func(t *tunnel, _ int64) float64 { return float64(t.id) },
-	"idle":    func(t *tunnel, now int64) float64 { return float64(now - t.lastActive.Load()) },
-	"bytes":   func(t *tunnel, _ int64) float64 { return float64(t.up.Load() + t.down.Load()) },
+	"idle":    func(t *tunnel, now int64) float64 { return float64(now - t.lastActivity()) },
+	"bytes":   func(t *tunnel, _ int64) float64 { return float64(t.bytesUp() + t.bytesDown()) },
 }
 
 // findTunnels returns the open tunnels that q selects.
@@ -534,7 +534,7 @@ func findTunnels(q tunnelQuery, now time.Time) tunnelList {
 	found := topN[*tunnel]{n: q.offset + q.limit, ascending: q.ascending}
 	list := tunnelList{Tunnels: []tunnelInfo{}}
 	withProcess(func(p *process) {
-		for _, t := range p.tunnels.tunnels.All() {
+		for t := range p.tunnels.all() {
 			if containsFold(client.Name(t.client), q.match) || containsFold(t.user, q.match) || containsFold(t.target, q.match) {
 				list.Total++
 				found.add(q.key(t, at), t)
@@ -545,7 +545,7 @@ func findTunnels(q tunnelQuery, now time.Time) tunnelList {
 		t := k.value
 		list.Tunnels = append(list.Tunnels, tunnelInfo{
 			ID: t.id, Client: client.Name(t.client), User: printable(t.user), Target: printable(t.target), Address: t.address.String(), Proto: printable(t.proto),
-			Started: t.start, IdleSeconds: time.Duration(max(0, at-t.lastActive.Load())).Seconds(), BytesUp: t.up.Load(), BytesDown: t.down.Load(),
+			Started: t.start, IdleSeconds: time.Duration(max(0, at-t.lastActivity())).Seconds(), BytesUp: t.bytesUp(), BytesDown: t.bytesDown(),
 		})
 	}
 	return list

@@ -5,23 +5,7 @@
 
 package asyncproxy
 
-import (
-	"io"
-	"net"
-	"net/http"
-)
-
-// relaySocket has no special way to read from sockets here.
-func relaySocket(dst io.Writer, src *net.TCPConn, copied *flow) (readErr, writeErr error) {
-	return relayReader(dst, src, copied)
-}
-
-func closePipes() {}
-
-// splice does nothing here: the caller copies the body.
-func (b *originBody) splice(http.ResponseWriter, func(int64)) (done bool, err error) {
-	return false, nil
-}
+import "net"
 
 // bytesAcked returns 0, which means unknown.
 func bytesAcked(*net.TCPConn) uint64 { return 0 }

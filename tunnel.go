@@ -44,8 +44,8 @@ type tunnelOwner struct {
 
 // tunnelObserver is told when tunnels open and close.
 type tunnelObserver interface {
-	opened(*tunnel)
-	closed(*tunnel)
+	Opened(*tunnel)
+	Closed(*tunnel)
 }
 
 // tunnel relays bytes between a client and a target in both directions, until both have
@@ -65,9 +65,10 @@ type tunnel struct {
 	localAddr netip.AddrPort // the proxy's end of that connection
 	registry  *registry
 
-	near, far    peer   // the client and the target
-	responseHead []byte // sent to the client before any bytes from the target
-	clientPrefix []byte // bytes that the client sent after its request, before the greeting
+	near, far    peer      // the client and the target
+	stream       streamEnd // near, if it is a stream; else nil
+	responseHead []byte    // sent to the client before any bytes from the target
+	clientPrefix []byte    // bytes that the client sent after its request, before the greeting
 
 	targetPrefix []byte // of an upgrade: bytes that the target sent after its 101
 
@@ -92,19 +93,19 @@ const drainTimeout = 5 * time.Second
 // run relays until the tunnel has ended. The calling goroutine relays to the client, and one
 // more relays from the client.
 func (t *tunnel) run() {
+	t.stream, _ = t.near.(streamEnd)
 	t.registry.add(t)
 	defer t.registry.remove(t)
-	t.owner.observer.opened(t)
+	t.owner.observer.Opened(t)
 	_, err := t.send(t.near, &t.down, t.responseHead)
 	t.responseHead = nil
 	upDone := make(chan struct{})
 	go t.relayUp(upDone)
-	stream, ok := t.near.(*streamPeer)
-	if ok {
-		defer context.AfterFunc(stream.ctx, func() { t.clientLeft(stream, upDone) })()
+	if t.stream != nil {
+		defer context.AfterFunc(t.stream.Context(), func() { t.clientLeft(upDone) })()
 	}
 	t.relayDown(err)
-	if ok {
+	if t.stream != nil {
 		// The client's stream ends when the handler returns. A target that has ended and no
 		// longer reads must not delay that.
 		defer time.AfterFunc(t.registry.lastWords, func() { _ = t.far.Abort() }).Stop()
@@ -116,7 +117,7 @@ func (t *tunnel) run() {
 	}
 	_ = t.near.Close()
 	_ = t.far.Close()
-	t.owner.observer.closed(t)
+	t.owner.observer.Closed(t)
 }
 
 // relayUp relays from the client to the target. Like relayDown, it is a method and not a
@@ -132,7 +133,7 @@ func (t *tunnel) relayUp(done chan<- struct{}) {
 			return
 		}
 	}
-	readErr, writeErr := relay(t.far.writer(), t.near.reader(), &t.up)
+	readErr, writeErr := relay(t.far.Writer(), t.near.Reader(), &t.up)
 	t.directionEnded(t.far, t.near, readErr, writeErr)
 }
 
@@ -148,7 +149,7 @@ func (t *tunnel) relayDown(err error) {
 		t.directionEnded(t.near, t.far, nil, err)
 		return
 	}
-	readErr, writeErr := relay(t.near.writer(), t.far.reader(), &t.down)
+	readErr, writeErr := relay(t.near.Writer(), t.far.Reader(), &t.down)
 	t.directionEnded(t.near, t.far, readErr, writeErr)
 }
 
@@ -159,11 +160,11 @@ func (t *tunnel) send(dst peer, f *flow, b []byte) (int, error) {
 	return dst.Write(b)
 }
 
-// clientDisconnected ends the tunnel when the client has reset its stream, or its connection has
+// clientLeft ends the tunnel when the client has reset its stream, or its connection has
 // ended. A silent target would not reveal that. The target still gets the bytes that the
 // client had sent, if it reads them within drainTimeout.
-func (t *tunnel) clientLeft(near *streamPeer, upDone <-chan struct{}) {
-	near.stopReading()
+func (t *tunnel) clientLeft(upDone <-chan struct{}) {
+	t.stream.StopReading()
 	timer := time.NewTimer(t.registry.lastWords)
 	defer timer.Stop()
 	select {
@@ -186,14 +187,14 @@ func (t *tunnel) directionEnded(dst, src peer, readErr, writeErr error) {
 	}
 	switch {
 	case t.wasReset.Load(): // a half-close now would look like an orderly end
-	case writeErr != nil && clientIsGone(dst): // clientDisconnected ends the tunnel
+	case writeErr != nil && t.isStream(dst) && t.stream.Context().Err() != nil: // clientLeft ends the tunnel
 	case writeErr != nil:
 		t.setReason(dstError)
 		_ = src.Abort()
 		_ = dst.Close()
 	case readErr == io.EOF, t.reason.Load() != nil && errors.Is(readErr, net.ErrClosed): // we closed it
 		t.setReason(end)
-		if _, ok := dst.(*streamPeer); !ok && t.halfClosed.Add(1) == 2 {
+		if !t.isStream(dst) && t.halfClosed.Add(1) == 2 {
 			return // both sides have half-closed: run closes the connections
 		}
 		_ = dst.CloseWrite()
@@ -204,11 +205,13 @@ func (t *tunnel) directionEnded(dst, src peer, readErr, writeErr error) {
 	}
 }
 
+// isStream reports whether an end is the client's stream.
+func (t *tunnel) isStream(p peer) bool { return t.stream != nil && p == t.near }
+
 // clientErrorReason returns the reason for a read error of the client. Browsers cancel the streams
 // of tunnels that they no longer need, which is not an error.
 func (t *tunnel) clientErrorReason(err error) string {
-	stream, ok := t.near.(*streamPeer)
-	if ok && (stream.wasCanceled(err) || stream.ctx.Err() != nil && t.isAtRest(restTime)) {
+	if s := t.stream; s != nil && (s.WasCanceled(err) || s.Context().Err() != nil && t.isAtRest(restTime)) {
 		return reasonClient
 	}
 	return reasonClientError
@@ -227,13 +230,13 @@ func (t *tunnel) setReason(reason string) {
 // for too long. If its stream was aborted but does not end, it closes the connection below.
 // It turns keep-alive on at the first tick, so that short-lived tunnels do not pay for it.
 func (t *tunnel) tick(now time.Time) {
-	if far, ok := t.far.(*connPeer); ok && !t.keepAliveOn && far.tcp != nil {
-		enableKeepAlive(far.tcp)
+	if far, ok := t.far.(*connPeer); ok && !t.keepAliveOn && far.socket != nil {
+		enableKeepAlive(far.socket)
 	}
 	t.keepAliveOn = true
-	if stream, ok := t.near.(*streamPeer); ok && stream.state.Load() == streamAborted {
+	if t.stream != nil && t.stream.IsAborted() {
 		if t.ticksSinceAbort++; t.ticksSinceAbort > int(abortGrace/t.registry.interval) {
-			stream.closeConnection()
+			t.stream.CloseConnection()
 		}
 		return
 	}
@@ -289,8 +292,8 @@ func (t *tunnel) close(reason string) {
 		t.reset()
 		return
 	}
-	if stream, ok := t.near.(*streamPeer); ok {
-		_ = stream.CloseWrite()
+	if t.stream != nil {
+		_ = t.stream.CloseWrite()
 	} else {
 		_ = t.near.Close()
 	}
@@ -314,3 +317,20 @@ func (t *tunnel) isAtRest(atLeast time.Duration) bool {
 
 // growth returns the bytes from and to the client since the last call.
 func (t *tunnel) growth() (up, down int64) { return t.up.growth(), t.down.growth() }
+
+// bytesUp returns how many bytes the client has sent to the target.
+func (t *tunnel) bytesUp() int64 { return t.up.Load() }
+
+// bytesDown returns how many bytes the target has sent to the client.
+func (t *tunnel) bytesDown() int64 { return t.down.Load() }
+
+// lastActivity returns when bytes were last seen to have passed, since monotime's epoch.
+func (t *tunnel) lastActivity() int64 { return t.lastActive.Load() }
+
+// endReason returns why the tunnel has ended, or "" while it is open.
+func (t *tunnel) endReason() string {
+	if reason := t.reason.Load(); reason != nil {
+		return *reason
+	}
+	return ""
+}

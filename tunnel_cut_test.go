@@ -362,7 +362,7 @@ type watchedPeer struct {
 	looks  atomic.Int32
 }
 
-func (p *watchedPeer) sendState(uint64) (uint64, bool) {
+func (p *watchedPeer) SendState(uint64) (uint64, bool) {
 	p.looks.Add(1)
 	return p.acked, p.queued
 }

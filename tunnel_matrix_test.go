@@ -310,7 +310,7 @@ func tunnelsAreMany(t *testing.T, c *tunnelClient) {
 	if err != nil {
 		t.Fatalf("opening: %v", err)
 	}
-	if open := registryOf(t).tunnels.Size(); open < n {
+	if open := registryOf(t).size(); open < n {
 		t.Errorf("%d tunnels are open, want %d", open, n)
 	}
 	err = concurrently(n, n, func(i int) error {

@@ -217,7 +217,7 @@ func (t *h1Tunnel) connect(target, header, early string) (*http.Response, error)
 }
 
 func (t *h1Tunnel) Read(b []byte) (int, error) { return t.r.Read(b) }
-func (t *h1Tunnel) CloseWrite() error          { return t.Conn.(closeWriter).CloseWrite() }
+func (t *h1Tunnel) CloseWrite() error          { return t.Conn.(halfCloser).CloseWrite() }
 
 func (t *h1Tunnel) Reset() {
 	t.tcp.SetLinger(0)

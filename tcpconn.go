@@ -1,0 +1,69 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"net"
+	"reflect"
+	"time"
+)
+
+// halfCloser is a connection that can end what it sends and still receive.
+type halfCloser interface{ CloseWrite() error }
+
+// tcpConnOf returns the socket below a connection, or nil if it is not known.
+func tcpConnOf(conn net.Conn) *net.TCPConn {
+	socket, _ := unwrapConn(conn)
+	return socket
+}
+
+// unwrapConn finds the socket below a connection and how to half-close the connection; nil
+// means that it does not know or cannot. The connection may be a socket, TLS on a socket, or
+// a listener's wrapper around either.
+func unwrapConn(conn net.Conn) (socket *net.TCPConn, half halfCloser) {
+	half, _ = conn.(halfCloser)
+	for lower := conn; ; {
+		switch c := lower.(type) {
+		case *net.TCPConn:
+			return c, half
+		case interface{ TCPConn() (*net.TCPConn, bool) }: // PROXY protocol, after its header
+			if socket, _ = c.TCPConn(); half == nil && socket != nil {
+				half = socket
+			}
+			return socket, half
+		case interface{ NetConn() net.Conn }: // TLS
+			lower = c.NetConn()
+		default:
+			if lower = embeddedConn(lower); lower == nil {
+				return nil, half
+			}
+			if half == nil {
+				half, _ = lower.(halfCloser)
+			}
+		}
+	}
+}
+
+// embeddedConn returns the net.Conn that a struct embeds. Caddy wraps the connections of
+// HTTP/1-only servers in such a struct, without a method that returns the socket, which a
+// reset needs.
+func embeddedConn(conn net.Conn) net.Conn {
+	v := reflect.Indirect(reflect.ValueOf(conn))
+	if v.Kind() != reflect.Struct {
+		return nil
+	}
+	if field := v.FieldByName("Conn"); field.IsValid() && field.CanInterface() {
+		inner, _ := field.Interface().(net.Conn)
+		return inner
+	}
+	return nil
+}
+
+// enableKeepAlive makes the kernel detect a dead peer within two minutes. It costs four system
+// calls, so short-lived connections do without it.
+func enableKeepAlive(conn *net.TCPConn) {
+	_ = conn.SetKeepAliveConfig(keepAliveConfig)
+}
+
+var keepAliveConfig = net.KeepAliveConfig{Enable: true, Idle: time.Minute, Interval: 15 * time.Second, Count: 4}
