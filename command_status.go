@@ -5,12 +5,15 @@ package asyncproxy
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -31,18 +34,26 @@ const defaultRows = 10
 // statusCommand returns `caddy async-proxy status`.
 func statusCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "status [--watch] [--json] [--address <addr>]",
+		Use:   "status [--sort <order>] [--limit <n>] [--client <text>] [--watch] [--json] [--address <addr>]",
 		Short: "Shows what a running proxy is doing",
 		Long: `
 Queries the admin endpoint of a running Caddy and prints its counters and the
 most recently active clients and tunnels. With --watch it repeats every two
 seconds and keeps trying while Caddy cannot be reached. On a terminal it then
 redraws in place and shows as many rows as fit.
+
+--sort puts the largest or latest first. Clients can be sorted by
+` + namesOfClientSorts + `, and tunnels
+by ` + namesOfTunnelSorts + `. A list that cannot be sorted in that way
+keeps its usual order.
 `,
 		Args: cobra.NoArgs,
 	}
 	cmd.Flags().BoolP("watch", "w", false, "Repeat until interrupted")
 	cmd.Flags().BoolP("json", "j", false, "Print JSON; with --watch, one line per update")
+	cmd.Flags().StringP("sort", "", "", "Sort by this, the largest or latest first")
+	cmd.Flags().StringP("limit", "", "", fmt.Sprintf("Rows of each list, from 1 to %d (default %d, or more if they fit)", maxPage, defaultRows))
+	cmd.Flags().StringP("client", "", "", "Show only clients, and tunnels of clients, whose name contains this text")
 	cmd.Flags().StringP("address", "", "", "Address of the admin endpoint, if it is not Caddy's default")
 	cmd.RunE = caddycmd.WrapCommandFuncForCobra(func(flags caddycmd.Flags) (int, error) {
 		if given := flags.String("address"); given != "" {
@@ -54,16 +65,27 @@ redraws in place and shows as many rows as fit.
 		if err != nil {
 			return caddy.ExitCodeFailedQuit, err
 		}
+		query := statusQuery{sort: flags.String("sort"), client: flags.String("client")}
+		if flags.Changed("sort") && sortsOfClients[query.sort] == nil && sortsOfTunnels[query.sort] == nil {
+			return caddy.ExitCodeFailedQuit, fmt.Errorf("sort %q: expected %s for clients, or %s for tunnels", query.sort, namesOfClientSorts, namesOfTunnelSorts)
+		}
+		given := 0
+		if flags.Changed("limit") {
+			var ok bool
+			if given, ok = parseInt(flags.String("limit"), 1, maxPage); !ok {
+				return caddy.ExitCodeFailedQuit, fmt.Errorf("limit %q: expected a number from 1 to %d", flags.String("limit"), maxPage)
+			}
+		}
 		watch, asJSON := flags.Bool("watch"), flags.Bool("json")
 		stdout := int(os.Stdout.Fd())
 		clear := watch && !asJSON && term.IsTerminal(stdout)
 		for {
-			limit, width, height := defaultRows, 0, 0
+			width, height := 0, 0
 			if clear {
 				width, height, _ = term.GetSize(stdout) // 0 if unknown
-				limit = max(limit, min(height, maxPage))
 			}
-			shown, err := fetchStatus(address, limit)
+			query.limit = cmp.Or(given, max(defaultRows, min(height, maxPage)))
+			shown, err := fetchStatus(address, query)
 			if err != nil && !watch {
 				return caddy.ExitCodeFailedQuit, err
 			}
@@ -134,10 +156,36 @@ type statusReport struct {
 	Tunnels tunnelList `json:"tunnels"`
 }
 
-func fetchStatus(address string, limit int) (*statusReport, error) {
+// statusQuery selects the clients and tunnels that the command shows.
+type statusQuery struct {
+	sort, client string // "": the usual order, and all clients
+	limit        int
+}
+
+// clients returns the query for the list of clients.
+func (q statusQuery) clients() string {
+	values := url.Values{"limit": {strconv.Itoa(q.limit)}, "q": {q.client}}
+	if sortsOfClients[q.sort] != nil {
+		values.Set("sort", q.sort)
+	}
+	return values.Encode()
+}
+
+// tunnels returns the query for the list of tunnels. Those that were active last are first,
+// if there is no other order.
+func (q statusQuery) tunnels() string {
+	values := url.Values{"limit": {strconv.Itoa(q.limit)}, "client": {q.client}, "sort": {"idle"}, "order": {"asc"}}
+	if sortsOfTunnels[q.sort] != nil {
+		values.Set("sort", q.sort)
+		values.Set("order", "desc")
+	}
+	return values.Encode()
+}
+
+func fetchStatus(address string, query statusQuery) (*statusReport, error) {
 	s := new(statusReport)
 	for path, into := range map[string]any{
-		"stats": &s.Stats, fmt.Sprintf("clients?limit=%d", limit): &s.Clients, fmt.Sprintf("tunnels?limit=%d&sort=idle&order=asc", limit): &s.Tunnels,
+		"stats": &s.Stats, "clients?" + query.clients(): &s.Clients, "tunnels?" + query.tunnels(): &s.Tunnels,
 	} {
 		res, err := caddycmd.AdminAPIRequest(address, http.MethodGet, "/async_proxy/"+path, nil, nil)
 		if err != nil {

@@ -6,6 +6,7 @@
 package asyncproxy
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -13,6 +14,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"os"
 	"os/exec"
 	"strings"
@@ -21,6 +23,8 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 )
 
 // commandStart runs `caddy async-proxy` until the test ends.
@@ -78,6 +82,11 @@ func TestCommand(t *testing.T) {
 		{"--admin localhost", `admin "localhost": expected an address with a port`},
 		{"status --address localhost", `address "localhost": expected an address with a port`},
 		{"status --address http://127.0.0.1:2019", `address "http://127.0.0.1:2019": expected an address with a port`},
+		{"status --sort name", `sort "name": expected last_seen, requests, rejections, bytes, tunnels or tokens for clients, or started, idle or bytes for tunnels`},
+		{"status --sort=", `sort "": expected last_seen`},
+		{"status --limit 0", `limit "0": expected a number from 1 to 1000`},
+		{"status --limit 1001", `limit "1001": expected a number from 1 to 1000`},
+		{"status --limit ten", `limit "ten": expected a number from 1 to 1000`},
 		{"stat", `unexpected argument "stat"; did you mean caddy async-proxy status?`},
 		{"--deny all extra", `unexpected argument "extra"; a flag takes one value and may be repeated`},
 		{"--burst 0", "burst: the value '0' is not valid; expected a whole number of tokens from 1 to 1000000000"},
@@ -151,6 +160,59 @@ func TestCommandStatus(t *testing.T) {
 	}
 	if out, err := commandOf(t, "async-proxy", "status", "--address", "127.0.0.1:1").CombinedOutput(); err == nil || !strings.Contains(string(out), "use --address for another admin endpoint") {
 		t.Errorf("%v, %s", err, out)
+	}
+}
+
+// The flags select the clients and tunnels, and their order.
+func TestCommandStatusSelects(t *testing.T) {
+	w := commandStart(t)
+	// Clients 127.0.1.1 to 127.0.1.3 open a tunnel each, to an address that contains "127.0.0.1",
+	// and the second makes the most requests.
+	for _, i := range []byte{1, 2, 2, 2, 3} {
+		from := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 1, i)}}
+		conn, err := from.Dial("tcp4", w.proxy)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		fmt.Fprintf(conn, "CONNECT %s HTTP/1.1\r\nHost: x\r\n\r\n", w.origin.Listener.Addr())
+		if line, err := bufio.NewReader(conn).ReadString('\n'); !strings.HasPrefix(line, "HTTP/1.1 200 ") {
+			t.Fatalf("%q, %v", line, err)
+		}
+	}
+	for _, tc := range []struct{ flags, clients, tunnels string }{
+		{"--limit 1", "127.0.1.3", ""},
+		{"--sort requests --limit 1", "127.0.1.2", ""},
+		{"--sort tunnels --limit 1", "127.0.1.2", ""},
+		{"--sort started", "127.0.1.3 127.0.1.2 127.0.1.1", "127.0.1.3 127.0.1.2 127.0.1.2 127.0.1.2 127.0.1.1"},
+		{"--sort idle --limit 2", "127.0.1.3 127.0.1.2", "127.0.1.1 127.0.1.2"},
+		{"--client 127.0.1.2", "127.0.1.2", "127.0.1.2 127.0.1.2 127.0.1.2"},
+		{"--client 127.0.1.2 --limit 1", "127.0.1.2", "127.0.1.2"},
+		{"--client 127.0.0.1", "", ""}, // the target of every tunnel
+	} {
+		var shown statusReport
+		out, err := commandOf(t, append([]string{"async-proxy", "status", "--json", "--address", w.logs}, strings.Fields(tc.flags)...)...).Output()
+		if err == nil {
+			err = json.Unmarshal(out, &shown)
+		}
+		var tunnels []string
+		for _, each := range shown.Tunnels.Tunnels {
+			tunnels = append(tunnels, each.Client)
+		}
+		got := strings.Join(tunnels, " ")
+		if anyOrder := tc.tunnels == "" && tc.clients != ""; err != nil || shown.Clients.names() != tc.clients || got != tc.tunnels && !anyOrder {
+			t.Errorf("%s: %v: clients %q and tunnels %q, want %q and %q", tc.flags, err, shown.Clients.names(), got, tc.clients, tc.tunnels)
+		}
+	}
+}
+
+// The query "client" of the list of tunnels matches what the list of clients shows.
+func TestTunnelsOfAClient(t *testing.T) {
+	tn := &tunnel{client: netip.MustParseAddr("2001:db8::1"), user: "Alice", limitKey: client.User("Alice"), target: "example.com:443"}
+	for part, want := range map[string]bool{"": true, "2001:db8": true, "alice": true, "user alice": true, "example": false, "bob": false} {
+		if got := isClientOf(tn, part); got != want {
+			t.Errorf("%q: %v, want %v", part, got, want)
+		}
 	}
 }
 

@@ -346,6 +346,12 @@ func (c *clientRow) bytes() (up, down int64) {
 	return up + c.up, down + c.down
 }
 
+// The keys of sortsOfClients and sortsOfTunnels, for messages.
+const (
+	namesOfClientSorts = "last_seen, requests, rejections, bytes, tunnels or tokens"
+	namesOfTunnelSorts = "started, idle or bytes"
+)
+
 var sortsOfClients = map[string]func(c *clientRow, now int64) float64{
 	"last_seen":  func(c *clientRow, _ int64) float64 { return float64(c.lastSeen()) },
 	"requests":   func(c *clientRow, _ int64) float64 { return float64(c.Requests()) },
@@ -518,6 +524,7 @@ func (c *clientRow) info(now time.Time) clientInfo {
 type tunnelQuery struct {
 	limit, offset int
 	match         string // substring of the client, user or target, in lower case
+	client        string // substring of the client or user, in lower case
 	key           func(*tunnel, int64) float64
 	ascending     bool
 }
@@ -528,6 +535,12 @@ var sortsOfTunnels = map[string]func(t *tunnel, now int64) float64{
 	"bytes":   func(t *tunnel, _ int64) float64 { return float64(t.bytesUp() + t.bytesDown()) },
 }
 
+// isClientOf reports whether part, in lower case, is a part of the name of t's client: of its
+// address, of its user, or of the owner of its bucket.
+func isClientOf(t *tunnel, part string) bool {
+	return containsFold(client.Name(t.client), part) || containsFold(t.user, part) || containsFold(t.limitKey.String(), part)
+}
+
 // findTunnels returns the open tunnels that q selects.
 func findTunnels(q tunnelQuery, now time.Time) tunnelList {
 	at := monotime.Of(now)
@@ -535,7 +548,7 @@ func findTunnels(q tunnelQuery, now time.Time) tunnelList {
 	list := tunnelList{Tunnels: []tunnelInfo{}}
 	withProcess(func(p *process) {
 		for t := range p.tunnels.all() {
-			if containsFold(client.Name(t.client), q.match) || containsFold(t.user, q.match) || containsFold(t.target, q.match) {
+			if (isClientOf(t, q.match) || containsFold(t.target, q.match)) && isClientOf(t, q.client) {
 				list.Total++
 				found.add(q.key(t, at), t)
 			}
@@ -570,7 +583,7 @@ func queryClients(values url.Values, now time.Time) (clientList, error) {
 		return clientList{}, err
 	}
 	if q.key = sortsOfClients[cmp.Or(values.Get("sort"), "last_seen")]; q.key == nil {
-		return clientList{}, fmt.Errorf("sort %q: expected last_seen, requests, rejections, bytes, tunnels or tokens", values.Get("sort"))
+		return clientList{}, fmt.Errorf("sort %q: expected %s", values.Get("sort"), namesOfClientSorts)
 	}
 	queryMutex.Lock()
 	defer queryMutex.Unlock()
@@ -579,13 +592,13 @@ func queryClients(values url.Values, now time.Time) (clientList, error) {
 
 // queryTunnels does the same for tunnels.
 func queryTunnels(values url.Values, now time.Time) (tunnelList, error) {
-	q := tunnelQuery{match: strings.ToLower(values.Get("q"))}
+	q := tunnelQuery{match: strings.ToLower(values.Get("q")), client: strings.ToLower(values.Get("client"))}
 	var err error
 	if q.limit, q.offset, q.ascending, err = queryPage(values); err != nil {
 		return tunnelList{}, err
 	}
 	if q.key = sortsOfTunnels[cmp.Or(values.Get("sort"), "started")]; q.key == nil {
-		return tunnelList{}, fmt.Errorf("sort %q: expected started, idle or bytes", values.Get("sort"))
+		return tunnelList{}, fmt.Errorf("sort %q: expected %s", values.Get("sort"), namesOfTunnelSorts)
 	}
 	queryMutex.Lock()
 	defer queryMutex.Unlock()
