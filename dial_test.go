@@ -19,6 +19,7 @@ import (
 	"sync"
 	"testing"
 
+	"golang.org/x/net/dns/dnsmessage"
 	"golang.org/x/sys/unix"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
@@ -240,4 +241,83 @@ func keepAliveEnabled(t *testing.T, conn *net.TCPConn) bool {
 		t.Fatal(err)
 	}
 	return kept
+}
+
+// A DNS error and the lack of any DNS answer are reported differently (RFC 9209 §2.3.2).
+func TestDNSFailures(t *testing.T) {
+	server := dnsServer(t, func(q dnsQuery) dnsReply {
+		rcodes := map[string]dnsmessage.RCode{"nxdomain": 3, "servfail": 2, "refused": 5, "notimp": 4, "formerr": 1, "twelve": 12}
+		name, _, _ := strings.Cut(q.name, ".")
+		if rest, ok := strings.CutPrefix(name, "long-"); ok { // the server answers these over TCP
+			if q.network == "udp" {
+				return dnsReply{truncated: true}
+			}
+			name = rest
+		}
+		switch name {
+		case "silent":
+			return dnsReply{silent: true}
+		case "aaaa-fails":
+			if q.ipv6 {
+				return dnsReply{rcode: dnsmessage.RCodeServerFailure}
+			}
+			return dnsReply{}
+		}
+		return dnsReply{rcode: rcodes[name]}
+	})
+	w := newWorld(t, "", nil)
+	for _, resolver := range []string{server, "tcp/" + server, closedDNS(t), "tcp/" + freeAddress(t)} {
+		w.load(w.site("dial_timeout 500ms\nresolvers " + resolver))
+		for name, want := range map[string]struct {
+			status     int
+			kind, text string
+		}{
+			"nxdomain":      {502, `dns_error; rcode="NXDOMAIN"`, "The name of nxdomain.test does not resolve."},
+			"servfail":      {503, `dns_error; rcode="SERVFAIL"`, "The name of servfail.test cannot be looked up: the DNS server answers SERVFAIL."},
+			"long-servfail": {503, `dns_error; rcode="SERVFAIL"`, "The name of long-servfail.test cannot be looked up: the DNS server answers SERVFAIL."},
+			"refused":       {503, `dns_error; rcode="REFUSED"`, "The name of refused.test cannot be looked up: the DNS server answers REFUSED."},
+			"notimp":        {503, `dns_error; rcode="NOTIMP"`, "The name of notimp.test cannot be looked up: the DNS server answers NOTIMP."},
+			"formerr":       {503, `dns_error; rcode="FORMERR"`, "The name of formerr.test cannot be looked up: the DNS server answers FORMERR."},
+			"twelve":        {503, `dns_error; rcode="RCODE12"`, "The name of twelve.test cannot be looked up: the DNS server answers RCODE12."},
+			"aaaa-fails":    {503, `dns_error; rcode="SERVFAIL"`, "The name of aaaa-fails.test cannot be looked up: the DNS server answers SERVFAIL."},
+			"empty":         {502, `dns_error`, "The name of empty.test has no address."},
+			"silent":        {504, `dns_timeout`, "The name of silent.test was not resolved in time."},
+		} {
+			if !strings.HasSuffix(resolver, server) {
+				want.status, want.kind = 503, "dns_error"
+				want.text = "The name of " + name + ".test cannot be looked up: there is no answer from DNS."
+			}
+			clients := map[string]*rawConn{}
+			for _, request := range []string{"CONNECT " + name + ".test:443", "GET http://" + name + ".test:8080/", "GET https://" + name + ".test/"} {
+				clients[request] = w.dial()
+				clients[request].send(request + " HTTP/1.1\nHost: x\nConnection: close\n\n")
+			}
+			for request, c := range clients {
+				res, body := c.response(http.MethodGet)
+				if _, got, _ := strings.Cut(res.Header.Get("Proxy-Status"), "error="); res.StatusCode != want.status || got != want.kind || body != want.text+"\n" {
+					t.Errorf("%s by %s: %d, %s, %q; want %v", request, resolver, res.StatusCode, got, body, want)
+				}
+			}
+		}
+	}
+}
+
+// If DNS answers for one family never arrive, the other family's address is used without
+// delay, and a dead address delays only the first request.
+func TestDialWithOneSilentDNSFamily(t *testing.T) {
+	echo := echoTarget(t)
+	_, port, _ := net.SplitHostPort(echo)
+	server := dnsServer(t, func(q dnsQuery) dnsReply {
+		return dnsReply{silent: q.ipv6, addrs: []string{"127.0.0.1"}}
+	})
+	w := newWorld(t, "dial_timeout 1h\nresolvers "+server, nil)
+	c := w.dial()
+	c.connect("half.test:" + port)
+	hear(t, c, say(t, c, "hello"))
+	_, origin, _ := net.SplitHostPort(w.origin.Listener.Addr().String())
+	c = w.dial()
+	c.send("GET http://half.test:" + origin + "/ HTTP/1.1\nHost: x\n\n")
+	if res, body := c.response(http.MethodGet); res.StatusCode != http.StatusOK {
+		t.Errorf("%s %q", res.Status, body)
+	}
 }
