@@ -22,6 +22,7 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 	"golang.org/x/sys/unix"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/dnstest"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
@@ -245,28 +246,28 @@ func keepAliveEnabled(t *testing.T, conn *net.TCPConn) bool {
 
 // A DNS error and the lack of any DNS answer are reported differently (RFC 9209 §2.3.2).
 func TestDNSFailures(t *testing.T) {
-	server := dnsServer(t, func(q dnsQuery) dnsReply {
+	server := dnstest.Serve(t, func(q dnstest.Query) dnstest.Reply {
 		rcodes := map[string]dnsmessage.RCode{"nxdomain": 3, "servfail": 2, "refused": 5, "notimp": 4, "formerr": 1, "twelve": 12}
-		name, _, _ := strings.Cut(q.name, ".")
+		name, _, _ := strings.Cut(q.Name, ".")
 		if rest, ok := strings.CutPrefix(name, "long-"); ok { // the server answers these over TCP
-			if q.network == "udp" {
-				return dnsReply{truncated: true}
+			if q.Network == "udp" {
+				return dnstest.Reply{Truncated: true}
 			}
 			name = rest
 		}
 		switch name {
 		case "silent":
-			return dnsReply{silent: true}
+			return dnstest.Reply{Silent: true}
 		case "aaaa-fails":
-			if q.ipv6 {
-				return dnsReply{rcode: dnsmessage.RCodeServerFailure}
+			if q.IPv6 {
+				return dnstest.Reply{RCode: dnsmessage.RCodeServerFailure}
 			}
-			return dnsReply{}
+			return dnstest.Reply{}
 		}
-		return dnsReply{rcode: rcodes[name]}
+		return dnstest.Reply{RCode: rcodes[name]}
 	})
 	w := newWorld(t, "", nil)
-	for _, resolver := range []string{server, "tcp/" + server, closedDNS(t), "tcp/" + freeAddress(t)} {
+	for _, resolver := range []string{server, "tcp/" + server, dnstest.Closed(t), "tcp/" + freeAddress(t)} {
 		w.load(w.site("dial_timeout 500ms\nresolvers " + resolver))
 		for name, want := range map[string]struct {
 			status     int
@@ -307,8 +308,8 @@ func TestDNSFailures(t *testing.T) {
 func TestDialWithOneSilentDNSFamily(t *testing.T) {
 	echo := echoTarget(t)
 	_, port, _ := net.SplitHostPort(echo)
-	server := dnsServer(t, func(q dnsQuery) dnsReply {
-		return dnsReply{silent: q.ipv6, addrs: []string{"127.0.0.1"}}
+	server := dnstest.Serve(t, func(q dnstest.Query) dnstest.Reply {
+		return dnstest.Reply{Silent: q.IPv6, Addrs: []string{"127.0.0.1"}}
 	})
 	w := newWorld(t, "dial_timeout 1h\nresolvers "+server, nil)
 	c := w.dial()

@@ -22,6 +22,7 @@ import (
 
 	"golang.org/x/net/dns/dnsmessage"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/dnstest"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
@@ -64,12 +65,12 @@ func lookupContext(t *testing.T) context.Context {
 func TestResolverRepeatsQuestions(t *testing.T) {
 	var mu sync.Mutex
 	asked := make(map[string]chan struct{})
-	r := resolverAt(t, 20*time.Millisecond, dnsServer(t, func(q dnsQuery) dnsReply {
+	r := resolverAt(t, 20*time.Millisecond, dnstest.Serve(t, func(q dnstest.Query) dnstest.Reply {
 		mu.Lock()
-		secondSeen, repeated := asked[q.from]
+		secondSeen, repeated := asked[q.From]
 		if !repeated {
 			secondSeen = make(chan struct{})
-			asked[q.from] = secondSeen
+			asked[q.From] = secondSeen
 		}
 		mu.Unlock()
 		if repeated {
@@ -78,13 +79,13 @@ func TestResolverRepeatsQuestions(t *testing.T) {
 			default:
 				close(secondSeen)
 			}
-			return dnsReply{silent: true}
+			return dnstest.Reply{Silent: true}
 		}
 		select {
 		case <-secondSeen:
 		case <-t.Context().Done():
 		}
-		return dnsReply{addrs: []string{"192.0.2.1", "2001:db8::1"}}
+		return dnstest.Reply{Addrs: []string{"192.0.2.1", "2001:db8::1"}}
 	}))
 	addrs, err := r.lookup(lookupContext(t), "slow.test.")
 	if slices.SortFunc(addrs, netip.Addr.Compare); err != nil || !slices.Equal(addrs, addrsOf("192.0.2.1 2001:db8::1")) {
@@ -99,12 +100,12 @@ func TestResolverRepeatsQuestions(t *testing.T) {
 // One server that is silent, unreachable or failing does not make a lookup fail, whichever
 // server is asked first.
 func TestResolverAsksNextServer(t *testing.T) {
-	good := dnsServer(t, func(dnsQuery) dnsReply { return dnsReply{addrs: []string{"192.0.2.1"}} })
-	silent := dnsServer(t, func(dnsQuery) dnsReply { return dnsReply{silent: true} })
-	broken := dnsServer(t, func(dnsQuery) dnsReply { return dnsReply{rcode: dnsmessage.RCodeServerFailure} })
+	good := dnstest.Serve(t, func(dnstest.Query) dnstest.Reply { return dnstest.Reply{Addrs: []string{"192.0.2.1"}} })
+	silent := dnstest.Serve(t, func(dnstest.Query) dnstest.Reply { return dnstest.Reply{Silent: true} })
+	broken := dnstest.Serve(t, func(dnstest.Query) dnstest.Reply { return dnstest.Reply{RCode: dnsmessage.RCodeServerFailure} })
 	for name, servers := range map[string][]string{
-		"silent": {silent, good}, "closed": {closedDNS(t), good}, "broken": {broken, good},
-		"all": {closedDNS(t), silent, broken, "tcp/" + closedTCP(t), good},
+		"silent": {silent, good}, "closed": {dnstest.Closed(t), good}, "broken": {broken, good},
+		"all": {dnstest.Closed(t), silent, broken, "tcp/" + closedTCP(t), good},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := resolverAt(t, 50*time.Millisecond, servers...)
@@ -117,7 +118,7 @@ func TestResolverAsksNextServer(t *testing.T) {
 		})
 	}
 	// NXDOMAIN is an answer: no other server is asked.
-	r := resolverAt(t, time.Hour, dnsServer(t, func(dnsQuery) dnsReply { return dnsReply{rcode: dnsmessage.RCodeNameError} }), silent)
+	r := resolverAt(t, time.Hour, dnstest.Serve(t, func(dnstest.Query) dnstest.Reply { return dnstest.Reply{RCode: dnsmessage.RCodeNameError} }), silent)
 	r.silent.put(1, struct{}{})
 	if addrs, err := r.lookup(lookupContext(t), "nowhere.test."); err == nil || !err.(*resolveError).noSuchName() {
 		t.Errorf("%v, %v", addrs, err)
@@ -151,17 +152,17 @@ func TestResolverJoinsLookups(t *testing.T) {
 	}
 	var answers atomic.Bool
 	release := make(chan struct{})
-	server := dnsServer(t, func(q dnsQuery) dnsReply {
+	server := dnstest.Serve(t, func(q dnstest.Query) dnstest.Reply {
 		mu.Lock()
 		first := len(sources) < 2 // one socket per family
-		old := sources[q.from]
-		sources[q.from] = true
+		old := sources[q.From]
+		sources[q.From] = true
 		mu.Unlock()
 		if first || old {
 			<-release
-			return dnsReply{silent: !answers.Load()}
+			return dnstest.Reply{Silent: !answers.Load()}
 		}
-		return dnsReply{addrs: []string{"192.0.2.1"}}
+		return dnstest.Reply{Addrs: []string{"192.0.2.1"}}
 	})
 	defer close(release)
 	r := resolverAt(t, time.Hour, server)
@@ -229,9 +230,9 @@ func TestResolverRepeatsInTime(t *testing.T) {
 // A lookup that no request waits for any more keeps no socket open.
 func TestResolverCanceled(t *testing.T) {
 	asked := make(chan struct{}, 100)
-	server := dnsServer(t, func(dnsQuery) dnsReply {
+	server := dnstest.Serve(t, func(dnstest.Query) dnstest.Reply {
 		asked <- struct{}{}
-		return dnsReply{silent: true}
+		return dnstest.Reply{Silent: true}
 	})
 	for _, network := range []string{"udp", "tcp"} {
 		t.Run(network, func(t *testing.T) {

@@ -1,7 +1,9 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+// Package dnstest is a DNS server for tests. It offers answers that are late, missing,
+// truncated or wrong. Only tests import it.
+package dnstest
 
 import (
 	"encoding/binary"
@@ -14,27 +16,27 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 )
 
-// dnsQuery is a question as the tests' DNS server gets it.
-type dnsQuery struct {
-	name    string // lower case, without a trailing dot
-	ipv6    bool
-	from    string // address of the client's socket
-	network string // udp or tcp
+// Query is a question as the tests' DNS server gets it.
+type Query struct {
+	Name    string // lower case, without a trailing dot
+	IPv6    bool
+	From    string // address of the client's socket
+	Network string // udp or tcp
 }
 
-// dnsReply is the server's reply to a query.
-type dnsReply struct {
-	rcode     dnsmessage.RCode
-	addrs     []string // only those of the family asked for are sent
-	truncated bool
-	silent    bool
+// Reply is the server's reply to a query.
+type Reply struct {
+	RCode     dnsmessage.RCode
+	Addrs     []string // only those of the family asked for are sent
+	Truncated bool
+	Silent    bool
 }
 
-// dnsServer answers A and AAAA questions on a loopback port, over UDP and TCP. reply is
+// Serve answers A and AAAA questions on a loopback port, over UDP and TCP. reply is
 // called concurrently and may block.
-func dnsServer(t *testing.T, reply func(dnsQuery) dnsReply) (address string) {
+func Serve(t *testing.T, reply func(Query) Reply) (address string) {
 	t.Helper()
-	packets, streams := listenDNS(t)
+	packets, streams := listen(t)
 	t.Cleanup(func() { packets.Close() })
 	go func() {
 		for {
@@ -44,7 +46,7 @@ func dnsServer(t *testing.T, reply func(dnsQuery) dnsReply) (address string) {
 				return
 			}
 			go func() {
-				if message := dnsAnswerTo(b[:n], from, reply); message != nil {
+				if message := answerTo(b[:n], from, reply); message != nil {
 					_, _ = packets.WriteTo(message, from)
 				}
 			}()
@@ -67,7 +69,7 @@ func dnsServer(t *testing.T, reply func(dnsQuery) dnsReply) (address string) {
 				if _, err := io.ReadFull(conn, b); err != nil {
 					return
 				}
-				message := dnsAnswerTo(b, conn.RemoteAddr(), reply)
+				message := answerTo(b, conn.RemoteAddr(), reply)
 				if message == nil {
 					_, _ = io.Copy(io.Discard, conn)
 					return
@@ -82,8 +84,8 @@ func dnsServer(t *testing.T, reply func(dnsQuery) dnsReply) (address string) {
 	return streams.Addr().String()
 }
 
-// listenDNS returns sockets for UDP and TCP with the same address.
-func listenDNS(t *testing.T) (net.PacketConn, net.Listener) {
+// listen returns sockets for UDP and TCP with the same address.
+func listen(t *testing.T) (net.PacketConn, net.Listener) {
 	t.Helper()
 	var last error
 	for range 100 { // another process may have the port for UDP
@@ -102,21 +104,21 @@ func listenDNS(t *testing.T) (net.PacketConn, net.Listener) {
 	return nil, nil
 }
 
-// dnsAnswerTo returns the message that answers a query, or nil for none.
-func dnsAnswerTo(b []byte, from net.Addr, reply func(dnsQuery) dnsReply) []byte {
+// answerTo returns the message that answers a query, or nil for none.
+func answerTo(b []byte, from net.Addr, reply func(Query) Reply) []byte {
 	var m dnsmessage.Message
 	if err := m.Unpack(b); err != nil || len(m.Questions) != 1 {
 		return nil
 	}
 	q := m.Questions[0]
 	ipv6 := q.Type == dnsmessage.TypeAAAA
-	a := reply(dnsQuery{strings.TrimSuffix(strings.ToLower(q.Name.String()), "."), ipv6, from.String(), from.Network()})
-	if a.silent {
+	a := reply(Query{strings.TrimSuffix(strings.ToLower(q.Name.String()), "."), ipv6, from.String(), from.Network()})
+	if a.Silent {
 		return nil
 	}
 	m.Response, m.RecursionAvailable, m.Additionals = true, true, nil
-	m.RCode, m.Truncated = a.rcode, a.truncated
-	for _, s := range a.addrs {
+	m.RCode, m.Truncated = a.RCode, a.Truncated
+	for _, s := range a.Addrs {
 		addr := netip.MustParseAddr(s)
 		header := dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: q.Class, TTL: 1}
 		switch {
@@ -133,9 +135,9 @@ func dnsAnswerTo(b []byte, from net.Addr, reply func(dnsQuery) dnsReply) []byte 
 	return message
 }
 
-// closedDNS returns an address at which UDP questions are refused: its socket is connected
+// Closed returns an address at which UDP questions are refused: its socket is connected
 // elsewhere.
-func closedDNS(t *testing.T) string {
+func Closed(t *testing.T) string {
 	t.Helper()
 	here := &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)}
 	conn, err := net.DialUDP("udp4", here, &net.UDPAddr{IP: here.IP, Port: 1})
