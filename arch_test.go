@@ -20,6 +20,7 @@ var arrows = []struct{ name, imports string }{
 	{"monotime", ""},
 	{"client", ""},
 	{"hostport", ""},
+	{"tcpconn", ""},
 	{"bucket", "client"},
 	{"h1", ""},
 	{"policy", "hostport"},

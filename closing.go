@@ -14,6 +14,8 @@ import (
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"golang.org/x/net/http/httpguts"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // A client may still be sending when its request has been answered: the content of a refused
@@ -59,7 +61,7 @@ func (l *lingering) leave(client netip.Addr) {
 // close closes a client's connection in stages.
 func (l *lingering) close(conn net.Conn, client netip.Addr) {
 	if l.enter(client) {
-		if _, half := unwrapConn(conn); half != nil {
+		if _, half := tcpconn.Unwrap(conn); half != nil {
 			_ = conn.SetWriteDeadline(time.Now().Add(lingerIdle)) // TLS writes a close_notify
 			_ = half.CloseWrite()
 		}

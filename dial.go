@@ -39,7 +39,7 @@ func newDialer(p *policy.Policy, timeout time.Duration, resolver *resolver) *dia
 	for r := range policy.ScopeCount {
 		d.dialers[r] = net.Dialer{
 			Timeout:   timeout,
-			KeepAlive: -1, // see enableKeepAlive
+			KeepAlive: -1, // see tcpconn.EnableKeepAlive
 			ControlContext: func(ctx context.Context, _, address string, _ syscall.RawConn) error {
 				to, err := netip.ParseAddrPort(address)
 				if err != nil {

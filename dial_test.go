@@ -24,6 +24,7 @@ import (
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/dnstest"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // The tests in this file cover what happens while a tunnel's target is being dialed.
@@ -201,7 +202,7 @@ func TestTargetsAreKeptAlive(t *testing.T) {
 	w.dial().connect(echoTarget(t))
 	eventually(t, "a tunnel with keep-alive", func() bool {
 		open := openTunnels()
-		return len(open) == 1 && keepAliveEnabled(t, tcpConnOf(open[0].far.(*connPeer).Conn))
+		return len(open) == 1 && keepAliveEnabled(t, tcpconn.Of(open[0].far.(*connPeer).Conn))
 	})
 	origin := w.origin.Listener.Addr().String()
 	c := w.dial()

@@ -22,6 +22,7 @@ import (
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // exchange sends one request to an HTTP/1 origin and reads its response. It runs on
@@ -397,8 +398,8 @@ type bodySender struct {
 
 func newBodySender(conn *originConn, out *outgoing) *bodySender {
 	if out.body.length < 0 || out.body.length > copyBuffer {
-		if socket := tcpConnOf(conn.Conn); socket != nil {
-			limitUnsent(socket) // the origin's response timeout starts when it has the request
+		if socket := tcpconn.Of(conn.Conn); socket != nil {
+			tcpconn.LimitUnsent(socket) // the origin's response timeout starts when it has the request
 		}
 	}
 	s := &bodySender{out: out, conn: conn, ended: make(chan struct{}), wanted: make(chan bool, 2)}

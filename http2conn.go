@@ -18,6 +18,7 @@ import (
 	"golang.org/x/net/http2"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // http2Conn is an HTTP/2 connection to a server that detects when the server has silently
@@ -74,7 +75,7 @@ func newHTTP2Conn(t *http2.Transport, conn *tls.Conn, times pingTimes) (*http2Co
 
 // startHTTP2 is like newHTTP2Conn, with a conn that reads from observed.
 func startHTTP2(t *http2.Transport, observed *observedConn, conn net.Conn, times pingTimes) (*http2Conn, error) {
-	c := &http2Conn{conn: observed, socket: tcpConnOf(observed.Conn), times: times}
+	c := &http2Conn{conn: observed, socket: tcpconn.Of(observed.Conn), times: times}
 	var err error
 	if c.ClientConn, err = t.NewClientConn(conn); err != nil {
 		_ = observed.Close()
@@ -162,7 +163,7 @@ func (c *http2Conn) pingAnswered() bool {
 	for taken := uint64(0); ; {
 		start := monotime.Of(time.Now())
 		if c.socket != nil {
-			taken = bytesAcked(c.socket)
+			taken = tcpconn.BytesAcked(c.socket)
 		}
 		ctx, cancel := context.WithTimeout(context.Background(), c.times.answer)
 		err := c.Ping(ctx)
@@ -170,7 +171,7 @@ func (c *http2Conn) pingAnswered() bool {
 		if err == nil || c.conn.lastRead.Load() >= start {
 			return true
 		}
-		if c.socket == nil || bytesAcked(c.socket) < taken+uploadProgress {
+		if c.socket == nil || tcpconn.BytesAcked(c.socket) < taken+uploadProgress {
 			break
 		}
 	}

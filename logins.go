@@ -17,6 +17,8 @@ import (
 
 	"github.com/puzpuzpuz/xsync/v4"
 	"github.com/quic-go/quic-go/http3"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // Some logins apply to a connection rather than to a request: after an NTLM or Negotiate
@@ -94,7 +96,7 @@ func withSocket(ctx context.Context, conn net.Conn) context.Context {
 // socketOf returns the TCP socket below all wrappers of a connection, or conn itself if
 // there is none.
 func socketOf(conn net.Conn) any {
-	if tcp := tcpConnOf(conn); tcp != nil {
+	if tcp := tcpconn.Of(conn); tcp != nil {
 		return tcp
 	}
 	return conn

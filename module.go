@@ -38,6 +38,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 func init() {
@@ -354,7 +355,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		dial := func(ctx context.Context, authority string) (net.Conn, error) {
 			conn, err := h.dial(ctx, r, authority)
 			if tcp, ok := conn.(*net.TCPConn); ok {
-				enableKeepAlive(tcp) // a pooled connection may be idle from the start
+				tcpconn.EnableKeepAlive(tcp) // a pooled connection may be idle from the start
 			}
 			return conn, err
 		}

@@ -22,6 +22,7 @@ import (
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // Limits for idle connections to origins: their number, and how long each may be idle.
@@ -281,10 +282,10 @@ func (c *originConn) releaseReader() {
 func (c *originConn) quiet() bool {
 	switch conn := c.Conn.(type) {
 	case *net.TCPConn:
-		return socketQuiet(conn)
+		return tcpconn.IsQuiet(conn)
 	case *tls.Conn:
 		socket, ok := conn.NetConn().(*net.TCPConn)
-		if !ok || !socketQuiet(socket) {
+		if !ok || !tcpconn.IsQuiet(socket) {
 			return false
 		}
 		// TLS may have buffered bytes. Read returns those before it checks the

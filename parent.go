@@ -27,6 +27,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // parent opens connections through a parent proxy.
@@ -67,7 +68,7 @@ type parentConfig struct {
 func newParent(c parentConfig, connector *connector) (*parent, error) {
 	p := &parent{
 		scheme: c.scheme, address: c.address, timeout: c.timeout, header: make(http.Header),
-		dialer: net.Dialer{KeepAliveConfig: keepAliveConfig}, connector: connector,
+		dialer: net.Dialer{KeepAliveConfig: tcpconn.KeepAliveConfig}, connector: connector,
 	}
 	password := ""
 	if c.user != nil {

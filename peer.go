@@ -7,6 +7,8 @@ import (
 	"context"
 	"io"
 	"net"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // peer is one end of a tunnel: a connection or a stream.
@@ -63,15 +65,15 @@ type streamEnd interface {
 // connPeer is a peer with a connection of its own.
 type connPeer struct {
 	net.Conn
-	half   halfCloser   // nil: the connection cannot half-close
-	socket *net.TCPConn // below the connection, if known
+	half   tcpconn.HalfCloser // nil: the connection cannot half-close
+	socket *net.TCPConn       // below the connection, if known
 }
 
 // newConnPeer returns the end that conn is, which may be a socket, TLS on a socket, or a
 // listener's wrapper around either.
 func newConnPeer(conn net.Conn) *connPeer {
 	p := &connPeer{Conn: conn}
-	p.socket, p.half = unwrapConn(conn)
+	p.socket, p.half = tcpconn.Unwrap(conn)
 	return p
 }
 
@@ -89,7 +91,7 @@ func (p *connPeer) SendState(last uint64) (acked uint64, queued bool) {
 	if p.socket == nil {
 		return last, false
 	}
-	return sendState(p.socket)
+	return tcpconn.SendState(p.socket)
 }
 
 // aborter is a connection that is not a socket and can be aborted, such as a stream to a

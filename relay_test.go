@@ -20,6 +20,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // relayRig is a running relay: what is written to in comes out of out.
@@ -119,7 +121,7 @@ func selfSigned(t testing.TB) tls.Certificate {
 
 // end half-closes a connection.
 func end(conn net.Conn) error {
-	if half, ok := conn.(halfCloser); ok {
+	if half, ok := conn.(tcpconn.HalfCloser); ok {
 		return half.CloseWrite()
 	}
 	return conn.Close()
@@ -204,7 +206,7 @@ func TestRelayWaitsForASlowDestination(t *testing.T) {
 				return func(t testing.TB) (net.Conn, net.Conn) {
 					inside, outside := pair(t)
 					for _, conn := range []net.Conn{inside, outside} {
-						if tcp := tcpConnOf(conn); tcp != nil {
+						if tcp := tcpconn.Of(conn); tcp != nil {
 							tcp.SetReadBuffer(kernel)
 							tcp.SetWriteBuffer(kernel)
 						}
@@ -266,7 +268,7 @@ func TestRelayReportsSourceError(t *testing.T) {
 				receiveBulk(t, "the other side", io.LimitReader(rig.out, size), 1, size)
 				newConnPeer(rig.in).Abort()
 				res := <-rig.result
-				if res.writeErr != nil || res.readErr == nil || res.readErr == io.EOF && tcpConnOf(rig.in) != nil {
+				if res.writeErr != nil || res.readErr == nil || res.readErr == io.EOF && tcpconn.Of(rig.in) != nil {
 					t.Errorf("the relay ended with %v, %v; want a source error", res.readErr, res.writeErr)
 				}
 				if n := rig.copied.Load(); n != size {

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // writeStallTimer extends the write deadline of an HTTP/1 client that reads a response slowly.
@@ -32,12 +34,12 @@ type writeStallTimer struct {
 // newWriteStallTimer only limits how much waits in the kernel.
 func newWriteStallTimer(w http.ResponseWriter, r *http.Request) *writeStallTimer {
 	_, idle := caddyhttp.IdleTimeoutsFromContext(r.Context())
-	socket := tcpConnOf(connOf(w, r))
+	socket := tcpconn.Of(connOf(w, r))
 	switch {
 	case idle == nil || !restartsWithEachWrite(idle) || socket == nil:
 		return nil
 	case r.ProtoMajor > 1:
-		limitUnsent(socket)
+		tcpconn.LimitUnsent(socket)
 		return nil
 	}
 	s := &writeStallTimer{socket: socket, timeout: idle.Deadline.Timeout}
@@ -54,7 +56,7 @@ func (s *writeStallTimer) tick() {
 	if s.timer == nil {
 		return
 	}
-	if taken := bytesAcked(s.socket); taken > s.acked {
+	if taken := tcpconn.BytesAcked(s.socket); taken > s.acked {
 		s.acked = taken
 		_ = s.socket.SetWriteDeadline(time.Now().Add(s.timeout)) // if it fails, so does the write
 	}
@@ -71,7 +73,7 @@ func (s *writeStallTimer) waitForEnd() error {
 		return nil
 	}
 	_ = s.socket.SetWriteDeadline(time.Now().Add(s.timeout)) // the last one may have passed
-	return asClientError(waitWritable(s.socket))
+	return asClientError(tcpconn.WaitWritable(s.socket))
 }
 
 // stop stops the timer. When it returns, the deadline is no longer set.

@@ -15,6 +15,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // Bulk data is spliced through a pipe, which is then reused. Where the kernel refuses that,
@@ -81,7 +83,7 @@ func TestClientConnWriterSplices(t *testing.T) {
 func TestWaitWritable(t *testing.T) {
 	near, far := socketPair(t)
 	socket := near.(*net.TCPConn)
-	if err := waitWritable(socket); err != nil {
+	if err := tcpconn.WaitWritable(socket); err != nil {
 		t.Errorf("with room in the buffer: %v", err)
 	}
 	_ = socket.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
@@ -89,12 +91,12 @@ func TestWaitWritable(t *testing.T) {
 		t.Fatalf("the socket accepted 64 MiB: %v", err)
 	}
 	_ = socket.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
-	if err := waitWritable(socket); !errors.Is(err, os.ErrDeadlineExceeded) {
+	if err := tcpconn.WaitWritable(socket); !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("with a full buffer: %v", err)
 	}
 	_ = socket.SetWriteDeadline(time.Now().Add(patience))
 	go func() { _, _ = io.Copy(io.Discard, far) }()
-	if err := waitWritable(socket); err != nil {
+	if err := tcpconn.WaitWritable(socket); err != nil {
 		t.Errorf("with room again: %v", err)
 	}
 }

@@ -17,6 +17,8 @@ import (
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
 	"golang.org/x/net/http2"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // streamPeer is a client whose tunnel is an HTTP/2 or HTTP/3 stream. Only the handler's
@@ -50,7 +52,7 @@ const (
 func newStreamPeer(w http.ResponseWriter, r *http.Request) *streamPeer {
 	p := &streamPeer{ctx: r.Context(), w: w, control: http.NewResponseController(w), body: r.Body}
 	if p.conn = connOf(w, r); p.conn != nil {
-		p.tcp = tcpConnOf(p.conn)
+		p.tcp = tcpconn.Of(p.conn)
 	}
 	p.server, _ = r.Context().Value(http3.ServerContextKey).(*http3.Server)
 	p.dropIdleTimeouts(r)
@@ -164,10 +166,10 @@ func (p *streamPeer) StopReading() {
 // SendState only knows the connection as a whole. Its acknowledgements say nothing about
 // this stream while the socket has room, and are reported only while the socket is full.
 func (p *streamPeer) SendState(last uint64) (acked uint64, queued bool) {
-	if p.tcp == nil || hasRoom(p.tcp) {
+	if p.tcp == nil || tcpconn.HasRoom(p.tcp) {
 		return last, false
 	}
-	acked, _ = sendState(p.tcp)
+	acked, _ = tcpconn.SendState(p.tcp)
 	return acked, false
 }
 

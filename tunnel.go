@@ -15,6 +15,7 @@ import (
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // Reasons for the end of a tunnel, as in its closing log line.
@@ -231,7 +232,7 @@ func (t *tunnel) setReason(reason string) {
 // It turns keep-alive on at the first tick, so that short-lived tunnels do not pay for it.
 func (t *tunnel) tick(now time.Time) {
 	if far, ok := t.far.(*connPeer); ok && !t.keepAliveOn && far.socket != nil {
-		enableKeepAlive(far.socket)
+		tcpconn.EnableKeepAlive(far.socket)
 	}
 	t.keepAliveOn = true
 	if t.stream != nil && t.stream.IsAborted() {

@@ -27,6 +27,8 @@ import (
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
 	"golang.org/x/net/http2"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // tunnelProtocols are the protocols over which a client can request a tunnel: HTTP/1 plain
@@ -217,7 +219,7 @@ func (t *h1Tunnel) connect(target, header, early string) (*http.Response, error)
 }
 
 func (t *h1Tunnel) Read(b []byte) (int, error) { return t.r.Read(b) }
-func (t *h1Tunnel) CloseWrite() error          { return t.Conn.(halfCloser).CloseWrite() }
+func (t *h1Tunnel) CloseWrite() error          { return t.Conn.(tcpconn.HalfCloser).CloseWrite() }
 
 func (t *h1Tunnel) Reset() {
 	t.tcp.SetLinger(0)

@@ -3,7 +3,7 @@
 
 //go:build unix
 
-package asyncproxy
+package tcpconn
 
 import (
 	"net"
@@ -11,8 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// socketQuiet reports whether a socket is open and has nothing to read.
-func socketQuiet(socket *net.TCPConn) bool {
+// IsQuiet reports whether a socket is open and has nothing to read.
+func IsQuiet(socket *net.TCPConn) bool {
 	conn, err := socket.SyscallConn()
 	if err != nil {
 		return false

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package tcpconn
 
 import (
 	"net"
@@ -9,16 +9,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// bytesAcked returns how many bytes the other side has acknowledged in all, or 0 if that is
+// BytesAcked returns how many bytes the other side has acknowledged in all, or 0 if that is
 // unknown.
-func bytesAcked(socket *net.TCPConn) uint64 {
-	taken, _ := sendState(socket)
+func BytesAcked(socket *net.TCPConn) uint64 {
+	taken, _ := SendState(socket)
 	return taken
 }
 
-// sendState returns how many bytes the other side has acknowledged in all, and whether the
+// SendState returns how many bytes the other side has acknowledged in all, and whether the
 // kernel holds more for it. For a closed socket it returns 0 and false.
-func sendState(socket *net.TCPConn) (taken uint64, queued bool) {
+func SendState(socket *net.TCPConn) (taken uint64, queued bool) {
 	conn, err := socket.SyscallConn()
 	if err != nil {
 		return 0, false
@@ -31,8 +31,8 @@ func sendState(socket *net.TCPConn) (taken uint64, queued bool) {
 	return taken, queued
 }
 
-// hasRoom reports whether the socket is writable.
-func hasRoom(socket *net.TCPConn) bool {
+// HasRoom reports whether the socket is writable.
+func HasRoom(socket *net.TCPConn) bool {
 	conn, err := socket.SyscallConn()
 	if err != nil {
 		return true
@@ -44,8 +44,8 @@ func hasRoom(socket *net.TCPConn) bool {
 	return events != 0
 }
 
-// waitWritable waits until the socket is writable.
-func waitWritable(socket *net.TCPConn) error {
+// WaitWritable waits until the socket is writable.
+func WaitWritable(socket *net.TCPConn) error {
 	conn, err := socket.SyscallConn()
 	if err != nil {
 		return err
@@ -60,9 +60,9 @@ func waitWritable(socket *net.TCPConn) error {
 // It is writable again with half of that.
 const maxUnsent = 512 << 10
 
-// limitUnsent limits how many unsent bytes the kernel holds for the socket. Without a limit,
+// LimitUnsent limits how many unsent bytes the kernel holds for the socket. Without a limit,
 // that is up to some MiB.
-func limitUnsent(socket *net.TCPConn) {
+func LimitUnsent(socket *net.TCPConn) {
 	if conn, err := socket.SyscallConn(); err == nil {
 		_ = conn.Control(func(fd uintptr) {
 			_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, maxUnsent)

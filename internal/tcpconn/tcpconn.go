@@ -1,7 +1,10 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+// Package tcpconn does with TCP connections what package net has no method for. It finds the
+// socket below a connection, reads what the kernel knows about the socket, and sets its
+// options. It knows neither HTTP nor tunnels.
+package tcpconn
 
 import (
 	"net"
@@ -9,20 +12,20 @@ import (
 	"time"
 )
 
-// halfCloser is a connection that can end what it sends and still receive.
-type halfCloser interface{ CloseWrite() error }
+// HalfCloser is a connection that can end what it sends and still receive.
+type HalfCloser interface{ CloseWrite() error }
 
-// tcpConnOf returns the socket below a connection, or nil if it is not known.
-func tcpConnOf(conn net.Conn) *net.TCPConn {
-	socket, _ := unwrapConn(conn)
+// Of returns the socket below a connection, or nil if it is not known.
+func Of(conn net.Conn) *net.TCPConn {
+	socket, _ := Unwrap(conn)
 	return socket
 }
 
-// unwrapConn finds the socket below a connection and how to half-close the connection; nil
+// Unwrap finds the socket below a connection and how to half-close the connection; nil
 // means that it does not know or cannot. The connection may be a socket, TLS on a socket, or
 // a listener's wrapper around either.
-func unwrapConn(conn net.Conn) (socket *net.TCPConn, half halfCloser) {
-	half, _ = conn.(halfCloser)
+func Unwrap(conn net.Conn) (socket *net.TCPConn, half HalfCloser) {
+	half, _ = conn.(HalfCloser)
 	for lower := conn; ; {
 		switch c := lower.(type) {
 		case *net.TCPConn:
@@ -39,7 +42,7 @@ func unwrapConn(conn net.Conn) (socket *net.TCPConn, half halfCloser) {
 				return nil, half
 			}
 			if half == nil {
-				half, _ = lower.(halfCloser)
+				half, _ = lower.(HalfCloser)
 			}
 		}
 	}
@@ -60,10 +63,11 @@ func embeddedConn(conn net.Conn) net.Conn {
 	return nil
 }
 
-// enableKeepAlive makes the kernel detect a dead peer within two minutes. It costs four system
+// EnableKeepAlive makes the kernel detect a dead peer within two minutes. It costs four system
 // calls, so short-lived connections do without it.
-func enableKeepAlive(conn *net.TCPConn) {
-	_ = conn.SetKeepAliveConfig(keepAliveConfig)
+func EnableKeepAlive(conn *net.TCPConn) {
+	_ = conn.SetKeepAliveConfig(KeepAliveConfig)
 }
 
-var keepAliveConfig = net.KeepAliveConfig{Enable: true, Idle: time.Minute, Interval: 15 * time.Second, Count: 4}
+// KeepAliveConfig makes the kernel detect a dead peer within two minutes.
+var KeepAliveConfig = net.KeepAliveConfig{Enable: true, Idle: time.Minute, Interval: 15 * time.Second, Count: 4}
