@@ -42,6 +42,9 @@ func TestContribNamesMetrics(t *testing.T) {
 		labels[family.GetName()] = values
 	}
 	labels["caddy_async_proxy_refusals_total"]["reason"] = nil // too many to list
+	for name, values := range limiterMetrics(t) {
+		labels[name] = values
+	}
 	asked := func(file string) []string {
 		data, err := os.ReadFile(file)
 		if err != nil {
@@ -64,6 +67,28 @@ func TestContribNamesMetrics(t *testing.T) {
 	}
 	asked("contrib/prometheus/rules.yml")
 	asked("contrib/prometheus/tests.yml")
+}
+
+// limiterMetrics returns the labels of the metrics of the limiter redis, which is a module of
+// its own. It reads them from the source.
+func limiterMetrics(t *testing.T) map[string]map[string][]string {
+	t.Helper()
+	source, err := os.ReadFile("redis/metrics.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	labels := make(map[string]map[string][]string)
+	metric := regexp.MustCompile(`(?s)Name:\s+"(\w+)".*?\n\t\}(?:, \[\]string\{"(\w+)"\})?\)`)
+	for _, match := range metric.FindAllStringSubmatch(string(source), -1) {
+		labels[match[1]] = map[string][]string{"instance": nil, "job": nil}
+		if match[2] != "" {
+			labels[match[1]][match[2]] = nil
+		}
+	}
+	if len(labels) != 3 {
+		t.Fatalf("redis/metrics.go has the metrics %v", labels)
+	}
+	return labels
 }
 
 // contribAsks returns the metrics that a file uses, and those metrics and labels that do
