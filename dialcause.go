@@ -128,7 +128,7 @@ func isTimeout(err error) bool {
 
 // isClosed reports whether err says that the peer closed or reset the connection.
 func isClosed(err error) bool {
-	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || isConnReset(err) || errors.Is(err, syscall.EPIPE)
 }
 
 // parentAnswers maps the status of a parent's answer to its cause. All others are

@@ -15,7 +15,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"golang.org/x/net/http/httpguts"
@@ -435,13 +434,13 @@ func (s *bodySender) run() {
 			// The origin may still respond although it reads no more. The
 			// handler finds out by reading.
 			if _, err := w.Write(buf[:n]); err != nil {
-				s.reset = errors.Is(err, syscall.ECONNRESET)
+				s.reset = isConnReset(err)
 				return
 			}
 		}
 		if err == io.EOF {
 			err := s.finishBody(w)
-			s.complete, s.reset = err == nil, errors.Is(err, syscall.ECONNRESET)
+			s.complete, s.reset = err == nil, isConnReset(err)
 			return
 		}
 		if err != nil {

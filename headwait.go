@@ -143,7 +143,7 @@ func (w *headTimer) stale(err error) bool {
 	if w.lost() {
 		return w.ctx.Err() == nil
 	}
-	lost := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
+	lost := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || isConnReset(err) || errors.Is(err, syscall.EPIPE)
 	return lost && w.reused.Load() && w.ctx.Err() == nil
 }
 
