@@ -21,7 +21,8 @@ type RuleCheck struct {
 	incomplete bool        // such a file was ignored, so not all rules are known
 	noted      []listedDestination
 	Never      []neverMatch
-	Inexact    []string // ranges in files that have bits set beyond their length
+	neverAt    map[neverKey]int // indexes in Never
+	Inexact    []string         // ranges in files that have bits set beyond their length
 }
 
 // listedDestination is a destination of a rule.
@@ -40,6 +41,12 @@ type neverMatch struct {
 	Texts []string // the first MaxRuleTexts of them
 	Count int
 	Why   string
+}
+
+// neverKey is what the destinations of a neverMatch have in common.
+type neverKey struct {
+	rule int
+	why  string
 }
 
 // MaxRuleTexts is the maximum number of destinations of a rule that a log line lists.
@@ -79,9 +86,14 @@ func (c *RuleCheck) unreadable(err error) bool {
 }
 
 func (c *RuleCheck) addNeverMatch(rule int, text, why string) {
-	i := slices.IndexFunc(c.Never, func(n neverMatch) bool { return n.Rule == rule && n.Why == why })
-	if i < 0 {
+	// A file may repeat many entries of an earlier rule, each of which is a reason of its own.
+	i, ok := c.neverAt[neverKey{rule, why}]
+	if !ok {
+		if c.neverAt == nil {
+			c.neverAt = make(map[neverKey]int)
+		}
 		i = len(c.Never)
+		c.neverAt[neverKey{rule, why}] = i
 		c.Never = append(c.Never, neverMatch{Rule: rule, Why: why})
 	}
 	n := &c.Never[i]
