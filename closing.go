@@ -33,8 +33,16 @@ const (
 // lingering counts, by client, the connections that are being closed in stages. Its methods
 // are safe for concurrent use.
 type lingering struct {
-	mu sync.Mutex
-	n  map[netip.Addr]int
+	mu   sync.Mutex
+	n    map[netip.Addr]int
+	held sync.Map // the heldSocket of a net.Conn
+}
+
+// heldSocket is a second descriptor of a client's socket, which keeps it open when net/http
+// closes the first.
+type heldSocket struct {
+	conn   net.Conn
+	client netip.Addr
 }
 
 func (l *lingering) enter(client netip.Addr) bool {
@@ -135,6 +143,45 @@ func (l *lingering) dropContent(w http.ResponseWriter, r *http.Request) {
 	if client := identifyClient(r).addr; l.enter(client) {
 		defer l.leave(client)
 		drop(r.Body, http.NewResponseController(w).SetReadDeadline)
+	}
+}
+
+// hold has the connection of a refused CONNECT closed in stages when error routes have
+// answered it. They answer after the handler has returned, so it cannot hijack the connection,
+// and what the client sends after the CONNECT has no end that could be awaited. net/http will
+// close the connection itself, and then release closes what hold has kept open.
+func (l *lingering) hold(w http.ResponseWriter, r *http.Request) {
+	if r.ProtoMajor != 1 || r.Method != http.MethodConnect {
+		return
+	}
+	conn := connOf(w, r)
+	if conn == nil {
+		return
+	}
+	socket := tcpconn.Of(conn)
+	if socket == nil {
+		return
+	}
+	if held, err := tcpconn.Dup(socket); err == nil { // Windows cannot do this
+		l.held.Store(conn, heldSocket{held, identifyClient(r).addr})
+	}
+}
+
+// release ends what hold has begun, when the state of a connection changes. A connection that
+// net/http has closed is closed in stages. Another one is still in use, because error routes
+// have deleted the field Connection.
+func (l *lingering) release(conn net.Conn, state http.ConnState) {
+	if state == http.StateNew || state == http.StateActive {
+		return
+	}
+	value, ok := l.held.LoadAndDelete(conn)
+	if !ok {
+		return
+	}
+	if held := value.(heldSocket); state == http.StateClosed {
+		go l.close(held.conn, held.client)
+	} else {
+		_ = held.conn.Close()
 	}
 }
 

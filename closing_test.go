@@ -40,7 +40,7 @@ func TestRefusalsOfEagerClients(t *testing.T) {
 		"CONNECT":    "CONNECT TARGET HTTP/1.1\r\nHost: x\r\n\r\n" + content[:4<<20],
 		"no content": "CONNECT TARGET HTTP/1.1\r\nHost: x\r\n\r\n",
 	}
-	for _, way := range []string{"fast", "ordinary", "TLS", "error routes"} {
+	for _, way := range []string{"fast", "ordinary", "TLS", "error routes", "error routes over TLS"} {
 		t.Run(way, func(t *testing.T) {
 			w := newWorld(t, "", nil)
 			for _, tc := range []struct {
@@ -57,15 +57,17 @@ func TestRefusalsOfEagerClients(t *testing.T) {
 				switch way {
 				case "ordinary":
 					site = inRoute(site)
-				case "TLS":
+				}
+				if strings.HasSuffix(way, "TLS") {
 					site = strings.Replace(site, "http://", "https://", 1)
 					site = strings.Replace(site, "\tasync_proxy", "\ttls internal {\n\t\ton_demand\n\t}\n\tasync_proxy", 1)
-				case "error routes":
+				}
+				if strings.HasPrefix(way, "error routes") {
 					site = strings.TrimSuffix(site, "}\n") + "\thandle_errors {\n\t\trespond \"sorry\"\n\t}\n}\n"
 				}
 				w.load(site)
 				for name, request := range requests {
-					if strings.Contains(tc.skip, name) || way == "error routes" && name == "CONNECT" {
+					if strings.Contains(tc.skip, name) {
 						continue
 					}
 					for tc.status == http.StatusTooManyRequests {
@@ -78,15 +80,49 @@ func TestRefusalsOfEagerClients(t *testing.T) {
 					}
 				}
 			}
+			expectNothingHeld(t)
 		})
 	}
+}
+
+// A connection that error routes keep open after a refused CONNECT can still be used, and its
+// second descriptor is closed.
+func TestRefusalThatKeepsTheConnection(t *testing.T) {
+	w := newWorld(t, "", nil)
+	w.load(strings.TrimSuffix(w.site("ports 1-65535\nconnect_ports 1-65535"), "}\n") + "\thandle_errors {\n\t\theader -Connection\n\t\trespond \"sorry\"\n\t}\n}\n")
+	echo := listen(t, func(conn *net.TCPConn) { _, _ = io.Copy(conn, conn) })
+	c := w.dial()
+	for range 2 {
+		c.send("CONNECT 169.254.1.1:80 HTTP/1.1\nHost: x\n\n")
+		if res, body := c.response(http.MethodConnect); res.StatusCode != http.StatusForbidden || body != "sorry" {
+			t.Fatalf("%s %q", res.Status, body)
+		}
+	}
+	c.send("CONNECT " + echo + " HTTP/1.1\nHost: x\n\n")
+	if res, body := c.response(http.MethodConnect); res.StatusCode != http.StatusOK {
+		t.Fatalf("%s %q", res.Status, body)
+	}
+	expectNothingHeld(t)
+	c.send("12345678\n")
+	if _, err := io.ReadFull(c.r, make([]byte, 10)); err != nil {
+		t.Error(err)
+	}
+}
+
+func expectNothingHeld(t *testing.T) {
+	t.Helper()
+	eventually(t, "no descriptor to be held", func() bool {
+		n := 0
+		withProcess(func(p *process) { p.lingering.held.Range(func(any, any) bool { n++; return true }) })
+		return n == 0
+	})
 }
 
 // sendThenRead sends a whole request before it reads the response.
 func sendThenRead(t *testing.T, w *world, way, request string) (status int) {
 	t.Helper()
 	var conn net.Conn = w.dial().TCPConn
-	if way == "TLS" {
+	if strings.HasSuffix(way, "TLS") {
 		conn = tls.Client(conn, &tls.Config{InsecureSkipVerify: true, ServerName: "proxy.localhost", NextProtos: []string{"http/1.1"}})
 	}
 	if _, err := io.WriteString(conn, request); err != nil {

@@ -40,6 +40,7 @@ func (h *Handler) writeRefusal(w http.ResponseWriter, r *http.Request, f *refusa
 	}
 	if hasErrorRoutes(r) {
 		h.process.lingering.dropContent(w, r)
+		h.process.lingering.hold(w, r)
 		return caddyhttp.Error(f.status, f)
 	}
 	if closes { // for closeInStages

@@ -7,6 +7,8 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"net"
+	"net/http"
 	"reflect"
 	"slices"
 	"time"
@@ -38,6 +40,7 @@ func (h *Handler) registerHooks(ctx caddy.Context, server *caddyhttp.Server) err
 	server.RegisterConnContext(withConn)
 	server.RegisterConnContext(withSocket)
 	server.RegisterConnState(connState)
+	server.RegisterConnState(func(conn net.Conn, state http.ConnState) { h.process.lingering.release(conn, state) })
 	server.RegisterConnContext(withWindows())
 	server.RegisterOnShutdown(func() { h.onShutdown(ctx) })
 	server.RegisterOnStop(func(grace context.Context) error {
