@@ -14,6 +14,7 @@ import (
 	"syscall"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // dialCause says why there is no connection to a destination, unless the policy denies it.
@@ -128,7 +129,7 @@ func isTimeout(err error) bool {
 
 // isClosed reports whether err says that the peer closed or reset the connection.
 func isClosed(err error) bool {
-	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || isConnReset(err) || errors.Is(err, syscall.EPIPE)
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || tcpconn.IsReset(err) || errors.Is(err, syscall.EPIPE)
 }
 
 // parentAnswers maps the status of a parent's answer to its cause. All others are

@@ -434,13 +434,13 @@ func (s *bodySender) run() {
 			// The origin may still respond although it reads no more. The
 			// handler finds out by reading.
 			if _, err := w.Write(buf[:n]); err != nil {
-				s.reset = isConnReset(err)
+				s.reset = tcpconn.IsReset(err)
 				return
 			}
 		}
 		if err == io.EOF {
 			err := s.finishBody(w)
-			s.complete, s.reset = err == nil, isConnReset(err)
+			s.complete, s.reset = err == nil, tcpconn.IsReset(err)
 			return
 		}
 		if err != nil {

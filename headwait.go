@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // headTimer cancels a request over HTTP/2 whose response head is overdue. The clock runs
@@ -143,7 +144,7 @@ func (w *headTimer) stale(err error) bool {
 	if w.lost() {
 		return w.ctx.Err() == nil
 	}
-	lost := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || isConnReset(err) || errors.Is(err, syscall.EPIPE)
+	lost := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || tcpconn.IsReset(err) || errors.Is(err, syscall.EPIPE)
 	return lost && w.reused.Load() && w.ctx.Err() == nil
 }
 

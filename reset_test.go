@@ -14,6 +14,8 @@ import (
 	"testing"
 
 	"golang.org/x/net/http2"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 func TestIsConnReset(t *testing.T) {
@@ -33,7 +35,7 @@ func TestIsConnReset(t *testing.T) {
 		{errors.New("reset"), false},
 		{nil, false},
 	} {
-		if got := isConnReset(tc.err); got != tc.want {
+		if got := tcpconn.IsReset(tc.err); got != tc.want {
 			t.Errorf("%v: %v, want %v", tc.err, got, tc.want)
 		}
 		if got := isClosed(tc.err); got != (tc.want || tc.err == syscall.EPIPE || tc.err == io.EOF) {
