@@ -24,6 +24,7 @@ var arrows = []struct{ name, imports string }{
 	{"bucket", "client"},
 	{"h1", ""},
 	{"policy", "hostport"},
+	{"egress", "monotime client hostport tcpconn h1 policy"},
 }
 
 // TestArrows checks the imports of the packages below internal/. They know neither Caddy nor

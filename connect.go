@@ -12,6 +12,7 @@ import (
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
@@ -35,7 +36,7 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *transaction
 	if err := h.tunnels.admit(from.limitKey, h.MaxTunnels, h.MaxTunnelsPerClient); err != nil {
 		return 0, tunnelRefusal(err)
 	}
-	ctx := h.dialer.policy.WithConnect(h.withParentFields(r, from, target))
+	ctx := h.dialer.Policy.WithConnect(h.withParentFields(r, from, target))
 	ctx, dialled := h.tunnels.dialContext(ctx, time.Duration(h.DialTimeout))
 	far, err := h.dial(ctx, from.reach, target)
 	dialled()
@@ -92,7 +93,7 @@ func announcesContent(r *http.Request) bool {
 // proxy will receive the request, the context carries the fields that tell it of the path
 // (Via, RFC 9110 §7.6.3) and of the client.
 func (h *Handler) withParentFields(r *http.Request, from clientIdentity, target string) context.Context {
-	if !h.dialer.usesParent(target) {
+	if !h.dialer.UsesParent(target) {
 		return r.Context()
 	}
 	h.setRequestFields(r, from)
@@ -102,7 +103,7 @@ func (h *Handler) withParentFields(r *http.Request, from clientIdentity, target 
 			fields[name] = values
 		}
 	}
-	return context.WithValue(r.Context(), parentRequestKey{}, &parentRequest{fields, from.limitKey})
+	return context.WithValue(r.Context(), egress.ParentRequestKey{}, &egress.ParentRequest{Fields: fields, LimitKey: from.limitKey})
 }
 
 // connectStream runs a tunnel on an HTTP/2 or HTTP/3 stream, which ends when the handler

@@ -18,6 +18,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"golang.org/x/net/http/httpguts"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
@@ -84,14 +85,14 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from clientIde
 		}
 	}
 
-	if h.parentOrigins != nil && scheme == "http" && h.dialer.usesParent(out.authority) {
-		if err := h.dialer.checkForParent(r.Context(), from.reach, out.authority); err != nil {
+	if h.parentOrigins != nil && scheme == "http" && h.dialer.UsesParent(out.authority) {
+		if err := h.dialer.CheckForParent(r.Context(), from.reach, out.authority); err != nil {
 			return 0, dialRefusal(r.Context(), err, r.Host)
 		}
-		if f := refuseEcho(h.dialer.parent, out); f != nil {
+		if f := refuseEcho(h.dialer.Parent, out); f != nil {
 			return 0, f
 		}
-		readdress(h.dialer.parent, out, requestedHost)
+		readdress(h.dialer.Parent, out, requestedHost)
 		pool = h.parentOrigins
 	}
 
@@ -127,7 +128,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from clientIde
 	x.binding.challenged(w, r, res)
 	if res.StatusCode == http.StatusProxyAuthRequired && pool == h.parentOrigins {
 		// The parent rejected this proxy's credentials. The client has none for it.
-		return 0, dialRefusal(r.Context(), &parentError{phase: parentAnswering, status: res.StatusCode, header: res.Header, err: errors.New("it asks for credentials")}, r.Host)
+		return 0, dialRefusal(r.Context(), &egress.ParentError{Phase: egress.ParentAnswering, Status: res.StatusCode, Header: res.Header, Err: errors.New("it asks for credentials")}, r.Host)
 	} else if res.StatusCode == http.StatusProxyAuthRequired {
 		return 0, forwardRefusal(r, errOriginSent407)
 	}

@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
@@ -26,21 +27,21 @@ type cause string
 
 // Causes that logs, metrics, the snapshot, events and placeholders name.
 const (
-	causeRateLimited        cause = "rate_limited"        // no token left
-	causeBlocked            cause = "blocked"             // an operator has blocked the client
-	causeLimiterUnavailable cause = "limiter_unavailable" // the shared limiter is unavailable
-	causeRule               cause = "rule"                // a deny rule matches the destination
-	causeDefault            cause = "default"             // the destination is closed by default
-	causePort               cause = "port"                // the destination's port is closed
-	causeClient             cause = "client"              // the client is not in the option clients
-	causeAuthRequired       cause = "auth_required"       // a challenge: there were no credentials
-	causeAuthFailed         cause = "auth_failed"         // the credentials were wrong
-	causeFailedLogins       cause = "failed_logins"       // too many logins of the client failed: this one was not checked, or too late
-	causeLoginsBusy         cause = "logins_busy"         // too many passwords are waiting to be checked
-	causeTunnels            cause = "max_tunnels"         // all tunnels are in use
-	causeTunnelsPerClient   cause = "tunnels_per_client"  // the client has all of its tunnels in use
-	causeLoop               cause = "loop"                // the request has passed this proxy before
-	causeParent             cause = cause(parentDenies)   // the parent proxy refused
+	causeRateLimited        cause = "rate_limited"             // no token left
+	causeBlocked            cause = "blocked"                  // an operator has blocked the client
+	causeLimiterUnavailable cause = "limiter_unavailable"      // the shared limiter is unavailable
+	causeRule               cause = "rule"                     // a deny rule matches the destination
+	causeDefault            cause = "default"                  // the destination is closed by default
+	causePort               cause = "port"                     // the destination's port is closed
+	causeClient             cause = "client"                   // the client is not in the option clients
+	causeAuthRequired       cause = "auth_required"            // a challenge: there were no credentials
+	causeAuthFailed         cause = "auth_failed"              // the credentials were wrong
+	causeFailedLogins       cause = "failed_logins"            // too many logins of the client failed: this one was not checked, or too late
+	causeLoginsBusy         cause = "logins_busy"              // too many passwords are waiting to be checked
+	causeTunnels            cause = "max_tunnels"              // all tunnels are in use
+	causeTunnelsPerClient   cause = "tunnels_per_client"       // the client has all of its tunnels in use
+	causeLoop               cause = "loop"                     // the request has passed this proxy before
+	causeParent             cause = cause(egress.ParentDenies) // the parent proxy refused
 )
 
 // Causes that only the error type describes: there is something wrong with the request, or
@@ -120,37 +121,37 @@ var causes = map[cause]localReply{
 	causeNoHosts:         {421, "http_request_error", "", "", "This is a proxy. It has no page of its own here, and it does not forward http:// URLs over HTTP/%d."},
 	causeNoHandler:       {421, "http_request_error", "", "", "This is a proxy, and it has no page of its own here. A proxy request must name a full URL."},
 
-	cause(dialNoResources): {503, "proxy_internal_error", "", "failed", "This proxy cannot open another connection now; try again later."},
-	cause(dialTimeout):     {504, "connection_timeout", "", "timeout", "%[1]s did not accept a connection in time."},
-	cause(dialRefused):     {502, "connection_refused", "", "refused", "%[1]s refused the connection."},
-	cause(dialUnroutable):  {502, "destination_ip_unroutable", "", "failed", "There is no route to %[1]s."},
-	cause(dialFailed):      {502, "destination_unavailable", "", "failed", "Could not connect to %[1]s."},
-	cause(dnsTimeout):      {504, "dns_timeout", "", "timeout", "The name of %[1]s was not resolved in time."},
-	cause(dnsNoAddress):    {502, "dns_error", "", "dns", "The name of %[1]s has no address."},
-	cause(dnsNoName):       {502, "dns_error", "", "dns", "The name of %[1]s does not resolve."},
-	cause(dnsSilent):       {503, "dns_error", "", "dns", "The name of %[1]s cannot be looked up: there is no answer from DNS."},
-	cause(dnsFailed):       {503, "dns_error", "", "dns", "The name of %[1]s cannot be looked up: the DNS server answers %[2]s."},
-	cause(tlsUntrusted):    {502, "tls_certificate_error", "", "failed", "The certificate of %[1]s is not trusted."},
-	cause(tlsAlerted):      {502, "tls_alert_received", "", "failed", "%[1]s ended the TLS connection with %[2]s."},
-	cause(tlsFailed):       {502, "tls_protocol_error", "", "failed", "%[1]s does not speak TLS, or only insecure versions of it."},
+	cause(egress.DialNoResources): {503, "proxy_internal_error", "", "failed", "This proxy cannot open another connection now; try again later."},
+	cause(egress.DialTimeout):     {504, "connection_timeout", "", "timeout", "%[1]s did not accept a connection in time."},
+	cause(egress.DialRefused):     {502, "connection_refused", "", "refused", "%[1]s refused the connection."},
+	cause(egress.DialUnroutable):  {502, "destination_ip_unroutable", "", "failed", "There is no route to %[1]s."},
+	cause(egress.DialFailed):      {502, "destination_unavailable", "", "failed", "Could not connect to %[1]s."},
+	cause(egress.DNSTimeout):      {504, "dns_timeout", "", "timeout", "The name of %[1]s was not resolved in time."},
+	cause(egress.DNSNoAddress):    {502, "dns_error", "", "dns", "The name of %[1]s has no address."},
+	cause(egress.DNSNoName):       {502, "dns_error", "", "dns", "The name of %[1]s does not resolve."},
+	cause(egress.DNSSilent):       {503, "dns_error", "", "dns", "The name of %[1]s cannot be looked up: there is no answer from DNS."},
+	cause(egress.DNSFailed):       {503, "dns_error", "", "dns", "The name of %[1]s cannot be looked up: the DNS server answers %[2]s."},
+	cause(egress.TlsUntrusted):    {502, "tls_certificate_error", "", "failed", "The certificate of %[1]s is not trusted."},
+	cause(egress.TlsAlerted):      {502, "tls_alert_received", "", "failed", "%[1]s ended the TLS connection with %[2]s."},
+	cause(egress.TlsFailed):       {502, "tls_protocol_error", "", "failed", "%[1]s does not speak TLS, or only insecure versions of it."},
 
-	causeParent:                   {403, deniedRequest, causeParent, "failed", "The parent proxy does not allow this proxy to connect to %[1]s."},
-	cause(parentLimits):           {429, "destination_unavailable", causeParent, "failed", "The parent proxy has received too many requests and did not connect to %[1]s; try again later."},
-	cause(parentBusy):             {503, "destination_unavailable", "", "failed", "The parent proxy is too busy to connect to %[1]s; try again later."},
-	cause(parentDialTimeout):      {504, "connection_timeout", "", "failed", "The parent proxy could not connect to %[1]s in time."},
-	cause(parentDialFailed):       {502, "destination_unavailable", "", "failed", "The parent proxy could not connect to %[1]s."},
-	cause(parentCredentials):      {502, "proxy_configuration_error", "", "failed", "The parent proxy does not accept this proxy's credentials."},
-	cause(parentHandshakeTimeout): {504, "connection_timeout", "", "timeout", "The parent proxy did not complete the TLS handshake in time."},
-	cause(parentHandshakeCutOff):  {502, "tls_protocol_error", "", "failed", "The parent proxy closed the connection during the TLS handshake."},
-	cause(parentWantsTLS):         {502, "http_protocol_error", "", "failed", "The parent proxy expects https://, but this proxy uses http://."},
-	cause(parentTimeout):          {504, "http_response_timeout", "", "timeout", "The parent proxy did not answer in time."},
-	cause(parentHead):             {502, "http_response_header_section_size", "", "failed", "The parent proxy did not answer with a valid HTTP response: %[2]s."},
-	cause(parentFull):             {503, "destination_unavailable", "", "failed", "The parent proxy accepts no more requests; try again later."},
-	cause(parentCutOff):           {502, "http_response_incomplete", "", "failed", "The parent proxy closed the connection before its answer was complete."},
-	cause(parentNotHTTP):          {502, "http_protocol_error", "", "failed", "The parent proxy did not answer with a valid HTTP response."},
-	cause(parentSOCKSTimeout):     {504, "connection_read_timeout", "", "timeout", "The parent proxy did not answer in time."},
-	cause(parentSOCKSCutOff):      {502, "connection_terminated", "", "failed", "The parent proxy closed the connection before its answer was complete."},
-	cause(parentNotSOCKS):         {502, "destination_unavailable", "", "failed", "The parent proxy did not give a valid SOCKS answer."},
+	causeParent:                          {403, deniedRequest, causeParent, "failed", "The parent proxy does not allow this proxy to connect to %[1]s."},
+	cause(egress.ParentLimits):           {429, "destination_unavailable", causeParent, "failed", "The parent proxy has received too many requests and did not connect to %[1]s; try again later."},
+	cause(egress.ParentBusy):             {503, "destination_unavailable", "", "failed", "The parent proxy is too busy to connect to %[1]s; try again later."},
+	cause(egress.ParentDialTimeout):      {504, "connection_timeout", "", "failed", "The parent proxy could not connect to %[1]s in time."},
+	cause(egress.ParentDialFailed):       {502, "destination_unavailable", "", "failed", "The parent proxy could not connect to %[1]s."},
+	cause(egress.ParentCredentials):      {502, "proxy_configuration_error", "", "failed", "The parent proxy does not accept this proxy's credentials."},
+	cause(egress.ParentHandshakeTimeout): {504, "connection_timeout", "", "timeout", "The parent proxy did not complete the TLS handshake in time."},
+	cause(egress.ParentHandshakeCutOff):  {502, "tls_protocol_error", "", "failed", "The parent proxy closed the connection during the TLS handshake."},
+	cause(egress.ParentWantsTLS):         {502, "http_protocol_error", "", "failed", "The parent proxy expects https://, but this proxy uses http://."},
+	cause(egress.ParentTimeout):          {504, "http_response_timeout", "", "timeout", "The parent proxy did not answer in time."},
+	cause(egress.ParentHead):             {502, "http_response_header_section_size", "", "failed", "The parent proxy did not answer with a valid HTTP response: %[2]s."},
+	cause(egress.ParentFull):             {503, "destination_unavailable", "", "failed", "The parent proxy accepts no more requests; try again later."},
+	cause(egress.ParentCutOff):           {502, "http_response_incomplete", "", "failed", "The parent proxy closed the connection before its answer was complete."},
+	cause(egress.ParentNotHTTP):          {502, "http_protocol_error", "", "failed", "The parent proxy did not answer with a valid HTTP response."},
+	cause(egress.ParentSOCKSTimeout):     {504, "connection_read_timeout", "", "timeout", "The parent proxy did not answer in time."},
+	cause(egress.ParentSOCKSCutOff):      {502, "connection_terminated", "", "failed", "The parent proxy closed the connection before its answer was complete."},
+	cause(egress.ParentNotSOCKS):         {502, "destination_unavailable", "", "failed", "The parent proxy did not give a valid SOCKS answer."},
 
 	causeResponseInvalid:  {502, "http_protocol_error", "", "", "%[1]s did not answer with a valid HTTP response: %[2]s."},
 	causeResponseNotHTTP:  {502, "http_protocol_error", "", "", "%[1]s did not answer with a valid HTTP response."},
@@ -198,16 +199,16 @@ func (c cause) refusal(err error, args ...any) *refusal {
 // what happened.
 func (c cause) failure(err error, host string) *refusal {
 	var (
-		unresolved *resolveError
+		unresolved *egress.ResolveError
 		wrong      h1.ProtocolError
 	)
 	detail, params := "", ""
 	switch {
-	case c == cause(tlsAlerted):
+	case c == cause(egress.TlsAlerted):
 		detail, params = alertDetail(err)
 	case errors.As(err, &unresolved):
 		host, _, _ = hostport.Split(host)
-		if detail = unresolved.failure(); detail != "" {
+		if detail = unresolved.Failure(); detail != "" {
 			params = fmt.Sprintf("; rcode=%q", detail)
 		}
 	case errors.As(err, &wrong): // its text may quote what the origin sent
@@ -247,7 +248,7 @@ func tunnelRefusal(err *limitError) *refusal {
 func dialRefusal(ctx context.Context, err error, host string) *refusal {
 	var (
 		denied *policy.DeniedError
-		parent *parentError
+		parent *egress.ParentError
 	)
 	switch {
 	case ctx.Err() != nil:
@@ -257,19 +258,19 @@ func dialRefusal(ctx context.Context, err error, host string) *refusal {
 	case errors.As(err, &parent):
 		return parentRefusal(parent, host)
 	}
-	return cause(dialCauseOf(err)).failure(err, host)
+	return cause(egress.CauseOf(err)).failure(err, host)
 }
 
 // parentRefusal returns the response that tells the client why the parent could not connect
 // to host. It passes on the parent's Proxy-Status and Retry-After.
-func parentRefusal(e *parentError, host string) *refusal {
-	if e.concernsParent() {
+func parentRefusal(e *egress.ParentError, host string) *refusal {
+	if e.ConcernsParent() {
 		host = "the parent proxy"
 	}
-	f := cause(e.cause()).failure(e.err, host)
+	f := cause(e.Cause()).failure(e.Err, host)
 	f.text = strings.ToUpper(f.text[:1]) + f.text[1:]
 	f.err = e
-	prior, retry := e.passedOn()
+	prior, retry := e.PassedOn()
 	f.priorMembers = prior
 	if f.status == http.StatusTooManyRequests || f.status == http.StatusServiceUnavailable {
 		f.retryAfter = retry
@@ -290,7 +291,7 @@ func dialOutcome(ctx context.Context, err error) string {
 	case errors.As(err, &denied):
 		return causes[causeOfDenied(denied)].outcome
 	}
-	return causes[cause(dialCauseOf(err))].outcome
+	return causes[cause(egress.CauseOf(err))].outcome
 }
 
 // forwardRefusal returns the refusal for a request that got no response from the origin.
@@ -301,7 +302,7 @@ func forwardRefusal(r *http.Request, err error) *refusal {
 		return causeContentTimeout.refusal(err)
 	case errors.As(err, &body):
 		return causeContentInvalid.refusal(err)
-	case r.Context().Err() != nil, errors.As(err, new(*dialError)), errors.As(err, new(*parentError)):
+	case r.Context().Err() != nil, errors.As(err, new(*dialError)), errors.As(err, new(*egress.ParentError)):
 		return dialRefusal(r.Context(), err, r.Host)
 	}
 	return responseCause(err).failure(err, r.Host)
@@ -313,15 +314,15 @@ func responseCause(err error) cause {
 	switch {
 	case errors.As(err, new(h1.ProtocolError)):
 		return causeResponseInvalid
-	case isTLSError(err):
-		return cause(tlsCause(err))
+	case egress.IsTLSError(err):
+		return cause(egress.TlsCause(err))
 	case errors.Is(err, h1.ErrHeadTooLarge), errors.Is(err, h1.ErrTooManyFields), errors.Is(err, errHeldHeads):
 		return causeResponseHead
 	case errors.Is(err, errServerSilent):
 		return causeConnectionSilent
-	case isTimeout(err):
+	case egress.IsTimeout(err):
 		return causeResponseTimeout
-	case isClosed(err):
+	case egress.IsClosed(err):
 		return causeResponseCutOff
 	}
 	return causeResponseNotHTTP

@@ -24,6 +24,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
@@ -362,8 +363,8 @@ func TestDialOutcomes(t *testing.T) {
 		{late, refused, "refused"},
 		{left, context.Canceled, "canceled"},
 		{left, os.ErrDeadlineExceeded, "canceled"},
-		{t.Context(), &resolveError{err: &net.DNSError{IsTimeout: true}}, "timeout"},
-		{t.Context(), &resolveError{err: &net.DNSError{IsNotFound: true}}, "dns"},
+		{t.Context(), &egress.ResolveError{Err: &net.DNSError{IsTimeout: true}}, "timeout"},
+		{t.Context(), &egress.ResolveError{Err: &net.DNSError{IsNotFound: true}}, "dns"},
 		{t.Context(), errors.New("else"), "failed"},
 	} {
 		if got := dialOutcome(tc.ctx, tc.err); got != tc.want {

@@ -35,6 +35,7 @@ import (
 	"github.com/gaissmai/bart"
 	"go.uber.org/zap"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
@@ -254,7 +255,7 @@ type Handler struct {
 	basic               *caddyauth.HTTPBasicAuth // the provider, if it is the only one
 	hasBasicAuth        bool                     // http_basic is one of the providers
 	failedLogins        *bucket.Table            // counts failed logins; nil: no limit
-	dialer              *dialer
+	dialer              *egress.Dialer
 	process             *process
 	tunnels             *registry // of process
 	site                *site
@@ -417,8 +418,8 @@ func (h *Handler) Cleanup() error {
 	if h.parentOrigins != nil {
 		h.parentOrigins.close()
 	}
-	if h.dialer != nil && h.dialer.parent != nil {
-		h.dialer.parent.close()
+	if h.dialer != nil && h.dialer.Parent != nil {
+		h.dialer.Parent.Close()
 	}
 	var err error
 	if h.process != nil {
@@ -461,8 +462,8 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 	if err != nil {
 		return err
 	}
-	h.dialer = newDialer(p, time.Duration(h.DialTimeout), newResolver(servers))
-	h.dialer.report, h.dialer.ownPort = h.logReported, own.usesPort
+	h.dialer = egress.NewDialer(p, time.Duration(h.DialTimeout), egress.NewResolver(servers))
+	h.dialer.Report, h.dialer.OwnPort = h.logReported, own.usesPort
 	h.pacRules = sync.OnceValue(h.makePACRules)
 	if h.Upstream == nil {
 		if len(h.NoUpstream) > 0 {
@@ -470,12 +471,12 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 		}
 		return nil
 	}
-	if h.dialer.direct, err = policy.NewDirectSet(h.NoUpstream); err != nil {
+	if h.dialer.Direct, err = policy.NewDirectSet(h.NoUpstream); err != nil {
 		return fmt.Errorf("no_upstream: %w", err)
 	}
 	config, err := h.Upstream.parentConfig(ctx, time.Duration(h.DialTimeout))
 	if err == nil {
-		h.dialer.parent, err = newParent(config, h.dialer.connector)
+		h.dialer.Parent, err = egress.NewParent(config, h.dialer.Connector)
 	}
 	if err != nil {
 		return fmt.Errorf("upstream: %w", err)
@@ -484,10 +485,10 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 		h.logger.Warn("the option upstream contains a password or a key in plain text, which Caddy's debug log and admin endpoint show with the rest of the config; " +
 			"use a placeholder such as {env.PROXY_PASSWORD} or {file./run/secrets/proxy}")
 	}
-	if parent := h.dialer.parent; parent.isHTTP() {
+	if parent := h.dialer.Parent; parent.IsHTTP() {
 		h.parentOrigins = newOriginPool(func(ctx context.Context, _ string) (net.Conn, error) {
 			start := time.Now()
-			conn, err := parent.dial(ctx)
+			conn, err := parent.Dial(ctx)
 			countDial(ctx, start, err)
 			return conn, err
 		})
@@ -498,7 +499,7 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 // dial connects to address for a client of the given reach, and counts the attempt.
 func (h *Handler) dial(ctx context.Context, r policy.Scope, address string) (net.Conn, error) {
 	start := time.Now()
-	conn, err := h.dialer.dial(ctx, r, address)
+	conn, err := h.dialer.Dial(ctx, r, address)
 	countDial(ctx, start, err)
 	return conn, err
 }
@@ -507,9 +508,9 @@ func (h *Handler) dial(ctx context.Context, r policy.Scope, address string) (net
 func (h *Handler) forbids(t *tunnel) bool {
 	ctx := context.Background()
 	if strings.HasPrefix(t.proto, "HTTP/") { // a CONNECT, not an upgraded request
-		ctx = h.dialer.policy.WithConnect(ctx)
+		ctx = h.dialer.Policy.WithConnect(ctx)
 	}
-	return h.dialer.denies(ctx, policy.Scope(t.scope), t.target, t.address)
+	return h.dialer.Denies(ctx, policy.Scope(t.scope), t.target, t.address)
 }
 
 // recheckPolicy checks the policy for a reused connection that an earlier request of a client
@@ -517,9 +518,9 @@ func (h *Handler) forbids(t *tunnel) bool {
 // connection leads to this machine (then to is valid), where the first check may have
 // missed a protected listener that had just been opened.
 func (h *Handler) recheckPolicy(ctx context.Context, r policy.Scope, authority string, conn net.Conn, to netip.AddrPort) error {
-	p := h.dialer.policy
+	p := h.dialer.Policy
 	if p.RecheckReused || to.IsValid() && p.IsSelf != nil && p.IsSelf(to, true) {
-		return h.dialer.recheck(ctx, r, authority, conn)
+		return h.dialer.Recheck(ctx, r, authority, conn)
 	}
 	return nil
 }

@@ -20,6 +20,7 @@ import (
 
 	"github.com/puzpuzpuz/xsync/v4"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
@@ -158,7 +159,7 @@ func overTLS(dial dialFunc, protocols ...string) dialFunc {
 		host, _, _ := hostport.Split(authority)
 		ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 		defer cancel()
-		secure, err := handshakeWith(ctx, conn, &tls.Config{ServerName: strings.Trim(host, "[]")}, protocols...)
+		secure, err := egress.Handshake(ctx, conn, &tls.Config{ServerName: strings.Trim(host, "[]")}, protocols...)
 		if err != nil {
 			return nil, &handshakeError{err}
 		}

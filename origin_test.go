@@ -197,7 +197,7 @@ func TestLocalConnectionsAreRechecked(t *testing.T) {
 		}
 	})
 	w := newWorld(t, "", nil)
-	p := provisioned(t)[0].dialer.policy
+	p := provisioned(t)[0].dialer.Policy
 	before := p.IsSelf
 	for _, url := range []string{w.origin.URL, "https://" + shared, "https://" + alone} {
 		ask := func(want int) {

@@ -85,7 +85,7 @@ func (h *Handler) makePACRules() string {
 	if h.pacDirect != nil {
 		direct = h.pacDirect.Conditions()
 	}
-	for _, condition := range append(direct, policy.ClosedConditions(h.dialer.policy.Sets)...) {
+	for _, condition := range append(direct, policy.ClosedConditions(h.dialer.Policy.Sets)...) {
 		fmt.Fprintf(&b, "\tif (%s) return \"DIRECT\";\n", condition)
 	}
 	b.WriteString("\treturn proxy;\n}\n")

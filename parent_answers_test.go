@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
@@ -360,16 +361,16 @@ func TestParentNameAskedOnce(t *testing.T) {
 		asked.Add(1)
 		return []string{"192.0.2.1"}
 	})
-	resolver := newResolver([]dnsAddress{{"udp", server}})
-	p := &parent{address: "parent.test:80", connector: newConnector(resolver)}
-	if p.isLocal(t.Context()) {
+	resolver := egress.NewResolver([]egress.DNSAddress{{Network: "udp", Address: server}})
+	p := &egress.Parent{Address: "parent.test:80", Connector: egress.NewConnector(resolver)}
+	if p.IsLocal(t.Context()) {
 		t.Error("192.0.2.1 counts as this machine")
 	}
 	before := asked.Load()
-	d := newDialer(new(policy.Policy), time.Second, resolver)
-	d.parent, d.ownPort = p, func(port uint16) bool { return port == 443 }
+	d := egress.NewDialer(new(policy.Policy), time.Second, resolver)
+	d.Parent, d.OwnPort = p, func(port uint16) bool { return port == 443 }
 	for range 10 {
-		if err := d.checkForParent(t.Context(), policy.PublicScope, "origin.test:443"); err != nil {
+		if err := d.CheckForParent(t.Context(), policy.PublicScope, "origin.test:443"); err != nil {
 			t.Error(err)
 		}
 	}

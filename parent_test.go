@@ -20,6 +20,7 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
@@ -283,7 +284,7 @@ func TestParentOnThisMachine(t *testing.T) {
 		}
 	}
 	for address, want := range map[string]bool{"127.0.0.1:80": true, "[::1]:80": true, "[::ffff:127.0.0.1]:80": true, "localhost:80": true, "0.0.0.0:80": true, "192.0.2.1:80": false} {
-		if got := (&parent{address: address, connector: newConnector(newResolver(nil))}).isLocal(t.Context()); got != want {
+		if got := (&egress.Parent{Address: address, Connector: egress.NewConnector(egress.NewResolver(nil))}).IsLocal(t.Context()); got != want {
 			t.Errorf("%s is on this machine: %v, want %v", address, got, want)
 		}
 	}
@@ -391,10 +392,10 @@ func TestParentDisconnect(t *testing.T) {
 // TestParentStreamsMixed checks that no tunnel fails because the parent speaks HTTP/2 on
 // some connections only, as several machines behind one name may.
 func TestParentStreamsMixed(t *testing.T) {
-	var p *parent
+	var p *egress.Parent
 	over := make(chan struct{})
 	secure := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		p.http1.Store(true) // as if another tunnel had just found out
+		p.Http1.Store(true) // as if another tunnel had just found out
 		w.WriteHeader(http.StatusOK)
 		_ = http.NewResponseController(w).Flush()
 		select {
@@ -407,17 +408,17 @@ func TestParentStreamsMixed(t *testing.T) {
 	secure.StartTLS()
 	defer secure.Close()
 	defer close(over)
-	p, err := newParent(parentConfig{scheme: "https", address: secure.Listener.Addr().String(), timeout: patience}, nil)
+	p, err := egress.NewParent(egress.ParentConfig{Scheme: "https", Address: secure.Listener.Addr().String(), Timeout: patience}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer p.close()
-	conn, err := p.connect(t.Context(), "target.example:443")
+	defer p.Close()
+	conn, err := p.Connect(t.Context(), "target.example:443")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	if _, ok := conn.(*streamConn); !ok {
+	if _, ok := conn.(*egress.StreamConn); !ok {
 		t.Errorf("the tunnel is a %T", conn)
 	}
 }

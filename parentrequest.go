@@ -8,13 +8,15 @@ import (
 	"maps"
 	"net/http"
 	"strings"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 )
 
 // refuseEcho refuses a request that the parent may answer itself by echoing the request it
 // received: that would reveal the fields that are meant for the parent alone to the
 // client (RFC 9110 §9.3.8). It must be called before readdress adds them.
-func refuseEcho(p *parent, out *outgoing) *refusal {
-	if len(p.header) == 0 {
+func refuseEcho(p *egress.Parent, out *outgoing) *refusal {
+	if len(p.Header) == 0 {
 		return nil
 	}
 	switch method := strings.ToUpper(out.method); {
@@ -22,7 +24,7 @@ func refuseEcho(p *parent, out *outgoing) *refusal {
 		return causeEchoMethod.refusal(nil, method)
 	case method == http.MethodOptions && len(out.header["Max-Forwards"]) > 0:
 		return causeEchoMaxForwards.refusal(nil)
-	case strings.EqualFold(out.authority, p.address):
+	case strings.EqualFold(out.authority, p.Address):
 		return causeEchoParent.refusal(nil, out.host)
 	}
 	return nil
@@ -33,24 +35,24 @@ func refuseEcho(p *parent, out *outgoing) *refusal {
 // which the rules have checked. It goes into the target even if header_up has changed Host.
 // The header is cloned, so that the parent's fields, which may be secret, do not end up
 // in the client's request.
-func readdress(p *parent, out *outgoing, requested string) {
+func readdress(p *egress.Parent, out *outgoing, requested string) {
 	if out.target == "*" {
 		out.target = ""
 	}
 	out.target, out.host = "http://"+requested+out.target, requested
-	out.authority = p.address
+	out.authority = p.Address
 	out.header = maps.Clone(out.header)
-	if len(p.header) > 0 { // make sure that no proxy answers, as it could echo p.header
+	if len(p.Header) > 0 { // make sure that no proxy answers, as it could echo p.header
 		delete(out.header, "Max-Forwards")
 	}
-	maps.Copy(out.header, p.header)
+	maps.Copy(out.header, p.Header)
 }
 
-// asParentError wraps a failure of an exchange with the parent as a parentError, unless
+// asParentError wraps a failure of an exchange with the parent as a egress.ParentError, unless
 // the client caused it or there was no connection.
 func asParentError(x *exchange, err error) error {
 	if errors.As(err, new(*bodyError)) || errors.As(err, new(*dialError)) || x.conn == nil {
 		return err
 	}
-	return asAnswerError(err, x.conn.r)
+	return egress.AsAnswerError(err, x.conn.r)
 }

@@ -173,8 +173,8 @@ func policyOf(t testing.TB, rules string) *policy.Policy {
 	if err := h.provisionDialer(ctx, nil); err != nil {
 		t.Fatal(err)
 	}
-	h.dialer.policy.IsSelf = nil
-	return h.dialer.policy
+	h.dialer.Policy.IsSelf = nil
+	return h.dialer.Policy
 }
 
 func policyCheck(t *testing.T, p *policy.Policy, r policy.Scope, address string, port uint16, want bool) {

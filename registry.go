@@ -298,7 +298,7 @@ func (r *registry) reserved() int { return int(r.admitted.Load()) }
 // context returns the context that is canceled when no tunnel may be open any longer.
 func (r *registry) context() context.Context { return r.open }
 
-// isClosed reports whether no tunnel may be open any longer.
+// egress.IsClosed reports whether no tunnel may be open any longer.
 func (r *registry) isClosed() bool { return r.endReason.Load() != nil }
 
 // isEmpty reports whether nothing is left of any tunnel.

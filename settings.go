@@ -89,8 +89,8 @@ func (h *Handler) settings() []setting {
 	add("connect_ports", connectPorts, "same as ports")
 	add("report_only", words(h.ReportOnly), "none")
 	upstream := "none"
-	if h.dialer.parent != nil {
-		upstream = h.dialer.parent.scheme + "://" + h.dialer.parent.address
+	if h.dialer.Parent != nil {
+		upstream = h.dialer.Parent.Scheme + "://" + h.dialer.Parent.Address
 	}
 	add("upstream", upstream, "none")
 	add("no_upstream", words(h.NoUpstream), "none")

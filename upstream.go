@@ -18,6 +18,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 	"golang.org/x/net/http/httpguts"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
@@ -38,31 +39,31 @@ type Upstream struct {
 	TLS *reverseproxy.TLSConfig `json:"tls,omitempty"`
 }
 
-// parentConfig replaces the placeholders of u and loads its certificates.
-func (u *Upstream) parentConfig(ctx caddy.Context, timeout time.Duration) (c parentConfig, err error) {
+// egress.ParentConfig replaces the placeholders of u and loads its certificates.
+func (u *Upstream) parentConfig(ctx caddy.Context, timeout time.Duration) (c egress.ParentConfig, err error) {
 	var credentials string
-	if c.scheme, credentials, c.address, err = splitUpstream(u.URL); err != nil {
+	if c.Scheme, credentials, c.Address, err = splitUpstream(u.URL); err != nil {
 		return c, err
 	}
-	if c.user, err = readCredentials(credentials); err != nil {
+	if c.User, err = readCredentials(credentials); err != nil {
 		return c, err
 	}
-	c.timeout, c.header = timeout, make(http.Header)
+	c.Timeout, c.Header = timeout, make(http.Header)
 	repl := caddy.NewReplacer()
 	for name, value := range u.Headers {
 		value = repl.ReplaceKnown(value, "")
-		if !httpguts.ValidHeaderFieldName(name) || !httpguts.ValidHeaderFieldValue(value) || c.scheme == "socks5" {
+		if !httpguts.ValidHeaderFieldName(name) || !httpguts.ValidHeaderFieldValue(value) || c.Scheme == "socks5" {
 			return c, fmt.Errorf("header %q: expected a valid field name and value; headers are not available with socks5", name)
 		}
-		c.header.Set(name, value)
+		c.Header.Set(name, value)
 	}
 	if u.TLS == nil {
 		return c, nil
 	}
-	if c.scheme != "https" {
+	if c.Scheme != "https" {
 		return c, errors.New("tls: expected an upstream with https://")
 	}
-	c.secure, err = u.TLS.MakeTLSClientConfig(ctx)
+	c.Secure, err = u.TLS.MakeTLSClientConfig(ctx)
 	return c, err
 }
 
@@ -161,8 +162,8 @@ func readCredentials(s string) (*url.Userinfo, error) {
 
 // parseResolvers parses the option resolvers: IP addresses, each optionally with a network
 // and a port.
-func parseResolvers(addresses []string) ([]dnsAddress, error) {
-	var servers []dnsAddress
+func parseResolvers(addresses []string) ([]egress.DNSAddress, error) {
+	var servers []egress.DNSAddress
 	for _, address := range addresses {
 		server, err := caddy.ParseNetworkAddressWithDefaults(address, "udp", 53)
 		_, notIP := netip.ParseAddr(server.Host)
@@ -171,7 +172,7 @@ func parseResolvers(addresses []string) ([]dnsAddress, error) {
 			server.Network != "udp" && server.Network != "tcp" || notIP != nil {
 			return nil, fmt.Errorf("resolvers %q: expected the IP address of a DNS server, such as 192.0.2.53 or tcp/[2001:db8::53]:53", address)
 		}
-		servers = append(servers, dnsAddress{server.Network, server.JoinHostPort(0)})
+		servers = append(servers, egress.DNSAddress{Network: server.Network, Address: server.JoinHostPort(0)})
 	}
 	return servers, nil
 }

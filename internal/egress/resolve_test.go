@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package egress
 
 import (
 	"bytes"
@@ -30,15 +30,15 @@ import (
 // server, or the same one again.
 func resolverAt(t *testing.T, resend time.Duration, servers ...string) *resolver {
 	t.Helper()
-	var list []dnsAddress
+	var list []DNSAddress
 	for _, address := range servers {
 		network, rest, found := strings.Cut(address, "/")
 		if !found {
 			network, rest = "udp", address
 		}
-		list = append(list, dnsAddress{network, rest})
+		list = append(list, DNSAddress{network, rest})
 	}
-	r := newResolver(list)
+	r := NewResolver(list)
 	r.resend = resend
 	return r
 }
@@ -120,7 +120,7 @@ func TestResolverAsksNextServer(t *testing.T) {
 	// NXDOMAIN is an answer: no other server is asked.
 	r := resolverAt(t, time.Hour, dnstest.Serve(t, func(dnstest.Query) dnstest.Reply { return dnstest.Reply{RCode: dnsmessage.RCodeNameError} }), silent)
 	r.silent.put(1, struct{}{})
-	if addrs, err := r.lookup(lookupContext(t), "nowhere.test."); err == nil || !err.(*resolveError).noSuchName() {
+	if addrs, err := r.lookup(lookupContext(t), "nowhere.test."); err == nil || !err.(*ResolveError).noSuchName() {
 		t.Errorf("%v, %v", addrs, err)
 	}
 }
@@ -220,7 +220,7 @@ func (c earlyPackets) WriteTo([]byte, net.Addr) (int, error)  { return 0, net.Er
 func TestResolverRepeatsInTime(t *testing.T) {
 	for timeout, want := range map[time.Duration]time.Duration{time.Hour: time.Second, 300 * time.Millisecond: 100 * time.Millisecond, 1: time.Millisecond} {
 		r := resolverAt(t, 0)
-		newDialer(new(policy.Policy), timeout, r)
+		NewDialer(new(policy.Policy), timeout, r)
 		if r.resend != want {
 			t.Errorf("within %v after %v, want %v", timeout, r.resend, want)
 		}
@@ -288,7 +288,7 @@ func TestNoDescriptorsForDNS(t *testing.T) {
 			return nil, &net.OpError{Op: "dial", Net: "udp", Err: os.NewSyscallError("socket", errno)}
 		}}
 		_, err := resolverAt(t, time.Second).lookup(lookupContext(t), "name.test.")
-		if cause := dialCauseOf(err); cause != dialNoResources {
+		if cause := CauseOf(err); cause != DialNoResources {
 			t.Errorf("%v has the cause %s", err, cause)
 		}
 	}
@@ -316,7 +316,7 @@ func TestConnectorLearns(t *testing.T) {
 		"nothing has happened":  {},
 	} {
 		t.Run(name, func(t *testing.T) {
-			c := newConnector(resolverAt(t, time.Second))
+			c := NewConnector(resolverAt(t, time.Second))
 			winner, _ := netip.ParseAddr(tc.winner)
 			c.remember(to, &race{attempts: tc.attempts, lookups: tc.lookups}, winner)
 			if got, ok := c.winners.get(to); ok != (tc.first != "") || ok && got.String() != tc.first {
@@ -399,13 +399,13 @@ func FuzzQueryConn(f *testing.F) {
 
 // Errors keep what callers match on.
 func TestResolveErrors(t *testing.T) {
-	err := error(&resolveError{err: &net.DNSError{Err: "server misbehaving"}, rcode: rcodeServerFailure})
+	err := error(&ResolveError{Err: &net.DNSError{Err: "server misbehaving"}, rcode: rcodeServerFailure})
 	var dns *net.DNSError
 	if !errors.As(err, &dns) || errors.Is(err, syscall.EMFILE) || !strings.HasSuffix(err.Error(), "(SERVFAIL)") {
 		t.Errorf("%v", err)
 	}
-	late := &resolveError{err: &net.DNSError{IsTimeout: true}, rcode: rcodeServerFailure}
-	if late.failure() != "" || late.notFound() {
+	late := &ResolveError{Err: &net.DNSError{IsTimeout: true}, rcode: rcodeServerFailure}
+	if late.Failure() != "" || late.notFound() {
 		t.Errorf("%v", late)
 	}
 }

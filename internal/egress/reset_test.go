@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package egress
 
 import (
 	"errors"
@@ -38,7 +38,7 @@ func TestIsConnReset(t *testing.T) {
 		if got := tcpconn.IsReset(tc.err); got != tc.want {
 			t.Errorf("%v: %v, want %v", tc.err, got, tc.want)
 		}
-		if got := isClosed(tc.err); got != (tc.want || tc.err == syscall.EPIPE || tc.err == io.EOF) {
+		if got := IsClosed(tc.err); got != (tc.want || tc.err == syscall.EPIPE || tc.err == io.EOF) {
 			t.Errorf("%v: closed %v", tc.err, got)
 		}
 	}

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package egress
 
 import (
 	"bufio"
@@ -30,23 +30,23 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
-// parent opens connections through a parent proxy.
+// Parent opens connections through a parent proxy.
 //
 // All methods are safe for concurrent use.
-type parent struct {
-	scheme    string
-	address   string        // host and port
-	header    http.Header   // added to requests to the parent; includes credentials
+type Parent struct {
+	Scheme    string
+	Address   string        // host and port
+	Header    http.Header   // added to requests to the parent; includes credentials
 	secure    *tls.Config   // nil: no TLS
 	socks     socksDialer   // nil: an HTTP proxy
 	timeout   time.Duration // for opening a connection through it
 	dialer    net.Dialer
-	connector *connector
+	Connector *connector
 
 	streams *muxPool    // for tunnels over HTTP/2; nil: the scheme is not https
-	http1   atomic.Bool // the parent does not speak HTTP/2
+	Http1   atomic.Bool // the parent does not speak HTTP/2
 
-	locality atomic.Pointer[parentLocality] // the cached result of isLocal
+	locality atomic.Pointer[parentLocality] // the cached result of IsLocal
 }
 
 // socksDialer is implemented by the SOCKS5 dialer of golang.org/x/net/proxy.
@@ -54,51 +54,51 @@ type socksDialer interface {
 	DialWithConn(ctx context.Context, c net.Conn, network, address string) (net.Addr, error)
 }
 
-// parentConfig says where a parent is and how to use it.
-type parentConfig struct {
-	scheme  string        // http, https or socks5
-	address string        // host and port
-	header  http.Header   // to add to requests to the parent; not for SOCKS
-	user    *url.Userinfo // nil: no credentials
-	secure  *tls.Config   // for https; nil: the defaults
-	timeout time.Duration // for opening a connection through the parent
+// ParentConfig says where a parent is and how to use it.
+type ParentConfig struct {
+	Scheme  string        // http, https or socks5
+	Address string        // host and port
+	Header  http.Header   // to add to requests to the parent; not for SOCKS
+	User    *url.Userinfo // nil: no credentials
+	Secure  *tls.Config   // for https; nil: the defaults
+	Timeout time.Duration // for opening a connection through the parent
 }
 
-// newParent returns a parent that the connector finds.
-func newParent(c parentConfig, connector *connector) (*parent, error) {
-	p := &parent{
-		scheme: c.scheme, address: c.address, timeout: c.timeout, header: make(http.Header),
-		dialer: net.Dialer{KeepAliveConfig: tcpconn.KeepAliveConfig}, connector: connector,
+// NewParent returns a parent that the connector finds.
+func NewParent(c ParentConfig, connector *connector) (*Parent, error) {
+	p := &Parent{
+		Scheme: c.Scheme, Address: c.Address, timeout: c.Timeout, Header: make(http.Header),
+		dialer: net.Dialer{KeepAliveConfig: tcpconn.KeepAliveConfig}, Connector: connector,
 	}
 	password := ""
-	if c.user != nil {
-		password, _ = c.user.Password()
+	if c.User != nil {
+		password, _ = c.User.Password()
 	}
-	if c.scheme == "socks5" {
+	if c.Scheme == "socks5" {
 		var auth *proxy.Auth
-		if c.user != nil {
-			auth = &proxy.Auth{User: c.user.Username(), Password: password}
+		if c.User != nil {
+			auth = &proxy.Auth{User: c.User.Username(), Password: password}
 		}
-		d, err := proxy.SOCKS5("tcp", c.address, auth, nil)
+		d, err := proxy.SOCKS5("tcp", c.Address, auth, nil)
 		if err != nil {
 			return nil, err
 		}
 		p.socks = d.(socksDialer)
 		return p, nil
 	}
-	if c.scheme == "https" {
-		if p.secure = c.secure; p.secure == nil {
+	if c.Scheme == "https" {
+		if p.secure = c.Secure; p.secure == nil {
 			p.secure = new(tls.Config)
 		}
 		if p.secure.ServerName == "" {
-			host, _, _ := hostport.Split(c.address)
+			host, _, _ := hostport.Split(c.Address)
 			p.secure.ServerName = strings.Trim(host, "[]")
 		}
 		p.streams = newMuxPool(p.dialStreams)
 	}
-	maps.Copy(p.header, c.header)
-	if c.user != nil {
-		p.header.Set("Proxy-Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(c.user.Username()+":"+password)))
+	maps.Copy(p.Header, c.Header)
+	if c.User != nil {
+		p.Header.Set("Proxy-Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(c.User.Username()+":"+password)))
 	}
 	return p, nil
 }
@@ -106,27 +106,27 @@ func newParent(c parentConfig, connector *connector) (*parent, error) {
 // maxParentInterim is how many interim responses the parent may send to a CONNECT.
 const maxParentInterim = 100
 
-// localityTTL is how long a result of isLocal is cached: a proxy that listens on port 443
+// localityTTL is how long a result of IsLocal is cached: a proxy that listens on port 443
 // needs it for each CONNECT to that port.
 const localityTTL = 10 * time.Second
 
-// parentLocality is a cached result of isLocal.
+// parentLocality is a cached result of IsLocal.
 type parentLocality struct {
 	here bool
 	at   time.Time
 }
 
-// isLocal reports whether the parent is on this machine. It may look up the parent's name.
-func (p *parent) isLocal(ctx context.Context) bool {
+// IsLocal reports whether the parent is on this machine. It may look up the parent's name.
+func (p *Parent) IsLocal(ctx context.Context) bool {
 	if known := p.locality.Load(); known != nil && time.Since(known.at) < localityTTL {
 		return known.here
 	}
-	host, _, _ := hostport.Split(p.address)
+	host, _, _ := hostport.Split(p.Address)
 	host = strings.Trim(host, "[]")
 	addrs := []netip.Addr{}
 	if addr, err := netip.ParseAddr(host); err == nil {
 		addrs = append(addrs, addr)
-	} else if addrs, err = p.connector.resolver.lookup(ctx, host); err != nil {
+	} else if addrs, err = p.Connector.resolver.lookup(ctx, host); err != nil {
 		return true // err on the side of denying
 	}
 	here := slices.ContainsFunc(addrs, func(addr netip.Addr) bool {
@@ -139,28 +139,28 @@ func (p *parent) isLocal(ctx context.Context) bool {
 
 // open connects to the parent. Its name, unlike a target's, may use the system's DNS
 // search list.
-func (p *parent) open(ctx context.Context) (net.Conn, error) {
-	t := hostport.TargetOf(p.address)
-	host, _, _ := hostport.Split(p.address)
-	return p.connector.dial(ctx, &p.dialer, strings.Trim(host, "[]"), t.Port)
+func (p *Parent) open(ctx context.Context) (net.Conn, error) {
+	t := hostport.TargetOf(p.Address)
+	host, _, _ := hostport.Split(p.Address)
+	return p.Connector.dial(ctx, &p.dialer, strings.Trim(host, "[]"), t.Port)
 }
 
-// isHTTP reports whether plain requests are sent to the parent as such, and not
+// IsHTTP reports whether plain requests are sent to the parent as such, and not
 // through a tunnel.
-func (p *parent) isHTTP() bool { return p.socks == nil }
+func (p *Parent) IsHTTP() bool { return p.socks == nil }
 
-// connect opens a tunnel through the parent to address, a host and a port. The parent
+// Connect opens a tunnel through the parent to address, a host and a port. The parent
 // resolves the name.
-func (p *parent) connect(ctx context.Context, address string) (net.Conn, error) {
+func (p *Parent) Connect(ctx context.Context, address string) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
-	if p.streams != nil && !p.http1.Load() {
+	if p.streams != nil && !p.Http1.Load() {
 		conn, err := p.connectStream(ctx, address)
-		if err == nil || !p.http1.Load() {
+		if err == nil || !p.Http1.Load() {
 			return conn, err
 		}
 	}
-	conn, err := p.dial(ctx)
+	conn, err := p.Dial(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -173,7 +173,7 @@ func (p *parent) connect(ctx context.Context, address string) (net.Conn, error) 
 		tunnel, err = p.connectHTTP1(ctx, conn, address)
 	}
 	if !stop() && err == nil {
-		err = &parentError{phase: parentAnswering, socks: p.socks != nil, err: context.Cause(ctx)}
+		err = &ParentError{Phase: ParentAnswering, socks: p.socks != nil, Err: context.Cause(ctx)}
 	}
 	if err != nil {
 		_ = conn.Close()
@@ -182,27 +182,27 @@ func (p *parent) connect(ctx context.Context, address string) (net.Conn, error) 
 	return tunnel, nil
 }
 
-// dial connects to the parent itself. The policy does not apply: the operator chose its
+// Dial connects to the parent itself. The policy does not apply: the operator chose its
 // address.
-func (p *parent) dial(ctx context.Context) (net.Conn, error) {
+func (p *Parent) Dial(ctx context.Context) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
 	conn, err := p.open(ctx)
 	if err != nil {
-		return nil, &parentError{err: err}
+		return nil, &ParentError{Err: err}
 	}
 	if p.secure == nil {
 		return conn, nil
 	}
-	secure, err := handshakeWith(ctx, conn, p.secure, "http/1.1")
+	secure, err := Handshake(ctx, conn, p.secure, "http/1.1")
 	if err != nil {
-		return nil, &parentError{phase: parentHandshaking, err: err}
+		return nil, &ParentError{Phase: parentHandshaking, Err: err}
 	}
 	return secure, nil
 }
 
-// handshakeWith performs a TLS handshake on conn, and closes it if that fails.
-func handshakeWith(ctx context.Context, conn net.Conn, config *tls.Config, protocols ...string) (*tls.Conn, error) {
+// Handshake performs a TLS handshake on conn, and closes it if that fails.
+func Handshake(ctx context.Context, conn net.Conn, config *tls.Config, protocols ...string) (*tls.Conn, error) {
 	config = config.Clone()
 	config.NextProtos = protocols
 	secure := tls.Client(conn, config)
@@ -213,7 +213,7 @@ func handshakeWith(ctx context.Context, conn net.Conn, config *tls.Config, proto
 	return secure, nil
 }
 
-func (p *parent) connectSOCKS(ctx context.Context, conn net.Conn, address string) (net.Conn, error) {
+func (p *Parent) connectSOCKS(ctx context.Context, conn net.Conn, address string) (net.Conn, error) {
 	if _, err := p.socks.DialWithConn(ctx, conn, "tcp", address); err != nil {
 		status := 0
 		switch text := err.Error(); { // the package's errors have no types
@@ -227,12 +227,12 @@ func (p *parent) connectSOCKS(ctx context.Context, conn net.Conn, address string
 		case strings.Contains(text, "TTL expired"):
 			status = http.StatusGatewayTimeout
 		}
-		return nil, &parentError{phase: parentAnswering, status: status, socks: true, err: err}
+		return nil, &ParentError{Phase: ParentAnswering, Status: status, socks: true, Err: err}
 	}
 	return conn, nil
 }
 
-func (p *parent) connectHTTP1(ctx context.Context, conn net.Conn, address string) (net.Conn, error) {
+func (p *Parent) connectHTTP1(ctx context.Context, conn net.Conn, address string) (net.Conn, error) {
 	head := []byte("CONNECT " + address + " HTTP/1.1\r\nHost: " + address + "\r\n")
 	fields, _ := p.fields(ctx)
 	for name, values := range fields {
@@ -241,7 +241,7 @@ func (p *parent) connectHTTP1(ctx context.Context, conn net.Conn, address string
 		}
 	}
 	if _, err := conn.Write(append(head, "\r\n"...)); err != nil {
-		return nil, asAnswerError(err, nil)
+		return nil, AsAnswerError(err, nil)
 	}
 	r := bufio.NewReaderSize(io.LimitReader(conn, h1.MaxHead), 4<<10)
 	res, err := h1.ReadResponse(r, http.MethodConnect, nil)
@@ -255,7 +255,7 @@ func (p *parent) connectHTTP1(ctx context.Context, conn net.Conn, address string
 		err = h1.ProtocolError(fmt.Sprintf("the response to CONNECT has the status %d", res.StatusCode))
 	}
 	if err != nil {
-		return nil, asAnswerError(err, r)
+		return nil, AsAnswerError(err, r)
 	}
 	if res.StatusCode/100 != 2 {
 		return nil, refusedConnect(res.StatusCode, res.Header)
@@ -268,32 +268,32 @@ func (p *parent) connectHTTP1(ctx context.Context, conn net.Conn, address string
 }
 
 // refusedConnect returns the error for a CONNECT that the parent refused.
-func refusedConnect(status int, header http.Header) *parentError {
-	return &parentError{
-		phase: parentAnswering, status: status, header: header,
-		err: fmt.Errorf("it answered CONNECT with %d", status),
+func refusedConnect(status int, header http.Header) *ParentError {
+	return &ParentError{
+		Phase: ParentAnswering, Status: status, Header: header,
+		Err: fmt.Errorf("it answered CONNECT with %d", status),
 	}
 }
 
-// parentRequestKey is the context key under which the dial for a CONNECT carries a
-// *parentRequest.
-type parentRequestKey struct{}
+// ParentRequestKey is the context key under which the dial for a CONNECT carries a
+// *ParentRequest.
+type ParentRequestKey struct{}
 
-// parentRequest holds what the parent is told of a CONNECT, and for whom it is.
-type parentRequest struct {
-	fields   http.Header
-	limitKey client.Key
+// ParentRequest holds what the parent is told of a CONNECT, and for whom it is.
+type ParentRequest struct {
+	Fields   http.Header
+	LimitKey client.Key // the client that it is for
 }
 
 // fields returns the header of a CONNECT to the parent, and the client that it is for,
 // if it is for one client only.
-func (p *parent) fields(ctx context.Context) (fields http.Header, owner client.Key) {
+func (p *Parent) fields(ctx context.Context) (fields http.Header, owner client.Key) {
 	fields = make(http.Header)
-	if request, ok := ctx.Value(parentRequestKey{}).(*parentRequest); ok {
-		maps.Copy(fields, request.fields)
-		owner = request.limitKey
+	if request, ok := ctx.Value(ParentRequestKey{}).(*ParentRequest); ok {
+		maps.Copy(fields, request.Fields)
+		owner = request.LimitKey
 	}
-	maps.Copy(fields, p.header)
+	maps.Copy(fields, p.Header)
 	return fields, owner
 }
 
@@ -321,20 +321,20 @@ func (c *prefixConn) CloseWrite() error {
 
 // dialStreams opens a connection for tunnels over HTTP/2. If the parent does not speak
 // HTTP/2, it records that in p.http1 and returns an error.
-func (p *parent) dialStreams(connected func()) (net.Conn, error) {
+func (p *Parent) dialStreams(connected func()) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), p.timeout)
 	defer cancel()
 	conn, err := p.open(ctx)
 	if err != nil {
-		return nil, &parentError{err: err}
+		return nil, &ParentError{Err: err}
 	}
 	connected()
-	secure, err := handshakeWith(ctx, conn, p.secure, "h2", "http/1.1")
+	secure, err := Handshake(ctx, conn, p.secure, "h2", "http/1.1")
 	if err != nil {
-		return nil, &parentError{phase: parentHandshaking, err: err}
+		return nil, &ParentError{Phase: parentHandshaking, Err: err}
 	}
 	if secure.ConnectionState().NegotiatedProtocol != "h2" {
-		p.http1.Store(true)
+		p.Http1.Store(true)
 		_ = secure.Close()
 		return nil, errors.New("the parent does not speak HTTP/2")
 	}
@@ -344,7 +344,7 @@ func (p *parent) dialStreams(connected func()) (net.Conn, error) {
 // connectStream opens a tunnel on an HTTP/2 stream. If the connection has died or the
 // parent is closing it, connectStream tries another one, which is safe because nothing
 // has been sent through the tunnel yet.
-func (p *parent) connectStream(ctx context.Context, address string) (net.Conn, error) {
+func (p *Parent) connectStream(ctx context.Context, address string) (net.Conn, error) {
 	fields, owner := p.fields(ctx)
 	quiet, ping := min(time.Second, p.timeout/6), min(2*time.Second, p.timeout/3)
 	for attempt := 1; ; attempt++ {
@@ -360,15 +360,15 @@ func (p *parent) connectStream(ctx context.Context, address string) (net.Conn, e
 		if err == nil {
 			return s, nil
 		}
-		retry := errors.Is(err, errUnprocessed) || errors.Is(err, errSilence) || isClosed(err) && s.id > 1
+		retry := errors.Is(err, errUnprocessed) || errors.Is(err, errSilence) || IsClosed(err) && s.id > 1
 		if !retry || attempt == muxDials || ctx.Err() != nil {
-			return nil, asAnswerError(err, nil)
+			return nil, AsAnswerError(err, nil)
 		}
 	}
 }
 
-// close closes idle connections to the parent, and others once they are idle.
-func (p *parent) close() {
+// Close closes idle connections to the parent, and others once they are idle.
+func (p *Parent) Close() {
 	if p.streams != nil {
 		p.streams.close()
 	}

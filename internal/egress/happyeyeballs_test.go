@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package egress
 
 import (
 	"context"
@@ -123,7 +123,7 @@ func ip6(list string) dnsAnswer { return dnsAnswer{ipv6: true, addrs: addrsOf(li
 // failed returns a DNS answer without addresses.
 func failed(ipv6 bool, rcode int) dnsAnswer {
 	dns := &net.DNSError{Err: "no such host", IsNotFound: rcode == rcodeNameError || rcode == 0}
-	return dnsAnswer{ipv6: ipv6, err: &resolveError{err: dns, rcode: rcode, ipv6: ipv6}}
+	return dnsAnswer{ipv6: ipv6, err: &ResolveError{Err: dns, rcode: rcode, ipv6: ipv6}}
 }
 
 func TestRace(t *testing.T) {

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package egress
 
 import (
 	"bytes"
@@ -130,7 +130,7 @@ func (p *muxParent) got(id uint32) string {
 var muxClient = client.Address(netip.MustParseAddr("192.0.2.1"))
 
 // muxStream opens the next stream of a connection and waits for its response.
-func muxStream(t *testing.T, c *muxConn) *streamConn {
+func muxStream(t *testing.T, c *muxConn) *StreamConn {
 	t.Helper()
 	s := c.open(muxClient, len(c.streams) == 0, "target.example:443", nil)
 	if s == nil {
@@ -184,7 +184,7 @@ func TestMuxTunnel(t *testing.T) {
 			t.Error("a stream closed on both sides still exists or was reset")
 		}
 		p.writeFrames(func(f *http2.Framer) { _ = f.WriteWindowUpdate(0, uint32(len(payload))) })
-		for _, end := range []func(*streamConn) error{(*streamConn).Close, (*streamConn).Abort} {
+		for _, end := range []func(*StreamConn) error{(*StreamConn).Close, (*StreamConn).Abort} {
 			s := muxStream(t, c)
 			reading := make(chan error, 1)
 			go func() {
@@ -518,13 +518,13 @@ func TestMuxAnotherConnection(t *testing.T) {
 		for _, timeout := range []time.Duration{10 * time.Second, 3 * time.Second} {
 			synctest.Test(t, func(t *testing.T) {
 				var parents []*muxParent
-				up := &parent{timeout: timeout, header: make(http.Header)}
+				up := &Parent{timeout: timeout, Header: make(http.Header)}
 				up.streams = newMuxPool(func(func()) (net.Conn, error) {
 					p, near := newMuxParent(t)
 					parents = append(parents, p)
 					return near, nil
 				})
-				first, err := up.connect(t.Context(), "a.example:443")
+				first, err := up.Connect(t.Context(), "a.example:443")
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -538,12 +538,12 @@ func TestMuxAnotherConnection(t *testing.T) {
 					}
 					fail(dead, 3)
 				}()
-				second, err := up.connect(t.Context(), "b.example:443")
-				if err != nil || len(parents) != 2 || second.(*streamConn).c == first.(*streamConn).c {
+				second, err := up.Connect(t.Context(), "b.example:443")
+				if err != nil || len(parents) != 2 || second.(*StreamConn).c == first.(*StreamConn).c {
 					t.Fatalf("%s, %v: %v after %v with %d connections", name, timeout, err, time.Since(start), len(parents))
 				}
-				third, err := up.connect(t.Context(), "c.example:443")
-				if err != nil || name != "refused" && third.(*streamConn).c != second.(*streamConn).c {
+				third, err := up.Connect(t.Context(), "c.example:443")
+				if err != nil || name != "refused" && third.(*StreamConn).c != second.(*StreamConn).c {
 					t.Errorf("%s, %v: the dead connection is reused: %v", name, timeout, err)
 				}
 				for _, conn := range []net.Conn{first, second, third} {
@@ -551,7 +551,7 @@ func TestMuxAnotherConnection(t *testing.T) {
 						_ = conn.Close()
 					}
 				}
-				up.close()
+				up.Close()
 				for _, p := range parents {
 					_ = p.conn.Close()
 				}
@@ -598,7 +598,7 @@ func TestMuxPool(t *testing.T) {
 		})
 		otherClient := client.Address(netip.MustParseAddr("192.0.2.2"))
 		var mu sync.Mutex
-		streams := make(map[client.Key][]*streamConn)
+		streams := make(map[client.Key][]*StreamConn)
 		for i := range 50 {
 			key := muxClient
 			if i >= 40 {

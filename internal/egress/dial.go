@@ -1,7 +1,10 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+// Package egress connects to destinations, directly or through a parent proxy. It offers
+// dialing by RFC 8305 within a policy, the causes of failures, and tunnels over HTTP/2 to a
+// parent. It knows no client's request: it neither answers nor logs one.
+package egress
 
 import (
 	"context"
@@ -17,24 +20,24 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
-// dialer opens connections to targets, directly or through a parent proxy. It checks
+// Dialer opens connections to targets, directly or through a parent proxy. It checks
 // each address against the policy after resolution, immediately before connecting, so
 // that no name, no spelling of an address and no later DNS answer can bypass the policy.
-type dialer struct {
-	policy    *policy.Policy
+type Dialer struct {
+	Policy    *policy.Policy
 	timeout   time.Duration
-	parent    *parent           // nil: none
-	direct    *policy.RuleSet   // the targets that bypass the parent
-	ownPort   func(uint16) bool // whether one of our protected listeners uses a port; may be nil
+	Parent    *Parent           // nil: none
+	Direct    *policy.RuleSet   // the targets that bypass the parent
+	OwnPort   func(uint16) bool // whether one of our protected listeners uses a port; may be nil
 	dialers   [policy.ScopeCount]net.Dialer
-	connector *connector
-	report    func(ctx context.Context, target string, reported *policy.DeniedError)
+	Connector *connector
+	Report    func(ctx context.Context, target string, reported *policy.DeniedError)
 }
 
-// newDialer returns a dialer. The timeout covers resolution and all addresses of a
+// NewDialer returns a dialer. The timeout covers resolution and all addresses of a
 // name together.
-func newDialer(p *policy.Policy, timeout time.Duration, resolver *resolver) *dialer {
-	d := &dialer{policy: p, timeout: timeout, connector: newConnector(resolver)}
+func NewDialer(p *policy.Policy, timeout time.Duration, resolver *resolver) *Dialer {
+	d := &Dialer{Policy: p, timeout: timeout, Connector: NewConnector(resolver)}
 	resolver.setTimeout(timeout)
 	for r := range policy.ScopeCount {
 		d.dialers[r] = net.Dialer{
@@ -67,19 +70,19 @@ type attempt struct {
 // attemptKey is the context key under which a dial carries its attempt.
 type attemptKey struct{}
 
-// dial connects to address, a host and a port, for a client of the given reach. It
+// Dial connects to address, a host and a port, for a client of the given reach. It
 // uses the parent unless the address bypasses it. The addresses of a name are tried as
 // RFC 8305 recommends. If the dial fails and any of the addresses was denied, dial
 // returns the denial.
-func (d *dialer) dial(ctx context.Context, r policy.Scope, address string) (net.Conn, error) {
-	if d.usesParent(address) {
-		if err := d.checkForParent(ctx, r, address); err != nil {
+func (d *Dialer) Dial(ctx context.Context, r policy.Scope, address string) (net.Conn, error) {
+	if d.UsesParent(address) {
+		if err := d.CheckForParent(ctx, r, address); err != nil {
 			return nil, err
 		}
-		return d.parent.connect(ctx, address)
+		return d.Parent.Connect(ctx, address)
 	}
 	a := &attempt{Target: hostport.TargetOf(address), address: address}
-	if denied, _ := d.policy.CheckName(ctx, r, a.Target, true); denied != nil {
+	if denied, _ := d.Policy.CheckName(ctx, r, a.Target, true); denied != nil {
 		return nil, denied
 	}
 	conn, err := d.dialTarget(context.WithValue(ctx, attemptKey{}, a), &d.dialers[r], a.Target)
@@ -91,7 +94,7 @@ func (d *dialer) dial(ctx context.Context, r policy.Scope, address string) (net.
 	}
 	// A listener may have been opened between the check and the connection: a reload
 	// opens the admin endpoint's.
-	if denied := d.policy.CheckSelf(hostport.AddrPortOf(conn.RemoteAddr()), true); denied != nil {
+	if denied := d.Policy.CheckSelf(hostport.AddrPortOf(conn.RemoteAddr()), true); denied != nil {
 		_ = conn.Close()
 		return nil, denied
 	}
@@ -101,19 +104,19 @@ func (d *dialer) dial(ctx context.Context, r policy.Scope, address string) (net.
 // dialTarget dials t, an address or a name. Names are made fully qualified with a trailing
 // dot: the system's search list could otherwise turn the name into one that no rule
 // has checked.
-func (d *dialer) dialTarget(ctx context.Context, dialer *net.Dialer, t hostport.Target) (net.Conn, error) {
+func (d *Dialer) dialTarget(ctx context.Context, dialer *net.Dialer, t hostport.Target) (net.Conn, error) {
 	if t.Addr.IsValid() {
 		return dialer.DialContext(ctx, "tcp", netip.AddrPortFrom(t.Addr, t.Port).String())
 	}
 	if !strings.Contains(t.Name, ".") { // the hosts file lists such names without the dot
 		if addrs, err := hostsFile.LookupNetIP(ctx, "ip", t.Name); err == nil {
-			return d.connector.dialAddresses(ctx, dialer, hostPort{t.Name, t.Port}, addrs)
+			return d.Connector.dialAddresses(ctx, dialer, hostPort{t.Name, t.Port}, addrs)
 		}
 	}
 	if t.Name == "localhost" { // most systems know it only without the dot
-		return d.connector.dial(ctx, dialer, t.Name, t.Port)
+		return d.Connector.dial(ctx, dialer, t.Name, t.Port)
 	}
-	return d.connector.dial(ctx, dialer, t.Name+".", t.Port)
+	return d.Connector.dial(ctx, dialer, t.Name+".", t.Port)
 }
 
 // hostsFile resolves names from the system's hosts file only; it sends no queries.
@@ -121,37 +124,37 @@ var hostsFile = &net.Resolver{PreferGo: true, Dial: func(context.Context, string
 	return nil, errors.New("only the hosts file is consulted")
 }}
 
-// usesParent reports whether connections to address go through the parent.
-func (d *dialer) usesParent(address string) bool {
-	if d.parent == nil {
+// UsesParent reports whether connections to address go through the parent.
+func (d *Dialer) UsesParent(address string) bool {
+	if d.Parent == nil {
 		return false
 	}
 	t := hostport.TargetOf(address)
-	_, direct := d.direct.MatchName(t)
+	_, direct := d.Direct.MatchName(t)
 	if !direct && t.Addr.IsValid() {
 		ip := t.Addr.Unmap()
-		_, direct = d.direct.MatchAddress(context.Background(), ip, policy.EmbeddedIPv4(ip))
+		_, direct = d.Direct.MatchAddress(context.Background(), ip, policy.EmbeddedIPv4(ip))
 	}
 	return !direct
 }
 
-// checkForParent checks a target whose name the parent resolves. A parent on this
+// CheckForParent checks a target whose name the parent resolves. A parent on this
 // machine can resolve any name to this machine, so the ports of our own protected
 // listeners are then denied for all names.
-func (d *dialer) checkForParent(ctx context.Context, r policy.Scope, address string) error {
+func (d *Dialer) CheckForParent(ctx context.Context, r policy.Scope, address string) error {
 	t := hostport.TargetOf(address)
-	if t.Name != "" && d.ownPort != nil && d.ownPort(t.Port) && d.parent.isLocal(ctx) {
+	if t.Name != "" && d.OwnPort != nil && d.OwnPort(t.Port) && d.Parent.IsLocal(ctx) {
 		return &policy.DeniedError{Reason: "its port is reserved",
 			Hint: "the parent proxy on this machine could resolve the name to it; add the name to no_upstream, so that it is resolved here"}
 	}
-	denied, reported := d.policy.CheckName(ctx, r, t, false)
+	denied, reported := d.Policy.CheckName(ctx, r, t, false)
 	return d.enforce(ctx, address, denied, reported)
 }
 
 // enforce logs a denial that is only reported, and returns one that is enforced.
-func (d *dialer) enforce(ctx context.Context, address string, denied, reported *policy.DeniedError) error {
+func (d *Dialer) enforce(ctx context.Context, address string, denied, reported *policy.DeniedError) error {
 	if reported != nil {
-		d.report(ctx, address, reported)
+		d.Report(ctx, address, reported)
 	}
 	if denied != nil {
 		return denied
@@ -159,26 +162,26 @@ func (d *dialer) enforce(ctx context.Context, address string, denied, reported *
 	return nil
 }
 
-// denies reports whether the policy would now deny an open connection to target, whose
+// Denies reports whether the policy would now deny an open connection to target, whose
 // address is to.
-func (d *dialer) denies(ctx context.Context, r policy.Scope, target string, to netip.AddrPort) bool {
-	if d.usesParent(target) {
-		return d.checkForParent(ctx, r, target) != nil
+func (d *Dialer) Denies(ctx context.Context, r policy.Scope, target string, to netip.AddrPort) bool {
+	if d.UsesParent(target) {
+		return d.CheckForParent(ctx, r, target) != nil
 	}
-	denied, _ := d.policy.Check(ctx, r, hostport.TargetOf(target), to)
+	denied, _ := d.Policy.Check(ctx, r, hostport.TargetOf(target), to)
 	return denied != nil
 }
 
-// recheck checks a reused connection, which was opened for an earlier request, for a
+// Recheck checks a reused connection, which was opened for an earlier request, for a
 // client of reach r.
-func (d *dialer) recheck(ctx context.Context, r policy.Scope, address string, conn net.Conn) error {
-	if d.usesParent(address) {
-		return d.checkForParent(ctx, r, address)
+func (d *Dialer) Recheck(ctx context.Context, r policy.Scope, address string, conn net.Conn) error {
+	if d.UsesParent(address) {
+		return d.CheckForParent(ctx, r, address)
 	}
 	to := hostport.AddrPortOf(conn.RemoteAddr())
-	if denied := d.policy.CheckSelf(to, true); denied != nil {
+	if denied := d.Policy.CheckSelf(to, true); denied != nil {
 		return denied
 	}
-	denied, reported := d.policy.Check(ctx, r, hostport.TargetOf(address), to)
+	denied, reported := d.Policy.Check(ctx, r, hostport.TargetOf(address), to)
 	return d.enforce(ctx, address, denied, reported)
 }

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package egress
 
 import (
 	"context"
@@ -55,7 +55,7 @@ func newMuxPool(dial func(connected func()) (net.Conn, error)) *muxPool {
 }
 
 // open opens a stream for owner's tunnel to address, and sends the CONNECT with fields.
-func (p *muxPool) open(ctx context.Context, owner client.Key, address string, fields http.Header) (*streamConn, error) {
+func (p *muxPool) open(ctx context.Context, owner client.Key, address string, fields http.Header) (*StreamConn, error) {
 	for range muxDials {
 		s, d := p.openOrDial(owner, address, fields)
 		if s != nil {
@@ -71,14 +71,14 @@ func (p *muxPool) open(ctx context.Context, owner client.Key, address string, fi
 			if d.connected.Load() {
 				phase = parentHandshaking
 			}
-			return nil, &parentError{phase: phase, err: context.Cause(ctx)}
+			return nil, &ParentError{Phase: phase, Err: context.Cause(ctx)}
 		}
 	}
-	return nil, &parentError{phase: parentAnswering, err: errUnprocessed}
+	return nil, &ParentError{Phase: ParentAnswering, Err: errUnprocessed}
 }
 
 // openOrDial opens a stream on an existing connection, or returns a dial to wait for.
-func (p *muxPool) openOrDial(owner client.Key, address string, fields http.Header) (*streamConn, *muxDial) {
+func (p *muxPool) openOrDial(owner client.Key, address string, fields http.Header) (*StreamConn, *muxDial) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, idle := range []bool{false, true} {

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package egress
 
 import (
 	"cmp"
@@ -167,7 +167,7 @@ func (r *race) contextErr(ctx context.Context) error {
 	case len(r.attempts) > 0:
 		return &net.OpError{Op: "dial", Net: "tcp", Err: os.ErrDeadlineExceeded}
 	}
-	return &resolveError{err: &net.DNSError{Err: "no answer in time", IsTimeout: true}}
+	return &ResolveError{Err: &net.DNSError{Err: "no answer in time", IsTimeout: true}}
 }
 
 // connector connects to names and addresses. For a while it remembers which addresses did
@@ -186,7 +186,7 @@ type hostPort struct {
 	port uint16
 }
 
-func newConnector(r *resolver) *connector {
+func NewConnector(r *resolver) *connector {
 	return &connector{
 		resolver: r,
 		winners:  newTTLCache[hostPort, netip.Addr](4096, 10*time.Minute),
@@ -255,7 +255,7 @@ func (c *connector) remember(to hostPort, r *race, winner netip.Addr) {
 }
 
 // errNoAddress reports that a name has no address.
-var errNoAddress = &resolveError{err: &net.DNSError{Err: "no address", IsNotFound: true}}
+var errNoAddress = &ResolveError{Err: &net.DNSError{Err: "no address", IsNotFound: true}}
 
 // candidates are the addresses that have not been tried yet.
 type candidates struct {
@@ -330,7 +330,7 @@ func moreInformative(earlier, later error) error {
 
 // informativeness ranks the errors of attempts and look-ups by how much they say.
 func informativeness(err error) int {
-	var failed *resolveError
+	var failed *ResolveError
 	switch {
 	case err == nil:
 		return 0
@@ -351,7 +351,7 @@ func informativeness(err error) int {
 // isDefinite reports whether an error is conclusive even while a DNS answer is
 // outstanding: a connection attempt failed, or DNS says that the name does not exist.
 func isDefinite(err error) bool {
-	var failed *resolveError
+	var failed *ResolveError
 	return err != nil && (!errors.As(err, &failed) || failed.noSuchName())
 }
 

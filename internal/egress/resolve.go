@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package egress
 
 import (
 	"context"
@@ -29,7 +29,7 @@ const resendDelay = time.Second
 //
 // All methods are safe for concurrent use.
 type resolver struct {
-	servers []dnsAddress             // none: the system's
+	servers []DNSAddress             // none: the system's
 	resend  time.Duration            // see resendDelay
 	silent  *ttlCache[int, struct{}] // servers that recently did not answer in time
 
@@ -57,15 +57,15 @@ func (r *resolver) setTimeout(timeout time.Duration) {
 	r.resend = max(min(resendDelay, timeout/3), time.Millisecond)
 }
 
-// dnsAddress is the address of a DNS server.
-type dnsAddress struct {
-	network string // udp or tcp; udp may change to tcp for a long answer
-	address string // IP address and port
+// DNSAddress is the address of a DNS server.
+type DNSAddress struct {
+	Network string // udp or tcp; udp may change to tcp for a long answer
+	Address string // IP address and port
 }
 
-// newResolver returns a resolver that asks the given servers, or the system's if there
+// NewResolver returns a resolver that asks the given servers, or the system's if there
 // are none.
-func newResolver(servers []dnsAddress) *resolver {
+func NewResolver(servers []DNSAddress) *resolver {
 	return &resolver{
 		servers: servers,
 		resend:  resendDelay,
@@ -181,7 +181,7 @@ func (r *resolver) resolve(ctx context.Context, q question, system *net.Resolver
 	for {
 		select {
 		case a := <-results:
-			if a.err == nil || a.err.(*resolveError).notFound() {
+			if a.err == nil || a.err.(*ResolveError).notFound() {
 				return a
 			}
 			failure = moreInformative(failure, a.err)
@@ -215,7 +215,7 @@ func (r *resolver) rank(server int) int {
 
 // query sends a question to one server, or to the system's resolver if server is nil. It
 // uses a net.Resolver of its own, because a shared one merges look-ups of the same name.
-func (r *resolver) query(ctx context.Context, q question, system *net.Resolver, server *dnsAddress) dnsAnswer {
+func (r *resolver) query(ctx context.Context, q question, system *net.Resolver, server *DNSAddress) dnsAnswer {
 	w := &queryWatch{server: server, resend: r.resend, dial: system.Dial}
 	asker := &net.Resolver{PreferGo: server != nil || system.PreferGo, Dial: w.connect}
 	network := "ip4"
@@ -231,7 +231,7 @@ func (r *resolver) query(ctx context.Context, q question, system *net.Resolver, 
 		}
 	}
 	if err != nil {
-		return dnsAnswer{ipv6: q.ipv6, err: &resolveError{err: err, rcode: int(w.rcode.Load()), ipv6: q.ipv6}}
+		return dnsAnswer{ipv6: q.ipv6, err: &ResolveError{Err: err, rcode: int(w.rcode.Load()), ipv6: q.ipv6}}
 	}
 	return dnsAnswer{ipv6: q.ipv6, addrs: addrs}
 }
@@ -239,7 +239,7 @@ func (r *resolver) query(ctx context.Context, q question, system *net.Resolver, 
 // queryWatch opens the connections of a query, and records the RCODE of the responses,
 // which net.Resolver does not expose.
 type queryWatch struct {
-	server *dnsAddress // nil: the address that net.Resolver chooses
+	server *DNSAddress // nil: the address that net.Resolver chooses
 	resend time.Duration
 	dial   func(ctx context.Context, network, address string) (net.Conn, error) // nil: queryDialer's
 	rcode  atomic.Int32                                                         // of the last response
@@ -252,9 +252,9 @@ var queryDialer = net.Dialer{Resolver: new(net.Resolver)}
 func (w *queryWatch) connect(ctx context.Context, network, address string) (net.Conn, error) {
 	dial := w.dial
 	if w.server != nil {
-		dial, address = nil, w.server.address
-		if w.server.network != "udp" {
-			network = w.server.network
+		dial, address = nil, w.server.Address
+		if w.server.Network != "udp" {
+			network = w.server.Network
 		}
 	}
 	if dial == nil {
@@ -357,27 +357,27 @@ func (c *packetConn) ReadFrom(b []byte) (int, net.Addr, error) {
 // WriteTo implements net.PacketConn.
 func (c *packetConn) WriteTo(b []byte, _ net.Addr) (int, error) { return c.Write(b) }
 
-// resolveError reports why a name could not be resolved.
-type resolveError struct {
-	err   error // usually a *net.DNSError
+// ResolveError reports why a name could not be resolved.
+type ResolveError struct {
+	Err   error // usually a *net.DNSError
 	rcode int   // of the last response of a DNS server
 	ipv6  bool  // the look-up was for IPv6 addresses
 }
 
-func (e *resolveError) Error() string {
-	if name := e.failure(); name != "" {
-		return e.err.Error() + " (" + name + ")"
+func (e *ResolveError) Error() string {
+	if name := e.Failure(); name != "" {
+		return e.Err.Error() + " (" + name + ")"
 	}
-	return e.err.Error()
+	return e.Err.Error()
 }
 
 // Unwrap returns the wrapped errors. A *net.DNSError has only the text of its cause, from
 // which Unwrap restores EMFILE.
-func (e *resolveError) Unwrap() []error {
-	if strings.Contains(e.err.Error(), syscall.EMFILE.Error()) {
-		return []error{e.err, syscall.EMFILE}
+func (e *ResolveError) Unwrap() []error {
+	if strings.Contains(e.Err.Error(), syscall.EMFILE.Error()) {
+		return []error{e.Err, syscall.EMFILE}
 	}
-	return []error{e.err}
+	return []error{e.Err}
 }
 
 const (
@@ -389,9 +389,9 @@ const (
 var rcodeNames = [...]string{1: "FORMERR", rcodeServerFailure: "SERVFAIL", rcodeNameError: "NXDOMAIN", 4: "NOTIMP", 5: "REFUSED",
 	6: "YXDOMAIN", 7: "YXRRSET", 8: "NXRRSET", 9: "NOTAUTH", 10: "NOTZONE"}
 
-// failure returns the name of the RCODE with which the look-up failed, or "" if it failed
+// Failure returns the name of the RCODE with which the look-up failed, or "" if it failed
 // for another reason.
-func (e *resolveError) failure() string {
+func (e *ResolveError) Failure() string {
 	switch {
 	case e.rcode == 0 || e.timeout():
 		return ""
@@ -402,19 +402,19 @@ func (e *resolveError) failure() string {
 }
 
 // notFound reports whether DNS says that the name has no address of the family.
-func (e *resolveError) notFound() bool {
+func (e *ResolveError) notFound() bool {
 	var dns *net.DNSError
-	return errors.As(e.err, &dns) && dns.IsNotFound || errors.As(e.err, new(*net.AddrError))
+	return errors.As(e.Err, &dns) && dns.IsNotFound || errors.As(e.Err, new(*net.AddrError))
 }
 
 // noSuchName reports whether the name does not exist, so that it has no address of either
 // family. It ignores NXDOMAIN for IPv6, which some servers send for a name that has only
 // IPv4 addresses (RFC 4074 §4.2).
-func (e *resolveError) noSuchName() bool {
+func (e *ResolveError) noSuchName() bool {
 	return e.rcode == rcodeNameError && !e.ipv6 && e.notFound()
 }
 
-func (e *resolveError) timeout() bool {
+func (e *ResolveError) timeout() bool {
 	var timeout net.Error
-	return errors.As(e.err, &timeout) && timeout.Timeout()
+	return errors.As(e.Err, &timeout) && timeout.Timeout()
 }

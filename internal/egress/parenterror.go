@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package egress
 
 import (
 	"bufio"
@@ -17,41 +17,41 @@ type parentPhase int
 const (
 	parentConnecting  parentPhase = iota // resolving its name, connecting
 	parentHandshaking                    // the TLS handshake
-	parentAnswering                      // waiting for its answer
+	ParentAnswering                      // waiting for its answer
 )
 
-// parentError is a failure of the parent, not of the target.
-type parentError struct {
-	phase  parentPhase
-	status int         // the status of the parent's answer; 0: there is none
-	header http.Header // the header of that answer; may be nil
+// ParentError is a failure of the parent, not of the target.
+type ParentError struct {
+	Phase  parentPhase
+	Status int         // the status of the parent's answer; 0: there is none
+	Header http.Header // the header of that answer; may be nil
 	socks  bool        // the parent is a SOCKS proxy
-	err    error
+	Err    error
 }
 
-func (e *parentError) Error() string { return "the parent proxy: " + e.err.Error() }
-func (e *parentError) Unwrap() error { return e.err }
+func (e *ParentError) Error() string { return "the parent proxy: " + e.Err.Error() }
+func (e *ParentError) Unwrap() error { return e.Err }
 
 // errParentWantsTLS reports that the parent answered a plain-text request with a TLS
 // alert.
 var errParentWantsTLS = errors.New("it speaks TLS: the URL of the option upstream should begin with https://, not http://")
 
-// asAnswerError wraps an error that occurred while reading the parent's answer from r.
+// AsAnswerError wraps an error that occurred while reading the parent's answer from r.
 // r may be nil.
-func asAnswerError(err error, r *bufio.Reader) *parentError {
+func AsAnswerError(err error, r *bufio.Reader) *ParentError {
 	// An alert of TLS 1.0 to 1.3 begins with these bytes (RFC 8446 §5.1).
 	if r != nil && r.Buffered() >= 2 {
 		if start, _ := r.Peek(2); start[0] == 0x15 && start[1] == 3 {
 			err = errParentWantsTLS
 		}
 	}
-	return &parentError{phase: parentAnswering, err: err}
+	return &ParentError{Phase: ParentAnswering, Err: err}
 }
 
-// passedOn returns what of the parent's answer the client is told: the members of its
+// PassedOn returns what of the parent's answer the client is told: the members of its
 // Proxy-Status and its Retry-After, if they are valid, or "".
-func (e *parentError) passedOn() (proxyStatus, retry string) {
-	return proxyStatusMembers(e.header["Proxy-Status"]), retryAfter(e.header["Retry-After"])
+func (e *ParentError) PassedOn() (proxyStatus, retry string) {
+	return proxyStatusMembers(e.Header["Proxy-Status"]), retryAfter(e.Header["Retry-After"])
 }
 
 // retryAfter returns the value of a Retry-After field (RFC 9110 §10.2.3), or ""

@@ -1,0 +1,198 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package egress
+
+import (
+	"crypto/tls"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"syscall"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
+)
+
+// Cause says why there is no connection to a destination, unless the policy denies it.
+type Cause string
+
+const (
+	DialNoResources Cause = "dial_no_resources" // this machine has no descriptors or local ports left
+	DialTimeout     Cause = "dial_timeout"
+	DialRefused     Cause = "dial_refused"
+	DialUnroutable  Cause = "dial_unroutable"
+	DialFailed      Cause = "dial_failed" // for another reason
+
+	DNSTimeout   Cause = "dns_timeout"
+	DNSNoAddress Cause = "dns_no_address" // the name exists
+	DNSNoName    Cause = "dns_no_name"    // the name does not exist
+	DNSSilent    Cause = "dns_silent"     // no DNS server could be asked
+	DNSFailed    Cause = "dns_failed"     // a DNS server answers with an error
+
+	TlsUntrusted Cause = "tls_untrusted" // the certificate is not trusted
+	TlsAlerted   Cause = "tls_alerted"   // the server sent an alert
+	TlsFailed    Cause = "tls_failed"    // for another reason
+
+	// What the parent says about its attempt to connect.
+	ParentDenies      Cause = "parent"
+	ParentLimits      Cause = "parent_limits" // too many requests
+	ParentBusy        Cause = "parent_busy"
+	ParentDialTimeout Cause = "parent_dial_timeout"
+	ParentDialFailed  Cause = "parent_dial_failed"
+	ParentCredentials Cause = "parent_credentials" // it does not accept ours
+
+	// What is wrong with the parent itself.
+	ParentHandshakeTimeout Cause = "parent_handshake_timeout"
+	ParentHandshakeCutOff  Cause = "parent_handshake_cut_off"
+	ParentWantsTLS         Cause = "parent_wants_tls"
+	ParentTimeout          Cause = "parent_timeout"
+	ParentHead             Cause = "parent_head" // the head of its answer is too large
+	ParentFull             Cause = "parent_full" // it accepts no more HTTP/2 streams
+	ParentCutOff           Cause = "parent_cut_off"
+	ParentNotHTTP          Cause = "parent_not_http"
+	ParentSOCKSTimeout     Cause = "parent_socks_timeout"
+	ParentSOCKSCutOff      Cause = "parent_socks_cut_off"
+	ParentNotSOCKS         Cause = "parent_not_socks"
+)
+
+// CauseOf returns the cause of a failed attempt to connect.
+func CauseOf(err error) Cause {
+	var (
+		parent     *ParentError
+		unresolved *ResolveError
+	)
+	switch {
+	case errors.As(err, &parent):
+		return parent.Cause()
+	case IsTLSError(err):
+		return TlsCause(err)
+	case noDescriptors(err):
+		return DialNoResources
+	case errors.As(err, &unresolved):
+		return unresolved.cause()
+	case IsTimeout(err):
+		return DialTimeout
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return DialRefused
+	case isUnroutable(err):
+		return DialUnroutable
+	case errors.Is(err, syscall.EADDRNOTAVAIL): // all local ports are in use
+		return DialNoResources
+	}
+	return DialFailed
+}
+
+// cause returns the cause of a failed look-up.
+func (e *ResolveError) cause() Cause {
+	answered := e.Failure() != ""
+	switch {
+	case e.timeout():
+		return DNSTimeout
+	case e.notFound() && answered:
+		return DNSNoName
+	case e.notFound():
+		return DNSNoAddress
+	case answered:
+		return DNSFailed
+	}
+	return DNSSilent
+}
+
+// IsTLSError reports whether err is a TLS error. It checks the text, because most errors
+// of crypto/tls have no type.
+func IsTLSError(err error) bool { return strings.Contains(err.Error(), "tls: ") }
+
+// TlsCause returns the cause of a TLS error.
+func TlsCause(err error) Cause {
+	var (
+		untrusted *tls.CertificateVerificationError
+		remote    *net.OpError
+	)
+	switch {
+	case errors.As(err, &untrusted):
+		return TlsUntrusted
+	case errors.As(err, &remote) && remote.Op == "remote error":
+		return TlsAlerted
+	}
+	return TlsFailed
+}
+
+// IsTimeout reports whether err is a timeout.
+func IsTimeout(err error) bool {
+	var timeout net.Error
+	return errors.Is(err, os.ErrDeadlineExceeded) || errors.As(err, &timeout) && timeout.Timeout()
+}
+
+// IsClosed reports whether err says that the peer closed or reset the connection.
+func IsClosed(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || tcpconn.IsReset(err) || errors.Is(err, syscall.EPIPE)
+}
+
+// parentAnswers maps the status of a parent's answer to its cause. All others are
+// ParentDialFailed.
+var parentAnswers = map[int]Cause{
+	http.StatusForbidden:          ParentDenies,
+	http.StatusProxyAuthRequired:  ParentCredentials,
+	http.StatusUnauthorized:       ParentCredentials, // tinyproxy sends it
+	http.StatusTooManyRequests:    ParentLimits,
+	http.StatusServiceUnavailable: ParentBusy,
+	http.StatusGatewayTimeout:     ParentDialTimeout,
+}
+
+// ConcernsParent reports whether the cause of e is one of a connection to the parent
+// itself, as to any other host.
+func (e *ParentError) ConcernsParent() bool {
+	return e.Status == 0 && (e.Phase == parentConnecting || IsTLSError(e.Err)) // in TLS 1.3 the parent rejects our certificate after the handshake
+}
+
+// Cause returns the cause of a failure of the parent.
+func (e *ParentError) Cause() Cause {
+	switch {
+	case e.Status != 0:
+		if c, ok := parentAnswers[e.Status]; ok {
+			return c
+		}
+		return ParentDialFailed
+	case e.ConcernsParent():
+		return CauseOf(e.Err)
+	case e.Phase == parentHandshaking && IsTimeout(e.Err):
+		return ParentHandshakeTimeout
+	case e.Phase == parentHandshaking:
+		return ParentHandshakeCutOff
+	case e.socks:
+		return e.socksCause()
+	}
+	return e.httpCause()
+}
+
+// httpCause returns the cause for which an HTTP parent gave no valid answer.
+func (e *ParentError) httpCause() Cause {
+	switch {
+	case errors.Is(e.Err, errParentWantsTLS):
+		return ParentWantsTLS
+	case IsTimeout(e.Err):
+		return ParentTimeout
+	case errors.Is(e.Err, h1.ErrHeadTooLarge), errors.Is(e.Err, h1.ErrTooManyFields):
+		return ParentHead
+	case errors.Is(e.Err, errUnprocessed):
+		return ParentFull
+	case IsClosed(e.Err):
+		return ParentCutOff
+	}
+	return ParentNotHTTP
+}
+
+// socksCause returns the cause for which a SOCKS parent gave no valid answer.
+func (e *ParentError) socksCause() Cause {
+	switch {
+	case IsTimeout(e.Err):
+		return ParentSOCKSTimeout
+	case IsClosed(e.Err):
+		return ParentSOCKSCutOff
+	}
+	return ParentNotSOCKS
+}
