@@ -15,6 +15,12 @@ import (
 	"time"
 )
 
+// silentObserver is the observer of a test's tunnels.
+type silentObserver struct{}
+
+func (silentObserver) Opened(*tunnel) {}
+func (silentObserver) Closed(*tunnel) {}
+
 // newTestStream returns a stream on conn whose client sends what is written to up.
 func newTestStream(w http.ResponseWriter, conn net.Conn) (stream *streamPeer, up *io.PipeWriter) {
 	body, up := io.Pipe()
@@ -24,7 +30,7 @@ func newTestStream(w http.ResponseWriter, conn net.Conn) (stream *streamPeer, up
 
 // runTestTunnel starts a tunnel. The channel is closed when it ends.
 func runTestTunnel(r *registry, idleTimeout time.Duration, near, far peer) (t *tunnel, done chan struct{}) {
-	owner := &tunnelOwner{idleTimeout: idleTimeout, observer: unobserved{}}
+	owner := &tunnelOwner{idleTimeout: idleTimeout, observer: silentObserver{}}
 	t = &tunnel{owner: owner, registry: r, start: time.Now(), near: near, far: far}
 	r.admit(t.limitKey, 0, 0)
 	done = make(chan struct{})
