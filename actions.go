@@ -10,15 +10,16 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // closeTunnel closes a tunnel and reports whether the id exists. It waits up to a second
 // until the tunnel has disappeared from all lists.
 func closeTunnel(id uint64) (found bool) {
-	var tunnels *registry
+	var tunnels *tunnel.Registry
 	withProcess(func(p *process) {
-		if t := p.tunnels.get(id); t != nil {
-			t.close(reasonOperator)
+		if t := p.tunnels.Get(id); t != nil {
+			t.Close(tunnel.ReasonOperator)
 			tunnels = p.tunnels
 		}
 	})
@@ -27,7 +28,7 @@ func closeTunnel(id uint64) (found bool) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
-	waitUntil(ctx, func() bool { return tunnels.get(id) == nil })
+	waitUntil(ctx, func() bool { return tunnels.Get(id) == nil })
 	return true
 }
 

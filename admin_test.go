@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // api calls the admin API and decodes the response.
@@ -117,7 +118,7 @@ func TestAdminAPI(t *testing.T) {
 	}
 	c.api("DELETE", fmt.Sprintf("tunnels/%d", one.Tunnels[0].ID), 204, nil)
 	conns[1].expectReset()
-	if line := c.waitLog("CONNECT tunnel closed", 1)[0]; line["reason"] != reasonOperator {
+	if line := c.waitLog("CONNECT tunnel closed", 1)[0]; line["reason"] != tunnel.ReasonOperator {
 		t.Errorf("line %v", line)
 	}
 	c.api("DELETE", fmt.Sprintf("tunnels/%d", one.Tunnels[0].ID), 404, nil)

@@ -24,6 +24,7 @@ var arrows = []struct{ name, imports string }{
 	{"bucket", "client"},
 	{"h1", ""},
 	{"policy", "hostport"},
+	{"tunnel", "monotime client hostport tcpconn"},
 	{"egress", "monotime client hostport tcpconn h1 policy"},
 }
 

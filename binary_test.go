@@ -33,6 +33,8 @@ import (
 	"time"
 
 	"golang.org/x/net/http2"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // The tests in this file run cmd/caddy as a process and check what is visible from outside:
@@ -742,7 +744,7 @@ func TestBinaryOverTLS(t *testing.T) {
 	}
 	for _, line := range c.waitLog("CONNECT tunnel closed", 2) {
 		// The target may learn of the client's end through TLS and close first.
-		if line["reason"] != reasonClient && line["reason"] != reasonTarget {
+		if line["reason"] != tunnel.ReasonClient && line["reason"] != tunnel.ReasonTarget {
 			t.Errorf("closing line: %v", line)
 		}
 	}

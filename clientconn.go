@@ -24,6 +24,7 @@ import (
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // clientConn serves one client connection on one goroutine, bypassing net/http and Caddy's
@@ -123,12 +124,12 @@ func (c *clientConn) enableWriteIdleTimeout() {
 func (c *clientConn) run() {
 	growStack()
 	if t := c.serve(); t != nil {
-		t.run()
+		t.Run()
 	}
 }
 
 // serve serves requests until the connection ends, becomes a tunnel, or is handed off.
-func (c *clientConn) serve() (t *tunnel) {
+func (c *clientConn) serve() (t *tunnel.Tunnel) {
 	handedOff := false
 	defer func() {
 		if err := recover(); err != nil && err != http.ErrAbortHandler {

@@ -28,6 +28,8 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // listeners returns the registered fast-path listeners.
@@ -574,10 +576,10 @@ func TestClientConnTunnels(t *testing.T) {
 			c := w.dialFastPath()
 			c.send(request + early)
 			c.readUntil("\r\n\r\n")
-			var near *connPeer
+			var near *tunnel.ConnEnd
 			eventually(t, "a tunnel", func() bool {
 				for _, t := range openTunnels() {
-					near = t.near.(*connPeer)
+					near = t.Near.(*tunnel.ConnEnd)
 				}
 				return near != nil
 			})

@@ -16,6 +16,8 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 func init() { caddy.RegisterModule(ListenerWrapper{}) }
@@ -296,7 +298,7 @@ func (l *clientListener) handToNetHTTP(conn net.Conn) {
 }
 
 // stopServing stops serving: connections move to the next listener or to net/http. It waits, for up
-// to drainTimeout, until each new connection has sent its first request and so can be handed to
+// to tunnel.DrainTimeout, until each new connection has sent its first request and so can be handed to
 // net/http.
 func (l *clientListener) stopServing() {
 	l.unregister()
@@ -308,7 +310,7 @@ func (l *clientListener) stopServing() {
 	}()
 	select {
 	case <-decided:
-	case <-time.After(drainTimeout):
+	case <-time.After(tunnel.DrainTimeout):
 	}
 	close(l.ended)
 }

@@ -22,6 +22,8 @@ import (
 
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"go.uber.org/zap"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // withWrapper is the servers options to add when a server has others.
@@ -303,8 +305,8 @@ func TestListenerWithoutAccept(t *testing.T) {
 		if _, err := far.Read(make([]byte, 1)); err != io.EOF {
 			t.Errorf("the client read %v, want the end", err)
 		}
-		if took := time.Since(start); took != drainTimeout {
-			t.Errorf("the connection was kept for %v, want %v", took, drainTimeout)
+		if took := time.Since(start); took != tunnel.DrainTimeout {
+			t.Errorf("the connection was kept for %v, want %v", took, tunnel.DrainTimeout)
 		}
 		l.conns.pristine.Done()
 	})

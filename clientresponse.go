@@ -19,6 +19,7 @@ import (
 	"golang.org/x/net/http/httpguts"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // responseWriter writes the responses on a clientConn byte for byte as net/http would,
@@ -29,9 +30,9 @@ type responseWriter struct {
 	head     bool // the request is HEAD
 	closes   bool // the connection ends after this response
 	hijacked bool
-	tunnel   *tunnel    // what the connection becomes after the handler returns; nil: none
-	lingers  bool       // close the connection in stages
-	sender   netip.Addr // the client, if lingers is set
+	tunnel   *tunnel.Tunnel // what the connection becomes after the handler returns; nil: none
+	lingers  bool           // close the connection in stages
+	sender   netip.Addr     // the client, if lingers is set
 
 	status     int        // 0: not set yet
 	length     int64      // from Content-Length; < 0: unknown

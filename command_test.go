@@ -25,6 +25,7 @@ import (
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // commandStart runs `caddy async-proxy` until the test ends.
@@ -208,7 +209,7 @@ func TestCommandStatusSelects(t *testing.T) {
 
 // The query "client" of the list of tunnels matches what the list of clients shows.
 func TestTunnelsOfAClient(t *testing.T) {
-	tn := &tunnel{client: netip.MustParseAddr("2001:db8::1"), user: "Alice", limitKey: client.User("Alice"), target: "example.com:443"}
+	tn := &tunnel.Tunnel{Client: netip.MustParseAddr("2001:db8::1"), User: "Alice", LimitKey: client.User("Alice"), Target: "example.com:443"}
 	for part, want := range map[string]bool{"": true, "2001:db8": true, "alice": true, "user alice": true, "example": false, "bob": false} {
 		if got := isClientOf(tn, part); got != want {
 			t.Errorf("%q: %v, want %v", part, got, want)

@@ -15,6 +15,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // established is the response to a CONNECT over HTTP/1. It is written to the hijacked
@@ -33,16 +34,16 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *transaction
 	if announcesContent(r) {
 		return 0, causeConnectContent.refusal(nil)
 	}
-	if err := h.tunnels.admit(from.limitKey, h.MaxTunnels, h.MaxTunnelsPerClient); err != nil {
+	if err := h.tunnels.Admit(from.limitKey, h.MaxTunnels, h.MaxTunnelsPerClient); err != nil {
 		return 0, tunnelRefusal(err)
 	}
 	ctx := h.dialer.Policy.WithConnect(h.withParentFields(r, from, target))
-	ctx, dialled := h.tunnels.dialContext(ctx, time.Duration(h.DialTimeout))
+	ctx, dialled := h.tunnels.DialContext(ctx, time.Duration(h.DialTimeout))
 	far, err := h.dial(ctx, from.reach, target)
 	dialled()
 	if err != nil {
-		h.tunnels.release(from.limitKey)
-		if h.tunnels.isClosed() && r.Context().Err() == nil {
+		h.tunnels.Release(from.limitKey)
+		if h.tunnels.IsClosed() && r.Context().Err() == nil {
 			return 0, causeShuttingDown.refusal(err)
 		}
 		return 0, dialRefusal(r.Context(), err, target)
@@ -54,27 +55,27 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *transaction
 	near, early, err := hijack(w)
 	if err != nil {
 		_ = far.Close()
-		h.tunnels.release(from.limitKey)
+		h.tunnels.Release(from.limitKey)
 		return 0, caddyhttp.Error(http.StatusInternalServerError, err)
 	}
 	recordStatus(w, http.StatusOK)
-	t.near, t.clientPrefix, t.responseHead = newConnPeer(near), early, established
+	t.Near, t.ClientPrefix, t.ResponseHead = tunnel.NewConnEnd(near), early, established
 	if fast, ok := innermost(w).(*responseWriter); ok {
 		fast.tunnel = t // clientConn.run starts it when the stack of serve is gone
 		return http.StatusOK, nil
 	}
 	// The tunnel runs on a new goroutine. This one's stack, the request and all that
 	// net/http holds for it are many times as large as what the tunnel needs.
-	go t.run()
+	go t.Run()
 	return http.StatusOK, nil
 }
 
 // newTunnel prepares a tunnel to the target over the dialled connection far.
-func (h *Handler) newTunnel(from clientIdentity, target, proto string, far net.Conn) *tunnel {
-	return &tunnel{
-		client: from.addr, user: from.user, limitKey: from.limitKey, target: target, proto: proto, start: time.Now(),
-		owner: h.tunnelOwner, scope: int(from.reach), registry: h.tunnels,
-		far: newConnPeer(far), address: hostport.AddrPortOf(far.RemoteAddr()), localAddr: hostport.AddrPortOf(far.LocalAddr()),
+func (h *Handler) newTunnel(from clientIdentity, target, proto string, far net.Conn) *tunnel.Tunnel {
+	return &tunnel.Tunnel{
+		Client: from.addr, User: from.user, LimitKey: from.limitKey, Target: target, Proto: proto, Start: time.Now(),
+		Owner: h.tunnelOwner, Scope: int(from.reach), Registry: h.tunnels,
+		Far: tunnel.NewConnEnd(far), Address: hostport.AddrPortOf(far.RemoteAddr()), LocalAddr: hostport.AddrPortOf(far.LocalAddr()),
 	}
 }
 
@@ -108,13 +109,13 @@ func (h *Handler) withParentFields(r *http.Request, from clientIdentity, target 
 
 // connectStream runs a tunnel on an HTTP/2 or HTTP/3 stream, which ends when the handler
 // returns.
-func (h *Handler) connectStream(w http.ResponseWriter, r *http.Request, v *transaction, t *tunnel) (int, error) {
+func (h *Handler) connectStream(w http.ResponseWriter, r *http.Request, v *transaction, t *tunnel.Tunnel) (int, error) {
 	clear(w.Header()) // Server and Alt-Svc do not describe the target
 	w.WriteHeader(http.StatusOK)
 	v.count(nil)
 	near := newStreamPeer(w, r)
-	t.near = near
-	t.run() // flushes the response headers first
+	t.Near = near
+	t.Run() // flushes the response headers first
 	if near.IsAborted() {
 		return http.StatusOK, near.reset()
 	}
@@ -148,7 +149,7 @@ func hijack(w http.ResponseWriter) (conn net.Conn, early []byte, err error) {
 // for complete.
 func resetConnection(w http.ResponseWriter) {
 	if conn, _, err := hijack(w); err == nil {
-		_ = newConnPeer(conn).Abort()
+		_ = tunnel.NewConnEnd(conn).Abort()
 	}
 }
 

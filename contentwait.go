@@ -44,7 +44,7 @@ func (h *Handler) newContentWait(key client.Key) *contentWait {
 	return &contentWait{handler: h, client: key, timeout: time.Duration(h.ResponseIdleTimeout), grace: h.contentGrace}
 }
 
-func (w *contentWait) exiting() bool { return w.handler.tunnels.isClosed() }
+func (w *contentWait) exiting() bool { return w.handler.tunnels.IsClosed() }
 
 // nextCheck returns how long to wait before overdue must be called; 0 means forever.
 func (w *contentWait) nextCheck(waited time.Duration) time.Duration {
@@ -71,7 +71,7 @@ func (w *contentWait) overdue(waited time.Duration) error {
 	case w.exiting() && waited >= exitGrace:
 		return errContentExit
 	case !w.counted && waited >= w.grace:
-		if w.handler.tunnels.admit(w.client, w.handler.MaxTunnels, w.handler.MaxTunnelsPerClient) != nil {
+		if w.handler.tunnels.Admit(w.client, w.handler.MaxTunnels, w.handler.MaxTunnelsPerClient) != nil {
 			return errContentMany
 		}
 		w.counted = true
@@ -83,7 +83,7 @@ func (w *contentWait) overdue(waited time.Duration) error {
 // something, or the response has ended.
 func (w *contentWait) endWait() {
 	if w.counted {
-		w.handler.tunnels.release(w.client)
+		w.handler.tunnels.Release(w.client)
 		w.counted = false
 	}
 }
@@ -101,7 +101,7 @@ func (w *contentWait) end() {
 // response.
 func (w *contentWait) waitFor(c *originConn, arrives func() error) error {
 	if w.stop == nil {
-		w.stop = context.AfterFunc(w.handler.tunnels.context(), func() { _ = c.SetReadDeadline(time.Unix(1, 0)) })
+		w.stop = context.AfterFunc(w.handler.tunnels.Context(), func() { _ = c.SetReadDeadline(time.Unix(1, 0)) })
 	}
 	defer w.endWait()
 	for start := time.Now(); ; {

@@ -196,7 +196,7 @@ func TestStalledContentCountsAsTunnel(t *testing.T) {
 	}
 	admitted := func(n int) {
 		t.Helper()
-		eventually(t, fmt.Sprintf("%d to count", n), func() bool { return h.tunnels.reserved() == n })
+		eventually(t, fmt.Sprintf("%d to count", n), func() bool { return h.tunnels.Reserved() == n })
 	}
 	first := get()
 	admitted(1)
@@ -235,7 +235,7 @@ func TestStalledContentAtExit(t *testing.T) {
 	})
 	other := w.dial()
 	other.send("GET https://" + secure + "/ HTTP/1.1\nHost: " + secure + "\n\n")
-	eventually(t, "both responses to be waiting", func() bool { return h.tunnels.reserved() == 2 })
+	eventually(t, "both responses to be waiting", func() bool { return h.tunnels.Reserved() == 2 })
 	w.load("http://127.0.0.1:" + strings.Split(freeAddress(t), ":")[1] + " {\nrespond hi\n}\n")
 	c.expectTruncated("when no proxy is left")
 	other.expectTruncated("over HTTP/2, when no proxy is left")

@@ -18,6 +18,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // descriptors counts a process's open descriptors.
@@ -104,7 +106,7 @@ func TestTunnelHoldsTwoDescriptorsAfterBulk(t *testing.T) {
 		t.Fatal(err)
 	}
 	// Unused pipes are kept for the next burst, up to a limit.
-	spare := 2 * cap(pipes)
+	spare := 2 * cap(tunnel.Pipes)
 	held := 0
 	eventually(t, "the pipes to be returned", func() bool {
 		held = descriptors(t, "self") - before
@@ -127,7 +129,7 @@ func TestClientWithTunnelPortIsNoLoop(t *testing.T) {
 	target := echoTarget(t)
 	first := w.client(t, "h1").open(target)
 	hear(t, first, say(t, first, "hello"))
-	source := openTunnels()[0].localAddr
+	source := openTunnels()[0].LocalAddr
 	if !source.IsValid() {
 		t.Fatal("the tunnel has no local address")
 	}
@@ -163,7 +165,7 @@ func TestIdleRelaysHoldNothing(t *testing.T) {
 				ends[i][0], rigs[i].in = socketPair(t)
 				ends[i][1], rigs[i].out = socketPair(t)
 			}
-			closePipes()
+			tunnel.ClosePipes()
 			before := usageOf(t)
 			for i, rig := range rigs {
 				go rig.run(ends[i][1], ends[i][0])
@@ -178,7 +180,7 @@ func TestIdleRelaysHoldNothing(t *testing.T) {
 			var held usage
 			defer func() { t.Logf("%d relays hold %+v", n, held) }()
 			eventually(t, "idle relays to hold nothing", func() bool {
-				closePipes()
+				tunnel.ClosePipes()
 				held = usageOf(t).since(before)
 				return held.descriptors == 0 && held.heap < n*2<<10 && held.stacks < n*stack
 			})
@@ -214,7 +216,7 @@ func usageOf(t testing.TB) usage {
 // If no descriptors are left for a pipe, the relay copies.
 func TestRelayWithoutPipes(t *testing.T) {
 	rig := newRelayRig(t, socketPair, socketPair)
-	closePipes()
+	tunnel.ClosePipes()
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
 		t.Fatal(err)
@@ -225,8 +227,8 @@ func TestRelayWithoutPipes(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
-	if p, err := newPipe(); err == nil {
-		p.release(false)
+	if p, err := tunnel.NewPipe(); err == nil {
+		p.Release(false)
 		t.Fatal("pipes can be created: this test tests nothing")
 	}
 	go func() {

@@ -25,6 +25,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/dnstest"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // The tests in this file cover what happens while a tunnel's target is being dialed.
@@ -34,10 +35,10 @@ func TestReloadDuringADial(t *testing.T) {
 	for _, tc := range []struct {
 		name, before, after, reason string
 	}{
-		{"rules that forbid it", "", "recheck_tunnels", reasonForbidden},
-		{"rules that still allow it", "", "recheck_tunnels\nallow 127.0.0.1", reasonClient},
-		{"no check", "", "", reasonClient},
-		{"closed at once", "stream_close_delay 0", "", reasonReload},
+		{"rules that forbid it", "", "recheck_tunnels", tunnel.ReasonForbidden},
+		{"rules that still allow it", "", "recheck_tunnels\nallow 127.0.0.1", tunnel.ReasonClient},
+		{"no check", "", "", tunnel.ReasonClient},
+		{"closed at once", "stream_close_delay 0", "", tunnel.ReasonReload},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			asked, answer := make(chan struct{}), make(chan struct{})
@@ -54,7 +55,7 @@ func TestReloadDuringADial(t *testing.T) {
 			<-asked
 			w.reload(t, tunnelSetup{options: tc.after})
 			close(answer)
-			if tc.reason == reasonClient {
+			if tc.reason == tunnel.ReasonClient {
 				c.response(http.MethodConnect)
 				c.CloseWrite()
 			}
@@ -202,7 +203,7 @@ func TestTargetsAreKeptAlive(t *testing.T) {
 	w.dial().connect(echoTarget(t))
 	eventually(t, "a tunnel with keep-alive", func() bool {
 		open := openTunnels()
-		return len(open) == 1 && keepAliveEnabled(t, tcpconn.Of(open[0].far.(*connPeer).Conn))
+		return len(open) == 1 && keepAliveEnabled(t, tcpconn.Of(open[0].Far.(*tunnel.ConnEnd).Conn))
 	})
 	origin := w.origin.Listener.Addr().String()
 	c := w.dial()

@@ -99,13 +99,13 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from clientIde
 	admitted := false // counted as a tunnel, which an upgraded request becomes
 	releaseTunnel := func() {
 		if admitted {
-			h.tunnels.release(from.limitKey)
+			h.tunnels.Release(from.limitKey)
 		}
 		admitted = false
 	}
 	defer releaseTunnel()
 	if len(r.Header["Upgrade"]) > 0 {
-		if err := h.tunnels.admit(from.limitKey, h.MaxTunnels, h.MaxTunnelsPerClient); err != nil {
+		if err := h.tunnels.Admit(from.limitKey, h.MaxTunnels, h.MaxTunnelsPerClient); err != nil {
 			return 0, tunnelRefusal(err)
 		}
 		admitted = true
@@ -138,7 +138,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from clientIde
 			return 0, forwardRefusal(r, err)
 		}
 		t := h.newTunnel(from, target, "", conn.Conn)
-		t.targetPrefix = early
+		t.TargetPrefix = early
 		status, err := h.upgrade(w, r, res, t)
 		admitted = admitted && err != nil // on success the tunnel itself leaves when it ends
 		return status, err

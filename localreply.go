@@ -19,6 +19,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // cause says why the proxy responds itself, in place of an origin. Each cause has a row in
@@ -236,8 +237,8 @@ func causeOfDenied(e *policy.DeniedError) cause {
 }
 
 // tunnelRefusal returns the response for when a limit does not allow another tunnel.
-func tunnelRefusal(err *limitError) *refusal {
-	if err.perClient {
+func tunnelRefusal(err *tunnel.LimitError) *refusal {
+	if err.PerClient {
 		return causeTunnelsPerClient.refusal(&policy.DeniedError{Rule: "max_tunnels per_client", Reason: err.Error(), Hint: "raise max_tunnels per_client"})
 	}
 	return causeTunnels.refusal(&policy.DeniedError{Rule: "max_tunnels", Reason: err.Error(), Hint: "raise max_tunnels"})

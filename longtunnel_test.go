@@ -48,7 +48,7 @@ func TestTunnelOwnerTimeouts(t *testing.T) {
 	} {
 		newWorld(t, options, nil)
 		o := provisioned(t)[0].tunnelOwner
-		if got := [3]time.Duration{o.idleTimeout, o.stallTimeout, o.maxDuration}; got != want {
+		if got := [3]time.Duration{o.IdleTimeout, o.StallTimeout, o.MaxDuration}; got != want {
 			t.Errorf("%q: timeouts %v, want %v", options, got, want)
 		}
 	}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 	"github.com/prometheus/client_golang/prometheus"
 )
 
@@ -200,14 +201,14 @@ func (h *Handler) countForwarded(key client.Key, up, down int64) {
 
 // countTunnelBytes counts the bytes of open tunnels.
 func (p *process) countTunnelBytes() {
-	for t := range p.tunnels.all() {
+	for t := range p.tunnels.All() {
 		countTunnelBytes(t)
 	}
 }
 
 // countTunnelBytes counts the bytes that the tunnel has transferred since the last call.
-func countTunnelBytes(t *tunnel) {
-	up, down := t.growth()
+func countTunnelBytes(t *tunnel.Tunnel) {
+	up, down := t.Growth()
 	metrics.up.Add(float64(up))
 	metrics.down.Add(float64(down))
 }
@@ -241,7 +242,7 @@ func (s stateCollector) Collect(ch chan<- prometheus.Metric) {
 	gauge(descClients, clients)
 	var tunnels, limit, idle int
 	withProcess(func(p *process) {
-		tunnels, limit = p.tunnels.reserved(), p.tunnelLimit()
+		tunnels, limit = p.tunnels.Reserved(), p.tunnelLimit()
 		p.countTunnelBytes()
 		for h := range p.handlers.All() {
 			idle += h.idleConnections()

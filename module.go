@@ -40,6 +40,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 func init() {
@@ -257,9 +258,9 @@ type Handler struct {
 	failedLogins        *bucket.Table            // counts failed logins; nil: no limit
 	dialer              *egress.Dialer
 	process             *process
-	tunnels             *registry // of process
+	tunnels             *tunnel.Registry // of process
 	site                *site
-	tunnelOwner         *tunnelOwner // of the tunnels of site
+	tunnelOwner         *tunnel.Owner // of the tunnels of site
 	origins             [policy.ScopeCount]*originPool
 
 	contentGrace time.Duration // how long content may stall before its response counts as a tunnel
@@ -505,12 +506,12 @@ func (h *Handler) dial(ctx context.Context, r policy.Scope, address string) (net
 }
 
 // forbids reports whether the policy would now deny an open tunnel.
-func (h *Handler) forbids(t *tunnel) bool {
+func (h *Handler) forbids(t *tunnel.Tunnel) bool {
 	ctx := context.Background()
-	if strings.HasPrefix(t.proto, "HTTP/") { // a CONNECT, not an upgraded request
+	if strings.HasPrefix(t.Proto, "HTTP/") { // a CONNECT, not an upgraded request
 		ctx = h.dialer.Policy.WithConnect(ctx)
 	}
-	return h.dialer.Denies(ctx, policy.Scope(t.scope), t.target, t.address)
+	return h.dialer.Denies(ctx, policy.Scope(t.Scope), t.Target, t.Address)
 }
 
 // recheckPolicy checks the policy for a reused connection that an earlier request of a client
@@ -748,7 +749,7 @@ func caddyStatus(err error) int {
 // isLoop reports whether r arrived over one of this proxy's own connections to targets.
 func (h *Handler) isLoop(r *http.Request, peer netip.AddrPort) bool {
 	local, _ := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
-	return h.tunnels.loops(h.name, peer, local)
+	return h.tunnels.Loops(h.name, peer, local)
 }
 
 // clientIdentity identifies the sender of a request.

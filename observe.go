@@ -15,6 +15,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
@@ -221,46 +222,46 @@ func deniedFields(denied *policy.DeniedError) []zap.Field {
 }
 
 // Opened implements tunnelObserver.
-func (s *site) Opened(t *tunnel) {
+func (s *site) Opened(t *tunnel.Tunnel) {
 	s.process.reconcile(t)
 	if c := s.logger.Check(zapcore.InfoLevel, "CONNECT tunnel"); c != nil {
 		c.Write(
-			zap.Uint64("id", t.id),
-			textField("target", t.target),
-			zap.Stringer("address", t.address),
-			clientField(t.client),
+			zap.Uint64("id", t.ID),
+			textField("target", t.Target),
+			zap.Stringer("address", t.Address),
+			clientField(t.Client),
 			userField(t),
-			textField("proto", t.proto),
+			textField("proto", t.Proto),
 		)
 	}
 }
 
 // Closed implements tunnelObserver.
-func (s *site) Closed(t *tunnel) {
-	metrics.durations.Observe(time.Since(t.start).Seconds())
+func (s *site) Closed(t *tunnel.Tunnel) {
+	metrics.durations.Observe(time.Since(t.Start).Seconds())
 	countTunnelBytes(t)
-	s.limiter.AddBytes(t.limitKey, t.bytesUp(), t.bytesDown())
+	s.limiter.AddBytes(t.LimitKey, t.BytesUp(), t.BytesDown())
 	if c := s.logger.Check(zapcore.InfoLevel, "CONNECT tunnel closed"); c != nil {
 		c.Write(
-			zap.Uint64("id", t.id),
-			textField("target", t.target),
-			clientField(t.client),
+			zap.Uint64("id", t.ID),
+			textField("target", t.Target),
+			clientField(t.Client),
 			userField(t),
-			textField("proto", t.proto),
-			zap.Int64("bytes_up", t.bytesUp()),
-			zap.Int64("bytes_down", t.bytesDown()),
-			zap.Duration("duration", time.Since(t.start)),
-			zap.String("reason", t.endReason()),
+			textField("proto", t.Proto),
+			zap.Int64("bytes_up", t.BytesUp()),
+			zap.Int64("bytes_down", t.BytesDown()),
+			zap.Duration("duration", time.Since(t.Start)),
+			zap.String("reason", t.EndReason()),
 		)
 	}
 }
 
 // userField returns the log field for the user of a tunnel, if there is one.
-func userField(t *tunnel) zap.Field {
-	if t.user == "" {
+func userField(t *tunnel.Tunnel) zap.Field {
+	if t.User == "" {
 		return zap.Skip()
 	}
-	return textField("user", t.user)
+	return textField("user", t.User)
 }
 
 // clientField returns the log field for the client.

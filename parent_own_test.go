@@ -15,6 +15,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // TestParentChain chains two of our own proxies, over plain HTTP/1 and over TLS with and
@@ -154,7 +156,9 @@ func TestParentStreamsIndependent(t *testing.T) {
 		pings(after)
 	}
 	// It ends with the reason stalled, here and at the parent.
-	if line := w.waitLog("CONNECT tunnel closed", 1); !slices.ContainsFunc(line, func(line map[string]any) bool { return line["reason"] == reasonStalled && line["target"] == deaf }) {
+	if line := w.waitLog("CONNECT tunnel closed", 1); !slices.ContainsFunc(line, func(line map[string]any) bool {
+		return line["reason"] == tunnel.ReasonStalled && line["target"] == deaf
+	}) {
 		t.Errorf("log lines %v", line)
 	}
 	eventually(t, "the parent's end of the tunnel to end", func() bool {

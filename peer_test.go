@@ -13,13 +13,15 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // silentObserver is the observer of a test's tunnels.
 type silentObserver struct{}
 
-func (silentObserver) Opened(*tunnel) {}
-func (silentObserver) Closed(*tunnel) {}
+func (silentObserver) Opened(*tunnel.Tunnel) {}
+func (silentObserver) Closed(*tunnel.Tunnel) {}
 
 // newTestStream returns a stream on conn whose client sends what is written to up.
 func newTestStream(w http.ResponseWriter, conn net.Conn) (stream *streamPeer, up *io.PipeWriter) {
@@ -29,13 +31,13 @@ func newTestStream(w http.ResponseWriter, conn net.Conn) (stream *streamPeer, up
 }
 
 // runTestTunnel starts a tunnel. The channel is closed when it ends.
-func runTestTunnel(r *registry, idleTimeout time.Duration, near, far peer) (t *tunnel, done chan struct{}) {
-	owner := &tunnelOwner{idleTimeout: idleTimeout, observer: silentObserver{}}
-	t = &tunnel{owner: owner, registry: r, start: time.Now(), near: near, far: far}
-	r.admit(t.limitKey, 0, 0)
+func runTestTunnel(r *tunnel.Registry, idleTimeout time.Duration, near, far tunnel.End) (t *tunnel.Tunnel, done chan struct{}) {
+	owner := &tunnel.Owner{IdleTimeout: idleTimeout, Observer: silentObserver{}}
+	t = &tunnel.Tunnel{Owner: owner, Registry: r, Start: time.Now(), Near: near, Far: far}
+	r.Admit(t.LimitKey, 0, 0)
 	done = make(chan struct{})
 	go func() {
-		t.run()
+		t.Run()
 		close(done)
 	}()
 	return t, done
@@ -92,11 +94,11 @@ func (p halfPipe) CloseWrite() error          { return p.Conn.Close() }
 func (p halfPipe) Close() error               { return errors.Join(p.Conn.Close(), p.r.Close()) }
 
 // A target that has half-closed may still read what the client of a stream sent before, but
-// only for drainTimeout.
+// only for tunnel.DrainTimeout.
 func TestDrainTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRegistry()
-		defer r.stop()
+		r := tunnel.NewRegistry()
+		defer r.Stop()
 		near, conn := net.Pipe()
 		defer near.Close()
 		defer conn.Close()
@@ -104,13 +106,13 @@ func TestDrainTimeout(t *testing.T) {
 		toTarget, deaf := net.Pipe()
 		fromTarget, target := net.Pipe()
 		defer deaf.Close()
-		_, done := runTestTunnel(r, 0, stream, newConnPeer(halfPipe{toTarget, fromTarget}))
+		_, done := runTestTunnel(r, 0, stream, tunnel.NewConnEnd(halfPipe{toTarget, fromTarget}))
 		io.WriteString(up, "words")
 		begun := time.Now()
 		target.Close()
 		<-done
-		if took := time.Since(begun); took != drainTimeout {
-			t.Errorf("the tunnel ended after %v, want %v", took, drainTimeout)
+		if took := time.Since(begun); took != tunnel.DrainTimeout {
+			t.Errorf("the tunnel ended after %v, want %v", took, tunnel.DrainTimeout)
 		}
 	})
 }
@@ -127,32 +129,32 @@ func (w stuckWriter) Write(b []byte) (int, error) { return w.conn.Write(b) }
 func TestStuckConnectionIsClosed(t *testing.T) {
 	for reason, tc := range map[string]struct {
 		idle  time.Duration
-		begin func(*registry)
+		begin func(*tunnel.Registry)
 		after time.Duration
 	}{
-		reasonIdle:     {time.Minute, func(*registry) {}, time.Minute + abortGrace},
-		reasonReload:   {-1, func(r *registry) { r.closeAll(reasonReload); r.stop() }, abortGrace},
-		reasonShutdown: {-1, func(r *registry) { r.closeAll(reasonShutdown) }, abortGraceOnExit},
+		tunnel.ReasonIdle:     {time.Minute, func(*tunnel.Registry) {}, time.Minute + tunnel.AbortGrace},
+		tunnel.ReasonReload:   {-1, func(r *tunnel.Registry) { r.CloseAll(tunnel.ReasonReload); r.Stop() }, tunnel.AbortGrace},
+		tunnel.ReasonShutdown: {-1, func(r *tunnel.Registry) { r.CloseAll(tunnel.ReasonShutdown) }, tunnel.AbortGraceOnExit},
 	} {
 		t.Run(reason, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				r := newRegistry()
-				defer r.stop()
+				r := tunnel.NewRegistry()
+				defer r.Stop()
 				near, deaf := net.Pipe()
 				defer deaf.Close()
 				stream, _ := newTestStream(stuckWriter{httptest.NewRecorder(), near}, near)
 				far, target := net.Pipe()
 				defer target.Close()
-				tunnel, done := runTestTunnel(r, tc.idle, stream, newConnPeer(far))
+				tun, done := runTestTunnel(r, tc.idle, stream, tunnel.NewConnEnd(far))
 				synctest.Wait()
 				begun := time.Now()
 				tc.begin(r)
 				<-done
-				if took := time.Since(begun); took < tc.after || took > tc.after+3*watchInterval {
+				if took := time.Since(begun); took < tc.after || took > tc.after+3*tunnel.WatchInterval {
 					t.Errorf("the tunnel ended after %v, want %v", took, tc.after)
 				}
-				if *tunnel.reason.Load() != reason {
-					t.Errorf("reason %q, want %q", *tunnel.reason.Load(), reason)
+				if *tun.Reason.Load() != reason {
+					t.Errorf("reason %q, want %q", *tun.Reason.Load(), reason)
 				}
 			})
 		})

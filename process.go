@@ -11,6 +11,7 @@ import (
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/puzpuzpuz/xsync/v4"
@@ -26,7 +27,7 @@ const processKey = "process"
 // process is what all proxies of the process share and what a reload keeps, such as open
 // tunnels.
 type process struct {
-	tunnels  *registry
+	tunnels  *tunnel.Registry
 	handlers *xsync.Map[*Handler, struct{}] // provisioned handlers
 	blocks   *xsync.Map[client.Key, int64]  // blocked clients, and until when, since epoch
 	config   atomic.Value                   // of the handlers that started last: their configDone
@@ -38,7 +39,7 @@ type process struct {
 // acquireProcess returns the process's only process value. The caller must call
 // releaseProcess once for each call that succeeds.
 func acquireProcess() (*process, error) {
-	p, _, err := processes.LoadOrNew(processKey, func() (caddy.Destructor, error) { return newProcess(newRegistry()), nil })
+	p, _, err := processes.LoadOrNew(processKey, func() (caddy.Destructor, error) { return newProcess(tunnel.NewRegistry()), nil })
 	if err != nil {
 		return nil, err
 	}
@@ -55,18 +56,18 @@ func withProcess(f func(*process)) {
 	processes.Range(func(_, p any) bool { f(p.(*process)); return true })
 }
 
-func newProcess(tunnels *registry) *process {
+func newProcess(tunnels *tunnel.Registry) *process {
 	return &process{tunnels: tunnels, handlers: xsync.NewMap[*Handler, struct{}](), blocks: xsync.NewMap[client.Key, int64]()}
 }
 
 // Destruct implements caddy.Destructor. It is called when no config has a proxy any longer.
 func (p *process) Destruct() error {
-	reason := reasonReload
+	reason := tunnel.ReasonReload
 	if caddy.Exiting() {
-		reason = reasonShutdown
+		reason = tunnel.ReasonShutdown
 	}
-	p.tunnels.closeAll(reason)
-	p.tunnels.stop()
+	p.tunnels.CloseAll(reason)
+	p.tunnels.Stop()
 	return nil
 }
 
@@ -94,7 +95,7 @@ type site struct {
 	process    *process
 }
 
-// provisionSite sets site and tunnelOwner. server is nil outside of the http app.
+// provisionSite sets site and tunnel.Owner. server is nil outside of the http app.
 func (h *Handler) provisionSite(server *caddyhttp.Server) {
 	h.site = &site{
 		zone: h.Zone, configDone: h.configDone, closeDelay: h.StreamCloseDelay,
@@ -103,17 +104,17 @@ func (h *Handler) provisionSite(server *caddyhttp.Server) {
 	if server != nil {
 		h.site.addresses = server.Listen
 	}
-	h.tunnelOwner = &tunnelOwner{
-		name:         h.name,
-		idleTimeout:  time.Duration(h.TunnelIdleTimeout),
-		stallTimeout: time.Duration(h.TunnelStallTimeout),
-		maxDuration:  time.Duration(h.TunnelMaxDuration),
-		observer:     h.site,
+	h.tunnelOwner = &tunnel.Owner{
+		Name:         h.name,
+		IdleTimeout:  time.Duration(h.TunnelIdleTimeout),
+		StallTimeout: time.Duration(h.TunnelStallTimeout),
+		MaxDuration:  time.Duration(h.TunnelMaxDuration),
+		Observer:     h.site,
 	}
 }
 
 // openedBy returns the site that opened a tunnel.
-func openedBy(t *tunnel) *site { return t.owner.observer.(*site) }
+func openedBy(t *tunnel.Tunnel) *site { return t.Owner.Observer.(*site) }
 
 // supersedes reports whether s replaces another site: one of another config, with the same
 // zone and a common listen address. s is then responsible for its tunnels.
@@ -129,20 +130,20 @@ func (s *site) closeTunnelsAfterDelay() {
 		return
 	}
 	time.AfterFunc(time.Duration(*s.closeDelay), func() {
-		s.process.tunnels.closeIf(reasonReload, func(t *tunnel) bool { return openedBy(t) == s })
+		s.process.tunnels.CloseIf(tunnel.ReasonReload, func(t *tunnel.Tunnel) bool { return openedBy(t) == s })
 	})
 }
 
 // reconcile applies a reload to a tunnel that was still being dialled when its site was
 // replaced: it gets the same checks and delays as the site's other tunnels.
-func (p *process) reconcile(t *tunnel) {
+func (p *process) reconcile(t *tunnel.Tunnel) {
 	current, opener := p.config.Load(), openedBy(t)
 	if current == any(opener.configDone) {
 		return
 	}
 	for h := range p.handlers.All() {
 		if h.RecheckTunnels && current == any(h.configDone) && h.running.Load() && h.site.supersedes(opener) && h.forbids(t) {
-			t.close(reasonForbidden)
+			t.Close(tunnel.ReasonForbidden)
 		}
 	}
 	select {

@@ -24,6 +24,8 @@ import (
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // The tests in this file complement binary_test.go: they run tunnels of all protocols
@@ -128,15 +130,15 @@ func TestProcessExitsWithStuckTunnels(t *testing.T) {
 // An HTTP/2 client that grants the largest windows and then does not even read its socket
 // also blocks the frames that would end its stream.
 func TestProcessClosesTunnelsOfDeafClients(t *testing.T) {
-	t.Parallel() // mostly waits for abortGrace
+	t.Parallel() // mostly waits for tunnel.AbortGrace
 	protocols := []string{"h2", "h2c"}
 	c := binaryStart(t, binaryOptions{global: everyProtocol, site: "tunnel_idle_timeout 1s", secure: true})
 	for _, protocol := range protocols {
 		c.openDeaf(t, protocol)
 	}
 	for _, line := range c.waitLog("CONNECT tunnel closed", len(protocols)) {
-		if line["reason"] != reasonIdle {
-			t.Errorf("closing line %v, want %q", line, reasonIdle)
+		if line["reason"] != tunnel.ReasonIdle {
+			t.Errorf("closing line %v, want %q", line, tunnel.ReasonIdle)
 		}
 	}
 
@@ -221,13 +223,13 @@ func (c *binaryCaddy) checkAllShutDown(t *testing.T, n int) {
 	closed := map[string]int{}
 	for _, line := range c.logLines("CONNECT tunnel closed") {
 		reason := fmt.Sprint(line["reason"])
-		if reason != reasonShutdown {
+		if reason != tunnel.ReasonShutdown {
 			reason = fmt.Sprint(line["proto"], " ", reason)
 		}
 		closed[reason]++
 	}
-	if closed[reasonShutdown] != n || len(closed) != 1 {
-		t.Errorf("closing lines by reason: %v, want %d for %s", closed, n, reasonShutdown)
+	if closed[tunnel.ReasonShutdown] != n || len(closed) != 1 {
+		t.Errorf("closing lines by reason: %v, want %d for %s", closed, n, tunnel.ReasonShutdown)
 	}
 }
 
@@ -313,8 +315,8 @@ func TestProcessReloadsUnderTraffic(t *testing.T) {
 			}
 			t.Logf("%d reloads", reloads.Load())
 			for _, line := range c.waitLog("CONNECT tunnel closed", len(tunnelProtocols)) {
-				if line["bytes_up"] != float64(size) || line["bytes_down"] != float64(size) || line["reason"] != reasonClient {
-					t.Errorf("closing line %v, want %d bytes each way and %q", line, size, reasonClient)
+				if line["bytes_up"] != float64(size) || line["bytes_down"] != float64(size) || line["reason"] != tunnel.ReasonClient {
+					t.Errorf("closing line %v, want %d bytes each way and %q", line, size, tunnel.ReasonClient)
 				}
 			}
 		})
@@ -348,9 +350,9 @@ func TestProcessWithSilentTarget(t *testing.T) {
 				t.Errorf("a client half-closes: the target read %v, want the end", err)
 			}
 			lines := c.waitLog("CONNECT tunnel closed", 2*i+1)
-			want := reasonClient // a canceled stream
+			want := tunnel.ReasonClient // a canceled stream
 			if strings.HasPrefix(protocol, "h1") {
-				want = reasonClientError
+				want = tunnel.ReasonClientError
 			}
 			if len(lines) != 2*i+1 || lines[2*i]["reason"] != want {
 				t.Errorf("closing lines %v, want one more, of the client that disconnected, with %q", lines, want)
@@ -358,8 +360,8 @@ func TestProcessWithSilentTarget(t *testing.T) {
 			release <- struct{}{}
 			release <- struct{}{}
 			hearEnd(t, waits)
-			if line := c.waitLog("CONNECT tunnel closed", 2*i+2)[2*i+1]; line["reason"] != reasonClient {
-				t.Errorf("closing line %v, want %q", line, reasonClient)
+			if line := c.waitLog("CONNECT tunnel closed", 2*i+2)[2*i+1]; line["reason"] != tunnel.ReasonClient {
+				t.Errorf("closing line %v, want %q", line, tunnel.ReasonClient)
 			}
 		})
 	}

@@ -18,6 +18,8 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 func TestTunnelIsClosedAfterSilenceAndNotBefore(t *testing.T) {
@@ -174,12 +176,12 @@ func watchOften(t *testing.T) {
 	t.Helper()
 	eventually(t, "the previous registry to be released", func() bool {
 		p, used, err := processes.LoadOrNew(processKey, func() (caddy.Destructor, error) {
-			return newProcess(newPacedRegistry(oftenInterval, oftenLastWords)), nil
+			return newProcess(tunnel.NewPacedRegistry(oftenInterval, oftenLastWords)), nil
 		})
 		if err != nil {
 			t.Fatal(err)
 		}
-		if used && p.(*process).tunnels.interval != oftenInterval {
+		if used && p.(*process).tunnels.Interval != oftenInterval {
 			_ = releaseProcess()
 			return false
 		}
@@ -207,7 +209,7 @@ func waitNoTunnels(t *testing.T) {
 	defer releaseProcess()
 	r := p.tunnels
 	eventually(t, "an empty registry", func() bool {
-		return r.isEmpty()
+		return r.IsEmpty()
 	})
 }
 
@@ -247,9 +249,9 @@ func TestReloadWithStreamCloseDelay(t *testing.T) {
 					t.Errorf("%s: closed after %v, want %v", protocol, age, tc.after)
 				}
 			}
-			want := reasonReload
+			want := tunnel.ReasonReload
 			if tc.after < 0 {
-				want = reasonClient
+				want = tunnel.ReasonClient
 			}
 			for _, line := range w.waitLog("CONNECT tunnel closed", len(tunnelProtocols)) {
 				if line["reason"] != want {
@@ -268,8 +270,8 @@ func TestReloadWithoutAProxyClosesTunnels(t *testing.T) {
 	conn.connect(echoTarget(t))
 	w.load("http://" + freeAddress(t) + " {\n\trespond hello\n}\n")
 	hearReset(t, "h1", conn.r)
-	if line := w.waitLog("CONNECT tunnel closed", 1)[0]; line["reason"] != reasonReload {
-		t.Errorf("log line %v, want the reason %q", line, reasonReload)
+	if line := w.waitLog("CONNECT tunnel closed", 1)[0]; line["reason"] != tunnel.ReasonReload {
+		t.Errorf("log line %v, want the reason %q", line, tunnel.ReasonReload)
 	}
 }
 
@@ -299,8 +301,8 @@ func TestRecheckTunnels(t *testing.T) {
 				return
 			}
 			hearReset(t, "h1", conns[1])
-			if line := w.waitLog("CONNECT tunnel closed", 1)[0]; line["reason"] != reasonForbidden {
-				t.Errorf("log line %v, want the reason %q", line, reasonForbidden)
+			if line := w.waitLog("CONNECT tunnel closed", 1)[0]; line["reason"] != tunnel.ReasonForbidden {
+				t.Errorf("log line %v, want the reason %q", line, tunnel.ReasonForbidden)
 			}
 			if refused := remote.refused(target); refused.status != http.StatusForbidden {
 				t.Errorf("status %d, want 403", refused.status)
@@ -324,8 +326,8 @@ func TestRecheckTunnelsOfOneSite(t *testing.T) {
 	}
 	w.load(w.site(open) + other.site("recheck_tunnels"))
 	hearReset(t, "h1", goes.r)
-	if line := w.waitLog("CONNECT tunnel closed", 1)[0]; line["reason"] != reasonForbidden {
-		t.Errorf("closing line %v, want the reason %q", line, reasonForbidden)
+	if line := w.waitLog("CONNECT tunnel closed", 1)[0]; line["reason"] != tunnel.ReasonForbidden {
+		t.Errorf("closing line %v, want the reason %q", line, tunnel.ReasonForbidden)
 	}
 	hear(t, stays.r, say(t, stays, "the other site has other rules"))
 }
@@ -371,18 +373,18 @@ type tunnelEnding struct {
 // tunnelEndings are the ways in which a tunnel can end, with the reason in its closing
 // line.
 var tunnelEndings = []tunnelEnding{
-	{reasonClient, func(conn *net.TCPConn) { io.Copy(conn, conn) }, func(conn tunnelConn) { conn.CloseWrite() }},
-	{reasonTarget, func(*net.TCPConn) {}, func(conn tunnelConn) { io.Copy(io.Discard, conn); conn.CloseWrite() }},
-	{reasonClientError, func(conn *net.TCPConn) { io.Copy(conn, conn) }, tunnelConn.Reset},
-	{reasonTargetError, func(conn *net.TCPConn) { conn.SetLinger(0) }, func(tunnelConn) {}},
+	{tunnel.ReasonClient, func(conn *net.TCPConn) { io.Copy(conn, conn) }, func(conn tunnelConn) { conn.CloseWrite() }},
+	{tunnel.ReasonTarget, func(*net.TCPConn) {}, func(conn tunnelConn) { io.Copy(io.Discard, conn); conn.CloseWrite() }},
+	{tunnel.ReasonClientError, func(conn *net.TCPConn) { io.Copy(conn, conn) }, tunnelConn.Reset},
+	{tunnel.ReasonTargetError, func(conn *net.TCPConn) { conn.SetLinger(0) }, func(tunnelConn) {}},
 }
 
 // streamEndings are the ways in which a stream can end. Resetting it with CANCEL means that
 // the client no longer needs it; a broken connection is an error.
 func streamEndings(c *tunnelClient) []tunnelEnding {
 	endings := slices.Clone(tunnelEndings)
-	endings[2].reason = reasonClient
-	return append(endings, tunnelEnding{reasonClientError, endings[0].target, func(tunnelConn) { c.breakConnection() }})
+	endings[2].reason = tunnel.ReasonClient
+	return append(endings, tunnelEnding{tunnel.ReasonClientError, endings[0].target, func(tunnelConn) { c.breakConnection() }})
 }
 
 func TestClosingLines(t *testing.T) {
@@ -407,7 +409,7 @@ func TestClosingLines(t *testing.T) {
 				eventually(t, "the sign to be counted", func() bool {
 					up := int64(0)
 					for _, t := range openTunnels() {
-						up += t.bytesUp()
+						up += t.BytesUp()
 					}
 					return up == int64(len(word))+1 || len(openTunnels()) == 0
 				})
@@ -445,9 +447,9 @@ func TestClosingLines(t *testing.T) {
 }
 
 // openTunnels returns the tunnels in the registry.
-func openTunnels() (open []*tunnel) {
+func openTunnels() (open []*tunnel.Tunnel) {
 	withProcess(func(p *process) {
-		for t := range p.tunnels.all() {
+		for t := range p.tunnels.All() {
 			open = append(open, t)
 		}
 	})
@@ -458,8 +460,8 @@ func openTunnels() (open []*tunnel) {
 func TestClosingLinesOfTimeouts(t *testing.T) {
 	watchOften(t)
 	for reason, options := range map[string]string{
-		reasonIdle:        "tunnel_idle_timeout 1s",
-		reasonMaxDuration: "tunnel_max_duration 1s",
+		tunnel.ReasonIdle:        "tunnel_idle_timeout 1s",
+		tunnel.ReasonMaxDuration: "tunnel_max_duration 1s",
 	} {
 		t.Run(reason, func(t *testing.T) {
 			w := newTunnelWorld(t, tunnelSetup{options: options})

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // relayRows are our relay and alternatives. The CPU time is this process's: it includes the
@@ -23,8 +25,8 @@ var relayRows = []struct {
 	copy func(dst, src net.Conn)
 }{
 	{"relay", func(dst, src net.Conn) {
-		var copied flow
-		relay(dst, src, &copied)
+		var copied tunnel.Flow
+		tunnel.Relay(dst, src, &copied)
 	}},
 	{"splice", func(dst, src net.Conn) { io.Copy(dst, src) }},
 	{"copy", func(dst, src net.Conn) {
@@ -132,14 +134,14 @@ func BenchmarkRelayIdle(b *testing.B) {
 }
 
 func idleTunnels(b *testing.B, n, carried int, relay func(dst, src net.Conn)) usage {
-	type tunnel struct{ client, near, far, target net.Conn }
-	tunnels := make([]tunnel, n)
+	type tun struct{ client, near, far, target net.Conn }
+	tunnels := make([]tun, n)
 	for i := range tunnels {
 		t := &tunnels[i]
 		t.near, t.client = socketPair(b)
 		t.far, t.target = socketPair(b)
 	}
-	closePipes()
+	tunnel.ClosePipes()
 	before := usageOf(b)
 	var ended atomic.Int64
 	run := func(dst, src net.Conn) {
@@ -157,7 +159,7 @@ func idleTunnels(b *testing.B, n, carried int, relay func(dst, src net.Conn)) us
 			}
 		}
 	}
-	closePipes()
+	tunnel.ClosePipes()
 	held := usageOf(b).since(before)
 	for _, t := range tunnels {
 		for _, conn := range []net.Conn{t.client, t.near, t.far, t.target} {

@@ -22,13 +22,14 @@ import (
 	"time"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // relayRig is a running relay: what is written to in comes out of out.
 type relayRig struct {
 	in, out net.Conn // the outer ends
 	dst     net.Conn // the inner end towards the destination, for the test to close
-	copied  flow
+	copied  tunnel.Flow
 	result  chan relayResult
 }
 
@@ -64,7 +65,7 @@ func newRelayRig(t testing.TB, src, dst connPair) *relayRig {
 
 func (r *relayRig) run(dst, src net.Conn) {
 	var res relayResult
-	res.readErr, res.writeErr = relay(dst, src, &r.copied)
+	res.readErr, res.writeErr = tunnel.Relay(dst, src, &r.copied)
 	r.result <- res
 }
 
@@ -266,7 +267,7 @@ func TestRelayReportsSourceError(t *testing.T) {
 				rig := newRelayRig(t, kind.src, kind.dst)
 				go io.Copy(struct{ io.Writer }{rig.in}, bulk(1, size))
 				receiveBulk(t, "the other side", io.LimitReader(rig.out, size), 1, size)
-				newConnPeer(rig.in).Abort()
+				tunnel.NewConnEnd(rig.in).Abort()
 				res := <-rig.result
 				if res.writeErr != nil || res.readErr == nil || res.readErr == io.EOF && tcpconn.Of(rig.in) != nil {
 					t.Errorf("the relay ended with %v, %v; want a source error", res.readErr, res.writeErr)
@@ -291,11 +292,11 @@ func TestRelayReportsDestinationError(t *testing.T) {
 					sent <- n
 				}()
 				receiveBulk(t, "the other side", io.LimitReader(rig.out, before), 1, before)
-				newConnPeer(rig.out).Abort()
+				tunnel.NewConnEnd(rig.out).Abort()
 				if res := <-rig.result; res.writeErr == nil || res.readErr != nil {
 					t.Errorf("the relay ended with %v, %v; want a destination error", res.readErr, res.writeErr)
 				}
-				newConnPeer(rig.in).Abort() // stops the sender
+				tunnel.NewConnEnd(rig.in).Abort() // stops the sender
 				n := <-sent
 				if copied := rig.copied.Load(); copied < before || copied > n+16<<10 { // TLS: one record is in flight
 					t.Errorf("the relay counted %d bytes; %d were received and %d sent", copied, before, n)
@@ -326,7 +327,7 @@ func TestRelayAfterFailures(t *testing.T) {
 		rig := newRelayRig(t, socketPair, socketPair)
 		go io.Copy(struct{ io.Writer }{rig.in}, bulk(9, 16<<20))
 		io.CopyN(io.Discard, rig.out, 1<<20)
-		newConnPeer(rig.out).Abort()
+		tunnel.NewConnEnd(rig.out).Abort()
 		<-rig.result
 		rig.in.Close()
 	}
@@ -349,9 +350,9 @@ func TestRelayEndsWhenItsEndsAreClosed(t *testing.T) {
 			from, _ := kind.src(t)
 			to, _ := kind.dst(t)
 			done := make(chan error)
-			var copied flow
+			var copied tunnel.Flow
 			go func() {
-				err, _ := relay(to, from, &copied)
+				err, _ := tunnel.Relay(to, from, &copied)
 				done <- err
 			}()
 			from.Close()
@@ -378,8 +379,8 @@ func TestRelayWithADeadline(t *testing.T) {
 			from, _ := kind.src(t)
 			to, _ := kind.dst(t)
 			from.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
-			var copied flow
-			if err, _ := relay(to, from, &copied); !errors.Is(err, os.ErrDeadlineExceeded) {
+			var copied tunnel.Flow
+			if err, _ := tunnel.Relay(to, from, &copied); !errors.Is(err, os.ErrDeadlineExceeded) {
 				t.Errorf("the relay ended with %v, want the deadline", err)
 			}
 		})

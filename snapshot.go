@@ -21,6 +21,7 @@ import (
 	dto "github.com/prometheus/client_model/go"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // snapshot is the state of the process at one moment, as the status page shows it.
@@ -216,7 +217,7 @@ func takeStats(now time.Time) stats {
 		return true
 	})
 	withProcess(func(p *process) {
-		s.Tunnels.Open = int64(p.tunnels.size())
+		s.Tunnels.Open = int64(p.tunnels.Size())
 		s.Tunnels.Limit = int64(p.tunnelLimit())
 		p.countTunnelBytes()
 	})
@@ -430,22 +431,22 @@ type clientKey struct {
 func tunnelsByClient() map[clientKey]*clientRow {
 	clients, current := make(map[clientKey]*clientRow), make(map[*bucket.Table]*bucket.Table)
 	withProcess(func(p *process) {
-		for t := range p.tunnels.all() {
+		for t := range p.tunnels.All() {
 			opener := openedBy(t)
 			table := current[opener.limiter]
 			if table == nil {
 				table = replacement(opener.limiter)
 				current[opener.limiter] = table
 			}
-			c := clients[clientKey{table, t.limitKey}]
+			c := clients[clientKey{table, t.LimitKey}]
 			if c == nil {
-				c = &clientRow{Entry: new(bucket.Entry), table: table, client: t.limitKey}
-				clients[clientKey{table, t.limitKey}] = c
+				c = &clientRow{Entry: new(bucket.Entry), table: table, client: t.LimitKey}
+				clients[clientKey{table, t.LimitKey}] = c
 			}
 			c.tunnels++
-			c.up += t.bytesUp()
-			c.down += t.bytesDown()
-			c.started = max(c.started, monotime.Of(t.start))
+			c.up += t.BytesUp()
+			c.down += t.BytesDown()
+			c.started = max(c.started, monotime.Of(t.Start))
 		}
 	})
 	return clients
@@ -525,30 +526,30 @@ type tunnelQuery struct {
 	limit, offset int
 	match         string // substring of the client, user or target, in lower case
 	client        string // substring of the client or user, in lower case
-	key           func(*tunnel, int64) float64
+	key           func(*tunnel.Tunnel, int64) float64
 	ascending     bool
 }
 
-var sortsOfTunnels = map[string]func(t *tunnel, now int64) float64{
-	"started": func(t *tunnel, _ int64) float64 { return float64(t.id) },
-	"idle":    func(t *tunnel, now int64) float64 { return float64(now - t.lastActivity()) },
-	"bytes":   func(t *tunnel, _ int64) float64 { return float64(t.bytesUp() + t.bytesDown()) },
+var sortsOfTunnels = map[string]func(t *tunnel.Tunnel, now int64) float64{
+	"started": func(t *tunnel.Tunnel, _ int64) float64 { return float64(t.ID) },
+	"idle":    func(t *tunnel.Tunnel, now int64) float64 { return float64(now - t.LastActivity()) },
+	"bytes":   func(t *tunnel.Tunnel, _ int64) float64 { return float64(t.BytesUp() + t.BytesDown()) },
 }
 
 // isClientOf reports whether part, in lower case, is a part of the name of t's client: of its
 // address, of its user, or of the owner of its bucket.
-func isClientOf(t *tunnel, part string) bool {
-	return containsFold(client.Name(t.client), part) || containsFold(t.user, part) || containsFold(t.limitKey.String(), part)
+func isClientOf(t *tunnel.Tunnel, part string) bool {
+	return containsFold(client.Name(t.Client), part) || containsFold(t.User, part) || containsFold(t.LimitKey.String(), part)
 }
 
 // findTunnels returns the open tunnels that q selects.
 func findTunnels(q tunnelQuery, now time.Time) tunnelList {
 	at := monotime.Of(now)
-	found := topN[*tunnel]{n: q.offset + q.limit, ascending: q.ascending}
+	found := topN[*tunnel.Tunnel]{n: q.offset + q.limit, ascending: q.ascending}
 	list := tunnelList{Tunnels: []tunnelInfo{}}
 	withProcess(func(p *process) {
-		for t := range p.tunnels.all() {
-			if (isClientOf(t, q.match) || containsFold(t.target, q.match)) && isClientOf(t, q.client) {
+		for t := range p.tunnels.All() {
+			if (isClientOf(t, q.match) || containsFold(t.Target, q.match)) && isClientOf(t, q.client) {
 				list.Total++
 				found.add(q.key(t, at), t)
 			}
@@ -557,8 +558,8 @@ func findTunnels(q tunnelQuery, now time.Time) tunnelList {
 	for _, k := range found.sorted(q.offset) {
 		t := k.value
 		list.Tunnels = append(list.Tunnels, tunnelInfo{
-			ID: t.id, Client: client.Name(t.client), User: printable(t.user), Target: printable(t.target), Address: t.address.String(), Proto: printable(t.proto),
-			Started: t.start, IdleSeconds: time.Duration(max(0, at-t.lastActivity())).Seconds(), BytesUp: t.bytesUp(), BytesDown: t.bytesDown(),
+			ID: t.ID, Client: client.Name(t.Client), User: printable(t.User), Target: printable(t.Target), Address: t.Address.String(), Proto: printable(t.Proto),
+			Started: t.Start, IdleSeconds: time.Duration(max(0, at-t.LastActivity())).Seconds(), BytesUp: t.BytesUp(), BytesDown: t.BytesDown(),
 		})
 	}
 	return list

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // Bulk data is spliced through a pipe, which is then reused. Where the kernel refuses that,
@@ -27,7 +28,7 @@ func TestRelaySplices(t *testing.T) {
 		"allowed": 0, "forbidden": unix.EPERM, "not there": unix.ENOSYS, "not for this socket": unix.EINVAL,
 	} {
 		t.Run(name, func(t *testing.T) {
-			closePipes()
+			tunnel.ClosePipes()
 			from, in := socketPair(t)
 			to, out := socketPair(t)
 			rig := &relayRig{dst: to, result: make(chan relayResult, 1)}
@@ -48,8 +49,8 @@ func TestRelaySplices(t *testing.T) {
 			if res := <-rig.result; res.readErr != io.EOF || res.writeErr != nil || rig.copied.Load() != size {
 				t.Errorf("the relay ended with %v, %v after %d bytes; want EOF after %d", res.readErr, res.writeErr, rig.copied.Load(), size)
 			}
-			if errno == 0 && len(pipes) != 1 {
-				t.Errorf("%d pipes were used, want 1", len(pipes))
+			if errno == 0 && len(tunnel.Pipes) != 1 {
+				t.Errorf("%d pipes were used, want 1", len(tunnel.Pipes))
 			}
 		})
 	}

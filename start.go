@@ -20,6 +20,7 @@ import (
 	"go.uber.org/zap/zapcore"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // eventHandler calls a function. It is a struct because Caddy logs it as JSON.
@@ -46,7 +47,7 @@ func (h *Handler) registerHooks(ctx caddy.Context, server *caddyhttp.Server) err
 	server.RegisterOnStop(func(grace context.Context) error {
 		if caddy.Exiting() {
 			waitForAnswers(grace)
-			h.tunnels.drain(grace)
+			h.tunnels.Drain(grace)
 		}
 		return nil
 	})
@@ -109,7 +110,7 @@ func (h *Handler) onStarted(ctx caddy.Context, server *caddyhttp.Server) {
 		h.logger.Log(level, "clients are served by Caddy's HTTP server", zap.Strings("addresses", server.Listen), zap.String("why", why))
 	}
 	if h.RecheckTunnels {
-		h.tunnels.closeIf(reasonForbidden, func(t *tunnel) bool {
+		h.tunnels.CloseIf(tunnel.ReasonForbidden, func(t *tunnel.Tunnel) bool {
 			return h.site.supersedes(openedBy(t)) && h.forbids(t)
 		})
 	}
@@ -150,7 +151,7 @@ func (h *Handler) onShutdown(ctx caddy.Context) {
 	if app, err := ctx.AppIfConfigured("http"); err == nil {
 		grace = time.Duration(app.(*caddyhttp.App).GracePeriod)
 	}
-	time.AfterFunc(max(grace-graceMargin, grace/2), func() { h.tunnels.closeAll(reasonShutdown) })
+	time.AfterFunc(max(grace-graceMargin, grace/2), func() { h.tunnels.CloseAll(tunnel.ReasonShutdown) })
 }
 
 // graceMargin is how long before the end of the grace period the proxy closes tunnels.

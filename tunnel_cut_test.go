@@ -21,6 +21,8 @@ import (
 
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // talk writes now and then until a write fails.
@@ -38,15 +40,15 @@ func talk(w io.Writer) {
 func TestCutTunnelsAreReset(t *testing.T) {
 	watchOften(t)
 	for reason, cut := range map[string]func(*testing.T, *tunnelWorld){
-		reasonMaxDuration: func(*testing.T, *tunnelWorld) {}, // happens by itself
-		reasonReload:      func(t *testing.T, w *tunnelWorld) { w.reload(t, tunnelSetup{}) },
-		reasonOperator: func(*testing.T, *tunnelWorld) {
-			withProcess(func(p *process) { p.tunnels.closeIf(reasonOperator, func(*tunnel) bool { return true }) })
+		tunnel.ReasonMaxDuration: func(*testing.T, *tunnelWorld) {}, // happens by itself
+		tunnel.ReasonReload:      func(t *testing.T, w *tunnelWorld) { w.reload(t, tunnelSetup{}) },
+		tunnel.ReasonOperator: func(*testing.T, *tunnelWorld) {
+			withProcess(func(p *process) { p.tunnels.CloseIf(tunnel.ReasonOperator, func(*tunnel.Tunnel) bool { return true }) })
 		},
 	} {
 		t.Run(reason, func(t *testing.T) {
 			options := "stream_close_delay 0"
-			if reason == reasonMaxDuration {
+			if reason == tunnel.ReasonMaxDuration {
 				options = "tunnel_max_duration 1s"
 			}
 			w := newTunnelWorld(t, tunnelSetup{options: options})
@@ -191,7 +193,7 @@ func TestStalledTunnelsAreReset(t *testing.T) {
 					t.Errorf("the target reads %v, want a reset", err)
 				}
 				hear(t, lively, say(t, lively, "the other tunnel"))
-				wantReasonFor(t, w, deaf, reasonStalled)
+				wantReasonFor(t, w, deaf, tunnel.ReasonStalled)
 			})
 			t.Run(protocol+"/client", func(t *testing.T) {
 				t.Parallel()
@@ -207,7 +209,7 @@ func TestStalledTunnelsAreReset(t *testing.T) {
 				if n, err := io.Copy(io.Discard, stalled); err == nil {
 					t.Errorf("the client reads %d bytes and then an end in order", n)
 				}
-				wantReasonFor(t, w, pouring, reasonStalled)
+				wantReasonFor(t, w, pouring, tunnel.ReasonStalled)
 			})
 		}
 	})
@@ -274,7 +276,7 @@ func TestStopSendingEndsTheTunnel(t *testing.T) {
 	if err := <-failure; !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("the target reads %v, want a reset", err)
 	}
-	wantReason(t, w, reasonClient)
+	wantReason(t, w, tunnel.ReasonClient)
 }
 
 // A client that disconnects while its target reads nothing ends the tunnel at once.
@@ -290,7 +292,7 @@ func TestDisconnectWithStuckTarget(t *testing.T) {
 		conn.Close()
 		waitNoTunnels(t)
 		close(wait)
-		wantReason(t, w, reasonClient)
+		wantReason(t, w, tunnel.ReasonClient)
 		w.forgetLogs()
 	}
 }
@@ -302,7 +304,7 @@ func waitForStall(t *testing.T) {
 	eventually(t, "the target to accept no more data", func() bool {
 		sum := int64(0)
 		for _, t := range openTunnels() {
-			sum += t.up.Load()
+			sum += t.Up.Load()
 		}
 		if same++; sum != last || sum == 0 {
 			last, same = sum, 0
@@ -372,8 +374,8 @@ func TestStalledTunnelsOfOtherKinds(t *testing.T) {
 		if n, err := io.Copy(struct{ io.Writer }{conn}, zeros{}); !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
 			t.Errorf("the client sends %d bytes and then fails with %v, want a reset", n, err)
 		}
-		if line := w.waitLog("CONNECT tunnel closed", 1)[0]; line["reason"] != reasonStalled {
-			t.Errorf("log line %v, want the reason %q", line, reasonStalled)
+		if line := w.waitLog("CONNECT tunnel closed", 1)[0]; line["reason"] != tunnel.ReasonStalled {
+			t.Errorf("log line %v, want the reason %q", line, tunnel.ReasonStalled)
 		}
 	}
 	t.Run("upgrade", func(t *testing.T) {

@@ -22,6 +22,8 @@ import (
 
 	"github.com/quic-go/quic-go/http3"
 	"golang.org/x/net/http2"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // observed enables Caddy features that wrap a handler's connection to see the bytes.
@@ -310,7 +312,7 @@ func tunnelsAreMany(t *testing.T, c *tunnelClient) {
 	if err != nil {
 		t.Fatalf("opening: %v", err)
 	}
-	if open := registryOf(t).size(); open < n {
+	if open := registryOf(t).Size(); open < n {
 		t.Errorf("%d tunnels are open, want %d", open, n)
 	}
 	err = concurrently(n, n, func(i int) error {
@@ -588,7 +590,7 @@ func concurrently(n, goroutines int, f func(i int) error) error {
 }
 
 // registryOf returns the registry of the running config.
-func registryOf(t *testing.T) *registry {
+func registryOf(t *testing.T) *tunnel.Registry {
 	t.Helper()
 	p, err := acquireProcess()
 	if err != nil {

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/net/http/httpguts"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // Limits for an Upgrade field: the number of protocols, and the length of each in bytes.
@@ -50,10 +51,10 @@ func isUpgradeTo(protocols, requested []string) bool {
 
 // upgrade sends the client the origin's 101 (Switching Protocols), and turns the two
 // connections into a tunnel.
-func (h *Handler) upgrade(w http.ResponseWriter, r *http.Request, res *http.Response, t *tunnel) (int, error) {
+func (h *Handler) upgrade(w http.ResponseWriter, r *http.Request, res *http.Response, t *tunnel.Tunnel) (int, error) {
 	protocols := upgradeProtocols(res.Header["Upgrade"])
 	if !isUpgradeTo(protocols, upgradeProtocols(r.Header["Upgrade"])) {
-		_ = t.far.Close()
+		_ = t.Far.Close()
 		return 0, forwardRefusal(r, h1.ProtocolError("it switches to a protocol that was not requested"))
 	}
 	header := h.setResponseFields(w, r, res)
@@ -62,7 +63,7 @@ func (h *Handler) upgrade(w http.ResponseWriter, r *http.Request, res *http.Resp
 	header["Upgrade"] = []string{strings.Join(protocols, ", ")}
 	conn, early, err := hijack(w)
 	if err != nil {
-		_ = t.far.Close()
+		_ = t.Far.Close()
 		return 0, caddyhttp.Error(http.StatusInternalServerError, err)
 	}
 	recordStatus(w, http.StatusSwitchingProtocols)
@@ -70,9 +71,9 @@ func (h *Handler) upgrade(w http.ResponseWriter, r *http.Request, res *http.Resp
 	for name, values := range header {
 		head = appendValues(head, name, values)
 	}
-	t.proto = protocols[0]
-	t.near, t.clientPrefix, t.responseHead = newConnPeer(conn), early, append(head, "\r\n"...)
-	go t.run()
+	t.Proto = protocols[0]
+	t.Near, t.ClientPrefix, t.ResponseHead = tunnel.NewConnEnd(conn), early, append(head, "\r\n"...)
+	go t.Run()
 	return http.StatusSwitchingProtocols, nil
 }
 

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package tunnel
 
 import (
 	"io"
@@ -22,15 +22,15 @@ var (
 	largeBuffers = sync.Pool{New: func() any { return new([largeBuffer]byte) }}
 )
 
-// flow counts the bytes of one direction of a tunnel.
-type flow struct {
+// Flow counts the bytes of one direction of a tunnel.
+type Flow struct {
 	atomic.Int64              // bytes written to the destination
 	writing      atomic.Bool  // a write to the destination is in progress
 	counted      atomic.Int64 // bytes that growth has returned
 }
 
 // growth returns the growth since the last call. Concurrent callers get it only once.
-func (f *flow) growth() int64 {
+func (f *Flow) growth() int64 {
 	was, now := f.counted.Load(), f.Load()
 	if now > was && f.counted.CompareAndSwap(was, now) {
 		return now - was
@@ -38,14 +38,14 @@ func (f *flow) growth() int64 {
 	return 0
 }
 
-// relay copies from src to dst until src ends or dst fails, and counts the bytes that were
+// Relay copies from src to dst until src ends or dst fails, and counts the bytes that were
 // written. readErr is src's error, io.EOF if it ended in order. writeErr is dst's error.
 //
 // While src is silent, relay holds no pooled buffer and no pipe, so that an idle tunnel is
 // cheap. It waits until a socket is readable and only then takes a buffer. Any other source,
 // such as TLS or an HTTP/2 stream, can only be read into a buffer that is there already:
 // that one is small, and a large one replaces it while reads fill it.
-func relay(dst io.Writer, src io.Reader, copied *flow) (readErr, writeErr error) {
+func Relay(dst io.Writer, src io.Reader, copied *Flow) (readErr, writeErr error) {
 	if socket, ok := src.(*net.TCPConn); ok {
 		return relaySocket(dst, socket, copied)
 	}
@@ -53,7 +53,7 @@ func relay(dst io.Writer, src io.Reader, copied *flow) (readErr, writeErr error)
 }
 
 // relayReader reads into a small buffer, and into a large one while reads fill it.
-func relayReader(dst io.Writer, src io.Reader, copied *flow) (readErr, writeErr error) {
+func relayReader(dst io.Writer, src io.Reader, copied *Flow) (readErr, writeErr error) {
 	small := make([]byte, smallBuffer/4)
 	for {
 		n, err := src.Read(small)
@@ -71,7 +71,7 @@ func relayReader(dst io.Writer, src io.Reader, copied *flow) (readErr, writeErr 
 
 // relayBurst copies through a large buffer until a read fills less than half of it, which
 // means that src has no more for now. It returns no errors if src goes on.
-func relayBurst(dst io.Writer, src io.Reader, copied *flow) (readErr, writeErr error) {
+func relayBurst(dst io.Writer, src io.Reader, copied *Flow) (readErr, writeErr error) {
 	large := largeBuffers.Get().(*[largeBuffer]byte)
 	defer largeBuffers.Put(large)
 	for {
@@ -86,7 +86,7 @@ func relayBurst(dst io.Writer, src io.Reader, copied *flow) (readErr, writeErr e
 }
 
 // writeCounted writes b and counts the bytes that were written.
-func writeCounted(dst io.Writer, b []byte, copied *flow) error {
+func writeCounted(dst io.Writer, b []byte, copied *Flow) error {
 	copied.writing.Store(true)
 	n, err := dst.Write(b)
 	copied.Add(int64(n))

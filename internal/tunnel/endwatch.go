@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package tunnel
 
 import "time"
 
@@ -18,7 +18,7 @@ type endWatch struct {
 
 // update reports whether the end has taken bytes since the last look. Without bytes waiting,
 // it checks the socket only once per interval, since most tunnels are idle.
-func (e *endWatch) update(now int64, f *flow, p peer, interval time.Duration) (took bool) {
+func (e *endWatch) update(now int64, f *Flow, p End, interval time.Duration) (took bool) {
 	taken, waiting := f.Load(), f.writing.Load()
 	if took = taken != e.written; took || e.since == 0 {
 		*e = endWatch{written: taken, since: now, pending: waiting, acked: e.acked}
@@ -49,7 +49,7 @@ func (e *endWatch) stalledFor(now int64) time.Duration {
 
 // isAtRest reports whether no bytes wait for the end, and none were written since the last
 // look.
-func (e *endWatch) isAtRest(f *flow, p peer) bool {
+func (e *endWatch) isAtRest(f *Flow, p End) bool {
 	if f.writing.Load() || f.Load() != e.written {
 		return false
 	}

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package tunnel
 
 import (
 	"io"
@@ -11,7 +11,7 @@ import (
 
 // relaySocket reads when the socket is readable. Bulk data for another socket moves inside
 // the kernel by splice(2).
-func relaySocket(dst io.Writer, src *net.TCPConn, copied *flow) (readErr, writeErr error) {
+func relaySocket(dst io.Writer, src *net.TCPConn, copied *Flow) (readErr, writeErr error) {
 	conn, err := src.SyscallConn()
 	if err != nil {
 		return err, nil

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package tunnel
 
 import (
 	"io"
@@ -19,14 +19,14 @@ const pipeSize = 1 << 20
 // the waiting.
 const spliceFlags = unix.SPLICE_F_NONBLOCK | unix.SPLICE_F_MOVE
 
-// pipes holds unused, empty pipes. Pipes that do not fit into it are closed.
-var pipes = make(chan pipe, 32)
+// Pipes holds unused, empty pipes. Pipes that do not fit into it are closed.
+var Pipes = make(chan pipe, 32)
 
 type pipe struct{ r, w int }
 
-func newPipe() (pipe, error) {
+func NewPipe() (pipe, error) {
 	select {
-	case p := <-pipes:
+	case p := <-Pipes:
 		return p, nil
 	default:
 	}
@@ -38,11 +38,11 @@ func newPipe() (pipe, error) {
 	return pipe{fds[0], fds[1]}, nil
 }
 
-// release returns an empty pipe to pipes, and closes one that still holds bytes.
-func (p pipe) release(empty bool) {
+// Release returns an empty pipe to pipes, and closes one that still holds bytes.
+func (p pipe) Release(empty bool) {
 	if empty {
 		select {
-		case pipes <- p:
+		case Pipes <- p:
 			return
 		default:
 		}
@@ -51,13 +51,13 @@ func (p pipe) release(empty bool) {
 	_ = unix.Close(p.w)
 }
 
-// closePipes closes the unused pipes, so that a process without tunnels holds no descriptors
+// ClosePipes closes the unused pipes, so that a process without tunnels holds no descriptors
 // for them.
-func closePipes() {
+func ClosePipes() {
 	for {
 		select {
-		case p := <-pipes:
-			p.release(false)
+		case p := <-Pipes:
+			p.Release(false)
 		default:
 			return
 		}
@@ -86,12 +86,12 @@ func newSplicer(dst io.Writer, src syscall.RawConn) *splicer {
 // burst moves bytes until the source has no more for now, and then releases the pipe. It
 // returns no errors if the source goes on. It does nothing if bytes cannot be spliced, or no
 // pipe is available.
-func (s *splicer) burst(copied *flow) (readErr, writeErr error) {
+func (s *splicer) burst(copied *Flow) (readErr, writeErr error) {
 	if s.dst == nil {
 		return nil, nil
 	}
 	var err error
-	if s.pipe, err = newPipe(); err != nil {
+	if s.pipe, err = NewPipe(); err != nil {
 		return nil, nil
 	}
 	s.held = 0
@@ -121,12 +121,12 @@ func (s *splicer) burst(copied *flow) (readErr, writeErr error) {
 			break
 		}
 	}
-	s.pipe.release(s.held == 0)
+	s.pipe.Release(s.held == 0)
 	return readErr, writeErr
 }
 
 // drain empties the pipe into the destination.
-func (s *splicer) drain(copied *flow) error {
+func (s *splicer) drain(copied *Flow) error {
 	copied.writing.Store(true)
 	defer copied.writing.Store(false)
 	for s.held > 0 {

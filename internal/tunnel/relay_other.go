@@ -3,7 +3,7 @@
 
 //go:build !linux
 
-package asyncproxy
+package tunnel
 
 import (
 	"io"
@@ -11,8 +11,8 @@ import (
 )
 
 // relaySocket has no special way to read from sockets here.
-func relaySocket(dst io.Writer, src *net.TCPConn, copied *flow) (readErr, writeErr error) {
+func relaySocket(dst io.Writer, src *net.TCPConn, copied *Flow) (readErr, writeErr error) {
 	return relayReader(dst, src, copied)
 }
 
-func closePipes() {}
+func ClosePipes() {}

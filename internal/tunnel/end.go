@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package tunnel
 
 import (
 	"context"
@@ -11,8 +11,8 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
-// peer is one end of a tunnel: a connection or a stream.
-type peer interface {
+// End is one end of a tunnel: a connection or a stream.
+type End interface {
 	io.Writer
 
 	// Reader and Writer return what to relay from and to: the bare socket, if nothing lies
@@ -38,7 +38,7 @@ type peer interface {
 // streamEnd is a client's end that is a stream, one of several on a connection. Only the
 // return of run ends a stream in order, and that ends both of its directions.
 type streamEnd interface {
-	peer
+	End
 
 	// Context returns the context that is canceled when the client resets the stream or its
 	// connection ends.
@@ -62,32 +62,32 @@ type streamEnd interface {
 	Server() io.Closer
 }
 
-// connPeer is a peer with a connection of its own.
-type connPeer struct {
+// ConnEnd is a peer with a connection of its own.
+type ConnEnd struct {
 	net.Conn
 	half   tcpconn.HalfCloser // nil: the connection cannot half-close
 	socket *net.TCPConn       // below the connection, if known
 }
 
-// newConnPeer returns the end that conn is, which may be a socket, TLS on a socket, or a
+// NewConnEnd returns the end that conn is, which may be a socket, TLS on a socket, or a
 // listener's wrapper around either.
-func newConnPeer(conn net.Conn) *connPeer {
-	p := &connPeer{Conn: conn}
+func NewConnEnd(conn net.Conn) *ConnEnd {
+	p := &ConnEnd{Conn: conn}
 	p.socket, p.half = tcpconn.Unwrap(conn)
 	return p
 }
 
-func (p *connPeer) Reader() io.Reader { return p.Conn }
-func (p *connPeer) Writer() io.Writer { return p.Conn }
+func (p *ConnEnd) Reader() io.Reader { return p.Conn }
+func (p *ConnEnd) Writer() io.Writer { return p.Conn }
 
-func (p *connPeer) CloseWrite() error {
+func (p *ConnEnd) CloseWrite() error {
 	if p.half == nil {
 		return p.Close()
 	}
 	return p.half.CloseWrite()
 }
 
-func (p *connPeer) SendState(last uint64) (acked uint64, queued bool) {
+func (p *ConnEnd) SendState(last uint64) (acked uint64, queued bool) {
 	if p.socket == nil {
 		return last, false
 	}
@@ -98,7 +98,7 @@ func (p *connPeer) SendState(last uint64) (acked uint64, queued bool) {
 // parent proxy.
 type aborter interface{ Abort() error }
 
-func (p *connPeer) Abort() error {
+func (p *ConnEnd) Abort() error {
 	if p.socket != nil {
 		_ = p.socket.SetLinger(0) // Close sends RST
 		return p.socket.Close()
