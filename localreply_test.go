@@ -270,7 +270,7 @@ func TestCausesTexts(t *testing.T) {
 		}
 	}
 	source, err := os.ReadFile("internal/egress/dialcause.go")
-	constants := regexp.MustCompile(`(?m)^\t\w+ +dialCause = "(\w+)"`).FindAllSubmatch(source, -1)
+	constants := regexp.MustCompile(`(?m)^\t\w+ +Cause = "(\w+)"`).FindAllSubmatch(source, -1)
 	if err != nil || len(constants) == 0 {
 		t.Fatalf("there are no causes: %v", err)
 	}
