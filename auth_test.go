@@ -21,10 +21,11 @@ import (
 	"testing"
 	"time"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/caddyauth"
 	"golang.org/x/crypto/bcrypt"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 )
 
 // authUsers are options with two users: alice, password wonderland, and bob, password

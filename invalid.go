@@ -12,9 +12,10 @@ import (
 	"sync"
 	"time"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 )
 
 // invalidReason is a reason to refuse a client before any handler sees a request.

@@ -8,9 +8,10 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/caddyserver/caddy/v2"
+
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
-	"github.com/caddyserver/caddy/v2"
 )
 
 // Limiter is the interface of modules in the namespace http.async_proxy.limiters. A Limiter

@@ -12,14 +12,15 @@ import (
 	"strings"
 	"time"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
-	"github.com/asyncproxy/caddy-async-proxy/internal/client"
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
-	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // transaction describes one request and its outcome, for logs, metrics and placeholders.

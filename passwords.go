@@ -17,10 +17,11 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/caddyauth"
 	"github.com/puzpuzpuz/xsync/v4"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 )
 
 // Checking a password against its hash takes about a second of CPU time. These mechanisms

@@ -9,13 +9,14 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
-	"github.com/asyncproxy/caddy-async-proxy/internal/client"
-	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/puzpuzpuz/xsync/v4"
 	"go.uber.org/zap"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // processes holds the process's only process value, under processKey, while any config has

@@ -12,11 +12,12 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/caddyserver/caddy/v2"
+	"go.uber.org/zap"
+
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
-	"github.com/caddyserver/caddy/v2"
-	"go.uber.org/zap"
 )
 
 // limiters holds the tables of buckets in use, by their limits. Handlers with the same zone

@@ -13,8 +13,9 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/puzpuzpuz/xsync/v4"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 )
 
 // Table holds a token bucket for each client. A bucket starts full with Burst tokens, loses

@@ -10,8 +10,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"golang.org/x/time/rate"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 )
 
 // taker is a limiter as the benchmarks use it.

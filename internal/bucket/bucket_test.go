@@ -14,8 +14,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"golang.org/x/time/rate"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 )
 
 // limits returns limits that are the defaults of the proxy otherwise.

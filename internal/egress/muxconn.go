@@ -15,11 +15,11 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"golang.org/x/net/http/httpguts"
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )

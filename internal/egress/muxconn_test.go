@@ -22,9 +22,10 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 )
 
 // muxParent is the parent's end of a muxConn, frame by frame.
