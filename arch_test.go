@@ -5,9 +5,13 @@ package asyncproxy
 
 import (
 	"bytes"
+	"go/ast"
 	"go/build"
+	"go/parser"
+	"go/token"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -71,6 +75,69 @@ func TestArrows(t *testing.T) {
 	for _, entry := range entries {
 		if !slices.Contains(known, entry.Name()) {
 			t.Errorf("internal/%s is not in the list of packages", entry.Name())
+		}
+	}
+}
+
+// declared returns the names of the functions, methods, types, variables and constants in
+// the root and below internal/. A method's name has the type before it.
+func declared(t *testing.T) map[string]bool {
+	names := make(map[string]bool)
+	files, err := filepath.Glob("*.go")
+	inner, err2 := filepath.Glob("internal/*/*.go")
+	if err != nil || err2 != nil {
+		t.Fatal(err, err2)
+	}
+	for _, path := range append(files, inner...) {
+		file, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.SkipObjectResolution)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, decl := range file.Decls {
+			switch decl := decl.(type) {
+			case *ast.FuncDecl:
+				name := decl.Name.Name
+				if decl.Recv != nil {
+					receiver := decl.Recv.List[0].Type
+					if star, ok := receiver.(*ast.StarExpr); ok {
+						receiver = star.X
+					}
+					if id, ok := receiver.(*ast.Ident); ok {
+						name = id.Name + "." + name
+					}
+				}
+				names[name] = true
+			case *ast.GenDecl:
+				for _, spec := range decl.Specs {
+					switch spec := spec.(type) {
+					case *ast.TypeSpec:
+						names[spec.Name.Name] = true
+					case *ast.ValueSpec:
+						for _, id := range spec.Names {
+							names[id.Name] = true
+						}
+					}
+				}
+			}
+		}
+	}
+	return names
+}
+
+// TestLifeOfARequest checks that each name in docs/life-of-a-request.md exists.
+func TestLifeOfARequest(t *testing.T) {
+	text, err := os.ReadFile("docs/life-of-a-request.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := declared(t)
+	found := regexp.MustCompile("`([A-Za-z]+(?:\\.[A-Za-z]+)?)`|\\b([A-Za-z]+\\.[A-Za-z]+)\\b").FindAllSubmatch(text, -1)
+	if len(found) < 50 {
+		t.Fatalf("found %d names", len(found))
+	}
+	for _, match := range found {
+		if name := string(match[1]) + string(match[2]); !names[name] {
+			t.Errorf("there is no %s", name)
 		}
 	}
 }

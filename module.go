@@ -5,10 +5,9 @@
 // It limits each client with a token bucket, rewrites message fields as an HTTP
 // intermediary must, tunnels CONNECT without decrypting it, and forwards plain HTTP.
 //
-// A request passes the limiter (ratelimit.go) and then connect.go or forward.go,
-// which both dial through dial.go. Requests that are not proxy requests go to the
-// next handler. respond.go writes the responses that the proxy generates itself;
-// observe.go and metrics.go write log lines and counters.
+// Most client connections never reach net/http: clientListener serves them on a fast
+// path of its own, and hands everything else to Caddy's HTTP server. Both call
+// [Handler.ServeHTTP]. docs/life-of-a-request.md follows a request through the code.
 package asyncproxy
 
 import (
