@@ -51,28 +51,14 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from clientIde
 	if h1.CountLines(r.Header) > h1.MaxFields {
 		return 0, causeHeaderLines.refusal(nil, h1.MaxFields)
 	}
-	out.needsContinue = out.body != nil && handlerSendsContinue(r)
 	if maxForwards(r.Method, r.Header) {
 		return answerMaxForwards(w, r)
 	}
-	h.setRequestFields(r, from)
 	requestedHost := out.host
-	h.applyUp(r, &out.host)
-	if !httpguts.ValidHostHeader(out.host) {
-		return 0, causeHostField.refusal(errHostByHeaderUp)
+	if err := h.prepareOutgoing(w, r, out, from); err != nil {
+		return 0, err
 	}
-	if out.body != nil {
-		out.body.count = func(n int64) { h.countForwarded(from.limitKey, n, 0) }
-		control := http.NewResponseController(w)
-		out.stopBody = func() { _ = control.SetReadDeadline(time.Unix(1, 0)) }
-		if r.ProtoMajor == 1 {
-			// The response may arrive while the request body is still being sent.
-			if err := control.EnableFullDuplex(); err != nil && !errors.Is(err, http.ErrNotSupported) {
-				return 0, caddyhttp.Error(http.StatusInternalServerError, err)
-			}
-		}
-	}
-	target, pool, binding := out.authority, h.origins[from.reach], newBinding(w, r, out, from)
+	pool, binding := h.origins[from.reach], newBinding(w, r, out, from)
 	if scheme == "https" {
 		pool = h.secureOrigins[from.reach]
 		// Use HTTP/1 for upgrades, which HTTP/2 does not have, for logins that are
@@ -84,9 +70,9 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from clientIde
 			}
 		}
 	}
-
-	if h.parentOrigins != nil && scheme == "http" && h.dialer.UsesParent(out.authority) {
-		if err := h.dialer.CheckForParent(r.Context(), from.reach, out.authority); err != nil {
+	target := out.authority
+	if h.parentOrigins != nil && scheme == "http" && h.dialer.UsesParent(target) {
+		if err := h.dialer.CheckForParent(r.Context(), from.reach, target); err != nil {
 			return 0, dialRefusal(r.Context(), err, r.Host)
 		}
 		if f := refuseEcho(h.dialer.Parent, out); f != nil {
@@ -95,42 +81,55 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from clientIde
 		readdress(h.dialer.Parent, out, requestedHost)
 		pool = h.parentOrigins
 	}
-
-	admitted := false // counted as a tunnel, which an upgraded request becomes
-	releaseTunnel := func() {
-		if admitted {
-			h.tunnels.Release(from.limitKey)
-		}
-		admitted = false
-	}
-	defer releaseTunnel()
-	if len(r.Header["Upgrade"]) > 0 {
-		if err := h.tunnels.Admit(from.limitKey, h.MaxTunnels, h.MaxTunnelsPerClient); err != nil {
-			return 0, tunnelRefusal(err)
-		}
-		admitted = true
-	}
-
 	x := &exchange{
 		pool: pool, ctx: r.Context(), timeout: time.Duration(h.ResponseHeaderTimeout), binding: binding,
 		interim: func(status int, fields http.Header) { h.passInterim(w, r, status, fields, 1, 1) },
 	}
-	defer x.finish(false)
-	start := time.Now()
-	res, err := x.do(out)
-	if err != nil {
-		if pool == h.parentOrigins {
-			err = asParentError(x, err)
-		}
-		return 0, forwardRefusal(r, err)
+	return h.forwardHTTP1(w, r, x, out, target, from)
+}
+
+// prepareOutgoing makes the request to the next hop out of the client's: its fields, and
+// what reading its body does.
+func (h *Handler) prepareOutgoing(w http.ResponseWriter, r *http.Request, out *outgoing, from clientIdentity) error {
+	out.needsContinue = out.body != nil && handlerSendsContinue(r)
+	h.setRequestFields(r, from)
+	h.applyUp(r, &out.host)
+	if !httpguts.ValidHostHeader(out.host) {
+		return causeHostField.refusal(errHostByHeaderUp)
 	}
-	metrics.responses.Observe(time.Since(start).Seconds())
-	x.binding.challenged(w, r, res)
-	if res.StatusCode == http.StatusProxyAuthRequired && pool == h.parentOrigins {
-		// The parent rejected this proxy's credentials. The client has none for it.
-		return 0, dialRefusal(r.Context(), &egress.ParentError{Phase: egress.ParentAnswering, Status: res.StatusCode, Header: res.Header, Err: errors.New("it asks for credentials")}, r.Host)
-	} else if res.StatusCode == http.StatusProxyAuthRequired {
-		return 0, forwardRefusal(r, errOriginSent407)
+	if out.body == nil {
+		return nil
+	}
+	out.body.count = func(n int64) { h.countForwarded(from.limitKey, n, 0) }
+	control := http.NewResponseController(w)
+	out.stopBody = func() { _ = control.SetReadDeadline(time.Unix(1, 0)) }
+	if r.ProtoMajor == 1 {
+		// The response may arrive while the request body is still being sent.
+		if err := control.EnableFullDuplex(); err != nil && !errors.Is(err, http.ErrNotSupported) {
+			return caddyhttp.Error(http.StatusInternalServerError, err)
+		}
+	}
+	return nil
+}
+
+// forwardHTTP1 sends a request on an HTTP/1 connection and passes the response on. target
+// is what the client asks for, which a parent may have to connect to.
+func (h *Handler) forwardHTTP1(w http.ResponseWriter, r *http.Request, x *exchange, out *outgoing, target string, from clientIdentity) (int, error) {
+	reserved := len(r.Header["Upgrade"]) > 0 // a tunnel, which an upgraded request becomes
+	if reserved {
+		if err := h.tunnels.Admit(from.limitKey, h.MaxTunnels, h.MaxTunnelsPerClient); err != nil {
+			return 0, tunnelRefusal(err)
+		}
+	}
+	defer func() {
+		if reserved {
+			h.tunnels.Release(from.limitKey)
+		}
+	}()
+	defer x.finish(false)
+	res, err := h.awaitHead(w, r, x, out)
+	if err != nil {
+		return 0, err
 	}
 	if res.StatusCode == http.StatusSwitchingProtocols {
 		conn, early, err := x.detach()
@@ -140,10 +139,13 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from clientIde
 		t := h.newTunnel(from, target, "", conn.Conn)
 		t.TargetPrefix = early
 		status, err := h.upgrade(w, r, res, t)
-		admitted = admitted && err != nil // on success the tunnel itself leaves when it ends
+		reserved = reserved && err != nil // on success the tunnel itself leaves when it ends
 		return status, err
 	}
-	releaseTunnel()
+	if reserved {
+		h.tunnels.Release(from.limitKey)
+		reserved = false
+	}
 	body := res.Body.(*originBody)
 	body.handler, body.client, body.origin = h, from.limitKey, x.conn
 	defer body.Close()
@@ -155,6 +157,29 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from clientIde
 		h.closeInStages(w, r, from.addr)
 	}
 	return res.StatusCode, nil
+}
+
+// awaitHead sends a request and returns the head of the final response. It refuses
+// responses that are not for the client.
+func (h *Handler) awaitHead(w http.ResponseWriter, r *http.Request, x *exchange, out *outgoing) (*http.Response, error) {
+	viaParent := x.pool == h.parentOrigins
+	start := time.Now()
+	res, err := x.do(out)
+	if err != nil {
+		if viaParent {
+			err = asParentError(x, err)
+		}
+		return nil, forwardRefusal(r, err)
+	}
+	metrics.responses.Observe(time.Since(start).Seconds())
+	x.binding.challenged(w, r, res)
+	switch {
+	case res.StatusCode != http.StatusProxyAuthRequired:
+		return res, nil
+	case viaParent: // it rejected this proxy's credentials, and the client has none for it
+		return nil, dialRefusal(r.Context(), &egress.ParentError{Phase: egress.ParentAnswering, Status: res.StatusCode, Header: res.Header, Err: errors.New("it asks for credentials")}, r.Host)
+	}
+	return nil, forwardRefusal(r, errOriginSent407)
 }
 
 // newOutgoing derives the request to the origin from the client's. Both share one

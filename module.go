@@ -299,22 +299,8 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if err := h.provisionClients(server); err != nil {
 		return err
 	}
-	if h.DialTimeout < 0 {
-		return fmt.Errorf("dial_timeout %v: expected a positive duration", time.Duration(h.DialTimeout))
-	}
-	if h.LimitBy != "client_ip" && h.LimitBy != "user" {
-		return fmt.Errorf("limit_by %q: expected client_ip or user", h.LimitBy)
-	}
-	for _, scope := range h.ReportOnly {
-		if scope != "rules" && scope != "limits" {
-			return fmt.Errorf("report_only %q: expected rules or limits", scope)
-		}
-	}
-	if h.ServePAC != "" && h.ServePAC[0] != '/' {
-		return fmt.Errorf("serve_pac %q: expected a path that begins with /", h.ServePAC)
-	}
-	if len(h.PACDirect) > 0 && h.ServePAC == "" {
-		return errors.New("pac_direct: expected serve_pac to be set as well")
+	if err := h.checkOptions(); err != nil {
+		return err
 	}
 	if h.pacDirect, err = policy.NewPACDirect(h.PACDirect); err != nil {
 		return fmt.Errorf("pac_direct: %w", err)
@@ -325,19 +311,8 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if h.LimitBy == "user" && len(h.auth) == 0 {
 		return errors.New("limit_by \"user\" requires authentication")
 	}
-	if h.ForwardedFor != "auto" && h.ForwardedFor != "off" {
-		return fmt.Errorf("forwarded_for %q: expected auto or off", h.ForwardedFor)
-	}
-	if h.Headers != nil {
-		if err := checkHeaders(h.Headers); err != nil {
-			return fmt.Errorf("headers: %w", err)
-		}
-		if err := h.Headers.Provision(ctx); err != nil {
-			return fmt.Errorf("headers: %w", err)
-		}
-		if err := h.Headers.Validate(); err != nil {
-			return fmt.Errorf("headers: %w", err)
-		}
+	if err := h.provisionHeaders(ctx); err != nil {
+		return fmt.Errorf("headers: %w", err)
 	}
 	raiseHeadLimit(server)
 	if err := h.provisionName(server); err != nil {
@@ -353,43 +328,88 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		return err
 	}
 	for r := range policy.ScopeCount {
-		dial := func(ctx context.Context, authority string) (net.Conn, error) {
-			conn, err := h.dial(ctx, r, authority)
-			if tcp, ok := conn.(*net.TCPConn); ok {
-				tcpconn.EnableKeepAlive(tcp) // a pooled connection may be idle from the start
-			}
-			return conn, err
-		}
-		h.origins[r], h.secureOrigins[r] = newOriginPool(dial), newOriginPool(overTLS(dial, "http/1.1"))
-		if h.h2Origins[r], err = newHTTP2OriginPool(dial, h.secureOrigins[r]); err != nil {
+		if err := h.provisionPools(r); err != nil {
 			return err
 		}
-		recheck := func(ctx context.Context, authority string, conn net.Conn, to netip.AddrPort) error {
-			return h.recheckPolicy(ctx, r, authority, conn, to)
-		}
-		recheckConn := func(ctx context.Context, c *originConn) error {
-			err := recheck(ctx, c.authority, c.Conn, c.to)
-			if c.to.IsValid() && time.Since(c.opened) > policy.SystemCacheTTL {
-				// This check knew every listener that was open when the connection was
-				// made, so it need not be repeated.
-				c.to = netip.AddrPort{}
-			}
-			return err
-		}
-		h.origins[r].recheck, h.secureOrigins[r].recheck, h.h2Origins[r].recheck = recheckConn, recheckConn, recheck
-	}
-	if err := h.validateTunnels(); err != nil {
-		return err
 	}
 	if err := h.loadLimiter(ctx); err != nil {
 		return err
 	}
+	return h.provisionShared(ctx, server)
+}
 
-	// Acquire shared state last, because Cleanup has to release it.
+// checkOptions checks the options that are checked without Caddy.
+func (h *Handler) checkOptions() error {
+	switch {
+	case h.DialTimeout < 0:
+		return fmt.Errorf("dial_timeout %v: expected a positive duration", time.Duration(h.DialTimeout))
+	case h.LimitBy != "client_ip" && h.LimitBy != "user":
+		return fmt.Errorf("limit_by %q: expected client_ip or user", h.LimitBy)
+	case h.ServePAC != "" && h.ServePAC[0] != '/':
+		return fmt.Errorf("serve_pac %q: expected a path that begins with /", h.ServePAC)
+	case len(h.PACDirect) > 0 && h.ServePAC == "":
+		return errors.New("pac_direct: expected serve_pac to be set as well")
+	case h.ForwardedFor != "auto" && h.ForwardedFor != "off":
+		return fmt.Errorf("forwarded_for %q: expected auto or off", h.ForwardedFor)
+	}
+	for _, scope := range h.ReportOnly {
+		if scope != "rules" && scope != "limits" {
+			return fmt.Errorf("report_only %q: expected rules or limits", scope)
+		}
+	}
+	return h.validateTunnels()
+}
+
+func (h *Handler) provisionHeaders(ctx caddy.Context) error {
+	if h.Headers == nil {
+		return nil
+	}
+	if err := checkHeaders(h.Headers); err != nil {
+		return err
+	}
+	if err := h.Headers.Provision(ctx); err != nil {
+		return err
+	}
+	return h.Headers.Validate()
+}
+
+// provisionPools creates the pools of connections to origins for clients of one scope.
+func (h *Handler) provisionPools(r policy.Scope) (err error) {
+	dial := func(ctx context.Context, authority string) (net.Conn, error) {
+		conn, err := h.dial(ctx, r, authority)
+		if tcp, ok := conn.(*net.TCPConn); ok {
+			tcpconn.EnableKeepAlive(tcp) // a pooled connection may be idle from the start
+		}
+		return conn, err
+	}
+	h.origins[r], h.secureOrigins[r] = newOriginPool(dial), newOriginPool(overTLS(dial, "http/1.1"))
+	if h.h2Origins[r], err = newHTTP2OriginPool(dial, h.secureOrigins[r]); err != nil {
+		return err
+	}
+	recheck := func(ctx context.Context, authority string, conn net.Conn, to netip.AddrPort) error {
+		return h.recheckPolicy(ctx, r, authority, conn, to)
+	}
+	recheckConn := func(ctx context.Context, c *originConn) error {
+		err := recheck(ctx, c.authority, c.Conn, c.to)
+		if c.to.IsValid() && time.Since(c.opened) > policy.SystemCacheTTL {
+			// This check knew every listener that was open when the connection was
+			// made, so it need not be repeated.
+			c.to = netip.AddrPort{}
+		}
+		return err
+	}
+	h.origins[r].recheck, h.secureOrigins[r].recheck, h.h2Origins[r].recheck = recheckConn, recheckConn, recheck
+	return nil
+}
+
+// provisionShared acquires what the handler shares with others. It runs last, because
+// Cleanup has to release it.
+func (h *Handler) provisionShared(ctx caddy.Context, server *caddyhttp.Server) error {
 	limits := h.limits()
 	if err := limits.Validate(); err != nil {
 		return err
 	}
+	var err error
 	if h.limiter, err = acquireTable(limiters, limits); err != nil {
 		return err
 	}
