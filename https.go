@@ -32,7 +32,33 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 	defer interim.end()
 	ctx := httptrace.WithClientTrace(wait.ctx, &httptrace.ClientTrace{GotConn: wait.connected, Got1xxResponse: interim.got1xx})
 	out := r.WithContext(ctx)
-	out.Header = maps.Clone(r.Header)
+	body := o.overHTTP2(out, wait, interim)
+	start := time.Now()
+	res, err := h.h2Origins[from.reach].transport.RoundTrip(out)
+	if err != nil && wait.stale(err) && o.repeatable() && !interim.any() {
+		res, err = h.h2Origins[from.reach].transport.RoundTrip(out)
+	}
+	interim.end()
+	if errors.Is(err, errNoHTTP2) {
+		return 0, errNoHTTP2
+	}
+	if err != nil {
+		return 0, forwardRefusal(r, http2Failure(err, o, wait, interim))
+	}
+	wait.stop()
+	metrics.responses.Observe(time.Since(start).Seconds())
+	res.Body = &http2Response{res.Body, body, h.newContentWait(from.limitKey), func() { wait.cancel(os.ErrDeadlineExceeded) }}
+	defer res.Body.Close()
+	if err := checkHTTP2Head(res); err != nil {
+		return 0, forwardRefusal(r, err)
+	}
+	return res.StatusCode, h.respond(w, r, o, res, from)
+}
+
+// overHTTP2 makes out, a copy of the client's request, the request to the origin. It returns
+// its body, or nil.
+func (o *outgoing) overHTTP2(out *http.Request, wait *headTimer, interim *interimQueue) (body *http2Body) {
+	out.Header = maps.Clone(out.Header)
 	out.URL = &url.URL{Scheme: "https", Host: o.authority, Opaque: o.target}
 	if strings.HasPrefix(o.target, "//") {
 		// net/url treats an Opaque that starts with // as an authority. So pass the
@@ -41,7 +67,6 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 	}
 	out.Host, out.RequestURI, out.Close = o.host, "", false
 	out.Body, out.Trailer = nil, nil // a non-nil Body would be sent, and could not be retried
-	var body *http2Body
 	if o.body != nil {
 		body = &http2Body{from: o, to: out, wait: wait}
 		if o.needsContinue {
@@ -59,48 +84,45 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 	if _, ok := out.Header["User-Agent"]; !ok {
 		out.Header["User-Agent"] = nil // keeps the transport from adding Go's
 	}
-	start := time.Now()
-	res, err := h.h2Origins[from.reach].transport.RoundTrip(out)
-	if err != nil && wait.stale(err) && o.repeatable() && !interim.any() {
-		res, err = h.h2Origins[from.reach].transport.RoundTrip(out)
+	return body
+}
+
+// http2Failure returns why there is no response, of which err, the transport's error, may be
+// only a consequence.
+func http2Failure(err error, o *outgoing, wait *headTimer, interim *interimQueue) error {
+	if failure := o.body.failed(); failure != nil {
+		return failure
 	}
-	interim.end()
-	if errors.Is(err, errNoHTTP2) {
-		return 0, errNoHTTP2
+	wrong := interim.error()
+	switch {
+	case wait.expired():
+		return os.ErrDeadlineExceeded
+	case wrong != nil:
+		return wrong
+	case wait.lost():
+		return errServerSilent
+	case strings.Contains(err.Error(), "response header list larger"): // the error has no type
+		return h1.ErrHeadTooLarge
 	}
-	if err != nil {
-		if failure := o.body.failed(); failure != nil {
-			err = failure
-		} else if wait.expired() {
-			err = os.ErrDeadlineExceeded
-		} else if wrong := interim.error(); wrong != nil {
-			err = wrong
-		} else if wait.lost() {
-			err = errServerSilent
-		} else if strings.Contains(err.Error(), "response header list larger") { // the error has no type
-			err = h1.ErrHeadTooLarge
-		}
-		return 0, forwardRefusal(r, err)
+	return err
+}
+
+// checkHTTP2Head returns what is wrong with a response's head, if anything is. It is as
+// strict as ReadResponse is with HTTP/1.
+func checkHTTP2Head(res *http.Response) error {
+	switch {
+	case res.StatusCode < 200:
+		return h1.ProtocolError("the final response has a 1xx status")
+	case res.StatusCode == http.StatusProxyAuthRequired:
+		return errOriginSent407
+	case h1.CountLines(res.Header) > h1.MaxFields || len(res.Trailer) > h1.MaxFields || h1.CountMembers(res.Header["Connection"]) > h1.MaxFields:
+		return h1.ErrTooManyFields
 	}
-	wait.stop()
-	metrics.responses.Observe(time.Since(start).Seconds())
-	res.Body = &http2Response{res.Body, body, h.newContentWait(from.limitKey), func() { wait.cancel(os.ErrDeadlineExceeded) }}
-	defer res.Body.Close()
-	if res.StatusCode < 200 {
-		return 0, forwardRefusal(r, h1.ProtocolError("the final response has a 1xx status"))
-	}
-	if res.StatusCode == http.StatusProxyAuthRequired {
-		return 0, forwardRefusal(r, errOriginSent407)
-	}
-	if h1.CountLines(res.Header) > h1.MaxFields || len(res.Trailer) > h1.MaxFields || h1.CountMembers(res.Header["Connection"]) > h1.MaxFields {
-		return 0, forwardRefusal(r, h1.ErrTooManyFields)
-	}
-	if length, err := h1.NormalizeContentLength(res.Header); err != nil {
-		return 0, forwardRefusal(r, err)
-	} else if length >= 0 && res.ContentLength < 0 { // several equal values
+	length, err := h1.NormalizeContentLength(res.Header)
+	if length >= 0 && res.ContentLength < 0 { // several equal values
 		res.ContentLength = length
 	}
-	return res.StatusCode, h.respond(w, r, o, res, from)
+	return err
 }
 
 // http2Body is the body of a request over HTTP/2, with its trailers.
