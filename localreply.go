@@ -132,9 +132,9 @@ var causes = map[cause]localReply{
 	cause(egress.DNSNoName):       {502, "dns_error", "", "dns", "The name of %[1]s does not resolve."},
 	cause(egress.DNSSilent):       {503, "dns_error", "", "dns", "The name of %[1]s cannot be looked up: there is no answer from DNS."},
 	cause(egress.DNSFailed):       {503, "dns_error", "", "dns", "The name of %[1]s cannot be looked up: the DNS server answers %[2]s."},
-	cause(egress.TlsUntrusted):    {502, "tls_certificate_error", "", "failed", "The certificate of %[1]s is not trusted."},
-	cause(egress.TlsAlerted):      {502, "tls_alert_received", "", "failed", "%[1]s ended the TLS connection with %[2]s."},
-	cause(egress.TlsFailed):       {502, "tls_protocol_error", "", "failed", "%[1]s does not speak TLS, or only insecure versions of it."},
+	cause(egress.TLSUntrusted):    {502, "tls_certificate_error", "", "failed", "The certificate of %[1]s is not trusted."},
+	cause(egress.TLSAlerted):      {502, "tls_alert_received", "", "failed", "%[1]s ended the TLS connection with %[2]s."},
+	cause(egress.TLSFailed):       {502, "tls_protocol_error", "", "failed", "%[1]s does not speak TLS, or only insecure versions of it."},
 
 	causeParent:                          {403, deniedRequest, causeParent, "failed", "The parent proxy does not allow this proxy to connect to %[1]s."},
 	cause(egress.ParentLimits):           {429, "destination_unavailable", causeParent, "failed", "The parent proxy has received too many requests and did not connect to %[1]s; try again later."},
@@ -205,7 +205,7 @@ func (c cause) failure(err error, host string) *refusal {
 	)
 	detail, params := "", ""
 	switch {
-	case c == cause(egress.TlsAlerted):
+	case c == cause(egress.TLSAlerted):
 		detail, params = alertDetail(err)
 	case errors.As(err, &unresolved):
 		host, _, _ = hostport.Split(host)

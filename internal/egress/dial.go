@@ -30,13 +30,13 @@ type Dialer struct {
 	Direct    *policy.RuleSet   // the targets that bypass the parent
 	OwnPort   func(uint16) bool // whether one of our protected listeners uses a port; may be nil
 	dialers   [policy.ScopeCount]net.Dialer
-	Connector *connector
+	Connector *Connector
 	Report    func(ctx context.Context, target string, reported *policy.DeniedError)
 }
 
 // NewDialer returns a dialer. The timeout covers resolution and all addresses of a
 // name together.
-func NewDialer(p *policy.Policy, timeout time.Duration, resolver *resolver) *Dialer {
+func NewDialer(p *policy.Policy, timeout time.Duration, resolver *Resolver) *Dialer {
 	d := &Dialer{Policy: p, timeout: timeout, Connector: NewConnector(resolver)}
 	resolver.setTimeout(timeout)
 	for r := range policy.ScopeCount {

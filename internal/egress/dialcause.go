@@ -20,22 +20,26 @@ import (
 // Cause says why there is no connection to a destination, unless the policy denies it.
 type Cause string
 
+// Causes of failures, by what failed.
 const (
+	// The connection itself.
 	DialNoResources Cause = "dial_no_resources" // this machine has no descriptors or local ports left
-	DialTimeout     Cause = "dial_timeout"
-	DialRefused     Cause = "dial_refused"
-	DialUnroutable  Cause = "dial_unroutable"
-	DialFailed      Cause = "dial_failed" // for another reason
+	DialTimeout     Cause = "dial_timeout"      // no address accepted a connection in time
+	DialRefused     Cause = "dial_refused"      // an address refused it
+	DialUnroutable  Cause = "dial_unroutable"   // there is no route to any address
+	DialFailed      Cause = "dial_failed"       // for another reason
 
+	// Name resolution.
 	DNSTimeout   Cause = "dns_timeout"
 	DNSNoAddress Cause = "dns_no_address" // the name exists
 	DNSNoName    Cause = "dns_no_name"    // the name does not exist
 	DNSSilent    Cause = "dns_silent"     // no DNS server could be asked
 	DNSFailed    Cause = "dns_failed"     // a DNS server answers with an error
 
-	TlsUntrusted Cause = "tls_untrusted" // the certificate is not trusted
-	TlsAlerted   Cause = "tls_alerted"   // the server sent an alert
-	TlsFailed    Cause = "tls_failed"    // for another reason
+	// The TLS handshake with an origin.
+	TLSUntrusted Cause = "tls_untrusted" // the certificate is not trusted
+	TLSAlerted   Cause = "tls_alerted"   // the server sent an alert
+	TLSFailed    Cause = "tls_failed"    // for another reason
 
 	// What the parent says about its attempt to connect.
 	ParentDenies      Cause = "parent"
@@ -114,11 +118,11 @@ func TlsCause(err error) Cause {
 	)
 	switch {
 	case errors.As(err, &untrusted):
-		return TlsUntrusted
+		return TLSUntrusted
 	case errors.As(err, &remote) && remote.Op == "remote error":
-		return TlsAlerted
+		return TLSAlerted
 	}
-	return TlsFailed
+	return TLSFailed
 }
 
 // IsTimeout reports whether err is a timeout.

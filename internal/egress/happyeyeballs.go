@@ -170,12 +170,12 @@ func (r *race) contextErr(ctx context.Context) error {
 	return &ResolveError{Err: &net.DNSError{Err: "no answer in time", IsTimeout: true}}
 }
 
-// connector connects to names and addresses. For a while it remembers which addresses did
+// Connector connects to names and addresses. For a while it remembers which addresses did
 // not answer, and which address of a name answered when others did not.
 //
 // All methods are safe for concurrent use.
-type connector struct {
-	resolver *resolver
+type Connector struct {
+	resolver *Resolver
 	winners  *ttlCache[hostPort, netip.Addr]
 	dead     *ttlCache[netip.AddrPort, struct{}]
 }
@@ -186,8 +186,9 @@ type hostPort struct {
 	port uint16
 }
 
-func NewConnector(r *resolver) *connector {
-	return &connector{
+// NewConnector returns a connector that asks r for addresses.
+func NewConnector(r *Resolver) *Connector {
+	return &Connector{
 		resolver: r,
 		winners:  newTTLCache[hostPort, netip.Addr](4096, 10*time.Minute),
 		dead:     newTTLCache[netip.AddrPort, struct{}](4096, time.Minute),
@@ -196,7 +197,7 @@ func NewConnector(r *resolver) *connector {
 
 // dial connects to a host: an address, or a name exactly as the resolver gets it. The
 // dialer's timeout covers the look-up and all attempts together.
-func (c *connector) dial(ctx context.Context, dialer *net.Dialer, host string, port uint16) (net.Conn, error) {
+func (c *Connector) dial(ctx context.Context, dialer *net.Dialer, host string, port uint16) (net.Conn, error) {
 	if addr, err := netip.ParseAddr(host); err == nil {
 		return dialer.DialContext(ctx, "tcp", netip.AddrPortFrom(addr, port).String())
 	}
@@ -206,14 +207,14 @@ func (c *connector) dial(ctx context.Context, dialer *net.Dialer, host string, p
 }
 
 // dialAddresses connects to one of the addresses of a name.
-func (c *connector) dialAddresses(ctx context.Context, dialer *net.Dialer, to hostPort, addrs []netip.Addr) (net.Conn, error) {
+func (c *Connector) dialAddresses(ctx context.Context, dialer *net.Dialer, to hostPort, addrs []netip.Addr) (net.Conn, error) {
 	answers := make(chan dnsAnswer, 1)
 	answers <- dnsAnswer{addrs: addrs}
 	return c.connect(ctx, dialer, to, &race{answers: answers, lookups: 1})
 }
 
 // connect runs a race, and remembers its result.
-func (c *connector) connect(ctx context.Context, dialer *net.Dialer, to hostPort, r *race) (net.Conn, error) {
+func (c *Connector) connect(ctx context.Context, dialer *net.Dialer, to hostPort, r *race) (net.Conn, error) {
 	if dialer.Timeout > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, dialer.Timeout)
@@ -237,7 +238,7 @@ func (c *connector) connect(ctx context.Context, dialer *net.Dialer, to hostPort
 // remember remembers the result of a race. It does not record a winner if the first attempt
 // succeeded: then no address is better than others, and clients stay spread over all
 // addresses of a name.
-func (c *connector) remember(to hostPort, r *race, winner netip.Addr) {
+func (c *Connector) remember(to hostPort, r *race, winner netip.Addr) {
 	delayed := r.lookups > 0 && winner.Is4() // IPv4 had to wait for the IPv6 answer
 	for _, a := range r.attempts {
 		switch {

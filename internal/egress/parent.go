@@ -41,7 +41,7 @@ type Parent struct {
 	socks     socksDialer   // nil: an HTTP proxy
 	timeout   time.Duration // for opening a connection through it
 	dialer    net.Dialer
-	Connector *connector
+	Connector *Connector
 
 	streams *muxPool    // for tunnels over HTTP/2; nil: the scheme is not https
 	Http1   atomic.Bool // the parent does not speak HTTP/2
@@ -65,7 +65,7 @@ type ParentConfig struct {
 }
 
 // NewParent returns a parent that the connector finds.
-func NewParent(c ParentConfig, connector *connector) (*Parent, error) {
+func NewParent(c ParentConfig, connector *Connector) (*Parent, error) {
 	p := &Parent{
 		Scheme: c.Scheme, Address: c.Address, timeout: c.Timeout, Header: make(http.Header),
 		dialer: net.Dialer{KeepAliveConfig: tcpconn.KeepAliveConfig}, Connector: connector,

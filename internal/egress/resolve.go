@@ -23,12 +23,12 @@ import (
 // another server. For the same time, further requests for a name share its look-up.
 const resendDelay = time.Second
 
-// resolver looks up the addresses of names, using the configured DNS servers or the
+// Resolver looks up the addresses of names, using the configured DNS servers or the
 // system's resolver. It looks up the two address families separately, so that a late or
 // lost answer for one does not delay the other.
 //
 // All methods are safe for concurrent use.
-type resolver struct {
+type Resolver struct {
 	servers []DNSAddress             // none: the system's
 	resend  time.Duration            // see resendDelay
 	silent  *ttlCache[int, struct{}] // servers that recently did not answer in time
@@ -53,7 +53,7 @@ type lookup struct {
 
 // setTimeout sets the resend delay for look-ups with the given timeout, so that there is time
 // to repeat a query.
-func (r *resolver) setTimeout(timeout time.Duration) {
+func (r *Resolver) setTimeout(timeout time.Duration) {
 	r.resend = max(min(resendDelay, timeout/3), time.Millisecond)
 }
 
@@ -65,8 +65,8 @@ type DNSAddress struct {
 
 // NewResolver returns a resolver that asks the given servers, or the system's if there
 // are none.
-func NewResolver(servers []DNSAddress) *resolver {
-	return &resolver{
+func NewResolver(servers []DNSAddress) *Resolver {
+	return &Resolver{
 		servers: servers,
 		resend:  resendDelay,
 		silent:  newTTLCache[int, struct{}](len(servers)+1, 30*time.Second),
@@ -77,7 +77,7 @@ func NewResolver(servers []DNSAddress) *resolver {
 // ask starts looking up both address families of a name. It sends the two answers to a
 // channel, which must have room for them. The caller must call leave in the end; after
 // that nothing more is sent.
-func (r *resolver) ask(name string, answers chan<- dnsAnswer) (leave func()) {
+func (r *Resolver) ask(name string, answers chan<- dnsAnswer) (leave func()) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	ipv6 := r.join(question{name, true}, answers)
@@ -92,7 +92,7 @@ func (r *resolver) ask(name string, answers chan<- dnsAnswer) (leave func()) {
 
 // join adds a channel to the look-up of q, and starts one if there is none. A look-up
 // that began more than r.resend ago may hang, so join starts another one instead.
-func (r *resolver) join(q question, answers chan<- dnsAnswer) *lookup {
+func (r *Resolver) join(q question, answers chan<- dnsAnswer) *lookup {
 	l := r.pending[q]
 	if l == nil || time.Since(l.began) >= r.resend {
 		ctx, cancel := context.WithCancel(context.Background())
@@ -106,7 +106,7 @@ func (r *resolver) join(q question, answers chan<- dnsAnswer) *lookup {
 }
 
 // leave removes a channel from a look-up, and cancels the look-up if no other waits.
-func (r *resolver) leave(l *lookup, answers chan<- dnsAnswer) {
+func (r *Resolver) leave(l *lookup, answers chan<- dnsAnswer) {
 	i := slices.Index(l.waiting, answers)
 	if i < 0 {
 		return // already answered
@@ -117,7 +117,7 @@ func (r *resolver) leave(l *lookup, answers chan<- dnsAnswer) {
 }
 
 // forget cancels a look-up, and makes sure that no further request joins it.
-func (r *resolver) forget(l *lookup) {
+func (r *Resolver) forget(l *lookup) {
 	l.cancel()
 	if r.pending[l.question] == l {
 		delete(r.pending, l.question)
@@ -125,7 +125,7 @@ func (r *resolver) forget(l *lookup) {
 }
 
 // deliver sends the answer of a look-up to all channels that wait for it.
-func (r *resolver) deliver(l *lookup, a dnsAnswer) {
+func (r *Resolver) deliver(l *lookup, a dnsAnswer) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.forget(l)
@@ -136,7 +136,7 @@ func (r *resolver) deliver(l *lookup, a dnsAnswer) {
 }
 
 // lookup returns the addresses of a name, of both families.
-func (r *resolver) lookup(ctx context.Context, name string) (addrs []netip.Addr, err error) {
+func (r *Resolver) lookup(ctx context.Context, name string) (addrs []netip.Addr, err error) {
 	answers := make(chan dnsAnswer, 2)
 	defer r.ask(name, answers)()
 	for range 2 {
@@ -155,7 +155,7 @@ func (r *resolver) lookup(ctx context.Context, name string) (addrs []netip.Addr,
 
 // resolve answers a question. It asks another server when one fails, and an additional
 // one each time r.resend has passed.
-func (r *resolver) resolve(ctx context.Context, q question, system *net.Resolver) dnsAnswer {
+func (r *Resolver) resolve(ctx context.Context, q question, system *net.Resolver) dnsAnswer {
 	switch len(r.servers) {
 	case 0:
 		return r.query(ctx, q, system, nil)
@@ -200,13 +200,13 @@ func (r *resolver) resolve(ctx context.Context, q question, system *net.Resolver
 
 // order returns the indices of the servers in random order, with those that recently did
 // not answer last.
-func (r *resolver) order() []int {
+func (r *Resolver) order() []int {
 	order := rand.Perm(len(r.servers))
 	slices.SortStableFunc(order, func(a, b int) int { return r.rank(a) - r.rank(b) })
 	return order
 }
 
-func (r *resolver) rank(server int) int {
+func (r *Resolver) rank(server int) int {
 	if _, silent := r.silent.get(server); silent {
 		return 1
 	}
@@ -215,7 +215,7 @@ func (r *resolver) rank(server int) int {
 
 // query sends a question to one server, or to the system's resolver if server is nil. It
 // uses a net.Resolver of its own, because a shared one merges look-ups of the same name.
-func (r *resolver) query(ctx context.Context, q question, system *net.Resolver, server *DNSAddress) dnsAnswer {
+func (r *Resolver) query(ctx context.Context, q question, system *net.Resolver, server *DNSAddress) dnsAnswer {
 	w := &queryWatch{server: server, resend: r.resend, dial: system.Dial}
 	asker := &net.Resolver{PreferGo: server != nil || system.PreferGo, Dial: w.connect}
 	network := "ip4"

@@ -28,7 +28,7 @@ import (
 
 // resolverAt returns a resolver for the given servers. After resend it asks the next
 // server, or the same one again.
-func resolverAt(t *testing.T, resend time.Duration, servers ...string) *resolver {
+func resolverAt(t *testing.T, resend time.Duration, servers ...string) *Resolver {
 	t.Helper()
 	var list []DNSAddress
 	for _, address := range servers {

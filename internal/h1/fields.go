@@ -15,6 +15,7 @@ import (
 // NameSet is a set of field names in canonical form.
 type NameSet map[string]struct{}
 
+// Has reports whether the set contains name, which is in canonical form.
 func (s NameSet) Has(name string) bool {
 	_, ok := s[name]
 	return ok
@@ -101,6 +102,7 @@ func (f *fieldSet) Add(name, value string) {
 	f.Header[name] = f.values[len(f.values)-1 : len(f.values) : len(f.values)]
 }
 
+// AppendStatusLine appends the status line of a response with the given status.
 func AppendStatusLine(b []byte, status int) []byte {
 	b = append(b, "HTTP/1.1 "...)
 	b = strconv.AppendInt(b, int64(status), 10)

@@ -31,6 +31,7 @@ const (
 // HeadEnd is the end of a head's last line and the empty line after it.
 var HeadEnd = []byte("\r\n\r\n")
 
+// Errors for messages that exceed the limits.
 var (
 	ErrHeadTooLarge  = errors.New("the head or the trailers of the response are larger than 256 KiB")
 	ErrTooManyFields = errors.New("the head or the trailers of the response have more than 1000 lines")
@@ -294,6 +295,8 @@ type Body struct {
 	Head      int               // size of the response head in bytes
 }
 
+// Read implements io.Reader. It returns io.ErrUnexpectedEOF if the connection ends before
+// the body does.
 func (b *Body) Read(p []byte) (n int, err error) {
 	switch {
 	case b.Ended || b.Remaining == 0:

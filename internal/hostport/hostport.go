@@ -139,6 +139,8 @@ func TargetOf(address string) Target {
 	return t
 }
 
+// AddrPortOf returns the address and port of a TCP address, with a v4-mapped address as
+// IPv4. It returns an invalid one for other networks.
 func AddrPortOf(addr net.Addr) netip.AddrPort {
 	if tcp, ok := addr.(*net.TCPAddr); ok {
 		ap := tcp.AddrPort()

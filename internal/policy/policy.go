@@ -26,8 +26,8 @@ import (
 // their order; where no rule matches, the client's reach decides.
 type Policy struct {
 	Sets          []*RuleSet
-	Ports         []portRange                              // nil: all but PortSMTP
-	Connect       []portRange                              // the ports for CONNECT; nil: as ports
+	Ports         []PortRange                              // nil: all but PortSMTP
+	Connect       []PortRange                              // the ports for CONNECT; nil: as ports
 	IsSelf        func(to netip.AddrPort, exact bool) bool // whether an address is a protected listener of this process
 	ReportOnly    bool                                     // denials by rules and ports are only reported
 	RecheckReused bool                                     // verdicts can change, or must be reported again: recheck reused connections
@@ -41,7 +41,7 @@ const PortSMTP = 25
 // range. The order among such rules makes no difference.
 type RuleSet struct {
 	deny  bool
-	ports portRange // zero: all of them
+	ports PortRange // zero: all of them
 
 	all             bool
 	private, public bool
@@ -52,12 +52,12 @@ type RuleSet struct {
 	Sources         []*RangeSource
 }
 
-// portRange is the ports from low to high; the zero value is all ports.
-type portRange struct{ Low, High uint16 }
+// PortRange is the ports from low to high; the zero value is all ports.
+type PortRange struct{ Low, High uint16 }
 
-func (p portRange) contains(port uint16) bool { return p.High == 0 || p.Low <= port && port <= p.High }
+func (p PortRange) contains(port uint16) bool { return p.High == 0 || p.Low <= port && port <= p.High }
 
-func (p portRange) String() string {
+func (p PortRange) String() string {
 	switch {
 	case p.High == 0:
 		return ""
@@ -68,7 +68,7 @@ func (p portRange) String() string {
 }
 
 // ParsePorts parses a port or a range of ports such as 8000-8999.
-func ParsePorts(s string) (portRange, error) {
+func ParsePorts(s string) (PortRange, error) {
 	from, to, ranged := strings.Cut(s, "-")
 	if !ranged {
 		to = from
@@ -76,13 +76,13 @@ func ParsePorts(s string) (portRange, error) {
 	low, err := strconv.ParseUint(from, 10, 16)
 	high, err2 := strconv.ParseUint(to, 10, 16)
 	if err != nil || err2 != nil || low == 0 || high < low {
-		return portRange{}, fmt.Errorf("%q is neither a port from 1 to 65535 nor a range of ports such as 8000-8999", s)
+		return PortRange{}, fmt.Errorf("%q is neither a port from 1 to 65535 nor a range of ports such as 8000-8999", s)
 	}
-	return portRange{uint16(low), uint16(high)}, nil
+	return PortRange{uint16(low), uint16(high)}, nil
 }
 
 // ParsePortList parses the ports of an option.
-func ParsePortList(option string, texts []string) (list []portRange, err error) {
+func ParsePortList(option string, texts []string) (list []PortRange, err error) {
 	for _, text := range texts {
 		ports, err := ParsePorts(text)
 		if err != nil {
@@ -252,7 +252,7 @@ func (p *Policy) checkPort(ctx context.Context, port uint16) *DeniedError {
 	if p.Connect != nil && ctx.Value(connectKey{}) != nil {
 		ports, option = p.Connect, "connect_ports"
 	}
-	if ports == nil && port != PortSMTP || slices.ContainsFunc(ports, func(r portRange) bool { return r.contains(port) }) {
+	if ports == nil && port != PortSMTP || slices.ContainsFunc(ports, func(r PortRange) bool { return r.contains(port) }) {
 		return nil
 	}
 	e := &DeniedError{Rule: option, subject: fmt.Sprintf("port %d", port), Hint: fmt.Sprintf("add %d to %s", port, option)}
@@ -382,7 +382,7 @@ type Scope int
 const (
 	PublicScope Scope = iota // public unicast addresses outside this machine's networks: open to any client
 	LocalScope               // this machine and its networks as well: for clients on this machine
-	ScopeCount
+	ScopeCount               // the number of scopes
 )
 
 // includes reports whether an address is within reach. ip is not v4-mapped and has no

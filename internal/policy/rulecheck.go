@@ -16,7 +16,7 @@ import (
 // RuleCheck finds rules that do not do what the operator expects: destinations that can
 // never match, and allow rules that have no effect.
 type RuleCheck struct {
-	Open       []portRange // the ports that clients may connect to
+	Open       []PortRange // the ports that clients may connect to
 	SkipFiles  bool        // ignore files that this process has no permission to read
 	incomplete bool        // such a file was ignored, so not all rules are known
 	noted      []listedDestination
@@ -29,7 +29,7 @@ type RuleCheck struct {
 type listedDestination struct {
 	rule int    // the rule's index
 	text string // as in the config
-	dest destination
+	dest Destination
 	file bool     // it is from a file
 	dead bool     // it can never match
 	set  *RuleSet // the set that contains it
@@ -53,9 +53,9 @@ type neverKey struct {
 const MaxRuleTexts = 5
 
 // OpenPorts returns the ports that clients may connect to.
-func (p *Policy) OpenPorts() []portRange {
+func (p *Policy) OpenPorts() []PortRange {
 	if p.Ports == nil {
-		return append([]portRange{{1, PortSMTP - 1}, {PortSMTP + 1, 65535}}, p.Connect...)
+		return append([]PortRange{{1, PortSMTP - 1}, {PortSMTP + 1, 65535}}, p.Connect...)
 	}
 	return slices.Concat(p.Ports, p.Connect)
 }
@@ -106,9 +106,9 @@ func (c *RuleCheck) addNeverMatch(rule int, text, why string) {
 }
 
 // reachable returns the part of ports that clients may connect to.
-func (c *RuleCheck) reachable(ports portRange) (open []portRange) {
+func (c *RuleCheck) reachable(ports PortRange) (open []PortRange) {
 	for _, p := range c.Open {
-		if both := (portRange{max(p.Low, ports.Low), min(p.High, ports.High)}); ports.High == 0 {
+		if both := (PortRange{max(p.Low, ports.Low), min(p.High, ports.High)}); ports.High == 0 {
 			open = append(open, p)
 		} else if both.Low <= both.High {
 			open = append(open, both)
@@ -119,7 +119,7 @@ func (c *RuleCheck) reachable(ports portRange) (open []portRange) {
 
 // covering returns an entry of the sets that already decides everything that d matches,
 // and whether it denies. d comes after the sets.
-func covering(sets []*RuleSet, d destination, ports []portRange) (by string, deny bool) {
+func covering(sets []*RuleSet, d Destination, ports []PortRange) (by string, deny bool) {
 	namesAllowed := false
 	for _, s := range sets {
 		entry, matches := "", false
@@ -145,7 +145,7 @@ func covering(sets []*RuleSet, d destination, ports []portRange) (by string, den
 	return "", false
 }
 
-func (d destination) isName() bool {
+func (d Destination) isName() bool {
 	return !d.Prefix.IsValid() && d.Text != "public" && d.Text != "private"
 }
 
@@ -159,15 +159,15 @@ func (s *RuleSet) action() string {
 // aboutNames reports whether the set has entries for names.
 func (s *RuleSet) aboutNames() bool { return s.all || len(s.names) > 0 || len(s.domains) > 0 }
 
-func (s *RuleSet) coversPorts(ports []portRange) bool {
-	return !slices.ContainsFunc(ports, func(p portRange) bool {
+func (s *RuleSet) coversPorts(ports []PortRange) bool {
+	return !slices.ContainsFunc(ports, func(p PortRange) bool {
 		return s.ports.High > 0 && (p.Low < s.ports.Low || p.High > s.ports.High)
 	})
 }
 
 // coversName returns the entry of the set that matches everything that d matches. d is a
 // name, all names below one, or all.
-func (s *RuleSet) coversName(d destination) (string, bool) {
+func (s *RuleSet) coversName(d Destination) (string, bool) {
 	switch {
 	case s.all:
 		return "all", true
@@ -181,7 +181,7 @@ func (s *RuleSet) coversName(d destination) (string, bool) {
 
 // coversAddresses returns the entry of the set that matches everything that d matches. d
 // is a range of addresses, public or private.
-func (s *RuleSet) coversAddresses(d destination) (string, bool) {
+func (s *RuleSet) coversAddresses(d Destination) (string, bool) {
 	if !d.Prefix.IsValid() {
 		return d.Text, d.Text == "public" && s.public || d.Text == "private" && s.private && s.deny
 	}
@@ -196,7 +196,7 @@ func (s *RuleSet) coversAddresses(d destination) (string, bool) {
 }
 
 // opens reports whether allowing d may allow what is denied by default.
-func (d destination) opens() bool {
+func (d Destination) opens() bool {
 	return d.Text == "private" || d.Prefix.IsValid() && notPublic.OverlapsPrefix(d.Prefix)
 }
 
@@ -210,7 +210,7 @@ func (l listedDestination) overrides(later []*RuleSet) bool {
 	return l.dest.overrides(later)
 }
 
-func (d destination) overrides(later []*RuleSet) bool {
+func (d Destination) overrides(later []*RuleSet) bool {
 	return slices.ContainsFunc(later, func(s *RuleSet) bool {
 		if !s.deny || s.ports.High > 0 && d.Ports.High > 0 && (s.ports.Low > d.Ports.High || d.Ports.Low > s.ports.High) {
 			return false
@@ -228,7 +228,7 @@ func (d destination) overrides(later []*RuleSet) bool {
 	})
 }
 
-func (d destination) overlapsNames(s *RuleSet) bool {
+func (d Destination) overlapsNames(s *RuleSet) bool {
 	if _, matches := s.coversName(d); matches || !d.Subdomains {
 		return matches
 	}
@@ -243,7 +243,7 @@ func (d destination) overlapsNames(s *RuleSet) bool {
 	return below(s.names) || below(s.domains)
 }
 
-func (d destination) overlapsAddresses(s *RuleSet) bool {
+func (d Destination) overlapsAddresses(s *RuleSet) bool {
 	if d.Prefix.IsValid() {
 		return s.prefixes.OverlapsPrefix(d.Prefix) || s.private && notPublic.OverlapsPrefix(d.Prefix) || s.public && !notPublic.LookupPrefix(d.Prefix)
 	}

@@ -28,7 +28,7 @@ func repeatedNames(tb testing.TB, n int) []Rule {
 
 // Names that can never match are grouped by rule and reason.
 func TestNeverMatchGroups(t *testing.T) {
-	check := &RuleCheck{Open: []portRange{{1, 65535}}}
+	check := &RuleCheck{Open: []PortRange{{1, 65535}}}
 	rules := append([]Rule{{Action: "allow", Destinations: []string{"*.example.com"}}}, repeatedNames(t, 7)...)
 	rules[1].Action = "deny"
 	rules = append(rules, Rule{Action: "deny", Destinations: []string{"a.example.com", "a.example.com", "b.example.com"}})
@@ -51,7 +51,7 @@ func BenchmarkNeverMatch(b *testing.B) {
 		b.Run(fmt.Sprint(n), func(b *testing.B) {
 			rules := repeatedNames(b, n)
 			for b.Loop() {
-				check := &RuleCheck{Open: []portRange{{1, 65535}}}
+				check := &RuleCheck{Open: []PortRange{{1, 65535}}}
 				if _, err := NewRuleSets(rules, check); err != nil {
 					b.Fatal(err)
 				}

@@ -24,33 +24,33 @@ type Rule struct {
 	Source       func() (*RangeSource, error) // loads a source of ranges; nil: none
 }
 
-// destination is one destination of a rule.
-type destination struct {
+// Destination is one destination of a rule.
+type Destination struct {
 	Text       string // a name, or all, public or private
 	Subdomains bool   // matches *.text, the names below text
 	Prefix     netip.Prefix
-	Ports      portRange
+	Ports      PortRange
 }
 
 // ParseDestination parses a destination of a rule.
-func ParseDestination(s string) (destination, error) {
+func ParseDestination(s string) (Destination, error) {
 	host, ports, hasPorts := s, "", false
 	if rest, ok := strings.CutPrefix(s, "["); ok {
 		var closed bool
 		if host, ports, closed = strings.Cut(rest, "]"); !closed {
-			return destination{}, fmt.Errorf("%q has no closing bracket", s)
+			return Destination{}, fmt.Errorf("%q has no closing bracket", s)
 		}
 		if ports, hasPorts = strings.CutPrefix(ports, ":"); !hasPorts && ports != "" {
-			return destination{}, fmt.Errorf("%q has something other than a port after its bracket", s)
+			return Destination{}, fmt.Errorf("%q has something other than a port after its bracket", s)
 		}
 	} else if strings.Count(s, ":") == 1 {
 		host, ports, hasPorts = strings.Cut(s, ":")
 	}
-	var d destination
+	var d Destination
 	if hasPorts {
 		var err error
 		if d.Ports, err = ParsePorts(ports); err != nil {
-			return destination{}, err
+			return Destination{}, err
 		}
 	}
 	switch host {
@@ -59,10 +59,10 @@ func ParseDestination(s string) (destination, error) {
 		return d, nil
 	}
 	if name, ok := strings.CutPrefix(s, "."); ok {
-		return destination{}, fmt.Errorf("%q is not a name; for the name and everything below it, write %s *.%s", s, name, name)
+		return Destination{}, fmt.Errorf("%q is not a name; for the name and everything below it, write %s *.%s", s, name, name)
 	}
 	if strings.Contains(host, "%") {
-		return destination{}, fmt.Errorf("%q has a zone; expected an address without one", s)
+		return Destination{}, fmt.Errorf("%q has a zone; expected an address without one", s)
 	}
 	if prefix, err := ParsePrefix(strings.TrimSuffix(host, ".")); err == nil {
 		d.Prefix = prefix
@@ -78,7 +78,7 @@ func ParseDestination(s string) (destination, error) {
 	d.Text, d.Subdomains = strings.TrimSuffix(strings.ToLower(ascii), "."), below
 	_, isAddress := ParsePrefix(d.Text) // an address in other than ASCII digits
 	if err != nil || isAddress == nil || hostport.CheckHost(d.Text) != nil || strings.ContainsAny(host, "/[]") || strings.HasSuffix(d.Text, ".") {
-		return destination{}, fmt.Errorf("%q is not an address, a CIDR range or a name", s)
+		return Destination{}, fmt.Errorf("%q is not an address, a CIDR range or a name", s)
 	}
 	return d, nil
 }
@@ -134,7 +134,7 @@ func NewRuleSets(rules []Rule, check *RuleCheck) ([]*RuleSet, error) {
 		if len(sets) > 0 && sets[len(sets)-1].deny != deny {
 			first = len(sets)
 		}
-		set := func(ports portRange) *RuleSet {
+		set := func(ports PortRange) *RuleSet {
 			for _, s := range sets[first:] {
 				if s.ports == ports {
 					return s
@@ -183,7 +183,7 @@ func NewRuleSets(rules []Rule, check *RuleCheck) ([]*RuleSet, error) {
 			if err != nil {
 				return nil, fmt.Errorf("%s: %w", rule.Action, err)
 			}
-			s := set(portRange{})
+			s := set(PortRange{})
 			s.Sources = append(s.Sources, source)
 		}
 	}
@@ -192,7 +192,7 @@ func NewRuleSets(rules []Rule, check *RuleCheck) ([]*RuleSet, error) {
 
 // NewDirectSet returns a set of the destinations in texts, which must not have ports.
 func NewDirectSet(texts []string) (*RuleSet, error) {
-	s := NewRuleSet(false, portRange{})
+	s := NewRuleSet(false, PortRange{})
 	for _, text := range texts {
 		for _, text := range ExpandRanges(text) {
 			d, err := ParseDestination(text)
@@ -208,11 +208,13 @@ func NewDirectSet(texts []string) (*RuleSet, error) {
 	return s, nil
 }
 
-func NewRuleSet(deny bool, ports portRange) *RuleSet {
+// NewRuleSet returns an empty set for the given ports; a zero range means all.
+func NewRuleSet(deny bool, ports PortRange) *RuleSet {
 	return &RuleSet{deny: deny, ports: ports, names: make(map[string]bool), domains: make(map[string]bool)}
 }
 
-func (s *RuleSet) Add(d destination) {
+// Add adds a destination. The set ignores its ports.
+func (s *RuleSet) Add(d Destination) {
 	switch {
 	case d.Prefix.IsValid():
 		s.prefixes.Insert(d.Prefix)

@@ -77,9 +77,13 @@ func NewConnEnd(conn net.Conn) *ConnEnd {
 	return p
 }
 
+// Reader implements End.
 func (p *ConnEnd) Reader() io.Reader { return p.Conn }
+
+// Writer implements End.
 func (p *ConnEnd) Writer() io.Writer { return p.Conn }
 
+// CloseWrite implements End. A connection that cannot half-close is closed.
 func (p *ConnEnd) CloseWrite() error {
 	if p.half == nil {
 		return p.Close()
@@ -87,6 +91,7 @@ func (p *ConnEnd) CloseWrite() error {
 	return p.half.CloseWrite()
 }
 
+// SendState implements End.
 func (p *ConnEnd) SendState(last uint64) (acked uint64, queued bool) {
 	if p.socket == nil {
 		return last, false
@@ -98,6 +103,7 @@ func (p *ConnEnd) SendState(last uint64) (acked uint64, queued bool) {
 // parent proxy.
 type aborter interface{ Abort() error }
 
+// Abort implements End. It resets the connection if there is a socket.
 func (p *ConnEnd) Abort() error {
 	if p.socket != nil {
 		_ = p.socket.SetLinger(0) // Close sends RST

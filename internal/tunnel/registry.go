@@ -48,8 +48,10 @@ type Registry struct {
 	lastWords time.Duration // DrainTimeout, but shorter in some tests
 }
 
+// NewRegistry returns an empty registry.
 func NewRegistry() *Registry { return NewPacedRegistry(WatchInterval, DrainTimeout) }
 
+// NewPacedRegistry returns a registry with other intervals than the usual ones, for tests.
 func NewPacedRegistry(interval, lastWords time.Duration) *Registry {
 	r := &Registry{
 		Interval: interval, lastWords: lastWords,
@@ -298,7 +300,7 @@ func (r *Registry) Reserved() int { return int(r.admitted.Load()) }
 // Context returns the context that is canceled when no tunnel may be open any longer.
 func (r *Registry) Context() context.Context { return r.open }
 
-// egress.IsClosed reports whether no tunnel may be open any longer.
+// IsClosed reports whether no tunnel may be open any longer.
 func (r *Registry) IsClosed() bool { return r.endReason.Load() != nil }
 
 // IsEmpty reports whether nothing is left of any tunnel.

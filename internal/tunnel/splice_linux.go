@@ -24,6 +24,7 @@ var Pipes = make(chan pipe, 32)
 
 type pipe struct{ r, w int }
 
+// NewPipe returns an empty pipe, an unused one if there is one.
 func NewPipe() (pipe, error) {
 	select {
 	case p := <-Pipes:
