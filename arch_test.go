@@ -5,9 +5,11 @@ package asyncproxy
 
 import (
 	"bytes"
+	"flag"
 	"go/ast"
 	"go/build"
 	"go/parser"
+	"go/printer"
 	"go/token"
 	"os"
 	"path/filepath"
@@ -79,6 +81,76 @@ func TestArrows(t *testing.T) {
 	}
 }
 
+// TestAPI compares what the root exports with testdata/api.txt: users' code and JSON configs
+// depend on it. To update the file, run `go test -run TestAPI . -update-api`.
+func TestAPI(t *testing.T) {
+	files, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var decls []string
+	for _, path := range files {
+		if strings.HasSuffix(path, "_test.go") {
+			continue
+		}
+		fset := token.NewFileSet()
+		file, err := parser.ParseFile(fset, path, nil, parser.SkipObjectResolution)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ast.FileExports(file)
+		for _, decl := range file.Decls {
+			var text strings.Builder
+			switch decl := decl.(type) {
+			case *ast.FuncDecl:
+				if decl.Body = nil; !ast.IsExported(strings.TrimSuffix(declName(decl), "."+decl.Name.Name)) {
+					continue // a method of an unexported type
+				}
+			case *ast.GenDecl:
+				if decl.Tok == token.IMPORT {
+					continue
+				}
+			}
+			if err := printer.Fprint(&text, fset, decl); err != nil {
+				t.Fatal(err)
+			}
+			decls = append(decls, text.String())
+		}
+	}
+	slices.Sort(decls)
+	got := strings.Join(decls, "\n\n") + "\n"
+	const golden = "testdata/api.txt"
+	if *updateAPI {
+		if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(golden)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got != string(want) {
+		t.Errorf("the exported names or their types differ from %s:\n%s", golden, got)
+	}
+}
+
+var updateAPI = flag.Bool("update-api", false, "write testdata/api.txt")
+
+// declName returns the name of a function, or that of a method after its type's name.
+func declName(decl *ast.FuncDecl) string {
+	if decl.Recv == nil {
+		return decl.Name.Name
+	}
+	receiver := decl.Recv.List[0].Type
+	if star, ok := receiver.(*ast.StarExpr); ok {
+		receiver = star.X
+	}
+	if id, ok := receiver.(*ast.Ident); ok {
+		return id.Name + "." + decl.Name.Name
+	}
+	return decl.Name.Name // the type has parameters
+}
+
 // declared returns the names of the functions, methods, types, variables and constants in
 // the root and below internal/. A method's name has the type before it.
 func declared(t *testing.T) map[string]bool {
@@ -96,17 +168,7 @@ func declared(t *testing.T) map[string]bool {
 		for _, decl := range file.Decls {
 			switch decl := decl.(type) {
 			case *ast.FuncDecl:
-				name := decl.Name.Name
-				if decl.Recv != nil {
-					receiver := decl.Recv.List[0].Type
-					if star, ok := receiver.(*ast.StarExpr); ok {
-						receiver = star.X
-					}
-					if id, ok := receiver.(*ast.Ident); ok {
-						name = id.Name + "." + name
-					}
-				}
-				names[name] = true
+				names[declName(decl)] = true
 			case *ast.GenDecl:
 				for _, spec := range decl.Specs {
 					switch spec := spec.(type) {
