@@ -48,7 +48,7 @@ const (
 // Causes that only the error type describes: there is something wrong with the request, or
 // with the response of the origin.
 const (
-	causeClientLeft       cause = "client_left"       // only for logs: nobody is there to read the response
+	causeClientLeft       cause = "client_left"       // only for logs: the client has gone
 	causeShuttingDown     cause = "shutting_down"     // Caddy exits
 	causeConnectTarget    cause = "connect_target"    // CONNECT without a valid host and port
 	causeConnectContent   cause = "connect_content"   // CONNECT with content

@@ -165,6 +165,24 @@ func rawLoginClient(t *testing.T, conn net.Conn, lines ...string) loginClient {
 	}
 }
 
+// loginBy sends a request with a credential, or without one if that is empty.
+func loginBy(t *testing.T, transport http.RoundTripper, r *http.Request, authorization string) (*http.Response, string) {
+	t.Helper()
+	if authorization != "" {
+		r.Header.Set("Authorization", authorization)
+	}
+	res, err := transport.RoundTrip(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return res, string(body)
+}
+
 // http2LoginClient speaks HTTP/2 on a connection.
 func http2LoginClient(t *testing.T, conn net.Conn) loginClient {
 	c, err := new(http2.Transport).NewClientConn(conn)
@@ -174,19 +192,7 @@ func http2LoginClient(t *testing.T, conn net.Conn) loginClient {
 	return func(method, url, authorization string) (*http.Response, string) {
 		t.Helper()
 		r, _ := http.NewRequestWithContext(t.Context(), method, strings.Replace(url, "http://", "https://", 1), nil)
-		if authorization != "" {
-			r.Header.Set("Authorization", authorization)
-		}
-		res, err := c.RoundTrip(r)
-		if err != nil {
-			t.Fatal(err)
-		}
-		body, err := io.ReadAll(res.Body)
-		if err != nil {
-			t.Fatal(err)
-		}
-		res.Body.Close()
-		return res, string(body)
+		return loginBy(t, c, r, authorization)
 	}
 }
 
@@ -198,19 +204,7 @@ func http3LoginClient(t *testing.T, proxy string) loginClient {
 		t.Helper()
 		r, _ := http.NewRequestWithContext(t.Context(), method, "https://"+proxy+"/", nil)
 		r.Host = strings.Split(url, "/")[2]
-		if authorization != "" {
-			r.Header.Set("Authorization", authorization)
-		}
-		res, err := transport.RoundTrip(r)
-		if err != nil {
-			t.Fatal(err)
-		}
-		body, err := io.ReadAll(res.Body)
-		if err != nil {
-			t.Fatal(err)
-		}
-		res.Body.Close()
-		return res, string(body)
+		return loginBy(t, transport, r, authorization)
 	}
 }
 

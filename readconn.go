@@ -22,7 +22,7 @@ type readConn struct {
 	prefix      []byte
 	timedOut    bool     // reads after early time out
 	handler     *Handler // nil: refusals are not detected
-	isFirstRead bool     // the first byte has not been read, and is to be checked
+	isFirstRead bool     // the first byte must be checked when it arrives
 	overTLS     bool     // the connection carries TLS
 	hasLine     bool     // a whole line has been read
 

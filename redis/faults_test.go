@@ -332,7 +332,7 @@ func TestOnError(t *testing.T) {
 	}
 }
 
-// A request counts as one fallback, even if its user is to be counted.
+// A request counts as one fallback, even if it charges a user instead of its client.
 func TestFallbacksOfUsers(t *testing.T) {
 	for onError, want := range map[string]int{"local": 200, "allow": 200, "deny": 503} {
 		t.Run(onError, func(t *testing.T) {
