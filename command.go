@@ -163,38 +163,43 @@ func commandHandler(flags caddycmd.Flags) (*Handler, error) {
 	return h, err
 }
 
+// commandAuth returns the providers for the accounts in the flags; none if there are none.
+func commandAuth(flags caddycmd.Flags) (caddy.ModuleMap, error) {
+	accounts, err := flags.GetStringArray("auth")
+	if err != nil || len(accounts) == 0 {
+		return nil, err
+	}
+	auth := caddyauth.HTTPBasicAuth{HashCache: new(caddyauth.Cache)}
+	for _, account := range accounts {
+		user, hash, found := strings.Cut(account, ":")
+		algorithm := "bcrypt"
+		if strings.HasPrefix(hash, "$argon2id$") {
+			algorithm = "argon2id"
+		}
+		if isPublished(hash) {
+			return nil, fmt.Errorf("auth: the user %q has %w", user, errPublished)
+		}
+		if !found || user == "" || checkHash(algorithm, hash) != nil {
+			return nil, errors.New("auth: expected user:hash, with a hash as `caddy hash-password` prints it")
+		}
+		if raw := json.RawMessage(`{"algorithm":"` + algorithm + `"}`); auth.HashRaw == nil {
+			auth.HashRaw = raw
+		} else if string(auth.HashRaw) != string(raw) {
+			return nil, errors.New("auth: expected all hashes to use the same algorithm")
+		}
+		auth.AccountList = append(auth.AccountList, caddyauth.Account{Username: user, Password: hash})
+	}
+	return caddy.ModuleMap{"http_basic": caddyconfig.JSON(auth, nil)}, nil
+}
+
 // commandConfig builds the config that the flags describe.
 func commandConfig(flags caddycmd.Flags) (*caddy.Config, error) {
 	h, err := commandHandler(flags)
 	if err != nil {
 		return nil, err
 	}
-	accounts, err := flags.GetStringArray("auth")
-	if err != nil {
+	if h.AuthRaw, err = commandAuth(flags); err != nil {
 		return nil, err
-	}
-	if len(accounts) > 0 {
-		auth := caddyauth.HTTPBasicAuth{HashCache: new(caddyauth.Cache)}
-		for _, account := range accounts {
-			user, hash, found := strings.Cut(account, ":")
-			algorithm := "bcrypt"
-			if strings.HasPrefix(hash, "$argon2id$") {
-				algorithm = "argon2id"
-			}
-			if isPublished(hash) {
-				return nil, fmt.Errorf("auth: the user %q has %w", user, errPublished)
-			}
-			if !found || user == "" || checkHash(algorithm, hash) != nil {
-				return nil, errors.New("auth: expected user:hash, with a hash as `caddy hash-password` prints it")
-			}
-			if raw := json.RawMessage(`{"algorithm":"` + algorithm + `"}`); auth.HashRaw == nil {
-				auth.HashRaw = raw
-			} else if string(auth.HashRaw) != string(raw) {
-				return nil, errors.New("auth: expected all hashes to use the same algorithm")
-			}
-			auth.AccountList = append(auth.AccountList, caddyauth.Account{Username: user, Password: hash})
-		}
-		h.AuthRaw = caddy.ModuleMap{"http_basic": caddyconfig.JSON(auth, nil)}
 	}
 	if url := flags.String("upstream"); url != "" {
 		if _, _, _, err := splitUpstream(url); err != nil {

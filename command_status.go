@@ -55,66 +55,78 @@ keeps its usual order.
 	cmd.Flags().StringP("limit", "", "", fmt.Sprintf("Rows of each list, from 1 to %d (default %d, or more if they fit)", maxPage, defaultRows))
 	cmd.Flags().StringP("client", "", "", "Show only clients, and tunnels of clients, whose name contains this text")
 	cmd.Flags().StringP("address", "", "", "Address of the admin endpoint, if it is not Caddy's default")
-	cmd.RunE = caddycmd.WrapCommandFuncForCobra(func(flags caddycmd.Flags) (int, error) {
-		if given := flags.String("address"); given != "" {
-			if err := checkEndpoint("address", given); err != nil {
-				return caddy.ExitCodeFailedQuit, err
-			}
-		}
-		address, err := caddycmd.DetermineAdminAPIAddress(flags.String("address"), nil, "", "")
-		if err != nil {
+	cmd.RunE = caddycmd.WrapCommandFuncForCobra(runStatus)
+	return cmd
+}
+
+// runStatus runs `caddy async-proxy status`.
+func runStatus(flags caddycmd.Flags) (int, error) {
+	if given := flags.String("address"); given != "" {
+		if err := checkEndpoint("address", given); err != nil {
 			return caddy.ExitCodeFailedQuit, err
 		}
-		query := statusQuery{sort: flags.String("sort"), client: flags.String("client")}
-		if flags.Changed("sort") && sortsOfClients[query.sort] == nil && sortsOfTunnels[query.sort] == nil {
-			return caddy.ExitCodeFailedQuit, fmt.Errorf("sort %q: expected %s for clients, or %s for tunnels", query.sort, namesOfClientSorts, namesOfTunnelSorts)
+	}
+	address, err := caddycmd.DetermineAdminAPIAddress(flags.String("address"), nil, "", "")
+	if err != nil {
+		return caddy.ExitCodeFailedQuit, err
+	}
+	query, err := statusQueryOf(flags)
+	if err != nil {
+		return caddy.ExitCodeFailedQuit, err
+	}
+	limit := query.limit
+	watch, asJSON := flags.Bool("watch"), flags.Bool("json")
+	stdout := int(os.Stdout.Fd())
+	clear := watch && !asJSON && term.IsTerminal(stdout)
+	for {
+		width, height := 0, 0
+		if clear {
+			width, height, _ = term.GetSize(stdout) // 0 if unknown
 		}
-		given := 0
-		if flags.Changed("limit") {
-			var ok bool
-			if given, ok = parseInt(flags.String("limit"), 1, maxPage); !ok {
-				return caddy.ExitCodeFailedQuit, fmt.Errorf("limit %q: expected a number from 1 to %d", flags.String("limit"), maxPage)
-			}
+		query.limit = cmp.Or(limit, max(defaultRows, min(height, maxPage)))
+		shown, err := fetchStatus(address, query)
+		if err != nil && !watch {
+			return caddy.ExitCodeFailedQuit, err
 		}
-		watch, asJSON := flags.Bool("watch"), flags.Bool("json")
-		stdout := int(os.Stdout.Fd())
-		clear := watch && !asJSON && term.IsTerminal(stdout)
-		for {
-			width, height := 0, 0
-			if clear {
-				width, height, _ = term.GetSize(stdout) // 0 if unknown
+		var out bytes.Buffer
+		switch {
+		case err != nil && !clear:
+			fmt.Fprintf(os.Stderr, "Error: %v\n", err)
+		case err != nil:
+			fmt.Fprintf(&out, "%s: cannot reach Caddy, retrying\n\n%s\n", time.Now().Format(time.TimeOnly), wrapText(err.Error(), width))
+		case asJSON:
+			_ = json.NewEncoder(&out).Encode(shown)
+		default:
+			if height > 0 {
+				shown.fit(height)
 			}
-			query.limit = cmp.Or(given, max(defaultRows, min(height, maxPage)))
-			shown, err := fetchStatus(address, query)
-			if err != nil && !watch {
-				return caddy.ExitCodeFailedQuit, err
-			}
-			var out bytes.Buffer
-			switch {
-			case err != nil && !clear:
-				fmt.Fprintf(os.Stderr, "Error: %v\n", err)
-			case err != nil:
-				fmt.Fprintf(&out, "%s: cannot reach Caddy, retrying\n\n%s\n", time.Now().Format(time.TimeOnly), wrapText(err.Error(), width))
-			case asJSON:
-				_ = json.NewEncoder(&out).Encode(shown)
-			default:
-				if height > 0 {
-					shown.fit(height)
-				}
-				shown.print(&out)
-			}
-			if clear {
-				fmt.Print(screenUpdate(out.String(), width, height))
-			} else {
-				_, _ = out.WriteTo(os.Stdout)
-			}
-			if !watch {
-				return caddy.ExitCodeSuccess, nil
-			}
-			time.Sleep(refreshInterval)
+			shown.print(&out)
 		}
-	})
-	return cmd
+		if clear {
+			fmt.Print(screenUpdate(out.String(), width, height))
+		} else {
+			_, _ = out.WriteTo(os.Stdout)
+		}
+		if !watch {
+			return caddy.ExitCodeSuccess, nil
+		}
+		time.Sleep(refreshInterval)
+	}
+}
+
+// statusQueryOf returns what the flags ask for. Its limit is 0 if none is given.
+func statusQueryOf(flags caddycmd.Flags) (statusQuery, error) {
+	query := statusQuery{sort: flags.String("sort"), client: flags.String("client")}
+	if flags.Changed("sort") && sortsOfClients[query.sort] == nil && sortsOfTunnels[query.sort] == nil {
+		return query, fmt.Errorf("sort %q: expected %s for clients, or %s for tunnels", query.sort, namesOfClientSorts, namesOfTunnelSorts)
+	}
+	if flags.Changed("limit") {
+		var ok bool
+		if query.limit, ok = parseInt(flags.String("limit"), 1, maxPage); !ok {
+			return query, fmt.Errorf("limit %q: expected a number from 1 to %d", flags.String("limit"), maxPage)
+		}
+	}
+	return query, nil
 }
 
 // screenUpdate returns the terminal output that replaces the previous text with text, on a

@@ -174,14 +174,7 @@ func takeSnapshot(now time.Time) snapshot {
 }
 
 func takeStats(now time.Time) stats {
-	s := stats{Version: "(devel)", Time: now, Started: processStart, Loaded: processStart, Refusals: map[string]int64{}, Causes: map[string]int64{}}
-	if info, ok := debug.ReadBuildInfo(); ok {
-		for _, m := range append(info.Deps, &info.Main) {
-			if m.Path == modulePath && m.Version != "" {
-				s.Version = m.Version
-			}
-		}
-	}
+	s := stats{Version: moduleVersion(), Time: now, Started: processStart, Loaded: processStart, Refusals: map[string]int64{}, Causes: map[string]int64{}}
 	s.Caddy, _ = caddy.Version()
 	if loaded := configLoaded.Load(); loaded != nil {
 		s.Loaded = *loaded
@@ -239,6 +232,19 @@ func takeStats(now time.Time) stats {
 }
 
 const modulePath = "github.com/asyncproxy/caddy-async-proxy"
+
+// moduleVersion returns the version of this module in the running binary.
+func moduleVersion() string {
+	version := "(devel)"
+	if info, ok := debug.ReadBuildInfo(); ok {
+		for _, m := range append(info.Deps, &info.Main) {
+			if m.Path == modulePath && m.Version != "" {
+				version = m.Version
+			}
+		}
+	}
+	return version
+}
 
 func readMetric(m prometheus.Metric) *dto.Metric {
 	var d dto.Metric

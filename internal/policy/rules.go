@@ -120,8 +120,7 @@ func CheckHostBits(text string) error {
 // NewRuleSets builds the sets for rules. It loads their sources, and records each
 // destination in check.
 func NewRuleSets(rules []Rule, check *RuleCheck) ([]*RuleSet, error) {
-	var sets []*RuleSet
-	first := 0 // the first set of the current run of rules with the same action
+	b := &setBuilder{check: check}
 	for i := range rules {
 		rule := &rules[i]
 		if rule.Action != "allow" && rule.Action != "deny" {
@@ -130,64 +129,81 @@ func NewRuleSets(rules []Rule, check *RuleCheck) ([]*RuleSet, error) {
 		if len(rule.Destinations) == 0 && len(rule.Files) == 0 && rule.Source == nil {
 			return nil, errors.New(rule.Action + ": missing destination")
 		}
-		deny := rule.Action == "deny"
-		if len(sets) > 0 && sets[len(sets)-1].deny != deny {
-			first = len(sets)
-		}
-		set := func(ports PortRange) *RuleSet {
-			for _, s := range sets[first:] {
-				if s.ports == ports {
-					return s
-				}
-			}
-			s := NewRuleSet(deny, ports)
-			sets = append(sets, s)
-			return s
-		}
-		// Destinations are compared with earlier rules, not with each other: they join
-		// the sets only after the whole rule has been read.
-		before := len(check.noted)
-		note := func(text string, file bool) error {
-			for _, expanded := range ExpandRanges(text) {
-				d, err := ParseDestination(expanded)
-				if bits := new(HostBitsError); file && errors.As(err, &bits) {
-					check.Inexact = append(check.Inexact, text) // only a warning in a file
-				} else if err != nil {
-					return err
-				}
-				check.note(sets, listedDestination{rule: i, text: text, dest: d, file: file}, deny)
-			}
-			return nil
-		}
-		for _, text := range rule.Destinations {
-			if err := note(text, false); err != nil {
-				return nil, fmt.Errorf("%s: %w", rule.Action, err)
-			}
-		}
-		for _, file := range rule.Files {
-			err := ReadList(file, func(text string) error { return note(text, true) })
-			if check.unreadable(err) {
-				continue
-			}
-			if err != nil {
-				return nil, fmt.Errorf("%s: %w", rule.Action, err)
-			}
-		}
-		for j := range check.noted[before:] {
-			l := &check.noted[before+j]
-			l.set = set(l.dest.Ports)
-			l.set.Add(l.dest)
-		}
-		if rule.Source != nil {
-			source, err := rule.Source()
-			if err != nil {
-				return nil, fmt.Errorf("%s: %w", rule.Action, err)
-			}
-			s := set(PortRange{})
-			s.Sources = append(s.Sources, source)
+		if err := b.add(i, rule); err != nil {
+			return nil, fmt.Errorf("%s: %w", rule.Action, err)
 		}
 	}
-	return sets, nil
+	return b.sets, nil
+}
+
+// setBuilder builds sets from rules.
+type setBuilder struct {
+	check *RuleCheck
+	sets  []*RuleSet
+	first int  // the first set of the current run of rules with the same action
+	deny  bool // the action of that run
+}
+
+// add adds the destinations of the rule with the given index. Destinations are compared with
+// earlier rules, not with each other: they join the sets only after the whole rule has been
+// read.
+func (b *setBuilder) add(index int, rule *Rule) error {
+	if b.deny = rule.Action == "deny"; len(b.sets) > 0 && b.sets[len(b.sets)-1].deny != b.deny {
+		b.first = len(b.sets)
+	}
+	before := len(b.check.noted)
+	for _, text := range rule.Destinations {
+		if err := b.note(index, text, false); err != nil {
+			return err
+		}
+	}
+	for _, file := range rule.Files {
+		err := ReadList(file, func(text string) error { return b.note(index, text, true) })
+		if err != nil && !b.check.unreadable(err) {
+			return err
+		}
+	}
+	for j := range b.check.noted[before:] {
+		l := &b.check.noted[before+j]
+		l.set = b.set(l.dest.Ports)
+		l.set.Add(l.dest)
+	}
+	if rule.Source == nil {
+		return nil
+	}
+	source, err := rule.Source()
+	if err != nil {
+		return err
+	}
+	s := b.set(PortRange{})
+	s.Sources = append(s.Sources, source)
+	return nil
+}
+
+// note records a destination of a rule.
+func (b *setBuilder) note(index int, text string, file bool) error {
+	for _, expanded := range ExpandRanges(text) {
+		d, err := ParseDestination(expanded)
+		if bits := new(HostBitsError); file && errors.As(err, &bits) {
+			b.check.Inexact = append(b.check.Inexact, text) // only a warning in a file
+		} else if err != nil {
+			return err
+		}
+		b.check.note(b.sets, listedDestination{rule: index, text: text, dest: d, file: file}, b.deny)
+	}
+	return nil
+}
+
+// set returns the set of the current run for the given ports.
+func (b *setBuilder) set(ports PortRange) *RuleSet {
+	for _, s := range b.sets[b.first:] {
+		if s.ports == ports {
+			return s
+		}
+	}
+	s := NewRuleSet(b.deny, ports)
+	b.sets = append(b.sets, s)
+	return s
 }
 
 // NewDirectSet returns a set of the destinations in texts, which must not have ports.
