@@ -424,18 +424,23 @@ const copyBuffer = 32 << 10
 // copyBufferPool is a pool of buffers for copying bodies.
 var copyBufferPool = sync.Pool{New: func() any { return new([copyBuffer]byte) }}
 
+// writeRest writes a body that is completely buffered.
+func writeRest(w http.ResponseWriter, rest []byte, count func(n int64)) error {
+	if len(rest) == 0 { // some statuses do not allow even an empty write
+		return nil
+	}
+	n, err := w.Write(rest)
+	count(int64(n))
+	return asClientError(err)
+}
+
 // copyBody copies a response body to the client and calls count for each part. It
 // flushes whenever the next read could block.
 func copyBody(w http.ResponseWriter, r *http.Request, res *http.Response, count func(n int64)) error {
 	body, isHTTP1 := res.Body.(*originBody)
 	if isHTTP1 {
 		if rest, ok := body.Buffered(); ok {
-			if len(rest) == 0 { // some statuses do not allow even an empty write
-				return nil
-			}
-			n, err := w.Write(rest)
-			count(int64(n))
-			return asClientError(err)
+			return writeRest(w, rest, count)
 		}
 	}
 	if !hasContent(r.Method, res.StatusCode) {
