@@ -53,7 +53,7 @@ type clientConn struct {
 
 	mu        sync.Mutex
 	serving   bool          // a request is being served
-	watchDone chan struct{} // closed when look returns; nil: look is not running
+	watchDone chan struct{} // closed when watchDisconnect returns; nil: it is not running
 }
 
 // States of a clientConn.
@@ -80,7 +80,7 @@ func (c *clientConn) start() {
 	c.r = requestReaderPool.Get().(*bufio.Reader)
 	if c.r.Reset(c.TCPConn); len(c.prefix) > 0 {
 		c.r.Reset(&readConn{TCPConn: c.TCPConn, prefix: c.prefix})
-		_, _ = c.r.Peek(len(c.prefix)) // early fits; buffer it, so that leave hands it on too
+		_, _ = c.r.Peek(len(c.prefix)) // prefix fits; buffer it, so that handOff hands it on too
 		c.prefix = nil
 	}
 	ctx := context.WithValue(context.Background(), http.LocalAddrContextKey, c.LocalAddr())
@@ -135,7 +135,7 @@ func (c *clientConn) serve() (t *tunnel.Tunnel) {
 		if err := recover(); err != nil && err != http.ErrAbortHandler {
 			c.listener.handler.logger.Error("panic serving a client", zap.String("client", c.remote), zap.Any("panic", err), zap.ByteString("stack", debug.Stack()))
 		}
-		c.stopWatch() // look reads from c.r
+		c.stopWatch() // watchDisconnect reads from c.r
 		c.cancel()
 		if !handedOff {
 			releaseClient(c.TCPConn)

@@ -120,7 +120,7 @@ func (c *http2Conn) watch() (stop func()) {
 type silenceWatch struct {
 	conn  *http2Conn
 	start int64         // since epoch
-	wait  time.Duration // how long the server may be silent before the next ping; used by look only
+	wait  time.Duration // how long the server may be silent before the next ping; used by onTimer only
 
 	mu      sync.Mutex
 	timer   *time.Timer

@@ -110,7 +110,7 @@ func (q *interimQueue) got1xx(status int, fields textproto.MIMEHeader) error {
 	if isProgress(status) && q.onProgress != nil {
 		q.onProgress()
 	}
-	if status != http.StatusContinue && len(q.waiting) < maxInterimWaiting { // invite sends the 100
+	if status != http.StatusContinue && len(q.waiting) < maxInterimWaiting { // sendContinue sends the 100
 		q.add(interimResponse{status: status, fields: http.Header(fields)})
 	}
 	return nil

@@ -20,7 +20,7 @@ import (
 type readConn struct {
 	*net.TCPConn
 	prefix      []byte
-	timedOut    bool     // reads after early time out
+	timedOut    bool     // reads after prefix time out
 	handler     *Handler // nil: refusals are not detected
 	isFirstRead bool     // the first byte must be checked when it arrives
 	overTLS     bool     // the connection carries TLS

@@ -45,16 +45,16 @@ type Registry struct {
 	Stop        func()
 
 	Interval  time.Duration // WatchInterval, but shorter in some tests
-	lastWords time.Duration // DrainTimeout, but shorter in some tests
+	drainTimeout time.Duration // DrainTimeout, but shorter in some tests
 }
 
 // NewRegistry returns an empty registry.
 func NewRegistry() *Registry { return NewPacedRegistry(WatchInterval, DrainTimeout) }
 
 // NewPacedRegistry returns a registry with other intervals than the usual ones, for tests.
-func NewPacedRegistry(interval, lastWords time.Duration) *Registry {
+func NewPacedRegistry(interval, drainTimeout time.Duration) *Registry {
 	r := &Registry{
-		Interval: interval, lastWords: lastWords,
+		Interval: interval, drainTimeout: drainTimeout,
 		tunnels: xsync.NewMap[uint64, *Tunnel](),
 		clients: xsync.NewMap[client.Key, int](),
 		sources: xsync.NewMap[loopKey, struct{}](),

@@ -113,7 +113,7 @@ func (t *Tunnel) Run() {
 	if t.stream != nil {
 		// The client's stream ends when the handler returns. A target that has ended and no
 		// longer reads must not delay that.
-		defer time.AfterFunc(t.Registry.lastWords, func() { _ = t.Far.Abort() }).Stop()
+		defer time.AfterFunc(t.Registry.drainTimeout, func() { _ = t.Far.Abort() }).Stop()
 	}
 	<-upDone
 	t.setReason(ReasonClient) // if there is no other reason, the client has left
@@ -170,7 +170,7 @@ func (t *Tunnel) send(dst End, f *Flow, b []byte) (int, error) {
 // client had sent, if it reads them within DrainTimeout.
 func (t *Tunnel) clientLeft(upDone <-chan struct{}) {
 	t.stream.StopReading()
-	timer := time.NewTimer(t.Registry.lastWords)
+	timer := time.NewTimer(t.Registry.drainTimeout)
 	defer timer.Stop()
 	select {
 	case <-upDone:
