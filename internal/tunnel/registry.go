@@ -44,7 +44,7 @@ type Registry struct {
 	cancelDials context.CancelFunc
 	Stop        func()
 
-	Interval  time.Duration // WatchInterval, but shorter in some tests
+	Interval     time.Duration // WatchInterval, but shorter in some tests
 	drainTimeout time.Duration // DrainTimeout, but shorter in some tests
 }
 
