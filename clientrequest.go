@@ -119,8 +119,8 @@ func connectURL(target string) *url.URL {
 // target as the client sent it.
 func parseURL(target string) (*url.URL, error) {
 	u, err := url.ParseRequestURI(target)
-	if err == nil {
-		return u, nil
+	if err == nil || strings.ContainsFunc(target, isControl) {
+		return u, err
 	}
 	start := strings.IndexAny(target[len("http://"):], "/?#") + len("http://")
 	if start < len("http://") || target[start] != '/' {
@@ -133,6 +133,9 @@ func parseURL(target string) (*url.URL, error) {
 	}
 	return u, err
 }
+
+// isControl reports whether c is an ASCII control character, which no target may contain.
+func isControl(c rune) bool { return c < ' ' || c == 0x7f }
 
 // escapePercents escapes each % that begins no escape.
 func escapePercents(path string) string {

@@ -73,7 +73,7 @@ func TestBarePercent(t *testing.T) {
 // FuzzParseURL checks that a target that net/http accepts is parsed alike here, and that
 // any other accepted target differs from a valid one only in its use of %.
 func FuzzParseURL(f *testing.F) {
-	for _, target := range []string{"http://a/50%", "http://a%/", "http://a/%zz?%", "http://a?%", "http://a/%41%", "http://[::1%25lo]/%", "http://u:%@a/", "http://"} {
+	for _, target := range []string{"http://a/50%", "http://a%/", "http://a/%zz?%", "http://a?%", "http://a/%41%", "http://[::1%25lo]/%", "http://u:%@a/", "http://", "http:///?\x05", "http://a/%?\x05", "http://a/%\x7f"} {
 		f.Add(target)
 	}
 	f.Fuzz(func(t *testing.T, target string) {
@@ -85,6 +85,8 @@ func FuzzParseURL(f *testing.F) {
 		switch {
 		case err == nil && (err2 != nil || *got != *want && got.User == nil):
 			t.Errorf("%q: %v, %v, want %v", target, got, err2, want)
+		case err2 == nil && strings.ContainsFunc(target, isControl):
+			t.Errorf("%q is accepted: it has a control character", target)
 		case err != nil && err2 == nil:
 			if _, rest, _ := strings.Cut(target[len("http://"):], "/"); !strings.Contains(rest, "%") {
 				t.Errorf("%q is accepted: %v", target, got)
