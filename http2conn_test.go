@@ -89,10 +89,10 @@ func TestHTTP2ConnPings(t *testing.T) {
 			pings    int64
 		}{{10 * time.Second, 1}, {50 * time.Second, 2}, {16 * time.Minute, 5}} {
 			server.pings.Store(0)
-			var n int64 // before the request is canceled, for which the transport pings too
-			time.AfterFunc(row.patience-time.Millisecond, func() { n = server.pings.Load() })
+			var pings atomic.Int64 // before the request is canceled, for which the transport pings too
+			time.AfterFunc(row.patience-time.Millisecond, func() { pings.Store(server.pings.Load()) })
 			took, err := ask(row.patience)
-			if took != row.patience || err == nil || n != row.pings {
+			if n := pings.Load(); took != row.patience || err == nil || n != row.pings {
 				t.Errorf("ended after %v with %v and %d pings, want the request's own %v and %d pings", took, err, n, row.patience, row.pings)
 			}
 			synctest.Wait()
