@@ -81,8 +81,8 @@ func (l *lingering) close(conn net.Conn, client netip.Addr) {
 
 // drop reads from r until EOF or one of the limits, and reports whether it has seen EOF.
 func drop(r io.Reader, setDeadline func(time.Time) error) bool {
-	buf := copyBufferPool.Get().(*[copyBuffer]byte)
-	defer copyBufferPool.Put(buf)
+	buf := tcpconn.GetBuffer()
+	defer buf.Free()
 	end := time.Now().Add(lingerTime)
 	for dropped := 0; dropped < lingerBytes; {
 		deadline := time.Now().Add(lingerIdle)

@@ -396,7 +396,7 @@ type bodySender struct {
 }
 
 func newBodySender(conn *originConn, out *outgoing) *bodySender {
-	if out.body.length < 0 || out.body.length > copyBuffer {
+	if out.body.length < 0 || out.body.length > int64(len(tcpconn.Buffer{})) {
 		if socket := tcpconn.Of(conn.Conn); socket != nil {
 			tcpconn.LimitUnsent(socket) // the origin's response timeout starts when it has the request
 		}
@@ -420,8 +420,8 @@ func (s *bodySender) run() {
 	if !<-s.wanted {
 		return
 	}
-	buf := copyBufferPool.Get().(*[copyBuffer]byte)
-	defer copyBufferPool.Put(buf)
+	buf := tcpconn.GetBuffer()
+	defer buf.Free()
 	w := io.Writer(s.conn)
 	if s.out.body.length < 0 {
 		w = httputil.NewChunkedWriter(s.conn)

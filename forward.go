@@ -11,7 +11,6 @@ import (
 	"net/url"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -21,6 +20,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // isProxyRequest reports whether r should be forwarded. Over HTTP/1 that is a
@@ -419,11 +419,6 @@ func hasContent(method string, status int) bool {
 	return method != http.MethodHead && status != http.StatusNoContent && status != http.StatusNotModified
 }
 
-const copyBuffer = 32 << 10
-
-// copyBufferPool is a pool of buffers for copying bodies.
-var copyBufferPool = sync.Pool{New: func() any { return new([copyBuffer]byte) }}
-
 // writeRest writes a body that is completely buffered.
 func writeRest(w http.ResponseWriter, rest []byte, count func(n int64)) error {
 	if len(rest) == 0 { // some statuses do not allow even an empty write
@@ -459,8 +454,8 @@ func copyBody(w http.ResponseWriter, r *http.Request, res *http.Response, count 
 			return asClientError(err)
 		}
 	}
-	buf := copyBufferPool.Get().(*[copyBuffer]byte)
-	defer copyBufferPool.Put(buf)
+	buf := tcpconn.GetBuffer()
+	defer buf.Free()
 	left := res.ContentLength
 	for {
 		if isHTTP1 {

@@ -20,6 +20,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // onBothPaths runs a test twice: with clients on the fast path, and with clients served by
@@ -332,8 +333,8 @@ func readAnswer(r *bufio.Reader) {
 		connection := res.Header["Connection"]
 		announced := trailingNames(res.Trailer, connection)
 		removeHopByHop(res.Header)
-		buf := copyBufferPool.Get().(*[copyBuffer]byte)
-		defer copyBufferPool.Put(buf)
+		buf := tcpconn.GetBuffer()
+		defer buf.Free()
 		for err == nil {
 			_, err = res.Body.Read(buf[:])
 		}

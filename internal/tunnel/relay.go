@@ -8,19 +8,15 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
-// Sizes of the relay's buffers. A message that fits into a small buffer is copied with two
-// system calls. Anything longer uses a large buffer, or splice(2).
-const (
-	smallBuffer = 4 << 10
-	largeBuffer = 32 << 10
-)
+// smallBuffer is the size of the relay's small buffers. A message that fits into one is
+// copied with two system calls. Anything longer uses a tcpconn.Buffer, or splice(2).
+const smallBuffer = 4 << 10
 
-var (
-	smallBuffers = sync.Pool{New: func() any { return new([smallBuffer]byte) }}
-	largeBuffers = sync.Pool{New: func() any { return new([largeBuffer]byte) }}
-)
+var smallBuffers = sync.Pool{New: func() any { return new([smallBuffer]byte) }}
 
 // Flow counts the bytes of one direction of a tunnel.
 type Flow struct {
@@ -72,14 +68,14 @@ func relayReader(dst io.Writer, src io.Reader, copied *Flow) (readErr, writeErr 
 // relayBurst copies through a large buffer until a read fills less than half of it, which
 // means that src has no more for now. It returns no errors if src goes on.
 func relayBurst(dst io.Writer, src io.Reader, copied *Flow) (readErr, writeErr error) {
-	large := largeBuffers.Get().(*[largeBuffer]byte)
-	defer largeBuffers.Put(large)
+	large := tcpconn.GetBuffer()
+	defer large.Free()
 	for {
 		n, err := src.Read(large[:])
 		if n > 0 {
 			writeErr = writeCounted(dst, large[:n], copied)
 		}
-		if err != nil || writeErr != nil || n < largeBuffer/2 {
+		if err != nil || writeErr != nil || n < len(large)/2 {
 			return err, writeErr
 		}
 	}
