@@ -69,7 +69,7 @@ func (b *originBody) spliceSome(client io.ReaderFrom, conn syscall.RawConn, sock
 		})
 	})
 	if b.origin != nil {
-		b.origin.clearDeadline() // the client may take as long as its own timeout allows
+		b.origin.deadline.Clear(b.origin.Conn) // the client may take as long as its own timeout allows
 	}
 	if err = errors.Join(err, errIoctl); err != nil {
 		return 0, err

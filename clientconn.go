@@ -18,12 +18,12 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
@@ -35,17 +35,17 @@ import (
 // not notice.
 type clientConn struct {
 	*net.TCPConn
-	prefix   []byte // bytes that were read before the clientConn was created
 	listener *clientListener
 	remote   string
 
-	r            *bufio.Reader
-	w            responseWriter
-	out          http.ResponseWriter // w, or w wrapped in Caddy's write-idle timeout
-	ctx          context.Context     // canceled when the connection ends
-	cancel       context.CancelFunc
-	readDeadline time.Time // current read deadline
+	r      *bufio.Reader
+	w      responseWriter
+	out    http.ResponseWriter // w, or w wrapped in Caddy's write-idle timeout
+	ctx    context.Context     // canceled when the connection ends
+	cancel context.CancelFunc
+	prefix []byte // bytes that were read before start
 
+	readDeadline  tcpconn.ReadDeadline
 	writeDeadline time.Time // current write deadline; zero: none
 	isNew         bool      // no request has been read yet
 	headTimedOut  bool      // the request head timed out before it was complete
@@ -69,7 +69,7 @@ const (
 var requestReaderPool = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, 4<<10) }}
 
 func newClientConn(l *clientListener, conn *readConn, isNew bool) *clientConn {
-	c := &clientConn{TCPConn: conn.TCPConn, prefix: conn.prefix, listener: l, isNew: isNew}
+	c := &clientConn{TCPConn: conn.TCPConn, prefix: conn.in.Prefix, listener: l, isNew: isNew}
 	c.w.client = c
 	return c
 }
@@ -79,7 +79,7 @@ func (c *clientConn) start() {
 	c.remote = c.RemoteAddr().String()
 	c.r = requestReaderPool.Get().(*bufio.Reader)
 	if c.r.Reset(c.TCPConn); len(c.prefix) > 0 {
-		c.r.Reset(&readConn{TCPConn: c.TCPConn, prefix: c.prefix})
+		c.r.Reset(&tcpconn.Prefixed{Conn: c.TCPConn, Prefix: c.prefix})
 		_, _ = c.r.Peek(len(c.prefix)) // prefix fits; buffer it, so that handOff hands it on too
 		c.prefix = nil
 	}
@@ -211,7 +211,8 @@ func (c *clientConn) nextRequest() (r *http.Request, handOff bool) {
 		return nil, true
 	}
 	if !c.isNew && c.r.Buffered() < 4 {
-		c.setReadTimeout(c.listener.site.IdleTimeout)
+		limit := time.Duration(c.listener.site.IdleTimeout)
+		c.limitRead(limit-limit/16, limit)
 		if _, err := c.r.Peek(4); err != nil { // net/http closes silently, too
 			return nil, c.state.Load() == connMoves
 		}
@@ -245,23 +246,16 @@ func (c *clientConn) enterIdle() bool {
 	return !c.listener.conns.closed.Load() || !c.state.CompareAndSwap(connIdle, connMoves)
 }
 
-// setReadTimeout sets the read deadline to limit from now. It keeps a deadline that is at most a
-// sixteenth of limit too early, because each change costs a change of a timer.
-func (c *clientConn) setReadTimeout(limit caddy.Duration) {
-	var due time.Time
-	if limit > 0 {
-		due = time.Now().Add(time.Duration(limit))
-		if diff := c.readDeadline.Sub(due); diff <= 0 && diff >= -time.Duration(limit)/16 {
-			return
-		}
-	} else if c.readDeadline.IsZero() {
-		return
+// limitRead sets a read deadline between least and most from now, and none if most is not
+// positive.
+func (c *clientConn) limitRead(least, most time.Duration) {
+	if most > 0 {
+		c.readDeadline.Within(c.TCPConn, least, most)
+	} else {
+		c.readDeadline.Clear(c.TCPConn)
 	}
-	c.readDeadline = due
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.state.Load() != connMoves { // keep the deadline in the past that shutdown has set
-		_ = c.SetReadDeadline(due)
+	if c.state.Load() == connMoves { // shutdown may have done so already, before the call above
+		c.readDeadline.Interrupt(c.TCPConn)
 	}
 }
 
@@ -297,10 +291,11 @@ func (c *clientConn) clearWriteDeadline() {
 func (c *clientConn) handOff() {
 	unread, _ := c.r.Peek(c.r.Buffered())
 	c.clearWriteDeadline()
-	c.mu.Lock() // shutdown sets the deadline concurrently
-	_ = c.SetReadDeadline(time.Time{})
+	c.mu.Lock() // shutdown may be about to interrupt
+	c.readDeadline.Clear(c.TCPConn)
 	c.mu.Unlock()
-	conn := &readConn{TCPConn: c.TCPConn, prefix: bytes.Clone(unread), timedOut: c.headTimedOut, handler: c.listener.handler}
+	conn := newReadConn(c.TCPConn, bytes.Clone(unread))
+	conn.timedOut, conn.handler = c.headTimedOut, c.listener.handler
 	var successor *clientListener
 	if c.listener.conns.closed.Load() || c.listener.replaced() {
 		successor = c.listener.successor()
@@ -362,7 +357,7 @@ func (c *clientConn) shutdown(exits bool) {
 	case exits && c.state.CompareAndSwap(connIdle, connClosed):
 		_ = c.Close()
 	case c.state.CompareAndSwap(connIdle, connMoves):
-		_ = c.SetReadDeadline(time.Unix(1, 0))
+		c.readDeadline.Interrupt(c.TCPConn)
 	}
 }
 

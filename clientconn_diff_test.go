@@ -946,7 +946,7 @@ func TestClientConnWriter(t *testing.T) {
 				done := make(chan struct{})
 				got := dialRaw(t, listen(t, func(c *net.TCPConn) {
 					defer close(done)
-					w := &responseWriter{client: newClientConn(unitListener(nil), &readConn{TCPConn: c}, false)}
+					w := &responseWriter{client: newClientConn(unitListener(nil), newReadConn(c, nil), false)}
 					for i := 0; i < 2 && !w.closes; i++ {
 						w.reset(r.Method == http.MethodHead, false)
 						handler(w, r)
@@ -971,7 +971,7 @@ func TestClientConnWriter(t *testing.T) {
 func TestClientConnWriterIdleMemory(t *testing.T) {
 	conn, outside := socketPair(t)
 	go io.Copy(io.Discard, outside)
-	w := &responseWriter{client: newClientConn(unitListener(nil), &readConn{TCPConn: conn.(*net.TCPConn)}, false)}
+	w := &responseWriter{client: newClientConn(unitListener(nil), newReadConn(conn.(*net.TCPConn), nil), false)}
 	w.reset(false, false)
 	w.Header()["X-One"] = []string{strings.Repeat("x", 1<<20)}
 	_, _ = io.WriteString(w, "hello")

@@ -25,7 +25,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
 
@@ -312,7 +311,7 @@ func TestClientConnAtShutdown(t *testing.T) {
 	l := unitListener(nil)
 	p := &l.conns
 	near, far := socketPair(t)
-	c := newClientConn(l, &readConn{TCPConn: near.(*net.TCPConn)}, false)
+	c := newClientConn(l, newReadConn(near.(*net.TCPConn), nil), false)
 	if !p.add(c) {
 		t.Error("the connection is not accepted")
 	}
@@ -321,7 +320,7 @@ func TestClientConnAtShutdown(t *testing.T) {
 	if _, err := io.WriteString(near, "the answer"); err != nil {
 		t.Errorf("before the response is complete: %v", err)
 	}
-	if p.add(newClientConn(l, &readConn{TCPConn: far.(*net.TCPConn)}, false)) {
+	if p.add(newClientConn(l, newReadConn(far.(*net.TCPConn), nil), false)) {
 		t.Error("a server that has shut down accepts a connection")
 	}
 	if c.enterIdle() {
@@ -329,7 +328,7 @@ func TestClientConnAtShutdown(t *testing.T) {
 	}
 	c.state.Store(connIdle) // as if it had just become idle
 	p.shutdown(false)
-	c.setReadTimeout(caddy.Duration(time.Hour))
+	c.limitRead(time.Hour, time.Hour)
 	_, _ = io.WriteString(far, "a request")
 	if _, err := near.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("a connection that must move still waits: %v", err)
@@ -344,7 +343,7 @@ func TestClientConnMovesTwice(t *testing.T) {
 	_, _ = io.WriteString(far, request[20:])
 	second, third := unitListener(nil), unitListener(nil)
 	third.conns.closed.Store(true) // makes net/http serve it there
-	c := newClientConn(second, &readConn{TCPConn: near.(*net.TCPConn), prefix: []byte(request[:20])}, false)
+	c := newClientConn(second, newReadConn(near.(*net.TCPConn), []byte(request[:20])), false)
 	second.conns.add(c)
 	second.conns.shutdown(false)
 	third.register()
@@ -472,7 +471,7 @@ func unitListener(h *Handler) *clientListener {
 // request from the connection, and does not touch its deadline.
 func TestClientConnLateWatch(t *testing.T) {
 	near, far := socketPair(t)
-	c := newClientConn(unitListener(nil), &readConn{TCPConn: near.(*net.TCPConn)}, false)
+	c := newClientConn(unitListener(nil), newReadConn(near.(*net.TCPConn), nil), false)
 	c.start()
 	ctx := c.newRequest(http.MethodGet).Context()
 	early := ctx.Done()

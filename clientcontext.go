@@ -69,8 +69,7 @@ func (c *clientConn) startWatch() {
 		return
 	}
 	c.watchDone = make(chan struct{})
-	c.readDeadline = time.Time{}
-	_ = c.SetReadDeadline(c.readDeadline)
+	c.readDeadline.Clear(c.TCPConn)
 	go c.watchDisconnect(c.watchDone)
 }
 
@@ -93,14 +92,13 @@ func (c *clientConn) watchDisconnect(done chan<- struct{}) {
 	}
 }
 
-// stopWatch ends the watch, and returns when look no longer reads.
+// stopWatch ends the watch, and returns when it no longer reads.
 func (c *clientConn) stopWatch() {
 	c.mu.Lock()
 	c.serving = false
 	watch := c.watchDone
 	if watch != nil {
-		c.readDeadline = time.Unix(1, 0)
-		_ = c.SetReadDeadline(c.readDeadline)
+		c.readDeadline.Interrupt(c.TCPConn)
 	}
 	c.mu.Unlock()
 	if watch != nil {

@@ -273,7 +273,7 @@ func (l *clientListener) serveConn(conn net.Conn, isNew bool) {
 	case *readConn:
 		read = conn
 	case *net.TCPConn:
-		read = &readConn{TCPConn: conn}
+		read = newReadConn(conn, nil)
 	default:
 		l.handToNetHTTP(conn)
 		return

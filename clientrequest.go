@@ -45,8 +45,8 @@ func (c *clientConn) readHead() (length int, err error) {
 		}
 		if !waiting {
 			waiting = true
-			c.readDeadline = time.Unix(1, 0) // the current deadline was not for a request head
-			c.setReadTimeout(c.listener.site.ReadHeaderTimeout)
+			limit := time.Duration(c.listener.site.ReadHeaderTimeout)
+			c.limitRead(limit, limit) // exactly: the current deadline was not for a request head
 		}
 		if _, err := c.r.Peek(len(input) + 1); err == io.EOF && len(input) > 0 {
 			return -1, nil // the client half-closed mid-head; net/http responds with 400

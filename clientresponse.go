@@ -73,7 +73,7 @@ func (w *responseWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	w.hijacked = true
 	w.client.stopWatch()
 	w.client.clearWriteDeadline()
-	_ = w.client.SetReadDeadline(time.Time{})
+	w.client.readDeadline.Clear(w.client.TCPConn)
 	return w.client.TCPConn, bufio.NewReadWriter(w.client.r, nil), nil
 }
 

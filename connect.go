@@ -140,7 +140,7 @@ func hijack(w http.ResponseWriter) (conn net.Conn, early []byte, err error) {
 		early = append(early, peeked...)
 	}
 	if read, ok := conn.(*readConn); ok {
-		conn, early = read.TCPConn, append(early, read.prefix...)
+		conn, early = read.TCPConn, append(early, read.in.Prefix...)
 	}
 	return conn, early, nil
 }

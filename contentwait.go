@@ -101,24 +101,22 @@ func (w *contentWait) end() {
 // response.
 func (w *contentWait) waitFor(c *originConn, arrives func() error) error {
 	if w.stop == nil {
-		w.stop = context.AfterFunc(w.handler.tunnels.Context(), func() { _ = c.SetReadDeadline(time.Unix(1, 0)) })
+		w.stop = context.AfterFunc(w.handler.tunnels.Context(), func() { c.deadline.Interrupt(c.Conn) })
 	}
 	defer w.endWait()
 	for start := time.Now(); ; {
 		waited := time.Since(start)
 		if step := w.nextCheck(waited); step > 0 {
-			c.setDeadlineBetween(step, step+step/8)
+			c.deadline.Within(c.Conn, step, step+step/8)
 		} else {
-			c.clearDeadline()
+			c.deadline.Clear(c.Conn)
 		}
-		if w.exiting() { // the exit may have set its deadline before the one above
-			c.deadline = time.Now().Add(exitGrace)
-			_ = c.SetReadDeadline(c.deadline)
+		if w.exiting() { // the exit may have interrupted before the deadline above was set
+			c.deadline.Within(c.Conn, exitGrace, exitGrace)
 		}
 		if err := arrives(); !errors.Is(err, os.ErrDeadlineExceeded) {
 			return err
 		}
-		c.deadline = time.Unix(1, 0)
 		if err := w.overdue(time.Since(start)); err != nil {
 			return err
 		}
@@ -194,9 +192,9 @@ func (b *originBody) setTrailerDeadline() {
 	switch {
 	case b.wait == nil:
 	case b.wait.timeout > 0:
-		b.origin.setDeadlineBetween(b.wait.timeout, b.wait.timeout+b.wait.timeout/8)
+		b.origin.deadline.Within(b.origin.Conn, b.wait.timeout, b.wait.timeout+b.wait.timeout/8)
 	default:
-		b.origin.clearDeadline()
+		b.origin.deadline.Clear(b.origin.Conn)
 	}
 }
 

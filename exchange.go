@@ -186,7 +186,7 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 			res.Body = body
 			if body.Remaining < 0 || body.Remaining > int64(conn.r.Buffered()) || res.StatusCode == http.StatusSwitchingProtocols {
 				x.watchDisconnect()
-				conn.clearDeadline() // the timeout is for the head, not for the body
+				conn.deadline.Clear(conn.Conn) // the timeout is for the head, not for the body
 			}
 			if x.sender != nil {
 				x.sender.proceed(false)
@@ -254,7 +254,7 @@ func (x *exchange) watchDisconnect() {
 // origin does not send 100 (Continue) in time, the body is sent without it.
 func (x *exchange) awaitResponse(out *outgoing, start time.Time) {
 	if x.stopWatch == nil {
-		x.conn.setDeadlineBetween(disconnectWatchDelay/4, disconnectWatchDelay)
+		x.conn.deadline.Within(x.conn.Conn, disconnectWatchDelay/4, disconnectWatchDelay)
 		_, err := x.conn.r.Peek(1)
 		head, _ := x.conn.r.Peek(x.conn.r.Buffered())
 		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) || bytes.Contains(head, h1.HeadEnd) {
@@ -264,7 +264,7 @@ func (x *exchange) awaitResponse(out *outgoing, start time.Time) {
 	}
 	if !x.sendBodyAt.IsZero() {
 		wait := max(time.Until(x.sendBodyAt), time.Millisecond)
-		x.conn.setDeadlineBetween(wait, wait)
+		x.conn.deadline.Within(x.conn.Conn, wait, wait)
 		if _, err := x.conn.r.Peek(1); !errors.Is(err, os.ErrDeadlineExceeded) {
 			return
 		}
@@ -278,11 +278,11 @@ func (x *exchange) awaitResponse(out *outgoing, start time.Time) {
 		left := timeLeft(x.timeout, turn, x.lastProgress)
 		switch {
 		case x.timeout <= 0:
-			x.conn.clearDeadline()
+			x.conn.deadline.Clear(x.conn.Conn)
 		case left <= 0:
 			return
 		default:
-			x.conn.setDeadlineBetween(left, left+left/8)
+			x.conn.deadline.Within(x.conn.Conn, left, left+left/8)
 		}
 		if _, err := x.conn.r.Peek(1); !errors.Is(err, os.ErrDeadlineExceeded) {
 			return
@@ -319,7 +319,7 @@ func (x *exchange) detach() (conn *originConn, early []byte, err error) {
 	if x.sender != nil && !x.sender.stop(conn) {
 		return nil, nil, h1.ProtocolError("the protocol was switched before the request was complete")
 	}
-	conn.clearDeadline()
+	conn.deadline.Clear(conn.Conn)
 	if n := conn.r.Buffered(); n > 0 {
 		peeked, _ := conn.r.Peek(n)
 		early = bytes.Clone(peeked)

@@ -102,7 +102,7 @@ func (h *Handler) prepareOutgoing(w http.ResponseWriter, r *http.Request, out *o
 	}
 	out.body.count = func(n int64) { h.countForwarded(from.limitKey, n, 0) }
 	control := http.NewResponseController(w)
-	out.stopBody = func() { _ = control.SetReadDeadline(time.Unix(1, 0)) }
+	out.stopBody = func() { tcpconn.Interrupt(control.SetReadDeadline) }
 	if r.ProtoMajor == 1 {
 		// The response may arrive while the request body is still being sent.
 		if err := control.EnableFullDuplex(); err != nil && !errors.Is(err, http.ErrNotSupported) {

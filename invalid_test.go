@@ -321,7 +321,8 @@ func TestReadConnFirst(t *testing.T) {
 	for _, text := range []string{"\r\n\r\nGET /", "GET /\r\n", "\r\rGET", "\rG", "\r\n\n", "\n\r\n"} {
 		for size := 1; size <= len(text); size++ {
 			near, far := socketPair(t)
-			c := &readConn{TCPConn: near.(*net.TCPConn), isFirstRead: true, handler: new(Handler)}
+			c := newReadConn(near.(*net.TCPConn), nil)
+			c.isFirstRead, c.handler = true, new(Handler)
 			go func() {
 				_, _ = io.WriteString(far, text[:size])
 				_, _ = io.WriteString(far, text[size:])

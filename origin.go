@@ -63,7 +63,7 @@ type originConn struct {
 	fresh     bool      // put in the pool unused
 	reused    bool      // it was idle before
 	idleSince time.Time // when it was put back
-	deadline  time.Time // the current read deadline
+	deadline  tcpconn.ReadDeadline
 }
 
 // responseReaderPool is a pool of buffers for busy connections. A response that fits into one,
@@ -291,30 +291,10 @@ func (c *originConn) quiet() bool {
 		}
 		// TLS may have buffered bytes. Read returns those before it checks the
 		// deadline, which has passed, so it does not block.
-		c.deadline = time.Unix(1, 0)
-		_ = conn.SetReadDeadline(c.deadline)
+		c.deadline.Interrupt(conn)
 		_, err := conn.Read(make([]byte, 1))
-		c.clearDeadline()
+		c.deadline.Clear(conn)
 		return errors.Is(err, os.ErrDeadlineExceeded)
 	}
 	return false
-}
-
-// setDeadlineBetween sets a read deadline between least and most from now. Setting a deadline costs
-// a timer, so it keeps the current one if that is in the range.
-func (c *originConn) setDeadlineBetween(least, most time.Duration) {
-	now := time.Now()
-	if left := c.deadline.Sub(now); left >= least && left <= most {
-		return
-	}
-	c.deadline = now.Add(most)
-	_ = c.SetReadDeadline(c.deadline)
-}
-
-// clearDeadline removes the read deadline.
-func (c *originConn) clearDeadline() {
-	if !c.deadline.IsZero() {
-		c.deadline = time.Time{}
-		_ = c.SetReadDeadline(time.Time{})
-	}
 }

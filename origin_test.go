@@ -15,6 +15,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // Bytes that an origin sends between two exchanges are no response to the next request.
@@ -118,7 +120,7 @@ func TestOriginsAreBounded(t *testing.T) {
 		return &originConn{Conn: near, authority: "origin.example:80", fresh: true}, far
 	}
 	closed := func(c *originConn) bool {
-		_ = c.SetReadDeadline(time.Unix(1, 0))
+		tcpconn.Interrupt(c.SetReadDeadline)
 		_, err := c.Read(make([]byte, 1))
 		return errors.Is(err, io.ErrClosedPipe)
 	}

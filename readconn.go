@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // readConn is a client connection that net/http serves. Its first reads return the bytes
@@ -19,12 +20,12 @@ import (
 // handler.
 type readConn struct {
 	*net.TCPConn
-	prefix      []byte
-	timedOut    bool     // reads after prefix time out
-	handler     *Handler // nil: refusals are not detected
-	isFirstRead bool     // the first byte must be checked when it arrives
-	overTLS     bool     // the connection carries TLS
-	hasLine     bool     // a whole line has been read
+	in          tcpconn.Prefixed // TCPConn, and what reads return before its bytes
+	timedOut    bool             // reads after the prefix time out
+	handler     *Handler         // nil: refusals are not detected
+	isFirstRead bool             // the first byte must be checked when it arrives
+	overTLS     bool             // the connection carries TLS
+	hasLine     bool             // a whole line has been read
 
 	// responded is set by the first write since the connection was last idle. From then on a
 	// handler has seen the request, and any write is part of its response, whatever it looks
@@ -32,22 +33,21 @@ type readConn struct {
 	responded atomic.Bool
 }
 
+// newReadConn returns a readConn whose first reads return prefix.
+func newReadConn(tcp *net.TCPConn, prefix []byte) *readConn {
+	return &readConn{TCPConn: tcp, in: tcpconn.Prefixed{Conn: tcp, Prefix: prefix}}
+}
+
 // NetConn returns the socket, as the method of tls.Conn does.
 func (c *readConn) NetConn() net.Conn { return c.TCPConn }
 
 func (c *readConn) Read(p []byte) (n int, err error) {
-	switch {
-	case len(c.prefix) > 0:
-		n = copy(p, c.prefix)
-		c.prefix = c.prefix[n:]
-	case c.timedOut:
+	if c.timedOut && len(c.in.Prefix) == 0 {
 		return 0, os.ErrDeadlineExceeded
-	default:
-		c.prefix = nil
-		if n, err = c.TCPConn.Read(p); c.isFirstRead && n > 0 {
-			c.isFirstRead = false
-			n, err = c.checkFirst(p, n)
-		}
+	}
+	if n, err = c.in.Read(p); c.isFirstRead && n > 0 {
+		c.isFirstRead = false
+		n, err = c.checkFirst(p, n)
 	}
 	if !c.hasLine && !c.overTLS {
 		c.hasLine = bytes.IndexByte(p[:n], '\n') >= 0
@@ -106,7 +106,9 @@ type readListener struct {
 func (l *readListener) Accept() (net.Conn, error) {
 	conn, err := l.Listener.Accept()
 	if tcp, ok := conn.(*net.TCPConn); ok && err == nil {
-		return &readConn{TCPConn: tcp, handler: l.handler, isFirstRead: true, overTLS: l.overTLS}, nil
+		read := newReadConn(tcp, nil)
+		read.handler, read.isFirstRead, read.overTLS = l.handler, true, l.overTLS
+		return read, nil
 	}
 	return conn, err
 }

@@ -63,7 +63,7 @@ func TestClientConnWriterSplices(t *testing.T) {
 	if _, err := in.Write(make([]byte, 1000)); err != nil {
 		t.Fatal(err)
 	}
-	w := &responseWriter{client: newClientConn(unitListener(nil), &readConn{TCPConn: to.(*net.TCPConn)}, false)}
+	w := &responseWriter{client: newClientConn(unitListener(nil), newReadConn(to.(*net.TCPConn), nil), false)}
 	w.reset(false, false)
 	w.Header()["Content-Length"] = []string{"1000"}
 	w.WriteHeader(http.StatusOK)

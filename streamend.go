@@ -159,7 +159,7 @@ func (p *streamPeer) closeBody() error {
 // once the stream's context is canceled.
 func (p *streamPeer) StopReading() {
 	if p.server != nil {
-		_ = http.NewResponseController(innermost(p.w)).SetReadDeadline(time.Unix(1, 0))
+		tcpconn.Interrupt(http.NewResponseController(innermost(p.w)).SetReadDeadline)
 	}
 }
 
@@ -211,7 +211,7 @@ func (p *streamPeer) Abort() error {
 	if !p.state.CompareAndSwap(streamOpen, streamAborted) {
 		return nil
 	}
-	_ = http.NewResponseController(innermost(p.w)).SetWriteDeadline(time.Unix(1, 0))
+	tcpconn.Interrupt(http.NewResponseController(innermost(p.w)).SetWriteDeadline)
 	return p.closeBody()
 }
 

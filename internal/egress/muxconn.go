@@ -22,6 +22,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 const (
@@ -348,7 +349,7 @@ func (c *muxConn) tick() {
 		c.pinged = 0
 	case c.pinged != 0 && now-c.pinged >= int64(muxPingTimeout):
 		c.endLocked(errMuxSilent, nil)
-		_ = c.conn.SetDeadline(time.Unix(1, 0)) // do not wait to write the last frames
+		tcpconn.Interrupt(c.conn.SetDeadline) // do not wait to write the last frames
 		return
 	case c.pinged == 0 && now-heard >= int64(muxSilence):
 		c.pinged = now
@@ -440,7 +441,7 @@ func (c *muxConn) handleReadError(err error) {
 		c.end(h1.ProtocolError("the parent violates HTTP/2: "+err.Error()), &code)
 	default:
 		c.end(err, nil)
-		_ = c.conn.SetDeadline(time.Unix(1, 0)) // the parent reads no more either
+		tcpconn.Interrupt(c.conn.SetDeadline) // the parent reads no more either
 	}
 }
 

@@ -26,6 +26,7 @@ import (
 	"golang.org/x/net/http2/hpack"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // muxParent is the parent's end of a muxConn, frame by frame.
@@ -441,7 +442,7 @@ func TestMuxDeadlines(t *testing.T) {
 		if n, err := s.Read(make([]byte, 1)); n != 1 || err != nil {
 			t.Errorf("%d, %v", n, err)
 		}
-		_ = s.SetDeadline(time.Unix(1, 0))
+		tcpconn.Interrupt(s.SetDeadline)
 		if _, err := s.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Error(err)
 		}

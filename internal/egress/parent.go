@@ -165,7 +165,7 @@ func (p *Parent) Connect(ctx context.Context, address string) (net.Conn, error) 
 		return nil, err
 	}
 	// Abort the reads and writes below when ctx ends.
-	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
+	stop := context.AfterFunc(ctx, func() { tcpconn.Interrupt(conn.SetDeadline) })
 	var tunnel net.Conn
 	if p.socks != nil {
 		tunnel, err = p.connectSOCKS(ctx, conn, address)
@@ -262,7 +262,7 @@ func (p *Parent) connectHTTP1(ctx context.Context, conn net.Conn, address string
 	}
 	if n := r.Buffered(); n > 0 {
 		early, _ := r.Peek(n)
-		return &prefixConn{Conn: conn, prefix: early}, nil
+		return &tcpconn.Prefixed{Conn: conn, Prefix: early}, nil
 	}
 	return conn, nil
 }
@@ -295,28 +295,6 @@ func (p *Parent) fields(ctx context.Context) (fields http.Header, owner client.K
 	}
 	maps.Copy(fields, p.Header)
 	return fields, owner
-}
-
-// prefixConn is a connection that first returns the bytes that were read ahead.
-type prefixConn struct {
-	net.Conn
-	prefix []byte
-}
-
-func (c *prefixConn) Read(b []byte) (int, error) {
-	if len(c.prefix) > 0 {
-		n := copy(b, c.prefix)
-		c.prefix = c.prefix[n:]
-		return n, nil
-	}
-	return c.Conn.Read(b)
-}
-
-func (c *prefixConn) CloseWrite() error {
-	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
-		return half.CloseWrite()
-	}
-	return c.Close()
 }
 
 // dialStreams opens a connection for tunnels over HTTP/2. If the parent does not speak

@@ -2,8 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package tcpconn does with TCP connections what package net has no method for. It finds the
-// socket below a connection, reads what the kernel knows about the socket, and sets its
-// options. It knows neither HTTP nor tunnels.
+// socket below a connection, reads what the kernel knows about the socket, sets its options and
+// its read deadline, and puts bytes that were read too early back in front. It knows neither
+// HTTP nor tunnels.
 package tcpconn
 
 import (
