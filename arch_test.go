@@ -29,6 +29,7 @@ var arrows = []struct{ name, imports string }{
 	{"tcpconn", ""},
 	{"bucket", "client"},
 	{"h1", ""},
+	{"metrics", ""},
 	{"policy", "hostport"},
 	{"tunnel", "monotime client hostport tcpconn"},
 	{"egress", "monotime client hostport tcpconn h1 policy"},

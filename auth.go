@@ -130,7 +130,7 @@ func (h *Handler) authenticate(w http.ResponseWriter, r *http.Request, v *transa
 
 // refuseKnownWrong refuses credentials that are known to be wrong.
 func (h *Handler) refuseKnownWrong(w http.ResponseWriter, r *http.Request, v *transaction) error {
-	metrics.authFailures.Inc()
+	program.metrics.AuthFailed()
 	if h.failedLogins != nil {
 		now := monotime.Of(time.Now())
 		if wait, ok := h.failedLogins.Reserve(repeatsKey(v.limitKey), now, 0); !ok {
@@ -176,7 +176,7 @@ func (h *Handler) checkLogin(w http.ResponseWriter, r *http.Request, v *transact
 	if result == loginRight {
 		return nil
 	}
-	metrics.authFailures.Inc()
+	program.metrics.AuthFailed()
 	if result == loginRepeated || h.failedLogins == nil {
 		return causeAuthFailed.refusal(errBadCredentials)
 	}

@@ -19,7 +19,7 @@ import (
 // and labels, and that the dashboard shows every metric.
 func TestContribNamesMetrics(t *testing.T) {
 	registry := prometheus.NewPedanticRegistry()
-	if err := registerMetrics(registry); err != nil {
+	if err := program.metrics.Register(registry, metricsState); err != nil {
 		t.Fatal(err)
 	}
 	families, err := registry.Gather()

@@ -171,7 +171,7 @@ func (h *Handler) awaitHead(w http.ResponseWriter, r *http.Request, x *exchange,
 		}
 		return nil, forwardRefusal(r, err)
 	}
-	metrics.responses.Observe(time.Since(start).Seconds())
+	program.metrics.ResponseHead(time.Since(start))
 	x.binding.challenged(w, r, res)
 	switch {
 	case res.StatusCode != http.StatusProxyAuthRequired:

@@ -17,9 +17,9 @@ import (
 	"testing/iotest"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
-	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
+	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
@@ -253,8 +253,8 @@ func TestPanicIsLoggedAndCounted(t *testing.T) {
 		var h *Handler
 		for h = range shared.handlers.All() {
 		}
-		failed := metrics.requests[kindOther][outcomeFailed]
-		before := testutil.ToFloat64(failed)
+		failed := func() int64 { return program.metrics.Read().Requests[metrics.Other][metrics.Failed] }
+		before := failed()
 		next := caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error { panic(value) })
 		func() {
 			defer func() {
@@ -270,7 +270,7 @@ func TestPanicIsLoggedAndCounted(t *testing.T) {
 		if line["path"] != "/panics" || !strings.Contains(fmt.Sprint(line["error"]), fmt.Sprint(value)) {
 			t.Errorf("log line %v", line)
 		}
-		if n := testutil.ToFloat64(failed) - before; n != 1 {
+		if n := failed() - before; n != 1 {
 			t.Errorf("%v requests were counted as failed, want 1", n)
 		}
 	}

@@ -46,7 +46,7 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 		return 0, forwardRefusal(r, http2Failure(err, o, wait, interim))
 	}
 	wait.stop()
-	metrics.responses.Observe(time.Since(start).Seconds())
+	program.metrics.ResponseHead(time.Since(start))
 	res.Body = &http2Response{res.Body, body, h.newContentWait(from.limitKey), func() { wait.cancel(os.ErrDeadlineExceeded) }}
 	defer res.Body.Close()
 	if err := checkHTTP2Head(res); err != nil {

@@ -46,7 +46,7 @@ var invalidLogs = map[invalidReason]struct {
 // recordInvalid counts and logs a refused client. status is empty if the client got no
 // response. detail may say more about the cause.
 func (h *Handler) recordInvalid(conn net.Conn, reason invalidReason, status, detail string) {
-	metrics.invalid.WithLabelValues(string(reason)).Inc()
+	program.metrics.Invalid(string(reason))
 	remote, _ := netip.ParseAddrPort(conn.RemoteAddr().String())
 	addr := remote.Addr().Unmap().WithZone("")
 	n, ok := invalidLines.count(invalidLine{h.limiter.Key(addr), conn.LocalAddr().String(), string(reason) + status + detail}, time.Now())

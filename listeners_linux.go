@@ -68,7 +68,7 @@ func listenersAt(to netip.AddrPort, exact bool) []netip.AddrPort {
 // or, which only exact checks, Caddy counts more: a reload opens the new listener of the
 // admin endpoint and closes the old one long before the new config has started or failed.
 func (s *sockets) listening(to netip.AddrPort, exact bool) (found []netip.AddrPort, complete bool) {
-	if s == nil || s.config != configLoaded.Load() || time.Since(s.looked) >= policy.SystemCacheTTL {
+	if s == nil || s.config != program.loaded.Load() || time.Since(s.looked) >= policy.SystemCacheTTL {
 		return nil, false
 	}
 	complete = true
@@ -83,7 +83,7 @@ func (s *sockets) listening(to netip.AddrPort, exact bool) (found []netip.AddrPo
 }
 
 func findSockets() (*sockets, error) {
-	s := &sockets{at: make(map[uint16][]socket), looked: time.Now(), config: configLoaded.Load()}
+	s := &sockets{at: make(map[uint16][]socket), looked: time.Now(), config: program.loaded.Load()}
 	n, err := descriptorSlots()
 	if err != nil {
 		return nil, err

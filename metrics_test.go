@@ -25,6 +25,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
+	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
@@ -33,10 +34,10 @@ import (
 func gatherMetrics(t testing.TB) map[string]float64 {
 	t.Helper()
 	registry := prometheus.NewPedanticRegistry()
-	if err := registerMetrics(registry); err != nil {
+	if err := program.metrics.Register(registry, metricsState); err != nil {
 		t.Fatal(err)
 	}
-	if err := registerMetrics(registry); err != nil { // already registered by another handler
+	if err := program.metrics.Register(registry, metricsState); err != nil { // already registered by another handler
 		t.Fatal(err)
 	}
 	families, err := registry.Gather()
@@ -186,7 +187,7 @@ func TestMetricsCount(t *testing.T) {
 // TestMetricsLint checks that the metrics follow the conventions and match the README.
 func TestMetricsLint(t *testing.T) {
 	registry := prometheus.NewPedanticRegistry()
-	if err := registerMetrics(registry); err != nil {
+	if err := program.metrics.Register(registry, metricsState); err != nil {
 		t.Fatal(err)
 	}
 	problems, err := testutil.GatherAndLint(registry)
@@ -222,8 +223,9 @@ func TestMetricsLint(t *testing.T) {
 // except for gauges of the process's current state.
 func TestMetricsExposition(t *testing.T) {
 	registry := prometheus.NewPedanticRegistry()
-	m := newProcessMetrics()
-	registry.MustRegister(m.collectors...)
+	if err := metrics.New(metricLabels()).Register(registry, metricsState); err != nil {
+		t.Fatal(err)
+	}
 	answer := httptest.NewRecorder()
 	promhttp.HandlerFor(registry, promhttp.HandlerOpts{}).ServeHTTP(answer, httptest.NewRequest(http.MethodGet, "/metrics", nil))
 	moment := regexp.MustCompile(`(?m)^(caddy_async_proxy_(?:rate_limit_clients|tunnels|tunnels_limit|idle_connections)) .*$`)

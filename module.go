@@ -36,6 +36,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
+	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
@@ -318,7 +319,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if err := h.provisionName(server); err != nil {
 		return err
 	}
-	if err := registerMetrics(ctx.GetMetricsRegistry()); err != nil {
+	if err := program.metrics.Register(ctx.GetMetricsRegistry(), metricsState); err != nil {
 		return err
 	}
 	if h.events, err = newEmitter(ctx); err != nil {
@@ -606,13 +607,13 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	v := h.newTransaction(r)
 	switch {
 	case r.Method == http.MethodConnect && !isExtendedConnect(r):
-		v.kind = kindTunnel
+		v.kind = metrics.Tunnel
 	case h.isProxyRequest(r):
-		v.kind = kindForward
+		v.kind = metrics.Forward
 	default:
-		v.kind = kindOther
+		v.kind = metrics.Other
 	}
-	if v.kind != kindOther {
+	if v.kind != metrics.Other {
 		delete(w.Header(), "Alt-Svc") // advertises this server, not the requested host
 	}
 	v.limitKey = h.limiter.Key(v.addr)
@@ -641,7 +642,7 @@ var errRateLimited = errors.New("denied by the rate limiter")
 
 // serve admits, authenticates and handles a request, or returns why it does not.
 func (h *Handler) serve(w http.ResponseWriter, r *http.Request, v *transaction, next caddyhttp.Handler) (err error) {
-	requiresLogin := v.kind != kindOther && len(h.auth) > 0
+	requiresLogin := v.kind != metrics.Other && len(h.auth) > 0
 	if !requiresLogin {
 		if err := h.charge(r, v); err != nil {
 			return err
@@ -661,9 +662,9 @@ func (h *Handler) serve(w http.ResponseWriter, r *http.Request, v *transaction, 
 		}
 	}
 	switch v.kind {
-	case kindTunnel:
+	case metrics.Tunnel:
 		v.status, err = h.connect(w, r, v)
-	case kindForward:
+	case metrics.Forward:
 		v.status, err = h.forward(w, r, v.clientIdentity)
 	default:
 		if h.isPAC(r) {
@@ -681,7 +682,7 @@ func (h *Handler) refuseAccess(r *http.Request, v *transaction) *refusal {
 	if h.via.seen(r.Header) || h.isLoop(r, v.peer) {
 		return causeLoop.refusal(nil, h.name)
 	}
-	if v.kind != kindOther && !h.admits(v.addr) {
+	if v.kind != metrics.Other && !h.admits(v.addr) {
 		return causeClient.refusal(&policy.DeniedError{Rule: "clients", Reason: "the client's address is not in clients " + strings.Join(h.effectiveClients(), " ")}, v.addr)
 	}
 	return nil

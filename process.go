@@ -16,6 +16,7 @@ import (
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
@@ -24,6 +25,13 @@ import (
 var processes = caddy.NewUsagePool()
 
 const processKey = "process"
+
+// program holds what lasts as long as the program, even while no config has a proxy.
+var program = struct {
+	metrics *metrics.Set
+	started time.Time
+	loaded  atomic.Pointer[time.Time] // when the last config with a proxy started to run
+}{metrics: metrics.New(metricLabels()), started: time.Now()}
 
 // process is what all proxies of the process share and what a reload keeps, such as open
 // tunnels.

@@ -17,6 +17,7 @@ import (
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )
 
@@ -30,7 +31,7 @@ var limiters = caddy.NewUsagePool()
 // must delete the limits from pool once for each call that succeeds.
 func acquireTable(pool *caddy.UsagePool, limits bucket.Limits) (*bucket.Table, error) {
 	pooled, _, err := pool.LoadOrNew(limits, func() (caddy.Destructor, error) {
-		return bucket.New(limits, eventInterval, &metrics.evicted), nil
+		return bucket.New(limits, eventInterval, program.metrics.Evictions()), nil
 	})
 	if err != nil {
 		return nil, err
@@ -63,7 +64,7 @@ func (h *Handler) takeToken(r *http.Request, v *transaction) bucket.Decision {
 	if wait := h.process.blockedFor(v.limitKey, now); wait > 0 {
 		return h.limiter.Block(v.limitKey, now, wait, errBlocked)
 	}
-	if v.kind == kindOther || h.exempt.Contains(v.addr) {
+	if v.kind == metrics.Other || h.exempt.Contains(v.addr) {
 		return bucket.Decision{Allowed: true}
 	}
 	return h.applyReportOnly(r, v, h.chargeBuckets(r.Context(), v.limitKey, now))
@@ -95,7 +96,7 @@ func (h *Handler) chargeBuckets(ctx context.Context, key client.Key, now int64) 
 func (h *Handler) applyReportOnly(r *http.Request, v *transaction, verdict bucket.Decision) bucket.Decision {
 	if !verdict.Allowed && slices.Contains(h.ReportOnly, "limits") {
 		if !v.reportedOnly {
-			metrics.reported.WithLabelValues("limits").Inc()
+			program.metrics.Reported(reportedLimits)
 			v.reportedOnly = true
 		}
 		if verdict.LogCount > 0 {

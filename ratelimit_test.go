@@ -30,7 +30,7 @@ func limits(burst int64, refill float64) bucket.Limits {
 }
 
 func newTable(limits bucket.Limits) *bucket.Table {
-	return bucket.New(limits, eventInterval, &metrics.evicted)
+	return bucket.New(limits, eventInterval, program.metrics.Evictions())
 }
 
 func TestCeilSeconds(t *testing.T) {

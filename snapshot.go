@@ -15,11 +15,10 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
-	"github.com/prometheus/client_golang/prometheus"
-	dto "github.com/prometheus/client_model/go"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
@@ -152,11 +151,6 @@ const (
 	snapshotTunnels = 200
 )
 
-var (
-	processStart = time.Now()
-	configLoaded atomic.Pointer[time.Time] // when the last config with a proxy started to run
-)
-
 // takeSnapshot copies the current state. It does not block requests.
 func takeSnapshot(now time.Time) snapshot {
 	s := snapshot{Stats: takeStats(now), Refusals: recentRefusals.list(), Settings: []siteSettings{}}
@@ -174,35 +168,11 @@ func takeSnapshot(now time.Time) snapshot {
 }
 
 func takeStats(now time.Time) stats {
-	s := stats{Version: moduleVersion(), Time: now, Started: processStart, Loaded: processStart, Refusals: map[string]int64{}, Causes: map[string]int64{}}
+	s := stats{Version: moduleVersion(), Time: now, Started: program.started, Loaded: program.started}
 	s.Caddy, _ = caddy.Version()
-	if loaded := configLoaded.Load(); loaded != nil {
+	if loaded := program.loaded.Load(); loaded != nil {
 		s.Loaded = *loaded
 	}
-	requests := func(k requestKind, o outcome) int64 {
-		return int64(readMetric(metrics.requests[k][o]).GetCounter().GetValue())
-	}
-	s.Requests.Forwarded = requests(kindForward, outcomeOK)
-	s.Requests.Tunnels = requests(kindTunnel, outcomeOK)
-	s.Requests.PassedOn = requests(kindOther, outcomeOK)
-	for k := range numKinds {
-		s.Requests.RateLimited += requests(k, outcomeLimited)
-		s.Requests.Refused += requests(k, outcomeRefused)
-		s.Requests.Failed += requests(k, outcomeFailed)
-		s.Requests.AuthRequired += requests(k, outcomeAuthRequired)
-	}
-	for _, m := range readMetrics(metrics.refusals) {
-		labels := map[string]string{}
-		for _, label := range m.Label {
-			labels[label.GetName()] = label.GetValue()
-		}
-		n := int64(m.GetCounter().GetValue())
-		s.Refusals[labels["reason"]] += n
-		if labels["cause"] != "" {
-			s.Causes[labels["cause"]] += n
-		}
-	}
-	s.Clients.Evicted = metrics.evicted.Load()
 	limiters.Range(func(_, value any) bool {
 		t := value.(*bucket.Table)
 		s.Clients.Tracked += int64(t.Len())
@@ -214,21 +184,28 @@ func takeStats(now time.Time) stats {
 		s.Tunnels.Limit = int64(p.tunnelLimit())
 		p.countTunnelBytes()
 	})
-	s.Tunnels.Opened = s.Requests.Tunnels
-	s.Tunnels.BytesUp = int64(readMetric(metrics.up).GetCounter().GetValue())
-	s.Tunnels.BytesDown = int64(readMetric(metrics.down).GetCounter().GetValue())
-	s.BytesUp = s.Tunnels.BytesUp + int64(readMetric(metrics.forwardedUp).GetCounter().GetValue())
-	s.BytesDown = s.Tunnels.BytesDown + int64(readMetric(metrics.forwardedDown).GetCounter().GetValue())
-	for _, m := range readMetrics(metrics.dials) {
-		if m.Label[0].GetValue() == "ok" {
-			s.Dials.OK += int64(m.GetHistogram().GetSampleCount())
-			s.DialSeconds = readHistogram(m)
-		} else {
-			s.Dials.Failed += int64(m.GetHistogram().GetSampleCount())
-		}
-	}
-	s.FirstByteSeconds = readHistogram(readMetric(metrics.responses))
+	s.count(program.metrics.Read())
 	return s
+}
+
+// count sets what the counters have counted.
+func (s *stats) count(r metrics.Reading) {
+	s.Requests.Forwarded = r.Requests[metrics.Forward][metrics.OK]
+	s.Requests.Tunnels = r.Requests[metrics.Tunnel][metrics.OK]
+	s.Requests.PassedOn = r.Requests[metrics.Other][metrics.OK]
+	for _, outcomes := range r.Requests {
+		s.Requests.RateLimited += outcomes[metrics.RateLimited]
+		s.Requests.Refused += outcomes[metrics.Refused]
+		s.Requests.Failed += outcomes[metrics.Failed]
+		s.Requests.AuthRequired += outcomes[metrics.AuthRequired]
+	}
+	s.Refusals, s.Causes = r.Refusals, r.Causes
+	s.Clients.Evicted = r.Evictions
+	s.Tunnels.Opened = s.Requests.Tunnels
+	s.Tunnels.BytesUp, s.Tunnels.BytesDown = r.TunnelBytesUp, r.TunnelBytesDown
+	s.BytesUp, s.BytesDown = r.TunnelBytesUp+r.ForwardedBytesUp, r.TunnelBytesDown+r.ForwardedBytesDown
+	s.Dials.OK, s.Dials.Failed = r.DialsOK, r.DialsFailed
+	s.DialSeconds, s.FirstByteSeconds = histogram(r.DialSeconds), histogram(r.ResponseSeconds)
 }
 
 const modulePath = "github.com/asyncproxy/caddy-async-proxy"
@@ -244,34 +221,6 @@ func moduleVersion() string {
 		}
 	}
 	return version
-}
-
-func readMetric(m prometheus.Metric) *dto.Metric {
-	var d dto.Metric
-	_ = m.Write(&d) // fails only for invalid metrics
-	return &d
-}
-
-func readMetrics(c prometheus.Collector) []*dto.Metric {
-	ch := make(chan prometheus.Metric)
-	go func() { c.Collect(ch); close(ch) }()
-	var list []*dto.Metric
-	for m := range ch {
-		list = append(list, readMetric(m))
-	}
-	return list
-}
-
-func readHistogram(m *dto.Metric) histogram {
-	h := histogram{Buckets: []float64{}, Counts: []int64{}}
-	var below uint64
-	for _, b := range m.GetHistogram().GetBucket() {
-		h.Buckets = append(h.Buckets, b.GetUpperBound())
-		h.Counts = append(h.Counts, int64(b.GetCumulativeCount()-below))
-		below = b.GetCumulativeCount()
-	}
-	h.Counts = append(h.Counts, int64(m.GetHistogram().GetSampleCount()-below))
-	return h
 }
 
 // topN finds the n values with the largest keys or, if ascending, the smallest. Among equal

@@ -58,7 +58,7 @@ func (h *Handler) registerHooks(ctx caddy.Context, server *caddyhttp.Server) err
 // show once the server listens.
 func (h *Handler) onStarted(ctx caddy.Context, server *caddyhttp.Server) {
 	now := time.Now()
-	configLoaded.Store(&now)
+	program.loaded.Store(&now)
 	h.running.Store(true)
 	h.process.config.Store(h.configDone)
 	h.logger.Info("async-proxy listening",

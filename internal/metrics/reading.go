@@ -1,0 +1,97 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package metrics
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
+)
+
+// Reading is what the counters of a set have counted since the process started.
+type Reading struct {
+	Requests    [numKinds][numOutcomes]int64
+	Refusals    map[string]int64 // by error type
+	Causes      map[string]int64 // refusals by cause, if they have one
+	Evictions   int64
+	DialsOK     int64
+	DialsFailed int64
+
+	TunnelBytesUp, TunnelBytesDown       int64
+	ForwardedBytesUp, ForwardedBytesDown int64
+
+	DialSeconds     Histogram // of dials that succeeded
+	ResponseSeconds Histogram
+}
+
+// Histogram counts durations per bucket, not cumulatively: above the previous bound of
+// Buckets and up to this one. The last count is that of all longer durations.
+type Histogram struct {
+	Buckets []float64
+	Counts  []int64
+}
+
+// Read returns what the counters stand at.
+func (s *Set) Read() Reading {
+	r := Reading{
+		Refusals: map[string]int64{}, Causes: map[string]int64{}, Evictions: s.evicted.Load(),
+		TunnelBytesUp: count(s.up), TunnelBytesDown: count(s.down),
+		ForwardedBytesUp: count(s.forwardedUp), ForwardedBytesDown: count(s.forwardedDown),
+		ResponseSeconds: histogram(read(s.responses)),
+	}
+	for k := range numKinds {
+		for o := range numOutcomes {
+			r.Requests[k][o] = count(s.requests[k][o])
+		}
+	}
+	for _, m := range elements(s.refusals) {
+		labels := map[string]string{}
+		for _, label := range m.Label {
+			labels[label.GetName()] = label.GetValue()
+		}
+		n := int64(m.GetCounter().GetValue())
+		r.Refusals[labels["reason"]] += n
+		if labels["cause"] != "" {
+			r.Causes[labels["cause"]] += n
+		}
+	}
+	for _, m := range elements(s.dials) {
+		if m.Label[0].GetValue() == "ok" {
+			r.DialsOK += int64(m.GetHistogram().GetSampleCount())
+			r.DialSeconds = histogram(m)
+		} else {
+			r.DialsFailed += int64(m.GetHistogram().GetSampleCount())
+		}
+	}
+	return r
+}
+
+func read(m prometheus.Metric) *dto.Metric {
+	var d dto.Metric
+	_ = m.Write(&d) // fails only for invalid metrics
+	return &d
+}
+
+func count(c prometheus.Counter) int64 { return int64(read(c).GetCounter().GetValue()) }
+
+func elements(c prometheus.Collector) []*dto.Metric {
+	ch := make(chan prometheus.Metric)
+	go func() { c.Collect(ch); close(ch) }()
+	var list []*dto.Metric
+	for m := range ch {
+		list = append(list, read(m))
+	}
+	return list
+}
+
+func histogram(m *dto.Metric) Histogram {
+	h := Histogram{Buckets: []float64{}, Counts: []int64{}}
+	var below uint64
+	for _, b := range m.GetHistogram().GetBucket() {
+		h.Buckets = append(h.Buckets, b.GetUpperBound())
+		h.Counts = append(h.Counts, int64(b.GetCumulativeCount()-below))
+		below = b.GetCumulativeCount()
+	}
+	h.Counts = append(h.Counts, int64(m.GetHistogram().GetSampleCount()-below))
+	return h
+}
