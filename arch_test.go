@@ -24,6 +24,7 @@ import (
 var arrows = []struct{ name, imports string }{
 	{"dnstest", ""},
 	{"monotime", ""},
+	{"printable", ""},
 	{"client", ""},
 	{"hostport", ""},
 	{"tcpconn", ""},

@@ -22,6 +22,8 @@ import (
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/printable"
 )
 
 // refreshInterval is the refresh interval of --watch.
@@ -253,7 +255,7 @@ func (s *statusReport) print(w io.Writer) {
 		if !c.LastSeen.IsZero() {
 			seen = formatAge(st.Time.Sub(c.LastSeen)) + " ago"
 		}
-		fmt.Fprintf(table, "%s%s\t%s\t%d\t%d\t%d\t%s\t%s\t%s\n", printable(c.Client), zone(printable(c.Zone)), tokens, c.Requests, c.Rejections, c.Tunnels,
+		fmt.Fprintf(table, "%s%s\t%s\t%d\t%d\t%d\t%s\t%s\t%s\n", printable.Text(c.Client), zone(printable.Text(c.Zone)), tokens, c.Requests, c.Rejections, c.Tunnels,
 			formatSize(c.BytesUp), formatSize(c.BytesDown), seen)
 	}
 	_ = table.Flush()
@@ -267,7 +269,7 @@ func (s *statusReport) print(w io.Writer) {
 		if t.User != "" {
 			client = t.User + "@" + client
 		}
-		fmt.Fprintf(table, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", t.ID, printable(client), printable(t.Target), printable(t.Proto), formatAge(st.Time.Sub(t.Started)),
+		fmt.Fprintf(table, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", t.ID, printable.Text(client), printable.Text(t.Target), printable.Text(t.Proto), formatAge(st.Time.Sub(t.Started)),
 			formatAge(time.Duration(t.IdleSeconds*float64(time.Second))), formatSize(t.BytesUp), formatSize(t.BytesDown))
 	}
 	_ = table.Flush()

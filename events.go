@@ -11,6 +11,7 @@ import (
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/asyncproxy/caddy-async-proxy/internal/printable"
 )
 
 // eventLimited is the event for a client that is rate limited, for handlers of Caddy's
@@ -43,9 +44,9 @@ func (e emitter) emitRateLimited(zone string, v *transaction, verdict bucket.Dec
 	}
 	e.app.Emit(e.ctx, eventLimited, map[string]any{
 		"client":      client.Name(v.addr),
-		"user":        printable(v.user),
+		"user":        printable.Text(v.user),
 		"zone":        zone,
-		"host":        printable(v.r.Host),
+		"host":        printable.Text(v.r.Host),
 		"retry_after": ceilSeconds(verdict.Wait),
 		"cause":       string(v.cause),
 	})

@@ -21,6 +21,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
+	"github.com/asyncproxy/caddy-async-proxy/internal/printable"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
@@ -269,4 +270,12 @@ func userField(t *tunnel.Tunnel) zap.Field {
 // clientField returns the log field for the client.
 func clientField(addr netip.Addr) zap.Field {
 	return zap.String("client", client.Name(addr))
+}
+
+// textField returns a log field for a value that a client or an origin has chosen.
+func textField(key, value string) zap.Field { return zap.String(key, printable.Text(value)) }
+
+// errorField returns the log field for an error, which may quote what a peer has sent.
+func errorField(err error) zap.Field {
+	return zap.String("error", printable.Error(err))
 }

@@ -16,35 +16,9 @@ import (
 	"time"
 	"unicode"
 	"unicode/utf8"
-)
 
-func TestPrintable(t *testing.T) {
-	long := strings.Repeat("a", maxShown)
-	for in, want := range map[string]string{
-		"":                                 "",
-		"example.com:443":                  "example.com:443",
-		"Jürgen":                           "Jürgen",
-		"\x1b]0;owned\a\x1b[2J":            "\ufffd]0;owned\ufffd\ufffd[2J",
-		"a\tb\nc\rd\x00e\x7f":              "a\ufffdb\ufffdc\ufffdd\ufffde\ufffd",
-		"\u202etxt.exe":                    "\ufffdtxt.exe",
-		"zero\u200bwidth":                  "zero\ufffdwidth",
-		"\xff\xfe":                         "\ufffd\ufffd",
-		long:                               long,
-		long + "b":                         long[:maxShown-3] + "…",
-		strings.Repeat("ü", maxShown/2):    strings.Repeat("ü", maxShown/2),
-		strings.Repeat("ü", maxShown/2+1):  strings.Repeat("ü", (maxShown-3)/2) + "…",
-		strings.Repeat("\x00", maxShown/3): strings.Repeat("\ufffd", maxShown/3),
-		strings.Repeat("\x00", maxShown):   strings.Repeat("\ufffd", maxShown/3-1) + "…",
-		strings.Repeat("a", 10*maxShown):   long[:maxShown-3] + "…",
-	} {
-		if got := printable(in); got != want {
-			t.Errorf("%.40q: %q, want %q", in, got, want)
-		}
-	}
-	if n := testing.AllocsPerRun(100, func() { printable("example.com:443") }); n != 0 {
-		t.Errorf("%v allocations for a harmless text", n)
-	}
-}
+	"github.com/asyncproxy/caddy-async-proxy/internal/printable"
+)
 
 // TestPrintedTextsAreBounded checks that log lines, the snapshot and the status command stay small and
 // printable, however long and odd the texts that clients and origins choose.
@@ -78,7 +52,7 @@ func TestPrintedTextsAreBounded(t *testing.T) {
 		if !ok {
 			return
 		}
-		if len(text) > maxShownError || strings.ContainsFunc(text, func(c rune) bool { return !unicode.IsPrint(c) && c != utf8.RuneError }) {
+		if len(text) > printable.MaxError || strings.ContainsFunc(text, func(c rune) bool { return !unicode.IsPrint(c) && c != utf8.RuneError }) {
 			t.Errorf("%s: %d bytes, %.60q", where, len(text), text)
 		}
 	}
@@ -124,22 +98,4 @@ func TestQueriesAreBounded(t *testing.T) {
 			t.Errorf("%s: %v, %v", query, clients, tunnels)
 		}
 	}
-}
-
-func FuzzPrintable(f *testing.F) {
-	f.Add("example.com")
-	f.Add("\x1b[2J\u202e\xff")
-	f.Add(strings.Repeat("ü", 200))
-	f.Fuzz(func(t *testing.T, in string) {
-		out := printable(in)
-		if len(out) > maxShown || !utf8.ValidString(out) {
-			t.Fatalf("%q becomes %q, %d bytes", in, out, len(out))
-		}
-		if strings.ContainsFunc(out, func(c rune) bool { return !unicode.IsPrint(c) && c != utf8.RuneError }) {
-			t.Fatalf("%q becomes %q", in, out)
-		}
-		if twice := printable(out); twice != out {
-			t.Fatalf("%q becomes %q, and that %q", in, out, twice)
-		}
-	})
 }

@@ -13,6 +13,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/printable"
 )
 
 // otherListeners returns the other processes that listen on an address, as far as this one has
@@ -78,7 +80,7 @@ func processOf(inode string) string {
 			continue
 		}
 		name, _ := os.ReadFile("/proc/" + entry.Name() + "/comm")
-		return fmt.Sprintf("%s, pid %s", printable(strings.TrimSpace(string(name))), entry.Name())
+		return fmt.Sprintf("%s, pid %s", printable.Text(strings.TrimSpace(string(name))), entry.Name())
 	}
 	return "unknown"
 }

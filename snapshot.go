@@ -20,6 +20,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
+	"github.com/asyncproxy/caddy-async-proxy/internal/printable"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
@@ -460,7 +461,7 @@ func tableOf(key client.Key) *bucket.Table {
 func (c *clientRow) info(now time.Time) clientInfo {
 	at := monotime.Of(now)
 	info := clientInfo{
-		Client: printable(c.table.Name(c.client)), Zone: c.table.Limits.Zone,
+		Client: printable.Text(c.table.Name(c.client)), Zone: c.table.Limits.Zone,
 		Tokens: c.tokens(at), Burst: c.table.Limits.Burst, Refill: c.table.Limits.Refill,
 		Requests: c.Requests(), Rejections: c.Rejections(),
 		Tunnels: int64(c.tunnels),
@@ -513,7 +514,7 @@ func findTunnels(q tunnelQuery, now time.Time) tunnelList {
 	for _, k := range found.sorted(q.offset) {
 		t := k.value
 		list.Tunnels = append(list.Tunnels, tunnelInfo{
-			ID: t.ID, Client: client.Name(t.Client), User: printable(t.User), Target: printable(t.Target), Address: t.Address.String(), Proto: printable(t.Proto),
+			ID: t.ID, Client: client.Name(t.Client), User: printable.Text(t.User), Target: printable.Text(t.Target), Address: t.Address.String(), Proto: printable.Text(t.Proto),
 			Started: t.Start, IdleSeconds: time.Duration(max(0, at-t.LastActivity())).Seconds(), BytesUp: t.BytesUp(), BytesDown: t.BytesDown(),
 		})
 	}
@@ -608,7 +609,7 @@ func (r *refusalRing) list() []refusalInfo {
 // addRecent adds a refusal to the list that the status page shows.
 func (v *transaction) addRecent(f *refusal) {
 	recentRefusals.add(&refusalInfo{
-		Time: v.start, Client: client.Name(v.addr), Method: printable(v.r.Method), Target: printable(v.r.Host),
-		Status: f.status, Reason: f.errorType, Cause: string(v.cause), Detail: printable(f.text),
+		Time: v.start, Client: client.Name(v.addr), Method: printable.Text(v.r.Method), Target: printable.Text(v.r.Host),
+		Status: f.status, Reason: f.errorType, Cause: string(v.cause), Detail: printable.Text(f.text),
 	})
 }

@@ -20,6 +20,7 @@ import (
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
+	"github.com/asyncproxy/caddy-async-proxy/internal/printable"
 )
 
 func init() { caddy.RegisterModule(Unclaimed{}) }
@@ -57,7 +58,7 @@ func (u *Unclaimed) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddy
 	now := monotime.Of(time.Now())
 	if last := u.logged.Load(); (last == 0 || now-last >= int64(time.Second)) && u.logged.CompareAndSwap(last, now) {
 		u.logger.Warn("no async_proxy of this server handles this request: none matches it, or its site has a host name in its address",
-			zap.String("client", printable(r.RemoteAddr)), zap.String("method", printable(r.Method)), zap.String("host", printable(hostport.WithoutUser(r.Host))))
+			zap.String("client", printable.Text(r.RemoteAddr)), zap.String("method", printable.Text(r.Method)), zap.String("host", printable.Text(hostport.WithoutUser(r.Host))))
 	}
 	header := w.Header()
 	header["Content-Type"] = []string{"text/plain; charset=utf-8"}
