@@ -84,7 +84,7 @@ func TestArrows(t *testing.T) {
 }
 
 // TestAPI compares what the root exports with testdata/api.txt: users' code and JSON configs
-// depend on it. To update the file, run `go test -run TestAPI . -update-api`.
+// depend on it. To update the file, run `go test -run TestAPI . -update`.
 func TestAPI(t *testing.T) {
 	files, err := filepath.Glob("*.go")
 	if err != nil {
@@ -122,7 +122,7 @@ func TestAPI(t *testing.T) {
 	slices.Sort(decls)
 	got := strings.Join(decls, "\n\n") + "\n"
 	const golden = "testdata/api.txt"
-	if *updateAPI {
+	if *update {
 		if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
 			t.Fatal(err)
 		}
@@ -136,7 +136,7 @@ func TestAPI(t *testing.T) {
 	}
 }
 
-var updateAPI = flag.Bool("update-api", false, "write testdata/api.txt")
+var update = flag.Bool("update", false, "write testdata/api.txt, and the options in README.md and caddyfile.go")
 
 // declName returns the name of a function, or that of a method after its type's name.
 func declName(decl *ast.FuncDecl) string {

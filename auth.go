@@ -65,6 +65,9 @@ func (h *Handler) loadAuth(ctx caddy.Context) error {
 	return nil
 }
 
+// requiresLogin reports whether clients must log in. Loading the providers empties AuthRaw.
+func (h *Handler) requiresLogin() bool { return h.AuthRaw != nil || len(h.auth) > 0 }
+
 // publishedHashes are the hashes in Caddy's documentation, source and tests. Their passwords
 // are published with them, or easily found.
 var publishedHashes = []string{

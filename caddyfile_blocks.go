@@ -10,7 +10,6 @@ import (
 	"math"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
@@ -32,12 +31,11 @@ func (p *caddyfileParser) rule(h *Handler) error {
 	if err != nil {
 		return err
 	}
-	for _, arg := range args {
-		if err := checkDestination(arg); err != nil {
-			return p.invalid(arg)
-		}
+	rule := Rule{Action: p.name, Destinations: args}
+	if err := rule.check(); err != nil {
+		return p.Errf("%v", err)
 	}
-	p.addRule(h, Rule{Action: p.name, Destinations: args})
+	p.addRule(h, rule)
 	return nil
 }
 
@@ -105,15 +103,6 @@ func checkListed(text string) error {
 		return nil
 	}
 	return err
-}
-
-func checkDestination(text string) error {
-	for _, text := range policy.ExpandRanges(text) {
-		if _, err := policy.ParseDestination(text); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // ruleSource parses a rule whose ranges come from one of Caddy's IP source modules.
@@ -197,8 +186,8 @@ func (p *caddyfileParser) servePAC(h *Handler) error {
 	if h.ServePAC = "/proxy.pac"; len(args) > 0 {
 		h.ServePAC = args[0]
 	}
-	if !strings.HasPrefix(h.ServePAC, "/") {
-		return p.invalid(h.ServePAC)
+	if path, invalid := invalidPACPath(h); invalid {
+		return p.invalid(path)
 	}
 	for nesting := p.Nesting(); p.NextBlock(nesting); {
 		if name := p.Val(); name != "direct" {
@@ -326,8 +315,8 @@ func (p *caddyfileParser) failedLogins(h *Handler) error {
 	}
 	var ok, ok2 bool
 	h.FailedLogins, ok = parseInt(args[0], 1, maxFailedLogins)
-	h.FailedLoginsPer, ok2 = parseDuration(args[2], caddy.Duration(time.Second))
-	if !ok || !ok2 || args[1] != "per" || h.FailedLoginsPer > maxFailedLoginsPer {
+	h.FailedLoginsPer, ok2 = parseDuration(args[2])
+	if _, invalid := h.invalidFailedLogins(); invalid || !ok || !ok2 || args[1] != "per" {
 		return p.invalid(strings.Join(args, " "))
 	}
 	return nil

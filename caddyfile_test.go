@@ -6,10 +6,6 @@ package asyncproxy
 import (
 	"encoding/json"
 	"fmt"
-	"go/ast"
-	"go/parser"
-	"go/token"
-	"maps"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -213,7 +209,7 @@ func TestCaddyfileMistakes(t *testing.T) {
 		parents      = "expected http|https|socks5://[<user>[:<password>]@]<host>[:<port>]"
 		ranges       = "expected addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges"
 		tunnels      = "expected <n> [per_client <n>], each from 1 to 1000000000"
-		pseudonym    = "expected a pseudonym that starts with a letter, or off"
+		pseudonym    = "expected a pseudonym of letters, digits, dots and hyphens that starts with a letter, or off"
 		names        = "expected names of this server, without ports"
 		zones        = "expected a name in printable ASCII without spaces, quotes and backslashes"
 		header       = "expected [+|-]<field> [<value|regexp> [<replacement>]]"
@@ -238,7 +234,7 @@ func TestCaddyfileMistakes(t *testing.T) {
 		{"async_proxy burst 5 burst 6", "burst: the option is already set at Caddyfile:2; expected it once, at Caddyfile:2"},
 		{"async_proxy burst 5 {\nburst 6\n}", "burst: the option is already set at Caddyfile:2; expected it once, at Caddyfile:3"},
 
-		{"async_proxy {\nnonsense 5\n}", "unrecognized option 'nonsense'; expected one of " + strings.Join(slices.Sorted(maps.Keys(options)), ", ") + ", at Caddyfile:3"},
+		{"async_proxy {\nnonsense 5\n}", "unrecognized option 'nonsense'; expected one of " + strings.Join(optionNames(), ", ") + ", at Caddyfile:3"},
 		{"async_proxy {\nburst 5\n\nBurst 5\n}", "unrecognized option 'Burst'; did you mean burst?, at Caddyfile:5"},
 		{"async_proxy {\nburst 5 {\nx\n}\n}", "burst: unexpected block; " + tokens + ", at Caddyfile:3"},
 		{"async_proxy {\nburst 5 {\n}\n}", "burst: unexpected block; " + tokens + ", at Caddyfile:3"},
@@ -309,7 +305,7 @@ func TestCaddyfileMistakes(t *testing.T) {
 		{"async_proxy {\nports 65536\n}", "ports: the value '65536' is not valid; expected ports from 1 to 65535, or ranges such as 8000-8999, at Caddyfile:3"},
 		{"async_proxy {\nlimit_by token\n}", "limit_by: the value 'token' is not valid; expected client_ip or user, at Caddyfile:3"},
 		{"async_proxy {\nreport_only rules clients\n}", "report_only: the value 'clients' is not valid; expected rules, limits or both, at Caddyfile:3"},
-		{"async_proxy {\nresolvers 192.0.2.53 :53\n}", "resolvers: the value ':53' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53, at Caddyfile:3"},
+		{"async_proxy {\nresolvers 192.0.2.53 :53\n}", "resolvers: the value ':53' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53 or tcp/[2001:db8::53]:53, at Caddyfile:3"},
 		{"async_proxy {\nserve_pac proxy.pac\n}", "serve_pac: the value 'proxy.pac' is not valid; expected a path that begins with /, or no value, at Caddyfile:3"},
 		{"async_proxy {\nno_upstream a.example:80\n}", "no_upstream: the value 'a.example:80' is not valid; expected destinations without ports: addresses, CIDR ranges, names, *.names, public or private, at Caddyfile:3"},
 		{"async_proxy {\nbasic_auth\n}", "basic_auth: there are no users; " + users + ", at Caddyfile:3"},
@@ -377,11 +373,11 @@ func TestCaddyfileMistakes(t *testing.T) {
 		{"async_proxy {\nburst 5\ndeny_file /nonexistent/list\n}", "deny_file: open /nonexistent/list: no such file or directory; " + files + ", at Caddyfile:4"},
 		{"async_proxy {\ndeny_from static\n}", "deny_from: static has no ranges; " + sources + ", at Caddyfile:3"},
 		{"async_proxy {\ndeny_from static 10.0.0.0/8 a\n}", "deny_from: the value 'a' is not valid; " + sources + ", at Caddyfile:3"},
-		{"async_proxy {\nresolvers dns.google\n}", "resolvers: the value 'dns.google' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53, at Caddyfile:3"},
-		{"async_proxy {\nresolvers 192.0.2.53 udp/localhost:53\n}", "resolvers: the value 'udp/localhost:53' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53, at Caddyfile:3"},
-		{"async_proxy {\nresolvers fd/3\n}", "resolvers: the value 'fd/3' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53, at Caddyfile:3"},
-		{"async_proxy {\nresolvers 8.8.8.8:0\n}", "resolvers: the value '8.8.8.8:0' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53, at Caddyfile:3"},
-		{"async_proxy {\nresolvers 8.8.8.8:\n}", "resolvers: the value '8.8.8.8:' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53, at Caddyfile:3"},
+		{"async_proxy {\nresolvers dns.google\n}", "resolvers: the value 'dns.google' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53 or tcp/[2001:db8::53]:53, at Caddyfile:3"},
+		{"async_proxy {\nresolvers 192.0.2.53 udp/localhost:53\n}", "resolvers: the value 'udp/localhost:53' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53 or tcp/[2001:db8::53]:53, at Caddyfile:3"},
+		{"async_proxy {\nresolvers fd/3\n}", "resolvers: the value 'fd/3' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53 or tcp/[2001:db8::53]:53, at Caddyfile:3"},
+		{"async_proxy {\nresolvers 8.8.8.8:0\n}", "resolvers: the value '8.8.8.8:0' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53 or tcp/[2001:db8::53]:53, at Caddyfile:3"},
+		{"async_proxy {\nresolvers 8.8.8.8:\n}", "resolvers: the value '8.8.8.8:' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53 or tcp/[2001:db8::53]:53, at Caddyfile:3"},
 		{"async_proxy {\nvia on\n}", "via: the value 'on' is not valid; " + pseudonym + ", at Caddyfile:3"},
 		{"async_proxy {\nlimiter redis a\n}", "limiter: this build has no module http.async_proxy.limiters.redis; expected a limiter that this Caddy is built with; for redis, build it with --with github.com/asyncproxy/caddy-async-proxy/redis, at Caddyfile:3"},
 		{"async_proxy {\nlimiter\n}", "limiter: missing value; expected a limiter that this Caddy is built with; for redis, build it with --with github.com/asyncproxy/caddy-async-proxy/redis, at Caddyfile:3"},
@@ -425,48 +421,48 @@ func TestJSON(t *testing.T) {
 // Each mistake is refused, and resources acquired before it are released.
 func TestJSONMistakes(t *testing.T) {
 	for _, tc := range []struct{ options, want string }{
-		{`"burst": -1`, "burst -1: expected a number of tokens from 1 to 1000000000"},
-		{`"burst": 1000000001`, "burst 1000000001: expected a number of tokens from 1 to 1000000000"},
-		{`"refill": -0.5`, "refill -0.5: expected tokens per second from 0.00001 (about one a day) to 1000000"},
-		{`"refill": 1e300`, "refill 1e+300: expected tokens per second from 0.00001 (about one a day) to 1000000"},
+		{`"burst": -1`, "burst: the value '-1' is not valid; expected a whole number of tokens from 1 to 1000000000"},
+		{`"burst": 1000000001`, "burst: the value '1000000001' is not valid; expected a whole number of tokens from 1 to 1000000000"},
+		{`"refill": -0.5`, "refill: the value '-0.5' is not valid; expected tokens per second from 0.00001 to 1000000"},
+		{`"refill": 1e300`, "refill: the value '1e+300' is not valid; expected tokens per second from 0.00001 to 1000000"},
 		{`"burst": 1000000000, "refill": 0.1`, "burst 1000000000 with refill 0.1: an empty bucket would take more than 4000000000 seconds to fill; expected a smaller burst or a larger refill"},
-		{`"ipv4_prefix": 33`, "ipv4_prefix 33: expected bits from 1 to 32"},
-		{`"ipv6_prefix": -1`, "ipv6_prefix -1: expected bits from 1 to 128"},
-		{`"max_clients": 1`, "max_clients 1: expected a number of at least 2"},
-		{`"zone": "a b"`, `zone "a b": expected a name in printable ASCII without spaces, quotes and backslashes`},
-		{`"exempt": ["10.0.0.0/8", "10.0.0.0/33"]`, `exempt "10.0.0.0/33": expected an address, a CIDR range such as 10.0.0.0/8, or private_ranges`},
-		{`"exempt": [""]`, `exempt "": expected an address, a CIDR range such as 10.0.0.0/8, or private_ranges`},
-		{`"clients": ["example.com"]`, `clients "example.com": expected an address, a CIDR range such as 10.0.0.0/8, or private_ranges`},
-		{`"rules": [{"action": "allow", "destinations": ["a b"]}]`, `allow: "a b" is not an address, a CIDR range or a name`},
+		{`"ipv4_prefix": 33`, "ipv4_prefix: the value '33' is not valid; expected a number of bits from 1 to 32"},
+		{`"ipv6_prefix": -1`, "ipv6_prefix: the value '-1' is not valid; expected a number of bits from 1 to 128"},
+		{`"max_clients": 1`, "max_clients: the value '1' is not valid; expected a whole number of clients from 2 to 1000000000"},
+		{`"zone": "a b"`, "zone: the value 'a b' is not valid; expected a name in printable ASCII without spaces, quotes and backslashes"},
+		{`"exempt": ["10.0.0.0/8", "10.0.0.0/33"]`, "exempt: the value '10.0.0.0/33' is not valid; expected addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges"},
+		{`"exempt": [""]`, "exempt: the value '' is not valid; expected addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges"},
+		{`"clients": ["example.com"]`, "clients: the value 'example.com' is not valid; expected all, or addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges"},
+		{`"rules": [{"action": "allow", "destinations": ["a b"]}]`, "rules[0]: allow: the value 'a b' is not valid; expected addresses, CIDR ranges, names, *.names, public, private or all, each optionally followed by :<ports>"},
 		{`"rules": [{"action": "permit", "destinations": ["all"]}]`, `rules[0]: action "permit": expected allow or deny`},
-		{`"rules": [{"action": "deny"}]`, `deny: missing destination`},
-		{`"connect_ports": ["0"]`, `connect_ports: "0" is neither a port from 1 to 65535 nor a range of ports such as 8000-8999`},
+		{`"rules": [{"action": "deny"}]`, "rules[0]: deny: missing destination; expected addresses, CIDR ranges, names, *.names, public, private or all, each optionally followed by :<ports>"},
+		{`"connect_ports": ["0"]`, "connect_ports: the value '0' is not valid; expected ports from 1 to 65535, or ranges such as 8000-8999"},
 		{`"clients": ["10.1.2.3/8"]`, "clients: 10.1.2.3/8 has bits set beyond its length; write 10.0.0.0/8 for the range, or 10.1.2.3 for the address"},
-		{`"rules": [{"action": "deny", "destinations": [".example.com"]}]`, `deny: ".example.com" is not a name; for the name and everything below it, write example.com *.example.com`},
+		{`"rules": [{"action": "deny", "destinations": [".example.com"]}]`, `rules[0]: deny: ".example.com" is not a name; for the name and everything below it, write example.com *.example.com`},
 		{`"pac_direct": ["a.example"]`, "pac_direct: expected serve_pac to be set as well"},
 		{`"serve_pac": "/a", "pac_direct": ["all"]`, "pac_direct: all, public and private are not allowed"},
-		{`"ports": ["0"]`, `ports: "0" is neither a port from 1 to 65535 nor a range of ports such as 8000-8999`},
-		{`"report_only": ["all"]`, `report_only "all": expected rules or limits`},
-		{`"limit_by": "token"`, `limit_by "token": expected client_ip or user`},
-		{`"limit_by": "user"`, `limit_by "user" requires authentication`},
-		{`"serve_pac": "proxy.pac"`, `serve_pac "proxy.pac": expected a path that begins with /`},
-		{`"resolvers": ["192.0.2.53", "dns.google:53"]`, `resolvers "dns.google:53": expected the IP address of a DNS server, such as 192.0.2.53 or tcp/[2001:db8::53]:53`},
-		{`"resolvers": ["a b"]`, `resolvers "a b": expected the IP address of a DNS server, such as 192.0.2.53 or tcp/[2001:db8::53]:53`},
+		{`"ports": ["0"]`, "ports: the value '0' is not valid; expected ports from 1 to 65535, or ranges such as 8000-8999"},
+		{`"report_only": ["all"]`, "report_only: the value 'all' is not valid; expected rules, limits or both"},
+		{`"limit_by": "token"`, "limit_by: the value 'token' is not valid; expected client_ip or user"},
+		{`"limit_by": "user"`, "limit_by: user requires authentication; expected the option basic_auth as well"},
+		{`"serve_pac": "proxy.pac"`, "serve_pac: the value 'proxy.pac' is not valid; expected a path that begins with /, or no value"},
+		{`"resolvers": ["192.0.2.53", "dns.google:53"]`, "resolvers: the value 'dns.google:53' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53 or tcp/[2001:db8::53]:53"},
+		{`"resolvers": ["a b"]`, "resolvers: the value 'a b' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53 or tcp/[2001:db8::53]:53"},
 		{`"upstream": {"url": "proxy.example:80"}`, `upstream: missing scheme; expected http://, https:// or socks5://, and the host of a proxy`},
-		{`"no_upstream": ["a.example"]`, `no_upstream: no upstream is configured`},
-		{`"dial_timeout": -1`, "dial_timeout -1ns: expected a positive duration"},
+		{`"no_upstream": ["a.example"]`, "no_upstream: no upstream is configured; expected the option upstream as well"},
+		{`"dial_timeout": -1`, "dial_timeout: the value '-1ns' is not valid; expected a positive duration such as 10s"},
 		{`"authentication": {}`, `authentication: expected a provider, such as http_basic`},
 		{`"headers": {"request": {"set": {"A b": ["c"]}}}`, `headers: 'A b' is not a field name`},
 		{`"headers": {"response": {"delete": ["A:"]}}`, `headers: 'A:' is not a field name`},
 		{`"headers": {"response": {"replace": {"": [{}]}}}`, `headers: '' is not a field name`},
-		{`"via": "fred joe"`, `via "fred joe": expected a pseudonym of letters, digits, dots and hyphens that starts with a letter, or off`},
-		{`"via": "on"`, `via "on": expected a pseudonym of letters, digits, dots and hyphens that starts with a letter, or off`},
-		{`"forwarded_for": "on"`, `forwarded_for "on": expected auto or off`},
-		{`"hosts": ["proxy.example.com:443"]`, `hosts "proxy.example.com:443": expected the name of a host, without a port`},
-		{`"max_tunnels": -1`, "max_tunnels -1: expected a number of tunnels, or 0 for no limit"},
-		{`"max_tunnels_per_client": -1`, "max_tunnels_per_client -1: expected a number of tunnels, or 0 for no limit"},
-		{`"tunnel_max_duration": "-1s"`, "tunnel_max_duration -1s: expected a positive duration, or 0 for no limit"},
-		{`"stream_close_delay": "-1s"`, "stream_close_delay -1s: expected a duration, or null for never"},
+		{`"via": "fred joe"`, "via: the value 'fred joe' is not valid; expected a pseudonym of letters, digits, dots and hyphens that starts with a letter, or off"},
+		{`"via": "on"`, "via: the value 'on' is not valid; expected a pseudonym of letters, digits, dots and hyphens that starts with a letter, or off"},
+		{`"forwarded_for": "on"`, "forwarded_for: the value 'on' is not valid; expected auto or off"},
+		{`"hosts": ["proxy.example.com:443"]`, "hosts: the value 'proxy.example.com:443' is not valid; expected names of this server, without ports"},
+		{`"max_tunnels": -1`, "max_tunnels: the value '-1' is not valid; expected <n> [per_client <n>], each from 1 to 1000000000"},
+		{`"max_tunnels_per_client": -1`, "max_tunnels: the value '-1' is not valid; expected <n> [per_client <n>], each from 1 to 1000000000"},
+		{`"tunnel_max_duration": "-1s"`, "tunnel_max_duration: the value '-1s' is not valid; expected a positive duration such as 24h"},
+		{`"stream_close_delay": "-1s"`, "stream_close_delay: the value '-1s' is not valid; expected a duration such as 5m, or 0 for immediately"},
 	} {
 		err := validate(t, `{"handler": "async_proxy", `+tc.options+`}`)
 		if want := "provision http.handlers.async_proxy: " + tc.want; err == nil || !strings.HasSuffix(err.Error(), want) {
@@ -594,50 +590,5 @@ func checkShipped(t *testing.T, text, filename string) {
 	}
 	if formatted := string(caddyfile.Format([]byte(text))); formatted != text {
 		t.Errorf("formatted:\n%s\nfile:\n%s", formatted, text)
-	}
-}
-
-// syntaxOptions returns the options in a description of the directive's syntax, which are
-// indented by one tab.
-func syntaxOptions(t *testing.T, text string) []string {
-	t.Helper()
-	_, rest, found := strings.Cut(text, "async_proxy [<matcher>]")
-	block, _, found2 := strings.Cut(rest, "\n}")
-	if !found || !found2 {
-		t.Fatalf("found no syntax in %q", text)
-	}
-	var options []string
-	for line := range strings.Lines(block[strings.IndexByte(block, '\n'):]) {
-		line, indented := strings.CutPrefix(line, "\t")
-		if words := strings.Fields(line); indented && line[0] != '\t' && line[0] != '}' && len(words) > 0 {
-			options = append(options, words[0])
-		}
-	}
-	return options
-}
-
-func TestSyntaxNamesEveryOption(t *testing.T) {
-	file, err := parser.ParseFile(token.NewFileSet(), "caddyfile.go", nil, parser.ParseComments)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var doc string
-	ast.Inspect(file, func(n ast.Node) bool {
-		if f, ok := n.(*ast.FuncDecl); ok && f.Name.Name == "UnmarshalCaddyfile" {
-			doc = strings.ReplaceAll(f.Doc.Text(), "\n\t", "\n")
-		}
-		return true
-	})
-	readme, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	want := slices.Sorted(maps.Keys(options))
-	for name, text := range map[string]string{"the comment of UnmarshalCaddyfile": doc, "README.md": string(readme)} {
-		got := syntaxOptions(t, text)
-		slices.Sort(got)
-		if !slices.Equal(got, want) {
-			t.Errorf("%s names the options %v, want %v", name, got, want)
-		}
 	}
 }

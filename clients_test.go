@@ -169,7 +169,7 @@ func TestClientsInJSON(t *testing.T) {
 	for clients, want := range map[string]string{
 		`["all"]`:                       "",
 		`["private_ranges", "8.8.8.8"]`: "",
-		`["everybody"]`:                 `clients "everybody": expected`,
+		`["everybody"]`:                 `clients: the value 'everybody' is not valid; expected all`,
 	} {
 		h := fmt.Sprintf(`{"handler": "async_proxy", "clients": %s}`, clients)
 		var config *caddy.Config

@@ -124,22 +124,19 @@ func checkEndpoint(flag, address string) error {
 func commandHandler(flags caddycmd.Flags) (*Handler, error) {
 	h := new(Handler)
 	for _, name := range []string{"burst", "refill"} {
-		if value := flags.String(name); flags.Changed(name) && !options[name].set(h, value) {
-			return nil, invalidValue(name, options[name].expected, value)
+		if flags.Changed(name) {
+			if err := setOption(h, name, flags.String(name)); err != nil {
+				return nil, err
+			}
 		}
-	}
-	full := *h
-	full.setDefaults()
-	if err := full.limits().Validate(); err != nil {
-		return nil, err
 	}
 	clients, err := flags.GetStringArray("clients")
 	if err != nil {
 		return nil, err
 	}
 	for _, value := range clients {
-		if !options["clients"].set(h, value) {
-			return nil, invalidValue("clients", options["clients"].expected, value)
+		if err := setOption(h, "clients", value); err != nil {
+			return nil, err
 		}
 	}
 	for _, action := range []string{"allow", "deny"} {
@@ -147,20 +144,32 @@ func commandHandler(flags caddycmd.Flags) (*Handler, error) {
 		if err != nil {
 			return nil, err
 		}
-		for _, value := range destinations {
-			if checkDestination(value) != nil {
-				return nil, invalidValue(action, options[action].expected, value)
-			}
+		if len(destinations) == 0 {
+			continue
 		}
-		if len(destinations) > 0 {
-			h.Rules = append(h.Rules, Rule{Action: action, Destinations: destinations})
+		rule := Rule{Action: action, Destinations: destinations}
+		if err := rule.check(); err != nil {
+			return nil, err
 		}
+		h.Rules = append(h.Rules, rule)
+	}
+	if err := h.checkTogether(); err != nil {
+		return nil, err
 	}
 	u, err := uselessRule(h)
 	if u != nil {
 		return nil, fmt.Errorf("allow: %s", u.Text())
 	}
 	return h, err
+}
+
+// setOption stores the value of a flag that is named like an option.
+func setOption(h *Handler, name, value string) error {
+	o, _ := optionNamed(name)
+	if !o.set(h, value) {
+		return invalidValue(name, o.expected, value)
+	}
+	return nil
 }
 
 // commandAuth returns the providers for the accounts in the flags; none if there are none.

@@ -131,9 +131,6 @@ func (h *Handler) provisionName(server *caddyhttp.Server) error {
 		return nil
 	case "":
 	default:
-		if !validPseudonym(h.Via) {
-			return fmt.Errorf("via %q: expected a pseudonym of letters, digits, dots and hyphens that starts with a letter, or off", h.Via)
-		}
 		h.name = h.Via
 	}
 	h.via = newVia(h.name)

@@ -11,7 +11,6 @@
 package asyncproxy
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -289,7 +288,14 @@ func (Handler) CaddyModule() caddy.ModuleInfo {
 // Provision implements caddy.Provisioner.
 func (h *Handler) Provision(ctx caddy.Context) error {
 	h.logger = ctx.Logger()
+	if err := h.Validate(); err != nil {
+		return err
+	}
 	h.setDefaults()
+	// Cap the timeouts so that adding to them cannot overflow.
+	h.ResponseHeaderTimeout = min(h.ResponseHeaderTimeout, maxTimeout)
+	h.ResponseIdleTimeout = min(h.ResponseIdleTimeout, maxTimeout)
+	h.contentGrace = contentGrace
 	h.running, h.configDone = new(atomic.Bool), ctx.Done()
 
 	var err error
@@ -300,17 +306,11 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if err := h.provisionClients(server); err != nil {
 		return err
 	}
-	if err := h.checkOptions(); err != nil {
-		return err
-	}
 	if h.pacDirect, err = policy.NewPACDirect(h.PACDirect); err != nil {
 		return fmt.Errorf("pac_direct: %w", err)
 	}
 	if err := h.loadAuth(ctx); err != nil {
 		return err
-	}
-	if h.LimitBy == "user" && len(h.auth) == 0 {
-		return errors.New("limit_by \"user\" requires authentication")
 	}
 	if err := h.provisionHeaders(ctx); err != nil {
 		return fmt.Errorf("headers: %w", err)
@@ -337,28 +337,6 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		return err
 	}
 	return h.provisionShared(ctx, server)
-}
-
-// checkOptions checks the options that are checked without Caddy.
-func (h *Handler) checkOptions() error {
-	switch {
-	case h.DialTimeout < 0:
-		return fmt.Errorf("dial_timeout %v: expected a positive duration", time.Duration(h.DialTimeout))
-	case h.LimitBy != "client_ip" && h.LimitBy != "user":
-		return fmt.Errorf("limit_by %q: expected client_ip or user", h.LimitBy)
-	case h.ServePAC != "" && h.ServePAC[0] != '/':
-		return fmt.Errorf("serve_pac %q: expected a path that begins with /", h.ServePAC)
-	case len(h.PACDirect) > 0 && h.ServePAC == "":
-		return errors.New("pac_direct: expected serve_pac to be set as well")
-	case h.ForwardedFor != "auto" && h.ForwardedFor != "off":
-		return fmt.Errorf("forwarded_for %q: expected auto or off", h.ForwardedFor)
-	}
-	for _, scope := range h.ReportOnly {
-		if scope != "rules" && scope != "limits" {
-			return fmt.Errorf("report_only %q: expected rules or limits", scope)
-		}
-	}
-	return h.validateTunnels()
 }
 
 func (h *Handler) provisionHeaders(ctx caddy.Context) error {
@@ -407,9 +385,6 @@ func (h *Handler) provisionPools(r policy.Scope) (err error) {
 // Cleanup has to release it.
 func (h *Handler) provisionShared(ctx caddy.Context, server *caddyhttp.Server) error {
 	limits := h.limits()
-	if err := limits.Validate(); err != nil {
-		return err
-	}
 	var err error
 	if h.limiter, err = acquireTable(limiters, limits); err != nil {
 		return err
@@ -487,9 +462,6 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 	h.dialer.Report, h.dialer.OwnPort = h.logReported, own.usesPort
 	h.pacRules = sync.OnceValue(h.makePACRules)
 	if h.Upstream == nil {
-		if len(h.NoUpstream) > 0 {
-			return errors.New("no_upstream: no upstream is configured")
-		}
 		return nil
 	}
 	if h.dialer.Direct, err = policy.NewDirectSet(h.NoUpstream); err != nil {
@@ -560,28 +532,6 @@ func (h *Handler) idleConnections() int {
 
 // maxTimeout is about 36 years.
 const maxTimeout = caddy.Duration(1 << 60)
-
-func (h *Handler) setDefaults() {
-	h.Burst = cmp.Or(h.Burst, 10)
-	h.Refill = cmp.Or(h.Refill, 0.5)
-	h.IPv4Prefix = cmp.Or(h.IPv4Prefix, 32)
-	h.IPv6Prefix = cmp.Or(h.IPv6Prefix, 64)
-	h.MaxClients = cmp.Or(h.MaxClients, 1_000_000)
-	h.Zone = cmp.Or(h.Zone, "default")
-	h.DialTimeout = cmp.Or(h.DialTimeout, caddy.Duration(10*time.Second))
-	h.ForwardedFor = cmp.Or(h.ForwardedFor, "auto")
-	h.LimitBy = cmp.Or(h.LimitBy, "client_ip")
-	h.FailedLogins = cmp.Or(h.FailedLogins, 10)
-	h.FailedLoginsPer = cmp.Or(h.FailedLoginsPer, caddy.Duration(time.Minute))
-	h.ResponseHeaderTimeout = cmp.Or(h.ResponseHeaderTimeout, caddy.Duration(5*time.Minute))
-	h.ResponseIdleTimeout = cmp.Or(h.ResponseIdleTimeout, caddy.Duration(5*time.Minute))
-	// Cap the timeouts so that adding to them cannot overflow.
-	h.ResponseHeaderTimeout = min(h.ResponseHeaderTimeout, maxTimeout)
-	h.ResponseIdleTimeout = min(h.ResponseIdleTimeout, maxTimeout)
-	h.contentGrace = contentGrace
-	h.TunnelIdleTimeout = cmp.Or(h.TunnelIdleTimeout, caddy.Duration(time.Hour))
-	h.TunnelStallTimeout = cmp.Or(h.TunnelStallTimeout, caddy.Duration(time.Minute))
-}
 
 // parsePrefixes reads the addresses and CIDR ranges of an option.
 func parsePrefixes(option string, exprs []string) (*bart.Lite, error) {
@@ -811,6 +761,7 @@ func identifyClient(r *http.Request) clientIdentity {
 // Interface guards
 var (
 	_ caddy.Provisioner           = (*Handler)(nil)
+	_ caddy.Validator             = (*Handler)(nil)
 	_ caddy.CleanerUpper          = (*Handler)(nil)
 	_ caddyhttp.MiddlewareHandler = (*Handler)(nil)
 )

@@ -10,7 +10,6 @@ import (
 	"encoding/base64"
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"runtime"
 	"strings"
 	"sync"
@@ -51,6 +50,9 @@ const (
 	// nanoseconds.
 	maxFailedLogins    = 1_000_000
 	maxFailedLoginsPer = caddy.Duration(365 * 24 * time.Hour)
+
+	defaultFailedLogins    = 10
+	defaultFailedLoginsPer = caddy.Duration(time.Minute)
 )
 
 var (
@@ -156,12 +158,7 @@ var failedLogins = caddy.NewUsagePool()
 // provisionFailedLogins acquires the handler's buckets of failed logins, which Cleanup
 // releases.
 func (h *Handler) provisionFailedLogins() error {
-	switch {
-	case h.FailedLogins < -1 || h.FailedLogins > maxFailedLogins:
-		return fmt.Errorf("failed_logins %d: expected a number from 1 to %d, or -1 for no limit", h.FailedLogins, maxFailedLogins)
-	case h.FailedLoginsPer < caddy.Duration(time.Second) || h.FailedLoginsPer > maxFailedLoginsPer:
-		return fmt.Errorf("failed_logins_per %v: expected a duration from 1s to %v", time.Duration(h.FailedLoginsPer), time.Duration(maxFailedLoginsPer))
-	case len(h.auth) == 0 || h.FailedLogins < 0:
+	if len(h.auth) == 0 || h.FailedLogins < 0 {
 		return nil
 	}
 	limits := h.limits()

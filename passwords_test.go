@@ -446,13 +446,13 @@ func TestFailedLoginsOptions(t *testing.T) {
 		want string
 	}{
 		{10, time.Minute, ""}, {-1, time.Minute, ""}, {maxFailedLogins, time.Duration(maxFailedLoginsPer), ""}, {1, time.Second, ""},
-		{-2, time.Minute, "failed_logins -2: expected a number from 1"}, {maxFailedLogins + 1, time.Minute, "failed_logins 1000001: expected a number from 1"},
-		{10, time.Millisecond, "failed_logins_per 1ms: expected a duration from 1s"}, {10, time.Duration(maxFailedLoginsPer) + 1, "expected a duration from 1s"},
-		{10, -time.Second, "expected a duration from 1s"},
+		{-2, time.Minute, "failed_logins: the value '-2 per 1m' is not valid; expected <n> per <duration>"}, {maxFailedLogins + 1, time.Minute, "the value '1000001 per 1m' is not valid"},
+		{10, time.Millisecond, "the value '10 per 1ms' is not valid"}, {10, time.Duration(maxFailedLoginsPer) + 1, "with 1 to 1000000 logins per 1s to 8760h"},
+		{10, -time.Second, "the value '10 per -1s' is not valid"},
 	} {
 		var h Handler
 		h.FailedLogins, h.FailedLoginsPer = row.n, caddy.Duration(row.per)
-		err := h.provisionFailedLogins()
+		err := h.Validate()
 		if row.want == "" && err != nil || row.want != "" && (err == nil || !strings.Contains(err.Error(), row.want)) {
 			t.Errorf("%d per %v: %v", row.n, row.per, err)
 		}

@@ -52,6 +52,22 @@ type Rule struct {
 	SourceRaw json.RawMessage `json:"source,omitempty" caddy:"namespace=http.ip_sources inline_key=source"`
 }
 
+// check returns an error unless the rule's action and destinations are valid.
+func (r *Rule) check() error {
+	if r.Action != "allow" && r.Action != "deny" {
+		return fmt.Errorf("action %q: expected allow or deny", r.Action)
+	}
+	if len(r.Destinations) == 0 && len(r.Files) == 0 && r.SourceRaw == nil {
+		return fmt.Errorf("%s: missing destination; expected %s", r.Action, expectedDestinations)
+	}
+	for _, destination := range r.Destinations {
+		if checkDestination(destination) != nil {
+			return invalidValue(r.Action, expectedDestinations, destination)
+		}
+	}
+	return nil
+}
+
 // hashFiles returns a hash of the contents of files, or "" if one of them cannot
 // be read.
 func hashFiles(paths []string) string {

@@ -6,7 +6,6 @@ package asyncproxy
 import (
 	"cmp"
 	"context"
-	"fmt"
 	"net"
 	"net/http"
 	"reflect"
@@ -156,26 +155,6 @@ func (h *Handler) onShutdown(ctx caddy.Context) {
 
 // graceMargin is how long before the end of the grace period the proxy closes tunnels.
 const graceMargin = 200 * time.Millisecond
-
-// validateTunnels checks the options for tunnels.
-func (h *Handler) validateTunnels() error {
-	switch {
-	case h.MaxTunnels < 0:
-		return fmt.Errorf("max_tunnels %d: expected a number of tunnels, or 0 for no limit", h.MaxTunnels)
-	case h.MaxTunnelsPerClient < 0:
-		return fmt.Errorf("max_tunnels_per_client %d: expected a number of tunnels, or 0 for no limit", h.MaxTunnelsPerClient)
-	case h.TunnelMaxDuration < 0:
-		return fmt.Errorf("tunnel_max_duration %v: expected a positive duration, or 0 for no limit", time.Duration(h.TunnelMaxDuration))
-	case h.StreamCloseDelay != nil && *h.StreamCloseDelay < 0:
-		return fmt.Errorf("stream_close_delay %v: expected a duration, or null for never", time.Duration(*h.StreamCloseDelay))
-	}
-	for _, host := range h.Hosts {
-		if hostport.CheckHost(host) != nil {
-			return fmt.Errorf("hosts %q: expected the name of a host, without a port", host)
-		}
-	}
-	return nil
-}
 
 // minHeadLimit is the smallest size limit for request heads that suits a proxy: as much as
 // Chromium sends. Kerberos tickets alone may take 64 KiB.
