@@ -21,16 +21,16 @@ const spliceFrom = 256 << 10
 // spliceAtMost is how much of a body is moved, and then counted, at a time.
 const spliceAtMost = 1 << 20
 
-// splice copies the body of a response inside the kernel, if both connections are plain
+// spliceBody copies the body of a response inside the kernel, if both connections are plain
 // sockets and the body's length is known. done reports whether it has done so.
 //
 // Of the writers that Caddy puts between a handler and its connection, only the timeout for
 // stalled writes can be bypassed, because it is applied here. Access logs and metrics need
 // to see the bytes, and the operator's write timeouts and minimum rates need to be enforced.
-func (b *originBody) splice(w http.ResponseWriter, count func(n int64)) (done bool, err error) {
+func spliceBody(w http.ResponseWriter, b *originBody, count func(n int64)) (done bool, err error) {
 	idle, ok := w.(*caddyhttp.IdleTimeoutWriter)
-	socket, ok2 := b.conn.(*net.TCPConn)
-	if !ok || !ok2 || b.IsChunked() || b.Remaining < spliceFrom || !restartsWithEachWrite(idle) {
+	socket := b.socket()
+	if !ok || socket == nil || b.IsChunked() || b.Remaining < spliceFrom || !restartsWithEachWrite(idle) {
 		return false, nil
 	}
 	client, ok := innermost(w).(io.ReaderFrom)
@@ -39,7 +39,7 @@ func (b *originBody) splice(w http.ResponseWriter, count func(n int64)) (done bo
 		return false, err
 	}
 	for b.Remaining > 0 {
-		n, err := b.spliceSome(client, conn, socket, idle)
+		n, err := spliceSome(b, client, conn, socket, idle)
 		count(n)
 		if b.Remaining -= n; err != nil {
 			return true, err
@@ -51,7 +51,7 @@ func (b *originBody) splice(w http.ResponseWriter, count func(n int64)) (done bo
 
 // spliceSome waits for bytes from the origin, and then moves what has arrived. It sets the
 // client's write deadline, which a writeStallTimer extends.
-func (b *originBody) spliceSome(client io.ReaderFrom, conn syscall.RawConn, socket *net.TCPConn, idle *caddyhttp.IdleTimeoutWriter) (int64, error) {
+func spliceSome(b *originBody, client io.ReaderFrom, conn syscall.RawConn, socket *net.TCPConn, idle *caddyhttp.IdleTimeoutWriter) (int64, error) {
 	if buffered := int64(b.R.Buffered()); buffered > 0 {
 		n, err := io.CopyN(idle, b.R, min(buffered, b.Remaining))
 		return n, asClientError(err)
@@ -68,9 +68,7 @@ func (b *originBody) spliceSome(client io.ReaderFrom, conn syscall.RawConn, sock
 			return true
 		})
 	})
-	if b.origin != nil {
-		b.origin.deadline.Clear(b.origin.Conn) // the client may take as long as its own timeout allows
-	}
+	b.clearDeadline() // the client may take as long as its own timeout allows
 	if err = errors.Join(err, errIoctl); err != nil {
 		return 0, err
 	}

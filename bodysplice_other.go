@@ -7,7 +7,7 @@ package asyncproxy
 
 import "net/http"
 
-// splice does nothing here: the caller copies the body.
-func (b *originBody) splice(http.ResponseWriter, func(int64)) (done bool, err error) {
+// spliceBody does nothing here: the caller copies the body.
+func spliceBody(http.ResponseWriter, *originBody, func(int64)) (done bool, err error) {
 	return false, nil
 }

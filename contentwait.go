@@ -20,39 +20,30 @@ import (
 // enforces response_idle_timeout. A response that waits for long counts as a tunnel, so
 // that the limits on tunnels apply to it, and so that it is closed when Caddy exits.
 type contentWait struct {
-	handler *Handler
+	limits  *originLimits
 	client  client.Key
-	timeout time.Duration // <= 0: none
-	grace   time.Duration // how long a wait may take before it counts as a tunnel
 	counted bool
 	stop    func() bool // stops watching for Caddy's exit; nil: not watching
 }
 
-// contentGrace is how long an origin may send nothing before the response counts as a
-// tunnel. exitGrace is the same before the response is closed when Caddy exits.
-const (
-	contentGrace = 10 * time.Second
-	exitGrace    = time.Second
-)
+// exitGrace is how long an origin may send nothing before the response is closed when Caddy
+// exits.
+const exitGrace = time.Second
 
 var (
 	errContentExit = errors.New("the proxy is shutting down and the origin sends nothing")
 	errContentMany = errors.New("the origin sends nothing, and max_tunnels does not allow another waiting response")
 )
 
-func (h *Handler) newContentWait(key client.Key) *contentWait {
-	return &contentWait{handler: h, client: key, timeout: time.Duration(h.ResponseIdleTimeout), grace: h.contentGrace}
-}
-
-func (w *contentWait) exiting() bool { return w.handler.tunnels.IsClosed() }
+func (w *contentWait) exiting() bool { return w.limits.exit.Err() != nil }
 
 // nextCheck returns how long to wait before overdue must be called; 0 means forever.
 func (w *contentWait) nextCheck(waited time.Duration) time.Duration {
 	step := time.Duration(0)
-	if w.timeout > 0 {
-		step = max(w.timeout-waited, time.Millisecond)
+	if timeout := w.limits.contentTimeout; timeout > 0 {
+		step = max(timeout-waited, time.Millisecond)
 	}
-	grace := w.grace
+	grace := w.limits.contentGrace
 	if w.exiting() {
 		grace = min(grace, exitGrace)
 	}
@@ -65,13 +56,13 @@ func (w *contentWait) nextCheck(waited time.Duration) time.Duration {
 // overdue returns an error if the response has waited too long and must be closed. After
 // the grace period it counts the response as a tunnel.
 func (w *contentWait) overdue(waited time.Duration) error {
-	switch {
-	case w.timeout > 0 && waited >= w.timeout:
-		return fmt.Errorf("the origin sent nothing for %v (response_idle_timeout): %w", w.timeout, os.ErrDeadlineExceeded)
+	switch timeout := w.limits.contentTimeout; {
+	case timeout > 0 && waited >= timeout:
+		return fmt.Errorf("the origin sent nothing for %v (response_idle_timeout): %w", timeout, os.ErrDeadlineExceeded)
 	case w.exiting() && waited >= exitGrace:
 		return errContentExit
-	case !w.counted && waited >= w.grace:
-		if w.handler.tunnels.Admit(w.client, w.handler.MaxTunnels, w.handler.MaxTunnelsPerClient) != nil {
+	case !w.counted && waited >= w.limits.contentGrace:
+		if !w.limits.admit(w.client) {
 			return errContentMany
 		}
 		w.counted = true
@@ -83,7 +74,7 @@ func (w *contentWait) overdue(waited time.Duration) error {
 // something, or the response has ended.
 func (w *contentWait) endWait() {
 	if w.counted {
-		w.handler.tunnels.Release(w.client)
+		w.limits.release(w.client)
 		w.counted = false
 	}
 }
@@ -101,7 +92,7 @@ func (w *contentWait) end() {
 // response.
 func (w *contentWait) waitFor(c *originConn, arrives func() error) error {
 	if w.stop == nil {
-		w.stop = context.AfterFunc(w.handler.tunnels.Context(), func() { c.deadline.Interrupt(c.Conn) })
+		w.stop = context.AfterFunc(w.limits.exit, func() { c.deadline.Interrupt(c.Conn) })
 	}
 	defer w.endWait()
 	for start := time.Now(); ; {
@@ -189,22 +180,24 @@ func (b *originBody) awaitContent() error {
 
 // setTrailerDeadline sets the read deadline for trailers that are too long for the buffer.
 func (b *originBody) setTrailerDeadline() {
-	switch {
-	case b.wait == nil:
-	case b.wait.timeout > 0:
-		b.origin.deadline.Within(b.origin.Conn, b.wait.timeout, b.wait.timeout+b.wait.timeout/8)
-	default:
-		b.origin.deadline.Clear(b.origin.Conn)
+	if b.wait == nil {
+		return
+	}
+	if timeout := b.limits.contentTimeout; timeout > 0 {
+		b.conn.deadline.Within(b.conn.Conn, timeout, timeout+timeout/8)
+	} else {
+		b.conn.deadline.Clear(b.conn.Conn)
 	}
 }
 
-// waitFor calls arrives, within the limits of a contentWait if there is a handler.
+// waitFor calls arrives, within the limits of a contentWait if there are limits. arrives
+// blocks until the connection is readable or its deadline passes.
 func (b *originBody) waitFor(arrives func() error) error {
-	if b.handler == nil {
+	if b.limits == nil {
 		return arrives()
 	}
 	if b.wait == nil {
-		b.wait = b.handler.newContentWait(b.client)
+		b.wait = &contentWait{limits: b.limits, client: b.client}
 	}
-	return b.wait.waitFor(b.origin, arrives)
+	return b.wait.waitFor(b.conn, arrives)
 }

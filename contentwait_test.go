@@ -141,7 +141,7 @@ func TestSlowContent(t *testing.T) {
 func TestSlowChunks(t *testing.T) {
 	w := newWorld(t, "", nil)
 	h := provisioned(t)[0]
-	h.contentGrace = 40 * time.Millisecond
+	h.originLimits.contentGrace = 40 * time.Millisecond
 	long := "A: " + strings.Repeat("a", 20<<10) // more than the buffer holds
 	for name, parts := range map[string][]string{
 		"everything":             {"5", "\r", "\n", "he", "llo", "\r", "\n0", "\r\n", "A: b\r\n", "\r", "\n"},
@@ -168,9 +168,9 @@ func TestSlowChunks(t *testing.T) {
 			defer close(more)
 			for i, part := range parts {
 				if i%2 == 0 {
-					time.Sleep(h.contentGrace / 4) // the wait ends before it counts
+					time.Sleep(h.originLimits.contentGrace / 4) // the wait ends before it counts
 				} else {
-					time.Sleep(3 * h.contentGrace)
+					time.Sleep(3 * h.originLimits.contentGrace)
 				}
 				more <- part
 			}
@@ -186,7 +186,7 @@ func TestSlowChunks(t *testing.T) {
 func TestStalledContentCountsAsTunnel(t *testing.T) {
 	w := newWorld(t, "max_tunnels 1", nil)
 	h := provisioned(t)[0]
-	h.contentGrace = 20 * time.Millisecond
+	h.originLimits.contentGrace = 20 * time.Millisecond
 	more := make(chan string)
 	origin := stallingOrigin(t, "Content-Length: 3\r\n\r\nx", more)
 	get := func() *rawConn {
@@ -222,7 +222,7 @@ func TestStalledContentCountsAsTunnel(t *testing.T) {
 func TestStalledContentAtExit(t *testing.T) {
 	w := newWorld(t, "", nil)
 	h := provisioned(t)[0]
-	h.contentGrace = 20 * time.Millisecond
+	h.originLimits.contentGrace = 20 * time.Millisecond
 	origin := stallingOrigin(t, "Content-Length: 3\r\n\r\nx", nil)
 	c := w.dial()
 	c.send("GET http://" + origin + "/ HTTP/1.1\nHost: " + origin + "\n\n")

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httputil"
+	"net/netip"
 	"os"
 	"strconv"
 	"strings"
@@ -19,6 +20,7 @@ import (
 
 	"golang.org/x/net/http/httpguts"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
@@ -47,7 +49,7 @@ type exchange struct {
 // outgoing is a request as it is sent to an origin.
 type outgoing struct {
 	method    string
-	authority string // the host and port to connect to
+	authority string // the host and port of the origin
 	target    string // the request target, as the client wrote it
 	host      string
 	header    http.Header
@@ -57,6 +59,11 @@ type outgoing struct {
 	trailers      []string    // names of the trailers that may follow a chunked body
 	trailer       http.Header // their values, valid once the body has been read
 	stopBody      func()      // aborts a read of the body that is waiting for the client
+
+	limitKey   client.Key // who shares the client's limits
+	clientConn any        // identifies the client's connection; nil: unknown
+	clientAddr netip.Addr
+	user       string // the client's authenticated user; "": none
 }
 
 // clientBody reads the content of a request from the client.
@@ -168,7 +175,7 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 			x.sendBody(out)
 		}
 	}
-	body := &originBody{conn: conn.Conn, sender: x.sender}
+	body := &originBody{conn: conn, sender: x.sender}
 	for {
 		x.awaitResponse(out, start)
 		res, err := h1.ReadResponse(conn.r, out.method, &body.Body)

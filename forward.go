@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/url"
 	"slices"
@@ -58,7 +59,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from clientIde
 	if err := h.prepareOutgoing(w, r, out, from); err != nil {
 		return 0, err
 	}
-	pool, binding := h.origins[from.reach], newBinding(w, r, out, from)
+	pool, binding := h.origins[from.reach], newBinding(out)
 	if scheme == "https" {
 		pool = h.secureOrigins[from.reach]
 		// Use HTTP/1 for upgrades, which HTTP/2 does not have, for logins that are
@@ -70,9 +71,8 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from clientIde
 			}
 		}
 	}
-	target := out.authority
-	if h.parentOrigins != nil && scheme == "http" && h.dialer.UsesParent(target) {
-		if err := h.dialer.CheckForParent(r.Context(), from.reach, target); err != nil {
+	if h.parentOrigins != nil && scheme == "http" && h.dialer.UsesParent(out.authority) {
+		if err := h.dialer.CheckForParent(r.Context(), from.reach, out.authority); err != nil {
 			return 0, dialRefusal(r.Context(), err, r.Host)
 		}
 		if f := refuseEcho(h.dialer.Parent, out); f != nil {
@@ -85,7 +85,7 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from clientIde
 		pool: pool, ctx: r.Context(), timeout: time.Duration(h.ResponseHeaderTimeout), binding: binding,
 		interim: func(status int, fields http.Header) { h.passInterim(w, r, status, fields, 1, 1) },
 	}
-	return h.forwardHTTP1(w, r, x, out, target, from)
+	return h.forwardHTTP1(w, r, x, out, from)
 }
 
 // prepareOutgoing makes the request to the next hop out of the client's: its fields, and
@@ -97,6 +97,7 @@ func (h *Handler) prepareOutgoing(w http.ResponseWriter, r *http.Request, out *o
 	if !httpguts.ValidHostHeader(out.host) {
 		return causeHostField.refusal(errHostByHeaderUp)
 	}
+	out.limitKey, out.clientAddr, out.user, out.clientConn = from.limitKey, from.addr, from.user, clientConnection(w, r)
 	if out.body == nil {
 		return nil
 	}
@@ -112,9 +113,8 @@ func (h *Handler) prepareOutgoing(w http.ResponseWriter, r *http.Request, out *o
 	return nil
 }
 
-// forwardHTTP1 sends a request on an HTTP/1 connection and passes the response on. target
-// is what the client asks for, which a parent may have to connect to.
-func (h *Handler) forwardHTTP1(w http.ResponseWriter, r *http.Request, x *exchange, out *outgoing, target string, from clientIdentity) (int, error) {
+// forwardHTTP1 sends a request on an HTTP/1 connection and passes the response on.
+func (h *Handler) forwardHTTP1(w http.ResponseWriter, r *http.Request, x *exchange, out *outgoing, from clientIdentity) (int, error) {
 	reserved := len(r.Header["Upgrade"]) > 0 // a tunnel, which an upgraded request becomes
 	if reserved {
 		if err := h.tunnels.Admit(from.limitKey, h.MaxTunnels, h.MaxTunnelsPerClient); err != nil {
@@ -136,7 +136,7 @@ func (h *Handler) forwardHTTP1(w http.ResponseWriter, r *http.Request, x *exchan
 		if err != nil {
 			return 0, forwardRefusal(r, err)
 		}
-		t := h.newTunnel(from, target, "", conn.Conn)
+		t := h.newTunnel(from, out.authority, "", conn.Conn)
 		t.TargetPrefix = early
 		status, err := h.upgrade(w, r, res, t)
 		reserved = reserved && err != nil // on success the tunnel itself leaves when it ends
@@ -147,7 +147,7 @@ func (h *Handler) forwardHTTP1(w http.ResponseWriter, r *http.Request, x *exchan
 		reserved = false
 	}
 	body := res.Body.(*originBody)
-	body.handler, body.client, body.origin = h, from.limitKey, x.conn
+	body.limits, body.client = h.originLimits, from.limitKey
 	defer body.Close()
 	if err := h.respond(w, r, out, res, from); err != nil {
 		return res.StatusCode, err
@@ -172,7 +172,7 @@ func (h *Handler) awaitHead(w http.ResponseWriter, r *http.Request, x *exchange,
 		return nil, forwardRefusal(r, err)
 	}
 	program.metrics.ResponseHead(time.Since(start))
-	x.binding.challenged(w, r, res)
+	x.binding.challenged(out, res)
 	switch {
 	case res.StatusCode != http.StatusProxyAuthRequired:
 		return res, nil
@@ -221,7 +221,7 @@ func newOutgoing(r *http.Request) (out *outgoing, scheme string, err error) {
 		}
 	}
 	if r.ProtoMajor > 1 {
-		return out, scheme, out.checkFrames()
+		return out, scheme, checkFrames(out)
 	}
 	return out, scheme, nil
 }
@@ -229,7 +229,7 @@ func newOutgoing(r *http.Request) (out *outgoing, scheme string, err error) {
 // checkFrames returns an error for an HTTP/2 or HTTP/3 request that would change its
 // meaning in HTTP/1. Frames may carry spaces and line ends where HTTP/1 uses them as
 // delimiters, and do not depend on Content-Length for the end of the content.
-func (out *outgoing) checkFrames() error {
+func checkFrames(out *outgoing) error {
 	if !httpguts.ValidHeaderFieldName(out.method) {
 		return fmt.Errorf("the method %q is not a token", out.method)
 	}
@@ -444,7 +444,7 @@ func copyBody(w http.ResponseWriter, r *http.Request, res *http.Response, count 
 	slow := newWriteStallTimer(w, r)
 	defer slow.stop()
 	if isHTTP1 {
-		if done, err := body.splice(w, count); done || err != nil {
+		if done, err := spliceBody(w, body, count); done || err != nil {
 			return err
 		}
 	}
@@ -486,4 +486,32 @@ func copyBody(w http.ResponseWriter, r *http.Request, res *http.Response, count 
 			}
 		}
 	}
+}
+
+// handlerSendsContinue reports whether the handler must send 100 (Continue) before it reads
+// the body. Otherwise net/http would send it with the first read, from the goroutine that
+// reads, into a buffer that the handler may be writing to. Over HTTP/2 that is harmless.
+func handlerSendsContinue(r *http.Request) bool {
+	return r.ProtoMajor != 2 && r.ProtoAtLeast(1, 1) && expectsContinue(r)
+}
+
+// passInterim sends an interim response to the client that was received over the given
+// HTTP version. It drops the fields of a 100 (Continue), which is meant for one hop, and
+// does nothing for clients that speak HTTP/1.0. It must not be called concurrently.
+func (h *Handler) passInterim(w http.ResponseWriter, r *http.Request, status int, fields http.Header, major, minor int) {
+	if !r.ProtoAtLeast(1, 1) {
+		return
+	}
+	header := w.Header()
+	saved := maps.Clone(header)
+	clear(header)
+	if status != http.StatusContinue {
+		removeHopByHop(fields)
+		h.via.add(fields, major, minor)
+		maps.Copy(header, fields)
+	}
+	startWriteIdleTimeout(r)
+	w.WriteHeader(status)
+	clear(header)
+	maps.Copy(header, saved)
 }

@@ -9,7 +9,6 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"net"
 	"net/http"
 	"net/netip"
 	"slices"
@@ -30,7 +29,7 @@ import (
 type http2OriginPool struct {
 	dial      dialFunc // includes the TLS handshake
 	http1     *originPool
-	recheck   func(ctx context.Context, authority string, conn net.Conn, to netip.AddrPort) error // checks a reused connection; may be nil
+	recheck   recheckFunc // may be nil
 	transport *http2.Transport
 	times     pingTimes
 

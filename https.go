@@ -47,7 +47,7 @@ func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoi
 	}
 	wait.stop()
 	program.metrics.ResponseHead(time.Since(start))
-	res.Body = &http2Response{res.Body, body, h.newContentWait(from.limitKey), func() { wait.cancel(os.ErrDeadlineExceeded) }}
+	res.Body = &http2Response{res.Body, body, &contentWait{limits: h.originLimits, client: from.limitKey}, func() { wait.cancel(os.ErrDeadlineExceeded) }}
 	defer res.Body.Close()
 	if err := checkHTTP2Head(res); err != nil {
 		return 0, forwardRefusal(r, err)

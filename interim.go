@@ -4,7 +4,6 @@
 package asyncproxy
 
 import (
-	"maps"
 	"net/http"
 	"net/textproto"
 	"sync"
@@ -37,34 +36,6 @@ func (l *interimLimit) take() bool {
 // request, which restarts the response timeout.
 func isProgress(status int) bool {
 	return status == http.StatusProcessing || status == http.StatusEarlyHints
-}
-
-// handlerSendsContinue reports whether the handler must send 100 (Continue) before it reads
-// the body. Otherwise net/http would send it with the first read, from the goroutine that
-// reads, into a buffer that the handler may be writing to. Over HTTP/2 that is harmless.
-func handlerSendsContinue(r *http.Request) bool {
-	return r.ProtoMajor != 2 && r.ProtoAtLeast(1, 1) && expectsContinue(r)
-}
-
-// passInterim sends an interim response to the client that was received over the given
-// HTTP version. It drops the fields of a 100 (Continue), which is meant for one hop, and
-// does nothing for clients that speak HTTP/1.0. It must not be called concurrently.
-func (h *Handler) passInterim(w http.ResponseWriter, r *http.Request, status int, fields http.Header, major, minor int) {
-	if !r.ProtoAtLeast(1, 1) {
-		return
-	}
-	header := w.Header()
-	saved := maps.Clone(header)
-	clear(header)
-	if status != http.StatusContinue {
-		removeHopByHop(fields)
-		h.via.add(fields, major, minor)
-		maps.Copy(header, fields)
-	}
-	startWriteIdleTimeout(r)
-	w.WriteHeader(status)
-	clear(header)
-	maps.Copy(header, saved)
 }
 
 // maxInterimWaiting is how many interim responses are queued for a slow client. Further

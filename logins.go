@@ -5,7 +5,6 @@ package asyncproxy
 
 import (
 	"context"
-	"net"
 	"net/http"
 	"net/netip"
 	"slices"
@@ -16,9 +15,6 @@ import (
 	"time"
 
 	"github.com/puzpuzpuz/xsync/v4"
-	"github.com/quic-go/quic-go/http3"
-
-	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // Some logins apply to a connection rather than to a request: after an NTLM or Negotiate
@@ -61,57 +57,25 @@ type binding struct {
 }
 
 // newBinding returns the binding of a request that is about to be sent.
-func newBinding(w http.ResponseWriter, r *http.Request, out *outgoing, from clientIdentity) binding {
-	b := binding{target: out.authority, addr: from.addr, user: from.user}
+func newBinding(out *outgoing) binding {
+	b := binding{target: out.authority, addr: out.clientAddr, user: out.user}
 	b.login, _ = connectionLogin(out.header["Authorization"])
 	if b.login || boundClientCount.Load() > 0 {
-		b.client = clientConnection(w, r)
+		b.client = out.clientConn
 	}
 	return b
 }
 
 // challenged updates the binding if the response contains a challenge.
-func (b *binding) challenged(w http.ResponseWriter, r *http.Request, res *http.Response) {
+func (b *binding) challenged(out *outgoing, res *http.Response) {
 	found, token := connectionLogin(res.Header["Www-Authenticate"])
 	if !found {
 		return
 	}
 	b.login, b.pending = true, token && res.StatusCode == http.StatusUnauthorized
 	if b.client == nil {
-		b.client = clientConnection(w, r)
+		b.client = out.clientConn
 	}
-}
-
-// socketKey is the context key under which requests find what identifies their client
-// connection.
-type socketKey struct{}
-
-func withSocket(ctx context.Context, conn net.Conn) context.Context {
-	if ctx.Value(socketKey{}) != nil { // set by another handler of the server
-		return ctx
-	}
-	return context.WithValue(ctx, socketKey{}, socketOf(conn))
-}
-
-// socketOf returns the TCP socket below all wrappers of a connection, or conn itself if
-// there is none.
-func socketOf(conn net.Conn) any {
-	if tcp := tcpconn.Of(conn); tcp != nil {
-		return tcp
-	}
-	return conn
-}
-
-// clientConnection returns what identifies the client connection of a request, or nil if
-// it is not known.
-func clientConnection(w http.ResponseWriter, r *http.Request) any {
-	if fast, ok := innermost(w).(*responseWriter); ok {
-		return fast.client.TCPConn
-	}
-	if r.ProtoMajor == 3 {
-		return r.Context().Value(http3.RemoteAddrContextKey) // a pointer, unique to the connection
-	}
-	return r.Context().Value(socketKey{})
 }
 
 // boundClient is a client connection to which connections to origins are bound.
@@ -233,14 +197,4 @@ func releaseClient(client any) {
 	pools := c.pools
 	c.mu.Unlock()
 	c.closeConnections(pools)
-}
-
-// connState is the ConnState hook of Caddy's HTTP server.
-func connState(conn net.Conn, state http.ConnState) {
-	if c, ok := conn.(*readConn); ok && state == http.StateIdle {
-		c.responded.Store(false)
-	}
-	if (state == http.StateClosed || state == http.StateHijacked) && boundClientCount.Load() > 0 {
-		releaseClient(socketOf(conn))
-	}
 }

@@ -262,7 +262,7 @@ type Handler struct {
 	tunnelOwner         *tunnel.Owner // of the tunnels of site
 	origins             [policy.ScopeCount]*originPool
 
-	contentGrace time.Duration // how long content may stall before its response counts as a tunnel
+	originLimits *originLimits
 
 	h2Origins [policy.ScopeCount]*http2OriginPool // HTTPS origins that speak HTTP/2
 
@@ -295,7 +295,6 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	// Cap the timeouts so that adding to them cannot overflow.
 	h.ResponseHeaderTimeout = min(h.ResponseHeaderTimeout, maxTimeout)
 	h.ResponseIdleTimeout = min(h.ResponseIdleTimeout, maxTimeout)
-	h.contentGrace = contentGrace
 	h.running, h.configDone = new(atomic.Bool), ctx.Done()
 
 	var err error
@@ -327,6 +326,14 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	}
 	if err := h.provisionDialer(ctx, server); err != nil {
 		return err
+	}
+	h.originLimits = &originLimits{
+		headerTimeout: time.Duration(h.ResponseHeaderTimeout), contentTimeout: time.Duration(h.ResponseIdleTimeout),
+		contentGrace: contentGrace, pings: defaultPingTimes,
+		admit: func(key client.Key) bool {
+			return h.tunnels.Admit(key, h.MaxTunnels, h.MaxTunnelsPerClient) == nil
+		},
+		release: func(key client.Key) { h.tunnels.Release(key) },
 	}
 	for r := range policy.ScopeCount {
 		if err := h.provisionPools(r); err != nil {
@@ -368,16 +375,7 @@ func (h *Handler) provisionPools(r policy.Scope) (err error) {
 	recheck := func(ctx context.Context, authority string, conn net.Conn, to netip.AddrPort) error {
 		return h.recheckPolicy(ctx, r, authority, conn, to)
 	}
-	recheckConn := func(ctx context.Context, c *originConn) error {
-		err := recheck(ctx, c.authority, c.Conn, c.to)
-		if c.to.IsValid() && time.Since(c.opened) > policy.SystemCacheTTL {
-			// This check knew every listener that was open when the connection was
-			// made, so it need not be repeated.
-			c.to = netip.AddrPort{}
-		}
-		return err
-	}
-	h.origins[r].recheck, h.secureOrigins[r].recheck, h.h2Origins[r].recheck = recheckConn, recheckConn, recheck
+	h.origins[r].recheck, h.secureOrigins[r].recheck, h.h2Origins[r].recheck = recheck, recheck, recheck
 	return nil
 }
 
@@ -397,6 +395,7 @@ func (h *Handler) provisionShared(ctx caddy.Context, server *caddyhttp.Server) e
 		return err
 	}
 	h.tunnels = h.process.tunnels
+	h.originLimits.exit = h.tunnels.Context()
 	h.provisionSite(server)
 	h.process.handlers.Store(h, struct{}{})
 	return h.registerHooks(ctx, server)
@@ -485,6 +484,7 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 			countDial(ctx, start, err)
 			return conn, err
 		})
+		h.parentOrigins.address = parent.Address
 	}
 	return nil
 }

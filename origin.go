@@ -42,7 +42,8 @@ const handshakeTimeout = 10 * time.Second
 // All methods are safe for concurrent use.
 type originPool struct {
 	dial    dialFunc
-	recheck func(context.Context, *originConn) error // checks a reused connection; may be nil
+	recheck recheckFunc // may be nil
+	address string      // of the only server that it connects to; "": each request names one
 
 	idle     *xsync.Map[string, []*originConn] // by key; the most recently used last
 	count    atomic.Int64
@@ -73,6 +74,10 @@ var responseReaderPool = sync.Pool{New: func() any { return bufio.NewReaderSize(
 // dialFunc connects to an authority, a host and a port.
 type dialFunc func(ctx context.Context, authority string) (net.Conn, error)
 
+// recheckFunc checks a reused connection to an authority. to is the remote address if it is
+// on this machine, and its listener must be judged again.
+type recheckFunc func(ctx context.Context, authority string, conn net.Conn, to netip.AddrPort) error
+
 func newOriginPool(dial dialFunc) *originPool {
 	return &originPool{dial: dial, idle: xsync.NewMap[string, []*originConn]()}
 }
@@ -80,6 +85,7 @@ func newOriginPool(dial dialFunc) *originPool {
 // get returns an idle connection to authority, a host and a port, or opens one. If fresh
 // is set, it always opens one.
 func (o *originPool) get(ctx context.Context, authority string, fresh bool) (*originConn, error) {
+	authority = cmp.Or(o.address, authority)
 	if !fresh {
 		if c, err := o.reuse(ctx, authority); c != nil || err != nil {
 			return c, err
@@ -123,16 +129,28 @@ func (o *originPool) reuse(ctx context.Context, key string) (*originConn, error)
 			c.r = responseReaderPool.Get().(*bufio.Reader)
 			c.r.Reset(c.Conn)
 			c.fresh, c.reused = false, true
-			if o.recheck != nil {
-				if err := o.recheck(ctx, c); err != nil {
-					c.discard()
-					return nil, &dialError{err}
-				}
+			if err := o.check(ctx, c); err != nil {
+				c.discard()
+				return nil, &dialError{err}
 			}
 			return c, nil
 		}
 		_ = c.Close()
 	}
+}
+
+// check checks a connection that is about to be reused.
+func (o *originPool) check(ctx context.Context, c *originConn) error {
+	if o.recheck == nil {
+		return nil
+	}
+	err := o.recheck(ctx, c.authority, c.Conn, c.to)
+	if c.to.IsValid() && time.Since(c.opened) > policy.SystemCacheTTL {
+		// This check knew every listener that was open when the connection was
+		// made, so it need not be repeated.
+		c.to = netip.AddrPort{}
+	}
+	return err
 }
 
 // handshakeError is an error of the TLS handshake, after the connection was established.

@@ -11,18 +11,26 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 )
 
-// originBody is the body of a response from an HTTP/1 origin, within the limits of a
-// handler.
+// originBody is the body of a response from an HTTP/1 origin.
 type originBody struct {
 	h1.Body
-	conn   net.Conn    // that the body is read from
+	conn   *originConn // that the body is read from
 	sender *bodySender // of the request body; nil: there is none
 
-	handler *Handler // whose limits apply to waits; nil: none do
-	client  client.Key
-	origin  *originConn
-	wait    *contentWait // nil: it has not waited yet
+	limits *originLimits // for waits; nil: none
+	client client.Key
+	wait   *contentWait // nil: it has not waited yet
 }
+
+// socket returns the connection that the body is read from if that is a plain socket, and
+// otherwise nil.
+func (b *originBody) socket() *net.TCPConn {
+	socket, _ := b.conn.Conn.(*net.TCPConn)
+	return socket
+}
+
+// clearDeadline removes the read deadline that waitFor leaves on the connection.
+func (b *originBody) clearDeadline() { b.conn.deadline.Clear(b.conn.Conn) }
 
 // Read implements io.Reader. If the end of the connection ends the body, a reset that only
 // the sender of the request body has seen counts as a cut-off.

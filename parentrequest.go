@@ -40,7 +40,6 @@ func readdress(p *egress.Parent, out *outgoing, requested string) {
 		out.target = ""
 	}
 	out.target, out.host = "http://"+requested+out.target, requested
-	out.authority = p.Address
 	out.header = maps.Clone(out.header)
 	if len(p.Header) > 0 { // make sure that no proxy answers, as it could echo p.header
 		delete(out.header, "Max-Forwards")
