@@ -10,12 +10,14 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/conntest"
 )
 
 // TestAllocations bounds the heap allocations of a request on the fast path. Client and
 // origin run in this process, but allocate nothing, except for the connections of CONNECT.
 func TestAllocations(t *testing.T) {
-	if *byNetHTTP || raceEnabled {
+	if *byNetHTTP || conntest.Race {
 		t.Skip("only a build without the race detector, and the fast path, allocate this little")
 	}
 	response := []byte("HTTP/1.1 200 OK\r\nDate: Mon, 30 Nov 2026 10:00:00 GMT\r\nContent-Type: text/plain\r\nContent-Length: 5\r\n\r\nhello")

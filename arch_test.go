@@ -22,6 +22,7 @@ import (
 // arrows lists the packages below internal/, each with the packages below internal/ that it
 // may import. No package may import one that is listed after it.
 var arrows = []struct{ name, imports string }{
+	{"conntest", ""},
 	{"dnstest", ""},
 	{"monotime", ""},
 	{"printable", ""},

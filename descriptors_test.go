@@ -19,6 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/conntest"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
@@ -99,7 +100,7 @@ func TestTunnelHoldsTwoDescriptorsAfterBulk(t *testing.T) {
 		conns[i] = w.client(t, "h1").open(target)
 	}
 	if err := concurrently(n, n, func(i int) error {
-		go io.Copy(conns[i], bulk(1, size))
+		go io.Copy(conns[i], conntest.Bulk(1, size))
 		_, err := io.CopyN(io.Discard, conns[i], size)
 		return err
 	}); err != nil {
@@ -147,99 +148,6 @@ func TestClientWithTunnelPortIsNoLoop(t *testing.T) {
 		t.Fatalf("a client at %v, the local address of a tunnel to %s: status %d, want 200", source, target, res.StatusCode)
 	}
 	hear(t, second, say(t, second, "hello"))
-}
-
-// An idle relay waits for its source without a buffer or a pipe.
-func TestIdleRelaysHoldNothing(t *testing.T) {
-	const n, size = 500, 64 << 10
-	stack := int64(6 << 10) // upper bound per relay
-	if raceEnabled {
-		stack *= 2
-	}
-	for _, carried := range []int64{0, 1, size} {
-		t.Run(fmt.Sprintf("after %d bytes", carried), func(t *testing.T) {
-			rigs := make([]*relayRig, n)
-			ends := make([][2]net.Conn, n) // each relay's source and destination
-			for i := range rigs {
-				rigs[i] = &relayRig{result: make(chan relayResult, 1)}
-				ends[i][0], rigs[i].in = socketPair(t)
-				ends[i][1], rigs[i].out = socketPair(t)
-			}
-			tunnel.ClosePipes()
-			before := usageOf(t)
-			for i, rig := range rigs {
-				go rig.run(ends[i][1], ends[i][0])
-			}
-			payload, received := make([]byte, carried), make([]byte, carried)
-			for _, rig := range rigs {
-				go rig.in.Write(payload)
-				if _, err := io.ReadFull(rig.out, received); err != nil {
-					t.Fatal(err)
-				}
-			}
-			var held usage
-			defer func() { t.Logf("%d relays hold %+v", n, held) }()
-			eventually(t, "idle relays to hold nothing", func() bool {
-				tunnel.ClosePipes()
-				held = usageOf(t).since(before)
-				return held.descriptors == 0 && held.heap < n*2<<10 && held.stacks < n*stack
-			})
-			for _, rig := range rigs {
-				end(rig.in)
-				if res := <-rig.result; res.readErr != io.EOF {
-					t.Errorf("the relay ended with %v, want EOF", res.readErr)
-				}
-			}
-		})
-	}
-}
-
-// usage is the resources that this process uses.
-type usage struct {
-	descriptors  int
-	heap, stacks int64
-}
-
-func (u usage) since(before usage) usage {
-	return usage{u.descriptors - before.descriptors, u.heap - before.heap, u.stacks - before.stacks}
-}
-
-func usageOf(t testing.TB) usage {
-	t.Helper()
-	runtime.GC()
-	runtime.GC() // empties the pools' victim caches
-	var m runtime.MemStats
-	runtime.ReadMemStats(&m)
-	return usage{descriptors(t, "self"), int64(m.HeapAlloc), int64(m.StackInuse)}
-}
-
-// If no descriptors are left for a pipe, the relay copies.
-func TestRelayWithoutPipes(t *testing.T) {
-	rig := newRelayRig(t, socketPair, socketPair)
-	tunnel.ClosePipes()
-	var limit unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-		t.Fatal(err)
-	}
-	none := limit
-	none.Cur = 0
-	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &none); err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
-	if p, err := tunnel.NewPipe(); err == nil {
-		p.Release(false)
-		t.Fatal("pipes can be created: this test tests nothing")
-	}
-	go func() {
-		io.Copy(struct{ io.Writer }{rig.in}, bulk(1, 16<<20))
-		end(rig.in)
-	}()
-	go func() {
-		<-rig.result
-		end(rig.dst)
-	}()
-	receiveBulk(t, "the other side", rig.out, 1, 16<<20)
 }
 
 // dialFrom connects from a port that another connection already uses.

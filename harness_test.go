@@ -28,6 +28,8 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 	_ "github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/conntest"
 )
 
 // patience bounds every wait in the tests. Nothing should take that long: it turns a hang
@@ -352,4 +354,10 @@ func listen(t testing.TB, serve func(*net.TCPConn)) string {
 		}
 	}()
 	return ln.Addr().String()
+}
+
+// socketPair returns the two ends of a loopback TCP connection.
+func socketPair(t testing.TB) (inside, outside net.Conn) {
+	t.Helper()
+	return conntest.Pair(t)
 }

@@ -25,6 +25,7 @@ import (
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/conntest"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
@@ -272,9 +273,9 @@ func TestProcessReloadsUnderTraffic(t *testing.T) {
 			var wg sync.WaitGroup
 			for _, protocol := range tunnelProtocols {
 				conn := c.tunnels(t, protocol).open(target)
-				wg.Go(func() { receiveBulk(t, "the client over "+protocol, conn, 1, size) })
+				wg.Go(func() { conntest.ReceiveBulk(t, "the client over "+protocol, conn, 1, size) })
 				wg.Go(func() {
-					data := bulk(1, size)
+					data := conntest.Bulk(1, size)
 					for sent := int64(0); sent < size; {
 						// The last quarter is sent after the reloads.
 						for sent >= size*3/4 && reloads.Load() < least {

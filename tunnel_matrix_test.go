@@ -7,9 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/url"
@@ -23,6 +21,7 @@ import (
 	"github.com/quic-go/quic-go/http3"
 	"golang.org/x/net/http2"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/conntest"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
@@ -245,54 +244,31 @@ func isReset(protocol string, err error) bool {
 func tunnelCarriesBulk(t *testing.T, c *tunnelClient) {
 	const upSeed, downSeed = 1, 2
 	size := int64(64 << 20)
-	if raceEnabled {
+	if conntest.Race {
 		size = 16 << 20
 	}
 	target := listen(t, func(conn *net.TCPConn) {
 		conn.SetDeadline(time.Now().Add(tunnelPatience))
 		var wg sync.WaitGroup
-		wg.Go(func() { sendBulk(t, "the target", conn, downSeed, size) })
-		receiveBulk(t, "the target", conn, upSeed, size)
+		wg.Go(func() { conntest.SendBulk(t, "the target", conn, downSeed, size) })
+		conntest.ReceiveBulk(t, "the target", conn, upSeed, size)
 		wg.Wait()
 	})
 	conn := c.open(target)
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	wg.Go(func() {
-		sendBulk(t, "the client", conn, upSeed, size)
+		conntest.SendBulk(t, "the client", conn, upSeed, size)
 		if err := conn.CloseWrite(); err != nil {
 			t.Errorf("ending: %v", err)
 		}
 	})
-	receiveBulk(t, "the client", conn, downSeed, size)
-}
-
-// bulk returns pseudo-random bytes that depend on the seed alone.
-func bulk(seed byte, size int64) io.Reader {
-	return io.LimitReader(rand.NewChaCha8([32]byte{seed}), size)
-}
-
-func sendBulk(t *testing.T, end string, w io.Writer, seed byte, size int64) {
-	if n, err := io.Copy(struct{ io.Writer }{w}, bulk(seed, size)); err != nil {
-		t.Errorf("%s sent %d bytes of %d and then failed: %v", end, n, size, err)
-	}
-}
-
-// receiveBulk reads to the end and checks the bytes of bulk.
-func receiveBulk(t *testing.T, end string, r io.Reader, seed byte, size int64) {
-	want, got := crc32.NewIEEE(), crc32.NewIEEE()
-	io.Copy(want, bulk(seed, size))
-	n, err := io.Copy(got, r)
-	if err != nil || n != size {
-		t.Errorf("%s received %d bytes of %d and then %v", end, n, size, err)
-	} else if got.Sum32() != want.Sum32() {
-		t.Errorf("%s received other bytes than were sent", end)
-	}
+	conntest.ReceiveBulk(t, "the client", conn, downSeed, size)
 }
 
 func tunnelsAreMany(t *testing.T, c *tunnelClient) {
 	n := 1000
-	if raceEnabled {
+	if conntest.Race {
 		n = 200
 	}
 	c.shared = 100
@@ -340,7 +316,7 @@ func TestTunnelsOfOneConnectionDoNotWaitForEachOther(t *testing.T) {
 			begun := make(chan struct{})
 			slow := c.open(listen(t, func(conn *net.TCPConn) {
 				conn.SetDeadline(time.Now().Add(tunnelPatience))
-				data := bulk(1, size)
+				data := conntest.Bulk(1, size)
 				io.CopyN(conn, data, 1<<20)
 				close(begun)
 				io.Copy(conn, data)
@@ -350,7 +326,7 @@ func TestTunnelsOfOneConnectionDoNotWaitForEachOther(t *testing.T) {
 			for i := range 1000 {
 				hear(t, lively, say(t, lively, fmt.Sprintf("message %d", i)))
 			}
-			receiveBulk(t, "the slow client", slow, 1, size)
+			conntest.ReceiveBulk(t, "the slow client", slow, 1, size)
 		})
 	}
 }
@@ -394,7 +370,7 @@ func TestTunnelsOutliveCaddysStallLimits(t *testing.T) {
 			target := echoTarget(t)
 			pouring := listen(t, func(conn *net.TCPConn) {
 				conn.SetDeadline(time.Now().Add(tunnelPatience))
-				sendBulk(t, "the target", conn, 1, size)
+				conntest.SendBulk(t, "the target", conn, 1, size)
 			})
 			silent, stalled := map[string]tunnelConn{}, map[string]tunnelConn{}
 			for _, protocol := range tunnelProtocols {
@@ -408,7 +384,7 @@ func TestTunnelsOutliveCaddysStallLimits(t *testing.T) {
 					hear(t, silent[protocol], say(t, silent[protocol], "are you still there?"))
 					closeWrite(t, silent[protocol])
 					hearEnd(t, silent[protocol])
-					receiveBulk(t, "the client", stalled[protocol], 1, size)
+					conntest.ReceiveBulk(t, "the client", stalled[protocol], 1, size)
 				})
 			}
 		})
@@ -427,7 +403,7 @@ func TestTunnelsOutliveAReload(t *testing.T) {
 				conn := w.client(t, protocol).open(target)
 				sent.Add(1)
 				wg.Go(func() {
-					data := bulk(1, size)
+					data := conntest.Bulk(1, size)
 					sendSome := func(n int64) {
 						if _, err := io.CopyN(conn, data, n); err != nil {
 							t.Errorf("%s: sending: %v", protocol, err)
@@ -441,7 +417,7 @@ func TestTunnelsOutliveAReload(t *testing.T) {
 						t.Errorf("%s: ending: %v", protocol, err)
 					}
 				})
-				wg.Go(func() { receiveBulk(t, "the client over "+protocol, conn, 1, size) })
+				wg.Go(func() { conntest.ReceiveBulk(t, "the client over "+protocol, conn, 1, size) })
 			}
 			// The first reload happens while the tunnels are busy, the last one when
 			// everything has been echoed or is in flight.

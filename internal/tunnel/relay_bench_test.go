@@ -3,7 +3,7 @@
 
 //go:build linux
 
-package asyncproxy
+package tunnel
 
 import (
 	"fmt"
@@ -15,7 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
+	"github.com/asyncproxy/caddy-async-proxy/internal/conntest"
 )
 
 // relayRows are our relay and alternatives. The CPU time is this process's: it includes the
@@ -25,8 +25,8 @@ var relayRows = []struct {
 	copy func(dst, src net.Conn)
 }{
 	{"relay", func(dst, src net.Conn) {
-		var copied tunnel.Flow
-		tunnel.Relay(dst, src, &copied)
+		var copied Flow
+		Relay(dst, src, &copied)
 	}},
 	{"splice", func(dst, src net.Conn) { io.Copy(dst, src) }},
 	{"copy", func(dst, src net.Conn) {
@@ -48,8 +48,8 @@ func BenchmarkRelayBulk(b *testing.B) {
 	const size = 1 << 20
 	for _, row := range relayRows {
 		b.Run(row.name, func(b *testing.B) {
-			src, in := socketPair(b)
-			dst, out := socketPair(b)
+			src, in := conntest.Pair(b)
+			dst, out := conntest.Pair(b)
 			go row.copy(dst, src)
 			go func() {
 				for data := make([]byte, 256<<10); ; {
@@ -85,8 +85,8 @@ func BenchmarkRelayBulk(b *testing.B) {
 func BenchmarkRelayPingPong(b *testing.B) {
 	for _, row := range relayRows {
 		b.Run(row.name, func(b *testing.B) {
-			near, client := socketPair(b)
-			far, target := socketPair(b)
+			near, client := conntest.Pair(b)
+			far, target := conntest.Pair(b)
 			go row.copy(far, near)
 			go row.copy(near, far)
 			go func() {
@@ -138,10 +138,10 @@ func idleTunnels(b *testing.B, n, carried int, relay func(dst, src net.Conn)) us
 	tunnels := make([]tun, n)
 	for i := range tunnels {
 		t := &tunnels[i]
-		t.near, t.client = socketPair(b)
-		t.far, t.target = socketPair(b)
+		t.near, t.client = conntest.Pair(b)
+		t.far, t.target = conntest.Pair(b)
 	}
-	tunnel.ClosePipes()
+	ClosePipes()
 	before := usageOf(b)
 	var ended atomic.Int64
 	run := func(dst, src net.Conn) {
@@ -159,7 +159,7 @@ func idleTunnels(b *testing.B, n, carried int, relay func(dst, src net.Conn)) us
 			}
 		}
 	}
-	tunnel.ClosePipes()
+	ClosePipes()
 	held := usageOf(b).since(before)
 	for _, t := range tunnels {
 		for _, conn := range []net.Conn{t.client, t.near, t.far, t.target} {

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package tunnel
 
 import (
 	"crypto/ecdsa"
@@ -21,15 +21,15 @@ import (
 	"testing"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/conntest"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
-	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // relayRig is a running relay: what is written to in comes out of out.
 type relayRig struct {
 	in, out net.Conn // the outer ends
 	dst     net.Conn // the inner end towards the destination, for the test to close
-	copied  tunnel.Flow
+	copied  Flow
 	result  chan relayResult
 }
 
@@ -44,12 +44,12 @@ var relayKinds = []struct {
 	name     string
 	src, dst connPair
 }{
-	{"socket to socket", socketPair, socketPair},
-	{"socket to pipe", socketPair, pipePair},
-	{"socket to TLS", socketPair, tlsPair},
-	{"TLS to socket", tlsPair, socketPair},
+	{"socket to socket", conntest.Pair, conntest.Pair},
+	{"socket to pipe", conntest.Pair, pipePair},
+	{"socket to TLS", conntest.Pair, tlsPair},
+	{"TLS to socket", tlsPair, conntest.Pair},
 	{"TLS to TLS", tlsPair, tlsPair},
-	{"pipe to socket", pipePair, socketPair},
+	{"pipe to socket", pipePair, conntest.Pair},
 	{"pipe to pipe", pipePair, pipePair},
 }
 
@@ -65,7 +65,7 @@ func newRelayRig(t testing.TB, src, dst connPair) *relayRig {
 
 func (r *relayRig) run(dst, src net.Conn) {
 	var res relayResult
-	res.readErr, res.writeErr = tunnel.Relay(dst, src, &r.copied)
+	res.readErr, res.writeErr = Relay(dst, src, &r.copied)
 	r.result <- res
 }
 
@@ -75,29 +75,11 @@ func pipePair(t testing.TB) (inside, outside net.Conn) {
 	return inside, outside
 }
 
-// socketPair returns the two ends of a loopback TCP connection.
-func socketPair(t testing.TB) (inside, outside net.Conn) {
-	t.Helper()
-	ln, err := net.Listen("tcp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	if outside, err = net.DialTimeout("tcp4", ln.Addr().String(), patience); err != nil {
-		t.Fatal(err)
-	}
-	if inside, err = ln.Accept(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { inside.Close(); outside.Close() })
-	return inside, outside
-}
-
 func tlsPair(t testing.TB) (inside, outside net.Conn) {
 	t.Helper()
-	inside, outside = socketPair(t)
+	inside, outside = conntest.Pair(t)
 	inside = tls.Server(inside, &tls.Config{Certificates: []tls.Certificate{selfSigned(t)}})
-	outside = tls.Client(outside, clientTLS("test"))
+	outside = tls.Client(outside, &tls.Config{InsecureSkipVerify: true})
 	done := make(chan error, 1)
 	go func() { done <- inside.(*tls.Conn).Handshake() }()
 	if err := errors.Join(outside.(*tls.Conn).Handshake(), <-done); err != nil {
@@ -151,7 +133,7 @@ func TestRelay(t *testing.T) {
 				t.Run(fmt.Sprintf("%s/%d bytes in chunks of %d", kind.name, size, most), func(t *testing.T) {
 					rig := newRelayRig(t, kind.src, kind.dst)
 					go func() {
-						data := &inChunks{bulk(1, size), most, rand.New(rand.NewPCG(1, uint64(size)))}
+						data := &inChunks{conntest.Bulk(1, size), most, rand.New(rand.NewPCG(1, uint64(size)))}
 						if n, err := io.CopyBuffer(struct{ io.Writer }{rig.in}, data, make([]byte, 1<<20)); err != nil {
 							t.Errorf("sending %d bytes of %d: %v", n, size, err)
 						}
@@ -159,7 +141,7 @@ func TestRelay(t *testing.T) {
 					}()
 					received := make(chan struct{})
 					go func() {
-						receiveBulk(t, "the other side", rig.out, 1, size)
+						conntest.ReceiveBulk(t, "the other side", rig.out, 1, size)
 						close(received)
 					}()
 					res := <-rig.result
@@ -184,8 +166,8 @@ func TestRelayDoesNotWaitForMore(t *testing.T) {
 			rig := newRelayRig(t, kind.src, kind.dst)
 			total := int64(0)
 			for _, size := range []int64{1, 1023, 1024, 1025, 1, 4095, 4096, 4097, 1, 32768, 65536, 3} {
-				go io.Copy(struct{ io.Writer }{rig.in}, bulk(byte(size), size))
-				receiveBulk(t, "the other side", io.LimitReader(rig.out, size), byte(size), size)
+				go io.Copy(struct{ io.Writer }{rig.in}, conntest.Bulk(byte(size), size))
+				conntest.ReceiveBulk(t, "the other side", io.LimitReader(rig.out, size), byte(size), size)
 				total += size
 			}
 			end(rig.in)
@@ -221,7 +203,7 @@ func TestRelayWaitsForASlowDestination(t *testing.T) {
 			runtime.ReadMemStats(&before)
 
 			data := make([]byte, size)
-			bulk(1, size).Read(data)
+			io.ReadFull(conntest.Bulk(1, size), data)
 			taken := make(chan int, 1)
 			var wrote atomic.Int64
 			go func() {
@@ -250,7 +232,7 @@ func TestRelayWaitsForASlowDestination(t *testing.T) {
 			}
 			received := make(chan struct{})
 			go func() {
-				receiveBulk(t, "the other side", rig.out, 1, size)
+				conntest.ReceiveBulk(t, "the other side", rig.out, 1, size)
 				close(received)
 			}()
 			<-rig.result
@@ -265,9 +247,9 @@ func TestRelayReportsSourceError(t *testing.T) {
 		for _, size := range []int64{0, 1, 4096, 1 << 20} {
 			t.Run(fmt.Sprintf("%s/after %d bytes", kind.name, size), func(t *testing.T) {
 				rig := newRelayRig(t, kind.src, kind.dst)
-				go io.Copy(struct{ io.Writer }{rig.in}, bulk(1, size))
-				receiveBulk(t, "the other side", io.LimitReader(rig.out, size), 1, size)
-				tunnel.NewConnEnd(rig.in).Abort()
+				go io.Copy(struct{ io.Writer }{rig.in}, conntest.Bulk(1, size))
+				conntest.ReceiveBulk(t, "the other side", io.LimitReader(rig.out, size), 1, size)
+				NewConnEnd(rig.in).Abort()
 				res := <-rig.result
 				if res.writeErr != nil || res.readErr == nil || res.readErr == io.EOF && tcpconn.Of(rig.in) != nil {
 					t.Errorf("the relay ended with %v, %v; want a source error", res.readErr, res.writeErr)
@@ -288,15 +270,15 @@ func TestRelayReportsDestinationError(t *testing.T) {
 				rig := newRelayRig(t, kind.src, kind.dst)
 				sent := make(chan int64)
 				go func() {
-					n, _ := io.Copy(struct{ io.Writer }{rig.in}, bulk(1, size))
+					n, _ := io.Copy(struct{ io.Writer }{rig.in}, conntest.Bulk(1, size))
 					sent <- n
 				}()
-				receiveBulk(t, "the other side", io.LimitReader(rig.out, before), 1, before)
-				tunnel.NewConnEnd(rig.out).Abort()
+				conntest.ReceiveBulk(t, "the other side", io.LimitReader(rig.out, before), 1, before)
+				NewConnEnd(rig.out).Abort()
 				if res := <-rig.result; res.writeErr == nil || res.readErr != nil {
 					t.Errorf("the relay ended with %v, %v; want a destination error", res.readErr, res.writeErr)
 				}
-				tunnel.NewConnEnd(rig.in).Abort() // stops the sender
+				NewConnEnd(rig.in).Abort() // stops the sender
 				n := <-sent
 				if copied := rig.copied.Load(); copied < before || copied > n+16<<10 { // TLS: one record is in flight
 					t.Errorf("the relay counted %d bytes; %d were received and %d sent", copied, before, n)
@@ -309,9 +291,9 @@ func TestRelayReportsDestinationError(t *testing.T) {
 // Bytes that the destination has not accepted are not counted.
 func TestRelayCountsAcceptedBytes(t *testing.T) {
 	const sent, taken = 1000, 10
-	for _, src := range []connPair{socketPair, pipePair} {
+	for _, src := range []connPair{conntest.Pair, pipePair} {
 		rig := newRelayRig(t, src, pipePair)
-		go io.Copy(struct{ io.Writer }{rig.in}, bulk(1, sent))
+		go io.Copy(struct{ io.Writer }{rig.in}, conntest.Bulk(1, sent))
 		io.CopyN(io.Discard, rig.out, taken)
 		rig.out.Close()
 		<-rig.result
@@ -324,23 +306,23 @@ func TestRelayCountsAcceptedBytes(t *testing.T) {
 // A relay that failed midway leaves no bytes to the next one.
 func TestRelayAfterFailures(t *testing.T) {
 	for range 50 {
-		rig := newRelayRig(t, socketPair, socketPair)
-		go io.Copy(struct{ io.Writer }{rig.in}, bulk(9, 16<<20))
+		rig := newRelayRig(t, conntest.Pair, conntest.Pair)
+		go io.Copy(struct{ io.Writer }{rig.in}, conntest.Bulk(9, 16<<20))
 		io.CopyN(io.Discard, rig.out, 1<<20)
-		tunnel.NewConnEnd(rig.out).Abort()
+		NewConnEnd(rig.out).Abort()
 		<-rig.result
 		rig.in.Close()
 	}
-	rig := newRelayRig(t, socketPair, socketPair)
+	rig := newRelayRig(t, conntest.Pair, conntest.Pair)
 	go func() {
-		io.Copy(struct{ io.Writer }{rig.in}, bulk(1, 16<<20))
+		io.Copy(struct{ io.Writer }{rig.in}, conntest.Bulk(1, 16<<20))
 		end(rig.in)
 	}()
 	go func() {
 		<-rig.result
 		end(rig.dst)
 	}()
-	receiveBulk(t, "the other side", rig.out, 1, 16<<20)
+	conntest.ReceiveBulk(t, "the other side", rig.out, 1, 16<<20)
 }
 
 // Closing either end from outside, as limits do, ends a blocked relay.
@@ -350,9 +332,9 @@ func TestRelayEndsWhenItsEndsAreClosed(t *testing.T) {
 			from, _ := kind.src(t)
 			to, _ := kind.dst(t)
 			done := make(chan error)
-			var copied tunnel.Flow
+			var copied Flow
 			go func() {
-				err, _ := tunnel.Relay(to, from, &copied)
+				err, _ := Relay(to, from, &copied)
 				done <- err
 			}()
 			from.Close()
@@ -362,7 +344,7 @@ func TestRelayEndsWhenItsEndsAreClosed(t *testing.T) {
 		})
 		t.Run(kind.name+"/destination", func(t *testing.T) {
 			rig := newRelayRig(t, kind.src, kind.dst)
-			go io.Copy(struct{ io.Writer }{rig.in}, bulk(1, 64<<20))
+			go io.Copy(struct{ io.Writer }{rig.in}, conntest.Bulk(1, 64<<20))
 			io.CopyN(io.Discard, rig.out, 100)
 			rig.dst.Close()
 			if res := <-rig.result; res.writeErr == nil {
@@ -379,8 +361,8 @@ func TestRelayWithADeadline(t *testing.T) {
 			from, _ := kind.src(t)
 			to, _ := kind.dst(t)
 			from.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
-			var copied tunnel.Flow
-			if err, _ := tunnel.Relay(to, from, &copied); !errors.Is(err, os.ErrDeadlineExceeded) {
+			var copied Flow
+			if err, _ := Relay(to, from, &copied); !errors.Is(err, os.ErrDeadlineExceeded) {
 				t.Errorf("the relay ended with %v, want the deadline", err)
 			}
 		})
