@@ -101,10 +101,9 @@ func unblock(key client.Key) (found bool) {
 // limiterKeys returns the client's key in each limiter. The keys differ where limiters have
 // different prefix lengths.
 func limiterKeys(key client.Key) (keys []client.Key) {
-	limiters.Range(func(_, t any) bool {
-		keys = append(keys, t.(*bucket.Table).KeyOf(key))
-		return true
-	})
+	for t := range eachTable {
+		keys = append(keys, t.KeyOf(key))
+	}
 	return keys
 }
 

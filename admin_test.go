@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
+	"github.com/asyncproxy/caddy-async-proxy/internal/status"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
@@ -48,7 +49,7 @@ func TestAdminAPI(t *testing.T) {
 			t.Errorf("%s: %s %q, want %d", client, res.Status, body, want)
 		}
 	}
-	var empty clientList
+	var empty status.ClientList
 	c.api("GET", "clients", 200, &empty)
 	if empty.Clients == nil || empty.Total != 0 {
 		t.Errorf("at first: %+v", empty)
@@ -64,9 +65,9 @@ func TestAdminAPI(t *testing.T) {
 	get("2001:db8::1", 200)
 	get("2001:db8::2", 200)
 
-	var list clientList
+	var list status.ClientList
 	c.api("GET", "clients?sort=requests", 200, &list)
-	if want := "192.0.2.2 2001:db8::/64 192.0.2.1"; list.names() != want || list.Total != 3 {
+	if want := "192.0.2.2 2001:db8::/64 192.0.2.1"; namesOf(list) != want || list.Total != 3 {
 		t.Fatalf("clients %+v, want %s", list, want)
 	}
 	if got := list.Clients[0]; got.Requests != 5 || got.Rejections != 2 || got.BytesDown != 300 || got.Tokens >= 1 || got.Burst != 3 || got.Refill != 0.00001 || got.Zone != "default" ||
@@ -78,10 +79,10 @@ func TestAdminAPI(t *testing.T) {
 		"sort=rejections&limit=1": "192.0.2.2", "sort=tokens": "192.0.2.1 2001:db8::/64 192.0.2.2", "sort=bytes&limit=1&offset=1": "2001:db8::/64",
 		"limited": "192.0.2.2", "q=2001": "2001:db8::/64", "offset=10": "", "sort=requests&offset=2&limit=5": "192.0.2.1",
 	} {
-		var list clientList
+		var list status.ClientList
 		c.api("GET", "clients?"+query, 200, &list)
-		if list.names() != want {
-			t.Errorf("%s: %s, want %s", query, list.names(), want)
+		if namesOf(list) != want {
+			t.Errorf("%s: %s, want %s", query, namesOf(list), want)
 		}
 	}
 
@@ -99,7 +100,7 @@ func TestAdminAPI(t *testing.T) {
 	if _, err := io.ReadFull(conns[1].r, make([]byte, 10)); err != nil {
 		t.Fatal(err)
 	}
-	var tunnels tunnelList
+	var tunnels status.TunnelList
 	eventually(t, "the tunnel's bytes to be counted", func() bool {
 		c.api("GET", "tunnels?sort=bytes", 200, &tunnels)
 		return tunnels.Total == 2 && len(tunnels.Tunnels) == 2 && tunnels.Tunnels[0].BytesUp > 0 && tunnels.Tunnels[0].BytesDown > 0
@@ -111,7 +112,7 @@ func TestAdminAPI(t *testing.T) {
 	if list.Clients[0].Tunnels != 1 || list.Clients[1].Tunnels != 1 {
 		t.Errorf("clients with tunnels %+v", list)
 	}
-	var one tunnelList
+	var one status.TunnelList
 	c.api("GET", "tunnels?q=192.0.2.11", 200, &one)
 	if len(one.Tunnels) != 1 {
 		t.Fatalf("tunnels %+v", one)
@@ -132,7 +133,7 @@ func TestAdminAPI(t *testing.T) {
 	get("2001:db8::2", 429)
 	get("192.0.2.2", 200)
 	c.api("GET", "clients?limited", 200, &list)
-	if list.names() != "2001:db8::/64" || list.Clients[0].BlockedUntil == nil || time.Until(*list.Clients[0].BlockedUntil) < 59*time.Minute {
+	if namesOf(list) != "2001:db8::/64" || list.Clients[0].BlockedUntil == nil || time.Until(*list.Clients[0].BlockedUntil) < 59*time.Minute {
 		t.Errorf("blocked: %+v", list)
 	}
 	c.api("DELETE", "clients/2001:db8::/64", 204, nil)
@@ -148,14 +149,14 @@ func TestAdminAPI(t *testing.T) {
 		path := "clients/" + url.PathEscape(name)
 		c.api("PUT", path+"/block?for=1h", 204, nil)
 		c.api("GET", "clients?limited&q="+url.QueryEscape(strings.ToUpper(name)), 200, &list)
-		if list.names() != name || list.Clients[0].BlockedUntil == nil {
+		if namesOf(list) != name || list.Clients[0].BlockedUntil == nil {
 			t.Errorf("blocked: %+v, want %s", list, name)
 		}
 		c.api("DELETE", path, 204, nil)
 		c.api("DELETE", path, 404, nil)
 	}
 
-	var s stats
+	var s status.Stats
 	c.api("GET", "stats", 200, &s)
 	if s.Requests.Forwarded != 10 || s.Requests.Tunnels != 2 || s.Requests.RateLimited != 2 || s.Requests.Refused != 2 || s.Refusals[deniedRequest] != 4 ||
 		s.Tunnels.Open != 1 || s.Tunnels.BytesUp != 10 || s.BytesDown != 1010 || s.Clients.Tracked != 5 || s.Clients.Limit != 1_000_000 || s.Dials.OK != 12 ||
@@ -214,7 +215,7 @@ func TestAdminTunnelsOfZones(t *testing.T) {
 		var got []string
 		eventually(t, what+": "+strings.Join(want, ", "), func() bool {
 			got = nil
-			for _, c := range findClients(clientQuery{limit: 10, key: sortsOfClients["last_seen"]}, time.Now()).Clients {
+			for _, c := range lookupClients(t, "limit=10").Clients {
 				got = append(got, fmt.Sprintf("%s of %s and %d has %d", c.Client, c.Zone, c.Burst, c.Tunnels))
 			}
 			slices.Sort(got)
@@ -253,9 +254,9 @@ func TestAdminTunnelsOfZones(t *testing.T) {
 func TestSnapshotOfMany(t *testing.T) {
 	l := manyClients(t, 50_000)
 	now := monotime.Time(int64(time.Hour))
-	list, err := queryClients(map[string][]string{"sort": {"last_seen"}, "limit": {"3"}}, now)
-	if err != nil || list.Total != 50_000 || list.names() != "10.0.195.79 10.0.195.78 10.0.195.77" {
-		t.Errorf("%v, %d clients, first %s", err, list.Total, list.names())
+	list, err := program.status.Clients(map[string][]string{"sort": {"last_seen"}, "limit": {"3"}}, now)
+	if err != nil || list.Total != 50_000 || namesOf(list) != "10.0.195.79 10.0.195.78 10.0.195.77" {
+		t.Errorf("%v, %d clients, first %s", err, list.Total, namesOf(list))
 	}
 	if n := l.Len(); n != 50_000 {
 		t.Errorf("%d clients are tracked", n)
@@ -265,7 +266,7 @@ func TestSnapshotOfMany(t *testing.T) {
 func BenchmarkSnapshot(b *testing.B) {
 	manyClients(b, 50_000)
 	for b.Loop() {
-		takeSnapshot(time.Now())
+		program.status.Snapshot(time.Now())
 	}
 }
 

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -19,16 +18,17 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
+	"github.com/asyncproxy/caddy-async-proxy/internal/status"
 )
 
 // lookupClients looks up clients as the admin API does.
-func lookupClients(t *testing.T, query string) clientList {
+func lookupClients(t *testing.T, query string) status.ClientList {
 	t.Helper()
 	values, err := url.ParseQuery(query)
 	if err != nil {
 		t.Fatal(err)
 	}
-	list, err := queryClients(values, time.Now())
+	list, err := program.status.Clients(values, time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -61,7 +61,7 @@ func TestFloodsOfBlockedAndUncountedClients(t *testing.T) {
 			} else if !blockClient(keyOf("127.0.0.1"), time.Hour) {
 				t.Fatal("the client is not blocked")
 			}
-			start, entries, before := time.Now(), recentRefusals.n.Load(), gatherMetrics(t)
+			start, before := time.Now(), gatherMetrics(t)
 			client := w.client()
 			for range flood {
 				res, err := client.Get(w.origin.URL)
@@ -87,7 +87,13 @@ func TestFloodsOfBlockedAndUncountedClients(t *testing.T) {
 			if len(lines) > most || covered > flood {
 				t.Errorf("%d lines cover %v refusals, want at most %d lines for %d", len(lines), covered, most, flood)
 			}
-			if n := recentRefusals.n.Load() - entries; n != uint64(len(lines)) {
+			n := 0
+			for _, r := range program.status.Snapshot(time.Now()).Refusals {
+				if !r.Time.Before(start) {
+					n++
+				}
+			}
+			if n != len(lines) {
 				t.Errorf("%d of the last refusals are from the flood, want one per line: %d", n, len(lines))
 			}
 			grown := since(t, before)
@@ -119,7 +125,7 @@ func TestBlocksListedWithoutBucket(t *testing.T) {
 	}
 	for _, query := range []string{"", "limited", "limited=&sort=tokens&order=asc"} {
 		list := lookupClients(t, query)
-		names := strings.Split(list.names(), " ")
+		names := strings.Split(namesOf(list), " ")
 		slices.Sort(names)
 		if got, want := strings.Join(names, " "), "192.0.2.0/24 192.0.2.7 2001:db8::/48 alice user"; got != want || list.Total != 4 {
 			t.Errorf("%q: clients %s, %d in all, want %s", query, got, list.Total, want)
@@ -131,8 +137,8 @@ func TestBlocksListedWithoutBucket(t *testing.T) {
 			}
 		}
 	}
-	if list := lookupClients(t, "q=Alice"); list.names() != "user alice" {
-		t.Errorf("q=Alice: %s", list.names())
+	if list := lookupClients(t, "q=Alice"); namesOf(list) != "user alice" {
+		t.Errorf("q=Alice: %s", namesOf(list))
 	}
 	// Clients that send requests are merged with their buckets.
 	for _, proxy := range []string{w.proxy, other} {
@@ -162,7 +168,7 @@ func TestTunnelsListedWithoutBucket(t *testing.T) {
 	conn.connect(echoTarget(t))
 	w.load(w.site("zone new")) // a new zone that knows no clients
 	hear(t, conn, say(t, conn, "0123456789"))
-	var list clientList
+	var list status.ClientList
 	eventually(t, "the tunnel's bytes to be counted", func() bool {
 		list = lookupClients(t, "")
 		return len(list.Clients) == 1 && list.Clients[0].BytesUp > 0 && list.Clients[0].BytesDown > 0
@@ -240,60 +246,6 @@ func TestCountsByUser(t *testing.T) {
 	counts("127.0.0.1 6 1, user alice 3 1")
 }
 
-func TestLastRefusals(t *testing.T) {
-	var r refusalRing
-	for n := range 250 {
-		list := r.list()
-		if len(list) != min(n, 100) {
-			t.Fatalf("after %d refusals %d are kept", n, len(list))
-		}
-		for i, info := range list {
-			if info.Status != n-1-i {
-				t.Fatalf("after %d refusals, number %d is %d", n, i, info.Status)
-			}
-		}
-		r.add(&refusalInfo{Status: n})
-	}
-}
-
-// first returns the same elements as a full sort.
-func TestFirst(t *testing.T) {
-	for range 500 {
-		f := topN[int]{n: 1 + rand.IntN(20), ascending: rand.IntN(2) == 0}
-		var keys []float64
-		for i := range rand.IntN(200) {
-			key := float64(rand.IntN(50))
-			keys = append(keys, key)
-			f.add(key, i)
-		}
-		want := make([]int, len(keys))
-		for i := range want {
-			want[i] = i
-		}
-		slices.SortStableFunc(want, func(a, b int) int {
-			if !f.ascending {
-				a, b = b, a
-			}
-			switch {
-			case keys[a] < keys[b]:
-				return -1
-			case keys[a] > keys[b]:
-				return 1
-			}
-			return 0
-		})
-		offset := rand.IntN(f.n)
-		want = want[min(offset, len(want)):min(f.n, len(want))]
-		var got []int
-		for _, k := range f.sorted(offset) {
-			got = append(got, k.value)
-		}
-		if !slices.Equal(got, want) {
-			t.Fatalf("of %v the first %d after %d, ascending %v, are %v, want %v", keys, f.n, offset, f.ascending, got, want)
-		}
-	}
-}
-
 // BenchmarkClients finds the first and the last of 50,000 clients, in the worst input
 // order.
 func BenchmarkClients(b *testing.B) {
@@ -302,7 +254,7 @@ func BenchmarkClients(b *testing.B) {
 		b.Run(query, func(b *testing.B) {
 			values, _ := url.ParseQuery(query)
 			for b.Loop() {
-				if list, err := queryClients(values, monotime.Time(int64(time.Hour))); err != nil || len(list.Clients) != 100 {
+				if list, err := program.status.Clients(values, monotime.Time(int64(time.Hour))); err != nil || len(list.Clients) != 100 {
 					b.Fatal(err)
 				}
 			}
@@ -310,8 +262,8 @@ func BenchmarkClients(b *testing.B) {
 	}
 }
 
-// names returns the clients' names, in order.
-func (l clientList) names() string {
+// namesOf returns the clients' names, in order.
+func namesOf(l status.ClientList) string {
 	var names []string
 	for _, c := range l.Clients {
 		names = append(names, c.Client)

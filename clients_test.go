@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/status"
 )
 
 // clientFrom returns the header line with which the tests' client, as a trusted proxy,
@@ -233,22 +235,22 @@ func TestWarnsAboutPasswordsWithoutTLS(t *testing.T) {
 // The settings on the status page show which clients may use the proxy.
 func TestClientsInTheSettings(t *testing.T) {
 	w := newWorld(t, "", nil)
-	for options, want := range map[string]setting{
-		"":                            {"clients", "private_ranges", true},
-		"clients all":                 {"clients", "all", false},
-		"clients 10.0.0.0/8 fd00::/8": {"clients", "10.0.0.0/8 fd00::/8", false},
-		authUsers:                     {"clients", "all", true},
+	for options, want := range map[string]status.Setting{
+		"":                            {Option: "clients", Value: "private_ranges", Default: true},
+		"clients all":                 {Option: "clients", Value: "all", Default: false},
+		"clients 10.0.0.0/8 fd00::/8": {Option: "clients", Value: "10.0.0.0/8 fd00::/8", Default: false},
+		authUsers:                     {Option: "clients", Value: "all", Default: true},
 	} {
 		w.load(w.site(options))
-		var got []setting
-		for _, site := range takeSnapshot(time.Now()).Settings {
+		var got []status.Setting
+		for _, site := range program.status.Snapshot(time.Now()).Settings {
 			for _, s := range site.Settings {
 				if s.Option == "clients" {
 					got = append(got, s)
 				}
 			}
 		}
-		if !reflect.DeepEqual(got, []setting{want}) {
+		if !reflect.DeepEqual(got, []status.Setting{want}) {
 			t.Errorf("%q: %v, want %v", options, got, want)
 		}
 	}

@@ -24,6 +24,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/printable"
+	"github.com/asyncproxy/caddy-async-proxy/internal/status"
 )
 
 // refreshInterval is the refresh interval of --watch.
@@ -45,8 +46,8 @@ seconds and keeps trying while Caddy cannot be reached. On a terminal it then
 redraws in place and shows as many rows as fit.
 
 --sort puts the largest or latest first. Clients can be sorted by
-` + namesOfClientSorts + `, and tunnels
-by ` + namesOfTunnelSorts + `. A list that cannot be sorted in that way
+` + status.ClientSorts + `, and tunnels
+by ` + status.TunnelSorts + `. A list that cannot be sorted in that way
 keeps its usual order.
 `,
 		Args: cobra.NoArgs,
@@ -54,7 +55,7 @@ keeps its usual order.
 	cmd.Flags().BoolP("watch", "w", false, "Repeat until interrupted")
 	cmd.Flags().BoolP("json", "j", false, "Print JSON; with --watch, one line per update")
 	cmd.Flags().StringP("sort", "", "", "Sort by this, the largest or latest first")
-	cmd.Flags().StringP("limit", "", "", fmt.Sprintf("Rows of each list, from 1 to %d (default %d, or more if they fit)", maxPage, defaultRows))
+	cmd.Flags().StringP("limit", "", "", fmt.Sprintf("Rows of each list, from 1 to %d (default %d, or more if they fit)", status.MaxPage, defaultRows))
 	cmd.Flags().StringP("client", "", "", "Show only clients, and tunnels of clients, whose name contains this text")
 	cmd.Flags().StringP("address", "", "", "Address of the admin endpoint, if it is not Caddy's default")
 	cmd.RunE = caddycmd.WrapCommandFuncForCobra(runStatus)
@@ -85,7 +86,7 @@ func runStatus(flags caddycmd.Flags) (int, error) {
 		if clear {
 			width, height, _ = term.GetSize(stdout) // 0 if unknown
 		}
-		query.limit = cmp.Or(limit, max(defaultRows, min(height, maxPage)))
+		query.limit = cmp.Or(limit, max(defaultRows, min(height, status.MaxPage)))
 		shown, err := fetchStatus(address, query)
 		if err != nil && !watch {
 			return caddy.ExitCodeFailedQuit, err
@@ -119,13 +120,13 @@ func runStatus(flags caddycmd.Flags) (int, error) {
 // statusQueryOf returns what the flags ask for. Its limit is 0 if none is given.
 func statusQueryOf(flags caddycmd.Flags) (statusQuery, error) {
 	query := statusQuery{sort: flags.String("sort"), client: flags.String("client")}
-	if flags.Changed("sort") && sortsOfClients[query.sort] == nil && sortsOfTunnels[query.sort] == nil {
-		return query, fmt.Errorf("sort %q: expected %s for clients, or %s for tunnels", query.sort, namesOfClientSorts, namesOfTunnelSorts)
+	if flags.Changed("sort") && !status.SortsClients(query.sort) && !status.SortsTunnels(query.sort) {
+		return query, fmt.Errorf("sort %q: expected %s for clients, or %s for tunnels", query.sort, status.ClientSorts, status.TunnelSorts)
 	}
 	if flags.Changed("limit") {
 		var ok bool
-		if query.limit, ok = parseInt(flags.String("limit"), 1, maxPage); !ok {
-			return query, fmt.Errorf("limit %q: expected a number from 1 to %d", flags.String("limit"), maxPage)
+		if query.limit, ok = parseInt(flags.String("limit"), 1, status.MaxPage); !ok {
+			return query, fmt.Errorf("limit %q: expected a number from 1 to %d", flags.String("limit"), status.MaxPage)
 		}
 	}
 	return query, nil
@@ -165,9 +166,9 @@ func wrapText(text string, width int) string {
 
 // statusReport holds what the command prints.
 type statusReport struct {
-	Stats   stats      `json:"stats"`
-	Clients clientList `json:"clients"`
-	Tunnels tunnelList `json:"tunnels"`
+	Stats   status.Stats      `json:"stats"`
+	Clients status.ClientList `json:"clients"`
+	Tunnels status.TunnelList `json:"tunnels"`
 }
 
 // statusQuery selects the clients and tunnels that the command shows.
@@ -179,7 +180,7 @@ type statusQuery struct {
 // clients returns the query for the list of clients.
 func (q statusQuery) clients() string {
 	values := url.Values{"limit": {strconv.Itoa(q.limit)}, "q": {q.client}}
-	if sortsOfClients[q.sort] != nil {
+	if status.SortsClients(q.sort) {
 		values.Set("sort", q.sort)
 	}
 	return values.Encode()
@@ -189,7 +190,7 @@ func (q statusQuery) clients() string {
 // if there is no other order.
 func (q statusQuery) tunnels() string {
 	values := url.Values{"limit": {strconv.Itoa(q.limit)}, "client": {q.client}, "sort": {"idle"}, "order": {"asc"}}
-	if sortsOfTunnels[q.sort] != nil {
+	if status.SortsTunnels(q.sort) {
 		values.Set("sort", q.sort)
 		values.Set("order", "desc")
 	}
@@ -242,7 +243,7 @@ func (s *statusReport) print(w io.Writer) {
 	fmt.Fprintf(w, "\n")
 	table = tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
 	zone := func(string) string { return "" }
-	if slices.ContainsFunc(s.Clients.Clients, func(c clientInfo) bool { return c.Zone != s.Clients.Clients[0].Zone }) {
+	if slices.ContainsFunc(s.Clients.Clients, func(c status.Client) bool { return c.Zone != s.Clients.Clients[0].Zone }) {
 		zone = func(name string) string { return "\t" + name }
 	}
 	fmt.Fprintf(table, "CLIENT%s\tTOKENS\tREQUESTS\tREJECTED\tTUNNELS\tUP\tDOWN\tSEEN\n", zone("ZONE"))

@@ -14,7 +14,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"net/netip"
 	"os"
 	"os/exec"
 	"strings"
@@ -24,8 +23,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/client"
-	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
+	"github.com/asyncproxy/caddy-async-proxy/internal/status"
 )
 
 // commandStart runs `caddy async-proxy` until the test ends.
@@ -201,18 +199,8 @@ func TestCommandStatusSelects(t *testing.T) {
 			tunnels = append(tunnels, each.Client)
 		}
 		got := strings.Join(tunnels, " ")
-		if anyOrder := tc.tunnels == "" && tc.clients != ""; err != nil || shown.Clients.names() != tc.clients || got != tc.tunnels && !anyOrder {
-			t.Errorf("%s: %v: clients %q and tunnels %q, want %q and %q", tc.flags, err, shown.Clients.names(), got, tc.clients, tc.tunnels)
-		}
-	}
-}
-
-// The query "client" of the list of tunnels matches what the list of clients shows.
-func TestTunnelsOfAClient(t *testing.T) {
-	tn := &tunnel.Tunnel{Client: netip.MustParseAddr("2001:db8::1"), User: "Alice", LimitKey: client.User("Alice"), Target: "example.com:443"}
-	for part, want := range map[string]bool{"": true, "2001:db8": true, "alice": true, "user alice": true, "example": false, "bob": false} {
-		if got := isClientOf(tn, part); got != want {
-			t.Errorf("%q: %v, want %v", part, got, want)
+		if anyOrder := tc.tunnels == "" && tc.clients != ""; err != nil || namesOf(shown.Clients) != tc.clients || got != tc.tunnels && !anyOrder {
+			t.Errorf("%s: %v: clients %q and tunnels %q, want %q and %q", tc.flags, err, namesOf(shown.Clients), got, tc.clients, tc.tunnels)
 		}
 	}
 }
@@ -291,7 +279,7 @@ func TestStatusFits(t *testing.T) {
 	for _, tc := range []struct{ height, clients, tunnels, wantClients, wantTunnels int }{
 		{24, 100, 100, 5, 5}, {25, 100, 100, 6, 5}, {24, 2, 100, 2, 8}, {24, 100, 1, 9, 1}, {24, 0, 0, 0, 0}, {50, 3, 4, 3, 4}, {14, 9, 9, 0, 0}, {1, 9, 9, 0, 0},
 	} {
-		s := statusReport{Clients: clientList{make([]clientInfo, tc.clients), 200}, Tunnels: tunnelList{make([]tunnelInfo, tc.tunnels), 200}}
+		s := statusReport{Clients: status.ClientList{Clients: make([]status.Client, tc.clients), Total: 200}, Tunnels: status.TunnelList{Tunnels: make([]status.Tunnel, tc.tunnels), Total: 200}}
 		s.fit(tc.height)
 		if clients, tunnels := len(s.Clients.Clients), len(s.Tunnels.Tunnels); clients != tc.wantClients || tunnels != tc.wantTunnels {
 			t.Errorf("of %d clients and %d tunnels there are %d and %d in %d lines, want %d and %d", tc.clients, tc.tunnels, clients, tunnels, tc.height, tc.wantClients, tc.wantTunnels)
@@ -315,7 +303,7 @@ func TestStatusPrints(t *testing.T) {
 	s.Stats.Tunnels.Open, s.Stats.Tunnels.BytesUp, s.Stats.Tunnels.BytesDown = 1, 2000, 3000
 	s.Stats.BytesUp, s.Stats.BytesDown = 12_000, 23_000
 	blocked := s.Stats.Time.Add(time.Minute)
-	s.Clients.Clients = []clientInfo{{Client: "192.0.2.1", Zone: "one", Burst: 3, LastSeen: s.Stats.Time.Add(-time.Minute)}, {Client: "192.0.2.1", Zone: "one", Burst: 3, BlockedUntil: &blocked}}
+	s.Clients.Clients = []status.Client{{Client: "192.0.2.1", Zone: "one", Burst: 3, LastSeen: s.Stats.Time.Add(-time.Minute)}, {Client: "192.0.2.1", Zone: "one", Burst: 3, BlockedUntil: &blocked}}
 	for range 2 {
 		var out strings.Builder
 		s.print(&out)

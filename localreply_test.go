@@ -106,7 +106,7 @@ func (row causeRow) check(t *testing.T, w *world, way string) {
 	if outcome == "" {
 		outcome = "refused"
 	}
-	before, causes := gatherMetrics(t), takeStats(time.Now()).Causes
+	before, causes := gatherMetrics(t), program.status.Stats(time.Now()).Causes
 	res, body := policyRequest(t, w.proxy, method, target, row.lines)
 	if got := res.Header.Get("Proxy-Status"); res.StatusCode != row.status || !strings.HasSuffix(got, "; error="+row.reason) {
 		t.Errorf("%s, Proxy-Status %q, %q; want %d with %s", res.Status, got, body, row.status, row.reason)
@@ -120,10 +120,10 @@ func (row causeRow) check(t *testing.T, w *world, way string) {
 	if got := since(t, before); !maps.Equal(got, want) {
 		t.Errorf("growth %v, want %v", got, want)
 	}
-	if now := takeStats(time.Now()).Causes; row.cause != "" && now[row.cause] != causes[row.cause]+1 {
+	if now := program.status.Stats(time.Now()).Causes; row.cause != "" && now[row.cause] != causes[row.cause]+1 {
 		t.Errorf("the stats' causes are %v, and were %v", now, causes)
 	}
-	if last := recentRefusals.list(); row.cause == "auth_required" {
+	if last := program.status.Snapshot(time.Now()).Refusals; row.cause == "auth_required" {
 		if len(last) > 0 && last[0].Cause == row.cause {
 			t.Errorf("a challenge is among the refusals: %v", last[0])
 		}

@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"time"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
@@ -108,10 +107,9 @@ func countTunnelBytes(t *tunnel.Tunnel) {
 
 // metricsState returns what the gauges show. It counts the bytes of open tunnels first.
 func metricsState() (state metrics.State) {
-	limiters.Range(func(_, value any) bool {
-		state.Clients += value.(*bucket.Table).Len()
-		return true
-	})
+	for t := range eachTable {
+		state.Clients += t.Len()
+	}
 	withProcess(func(p *process) {
 		state.Tunnels, state.TunnelLimit = p.tunnels.Reserved(), p.tunnelLimit()
 		p.countTunnelBytes()

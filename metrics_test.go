@@ -319,7 +319,7 @@ func TestMetricsOfUploads(t *testing.T) {
 		if got := since(t, before)[`forwarded_bytes_total{direction="up"}`]; got != size {
 			t.Errorf("upload %d: %v bytes were counted, want %d", i, got, size)
 		}
-		list, err := queryClients(nil, time.Now())
+		list, err := program.status.Clients(nil, time.Now())
 		if err != nil || len(list.Clients) != 1 || list.Clients[0].BytesUp != int64(i+1)*size {
 			t.Errorf("upload %d: %v, %+v", i, err, list)
 		}

@@ -16,6 +16,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
+	"github.com/asyncproxy/caddy-async-proxy/internal/status"
 )
 
 // option is one option of the directive. Its entry in options and its fields of Handler are all
@@ -372,7 +373,7 @@ func (h *Handler) checkTogether() *combinationError {
 }
 
 // settings returns the lines of the status page for the option.
-func (o *option) settings(h, byDefault *Handler) []setting {
+func (o *option) settings(h, byDefault *Handler) []status.Setting {
 	if o.showAll != nil {
 		return o.showAll(h)
 	}
@@ -380,30 +381,30 @@ func (o *option) settings(h, byDefault *Handler) []setting {
 		return nil // shown with another option
 	}
 	value := o.show(h)
-	return []setting{{o.name, value, value == o.show(byDefault)}}
+	return []status.Setting{{Option: o.name, Value: value, Default: value == o.show(byDefault)}}
 }
 
 // settings returns the options in effect, named as in the Caddyfile, without secrets.
-func (h *Handler) settings() []setting {
+func (h *Handler) settings() []status.Setting {
 	var byDefault Handler
 	byDefault.setDefaults()
-	var all []setting
+	var all []status.Setting
 	for _, o := range options {
 		all = append(all, o.settings(h, &byDefault)...)
 	}
 	return all
 }
 
-func (h *Handler) clientSettings() []setting {
-	return []setting{{"clients", words(h.effectiveClients(), "none"), len(h.Clients) == 0}}
+func (h *Handler) clientSettings() []status.Setting {
+	return []status.Setting{{Option: "clients", Value: words(h.effectiveClients(), "none"), Default: len(h.Clients) == 0}}
 }
 
-func (h *Handler) authSettings() []setting {
+func (h *Handler) authSettings() []status.Setting {
 	providers := make([]string, len(h.auth))
 	for i, provider := range h.auth {
 		providers[i] = provider.name
 	}
-	return []setting{{"authentication", words(providers, "none"), len(h.auth) == 0}}
+	return []status.Setting{{Option: "authentication", Value: words(providers, "none"), Default: len(h.auth) == 0}}
 }
 
 func (h *Handler) showFailedLogins() string {
@@ -428,51 +429,54 @@ func (h *Handler) invalidMaxTunnels() (text string, invalid bool) {
 	return "", false
 }
 
-func (h *Handler) maxTunnelSettings() []setting {
+func (h *Handler) maxTunnelSettings() []status.Setting {
 	limit := func(n int) string {
 		if n == 0 {
 			return "no limit"
 		}
 		return fmt.Sprint(n)
 	}
-	return []setting{
-		{"max_tunnels", limit(h.MaxTunnels), h.MaxTunnels == 0},
-		{"max_tunnels per_client", limit(h.MaxTunnelsPerClient), h.MaxTunnelsPerClient == 0},
+	return []status.Setting{
+		{Option: "max_tunnels", Value: limit(h.MaxTunnels), Default: h.MaxTunnels == 0},
+		{Option: "max_tunnels per_client", Value: limit(h.MaxTunnelsPerClient), Default: h.MaxTunnelsPerClient == 0},
 	}
 }
 
-func (h *Handler) ruleSettings() (all []setting) {
+func (h *Handler) ruleSettings() (all []status.Setting) {
 	for _, rule := range h.Rules {
 		value := slices.Clone(rule.Destinations)
 		for _, file := range rule.Files {
 			value = append(value, "file "+file)
 		}
-		all = append(all, setting{Option: rule.Action, Value: words(value, "a source of ranges")})
+		all = append(all, status.Setting{Option: rule.Action, Value: words(value, "a source of ranges")})
 	}
 	if len(all) == 0 {
-		all = []setting{{"allow, deny", "none", false}}
+		all = []status.Setting{{Option: "allow, deny", Value: "none"}}
 	}
 	return all
 }
 
-func (h *Handler) viaSettings() []setting {
+func (h *Handler) viaSettings() []status.Setting {
 	name := h.name
 	if h.Via == "off" {
 		name = "off"
 	}
-	return []setting{{"via", name, h.Via == ""}}
+	return []status.Setting{{Option: "via", Value: name, Default: h.Via == ""}}
 }
 
-func (h *Handler) headerSettings() []setting {
-	return []setting{{"header_up, header_down", onOff(h.Headers != nil), h.Headers == nil}}
+func (h *Handler) headerSettings() []status.Setting {
+	return []status.Setting{{Option: "header_up, header_down", Value: onOff(h.Headers != nil), Default: h.Headers == nil}}
 }
 
-func (h *Handler) pacSettings() []setting {
+func (h *Handler) pacSettings() []status.Setting {
 	path := h.ServePAC
 	if path == "" {
 		path = "off"
 	}
-	return []setting{{"serve_pac", path, path == "off"}, {"serve_pac direct", words(h.PACDirect, "none"), len(h.PACDirect) == 0}}
+	return []status.Setting{
+		{Option: "serve_pac", Value: path, Default: path == "off"},
+		{Option: "serve_pac direct", Value: words(h.PACDirect, "none"), Default: len(h.PACDirect) == 0},
+	}
 }
 
 func invalidPACPath(h *Handler) (path string, invalid bool) {

@@ -14,6 +14,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
+	"github.com/asyncproxy/caddy-async-proxy/internal/status"
 )
 
 // optionValue is how the value of an option is parsed, checked and shown. Each function but
@@ -27,11 +28,11 @@ type optionValue struct {
 	invalid    func(h *Handler) (text string, bad bool)   // returns the value if it is not valid
 	setDefault func(h *Handler)                           // stores the default if h has no value
 	show       func(h *Handler) string                    // returns the value for the status page
-	showAll    func(h *Handler) []setting                 // replaces show, if the status page has several lines for it
+	showAll    func(h *Handler) []status.Setting          // replaces show, if the status page has several lines for it
 }
 
 // shownAs returns v with other lines on the status page.
-func (v optionValue) shownAs(showAll func(*Handler) []setting) optionValue {
+func (v optionValue) shownAs(showAll func(*Handler) []status.Setting) optionValue {
 	v.showAll = showAll
 	return v
 }

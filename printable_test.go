@@ -10,7 +10,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/url"
 	"strings"
 	"testing"
 	"time"
@@ -18,6 +17,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/printable"
+	"github.com/asyncproxy/caddy-async-proxy/internal/status"
 )
 
 // TestPrintedTextsAreBounded checks that log lines, the snapshot and the status command stay small and
@@ -69,33 +69,17 @@ func TestPrintedTextsAreBounded(t *testing.T) {
 		t.Errorf("got %d log lines", n)
 	}
 	now := time.Now()
-	data, err := json.Marshal(takeSnapshot(now))
+	data, err := json.Marshal(program.status.Snapshot(now))
 	if err != nil || len(data) > 64<<10 {
 		t.Errorf("the snapshot has %d bytes: %v", len(data), err)
 	}
 	odd := &statusReport{
-		Clients: clientList{Clients: []clientInfo{{Client: "user \x1b[2J" + long, Zone: "\a"}}},
-		Tunnels: tunnelList{Tunnels: []tunnelInfo{{Client: "\x1b[2J", User: "\u202e", Target: long + "\x1b", Proto: protocol}}},
+		Clients: status.ClientList{Clients: []status.Client{{Client: "user \x1b[2J" + long, Zone: "\a"}}},
+		Tunnels: status.TunnelList{Tunnels: []status.Tunnel{{Client: "\x1b[2J", User: "\u202e", Target: long + "\x1b", Proto: protocol}}},
 	}
 	var out strings.Builder
 	odd.print(&out)
 	for line := range strings.Lines(out.String()) {
 		check("the status command", strings.TrimSuffix(line, "\n"))
-	}
-}
-
-// TestQueriesAreBounded checks that a query holds no more clients than it returns, and that
-// it cannot ask for arbitrarily many.
-func TestQueriesAreBounded(t *testing.T) {
-	for query, want := range map[string]bool{"offset=10000&limit=1000": true, "offset=10001": false, "limit=1001": false, "offset=-1": false} {
-		values, err := url.ParseQuery(query)
-		if err != nil {
-			t.Fatal(err)
-		}
-		_, clients := queryClients(values, time.Now())
-		_, tunnels := queryTunnels(values, time.Now())
-		if (clients == nil) != want || (tunnels == nil) != want {
-			t.Errorf("%s: %v, %v", query, clients, tunnels)
-		}
 	}
 }

@@ -17,6 +17,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
+	"github.com/asyncproxy/caddy-async-proxy/internal/status"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
@@ -29,6 +30,7 @@ const processKey = "process"
 // program holds what lasts as long as the program, even while no config has a proxy.
 var program = struct {
 	metrics *metrics.Set
+	status  *status.View // set by init, because its inputs need program
 	started time.Time
 	loaded  atomic.Pointer[time.Time] // when the last config with a proxy started to run
 }{metrics: metrics.New(metricLabels()), started: time.Now()}

@@ -4,14 +4,10 @@
 package asyncproxy
 
 import (
-	"encoding/json"
 	"errors"
 	"net/http"
 	"net/netip"
-	"net/url"
-	"strings"
 	"sync"
-	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
@@ -19,6 +15,8 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/status"
 )
 
 func init() {
@@ -48,8 +46,8 @@ type Status struct {
 	MaskClients bool `json:"mask_clients,omitempty"`
 
 	logger *zap.Logger
-	stop   func() // ends the streams
-	done   <-chan struct{}
+	page   *status.Page
+	stop   func() // ends the page's streams
 }
 
 // statusServers maps each status page of this process to its server. The proxy does not
@@ -74,8 +72,8 @@ func (Status) CaddyModule() caddy.ModuleInfo {
 }
 
 func parseStatus(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
-	status := new(Status)
-	return status, status.UnmarshalCaddyfile(h.Dispenser)
+	s := new(Status)
+	return s, s.UnmarshalCaddyfile(h.Dispenser)
 }
 
 // UnmarshalCaddyfile sets up the handler from Caddyfile tokens. Syntax:
@@ -126,7 +124,11 @@ func (s *Status) Provision(ctx caddy.Context) error {
 	}
 	s.logger = ctx.Logger()
 	ended := make(chan struct{})
-	s.done, s.stop = ended, sync.OnceFunc(func() { close(ended) })
+	s.stop = sync.OnceFunc(func() { close(ended) })
+	s.page = &status.Page{
+		View: program.status, Actions: s.Actions, MaskClients: s.MaskClients, Done: ended,
+		OriginalPath: originalPath, CameThroughProxy: cameThroughProxy, Acted: s.logAction,
+	}
 	// A server that shuts down waits for its requests, so streams must end by themselves.
 	server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
 	if !ok {
@@ -167,38 +169,27 @@ func (s *Status) Cleanup() error {
 	return nil
 }
 
-// statusHeader restricts the page: it may load only its own files and cannot be framed.
-var statusHeader = map[string]string{
-	"Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; " +
-		"base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-	"X-Content-Type-Options":       "nosniff",
-	"Referrer-Policy":              "no-referrer",
-	"Cross-Origin-Opener-Policy":   "same-origin",
-	"Cross-Origin-Resource-Policy": "same-origin",
-	"Cache-Control":                "no-store",
-}
-
 // ServeHTTP implements caddyhttp.MiddlewareHandler. It responds to every request and never
 // calls the next handler.
 func (s *Status) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
-	for field, value := range statusHeader {
-		w.Header().Set(field, value)
-	}
-	if cameThroughProxy(r) {
-		statusError(w, http.StatusForbidden, "The status page is not available through the proxy.")
-		return nil
-	}
-	name := r.URL.Path[strings.LastIndexByte(r.URL.Path, '/')+1:]
-	switch r.Method {
-	case http.MethodGet, http.MethodHead:
-		s.get(w, r, name)
-	case http.MethodPost:
-		s.act(w, r, name)
-	default:
-		w.Header().Set("Allow", "GET, HEAD, POST")
-		statusError(w, http.StatusMethodNotAllowed, "Expected GET, HEAD or POST.")
-	}
+	s.page.ServeHTTP(w, r)
 	return nil
+}
+
+// logAction logs an action of an operator.
+func (s *Status) logAction(r *http.Request, action string, done bool) {
+	if c := s.logger.Check(zap.InfoLevel, "operator's action"); c != nil {
+		by, _ := caddyhttp.GetVar(r.Context(), caddyhttp.ClientIPVarKey).(string)
+		c.Write(
+			zap.String("action", action),
+			textField("tunnel", r.FormValue("tunnel")),
+			textField("client", r.FormValue("client")),
+			textField("zone", r.FormValue("zone")),
+			textField("for", r.FormValue("for")),
+			zap.Bool("done", done),
+			zap.String("by", by),
+		)
+	}
 }
 
 // cameThroughProxy reports whether a proxy of this process forwarded or tunnelled r to this
@@ -219,71 +210,13 @@ func cameThroughProxy(r *http.Request) (found bool) {
 	return found
 }
 
-func (s *Status) get(w http.ResponseWriter, r *http.Request, name string) {
-	switch name {
-	case "events":
-		s.stream(w, r)
-	case "snapshot.json":
-		snap := takeSnapshot(time.Now())
-		s.data(w, r, &snap, nil)
-	case "clients.json":
-		list, err := queryClients(r.URL.Query(), time.Now())
-		s.data(w, r, list, err)
-	case "tunnels.json":
-		list, err := queryTunnels(r.URL.Query(), time.Now())
-		s.data(w, r, list, err)
-	default:
-		s.page(w, r, name)
-	}
-}
-
-// data responds with data as JSON. Searching is not allowed when clients are masked, because
-// it would reveal their addresses.
-func (s *Status) data(w http.ResponseWriter, r *http.Request, data interface{ mask() }, err error) {
-	switch {
-	case err != nil:
-		statusError(w, http.StatusBadRequest, err.Error())
-	case s.MaskClients && r.URL.Query().Get("q") != "":
-		statusError(w, http.StatusForbidden, "Searching by q is not allowed while mask_clients is on.")
-	default:
-		if s.MaskClients {
-			data.mask()
-		}
-		statusJSON(w, http.StatusOK, data)
-	}
-}
-
-// page serves the page and its files. Their links are relative, so the path of the page
-// must end in a slash; other paths are redirected.
-func (s *Status) page(w http.ResponseWriter, r *http.Request, name string) {
-	if file, ok := statusFiles()[name]; ok && name != "" {
-		file.serve(w, r)
-		return
-	}
-	path := r.URL.Path
+// originalPath returns the path that the client sent. handle_path may have stripped a prefix
+// from r's.
+func originalPath(r *http.Request) string {
 	if original, ok := r.Context().Value(caddyhttp.OriginalRequestCtxKey).(http.Request); ok {
-		path = original.URL.Path // handle_path may have stripped a prefix from r's
+		return original.URL.Path
 	}
-	last := path[strings.LastIndexByte(path, '/')+1:]
-	switch {
-	case strings.Contains(name, "."):
-		statusError(w, http.StatusNotFound, "The status page has no such file.")
-	case last != "":
-		w.Header().Set("Location", (&url.URL{Path: last + "/"}).String())
-		w.WriteHeader(http.StatusPermanentRedirect)
-	default:
-		statusFiles()[""].serve(w, r)
-	}
-}
-
-func statusJSON(w http.ResponseWriter, status int, v any) {
-	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(status)
-	_ = json.NewEncoder(w).Encode(v) // fails only if the client has disconnected
-}
-
-func statusError(w http.ResponseWriter, status int, text string) {
-	statusJSON(w, status, map[string]string{"error": text})
+	return r.URL.Path
 }
 
 // Interface guards

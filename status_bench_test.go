@@ -118,21 +118,3 @@ func BenchmarkStatusViewers(b *testing.B) {
 		b.ReportMetric(each(1)/each(0), "ratio")
 	}
 }
-
-// BenchmarkSnapshotEvent encodes the largest possible snapshot, as happens once a second
-// whatever the number of viewers.
-func BenchmarkSnapshotEvent(b *testing.B) {
-	var snap snapshot
-	for i := range 200 {
-		name := fmt.Sprintf("2001:db8:%x:%x::/64", i, i*i)
-		if i < 100 {
-			snap.Clients.Clients = append(snap.Clients.Clients, clientInfo{Client: name, Zone: "default", Tokens: 7.5, Burst: 10, Refill: 0.5, Requests: 123456, LastSeen: time.Now()})
-			snap.Refusals = append(snap.Refusals, refusalInfo{Time: time.Now(), Client: name, Method: "CONNECT", Target: "www.example.com:443", Status: 403, Reason: "destination_ip_prohibited", Detail: "This proxy does not connect to 10.0.0.7, which is a private address; its option allow opens it."})
-		}
-		snap.Tunnels.Tunnels = append(snap.Tunnels.Tunnels, tunnelInfo{ID: uint64(i), Client: name, Target: "www.example.com:443", Address: "198.51.100.7:443", Proto: "HTTP/2.0", Started: time.Now(), BytesUp: 123456, BytesDown: 1234567})
-	}
-	b.ReportAllocs()
-	for b.Loop() {
-		b.SetBytes(int64(len(snapshotEvent(snap))))
-	}
-}

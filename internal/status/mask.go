@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package status
 
 import (
 	"strings"
@@ -18,7 +18,7 @@ func maskClient(name string) string {
 	return key.Masked()
 }
 
-func (s *snapshot) mask() {
+func (s *Snapshot) mask() {
 	s.Clients.mask()
 	s.Tunnels.mask()
 	for i := range s.Refusals {
@@ -29,13 +29,13 @@ func (s *snapshot) mask() {
 	}
 }
 
-func (l clientList) mask() {
+func (l ClientList) mask() {
 	for i := range l.Clients {
 		l.Clients[i].Client = maskClient(l.Clients[i].Client)
 	}
 }
 
-func (l tunnelList) mask() {
+func (l TunnelList) mask() {
 	for i := range l.Tunnels {
 		l.Tunnels[i].Client, l.Tunnels[i].User = maskClient(l.Tunnels[i].Client), ""
 	}

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package status
 
 import (
 	"encoding/json"
@@ -25,14 +25,12 @@ const (
 	viewerWriteTimeout = 5 * time.Second
 )
 
-// statusFeed is shared by all status pages, because they show the whole process.
-var statusFeed = newFeed(takeSnapshot)
-
-// feed takes one snapshot per second for all viewers while there are any.
+// feed takes one snapshot per second for all viewers of all pages while there are any. The
+// pages share it because they show the whole process.
 //
 // All methods are safe for concurrent use.
 type feed struct {
-	takeSnapshot func(now time.Time) snapshot
+	takeSnapshot func(now time.Time) Snapshot
 	writeTimeout time.Duration // viewerWriteTimeout
 
 	mu      sync.Mutex
@@ -46,7 +44,7 @@ type viewer struct {
 	events chan []byte // holds one event: a slow viewer misses later ones
 }
 
-func newFeed(take func(now time.Time) snapshot) *feed {
+func newFeed(take func(now time.Time) Snapshot) *feed {
 	return &feed{takeSnapshot: take, writeTimeout: viewerWriteTimeout, viewers: make(map[*viewer]struct{})}
 }
 
@@ -116,7 +114,7 @@ func (f *feed) publish(now time.Time) {
 	}
 }
 
-func snapshotEvent(snap snapshot) []byte {
+func snapshotEvent(snap Snapshot) []byte {
 	data, err := json.Marshal(snap) // contains no line breaks, which would split the event
 	if err != nil {
 		return fmt.Appendf(nil, "event: failure\ndata: %q\n\n", err.Error())
@@ -126,24 +124,25 @@ func snapshotEvent(snap snapshot) []byte {
 
 // stream sends events (https://html.spec.whatwg.org/multipage/server-sent-events.html)
 // until the client disconnects, or the config or the process ends.
-func (s *Status) stream(w http.ResponseWriter, r *http.Request) {
-	viewer := statusFeed.subscribe(s.MaskClients)
+func (p *Page) stream(w http.ResponseWriter, r *http.Request) {
+	feed := p.View.feed
+	viewer := feed.subscribe(p.MaskClients)
 	if viewer == nil {
 		w.Header().Set("Retry-After", "10")
-		statusError(w, http.StatusServiceUnavailable, fmt.Sprintf("The limit of %d concurrent viewers is reached; try again later.", maxViewers))
+		writeError(w, http.StatusServiceUnavailable, fmt.Sprintf("The limit of %d concurrent viewers is reached; try again later.", maxViewers))
 		return
 	}
-	defer statusFeed.unsubscribe(viewer)
+	defer feed.unsubscribe(viewer)
 	w.Header().Set("Content-Type", "text/event-stream")
 	w.Header().Set("X-Accel-Buffering", "no") // disables buffering in an nginx in front
 	controller := http.NewResponseController(w)
 	defer func() { _ = controller.SetWriteDeadline(time.Time{}) }()
 	send := func(event []byte) bool {
-		_ = controller.SetWriteDeadline(time.Now().Add(statusFeed.writeTimeout))
+		_ = controller.SetWriteDeadline(time.Now().Add(feed.writeTimeout))
 		_, err := w.Write(event)
 		return err == nil && controller.Flush() == nil
 	}
-	hello := fmt.Appendf(nil, "retry: 1000\nevent: hello\ndata: {\"page\":%q,\"actions\":%t,\"masked\":%t}\n\n", statusVersion(), s.Actions, s.MaskClients)
+	hello := fmt.Appendf(nil, "retry: 1000\nevent: hello\ndata: {\"page\":%q,\"actions\":%t,\"masked\":%t}\n\n", version(), p.Actions, p.MaskClients)
 	if !send(hello) || r.Method == http.MethodHead {
 		return
 	}
@@ -151,7 +150,7 @@ func (s *Status) stream(w http.ResponseWriter, r *http.Request) {
 		select {
 		case <-r.Context().Done():
 			return
-		case <-s.done:
+		case <-p.Done:
 			return
 		case event := <-viewer.events:
 			if !send(event) {

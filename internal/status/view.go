@@ -1,0 +1,71 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Package status shows operators what the proxies of a process are doing, and lets them act.
+// It offers View, which takes snapshots and answers queries, and serves them as a live page
+// and as an API. It never knows how a proxy handles requests, or which server serves the
+// page.
+package status
+
+import (
+	"iter"
+	"sync"
+	"time"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
+)
+
+// Inputs is what a view shows and what its actions do. All functions must be safe for
+// concurrent use.
+type Inputs struct {
+	Versions func() (module, server string)
+	Started  time.Time        // when the process started
+	Loaded   func() time.Time // when the last config with a proxy started to run
+	Sites    func() []Site    // that are running
+	Counters func() metrics.Reading
+
+	Tables      iter.Seq[*bucket.Table]            // of the limiters in use
+	Blocks      iter.Seq2[client.Key, int64]       // blocked clients, and until when, on package monotime's clock
+	Tunnels     iter.Seq[*tunnel.Tunnel]           // that are open
+	OpenTunnels func() (n, limit int)              // a limit of 0 is none
+	TableOf     func(*tunnel.Tunnel) *bucket.Table // of the limiter that admitted the tunnel
+
+	// Actions report whether there was something to do. Refill fills the buckets of a client
+	// in a zone; if zone is "", it does so in all zones and also ends a block. Block blocks a
+	// client for d; 0 ends the block.
+	CloseTunnel   func(id uint64) bool
+	Refill        func(key client.Key, zone string) bool
+	Block         func(key client.Key, d time.Duration) bool
+	ParseDuration func(string) (time.Duration, error)
+}
+
+// View is what operators see of a process. All methods are safe for concurrent use.
+type View struct {
+	in       Inputs
+	refusals refusalRing
+	feed     *feed
+
+	// query is held while a query searches all clients or tunnels, so that concurrent queries
+	// need no more memory than one.
+	query sync.Mutex
+}
+
+// New returns the view of a process.
+func New(in Inputs) *View {
+	v := &View{in: in}
+	v.feed = newFeed(v.Snapshot)
+	return v
+}
+
+// AddRefusal adds a refusal to the list of the latest ones.
+func (v *View) AddRefusal(r *Refusal) { v.refusals.add(r) }
+
+// Viewers returns how many open pages receive snapshots.
+func (v *View) Viewers() int {
+	v.feed.mu.Lock()
+	defer v.feed.mu.Unlock()
+	return len(v.feed.viewers)
+}

@@ -1,0 +1,27 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package status
+
+import (
+	"time"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
+)
+
+// emptyView returns the view of a process without a proxy.
+func emptyView() *View {
+	return New(Inputs{
+		Versions:    func() (module, server string) { return "v1", "v2" },
+		Loaded:      time.Now,
+		Sites:       func() []Site { return nil },
+		Counters:    metrics.New(metrics.Labels{}).Read,
+		Tables:      func(func(*bucket.Table) bool) {},
+		Blocks:      func(func(client.Key, int64) bool) {},
+		Tunnels:     func(func(*tunnel.Tunnel) bool) {},
+		OpenTunnels: func() (n, limit int) { return 0, 0 },
+	})
+}

@@ -1,0 +1,111 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
+	"github.com/asyncproxy/caddy-async-proxy/internal/printable"
+	"github.com/asyncproxy/caddy-async-proxy/internal/status"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
+)
+
+func init() {
+	program.status = status.New(status.Inputs{
+		Versions: versions,
+		Started:  program.started,
+		Loaded:   lastLoaded,
+		Sites:    runningSites,
+		Counters: readCounters,
+
+		Tables:      eachTable,
+		Blocks:      eachBlock,
+		Tunnels:     eachTunnel,
+		OpenTunnels: countTunnels,
+		TableOf:     func(t *tunnel.Tunnel) *bucket.Table { return openedBy(t).limiter },
+
+		CloseTunnel:   closeTunnel,
+		Refill:        refillClient,
+		Block:         blockClient,
+		ParseDuration: caddy.ParseDuration,
+	})
+}
+
+const modulePath = "github.com/asyncproxy/caddy-async-proxy"
+
+// versions returns the versions of this module in the running binary, and of Caddy.
+func versions() (module, server string) {
+	module = "(devel)"
+	if info, ok := debug.ReadBuildInfo(); ok {
+		for _, m := range append(info.Deps, &info.Main) {
+			if m.Path == modulePath && m.Version != "" {
+				module = m.Version
+			}
+		}
+	}
+	server, _ = caddy.Version()
+	return module, server
+}
+
+// lastLoaded returns when the last config with a proxy started to run.
+func lastLoaded() time.Time {
+	if loaded := program.loaded.Load(); loaded != nil {
+		return *loaded
+	}
+	return program.started
+}
+
+// runningSites returns the options of all handlers that run.
+func runningSites() (sites []status.Site) {
+	withProcess(func(p *process) {
+		for h := range p.handlers.All() {
+			if h.running.Load() {
+				sites = append(sites, status.Site{Site: strings.Join(h.site.addresses, " "), Settings: h.settings()})
+			}
+		}
+	})
+	return sites
+}
+
+// readCounters returns the counters, with the bytes of open tunnels.
+func readCounters() metrics.Reading {
+	withProcess((*process).countTunnelBytes)
+	return program.metrics.Read()
+}
+
+// eachTable calls yield with the tables of the limiters in use, until it returns false.
+func eachTable(yield func(*bucket.Table) bool) {
+	limiters.Range(func(_, t any) bool { return yield(t.(*bucket.Table)) })
+}
+
+// eachBlock calls yield with the blocked clients, until it returns false.
+func eachBlock(yield func(client.Key, int64) bool) {
+	withProcess(func(p *process) { p.blocks.Range(yield) })
+}
+
+// eachTunnel calls yield with the open tunnels, until it returns false.
+func eachTunnel(yield func(*tunnel.Tunnel) bool) {
+	withProcess(func(p *process) { p.tunnels.All()(yield) })
+}
+
+// countTunnels returns the number of open tunnels, and the lowest limit of a handler.
+func countTunnels() (n, limit int) {
+	withProcess(func(p *process) { n, limit = p.tunnels.Size(), p.tunnelLimit() })
+	return n, limit
+}
+
+// addRecent adds a refusal to the list that the status page shows.
+func (v *transaction) addRecent(f *refusal) {
+	program.status.AddRefusal(&status.Refusal{
+		Time: v.start, Client: client.Name(v.addr), Method: printable.Text(v.r.Method), Target: printable.Text(v.r.Host),
+		Status: f.status, Reason: f.errorType, Cause: string(v.cause), Detail: printable.Text(f.text),
+	})
+}
