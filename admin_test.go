@@ -17,7 +17,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 	"github.com/asyncproxy/caddy-async-proxy/internal/status"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
@@ -248,26 +247,6 @@ func TestAdminTunnelsOfZones(t *testing.T) {
 	w.load(w.site("burst 1000\nrefill 1000\nzone same\nipv4_prefix 24"))
 	w.dial().connect(echo)
 	check("other prefixes", "127.0.0.0/24 of same and 1000 has 1", "127.0.0.1 of one and 2000 has 1", "127.0.0.1 of same and 1000 has 1", "127.0.0.1 of same and 2000 has 1", "127.0.0.1 of two and 2000 has 1")
-}
-
-// TestSnapshotOfMany checks a query over thousands of clients.
-func TestSnapshotOfMany(t *testing.T) {
-	l := manyClients(t, 50_000)
-	now := monotime.Time(int64(time.Hour))
-	list, err := program.status.Clients(map[string][]string{"sort": {"last_seen"}, "limit": {"3"}}, now)
-	if err != nil || list.Total != 50_000 || namesOf(list) != "10.0.195.79 10.0.195.78 10.0.195.77" {
-		t.Errorf("%v, %d clients, first %s", err, list.Total, namesOf(list))
-	}
-	if n := l.Len(); n != 50_000 {
-		t.Errorf("%d clients are tracked", n)
-	}
-}
-
-func BenchmarkSnapshot(b *testing.B) {
-	manyClients(b, 50_000)
-	for b.Loop() {
-		program.status.Snapshot(time.Now())
-	}
 }
 
 // TestActionsInSeveralZones checks that an action applies to a client in every limiter that

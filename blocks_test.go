@@ -8,16 +8,13 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"net/netip"
 	"net/url"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
-	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 	"github.com/asyncproxy/caddy-async-proxy/internal/status"
 )
 
@@ -246,22 +243,6 @@ func TestCountsByUser(t *testing.T) {
 	counts("127.0.0.1 6 1, user alice 3 1")
 }
 
-// BenchmarkClients finds the first and the last of 50,000 clients, in the worst input
-// order.
-func BenchmarkClients(b *testing.B) {
-	manyClients(b, 50_000)
-	for _, query := range []string{"sort=last_seen", "sort=last_seen&order=asc", "sort=last_seen&offset=49000", "sort=last_seen&order=asc&offset=49000"} {
-		b.Run(query, func(b *testing.B) {
-			values, _ := url.ParseQuery(query)
-			for b.Loop() {
-				if list, err := program.status.Clients(values, monotime.Time(int64(time.Hour))); err != nil || len(list.Clients) != 100 {
-					b.Fatal(err)
-				}
-			}
-		})
-	}
-}
-
 // namesOf returns the clients' names, in order.
 func namesOf(l status.ClientList) string {
 	var names []string
@@ -269,22 +250,4 @@ func namesOf(l status.ClientList) string {
 		names = append(names, c.Client)
 	}
 	return strings.Join(names, " ")
-}
-
-// manyClients fills a limiter with n clients, each of which was seen a moment after the
-// previous one.
-func manyClients(t testing.TB, n int) *bucket.Table {
-	t.Helper()
-	limits := limits(1_000_000, 1)
-	limits.Zone, limits.MaxClients = t.Name(), 4*n
-	l, err := acquireTable(limiters, limits)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _, _ = limiters.Delete(limits) })
-	for i := range n {
-		key := client.Address(netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}))
-		l.Take(key, int64(i))
-	}
-	return l
 }

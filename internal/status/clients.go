@@ -175,8 +175,8 @@ func (v *View) blocksByClient(at int64) map[client.Key]*clientRow {
 	return clients
 }
 
-// tableOf returns the table of a limiter for which key is the key of a client, or nil. Among several
-// it prefers the shortest prefix, so that key is shown as the largest network.
+// tableOf returns the table of a limiter for which key is the key of a client, or nil. Among
+// several it prefers the shortest prefix, so that key is shown as the largest network.
 func (v *View) tableOf(key client.Key) *bucket.Table {
 	var best *bucket.Table
 	order := func(a, b *bucket.Table) int {

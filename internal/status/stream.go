@@ -48,7 +48,7 @@ func newFeed(take func(now time.Time) Snapshot) *feed {
 	return &feed{takeSnapshot: take, writeTimeout: viewerWriteTimeout, viewers: make(map[*viewer]struct{})}
 }
 
-// subscribe adds a viewer, which must be removed by leave. It returns nil if there are already
+// subscribe adds a viewer, which must be removed by unsubscribe. It returns nil if there are already
 // maxViewers.
 func (f *feed) subscribe(masked bool) *viewer {
 	f.mu.Lock()
