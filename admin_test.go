@@ -37,6 +37,9 @@ func (c *binaryCaddy) api(method, path string, want int, into any) string {
 }
 
 func TestAdminAPI(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	c := binaryStart(t, binaryOptions{global: "servers {\ntrusted_proxies static 127.0.0.1/32\n}", site: "clients all\nburst 3\nrefill 0.00001\nallow 127.0.0.0/8"})
 	origin := listen(t, func(conn *net.TCPConn) {
 		_, _ = conn.Read(make([]byte, 1000))

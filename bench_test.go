@@ -5,6 +5,7 @@ package asyncproxy
 
 import (
 	"bufio"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -265,11 +266,10 @@ func (p benchProxy) cpu(b *testing.B) time.Duration {
 	return time.Duration(user+system) * 10 * time.Millisecond
 }
 
-// caddyBinary builds cmd/caddy once and returns its path. The binary has no symbols, so that
-// it is linked in less time.
+// caddyBinary builds cmd/caddy once and returns its path.
 func caddyBinary(tb testing.TB) string {
 	tb.Helper()
-	path, err := buildCaddy()
+	path, err := caddyPath()
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -278,17 +278,34 @@ func caddyBinary(tb testing.TB) string {
 
 var buildDir string
 
-var buildCaddy = sync.OnceValues(func() (string, error) {
+// caddyPath builds cmd/caddy once, or waits for the runner of apartTests, which does.
+var caddyPath = sync.OnceValues(func() (string, error) {
+	if path := os.Getenv(caddyEnv); path != "" {
+		for {
+			if _, err := os.Stat(path); err == nil {
+				return path, nil
+			}
+			if text, err := os.ReadFile(path + ".failed"); err == nil {
+				return "", errors.New(string(text))
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+	}
 	var err error
 	if buildDir, err = os.MkdirTemp("", "async-proxy-test"); err != nil {
 		return "", err
 	}
 	path := filepath.Join(buildDir, "caddy")
-	if out, err := exec.Command("go", "build", "-ldflags=-s -w", "-o", path, "./cmd/caddy").CombinedOutput(); err != nil {
-		return "", fmt.Errorf("%w: %s", err, out)
-	}
-	return path, nil
+	return path, buildCaddy(path)
 })
+
+// buildCaddy builds cmd/caddy without symbols, so that it is linked in less time.
+func buildCaddy(path string) error {
+	if out, err := exec.Command("go", "build", "-ldflags=-s -w", "-o", path, "./cmd/caddy").CombinedOutput(); err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	return nil
+}
 
 // forwarderEnv makes this test binary a bare net/http forwarder on the address in its
 // value.
@@ -343,7 +360,17 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	waitTogether()
+	if dir := os.Getenv(runnerEnv); dir != "" {
+		runApart(dir)
+		return
+	}
+	stop, err := startRunner()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
 	code := m.Run()
+	stop()
 	if buildDir != "" {
 		_ = os.RemoveAll(buildDir)
 	}

@@ -760,6 +760,9 @@ var responseAttacks = []attack{
 
 // TestClientConnRequests checks that the fast path and net/http understand requests alike.
 func TestClientConnRequests(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	tw := newTwins(t, twinOptions+"\nserve_pac /pac", warmUp)
 	attacks := requestAttacks
 	for _, rule := range rules {

@@ -19,6 +19,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -152,8 +153,11 @@ func acceptGoroutines() []string {
 	return ids
 }
 
-// listeningTwice reports whether any of the tests' addresses has two listening sockets. It
-// is false on systems that do not tell.
+// ownPorts are the ports that freeAddress has returned.
+var ownPorts sync.Map
+
+// listeningTwice reports whether any address of these tests has two listening sockets. It is
+// false on systems that do not tell.
 func listeningTwice() bool {
 	sockets, err := os.Open("/proc/net/tcp")
 	if err != nil {
@@ -168,7 +172,9 @@ func listeningTwice() bool {
 		if len(fields) < 4 || fields[3] != "0A" {
 			break // The connections follow. Earlier tests leave thousands.
 		}
-		if seen[fields[1]] {
+		var address, port int
+		_, _ = fmt.Sscanf(fields[1], "%x:%x", &address, &port)
+		if _, own := ownPorts.Load(port); own && seen[fields[1]] {
 			return true
 		}
 		seen[fields[1]] = true
@@ -181,7 +187,11 @@ func listeningTwice() bool {
 // separate ranges.
 var nextPort atomic.Int64
 
-func init() { nextPort.Store(20000 + int64(os.Getpid()*8%4000)) }
+func init() {
+	first := 20000 + int64(os.Getpid()*8%4000)
+	_, _ = fmt.Sscan(os.Getenv(apartEnv), &first)
+	nextPort.Store(first)
+}
 
 // freeAddress returns a loopback address that nothing listens on, a different one each
 // time.
@@ -196,6 +206,7 @@ func freeAddress(t testing.TB) string {
 			t.Fatal(err)
 		}
 		defer ln.Close()
+		ownPorts.Store(ln.Addr().(*net.TCPAddr).Port, true)
 		return ln.Addr().String()
 	}
 }

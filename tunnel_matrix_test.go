@@ -45,6 +45,9 @@ var tunnelBehaviours = []struct {
 }
 
 func TestTunnels(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	for name, setup := range map[string]tunnelSetup{
 		"bare": {}, "net/http": {servers: "keepalive_interval 15s"}, "observed": observed, "access log": {site: observed.site}, "metrics": {global: observed.global},
 	} {
@@ -67,6 +70,9 @@ func TestTunnels(t *testing.T) {
 
 // A client's connection is then of the PROXY protocol wrapper's type.
 func TestTunnelsBehindTheProxyProtocol(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	wrapped := tunnelSetup{servers: "listener_wrappers {\nproxy_protocol {\nallow 127.0.0.0/8\n}\ntls\n}"}
 	wrappedObserved := wrapped
 	wrappedObserved.global, wrappedObserved.site = observed.global, observed.site
@@ -94,6 +100,9 @@ func TestTunnelsBehindTheProxyProtocol(t *testing.T) {
 // With HTTP/2 disabled, Caddy hides a plain connection's socket behind a type without
 // half-close. The socket underneath has it.
 func TestTunnelsOfAServerForHTTP1(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	for name, setup := range map[string]tunnelSetup{"bare": {}, "observed": observed} {
 		setup.protocols, setup.servers = "h1", "keepalive_interval 15s" // without the listener wrapper
 		t.Run(name, func(t *testing.T) {
@@ -307,6 +316,9 @@ func tunnelsAreMany(t *testing.T, c *tunnelClient) {
 }
 
 func TestTunnelsOfOneConnectionDoNotWaitForEachOther(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	const size = 32 << 20
 	w := newTunnelWorld(t, tunnelSetup{})
 	for _, protocol := range []string{"h2", "h2c", "h3"} {
@@ -362,6 +374,9 @@ func TestTunnelsOfABrokenConnection(t *testing.T) {
 // Caddy cuts off requests and responses that stall, by default after a minute. A tunnel may
 // be silent, and its client may read slowly.
 func TestTunnelsOutliveCaddysStallLimits(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	const limit, size = 400 * time.Millisecond, 32 << 20
 	for name, setup := range map[string]tunnelSetup{"bare": {}, "observed": observed} {
 		setup.servers = fmt.Sprintf("timeouts {\nread_body_idle %v\nwrite_idle %[1]v\n}", limit)
@@ -392,6 +407,9 @@ func TestTunnelsOutliveCaddysStallLimits(t *testing.T) {
 }
 
 func TestTunnelsOutliveAReload(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	const size, reloads = 8 << 20, 3
 	for name, setup := range map[string]tunnelSetup{"bare": {}, "observed": observed} {
 		t.Run(name, func(t *testing.T) {
