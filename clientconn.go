@@ -6,7 +6,6 @@ package asyncproxy
 import (
 	"bufio"
 	"bytes"
-	"cmp"
 	"context"
 	"errors"
 	"net"
@@ -18,29 +17,24 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
-	"go.uber.org/zap"
-
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
-	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
-// clientConn serves one client connection on one goroutine, bypassing net/http and Caddy's
-// HTTP server (about 30 % less CPU). It handles only CONNECT and plain requests without
-// content. On the first request that it does not handle, or that is malformed, it hands the
-// connection to net/http with every byte of that request. After a config reload it hands the
-// connection to the listener of the new config between two requests, which the client does
-// not notice.
+// clientConn serves one client connection on one goroutine. On the first request that it does
+// not handle, or that is malformed, it hands the connection to net/http with every byte of that
+// request. After a config reload it hands the connection to the listener of the new config
+// between two requests, which the client does not notice.
 type clientConn struct {
 	*net.TCPConn
 	listener *clientListener
+	server   *clientServer // of the listener
 	remote   string
 
 	r      *bufio.Reader
 	w      responseWriter
-	out    http.ResponseWriter // w, or w wrapped in Caddy's write-idle timeout
+	out    http.ResponseWriter // w, or what Wrap has made of it
 	ctx    context.Context     // canceled when the connection ends
 	cancel context.CancelFunc
 	prefix []byte // bytes that were read before start
@@ -69,7 +63,7 @@ const (
 var requestReaderPool = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, 4<<10) }}
 
 func newClientConn(l *clientListener, conn *readConn, isNew bool) *clientConn {
-	c := &clientConn{TCPConn: conn.TCPConn, prefix: conn.in.Prefix, listener: l, isNew: isNew}
+	c := &clientConn{TCPConn: conn.TCPConn, server: l.server, prefix: conn.in.Prefix, listener: l, isNew: isNew}
 	c.w.client = c
 	return c
 }
@@ -83,16 +77,16 @@ func (c *clientConn) start() {
 		_, _ = c.r.Peek(len(c.prefix)) // prefix fits; buffer it, so that handOff hands it on too
 		c.prefix = nil
 	}
-	ctx := context.WithValue(context.Background(), http.LocalAddrContextKey, c.LocalAddr())
-	ctx, c.cancel = context.WithCancel(ctx)
-	c.ctx, c.out = context.WithValue(ctx, caddyhttp.ServerCtxKey, c.listener.site), &c.w
+	ctx := context.WithValue(c.server.BaseContext, http.LocalAddrContextKey, c.LocalAddr())
+	c.ctx, c.cancel = context.WithCancel(ctx)
+	c.out = &c.w
 }
 
 // newRequest returns a request with the fields set that are the same for all requests of the
 // connection.
 func (c *clientConn) newRequest(method string) *http.Request {
-	if method != http.MethodConnect && c.out == &c.w {
-		c.enableWriteIdleTimeout()
+	if method != http.MethodConnect && c.out == &c.w && c.server.Wrap != nil {
+		c.ctx, c.out = c.server.Wrap(c.ctx, &c.w)
 	}
 	ctx := &requestContext{Context: c.ctx, conn: c}
 	ctx.r = blankRequest.WithContext(ctx)
@@ -102,43 +96,27 @@ func (c *clientConn) newRequest(method string) *http.Request {
 
 var blankRequest = &http.Request{Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, Body: http.NoBody}
 
-// enableWriteIdleTimeout wraps the writer in Caddy's write-idle timeout. CONNECT does not need it:
-// tunnels have their own timeouts.
-func (c *clientConn) enableWriteIdleTimeout() {
-	timeout := time.Duration(c.listener.site.WriteIdleTimeout)
-	if timeout <= 0 {
-		return
-	}
-	idle := &caddyhttp.IdleTimeoutWriter{
-		ResponseWriterWrapper: &caddyhttp.ResponseWriterWrapper{ResponseWriter: &c.w},
-		Ctrl:                  http.NewResponseController(&c.w),
-		Deadline:              caddyhttp.IdleDeadline{Timeout: timeout},
-		MaxChunk:              c.listener.site.MaxWriteChunk,
-		Logger:                c.listener.handler.logger,
-	}
-	c.ctx, c.out = caddyhttp.ContextWithIdleTimeouts(c.ctx, nil, idle), idle
-}
-
-// run serves the connection, and then the tunnel that it may have become. The tunnel starts
-// here, after serve has returned, so that it does not keep alive what only requests need.
+// run serves the connection, and then calls the function that has taken it over, if any. It
+// does so here, after serve has returned, so that the function does not keep alive what only
+// requests need.
 func (c *clientConn) run() {
 	growStack()
-	if t := c.serve(); t != nil {
-		t.Run()
+	if takeover := c.serve(); takeover != nil {
+		takeover()
 	}
 }
 
-// serve serves requests until the connection ends, becomes a tunnel, or is handed off.
-func (c *clientConn) serve() (t *tunnel.Tunnel) {
+// serve serves requests until the connection ends, is taken over, or is handed off.
+func (c *clientConn) serve() (takeover func()) {
 	handedOff := false
 	defer func() {
-		if err := recover(); err != nil && err != http.ErrAbortHandler {
-			c.listener.handler.logger.Error("panic serving a client", zap.String("client", c.remote), zap.Any("panic", err), zap.ByteString("stack", debug.Stack()))
+		if v := recover(); v != nil && v != http.ErrAbortHandler {
+			c.server.OnPanic(c.remote, v, debug.Stack())
 		}
 		c.stopWatch() // watchDisconnect reads from c.r
 		c.cancel()
 		if !handedOff {
-			releaseClient(c.TCPConn)
+			c.server.OnEnd(c.TCPConn)
 		}
 		if !handedOff && !c.w.hijacked && !c.w.lingers {
 			_ = c.Close()
@@ -148,7 +126,7 @@ func (c *clientConn) serve() (t *tunnel.Tunnel) {
 		c.r.Reset(nil)
 		requestReaderPool.Put(c.r)
 		if c.w.lingers {
-			c.listener.handler.process.lingering.close(c.TCPConn, c.w.sender)
+			c.server.Lingering.close(c.TCPConn, c.w.sender)
 		}
 	}()
 	c.start()
@@ -162,7 +140,7 @@ func (c *clientConn) serve() (t *tunnel.Tunnel) {
 		}
 		c.markUsed()
 		if !c.serveRequest(r) {
-			return c.w.tunnel
+			return c.w.takeover
 		}
 	}
 }
@@ -191,16 +169,12 @@ func (c *clientConn) serveRequest(r *http.Request) bool {
 	c.serving = true
 	c.mu.Unlock()
 	c.w.reset(r.Method == http.MethodHead, r.Close)
-	c.w.header["Server"] = []string{"Caddy"}
-	err := c.listener.handler.ServeHTTP(c.out, r, nil)
+	c.server.Handle(c.out, r)
 	if c.w.hijacked {
 		return false
 	}
-	if err != nil {
-		c.w.WriteHeader(cmp.Or(caddyStatus(err), http.StatusInternalServerError))
-	}
 	c.stopWatch()
-	err = c.w.finish()
+	err := c.w.finish()
 	return err == nil && !c.w.closes && c.ctx.Err() == nil
 }
 
@@ -211,7 +185,7 @@ func (c *clientConn) nextRequest() (r *http.Request, handOff bool) {
 		return nil, true
 	}
 	if !c.isNew && c.r.Buffered() < 4 {
-		limit := time.Duration(c.listener.site.IdleTimeout)
+		limit := c.server.IdleTimeout
 		c.limitRead(limit-limit/16, limit)
 		if _, err := c.r.Peek(4); err != nil { // net/http closes silently, too
 			return nil, c.state.Load() == connMoves
@@ -259,10 +233,9 @@ func (c *clientConn) limitRead(least, most time.Duration) {
 	}
 }
 
-// startWriteIdleTimeout sets Caddy's write_idle as the deadline for the next write, for clients that do
-// not read. It is called before each write of a response, also of one without content.
+// startWriteIdleTimeout sets the deadline for the next write, for clients that do not read. It is called before each write of a response, also of one without content.
 func (c *clientConn) startWriteIdleTimeout() {
-	if timeout := time.Duration(c.listener.site.WriteIdleTimeout); timeout > 0 {
+	if timeout := c.server.WriteIdleTimeout; timeout > 0 {
 		c.setWriteDeadline(time.Now().Add(timeout), timeout/16)
 	}
 }
@@ -295,7 +268,7 @@ func (c *clientConn) handOff() {
 	c.readDeadline.Clear(c.TCPConn)
 	c.mu.Unlock()
 	conn := newReadConn(c.TCPConn, bytes.Clone(unread))
-	conn.timedOut, conn.handler = c.headTimedOut, c.listener.handler
+	conn.timedOut, conn.server = c.headTimedOut, c.server
 	var successor *clientListener
 	if c.listener.conns.closed.Load() || c.listener.replaced() {
 		successor = c.listener.successor()
@@ -306,14 +279,14 @@ func (c *clientConn) handOff() {
 	case c.isNew:
 		c.listener.handToNetHTTP(conn)
 	case c.state.Load() == connMoves:
-		releaseClient(c.TCPConn)
+		c.server.OnEnd(c.TCPConn)
 		_ = c.Close()
 	case bytes.HasPrefix(unread, []byte(http2Preface)): // net/http would switch to HTTP/2
-		releaseClient(c.TCPConn)
-		c.refuse("HTTP/2 cannot start after HTTP/1 requests on the same connection.")
+		c.server.OnEnd(c.TCPConn)
+		c.refuse(inputLateHTTP2)
 	case len(unread) < len(http2Preface): // net/http would wait for the rest of the preface
-		releaseClient(c.TCPConn)
-		c.refuse("This is not a well-formed HTTP request.")
+		c.server.OnEnd(c.TCPConn)
+		c.refuse(inputMalformed)
 	default:
 		c.listener.handToNetHTTP(conn)
 	}
@@ -321,23 +294,22 @@ func (c *clientConn) handOff() {
 
 const http2Preface = "PRI * HTTP/2.0"
 
-// refuse responds 400 to input that is not a request that can be served.
-func (c *clientConn) refuse(text string) {
-	c.listener.handler.answerInvalid(c.TCPConn, invalidMalformed, "400 Bad Request", text)
-	c.w.lingers, c.w.sender = true, hostport.AddrPortOf(c.RemoteAddr()).Addr()
+// refuse responds to input that is not a request that can be served.
+func (c *clientConn) refuse(kind inputKind) {
+	c.server.answerInvalid(c.TCPConn, kind)
+	c.w.closeInStages(hostport.AddrPortOf(c.RemoteAddr()).Addr())
 }
 
 // refuseFirstByte refuses a client whose first byte is not HTTP, and reports whether it has
 // done so.
 func (c *clientConn) refuseFirstByte() bool {
 	first, _ := c.r.Peek(min(1, c.r.Buffered()))
-	if len(first) == 0 || c.listener.handler == nil {
+	if len(first) == 0 {
 		return false
 	}
-	reason, found := foreignProtocol(first[0], false)
+	kind, found := foreignProtocol(first[0], false)
 	if found {
-		c.listener.handler.answerFirstByte(c.TCPConn, reason)
-		c.w.lingers, c.w.sender = true, hostport.AddrPortOf(c.RemoteAddr()).Addr()
+		c.refuse(kind)
 	}
 	return found
 }
@@ -369,10 +341,6 @@ type clientConns struct {
 	closed   atomic.Bool    // the listener is closed
 }
 
-// clientConnCount counts open client connections across all listeners, including those of
-// replaced configs. On exit the process waits for it to reach zero.
-var clientConnCount atomic.Int64
-
 // add adds a connection, unless the listener is closed.
 func (p *clientConns) add(c *clientConn) bool {
 	p.mu.Lock()
@@ -384,7 +352,7 @@ func (p *clientConns) add(c *clientConn) bool {
 	if c.isNew {
 		p.pristine.Add(1)
 	}
-	clientConnCount.Add(1)
+	c.server.Listeners.open.Add(1)
 	return true
 }
 
@@ -392,7 +360,7 @@ func (p *clientConns) remove(c *clientConn) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.conns, c)
-	clientConnCount.Add(-1)
+	c.server.Listeners.open.Add(-1)
 }
 
 // shutdown closes or moves the idle connections at once, and the others after their
@@ -404,10 +372,4 @@ func (p *clientConns) shutdown(exits bool) {
 	for c := range p.conns {
 		c.shutdown(exits)
 	}
-}
-
-// waitForAnswers waits until the last responses have been sent. It must be called after all
-// shutdowns.
-func waitForAnswers(ctx context.Context) {
-	waitUntil(ctx, func() bool { return clientConnCount.Load() == 0 })
 }

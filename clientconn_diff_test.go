@@ -7,6 +7,7 @@ import (
 	"bufio"
 	"bytes"
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -945,45 +946,32 @@ func TestClientConnWriter(t *testing.T) {
 				defer server.Close()
 				want := dialRaw(t, server.Listener.Addr().String())
 				want.send(strings.Repeat(method+" / HTTP/1.1\nHost: x\n\n", 2))
-				r := httptest.NewRequest(method, "/", nil)
-				done := make(chan struct{})
-				got := dialRaw(t, listen(t, func(c *net.TCPConn) {
-					defer close(done)
-					w := &responseWriter{client: newClientConn(unitListener(nil), newReadConn(c, nil), false)}
-					for i := 0; i < 2 && !w.closes; i++ {
-						w.reset(r.Method == http.MethodHead, false)
-						handler(w, r)
-						if err := w.finish(); err != nil {
-							t.Error(err)
-						}
-					}
-				}))
+				got := dialRaw(t, serveBelow(t, handler))
+				got.send(strings.Repeat(method+" http://x/ HTTP/1.1\nHost: x\n\n", 2))
 				for range 2 {
 					if is, want := readTwinResponse(got.r, method), readTwinResponse(want.r, method); is != want {
 						t.Errorf("%.2000q\nnet/http: %.2000q", is, want)
 					}
 				}
-				<-done
 			})
 		}
 	}
 }
 
-// TestClientConnWriterIdleMemory checks that idle connections, of which there may be
-// many, hold no memory of their last response.
-func TestClientConnWriterIdleMemory(t *testing.T) {
-	conn, outside := socketPair(t)
-	go io.Copy(io.Discard, outside)
-	w := &responseWriter{client: newClientConn(unitListener(nil), newReadConn(conn.(*net.TCPConn), nil), false)}
-	w.reset(false, false)
-	w.Header()["X-One"] = []string{strings.Repeat("x", 1<<20)}
-	_, _ = io.WriteString(w, "hello")
-	if err := w.finish(); err != nil {
+// serveBelow serves clients with a handler below net/http, and returns the address.
+func serveBelow(t *testing.T, handle http.HandlerFunc) string {
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
 		t.Fatal(err)
 	}
-	if w.header != nil || cap(w.buf) > maxKeptBuffer || slices.ContainsFunc(w.names[:cap(w.names)], func(name string) bool { return name != "" }) {
-		t.Errorf("an idle connection keeps %d fields, names %q and a buffer of %d bytes", len(w.header), w.names[:cap(w.names)], cap(w.buf))
-	}
+	below := listenBelow(ln, &clientServer{
+		Handle: handle, BaseContext: context.Background(),
+		Listeners: new(clientListeners), Lingering: new(lingering),
+		Exiting: func() bool { return true },
+		OnEnd:   func(net.Conn) {},
+	})
+	t.Cleanup(func() { below.Close() })
+	return ln.Addr().String()
 }
 
 // mayBeBetter matches what the proxy may deliberately handle better than net/http: a % that

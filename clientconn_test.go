@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -25,31 +24,13 @@ import (
 	"testing"
 	"time"
 
-	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
-	"go.uber.org/zap"
-
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
-// listeners returns the registered fast-path listeners.
-func listeners() []*clientListener {
-	clientListeners.Lock()
-	defer clientListeners.Unlock()
-	return slices.Concat(slices.Collect(maps.Values(clientListeners.at))...)
-}
-
-func (p *clientConns) list() []*clientConn {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return slices.Collect(maps.Keys(p.conns))
-}
-
-func (p *clientConns) size() int { return len(p.list()) }
-
 // fastPathConns returns the number of connections on the fast path.
 func fastPathConns() (n int) {
-	for _, l := range listeners() {
-		n += l.conns.size()
+	for _, l := range program.listeners.all() {
+		n += len(l.clients())
 	}
 	return n
 }
@@ -73,8 +54,8 @@ func (w *world) dialFastPath() *rawConn {
 	w.t.Helper()
 	c := w.dial()
 	c.gets(w.origin.URL + "/")
-	for _, l := range listeners() {
-		if slices.ContainsFunc(l.conns.list(), func(p *clientConn) bool { return p.RemoteAddr().String() == c.LocalAddr().String() }) {
+	for _, l := range program.listeners.all() {
+		if slices.ContainsFunc(l.clients(), func(remote net.Addr) bool { return remote.String() == c.LocalAddr().String() }) {
 			return c
 		}
 	}
@@ -308,57 +289,6 @@ func TestClientConnReloadUnderTraffic(t *testing.T) {
 	eventually(t, "all connections to end", func() bool { return fastPathConns() == 0 })
 }
 
-// A connection that is busy while the server shuts down completes its response. The fast
-// path serves no connection that arrives later.
-func TestClientConnAtShutdown(t *testing.T) {
-	l := unitListener(nil)
-	p := &l.conns
-	near, far := socketPair(t)
-	c := newClientConn(l, newReadConn(near.(*net.TCPConn), nil), false)
-	if !p.add(c) {
-		t.Error("the connection is not accepted")
-	}
-	c.state.Store(connBusy)
-	p.shutdown(false)
-	if _, err := io.WriteString(near, "the answer"); err != nil {
-		t.Errorf("before the response is complete: %v", err)
-	}
-	if p.add(newClientConn(l, newReadConn(far.(*net.TCPConn), nil), false)) {
-		t.Error("a server that has shut down accepts a connection")
-	}
-	if c.enterIdle() {
-		t.Error("after its response the connection waits for another request")
-	}
-	c.state.Store(connIdle) // as if it had just become idle
-	p.shutdown(false)
-	c.limitRead(time.Hour, time.Hour)
-	_, _ = io.WriteString(far, "a request")
-	if _, err := near.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
-		t.Errorf("a connection that must move still waits: %v", err)
-	}
-}
-
-// Bytes read ahead on a connection that moves go with it, even if it moves again before
-// anything reads them.
-func TestClientConnMovesTwice(t *testing.T) {
-	near, far := socketPair(t)
-	const request = "GET http://a.example/ HTTP/1.1\r\nHost: x\r\n\r\n"
-	_, _ = io.WriteString(far, request[20:])
-	second, third := unitListener(nil), unitListener(nil)
-	third.conns.closed.Store(true) // makes net/http serve it there
-	c := newClientConn(second, newReadConn(near.(*net.TCPConn), []byte(request[:20])), false)
-	second.conns.add(c)
-	second.conns.shutdown(false)
-	third.register()
-	defer third.unregister()
-	go c.run()
-	moved := <-third.netHTTPConns
-	_ = far.Close()
-	if got, _ := io.ReadAll(moved); string(got) != request {
-		t.Errorf("got %q, want %q", got, request)
-	}
-}
-
 // A request's duration counts from its start, whenever the placeholder is first read.
 func TestClientConnDuration(t *testing.T) {
 	w := newWorld(t, "header_down X-Took {http.request.duration_ms}", http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
@@ -446,85 +376,6 @@ func TestClientConnBrokenOff(t *testing.T) {
 			t.Errorf("%q, %v, want a part and an error", body, err)
 		}
 		eventually(t, "the connection to end", func() bool { return fastPathConns() == 0 })
-	}
-}
-
-// A handler that panics ends its own connection and no other.
-func TestClientConnPanic(t *testing.T) {
-	near, far := socketPair(t)
-	l := unitListener(&Handler{logger: zap.NewNop()}) // without a limiter, ServeHTTP panics
-	_, _ = io.WriteString(far, "GET http://a.example/ HTTP/1.1\r\nHost: x\r\n\r\n")
-	l.serveConn(near, true)
-	eventually(t, "the connection to end", func() bool { return l.conns.size() == 0 })
-	if n, err := io.Copy(io.Discard, far); n > 0 || err != nil {
-		t.Errorf("%d bytes, %v, want the end", n, err)
-	}
-}
-
-type noListener struct{ net.Listener }
-
-func (noListener) Addr() net.Addr { return &net.TCPAddr{} }
-
-// unitListener returns a listener that accepts nothing.
-func unitListener(h *Handler) *clientListener {
-	return newClientListener(noListener{}, h, new(caddyhttp.Server))
-}
-
-// A context that is still waited on after its request has ended reads nothing of the next
-// request from the connection, and does not touch its deadline.
-func TestClientConnLateWatch(t *testing.T) {
-	near, far := socketPair(t)
-	c := newClientConn(unitListener(nil), newReadConn(near.(*net.TCPConn), nil), false)
-	c.start()
-	ctx := c.newRequest(http.MethodGet).Context()
-	early := ctx.Done()
-	const requests = 100
-	var late sync.WaitGroup
-	for range requests {
-		c.mu.Lock()
-		c.serving = true
-		c.mu.Unlock()
-		late.Go(func() { <-ctx.Done() })
-		late.Go(func() {
-			_, cancel := context.WithCancel(ctx)
-			cancel()
-		})
-		c.stopWatch()
-	}
-	if ctx.Err() != nil {
-		t.Errorf("stopping the watch counts as a disconnect: %v", ctx.Err())
-	}
-	late.Go(func() { <-ctx.Done() })
-	if ctx.Done(); c.watchDone != nil {
-		t.Fatal("the watch runs between two requests")
-	}
-	for range requests {
-		_, _ = io.WriteString(far, "GET http://a.example/ HTTP/1.1\r\nHost: x\r\n\r\n")
-		if r, back := c.nextRequest(); r == nil || back {
-			t.Error("the next request is lost")
-		}
-	}
-	c.cancel()
-	late.Wait()
-	<-early
-}
-
-// An idle connection holds no memory of earlier responses.
-func TestClientConnIdleMemory(t *testing.T) {
-	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		for i := range 500 {
-			w.Header().Set(fmt.Sprint("X-Large-", i), strings.Repeat("x", 1000))
-		}
-	}))
-	w.dialFastPath()
-	for _, l := range listeners() {
-		for _, c := range l.conns.list() {
-			eventually(t, "the connection to be idle", func() bool { return c.state.Load() == connIdle })
-			names := strings.Join(c.w.names[:cap(c.w.names)], "")
-			if size := cap(c.w.buf); size > 16<<10 || c.w.header != nil || names != "" {
-				t.Errorf("%d bytes, %d fields and %d bytes of names", size, len(c.w.header), len(names))
-			}
-		}
 	}
 }
 
@@ -650,18 +501,6 @@ func TestClientConnStalledHead(t *testing.T) {
 				}
 			})
 		}
-	}
-}
-
-// A connection that should go to a server that has shut down is closed.
-func TestClientConnHandOffAtShutdown(t *testing.T) {
-	near, far := socketPair(t)
-	_ = far.SetDeadline(time.Now().Add(patience))
-	l := unitListener(nil)
-	l.stopServing()
-	l.handToNetHTTP(near)
-	if n, err := io.Copy(io.Discard, far); n > 0 || err != nil {
-		t.Errorf("%d bytes, %v, want the end", n, err)
 	}
 }
 

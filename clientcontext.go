@@ -8,12 +8,7 @@ import (
 	"context"
 	"io"
 	"net/http"
-	"slices"
 	"sync"
-	"time"
-
-	"github.com/caddyserver/caddy/v2"
-	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
 // requestContext is the context of a request on a clientConn. It prepares the expensive
@@ -22,11 +17,26 @@ type requestContext struct {
 	context.Context // of the connection, with the values that all requests share
 	conn            *clientConn
 	r               *http.Request
-	start           time.Time
-	placeholder     caddy.ReplacerFunc // the proxy's placeholders
+	attached        any
 
 	once     sync.Once
 	prepared context.Context
+}
+
+// isServed reports whether r is a request on a clientConn.
+func isServed(r *http.Request) bool {
+	_, ok := r.Context().(*requestContext)
+	return ok
+}
+
+// attach attaches value to a request on a clientConn, for clientServer.Prepare. It reports
+// whether r is such a request.
+func attach(r *http.Request, value any) bool {
+	c, ok := r.Context().(*requestContext)
+	if ok {
+		c.attached = value
+	}
+	return ok
 }
 
 // Done implements context.Context. The first call starts the watch for the client's
@@ -36,29 +46,19 @@ func (c *requestContext) Done() <-chan struct{} {
 	return c.Context.Done()
 }
 
-// Value implements context.Context. The first call for one of Caddy's keys prepares what
-// Caddy prepares for each request, such as variables and placeholders.
+// Value implements context.Context. The first call for a key of clientServer.Prepare's context
+// prepares it.
 func (c *requestContext) Value(key any) any {
 	if value := c.Context.Value(key); value != nil {
 		return value
 	}
-	if _, ok := key.(caddy.CtxKey); !ok {
+	if !c.conn.server.Prepares(key) {
 		return nil
 	}
 	c.once.Do(func() {
-		repl := caddy.NewReplacer()
-		repl.Map(c.placeholder)
-		c.prepared = caddyhttp.PrepareRequest(c.r.WithContext(c.Context), repl, c.conn.out, c.conn.listener.site).Context()
-		caddyhttp.SetVar(c.prepared, "start_time", c.start) // Caddy measures durations from it
+		c.prepared = c.conn.server.Prepare(c.r.WithContext(c.Context), c.conn.out, c.attached)
 	})
 	return c.prepared.Value(key)
-}
-
-// namesClient reports whether a request has a field that may name another client than the
-// one that is connected. Caddy then decides who the client is.
-func (c *requestContext) namesClient() bool {
-	has := func(name string) bool { return len(c.r.Header.Values(name)) > 0 }
-	return has("X-Forwarded-For") || slices.ContainsFunc(c.conn.listener.site.ClientIPHeaders, has)
 }
 
 // startWatch starts to watch for the client's disconnect while a request is served.

@@ -4,148 +4,72 @@
 package asyncproxy
 
 import (
-	"cmp"
-	"encoding/json"
+	"context"
 	"errors"
+	"maps"
 	"net"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
-
-	"github.com/caddyserver/caddy/v2"
-	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
-	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
-	"go.uber.org/zap"
-
-	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
-func init() { caddy.RegisterModule(ListenerWrapper{}) }
-
-// ListenerWrapper lets a server's async_proxy serve client connections itself, below Go's
-// and Caddy's HTTP servers, with about 30 % less CPU. It hands everything else to those:
-// TLS, HTTP/2, requests with content, and all connections of a server where something else
-// takes part in connections or requests, such as another listener wrapper, an access log,
-// metrics, or a handler before the proxy.
-//
-// If no other wrapper takes part, it also refuses and logs clients that do not speak the
-// port's protocol, with TLS or without. Without TLS it does the same for requests that Go's
-// HTTP server refuses before any handler sees them.
-//
-// The Caddyfile adapter adds it wherever it helps, unless the server has global options.
-type ListenerWrapper struct {
-	ctx         caddy.Context
-	server      *caddyhttp.Server
-	onlyWrapper bool // there is no other wrapper but tls
+// clientListeners holds the listeners of a program that accept, by address. During a reload, an
+// address has two. The later one stays, or the earlier one if the new config fails. The zero
+// value is ready for use.
+type clientListeners struct {
+	mu   sync.Mutex
+	at   map[string][]*clientListener
+	open atomic.Int64 // connections, also those of replaced listeners
 }
 
-// CaddyModule returns the Caddy module information.
-func (ListenerWrapper) CaddyModule() caddy.ModuleInfo {
-	return caddy.ModuleInfo{
-		ID:  "caddy.listeners.async_proxy",
-		New: func() caddy.Module { return new(ListenerWrapper) },
+func (ls *clientListeners) add(l *clientListener) {
+	ls.mu.Lock()
+	defer ls.mu.Unlock()
+	if ls.at == nil {
+		ls.at = make(map[string][]*clientListener)
+	}
+	ls.at[l.address] = append(ls.at[l.address], l)
+}
+
+func (ls *clientListeners) remove(l *clientListener) {
+	ls.mu.Lock()
+	defer ls.mu.Unlock()
+	rest := slices.DeleteFunc(ls.at[l.address], func(each *clientListener) bool { return each == l })
+	if len(rest) > 0 {
+		ls.at[l.address] = rest
+	} else {
+		delete(ls.at, l.address)
 	}
 }
 
-// Provision implements caddy.Provisioner.
-func (w *ListenerWrapper) Provision(ctx caddy.Context) error {
-	w.ctx = ctx
-	w.server, _ = ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
-	if w.server == nil {
-		return errors.New("async_proxy is a listener wrapper for HTTP servers")
-	}
-	addUnclaimed(w.server) // here, because the routes are provisioned later
-	w.onlyWrapper = !slices.ContainsFunc(w.server.ListenerWrappersRaw, func(raw json.RawMessage) bool {
-		var other struct{ Wrapper string }
-		return json.Unmarshal(raw, &other) != nil || other.Wrapper != "async_proxy" && other.Wrapper != "tls"
-	})
-	return nil
-}
-
-// UnmarshalCaddyfile implements caddyfile.Unmarshaler. There are no options.
-func (w *ListenerWrapper) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
-	d.Next() // consume the wrapper's name
-	if d.NextArg() {
-		return d.ArgErr()
-	}
-	if d.NextBlock(0) {
-		return d.Errf("the listener wrapper async_proxy has no options")
+// last returns the listener that began last at an address, or nil if there is none.
+func (ls *clientListeners) last(address string) *clientListener {
+	ls.mu.Lock()
+	defer ls.mu.Unlock()
+	if all := ls.at[address]; len(all) > 0 {
+		return all[len(all)-1]
 	}
 	return nil
 }
 
-// WrapListener implements caddy.ListenerWrapper. Caddy calls it when all handlers are
-// provisioned, and before it accepts connections.
-func (w *ListenerWrapper) WrapListener(ln net.Listener) net.Listener {
-	switch ln.(type) {
-	case *clientListener, *readListener:
-		return ln // the Caddyfile adapter adds one wrapper for each site of the server
-	}
-	app, err := w.ctx.AppIfConfigured("http")
-	if err != nil {
-		return ln
-	}
-	h, _ := fastPathHandler(app.(*caddyhttp.App), w.server)
-	if h != nil {
-		h.fastPath = w.onlyWrapper
-	}
-	if overTLS := usesTLS(app.(*caddyhttp.App), w.server, ln); !w.onlyWrapper {
-		return ln
-	} else if h == nil || overTLS {
-		return watchFirstBytes(ln, firstProxy(w.server.Routes), overTLS)
-	}
-	l := newClientListener(ln, h, w.server)
-	l.register()
-	go l.accept()
-	return l
+// all returns the listeners.
+func (ls *clientListeners) all() []*clientListener {
+	ls.mu.Lock()
+	defer ls.mu.Unlock()
+	return slices.Concat(slices.Collect(maps.Values(ls.at))...)
 }
 
-// usesTLS reports whether Caddy expects TLS from the clients of a listener. Connections in
-// clear must not be served there, whichever place TLS has among the wrappers.
-func usesTLS(app *caddyhttp.App, server *caddyhttp.Server, ln net.Listener) bool {
-	tcp, ok := ln.Addr().(*net.TCPAddr)
-	return len(server.TLSConnPolicies) > 0 && (!ok || tcp.Port != cmp.Or(app.HTTPPort, caddyhttp.DefaultHTTPPort))
-}
-
-// fastPathHandler returns the handler if the fast path can serve the server's proxy requests, which
-// is when no other part of Caddy takes part in them. Otherwise why names that part.
-func fastPathHandler(app *caddyhttp.App, server *caddyhttp.Server) (h *Handler, why string) {
-	lacksHTTP1 := func(protocols []string) bool { return protocols != nil && !slices.Contains(protocols, "h1") }
-	switch {
-	case server.Logs != nil:
-		return nil, "access log"
-	case app.Metrics != nil:
-		return nil, "metrics"
-	case server.Errors != nil:
-		return nil, "error routes"
-	case server.ReadTimeout > 0 || server.WriteTimeout > 0:
-		return nil, "timeouts for whole requests"
-	case server.ReadMinRate != 0 || server.WriteMinRate != 0:
-		return nil, "minimum rates"
-	case len(server.ExpectedUnderscoreHeaders) > 0 || len(server.ExpectedDotHeaders) > 0:
-		return nil, "expected headers"
-	case lacksHTTP1(server.Protocols) || slices.ContainsFunc(server.ListenProtocols, lacksHTTP1):
-		return nil, "protocols"
-	}
-	if h, ok := firstHandler(server.Routes).(*Handler); ok {
-		return h, ""
-	}
-	return nil, "another handler or a matcher before async_proxy"
-}
-
-// firstHandler returns the handler that gets every request before any other handler.
-func firstHandler(routes caddyhttp.RouteList) caddyhttp.MiddlewareHandler {
-	if len(routes) == 0 || len(routes[0].MatcherSets) > 0 || len(routes[0].Handlers) == 0 {
-		return nil
-	}
-	first := routes[0].Handlers[0]
-	if sub, ok := first.(*caddyhttp.Subroute); ok {
-		if sub.Errors != nil {
-			return nil
+// drain waits until the last responses have been sent, or ctx ends. It must be called after all
+// listeners have been closed.
+func (ls *clientListeners) drain(ctx context.Context) {
+	for ls.open.Load() > 0 {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(10 * time.Millisecond):
 		}
-		return firstHandler(sub.Routes)
 	}
-	return first
 }
 
 // clientListener serves the connections that it accepts. Its Accept method returns those
@@ -153,9 +77,7 @@ func firstHandler(routes caddyhttp.RouteList) caddyhttp.MiddlewareHandler {
 type clientListener struct {
 	net.Listener
 	address string
-	handler *Handler
-	config  <-chan struct{} // closed when the handler's config has ended
-	site    *caddyhttp.Server
+	server  *clientServer
 	conns   clientConns
 
 	netHTTPConns chan net.Conn // handed to net/http
@@ -164,49 +86,52 @@ type clientListener struct {
 	ended        chan struct{} // closed when no more connections are handed to net/http
 }
 
-func newClientListener(ln net.Listener, h *Handler, site *caddyhttp.Server) *clientListener {
-	l := &clientListener{
-		Listener: ln, address: ln.Addr().String(), handler: h, site: site,
-		conns:        clientConns{conns: make(map[*clientConn]struct{})},
-		netHTTPConns: make(chan net.Conn), closing: make(chan struct{}), ended: make(chan struct{}),
+// listenBelow serves the connections of ln. The listener that it returns accepts those that are
+// for net/http. If that is ln already, it returns ln.
+func listenBelow(ln net.Listener, s *clientServer) net.Listener {
+	if isOurs(ln) {
+		return ln
 	}
-	if h != nil {
-		l.config = h.configDone
-	}
+	l := newClientListener(ln, s)
+	s.Listeners.add(l)
+	go l.accept()
 	return l
 }
 
-// clientListeners holds the accepting listeners by address. During a reload, an address has
-// two. The later one stays, or the earlier one if the new config fails.
-var clientListeners = struct {
-	sync.Mutex
-	at map[string][]*clientListener
-}{at: make(map[string][]*clientListener)}
-
-func (l *clientListener) register() {
-	clientListeners.Lock()
-	defer clientListeners.Unlock()
-	clientListeners.at[l.address] = append(clientListeners.at[l.address], l)
+func newClientListener(ln net.Listener, s *clientServer) *clientListener {
+	return &clientListener{
+		Listener: ln, address: ln.Addr().String(), server: s,
+		conns:        clientConns{conns: make(map[*clientConn]struct{})},
+		netHTTPConns: make(chan net.Conn), closing: make(chan struct{}), ended: make(chan struct{}),
+	}
 }
 
-func (l *clientListener) unregister() {
-	clientListeners.Lock()
-	defer clientListeners.Unlock()
-	rest := slices.DeleteFunc(clientListeners.at[l.address], func(each *clientListener) bool { return each == l })
-	if clientListeners.at[l.address] = rest; len(rest) == 0 {
-		delete(clientListeners.at, l.address)
+// isOurs reports whether ln is a listener of this package.
+func isOurs(ln net.Listener) bool {
+	switch ln.(type) {
+	case *clientListener, *readListener:
+		return true
 	}
+	return false
 }
 
 // successor returns the listener that accepts at the address after l has ended, or nil if
 // there is none.
 func (l *clientListener) successor() *clientListener {
-	clientListeners.Lock()
-	defer clientListeners.Unlock()
-	if all := clientListeners.at[l.address]; len(all) > 0 && all[len(all)-1] != l {
-		return all[len(all)-1]
+	if last := l.server.Listeners.last(l.address); last != l {
+		return last
 	}
 	return nil
+}
+
+// clients returns the remote addresses of the connections that l serves.
+func (l *clientListener) clients() (remotes []net.Addr) {
+	l.conns.mu.Lock()
+	defer l.conns.mu.Unlock()
+	for c := range l.conns.conns {
+		remotes = append(remotes, c.RemoteAddr())
+	}
+	return remotes
 }
 
 // replaced reports whether l's config has ended and another one has begun. Caddy ends the
@@ -214,7 +139,7 @@ func (l *clientListener) successor() *clientListener {
 // config.
 func (l *clientListener) replaced() bool {
 	select {
-	case <-l.config:
+	case <-l.server.ConfigDone:
 		return l.successor() != nil
 	default:
 		return false
@@ -260,7 +185,7 @@ func (l *clientListener) accept() {
 		case <-l.closing:
 			return
 		case <-time.After(pause):
-			l.handler.logger.Error("a connection could not be accepted", zap.Error(err))
+			l.server.OnAcceptError(err)
 		}
 	}
 }
@@ -292,17 +217,17 @@ func (l *clientListener) handToNetHTTP(conn net.Conn) {
 	select {
 	case l.netHTTPConns <- conn:
 	case <-l.ended:
-		releaseClient(socketOf(conn))
+		l.server.OnEnd(conn)
 		_ = conn.Close()
 	}
 }
 
-// stopServing stops serving: connections move to the next listener or to net/http. It waits, for up
-// to tunnel.DrainTimeout, until each new connection has sent its first request and so can be handed to
-// net/http.
+// stopServing stops serving: connections move to the next listener or to net/http. It waits, for
+// up to firstRequestTimeout, until each new connection has sent its first request and so can be
+// handed to net/http.
 func (l *clientListener) stopServing() {
-	l.unregister()
-	l.conns.shutdown(caddy.Exiting())
+	l.server.Listeners.remove(l)
+	l.conns.shutdown(l.server.Exiting())
 	decided := make(chan struct{})
 	go func() {
 		l.conns.pristine.Wait()
@@ -310,14 +235,11 @@ func (l *clientListener) stopServing() {
 	}()
 	select {
 	case <-decided:
-	case <-time.After(tunnel.DrainTimeout):
+	case <-time.After(firstRequestTimeout):
 	}
 	close(l.ended)
 }
 
-// Interface guards
-var (
-	_ caddy.Provisioner     = (*ListenerWrapper)(nil)
-	_ caddyfile.Unmarshaler = (*ListenerWrapper)(nil)
-	_ caddy.ListenerWrapper = (*ListenerWrapper)(nil)
-)
+// firstRequestTimeout is how long a listener that was closed waits for the first requests of its
+// new connections.
+const firstRequestTimeout = 5 * time.Second

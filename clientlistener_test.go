@@ -8,22 +8,16 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
 	"runtime"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/caddyserver/caddy/v2/caddyconfig"
-	"go.uber.org/zap"
-
-	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // withWrapper is the servers options to add when a server has others.
@@ -232,87 +226,4 @@ func TestListenerTrustedProxies(t *testing.T) {
 			}
 		}
 	}
-}
-
-// failingListener is a listener whose Accept fails until failures is used up, and for good
-// after two connections.
-type failingListener struct {
-	net.Listener
-	failures atomic.Int64
-	accepted int
-}
-
-func (l *failingListener) Accept() (net.Conn, error) {
-	if l.failures.Add(-1) >= 0 {
-		return nil, &net.OpError{Op: "accept", Err: syscall.EMFILE}
-	}
-	conn, err := l.Listener.Accept()
-	if l.accepted++; l.accepted == 2 {
-		l.failures.Store(1 << 40)
-	}
-	return conn, err
-}
-
-// A listener recovers when Accept fails for a while, without spinning.
-func TestListenerAcceptErrors(t *testing.T) {
-	inner, err := net.Listen("tcp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	ln := &failingListener{Listener: inner}
-	ln.failures.Store(4)
-	l := unitListener(&Handler{logger: zap.NewNop()})
-	l.Listener = ln
-	start := time.Now()
-	go l.accept()
-	c := dialRaw(t, inner.Addr().String())
-	c.send("POST / HTTP/1.1\n\n") // goes to net/http
-	conn, err := l.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	conn.Close()
-	if took := time.Since(start); took < (5+10+20+40)*time.Millisecond {
-		t.Errorf("4 failures were over in %v", took)
-	}
-	c2, err := net.Dial("tcp4", inner.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c2.Close()
-	eventually(t, "failures", func() bool { n := ln.failures.Load(); return n > 0 && n < 1<<40-2 })
-	if err := l.Close(); err != nil {
-		t.Error(err)
-	}
-	if conn, err := l.Accept(); err != nil { // accepted, no request yet
-		t.Error(err)
-	} else {
-		conn.Close()
-	}
-	if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
-		t.Errorf("accepting from a closed listener: %v", err)
-	}
-	if err := l.Close(); err != nil {
-		t.Errorf("closing twice: %v", err)
-	}
-}
-
-// A server that has stopped accepting but was not yet told to shut down does not hold
-// connections open.
-func TestListenerWithoutAccept(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		l := unitListener(nil)
-		l.conns.pristine.Add(1)
-		near, far := net.Pipe()
-		go l.handToNetHTTP(near)
-		go l.stopServing()
-		start := time.Now()
-		if _, err := far.Read(make([]byte, 1)); err != io.EOF {
-			t.Errorf("the client read %v, want the end", err)
-		}
-		if took := time.Since(start); took != tunnel.DrainTimeout {
-			t.Errorf("the connection was kept for %v, want %v", took, tunnel.DrainTimeout)
-		}
-		l.conns.pristine.Done()
-	})
 }

@@ -10,7 +10,6 @@ import (
 	"net/textproto"
 	"net/url"
 	"strings"
-	"time"
 
 	"golang.org/x/net/http/httpguts"
 
@@ -45,7 +44,7 @@ func (c *clientConn) readHead() (length int, err error) {
 		}
 		if !waiting {
 			waiting = true
-			limit := time.Duration(c.listener.site.ReadHeaderTimeout)
+			limit := c.server.ReadHeaderTimeout
 			c.limitRead(limit, limit) // exactly: the current deadline was not for a request head
 		}
 		if _, err := c.r.Peek(len(input) + 1); err == io.EOF && len(input) > 0 {

@@ -19,7 +19,6 @@ import (
 	"golang.org/x/net/http/httpguts"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
-	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
 // responseWriter writes the responses on a clientConn byte for byte as net/http would,
@@ -30,9 +29,9 @@ type responseWriter struct {
 	head     bool // the request is HEAD
 	closes   bool // the connection ends after this response
 	hijacked bool
-	tunnel   *tunnel.Tunnel // what the connection becomes after the handler returns; nil: none
-	lingers  bool           // close the connection in stages
-	sender   netip.Addr     // the client, if lingers is set
+	takeover func()     // has the connection after the handler has returned; nil: nothing
+	lingers  bool       // close the connection in stages
+	sender   netip.Addr // the client, if lingers is set
 
 	status     int        // 0: not set yet
 	length     int64      // from Content-Length; < 0: unknown
@@ -86,9 +85,32 @@ func (w *responseWriter) SetWriteDeadline(t time.Time) error {
 	return nil
 }
 
+// takeOver has run called when the handler has returned and nothing is left on the stack that
+// only the request needed. The handler must have hijacked the connection, which is run's.
+func (w *responseWriter) takeOver(run func()) { w.takeover = run }
+
+// closeInStages has the connection closed in stages after the response, because the client may
+// still be sending.
+func (w *responseWriter) closeInStages(client netip.Addr) { w.lingers, w.sender = true, client }
+
+// socket returns the client's connection. Nothing may be read from it or written to it.
+func (w *responseWriter) socket() *net.TCPConn { return w.client.TCPConn }
+
+// writerOf returns the responseWriter below all wrappers of w, or nil if w is net/http's.
+func writerOf(w http.ResponseWriter) *responseWriter {
+	for {
+		u, ok := w.(interface{ Unwrap() http.ResponseWriter })
+		if !ok {
+			fast, _ := w.(*responseWriter)
+			return fast
+		}
+		w = u.Unwrap()
+	}
+}
+
 // WriteHeader implements http.ResponseWriter. An interim response is sent at once.
 func (w *responseWriter) WriteHeader(status int) {
-	if w.status != 0 {
+	if w.status != 0 || w.hijacked {
 		return
 	}
 	if status < 100 || status > 999 {

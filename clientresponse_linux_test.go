@@ -6,7 +6,6 @@ package asyncproxy
 import (
 	"errors"
 	"io"
-	"net"
 	"net/http"
 	"testing"
 
@@ -18,22 +17,20 @@ import (
 // A fast-path client's bulk response is not copied either.
 func TestClientConnWriterSplices(t *testing.T) {
 	from, in := socketPair(t)
-	to, _ := socketPair(t)
 	if _, err := in.Write(make([]byte, 1000)); err != nil {
 		t.Fatal(err)
 	}
-	w := &responseWriter{client: newClientConn(unitListener(nil), newReadConn(to.(*net.TCPConn), nil), false)}
-	w.reset(false, false)
-	w.Header()["Content-Length"] = []string{"1000"}
-	w.WriteHeader(http.StatusOK)
 	result := make(chan error, 1)
-	go func() {
+	c := dialRaw(t, serveBelow(t, func(w http.ResponseWriter, _ *http.Request) {
+		w.Header()["Content-Length"] = []string{"1000"}
+		w.WriteHeader(http.StatusOK)
 		if err := conntest.RefuseSplice(unix.EPERM); err != nil {
 			t.Error(err)
 		}
-		_, err := w.ReadFrom(io.LimitReader(from, 1000))
+		_, err := w.(io.ReaderFrom).ReadFrom(io.LimitReader(from, 1000))
 		result <- err
-	}()
+	}))
+	c.get("http://x/", "")
 	if err := <-result; !errors.Is(err, unix.EPERM) {
 		t.Errorf("ReadFrom without splice: %v", err)
 	}

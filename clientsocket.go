@@ -36,8 +36,8 @@ func socketOf(conn net.Conn) any {
 // clientConnection returns what identifies the client connection of a request, or nil if
 // it is not known.
 func clientConnection(w http.ResponseWriter, r *http.Request) any {
-	if fast, ok := innermost(w).(*responseWriter); ok {
-		return fast.client.TCPConn
+	if fast := writerOf(w); fast != nil {
+		return fast.socket()
 	}
 	if r.ProtoMajor == 3 {
 		return r.Context().Value(http3.RemoteAddrContextKey) // a pointer, unique to the connection
@@ -47,9 +47,6 @@ func clientConnection(w http.ResponseWriter, r *http.Request) any {
 
 // connState is the ConnState hook of Caddy's HTTP server.
 func connState(conn net.Conn, state http.ConnState) {
-	if c, ok := conn.(*readConn); ok && state == http.StateIdle {
-		c.responded.Store(false)
-	}
 	if state == http.StateClosed || state == http.StateHijacked {
 		releaseClient(socketOf(conn))
 	}

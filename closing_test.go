@@ -6,20 +6,13 @@ package asyncproxy
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"crypto/tls"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"net/http/httptest"
-	"net/netip"
 	"strings"
 	"testing"
-	"testing/synctest"
-	"time"
-
-	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
 // TestRefusalsOfEagerClients checks that a client that sends a large request whole before
@@ -116,7 +109,7 @@ func expectNothingHeld(t *testing.T) {
 	t.Helper()
 	eventually(t, "no descriptor to be held", func() bool {
 		n := 0
-		withProcess(func(p *process) { p.lingering.held.Range(func(any, any) bool { n++; return true }) })
+		withProcess(func(p *process) { n = p.lingering.holds() })
 		return n == 0
 	})
 }
@@ -148,102 +141,3 @@ func sendThenRead(t *testing.T, w *world, way, request string) (status int) {
 	_ = conn.Close()
 	return res.StatusCode
 }
-
-// TestLingeringIsBounded checks that a connection that is closed in stages always ends, and
-// that a client can have only a limited number of them.
-func TestLingeringIsBounded(t *testing.T) {
-	client := netip.MustParseAddr("192.0.2.1")
-	for name, tc := range map[string]struct {
-		send func(conn net.Conn)
-		want time.Duration
-	}{
-		"closes":         {func(conn net.Conn) { _ = conn.Close() }, 0},
-		"silent":         {func(net.Conn) {}, lingerIdle},
-		"sends and ends": {func(conn net.Conn) { _, _ = conn.Write(make([]byte, 1<<20)); time.Sleep(time.Second); _ = conn.Close() }, time.Second},
-		"trickles": {func(conn net.Conn) {
-			for _, err := conn.Write([]byte{0}); err == nil; _, err = conn.Write([]byte{0}) {
-				time.Sleep(time.Second)
-			}
-		}, lingerTime},
-		"floods": {func(conn net.Conn) {
-			for p := make([]byte, 1<<20); ; {
-				if _, err := conn.Write(p); err != nil {
-					return
-				}
-			}
-		}, 0},
-	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				var l lingering
-				near, far := net.Pipe()
-				start := time.Now()
-				sent := make(chan struct{})
-				go func() { tc.send(far); close(sent) }()
-				l.close(near, client)
-				if took := time.Since(start); took != tc.want {
-					t.Errorf("closed after %v, want %v", took, tc.want)
-				}
-				if len(l.n) != 0 {
-					t.Errorf("%v connections are left", l.n)
-				}
-				_ = far.Close()
-				<-sent
-			})
-		})
-	}
-	synctest.Test(t, func(t *testing.T) {
-		var l lingering
-		start := time.Now()
-		for range lingerPerClient {
-			near, _ := net.Pipe()
-			go l.close(near, client)
-		}
-		synctest.Wait()
-		near, _ := net.Pipe()
-		l.close(near, client)
-		if took := time.Since(start); took != 0 {
-			t.Errorf("one too many was closed after %v", took)
-		}
-		other, _ := net.Pipe()
-		l.close(other, netip.MustParseAddr("192.0.2.2"))
-		if took := time.Since(start); took != lingerIdle {
-			t.Errorf("another client's was closed after %v", took)
-		}
-	})
-}
-
-// countingBody is endless content that counts reads.
-type countingBody struct{ reads int }
-
-func (b *countingBody) Read([]byte) (int, error) { b.reads++; return 0, io.EOF }
-func (b *countingBody) Close() error             { return nil }
-
-// The content of refused requests is read for a limited number of a client's requests at a
-// time.
-func TestDroppedContentIsBounded(t *testing.T) {
-	var l lingering
-	client := netip.MustParseAddr("192.0.2.1")
-	reads := func() int {
-		body := new(countingBody)
-		r := httptest.NewRequest(http.MethodPost, "http://example.com/", body)
-		r.RemoteAddr = "192.0.2.1:1234"
-		ctx := context.WithValue(r.Context(), caddyhttp.VarsCtxKey, map[string]any{caddyhttp.ClientIPVarKey: "192.0.2.1"})
-		l.dropContent(deadlineRecorder{httptest.NewRecorder()}, r.WithContext(ctx))
-		return body.reads
-	}
-	if n := reads(); n != 1 || len(l.n) != 0 {
-		t.Errorf("%d reads, and %v requests are left", n, l.n)
-	}
-	for range lingerPerClient {
-		l.enter(client)
-	}
-	if n := reads(); n != 0 {
-		t.Errorf("%d reads of one too many", n)
-	}
-}
-
-// deadlineRecorder is a ResponseRecorder that accepts deadlines.
-type deadlineRecorder struct{ *httptest.ResponseRecorder }
-
-func (deadlineRecorder) SetReadDeadline(time.Time) error { return nil }

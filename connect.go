@@ -60,8 +60,8 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *transaction
 	}
 	recordStatus(w, http.StatusOK)
 	t.Near, t.ClientPrefix, t.ResponseHead = tunnel.NewConnEnd(near), early, established
-	if fast, ok := innermost(w).(*responseWriter); ok {
-		fast.tunnel = t // clientConn.run starts it when the stack of serve is gone
+	if fast := writerOf(w); fast != nil {
+		fast.takeOver(t.Run)
 		return http.StatusOK, nil
 	}
 	// The tunnel runs on a new goroutine. This one's stack, the request and all that
@@ -139,10 +139,8 @@ func hijack(w http.ResponseWriter) (conn net.Conn, early []byte, err error) {
 		peeked, _ := buffered.Reader.Peek(n) // never fails: n bytes are there
 		early = append(early, peeked...)
 	}
-	if read, ok := conn.(*readConn); ok {
-		conn, early = read.TCPConn, append(early, read.in.Prefix...)
-	}
-	return conn, early, nil
+	conn, unread := unwrapHijacked(conn)
+	return conn, append(early, unread...), nil
 }
 
 // resetConnection resets an HTTP/1 connection, so that the client does not take the response

@@ -4,11 +4,9 @@
 package asyncproxy
 
 import (
-	"bytes"
 	"fmt"
 	"net"
 	"net/netip"
-	"strings"
 	"sync"
 	"time"
 
@@ -136,98 +134,63 @@ func (l *lineLimit) sweep(now time.Time) bool {
 	return len(l.lines) < maxInvalidLines
 }
 
-// foreignProtocol tells from the first byte of a connection whether the client speaks a protocol
-// other than the port's, and which.
-func foreignProtocol(b byte, overTLS bool) (reason invalidReason, found bool) {
-	switch {
-	case b == 4 || b == 5:
-		return invalidSOCKS, true
-	case b == 0x16 && !overTLS: // a TLS handshake record
-		return invalidTLS, true
-	case overTLS && (b >= 'A' && b <= 'Z' || b >= 'a' && b <= 'z'): // a method: no TLS record starts so
-		return invalidPlainHTTP, true
-	}
-	return "", false
-}
-
-// answerFirstByte responds to a client of another protocol, if it may understand the
-// response. The caller closes the connection in stages.
-func (h *Handler) answerFirstByte(conn *net.TCPConn, reason invalidReason) {
-	switch reason {
-	case invalidTLS:
-		h.answerInvalid(conn, reason, "400 Bad Request", "This proxy does not speak TLS on this port: use http:// in the proxy URL.")
-	case invalidPlainHTTP:
-		h.answerInvalid(conn, reason, "400 Bad Request", "Client sent an HTTP request to an HTTPS server. This proxy speaks TLS on this port: use https:// in the proxy URL.")
-	default:
-		h.recordInvalid(conn, reason, "", "")
-	}
-}
-
-// answerInvalid responds to a request that no handler has seen. The caller closes the
-// connection in stages.
-func (h *Handler) answerInvalid(conn *net.TCPConn, reason invalidReason, status, text string) {
-	h.recordInvalid(conn, reason, status, "")
-	_ = conn.SetWriteDeadline(time.Now().Add(lingerIdle))
-	_, _ = conn.Write(h.invalidAnswer(status, text))
-}
-
 // invalidAnswer returns the whole response to a request that no handler has seen.
 func (h *Handler) invalidAnswer(status, text string) []byte {
 	return fmt.Appendf(nil, "HTTP/1.1 %s\r\nConnection: close\r\nContent-Length: %d\r\nContent-Type: text/plain; charset=utf-8\r\nProxy-Status: %s\r\n\r\n%s\n",
 		status, len(text)+1, h.proxyStatus("http_request_error"), text)
 }
 
-// net/http sends its own refusals in one write of this form. The first write of a handler's
-// response never has it.
-var (
-	errorFields       = []byte("\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n")
-	expectationFailed = []byte("417 Expectation Failed\r\nConnection: close\r\nDate: ")
-	noContent         = []byte("GMT\r\nContent-Length: 0\r\n\r\n")
-)
-
-// isNetHTTPRefusal reports whether p is net/http's refusal of a request that no handler has
-// seen. It returns the status, and what net/http says about the cause.
-func isNetHTTPRefusal(p []byte) (status, detail string, ok bool) {
-	p, found := bytes.CutPrefix(p, []byte("HTTP/1.1 "))
-	if !found || len(p) == 0 || p[0] != '4' && p[0] != '5' {
-		return "", "", false // the usual case: cheap
-	}
-	if bytes.HasPrefix(p, expectationFailed) && bytes.HasSuffix(p, noContent) && len(p) < len(expectationFailed)+len(noContent)+40 {
-		return "417 Expectation Failed", "", true
-	}
-	line, text, found := bytes.Cut(p, errorFields)
-	if !found || !bytes.Equal(line, text) && !bytes.HasPrefix(line, []byte("501 ")) {
-		return "", "", false
-	}
-	status, detail, _ = strings.Cut(string(line), ": ")
-	return status, detail, len(status) >= len("400")
-}
-
-// replaceRefusal counts and logs a request that net/http refuses, and returns a response
-// that says more than net/http's: that it is from the proxy, and what is wrong. It returns
-// nil if p is something else. noLine says that not even the request line was complete.
-func (h *Handler) replaceRefusal(conn net.Conn, p []byte, noLine bool) []byte {
-	status, detail, ok := isNetHTTPRefusal(p)
-	if !ok {
+// answerInvalid counts and logs what a client has sent instead of a request, and returns the
+// response: that it is from the proxy, and what is wrong. It returns nil if the client would not
+// understand one.
+func (h *Handler) answerInvalid(conn net.Conn, what invalidInput) []byte {
+	reason, status, text := describeInvalid(what)
+	h.recordInvalid(conn, reason, status, what.Detail)
+	if status == "" {
 		return nil
 	}
-	reason, text := invalidUnknown, "This proxy does not support the expectation of this request."
+	return h.invalidAnswer(status, text)
+}
+
+// describeInvalid returns why a client is refused, and the response, if it gets one.
+func describeInvalid(what invalidInput) (reason invalidReason, status, text string) {
+	const badRequest = "400 Bad Request"
+	switch what.Kind {
+	case inputSOCKS:
+		return invalidSOCKS, "", ""
+	case inputTLS:
+		return invalidTLS, badRequest, "This proxy does not speak TLS on this port: use http:// in the proxy URL."
+	case inputPlainHTTP:
+		return invalidPlainHTTP, badRequest, "Client sent an HTTP request to an HTTPS server. This proxy speaks TLS on this port: use https:// in the proxy URL."
+	case inputLateHTTP2:
+		return invalidMalformed, badRequest, "HTTP/2 cannot start after HTTP/1 requests on the same connection."
+	case inputMalformed:
+		return invalidMalformed, badRequest, "This is not a well-formed HTTP request."
+	}
+	return describeRefusal(what)
+}
+
+// describeRefusal is describeInvalid for requests that net/http refuses. The response says more
+// than net/http's.
+func describeRefusal(what invalidInput) (reason invalidReason, status, text string) {
+	reason, status = invalidUnknown, what.Status
 	switch status[:3] {
 	case "400":
 		reason, text = invalidMalformed, "This is not a well-formed HTTP request."
-		if detail != "" {
-			text = "This is not a well-formed HTTP request: " + detail + "."
+		if what.Detail != "" {
+			text = "This is not a well-formed HTTP request: " + what.Detail + "."
 		}
 	case "431":
 		reason, text = invalidTooLarge, "The header fields of this request are too large for this proxy."
-		if noLine {
+		if what.NoLine {
 			status, text = "414 URI Too Long", "The URL of this request is too long for this proxy."
 		}
 	case "501":
 		text = "This proxy does not support the transfer coding of this request."
 	case "505":
 		text = "This proxy does not support the HTTP version of this request."
+	default:
+		text = "This proxy does not support the expectation of this request."
 	}
-	h.recordInvalid(conn, reason, status, detail)
-	return h.invalidAnswer(status, text)
+	return reason, status, text
 }

@@ -4,7 +4,6 @@
 package asyncproxy
 
 import (
-	"bytes"
 	"crypto/tls"
 	"fmt"
 	"io"
@@ -299,57 +298,4 @@ func TestLineLimit(t *testing.T) {
 	}
 	line.kind = "c"
 	expect(12*invalidInterval, 1) // entries have expired
-}
-
-// TestListenerBelowTLS guards against a change of the listener type in crypto/tls.
-func TestListenerBelowTLS(t *testing.T) {
-	ln, err := net.Listen("tcp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	if listenerBelowTLS(ln).IsValid() {
-		t.Error("a TCP listener counts as a TLS listener")
-	}
-	if over := tls.NewListener(ln, &tls.Config{}); !listenerBelowTLS(over).IsValid() {
-		t.Error("a TLS listener is not recognized")
-	}
-}
-
-// A connection reads the same however its bytes are split.
-func TestReadConnFirst(t *testing.T) {
-	for _, text := range []string{"\r\n\r\nGET /", "GET /\r\n", "\r\rGET", "\rG", "\r\n\n", "\n\r\n"} {
-		for size := 1; size <= len(text); size++ {
-			near, far := socketPair(t)
-			c := newReadConn(near.(*net.TCPConn), nil)
-			c.isFirstRead, c.handler = true, new(Handler)
-			go func() {
-				_, _ = io.WriteString(far, text[:size])
-				_, _ = io.WriteString(far, text[size:])
-				_ = far.(*net.TCPConn).CloseWrite()
-			}()
-			got, err := io.ReadAll(c)
-			want := text
-			for strings.HasPrefix(want, "\r\n") {
-				want = want[2:]
-			}
-			if err != nil || !bytes.Equal(got, []byte(want)) {
-				t.Errorf("%q in pieces of %d: %q, %v, want %q", text, size, got, err, want)
-			}
-		}
-	}
-}
-
-// FuzzNetHTTPRefusal checks that only a response in exactly net/http's form is replaced.
-func FuzzNetHTTPRefusal(f *testing.F) {
-	for _, line := range []string{"400 Bad Request", "400 Bad Request: x", "431 Request Header Fields Too Large", "200 OK"} {
-		f.Add([]byte("HTTP/1.1 " + line + string(errorFields) + line))
-	}
-	f.Add([]byte("HTTP/1.1 417 Expectation Failed\r\nConnection: close\r\nDate: Mon, 30 Nov 2026 07:00:00 GMT\r\nContent-Length: 0\r\n\r\n"))
-	f.Fuzz(func(t *testing.T, p []byte) {
-		status, _, ok := isNetHTTPRefusal(p)
-		if ok && (len(status) < 3 || !bytes.HasPrefix(p, []byte("HTTP/1.1 "+status[:3]))) {
-			t.Errorf("%q counts as %q", p, status)
-		}
-	})
 }

@@ -739,7 +739,7 @@ func identifyClient(r *http.Request) clientIdentity {
 	if ap, err := netip.ParseAddrPort(r.RemoteAddr); err == nil {
 		c.peer = netip.AddrPortFrom(ap.Addr().Unmap().WithZone(""), ap.Port())
 	}
-	if rc, ok := r.Context().(*requestContext); ok && !rc.namesClient() {
+	if isServed(r) && !namesClient(r) {
 		c.addr = c.peer.Addr()
 	} else {
 		if s, ok := caddyhttp.GetVar(r.Context(), caddyhttp.ClientIPVarKey).(string); ok {

@@ -46,8 +46,8 @@ type transaction struct {
 // newTransaction starts the visit of a request and makes it available to placeholders.
 func (h *Handler) newTransaction(r *http.Request) *transaction {
 	v := &transaction{r: r, start: time.Now()}
-	if rc, ok := r.Context().(*requestContext); ok {
-		rc.start, rc.placeholder = v.start, v.placeholder
+	if attach(r, v) {
+		// caddyContext makes it available, if anything asks for placeholders.
 	} else if repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
 		repl.Map(v.placeholder)
 	}

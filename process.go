@@ -33,6 +33,8 @@ var program = struct {
 	status  *status.View // set by init, because its inputs need program
 	started time.Time
 	loaded  atomic.Pointer[time.Time] // when the last config with a proxy started to run
+
+	listeners clientListeners // of the fast path
 }{metrics: metrics.New(metricLabels()), started: time.Now()}
 
 // process is what all proxies of the process share and what a reload keeps, such as open

@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"reflect"
 	"sync/atomic"
@@ -22,7 +23,7 @@ type readConn struct {
 	*net.TCPConn
 	in          tcpconn.Prefixed // TCPConn, and what reads return before its bytes
 	timedOut    bool             // reads after the prefix time out
-	handler     *Handler         // nil: refusals are not detected
+	server      *clientServer    // nil: refusals are not detected
 	isFirstRead bool             // the first byte must be checked when it arrives
 	overTLS     bool             // the connection carries TLS
 	hasLine     bool             // a whole line has been read
@@ -36,6 +37,23 @@ type readConn struct {
 // newReadConn returns a readConn whose first reads return prefix.
 func newReadConn(tcp *net.TCPConn, prefix []byte) *readConn {
 	return &readConn{TCPConn: tcp, in: tcpconn.Prefixed{Conn: tcp, Prefix: prefix}}
+}
+
+// netHTTPConnState tells the connections that net/http serves what it does with them. It is a
+// ConnState hook of its server.
+func netHTTPConnState(conn net.Conn, state http.ConnState) {
+	if c, ok := conn.(*readConn); ok && state == http.StateIdle {
+		c.responded.Store(false)
+	}
+}
+
+// unwrapHijacked returns a hijacked connection without what the server needed, and the bytes that
+// have been read from it but not by net/http.
+func unwrapHijacked(conn net.Conn) (inner net.Conn, unread []byte) {
+	if c, ok := conn.(*readConn); ok {
+		return c.TCPConn, c.in.Prefix
+	}
+	return conn, nil
 }
 
 // NetConn returns the socket, as the method of tls.Conn does.
@@ -58,9 +76,9 @@ func (c *readConn) Read(p []byte) (n int, err error) {
 // checkFirst refuses a client that does not speak the protocol of the port, and drops empty
 // lines before the first request (RFC 9112 §2.2). n is the number of bytes read into p.
 func (c *readConn) checkFirst(p []byte, n int) (int, error) {
-	if reason, found := foreignProtocol(p[0], c.overTLS); found {
-		c.handler.answerFirstByte(c.TCPConn, reason)
-		c.handler.process.lingering.close(c.TCPConn, hostport.AddrPortOf(c.RemoteAddr()).Addr())
+	if kind, found := foreignProtocol(p[0], c.overTLS); found {
+		c.server.answerInvalid(c.TCPConn, kind)
+		c.server.Lingering.close(c.TCPConn, hostport.AddrPortOf(c.RemoteAddr()).Addr())
 		return 0, io.EOF
 	}
 	for !c.overTLS && n > 0 && p[0] == '\r' && len(p) > 1 {
@@ -86,8 +104,9 @@ func (c *readConn) checkFirst(p []byte, n int) (int, error) {
 // Write implements io.Writer. It replaces net/http's responses to requests that no handler
 // has seen.
 func (c *readConn) Write(p []byte) (int, error) {
-	if c.handler != nil && !c.overTLS && !c.responded.Swap(true) {
-		if answer := c.handler.replaceRefusal(c, p, !c.hasLine); answer != nil {
+	if c.server != nil && !c.overTLS && !c.responded.Swap(true) {
+		if status, detail, ok := isNetHTTPRefusal(p); ok {
+			answer := c.server.OnInvalid(c, invalidInput{Status: status, Detail: detail, NoLine: !c.hasLine})
 			_, err := c.TCPConn.Write(answer)
 			return len(p), err
 		}
@@ -98,7 +117,7 @@ func (c *readConn) Write(p []byte) (int, error) {
 // readListener accepts connections for net/http as readConns.
 type readListener struct {
 	net.Listener
-	handler *Handler
+	server  *clientServer
 	overTLS bool
 }
 
@@ -107,26 +126,27 @@ func (l *readListener) Accept() (net.Conn, error) {
 	conn, err := l.Listener.Accept()
 	if tcp, ok := conn.(*net.TCPConn); ok && err == nil {
 		read := newReadConn(tcp, nil)
-		read.handler, read.isFirstRead, read.overTLS = l.handler, true, l.overTLS
+		read.server, read.isFirstRead, read.overTLS = l.server, true, l.overTLS
 		return read, nil
 	}
 	return conn, err
 }
 
-// watchFirstBytes wraps ln, or the listener below it if ln is TLS, so that h refuses clients
-// that speak another protocol. It returns ln as it is if h is nil.
-func watchFirstBytes(ln net.Listener, h *Handler, overTLS bool) net.Listener {
-	if h == nil {
+// watchFirstBytes wraps ln, or the listener below it if ln is TLS, so that clients that speak
+// another protocol are refused as s says. It serves none itself, so of s it needs only Lingering
+// and OnInvalid.
+func watchFirstBytes(ln net.Listener, s *clientServer, overTLS bool) net.Listener {
+	if isOurs(ln) {
 		return ln
 	}
 	if below := listenerBelowTLS(ln); below.IsValid() {
 		inner := below.Interface().(net.Listener)
 		if _, ok := inner.(*readListener); !ok {
-			below.Set(reflect.ValueOf(&readListener{inner, h, true}))
+			below.Set(reflect.ValueOf(&readListener{inner, s, true}))
 		}
 		return ln
 	}
-	return &readListener{ln, h, overTLS}
+	return &readListener{ln, s, overTLS}
 }
 
 // listenerBelowTLS returns the field of a crypto/tls listener that holds the underlying

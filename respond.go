@@ -39,8 +39,7 @@ func (h *Handler) writeRefusal(w http.ResponseWriter, r *http.Request, f *refusa
 		header["Connection"] = []string{"close"}
 	}
 	if hasErrorRoutes(r) {
-		h.process.lingering.dropContent(w, r)
-		h.process.lingering.hold(w, r)
+		h.beforeErrorRoutes(w, r)
 		return caddyhttp.Error(f.status, f)
 	}
 	if closes { // for closeInStages

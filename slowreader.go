@@ -93,10 +93,7 @@ func (s *writeStallTimer) stop() {
 // for each write itself. Over HTTP/2, a deadline is a timer that ends the stream even when
 // nothing is written, so it is not set.
 func startWriteIdleTimeout(r *http.Request) {
-	if r.ProtoMajor == 2 {
-		return
-	}
-	if _, fast := r.Context().(*requestContext); fast {
+	if r.ProtoMajor == 2 || isServed(r) {
 		return
 	}
 	_, idle := caddyhttp.IdleTimeoutsFromContext(r.Context())

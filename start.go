@@ -6,8 +6,6 @@ package asyncproxy
 import (
 	"cmp"
 	"context"
-	"net"
-	"net/http"
 	"reflect"
 	"slices"
 	"time"
@@ -40,12 +38,13 @@ func (h *Handler) registerHooks(ctx caddy.Context, server *caddyhttp.Server) err
 	server.RegisterConnContext(withConn)
 	server.RegisterConnContext(withSocket)
 	server.RegisterConnState(connState)
-	server.RegisterConnState(func(conn net.Conn, state http.ConnState) { h.process.lingering.release(conn, state) })
+	server.RegisterConnState(netHTTPConnState)
+	server.RegisterConnState(h.process.lingering.release)
 	server.RegisterConnContext(withWindows())
 	server.RegisterOnShutdown(func() { h.onShutdown(ctx) })
 	server.RegisterOnStop(func(grace context.Context) error {
 		if caddy.Exiting() {
-			waitForAnswers(grace)
+			program.listeners.drain(grace)
 			h.tunnels.Drain(grace)
 		}
 		return nil

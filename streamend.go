@@ -237,8 +237,8 @@ func withConn(ctx context.Context, conn net.Conn) context.Context {
 
 // connOf returns the TCP connection of a request, or nil if it has none.
 func connOf(w http.ResponseWriter, r *http.Request) net.Conn {
-	if fast, ok := innermost(w).(*responseWriter); ok {
-		return fast.client.TCPConn
+	if fast := writerOf(w); fast != nil {
+		return fast.socket()
 	}
 	conn, _ := r.Context().Value(connKey{}).(net.Conn)
 	return conn

@@ -1,0 +1,233 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"net"
+	"net/http"
+	"slices"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"go.uber.org/zap"
+)
+
+func init() { caddy.RegisterModule(ListenerWrapper{}) }
+
+// ListenerWrapper lets a server's async_proxy serve client connections itself, below Go's
+// and Caddy's HTTP servers, with about 30 % less CPU. It hands everything else to those:
+// TLS, HTTP/2, requests with content, and all connections of a server where something else
+// takes part in connections or requests, such as another listener wrapper, an access log,
+// metrics, or a handler before the proxy.
+//
+// If no other wrapper takes part, it also refuses and logs clients that do not speak the
+// port's protocol, with TLS or without. Without TLS it does the same for requests that Go's
+// HTTP server refuses before any handler sees them.
+//
+// The Caddyfile adapter adds it wherever it helps, unless the server has global options.
+type ListenerWrapper struct {
+	ctx         caddy.Context
+	server      *caddyhttp.Server
+	onlyWrapper bool // there is no other wrapper but tls
+}
+
+// CaddyModule returns the Caddy module information.
+func (ListenerWrapper) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{
+		ID:  "caddy.listeners.async_proxy",
+		New: func() caddy.Module { return new(ListenerWrapper) },
+	}
+}
+
+// Provision implements caddy.Provisioner.
+func (w *ListenerWrapper) Provision(ctx caddy.Context) error {
+	w.ctx = ctx
+	w.server, _ = ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
+	if w.server == nil {
+		return errors.New("async_proxy is a listener wrapper for HTTP servers")
+	}
+	addUnclaimed(w.server) // here, because the routes are provisioned later
+	w.onlyWrapper = !slices.ContainsFunc(w.server.ListenerWrappersRaw, func(raw json.RawMessage) bool {
+		var other struct{ Wrapper string }
+		return json.Unmarshal(raw, &other) != nil || other.Wrapper != "async_proxy" && other.Wrapper != "tls"
+	})
+	return nil
+}
+
+// UnmarshalCaddyfile implements caddyfile.Unmarshaler. There are no options.
+func (w *ListenerWrapper) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
+	d.Next() // consume the wrapper's name
+	if d.NextArg() {
+		return d.ArgErr()
+	}
+	if d.NextBlock(0) {
+		return d.Errf("the listener wrapper async_proxy has no options")
+	}
+	return nil
+}
+
+// WrapListener implements caddy.ListenerWrapper. Caddy calls it when all handlers are
+// provisioned, and before it accepts connections.
+func (w *ListenerWrapper) WrapListener(ln net.Listener) net.Listener {
+	app, err := w.ctx.AppIfConfigured("http")
+	if err != nil {
+		return ln
+	}
+	h, _ := fastPathHandler(app.(*caddyhttp.App), w.server)
+	if h != nil {
+		h.fastPath = w.onlyWrapper
+	}
+	// The Caddyfile adapter adds one wrapper for each site of the server. ln may be the listener
+	// that an earlier one returned.
+	if !w.onlyWrapper {
+		return ln
+	}
+	overTLS := usesTLS(app.(*caddyhttp.App), w.server, ln)
+	if h != nil && !overTLS {
+		return listenBelow(ln, newFastPath(h, w.server))
+	}
+	if h = firstProxy(w.server.Routes); h == nil {
+		return ln
+	}
+	return watchFirstBytes(ln, newFastPath(h, w.server), overTLS)
+}
+
+// newFastPath returns what serves the clients of a server below net/http, for the handler that
+// gets their requests first.
+func newFastPath(h *Handler, server *caddyhttp.Server) *clientServer {
+	s := &clientServer{
+		Handle:      h.serveFastPath,
+		BaseContext: context.WithValue(context.Background(), caddyhttp.ServerCtxKey, server),
+		Prepares:    func(key any) bool { _, ok := key.(caddy.CtxKey); return ok },
+		Prepare: func(r *http.Request, w http.ResponseWriter, attached any) context.Context {
+			return caddyContext(r, w, server, attached.(*transaction))
+		},
+
+		ReadHeaderTimeout: time.Duration(server.ReadHeaderTimeout),
+		IdleTimeout:       time.Duration(server.IdleTimeout),
+		WriteIdleTimeout:  time.Duration(server.WriteIdleTimeout),
+
+		Listeners:  &program.listeners,
+		Lingering:  &h.process.lingering,
+		ConfigDone: h.configDone,
+		Exiting:    caddy.Exiting,
+
+		OnInvalid: h.answerInvalid,
+		OnEnd:     func(conn net.Conn) { releaseClient(socketOf(conn)) },
+		OnPanic: func(remote string, value any, stack []byte) {
+			h.logger.Error("panic serving a client", zap.String("client", remote), zap.Any("panic", value), zap.ByteString("stack", stack))
+		},
+		OnAcceptError: func(err error) { h.logger.Error("a connection could not be accepted", zap.Error(err)) },
+	}
+	if server.WriteIdleTimeout > 0 {
+		s.Wrap = func(ctx context.Context, w *responseWriter) (context.Context, http.ResponseWriter) {
+			return withWriteIdleTimeout(ctx, w, server, h.logger)
+		}
+	}
+	return s
+}
+
+// serveFastPath serves a request of the fast path as Caddy's server would.
+func (h *Handler) serveFastPath(w http.ResponseWriter, r *http.Request) {
+	w.Header()["Server"] = []string{"Caddy"}
+	if err := h.ServeHTTP(w, r, noNext); err != nil {
+		w.WriteHeader(cmp.Or(caddyStatus(err), http.StatusInternalServerError))
+	}
+}
+
+// noNext is the handler after this one on the fast path, where all requests are for the proxy. A
+// request that is not would be refused by passOn, because noNext does not respond.
+var noNext = caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error { return nil })
+
+// caddyContext returns the context of a request with what Caddy's server prepares for each one,
+// such as variables and placeholders, and with the proxy's own placeholders.
+func caddyContext(r *http.Request, w http.ResponseWriter, server *caddyhttp.Server, v *transaction) context.Context {
+	repl := caddy.NewReplacer()
+	repl.Map(v.placeholder)
+	ctx := caddyhttp.PrepareRequest(r, repl, w, server).Context()
+	caddyhttp.SetVar(ctx, "start_time", v.start) // Caddy measures durations from it
+	return ctx
+}
+
+// withWriteIdleTimeout wraps the writer of a connection in Caddy's write-idle timeout. CONNECT
+// does not need it: tunnels have their own timeouts.
+func withWriteIdleTimeout(ctx context.Context, w http.ResponseWriter, server *caddyhttp.Server, logger *zap.Logger) (context.Context, http.ResponseWriter) {
+	idle := &caddyhttp.IdleTimeoutWriter{
+		ResponseWriterWrapper: &caddyhttp.ResponseWriterWrapper{ResponseWriter: w},
+		Ctrl:                  http.NewResponseController(w),
+		Deadline:              caddyhttp.IdleDeadline{Timeout: time.Duration(server.WriteIdleTimeout)},
+		MaxChunk:              server.MaxWriteChunk,
+		Logger:                logger,
+	}
+	return caddyhttp.ContextWithIdleTimeouts(ctx, nil, idle), idle
+}
+
+// namesClient reports whether a request has a field that may name another client than the
+// one that is connected. Caddy then decides who the client is.
+func namesClient(r *http.Request) bool {
+	has := func(name string) bool { return len(r.Header.Values(name)) > 0 }
+	server := r.Context().Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
+	return has("X-Forwarded-For") || slices.ContainsFunc(server.ClientIPHeaders, has)
+}
+
+// usesTLS reports whether Caddy expects TLS from the clients of a listener. Connections in
+// clear must not be served there, whichever place TLS has among the wrappers.
+func usesTLS(app *caddyhttp.App, server *caddyhttp.Server, ln net.Listener) bool {
+	tcp, ok := ln.Addr().(*net.TCPAddr)
+	return len(server.TLSConnPolicies) > 0 && (!ok || tcp.Port != cmp.Or(app.HTTPPort, caddyhttp.DefaultHTTPPort))
+}
+
+// fastPathHandler returns the handler if the fast path can serve the server's proxy requests, which
+// is when no other part of Caddy takes part in them. Otherwise why names that part.
+func fastPathHandler(app *caddyhttp.App, server *caddyhttp.Server) (h *Handler, why string) {
+	lacksHTTP1 := func(protocols []string) bool { return protocols != nil && !slices.Contains(protocols, "h1") }
+	switch {
+	case server.Logs != nil:
+		return nil, "access log"
+	case app.Metrics != nil:
+		return nil, "metrics"
+	case server.Errors != nil:
+		return nil, "error routes"
+	case server.ReadTimeout > 0 || server.WriteTimeout > 0:
+		return nil, "timeouts for whole requests"
+	case server.ReadMinRate != 0 || server.WriteMinRate != 0:
+		return nil, "minimum rates"
+	case len(server.ExpectedUnderscoreHeaders) > 0 || len(server.ExpectedDotHeaders) > 0:
+		return nil, "expected headers"
+	case lacksHTTP1(server.Protocols) || slices.ContainsFunc(server.ListenProtocols, lacksHTTP1):
+		return nil, "protocols"
+	}
+	if h, ok := firstHandler(server.Routes).(*Handler); ok {
+		return h, ""
+	}
+	return nil, "another handler or a matcher before async_proxy"
+}
+
+// firstHandler returns the handler that gets every request before any other handler.
+func firstHandler(routes caddyhttp.RouteList) caddyhttp.MiddlewareHandler {
+	if len(routes) == 0 || len(routes[0].MatcherSets) > 0 || len(routes[0].Handlers) == 0 {
+		return nil
+	}
+	first := routes[0].Handlers[0]
+	if sub, ok := first.(*caddyhttp.Subroute); ok {
+		if sub.Errors != nil {
+			return nil
+		}
+		return firstHandler(sub.Routes)
+	}
+	return first
+}
+
+// Interface guards
+var (
+	_ caddy.Provisioner     = (*ListenerWrapper)(nil)
+	_ caddyfile.Unmarshaler = (*ListenerWrapper)(nil)
+	_ caddy.ListenerWrapper = (*ListenerWrapper)(nil)
+)

@@ -1,0 +1,82 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bytes"
+	"net"
+	"strings"
+	"time"
+)
+
+// invalidInput is what a client has sent that no handler gets to see.
+type invalidInput struct {
+	Kind inputKind
+
+	// What net/http responds to a request that it refuses, and what it says is wrong.
+	Status, Detail string
+	NoLine         bool // not even the request line has arrived
+}
+
+// inputKind is a kind of invalidInput.
+type inputKind int
+
+// What a client has sent.
+const (
+	inputRefused   inputKind = iota // a request that net/http refuses
+	inputMalformed                  // not a well-formed request
+	inputLateHTTP2                  // HTTP/2 after requests of HTTP/1
+	inputTLS                        // TLS on a port without TLS
+	inputSOCKS                      // SOCKS 4 or 5
+	inputPlainHTTP                  // HTTP without TLS on a port with TLS
+)
+
+// foreignProtocol tells from the first byte of a connection whether the client speaks a protocol
+// other than the port's, and which.
+func foreignProtocol(b byte, overTLS bool) (kind inputKind, found bool) {
+	switch {
+	case b == 4 || b == 5:
+		return inputSOCKS, true
+	case b == 0x16 && !overTLS: // a TLS handshake record
+		return inputTLS, true
+	case overTLS && (b >= 'A' && b <= 'Z' || b >= 'a' && b <= 'z'): // a method: no TLS record starts so
+		return inputPlainHTTP, true
+	}
+	return 0, false
+}
+
+// answerInvalid responds to a client that has sent something else than a request. The caller
+// closes the connection in stages.
+func (s *clientServer) answerInvalid(conn *net.TCPConn, kind inputKind) {
+	if answer := s.OnInvalid(conn, invalidInput{Kind: kind}); answer != nil {
+		_ = conn.SetWriteDeadline(time.Now().Add(lingerIdle))
+		_, _ = conn.Write(answer)
+	}
+}
+
+// net/http sends its own refusals in one write of this form. The first write of a handler's
+// response never has it.
+var (
+	errorFields       = []byte("\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n")
+	expectationFailed = []byte("417 Expectation Failed\r\nConnection: close\r\nDate: ")
+	noContent         = []byte("GMT\r\nContent-Length: 0\r\n\r\n")
+)
+
+// isNetHTTPRefusal reports whether p is net/http's refusal of a request that no handler has
+// seen. It returns the status, and what net/http says about the cause.
+func isNetHTTPRefusal(p []byte) (status, detail string, ok bool) {
+	p, found := bytes.CutPrefix(p, []byte("HTTP/1.1 "))
+	if !found || len(p) == 0 || p[0] != '4' && p[0] != '5' {
+		return "", "", false // the usual case: cheap
+	}
+	if bytes.HasPrefix(p, expectationFailed) && bytes.HasSuffix(p, noContent) && len(p) < len(expectationFailed)+len(noContent)+40 {
+		return "417 Expectation Failed", "", true
+	}
+	line, text, found := bytes.Cut(p, errorFields)
+	if !found || !bytes.Equal(line, text) && !bytes.HasPrefix(line, []byte("501 ")) {
+		return "", "", false
+	}
+	status, detail, _ = strings.Cut(string(line), ": ")
+	return status, detail, len(status) >= len("400")
+}

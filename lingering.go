@@ -1,0 +1,145 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
+)
+
+// A client may still be sending when its request has been answered: the content of a refused
+// request, or bytes after a CONNECT. If its connection were closed with unread bytes, the
+// kernel would send a reset, and the client's kernel might discard the response before the
+// client reads it. So such a connection is closed in stages (RFC 9112 §9.6): first for
+// writing, and then for reading, when the client has closed its side or a limit is reached.
+const (
+	lingerBytes     = 64 << 20         // read and dropped at most
+	lingerTime      = 30 * time.Second // closes the connection in any case
+	lingerIdle      = 5 * time.Second  // closes it if the client sends nothing
+	lingerPerClient = 16               // connections of a client; others are closed at once
+)
+
+// lingering counts, by client, the connections that are being closed in stages. Its methods
+// are safe for concurrent use.
+type lingering struct {
+	mu   sync.Mutex
+	n    map[netip.Addr]int
+	held sync.Map // the heldSocket of a net.Conn
+}
+
+// heldSocket is a second descriptor of a client's socket, which keeps it open when net/http
+// closes the first.
+type heldSocket struct {
+	conn   net.Conn
+	client netip.Addr
+}
+
+func (l *lingering) enter(client netip.Addr) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.n == nil {
+		l.n = make(map[netip.Addr]int)
+	}
+	if l.n[client] >= lingerPerClient {
+		return false
+	}
+	l.n[client]++
+	return true
+}
+
+func (l *lingering) leave(client netip.Addr) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.n[client]--; l.n[client] == 0 {
+		delete(l.n, client)
+	}
+}
+
+// close closes a client's connection in stages.
+func (l *lingering) close(conn net.Conn, client netip.Addr) {
+	if l.enter(client) {
+		if _, half := tcpconn.Unwrap(conn); half != nil {
+			_ = conn.SetWriteDeadline(time.Now().Add(lingerIdle)) // TLS writes a close_notify
+			_ = half.CloseWrite()
+		}
+		readToEnd(conn, conn.SetReadDeadline)
+		l.leave(client)
+	}
+	_ = conn.Close()
+}
+
+// drop reads a request's content to its end or one of the limits, before a response is sent after
+// which the connection can no longer be read. As with lingering connections, the number of such
+// requests per client is limited.
+func (l *lingering) drop(client netip.Addr, content io.Reader, setDeadline func(time.Time) error) {
+	if l.enter(client) {
+		defer l.leave(client)
+		readToEnd(content, setDeadline)
+	}
+}
+
+// readToEnd reads from r until EOF or one of the limits, and reports whether it has seen EOF.
+func readToEnd(r io.Reader, setDeadline func(time.Time) error) bool {
+	buf := tcpconn.GetBuffer()
+	defer buf.Free()
+	end := time.Now().Add(lingerTime)
+	for dropped := 0; dropped < lingerBytes; {
+		deadline := time.Now().Add(lingerIdle)
+		if deadline.After(end) {
+			deadline = end
+		}
+		if err := setDeadline(deadline); err != nil {
+			return false
+		}
+		n, err := r.Read(buf[:])
+		if err != nil {
+			return errors.Is(err, io.EOF)
+		}
+		dropped += n
+	}
+	return false
+}
+
+// hold has a connection that net/http will close by itself closed in stages then. It keeps the
+// socket open, and release closes it.
+func (l *lingering) hold(conn net.Conn, client netip.Addr) {
+	socket := tcpconn.Of(conn)
+	if socket == nil {
+		return
+	}
+	if held, err := tcpconn.Dup(socket); err == nil { // Windows cannot do this
+		l.held.Store(conn, heldSocket{held, client})
+	}
+}
+
+// holds returns how many connections hold keeps open.
+func (l *lingering) holds() (n int) {
+	l.held.Range(func(any, any) bool { n++; return true })
+	return n
+}
+
+// release ends what hold has begun, when the state of a connection changes. A connection that
+// net/http has closed is closed in stages. Another one is still in use, because the response
+// had no Connection: close after all.
+func (l *lingering) release(conn net.Conn, state http.ConnState) {
+	if state == http.StateNew || state == http.StateActive {
+		return
+	}
+	value, ok := l.held.LoadAndDelete(conn)
+	if !ok {
+		return
+	}
+	if held := value.(heldSocket); state == http.StateClosed {
+		go l.close(held.conn, held.client)
+	} else {
+		_ = held.conn.Close()
+	}
+}
