@@ -27,7 +27,7 @@ var processes = caddy.NewUsagePool()
 
 const processKey = "process"
 
-// program holds what lasts as long as the program, even while no config has a proxy.
+// program holds what lives as long as the program does, even while no config has a proxy.
 var program = struct {
 	metrics *metrics.Set
 	status  *status.View // set by init, because its inputs need program

@@ -159,8 +159,8 @@ func (s *Set) Request(kind Kind, outcome Outcome) { s.requests[kind][outcome].In
 // Refused counts a response that the proxy generated itself.
 func (s *Set) Refused(r Refusal) { s.refusals.WithLabelValues(r.ErrorType, r.Cause).Inc() }
 
-// RateLimited counts a refusal for want of a token. In a flood, a search by labels would
-// show.
+// RateLimited counts a refusal for want of a token. Its counter is looked up in advance,
+// because floods make such refusals frequent.
 func (s *Set) RateLimited() { s.rateLimited.Inc() }
 
 // Reported counts a denial that report_only suppressed.
@@ -195,7 +195,8 @@ func (s *Set) ForwardedBytes(up, down int64) {
 	s.forwardedDown.Add(float64(down))
 }
 
-// Evictions returns the counter of clients whose tokens were forgotten early.
+// Evictions returns the number of clients whose tokens were forgotten early, for a limiter to
+// add to.
 func (s *Set) Evictions() *atomic.Int64 { return &s.evicted }
 
 // State is what gauges show.

@@ -26,7 +26,7 @@ type Page struct {
 	// refuses such requests.
 	CameThroughProxy func(*http.Request) bool
 
-	// Acted logs an action. The form of its request is parsed.
+	// Acted logs an action. Its parameters are in the request's form, which has been parsed.
 	Acted func(r *http.Request, action string, done bool)
 }
 
