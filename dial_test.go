@@ -212,14 +212,14 @@ func TestTargetsAreKeptAlive(t *testing.T) {
 	c := w.dial()
 	c.send("GET http://" + origin + "/ HTTP/1.1\r\nHost: " + origin + "\r\n\r\n")
 	c.response("GET")
-	var idle []*originConn
+	var idle []net.Conn
 	eventually(t, "an idle connection", func() bool {
 		for h := range openedBy(openTunnels()[0]).process.handlers.All() {
-			idle, _ = h.origins[policy.LocalScope].idle.Load(origin)
+			idle = h.origins[policy.LocalScope].idleTo(origin)
 		}
 		return len(idle) == 1
 	})
-	if !keepAliveEnabled(t, idle[0].Conn.(*net.TCPConn)) {
+	if !keepAliveEnabled(t, idle[0].(*net.TCPConn)) {
 		t.Error("an idle connection to an origin is not kept alive")
 	}
 }

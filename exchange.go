@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httputil"
 	"net/netip"
@@ -26,16 +27,23 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
-// exchange sends one request to an HTTP/1 origin and reads its response. It runs on
+// exchange sends one request to an origin and reads its response. With HTTP/1 it runs on
 // the handler's goroutine, where http.Transport would park and wake two more. Only a
 // request body is sent on a goroutine of its own, because the response may arrive
 // before the body is complete.
 type exchange struct {
+	request  *outgoing
+	response *http.Response // once its head has arrived
+	body     *originBody    // of the response; nil: there is none yet, or it is HTTP/2's
+
+	client *originClient
+	limits *originLimits
+	ctx    context.Context // the request's: the exchange ends when the client disconnects
+	wait   *headTimer      // of HTTP/2; nil: HTTP/1
+
+	// The rest is HTTP/1's.
 	pool    *originPool
-	ctx     context.Context // the request's: the exchange ends when the client disconnects
-	conn    *originConn
-	timeout time.Duration // for the response head
-	interim func(status int, header http.Header)
+	conn    *originConn // nil: none yet, or the exchange has ended
 	binding binding
 
 	stopWatch    func() bool // stops watching for client disconnect; nil: not watching yet
@@ -49,6 +57,7 @@ type exchange struct {
 // outgoing is a request as it is sent to an origin.
 type outgoing struct {
 	method    string
+	overTLS   bool   // the origin is an https one
 	authority string // the host and port of the origin
 	target    string // the request target, as the client wrote it
 	host      string
@@ -59,6 +68,10 @@ type outgoing struct {
 	trailers      []string    // names of the trailers that may follow a chunked body
 	trailer       http.Header // their values, valid once the body has been read
 	stopBody      func()      // aborts a read of the body that is waiting for the client
+
+	// interim passes an interim response on, which arrived over the given HTTP version. It is
+	// not called concurrently.
+	interim func(status int, header http.Header, major, minor int)
 
 	limitKey   client.Key // who shares the client's limits
 	clientConn any        // identifies the client's connection; nil: unknown
@@ -109,22 +122,55 @@ func (b *clientBody) failed() error {
 	return nil
 }
 
-// do sends a request and returns the response. The caller reads the body, if it wants
-// it, and then calls finish.
-func (x *exchange) do(out *outgoing) (*http.Response, error) {
-	res, err := x.try(out, false)
-	if err == nil || !x.mayRetry(out, err) {
+// do sends the request and returns the final response when its head has arrived. The caller
+// calls close in any case, and finish before that if it has passed the response on.
+func (x *exchange) do() (*http.Response, error) {
+	x.pool, x.binding = x.client.plain, newBinding(x.request)
+	if x.request.overTLS {
+		x.pool = x.client.secure
+	}
+	if x.request.overTLS && x.mayUseHTTP2() {
+		if res, err := x.doHTTP2(); !errors.Is(err, errNoHTTP2) {
+			return res, err
+		}
+	}
+	res, err := x.doHTTP1()
+	if err != nil {
+		return nil, x.explain(err)
+	}
+	x.binding.challenged(x.request, res)
+	return res, nil
+}
+
+// mayUseHTTP2 reports whether HTTP/2 may be tried with an https origin. Upgrades and logins
+// that are bound to a connection need HTTP/1. So does an origin with an idle HTTP/1
+// connection in the pool, which evidently does not speak HTTP/2.
+func (x *exchange) mayUseHTTP2() bool {
+	return len(x.request.header["Upgrade"]) == 0 && !x.pool.has(x.request.authority) && !x.binding.login && !x.binding.has(x.pool)
+}
+
+// explain returns what a failure of HTTP/1 is to be reported as.
+func (x *exchange) explain(err error) error {
+	if x.client.explain == nil || x.conn == nil || errors.As(err, new(*bodyError)) || errors.As(err, new(*dialError)) {
+		return err
+	}
+	return x.client.explain(err, x.conn.r)
+}
+
+func (x *exchange) doHTTP1() (*http.Response, error) {
+	res, err := x.try(false)
+	if err == nil || !x.mayRetry(err) {
 		return res, err
 	}
-	x.finish(false)
-	return x.try(out, true)
+	x.end(false)
+	return x.try(true)
 }
 
 // mayRetry reports whether a request that failed on a reused connection may be sent
 // once more (RFC 9110 §9.2.2). It may if nothing of a response has arrived: then the
 // origin was most likely closing the idle connection.
-func (x *exchange) mayRetry(out *outgoing, err error) bool {
-	if x.conn == nil || !x.conn.reused || !out.repeatable() || x.ctx.Err() != nil || x.answered || x.conn.r.Buffered() > 0 {
+func (x *exchange) mayRetry(err error) bool {
+	if x.conn == nil || !x.conn.reused || !x.request.repeatable() || x.ctx.Err() != nil || x.answered || x.conn.r.Buffered() > 0 {
 		return false
 	}
 	var wrong h1.ProtocolError
@@ -145,17 +191,18 @@ func (out *outgoing) repeatable() bool {
 
 // connect returns a connection for the request. Unless fresh is set, it prefers a
 // connection that is bound to the client.
-func (x *exchange) connect(out *outgoing, fresh bool) (*originConn, error) {
+func (x *exchange) connect(fresh bool) (*originConn, error) {
 	if x.binding.client != nil && !fresh {
 		if conn, err := x.binding.reuse(x.ctx, x.pool); conn != nil || err != nil {
 			return conn, err
 		}
 	}
-	return x.pool.get(x.ctx, out.authority, fresh)
+	return x.pool.get(x.ctx, x.request.authority, fresh)
 }
 
-func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
-	conn, err := x.connect(out, fresh)
+func (x *exchange) try(fresh bool) (*http.Response, error) {
+	out := x.request
+	conn, err := x.connect(fresh)
 	if err != nil {
 		return nil, err
 	}
@@ -164,7 +211,7 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 		x.watchDisconnect()
 	}
 	start := time.Now()
-	if err := x.writeHead(out); err != nil {
+	if err := x.writeHead(); err != nil {
 		return nil, err
 	}
 	if out.body != nil {
@@ -172,12 +219,12 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 		if httpguts.HeaderValuesContainsToken(out.header["Expect"], "100-continue") {
 			x.sendBodyAt = start.Add(continueTimeout)
 		} else {
-			x.sendBody(out)
+			x.sendBody()
 		}
 	}
-	body := &originBody{conn: conn, sender: x.sender}
+	body := &originBody{conn: conn, sender: x.sender, limits: x.limits, client: out.limitKey}
 	for {
-		x.awaitResponse(out, start)
+		x.awaitResponse(start)
 		res, err := h1.ReadResponse(conn.r, out.method, &body.Body)
 		if x.sender != nil && err != nil && x.ctx.Err() != nil {
 			x.sender.wait() // the client may have cut off its body
@@ -190,7 +237,7 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 		}
 		x.answered = true
 		if res.StatusCode >= 200 || res.StatusCode == http.StatusSwitchingProtocols {
-			res.Body = body
+			res.Body, x.response, x.body = body, res, body
 			if body.Remaining < 0 || body.Remaining > int64(conn.r.Buffered()) || res.StatusCode == http.StatusSwitchingProtocols {
 				x.watchDisconnect()
 				conn.deadline.Clear(conn.Conn) // the timeout is for the head, not for the body
@@ -207,9 +254,9 @@ func (x *exchange) try(out *outgoing, fresh bool) (*http.Response, error) {
 			x.lastProgress = monotime.Of(time.Now())
 		}
 		if res.StatusCode != http.StatusContinue {
-			x.interim(res.StatusCode, res.Header)
+			out.interim(res.StatusCode, res.Header, 1, 1)
 		} else if x.sender != nil {
-			x.sendBody(out)
+			x.sendBody()
 		}
 		x.watchDisconnect()
 	}
@@ -223,8 +270,8 @@ const smallHead = 8 << 10
 func (x *exchange) send(head []byte) error {
 	if len(head) > smallHead {
 		x.watchDisconnect()
-		if x.timeout > 0 {
-			_ = x.conn.SetWriteDeadline(time.Now().Add(x.timeout))
+		if timeout := x.limits.headerTimeout; timeout > 0 {
+			_ = x.conn.SetWriteDeadline(time.Now().Add(timeout))
 			defer func() { _ = x.conn.SetWriteDeadline(time.Time{}) }()
 		}
 	}
@@ -234,9 +281,9 @@ func (x *exchange) send(head []byte) error {
 
 // sendBody starts sending the body, unless it has started already. If the client waits
 // for 100 (Continue), it gets it now.
-func (x *exchange) sendBody(out *outgoing) {
-	if out.needsContinue {
-		x.interim(http.StatusContinue, nil)
+func (x *exchange) sendBody() {
+	if out := x.request; out.needsContinue {
+		out.interim(http.StatusContinue, nil, 1, 1)
 		out.needsContinue = false
 	}
 	x.sendBodyAt = time.Time{}
@@ -259,7 +306,7 @@ func (x *exchange) watchDisconnect() {
 // runs from start, when the request was sent, or with a body while the origin has all
 // of the body or is not reading it. It stops while the client's body is awaited. If the
 // origin does not send 100 (Continue) in time, the body is sent without it.
-func (x *exchange) awaitResponse(out *outgoing, start time.Time) {
+func (x *exchange) awaitResponse(start time.Time) {
 	if x.stopWatch == nil {
 		x.conn.deadline.Within(x.conn.Conn, disconnectWatchDelay/4, disconnectWatchDelay)
 		_, err := x.conn.r.Peek(1)
@@ -275,16 +322,16 @@ func (x *exchange) awaitResponse(out *outgoing, start time.Time) {
 		if _, err := x.conn.r.Peek(1); !errors.Is(err, os.ErrDeadlineExceeded) {
 			return
 		}
-		x.sendBody(out)
+		x.sendBody()
 	}
 	for {
 		turn := monotime.Of(start)
 		if x.sender != nil {
 			turn = x.sender.turnBegan.Load()
 		}
-		left := timeLeft(x.timeout, turn, x.lastProgress)
+		left := timeLeft(x.limits.headerTimeout, turn, x.lastProgress)
 		switch {
-		case x.timeout <= 0:
+		case x.limits.headerTimeout <= 0:
 			x.conn.deadline.Clear(x.conn.Conn)
 		case left <= 0:
 			return
@@ -297,9 +344,22 @@ func (x *exchange) awaitResponse(out *outgoing, start time.Time) {
 	}
 }
 
-// finish ends the exchange. reusable says that the response was read to its end and
-// that the connection can serve another exchange.
-func (x *exchange) finish(reusable bool) {
+// finish ends an exchange whose response has been passed on. It keeps the connection for
+// other exchanges, if it can serve any.
+func (x *exchange) finish() { x.end(x.body != nil && x.body.Ended && !x.response.Close) }
+
+// close ends the exchange, and closes its connection or stream unless finish has been called.
+func (x *exchange) close() { x.end(false) }
+
+// end ends the exchange. reusable says that the response was read to its end and that the
+// HTTP/1 connection can serve another exchange.
+func (x *exchange) end(reusable bool) {
+	if x.wait != nil {
+		x.endHTTP2()
+	}
+	if x.body != nil {
+		_ = x.body.Close()
+	}
 	if x.conn == nil {
 		return
 	}
@@ -318,8 +378,8 @@ func (x *exchange) finish(reusable bool) {
 
 // detach detaches the connection from the exchange and returns it with the bytes that
 // were read beyond the response head.
-func (x *exchange) detach() (conn *originConn, early []byte, err error) {
-	conn = x.conn
+func (x *exchange) detach() (socket net.Conn, early []byte, err error) {
+	conn := x.conn
 	if x.watchDisconnect(); !x.stopWatch() {
 		return nil, nil, context.Cause(x.ctx)
 	}
@@ -333,7 +393,7 @@ func (x *exchange) detach() (conn *originConn, early []byte, err error) {
 	}
 	conn.releaseReader()
 	x.conn = nil
-	return conn, early, nil
+	return conn.Conn, early, nil
 }
 
 // dialError is an error that occurred before there was a connection.
@@ -345,7 +405,8 @@ func (e *dialError) Unwrap() error { return e.error }
 var requestHeadPool = sync.Pool{New: func() any { b := make([]byte, 0, 4<<10); return &b }}
 
 // writeHead sends the head of a request in one write.
-func (x *exchange) writeHead(out *outgoing) error {
+func (x *exchange) writeHead() error {
+	out := x.request
 	pooled := requestHeadPool.Get().(*[]byte)
 	b := (*pooled)[:0]
 	b = append(b, out.method...)

@@ -18,8 +18,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/caddyserver/caddy/v2"
-
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 )
 
@@ -32,7 +30,13 @@ func TestUnreadLargeHead(t *testing.T) {
 			defer far.Close()
 			ctx, leave := context.WithCancel(t.Context())
 			defer leave()
-			x := &exchange{ctx: ctx, conn: newOriginConn(near, "origin.test:80"), timeout: time.Minute}
+			x := &exchange{
+				ctx: ctx, conn: newOriginConn(near, "origin.test:80"), limits: &originLimits{headerTimeout: time.Minute},
+				request: &outgoing{
+					method: http.MethodGet, target: "/", host: "origin.test",
+					header: http.Header{"A": {strings.Repeat("a", smallHead)}},
+				},
+			}
 			defer x.conn.Close()
 			if leaves {
 				time.AfterFunc(time.Second, leave)
@@ -42,10 +46,7 @@ func TestUnreadLargeHead(t *testing.T) {
 				_ = far.Close()
 			})
 			defer bound.Stop()
-			err := x.writeHead(&outgoing{
-				method: http.MethodGet, target: "/", host: "origin.test",
-				header: http.Header{"A": {strings.Repeat("a", smallHead)}},
-			})
+			err := x.writeHead()
 			if err == nil || errors.Is(err, os.ErrDeadlineExceeded) == leaves {
 				t.Errorf("client disconnects = %v: got %v", leaves, err)
 			}
@@ -56,10 +57,10 @@ func TestUnreadLargeHead(t *testing.T) {
 // Timeouts of centuries do not overflow.
 func TestHugeTimeouts(t *testing.T) {
 	h := &Handler{ResponseHeaderTimeout: math.MaxInt64, ResponseIdleTimeout: math.MaxInt64}
-	h.setDefaults()
-	for _, timeout := range []caddy.Duration{h.ResponseHeaderTimeout, h.ResponseIdleTimeout} {
+	limits := h.newOriginLimits()
+	for _, timeout := range []time.Duration{limits.headerTimeout, limits.contentTimeout} {
 		if timeout+timeout/8 < timeout {
-			t.Errorf("%v overflows", time.Duration(timeout))
+			t.Errorf("%v overflows", timeout)
 		}
 	}
 }

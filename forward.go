@@ -45,7 +45,7 @@ var errHostByHeaderUp = errors.New("header_up produces an invalid Host field")
 // forward sends a request in absolute form to its origin and the response back.
 // It returns the status for the log.
 func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from clientIdentity) (int, error) {
-	out, scheme, err := newOutgoing(r)
+	out, err := newOutgoing(r)
 	if err != nil {
 		return 0, causeTarget.refusal(nil, err)
 	}
@@ -59,19 +59,8 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from clientIde
 	if err := h.prepareOutgoing(w, r, out, from); err != nil {
 		return 0, err
 	}
-	pool, binding := h.origins[from.reach], newBinding(out)
-	if scheme == "https" {
-		pool = h.secureOrigins[from.reach]
-		// Use HTTP/1 for upgrades, which HTTP/2 does not have, for logins that are
-		// bound to a connection, which HTTP/2 does not have either, and for an origin
-		// with an idle HTTP/1 connection in the pool, which evidently speaks HTTP/1.
-		if len(r.Header["Upgrade"]) == 0 && !pool.has(out.authority) && !binding.login && !binding.has(pool) {
-			if status, err := h.forwardHTTP2(w, r, out, from); !errors.Is(err, errNoHTTP2) {
-				return status, err
-			}
-		}
-	}
-	if h.parentOrigins != nil && scheme == "http" && h.dialer.UsesParent(out.authority) {
+	client := h.origins[from.reach]
+	if h.parentOrigins != nil && !out.overTLS && h.dialer.UsesParent(out.authority) {
 		if err := h.dialer.CheckForParent(r.Context(), from.reach, out.authority); err != nil {
 			return 0, dialRefusal(r.Context(), err, r.Host)
 		}
@@ -79,13 +68,9 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from clientIde
 			return 0, f
 		}
 		readdress(h.dialer.Parent, out, requestedHost)
-		pool = h.parentOrigins
+		client = h.parentOrigins
 	}
-	x := &exchange{
-		pool: pool, ctx: r.Context(), timeout: time.Duration(h.ResponseHeaderTimeout), binding: binding,
-		interim: func(status int, fields http.Header) { h.passInterim(w, r, status, fields, 1, 1) },
-	}
-	return h.forwardHTTP1(w, r, x, out, from)
+	return h.forwardTo(client, w, r, out, from)
 }
 
 // prepareOutgoing makes the request to the next hop out of the client's: its fields, and
@@ -98,6 +83,9 @@ func (h *Handler) prepareOutgoing(w http.ResponseWriter, r *http.Request, out *o
 		return causeHostField.refusal(errHostByHeaderUp)
 	}
 	out.limitKey, out.clientAddr, out.user, out.clientConn = from.limitKey, from.addr, from.user, clientConnection(w, r)
+	out.interim = func(status int, fields http.Header, major, minor int) {
+		h.passInterim(w, r, status, fields, major, minor)
+	}
 	if out.body == nil {
 		return nil
 	}
@@ -113,8 +101,8 @@ func (h *Handler) prepareOutgoing(w http.ResponseWriter, r *http.Request, out *o
 	return nil
 }
 
-// forwardHTTP1 sends a request on an HTTP/1 connection and passes the response on.
-func (h *Handler) forwardHTTP1(w http.ResponseWriter, r *http.Request, x *exchange, out *outgoing, from clientIdentity) (int, error) {
+// forwardTo sends a request through client and passes the response on.
+func (h *Handler) forwardTo(client *originClient, w http.ResponseWriter, r *http.Request, out *outgoing, from clientIdentity) (int, error) {
 	reserved := len(r.Header["Upgrade"]) > 0 // a tunnel, which an upgraded request becomes
 	if reserved {
 		if err := h.tunnels.Admit(from.limitKey, h.MaxTunnels, h.MaxTunnelsPerClient); err != nil {
@@ -126,8 +114,9 @@ func (h *Handler) forwardHTTP1(w http.ResponseWriter, r *http.Request, x *exchan
 			h.tunnels.Release(from.limitKey)
 		}
 	}()
-	defer x.finish(false)
-	res, err := h.awaitHead(w, r, x, out)
+	x := client.exchange(r.Context(), out)
+	defer x.close()
+	res, err := awaitHead(r, x, client == h.parentOrigins)
 	if err != nil {
 		return 0, err
 	}
@@ -136,7 +125,7 @@ func (h *Handler) forwardHTTP1(w http.ResponseWriter, r *http.Request, x *exchan
 		if err != nil {
 			return 0, forwardRefusal(r, err)
 		}
-		t := h.newTunnel(from, out.authority, "", conn.Conn)
+		t := h.newTunnel(from, out.authority, "", conn)
 		t.TargetPrefix = early
 		status, err := h.upgrade(w, r, res, t)
 		reserved = reserved && err != nil // on success the tunnel itself leaves when it ends
@@ -146,14 +135,10 @@ func (h *Handler) forwardHTTP1(w http.ResponseWriter, r *http.Request, x *exchan
 		h.tunnels.Release(from.limitKey)
 		reserved = false
 	}
-	body := res.Body.(*originBody)
-	body.limits, body.client = h.originLimits, from.limitKey
-	defer body.Close()
-	if err := h.respond(w, r, out, res, from); err != nil {
+	if err := h.respond(w, r, x, from); err != nil {
 		return res.StatusCode, err
 	}
-	x.finish(body.Ended && !res.Close)
-	if isLastOnConnection(r, out) {
+	if x.finish(); x.body != nil && isLastOnConnection(r, out) {
 		h.closeInStages(w, r, from.addr)
 	}
 	return res.StatusCode, nil
@@ -161,18 +146,13 @@ func (h *Handler) forwardHTTP1(w http.ResponseWriter, r *http.Request, x *exchan
 
 // awaitHead sends a request and returns the head of the final response. It refuses
 // responses that are not for the client.
-func (h *Handler) awaitHead(w http.ResponseWriter, r *http.Request, x *exchange, out *outgoing) (*http.Response, error) {
-	viaParent := x.pool == h.parentOrigins
+func awaitHead(r *http.Request, x *exchange, viaParent bool) (*http.Response, error) {
 	start := time.Now()
-	res, err := x.do(out)
+	res, err := x.do()
 	if err != nil {
-		if viaParent {
-			err = asParentError(x, err)
-		}
 		return nil, forwardRefusal(r, err)
 	}
 	program.metrics.ResponseHead(time.Since(start))
-	x.binding.challenged(out, res)
 	switch {
 	case res.StatusCode != http.StatusProxyAuthRequired:
 		return res, nil
@@ -184,23 +164,23 @@ func (h *Handler) awaitHead(w http.ResponseWriter, r *http.Request, x *exchange,
 
 // newOutgoing derives the request to the origin from the client's. Both share one
 // header map; Caddy has already copied it for its logs.
-func newOutgoing(r *http.Request) (out *outgoing, scheme string, err error) {
+func newOutgoing(r *http.Request) (*outgoing, error) {
 	u := r.URL
 	if r.ProtoMajor > 1 {
 		u = &url.URL{Scheme: "http", Host: r.Host} // net/http does not expose :scheme
 	}
-	scheme = strings.ToLower(u.Scheme)
+	scheme := strings.ToLower(u.Scheme)
 	switch {
 	case r.RequestURI == "*" && (r.ProtoMajor == 1 || r.Method != http.MethodOptions): // over HTTP/2 and 3, OPTIONS * means an empty path
-		return nil, "", errors.New("the target * is for OPTIONS to this server only")
+		return nil, errors.New("the target * is for OPTIONS to this server only")
 	case scheme == "":
-		return nil, "", errors.New("its target is not an absolute URL")
+		return nil, errors.New("its target is not an absolute URL")
 	case scheme != "http" && scheme != "https":
-		return nil, "", fmt.Errorf("the scheme %q is neither http nor https", u.Scheme)
+		return nil, fmt.Errorf("the scheme %q is neither http nor https", u.Scheme)
 	case u.User != nil:
-		return nil, "", errors.New("user names and passwords do not belong in a request target")
+		return nil, errors.New("user names and passwords do not belong in a request target")
 	case strings.Contains(r.RequestURI, "#"):
-		return nil, "", errors.New("a fragment does not belong in a request target")
+		return nil, errors.New("a fragment does not belong in a request target")
 	}
 	host, port, _ := hostport.Split(u.Host)
 	if port == "" {
@@ -208,10 +188,10 @@ func newOutgoing(r *http.Request) (out *outgoing, scheme string, err error) {
 	}
 	authority, err := hostport.Join(host, port)
 	if err != nil {
-		return nil, "", err
+		return nil, err
 	}
-	out = &outgoing{
-		method: r.Method, authority: strings.ToLower(authority), target: originForm(r), host: u.Host,
+	out := &outgoing{
+		overTLS: scheme == "https", method: r.Method, authority: strings.ToLower(authority), target: originForm(r), host: u.Host,
 		header: r.Header, trailers: requestTrailers(r), trailer: r.Trailer,
 	}
 	if r.ContentLength != 0 {
@@ -221,9 +201,9 @@ func newOutgoing(r *http.Request) (out *outgoing, scheme string, err error) {
 		}
 	}
 	if r.ProtoMajor > 1 {
-		return out, scheme, checkFrames(out)
+		return out, checkFrames(out)
 	}
-	return out, scheme, nil
+	return out, nil
 }
 
 // checkFrames returns an error for an HTTP/2 or HTTP/3 request that would change its
@@ -321,9 +301,10 @@ func (h *Handler) applyDown(res *http.Response, r *http.Request) {
 
 // respond sends the origin's response to the client. If the origin's response is cut
 // off, so is the client's, which must not mistake a part for the whole (RFC 9112 §8).
-func (h *Handler) respond(w http.ResponseWriter, r *http.Request, out *outgoing, res *http.Response, from clientIdentity) error {
-	if body, ok := res.Body.(*originBody); ok {
-		if err := body.CheckStart(); err != nil {
+func (h *Handler) respond(w http.ResponseWriter, r *http.Request, x *exchange, from clientIdentity) error {
+	res := x.response
+	if x.body != nil {
+		if err := x.body.CheckStart(); err != nil {
 			return forwardRefusal(r, err)
 		}
 	}
@@ -335,7 +316,7 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, out *outgoing,
 	connection, upgrade := res.Header["Connection"], res.Header["Upgrade"]
 	announced := trailingNames(res.Trailer, connection)
 	header := h.setResponseFields(w, r, res)
-	if isLastOnConnection(r, out) {
+	if isLastOnConnection(r, x.request) {
 		header["Connection"] = []string{"close"}
 	}
 	keepUpgrade(r, header, res.StatusCode, upgrade)
@@ -350,7 +331,7 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, out *outgoing,
 	if r.ProtoMajor == 3 && !hasContent(r.Method, res.StatusCode) { // otherwise quic-go sends Content-Length: 0
 		_ = http.NewResponseController(w).Flush()
 	}
-	err := copyBody(w, r, res, func(n int64) { h.countForwarded(from.limitKey, 0, n) })
+	err := copyBody(w, r, x, func(n int64) { h.countForwarded(from.limitKey, 0, n) })
 	var gone *clientError
 	switch {
 	case errors.As(err, &gone) || err != nil && r.Context().Err() != nil:
@@ -431,8 +412,9 @@ func writeRest(w http.ResponseWriter, rest []byte, count func(n int64)) error {
 
 // copyBody copies a response body to the client and calls count for each part. It
 // flushes whenever the next read could block.
-func copyBody(w http.ResponseWriter, r *http.Request, res *http.Response, count func(n int64)) error {
-	body, isHTTP1 := res.Body.(*originBody)
+func copyBody(w http.ResponseWriter, r *http.Request, x *exchange, count func(n int64)) error {
+	res, body := x.response, x.body
+	isHTTP1 := body != nil
 	if isHTTP1 {
 		if rest, ok := body.Buffered(); ok {
 			return writeRest(w, rest, count)

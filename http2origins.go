@@ -31,7 +31,7 @@ type http2OriginPool struct {
 	http1     *originPool
 	recheck   recheckFunc // may be nil
 	transport *http2.Transport
-	times     pingTimes
+	times     *pingTimes
 
 	mu     sync.Mutex
 	conns  map[string][]*http2Origin // by authority
@@ -63,7 +63,7 @@ const streamWindow = 1 << 20
 
 func newHTTP2OriginPool(dial dialFunc, http1 *originPool) (*http2OriginPool, error) {
 	o := &http2OriginPool{
-		dial: overTLS(dial, "h2", "http/1.1"), http1: http1, times: defaultPingTimes,
+		dial: overTLS(dial, "h2", "http/1.1"), http1: http1, times: &defaultPingTimes,
 		conns: make(map[string][]*http2Origin), byTLS: make(map[*http2.ClientConn]*http2Origin), dials: make(map[string]*http2Dial),
 	}
 	var err error
@@ -162,7 +162,7 @@ func (o *http2OriginPool) open(ctx context.Context, authority string, call *http
 		return nil, errNoHTTP2
 	}
 	observed := &observedConn{Conn: secure}
-	client, err := startHTTP2(o.transport, observed, newLengthGuard(observed), o.times)
+	client, err := startHTTP2(o.transport, observed, newLengthGuard(observed), *o.times)
 	if err != nil {
 		return nil, err
 	}

@@ -244,9 +244,7 @@ func TestHTTP2SilentConnection(t *testing.T) {
 		})
 		w := newWorld(t, "response_header_timeout 10s", nil)
 		for _, h := range provisioned(t) {
-			for _, upstream := range h.h2Origins {
-				upstream.times = pingTimes{silence: 50 * time.Millisecond, answer: 100 * time.Millisecond}
-			}
+			h.originLimits.pings = pingTimes{silence: 50 * time.Millisecond, answer: 100 * time.Millisecond}
 		}
 		c := w.dial()
 		for i, want := range []int{200, want, 200} {

@@ -225,11 +225,14 @@ func pipeExchange(ctx context.Context, timeout time.Duration, answer func(w io.W
 		}()
 		return ours, nil
 	}
-	x := &exchange{pool: newOriginPool(dial), ctx: ctx, timeout: timeout, interim: func(int, http.Header) {}}
+	x := &exchange{pool: newOriginPool(dial), ctx: ctx, limits: &originLimits{headerTimeout: timeout}, request: &outgoing{
+		method: http.MethodGet, authority: "origin:80", target: "/", host: "origin", header: http.Header{},
+		interim: func(int, http.Header, int, int) {},
+	}}
 	start := time.Now()
-	res, err := x.do(&outgoing{method: http.MethodGet, authority: "origin:80", target: "/", host: "origin", header: http.Header{}})
+	res, err := x.doHTTP1()
 	took := time.Since(start)
-	x.finish(false)
+	x.close()
 	<-ended
 	return res, took, err
 }

@@ -11,6 +11,7 @@
 package asyncproxy
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -260,17 +261,13 @@ type Handler struct {
 	tunnels             *tunnel.Registry // of process
 	site                *site
 	tunnelOwner         *tunnel.Owner // of the tunnels of site
-	origins             [policy.ScopeCount]*originPool
+	origins             [policy.ScopeCount]*originClient
+	parentOrigins       *originClient // sends forwarded requests to the parent; nil: it accepts none
+	originLimits        *originLimits
 
-	originLimits *originLimits
-
-	h2Origins [policy.ScopeCount]*http2OriginPool // HTTPS origins that speak HTTP/2
-
-	secureOrigins [policy.ScopeCount]*originPool // HTTPS origins without HTTP/2, and upgrades
-	parentOrigins *originPool                    // the parent, for forwarded requests; nil: it accepts none
-	via           via
-	name          string        // in Proxy-Status
-	pacRules      func() string // the PAC script without its head
+	via      via
+	name     string        // in Proxy-Status
+	pacRules func() string // the PAC script without its head
 
 	running    *atomic.Bool    // its config has started
 	fastPath   bool            // its server has our listener wrapper and no other
@@ -292,9 +289,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		return err
 	}
 	h.setDefaults()
-	// Cap the timeouts so that adding to them cannot overflow.
-	h.ResponseHeaderTimeout = min(h.ResponseHeaderTimeout, maxTimeout)
-	h.ResponseIdleTimeout = min(h.ResponseIdleTimeout, maxTimeout)
+	h.originLimits = h.newOriginLimits()
 	h.running, h.configDone = new(atomic.Bool), ctx.Done()
 
 	var err error
@@ -327,16 +322,8 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if err := h.provisionDialer(ctx, server); err != nil {
 		return err
 	}
-	h.originLimits = &originLimits{
-		headerTimeout: time.Duration(h.ResponseHeaderTimeout), contentTimeout: time.Duration(h.ResponseIdleTimeout),
-		contentGrace: contentGrace, pings: defaultPingTimes,
-		admit: func(key client.Key) bool {
-			return h.tunnels.Admit(key, h.MaxTunnels, h.MaxTunnelsPerClient) == nil
-		},
-		release: func(key client.Key) { h.tunnels.Release(key) },
-	}
 	for r := range policy.ScopeCount {
-		if err := h.provisionPools(r); err != nil {
+		if err := h.provisionOrigins(r); err != nil {
 			return err
 		}
 	}
@@ -359,24 +346,37 @@ func (h *Handler) provisionHeaders(ctx caddy.Context) error {
 	return h.Headers.Validate()
 }
 
-// provisionPools creates the pools of connections to origins for clients of one scope.
-func (h *Handler) provisionPools(r policy.Scope) (err error) {
-	dial := func(ctx context.Context, authority string) (net.Conn, error) {
-		conn, err := h.dial(ctx, r, authority)
-		if tcp, ok := conn.(*net.TCPConn); ok {
-			tcpconn.EnableKeepAlive(tcp) // a pooled connection may be idle from the start
-		}
-		return conn, err
+// newOriginLimits returns the limits of exchanges with origins.
+func (h *Handler) newOriginLimits() *originLimits {
+	const maxTimeout = 1 << 60 // 36 years: adding to it does not overflow
+	return &originLimits{
+		headerTimeout:  min(time.Duration(h.ResponseHeaderTimeout), maxTimeout),
+		contentTimeout: min(time.Duration(h.ResponseIdleTimeout), maxTimeout),
+		contentGrace:   contentGrace,
+		pings:          defaultPingTimes,
+		admit: func(key client.Key) bool {
+			return h.tunnels.Admit(key, h.MaxTunnels, h.MaxTunnelsPerClient) == nil
+		},
+		release: func(key client.Key) { h.tunnels.Release(key) },
 	}
-	h.origins[r], h.secureOrigins[r] = newOriginPool(dial), newOriginPool(overTLS(dial, "http/1.1"))
-	if h.h2Origins[r], err = newHTTP2OriginPool(dial, h.secureOrigins[r]); err != nil {
-		return err
-	}
-	recheck := func(ctx context.Context, authority string, conn net.Conn, to netip.AddrPort) error {
-		return h.recheckPolicy(ctx, r, authority, conn, to)
-	}
-	h.origins[r].recheck, h.secureOrigins[r].recheck, h.h2Origins[r].recheck = recheck, recheck, recheck
-	return nil
+}
+
+// provisionOrigins creates the clients that send forwarded requests for clients of one scope.
+func (h *Handler) provisionOrigins(r policy.Scope) (err error) {
+	h.origins[r], err = newOriginClient(originConfig{
+		dial: func(ctx context.Context, authority string) (net.Conn, error) {
+			conn, err := h.dial(ctx, r, authority)
+			if tcp, ok := conn.(*net.TCPConn); ok {
+				tcpconn.EnableKeepAlive(tcp) // a pooled connection may be idle from the start
+			}
+			return conn, err
+		},
+		recheck: func(ctx context.Context, authority string, conn net.Conn, to netip.AddrPort) error {
+			return h.recheckPolicy(ctx, r, authority, conn, to)
+		},
+		limits: h.originLimits,
+	})
+	return err
 }
 
 // provisionShared acquires what the handler shares with others. It runs last, because
@@ -403,11 +403,9 @@ func (h *Handler) provisionShared(ctx caddy.Context, server *caddyhttp.Server) e
 
 // Cleanup implements caddy.CleanerUpper. Caddy also calls it after Provision failed.
 func (h *Handler) Cleanup() error {
-	for r := range policy.ScopeCount {
-		if h.origins[r] != nil {
-			h.origins[r].close()
-			h.secureOrigins[r].close()
-			h.h2Origins[r].close()
+	for _, origins := range h.origins {
+		if origins != nil {
+			origins.close()
 		}
 	}
 	if h.parentOrigins != nil {
@@ -478,15 +476,19 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 			"use a placeholder such as {env.PROXY_PASSWORD} or {file./run/secrets/proxy}")
 	}
 	if parent := h.dialer.Parent; parent.IsHTTP() {
-		h.parentOrigins = newOriginPool(func(ctx context.Context, _ string) (net.Conn, error) {
-			start := time.Now()
-			conn, err := parent.Dial(ctx)
-			countDial(ctx, start, err)
-			return conn, err
+		h.parentOrigins, err = newOriginClient(originConfig{
+			dial: func(ctx context.Context, _ string) (net.Conn, error) {
+				start := time.Now()
+				conn, err := parent.Dial(ctx)
+				countDial(ctx, start, err)
+				return conn, err
+			},
+			address: parent.Address,
+			explain: func(err error, unread *bufio.Reader) error { return egress.AsAnswerError(err, unread) },
+			limits:  h.originLimits,
 		})
-		h.parentOrigins.address = parent.Address
 	}
-	return nil
+	return err
 }
 
 // dial connects to address for a client of the given reach, and counts the attempt.
@@ -521,17 +523,14 @@ func (h *Handler) recheckPolicy(ctx context.Context, r policy.Scope, authority s
 // idleConnections returns the number of idle connections to origins and the parent.
 func (h *Handler) idleConnections() int {
 	n := 0
-	for r := range policy.ScopeCount {
-		n += int(h.origins[r].count.Load()+h.secureOrigins[r].count.Load()) + h.h2Origins[r].count()
+	for _, origins := range h.origins {
+		n += origins.idle()
 	}
 	if h.parentOrigins != nil {
-		n += int(h.parentOrigins.count.Load())
+		n += h.parentOrigins.idle()
 	}
 	return n
 }
-
-// maxTimeout is about 36 years.
-const maxTimeout = caddy.Duration(1 << 60)
 
 // parsePrefixes reads the addresses and CIDR ranges of an option.
 func parsePrefixes(option string, exprs []string) (*bart.Lite, error) {

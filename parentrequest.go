@@ -4,7 +4,6 @@
 package asyncproxy
 
 import (
-	"errors"
 	"maps"
 	"net/http"
 	"strings"
@@ -45,13 +44,4 @@ func readdress(p *egress.Parent, out *outgoing, requested string) {
 		delete(out.header, "Max-Forwards")
 	}
 	maps.Copy(out.header, p.Header)
-}
-
-// asParentError wraps a failure of an exchange with the parent as a egress.ParentError, unless
-// the client caused it or there was no connection.
-func asParentError(x *exchange, err error) error {
-	if errors.As(err, new(*bodyError)) || errors.As(err, new(*dialError)) || x.conn == nil {
-		return err
-	}
-	return egress.AsAnswerError(err, x.conn.r)
 }

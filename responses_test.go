@@ -86,9 +86,7 @@ func idleConnsTo(t *testing.T, origin string) (n int) {
 	defer releaseProcess()
 	for h := range shared.handlers.All() {
 		for _, origins := range h.origins {
-			if origins.has(origin) {
-				n++
-			}
+			n += len(origins.idleTo(origin))
 		}
 	}
 	return n

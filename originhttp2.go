@@ -15,64 +15,70 @@ import (
 	"os"
 	"strings"
 	"sync/atomic"
-	"time"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 )
 
-// forwardHTTP2 forwards a request to an https origin over HTTP/2. If the origin does not
-// speak HTTP/2, it returns errNoHTTP2 and has not read the body.
-func (h *Handler) forwardHTTP2(w http.ResponseWriter, r *http.Request, o *outgoing, from clientIdentity) (int, error) {
-	wait := newHeadTimer(r.Context(), time.Duration(h.ResponseHeaderTimeout))
-	defer wait.end()
+// doHTTP2 sends the request over HTTP/2. If the origin does not speak HTTP/2, it returns
+// errNoHTTP2 and has not read the body.
+func (x *exchange) doHTTP2() (*http.Response, error) {
+	o, wait := x.request, newHeadTimer(x.ctx, x.limits.headerTimeout)
+	x.wait = wait
 	interim := &interimQueue{
-		write:      func(status int, fields http.Header) { h.passInterim(w, r, status, fields, 2, 0) },
+		write:      func(status int, fields http.Header) { o.interim(status, fields, 2, 0) },
 		onProgress: wait.recordProgress,
 	}
 	defer interim.end()
-	ctx := httptrace.WithClientTrace(wait.ctx, &httptrace.ClientTrace{GotConn: wait.connected, Got1xxResponse: interim.got1xx})
-	out := r.WithContext(ctx)
-	body := o.overHTTP2(out, wait, interim)
-	start := time.Now()
-	res, err := h.h2Origins[from.reach].transport.RoundTrip(out)
+	out, body := o.overHTTP2(wait, interim)
+	transport := x.client.http2.transport
+	res, err := transport.RoundTrip(out)
 	if err != nil && wait.stale(err) && o.repeatable() && !interim.any() {
-		res, err = h.h2Origins[from.reach].transport.RoundTrip(out)
+		res, err = transport.RoundTrip(out)
 	}
 	interim.end()
 	if errors.Is(err, errNoHTTP2) {
-		return 0, errNoHTTP2
+		x.endHTTP2()
+		return nil, errNoHTTP2
 	}
 	if err != nil {
-		return 0, forwardRefusal(r, http2Failure(err, o, wait, interim))
+		return nil, http2Failure(err, o, wait, interim)
 	}
 	wait.stop()
-	program.metrics.ResponseHead(time.Since(start))
-	res.Body = &http2Response{res.Body, body, &contentWait{limits: h.originLimits, client: from.limitKey}, func() { wait.cancel(os.ErrDeadlineExceeded) }}
-	defer res.Body.Close()
+	res.Body = &http2Response{res.Body, body, &contentWait{limits: x.limits, client: o.limitKey}, func() { wait.cancel(os.ErrDeadlineExceeded) }}
+	x.response = res
 	if err := checkHTTP2Head(res); err != nil {
-		return 0, forwardRefusal(r, err)
+		return nil, err
 	}
-	return res.StatusCode, h.respond(w, r, o, res, from)
+	return res, nil
 }
 
-// overHTTP2 makes out, a copy of the client's request, the request to the origin. It returns
-// its body, or nil.
-func (o *outgoing) overHTTP2(out *http.Request, wait *headTimer, interim *interimQueue) (body *http2Body) {
-	out.Header = maps.Clone(out.Header)
-	out.URL = &url.URL{Scheme: "https", Host: o.authority, Opaque: o.target}
+// endHTTP2 ends a stream.
+func (x *exchange) endHTTP2() {
+	if x.response != nil {
+		_ = x.response.Body.Close()
+	}
+	x.wait.end()
+	x.wait = nil
+}
+
+// overHTTP2 returns the request as net/http sends it over HTTP/2, and its body, or nil.
+func (o *outgoing) overHTTP2(wait *headTimer, interim *interimQueue) (out *http.Request, body *http2Body) {
+	trace := &httptrace.ClientTrace{GotConn: wait.connected, Got1xxResponse: interim.got1xx}
+	out = (&http.Request{
+		Method: o.method, URL: &url.URL{Scheme: "https", Host: o.authority, Opaque: o.target},
+		Header: maps.Clone(o.header), Host: o.host,
+	}).WithContext(httptrace.WithClientTrace(wait.ctx, trace))
 	if strings.HasPrefix(o.target, "//") {
 		// net/url treats an Opaque that starts with // as an authority. So pass the
 		// target in absolute form, from which :path is derived.
 		out.URL.Opaque = "//" + o.host + o.target
 	}
-	out.Host, out.RequestURI, out.Close = o.host, "", false
-	out.Body, out.Trailer = nil, nil // a non-nil Body would be sent, and could not be retried
-	if o.body != nil {
+	if o.body != nil { // a non-nil Body would be sent, and could not be retried
 		body = &http2Body{from: o, to: out, wait: wait}
 		if o.needsContinue {
 			body.sendContinue = interim.sendContinue
 		}
-		out.Body = body
+		out.Body, out.ContentLength = body, o.body.length
 		for _, name := range o.trailers {
 			if out.Trailer == nil {
 				out.Trailer = make(http.Header)
@@ -84,7 +90,7 @@ func (o *outgoing) overHTTP2(out *http.Request, wait *headTimer, interim *interi
 	if _, ok := out.Header["User-Agent"]; !ok {
 		out.Header["User-Agent"] = nil // keeps the transport from adding Go's
 	}
-	return body
+	return out, body
 }
 
 // http2Failure returns why there is no response, of which err, the transport's error, may be
@@ -113,8 +119,6 @@ func checkHTTP2Head(res *http.Response) error {
 	switch {
 	case res.StatusCode < 200:
 		return h1.ProtocolError("the final response has a 1xx status")
-	case res.StatusCode == http.StatusProxyAuthRequired:
-		return errOriginSent407
 	case h1.CountLines(res.Header) > h1.MaxFields || len(res.Trailer) > h1.MaxFields || h1.CountMembers(res.Header["Connection"]) > h1.MaxFields:
 		return h1.ErrTooManyFields
 	}
