@@ -208,7 +208,7 @@ func asNetHTTPRefuses(text string) string {
 			line += ": unsupported protocol version"
 			body = line
 		}
-		text = strings.ReplaceAll(text, match[0], "HTTP/1.1 "+line+string(errorFields)+body)
+		text = strings.ReplaceAll(text, match[0], "HTTP/1.1 "+line+"\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n"+body)
 	}
 	return text
 }

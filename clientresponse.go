@@ -10,7 +10,6 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"net/textproto"
 	"slices"
 	"strconv"
 	"strings"
@@ -306,7 +305,7 @@ func (w *responseWriter) appendFields(b []byte) []byte {
 	}
 	slices.Sort(w.names)
 	for _, name := range w.names {
-		b = appendValues(b, name, w.header[name])
+		b = h1.AppendValues(b, name, w.header[name])
 	}
 	return b
 }
@@ -319,25 +318,8 @@ func (w *responseWriter) appendTrailers(b []byte) []byte {
 			name, announced = after, true
 		}
 		if announced {
-			b = appendValues(b, name, values)
+			b = h1.AppendValues(b, name, values)
 		}
-	}
-	return b
-}
-
-// newlineReplacer replaces CR and LF in field values, to prevent header injection.
-var newlineReplacer = strings.NewReplacer("\n", " ", "\r", " ")
-
-func appendValues(b []byte, name string, values []string) []byte {
-	if !httpguts.ValidHeaderFieldName(name) {
-		return b
-	}
-	name = h1.WireName(name)
-	for _, value := range values {
-		if strings.ContainsAny(value, "\r\n") {
-			value = newlineReplacer.Replace(value)
-		}
-		b = h1.AppendLine(b, name, textproto.TrimString(value))
 	}
 	return b
 }

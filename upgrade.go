@@ -69,7 +69,7 @@ func (h *Handler) upgrade(w http.ResponseWriter, r *http.Request, res *http.Resp
 	recordStatus(w, http.StatusSwitchingProtocols)
 	head := []byte("HTTP/1.1 101 Switching Protocols\r\n")
 	for name, values := range header {
-		head = appendValues(head, name, values)
+		head = h1.AppendValues(head, name, values)
 	}
 	t.Proto = protocols[0]
 	t.Near, t.ClientPrefix, t.ResponseHead = tunnel.NewConnEnd(conn), early, append(head, "\r\n"...)

@@ -115,3 +115,22 @@ func AppendStatusLine(b []byte, status int) []byte {
 	}
 	return append(b, "\r\n"...)
 }
+
+// newlineReplacer replaces CR and LF in field values, to prevent header injection.
+var newlineReplacer = strings.NewReplacer("\n", " ", "\r", " ")
+
+// AppendValues appends a field with a line for each value. It appends none if the name is
+// malformed.
+func AppendValues(b []byte, name string, values []string) []byte {
+	if !httpguts.ValidHeaderFieldName(name) {
+		return b
+	}
+	name = WireName(name)
+	for _, value := range values {
+		if strings.ContainsAny(value, "\r\n") {
+			value = newlineReplacer.Replace(value)
+		}
+		b = AppendLine(b, name, textproto.TrimString(value))
+	}
+	return b
+}
