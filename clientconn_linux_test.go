@@ -38,7 +38,7 @@ func TestProcessExitsWithClientConns(t *testing.T) {
 		{name: "idle"},
 		{name: "in progress", slow: true, ends: true},
 		{name: "in progress, of an earlier config", slow: true, reloaded: true, ends: true},
-		{name: "in progress, in the grace period", global: "grace_period 10s", slow: true, ends: true},
+		{name: "in progress, in the grace period", global: "grace_period 1h", slow: true, ends: true},
 		{name: "longer than the grace period", global: "grace_period 500ms", slow: true},
 	} {
 		t.Run(row.name, func(t *testing.T) {
@@ -55,8 +55,8 @@ func TestProcessExitsWithClientConns(t *testing.T) {
 			}
 			eventually(t, "all connections to be on the fast path", func() bool { return c.fastPathConns() == len(conns) })
 			conns[0].send("GET " + c.origin.URL + "/ HTTP/1.1\nHo")
-			time.Sleep(100 * time.Millisecond) // until the request has been read: closing a socket with unread data would reset it
-			silent := c.dial()                 // sends no request
+			conns[0].awaitRead() // closing a socket with unread data would reset it
+			silent := c.dial()   // sends no request
 			eventually(t, "the new connection to be accepted", func() bool { return c.fastPathConns() == len(conns)+1 })
 			if row.slow {
 				conns[2].get(c.origin.URL+"/slow", "")
@@ -65,7 +65,6 @@ func TestProcessExitsWithClientConns(t *testing.T) {
 			if row.reloaded {
 				c.reload("dial_timeout 9s")
 			}
-			signaled := time.Now()
 			if err := c.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 				t.Fatal(err)
 			}
@@ -87,9 +86,6 @@ func TestProcessExitsWithClientConns(t *testing.T) {
 			case <-c.exited:
 			case <-time.After(patience):
 				t.Fatal("Caddy did not exit")
-			}
-			if took := time.Since(signaled); took > 4*time.Second {
-				t.Errorf("Caddy exited after %v, want at most 4 s", took)
 			}
 			if code := c.cmd.ProcessState.ExitCode(); code != 0 {
 				t.Errorf("exit code %d, want 0", code)
@@ -158,7 +154,7 @@ func TestClientConnReload(t *testing.T) {
 					c.readUntil("first ")
 				}
 			}
-			time.Sleep(2 * disconnectWatchDelay) // until the partial head has been read: closing a socket with unread data would reset it
+			half.awaitRead() // closing a socket with unread data would reset it
 			site := w.site("dial_timeout 9s")
 			if !stays {
 				site = inRoute(site)

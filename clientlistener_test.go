@@ -117,7 +117,9 @@ func TestListenerNewConnsAtReload(t *testing.T) {
 			conns[request].send(strings.ReplaceAll(request, "URL", w.origin.URL+"/")[:cut])
 		}
 		eventually(t, "all to be accepted", func() bool { return fastPathConns() == len(requests) })
-		time.Sleep(disconnectWatchDelay) // until those bytes have been read
+		for _, c := range conns {
+			c.awaitRead()
+		}
 		w.load(w.site(fmt.Sprintf("dial_timeout %ds", 11+cut)))
 
 		for request, want := range requests {

@@ -96,8 +96,36 @@ func deafTarget(t *testing.T, ip string, port uint16) string {
 		port = uint16(name.Port)
 	}
 	address := netip.AddrPortFrom(netip.MustParseAddr(ip), port).String()
-	fillQueue(t, address)
+	fillQueue(t, fd, address)
 	return address
+}
+
+// fillQueue fills the queue of a listener with a backlog of 0, which is one connection.
+func fillQueue(t *testing.T, fd int, address string) {
+	t.Helper()
+	conn, err := net.DialTimeout("tcp", address, patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	eventually(t, "the queue to be full", func() bool {
+		info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return info.Unacked > info.Sacked // a listener has the length of its queue and its backlog there
+	})
+}
+
+func TestRefusalTime(t *testing.T) {
+	refusalResolver(t)
+	b := newRefusalBench(t, "dial_timeout 200ms")
+	b.place("FULL", deafTarget(t, "127.0.0.1", 0))
+	b.place("SILENT", listen(t, func(conn *net.TCPConn) { _, _ = io.Copy(io.Discard, conn) }))
+	b.refuses(504, "connection_timeout", "FULL did not accept a connection in time", "CONNECT FULL", "GET http://FULL/", "GET https://FULL/")
+	b.refuses(504, "dns_timeout", "was not resolved in time", "CONNECT silent.invalid:PORT", "GET http://silent.invalid/")
+	b.load(b.site("response_header_timeout 200ms")) // long enough to connect, even if the machine stalls
+	b.refuses(504, "http_response_timeout", "SILENT did not answer in time", "GET http://SILENT/", "HEAD http://SILENT/", "POST http://SILENT/ HTTP/1.1\nHost: x\nContent-Length: 5\n\nhello")
 }
 
 // waitDialling waits until n connections to an address are being dialed.

@@ -5,6 +5,7 @@ package asyncproxy
 
 import (
 	"bufio"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -13,6 +14,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -286,6 +288,35 @@ func dialRaw(t testing.TB, address string) *rawConn {
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(patience))
 	return &rawConn{conn.(*net.TCPConn), t, bufio.NewReader(conn)}
+}
+
+// awaitRead waits until the proxy has read everything that was sent. On systems that do not
+// tell, it waits for a moment.
+func (c *rawConn) awaitRead() {
+	c.t.Helper()
+	asInFile := func(addr net.Addr) string {
+		to := netip.MustParseAddrPort(addr.String())
+		ip := to.Addr().Unmap().As4()
+		return fmt.Sprintf("%08X:%04X", binary.NativeEndian.Uint32(ip[:]), to.Port())
+	}
+	near, far := asInFile(c.LocalAddr()), asInFile(c.RemoteAddr())
+	eventually(c.t, "the proxy to read what was sent", func() bool {
+		sockets, err := os.ReadFile("/proc/net/tcp")
+		if err != nil {
+			time.Sleep(100 * time.Millisecond)
+			return true
+		}
+		for line := range strings.Lines(string(sockets)) {
+			fields := strings.Fields(line)
+			if len(fields) < 5 || fields[1] != near && fields[2] != near || fields[1] != far && fields[2] != far {
+				continue
+			}
+			if fields[4] != "00000000:00000000" { // bytes that are not acknowledged, and not read
+				return false
+			}
+		}
+		return true
+	})
 }
 
 // send writes a text whose lines may end with a bare \n.

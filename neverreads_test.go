@@ -12,10 +12,13 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // TestClientsThatNeverRead checks that a client that sends requests and reads no responses
@@ -54,6 +57,8 @@ func TestClientsThatNeverRead(t *testing.T) {
 		}
 		loadCaddyfile(t, fmt.Sprintf("{\n\tadmin off\n\tpersist_config off\n\tdefault_bind 127.0.0.1\n\tservers {\n\t\ttimeouts {\n\t\t\twrite_idle 300ms\n\t\t}\n%s\t}\n\tlog {\n\t\toutput discard\n\t}\n}\n%s",
 			wrapper, strings.ReplaceAll(sites, " {\n\tasync_proxy", " {\n"+log+"\tasync_proxy")))
+		limitSendBuffers(t, w.proxy)
+		limitSendBuffers(t, limited)
 		t.Run(fmt.Sprintf("ordinary %v", ordinary), func(t *testing.T) {
 			for name, tc := range map[string]struct{ proxy, request string }{
 				"HEAD":                {w.proxy, "HEAD http://" + origin + "/content"},
@@ -96,9 +101,9 @@ func sendUntilDisconnected(t *testing.T, address, request string) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	_ = conn.SetWriteDeadline(time.Now().Add(patience))
 	many := []byte(strings.Repeat(request, 100))
 	for sent := 0; sent < 64<<20; sent += len(many) {
+		_ = conn.SetWriteDeadline(time.Now().Add(patience))
 		if _, err := conn.Write(many); errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Fatalf("the connection is still open %v after the client stopped reading", patience)
 		} else if err != nil {
@@ -106,4 +111,34 @@ func sendUntilDisconnected(t *testing.T, address, request string) {
 		}
 	}
 	t.Fatal("the proxy read all requests though no response was read")
+}
+
+// limitSendBuffers makes the sockets that a listener of this process accepts hold few unsent
+// bytes, so that writes block sooner.
+func limitSendBuffers(t *testing.T, address string) {
+	t.Helper()
+	descriptors, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := false
+	for _, entry := range descriptors {
+		fd, _ := strconv.Atoi(entry.Name())
+		if accepts, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN); err != nil || accepts == 0 {
+			continue
+		}
+		name, err := unix.Getsockname(fd)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if at, ok := name.(*unix.SockaddrInet4); ok && strings.HasSuffix(address, fmt.Sprintf(":%d", at.Port)) {
+			found = true
+			if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 4<<10); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if !found {
+		t.Fatalf("nothing listens at %s", address)
+	}
 }

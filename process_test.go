@@ -65,11 +65,11 @@ func TestProcessExitsWithLiveTunnels(t *testing.T) {
 	}
 	const each = 100
 	for _, row := range []struct {
-		name, global  string
-		least, atMost time.Duration
+		name, global string
+		least        time.Duration
 	}{
-		{"at once", "", 0, 4 * time.Second},
-		{"after the grace period", "grace_period 2s", 1500 * time.Millisecond, 4 * time.Second},
+		{"at once", "", 0},
+		{"after the grace period", "grace_period 2s", 1500 * time.Millisecond},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			c := binaryStart(t, binaryOptions{global: everyProtocol + row.global, secure: true})
@@ -99,8 +99,8 @@ func TestProcessExitsWithLiveTunnels(t *testing.T) {
 					open.Go(func() { io.Copy(io.Discard, conn) })
 				}
 			})
-			if took < row.least || took > row.atMost {
-				t.Errorf("Caddy exits after %v, want %v to %v", took, row.least, row.atMost)
+			if took < row.least {
+				t.Errorf("Caddy exits after %v, want at least %v", took, row.least)
 			}
 			open.Wait()
 			c.checkAllShutDown(t, each*len(tunnelProtocols))
@@ -126,9 +126,7 @@ func TestProcessExitsWithStuckTunnels(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if took := c.timeExit(t, func() {}); took > 4*time.Second {
-				t.Errorf("Caddy exits after %v, want 4 s at most", took)
-			}
+			c.timeExit(t, func() {})
 			c.checkAllShutDown(t, each)
 		})
 	}

@@ -6,7 +6,6 @@ package asyncproxy
 import (
 	"bufio"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -16,9 +15,7 @@ import (
 	"regexp"
 	"strings"
 	"sync/atomic"
-	"syscall"
 	"testing"
-	"time"
 )
 
 // refusalEvil follows each CONNECT that must fail. It must never be parsed as a request.
@@ -292,53 +289,6 @@ func TestRefusalOfTruncatedRequest(t *testing.T) {
 	if n := b.whole.Load(); n != 0 {
 		t.Errorf("the origin got %d truncated requests as complete ones", n)
 	}
-}
-
-func TestRefusalTime(t *testing.T) {
-	refusalResolver(t)
-	b := newRefusalBench(t, "dial_timeout 200ms")
-	b.place("FULL", refusalFull(t))
-	b.place("SILENT", listen(t, func(conn *net.TCPConn) { _, _ = io.Copy(io.Discard, conn) }))
-	b.refuses(504, "connection_timeout", "FULL did not accept a connection in time", "CONNECT FULL", "GET http://FULL/", "GET https://FULL/")
-	b.refuses(504, "dns_timeout", "was not resolved in time", "CONNECT silent.invalid:PORT", "GET http://silent.invalid/")
-	b.load(b.site("response_header_timeout 200ms")) // long enough to connect, even if the machine stalls
-	b.refuses(504, "http_response_timeout", "SILENT did not answer in time", "GET http://SILENT/", "HEAD http://SILENT/", "POST http://SILENT/ HTTP/1.1\nHost: x\nContent-Length: 5\n\nhello")
-}
-
-// refusalFull returns an address that neither accepts nor refuses connections.
-func refusalFull(t *testing.T) string {
-	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = syscall.Close(fd) })
-	if err := errors.Join(syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}), syscall.Listen(fd, 0)); err != nil {
-		t.Fatal(err)
-	}
-	bound, err := syscall.Getsockname(fd)
-	if err != nil {
-		t.Fatal(err)
-	}
-	address := fmt.Sprintf("127.0.0.1:%d", bound.(*syscall.SockaddrInet4).Port)
-	fillQueue(t, address)
-	return address
-}
-
-// fillQueue opens connections to an address whose listener accepts none, until its backlog
-// is full. A single failure may be a stall of the machine.
-func fillQueue(t *testing.T, address string) {
-	t.Helper()
-	failures := 0
-	for range 1000 {
-		conn, err := net.DialTimeout("tcp", address, 100*time.Millisecond)
-		if err == nil {
-			failures = 0
-			t.Cleanup(func() { conn.Close() })
-		} else if failures++; failures == 2 {
-			return
-		}
-	}
-	t.Fatal("the queue of a listener never fills")
 }
 
 // TestRefusalLoop checks that the proxy recognizes itself by its name in Via.
