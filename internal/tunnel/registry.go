@@ -201,6 +201,11 @@ func (r *Registry) CloseIf(reason string, condition func(*Tunnel) bool) {
 func (r *Registry) CloseAll(reason string) {
 	r.endReason.Store(&reason)
 	r.cancelDials()
+	// All get the reason first: when Caddy exits, it may close the connection of a tunnel before
+	// that tunnel's turn.
+	for t := range r.All() {
+		t.setReason(reason)
+	}
 	servers := make(map[io.Closer]struct{})
 	r.CloseIf(reason, func(t *Tunnel) bool {
 		if t.stream == nil {

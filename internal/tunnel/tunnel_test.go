@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -29,13 +30,18 @@ func (unobserved) Closed(*Tunnel) {}
 
 // newPipedTunnel runs a tunnel of a registry. Its client and target read everything.
 func newPipedTunnel(r *Registry, owner Owner) *pipedTunnel {
-	owner.Observer = unobserved{}
 	near, client := net.Pipe()
+	return runPipedTunnel(r, owner, NewConnEnd(near), client)
+}
+
+// runPipedTunnel is newPipedTunnel with a given end and client.
+func runPipedTunnel(r *Registry, owner Owner, near End, client net.Conn) *pipedTunnel {
+	owner.Observer = unobserved{}
 	far, target := net.Pipe()
 	p := &pipedTunnel{
 		Tunnel: &Tunnel{
 			Owner: &owner, Registry: r, Start: time.Now(),
-			Near: NewConnEnd(near), Far: NewConnEnd(far),
+			Near: near, Far: NewConnEnd(far),
 		},
 		client: client, target: target, done: make(chan struct{}),
 	}
@@ -161,6 +167,46 @@ func TestDrain(t *testing.T) {
 			})
 		})
 	}
+}
+
+// interruptedEnd is an end that calls a function before it closes.
+type interruptedEnd struct {
+	End
+	before func()
+}
+
+func (e interruptedEnd) Abort() error { e.before(); return e.End.Abort() }
+func (e interruptedEnd) Close() error { e.before(); return e.End.Close() }
+
+// A tunnel whose client's connection ends while all tunnels are being closed, because Caddy
+// closes it, was closed for the same reason as the others.
+func TestReasonOfTunnelsClosedMeanwhile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := NewRegistry()
+		defer r.Stop()
+		var tunnels []*pipedTunnel
+		var closed atomic.Bool
+		closeClients := func() {
+			if closed.CompareAndSwap(false, true) {
+				for _, p := range tunnels {
+					p.client.Close()
+				}
+				time.Sleep(time.Second) // the tunnels notice
+			}
+		}
+		for range 2 {
+			near, client := net.Pipe()
+			tunnels = append(tunnels, runPipedTunnel(r, Owner{}, interruptedEnd{NewConnEnd(near), closeClients}, client))
+		}
+		synctest.Wait()
+		r.CloseAll(ReasonShutdown)
+		for _, p := range tunnels {
+			<-p.done
+			if got := p.EndReason(); got != ReasonShutdown {
+				t.Errorf("reason %q, want %q", got, ReasonShutdown)
+			}
+		}
+	})
 }
 
 // The kernel reuses a local port for connections to different destinations, so two tunnels
