@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"os"
@@ -239,4 +240,15 @@ func TestStalledContentAtExit(t *testing.T) {
 	w.load("http://127.0.0.1:" + strings.Split(freeAddress(t), ":")[1] + " {\nrespond hi\n}\n")
 	c.expectTruncated("when no proxy is left")
 	other.expectTruncated("over HTTP/2, when no proxy is left")
+}
+
+// Timeouts of centuries do not overflow.
+func TestHugeTimeouts(t *testing.T) {
+	h := &Handler{ResponseHeaderTimeout: math.MaxInt64, ResponseIdleTimeout: math.MaxInt64}
+	limits := h.newOriginLimits()
+	for _, timeout := range []time.Duration{limits.headerTimeout, limits.contentTimeout} {
+		if timeout+timeout/8 < timeout {
+			t.Errorf("%v overflows", timeout)
+		}
+	}
 }

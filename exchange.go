@@ -112,6 +112,9 @@ func (b *clientBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// isRead reports whether all of a body of known length has been read.
+func (b *clientBody) isRead() bool { return b.length >= 0 && b.read.Load() >= b.length }
+
 // failed returns the client's failure, if there was one.
 func (b *clientBody) failed() error {
 	if b != nil {
@@ -290,9 +293,9 @@ func (x *exchange) sendBody() {
 	x.sender.proceed(true)
 }
 
-// disconnectWatchDelay is how long an exchange runs before it watches for client disconnect. Most
+// watchDelay is how long an exchange runs before it watches for client disconnect. Most
 // finish sooner, and the watch costs about 4 % of an exchange.
-const disconnectWatchDelay = 20 * time.Millisecond
+const watchDelay = 20 * time.Millisecond
 
 // watchDisconnect closes the connection to the origin as soon as the client disconnects.
 func (x *exchange) watchDisconnect() {
@@ -308,7 +311,7 @@ func (x *exchange) watchDisconnect() {
 // origin does not send 100 (Continue) in time, the body is sent without it.
 func (x *exchange) awaitResponse(start time.Time) {
 	if x.stopWatch == nil {
-		x.conn.deadline.Within(x.conn.Conn, disconnectWatchDelay/4, disconnectWatchDelay)
+		x.conn.deadline.Within(x.conn.Conn, watchDelay/4, watchDelay)
 		_, err := x.conn.r.Peek(1)
 		head, _ := x.conn.r.Peek(x.conn.r.Buffered())
 		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) || bytes.Contains(head, h1.HeadEnd) {

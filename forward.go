@@ -241,7 +241,7 @@ func isLastOnConnection(r *http.Request, out *outgoing) bool {
 	case r.ProtoMinor == 0:
 		return true
 	}
-	return out.body != nil && (out.body.length < 0 || out.body.read.Load() < out.body.length)
+	return out.body != nil && !out.body.isRead()
 }
 
 // originForm returns the path and query of r's target exactly as the client wrote them.

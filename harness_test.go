@@ -263,13 +263,7 @@ func (w *world) waitLog(message string, n int) []map[string]any {
 // eventually waits until condition holds, for at most patience.
 func eventually(t testing.TB, what string, condition func() bool) {
 	t.Helper()
-	pause := 100 * time.Microsecond // Most conditions hold at once.
-	for deadline := time.Now().Add(patience); !condition(); pause = min(2*pause, 5*time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("timed out waiting for %s", what)
-		}
-		time.Sleep(pause)
-	}
+	conntest.Eventually(t, what, condition)
 }
 
 // rawConn is a connection for tests that spell out every byte.
@@ -403,3 +397,22 @@ func socketPair(t testing.TB) (inside, outside net.Conn) {
 	t.Helper()
 	return conntest.Pair(t)
 }
+
+// provisioned returns the handlers of the running config.
+func provisioned(t *testing.T) (list []*Handler) {
+	t.Helper()
+	p, err := acquireProcess()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = releaseProcess() }()
+	p.handlers.Range(func(h *Handler, _ struct{}) bool {
+		list = append(list, h)
+		return true
+	})
+	return list
+}
+
+// disconnectWatchDelay is at least how long an exchange, and a client connection, runs before
+// it watches for client disconnect.
+const disconnectWatchDelay = 20 * time.Millisecond

@@ -278,7 +278,7 @@ func FuzzHeads(f *testing.F) {
 		chunks + "\n1;" + strings.Repeat("x", h1.MaxChunkLine) + "\nx\n0\n\n",
 		chunks + "\n5\nhello\n7fffffffffffffff\nx",
 		chunks + "\n0\n" + "a:b\n" + strings.Repeat(" x\n", h1.MaxFields-1) + "\n",
-		strings.Repeat("HTTP/1.1 103 Early Hints\n\n", maxInterim) + head + "\n",
+		strings.Repeat("HTTP/1.1 103 Early Hints\n\n", interimBurst) + head + "\n",
 	} {
 		f.Add([]byte(strings.ReplaceAll(answer, "\n", "\r\n")))
 	}
@@ -305,7 +305,7 @@ func FuzzHeads(f *testing.F) {
 // readAnswer reads a response and processes its trailers as an exchange does, to its end or
 // to an error.
 func readAnswer(r *bufio.Reader) {
-	for range maxInterim {
+	for range interimBurst {
 		res, err := h1.ReadResponse(r, http.MethodGet, nil)
 		if err != nil {
 			return

@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/net/http2"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/conntest"
 )
 
 // pingedServer is an HTTP/2 server that answers nothing but pings, until it dies.
@@ -47,7 +49,7 @@ func (s *pingedServer) serve(conn net.Conn) {
 func newPingedConn(t *testing.T) (*http2Conn, *pingedServer) {
 	near, far := net.Pipe()
 	server := new(pingedServer)
-	secure := tls.Server(far, &tls.Config{Certificates: []tls.Certificate{tlsCertificate}, NextProtos: []string{"h2"}})
+	secure := tls.Server(far, &tls.Config{Certificates: []tls.Certificate{conntest.Certificate}, NextProtos: []string{"h2"}})
 	go server.serve(secure)
 	transport, err := newHTTP2Transport(nil, new(http.Transport))
 	if err != nil {

@@ -7,53 +7,18 @@ package asyncproxy
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"net/netip"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/conntest"
 )
-
-// provisioned returns the handlers of the running config.
-func provisioned(t *testing.T) (list []*Handler) {
-	t.Helper()
-	p, err := acquireProcess()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = releaseProcess() }()
-	p.handlers.Range(func(h *Handler, _ struct{}) bool {
-		list = append(list, h)
-		return true
-	})
-	return list
-}
-
-// http2TestOrigin is an origin that speaks HTTP/2 and counts its connections.
-func http2TestOrigin(t *testing.T, handler http.HandlerFunc) (authority string, opened, open *atomic.Int64) {
-	opened, open = new(atomic.Int64), new(atomic.Int64)
-	s := httptest.NewUnstartedServer(handler)
-	s.EnableHTTP2 = true
-	s.TLS = &tls.Config{Certificates: []tls.Certificate{tlsCertificate}}
-	s.Config.ConnState = func(_ net.Conn, state http.ConnState) {
-		switch state {
-		case http.StateNew:
-			opened.Add(1)
-			open.Add(1)
-		case http.StateClosed:
-			open.Add(-1)
-		}
-	}
-	s.StartTLS()
-	t.Cleanup(s.Close)
-	return s.Listener.Addr().String(), opened, open
-}
 
 func dialTCP(ctx context.Context, authority string) (net.Conn, error) {
 	var d net.Dialer
@@ -79,7 +44,7 @@ func (o *http2OriginPool) ask(ctx context.Context, authority string) (int, error
 func TestHTTP2OriginsShare(t *testing.T) {
 	answer := make(chan struct{})
 	var asked, judged atomic.Int64
-	authority, opened, open := http2TestOrigin(t, func(http.ResponseWriter, *http.Request) {
+	authority, opened, open := conntest.HTTP2Server(t, func(http.ResponseWriter, *http.Request) {
 		asked.Add(1)
 		<-answer
 	})
@@ -101,7 +66,7 @@ func TestHTTP2OriginsShare(t *testing.T) {
 			}
 		})
 	}
-	eventually(t, "all requests to wait", func() bool { return asked.Load() == 20 })
+	conntest.Eventually(t, "all requests to wait", func() bool { return asked.Load() == 20 })
 	if n := opened.Load(); n != 1 || o.count() != 0 || judged.Load() != 19 {
 		t.Errorf("%d connections, %d of them idle, %d rechecks; want 1 busy connection and 19 rechecks", n, o.count(), judged.Load())
 	}
@@ -111,11 +76,11 @@ func TestHTTP2OriginsShare(t *testing.T) {
 	}
 	close(answer)
 	all.Wait()
-	eventually(t, "the connection to end", func() bool { return open.Load() == 0 })
+	conntest.Eventually(t, "the connection to end", func() bool { return open.Load() == 0 })
 	if _, err := o.ask(t.Context(), authority); err != nil { // of a handler whose config was replaced
 		t.Error(err)
 	}
-	eventually(t, "the late request's connection to close, too", func() bool { return open.Load() == 0 })
+	conntest.Eventually(t, "the late request's connection to close, too", func() bool { return open.Load() == 0 })
 
 	o, _ = newHTTP2OriginPool(dialTCP, newOriginPool(nil))
 	if _, err := o.ask(t.Context(), authority); err != nil || o.count() != 1 {
@@ -129,13 +94,13 @@ func TestHTTP2OriginsShare(t *testing.T) {
 	if o.close(); o.count() != 0 {
 		t.Error("idle connections are left after close")
 	}
-	eventually(t, "the idle connection to end", func() bool { return open.Load() == 0 })
+	conntest.Eventually(t, "the idle connection to end", func() bool { return open.Load() == 0 })
 }
 
 // A request that is canceled while it dials fails alone: requests that wait for the same
 // dial start another. A failed dial fails all of them.
 func TestHTTP2OriginsDial(t *testing.T) {
-	authority, _, _ := http2TestOrigin(t, func(http.ResponseWriter, *http.Request) {})
+	authority, _, _ := conntest.HTTP2Server(t, func(http.ResponseWriter, *http.Request) {})
 	var dials atomic.Int64
 	begun := make(chan struct{}, 10)
 	refused := errors.New("refused")

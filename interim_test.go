@@ -5,17 +5,12 @@ package asyncproxy
 
 import (
 	"bufio"
-	"context"
-	"errors"
 	"io"
 	"net"
 	"net/http"
-	"os"
 	"runtime"
 	"strings"
 	"testing"
-	"testing/synctest"
-	"time"
 
 	"golang.org/x/net/http2"
 )
@@ -140,12 +135,15 @@ func TestContinueWithoutOrigin(t *testing.T) {
 	})
 }
 
+// interimBurst is how many interim responses an origin may send at once.
+const interimBurst = 100
+
 // The number of interim responses is bounded, whatever the origin's protocol, and each gets
 // exactly one Via entry.
 func TestInterimResponsesAreBounded(t *testing.T) {
 	plain := listen(t, func(c *net.TCPConn) {
 		if _, err := http.ReadRequest(bufio.NewReader(c)); err == nil {
-			for range 10 * maxInterim {
+			for range 10 * interimBurst {
 				if _, err := io.WriteString(c, hint); err != nil {
 					return
 				}
@@ -153,7 +151,7 @@ func TestInterimResponsesAreBounded(t *testing.T) {
 		}
 	})
 	secure := newFramesOrigin(t, func(f *framesOrigin, stream uint32) {
-		for range 10 * maxInterim {
+		for range 10 * interimBurst {
 			f.headers(stream, false, ":status", "103", "link", "</a>", "via", "1.1 other")
 		}
 	})
@@ -169,134 +167,10 @@ func TestInterimResponsesAreBounded(t *testing.T) {
 				if res.StatusCode == http.StatusBadGateway && strings.Contains(res.Header.Get("Proxy-Status"), "http_protocol_error") {
 					break
 				}
-				if got := strings.Join(res.Header["Via"], ", "); res.StatusCode != http.StatusEarlyHints || got != via || n > 2*maxInterim {
+				if got := strings.Join(res.Header["Via"], ", "); res.StatusCode != http.StatusEarlyHints || got != via || n > 2*interimBurst {
 					t.Fatalf("%s: number %d is %s, Via %q, want %q", url, n, res.Status, got, via)
 				}
 			}
 		}
 	})
-}
-
-// A queue passes on its contents before it ends, drops what exceeds its size, and reports a
-// panic to the caller of end.
-func TestInterimQueue(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		var got []int
-		slow := make(chan struct{})
-		q := &interimQueue{write: func(status int, _ http.Header) { <-slow; got = append(got, status) }}
-		for range 3 * maxInterimWaiting {
-			if err := q.got1xx(http.StatusEarlyHints, nil); err != nil {
-				t.Fatal(err)
-			}
-		}
-		go close(slow)
-		q.end()
-		if n := len(got); n < maxInterimWaiting || n > maxInterimWaiting+1 {
-			t.Errorf("%d responses were passed on", n)
-		}
-		q.sendContinue() // must not block
-		if err := q.got1xx(http.StatusEarlyHints, nil); err != nil || q.writing != nil {
-			t.Errorf("it continues after its end: %v", err)
-		}
-		q = &interimQueue{write: func(int, http.Header) { panic("wrong") }}
-		_ = q.got1xx(http.StatusEarlyHints, nil)
-		q.sendContinue()
-		defer func() {
-			if recover() != "wrong" {
-				t.Error("the panic was lost")
-			}
-		}()
-		q.end()
-	})
-}
-
-// pipeExchange sends a request to an origin at the other end of a pipe. It returns the
-// outcome and the synthetic time that it took.
-func pipeExchange(ctx context.Context, timeout time.Duration, answer func(w io.Writer)) (*http.Response, time.Duration, error) {
-	ended := make(chan struct{})
-	dial := func(context.Context, string) (net.Conn, error) {
-		ours, theirs := net.Pipe()
-		go func() {
-			defer close(ended)
-			defer theirs.Close()
-			if _, err := http.ReadRequest(bufio.NewReader(theirs)); err == nil {
-				answer(theirs)
-			}
-		}()
-		return ours, nil
-	}
-	x := &exchange{pool: newOriginPool(dial), ctx: ctx, limits: &originLimits{headerTimeout: timeout}, request: &outgoing{
-		method: http.MethodGet, authority: "origin:80", target: "/", host: "origin", header: http.Header{},
-		interim: func(int, http.Header, int, int) {},
-	}}
-	start := time.Now()
-	res, err := x.doHTTP1()
-	took := time.Since(start)
-	x.close()
-	<-ended
-	return res, took, err
-}
-
-// A 102 or 103 restarts the response-header timeout, up to ten times the timeout in total.
-func TestProgressRestartsTimeout(t *testing.T) {
-	const timeout = 3 * time.Second
-	for _, row := range []struct {
-		interim string
-		pause   time.Duration
-		n       int
-		want    time.Duration
-		err     error
-	}{
-		{"102 Processing", 2 * time.Second, 5, 10 * time.Second, nil},
-		{"103 Early Hints", 2 * time.Second, 5, 10 * time.Second, nil},
-		{"102 Processing", 2 * time.Second, 100, maxTimeouts * timeout, os.ErrDeadlineExceeded},
-		{"102 Processing", 4 * time.Second, 5, timeout, os.ErrDeadlineExceeded},
-		{"100 Continue", 2 * time.Second, 5, timeout, os.ErrDeadlineExceeded},
-		{"102 Processing", 200 * time.Millisecond, 110, 22 * time.Second, nil},
-		{"102 Processing", 0, maxInterim + 1, 0, errInterim},
-	} {
-		synctest.Test(t, func(t *testing.T) {
-			_, took, err := pipeExchange(t.Context(), timeout, func(w io.Writer) {
-				for range row.n {
-					if _, err := io.WriteString(w, "HTTP/1.1 "+row.interim+"\r\n\r\n"); err != nil {
-						return
-					}
-					time.Sleep(row.pause)
-				}
-				_, _ = io.WriteString(w, "HTTP/1.1 204 No Content\r\n\r\n")
-			})
-			if !errors.Is(err, row.err) || took < row.want || took > row.want+timeout/8 {
-				t.Errorf("%d of %s, every %v: %v after %v, want %v after %v", row.n, row.interim, row.pause, err, took, row.err, row.want)
-			}
-		})
-	}
-}
-
-// The same applies to origins that speak HTTP/2.
-func TestHTTP2ProgressRestartsTimeout(t *testing.T) {
-	const timeout = 3 * time.Second
-	for _, row := range []struct {
-		pause time.Duration
-		want  time.Duration
-	}{
-		{0, timeout}, {2 * time.Second, maxTimeouts * timeout}, {4 * time.Second, timeout},
-	} {
-		synctest.Test(t, func(t *testing.T) {
-			start := time.Now()
-			wait := newHeadTimer(t.Context(), timeout)
-			defer wait.end()
-			wait.setTurn(true)
-			for row.pause > 0 && wait.ctx.Err() == nil {
-				select {
-				case <-wait.ctx.Done():
-				case <-time.After(row.pause):
-					wait.recordProgress()
-				}
-			}
-			<-wait.ctx.Done()
-			if took := time.Since(start); took < row.want || took > row.want+row.pause || !wait.expired() {
-				t.Errorf("progress every %v: ended after %v, want %v", row.pause, took, row.want)
-			}
-		})
-	}
 }

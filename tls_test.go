@@ -5,57 +5,18 @@ package asyncproxy
 
 import (
 	"bufio"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
-	"encoding/pem"
 	"fmt"
 	"io"
-	"math/big"
-	"net"
 	"net/http"
 	"net/http/httptest"
-	"os"
 	"strings"
 	"testing"
-	"time"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/conntest"
 )
 
-// tlsCertificate is the only root certificate that this process trusts.
-var tlsCertificate = tlsTrust()
-
-func tlsTrust() tls.Certificate {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		panic(err)
-	}
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1),
-		NotBefore:    time.Now().Add(-time.Hour),
-		NotAfter:     time.Now().Add(time.Hour),
-		IPAddresses:  []net.IP{net.IPv4(127, 0, 0, 1)},
-		IsCA:         true, BasicConstraintsValid: true,
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		panic(err)
-	}
-	file, err := os.CreateTemp("", "async-proxy-test-root")
-	if err != nil {
-		panic(err)
-	}
-	defer os.Remove(file.Name())
-	_ = pem.Encode(file, &pem.Block{Type: "CERTIFICATE", Bytes: der})
-	_ = file.Close()
-	_ = os.Setenv("SSL_CERT_FILE", file.Name())
-	if _, err := x509.SystemCertPool(); err != nil { // reads the file now
-		panic(err)
-	}
-	_ = os.Unsetenv("SSL_CERT_FILE")
-	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
-}
+var tlsCertificate = conntest.Certificate
 
 // An https URL in absolute form goes over TLS, with HTTP/2 if the origin speaks it, and
 // keeps everything that the HTTP/1 request carried.

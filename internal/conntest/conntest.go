@@ -2,7 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package conntest helps tests of connections. It offers pairs of sockets, bulk data that
-// the other side can check, and a kernel without splice(2). Only tests import it.
+// the other side can check, TLS servers that are trusted, and a kernel without splice(2). Only
+// tests import it.
 package conntest
 
 import (
@@ -36,6 +37,18 @@ func Pair(t testing.TB) (inside, outside net.Conn) {
 	}
 	t.Cleanup(func() { inside.Close(); outside.Close() })
 	return inside, outside
+}
+
+// Eventually waits until condition holds, and fails the test if that takes too long.
+func Eventually(t testing.TB, what string, condition func() bool) {
+	t.Helper()
+	pause := 100 * time.Microsecond // Most conditions hold at once.
+	for deadline := time.Now().Add(patience); !condition(); pause = min(2*pause, 5*time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("timed out waiting for %s", what)
+		}
+		time.Sleep(pause)
+	}
 }
 
 // blockSize is a prime, so that no buffer's size divides it.
