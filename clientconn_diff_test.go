@@ -24,6 +24,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 )
 
 // twins are two proxies with the same options: the fast path serves the connections of one,
@@ -964,9 +966,9 @@ func serveBelow(t *testing.T, handle http.HandlerFunc) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	below := listenBelow(ln, &clientServer{
+	below := downstream.Listen(ln, &downstream.Server{
 		Handle: handle, BaseContext: context.Background(),
-		Listeners: new(clientListeners), Lingering: new(lingering),
+		Listeners: new(downstream.Listeners), Lingering: new(downstream.Lingering),
 		Exiting: func() bool { return true },
 		OnEnd:   func(net.Conn) {},
 	})

@@ -143,7 +143,7 @@ func TestClientConnReload(t *testing.T) {
 			}
 			once() // opens a connection to the origin, which stays open
 			files, goroutines := descriptors(t, "self"), runtime.NumGoroutine()
-			old := program.listeners.all()[0]
+			old := program.listeners.All()[0]
 			idle, half, waits, begun := w.dialFastPath(), w.dialFastPath(), w.dialFastPath(), w.dialFastPath()
 			half.send("GET " + w.origin.URL + "/ HTTP/1.1\nHo")
 			for _, c := range []*rawConn{begun, waits} {
@@ -160,7 +160,7 @@ func TestClientConnReload(t *testing.T) {
 				site = inRoute(site)
 			}
 			w.load(site)
-			eventually(t, "the idle connections to move", func() bool { return len(old.clients()) == 2 })
+			eventually(t, "the idle connections to move", func() bool { return len(old.Clients()) == 2 })
 			origin.end <- struct{}{}
 			if rest := begun.readUntil("0\r\n\r\n"); !strings.HasSuffix(rest, "last\r\n0\r\n\r\n") {
 				t.Errorf("the rest of the response that had begun is %q", rest)
@@ -194,7 +194,7 @@ func TestClientConnReload(t *testing.T) {
 			}
 			once()
 			eventually(t, "all connections to be gone", func() bool {
-				return len(old.clients())+fastPathConns() == 0 && descriptors(t, "self") <= files && runtime.NumGoroutine() <= goroutines
+				return len(old.Clients())+fastPathConns() == 0 && descriptors(t, "self") <= files && runtime.NumGoroutine() <= goroutines
 			})
 		})
 	}

@@ -29,8 +29,8 @@ import (
 
 // fastPathConns returns the number of connections on the fast path.
 func fastPathConns() (n int) {
-	for _, l := range program.listeners.all() {
-		n += len(l.clients())
+	for _, l := range program.listeners.All() {
+		n += len(l.Clients())
 	}
 	return n
 }
@@ -54,8 +54,8 @@ func (w *world) dialFastPath() *rawConn {
 	w.t.Helper()
 	c := w.dial()
 	c.gets(w.origin.URL + "/")
-	for _, l := range program.listeners.all() {
-		if slices.ContainsFunc(l.clients(), func(remote net.Addr) bool { return remote.String() == c.LocalAddr().String() }) {
+	for _, l := range program.listeners.All() {
+		if slices.ContainsFunc(l.Clients(), func(remote net.Addr) bool { return remote.String() == c.LocalAddr().String() }) {
 			return c
 		}
 	}

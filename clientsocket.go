@@ -10,6 +10,7 @@ import (
 
 	"github.com/quic-go/quic-go/http3"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
@@ -36,8 +37,8 @@ func socketOf(conn net.Conn) any {
 // clientConnection returns what identifies the client connection of a request, or nil if
 // it is not known.
 func clientConnection(w http.ResponseWriter, r *http.Request) any {
-	if fast := writerOf(w); fast != nil {
-		return fast.socket()
+	if fast := downstream.WriterOf(w); fast != nil {
+		return fast.Conn()
 	}
 	if r.ProtoMajor == 3 {
 		return r.Context().Value(http3.RemoteAddrContextKey) // a pointer, unique to the connection

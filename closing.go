@@ -9,16 +9,18 @@ import (
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"golang.org/x/net/http/httpguts"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 )
 
-// closeInStages closes the connection after the proxy's own response to r has been written,
+// CloseInStages closes the connection after the proxy's own response to r has been written,
 // if it is HTTP/1 and the client may still be sending.
 func (h *Handler) closeInStages(w http.ResponseWriter, r *http.Request, client netip.Addr) {
 	if r.ProtoMajor != 1 || !stillSending(r) {
 		return
 	}
-	if fast := writerOf(w); fast != nil {
-		fast.closeInStages(client)
+	if fast := downstream.WriterOf(w); fast != nil {
+		fast.CloseInStages(client)
 		return
 	}
 	// net/http would close the connection without reading what is left. Hijack it in the
@@ -27,7 +29,7 @@ func (h *Handler) closeInStages(w http.ResponseWriter, r *http.Request, client n
 		return
 	}
 	if conn, _, err := hijack(w); err == nil {
-		go h.process.lingering.close(conn, client)
+		go h.process.lingering.Close(conn, client)
 	}
 }
 
@@ -52,10 +54,10 @@ func (h *Handler) beforeErrorRoutes(w http.ResponseWriter, r *http.Request) {
 	case r.ProtoMajor != 1:
 	case r.Method == http.MethodConnect:
 		if conn := connOf(w, r); conn != nil {
-			h.process.lingering.hold(conn, identifyClient(r).addr)
+			h.process.lingering.Hold(conn, identifyClient(r).addr)
 		}
 	case r.ContentLength != 0 && !expectsContinue(r):
-		h.process.lingering.drop(identifyClient(r).addr, r.Body, http.NewResponseController(w).SetReadDeadline)
+		h.process.lingering.Drop(identifyClient(r).addr, r.Body, http.NewResponseController(w).SetReadDeadline)
 	}
 }
 

@@ -109,7 +109,7 @@ func expectNothingHeld(t *testing.T) {
 	t.Helper()
 	eventually(t, "no descriptor to be held", func() bool {
 		n := 0
-		withProcess(func(p *process) { n = p.lingering.holds() })
+		withProcess(func(p *process) { n = p.lingering.Holds() })
 		return n == 0
 	})
 }

@@ -12,6 +12,7 @@ import (
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
@@ -60,8 +61,8 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *transaction
 	}
 	recordStatus(w, http.StatusOK)
 	t.Near, t.ClientPrefix, t.ResponseHead = tunnel.NewConnEnd(near), early, established
-	if fast := writerOf(w); fast != nil {
-		fast.takeOver(t.Run)
+	if fast := downstream.WriterOf(w); fast != nil {
+		fast.Takeover(t.Run)
 		return http.StatusOK, nil
 	}
 	// The tunnel runs on a new goroutine. This one's stack, the request and all that
@@ -139,7 +140,7 @@ func hijack(w http.ResponseWriter) (conn net.Conn, early []byte, err error) {
 		peeked, _ := buffered.Reader.Peek(n) // never fails: n bytes are there
 		early = append(early, peeked...)
 	}
-	conn, unread := unwrapHijacked(conn)
+	conn, unread := downstream.UnwrapHijacked(conn)
 	return conn, append(early, unread...), nil
 }
 

@@ -17,6 +17,8 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 )
 
 func init() { caddy.RegisterModule(ListenerWrapper{}) }
@@ -91,18 +93,18 @@ func (w *ListenerWrapper) WrapListener(ln net.Listener) net.Listener {
 	}
 	overTLS := usesTLS(app.(*caddyhttp.App), w.server, ln)
 	if h != nil && !overTLS {
-		return listenBelow(ln, newFastPath(h, w.server))
+		return downstream.Listen(ln, newFastPath(h, w.server))
 	}
 	if h = firstProxy(w.server.Routes); h == nil {
 		return ln
 	}
-	return watchFirstBytes(ln, newFastPath(h, w.server), overTLS)
+	return downstream.Watch(ln, newFastPath(h, w.server), overTLS)
 }
 
 // newFastPath returns what serves the clients of a server below net/http, for the handler that
 // gets their requests first.
-func newFastPath(h *Handler, server *caddyhttp.Server) *clientServer {
-	s := &clientServer{
+func newFastPath(h *Handler, server *caddyhttp.Server) *downstream.Server {
+	s := &downstream.Server{
 		Handle:      h.serveFastPath,
 		BaseContext: context.WithValue(context.Background(), caddyhttp.ServerCtxKey, server),
 		Prepares:    func(key any) bool { _, ok := key.(caddy.CtxKey); return ok },
@@ -127,7 +129,7 @@ func newFastPath(h *Handler, server *caddyhttp.Server) *clientServer {
 		OnAcceptError: func(err error) { h.logger.Error("a connection could not be accepted", zap.Error(err)) },
 	}
 	if server.WriteIdleTimeout > 0 {
-		s.Wrap = func(ctx context.Context, w *responseWriter) (context.Context, http.ResponseWriter) {
+		s.Wrap = func(ctx context.Context, w *downstream.Writer) (context.Context, http.ResponseWriter) {
 			return withWriteIdleTimeout(ctx, w, server, h.logger)
 		}
 	}

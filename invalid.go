@@ -14,6 +14,7 @@ import (
 	"go.uber.org/zap/zapcore"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 )
 
 // invalidReason is a reason to refuse a client before any handler sees a request.
@@ -143,7 +144,7 @@ func (h *Handler) invalidAnswer(status, text string) []byte {
 // answerInvalid counts and logs what a client has sent instead of a request, and returns the
 // response: that it is from the proxy, and what is wrong. It returns nil if the client would not
 // understand one.
-func (h *Handler) answerInvalid(conn net.Conn, what invalidInput) []byte {
+func (h *Handler) answerInvalid(conn net.Conn, what downstream.Invalid) []byte {
 	reason, status, text := describeInvalid(what)
 	h.recordInvalid(conn, reason, status, what.Detail)
 	if status == "" {
@@ -153,18 +154,18 @@ func (h *Handler) answerInvalid(conn net.Conn, what invalidInput) []byte {
 }
 
 // describeInvalid returns why a client is refused, and the response, if it gets one.
-func describeInvalid(what invalidInput) (reason invalidReason, status, text string) {
+func describeInvalid(what downstream.Invalid) (reason invalidReason, status, text string) {
 	const badRequest = "400 Bad Request"
 	switch what.Kind {
-	case inputSOCKS:
+	case downstream.SOCKS:
 		return invalidSOCKS, "", ""
-	case inputTLS:
+	case downstream.TLS:
 		return invalidTLS, badRequest, "This proxy does not speak TLS on this port: use http:// in the proxy URL."
-	case inputPlainHTTP:
+	case downstream.PlainHTTP:
 		return invalidPlainHTTP, badRequest, "Client sent an HTTP request to an HTTPS server. This proxy speaks TLS on this port: use https:// in the proxy URL."
-	case inputLateHTTP2:
+	case downstream.LateHTTP2:
 		return invalidMalformed, badRequest, "HTTP/2 cannot start after HTTP/1 requests on the same connection."
-	case inputMalformed:
+	case downstream.Malformed:
 		return invalidMalformed, badRequest, "This is not a well-formed HTTP request."
 	}
 	return describeRefusal(what)
@@ -172,7 +173,7 @@ func describeInvalid(what invalidInput) (reason invalidReason, status, text stri
 
 // describeRefusal is describeInvalid for requests that net/http refuses. The response says more
 // than net/http's.
-func describeRefusal(what invalidInput) (reason invalidReason, status, text string) {
+func describeRefusal(what downstream.Invalid) (reason invalidReason, status, text string) {
 	reason, status = invalidUnknown, what.Status
 	switch status[:3] {
 	case "400":

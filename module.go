@@ -5,7 +5,7 @@
 // It limits each client with a token bucket, rewrites message fields as an HTTP
 // intermediary must, tunnels CONNECT without decrypting it, and forwards plain HTTP.
 //
-// Most client connections never reach net/http: clientListener serves them on a fast
+// Most client connections never reach net/http: package downstream serves them on a fast
 // path of its own, and hands everything else to Caddy's HTTP server. Both call
 // [Handler.ServeHTTP]. docs/life-of-a-request.md follows a request through the code.
 package asyncproxy
@@ -34,6 +34,7 @@ import (
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
@@ -738,7 +739,7 @@ func identifyClient(r *http.Request) clientIdentity {
 	if ap, err := netip.ParseAddrPort(r.RemoteAddr); err == nil {
 		c.peer = netip.AddrPortFrom(ap.Addr().Unmap().WithZone(""), ap.Port())
 	}
-	if isServed(r) && !namesClient(r) {
+	if downstream.Serves(r) && !namesClient(r) {
 		c.addr = c.peer.Addr()
 	} else {
 		if s, ok := caddyhttp.GetVar(r.Context(), caddyhttp.ClientIPVarKey).(string); ok {

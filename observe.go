@@ -19,6 +19,7 @@ import (
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 	"github.com/asyncproxy/caddy-async-proxy/internal/printable"
@@ -46,7 +47,7 @@ type transaction struct {
 // newTransaction starts the visit of a request and makes it available to placeholders.
 func (h *Handler) newTransaction(r *http.Request) *transaction {
 	v := &transaction{r: r, start: time.Now()}
-	if attach(r, v) {
+	if downstream.Attach(r, v) {
 		// caddyContext makes it available, if anything asks for placeholders.
 	} else if repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
 		repl.Map(v.placeholder)

@@ -16,6 +16,7 @@ import (
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
 	"github.com/asyncproxy/caddy-async-proxy/internal/status"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
@@ -34,7 +35,7 @@ var program = struct {
 	started time.Time
 	loaded  atomic.Pointer[time.Time] // when the last config with a proxy started to run
 
-	listeners clientListeners // of the fast path
+	listeners downstream.Listeners // of the fast path
 }{metrics: metrics.New(metricLabels()), started: time.Now()}
 
 // process is what all proxies of the process share and what a reload keeps, such as open
@@ -45,8 +46,8 @@ type process struct {
 	blocks   *xsync.Map[client.Key, int64]  // blocked clients, and until when, since epoch
 	config   atomic.Value                   // of the handlers that started last: their configDone
 
-	heads     heldHeads // of responses in progress
-	lingering lingering // client connections that are being closed in stages
+	heads     heldHeads            // of responses in progress
+	lingering downstream.Lingering // client connections that are being closed in stages
 }
 
 // acquireProcess returns the process's only process value. The caller must call

@@ -42,7 +42,7 @@ func (h *Handler) writeRefusal(w http.ResponseWriter, r *http.Request, f *refusa
 		h.beforeErrorRoutes(w, r)
 		return caddyhttp.Error(f.status, f)
 	}
-	if closes { // for closeInStages
+	if closes { // for CloseInStages
 		header["Content-Length"] = []string{strconv.Itoa(len(body))}
 	}
 	header["Content-Type"] = []string{"text/plain; charset=utf-8"}

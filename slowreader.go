@@ -11,6 +11,7 @@ import (
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
@@ -93,7 +94,7 @@ func (s *writeStallTimer) stop() {
 // for each write itself. Over HTTP/2, a deadline is a timer that ends the stream even when
 // nothing is written, so it is not set.
 func startWriteIdleTimeout(r *http.Request) {
-	if r.ProtoMajor == 2 || isServed(r) {
+	if r.ProtoMajor == 2 || downstream.Serves(r) {
 		return
 	}
 	_, idle := caddyhttp.IdleTimeoutsFromContext(r.Context())

@@ -16,6 +16,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
@@ -38,13 +39,13 @@ func (h *Handler) registerHooks(ctx caddy.Context, server *caddyhttp.Server) err
 	server.RegisterConnContext(withConn)
 	server.RegisterConnContext(withSocket)
 	server.RegisterConnState(connState)
-	server.RegisterConnState(netHTTPConnState)
-	server.RegisterConnState(h.process.lingering.release)
+	server.RegisterConnState(downstream.ConnState)
+	server.RegisterConnState(h.process.lingering.Release)
 	server.RegisterConnContext(withWindows())
 	server.RegisterOnShutdown(func() { h.onShutdown(ctx) })
 	server.RegisterOnStop(func(grace context.Context) error {
 		if caddy.Exiting() {
-			program.listeners.drain(grace)
+			program.listeners.Drain(grace)
 			h.tunnels.Drain(grace)
 		}
 		return nil

@@ -18,6 +18,7 @@ import (
 	"github.com/quic-go/quic-go/http3"
 	"golang.org/x/net/http2"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
@@ -237,8 +238,8 @@ func withConn(ctx context.Context, conn net.Conn) context.Context {
 
 // connOf returns the TCP connection of a request, or nil if it has none.
 func connOf(w http.ResponseWriter, r *http.Request) net.Conn {
-	if fast := writerOf(w); fast != nil {
-		return fast.socket()
+	if fast := downstream.WriterOf(w); fast != nil {
+		return fast.Conn()
 	}
 	conn, _ := r.Context().Value(connKey{}).(net.Conn)
 	return conn

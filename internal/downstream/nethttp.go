@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package downstream
 
 import (
 	"bytes"
@@ -23,7 +23,7 @@ type readConn struct {
 	*net.TCPConn
 	in          tcpconn.Prefixed // TCPConn, and what reads return before its bytes
 	timedOut    bool             // reads after the prefix time out
-	server      *clientServer    // nil: refusals are not detected
+	server      *Server          // nil: refusals are not detected
 	isFirstRead bool             // the first byte must be checked when it arrives
 	overTLS     bool             // the connection carries TLS
 	hasLine     bool             // a whole line has been read
@@ -39,17 +39,17 @@ func newReadConn(tcp *net.TCPConn, prefix []byte) *readConn {
 	return &readConn{TCPConn: tcp, in: tcpconn.Prefixed{Conn: tcp, Prefix: prefix}}
 }
 
-// netHTTPConnState tells the connections that net/http serves what it does with them. It is a
+// ConnState tells the connections that net/http serves what it does with them. It is a
 // ConnState hook of its server.
-func netHTTPConnState(conn net.Conn, state http.ConnState) {
+func ConnState(conn net.Conn, state http.ConnState) {
 	if c, ok := conn.(*readConn); ok && state == http.StateIdle {
 		c.responded.Store(false)
 	}
 }
 
-// unwrapHijacked returns a hijacked connection without what the server needed, and the bytes that
+// UnwrapHijacked returns a hijacked connection without what the server needed, and the bytes that
 // have been read from it but not by net/http.
-func unwrapHijacked(conn net.Conn) (inner net.Conn, unread []byte) {
+func UnwrapHijacked(conn net.Conn) (inner net.Conn, unread []byte) {
 	if c, ok := conn.(*readConn); ok {
 		return c.TCPConn, c.in.Prefix
 	}
@@ -78,7 +78,7 @@ func (c *readConn) Read(p []byte) (n int, err error) {
 func (c *readConn) checkFirst(p []byte, n int) (int, error) {
 	if kind, found := foreignProtocol(p[0], c.overTLS); found {
 		c.server.answerInvalid(c.TCPConn, kind)
-		c.server.Lingering.close(c.TCPConn, hostport.AddrPortOf(c.RemoteAddr()).Addr())
+		c.server.Lingering.Close(c.TCPConn, hostport.AddrPortOf(c.RemoteAddr()).Addr())
 		return 0, io.EOF
 	}
 	for !c.overTLS && n > 0 && p[0] == '\r' && len(p) > 1 {
@@ -106,7 +106,7 @@ func (c *readConn) checkFirst(p []byte, n int) (int, error) {
 func (c *readConn) Write(p []byte) (int, error) {
 	if c.server != nil && !c.overTLS && !c.responded.Swap(true) {
 		if status, detail, ok := isNetHTTPRefusal(p); ok {
-			answer := c.server.OnInvalid(c, invalidInput{Status: status, Detail: detail, NoLine: !c.hasLine})
+			answer := c.server.OnInvalid(c, Invalid{Status: status, Detail: detail, NoLine: !c.hasLine})
 			_, err := c.TCPConn.Write(answer)
 			return len(p), err
 		}
@@ -117,7 +117,7 @@ func (c *readConn) Write(p []byte) (int, error) {
 // readListener accepts connections for net/http as readConns.
 type readListener struct {
 	net.Listener
-	server  *clientServer
+	server  *Server
 	overTLS bool
 }
 
@@ -132,10 +132,10 @@ func (l *readListener) Accept() (net.Conn, error) {
 	return conn, err
 }
 
-// watchFirstBytes wraps ln, or the listener below it if ln is TLS, so that clients that speak
+// Watch wraps ln, or the listener below it if ln is TLS, so that clients that speak
 // another protocol are refused as s says. It serves none itself, so of s it needs only Lingering
 // and OnInvalid.
-func watchFirstBytes(ln net.Listener, s *clientServer, overTLS bool) net.Listener {
+func Watch(ln net.Listener, s *Server, overTLS bool) net.Listener {
 	if isOurs(ln) {
 		return ln
 	}

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package downstream
 
 import (
 	"bufio"
@@ -20,9 +20,9 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 )
 
-// responseWriter writes the responses on a clientConn byte for byte as net/http would,
+// Writer writes the responses on a clientConn byte for byte as net/http would,
 // except for the order of the fields that it adds.
-type responseWriter struct {
+type Writer struct {
 	client   *clientConn
 	header   http.Header
 	head     bool // the request is HEAD
@@ -54,17 +54,17 @@ const maxKeptBuffer = 16 << 10
 
 // reset resets the writer for the response to the next request. head says that the request
 // is HEAD, closes that the connection closes after the response.
-func (w *responseWriter) reset(head, closes bool) {
+func (w *Writer) reset(head, closes bool) {
 	w.header = make(http.Header, 8)
 	w.head, w.closes, w.lingers = head, closes, false
 	w.status, w.length, w.written, w.headerSent, w.chunked, w.trailer = 0, -1, 0, false, false, nil
 	w.pending = w.pending[:0]
 }
 
-func (w *responseWriter) Header() http.Header { return w.header }
+func (w *Writer) Header() http.Header { return w.header }
 
 // Hijack implements http.Hijacker.
-func (w *responseWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+func (w *Writer) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	if w.status != 0 {
 		return nil, nil, http.ErrHijacked // the response has begun
 	}
@@ -77,30 +77,30 @@ func (w *responseWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 
 // SetWriteDeadline implements the method that http.ResponseController calls. It ignores the
 // zero time: every write sets its own deadline, so that none has to be removed.
-func (w *responseWriter) SetWriteDeadline(t time.Time) error {
+func (w *Writer) SetWriteDeadline(t time.Time) error {
 	if !t.IsZero() {
 		w.client.setWriteDeadline(t, time.Until(t)/16)
 	}
 	return nil
 }
 
-// takeOver has run called when the handler has returned and nothing is left on the stack that
+// Takeover has run called when the handler has returned and nothing is left on the stack that
 // only the request needed. The handler must have hijacked the connection, which is run's.
-func (w *responseWriter) takeOver(run func()) { w.takeover = run }
+func (w *Writer) Takeover(run func()) { w.takeover = run }
 
-// closeInStages has the connection closed in stages after the response, because the client may
+// CloseInStages has the connection closed in stages after the response, because the client may
 // still be sending.
-func (w *responseWriter) closeInStages(client netip.Addr) { w.lingers, w.sender = true, client }
+func (w *Writer) CloseInStages(client netip.Addr) { w.lingers, w.sender = true, client }
 
-// socket returns the client's connection. Nothing may be read from it or written to it.
-func (w *responseWriter) socket() *net.TCPConn { return w.client.TCPConn }
+// Conn returns the client's connection. Nothing may be read from it or written to it.
+func (w *Writer) Conn() *net.TCPConn { return w.client.TCPConn }
 
-// writerOf returns the responseWriter below all wrappers of w, or nil if w is net/http's.
-func writerOf(w http.ResponseWriter) *responseWriter {
+// WriterOf returns the Writer below all wrappers of w, or nil if w is net/http's.
+func WriterOf(w http.ResponseWriter) *Writer {
 	for {
 		u, ok := w.(interface{ Unwrap() http.ResponseWriter })
 		if !ok {
-			fast, _ := w.(*responseWriter)
+			fast, _ := w.(*Writer)
 			return fast
 		}
 		w = u.Unwrap()
@@ -108,7 +108,7 @@ func writerOf(w http.ResponseWriter) *responseWriter {
 }
 
 // WriteHeader implements http.ResponseWriter. An interim response is sent at once.
-func (w *responseWriter) WriteHeader(status int) {
+func (w *Writer) WriteHeader(status int) {
 	if w.status != 0 || w.hijacked {
 		return
 	}
@@ -137,12 +137,12 @@ func (w *responseWriter) WriteHeader(status int) {
 }
 
 // hasContent reports whether a response with this status may have content.
-func (w *responseWriter) hasContent() bool {
+func (w *Writer) hasContent() bool {
 	return w.status != http.StatusNoContent && w.status != http.StatusNotModified
 }
 
 // Write implements io.Writer.
-func (w *responseWriter) Write(p []byte) (int, error) {
+func (w *Writer) Write(p []byte) (int, error) {
 	if w.status == 0 {
 		w.WriteHeader(http.StatusOK)
 	}
@@ -166,7 +166,7 @@ func (w *responseWriter) Write(p []byte) (int, error) {
 }
 
 // FlushError sends the header, and the content that is held back.
-func (w *responseWriter) FlushError() error {
+func (w *Writer) FlushError() error {
 	if w.status == 0 {
 		w.WriteHeader(http.StatusOK)
 	}
@@ -177,7 +177,7 @@ func (w *responseWriter) FlushError() error {
 }
 
 // ReadFrom implements io.ReaderFrom. Between two sockets, the kernel copies the content.
-func (w *responseWriter) ReadFrom(r io.Reader) (int64, error) {
+func (w *Writer) ReadFrom(r io.Reader) (int64, error) {
 	if w.status == 0 || w.head || !w.hasContent() || w.length < 0 {
 		return io.Copy(struct{ io.Writer }{w}, r)
 	}
@@ -195,7 +195,7 @@ func (w *responseWriter) ReadFrom(r io.Reader) (int64, error) {
 }
 
 // finish completes the response and drops what was kept for it.
-func (w *responseWriter) finish() error {
+func (w *Writer) finish() error {
 	if w.status == 0 {
 		w.WriteHeader(http.StatusOK)
 	}
@@ -215,7 +215,7 @@ func (w *responseWriter) finish() error {
 
 // send writes the header if it is not sent yet, the content that is held back, and p. If
 // last is set, it also writes the end of the content.
-func (w *responseWriter) send(p []byte, last bool) error {
+func (w *Writer) send(p []byte, last bool) error {
 	b := w.buf[:0]
 	if !w.headerSent {
 		b = w.appendHead(b, int64(len(w.pending)+len(p)), last)
@@ -254,7 +254,7 @@ func (w *responseWriter) send(p []byte, last bool) error {
 
 // appendHead appends the status line and the fields. content is the size of the content so
 // far, and if last is set, of all the content.
-func (w *responseWriter) appendHead(b []byte, content int64, last bool) []byte {
+func (w *Writer) appendHead(b []byte, content int64, last bool) []byte {
 	trailers := len(w.trailer) > 0
 	for name := range w.header {
 		trailers = trailers || strings.HasPrefix(name, http.TrailerPrefix)
@@ -296,7 +296,7 @@ func (w *responseWriter) appendHead(b []byte, content int64, last bool) []byte {
 }
 
 // appendFields appends the fields, sorted by name.
-func (w *responseWriter) appendFields(b []byte) []byte {
+func (w *Writer) appendFields(b []byte) []byte {
 	w.names = w.names[:0]
 	for name := range w.header {
 		if !strings.HasPrefix(name, http.TrailerPrefix) {
@@ -311,7 +311,7 @@ func (w *responseWriter) appendFields(b []byte) []byte {
 }
 
 // appendTrailers appends the trailer fields, which follow the last chunk.
-func (w *responseWriter) appendTrailers(b []byte) []byte {
+func (w *Writer) appendTrailers(b []byte) []byte {
 	for name, values := range w.header {
 		announced := w.trailer.Has(name)
 		if after, ok := strings.CutPrefix(name, http.TrailerPrefix); ok {

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package downstream
 
 import (
 	"errors"
@@ -27,9 +27,9 @@ const (
 	lingerPerClient = 16               // connections of a client; others are closed at once
 )
 
-// lingering counts, by client, the connections that are being closed in stages. Its methods
+// Lingering counts, by client, the connections that are being closed in stages. Its methods
 // are safe for concurrent use.
-type lingering struct {
+type Lingering struct {
 	mu   sync.Mutex
 	n    map[netip.Addr]int
 	held sync.Map // the heldSocket of a net.Conn
@@ -42,7 +42,7 @@ type heldSocket struct {
 	client netip.Addr
 }
 
-func (l *lingering) enter(client netip.Addr) bool {
+func (l *Lingering) enter(client netip.Addr) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.n == nil {
@@ -55,7 +55,7 @@ func (l *lingering) enter(client netip.Addr) bool {
 	return true
 }
 
-func (l *lingering) leave(client netip.Addr) {
+func (l *Lingering) leave(client netip.Addr) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.n[client]--; l.n[client] == 0 {
@@ -63,8 +63,8 @@ func (l *lingering) leave(client netip.Addr) {
 	}
 }
 
-// close closes a client's connection in stages.
-func (l *lingering) close(conn net.Conn, client netip.Addr) {
+// Close closes a client's connection in stages.
+func (l *Lingering) Close(conn net.Conn, client netip.Addr) {
 	if l.enter(client) {
 		if _, half := tcpconn.Unwrap(conn); half != nil {
 			_ = conn.SetWriteDeadline(time.Now().Add(lingerIdle)) // TLS writes a close_notify
@@ -76,10 +76,10 @@ func (l *lingering) close(conn net.Conn, client netip.Addr) {
 	_ = conn.Close()
 }
 
-// drop reads a request's content to its end or one of the limits, before a response is sent after
+// Drop reads a request's content to its end or one of the limits, before a response is sent after
 // which the connection can no longer be read. As with lingering connections, the number of such
 // requests per client is limited.
-func (l *lingering) drop(client netip.Addr, content io.Reader, setDeadline func(time.Time) error) {
+func (l *Lingering) Drop(client netip.Addr, content io.Reader, setDeadline func(time.Time) error) {
 	if l.enter(client) {
 		defer l.leave(client)
 		readToEnd(content, setDeadline)
@@ -108,9 +108,9 @@ func readToEnd(r io.Reader, setDeadline func(time.Time) error) bool {
 	return false
 }
 
-// hold has a connection that net/http will close by itself closed in stages then. It keeps the
+// Hold has a connection that net/http will close by itself closed in stages then. It keeps the
 // socket open, and release closes it.
-func (l *lingering) hold(conn net.Conn, client netip.Addr) {
+func (l *Lingering) Hold(conn net.Conn, client netip.Addr) {
 	socket := tcpconn.Of(conn)
 	if socket == nil {
 		return
@@ -120,16 +120,16 @@ func (l *lingering) hold(conn net.Conn, client netip.Addr) {
 	}
 }
 
-// holds returns how many connections hold keeps open.
-func (l *lingering) holds() (n int) {
+// Holds returns how many connections hold keeps open.
+func (l *Lingering) Holds() (n int) {
 	l.held.Range(func(any, any) bool { n++; return true })
 	return n
 }
 
-// release ends what hold has begun, when the state of a connection changes. A connection that
+// Release ends what hold has begun, when the state of a connection changes. A connection that
 // net/http has closed is closed in stages. Another one is still in use, because the response
 // had no Connection: close after all.
-func (l *lingering) release(conn net.Conn, state http.ConnState) {
+func (l *Lingering) Release(conn net.Conn, state http.ConnState) {
 	if state == http.StateNew || state == http.StateActive {
 		return
 	}
@@ -138,7 +138,7 @@ func (l *lingering) release(conn net.Conn, state http.ConnState) {
 		return
 	}
 	if held := value.(heldSocket); state == http.StateClosed {
-		go l.close(held.conn, held.client)
+		go l.Close(held.conn, held.client)
 	} else {
 		_ = held.conn.Close()
 	}

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package downstream
 
 import (
 	"bytes"
@@ -10,46 +10,46 @@ import (
 	"time"
 )
 
-// invalidInput is what a client has sent that no handler gets to see.
-type invalidInput struct {
-	Kind inputKind
+// Invalid is what a client has sent that no handler gets to see.
+type Invalid struct {
+	Kind InvalidKind
 
 	// What net/http responds to a request that it refuses, and what it says is wrong.
 	Status, Detail string
 	NoLine         bool // not even the request line has arrived
 }
 
-// inputKind is a kind of invalidInput.
-type inputKind int
+// InvalidKind is a kind of Invalid.
+type InvalidKind int
 
 // What a client has sent.
 const (
-	inputRefused   inputKind = iota // a request that net/http refuses
-	inputMalformed                  // not a well-formed request
-	inputLateHTTP2                  // HTTP/2 after requests of HTTP/1
-	inputTLS                        // TLS on a port without TLS
-	inputSOCKS                      // SOCKS 4 or 5
-	inputPlainHTTP                  // HTTP without TLS on a port with TLS
+	Refused   InvalidKind = iota // a request that net/http refuses
+	Malformed                    // not a well-formed request
+	LateHTTP2                    // HTTP/2 after requests of HTTP/1
+	TLS                          // TLS on a port without TLS
+	SOCKS                        // SOCKS 4 or 5
+	PlainHTTP                    // HTTP without TLS on a port with TLS
 )
 
 // foreignProtocol tells from the first byte of a connection whether the client speaks a protocol
 // other than the port's, and which.
-func foreignProtocol(b byte, overTLS bool) (kind inputKind, found bool) {
+func foreignProtocol(b byte, overTLS bool) (kind InvalidKind, found bool) {
 	switch {
 	case b == 4 || b == 5:
-		return inputSOCKS, true
+		return SOCKS, true
 	case b == 0x16 && !overTLS: // a TLS handshake record
-		return inputTLS, true
+		return TLS, true
 	case overTLS && (b >= 'A' && b <= 'Z' || b >= 'a' && b <= 'z'): // a method: no TLS record starts so
-		return inputPlainHTTP, true
+		return PlainHTTP, true
 	}
 	return 0, false
 }
 
 // answerInvalid responds to a client that has sent something else than a request. The caller
 // closes the connection in stages.
-func (s *clientServer) answerInvalid(conn *net.TCPConn, kind inputKind) {
-	if answer := s.OnInvalid(conn, invalidInput{Kind: kind}); answer != nil {
+func (s *Server) answerInvalid(conn *net.TCPConn, kind InvalidKind) {
+	if answer := s.OnInvalid(conn, Invalid{Kind: kind}); answer != nil {
 		_ = conn.SetWriteDeadline(time.Now().Add(lingerIdle))
 		_, _ = conn.Write(answer)
 	}

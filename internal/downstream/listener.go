@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package downstream
 
 import (
 	"context"
@@ -14,28 +14,28 @@ import (
 	"time"
 )
 
-// clientListeners holds the listeners of a program that accept, by address. During a reload, an
+// Listeners holds the listeners of a program that accept, by address. During a reload, an
 // address has two. The later one stays, or the earlier one if the new config fails. The zero
 // value is ready for use.
-type clientListeners struct {
+type Listeners struct {
 	mu   sync.Mutex
-	at   map[string][]*clientListener
+	at   map[string][]*Listener
 	open atomic.Int64 // connections, also those of replaced listeners
 }
 
-func (ls *clientListeners) add(l *clientListener) {
+func (ls *Listeners) add(l *Listener) {
 	ls.mu.Lock()
 	defer ls.mu.Unlock()
 	if ls.at == nil {
-		ls.at = make(map[string][]*clientListener)
+		ls.at = make(map[string][]*Listener)
 	}
 	ls.at[l.address] = append(ls.at[l.address], l)
 }
 
-func (ls *clientListeners) remove(l *clientListener) {
+func (ls *Listeners) remove(l *Listener) {
 	ls.mu.Lock()
 	defer ls.mu.Unlock()
-	rest := slices.DeleteFunc(ls.at[l.address], func(each *clientListener) bool { return each == l })
+	rest := slices.DeleteFunc(ls.at[l.address], func(each *Listener) bool { return each == l })
 	if len(rest) > 0 {
 		ls.at[l.address] = rest
 	} else {
@@ -44,7 +44,7 @@ func (ls *clientListeners) remove(l *clientListener) {
 }
 
 // last returns the listener that began last at an address, or nil if there is none.
-func (ls *clientListeners) last(address string) *clientListener {
+func (ls *Listeners) last(address string) *Listener {
 	ls.mu.Lock()
 	defer ls.mu.Unlock()
 	if all := ls.at[address]; len(all) > 0 {
@@ -53,16 +53,16 @@ func (ls *clientListeners) last(address string) *clientListener {
 	return nil
 }
 
-// all returns the listeners.
-func (ls *clientListeners) all() []*clientListener {
+// All returns the listeners.
+func (ls *Listeners) All() []*Listener {
 	ls.mu.Lock()
 	defer ls.mu.Unlock()
 	return slices.Concat(slices.Collect(maps.Values(ls.at))...)
 }
 
-// drain waits until the last responses have been sent, or ctx ends. It must be called after all
+// Drain waits until the last responses have been sent, or ctx ends. It must be called after all
 // listeners have been closed.
-func (ls *clientListeners) drain(ctx context.Context) {
+func (ls *Listeners) Drain(ctx context.Context) {
 	for ls.open.Load() > 0 {
 		select {
 		case <-ctx.Done():
@@ -72,12 +72,12 @@ func (ls *clientListeners) drain(ctx context.Context) {
 	}
 }
 
-// clientListener serves the connections that it accepts. Its Accept method returns those
+// Listener serves the connections that it accepts. Its Accept method returns those
 // that it hands to net/http's server.
-type clientListener struct {
+type Listener struct {
 	net.Listener
 	address string
-	server  *clientServer
+	server  *Server
 	conns   clientConns
 
 	netHTTPConns chan net.Conn // handed to net/http
@@ -86,20 +86,20 @@ type clientListener struct {
 	ended        chan struct{} // closed when no more connections are handed to net/http
 }
 
-// listenBelow serves the connections of ln. The listener that it returns accepts those that are
+// Listen serves the connections of ln. The listener that it returns accepts those that are
 // for net/http. If that is ln already, it returns ln.
-func listenBelow(ln net.Listener, s *clientServer) net.Listener {
+func Listen(ln net.Listener, s *Server) net.Listener {
 	if isOurs(ln) {
 		return ln
 	}
-	l := newClientListener(ln, s)
+	l := newListener(ln, s)
 	s.Listeners.add(l)
 	go l.accept()
 	return l
 }
 
-func newClientListener(ln net.Listener, s *clientServer) *clientListener {
-	return &clientListener{
+func newListener(ln net.Listener, s *Server) *Listener {
+	return &Listener{
 		Listener: ln, address: ln.Addr().String(), server: s,
 		conns:        clientConns{conns: make(map[*clientConn]struct{})},
 		netHTTPConns: make(chan net.Conn), closing: make(chan struct{}), ended: make(chan struct{}),
@@ -109,7 +109,7 @@ func newClientListener(ln net.Listener, s *clientServer) *clientListener {
 // isOurs reports whether ln is a listener of this package.
 func isOurs(ln net.Listener) bool {
 	switch ln.(type) {
-	case *clientListener, *readListener:
+	case *Listener, *readListener:
 		return true
 	}
 	return false
@@ -117,15 +117,15 @@ func isOurs(ln net.Listener) bool {
 
 // successor returns the listener that accepts at the address after l has ended, or nil if
 // there is none.
-func (l *clientListener) successor() *clientListener {
+func (l *Listener) successor() *Listener {
 	if last := l.server.Listeners.last(l.address); last != l {
 		return last
 	}
 	return nil
 }
 
-// clients returns the remote addresses of the connections that l serves.
-func (l *clientListener) clients() (remotes []net.Addr) {
+// Clients returns the remote addresses of the connections that l serves.
+func (l *Listener) Clients() (remotes []net.Addr) {
 	l.conns.mu.Lock()
 	defer l.conns.mu.Unlock()
 	for c := range l.conns.conns {
@@ -137,7 +137,7 @@ func (l *clientListener) clients() (remotes []net.Addr) {
 // replaced reports whether l's config has ended and another one has begun. Caddy ends the
 // config a moment before it closes l. A request that arrives in between is for the new
 // config.
-func (l *clientListener) replaced() bool {
+func (l *Listener) replaced() bool {
 	select {
 	case <-l.server.ConfigDone:
 		return l.successor() != nil
@@ -148,7 +148,7 @@ func (l *clientListener) replaced() bool {
 
 // Accept implements net.Listener. After Close it still returns the connections that were
 // accepted before.
-func (l *clientListener) Accept() (net.Conn, error) {
+func (l *Listener) Accept() (net.Conn, error) {
 	select {
 	case conn := <-l.netHTTPConns:
 		return conn, nil
@@ -158,7 +158,7 @@ func (l *clientListener) Accept() (net.Conn, error) {
 }
 
 // Close implements net.Listener.
-func (l *clientListener) Close() (err error) {
+func (l *Listener) Close() (err error) {
 	l.close.Do(func() {
 		close(l.closing)
 		err = l.Listener.Close()
@@ -167,7 +167,7 @@ func (l *clientListener) Close() (err error) {
 }
 
 // accept accepts connections until the listener is closed.
-func (l *clientListener) accept() {
+func (l *Listener) accept() {
 	defer l.stopServing()
 	for pause := time.Duration(0); ; {
 		conn, err := l.Listener.Accept()
@@ -192,7 +192,7 @@ func (l *clientListener) accept() {
 
 // serveConn serves a TCP connection, and hands any other to net/http. If l is closed, the next
 // listener takes the connection, or net/http if there is none.
-func (l *clientListener) serveConn(conn net.Conn, isNew bool) {
+func (l *Listener) serveConn(conn net.Conn, isNew bool) {
 	var read *readConn
 	switch conn := conn.(type) {
 	case *readConn:
@@ -213,7 +213,7 @@ func (l *clientListener) serveConn(conn net.Conn, isNew bool) {
 }
 
 // handToNetHTTP hands a connection to net/http.
-func (l *clientListener) handToNetHTTP(conn net.Conn) {
+func (l *Listener) handToNetHTTP(conn net.Conn) {
 	select {
 	case l.netHTTPConns <- conn:
 	case <-l.ended:
@@ -225,7 +225,7 @@ func (l *clientListener) handToNetHTTP(conn net.Conn) {
 // stopServing stops serving: connections move to the next listener or to net/http. It waits, for
 // up to firstRequestTimeout, until each new connection has sent its first request and so can be
 // handed to net/http.
-func (l *clientListener) stopServing() {
+func (l *Listener) stopServing() {
 	l.server.Listeners.remove(l)
 	l.conns.shutdown(l.server.Exiting())
 	decided := make(chan struct{})

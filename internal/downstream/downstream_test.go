@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package downstream
 
 import (
 	"bufio"
@@ -89,7 +89,7 @@ func TestClientConnPanic(t *testing.T) {
 	l.server.OnPanic = func(_ string, value any, _ []byte) { panicked = value }
 	_, _ = io.WriteString(far, "GET http://a.example/ HTTP/1.1\r\nHost: x\r\n\r\n")
 	l.serveConn(near, true)
-	await(t, "the connection to end", func() bool { return len(l.clients()) == 0 })
+	await(t, "the connection to end", func() bool { return len(l.Clients()) == 0 })
 	if n, err := io.Copy(io.Discard, far); n > 0 || err != nil {
 		t.Errorf("%d bytes, %v, want the end", n, err)
 	}
@@ -103,19 +103,19 @@ type noListener struct{ net.Listener }
 func (noListener) Addr() net.Addr { return &net.TCPAddr{} }
 
 // unitListener returns a listener that accepts nothing. Its requests get handle's responses.
-func unitListener(handle http.HandlerFunc) *clientListener {
-	return newClientListener(noListener{}, unitServer(handle))
+func unitListener(handle http.HandlerFunc) *Listener {
+	return newListener(noListener{}, unitServer(handle))
 }
 
 // unitServer returns a server without timeouts that logs nothing.
-func unitServer(handle http.HandlerFunc) *clientServer {
-	return &clientServer{
+func unitServer(handle http.HandlerFunc) *Server {
+	return &Server{
 		Handle: handle, BaseContext: context.Background(),
-		Listeners: new(clientListeners), Lingering: new(lingering),
+		Listeners: new(Listeners), Lingering: new(Lingering),
 		Prepares: func(any) bool { return false },
 		Exiting:  func() bool { return false },
 
-		OnInvalid:     func(net.Conn, invalidInput) []byte { return nil },
+		OnInvalid:     func(net.Conn, Invalid) []byte { return nil },
 		OnEnd:         func(net.Conn) {},
 		OnPanic:       func(string, any, []byte) {},
 		OnAcceptError: func(error) {},
@@ -224,7 +224,7 @@ func TestClientConnOfEndedConfig(t *testing.T) {
 		if got := res.Header.Get("X-Config"); got != want {
 			t.Errorf("served by the %s config, want the %s", got, want)
 		}
-		if done != nil && len(first.server.Listeners.all()) == 2 {
+		if done != nil && len(first.server.Listeners.All()) == 2 {
 			close(done)
 			done = nil
 		} else if done != nil {
@@ -357,12 +357,12 @@ func TestLingeringIsBounded(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				var l lingering
+				var l Lingering
 				near, far := net.Pipe()
 				start := time.Now()
 				sent := make(chan struct{})
 				go func() { tc.send(far); close(sent) }()
-				l.close(near, client)
+				l.Close(near, client)
 				if took := time.Since(start); took != tc.want {
 					t.Errorf("closed after %v, want %v", took, tc.want)
 				}
@@ -375,20 +375,20 @@ func TestLingeringIsBounded(t *testing.T) {
 		})
 	}
 	synctest.Test(t, func(t *testing.T) {
-		var l lingering
+		var l Lingering
 		start := time.Now()
 		for range lingerPerClient {
 			near, _ := net.Pipe()
-			go l.close(near, client)
+			go l.Close(near, client)
 		}
 		synctest.Wait()
 		near, _ := net.Pipe()
-		l.close(near, client)
+		l.Close(near, client)
 		if took := time.Since(start); took != 0 {
 			t.Errorf("one too many was closed after %v", took)
 		}
 		other, _ := net.Pipe()
-		l.close(other, netip.MustParseAddr("192.0.2.2"))
+		l.Close(other, netip.MustParseAddr("192.0.2.2"))
 		if took := time.Since(start); took != lingerIdle {
 			t.Errorf("another client's was closed after %v", took)
 		}
@@ -403,11 +403,11 @@ func (b *countingBody) Read([]byte) (int, error) { b.reads++; return 0, io.EOF }
 // The content of refused requests is read for a limited number of a client's requests at a
 // time.
 func TestDroppedContentIsBounded(t *testing.T) {
-	var l lingering
+	var l Lingering
 	client := netip.MustParseAddr("192.0.2.1")
 	reads := func() int {
 		body := new(countingBody)
-		l.drop(client, body, func(time.Time) error { return nil })
+		l.Drop(client, body, func(time.Time) error { return nil })
 		return body.reads
 	}
 	if n := reads(); n != 1 || len(l.n) != 0 {

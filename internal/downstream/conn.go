@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package downstream
 
 import (
 	"bufio"
@@ -28,12 +28,12 @@ import (
 // between two requests, which the client does not notice.
 type clientConn struct {
 	*net.TCPConn
-	listener *clientListener
-	server   *clientServer // of the listener
+	listener *Listener
+	server   *Server // of the listener
 	remote   string
 
 	r      *bufio.Reader
-	w      responseWriter
+	w      Writer
 	out    http.ResponseWriter // w, or what Wrap has made of it
 	ctx    context.Context     // canceled when the connection ends
 	cancel context.CancelFunc
@@ -62,7 +62,7 @@ const (
 // to net/http.
 var requestReaderPool = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, 4<<10) }}
 
-func newClientConn(l *clientListener, conn *readConn, isNew bool) *clientConn {
+func newClientConn(l *Listener, conn *readConn, isNew bool) *clientConn {
 	c := &clientConn{TCPConn: conn.TCPConn, server: l.server, prefix: conn.in.Prefix, listener: l, isNew: isNew}
 	c.w.client = c
 	return c
@@ -126,7 +126,7 @@ func (c *clientConn) serve() (takeover func()) {
 		c.r.Reset(nil)
 		requestReaderPool.Put(c.r)
 		if c.w.lingers {
-			c.server.Lingering.close(c.TCPConn, c.w.sender)
+			c.server.Lingering.Close(c.TCPConn, c.w.sender)
 		}
 	}()
 	c.start()
@@ -269,7 +269,7 @@ func (c *clientConn) handOff() {
 	c.mu.Unlock()
 	conn := newReadConn(c.TCPConn, bytes.Clone(unread))
 	conn.timedOut, conn.server = c.headTimedOut, c.server
-	var successor *clientListener
+	var successor *Listener
 	if c.listener.conns.closed.Load() || c.listener.replaced() {
 		successor = c.listener.successor()
 	}
@@ -283,10 +283,10 @@ func (c *clientConn) handOff() {
 		_ = c.Close()
 	case bytes.HasPrefix(unread, []byte(http2Preface)): // net/http would switch to HTTP/2
 		c.server.OnEnd(c.TCPConn)
-		c.refuse(inputLateHTTP2)
+		c.refuse(LateHTTP2)
 	case len(unread) < len(http2Preface): // net/http would wait for the rest of the preface
 		c.server.OnEnd(c.TCPConn)
-		c.refuse(inputMalformed)
+		c.refuse(Malformed)
 	default:
 		c.listener.handToNetHTTP(conn)
 	}
@@ -295,9 +295,9 @@ func (c *clientConn) handOff() {
 const http2Preface = "PRI * HTTP/2.0"
 
 // refuse responds to input that is not a request that can be served.
-func (c *clientConn) refuse(kind inputKind) {
+func (c *clientConn) refuse(kind InvalidKind) {
 	c.server.answerInvalid(c.TCPConn, kind)
-	c.w.closeInStages(hostport.AddrPortOf(c.RemoteAddr()).Addr())
+	c.w.CloseInStages(hostport.AddrPortOf(c.RemoteAddr()).Addr())
 }
 
 // refuseFirstByte refuses a client whose first byte is not HTTP, and reports whether it has

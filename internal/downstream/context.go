@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package downstream
 
 import (
 	"bufio"
@@ -23,15 +23,15 @@ type requestContext struct {
 	prepared context.Context
 }
 
-// isServed reports whether r is a request on a clientConn.
-func isServed(r *http.Request) bool {
+// Serves reports whether r is a request on a clientConn.
+func Serves(r *http.Request) bool {
 	_, ok := r.Context().(*requestContext)
 	return ok
 }
 
-// attach attaches value to a request on a clientConn, for clientServer.Prepare. It reports
+// Attach attaches value to a request on a clientConn, for Server.Prepare. It reports
 // whether r is such a request.
-func attach(r *http.Request, value any) bool {
+func Attach(r *http.Request, value any) bool {
 	c, ok := r.Context().(*requestContext)
 	if ok {
 		c.attached = value
@@ -46,7 +46,7 @@ func (c *requestContext) Done() <-chan struct{} {
 	return c.Context.Done()
 }
 
-// Value implements context.Context. The first call for a key of clientServer.Prepare's context
+// Value implements context.Context. The first call for a key of Server.Prepare's context
 // prepares it.
 func (c *requestContext) Value(key any) any {
 	if value := c.Context.Value(key); value != nil {

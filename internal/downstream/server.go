@@ -1,0 +1,78 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Package downstream serves client connections below net/http, and hands on what it does not
+// serve. It offers Listen, which calls a Server's functions for requests without content and for
+// CONNECT, and gives all other connections to net/http, whose refusals it replaces. It knows
+// neither Caddy nor what a request is for, and no tunnels: a handler that hijacks a connection may
+// have it taken over.
+//
+// A connection goes through these states:
+//
+//		           request              response
+//		pristine ───────────► busy ◄─────────────────► idle
+//		   │                  │  │      request         │
+//		   │                  │  └──► taken over        │
+//		   │                  ▼                         │
+//		   └─────────► closed, handed off ◄─────────────┘
+//
+//	  - pristine: the client has sent no whole request yet. When its listener closes, the connection
+//	    is handed off, never closed, because the client may be about to send its first request.
+//	  - busy: the handler has a request. It finishes whatever happens to the listener.
+//	  - idle: the client may send another request. When the listener closes, the connection is handed
+//	    off to the listener that follows at the address, and closed if there is none.
+//	  - handed off: another Listener or net/http has the connection, with every byte that the client
+//	    has sent since its last request. net/http gets it with a request that is not served here. It
+//	    does not come back.
+//	  - closed: by the client, a timeout, an error, or a response after which the connection cannot
+//	    be used. If the client may still be sending, it is closed in stages.
+//	  - taken over: the handler has hijacked the connection (Writer.Hijack, Writer.Takeover).
+package downstream
+
+import (
+	"context"
+	"net"
+	"net/http"
+	"time"
+)
+
+// Server says how to serve the connections of a listener. All functions must be set but
+// Wrap.
+type Server struct {
+	// Handle serves a request. It responds to w, or hijacks the connection.
+	Handle func(w http.ResponseWriter, r *http.Request)
+
+	// BaseContext is where the contexts of all requests come from.
+	BaseContext context.Context
+	// Prepares reports whether the context that Prepare returns has a value for key.
+	Prepares func(key any) bool
+	// Prepare returns a context with what few requests need. It is called when the context of
+	// the request r is first asked for such a value, with the writer of the response and with
+	// what the handler has attached to the request.
+	Prepare func(r *http.Request, w http.ResponseWriter, attached any) context.Context
+	// Wrap returns the writer that the handler gets for the requests of a connection, and their
+	// context. CONNECT gets the Writer itself. nil: all requests do.
+	Wrap func(ctx context.Context, w *Writer) (context.Context, http.ResponseWriter)
+
+	// ReadHeaderTimeout limits how long a request head may take, IdleTimeout how long a client
+	// may take to begin one, and WriteIdleTimeout each write. 0: no limit.
+	ReadHeaderTimeout, IdleTimeout, WriteIdleTimeout time.Duration
+
+	Listeners *Listeners // of the program
+	Lingering *Lingering // of the program
+
+	// ConfigDone is closed when the config that the server is part of has ended.
+	ConfigDone <-chan struct{}
+	// Exiting reports whether the program exits, so that no other config follows.
+	Exiting func() bool
+
+	// OnInvalid is told what a client has sent that is not a request. It returns what to respond;
+	// nil: nothing.
+	OnInvalid func(conn net.Conn, what Invalid) (response []byte)
+	// OnEnd is told that a connection has no further requests here or in net/http.
+	OnEnd func(conn net.Conn)
+	// OnPanic is told of a panic of Handle.
+	OnPanic func(remote string, value any, stack []byte)
+	// OnAcceptError is told that a connection could not be accepted.
+	OnAcceptError func(error)
+}
