@@ -102,37 +102,34 @@ func TestStalledContent(t *testing.T) {
 
 // Content that arrives slowly is not stalled, nor is content that the client reads slowly.
 func TestSlowContent(t *testing.T) {
-	w := newWorld(t, "response_idle_timeout 300ms", nil)
-	more := make(chan string)
-	origin := stallingOrigin(t, "Content-Length: 6\r\n\r\nx", more)
-	c := w.dial()
-	c.send("GET http://" + origin + "/ HTTP/1.1\nHost: " + origin + "\n\n")
-	slow := listen(t, func(c *net.TCPConn) {
-		if _, err := http.ReadRequest(bufio.NewReader(c)); err == nil {
-			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n")
-			for range 6 {
-				time.Sleep(100 * time.Millisecond)
-				_, _ = io.WriteString(c, "x")
-			}
-		}
-	})
-	other := w.dial()
-	other.send("GET http://" + slow + "/ HTTP/1.1\nHost: " + slow + "\n\n")
-	if res, body := other.response(http.MethodGet); body != "xxxxxx" {
-		t.Errorf("%s %q", res.Status, body)
+	w := newWorld(t, "response_idle_timeout 1s", nil)
+	get := func(origin string) *rawConn {
+		c := w.dial()
+		_ = c.SetReadBuffer(64 << 10)
+		c.send("GET http://" + origin + "/ HTTP/1.1\nHost: " + origin + "\n\n")
+		return c
 	}
-	c.expectTruncated("beside it") // its origin has sent nothing meanwhile
-
-	size := 32 << 20
+	const size = 32 << 20
 	huge := listen(t, func(c *net.TCPConn) {
 		if _, err := http.ReadRequest(bufio.NewReader(c)); err == nil {
 			_, _ = fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", size, strings.Repeat("x", size))
 		}
 	})
-	reader := w.dial()
-	_ = reader.SetReadBuffer(64 << 10)
-	reader.send("GET http://" + huge + "/ HTTP/1.1\nHost: " + huge + "\n\n")
-	time.Sleep(time.Second)
+	slow := listen(t, func(c *net.TCPConn) {
+		if _, err := http.ReadRequest(bufio.NewReader(c)); err == nil {
+			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n")
+			for range 6 {
+				time.Sleep(300 * time.Millisecond)
+				_, _ = io.WriteString(c, "x")
+			}
+		}
+	})
+	reader, stalled, other := get(huge), get(stallingOrigin(t, "Content-Length: 6\r\n\r\nx", make(chan string))), get(slow)
+	if res, body := other.response(http.MethodGet); body != "xxxxxx" {
+		t.Errorf("%s %q", res.Status, body)
+	}
+	stalled.expectTruncated("beside it")
+	// This client has read nothing meanwhile.
 	if _, body := reader.response(http.MethodGet); len(body) != size {
 		t.Errorf("%d bytes, want %d", len(body), size)
 	}
