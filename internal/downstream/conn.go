@@ -50,12 +50,12 @@ type clientConn struct {
 	watchDone chan struct{} // closed when watchDisconnect returns; nil: it is not running
 }
 
-// States of a clientConn.
+// States of a clientConn. A new one that is idle is pristine.
 const (
 	connIdle   = iota // waiting for a request head, or for the rest of one
 	connBusy          // serving a request
 	connClosed        // closed by shutdown while idle
-	connMoves         // told by shutdown while idle to move to another listener
+	connMoves         // told by shutdown while idle to hand itself off
 )
 
 // requestReaderPool holds readers for request heads. A request whose head does not fit is handed

@@ -23,14 +23,14 @@ type requestContext struct {
 	prepared context.Context
 }
 
-// Serves reports whether r is a request on a clientConn.
+// Serves reports whether r is a request that this package serves.
 func Serves(r *http.Request) bool {
 	_, ok := r.Context().(*requestContext)
 	return ok
 }
 
-// Attach attaches value to a request on a clientConn, for Server.Prepare. It reports
-// whether r is such a request.
+// Attach attaches value to a request for Server.Prepare. It reports whether r is a request that
+// this package serves; others it leaves alone.
 func Attach(r *http.Request, value any) bool {
 	c, ok := r.Context().(*requestContext)
 	if ok {

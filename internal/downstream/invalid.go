@@ -14,12 +14,12 @@ import (
 type Invalid struct {
 	Kind InvalidKind
 
-	// What net/http responds to a request that it refuses, and what it says is wrong.
+	// Of Refused: the status that net/http gives, and what it says is wrong.
 	Status, Detail string
 	NoLine         bool // not even the request line has arrived
 }
 
-// InvalidKind is a kind of Invalid.
+// InvalidKind says how something is Invalid.
 type InvalidKind int
 
 // What a client has sent.

@@ -27,8 +27,8 @@ const (
 	lingerPerClient = 16               // connections of a client; others are closed at once
 )
 
-// Lingering counts, by client, the connections that are being closed in stages. Its methods
-// are safe for concurrent use.
+// Lingering closes connections in stages, a limited number of each client's at a time. The zero
+// value is ready for use. Its methods are safe for concurrent use.
 type Lingering struct {
 	mu   sync.Mutex
 	n    map[netip.Addr]int
@@ -109,7 +109,7 @@ func readToEnd(r io.Reader, setDeadline func(time.Time) error) bool {
 }
 
 // Hold has a connection that net/http will close by itself closed in stages then. It keeps the
-// socket open, and release closes it.
+// socket open, and Release closes it.
 func (l *Lingering) Hold(conn net.Conn, client netip.Addr) {
 	socket := tcpconn.Of(conn)
 	if socket == nil {
@@ -120,13 +120,13 @@ func (l *Lingering) Hold(conn net.Conn, client netip.Addr) {
 	}
 }
 
-// Holds returns how many connections hold keeps open.
+// Holds returns how many connections Hold keeps open.
 func (l *Lingering) Holds() (n int) {
 	l.held.Range(func(any, any) bool { n++; return true })
 	return n
 }
 
-// Release ends what hold has begun, when the state of a connection changes. A connection that
+// Release ends what Hold has begun when the state of a connection changes. A connection that
 // net/http has closed is closed in stages. Another one is still in use, because the response
 // had no Connection: close after all.
 func (l *Lingering) Release(conn net.Conn, state http.ConnState) {

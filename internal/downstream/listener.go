@@ -14,9 +14,9 @@ import (
 	"time"
 )
 
-// Listeners holds the listeners of a program that accept, by address. During a reload, an
-// address has two. The later one stays, or the earlier one if the new config fails. The zero
-// value is ready for use.
+// Listeners holds the listeners of a program that accept connections, by address. During a
+// reload, an address has two. The later one stays, or the earlier one if the new config fails.
+// The zero value is ready for use.
 type Listeners struct {
 	mu   sync.Mutex
 	at   map[string][]*Listener
@@ -53,15 +53,15 @@ func (ls *Listeners) last(address string) *Listener {
 	return nil
 }
 
-// All returns the listeners.
+// All returns the listeners that accept connections.
 func (ls *Listeners) All() []*Listener {
 	ls.mu.Lock()
 	defer ls.mu.Unlock()
 	return slices.Concat(slices.Collect(maps.Values(ls.at))...)
 }
 
-// Drain waits until the last responses have been sent, or ctx ends. It must be called after all
-// listeners have been closed.
+// Drain waits until the last responses of all listeners have been sent, or ctx ends. The
+// listeners must have been closed before.
 func (ls *Listeners) Drain(ctx context.Context) {
 	for ls.open.Load() > 0 {
 		select {
@@ -86,8 +86,9 @@ type Listener struct {
 	ended        chan struct{} // closed when no more connections are handed to net/http
 }
 
-// Listen serves the connections of ln. The listener that it returns accepts those that are
-// for net/http. If that is ln already, it returns ln.
+// Listen serves the connections of ln as s says. It returns a listener for net/http, whose Accept
+// returns the connections that are handed to net/http. If ln is a listener of this package already,
+// Listen returns ln.
 func Listen(ln net.Listener, s *Server) net.Listener {
 	if isOurs(ln) {
 		return ln

@@ -47,8 +47,8 @@ func ConnState(conn net.Conn, state http.ConnState) {
 	}
 }
 
-// UnwrapHijacked returns a hijacked connection without what the server needed, and the bytes that
-// have been read from it but not by net/http.
+// UnwrapHijacked returns the connection below one that was hijacked from net/http, and the bytes
+// that were read before net/http had it and that net/http has not read.
 func UnwrapHijacked(conn net.Conn) (inner net.Conn, unread []byte) {
 	if c, ok := conn.(*readConn); ok {
 		return c.TCPConn, c.in.Prefix

@@ -9,24 +9,29 @@
 //
 // A connection goes through these states:
 //
-//		           request              response
-//		pristine ───────────► busy ◄─────────────────► idle
-//		   │                  │  │      request         │
-//		   │                  │  └──► taken over        │
-//		   │                  ▼                         │
-//		   └─────────► closed, handed off ◄─────────────┘
+//	           request              response
+//	pristine ───────────► busy ◄─────────────────► idle
+//	   │                  │  │      request         │
+//	   │                  │  └──► taken over        │
+//	   │                  ▼                         │
+//	   └─────────► closed, handed off ◄─────────────┘
 //
-//	  - pristine: the client has sent no whole request yet. When its listener closes, the connection
-//	    is handed off, never closed, because the client may be about to send its first request.
-//	  - busy: the handler has a request. It finishes whatever happens to the listener.
-//	  - idle: the client may send another request. When the listener closes, the connection is handed
-//	    off to the listener that follows at the address, and closed if there is none.
-//	  - handed off: another Listener or net/http has the connection, with every byte that the client
-//	    has sent since its last request. net/http gets it with a request that is not served here. It
-//	    does not come back.
-//	  - closed: by the client, a timeout, an error, or a response after which the connection cannot
-//	    be used. If the client may still be sending, it is closed in stages.
-//	  - taken over: the handler has hijacked the connection (Writer.Hijack, Writer.Takeover).
+// When the listener closes, each state has its own way out:
+//
+//   - pristine: the client has sent no whole request yet, but may be about to. The connection is
+//     handed off to the listener that follows at the address, or to net/http if there is none.
+//   - busy: the handler has a request. The connection stays until the response has been sent.
+//   - idle: the client may send another request. The connection is handed off to the listener that
+//     follows, or closed if there is none.
+//
+// If the program exits, pristine and idle connections are closed. The other states are final:
+//
+//   - handed off: another Listener or net/http has the connection, with every byte that the client
+//     has sent since its last request. net/http also gets it with the first request that is not
+//     served here. From net/http it does not come back.
+//   - closed: by the client, a timeout, an error, or a response after which the connection cannot
+//     be used. If the client may still be sending, it is closed in stages.
+//   - taken over: the handler has hijacked the connection (Writer.Hijack, Writer.Takeover).
 package downstream
 
 import (
@@ -36,8 +41,8 @@ import (
 	"time"
 )
 
-// Server says how to serve the connections of a listener. All functions must be set but
-// Wrap.
+// Server says how to serve the connections of a listener. All of its functions must be set,
+// except Wrap.
 type Server struct {
 	// Handle serves a request. It responds to w, or hijacks the connection.
 	Handle func(w http.ResponseWriter, r *http.Request)
@@ -51,7 +56,7 @@ type Server struct {
 	// what the handler has attached to the request.
 	Prepare func(r *http.Request, w http.ResponseWriter, attached any) context.Context
 	// Wrap returns the writer that the handler gets for the requests of a connection, and their
-	// context. CONNECT gets the Writer itself. nil: all requests do.
+	// context. CONNECT gets the Writer itself, and so do all requests if Wrap is nil.
 	Wrap func(ctx context.Context, w *Writer) (context.Context, http.ResponseWriter)
 
 	// ReadHeaderTimeout limits how long a request head may take, IdleTimeout how long a client

@@ -20,8 +20,8 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 )
 
-// Writer writes the responses on a clientConn byte for byte as net/http would,
-// except for the order of the fields that it adds.
+// Writer writes the responses on a connection byte for byte as net/http would, except for the
+// order of the fields that it adds.
 type Writer struct {
 	client   *clientConn
 	header   http.Header
@@ -61,6 +61,7 @@ func (w *Writer) reset(head, closes bool) {
 	w.pending = w.pending[:0]
 }
 
+// Header implements http.ResponseWriter.
 func (w *Writer) Header() http.Header { return w.header }
 
 // Hijack implements http.Hijacker.
