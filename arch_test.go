@@ -35,6 +35,7 @@ var arrows = []struct{ name, imports string }{
 	{"policy", "hostport"},
 	{"tunnel", "monotime client hostport tcpconn"},
 	{"egress", "monotime client hostport tcpconn h1 policy"},
+	{"origin", "monotime client hostport tcpconn h1 policy egress"},
 	{"downstream", "hostport tcpconn h1"},
 	{"status", "monotime printable client bucket metrics tunnel"},
 }

@@ -13,6 +13,8 @@ import (
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"golang.org/x/sys/unix"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/origin"
 )
 
 // spliceFrom is the smallest body that is worth splicing.
@@ -27,9 +29,9 @@ const spliceAtMost = 1 << 20
 // Of the writers that Caddy puts between a handler and its connection, only the timeout for
 // stalled writes can be bypassed, because it is applied here. Access logs and metrics need
 // to see the bytes, and the operator's write timeouts and minimum rates need to be enforced.
-func spliceBody(w http.ResponseWriter, b *originBody, count func(n int64)) (done bool, err error) {
+func spliceBody(w http.ResponseWriter, b *origin.ResponseBody, count func(n int64)) (done bool, err error) {
 	idle, ok := w.(*caddyhttp.IdleTimeoutWriter)
-	socket := b.socket()
+	socket := b.Socket()
 	if !ok || socket == nil || b.IsChunked() || b.Remaining < spliceFrom || !restartsWithEachWrite(idle) {
 		return false, nil
 	}
@@ -51,14 +53,14 @@ func spliceBody(w http.ResponseWriter, b *originBody, count func(n int64)) (done
 
 // spliceSome waits for bytes from the origin, and then moves what has arrived. It sets the
 // client's write deadline, which a writeStallTimer extends.
-func spliceSome(b *originBody, client io.ReaderFrom, conn syscall.RawConn, socket *net.TCPConn, idle *caddyhttp.IdleTimeoutWriter) (int64, error) {
+func spliceSome(b *origin.ResponseBody, client io.ReaderFrom, conn syscall.RawConn, socket *net.TCPConn, idle *caddyhttp.IdleTimeoutWriter) (int64, error) {
 	if buffered := int64(b.R.Buffered()); buffered > 0 {
 		n, err := io.CopyN(idle, b.R, min(buffered, b.Remaining))
 		return n, asClientError(err)
 	}
 	available := 0
 	var errIoctl error
-	err := b.waitFor(func() error {
+	err := b.WaitFor(func() error {
 		return conn.Read(func(fd uintptr) bool {
 			var peek [1]byte
 			if _, _, err := unix.Recvfrom(int(fd), peek[:], unix.MSG_PEEK|unix.MSG_DONTWAIT); err == unix.EAGAIN {
@@ -68,7 +70,7 @@ func spliceSome(b *originBody, client io.ReaderFrom, conn syscall.RawConn, socke
 			return true
 		})
 	})
-	b.clearDeadline() // the client may take as long as its own timeout allows
+	b.ClearDeadline() // the client may take as long as its own timeout allows
 	if err = errors.Join(err, errIoctl); err != nil {
 		return 0, err
 	}

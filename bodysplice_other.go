@@ -5,9 +5,13 @@
 
 package asyncproxy
 
-import "net/http"
+import (
+	"net/http"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/origin"
+)
 
 // spliceBody does nothing here: the caller copies the body.
-func spliceBody(http.ResponseWriter, *originBody, func(int64)) (done bool, err error) {
+func spliceBody(http.ResponseWriter, *origin.ResponseBody, func(int64)) (done bool, err error) {
 	return false, nil
 }

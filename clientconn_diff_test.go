@@ -64,7 +64,7 @@ func newTwins(t testing.TB, options, warm string) *twins {
 	defer releaseProcess()
 	for h := range shared.handlers.All() {
 		for _, origins := range h.origins {
-			origins.close() // the origin may be closing an idle connection, which would make the outcome random
+			origins.Close() // the origin may be closing an idle connection, which would make the outcome random
 		}
 	}
 	for tw.each[1].origin == nil {

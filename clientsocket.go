@@ -11,6 +11,7 @@ import (
 	"github.com/quic-go/quic-go/http3"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
+	"github.com/asyncproxy/caddy-async-proxy/internal/origin"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
@@ -49,6 +50,6 @@ func clientConnection(w http.ResponseWriter, r *http.Request) any {
 // connState is the ConnState hook of Caddy's HTTP server.
 func connState(conn net.Conn, state http.ConnState) {
 	if state == http.StateClosed || state == http.StateHijacked {
-		releaseClient(socketOf(conn))
+		origin.ReleaseClient(socketOf(conn))
 	}
 }

@@ -243,7 +243,7 @@ func TestTargetsAreKeptAlive(t *testing.T) {
 	var idle []net.Conn
 	eventually(t, "an idle connection", func() bool {
 		for h := range openedBy(openTunnels()[0]).process.handlers.All() {
-			idle = h.origins[policy.LocalScope].idleTo(origin)
+			idle = h.origins[policy.LocalScope].IdleTo(origin)
 		}
 		return len(idle) == 1
 	})

@@ -19,6 +19,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
+	"github.com/asyncproxy/caddy-async-proxy/internal/origin"
 )
 
 func init() { caddy.RegisterModule(ListenerWrapper{}) }
@@ -122,7 +123,7 @@ func newFastPath(h *Handler, server *caddyhttp.Server) *downstream.Server {
 		Exiting:    caddy.Exiting,
 
 		OnInvalid: h.answerInvalid,
-		OnEnd:     func(conn net.Conn) { releaseClient(socketOf(conn)) },
+		OnEnd:     func(conn net.Conn) { origin.ReleaseClient(socketOf(conn)) },
 		OnPanic: func(remote string, value any, stack []byte) {
 			h.logger.Error("panic serving a client", zap.String("client", remote), zap.Any("panic", value), zap.ByteString("stack", stack))
 		},

@@ -21,6 +21,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
+	"github.com/asyncproxy/caddy-async-proxy/internal/origin"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
@@ -55,13 +56,13 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from clientIde
 	if maxForwards(r.Method, r.Header) {
 		return answerMaxForwards(w, r)
 	}
-	requestedHost := out.host
+	requestedHost := out.Host
 	if err := h.prepareOutgoing(w, r, out, from); err != nil {
 		return 0, err
 	}
 	client := h.origins[from.reach]
-	if h.parentOrigins != nil && !out.overTLS && h.dialer.UsesParent(out.authority) {
-		if err := h.dialer.CheckForParent(r.Context(), from.reach, out.authority); err != nil {
+	if h.parentOrigins != nil && !out.OverTLS && h.dialer.UsesParent(out.Authority) {
+		if err := h.dialer.CheckForParent(r.Context(), from.reach, out.Authority); err != nil {
 			return 0, dialRefusal(r.Context(), err, r.Host)
 		}
 		if f := refuseEcho(h.dialer.Parent, out); f != nil {
@@ -75,23 +76,23 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from clientIde
 
 // prepareOutgoing makes the request to the next hop out of the client's: its fields, and
 // what reading its body does.
-func (h *Handler) prepareOutgoing(w http.ResponseWriter, r *http.Request, out *outgoing, from clientIdentity) error {
-	out.needsContinue = out.body != nil && handlerSendsContinue(r)
+func (h *Handler) prepareOutgoing(w http.ResponseWriter, r *http.Request, out *origin.Request, from clientIdentity) error {
+	out.NeedsContinue = out.Body != nil && handlerSendsContinue(r)
 	h.setRequestFields(r, from)
-	h.applyUp(r, &out.host)
-	if !httpguts.ValidHostHeader(out.host) {
+	h.applyUp(r, &out.Host)
+	if !httpguts.ValidHostHeader(out.Host) {
 		return causeHostField.refusal(errHostByHeaderUp)
 	}
-	out.limitKey, out.clientAddr, out.user, out.clientConn = from.limitKey, from.addr, from.user, clientConnection(w, r)
-	out.interim = func(status int, fields http.Header, major, minor int) {
+	out.LimitKey, out.ClientAddr, out.User, out.ClientConn = from.limitKey, from.addr, from.user, clientConnection(w, r)
+	out.Interim = func(status int, fields http.Header, major, minor int) {
 		h.passInterim(w, r, status, fields, major, minor)
 	}
-	if out.body == nil {
+	if out.Body == nil {
 		return nil
 	}
-	out.body.count = func(n int64) { h.countForwarded(from.limitKey, n, 0) }
+	out.Body.Count = func(n int64) { h.countForwarded(from.limitKey, n, 0) }
 	control := http.NewResponseController(w)
-	out.stopBody = func() { tcpconn.Interrupt(control.SetReadDeadline) }
+	out.StopBody = func() { tcpconn.Interrupt(control.SetReadDeadline) }
 	if r.ProtoMajor == 1 {
 		// The response may arrive while the request body is still being sent.
 		if err := control.EnableFullDuplex(); err != nil && !errors.Is(err, http.ErrNotSupported) {
@@ -102,7 +103,7 @@ func (h *Handler) prepareOutgoing(w http.ResponseWriter, r *http.Request, out *o
 }
 
 // forwardTo sends a request through client and passes the response on.
-func (h *Handler) forwardTo(client *originClient, w http.ResponseWriter, r *http.Request, out *outgoing, from clientIdentity) (int, error) {
+func (h *Handler) forwardTo(client *origin.Client, w http.ResponseWriter, r *http.Request, out *origin.Request, from clientIdentity) (int, error) {
 	reserved := len(r.Header["Upgrade"]) > 0 // a tunnel, which an upgraded request becomes
 	if reserved {
 		if err := h.tunnels.Admit(from.limitKey, h.MaxTunnels, h.MaxTunnelsPerClient); err != nil {
@@ -114,18 +115,18 @@ func (h *Handler) forwardTo(client *originClient, w http.ResponseWriter, r *http
 			h.tunnels.Release(from.limitKey)
 		}
 	}()
-	x := client.exchange(r.Context(), out)
-	defer x.close()
+	x := client.NewExchange(r.Context(), out)
+	defer x.Close()
 	res, err := awaitHead(r, x, client == h.parentOrigins)
 	if err != nil {
 		return 0, err
 	}
 	if res.StatusCode == http.StatusSwitchingProtocols {
-		conn, early, err := x.detach()
+		conn, early, err := x.Detach()
 		if err != nil {
 			return 0, forwardRefusal(r, err)
 		}
-		t := h.newTunnel(from, out.authority, "", conn)
+		t := h.newTunnel(from, out.Authority, "", conn)
 		t.TargetPrefix = early
 		status, err := h.upgrade(w, r, res, t)
 		reserved = reserved && err != nil // on success the tunnel itself leaves when it ends
@@ -138,7 +139,7 @@ func (h *Handler) forwardTo(client *originClient, w http.ResponseWriter, r *http
 	if err := h.respond(w, r, x, from); err != nil {
 		return res.StatusCode, err
 	}
-	if x.finish(); x.body != nil && isLastOnConnection(r, out) {
+	if x.Finish(); x.Body != nil && isLastOnConnection(r, out) {
 		h.closeInStages(w, r, from.addr)
 	}
 	return res.StatusCode, nil
@@ -146,9 +147,9 @@ func (h *Handler) forwardTo(client *originClient, w http.ResponseWriter, r *http
 
 // awaitHead sends a request and returns the head of the final response. It refuses
 // responses that are not for the client.
-func awaitHead(r *http.Request, x *exchange, viaParent bool) (*http.Response, error) {
+func awaitHead(r *http.Request, x *origin.Exchange, viaParent bool) (*http.Response, error) {
 	start := time.Now()
-	res, err := x.do()
+	res, err := x.Do()
 	if err != nil {
 		return nil, forwardRefusal(r, err)
 	}
@@ -164,7 +165,7 @@ func awaitHead(r *http.Request, x *exchange, viaParent bool) (*http.Response, er
 
 // newOutgoing derives the request to the origin from the client's. Both share one
 // header map; Caddy has already copied it for its logs.
-func newOutgoing(r *http.Request) (*outgoing, error) {
+func newOutgoing(r *http.Request) (*origin.Request, error) {
 	u := r.URL
 	if r.ProtoMajor > 1 {
 		u = &url.URL{Scheme: "http", Host: r.Host} // net/http does not expose :scheme
@@ -190,14 +191,14 @@ func newOutgoing(r *http.Request) (*outgoing, error) {
 	if err != nil {
 		return nil, err
 	}
-	out := &outgoing{
-		overTLS: scheme == "https", method: r.Method, authority: strings.ToLower(authority), target: originForm(r), host: u.Host,
-		header: r.Header, trailers: requestTrailers(r), trailer: r.Trailer,
+	out := &origin.Request{
+		OverTLS: scheme == "https", Method: r.Method, Authority: strings.ToLower(authority), Target: originForm(r), Host: u.Host,
+		Header: r.Header, TrailerNames: requestTrailers(r), Trailer: r.Trailer,
 	}
 	if r.ContentLength != 0 {
-		out.body = &clientBody{r: r.Body, length: r.ContentLength}
+		out.Body = &origin.RequestBody{Reader: r.Body, Length: r.ContentLength}
 		if r.ProtoMajor == 3 && r.ContentLength < 0 && !probeBody(out) {
-			out.body, r.ContentLength = nil, 0
+			out.Body, r.ContentLength = nil, 0
 		}
 	}
 	if r.ProtoMajor > 1 {
@@ -209,20 +210,20 @@ func newOutgoing(r *http.Request) (*outgoing, error) {
 // checkFrames returns an error for an HTTP/2 or HTTP/3 request that would change its
 // meaning in HTTP/1. Frames may carry spaces and line ends where HTTP/1 uses them as
 // delimiters, and do not depend on Content-Length for the end of the content.
-func checkFrames(out *outgoing) error {
-	if !httpguts.ValidHeaderFieldName(out.method) {
-		return fmt.Errorf("the method %q is not a token", out.method)
+func checkFrames(out *origin.Request) error {
+	if !httpguts.ValidHeaderFieldName(out.Method) {
+		return fmt.Errorf("the method %q is not a token", out.Method)
 	}
-	if strings.ContainsFunc(out.target, func(c rune) bool { return c <= ' ' || c == 0x7f }) {
+	if strings.ContainsFunc(out.Target, func(c rune) bool { return c <= ' ' || c == 0x7f }) {
 		return errors.New("its target contains a space or a control character")
 	}
-	length, err := h1.ContentLength(out.header["Content-Length"])
+	length, err := h1.ContentLength(out.Header["Content-Length"])
 	has := int64(0)
-	if out.body != nil {
-		has = out.body.length
+	if out.Body != nil {
+		has = out.Body.Length
 	}
 	if err != nil || length >= 0 && length != has {
-		return fmt.Errorf("the Content-Length %q does not match the content", out.header["Content-Length"])
+		return fmt.Errorf("the Content-Length %q does not match the content", out.Header["Content-Length"])
 	}
 	return nil
 }
@@ -234,14 +235,14 @@ func checkFrames(out *outgoing) error {
 //     request in the rest of it,
 //   - the body was chunked: with a Content-Length as well, RFC 9112 §6.1 requires
 //     closing, and net/http does not say whether there was one.
-func isLastOnConnection(r *http.Request, out *outgoing) bool {
+func isLastOnConnection(r *http.Request, out *origin.Request) bool {
 	switch {
 	case r.ProtoMajor > 1:
 		return false
 	case r.ProtoMinor == 0:
 		return true
 	}
-	return out.body != nil && !out.body.isRead()
+	return out.Body != nil && !out.Body.IsRead()
 }
 
 // originForm returns the path and query of r's target exactly as the client wrote them.
@@ -301,10 +302,10 @@ func (h *Handler) applyDown(res *http.Response, r *http.Request) {
 
 // respond sends the origin's response to the client. If the origin's response is cut
 // off, so is the client's, which must not mistake a part for the whole (RFC 9112 §8).
-func (h *Handler) respond(w http.ResponseWriter, r *http.Request, x *exchange, from clientIdentity) error {
-	res := x.response
-	if x.body != nil {
-		if err := x.body.CheckStart(); err != nil {
+func (h *Handler) respond(w http.ResponseWriter, r *http.Request, x *origin.Exchange, from clientIdentity) error {
+	res := x.Response
+	if x.Body != nil {
+		if err := x.Body.CheckStart(); err != nil {
 			return forwardRefusal(r, err)
 		}
 	}
@@ -316,7 +317,7 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, x *exchange, f
 	connection, upgrade := res.Header["Connection"], res.Header["Upgrade"]
 	announced := trailingNames(res.Trailer, connection)
 	header := h.setResponseFields(w, r, res)
-	if isLastOnConnection(r, x.request) {
+	if isLastOnConnection(r, x.Request) {
 		header["Connection"] = []string{"close"}
 	}
 	keepUpgrade(r, header, res.StatusCode, upgrade)
@@ -412,8 +413,8 @@ func writeRest(w http.ResponseWriter, rest []byte, count func(n int64)) error {
 
 // copyBody copies a response body to the client and calls count for each part. It
 // flushes whenever the next read could block.
-func copyBody(w http.ResponseWriter, r *http.Request, x *exchange, count func(n int64)) error {
-	res, body := x.response, x.body
+func copyBody(w http.ResponseWriter, r *http.Request, x *origin.Exchange, count func(n int64)) error {
+	res, body := x.Response, x.Body
 	isHTTP1 := body != nil
 	if isHTTP1 {
 		if rest, ok := body.Buffered(); ok {
@@ -441,7 +442,7 @@ func copyBody(w http.ResponseWriter, r *http.Request, x *exchange, count func(n 
 	left := res.ContentLength
 	for {
 		if isHTTP1 {
-			if err := body.awaitContent(); err != nil {
+			if err := body.AwaitContent(); err != nil {
 				return err
 			}
 		}

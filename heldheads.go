@@ -9,6 +9,7 @@ import (
 	"sync"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/asyncproxy/caddy-async-proxy/internal/origin"
 )
 
 // Limits on the large response heads that are held for one client at a time. A head is held
@@ -52,7 +53,7 @@ func (h *heldHeads) hold(key client.Key, size int) (release func()) {
 
 // headSize returns the approximate size of a response head in bytes.
 func headSize(res *http.Response) (size int) {
-	if body, ok := res.Body.(*originBody); ok {
+	if body, ok := res.Body.(*origin.ResponseBody); ok {
 		return body.Head
 	}
 	for name, values := range res.Header {

@@ -17,6 +17,8 @@ import (
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/origin"
 )
 
 // framesOrigin is an https origin's connection, for tests that spell out every frame.
@@ -236,7 +238,7 @@ func TestHTTP2StaleConnection(t *testing.T) {
 func TestHTTP2SilentConnection(t *testing.T) {
 	for method, want := range map[string]int{"GET": 200, "DELETE": 200, "POST": 504} {
 		var conns atomic.Int64
-		origin := newFramesOrigin(t, func(f *framesOrigin, stream uint32) {
+		server := newFramesOrigin(t, func(f *framesOrigin, stream uint32) {
 			f.headers(stream, true, ":status", "200")
 			if conns.Add(1) == 1 {
 				_, _ = io.Copy(io.Discard, f.conn) // silent from now on
@@ -244,11 +246,11 @@ func TestHTTP2SilentConnection(t *testing.T) {
 		})
 		w := newWorld(t, "response_header_timeout 10s", nil)
 		for _, h := range provisioned(t) {
-			h.originLimits.pings = pingTimes{silence: 50 * time.Millisecond, answer: 100 * time.Millisecond}
+			h.originLimits.Pings = origin.PingTimes{Silence: 50 * time.Millisecond, Answer: 100 * time.Millisecond}
 		}
 		c := w.dial()
 		for i, want := range []int{200, want, 200} {
-			c.send(fmt.Sprintf("%s https://%s/ HTTP/1.1\nHost: x\n\n", method, origin))
+			c.send(fmt.Sprintf("%s https://%s/ HTTP/1.1\nHost: x\n\n", method, server))
 			res, body := c.response(method)
 			if res.StatusCode != want {
 				t.Errorf("%s, request %d: %s %q, want %d", method, i, res.Status, body, want)

@@ -18,6 +18,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
+	"github.com/asyncproxy/caddy-async-proxy/internal/origin"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
@@ -297,13 +298,13 @@ func dialOutcome(ctx context.Context, err error) string {
 
 // forwardRefusal returns the refusal for a request that got no response from the origin.
 func forwardRefusal(r *http.Request, err error) *refusal {
-	var body *bodyError
+	var body *origin.RequestBodyError
 	switch {
 	case errors.As(err, &body) && errors.Is(body, os.ErrDeadlineExceeded):
 		return causeContentTimeout.refusal(err)
 	case errors.As(err, &body):
 		return causeContentInvalid.refusal(err)
-	case r.Context().Err() != nil, errors.As(err, new(*dialError)), errors.As(err, new(*egress.ParentError)):
+	case r.Context().Err() != nil, errors.As(err, new(*origin.DialError)), errors.As(err, new(*egress.ParentError)):
 		return dialRefusal(r.Context(), err, r.Host)
 	}
 	return responseCause(err).failure(err, r.Host)
@@ -319,7 +320,7 @@ func responseCause(err error) cause {
 		return cause(egress.TlsCause(err))
 	case errors.Is(err, h1.ErrHeadTooLarge), errors.Is(err, h1.ErrTooManyFields), errors.Is(err, errHeldHeads):
 		return causeResponseHead
-	case errors.Is(err, errServerSilent):
+	case errors.Is(err, origin.ErrSilent):
 		return causeConnectionSilent
 	case egress.IsTimeout(err):
 		return causeResponseTimeout

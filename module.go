@@ -39,6 +39,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
+	"github.com/asyncproxy/caddy-async-proxy/internal/origin"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
@@ -262,9 +263,9 @@ type Handler struct {
 	tunnels             *tunnel.Registry // of process
 	site                *site
 	tunnelOwner         *tunnel.Owner // of the tunnels of site
-	origins             [policy.ScopeCount]*originClient
-	parentOrigins       *originClient // sends forwarded requests to the parent; nil: it accepts none
-	originLimits        *originLimits
+	origins             [policy.ScopeCount]*origin.Client
+	parentOrigins       *origin.Client // sends forwarded requests to the parent; nil: it accepts none
+	originLimits        *origin.Limits
 
 	via      via
 	name     string        // in Proxy-Status
@@ -348,34 +349,34 @@ func (h *Handler) provisionHeaders(ctx caddy.Context) error {
 }
 
 // newOriginLimits returns the limits of exchanges with origins.
-func (h *Handler) newOriginLimits() *originLimits {
+func (h *Handler) newOriginLimits() *origin.Limits {
 	const maxTimeout = 1 << 60 // 36 years: adding to it does not overflow
-	return &originLimits{
-		headerTimeout:  min(time.Duration(h.ResponseHeaderTimeout), maxTimeout),
-		contentTimeout: min(time.Duration(h.ResponseIdleTimeout), maxTimeout),
-		contentGrace:   contentGrace,
-		pings:          defaultPingTimes,
-		admit: func(key client.Key) bool {
+	return &origin.Limits{
+		HeaderTimeout:  min(time.Duration(h.ResponseHeaderTimeout), maxTimeout),
+		ContentTimeout: min(time.Duration(h.ResponseIdleTimeout), maxTimeout),
+		ContentGrace:   origin.ContentGrace,
+		Pings:          origin.DefaultPings,
+		Admit: func(key client.Key) bool {
 			return h.tunnels.Admit(key, h.MaxTunnels, h.MaxTunnelsPerClient) == nil
 		},
-		release: func(key client.Key) { h.tunnels.Release(key) },
+		Release: func(key client.Key) { h.tunnels.Release(key) },
 	}
 }
 
 // provisionOrigins creates the clients that send forwarded requests for clients of one scope.
 func (h *Handler) provisionOrigins(r policy.Scope) (err error) {
-	h.origins[r], err = newOriginClient(originConfig{
-		dial: func(ctx context.Context, authority string) (net.Conn, error) {
+	h.origins[r], err = origin.NewClient(origin.Config{
+		Dial: func(ctx context.Context, authority string) (net.Conn, error) {
 			conn, err := h.dial(ctx, r, authority)
 			if tcp, ok := conn.(*net.TCPConn); ok {
 				tcpconn.EnableKeepAlive(tcp) // a pooled connection may be idle from the start
 			}
 			return conn, err
 		},
-		recheck: func(ctx context.Context, authority string, conn net.Conn, to netip.AddrPort) error {
+		Recheck: func(ctx context.Context, authority string, conn net.Conn, to netip.AddrPort) error {
 			return h.recheckPolicy(ctx, r, authority, conn, to)
 		},
-		limits: h.originLimits,
+		Limits: h.originLimits,
 	})
 	return err
 }
@@ -396,7 +397,7 @@ func (h *Handler) provisionShared(ctx caddy.Context, server *caddyhttp.Server) e
 		return err
 	}
 	h.tunnels = h.process.tunnels
-	h.originLimits.exit = h.tunnels.Context()
+	h.originLimits.Exit = h.tunnels.Context()
 	h.provisionSite(server)
 	h.process.handlers.Store(h, struct{}{})
 	return h.registerHooks(ctx, server)
@@ -406,11 +407,11 @@ func (h *Handler) provisionShared(ctx caddy.Context, server *caddyhttp.Server) e
 func (h *Handler) Cleanup() error {
 	for _, origins := range h.origins {
 		if origins != nil {
-			origins.close()
+			origins.Close()
 		}
 	}
 	if h.parentOrigins != nil {
-		h.parentOrigins.close()
+		h.parentOrigins.Close()
 	}
 	if h.dialer != nil && h.dialer.Parent != nil {
 		h.dialer.Parent.Close()
@@ -477,16 +478,16 @@ func (h *Handler) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) e
 			"use a placeholder such as {env.PROXY_PASSWORD} or {file./run/secrets/proxy}")
 	}
 	if parent := h.dialer.Parent; parent.IsHTTP() {
-		h.parentOrigins, err = newOriginClient(originConfig{
-			dial: func(ctx context.Context, _ string) (net.Conn, error) {
+		h.parentOrigins, err = origin.NewClient(origin.Config{
+			Dial: func(ctx context.Context, _ string) (net.Conn, error) {
 				start := time.Now()
 				conn, err := parent.Dial(ctx)
 				countDial(ctx, start, err)
 				return conn, err
 			},
-			address: parent.Address,
-			explain: func(err error, unread *bufio.Reader) error { return egress.AsAnswerError(err, unread) },
-			limits:  h.originLimits,
+			Address: parent.Address,
+			Explain: func(err error, unread *bufio.Reader) error { return egress.AsAnswerError(err, unread) },
+			Limits:  h.originLimits,
 		})
 	}
 	return err
@@ -525,10 +526,10 @@ func (h *Handler) recheckPolicy(ctx context.Context, r policy.Scope, authority s
 func (h *Handler) idleConnections() int {
 	n := 0
 	for _, origins := range h.origins {
-		n += origins.idle()
+		n += origins.Idle()
 	}
 	if h.parentOrigins != nil {
-		n += h.parentOrigins.idle()
+		n += h.parentOrigins.Idle()
 	}
 	return n
 }

@@ -9,22 +9,23 @@ import (
 	"strings"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
+	"github.com/asyncproxy/caddy-async-proxy/internal/origin"
 )
 
 // refuseEcho refuses a request that the parent may answer itself by echoing the request it
 // received: that would reveal the fields that are meant for the parent alone to the
 // client (RFC 9110 §9.3.8). It must be called before readdress adds them.
-func refuseEcho(p *egress.Parent, out *outgoing) *refusal {
+func refuseEcho(p *egress.Parent, out *origin.Request) *refusal {
 	if len(p.Header) == 0 {
 		return nil
 	}
-	switch method := strings.ToUpper(out.method); {
+	switch method := strings.ToUpper(out.Method); {
 	case method == http.MethodTrace, method == "TRACK":
 		return causeEchoMethod.refusal(nil, method)
-	case method == http.MethodOptions && len(out.header["Max-Forwards"]) > 0:
+	case method == http.MethodOptions && len(out.Header["Max-Forwards"]) > 0:
 		return causeEchoMaxForwards.refusal(nil)
-	case strings.EqualFold(out.authority, p.Address):
-		return causeEchoParent.refusal(nil, out.host)
+	case strings.EqualFold(out.Authority, p.Address):
+		return causeEchoParent.refusal(nil, out.Host)
 	}
 	return nil
 }
@@ -34,14 +35,14 @@ func refuseEcho(p *egress.Parent, out *outgoing) *refusal {
 // which the rules have checked. It goes into the target even if header_up has changed Host.
 // The header is cloned, so that the parent's fields, which may be secret, do not end up
 // in the client's request.
-func readdress(p *egress.Parent, out *outgoing, requested string) {
-	if out.target == "*" {
-		out.target = ""
+func readdress(p *egress.Parent, out *origin.Request, requested string) {
+	if out.Target == "*" {
+		out.Target = ""
 	}
-	out.target, out.host = "http://"+requested+out.target, requested
-	out.header = maps.Clone(out.header)
+	out.Target, out.Host = "http://"+requested+out.Target, requested
+	out.Header = maps.Clone(out.Header)
 	if len(p.Header) > 0 { // make sure that no proxy answers, as it could echo p.header
-		delete(out.header, "Max-Forwards")
+		delete(out.Header, "Max-Forwards")
 	}
-	maps.Copy(out.header, p.Header)
+	maps.Copy(out.Header, p.Header)
 }

@@ -86,7 +86,7 @@ func idleConnsTo(t *testing.T, origin string) (n int) {
 	defer releaseProcess()
 	for h := range shared.handlers.All() {
 		for _, origins := range h.origins {
-			n += len(origins.idleTo(origin))
+			n += len(origins.IdleTo(origin))
 		}
 	}
 	return n

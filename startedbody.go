@@ -7,6 +7,8 @@ import (
 	"io"
 	"net/http"
 	"time"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/origin"
 )
 
 // probeBody reports whether a request over HTTP/3 without Content-Length has content, which
@@ -14,14 +16,14 @@ import (
 // or the end. Without this, such requests would reach origins with an empty chunked body,
 // which some do not expect. For other methods it assumes content without waiting: their
 // clients may wait for a response before they send any.
-func probeBody(out *outgoing) bool {
-	switch out.method {
+func probeBody(out *origin.Request) bool {
+	switch out.Method {
 	case http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace, http.MethodDelete:
 	default:
 		return true
 	}
-	start := &probedBody{rest: out.body.r, read: make(chan struct{})}
-	out.body.r = start
+	start := &probedBody{rest: out.Body.Reader, read: make(chan struct{})}
+	out.Body.Reader = start
 	go start.readFirst()
 	timer := time.NewTimer(probeBodyTimeout)
 	defer timer.Stop()

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package origin
 
 import (
 	"context"
@@ -55,7 +55,7 @@ func newPingedConn(t *testing.T) (*http2Conn, *pingedServer) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := newHTTP2Conn(transport, tls.Client(near, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}}), defaultPingTimes)
+	c, err := newHTTP2Conn(transport, tls.Client(near, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}}), DefaultPings)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package origin
 
 import (
 	"context"
@@ -57,24 +57,24 @@ type binding struct {
 }
 
 // newBinding returns the binding of a request that is about to be sent.
-func newBinding(out *outgoing) binding {
-	b := binding{target: out.authority, addr: out.clientAddr, user: out.user}
-	b.login, _ = connectionLogin(out.header["Authorization"])
+func newBinding(out *Request) binding {
+	b := binding{target: out.Authority, addr: out.ClientAddr, user: out.User}
+	b.login, _ = connectionLogin(out.Header["Authorization"])
 	if b.login || boundClientCount.Load() > 0 {
-		b.client = out.clientConn
+		b.client = out.ClientConn
 	}
 	return b
 }
 
 // challenged updates the binding if the response contains a challenge.
-func (b *binding) challenged(out *outgoing, res *http.Response) {
+func (b *binding) challenged(out *Request, res *http.Response) {
 	found, token := connectionLogin(res.Header["Www-Authenticate"])
 	if !found {
 		return
 	}
 	b.login, b.pending = true, token && res.StatusCode == http.StatusUnauthorized
 	if b.client == nil {
-		b.client = out.clientConn
+		b.client = out.ClientConn
 	}
 }
 
@@ -82,22 +82,22 @@ func (b *binding) challenged(out *outgoing, res *http.Response) {
 type boundClient struct {
 	id    string // used in pool keys
 	mu    sync.Mutex
-	pools []*originPool
+	pools []*connPool
 	gone  bool
 	timer *time.Timer // releases the client if its disconnect is not reported
 }
 
-// boundClients maps what identifies a client connection to its boundClient.
+// boundClientMap maps what identifies a client connection to its boundClient.
 var (
-	boundClients     = xsync.NewMap[any, *boundClient]()
+	boundClientMap   = xsync.NewMap[any, *boundClient]()
 	boundClientCount atomic.Int64
 	lastBoundID      atomic.Uint64
 )
 
-// boundClientList returns what identifies the client connections to which connections to
+// BoundClients returns what identifies the client connections to which connections to
 // origins are bound.
-func boundClientList() (clients []any) {
-	boundClients.Range(func(client any, _ *boundClient) bool {
+func BoundClients() (clients []any) {
+	boundClientMap.Range(func(client any, _ *boundClient) bool {
 		clients = append(clients, client)
 		return true
 	})
@@ -118,8 +118,8 @@ func (b *binding) key(c *boundClient, pending bool) string {
 // reuse returns an idle connection that is bound to the client, or nil if there is none. A
 // login continues on the connection that its challenge came from. Other requests do not
 // use that connection, as they would disturb the login.
-func (b *binding) reuse(ctx context.Context, pool *originPool) (*originConn, error) {
-	c, ok := boundClients.Load(b.client)
+func (b *binding) reuse(ctx context.Context, pool *connPool) (*pooledConn, error) {
+	c, ok := boundClientMap.Load(b.client)
 	if !ok {
 		return nil, nil
 	}
@@ -132,19 +132,19 @@ func (b *binding) reuse(ctx context.Context, pool *originPool) (*originConn, err
 }
 
 // has reports whether the pool has an idle connection that is bound to the client.
-func (b *binding) has(pool *originPool) bool {
-	c, ok := boundClients.Load(b.client)
+func (b *binding) has(pool *connPool) bool {
+	c, ok := boundClientMap.Load(b.client)
 	return ok && (pool.has(b.key(c, false)) || pool.has(b.key(c, true)))
 }
 
 // keep binds a connection to the client and puts it into the pool, or closes it if the
 // client is not known. ctx is the context of the client's request.
-func (b *binding) keep(ctx context.Context, pool *originPool, conn *originConn) {
+func (b *binding) keep(ctx context.Context, pool *connPool, conn *pooledConn) {
 	if b.client == nil {
 		conn.discard()
 		return
 	}
-	c, loaded := boundClients.LoadOrCompute(b.client, func() (*boundClient, bool) {
+	c, loaded := boundClientMap.LoadOrCompute(b.client, func() (*boundClient, bool) {
 		return &boundClient{id: strconv.FormatUint(lastBoundID.Add(1), 10)}, false
 	})
 	if !loaded {
@@ -154,23 +154,23 @@ func (b *binding) keep(ctx context.Context, pool *originPool, conn *originConn) 
 	conn.bound, conn.key = c, b.key(c, b.pending)
 	pool.put(conn)
 	if ctx.Err() != nil { // the client may have disconnected before it was in the map
-		releaseClient(b.client)
+		ReleaseClient(b.client)
 	} else if c.isGone() {
-		c.closeConnections([]*originPool{pool})
+		c.closeConnections([]*connPool{pool})
 	}
 }
 
 // uses records that a pool has, or will have, a connection that is bound to c.
-func (c *boundClient) uses(pool *originPool, client any) {
+func (c *boundClient) uses(pool *connPool, client any) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.pools = slices.DeleteFunc(c.pools, func(other *originPool) bool { return other == pool || other.closed.Load() })
+	c.pools = slices.DeleteFunc(c.pools, func(other *connPool) bool { return other == pool || other.closed.Load() })
 	c.pools = append(c.pools, pool)
 	if c.gone {
 		return
 	}
 	if c.timer == nil {
-		c.timer = time.AfterFunc(maxIdleTime, func() { releaseClient(client) })
+		c.timer = time.AfterFunc(maxIdleTime, func() { ReleaseClient(client) })
 	} else {
 		c.timer.Reset(maxIdleTime)
 	}
@@ -182,19 +182,19 @@ func (c *boundClient) isGone() bool {
 	return c.gone
 }
 
-func (c *boundClient) closeConnections(pools []*originPool) {
+func (c *boundClient) closeConnections(pools []*connPool) {
 	for _, pool := range pools {
-		pool.closeIdle(func(conn *originConn) bool { return conn.bound == c })
+		pool.closeIdle(func(conn *pooledConn) bool { return conn.bound == c })
 	}
 }
 
-// releaseClient closes the connections that are bound to a client connection, which has
+// ReleaseClient closes the connections that are bound to a client connection, which has
 // ended or has not used them for long.
-func releaseClient(client any) {
+func ReleaseClient(client any) {
 	if boundClientCount.Load() == 0 {
 		return
 	}
-	c, ok := boundClients.LoadAndDelete(client)
+	c, ok := boundClientMap.LoadAndDelete(client)
 	if !ok {
 		return
 	}

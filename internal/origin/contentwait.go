@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package origin
 
 import (
 	"bufio"
@@ -20,7 +20,7 @@ import (
 // enforces response_idle_timeout. A response that waits for long counts as a tunnel, so
 // that the limits on tunnels apply to it, and so that it is closed when Caddy exits.
 type contentWait struct {
-	limits  *originLimits
+	limits  *Limits
 	client  client.Key
 	counted bool
 	stop    func() bool // stops watching for Caddy's exit; nil: not watching
@@ -35,15 +35,15 @@ var (
 	errContentMany = errors.New("the origin sends nothing, and max_tunnels does not allow another waiting response")
 )
 
-func (w *contentWait) exiting() bool { return w.limits.exit.Err() != nil }
+func (w *contentWait) exiting() bool { return w.limits.Exit.Err() != nil }
 
 // nextCheck returns how long to wait before overdue must be called; 0 means forever.
 func (w *contentWait) nextCheck(waited time.Duration) time.Duration {
 	step := time.Duration(0)
-	if timeout := w.limits.contentTimeout; timeout > 0 {
+	if timeout := w.limits.ContentTimeout; timeout > 0 {
 		step = max(timeout-waited, time.Millisecond)
 	}
-	grace := w.limits.contentGrace
+	grace := w.limits.ContentGrace
 	if w.exiting() {
 		grace = min(grace, exitGrace)
 	}
@@ -56,13 +56,13 @@ func (w *contentWait) nextCheck(waited time.Duration) time.Duration {
 // overdue returns an error if the response has waited too long and must be closed. After
 // the grace period it counts the response as a tunnel.
 func (w *contentWait) overdue(waited time.Duration) error {
-	switch timeout := w.limits.contentTimeout; {
+	switch timeout := w.limits.ContentTimeout; {
 	case timeout > 0 && waited >= timeout:
 		return fmt.Errorf("the origin sent nothing for %v (response_idle_timeout): %w", timeout, os.ErrDeadlineExceeded)
 	case w.exiting() && waited >= exitGrace:
 		return errContentExit
-	case !w.counted && waited >= w.limits.contentGrace:
-		if !w.limits.admit(w.client) {
+	case !w.counted && waited >= w.limits.ContentGrace:
+		if !w.limits.Admit(w.client) {
 			return errContentMany
 		}
 		w.counted = true
@@ -74,7 +74,7 @@ func (w *contentWait) overdue(waited time.Duration) error {
 // something, or the response has ended.
 func (w *contentWait) endWait() {
 	if w.counted {
-		w.limits.release(w.client)
+		w.limits.Release(w.client)
 		w.counted = false
 	}
 }
@@ -87,12 +87,12 @@ func (w *contentWait) end() {
 	}
 }
 
-// waitFor calls arrives, which blocks until c is readable or its deadline passes, until
+// WaitFor calls arrives, which blocks until c is readable or its deadline passes, until
 // it returns something other than a timeout. It returns that, or the reason to close the
 // response.
-func (w *contentWait) waitFor(c *originConn, arrives func() error) error {
+func (w *contentWait) waitFor(c *pooledConn, arrives func() error) error {
 	if w.stop == nil {
-		w.stop = context.AfterFunc(w.limits.exit, func() { c.deadline.Interrupt(c.Conn) })
+		w.stop = context.AfterFunc(w.limits.Exit, func() { c.deadline.Interrupt(c.Conn) })
 	}
 	defer w.endWait()
 	for start := time.Now(); ; {
@@ -114,7 +114,7 @@ func (w *contentWait) waitFor(c *originConn, arrives func() error) error {
 	}
 }
 
-// read is waitFor for an origin that speaks HTTP/2. It calls read, and calls cancel, which
+// read is WaitFor for an origin that speaks HTTP/2. It calls read, and calls cancel, which
 // must make read return, if the response has waited too long.
 func (w *contentWait) read(p []byte, read func([]byte) (int, error), cancel func()) (int, error) {
 	var mu sync.Mutex
@@ -155,12 +155,12 @@ func (w *contentWait) read(p []byte, read func([]byte) (int, error), cancel func
 	return n, err
 }
 
-// awaitContent waits until the next read returns without blocking. It loops because what
+// AwaitContent waits until the next read returns without blocking. It loops because what
 // precedes content, such as a chunk's size line, may arrive in several parts.
-func (b *originBody) awaitContent() error {
+func (b *ResponseBody) AwaitContent() error {
 	for !b.Ready() && !b.Ended && (b.IsChunked() || b.Remaining != 0) {
 		var last error
-		err := b.waitFor(func() error {
+		err := b.WaitFor(func() error {
 			_, err := b.R.Peek(b.R.Buffered() + 1)
 			if err == io.EOF || err == bufio.ErrBufferFull {
 				last = err // the next read returns it too
@@ -179,20 +179,20 @@ func (b *originBody) awaitContent() error {
 }
 
 // setTrailerDeadline sets the read deadline for trailers that are too long for the buffer.
-func (b *originBody) setTrailerDeadline() {
+func (b *ResponseBody) setTrailerDeadline() {
 	if b.wait == nil {
 		return
 	}
-	if timeout := b.limits.contentTimeout; timeout > 0 {
+	if timeout := b.limits.ContentTimeout; timeout > 0 {
 		b.conn.deadline.Within(b.conn.Conn, timeout, timeout+timeout/8)
 	} else {
 		b.conn.deadline.Clear(b.conn.Conn)
 	}
 }
 
-// waitFor calls arrives, within the limits of a contentWait if there are limits. arrives
+// WaitFor calls arrives, within the limits of a contentWait if there are limits. arrives
 // blocks until the connection is readable or its deadline passes.
-func (b *originBody) waitFor(arrives func() error) error {
+func (b *ResponseBody) WaitFor(arrives func() error) error {
 	if b.limits == nil {
 		return arrives()
 	}

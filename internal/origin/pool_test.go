@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package origin
 
 import (
 	"bufio"
@@ -34,7 +34,7 @@ func TestOriginConnQuiet(t *testing.T) {
 				return near, far
 			}
 			near, far := pair()
-			c := &originConn{Conn: near}
+			c := &pooledConn{Conn: near}
 			for range 2 {
 				if !c.quiet() {
 					t.Fatal("a connection without unread data is not quiet")
@@ -52,7 +52,7 @@ func TestOriginConnQuiet(t *testing.T) {
 			}
 
 			near, far = pair()
-			c = &originConn{Conn: near}
+			c = &pooledConn{Conn: near}
 			far.Close()
 			if c.quiet() {
 				t.Error("a closed connection is quiet")
@@ -60,7 +60,7 @@ func TestOriginConnQuiet(t *testing.T) {
 
 			// Two messages in one TLS record, or in two records that were read together.
 			near, far = pair()
-			c = &originConn{Conn: near}
+			c = &pooledConn{Conn: near}
 			if n, err := far.Write([]byte("onetwo")); n != 6 || err != nil {
 				t.Fatal(err)
 			}
@@ -77,18 +77,18 @@ func TestOriginConnQuiet(t *testing.T) {
 // Idle connections are limited in number and age, and unread bytes of a response close its
 // connection.
 func TestOriginsAreBounded(t *testing.T) {
-	o := newOriginPool(nil)
-	idle := func() (*originConn, net.Conn) {
+	o := newPool(nil)
+	idle := func() (*pooledConn, net.Conn) {
 		near, far := net.Pipe()
 		t.Cleanup(func() { near.Close(); far.Close() })
-		return &originConn{Conn: near, authority: "origin.example:80", fresh: true}, far
+		return &pooledConn{Conn: near, authority: "origin.example:80", fresh: true}, far
 	}
-	closed := func(c *originConn) bool {
+	closed := func(c *pooledConn) bool {
 		tcpconn.Interrupt(c.SetReadDeadline)
 		_, err := c.Read(make([]byte, 1))
 		return errors.Is(err, io.ErrClosedPipe)
 	}
-	var conns []*originConn
+	var conns []*pooledConn
 	for range maxIdleOrigins + 1 {
 		c, _ := idle()
 		o.keep(c)
@@ -103,7 +103,7 @@ func TestOriginsAreBounded(t *testing.T) {
 	if c, err := o.get(t.Context(), "origin.example:80", false); err != nil || c != conns[maxIdleOrigins-1] {
 		t.Errorf("got %p, %v; want the one used last", c, err)
 	}
-	o.closeIdle(func(c *originConn) bool { return time.Since(c.idleSince) >= maxIdleTime })
+	o.closeIdle(func(c *pooledConn) bool { return time.Since(c.idleSince) >= maxIdleTime })
 	if n := o.count.Load(); n != maxIdleOrigins-11 || !closed(conns[0]) || closed(conns[10]) {
 		t.Errorf("%d idle connections after ten had expired", n)
 	}
@@ -115,7 +115,7 @@ func TestOriginsAreBounded(t *testing.T) {
 		t.Errorf("%d idle connections after close", n)
 	}
 
-	o = newOriginPool(nil)
+	o = newPool(nil)
 	talking, far := idle()
 	talking.r = bufio.NewReader(talking)
 	go func() { _, _ = io.WriteString(far, "more than was asked for") }()

@@ -3,7 +3,7 @@
 
 //lint:file-ignore SA1019 net/http offers no way to ping an HTTP/2 connection, or to ask for its state
 
-package asyncproxy
+package origin
 
 import (
 	"errors"
@@ -21,11 +21,11 @@ import (
 
 // doHTTP2 sends the request over HTTP/2. If the origin does not speak HTTP/2, it returns
 // errNoHTTP2 and has not read the body.
-func (x *exchange) doHTTP2() (*http.Response, error) {
-	o, wait := x.request, newHeadTimer(x.ctx, x.limits.headerTimeout)
+func (x *Exchange) doHTTP2() (*http.Response, error) {
+	o, wait := x.Request, newHeadTimer(x.ctx, x.limits.HeaderTimeout)
 	x.wait = wait
 	interim := &interimQueue{
-		write:      func(status int, fields http.Header) { o.interim(status, fields, 2, 0) },
+		write:      func(status int, fields http.Header) { o.Interim(status, fields, 2, 0) },
 		onProgress: wait.recordProgress,
 	}
 	defer interim.end()
@@ -44,8 +44,8 @@ func (x *exchange) doHTTP2() (*http.Response, error) {
 		return nil, http2Failure(err, o, wait, interim)
 	}
 	wait.stop()
-	res.Body = &http2Response{res.Body, body, &contentWait{limits: x.limits, client: o.limitKey}, func() { wait.cancel(os.ErrDeadlineExceeded) }}
-	x.response = res
+	res.Body = &http2Response{res.Body, body, &contentWait{limits: x.limits, client: o.LimitKey}, func() { wait.cancel(os.ErrDeadlineExceeded) }}
+	x.Response = res
 	if err := checkHTTP2Head(res); err != nil {
 		return nil, err
 	}
@@ -53,33 +53,33 @@ func (x *exchange) doHTTP2() (*http.Response, error) {
 }
 
 // endHTTP2 ends a stream.
-func (x *exchange) endHTTP2() {
-	if x.response != nil {
-		_ = x.response.Body.Close()
+func (x *Exchange) endHTTP2() {
+	if x.Response != nil {
+		_ = x.Response.Body.Close()
 	}
 	x.wait.end()
 	x.wait = nil
 }
 
 // overHTTP2 returns the request as net/http sends it over HTTP/2, and its body, or nil.
-func (o *outgoing) overHTTP2(wait *headTimer, interim *interimQueue) (out *http.Request, body *http2Body) {
+func (o *Request) overHTTP2(wait *headTimer, interim *interimQueue) (out *http.Request, body *http2Body) {
 	trace := &httptrace.ClientTrace{GotConn: wait.connected, Got1xxResponse: interim.got1xx}
 	out = (&http.Request{
-		Method: o.method, URL: &url.URL{Scheme: "https", Host: o.authority, Opaque: o.target},
-		Header: maps.Clone(o.header), Host: o.host,
+		Method: o.Method, URL: &url.URL{Scheme: "https", Host: o.Authority, Opaque: o.Target},
+		Header: maps.Clone(o.Header), Host: o.Host,
 	}).WithContext(httptrace.WithClientTrace(wait.ctx, trace))
-	if strings.HasPrefix(o.target, "//") {
+	if strings.HasPrefix(o.Target, "//") {
 		// net/url treats an Opaque that starts with // as an authority. So pass the
 		// target in absolute form, from which :path is derived.
-		out.URL.Opaque = "//" + o.host + o.target
+		out.URL.Opaque = "//" + o.Host + o.Target
 	}
-	if o.body != nil { // a non-nil Body would be sent, and could not be retried
+	if o.Body != nil { // a non-nil Body would be sent, and could not be retried
 		body = &http2Body{from: o, to: out, wait: wait}
-		if o.needsContinue {
+		if o.NeedsContinue {
 			body.sendContinue = interim.sendContinue
 		}
-		out.Body, out.ContentLength = body, o.body.length
-		for _, name := range o.trailers {
+		out.Body, out.ContentLength = body, o.Body.Length
+		for _, name := range o.TrailerNames {
 			if out.Trailer == nil {
 				out.Trailer = make(http.Header)
 			}
@@ -95,8 +95,8 @@ func (o *outgoing) overHTTP2(wait *headTimer, interim *interimQueue) (out *http.
 
 // http2Failure returns why there is no response, of which err, the transport's error, may be
 // only a consequence.
-func http2Failure(err error, o *outgoing, wait *headTimer, interim *interimQueue) error {
-	if failure := o.body.failed(); failure != nil {
+func http2Failure(err error, o *Request, wait *headTimer, interim *interimQueue) error {
+	if failure := o.Body.failed(); failure != nil {
 		return failure
 	}
 	wrong := interim.error()
@@ -106,7 +106,7 @@ func http2Failure(err error, o *outgoing, wait *headTimer, interim *interimQueue
 	case wrong != nil:
 		return wrong
 	case wait.lost():
-		return errServerSilent
+		return ErrSilent
 	case strings.Contains(err.Error(), "response header list larger"): // the error has no type
 		return h1.ErrHeadTooLarge
 	}
@@ -131,7 +131,7 @@ func checkHTTP2Head(res *http.Response) error {
 
 // http2Body is the body of a request over HTTP/2, with its trailers.
 type http2Body struct {
-	from         *outgoing
+	from         *Request
 	to           *http.Request
 	wait         *headTimer
 	sendContinue func() // sends 100 (Continue) to the client; nil: the client does not wait for it
@@ -145,11 +145,11 @@ func (b *http2Body) Read(p []byte) (int, error) {
 		b.sendContinue = nil
 	}
 	b.begun.Store(true)
-	n, err := b.from.body.Read(p)
+	n, err := b.from.Body.Read(p)
 	b.wait.setTurn(true)
 	if err == io.EOF {
 		for name := range b.to.Trailer {
-			b.to.Trailer[name] = b.from.trailer[name]
+			b.to.Trailer[name] = b.from.Trailer[name]
 		}
 	}
 	if err != nil {
@@ -180,7 +180,7 @@ func (b *http2Response) Read(p []byte) (int, error) {
 func (b *http2Response) Close() error {
 	b.wait.end()
 	if b.request != nil && b.request.begun.Load() && !b.request.ended.Load() {
-		b.request.from.stopBody()
+		b.request.from.StopBody()
 	}
 	return b.ReadCloser.Close()
 }

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package origin
 
 import (
 	"net/http"
@@ -41,10 +41,10 @@ func TestConnectionLogin(t *testing.T) {
 // A client may disconnect while its first bound connection is being registered.
 func TestBoundClientDisconnectsAtOnce(t *testing.T) {
 	client, c := new(int), &boundClient{id: "leaves at once"}
-	boundClients.Store(client, c)
+	boundClientMap.Store(client, c)
 	boundClientCount.Add(1)
-	releaseClient(client)
-	c.uses(new(originPool), client)
+	ReleaseClient(client)
+	c.uses(new(connPool), client)
 	if c.timer != nil || !c.isGone() {
 		t.Error("a disconnected client is still registered")
 	}

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package origin
 
 import (
 	"bytes"
@@ -27,23 +27,23 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
-// exchange sends one request to an origin and reads its response. With HTTP/1 it runs on
+// Exchange sends one request to an origin and reads its response. With HTTP/1 it runs on
 // the handler's goroutine, where http.Transport would park and wake two more. Only a
 // request body is sent on a goroutine of its own, because the response may arrive
 // before the body is complete.
-type exchange struct {
-	request  *outgoing
-	response *http.Response // once its head has arrived
-	body     *originBody    // of the response; nil: there is none yet, or it is HTTP/2's
+type Exchange struct {
+	Request  *Request
+	Response *http.Response // once its head has arrived
+	Body     *ResponseBody  // of the response; nil: there is none yet, or it is HTTP/2's
 
-	client *originClient
-	limits *originLimits
+	client *Client
+	limits *Limits
 	ctx    context.Context // the request's: the exchange ends when the client disconnects
 	wait   *headTimer      // of HTTP/2; nil: HTTP/1
 
 	// The rest is HTTP/1's.
-	pool    *originPool
-	conn    *originConn // nil: none yet, or the exchange has ended
+	pool    *connPool
+	conn    *pooledConn // nil: none yet, or the exchange has ended
 	binding binding
 
 	stopWatch    func() bool // stops watching for client disconnect; nil: not watching yet
@@ -54,69 +54,69 @@ type exchange struct {
 	sendBodyAt   time.Time // when to send the body without a 100 (Continue); zero: already sending
 }
 
-// outgoing is a request as it is sent to an origin.
-type outgoing struct {
-	method    string
-	overTLS   bool   // the origin is an https one
-	authority string // the host and port of the origin
-	target    string // the request target, as the client wrote it
-	host      string
-	header    http.Header
+// Request is a request as it is sent to an origin.
+type Request struct {
+	Method    string
+	OverTLS   bool   // the origin is an https one
+	Authority string // the host and port of the origin
+	Target    string // the request target, as the client wrote it
+	Host      string
+	Header    http.Header
 
-	body          *clientBody // nil: none
-	needsContinue bool        // 100 (Continue) must be sent to the client before the body is read
-	trailers      []string    // names of the trailers that may follow a chunked body
-	trailer       http.Header // their values, valid once the body has been read
-	stopBody      func()      // aborts a read of the body that is waiting for the client
+	Body          *RequestBody // nil: none
+	NeedsContinue bool         // 100 (Continue) must be sent to the client before the body is read
+	TrailerNames  []string     // names of the trailers that may follow a chunked body
+	Trailer       http.Header  // their values, valid once the body has been read
+	StopBody      func()       // aborts a read of the body that is waiting for the client
 
-	// interim passes an interim response on, which arrived over the given HTTP version. It is
+	// Interim passes an interim response on, which arrived over the given HTTP version. It is
 	// not called concurrently.
-	interim func(status int, header http.Header, major, minor int)
+	Interim func(status int, header http.Header, major, minor int)
 
-	limitKey   client.Key // who shares the client's limits
-	clientConn any        // identifies the client's connection; nil: unknown
-	clientAddr netip.Addr
-	user       string // the client's authenticated user; "": none
+	LimitKey   client.Key // who shares the client's limits
+	ClientConn any        // identifies the client's connection; nil: unknown
+	ClientAddr netip.Addr
+	User       string // the client's authenticated user; "": none
 }
 
-// clientBody reads the content of a request from the client.
-type clientBody struct {
-	r       io.Reader
-	length  int64        // < 0: unknown, so the body is sent in chunks
+// RequestBody reads the content of a request from the client.
+type RequestBody struct {
+	Reader  io.Reader
+	Length  int64        // < 0: unknown, so the body is sent in chunks
 	read    atomic.Int64 // bytes read so far
-	count   func(n int64)
-	failure atomic.Pointer[bodyError]
+	Count   func(n int64)
+	failure atomic.Pointer[RequestBodyError]
 }
 
-// bodyError reports that the client sent its request body incompletely or malformed.
-type bodyError struct{ error }
+// RequestBodyError reports that the client sent its request body incompletely or malformed.
+type RequestBodyError struct{ error }
 
-func (e *bodyError) Unwrap() error { return e.error }
+func (e *RequestBodyError) Unwrap() error { return e.error }
 
 // Read implements io.Reader. It checks that the body has the announced length, which
 // the origin is told and which not every server checks itself.
-func (b *clientBody) Read(p []byte) (int, error) {
-	n, err := b.r.Read(p)
-	b.count(int64(n))
+func (b *RequestBody) Read(p []byte) (int, error) {
+	n, err := b.Reader.Read(p)
+	b.Count(int64(n))
 	switch read := b.read.Add(int64(n)); {
-	case b.length >= 0 && read > b.length:
+	case b.Length >= 0 && read > b.Length:
 		n, err = 0, errors.New("the content is longer than its Content-Length")
-	case err == io.EOF && b.length >= 0 && read < b.length:
+	case err == io.EOF && b.Length >= 0 && read < b.Length:
 		err = io.ErrUnexpectedEOF
 	}
 	if err != nil && err != io.EOF {
-		failed := &bodyError{err}
+		failed := &RequestBodyError{err}
 		b.failure.Store(failed)
 		return n, failed
 	}
 	return n, err
 }
 
-// isRead reports whether all of a body of known length has been read.
-func (b *clientBody) isRead() bool { return b.length >= 0 && b.read.Load() >= b.length }
+// IsRead reports whether all of a body of known length has been read.
+func (b *RequestBody) IsRead() bool { return b.Length >= 0 && b.read.Load() >= b.Length }
 
 // failed returns the client's failure, if there was one.
-func (b *clientBody) failed() error {
+func (b *RequestBody) failed() error {
 	if b != nil {
 		if failure := b.failure.Load(); failure != nil {
 			return failure
@@ -125,14 +125,14 @@ func (b *clientBody) failed() error {
 	return nil
 }
 
-// do sends the request and returns the final response when its head has arrived. The caller
-// calls close in any case, and finish before that if it has passed the response on.
-func (x *exchange) do() (*http.Response, error) {
-	x.pool, x.binding = x.client.plain, newBinding(x.request)
-	if x.request.overTLS {
+// Do sends the request and returns the final response when its head has arrived. The caller
+// calls Close in any case, and Finish before that if it has passed the response on.
+func (x *Exchange) Do() (*http.Response, error) {
+	x.pool, x.binding = x.client.plain, newBinding(x.Request)
+	if x.Request.OverTLS {
 		x.pool = x.client.secure
 	}
-	if x.request.overTLS && x.mayUseHTTP2() {
+	if x.Request.OverTLS && x.mayUseHTTP2() {
 		if res, err := x.doHTTP2(); !errors.Is(err, errNoHTTP2) {
 			return res, err
 		}
@@ -141,26 +141,26 @@ func (x *exchange) do() (*http.Response, error) {
 	if err != nil {
 		return nil, x.explain(err)
 	}
-	x.binding.challenged(x.request, res)
+	x.binding.challenged(x.Request, res)
 	return res, nil
 }
 
 // mayUseHTTP2 reports whether HTTP/2 may be tried with an https origin. Upgrades and logins
 // that are bound to a connection need HTTP/1. So does an origin with an idle HTTP/1
 // connection in the pool, which evidently does not speak HTTP/2.
-func (x *exchange) mayUseHTTP2() bool {
-	return len(x.request.header["Upgrade"]) == 0 && !x.pool.has(x.request.authority) && !x.binding.login && !x.binding.has(x.pool)
+func (x *Exchange) mayUseHTTP2() bool {
+	return len(x.Request.Header["Upgrade"]) == 0 && !x.pool.has(x.Request.Authority) && !x.binding.login && !x.binding.has(x.pool)
 }
 
 // explain returns what a failure of HTTP/1 is to be reported as.
-func (x *exchange) explain(err error) error {
-	if x.client.explain == nil || x.conn == nil || errors.As(err, new(*bodyError)) || errors.As(err, new(*dialError)) {
+func (x *Exchange) explain(err error) error {
+	if x.client.explain == nil || x.conn == nil || errors.As(err, new(*RequestBodyError)) || errors.As(err, new(*DialError)) {
 		return err
 	}
 	return x.client.explain(err, x.conn.r)
 }
 
-func (x *exchange) doHTTP1() (*http.Response, error) {
+func (x *Exchange) doHTTP1() (*http.Response, error) {
 	res, err := x.try(false)
 	if err == nil || !x.mayRetry(err) {
 		return res, err
@@ -172,8 +172,8 @@ func (x *exchange) doHTTP1() (*http.Response, error) {
 // mayRetry reports whether a request that failed on a reused connection may be sent
 // once more (RFC 9110 §9.2.2). It may if nothing of a response has arrived: then the
 // origin was most likely closing the idle connection.
-func (x *exchange) mayRetry(err error) bool {
-	if x.conn == nil || !x.conn.reused || !x.request.repeatable() || x.ctx.Err() != nil || x.answered || x.conn.r.Buffered() > 0 {
+func (x *Exchange) mayRetry(err error) bool {
+	if x.conn == nil || !x.conn.reused || !x.Request.repeatable() || x.ctx.Err() != nil || x.answered || x.conn.r.Buffered() > 0 {
 		return false
 	}
 	var wrong h1.ProtocolError
@@ -184,55 +184,55 @@ func (x *exchange) mayRetry(err error) bool {
 }
 
 // repeatable reports whether the request is idempotent and has no body.
-func (out *outgoing) repeatable() bool {
-	switch out.method {
+func (out *Request) repeatable() bool {
+	switch out.Method {
 	case http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace, http.MethodPut, http.MethodDelete:
-		return out.body == nil
+		return out.Body == nil
 	}
 	return false
 }
 
 // connect returns a connection for the request. Unless fresh is set, it prefers a
 // connection that is bound to the client.
-func (x *exchange) connect(fresh bool) (*originConn, error) {
+func (x *Exchange) connect(fresh bool) (*pooledConn, error) {
 	if x.binding.client != nil && !fresh {
 		if conn, err := x.binding.reuse(x.ctx, x.pool); conn != nil || err != nil {
 			return conn, err
 		}
 	}
-	return x.pool.get(x.ctx, x.request.authority, fresh)
+	return x.pool.get(x.ctx, x.Request.Authority, fresh)
 }
 
-func (x *exchange) try(fresh bool) (*http.Response, error) {
-	out := x.request
+func (x *Exchange) try(fresh bool) (*http.Response, error) {
+	out := x.Request
 	conn, err := x.connect(fresh)
 	if err != nil {
 		return nil, err
 	}
 	x.conn = conn
-	if out.body != nil {
+	if out.Body != nil {
 		x.watchDisconnect()
 	}
 	start := time.Now()
 	if err := x.writeHead(); err != nil {
 		return nil, err
 	}
-	if out.body != nil {
+	if out.Body != nil {
 		x.sender = newBodySender(conn, out)
-		if httpguts.HeaderValuesContainsToken(out.header["Expect"], "100-continue") {
+		if httpguts.HeaderValuesContainsToken(out.Header["Expect"], "100-continue") {
 			x.sendBodyAt = start.Add(continueTimeout)
 		} else {
 			x.sendBody()
 		}
 	}
-	body := &originBody{conn: conn, sender: x.sender, limits: x.limits, client: out.limitKey}
+	body := &ResponseBody{conn: conn, sender: x.sender, limits: x.limits, client: out.LimitKey}
 	for {
 		x.awaitResponse(start)
-		res, err := h1.ReadResponse(conn.r, out.method, &body.Body)
+		res, err := h1.ReadResponse(conn.r, out.Method, &body.Body)
 		if x.sender != nil && err != nil && x.ctx.Err() != nil {
 			x.sender.wait() // the client may have cut off its body
 		}
-		if failed := out.body.failed(); failed != nil {
+		if failed := out.Body.failed(); failed != nil {
 			return nil, failed
 		}
 		if err != nil {
@@ -240,7 +240,7 @@ func (x *exchange) try(fresh bool) (*http.Response, error) {
 		}
 		x.answered = true
 		if res.StatusCode >= 200 || res.StatusCode == http.StatusSwitchingProtocols {
-			res.Body, x.response, x.body = body, res, body
+			res.Body, x.Response, x.Body = body, res, body
 			if body.Remaining < 0 || body.Remaining > int64(conn.r.Buffered()) || res.StatusCode == http.StatusSwitchingProtocols {
 				x.watchDisconnect()
 				conn.deadline.Clear(conn.Conn) // the timeout is for the head, not for the body
@@ -257,7 +257,7 @@ func (x *exchange) try(fresh bool) (*http.Response, error) {
 			x.lastProgress = monotime.Of(time.Now())
 		}
 		if res.StatusCode != http.StatusContinue {
-			out.interim(res.StatusCode, res.Header, 1, 1)
+			out.Interim(res.StatusCode, res.Header, 1, 1)
 		} else if x.sender != nil {
 			x.sendBody()
 		}
@@ -270,10 +270,10 @@ const smallHead = 8 << 10
 
 // send writes the head of a request. Writing a large one can block if the origin does
 // not read it, so that gets a deadline.
-func (x *exchange) send(head []byte) error {
+func (x *Exchange) send(head []byte) error {
 	if len(head) > smallHead {
 		x.watchDisconnect()
-		if timeout := x.limits.headerTimeout; timeout > 0 {
+		if timeout := x.limits.HeaderTimeout; timeout > 0 {
 			_ = x.conn.SetWriteDeadline(time.Now().Add(timeout))
 			defer func() { _ = x.conn.SetWriteDeadline(time.Time{}) }()
 		}
@@ -284,10 +284,10 @@ func (x *exchange) send(head []byte) error {
 
 // sendBody starts sending the body, unless it has started already. If the client waits
 // for 100 (Continue), it gets it now.
-func (x *exchange) sendBody() {
-	if out := x.request; out.needsContinue {
-		out.interim(http.StatusContinue, nil, 1, 1)
-		out.needsContinue = false
+func (x *Exchange) sendBody() {
+	if out := x.Request; out.NeedsContinue {
+		out.Interim(http.StatusContinue, nil, 1, 1)
+		out.NeedsContinue = false
 	}
 	x.sendBodyAt = time.Time{}
 	x.sender.proceed(true)
@@ -298,7 +298,7 @@ func (x *exchange) sendBody() {
 const watchDelay = 20 * time.Millisecond
 
 // watchDisconnect closes the connection to the origin as soon as the client disconnects.
-func (x *exchange) watchDisconnect() {
+func (x *Exchange) watchDisconnect() {
 	if x.stopWatch == nil {
 		conn := x.conn
 		x.stopWatch = context.AfterFunc(x.ctx, func() { _ = conn.Close() })
@@ -309,7 +309,7 @@ func (x *exchange) watchDisconnect() {
 // runs from start, when the request was sent, or with a body while the origin has all
 // of the body or is not reading it. It stops while the client's body is awaited. If the
 // origin does not send 100 (Continue) in time, the body is sent without it.
-func (x *exchange) awaitResponse(start time.Time) {
+func (x *Exchange) awaitResponse(start time.Time) {
 	if x.stopWatch == nil {
 		x.conn.deadline.Within(x.conn.Conn, watchDelay/4, watchDelay)
 		_, err := x.conn.r.Peek(1)
@@ -332,9 +332,9 @@ func (x *exchange) awaitResponse(start time.Time) {
 		if x.sender != nil {
 			turn = x.sender.turnBegan.Load()
 		}
-		left := timeLeft(x.limits.headerTimeout, turn, x.lastProgress)
+		left := timeLeft(x.limits.HeaderTimeout, turn, x.lastProgress)
 		switch {
-		case x.limits.headerTimeout <= 0:
+		case x.limits.HeaderTimeout <= 0:
 			x.conn.deadline.Clear(x.conn.Conn)
 		case left <= 0:
 			return
@@ -347,21 +347,21 @@ func (x *exchange) awaitResponse(start time.Time) {
 	}
 }
 
-// finish ends an exchange whose response has been passed on. It keeps the connection for
+// Finish ends an exchange whose response has been passed on. It keeps the connection for
 // other exchanges, if it can serve any.
-func (x *exchange) finish() { x.end(x.body != nil && x.body.Ended && !x.response.Close) }
+func (x *Exchange) Finish() { x.end(x.Body != nil && x.Body.Ended && !x.Response.Close) }
 
-// close ends the exchange, and closes its connection or stream unless finish has been called.
-func (x *exchange) close() { x.end(false) }
+// Close ends the exchange, and closes its connection or stream unless Finish has been called.
+func (x *Exchange) Close() { x.end(false) }
 
 // end ends the exchange. reusable says that the response was read to its end and that the
 // HTTP/1 connection can serve another exchange.
-func (x *exchange) end(reusable bool) {
+func (x *Exchange) end(reusable bool) {
 	if x.wait != nil {
 		x.endHTTP2()
 	}
-	if x.body != nil {
-		_ = x.body.Close()
+	if x.Body != nil {
+		_ = x.Body.Close()
 	}
 	if x.conn == nil {
 		return
@@ -379,9 +379,9 @@ func (x *exchange) end(reusable bool) {
 	x.conn, x.sender, x.stopWatch = nil, nil, nil
 }
 
-// detach detaches the connection from the exchange and returns it with the bytes that
+// Detach detaches the connection from the exchange and returns it with the bytes that
 // were read beyond the response head.
-func (x *exchange) detach() (socket net.Conn, early []byte, err error) {
+func (x *Exchange) Detach() (socket net.Conn, early []byte, err error) {
 	conn := x.conn
 	if x.watchDisconnect(); !x.stopWatch() {
 		return nil, nil, context.Cause(x.ctx)
@@ -399,26 +399,26 @@ func (x *exchange) detach() (socket net.Conn, early []byte, err error) {
 	return conn.Conn, early, nil
 }
 
-// dialError is an error that occurred before there was a connection.
-type dialError struct{ error }
+// DialError is an error that occurred before there was a connection.
+type DialError struct{ error }
 
-func (e *dialError) Unwrap() error { return e.error }
+func (e *DialError) Unwrap() error { return e.error }
 
 // requestHeadPool is a pool of buffers for request heads.
 var requestHeadPool = sync.Pool{New: func() any { b := make([]byte, 0, 4<<10); return &b }}
 
 // writeHead sends the head of a request in one write.
-func (x *exchange) writeHead() error {
-	out := x.request
+func (x *Exchange) writeHead() error {
+	out := x.Request
 	pooled := requestHeadPool.Get().(*[]byte)
 	b := (*pooled)[:0]
-	b = append(b, out.method...)
+	b = append(b, out.Method...)
 	b = append(b, ' ')
-	b = append(b, out.target...)
+	b = append(b, out.Target...)
 	b = append(b, " HTTP/1.1\r\nHost: "...)
-	b = append(b, out.host...)
+	b = append(b, out.Host...)
 	b = append(b, "\r\n"...)
-	for name, values := range out.header {
+	for name, values := range out.Header {
 		if name == "Content-Length" || name == "Transfer-Encoding" || name == "Host" {
 			continue // written separately
 		}
@@ -428,17 +428,17 @@ func (x *exchange) writeHead() error {
 		}
 	}
 	switch {
-	case out.body == nil && len(out.header["Content-Length"]) > 0:
+	case out.Body == nil && len(out.Header["Content-Length"]) > 0:
 		b = append(b, "Content-Length: 0\r\n"...)
-	case out.body == nil:
-	case out.body.length >= 0:
+	case out.Body == nil:
+	case out.Body.Length >= 0:
 		b = append(b, "Content-Length: "...)
-		b = strconv.AppendInt(b, out.body.length, 10)
+		b = strconv.AppendInt(b, out.Body.Length, 10)
 		b = append(b, "\r\n"...)
 	default:
 		b = append(b, "Transfer-Encoding: chunked\r\n"...)
-		if len(out.trailers) > 0 {
-			b = h1.AppendField(b, "Trailer", strings.Join(out.trailers, ", "))
+		if len(out.TrailerNames) > 0 {
+			b = h1.AppendField(b, "Trailer", strings.Join(out.TrailerNames, ", "))
 		}
 	}
 	b = append(b, "\r\n"...)
@@ -456,8 +456,8 @@ const continueTimeout = time.Second
 
 // bodySender sends the body of a request on a goroutine of its own.
 type bodySender struct {
-	out    *outgoing
-	conn   *originConn
+	out    *Request
+	conn   *pooledConn
 	ended  chan struct{}
 	wanted chan bool // receives whether to send the body
 
@@ -466,8 +466,8 @@ type bodySender struct {
 	reset     bool         // the origin reset the connection; valid after ended
 }
 
-func newBodySender(conn *originConn, out *outgoing) *bodySender {
-	if out.body.length < 0 || out.body.length > int64(len(tcpconn.Buffer{})) {
+func newBodySender(conn *pooledConn, out *Request) *bodySender {
+	if out.Body.Length < 0 || out.Body.Length > int64(len(tcpconn.Buffer{})) {
 		if socket := tcpconn.Of(conn.Conn); socket != nil {
 			tcpconn.LimitUnsent(socket) // the origin's response timeout starts when it has the request
 		}
@@ -494,12 +494,12 @@ func (s *bodySender) run() {
 	buf := tcpconn.GetBuffer()
 	defer buf.Free()
 	w := io.Writer(s.conn)
-	if s.out.body.length < 0 {
+	if s.out.Body.Length < 0 {
 		w = httputil.NewChunkedWriter(s.conn)
 	}
 	for {
 		s.setTurn(false)
-		n, err := s.out.body.Read(buf[:])
+		n, err := s.out.Body.Read(buf[:])
 		s.setTurn(true)
 		if n > 0 {
 			// The origin may still respond although it reads no more. The
@@ -534,15 +534,15 @@ func (s *bodySender) setTurn(origin bool) {
 // finishBody writes the last chunk and the trailers of a chunked body.
 func (s *bodySender) finishBody(w io.Writer) error {
 	chunks, ok := w.(io.WriteCloser)
-	if s.out.body.length >= 0 || !ok {
+	if s.out.Body.Length >= 0 || !ok {
 		return nil
 	}
 	if err := chunks.Close(); err != nil {
 		return err
 	}
 	var b []byte
-	for _, name := range s.out.trailers {
-		for _, value := range s.out.trailer[name] {
+	for _, name := range s.out.TrailerNames {
+		for _, value := range s.out.Trailer[name] {
 			b = h1.AppendField(b, name, value)
 		}
 	}
@@ -552,13 +552,13 @@ func (s *bodySender) finishBody(w io.Writer) error {
 
 // stop stops the sender, and reports whether the whole body was sent. If it was not,
 // the connection is closed.
-func (s *bodySender) stop(conn *originConn) bool {
+func (s *bodySender) stop(conn *pooledConn) bool {
 	s.proceed(false)
 	if s.wait() {
 		return s.complete
 	}
 	_ = conn.Close()
-	s.out.stopBody()
+	s.out.StopBody()
 	<-s.ended
 	return false
 }

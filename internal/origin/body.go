@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package origin
 
 import (
 	"io"
@@ -11,30 +11,30 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 )
 
-// originBody is the body of a response from an HTTP/1 origin.
-type originBody struct {
+// ResponseBody is the body of a response from an HTTP/1 origin.
+type ResponseBody struct {
 	h1.Body
-	conn   *originConn // that the body is read from
+	conn   *pooledConn // that the body is read from
 	sender *bodySender // of the request body; nil: there is none
 
-	limits *originLimits // for waits; nil: none
+	limits *Limits // for waits; nil: none
 	client client.Key
 	wait   *contentWait // nil: it has not waited yet
 }
 
-// socket returns the connection that the body is read from if that is a plain socket, and
+// Socket returns the connection that the body is read from if that is a plain socket, and
 // otherwise nil.
-func (b *originBody) socket() *net.TCPConn {
+func (b *ResponseBody) Socket() *net.TCPConn {
 	socket, _ := b.conn.Conn.(*net.TCPConn)
 	return socket
 }
 
-// clearDeadline removes the read deadline that waitFor leaves on the connection.
-func (b *originBody) clearDeadline() { b.conn.deadline.Clear(b.conn.Conn) }
+// ClearDeadline removes the read deadline that WaitFor leaves on the connection.
+func (b *ResponseBody) ClearDeadline() { b.conn.deadline.Clear(b.conn.Conn) }
 
 // Read implements io.Reader. If the end of the connection ends the body, a reset that only
 // the sender of the request body has seen counts as a cut-off.
-func (b *originBody) Read(p []byte) (n int, err error) {
+func (b *ResponseBody) Read(p []byte) (n int, err error) {
 	wasEnded := b.Ended
 	n, err = b.Body.Read(p)
 	if err == io.EOF && !wasEnded && b.Remaining < 0 && !b.IsChunked() && b.sender != nil && b.sender.wasReset() {
@@ -45,7 +45,7 @@ func (b *originBody) Read(p []byte) (n int, err error) {
 }
 
 // Close implements io.Closer. It does not close the connection.
-func (b *originBody) Close() error {
+func (b *ResponseBody) Close() error {
 	if b.wait != nil {
 		b.wait.end()
 		b.wait = nil

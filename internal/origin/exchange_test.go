@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package origin
 
 import (
 	"bufio"
@@ -29,11 +29,11 @@ func TestUnreadLargeHead(t *testing.T) {
 			defer far.Close()
 			ctx, leave := context.WithCancel(t.Context())
 			defer leave()
-			x := &exchange{
-				ctx: ctx, conn: newOriginConn(near, "origin.test:80"), limits: &originLimits{headerTimeout: time.Minute},
-				request: &outgoing{
-					method: http.MethodGet, target: "/", host: "origin.test",
-					header: http.Header{"A": {strings.Repeat("a", smallHead)}},
+			x := &Exchange{
+				ctx: ctx, conn: newPooledConn(near, "origin.test:80"), limits: &Limits{HeaderTimeout: time.Minute},
+				Request: &Request{
+					Method: http.MethodGet, Target: "/", Host: "origin.test",
+					Header: http.Header{"A": {strings.Repeat("a", smallHead)}},
 				},
 			}
 			defer x.conn.Close()
@@ -57,12 +57,12 @@ func TestUnreadLargeHead(t *testing.T) {
 // a reset, although the read sees only EOF.
 func TestResetSeenByWriter(t *testing.T) {
 	for _, failure := range []error{syscall.ECONNRESET, syscall.EPIPE} {
-		body := &clientBody{r: strings.NewReader("x"), length: 1, count: func(int64) {}}
+		body := &RequestBody{Reader: strings.NewReader("x"), Length: 1, Count: func(int64) {}}
 		near, far := net.Pipe()
 		defer far.Close()
-		s := newBodySender(newOriginConn(failingWrites{near, failure}, "origin.test:80"), &outgoing{body: body})
+		s := newBodySender(newPooledConn(failingWrites{near, failure}, "origin.test:80"), &Request{Body: body})
 		s.proceed(true)
-		response := &originBody{Body: h1.Body{R: bufio.NewReader(strings.NewReader("part")), Remaining: -1}, sender: s}
+		response := &ResponseBody{Body: h1.Body{R: bufio.NewReader(strings.NewReader("part")), Remaining: -1}, sender: s}
 		_, err := io.ReadAll(response)
 		if reset := failure == syscall.ECONNRESET; (err == io.ErrUnexpectedEOF) != reset {
 			t.Errorf("after %v: %v", failure, err)

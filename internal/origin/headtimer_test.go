@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package origin
 
 import (
 	"bufio"
@@ -31,14 +31,14 @@ func pipeExchange(ctx context.Context, timeout time.Duration, answer func(w io.W
 		}()
 		return ours, nil
 	}
-	x := &exchange{pool: newOriginPool(dial), ctx: ctx, limits: &originLimits{headerTimeout: timeout}, request: &outgoing{
-		method: http.MethodGet, authority: "origin:80", target: "/", host: "origin", header: http.Header{},
-		interim: func(int, http.Header, int, int) {},
+	x := &Exchange{pool: newPool(dial), ctx: ctx, limits: &Limits{HeaderTimeout: timeout}, Request: &Request{
+		Method: http.MethodGet, Authority: "origin:80", Target: "/", Host: "origin", Header: http.Header{},
+		Interim: func(int, http.Header, int, int) {},
 	}}
 	start := time.Now()
 	res, err := x.doHTTP1()
 	took := time.Since(start)
-	x.close()
+	x.Close()
 	<-ended
 	return res, took, err
 }

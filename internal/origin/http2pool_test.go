@@ -3,7 +3,7 @@
 
 //lint:file-ignore SA1019 net/http offers no way to ping an HTTP/2 connection, or to ask for its state
 
-package asyncproxy
+package origin
 
 import (
 	"context"
@@ -25,7 +25,7 @@ func dialTCP(ctx context.Context, authority string) (net.Conn, error) {
 	return d.DialContext(ctx, "tcp", authority)
 }
 
-func (o *http2OriginPool) ask(ctx context.Context, authority string) (int, error) {
+func (o *http2Pool) ask(ctx context.Context, authority string) (int, error) {
 	wait := newHeadTimer(ctx, 0)
 	defer wait.end()
 	r, err := http.NewRequestWithContext(wait.ctx, http.MethodGet, "https://"+authority+"/", nil)
@@ -48,7 +48,7 @@ func TestHTTP2OriginsShare(t *testing.T) {
 		asked.Add(1)
 		<-answer
 	})
-	o, err := newHTTP2OriginPool(dialTCP, newOriginPool(nil))
+	o, err := newHTTP2Pool(dialTCP, newPool(nil))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -82,13 +82,13 @@ func TestHTTP2OriginsShare(t *testing.T) {
 	}
 	conntest.Eventually(t, "the late request's connection to close, too", func() bool { return open.Load() == 0 })
 
-	o, _ = newHTTP2OriginPool(dialTCP, newOriginPool(nil))
+	o, _ = newHTTP2Pool(dialTCP, newPool(nil))
 	if _, err := o.ask(t.Context(), authority); err != nil || o.count() != 1 {
 		t.Errorf("%v; %d idle connections, want one", err, o.count())
 	}
 	forbidden := errors.New("forbidden")
 	o.recheck = func(context.Context, string, net.Conn, netip.AddrPort) error { return forbidden }
-	if _, err := o.ask(t.Context(), authority); !errors.Is(err, forbidden) || !errors.As(err, new(*dialError)) {
+	if _, err := o.ask(t.Context(), authority); !errors.Is(err, forbidden) || !errors.As(err, new(*DialError)) {
 		t.Errorf("%v, want forbidden", err)
 	}
 	if o.close(); o.count() != 0 {
@@ -105,7 +105,7 @@ func TestHTTP2OriginsDial(t *testing.T) {
 	begun := make(chan struct{}, 10)
 	refused := errors.New("refused")
 	failing := make(chan struct{})
-	o, err := newHTTP2OriginPool(func(ctx context.Context, authority string) (net.Conn, error) {
+	o, err := newHTTP2Pool(func(ctx context.Context, authority string) (net.Conn, error) {
 		begun <- struct{}{}
 		switch dials.Add(1) {
 		case 1:
@@ -116,7 +116,7 @@ func TestHTTP2OriginsDial(t *testing.T) {
 			return nil, refused
 		}
 		return dialTCP(ctx, authority)
-	}, newOriginPool(nil))
+	}, newPool(nil))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -151,11 +151,11 @@ func TestHTTP2OriginsDialFailsOnce(t *testing.T) {
 		var dials atomic.Int64
 		refused := errors.New("refused")
 		failing := make(chan struct{})
-		o, err := newHTTP2OriginPool(func(context.Context, string) (net.Conn, error) {
+		o, err := newHTTP2Pool(func(context.Context, string) (net.Conn, error) {
 			dials.Add(1)
 			<-failing
 			return nil, refused
-		}, newOriginPool(nil))
+		}, newPool(nil))
 		if err != nil {
 			t.Fatal(err)
 		}

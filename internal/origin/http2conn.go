@@ -3,7 +3,7 @@
 
 //lint:file-ignore SA1019 net/http offers no way to ping an HTTP/2 connection, or to ask for its state
 
-package asyncproxy
+package origin
 
 import (
 	"context"
@@ -30,19 +30,20 @@ type http2Conn struct {
 	*http2.ClientConn
 	conn    *observedConn
 	socket  *net.TCPConn // below TLS; nil if unknown
-	times   pingTimes
+	times   PingTimes
 	pinging sync.Mutex  // held while a ping is outstanding
 	lost    atomic.Bool // the connection was closed because a ping was not answered
 	single  bool        // for one request only, which closes it
 }
 
-// pingTimes are the delays after which an HTTP/2 server counts as dead.
-type pingTimes struct {
-	silence time.Duration // how long a request waits without a frame before a ping
-	answer  time.Duration // how long to wait for the answer to a ping
+// PingTimes are the delays after which an HTTP/2 server counts as dead.
+type PingTimes struct {
+	Silence time.Duration // how long a request waits without a frame before a ping
+	Answer  time.Duration // how long to wait for the answer to a ping
 }
 
-var defaultPingTimes = pingTimes{silence: time.Second, answer: 2 * time.Second}
+// DefaultPings are the delays for servers on the internet.
+var DefaultPings = PingTimes{Silence: time.Second, Answer: 2 * time.Second}
 
 // A server that answers pings, but not the request, is pinged less and less often, because
 // some servers close connections with more than a few pings in five minutes.
@@ -68,13 +69,13 @@ func newHTTP2Transport(pool http2.ClientConnPool, settings *http.Transport) (*ht
 }
 
 // newHTTP2Conn starts HTTP/2 on conn, which has negotiated it. It closes conn on failure.
-func newHTTP2Conn(t *http2.Transport, conn *tls.Conn, times pingTimes) (*http2Conn, error) {
+func newHTTP2Conn(t *http2.Transport, conn *tls.Conn, times PingTimes) (*http2Conn, error) {
 	observed := &observedConn{Conn: conn}
 	return startHTTP2(t, observed, observed, times)
 }
 
 // startHTTP2 is like newHTTP2Conn, with a conn that reads from observed.
-func startHTTP2(t *http2.Transport, observed *observedConn, conn net.Conn, times pingTimes) (*http2Conn, error) {
+func startHTTP2(t *http2.Transport, observed *observedConn, conn net.Conn, times PingTimes) (*http2Conn, error) {
 	c := &http2Conn{conn: observed, socket: tcpconn.Of(observed.Conn), times: times}
 	var err error
 	if c.ClientConn, err = t.NewClientConn(conn); err != nil {
@@ -84,8 +85,8 @@ func startHTTP2(t *http2.Transport, observed *observedConn, conn net.Conn, times
 	return c, nil
 }
 
-// errServerSilent reports that a connection was closed because the server did not answer.
-var errServerSilent = errors.New("the server has stopped responding on its connection")
+// ErrSilent reports that a connection was closed because the server did not answer.
+var ErrSilent = errors.New("the server has stopped responding on its connection")
 
 // observedConn records when something was last read.
 type observedConn struct {
@@ -109,7 +110,7 @@ func (c *http2Conn) silentFor() time.Duration {
 // watch starts watching for a dead server while a request waits. The caller calls stop when
 // the response has arrived or the request has failed.
 func (c *http2Conn) watch() (stop func()) {
-	w := &silenceWatch{conn: c, start: monotime.Of(time.Now()), wait: c.times.silence}
+	w := &silenceWatch{conn: c, start: monotime.Of(time.Now()), wait: c.times.Silence}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.timer = time.AfterFunc(w.wait, w.onTimer)
@@ -157,7 +158,7 @@ func (w *silenceWatch) stop() {
 func (c *http2Conn) pingAnswered() bool {
 	c.pinging.Lock()
 	defer c.pinging.Unlock()
-	if c.silentFor() < c.times.silence {
+	if c.silentFor() < c.times.Silence {
 		return true // another request's ping has been answered meanwhile
 	}
 	for taken := uint64(0); ; {
@@ -165,7 +166,7 @@ func (c *http2Conn) pingAnswered() bool {
 		if c.socket != nil {
 			taken = tcpconn.BytesAcked(c.socket)
 		}
-		ctx, cancel := context.WithTimeout(context.Background(), c.times.answer)
+		ctx, cancel := context.WithTimeout(context.Background(), c.times.Answer)
 		err := c.Ping(ctx)
 		cancel()
 		if err == nil || c.conn.lastRead.Load() >= start {

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package asyncproxy
+package origin
 
 import (
 	"bufio"
@@ -35,29 +35,29 @@ const (
 
 const handshakeTimeout = 10 * time.Second
 
-// originPool is a pool of connections to HTTP/1 origins. It opens connections and keeps idle
+// connPool is a pool of connections to HTTP/1 origins. It opens connections and keeps idle
 // ones: as many per origin as were busy at once. A pool serves clients of one reach,
 // because a connection that was opened for one client is later used for others.
 //
 // All methods are safe for concurrent use.
-type originPool struct {
+type connPool struct {
 	dial    dialFunc
 	recheck recheckFunc // may be nil
 	address string      // of the only server that it connects to; "": each request names one
 
-	idle     *xsync.Map[string, []*originConn] // by key; the most recently used last
+	idle     *xsync.Map[string, []*pooledConn] // by key; the most recently used last
 	count    atomic.Int64
 	sweeping atomic.Bool // sweepIdle is scheduled
 	closed   atomic.Bool // close was called
 }
 
-// originConn is a connection to an origin. It serves one exchange at a time, and is owned
+// pooledConn is a connection to an origin. It serves one exchange at a time, and is owned
 // by the exchange that it was given to.
-type originConn struct {
+type pooledConn struct {
 	net.Conn
 	r         *bufio.Reader // nil while idle
 	authority string
-	key       string         // in origins.idle; "": the authority
+	key       string         // in connPool.idle; "": the authority
 	bound     *boundClient   // the only client connection that may use it; nil: any
 	to        netip.AddrPort // the remote address, if it is on this machine and its listener must be judged again
 	opened    time.Time
@@ -78,13 +78,13 @@ type dialFunc func(ctx context.Context, authority string) (net.Conn, error)
 // on this machine, and its listener must be judged again.
 type recheckFunc func(ctx context.Context, authority string, conn net.Conn, to netip.AddrPort) error
 
-func newOriginPool(dial dialFunc) *originPool {
-	return &originPool{dial: dial, idle: xsync.NewMap[string, []*originConn]()}
+func newPool(dial dialFunc) *connPool {
+	return &connPool{dial: dial, idle: xsync.NewMap[string, []*pooledConn]()}
 }
 
 // get returns an idle connection to authority, a host and a port, or opens one. If fresh
 // is set, it always opens one.
-func (o *originPool) get(ctx context.Context, authority string, fresh bool) (*originConn, error) {
+func (o *connPool) get(ctx context.Context, authority string, fresh bool) (*pooledConn, error) {
 	authority = cmp.Or(o.address, authority)
 	if !fresh {
 		if c, err := o.reuse(ctx, authority); c != nil || err != nil {
@@ -95,15 +95,15 @@ func (o *originPool) get(ctx context.Context, authority string, fresh bool) (*or
 	if err != nil {
 		return nil, asDialError(err)
 	}
-	c := newOriginConn(conn, authority)
+	c := newPooledConn(conn, authority)
 	c.r = responseReaderPool.Get().(*bufio.Reader)
 	c.r.Reset(conn)
 	return c, nil
 }
 
-// newOriginConn wraps a new connection for a pool.
-func newOriginConn(conn net.Conn, authority string) *originConn {
-	return &originConn{Conn: conn, authority: authority, to: localPeer(conn), opened: time.Now()}
+// newPooledConn wraps a new connection for a pool.
+func newPooledConn(conn net.Conn, authority string) *pooledConn {
+	return &pooledConn{Conn: conn, authority: authority, to: localPeer(conn), opened: time.Now()}
 }
 
 // localPeer returns the remote address of a connection if it is an address of this machine,
@@ -117,7 +117,7 @@ func localPeer(conn net.Conn) netip.AddrPort {
 }
 
 // reuse returns an idle connection with the given key, or nil if there is none.
-func (o *originPool) reuse(ctx context.Context, key string) (*originConn, error) {
+func (o *connPool) reuse(ctx context.Context, key string) (*pooledConn, error) {
 	for {
 		c := o.takeIdle(key)
 		if c == nil {
@@ -131,7 +131,7 @@ func (o *originPool) reuse(ctx context.Context, key string) (*originConn, error)
 			c.fresh, c.reused = false, true
 			if err := o.check(ctx, c); err != nil {
 				c.discard()
-				return nil, &dialError{err}
+				return nil, &DialError{err}
 			}
 			return c, nil
 		}
@@ -140,7 +140,7 @@ func (o *originPool) reuse(ctx context.Context, key string) (*originConn, error)
 }
 
 // check checks a connection that is about to be reused.
-func (o *originPool) check(ctx context.Context, c *originConn) error {
+func (o *connPool) check(ctx context.Context, c *pooledConn) error {
 	if o.recheck == nil {
 		return nil
 	}
@@ -156,17 +156,17 @@ func (o *originPool) check(ctx context.Context, c *originConn) error {
 // handshakeError is an error of the TLS handshake, after the connection was established.
 type handshakeError struct{ error }
 
-// asDialError wraps an error of a dialFunc as a dialError, unless it is a handshakeError,
+// asDialError wraps an error of a dialFunc as a DialError, unless it is a handshakeError,
 // which it unwraps.
 func asDialError(err error) error {
 	var failed *handshakeError
 	if errors.As(err, &failed) {
 		return failed.error
 	}
-	return &dialError{err}
+	return &DialError{err}
 }
 
-// overTLS returns a dialFunc that dials and performs a TLS handshake that offers the given
+// OverTLS returns a dialFunc that dials and performs a TLS handshake that offers the given
 // protocols.
 func overTLS(dial dialFunc, protocols ...string) dialFunc {
 	return func(ctx context.Context, authority string) (net.Conn, error) {
@@ -186,13 +186,13 @@ func overTLS(dial dialFunc, protocols ...string) dialFunc {
 }
 
 // has reports whether there is an idle connection with the given key.
-func (o *originPool) has(key string) bool {
+func (o *connPool) has(key string) bool {
 	_, ok := o.idle.Load(key)
 	return ok
 }
 
-func (o *originPool) takeIdle(key string) (c *originConn) {
-	o.idle.Compute(key, func(conns []*originConn, _ bool) ([]*originConn, xsync.ComputeOp) {
+func (o *connPool) takeIdle(key string) (c *pooledConn) {
+	o.idle.Compute(key, func(conns []*pooledConn, _ bool) ([]*pooledConn, xsync.ComputeOp) {
 		if len(conns) == 0 {
 			return nil, xsync.CancelOp
 		}
@@ -210,7 +210,7 @@ func (o *originPool) takeIdle(key string) (c *originConn) {
 }
 
 // put returns a connection to the pool. Its last response must have been read completely.
-func (o *originPool) put(c *originConn) {
+func (o *connPool) put(c *pooledConn) {
 	if c.r.Buffered() > 0 || o.closed.Load() {
 		c.discard() // closed pool, or the origin sent something unasked
 		return
@@ -220,14 +220,14 @@ func (o *originPool) put(c *originConn) {
 }
 
 // keep puts a connection without a reader into the pool.
-func (o *originPool) keep(c *originConn) {
+func (o *connPool) keep(c *pooledConn) {
 	c.idleSince = time.Now()
 	if o.count.Add(1) > maxIdleOrigins {
 		o.count.Add(-1)
 		_ = c.Close()
 		return
 	}
-	o.idle.Compute(cmp.Or(c.key, c.authority), func(conns []*originConn, _ bool) ([]*originConn, xsync.ComputeOp) {
+	o.idle.Compute(cmp.Or(c.key, c.authority), func(conns []*pooledConn, _ bool) ([]*pooledConn, xsync.ComputeOp) {
 		return append(conns, c), xsync.UpdateOp
 	})
 	o.sweepLater()
@@ -237,7 +237,7 @@ func (o *originPool) keep(c *originConn) {
 }
 
 // sweepLater schedules sweepIdle, unless it is already scheduled.
-func (o *originPool) sweepLater() {
+func (o *connPool) sweepLater() {
 	if !o.sweeping.Swap(true) {
 		time.AfterFunc(sweepInterval, o.sweepIdle)
 	}
@@ -245,21 +245,21 @@ func (o *originPool) sweepLater() {
 
 // sweepIdle closes connections that have been idle for too long or that the origin has
 // closed. It reschedules itself while any are left.
-func (o *originPool) sweepIdle() {
+func (o *connPool) sweepIdle() {
 	now := time.Now()
-	o.closeIdle(func(c *originConn) bool { return now.Sub(c.idleSince) >= maxIdleTime || !c.quiet() })
+	o.closeIdle(func(c *pooledConn) bool { return now.Sub(c.idleSince) >= maxIdleTime || !c.quiet() })
 	o.sweeping.Store(false)
 	if o.count.Load() > 0 {
 		o.sweepLater()
 	}
 }
 
-func (o *originPool) closeIdle(condition func(*originConn) bool) {
-	var closing []*originConn // closed outside the map operation: ending TLS may block
-	o.idle.Range(func(key string, _ []*originConn) bool {
-		o.idle.Compute(key, func(conns []*originConn, _ bool) ([]*originConn, xsync.ComputeOp) {
+func (o *connPool) closeIdle(condition func(*pooledConn) bool) {
+	var closing []*pooledConn // closed outside the map operation: ending TLS may block
+	o.idle.Range(func(key string, _ []*pooledConn) bool {
+		o.idle.Compute(key, func(conns []*pooledConn, _ bool) ([]*pooledConn, xsync.ComputeOp) {
 			before := len(closing)
-			conns = slices.DeleteFunc(slices.Clone(conns), func(c *originConn) bool {
+			conns = slices.DeleteFunc(slices.Clone(conns), func(c *pooledConn) bool {
 				if !condition(c) {
 					return false
 				}
@@ -280,25 +280,25 @@ func (o *originPool) closeIdle(condition func(*originConn) bool) {
 }
 
 // close closes all idle connections, and makes put and keep close those that become idle.
-func (o *originPool) close() {
+func (o *connPool) close() {
 	o.closed.Store(true)
-	o.closeIdle(func(*originConn) bool { return true })
+	o.closeIdle(func(*pooledConn) bool { return true })
 }
 
 // discard closes a busy connection and releases its reader.
-func (c *originConn) discard() {
+func (c *pooledConn) discard() {
 	_ = c.Close()
 	c.releaseReader()
 }
 
-func (c *originConn) releaseReader() {
+func (c *pooledConn) releaseReader() {
 	c.r.Reset(nil)
 	responseReaderPool.Put(c.r)
 	c.r = nil
 }
 
 // quiet reports whether an idle connection is still open and nothing has arrived on it.
-func (c *originConn) quiet() bool {
+func (c *pooledConn) quiet() bool {
 	switch conn := c.Conn.(type) {
 	case *net.TCPConn:
 		return tcpconn.IsQuiet(conn)

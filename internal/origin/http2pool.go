@@ -3,7 +3,7 @@
 
 //lint:file-ignore SA1019 net/http offers no way to ping an HTTP/2 connection, or to ask for its state
 
-package asyncproxy
+package origin
 
 import (
 	"context"
@@ -20,28 +20,28 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 )
 
-// http2OriginPool is a pool of connections to https origins that speak HTTP/2. Requests share
+// http2Pool is a pool of connections to https origins that speak HTTP/2. Requests share
 // its connections. It serves clients of one reach. If an origin turns out to speak HTTP/1,
 // the connection is put into http1, and the request fails with errNoHTTP2, so that the
 // caller sends it there.
 //
 // All methods are safe for concurrent use.
-type http2OriginPool struct {
+type http2Pool struct {
 	dial      dialFunc // includes the TLS handshake
-	http1     *originPool
+	http1     *connPool
 	recheck   recheckFunc // may be nil
 	transport *http2.Transport
-	times     *pingTimes
+	times     *PingTimes
 
 	mu     sync.Mutex
-	conns  map[string][]*http2Origin // by authority
-	byTLS  map[*http2.ClientConn]*http2Origin
+	conns  map[string][]*http2PooledConn // by authority
+	byTLS  map[*http2.ClientConn]*http2PooledConn
 	dials  map[string]*http2Dial // dials in progress, by authority
 	closed bool                  // close was called
 }
 
-// http2Origin is a connection to an origin.
-type http2Origin struct {
+// http2PooledConn is a connection to an origin.
+type http2PooledConn struct {
 	*http2Conn
 	authority string
 	to        netip.AddrPort // the remote address, if it is on this machine
@@ -61,10 +61,10 @@ type http2Dial struct {
 // cannot exhaust it.
 const streamWindow = 1 << 20
 
-func newHTTP2OriginPool(dial dialFunc, http1 *originPool) (*http2OriginPool, error) {
-	o := &http2OriginPool{
-		dial: overTLS(dial, "h2", "http/1.1"), http1: http1, times: &defaultPingTimes,
-		conns: make(map[string][]*http2Origin), byTLS: make(map[*http2.ClientConn]*http2Origin), dials: make(map[string]*http2Dial),
+func newHTTP2Pool(dial dialFunc, http1 *connPool) (*http2Pool, error) {
+	o := &http2Pool{
+		dial: overTLS(dial, "h2", "http/1.1"), http1: http1, times: &DefaultPings,
+		conns: make(map[string][]*http2PooledConn), byTLS: make(map[*http2.ClientConn]*http2PooledConn), dials: make(map[string]*http2Dial),
 	}
 	var err error
 	o.transport, err = newHTTP2Transport(o, &http.Transport{
@@ -83,7 +83,7 @@ var errNoHTTP2 = errors.New("the server does not speak HTTP/2")
 
 // GetClientConn implements http2.ClientConnPool. It returns a connection on which a stream
 // is reserved for the request.
-func (o *http2OriginPool) GetClientConn(r *http.Request, _ string) (*http2.ClientConn, error) {
+func (o *http2Pool) GetClientConn(r *http.Request, _ string) (*http2.ClientConn, error) {
 	c, err := o.get(r.Context(), r.URL.Host)
 	if err != nil {
 		return nil, err
@@ -96,13 +96,13 @@ func (o *http2OriginPool) GetClientConn(r *http.Request, _ string) (*http2.Clien
 
 // get returns a connection on which it has reserved a request: an existing one, or one that
 // this or another request dials.
-func (o *http2OriginPool) get(ctx context.Context, authority string) (*http2Origin, error) {
+func (o *http2Pool) get(ctx context.Context, authority string) (*http2PooledConn, error) {
 	for {
 		c, call, waits := o.find(authority)
 		switch {
 		case c != nil && o.recheck != nil:
 			if err := o.recheck(ctx, authority, c.conn.Conn, c.to); err != nil {
-				return nil, &dialError{err}
+				return nil, &DialError{err}
 			}
 			fallthrough
 		case c != nil:
@@ -126,7 +126,7 @@ func (o *http2OriginPool) get(ctx context.Context, authority string) (*http2Orig
 
 // find returns a connection that has room for a request, or else a dial. If waits is true,
 // the dial is in progress; otherwise the caller must perform it.
-func (o *http2OriginPool) find(authority string) (c *http2Origin, call *http2Dial, waits bool) {
+func (o *http2Pool) find(authority string) (c *http2PooledConn, call *http2Dial, waits bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for _, c := range o.conns[authority] {
@@ -142,7 +142,7 @@ func (o *http2OriginPool) find(authority string) (c *http2Origin, call *http2Dia
 }
 
 // open performs a dial, for one request and any others that wait for call.
-func (o *http2OriginPool) open(ctx context.Context, authority string, call *http2Dial) (c *http2Origin, err error) {
+func (o *http2Pool) open(ctx context.Context, authority string, call *http2Dial) (c *http2PooledConn, err error) {
 	defer func() {
 		o.mu.Lock()
 		delete(o.dials, authority)
@@ -156,7 +156,7 @@ func (o *http2OriginPool) open(ctx context.Context, authority string, call *http
 	}
 	secure := conn.(*tls.Conn)
 	if secure.ConnectionState().NegotiatedProtocol != "h2" {
-		kept := newOriginConn(conn, authority)
+		kept := newPooledConn(conn, authority)
 		kept.fresh = true
 		o.http1.keep(kept)
 		return nil, errNoHTTP2
@@ -166,14 +166,14 @@ func (o *http2OriginPool) open(ctx context.Context, authority string, call *http
 	if err != nil {
 		return nil, err
 	}
-	c = &http2Origin{http2Conn: client, authority: authority, to: localPeer(conn)}
+	c = &http2PooledConn{http2Conn: client, authority: authority, to: localPeer(conn)}
 	o.add(c)
 	return c, nil
 }
 
 // add reserves a request on a new connection, and puts it into the pool. If the pool is full
 // or closed, the connection serves only this request.
-func (o *http2OriginPool) add(c *http2Origin) {
+func (o *http2Pool) add(c *http2PooledConn) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	c.ReserveNewRequest() // if this fails, so will the request
@@ -185,26 +185,26 @@ func (o *http2OriginPool) add(c *http2Origin) {
 }
 
 // MarkDead implements http2.ClientConnPool.
-func (o *http2OriginPool) MarkDead(conn *http2.ClientConn) {
+func (o *http2Pool) MarkDead(conn *http2.ClientConn) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.remove(conn)
 }
 
-func (o *http2OriginPool) remove(conn *http2.ClientConn) {
+func (o *http2Pool) remove(conn *http2.ClientConn) {
 	c, ok := o.byTLS[conn]
 	if !ok {
 		return
 	}
 	delete(o.byTLS, conn)
-	rest := slices.DeleteFunc(o.conns[c.authority], func(other *http2Origin) bool { return other == c })
+	rest := slices.DeleteFunc(o.conns[c.authority], func(other *http2PooledConn) bool { return other == c })
 	if o.conns[c.authority] = rest; len(rest) == 0 {
 		delete(o.conns, c.authority)
 	}
 }
 
 // count returns the number of idle connections.
-func (o *http2OriginPool) count() (n int) {
+func (o *http2Pool) count() (n int) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for conn := range o.byTLS {
@@ -221,7 +221,7 @@ func isIdle(conn *http2.ClientConn) bool {
 }
 
 // close closes all idle connections, and makes the others close when they become idle.
-func (o *http2OriginPool) close() {
+func (o *http2Pool) close() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.closed = true

@@ -1,0 +1,103 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Package origin sends requests to origins on connections that it keeps for later requests.
+// It offers a Client, which picks HTTP/2 or HTTP/1 for each Exchange, retries what may be
+// retried, and limits how long an origin may let its client wait. It knows neither the
+// responses of the proxy itself nor its parents: to a parent leads a Client with another dial
+// function.
+package origin
+
+import (
+	"bufio"
+	"context"
+	"net"
+	"time"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+)
+
+// Config says how a Client connects to origins, and what it tells of them.
+type Config struct {
+	Dial    dialFunc
+	Recheck recheckFunc // may be nil
+	Limits  *Limits
+
+	// Address is the host and port of the only server that the client connects to, such as
+	// a parent proxy. If it is "", each request names an origin.
+	Address string
+	// Explain returns what a failed exchange with that server is to be reported as. unread
+	// is what it sent. Explain may be nil.
+	Explain func(err error, unread *bufio.Reader) error
+}
+
+// Limits limit how long an exchange with an origin may take.
+type Limits struct {
+	HeaderTimeout  time.Duration // for the head of a response; <= 0: none
+	ContentTimeout time.Duration // how long a response may wait for content; <= 0: forever
+	ContentGrace   time.Duration // how long a response may wait before it counts as a tunnel
+	Pings          PingTimes
+
+	Admit   func(client.Key) bool // counts a response as a tunnel of the client, unless a limit forbids it
+	Release func(client.Key)      // ends that
+	Exit    context.Context       // ends when responses that wait have to end
+}
+
+// ContentGrace is how long an origin may send nothing before the response counts as a
+// tunnel.
+const ContentGrace = 10 * time.Second
+
+// Client sends requests to origins, over HTTP/2 to those that speak it over TLS and
+// over HTTP/1 to all others. It keeps idle connections for later requests. A client serves
+// requests that may go to the same destinations, because they share its connections.
+//
+// All methods are safe for concurrent use.
+type Client struct {
+	plain   *connPool
+	secure  *connPool // https origins without HTTP/2, and upgrades
+	http2   *http2Pool
+	limits  *Limits
+	explain func(err error, unread *bufio.Reader) error
+}
+
+// NewClient returns a client without connections.
+func NewClient(config Config) (*Client, error) {
+	c := &Client{
+		plain: newPool(config.Dial), secure: newPool(overTLS(config.Dial, "http/1.1")),
+		limits: config.Limits, explain: config.Explain,
+	}
+	var err error
+	if c.http2, err = newHTTP2Pool(config.Dial, c.secure); err != nil {
+		return nil, err
+	}
+	c.plain.address, c.http2.times = config.Address, &config.Limits.Pings
+	c.plain.recheck, c.secure.recheck, c.http2.recheck = config.Recheck, config.Recheck, config.Recheck
+	return c, nil
+}
+
+// NewExchange returns an exchange with the origin of a request, which begins with Do. It ends
+// early when ctx ends.
+func (c *Client) NewExchange(ctx context.Context, request *Request) *Exchange {
+	return &Exchange{Request: request, client: c, ctx: ctx, limits: c.limits} // inlined, so that it need not be on the heap
+}
+
+// Idle returns the number of idle connections.
+func (c *Client) Idle() int {
+	return int(c.plain.count.Load()+c.secure.count.Load()) + c.http2.count()
+}
+
+// IdleTo returns the idle connections without TLS to an authority.
+func (c *Client) IdleTo(authority string) (conns []net.Conn) {
+	idle, _ := c.plain.idle.Load(authority)
+	for _, conn := range idle {
+		conns = append(conns, conn.Conn)
+	}
+	return conns
+}
+
+// Close closes all idle connections, and makes those that become idle close.
+func (c *Client) Close() {
+	c.plain.close()
+	c.secure.close()
+	c.http2.close()
+}
