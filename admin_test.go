@@ -40,7 +40,9 @@ func TestAdminAPI(t *testing.T) {
 	if !apart(t) {
 		return
 	}
-	c := binaryStart(t, binaryOptions{global: "servers {\ntrusted_proxies static 127.0.0.1/32\n}", site: "clients all\nburst 3\nrefill 0.00001\nallow 127.0.0.0/8"})
+	c := binaryStart(t, binaryOptions{global: `servers {
+	trusted_proxies static 127.0.0.1/32
+}`, site: "clients all\nburst 3\nrefill 0.00001\nallow 127.0.0.0/8"})
 	origin := listen(t, func(conn *net.TCPConn) {
 		_, _ = conn.Read(make([]byte, 1000))
 		_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 100\r\nConnection: close\r\n\r\n"+strings.Repeat("x", 100))

@@ -43,7 +43,14 @@ func TestAllocations(t *testing.T) {
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			w := newWorld(t, row.options, nil)
-			loadCaddyfile(t, "{\n\tadmin off\n\tpersist_config off\n\tlog {\n\t\tlevel ERROR\n\t}\n}\n"+w.site(row.options))
+			loadCaddyfile(t, `{
+	admin off
+	persist_config off
+	log {
+		level ERROR
+	}
+}
+`+w.site(row.options))
 			request := []byte(fmt.Sprintf("%s %s HTTP/1.1\r\nHost: %s\r\nUser-Agent: test\r\n\r\n", row.method, map[bool]string{true: origin, false: "http://" + origin + "/"}[row.method == http.MethodConnect], origin))
 			answer := make([]byte, 4<<10)
 			var c net.Conn

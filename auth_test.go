@@ -30,7 +30,11 @@ import (
 
 // authUsers are options with two users: alice, password wonderland, and bob, password
 // builder. The test hash replaces real ones, which are slow.
-const authUsers = "basic_auth counting Office {\nalice $wonderland\nbob $builder\n}\n"
+const authUsers = `basic_auth counting Office {
+	alice $wonderland
+	bob $builder
+}
+`
 
 // bcryptUsers is the same for processes without the tests' hash.
 var bcryptUsers = func() string {

@@ -163,7 +163,18 @@ func startBench(b *testing.B, site, log string) benchProxy {
 			log = "file " + filepath.Join(dir, "caddy.log")
 		}
 		_, port, _ := net.SplitHostPort(address)
-		text := fmt.Sprintf("{\n\tadmin off\n\tpersist_config off\n\tlog {\n\t\toutput %s\n\t}\n}\nhttp://:%s {\n\tbind 127.0.0.1\n\t%s\n}\n", log, port, site)
+		text := fmt.Sprintf(`{
+	admin off
+	persist_config off
+	log {
+		output %s
+	}
+}
+http://:%s {
+	bind 127.0.0.1
+	%s
+}
+`, log, port, site)
 		if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 			b.Fatal(err)
 		}

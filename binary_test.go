@@ -120,11 +120,26 @@ func binaryListens(address string) bool {
 
 // caddyfile returns a config with the given options of async_proxy.
 func (c *binaryCaddy) caddyfile(site string) string {
-	text := fmt.Sprintf("{\n\tadmin %s\n\tpersist_config off\n\tskip_install_trust\n\tauto_https disable_redirects\n\tdefault_bind 127.0.0.1\n\t%s\n\tlog {\n\t\toutput file %s\n\t\tformat json\n\t}\n}\n%s",
+	text := fmt.Sprintf(`{
+	admin %s
+	persist_config off
+	skip_install_trust
+	auto_https disable_redirects
+	default_bind 127.0.0.1
+	%s
+	log {
+		output file %s
+		format json
+	}
+}
+%s`,
 		c.admin, c.options.global, c.logs, c.site(site))
 	if c.options.secure {
 		text += strings.Replace(strings.Replace(c.site(site), "http://"+strings.TrimPrefix(c.proxy, "127.0.0.1"),
-			"https://"+strings.TrimPrefix(c.secure, "127.0.0.1"), 1), "async_proxy", "tls internal {\n\t\ton_demand\n\t}\n\tasync_proxy", 1)
+			"https://"+strings.TrimPrefix(c.secure, "127.0.0.1"), 1), "async_proxy", `tls internal {
+	on_demand
+}
+async_proxy`, 1)
 	}
 	return text
 }

@@ -46,7 +46,17 @@ func TestChromium(t *testing.T) {
 		}
 	}))
 	_, port, _ := net.SplitHostPort(w.proxy)
-	w.load(fmt.Sprintf("https://:%s {\n\ttls internal {\n\t\ton_demand\n\t}\n\tasync_proxy {\n\t\thosts proxy.test\n\t\tburst 1000\n\t\trefill 1000\n\t}\n}\n", port))
+	w.load(fmt.Sprintf(`https://:%s {
+	tls internal {
+		on_demand
+	}
+	async_proxy {
+		hosts proxy.test
+		burst 1000
+		refill 1000
+	}
+}
+`, port))
 
 	profile, err := os.MkdirTemp("", "async-proxy-test-chromium")
 	if err != nil {

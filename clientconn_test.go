@@ -74,7 +74,13 @@ func TestClientConnFastPath(t *testing.T) {
 	_, port, _ := strings.Cut(w.proxy, ":")
 	_, other, _ := strings.Cut(freeAddress(t), ":")
 	socket := filepath.Join(t.TempDir(), "socket")
-	const site = "http://:PORT {\nasync_proxy {\nburst 1000000\nrefill 1000000\n}\n}\n"
+	const site = `http://:PORT {
+	async_proxy {
+		burst 1000000
+		refill 1000000
+	}
+}
+`
 	with := func(lines string) string { return strings.Replace(site, "{\n", "{\n"+lines+"\n", 1) }
 	servers := func(lines string) string { return "{\nservers {\n" + lines + "\n}\n}\n" + site }
 	for _, row := range []struct {
@@ -93,23 +99,50 @@ func TestClientConnFastPath(t *testing.T) {
 		{"no wrapper", servers("protocols h1 h2"), 0},
 		{"in a route, where there is none", inRoute(strings.Replace(site, "async", "\tasync", 1)), 0},
 		{"access log", with("log"), 0},
-		{"metrics", "{\nmetrics\n}\n" + site, 0},
+		{"metrics", `{
+	metrics
+}
+` + site, 0},
 		{"metrics of the server", servers(withWrapper + "metrics"), 0},
-		{"handle_errors", with("handle_errors {\nrespond no\n}"), 0},
+		{"handle_errors", with(`handle_errors {
+	respond no
+}`), 0},
 		{"a matcher", strings.Replace(with("@get method GET"), "async_proxy", "async_proxy @get", 1), 0},
 		{"a matcher, and the wrapper", "{\nservers {\n" + withWrapper + "\n}\n}\n" + strings.Replace(with("@get method GET"), "async_proxy", "async_proxy @get", 1), 0},
 		{"a matcher around it", "{\nservers {\n" + withWrapper + "\n}\n}\n" + strings.Replace(with("@get method GET"), "async_proxy", "handle @get {\nasync_proxy", 1) + "}\n", 0},
 		{"a handler before it", with("request_header X-Y z"), 0},
-		{"another site", site + "http://www.example.com:PORT {\nrespond hello\n}\n", 0},
-		{"a timeout for content", servers(withWrapper + "timeouts {\nread_body 1m\n}"), 0},
-		{"a timeout for responses", servers(withWrapper + "timeouts {\nwrite 1m\n}"), 0},
-		{"a rate for content", servers(withWrapper + "timeouts {\nread_body_idle 1m 100\n}"), 0},
-		{"a rate for responses", servers(withWrapper + "timeouts {\nwrite_idle 1m 100\n}"), 0},
+		{"another site", site + `http://www.example.com:PORT {
+	respond hello
+}
+`, 0},
+		{"a timeout for content", servers(withWrapper + `timeouts {
+	read_body 1m
+}`), 0},
+		{"a timeout for responses", servers(withWrapper + `timeouts {
+	write 1m
+}`), 0},
+		{"a rate for content", servers(withWrapper + `timeouts {
+	read_body_idle 1m 100
+}`), 0},
+		{"a rate for responses", servers(withWrapper + `timeouts {
+	write_idle 1m 100
+}`), 0},
 		{"names with an underscore", servers(withWrapper + "expected_underscore_headers A_b"), 0},
 		{"names with a dot", servers(withWrapper + "expected_dot_headers A.b"), 0},
-		{"an address without HTTP/1.1", with("bind 127.0.0.1 {\nprotocols h1\n}\nbind 127.0.0.2 {\nprotocols h2c\n}"), 0},
-		{"PROXY protocol", servers("listener_wrappers {\nproxy_protocol\nasync_proxy\n}"), 0},
-		{"PROXY protocol after the wrapper", servers("listener_wrappers {\nasync_proxy\nproxy_protocol\n}"), 0},
+		{"an address without HTTP/1.1", with(`bind 127.0.0.1 {
+	protocols h1
+}
+bind 127.0.0.2 {
+	protocols h2c
+}`), 0},
+		{"PROXY protocol", servers(`listener_wrappers {
+	proxy_protocol
+	async_proxy
+}`), 0},
+		{"PROXY protocol after the wrapper", servers(`listener_wrappers {
+	async_proxy
+	proxy_protocol
+}`), 0},
 		{"another wrapper", servers(strings.Replace(withWrapper, "async_proxy", "async_proxy\ntls\nhttp_redirect", 1)), 0},
 		{"a Unix socket", with("bind unix/" + socket), 0},
 	} {
@@ -597,7 +630,9 @@ func TestClientConnStalledWrites(t *testing.T) {
 			time.Sleep(400 * time.Millisecond)
 		}
 	}))
-	loadCaddyfile(t, withServers(w.globals()+w.site(""), withWrapper+"timeouts {\nwrite_idle 200ms\n}"))
+	loadCaddyfile(t, withServers(w.globals()+w.site(""), withWrapper+`timeouts {
+	write_idle 200ms
+}`))
 	c := w.dial()
 	for i := range 2 { // the first one by net/http
 		if body := c.gets(w.origin.URL + "/slow"); body != "first " {

@@ -21,7 +21,10 @@ import (
 )
 
 // withWrapper is the servers options to add when a server has others.
-const withWrapper = "listener_wrappers {\nasync_proxy\n}\n"
+const withWrapper = `listener_wrappers {
+	async_proxy
+}
+`
 
 // A Caddyfile adds the listener wrapper wherever it can be of use.
 func TestListenerWrapperFromCaddyfile(t *testing.T) {
@@ -29,17 +32,67 @@ func TestListenerWrapperFromCaddyfile(t *testing.T) {
 		name, caddyfile string
 		want            []int // number of wrappers of each server
 	}{
-		{"alone", "http://:8080 {\nasync_proxy\n}", []int{1}},
-		{"two servers", "http://:8080 {\nasync_proxy\n}\nhttp://:8081 {\nasync_proxy\n}", []int{1, 1}},
-		{"one of two servers", "http://:8080 {\nasync_proxy\n}\nhttp://:8081 {\nrespond hello\n}", []int{1, 0}},
-		{"two sites", "http://a.example:8080 {\nasync_proxy\n}\nhttp://b.example:8080 {\nasync_proxy\n}", []int{2}},
-		{"by import", "(proxy) {\nasync_proxy\n}\nhttp://:8080 {\nimport proxy\n}", []int{1}},
-		{"a matcher", "http://:8080 {\n@get method GET\nasync_proxy @get\n}", []int{1}},
-		{"in route", "http://:8080 {\nroute {\nasync_proxy\n}\n}", []int{0}},
-		{"in handle", "http://:8080 {\nhandle {\nasync_proxy\n}\n}", []int{0}},
-		{"in a route and outside", "http://:8080 {\nroute /a {\nasync_proxy\n}\nasync_proxy\n}", []int{1}},
-		{"in a named route", "&(proxy) {\nasync_proxy\n}\nhttp://:8080 {\ninvoke proxy\n}", []int{0}},
-		{"options of the server", "{\nservers {\nmax_header_size 1MB\n}\n}\nhttp://:8080 {\nasync_proxy\n}", []int{0}},
+		{"alone", `http://:8080 {
+	async_proxy
+}`, []int{1}},
+		{"two servers", `http://:8080 {
+	async_proxy
+}
+http://:8081 {
+	async_proxy
+}`, []int{1, 1}},
+		{"one of two servers", `http://:8080 {
+	async_proxy
+}
+http://:8081 {
+	respond hello
+}`, []int{1, 0}},
+		{"two sites", `http://a.example:8080 {
+	async_proxy
+}
+http://b.example:8080 {
+	async_proxy
+}`, []int{2}},
+		{"by import", `(proxy) {
+	async_proxy
+}
+http://:8080 {
+	import proxy
+}`, []int{1}},
+		{"a matcher", `http://:8080 {
+	@get method GET
+	async_proxy @get
+}`, []int{1}},
+		{"in route", `http://:8080 {
+	route {
+		async_proxy
+	}
+}`, []int{0}},
+		{"in handle", `http://:8080 {
+	handle {
+		async_proxy
+	}
+}`, []int{0}},
+		{"in a route and outside", `http://:8080 {
+	route /a {
+		async_proxy
+	}
+	async_proxy
+}`, []int{1}},
+		{"in a named route", `&(proxy) {
+	async_proxy
+}
+http://:8080 {
+	invoke proxy
+}`, []int{0}},
+		{"options of the server", `{
+	servers {
+		max_header_size 1MB
+	}
+}
+http://:8080 {
+	async_proxy
+}`, []int{0}},
 		{"named in them", "{\nservers {\n" + withWrapper + "}\n}\nhttp://:8080 {\nasync_proxy\n}", []int{1}},
 	} {
 		t.Run(row.name, func(t *testing.T) {
@@ -68,8 +121,10 @@ func TestListenerWrapperFromCaddyfile(t *testing.T) {
 		})
 	}
 	for wrapper, want := range map[string]string{
-		"async_proxy burst":            "wrong argument count or unexpected line ending after 'burst', at Caddyfile:4",
-		"async_proxy {\n\tburst 10\n}": "the listener wrapper async_proxy has no options, at Caddyfile:5",
+		"async_proxy burst": "wrong argument count or unexpected line ending after 'burst', at Caddyfile:4",
+		`async_proxy {
+	burst 10
+}`: "the listener wrapper async_proxy has no options, at Caddyfile:5",
 	} {
 		_, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte("{\nservers {\nlistener_wrappers {\n"+wrapper+"\n}\n}\n}\nhttp://:8080 {\nasync_proxy\n}"), map[string]any{"filename": "Caddyfile"})
 		if err == nil || !strings.Contains(err.Error(), want) {
@@ -149,7 +204,9 @@ func TestListenerNewConnsAtReload(t *testing.T) {
 // then gets net/http's response.
 func TestListenerNewConnsTimeOut(t *testing.T) {
 	w := newWorld(t, "", nil)
-	loadCaddyfile(t, withServers(w.globals()+w.site(""), withWrapper+"timeouts {\nread_header 500ms\n}"))
+	loadCaddyfile(t, withServers(w.globals()+w.site(""), withWrapper+`timeouts {
+	read_header 500ms
+}`))
 	start := time.Now() // the earliest start of their timeouts
 	silent, half, bytewise := w.dial(), w.dial(), w.dial()
 	half.send("GET http://a")

@@ -30,10 +30,18 @@ var clientSites = []struct {
 	open    bool   // any client may use the proxy
 }{
 	{"async_proxy", "private_ranges", false},
-	{"async_proxy {\nclients all\n}", "all", true},
-	{"async_proxy {\nclients 10.0.0.0/8 all\n}", "10.0.0.0/8 all", true},
-	{"async_proxy {\nclients 10.0.0.0/8 0.0.0.0/0\n}", "10.0.0.0/8 0.0.0.0/0", true},
-	{"async_proxy {\nclients 10.0.0.0/8\n}", "10.0.0.0/8", false},
+	{`async_proxy {
+	clients all
+}`, "all", true},
+	{`async_proxy {
+	clients 10.0.0.0/8 all
+}`, "10.0.0.0/8 all", true},
+	{`async_proxy {
+	clients 10.0.0.0/8 0.0.0.0/0
+}`, "10.0.0.0/8 0.0.0.0/0", true},
+	{`async_proxy {
+	clients 10.0.0.0/8
+}`, "10.0.0.0/8", false},
 	{"async_proxy {\n" + authUsers + "}", "all", false},
 	{"async_proxy {\nclients all\n" + authUsers + "}", "all", false},
 	{bcryptUsers + "\nasync_proxy", "all", false},
@@ -43,23 +51,73 @@ var clientSites = []struct {
 	// A matcher for addresses counts as the operator's choice of clients; other matchers do
 	// not.
 	{"@known remote_ip 203.0.113.0/24\nasync_proxy @known", "all", false},
-	{"@known client_ip 203.0.113.0/24\nhandle @known {\nasync_proxy\n}", "all", false},
-	{"@known client_ip 203.0.113.0/24\nasync_proxy @known {\nclients all\n}", "all", false},
+	{`@known client_ip 203.0.113.0/24
+handle @known {
+	async_proxy
+}`, "all", false},
+	{`@known client_ip 203.0.113.0/24
+async_proxy @known {
+	clients all
+}`, "all", false},
 	{"@get method GET CONNECT\nasync_proxy @get", "private_ranges", false},
 	{"@all remote_ip 0.0.0.0/0 ::/0\nasync_proxy @all", "private_ranges", false},
 	{"@others not remote_ip 192.0.2.1\nasync_proxy @others", "private_ranges", false},
 	{"@office remote_ip 203.0.113.0/24\nheader @office X-A b\nasync_proxy", "private_ranges", false},
-	{"@one {\nremote_ip 203.0.113.0/24\n}\n@two method GET\nroute @two {\nrespond @one hello\nasync_proxy\n}", "private_ranges", false},
+	{`@one {
+	remote_ip 203.0.113.0/24
+}
+@two method GET
+route @two {
+	respond @one hello
+	async_proxy
+}`, "private_ranges", false},
 	// A handler that rejects all but certain clients counts if it comes first and ends the
 	// request.
-	{"@others not remote_ip 203.0.113.0/24\nabort @others\nroute {\nasync_proxy\n}", "private_ranges", false},
-	{"route {\n@others not remote_ip 203.0.113.0/24\nabort @others\nasync_proxy\n}", "all", false},
-	{"route {\n@others not client_ip 203.0.113.0/24\nhandle @others {\nerror 403\n}\nasync_proxy\n}", "all", false},
-	{"route {\n@others not client_ip 203.0.113.0/24\nrespond @others 103\nasync_proxy\n}", "private_ranges", false},
-	{"route {\n@others not client_ip 203.0.113.0/24\nrespond @others \"\" {env.NO_SUCH_STATUS}\nasync_proxy\n}", "private_ranges", false},
-	{"route {\n@others not remote_ip 203.0.113.0/24\nheader @others X-A b\nasync_proxy\n}", "private_ranges", false},
-	{"route {\n@others {\nnot remote_ip 203.0.113.0/24\npath /private/*\n}\nabort @others\nasync_proxy\n}", "private_ranges", false},
-	{"route {\n@bad remote_ip 192.0.2.1\nabort @bad\nasync_proxy\n}", "private_ranges", false},
+	{`@others not remote_ip 203.0.113.0/24
+abort @others
+route {
+	async_proxy
+}`, "private_ranges", false},
+	{`route {
+	@others not remote_ip 203.0.113.0/24
+	abort @others
+	async_proxy
+}`, "all", false},
+	{`route {
+	@others not client_ip 203.0.113.0/24
+	handle @others {
+		error 403
+	}
+	async_proxy
+}`, "all", false},
+	{`route {
+	@others not client_ip 203.0.113.0/24
+	respond @others 103
+	async_proxy
+}`, "private_ranges", false},
+	{`route {
+	@others not client_ip 203.0.113.0/24
+	respond @others "" {env.NO_SUCH_STATUS}
+	async_proxy
+}`, "private_ranges", false},
+	{`route {
+	@others not remote_ip 203.0.113.0/24
+	header @others X-A b
+	async_proxy
+}`, "private_ranges", false},
+	{`route {
+	@others {
+		not remote_ip 203.0.113.0/24
+		path /private/*
+	}
+	abort @others
+	async_proxy
+}`, "private_ranges", false},
+	{`route {
+	@bad remote_ip 192.0.2.1
+	abort @bad
+	async_proxy
+}`, "private_ranges", false},
 	// A request takes only one route of a group: the second is no gate.
 	{"route {\nhandle /x {\nheader X-A b\n}\nhandle {\n" + bcryptUsers + "}\nasync_proxy\n}", "private_ranges", false},
 	{"invoke proxy", "private_ranges", false},
@@ -71,9 +129,15 @@ var clientSites = []struct {
 // clientSite returns a Caddyfile with one of the sites.
 func clientSite(w *world, site string) string {
 	_, port, _ := strings.Cut(w.proxy, ":")
-	text := fmt.Sprintf("http://:%s {\n%s\n}\n", port, site)
+	text := fmt.Sprintf(`http://:%s {
+	%s
+}
+`, port, site)
 	if strings.Contains(site, "invoke") {
-		text = "&(proxy) {\nasync_proxy\n}\n" + text
+		text = `&(proxy) {
+	async_proxy
+}
+` + text
 	}
 	return withServers(w.globals()+text, withWrapper+"trusted_proxies static 127.0.0.1\ntrusted_proxies_strict")
 }
@@ -111,12 +175,34 @@ func TestClientsByDefault(t *testing.T) {
 	const private = "127.0.0.1 127.1.2.3 10.1.2.3 192.168.7.8 172.31.0.1 ::1 fd12::1 ::ffff:10.1.2.3"
 	const public = "203.0.113.9 8.8.8.8 172.32.0.1 2001:db8::1 2606:4700::1 ::ffff:8.8.8.8 100.64.0.1 169.254.1.1"
 	for _, tc := range []struct{ site, admitted, refused string }{
-		{"async_proxy {\nallow 127.0.0.0/8\n}", private, public},
-		{"route {\nasync_proxy {\nallow 127.0.0.0/8\n}\n}", private, public},
-		{"@other method DELETE\nasync_proxy @other\nasync_proxy {\nallow 127.0.0.0/8\n}", private, public},
-		{"async_proxy {\nallow 127.0.0.0/8\nclients all\n}", private + " " + public, ""},
-		{"async_proxy {\nallow 127.0.0.0/8\nclients 203.0.113.0/24\n}", "203.0.113.9", "127.0.0.1 8.8.8.8 2001:db8::1"},
-		{"@office client_ip 203.0.113.0/24\nasync_proxy @office {\nallow 127.0.0.0/8\n}\nasync_proxy {\nallow 127.0.0.0/8\n}",
+		{`async_proxy {
+	allow 127.0.0.0/8
+}`, private, public},
+		{`route {
+	async_proxy {
+		allow 127.0.0.0/8
+	}
+}`, private, public},
+		{`@other method DELETE
+async_proxy @other
+async_proxy {
+	allow 127.0.0.0/8
+}`, private, public},
+		{`async_proxy {
+	allow 127.0.0.0/8
+	clients all
+}`, private + " " + public, ""},
+		{`async_proxy {
+	allow 127.0.0.0/8
+	clients 203.0.113.0/24
+}`, "203.0.113.9", "127.0.0.1 8.8.8.8 2001:db8::1"},
+		{`@office client_ip 203.0.113.0/24
+async_proxy @office {
+	allow 127.0.0.0/8
+}
+async_proxy {
+	allow 127.0.0.0/8
+}`,
 			"203.0.113.9 " + private, "8.8.8.8 2001:db8::1"},
 	} {
 		site := strings.ReplaceAll(tc.site, "async_proxy {", "async_proxy {\nburst 1000000\nrefill 1000000")
@@ -148,7 +234,12 @@ func TestClientsByDefault(t *testing.T) {
 // The option takes effect on a reload, also for open connections.
 func TestClientsAfterAReload(t *testing.T) {
 	w := newWorld(t, "", nil)
-	const site = "async_proxy {\nallow 127.0.0.0/8\nburst 1000000\nrefill 1000000\nCLIENTS\n}"
+	const site = `async_proxy {
+	allow 127.0.0.0/8
+	burst 1000000
+	refill 1000000
+	CLIENTS
+}`
 	load := func(clients string) { loadCaddyfile(t, clientSite(w, strings.Replace(site, "CLIENTS", clients, 1))) }
 	load("clients all")
 	c := w.dial()
@@ -210,7 +301,10 @@ func TestWarnsAboutPasswordsWithoutTLS(t *testing.T) {
 		{"http://:PORT {\nbind 0.0.0.0\nasync_proxy {\n" + bcryptUsers + "}\n}", true},
 		{"http://:PORT {\nbind ::\nasync_proxy {\n" + bcryptUsers + "}\n}", true},
 		{"http://:PORT {\nbind 127.0.0.1 0.0.0.0\nasync_proxy {\n" + bcryptUsers + "}\n}", true},
-		{"http://:PORT {\nbind 0.0.0.0\nasync_proxy\n}", false},
+		{`http://:PORT {
+	bind 0.0.0.0
+	async_proxy
+}`, false},
 		{"http://:PORT {\nbind 127.0.0.1\nasync_proxy {\n" + bcryptUsers + "}\n}", false},
 		{"http://:PORT {\nbind localhost\nasync_proxy {\n" + bcryptUsers + "}\n}", false},
 		{"http://:PORT {\nbind unix/" + t.TempDir() + "/socket\nasync_proxy {\n" + bcryptUsers + "}\n}", false},

@@ -71,7 +71,12 @@ func (w *world) site(options string) string {
 			options += "\n" + option + " 1000000"
 		}
 	}
-	return fmt.Sprintf("http://%s {\n\tasync_proxy {\n\t\t%s\n\t}\n}\n", strings.TrimPrefix(w.proxy, "127.0.0.1"), options)
+	return fmt.Sprintf(`http://%s {
+	async_proxy {
+		%s
+	}
+}
+`, strings.TrimPrefix(w.proxy, "127.0.0.1"), options)
 }
 
 // inRoute makes Caddy's HTTP server serve a site's connections: nested in another

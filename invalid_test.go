@@ -72,7 +72,9 @@ func TestFirstContact(t *testing.T) {
 		secure = append(secure, row)
 	}
 	for setup, options := range map[string]tunnelSetup{
-		"served by the proxy": {}, "access log": {site: "log"}, "metrics": {global: "metrics"}, "wrapper above TLS": {servers: "listener_wrappers {\nasync_proxy\n}"}, "HTTP/1 alone": {site: "log", protocols: "h1"},
+		"served by the proxy": {}, "access log": {site: "log"}, "metrics": {global: "metrics"}, "wrapper above TLS": {servers: `listener_wrappers {
+	async_proxy
+}`}, "HTTP/1 alone": {site: "log", protocols: "h1"},
 	} {
 		w := newTunnelWorld(t, options)
 		for address, rows := range map[string][]struct {
@@ -132,7 +134,13 @@ func TestFirstContactOfClients(t *testing.T) {
 
 // Wrappers in front may consume their own first bytes before HTTP or TLS begins.
 func TestFirstContactBehindOtherWrappers(t *testing.T) {
-	w := newTunnelWorld(t, tunnelSetup{servers: "listener_wrappers {\nasync_proxy\nproxy_protocol {\nallow 127.0.0.0/8\n}\ntls\n}"})
+	w := newTunnelWorld(t, tunnelSetup{servers: `listener_wrappers {
+	async_proxy
+	proxy_protocol {
+		allow 127.0.0.0/8
+	}
+	tls
+}`})
 	for _, protocol := range []string{"h1", "h1-tls"} {
 		c := w.client(t, protocol)
 		c.preface = "\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x0c\x7f\x00\x00\x09\x7f\x00\x00\x01\x12\x67\x00\x50"

@@ -263,10 +263,15 @@ func TestAnswersOfTheSharedLimiter(t *testing.T) {
 
 func TestCaddyfileLimiter(t *testing.T) {
 	for directive, want := range map[string]any{
-		"limiter test":                       map[string]any{"module": "test"},
-		"limiter test hello":                 map[string]any{"module": "test", "word": "hello"},
-		"limiter test {\nword hello\n}":      map[string]any{"module": "test", "word": "hello"},
-		"limiter test a {\nword b\n}\nvia a": map[string]any{"module": "test", "word": "b"},
+		"limiter test":       map[string]any{"module": "test"},
+		"limiter test hello": map[string]any{"module": "test", "word": "hello"},
+		`limiter test {
+	word hello
+}`: map[string]any{"module": "test", "word": "hello"},
+		`limiter test a {
+	word b
+}
+via a`: map[string]any{"module": "test", "word": "b"},
 	} {
 		got := handlers(t, ":8080 {\nasync_proxy {\nburst 5\n"+directive+"\nrefill 3\n}\n}")
 		if len(got) != 1 || fmt.Sprint(got[0]["limiter"]) != fmt.Sprint(want) || got[0]["refill"] != 3.0 {
@@ -275,10 +280,12 @@ func TestCaddyfileLimiter(t *testing.T) {
 	}
 	const expected = "expected a limiter that this Caddy is built with; for redis, build it with --with github.com/asyncproxy/caddy-async-proxy/redis"
 	for directive, want := range map[string]string{
-		"limiter":                       "limiter: missing value; " + expected + ", at Caddyfile:3",
-		"limiter nonsense":              "limiter: this build has no module http.async_proxy.limiters.nonsense; " + expected + ", at Caddyfile:3",
-		"limiter test\nlimiter test":    "limiter: the option is already set at Caddyfile:3; expected it once, at Caddyfile:4",
-		"limiter test {\nnonsense a\n}": "unrecognized option 'nonsense', at Caddyfile:4",
+		"limiter":                    "limiter: missing value; " + expected + ", at Caddyfile:3",
+		"limiter nonsense":           "limiter: this build has no module http.async_proxy.limiters.nonsense; " + expected + ", at Caddyfile:3",
+		"limiter test\nlimiter test": "limiter: the option is already set at Caddyfile:3; expected it once, at Caddyfile:4",
+		`limiter test {
+	nonsense a
+}`: "unrecognized option 'nonsense', at Caddyfile:4",
 	} {
 		_, _, err := adapt(":8080 {\nasync_proxy {\n"+directive+"\n}\n}\n", "Caddyfile")
 		if want := "parsing caddyfile tokens for 'async_proxy': " + want; err == nil || err.Error() != want {

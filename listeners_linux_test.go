@@ -29,7 +29,11 @@ func TestPolicyListenersInherited(t *testing.T) {
 	}
 	inherited = append(inherited, file)
 	w := newWorld(t, "", nil)
-	w.load(w.site("allow 127.0.0.0/8") + fmt.Sprintf("http://a.example {\n\tbind fd/%d\n\tasync_proxy\n}\n", file.Fd()))
+	w.load(w.site("allow 127.0.0.0/8") + fmt.Sprintf(`http://a.example {
+	bind fd/%d
+	async_proxy
+}
+`, file.Fd()))
 	policyOpen(t, w.proxy, http.MethodConnect, ln.Addr().String(), "", "") // another site's socket
 	w.load(strings.Replace(w.site("allow 127.0.0.0/8"), "async_proxy", fmt.Sprintf("bind 127.0.0.1 fd/%d\n\tasync_proxy", file.Fd()), 1))
 	policyDenied(t, w.proxy, http.MethodConnect, ln.Addr().String(), "")

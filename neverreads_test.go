@@ -48,8 +48,21 @@ func TestClientsThatNeverRead(t *testing.T) {
 	})
 	w := newWorld(t, "", nil)
 	limited := freeAddress(t)
-	sites := fmt.Sprintf("http://%s {\n\tasync_proxy {\n\t\tburst 1000000\n\t\trefill 1000000\n\t}\n\trespond /own 204\n}\n"+
-		"http://%s {\n\tasync_proxy {\n\t\tburst 1\n\t\trefill 0.001\n\t\tzone limited\n\t}\n}\n", w.proxy[strings.LastIndexByte(w.proxy, ':'):], limited[strings.LastIndexByte(limited, ':'):])
+	sites := fmt.Sprintf(`http://%s {
+	async_proxy {
+		burst 1000000
+		refill 1000000
+	}
+	respond /own 204
+}
+http://%s {
+	async_proxy {
+		burst 1
+		refill 0.001
+		zone limited
+	}
+}
+`, w.proxy[strings.LastIndexByte(w.proxy, ':'):], limited[strings.LastIndexByte(limited, ':'):])
 	for _, ordinary := range []bool{false, true} {
 		wrapper, log := "\t\tlistener_wrappers {\n\t\t\tasync_proxy\n\t\t}\n", ""
 		if ordinary {

@@ -80,11 +80,21 @@ func TestPAC(t *testing.T) {
 		{"allow *.local localhost\ndeny all", public + " http://printer.local/ http://localhost/", private + " http://intranet/ http://a.localhost/"},
 		{"allow all 10.0.0.0/8\ndeny ads.example", public + " http://10.1.2.3/", "http://192.168.1.1/ " + near},
 		// The operator's list takes precedence.
-		{"serve_pac {\ndirect *.corp.example WIKI.example 8.8.8.0/24 [2606:4700::]\ndirect 2001:4860::/32\n}\ndeny all",
+		{`serve_pac {
+	direct *.corp.example WIKI.example 8.8.8.0/24 [2606:4700::]
+	direct 2001:4860::/32
+}
+deny all`,
 			"http://corp.example/ http://x.wiki.example/ http://8.8.9.1/ http://[2606:4700::1]/ http://xcorp.example/ http://[2001:4861::1]/ http://example.com/",
 			"http://a.corp.example/ https://A.B.corp.example/ http://wiki.example/ http://wiki.example./ http://8.8.8.8/ http://[2606:4700::]/ http://[2001:4860:1:2:3:4:5:6]/ http://[2001:4860::]/ " + private + " " + near},
-		{"serve_pac {\ndirect 10.1.0.0/16\n}\nallow 10.0.0.0/8", "http://10.2.2.3/", "http://10.1.2.3/"},
-		{"serve_pac {\ndirect private_ranges\n}\nallow private", "http://169.254.1.1.example/", "http://10.2.2.3/ http://[fd00::1]/"},
+		{`serve_pac {
+	direct 10.1.0.0/16
+}
+allow 10.0.0.0/8`, "http://10.2.2.3/", "http://10.1.2.3/"},
+		{`serve_pac {
+	direct private_ranges
+}
+allow private`, "http://169.254.1.1.example/", "http://10.2.2.3/ http://[fd00::1]/"},
 	} {
 		options := tc.options
 		if !strings.Contains(options, "serve_pac") {

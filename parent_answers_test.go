@@ -333,12 +333,19 @@ func TestParentSecretsAreNotEchoed(t *testing.T) {
 func TestWarnsAboutParentSecret(t *testing.T) {
 	t.Setenv("PARENT_KEY", "rabbit")
 	for option, want := range map[string]int{
-		"upstream http://alice:rabbit@a.example":                                                                 1,
-		"upstream socks5://alice:rabbit@a.example":                                                               1,
-		"upstream http://a.example {\nheader X-Api-Key rabbit\n}":                                                1,
-		"upstream http://a.example {\nheader Proxy-Authorization \"Basic cmFiYml0\"\n}":                          1,
-		"upstream http://alice:{env.PARENT_KEY}@a.example {\nheader X-Api-Key {env.PARENT_KEY}\nheader X-A b\n}": 0,
-		"upstream http://alice@a.example":                                                                        0,
+		"upstream http://alice:rabbit@a.example":   1,
+		"upstream socks5://alice:rabbit@a.example": 1,
+		`upstream http://a.example {
+	header X-Api-Key rabbit
+}`: 1,
+		`upstream http://a.example {
+	header Proxy-Authorization "Basic cmFiYml0"
+}`: 1,
+		`upstream http://alice:{env.PARENT_KEY}@a.example {
+	header X-Api-Key {env.PARENT_KEY}
+	header X-A b
+}`: 0,
+		"upstream http://alice@a.example": 0,
 	} {
 		w := newWorld(t, option, nil)
 		warned := 0

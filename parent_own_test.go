@@ -26,7 +26,9 @@ func TestParentChain(t *testing.T) {
 	for _, tc := range []struct{ name, scheme, global, proto string }{
 		{"plain", "http", "", "HTTP/1.1"},
 		{"TLS, HTTP/2", "https", "", "HTTP/2.0"},
-		{"TLS, HTTP/1", "https", "servers {\nprotocols h1\n}", "HTTP/1.1"},
+		{"TLS, HTTP/1", "https", `servers {
+	protocols h1
+}`, "HTTP/1.1"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			parent := binaryStart(t, binaryOptions{secure: true, global: tc.global, site: "allow 127.0.0.0/8\n" + bcryptUsers})

@@ -247,7 +247,9 @@ func TestParentSecrets(t *testing.T) {
 	w.waitLog("handled request", 1)
 	w.checkSecretNotLogged("rabbit")
 	w.checkSecretNotLogged(login("alice", "rabbit"))
-	for _, option := range []string{"upstream http://alice:rabbit", "upstream http://alice:9rabbit@", "upstream http://p.example {\nheader Proxy-Authorization Basic rabbit\n}",
+	for _, option := range []string{"upstream http://alice:rabbit", "upstream http://alice:9rabbit@", `upstream http://p.example {
+	header Proxy-Authorization Basic rabbit
+}`,
 		"upstream http://alice:rab{rabbit}bit@p.example"} {
 		config, _, err := adapt(":8080 {\nasync_proxy {\n"+option+"\n}\n}\n", "Caddyfile")
 		if err == nil {

@@ -298,8 +298,27 @@ func TestPolicyListeners(t *testing.T) {
 	admin, proxy, other := freeAddress(t), freeAddress(t), freeAddress(t)
 	port := func(address string) string { return address[strings.LastIndexByte(address, ':')+1:] }
 	for _, options := range []string{"", "allow 0.0.0.0/0 ::/0"} {
-		loadCaddyfile(t, fmt.Sprintf("{\n\tadmin %s\n\tpersist_config off\n\tskip_install_trust\n\tgrace_period 5s\n\tdefault_bind 127.0.0.1\n\tlog {\n\t\toutput discard\n\t}\n}\n"+
-			"http://:%s {\n\tasync_proxy {\n\t\tburst 1000000\n\t\trefill 1000000\n\t\t%s\n\t}\n}\nhttp://:%s {\n\trespond \"another site\"\n}\n", admin, port(proxy), options, port(other)))
+		loadCaddyfile(t, fmt.Sprintf(`{
+	admin %s
+	persist_config off
+	skip_install_trust
+	grace_period 5s
+	default_bind 127.0.0.1
+	log {
+		output discard
+	}
+}
+http://:%s {
+	async_proxy {
+		burst 1000000
+		refill 1000000
+		%s
+	}
+}
+http://:%s {
+	respond "another site"
+}
+`, admin, port(proxy), options, port(other)))
 		conn := dialRaw(t, admin) // the endpoint does exist
 		conn.send("GET /config/ HTTP/1.1\nHost: " + admin + "\nConnection: close\n\n")
 		if res, _ := conn.response(http.MethodGet); res.StatusCode != http.StatusOK {
@@ -336,8 +355,23 @@ func TestPolicyListenersSpelled(t *testing.T) {
 	for _, listen := range strings.Fields("localhost LOCALHOST 127.0.0.1 [::ffff:127.0.0.1] [::1] [0:0:0:0:0:0:0:1] [0::1] 0.0.0.0 [::] [0::0] tcp6/[::0] tcp4/0.0.0.0") {
 		admin, proxy := freeAddress(t), freeAddress(t)
 		port := admin[strings.LastIndexByte(admin, ':'):]
-		loadCaddyfile(t, fmt.Sprintf("{\n\tadmin %s%s\n\tpersist_config off\n\tskip_install_trust\n\tdefault_bind 127.0.0.1\n\tlog {\n\t\toutput discard\n\t}\n}\n"+
-			"http://%s {\n\tasync_proxy {\n\t\tburst 1000000\n\t\trefill 1000000\n\t\tallow 0.0.0.0/0 ::/0\n\t}\n}\n", listen, port, strings.TrimPrefix(proxy, "127.0.0.1")))
+		loadCaddyfile(t, fmt.Sprintf(`{
+	admin %s%s
+	persist_config off
+	skip_install_trust
+	default_bind 127.0.0.1
+	log {
+		output discard
+	}
+}
+http://%s {
+	async_proxy {
+		burst 1000000
+		refill 1000000
+		allow 0.0.0.0/0 ::/0
+	}
+}
+`, listen, port, strings.TrimPrefix(proxy, "127.0.0.1")))
 		refused := 0
 		for _, host := range []string{"127.0.0.1", "[::1]"} {
 			conn, err := net.Dial("tcp", host+port)
@@ -360,8 +394,23 @@ func TestPolicyListenersSpelled(t *testing.T) {
 func TestPolicyListenersWhileReloading(t *testing.T) {
 	admins, proxy := []string{freeAddress(t), freeAddress(t)}, freeAddress(t)
 	config := func(admin, sites string) string {
-		return fmt.Sprintf("{\n\tadmin %s\n\tpersist_config off\n\tskip_install_trust\n\tdefault_bind 127.0.0.1\n\tlog {\n\t\toutput discard\n\t}\n}\n"+
-			"http://:%s {\n\tasync_proxy {\n\t\tburst 1000000\n\t\trefill 1000000\n\t\tallow private\n\t}\n}\n%s",
+		return fmt.Sprintf(`{
+	admin %s
+	persist_config off
+	skip_install_trust
+	default_bind 127.0.0.1
+	log {
+		output discard
+	}
+}
+http://:%s {
+	async_proxy {
+		burst 1000000
+		refill 1000000
+		allow private
+	}
+}
+%s`,
 			admin, proxy[strings.LastIndexByte(proxy, ':')+1:], sites)
 	}
 	loadCaddyfile(t, config(admins[0], ""))
@@ -396,8 +445,15 @@ func TestPolicyListenersWhileReloading(t *testing.T) {
 		attackers.Go(func() { attack(stop) })
 	}
 	for i := range 10 {
-		startCaddyfile(t, config(admins[i%2], fmt.Sprintf("http://:%d {\n\trespond x\n}\n", 1024+i)))
-		failing, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(config(admins[(i+1)%2], "http://:1 {\n\tbind 203.0.113.99\n\trespond x\n}\n")), nil)
+		startCaddyfile(t, config(admins[i%2], fmt.Sprintf(`http://:%d {
+	respond x
+}
+`, 1024+i)))
+		failing, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(config(admins[(i+1)%2], `http://:1 {
+	bind 203.0.113.99
+	respond x
+}
+`)), nil)
 		if err != nil {
 			t.Fatal(err)
 		}

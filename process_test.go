@@ -33,7 +33,10 @@ import (
 // through cmd/caddy as a process.
 
 // everyProtocol makes a binaryCaddy speak all of tunnelProtocols.
-const everyProtocol = "servers {\nprotocols h1 h2 h2c h3\n}\n"
+const everyProtocol = `servers {
+	protocols h1 h2 h2c h3
+}
+`
 
 // tunnels returns a client of the process.
 func (c *binaryCaddy) tunnels(t testing.TB, protocol string) *tunnelClient {

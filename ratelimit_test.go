@@ -130,7 +130,12 @@ func (w *world) gets(address string, want ...int) {
 
 // siteAt returns the Caddyfile of another proxy.
 func siteAt(address, options string) string {
-	return fmt.Sprintf("http://%s {\n\tasync_proxy {\n\t\t%s\n\t}\n}\n", strings.TrimPrefix(address, "127.0.0.1"), options)
+	return fmt.Sprintf(`http://%s {
+	async_proxy {
+		%s
+	}
+}
+`, strings.TrimPrefix(address, "127.0.0.1"), options)
 }
 
 func TestOneHundredAtOnce(t *testing.T) {
@@ -307,7 +312,15 @@ func TestForwardedForUntrustedIgnored(t *testing.T) {
 func TestForwardedForTrustedIsClient(t *testing.T) {
 	const options = "clients all\nburst 1\nrefill 0.00001\nallow 127.0.0.1"
 	w := newWorld(t, options, nil)
-	loadCaddyfile(t, "{\n\tadmin off\n\tpersist_config off\n\tdefault_bind 127.0.0.1\n\tservers {\n\t\ttrusted_proxies static 127.0.0.1/32\n\t}\n}\n"+w.site(options))
+	loadCaddyfile(t, `{
+	admin off
+	persist_config off
+	default_bind 127.0.0.1
+	servers {
+		trusted_proxies static 127.0.0.1/32
+	}
+}
+`+w.site(options))
 	for _, tc := range []struct {
 		forwardedFor string
 		want         int
@@ -329,7 +342,14 @@ func TestForwardedForTrustedIsClient(t *testing.T) {
 
 func TestErrorRoutesAnswerForTheLimiter(t *testing.T) {
 	w := newWorld(t, "", nil)
-	w.load(fmt.Sprintf("http://%s {\n\tasync_proxy burst 1 refill 0.01\n\thandle_errors {\n\t\theader X-From error-route\n\t\trespond \"slow down: {err.status_code}\" {err.status_code}\n\t}\n}\n",
+	w.load(fmt.Sprintf(`http://%s {
+	async_proxy burst 1 refill 0.01
+	handle_errors {
+		header X-From error-route
+		respond "slow down: {err.status_code}" {err.status_code}
+	}
+}
+`,
 		strings.TrimPrefix(w.proxy, "127.0.0.1")))
 	w.gets(w.proxy, 200)
 	conn := w.dial()

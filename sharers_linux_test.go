@@ -51,7 +51,11 @@ func TestWarnsAboutOtherProcessAtPort(t *testing.T) {
 		}
 		w.forgetLogs()
 		host, port, _ := net.SplitHostPort(address)
-		startCaddyfile(t, w.globals()+fmt.Sprintf("http://:%s {\nbind %s\nasync_proxy\n}\n", port, host))
+		startCaddyfile(t, w.globals()+fmt.Sprintf(`http://:%s {
+	bind %s
+	async_proxy
+}
+`, port, host))
 		line := w.waitLog(warning, 1)[0]
 		if want := fmt.Sprintf("pid %d]", cmd.Process.Pid); line["address"] != address || !strings.HasSuffix(fmt.Sprint(line["processes"]), want) {
 			t.Errorf("line %v, want address %s and %s", line, address, want)
@@ -62,7 +66,11 @@ func TestWarnsAboutOtherProcessAtPort(t *testing.T) {
 		}
 		// During a reload one process briefly has two sockets.
 		w.forgetLogs()
-		loadCaddyfile(t, w.globals()+fmt.Sprintf("http://:%s {\nbind %s\nasync_proxy\n}\n", port, host))
+		loadCaddyfile(t, w.globals()+fmt.Sprintf(`http://:%s {
+	bind %s
+	async_proxy
+}
+`, port, host))
 		w.waitLog("async-proxy listening", 1)
 		if lines := w.logLines(warning); len(lines) > 0 {
 			t.Errorf("warnings without another process: %v", lines)

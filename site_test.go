@@ -16,7 +16,17 @@ import (
 
 // globals returns global options that send Caddy's log to the world's file.
 func (w *world) globals() string {
-	return fmt.Sprintf("{\n\tadmin off\n\tpersist_config off\n\tdefault_bind 127.0.0.1\n\tlog {\n\t\toutput file %s\n\t\tformat json\n\t\tlevel DEBUG\n\t}\n}\n", w.logs)
+	return fmt.Sprintf(`{
+	admin off
+	persist_config off
+	default_bind 127.0.0.1
+	log {
+		output file %s
+		format json
+		level DEBUG
+	}
+}
+`, w.logs)
 }
 
 // forgetLogs empties the log file.
@@ -35,19 +45,56 @@ func TestWarnsAboutHostInSiteAddress(t *testing.T) {
 		name, sites string // PORT stands for the port
 		want        []any  // the hosts in the warning; nil: no warning
 	}{
-		{"no host", "http://:PORT {\n\tasync_proxy\n}", nil},
-		{"a host", "http://proxy.example.com:PORT {\n\tasync_proxy\n}", []any{"proxy.example.com"}},
-		{"two hosts", "http://a.example:PORT, http://b.example:PORT {\n\tasync_proxy\n}", []any{"a.example", "b.example"}},
-		{"an address of this machine", "http://127.0.0.1:PORT {\n\tasync_proxy\n}", []any{"127.0.0.1"}},
-		{"a host and all others", "http://proxy.example.com:PORT, http://:PORT {\n\tasync_proxy\n}", nil},
-		{"all others and a host", "http://:PORT, http://proxy.example.com:PORT {\n\tasync_proxy\n}", nil},
-		{"a host, in a route", "http://proxy.example.com:PORT {\n\troute {\n\t\tasync_proxy\n\t}\n}", []any{"proxy.example.com"}},
-		{"no host, in a route", "http://:PORT {\n\troute {\n\t\tasync_proxy\n\t}\n}", nil},
-		{"a host, with a matcher", "http://proxy.example.com:PORT {\n\t@get method GET CONNECT\n\tasync_proxy @get\n}", []any{"proxy.example.com"}},
-		{"another site has a host", "http://:PORT {\n\tasync_proxy\n}\nhttp://www.example.com:PORT {\n\trespond hello\n}", nil},
-		{"another site has none", "http://proxy.example.com:PORT {\n\tasync_proxy\n}\nhttp://:PORT {\n\trespond hello\n}", []any{"proxy.example.com"}},
-		{"a host with a path", "http://proxy.example.com:PORT/path/* {\n\tasync_proxy\n}", []any{"proxy.example.com"}},
-		{"a host with a path, all others with another", "http://proxy.example.com:PORT/a/*, http://:PORT/b/* {\n\tasync_proxy\n}", nil},
+		{"no host", `http://:PORT {
+	async_proxy
+}`, nil},
+		{"a host", `http://proxy.example.com:PORT {
+	async_proxy
+}`, []any{"proxy.example.com"}},
+		{"two hosts", `http://a.example:PORT, http://b.example:PORT {
+	async_proxy
+}`, []any{"a.example", "b.example"}},
+		{"an address of this machine", `http://127.0.0.1:PORT {
+	async_proxy
+}`, []any{"127.0.0.1"}},
+		{"a host and all others", `http://proxy.example.com:PORT, http://:PORT {
+	async_proxy
+}`, nil},
+		{"all others and a host", `http://:PORT, http://proxy.example.com:PORT {
+	async_proxy
+}`, nil},
+		{"a host, in a route", `http://proxy.example.com:PORT {
+	route {
+		async_proxy
+	}
+}`, []any{"proxy.example.com"}},
+		{"no host, in a route", `http://:PORT {
+	route {
+		async_proxy
+	}
+}`, nil},
+		{"a host, with a matcher", `http://proxy.example.com:PORT {
+	@get method GET CONNECT
+	async_proxy @get
+}`, []any{"proxy.example.com"}},
+		{"another site has a host", `http://:PORT {
+	async_proxy
+}
+http://www.example.com:PORT {
+	respond hello
+}`, nil},
+		{"another site has none", `http://proxy.example.com:PORT {
+	async_proxy
+}
+http://:PORT {
+	respond hello
+}`, []any{"proxy.example.com"}},
+		{"a host with a path", `http://proxy.example.com:PORT/path/* {
+	async_proxy
+}`, []any{"proxy.example.com"}},
+		{"a host with a path, all others with another", `http://proxy.example.com:PORT/a/*, http://:PORT/b/* {
+	async_proxy
+}`, nil},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			w.forgetLogs()

@@ -248,8 +248,20 @@ func TestOwnAddresses(t *testing.T) {
 	addAddresses(t, "8.8.8.8/32", "1.1.1.1/32", "2606:4700::1111/128", "2002:808:808::1/128")
 	admin, proxy := freeAddress(t), freeAddress(t)
 	port := func(address string) string { return address[strings.LastIndexByte(address, ':'):] }
-	loadCaddyfile(t, fmt.Sprintf("{\n\tadmin %s\n\tpersist_config off\n\tlog {\n\t\toutput discard\n\t}\n}\n"+
-		"http://%s {\n\tasync_proxy {\n\t\tburst 1000000\n\t\trefill 1000000\n\t}\n}\n", port(admin), port(proxy)))
+	loadCaddyfile(t, fmt.Sprintf(`{
+	admin %s
+	persist_config off
+	log {
+		output discard
+	}
+}
+http://%s {
+	async_proxy {
+		burst 1000000
+		refill 1000000
+	}
+}
+`, port(admin), port(proxy)))
 	for _, host := range []string{"8.8.8.8", "1.1.1.1", "[2606:4700::1111]", "[2002:808:808::1]", "[64:ff9b::808:808]"} {
 		for _, lines := range []string{"", policyRemote} {
 			policyDenied(t, proxy, http.MethodConnect, host+port(admin), lines)

@@ -37,7 +37,12 @@ func newStatusWorld(t *testing.T, proxyOptions, statusOptions string) *statusWor
 }
 
 func (w *statusWorld) statusSite(options string) string {
-	return fmt.Sprintf("%s {\n\tasync_proxy_status {\n\t\t%s\n\t}\n}\n", w.page, options)
+	return fmt.Sprintf(`%s {
+	async_proxy_status {
+		%s
+	}
+}
+`, w.page, options)
 }
 
 // ask sends a request to the page. fields alternates names and values.
@@ -133,10 +138,15 @@ func (s *eventStream) ends() {
 
 func TestStatusCaddyfile(t *testing.T) {
 	for input, want := range map[string]string{
-		"async_proxy_status":                      `{"handler":"async_proxy_status"}`,
-		"async_proxy_status {\n}":                 `{"handler":"async_proxy_status"}`,
-		"async_proxy_status {\nactions\n}":        `{"actions":true,"handler":"async_proxy_status"}`,
-		"async_proxy_status {\nmask_clients\n}":   `{"handler":"async_proxy_status","mask_clients":true}`,
+		"async_proxy_status": `{"handler":"async_proxy_status"}`,
+		`async_proxy_status {
+}`: `{"handler":"async_proxy_status"}`,
+		`async_proxy_status {
+	actions
+}`: `{"actions":true,"handler":"async_proxy_status"}`,
+		`async_proxy_status {
+	mask_clients
+}`: `{"handler":"async_proxy_status","mask_clients":true}`,
 		"async_proxy_status /status* {\nactions}": "",
 	} {
 		if want == "" {
@@ -149,13 +159,30 @@ func TestStatusCaddyfile(t *testing.T) {
 	}
 	exclude := "mask_clients: cannot be combined with actions, which need the clients' addresses, at Caddyfile:5"
 	for input, want := range map[string]string{
-		"async_proxy_status here":                             "unexpected argument 'here'; expected a block of options, or nothing, at Caddyfile:2",
-		"async_proxy_status {\nacts\n}":                       "unrecognized option 'acts'; expected actions or mask_clients, at Caddyfile:3",
-		"async_proxy_status {\nactions on\n}":                 "actions: unexpected value 'on'; expected no value, at Caddyfile:3",
-		"async_proxy_status {\nmask_clients\nmask_clients\n}": "mask_clients: the option is set twice; expected it once, at Caddyfile:4",
-		"async_proxy_status {\nactions {\nclose\n}\n}":        "actions: unexpected block; expected no value, at Caddyfile:4",
-		"async_proxy_status {\nactions\nmask_clients\n}":      exclude,
-		"async_proxy_status {\nmask_clients\nactions\n}":      exclude,
+		"async_proxy_status here": "unexpected argument 'here'; expected a block of options, or nothing, at Caddyfile:2",
+		`async_proxy_status {
+	acts
+}`: "unrecognized option 'acts'; expected actions or mask_clients, at Caddyfile:3",
+		`async_proxy_status {
+	actions on
+}`: "actions: unexpected value 'on'; expected no value, at Caddyfile:3",
+		`async_proxy_status {
+	mask_clients
+	mask_clients
+}`: "mask_clients: the option is set twice; expected it once, at Caddyfile:4",
+		`async_proxy_status {
+	actions {
+		close
+	}
+}`: "actions: unexpected block; expected no value, at Caddyfile:4",
+		`async_proxy_status {
+	actions
+	mask_clients
+}`: exclude,
+		`async_proxy_status {
+	mask_clients
+	actions
+}`: exclude,
 	} {
 		_, _, err := adapt(":8080 {\n"+input+"\n}\n", "Caddyfile")
 		if want := "parsing caddyfile tokens for 'async_proxy_status': " + want; err == nil || err.Error() != want {
@@ -227,8 +254,12 @@ func TestStatusPageUnderAPath(t *testing.T) {
 	_, want := w.ask("GET", "/", "")
 	for _, site := range []string{
 		"async_proxy_status /a/status*",
-		"handle_path /a/status* {\nasync_proxy_status\n}",
-		"handle /a/status* {\nasync_proxy_status\n}",
+		`handle_path /a/status* {
+	async_proxy_status
+}`,
+		`handle /a/status* {
+	async_proxy_status
+}`,
 	} {
 		w.load(w.page + " {\n" + site + "\n}\n")
 		res, _ := w.ask("GET", "/a/status", "")
@@ -481,15 +512,19 @@ func TestStatusMasksClients(t *testing.T) {
 func TestWarnsAboutActionsWithoutHost(t *testing.T) {
 	w := newStatusWorld(t, "", "")
 	_, port, _ := strings.Cut(strings.TrimPrefix(w.page, "http://"), ":")
-	const status = "async_proxy_status {\nactions\n}"
+	const status = `async_proxy_status {
+	actions
+}`
 	for name, tc := range map[string]struct {
 		site string // PORT stands for the port
 		want int    // warnings
 	}{
-		"no host":                 {"http://:PORT {\n" + status + "\n}", 1},
-		"no host, in a route":     {"http://:PORT {\nroute /status* {\n" + status + "\n}\n}", 1},
-		"no host, for a network":  {"http://:PORT {\n@office remote_ip 127.0.0.0/8\nroute @office {\n" + status + "\n}\n}", 1},
-		"no host, no actions":     {"http://:PORT {\nasync_proxy_status\n}", 0},
+		"no host":                {"http://:PORT {\n" + status + "\n}", 1},
+		"no host, in a route":    {"http://:PORT {\nroute /status* {\n" + status + "\n}\n}", 1},
+		"no host, for a network": {"http://:PORT {\n@office remote_ip 127.0.0.0/8\nroute @office {\n" + status + "\n}\n}", 1},
+		"no host, no actions": {`http://:PORT {
+	async_proxy_status
+}`, 0},
 		"a host":                  {"http://localhost:PORT {\n" + status + "\n}", 0},
 		"an address":              {"http://127.0.0.1:PORT {\n" + status + "\n}", 0},
 		"a host and all others":   {"http://localhost:PORT, http://:PORT {\n" + status + "\n}", 1},

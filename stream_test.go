@@ -453,7 +453,13 @@ func TestStreamSteadyReader(t *testing.T) {
 		_, _ = io.CopyN(w, zeros{}, size)
 	}))
 	defer origin.Close()
-	w := newTunnelWorld(t, tunnelSetup{options: "hosts proxy.example", servers: "listener_wrappers {\nasync_proxy\ntls\n}\ntimeouts {\nwrite_idle 1500ms\n}"})
+	w := newTunnelWorld(t, tunnelSetup{options: "hosts proxy.example", servers: `listener_wrappers {
+	async_proxy
+	tls
+}
+timeouts {
+	write_idle 1500ms
+}`})
 	var clients sync.WaitGroup
 	for _, row := range []struct{ protocol, alpn, content string }{
 		{"h1", "", ""},
@@ -505,7 +511,13 @@ func TestStreamStalledReader(t *testing.T) {
 		_, _ = io.CopyN(w, zeros{}, size)
 	}))
 	defer origin.Close()
-	w := newTunnelWorld(t, tunnelSetup{servers: "listener_wrappers {\nasync_proxy\ntls\n}\ntimeouts {\nwrite_idle 200ms\n}"})
+	w := newTunnelWorld(t, tunnelSetup{servers: `listener_wrappers {
+	async_proxy
+	tls
+}
+timeouts {
+	write_idle 200ms
+}`})
 	for i, request := range []struct{ protocol, alpn, path, content string }{
 		{"h1", "", "/known", ""},
 		{"h1", "", "/unknown", ""},

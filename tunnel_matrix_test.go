@@ -73,7 +73,12 @@ func TestTunnelsBehindTheProxyProtocol(t *testing.T) {
 	if !apart(t) {
 		return
 	}
-	wrapped := tunnelSetup{servers: "listener_wrappers {\nproxy_protocol {\nallow 127.0.0.0/8\n}\ntls\n}"}
+	wrapped := tunnelSetup{servers: `listener_wrappers {
+	proxy_protocol {
+		allow 127.0.0.0/8
+	}
+	tls
+}`}
 	wrappedObserved := wrapped
 	wrappedObserved.global, wrappedObserved.site = observed.global, observed.site
 	for name, setup := range map[string]tunnelSetup{"bare": wrapped, "observed": wrappedObserved} {
@@ -379,7 +384,10 @@ func TestTunnelsOutliveCaddysStallLimits(t *testing.T) {
 	}
 	const limit, size = 400 * time.Millisecond, 32 << 20
 	for name, setup := range map[string]tunnelSetup{"bare": {}, "observed": observed} {
-		setup.servers = fmt.Sprintf("timeouts {\nread_body_idle %v\nwrite_idle %[1]v\n}", limit)
+		setup.servers = fmt.Sprintf(`timeouts {
+	read_body_idle %v
+	write_idle %[1]v
+}`, limit)
 		t.Run(name, func(t *testing.T) {
 			w := newTunnelWorld(t, setup)
 			target := echoTarget(t)

@@ -415,11 +415,20 @@ func emptyTunnelWorld(t *testing.T) *tunnelWorld {
 // caddyfile sets no grace period, so that only the tunnels' own settings limit their
 // lifetime.
 func (w *tunnelWorld) caddyfile(setup tunnelSetup) string {
-	servers := cmp.Or(setup.servers, "listener_wrappers {\nasync_proxy\ntls\n}")
+	servers := cmp.Or(setup.servers, `listener_wrappers {
+	async_proxy
+	tls
+}`)
 	admin, level, protocols := cmp.Or(setup.admin, "off"), cmp.Or(setup.level, "DEBUG"), cmp.Or(setup.protocols, "h1 h2 h2c h3")
 	_, plain, _ := net.SplitHostPort(w.plain)
 	_, secure, _ := net.SplitHostPort(w.tls)
-	proxy := fmt.Sprintf("%s\nasync_proxy {\nburst 1000000\nrefill 1000000\n%s\n}\n", setup.site, setup.options)
+	proxy := fmt.Sprintf(`%s
+async_proxy {
+	burst 1000000
+	refill 1000000
+	%s
+}
+`, setup.site, setup.options)
 	return fmt.Sprintf(`{
 	admin %s
 	persist_config off

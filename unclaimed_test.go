@@ -17,7 +17,13 @@ func TestUnclaimedRequestsAreRefused(t *testing.T) {
 	w := newWorld(t, "", nil)
 	origin := w.origin.Listener.Addr().String()
 	_, port, _ := strings.Cut(w.proxy, ":")
-	const groups = "@a client_ip 203.0.113.0/24\n@b client_ip 198.51.100.0/24\nasync_proxy @a {\nallow 127.0.0.0/8\n}\nasync_proxy @b\n"
+	const groups = `@a client_ip 203.0.113.0/24
+@b client_ip 198.51.100.0/24
+async_proxy @a {
+	allow 127.0.0.0/8
+}
+async_proxy @b
+`
 	for _, tc := range []struct {
 		sites   string // PORT stands for the port
 		lines   string
@@ -28,10 +34,28 @@ func TestUnclaimedRequestsAreRefused(t *testing.T) {
 		{"http://:PORT {\n" + groups + "}", "", 421, 421, "every async_proxy of this site has a matcher"},
 		{"http://:PORT {\n" + groups + "}", clientFrom("203.0.113.1"), 200, 200, "every async_proxy of this site has a matcher"},
 		{"http://:PORT {\n" + groups + "header X-A b\n}\nhttp://www.example.com:PORT {\nrespond hello\n}", "", 421, 421, "every async_proxy of this site has a matcher"},
-		{"http://proxy.example.com:PORT {\nasync_proxy\n}", "", 421, 421, "this proxy's site has a host name"},
-		{"http://proxy.example.com:PORT {\nasync_proxy\n}\nhttp://www.example.com:PORT {\nrespond hello\n}", "", 421, 421, "this proxy's site has a host name"},
-		{"http://:PORT {\n@never method DELETE\nroute {\nasync_proxy @never\n}\nasync_proxy @never\n}", "", 421, 421, "every async_proxy of this site has a matcher"},
-		{"http://:PORT {\nroute {\nheader X-A b\nasync_proxy\n}\n}", "", 200, 200, ""},
+		{`http://proxy.example.com:PORT {
+	async_proxy
+}`, "", 421, 421, "this proxy's site has a host name"},
+		{`http://proxy.example.com:PORT {
+	async_proxy
+}
+http://www.example.com:PORT {
+	respond hello
+}`, "", 421, 421, "this proxy's site has a host name"},
+		{`http://:PORT {
+	@never method DELETE
+	route {
+		async_proxy @never
+	}
+	async_proxy @never
+}`, "", 421, 421, "every async_proxy of this site has a matcher"},
+		{`http://:PORT {
+	route {
+		header X-A b
+		async_proxy
+	}
+}`, "", 200, 200, ""},
 		// Responses of other handlers to such requests are passed on.
 		{"http://:PORT {\n" + groups + "respond no 403\n}", "", 403, 403, ""},
 		{"http://:PORT {\n" + groups + "respond /path no 403\nabort /path2\n}", "", 421, 421, "every async_proxy of this site has a matcher"},
