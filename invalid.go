@@ -48,7 +48,7 @@ func (h *Handler) recordInvalid(conn net.Conn, reason invalidReason, status, det
 	program.metrics.Invalid(string(reason))
 	remote, _ := netip.ParseAddrPort(conn.RemoteAddr().String())
 	addr := remote.Addr().Unmap().WithZone("")
-	n, ok := invalidLines.count(invalidLine{h.limiter.Key(addr), conn.LocalAddr().String(), string(reason) + status + detail}, time.Now())
+	n, ok := program.invalidLines.count(invalidLine{h.limiter.Key(addr), conn.LocalAddr().String(), string(reason) + status + detail}, time.Now())
 	if !ok {
 		return
 	}
@@ -76,7 +76,7 @@ type invalidLine struct {
 
 // lineLimit lets the first lines of a kind through, and then one a minute until a minute
 // passes without a line. It tracks a limited number of kinds. While that many are recent,
-// lines of new kinds are dropped.
+// lines of new kinds are dropped. The zero value is ready for use.
 type lineLimit struct {
 	mu    sync.Mutex
 	lines map[invalidLine]*lineCount
@@ -95,8 +95,6 @@ const (
 	maxInvalidLines = 4096
 )
 
-var invalidLines = lineLimit{lines: make(map[invalidLine]*lineCount)}
-
 // count reports whether to write a line now, and how many refusals it stands for.
 func (l *lineLimit) count(line invalidLine, now time.Time) (n int64, ok bool) {
 	l.mu.Lock()
@@ -105,6 +103,9 @@ func (l *lineLimit) count(line invalidLine, now time.Time) (n int64, ok bool) {
 	if c == nil {
 		if len(l.lines) >= maxInvalidLines && !l.sweep(now) {
 			return 0, false
+		}
+		if l.lines == nil {
+			l.lines = make(map[invalidLine]*lineCount)
 		}
 		c = new(lineCount)
 		l.lines[line] = c

@@ -26,9 +26,9 @@ func invalidCount(t *testing.T, reason invalidReason) float64 {
 
 // forgetInvalidLines resets the log limit, so that the next lines appear at once.
 func forgetInvalidLines() {
-	invalidLines.mu.Lock()
-	defer invalidLines.mu.Unlock()
-	clear(invalidLines.lines)
+	program.invalidLines.mu.Lock()
+	defer program.invalidLines.mu.Unlock()
+	clear(program.invalidLines.lines)
 }
 
 // clientHello returns the first bytes that a TLS client sends.
@@ -271,7 +271,7 @@ func TestContentThatLooksLikeARefusal(t *testing.T) {
 // A client gets ten log lines of a kind, then one a minute with the number of refusals it
 // stands for. Memory is bounded.
 func TestLineLimit(t *testing.T) {
-	l := lineLimit{lines: make(map[invalidLine]*lineCount)}
+	var l lineLimit
 	now := time.Now()
 	line := invalidLine{client: keyOf("192.0.2.1"), kind: "a"}
 	expect := func(after time.Duration, want int64) { // 0: no line

@@ -35,7 +35,8 @@ var program = struct {
 	started time.Time
 	loaded  atomic.Pointer[time.Time] // when the last config with a proxy started to run
 
-	listeners downstream.Listeners // of the fast path
+	listeners    downstream.Listeners // of the fast path
+	invalidLines lineLimit            // log lines about clients that send no valid request
 }{metrics: metrics.New(metricLabels()), started: time.Now()}
 
 // process is what all proxies of the process share and what a reload keeps, such as open
