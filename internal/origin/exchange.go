@@ -10,21 +10,16 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/http/httputil"
-	"net/netip"
 	"os"
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/net/http/httpguts"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
-	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // Exchange sends one request to an origin and reads its response. With HTTP/1 it runs on
@@ -52,77 +47,6 @@ type Exchange struct {
 	interims     interimLimit
 	lastProgress int64     // when the origin last reported progress, since epoch; 0: never
 	sendBodyAt   time.Time // when to send the body without a 100 (Continue); zero: already sending
-}
-
-// Request is a request as it is sent to an origin.
-type Request struct {
-	Method    string
-	OverTLS   bool   // the origin is an https one
-	Authority string // the host and port of the origin
-	Target    string // the request target, as the client wrote it
-	Host      string
-	Header    http.Header
-
-	Body          *RequestBody // nil: none
-	NeedsContinue bool         // 100 (Continue) must be sent to the client before the body is read
-	TrailerNames  []string     // names of the trailers that may follow a chunked body
-	Trailer       http.Header  // their values, valid once the body has been read
-	StopBody      func()       // aborts a read of the body that is waiting for the client
-
-	// Interim passes an interim response on, which arrived over the given HTTP version. It is
-	// not called concurrently.
-	Interim func(status int, header http.Header, major, minor int)
-
-	LimitKey   client.Key // who shares the client's limits
-	ClientConn any        // identifies the client's connection; nil: unknown
-	ClientAddr netip.Addr
-	User       string // the client's authenticated user; "": none
-}
-
-// RequestBody reads the content of a request from the client.
-type RequestBody struct {
-	Reader  io.Reader
-	Length  int64        // < 0: unknown, so the body is sent in chunks
-	read    atomic.Int64 // bytes read so far
-	Count   func(n int64)
-	failure atomic.Pointer[RequestBodyError]
-}
-
-// RequestBodyError reports that the client sent its request body incompletely or malformed.
-type RequestBodyError struct{ error }
-
-func (e *RequestBodyError) Unwrap() error { return e.error }
-
-// Read implements io.Reader. It checks that the body has the announced length, which
-// the origin is told and which not every server checks itself.
-func (b *RequestBody) Read(p []byte) (int, error) {
-	n, err := b.Reader.Read(p)
-	b.Count(int64(n))
-	switch read := b.read.Add(int64(n)); {
-	case b.Length >= 0 && read > b.Length:
-		n, err = 0, errors.New("the content is longer than its Content-Length")
-	case err == io.EOF && b.Length >= 0 && read < b.Length:
-		err = io.ErrUnexpectedEOF
-	}
-	if err != nil && err != io.EOF {
-		failed := &RequestBodyError{err}
-		b.failure.Store(failed)
-		return n, failed
-	}
-	return n, err
-}
-
-// IsRead reports whether all of a body of known length has been read.
-func (b *RequestBody) IsRead() bool { return b.Length >= 0 && b.read.Load() >= b.Length }
-
-// failed returns the client's failure, if there was one.
-func (b *RequestBody) failed() error {
-	if b != nil {
-		if failure := b.failure.Load(); failure != nil {
-			return failure
-		}
-	}
-	return nil
 }
 
 // Do sends the request and returns the final response when its head has arrived. The caller
@@ -160,6 +84,7 @@ func (x *Exchange) explain(err error) error {
 	return x.client.explain(err, x.conn.r)
 }
 
+// doHTTP1 sends the request over HTTP/1, and once more if its connection was stale.
 func (x *Exchange) doHTTP1() (*http.Response, error) {
 	res, err := x.try(false)
 	if err == nil || !x.mayRetry(err) {
@@ -183,15 +108,6 @@ func (x *Exchange) mayRetry(err error) bool {
 	return true
 }
 
-// repeatable reports whether the request is idempotent and has no body.
-func (out *Request) repeatable() bool {
-	switch out.Method {
-	case http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace, http.MethodPut, http.MethodDelete:
-		return out.Body == nil
-	}
-	return false
-}
-
 // connect returns a connection for the request. Unless fresh is set, it prefers a
 // connection that is bound to the client.
 func (x *Exchange) connect(fresh bool) (*pooledConn, error) {
@@ -203,36 +119,20 @@ func (x *Exchange) connect(fresh bool) (*pooledConn, error) {
 	return x.pool.get(x.ctx, x.Request.Authority, fresh)
 }
 
+// try sends the request on a connection and returns the final response.
 func (x *Exchange) try(fresh bool) (*http.Response, error) {
-	out := x.Request
-	conn, err := x.connect(fresh)
+	start, err := x.sendRequest(fresh)
 	if err != nil {
 		return nil, err
 	}
-	x.conn = conn
-	if out.Body != nil {
-		x.watchDisconnect()
-	}
-	start := time.Now()
-	if err := x.writeHead(); err != nil {
-		return nil, err
-	}
-	if out.Body != nil {
-		x.sender = newBodySender(conn, out)
-		if httpguts.HeaderValuesContainsToken(out.Header["Expect"], "100-continue") {
-			x.sendBodyAt = start.Add(continueTimeout)
-		} else {
-			x.sendBody()
-		}
-	}
-	body := &ResponseBody{conn: conn, sender: x.sender, limits: x.limits, client: out.LimitKey}
+	body := &ResponseBody{conn: x.conn, sender: x.sender, limits: x.limits, client: x.Request.LimitKey}
 	for {
 		x.awaitResponse(start)
-		res, err := h1.ReadResponse(conn.r, out.Method, &body.Body)
+		res, err := h1.ReadResponse(x.conn.r, x.Request.Method, &body.Body)
 		if x.sender != nil && err != nil && x.ctx.Err() != nil {
 			x.sender.wait() // the client may have cut off its body
 		}
-		if failed := out.Body.failed(); failed != nil {
+		if failed := x.Request.Body.failed(); failed != nil {
 			return nil, failed
 		}
 		if err != nil {
@@ -240,29 +140,67 @@ func (x *Exchange) try(fresh bool) (*http.Response, error) {
 		}
 		x.answered = true
 		if res.StatusCode >= 200 || res.StatusCode == http.StatusSwitchingProtocols {
-			res.Body, x.Response, x.Body = body, res, body
-			if body.Remaining < 0 || body.Remaining > int64(conn.r.Buffered()) || res.StatusCode == http.StatusSwitchingProtocols {
-				x.watchDisconnect()
-				conn.deadline.Clear(conn.Conn) // the timeout is for the head, not for the body
-			}
-			if x.sender != nil {
-				x.sender.proceed(false)
-			}
+			x.accept(res, body)
 			return res, nil
 		}
-		if !x.interims.take() {
-			return nil, errInterim
+		if err := x.handleInterim(res); err != nil {
+			return nil, err
 		}
-		if isProgress(res.StatusCode) {
-			x.lastProgress = monotime.Of(time.Now())
-		}
-		if res.StatusCode != http.StatusContinue {
-			out.Interim(res.StatusCode, res.Header, 1, 1)
-		} else if x.sender != nil {
-			x.sendBody()
-		}
+	}
+}
+
+// sendRequest sends the head of the request, and starts to send its body. It returns when it
+// began.
+func (x *Exchange) sendRequest(fresh bool) (start time.Time, err error) {
+	if x.conn, err = x.connect(fresh); err != nil {
+		return start, err
+	}
+	if x.Request.Body != nil {
 		x.watchDisconnect()
 	}
+	start = time.Now()
+	if err := x.writeHead(); err != nil {
+		return start, err
+	}
+	if x.Request.Body != nil {
+		x.sender = newBodySender(x.conn, x.Request)
+		if httpguts.HeaderValuesContainsToken(x.Request.Header["Expect"], "100-continue") {
+			x.sendBodyAt = start.Add(continueTimeout)
+		} else {
+			x.sendBody()
+		}
+	}
+	return start, nil
+}
+
+// accept prepares a final response, whose body is about to be read.
+func (x *Exchange) accept(res *http.Response, body *ResponseBody) {
+	res.Body, x.Response, x.Body = body, res, body
+	if body.Remaining < 0 || body.Remaining > int64(x.conn.r.Buffered()) || res.StatusCode == http.StatusSwitchingProtocols {
+		x.watchDisconnect()
+		x.conn.deadline.Clear(x.conn.Conn) // the timeout is for the head, not for the body
+	}
+	if x.sender != nil {
+		x.sender.proceed(false)
+	}
+}
+
+// handleInterim passes an interim response on. If the origin asks for the body with it,
+// handleInterim starts to send that.
+func (x *Exchange) handleInterim(res *http.Response) error {
+	if !x.interims.take() {
+		return errInterim
+	}
+	if isProgress(res.StatusCode) {
+		x.lastProgress = monotime.Of(time.Now())
+	}
+	if res.StatusCode != http.StatusContinue {
+		x.Request.Interim(res.StatusCode, res.Header, 1, 1)
+	} else if x.sender != nil {
+		x.sendBody()
+	}
+	x.watchDisconnect()
+	return nil
 }
 
 // smallHead is the size of a request head that fits into any socket's send buffer.
@@ -453,130 +391,3 @@ func (x *Exchange) writeHead() error {
 // continueTimeout is how long to wait for an origin's 100 (Continue) before sending
 // the body anyway (RFC 9110 §10.1.1).
 const continueTimeout = time.Second
-
-// bodySender sends the body of a request on a goroutine of its own.
-type bodySender struct {
-	out    *Request
-	conn   *pooledConn
-	ended  chan struct{}
-	wanted chan bool // receives whether to send the body
-
-	turnBegan atomic.Int64 // when the origin's turn began, since epoch; 0: waiting for the client
-	complete  bool         // the whole body was sent; valid after ended
-	reset     bool         // the origin reset the connection; valid after ended
-}
-
-func newBodySender(conn *pooledConn, out *Request) *bodySender {
-	if out.Body.Length < 0 || out.Body.Length > int64(len(tcpconn.Buffer{})) {
-		if socket := tcpconn.Of(conn.Conn); socket != nil {
-			tcpconn.LimitUnsent(socket) // the origin's response timeout starts when it has the request
-		}
-	}
-	s := &bodySender{out: out, conn: conn, ended: make(chan struct{}), wanted: make(chan bool, 2)}
-	go s.run()
-	return s
-}
-
-// proceed tells the sender whether to send the body. Only the first call counts.
-func (s *bodySender) proceed(wanted bool) {
-	select {
-	case s.wanted <- wanted:
-	default:
-	}
-}
-
-func (s *bodySender) run() {
-	defer close(s.ended)
-	defer s.setTurn(true)
-	if !<-s.wanted {
-		return
-	}
-	buf := tcpconn.GetBuffer()
-	defer buf.Free()
-	w := io.Writer(s.conn)
-	if s.out.Body.Length < 0 {
-		w = httputil.NewChunkedWriter(s.conn)
-	}
-	for {
-		s.setTurn(false)
-		n, err := s.out.Body.Read(buf[:])
-		s.setTurn(true)
-		if n > 0 {
-			// The origin may still respond although it reads no more. The
-			// handler finds out by reading.
-			if _, err := w.Write(buf[:n]); err != nil {
-				s.reset = tcpconn.IsReset(err)
-				return
-			}
-		}
-		if err == io.EOF {
-			err := s.finishBody(w)
-			s.complete, s.reset = err == nil, tcpconn.IsReset(err)
-			return
-		}
-		if err != nil {
-			_ = s.conn.Close() // the origin must not mistake a part for the whole body
-			return
-		}
-	}
-}
-
-// setTurn records whether the exchange waits for the origin or for the client. Only the
-// origin's turn counts towards the response timeout.
-func (s *bodySender) setTurn(origin bool) {
-	if origin {
-		s.turnBegan.Store(monotime.Of(time.Now()))
-	} else {
-		s.turnBegan.Store(0)
-	}
-}
-
-// finishBody writes the last chunk and the trailers of a chunked body.
-func (s *bodySender) finishBody(w io.Writer) error {
-	chunks, ok := w.(io.WriteCloser)
-	if s.out.Body.Length >= 0 || !ok {
-		return nil
-	}
-	if err := chunks.Close(); err != nil {
-		return err
-	}
-	var b []byte
-	for _, name := range s.out.TrailerNames {
-		for _, value := range s.out.Trailer[name] {
-			b = h1.AppendField(b, name, value)
-		}
-	}
-	_, err := s.conn.Write(append(b, "\r\n"...))
-	return err
-}
-
-// stop stops the sender, and reports whether the whole body was sent. If it was not,
-// the connection is closed.
-func (s *bodySender) stop(conn *pooledConn) bool {
-	s.proceed(false)
-	if s.wait() {
-		return s.complete
-	}
-	_ = conn.Close()
-	s.out.StopBody()
-	<-s.ended
-	return false
-}
-
-// wasReset reports whether a write failed because the origin reset the connection. The
-// kernel reports a reset only once, so the reader may see just EOF.
-func (s *bodySender) wasReset() bool { return s.wait() && s.reset }
-
-// wait waits up to senderGrace for the sender to end, and reports whether it has.
-func (s *bodySender) wait() bool {
-	select {
-	case <-s.ended:
-		return true
-	case <-time.After(senderGrace):
-		return false
-	}
-}
-
-// senderGrace is how long wait waits for the sender: the origin has often responded
-// before the sender's last write returns.
-const senderGrace = 50 * time.Millisecond
