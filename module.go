@@ -244,6 +244,8 @@ type Handler struct {
 	// X-Forwarded-For and X-Real-IP, "off" removes them. Default: "auto".
 	ForwardedFor string `json:"forwarded_for,omitempty"`
 
+	validated bool // the options are valid
+
 	logger              *zap.Logger
 	events              emitter
 	limiter             *bucket.Table

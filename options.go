@@ -330,8 +330,12 @@ func (o *option) check(h *Handler) error {
 }
 
 // Validate implements caddy.Validator. It checks each option alone, and then those that
-// depend on others. Provision calls it as well, before it uses the options.
+// depend on others. Provision calls it before it uses the options. When Caddy calls it after
+// that, it checks nothing again: Provision has emptied the options whose modules it loaded.
 func (h *Handler) Validate() error {
+	if h.validated {
+		return nil
+	}
 	for _, o := range options {
 		if err := o.check(h); err != nil {
 			return err
@@ -345,6 +349,7 @@ func (h *Handler) Validate() error {
 	if err := h.checkTogether(); err != nil {
 		return err
 	}
+	h.validated = true
 	return nil
 }
 
