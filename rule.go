@@ -102,7 +102,8 @@ func loadSource(ctx caddy.Context, rule *Rule) (*policy.RangeSource, error) {
 	if ctx.Context == nil {
 		return new(policy.RangeSource), nil
 	}
-	module, err := ctx.LoadModule(rule, "SourceRaw")
+	loaded := *rule // LoadModule clears SourceRaw, which check needs
+	module, err := ctx.LoadModule(&loaded, "SourceRaw")
 	if err != nil {
 		return nil, err
 	}
