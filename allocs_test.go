@@ -37,9 +37,9 @@ func TestAllocations(t *testing.T) {
 		status                int
 		most                  float64
 	}{
-		{"GET", "", http.MethodGet, http.StatusOK, 33},
-		{"CONNECT", "", http.MethodConnect, http.StatusOK, 108},
-		{"429", "burst 1\nrefill 0.00001", http.MethodGet, http.StatusTooManyRequests, 18},
+		{"GET", "", http.MethodGet, http.StatusOK, 32},
+		{"CONNECT", "", http.MethodConnect, http.StatusOK, 107},
+		{"429", "burst 1\nrefill 0.00001", http.MethodGet, http.StatusTooManyRequests, 17},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			w := newWorld(t, row.options, nil)
