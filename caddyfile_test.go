@@ -59,23 +59,56 @@ func handlers(t *testing.T, input string) []map[string]any {
 func TestCaddyfile(t *testing.T) {
 	for _, tc := range []struct{ name, directive, want string }{
 		{"bare", `async_proxy`, `{}`},
-		{"empty block", "async_proxy {\n}", `{}`},
+		{"empty block", `async_proxy {
+}`, `{}`},
 		{"one line", `async_proxy burst 200 refill 20`, `{"burst": 200, "refill": 20}`},
 		{"one line, the other way round", `async_proxy refill 20 burst 200`, `{"burst": 200, "refill": 20}`},
 		{"one line, one option", `async_proxy refill 0.1`, `{"refill": 0.1}`},
-		{"block", "async_proxy {\n burst 200\n refill 20\n}", `{"burst": 200, "refill": 20}`},
-		{"one line and block", "async_proxy burst 200 {\n refill 20\n}", `{"burst": 200, "refill": 20}`},
+		{"block", `async_proxy {
+	burst 200
+	refill 20
+}`, `{"burst": 200, "refill": 20}`},
+		{"one line and block", `async_proxy burst 200 {
+	refill 20
+}`, `{"burst": 200, "refill": 20}`},
 		{"quoted", "async_proxy {\n \"burst\" `200`\n}", `{"burst": 200}`},
-		{"least", "async_proxy {\n burst 1\n refill 0.00001\n ipv4_prefix 1\n ipv6_prefix 1\n max_clients 2\n dial_timeout 1ns\n max_tunnels 1\n}",
+		{"least", `async_proxy {
+	burst 1
+	refill 0.00001
+	ipv4_prefix 1
+	ipv6_prefix 1
+	max_clients 2
+	dial_timeout 1ns
+	max_tunnels 1
+}`,
 			`{"burst": 1, "refill": 0.00001, "ipv4_prefix": 1, "ipv6_prefix": 1, "max_clients": 2, "dial_timeout": 1, "max_tunnels": 1}`},
-		{"greatest", "async_proxy {\n burst 1000000000\n refill 1e6\n ipv4_prefix 32\n ipv6_prefix 128\n}",
+		{"greatest", `async_proxy {
+	burst 1000000000
+	refill 1e6
+	ipv4_prefix 32
+	ipv6_prefix 128
+}`,
 			`{"burst": 1000000000, "refill": 1000000, "ipv4_prefix": 32, "ipv6_prefix": 128}`},
-		{"lists", "async_proxy {\n exempt 10.0.0.0/8 192.0.2.1\n exempt private_ranges\n allow 2001:db8::/32\n allow ::1 10.0.0.1\n hosts a.example\n hosts b.example 192.0.2.1\n}",
+		{"lists", `async_proxy {
+	exempt 10.0.0.0/8 192.0.2.1
+	exempt private_ranges
+	allow 2001:db8::/32
+	allow ::1 10.0.0.1
+	hosts a.example
+	hosts b.example 192.0.2.1
+}`,
 			`{"exempt": ["10.0.0.0/8", "192.0.2.1", "private_ranges"],
 				"rules": [{"action": "allow", "destinations": ["2001:db8::/32"]}, {"action": "allow", "destinations": ["::1", "10.0.0.1"]}], "hosts": ["a.example", "b.example", "192.0.2.1"]}`},
-		{"off", "async_proxy {\n via off\n forwarded_for off\n tunnel_idle_timeout off\n response_header_timeout off\n}",
+		{"off", `async_proxy {
+	via off
+	forwarded_for off
+	tunnel_idle_timeout off
+	response_header_timeout off
+}`,
 			`{"via": "off", "forwarded_for": "off", "tunnel_idle_timeout": -1, "response_header_timeout": -1}`},
-		{"stream_close_delay at once", "async_proxy {\n stream_close_delay 0\n}", `{"stream_close_delay": 0}`},
+		{"stream_close_delay at once", `async_proxy {
+	stream_close_delay 0
+}`, `{"stream_close_delay": 0}`},
 		{"everything", `async_proxy {
 			burst         20
 			refill        2.5
@@ -144,7 +177,15 @@ func TestCaddyfile(t *testing.T) {
 				"tls": {"server_name": "other.example", "insecure_skip_verify": true, "ca": {"provider": "file", "pem_files": ["/etc/ca.pem"]}}
 			}
 		}`},
-		{"header operations", "async_proxy {\n header_up X-A one\n header_up -X-B\n header_up X-C a b\n header_up -X-*\n header_up {http.request.method} c\n header_down +X-D two\n header_down X-E three\n}",
+		{"header operations", `async_proxy {
+	header_up X-A one
+	header_up -X-B
+	header_up X-C a b
+	header_up -X-*
+	header_up {http.request.method} c
+	header_down +X-D two
+	header_down X-E three
+}`,
 			`{"headers": {
 				"request": {"set": {"X-A": ["one"], "{http.request.method}": ["c"]}, "delete": ["X-B", "X-*"], "replace": {"X-C": [{"search_regexp": "a", "replace": "b"}]}},
 				"response": {"add": {"X-D": ["two"]}, "set": {"X-E": ["three"]}}
@@ -164,7 +205,12 @@ func TestCaddyfile(t *testing.T) {
 }
 
 func TestCaddyfileMatcher(t *testing.T) {
-	config, _, err := adapt(":8080 {\n\t@lan remote_ip 10.0.0.0/8\n\tasync_proxy @lan burst 5 {\n\t\trefill 2\n\t}\n}", "Caddyfile")
+	config, _, err := adapt(`:8080 {
+	@lan remote_ip 10.0.0.0/8
+	async_proxy @lan burst 5 {
+		refill 2
+	}
+}`, "Caddyfile")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -222,7 +268,10 @@ func TestCaddyfileMistakes(t *testing.T) {
 	if err := os.WriteFile(list, []byte("# destinations\n\na.example:443\na b\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for _, tc := range []struct{ directive, want string }{
+	for _, tc := range []struct {
+		text string // the directive, or the options in its block
+		want string
+	}{
 		{"async_proxy nonsense", "unexpected argument 'nonsense'; " + arguments + ", at Caddyfile:2"},
 		{"async_proxy 10", "unexpected argument '10'; " + arguments + ", at Caddyfile:2"},
 		{"async_proxy zone a", "unexpected argument 'zone'; " + arguments + ", at Caddyfile:2"},
@@ -232,163 +281,231 @@ func TestCaddyfileMistakes(t *testing.T) {
 		{"async_proxy burst refill 5", "burst: the value 'refill' is not valid; " + tokens + ", at Caddyfile:2"},
 		{"async_proxy burst ten", "burst: the value 'ten' is not valid; " + tokens + ", at Caddyfile:2"},
 		{"async_proxy burst 5 burst 6", "burst: the option is already set at Caddyfile:2; expected it once, at Caddyfile:2"},
-		{"async_proxy burst 5 {\nburst 6\n}", "burst: the option is already set at Caddyfile:2; expected it once, at Caddyfile:3"},
+		{`async_proxy burst 5 {
+	burst 6
+}`, "burst: the option is already set at Caddyfile:2; expected it once, at Caddyfile:3"},
 
-		{"async_proxy {\nnonsense 5\n}", "unrecognized option 'nonsense'; expected one of " + strings.Join(optionNames(), ", ") + ", at Caddyfile:3"},
-		{"async_proxy {\nburst 5\n\nBurst 5\n}", "unrecognized option 'Burst'; did you mean burst?, at Caddyfile:5"},
-		{"async_proxy {\nburst 5 {\nx\n}\n}", "burst: unexpected block; " + tokens + ", at Caddyfile:3"},
-		{"async_proxy {\nburst 5 {\n}\n}", "burst: unexpected block; " + tokens + ", at Caddyfile:3"},
-		{"async_proxy {\nexempt 10.0.0.0/8 {\nx\n}\n}", "exempt: unexpected block; " + ranges + ", at Caddyfile:3"},
+		{"nonsense 5", "unrecognized option 'nonsense'; expected one of " + strings.Join(optionNames(), ", ") + ", at Caddyfile:3"},
+		{`burst 5
 
-		{"async_proxy {\nburst\n}", "burst: missing value; " + tokens + ", at Caddyfile:3"},
-		{"async_proxy {\nburst 5 6\n}", "burst: unexpected value '6'; " + tokens + ", at Caddyfile:3"},
-		{"async_proxy {\nburst 5\nburst 5\n}", "burst: the option is already set at Caddyfile:3; expected it once, at Caddyfile:4"},
-		{"async_proxy {\nburst 0\n}", "burst: the value '0' is not valid; " + tokens + ", at Caddyfile:3"},
-		{"async_proxy {\nburst -1\n}", "burst: the value '-1' is not valid; " + tokens + ", at Caddyfile:3"},
-		{"async_proxy {\nburst 1.5\n}", "burst: the value '1.5' is not valid; " + tokens + ", at Caddyfile:3"},
-		{"async_proxy {\nburst 1e3\n}", "burst: the value '1e3' is not valid; " + tokens + ", at Caddyfile:3"},
-		{"async_proxy {\nburst 1000000001\n}", "burst: the value '1000000001' is not valid; " + tokens + ", at Caddyfile:3"},
-		{"async_proxy {\nburst 99999999999999999999\n}", "burst: the value '99999999999999999999' is not valid; " + tokens + ", at Caddyfile:3"},
-		{"async_proxy {\nburst NaN\n}", "burst: the value 'NaN' is not valid; " + tokens + ", at Caddyfile:3"},
-		{"async_proxy {\nburst \"\"\n}", "burst: the value '' is not valid; " + tokens + ", at Caddyfile:3"},
+Burst 5`, "unrecognized option 'Burst'; did you mean burst?, at Caddyfile:5"},
+		{`burst 5 {
+	x
+}`, "burst: unexpected block; " + tokens + ", at Caddyfile:3"},
+		{`burst 5 {
+}`, "burst: unexpected block; " + tokens + ", at Caddyfile:3"},
+		{`exempt 10.0.0.0/8 {
+	x
+}`, "exempt: unexpected block; " + ranges + ", at Caddyfile:3"},
 
-		{"async_proxy {\nrefill\n}", "refill: missing value; " + perSecond + ", at Caddyfile:3"},
-		{"async_proxy {\nrefill 1 2\n}", "refill: unexpected value '2'; " + perSecond + ", at Caddyfile:3"},
-		{"async_proxy {\nrefill 1/2\n}", "refill: the value '1/2' is not valid; " + perSecond + ", at Caddyfile:3"},
-		{"async_proxy {\nrefill 0\n}", "refill: the value '0' is not valid; " + perSecond + ", at Caddyfile:3"},
-		{"async_proxy {\nrefill -0.5\n}", "refill: the value '-0.5' is not valid; " + perSecond + ", at Caddyfile:3"},
-		{"async_proxy {\nrefill 0.000009\n}", "refill: the value '0.000009' is not valid; " + perSecond + ", at Caddyfile:3"},
-		{"async_proxy {\nrefill 1000001\n}", "refill: the value '1000001' is not valid; " + perSecond + ", at Caddyfile:3"},
-		{"async_proxy {\nrefill NaN\n}", "refill: the value 'NaN' is not valid; " + perSecond + ", at Caddyfile:3"},
-		{"async_proxy {\nrefill Inf\n}", "refill: the value 'Inf' is not valid; " + perSecond + ", at Caddyfile:3"},
-		{"async_proxy {\nrefill -Inf\n}", "refill: the value '-Inf' is not valid; " + perSecond + ", at Caddyfile:3"},
-		{"async_proxy {\nrefill 1e400\n}", "refill: the value '1e400' is not valid; " + perSecond + ", at Caddyfile:3"},
-		{"async_proxy {\nrefill 1e-400\n}", "refill: the value '1e-400' is not valid; " + perSecond + ", at Caddyfile:3"},
-		{"async_proxy {\nrefill 0,5\n}", "refill: the value '0,5' is not valid; " + perSecond + ", at Caddyfile:3"},
+		{"burst", "burst: missing value; " + tokens + ", at Caddyfile:3"},
+		{"burst 5 6", "burst: unexpected value '6'; " + tokens + ", at Caddyfile:3"},
+		{`burst 5
+burst 5`, "burst: the option is already set at Caddyfile:3; expected it once, at Caddyfile:4"},
+		{"burst 0", "burst: the value '0' is not valid; " + tokens + ", at Caddyfile:3"},
+		{"burst -1", "burst: the value '-1' is not valid; " + tokens + ", at Caddyfile:3"},
+		{"burst 1.5", "burst: the value '1.5' is not valid; " + tokens + ", at Caddyfile:3"},
+		{"burst 1e3", "burst: the value '1e3' is not valid; " + tokens + ", at Caddyfile:3"},
+		{"burst 1000000001", "burst: the value '1000000001' is not valid; " + tokens + ", at Caddyfile:3"},
+		{"burst 99999999999999999999", "burst: the value '99999999999999999999' is not valid; " + tokens + ", at Caddyfile:3"},
+		{"burst NaN", "burst: the value 'NaN' is not valid; " + tokens + ", at Caddyfile:3"},
+		{`burst ""`, "burst: the value '' is not valid; " + tokens + ", at Caddyfile:3"},
 
-		{"async_proxy {\nipv4_prefix 0\n}", "ipv4_prefix: the value '0' is not valid; expected a number of bits from 1 to 32, at Caddyfile:3"},
-		{"async_proxy {\nipv4_prefix 33\n}", "ipv4_prefix: the value '33' is not valid; expected a number of bits from 1 to 32, at Caddyfile:3"},
-		{"async_proxy {\nipv4_prefix /24\n}", "ipv4_prefix: the value '/24' is not valid; expected a number of bits from 1 to 32, at Caddyfile:3"},
-		{"async_proxy {\nipv6_prefix 129\n}", "ipv6_prefix: the value '129' is not valid; expected a number of bits from 1 to 128, at Caddyfile:3"},
-		{"async_proxy {\nipv6_prefix -1\n}", "ipv6_prefix: the value '-1' is not valid; expected a number of bits from 1 to 128, at Caddyfile:3"},
-		{"async_proxy {\nmax_clients 1\n}", "max_clients: the value '1' is not valid; " + clients + ", at Caddyfile:3"},
-		{"async_proxy {\nmax_clients 99999999999999999999\n}", "max_clients: the value '99999999999999999999' is not valid; " + clients + ", at Caddyfile:3"},
-		{"async_proxy {\nzone \"a b\"\n}", "zone: the value 'a b' is not valid; " + zones + ", at Caddyfile:3"},
-		{"async_proxy {\nzone \"\"\n}", "zone: the value '' is not valid; " + zones + ", at Caddyfile:3"},
-		{"async_proxy {\nzone a b\n}", "zone: unexpected value 'b'; " + zones + ", at Caddyfile:3"},
+		{"refill", "refill: missing value; " + perSecond + ", at Caddyfile:3"},
+		{"refill 1 2", "refill: unexpected value '2'; " + perSecond + ", at Caddyfile:3"},
+		{"refill 1/2", "refill: the value '1/2' is not valid; " + perSecond + ", at Caddyfile:3"},
+		{"refill 0", "refill: the value '0' is not valid; " + perSecond + ", at Caddyfile:3"},
+		{"refill -0.5", "refill: the value '-0.5' is not valid; " + perSecond + ", at Caddyfile:3"},
+		{"refill 0.000009", "refill: the value '0.000009' is not valid; " + perSecond + ", at Caddyfile:3"},
+		{"refill 1000001", "refill: the value '1000001' is not valid; " + perSecond + ", at Caddyfile:3"},
+		{"refill NaN", "refill: the value 'NaN' is not valid; " + perSecond + ", at Caddyfile:3"},
+		{"refill Inf", "refill: the value 'Inf' is not valid; " + perSecond + ", at Caddyfile:3"},
+		{"refill -Inf", "refill: the value '-Inf' is not valid; " + perSecond + ", at Caddyfile:3"},
+		{"refill 1e400", "refill: the value '1e400' is not valid; " + perSecond + ", at Caddyfile:3"},
+		{"refill 1e-400", "refill: the value '1e-400' is not valid; " + perSecond + ", at Caddyfile:3"},
+		{"refill 0,5", "refill: the value '0,5' is not valid; " + perSecond + ", at Caddyfile:3"},
 
-		{"async_proxy {\nexempt\n}", "exempt: missing value; " + ranges + ", at Caddyfile:3"},
-		{"async_proxy {\nexempt 10.0.0.0/8 10.0.0.0/33\n}", "exempt: the value '10.0.0.0/33' is not valid; " + ranges + ", at Caddyfile:3"},
-		{"async_proxy {\nclients 10.1.2.3/8\n}", "clients: 10.1.2.3/8 has bits set beyond its length; write 10.0.0.0/8 for the range, or 10.1.2.3 for the address, at Caddyfile:3"},
-		{"async_proxy {\nexempt 10.0.0.0/8 fd00::1/8\n}", "exempt: fd00::1/8 has bits set beyond its length; write fd00::/8 for the range, or fd00::1 for the address, at Caddyfile:3"},
-		{"async_proxy {\nallow 192.0.2.1/24:443\n}", "allow: 192.0.2.1/24 has bits set beyond its length; write 192.0.2.0/24 for the range, or 192.0.2.1 for the address, at Caddyfile:3"},
-		{"async_proxy {\ndeny a.example .example.com\n}", `deny: ".example.com" is not a name; for the name and everything below it, write example.com *.example.com, at Caddyfile:3`},
-		{"async_proxy {\ndeny .example.com:443\n}", `deny: ".example.com:443" is not a name; for the name and everything below it, write example.com:443 *.example.com:443, at Caddyfile:3`},
-		{"async_proxy {\nupstream http://127.0.0.1:3128\nno_upstream .example.com\n}", `no_upstream: ".example.com" is not a name; for the name and everything below it, write example.com *.example.com, at Caddyfile:4`},
-		{"async_proxy {\nserve_pac {\ndirect .example.com\n}\n}", `serve_pac: direct: ".example.com" is not a name; for the name and everything below it, write example.com *.example.com, at Caddyfile:4`},
-		{"async_proxy {\nserve_pac {\ndirect all\n}\n}", "serve_pac: direct: the value 'all' is not valid; expected addresses, CIDR ranges, names or *.names, without ports, at Caddyfile:4"},
-		{"async_proxy {\nserve_pac {\nproxy a.example\n}\n}", "serve_pac: unrecognized option 'proxy'; expected direct, at Caddyfile:4"},
-		{"async_proxy {\nserve_pac {\ndirect\n}\n}", "serve_pac: direct: missing value; expected addresses, CIDR ranges, names or *.names, without ports, at Caddyfile:4"},
-		{"async_proxy {\nconnect_ports 0\n}", "connect_ports: the value '0' is not valid; expected ports from 1 to 65535, or ranges such as 8000-8999, at Caddyfile:3"},
-		{"async_proxy {\nclients 10.0.0.0/8 office\n}", "clients: the value 'office' is not valid; " + strings.Replace(ranges, "expected ", "expected all, or ", 1) + ", at Caddyfile:3"},
-		{"async_proxy {\nallow\n}", "allow: missing value; " + destinations + ", at Caddyfile:3"},
-		{"async_proxy {\nallow exa/mple.com\n}", "allow: the value 'exa/mple.com' is not valid; " + destinations + ", at Caddyfile:3"},
-		{"async_proxy {\nallow 10.0.0.0/8\nallow 1.2.3\n}", "allow: the value '1.2.3' is not valid; " + destinations + ", at Caddyfile:4"},
-		{"async_proxy {\nallow a.example\ndeny a.example *.b.example:0\n}", "deny: the value '*.b.example:0' is not valid; " + destinations + ", at Caddyfile:4"},
-		{"async_proxy {\ndeny a.*.example\n}", "deny: the value 'a.*.example' is not valid; " + destinations + ", at Caddyfile:3"},
-		{"async_proxy {\ndeny [2001:db8::1\n}", "deny: the value '[2001:db8::1' is not valid; " + destinations + ", at Caddyfile:3"},
-		{"async_proxy {\ndeny fe80::1%eth0\n}", "deny: the value 'fe80::1%eth0' is not valid; " + destinations + ", at Caddyfile:3"},
-		{"async_proxy {\nallow_file\n}", "allow_file: missing value; " + files + ", at Caddyfile:3"},
-		{"async_proxy {\ndeny_from\n}", "deny_from: missing value; " + sources + ", at Caddyfile:3"},
-		{"async_proxy {\ndeny_from nowhere\n}", "deny_from: this build has no module http.ip_sources.nowhere; " + sources + ", at Caddyfile:3"},
-		{"async_proxy {\nports 80 443-80\n}", "ports: the value '443-80' is not valid; expected ports from 1 to 65535, or ranges such as 8000-8999, at Caddyfile:3"},
-		{"async_proxy {\nports 65536\n}", "ports: the value '65536' is not valid; expected ports from 1 to 65535, or ranges such as 8000-8999, at Caddyfile:3"},
-		{"async_proxy {\nlimit_by token\n}", "limit_by: the value 'token' is not valid; expected client_ip or user, at Caddyfile:3"},
-		{"async_proxy {\nreport_only rules clients\n}", "report_only: the value 'clients' is not valid; expected rules, limits or both, at Caddyfile:3"},
-		{"async_proxy {\nresolvers 192.0.2.53 :53\n}", "resolvers: the value ':53' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53 or tcp/[2001:db8::53]:53, at Caddyfile:3"},
-		{"async_proxy {\nserve_pac proxy.pac\n}", "serve_pac: the value 'proxy.pac' is not valid; expected a path that begins with /, or no value, at Caddyfile:3"},
-		{"async_proxy {\nno_upstream a.example:80\n}", "no_upstream: the value 'a.example:80' is not valid; expected destinations without ports: addresses, CIDR ranges, names, *.names, public or private, at Caddyfile:3"},
-		{"async_proxy {\nbasic_auth\n}", "basic_auth: there are no users; " + users + ", at Caddyfile:3"},
-		{"async_proxy {\nbasic_auth md5 {\nalice x\n}\n}", "basic_auth: unknown algorithm 'md5'; " + users + ", at Caddyfile:3"},
-		{"async_proxy {\nbasic_auth bcrypt a b {\nalice x\n}\n}", "basic_auth: unexpected value 'b'; " + users + ", at Caddyfile:3"},
-		{"async_proxy {\nbasic_auth {\nalice\n}\n}", "basic_auth: the user 'alice' must be followed by exactly one hash, as `caddy hash-password` prints it, at Caddyfile:4"},
-		{"async_proxy {\nbasic_auth {\nalice " + hash + "\n}\nbasic_auth {\nbob x\n}\n}", "basic_auth: the option is already set at Caddyfile:3; expected it once, at Caddyfile:6"},
-		{"async_proxy {\nupstream\n}", "upstream: missing value; " + parents + ", at Caddyfile:3"},
-		{"async_proxy {\nupstream http://a http://b\n}", "upstream: more than one value; " + parents + ", at Caddyfile:3"},
-		{"async_proxy {\nupstream ftp://user:secret@proxy.example\n}", "upstream: the value is not valid: the scheme is not supported; expected http://, https:// or socks5://, and the host of a proxy, at Caddyfile:3"},
-		{"async_proxy {\nupstream http://user:secret@proxy.example:0\n}", "upstream: the value is not valid: the host or the port is not valid; expected the host of a proxy, and optionally its port, after http:// and any credentials, at Caddyfile:3"},
-		{"async_proxy {\nupstream http://a.example {\ntls_server_name b\n}\n}", "upstream: tls_server_name is for https:// only, at Caddyfile:4"},
-		{"async_proxy {\nupstream socks5://a.example {\nheader X-A b\n}\n}", "upstream: header: the values are not valid; expected a field and a value, in quotes if it has spaces, for http:// and https:// only, at Caddyfile:4"},
-		{"async_proxy {\nupstream http://a.example {\nweight 5\n}\n}", "upstream: unrecognized option 'weight'; expected header, tls_server_name, tls_trust_pool or tls_insecure_skip_verify, at Caddyfile:4"},
+		{"ipv4_prefix 0", "ipv4_prefix: the value '0' is not valid; expected a number of bits from 1 to 32, at Caddyfile:3"},
+		{"ipv4_prefix 33", "ipv4_prefix: the value '33' is not valid; expected a number of bits from 1 to 32, at Caddyfile:3"},
+		{"ipv4_prefix /24", "ipv4_prefix: the value '/24' is not valid; expected a number of bits from 1 to 32, at Caddyfile:3"},
+		{"ipv6_prefix 129", "ipv6_prefix: the value '129' is not valid; expected a number of bits from 1 to 128, at Caddyfile:3"},
+		{"ipv6_prefix -1", "ipv6_prefix: the value '-1' is not valid; expected a number of bits from 1 to 128, at Caddyfile:3"},
+		{"max_clients 1", "max_clients: the value '1' is not valid; " + clients + ", at Caddyfile:3"},
+		{"max_clients 99999999999999999999", "max_clients: the value '99999999999999999999' is not valid; " + clients + ", at Caddyfile:3"},
+		{`zone "a b"`, "zone: the value 'a b' is not valid; " + zones + ", at Caddyfile:3"},
+		{`zone ""`, "zone: the value '' is not valid; " + zones + ", at Caddyfile:3"},
+		{"zone a b", "zone: unexpected value 'b'; " + zones + ", at Caddyfile:3"},
 
-		{"async_proxy {\ndial_timeout\n}", "dial_timeout: missing value; expected a positive duration such as 10s, at Caddyfile:3"},
-		{"async_proxy {\ndial_timeout 0\n}", "dial_timeout: the value '0' is not valid; expected a positive duration such as 10s, at Caddyfile:3"},
-		{"async_proxy {\ndial_timeout -1s\n}", "dial_timeout: the value '-1s' is not valid; expected a positive duration such as 10s, at Caddyfile:3"},
-		{"async_proxy {\ndial_timeout 10\n}", "dial_timeout: the value '10' is not valid; expected a positive duration such as 10s, at Caddyfile:3"},
-		{"async_proxy {\ndial_timeout off\n}", "dial_timeout: the value 'off' is not valid; expected a positive duration such as 10s, at Caddyfile:3"},
-		{"async_proxy {\ndial_timeout 99999999999999h\n}", "dial_timeout: the value '99999999999999h' is not valid; expected a positive duration such as 10s, at Caddyfile:3"},
-		{"async_proxy {\nresponse_header_timeout 0\n}", "response_header_timeout: the value '0' is not valid; expected a positive duration such as 5m, or off, at Caddyfile:3"},
+		{"exempt", "exempt: missing value; " + ranges + ", at Caddyfile:3"},
+		{"exempt 10.0.0.0/8 10.0.0.0/33", "exempt: the value '10.0.0.0/33' is not valid; " + ranges + ", at Caddyfile:3"},
+		{"clients 10.1.2.3/8", "clients: 10.1.2.3/8 has bits set beyond its length; write 10.0.0.0/8 for the range, or 10.1.2.3 for the address, at Caddyfile:3"},
+		{"exempt 10.0.0.0/8 fd00::1/8", "exempt: fd00::1/8 has bits set beyond its length; write fd00::/8 for the range, or fd00::1 for the address, at Caddyfile:3"},
+		{"allow 192.0.2.1/24:443", "allow: 192.0.2.1/24 has bits set beyond its length; write 192.0.2.0/24 for the range, or 192.0.2.1 for the address, at Caddyfile:3"},
+		{"deny a.example .example.com", `deny: ".example.com" is not a name; for the name and everything below it, write example.com *.example.com, at Caddyfile:3`},
+		{"deny .example.com:443", `deny: ".example.com:443" is not a name; for the name and everything below it, write example.com:443 *.example.com:443, at Caddyfile:3`},
+		{`upstream http://127.0.0.1:3128
+no_upstream .example.com`, `no_upstream: ".example.com" is not a name; for the name and everything below it, write example.com *.example.com, at Caddyfile:4`},
+		{`serve_pac {
+	direct .example.com
+}`, `serve_pac: direct: ".example.com" is not a name; for the name and everything below it, write example.com *.example.com, at Caddyfile:4`},
+		{`serve_pac {
+	direct all
+}`, "serve_pac: direct: the value 'all' is not valid; expected addresses, CIDR ranges, names or *.names, without ports, at Caddyfile:4"},
+		{`serve_pac {
+	proxy a.example
+}`, "serve_pac: unrecognized option 'proxy'; expected direct, at Caddyfile:4"},
+		{`serve_pac {
+	direct
+}`, "serve_pac: direct: missing value; expected addresses, CIDR ranges, names or *.names, without ports, at Caddyfile:4"},
+		{"connect_ports 0", "connect_ports: the value '0' is not valid; expected ports from 1 to 65535, or ranges such as 8000-8999, at Caddyfile:3"},
+		{"clients 10.0.0.0/8 office", "clients: the value 'office' is not valid; " + strings.Replace(ranges, "expected ", "expected all, or ", 1) + ", at Caddyfile:3"},
+		{"allow", "allow: missing value; " + destinations + ", at Caddyfile:3"},
+		{"allow exa/mple.com", "allow: the value 'exa/mple.com' is not valid; " + destinations + ", at Caddyfile:3"},
+		{`allow 10.0.0.0/8
+allow 1.2.3`, "allow: the value '1.2.3' is not valid; " + destinations + ", at Caddyfile:4"},
+		{`allow a.example
+deny a.example *.b.example:0`, "deny: the value '*.b.example:0' is not valid; " + destinations + ", at Caddyfile:4"},
+		{"deny a.*.example", "deny: the value 'a.*.example' is not valid; " + destinations + ", at Caddyfile:3"},
+		{"deny [2001:db8::1", "deny: the value '[2001:db8::1' is not valid; " + destinations + ", at Caddyfile:3"},
+		{"deny fe80::1%eth0", "deny: the value 'fe80::1%eth0' is not valid; " + destinations + ", at Caddyfile:3"},
+		{"allow_file", "allow_file: missing value; " + files + ", at Caddyfile:3"},
+		{"deny_from", "deny_from: missing value; " + sources + ", at Caddyfile:3"},
+		{"deny_from nowhere", "deny_from: this build has no module http.ip_sources.nowhere; " + sources + ", at Caddyfile:3"},
+		{"ports 80 443-80", "ports: the value '443-80' is not valid; expected ports from 1 to 65535, or ranges such as 8000-8999, at Caddyfile:3"},
+		{"ports 65536", "ports: the value '65536' is not valid; expected ports from 1 to 65535, or ranges such as 8000-8999, at Caddyfile:3"},
+		{"limit_by token", "limit_by: the value 'token' is not valid; expected client_ip or user, at Caddyfile:3"},
+		{"report_only rules clients", "report_only: the value 'clients' is not valid; expected rules, limits or both, at Caddyfile:3"},
+		{"resolvers 192.0.2.53 :53", "resolvers: the value ':53' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53 or tcp/[2001:db8::53]:53, at Caddyfile:3"},
+		{"serve_pac proxy.pac", "serve_pac: the value 'proxy.pac' is not valid; expected a path that begins with /, or no value, at Caddyfile:3"},
+		{"no_upstream a.example:80", "no_upstream: the value 'a.example:80' is not valid; expected destinations without ports: addresses, CIDR ranges, names, *.names, public or private, at Caddyfile:3"},
+		{"basic_auth", "basic_auth: there are no users; " + users + ", at Caddyfile:3"},
+		{`basic_auth md5 {
+	alice x
+}`, "basic_auth: unknown algorithm 'md5'; " + users + ", at Caddyfile:3"},
+		{`basic_auth bcrypt a b {
+	alice x
+}`, "basic_auth: unexpected value 'b'; " + users + ", at Caddyfile:3"},
+		{`basic_auth {
+	alice
+}`, "basic_auth: the user 'alice' must be followed by exactly one hash, as `caddy hash-password` prints it, at Caddyfile:4"},
+		{`basic_auth {
+	alice ` + hash + `
+}
+basic_auth {
+	bob x
+}`, "basic_auth: the option is already set at Caddyfile:3; expected it once, at Caddyfile:6"},
+		{"upstream", "upstream: missing value; " + parents + ", at Caddyfile:3"},
+		{"upstream http://a http://b", "upstream: more than one value; " + parents + ", at Caddyfile:3"},
+		{"upstream ftp://user:secret@proxy.example", "upstream: the value is not valid: the scheme is not supported; expected http://, https:// or socks5://, and the host of a proxy, at Caddyfile:3"},
+		{"upstream http://user:secret@proxy.example:0", "upstream: the value is not valid: the host or the port is not valid; expected the host of a proxy, and optionally its port, after http:// and any credentials, at Caddyfile:3"},
+		{`upstream http://a.example {
+	tls_server_name b
+}`, "upstream: tls_server_name is for https:// only, at Caddyfile:4"},
+		{`upstream socks5://a.example {
+	header X-A b
+}`, "upstream: header: the values are not valid; expected a field and a value, in quotes if it has spaces, for http:// and https:// only, at Caddyfile:4"},
+		{`upstream http://a.example {
+	weight 5
+}`, "upstream: unrecognized option 'weight'; expected header, tls_server_name, tls_trust_pool or tls_insecure_skip_verify, at Caddyfile:4"},
 
-		{"async_proxy {\nvia\n}", "via: missing value; " + pseudonym + ", at Caddyfile:3"},
-		{"async_proxy {\nvia 1fred\n}", "via: the value '1fred' is not valid; " + pseudonym + ", at Caddyfile:3"},
-		{"async_proxy {\nvia \"fred joe\"\n}", "via: the value 'fred joe' is not valid; " + pseudonym + ", at Caddyfile:3"},
-		{"async_proxy {\nforwarded_for on\n}", "forwarded_for: the value 'on' is not valid; expected auto or off, at Caddyfile:3"},
-		{"async_proxy {\nforwarded_for \"\"\n}", "forwarded_for: the value '' is not valid; expected auto or off, at Caddyfile:3"},
-		{"async_proxy {\nhosts\n}", "hosts: missing value; " + names + ", at Caddyfile:3"},
-		{"async_proxy {\nhosts a.example b.example:443\n}", "hosts: the value 'b.example:443' is not valid; " + names + ", at Caddyfile:3"},
+		{"dial_timeout", "dial_timeout: missing value; expected a positive duration such as 10s, at Caddyfile:3"},
+		{"dial_timeout 0", "dial_timeout: the value '0' is not valid; expected a positive duration such as 10s, at Caddyfile:3"},
+		{"dial_timeout -1s", "dial_timeout: the value '-1s' is not valid; expected a positive duration such as 10s, at Caddyfile:3"},
+		{"dial_timeout 10", "dial_timeout: the value '10' is not valid; expected a positive duration such as 10s, at Caddyfile:3"},
+		{"dial_timeout off", "dial_timeout: the value 'off' is not valid; expected a positive duration such as 10s, at Caddyfile:3"},
+		{"dial_timeout 99999999999999h", "dial_timeout: the value '99999999999999h' is not valid; expected a positive duration such as 10s, at Caddyfile:3"},
+		{"response_header_timeout 0", "response_header_timeout: the value '0' is not valid; expected a positive duration such as 5m, or off, at Caddyfile:3"},
 
-		{"async_proxy {\nmax_tunnels\n}", "max_tunnels: missing value; " + tunnels + ", at Caddyfile:3"},
-		{"async_proxy {\nmax_tunnels 0\n}", "max_tunnels: the value '0' is not valid; " + tunnels + ", at Caddyfile:3"},
-		{"async_proxy {\nmax_tunnels 5 per_client\n}", "max_tunnels: missing value after per_client; " + tunnels + ", at Caddyfile:3"},
-		{"async_proxy {\nmax_tunnels 5 per_client 0\n}", "max_tunnels: the value '0' is not valid; " + tunnels + ", at Caddyfile:3"},
-		{"async_proxy {\nmax_tunnels 5 per_client 1 2\n}", "max_tunnels: unexpected value '2'; " + tunnels + ", at Caddyfile:3"},
-		{"async_proxy {\nmax_tunnels 5\nmax_tunnels 6 per_client 2\n}", "max_tunnels: the option is already set at Caddyfile:3; expected it once, at Caddyfile:4"},
-		{"async_proxy {\ntunnel_idle_timeout never\n}", "tunnel_idle_timeout: the value 'never' is not valid; expected a positive duration such as 1h, or off, at Caddyfile:3"},
-		{"async_proxy {\ntunnel_stall_timeout 0\n}", "tunnel_stall_timeout: the value '0' is not valid; expected a positive duration such as 1m, or off, at Caddyfile:3"},
-		{"async_proxy {\ntunnel_idle_timeout 0\n}", "tunnel_idle_timeout: the value '0' is not valid; expected a positive duration such as 1h, or off, at Caddyfile:3"},
-		{"async_proxy {\ntunnel_max_duration off\n}", "tunnel_max_duration: the value 'off' is not valid; expected a positive duration such as 24h, at Caddyfile:3"},
-		{"async_proxy {\nstream_close_delay -1s\n}", "stream_close_delay: the value '-1s' is not valid; expected a duration such as 5m, or 0 for immediately, at Caddyfile:3"},
-		{"async_proxy {\nrecheck_tunnels yes\n}", "recheck_tunnels: unexpected value 'yes'; expected no value, at Caddyfile:3"},
-		{"async_proxy {\nrecheck_tunnels\nrecheck_tunnels\n}", "recheck_tunnels: the option is already set at Caddyfile:3; expected it once, at Caddyfile:4"},
-		{"async_proxy {\nbrust 5\n}", "unrecognized option 'brust'; did you mean burst?, at Caddyfile:3"},
-		{"async_proxy {\nburst 1000000000\n\nrefill 0.1\nzone a\n}", "burst 1000000000 with refill 0.1: an empty bucket would take more than 4000000000 seconds to fill; expected a smaller burst or a larger refill, at Caddyfile:5"},
-		{"async_proxy {\nmax_clients 9223372036854775807\n}", "max_clients: the value '9223372036854775807' is not valid; " + clients + ", at Caddyfile:3"},
-		{"async_proxy {\nmax_tunnels 9223372036854775807\n}", "max_tunnels: the value '9223372036854775807' is not valid; " + tunnels + ", at Caddyfile:3"},
-		{"async_proxy {\ndial_timeout 9223372036854775807ns\n}", "dial_timeout: the value '9223372036854775807ns' is not valid; expected a positive duration such as 10s, at Caddyfile:3"},
-		{"async_proxy {\nno_upstream a.example\nburst 5\n}", "no_upstream: no upstream is configured; expected the option upstream as well, at Caddyfile:3"},
-		{"async_proxy {\nlimit_by user\nburst 5\n}", "limit_by: user requires authentication; expected the option basic_auth as well, at Caddyfile:3"},
-		{"async_proxy {\nheader_up X-A [ b\n}", "header_up: the values 'X-A [ b' are not valid: replacement 0 for header field 'X-A': error parsing regexp: missing closing ]: `[`; " + header + ", at Caddyfile:3"},
-		{"async_proxy {\nheader_down ?X-A b\n}", "header_down: the values '?X-A b' are not valid: '?X-A' is not a field name; " + header + ", at Caddyfile:3"},
-		{"async_proxy {\nheader_up \"A b\" c\n}", "header_up: the values 'A b c' are not valid: 'A b' is not a field name; " + header + ", at Caddyfile:3"},
-		{"async_proxy {\nheader_up X-A: b\n}", "header_up: the values 'X-A: b' are not valid: 'X-A:' is not a field name; " + header + ", at Caddyfile:3"},
-		{"async_proxy {\nheader_up -\n}", "header_up: the values '-' are not valid: '' is not a field name; " + header + ", at Caddyfile:3"},
-		{"async_proxy {\nheader_up A: b c\n}", "header_up: the values 'A: b c' are not valid: 'A:' is not a field name; " + header + ", at Caddyfile:3"},
-		{"async_proxy {\nheader_up\n}", "header_up: missing value; " + header + ", at Caddyfile:3"},
-		{"async_proxy {\nbasic_auth {\nalice wonderland\n}\n}", "basic_auth: the hash of the user 'alice' is not valid; expected one for bcrypt, as `caddy hash-password` prints it, at Caddyfile:4"},
-		{"async_proxy {\nbasic_auth {\nbob " + hash + "\nalice $2a$14$short\n}\n}", "basic_auth: the hash of the user 'alice' is not valid; expected one for bcrypt, as `caddy hash-password` prints it, at Caddyfile:5"},
-		{"async_proxy {\nbasic_auth argon2id {\nalice " + hash + "\n}\n}", "basic_auth: the hash of the user 'alice' is not valid; expected one for argon2id, as `caddy hash-password` prints it, at Caddyfile:4"},
-		{"async_proxy {\nbasic_auth {\nalice " + hash + " " + hash + "\n}\n}", "basic_auth: the user 'alice' must be followed by exactly one hash, as `caddy hash-password` prints it, at Caddyfile:4"},
-		{"async_proxy {\nbasic_auth {\nalice " + hash + "\nalice " + hash + "\n}\n}", "basic_auth: the user 'alice' is listed twice; expected each user once, at Caddyfile:5"},
-		{"async_proxy {\nallow_file " + list + "\n}", "allow_file: " + list + ":4: \"a b\" is not an address, a CIDR range or a name; " + files + ", at Caddyfile:3"},
-		{"async_proxy {\nburst 5\ndeny_file /nonexistent/list\n}", "deny_file: open /nonexistent/list: no such file or directory; " + files + ", at Caddyfile:4"},
-		{"async_proxy {\ndeny_from static\n}", "deny_from: static has no ranges; " + sources + ", at Caddyfile:3"},
-		{"async_proxy {\ndeny_from static 10.0.0.0/8 a\n}", "deny_from: the value 'a' is not valid; " + sources + ", at Caddyfile:3"},
-		{"async_proxy {\nresolvers dns.google\n}", "resolvers: the value 'dns.google' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53 or tcp/[2001:db8::53]:53, at Caddyfile:3"},
-		{"async_proxy {\nresolvers 192.0.2.53 udp/localhost:53\n}", "resolvers: the value 'udp/localhost:53' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53 or tcp/[2001:db8::53]:53, at Caddyfile:3"},
-		{"async_proxy {\nresolvers fd/3\n}", "resolvers: the value 'fd/3' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53 or tcp/[2001:db8::53]:53, at Caddyfile:3"},
-		{"async_proxy {\nresolvers 8.8.8.8:0\n}", "resolvers: the value '8.8.8.8:0' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53 or tcp/[2001:db8::53]:53, at Caddyfile:3"},
-		{"async_proxy {\nresolvers 8.8.8.8:\n}", "resolvers: the value '8.8.8.8:' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53 or tcp/[2001:db8::53]:53, at Caddyfile:3"},
-		{"async_proxy {\nvia on\n}", "via: the value 'on' is not valid; " + pseudonym + ", at Caddyfile:3"},
-		{"async_proxy {\nlimiter redis a\n}", "limiter: this build has no module http.async_proxy.limiters.redis; expected a limiter that this Caddy is built with; for redis, build it with --with github.com/asyncproxy/caddy-async-proxy/redis, at Caddyfile:3"},
-		{"async_proxy {\nlimiter\n}", "limiter: missing value; expected a limiter that this Caddy is built with; for redis, build it with --with github.com/asyncproxy/caddy-async-proxy/redis, at Caddyfile:3"},
-		{"async_proxy {\nupstream http://us%er@a.example\n}", "upstream: the value is not valid: the user or the password is not correctly percent-encoded, at Caddyfile:3"},
-		{"async_proxy {\nupstream https://a.example {\nheader \"X A\" b\n}\n}", "upstream: header: the values are not valid; expected a field and a value, in quotes if it has spaces, for http:// and https:// only, at Caddyfile:4"},
-		{"async_proxy {\nupstream https://a.example {\ntls_server_name\n}\n}", "upstream: tls_server_name: missing value; expected one name, at Caddyfile:4"},
-		{"async_proxy {\nupstream https://a.example {\ntls_trust_pool nowhere\n}\n}", "upstream: tls_trust_pool: this build has no module tls.ca_pool.source.nowhere; expected a source of certificates, such as file, at Caddyfile:4"},
+		{"via", "via: missing value; " + pseudonym + ", at Caddyfile:3"},
+		{"via 1fred", "via: the value '1fred' is not valid; " + pseudonym + ", at Caddyfile:3"},
+		{`via "fred joe"`, "via: the value 'fred joe' is not valid; " + pseudonym + ", at Caddyfile:3"},
+		{"forwarded_for on", "forwarded_for: the value 'on' is not valid; expected auto or off, at Caddyfile:3"},
+		{`forwarded_for ""`, "forwarded_for: the value '' is not valid; expected auto or off, at Caddyfile:3"},
+		{"hosts", "hosts: missing value; " + names + ", at Caddyfile:3"},
+		{"hosts a.example b.example:443", "hosts: the value 'b.example:443' is not valid; " + names + ", at Caddyfile:3"},
+
+		{"max_tunnels", "max_tunnels: missing value; " + tunnels + ", at Caddyfile:3"},
+		{"max_tunnels 0", "max_tunnels: the value '0' is not valid; " + tunnels + ", at Caddyfile:3"},
+		{"max_tunnels 5 per_client", "max_tunnels: missing value after per_client; " + tunnels + ", at Caddyfile:3"},
+		{"max_tunnels 5 per_client 0", "max_tunnels: the value '0' is not valid; " + tunnels + ", at Caddyfile:3"},
+		{"max_tunnels 5 per_client 1 2", "max_tunnels: unexpected value '2'; " + tunnels + ", at Caddyfile:3"},
+		{`max_tunnels 5
+max_tunnels 6 per_client 2`, "max_tunnels: the option is already set at Caddyfile:3; expected it once, at Caddyfile:4"},
+		{"tunnel_idle_timeout never", "tunnel_idle_timeout: the value 'never' is not valid; expected a positive duration such as 1h, or off, at Caddyfile:3"},
+		{"tunnel_stall_timeout 0", "tunnel_stall_timeout: the value '0' is not valid; expected a positive duration such as 1m, or off, at Caddyfile:3"},
+		{"tunnel_idle_timeout 0", "tunnel_idle_timeout: the value '0' is not valid; expected a positive duration such as 1h, or off, at Caddyfile:3"},
+		{"tunnel_max_duration off", "tunnel_max_duration: the value 'off' is not valid; expected a positive duration such as 24h, at Caddyfile:3"},
+		{"stream_close_delay -1s", "stream_close_delay: the value '-1s' is not valid; expected a duration such as 5m, or 0 for immediately, at Caddyfile:3"},
+		{"recheck_tunnels yes", "recheck_tunnels: unexpected value 'yes'; expected no value, at Caddyfile:3"},
+		{`recheck_tunnels
+recheck_tunnels`, "recheck_tunnels: the option is already set at Caddyfile:3; expected it once, at Caddyfile:4"},
+		{"brust 5", "unrecognized option 'brust'; did you mean burst?, at Caddyfile:3"},
+		{`burst 1000000000
+
+refill 0.1
+zone a`, "burst 1000000000 with refill 0.1: an empty bucket would take more than 4000000000 seconds to fill; expected a smaller burst or a larger refill, at Caddyfile:5"},
+		{"max_clients 9223372036854775807", "max_clients: the value '9223372036854775807' is not valid; " + clients + ", at Caddyfile:3"},
+		{"max_tunnels 9223372036854775807", "max_tunnels: the value '9223372036854775807' is not valid; " + tunnels + ", at Caddyfile:3"},
+		{"dial_timeout 9223372036854775807ns", "dial_timeout: the value '9223372036854775807ns' is not valid; expected a positive duration such as 10s, at Caddyfile:3"},
+		{`no_upstream a.example
+burst 5`, "no_upstream: no upstream is configured; expected the option upstream as well, at Caddyfile:3"},
+		{`limit_by user
+burst 5`, "limit_by: user requires authentication; expected the option basic_auth as well, at Caddyfile:3"},
+		{"header_up X-A [ b", "header_up: the values 'X-A [ b' are not valid: replacement 0 for header field 'X-A': error parsing regexp: missing closing ]: `[`; " + header + ", at Caddyfile:3"},
+		{"header_down ?X-A b", "header_down: the values '?X-A b' are not valid: '?X-A' is not a field name; " + header + ", at Caddyfile:3"},
+		{`header_up "A b" c`, "header_up: the values 'A b c' are not valid: 'A b' is not a field name; " + header + ", at Caddyfile:3"},
+		{"header_up X-A: b", "header_up: the values 'X-A: b' are not valid: 'X-A:' is not a field name; " + header + ", at Caddyfile:3"},
+		{"header_up -", "header_up: the values '-' are not valid: '' is not a field name; " + header + ", at Caddyfile:3"},
+		{"header_up A: b c", "header_up: the values 'A: b c' are not valid: 'A:' is not a field name; " + header + ", at Caddyfile:3"},
+		{"header_up", "header_up: missing value; " + header + ", at Caddyfile:3"},
+		{`basic_auth {
+	alice wonderland
+}`, "basic_auth: the hash of the user 'alice' is not valid; expected one for bcrypt, as `caddy hash-password` prints it, at Caddyfile:4"},
+		{`basic_auth {
+	bob ` + hash + `
+	alice $2a$14$short
+}`, "basic_auth: the hash of the user 'alice' is not valid; expected one for bcrypt, as `caddy hash-password` prints it, at Caddyfile:5"},
+		{`basic_auth argon2id {
+	alice ` + hash + `
+}`, "basic_auth: the hash of the user 'alice' is not valid; expected one for argon2id, as `caddy hash-password` prints it, at Caddyfile:4"},
+		{`basic_auth {
+	alice ` + hash + " " + hash + `
+}`, "basic_auth: the user 'alice' must be followed by exactly one hash, as `caddy hash-password` prints it, at Caddyfile:4"},
+		{`basic_auth {
+	alice ` + hash + `
+	alice ` + hash + `
+}`, "basic_auth: the user 'alice' is listed twice; expected each user once, at Caddyfile:5"},
+		{"allow_file " + list, "allow_file: " + list + ":4: \"a b\" is not an address, a CIDR range or a name; " + files + ", at Caddyfile:3"},
+		{`burst 5
+deny_file /nonexistent/list`, "deny_file: open /nonexistent/list: no such file or directory; " + files + ", at Caddyfile:4"},
+		{"deny_from static", "deny_from: static has no ranges; " + sources + ", at Caddyfile:3"},
+		{"deny_from static 10.0.0.0/8 a", "deny_from: the value 'a' is not valid; " + sources + ", at Caddyfile:3"},
+		{"resolvers dns.google", "resolvers: the value 'dns.google' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53 or tcp/[2001:db8::53]:53, at Caddyfile:3"},
+		{"resolvers 192.0.2.53 udp/localhost:53", "resolvers: the value 'udp/localhost:53' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53 or tcp/[2001:db8::53]:53, at Caddyfile:3"},
+		{"resolvers fd/3", "resolvers: the value 'fd/3' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53 or tcp/[2001:db8::53]:53, at Caddyfile:3"},
+		{"resolvers 8.8.8.8:0", "resolvers: the value '8.8.8.8:0' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53 or tcp/[2001:db8::53]:53, at Caddyfile:3"},
+		{"resolvers 8.8.8.8:", "resolvers: the value '8.8.8.8:' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53 or tcp/[2001:db8::53]:53, at Caddyfile:3"},
+		{"via on", "via: the value 'on' is not valid; " + pseudonym + ", at Caddyfile:3"},
+		{"limiter redis a", "limiter: this build has no module http.async_proxy.limiters.redis; expected a limiter that this Caddy is built with; for redis, build it with --with github.com/asyncproxy/caddy-async-proxy/redis, at Caddyfile:3"},
+		{"limiter", "limiter: missing value; expected a limiter that this Caddy is built with; for redis, build it with --with github.com/asyncproxy/caddy-async-proxy/redis, at Caddyfile:3"},
+		{"upstream http://us%er@a.example", "upstream: the value is not valid: the user or the password is not correctly percent-encoded, at Caddyfile:3"},
+		{`upstream https://a.example {
+	header "X A" b
+}`, "upstream: header: the values are not valid; expected a field and a value, in quotes if it has spaces, for http:// and https:// only, at Caddyfile:4"},
+		{`upstream https://a.example {
+	tls_server_name
+}`, "upstream: tls_server_name: missing value; expected one name, at Caddyfile:4"},
+		{`upstream https://a.example {
+	tls_trust_pool nowhere
+}`, "upstream: tls_trust_pool: this build has no module tls.ca_pool.source.nowhere; expected a source of certificates, such as file, at Caddyfile:4"},
 	} {
-		_, _, err := adapt(":8080 {\n"+tc.directive+"\n}\n", "Caddyfile")
+		directive := tc.text
+		if !strings.HasPrefix(directive, "async_proxy") {
+			directive = "async_proxy {\n" + directive + "\n}"
+		}
+		_, _, err := adapt(":8080 {\n"+directive+"\n}\n", "Caddyfile")
 		if want := "parsing caddyfile tokens for 'async_proxy': " + tc.want; err == nil || err.Error() != want {
-			t.Errorf("%s\ngives %v\nwant  %v", tc.directive, err, want)
+			t.Errorf("%s\ngives %v\nwant  %v", directive, err, want)
 		}
 	}
 }
@@ -498,17 +615,67 @@ func TestJSONOfAnotherShape(t *testing.T) {
 // survives JSON and that Caddy accepts.
 func FuzzCaddyfile(f *testing.F) {
 	f.Add("async_proxy")
-	f.Add("async_proxy burst 5 refill 0.5 {\n zone a\n exempt 10.0.0.0/8 private_ranges\n}")
-	f.Add("async_proxy {\n max_tunnels 5 per_client 2\n tunnel_idle_timeout off\n stream_close_delay 0\n recheck_tunnels\n}")
-	f.Add("async_proxy {\n burst 1000000000\n refill 0.00001\n}")
-	f.Add("async_proxy {\n header_up X-A \"a b\"\n header_down -X-B\n header_down X-C ( d\n via fred\n hosts a.example\n}")
-	f.Add("async_proxy {\n burst 5 {\n }\n dial_timeout 1d\n}}")
-	f.Add("async_proxy { {\n}\n")
-	f.Add("async_proxy {\n allow *.a.example:80-81 private\n deny_from static 10.0.0.0/8 private_ranges\n deny all\n ports 80 8000-8999\n report_only rules\n}")
-	f.Add("async_proxy {\n resolvers 192.0.2.53 tcp/[2001:db8::53]:53 8.8.8.8:\n serve_pac /a\n no_upstream a.example 10.0.0.0/8\n}")
-	f.Add("async_proxy {\n upstream https://user:pass%20word@a.example:3128 {\n header X-A b\n tls_server_name c\n tls_insecure_skip_verify\n }\n no_upstream *.a.example\n}")
-	f.Add("async_proxy {\n clients 10.0.0.0/8\n limit_by user\n basic_auth bcrypt a {\n alice $2a$04$L3tYy4Xp5LAaG0jL6YbCaeF2TPXqQVbEs6EY68eOAKjBjzLWbN.oi\n }\n}")
-	f.Add("async_proxy {\n limiter test a\n max_clients 9007199254740993\n tunnel_max_duration 2562047h\n}")
+	f.Add(`async_proxy burst 5 refill 0.5 {
+	zone a
+	exempt 10.0.0.0/8 private_ranges
+}`)
+	f.Add(`async_proxy {
+	max_tunnels 5 per_client 2
+	tunnel_idle_timeout off
+	stream_close_delay 0
+	recheck_tunnels
+}`)
+	f.Add(`async_proxy {
+	burst 1000000000
+	refill 0.00001
+}`)
+	f.Add(`async_proxy {
+	header_up X-A "a b"
+	header_down -X-B
+	header_down X-C ( d
+	via fred
+	hosts a.example
+}`)
+	f.Add(`async_proxy {
+	burst 5 {
+	}
+	dial_timeout 1d
+}}`)
+	f.Add(`async_proxy { {
+}
+`)
+	f.Add(`async_proxy {
+	allow *.a.example:80-81 private
+	deny_from static 10.0.0.0/8 private_ranges
+	deny all
+	ports 80 8000-8999
+	report_only rules
+}`)
+	f.Add(`async_proxy {
+	resolvers 192.0.2.53 tcp/[2001:db8::53]:53 8.8.8.8:
+	serve_pac /a
+	no_upstream a.example 10.0.0.0/8
+}`)
+	f.Add(`async_proxy {
+	upstream https://user:pass%20word@a.example:3128 {
+		header X-A b
+		tls_server_name c
+		tls_insecure_skip_verify
+	}
+	no_upstream *.a.example
+}`)
+	f.Add(`async_proxy {
+	clients 10.0.0.0/8
+	limit_by user
+	basic_auth bcrypt a {
+		alice $2a$04$L3tYy4Xp5LAaG0jL6YbCaeF2TPXqQVbEs6EY68eOAKjBjzLWbN.oi
+	}
+}`)
+	f.Add(`async_proxy {
+	limiter test a
+	max_clients 9007199254740993
+	tunnel_max_duration 2562047h
+}`)
 	f.Fuzz(func(t *testing.T, input string) {
 		// Files and placeholders may have other contents when the config is loaded.
 		if regexp.MustCompile(`_file|tls_trust_pool|\{[^\s{]`).MatchString(input) {
