@@ -23,6 +23,7 @@ import (
 // A connection that is busy while the server shuts down completes its response. The fast
 // path serves no connection that arrives later.
 func TestClientConnAtShutdown(t *testing.T) {
+	t.Parallel()
 	l := unitListener(nil)
 	p := &l.conns
 	near, far := tcpPair(t)
@@ -53,6 +54,7 @@ func TestClientConnAtShutdown(t *testing.T) {
 // Bytes read ahead on a connection that moves go with it, even if it moves again before
 // anything reads them.
 func TestClientConnMovesTwice(t *testing.T) {
+	t.Parallel()
 	near, far := tcpPair(t)
 	const request = "GET http://a.example/ HTTP/1.1\r\nHost: x\r\n\r\n"
 	_, _ = io.WriteString(far, request[20:])
@@ -73,6 +75,7 @@ func TestClientConnMovesTwice(t *testing.T) {
 
 // A handler that panics ends its own connection and no other.
 func TestClientConnPanic(t *testing.T) {
+	t.Parallel()
 	near, far := tcpPair(t)
 	l := unitListener(func(http.ResponseWriter, *http.Request) { panic("in a test") })
 	var panicked any
@@ -133,6 +136,7 @@ func await(t *testing.T, what string, condition func() bool) {
 // A context that is still waited on after its request has ended reads nothing of the next
 // request from the connection, and does not touch its deadline.
 func TestClientConnLateWatch(t *testing.T) {
+	t.Parallel()
 	near, far := tcpPair(t)
 	c := newClientConn(unitListener(nil), newReadConn(near, nil), false)
 	c.start()
@@ -171,6 +175,7 @@ func TestClientConnLateWatch(t *testing.T) {
 
 // An idle connection holds no memory of earlier responses.
 func TestClientConnIdleMemory(t *testing.T) {
+	t.Parallel()
 	near, far := tcpPair(t)
 	l := unitListener(func(w http.ResponseWriter, r *http.Request) {
 		for i := range 500 {

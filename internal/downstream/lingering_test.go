@@ -84,6 +84,7 @@ func (b *countingBody) Read([]byte) (int, error) { b.reads++; return 0, io.EOF }
 // The content of refused requests is read for a limited number of a client's requests at a
 // time.
 func TestDroppedContentIsBounded(t *testing.T) {
+	t.Parallel()
 	var l Lingering
 	client := netip.MustParseAddr("192.0.2.1")
 	reads := func() int {

@@ -37,6 +37,7 @@ func (l *failingListener) Accept() (net.Conn, error) {
 
 // A listener recovers when Accept fails for a while, without spinning.
 func TestListenerAcceptErrors(t *testing.T) {
+	t.Parallel()
 	inner, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -105,6 +106,7 @@ func TestListenerWithoutAccept(t *testing.T) {
 
 // A connection that should go to a server that has shut down is closed.
 func TestClientConnHandOffAtShutdown(t *testing.T) {
+	t.Parallel()
 	near, far := tcpPair(t)
 	l := unitListener(nil)
 	l.stopServing()
@@ -117,6 +119,7 @@ func TestClientConnHandOffAtShutdown(t *testing.T) {
 // A request that arrives when its config has ended is the new config's, also on a connection that
 // the old listener has not yet moved.
 func TestClientConnOfEndedConfig(t *testing.T) {
+	t.Parallel()
 	near, far := tcpPair(t)
 	answer := func(name string) http.HandlerFunc {
 		return func(w http.ResponseWriter, _ *http.Request) { w.Header()["X-Config"] = []string{name} }

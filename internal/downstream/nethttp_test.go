@@ -14,6 +14,7 @@ import (
 
 // TestListenerBelowTLS guards against a change of the listener type in crypto/tls.
 func TestListenerBelowTLS(t *testing.T) {
+	t.Parallel()
 	ln, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -29,6 +30,7 @@ func TestListenerBelowTLS(t *testing.T) {
 
 // A connection reads the same however its bytes are split.
 func TestReadConnFirst(t *testing.T) {
+	t.Parallel()
 	for _, text := range []string{"\r\n\r\nGET /", "GET /\r\n", "\r\rGET", "\rG", "\r\n\n", "\n\r\n"} {
 		for size := 1; size <= len(text); size++ {
 			near, far := tcpPair(t)
