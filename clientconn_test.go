@@ -98,15 +98,15 @@ func TestClientConnFastPath(t *testing.T) {
 
 		{"no wrapper", servers("protocols h1 h2"), 0},
 		{"in a route, where there is none", inRoute(strings.Replace(site, "async", "\tasync", 1)), 0},
-		{"access log", with("log"), 0},
+		{"access log", with("log"), 1},
 		{"metrics", `{
 	metrics
 }
-` + site, 0},
-		{"metrics of the server", servers(withWrapper + "metrics"), 0},
+` + site, 1},
+		{"metrics of the server", servers(withWrapper + "metrics"), 1},
 		{"handle_errors", with(`handle_errors {
 	respond no
-}`), 0},
+}`), 1},
 		{"a matcher", strings.Replace(with("@get method GET"), "async_proxy", "async_proxy @get", 1), 0},
 		{"a matcher, and the wrapper", "{\nservers {\n" + withWrapper + "\n}\n}\n" + strings.Replace(with("@get method GET"), "async_proxy", "async_proxy @get", 1), 0},
 		{"a matcher around it", "{\nservers {\n" + withWrapper + "\n}\n}\n" + strings.Replace(with("@get method GET"), "async_proxy", "handle @get {\nasync_proxy", 1) + "}\n", 0},

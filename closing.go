@@ -48,10 +48,16 @@ func expectsContinue(r *http.Request) bool {
 // beforeErrorRoutes prepares the connection of r for the error routes, which will answer it.
 // Once they have, the handler has returned and can no longer read from the connection or hijack
 // it. Content is read before they answer. What a client sends after a CONNECT has no end that
-// could be awaited, so its connection is closed in stages after net/http has closed it.
+// could be awaited, so its connection is closed in stages after net/http has closed it. On the fast
+// path, every such connection is.
 func (h *Handler) beforeErrorRoutes(w http.ResponseWriter, r *http.Request) {
+	fast := downstream.WriterOf(w)
 	switch {
 	case r.ProtoMajor != 1:
+	case fast != nil:
+		if stillSending(r) {
+			fast.CloseInStages(identifyClient(r).addr)
+		}
 	case r.Method == http.MethodConnect:
 		if conn := connOf(w, r); conn != nil {
 			h.process.lingering.Hold(conn, identifyClient(r).addr)

@@ -94,19 +94,19 @@ func (w *ListenerWrapper) WrapListener(ln net.Listener) net.Listener {
 	}
 	overTLS := usesTLS(app.(*caddyhttp.App), w.server, ln)
 	if h != nil && !overTLS {
-		return downstream.Listen(ln, newFastPath(h, w.server))
+		return downstream.Listen(ln, newFastPath(w.ctx, app.(*caddyhttp.App), h, w.server))
 	}
 	if h = firstProxy(w.server.Routes); h == nil {
 		return ln
 	}
-	return downstream.Watch(ln, newFastPath(h, w.server), overTLS)
+	return downstream.Watch(ln, newFastPath(w.ctx, app.(*caddyhttp.App), h, w.server), overTLS)
 }
 
 // newFastPath returns what serves the clients of a server below net/http, for the handler that
 // gets their requests first.
-func newFastPath(h *Handler, server *caddyhttp.Server) *downstream.Server {
+func newFastPath(ctx caddy.Context, app *caddyhttp.App, h *Handler, server *caddyhttp.Server) *downstream.Server {
 	s := &downstream.Server{
-		Handle:      h.serveFastPath,
+		Handle:      newFastServer(ctx, app, server, h).serve,
 		BaseContext: context.WithValue(context.Background(), caddyhttp.ServerCtxKey, server),
 		Prepares:    func(key any) bool { _, ok := key.(caddy.CtxKey); return ok },
 		Prepare: func(r *http.Request, w http.ResponseWriter, attached any) context.Context {
@@ -135,14 +135,6 @@ func newFastPath(h *Handler, server *caddyhttp.Server) *downstream.Server {
 		}
 	}
 	return s
-}
-
-// serveFastPath serves a request of the fast path as Caddy's server would.
-func (h *Handler) serveFastPath(w http.ResponseWriter, r *http.Request) {
-	w.Header()["Server"] = []string{"Caddy"}
-	if err := h.ServeHTTP(w, r, noNext); err != nil {
-		w.WriteHeader(cmp.Or(caddyStatus(err), http.StatusInternalServerError))
-	}
 }
 
 // noNext is the handler after this one on the fast path, where all requests are for the proxy. A
@@ -192,12 +184,6 @@ func usesTLS(app *caddyhttp.App, server *caddyhttp.Server, ln net.Listener) bool
 func fastPathHandler(app *caddyhttp.App, server *caddyhttp.Server) (h *Handler, why string) {
 	lacksHTTP1 := func(protocols []string) bool { return protocols != nil && !slices.Contains(protocols, "h1") }
 	switch {
-	case server.Logs != nil:
-		return nil, "access log"
-	case app.Metrics != nil:
-		return nil, "metrics"
-	case server.Errors != nil:
-		return nil, "error routes"
 	case server.ReadTimeout > 0 || server.WriteTimeout > 0:
 		return nil, "timeouts for whole requests"
 	case server.ReadMinRate != 0 || server.WriteMinRate != 0:

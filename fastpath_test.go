@@ -140,9 +140,9 @@ func TestListenerWrapperMissing(t *testing.T) {
 	if lines := w.logLines(missed); len(lines) > 0 {
 		t.Errorf("with the wrapper: %v", lines)
 	}
-	w.load(strings.Replace(w.site(""), "{\n", "{\nlog\n", 1))
-	if lines := w.logLines(missed); len(lines) != 1 || lines[0]["why"] != "access log" || lines[0]["level"] != "debug" {
-		t.Errorf("with an access log: %v", lines)
+	w.load(byCaddy(w.site("")))
+	if lines := w.logLines(missed); len(lines) != 1 || lines[0]["why"] != "another handler or a matcher before async_proxy" || lines[0]["level"] != "debug" {
+		t.Errorf("with another handler: %v", lines)
 	}
 	loadCaddyfile(t, withServers(w.globals()+w.site(""), "max_header_size 1MB"))
 	if lines := w.logLines(missed); len(lines) != 2 || lines[1]["level"] != "info" || !strings.Contains(fmt.Sprint(lines[1]["why"]), "listener_wrappers") {

@@ -85,6 +85,10 @@ func inRoute(site string) string {
 	return strings.Replace(site, "\tasync_proxy", "\troute {\nasync_proxy", 1) + "}\n"
 }
 
+// byCaddy makes Caddy's HTTP server serve a site's connections, because another handler gets
+// the requests first.
+func byCaddy(site string) string { return strings.Replace(site, "{\n", "{\n\tvars way ordinary\n", 1) }
+
 // byNetHTTP makes Caddy's HTTP server serve the tests' clients: any server options at all
 // replace the listener wrapper.
 var byNetHTTP = flag.Bool("nethttp", false, "have clients served by Caddy's HTTP server")

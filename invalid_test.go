@@ -72,7 +72,7 @@ func TestFirstContact(t *testing.T) {
 		secure = append(secure, row)
 	}
 	for setup, options := range map[string]tunnelSetup{
-		"served by the proxy": {}, "access log": {site: "log"}, "metrics": {global: "metrics"}, "wrapper above TLS": {servers: `listener_wrappers {
+		"served by the proxy": {}, "another handler": {site: "vars a b"}, "access log": {site: "log"}, "metrics": {global: "metrics"}, "wrapper above TLS": {servers: `listener_wrappers {
 	async_proxy
 }`}, "HTTP/1 alone": {site: "log", protocols: "h1"},
 	} {
@@ -157,7 +157,7 @@ func TestFirstContactBehindOtherWrappers(t *testing.T) {
 func TestRefusedBelowHandlers(t *testing.T) {
 	w := newWorld(t, "via tester", nil)
 	get := "GET " + w.origin.URL + "/ HTTP/1.1\r\n"
-	for _, site := range []string{w.site("via tester"), strings.Replace(w.site("via tester"), "{\n", "{\nlog\n", 1)} {
+	for _, site := range []string{w.site("via tester"), byCaddy(w.site("via tester"))} {
 		for _, row := range []struct {
 			name, send string
 			status     int
@@ -242,7 +242,7 @@ func TestContentThatLooksLikeARefusal(t *testing.T) {
 			_, _ = io.WriteString(c, content)
 		}
 	})
-	for _, log := range []string{"", "\tlog\n"} { // an access log makes net/http serve all requests
+	for _, log := range []string{"", "\tlog\n", "\tvars way ordinary\n"} {
 		w := newWorld(t, "", nil)
 		w.load(strings.Replace(w.site(""), "\tasync_proxy", log+"\tasync_proxy", 1))
 		c := w.dial()

@@ -136,7 +136,7 @@ func newLoginWorld(t *testing.T, way, options string) *loginWorld {
 	w := newWorld(t, "", nil)
 	site := w.site(authUsers + "zone " + strings.ReplaceAll(t.Name(), "#", "") + "\n" + options)
 	if way == "ordinary" {
-		site = strings.Replace(site, "async_proxy {", "log\nasync_proxy {", 1)
+		site = byCaddy(site)
 	}
 	loadCaddyfile(t, strings.Replace(w.globals(), "{\n", "{\nservers {\ntrusted_proxies static 127.0.0.0/8\n}\n", 1)+site)
 	compared.Store(0)

@@ -224,7 +224,7 @@ func TestConnectIsOneRequest(t *testing.T) {
 func TestOtherHandlersTakeNoToken(t *testing.T) {
 	for name, serve := range map[string]func(string) string{
 		"fast":     func(site string) string { return site },
-		"ordinary": func(site string) string { return strings.Replace(site, "async_proxy {", "log\nasync_proxy {", 1) },
+		"ordinary": byCaddy,
 		"shared": func(site string) string {
 			return strings.Replace(site, "async_proxy {", "async_proxy {\nlimiter test", 1)
 		},

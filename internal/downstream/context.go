@@ -39,6 +39,14 @@ func Attach(r *http.Request, value any) bool {
 	return ok
 }
 
+// Attached returns the value that Attach has attached to r, or nil.
+func Attached(r *http.Request) any {
+	if c, ok := r.Context().(*requestContext); ok {
+		return c.attached
+	}
+	return nil
+}
+
 // Done implements context.Context. The first call starts the watch for the client's
 // disconnect.
 func (c *requestContext) Done() <-chan struct{} {

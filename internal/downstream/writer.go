@@ -32,14 +32,15 @@ type Writer struct {
 	lingers  bool       // close the connection in stages
 	sender   netip.Addr // the client, if lingers is set
 
-	status     int        // 0: not set yet
-	length     int64      // from Content-Length; < 0: unknown
-	written    int64      // bytes of content
-	headerSent bool       // the header has been sent
-	chunked    bool       // the content is sent in chunks
-	trailer    h1.NameSet // announced trailer fields
-	pending    []byte     // content held back, since it may be the whole content
-	names      []string   // of the fields, sorted
+	onHeader   func(status int) // called before a header is written; nil: nothing
+	status     int              // 0: not set yet
+	length     int64            // from Content-Length; < 0: unknown
+	written    int64            // bytes of content
+	headerSent bool             // the header has been sent
+	chunked    bool             // the content is sent in chunks
+	trailer    h1.NameSet       // announced trailer fields
+	pending    []byte           // content held back, since it may be the whole content
+	names      []string         // of the fields, sorted
 	buf        []byte
 	vectors    net.Buffers
 	vector     [3][]byte
@@ -56,7 +57,7 @@ const maxKeptBuffer = 16 << 10
 // is HEAD, closes that the connection closes after the response.
 func (w *Writer) reset(head, closes bool) {
 	w.header = make(http.Header, 8)
-	w.head, w.closes, w.lingers = head, closes, false
+	w.head, w.closes, w.lingers, w.onHeader = head, closes, false, nil
 	w.status, w.length, w.written, w.headerSent, w.chunked, w.trailer = 0, -1, 0, false, false, nil
 	w.pending = w.pending[:0]
 }
@@ -96,6 +97,19 @@ func (w *Writer) CloseInStages(client netip.Addr) { w.lingers, w.sender = true, 
 // Conn returns the client's connection. Nothing may be read from it or written to it.
 func (w *Writer) Conn() *net.TCPConn { return w.client.TCPConn }
 
+// Status returns the status of the response; 0 if its header is not written yet.
+func (w *Writer) Status() int { return w.status }
+
+// Written returns how many bytes of content the handler has written.
+func (w *Writer) Written() int64 { return w.written }
+
+// Hijacked reports whether the handler has hijacked the connection.
+func (w *Writer) Hijacked() bool { return w.hijacked }
+
+// OnHeader has f called with the status of each interim and final response to the current
+// request, before its header is written. nil: nothing is called.
+func (w *Writer) OnHeader(f func(status int)) { w.onHeader = f }
+
 // WriterOf returns the Writer below all wrappers of w, or nil if w is net/http's.
 func WriterOf(w http.ResponseWriter) *Writer {
 	for {
@@ -115,6 +129,9 @@ func (w *Writer) WriteHeader(status int) {
 	}
 	if status < 100 || status > 999 {
 		panic(fmt.Sprintf("invalid status %d", status))
+	}
+	if w.onHeader != nil {
+		w.onHeader(status)
 	}
 	if status < 200 {
 		delete(w.header, "Content-Length")

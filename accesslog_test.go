@@ -1,0 +1,227 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// withoutWrapper are options of servers that make Caddy's HTTP server serve the clients.
+const withoutWrapper = "keepalive_interval 15s\n"
+
+// accessEntries returns the entries in a file once no more are written, without what differs from
+// one request to the next.
+func accessEntries(t *testing.T, path string) (entries []map[string]any) {
+	t.Helper()
+	var data []byte
+	eventually(t, "the last entry", func() bool {
+		before := len(data)
+		time.Sleep(100 * time.Millisecond)
+		data, _ = os.ReadFile(path)
+		return len(data) == before
+	})
+	if len(data) == 0 {
+		return nil
+	}
+	lines := bytes.Split(bytes.TrimSuffix(data, []byte("\n")), []byte("\n"))
+	for _, line := range lines {
+		var entry map[string]any
+		if err := json.Unmarshal(line, &entry); err != nil {
+			t.Fatalf("%q: %v", line, err)
+		}
+		for _, field := range []string{"ts", "duration", "err_id", "err_trace"} {
+			if _, ok := entry[field]; ok {
+				entry[field] = "any"
+			}
+		}
+		if r, ok := entry["request"].(map[string]any); ok {
+			r["remote_port"] = "any"
+		}
+		if fields, ok := entry["resp_headers"].(map[string]any); ok {
+			for _, field := range []string{"Date", "Ratelimit", "Ratelimit-Policy"} {
+				if _, ok := fields[field]; ok {
+					fields[field] = "any"
+				}
+			}
+			delete(fields, "Connection") // depends on what the origin has sent when the response begins
+		}
+		entries = append(entries, entry)
+	}
+	number := func(entry map[string]any) string { // an entry may be written after the client has the response
+		return fmt.Sprint(entry["request"].(map[string]any)["headers"].(map[string]any)["X-Number"])
+	}
+	slices.SortFunc(entries, func(a, b map[string]any) int { return strings.Compare(number(a), number(b)) })
+	return entries
+}
+
+// loggedOrigin is an origin whose responses differ in what the access log shows of them.
+func loggedOrigin() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "hello") })
+	mux.HandleFunc("/large", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Length", "1000000")
+		_, _ = w.Write(make([]byte, 1_000_000))
+	})
+	mux.HandleFunc("/chunks", func(w http.ResponseWriter, r *http.Request) {
+		for range 3 {
+			fmt.Fprint(w, "chunk")
+			_ = http.NewResponseController(w).Flush()
+		}
+	})
+	mux.HandleFunc("/cookie", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Add("Set-Cookie", "a=secret")
+		w.Header().Add("X-Two", "1")
+		w.Header().Add("X-Two", "2")
+		w.WriteHeader(http.StatusTeapot)
+	})
+	mux.HandleFunc("/none", func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusNoContent) })
+	mux.HandleFunc("/same", func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusNotModified) })
+	mux.HandleFunc("/error", func(w http.ResponseWriter, r *http.Request) { http.Error(w, "broken", http.StatusBadGateway) })
+	mux.HandleFunc("/hints", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Link", "</style.css>")
+		w.WriteHeader(http.StatusEarlyHints)
+		fmt.Fprint(w, "hinted")
+	})
+	mux.HandleFunc("/trailer", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Trailer", "X-Sum")
+		fmt.Fprint(w, "content")
+		w.Header().Set("X-Sum", "7")
+	})
+	mux.HandleFunc("/cut", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Length", "100")
+		fmt.Fprint(w, "half")
+		_ = http.NewResponseController(w).Flush()
+		panic(http.ErrAbortHandler)
+	})
+	return mux
+}
+
+// loggedRequests are the heads of requests, each for a connection of its own. ORIGIN stands for
+// an origin's address, and CLOSED for one that nobody listens on.
+var loggedRequests = []string{
+	"GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN",
+	"GET http://ORIGIN/path?query=1#no HTTP/1.1\nHost: ORIGIN\nUser-Agent: test\nAccept: a\nAccept: b\nx-lower: c",
+	"HEAD http://ORIGIN/large HTTP/1.1\nHost: ORIGIN",
+	"GET http://ORIGIN/large HTTP/1.1\nHost: ORIGIN",
+	"GET http://ORIGIN/chunks HTTP/1.1\nHost: ORIGIN",
+	"GET http://ORIGIN/cookie HTTP/1.1\nHost: ORIGIN\nCookie: b=secret\nAuthorization: Basic secret\nProxy-Authorization: Basic c2VjcmV0OnNlY3JldA==",
+	"GET http://ORIGIN/none HTTP/1.1\nHost: ORIGIN",
+	"GET http://ORIGIN/same HTTP/1.1\nHost: ORIGIN",
+	"GET http://ORIGIN/error HTTP/1.1\nHost: ORIGIN",
+	"GET http://ORIGIN/hints HTTP/1.1\nHost: ORIGIN",
+	"GET http://ORIGIN/trailer HTTP/1.1\nHost: ORIGIN\nTE: trailers",
+	"GET http://ORIGIN/cut HTTP/1.1\nHost: ORIGIN",
+	"OPTIONS http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nMax-Forwards: 0",
+	"DELETE http://ORIGIN/ HTTP/1.1\nHost: ORIGIN",
+	"PROPFIND http://ORIGIN/ HTTP/1.1\nHost: ORIGIN",
+	"GET http://CLOSED/ HTTP/1.1\nHost: CLOSED",
+	"GET http://denied.example/ HTTP/1.1\nHost: denied.example",
+	"GET http://name.invalid/ HTTP/1.1\nHost: name.invalid",
+	"GET ftp://ORIGIN/ HTTP/1.1\nHost: ORIGIN",
+	"GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nX-Forwarded-For: 192.0.2.7",
+	"CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN",
+	"CONNECT CLOSED HTTP/1.1\nHost: CLOSED",
+	"CONNECT denied.example:443 HTTP/1.1\nHost: denied.example:443",
+	"CONNECT ORIGIN HTTP/1.1\nHost: ORIGIN\nConnection: close",
+	"POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nContent-Length: 0",
+}
+
+// sendLogged sends a request head over a new connection and reads what follows until the
+// response, or the start of the tunnel, is over.
+func sendLogged(t *testing.T, proxy, head string) {
+	t.Helper()
+	conn, err := net.Dial("tcp4", proxy)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
+	if strings.HasPrefix(head, "CONNECT") {
+		fmt.Fprint(conn, strings.ReplaceAll(head, "\n", "\r\n")+"\r\n\r\n")
+		_, _ = conn.Read(make([]byte, 4096))
+		return
+	}
+	fmt.Fprint(conn, strings.ReplaceAll(head, "\n", "\r\n")+"\r\nConnection: close\r\n\r\n")
+	_, _ = io.Copy(io.Discard, conn)
+}
+
+// The fast path writes the entries that Caddy's HTTP server writes: the same fields with the
+// same values and levels, to the same loggers.
+func TestAccessLogOnTheFastPath(t *testing.T) {
+	for name, row := range map[string]struct {
+		log     string // the directive, with FILE for the file
+		options string // of the proxy
+		servers string // options of the servers
+		none    bool   // nothing is logged
+	}{
+		"plain":          {log: "log {\noutput file FILE\n}"},
+		"credentials":    {log: "log {\noutput file FILE\n}", servers: "log_credentials"},
+		"a level":        {log: "log {\noutput file FILE\nlevel ERROR\n}"},
+		"hostnames":      {log: "log {\nhostnames ORIGINHOST *.example\noutput file FILE\n}"},
+		"no hostname":    {log: "log {\nno_hostname\noutput file FILE\n}", none: true},
+		"a named logger": {log: "log special {\noutput file FILE\n}"},
+		"a filter":       {log: "log {\noutput file FILE\nformat filter {\nrequest>headers>User-Agent delete\nrequest>remote_ip ip_mask 16\n}\n}"},
+		"console":        {log: "log {\noutput file FILE\nformat append {\nwrap json\nmark 1\n}\n}"},
+		"rate limited":   {log: "log {\noutput file FILE\n}", options: "burst 2\nrefill 0.001"},
+		"logins":         {log: "log {\noutput file FILE\n}", options: authUsers},
+		"trusted":        {log: "log {\noutput file FILE\n}", servers: "trusted_proxies static 127.0.0.1\ntrusted_proxies_strict", options: "clients all"},
+		"error routes":   {log: "log {\noutput file FILE\n}\nhandle_errors {\nrespond \"sorry {http.error.status_code}\"\n}"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, "", loggedOrigin())
+			dir := t.TempDir()
+			closed := freeAddress(t)
+			var entries [2][]map[string]any
+			for way, servers := range []string{withWrapper, withoutWrapper} {
+				file := filepath.Join(dir, fmt.Sprint(way))
+				site := w.site("allow 127.0.0.0/8\ndeny denied.example\nzone way" + fmt.Sprint(way) + "\nvia tester\n" + row.options)
+				site = strings.Replace(site, "{\n", "{\n"+strings.NewReplacer("FILE", file, "ORIGINHOST", "127.0.0.1").Replace(row.log)+"\n", 1)
+				loadCaddyfile(t, withServers(w.globals()+site, servers+row.servers))
+				if way == 0 && !*byNetHTTP {
+					w.dialFastPath()
+				} else {
+					w.dial().gets(w.origin.URL + "/")
+				}
+				for i, head := range loggedRequests {
+					head += fmt.Sprintf("\nX-Number: %02d", i)
+					sendLogged(t, w.proxy, strings.NewReplacer("ORIGIN", strings.TrimPrefix(w.origin.URL, "http://"), "CLOSED", closed).Replace(head))
+				}
+				entries[way] = accessEntries(t, file)
+			}
+			if t.Logf("%d entries", len(entries[1])); len(entries[1]) == 0 != row.none {
+				t.Errorf("%d entries", len(entries[1]))
+			}
+			for i := range max(len(entries[0]), len(entries[1])) {
+				if i >= len(entries[0]) || i >= len(entries[1]) {
+					t.Fatalf("%d entries on the fast path, %d by Caddy's server", len(entries[0]), len(entries[1]))
+				}
+				if fast, ordinary := entries[0][i], entries[1][i]; !reflect.DeepEqual(fast, ordinary) {
+					for _, field := range slices.Sorted(maps.Keys(ordinary)) {
+						if !reflect.DeepEqual(fast[field], ordinary[field]) {
+							t.Errorf("entry %d: %s is %v on the fast path, %v by Caddy's server", i, field, fast[field], ordinary[field])
+						}
+					}
+					for field := range fast {
+						if _, ok := ordinary[field]; !ok {
+							t.Errorf("entry %d: %s is %v on the fast path only", i, field, fast[field])
+						}
+					}
+				}
+			}
+		})
+	}
+}
