@@ -102,8 +102,7 @@ func loadSource(ctx caddy.Context, rule *Rule) (*policy.RangeSource, error) {
 	if ctx.Context == nil {
 		return new(policy.RangeSource), nil
 	}
-	loaded := *rule // LoadModule clears SourceRaw, which check needs
-	module, err := ctx.LoadModule(&loaded, "SourceRaw")
+	module, err := ctx.LoadModule(rule, "SourceRaw")
 	if err != nil {
 		return nil, err
 	}

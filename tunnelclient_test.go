@@ -232,9 +232,13 @@ func (c *tunnelClient) tryH2(ctx context.Context, cancel func(), target, early s
 		return nil, err
 	}
 	body, up := io.Pipe()
-	if early != "" {
-		go io.WriteString(up, early)
-	}
+	sent := make(chan struct{}) // closed when early is written, before anything else is
+	go func() {
+		defer close(sent)
+		if early != "" {
+			_, _ = io.WriteString(up, early)
+		}
+	}()
 	// The request body has no length and so is a stream.
 	req, err := http.NewRequestWithContext(ctx, http.MethodConnect, "https://"+target, body)
 	if err != nil {
@@ -251,6 +255,7 @@ func (c *tunnelClient) tryH2(ctx context.Context, cancel func(), target, early s
 		up.Close()
 		return nil, err
 	}
+	<-sent
 	return &h2Tunnel{res.Body, up, cancel}, nil
 }
 
