@@ -45,7 +45,11 @@ var bcryptUsers = func() string {
 		}
 		return string(hash)
 	}
-	return "basic_auth bcrypt Office {\nalice " + hash("wonderland") + "\nbob " + hash("builder") + "\n}\n"
+	return `basic_auth bcrypt Office {
+	alice ` + hash("wonderland") + `
+	bob ` + hash("builder") + `
+}
+`
 }()
 
 // login returns a value for Proxy-Authorization.
@@ -520,7 +524,13 @@ func TestPublishedHashes(t *testing.T) {
 			algorithm = "argon2id"
 		}
 		for _, spelling := range published(hash) {
-			_, _, err := adapt(":8080 {\n\tasync_proxy {\n\t\tbasic_auth "+algorithm+" {\n\t\t\talice "+spelling+"\n\t\t}\n\t}\n}", "Caddyfile")
+			_, _, err := adapt(`:8080 {
+	async_proxy {
+		basic_auth `+algorithm+` {
+			alice `+spelling+`
+		}
+	}
+}`, "Caddyfile")
 			if want := "basic_auth: the user 'alice' has " + text + ", at Caddyfile:4"; err == nil || !strings.Contains(err.Error(), want) {
 				t.Errorf("%s: %v, want %s", spelling, err, want)
 			}

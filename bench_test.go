@@ -69,7 +69,9 @@ func BenchmarkConnect(b *testing.B) {
 	for _, row := range []struct{ name, site, log string }{
 		{"async_proxy", limiter, "discard"},
 		{"async_proxy-logging", limiter, "file"},
-		{"async_proxy-nethttp", "route {\n\t\t" + limiter + "\n\t}", "discard"},
+		{"async_proxy-nethttp", `route {
+	` + limiter + `
+}`, "discard"},
 		{"net-http", "", ""},
 	} {
 		b.Run(row.name, func(b *testing.B) {

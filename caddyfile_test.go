@@ -192,7 +192,9 @@ func TestCaddyfile(t *testing.T) {
 			}}`},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			got := handlers(t, ":8080 {\n"+tc.directive+"\n}")
+			got := handlers(t, `:8080 {
+	`+tc.directive+`
+}`)
 			want := map[string]any{"handler": "async_proxy"}
 			if err := json.Unmarshal([]byte(tc.want), &want); err != nil {
 				t.Fatal(err)
@@ -501,9 +503,14 @@ deny_file /nonexistent/list`, "deny_file: open /nonexistent/list: no such file o
 	} {
 		directive := tc.text
 		if !strings.HasPrefix(directive, "async_proxy") {
-			directive = "async_proxy {\n" + directive + "\n}"
+			directive = `async_proxy {
+	` + directive + `
+}`
 		}
-		_, _, err := adapt(":8080 {\n"+directive+"\n}\n", "Caddyfile")
+		_, _, err := adapt(`:8080 {
+	`+directive+`
+}
+`, "Caddyfile")
 		if want := "parsing caddyfile tokens for 'async_proxy': " + tc.want; err == nil || err.Error() != want {
 			t.Errorf("%s\ngives %v\nwant  %v", directive, err, want)
 		}

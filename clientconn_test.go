@@ -82,18 +82,33 @@ func TestClientConnFastPath(t *testing.T) {
 }
 `
 	with := func(lines string) string { return strings.Replace(site, "{\n", "{\n"+lines+"\n", 1) }
-	servers := func(lines string) string { return "{\nservers {\n" + lines + "\n}\n}\n" + site }
+	servers := func(lines string) string {
+		return `{
+	servers {
+		` + lines + `
+	}
+}
+` + site
+	}
 	for _, row := range []struct {
 		name, caddyfile string // PORT stands for the port
 		want            int
 	}{
 		{"alone", site, 1},
 		{"a handler after it", with("respond hello"), 1},
-		{"another port", site + "http://www.example.com:" + other + " {\nrespond hello\n}\n", 1},
+		{"another port", site + "http://www.example.com:" + other + ` {
+	respond hello
+}
+`, 1},
 		{"options of the server", servers(withWrapper + "protocols h1 h2 h2c"), 1},
 		{"the wrapper twice", servers(strings.Replace(withWrapper, "async_proxy", "async_proxy\nasync_proxy", 1)), 1},
 		{"the wrapper before TLS", servers(strings.Replace(withWrapper, "async_proxy", "async_proxy\ntls", 1)), 1},
-		{"in a route", "{\nservers {\n" + withWrapper + "\n}\n}\n" + inRoute(strings.Replace(site, "async", "\tasync", 1)), 1},
+		{"in a route", `{
+	servers {
+		` + withWrapper + `
+	}
+}
+` + inRoute(strings.Replace(site, "async", "\tasync", 1)), 1},
 		{"HTTP/1.1 alone", servers(withWrapper + "protocols h1"), 1},
 
 		{"no wrapper", servers("protocols h1 h2"), 0},
@@ -108,8 +123,19 @@ func TestClientConnFastPath(t *testing.T) {
 	respond no
 }`), 1},
 		{"a matcher", strings.Replace(with("@get method GET"), "async_proxy", "async_proxy @get", 1), 0},
-		{"a matcher, and the wrapper", "{\nservers {\n" + withWrapper + "\n}\n}\n" + strings.Replace(with("@get method GET"), "async_proxy", "async_proxy @get", 1), 0},
-		{"a matcher around it", "{\nservers {\n" + withWrapper + "\n}\n}\n" + strings.Replace(with("@get method GET"), "async_proxy", "handle @get {\nasync_proxy", 1) + "}\n", 0},
+		{"a matcher, and the wrapper", `{
+	servers {
+		` + withWrapper + `
+	}
+}
+` + strings.Replace(with("@get method GET"), "async_proxy", "async_proxy @get", 1), 0},
+		{"a matcher around it", `{
+	servers {
+		` + withWrapper + `
+	}
+}
+` + strings.Replace(with("@get method GET"), "async_proxy", "handle @get {\nasync_proxy", 1) + `}
+`, 0},
 		{"a handler before it", with("request_header X-Y z"), 0},
 		{"another site", site + `http://www.example.com:PORT {
 	respond hello
@@ -490,7 +516,12 @@ func TestClientConnStalledHead(t *testing.T) {
 	other := *w
 	other.proxy = freeAddress(t)
 	servers := func(proxy, options string) string {
-		return "servers " + proxy + " {\n" + options + "timeouts {\nread_header 1500ms\n}\n}\n"
+		return "servers " + proxy + ` {
+	` + options + `timeouts {
+		read_header 1500ms
+	}
+}
+`
 	}
 	loadCaddyfile(t, "{\n"+servers(w.proxy, withWrapper)+servers(other.proxy, "")+
 		strings.TrimPrefix(w.globals(), "{\n")+w.site("zone one")+other.site("zone two"))
@@ -549,7 +580,12 @@ func TestClientConnTimeouts(t *testing.T) {
 		one := server{&world{t: t, proxy: freeAddress(t), logs: w.logs}, newSlowOrigin()}
 		one.world.origin = httptest.NewServer(one.origin)
 		t.Cleanup(one.world.origin.Close)
-		config = "servers " + one.proxy + " {\n" + withWrapper + "timeouts {\n" + timeouts + "\n}\n}\n" + config + one.site("zone "+strings.ReplaceAll(one.proxy, ":", "-"))
+		config = "servers " + one.proxy + ` {
+	` + withWrapper + `timeouts {
+		` + timeouts + `
+	}
+}
+` + config + one.site("zone "+strings.ReplaceAll(one.proxy, ":", "-"))
 		return one
 	}
 	idle, header, none := serves("idle 1500ms"), serves("read_header 1500ms"), serves("read_header -1s\nidle -1s")

@@ -47,7 +47,10 @@ var clientSites = []struct {
 	{bcryptUsers + "\nasync_proxy", "all", false},
 	{strings.Replace(bcryptUsers, "basic_auth", "basic_auth /private/*", 1) + "\nasync_proxy", "private_ranges", false},
 	{"route /private/* {\n" + bcryptUsers + "}\nasync_proxy", "private_ranges", false},
-	{"route {\n" + bcryptUsers + "\nasync_proxy\n}", "all", false},
+	{`route {
+	` + bcryptUsers + `
+	async_proxy
+}`, "all", false},
 	// A matcher for addresses counts as the operator's choice of clients; other matchers do
 	// not.
 	{"@known remote_ip 203.0.113.0/24\nasync_proxy @known", "all", false},

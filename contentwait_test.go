@@ -234,7 +234,10 @@ func TestStalledContentAtExit(t *testing.T) {
 	other := w.dial()
 	other.send("GET https://" + secure + "/ HTTP/1.1\nHost: " + secure + "\n\n")
 	eventually(t, "both responses to be waiting", func() bool { return h.tunnels.Reserved() == 2 })
-	w.load("http://127.0.0.1:" + strings.Split(freeAddress(t), ":")[1] + " {\nrespond hi\n}\n")
+	w.load("http://127.0.0.1:" + strings.Split(freeAddress(t), ":")[1] + ` {
+	respond hi
+}
+`)
 	c.expectTruncated("when no proxy is left")
 	other.expectTruncated("over HTTP/2, when no proxy is left")
 }

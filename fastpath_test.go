@@ -126,7 +126,16 @@ http://:8080 {
 	burst 10
 }`: "the listener wrapper async_proxy has no options, at Caddyfile:5",
 	} {
-		_, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte("{\nservers {\nlistener_wrappers {\n"+wrapper+"\n}\n}\n}\nhttp://:8080 {\nasync_proxy\n}"), map[string]any{"filename": "Caddyfile"})
+		_, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(`{
+	servers {
+		listener_wrappers {
+			`+wrapper+`
+		}
+	}
+}
+http://:8080 {
+	async_proxy
+}`), map[string]any{"filename": "Caddyfile"})
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v, want %s", wrapper, err, want)
 		}
@@ -232,7 +241,9 @@ func TestListenerNewConnsTimeOut(t *testing.T) {
 // wrappers. A plain HTTP site next to it is unaffected.
 func TestListenerOfTLS(t *testing.T) {
 	for _, wrappers := range []string{"async_proxy\ntls", "async_proxy"} {
-		w := newTunnelWorld(t, tunnelSetup{servers: "listener_wrappers {\n" + wrappers + "\n}"})
+		w := newTunnelWorld(t, tunnelSetup{servers: `listener_wrappers {
+	` + wrappers + `
+}`})
 		w.origin = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {}))
 		t.Cleanup(w.origin.Close)
 		for request, method := range map[string]string{

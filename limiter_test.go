@@ -273,7 +273,13 @@ func TestCaddyfileLimiter(t *testing.T) {
 }
 via a`: map[string]any{"module": "test", "word": "b"},
 	} {
-		got := handlers(t, ":8080 {\nasync_proxy {\nburst 5\n"+directive+"\nrefill 3\n}\n}")
+		got := handlers(t, `:8080 {
+	async_proxy {
+		burst 5
+		`+directive+`
+		refill 3
+	}
+}`)
 		if len(got) != 1 || fmt.Sprint(got[0]["limiter"]) != fmt.Sprint(want) || got[0]["refill"] != 3.0 {
 			t.Errorf("%s\ngives %v\nwant limiter %v", directive, got, want)
 		}
@@ -287,7 +293,12 @@ via a`: map[string]any{"module": "test", "word": "b"},
 	nonsense a
 }`: "unrecognized option 'nonsense', at Caddyfile:4",
 	} {
-		_, _, err := adapt(":8080 {\nasync_proxy {\n"+directive+"\n}\n}\n", "Caddyfile")
+		_, _, err := adapt(`:8080 {
+	async_proxy {
+		`+directive+`
+	}
+}
+`, "Caddyfile")
 		if want := "parsing caddyfile tokens for 'async_proxy': " + want; err == nil || err.Error() != want {
 			t.Errorf("%s\ngives %v\nwant  %v", directive, err, want)
 		}

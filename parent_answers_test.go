@@ -281,7 +281,9 @@ func TestParentSecretsAreNotEchoed(t *testing.T) {
 			fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", head.Len(), head.String())
 		}
 	})
-	for _, secret := range []string{"upstream http://alice:rabbit@" + address, "upstream http://" + address + " {\nheader X-Key rabbit\n}"} {
+	for _, secret := range []string{"upstream http://alice:rabbit@" + address, "upstream http://" + address + ` {
+	header X-Key rabbit
+}`} {
 		w := newWorld(t, secret, nil)
 		for _, tc := range []struct {
 			request string

@@ -63,7 +63,9 @@ func TestParentChain(t *testing.T) {
 // connection, that resets are passed on, and that no tunnel is left at the end.
 func TestParentStreams(t *testing.T) {
 	parent := binaryStart(t, binaryOptions{secure: true, site: "allow 127.0.0.0/8"})
-	w := newWorld(t, "upstream https://"+parent.secure+" {\ntls_insecure_skip_verify\n}", nil)
+	w := newWorld(t, "upstream https://"+parent.secure+` {
+	tls_insecure_skip_verify
+}`, nil)
 	target := listen(t, func(conn *net.TCPConn) { _, _ = io.Copy(conn, conn) })
 	w.dial().connect(target)
 	descriptors := parent.descriptors()
@@ -123,7 +125,10 @@ func TestParentStreamsIndependent(t *testing.T) {
 	}
 	parent := binaryStart(t, binaryOptions{secure: true, site: "allow 127.0.0.0/8"})
 	watchOften(t)
-	w := newWorld(t, "tunnel_stall_timeout 2s\nupstream https://"+parent.secure+" {\ntls_insecure_skip_verify\n}", nil)
+	w := newWorld(t, `tunnel_stall_timeout 2s
+upstream https://`+parent.secure+` {
+	tls_insecure_skip_verify
+}`, nil)
 	echo := binaryEcho(t)
 	over := make(chan struct{})
 	defer close(over)

@@ -196,7 +196,10 @@ func startRecordingParent(t *testing.T, answer string) (address string, heads <-
 // TestParentHeads compares the heads that a parent gets byte for byte.
 func TestParentHeads(t *testing.T) {
 	address, heads := startRecordingParent(t, "HTTP/1.1 200 OK\nContent-Length: 0\n\n")
-	w := newWorld(t, "via tester\nupstream http://al%69ce:r%40bbit@"+address+" {\nheader X-Team crawler\n}", nil)
+	w := newWorld(t, `via tester
+upstream http://al%69ce:r%40bbit@`+address+` {
+	header X-Team crawler
+}`, nil)
 	const added = "Proxy-Authorization: Basic YWxpY2U6ckBiYml0\n%sVia: 1.1 tester\nX-Forwarded-For: 127.0.0.1\nX-Real-Ip: 127.0.0.1\nX-Team: crawler"
 	for _, tc := range []struct{ request, want string }{
 		{"CONNECT target.example:443 HTTP/1.1\nHost: target.example:443\nProxy-Authorization: mine\nUser-Agent: u\n\n",
@@ -236,7 +239,9 @@ func TestParentSecrets(t *testing.T) {
 	t.Setenv("PARENT_KEY", "rabbit")
 	address, heads := startRecordingParent(t, "HTTP/1.1 200 OK\nContent-Length: 0\n\n")
 	w := newWorld(t, "", nil)
-	w.load(strings.Replace(w.site("upstream http://alice:{env.PARENT_KEY}@"+address+" {\nheader X-Key {env.PARENT_KEY}\n}"), "async_proxy {",
+	w.load(strings.Replace(w.site("upstream http://alice:{env.PARENT_KEY}@"+address+` {
+	header X-Key {env.PARENT_KEY}
+}`), "async_proxy {",
 		"log\nlog_append key {http.request.header.X-Key}\nlog_append login {http.request.header.Proxy-Authorization}\nasync_proxy {", 1))
 	if res, _ := policyRequest(t, w.proxy, http.MethodGet, "a.example:80", ""); res.StatusCode != http.StatusOK {
 		t.Error(res.Status)
@@ -251,7 +256,12 @@ func TestParentSecrets(t *testing.T) {
 	header Proxy-Authorization Basic rabbit
 }`,
 		"upstream http://alice:rab{rabbit}bit@p.example"} {
-		config, _, err := adapt(":8080 {\nasync_proxy {\n"+option+"\n}\n}\n", "Caddyfile")
+		config, _, err := adapt(`:8080 {
+	async_proxy {
+		`+option+`
+	}
+}
+`, "Caddyfile")
 		if err == nil {
 			var loaded caddy.Config
 			if err = json.Unmarshal(config, &loaded); err == nil {

@@ -165,7 +165,10 @@ func TestPolicyCheck(t *testing.T) {
 func policyOf(t testing.TB, rules string) *policy.Policy {
 	t.Helper()
 	h := &Handler{logger: zap.NewNop()}
-	if err := h.UnmarshalCaddyfile(caddyfile.NewTestDispenser("async_proxy {\n" + rules + "\ndeny all:1\n}")); err != nil {
+	if err := h.UnmarshalCaddyfile(caddyfile.NewTestDispenser(`async_proxy {
+	` + rules + `
+	deny all:1
+}`)); err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := caddy.NewContext(caddy.Context{Context: t.Context()})

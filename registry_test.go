@@ -268,7 +268,10 @@ func TestReloadWithoutAProxyClosesTunnels(t *testing.T) {
 	w := newWorld(t, "", nil)
 	conn := w.dial()
 	conn.connect(echoTarget(t))
-	w.load("http://" + freeAddress(t) + " {\n\trespond hello\n}\n")
+	w.load("http://" + freeAddress(t) + ` {
+	respond hello
+}
+`)
 	hearReset(t, "h1", conn.r)
 	if line := w.waitLog("CONNECT tunnel closed", 1)[0]; line["reason"] != tunnel.ReasonReload {
 		t.Errorf("log line %v, want the reason %q", line, tunnel.ReasonReload)

@@ -70,7 +70,11 @@ func TestAllowWithoutEffect(t *testing.T) {
 	} {
 		lines := strings.Split(tc.rules, "\n")
 		at := slices.IndexFunc(lines, func(l string) bool { return strings.HasPrefix(l, "allow "+tc.useless) }) + 3
-		data, _, err := adapt(":8080 {\n\tasync_proxy {\n"+tc.rules+"\n\t}\n}", "Caddyfile")
+		data, _, err := adapt(`:8080 {
+	async_proxy {
+		`+tc.rules+`
+	}
+}`, "Caddyfile")
 		if tc.useless == "" {
 			if err != nil {
 				t.Errorf("%q: %v", tc.rules, err)

@@ -152,7 +152,10 @@ func TestStatusCaddyfile(t *testing.T) {
 		if want == "" {
 			continue
 		}
-		got, err := json.Marshal(handlers(t, ":8080 {\n"+input+"\n}\n")[0])
+		got, err := json.Marshal(handlers(t, `:8080 {
+	`+input+`
+}
+`)[0])
 		if err != nil || string(got) != want {
 			t.Errorf("%s is %s, want %s", input, got, want)
 		}
@@ -184,7 +187,10 @@ func TestStatusCaddyfile(t *testing.T) {
 	actions
 }`: exclude,
 	} {
-		_, _, err := adapt(":8080 {\n"+input+"\n}\n", "Caddyfile")
+		_, _, err := adapt(`:8080 {
+	`+input+`
+}
+`, "Caddyfile")
 		if want := "parsing caddyfile tokens for 'async_proxy_status': " + want; err == nil || err.Error() != want {
 			t.Errorf("%s\ngives %v\nwant  %v", input, err, want)
 		}
@@ -261,7 +267,10 @@ func TestStatusPageUnderAPath(t *testing.T) {
 	async_proxy_status
 }`,
 	} {
-		w.load(w.page + " {\n" + site + "\n}\n")
+		w.load(w.page + ` {
+	` + site + `
+}
+`)
 		res, _ := w.ask("GET", "/a/status", "")
 		location, err := res.Location()
 		if err != nil || location.String() != w.page+"/a/status/" {
@@ -276,7 +285,10 @@ func TestStatusPageUnderAPath(t *testing.T) {
 			}
 		}
 	}
-	w.load(w.page + " {\nasync_proxy_status\n}\n")
+	w.load(w.page + ` {
+	async_proxy_status
+}
+`)
 	for path, want := range map[string]string{"//evil": "evil/", "/http:evil": "./http:evil/", "/a/%2Fevil": "evil/"} {
 		if res, _ := w.ask("GET", path, ""); res.Header.Get("Location") != want {
 			t.Errorf("%s: redirected to %q, want %q", path, res.Header.Get("Location"), want)
@@ -519,17 +531,44 @@ func TestWarnsAboutActionsWithoutHost(t *testing.T) {
 		site string // PORT stands for the port
 		want int    // warnings
 	}{
-		"no host":                {"http://:PORT {\n" + status + "\n}", 1},
-		"no host, in a route":    {"http://:PORT {\nroute /status* {\n" + status + "\n}\n}", 1},
-		"no host, for a network": {"http://:PORT {\n@office remote_ip 127.0.0.0/8\nroute @office {\n" + status + "\n}\n}", 1},
+		"no host": {`http://:PORT {
+	` + status + `
+}`, 1},
+		"no host, in a route": {`http://:PORT {
+	route /status* {
+		` + status + `
+	}
+}`, 1},
+		"no host, for a network": {`http://:PORT {
+	@office remote_ip 127.0.0.0/8
+	route @office {
+		` + status + `
+	}
+}`, 1},
 		"no host, no actions": {`http://:PORT {
 	async_proxy_status
 }`, 0},
-		"a host":                  {"http://localhost:PORT {\n" + status + "\n}", 0},
-		"an address":              {"http://127.0.0.1:PORT {\n" + status + "\n}", 0},
-		"a host and all others":   {"http://localhost:PORT, http://:PORT {\n" + status + "\n}", 1},
-		"a matcher of hosts":      {"http://:PORT {\n@own host localhost\nroute @own {\n" + status + "\n}\n}", 0},
-		"no host, with passwords": {"http://:PORT {\nbasic_auth {\nbob $2a$04$L3tYy4Xp5LAaG0jL6YbCaeF2TPXqQVbEs6EY68eOAKjBjzLWbN.oi\n}\n" + status + "\n}", 0},
+		"a host": {`http://localhost:PORT {
+	` + status + `
+}`, 0},
+		"an address": {`http://127.0.0.1:PORT {
+	` + status + `
+}`, 0},
+		"a host and all others": {`http://localhost:PORT, http://:PORT {
+	` + status + `
+}`, 1},
+		"a matcher of hosts": {`http://:PORT {
+	@own host localhost
+	route @own {
+		` + status + `
+	}
+}`, 0},
+		"no host, with passwords": {`http://:PORT {
+	basic_auth {
+		bob $2a$04$L3tYy4Xp5LAaG0jL6YbCaeF2TPXqQVbEs6EY68eOAKjBjzLWbN.oi
+	}
+	` + status + `
+}`, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			w.forgetLogs()
@@ -553,7 +592,10 @@ func TestWarnsAboutActionsWithoutHost(t *testing.T) {
 func TestStatusThroughProxy(t *testing.T) {
 	w := newStatusWorld(t, "allow private\nvia tester", "actions")
 	page, other := strings.TrimPrefix(w.page, "http://"), freeAddress(t)
-	w.load(w.site("allow private\nvia tester") + w.statusSite("actions") + "http://" + other + " {\n\trespond \"another site\"\n}\n")
+	w.load(w.site("allow private\nvia tester") + w.statusSite("actions") + "http://" + other + ` {
+	respond "another site"
+}
+`)
 	for _, lines := range []string{"", policyRemote} {
 		policyDenied(t, w.proxy, http.MethodConnect, page, lines)
 		policyDenied(t, w.proxy, http.MethodGet, page, lines)

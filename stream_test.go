@@ -761,6 +761,8 @@ func TestStreamPool(t *testing.T) {
 	if n := opened.Load(); n != 8 {
 		t.Errorf("%d connections were opened for 8 clients, want 8", n)
 	}
-	w.load("http://" + strings.TrimPrefix(freeAddress(t), "127.0.0.1") + " {\n}\n")
+	w.load("http://" + strings.TrimPrefix(freeAddress(t), "127.0.0.1") + ` {
+}
+`)
 	eventually(t, "the connections to be closed", func() bool { return open.Load() == 0 })
 }

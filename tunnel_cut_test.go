@@ -391,7 +391,10 @@ func TestStalledTunnelsOfOtherKinds(t *testing.T) {
 	})
 	t.Run("stream to a parent", func(t *testing.T) {
 		parent := binaryStart(t, binaryOptions{secure: true, site: "allow 127.0.0.0/8"})
-		w := newWorld(t, "tunnel_stall_timeout 500ms\nupstream https://"+parent.secure+" {\ntls_insecure_skip_verify\n}", nil)
+		w := newWorld(t, `tunnel_stall_timeout 500ms
+upstream https://`+parent.secure+` {
+	tls_insecure_skip_verify
+}`, nil)
 		conn := w.dial()
 		conn.connect(deaf(t, ""))
 		stalls(t, w, conn)

@@ -33,7 +33,12 @@ async_proxy @b
 	}{
 		{"http://:PORT {\n" + groups + "}", "", 421, 421, "every async_proxy of this site has a matcher"},
 		{"http://:PORT {\n" + groups + "}", clientFrom("203.0.113.1"), 200, 200, "every async_proxy of this site has a matcher"},
-		{"http://:PORT {\n" + groups + "header X-A b\n}\nhttp://www.example.com:PORT {\nrespond hello\n}", "", 421, 421, "every async_proxy of this site has a matcher"},
+		{`http://:PORT {
+	` + groups + `header X-A b
+}
+http://www.example.com:PORT {
+	respond hello
+}`, "", 421, 421, "every async_proxy of this site has a matcher"},
 		{`http://proxy.example.com:PORT {
 	async_proxy
 }`, "", 421, 421, "this proxy's site has a host name"},
@@ -57,11 +62,24 @@ http://www.example.com:PORT {
 	}
 }`, "", 200, 200, ""},
 		// Responses of other handlers to such requests are passed on.
-		{"http://:PORT {\n" + groups + "respond no 403\n}", "", 403, 403, ""},
-		{"http://:PORT {\n" + groups + "respond /path no 403\nabort /path2\n}", "", 421, 421, "every async_proxy of this site has a matcher"},
-		{"http://:PORT {\n" + groups + "async_proxy\n}", "", 200, 200, ""},
-		{"http://:PORT {\n" + groups + "handle {\nrespond no 404\n}\n}", "", 404, 404, ""},
-		{"http://:PORT {\n" + groups + "reverse_proxy ORIGIN\n}", "", 0, 200, ""},
+		{`http://:PORT {
+	` + groups + `respond no 403
+}`, "", 403, 403, ""},
+		{`http://:PORT {
+	` + groups + `respond /path no 403
+	abort /path2
+}`, "", 421, 421, "every async_proxy of this site has a matcher"},
+		{`http://:PORT {
+	` + groups + `async_proxy
+}`, "", 200, 200, ""},
+		{`http://:PORT {
+	` + groups + `handle {
+		respond no 404
+	}
+}`, "", 404, 404, ""},
+		{`http://:PORT {
+	` + groups + `reverse_proxy ORIGIN
+}`, "", 0, 200, ""},
 	} {
 		sites := strings.NewReplacer("PORT", port, "ORIGIN", origin).Replace(tc.sites)
 		w.forgetLogs()
@@ -90,7 +108,11 @@ http://www.example.com:PORT {
 		}
 	}
 	// Sites that are not proxies respond as before.
-	loadCaddyfile(t, w.globals()+"http://:"+port+" {\n@never method DELETE\nasync_proxy @never\nheader X-A b\n}")
+	loadCaddyfile(t, w.globals()+"http://:"+port+` {
+	@never method DELETE
+	async_proxy @never
+	header X-A b
+}`)
 	c := w.dial()
 	c.send("GET / HTTP/1.1\nHost: x\n\n")
 	if res, _ := c.response(http.MethodGet); res.StatusCode != http.StatusOK || res.Header.Get("X-A") != "b" {
