@@ -6,11 +6,9 @@ package origin
 import (
 	"io"
 	"net/http/httputil"
-	"sync/atomic"
 	"time"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
-	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
@@ -21,9 +19,8 @@ type bodySender struct {
 	ended  chan struct{}
 	wanted chan bool // receives whether to send the body
 
-	turnBegan atomic.Int64 // when the origin's turn began, since epoch; 0: waiting for the client
-	complete  bool         // the whole body was sent; valid after ended
-	reset     bool         // the origin reset the connection; valid after ended
+	complete bool // the whole body was sent; valid after ended
+	reset    bool // the origin reset the connection; valid after ended
 }
 
 func newBodySender(conn *pooledConn, out *Request) *bodySender {
@@ -47,7 +44,7 @@ func (s *bodySender) proceed(wanted bool) {
 
 func (s *bodySender) run() {
 	defer close(s.ended)
-	defer s.setTurn(true)
+	defer s.conn.clock.setTurn(true)
 	if !<-s.wanted {
 		return
 	}
@@ -58,9 +55,9 @@ func (s *bodySender) run() {
 		w = httputil.NewChunkedWriter(s.conn)
 	}
 	for {
-		s.setTurn(false)
+		s.conn.clock.setTurn(false)
 		n, err := s.out.Body.Read(buf[:])
-		s.setTurn(true)
+		s.conn.clock.setTurn(true)
 		if n > 0 {
 			// The origin may still respond although it reads no more. The
 			// handler finds out by reading.
@@ -78,16 +75,6 @@ func (s *bodySender) run() {
 			_ = s.conn.Close() // the origin must not mistake a part for the whole body
 			return
 		}
-	}
-}
-
-// setTurn records whether the exchange waits for the origin or for the client. Only the
-// origin's turn counts towards the response timeout.
-func (s *bodySender) setTurn(origin bool) {
-	if origin {
-		s.turnBegan.Store(monotime.Of(time.Now()))
-	} else {
-		s.turnBegan.Store(0)
 	}
 }
 

@@ -19,7 +19,6 @@ import (
 	"golang.org/x/net/http/httpguts"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
-	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )
 
 // Exchange sends one request to an origin and reads its response. With HTTP/1 it runs on
@@ -41,12 +40,11 @@ type Exchange struct {
 	conn    *pooledConn // nil: none yet, or the exchange has ended
 	binding binding
 
-	stopWatch    func() bool // stops watching for client disconnect; nil: not watching yet
-	sender       *bodySender // of the request body; nil: there is none
-	answered     bool        // a response head, perhaps interim, has been read
-	interims     interimLimit
-	lastProgress int64     // when the origin last reported progress, since epoch; 0: never
-	sendBodyAt   time.Time // when to send the body without a 100 (Continue); zero: already sending
+	stopWatch  func() bool // stops watching for client disconnect; nil: not watching yet
+	sender     *bodySender // of the request body; nil: there is none
+	answered   bool        // a response head, perhaps interim, has been read
+	interims   interimLimit
+	sendBodyAt time.Time // when to send the body without a 100 (Continue); zero: already sending
 }
 
 // Do sends the request and returns the final response when its head has arrived. The caller
@@ -121,13 +119,12 @@ func (x *Exchange) connect(fresh bool) (*pooledConn, error) {
 
 // try sends the request on a connection and returns the final response.
 func (x *Exchange) try(fresh bool) (*http.Response, error) {
-	start, err := x.sendRequest(fresh)
-	if err != nil {
+	if err := x.sendRequest(fresh); err != nil {
 		return nil, err
 	}
 	body := &ResponseBody{conn: x.conn, sender: x.sender, limits: x.limits, client: x.Request.LimitKey}
 	for {
-		x.awaitResponse(start)
+		x.awaitResponse()
 		res, err := h1.ReadResponse(x.conn.r, x.Request.Method, &body.Body)
 		if x.sender != nil && err != nil && x.ctx.Err() != nil {
 			x.sender.wait() // the client may have cut off its body
@@ -149,28 +146,30 @@ func (x *Exchange) try(fresh bool) (*http.Response, error) {
 	}
 }
 
-// sendRequest sends the head of the request, and starts to send its body. It returns when it
-// began.
-func (x *Exchange) sendRequest(fresh bool) (start time.Time, err error) {
+// sendRequest sends the head of the request, and starts to send its body.
+func (x *Exchange) sendRequest(fresh bool) (err error) {
 	if x.conn, err = x.connect(fresh); err != nil {
-		return start, err
+		return err
 	}
 	if x.Request.Body != nil {
 		x.watchDisconnect()
 	}
-	start = time.Now()
+	start := time.Now()
 	if err := x.writeHead(); err != nil {
-		return start, err
+		return err
 	}
-	if x.Request.Body != nil {
-		x.sender = newBodySender(x.conn, x.Request)
-		if httpguts.HeaderValuesContainsToken(x.Request.Header["Expect"], "100-continue") {
-			x.sendBodyAt = start.Add(continueTimeout)
-		} else {
-			x.sendBody()
-		}
+	if x.Request.Body == nil {
+		x.conn.clock.reset(start)
+		return nil
 	}
-	return start, nil
+	x.conn.clock.reset(time.Time{})
+	x.sender = newBodySender(x.conn, x.Request)
+	if httpguts.HeaderValuesContainsToken(x.Request.Header["Expect"], "100-continue") {
+		x.sendBodyAt = start.Add(continueTimeout)
+	} else {
+		x.sendBody()
+	}
+	return nil
 }
 
 // accept prepares a final response, whose body is about to be read.
@@ -192,7 +191,7 @@ func (x *Exchange) handleInterim(res *http.Response) error {
 		return errInterim
 	}
 	if isProgress(res.StatusCode) {
-		x.lastProgress = monotime.Of(time.Now())
+		x.conn.clock.recordProgress()
 	}
 	if res.StatusCode != http.StatusContinue {
 		x.Request.Interim(res.StatusCode, res.Header, 1, 1)
@@ -243,11 +242,9 @@ func (x *Exchange) watchDisconnect() {
 	}
 }
 
-// awaitResponse blocks until response bytes arrive or the response timeout expires. The clock
-// runs from start, when the request was sent, or with a body while the origin has all
-// of the body or is not reading it. It stops while the client's body is awaited. If the
+// awaitResponse blocks until response bytes arrive or the response timeout expires. If the
 // origin does not send 100 (Continue) in time, the body is sent without it.
-func (x *Exchange) awaitResponse(start time.Time) {
+func (x *Exchange) awaitResponse() {
 	if x.stopWatch == nil {
 		x.conn.deadline.Within(x.conn.Conn, watchDelay/4, watchDelay)
 		_, err := x.conn.r.Peek(1)
@@ -266,11 +263,7 @@ func (x *Exchange) awaitResponse(start time.Time) {
 		x.sendBody()
 	}
 	for {
-		turn := monotime.Of(start)
-		if x.sender != nil {
-			turn = x.sender.turnBegan.Load()
-		}
-		left := timeLeft(x.limits.HeaderTimeout, turn, x.lastProgress)
+		left := x.conn.clock.left(x.limits.HeaderTimeout)
 		switch {
 		case x.limits.HeaderTimeout <= 0:
 			x.conn.deadline.Clear(x.conn.Conn)

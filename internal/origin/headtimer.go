@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"math"
 	"net/http/httptrace"
 	"os"
 	"sync"
@@ -19,16 +18,14 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
-// headTimer cancels a request over HTTP/2 whose response head is overdue. The clock runs
-// only while the origin has the whole request or is not reading it. All connections on
-// which the request is tried share it.
+// headTimer cancels a request over HTTP/2 whose response head is overdue by its clock. All
+// connections on which the request is tried share it.
 type headTimer struct {
-	ctx          context.Context
-	cancel       context.CancelCauseFunc
-	timeout      time.Duration
-	turnBegan    atomic.Int64 // when the origin's turn began, since epoch; 0: it is not its turn
-	lastProgress atomic.Int64 // when the origin last reported progress, since epoch; 0: never
-	reused       atomic.Bool  // the connection had served an earlier request
+	headClock
+	ctx     context.Context
+	cancel  context.CancelCauseFunc
+	timeout time.Duration
+	reused  atomic.Bool // the connection had served an earlier request
 
 	mu        sync.Mutex
 	timer     *time.Timer // nil: the wait is over
@@ -90,44 +87,13 @@ func (w *headTimer) lost() bool {
 	return w.conn != nil && w.conn.lost.Load()
 }
 
-// setTurn starts the clock if it is the origin's turn, and stops it if it is the client's.
-func (w *headTimer) setTurn(origin bool) {
-	if origin {
-		w.turnBegan.Store(monotime.Of(time.Now()))
-	} else {
-		w.turnBegan.Store(0)
-	}
-}
-
-// recordProgress records that the origin has reported progress.
-func (w *headTimer) recordProgress() { w.lastProgress.Store(monotime.Of(time.Now())) }
-
-// maxTimeouts is how many timeouts a response may take in all while the origin keeps reporting
-// progress.
-const maxTimeouts = 10
-
-// timeLeft returns how much time an origin has left to respond. turn is when its turn began,
-// or 0 while it is the client's turn, when the clock stands still. news is when the origin
-// last reported progress. Both are since epoch.
-func timeLeft(timeout time.Duration, turn, news int64) time.Duration {
-	if turn == 0 {
-		return timeout
-	}
-	now, last := monotime.Of(time.Now()), turn
-	if news != 0 {
-		last = max(turn, news)
-	}
-	inAll := maxTimeouts * min(timeout, math.MaxInt64/maxTimeouts)
-	return min(timeout-time.Duration(now-last), inAll-time.Duration(now-turn))
-}
-
 func (w *headTimer) onTimer() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.timer == nil {
 		return
 	}
-	left := timeLeft(w.timeout, w.turnBegan.Load(), w.lastProgress.Load())
+	left := w.left(w.timeout)
 	if left <= 0 {
 		w.cancel(os.ErrDeadlineExceeded)
 		return

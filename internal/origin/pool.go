@@ -64,6 +64,7 @@ type pooledConn struct {
 	fresh     bool      // put in the pool unused
 	reused    bool      // it was idle before
 	idleSince time.Time // when it was put back
+	clock     headClock // of the exchange
 	deadline  tcpconn.ReadDeadline
 }
 
