@@ -187,11 +187,8 @@ func (x *Exchange) accept(res *http.Response, body *ResponseBody) {
 // handleInterim passes an interim response on. If the origin asks for the body with it,
 // handleInterim starts to send that.
 func (x *Exchange) handleInterim(res *http.Response) error {
-	if !x.interims.take() {
-		return errInterim
-	}
-	if isProgress(res.StatusCode) {
-		x.conn.clock.recordProgress()
+	if err := x.interims.check(res.StatusCode, res.Header, &x.conn.clock); err != nil {
+		return err
 	}
 	if res.StatusCode != http.StatusContinue {
 		x.Request.Interim(res.StatusCode, res.Header, 1, 1)

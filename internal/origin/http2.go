@@ -25,8 +25,8 @@ func (x *Exchange) doHTTP2() (*http.Response, error) {
 	o, wait := x.Request, newHeadTimer(x.ctx, x.limits.HeaderTimeout)
 	x.wait = wait
 	interim := &interimQueue{
-		write:      func(status int, fields http.Header) { o.Interim(status, fields, 2, 0) },
-		onProgress: wait.recordProgress,
+		write: func(status int, fields http.Header) { o.Interim(status, fields, 2, 0) },
+		clock: &wait.headClock,
 	}
 	defer interim.end()
 	out, body := o.overHTTP2(wait, interim)

@@ -24,18 +24,21 @@ type interimLimit struct {
 	first time.Time
 }
 
-// take counts an interim response, and reports whether it is within the limit.
-func (l *interimLimit) take() bool {
+// check counts an interim response, and returns an error if that exceeds a limit. If the
+// response means that the origin is working on the request, it restarts the timeout.
+func (l *interimLimit) check(status int, fields http.Header, clock *headClock) error {
 	if l.count++; l.count == 1 {
 		l.first = time.Now()
 	}
-	return l.count <= maxInterim+int(time.Since(l.first)/time.Second)
-}
-
-// isProgress reports whether an interim response means that the origin is working on the
-// request, which restarts the response timeout.
-func isProgress(status int) bool {
-	return status == http.StatusProcessing || status == http.StatusEarlyHints
+	switch {
+	case l.count > maxInterim+int(time.Since(l.first)/time.Second):
+		return errInterim
+	case h1.CountLines(fields) > h1.MaxFields:
+		return h1.ErrTooManyFields
+	case status == http.StatusProcessing || status == http.StatusEarlyHints:
+		clock.recordProgress()
+	}
+	return nil
 }
 
 // maxInterimWaiting is how many interim responses are queued for a slow client. Further
@@ -47,8 +50,8 @@ const maxInterimWaiting = 8
 // block for one of them. So a separate goroutine writes them to the client while there are
 // any. The handler must not write before end has returned.
 type interimQueue struct {
-	write      func(status int, fields http.Header) // sends one to the client
-	onProgress func()                               // called for responses that report progress; may be nil
+	write func(status int, fields http.Header) // sends one to the client
+	clock *headClock
 
 	mu       sync.Mutex
 	limit    interimLimit
@@ -69,17 +72,11 @@ type interimResponse struct {
 func (q *interimQueue) got1xx(status int, fields textproto.MIMEHeader) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	switch {
-	case !q.limit.take():
-		q.err = errInterim
-	case h1.CountLines(http.Header(fields)) > h1.MaxFields:
-		q.err = h1.ErrTooManyFields
+	if q.err == nil {
+		q.err = q.limit.check(status, http.Header(fields), q.clock)
 	}
 	if q.err != nil {
 		return q.err
-	}
-	if isProgress(status) && q.onProgress != nil {
-		q.onProgress()
 	}
 	if status != http.StatusContinue && len(q.waiting) < maxInterimWaiting { // sendContinue sends the 100
 		q.add(interimResponse{status: status, fields: http.Header(fields)})

@@ -15,7 +15,7 @@ func TestInterimQueue(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var got []int
 		slow := make(chan struct{})
-		q := &interimQueue{write: func(status int, _ http.Header) { <-slow; got = append(got, status) }}
+		q := &interimQueue{clock: new(headClock), write: func(status int, _ http.Header) { <-slow; got = append(got, status) }}
 		for range 3 * maxInterimWaiting {
 			if err := q.got1xx(http.StatusEarlyHints, nil); err != nil {
 				t.Fatal(err)
@@ -30,7 +30,7 @@ func TestInterimQueue(t *testing.T) {
 		if err := q.got1xx(http.StatusEarlyHints, nil); err != nil || q.writing != nil {
 			t.Errorf("it continues after its end: %v", err)
 		}
-		q = &interimQueue{write: func(int, http.Header) { panic("wrong") }}
+		q = &interimQueue{clock: new(headClock), write: func(int, http.Header) { panic("wrong") }}
 		_ = q.got1xx(http.StatusEarlyHints, nil)
 		q.sendContinue()
 		defer func() {
