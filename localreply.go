@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"os"
 	"strconv"
 	"strings"
 
@@ -24,7 +23,8 @@ import (
 )
 
 // cause says why the proxy responds itself, in place of an origin. Each cause has a row in
-// the table causes. The causes of failed connection attempts are dialCauses.
+// the table causes. Packages egress and origin have causes of their own, for connection
+// attempts and exchanges that fail.
 type cause string
 
 // Causes that logs, metrics, the snapshot, events and placeholders name.
@@ -46,31 +46,22 @@ const (
 	causeParent             cause = cause(egress.ParentDenies) // the parent proxy refused
 )
 
-// Causes that only the error type describes: there is something wrong with the request, or
-// with the response of the origin.
+// Causes that only the error type describes: there is something wrong with the request.
 const (
-	causeClientLeft       cause = "client_left"       // only for logs: the client has gone
-	causeShuttingDown     cause = "shutting_down"     // Caddy exits
-	causeConnectTarget    cause = "connect_target"    // CONNECT without a valid host and port
-	causeConnectContent   cause = "connect_content"   // CONNECT with content
-	causeTraceContent     cause = "trace_content"     // TRACE with content
-	causeTarget           cause = "target"            // a request that cannot be forwarded
-	causeHostField        cause = "host_field"        // header_up has made the Host field invalid
-	causeHeaderLines      cause = "header_lines"      // too many of them
-	causeContentTimeout   cause = "content_timeout"   // the client has stopped sending
-	causeContentInvalid   cause = "content_invalid"   // the client's content is cut off or malformed
-	causeEchoMethod       cause = "echo_method"       // the parent might reveal fields that are for it alone
-	causeEchoMaxForwards  cause = "echo_max_forwards" // the same
-	causeEchoParent       cause = "echo_parent"       // the same
-	causeNoProtocol       cause = "no_protocol"       // an extended CONNECT that no handler answers
-	causeNoHosts          cause = "no_hosts"          // no handler answers, and the option hosts is not set
-	causeNoHandler        cause = "no_handler"        // no handler answers
-	causeResponseInvalid  cause = "response_invalid"  // not HTTP, and it is known why
-	causeResponseNotHTTP  cause = "response_not_http" // not HTTP
-	causeResponseHead     cause = "response_head"     // its head is too large
-	causeResponseTimeout  cause = "response_timeout"  // none in time
-	causeResponseCutOff   cause = "response_cut_off"  // the origin has closed the connection
-	causeConnectionSilent cause = "connection_silent" // an HTTP/2 origin has stopped responding
+	causeClientLeft      cause = "client_left"       // only for logs: the client has gone
+	causeShuttingDown    cause = "shutting_down"     // Caddy exits
+	causeConnectTarget   cause = "connect_target"    // CONNECT without a valid host and port
+	causeConnectContent  cause = "connect_content"   // CONNECT with content
+	causeTraceContent    cause = "trace_content"     // TRACE with content
+	causeTarget          cause = "target"            // a request that cannot be forwarded
+	causeHostField       cause = "host_field"        // header_up has made the Host field invalid
+	causeHeaderLines     cause = "header_lines"      // too many of them
+	causeEchoMethod      cause = "echo_method"       // the parent might reveal fields that are for it alone
+	causeEchoMaxForwards cause = "echo_max_forwards" // the same
+	causeEchoParent      cause = "echo_parent"       // the same
+	causeNoProtocol      cause = "no_protocol"       // an extended CONNECT that no handler answers
+	causeNoHosts         cause = "no_hosts"          // no handler answers, and the option hosts is not set
+	causeNoHandler       cause = "no_handler"        // no handler answers
 )
 
 // Error types of denials.
@@ -106,22 +97,22 @@ var causes = map[cause]localReply{
 	causeTunnelsPerClient:   {429, "connection_limit_reached", causeTunnelsPerClient, "", "Your address has reached its limit of open tunnels; close one first."},
 	causeLoop:               {508, "proxy_loop_detected", causeLoop, "", "Proxy loop: this request has already passed through %s."},
 
-	causeClientLeft:      {statusClientClosedRequest, "connection_terminated", "", "", "the client left"},
-	causeShuttingDown:    {503, "proxy_internal_error", "", "", "This proxy is shutting down; try again later."},
-	causeConnectTarget:   {400, "http_request_error", "", "", "CONNECT needs a host and a port, such as example.com:443: %v."},
-	causeConnectContent:  {400, "http_request_error", "", "", "A CONNECT request must not have content."},
-	causeTraceContent:    {400, "http_request_error", "", "", "A TRACE request must not have content."},
-	causeTarget:          {400, "http_request_error", "", "", "This request cannot be forwarded: %v."},
-	causeHostField:       {400, "http_request_error", "", "", "This request cannot be forwarded: its Host field would be invalid."},
-	causeHeaderLines:     {431, "http_request_error", "", "", "This request has more than %d header lines."},
-	causeContentTimeout:  {408, "http_request_error", "", "", "The content of the request did not arrive in time."},
-	causeContentInvalid:  {400, "http_request_error", "", "", "The content of the request is incomplete or malformed."},
-	causeEchoMethod:      {403, deniedRequest, causeDefault, "", "%s is not possible here: the answer would reveal what this proxy tells only its parent proxy."},
-	causeEchoMaxForwards: {403, deniedRequest, causeDefault, "", "OPTIONS with Max-Forwards is not possible here: the parent proxy's answer could reveal what this proxy tells only its parent proxy."},
-	causeEchoParent:      {403, deniedRequest, causeDefault, "", "The parent proxy itself (%s) cannot be a destination."},
-	causeNoProtocol:      {501, "proxy_internal_response", "", "", "The protocol of this CONNECT request is not supported here."},
-	causeNoHosts:         {421, "http_request_error", "", "", "This is a proxy. It has no page of its own here, and it does not forward http:// URLs over HTTP/%d."},
-	causeNoHandler:       {421, "http_request_error", "", "", "This is a proxy, and it has no page of its own here. A proxy request must name a full URL."},
+	causeClientLeft:              {statusClientClosedRequest, "connection_terminated", "", "", "the client left"},
+	causeShuttingDown:            {503, "proxy_internal_error", "", "", "This proxy is shutting down; try again later."},
+	causeConnectTarget:           {400, "http_request_error", "", "", "CONNECT needs a host and a port, such as example.com:443: %v."},
+	causeConnectContent:          {400, "http_request_error", "", "", "A CONNECT request must not have content."},
+	causeTraceContent:            {400, "http_request_error", "", "", "A TRACE request must not have content."},
+	causeTarget:                  {400, "http_request_error", "", "", "This request cannot be forwarded: %v."},
+	causeHostField:               {400, "http_request_error", "", "", "This request cannot be forwarded: its Host field would be invalid."},
+	causeHeaderLines:             {431, "http_request_error", "", "", "This request has more than %d header lines."},
+	cause(origin.ContentTimeout): {408, "http_request_error", "", "", "The content of the request did not arrive in time."},
+	cause(origin.ContentInvalid): {400, "http_request_error", "", "", "The content of the request is incomplete or malformed."},
+	causeEchoMethod:              {403, deniedRequest, causeDefault, "", "%s is not possible here: the answer would reveal what this proxy tells only its parent proxy."},
+	causeEchoMaxForwards:         {403, deniedRequest, causeDefault, "", "OPTIONS with Max-Forwards is not possible here: the parent proxy's answer could reveal what this proxy tells only its parent proxy."},
+	causeEchoParent:              {403, deniedRequest, causeDefault, "", "The parent proxy itself (%s) cannot be a destination."},
+	causeNoProtocol:              {501, "proxy_internal_response", "", "", "The protocol of this CONNECT request is not supported here."},
+	causeNoHosts:                 {421, "http_request_error", "", "", "This is a proxy. It has no page of its own here, and it does not forward http:// URLs over HTTP/%d."},
+	causeNoHandler:               {421, "http_request_error", "", "", "This is a proxy, and it has no page of its own here. A proxy request must name a full URL."},
 
 	cause(egress.DialNoResources): {503, "proxy_internal_error", "", "failed", "This proxy cannot open another connection now; try again later."},
 	cause(egress.DialTimeout):     {504, "connection_timeout", "", "timeout", "%[1]s did not accept a connection in time."},
@@ -155,12 +146,12 @@ var causes = map[cause]localReply{
 	cause(egress.ParentSOCKSCutOff):      {502, "connection_terminated", "", "failed", "The parent proxy closed the connection before its answer was complete."},
 	cause(egress.ParentNotSOCKS):         {502, "destination_unavailable", "", "failed", "The parent proxy did not give a valid SOCKS answer."},
 
-	causeResponseInvalid:  {502, "http_protocol_error", "", "", "%[1]s did not answer with a valid HTTP response: %[2]s."},
-	causeResponseNotHTTP:  {502, "http_protocol_error", "", "", "%[1]s did not answer with a valid HTTP response."},
-	causeResponseHead:     {502, "http_response_header_section_size", "", "", "%[1]s did not answer with a valid HTTP response: %[2]s."},
-	causeResponseTimeout:  {504, "http_response_timeout", "", "", "%[1]s did not answer in time."},
-	causeResponseCutOff:   {502, "http_response_incomplete", "", "", "%[1]s closed the connection before its response was complete."},
-	causeConnectionSilent: {504, "connection_read_timeout", "", "", "%[1]s has stopped answering on its connection; try again."},
+	cause(origin.ResponseInvalid):  {502, "http_protocol_error", "", "", "%[1]s did not answer with a valid HTTP response: %[2]s."},
+	cause(origin.ResponseNotHTTP):  {502, "http_protocol_error", "", "", "%[1]s did not answer with a valid HTTP response."},
+	cause(origin.ResponseHead):     {502, "http_response_header_section_size", "", "", "%[1]s did not answer with a valid HTTP response: %[2]s."},
+	cause(origin.ResponseTimeout):  {504, "http_response_timeout", "", "", "%[1]s did not answer in time."},
+	cause(origin.ResponseCutOff):   {502, "http_response_incomplete", "", "", "%[1]s closed the connection before its response was complete."},
+	cause(origin.ConnectionSilent): {504, "connection_read_timeout", "", "", "%[1]s has stopped answering on its connection; try again."},
 }
 
 // statusClientClosedRequest is for logs only: the client disconnected before it had the
@@ -298,36 +289,15 @@ func dialOutcome(ctx context.Context, err error) string {
 
 // forwardRefusal returns the refusal for a request that got no response from the origin.
 func forwardRefusal(r *http.Request, err error) *refusal {
-	var body *origin.RequestBodyError
 	switch {
-	case errors.As(err, &body) && errors.Is(body, os.ErrDeadlineExceeded):
-		return causeContentTimeout.refusal(err)
-	case errors.As(err, &body):
-		return causeContentInvalid.refusal(err)
+	case errors.As(err, new(*origin.RequestBodyError)):
+		return cause(origin.CauseOf(err)).refusal(err)
 	case r.Context().Err() != nil, errors.As(err, new(*origin.DialError)), errors.As(err, new(*egress.ParentError)):
 		return dialRefusal(r.Context(), err, r.Host)
+	case errors.Is(err, errHeldHeads):
+		return cause(origin.ResponseHead).failure(err, r.Host)
 	}
-	return responseCause(err).failure(err, r.Host)
-}
-
-// responseCause returns the cause for which there was no usable response from an origin
-// to which there was a connection.
-func responseCause(err error) cause {
-	switch {
-	case errors.As(err, new(h1.ProtocolError)):
-		return causeResponseInvalid
-	case egress.IsTLSError(err):
-		return cause(egress.TlsCause(err))
-	case errors.Is(err, h1.ErrHeadTooLarge), errors.Is(err, h1.ErrTooManyFields), errors.Is(err, errHeldHeads):
-		return causeResponseHead
-	case errors.Is(err, origin.ErrSilent):
-		return causeConnectionSilent
-	case egress.IsTimeout(err):
-		return causeResponseTimeout
-	case egress.IsClosed(err):
-		return causeResponseCutOff
-	}
-	return causeResponseNotHTTP
+	return cause(origin.CauseOf(err)).failure(err, r.Host)
 }
 
 // alertDetail returns the name of a TLS alert, and parameters for the Proxy-Status field.

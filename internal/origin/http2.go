@@ -106,7 +106,7 @@ func http2Failure(err error, o *Request, wait *headTimer, interim *interimQueue)
 	case wrong != nil:
 		return wrong
 	case wait.lost():
-		return ErrSilent
+		return errSilent
 	case strings.Contains(err.Error(), "response header list larger"): // the error has no type
 		return h1.ErrHeadTooLarge
 	}

@@ -85,8 +85,8 @@ func startHTTP2(t *http2.Transport, observed *observedConn, conn net.Conn, times
 	return c, nil
 }
 
-// ErrSilent reports that a connection was closed because the server did not answer.
-var ErrSilent = errors.New("the server has stopped responding on its connection")
+// errSilent reports that a connection was closed because the server did not answer.
+var errSilent = errors.New("the server has stopped responding on its connection")
 
 // observedConn records when something was last read.
 type observedConn struct {
