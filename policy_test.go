@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -22,7 +21,6 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"go.uber.org/zap"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
@@ -96,70 +94,6 @@ func policyOpen(t *testing.T, proxy, method, authority, lines, want string) {
 	}
 }
 
-// TestPolicyCheck lists addresses and the clients that may reach them.
-func TestPolicyCheck(t *testing.T) {
-	for _, rows := range []struct {
-		local, public bool
-		addresses     string
-	}{
-		// Unspecified, link-local (including cloud metadata), multicast, broadcast, Teredo,
-		// and addresses that embed these.
-		{false, false, `0.0.0.0 0.0.0.1 0.255.255.255 169.254.0.0 169.254.169.254 169.254.255.255
-			224.0.0.0 224.0.0.1 239.255.255.255 255.255.255.255
-			:: fe80:: fe80::1 fe80::1%eth0 fe80::1%1 febf:ffff:ffff:ffff:ffff:ffff:ffff:ffff
-			ff00:: ff02::1 ff02::1%eth0 ff0e::1 ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff
-			2001:: 2001::1 2001:0:7f00:1::1 2001:0:ffff:ffff:ffff:ffff:ffff:ffff
-			::ffff:0.0.0.0 ::ffff:169.254.169.254 ::ffff:224.0.0.1 ::ffff:255.255.255.255
-			64:ff9b::0.0.0.0 64:ff9b::169.254.169.254 64:ff9b::a9fe:1 64:ff9b::224.0.0.1 64:ff9b::255.255.255.255
-			2002::1 2002:a9fe:a9fe:: 2002:a9fe:1::1 2002:e000:1:: 2002:ffff:ffff::1
-			64:ff9b:1::a9fe:a9fe 64:ff9b:1:2:3::a9fe:a9fe 64:ff9b:1:a9fe:a9:fe00:: 64:ff9b:1:: ::169.254.169.254 ::224.0.0.1
-			::ffff:0:169.254.169.254 fd00::5efe:a9fe:a9fe 2606:4700::200:5efe:169.254.169.254 2606:4700::5efe:0.0.0.1`},
-
-		// Loopback, private, CGNAT, protocol assignments, documentation, 6to4
-		// anycast, benchmarking, class E.
-		{true, false, `127.0.0.0 127.0.0.1 127.0.0.53 127.255.255.255
-			10.0.0.0 10.0.0.1 10.255.255.255 172.16.0.0 172.16.0.1 172.31.255.255 192.168.0.0 192.168.1.1 192.168.255.255
-			100.64.0.0 100.64.0.1 100.127.255.255 192.0.0.0 192.0.0.170 192.0.0.255
-			192.0.2.0 192.0.2.1 192.0.2.255 198.51.100.0 198.51.100.255 203.0.113.0 203.0.113.255
-			192.88.99.0 192.88.99.1 192.88.99.255 198.18.0.0 198.18.0.1 198.19.255.255
-			240.0.0.0 240.0.0.1 255.255.255.254`},
-		// Loopback, ULA, documentation, benchmarking, ORCHID, discard-only, segment
-		// routing, former site-local, and all of IPv6 outside global unicast; also as IPv4
-		// embedded in it.
-		{true, false, `::1 ::1%lo fc00:: fc00::1 fd12:3456::1 fdff:ffff:ffff:ffff:ffff:ffff:ffff:ffff
-			2001:db8:: 2001:db8::1 2001:db8:ffff:ffff:ffff:ffff:ffff:ffff 3fff:: 3fff::1 3fff:fff:ffff::1
-			2001:1:: 2001:2::1 2001:10::1 2001:20::1 2001:1ff:ffff::1 100::1 5f00::1 fec0::1 feff::1 fe7f:ffff::1
-			fbff:ffff::1 fe00::1 1fff:ffff::1 4000::1 64:ff9a::808:808 64:ff9b::1:0:0 64:ff9b:1::7f00:1 64:ff9b:1::808:808
-			64:ff9b:1:7f00:0:100:: 2606:4700::5efe:7f00:1 2606:4700::200:5efe:a00:1 fd00::5efe:8.8.8.8
-			::127.0.0.1 ::8.8.8.8 ::2 ::fffe:808:808 ::ffff:0:127.0.0.1 ::ffff:0:8.8.8.8
-			::ffff:127.0.0.1 ::ffff:7f00:1 ::ffff:10.0.0.1 ::ffff:192.168.0.1 ::ffff:100.64.0.1 ::ffff:240.0.0.1
-			64:ff9b::127.0.0.1 64:ff9b::7f00:1 64:ff9b::10.0.0.1 64:ff9b::172.16.0.1 64:ff9b::192.168.0.1 64:ff9b::100.64.0.1 64:ff9b::192.0.2.1
-			2002:7f00:1:: 2002:7f00:1::1 2002:a00:1:: 2002:ac10:1::1 2002:c0a8:101::1 2002:6440:1:: 2002:c000:201::`},
-
-		// Public addresses, first of all the neighbors of the ranges above.
-		{true, true, `1.0.0.0 1.1.1.1 8.8.8.8 9.255.255.255 11.0.0.0 100.63.255.255 100.128.0.0 126.255.255.255 128.0.0.0
-			169.253.255.255 169.255.0.0 172.15.255.255 172.32.0.0 191.255.255.255 192.0.1.0 192.0.1.255 192.0.3.0
-			192.88.98.255 192.88.100.0 192.167.255.255 192.169.0.0 198.17.255.255 198.20.0.0 198.51.99.255 198.51.101.0
-			203.0.112.255 203.0.114.0 223.255.255.255 ::ffff:8.8.8.8 ::ffff:172.32.0.0
-			2000:: 2000::1 2001:200:: 2001:4860:4860::8888 2001:db7:ffff::1 2001:db9::1 2001:ffff::1 2003::1 2606:4700::1111
-			2606:4700::1111%eth0 3ffe:ffff::1 3fff:1000::1 3fff:ffff:ffff:ffff:ffff:ffff:ffff:ffff
-			64:ff9b::8.8.8.8 64:ff9b::ac20:0 64:ff9b::ac0f:ffff 2002:808:808:: 2002:808:808::1 2002:ac20:0:: 2002:9ff:ffff::1
-			2606:4700::5efe:808:808 2606:4700::100:5efe:7f00:1`},
-	} {
-		for _, address := range strings.Fields(rows.addresses) {
-			policyCheck(t, new(policy.Policy), policy.LocalScope, address, 443, rows.local)
-			policyCheck(t, new(policy.Policy), policy.PublicScope, address, 443, rows.public)
-			everything := policyOf(t, "allow 0.0.0.0/0 ::/0 169.254.169.254")
-			for _, r := range []policy.Scope{policy.LocalScope, policy.PublicScope} {
-				policyCheck(t, everything, r, address, 443, true)
-				policyCheck(t, everything, r, address, 24, true)
-				policyCheck(t, everything, r, address, 25, false)
-				policyCheck(t, new(policy.Policy), r, address, 25, false)
-			}
-		}
-	}
-}
-
 // policyOf makes a policy from rules in Caddyfile syntax, one per line. It adds a rule
 // about a port that no test uses, because an allow rule without a deny rule has no effect.
 func policyOf(t testing.TB, rules string) *policy.Policy {
@@ -178,74 +112,6 @@ func policyOf(t testing.TB, rules string) *policy.Policy {
 	}
 	h.dialer.Policy.IsSelf = nil
 	return h.dialer.Policy
-}
-
-func policyCheck(t *testing.T, p *policy.Policy, r policy.Scope, address string, port uint16, want bool) {
-	t.Helper()
-	to := netip.AddrPortFrom(netip.MustParseAddr(address), port)
-	err, _ := p.Check(t.Context(), r, hostport.Target{Addr: to.Addr(), Port: port}, to)
-	if (err == nil) != want {
-		t.Errorf("%s for %s: %v, want it open: %v", to, map[policy.Scope]string{policy.LocalScope: "local", policy.PublicScope: "public"}[r], err, want)
-	}
-	if err != nil && (err.To != to || err.Hint == "" && err.Reason == "") {
-		t.Errorf("%s: error %#v", to, err)
-	}
-}
-
-// TestPolicyTexts checks that a refusal gives its reason and nothing more.
-func TestPolicyTexts(t *testing.T) {
-	for r, want := range map[policy.Scope]string{policy.LocalScope: "its address is link-local, multicast or unspecified", policy.PublicScope: "its address is private or local"} {
-		to := netip.MustParseAddrPort("169.254.169.254:80")
-		if denied, _ := new(policy.Policy).Check(t.Context(), r, hostport.Target{Addr: to.Addr(), Port: 80}, to); denied == nil || denied.Reason != want || denied.Hint != "allow 169.254.169.254" {
-			t.Errorf("%v, want %q", denied, want)
-		}
-	}
-}
-
-func TestPolicyAllow(t *testing.T) {
-	for _, row := range []struct{ allow, open, closed string }{
-		{"10.0.0.0/8", "10.0.0.0 10.255.255.255 ::ffff:10.1.2.3 64:ff9b::10.1.2.3 2002:a01:203::1 8.8.8.8", "127.0.0.1 172.16.0.1 ::1 fd00::1 64:ff9b::192.168.0.1"},
-		{"127.0.0.0/8", "127.0.0.1 ::ffff:127.0.0.1 64:ff9b::7f00:1", "10.0.0.1 ::1 0.0.0.0 ::ffff:0.0.0.0"},
-		{"127.0.0.1/32", "127.0.0.1 ::127.0.0.1", "127.0.0.2 127.0.0.0 ::1"},
-		{"::1/128", "::1", "127.0.0.1 ::2 ::"},
-		{"169.254.169.254/32", "169.254.169.254 64:ff9b::169.254.169.254", "169.254.169.253 169.254.169.255"},
-		{"fe80::/10", "fe80::1 fe80::1%eth0", "fec0::1 ff02::1%eth0"},
-		{"fd00::/8 192.168.0.0/16", "fd00::1 192.168.0.1", "fc00::1 192.0.0.1 10.0.0.1"},
-		// The outer range alone opens no private address embedded in it.
-		{"64:ff9b::/96", "64:ff9b::8.8.8.8", "64:ff9b::10.0.0.1 10.0.0.1 2002:a00:1::"},
-		{"64:ff9b:1::/48", "64:ff9b:1::8.8.8.8", "64:ff9b:1::10.0.0.1"},
-		{"2002::/16", "2002:808:808::", "2002:a00:1:: 10.0.0.1 64:ff9b::10.0.0.1"},
-		{"2002::/16 10.0.0.0/8", "2002:a00:1::", "2002:7f00:1::"},
-		{"2000::/3", "2001:db8::1 2002:808:808::", "2002:7f00:1:: 2002:a9fe:a9fe:: 2001:db8::5efe:7f00:1"},
-		{"224.0.0.0/4", "224.0.0.1 239.255.255.255", "240.0.0.0 ff02::1"},
-		{"0.0.0.0/0", "10.0.0.1 127.0.0.1 0.0.0.0 64:ff9b::10.0.0.1", "::1 fd00::1 fe80::1 ::"},
-		{"::/0", "::1 fd00::1 fe80::1 ::", "10.0.0.1 127.0.0.1 ::ffff:127.0.0.1"},
-	} {
-		d := policyOf(t, "allow "+row.allow)
-		for _, address := range strings.Fields(row.open) {
-			policyCheck(t, d, policy.PublicScope, address, 80, true)
-			policyCheck(t, d, policy.LocalScope, address, 80, true)
-			policyCheck(t, d, policy.PublicScope, address, policy.PortSMTP, false)
-		}
-		for _, address := range strings.Fields(row.closed) {
-			policyCheck(t, d, policy.PublicScope, address, 80, false)
-		}
-	}
-}
-
-// TestPolicyOwnAddresses checks that the proxy's own addresses stay closed, whatever is allowed and
-// however they are written.
-func TestPolicyOwnAddresses(t *testing.T) {
-	d := policyOf(t, "allow 0.0.0.0/0 ::/0")
-	d.IsSelf = func(to netip.AddrPort, _ bool) bool {
-		return to == netip.MustParseAddrPort("127.0.0.1:2019") || to == netip.MustParseAddrPort("[2002:909:909:1::5]:2019")
-	}
-	for _, address := range strings.Fields("127.0.0.1 ::ffff:127.0.0.1 64:ff9b::7f00:1 2002:7f00:1:: 2002:909:909:1::5") {
-		for _, r := range []policy.Scope{policy.LocalScope, policy.PublicScope} {
-			policyCheck(t, d, r, address, 2019, false)
-			policyCheck(t, d, r, address, 2020, true)
-		}
-	}
 }
 
 // policyPrivate are spellings of this machine and its networks.
