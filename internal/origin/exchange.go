@@ -85,25 +85,28 @@ func (x *Exchange) explain(err error) error {
 // doHTTP1 sends the request over HTTP/1, and once more if its connection was stale.
 func (x *Exchange) doHTTP1() (*http.Response, error) {
 	res, err := x.try(false)
-	if err == nil || !x.mayRetry(err) {
+	if err == nil || !x.mayRetry(x.isStale(err), x.answered) {
 		return res, err
 	}
 	x.end(false)
 	return x.try(true)
 }
 
-// mayRetry reports whether a request that failed on a reused connection may be sent
-// once more (RFC 9110 §9.2.2). It may if nothing of a response has arrived: then the
-// origin was most likely closing the idle connection.
-func (x *Exchange) mayRetry(err error) bool {
-	if x.conn == nil || !x.conn.reused || !x.Request.repeatable() || x.ctx.Err() != nil || x.answered || x.conn.r.Buffered() > 0 {
+// mayRetry reports whether a request that failed may be sent once more (RFC 9110 §9.2.2). It
+// may if its connection was stale and it is repeatable, unless something of a response has
+// arrived or the client has gone.
+func (x *Exchange) mayRetry(stale, answered bool) bool {
+	return stale && !answered && x.Request.repeatable() && x.ctx.Err() == nil
+}
+
+// isStale reports whether a failure on a reused connection means that the origin was most
+// likely closing it while it was idle.
+func (x *Exchange) isStale(err error) bool {
+	if x.conn == nil || !x.conn.reused || x.conn.r.Buffered() > 0 {
 		return false
 	}
 	var wrong h1.ProtocolError
-	if errors.As(err, &wrong) || errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, io.ErrUnexpectedEOF) {
-		return false
-	}
-	return true
+	return !errors.As(err, &wrong) && !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, io.ErrUnexpectedEOF)
 }
 
 // connect returns a connection for the request. Unless fresh is set, it prefers a

@@ -5,17 +5,14 @@ package origin
 
 import (
 	"context"
-	"errors"
-	"io"
 	"net/http/httptrace"
 	"os"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
-	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // headTimer cancels a request over HTTP/2 whose response head is overdue by its clock. All
@@ -104,14 +101,13 @@ func (w *headTimer) onTimer() {
 // expired reports whether the timeout has expired.
 func (w *headTimer) expired() bool { return context.Cause(w.ctx) == os.ErrDeadlineExceeded }
 
-// stale reports whether an error came from a stale connection: one that the origin was
+// isStale reports whether an error came from a stale connection: one that the origin was
 // closing while it was idle, or on which it had stopped answering.
-func (w *headTimer) stale(err error) bool {
+func (w *headTimer) isStale(err error) bool {
 	if w.lost() {
 		return w.ctx.Err() == nil
 	}
-	lost := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || tcpconn.IsReset(err) || errors.Is(err, syscall.EPIPE)
-	return lost && w.reused.Load() && w.ctx.Err() == nil
+	return egress.IsClosed(err) && w.reused.Load() && w.ctx.Err() == nil
 }
 
 // stop ends the wait, but not the request.

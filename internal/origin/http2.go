@@ -32,7 +32,7 @@ func (x *Exchange) doHTTP2() (*http.Response, error) {
 	out, body := o.overHTTP2(wait, interim)
 	transport := x.client.http2.transport
 	res, err := transport.RoundTrip(out)
-	if err != nil && wait.stale(err) && o.repeatable() && !interim.any() {
+	if err != nil && x.mayRetry(wait.isStale(err), interim.any()) {
 		res, err = transport.RoundTrip(out)
 	}
 	interim.end()
