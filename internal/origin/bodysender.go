@@ -55,9 +55,7 @@ func (s *bodySender) run() {
 		w = httputil.NewChunkedWriter(s.conn)
 	}
 	for {
-		s.conn.clock.setTurn(false)
-		n, err := s.out.Body.Read(buf[:])
-		s.conn.clock.setTurn(true)
+		n, err := s.out.readBody(buf[:], &s.conn.clock)
 		if n > 0 {
 			// The origin may still respond although it reads no more. The
 			// handler finds out by reading.

@@ -145,8 +145,7 @@ func (b *http2Body) Read(p []byte) (int, error) {
 		b.sendContinue = nil
 	}
 	b.begun.Store(true)
-	n, err := b.from.Body.Read(p)
-	b.wait.setTurn(true)
+	n, err := b.from.readBody(p, &b.wait.headClock)
 	if err == io.EOF {
 		for name := range b.to.Trailer {
 			b.to.Trailer[name] = b.from.Trailer[name]

@@ -47,6 +47,14 @@ func (out *Request) repeatable() bool {
 	return false
 }
 
+// readBody reads from the body. While it waits for the client, the origin's clock stands still.
+func (out *Request) readBody(p []byte, clock *headClock) (int, error) {
+	clock.setTurn(false)
+	n, err := out.Body.Read(p)
+	clock.setTurn(true)
+	return n, err
+}
+
 // RequestBody reads the content of a request from the client.
 type RequestBody struct {
 	Reader  io.Reader
