@@ -35,7 +35,7 @@ func probeBody(out *origin.Request) bool {
 	}
 }
 
-// probeBodyTimeout is how long begins waits for the first byte or the end of a request.
+// probeBodyTimeout is how long probeBody waits for the first byte or the end of a request.
 const probeBodyTimeout = time.Second
 
 // probedBody is a body whose first byte is read ahead.

@@ -58,7 +58,7 @@ func (s *bodySender) run() {
 		n, err := s.out.readBody(buf[:], &s.conn.clock)
 		if n > 0 {
 			// The origin may still respond although it reads no more. The
-			// handler finds out by reading.
+			// exchange finds out by reading.
 			if _, err := w.Write(buf[:n]); err != nil {
 				s.reset = tcpconn.IsReset(err)
 				return

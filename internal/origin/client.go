@@ -12,15 +12,21 @@ import (
 	"bufio"
 	"context"
 	"net"
+	"net/netip"
 	"time"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 )
 
-// Config says how a Client connects to origins, and what it tells of them.
+// Config says how a Client connects to origins, and how long it waits for them.
 type Config struct {
-	Dial    dialFunc
-	Recheck recheckFunc // may be nil
+	// Dial connects to an authority, a host and a port. For https origins, the client begins
+	// TLS on the connection.
+	Dial func(ctx context.Context, authority string) (net.Conn, error)
+	// Recheck checks a connection to an authority that another request has opened. to is the
+	// remote address if it is on this machine, and its listener must be judged again. Recheck
+	// may be nil.
+	Recheck func(ctx context.Context, authority string, conn net.Conn, to netip.AddrPort) error
 	Limits  *Limits
 
 	// Address is the host and port of the only server that the client connects to, such as
@@ -39,17 +45,17 @@ type Limits struct {
 	Pings          PingTimes
 
 	Admit   func(client.Key) bool // counts a response as a tunnel of the client, unless a limit forbids it
-	Release func(client.Key)      // ends that
-	Exit    context.Context       // ends when responses that wait have to end
+	Release func(client.Key)      // stops counting it
+	Exit    context.Context       // ends when the process exits
 }
 
-// ContentGrace is how long an origin may send nothing before the response counts as a
-// tunnel.
+// ContentGrace is the ContentGrace of Limits outside of tests.
 const ContentGrace = 10 * time.Second
 
 // Client sends requests to origins, over HTTP/2 to those that speak it over TLS and
-// over HTTP/1 to all others. It keeps idle connections for later requests. A client serves
-// requests that may go to the same destinations, because they share its connections.
+// over HTTP/1 to all others. It keeps idle connections for later requests. All requests of a
+// client may go to the same destinations, because a connection that was opened for one is
+// later used for others.
 //
 // All methods are safe for concurrent use.
 type Client struct {

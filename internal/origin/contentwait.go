@@ -18,16 +18,16 @@ import (
 
 // contentWait limits how long a response waits for its origin to send more content. It
 // enforces response_idle_timeout. A response that waits for long counts as a tunnel, so
-// that the limits on tunnels apply to it, and so that it is closed when Caddy exits.
+// that the limits on tunnels apply to it, and so that it is closed when the process exits.
 type contentWait struct {
 	limits  *Limits
 	client  client.Key
 	counted bool
-	stop    func() bool // stops watching for Caddy's exit; nil: not watching
+	stop    func() bool // stops watching for the exit; nil: not watching
 }
 
-// exitGrace is how long an origin may send nothing before the response is closed when Caddy
-// exits.
+// exitGrace is how long an origin may send nothing before the response is closed when the
+// process exits.
 const exitGrace = time.Second
 
 var (
@@ -121,7 +121,7 @@ func (w *contentWait) read(p []byte, read func([]byte) (int, error), cancel func
 	var timer *time.Timer
 	var failed error
 	done, start := false, time.Now()
-	step := func(waited time.Duration) time.Duration { // at most exitGrace, to notice Caddy's exit
+	step := func(waited time.Duration) time.Duration { // at most exitGrace, to notice the exit
 		if step := w.nextCheck(waited); step > 0 {
 			return min(step, exitGrace)
 		}

@@ -22,7 +22,7 @@ import (
 )
 
 // Exchange sends one request to an origin and reads its response. With HTTP/1 it runs on
-// the handler's goroutine, where http.Transport would park and wake two more. Only a
+// the caller's goroutine, where http.Transport would park and wake two more. Only a
 // request body is sent on a goroutine of its own, because the response may arrive
 // before the body is complete.
 type Exchange struct {

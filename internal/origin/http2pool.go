@@ -21,9 +21,8 @@ import (
 )
 
 // http2Pool is a pool of connections to https origins that speak HTTP/2. Requests share
-// its connections. It serves clients of one reach. If an origin turns out to speak HTTP/1,
-// the connection is put into http1, and the request fails with errNoHTTP2, so that the
-// caller sends it there.
+// its connections. If an origin turns out to speak HTTP/1, the connection is put into http1,
+// and the request fails with errNoHTTP2, so that the caller sends it there.
 //
 // All methods are safe for concurrent use.
 type http2Pool struct {

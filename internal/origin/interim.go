@@ -48,7 +48,7 @@ const maxInterimWaiting = 8
 // interimQueue forwards interim responses from an HTTP/2 origin. http.Transport reports
 // them on the goroutine that reads the connection, which serves many clients and must not
 // block for one of them. So a separate goroutine writes them to the client while there are
-// any. The handler must not write before end has returned.
+// any. Nothing else may write to the client before end has returned.
 type interimQueue struct {
 	write func(status int, fields http.Header) // sends one to the client
 	clock *headClock
@@ -134,7 +134,7 @@ func (q *interimQueue) run() {
 }
 
 // pass writes one response. It catches a panic, which would end the process, so that end
-// can raise it on the handler's goroutine.
+// can raise it on the goroutine of the exchange.
 func (q *interimQueue) pass(res interimResponse) {
 	defer func() {
 		if p := recover(); p != nil {

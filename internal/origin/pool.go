@@ -36,8 +36,7 @@ const (
 const handshakeTimeout = 10 * time.Second
 
 // connPool is a pool of connections to HTTP/1 origins. It opens connections and keeps idle
-// ones: as many per origin as were busy at once. A pool serves clients of one reach,
-// because a connection that was opened for one client is later used for others.
+// ones: as many per origin as were busy at once.
 //
 // All methods are safe for concurrent use.
 type connPool struct {
