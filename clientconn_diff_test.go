@@ -870,7 +870,12 @@ func TestClientConnHandOffRequests(t *testing.T) {
 // handlers that set a Content-Type, write no content for HEAD, and change no fields between
 // WriteHeader and a flush.
 func TestClientConnWriter(t *testing.T) {
-	method := ""
+	for _, method := range []string{http.MethodGet, http.MethodHead} {
+		t.Run(method, func(t *testing.T) { clientConnWriterOf(t, method) })
+	}
+}
+
+func clientConnWriterOf(t *testing.T, method string) {
 	write := func(w http.ResponseWriter, size int) error {
 		if method == http.MethodHead {
 			return http.ErrBodyNotAllowed
@@ -938,25 +943,23 @@ func TestClientConnWriter(t *testing.T) {
 			write(w, 5)
 		},
 	} {
-		for _, method = range []string{http.MethodGet, http.MethodHead} {
-			t.Run(name+" "+method, func(t *testing.T) {
-				handler := func(w http.ResponseWriter, r *http.Request) {
-					w.Header()["Content-Type"] = nil
-					handle(w)
+		t.Run(name, func(t *testing.T) {
+			handler := func(w http.ResponseWriter, r *http.Request) {
+				w.Header()["Content-Type"] = nil
+				handle(w)
+			}
+			server := httptest.NewServer(http.HandlerFunc(handler))
+			defer server.Close()
+			want := dialRaw(t, server.Listener.Addr().String())
+			want.send(strings.Repeat(method+" / HTTP/1.1\nHost: x\n\n", 2))
+			got := dialRaw(t, serveBelow(t, handler))
+			got.send(strings.Repeat(method+" http://x/ HTTP/1.1\nHost: x\n\n", 2))
+			for range 2 {
+				if is, want := readTwinResponse(got.r, method), readTwinResponse(want.r, method); is != want {
+					t.Errorf("%.2000q\nnet/http: %.2000q", is, want)
 				}
-				server := httptest.NewServer(http.HandlerFunc(handler))
-				defer server.Close()
-				want := dialRaw(t, server.Listener.Addr().String())
-				want.send(strings.Repeat(method+" / HTTP/1.1\nHost: x\n\n", 2))
-				got := dialRaw(t, serveBelow(t, handler))
-				got.send(strings.Repeat(method+" http://x/ HTTP/1.1\nHost: x\n\n", 2))
-				for range 2 {
-					if is, want := readTwinResponse(got.r, method), readTwinResponse(want.r, method); is != want {
-						t.Errorf("%.2000q\nnet/http: %.2000q", is, want)
-					}
-				}
-			})
-		}
+			}
+		})
 	}
 }
 

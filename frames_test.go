@@ -26,6 +26,7 @@ func framesWorld(t *testing.T) (w *world, secure string) {
 	site := strings.SplitN(w.site("hosts localhost\nvia off\nforwarded_for off"), "{", 2)
 	loadCaddyfile(t, "{\ngrace_period 1s\nservers "+strings.TrimPrefix(w.proxy, "127.0.0.1")+" {\nprotocols h1 h2c\n}\nskip_install_trust\n"+
 		strings.TrimPrefix(w.globals(), "{\n")+site[0]+"{"+site[1]+"https://:"+port+" {\ntls internal {\non_demand\n}\n"+site[1])
+	dialTLS(t, secure, "http/1.1").Close() // the certificate is there
 	return w, secure
 }
 
