@@ -11,12 +11,13 @@ import (
 	"strings"
 	"time"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/certmagic"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 )
 
 // accessLog writes the entries of Caddy's access log for requests that do not pass through

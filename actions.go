@@ -51,21 +51,21 @@ func refillClient(key client.Key, zone string) (found bool) {
 
 // refillShared refills the client's buckets in the shared limiters that implement Refiller.
 func refillShared(key client.Key, zone string) (found bool) {
-	var handlers []*Handler
+	var proxies []*proxy
 	withProcess(func(p *process) {
-		for h := range p.handlers.All() {
-			handlers = append(handlers, h)
+		for each := range p.proxies.All() {
+			proxies = append(proxies, each)
 		}
 	})
-	for _, h := range handlers {
-		shared, ok := h.shared.(Refiller)
-		if !ok || zone != "" && zone != h.Zone {
+	for _, each := range proxies {
+		shared, ok := each.shared.(Refiller)
+		if !ok || zone != "" && zone != each.config.Zone {
 			continue
 		}
-		key := h.limiter.KeyOf(key)
-		done, err := shared.Refill(context.Background(), sharedBucket(h.limiter, key))
+		key := each.limiter.KeyOf(key)
+		done, err := shared.Refill(context.Background(), sharedBucket(each.limiter, key))
 		if err != nil {
-			h.logger.Warn("failed to refill a shared bucket", textField("client", h.limiter.Name(key)), errorField(err))
+			each.logger.Warn("failed to refill a shared bucket", textField("client", each.limiter.Name(key)), errorField(err))
 		}
 		found = found || done
 	}

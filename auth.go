@@ -27,14 +27,14 @@ type authProvider struct {
 }
 
 // loadAuth provisions the configured providers and sorts them by name.
-func (h *Handler) loadAuth(ctx caddy.Context) error {
-	if h.AuthRaw == nil {
+func (p *proxy) loadAuth(ctx caddy.Context) error {
+	if p.config.AuthRaw == nil {
 		return nil
 	}
-	if len(h.AuthRaw) == 0 {
+	if len(p.config.AuthRaw) == 0 {
 		return errors.New("authentication: expected a provider, such as http_basic")
 	}
-	modules, err := ctx.LoadModule(h, "AuthRaw")
+	modules, err := ctx.LoadModule(p.config, "AuthRaw")
 	if err != nil {
 		return fmt.Errorf("authentication: %w", err)
 	}
@@ -49,14 +49,14 @@ func (h *Handler) loadAuth(ctx caddy.Context) error {
 					return fmt.Errorf("authentication: the user %q has %w", account.Username, errPublished)
 				}
 			}
-			h.hasBasicAuth = true
+			p.hasBasicAuth = true
 			if len(modules.(map[string]any)) == 1 { // LoadModule has emptied AuthRaw
-				h.basic = basic
+				p.basic = basic
 			}
 		}
-		h.auth = append(h.auth, authProvider{name, provider})
+		p.auth = append(p.auth, authProvider{name, provider})
 	}
-	slices.SortFunc(h.auth, func(a, b authProvider) int {
+	slices.SortFunc(p.auth, func(a, b authProvider) int {
 		if a.name < b.name {
 			return -1
 		}
@@ -66,7 +66,9 @@ func (h *Handler) loadAuth(ctx caddy.Context) error {
 }
 
 // requiresLogin reports whether clients must log in. Loading the providers empties AuthRaw.
-func (h *Handler) requiresLogin() bool { return h.AuthRaw != nil || len(h.auth) > 0 }
+func (h *Handler) requiresLogin() bool {
+	return h.AuthRaw != nil || h.proxy != nil && len(h.proxy.auth) > 0
+}
 
 // publishedHashes are the hashes in Caddy's documentation, source and tests. Their passwords
 // are published with them, or easily found.
@@ -100,69 +102,69 @@ func hasCredentials(r *http.Request) bool {
 
 // authenticate identifies the user of v (RFC 9110 §11.7). If it refuses the request, it
 // returns a refusal, or errRateLimited with v.verdict set.
-func (h *Handler) authenticate(w http.ResponseWriter, r *http.Request, v *transaction) error {
+func (p *proxy) authenticate(w http.ResponseWriter, r *http.Request, v *transaction) error {
 	if !hasCredentials(r) { // some providers identify users by other means
-		known, _ := h.askProviders(w, r, v)
+		known, _ := p.askProviders(w, r, v)
 		if !known {
 			return causeAuthRequired.refusal(nil)
 		}
 		return nil
 	}
 	credentials := r.Header["Proxy-Authorization"]
-	if h.basic == nil {
+	if p.basic == nil {
 		key := credentialsKey(append([]string{"others"}, credentials...)...)
 		if rightCredentials.has(key) {
-			if known, err := h.recheckLogin(w, r, v); known || err != nil {
+			if known, err := p.recheckLogin(w, r, v); known || err != nil {
 				return err
 			}
 			rightCredentials.remove(key) // revoked or expired
 		}
-		return h.checkLogin(w, r, v, key)
+		return p.checkLogin(w, r, v, key)
 	}
 	login := readBasic(credentials[0])
-	key := basicKey(h.basic, login)
+	key := basicKey(p.basic, login)
 	switch {
 	case rightCredentials.has(key):
 		v.setUser(caddyauth.User{ID: login.user})
 		return nil
 	case !login.ok || wrongCredentials.has(key):
-		return h.refuseKnownWrong(w, r, v)
+		return p.refuseKnownWrong(w, r, v)
 	}
-	return h.checkLogin(w, r, v, key)
+	return p.checkLogin(w, r, v, key)
 }
 
 // refuseKnownWrong refuses credentials that are known to be wrong.
-func (h *Handler) refuseKnownWrong(w http.ResponseWriter, r *http.Request, v *transaction) error {
+func (p *proxy) refuseKnownWrong(w http.ResponseWriter, r *http.Request, v *transaction) error {
 	program.metrics.AuthFailed()
-	if h.failedLogins != nil {
+	if p.failedLogins != nil {
 		now := monotime.Of(time.Now())
-		if wait, ok := h.failedLogins.Reserve(repeatsKey(v.limitKey), now, 0); !ok {
-			return h.refuseLogin(v, wait, errFailedLogins)
+		if wait, ok := p.failedLogins.Reserve(repeatsKey(v.limitKey), now, 0); !ok {
+			return p.refuseLogin(v, wait, errFailedLogins)
 		}
 	}
-	h.challenge(w, r, v)
+	p.challenge(w, r, v)
 	return causeAuthFailed.refusal(errBadCredentials)
 }
 
 // challenge sets Proxy-Authenticate without checking the credentials.
-func (h *Handler) challenge(w http.ResponseWriter, r *http.Request, v *transaction) {
+func (p *proxy) challenge(w http.ResponseWriter, r *http.Request, v *transaction) {
 	anonymous := *r
 	anonymous.Header = make(http.Header)
-	_, _ = h.askProviders(w, &anonymous, v)
+	_, _ = p.askProviders(w, &anonymous, v)
 }
 
 // checkLogin asks the providers about credentials that are not cached. It first waits for a
 // failed-login token and for the client's turn. The token is refunded unless the login
 // fails.
-func (h *Handler) checkLogin(w http.ResponseWriter, r *http.Request, v *transaction, key credentialKey) error {
+func (p *proxy) checkLogin(w http.ResponseWriter, r *http.Request, v *transaction, key credentialKey) error {
 	var wait time.Duration
 	refund := func() {}
-	if h.failedLogins != nil {
+	if p.failedLogins != nil {
 		now, ok := monotime.Of(time.Now()), false
-		if wait, ok = h.failedLogins.Reserve(v.limitKey, now, loginPatience); !ok {
-			return h.refuseLogin(v, wait, errFailedLogins)
+		if wait, ok = p.failedLogins.Reserve(v.limitKey, now, loginPatience); !ok {
+			return p.refuseLogin(v, wait, errFailedLogins)
 		}
-		refund = func() { h.failedLogins.Refund(v.limitKey, monotime.Of(time.Now())) }
+		refund = func() { p.failedLogins.Refund(v.limitKey, monotime.Of(time.Now())) }
 	}
 	err := sleep(r.Context(), wait)
 	if err == nil {
@@ -170,9 +172,9 @@ func (h *Handler) checkLogin(w http.ResponseWriter, r *http.Request, v *transact
 	}
 	if err != nil {
 		refund()
-		return h.notChecked(v, err)
+		return p.notChecked(v, err)
 	}
-	result := h.checkInTurn(w, r, v, key)
+	result := p.checkInTurn(w, r, v, key)
 	if result != loginWrong {
 		refund()
 	}
@@ -180,21 +182,21 @@ func (h *Handler) checkLogin(w http.ResponseWriter, r *http.Request, v *transact
 		return nil
 	}
 	program.metrics.AuthFailed()
-	if result == loginRepeated || h.failedLogins == nil {
+	if result == loginRepeated || p.failedLogins == nil {
 		return causeAuthFailed.refusal(errBadCredentials)
 	}
-	if limited := h.chargeSharedFailure(r, v); limited > 0 || wait > 0 {
+	if limited := p.chargeSharedFailure(r, v); limited > 0 || wait > 0 {
 		delete(w.Header(), "Proxy-Authenticate") // logging in would not help now
-		return h.refuseLogin(v, max(limited, h.failedLogins.WaitTime(v.limitKey, monotime.Of(time.Now()))), errFailedLogins)
+		return p.refuseLogin(v, max(limited, p.failedLogins.WaitTime(v.limitKey, monotime.Of(time.Now()))), errFailedLogins)
 	}
 	return causeAuthFailed.refusal(errBadCredentials)
 }
 
 // notChecked returns the error for a login that was not checked, because logins.enter failed
 // with err.
-func (h *Handler) notChecked(v *transaction, err error) error {
+func (p *proxy) notChecked(v *transaction, err error) error {
 	if err == errLoginsBusy {
-		return h.refuseLogin(v, loginRetry, err)
+		return p.refuseLogin(v, loginRetry, err)
 	}
 	return clientDisconnected(err)
 }
@@ -202,15 +204,15 @@ func (h *Handler) notChecked(v *transaction, err error) error {
 // recheckLogin asks the providers about credentials that they accepted before. If one of the
 // providers is http_basic, it hashes the password again, so a request with a password waits
 // for its client's turn.
-func (h *Handler) recheckLogin(w http.ResponseWriter, r *http.Request, v *transaction) (known bool, err error) {
-	if h.hasBasicAuth && readBasic(r.Header["Proxy-Authorization"][0]).ok {
+func (p *proxy) recheckLogin(w http.ResponseWriter, r *http.Request, v *transaction) (known bool, err error) {
+	if p.hasBasicAuth && readBasic(r.Header["Proxy-Authorization"][0]).ok {
 		key := v.limitKey
 		if err := logins.enter(r.Context(), key); err != nil {
-			return false, h.notChecked(v, err)
+			return false, p.notChecked(v, err)
 		}
 		defer logins.leave(key)
 	}
-	known, _ = h.askProviders(w, r, v)
+	known, _ = p.askProviders(w, r, v)
 	return known, nil
 }
 
@@ -226,50 +228,50 @@ const (
 // checkInTurn asks the providers, unless the same credentials were checked while this login
 // waited. An error from a provider counts as a failed login, because some providers return
 // an error for each wrong token.
-func (h *Handler) checkInTurn(w http.ResponseWriter, r *http.Request, v *transaction, key credentialKey) loginResult {
+func (p *proxy) checkInTurn(w http.ResponseWriter, r *http.Request, v *transaction, key credentialKey) loginResult {
 	defer logins.leave(v.limitKey)
-	if h.basic != nil {
+	if p.basic != nil {
 		if rightCredentials.has(key) {
 			v.setUser(caddyauth.User{ID: readBasic(r.Header["Proxy-Authorization"][0]).user})
 			return loginRight
 		}
 		if wrongCredentials.has(key) {
-			h.challenge(w, r, v)
+			p.challenge(w, r, v)
 			return loginRepeated
 		}
 	}
-	known, broken := h.askProviders(w, r, v)
+	known, broken := p.askProviders(w, r, v)
 	switch {
 	case known:
 		rightCredentials.add(key)
 		return loginRight
-	case h.basic != nil && !broken:
+	case p.basic != nil && !broken:
 		wrongCredentials.add(key)
 	}
 	return loginWrong
 }
 
 // refuseLogin sets the verdict for a login that is not checked now.
-func (h *Handler) refuseLogin(v *transaction, wait time.Duration, err error) error {
+func (p *proxy) refuseLogin(v *transaction, wait time.Duration, err error) error {
 	now := monotime.Of(time.Now())
-	v.verdict = h.limiter.Deny(v.limitKey, now, wait, err)
+	v.verdict = p.limiter.Deny(v.limitKey, now, wait, err)
 	return errRateLimited
 }
 
 // chargeSharedFailure charges the shared limiter's failed-login bucket, so that a client that
 // guesses at several processes has no more guesses than at one. If the bucket is empty, it
 // returns how long the client has to wait, and empties the local bucket for as long.
-func (h *Handler) chargeSharedFailure(r *http.Request, v *transaction) time.Duration {
-	if h.shared == nil || h.failedLogins == nil || h.shared.Suspended() {
+func (p *proxy) chargeSharedFailure(r *http.Request, v *transaction) time.Duration {
+	if p.shared == nil || p.failedLogins == nil || p.shared.Suspended() {
 		return 0
 	}
-	shared := sharedBucket(h.failedLogins, v.limitKey)
+	shared := sharedBucket(p.failedLogins, v.limitKey)
 	shared.Zone += " failed_logins" // cannot collide: configured zones have no spaces
-	wait, err := h.shared.Take(r.Context(), shared)
+	wait, err := p.shared.Take(r.Context(), shared)
 	if err != nil || wait <= 0 {
 		return 0 // the local bucket has counted the failure
 	}
-	h.failedLogins.Drain(v.limitKey, monotime.Of(time.Now()), wait)
+	p.failedLogins.Drain(v.limitKey, monotime.Of(time.Now()), wait)
 	return wait
 }
 
@@ -277,7 +279,7 @@ func (h *Handler) chargeSharedFailure(r *http.Request, v *transaction) time.Dura
 // WWW-Authenticate, as for a site, so each gets a copy of the request with
 // Proxy-Authorization as Authorization, and its challenges become Proxy-Authenticate. broken
 // reports whether a provider returned an error.
-func (h *Handler) askProviders(w http.ResponseWriter, r *http.Request, v *transaction) (known, broken bool) {
+func (p *proxy) askProviders(w http.ResponseWriter, r *http.Request, v *transaction) (known, broken bool) {
 	siteRequest := *r
 	siteRequest.Header = r.Header.Clone()
 	delete(siteRequest.Header, "Authorization")
@@ -285,10 +287,10 @@ func (h *Handler) askProviders(w http.ResponseWriter, r *http.Request, v *transa
 		siteRequest.Header["Authorization"] = r.Header["Proxy-Authorization"]
 	}
 	answer := headerOnly{make(http.Header)}
-	for _, provider := range h.auth {
+	for _, provider := range p.auth {
 		user, ok, err := provider.Authenticate(answer, &siteRequest)
 		if err != nil {
-			if c := h.logger.Check(zapcore.ErrorLevel, "auth provider returned error"); c != nil {
+			if c := p.logger.Check(zapcore.ErrorLevel, "auth provider returned error"); c != nil {
 				c.Write(zap.String("provider", provider.name), errorField(err))
 			}
 			broken = true

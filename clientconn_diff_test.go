@@ -62,7 +62,7 @@ func newTwins(t testing.TB, options, warm string) *twins {
 		t.Fatal(err)
 	}
 	defer releaseProcess()
-	for h := range shared.handlers.All() {
+	for h := range shared.proxies.All() {
 		for _, origins := range h.origins {
 			origins.Close() // the origin may be closing an idle connection, which would make the outcome random
 		}

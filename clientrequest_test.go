@@ -274,9 +274,9 @@ func TestResponsesWithoutStatus(t *testing.T) {
 			return err
 		},
 	} {
-		h := &Handler{ForwardedFor: "off"}
+		p := &proxy{config: &Handler{ForwardedFor: "off"}}
 		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			_, err := h.passOn(w, r, clientIdentity{}, caddyhttp.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) error { return answer(w) }))
+			_, err := p.passOn(w, r, clientIdentity{}, caddyhttp.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) error { return answer(w) }))
 			if err != nil {
 				t.Errorf("%s: %v", name, err)
 			}

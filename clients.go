@@ -21,23 +21,23 @@ import (
 const allClients = "all"
 
 // provisionClients parses the option clients.
-func (h *Handler) provisionClients(server *caddyhttp.Server) (err error) {
+func (p *proxy) provisionClients(server *caddyhttp.Server) (err error) {
 	var ranges []string
-	for _, r := range h.Clients {
+	for _, r := range p.config.Clients {
 		if r == allClients {
 			ranges = append(ranges, "0.0.0.0/0", "::/0")
 		} else {
 			ranges = append(ranges, r)
 		}
 	}
-	if len(h.Clients) == 0 {
+	if len(p.config.Clients) == 0 {
 		ranges = []string{"private_ranges"}
 	}
-	if h.clients, err = parsePrefixes("clients", ranges); err != nil {
+	if p.clients, err = parsePrefixes("clients", ranges); err != nil {
 		return err
 	}
-	h.restrictedElsewhere = sync.OnceValue(func() bool {
-		return len(h.auth) > 0 || server != nil && restrictedBefore(server, h, matchesClients)
+	p.restrictedElsewhere = sync.OnceValue(func() bool {
+		return len(p.auth) > 0 || server != nil && restrictedBefore(server, p.config, matchesClients)
 	})
 	return nil
 }
@@ -49,21 +49,21 @@ func (h *Handler) provisionClients(server *caddyhttp.Server) (err error) {
 // matcher already restricts access; otherwise only private addresses are. That depends on
 // the routes around the handler, which are complete only once all handlers are provisioned.
 // It is therefore decided at the first request, so the proxy is never open in between.
-func (h *Handler) admits(addr netip.Addr) bool {
-	return !addr.IsValid() || h.clients.Contains(addr) || len(h.Clients) == 0 && h.restrictedElsewhere()
+func (p *proxy) admits(addr netip.Addr) bool {
+	return !addr.IsValid() || p.clients.Contains(addr) || len(p.config.Clients) == 0 && p.restrictedElsewhere()
 }
 
 // isOpen reports whether every client that can reach the proxy may use it.
-func (h *Handler) isOpen() bool {
-	return len(h.Clients) > 0 && !namesClients(h.Clients) && !h.restrictedElsewhere()
+func (p *proxy) isOpen() bool {
+	return len(p.config.Clients) > 0 && !namesClients(p.config.Clients) && !p.restrictedElsewhere()
 }
 
 // effectiveClients returns the value of the option clients that is in effect.
-func (h *Handler) effectiveClients() []string {
+func (p *proxy) effectiveClients() []string {
 	switch {
-	case len(h.Clients) > 0:
-		return h.Clients
-	case h.restrictedElsewhere():
+	case len(p.config.Clients) > 0:
+		return p.config.Clients
+	case p.restrictedElsewhere():
 		return []string{allClients}
 	}
 	return []string{"private_ranges"}

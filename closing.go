@@ -15,7 +15,7 @@ import (
 
 // CloseInStages closes the connection after the proxy's own response to r has been written,
 // if it is HTTP/1 and the client may still be sending.
-func (h *Handler) closeInStages(w http.ResponseWriter, r *http.Request, client netip.Addr) {
+func (p *proxy) closeInStages(w http.ResponseWriter, r *http.Request, client netip.Addr) {
 	if r.ProtoMajor != 1 || !stillSending(r) {
 		return
 	}
@@ -29,7 +29,7 @@ func (h *Handler) closeInStages(w http.ResponseWriter, r *http.Request, client n
 		return
 	}
 	if conn, _, err := hijack(w); err == nil {
-		go h.process.lingering.Close(conn, client)
+		go p.process.lingering.Close(conn, client)
 	}
 }
 
@@ -50,7 +50,7 @@ func expectsContinue(r *http.Request) bool {
 // it. Content is read before they answer. What a client sends after a CONNECT has no end that
 // could be awaited, so its connection is closed in stages after net/http has closed it. On the fast
 // path, every such connection is.
-func (h *Handler) beforeErrorRoutes(w http.ResponseWriter, r *http.Request) {
+func (p *proxy) beforeErrorRoutes(w http.ResponseWriter, r *http.Request) {
 	fast := downstream.WriterOf(w)
 	switch {
 	case r.ProtoMajor != 1:
@@ -60,10 +60,10 @@ func (h *Handler) beforeErrorRoutes(w http.ResponseWriter, r *http.Request) {
 		}
 	case r.Method == http.MethodConnect:
 		if conn := connOf(w, r); conn != nil {
-			h.process.lingering.Hold(conn, identifyClient(r).addr)
+			p.process.lingering.Hold(conn, identifyClient(r).addr)
 		}
 	case r.ContentLength != 0 && !expectsContinue(r):
-		h.process.lingering.Drop(identifyClient(r).addr, r.Body, http.NewResponseController(w).SetReadDeadline)
+		p.process.lingering.Drop(identifyClient(r).addr, r.Body, http.NewResponseController(w).SetReadDeadline)
 	}
 }
 

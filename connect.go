@@ -26,7 +26,7 @@ var established = []byte("HTTP/1.1 200 Connection Established\r\n\r\n")
 
 // connect opens a tunnel to the target of a CONNECT request. It dials before it responds, so
 // that a dial failure is an ordinary error response. It returns the status for the log.
-func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *transaction) (int, error) {
+func (p *proxy) connect(w http.ResponseWriter, r *http.Request, v *transaction) (int, error) {
 	from := v.clientIdentity
 	target, err := hostport.Parse(r.RequestURI)
 	if err != nil {
@@ -35,28 +35,28 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *transaction
 	if announcesContent(r) {
 		return 0, causeConnectContent.refusal(nil)
 	}
-	if err := h.tunnels.Admit(from.limitKey, h.MaxTunnels, h.MaxTunnelsPerClient); err != nil {
+	if err := p.tunnels.Admit(from.limitKey, p.config.MaxTunnels, p.config.MaxTunnelsPerClient); err != nil {
 		return 0, tunnelRefusal(err)
 	}
-	ctx := h.dialer.Policy.WithConnect(h.withParentFields(r, from, target))
-	ctx, dialled := h.tunnels.DialContext(ctx, time.Duration(h.DialTimeout))
-	far, err := h.dial(ctx, from.reach, target)
+	ctx := p.dialer.Policy.WithConnect(p.withParentFields(r, from, target))
+	ctx, dialled := p.tunnels.DialContext(ctx, time.Duration(p.config.DialTimeout))
+	far, err := p.dial(ctx, from.reach, target)
 	dialled()
 	if err != nil {
-		h.tunnels.Release(from.limitKey)
-		if h.tunnels.IsClosed() && r.Context().Err() == nil {
+		p.tunnels.Release(from.limitKey)
+		if p.tunnels.IsClosed() && r.Context().Err() == nil {
 			return 0, causeShuttingDown.refusal(err)
 		}
 		return 0, dialRefusal(r.Context(), err, target)
 	}
-	t := h.newTunnel(from, target, r.Proto, far)
+	t := p.newTunnel(from, target, r.Proto, far)
 	if r.ProtoMajor > 1 {
-		return h.connectStream(w, r, v, t)
+		return p.connectStream(w, r, v, t)
 	}
 	near, early, err := hijack(w)
 	if err != nil {
 		_ = far.Close()
-		h.tunnels.Release(from.limitKey)
+		p.tunnels.Release(from.limitKey)
 		return 0, caddyhttp.Error(http.StatusInternalServerError, err)
 	}
 	recordStatus(w, http.StatusOK)
@@ -72,10 +72,10 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, v *transaction
 }
 
 // newTunnel prepares a tunnel to the target over the dialled connection far.
-func (h *Handler) newTunnel(from clientIdentity, target, proto string, far net.Conn) *tunnel.Tunnel {
+func (p *proxy) newTunnel(from clientIdentity, target, proto string, far net.Conn) *tunnel.Tunnel {
 	return &tunnel.Tunnel{
 		Client: from.addr, User: from.user, LimitKey: from.limitKey, Target: target, Proto: proto, Start: time.Now(),
-		Owner: h.tunnelOwner, Scope: int(from.reach), Registry: h.tunnels,
+		Owner: p.tunnelOwner, Scope: int(from.reach), Registry: p.tunnels,
 		Far: tunnel.NewConnEnd(far), Address: hostport.AddrPortOf(far.RemoteAddr()), LocalAddr: hostport.AddrPortOf(far.LocalAddr()),
 	}
 }
@@ -94,11 +94,11 @@ func announcesContent(r *http.Request) bool {
 // withParentFields returns the context for dialing the target of a CONNECT. If a parent
 // proxy will receive the request, the context carries the fields that tell it of the path
 // (Via, RFC 9110 §7.6.3) and of the client.
-func (h *Handler) withParentFields(r *http.Request, from clientIdentity, target string) context.Context {
-	if !h.dialer.UsesParent(target) {
+func (p *proxy) withParentFields(r *http.Request, from clientIdentity, target string) context.Context {
+	if !p.dialer.UsesParent(target) {
 		return r.Context()
 	}
-	h.setRequestFields(r, from)
+	p.setRequestFields(r, from)
 	fields := make(http.Header)
 	for _, name := range [...]string{"Via", "X-Forwarded-For", "X-Real-Ip"} {
 		if values := r.Header[name]; len(values) > 0 {
@@ -110,7 +110,7 @@ func (h *Handler) withParentFields(r *http.Request, from clientIdentity, target 
 
 // connectStream runs a tunnel on an HTTP/2 or HTTP/3 stream, which ends when the handler
 // returns.
-func (h *Handler) connectStream(w http.ResponseWriter, r *http.Request, v *transaction, t *tunnel.Tunnel) (int, error) {
+func (p *proxy) connectStream(w http.ResponseWriter, r *http.Request, v *transaction, t *tunnel.Tunnel) (int, error) {
 	clear(w.Header()) // Server and Alt-Svc do not describe the target
 	w.WriteHeader(http.StatusOK)
 	v.count(nil)

@@ -244,8 +244,8 @@ func TestStalledContentAtExit(t *testing.T) {
 
 // Timeouts of centuries do not overflow.
 func TestHugeTimeouts(t *testing.T) {
-	h := &Handler{ResponseHeaderTimeout: math.MaxInt64, ResponseIdleTimeout: math.MaxInt64}
-	limits := h.newOriginLimits()
+	p := &proxy{config: &Handler{ResponseHeaderTimeout: math.MaxInt64, ResponseIdleTimeout: math.MaxInt64}}
+	limits := p.newOriginLimits()
 	for _, timeout := range []time.Duration{limits.HeaderTimeout, limits.ContentTimeout} {
 		if timeout+timeout/8 < timeout {
 			t.Errorf("%v overflows", timeout)

@@ -242,7 +242,7 @@ func TestTargetsAreKeptAlive(t *testing.T) {
 	c.response("GET")
 	var idle []net.Conn
 	eventually(t, "an idle connection", func() bool {
-		for h := range openedBy(openTunnels()[0]).process.handlers.All() {
+		for h := range openedBy(openTunnels()[0]).process.proxies.All() {
 			idle = h.origins[policy.LocalScope].IdleTo(origin)
 		}
 		return len(idle) == 1

@@ -83,9 +83,9 @@ func (w *ListenerWrapper) WrapListener(ln net.Listener) net.Listener {
 	if err != nil {
 		return ln
 	}
-	h, _ := fastPathHandler(app.(*caddyhttp.App), w.server)
-	if h != nil {
-		h.fastPath = w.onlyWrapper
+	p, _ := fastPathHandler(app.(*caddyhttp.App), w.server)
+	if p != nil {
+		p.fastPath = w.onlyWrapper
 	}
 	// The Caddyfile adapter adds one wrapper for each site of the server. ln may be the listener
 	// that an earlier one returned.
@@ -93,20 +93,20 @@ func (w *ListenerWrapper) WrapListener(ln net.Listener) net.Listener {
 		return ln
 	}
 	overTLS := usesTLS(app.(*caddyhttp.App), w.server, ln)
-	if h != nil && !overTLS {
-		return downstream.Listen(ln, newFastPath(w.ctx, app.(*caddyhttp.App), h, w.server))
+	if p != nil && !overTLS {
+		return downstream.Listen(ln, newFastPath(w.ctx, app.(*caddyhttp.App), p, w.server))
 	}
-	if h = firstProxy(w.server.Routes); h == nil {
+	if p = firstProxy(w.server.Routes); p == nil {
 		return ln
 	}
-	return downstream.Watch(ln, newFastPath(w.ctx, app.(*caddyhttp.App), h, w.server), overTLS)
+	return downstream.Watch(ln, newFastPath(w.ctx, app.(*caddyhttp.App), p, w.server), overTLS)
 }
 
-// newFastPath returns what serves the clients of a server below net/http, for the handler that
+// newFastPath returns what serves the clients of a server below net/http, for the proxy that
 // gets their requests first.
-func newFastPath(ctx caddy.Context, app *caddyhttp.App, h *Handler, server *caddyhttp.Server) *downstream.Server {
+func newFastPath(ctx caddy.Context, app *caddyhttp.App, p *proxy, server *caddyhttp.Server) *downstream.Server {
 	s := &downstream.Server{
-		Handle:      newFastServer(ctx, app, server, h).serve,
+		Handle:      newFastServer(ctx, app, server, p).serve,
 		BaseContext: context.WithValue(context.Background(), caddyhttp.ServerCtxKey, server),
 		Prepares:    func(key any) bool { _, ok := key.(caddy.CtxKey); return ok },
 		Prepare: func(r *http.Request, w http.ResponseWriter, attached any) context.Context {
@@ -118,26 +118,26 @@ func newFastPath(ctx caddy.Context, app *caddyhttp.App, h *Handler, server *cadd
 		WriteIdleTimeout:  time.Duration(server.WriteIdleTimeout),
 
 		Listeners:  &program.listeners,
-		Lingering:  &h.process.lingering,
-		ConfigDone: h.configDone,
+		Lingering:  &p.process.lingering,
+		ConfigDone: p.configDone,
 		Exiting:    caddy.Exiting,
 
-		OnInvalid: h.answerInvalid,
+		OnInvalid: p.answerInvalid,
 		OnEnd:     func(conn net.Conn) { origin.ReleaseClient(socketOf(conn)) },
 		OnPanic: func(remote string, value any, stack []byte) {
-			h.logger.Error("panic serving a client", zap.String("client", remote), zap.Any("panic", value), zap.ByteString("stack", stack))
+			p.logger.Error("panic serving a client", zap.String("client", remote), zap.Any("panic", value), zap.ByteString("stack", stack))
 		},
-		OnAcceptError: func(err error) { h.logger.Error("a connection could not be accepted", zap.Error(err)) },
+		OnAcceptError: func(err error) { p.logger.Error("a connection could not be accepted", zap.Error(err)) },
 	}
 	if server.WriteIdleTimeout > 0 {
 		s.Wrap = func(ctx context.Context, w *downstream.Writer) (context.Context, http.ResponseWriter) {
-			return withWriteIdleTimeout(ctx, w, server, h.logger)
+			return withWriteIdleTimeout(ctx, w, server, p.logger)
 		}
 	}
 	return s
 }
 
-// noNext is the handler after this one on the fast path, where all requests are for the proxy. A
+// noNext is the handler after the proxy on the fast path, where all requests are for the proxy. A
 // request that is not would be refused by passOn, because noNext does not respond.
 var noNext = caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error { return nil })
 
@@ -179,9 +179,9 @@ func usesTLS(app *caddyhttp.App, server *caddyhttp.Server, ln net.Listener) bool
 	return len(server.TLSConnPolicies) > 0 && (!ok || tcp.Port != cmp.Or(app.HTTPPort, caddyhttp.DefaultHTTPPort))
 }
 
-// fastPathHandler returns the handler if the fast path can serve the server's proxy requests, which
+// fastPathHandler returns the proxy if the fast path can serve the server's proxy requests, which
 // is when no other part of Caddy takes part in them. Otherwise why names that part.
-func fastPathHandler(app *caddyhttp.App, server *caddyhttp.Server) (h *Handler, why string) {
+func fastPathHandler(app *caddyhttp.App, server *caddyhttp.Server) (p *proxy, why string) {
 	lacksHTTP1 := func(protocols []string) bool { return protocols != nil && !slices.Contains(protocols, "h1") }
 	switch {
 	case server.ReadTimeout > 0 || server.WriteTimeout > 0:
@@ -194,7 +194,7 @@ func fastPathHandler(app *caddyhttp.App, server *caddyhttp.Server) (h *Handler, 
 		return nil, "protocols"
 	}
 	if h, ok := firstHandler(server.Routes).(*Handler); ok {
-		return h, ""
+		return h.proxy, ""
 	}
 	return nil, "another handler or a matcher before async_proxy"
 }

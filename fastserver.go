@@ -10,18 +10,19 @@ import (
 	"slices"
 	"time"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 )
 
 // fastServer does for requests on the fast path what Caddy's HTTP server does around its
 // routes: it writes the access log, observes its metrics, and lets the error routes respond to
 // errors.
 type fastServer struct {
-	handler  *Handler
+	proxy    *proxy
 	access   *accessLog     // nil: none
 	metrics  *serverMetrics // nil: none
 	errorLog *zap.Logger    // http.log.error
@@ -29,9 +30,9 @@ type fastServer struct {
 	onError  caddyhttp.Handler // the error routes; nil: none
 }
 
-func newFastServer(ctx caddy.Context, app *caddyhttp.App, server *caddyhttp.Server, h *Handler) *fastServer {
+func newFastServer(ctx caddy.Context, app *caddyhttp.App, server *caddyhttp.Server, p *proxy) *fastServer {
 	s := &fastServer{
-		handler: h, access: newAccessLog(ctx, app, server),
+		proxy: p, access: newAccessLog(ctx, app, server),
 		errorLog: ctx.Logger(app).Named("log.error"), errors: server.Errors,
 	}
 	if app.Metrics != nil {
@@ -56,7 +57,7 @@ func (s *fastServer) serve(out http.ResponseWriter, r *http.Request) {
 	w.Header()["Server"] = []string{"Caddy"}
 	if s.access == nil && s.metrics == nil && s.onError == nil {
 		start := time.Now()
-		if err := s.handler.ServeHTTP(out, r, noNext); err != nil && !w.Hijacked() {
+		if err := s.proxy.serveHTTP(out, r, noNext); err != nil && !w.Hijacked() {
 			s.fail(out, r, nil, err, time.Since(start))
 		}
 		return
@@ -89,11 +90,11 @@ func (s *fastServer) serve(out http.ResponseWriter, r *http.Request) {
 // observe calls the handler, and observes the request in seen, which may be nil.
 func (s *fastServer) observe(seen *observation, w *downstream.Writer, out http.ResponseWriter, r *http.Request) (err error) {
 	if seen == nil {
-		return s.handler.ServeHTTP(out, r, noNext)
+		return s.proxy.serveHTTP(out, r, noNext)
 	}
 	panicked := true
 	defer func() { seen.finish(r, w.Written(), err, panicked) }()
-	err = s.handler.ServeHTTP(out, r, noNext)
+	err = s.proxy.serveHTTP(out, r, noNext)
 	panicked = false
 	if w.Hijacked() && err == nil {
 		seen.wroteHeader(http.StatusOK)

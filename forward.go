@@ -29,15 +29,15 @@ import (
 // request whose target is in absolute form (RFC 9112 §3.2.2), or is malformed, which
 // forward then reports. Over HTTP/2 and 3 all requests look alike: those for one of
 // this server's own names are not forwarded.
-func (h *Handler) isProxyRequest(r *http.Request) bool {
+func (p *proxy) isProxyRequest(r *http.Request) bool {
 	if r.ProtoMajor == 1 {
 		return r.URL.Host != "" || r.URL.Scheme != "" || !strings.HasPrefix(r.RequestURI, "/")
 	}
-	if len(h.Hosts) == 0 || r.Method == http.MethodConnect {
+	if len(p.config.Hosts) == 0 || r.Method == http.MethodConnect {
 		return false
 	}
 	host, _, _ := hostport.Split(r.Host)
-	return !slices.ContainsFunc(h.Hosts, func(name string) bool { return strings.EqualFold(name, host) })
+	return !slices.ContainsFunc(p.config.Hosts, func(name string) bool { return strings.EqualFold(name, host) })
 }
 
 // errHostByHeaderUp is logged for the operator, whose config is at fault.
@@ -45,7 +45,7 @@ var errHostByHeaderUp = errors.New("header_up produces an invalid Host field")
 
 // forward sends a request in absolute form to its origin and the response back.
 // It returns the status for the log.
-func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from clientIdentity) (int, error) {
+func (p *proxy) forward(w http.ResponseWriter, r *http.Request, from clientIdentity) (int, error) {
 	out, err := newOutgoing(r)
 	if err != nil {
 		return 0, causeTarget.refusal(nil, err)
@@ -57,40 +57,40 @@ func (h *Handler) forward(w http.ResponseWriter, r *http.Request, from clientIde
 		return answerMaxForwards(w, r)
 	}
 	requestedHost := out.Host
-	if err := h.prepareOutgoing(w, r, out, from); err != nil {
+	if err := p.prepareOutgoing(w, r, out, from); err != nil {
 		return 0, err
 	}
-	client := h.origins[from.reach]
-	if h.parentOrigins != nil && !out.OverTLS && h.dialer.UsesParent(out.Authority) {
-		if err := h.dialer.CheckForParent(r.Context(), from.reach, out.Authority); err != nil {
+	client := p.origins[from.reach]
+	if p.parentOrigins != nil && !out.OverTLS && p.dialer.UsesParent(out.Authority) {
+		if err := p.dialer.CheckForParent(r.Context(), from.reach, out.Authority); err != nil {
 			return 0, dialRefusal(r.Context(), err, r.Host)
 		}
-		if f := refuseEcho(h.dialer.Parent, out); f != nil {
+		if f := refuseEcho(p.dialer.Parent, out); f != nil {
 			return 0, f
 		}
-		readdress(h.dialer.Parent, out, requestedHost)
-		client = h.parentOrigins
+		readdress(p.dialer.Parent, out, requestedHost)
+		client = p.parentOrigins
 	}
-	return h.forwardTo(client, w, r, out, from)
+	return p.forwardTo(client, w, r, out, from)
 }
 
 // prepareOutgoing makes the request to the next hop out of the client's: its fields, and
 // what reading its body does.
-func (h *Handler) prepareOutgoing(w http.ResponseWriter, r *http.Request, out *origin.Request, from clientIdentity) error {
+func (p *proxy) prepareOutgoing(w http.ResponseWriter, r *http.Request, out *origin.Request, from clientIdentity) error {
 	out.NeedsContinue = out.Body != nil && handlerSendsContinue(r)
-	h.setRequestFields(r, from)
-	h.applyUp(r, &out.Host)
+	p.setRequestFields(r, from)
+	p.applyUp(r, &out.Host)
 	if !httpguts.ValidHostHeader(out.Host) {
 		return causeHostField.refusal(errHostByHeaderUp)
 	}
 	out.LimitKey, out.ClientAddr, out.User, out.ClientConn = from.limitKey, from.addr, from.user, clientConnection(w, r)
 	out.Interim = func(status int, fields http.Header, major, minor int) {
-		h.passInterim(w, r, status, fields, major, minor)
+		p.passInterim(w, r, status, fields, major, minor)
 	}
 	if out.Body == nil {
 		return nil
 	}
-	out.Body.Count = func(n int64) { h.countForwarded(from.limitKey, n, 0) }
+	out.Body.Count = func(n int64) { p.countForwarded(from.limitKey, n, 0) }
 	control := http.NewResponseController(w)
 	out.StopBody = func() { tcpconn.Interrupt(control.SetReadDeadline) }
 	if r.ProtoMajor == 1 {
@@ -103,21 +103,21 @@ func (h *Handler) prepareOutgoing(w http.ResponseWriter, r *http.Request, out *o
 }
 
 // forwardTo sends a request through client and passes the response on.
-func (h *Handler) forwardTo(client *origin.Client, w http.ResponseWriter, r *http.Request, out *origin.Request, from clientIdentity) (int, error) {
+func (p *proxy) forwardTo(client *origin.Client, w http.ResponseWriter, r *http.Request, out *origin.Request, from clientIdentity) (int, error) {
 	reserved := len(r.Header["Upgrade"]) > 0 // a tunnel, which an upgraded request becomes
 	if reserved {
-		if err := h.tunnels.Admit(from.limitKey, h.MaxTunnels, h.MaxTunnelsPerClient); err != nil {
+		if err := p.tunnels.Admit(from.limitKey, p.config.MaxTunnels, p.config.MaxTunnelsPerClient); err != nil {
 			return 0, tunnelRefusal(err)
 		}
 	}
 	defer func() {
 		if reserved {
-			h.tunnels.Release(from.limitKey)
+			p.tunnels.Release(from.limitKey)
 		}
 	}()
 	x := client.NewExchange(r.Context(), out)
 	defer x.Close()
-	res, err := awaitHead(r, x, client == h.parentOrigins)
+	res, err := awaitHead(r, x, client == p.parentOrigins)
 	if err != nil {
 		return 0, err
 	}
@@ -126,21 +126,21 @@ func (h *Handler) forwardTo(client *origin.Client, w http.ResponseWriter, r *htt
 		if err != nil {
 			return 0, forwardRefusal(r, err)
 		}
-		t := h.newTunnel(from, out.Authority, "", conn)
+		t := p.newTunnel(from, out.Authority, "", conn)
 		t.TargetPrefix = early
-		status, err := h.upgrade(w, r, res, t)
+		status, err := p.upgrade(w, r, res, t)
 		reserved = reserved && err != nil // on success the tunnel itself leaves when it ends
 		return status, err
 	}
 	if reserved {
-		h.tunnels.Release(from.limitKey)
+		p.tunnels.Release(from.limitKey)
 		reserved = false
 	}
-	if err := h.respond(w, r, x, from); err != nil {
+	if err := p.respond(w, r, x, from); err != nil {
 		return res.StatusCode, err
 	}
 	if x.Finish(); x.Body != nil && isLastOnConnection(r, out) {
-		h.closeInStages(w, r, from.addr)
+		p.closeInStages(w, r, from.addr)
 	}
 	return res.StatusCode, nil
 }
@@ -266,34 +266,34 @@ func originForm(r *http.Request) string {
 }
 
 // setRequestFields turns r's header fields into those of the request to the next hop.
-func (h *Handler) setRequestFields(r *http.Request, from clientIdentity) {
+func (p *proxy) setRequestFields(r *http.Request, from clientIdentity) {
 	prepareRequest(r.Header, r.ProtoMajor, r.ProtoMinor)
-	if h.ForwardedFor == "off" {
+	if p.config.ForwardedFor == "off" {
 		delete(r.Header, "X-Forwarded-For")
 		delete(r.Header, "X-Real-Ip")
 	} else {
 		setForwarded(r.Header, from.peer.Addr(), from.addr, from.trusted)
 	}
-	h.via.add(r.Header, r.ProtoMajor, r.ProtoMinor)
+	p.via.add(r.Header, r.ProtoMajor, r.ProtoMinor)
 }
 
 // applyUp applies header_up to the request's header fields, and to host, its Host field.
-func (h *Handler) applyUp(r *http.Request, host *string) {
-	if h.Headers == nil || h.Headers.Request == nil {
+func (p *proxy) applyUp(r *http.Request, host *string) {
+	if p.config.Headers == nil || p.config.Headers.Request == nil {
 		return
 	}
 	changed := *r
 	changed.Host = *host
-	h.Headers.Request.ApplyToRequest(&changed)
+	p.config.Headers.Request.ApplyToRequest(&changed)
 	*host = changed.Host
 }
 
 // applyDown applies header_down to the response's header fields.
-func (h *Handler) applyDown(res *http.Response, r *http.Request) {
-	if h.Headers == nil || h.Headers.Response == nil {
+func (p *proxy) applyDown(res *http.Response, r *http.Request) {
+	if p.config.Headers == nil || p.config.Headers.Response == nil {
 		return
 	}
-	ops := h.Headers.Response
+	ops := p.config.Headers.Response
 	if ops.Require != nil && !ops.Require.Match(res.StatusCode, res.Header) {
 		return
 	}
@@ -302,21 +302,21 @@ func (h *Handler) applyDown(res *http.Response, r *http.Request) {
 
 // respond sends the origin's response to the client. If the origin's response is cut
 // off, so is the client's, which must not mistake a part for the whole (RFC 9112 §8).
-func (h *Handler) respond(w http.ResponseWriter, r *http.Request, x *origin.Exchange, from clientIdentity) error {
+func (p *proxy) respond(w http.ResponseWriter, r *http.Request, x *origin.Exchange, from clientIdentity) error {
 	res := x.Response
 	if x.Body != nil {
 		if err := x.Body.CheckStart(); err != nil {
 			return forwardRefusal(r, err)
 		}
 	}
-	release := h.process.heads.hold(from.limitKey, headSize(res))
+	release := p.process.heads.hold(from.limitKey, headSize(res))
 	if release == nil {
 		return forwardRefusal(r, errHeldHeads)
 	}
 	defer release()
 	connection, upgrade := res.Header["Connection"], res.Header["Upgrade"]
 	announced := trailingNames(res.Trailer, connection)
-	header := h.setResponseFields(w, r, res)
+	header := p.setResponseFields(w, r, res)
 	if isLastOnConnection(r, x.Request) {
 		header["Connection"] = []string{"close"}
 	}
@@ -332,7 +332,7 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, x *origin.Exch
 	if r.ProtoMajor == 3 && !hasContent(r.Method, res.StatusCode) { // otherwise quic-go sends Content-Length: 0
 		_ = http.NewResponseController(w).Flush()
 	}
-	err := copyBody(w, r, x, func(n int64) { h.countForwarded(from.limitKey, 0, n) })
+	err := copyBody(w, r, x, func(n int64) { p.countForwarded(from.limitKey, 0, n) })
 	var gone *clientError
 	switch {
 	case errors.As(err, &gone) || err != nil && r.Context().Err() != nil:
@@ -359,10 +359,10 @@ func restartsWithEachWrite(idle *caddyhttp.IdleTimeoutWriter) bool {
 }
 
 // setResponseFields copies the header of res, adapted for the client, to w.
-func (h *Handler) setResponseFields(w http.ResponseWriter, r *http.Request, res *http.Response) http.Header {
+func (p *proxy) setResponseFields(w http.ResponseWriter, r *http.Request, res *http.Response) http.Header {
 	removeHopByHop(res.Header)
-	h.via.add(res.Header, res.ProtoMajor, res.ProtoMinor)
-	h.applyDown(res, r)
+	p.via.add(res.Header, res.ProtoMajor, res.ProtoMinor)
+	p.applyDown(res, r)
 	header := w.Header()
 	// Caddy's Server field does not describe the origin. A nil Content-Type keeps
 	// net/http from guessing one.
@@ -481,7 +481,7 @@ func handlerSendsContinue(r *http.Request) bool {
 // passInterim sends an interim response to the client that was received over the given
 // HTTP version. It drops the fields of a 100 (Continue), which is meant for one hop, and
 // does nothing for clients that speak HTTP/1.0. It must not be called concurrently.
-func (h *Handler) passInterim(w http.ResponseWriter, r *http.Request, status int, fields http.Header, major, minor int) {
+func (p *proxy) passInterim(w http.ResponseWriter, r *http.Request, status int, fields http.Header, major, minor int) {
 	if !r.ProtoAtLeast(1, 1) {
 		return
 	}
@@ -490,7 +490,7 @@ func (h *Handler) passInterim(w http.ResponseWriter, r *http.Request, status int
 	clear(header)
 	if status != http.StatusContinue {
 		removeHopByHop(fields)
-		h.via.add(fields, major, minor)
+		p.via.add(fields, major, minor)
 		maps.Copy(header, fields)
 	}
 	startWriteIdleTimeout(r)

@@ -408,14 +408,14 @@ func socketPair(t testing.TB) (inside, outside net.Conn) {
 }
 
 // provisioned returns the handlers of the running config.
-func provisioned(t *testing.T) (list []*Handler) {
+func provisioned(t *testing.T) (list []*proxy) {
 	t.Helper()
 	p, err := acquireProcess()
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = releaseProcess() }()
-	p.handlers.Range(func(h *Handler, _ struct{}) bool {
+	p.proxies.Range(func(h *proxy, _ struct{}) bool {
 		list = append(list, h)
 		return true
 	})

@@ -119,21 +119,21 @@ var pseudonymSeed = rand.Text()
 
 // provisionName sets the proxy's name for Via and Proxy-Status. The default name of a
 // server stays the same across reloads.
-func (h *Handler) provisionName(server *caddyhttp.Server) error {
+func (p *proxy) provisionName(server *caddyhttp.Server) error {
 	var site string
 	if server != nil {
 		site = server.Name()
 	}
 	sum := sha256.Sum256([]byte(pseudonymSeed + site))
-	h.name = fmt.Sprintf("caddy-async-proxy-%x", sum[:4])
-	switch h.Via {
+	p.name = fmt.Sprintf("caddy-async-proxy-%x", sum[:4])
+	switch p.config.Via {
 	case "off":
 		return nil
 	case "":
 	default:
-		h.name = h.Via
+		p.name = p.config.Via
 	}
-	h.via = newVia(h.name)
+	p.via = newVia(p.name)
 	return nil
 }
 

@@ -233,8 +233,8 @@ func TestPanicIsLoggedAndCounted(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer releaseProcess()
-		var h *Handler
-		for h = range shared.handlers.All() {
+		var h *proxy
+		for h = range shared.proxies.All() {
 		}
 		failed := func() int64 { return program.metrics.Read().Requests[metrics.Other][metrics.Failed] }
 		before := failed()
@@ -247,7 +247,7 @@ func TestPanicIsLoggedAndCounted(t *testing.T) {
 			}()
 			r, _ := http.NewRequest(http.MethodGet, "/panics", nil)
 			r.RequestURI, r.RemoteAddr = "/panics", "127.0.0.1:1234"
-			_ = h.ServeHTTP(nil, r, next)
+			_ = h.config.ServeHTTP(nil, r, next)
 		}()
 		line := w.waitLog("request", 1)[0]
 		if line["path"] != "/panics" || !strings.Contains(fmt.Sprint(line["error"]), fmt.Sprint(value)) {

@@ -44,16 +44,16 @@ var invalidLogs = map[invalidReason]struct {
 
 // recordInvalid counts and logs a refused client. status is empty if the client got no
 // response. detail may say more about the cause.
-func (h *Handler) recordInvalid(conn net.Conn, reason invalidReason, status, detail string) {
+func (p *proxy) recordInvalid(conn net.Conn, reason invalidReason, status, detail string) {
 	program.metrics.Invalid(string(reason))
 	remote, _ := netip.ParseAddrPort(conn.RemoteAddr().String())
 	addr := remote.Addr().Unmap().WithZone("")
-	n, ok := program.invalidLines.count(invalidLine{h.limiter.Key(addr), conn.LocalAddr().String(), string(reason) + status + detail}, time.Now())
+	n, ok := program.invalidLines.count(invalidLine{p.limiter.Key(addr), conn.LocalAddr().String(), string(reason) + status + detail}, time.Now())
 	if !ok {
 		return
 	}
 	entry := invalidLogs[reason]
-	c := h.logger.Check(entry.level, entry.message)
+	c := p.logger.Check(entry.level, entry.message)
 	if c == nil {
 		return
 	}
@@ -137,21 +137,21 @@ func (l *lineLimit) sweep(now time.Time) bool {
 }
 
 // invalidAnswer returns the whole response to a request that no handler has seen.
-func (h *Handler) invalidAnswer(status, text string) []byte {
+func (p *proxy) invalidAnswer(status, text string) []byte {
 	return fmt.Appendf(nil, "HTTP/1.1 %s\r\nConnection: close\r\nContent-Length: %d\r\nContent-Type: text/plain; charset=utf-8\r\nProxy-Status: %s\r\n\r\n%s\n",
-		status, len(text)+1, h.proxyStatus("http_request_error"), text)
+		status, len(text)+1, p.proxyStatus("http_request_error"), text)
 }
 
 // answerInvalid counts and logs what a client has sent instead of a request, and returns the
 // response: that it is from the proxy, and what is wrong. It returns nil if the client would not
 // understand one.
-func (h *Handler) answerInvalid(conn net.Conn, what downstream.Invalid) []byte {
+func (p *proxy) answerInvalid(conn net.Conn, what downstream.Invalid) []byte {
 	reason, status, text := describeInvalid(what)
-	h.recordInvalid(conn, reason, status, what.Detail)
+	p.recordInvalid(conn, reason, status, what.Detail)
 	if status == "" {
 		return nil
 	}
-	return h.invalidAnswer(status, text)
+	return p.invalidAnswer(status, text)
 }
 
 // describeInvalid returns why a client is refused, and the response, if it gets one.

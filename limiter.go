@@ -53,15 +53,15 @@ type Bucket struct {
 const limiterNamespace = "http.async_proxy.limiters"
 
 // loadLimiter provisions the configured limiter module, if there is one.
-func (h *Handler) loadLimiter(ctx caddy.Context) error {
-	if h.LimiterRaw == nil {
+func (p *proxy) loadLimiter(ctx caddy.Context) error {
+	if p.config.LimiterRaw == nil {
 		return nil
 	}
-	module, err := ctx.LoadModule(h, "LimiterRaw")
+	module, err := ctx.LoadModule(p.config, "LimiterRaw")
 	if err != nil {
 		return err
 	}
-	h.shared = module.(Limiter)
+	p.shared = module.(Limiter)
 	return nil
 }
 

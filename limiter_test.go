@@ -99,12 +99,12 @@ func askedBuckets() []Bucket {
 // says so.
 type sharedClient struct {
 	t   *testing.T
-	h   *Handler
+	h   *proxy
 	now time.Duration
 }
 
 func newSharedClient(t *testing.T, burst int64, refill float64) *sharedClient {
-	return &sharedClient{t: t, h: &Handler{limiter: newTable(limits(burst, refill)), shared: new(testLimiter)}}
+	return &sharedClient{t: t, h: &proxy{config: new(Handler), limiter: newTable(limits(burst, refill)), shared: new(testLimiter)}}
 }
 
 // takes makes a request and checks how often the shared limiter is asked about it.

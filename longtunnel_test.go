@@ -21,7 +21,7 @@ func TestLongTunnelKeepsNoReplacedConfig(t *testing.T) {
 	c := w.dial()
 	c.connect(echoTarget(t))
 	hear(t, c.r, say(t, c, "before the reloads"))
-	var replaced []weak.Pointer[Handler]
+	var replaced []weak.Pointer[proxy]
 	for i := range 2 {
 		for _, h := range provisioned(t) {
 			replaced = append(replaced, weak.Make(h))

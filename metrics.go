@@ -85,12 +85,12 @@ func countDial(ctx context.Context, start time.Time, err error) {
 }
 
 // countForwarded counts content bytes of a request or its response.
-func (h *Handler) countForwarded(key client.Key, up, down int64) {
+func (p *proxy) countForwarded(key client.Key, up, down int64) {
 	if up+down == 0 {
 		return
 	}
 	program.metrics.ForwardedBytes(up, down)
-	h.limiter.AddBytes(key, up, down)
+	p.limiter.AddBytes(key, up, down)
 }
 
 // countTunnelBytes counts the bytes of open tunnels.
@@ -113,8 +113,8 @@ func metricsState() (state metrics.State) {
 	withProcess(func(p *process) {
 		state.Tunnels, state.TunnelLimit = p.tunnels.Reserved(), p.tunnelLimit()
 		p.countTunnelBytes()
-		for h := range p.handlers.All() {
-			state.IdleConnections += h.idleConnections()
+		for each := range p.proxies.All() {
+			state.IdleConnections += each.idleConnections()
 		}
 	})
 	return state

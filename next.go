@@ -14,10 +14,10 @@ import (
 )
 
 // passOn hands a request that is not for the proxy to the next handler.
-func (h *Handler) passOn(w http.ResponseWriter, r *http.Request, from clientIdentity, next caddyhttp.Handler) (int, error) {
+func (p *proxy) passOn(w http.ResponseWriter, r *http.Request, from clientIdentity, next caddyhttp.Handler) (int, error) {
 	prior := r.Header["X-Forwarded-For"]
-	h.setRequestFields(r, from)
-	if from.trusted && h.ForwardedFor != "off" {
+	p.setRequestFields(r, from)
+	if from.trusted && p.config.ForwardedFor != "off" {
 		// The next handler, if it is reverse_proxy, appends the peer itself.
 		if r.Header["X-Forwarded-For"] = prior; len(prior) == 0 {
 			delete(r.Header, "X-Forwarded-For")

@@ -45,7 +45,7 @@ type transaction struct {
 }
 
 // newTransaction starts the visit of a request and makes it available to placeholders.
-func (h *Handler) newTransaction(r *http.Request) *transaction {
+func (p *proxy) newTransaction(r *http.Request) *transaction {
 	v := &transaction{r: r, start: time.Now()}
 	if downstream.Attach(r, v) {
 		// caddyContext makes it available, if anything asks for placeholders.
@@ -106,7 +106,7 @@ func (v *transaction) rule() string {
 
 // logRequest logs a completed request. It omits the query, which may contain secrets.
 // Tunnels have their own log lines. err is what failed, or nil.
-func (h *Handler) logRequest(r *http.Request, v *transaction, err error, more ...zap.Field) {
+func (p *proxy) logRequest(r *http.Request, v *transaction, err error, more ...zap.Field) {
 	if r.Method == http.MethodConnect && v.status == http.StatusOK {
 		return
 	}
@@ -116,7 +116,7 @@ func (h *Handler) logRequest(r *http.Request, v *transaction, err error, more ..
 	if v.status >= 500 || denied != nil || err != nil && v.status == http.StatusForbidden || errors.Is(err, errBadCredentials) {
 		level = zapcore.WarnLevel
 	}
-	c := h.logger.Check(level, "request")
+	c := p.logger.Check(level, "request")
 	if c == nil {
 		return
 	}
@@ -168,8 +168,8 @@ func withoutPasswords(path string) string {
 }
 
 // logLimited logs a denial by the limiter. One line may stand for several denials.
-func (h *Handler) logLimited(r *http.Request, v *transaction, verdict bucket.Decision, reportOnly bool) {
-	c := h.logger.Check(zapcore.WarnLevel, "rate limited")
+func (p *proxy) logLimited(r *http.Request, v *transaction, verdict bucket.Decision, reportOnly bool) {
+	c := p.logger.Check(zapcore.WarnLevel, "rate limited")
 	if c == nil {
 		return
 	}
@@ -197,9 +197,9 @@ func (h *Handler) logLimited(r *http.Request, v *transaction, verdict bucket.Dec
 }
 
 // logReported logs a destination that report_only kept from being denied.
-func (h *Handler) logReported(ctx context.Context, target string, denied *policy.DeniedError) {
+func (p *proxy) logReported(ctx context.Context, target string, denied *policy.DeniedError) {
 	program.metrics.Reported(reportedRules)
-	if c := h.logger.Check(zapcore.WarnLevel, "would be denied"); c != nil {
+	if c := p.logger.Check(zapcore.WarnLevel, "would be denied"); c != nil {
 		client, _ := caddyhttp.GetVar(ctx, caddyhttp.ClientIPVarKey).(string)
 		c.Write(append(deniedFields(denied),
 			textField("target", target),

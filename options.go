@@ -90,13 +90,7 @@ var options = []option{
 		optionValue: optionValue{
 			expected: "a limiter that this Caddy is built with; for redis, build it with --with github.com/asyncproxy/caddy-async-proxy/redis",
 			parse:    (*caddyfileParser).limiter,
-			show: func(h *Handler) string {
-				if h.shared == nil {
-					return "none"
-				}
-				return h.shared.(caddy.Module).CaddyModule().ID.Name()
-			},
-		},
+		}.shownAs((*proxy).limiterSettings),
 	},
 	{
 		name: "limit_by", syntax: "client_ip|user",
@@ -107,7 +101,7 @@ var options = []option{
 		name: "clients", syntax: "<cidr|private_ranges|all...>",
 		doc:         "the only clients that may use the proxy; others get 403. `all` opens it to everybody",
 		absent:      "`private_ranges`; `all` with authentication, or behind an address matcher",
-		optionValue: list("all, or "+expectedRanges, func(h *Handler) *[]string { return &h.Clients }, checkClients, "none").shownAs((*Handler).clientSettings),
+		optionValue: list("all, or "+expectedRanges, func(h *Handler) *[]string { return &h.Clients }, checkClients, "none").shownAs((*proxy).clientSettings),
 	},
 	{
 		name: "basic_auth", syntax: "[<hash_algorithm> [<realm>]] {\n\t<user> <hash>\n}",
@@ -116,7 +110,7 @@ var options = []option{
 		optionValue: optionValue{
 			expected: "[bcrypt|argon2id [<realm>]] and a block of `<user> <hash>` lines",
 			parse:    (*caddyfileParser).basicAuth,
-		}.shownAs((*Handler).authSettings),
+		}.shownAs((*proxy).authSettings),
 	},
 	{
 		name: "failed_logins", syntax: "<n> per <duration>|off",
@@ -133,7 +127,7 @@ var options = []option{
 			show: (*Handler).showFailedLogins,
 		},
 	},
-	{name: "allow", syntax: syntaxDestinations, doc: docRules, absent: "see there", optionValue: ruleList(expectedDestinations, (*caddyfileParser).rule).shownAs((*Handler).ruleSettings)},
+	{name: "allow", syntax: syntaxDestinations, doc: docRules, absent: "see there", optionValue: ruleList(expectedDestinations, (*caddyfileParser).rule).shownAs((*proxy).ruleSettings)},
 	{name: "deny", syntax: syntaxDestinations, doc: docRules, absent: "see there", optionValue: ruleList(expectedDestinations, (*caddyfileParser).rule)},
 	{name: "allow_file", syntax: "<path...>", doc: docRuleFiles, absent: "none", optionValue: ruleList(expectedFiles, (*caddyfileParser).ruleFiles)},
 	{name: "deny_file", syntax: "<path...>", doc: docRuleFiles, absent: "none", optionValue: ruleList(expectedFiles, (*caddyfileParser).ruleFiles)},
@@ -156,17 +150,11 @@ var options = []option{
 	},
 	{
 		name: "upstream", syntax: "http|https|socks5://[<user>[:<password>]@]<host>[:<port>] {\n\theader                   <field> <value>\n\ttls_server_name          <name>\n\ttls_trust_pool           <module> ...\n\ttls_insecure_skip_verify\n}",
-		doc: "the [parent proxy](#upstream)",
+		doc: "the [parent proxy](#upstream)", absent: "none",
 		optionValue: optionValue{
 			expected: "http|https|socks5://[<user>[:<password>]@]<host>[:<port>]",
 			parse:    (*caddyfileParser).upstream,
-			show: func(h *Handler) string {
-				if h.dialer == nil || h.dialer.Parent == nil {
-					return "none"
-				}
-				return h.dialer.Parent.Scheme + "://" + h.dialer.Parent.Address
-			},
-		},
+		}.shownAs((*proxy).upstreamSettings),
 	},
 	{
 		name: "no_upstream", syntax: "<cidr|name|*.name|public|private...>",
@@ -201,7 +189,7 @@ var options = []option{
 			parse:    (*caddyfileParser).maxTunnels,
 			isSet:    func(h *Handler) bool { return h.MaxTunnels != 0 || h.MaxTunnelsPerClient != 0 },
 			invalid:  (*Handler).invalidMaxTunnels,
-		}.shownAs((*Handler).maxTunnelSettings),
+		}.shownAs((*proxy).maxTunnelSettings),
 	},
 	{
 		name: "tunnel_idle_timeout", syntax: "<duration>|off",
@@ -264,7 +252,7 @@ var options = []option{
 	{
 		name: "via", syntax: "<pseudonym>|off",
 		doc: "the proxy's name in `Via` and `Proxy-Status`, also used to detect loops; `off` leaves `Via` unchanged", absent: "unique per process and site",
-		optionValue: word("a pseudonym of letters, digits, dots and hyphens that starts with a letter, or off", func(h *Handler) *string { return &h.Via }, validPseudonym, "").shownAs((*Handler).viaSettings),
+		optionValue: word("a pseudonym of letters, digits, dots and hyphens that starts with a letter, or off", func(h *Handler) *string { return &h.Via }, validPseudonym, "").shownAs((*proxy).viaSettings),
 	},
 	{
 		name: "forwarded_for", syntax: "auto|off",
@@ -273,7 +261,7 @@ var options = []option{
 	},
 	{
 		name: "header_up", syntax: "[+|-]<field> [<value|regexp> [<replacement>]]", doc: docHeaders, absent: "none",
-		optionValue: optionValue{expected: expectedHeader, repeatable: true, parse: (*caddyfileParser).headerUp}.shownAs((*Handler).headerSettings),
+		optionValue: optionValue{expected: expectedHeader, repeatable: true, parse: (*caddyfileParser).headerUp}.shownAs((*proxy).headerSettings),
 	},
 	{
 		name: "header_down", syntax: "[+|-]<field> [<value|regexp> [<replacement>]]", doc: docHeaders, absent: "none",
@@ -287,7 +275,7 @@ var options = []option{
 			parse:    (*caddyfileParser).servePAC,
 			isSet:    func(h *Handler) bool { return h.ServePAC != "" },
 			invalid:  invalidPACPath,
-		}.shownAs((*Handler).pacSettings),
+		}.shownAs((*proxy).pacSettings),
 	},
 }
 
@@ -378,38 +366,52 @@ func (h *Handler) checkTogether() *combinationError {
 }
 
 // settings returns the lines of the status page for the option.
-func (o *option) settings(h, byDefault *Handler) []status.Setting {
+func (o *option) settings(p *proxy, byDefault *Handler) []status.Setting {
 	if o.showAll != nil {
-		return o.showAll(h)
+		return o.showAll(p)
 	}
 	if o.show == nil {
 		return nil // shown with another option
 	}
-	value := o.show(h)
+	value := o.show(p.config)
 	return []status.Setting{{Option: o.name, Value: value, Default: value == o.show(byDefault)}}
 }
 
 // settings returns the options in effect, named as in the Caddyfile, without secrets.
-func (h *Handler) settings() []status.Setting {
+func (p *proxy) settings() []status.Setting {
 	var byDefault Handler
 	byDefault.setDefaults()
 	var all []status.Setting
 	for _, o := range options {
-		all = append(all, o.settings(h, &byDefault)...)
+		all = append(all, o.settings(p, &byDefault)...)
 	}
 	return all
 }
 
-func (h *Handler) clientSettings() []status.Setting {
-	return []status.Setting{{Option: "clients", Value: words(h.effectiveClients(), "none"), Default: len(h.Clients) == 0}}
+func (p *proxy) limiterSettings() []status.Setting {
+	if p.shared == nil {
+		return []status.Setting{{Option: "limiter", Value: "none", Default: true}}
+	}
+	return []status.Setting{{Option: "limiter", Value: p.shared.(caddy.Module).CaddyModule().ID.Name()}}
 }
 
-func (h *Handler) authSettings() []status.Setting {
-	providers := make([]string, len(h.auth))
-	for i, provider := range h.auth {
+func (p *proxy) upstreamSettings() []status.Setting {
+	if p.dialer.Parent == nil {
+		return []status.Setting{{Option: "upstream", Value: "none", Default: true}}
+	}
+	return []status.Setting{{Option: "upstream", Value: p.dialer.Parent.Scheme + "://" + p.dialer.Parent.Address}}
+}
+
+func (p *proxy) clientSettings() []status.Setting {
+	return []status.Setting{{Option: "clients", Value: words(p.effectiveClients(), "none"), Default: len(p.config.Clients) == 0}}
+}
+
+func (p *proxy) authSettings() []status.Setting {
+	providers := make([]string, len(p.auth))
+	for i, provider := range p.auth {
 		providers[i] = provider.name
 	}
-	return []status.Setting{{Option: "authentication", Value: words(providers, "none"), Default: len(h.auth) == 0}}
+	return []status.Setting{{Option: "authentication", Value: words(providers, "none"), Default: len(p.auth) == 0}}
 }
 
 func (h *Handler) showFailedLogins() string {
@@ -434,7 +436,7 @@ func (h *Handler) invalidMaxTunnels() (text string, invalid bool) {
 	return "", false
 }
 
-func (h *Handler) maxTunnelSettings() []status.Setting {
+func (p *proxy) maxTunnelSettings() []status.Setting {
 	limit := func(n int) string {
 		if n == 0 {
 			return "no limit"
@@ -442,13 +444,13 @@ func (h *Handler) maxTunnelSettings() []status.Setting {
 		return fmt.Sprint(n)
 	}
 	return []status.Setting{
-		{Option: "max_tunnels", Value: limit(h.MaxTunnels), Default: h.MaxTunnels == 0},
-		{Option: "max_tunnels per_client", Value: limit(h.MaxTunnelsPerClient), Default: h.MaxTunnelsPerClient == 0},
+		{Option: "max_tunnels", Value: limit(p.config.MaxTunnels), Default: p.config.MaxTunnels == 0},
+		{Option: "max_tunnels per_client", Value: limit(p.config.MaxTunnelsPerClient), Default: p.config.MaxTunnelsPerClient == 0},
 	}
 }
 
-func (h *Handler) ruleSettings() (all []status.Setting) {
-	for _, rule := range h.Rules {
+func (p *proxy) ruleSettings() (all []status.Setting) {
+	for _, rule := range p.config.Rules {
 		value := slices.Clone(rule.Destinations)
 		for _, file := range rule.Files {
 			value = append(value, "file "+file)
@@ -461,26 +463,26 @@ func (h *Handler) ruleSettings() (all []status.Setting) {
 	return all
 }
 
-func (h *Handler) viaSettings() []status.Setting {
-	name := h.name
-	if h.Via == "off" {
+func (p *proxy) viaSettings() []status.Setting {
+	name := p.name
+	if p.config.Via == "off" {
 		name = "off"
 	}
-	return []status.Setting{{Option: "via", Value: name, Default: h.Via == ""}}
+	return []status.Setting{{Option: "via", Value: name, Default: p.config.Via == ""}}
 }
 
-func (h *Handler) headerSettings() []status.Setting {
-	return []status.Setting{{Option: "header_up, header_down", Value: onOff(h.Headers != nil), Default: h.Headers == nil}}
+func (p *proxy) headerSettings() []status.Setting {
+	return []status.Setting{{Option: "header_up, header_down", Value: onOff(p.config.Headers != nil), Default: p.config.Headers == nil}}
 }
 
-func (h *Handler) pacSettings() []status.Setting {
-	path := h.ServePAC
+func (p *proxy) pacSettings() []status.Setting {
+	path := p.config.ServePAC
 	if path == "" {
 		path = "off"
 	}
 	return []status.Setting{
 		{Option: "serve_pac", Value: path, Default: path == "off"},
-		{Option: "serve_pac direct", Value: words(h.PACDirect, "none"), Default: len(h.PACDirect) == 0},
+		{Option: "serve_pac direct", Value: words(p.config.PACDirect, "none"), Default: len(p.config.PACDirect) == 0},
 	}
 }
 

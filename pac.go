@@ -14,14 +14,14 @@ import (
 )
 
 // isPAC reports whether a request is for the proxy auto-configuration file.
-func (h *Handler) isPAC(r *http.Request) bool {
-	return h.ServePAC != "" && r.URL.Path == h.ServePAC && (r.Method == http.MethodGet || r.Method == http.MethodHead)
+func (p *proxy) isPAC(r *http.Request) bool {
+	return p.config.ServePAC != "" && r.URL.Path == p.config.ServePAC && (r.Method == http.MethodGet || r.Method == http.MethodHead)
 }
 
 // servePAC responds with a script that tells a browser when to use this proxy. The script
 // names the proxy by the address at which the browser requested it.
-func (h *Handler) servePAC(w http.ResponseWriter, r *http.Request) int {
-	head, rules := pacHead(r), h.pacRules()
+func (p *proxy) servePAC(w http.ResponseWriter, r *http.Request) int {
+	head, rules := pacHead(r), p.pacRules()
 	header := w.Header()
 	header["Content-Type"] = []string{"application/x-ns-proxy-autoconfig"}
 	header["Cache-Control"] = []string{"max-age=300"}
@@ -60,7 +60,7 @@ func pacHead(r *http.Request) string {
 // The script does not contain the rules, because everyone may read it. If a rule allows
 // part of a class of addresses or names that is closed by default, the script sends the
 // whole class to the proxy. It never resolves names: the proxy does.
-func (h *Handler) makePACRules() string {
+func (p *proxy) makePACRules() string {
 	var b strings.Builder
 	b.WriteString(`function FindProxyForURL(url, host) {
 	host = host.toLowerCase().replace(/^\[|\]$/g, "").replace(/\.$/, "");
@@ -78,14 +78,14 @@ func (h *Handler) makePACRules() string {
 	function within6(net, length) { return ip6 && bits(host).slice(0, length) == bits(net).slice(0, length); }
 	if (is(own)) return "DIRECT";
 `)
-	for _, name := range h.Hosts {
+	for _, name := range p.config.Hosts {
 		fmt.Fprintf(&b, "\tif (is(%s)) return \"DIRECT\";\n", policy.QuoteJS(strings.ToLower(name)))
 	}
 	var direct []string
-	if h.pacDirect != nil {
-		direct = h.pacDirect.Conditions()
+	if p.pacDirect != nil {
+		direct = p.pacDirect.Conditions()
 	}
-	for _, condition := range append(direct, policy.ClosedConditions(h.dialer.Policy.Sets)...) {
+	for _, condition := range append(direct, policy.ClosedConditions(p.dialer.Policy.Sets)...) {
 		fmt.Fprintf(&b, "\tif (%s) return \"DIRECT\";\n", condition)
 	}
 	b.WriteString("\treturn proxy;\n}\n")

@@ -155,16 +155,16 @@ func acquire(ctx context.Context, tokens chan struct{}, deadline time.Time) erro
 // survive a reload.
 var failedLogins = caddy.NewUsagePool()
 
-// provisionFailedLogins acquires the handler's buckets of failed logins, which Cleanup
+// provisionFailedLogins acquires the proxy's buckets of failed logins, which close
 // releases.
-func (h *Handler) provisionFailedLogins() error {
-	if len(h.auth) == 0 || h.FailedLogins < 0 {
+func (p *proxy) provisionFailedLogins() error {
+	if len(p.auth) == 0 || p.config.FailedLogins < 0 {
 		return nil
 	}
-	limits := h.limits()
-	limits.Burst, limits.Refill = int64(h.FailedLogins), float64(h.FailedLogins)/time.Duration(h.FailedLoginsPer).Seconds()
+	limits := p.config.limits()
+	limits.Burst, limits.Refill = int64(p.config.FailedLogins), float64(p.config.FailedLogins)/time.Duration(p.config.FailedLoginsPer).Seconds()
 	var err error
-	h.failedLogins, err = acquireTable(failedLogins, limits)
+	p.failedLogins, err = acquireTable(failedLogins, limits)
 	return err
 }
 

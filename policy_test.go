@@ -98,8 +98,8 @@ func policyOpen(t *testing.T, proxy, method, authority, lines, want string) {
 // about a port that no test uses, because an allow rule without a deny rule has no effect.
 func policyOf(t testing.TB, rules string) *policy.Policy {
 	t.Helper()
-	h := &Handler{logger: zap.NewNop()}
-	if err := h.UnmarshalCaddyfile(caddyfile.NewTestDispenser(`async_proxy {
+	p := &proxy{config: new(Handler), logger: zap.NewNop()}
+	if err := p.config.UnmarshalCaddyfile(caddyfile.NewTestDispenser(`async_proxy {
 	` + rules + `
 	deny all:1
 }`)); err != nil {
@@ -107,11 +107,11 @@ func policyOf(t testing.TB, rules string) *policy.Policy {
 	}
 	ctx, cancel := caddy.NewContext(caddy.Context{Context: t.Context()})
 	t.Cleanup(cancel)
-	if err := h.provisionDialer(ctx, nil); err != nil {
+	if err := p.provisionDialer(ctx, nil); err != nil {
 		t.Fatal(err)
 	}
-	h.dialer.Policy.IsSelf = nil
-	return h.dialer.Policy
+	p.dialer.Policy.IsSelf = nil
+	return p.dialer.Policy
 }
 
 // policyPrivate are spellings of this machine and its networks.

@@ -42,10 +42,10 @@ var program = struct {
 // process is what all proxies of the process share and what a reload keeps, such as open
 // tunnels.
 type process struct {
-	tunnels  *tunnel.Registry
-	handlers *xsync.Map[*Handler, struct{}] // provisioned handlers
-	blocks   *xsync.Map[client.Key, int64]  // blocked clients, and until when, since epoch
-	config   atomic.Value                   // of the handlers that started last: their configDone
+	tunnels *tunnel.Registry
+	proxies *xsync.Map[*proxy, struct{}]  // provisioned
+	blocks  *xsync.Map[client.Key, int64] // blocked clients, and until when, since epoch
+	config  atomic.Value                  // of the proxies that started last: their configDone
 
 	heads     heldHeads            // of responses in progress
 	lingering downstream.Lingering // client connections that are being closed in stages
@@ -72,7 +72,7 @@ func withProcess(f func(*process)) {
 }
 
 func newProcess(tunnels *tunnel.Registry) *process {
-	return &process{tunnels: tunnels, handlers: xsync.NewMap[*Handler, struct{}](), blocks: xsync.NewMap[client.Key, int64]()}
+	return &process{tunnels: tunnels, proxies: xsync.NewMap[*proxy, struct{}](), blocks: xsync.NewMap[client.Key, int64]()}
 }
 
 // Destruct implements caddy.Destructor. It is called when no config has a proxy any longer.
@@ -86,12 +86,12 @@ func (p *process) Destruct() error {
 	return nil
 }
 
-// tunnelLimit returns the lowest max_tunnels of the handlers, or 0 if none has a limit.
+// tunnelLimit returns the lowest max_tunnels of the proxies, or 0 if none has a limit.
 func (p *process) tunnelLimit() int {
 	limit := 0
-	for h := range p.handlers.All() {
-		if h.MaxTunnels > 0 && (limit == 0 || h.MaxTunnels < limit) {
-			limit = h.MaxTunnels
+	for each := range p.proxies.All() {
+		if each.config.MaxTunnels > 0 && (limit == 0 || each.config.MaxTunnels < limit) {
+			limit = each.config.MaxTunnels
 		}
 	}
 	return limit
@@ -111,20 +111,20 @@ type site struct {
 }
 
 // provisionSite sets site and tunnel.Owner. server is nil outside of the http app.
-func (h *Handler) provisionSite(server *caddyhttp.Server) {
-	h.site = &site{
-		zone: h.Zone, configDone: h.configDone, closeDelay: h.StreamCloseDelay,
-		limiter: h.limiter, logger: h.logger, process: h.process,
+func (p *proxy) provisionSite(server *caddyhttp.Server) {
+	p.site = &site{
+		zone: p.config.Zone, configDone: p.configDone, closeDelay: p.config.StreamCloseDelay,
+		limiter: p.limiter, logger: p.logger, process: p.process,
 	}
 	if server != nil {
-		h.site.addresses = server.Listen
+		p.site.addresses = server.Listen
 	}
-	h.tunnelOwner = &tunnel.Owner{
-		Name:         h.name,
-		IdleTimeout:  time.Duration(h.TunnelIdleTimeout),
-		StallTimeout: time.Duration(h.TunnelStallTimeout),
-		MaxDuration:  time.Duration(h.TunnelMaxDuration),
-		Observer:     h.site,
+	p.tunnelOwner = &tunnel.Owner{
+		Name:         p.name,
+		IdleTimeout:  time.Duration(p.config.TunnelIdleTimeout),
+		StallTimeout: time.Duration(p.config.TunnelStallTimeout),
+		MaxDuration:  time.Duration(p.config.TunnelMaxDuration),
+		Observer:     p.site,
 	}
 }
 
@@ -156,8 +156,8 @@ func (p *process) reconcile(t *tunnel.Tunnel) {
 	if current == any(opener.configDone) {
 		return
 	}
-	for h := range p.handlers.All() {
-		if h.RecheckTunnels && current == any(h.configDone) && h.running.Load() && h.site.supersedes(opener) && h.forbids(t) {
+	for each := range p.proxies.All() {
+		if each.config.RecheckTunnels && current == any(each.configDone) && each.running.Load() && each.site.supersedes(opener) && each.forbids(t) {
 			t.Close(tunnel.ReasonForbidden)
 		}
 	}

@@ -49,8 +49,8 @@ func (h *Handler) limits() bucket.Limits {
 
 // charge takes a token for v. Without one it returns errRateLimited, and the visit's
 // verdict says why.
-func (h *Handler) charge(r *http.Request, v *transaction) error {
-	if v.verdict = h.takeToken(r, v); !v.verdict.Allowed {
+func (p *proxy) charge(r *http.Request, v *transaction) error {
+	if v.verdict = p.takeToken(r, v); !v.verdict.Allowed {
 		return errRateLimited
 	}
 	return nil
@@ -59,48 +59,48 @@ func (h *Handler) charge(r *http.Request, v *transaction) error {
 // takeToken takes a token for v and returns the limiter's verdict. Requests for this server
 // itself, such as health checks, are not limited: a client without tokens can still
 // fetch the PAC script.
-func (h *Handler) takeToken(r *http.Request, v *transaction) bucket.Decision {
+func (p *proxy) takeToken(r *http.Request, v *transaction) bucket.Decision {
 	now := monotime.Of(v.start)
-	if wait := h.process.blockedFor(v.limitKey, now); wait > 0 {
-		return h.limiter.Block(v.limitKey, now, wait, errBlocked)
+	if wait := p.process.blockedFor(v.limitKey, now); wait > 0 {
+		return p.limiter.Block(v.limitKey, now, wait, errBlocked)
 	}
-	if v.kind == metrics.Other || h.exempt.Contains(v.addr) {
+	if v.kind == metrics.Other || p.exempt.Contains(v.addr) {
 		return bucket.Decision{Allowed: true}
 	}
-	return h.applyReportOnly(r, v, h.chargeBuckets(r.Context(), v.limitKey, now))
+	return p.applyReportOnly(r, v, p.chargeBuckets(r.Context(), v.limitKey, now))
 }
 
 // chargeBuckets charges one token to the client: from its local bucket, and then from the
 // shared one, if there is one.
-func (h *Handler) chargeBuckets(ctx context.Context, key client.Key, now int64) bucket.Decision {
-	if h.shared != nil && h.shared.Suspended() {
+func (p *proxy) chargeBuckets(ctx context.Context, key client.Key, now int64) bucket.Decision {
+	if p.shared != nil && p.shared.Suspended() {
 		return bucket.Decision{Allowed: true}
 	}
-	local := h.limiter.Take(key, now)
-	if h.shared == nil || !local.Allowed {
+	local := p.limiter.Take(key, now)
+	if p.shared == nil || !local.Allowed {
 		return local
 	}
-	wait, err := h.shared.Take(ctx, sharedBucket(h.limiter, key))
+	wait, err := p.shared.Take(ctx, sharedBucket(p.limiter, key))
 	switch {
 	case err != nil:
-		h.limiter.Refund(key, now) // the request is refused for another reason
-		return h.limiter.Deny(key, now, 0, err)
+		p.limiter.Refund(key, now) // the request is refused for another reason
+		return p.limiter.Deny(key, now, 0, err)
 	case wait > 0:
-		h.limiter.Drain(key, now, wait)
-		return h.limiter.Deny(key, now, wait, nil)
+		p.limiter.Drain(key, now, wait)
+		return p.limiter.Deny(key, now, wait, nil)
 	}
 	return local
 }
 
 // applyReportOnly turns a denial into an allow, and reports it, if limits are report-only.
-func (h *Handler) applyReportOnly(r *http.Request, v *transaction, verdict bucket.Decision) bucket.Decision {
-	if !verdict.Allowed && slices.Contains(h.ReportOnly, "limits") {
+func (p *proxy) applyReportOnly(r *http.Request, v *transaction, verdict bucket.Decision) bucket.Decision {
+	if !verdict.Allowed && slices.Contains(p.config.ReportOnly, "limits") {
 		if !v.reportedOnly {
 			program.metrics.Reported(reportedLimits)
 			v.reportedOnly = true
 		}
 		if verdict.LogCount > 0 {
-			h.logLimited(r, v, verdict, true)
+			p.logLimited(r, v, verdict, true)
 		}
 		verdict.Allowed = true
 	}
@@ -108,25 +108,25 @@ func (h *Handler) applyReportOnly(r *http.Request, v *transaction, verdict bucke
 }
 
 // refuseLimited responds to a request that the limiter has denied.
-func (h *Handler) refuseLimited(w http.ResponseWriter, r *http.Request, v *transaction, verdict bucket.Decision) error {
+func (p *proxy) refuseLimited(w http.ResponseWriter, r *http.Request, v *transaction, verdict bucket.Decision) error {
 	if verdict.Err != nil {
-		return h.refuseUncounted(w, r, v, verdict)
+		return p.refuseUncounted(w, r, v, verdict)
 	}
-	a := h.limitedAnswer(ceilSeconds(verdict.Wait))
+	a := p.limitedAnswer(ceilSeconds(verdict.Wait))
 	v.rateLimited = true
 	v.setRefusal(&a.refusal)
 	v.count(nil)
 	if verdict.LogCount > 0 {
-		h.logLimited(r, v, verdict, false)
+		p.logLimited(r, v, verdict, false)
 		v.addRecent(&a.refusal)
 	}
 	if verdict.Event {
-		h.events.emitRateLimited(h.Zone, v, verdict)
+		p.events.emitRateLimited(p.config.Zone, v, verdict)
 	}
 	header := w.Header()
-	values := [...]string{a.retryAfter, h.policy, a.state} // one allocation for all three
+	values := [...]string{a.retryAfter, p.policy, a.state} // one allocation for all three
 	header["Retry-After"], header["Ratelimit-Policy"], header["Ratelimit"] = values[:1:1], values[1:2:2], values[2:]
-	return h.writeRefusal(w, r, &a.refusal, a.proxyStatus, a.body)
+	return p.writeRefusal(w, r, &a.refusal, a.proxyStatus, a.body)
 }
 
 // limitedAnswer is the response to a client that has to wait for some seconds. In a flood of
@@ -138,8 +138,8 @@ type limitedAnswer struct {
 	body                           []byte
 }
 
-func (h *Handler) limitedAnswer(seconds int64) *limitedAnswer {
-	if a := h.limitedResponse.Load(); a != nil && a.seconds == seconds {
+func (p *proxy) limitedAnswer(seconds int64) *limitedAnswer {
+	if a := p.limitedResponse.Load(); a != nil && a.seconds == seconds {
 		return a
 	}
 	retry := strconv.FormatInt(seconds, 10)
@@ -147,18 +147,18 @@ func (h *Handler) limitedAnswer(seconds int64) *limitedAnswer {
 		refusal:     *causeRateLimited.refusal(nil, seconds),
 		seconds:     seconds,
 		retryAfter:  retry,
-		state:       rateLimitState(h.Zone, seconds),
-		proxyStatus: h.proxyStatus(deniedRequest),
+		state:       rateLimitState(p.config.Zone, seconds),
+		proxyStatus: p.proxyStatus(deniedRequest),
 	}
 	a.body = []byte(a.text + "\n")
-	h.limitedResponse.Store(a)
+	p.limitedResponse.Store(a)
 	return a
 }
 
 // refuseUncounted responds to a request that is refused for a reason other than an empty
 // bucket: the shared limiter cannot count it, its client is blocked, or its login is not
 // checked. As in refuseLimited, one log line stands for many refusals.
-func (h *Handler) refuseUncounted(w http.ResponseWriter, r *http.Request, v *transaction, verdict bucket.Decision) error {
+func (p *proxy) refuseUncounted(w http.ResponseWriter, r *http.Request, v *transaction, verdict bucket.Decision) error {
 	var f *refusal
 	retryAfter := ceilSeconds(verdict.Wait)
 	switch verdict.Err {
@@ -179,10 +179,10 @@ func (h *Handler) refuseUncounted(w http.ResponseWriter, r *http.Request, v *tra
 	v.count(f)
 	if verdict.LogCount > 0 {
 		v.addRecent(f)
-		h.logRequest(r, v, f.err, zap.Int64("refused", verdict.LogCount))
+		p.logRequest(r, v, f.err, zap.Int64("refused", verdict.LogCount))
 	}
 	w.Header()["Retry-After"] = []string{strconv.FormatInt(retryAfter, 10)}
-	return h.sendRefusal(w, r, f)
+	return p.sendRefusal(w, r, f)
 }
 
 // errBlocked reports that an operator has blocked the client.

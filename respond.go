@@ -15,23 +15,23 @@ import (
 // sendRefusal sends f to the client: through the site's error routes if there are any,
 // otherwise directly as one line of text. The machine-readable fields are set in both
 // cases.
-func (h *Handler) sendRefusal(w http.ResponseWriter, r *http.Request, f *refusal) error {
-	status := h.proxyStatus(f.errorType) + f.params
+func (p *proxy) sendRefusal(w http.ResponseWriter, r *http.Request, f *refusal) error {
+	status := p.proxyStatus(f.errorType) + f.params
 	if f.priorMembers != "" {
 		status = f.priorMembers + ", " + status
 	}
 	if f.retryAfter != "" {
 		w.Header()["Retry-After"] = []string{f.retryAfter}
 	}
-	return h.writeRefusal(w, r, f, status, append([]byte(f.text), '\n'))
+	return p.writeRefusal(w, r, f, status, append([]byte(f.text), '\n'))
 }
 
 // proxyStatus returns the value of the Proxy-Status field (RFC 9209).
-func (h *Handler) proxyStatus(kind string) string { return h.name + "; error=" + kind }
+func (p *proxy) proxyStatus(kind string) string { return p.name + "; error=" + kind }
 
 // writeRefusal is sendRefusal with a prepared Proxy-Status value and body. Each response gets
 // field values of its own, because Caddy's header directive modifies values in place.
-func (h *Handler) writeRefusal(w http.ResponseWriter, r *http.Request, f *refusal, proxyStatus string, body []byte) error {
+func (p *proxy) writeRefusal(w http.ResponseWriter, r *http.Request, f *refusal, proxyStatus string, body []byte) error {
 	header := w.Header()
 	header["Proxy-Status"] = []string{proxyStatus}
 	closes := hasUnreadInput(r)
@@ -39,7 +39,7 @@ func (h *Handler) writeRefusal(w http.ResponseWriter, r *http.Request, f *refusa
 		header["Connection"] = []string{"close"}
 	}
 	if hasErrorRoutes(r) {
-		h.beforeErrorRoutes(w, r)
+		p.beforeErrorRoutes(w, r)
 		return caddyhttp.Error(f.status, f)
 	}
 	if closes { // for CloseInStages

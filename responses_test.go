@@ -84,7 +84,7 @@ func idleConnsTo(t *testing.T, origin string) (n int) {
 		t.Fatal(err)
 	}
 	defer releaseProcess()
-	for h := range shared.handlers.All() {
+	for h := range shared.proxies.All() {
 		for _, origins := range h.origins {
 			n += len(origins.IdleTo(origin))
 		}

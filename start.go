@@ -28,7 +28,7 @@ func (h eventHandler) Handle(context.Context, caddy.Event) error { h.call(); ret
 
 // registerHooks registers hooks for when the config starts to run, which do not run when it is
 // only validated, and for when the server shuts down.
-func (h *Handler) registerHooks(ctx caddy.Context, server *caddyhttp.Server) error {
+func (p *proxy) registerHooks(ctx caddy.Context, server *caddyhttp.Server) error {
 	if server == nil {
 		return nil // provisioned outside of the http app
 	}
@@ -40,77 +40,77 @@ func (h *Handler) registerHooks(ctx caddy.Context, server *caddyhttp.Server) err
 	server.RegisterConnContext(withSocket)
 	server.RegisterConnState(connState)
 	server.RegisterConnState(downstream.ConnState)
-	server.RegisterConnState(h.process.lingering.Release)
+	server.RegisterConnState(p.process.lingering.Release)
 	server.RegisterConnContext(withWindows())
-	server.RegisterOnShutdown(func() { h.onShutdown(ctx) })
+	server.RegisterOnShutdown(func() { p.onShutdown(ctx) })
 	server.RegisterOnStop(func(grace context.Context) error {
 		if caddy.Exiting() {
 			program.listeners.Drain(grace)
-			h.tunnels.Drain(grace)
+			p.tunnels.Drain(grace)
 		}
 		return nil
 	})
-	return events.(*caddyevents.App).On("started", eventHandler{func() { h.onStarted(ctx, server) }})
+	return events.(*caddyevents.App).On("started", eventHandler{func() { p.onStarted(ctx, server) }})
 }
 
-// onStarted marks the handler as running and warns about mistakes in the config that only
+// onStarted marks the proxy as running and warns about mistakes in the config that only
 // show once the server listens.
-func (h *Handler) onStarted(ctx caddy.Context, server *caddyhttp.Server) {
+func (p *proxy) onStarted(ctx caddy.Context, server *caddyhttp.Server) {
 	now := time.Now()
 	program.loaded.Store(&now)
-	h.running.Store(true)
-	h.process.config.Store(h.configDone)
-	h.logger.Info("async-proxy listening",
+	p.running.Store(true)
+	p.process.config.Store(p.configDone)
+	p.logger.Info("async-proxy listening",
 		zap.Strings("addresses", server.Listen),
-		zap.Int64("burst", h.Burst),
-		zap.Float64("refill", h.Refill),
-		zap.Strings("clients", h.effectiveClients()))
-	if hosts, _ := hostsLeadingTo(server.Routes, h); len(hosts) > 0 {
-		h.logger.Warn("this proxy's site has a host name in its address, so requests for other hosts never reach the proxy; "+
+		zap.Int64("burst", p.config.Burst),
+		zap.Float64("refill", p.config.Refill),
+		zap.Strings("clients", p.effectiveClients()))
+	if hosts, _ := hostsLeadingTo(server.Routes, p.config); len(hosts) > 0 {
+		p.logger.Warn("this proxy's site has a host name in its address, so requests for other hosts never reach the proxy; "+
 			"give the site an address without a host, such as :8080",
 			zap.Strings("hosts", hosts))
 	}
-	if site := siteOf(server, h); mayFallThrough(site) && firstProxy(site) == h {
-		h.logger.Warn("every async_proxy of this site has a matcher, and nothing responds to requests that none of them matches; "+
+	if site := siteOf(server, p.config); mayFallThrough(site) && firstProxy(site) == p {
+		p.logger.Warn("every async_proxy of this site has a matcher, and nothing responds to requests that none of them matches; "+
 			"add one without a matcher, or respond with 403 at the end", zap.Strings("addresses", server.Listen))
 	}
 	if server.TrustedProxiesStrict == 0 && trustsProxies(server) {
-		h.logger.Warn("the server has trusted_proxies without trusted_proxies_strict, so it trusts the first address in X-Forwarded-For, "+
+		p.logger.Warn("the server has trusted_proxies without trusted_proxies_strict, so it trusts the first address in X-Forwarded-For, "+
 			"which a client can forge to bypass clients, limits and blocks; add trusted_proxies_strict", zap.Strings("addresses", server.Listen))
 	}
-	if h.isOpen() {
-		h.logger.Warn("open proxy: anyone who can reach this address can use it; restrict it with the option clients, or add basic_auth or a remote_ip matcher",
-			zap.Strings("addresses", server.Listen), zap.Strings("clients", h.Clients))
+	if p.isOpen() {
+		p.logger.Warn("open proxy: anyone who can reach this address can use it; restrict it with the option clients, or add basic_auth or a remote_ip matcher",
+			zap.Strings("addresses", server.Listen), zap.Strings("clients", p.config.Clients))
 	}
 	for _, ln := range server.Listeners() {
 		if processes := otherListeners(hostport.AddrPortOf(ln.Addr())); len(processes) > 0 {
-			h.logger.Warn("another process listens at the same address and gets some of the connections; stop it, or use another port",
+			p.logger.Warn("another process listens at the same address and gets some of the connections; stop it, or use another port",
 				zap.Stringer("address", ln.Addr()), zap.Strings("processes", processes))
 		}
 	}
-	if addresses := h.plainAddresses(ctx, server); len(h.auth) > 0 && len(addresses) > 0 {
-		h.logger.Warn("passwords are sent in clear text: other machines can reach this address, and it does not use TLS; "+
+	if addresses := p.plainAddresses(ctx, server); len(p.auth) > 0 && len(addresses) > 0 {
+		p.logger.Warn("passwords are sent in clear text: other machines can reach this address, and it does not use TLS; "+
 			"give the site a certificate, or bind it to 127.0.0.1", zap.Strings("addresses", addresses))
 	}
-	if app, err := ctx.AppIfConfigured("http"); err == nil && len(h.Hosts) == 0 && speaksHTTP2(app.(*caddyhttp.App), server) {
-		h.logger.Warn("this proxy uses TLS, but the option hosts, which lists the server's own names, is not set; without it, requests for http:// URLs "+
+	if app, err := ctx.AppIfConfigured("http"); err == nil && len(p.config.Hosts) == 0 && speaksHTTP2(app.(*caddyhttp.App), server) {
+		p.logger.Warn("this proxy uses TLS, but the option hosts, which lists the server's own names, is not set; without it, requests for http:// URLs "+
 			"over HTTP/2 and HTTP/3 look like requests for the server itself, and are answered with 421 unless another handler answers them",
 			zap.Strings("addresses", server.Listen))
 	}
-	if app, err := ctx.AppIfConfigured("http"); err == nil && !h.fastPath {
+	if app, err := ctx.AppIfConfigured("http"); err == nil && !p.fastPath {
 		level := zapcore.DebugLevel
 		owner, why := fastPathHandler(app.(*caddyhttp.App), server)
 		switch {
-		case owner == h && len(server.TLSConnPolicies) > 0:
+		case owner == p && len(server.TLSConnPolicies) > 0:
 			why = "TLS"
-		case owner == h:
+		case owner == p:
 			level, why = zapcore.InfoLevel, "the server has listener_wrappers other than async_proxy; with async_proxy alone, most requests would take about 30 % less CPU"
 		}
-		h.logger.Log(level, "clients are served by Caddy's HTTP server", zap.Strings("addresses", server.Listen), zap.String("why", why))
+		p.logger.Log(level, "clients are served by Caddy's HTTP server", zap.Strings("addresses", server.Listen), zap.String("why", why))
 	}
-	if h.RecheckTunnels {
-		h.tunnels.CloseIf(tunnel.ReasonForbidden, func(t *tunnel.Tunnel) bool {
-			return h.site.supersedes(openedBy(t)) && h.forbids(t)
+	if p.config.RecheckTunnels {
+		p.tunnels.CloseIf(tunnel.ReasonForbidden, func(t *tunnel.Tunnel) bool {
+			return p.site.supersedes(openedBy(t)) && p.forbids(t)
 		})
 	}
 }
@@ -125,7 +125,7 @@ func trustsProxies(server *caddyhttp.Server) bool {
 // plainAddresses returns the listener addresses that other machines may connect to without
 // TLS. It asks the listeners, because the config does not contain the address of an
 // inherited socket (fd/3).
-func (h *Handler) plainAddresses(ctx caddy.Context, server *caddyhttp.Server) (plain []string) {
+func (p *proxy) plainAddresses(ctx caddy.Context, server *caddyhttp.Server) (plain []string) {
 	app, err := ctx.AppIfConfigured("http")
 	if err != nil {
 		return nil
@@ -142,7 +142,7 @@ func (h *Handler) plainAddresses(ctx caddy.Context, server *caddyhttp.Server) (p
 // for tunnels over HTTP/2 and HTTP/3 as for all requests. Without a grace period it waits
 // without limit, so the tunnels must close now. With one, it closes their connections at
 // the end of the period, so the tunnels must close just before.
-func (h *Handler) onShutdown(ctx caddy.Context) {
+func (p *proxy) onShutdown(ctx caddy.Context) {
 	if !caddy.Exiting() {
 		return
 	}
@@ -150,7 +150,7 @@ func (h *Handler) onShutdown(ctx caddy.Context) {
 	if app, err := ctx.AppIfConfigured("http"); err == nil {
 		grace = time.Duration(app.(*caddyhttp.App).GracePeriod)
 	}
-	time.AfterFunc(max(grace-graceMargin, grace/2), func() { h.tunnels.CloseAll(tunnel.ReasonShutdown) })
+	time.AfterFunc(max(grace-graceMargin, grace/2), func() { p.tunnels.CloseAll(tunnel.ReasonShutdown) })
 }
 
 // graceMargin is how long before the end of the grace period the proxy closes tunnels.

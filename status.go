@@ -202,8 +202,8 @@ func cameThroughProxy(r *http.Request) (found bool) {
 	peer, _ := netip.ParseAddrPort(r.RemoteAddr)
 	peer = netip.AddrPortFrom(peer.Addr().Unmap(), peer.Port())
 	withProcess(func(p *process) {
-		p.handlers.Range(func(h *Handler, _ struct{}) bool {
-			found = h.via.seen(r.Header) || h.isLoop(r, peer)
+		p.proxies.Range(func(each *proxy, _ struct{}) bool {
+			found = each.via.seen(r.Header) || each.isLoop(r, peer)
 			return !found
 		})
 	})

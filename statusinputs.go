@@ -66,9 +66,9 @@ func lastLoaded() time.Time {
 // runningSites returns the options of all handlers that run.
 func runningSites() (sites []status.Site) {
 	withProcess(func(p *process) {
-		for h := range p.handlers.All() {
-			if h.running.Load() {
-				sites = append(sites, status.Site{Site: strings.Join(h.site.addresses, " "), Settings: h.settings()})
+		for each := range p.proxies.All() {
+			if each.running.Load() {
+				sites = append(sites, status.Site{Site: strings.Join(each.site.addresses, " "), Settings: each.settings()})
 			}
 		}
 	})

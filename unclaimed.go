@@ -151,15 +151,15 @@ var passingHandlers = []string{
 }
 
 // firstProxy returns the first async_proxy in routes.
-func firstProxy(routes caddyhttp.RouteList) *Handler {
+func firstProxy(routes caddyhttp.RouteList) *proxy {
 	for _, route := range routes {
 		for _, handler := range route.Handlers {
 			switch handler := handler.(type) {
 			case *Handler:
-				return handler
+				return handler.proxy
 			case *caddyhttp.Subroute:
-				if h := firstProxy(handler.Routes); h != nil {
-					return h
+				if p := firstProxy(handler.Routes); p != nil {
+					return p
 				}
 			}
 		}

@@ -1,0 +1,229 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
+	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
+	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
+	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
+	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
+)
+
+// serveHTTP serves a request that arrived by either entrance.
+func (p *proxy) serveHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+	r.Host = hostport.WithoutUser(r.Host) // RequestURI keeps the password, for which the request is refused
+	v := p.newTransaction(r)
+	switch {
+	case r.Method == http.MethodConnect && !isExtendedConnect(r):
+		v.kind = metrics.Tunnel
+	case p.isProxyRequest(r):
+		v.kind = metrics.Forward
+	default:
+		v.kind = metrics.Other
+	}
+	if v.kind != metrics.Other {
+		delete(w.Header(), "Alt-Svc") // advertises this server, not the requested host
+	}
+	v.limitKey = p.limiter.Key(v.addr)
+	return p.finish(w, r, v, p.serveRecordingPanics(w, r, v, next))
+}
+
+// serveRecordingPanics calls serve. If serve panics, it counts and logs the request as failed
+// and re-panics.
+func (p *proxy) serveRecordingPanics(w http.ResponseWriter, r *http.Request, v *transaction, next caddyhttp.Handler) error {
+	defer func() {
+		if panicked := recover(); panicked != nil {
+			err := cutOffError{fmt.Errorf("panic: %v", panicked)}
+			if v.status == 0 && panicked != http.ErrAbortHandler {
+				v.status = http.StatusInternalServerError
+			}
+			v.count(err)
+			p.logRequest(r, v, err)
+			panic(panicked)
+		}
+	}()
+	return p.serve(w, r, v, next)
+}
+
+// errRateLimited reports that the rate limiter denied the request; the visit's verdict says why.
+var errRateLimited = errors.New("denied by the rate limiter")
+
+// serve admits, authenticates and handles a request, or returns why it does not.
+func (p *proxy) serve(w http.ResponseWriter, r *http.Request, v *transaction, next caddyhttp.Handler) (err error) {
+	requiresLogin := v.kind != metrics.Other && len(p.auth) > 0
+	if !requiresLogin {
+		if err := p.charge(r, v); err != nil {
+			return err
+		}
+	}
+	if f := p.refuseAccess(r, v); f != nil {
+		if requiresLogin {
+			if err := p.charge(r, v); err != nil {
+				return err
+			}
+		}
+		return f
+	}
+	if requiresLogin {
+		if err := p.login(w, r, v); err != nil {
+			return err
+		}
+	}
+	switch v.kind {
+	case metrics.Tunnel:
+		v.status, err = p.connect(w, r, v)
+	case metrics.Forward:
+		v.status, err = p.forward(w, r, v.clientIdentity)
+	default:
+		if p.isPAC(r) {
+			v.status = p.servePAC(w, r)
+		} else {
+			v.status, err = p.passOn(w, r, v.clientIdentity, next)
+		}
+	}
+	return err
+}
+
+// refuseAccess returns the refusal of a request that no user may make: one that loops, or
+// one from a client that may not use the proxy. It returns nil for all others.
+func (p *proxy) refuseAccess(r *http.Request, v *transaction) *refusal {
+	if p.via.seen(r.Header) || p.isLoop(r, v.peer) {
+		return causeLoop.refusal(nil, p.name)
+	}
+	if v.kind != metrics.Other && !p.admits(v.addr) {
+		return causeClient.refusal(&policy.DeniedError{Rule: "clients", Reason: "the client's address is not in clients " + strings.Join(p.effectiveClients(), " ")}, v.addr)
+	}
+	return nil
+}
+
+// login authenticates the user and then charges the request: to the user's bucket with
+// limit_by user, otherwise to the client's. A challenge is charged to the client, too.
+// A failed login is not, because it has its own bucket: otherwise a job with an old
+// password would use up the tokens of everyone behind the same address.
+func (p *proxy) login(w http.ResponseWriter, r *http.Request, v *transaction) error {
+	now := monotime.Of(v.start)
+	if wait := p.process.blockedFor(v.limitKey, now); wait > 0 {
+		v.verdict = p.limiter.Block(v.limitKey, now, wait, errBlocked)
+		return errRateLimited
+	}
+	key := v.limitKey
+	err := p.authenticate(w, r, v)
+	failed := err != nil && hasCredentials(r)
+	if failed || v.user != "" && p.config.LimitBy == "user" {
+		p.limiter.RecordRequest(key, now) // count the request for the client as well
+	}
+	if failed {
+		return err
+	}
+	if v.user != "" && p.config.LimitBy == "user" {
+		v.limitKey = client.User(v.user)
+	}
+	if limited := p.charge(r, v); limited != nil {
+		delete(w.Header(), "Proxy-Authenticate") // a login would be rate limited, too
+		return limited
+	}
+	return err
+}
+
+// finish counts and logs a request, and responds to it if no handler has.
+func (p *proxy) finish(w http.ResponseWriter, r *http.Request, v *transaction, err error) error {
+	if err == errRateLimited {
+		if err := p.refuseLimited(w, r, v, v.verdict); err != nil {
+			return err
+		}
+		p.closeInStages(w, r, v.addr)
+		return nil
+	}
+	f := v.count(err)
+	if f == nil {
+		if v.status == 0 && err != nil {
+			v.status = caddyStatus(err) // Caddy writes this response
+		}
+		p.logRequest(r, v, err)
+		if errors.Is(err, http.ErrAbortHandler) {
+			if r.ProtoMajor == 1 && r.ProtoMinor == 0 {
+				// An HTTP/1.0 response may end with the connection: after a clean close
+				// the truncated response would look complete, so send RST.
+				resetConnection(w)
+			}
+			panic(http.ErrAbortHandler) // truncates the response, or resets the stream
+		}
+		return err
+	}
+	v.setRefusal(f)
+	// Neither a disconnected client nor a challenge belongs in the list of refusals.
+	if f.status != statusClientClosedRequest && v.cause != causeAuthRequired {
+		v.addRecent(f)
+	}
+	p.logRequest(r, v, f.err)
+	if f.status == statusClientClosedRequest {
+		panic(http.ErrAbortHandler) // the client has disconnected
+	}
+	if err := p.sendRefusal(w, r, f); err != nil {
+		return err
+	}
+	p.closeInStages(w, r, v.addr)
+	return nil
+}
+
+// caddyStatus returns the status of Caddy's response to an error; 0 if the error does not
+// contain one.
+func caddyStatus(err error) int {
+	var failed caddyhttp.HandlerError
+	errors.As(err, &failed)
+	return failed.StatusCode
+}
+
+// isLoop reports whether r arrived over one of this proxy's own connections to targets.
+func (p *proxy) isLoop(r *http.Request, peer netip.AddrPort) bool {
+	local, _ := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
+	return p.tunnels.Loops(p.name, peer, local)
+}
+
+// clientIdentity identifies the sender of a request.
+type clientIdentity struct {
+	addr     netip.Addr     // the client, after Caddy's trusted_proxies; v4-mapped is v4
+	user     string         // the authenticated user name; "" if none
+	limitKey client.Key     // the key of its limits: a network or a user
+	peer     netip.AddrPort // the remote end of the connection
+	trusted  bool           // the peer is a trusted proxy
+	reach    policy.Scope
+}
+
+// identifyClient returns the sender of r. Connections over a Unix socket have no address: they
+// count as one client, unless the peer is a trusted proxy that names the clients.
+func identifyClient(r *http.Request) clientIdentity {
+	var c clientIdentity
+	if ap, err := netip.ParseAddrPort(r.RemoteAddr); err == nil {
+		c.peer = netip.AddrPortFrom(ap.Addr().Unmap().WithZone(""), ap.Port())
+	}
+	if downstream.Serves(r) && !namesClient(r) {
+		c.addr = c.peer.Addr()
+	} else {
+		if s, ok := caddyhttp.GetVar(r.Context(), caddyhttp.ClientIPVarKey).(string); ok {
+			if addr, err := netip.ParseAddr(s); err == nil {
+				c.addr = addr.Unmap().WithZone("")
+			}
+		}
+		c.trusted, _ = caddyhttp.GetVar(r.Context(), caddyhttp.TrustedProxyVarKey).(bool)
+	}
+	// A request that was forwarded for another client is not local only because the
+	// load balancer or proxy that forwarded it is.
+	if c.addr.IsLoopback() && c.peer.Addr().IsLoopback() &&
+		len(r.Header["X-Forwarded-For"]) == 0 && len(r.Header["Forwarded"]) == 0 && len(r.Header["Via"]) == 0 {
+		c.reach = policy.LocalScope
+	}
+	return c
+}
