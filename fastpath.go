@@ -27,8 +27,9 @@ func init() { caddy.RegisterModule(ListenerWrapper{}) }
 // ListenerWrapper lets a server's async_proxy serve client connections itself, below Go's
 // and Caddy's HTTP servers, with about 30 % less CPU. It hands everything else to those:
 // TLS, HTTP/2, requests with content, and all connections of a server where something else
-// takes part in connections or requests, such as another listener wrapper, an access log,
-// metrics, or a handler before the proxy.
+// takes part in connections or requests, such as another listener wrapper or a handler before
+// the proxy. It writes the entries of Caddy's access log, observes Caddy's metrics and calls the
+// error routes as Caddy's server does.
 //
 // If no other wrapper takes part, it also refuses and logs clients that do not speak the
 // port's protocol, with TLS or without. Without TLS it does the same for requests that Go's
