@@ -451,7 +451,7 @@ func TestClientConnHandOff(t *testing.T) {
 		{"POST URL HTTP/1.1\nHost: x\nContent-Length: 2\n\nok", "POST ok"},
 		{"PUT URL HTTP/1.1\nHost: x\nContent-Length: 100000\n\n" + large, "PUT " + large},
 		{"POST URL HTTP/1.1\nHost: x\nTransfer-Encoding: chunked\n\n2\nok\n0\n\n", "POST ok"},
-		{"GET URL HTTP/1.1\nHost: x\nX-Large: " + large[:10_000] + "\n\n", "GET "},
+		{"GET URL HTTP/1.1\nHost: x\nPragma: no-cache\nX-Large: " + large[:10_000] + "\n\n", "GET "},
 		{"GET /here HTTP/1.1\nHost: x\n\n", "at home"},
 	} {
 		c := w.dialFastPath()

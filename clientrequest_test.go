@@ -401,3 +401,36 @@ func TestUnclaimedConnectWithPassword(t *testing.T) {
 		t.Errorf("the log has %s", data)
 	}
 }
+
+// Requests with long heads are served on the fast path, as long as the server allows them, and
+// leave no long buffer behind.
+func TestLongHeadsStayOnTheFastPath(t *testing.T) {
+	if *byNetHTTP {
+		return
+	}
+	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprint(w, len(r.Header.Get("Cookie")))
+	}))
+	c := w.dialFastPath()
+	for _, length := range []int{100, 5_000, 20_000, 100, 70_000, 250_000, 10} {
+		c.get(w.origin.URL+"/", "Cookie: "+strings.Repeat("c", length)+"\n")
+		if _, body := c.response(http.MethodGet); body != fmt.Sprint(length) {
+			t.Errorf("a cookie of %d bytes arrived with %s", length, body)
+		}
+		if n := fastPathConns(); n != 1 {
+			t.Errorf("%d connections on the fast path after a head with %d bytes", n, length)
+		}
+	}
+	// Two at once, the second one in pieces.
+	long := "GET " + w.origin.URL + "/ HTTP/1.1\nHost: x\nCookie: " + strings.Repeat("c", 30_000) + "\n\n"
+	c.send(long + long[:20_000])
+	c.response(http.MethodGet)
+	c.send(long[20_000:])
+	if _, body := c.response(http.MethodGet); body != "30000" || fastPathConns() != 1 {
+		t.Errorf("the second of two requests arrived with a cookie of %s bytes, %d connections on the fast path", body, fastPathConns())
+	}
+	c.get(w.origin.URL+"/", "Cookie: "+strings.Repeat("c", 300_000)+"\n")
+	if res, _ := c.response(http.MethodGet); res.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
+		t.Errorf("%s for a head that is too long", res.Status)
+	}
+}

@@ -118,6 +118,8 @@ func newFastPath(ctx caddy.Context, app *caddyhttp.App, p *proxy, server *caddyh
 		IdleTimeout:       time.Duration(server.IdleTimeout),
 		WriteIdleTimeout:  time.Duration(server.WriteIdleTimeout),
 
+		MaxHeaderBytes: cmp.Or(server.MaxHeaderBytes, http.DefaultMaxHeaderBytes),
+
 		Listeners:  &program.listeners,
 		Lingering:  &p.process.lingering,
 		ConfigDone: p.configDone,

@@ -58,10 +58,6 @@ const (
 	connMoves         // told by shutdown while idle to hand itself off
 )
 
-// requestReaderPool holds readers for request heads. A request whose head does not fit is handed
-// to net/http.
-var requestReaderPool = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, 4<<10) }}
-
 func newClientConn(l *Listener, conn *readConn, isNew bool) *clientConn {
 	c := &clientConn{TCPConn: conn.TCPConn, server: l.server, prefix: conn.in.Prefix, listener: l, isNew: isNew}
 	c.w.client = c
@@ -71,10 +67,10 @@ func newClientConn(l *Listener, conn *readConn, isNew bool) *clientConn {
 // start allocates what the connection needs to serve requests.
 func (c *clientConn) start() {
 	c.remote = c.RemoteAddr().String()
-	c.r = requestReaderPool.Get().(*bufio.Reader)
+	c.r = takeReader(max(smallReader, len(c.prefix)))
 	if c.r.Reset(c.TCPConn); len(c.prefix) > 0 {
 		c.r.Reset(&tcpconn.Prefixed{Conn: c.TCPConn, Prefix: c.prefix})
-		_, _ = c.r.Peek(len(c.prefix)) // prefix fits; buffer it, so that handOff hands it on too
+		_, _ = c.r.Peek(len(c.prefix)) // buffers prefix, so that handOff hands it on too
 		c.prefix = nil
 	}
 	ctx := context.WithValue(c.server.BaseContext, http.LocalAddrContextKey, c.LocalAddr())
@@ -123,8 +119,7 @@ func (c *clientConn) serve() (takeover func()) {
 		}
 		c.markUsed()
 		c.listener.conns.remove(c)
-		c.r.Reset(nil)
-		requestReaderPool.Put(c.r)
+		putReader(c.r)
 		if c.w.lingers {
 			c.server.Lingering.Close(c.TCPConn, c.w.sender)
 		}
@@ -186,6 +181,9 @@ func (c *clientConn) serveRequest(r *http.Request) bool {
 func (c *clientConn) nextRequest() (r *http.Request, handOff bool) {
 	if !c.enterIdle() {
 		return nil, true
+	}
+	if c.r.Size() > smallReader && c.r.Buffered() == 0 {
+		c.resizeReader(smallReader)
 	}
 	if !c.isNew && c.r.Buffered() < 4 {
 		limit := c.server.IdleTimeout

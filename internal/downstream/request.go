@@ -18,22 +18,35 @@ import (
 )
 
 // readHead reads a whole request head and returns its length without the empty line. The
-// length is negative if the request is for net/http: the head does not fit into the buffer,
+// length is negative if the request is for net/http: the head is longer than MaxHeaderBytes,
 // the client half-closed or timed out in the middle, or parse would not accept the lines
 // that have arrived. net/http then refuses malformed lines without waiting for the rest. If
 // reading fails, the bytes that were read before are still buffered.
 func (c *clientConn) readHead() (length int, err error) {
 	waiting, checked := false, 0 // checked: bytes of whole lines that isOrdinaryStart accepts
+	searched := 0                // bytes that do not contain the end of a head
+	longest := c.server.MaxHeaderBytes + headSlop
 	for {
 		input, _ := c.r.Peek(c.r.Buffered())
 		if bytes.HasPrefix(input, emptyLine) { // RFC 9112 §2.2
 			_, _ = c.r.Discard(len(emptyLine))
 			continue
 		}
-		if length = bytes.Index(input, h1.HeadEnd); length >= 0 {
+		from := max(0, searched-len(h1.HeadEnd)+1)
+		if end := bytes.Index(input[from:], h1.HeadEnd); end >= 0 {
+			if length = from + end; length > longest {
+				length = -1
+			}
 			return length, nil
 		}
-		if len(input) == c.r.Size() || len(input) > 0 && !httpguts.IsTokenRune(rune(input[0])) && string(input) != "\r" {
+		switch searched = len(input); {
+		case searched > longest:
+			return -1, nil
+		case searched == c.r.Size():
+			c.resizeReader(min(4*searched, longest+1))
+			continue
+		}
+		if len(input) > 0 && !httpguts.IsTokenRune(rune(input[0])) && string(input) != "\r" {
 			return -1, nil
 		}
 		if end := bytes.LastIndexByte(input, '\n') + 1; end > checked {
@@ -192,11 +205,20 @@ func parseLines(head string) (method, target string, header http.Header) {
 	return method, target, parseStrictly(lines)
 }
 
-// parseStrictly parses field lines. It returns nil if one of them is malformed. Unlike
+// maxFields limits how many fields a request may have here. Each one takes more memory than the
+// client has sent.
+const maxFields = 1000
+
+// parseStrictly parses field lines. It returns nil if one of them is malformed, or if there are
+// more than maxFields. Unlike
 // Caddy, it keeps fields with _ or . in their names: a proxy has to forward fields that it
 // does not know (RFC 9110 §5.1).
 func parseStrictly(lines string) http.Header {
-	fields := h1.NewFields(strings.Count(lines, "\r\n") + 1)
+	n := strings.Count(lines, "\r\n") + 1
+	if n > maxFields {
+		return nil
+	}
+	fields := h1.NewFields(n)
 	for line := range strings.SplitSeq(lines, "\r\n") {
 		name, value, found := strings.Cut(line, ":")
 		value = strings.Trim(value, " \t")

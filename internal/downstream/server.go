@@ -63,6 +63,10 @@ type Server struct {
 	// may take to begin one, and WriteIdleTimeout each write. 0: no limit.
 	ReadHeaderTimeout, IdleTimeout, WriteIdleTimeout time.Duration
 
+	// MaxHeaderBytes limits the length of a request head. A longer one is for net/http, which
+	// must have the same limit.
+	MaxHeaderBytes int
+
 	Listeners *Listeners // of the program
 	Lingering *Lingering // of the program
 
