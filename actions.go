@@ -15,28 +15,23 @@ import (
 
 // closeTunnel closes a tunnel and reports whether the id exists. It waits up to a second
 // until the tunnel has disappeared from all lists.
-func closeTunnel(id uint64) (found bool) {
-	var tunnels *tunnel.Registry
-	withProcess(func(p *process) {
-		if t := p.tunnels.Get(id); t != nil {
-			t.Close(tunnel.ReasonOperator)
-			tunnels = p.tunnels
-		}
-	})
-	if tunnels == nil {
+func (p *process) closeTunnel(id uint64) (found bool) {
+	t := p.tunnels.Get(id)
+	if t == nil {
 		return false
 	}
+	t.Close(tunnel.ReasonOperator)
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
-	waitUntil(ctx, func() bool { return tunnels.Get(id) == nil })
+	waitUntil(ctx, func() bool { return p.tunnels.Get(id) == nil })
 	return true
 }
 
 // refillClient refills a client's buckets of tokens and of failed logins in a zone. If zone
 // is "", it does so in all zones and also ends a block. It reports whether the client was
 // known or blocked.
-func refillClient(key client.Key, zone string) (found bool) {
-	found = refillShared(key, zone) // first, so that no local bucket learns the old state again
+func (p *process) refillClient(key client.Key, zone string) (found bool) {
+	found = p.refillShared(key, zone) // first, so that no local bucket learns the old state again
 	refill := func(_, value any) bool {
 		t := value.(*bucket.Table)
 		if (zone == "" || zone == t.Limits.Zone) && t.Fill(t.KeyOf(key)) {
@@ -44,20 +39,14 @@ func refillClient(key client.Key, zone string) (found bool) {
 		}
 		return true
 	}
-	limiters.Range(refill)
-	failedLogins.Range(refill)
-	return zone == "" && unblock(key) || found
+	p.limiters.Range(refill)
+	p.failedLogins.Range(refill)
+	return zone == "" && p.unblock(key) || found
 }
 
 // refillShared refills the client's buckets in the shared limiters that implement Refiller.
-func refillShared(key client.Key, zone string) (found bool) {
-	var proxies []*proxy
-	withProcess(func(p *process) {
-		for each := range p.proxies.All() {
-			proxies = append(proxies, each)
-		}
-	})
-	for _, each := range proxies {
+func (p *process) refillShared(key client.Key, zone string) (found bool) {
+	for each := range p.proxies.All() {
 		shared, ok := each.shared.(Refiller)
 		if !ok || zone != "" && zone != each.config.Zone {
 			continue
@@ -73,35 +62,31 @@ func refillShared(key client.Key, zone string) (found bool) {
 }
 
 // blockClient blocks all requests of a client for d; 0 ends the block. It reports whether
-// it changed anything: without an async_proxy there is nothing to block.
-func blockClient(key client.Key, d time.Duration) (done bool) {
+// it changed anything.
+func (p *process) blockClient(key client.Key, d time.Duration) (done bool) {
 	if d <= 0 {
-		return unblock(key)
+		return p.unblock(key)
 	}
-	withProcess(func(p *process) {
-		for _, key := range limiterKeys(key) {
-			p.blocks.Store(key, monotime.Of(time.Now().Add(d)))
-			done = true
-		}
-	})
+	for _, key := range p.limiterKeys(key) {
+		p.blocks.Store(key, monotime.Of(time.Now().Add(d)))
+		done = true
+	}
 	return done
 }
 
-func unblock(key client.Key) (found bool) {
-	withProcess(func(p *process) {
-		for _, key := range limiterKeys(key) {
-			if _, ok := p.blocks.LoadAndDelete(key); ok {
-				found = true
-			}
+func (p *process) unblock(key client.Key) (found bool) {
+	for _, key := range p.limiterKeys(key) {
+		if _, ok := p.blocks.LoadAndDelete(key); ok {
+			found = true
 		}
-	})
+	}
 	return found
 }
 
 // limiterKeys returns the client's key in each limiter. The keys differ where limiters have
 // different prefix lengths.
-func limiterKeys(key client.Key) (keys []client.Key) {
-	for t := range eachTable {
+func (p *process) limiterKeys(key client.Key) (keys []client.Key) {
+	for t := range p.eachTable {
 		keys = append(keys, t.KeyOf(key))
 	}
 	return keys

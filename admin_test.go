@@ -281,19 +281,19 @@ func TestActionsInSeveralZones(t *testing.T) {
 		get(proxy, "192.0.2.7", 200)
 		get(proxy, "192.0.2.7", 429)
 	}
-	if !refillClient(key, "one") || refillClient(key, "three") {
+	if !currentProcess().refillClient(key, "one") || currentProcess().refillClient(key, "three") {
 		t.Error("the client is unknown in zone one, or known in zone three")
 	}
 	get(w.proxy, "192.0.2.7", 200)
 	get(other, "192.0.2.7", 429)
-	if !refillClient(key, "") {
+	if !currentProcess().refillClient(key, "") {
 		t.Error("the client is unknown")
 	}
 	get(w.proxy, "192.0.2.7", 200)
 	get(other, "192.0.2.8", 200) // the same client in the other zone
 	get(other, "192.0.2.7", 429)
 
-	if !blockClient(key, time.Hour) || !refillClient(keyOf("192.0.2.8"), "") {
+	if !currentProcess().blockClient(key, time.Hour) || !currentProcess().refillClient(keyOf("192.0.2.8"), "") {
 		t.Error("the client is unknown")
 	}
 	get(w.proxy, "192.0.2.7", 429)
@@ -302,12 +302,12 @@ func TestActionsInSeveralZones(t *testing.T) {
 	get(w.proxy, "192.0.2.7", 429)
 	load("max_clients 5000") // resets every bucket to full, and keeps blocks too
 	get(w.proxy, "192.0.2.7", 429)
-	if !blockClient(key, 0) {
+	if !currentProcess().blockClient(key, 0) {
 		t.Error("the client was not blocked")
 	}
 	get(w.proxy, "192.0.2.7", 200)
 	get(other, "192.0.2.7", 200)
-	if blockClient(key, 0) {
+	if currentProcess().blockClient(key, 0) {
 		t.Error("the client is still blocked")
 	}
 }

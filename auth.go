@@ -113,21 +113,21 @@ func (p *proxy) authenticate(w http.ResponseWriter, r *http.Request, v *transact
 	credentials := r.Header["Proxy-Authorization"]
 	if p.basic == nil {
 		key := credentialsKey(append([]string{"others"}, credentials...)...)
-		if rightCredentials.has(key) {
+		if program.rightCredentials.has(key) {
 			if known, err := p.recheckLogin(w, r, v); known || err != nil {
 				return err
 			}
-			rightCredentials.remove(key) // revoked or expired
+			program.rightCredentials.remove(key) // revoked or expired
 		}
 		return p.checkLogin(w, r, v, key)
 	}
 	login := readBasic(credentials[0])
 	key := basicKey(p.basic, login)
 	switch {
-	case rightCredentials.has(key):
+	case program.rightCredentials.has(key):
 		v.setUser(caddyauth.User{ID: login.user})
 		return nil
-	case !login.ok || wrongCredentials.has(key):
+	case !login.ok || program.wrongCredentials.has(key):
 		return p.refuseKnownWrong(w, r, v)
 	}
 	return p.checkLogin(w, r, v, key)
@@ -168,7 +168,7 @@ func (p *proxy) checkLogin(w http.ResponseWriter, r *http.Request, v *transactio
 	}
 	err := sleep(r.Context(), wait)
 	if err == nil {
-		err = logins.enter(r.Context(), v.limitKey)
+		err = program.logins.enter(r.Context(), v.limitKey)
 	}
 	if err != nil {
 		refund()
@@ -192,7 +192,7 @@ func (p *proxy) checkLogin(w http.ResponseWriter, r *http.Request, v *transactio
 	return causeAuthFailed.refusal(errBadCredentials)
 }
 
-// notChecked returns the error for a login that was not checked, because logins.enter failed
+// notChecked returns the error for a login that was not checked, because program.logins.enter failed
 // with err.
 func (p *proxy) notChecked(v *transaction, err error) error {
 	if err == errLoginsBusy {
@@ -207,10 +207,10 @@ func (p *proxy) notChecked(v *transaction, err error) error {
 func (p *proxy) recheckLogin(w http.ResponseWriter, r *http.Request, v *transaction) (known bool, err error) {
 	if p.hasBasicAuth && readBasic(r.Header["Proxy-Authorization"][0]).ok {
 		key := v.limitKey
-		if err := logins.enter(r.Context(), key); err != nil {
+		if err := program.logins.enter(r.Context(), key); err != nil {
 			return false, p.notChecked(v, err)
 		}
-		defer logins.leave(key)
+		defer program.logins.leave(key)
 	}
 	known, _ = p.askProviders(w, r, v)
 	return known, nil
@@ -229,13 +229,13 @@ const (
 // waited. An error from a provider counts as a failed login, because some providers return
 // an error for each wrong token.
 func (p *proxy) checkInTurn(w http.ResponseWriter, r *http.Request, v *transaction, key credentialKey) loginResult {
-	defer logins.leave(v.limitKey)
+	defer program.logins.leave(v.limitKey)
 	if p.basic != nil {
-		if rightCredentials.has(key) {
+		if program.rightCredentials.has(key) {
 			v.setUser(caddyauth.User{ID: readBasic(r.Header["Proxy-Authorization"][0]).user})
 			return loginRight
 		}
-		if wrongCredentials.has(key) {
+		if program.wrongCredentials.has(key) {
 			p.challenge(w, r, v)
 			return loginRepeated
 		}
@@ -243,10 +243,10 @@ func (p *proxy) checkInTurn(w http.ResponseWriter, r *http.Request, v *transacti
 	known, broken := p.askProviders(w, r, v)
 	switch {
 	case known:
-		rightCredentials.add(key)
+		program.rightCredentials.add(key)
 		return loginRight
 	case p.basic != nil && !broken:
-		wrongCredentials.add(key)
+		program.wrongCredentials.add(key)
 	}
 	return loginWrong
 }

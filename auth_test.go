@@ -240,7 +240,7 @@ func TestLoginsOfTheSharedLimiter(t *testing.T) {
 // TestBlockedUser checks that a blocked user is told so.
 func TestBlockedUser(t *testing.T) {
 	w := newWorld(t, authUsers+"limit_by user", nil)
-	if !blockClient(client.User("alice"), time.Hour) {
+	if !currentProcess().blockClient(client.User("alice"), time.Hour) {
 		t.Fatal("the block failed")
 	}
 	res, body := policyRequest(t, w.proxy, http.MethodGet, w.origin.Listener.Addr().String(), "Proxy-Authorization: "+login("alice", "wonderland")+"\n")

@@ -55,7 +55,7 @@ func TestFloodsOfBlockedAndUncountedClients(t *testing.T) {
 			w.loadTrustingForwardedFor(w.site(tc.options))
 			if tc.status == http.StatusServiceUnavailable {
 				answer(t, 0, errors.New(tc.err), false)
-			} else if !blockClient(keyOf("127.0.0.1"), time.Hour) {
+			} else if !currentProcess().blockClient(keyOf("127.0.0.1"), time.Hour) {
 				t.Fatal("the client is not blocked")
 			}
 			start, before := time.Now(), gatherMetrics(t)
@@ -117,7 +117,7 @@ func TestBlocksListedWithoutBucket(t *testing.T) {
 	w.loadTrustingForwardedFor(w.site("zone one") + siteAt(other, "zone two\nipv4_prefix 24\nipv6_prefix 48"))
 	for _, name := range []string{"192.0.2.7", "2001:db8::7", "user alice"} {
 		key, err := client.Parse(name)
-		if err != nil || !blockClient(key, time.Hour) {
+		if err != nil || !currentProcess().blockClient(key, time.Hour) {
 			t.Fatalf("%s is not blocked: %v", name, err)
 		}
 	}
@@ -152,7 +152,7 @@ func TestBlocksListedWithoutBucket(t *testing.T) {
 		if err != nil {
 			t.Error(err)
 		}
-		blockClient(key, 0)
+		currentProcess().blockClient(key, 0)
 	}
 	if list := lookupClients(t, "limited"); list.Total != 0 {
 		t.Errorf("still blocked: %+v", list)

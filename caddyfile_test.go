@@ -544,6 +544,11 @@ func TestJSON(t *testing.T) {
 
 // Each mistake is refused, and resources acquired before it are released.
 func TestJSONMistakes(t *testing.T) {
+	shared, err := acquireProcess()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer releaseProcess()
 	for _, tc := range []struct{ options, want string }{
 		{`"burst": -1`, "burst: the value '-1' is not valid; expected a whole number of tokens from 1 to 1000000000"},
 		{`"burst": 1000000001`, "burst: the value '1000000001' is not valid; expected a whole number of tokens from 1 to 1000000000"},
@@ -592,11 +597,13 @@ func TestJSONMistakes(t *testing.T) {
 		if want := "provision http.handlers.async_proxy: " + tc.want; err == nil || !strings.HasSuffix(err.Error(), want) {
 			t.Errorf("%s: %v\nwant %s at the end", tc.options, err, want)
 		}
-		limiters.Range(func(key, _ any) bool {
-			t.Errorf("%s: the limiter %+v was not released", tc.options, key)
-			return true
-		})
-		if n, _ := processes.References(processKey); n != 0 {
+		for _, tables := range []*caddy.UsagePool{shared.limiters, shared.failedLogins} {
+			tables.Range(func(limits, _ any) bool {
+				t.Errorf("%s: the table %+v was not released", tc.options, limits)
+				return true
+			})
+		}
+		if n, _ := program.processes.References(processKey); n != 1 {
 			t.Errorf("%s: the process value was not released", tc.options)
 		}
 	}

@@ -972,8 +972,9 @@ func serveBelow(t *testing.T, handle http.HandlerFunc) string {
 	below := downstream.Listen(ln, &downstream.Server{
 		Handle: handle, BaseContext: context.Background(),
 		Listeners: new(downstream.Listeners), Lingering: new(downstream.Lingering),
-		Exiting: func() bool { return true },
-		OnEnd:   func(net.Conn) {},
+		Successor: successorListener,
+		Exiting:   func() bool { return true },
+		OnEnd:     func(net.Conn) {},
 	})
 	t.Cleanup(func() { below.Close() })
 	return ln.Addr().String()

@@ -121,6 +121,7 @@ func newFastPath(ctx caddy.Context, app *caddyhttp.App, p *proxy, server *caddyh
 		MaxHeaderBytes: cmp.Or(server.MaxHeaderBytes, http.DefaultMaxHeaderBytes),
 
 		Listeners:  &program.listeners,
+		Successor:  successorListener,
 		Lingering:  &p.process.lingering,
 		ConfigDone: p.configDone,
 		Exiting:    caddy.Exiting,

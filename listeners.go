@@ -46,7 +46,7 @@ func (o *protectedListeners) usesPort(port uint16) bool {
 // anyListener reports whether the condition holds for one of them that listens on the port of an
 // address.
 func (o *protectedListeners) anyListener(to netip.AddrPort, exact bool, condition func(netip.AddrPort) bool) bool {
-	return slices.ContainsFunc(listenersAt(to, exact), func(ln netip.AddrPort) bool { return condition(ln) && !o.isSite(ln) })
+	return slices.ContainsFunc(program.sockets.listenersAt(to, exact), func(ln netip.AddrPort) bool { return condition(ln) && !o.isSite(ln) })
 }
 
 // arrives reports whether a listener at ln accepts connections to an address with the same

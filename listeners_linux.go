@@ -32,30 +32,30 @@ type socket struct {
 	addr netip.AddrPort
 }
 
-// Looking for sockets costs a system call for each descriptor, so the result is cached for
-// policy.SystemCacheTTL, unless something shows that it is stale.
-var (
-	knownSockets atomic.Pointer[sockets]
-	findMu       sync.Mutex
-)
+// socketCache keeps the sockets for policy.SystemCacheTTL, unless something shows that they are
+// stale, because looking for them costs a system call for each descriptor.
+type socketCache struct {
+	known atomic.Pointer[sockets]
+	mu    sync.Mutex // held while looking for them
+}
 
 // listenersAt returns the addresses on which Caddy listens on the port of an address. It
 // looks for sockets again when the cached result is old or stale. If exact is set, it also
 // does so when Caddy counts more listeners than the result has.
-func listenersAt(to netip.AddrPort, exact bool) []netip.AddrPort {
-	if found, complete := knownSockets.Load().listening(to, exact); complete {
+func (c *socketCache) listenersAt(to netip.AddrPort, exact bool) []netip.AddrPort {
+	if found, complete := c.known.Load().listening(to, exact); complete {
 		return found
 	}
-	findMu.Lock()
-	defer findMu.Unlock()
-	if found, complete := knownSockets.Load().listening(to, exact); complete {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if found, complete := c.known.Load().listening(to, exact); complete {
 		return found
 	}
 	known, err := findSockets()
 	if err != nil {
 		return usedListeners(to) // there is no /proc
 	}
-	knownSockets.Store(known)
+	c.known.Store(known)
 	found, complete := known.listening(to, exact)
 	if !complete { // a listener was opened during the search
 		found = append(found, usedListeners(to)...)

@@ -42,8 +42,8 @@ func causeRows(parent, target string) []causeRow {
 	return []causeRow{
 		{cause: "rate_limited", options: "burst 1\nrefill 0.00001", before: open, status: 429, reason: denied, outcome: "rate_limited"},
 		{cause: "blocked", before: func(w *world) {
-			blockClient(keyOf("127.0.0.1"), time.Hour)
-			w.t.Cleanup(func() { unblock(keyOf("127.0.0.1")) })
+			currentProcess().blockClient(keyOf("127.0.0.1"), time.Hour)
+			w.t.Cleanup(func() { currentProcess().unblock(keyOf("127.0.0.1")) })
 		}, status: 429, reason: denied},
 		{cause: "rule", options: "deny 127.0.0.0/8", status: 403, reason: denied},
 		{cause: "rule", options: "deny localhost", method: "CONNECT", target: "localhost:443", status: 403, reason: denied},

@@ -107,15 +107,17 @@ func countTunnelBytes(t *tunnel.Tunnel) {
 
 // metricsState returns what the gauges show. It counts the bytes of open tunnels first.
 func metricsState() (state metrics.State) {
-	for t := range eachTable {
+	p := currentProcess()
+	if p == nil {
+		return state
+	}
+	for t := range p.eachTable {
 		state.Clients += t.Len()
 	}
-	withProcess(func(p *process) {
-		state.Tunnels, state.TunnelLimit = p.tunnels.Reserved(), p.tunnelLimit()
-		p.countTunnelBytes()
-		for each := range p.proxies.All() {
-			state.IdleConnections += each.idleConnections()
-		}
-	})
+	state.Tunnels, state.TunnelLimit = p.tunnels.Reserved(), p.tunnelLimit()
+	p.countTunnelBytes()
+	for each := range p.proxies.All() {
+		state.IdleConnections += each.idleConnections()
+	}
 	return state
 }

@@ -10,7 +10,6 @@ import (
 	"encoding/base64"
 	"encoding/binary"
 	"errors"
-	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -30,7 +29,7 @@ import (
 //   - loginGate limits how many passwords are checked at once.
 //   - credentialSet caches the results. Credentials that were accepted before are neither
 //     checked again nor limited, and those that were rejected are not checked again.
-//   - failedLogins holds a bucket of failed logins for each client. A login that finds no
+//   - process.failedLogins has a bucket of failed logins for each client. A login that finds no
 //     token waits a while for one, so that a user with the right password gets in beside
 //     somebody who guesses one password after another. Many concurrent guesses may still
 //     take all tokens of that while.
@@ -75,10 +74,6 @@ type loginLine struct {
 	turn chan struct{} // full while a login has its turn
 	n    int           // logins that have their turn or wait for it
 }
-
-// logins is the process's gate. Half of the processors check passwords, and the other half
-// carry traffic.
-var logins = newLoginGate(max(1, runtime.GOMAXPROCS(0)/2), loginPatience)
 
 func newLoginGate(slots int, patience time.Duration) *loginGate {
 	return &loginGate{slots: make(chan struct{}, slots), patience: patience, lines: make(map[client.Key]*loginLine)}
@@ -151,10 +146,6 @@ func acquire(ctx context.Context, tokens chan struct{}, deadline time.Time) erro
 	}
 }
 
-// failedLogins holds the buckets of failed logins in use, by their limits. Like limiters, they
-// survive a reload.
-var failedLogins = caddy.NewUsagePool()
-
 // provisionFailedLogins acquires the proxy's buckets of failed logins, which close
 // releases.
 func (p *proxy) provisionFailedLogins() error {
@@ -164,7 +155,7 @@ func (p *proxy) provisionFailedLogins() error {
 	limits := p.config.limits()
 	limits.Burst, limits.Refill = int64(p.config.FailedLogins), float64(p.config.FailedLogins)/time.Duration(p.config.FailedLoginsPer).Seconds()
 	var err error
-	p.failedLogins, err = acquireTable(failedLogins, limits)
+	p.failedLogins, err = acquireTable(p.process.failedLogins, limits)
 	return err
 }
 
@@ -188,10 +179,6 @@ type credentialSet struct {
 	half int
 	gens atomic.Pointer[[2]*xsync.Map[credentialKey, struct{}]] // newest first
 }
-
-// Credentials that providers have accepted and rejected. For http_basic, an entry stays true
-// forever, because its key depends on the stored hash.
-var rightCredentials, wrongCredentials = newCredentialSet(10_000), newCredentialSet(10_000)
 
 func newCredentialSet(size int) *credentialSet {
 	s := &credentialSet{half: size / 2}

@@ -23,7 +23,7 @@ import (
 
 // forgetCredentials resets the credential caches, as in a new process.
 func forgetCredentials() {
-	for _, s := range []*credentialSet{rightCredentials, wrongCredentials} {
+	for _, s := range []*credentialSet{program.rightCredentials, program.wrongCredentials} {
 		s.gens.Store(newCredentialSet(0).gens.Load())
 	}
 }
@@ -205,7 +205,7 @@ func TestFailedLogins(t *testing.T) {
 				t.Errorf("line %v", line)
 			}
 		}
-		if !refillClient(keyOf("127.0.0.1"), "") {
+		if !currentProcess().refillClient(keyOf("127.0.0.1"), "") {
 			t.Error("nothing was refilled")
 		}
 		w.gets(407, "", "alice", "one more guess")
@@ -340,9 +340,9 @@ func TestDisconnectDuringLogin(t *testing.T) {
 		eventually(t, "the first login to be checked", func() bool { return compared.Load() == 1 })
 		second := send("second")
 		eventually(t, "the second login to wait", func() bool {
-			logins.mu.Lock()
-			defer logins.mu.Unlock()
-			return len(logins.lines) == 1 && logins.lines[keyOf("127.0.0.1")].n == 2
+			program.logins.mu.Lock()
+			defer program.logins.mu.Unlock()
+			return len(program.logins.lines) == 1 && program.logins.lines[keyOf("127.0.0.1")].n == 2
 		})
 		second.Close()
 		if line := w.waitLog("request", 1)[0]; line["status"] != 499.0 {
@@ -424,9 +424,9 @@ func TestPasswordsOfSeveralProvidersTakeTurns(t *testing.T) {
 		}()
 	}
 	eventually(t, "one login to be checked and the others to wait", func() bool {
-		logins.mu.Lock()
-		defer logins.mu.Unlock()
-		line := logins.lines[keyOf("127.0.0.1")]
+		program.logins.mu.Lock()
+		defer program.logins.mu.Unlock()
+		line := program.logins.lines[keyOf("127.0.0.1")]
 		return line != nil && line.n == requests && compared.Load() == before+1
 	})
 	holding.Store(nil)

@@ -165,18 +165,18 @@ func (p *proxy) provisionOrigins(r policy.Scope) (err error) {
 func (p *proxy) provisionShared(ctx caddy.Context, server *caddyhttp.Server) error {
 	limits := p.config.limits()
 	var err error
-	if p.limiter, err = acquireTable(limiters, limits); err != nil {
+	if p.process, err = acquireProcess(); err != nil {
+		return err
+	}
+	p.tunnels = p.process.tunnels
+	p.originLimits.Exit = p.tunnels.Context()
+	if p.limiter, err = acquireTable(p.process.limiters, limits); err != nil {
 		return err
 	}
 	if err := p.provisionFailedLogins(); err != nil {
 		return err
 	}
 	p.policy, p.limitedResponse = rateLimitPolicy(limits), new(atomic.Pointer[limitedAnswer])
-	if p.process, err = acquireProcess(); err != nil {
-		return err
-	}
-	p.tunnels = p.process.tunnels
-	p.originLimits.Exit = p.tunnels.Context()
 	p.provisionSite(server)
 	p.process.proxies.Store(p, struct{}{})
 	return p.registerHooks(ctx, server)
@@ -195,21 +195,21 @@ func (p *proxy) close() error {
 	if p.dialer != nil && p.dialer.Parent != nil {
 		p.dialer.Parent.Close()
 	}
-	var err error
-	if p.process != nil {
-		p.process.proxies.Delete(p)
-		p.site.closeTunnelsAfterDelay()
-		err = releaseProcess()
+	if p.process == nil {
+		return nil
 	}
+	p.process.proxies.Delete(p)
+	if p.site != nil {
+		p.site.closeTunnelsAfterDelay()
+	}
+	var err, err2 error
 	if p.limiter != nil {
-		_, err2 := limiters.Delete(p.limiter.Limits)
-		err = errors.Join(err, err2)
+		_, err = p.process.limiters.Delete(p.limiter.Limits)
 	}
 	if p.failedLogins != nil {
-		_, err2 := failedLogins.Delete(p.failedLogins.Limits)
-		err = errors.Join(err, err2)
+		_, err2 = p.process.failedLogins.Delete(p.failedLogins.Limits)
 	}
-	return err
+	return errors.Join(err, err2, releaseProcess())
 }
 
 // provisionDialer builds the dialer with its policy, resolver and parent.

@@ -21,12 +21,6 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )
 
-// limiters holds the tables of buckets in use, by their limits. Handlers with the same zone
-// and limits share one budget for each client; changed limits make a new table, with every
-// bucket full. A new config acquires its tables before the old one releases them, so that
-// clients' tokens survive a reload.
-var limiters = caddy.NewUsagePool()
-
 // acquireTable returns the table of pool with these limits, which must be valid. The caller
 // must delete the limits from pool once for each call that succeeds.
 func acquireTable(pool *caddy.UsagePool, limits bucket.Limits) (*bucket.Table, error) {
@@ -37,6 +31,11 @@ func acquireTable(pool *caddy.UsagePool, limits bucket.Limits) (*bucket.Table, e
 		return nil, err
 	}
 	return pooled.(*bucket.Table), nil
+}
+
+// eachTable calls yield with the tables of the limiters in use, until it returns false.
+func (p *process) eachTable(yield func(*bucket.Table) bool) {
+	p.limiters.Range(func(_, t any) bool { return yield(t.(*bucket.Table)) })
 }
 
 // limits returns the limits on the handler's clients.

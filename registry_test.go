@@ -175,7 +175,7 @@ func TestFailedTunnelsAreNotCounted(t *testing.T) {
 func watchOften(t *testing.T) {
 	t.Helper()
 	eventually(t, "the previous registry to be released", func() bool {
-		p, used, err := processes.LoadOrNew(processKey, func() (caddy.Destructor, error) {
+		p, used, err := program.processes.LoadOrNew(processKey, func() (caddy.Destructor, error) {
 			return newProcess(tunnel.NewPacedRegistry(oftenInterval, oftenLastWords)), nil
 		})
 		if err != nil {
@@ -451,11 +451,9 @@ func TestClosingLines(t *testing.T) {
 
 // openTunnels returns the tunnels in the registry.
 func openTunnels() (open []*tunnel.Tunnel) {
-	withProcess(func(p *process) {
-		for t := range p.tunnels.All() {
-			open = append(open, t)
-		}
-	})
+	for t := range eachTunnel {
+		open = append(open, t)
+	}
 	return open
 }
 

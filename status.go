@@ -50,13 +50,9 @@ type Status struct {
 	stop   func() // ends the page's streams
 }
 
-// statusServers maps each status page of this process to its server. The proxy does not
-// connect clients to these servers.
-var statusServers sync.Map // *Status -> *caddyhttp.Server
-
 // servesStatus reports whether a server has a status page.
 func servesStatus(server *caddyhttp.Server) (found bool) {
-	statusServers.Range(func(_, of any) bool {
+	program.statusServers.Range(func(_, of any) bool {
 		found = of == server
 		return !found
 	})
@@ -139,7 +135,7 @@ func (s *Status) Provision(ctx caddy.Context) error {
 	if err != nil {
 		return err
 	}
-	statusServers.Store(s, server)
+	program.statusServers.Store(s, server)
 	return events.(*caddyevents.App).On("started", eventHandler{func() { s.started(server) }})
 }
 
@@ -162,7 +158,7 @@ func (s *Status) started(server *caddyhttp.Server) {
 
 // Cleanup implements caddy.CleanerUpper. It may follow a Provision that failed.
 func (s *Status) Cleanup() error {
-	statusServers.Delete(s)
+	program.statusServers.Delete(s)
 	if s.stop != nil {
 		s.stop()
 	}
@@ -195,19 +191,22 @@ func (s *Status) logAction(r *http.Request, action string, done bool) {
 // cameThroughProxy reports whether a proxy of this process forwarded or tunnelled r to this
 // page. If an async_proxy runs before the page, it has already refused such requests, and
 // the proxy's name in Via is its own.
-func cameThroughProxy(r *http.Request) (found bool) {
+func cameThroughProxy(r *http.Request) bool {
 	if passedProxyHandler(r) {
 		return false
 	}
 	peer, _ := netip.ParseAddrPort(r.RemoteAddr)
 	peer = netip.AddrPortFrom(peer.Addr().Unmap(), peer.Port())
-	withProcess(func(p *process) {
-		p.proxies.Range(func(each *proxy, _ struct{}) bool {
-			found = each.via.seen(r.Header) || each.isLoop(r, peer)
-			return !found
-		})
-	})
-	return found
+	p := currentProcess()
+	if p == nil {
+		return false
+	}
+	for each := range p.proxies.All() {
+		if each.via.seen(r.Header) || each.isLoop(r, peer) {
+			return true
+		}
+	}
+	return false
 }
 
 // originalPath returns the path that the client sent. handle_path may have stripped a prefix

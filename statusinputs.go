@@ -31,10 +31,20 @@ func init() {
 		Tunnels:     eachTunnel,
 		OpenTunnels: countTunnels,
 		TableOf:     func(t *tunnel.Tunnel) *bucket.Table { return openedBy(t).limiter },
+		Successor:   successorTable,
 
-		CloseTunnel:   closeTunnel,
-		Refill:        refillClient,
-		Block:         blockClient,
+		CloseTunnel: func(id uint64) bool {
+			p := currentProcess()
+			return p != nil && p.closeTunnel(id)
+		},
+		Refill: func(key client.Key, zone string) bool {
+			p := currentProcess()
+			return p != nil && p.refillClient(key, zone)
+		},
+		Block: func(key client.Key, d time.Duration) bool {
+			p := currentProcess()
+			return p != nil && p.blockClient(key, d)
+		},
 		ParseDuration: caddy.ParseDuration,
 	})
 }
@@ -65,41 +75,53 @@ func lastLoaded() time.Time {
 
 // runningSites returns the options of all handlers that run.
 func runningSites() (sites []status.Site) {
-	withProcess(func(p *process) {
-		for each := range p.proxies.All() {
-			if each.running.Load() {
-				sites = append(sites, status.Site{Site: strings.Join(each.site.addresses, " "), Settings: each.settings()})
-			}
+	p := currentProcess()
+	if p == nil {
+		return nil
+	}
+	for each := range p.proxies.All() {
+		if each.running.Load() {
+			sites = append(sites, status.Site{Site: strings.Join(each.site.addresses, " "), Settings: each.settings()})
 		}
-	})
+	}
 	return sites
 }
 
 // readCounters returns the counters, with the bytes of open tunnels.
 func readCounters() metrics.Reading {
-	withProcess((*process).countTunnelBytes)
+	if p := currentProcess(); p != nil {
+		p.countTunnelBytes()
+	}
 	return program.metrics.Read()
 }
 
 // eachTable calls yield with the tables of the limiters in use, until it returns false.
 func eachTable(yield func(*bucket.Table) bool) {
-	limiters.Range(func(_, t any) bool { return yield(t.(*bucket.Table)) })
+	if p := currentProcess(); p != nil {
+		p.eachTable(yield)
+	}
 }
 
 // eachBlock calls yield with the blocked clients, until it returns false.
 func eachBlock(yield func(client.Key, int64) bool) {
-	withProcess(func(p *process) { p.blocks.Range(yield) })
+	if p := currentProcess(); p != nil {
+		p.blocks.Range(yield)
+	}
 }
 
 // eachTunnel calls yield with the open tunnels, until it returns false.
 func eachTunnel(yield func(*tunnel.Tunnel) bool) {
-	withProcess(func(p *process) { p.tunnels.All()(yield) })
+	if p := currentProcess(); p != nil {
+		p.tunnels.All()(yield)
+	}
 }
 
 // countTunnels returns the number of open tunnels, and the lowest limit of a handler.
 func countTunnels() (n, limit int) {
-	withProcess(func(p *process) { n, limit = p.tunnels.Size(), p.tunnelLimit() })
-	return n, limit
+	if p := currentProcess(); p != nil {
+		return p.tunnels.Size(), p.tunnelLimit()
+	}
+	return 0, 0
 }
 
 // addRecent adds a refusal to the list that the status page shows.

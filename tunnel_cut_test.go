@@ -41,7 +41,7 @@ func TestCutTunnelsAreReset(t *testing.T) {
 		tunnel.ReasonMaxDuration: func(*testing.T, *tunnelWorld) {}, // happens by itself
 		tunnel.ReasonReload:      func(t *testing.T, w *tunnelWorld) { w.reload(t, tunnelSetup{}) },
 		tunnel.ReasonOperator: func(*testing.T, *tunnelWorld) {
-			withProcess(func(p *process) { p.tunnels.CloseIf(tunnel.ReasonOperator, func(*tunnel.Tunnel) bool { return true }) })
+			currentProcess().tunnels.CloseIf(tunnel.ReasonOperator, func(*tunnel.Tunnel) bool { return true })
 		},
 	} {
 		t.Run(reason, func(t *testing.T) {

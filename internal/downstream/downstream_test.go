@@ -104,7 +104,7 @@ func unitListener(handle http.HandlerFunc) *Listener {
 func unitServer(handle http.HandlerFunc) *Server {
 	return &Server{
 		Handle: handle, BaseContext: context.Background(),
-		Listeners: new(Listeners), Lingering: new(Lingering),
+		Listeners: new(Listeners), Lingering: new(Lingering), Successor: last,
 		Prepares: func(any) bool { return false },
 		Exiting:  func() bool { return false },
 
@@ -113,6 +113,13 @@ func unitServer(handle http.HandlerFunc) *Server {
 		OnPanic:       func(string, any, []byte) {},
 		OnAcceptError: func(error) {},
 	}
+}
+
+func last(accepting []*Listener) *Listener {
+	if len(accepting) == 0 {
+		return nil
+	}
+	return accepting[len(accepting)-1]
 }
 
 // tcpPair returns the two ends of a TCP connection.

@@ -15,12 +15,11 @@ import (
 )
 
 // Listeners holds the listeners of a program that accept connections, by address. During a
-// reload, an address has two. The later one stays, or the earlier one if the new config fails.
-// The zero value is ready for use.
+// reload, an address has two. The zero value is ready for use.
 type Listeners struct {
 	mu   sync.Mutex
-	at   map[string][]*Listener
-	open atomic.Int64 // connections, also those of replaced listeners
+	at   map[string][]*Listener // the earliest first
+	open atomic.Int64           // connections, also those of replaced listeners
 }
 
 func (ls *Listeners) add(l *Listener) {
@@ -43,14 +42,11 @@ func (ls *Listeners) remove(l *Listener) {
 	}
 }
 
-// last returns the listener that began last at an address, or nil if there is none.
-func (ls *Listeners) last(address string) *Listener {
+// successor returns which of the listeners at l's address takes over, as l's server says.
+func (ls *Listeners) successor(l *Listener) *Listener {
 	ls.mu.Lock()
 	defer ls.mu.Unlock()
-	if all := ls.at[address]; len(all) > 0 {
-		return all[len(all)-1]
-	}
-	return nil
+	return l.server.Successor(ls.at[l.address])
 }
 
 // All returns the listeners that accept connections.
@@ -119,8 +115,8 @@ func isOurs(ln net.Listener) bool {
 // successor returns the listener that accepts at the address after l has ended, or nil if
 // there is none.
 func (l *Listener) successor() *Listener {
-	if last := l.server.Listeners.last(l.address); last != l {
-		return last
+	if next := l.server.Listeners.successor(l); next != l {
+		return next
 	}
 	return nil
 }

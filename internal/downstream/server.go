@@ -70,6 +70,9 @@ type Server struct {
 	Listeners *Listeners // of the program
 	Lingering *Lingering // of the program
 
+	// Successor returns which of the listeners that accept at an address, the earliest first, takes
+	// over the connections of the others; nil if there are none. It must not retain the slice.
+	Successor func(accepting []*Listener) *Listener
 	// ConfigDone is closed when the config that the server is part of has ended.
 	ConfigDone <-chan struct{}
 	// Exiting reports whether the program exits, so that no other config follows.

@@ -130,7 +130,7 @@ func (v *View) tunnelsByClient() map[clientKey]*clientRow {
 		opened := v.in.TableOf(t)
 		table := current[opened]
 		if table == nil {
-			table = v.replacement(opened)
+			table = v.in.Successor(opened, v.in.Tables)
 			current[opened] = table
 		}
 		c := clients[clientKey{table, t.LimitKey}]
@@ -144,24 +144,6 @@ func (v *View) tunnelsByClient() map[clientKey]*clientRow {
 		c.started = max(c.started, monotime.Of(t.Start))
 	}
 	return clients
-}
-
-// replacement returns the table that replaced t after a reload: the only one with the same
-// zone and prefix lengths. It returns t if t is still in use or there is no such table.
-func (v *View) replacement(t *bucket.Table) *bucket.Table {
-	var candidates []*bucket.Table
-	inUse := false
-	for candidate := range v.in.Tables {
-		inUse = inUse || candidate == t
-		a, b := candidate.Limits, t.Limits
-		if a.Zone == b.Zone && a.IPv4Prefix == b.IPv4Prefix && a.IPv6Prefix == b.IPv6Prefix {
-			candidates = append(candidates, candidate)
-		}
-	}
-	if inUse || len(candidates) != 1 {
-		return t
-	}
-	return candidates[0]
 }
 
 // blocksByClient returns the blocked clients. Blocks apply in all zones.

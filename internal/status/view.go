@@ -33,6 +33,10 @@ type Inputs struct {
 	OpenTunnels func() (n, limit int)              // a limit of 0 is none
 	TableOf     func(*tunnel.Tunnel) *bucket.Table // of the limiter that admitted the tunnel
 
+	// Successor returns the table in use that has the clients of t since a reload: t itself, or
+	// the one that replaced it.
+	Successor func(t *bucket.Table, inUse iter.Seq[*bucket.Table]) *bucket.Table
+
 	// Actions report whether there was something to do. Refill fills the buckets of a client
 	// in a zone; if zone is "", it does so in all zones and also ends a block. Block blocks a
 	// client for d; 0 ends the block.
