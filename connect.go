@@ -113,7 +113,7 @@ func (p *proxy) withParentFields(r *http.Request, from clientIdentity, target st
 func (p *proxy) connectStream(w http.ResponseWriter, r *http.Request, v *transaction, t *tunnel.Tunnel) (int, error) {
 	clear(w.Header()) // Server and Alt-Svc do not describe the target
 	w.WriteHeader(http.StatusOK)
-	v.count(nil)
+	p.count(v, nil)
 	near := newStreamPeer(w, r)
 	t.Near = near
 	t.Run() // flushes the response headers first

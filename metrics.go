@@ -43,19 +43,19 @@ func metricLabels() metrics.Labels {
 
 // count counts a completed request once. err is the result of serve. If err is a response
 // that the proxy must generate itself, count returns it.
-func (v *transaction) count(err error) *refusal {
+func (p *proxy) count(v *transaction, err error) *refusal {
 	o, f := outcomeOf(err)
 	switch {
 	case v.counted:
 		return f
 	case v.rateLimited:
 		o = metrics.RateLimited
-		program.metrics.RateLimited()
+		p.zone.RateLimited()
 	case f != nil && o != metrics.Canceled:
-		program.metrics.Refused(metrics.Refusal{ErrorType: f.errorType, Cause: string(f.cause)})
+		p.zone.Refused(metrics.Refusal{ErrorType: f.errorType, Cause: string(f.cause)})
 	}
 	v.counted = true
-	program.metrics.Request(v.kind, o)
+	p.zone.Request(v.kind, o)
 	return f
 }
 
@@ -89,7 +89,7 @@ func (p *proxy) countForwarded(key client.Key, up, down int64) {
 	if up+down == 0 {
 		return
 	}
-	program.metrics.ForwardedBytes(up, down)
+	p.zone.ForwardedBytes(up, down)
 	p.limiter.AddBytes(key, up, down)
 }
 
@@ -102,7 +102,7 @@ func (p *process) countTunnelBytes() {
 
 // countTunnelBytes counts the bytes that the tunnel has transferred since the last call.
 func countTunnelBytes(t *tunnel.Tunnel) {
-	program.metrics.TunnelBytes(t.Growth())
+	openedBy(t).zone.TunnelBytes(t.Growth())
 }
 
 // metricsState returns what the gauges show. It counts the bytes of open tunnels first.

@@ -30,8 +30,18 @@ import (
 )
 
 // gatherMetrics returns the values of all metrics (of histograms, the counts), keyed by name and
-// labels as in the exposition format.
+// labels as in the exposition format, without zones: it adds up their values.
 func gatherMetrics(t testing.TB) map[string]float64 {
+	t.Helper()
+	zone, sums := regexp.MustCompile(`,?zone="[^"]*"`), make(map[string]float64)
+	for name, value := range gatherZones(t) {
+		sums[zone.ReplaceAllString(name, "")] += value
+	}
+	return sums
+}
+
+// gatherZones is gatherMetrics with zones.
+func gatherZones(t testing.TB) map[string]float64 {
 	t.Helper()
 	registry := prometheus.NewPedanticRegistry()
 	if err := program.metrics.Register(registry, metricsState); err != nil {
@@ -184,8 +194,75 @@ func TestMetricsCount(t *testing.T) {
 	}
 }
 
+// TestMetricsOfZones checks that each request counts for the zone of its site only. A tunnel
+// counts for the zone that opened it even after that has gone from the config, and a zone that
+// comes back continues to count.
+func TestMetricsOfZones(t *testing.T) {
+	const answer = "hello"
+	w := newWorld(t, "", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, answer) }))
+	other := freeAddress(t)
+	echo := listen(t, func(conn *net.TCPConn) { _, _ = io.Copy(conn, conn) })
+	// Zones keep their counts when the test is repeated.
+	suffix := strings.ReplaceAll(w.proxy, ":", "-")
+	first, second := w.site("zone first-"+suffix), siteAt(other, "zone second-"+suffix)
+	w.load(first + second)
+	check := func(when string, want map[string]float64) {
+		t.Helper()
+		var got map[string]float64
+		for deadline := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
+			got = make(map[string]float64)
+			for name, value := range gatherZones(t) {
+				if strings.Contains(name, suffix) && value != 0 {
+					got[strings.ReplaceAll(name, "-"+suffix, "")] = value
+				}
+			}
+			if maps.Equal(got, want) {
+				return
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("%s: %v, want %v", when, got, want)
+			}
+		}
+	}
+	want := map[string]float64{}
+	check("at the start", want)
+
+	conn := w.dial()
+	conn.connect(echo)
+	want[`requests_total{kind="tunnel",outcome="ok",zone="first"}`] = 1
+	w.gets(w.proxy, 200)
+	want[`requests_total{kind="forward",outcome="ok",zone="first"}`] = 1
+	want[`forwarded_bytes_total{direction="down",zone="first"}`] = float64(len(answer))
+	refused := w.dial()
+	refused.send("GET http://127.0.0.1:0/ HTTP/1.1\nHost: x\n\n")
+	refused.response("GET")
+	want[`requests_total{kind="forward",outcome="refused",zone="first"}`] = 1
+	want[`refusals_total{cause="",reason="http_request_error",zone="first"}`] = 1
+	check("one zone has requests", want)
+
+	w.load(second)
+	conn.send("12345678\n")
+	if _, err := io.ReadFull(conn.r, make([]byte, 10)); err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
+	want[`tunnel_bytes_total{direction="up",zone="first"}`] = 10
+	want[`tunnel_bytes_total{direction="down",zone="first"}`] = 10
+	check("a tunnel outlives its zone", want)
+
+	w.load(first + second)
+	w.gets(w.proxy, 200)
+	w.gets(other, 200, 200, 200)
+	want[`requests_total{kind="forward",outcome="ok",zone="first"}`]++
+	want[`forwarded_bytes_total{direction="down",zone="first"}`] += float64(len(answer))
+	want[`requests_total{kind="forward",outcome="ok",zone="second"}`] = 3
+	want[`forwarded_bytes_total{direction="down",zone="second"}`] = float64(3 * len(answer))
+	check("both zones have requests", want)
+}
+
 // TestMetricsLint checks that the metrics follow the conventions and match the README.
 func TestMetricsLint(t *testing.T) {
+	program.metrics.Zone("default") // the metrics of zones exist only if there is one
 	registry := prometheus.NewPedanticRegistry()
 	if err := program.metrics.Register(registry, metricsState); err != nil {
 		t.Fatal(err)
@@ -219,11 +296,12 @@ func TestMetricsLint(t *testing.T) {
 	}
 }
 
-// TestMetricsExposition compares an unused proxy's metrics with testdata/metrics.txt,
-// except for gauges of the process's current state.
+// TestMetricsExposition compares the metrics of an unused proxy with
+// testdata/metrics.txt, except for gauges of the process's current state.
 func TestMetricsExposition(t *testing.T) {
-	registry := prometheus.NewPedanticRegistry()
-	if err := metrics.New(metricLabels()).Register(registry, metricsState); err != nil {
+	registry, set := prometheus.NewPedanticRegistry(), metrics.New(metricLabels())
+	set.Zone("default")
+	if err := set.Register(registry, metricsState); err != nil {
 		t.Fatal(err)
 	}
 	answer := httptest.NewRecorder()

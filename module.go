@@ -70,7 +70,8 @@ type Handler struct {
 	MaxClients int `json:"max_clients,omitempty"`
 
 	// Handlers with the same zone and the same limits share one budget per client;
-	// each zone has its own. The zone also names the policy in the RateLimit fields.
+	// each zone has its own. The zone also names the policy in the RateLimit fields
+	// and is a label of metrics.
 	// Default: "default".
 	Zone string `json:"zone,omitempty"`
 

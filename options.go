@@ -76,7 +76,7 @@ var options = []option{
 	},
 	{
 		name: "zone", syntax: "<name>",
-		doc:         "sites with the same zone and the same limits share one budget per client",
+		doc:         "sites with the same zone and the same limits share one budget per client. It is also a label of [metrics](#metrics)",
 		optionValue: word("a name in printable ASCII without spaces, quotes and backslashes", func(h *Handler) *string { return &h.Zone }, bucket.ValidZone, "default"),
 	},
 	{

@@ -25,6 +25,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
+	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
 	"github.com/asyncproxy/caddy-async-proxy/internal/origin"
 	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
@@ -36,6 +37,7 @@ type proxy struct {
 	config              *Handler // with defaults
 	logger              *zap.Logger
 	events              emitter
+	zone                *metrics.Zone // its counters
 	limiter             *bucket.Table
 	shared              Limiter // or nil
 	policy              string  // the value of RateLimit-Policy
@@ -177,6 +179,7 @@ func (p *proxy) provisionShared(ctx caddy.Context, server *caddyhttp.Server) err
 		return err
 	}
 	p.policy, p.limitedResponse = rateLimitPolicy(limits), new(atomic.Pointer[limitedAnswer])
+	p.zone = program.metrics.Zone(p.config.Zone)
 	p.provisionSite(server)
 	p.process.proxies.Store(p, struct{}{})
 	return p.registerHooks(ctx, server)

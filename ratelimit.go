@@ -114,7 +114,7 @@ func (p *proxy) refuseLimited(w http.ResponseWriter, r *http.Request, v *transac
 	a := p.limitedAnswer(ceilSeconds(verdict.Wait))
 	v.rateLimited = true
 	v.setRefusal(&a.refusal)
-	v.count(nil)
+	p.count(v, nil)
 	if verdict.LogCount > 0 {
 		p.logLimited(r, v, verdict, false)
 		v.addRecent(&a.refusal)
@@ -175,7 +175,7 @@ func (p *proxy) refuseUncounted(w http.ResponseWriter, r *http.Request, v *trans
 		f = causeLimiterUnavailable.refusal(verdict.Err)
 	}
 	v.setRefusal(f)
-	v.count(f)
+	p.count(v, f)
 	if verdict.LogCount > 0 {
 		v.addRecent(f)
 		p.logRequest(r, v, f.err, zap.Int64("refused", verdict.LogCount))

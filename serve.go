@@ -49,7 +49,7 @@ func (p *proxy) serveRecordingPanics(w http.ResponseWriter, r *http.Request, v *
 			if v.status == 0 && panicked != http.ErrAbortHandler {
 				v.status = http.StatusInternalServerError
 			}
-			v.count(err)
+			p.count(v, err)
 			p.logRequest(r, v, err)
 			panic(panicked)
 		}
@@ -146,7 +146,7 @@ func (p *proxy) finish(w http.ResponseWriter, r *http.Request, v *transaction, e
 		p.closeInStages(w, r, v.addr)
 		return nil
 	}
-	f := v.count(err)
+	f := p.count(v, err)
 	if f == nil {
 		if v.status == 0 && err != nil {
 			v.status = caddyStatus(err) // Caddy writes this response

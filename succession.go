@@ -14,6 +14,7 @@ import (
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
+	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
@@ -40,7 +41,7 @@ func successorListener(accepting []*downstream.Listener) *downstream.Listener {
 // memory.
 type site struct {
 	// A site is the same one in the next config if it has the same zone and a common address.
-	zone       string
+	zone       *metrics.Zone   // one for each name
 	addresses  []string        // that its server listens on
 	configDone <-chan struct{} // identifies its config, and is closed when that ends
 
@@ -53,7 +54,7 @@ type site struct {
 // provisionSite sets site and tunnel.Owner. server is nil outside of the http app.
 func (p *proxy) provisionSite(server *caddyhttp.Server) {
 	p.site = &site{
-		zone: p.config.Zone, configDone: p.configDone, closeDelay: p.config.StreamCloseDelay,
+		zone: p.zone, configDone: p.configDone, closeDelay: p.config.StreamCloseDelay,
 		limiter: p.limiter, logger: p.logger, process: p.process,
 	}
 	if server != nil {

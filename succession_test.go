@@ -9,6 +9,7 @@ import (
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
+	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
 )
 
 func TestSuccessorListener(t *testing.T) {
@@ -31,17 +32,18 @@ func TestSuccessorListener(t *testing.T) {
 func TestSiteSupersedes(t *testing.T) {
 	t.Parallel()
 	before, after := make(chan struct{}), make(chan struct{})
-	old := &site{zone: "office", addresses: []string{":3128", ":8080"}, configDone: before}
+	office, guests := new(metrics.Zone), new(metrics.Zone)
+	old := &site{zone: office, addresses: []string{":3128", ":8080"}, configDone: before}
 	for name, tc := range map[string]struct {
 		next site
 		want bool
 	}{
-		"the same site":     {site{zone: "office", addresses: []string{":3128", ":8080"}, configDone: after}, true},
-		"one address stays": {site{zone: "office", addresses: []string{":8080", ":9090"}, configDone: after}, true},
-		"other addresses":   {site{zone: "office", addresses: []string{":9090"}, configDone: after}, false},
-		"another zone":      {site{zone: "guests", addresses: []string{":3128", ":8080"}, configDone: after}, false},
-		"the same config":   {site{zone: "office", addresses: []string{":3128", ":8080"}, configDone: before}, false},
-		"not in the app":    {site{zone: "office", configDone: after}, false},
+		"the same site":     {site{zone: office, addresses: []string{":3128", ":8080"}, configDone: after}, true},
+		"one address stays": {site{zone: office, addresses: []string{":8080", ":9090"}, configDone: after}, true},
+		"other addresses":   {site{zone: office, addresses: []string{":9090"}, configDone: after}, false},
+		"another zone":      {site{zone: guests, addresses: []string{":3128", ":8080"}, configDone: after}, false},
+		"the same config":   {site{zone: office, addresses: []string{":3128", ":8080"}, configDone: before}, false},
+		"not in the app":    {site{zone: office, configDone: after}, false},
 	} {
 		if got := tc.next.supersedes(old); got != tc.want {
 			t.Errorf("%s: %t, want %t", name, got, tc.want)

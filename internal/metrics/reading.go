@@ -8,7 +8,8 @@ import (
 	dto "github.com/prometheus/client_model/go"
 )
 
-// Reading is what the counters of a set have counted since the process started.
+// Reading is what the counters of a set have counted since the process started, in all zones
+// together.
 type Reading struct {
 	Requests    [numKinds][numOutcomes]int64
 	Refusals    map[string]int64 // by error type
@@ -35,15 +36,13 @@ type Histogram struct {
 func (s *Set) Read() Reading {
 	r := Reading{
 		Refusals: map[string]int64{}, Causes: map[string]int64{}, Evictions: s.evicted.Load(),
-		TunnelBytesUp: count(s.up), TunnelBytesDown: count(s.down),
-		ForwardedBytesUp: count(s.forwardedUp), ForwardedBytesDown: count(s.forwardedDown),
 		ResponseSeconds: histogram(read(s.responses)),
 	}
-	for k := range numKinds {
-		for o := range numOutcomes {
-			r.Requests[k][o] = count(s.requests[k][o])
-		}
+	s.mu.Lock()
+	for _, z := range s.zones {
+		z.addTo(&r)
 	}
+	s.mu.Unlock()
 	for _, m := range elements(s.refusals) {
 		labels := map[string]string{}
 		for _, label := range m.Label {
@@ -64,6 +63,19 @@ func (s *Set) Read() Reading {
 		}
 	}
 	return r
+}
+
+// addTo adds the zone's counters to r, except for refusals.
+func (z *Zone) addTo(r *Reading) {
+	for k := range numKinds {
+		for o := range numOutcomes {
+			r.Requests[k][o] += count(z.requests[k][o])
+		}
+	}
+	r.TunnelBytesUp += count(z.tunnelUp)
+	r.TunnelBytesDown += count(z.tunnelDown)
+	r.ForwardedBytesUp += count(z.forwardedUp)
+	r.ForwardedBytesDown += count(z.forwardedDown)
 }
 
 func read(m prometheus.Metric) *dto.Metric {
