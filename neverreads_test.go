@@ -36,7 +36,8 @@ func TestClientsThatNeverRead(t *testing.T) {
 			}
 			head := "HTTP/1.1 " + map[string]string{
 				"/empty": "200 OK\r\nContent-Length: 0", "/204": "204 No Content", "/304": "304 Not Modified", "/content": "200 OK\r\nContent-Length: 3",
-				"/103": "103 Early Hints\r\nX-Pad: " + pad + "\r\n\r\nHTTP/1.1 204 No Content",
+				"/103":  "103 Early Hints\r\nX-Pad: " + pad + "\r\n\r\nHTTP/1.1 204 No Content",
+				"/103s": strings.Repeat("103 Early Hints\r\nX-Pad: "+strings.Repeat(pad, 15)+"\r\n\r\nHTTP/1.1 ", 90) + "204 No Content",
 			}[req.URL.Path] + "\r\nX-Pad: " + pad + "\r\n\r\n"
 			if req.URL.Path == "/content" && req.Method == http.MethodGet {
 				head += "abc"
@@ -79,6 +80,7 @@ http://%s {
 				"204":                 {w.proxy, "GET http://" + origin + "/204"},
 				"304":                 {w.proxy, "GET http://" + origin + "/304"},
 				"103":                 {w.proxy, "GET http://" + origin + "/103"},
+				"many 103s":           {w.proxy, "GET http://" + origin + "/103s"},
 				"empty":               {w.proxy, "GET http://" + origin + "/empty"},
 				"refused":             {w.proxy, "HEAD http://169.254.1.1/"},
 				"limited":             {limited, "GET http://" + origin + "/204"},

@@ -134,11 +134,16 @@ func (w *Writer) WriteHeader(status int) {
 		w.onHeader(status)
 	}
 	if status < 200 {
+		if w.client.ctx.Err() != nil {
+			return
+		}
 		delete(w.header, "Content-Length")
 		delete(w.header, "Transfer-Encoding")
 		w.buf = append(w.appendFields(h1.AppendStatusLine(w.buf[:0], status)), "\r\n"...)
 		w.client.startWriteIdleTimeout()
-		_, _ = w.client.Write(w.buf) // if it fails, writing the response fails too
+		if _, err := w.client.Write(w.buf); err != nil {
+			w.client.cancel() // or each further interim response would wait for the client again
+		}
 		return
 	}
 	w.status = status
