@@ -27,8 +27,9 @@ const spliceAtMost = 1 << 20
 // sockets and the body's length is known. done reports whether it has done so.
 //
 // Of the writers that Caddy puts between a handler and its connection, only the timeout for
-// stalled writes can be bypassed, because it is applied here. Access logs and metrics need
-// to see the bytes, and the operator's write timeouts and minimum rates need to be enforced.
+// stalled writes can be bypassed, because it is applied here. Off the fast path, access logs and
+// metrics need to see the bytes, and the operator's write timeouts and minimum rates need to be
+// enforced.
 func spliceBody(w http.ResponseWriter, b *origin.ResponseBody, count func(n int64)) (done bool, err error) {
 	idle, ok := w.(*caddyhttp.IdleTimeoutWriter)
 	socket := b.Socket()

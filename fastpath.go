@@ -155,19 +155,6 @@ func caddyContext(r *http.Request, w http.ResponseWriter, server *caddyhttp.Serv
 	return ctx
 }
 
-// withWriteIdleTimeout wraps the writer of a connection in Caddy's write-idle timeout. CONNECT
-// does not need it: tunnels have their own timeouts.
-func withWriteIdleTimeout(ctx context.Context, w http.ResponseWriter, server *caddyhttp.Server, logger *zap.Logger) (context.Context, http.ResponseWriter) {
-	idle := &caddyhttp.IdleTimeoutWriter{
-		ResponseWriterWrapper: &caddyhttp.ResponseWriterWrapper{ResponseWriter: w},
-		Ctrl:                  http.NewResponseController(w),
-		Deadline:              caddyhttp.IdleDeadline{Timeout: time.Duration(server.WriteIdleTimeout)},
-		MaxChunk:              server.MaxWriteChunk,
-		Logger:                logger,
-	}
-	return caddyhttp.ContextWithIdleTimeouts(ctx, nil, idle), idle
-}
-
 // namesClient reports whether a request has a field that may name another client than the
 // one that is connected. Caddy then decides who the client is.
 func namesClient(r *http.Request) bool {

@@ -352,12 +352,6 @@ func (p *proxy) respond(w http.ResponseWriter, r *http.Request, x *origin.Exchan
 // it for this proxy's, and browsers would prompt their users for a password.
 const errOriginSent407 = h1.ProtocolError("it asks for credentials that only a proxy may ask for (407)")
 
-// restartsWithEachWrite reports whether each write may restart Caddy's write timeout. It may not
-// if the server has a fixed write deadline or a minimum rate.
-func restartsWithEachWrite(idle *caddyhttp.IdleTimeoutWriter) bool {
-	return idle.Deadline.MinRate <= 0 && idle.Deadline.HardDeadline.IsZero()
-}
-
 // setResponseFields copies the header of res, adapted for the client, to w.
 func (p *proxy) setResponseFields(w http.ResponseWriter, r *http.Request, res *http.Response) http.Header {
 	removeHopByHop(res.Header)

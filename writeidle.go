@@ -4,12 +4,14 @@
 package asyncproxy
 
 import (
+	"context"
 	"net"
 	"net/http"
 	"sync"
 	"time"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"go.uber.org/zap"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
@@ -101,4 +103,23 @@ func startWriteIdleTimeout(r *http.Request) {
 	if idle != nil && idle.Deadline.Timeout > 0 && idle.Deadline.HardDeadline.IsZero() {
 		_ = idle.Ctrl.SetWriteDeadline(time.Now().Add(idle.Deadline.Timeout))
 	}
+}
+
+// restartsWithEachWrite reports whether each write may restart Caddy's write timeout. It may not
+// if the server has a fixed write deadline or a minimum rate.
+func restartsWithEachWrite(idle *caddyhttp.IdleTimeoutWriter) bool {
+	return idle.Deadline.MinRate <= 0 && idle.Deadline.HardDeadline.IsZero()
+}
+
+// withWriteIdleTimeout wraps the writer of a connection in Caddy's write-idle timeout. CONNECT
+// does not need it: tunnels have their own timeouts.
+func withWriteIdleTimeout(ctx context.Context, w http.ResponseWriter, server *caddyhttp.Server, logger *zap.Logger) (context.Context, http.ResponseWriter) {
+	idle := &caddyhttp.IdleTimeoutWriter{
+		ResponseWriterWrapper: &caddyhttp.ResponseWriterWrapper{ResponseWriter: w},
+		Ctrl:                  http.NewResponseController(w),
+		Deadline:              caddyhttp.IdleDeadline{Timeout: time.Duration(server.WriteIdleTimeout)},
+		MaxChunk:              server.MaxWriteChunk,
+		Logger:                logger,
+	}
+	return caddyhttp.ContextWithIdleTimeouts(ctx, nil, idle), idle
 }
