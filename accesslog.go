@@ -126,12 +126,18 @@ func newAccessEntry(r *http.Request) *accessEntry {
 	return e
 }
 
-// finish adds the client, if a trusted proxy named it, and the response to the entry.
-func (e *accessEntry) finish(r *http.Request, w *downstream.Writer) *accessEntry {
-	e.size, e.status, e.response = w.Written(), w.Status(), w.Header()
+// nameClient adds the client that a trusted proxy has named, if it has. The handler must have
+// returned, because it attaches what Caddy's part of the context needs.
+func (e *accessEntry) nameClient(r *http.Request) {
 	if e.clientIP == "" {
 		e.clientIP, _ = caddyhttp.GetVar(r.Context(), caddyhttp.ClientIPVarKey).(string)
 	}
+}
+
+// finish adds the client, if a trusted proxy named it, and the response to the entry.
+func (e *accessEntry) finish(r *http.Request, w *downstream.Writer) *accessEntry {
+	e.size, e.status, e.response = w.Written(), w.Status(), w.Header()
+	e.nameClient(r)
 	if v, ok := downstream.Attached(r).(*transaction); ok {
 		e.userID = v.user
 		if w.Hijacked() {

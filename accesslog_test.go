@@ -14,18 +14,21 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig"
 )
 
 // withoutWrapper are options of servers that make Caddy's HTTP server serve the clients.
 const withoutWrapper = "keepalive_interval 15s\n"
 
-// accessEntries returns the entries in a file once no more are written, without what differs from
-// one request to the next.
-func accessEntries(t *testing.T, path string) (entries []map[string]any) {
+// accessEntries returns the entries in a file once no more are written.
+func accessEntries(t *testing.T, path string) []map[string]any {
 	t.Helper()
 	var data []byte
 	eventually(t, "the last entry", func() bool {
@@ -34,23 +37,30 @@ func accessEntries(t *testing.T, path string) (entries []map[string]any) {
 		data, _ = os.ReadFile(path)
 		return len(data) == before
 	})
-	if len(data) == 0 {
-		return nil
-	}
-	lines := bytes.Split(bytes.TrimSuffix(data, []byte("\n")), []byte("\n"))
-	for _, line := range lines {
+	return parseEntries(t, data, "http.log.")
+}
+
+// errorID matches the random IDs of Caddy's errors.
+var errorID = regexp.MustCompile(`(\{id=|"err_id":")\w+`)
+
+// parseEntries returns the log entries of a logger and those below it, sorted by the number of
+// the request, and without what differs from one request to the next.
+func parseEntries(t *testing.T, data []byte, logger string) (entries []map[string]any) {
+	t.Helper()
+	for line := range bytes.Lines(errorID.ReplaceAll(data, []byte("$1 any"))) {
 		var entry map[string]any
 		if err := json.Unmarshal(line, &entry); err != nil {
 			t.Fatalf("%q: %v", line, err)
 		}
-		for _, field := range []string{"ts", "duration", "err_id", "err_trace"} {
+		if name, _ := entry["logger"].(string); !strings.HasPrefix(name, logger) {
+			continue
+		}
+		for _, field := range []string{"ts", "duration"} {
 			if _, ok := entry[field]; ok {
 				entry[field] = "any"
 			}
 		}
-		if r, ok := entry["request"].(map[string]any); ok {
-			r["remote_port"] = "any"
-		}
+		entry["request"].(map[string]any)["remote_port"] = "any"
 		if fields, ok := entry["resp_headers"].(map[string]any); ok {
 			for _, field := range []string{"Date", "Ratelimit", "Ratelimit-Policy"} {
 				if _, ok := fields[field]; ok {
@@ -66,6 +76,27 @@ func accessEntries(t *testing.T, path string) (entries []map[string]any) {
 	}
 	slices.SortFunc(entries, func(a, b map[string]any) int { return strings.Compare(number(a), number(b)) })
 	return entries
+}
+
+// compareEntries compares the entries of the fast path with those of Caddy's server.
+func compareEntries(t *testing.T, fast, ordinary []map[string]any) {
+	t.Helper()
+	if len(fast) != len(ordinary) {
+		t.Fatalf("%d entries on the fast path, %d by Caddy's server", len(fast), len(ordinary))
+	}
+	for i, fast := range fast {
+		ordinary := ordinary[i]
+		for _, field := range slices.Sorted(maps.Keys(ordinary)) {
+			if !reflect.DeepEqual(fast[field], ordinary[field]) {
+				t.Errorf("entry %d: %s is %v on the fast path, %v by Caddy's server", i, field, fast[field], ordinary[field])
+			}
+		}
+		for field := range fast {
+			if _, ok := ordinary[field]; !ok {
+				t.Errorf("entry %d: %s is %v on the fast path only", i, field, fast[field])
+			}
+		}
+	}
 }
 
 // loggedOrigin is an origin whose responses differ in what the access log shows of them.
@@ -168,24 +199,27 @@ func TestAccessLogOnTheFastPath(t *testing.T) {
 		servers string // options of the servers
 		none    bool   // nothing is logged
 	}{
-		"plain":          {log: "log {\noutput file FILE\n}"},
-		"credentials":    {log: "log {\noutput file FILE\n}", servers: "log_credentials"},
-		"a level":        {log: "log {\noutput file FILE\nlevel ERROR\n}"},
-		"hostnames":      {log: "log {\nhostnames ORIGINHOST *.example\noutput file FILE\n}"},
-		"no hostname":    {log: "log {\nno_hostname\noutput file FILE\n}", none: true},
-		"a named logger": {log: "log special {\noutput file FILE\n}"},
-		"a filter":       {log: "log {\noutput file FILE\nformat filter {\nrequest>headers>User-Agent delete\nrequest>remote_ip ip_mask 16\n}\n}"},
-		"console":        {log: "log {\noutput file FILE\nformat append {\nwrap json\nmark 1\n}\n}"},
-		"rate limited":   {log: "log {\noutput file FILE\n}", options: "burst 2\nrefill 0.001"},
-		"logins":         {log: "log {\noutput file FILE\n}", options: authUsers},
-		"trusted":        {log: "log {\noutput file FILE\n}", servers: "trusted_proxies static 127.0.0.1\ntrusted_proxies_strict", options: "clients all"},
-		"error routes":   {log: "log {\noutput file FILE\n}\nhandle_errors {\nrespond \"sorry {http.error.status_code}\"\n}"},
+		"plain":            {log: "log {\noutput file FILE\n}"},
+		"credentials":      {log: "log {\noutput file FILE\n}", servers: "log_credentials"},
+		"a level":          {log: "log {\noutput file FILE\nlevel ERROR\n}"},
+		"hostnames":        {log: "log {\nhostnames ORIGINHOST *.example\noutput file FILE\n}"},
+		"other hosts":      {log: "log {\nhostnames other.test\noutput file FILE\n}\nhandle_errors {\nrespond sorry\n}", none: true},
+		"no hostname":      {log: "log {\nno_hostname\noutput file FILE\n}", none: true},
+		"a named logger":   {log: "log special {\noutput file FILE\n}"},
+		"a filter":         {log: "log {\noutput file FILE\nformat filter {\nrequest>headers>User-Agent delete\nrequest>remote_ip ip_mask 16\n}\n}"},
+		"console":          {log: "log {\noutput file FILE\nformat append {\nwrap json\nmark 1\n}\n}"},
+		"rate limited":     {log: "log {\noutput file FILE\n}", options: "burst 2\nrefill 0.001"},
+		"logins":           {log: "log {\noutput file FILE\n}", options: authUsers},
+		"trusted":          {log: "log {\noutput file FILE\n}", servers: "trusted_proxies static 127.0.0.1\ntrusted_proxies_strict", options: "clients all"},
+		"error routes":     {log: "log {\noutput file FILE\n}\nhandle_errors {\nrespond \"sorry {http.error.status_code}\"\n}"},
+		"routes that fail": {log: "log {\noutput file FILE\n}\nhandle_errors {\nerror \"worse\" 507\n}"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t, "", loggedOrigin())
 			dir := t.TempDir()
 			closed := freeAddress(t)
-			var entries [2][]map[string]any
+			var entries, failures [2][]map[string]any
+			logged := 0
 			for way, servers := range []string{withWrapper, withoutWrapper} {
 				file := filepath.Join(dir, fmt.Sprint(way))
 				site := w.site("allow 127.0.0.0/8\ndeny denied.example\nzone way" + fmt.Sprint(way) + "\nvia tester\n" + row.options)
@@ -201,27 +235,47 @@ func TestAccessLogOnTheFastPath(t *testing.T) {
 					sendLogged(t, w.proxy, strings.NewReplacer("ORIGIN", strings.TrimPrefix(w.origin.URL, "http://"), "CLOSED", closed).Replace(head))
 				}
 				entries[way] = accessEntries(t, file)
+				own, err := os.ReadFile(w.logs)
+				if err != nil {
+					t.Fatal(err)
+				}
+				failures[way] = parseEntries(t, own[logged:], "http.log.") // the error log, and what goes to no other file
+				logged = len(own)
 			}
 			if t.Logf("%d entries", len(entries[1])); len(entries[1]) == 0 != row.none {
 				t.Errorf("%d entries", len(entries[1]))
 			}
-			for i := range max(len(entries[0]), len(entries[1])) {
-				if i >= len(entries[0]) || i >= len(entries[1]) {
-					t.Fatalf("%d entries on the fast path, %d by Caddy's server", len(entries[0]), len(entries[1]))
-				}
-				if fast, ordinary := entries[0][i], entries[1][i]; !reflect.DeepEqual(fast, ordinary) {
-					for _, field := range slices.Sorted(maps.Keys(ordinary)) {
-						if !reflect.DeepEqual(fast[field], ordinary[field]) {
-							t.Errorf("entry %d: %s is %v on the fast path, %v by Caddy's server", i, field, fast[field], ordinary[field])
-						}
-					}
-					for field := range fast {
-						if _, ok := ordinary[field]; !ok {
-							t.Errorf("entry %d: %s is %v on the fast path only", i, field, fast[field])
-						}
-					}
-				}
-			}
+			compareEntries(t, entries[0], entries[1])
+			compareEntries(t, failures[0], failures[1])
 		})
+	}
+}
+
+// Hosts that the access log leaves out stay out of it on the fast path, whatever else is
+// recorded of a request. Only JSON can say so for a site of the fast path.
+func TestAccessLogSkipsHosts(t *testing.T) {
+	for _, logs := range []string{`"skip_unmapped_hosts":true`, `"skip_hosts":["127.0.0.1"]`, `"skip_unmapped_hosts":true,"logger_names":{"other.test":["a"]}`} {
+		for _, routes := range []string{"", "handle_errors {\nrespond sorry\n}\n"} {
+			w := newWorld(t, "", nil)
+			site := strings.Replace(w.site("allow 127.0.0.0/8"), "{\n", "{\nlog\n"+routes, 1)
+			config, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(w.globals()+site), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			config = bytes.Replace(config, []byte(`"logs":{}`), []byte(`"logs":{`+logs+`}`), 1)
+			if !bytes.Contains(config, []byte(logs)) {
+				t.Fatalf("the config has no logs: %s", config)
+			}
+			reloadAndWait(t, func() {
+				if err := caddy.Load(config, true); err != nil {
+					t.Fatal(err)
+				}
+			})
+			w.dial().gets(w.origin.URL + "/")
+			policyRequest(t, w.proxy, http.MethodGet, strings.TrimPrefix(freeAddress(t), "http://"), "")
+			if lines := w.logLines("handled request"); len(lines) > 0 {
+				t.Errorf("%s %q: %v", logs, routes, lines)
+			}
+		}
 	}
 }

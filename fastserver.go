@@ -63,9 +63,10 @@ func (s *fastServer) serve(out http.ResponseWriter, r *http.Request) {
 		return
 	}
 	start := time.Now()
+	logged := s.access != nil && s.access.includes(r.Host)
 	var entry *accessEntry
-	if s.access != nil && s.access.includes(r.Host) || s.onError != nil {
-		entry = newAccessEntry(r)
+	if logged || s.onError != nil {
+		entry = newAccessEntry(r) // before the handler changes the request
 	}
 	var seen *observation
 	if s.metrics != nil {
@@ -73,7 +74,7 @@ func (s *fastServer) serve(out http.ResponseWriter, r *http.Request) {
 			w.OnHeader(seen.wroteHeader)
 		}
 	}
-	if entry != nil && s.access != nil {
+	if logged {
 		defer func() { s.access.write(entry.finish(r, w)) }()
 	}
 	err := s.observe(seen, w, out, r)
@@ -107,6 +108,7 @@ func (s *fastServer) fail(out http.ResponseWriter, r *http.Request, entry *acces
 	if entry == nil {
 		entry = newAccessEntry(r)
 	}
+	entry.nameClient(r)
 	status, message := http.StatusInternalServerError, err.Error()
 	fields := []zap.Field{zap.Object("request", entry), zap.Duration("duration", duration)}
 	var failed caddyhttp.HandlerError
