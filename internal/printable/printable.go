@@ -32,19 +32,23 @@ func upTo(limit int, s string) string {
 		return s
 	}
 	var b strings.Builder
-	for rest := s; rest != ""; {
+	for rest := s; rest != "" && b.Len() <= limit; {
 		c, size := utf8.DecodeRuneInString(rest)
 		if !unicode.IsPrint(c) {
 			c = utf8.RuneError
 		}
-		if n := utf8.RuneLen(c); b.Len()+n > limit-len("…") && b.Len()+n+len(rest)-size > limit {
-			b.WriteString("…")
-			break
-		}
 		b.WriteRune(c)
 		rest = rest[size:]
 	}
-	return b.String()
+	out := b.String()
+	if len(out) <= limit {
+		return out
+	}
+	end := limit - len("…")
+	for !utf8.RuneStart(out[end]) {
+		end--
+	}
+	return out[:end] + "…"
 }
 
 // isHarmless reports whether s is within the limit and consists of printable

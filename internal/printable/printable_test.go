@@ -42,6 +42,7 @@ func FuzzText(f *testing.F) {
 	f.Add("example.com")
 	f.Add("\x1b[2J\u202e\xff")
 	f.Add(strings.Repeat("ü", 200))
+	f.Add(strings.Repeat("a", MaxText-2) + "\xff") // longer once the last byte is replaced
 	f.Fuzz(func(t *testing.T, in string) {
 		out := Text(in)
 		if len(out) > MaxText || !utf8.ValidString(out) {
