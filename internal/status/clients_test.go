@@ -54,11 +54,11 @@ func BenchmarkSnapshot(b *testing.B) {
 	}
 }
 
-// BenchmarkClients finds the first and the last of 50,000 clients, in the worst input
+// BenchmarkClients finds the first and later ones of 50,000 clients, in the worst input
 // order.
 func BenchmarkClients(b *testing.B) {
 	v := viewOfMany(50_000)
-	for _, query := range []string{"sort=last_seen", "sort=last_seen&order=asc", "sort=last_seen&offset=49000", "sort=last_seen&order=asc&offset=49000"} {
+	for _, query := range []string{"sort=last_seen", "sort=last_seen&order=asc", "sort=last_seen&offset=9900", "sort=last_seen&order=asc&offset=9900"} {
 		b.Run(query, func(b *testing.B) {
 			values, _ := url.ParseQuery(query)
 			for b.Loop() {
