@@ -28,6 +28,7 @@ import (
 	"github.com/quic-go/quic-go/http3"
 	"golang.org/x/net/http2"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/conntest"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
@@ -425,6 +426,9 @@ func (w *tunnelWorld) caddyfile(setup tunnelSetup) string {
 	tls
 }`)
 	admin, level, protocols := cmp.Or(setup.admin, "off"), cmp.Or(setup.level, "DEBUG"), cmp.Or(setup.protocols, "h1 h2 h2c h3")
+	// A certificate that Caddy obtains itself while it starts is a data race in its TLS app: an
+	// event copies the app before it has started.
+	certificate, key := conntest.CertificateFiles(w.t)
 	_, plain, _ := net.SplitHostPort(w.plain)
 	_, secure, _ := net.SplitHostPort(w.tls)
 	proxy := fmt.Sprintf(`%s
@@ -457,10 +461,10 @@ http://:%s {
 	%s
 }
 :%[3]s, localhost:%[3]s {
-	tls internal
+	tls %[11]s %[12]s
 	%[10]s
 }
-`, admin, filepath.Dir(w.logs), secure, w.logs, level, protocols, servers, setup.global, plain, proxy)
+`, admin, filepath.Dir(w.logs), secure, w.logs, level, protocols, servers, setup.global, plain, proxy, certificate, key)
 }
 
 // reload replaces the running config until the end of the world's test.

@@ -15,12 +15,13 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"path/filepath"
 	"sync/atomic"
 	"testing"
 	"time"
 )
 
-// Certificate is that of servers on 127.0.0.1, and the only root that this process trusts.
+// Certificate is that of servers on 127.0.0.1 and localhost, and the only root that this process trusts.
 var Certificate = newCertificate()
 
 // newCertificate makes a certificate and makes the process trust it.
@@ -34,6 +35,7 @@ func newCertificate() tls.Certificate {
 		NotBefore:    time.Now().Add(-time.Hour),
 		NotAfter:     time.Now().Add(time.Hour),
 		IPAddresses:  []net.IP{net.IPv4(127, 0, 0, 1)},
+		DNSNames:     []string{"localhost"},
 		IsCA:         true, BasicConstraintsValid: true,
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
@@ -53,6 +55,26 @@ func newCertificate() tls.Certificate {
 	}
 	_ = os.Unsetenv("SSL_CERT_FILE")
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+}
+
+// CertificateFiles writes Certificate and its key to files and returns their names.
+func CertificateFiles(t testing.TB) (certificate, key string) {
+	t.Helper()
+	dir := t.TempDir()
+	certificate, key = filepath.Join(dir, "certificate.pem"), filepath.Join(dir, "key.pem")
+	der, err := x509.MarshalPKCS8PrivateKey(Certificate.PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, block := range map[string]*pem.Block{
+		certificate: {Type: "CERTIFICATE", Bytes: Certificate.Certificate[0]},
+		key:         {Type: "PRIVATE KEY", Bytes: der},
+	} {
+		if err := os.WriteFile(name, pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return certificate, key
 }
 
 // HTTP2Server starts a server that speaks HTTP/2 and counts its connections.
