@@ -26,6 +26,7 @@ type accessLog struct {
 	config  *caddyhttp.ServerLogConfig
 	logger  *zap.Logger            // http.log.access
 	loggers map[string]*zap.Logger // the loggers below it, by the names in the config
+	usual   []string               // the names for hosts that the config does not list
 }
 
 // newAccessLog returns the access log of a server; nil if it has none. It must be called once
@@ -38,6 +39,7 @@ func newAccessLog(ctx caddy.Context, app *caddyhttp.App, server *caddyhttp.Serve
 		config:  server.Logs,
 		logger:  ctx.Logger(app).Named("log.access"),
 		loggers: make(map[string]*zap.Logger),
+		usual:   []string{server.Logs.DefaultLoggerName},
 	}
 	l.loggers[""] = l.logger
 	add := func(names ...string) {
@@ -90,7 +92,7 @@ func (l *accessLog) names(host string) []string {
 			}
 		}
 	}
-	return []string{l.config.DefaultLoggerName}
+	return l.usual
 }
 
 // withoutPort returns a host without its port, as Caddy's server determines it.
@@ -103,14 +105,13 @@ func withoutPort(host string) string {
 
 // accessEntry is one request in the access log.
 type accessEntry struct {
-	r         *http.Request // as the client sent it
-	clientIP  string        // "": unknown
-	userID    string
-	bytesRead int64 // of the request's content
-	duration  time.Duration
-	size      int64 // of the response's content
-	status    int   // 0: no response
-	response  http.Header
+	r        *http.Request // as the client sent it
+	clientIP string        // "": unknown
+	userID   string
+	duration time.Duration
+	size     int64 // of the response's content
+	status   int   // 0: no response
+	response http.Header
 
 	credentials bool // log_credentials
 }
@@ -163,7 +164,7 @@ func (l *accessLog) write(e *accessEntry) {
 		if fields == nil {
 			fields = []zapcore.Field{
 				zap.Object("request", e),
-				zap.Int64("bytes_read", e.bytesRead),
+				zap.Int("bytes_read", 0), // requests with content are Caddy's server's
 				zap.String("user_id", e.userID),
 				zap.Duration("duration", e.duration),
 				zap.Int64("size", e.size),

@@ -142,7 +142,7 @@ func loggedOrigin() http.Handler {
 }
 
 // loggedRequests are the heads of requests, each for a connection of its own. ORIGIN stands for
-// an origin's address, and CLOSED for one that nobody listens on.
+// the address of an origin, and CLOSED for an address without a listener.
 var loggedRequests = []string{
 	"GET http://ORIGIN/ HTTP/1.1\nHost: ORIGIN",
 	"GET http://ORIGIN/path?query=1#no HTTP/1.1\nHost: ORIGIN\nUser-Agent: test\nAccept: a\nAccept: b\nx-lower: c",

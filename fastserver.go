@@ -55,13 +55,6 @@ func writeErrorStatus(w http.ResponseWriter, r *http.Request) error {
 func (s *fastServer) serve(out http.ResponseWriter, r *http.Request) {
 	w := downstream.WriterOf(out)
 	w.Header()["Server"] = []string{"Caddy"}
-	if s.access == nil && s.metrics == nil && s.onError == nil {
-		start := time.Now()
-		if err := s.proxy.serveHTTP(out, r, noNext); err != nil && !w.Hijacked() {
-			s.fail(out, r, nil, err, time.Since(start))
-		}
-		return
-	}
 	start := time.Now()
 	logged := s.access != nil && s.access.includes(r.Host)
 	var entry *accessEntry

@@ -32,8 +32,8 @@ type Config struct {
 	// Address is the host and port of the only server that the client connects to, such as
 	// a parent proxy. If it is "", each request names an origin.
 	Address string
-	// Explain returns what a failed exchange with that server is to be reported as. unread
-	// is what it sent. Explain may be nil.
+	// Explain replaces the error of a failed exchange with that server by one that names the
+	// cause. unread holds what the server has sent. nil: errors stay as they are.
 	Explain func(err error, unread *bufio.Reader) error
 }
 

@@ -74,7 +74,7 @@ func (x *Exchange) mayUseHTTP2() bool {
 	return len(x.Request.Header["Upgrade"]) == 0 && !x.pool.has(x.Request.Authority) && !x.binding.login && !x.binding.has(x.pool)
 }
 
-// explain returns what a failure of HTTP/1 is to be reported as.
+// explain applies Config.Explain, if there is one, to the error of an HTTP/1 exchange.
 func (x *Exchange) explain(err error) error {
 	if x.client.explain == nil || x.conn == nil || errors.As(err, new(*RequestBodyError)) || errors.As(err, new(*DialError)) {
 		return err
