@@ -39,7 +39,7 @@ func socketOf(conn net.Conn) any {
 // it is not known.
 func clientConnection(w http.ResponseWriter, r *http.Request) any {
 	if fast := downstream.WriterOf(w); fast != nil {
-		return fast.Conn()
+		return socketOf(fast.Conn())
 	}
 	if r.ProtoMajor == 3 {
 		return r.Context().Value(http3.RemoteAddrContextKey) // a pointer, unique to the connection

@@ -27,7 +27,7 @@ import (
 // request. After a config reload it hands the connection to the listener of the new config
 // between two requests, which the client does not notice.
 type clientConn struct {
-	*net.TCPConn
+	net.Conn
 	listener *Listener
 	server   *Server // of the listener
 	remote   string
@@ -59,7 +59,7 @@ const (
 )
 
 func newClientConn(l *Listener, conn *readConn, isNew bool) *clientConn {
-	c := &clientConn{TCPConn: conn.TCPConn, server: l.server, prefix: conn.in.Prefix, listener: l, isNew: isNew}
+	c := &clientConn{Conn: conn.Conn, server: l.server, prefix: conn.in.Prefix, listener: l, isNew: isNew}
 	c.w.client = c
 	return c
 }
@@ -68,8 +68,8 @@ func newClientConn(l *Listener, conn *readConn, isNew bool) *clientConn {
 func (c *clientConn) start() {
 	c.remote = c.RemoteAddr().String()
 	c.r = takeReader(max(smallReader, len(c.prefix)))
-	if c.r.Reset(c.TCPConn); len(c.prefix) > 0 {
-		c.r.Reset(&tcpconn.Prefixed{Conn: c.TCPConn, Prefix: c.prefix})
+	if c.r.Reset(c.Conn); len(c.prefix) > 0 {
+		c.r.Reset(&tcpconn.Prefixed{Conn: c.Conn, Prefix: c.prefix})
 		_, _ = c.r.Peek(len(c.prefix)) // buffers prefix, so that handOff hands it on too
 		c.prefix = nil
 	}
@@ -112,7 +112,7 @@ func (c *clientConn) serve() (takeover func()) {
 		c.stopWatch() // watchDisconnect reads from c.r
 		c.cancel()
 		if !handedOff {
-			c.server.OnEnd(c.TCPConn)
+			c.server.OnEnd(c.Conn)
 		}
 		if !handedOff && !c.w.hijacked && !c.w.lingers {
 			_ = c.Close()
@@ -121,7 +121,7 @@ func (c *clientConn) serve() (takeover func()) {
 		c.listener.conns.remove(c)
 		putReader(c.r)
 		if c.w.lingers {
-			c.server.Lingering.Close(c.TCPConn, c.w.sender)
+			c.server.Lingering.Close(c.Conn, c.w.sender)
 		}
 	}()
 	c.start()
@@ -225,12 +225,12 @@ func (c *clientConn) enterIdle() bool {
 // positive.
 func (c *clientConn) limitRead(least, most time.Duration) {
 	if most > 0 {
-		c.readDeadline.Within(c.TCPConn, least, most)
+		c.readDeadline.Within(c.Conn, least, most)
 	} else {
-		c.readDeadline.Clear(c.TCPConn)
+		c.readDeadline.Clear(c.Conn)
 	}
 	if c.state.Load() == connMoves { // shutdown may have done so already, before the call above
-		c.readDeadline.Interrupt(c.TCPConn)
+		c.readDeadline.Interrupt(c.Conn)
 	}
 }
 
@@ -247,7 +247,7 @@ func (c *clientConn) startWriteIdleTimeout() {
 func (c *clientConn) setWriteDeadline(due time.Time, slack time.Duration) {
 	if diff := due.Sub(c.writeDeadline); diff < 0 || diff > slack {
 		c.writeDeadline = due
-		_ = c.TCPConn.SetWriteDeadline(due)
+		_ = c.Conn.SetWriteDeadline(due)
 	}
 }
 
@@ -256,7 +256,7 @@ func (c *clientConn) setWriteDeadline(due time.Time, slack time.Duration) {
 func (c *clientConn) clearWriteDeadline() {
 	if !c.writeDeadline.IsZero() {
 		c.writeDeadline = time.Time{}
-		_ = c.TCPConn.SetWriteDeadline(time.Time{})
+		_ = c.Conn.SetWriteDeadline(time.Time{})
 	}
 }
 
@@ -266,9 +266,9 @@ func (c *clientConn) handOff() {
 	unread, _ := c.r.Peek(c.r.Buffered())
 	c.clearWriteDeadline()
 	c.mu.Lock() // shutdown may be about to interrupt
-	c.readDeadline.Clear(c.TCPConn)
+	c.readDeadline.Clear(c.Conn)
 	c.mu.Unlock()
-	conn := newReadConn(c.TCPConn, bytes.Clone(unread))
+	conn := newReadConn(c.Conn, bytes.Clone(unread))
 	conn.timedOut, conn.server = c.headTimedOut, c.server
 	var successor *Listener
 	if c.listener.conns.closed.Load() || c.listener.replaced() {
@@ -280,13 +280,13 @@ func (c *clientConn) handOff() {
 	case c.isNew:
 		c.listener.handToNetHTTP(conn)
 	case c.state.Load() == connMoves:
-		c.server.OnEnd(c.TCPConn)
+		c.server.OnEnd(c.Conn)
 		_ = c.Close()
 	case bytes.HasPrefix(unread, []byte(http2Preface)): // net/http would switch to HTTP/2
-		c.server.OnEnd(c.TCPConn)
+		c.server.OnEnd(c.Conn)
 		c.refuse(LateHTTP2)
 	case len(unread) < len(http2Preface): // net/http would wait for the rest of the preface
-		c.server.OnEnd(c.TCPConn)
+		c.server.OnEnd(c.Conn)
 		c.refuse(Malformed)
 	default:
 		c.listener.handToNetHTTP(conn)
@@ -297,7 +297,7 @@ const http2Preface = "PRI * HTTP/2.0"
 
 // refuse responds to input that is not a request that can be served.
 func (c *clientConn) refuse(kind InvalidKind) {
-	c.server.answerInvalid(c.TCPConn, kind)
+	c.server.answerInvalid(c.Conn, kind)
 	c.w.CloseInStages(hostport.AddrPortOf(c.RemoteAddr()).Addr())
 }
 
@@ -330,7 +330,7 @@ func (c *clientConn) shutdown(exits bool) {
 	case exits && c.state.CompareAndSwap(connIdle, connClosed):
 		_ = c.Close()
 	case c.state.CompareAndSwap(connIdle, connMoves):
-		c.readDeadline.Interrupt(c.TCPConn)
+		c.readDeadline.Interrupt(c.Conn)
 	}
 }
 

@@ -77,7 +77,7 @@ func (c *clientConn) startWatch() {
 		return
 	}
 	c.watchDone = make(chan struct{})
-	c.readDeadline.Clear(c.TCPConn)
+	c.readDeadline.Clear(c.Conn)
 	go c.watchDisconnect(c.watchDone)
 }
 
@@ -106,7 +106,7 @@ func (c *clientConn) stopWatch() {
 	c.serving = false
 	watch := c.watchDone
 	if watch != nil {
-		c.readDeadline.Interrupt(c.TCPConn)
+		c.readDeadline.Interrupt(c.Conn)
 	}
 	c.mu.Unlock()
 	if watch != nil {

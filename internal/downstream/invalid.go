@@ -48,7 +48,7 @@ func foreignProtocol(b byte, overTLS bool) (kind InvalidKind, found bool) {
 
 // answerInvalid responds to a client that has sent something else than a request. The caller
 // closes the connection in stages.
-func (s *Server) answerInvalid(conn *net.TCPConn, kind InvalidKind) {
+func (s *Server) answerInvalid(conn net.Conn, kind InvalidKind) {
 	if answer := s.OnInvalid(conn, Invalid{Kind: kind}); answer != nil {
 		_ = conn.SetWriteDeadline(time.Now().Add(lingerIdle))
 		_, _ = conn.Write(answer)

@@ -20,8 +20,8 @@ import (
 // that were read before. It detects requests that net/http refuses without calling a
 // handler.
 type readConn struct {
-	*net.TCPConn
-	in          tcpconn.Prefixed // TCPConn, and what reads return before its bytes
+	net.Conn
+	in          tcpconn.Prefixed // Conn, and what reads return before its bytes
 	timedOut    bool             // reads after the prefix time out
 	server      *Server          // nil: refusals are not detected
 	isFirstRead bool             // the first byte must be checked when it arrives
@@ -35,8 +35,8 @@ type readConn struct {
 }
 
 // newReadConn returns a readConn whose first reads return prefix.
-func newReadConn(tcp *net.TCPConn, prefix []byte) *readConn {
-	return &readConn{TCPConn: tcp, in: tcpconn.Prefixed{Conn: tcp, Prefix: prefix}}
+func newReadConn(conn net.Conn, prefix []byte) *readConn {
+	return &readConn{Conn: conn, in: tcpconn.Prefixed{Conn: conn, Prefix: prefix}}
 }
 
 // ConnState tells the connections that net/http serves what it does with them. It is a
@@ -51,13 +51,13 @@ func ConnState(conn net.Conn, state http.ConnState) {
 // that were read before net/http had it and that net/http has not read.
 func UnwrapHijacked(conn net.Conn) (inner net.Conn, unread []byte) {
 	if c, ok := conn.(*readConn); ok {
-		return c.TCPConn, c.in.Prefix
+		return c.Conn, c.in.Prefix
 	}
 	return conn, nil
 }
 
-// NetConn returns the socket, as the method of tls.Conn does.
-func (c *readConn) NetConn() net.Conn { return c.TCPConn }
+// NetConn returns the connection below, as the method of tls.Conn does.
+func (c *readConn) NetConn() net.Conn { return c.Conn }
 
 func (c *readConn) Read(p []byte) (n int, err error) {
 	if c.timedOut && len(c.in.Prefix) == 0 {
@@ -77,13 +77,13 @@ func (c *readConn) Read(p []byte) (n int, err error) {
 // lines before the first request (RFC 9112 §2.2). n is the number of bytes read into p.
 func (c *readConn) checkFirst(p []byte, n int) (int, error) {
 	if kind, found := foreignProtocol(p[0], c.overTLS); found {
-		c.server.answerInvalid(c.TCPConn, kind)
-		c.server.Lingering.Close(c.TCPConn, hostport.AddrPortOf(c.RemoteAddr()).Addr())
+		c.server.answerInvalid(c.Conn, kind)
+		c.server.Lingering.Close(c.Conn, hostport.AddrPortOf(c.RemoteAddr()).Addr())
 		return 0, io.EOF
 	}
 	for !c.overTLS && n > 0 && p[0] == '\r' && len(p) > 1 {
 		if n == 1 {
-			more, err := c.TCPConn.Read(p[1:])
+			more, err := c.Conn.Read(p[1:])
 			if n += more; err != nil {
 				return n, err
 			}
@@ -93,7 +93,7 @@ func (c *readConn) checkFirst(p []byte, n int) (int, error) {
 		}
 		if n = copy(p, p[2:n]); n == 0 {
 			var err error
-			if n, err = c.TCPConn.Read(p); err != nil {
+			if n, err = c.Conn.Read(p); err != nil {
 				return n, err
 			}
 		}
@@ -107,11 +107,27 @@ func (c *readConn) Write(p []byte) (int, error) {
 	if c.server != nil && !c.overTLS && !c.responded.Swap(true) {
 		if status, detail, ok := isNetHTTPRefusal(p); ok {
 			answer := c.server.OnInvalid(c, Invalid{Status: status, Detail: detail, NoLine: !c.hasLine})
-			_, err := c.TCPConn.Write(answer)
+			_, err := c.Conn.Write(answer)
 			return len(p), err
 		}
 	}
-	return c.TCPConn.Write(p)
+	return c.Conn.Write(p)
+}
+
+// ReadFrom implements io.ReaderFrom.
+func (c *readConn) ReadFrom(r io.Reader) (int64, error) { return readFrom(c.Conn, r) }
+
+// CloseWrite ends what the connection sends.
+func (c *readConn) CloseWrite() error { return c.in.CloseWrite() }
+
+// readFrom copies r to conn. Between two sockets, the kernel does it.
+func readFrom(conn net.Conn, r io.Reader) (int64, error) {
+	if to, ok := conn.(io.ReaderFrom); ok {
+		return to.ReadFrom(r)
+	}
+	buf := tcpconn.GetBuffer()
+	defer buf.Free()
+	return io.CopyBuffer(conn, struct{ io.Reader }{r}, buf[:])
 }
 
 // readListener accepts connections for net/http as readConns.

@@ -53,7 +53,7 @@ func putReader(r *bufio.Reader) {
 func (c *clientConn) resizeReader(size int) {
 	input, _ := c.r.Peek(c.r.Buffered())
 	next := takeReader(size)
-	next.Reset(&tcpconn.Prefixed{Conn: c.TCPConn, Prefix: input})
+	next.Reset(&tcpconn.Prefixed{Conn: c.Conn, Prefix: input})
 	_, _ = next.Peek(len(input)) // copies input, which is the old reader's
 	putReader(c.r)
 	c.r = next

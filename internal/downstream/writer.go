@@ -73,8 +73,8 @@ func (w *Writer) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	w.hijacked = true
 	w.client.stopWatch()
 	w.client.clearWriteDeadline()
-	w.client.readDeadline.Clear(w.client.TCPConn)
-	return w.client.TCPConn, bufio.NewReadWriter(w.client.r, nil), nil
+	w.client.readDeadline.Clear(w.client.Conn)
+	return w.client.Conn, bufio.NewReadWriter(w.client.r, nil), nil
 }
 
 // SetWriteDeadline implements the method that http.ResponseController calls. It ignores the
@@ -95,7 +95,7 @@ func (w *Writer) Takeover(run func()) { w.takeover = run }
 func (w *Writer) CloseInStages(client netip.Addr) { w.lingers, w.sender = true, client }
 
 // Conn returns the client's connection. Nothing may be read from it or written to it.
-func (w *Writer) Conn() *net.TCPConn { return w.client.TCPConn }
+func (w *Writer) Conn() net.Conn { return w.client.Conn }
 
 // Status returns the status of the response; 0 if its header is not written yet.
 func (w *Writer) Status() int { return w.status }
@@ -212,7 +212,7 @@ func (w *Writer) ReadFrom(r io.Reader) (int64, error) {
 		r = io.LimitReader(r, left) // the kernel copies only below a single LimitedReader
 	}
 	w.client.startWriteIdleTimeout()
-	n, err := w.client.ReadFrom(r)
+	n, err := readFrom(w.client.Conn, r)
 	w.written += n
 	return n, err
 }
@@ -269,7 +269,7 @@ func (w *Writer) send(p []byte, last bool) error {
 	} else {
 		w.vector = [...][]byte{b, p, []byte(chunkEnd)}
 		w.vectors = w.vector[:]
-		_, err = w.vectors.WriteTo(w.client.TCPConn)
+		_, err = w.vectors.WriteTo(w.client.Conn)
 		w.vector = [3][]byte{}
 	}
 	return err
