@@ -109,6 +109,7 @@ type accessEntry struct {
 	clientIP string        // "": unknown
 	userID   string
 	duration time.Duration
+	read     int64 // bytes of the request's content
 	size     int64 // of the response's content
 	status   int   // 0: no response
 	response http.Header
@@ -137,7 +138,7 @@ func (e *accessEntry) nameClient(r *http.Request) {
 
 // finish adds the client, if a trusted proxy named it, and the response to the entry.
 func (e *accessEntry) finish(r *http.Request, w *downstream.Writer) *accessEntry {
-	e.size, e.status, e.response = w.Written(), w.Status(), w.Header()
+	e.read, e.size, e.status, e.response = w.ContentRead(), w.Written(), w.Status(), w.Header()
 	e.nameClient(r)
 	if v, ok := downstream.Attached(r).(*transaction); ok {
 		e.userID = v.user
@@ -164,7 +165,7 @@ func (l *accessLog) write(e *accessEntry) {
 		if fields == nil {
 			fields = []zapcore.Field{
 				zap.Object("request", e),
-				zap.Int("bytes_read", 0), // requests with content are Caddy's server's
+				zap.Int64("bytes_read", e.read),
 				zap.String("user_id", e.userID),
 				zap.Duration("duration", e.duration),
 				zap.Int64("size", e.size),

@@ -147,6 +147,10 @@ func hijack(w http.ResponseWriter) (conn net.Conn, early []byte, err error) {
 // resetConnection resets an HTTP/1 connection, so that the client does not take the response
 // for complete.
 func resetConnection(w http.ResponseWriter) {
+	if fast := downstream.WriterOf(w); fast != nil {
+		fast.ResetAtEnd()
+		return
+	}
 	if conn, _, err := hijack(w); err == nil {
 		_ = tunnel.NewConnEnd(conn).Abort()
 	}

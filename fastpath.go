@@ -26,7 +26,7 @@ func init() { caddy.RegisterModule(ListenerWrapper{}) }
 
 // ListenerWrapper lets a server's async_proxy serve client connections itself, below Go's
 // and Caddy's HTTP servers, with about 30 % less CPU. It hands everything else to those:
-// TLS, HTTP/2, requests with content, and all connections of a server where something else
+// TLS, HTTP/2, requests for the server itself, and all connections of a server where something else
 // takes part in connections or requests, such as another listener wrapper or a handler before
 // the proxy. It writes the entries of Caddy's access log, observes Caddy's metrics and calls the
 // error routes as Caddy's server does.
@@ -116,6 +116,7 @@ func newFastPath(ctx caddy.Context, app *caddyhttp.App, p *proxy, server *caddyh
 
 		ReadHeaderTimeout: time.Duration(server.ReadHeaderTimeout),
 		IdleTimeout:       time.Duration(server.IdleTimeout),
+		ReadIdleTimeout:   time.Duration(server.ReadIdleTimeout),
 		WriteIdleTimeout:  time.Duration(server.WriteIdleTimeout),
 
 		MaxHeaderBytes: cmp.Or(server.MaxHeaderBytes, http.DefaultMaxHeaderBytes),

@@ -18,6 +18,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"golang.org/x/net/http/httpguts"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
@@ -233,8 +234,8 @@ func checkFrames(out *origin.Request) error {
 //   - the client speaks HTTP/1.0, with which a proxy keeps no connection (RFC 9112 §9.3),
 //   - the request body was not read to its end, as net/http would look for the next
 //     request in the rest of it,
-//   - the body was chunked: with a Content-Length as well, RFC 9112 §6.1 requires
-//     closing, and net/http does not say whether there was one.
+//   - the body was chunked and net/http has read the head: with a Content-Length as well, RFC 9112
+//     §6.1 requires closing, and net/http does not say whether there was one.
 func isLastOnConnection(r *http.Request, out *origin.Request) bool {
 	switch {
 	case r.ProtoMajor > 1:
@@ -242,7 +243,7 @@ func isLastOnConnection(r *http.Request, out *origin.Request) bool {
 	case r.ProtoMinor == 0:
 		return true
 	}
-	return out.Body != nil && !out.Body.IsRead()
+	return out.Body != nil && !out.Body.IsRead(downstream.Serves(r))
 }
 
 // originForm returns the path and query of r's target exactly as the client wrote them.

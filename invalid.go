@@ -166,14 +166,11 @@ func describeInvalid(what downstream.Invalid) (reason invalidReason, status, tex
 		return invalidPlainHTTP, badRequest, "Client sent an HTTP request to an HTTPS server. This proxy speaks TLS on this port: use https:// in the proxy URL."
 	case downstream.LateHTTP2:
 		return invalidMalformed, badRequest, "HTTP/2 cannot start after HTTP/1 requests on the same connection."
-	case downstream.Malformed:
-		return invalidMalformed, badRequest, "This is not a well-formed HTTP request."
 	}
 	return describeRefusal(what)
 }
 
-// describeRefusal is describeInvalid for requests that net/http refuses. The response says more
-// than net/http's.
+// describeRefusal is describeInvalid for requests that are malformed, too large or not supported.
 func describeRefusal(what downstream.Invalid) (reason invalidReason, status, text string) {
 	reason, status = invalidUnknown, what.Status
 	switch status[:3] {
@@ -182,6 +179,8 @@ func describeRefusal(what downstream.Invalid) (reason invalidReason, status, tex
 		if what.Detail != "" {
 			text = "This is not a well-formed HTTP request: " + what.Detail + "."
 		}
+	case "408":
+		reason, text = invalidMalformed, "The head of this request has not arrived in time."
 	case "431":
 		reason, text = invalidTooLarge, "The header fields of this request are too large for this proxy."
 		if what.NoLine {

@@ -42,6 +42,7 @@ type rule struct {
 	// fields, names that are not, the body and the trailers; or a response that is cut off.
 	interim   []string
 	status    int
+	orStatus  int // if the client gets this instead, the origin must get nothing
 	clientHas []string
 	clientNot []string
 	body      string
@@ -80,10 +81,10 @@ var rules = []rule{
 
 	// RFC 9112 §6: message body.
 	{name: "content of known length", rfc: "9112 §6.2", send: "POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nContent-Length: 5\n\nhello", line: "POST / HTTP/1.1", has: []string{"Content-Length: 5"}, hasNot: []string{"Transfer-Encoding"}, content: "hello"},
-	{name: "content in chunks", rfc: "9112 §7.1", send: "POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nTransfer-Encoding: chunked\n\n5\nhello\n0\n\n", line: "POST / HTTP/1.1", has: []string{"Transfer-Encoding: chunked"}, hasNot: []string{"Content-Length"}, content: "hello", mustClose: true},
+	{name: "content in chunks", rfc: "9112 §7.1", send: "POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nTransfer-Encoding: chunked\n\n5\nhello\n0\n\n", line: "POST / HTTP/1.1", has: []string{"Transfer-Encoding: chunked"}, hasNot: []string{"Content-Length"}, content: "hello"},
 	{name: "no content", rfc: "9112 §6.3", send: "POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nContent-Length: 0\n\n", line: "POST / HTTP/1.1", has: []string{"Content-Length: 0"}, hasNot: []string{"Transfer-Encoding"}},
-	{name: "length and chunks", rfc: "9112 §6.3", send: "POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nContent-Length: 3\nTransfer-Encoding: chunked\n\n5\nhello\n0\n\n", line: "POST / HTTP/1.1", has: []string{"Transfer-Encoding: chunked"}, hasNot: []string{"Content-Length"}, content: "hello", mustClose: true},
-	{name: "chunks in HTTP/1.0", rfc: "9112 §6.1", send: "POST http://ORIGIN/ HTTP/1.0\nHost: ORIGIN\nConnection: keep-alive\nTransfer-Encoding: chunked\n\n0\n\nGET http://ORIGIN/evil HTTP/1.0\nHost: ORIGIN\n\n", line: "POST / HTTP/1.1", mustClose: true},
+	{name: "length and chunks", rfc: "9112 §6.3", send: "POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nContent-Length: 3\nTransfer-Encoding: chunked\n\n5\nhello\n0\n\n", line: "POST / HTTP/1.1", has: []string{"Transfer-Encoding: chunked"}, hasNot: []string{"Content-Length"}, content: "hello", orStatus: 400, mustClose: true},
+	{name: "chunks in HTTP/1.0", rfc: "9112 §6.1", send: "POST http://ORIGIN/ HTTP/1.0\nHost: ORIGIN\nConnection: keep-alive\nTransfer-Encoding: chunked\n\n0\n\nGET http://ORIGIN/evil HTTP/1.0\nHost: ORIGIN\n\n", line: "POST / HTTP/1.1", orStatus: 400, mustClose: true},
 	{name: "invalid chunks in a request", rfc: "9112 §7.1", send: "POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nTransfer-Encoding: chunked\n\n5\nhello\nzz\nGET http://ORIGIN/evil HTTP/1.1\nHost: ORIGIN\n\n", line: "-", status: 400, mustClose: true},
 	{name: "contradicting lengths", rfc: "9112 §6.3", send: "POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nContent-Length: 3\nContent-Length: 5\n\nhello", line: "-", status: 400, mustClose: true},
 	{name: "unknown coding", rfc: "9112 §6.1", send: "POST http://ORIGIN/ HTTP/1.1\nHost: ORIGIN\nTransfer-Encoding: gzip, chunked\n\n5\nhello\n0\n\n", line: "-", status: 501, mustClose: true},
@@ -264,7 +265,7 @@ func (rule rule) run(c *rawConn, origin *ruleOrigin, timeout time.Duration) (d d
 }
 
 // checkResponse checks what the client got.
-func (rule rule) checkResponse(d *differences, c *rawConn, fill func(string) string) {
+func (rule *rule) checkResponse(d *differences, c *rawConn, fill func(string) string) {
 	method, _, _ := strings.Cut(rule.send, " ")
 	var interim []string
 	var res *http.Response
@@ -287,6 +288,9 @@ func (rule rule) checkResponse(d *differences, c *rawConn, fill func(string) str
 	}
 	if !slices.Equal(interim, rule.interim) {
 		d.add("interim responses %q, want %q", interim, rule.interim)
+	}
+	if res.StatusCode == rule.orStatus {
+		rule.status, rule.line = rule.orStatus, "-"
 	}
 	want := rule.status
 	if want == 0 {

@@ -42,12 +42,15 @@ type clientConn struct {
 	readDeadline  tcpconn.ReadDeadline
 	writeDeadline time.Time // current write deadline; zero: none
 	isNew         bool      // no request has been read yet
-	headTimedOut  bool      // the request head timed out before it was complete
 	state         atomic.Int32
 
-	mu        sync.Mutex
-	serving   bool          // a request is being served
-	watchDone chan struct{} // closed when watchDisconnect returns; nil: it is not running
+	content *content // of the current request; nil: it has none
+
+	mu          sync.Mutex
+	serving     bool          // a request is being served
+	reading     bool          // its content is still being read
+	watchWanted bool          // watchDisconnect runs once the content has been read
+	watchDone   chan struct{} // closed when watchDisconnect returns; nil: it is not running
 }
 
 // States of a clientConn. A new one that is idle is pristine.
@@ -80,13 +83,16 @@ func (c *clientConn) start() {
 
 // newRequest returns a request with the fields set that are the same for all requests of the
 // connection.
-func (c *clientConn) newRequest(method string) *http.Request {
-	if method != http.MethodConnect && c.out == &c.w && c.server.Wrap != nil {
+func (c *clientConn) newRequest(line requestLine) *http.Request {
+	if line.method != http.MethodConnect && c.out == &c.w && c.server.Wrap != nil {
 		c.ctx, c.out = c.server.Wrap(c.ctx, &c.w)
 	}
 	ctx := &requestContext{Context: c.ctx, conn: c}
 	ctx.r = blankRequest.WithContext(ctx)
-	ctx.r.Method, ctx.r.RemoteAddr = method, c.remote
+	ctx.r.Method, ctx.r.RemoteAddr = line.method, c.remote
+	if line.version != blankRequest.Proto {
+		ctx.r.Proto, ctx.r.ProtoMinor = line.version, int(line.version[len("HTTP/1.")]-'0')
+	}
 	return ctx.r
 }
 
@@ -113,6 +119,9 @@ func (c *clientConn) serve() (takeover func()) {
 		c.cancel()
 		if !handedOff {
 			c.server.OnEnd(c.Conn)
+		}
+		if socket := tcpconn.Of(c.Conn); c.w.resets && socket != nil {
+			_ = socket.SetLinger(0)
 		}
 		if !handedOff && !c.w.hijacked && !c.w.lingers {
 			_ = c.Close()
@@ -161,14 +170,21 @@ func (c *clientConn) markUsed() {
 // serveRequest serves a request and reports whether the connection can serve another one.
 func (c *clientConn) serveRequest(r *http.Request) bool {
 	c.mu.Lock()
-	c.serving = true
+	c.serving, c.reading, c.watchWanted = true, c.content != nil, false
 	c.mu.Unlock()
-	c.w.reset(r.Method == http.MethodHead, r.Close)
+	c.w.reset(r)
 	c.server.Handle(c.out, r)
 	if c.w.hijacked {
 		return false
 	}
 	c.stopWatch()
+	if c.content != nil && !c.content.body.Ended {
+		c.w.closes = true // what is left of the content is not a request
+		if !c.w.lingers {
+			c.w.CloseInStages(hostport.AddrPortOf(c.RemoteAddr()).Addr())
+		}
+	}
+	c.content = nil
 	err := c.w.finish()
 	// A client whose next request is always there already would keep the processor for the
 	// 10 ms after which the scheduler takes it away, while the others wait.
@@ -192,26 +208,30 @@ func (c *clientConn) nextRequest() (r *http.Request, handOff bool) {
 			return nil, c.state.Load() == connMoves
 		}
 	}
-	length, err := c.readHead()
+	length, reason, err := c.readHead()
 	if !c.state.CompareAndSwap(connIdle, connBusy) {
 		return nil, c.state.Load() == connMoves
 	}
-	c.headTimedOut = errors.Is(err, os.ErrDeadlineExceeded) && c.r.Buffered() > 0
-	if err != nil && !c.headTimedOut {
+	if errors.Is(err, os.ErrDeadlineExceeded) && c.r.Buffered() > 0 {
+		reason = &Invalid{Kind: Refused, Status: "408 Request Timeout", Detail: "its head has not arrived in time"}
+	} else if err != nil {
 		return nil, false
 	}
-	if length < 0 && c.isNew && c.refuseFirstByte() {
+	if reason == nil && c.listener.replaced() {
+		return nil, true
+	}
+	if reason == nil {
+		head, _ := c.r.Peek(length)
+		r, reason = c.parse(string(head))
+	}
+	if reason != nil {
+		c.refuse(*reason)
 		return nil, false
 	}
-	if length < 0 || c.listener.replaced() {
-		return nil, true
+	if r != nil {
+		_, _ = c.r.Discard(length + len(h1.HeadEnd)) // never fails: it is buffered
 	}
-	head, _ := c.r.Peek(length)
-	if r = c.parse(string(head)); r == nil {
-		return nil, true
-	}
-	_, _ = c.r.Discard(length + len(h1.HeadEnd)) // never fails: it is buffered
-	return r, false
+	return r, r == nil
 }
 
 // enterIdle marks the connection idle, which lets shutdown close or move it. It returns
@@ -269,7 +289,7 @@ func (c *clientConn) handOff() {
 	c.readDeadline.Clear(c.Conn)
 	c.mu.Unlock()
 	conn := newReadConn(c.Conn, bytes.Clone(unread))
-	conn.timedOut, conn.server = c.headTimedOut, c.server
+	conn.server = c.server
 	var successor *Listener
 	if c.listener.conns.closed.Load() || c.listener.replaced() {
 		successor = c.listener.successor()
@@ -284,10 +304,7 @@ func (c *clientConn) handOff() {
 		_ = c.Close()
 	case bytes.HasPrefix(unread, []byte(http2Preface)): // net/http would switch to HTTP/2
 		c.server.OnEnd(c.Conn)
-		c.refuse(LateHTTP2)
-	case len(unread) < len(http2Preface): // net/http would wait for the rest of the preface
-		c.server.OnEnd(c.Conn)
-		c.refuse(Malformed)
+		c.refuse(Invalid{Kind: LateHTTP2})
 	default:
 		c.listener.handToNetHTTP(conn)
 	}
@@ -295,24 +312,16 @@ func (c *clientConn) handOff() {
 
 const http2Preface = "PRI * HTTP/2.0"
 
-// refuse responds to input that is not a request that can be served.
-func (c *clientConn) refuse(kind InvalidKind) {
-	c.server.answerInvalid(c.Conn, kind)
+// refuse responds to input that is not a request that can be served. The first byte of a
+// connection may tell that the client speaks another protocol.
+func (c *clientConn) refuse(what Invalid) {
+	if first, _ := c.r.Peek(min(1, c.r.Buffered())); c.isNew && len(first) > 0 {
+		if kind, found := foreignProtocol(first[0], false); found {
+			what = Invalid{Kind: kind}
+		}
+	}
+	c.server.answerInvalid(c.Conn, what)
 	c.w.CloseInStages(hostport.AddrPortOf(c.RemoteAddr()).Addr())
-}
-
-// refuseFirstByte refuses a client whose first byte is not HTTP, and reports whether it has
-// done so.
-func (c *clientConn) refuseFirstByte() bool {
-	first, _ := c.r.Peek(min(1, c.r.Buffered()))
-	if len(first) == 0 {
-		return false
-	}
-	kind, found := foreignProtocol(first[0], false)
-	if found {
-		c.refuse(kind)
-	}
-	return found
 }
 
 // isShuttingDown reports whether the server is shutting down and no other listener can serve the

@@ -69,12 +69,16 @@ func (c *requestContext) Value(key any) any {
 	return c.prepared.Value(key)
 }
 
-// startWatch starts to watch for the client's disconnect while a request is served.
+// startWatch starts to watch for the client's disconnect while a request is served, once its content
+// has been read.
 func (c *clientConn) startWatch() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if !c.serving || c.watchDone != nil {
 		return
+	}
+	if c.watchWanted = c.reading; c.reading {
+		return // the content's reads notice a disconnect
 	}
 	c.watchDone = make(chan struct{})
 	c.readDeadline.Clear(c.Conn)

@@ -147,7 +147,7 @@ func TestClientConnLateWatch(t *testing.T) {
 	near, far := tcpPair(t)
 	c := newClientConn(unitListener(nil), newReadConn(near, nil), false)
 	c.start()
-	ctx := c.newRequest(http.MethodGet).Context()
+	ctx := c.newRequest(requestLine{method: http.MethodGet, version: "HTTP/1.1"}).Context()
 	early := ctx.Done()
 	const requests = 100
 	var late sync.WaitGroup

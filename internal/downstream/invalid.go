@@ -14,7 +14,8 @@ import (
 type Invalid struct {
 	Kind InvalidKind
 
-	// Of Refused: the status that net/http gives, and what it says is wrong.
+	// Of Refused: the status of the response, and what is wrong, in the words of net/http if it is
+	// net/http that refuses.
 	Status, Detail string
 	NoLine         bool // not even the request line has arrived
 }
@@ -24,8 +25,7 @@ type InvalidKind int
 
 // What a client has sent.
 const (
-	Refused   InvalidKind = iota // a request that net/http refuses
-	Malformed                    // not a well-formed request
+	Refused   InvalidKind = iota // a request that is malformed, too large or not supported
 	LateHTTP2                    // HTTP/2 after requests of HTTP/1
 	TLS                          // TLS on a port without TLS
 	SOCKS                        // SOCKS 4 or 5
@@ -48,8 +48,8 @@ func foreignProtocol(b byte, overTLS bool) (kind InvalidKind, found bool) {
 
 // answerInvalid responds to a client that has sent something else than a request. The caller
 // closes the connection in stages.
-func (s *Server) answerInvalid(conn net.Conn, kind InvalidKind) {
-	if answer := s.OnInvalid(conn, Invalid{Kind: kind}); answer != nil {
+func (s *Server) answerInvalid(conn net.Conn, what Invalid) {
+	if answer := s.OnInvalid(conn, what); answer != nil {
 		_ = conn.SetWriteDeadline(time.Now().Add(lingerIdle))
 		_, _ = conn.Write(answer)
 	}

@@ -8,7 +8,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"os"
 	"reflect"
 	"sync/atomic"
 
@@ -22,7 +21,6 @@ import (
 type readConn struct {
 	net.Conn
 	in          tcpconn.Prefixed // Conn, and what reads return before its bytes
-	timedOut    bool             // reads after the prefix time out
 	server      *Server          // nil: refusals are not detected
 	isFirstRead bool             // the first byte must be checked when it arrives
 	overTLS     bool             // the connection carries TLS
@@ -60,9 +58,6 @@ func UnwrapHijacked(conn net.Conn) (inner net.Conn, unread []byte) {
 func (c *readConn) NetConn() net.Conn { return c.Conn }
 
 func (c *readConn) Read(p []byte) (n int, err error) {
-	if c.timedOut && len(c.in.Prefix) == 0 {
-		return 0, os.ErrDeadlineExceeded
-	}
 	if n, err = c.in.Read(p); c.isFirstRead && n > 0 {
 		c.isFirstRead = false
 		n, err = c.checkFirst(p, n)
@@ -77,7 +72,7 @@ func (c *readConn) Read(p []byte) (n int, err error) {
 // lines before the first request (RFC 9112 §2.2). n is the number of bytes read into p.
 func (c *readConn) checkFirst(p []byte, n int) (int, error) {
 	if kind, found := foreignProtocol(p[0], c.overTLS); found {
-		c.server.answerInvalid(c.Conn, kind)
+		c.server.answerInvalid(c.Conn, Invalid{Kind: kind})
 		c.server.Lingering.Close(c.Conn, hostport.AddrPortOf(c.RemoteAddr()).Addr())
 		return 0, io.EOF
 	}

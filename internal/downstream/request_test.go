@@ -22,10 +22,10 @@ func TestRequestLinesAreReadOnce(t *testing.T) {
 	c.r = bufio.NewReaderSize(iotest.OneByteReader(strings.NewReader(head)), 4<<10)
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
-	n, err := c.readHead()
+	n, reason, err := c.readHead()
 	runtime.ReadMemStats(&after)
-	if n != len(head)-len(h1.HeadEnd) || err != nil {
-		t.Errorf("a head of %d bytes, %v", n, err)
+	if n != len(head)-len(h1.HeadEnd) || reason != nil || err != nil {
+		t.Errorf("a head of %d bytes, %v, %v", n, reason, err)
 	}
 	if took := after.TotalAlloc - before.TotalAlloc; took > 2<<20 {
 		t.Errorf("a head of %d bytes allocates %d bytes", len(head), took)

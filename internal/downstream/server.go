@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package downstream serves client connections below net/http, and hands on what it does not
-// serve. It offers Listen, which calls a Server's functions for requests without content and for
-// CONNECT, and gives all other connections to net/http, whose refusals it replaces. It knows
+// serve. It offers Listen, which calls a Server's functions for requests to the proxy, refuses what is
+// malformed, and gives all other connections to net/http, whose refusals it replaces. It knows
 // neither Caddy nor what a request is for, and no tunnels: a handler that hijacks a connection may
 // have it taken over.
 //
@@ -60,11 +60,11 @@ type Server struct {
 	Wrap func(ctx context.Context, w *Writer) (context.Context, http.ResponseWriter)
 
 	// ReadHeaderTimeout limits how long a request head may take, IdleTimeout how long a client
-	// may take to begin one, and WriteIdleTimeout each write. 0: no limit.
-	ReadHeaderTimeout, IdleTimeout, WriteIdleTimeout time.Duration
+	// may take to begin one, ReadIdleTimeout each read of content, and WriteIdleTimeout each
+	// write. 0: no limit.
+	ReadHeaderTimeout, IdleTimeout, ReadIdleTimeout, WriteIdleTimeout time.Duration
 
-	// MaxHeaderBytes limits the length of a request head. A longer one is for net/http, which
-	// must have the same limit.
+	// MaxHeaderBytes limits the length of a request head. A longer one is refused.
 	MaxHeaderBytes int
 
 	Listeners *Listeners // of the program

@@ -26,9 +26,11 @@ type Writer struct {
 	client   *clientConn
 	header   http.Header
 	head     bool // the request is HEAD
+	isHTTP10 bool // the request is one of HTTP/1.0
 	closes   bool // the connection ends after this response
 	hijacked bool
 	takeover func()     // has the connection after the handler has returned; nil: nothing
+	resets   bool       // reset the connection when it ends
 	lingers  bool       // close the connection in stages
 	sender   netip.Addr // the client, if lingers is set
 
@@ -53,11 +55,11 @@ const maxPendingContent = 2 << 10
 // maxKeptBuffer is the largest buffer that is kept for the next response.
 const maxKeptBuffer = 16 << 10
 
-// reset resets the writer for the response to the next request. head says that the request
-// is HEAD, closes that the connection closes after the response.
-func (w *Writer) reset(head, closes bool) {
+// reset resets the writer for the response to the next request.
+func (w *Writer) reset(r *http.Request) {
 	w.header = make(http.Header, 8)
-	w.head, w.closes, w.lingers, w.onHeader = head, closes, false, nil
+	w.head, w.isHTTP10, w.closes = r.Method == http.MethodHead, r.ProtoMinor == 0, r.Close
+	w.lingers, w.onHeader = false, nil
 	w.status, w.length, w.written, w.headerSent, w.chunked, w.trailer = 0, -1, 0, false, false, nil
 	w.pending = w.pending[:0]
 }
@@ -86,6 +88,30 @@ func (w *Writer) SetWriteDeadline(t time.Time) error {
 	return nil
 }
 
+// SetReadDeadline implements the method that http.ResponseController calls. A time that has passed
+// stops reads of the content. Other times are not supported: each read has a deadline of its own.
+func (w *Writer) SetReadDeadline(t time.Time) error {
+	if t.IsZero() || t.After(time.Now()) {
+		return http.ErrNotSupported
+	}
+	if content := w.client.content; content != nil {
+		content.stop()
+	}
+	return nil
+}
+
+// EnableFullDuplex implements the method that http.ResponseController calls. The content of a
+// request can always be read while the response is written.
+func (w *Writer) EnableFullDuplex() error { return nil }
+
+// ContentRead returns how many bytes of the request's content have been read.
+func (w *Writer) ContentRead() int64 {
+	if w.client.content == nil {
+		return 0
+	}
+	return w.client.content.read.Load()
+}
+
 // Takeover has run called when the handler has returned and nothing is left on the stack that
 // only the request needed. The handler must have hijacked the connection, which is run's.
 func (w *Writer) Takeover(run func()) { w.takeover = run }
@@ -93,6 +119,10 @@ func (w *Writer) Takeover(run func()) { w.takeover = run }
 // CloseInStages has the connection closed in stages after the response, because the client may
 // still be sending.
 func (w *Writer) CloseInStages(client netip.Addr) { w.lingers, w.sender = true, client }
+
+// ResetAtEnd has the connection reset when it ends, so that the client does not take the response
+// for complete.
+func (w *Writer) ResetAtEnd() { w.resets, w.lingers = true, false }
 
 // Conn returns the client's connection. Nothing may be read from it or written to it.
 func (w *Writer) Conn() net.Conn { return w.client.Conn }
@@ -292,16 +322,16 @@ func (w *Writer) appendHead(b []byte, content int64, last bool) []byte {
 	case w.length >= 0 || w.head:
 	case last && !trailers:
 		addLength = true // Content-Length is added below
-	default:
-		w.chunked = true
+	default: // HTTP/1.0 has no chunks: the end of the connection ends the content
+		w.chunked = !w.isHTTP10
 	}
 	if connection := w.header["Connection"]; w.client.isShuttingDown() || len(connection) > 0 && connection[0] == "close" {
 		w.closes = true
 	}
-	if w.closes && !httpguts.HeaderValuesContainsToken(w.header["Connection"], "close") {
+	if w.closes && !w.isHTTP10 && !httpguts.HeaderValuesContainsToken(w.header["Connection"], "close") {
 		w.header["Connection"] = []string{"close"}
 	}
-	b = w.appendFields(h1.AppendStatusLine(b, w.status))
+	b = w.appendFields(w.appendStatusLine(b))
 	if _, ok := w.header["Date"]; !ok {
 		b = append(b, "Date: "...)
 		b = time.Now().UTC().AppendFormat(b, http.TimeFormat)
@@ -316,6 +346,14 @@ func (w *Writer) appendHead(b []byte, content int64, last bool) []byte {
 		b = append(b, "Transfer-Encoding: chunked\r\n"...)
 	}
 	return append(b, "\r\n"...)
+}
+
+func (w *Writer) appendStatusLine(b []byte) []byte {
+	start := len(b)
+	if b = h1.AppendStatusLine(b, w.status); w.isHTTP10 {
+		b[start+len("HTTP/1.")] = '0'
+	}
+	return b
 }
 
 // appendFields appends the fields, sorted by name.

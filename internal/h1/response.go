@@ -141,7 +141,7 @@ func parseStatusLine(res *http.Response, line string) error {
 // parseFields parses field lines, each of which ends with \n.
 func parseFields(lines string) (http.Header, error) {
 	if strings.IndexByte(lines, 0) >= 0 || strings.IndexByte(lines, '\r') >= 0 {
-		return nil, ProtocolError("a field of the response contains a NUL or a bare CR")
+		return nil, ProtocolError("a field contains a NUL or a bare CR")
 	}
 	n := strings.Count(lines, "\n")
 	if n > MaxFields {
@@ -154,7 +154,7 @@ func parseFields(lines string) (http.Header, error) {
 		key, value, found := strings.Cut(line, ":")
 		key = strings.TrimRight(key, " \t") // RFC 9112 §5.1
 		if !found || !httpguts.ValidHeaderFieldName(key) {
-			return nil, ProtocolError(fmt.Sprintf("the response has the malformed field line %.60q", line))
+			return nil, ProtocolError(fmt.Sprintf("the field line %.60q is malformed", line))
 		}
 		value = strings.Trim(value, " \t")
 		if isFolded(lines) {
@@ -285,14 +285,28 @@ func announcedTrailers(h http.Header) http.Header {
 	return trailer
 }
 
-// Body is the body of a response, as its framing delimits it.
+// Body is the content of a message, as its framing delimits it.
 type Body struct {
 	R         *bufio.Reader
 	Remaining int64             // bytes left to read; < 0: unknown
 	chunks    *ChunkReader      // nil: not chunked
 	trailers  func(http.Header) // receives the trailers of a chunked body
 	Ended     bool              // read to its end
-	Head      int               // size of the response head in bytes
+	Head      int               // size of a response's head in bytes
+}
+
+// Delimit makes b the content of a request, which r reads. length is its length; < 0: it is
+// chunked. Trailers are added to trailer, unless that is nil.
+func (b *Body) Delimit(r *bufio.Reader, length int64, trailer http.Header) {
+	*b = Body{R: r, Remaining: length}
+	if length < 0 {
+		b.chunks = &ChunkReader{R: r}
+		b.trailers = func(fields http.Header) {
+			if trailer != nil {
+				maps.Copy(trailer, fields)
+			}
+		}
+	}
 }
 
 // Read implements io.Reader. It returns io.ErrUnexpectedEOF if the connection ends before

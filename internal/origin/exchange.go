@@ -149,25 +149,28 @@ func (x *Exchange) try(fresh bool) (*http.Response, error) {
 	}
 }
 
-// sendRequest sends the head of the request, and starts to send its body.
+// sendRequest sends the head of the request, and starts to send its body. A body that has arrived
+// already is sent with the head, which costs neither a goroutine nor another write.
 func (x *Exchange) sendRequest(fresh bool) (err error) {
 	if x.conn, err = x.connect(fresh); err != nil {
 		return err
 	}
-	if x.Request.Body != nil {
+	waits := httpguts.HeaderValuesContainsToken(x.Request.Header["Expect"], "100-continue")
+	whole := x.Request.Body == nil || !waits && x.Request.Body.hasArrived()
+	if !whole {
 		x.watchDisconnect()
 	}
 	start := time.Now()
-	if err := x.writeHead(); err != nil {
+	if err := x.writeHead(whole); err != nil {
 		return err
 	}
-	if x.Request.Body == nil {
+	if whole {
 		x.conn.clock.reset(start)
 		return nil
 	}
 	x.conn.clock.reset(time.Time{})
 	x.sender = newBodySender(x.conn, x.Request)
-	if httpguts.HeaderValuesContainsToken(x.Request.Header["Expect"], "100-continue") {
+	if waits {
 		x.sendBodyAt = start.Add(continueTimeout)
 	} else {
 		x.sendBody()
@@ -338,8 +341,8 @@ func (e *DialError) Unwrap() error { return e.error }
 // requestHeadPool is a pool of buffers for request heads.
 var requestHeadPool = sync.Pool{New: func() any { b := make([]byte, 0, 4<<10); return &b }}
 
-// writeHead sends the head of a request in one write.
-func (x *Exchange) writeHead() error {
+// writeHead sends the head of a request in one write, and its body too if whole is set.
+func (x *Exchange) writeHead(whole bool) error {
 	out := x.Request
 	pooled := requestHeadPool.Get().(*[]byte)
 	b := (*pooled)[:0]
@@ -373,7 +376,13 @@ func (x *Exchange) writeHead() error {
 		}
 	}
 	b = append(b, "\r\n"...)
-	err := x.send(b)
+	var err error
+	if whole && out.Body != nil {
+		b, err = out.Body.appendTo(b)
+	}
+	if err == nil {
+		err = x.send(b)
+	}
 	if cap(b) <= 64<<10 {
 		*pooled = b
 		requestHeadPool.Put(pooled)

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/http"
 	"net/netip"
+	"slices"
 	"sync/atomic"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
@@ -60,6 +61,7 @@ type RequestBody struct {
 	Reader  io.Reader
 	Length  int64        // < 0: unknown, so the body is sent in chunks
 	read    atomic.Int64 // bytes read so far
+	ended   atomic.Bool  // its end has been read
 	Count   func(n int64)
 	failure atomic.Pointer[RequestBodyError]
 }
@@ -74,6 +76,8 @@ func (b *RequestBody) Read(p []byte) (int, error) {
 		n, err = 0, errors.New("the content is longer than its Content-Length")
 	case err == io.EOF && b.Length >= 0 && read < b.Length:
 		err = io.ErrUnexpectedEOF
+	case err == io.EOF:
+		b.ended.Store(true)
 	}
 	if err != nil && err != io.EOF {
 		failed := &RequestBodyError{err}
@@ -83,8 +87,25 @@ func (b *RequestBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// IsRead reports whether all of a body of known length has been read.
-func (b *RequestBody) IsRead() bool { return b.Length >= 0 && b.read.Load() >= b.Length }
+// appendTo appends all of a body of known length to p.
+func (b *RequestBody) appendTo(p []byte) ([]byte, error) {
+	start := len(p)
+	p = slices.Grow(p, int(b.Length))[:start+int(b.Length)]
+	_, err := io.ReadFull(b, p[start:])
+	return p, err
+}
+
+// IsRead reports whether all of the body has been read. chunks says whether it may be true of a
+// body of unknown length.
+func (b *RequestBody) IsRead(chunks bool) bool {
+	return b.Length >= 0 && b.read.Load() >= b.Length || chunks && b.ended.Load()
+}
+
+// hasArrived reports whether the whole body can be read without waiting for the client.
+func (b *RequestBody) hasArrived() bool {
+	content, ok := b.Reader.(interface{ Arrived() bool })
+	return ok && content.Arrived()
+}
 
 // failed returns the client's failure, if there was one.
 func (b *RequestBody) failed() error {

@@ -1,0 +1,144 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package downstream
+
+import (
+	"io"
+	"net/http"
+	"os"
+	"strings"
+	"sync/atomic"
+
+	"golang.org/x/net/http/httpguts"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
+)
+
+// frame determines where the content of a request ends (RFC 9112 §6.3), and sets the request's
+// body. It returns the reason to refuse a request whose end is not certain: another server might
+// find it elsewhere.
+func (c *clientConn) frame(r *http.Request) *Invalid {
+	length, reason := contentLength(r.Header["Content-Length"])
+	if reason != nil {
+		return reason
+	}
+	chunked := false
+	if codings, found := r.Header["Transfer-Encoding"]; found {
+		switch {
+		case r.ProtoMinor == 0:
+			return badRequest("HTTP/1.0 has no Transfer-Encoding")
+		case len(codings) > 1 || !strings.EqualFold(codings[0], "chunked"):
+			return &Invalid{Kind: Refused, Status: "501 Not Implemented", Detail: "Unsupported transfer encoding"}
+		case length >= 0:
+			return badRequest("it has both Content-Length and Transfer-Encoding")
+		}
+		delete(r.Header, "Transfer-Encoding")
+		r.TransferEncoding, chunked, length = []string{"chunked"}, true, -1
+	}
+	hasContent := chunked || length > 0
+	switch expect := r.Header["Expect"]; {
+	case len(expect) == 0 || expect[0] == "" || httpguts.HeaderValuesContainsToken(expect, "100-continue"):
+	default:
+		return &Invalid{Kind: Refused, Status: "417 Expectation Failed"}
+	}
+	if !hasContent {
+		return nil
+	}
+	if chunked {
+		if r.Trailer, reason = announcedTrailers(r.Header); reason != nil {
+			return reason
+		}
+	}
+	r.ContentLength = length
+	c.content = &content{client: c}
+	c.content.body.Delimit(c.r, length, r.Trailer)
+	r.Body = c.content
+	return nil
+}
+
+// contentLength parses Content-Length. It returns -1 if there is none. Repeated equal values
+// count as one (RFC 9112 §6.3).
+func contentLength(values []string) (int64, *Invalid) {
+	if len(values) == 0 {
+		return -1, nil
+	}
+	length, err := h1.ContentLength(values)
+	for _, value := range values {
+		if err != nil || value != values[0] || strings.Contains(value, ",") {
+			return 0, badRequest("its Content-Length is not one number")
+		}
+	}
+	return length, nil
+}
+
+// announcedTrailers removes Trailer from h, and returns the names in it as keys without values,
+// the form of http.Request.Trailer. It returns nil if there are none.
+func announcedTrailers(h http.Header) (http.Header, *Invalid) {
+	names := h1.ListedNames(h["Trailer"])
+	delete(h, "Trailer")
+	if len(names) == 0 {
+		return nil, nil
+	}
+	trailer := make(http.Header, len(names))
+	for name := range names {
+		switch name {
+		case "Transfer-Encoding", "Trailer", "Content-Length":
+			return nil, badRequest("its Trailer field names " + name + ", which frames the content")
+		}
+		trailer[name] = nil
+	}
+	return trailer, nil
+}
+
+// content is the content of a request. It is read from the connection, whose reader it owns until
+// the content has ended. Each read has a deadline.
+type content struct {
+	client  *clientConn
+	body    h1.Body
+	read    atomic.Int64
+	stopped atomic.Bool // by Writer.SetReadDeadline
+}
+
+// Read implements io.Reader.
+func (b *content) Read(p []byte) (n int, err error) {
+	c := b.client
+	if !b.body.Ready() {
+		limit := c.server.ReadIdleTimeout
+		c.limitRead(limit-limit/16, limit)
+		if b.stopped.Load() {
+			return 0, os.ErrDeadlineExceeded
+		}
+	}
+	n, err = b.body.Read(p)
+	b.read.Add(int64(n))
+	if err == io.EOF {
+		c.contentEnded()
+	}
+	return n, err
+}
+
+// Close implements io.Closer. It does nothing: what has not been read ends the connection.
+func (b *content) Close() error { return nil }
+
+// stop makes reads that would wait for the client fail, pending and later ones.
+func (b *content) stop() {
+	b.stopped.Store(true)
+	b.client.readDeadline.Interrupt(b.client.Conn)
+}
+
+// Arrived reports whether all of the content is buffered, so that no read waits for the client.
+func (b *content) Arrived() bool {
+	return !b.body.IsChunked() && int64(b.body.R.Buffered()) >= b.body.Remaining
+}
+
+// contentEnded lets the watch for the client's disconnect read from the connection.
+func (c *clientConn) contentEnded() {
+	c.mu.Lock()
+	c.reading = false
+	wanted := c.watchWanted
+	c.mu.Unlock()
+	if wanted {
+		c.startWatch()
+	}
+}
