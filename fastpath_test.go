@@ -210,7 +210,7 @@ func TestListenerNewConnsAtReload(t *testing.T) {
 }
 
 // The server's head timeout applies to new connections from their start. A partial head
-// then gets net/http's response.
+// then gets a response.
 func TestListenerNewConnsTimeOut(t *testing.T) {
 	w := newWorld(t, "", nil)
 	loadCaddyfile(t, withServers(w.globals()+w.site(""), withWrapper+`timeouts {
@@ -227,7 +227,7 @@ func TestListenerNewConnsTimeOut(t *testing.T) {
 	}()
 	for name, c := range map[string]*rawConn{"silent": silent, "half a head": half, "byte by byte": bytewise} {
 		got, err := io.ReadAll(c)
-		if err != nil && !errors.Is(err, syscall.ECONNRESET) || len(got) > 0 && (c == silent || !strings.HasPrefix(string(got), "HTTP/1.1 400 ")) {
+		if err != nil && !errors.Is(err, syscall.ECONNRESET) || len(got) > 0 && (c == silent || !strings.HasPrefix(string(got), "HTTP/1.1 408 ")) {
 			t.Errorf("%s: %q, %v", name, got, err)
 		}
 	}

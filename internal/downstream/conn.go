@@ -122,6 +122,7 @@ func (c *clientConn) serve() (takeover func()) {
 		}
 		if socket := tcpconn.Of(c.Conn); c.w.resets && socket != nil {
 			_ = socket.SetLinger(0)
+			_ = socket.Close() // TLS would end in order
 		}
 		if !handedOff && !c.w.hijacked && !c.w.lingers {
 			_ = c.Close()

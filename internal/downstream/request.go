@@ -226,10 +226,12 @@ func parseURL(target string) (*url.URL, error) {
 	if err == nil || strings.ContainsFunc(target, isControl) {
 		return u, err
 	}
-	start := strings.IndexAny(target[len("http://"):], "/?#") + len("http://")
-	if start < len("http://") || target[start] != '/' {
+	scheme, rest, _ := strings.Cut(target, "://")
+	end := strings.IndexAny(rest, "/?#")
+	if end < 0 || rest[end] != '/' {
 		return nil, err
 	}
+	start := len(scheme) + len("://") + end
 	path, query, _ := strings.Cut(target[start:], "?")
 	u, err = url.ParseRequestURI(target[:start] + escapePercents(path))
 	if u != nil {
