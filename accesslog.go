@@ -4,11 +4,12 @@
 package asyncproxy
 
 import (
-	"maps"
+	"crypto/tls"
 	"net"
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -103,10 +104,14 @@ func withoutPort(host string) string {
 	return host
 }
 
-// accessEntry is one request in the access log.
+// accessEntry is one request in the access log. free gives it back.
 type accessEntry struct {
-	r        *http.Request // as the client sent it
-	clientIP string        // "": unknown
+	// The request as the client sent it. The handler changes its own.
+	remote, clientIP, proto, method, host, uri string // clientIP "": unknown
+	fields                                     loggedFields
+	transferEncoding                           []string
+	tls                                        *tls.ConnectionState
+
 	userID   string
 	duration time.Duration
 	read     int64 // bytes of the request's content
@@ -114,18 +119,31 @@ type accessEntry struct {
 	status   int   // 0: no response
 	response http.Header
 
+	line        [7]zapcore.Field
 	credentials bool // log_credentials
 }
 
+// entryPool is a pool of entries: each request needs one.
+var entryPool = sync.Pool{New: func() any { return new(accessEntry) }}
+
 // newAccessEntry returns the entry for a request that is about to be served.
 func newAccessEntry(r *http.Request) *accessEntry {
-	e := &accessEntry{r: new(http.Request)}
-	*e.r = *r
-	e.r.Header = maps.Clone(r.Header)
+	e := entryPool.Get().(*accessEntry)
+	e.remote, e.proto, e.method, e.host, e.uri = r.RemoteAddr, r.Proto, r.Method, r.Host, r.RequestURI
+	e.transferEncoding, e.tls = r.TransferEncoding, r.TLS
+	e.fields.copy(r.Header)
 	if !namesClient(r) {
 		e.clientIP = loggedClientIP(r.RemoteAddr)
 	}
 	return e
+}
+
+// free gives the entry back. Nothing may use it any longer.
+func (e *accessEntry) free() {
+	*e = accessEntry{fields: e.fields}
+	if e.fields.clear() {
+		entryPool.Put(e)
+	}
 }
 
 // nameClient adds the client that a trusted proxy has named, if it has. The handler must have
@@ -137,7 +155,7 @@ func (e *accessEntry) nameClient(r *http.Request) {
 }
 
 // finish adds the client, if a trusted proxy named it, and the response to the entry.
-func (e *accessEntry) finish(r *http.Request, w *downstream.Writer) *accessEntry {
+func (e *accessEntry) finish(r *http.Request, w *downstream.Writer) {
 	e.read, e.size, e.status, e.response = w.ContentRead(), w.Written(), w.Status(), w.Header()
 	e.nameClient(r)
 	if v, ok := downstream.Attached(r).(*transaction); ok {
@@ -146,7 +164,6 @@ func (e *accessEntry) finish(r *http.Request, w *downstream.Writer) *accessEntry
 			e.status = v.status // a tunnel writes its response itself
 		}
 	}
-	return e
 }
 
 // write writes the entry for a request.
@@ -156,50 +173,111 @@ func (l *accessLog) write(e *accessEntry) {
 		level = zapcore.ErrorLevel
 	}
 	e.credentials = l.config.ShouldLogCredentials
-	var fields []zapcore.Field
-	for _, name := range l.names(e.r.Host) {
-		c := l.loggers[name].Check(level, "handled request")
-		if c == nil {
-			continue
+	for _, name := range l.names(e.host) {
+		if c := l.loggers[name].Check(level, "handled request"); c != nil {
+			c.Write(e.zapFields()...)
 		}
-		if fields == nil {
-			fields = []zapcore.Field{
-				zap.Object("request", e),
-				zap.Int64("bytes_read", e.read),
-				zap.String("user_id", e.userID),
-				zap.Duration("duration", e.duration),
-				zap.Int64("size", e.size),
-				zap.Int("status", e.status),
-				zap.Object("resp_headers", caddyhttp.LoggableHTTPHeader{Header: e.response, ShouldLogCredentials: e.credentials}),
-			}
-		}
-		c.Write(fields...)
 	}
+}
+
+// zapFields returns the fields of the entry's line.
+func (e *accessEntry) zapFields() []zapcore.Field {
+	if e.line[0].Key == "" {
+		e.line = [...]zapcore.Field{
+			zap.Object("request", e),
+			zap.Int64("bytes_read", e.read),
+			zap.String("user_id", e.userID),
+			zap.Duration("duration", e.duration),
+			zap.Int64("size", e.size),
+			zap.Int("status", e.status),
+			zap.Object("resp_headers", (*loggedResponse)(e)),
+		}
+	}
+	return e.line[:]
 }
 
 // MarshalLogObject implements zapcore.ObjectMarshaler. It writes the fields of
 // caddyhttp.LoggableHTTPRequest, which would take the client's address from a context that is
 // expensive to prepare.
 func (e *accessEntry) MarshalLogObject(enc zapcore.ObjectEncoder) error {
-	ip, port, err := net.SplitHostPort(e.r.RemoteAddr)
+	ip, port, err := net.SplitHostPort(e.remote)
 	if err != nil {
-		ip, port = e.r.RemoteAddr, ""
+		ip, port = e.remote, ""
 	}
 	enc.AddString("remote_ip", ip)
 	enc.AddString("remote_port", port)
 	enc.AddString("client_ip", e.clientIP)
-	enc.AddString("proto", e.r.Proto)
-	enc.AddString("method", e.r.Method)
-	enc.AddString("host", e.r.Host)
-	enc.AddString("uri", e.r.RequestURI)
-	err = enc.AddObject("headers", caddyhttp.LoggableHTTPHeader{Header: e.r.Header, ShouldLogCredentials: e.credentials})
-	if e.r.TransferEncoding != nil {
-		_ = enc.AddArray("transfer_encoding", caddyhttp.LoggableStringArray(e.r.TransferEncoding))
+	enc.AddString("proto", e.proto)
+	enc.AddString("method", e.method)
+	enc.AddString("host", e.host)
+	enc.AddString("uri", e.uri)
+	err = enc.AddObject("headers", (*loggedRequest)(e))
+	if e.transferEncoding != nil {
+		_ = enc.AddArray("transfer_encoding", caddyhttp.LoggableStringArray(e.transferEncoding))
 	}
-	if e.r.TLS != nil {
-		_ = enc.AddObject("tls", caddyhttp.LoggableTLSConnState(*e.r.TLS))
+	if e.tls != nil {
+		_ = enc.AddObject("tls", caddyhttp.LoggableTLSConnState(*e.tls))
 	}
 	return err
+}
+
+// loggedRequest and loggedResponse write the fields of an entry's request and response as
+// caddyhttp.LoggableHTTPHeader does, which allocates for each field.
+type loggedRequest accessEntry
+type loggedResponse accessEntry
+
+// MarshalLogObject implements zapcore.ObjectMarshaler.
+func (e *loggedRequest) MarshalLogObject(enc zapcore.ObjectEncoder) error {
+	for _, f := range e.fields.fields {
+		addField(enc, f.name, f.values, e.credentials)
+	}
+	return nil
+}
+
+// MarshalLogObject implements zapcore.ObjectMarshaler.
+func (e *loggedResponse) MarshalLogObject(enc zapcore.ObjectEncoder) error {
+	for name, values := range e.response {
+		addField(enc, name, values, e.credentials)
+	}
+	return nil
+}
+
+// addField adds a field of a message to a log line, but without credentials, unless they are to
+// be logged.
+func addField(enc zapcore.ObjectEncoder, name string, values []string, credentials bool) {
+	if !credentials && slices.ContainsFunc(credentialFields[:], func(other string) bool { return strings.EqualFold(name, other) }) {
+		values = []string{"REDACTED"}
+	}
+	_ = enc.AddArray(name, caddyhttp.LoggableStringArray(values)) // a type that the filters of logs know
+}
+
+var credentialFields = [...]string{"Cookie", "Set-Cookie", "Authorization", "Proxy-Authorization"}
+
+// loggedFields is a copy of the fields of a message.
+type loggedFields struct {
+	fields []loggedField
+	values []string // of all fields
+}
+
+type loggedField struct {
+	name   string
+	values []string
+}
+
+func (f *loggedFields) copy(h http.Header) {
+	for name, values := range h {
+		first := len(f.values)
+		f.values = append(f.values, values...)
+		f.fields = append(f.fields, loggedField{name, f.values[first:]})
+	}
+}
+
+// clear drops the fields. It reports whether the memory that it keeps for others is little.
+func (f *loggedFields) clear() bool {
+	clear(f.fields)
+	clear(f.values)
+	f.fields, f.values = f.fields[:0], f.values[:0]
+	return cap(f.fields) <= 64 && cap(f.values) <= 64
 }
 
 // loggedClientIP returns the address of a connection's remote end as Caddy's server logs it if

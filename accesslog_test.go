@@ -207,6 +207,8 @@ func TestAccessLogOnTheFastPath(t *testing.T) {
 		"no hostname":      {log: "log {\nno_hostname\noutput file FILE\n}", none: true},
 		"a named logger":   {log: "log special {\noutput file FILE\n}"},
 		"a filter":         {log: "log {\noutput file FILE\nformat filter {\nrequest>headers>User-Agent delete\nrequest>remote_ip ip_mask 16\n}\n}"},
+		"a hash":           {log: "log {\noutput file FILE\nformat filter {\nrequest>headers>Accept hash\nresp_headers>Content-Type hash\n}\n}"},
+		"changed fields":   {log: "log {\noutput file FILE\n}", options: "header_up Accept a changed"},
 		"console":          {log: "log {\noutput file FILE\nformat append {\nwrap json\nmark 1\n}\n}"},
 		"rate limited":     {log: "log {\noutput file FILE\n}", options: "burst 2\nrefill 0.001"},
 		"logins":           {log: "log {\noutput file FILE\n}", options: authUsers},

@@ -34,7 +34,8 @@ const benchClients = 32
 // BenchmarkForward measures a small GET over keep-alive connections, through async_proxy
 // and through what it is compared with: Caddy's own response, Caddy's reverse_proxy, and a
 // bare net/http forwarder. These log no requests, so async_proxy is measured without
-// request logging too; logging has a row of its own.
+// request logging too; its log lines, Caddy's access log and Caddy's metrics have rows of
+// their own.
 func BenchmarkForward(b *testing.B) {
 	for _, size := range []int{128, 10 << 10, 1 << 20} {
 		origin := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -45,6 +46,8 @@ func BenchmarkForward(b *testing.B) {
 		rows := []struct{ name, site, log string }{
 			{"async_proxy", "async_proxy burst 1000000000 refill 1000000", "discard"},
 			{"async_proxy-logging", "async_proxy burst 1000000000 refill 1000000", "file"},
+			{"async_proxy-access-log", accessLogged + "async_proxy burst 1000000000 refill 1000000", "discard"},
+			{"async_proxy-metrics", "async_proxy burst 1000000000 refill 1000000", "metrics"},
 			{"respond", "respond 200", "discard"},
 			{"reverse_proxy", "reverse_proxy " + address, "discard"},
 			{"net-http", "", ""},
@@ -61,7 +64,7 @@ func BenchmarkForward(b *testing.B) {
 }
 
 // BenchmarkConnect measures a tunnel on its own connection that carries one byte each way
-// and is closed by its client: on the fast path, through Caddy's HTTP server, and through a
+// and is closed by its client: on the fast path, also with logs and metrics, through Caddy's HTTP server, and through a
 // bare net/http proxy that hijacks the connection.
 func BenchmarkConnect(b *testing.B) {
 	echo := echoTarget(b)
@@ -69,6 +72,8 @@ func BenchmarkConnect(b *testing.B) {
 	for _, row := range []struct{ name, site, log string }{
 		{"async_proxy", limiter, "discard"},
 		{"async_proxy-logging", limiter, "file"},
+		{"async_proxy-access-log", accessLogged + limiter, "discard"},
+		{"async_proxy-metrics", limiter, "metrics"},
 		{"async_proxy-nethttp", `route {
 	` + limiter + `
 }`, "discard"},
@@ -137,14 +142,17 @@ func BenchmarkReject(b *testing.B) {
 	}
 }
 
+// accessLogged is a directive for an access log in a file.
+const accessLogged = "log {\noutput file access.log\n}\n"
+
 // benchProxy is a proxy in its own process.
 type benchProxy struct {
 	address string
 	process *os.Process
 }
 
-// startBench runs a Caddy with one site, whose log is discarded or goes to a file. Without
-// a site it runs the bare forwarder.
+// startBench runs a Caddy with one site, whose log is discarded or goes to a file; or it is
+// discarded and Caddy observes its metrics. Without a site it runs the bare forwarder.
 func startBench(b *testing.B, site, log string) benchProxy {
 	b.Helper()
 	ln, err := net.Listen("tcp4", "127.0.0.1:0")
@@ -161,13 +169,18 @@ func startBench(b *testing.B, site, log string) benchProxy {
 	} else {
 		dir := b.TempDir()
 		config := filepath.Join(dir, "Caddyfile")
-		if log == "file" {
+		options := ""
+		switch log {
+		case "file":
 			log = "file " + filepath.Join(dir, "caddy.log")
+		case "metrics":
+			log, options = "discard", "metrics"
 		}
 		_, port, _ := net.SplitHostPort(address)
 		text := fmt.Sprintf(`{
 	admin off
 	persist_config off
+	%s
 	log {
 		output %s
 	}
@@ -176,11 +189,12 @@ http://:%s {
 	bind 127.0.0.1
 	%s
 }
-`, log, port, site)
+`, options, log, port, site)
 		if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 			b.Fatal(err)
 		}
 		cmd = exec.Command(caddyBinary(b), "run", "--config", config, "--adapter", "caddyfile")
+		cmd.Dir = dir
 	}
 	if err := cmd.Start(); err != nil {
 		b.Fatal(err)

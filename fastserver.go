@@ -60,15 +60,19 @@ func (s *fastServer) serve(out http.ResponseWriter, r *http.Request) {
 	var entry *accessEntry
 	if logged || s.onError != nil {
 		entry = newAccessEntry(r) // before the handler changes the request
+		defer func() {
+			if logged {
+				entry.finish(r, w)
+				s.access.write(entry)
+			}
+			entry.free()
+		}()
 	}
 	var seen *observation
 	if s.metrics != nil {
 		if seen = s.metrics.begin(r); seen != nil {
 			w.OnHeader(seen.wroteHeader)
 		}
-	}
-	if logged {
-		defer func() { s.access.write(entry.finish(r, w)) }()
 	}
 	err := s.observe(seen, w, out, r)
 	w.OnHeader(nil)

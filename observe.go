@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/netip"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -120,14 +121,14 @@ func (p *proxy) logRequest(r *http.Request, v *transaction, err error, more ...z
 	if c == nil {
 		return
 	}
-	fields := []zap.Field{
+	pooled := linePool.Get().(*[]zap.Field)
+	fields := append((*pooled)[:0],
 		textField("method", r.Method),
 		textField("host", r.Host),
 		textField("path", withoutPasswords(r.URL.Path)),
 		zap.Int("status", v.status),
 		zap.Duration("latency", time.Since(v.start)),
-		clientField(v.addr),
-	}
+		clientField(v.addr))
 	if v.user != "" {
 		fields = append(fields, textField("user", v.user))
 	}
@@ -143,8 +144,15 @@ func (p *proxy) logRequest(r *http.Request, v *transaction, err error, more ...z
 	if err != nil {
 		fields = append(fields, errorField(err))
 	}
-	c.Write(append(fields, more...)...)
+	fields = append(fields, more...)
+	c.Write(fields...)
+	clear(fields)
+	*pooled = fields
+	linePool.Put(pooled)
 }
+
+// linePool is a pool of slices for the fields of a log line. Nothing keeps them once it is written.
+var linePool = sync.Pool{New: func() any { return new([]zap.Field) }}
 
 // withoutPasswords removes the user names and passwords of URLs in a path.
 func withoutPasswords(path string) string {
