@@ -6,30 +6,29 @@ package origin
 import (
 	"io"
 	"net/http/httputil"
-	"time"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
-// bodySender sends the body of a request on a goroutine of its own.
+// bodySender sends the body of a request over HTTP/1, on a goroutine of its own.
 type bodySender struct {
-	out    *Request
+	*bodyReader
 	conn   *pooledConn
-	ended  chan struct{}
-	wanted chan bool // receives whether to send the body
+	sent   chan struct{} // closed when the sender has ended
+	wanted chan bool     // receives whether to send the body
 
-	complete bool // the whole body was sent; valid after ended
-	reset    bool // the origin reset the connection; valid after ended
+	complete bool // the whole body was sent; valid after sent
+	reset    bool // the origin reset the connection; valid after sent
 }
 
-func newBodySender(conn *pooledConn, out *Request) *bodySender {
-	if out.Body.Length < 0 || out.Body.Length > int64(len(tcpconn.Buffer{})) {
+func newBodySender(conn *pooledConn, body *bodyReader) *bodySender {
+	if length := body.out.Body.Length; length < 0 || length > int64(len(tcpconn.Buffer{})) {
 		if socket := tcpconn.Of(conn.Conn); socket != nil {
 			tcpconn.LimitUnsent(socket) // the origin's response timeout starts when it has the request
 		}
 	}
-	s := &bodySender{out: out, conn: conn, ended: make(chan struct{}), wanted: make(chan bool, 2)}
+	s := &bodySender{bodyReader: body, conn: conn, sent: make(chan struct{}), wanted: make(chan bool, 2)}
 	go s.run()
 	return s
 }
@@ -43,8 +42,8 @@ func (s *bodySender) proceed(wanted bool) {
 }
 
 func (s *bodySender) run() {
-	defer close(s.ended)
-	defer s.conn.clock.setTurn(true)
+	defer close(s.sent)
+	defer s.clock.setTurn(true)
 	if !<-s.wanted {
 		return
 	}
@@ -55,7 +54,7 @@ func (s *bodySender) run() {
 		w = httputil.NewChunkedWriter(s.conn)
 	}
 	for {
-		n, err := s.out.readBody(buf[:], &s.conn.clock)
+		n, err := s.Read(buf[:])
 		if n > 0 {
 			// The origin may still respond although it reads no more. The
 			// exchange finds out by reading.
@@ -87,7 +86,7 @@ func (s *bodySender) finishBody(w io.Writer) error {
 	}
 	var b []byte
 	for _, name := range s.out.TrailerNames {
-		for _, value := range s.out.Trailer[name] {
+		for _, value := range s.trailer[name] {
 			b = h1.AppendField(b, name, value)
 		}
 	}
@@ -95,33 +94,19 @@ func (s *bodySender) finishBody(w io.Writer) error {
 	return err
 }
 
-// stop stops the sender, and reports whether the whole body was sent. If it was not,
-// the connection is closed.
-func (s *bodySender) stop(conn *pooledConn) bool {
+// finish stops the sender, and reports whether the whole body was sent. If it was not, the
+// connection is closed.
+func (s *bodySender) finish(conn *pooledConn) bool {
 	s.proceed(false)
-	if s.wait() {
+	if waitFor(s.sent) {
 		return s.complete
 	}
 	_ = conn.Close()
-	s.out.StopBody()
-	<-s.ended
+	s.stop()
+	<-s.sent
 	return false
 }
 
 // wasReset reports whether a write failed because the origin reset the connection. The
 // kernel reports a reset only once, so the reader may see just EOF.
-func (s *bodySender) wasReset() bool { return s.wait() && s.reset }
-
-// wait waits up to senderGrace for the sender to end, and reports whether it has.
-func (s *bodySender) wait() bool {
-	select {
-	case <-s.ended:
-		return true
-	case <-time.After(senderGrace):
-		return false
-	}
-}
-
-// senderGrace is how long wait waits for the sender: the origin has often responded
-// before the sender's last write returns.
-const senderGrace = 50 * time.Millisecond
+func (s *bodySender) wasReset() bool { return waitFor(s.sent) && s.reset }

@@ -35,13 +35,15 @@ type Exchange struct {
 	ctx    context.Context // the request's: the exchange ends when the client disconnects
 	wait   *headTimer      // of HTTP/2; nil: HTTP/1
 
+	content *bodyReader // the body of the request; nil: it has none, or none is being sent
+
 	// The rest is HTTP/1's.
 	pool    *connPool
 	conn    *pooledConn // nil: none yet, or the exchange has ended
 	binding binding
 
 	stopWatch  func() bool // stops watching for client disconnect; nil: not watching yet
-	sender     *bodySender // of the request body; nil: there is none
+	sender     *bodySender // of content; nil: there is none
 	answered   bool        // a response head, perhaps interim, has been read
 	interims   interimLimit
 	sendBodyAt time.Time // when to send the body without a 100 (Continue); zero: already sending
@@ -129,10 +131,7 @@ func (x *Exchange) try(fresh bool) (*http.Response, error) {
 	for {
 		x.awaitResponse()
 		res, err := h1.ReadResponse(x.conn.r, x.Request.Method, &body.Body)
-		if x.sender != nil && err != nil && x.ctx.Err() != nil {
-			x.sender.wait() // the client may have cut off its body
-		}
-		if failed := x.Request.Body.failed(); failed != nil {
+		if failed := x.content.failure(err != nil && x.ctx.Err() != nil); failed != nil {
 			return nil, failed
 		}
 		if err != nil {
@@ -169,7 +168,9 @@ func (x *Exchange) sendRequest(fresh bool) (err error) {
 		return nil
 	}
 	x.conn.clock.reset(time.Time{})
-	x.sender = newBodySender(x.conn, x.Request)
+	out := x.Request // the closure must not hold x, which would then be on the heap
+	x.content = newBodyReader(out, &x.conn.clock, func() { out.Interim(http.StatusContinue, nil, 1, 1) })
+	x.sender = newBodySender(x.conn, x.content)
 	if waits {
 		x.sendBodyAt = start.Add(continueTimeout)
 	} else {
@@ -222,13 +223,10 @@ func (x *Exchange) send(head []byte) error {
 	return err
 }
 
-// sendBody starts sending the body, unless it has started already. If the client waits
-// for 100 (Continue), it gets it now.
+// sendBody starts sending the body, unless it has started already. The 100 (Continue) for the
+// client is sent from here, because the sender's goroutine must not write to the client.
 func (x *Exchange) sendBody() {
-	if out := x.Request; out.NeedsContinue {
-		out.Interim(http.StatusContinue, nil, 1, 1)
-		out.NeedsContinue = false
-	}
+	x.content.begin()
 	x.sendBodyAt = time.Time{}
 	x.sender.proceed(true)
 }
@@ -301,7 +299,7 @@ func (x *Exchange) end(reusable bool) {
 		return
 	}
 	disconnected := x.stopWatch != nil && !x.stopWatch()
-	sent := x.sender == nil || x.sender.stop(x.conn)
+	sent := x.sender == nil || x.sender.finish(x.conn)
 	switch {
 	case !reusable || !sent || disconnected:
 		x.conn.discard()
@@ -320,7 +318,7 @@ func (x *Exchange) Detach() (socket net.Conn, early []byte, err error) {
 	if x.watchDisconnect(); !x.stopWatch() {
 		return nil, nil, context.Cause(x.ctx)
 	}
-	if x.sender != nil && !x.sender.stop(conn) {
+	if x.sender != nil && !x.sender.finish(conn) {
 		return nil, nil, h1.ProtocolError("the protocol was switched before the request was complete")
 	}
 	conn.deadline.Clear(conn.Conn)

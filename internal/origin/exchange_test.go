@@ -60,7 +60,8 @@ func TestResetSeenByWriter(t *testing.T) {
 		body := &RequestBody{Reader: strings.NewReader("x"), Length: 1, Count: func(int64) {}}
 		near, far := net.Pipe()
 		defer far.Close()
-		s := newBodySender(newPooledConn(failingWrites{near, failure}, "origin.test:80"), &Request{Body: body})
+		conn := newPooledConn(failingWrites{near, failure}, "origin.test:80")
+		s := newBodySender(conn, newBodyReader(&Request{Body: body}, &conn.clock, nil))
 		s.proceed(true)
 		response := &ResponseBody{Body: h1.Body{R: bufio.NewReader(strings.NewReader("part")), Remaining: -1}, sender: s}
 		_, err := io.ReadAll(response)

@@ -14,7 +14,6 @@ import (
 	"net/url"
 	"os"
 	"strings"
-	"sync/atomic"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 )
@@ -29,7 +28,10 @@ func (x *Exchange) doHTTP2() (*http.Response, error) {
 		clock: &wait.headClock,
 	}
 	defer interim.end()
-	out, body := o.overHTTP2(wait, interim)
+	if o.Body != nil {
+		x.content = newBodyReader(o, &wait.headClock, interim.sendContinue)
+	}
+	out := x.overHTTP2(interim)
 	transport := x.client.http2.transport
 	res, err := transport.RoundTrip(out)
 	if err != nil && x.mayRetry(wait.isStale(err), interim.any()) {
@@ -41,10 +43,10 @@ func (x *Exchange) doHTTP2() (*http.Response, error) {
 		return nil, errNoHTTP2
 	}
 	if err != nil {
-		return nil, http2Failure(err, o, wait, interim)
+		return nil, x.http2Failure(err, interim)
 	}
 	wait.stop()
-	res.Body = &http2Response{res.Body, body, &contentWait{limits: x.limits, client: o.LimitKey}, func() { wait.cancel(os.ErrDeadlineExceeded) }}
+	res.Body = &http2Response{res.Body, x.content, &contentWait{limits: x.limits, client: o.LimitKey}, func() { wait.cancel(os.ErrDeadlineExceeded) }}
 	x.Response = res
 	if err := checkHTTP2Head(res); err != nil {
 		return nil, err
@@ -59,47 +61,43 @@ func (x *Exchange) endHTTP2() {
 	}
 	x.wait.end()
 	x.wait = nil
+	if x.content != nil {
+		x.content.stop()
+		x.content = nil
+	}
 }
 
-// overHTTP2 returns the request as net/http sends it over HTTP/2, and its body, or nil.
-func (o *Request) overHTTP2(wait *headTimer, interim *interimQueue) (out *http.Request, body *http2Body) {
-	trace := &httptrace.ClientTrace{GotConn: wait.connected, Got1xxResponse: interim.got1xx}
-	out = (&http.Request{
+// overHTTP2 returns the request as net/http sends it over HTTP/2.
+func (x *Exchange) overHTTP2(interim *interimQueue) *http.Request {
+	o := x.Request
+	trace := &httptrace.ClientTrace{GotConn: x.wait.connected, Got1xxResponse: interim.got1xx}
+	out := (&http.Request{
 		Method: o.Method, URL: &url.URL{Scheme: "https", Host: o.Authority, Opaque: o.Target},
 		Header: maps.Clone(o.Header), Host: o.Host,
-	}).WithContext(httptrace.WithClientTrace(wait.ctx, trace))
+	}).WithContext(httptrace.WithClientTrace(x.wait.ctx, trace))
 	if strings.HasPrefix(o.Target, "//") {
 		// net/url treats an Opaque that starts with // as an authority. So pass the
 		// target in absolute form, from which :path is derived.
 		out.URL.Opaque = "//" + o.Host + o.Target
 	}
-	if o.Body != nil { // a non-nil Body would be sent, and could not be retried
-		body = &http2Body{from: o, to: out, wait: wait}
-		if o.NeedsContinue {
-			body.sendContinue = interim.sendContinue
-		}
-		out.Body, out.ContentLength = body, o.Body.Length
-		for _, name := range o.TrailerNames {
-			if out.Trailer == nil {
-				out.Trailer = make(http.Header)
-			}
-			out.Trailer[name] = nil
-		}
+	if x.content != nil { // a non-nil Body would be sent, and could not be retried
+		out.Body = io.NopCloser(x.content) // the server closes the client's body
+		out.ContentLength, out.Trailer = o.Body.Length, x.content.trailer
 	}
 	delete(out.Header, "Connection")
 	if _, ok := out.Header["User-Agent"]; !ok {
 		out.Header["User-Agent"] = nil // keeps the transport from adding Go's
 	}
-	return out, body
+	return out
 }
 
 // http2Failure returns why there is no response, of which err, the transport's error, may be
 // only a consequence.
-func http2Failure(err error, o *Request, wait *headTimer, interim *interimQueue) error {
-	if failure := o.Body.failed(); failure != nil {
+func (x *Exchange) http2Failure(err error, interim *interimQueue) error {
+	if failure := x.content.failure(x.ctx.Err() != nil); failure != nil {
 		return failure
 	}
-	wrong := interim.error()
+	wait, wrong := x.wait, interim.error()
 	switch {
 	case wait.expired():
 		return os.ErrDeadlineExceeded
@@ -129,42 +127,11 @@ func checkHTTP2Head(res *http.Response) error {
 	return err
 }
 
-// http2Body is the body of a request over HTTP/2, with its trailers.
-type http2Body struct {
-	from         *Request
-	to           *http.Request
-	wait         *headTimer
-	sendContinue func() // sends 100 (Continue) to the client; nil: the client does not wait for it
-	begun        atomic.Bool
-	ended        atomic.Bool
-}
-
-func (b *http2Body) Read(p []byte) (int, error) {
-	if b.wait.setTurn(false); b.sendContinue != nil {
-		b.sendContinue()
-		b.sendContinue = nil
-	}
-	b.begun.Store(true)
-	n, err := b.from.readBody(p, &b.wait.headClock)
-	if err == io.EOF {
-		for name := range b.to.Trailer {
-			b.to.Trailer[name] = b.from.Trailer[name]
-		}
-	}
-	if err != nil {
-		b.ended.Store(true)
-	}
-	return n, err
-}
-
-// Close implements io.Closer. It does nothing: the server closes the client's body.
-func (b *http2Body) Close() error { return nil }
-
 // http2Response is the body of a response, which may arrive before the request body is
 // complete.
 type http2Response struct {
 	io.ReadCloser
-	request *http2Body // nil: the request has none
+	content *bodyReader // of the request; nil: it has none
 	wait    *contentWait
 	cancel  func() // aborts the response
 }
@@ -173,13 +140,12 @@ func (b *http2Response) Read(p []byte) (int, error) {
 	return b.wait.read(p, b.ReadCloser.Read, b.cancel)
 }
 
-// Close implements io.Closer. It aborts a read of the request body that waits for the
-// client, because the transport would wait for it. That must not happen earlier: net/http
-// takes an aborted read for a disconnect of the client.
+// Close implements io.Closer. It stops the reading of the request body, because the transport
+// would wait for that.
 func (b *http2Response) Close() error {
 	b.wait.end()
-	if b.request != nil && b.request.begun.Load() && !b.request.ended.Load() {
-		b.request.from.StopBody()
+	if b.content != nil {
+		b.content.stop()
 	}
 	return b.ReadCloser.Close()
 }

@@ -1,0 +1,196 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package origin
+
+import (
+	"errors"
+	"io"
+	"net/http"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// RequestBody reads the content of a request from the client.
+type RequestBody struct {
+	Reader  io.Reader
+	Length  int64        // < 0: unknown, so the body is sent in chunks
+	read    atomic.Int64 // bytes read so far
+	ended   atomic.Bool  // its end has been read
+	Count   func(n int64)
+	failure atomic.Pointer[RequestBodyError]
+}
+
+// Read implements io.Reader. It checks that the body has the announced length, which
+// the origin is told and which not every server checks itself.
+func (b *RequestBody) Read(p []byte) (int, error) {
+	n, err := b.Reader.Read(p)
+	b.Count(int64(n))
+	switch read := b.read.Add(int64(n)); {
+	case b.Length >= 0 && read > b.Length:
+		n, err = 0, errors.New("the content is longer than its Content-Length")
+	case err == io.EOF && b.Length >= 0 && read < b.Length:
+		err = io.ErrUnexpectedEOF
+	case err == io.EOF:
+		b.ended.Store(true)
+	}
+	if err != nil && err != io.EOF {
+		failed := &RequestBodyError{err}
+		b.failure.Store(failed)
+		return n, failed
+	}
+	return n, err
+}
+
+// appendTo appends all of a body of known length to p.
+func (b *RequestBody) appendTo(p []byte) ([]byte, error) {
+	start := len(p)
+	p = slices.Grow(p, int(b.Length))[:start+int(b.Length)]
+	_, err := io.ReadFull(b, p[start:])
+	return p, err
+}
+
+// IsRead reports whether all of the body has been read. chunks says whether it may be true of a
+// body of unknown length.
+func (b *RequestBody) IsRead(chunks bool) bool {
+	return b.Length >= 0 && b.read.Load() >= b.Length || chunks && b.ended.Load()
+}
+
+// hasArrived reports whether the whole body can be read without waiting for the client.
+func (b *RequestBody) hasArrived() bool {
+	content, ok := b.Reader.(interface{ Arrived() bool })
+	return ok && content.Arrived()
+}
+
+// RequestBodyError reports that the client sent its request body incompletely or malformed.
+type RequestBodyError struct{ error }
+
+func (e *RequestBodyError) Unwrap() error { return e.error }
+
+// bodyReader reads the body of a request for its sender: a bodySender over HTTP/1, and
+// http2.Transport over HTTP/2. What is the same for both is here. So they differ only in how
+// they write what was read, and in what waits for an origin's 100 (Continue): over HTTP/1 the
+// exchange reads the origin's interim responses, over HTTP/2 the transport does.
+type bodyReader struct {
+	out          *Request
+	clock        *headClock  // stands still while the client is waited for
+	sendContinue func()      // sends 100 (Continue) to the client
+	trailer      http.Header // the announced trailers; the values are set at the end of the body
+
+	begun atomic.Bool
+
+	mu      sync.Mutex    // guards the following
+	reading bool          // a read is in progress
+	err     error         // why there is nothing more to read; nil: there is
+	ended   chan struct{} // closed when there is nothing more to read, and no read in progress
+}
+
+// errBodyStopped is the error of reads after stop.
+var errBodyStopped = errors.New("the exchange has ended")
+
+func newBodyReader(out *Request, clock *headClock, sendContinue func()) *bodyReader {
+	b := &bodyReader{out: out, clock: clock, sendContinue: sendContinue, ended: make(chan struct{})}
+	for _, name := range out.TrailerNames {
+		if b.trailer == nil {
+			b.trailer = make(http.Header, len(out.TrailerNames))
+		}
+		b.trailer[name] = nil
+	}
+	return b
+}
+
+// begin sends the 100 (Continue) that the client waits for, unless it has been sent.
+func (b *bodyReader) begin() {
+	if b.out.NeedsContinue {
+		b.out.NeedsContinue = false
+		b.sendContinue()
+	}
+}
+
+// Read implements io.Reader.
+func (b *bodyReader) Read(p []byte) (int, error) {
+	if err := b.beginRead(); err != nil {
+		return 0, err
+	}
+	b.clock.setTurn(false)
+	b.begin()
+	n, err := b.out.Body.Read(p)
+	b.clock.setTurn(true)
+	if err == io.EOF {
+		for name := range b.trailer {
+			b.trailer[name] = b.out.Trailer[name]
+		}
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.reading = false
+	if b.err == nil {
+		b.err = err
+	}
+	if b.err != nil {
+		close(b.ended)
+	}
+	return n, err
+}
+
+// beginRead returns an error if there is nothing more to read.
+func (b *bodyReader) beginRead() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.err == nil {
+		b.begun.Store(true)
+		b.reading = true
+	}
+	return b.err
+}
+
+// stop ends the reading. It aborts a read that waits for the client. That must not happen
+// while the response is still passed on: net/http takes an aborted read for a disconnect of
+// the client.
+func (b *bodyReader) stop() {
+	b.mu.Lock()
+	unread := b.err == nil
+	if unread {
+		b.err = errBodyStopped
+		if !b.reading {
+			close(b.ended)
+		}
+	}
+	b.mu.Unlock()
+	if unread && b.begun.Load() {
+		b.out.StopBody()
+	}
+	<-b.ended
+}
+
+// failure returns the client's failure, if there is one. gone says that the client has
+// disconnected: if that has cut off the body, the reader is about to find out.
+func (b *bodyReader) failure(gone bool) error {
+	if b == nil {
+		return nil
+	}
+	if gone && b.begun.Load() {
+		waitFor(b.ended)
+	}
+	if failed := b.out.Body.failure.Load(); failed != nil {
+		return failed
+	}
+	return nil
+}
+
+// waitFor waits up to senderGrace for the end of a sender or its reader, and reports whether
+// it has ended.
+func waitFor(ended <-chan struct{}) bool {
+	select {
+	case <-ended:
+		return true
+	case <-time.After(senderGrace):
+		return false
+	}
+}
+
+// senderGrace is how long waitFor waits: the origin has often responded before the sender's
+// last write returns.
+const senderGrace = 50 * time.Millisecond
