@@ -73,7 +73,7 @@ func CauseOf(err error) Cause {
 	case errors.As(err, &parent):
 		return parent.Cause()
 	case IsTLSError(err):
-		return TlsCause(err)
+		return TLSCause(err)
 	case noDescriptors(err):
 		return DialNoResources
 	case errors.As(err, &unresolved):
@@ -110,8 +110,8 @@ func (e *ResolveError) cause() Cause {
 // of crypto/tls have no type.
 func IsTLSError(err error) bool { return strings.Contains(err.Error(), "tls: ") }
 
-// TlsCause returns the cause of a TLS error.
-func TlsCause(err error) Cause {
+// TLSCause returns the cause of a TLS error.
+func TLSCause(err error) Cause {
 	var (
 		untrusted *tls.CertificateVerificationError
 		remote    *net.OpError
@@ -135,6 +135,24 @@ func IsTimeout(err error) bool {
 func IsClosed(err error) bool {
 	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || tcpconn.IsReset(err) || errors.Is(err, syscall.EPIPE)
 }
+
+// IsStale reports whether err, the failure of a request, means that its connection was stale:
+// the peer was closing the connection while it was idle, or had silently died. reused says
+// that the connection had served an earlier request.
+func IsStale(err error, reused bool) bool {
+	return reused && IsClosed(err) || errors.As(err, new(SilentError))
+}
+
+// SilentError reports that the peer of a connection has silently died: pings go unanswered.
+type SilentError string
+
+func (e SilentError) Error() string { return string(e) }
+
+// Timeout implements net.Error.
+func (SilentError) Timeout() bool { return true }
+
+// Temporary implements net.Error.
+func (SilentError) Temporary() bool { return true }
 
 // parentAnswers maps the status of a parent's answer to its cause. All others are
 // ParentDialFailed.

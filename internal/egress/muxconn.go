@@ -6,7 +6,6 @@ package egress
 import (
 	"bufio"
 	"errors"
-	"fmt"
 	"net"
 	"net/http"
 	"strings"
@@ -100,17 +99,10 @@ var (
 	// §8.7), so that the request may be sent again.
 	errUnprocessed = errors.New("the parent did not process the request")
 
-	errMuxIdle   = errors.New("the connection was idle")
-	errMuxSilent = fmt.Errorf("the connection to the parent is dead: %w", errSilence)
-	errSilence   = &silenceError{}
+	errMuxIdle = errors.New("the connection was idle")
 )
 
-// silenceError reports that nothing arrives on a connection any more.
-type silenceError struct{}
-
-func (*silenceError) Error() string   { return "pings go unanswered" }
-func (*silenceError) Timeout() bool   { return true }
-func (*silenceError) Temporary() bool { return true }
+const errMuxSilent = SilentError("the connection to the parent is dead: pings go unanswered")
 
 // newMuxConn starts HTTP/2 on conn. The receive windows of its streams may grow by growth
 // in all, which it shares with other connections. ended is called when the connection has

@@ -497,7 +497,7 @@ func TestMuxSilence(t *testing.T) {
 		}
 		start := time.Now()
 		p.deaf.Store(true)
-		if err := <-failed; !errors.Is(err, errSilence) || time.Since(start) > 45*time.Second {
+		if err := <-failed; !errors.Is(err, errMuxSilent) || time.Since(start) > 45*time.Second {
 			t.Errorf("%v after %v", err, time.Since(start))
 		}
 	})

@@ -338,8 +338,7 @@ func (p *Parent) connectStream(ctx context.Context, address string) (net.Conn, e
 		if err == nil {
 			return s, nil
 		}
-		retry := errors.Is(err, errUnprocessed) || errors.Is(err, errSilence) || IsClosed(err) && s.id > 1
-		if !retry || attempt == muxDials || ctx.Err() != nil {
+		if retry := errors.Is(err, errUnprocessed) || IsStale(err, s.id > 1); !retry || attempt == muxDials || ctx.Err() != nil {
 			return nil, AsAnswerError(err, nil)
 		}
 	}

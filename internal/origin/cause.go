@@ -41,10 +41,10 @@ func CauseOf(err error) Cause {
 	case errors.As(err, new(h1.ProtocolError)):
 		return ResponseInvalid
 	case egress.IsTLSError(err):
-		return Cause(egress.TlsCause(err))
+		return Cause(egress.TLSCause(err))
 	case errors.Is(err, h1.ErrHeadTooLarge), errors.Is(err, h1.ErrTooManyFields):
 		return ResponseHead
-	case errors.Is(err, errSilent):
+	case errors.As(err, new(egress.SilentError)):
 		return ConnectionSilent
 	case egress.IsTimeout(err):
 		return ResponseTimeout

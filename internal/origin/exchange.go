@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/net/http/httpguts"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 )
 
@@ -87,28 +88,27 @@ func (x *Exchange) explain(err error) error {
 // doHTTP1 sends the request over HTTP/1, and once more if its connection was stale.
 func (x *Exchange) doHTTP1() (*http.Response, error) {
 	res, err := x.try(false)
-	if err == nil || !x.mayRetry(x.isStale(err), x.answered) {
+	if err == nil || x.conn == nil || !x.mayRetry(err, x.conn.reused, x.begun(err)) {
 		return res, err
 	}
 	x.end(false)
 	return x.try(true)
 }
 
+// begun reports whether something of a response has arrived before the failure err.
+func (x *Exchange) begun(err error) bool {
+	return x.answered || x.conn.r.Buffered() > 0 || errors.Is(err, io.ErrUnexpectedEOF)
+}
+
 // mayRetry reports whether a request that failed may be sent once more (RFC 9110 §9.2.2). It
 // may if its connection was stale and it is repeatable, unless something of a response has
 // arrived or the client has gone.
-func (x *Exchange) mayRetry(stale, answered bool) bool {
-	return stale && !answered && x.Request.repeatable() && x.ctx.Err() == nil
-}
-
-// isStale reports whether a failure on a reused connection means that the origin was most
-// likely closing it while it was idle.
-func (x *Exchange) isStale(err error) bool {
-	if x.conn == nil || !x.conn.reused || x.conn.r.Buffered() > 0 {
-		return false
-	}
-	var wrong h1.ProtocolError
-	return !errors.As(err, &wrong) && !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, io.ErrUnexpectedEOF)
+//
+// An HTTP/2 connection is read at all times, so only a request that meets its end can find it
+// stale. An idle HTTP/1 connection is read by nothing, so the pool also looks whether it is
+// quiet before each use.
+func (x *Exchange) mayRetry(err error, reused, begun bool) bool {
+	return egress.IsStale(err, reused) && !begun && x.Request.repeatable() && x.ctx.Err() == nil
 }
 
 // connect returns a connection for the request. Unless fresh is set, it prefers a

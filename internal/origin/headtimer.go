@@ -11,7 +11,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )
 
@@ -100,15 +99,6 @@ func (w *headTimer) onTimer() {
 
 // expired reports whether the timeout has expired.
 func (w *headTimer) expired() bool { return context.Cause(w.ctx) == os.ErrDeadlineExceeded }
-
-// isStale reports whether an error came from a stale connection: one that the origin was
-// closing while it was idle, or on which it had stopped answering.
-func (w *headTimer) isStale(err error) bool {
-	if w.lost() {
-		return w.ctx.Err() == nil
-	}
-	return egress.IsClosed(err) && w.reused.Load() && w.ctx.Err() == nil
-}
 
 // stop ends the wait, but not the request.
 func (w *headTimer) stop() {

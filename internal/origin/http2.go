@@ -32,18 +32,16 @@ func (x *Exchange) doHTTP2() (*http.Response, error) {
 		x.content = newBodyReader(o, &wait.headClock, interim.sendContinue)
 	}
 	out := x.overHTTP2(interim)
-	transport := x.client.http2.transport
-	res, err := transport.RoundTrip(out)
-	if err != nil && x.mayRetry(wait.isStale(err), interim.any()) {
-		res, err = transport.RoundTrip(out)
+	res, err := x.roundTrip(out, interim)
+	if err != nil && x.mayRetry(err, wait.reused.Load(), interim.any()) {
+		res, err = x.roundTrip(out, interim)
 	}
 	interim.end()
-	if errors.Is(err, errNoHTTP2) {
+	if err == errNoHTTP2 {
 		x.endHTTP2()
-		return nil, errNoHTTP2
 	}
 	if err != nil {
-		return nil, x.http2Failure(err, interim)
+		return nil, err
 	}
 	wait.stop()
 	res.Body = &http2Response{res.Body, x.content, &contentWait{limits: x.limits, client: o.LimitKey}, func() { wait.cancel(os.ErrDeadlineExceeded) }}
@@ -91,24 +89,30 @@ func (x *Exchange) overHTTP2(interim *interimQueue) *http.Request {
 	return out
 }
 
-// http2Failure returns why there is no response, of which err, the transport's error, may be
-// only a consequence.
-func (x *Exchange) http2Failure(err error, interim *interimQueue) error {
+// roundTrip sends a request. If there is no response, it returns the reason, of which the
+// transport's error may be only a consequence.
+func (x *Exchange) roundTrip(out *http.Request, interim *interimQueue) (*http.Response, error) {
+	res, err := x.client.http2.transport.RoundTrip(out)
+	if err == nil {
+		return res, nil
+	}
 	if failure := x.content.failure(x.ctx.Err() != nil); failure != nil {
-		return failure
+		return nil, failure
 	}
-	wait, wrong := x.wait, interim.error()
+	wrong := interim.error()
 	switch {
-	case wait.expired():
-		return os.ErrDeadlineExceeded
+	case errors.Is(err, errNoHTTP2):
+		return nil, errNoHTTP2
+	case x.wait.expired():
+		return nil, os.ErrDeadlineExceeded
 	case wrong != nil:
-		return wrong
-	case wait.lost():
-		return errSilent
+		return nil, wrong
+	case x.wait.lost():
+		return nil, errSilent
 	case strings.Contains(err.Error(), "response header list larger"): // the error has no type
-		return h1.ErrHeadTooLarge
+		return nil, h1.ErrHeadTooLarge
 	}
-	return err
+	return nil, err
 }
 
 // checkHTTP2Head returns what is wrong with a response's head, if anything is. It is as

@@ -8,7 +8,6 @@ package origin
 import (
 	"context"
 	"crypto/tls"
-	"errors"
 	"net"
 	"net/http"
 	"sync"
@@ -17,6 +16,7 @@ import (
 
 	"golang.org/x/net/http2"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
@@ -86,7 +86,7 @@ func startHTTP2(t *http2.Transport, observed *observedConn, conn net.Conn, times
 }
 
 // errSilent reports that a connection was closed because the server did not answer.
-var errSilent = errors.New("the server has stopped responding on its connection")
+const errSilent = egress.SilentError("the server has stopped responding on its connection")
 
 // observedConn records when something was last read.
 type observedConn struct {
