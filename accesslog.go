@@ -19,6 +19,7 @@ import (
 	"go.uber.org/zap/zapcore"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
+	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 )
 
 // accessLog writes the entries of Caddy's access log for requests that do not pass through
@@ -237,7 +238,7 @@ func (e *loggedRequest) MarshalLogObject(enc zapcore.ObjectEncoder) error {
 // MarshalLogObject implements zapcore.ObjectMarshaler.
 func (e *loggedResponse) MarshalLogObject(enc zapcore.ObjectEncoder) error {
 	for name, values := range e.response {
-		addField(enc, name, values, e.credentials)
+		addField(enc, h1.WireName(name), values, e.credentials)
 	}
 	return nil
 }

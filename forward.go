@@ -353,8 +353,10 @@ func (p *proxy) respond(w http.ResponseWriter, r *http.Request, x *origin.Exchan
 // it for this proxy's, and browsers would prompt their users for a password.
 const errOriginSent407 = h1.ProtocolError("it asks for credentials that only a proxy may ask for (407)")
 
-// setResponseFields copies the header of res, adapted for the client, to w.
+// setResponseFields makes the header of res, adapted for the client, that of w. Nothing may use
+// that of res afterwards.
 func (p *proxy) setResponseFields(w http.ResponseWriter, r *http.Request, res *http.Response) http.Header {
+	few := len(res.Header) < h1.MaxFreedHeader // and so have always been
 	removeHopByHop(res.Header)
 	p.via.add(res.Header, res.ProtoMajor, res.ProtoMinor)
 	p.applyDown(res, r)
@@ -363,6 +365,10 @@ func (p *proxy) setResponseFields(w http.ResponseWriter, r *http.Request, res *h
 	// net/http from guessing one.
 	delete(header, "Server")
 	header["Content-Type"] = nil
+	if fast := downstream.WriterOf(w); fast != nil && few && res.ProtoMajor == 1 {
+		fast.TakeHeader(res.Header)
+		return res.Header
+	}
 	for name, values := range res.Header {
 		header[h1.WireName(name)] = values
 	}

@@ -282,7 +282,7 @@ func parseFields(lines string) (http.Header, *Invalid) {
 	if n > maxFields {
 		return nil, &Invalid{Kind: Refused, Status: "431 Request Header Fields Too Large", Detail: "it has more than 1000 fields"}
 	}
-	fields := h1.NewFields(n)
+	fields := h1.NewFields(make(http.Header, min(n, 64)), n)
 	for line := range strings.SplitSeq(lines, "\r\n") {
 		name, value, found := strings.Cut(line, ":")
 		value = strings.Trim(value, " \t")

@@ -23,8 +23,10 @@ import (
 // Writer writes the responses on a connection byte for byte as net/http would, except for the
 // order of the fields that it adds.
 type Writer struct {
-	client   *clientConn
-	header   http.Header
+	client      *clientConn
+	header      http.Header
+	freesHeader bool // header may be given back
+
 	head     bool // the request is HEAD
 	isHTTP10 bool // the request is one of HTTP/1.0
 	closes   bool // the connection ends after this response
@@ -57,15 +59,29 @@ const maxKeptBuffer = 16 << 10
 
 // reset resets the writer for the response to the next request.
 func (w *Writer) reset(r *http.Request) {
-	w.header = make(http.Header, 8)
+	w.header, w.freesHeader = h1.NewHeader(), true
 	w.head, w.isHTTP10, w.closes = r.Method == http.MethodHead, r.ProtoMinor == 0, r.Close
 	w.lingers, w.onHeader = false, nil
 	w.status, w.length, w.written, w.headerSent, w.chunked, w.trailer = 0, -1, 0, false, false, nil
 	w.pending = w.pending[:0]
 }
 
-// Header implements http.ResponseWriter.
+// Header implements http.ResponseWriter. The header may be used until the handler returns.
 func (w *Writer) Header() http.Header { return w.header }
+
+// TakeHeader makes h, which nothing else may use any longer, the header of the response, with the
+// fields of the header so far that h does not have.
+func (w *Writer) TakeHeader(h http.Header) {
+	for name, values := range w.header {
+		if _, ok := h[name]; !ok {
+			h[name] = values
+		}
+	}
+	if w.freesHeader {
+		h1.FreeHeader(w.header)
+	}
+	w.header, w.freesHeader = h, len(h) <= h1.MaxFreedHeader
+}
 
 // Hijack implements http.Hijacker.
 func (w *Writer) Hijack() (net.Conn, *bufio.ReadWriter, error) {
@@ -167,6 +183,7 @@ func (w *Writer) WriteHeader(status int) {
 		if w.client.ctx.Err() != nil {
 			return
 		}
+		w.freesHeader = w.freesHeader && len(w.header) <= h1.MaxFreedHeader
 		delete(w.header, "Content-Length")
 		delete(w.header, "Transfer-Encoding")
 		w.buf = append(w.appendFields(h1.AppendStatusLine(w.buf[:0], status)), "\r\n"...)
@@ -261,6 +278,9 @@ func (w *Writer) finish() error {
 	}
 	// Every header name is a substring of the request head. Drop them, so that an idle
 	// connection does not keep the head in memory.
+	if w.freesHeader {
+		h1.FreeHeader(w.header)
+	}
 	w.header = nil
 	clear(w.names[:cap(w.names)])
 	return err

@@ -8,6 +8,7 @@ import (
 	"net/textproto"
 	"strconv"
 	"strings"
+	"sync"
 
 	"golang.org/x/net/http/httpguts"
 )
@@ -80,17 +81,34 @@ func AppendLine(b []byte, name, value string) []byte {
 	return append(b, "\r\n"...)
 }
 
+// headerPool is a pool of empty headers.
+var headerPool = sync.Pool{New: func() any { return make(http.Header, 8) }}
+
+// MaxFreedHeader is the largest number of fields of a header for FreeHeader.
+const MaxFreedHeader = 32
+
+// NewHeader returns an empty header.
+func NewHeader() http.Header { return headerPool.Get().(http.Header) }
+
+// FreeHeader gives a header back to NewHeader. Nothing may use it any longer, and it must not have
+// had more than MaxFreedHeader fields before some were removed: its memory would be kept.
+func FreeHeader(h http.Header) {
+	if len(h) <= MaxFreedHeader {
+		clear(h)
+		headerPool.Put(h)
+	}
+}
+
 // fieldSet collects field lines. The first values of all names share one array.
 type fieldSet struct {
 	Header http.Header
 	values []string
 }
 
-// NewFields returns a fieldSet with room for n lines, but for no more than messages usually
-// have: many lines may be short and share a name.
-func NewFields(n int) *fieldSet {
-	n = min(n, 64)
-	return &fieldSet{make(http.Header, n), make([]string, 0, n)}
+// NewFields returns a fieldSet that adds fields to h. It has room for n lines, but for no more than
+// messages usually have: many lines may be short and share a name.
+func NewFields(h http.Header, n int) *fieldSet {
+	return &fieldSet{h, make([]string, 0, min(n, 64))}
 }
 
 func (f *fieldSet) Add(name, value string) {

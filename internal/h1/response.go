@@ -58,7 +58,7 @@ func ReadResponse(r *bufio.Reader, method string, body *Body) (*http.Response, e
 	if err != nil {
 		return nil, err
 	}
-	line, fields, _ := strings.Cut(head, "\n")
+	line, fields := cutLine(head)
 	if strings.ContainsAny(line, "\x00\r") {
 		return nil, ProtocolError("the status line contains a NUL or a bare CR")
 	}
@@ -77,43 +77,48 @@ func ReadResponse(r *bufio.Reader, method string, body *Body) (*http.Response, e
 	return res, setFraming(res, body, method)
 }
 
-// readHead reads lines up to an empty one, which it omits, and converts line ends to \n.
-// It returns io.EOF if the connection ends before the first byte.
+// readHead reads lines up to an empty one, which it omits. A line may end with \n alone. It
+// returns io.EOF if the connection ends before the first byte.
 func readHead(r *bufio.Reader) (string, error) {
-	var b strings.Builder
-	buffered, _ := r.Peek(r.Buffered())
-	if end := bytes.Index(buffered, HeadEnd); end >= 0 {
-		b.Grow(end + len(HeadEnd)) // most heads arrive as a whole
+	if head := wholeHead(r); head != nil { // most heads arrive as a whole
+		lines := string(head)
+		_, _ = r.Discard(len(lines) + len("\r\n"))
+		return lines, nil
 	}
+	var b strings.Builder
 	for {
 		line, err := r.ReadSlice('\n')
-		if b.Len()+len(line) > MaxHead {
+		switch {
+		case b.Len()+len(line) > MaxHead:
 			return "", ErrHeadTooLarge
-		}
-		if err != nil {
-			if n := len(line) - 1; err == bufio.ErrBufferFull && line[n] == '\r' {
-				_ = r.UnreadByte() // may be half of a line end; cannot fail after a read
-				line = line[:n]
-			}
-			b.Write(line)
-			if err == bufio.ErrBufferFull {
-				continue
-			}
-			if err == io.EOF && b.Len() > 0 {
-				err = io.ErrUnexpectedEOF
-			}
+		case err == io.EOF && b.Len()+len(line) > 0:
+			return "", io.ErrUnexpectedEOF
+		case err != nil && err != bufio.ErrBufferFull:
 			return "", err
 		}
-		n := len(line) - 1
-		if n > 0 && line[n-1] == '\r' {
-			n--
-		}
-		if n == 0 && (b.Len() == 0 || b.String()[b.Len()-1] == '\n') {
+		isStart := b.Len() == 0 || strings.HasSuffix(b.String(), "\n")
+		if isStart && (string(line) == "\n" || string(line) == "\r\n") {
 			return b.String(), nil
 		}
-		b.Write(line[:n])
-		b.WriteByte('\n')
+		b.Write(line)
 	}
+}
+
+// wholeHead returns the buffered lines up to an empty one. It returns nil if there is none, or if an
+// earlier line may be empty.
+func wholeHead(r *bufio.Reader) []byte {
+	buffered, _ := r.Peek(r.Buffered())
+	end := bytes.Index(buffered, []byte("\n\r\n")) + 1
+	if end == 0 || buffered[0] == '\r' || buffered[0] == '\n' || bytes.Contains(buffered[:end], []byte("\n\n")) {
+		return nil
+	}
+	return buffered[:end]
+}
+
+// cutLine returns the first of lines without its end, and the lines after it.
+func cutLine(lines string) (line, rest string) {
+	line, rest, _ = strings.Cut(lines, "\n")
+	return strings.TrimSuffix(line, "\r"), rest
 }
 
 // parseStatusLine parses a line such as "HTTP/1.1 200 OK".
@@ -138,19 +143,19 @@ func parseStatusLine(res *http.Response, line string) error {
 	return nil
 }
 
-// parseFields parses field lines, each of which ends with \n.
+// parseFields parses field lines with their ends.
 func parseFields(lines string) (http.Header, error) {
-	if strings.IndexByte(lines, 0) >= 0 || strings.IndexByte(lines, '\r') >= 0 {
+	if strings.IndexByte(lines, 0) >= 0 || strings.Count(lines, "\r") != strings.Count(lines, "\r\n") {
 		return nil, ProtocolError("a field contains a NUL or a bare CR")
 	}
 	n := strings.Count(lines, "\n")
 	if n > MaxFields {
 		return nil, ErrTooManyFields
 	}
-	fields := NewFields(n)
+	fields := NewFields(NewHeader(), n)
 	for lines != "" {
 		var line, value string
-		line, lines, _ = strings.Cut(lines, "\n")
+		line, lines = cutLine(lines)
 		key, value, found := strings.Cut(line, ":")
 		key = strings.TrimRight(key, " \t") // RFC 9112 §5.1
 		if !found || !httpguts.ValidHeaderFieldName(key) {
@@ -176,7 +181,7 @@ func unfold(value, lines string) (joined, left string) {
 	parts := []byte(value)
 	for isFolded(lines) {
 		var line string
-		line, lines, _ = strings.Cut(lines, "\n")
+		line, lines = cutLine(lines)
 		if line = strings.Trim(line, " \t"); line != "" && len(parts) > 0 {
 			parts = append(parts, ' ')
 		}
