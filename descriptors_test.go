@@ -20,7 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/conntest"
-	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // descriptors counts a process's open descriptors.
@@ -110,7 +110,7 @@ func TestTunnelHoldsTwoDescriptorsAfterBulk(t *testing.T) {
 		t.Fatal(err)
 	}
 	// Unused pipes are kept for the next burst, up to a limit.
-	spare := 2 * cap(tunnel.Pipes)
+	spare := 2 * cap(tcpconn.Pipes)
 	held := 0
 	eventually(t, "the pipes to be returned", func() bool {
 		held = descriptors(t, "self") - before

@@ -3,8 +3,8 @@
 
 // Package tcpconn does with TCP connections what package net has no method for. It finds the
 // socket below a connection, reads what the kernel knows about the socket, sets its options and
-// its read deadline, and puts bytes that were read too early back in front. It knows neither
-// HTTP nor tunnels.
+// its read deadline, puts bytes that were read too early back in front, and moves bytes from one
+// socket to another inside the kernel. It knows neither HTTP nor tunnels.
 package tcpconn
 
 import (

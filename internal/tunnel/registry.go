@@ -18,6 +18,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // WatchInterval is how often the timeouts of tunnels are checked, and so their precision.
@@ -111,7 +112,7 @@ func (r *Registry) Release(key client.Key) {
 		return n - 1, xsync.UpdateOp
 	})
 	if r.admitted.Add(-1) == 0 {
-		ClosePipes()
+		tcpconn.ClosePipes()
 	}
 }
 

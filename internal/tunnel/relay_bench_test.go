@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/conntest"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // relayRows are our relay and alternatives. The CPU time is this process's: it includes the
@@ -141,7 +142,7 @@ func idleTunnels(b *testing.B, n, carried int, relay func(dst, src net.Conn)) us
 		t.near, t.client = conntest.Pair(b)
 		t.far, t.target = conntest.Pair(b)
 	}
-	ClosePipes()
+	tcpconn.ClosePipes()
 	before := usageOf(b)
 	var ended atomic.Int64
 	run := func(dst, src net.Conn) {
@@ -159,7 +160,7 @@ func idleTunnels(b *testing.B, n, carried int, relay func(dst, src net.Conn)) us
 			}
 		}
 	}
-	ClosePipes()
+	tcpconn.ClosePipes()
 	held := usageOf(b).since(before)
 	for _, t := range tunnels {
 		for _, conn := range []net.Conn{t.client, t.near, t.far, t.target} {

@@ -4,9 +4,13 @@
 package tunnel
 
 import (
+	"errors"
 	"io"
+	"math"
 	"net"
 	"syscall"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // relaySocket reads when the socket is readable. Bulk data for another socket moves inside
@@ -17,7 +21,8 @@ func relaySocket(dst io.Writer, src *net.TCPConn, copied *Flow) (readErr, writeE
 		return err, nil
 	}
 	r := newSocketReader(conn)
-	var splice *splicer // created for the first bulk data
+	to, canSplice := dst.(*net.TCPConn)
+	var splice *tcpconn.Splicer // created for the first bulk data
 	for {
 		buf, n, err := r.read()
 		if n > 0 {
@@ -29,15 +34,43 @@ func relaySocket(dst io.Writer, src *net.TCPConn, copied *Flow) (readErr, writeE
 		if err != nil || writeErr != nil {
 			return err, writeErr
 		}
-		if n == smallBuffer {
-			if splice == nil {
-				splice = newSplicer(dst, conn)
-			}
-			if readErr, writeErr = splice.burst(copied); readErr != nil || writeErr != nil {
-				return readErr, writeErr
-			}
+		if n < smallBuffer || !canSplice {
+			continue
+		}
+		if splice == nil {
+			splice = tcpconn.NewSplicer(to, src)
+		}
+		readErr, writeErr = spliceBulk(splice, copied)
+		if readErr == errors.ErrUnsupported {
+			readErr, canSplice = nil, false
+		}
+		if readErr != nil || writeErr != nil {
+			return readErr, writeErr
 		}
 	}
+}
+
+// spliceBulk moves bytes until fewer arrive than a small buffer holds. It returns no errors if
+// the source goes on.
+//
+// Bulk data often arrives in bursts, so spliceBulk waits for the next one itself. If the first
+// bytes of each burst were read and written, that would cost three more system calls, and
+// wake the other side for a few bytes.
+func spliceBulk(s *tcpconn.Splicer, copied *Flow) (readErr, writeErr error) {
+	defer s.Close()
+	count := func(n int) { copied.Add(int64(n)) }
+	for n := smallBuffer; n >= smallBuffer; {
+		if n, readErr = s.Fill(math.MaxInt64); readErr != nil {
+			return readErr, nil
+		}
+		copied.writing.Store(true)
+		writeErr = s.Drain(count)
+		copied.writing.Store(false)
+		if writeErr != nil {
+			return nil, writeErr
+		}
+	}
+	return nil, nil
 }
 
 // socketReader reads from a socket, and takes a pooled buffer only when there are bytes to

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/conntest"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // Bulk data is spliced through a pipe, which is then reused. Where the kernel refuses that,
@@ -25,7 +26,7 @@ func TestRelaySplices(t *testing.T) {
 		"allowed": 0, "forbidden": unix.EPERM, "not there": unix.ENOSYS, "not for this socket": unix.EINVAL,
 	} {
 		t.Run(name, func(t *testing.T) {
-			ClosePipes()
+			tcpconn.ClosePipes()
 			from, in := conntest.Pair(t)
 			to, out := conntest.Pair(t)
 			rig := &relayRig{dst: to, result: make(chan relayResult, 1)}
@@ -46,11 +47,42 @@ func TestRelaySplices(t *testing.T) {
 			if res := <-rig.result; res.readErr != io.EOF || res.writeErr != nil || rig.copied.Load() != size {
 				t.Errorf("the relay ended with %v, %v after %d bytes; want EOF after %d", res.readErr, res.writeErr, rig.copied.Load(), size)
 			}
-			if errno == 0 && len(Pipes) != 1 {
-				t.Errorf("%d pipes were used, want 1", len(Pipes))
+			if errno == 0 && len(tcpconn.Pipes) != 1 {
+				t.Errorf("%d pipes were used, want 1", len(tcpconn.Pipes))
 			}
 		})
 	}
+}
+
+// Bulk data that arrives in bursts is passed on as it arrives, without a small message in front
+// of each burst.
+func TestRelaySplicesWholeBursts(t *testing.T) {
+	const bursts, size = 100, 32 << 10
+	rig := newRelayRig(t, conntest.Pair, conntest.Pair)
+	data, received := make([]byte, size), make([]byte, size)
+	for range bursts {
+		if _, err := rig.in.Write(data); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(rig.out, received); err != nil {
+			t.Fatal(err)
+		}
+	}
+	conn, err := rig.dst.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var info *unix.TCPInfo
+	if err := conn.Control(func(fd uintptr) {
+		info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+	}); err != nil || info == nil {
+		t.Fatal(err)
+	}
+	if n := info.Data_segs_out; n > bursts*3/2 {
+		t.Errorf("%d bursts were passed on in %d segments", bursts, n)
+	}
+	_ = end(rig.in)
+	<-rig.result
 }
 
 // An idle relay waits for its source without a buffer or a pipe.
@@ -69,7 +101,7 @@ func TestIdleRelaysHoldNothing(t *testing.T) {
 				ends[i][0], rigs[i].in = conntest.Pair(t)
 				ends[i][1], rigs[i].out = conntest.Pair(t)
 			}
-			ClosePipes()
+			tcpconn.ClosePipes()
 			before := usageOf(t)
 			for i, rig := range rigs {
 				go rig.run(ends[i][1], ends[i][0])
@@ -84,7 +116,7 @@ func TestIdleRelaysHoldNothing(t *testing.T) {
 			var held usage
 			defer func() { t.Logf("%d relays hold %+v", n, held) }()
 			for start := time.Now(); ; time.Sleep(5 * time.Millisecond) {
-				ClosePipes()
+				tcpconn.ClosePipes()
 				held = usageOf(t).since(before)
 				if held.descriptors == 0 && held.heap < n*2<<10 && held.stacks < n*stack {
 					break
@@ -125,7 +157,7 @@ func usageOf(t testing.TB) usage {
 // If no descriptors are left for a pipe, the relay copies.
 func TestRelayWithoutPipes(t *testing.T) {
 	rig := newRelayRig(t, conntest.Pair, conntest.Pair)
-	ClosePipes()
+	tcpconn.ClosePipes()
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
 		t.Fatal(err)
@@ -136,7 +168,7 @@ func TestRelayWithoutPipes(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
-	if p, err := NewPipe(); err == nil {
+	if p, err := tcpconn.NewPipe(); err == nil {
 		p.Release(false)
 		t.Fatal("pipes can be created: this test tests nothing")
 	}

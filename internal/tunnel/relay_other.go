@@ -14,6 +14,3 @@ import (
 func relaySocket(dst io.Writer, src *net.TCPConn, copied *Flow) (readErr, writeErr error) {
 	return relayReader(dst, src, copied)
 }
-
-// ClosePipes does nothing: there are no pipes here.
-func ClosePipes() {}
