@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -173,14 +172,10 @@ var loggedRequests = []string{
 
 // sendLogged sends a request head over a new connection and reads what follows until the
 // response, or the start of the tunnel, is over.
-func sendLogged(t *testing.T, proxy, head string) {
+func sendLogged(t *testing.T, f form, proxy, head string) {
 	t.Helper()
-	conn, err := net.Dial("tcp4", proxy)
-	if err != nil {
-		t.Fatal(err)
-	}
+	conn := f.dial(t, proxy)
 	defer conn.Close()
-	_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
 	if strings.HasPrefix(head, "CONNECT") {
 		fmt.Fprint(conn, strings.ReplaceAll(head, "\n", "\r\n")+"\r\n\r\n")
 		_, _ = conn.Read(make([]byte, 4096))
@@ -198,8 +193,9 @@ func TestAccessLogOnTheFastPath(t *testing.T) {
 		options string // of the proxy
 		servers string // options of the servers
 		none    bool   // nothing is logged
+		inForms bool   // compare in all forms
 	}{
-		"plain":            {log: "log {\noutput file FILE\n}"},
+		"plain":            {inForms: true, log: "log {\noutput file FILE\n}"},
 		"credentials":      {log: "log {\noutput file FILE\n}", servers: "log_credentials"},
 		"a level":          {log: "log {\noutput file FILE\nlevel ERROR\n}"},
 		"hostnames":        {log: "log {\nhostnames ORIGINHOST *.example\noutput file FILE\n}"},
@@ -211,45 +207,54 @@ func TestAccessLogOnTheFastPath(t *testing.T) {
 		"changed fields":   {log: "log {\noutput file FILE\n}", options: "header_up Accept a changed"},
 		"console":          {log: "log {\noutput file FILE\nformat append {\nwrap json\nmark 1\n}\n}"},
 		"rate limited":     {log: "log {\noutput file FILE\n}", options: "burst 2\nrefill 0.001"},
-		"logins":           {log: "log {\noutput file FILE\n}", options: authUsers},
-		"trusted":          {log: "log {\noutput file FILE\n}", servers: "trusted_proxies static 127.0.0.1\ntrusted_proxies_strict", options: "clients all"},
-		"error routes":     {log: "log {\noutput file FILE\n}\nhandle_errors {\nrespond \"sorry {http.error.status_code}\"\n}"},
+		"logins":           {inForms: true, log: "log {\noutput file FILE\n}", options: authUsers},
+		"trusted":          {log: "log {\noutput file FILE\n}", servers: "trusted_proxies static 127.0.0.1\ntrusted_proxies_strict"},
+		"error routes":     {inForms: true, log: "log {\noutput file FILE\n}\nhandle_errors {\nrespond \"sorry {http.error.status_code}\"\n}"},
 		"routes that fail": {log: "log {\noutput file FILE\n}\nhandle_errors {\nerror \"worse\" 507\n}"},
 	} {
-		t.Run(name, func(t *testing.T) {
-			w := newWorld(t, "", loggedOrigin())
-			dir := t.TempDir()
-			closed := freeAddress(t)
-			var entries, failures [2][]map[string]any
-			logged := 0
-			for way, servers := range []string{withWrapper, withoutWrapper} {
-				file := filepath.Join(dir, fmt.Sprint(way))
-				site := w.site("allow 127.0.0.0/8\ndeny denied.example\nzone way" + fmt.Sprint(way) + "\nvia tester\n" + row.options)
-				site = strings.Replace(site, "{\n", "{\n"+strings.NewReplacer("FILE", file, "ORIGINHOST", "127.0.0.1").Replace(row.log)+"\n", 1)
-				loadCaddyfile(t, withServers(w.globals()+site, servers+row.servers))
-				if way == 0 && !*byNetHTTP {
-					w.dialFastPath()
-				} else {
-					w.dial().gets(w.origin.URL + "/")
-				}
-				for i, head := range loggedRequests {
-					head += fmt.Sprintf("\nX-Number: %02d", i)
-					sendLogged(t, w.proxy, strings.NewReplacer("ORIGIN", strings.TrimPrefix(w.origin.URL, "http://"), "CLOSED", closed).Replace(head))
-				}
-				entries[way] = accessEntries(t, file)
-				own, err := os.ReadFile(w.logs)
-				if err != nil {
-					t.Fatal(err)
-				}
-				failures[way] = parseEntries(t, own[logged:], "http.log.") // the error log, and what goes to no other file
-				logged = len(own)
+		for _, f := range forms {
+			if f != forms[0] && !row.inForms {
+				continue
 			}
-			if t.Logf("%d entries", len(entries[1])); len(entries[1]) == 0 != row.none {
-				t.Errorf("%d entries", len(entries[1]))
-			}
-			compareEntries(t, entries[0], entries[1])
-			compareEntries(t, failures[0], failures[1])
-		})
+			t.Run(f.name+"/"+name, func(t *testing.T) {
+				w := newWorld(t, "", loggedOrigin())
+				dir := t.TempDir()
+				closed := freeAddress(t)
+				var entries, failures [2][]map[string]any
+				logged := 0
+				for way := range entries {
+					file := filepath.Join(dir, fmt.Sprint(way))
+					site := f.site(t, w.site("clients all\nallow 127.0.0.0/8\ndeny denied.example\nzone way"+fmt.Sprint(way)+"\nvia tester\n"+row.options))
+					site = strings.Replace(site, "{\n", "{\n"+strings.NewReplacer("FILE", file, "ORIGINHOST", "127.0.0.1").Replace(row.log)+"\n", 1)
+					loadCaddyfile(t, withServers(w.globals()+site, f.servers(way == 0)+row.servers))
+					c := f.dial(t, w.proxy)
+					c.gets(w.origin.URL + "/")
+					if n := fastPathConns(); n == 1 != (way == 0 && !*byNetHTTP) {
+						t.Errorf("the fast path serves %d connections in way %d", n, way)
+					}
+					_ = c.Close()
+					for i, head := range loggedRequests {
+						head += fmt.Sprintf("\nX-Number: %02d", i)
+						sendLogged(t, f, w.proxy, strings.NewReplacer("ORIGIN", strings.TrimPrefix(w.origin.URL, "http://"), "CLOSED", closed).Replace(head))
+					}
+					entries[way] = accessEntries(t, file)
+					own, err := os.ReadFile(w.logs)
+					if err != nil {
+						t.Fatal(err)
+					}
+					failures[way] = parseEntries(t, own[logged:], "http.log.") // the error log, and what goes to no other file
+					logged = len(own)
+				}
+				if t.Logf("%d entries", len(entries[1])); len(entries[1]) == 0 != row.none {
+					t.Errorf("%d entries", len(entries[1]))
+				}
+				if len(entries[1]) > 0 && f.overTLS != (entries[1][0]["request"].(map[string]any)["tls"] != nil) {
+					t.Errorf("TLS in the entries: %v", entries[1][0])
+				}
+				compareEntries(t, entries[0], entries[1])
+				compareEntries(t, failures[0], failures[1])
+			})
+		}
 	}
 }
 

@@ -37,6 +37,7 @@ type twins struct {
 }
 
 type twin struct {
+	form
 	proxy  string
 	origin net.Listener // same port as the other twin's origin, at an address of the same length
 }
@@ -50,13 +51,18 @@ func crlf(text string) string {
 
 const warmUp = "GET http://ORIGIN/warm HTTP/1.1\nHost: ORIGIN\n\n"
 
-func newTwins(t testing.TB, options, warm string) *twins {
+func newTwins(t testing.TB, f form, options, warm string) *twins {
 	t.Helper()
 	w := newWorld(t, options, nil)
 	other := *w
 	other.proxy = freeAddress(t)
-	w.load(w.site(options+"\nzone one") + inRoute(other.site(options+"\nzone two")))
-	tw := &twins{t: t, warm: warm, each: [2]twin{{proxy: w.proxy}, {proxy: other.proxy}}}
+	sites := f.site(t, w.site(options+"\nzone one")) + inRoute(f.site(t, other.site(options+"\nzone two")))
+	if f == forms[0] {
+		w.load(sites)
+	} else {
+		loadCaddyfile(t, fmt.Sprintf("{\nservers %s {\n%s}\nservers %s {\n%s}\n%s", w.proxy, f.servers(true), other.proxy, f.servers(false), strings.TrimPrefix(w.globals()+sites, "{\n")))
+	}
+	tw := &twins{t: t, warm: warm, each: [2]twin{{form: f, proxy: w.proxy}, {form: f, proxy: other.proxy}}}
 	shared, err := acquireProcess()
 	if err != nil {
 		t.Fatal(err)
@@ -130,9 +136,9 @@ func (one *twin) converse(t testing.TB, warm, send, answer string, manner int, f
 	t.Helper()
 	origin := newTwinOrigin(one.origin, answer)
 	fill := func(s string) string { return strings.ReplaceAll(s, "ORIGIN", one.origin.Addr().String()) }
-	c := dialRaw(t, one.proxy)
+	c := one.dial(t, one.proxy)
 	c.SetDeadline(time.Now().Add(patience / 2))
-	c.r = bufio.NewReader(&refusalReader{r: c.TCPConn})
+	c.r = bufio.NewReader(&refusalReader{r: c.peer()})
 	warm, send = fill(crlf(warm)), fill(send)
 	text, size := send, 1<<20
 	switch manner {
@@ -164,7 +170,7 @@ func (one *twin) converse(t testing.TB, warm, send, answer string, manner int, f
 	eventually(t, "the fast-path connection to close", func() bool { return fastPathConns() == 0 })
 	got = append(got, origin.end()...)
 	for i, text := range got {
-		got[i] = strings.NewReplacer("127.0.0.2", "127.0.0.1", `"two";`, `"one";`, one.proxy, "PROXY").Replace(text)
+		got[i] = strings.NewReplacer("127.0.0.2", "127.0.0.1", `"two";`, `"one";`, one.proxy, "PROXY", `h3="`+strings.TrimPrefix(one.proxy, "127.0.0.1"), `h3="PROXY`).Replace(text)
 	}
 	return got
 }
@@ -248,8 +254,11 @@ func (one *twin) listen(c *rawConn, methods []string, sent <-chan struct{}) (got
 	_ = c.CloseWrite()
 	rest, err := io.ReadAll(c.r)
 	end := "end"
-	if errors.Is(err, os.ErrDeadlineExceeded) {
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
 		end = "silence"
+	case errors.Is(err, io.ErrUnexpectedEOF): // TLS without its own end
+		end = "cut"
 	}
 	rest = bytes.ReplaceAll(rest, []byte("Date: "+time.Now().UTC().Format(http.TimeFormat)), []byte("Date: now"))
 	return append(got, string(rest), end)
@@ -768,36 +777,40 @@ func TestClientConnRequests(t *testing.T) {
 	if !apart(t) {
 		return
 	}
-	tw := newTwins(t, twinOptions+"\nserve_pac /pac", warmUp)
 	attacks := requestAttacks
 	for _, rule := range rules {
 		// Behind chunks, net/http's connections end.
 		send := strings.ReplaceAll(rule.send, "Transfer-Encoding: chunked\n", "Transfer-Encoding: chunked\nConnection: close\n")
 		attacks = append(attacks, attack{name: rule.name + ", a rule", send: send, answer: rule.answer, better: rule.orStatus != 0})
 	}
-	for _, a := range attacks {
-		if a.better {
-			continue
-		}
-		t.Run(a.name, func(t *testing.T) {
-			for manner := range manners {
-				for _, difference := range tw.compare(t, crlf(a.send), crlf(a.answer), manner) {
-					t.Errorf("in manner %d: %s", manner, difference)
-				}
+	for _, f := range forms {
+		tw := newTwins(t, f, twinOptions+"\nserve_pac /pac", warmUp)
+		for _, a := range attacks {
+			if a.better {
+				continue
 			}
-		})
+			t.Run(f.name+"/"+a.name, func(t *testing.T) {
+				for manner := range manners {
+					for _, difference := range tw.compare(t, crlf(a.send), crlf(a.answer), manner) {
+						t.Errorf("in manner %d: %s", manner, difference)
+					}
+				}
+			})
+		}
 	}
 }
 
 // TestClientConnResponses checks that both pass responses on alike.
 func TestClientConnResponses(t *testing.T) {
-	tw := newTwins(t, twinOptions, warmUp)
-	for _, a := range responseAttacks {
-		t.Run(a.name, func(t *testing.T) {
-			for _, difference := range tw.compare(t, crlf(plainGet+"\n"+plainGet+"\n"), crlf(a.answer), behind) {
-				t.Error(difference)
-			}
-		})
+	for _, f := range forms {
+		tw := newTwins(t, f, twinOptions, warmUp)
+		for _, a := range responseAttacks {
+			t.Run(f.name+"/"+a.name, func(t *testing.T) {
+				for _, difference := range tw.compare(t, crlf(plainGet+"\n"+plainGet+"\n"), crlf(a.answer), behind) {
+					t.Error(difference)
+				}
+			})
+		}
 	}
 }
 
@@ -823,13 +836,15 @@ func TestClientConnRefusals(t *testing.T) {
 			{name: "changed fields", send: plainGet + "\n" + plainGet + "X-Two: b\n\n"},
 		}},
 	} {
-		tw := newTwins(t, twinOptions+"\n"+refusals.options, refusals.warm)
-		for _, a := range refusals.attacks {
-			t.Run(a.name, func(t *testing.T) {
-				for _, difference := range tw.compare(t, crlf(a.send), crlf(a.answer), behind) {
-					t.Error(difference)
-				}
-			})
+		for _, f := range forms {
+			tw := newTwins(t, f, twinOptions+"\n"+refusals.options, refusals.warm)
+			for _, a := range refusals.attacks {
+				t.Run(f.name+"/"+a.name, func(t *testing.T) {
+					for _, difference := range tw.compare(t, crlf(a.send), crlf(a.answer), behind) {
+						t.Error(difference)
+					}
+				})
+			}
 		}
 	}
 }
@@ -837,7 +852,7 @@ func TestClientConnRefusals(t *testing.T) {
 // TestClientConnHandOffRequests checks which requests the fast path hands to net/http, and that
 // HTTP/2 never begins behind other requests on a connection.
 func TestClientConnHandOffRequests(t *testing.T) {
-	tw := newTwins(t, twinOptions, warmUp)
+	tw := newTwins(t, forms[0], twinOptions, warmUp)
 	one := tw.each[0]
 	origin := newTwinOrigin(one.origin, "")
 	defer origin.end()
@@ -1009,7 +1024,12 @@ var (
 
 // FuzzClientConn checks that neither clients nor origins can tell the fast path from
 // net/http, whatever they send.
-func FuzzClientConn(f *testing.F) {
+func FuzzClientConn(f *testing.F) { fuzzClientConn(f, forms[0]) }
+
+// FuzzClientConnTLS is FuzzClientConn with TLS.
+func FuzzClientConnTLS(f *testing.F) { fuzzClientConn(f, forms[1]) }
+
+func fuzzClientConn(f *testing.F, in form) {
 	for _, rule := range rules {
 		if rule.orStatus == 0 {
 			f.Add([]byte(crlf(rule.send)), []byte(crlf(rule.answer)), byte(atOnce))
@@ -1022,7 +1042,7 @@ func FuzzClientConn(f *testing.F) {
 			}
 		}
 	}
-	tw := newTwins(f, twinOptions+"\nserve_pac /pac", warmUp)
+	tw := newTwins(f, in, twinOptions+"\nserve_pac /pac", warmUp)
 	f.Fuzz(func(t *testing.T, send, answer []byte, manner byte) {
 		if len(send) > 16<<10 || len(answer) > 64<<10 || bytes.Contains(send, []byte("PRI * HTTP/2.0")) || mayBeBetter.Match(send) {
 			return

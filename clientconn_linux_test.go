@@ -132,19 +132,39 @@ func TestProcessSplicesOnClientConns(t *testing.T) {
 // ones after their response. If the new config does not serve them, they close, busy ones
 // after their response.
 func TestClientConnReload(t *testing.T) {
-	for _, stays := range []bool{true, false} {
-		t.Run(fmt.Sprintf("served again: %t", stays), func(t *testing.T) {
+	for _, row := range []struct {
+		name  string
+		from  form
+		to    form // what the new config expects
+		route bool // in the new config, Caddy's server serves the site
+	}{
+		{name: "served again", from: forms[0], to: forms[0]},
+		{name: "not served again", from: forms[0], to: forms[0], route: true},
+		{name: "over TLS", from: forms[1], to: forms[1]},
+		{name: "over TLS, not served again", from: forms[1], to: forms[1], route: true},
+		{name: "from TLS to none", from: forms[1], to: forms[0]},
+		{name: "from none to TLS", from: forms[0], to: forms[1]},
+		{name: "to other settings of TLS", from: forms[1], to: form{overTLS: true, directives: "protocols tls1.3"}},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			stays := row.from == row.to && !row.route
 			origin := newSlowOrigin()
 			w := newWorld(t, "", origin)
-			once := func() {
-				c := w.dial()
+			load := func(f form, site string) {
+				loadCaddyfile(t, withServers(w.globals()+f.site(t, site), f.servers(true)))
+			}
+			load(row.from, w.site(""))
+			once := func(f form) {
+				c := f.dial(t, w.proxy)
 				c.gets(w.origin.URL + "/")
 				_ = c.Close()
 			}
-			once() // opens a connection to the origin, which stays open
+			once(row.from) // opens a connection to the origin, which stays open
+			eventually(t, "that to be over", func() bool { return fastPathConns() == 0 })
 			files, goroutines := descriptors(t, "self"), runtime.NumGoroutine()
 			old := program.listeners.All()[0]
-			idle, half, waits, begun := w.dialFastPath(), w.dialFastPath(), w.dialFastPath(), w.dialFastPath()
+			dial := func() *rawConn { return w.dialFastPathOver(row.from) }
+			idle, half, waits, begun := dial(), dial(), dial(), dial()
 			half.send("GET " + w.origin.URL + "/ HTTP/1.1\nHo")
 			for _, c := range []*rawConn{begun, waits} {
 				c.get(w.origin.URL+"/slow", "")
@@ -156,10 +176,10 @@ func TestClientConnReload(t *testing.T) {
 			}
 			half.awaitRead() // closing a socket with unread data would reset it
 			site := w.site("dial_timeout 9s")
-			if !stays {
-				site = inRoute(site)
+			if row.route {
+				site = byCaddy(site)
 			}
-			w.load(site)
+			load(row.to, site)
 			eventually(t, "the idle connections to move", func() bool { return len(old.Clients()) == 2 })
 			origin.end <- struct{}{}
 			if rest := begun.readUntil("0\r\n\r\n"); !strings.HasSuffix(rest, "last\r\n0\r\n\r\n") {
@@ -192,9 +212,10 @@ func TestClientConnReload(t *testing.T) {
 			for _, c := range []*rawConn{idle, half, waits, begun} {
 				_ = c.Close()
 			}
-			once()
+			once(row.to)
 			eventually(t, "all connections to be gone", func() bool {
-				return len(old.Clients())+fastPathConns() == 0 && descriptors(t, "self") <= files && runtime.NumGoroutine() <= goroutines
+				return len(old.Clients())+fastPathConns() == 0 &&
+					(descriptors(t, "self") <= files && runtime.NumGoroutine() <= goroutines || row.from.overTLS != row.to.overTLS) // HTTP/3 has some
 			})
 		})
 	}

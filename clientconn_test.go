@@ -12,7 +12,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"net/url"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -51,10 +50,17 @@ func (c *rawConn) gets(url string) string {
 // dialFastPath opens a connection that the fast path serves.
 func (w *world) dialFastPath() *rawConn {
 	w.t.Helper()
-	c := w.dial()
+	return w.dialFastPathOver(forms[0])
+}
+
+// dialFastPathOver is dialFastPath in a form.
+func (w *world) dialFastPathOver(f form) *rawConn {
+	w.t.Helper()
+	c := f.dial(w.t, w.proxy)
 	c.gets(w.origin.URL + "/")
+	port := func(addr net.Addr) int { return addr.(*net.TCPAddr).Port }
 	for _, l := range program.listeners.All() {
-		if slices.ContainsFunc(l.Clients(), func(remote net.Addr) bool { return remote.String() == c.LocalAddr().String() }) {
+		if slices.ContainsFunc(l.Clients(), func(remote net.Addr) bool { return port(remote) == port(c.LocalAddr()) }) {
 			return c
 		}
 	}
@@ -207,8 +213,8 @@ bind 127.0.0.2 {
 	}
 }
 
-// The fast path serves requests with content, from HTTP/1.0, and with an upgrade. Other protocols
-// are net/http's.
+// The fast path serves requests with content, from HTTP/1.0, and with an upgrade, with TLS or
+// without. Other protocols are net/http's.
 func TestClientConnServes(t *testing.T) {
 	w := newTunnelWorld(t, tunnelSetup{options: "hosts proxy.example"})
 	var fast atomic.Int64 // connections on the fast path while the origin had the last request
@@ -224,41 +230,39 @@ func TestClientConnServes(t *testing.T) {
 		"GET URL HTTP/1.0\nHost: x\nConnection: keep-alive\n\n",
 		"GET URL HTTP/1.1\nHost: x\nUpgrade: other\nConnection: Upgrade\n\n",
 	} {
-		c := w.dial()
-		for range 3 {
-			c.send(strings.ReplaceAll(request, "URL", w.origin.URL+"/"))
-			res, _ := c.response(http.MethodGet)
-			if res.StatusCode != http.StatusOK || fast.Load() != 1 {
-				t.Errorf("%q: %s, with %d connections on the fast path", request, res.Status, fast.Load())
+		for _, f := range forms[:2] {
+			c := f.dial(t, map[bool]string{false: w.plain, true: w.tls}[f.overTLS])
+			for range 3 {
+				c.send(strings.ReplaceAll(request, "URL", w.origin.URL+"/"))
+				res, _ := c.response(http.MethodGet)
+				if res.StatusCode != http.StatusOK || fast.Load() != 1 {
+					t.Errorf("%s, %q: %s, with %d connections on the fast path", f.name, request, res.Status, fast.Load())
+				}
+				if res.Close {
+					break
+				}
 			}
-			if res.Close {
-				break
-			}
+			_ = c.Close()
+			eventually(t, "the connection to end", func() bool { return fastPathConns() == 0 })
 		}
-		_ = c.Close()
-		eventually(t, "the connection to end", func() bool { return fastPathConns() == 0 })
 	}
-	secure, h2c := clientTLS("http/1.1"), new(http.Protocols)
+	h2c := new(http.Protocols)
 	h2c.SetUnencryptedHTTP2(true)
-	for name, client := range map[string]*http.Client{
-		"TLS": {Transport: &http.Transport{TLSClientConfig: secure, Proxy: http.ProxyURL(&url.URL{Scheme: "https", Host: w.tls})}},
-		"h2c": {Transport: &http.Transport{Protocols: h2c, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "tcp4", w.plain)
-		}}},
-	} {
-		for range 3 {
-			res, err := client.Get(w.origin.URL + "/")
-			if err != nil {
-				t.Fatal(err)
-			}
-			_ = res.Body.Close()
-			if res.StatusCode != http.StatusOK {
-				t.Errorf("%s: %s", name, res.Status)
-			}
-			eventually(t, name+" to be served by net/http", func() bool { return fastPathConns() == 0 })
+	client := &http.Client{Transport: &http.Transport{Protocols: h2c, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "tcp4", w.plain)
+	}}}
+	for range 3 {
+		res, err := client.Get(w.origin.URL + "/")
+		if err != nil {
+			t.Fatal(err)
 		}
-		client.CloseIdleConnections()
+		_ = res.Body.Close()
+		if res.StatusCode != http.StatusOK {
+			t.Errorf("h2c: %s", res.Status)
+		}
+		eventually(t, "h2c to be served by net/http", func() bool { return fastPathConns() == 0 })
 	}
+	client.CloseIdleConnections()
 }
 
 // slowOrigin is an origin that starts its response with a part of the content, and completes

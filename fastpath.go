@@ -8,6 +8,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"slices"
@@ -16,7 +17,9 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/caddyserver/caddy/v2/modules/caddytls"
 	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 	"github.com/asyncproxy/caddy-async-proxy/internal/origin"
@@ -26,20 +29,23 @@ func init() { caddy.RegisterModule(ListenerWrapper{}) }
 
 // ListenerWrapper lets a server's async_proxy serve client connections itself, below Go's
 // and Caddy's HTTP servers, with about 30 % less CPU. It hands everything else to those:
-// TLS, HTTP/2, requests for the server itself, and all connections of a server where something else
+// HTTP/2, requests for the server itself, and all connections of a server where something else
 // takes part in connections or requests, such as another listener wrapper or a handler before
 // the proxy. It writes the entries of Caddy's access log, observes Caddy's metrics and calls the
 // error routes as Caddy's server does.
 //
 // If no other wrapper takes part, it also refuses and logs clients that do not speak the
-// port's protocol, with TLS or without. Without TLS it does the same for requests that Go's
-// HTTP server refuses before any handler sees them.
+// port's protocol, with TLS or without. It does the same for requests that Go's HTTP server refuses
+// before any handler sees them, but inside TLS only on connections that it has served itself.
+//
+// It must come after the wrapper tls, if that is listed, to serve clients with TLS.
 //
 // The Caddyfile adapter adds it wherever it helps, unless the server has global options.
 type ListenerWrapper struct {
 	ctx         caddy.Context
 	server      *caddyhttp.Server
-	onlyWrapper bool // there is no other wrapper but tls
+	onlyWrapper bool   // there is no other wrapper but tls
+	tlsSettings string // identifies the server's settings for TLS
 }
 
 // CaddyModule returns the Caddy module information.
@@ -62,7 +68,21 @@ func (w *ListenerWrapper) Provision(ctx caddy.Context) error {
 		var other struct{ Wrapper string }
 		return json.Unmarshal(raw, &other) != nil || other.Wrapper != "async_proxy" && other.Wrapper != "tls"
 	})
+	w.tlsSettings = tlsSettings(w.server)
 	return nil
+}
+
+// tlsSettings identifies what a server demands of TLS connections. Servers of two configs have
+// the same only if a connection that one of them has accepted is good enough for the other.
+// Certificates of clients are verified in the handshake alone, so with them no two have the same.
+// It must be called before the server's connection policies are provisioned.
+func tlsSettings(server *caddyhttp.Server) string {
+	text, err := json.Marshal(server.TLSConnPolicies)
+	verifies := func(p *caddytls.ConnectionPolicy) bool { return p.ClientAuthentication != nil }
+	if err != nil || slices.ContainsFunc(server.TLSConnPolicies, verifies) {
+		return fmt.Sprintf("%p", server)
+	}
+	return string(text)
 }
 
 // UnmarshalCaddyfile implements caddyfile.Unmarshaler. There are no options.
@@ -84,23 +104,33 @@ func (w *ListenerWrapper) WrapListener(ln net.Listener) net.Listener {
 	if err != nil {
 		return ln
 	}
-	p, _ := fastPathHandler(app.(*caddyhttp.App), w.server)
-	if p != nil {
-		p.fastPath = w.onlyWrapper
-	}
-	// The Caddyfile adapter adds one wrapper for each site of the server. ln may be the listener
-	// that an earlier one returned.
 	if !w.onlyWrapper {
 		return ln
 	}
+	// The Caddyfile adapter adds one wrapper for each site of the server. ln may be the listener
+	// that an earlier one returned.
 	overTLS := usesTLS(app.(*caddyhttp.App), w.server, ln)
-	if p != nil && !overTLS {
-		return downstream.Listen(ln, newFastPath(w.ctx, app.(*caddyhttp.App), p, w.server))
+	p, _ := fastPathHandler(app.(*caddyhttp.App), w.server)
+	first := p
+	if first == nil {
+		first = firstProxy(w.server.Routes)
 	}
-	if p = firstProxy(w.server.Routes); p == nil {
+	if first == nil {
 		return ln
 	}
-	return downstream.Watch(ln, newFastPath(w.ctx, app.(*caddyhttp.App), p, w.server), overTLS)
+	s := newFastPath(w.ctx, app.(*caddyhttp.App), first, w.server)
+	if overTLS {
+		s.Below = w.tlsSettings
+		ln = downstream.Watch(ln, s, true)
+	}
+	switch {
+	case p != nil && (!overTLS || downstream.IsTLS(ln)):
+		p.fastPath = true
+		return downstream.Listen(ln, s)
+	case overTLS:
+		return ln
+	}
+	return downstream.Watch(ln, s, false)
 }
 
 // newFastPath returns what serves the clients of a server below net/http, for the proxy that
@@ -127,8 +157,9 @@ func newFastPath(ctx caddy.Context, app *caddyhttp.App, p *proxy, server *caddyh
 		ConfigDone: p.configDone,
 		Exiting:    caddy.Exiting,
 
-		OnInvalid: p.answerInvalid,
-		OnEnd:     func(conn net.Conn) { origin.ReleaseClient(socketOf(conn)) },
+		OnInvalid:        p.answerInvalid,
+		OnHandshakeError: logHandshakeError(ctx, app),
+		OnEnd:            func(conn net.Conn) { origin.ReleaseClient(socketOf(conn)) },
 		OnPanic: func(remote string, value any, stack []byte) {
 			p.logger.Error("panic serving a client", zap.String("client", remote), zap.Any("panic", value), zap.ByteString("stack", stack))
 		},
@@ -140,6 +171,17 @@ func newFastPath(ctx caddy.Context, app *caddyhttp.App, p *proxy, server *caddyh
 		}
 	}
 	return s
+}
+
+// logHandshakeError returns a function that logs failed TLS handshakes as Caddy's server does.
+func logHandshakeError(ctx caddy.Context, app *caddyhttp.App) func(conn net.Conn, err error) {
+	logger := ctx.Logger(app).Named("stdlib")
+	return func(conn net.Conn, err error) {
+		if c := logger.Check(zapcore.DebugLevel, ""); c != nil {
+			c.Message = fmt.Sprintf("http: TLS handshake error from %s: %v", conn.RemoteAddr(), err)
+			c.Write()
+		}
+	}
 }
 
 // noNext is the handler after the proxy on the fast path, where all requests are for the proxy. A
@@ -184,6 +226,8 @@ func fastPathHandler(app *caddyhttp.App, server *caddyhttp.Server) (p *proxy, wh
 		return nil, "expected headers"
 	case lacksHTTP1(server.Protocols) || slices.ContainsFunc(server.ListenProtocols, lacksHTTP1):
 		return nil, "protocols"
+	case len(server.TLSConnPolicies) > 0 && server.StrictSNIHost != nil && *server.StrictSNIHost:
+		return nil, "strict_sni_host"
 	}
 	if h, ok := firstHandler(server.Routes).(*Handler); ok {
 		return h.proxy, ""

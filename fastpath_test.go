@@ -240,7 +240,7 @@ func TestListenerNewConnsTimeOut(t *testing.T) {
 // Where clients must use TLS, nothing is served in clear, wherever TLS is among the
 // wrappers. A plain HTTP site next to it is unaffected.
 func TestListenerOfTLS(t *testing.T) {
-	for _, wrappers := range []string{"async_proxy\ntls", "async_proxy"} {
+	for wrappers, fast := range map[string]int{"async_proxy\ntls": 0, "async_proxy": 1} {
 		w := newTunnelWorld(t, tunnelSetup{servers: `listener_wrappers {
 	` + wrappers + `
 }`})
@@ -256,17 +256,28 @@ func TestListenerOfTLS(t *testing.T) {
 				t.Errorf("%q: in clear, %s got %q", wrappers, method, got)
 			}
 		}
-		client := &http.Client{Transport: &http.Transport{TLSClientConfig: clientTLS("http/1.1"), Proxy: http.ProxyURL(&url.URL{Scheme: "https", Host: w.tls})}}
-		res, err := client.Get(w.origin.URL + "/")
-		if err != nil {
-			t.Fatal(err)
+		eventually(t, "those to be gone", func() bool { return fastPathConns() == 0 })
+		for _, alpn := range []string{"http/1.1", "", "h2"} {
+			config := clientTLS(alpn)
+			if alpn == "" {
+				config.NextProtos = nil
+			}
+			client := &http.Client{Transport: &http.Transport{TLSClientConfig: config, Proxy: http.ProxyURL(&url.URL{Scheme: "https", Host: w.tls})}}
+			if alpn == "h2" {
+				w.client(t, "h2").open(echoTarget(t)) // a client of net/http speaks HTTP/1.1 to a proxy
+			} else if res, err := client.Get(w.origin.URL + "/"); err != nil || res.StatusCode != http.StatusOK {
+				t.Errorf("%q: over TLS, %v, %v", wrappers, res, err)
+			}
+			want := fast
+			if alpn == "h2" {
+				want = 0
+			}
+			if n := fastPathConns(); n != want {
+				t.Errorf("%q: the fast path serves %d clients with the protocol %q, want %d", wrappers, n, alpn, want)
+			}
+			client.CloseIdleConnections()
+			eventually(t, "the client to be gone", func() bool { return fastPathConns() == 0 })
 		}
-		_ = res.Body.Close()
-		if res.StatusCode != http.StatusOK {
-			t.Errorf("%q: over TLS, %s", wrappers, res.Status)
-		}
-		eventually(t, "the TLS client to be served by net/http", func() bool { return fastPathConns() == 0 })
-		client.CloseIdleConnections()
 		c := dialRaw(t, w.plain)
 		c.gets(w.origin.URL + "/")
 		eventually(t, "the plain HTTP client to be on the fast path", func() bool { return fastPathConns() == 1 })

@@ -5,6 +5,7 @@ package asyncproxy
 
 import (
 	"bufio"
+	"crypto/tls"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -278,8 +279,9 @@ func eventually(t testing.TB, what string, condition func() bool) {
 // rawConn is a connection for tests that spell out every byte.
 type rawConn struct {
 	*net.TCPConn
-	t testing.TB
-	r *bufio.Reader
+	t    testing.TB
+	r    *bufio.Reader
+	over *tls.Conn // nil: without TLS
 }
 
 func dialRaw(t testing.TB, address string) *rawConn {
@@ -290,7 +292,7 @@ func dialRaw(t testing.TB, address string) *rawConn {
 	}
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(patience))
-	return &rawConn{conn.(*net.TCPConn), t, bufio.NewReader(conn)}
+	return &rawConn{TCPConn: conn.(*net.TCPConn), t: t, r: bufio.NewReader(conn)}
 }
 
 // awaitRead waits until the proxy has read everything that was sent. On systems that do not

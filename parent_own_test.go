@@ -160,7 +160,7 @@ upstream https://`+parent.secure+` {
 			t.Fatal(err)
 		}
 		tcp.SetDeadline(time.Now().Add(patience))
-		after := &rawConn{tcp.(*net.TCPConn), t, bufio.NewReader(tcp)}
+		after := &rawConn{TCPConn: tcp.(*net.TCPConn), t: t, r: bufio.NewReader(tcp)}
 		defer after.Close()
 		after.connect(echo)
 		pings(after)

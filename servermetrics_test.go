@@ -72,7 +72,7 @@ func TestServerMetricsOnTheFastPath(t *testing.T) {
 					w.dial().gets(w.origin.URL + "/")
 				}
 				for _, head := range loggedRequests {
-					sendLogged(t, w.proxy, strings.NewReplacer("ORIGIN", strings.TrimPrefix(w.origin.URL, "http://"), "CLOSED", closed).Replace(head))
+					sendLogged(t, forms[0], w.proxy, strings.NewReplacer("ORIGIN", strings.TrimPrefix(w.origin.URL, "http://"), "CLOSED", closed).Replace(head))
 				}
 				time.Sleep(100 * time.Millisecond)
 				values[way] = httpSeries(t)

@@ -100,10 +100,7 @@ func (p *proxy) onStarted(ctx caddy.Context, server *caddyhttp.Server) {
 	if app, err := ctx.AppIfConfigured("http"); err == nil && !p.fastPath {
 		level := zapcore.DebugLevel
 		owner, why := fastPathHandler(app.(*caddyhttp.App), server)
-		switch {
-		case owner == p && len(server.TLSConnPolicies) > 0:
-			why = "TLS"
-		case owner == p:
+		if owner == p {
 			level, why = zapcore.InfoLevel, "the server has listener_wrappers other than async_proxy; with async_proxy alone, most requests would take about 30 % less CPU"
 		}
 		p.logger.Log(level, "clients are served by Caddy's HTTP server", zap.Strings("addresses", server.Listen), zap.String("why", why))

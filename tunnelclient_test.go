@@ -421,10 +421,7 @@ func emptyTunnelWorld(t *testing.T) *tunnelWorld {
 // caddyfile sets no grace period, so that only the tunnels' own settings limit their
 // lifetime.
 func (w *tunnelWorld) caddyfile(setup tunnelSetup) string {
-	servers := cmp.Or(setup.servers, `listener_wrappers {
-	async_proxy
-	tls
-}`)
+	servers := cmp.Or(setup.servers, withWrapper)
 	admin, level, protocols := cmp.Or(setup.admin, "off"), cmp.Or(setup.level, "DEBUG"), cmp.Or(setup.protocols, "h1 h2 h2c h3")
 	// A certificate that Caddy obtains itself while it starts is a data race in its TLS app: an
 	// event copies the app before it has started. So the site brings one, and auto_https is off.

@@ -7,6 +7,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/tls"
 	"errors"
 	"net"
 	"net/http"
@@ -31,6 +32,7 @@ type clientConn struct {
 	listener *Listener
 	server   *Server // of the listener
 	remote   string
+	tls      *tls.ConnectionState // nil: without TLS
 
 	r      *bufio.Reader
 	w      Writer
@@ -55,21 +57,29 @@ type clientConn struct {
 
 // States of a clientConn. A new one that is idle is pristine.
 const (
-	connIdle   = iota // waiting for a request head, or for the rest of one
-	connBusy          // serving a request
-	connClosed        // closed by shutdown while idle
-	connMoves         // told by shutdown while idle to hand itself off
+	connIdle    = iota // waiting for a request head, or for the rest of one
+	connBusy           // serving a request
+	connClosed         // closed by shutdown while idle
+	connMoves          // told by shutdown while idle to hand itself off
+	connOpening        // not ready for a request head yet
 )
 
 func newClientConn(l *Listener, conn *readConn, isNew bool) *clientConn {
 	c := &clientConn{Conn: conn.Conn, server: l.server, prefix: conn.in.Prefix, listener: l, isNew: isNew}
 	c.w.client = c
+	if _, ok := c.Conn.(*tls.Conn); ok {
+		c.state.Store(connOpening)
+	}
 	return c
 }
 
 // start allocates what the connection needs to serve requests.
 func (c *clientConn) start() {
 	c.remote = c.RemoteAddr().String()
+	if conn, ok := c.Conn.(*tls.Conn); ok {
+		state := conn.ConnectionState()
+		c.tls = &state
+	}
 	c.r = takeReader(max(smallReader, len(c.prefix)))
 	if c.r.Reset(c.Conn); len(c.prefix) > 0 {
 		c.r.Reset(&tcpconn.Prefixed{Conn: c.Conn, Prefix: c.prefix})
@@ -89,7 +99,7 @@ func (c *clientConn) newRequest(line requestLine) *http.Request {
 	}
 	ctx := &requestContext{Context: c.ctx, conn: c}
 	ctx.r = blankRequest.WithContext(ctx)
-	ctx.r.Method, ctx.r.RemoteAddr = line.method, c.remote
+	ctx.r.Method, ctx.r.RemoteAddr, ctx.r.TLS = line.method, c.remote, c.tls
 	if line.version != blankRequest.Proto {
 		ctx.r.Proto, ctx.r.ProtoMinor = line.version, int(line.version[len("HTTP/1.")]-'0')
 	}
@@ -127,8 +137,7 @@ func (c *clientConn) serve() (takeover func()) {
 		if !handedOff && !c.w.hijacked && !c.w.lingers {
 			_ = c.Close()
 		}
-		c.markUsed()
-		c.listener.conns.remove(c)
+		c.leave()
 		putReader(c.r)
 		if c.w.lingers {
 			c.server.Lingering.Close(c.Conn, c.w.sender)
@@ -166,6 +175,12 @@ func (c *clientConn) markUsed() {
 		c.isNew = false
 		c.listener.conns.pristine.Done()
 	}
+}
+
+// leave removes the connection from the listener, which has ended it or passed it on.
+func (c *clientConn) leave() {
+	c.markUsed()
+	c.listener.conns.remove(c)
 }
 
 // serveRequest serves a request and reports whether the connection can serve another one.
@@ -250,7 +265,7 @@ func (c *clientConn) limitRead(least, most time.Duration) {
 	} else {
 		c.readDeadline.Clear(c.Conn)
 	}
-	if c.state.Load() == connMoves { // shutdown may have done so already, before the call above
+	if s := c.state.Load(); s == connMoves || s == connClosed { // shutdown may have done so already, before the call above
 		c.readDeadline.Interrupt(c.Conn)
 	}
 }
@@ -291,19 +306,20 @@ func (c *clientConn) handOff() {
 	c.mu.Unlock()
 	conn := newReadConn(c.Conn, bytes.Clone(unread))
 	conn.server = c.server
-	var successor *Listener
-	if c.listener.conns.closed.Load() || c.listener.replaced() {
-		successor = c.listener.successor()
-	}
+	successor := c.listener.heir()
+	startsHTTP2 := bytes.HasPrefix(unread, []byte(http2Preface)) // net/http would switch to HTTP/2
 	switch {
 	case successor != nil:
 		successor.serveConn(conn, c.isNew)
+	case c.isNew && c.tls != nil && startsHTTP2: // without having negotiated it
+		c.server.OnEnd(c.Conn)
+		c.refuse(*badRequest("HTTP/2 has not been negotiated"))
 	case c.isNew:
 		c.listener.handToNetHTTP(conn)
 	case c.state.Load() == connMoves:
 		c.server.OnEnd(c.Conn)
 		_ = c.Close()
-	case bytes.HasPrefix(unread, []byte(http2Preface)): // net/http would switch to HTTP/2
+	case startsHTTP2:
 		c.server.OnEnd(c.Conn)
 		c.refuse(Invalid{Kind: LateHTTP2})
 	default:
@@ -337,8 +353,10 @@ func (c *clientConn) shutdown(exits bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
-	case exits && c.state.CompareAndSwap(connIdle, connClosed):
+	case exits && c.state.CompareAndSwap(connOpening, connClosed):
 		_ = c.Close()
+	case exits && c.state.CompareAndSwap(connIdle, connClosed):
+		c.readDeadline.Interrupt(c.Conn) // it closes itself: with TLS, that may have to wait
 	case c.state.CompareAndSwap(connIdle, connMoves):
 		c.readDeadline.Interrupt(c.Conn)
 	}

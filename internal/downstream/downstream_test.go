@@ -108,10 +108,11 @@ func unitServer(handle http.HandlerFunc) *Server {
 		Prepares: func(any) bool { return false },
 		Exiting:  func() bool { return false },
 
-		OnInvalid:     func(net.Conn, Invalid) []byte { return nil },
-		OnEnd:         func(net.Conn) {},
-		OnPanic:       func(string, any, []byte) {},
-		OnAcceptError: func(error) {},
+		OnInvalid:        func(net.Conn, Invalid) []byte { return nil },
+		OnHandshakeError: func(net.Conn, error) {},
+		OnEnd:            func(net.Conn) {},
+		OnPanic:          func(string, any, []byte) {},
+		OnAcceptError:    func(error) {},
 	}
 }
 

@@ -5,6 +5,7 @@ package downstream
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"maps"
 	"net"
@@ -12,6 +13,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // Listeners holds the listeners of a program that accept connections, by address. During a
@@ -112,11 +115,19 @@ func isOurs(ln net.Listener) bool {
 	return false
 }
 
-// successor returns the listener that accepts at the address after l has ended, or nil if
+// successor returns the listener that takes over l's connections after l has ended, or nil if
 // there is none.
 func (l *Listener) successor() *Listener {
-	if next := l.server.Listeners.successor(l); next != l {
+	if next := l.server.Listeners.successor(l); next != nil && next != l && next.server.Below == l.server.Below {
 		return next
+	}
+	return nil
+}
+
+// heir returns l's successor if l has ended already, and nil otherwise.
+func (l *Listener) heir() *Listener {
+	if l.conns.closed.Load() || l.replaced() {
+		return l.successor()
 	}
 	return nil
 }
@@ -187,21 +198,23 @@ func (l *Listener) accept() {
 	}
 }
 
-// serveConn serves a TCP connection, and hands any other to net/http. If l is closed, the next
-// listener takes the connection, or net/http if there is none.
+// serveConn serves a connection over TCP or over TLS on TCP, and hands any other to net/http. If l
+// is closed, the next listener takes the connection, or net/http if there is none.
 func (l *Listener) serveConn(conn net.Conn, isNew bool) {
-	var read *readConn
-	switch conn := conn.(type) {
-	case *readConn:
-		read = conn
-	case *net.TCPConn:
+	read, ok := conn.(*readConn)
+	if !ok {
+		if !isServable(conn) {
+			l.handToNetHTTP(conn)
+			return
+		}
 		read = newReadConn(conn, nil)
-	default:
-		l.handToNetHTTP(conn)
-		return
 	}
 	if c := newClientConn(l, read, isNew); l.conns.add(c) {
-		go c.run()
+		if c.state.Load() == connOpening {
+			go c.open()
+		} else {
+			go c.run()
+		}
 	} else if successor := l.successor(); successor != nil {
 		successor.serveConn(read, isNew)
 	} else {
@@ -209,8 +222,24 @@ func (l *Listener) serveConn(conn net.Conn, isNew bool) {
 	}
 }
 
+// isServable reports whether conn, which a listener has accepted, is of a kind that is served here.
+func isServable(conn net.Conn) bool {
+	switch conn := conn.(type) {
+	case *net.TCPConn:
+		return true
+	case *tls.Conn:
+		return tcpconn.Of(conn) != nil
+	}
+	return false
+}
+
 // handToNetHTTP hands a connection to net/http.
 func (l *Listener) handToNetHTTP(conn net.Conn) {
+	if read, ok := conn.(*readConn); ok {
+		if over, ok := read.Conn.(*tls.Conn); ok {
+			conn = &tlsReadConn{read, over}
+		}
+	}
 	select {
 	case l.netHTTPConns <- conn:
 	case <-l.ended:

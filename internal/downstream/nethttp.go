@@ -5,6 +5,7 @@ package downstream
 
 import (
 	"bytes"
+	"crypto/tls"
 	"io"
 	"net"
 	"net/http"
@@ -32,6 +33,15 @@ type readConn struct {
 	responded atomic.Bool
 }
 
+// tlsReadConn is a readConn on top of TLS. Caddy gives its requests the state of TLS.
+type tlsReadConn struct {
+	*readConn
+	over *tls.Conn
+}
+
+// ConnectionState returns the state of TLS.
+func (c *tlsReadConn) ConnectionState() tls.ConnectionState { return c.over.ConnectionState() }
+
 // newReadConn returns a readConn whose first reads return prefix.
 func newReadConn(conn net.Conn, prefix []byte) *readConn {
 	return &readConn{Conn: conn, in: tcpconn.Prefixed{Conn: conn, Prefix: prefix}}
@@ -40,15 +50,33 @@ func newReadConn(conn net.Conn, prefix []byte) *readConn {
 // ConnState tells the connections that net/http serves what it does with them. It is a
 // ConnState hook of its server.
 func ConnState(conn net.Conn, state http.ConnState) {
-	if c, ok := conn.(*readConn); ok && state == http.StateIdle {
-		c.responded.Store(false)
+	if state == http.StateIdle {
+		if c := readConnOf(conn); c != nil {
+			c.responded.Store(false)
+		}
+	}
+}
+
+// readConnOf returns the readConn that conn is, or that Caddy has wrapped in conn; nil if there is
+// none.
+func readConnOf(conn net.Conn) *readConn {
+	for {
+		switch c := conn.(type) {
+		case *readConn:
+			return c
+		case *tlsReadConn:
+			return c.readConn
+		case *tls.Conn, *net.TCPConn, nil:
+			return nil
+		}
+		conn = tcpconn.Embedded(conn)
 	}
 }
 
 // UnwrapHijacked returns the connection below one that was hijacked from net/http, and the bytes
 // that were read before net/http had it and that net/http has not read.
 func UnwrapHijacked(conn net.Conn) (inner net.Conn, unread []byte) {
-	if c, ok := conn.(*readConn); ok {
+	if c := readConnOf(conn); c != nil {
 		return c.Conn, c.in.Prefix
 	}
 	return conn, nil
@@ -159,6 +187,9 @@ func Watch(ln net.Listener, s *Server, overTLS bool) net.Listener {
 	}
 	return &readListener{ln, s, overTLS}
 }
+
+// IsTLS reports whether the connections of ln are those of crypto/tls.
+func IsTLS(ln net.Listener) bool { return listenerBelowTLS(ln).IsValid() }
 
 // listenerBelowTLS returns the field of a crypto/tls listener that holds the underlying
 // listener, which has not been used yet. By default, Caddy puts listener wrappers on top of

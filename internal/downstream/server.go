@@ -18,8 +18,9 @@
 //
 // When the listener closes, each state has its own way out:
 //
-//   - pristine: the client has sent no whole request yet, but may be about to. The connection is
-//     handed off to the listener that follows at the address, or to net/http if there is none.
+//   - pristine: the client has sent no whole request yet, but may be about to, after the handshake
+//     if it speaks TLS. The connection is handed off to the listener that follows at the address,
+//     or to net/http if there is none.
 //   - busy: the handler has a request. The connection stays until the response has been sent.
 //   - idle: the client may send another request. The connection is handed off to the listener that
 //     follows, or closed if there is none.
@@ -67,6 +68,10 @@ type Server struct {
 	// MaxHeaderBytes limits the length of a request head. A longer one is refused.
 	MaxHeaderBytes int
 
+	// Below identifies what lies between a connection's socket and HTTP: TLS with its settings, or
+	// nothing. A connection moves only to a listener with the same below it.
+	Below string
+
 	Listeners *Listeners // of the program
 	Lingering *Lingering // of the program
 
@@ -81,6 +86,8 @@ type Server struct {
 	// OnInvalid is told what a client has sent that is not a request. It returns what to respond;
 	// nil: nothing.
 	OnInvalid func(conn net.Conn, what Invalid) (response []byte)
+	// OnHandshakeError is told that a client's TLS handshake has failed.
+	OnHandshakeError func(conn net.Conn, err error)
 	// OnEnd is told that a connection has no further requests here or in net/http.
 	OnEnd func(conn net.Conn)
 	// OnPanic is told of a panic of Handle.

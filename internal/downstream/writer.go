@@ -301,7 +301,7 @@ func (w *Writer) send(p []byte, last bool) error {
 	}
 	b = append(b, w.pending...)
 	w.pending = w.pending[:0]
-	if len(b)+len(p) <= cap(b) || len(p) <= maxPendingContent {
+	if len(b)+len(p) <= cap(b) || len(p) <= maxPendingContent || w.client.tls != nil && len(b)+len(p) < maxKeptBuffer {
 		b, p = append(b, p...), nil
 		b = append(b, chunkEnd...)
 		chunkEnd = ""

@@ -39,7 +39,7 @@ func Unwrap(conn net.Conn) (socket *net.TCPConn, half HalfCloser) {
 		case interface{ NetConn() net.Conn }: // TLS
 			lower = c.NetConn()
 		default:
-			if lower = embeddedConn(lower); lower == nil {
+			if lower = Embedded(lower); lower == nil {
 				return nil, half
 			}
 			if half == nil {
@@ -49,10 +49,10 @@ func Unwrap(conn net.Conn) (socket *net.TCPConn, half HalfCloser) {
 	}
 }
 
-// embeddedConn returns the net.Conn that a struct embeds. Caddy wraps the connections of
-// HTTP/1-only servers in such a struct, without a method that returns the socket, which a
-// reset needs.
-func embeddedConn(conn net.Conn) net.Conn {
+// Embedded returns the net.Conn that a struct embeds, or nil. Caddy wraps the connections of
+// HTTP/1-only servers, and TLS that is not a tls.Conn, in such structs, without a method that
+// returns what is below.
+func Embedded(conn net.Conn) net.Conn {
 	v := reflect.Indirect(reflect.ValueOf(conn))
 	if v.Kind() != reflect.Struct {
 		return nil
