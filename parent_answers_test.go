@@ -14,10 +14,6 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
-	"time"
-
-	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // startScriptedParent runs a parent that responds to each request line with what answer
@@ -359,32 +355,6 @@ func TestWarnsAboutParentSecret(t *testing.T) {
 		if warned != want {
 			t.Errorf("%q: %d warnings, want %d", option, warned, want)
 		}
-	}
-}
-
-// TestParentNameAskedOnce checks that the parent's name is not looked up for each request
-// to a port that is closed on this machine.
-func TestParentNameAskedOnce(t *testing.T) {
-	var asked atomic.Int32
-	server := nameServer(t, func(name string, n int) []string {
-		asked.Add(1)
-		return []string{"192.0.2.1"}
-	})
-	resolver := egress.NewResolver([]egress.DNSAddress{{Network: "udp", Address: server}})
-	p := &egress.Parent{Address: "parent.test:80", Connector: egress.NewConnector(resolver)}
-	if p.IsLocal(t.Context()) {
-		t.Error("192.0.2.1 counts as this machine")
-	}
-	before := asked.Load()
-	d := egress.NewDialer(new(policy.Policy), time.Second, resolver)
-	d.Parent, d.OwnPort = p, func(port uint16) bool { return port == 443 }
-	for range 10 {
-		if err := d.CheckForParent(t.Context(), policy.PublicScope, "origin.test:443"); err != nil {
-			t.Error(err)
-		}
-	}
-	if n := asked.Load(); n != before {
-		t.Errorf("the name server got %d more questions", n-before)
 	}
 }
 

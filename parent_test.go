@@ -5,13 +5,11 @@ package asyncproxy
 
 import (
 	"bufio"
-	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"runtime"
 	"slices"
@@ -20,7 +18,6 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
@@ -298,11 +295,6 @@ func TestParentOnThisMachine(t *testing.T) {
 			}
 		}
 	}
-	for address, want := range map[string]bool{"127.0.0.1:80": true, "[::1]:80": true, "[::ffff:127.0.0.1]:80": true, "localhost:80": true, "0.0.0.0:80": true, "192.0.2.1:80": false} {
-		if got := (&egress.Parent{Address: address, Connector: egress.NewConnector(egress.NewResolver(nil))}).IsLocal(t.Context()); got != want {
-			t.Errorf("%s is on this machine: %v, want %v", address, got, want)
-		}
-	}
 }
 
 func TestParentFailures(t *testing.T) {
@@ -402,40 +394,6 @@ func TestParentDisconnect(t *testing.T) {
 		t.Errorf("line %v", line)
 	}
 	eventually(t, "goroutines to end", func() bool { return runtime.NumGoroutine() <= before })
-}
-
-// TestParentStreamsMixed checks that no tunnel fails because the parent speaks HTTP/2 on
-// some connections only, as several machines behind one name may.
-func TestParentStreamsMixed(t *testing.T) {
-	var p *egress.Parent
-	over := make(chan struct{})
-	secure := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		p.Http1.Store(true) // as if another tunnel had just found out
-		w.WriteHeader(http.StatusOK)
-		_ = http.NewResponseController(w).Flush()
-		select {
-		case <-over:
-		case <-r.Context().Done():
-		}
-	}))
-	secure.EnableHTTP2 = true
-	secure.TLS = &tls.Config{Certificates: []tls.Certificate{tlsCertificate}}
-	secure.StartTLS()
-	defer secure.Close()
-	defer close(over)
-	p, err := egress.NewParent(egress.ParentConfig{Scheme: "https", Address: secure.Listener.Addr().String(), Timeout: patience}, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer p.Close()
-	conn, err := p.Connect(t.Context(), "target.example:443")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	if _, ok := conn.(*egress.StreamConn); !ok {
-		t.Errorf("the tunnel is a %T", conn)
-	}
 }
 
 // TestParentTimeouts checks that a single timeout bounds the whole attempt.

@@ -37,7 +37,7 @@ type Dialer struct {
 // NewDialer returns a dialer. The timeout covers resolution and all addresses of a
 // name together.
 func NewDialer(p *policy.Policy, timeout time.Duration, resolver *Resolver) *Dialer {
-	d := &Dialer{Policy: p, timeout: timeout, Connector: NewConnector(resolver)}
+	d := &Dialer{Policy: p, timeout: timeout, Connector: newConnector(resolver)}
 	resolver.setTimeout(timeout)
 	for r := range policy.ScopeCount {
 		d.dialers[r] = net.Dialer{
@@ -143,7 +143,7 @@ func (d *Dialer) UsesParent(address string) bool {
 // listeners are then denied for all names.
 func (d *Dialer) CheckForParent(ctx context.Context, r policy.Scope, address string) error {
 	t := hostport.TargetOf(address)
-	if t.Name != "" && d.OwnPort != nil && d.OwnPort(t.Port) && d.Parent.IsLocal(ctx) {
+	if t.Name != "" && d.OwnPort != nil && d.OwnPort(t.Port) && d.Parent.isLocal(ctx) {
 		return &policy.DeniedError{Reason: "its port is reserved",
 			Hint: "the parent proxy on this machine could resolve the name to it; add the name to no_upstream, so that it is resolved here"}
 	}

@@ -186,8 +186,8 @@ type hostPort struct {
 	port uint16
 }
 
-// NewConnector returns a connector that asks r for addresses.
-func NewConnector(r *Resolver) *Connector {
+// newConnector returns a connector that asks r for addresses.
+func newConnector(r *Resolver) *Connector {
 	return &Connector{
 		resolver: r,
 		winners:  newTTLCache[hostPort, netip.Addr](4096, 10*time.Minute),

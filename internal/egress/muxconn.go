@@ -68,7 +68,7 @@ type muxConn struct {
 	block     frameBuffer
 	encoder   *hpack.Encoder // writes to block
 	writing   int64          // when the current write began, since epoch; 0: not writing
-	streams   map[uint32]*StreamConn
+	streams   map[uint32]*streamConn
 	next      uint32     // the next stream's number
 	owner     client.Key // the client whose tunnels the streams are
 	window    int64      // the current send window for all streams
@@ -110,7 +110,7 @@ const errMuxSilent = SilentError("the connection to the parent is dead: pings go
 func newMuxConn(conn net.Conn, growth *atomic.Int64, ended func(*muxConn)) *muxConn {
 	now := monotime.Of(time.Now())
 	c := &muxConn{
-		conn: conn, growth: growth, silent: make(chan struct{}), done: make(chan struct{}), streams: make(map[uint32]*StreamConn), next: 1,
+		conn: conn, growth: growth, silent: make(chan struct{}), done: make(chan struct{}), streams: make(map[uint32]*streamConn), next: 1,
 		window: muxInitial, maxWindow: muxInitial, initial: muxInitial, limit: muxStreams, idle: now,
 	}
 	c.lastRead.Store(now)
@@ -191,7 +191,7 @@ func (c *muxConn) endLocked(err error, code *http2.ErrCode) {
 // open opens a stream for owner. It returns nil if the connection cannot take it: it serves
 // another client, is full or ending, or is blocked. If idle is set, the connection must
 // have no streams, otherwise at least one.
-func (c *muxConn) open(owner client.Key, idle bool, address string, fields http.Header) *StreamConn {
+func (c *muxConn) open(owner client.Key, idle bool, address string, fields http.Header) *streamConn {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	n := len(c.streams)
@@ -261,7 +261,7 @@ func (c *muxConn) blockedLocked() bool {
 // roomLocked returns how many bytes s may send now. If s is not the only stream, it leaves
 // at least a third of what it has in flight in the connection's window, so that the others
 // can always send.
-func (c *muxConn) roomLocked(s *StreamConn) int64 {
+func (c *muxConn) roomLocked(s *streamConn) int64 {
 	if len(c.out) >= muxPending {
 		return 0
 	}
@@ -273,7 +273,7 @@ func (c *muxConn) roomLocked(s *StreamConn) int64 {
 }
 
 // growLocked makes the receive window of s up to four times as large, within the limits.
-func (c *muxConn) growLocked(s *StreamConn) {
+func (c *muxConn) growLocked(s *streamConn) {
 	by := min(3*s.size, muxMaxWindow-s.size, muxConnGrowth-c.grown, c.growth.Load())
 	if by <= 0 {
 		return
@@ -285,7 +285,7 @@ func (c *muxConn) growLocked(s *StreamConn) {
 }
 
 // removeLocked removes a stream that has ended in both directions.
-func (c *muxConn) removeLocked(s *StreamConn) {
+func (c *muxConn) removeLocked(s *streamConn) {
 	if c.streams[s.id] != s {
 		return
 	}
@@ -487,7 +487,7 @@ func (c *muxConn) handleFrame(frame http2.Frame) error {
 }
 
 // handleDataLocked processes data for s, which is nil if the stream has ended meanwhile.
-func (c *muxConn) handleDataLocked(s *StreamConn, f *http2.DataFrame) error {
+func (c *muxConn) handleDataLocked(s *streamConn, f *http2.DataFrame) error {
 	if c.received += int64(f.Length); c.received >= muxConnWindow/16 {
 		_ = c.framer.WriteWindowUpdate(0, uint32(c.received))
 		c.received = 0
@@ -498,7 +498,7 @@ func (c *muxConn) handleDataLocked(s *StreamConn, f *http2.DataFrame) error {
 	return s.handleDataLocked(f)
 }
 
-func (c *muxConn) handleWindowLocked(s *StreamConn, f *http2.WindowUpdateFrame) error {
+func (c *muxConn) handleWindowLocked(s *streamConn, f *http2.WindowUpdateFrame) error {
 	const most = 1<<31 - 1
 	switch {
 	case f.StreamID == 0:

@@ -132,7 +132,7 @@ func (p *muxParent) got(id uint32) string {
 var muxClient = client.Address(netip.MustParseAddr("192.0.2.1"))
 
 // muxStream opens the next stream of a connection and waits for its response.
-func muxStream(t *testing.T, c *muxConn) *StreamConn {
+func muxStream(t *testing.T, c *muxConn) *streamConn {
 	t.Helper()
 	s := c.open(muxClient, len(c.streams) == 0, "target.example:443", nil)
 	if s == nil {
@@ -186,7 +186,7 @@ func TestMuxTunnel(t *testing.T) {
 			t.Error("a stream closed on both sides still exists or was reset")
 		}
 		p.writeFrames(func(f *http2.Framer) { _ = f.WriteWindowUpdate(0, uint32(len(payload))) })
-		for _, end := range []func(*StreamConn) error{(*StreamConn).Close, (*StreamConn).Abort} {
+		for _, end := range []func(*streamConn) error{(*streamConn).Close, (*streamConn).Abort} {
 			s := muxStream(t, c)
 			reading := make(chan error, 1)
 			go func() {
@@ -541,11 +541,11 @@ func TestMuxAnotherConnection(t *testing.T) {
 					fail(dead, 3)
 				}()
 				second, err := up.Connect(t.Context(), "b.example:443")
-				if err != nil || len(parents) != 2 || second.(*StreamConn).c == first.(*StreamConn).c {
+				if err != nil || len(parents) != 2 || second.(*streamConn).c == first.(*streamConn).c {
 					t.Fatalf("%s, %v: %v after %v with %d connections", name, timeout, err, time.Since(start), len(parents))
 				}
 				third, err := up.Connect(t.Context(), "c.example:443")
-				if err != nil || name != "refused" && third.(*StreamConn).c != second.(*StreamConn).c {
+				if err != nil || name != "refused" && third.(*streamConn).c != second.(*streamConn).c {
 					t.Errorf("%s, %v: the dead connection is reused: %v", name, timeout, err)
 				}
 				for _, conn := range []net.Conn{first, second, third} {
@@ -600,7 +600,7 @@ func TestMuxPool(t *testing.T) {
 		})
 		otherClient := client.Address(netip.MustParseAddr("192.0.2.2"))
 		var mu sync.Mutex
-		streams := make(map[client.Key][]*StreamConn)
+		streams := make(map[client.Key][]*streamConn)
 		for i := range 50 {
 			key := muxClient
 			if i >= 40 {

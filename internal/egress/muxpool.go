@@ -55,7 +55,7 @@ func newMuxPool(dial func(connected func()) (net.Conn, error)) *muxPool {
 }
 
 // open opens a stream for owner's tunnel to address, and sends the CONNECT with fields.
-func (p *muxPool) open(ctx context.Context, owner client.Key, address string, fields http.Header) (*StreamConn, error) {
+func (p *muxPool) open(ctx context.Context, owner client.Key, address string, fields http.Header) (*streamConn, error) {
 	for range muxDials {
 		s, d := p.openOrDial(owner, address, fields)
 		if s != nil {
@@ -78,7 +78,7 @@ func (p *muxPool) open(ctx context.Context, owner client.Key, address string, fi
 }
 
 // openOrDial opens a stream on an existing connection, or returns a dial to wait for.
-func (p *muxPool) openOrDial(owner client.Key, address string, fields http.Header) (*StreamConn, *muxDial) {
+func (p *muxPool) openOrDial(owner client.Key, address string, fields http.Header) (*streamConn, *muxDial) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, idle := range []bool{false, true} {

@@ -20,11 +20,11 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )
 
-// StreamConn is a tunnel through the parent on an HTTP/2 stream.
+// streamConn is a tunnel through the parent on an HTTP/2 stream.
 //
 // All methods are safe for concurrent use. The fields are guarded by the
 // connection's mutex.
-type StreamConn struct {
+type streamConn struct {
 	c        *muxConn
 	id       uint32
 	answered chan struct{} // closed when there is an answer or the stream has failed
@@ -49,8 +49,8 @@ type StreamConn struct {
 	readBy, writeBy deadline
 }
 
-func newStreamConn(c *muxConn, id uint32) *StreamConn {
-	s := &StreamConn{c: c, id: id, answered: make(chan struct{}), size: muxWindow, room: muxWindow, window: c.initial, maxWindow: c.initial}
+func newStreamConn(c *muxConn, id uint32) *streamConn {
+	s := &streamConn{c: c, id: id, answered: make(chan struct{}), size: muxWindow, room: muxWindow, window: c.initial, maxWindow: c.initial}
 	s.readable.L = &c.mu
 	return s
 }
@@ -58,7 +58,7 @@ func newStreamConn(c *muxConn, id uint32) *StreamConn {
 // await waits for the answer, and stores it in status and header. If nothing arrives from
 // the parent for quiet, it pings the parent, and gives up on the connection if nothing
 // arrives within timeout after that.
-func (s *StreamConn) await(ctx context.Context, quiet, timeout time.Duration) error {
+func (s *streamConn) await(ctx context.Context, quiet, timeout time.Duration) error {
 	start := monotime.Of(time.Now())
 	timer := time.NewTimer(quiet)
 	defer timer.Stop()
@@ -89,7 +89,7 @@ func (s *StreamConn) await(ctx context.Context, quiet, timeout time.Duration) er
 }
 
 // Read implements net.Conn.
-func (s *StreamConn) Read(b []byte) (int, error) {
+func (s *streamConn) Read(b []byte) (int, error) {
 	c := s.c
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -118,7 +118,7 @@ func (s *StreamConn) Read(b []byte) (int, error) {
 }
 
 // Write implements net.Conn. It returns when all bytes are queued for the socket.
-func (s *StreamConn) Write(b []byte) (n int, err error) {
+func (s *streamConn) Write(b []byte) (n int, err error) {
 	c := s.c
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -149,14 +149,14 @@ func (s *StreamConn) Write(b []byte) (n int, err error) {
 }
 
 // CloseWrite half-closes the stream: it tells the parent that no more will be written.
-func (s *StreamConn) CloseWrite() error {
+func (s *streamConn) CloseWrite() error {
 	s.c.mu.Lock()
 	defer s.c.mu.Unlock()
 	s.closeWriteLocked()
 	return nil
 }
 
-func (s *StreamConn) closeWriteLocked() {
+func (s *streamConn) closeWriteLocked() {
 	if s.endSent {
 		return
 	}
@@ -170,7 +170,7 @@ func (s *StreamConn) closeWriteLocked() {
 }
 
 // stopWritesLocked makes writes fail with err, unless they already fail.
-func (s *StreamConn) stopWritesLocked(err error) {
+func (s *streamConn) stopWritesLocked(err error) {
 	if s.writeErr == nil {
 		s.writeErr = err
 	}
@@ -179,7 +179,7 @@ func (s *StreamConn) stopWritesLocked(err error) {
 
 // Close closes both directions. As with a socket, what has been written before is delivered
 // with an orderly end.
-func (s *StreamConn) Close() error {
+func (s *streamConn) Close() error {
 	s.c.mu.Lock()
 	defer s.c.mu.Unlock()
 	s.closeWriteLocked()
@@ -189,14 +189,14 @@ func (s *StreamConn) Close() error {
 
 // Abort resets the stream, unless it has ended, so that the parent releases its buffers and
 // window.
-func (s *StreamConn) Abort() error {
+func (s *streamConn) Abort() error {
 	s.c.mu.Lock()
 	defer s.c.mu.Unlock()
 	s.abortLocked()
 	return nil
 }
 
-func (s *StreamConn) abortLocked() {
+func (s *streamConn) abortLocked() {
 	s.resetLocked(http2.ErrCodeCancel, net.ErrClosed)
 	s.received.clear()
 	s.readErr = net.ErrClosed
@@ -204,7 +204,7 @@ func (s *StreamConn) abortLocked() {
 
 // resetLocked resets the stream if it has not ended in both directions, and makes reads and
 // writes fail with err.
-func (s *StreamConn) resetLocked(code http2.ErrCode, err error) {
+func (s *streamConn) resetLocked(code http2.ErrCode, err error) {
 	if s.c.err == nil && s.c.streams[s.id] == s {
 		_ = s.c.framer.WriteRSTStream(s.id, code)
 		s.c.pending.Signal()
@@ -215,14 +215,14 @@ func (s *StreamConn) resetLocked(code http2.ErrCode, err error) {
 }
 
 // failLocked makes reads and writes fail with err, unless they already fail.
-func (s *StreamConn) failLocked(err error) {
+func (s *streamConn) failLocked(err error) {
 	s.endReadsLocked(err)
 	s.stopWritesLocked(err)
 }
 
 // endReadsLocked makes reads fail with err after the received bytes have been read, unless
 // they already fail.
-func (s *StreamConn) endReadsLocked(err error) {
+func (s *streamConn) endReadsLocked(err error) {
 	if s.readErr == nil {
 		s.readErr = err
 	}
@@ -235,7 +235,7 @@ func (s *StreamConn) endReadsLocked(err error) {
 }
 
 // endLocked handles the parent's END_STREAM.
-func (s *StreamConn) endLocked() {
+func (s *streamConn) endLocked() {
 	s.endReadsLocked(io.EOF)
 	if s.endSent {
 		s.c.removeLocked(s)
@@ -243,7 +243,7 @@ func (s *StreamConn) endLocked() {
 }
 
 // handleHeadLocked processes an answer or trailers.
-func (s *StreamConn) handleHeadLocked(f *http2.MetaHeadersFrame) error {
+func (s *streamConn) handleHeadLocked(f *http2.MetaHeadersFrame) error {
 	wrong := http2.StreamError{StreamID: s.id, Code: http2.ErrCodeProtocol}
 	if s.readErr != nil {
 		return http2.StreamError{StreamID: s.id, Code: http2.ErrCodeStreamClosed}
@@ -281,7 +281,7 @@ func (s *StreamConn) handleHeadLocked(f *http2.MetaHeadersFrame) error {
 }
 
 // handleDataLocked processes data from the parent.
-func (s *StreamConn) handleDataLocked(f *http2.DataFrame) error {
+func (s *streamConn) handleDataLocked(f *http2.DataFrame) error {
 	size := int64(f.Length)
 	switch {
 	case s.readErr != nil:
@@ -303,7 +303,7 @@ func (s *StreamConn) handleDataLocked(f *http2.DataFrame) error {
 
 // handleResetLocked processes a reset. After a complete answer, NO_ERROR only means that the
 // parent reads no more, and reads still succeed (RFC 9113 §8.1).
-func (s *StreamConn) handleResetLocked(code http2.ErrCode) {
+func (s *streamConn) handleResetLocked(code http2.ErrCode) {
 	s.endSent = true
 	var err error = streamError{code}
 	if code == http2.ErrCodeRefusedStream && s.status == 0 {
@@ -320,18 +320,18 @@ func (streamAddr) Network() string  { return "tcp" }
 func (a streamAddr) String() string { return string(a) }
 
 // LocalAddr implements net.Conn.
-func (s *StreamConn) LocalAddr() net.Addr { return streamAddr("") }
+func (s *streamConn) LocalAddr() net.Addr { return streamAddr("") }
 
 // RemoteAddr implements net.Conn. It returns the parent's address.
-func (s *StreamConn) RemoteAddr() net.Addr { return streamAddr(s.c.conn.RemoteAddr().String()) }
+func (s *streamConn) RemoteAddr() net.Addr { return streamAddr(s.c.conn.RemoteAddr().String()) }
 
 // SetDeadline implements net.Conn.
-func (s *StreamConn) SetDeadline(t time.Time) error {
+func (s *streamConn) SetDeadline(t time.Time) error {
 	return errors.Join(s.SetReadDeadline(t), s.SetWriteDeadline(t))
 }
 
 // SetReadDeadline implements net.Conn.
-func (s *StreamConn) SetReadDeadline(t time.Time) error {
+func (s *streamConn) SetReadDeadline(t time.Time) error {
 	s.c.mu.Lock()
 	defer s.c.mu.Unlock()
 	if s.c.streams[s.id] == s { // an ended stream never blocks
@@ -341,7 +341,7 @@ func (s *StreamConn) SetReadDeadline(t time.Time) error {
 }
 
 // SetWriteDeadline implements net.Conn.
-func (s *StreamConn) SetWriteDeadline(t time.Time) error {
+func (s *streamConn) SetWriteDeadline(t time.Time) error {
 	s.c.mu.Lock()
 	defer s.c.mu.Unlock()
 	if s.c.streams[s.id] == s {

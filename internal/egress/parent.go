@@ -41,12 +41,12 @@ type Parent struct {
 	socks     socksDialer   // nil: an HTTP proxy
 	timeout   time.Duration // for opening a connection through it
 	dialer    net.Dialer
-	Connector *Connector
+	connector *Connector
 
 	streams *muxPool    // for tunnels over HTTP/2; nil: the scheme is not https
-	Http1   atomic.Bool // the parent does not speak HTTP/2
+	http1   atomic.Bool // the parent does not speak HTTP/2
 
-	locality atomic.Pointer[parentLocality] // the cached result of IsLocal
+	locality atomic.Pointer[parentLocality] // the cached result of isLocal
 }
 
 // socksDialer is implemented by the SOCKS5 dialer of golang.org/x/net/proxy.
@@ -68,7 +68,7 @@ type ParentConfig struct {
 func NewParent(c ParentConfig, connector *Connector) (*Parent, error) {
 	p := &Parent{
 		Scheme: c.Scheme, Address: c.Address, timeout: c.Timeout, Header: make(http.Header),
-		dialer: net.Dialer{KeepAliveConfig: tcpconn.KeepAliveConfig}, Connector: connector,
+		dialer: net.Dialer{KeepAliveConfig: tcpconn.KeepAliveConfig}, connector: connector,
 	}
 	password := ""
 	if c.User != nil {
@@ -106,18 +106,18 @@ func NewParent(c ParentConfig, connector *Connector) (*Parent, error) {
 // maxParentInterim is how many interim responses the parent may send to a CONNECT.
 const maxParentInterim = 100
 
-// localityTTL is how long a result of IsLocal is cached: a proxy that listens on port 443
+// localityTTL is how long a result of isLocal is cached: a proxy that listens on port 443
 // needs it for each CONNECT to that port.
 const localityTTL = 10 * time.Second
 
-// parentLocality is a cached result of IsLocal.
+// parentLocality is a cached result of isLocal.
 type parentLocality struct {
 	here bool
 	at   time.Time
 }
 
-// IsLocal reports whether the parent is on this machine. It may look up the parent's name.
-func (p *Parent) IsLocal(ctx context.Context) bool {
+// isLocal reports whether the parent is on this machine. It may look up the parent's name.
+func (p *Parent) isLocal(ctx context.Context) bool {
 	if known := p.locality.Load(); known != nil && time.Since(known.at) < localityTTL {
 		return known.here
 	}
@@ -126,7 +126,7 @@ func (p *Parent) IsLocal(ctx context.Context) bool {
 	addrs := []netip.Addr{}
 	if addr, err := netip.ParseAddr(host); err == nil {
 		addrs = append(addrs, addr)
-	} else if addrs, err = p.Connector.resolver.lookup(ctx, host); err != nil {
+	} else if addrs, err = p.connector.resolver.lookup(ctx, host); err != nil {
 		return true // err on the side of denying
 	}
 	here := slices.ContainsFunc(addrs, func(addr netip.Addr) bool {
@@ -142,7 +142,7 @@ func (p *Parent) IsLocal(ctx context.Context) bool {
 func (p *Parent) open(ctx context.Context) (net.Conn, error) {
 	t := hostport.TargetOf(p.Address)
 	host, _, _ := hostport.Split(p.Address)
-	return p.Connector.dial(ctx, &p.dialer, strings.Trim(host, "[]"), t.Port)
+	return p.connector.dial(ctx, &p.dialer, strings.Trim(host, "[]"), t.Port)
 }
 
 // IsHTTP reports whether plain requests are sent to the parent as such, and not
@@ -154,9 +154,9 @@ func (p *Parent) IsHTTP() bool { return p.socks == nil }
 func (p *Parent) Connect(ctx context.Context, address string) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
-	if p.streams != nil && !p.Http1.Load() {
+	if p.streams != nil && !p.http1.Load() {
 		conn, err := p.connectStream(ctx, address)
-		if err == nil || !p.Http1.Load() {
+		if err == nil || !p.http1.Load() {
 			return conn, err
 		}
 	}
@@ -187,6 +187,12 @@ func (p *Parent) Connect(ctx context.Context, address string) (net.Conn, error) 
 func (p *Parent) Dial(ctx context.Context) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
+	return p.dial(ctx, func() {}, "http/1.1")
+}
+
+// dial connects to the parent. With TLS, it calls connected when that begins, and offers the
+// parent the given protocols.
+func (p *Parent) dial(ctx context.Context, connected func(), protocols ...string) (net.Conn, error) {
 	conn, err := p.open(ctx)
 	if err != nil {
 		return nil, &ParentError{Err: err}
@@ -194,7 +200,8 @@ func (p *Parent) Dial(ctx context.Context) (net.Conn, error) {
 	if p.secure == nil {
 		return conn, nil
 	}
-	secure, err := Handshake(ctx, conn, p.secure, "http/1.1")
+	connected()
+	secure, err := Handshake(ctx, conn, p.secure, protocols...)
 	if err != nil {
 		return nil, &ParentError{Phase: parentHandshaking, Err: err}
 	}
@@ -302,21 +309,16 @@ func (p *Parent) fields(ctx context.Context) (fields http.Header, owner client.K
 func (p *Parent) dialStreams(connected func()) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), p.timeout)
 	defer cancel()
-	conn, err := p.open(ctx)
+	conn, err := p.dial(ctx, connected, "h2", "http/1.1")
 	if err != nil {
-		return nil, &ParentError{Err: err}
+		return nil, err
 	}
-	connected()
-	secure, err := Handshake(ctx, conn, p.secure, "h2", "http/1.1")
-	if err != nil {
-		return nil, &ParentError{Phase: parentHandshaking, Err: err}
-	}
-	if secure.ConnectionState().NegotiatedProtocol != "h2" {
-		p.Http1.Store(true)
-		_ = secure.Close()
+	if conn.(*tls.Conn).ConnectionState().NegotiatedProtocol != "h2" {
+		p.http1.Store(true)
+		_ = conn.Close()
 		return nil, errors.New("the parent does not speak HTTP/2")
 	}
-	return secure, nil
+	return conn, nil
 }
 
 // connectStream opens a tunnel on an HTTP/2 stream. If the connection has died or the

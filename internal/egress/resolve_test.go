@@ -316,7 +316,7 @@ func TestConnectorLearns(t *testing.T) {
 		"nothing has happened":  {},
 	} {
 		t.Run(name, func(t *testing.T) {
-			c := NewConnector(resolverAt(t, time.Second))
+			c := newConnector(resolverAt(t, time.Second))
 			winner, _ := netip.ParseAddr(tc.winner)
 			c.remember(to, &race{attempts: tc.attempts, lookups: tc.lookups}, winner)
 			if got, ok := c.winners.get(to); ok != (tc.first != "") || ok && got.String() != tc.first {
