@@ -15,6 +15,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -23,8 +24,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/dnstest"
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
-	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
@@ -234,47 +233,50 @@ func TestTargetsAreKeptAlive(t *testing.T) {
 	w.dial().connect(echoTarget(t))
 	eventually(t, "a tunnel with keep-alive", func() bool {
 		open := openTunnels()
-		return len(open) == 1 && keepAliveEnabled(t, tcpconn.Of(open[0].Far.(*tunnel.ConnEnd).Conn))
+		return len(open) == 1 && keepAliveEnabled(t, descriptorsTo(t, open[0].Target))
 	})
 	origin := w.origin.Listener.Addr().String()
 	c := w.dial()
 	c.send("GET http://" + origin + "/ HTTP/1.1\r\nHost: " + origin + "\r\n\r\n")
 	c.response("GET")
-	var idle []net.Conn
-	eventually(t, "an idle connection", func() bool {
-		for h := range openedBy(openTunnels()[0]).process.proxies.All() {
-			idle = h.origins[policy.LocalScope].IdleTo(origin)
-		}
-		return len(idle) == 1
+	eventually(t, "an idle connection with keep-alive", func() bool {
+		return provisioned(t)[0].idleConnections() == 1 && keepAliveEnabled(t, descriptorsTo(t, origin))
 	})
-	if !keepAliveEnabled(t, idle[0].(*net.TCPConn)) {
-		t.Error("an idle connection to an origin is not kept alive")
-	}
 }
 
-// keepAliveEnabled reports whether keep-alive is set on a connection as intended.
-func keepAliveEnabled(t *testing.T, conn *net.TCPConn) bool {
+// descriptorsTo returns the descriptors of this process's connections to an address.
+func descriptorsTo(t *testing.T, address string) (fds []int) {
 	t.Helper()
-	socket, err := conn.SyscallConn()
+	entries, err := os.ReadDir("/proc/self/fd")
 	if err != nil {
 		t.Fatal(err)
 	}
-	kept := true
-	err = socket.Control(func(fd uintptr) {
+	for _, entry := range entries {
+		fd, _ := strconv.Atoi(entry.Name())
+		peer, _ := unix.Getpeername(fd)
+		if to, ok := peer.(*unix.SockaddrInet4); ok && netip.AddrPortFrom(netip.AddrFrom4(to.Addr), uint16(to.Port)).String() == address {
+			fds = append(fds, fd)
+		}
+	}
+	return fds
+}
+
+// keepAliveEnabled reports whether there is one socket, on which keep-alive is set as intended.
+func keepAliveEnabled(t *testing.T, fds []int) bool {
+	t.Helper()
+	for _, fd := range fds {
 		for _, option := range [...][3]int{
 			{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
 			{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 60},
 			{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 15},
 			{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, 4},
 		} {
-			got, err := unix.GetsockoptInt(int(fd), option[0], option[1])
-			kept = kept && err == nil && got == option[2]
+			if got, err := unix.GetsockoptInt(fd, option[0], option[1]); err != nil || got != option[2] {
+				return false
+			}
 		}
-	})
-	if err != nil {
-		t.Fatal(err)
 	}
-	return kept
+	return len(fds) == 1
 }
 
 // A DNS error and the lack of any DNS answer are reported differently (RFC 9209 §2.3.2).

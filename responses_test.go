@@ -70,26 +70,13 @@ func TestLengthBesideChunks(t *testing.T) {
 			if length := res.Header.Get("Content-Length"); body != "ok" || length == "9" {
 				t.Errorf("%s %q %v", res.Status, body, res.Header)
 			}
-			if n := idleConnsTo(t, origin); n != 0 {
-				t.Errorf("%d connections to the origin are kept", n)
+			for _, p := range provisioned(t) {
+				if n := p.idleConnections(); n != 0 {
+					t.Errorf("%d connections to the origin are kept", n)
+				}
 			}
 		}
 	})
-}
-
-// idleConnsTo returns the number of idle connections to an origin.
-func idleConnsTo(t *testing.T, origin string) (n int) {
-	shared, err := acquireProcess()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer releaseProcess()
-	for h := range shared.proxies.All() {
-		for _, origins := range h.origins {
-			n += len(origins.IdleTo(origin))
-		}
-	}
-	return n
 }
 
 // The proxy's own responses carry no Alt-Svc, because only the requested host may advertise

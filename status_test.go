@@ -374,12 +374,6 @@ func TestStatusStream(t *testing.T) {
 			t.Errorf("then comes %s, %v: %.100s", event, err, data)
 		}
 	}
-	if n := program.status.Viewers(); n != 2 {
-		t.Errorf("got %d viewers, want 2", n)
-	}
-	one.body.Close()
-	two.body.Close()
-	eventually(t, "the viewers to be gone", func() bool { return program.status.Viewers() == 0 })
 }
 
 // An open page must not keep a config or Caddy from stopping.
@@ -404,7 +398,6 @@ func TestStatusStreamEnds(t *testing.T) {
 	case <-time.After(patience):
 		t.Error("Caddy does not stop")
 	}
-	eventually(t, "the viewers to be gone", func() bool { return program.status.Viewers() == 0 })
 }
 
 func TestStatusActions(t *testing.T) {

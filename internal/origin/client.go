@@ -92,15 +92,6 @@ func (c *Client) Idle() int {
 	return int(c.plain.count.Load()+c.secure.count.Load()) + c.http2.count()
 }
 
-// IdleTo returns the idle connections without TLS to an authority.
-func (c *Client) IdleTo(authority string) (conns []net.Conn) {
-	idle, _ := c.plain.idle.Load(authority)
-	for _, conn := range idle {
-		conns = append(conns, conn.Conn)
-	}
-	return conns
-}
-
 // Close closes all idle connections, and makes those that become idle close.
 func (c *Client) Close() {
 	c.plain.close()

@@ -94,16 +94,6 @@ var (
 	lastBoundID      atomic.Uint64
 )
 
-// BoundClients returns what identifies the client connections to which connections to
-// origins are bound.
-func BoundClients() (clients []any) {
-	boundClientMap.Range(func(client any, _ *boundClient) bool {
-		clients = append(clients, client)
-		return true
-	})
-	return clients
-}
-
 // key returns the pool key of idle connections that are bound to c, for the request's
 // target, client address and user. Connections that wait for the next step of a login have
 // a different key.

@@ -4,8 +4,12 @@
 package origin
 
 import (
+	"bufio"
+	"net"
 	"net/http"
 	"testing"
+	"testing/synctest"
+	"time"
 )
 
 func TestConnectionLogin(t *testing.T) {
@@ -48,4 +52,25 @@ func TestBoundClientDisconnectsAtOnce(t *testing.T) {
 	if c.timer != nil || !c.isGone() {
 		t.Error("a disconnected client is still registered")
 	}
+}
+
+// A client whose disconnect is not reported is released when it has not used its connections
+// for long.
+func TestBoundClientIsReleasedInTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		near, _ := net.Pipe()
+		client, pool := new(int), newPool(nil)
+		conn := newPooledConn(near, "origin.test:80")
+		conn.r = bufio.NewReader(near)
+		b := binding{client: client, target: conn.authority, login: true}
+		b.keep(t.Context(), pool, conn)
+		if _, bound := boundClientMap.Load(client); !bound || !b.has(pool) {
+			t.Error("the connection is not kept for the client")
+		}
+		time.Sleep(maxIdleTime)
+		synctest.Wait()
+		if _, bound := boundClientMap.Load(client); bound {
+			t.Error("the client is still registered")
+		}
+	})
 }

@@ -108,9 +108,14 @@ func watch(t *testing.T, server *httptest.Server) (body io.Closer, next func()) 
 // waitForViewers waits until v has n viewers.
 func waitForViewers(t *testing.T, v *View, n int) {
 	t.Helper()
-	for deadline := time.Now().Add(time.Minute); v.Viewers() != n; time.Sleep(5 * time.Millisecond) {
+	viewers := func() int {
+		v.feed.mu.Lock()
+		defer v.feed.mu.Unlock()
+		return len(v.feed.viewers)
+	}
+	for deadline := time.Now().Add(time.Minute); viewers() != n; time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("got %d viewers, want %d", v.Viewers(), n)
+			t.Fatalf("got %d viewers, want %d", viewers(), n)
 		}
 	}
 }

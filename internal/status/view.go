@@ -66,10 +66,3 @@ func New(in Inputs) *View {
 
 // AddRefusal adds a refusal to the list of the latest ones.
 func (v *View) AddRefusal(r *Refusal) { v.refusals.add(r) }
-
-// Viewers returns how many open pages receive snapshots.
-func (v *View) Viewers() int {
-	v.feed.mu.Lock()
-	defer v.feed.mu.Unlock()
-	return len(v.feed.viewers)
-}
