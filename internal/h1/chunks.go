@@ -7,7 +7,7 @@ import (
 	"bufio"
 	"bytes"
 	"io"
-	"strconv"
+	"math"
 	"strings"
 )
 
@@ -109,21 +109,38 @@ func (c *ChunkReader) checkStart() error {
 
 // parseChunkLine returns the chunk size in a line, and ignores extensions.
 func parseChunkLine(line []byte) (int64, error) {
-	line, found := bytes.CutSuffix(line, []byte("\r\n"))
-	if !found || bytes.IndexByte(line, '\r') >= 0 {
+	var size uint64
+	digits := 0
+	for ; digits < len(line); digits++ {
+		digit := hexDigits[line[digits]]
+		if digit == 0 {
+			break
+		}
+		size = size<<4 | uint64(digit-1)
+	}
+	if digits == 0 || digits > 16 || size > math.MaxInt64 {
 		return 0, errChunkLine
 	}
-	size, _, _ := bytes.Cut(line, []byte(";"))
-	size = bytes.TrimRight(size, " \t")
-	if len(size) > 16 {
-		return 0, errChunkLine
+	if rest := line[digits:]; string(rest) != "\r\n" {
+		rest, found := bytes.CutSuffix(rest, []byte("\r\n"))
+		rest = bytes.TrimLeft(rest, " \t")
+		if !found || bytes.IndexByte(rest, '\r') >= 0 || len(rest) > 0 && rest[0] != ';' {
+			return 0, errChunkLine
+		}
 	}
-	n, err := strconv.ParseUint(string(size), 16, 63)
-	if err != nil || size[0] == '+' {
-		return 0, errChunkLine
-	}
-	return int64(n), nil
+	return int64(size), nil
 }
+
+// hexDigits has the value of each hexadecimal digit plus 1, and 0 for other bytes.
+var hexDigits = func() (values [256]byte) {
+	for i, digit := range "0123456789abcdef" {
+		values[digit] = byte(i + 1)
+	}
+	for i, digit := range "ABCDEF" {
+		values[digit] = byte(10 + i + 1)
+	}
+	return values
+}()
 
 // ready reports whether the next read returns without blocking.
 func (c *ChunkReader) ready() bool {
