@@ -49,7 +49,7 @@ func clientConnection(w http.ResponseWriter, r *http.Request) any {
 
 // connState is the ConnState hook of Caddy's HTTP server.
 func connState(conn net.Conn, state http.ConnState) {
-	if state == http.StateClosed || state == http.StateHijacked {
+	if (state == http.StateClosed || state == http.StateHijacked) && !downstream.WasTakenBack(conn) {
 		origin.ReleaseClient(socketOf(conn))
 	}
 }

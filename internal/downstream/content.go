@@ -127,9 +127,10 @@ func (b *content) stop() {
 	b.client.readDeadline.Interrupt(b.client.Conn)
 }
 
-// Arrived reports whether all of the content is buffered, so that no read waits for the client.
-func (b *content) Arrived() bool {
-	return !b.body.IsChunked() && int64(b.body.R.Buffered()) >= b.body.Remaining
+// Arrived returns how many bytes of content of known length are buffered, so that reading them does
+// not wait for the client.
+func (b *content) Arrived() int {
+	return int(min(int64(b.body.R.Buffered()), max(b.body.Remaining, 0)))
 }
 
 // contentEnded lets the watch for the client's disconnect read from the connection.

@@ -236,6 +236,7 @@ func isServable(conn net.Conn) bool {
 // handToNetHTTP hands a connection to net/http.
 func (l *Listener) handToNetHTTP(conn net.Conn) {
 	if read, ok := conn.(*readConn); ok {
+		read.back.listener = l
 		if over, ok := read.Conn.(*tls.Conn); ok {
 			conn = &tlsReadConn{read, over}
 		}

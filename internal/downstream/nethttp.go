@@ -26,6 +26,7 @@ type readConn struct {
 	isFirstRead bool             // the first byte must be checked when it arrives
 	overTLS     bool             // the connection carries TLS
 	hasLine     bool             // a whole line has been read
+	back        takeBack
 
 	// responded is set by the first write since the connection was last idle. From then on a
 	// handler has seen the request, and any write is part of its response, whatever it looks
@@ -53,6 +54,7 @@ func ConnState(conn net.Conn, state http.ConnState) {
 	if state == http.StateIdle {
 		if c := readConnOf(conn); c != nil {
 			c.responded.Store(false)
+			c.back.idle.Store(c.back.listener != nil)
 		}
 	}
 }
@@ -86,6 +88,9 @@ func UnwrapHijacked(conn net.Conn) (inner net.Conn, unread []byte) {
 func (c *readConn) NetConn() net.Conn { return c.Conn }
 
 func (c *readConn) Read(p []byte) (n int, err error) {
+	if c.back.idle.Load() {
+		return c.readIdle(p)
+	}
 	if n, err = c.in.Read(p); c.isFirstRead && n > 0 {
 		c.isFirstRead = false
 		n, err = c.checkFirst(p, n)

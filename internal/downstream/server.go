@@ -29,7 +29,7 @@
 //
 //   - handed off: another Listener or net/http has the connection, with every byte that the client
 //     has sent since its last request. net/http also gets it with the first request that is not
-//     served here. From net/http it does not come back.
+//     served here. It is taken back when a request for the proxy follows.
 //   - closed: by the client, a timeout, an error, or a response after which the connection cannot
 //     be used. If the client may still be sending, it is closed in stages.
 //   - taken over: the handler has hijacked the connection (Writer.Hijack, Writer.Takeover).

@@ -24,9 +24,7 @@ type bodySender struct {
 
 func newBodySender(conn *pooledConn, body *bodyReader) *bodySender {
 	if length := body.out.Body.Length; length < 0 || length > int64(len(tcpconn.Buffer{})) {
-		if socket := tcpconn.Of(conn.Conn); socket != nil {
-			tcpconn.LimitUnsent(socket) // the origin's response timeout starts when it has the request
-		}
+		conn.limitUnsent()
 	}
 	s := &bodySender{bodyReader: body, conn: conn, sent: make(chan struct{}), wanted: make(chan bool, 2)}
 	go s.run()

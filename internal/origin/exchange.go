@@ -148,22 +148,26 @@ func (x *Exchange) try(fresh bool) (*http.Response, error) {
 	}
 }
 
-// sendRequest sends the head of the request, and starts to send its body. A body that has arrived
-// already is sent with the head, which costs neither a goroutine nor another write.
+// sendRequest sends the head of the request, and starts to send its body. What has arrived of the
+// body is sent with the head. If that is all of it, it needs no goroutine.
 func (x *Exchange) sendRequest(fresh bool) (err error) {
 	if x.conn, err = x.connect(fresh); err != nil {
 		return err
 	}
 	waits := httpguts.HeaderValuesContainsToken(x.Request.Header["Expect"], "100-continue")
-	whole := x.Request.Body == nil || !waits && x.Request.Body.hasArrived()
-	if !whole {
+	body, arrived := x.Request.Body, 0
+	if body != nil && !waits {
+		arrived = body.arrived()
+	}
+	isWhole := body == nil || int64(arrived) == body.Length
+	if !isWhole {
 		x.watchDisconnect()
 	}
 	start := time.Now()
-	if err := x.writeHead(whole); err != nil {
+	if err := x.writeHead(arrived); err != nil {
 		return err
 	}
-	if whole {
+	if isWhole {
 		x.conn.clock.reset(start)
 		return nil
 	}
@@ -339,8 +343,9 @@ func (e *DialError) Unwrap() error { return e.error }
 // requestHeadPool is a pool of buffers for request heads.
 var requestHeadPool = sync.Pool{New: func() any { b := make([]byte, 0, 4<<10); return &b }}
 
-// writeHead sends the head of a request in one write, and its body too if whole is set.
-func (x *Exchange) writeHead(whole bool) error {
+// writeHead sends the head of a request in one write, with the first bytes of its body, which must
+// have arrived.
+func (x *Exchange) writeHead(arrived int) error {
 	out := x.Request
 	pooled := requestHeadPool.Get().(*[]byte)
 	b := (*pooled)[:0]
@@ -375,8 +380,8 @@ func (x *Exchange) writeHead(whole bool) error {
 	}
 	b = append(b, "\r\n"...)
 	var err error
-	if whole && out.Body != nil {
-		b, err = out.Body.appendTo(b)
+	if arrived > 0 {
+		b, err = out.Body.appendTo(b, arrived)
 	}
 	if err == nil {
 		err = x.send(b)

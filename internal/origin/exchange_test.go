@@ -45,7 +45,7 @@ func TestUnreadLargeHead(t *testing.T) {
 				_ = far.Close()
 			})
 			defer bound.Stop()
-			err := x.writeHead(true)
+			err := x.writeHead(0)
 			if err == nil || errors.Is(err, os.ErrDeadlineExceeded) == leaves {
 				t.Errorf("client disconnects = %v: got %v", leaves, err)
 			}

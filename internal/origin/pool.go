@@ -54,17 +54,18 @@ type connPool struct {
 // by the exchange that it was given to.
 type pooledConn struct {
 	net.Conn
-	r         *bufio.Reader // nil while idle
-	authority string
-	key       string         // in connPool.idle; "": the authority
-	bound     *boundClient   // the only client connection that may use it; nil: any
-	to        netip.AddrPort // the remote address, if it is on this machine and its listener must be judged again
-	opened    time.Time
-	fresh     bool      // put in the pool unused
-	reused    bool      // it was idle before
-	idleSince time.Time // when it was put back
-	clock     headClock // of the exchange
-	deadline  tcpconn.ReadDeadline
+	r             *bufio.Reader // nil while idle
+	authority     string
+	key           string         // in connPool.idle; "": the authority
+	bound         *boundClient   // the only client connection that may use it; nil: any
+	to            netip.AddrPort // the remote address, if it is on this machine and its listener must be judged again
+	opened        time.Time
+	fresh         bool      // put in the pool unused
+	reused        bool      // it was idle before
+	unsentLimited bool      // limitUnsent has been called
+	idleSince     time.Time // when it was put back
+	clock         headClock // of the exchange
+	deadline      tcpconn.ReadDeadline
 }
 
 // responseReaderPool is a pool of buffers for busy connections. A response that fits into one,
@@ -283,6 +284,15 @@ func (o *connPool) closeIdle(condition func(*pooledConn) bool) {
 func (o *connPool) close() {
 	o.closed.Store(true)
 	o.closeIdle(func(*pooledConn) bool { return true })
+}
+
+// limitUnsent limits how much of a request may wait in the kernel: the origin's time for a response
+// starts when it has the request.
+func (c *pooledConn) limitUnsent() {
+	if socket := tcpconn.Of(c.Conn); socket != nil && !c.unsentLimited {
+		tcpconn.LimitUnsent(socket)
+		c.unsentLimited = true
+	}
 }
 
 // discard closes a busy connection and releases its reader.

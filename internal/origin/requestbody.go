@@ -44,10 +44,10 @@ func (b *RequestBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// appendTo appends all of a body of known length to p.
-func (b *RequestBody) appendTo(p []byte) ([]byte, error) {
+// appendTo appends the next n bytes of the body to p.
+func (b *RequestBody) appendTo(p []byte, n int) ([]byte, error) {
 	start := len(p)
-	p = slices.Grow(p, int(b.Length))[:start+int(b.Length)]
+	p = slices.Grow(p, n)[:start+n]
 	_, err := io.ReadFull(b, p[start:])
 	return p, err
 }
@@ -58,10 +58,13 @@ func (b *RequestBody) IsRead(chunks bool) bool {
 	return b.Length >= 0 && b.read.Load() >= b.Length || chunks && b.ended.Load()
 }
 
-// hasArrived reports whether the whole body can be read without waiting for the client.
-func (b *RequestBody) hasArrived() bool {
-	content, ok := b.Reader.(interface{ Arrived() bool })
-	return ok && content.Arrived()
+// arrived returns how many bytes of a body of known length can be read without waiting for the
+// client.
+func (b *RequestBody) arrived() int {
+	if content, ok := b.Reader.(interface{ Arrived() int }); ok && b.Length >= 0 {
+		return content.Arrived()
+	}
+	return 0
 }
 
 // RequestBodyError reports that the client sent its request body incompletely or malformed.
@@ -183,6 +186,11 @@ func (b *bodyReader) failure(gone bool) error {
 // waitFor waits up to senderGrace for the end of a sender or its reader, and reports whether
 // it has ended.
 func waitFor(ended <-chan struct{}) bool {
+	select {
+	case <-ended: // the usual case needs no timer
+		return true
+	default:
+	}
 	select {
 	case <-ended:
 		return true
