@@ -7,6 +7,7 @@ import (
 	"crypto/tls"
 	"net"
 	"net/http"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -121,7 +122,8 @@ type accessEntry struct {
 	response http.Header
 
 	line        [7]zapcore.Field
-	credentials bool // log_credentials
+	array       loggedArray // that is being written
+	credentials bool        // log_credentials
 }
 
 // entryPool is a pool of entries: each request needs one.
@@ -230,7 +232,7 @@ type loggedResponse accessEntry
 // MarshalLogObject implements zapcore.ObjectMarshaler.
 func (e *loggedRequest) MarshalLogObject(enc zapcore.ObjectEncoder) error {
 	for _, f := range e.fields.fields {
-		addField(enc, f.name, f.values, e.credentials)
+		(*accessEntry)(e).addField(enc, f.name, f.values)
 	}
 	return nil
 }
@@ -238,18 +240,37 @@ func (e *loggedRequest) MarshalLogObject(enc zapcore.ObjectEncoder) error {
 // MarshalLogObject implements zapcore.ObjectMarshaler.
 func (e *loggedResponse) MarshalLogObject(enc zapcore.ObjectEncoder) error {
 	for name, values := range e.response {
-		addField(enc, h1.WireName(name), values, e.credentials)
+		(*accessEntry)(e).addField(enc, h1.WireName(name), values)
 	}
 	return nil
 }
 
 // addField adds a field of a message to a log line, but without credentials, unless they are to
 // be logged.
-func addField(enc zapcore.ObjectEncoder, name string, values []string, credentials bool) {
-	if !credentials && slices.ContainsFunc(credentialFields[:], func(other string) bool { return strings.EqualFold(name, other) }) {
+func (e *accessEntry) addField(enc zapcore.ObjectEncoder, name string, values []string) {
+	if !e.credentials && slices.ContainsFunc(credentialFields[:], func(other string) bool { return strings.EqualFold(name, other) }) {
 		values = []string{"REDACTED"}
 	}
-	_ = enc.AddArray(name, caddyhttp.LoggableStringArray(values)) // a type that the filters of logs know
+	if reflect.TypeOf(enc) == jsonEncoder {
+		e.array = values
+		_ = enc.AddArray(name, &e.array)
+		return
+	}
+	_ = enc.AddArray(name, caddyhttp.LoggableStringArray(values)) // the filters of logs know its type
+}
+
+// jsonEncoder is the type of the encoder of most logs.
+var jsonEncoder = reflect.TypeOf(zapcore.NewJSONEncoder(zapcore.EncoderConfig{}))
+
+// loggedArray is a caddyhttp.LoggableStringArray that is not allocated for each field.
+type loggedArray []string
+
+// MarshalLogArray implements zapcore.ArrayMarshaler.
+func (a *loggedArray) MarshalLogArray(enc zapcore.ArrayEncoder) error {
+	for _, value := range *a {
+		enc.AppendString(value)
+	}
+	return nil
 }
 
 var credentialFields = [...]string{"Cookie", "Set-Cookie", "Authorization", "Proxy-Authorization"}

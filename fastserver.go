@@ -71,7 +71,7 @@ func (s *fastServer) serve(out http.ResponseWriter, r *http.Request) {
 	var seen *observation
 	if s.metrics != nil {
 		if seen = s.metrics.begin(r); seen != nil {
-			w.OnHeader(seen.wroteHeader)
+			w.OnHeader(seen.onHeader)
 		}
 	}
 	err := s.observe(seen, w, out, r)

@@ -184,11 +184,11 @@ func newOutgoing(r *http.Request) (*origin.Request, error) {
 	case strings.Contains(r.RequestURI, "#"):
 		return nil, errors.New("a fragment does not belong in a request target")
 	}
-	host, port, _ := hostport.Split(u.Host)
-	if port == "" {
-		port = map[string]string{"http": "80", "https": "443"}[scheme]
+	port := "80"
+	if scheme == "https" {
+		port = "443"
 	}
-	authority, err := hostport.Join(host, port)
+	authority, err := hostport.WithPort(u.Host, port)
 	if err != nil {
 		return nil, err
 	}
@@ -333,7 +333,7 @@ func (p *proxy) respond(w http.ResponseWriter, r *http.Request, x *origin.Exchan
 	if r.ProtoMajor == 3 && !hasContent(r.Method, res.StatusCode) { // otherwise quic-go sends Content-Length: 0
 		_ = http.NewResponseController(w).Flush()
 	}
-	err := copyBody(w, r, x, func(n int64) { p.countForwarded(from.limitKey, 0, n) })
+	err := p.passContent(w, r, x, from)
 	var gone *clientError
 	switch {
 	case errors.As(err, &gone) || err != nil && r.Context().Err() != nil:
@@ -402,14 +402,19 @@ func hasContent(method string, status int) bool {
 	return method != http.MethodHead && status != http.StatusNoContent && status != http.StatusNotModified
 }
 
-// writeRest writes a body that is completely buffered.
-func writeRest(w http.ResponseWriter, rest []byte, count func(n int64)) error {
-	if len(rest) == 0 { // some statuses do not allow even an empty write
-		return nil
+// passContent passes the content of a response on and counts it.
+func (p *proxy) passContent(w http.ResponseWriter, r *http.Request, x *origin.Exchange, from clientIdentity) error {
+	if x.Body != nil {
+		if rest, ok := x.Body.Buffered(); ok {
+			if len(rest) == 0 { // some statuses do not allow even an empty write
+				return nil
+			}
+			n, err := w.Write(rest)
+			p.countForwarded(from.limitKey, 0, int64(n))
+			return asClientError(err)
+		}
 	}
-	n, err := w.Write(rest)
-	count(int64(n))
-	return asClientError(err)
+	return copyBody(w, r, x, func(n int64) { p.countForwarded(from.limitKey, 0, n) })
 }
 
 // copyBody copies a response body to the client and calls count for each part. It
@@ -417,11 +422,6 @@ func writeRest(w http.ResponseWriter, rest []byte, count func(n int64)) error {
 func copyBody(w http.ResponseWriter, r *http.Request, x *origin.Exchange, count func(n int64)) error {
 	res, body := x.Response, x.Body
 	isHTTP1 := body != nil
-	if isHTTP1 {
-		if rest, ok := body.Buffered(); ok {
-			return writeRest(w, rest, count)
-		}
-	}
 	if !hasContent(r.Method, res.StatusCode) {
 		return nil
 	}

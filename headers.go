@@ -196,18 +196,21 @@ func setForwarded(h http.Header, peer, client netip.Addr, trusted bool) {
 	if !trusted {
 		delete(h, "X-Forwarded-For")
 	}
-	name := peer.String()
+	name, chain := peer.String(), ""
 	if peer.IsValid() {
-		chain := name
+		chain = name
 		if prior := h["X-Forwarded-For"]; len(prior) > 0 {
 			chain = strings.Join(prior, ", ") + ", " + chain
 		}
-		h["X-Forwarded-For"] = []string{chain}
 	}
 	if client != peer {
 		name = client.String()
 	}
-	if h["X-Real-Ip"] = []string{name}; !client.IsValid() {
+	values := [...]string{chain, name} // one allocation for both
+	if chain != "" {
+		h["X-Forwarded-For"] = values[:1:1]
+	}
+	if h["X-Real-Ip"] = values[1:]; !client.IsValid() {
 		delete(h, "X-Real-Ip")
 	}
 }

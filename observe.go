@@ -111,8 +111,7 @@ func (p *proxy) logRequest(r *http.Request, v *transaction, err error, more ...z
 	if r.Method == http.MethodConnect && v.status == http.StatusOK {
 		return
 	}
-	var denied *policy.DeniedError
-	errors.As(err, &denied)
+	denied := deniedBy(err)
 	level := zapcore.InfoLevel
 	if v.status >= 500 || denied != nil || err != nil && v.status == http.StatusForbidden || errors.Is(err, errBadCredentials) {
 		level = zapcore.WarnLevel
@@ -153,6 +152,16 @@ func (p *proxy) logRequest(r *http.Request, v *transaction, err error, more ...z
 
 // linePool is a pool of slices for the fields of a log line. Nothing keeps them once it is written.
 var linePool = sync.Pool{New: func() any { return new([]zap.Field) }}
+
+// deniedBy returns the denial by the policy in err, or nil if there is none.
+func deniedBy(err error) *policy.DeniedError {
+	if err == nil {
+		return nil
+	}
+	var denied *policy.DeniedError
+	errors.As(err, &denied)
+	return denied
+}
 
 // withoutPasswords removes the user names and passwords of URLs in a path.
 func withoutPasswords(path string) string {

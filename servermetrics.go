@@ -145,8 +145,10 @@ func registered[T prometheus.Collector](registry *prometheus.Registry, c T) (exi
 	return existing
 }
 
-// observation is the observation of one request.
+// observation is the observation of one request. finish gives it back.
 type observation struct {
+	onHeader func(status int) // wroteHeader
+
 	metrics *serverMetrics
 	host    string // the label; "": there is none
 	method  string
@@ -154,13 +156,21 @@ type observation struct {
 	status  int // of the header that was written last; 0: none yet
 }
 
+// observationPool is a pool of observations: each request needs one.
+var observationPool = sync.Pool{New: func() any {
+	o := new(observation)
+	o.onHeader = o.wroteHeader
+	return o
+}}
+
 // begin begins to observe a request. finish must be called for it. It returns nil if Caddy's
 // metrics are not as expected.
 func (m *serverMetrics) begin(r *http.Request) *observation {
 	if m.register(r); !m.found {
 		return nil
 	}
-	o := &observation{metrics: m, method: methodLabel(r.Method), start: time.Now()}
+	o := observationPool.Get().(*observation)
+	o.metrics, o.host, o.method, o.start, o.status = m, "", methodLabel(r.Method), time.Now(), 0
 	if m.perHost {
 		o.host = strings.ToLower(r.Host)
 		if _, allowed := m.hosts[o.host]; m.hosts != nil && !allowed {
@@ -191,6 +201,7 @@ func (o *observation) finish(r *http.Request, size int64, err error, panicked bo
 	if panicked {
 		return
 	}
+	defer observationPool.Put(o)
 	duration := time.Since(o.start).Seconds()
 	host.count.Inc()
 	status := o.status

@@ -98,12 +98,13 @@ func (c *clientConn) newRequest(line requestLine) *http.Request {
 		c.ctx, c.out = c.server.Wrap(c.ctx, &c.w)
 	}
 	ctx := &requestContext{Context: c.ctx, conn: c}
-	ctx.r = blankRequest.WithContext(ctx)
-	ctx.r.Method, ctx.r.RemoteAddr, ctx.r.TLS = line.method, c.remote, c.tls
+	r := &ctx.r
+	*r = *blankRequest.WithContext(ctx)
+	r.Method, r.RemoteAddr, r.TLS = line.method, c.remote, c.tls
 	if line.version != blankRequest.Proto {
-		ctx.r.Proto, ctx.r.ProtoMinor = line.version, int(line.version[len("HTTP/1.")]-'0')
+		r.Proto, r.ProtoMinor = line.version, int(line.version[len("HTTP/1.")]-'0')
 	}
-	return ctx.r
+	return r
 }
 
 var blankRequest = &http.Request{Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, Body: http.NoBody}

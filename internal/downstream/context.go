@@ -16,7 +16,7 @@ import (
 type requestContext struct {
 	context.Context // of the connection, with the values that all requests share
 	conn            *clientConn
-	r               *http.Request
+	r               http.Request
 	attached        any
 
 	once     sync.Once

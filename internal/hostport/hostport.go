@@ -7,6 +7,7 @@
 package hostport
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net"
@@ -42,13 +43,30 @@ func Join(host, port string) (string, error) {
 	if err := CheckHost(host); err != nil {
 		return "", err
 	}
-	// Leading zeros have no meaning (RFC 3986 §3.2.3). Strip them, because everything from
-	// here on compares the text.
+	number, err := checkPort(port)
+	if err != nil {
+		return "", err
+	}
+	return host + ":" + number, nil
+}
+
+// WithPort checks an authority as Join does, and adds a port if it has none.
+func WithPort(authority, usual string) (string, error) {
+	host, port, _ := Split(authority)
+	if number, err := checkPort(port); err == nil && number == port {
+		return authority, CheckHost(host)
+	}
+	return Join(host, cmp.Or(port, usual))
+}
+
+// checkPort checks a port and returns it without leading zeros. They have no meaning (RFC 3986
+// §3.2.3), and everything from here on compares the text.
+func checkPort(port string) (string, error) {
 	number := strings.TrimLeft(port, "0")
 	if n, err := strconv.ParseUint(number, 10, 16); err != nil || n == 0 || number[0] == '+' {
 		return "", fmt.Errorf("the port %q is not a number from 1 to 65535", port)
 	}
-	return host + ":" + number, nil
+	return number, nil
 }
 
 // CheckHost accepts a DNS name, an IPv4 address, or an IPv6 address in brackets. A zone is
@@ -82,8 +100,10 @@ func CheckHost(host string) error {
 	// A name that ends in a number is an IPv4 address (WHATWG URL §3.5). Some resolvers
 	// accept 127.1, 0x7f.1 and 2130706433 as such, so only the dotted decimal form is
 	// allowed.
-	if addr, err := netip.ParseAddr(name); endsInNumber(name) && (err != nil || !addr.Is4()) {
-		return fmt.Errorf("%q is not an IPv4 address in dotted decimal", host)
+	if endsInNumber(name) {
+		if addr, err := netip.ParseAddr(name); err != nil || !addr.Is4() {
+			return fmt.Errorf("%q is not an IPv4 address in dotted decimal", host)
+		}
 	}
 	return nil
 }

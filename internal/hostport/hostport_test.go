@@ -175,3 +175,15 @@ func FuzzParseAuthority(f *testing.F) {
 		}
 	})
 }
+
+func TestWithPort(t *testing.T) {
+	for _, row := range []struct{ authority, want string }{
+		{"a.example", "a.example:80"}, {"a.example:", "a.example:80"}, {"a.example:8080", "a.example:8080"},
+		{"a.example:080", "a.example:80"}, {"[::1]", "[::1]:80"}, {"[::1]:81", "[::1]:81"}, {"127.0.0.1:81", "127.0.0.1:81"},
+		{"", ""}, {":80", ""}, {"a.example:0", ""}, {"a.example:x", ""}, {"a.example:65536", ""}, {"a b:80", ""}, {"1.2:80", ""},
+	} {
+		if got, err := WithPort(row.authority, "80"); err == nil && got != row.want || (err != nil) != (row.want == "") {
+			t.Errorf("%q: %q, %v", row.authority, got, err)
+		}
+	}
+}
