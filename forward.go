@@ -432,44 +432,41 @@ func copyBody(w http.ResponseWriter, r *http.Request, x *origin.Exchange, count 
 			return err
 		}
 	}
-	control := http.NewResponseController(w)
-	if !isHTTP1 || !body.Ready() {
-		if err := control.Flush(); err != nil {
-			return asClientError(err)
+	control, left, unflushed := http.NewResponseController(w), res.ContentLength, true
+	read := func(p []byte) (int, error) {
+		if unflushed && (!isHTTP1 || !body.Ready()) {
+			if err := control.Flush(); err != nil {
+				return 0, asClientError(err)
+			}
 		}
+		if unflushed = false; isHTTP1 {
+			if err := body.AwaitContent(); err != nil {
+				return 0, err
+			}
+		}
+		return res.Body.Read(p)
+	}
+	write := func(p []byte) (bool, error) {
+		if _, err := w.Write(p); err != nil {
+			return false, asClientError(err)
+		}
+		count(int64(len(p)))
+		left -= int64(len(p))
+		unflushed = left != 0
+		return true, nil
 	}
 	buf := tcpconn.GetBuffer()
 	defer buf.Free()
-	left := res.ContentLength
-	for {
-		if isHTTP1 {
-			if err := body.AwaitContent(); err != nil {
-				return err
-			}
-		}
-		n, err := res.Body.Read(buf[:])
-		if n > 0 {
-			if _, err := w.Write(buf[:n]); err != nil {
-				return asClientError(err)
-			}
-			count(int64(n))
-			left -= int64(n)
-		}
-		if err == io.EOF {
-			if res.ContentLength < 0 {
-				return slow.waitForEnd()
-			}
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		if n > 0 && left != 0 && (!isHTTP1 || !body.Ready()) {
-			if err := control.Flush(); err != nil {
-				return asClientError(err)
-			}
-		}
+	readErr, writeErr := tcpconn.Copy(buf[:], read, write)
+	switch {
+	case writeErr != nil:
+		return writeErr
+	case readErr != io.EOF:
+		return readErr
+	case res.ContentLength < 0:
+		return slow.waitForEnd()
 	}
+	return nil
 }
 
 // handlerSendsContinue reports whether the handler must send 100 (Continue) before it reads

@@ -51,26 +51,19 @@ func (s *bodySender) run() {
 	if s.out.Body.Length < 0 {
 		w = httputil.NewChunkedWriter(s.conn)
 	}
-	for {
-		n, err := s.Read(buf[:])
-		if n > 0 {
-			// The origin may still respond although it reads no more. The
-			// exchange finds out by reading.
-			if _, err := w.Write(buf[:n]); err != nil {
-				s.reset = tcpconn.IsReset(err)
-				return
-			}
-		}
-		if err == io.EOF {
-			err := s.finishBody(w)
-			s.complete, s.reset = err == nil, tcpconn.IsReset(err)
-			return
-		}
-		if err != nil {
-			_ = s.conn.Close() // the origin must not mistake a part for the whole body
-			return
-		}
+	readErr, err := tcpconn.Copy(buf[:], s.Read, func(p []byte) (bool, error) {
+		_, err := w.Write(p)
+		return true, err
+	})
+	switch {
+	case err != nil: // the origin may still respond, which the exchange finds out by reading
+	case readErr == io.EOF:
+		err = s.finishBody(w)
+		s.complete = err == nil
+	default:
+		_ = s.conn.Close() // the origin must not mistake a part for the whole body
 	}
+	s.reset = tcpconn.IsReset(err)
 }
 
 // finishBody writes the last chunk and the trailers of a chunked body.

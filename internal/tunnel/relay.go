@@ -48,37 +48,23 @@ func Relay(dst io.Writer, src io.Reader, copied *Flow) (readErr, writeErr error)
 	return relayReader(dst, src, copied)
 }
 
-// relayReader reads into a small buffer, and into a large one while reads fill it.
+// relayReader reads into a small buffer, and into a large one while reads fill it. A read that
+// fills less than half of the large one means that src has no more for now.
 func relayReader(dst io.Writer, src io.Reader, copied *Flow) (readErr, writeErr error) {
 	small := make([]byte, smallBuffer/4)
-	for {
-		n, err := src.Read(small)
-		if n > 0 {
-			writeErr = writeCounted(dst, small[:n], copied)
-		}
-		if err == nil && writeErr == nil && n == len(small) {
-			err, writeErr = relayBurst(dst, src, copied)
-		}
-		if err != nil || writeErr != nil {
-			return err, writeErr
-		}
-	}
-}
-
-// relayBurst copies through a large buffer until a read fills less than half of it, which
-// means that src has no more for now. It returns no errors if src goes on.
-func relayBurst(dst io.Writer, src io.Reader, copied *Flow) (readErr, writeErr error) {
-	large := tcpconn.GetBuffer()
-	defer large.Free()
-	for {
-		n, err := src.Read(large[:])
-		if n > 0 {
-			writeErr = writeCounted(dst, large[:n], copied)
-		}
-		if err != nil || writeErr != nil || n < len(large)/2 {
-			return err, writeErr
+	for readErr == nil && writeErr == nil {
+		readErr, writeErr = tcpconn.Copy(small, src.Read, func(p []byte) (bool, error) {
+			return len(p) < len(small), writeCounted(dst, p, copied)
+		})
+		if readErr == nil && writeErr == nil {
+			large := tcpconn.GetBuffer()
+			readErr, writeErr = tcpconn.Copy(large[:], src.Read, func(p []byte) (bool, error) {
+				return len(p) >= len(large)/2, writeCounted(dst, p, copied)
+			})
+			large.Free()
 		}
 	}
+	return readErr, writeErr
 }
 
 // writeCounted writes b and counts the bytes that were written.
