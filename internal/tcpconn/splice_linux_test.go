@@ -9,6 +9,7 @@ import (
 	"math"
 	"net"
 	"os"
+	"sync"
 	"testing"
 	"time"
 
@@ -23,16 +24,21 @@ type spliceRig struct {
 	*Splicer
 	in, out  net.Conn
 	src, dst *net.TCPConn
-	moved    int64 // as Drain has reported
+	moved    int64          // as Drain has reported
+	running  sync.WaitGroup // goroutines that use the Splicer
 }
 
 func newSpliceRig(t *testing.T) *spliceRig {
 	t.Helper()
+	r := &spliceRig{}
+	t.Cleanup(func() { // after the connections are closed
+		r.running.Wait()
+		r.Close()
+	})
 	from, in := conntest.Pair(t)
 	to, out := conntest.Pair(t)
-	r := &spliceRig{in: in, out: out, src: from.(*net.TCPConn), dst: to.(*net.TCPConn)}
+	r.in, r.out, r.src, r.dst = in, out, from.(*net.TCPConn), to.(*net.TCPConn)
 	r.Splicer = NewSplicer(r.dst, r.src)
-	t.Cleanup(r.Close)
 	return r
 }
 
@@ -59,12 +65,12 @@ func TestSplicerMovesExactly(t *testing.T) {
 			conntest.SendBulk(t, "the source", r.in, 1, size)
 			_, _ = r.in.Write([]byte("rest"))
 		}()
-		go func() {
+		r.running.Go(func() {
 			defer r.dst.CloseWrite()
 			if readErr, writeErr := r.run(size); readErr != nil || writeErr != nil {
 				t.Errorf("moving %d bytes: %v, %v", size, readErr, writeErr)
 			}
-		}()
+		})
 		conntest.ReceiveBulk(t, "the destination", r.out, 1, size)
 		rest := make([]byte, 4)
 		if _, err := io.ReadFull(r.src, rest); err != nil || string(rest) != "rest" {
@@ -138,7 +144,7 @@ func TestSplicerWaitsForTheDestination(t *testing.T) {
 		t.Fatalf("%v after %d bytes; want the deadline", err, r.moved)
 	}
 	_ = r.dst.SetWriteDeadline(time.Time{})
-	go func() {
+	r.running.Go(func() {
 		defer r.dst.CloseWrite()
 		if err := r.drain(); err != nil {
 			t.Error(err)
@@ -146,7 +152,7 @@ func TestSplicerWaitsForTheDestination(t *testing.T) {
 		if readErr, writeErr := r.run(size - r.moved); readErr != nil || writeErr != nil {
 			t.Errorf("after the wait: %v, %v", readErr, writeErr)
 		}
-	}()
+	})
 	conntest.ReceiveBulk(t, "the destination", r.out, 1, size)
 }
 
@@ -176,10 +182,10 @@ func TestSplicerDestinationFails(t *testing.T) {
 		conntest.SendBulk(t, "the source", next.in, 1, 1<<20)
 		_ = next.in.(*net.TCPConn).CloseWrite()
 	}()
-	go func() {
+	next.running.Go(func() {
 		_, _ = next.run(math.MaxInt64)
 		_ = next.dst.CloseWrite()
-	}()
+	})
 	conntest.ReceiveBulk(t, "the next destination", next.out, 1, 1<<20)
 }
 
