@@ -14,7 +14,7 @@ import (
 )
 
 // relaySocket reads when the socket is readable. Bulk data for another socket moves inside
-// the kernel by splice(2).
+// the kernel by splice(2). Where that is not possible, a large buffer carries it.
 func relaySocket(dst io.Writer, src *net.TCPConn, copied *Flow) (readErr, writeErr error) {
 	conn, err := src.SyscallConn()
 	if err != nil {
@@ -31,18 +31,21 @@ func relaySocket(dst io.Writer, src *net.TCPConn, copied *Flow) (readErr, writeE
 		if buf != nil {
 			smallBuffers.Put(buf)
 		}
-		if err != nil || writeErr != nil {
+		switch {
+		case err != nil || writeErr != nil:
 			return err, writeErr
-		}
-		if n < smallBuffer || !canSplice {
+		case n < smallBuffer:
 			continue
-		}
-		if splice == nil {
-			splice = tcpconn.NewSplicer(to, src)
-		}
-		readErr, writeErr = spliceBulk(splice, copied)
-		if readErr == errors.ErrUnsupported {
-			readErr, canSplice = nil, false
+		case !canSplice:
+			readErr, writeErr = relayBurst(dst, r, copied)
+		default:
+			if splice == nil {
+				splice = tcpconn.NewSplicer(to, src)
+			}
+			readErr, writeErr = spliceBulk(splice, copied)
+			if readErr == errors.ErrUnsupported {
+				readErr, canSplice = nil, false
+			}
 		}
 		if readErr != nil || writeErr != nil {
 			return readErr, writeErr
@@ -103,22 +106,40 @@ func (r *socketReader) read() (*[smallBuffer]byte, int, error) {
 	return r.buf, r.n, err
 }
 
+// Read implements io.Reader for relayBurst. It never waits, because relayBurst holds a buffer:
+// if the socket has no bytes, it returns 0 and no error.
+func (r *socketReader) Read(p []byte) (int, error) {
+	err := r.conn.Read(func(fd uintptr) bool {
+		r.n, r.err = readFrom(fd, p)
+		return true
+	})
+	switch {
+	case err != nil:
+		return 0, err
+	case r.err == syscall.EAGAIN:
+		return 0, nil
+	case r.err == nil && r.n == 0:
+		return 0, io.EOF
+	}
+	return r.n, r.err
+}
+
 // ready tries to read, and reports whether the socket was readable.
 func (r *socketReader) ready(fd uintptr) bool {
 	r.buf = smallBuffers.Get().(*[smallBuffer]byte)
-	for {
-		r.n, r.err = syscall.Read(int(fd), r.buf[:])
-		if r.err != syscall.EINTR {
-			break
-		}
-	}
-	if r.err == syscall.EAGAIN {
+	if r.n, r.err = readFrom(fd, r.buf[:]); r.err == syscall.EAGAIN {
 		smallBuffers.Put(r.buf)
 		r.buf = nil
 		return false
 	}
-	if r.err != nil {
-		r.n = 0
-	}
 	return true
+}
+
+// readFrom reads from a socket. After an error, n is 0.
+func readFrom(fd uintptr, p []byte) (n int, err error) {
+	for {
+		if n, err = syscall.Read(int(fd), p); err != syscall.EINTR {
+			return max(n, 0), err
+		}
+	}
 }
