@@ -20,95 +20,99 @@ func relaySocket(dst io.Writer, src *net.TCPConn, copied *Flow) (readErr, writeE
 	if err != nil {
 		return err, nil
 	}
-	r := newSocketReader(conn)
-	to, canSplice := dst.(*net.TCPConn)
-	var splice *tcpconn.Splicer // created for the first bulk data
-	for {
-		buf, n, err := r.read()
-		if n > 0 {
-			writeErr = writeCounted(dst, buf[:n], copied)
-		}
-		if buf != nil {
-			smallBuffers.Put(buf)
-		}
-		switch {
-		case err != nil || writeErr != nil:
-			return err, writeErr
-		case n < smallBuffer:
-			continue
-		case !canSplice:
-			readErr, writeErr = relayBurst(dst, r, copied)
-		default:
-			if splice == nil {
-				splice = tcpconn.NewSplicer(to, src)
-			}
-			readErr, writeErr = spliceBulk(splice, copied)
-			if readErr == errors.ErrUnsupported {
-				readErr, canSplice = nil, false
-			}
-		}
-		if readErr != nil || writeErr != nil {
-			return readErr, writeErr
-		}
-	}
+	r := &socketRelay{dst: dst, src: src, conn: conn, copied: copied}
+	r.wait = r.ready
+	_, r.canSplice = dst.(*net.TCPConn)
+	return r.run()
 }
 
-// spliceBulk moves bytes until fewer arrive than a small buffer holds. It returns no errors if
-// the source goes on.
-//
-// Bulk data often arrives in bursts, so spliceBulk waits for the next one itself. If the first
-// bytes of each burst were read and written, that would cost three more system calls, and
-// wake the other side for a few bytes.
-func spliceBulk(s *tcpconn.Splicer, copied *Flow) (readErr, writeErr error) {
-	defer s.Close()
-	count := func(n int) { copied.Add(int64(n)) }
-	for n := smallBuffer; n >= smallBuffer; {
-		if n, readErr = s.Fill(math.MaxInt64); readErr != nil {
-			return readErr, nil
-		}
-		copied.writing.Store(true)
-		writeErr = s.Drain(count)
-		copied.writing.Store(false)
-		if writeErr != nil {
-			return nil, writeErr
-		}
-	}
-	return nil, nil
-}
+// socketRelay copies from a socket. Its state is not on the stack, since each idle relay has a
+// stack.
+type socketRelay struct {
+	dst    io.Writer
+	src    *net.TCPConn
+	conn   syscall.RawConn // of src
+	copied *Flow
 
-// socketReader reads from a socket, and takes a pooled buffer only when there are bytes to
-// read.
-type socketReader struct {
-	conn syscall.RawConn
+	canSplice bool
+	splicer   *tcpconn.Splicer // created for the first bulk data
+
 	wait func(fd uintptr) bool // the method value ready, allocated once
-	buf  *[smallBuffer]byte
+	buf  *[smallBuffer]byte    // from smallBuffers, while there are bytes in it
 	n    int
 	err  error
 }
 
-func newSocketReader(conn syscall.RawConn) *socketReader {
-	r := &socketReader{conn: conn}
-	r.wait = r.ready
-	return r
+// run copies until src ends or dst fails. Bulk data begins when a small buffer is full, and ends
+// when less than that has arrived.
+//
+// Bulk data often arrives in bursts, so the splicer waits for the next one. If the first bytes of
+// each burst were read and written, that would cost three more system calls, and wake the
+// other side for a few bytes.
+func (r *socketRelay) run() (readErr, writeErr error) {
+	for n := 0; readErr == nil && writeErr == nil; {
+		switch {
+		case n < smallBuffer:
+			n, readErr, writeErr = r.copySmall()
+		case r.canSplice:
+			if n, readErr = r.splicer.Fill(math.MaxInt64); readErr == nil {
+				writeErr = r.drain()
+			}
+			if readErr == errors.ErrUnsupported {
+				n, readErr, r.canSplice = smallBuffer, nil, false
+			}
+			if n < smallBuffer || writeErr != nil {
+				r.splicer.Close()
+			}
+		default:
+			readErr, writeErr = relayBurst(r.dst, r, r.copied)
+			n = 0
+		}
+	}
+	return readErr, writeErr
 }
 
-// read returns a buffer and how many of its bytes are filled, or an error. The caller puts
-// the buffer, if any, back into smallBuffers.
-func (r *socketReader) read() (*[smallBuffer]byte, int, error) {
-	r.buf, r.n, r.err = nil, 0, nil
-	err := r.conn.Read(r.wait)
-	if err == nil {
-		err = r.err
+// drain moves to dst what the splicer holds.
+func (r *socketRelay) drain() error {
+	r.copied.writing.Store(true)
+	defer r.copied.writing.Store(false)
+	return r.splicer.Drain(func(n int) { r.copied.Add(int64(n)) })
+}
+
+// copySmall waits for bytes and copies what a small buffer holds. It returns how many bytes
+// have arrived.
+func (r *socketRelay) copySmall() (n int, readErr, writeErr error) {
+	if err := r.conn.Read(r.wait); err != nil {
+		return 0, err, nil
 	}
-	if err == nil && r.n == 0 {
-		err = io.EOF
+	if r.n > 0 {
+		writeErr = writeCounted(r.dst, r.buf[:r.n], r.copied)
 	}
-	return r.buf, r.n, err
+	smallBuffers.Put(r.buf)
+	r.buf = nil
+	if r.n == smallBuffer && r.canSplice && r.splicer == nil {
+		r.splicer = tcpconn.NewSplicer(r.dst.(*net.TCPConn), r.src)
+	}
+	if r.n == 0 && r.err == nil {
+		return 0, io.EOF, nil
+	}
+	return r.n, r.err, writeErr
+}
+
+// ready tries to read into a small buffer, and reports whether the socket was readable.
+func (r *socketRelay) ready(fd uintptr) bool {
+	r.buf = smallBuffers.Get().(*[smallBuffer]byte)
+	if r.n, r.err = readFrom(fd, r.buf[:]); r.err == syscall.EAGAIN {
+		smallBuffers.Put(r.buf)
+		r.buf = nil
+		return false
+	}
+	return true
 }
 
 // Read implements io.Reader for relayBurst. It never waits, because relayBurst holds a buffer:
 // if the socket has no bytes, it returns 0 and no error.
-func (r *socketReader) Read(p []byte) (int, error) {
+func (r *socketRelay) Read(p []byte) (int, error) {
 	err := r.conn.Read(func(fd uintptr) bool {
 		r.n, r.err = readFrom(fd, p)
 		return true
@@ -122,17 +126,6 @@ func (r *socketReader) Read(p []byte) (int, error) {
 		return 0, io.EOF
 	}
 	return r.n, r.err
-}
-
-// ready tries to read, and reports whether the socket was readable.
-func (r *socketReader) ready(fd uintptr) bool {
-	r.buf = smallBuffers.Get().(*[smallBuffer]byte)
-	if r.n, r.err = readFrom(fd, r.buf[:]); r.err == syscall.EAGAIN {
-		smallBuffers.Put(r.buf)
-		r.buf = nil
-		return false
-	}
-	return true
 }
 
 // readFrom reads from a socket. After an error, n is 0.
