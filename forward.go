@@ -310,11 +310,9 @@ func (p *proxy) respond(w http.ResponseWriter, r *http.Request, x *origin.Exchan
 			return forwardRefusal(r, err)
 		}
 	}
-	release := p.process.heads.hold(from.limitKey, headSize(res))
-	if release == nil {
-		return forwardRefusal(r, errHeldHeads)
+	if err := x.HoldHead(); err != nil {
+		return forwardRefusal(r, err)
 	}
-	defer release()
 	connection, upgrade := res.Header["Connection"], res.Header["Upgrade"]
 	announced := trailingNames(res.Trailer, connection)
 	header := p.setResponseFields(w, r, res)

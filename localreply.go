@@ -294,8 +294,6 @@ func forwardRefusal(r *http.Request, err error) *refusal {
 		return cause(origin.CauseOf(err)).refusal(err)
 	case r.Context().Err() != nil, errors.As(err, new(*origin.DialError)), errors.As(err, new(*egress.ParentError)):
 		return dialRefusal(r.Context(), err, r.Host)
-	case errors.Is(err, errHeldHeads):
-		return cause(origin.ResponseHead).failure(err, r.Host)
 	}
 	return cause(origin.CauseOf(err)).failure(err, r.Host)
 }

@@ -16,6 +16,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
+	"github.com/asyncproxy/caddy-async-proxy/internal/origin"
 	"github.com/asyncproxy/caddy-async-proxy/internal/status"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
@@ -62,7 +63,7 @@ type process struct {
 	// clients' tokens survive a reload. failedLogins holds those of failed logins in the same way.
 	limiters, failedLogins *caddy.UsagePool
 
-	heads     heldHeads            // of responses in progress
+	heads     origin.HeldHeads     // of responses in progress
 	lingering downstream.Lingering // client connections that are being closed in stages
 }
 

@@ -171,7 +171,7 @@ func (p *proxy) provisionShared(ctx caddy.Context, server *caddyhttp.Server) err
 		return err
 	}
 	p.tunnels = p.process.tunnels
-	p.originLimits.Exit = p.tunnels.Context()
+	p.originLimits.Exit, p.originLimits.Heads = p.tunnels.Context(), &p.process.heads
 	if p.limiter, err = acquireTable(p.process.limiters, limits); err != nil {
 		return err
 	}

@@ -42,7 +42,7 @@ func CauseOf(err error) Cause {
 		return ResponseInvalid
 	case egress.IsTLSError(err):
 		return Cause(egress.TLSCause(err))
-	case errors.Is(err, h1.ErrHeadTooLarge), errors.Is(err, h1.ErrTooManyFields):
+	case errors.Is(err, h1.ErrHeadTooLarge), errors.Is(err, h1.ErrTooManyFields), errors.Is(err, errHeldHeads):
 		return ResponseHead
 	case errors.As(err, new(egress.SilentError)):
 		return ConnectionSilent

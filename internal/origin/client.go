@@ -37,7 +37,7 @@ type Config struct {
 	Explain func(err error, unread *bufio.Reader) error
 }
 
-// Limits limit how long an exchange with an origin may take.
+// Limits limit how long an exchange with an origin may take, and how much it may hold.
 type Limits struct {
 	HeaderTimeout  time.Duration // for the head of a response; <= 0: none
 	ContentTimeout time.Duration // how long a response may wait for content; <= 0: forever
@@ -47,6 +47,7 @@ type Limits struct {
 	Admit   func(client.Key) bool // counts a response as a tunnel of the client, unless a limit forbids it
 	Release func(client.Key)      // stops counting it
 	Exit    context.Context       // ends when the process exits
+	Heads   *HeldHeads            // of all clients; the limits of several proxies may share it
 }
 
 // ContentGrace is the ContentGrace of Limits outside of tests.

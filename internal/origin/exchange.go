@@ -36,7 +36,8 @@ type Exchange struct {
 	ctx    context.Context // the request's: the exchange ends when the client disconnects
 	wait   *headTimer      // of HTTP/2; nil: HTTP/1
 
-	content *bodyReader // the body of the request; nil: it has none, or none is being sent
+	content  *bodyReader // the body of the request; nil: it has none, or none is being sent
+	heldHead int         // the size that HoldHead has counted
 
 	// The rest is HTTP/1's.
 	pool    *connPool
@@ -293,6 +294,7 @@ func (x *Exchange) Close() { x.end(false) }
 // end ends the exchange. reusable says that the response was read to its end and that the
 // HTTP/1 connection can serve another exchange.
 func (x *Exchange) end(reusable bool) {
+	x.releaseHead()
 	if x.wait != nil {
 		x.endHTTP2()
 	}
