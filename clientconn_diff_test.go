@@ -1026,8 +1026,8 @@ var (
 // net/http, whatever they send.
 func FuzzClientConn(f *testing.F) { fuzzClientConn(f, forms[0]) }
 
-// FuzzClientConnTLS is FuzzClientConn with TLS.
-func FuzzClientConnTLS(f *testing.F) { fuzzClientConn(f, forms[1]) }
+// FuzzClientConnTLS is FuzzClientConn with TLS and the PROXY protocol.
+func FuzzClientConnTLS(f *testing.F) { fuzzClientConn(f, forms[3]) }
 
 func fuzzClientConn(f *testing.F, in form) {
 	for _, rule := range rules {

@@ -144,6 +144,9 @@ func TestClientConnReload(t *testing.T) {
 		{name: "over TLS, not served again", from: forms[1], to: forms[1], route: true},
 		{name: "from TLS to none", from: forms[1], to: forms[0]},
 		{name: "from none to TLS", from: forms[0], to: forms[1]},
+		{name: "with the PROXY protocol", from: forms[2], to: forms[2]},
+		{name: "with TLS and the PROXY protocol", from: forms[3], to: forms[3]},
+		{name: "to the PROXY protocol", from: forms[0], to: forms[2]},
 		{name: "to other settings of TLS", from: forms[1], to: form{overTLS: true, directives: "protocols tls1.3"}},
 	} {
 		t.Run(row.name, func(t *testing.T) {

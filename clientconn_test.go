@@ -169,7 +169,7 @@ bind 127.0.0.2 {
 		{"PROXY protocol", servers(`listener_wrappers {
 	proxy_protocol
 	async_proxy
-}`), 0},
+}`), 1},
 		{"PROXY protocol after the wrapper", servers(`listener_wrappers {
 	async_proxy
 	proxy_protocol
@@ -485,12 +485,19 @@ func TestClientConnHandOff(t *testing.T) {
 func TestClientConnTunnels(t *testing.T) {
 	w := newWorld(t, "", nil)
 	upgraded, echo := streamUpgrade(t), echoTarget(t)
-	for request, want := range map[string]string{
-		"CONNECT " + echo + " HTTP/1.1\nHost: x\n\n":                                             "",
-		"GET http://" + upgraded + "/ HTTP/1.1\nHost: x\nConnection: Upgrade\nUpgrade: echo\n\n": "hello ",
-	} {
+	for _, f := range forms {
+		loadCaddyfile(t, withServers(w.globals()+f.site(t, w.site("")), f.servers(true)))
+		testClientConnTunnels(t, w, f, map[string]string{
+			"CONNECT " + echo + " HTTP/1.1\nHost: x\n\n":                                             "",
+			"GET http://" + upgraded + "/ HTTP/1.1\nHost: x\nConnection: Upgrade\nUpgrade: echo\n\n": "hello ",
+		})
+	}
+}
+
+func testClientConnTunnels(t *testing.T, w *world, f form, requests map[string]string) {
+	for request, want := range requests {
 		for _, early := range []string{"early ", strings.Repeat("e", 10_000)} {
-			c := w.dialFastPath()
+			c := w.dialFastPathOver(f)
 			c.send(request + early)
 			c.readUntil("\r\n\r\n")
 			var near *tunnel.ConnEnd
@@ -500,14 +507,14 @@ func TestClientConnTunnels(t *testing.T) {
 				}
 				return near != nil
 			})
-			if _, ok := near.Conn.(*net.TCPConn); !ok {
-				t.Errorf("the client's end of the tunnel is %T, want the socket", near.Conn)
+			if _, ok := near.Conn.(*net.TCPConn); !ok && !f.overTLS {
+				t.Errorf("%s: the client's end of the tunnel is %T, want the socket", f.name, near.Conn)
 			}
 			eventually(t, "the connection to be handed to net/http", func() bool { return fastPathConns() == 0 })
 			c.send("late")
 			_ = c.CloseWrite()
 			if got := c.readAll(); got != want+early+"late" {
-				t.Errorf("%.20q: got %d bytes, %.30q", request, len(got), got)
+				t.Errorf("%s, %.20q: got %d bytes, %.30q", f.name, request, len(got), got)
 			}
 			waitNoTunnels(t)
 		}

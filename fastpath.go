@@ -30,21 +30,22 @@ func init() { caddy.RegisterModule(ListenerWrapper{}) }
 // ListenerWrapper lets a server's async_proxy serve client connections itself, below Go's
 // and Caddy's HTTP servers, with about 30 % less CPU. It hands everything else to those:
 // HTTP/2, requests for the server itself, and all connections of a server where something else
-// takes part in connections or requests, such as another listener wrapper or a handler before
-// the proxy. It writes the entries of Caddy's access log, observes Caddy's metrics and calls the
+// takes part in connections or requests, such as a handler before the proxy, or a listener wrapper
+// other than tls and proxy_protocol. It writes the entries of Caddy's access log, observes Caddy's metrics and calls the
 // error routes as Caddy's server does.
 //
 // If no other wrapper takes part, it also refuses and logs clients that do not speak the
 // port's protocol, with TLS or without. It does the same for requests that Go's HTTP server refuses
 // before any handler sees them, but inside TLS only on connections that it has served itself.
 //
-// It must come after the wrapper tls, if that is listed, to serve clients with TLS.
+// It serves clients only if it comes after proxy_protocol and tls, where those are listed.
 //
 // The Caddyfile adapter adds it wherever it helps, unless the server has global options.
 type ListenerWrapper struct {
 	ctx         caddy.Context
 	server      *caddyhttp.Server
-	onlyWrapper bool   // there is no other wrapper but tls
+	onlyWrapper bool   // there is no other wrapper but tls, and proxy_protocol before this one
+	proxied     string // identifies the settings of proxy_protocol; empty: there is none
 	tlsSettings string // identifies the server's settings for TLS
 }
 
@@ -64,12 +65,35 @@ func (w *ListenerWrapper) Provision(ctx caddy.Context) error {
 		return errors.New("async_proxy is a listener wrapper for HTTP servers")
 	}
 	addUnclaimed(w.server) // here, because the routes are provisioned later
-	w.onlyWrapper = !slices.ContainsFunc(w.server.ListenerWrappersRaw, func(raw json.RawMessage) bool {
-		var other struct{ Wrapper string }
-		return json.Unmarshal(raw, &other) != nil || other.Wrapper != "async_proxy" && other.Wrapper != "tls"
-	})
+	w.onlyWrapper, w.proxied = suits(w.server.ListenerWrappersRaw)
 	w.tlsSettings = tlsSettings(w.server)
 	return nil
+}
+
+// suits reports whether the wrapper may do its work among all the wrappers of a server, and returns
+// what identifies the settings of proxy_protocol. The listener of proxy_protocol must be the lower
+// one, because no connection has anything but its addresses from it.
+func suits(wrappers []json.RawMessage) (ok bool, proxied string) {
+	isFirst := true // of its name
+	for _, raw := range wrappers {
+		var each struct{ Wrapper string }
+		if json.Unmarshal(raw, &each) != nil {
+			return false, ""
+		}
+		switch each.Wrapper {
+		case "async_proxy":
+			isFirst = false
+		case "proxy_protocol":
+			proxied += string(raw)
+			if !isFirst {
+				return false, ""
+			}
+		case "tls":
+		default:
+			return false, ""
+		}
+	}
+	return true, proxied
 }
 
 // tlsSettings identifies what a server demands of TLS connections. Servers of two configs have
@@ -119,8 +143,9 @@ func (w *ListenerWrapper) WrapListener(ln net.Listener) net.Listener {
 		return ln
 	}
 	s := newFastPath(w.ctx, app.(*caddyhttp.App), first, w.server)
+	s.Below = w.proxied
 	if overTLS {
-		s.Below = w.tlsSettings
+		s.Below += w.tlsSettings
 		ln = downstream.Watch(ln, s, true)
 	}
 	switch {

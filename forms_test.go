@@ -8,6 +8,7 @@ import (
 	"crypto/tls"
 	"fmt"
 	"io"
+	"net"
 	"strings"
 	"testing"
 
@@ -27,7 +28,15 @@ type form struct {
 var forms = []form{
 	{name: "plain"},
 	{name: "TLS", overTLS: true},
+	{name: "PROXY", wrappers: useProxyProtocol},
+	{name: "PROXY and TLS", overTLS: true, wrappers: useProxyProtocol + "tls\n"},
 }
+
+// useProxyProtocol has the addresses of clients taken from the PROXY protocol.
+const useProxyProtocol = "proxy_protocol {\nallow 127.0.0.0/8\n}\n"
+
+// proxiedClient is the address of clients that the PROXY protocol names.
+const proxiedClient = "127.0.0.77"
 
 // site returns the Caddyfile of a site whose clients connect in this form.
 func (f form) site(t testing.TB, site string) string {
@@ -54,6 +63,10 @@ func (f form) servers(fast bool) string {
 func (f form) dial(t testing.TB, address string) *rawConn {
 	t.Helper()
 	c := dialRaw(t, address)
+	if f.wrappers != "" {
+		_, port, _ := net.SplitHostPort(c.LocalAddr().String())
+		_, _ = io.WriteString(c, "PROXY TCP4 "+proxiedClient+" 127.0.0.1 "+port+" 80\r\n")
+	}
 	if f.overTLS {
 		c.startTLS(clientTLS("http/1.1"))
 	}

@@ -82,7 +82,8 @@ func TestTunnelsBehindTheProxyProtocol(t *testing.T) {
 }`}
 	wrappedObserved := wrapped
 	wrappedObserved.global, wrappedObserved.site = observed.global, observed.site
-	for name, setup := range map[string]tunnelSetup{"bare": wrapped, "observed": wrappedObserved} {
+	served := tunnelSetup{servers: strings.Replace(wrapped.servers, "tls\n", "tls\nasync_proxy\n", 1)}
+	for name, setup := range map[string]tunnelSetup{"bare": wrapped, "observed": wrappedObserved, "on the fast path": served} {
 		t.Run(name, func(t *testing.T) {
 			w := newTunnelWorld(t, setup)
 			for _, protocol := range []string{"h1", "h1-tls", "h2", "h2c"} {

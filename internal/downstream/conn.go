@@ -29,10 +29,11 @@ import (
 // between two requests, which the client does not notice.
 type clientConn struct {
 	net.Conn
-	listener *Listener
-	server   *Server // of the listener
-	remote   string
-	tls      *tls.ConnectionState // nil: without TLS
+	addresses *addresses // nil: those of Conn
+	listener  *Listener
+	server    *Server // of the listener
+	remote    string
+	tls       *tls.ConnectionState // nil: without TLS
 
 	r      *bufio.Reader
 	w      Writer
@@ -61,16 +62,32 @@ const (
 	connBusy           // serving a request
 	connClosed         // closed by shutdown while idle
 	connMoves          // told by shutdown while idle to hand itself off
-	connOpening        // not ready for a request head yet
+	connOpening        // in the TLS handshake, or before the header of the PROXY protocol
 )
 
 func newClientConn(l *Listener, conn *readConn, isNew bool) *clientConn {
-	c := &clientConn{Conn: conn.Conn, server: l.server, prefix: conn.in.Prefix, listener: l, isNew: isNew}
+	c := &clientConn{Conn: conn.Conn, server: l.server, prefix: conn.in.Prefix, addresses: conn.addresses, listener: l, isNew: isNew}
 	c.w.client = c
-	if _, ok := c.Conn.(*tls.Conn); ok {
+	if _, ok := c.Conn.(*net.TCPConn); !ok {
 		c.state.Store(connOpening)
 	}
 	return c
+}
+
+// RemoteAddr implements net.Conn.
+func (c *clientConn) RemoteAddr() net.Addr {
+	if c.addresses != nil {
+		return c.addresses.remote
+	}
+	return c.Conn.RemoteAddr()
+}
+
+// LocalAddr implements net.Conn.
+func (c *clientConn) LocalAddr() net.Addr {
+	if c.addresses != nil {
+		return c.addresses.local
+	}
+	return c.Conn.LocalAddr()
 }
 
 // start allocates what the connection needs to serve requests.
@@ -306,7 +323,7 @@ func (c *clientConn) handOff() {
 	c.readDeadline.Clear(c.Conn)
 	c.mu.Unlock()
 	conn := newReadConn(c.Conn, bytes.Clone(unread))
-	conn.server = c.server
+	conn.server, conn.addresses = c.server, c.addresses
 	successor := c.listener.heir()
 	startsHTTP2 := bytes.HasPrefix(unread, []byte(http2Preface)) // net/http would switch to HTTP/2
 	switch {
@@ -338,7 +355,7 @@ func (c *clientConn) refuse(what Invalid) {
 			what = Invalid{Kind: kind}
 		}
 	}
-	c.server.answerInvalid(c.Conn, what)
+	c.server.answerInvalid(c, what)
 	c.w.CloseInStages(hostport.AddrPortOf(c.RemoteAddr()).Addr())
 }
 

@@ -137,7 +137,11 @@ func (l *Listener) Clients() (remotes []net.Addr) {
 	l.conns.mu.Lock()
 	defer l.conns.mu.Unlock()
 	for c := range l.conns.conns {
-		remotes = append(remotes, c.RemoteAddr())
+		if c.state.Load() == connOpening { // RemoteAddr may wait for the client
+			remotes = append(remotes, tcpconn.Of(c.Conn).RemoteAddr())
+		} else {
+			remotes = append(remotes, c.RemoteAddr())
+		}
 	}
 	return remotes
 }
@@ -198,8 +202,8 @@ func (l *Listener) accept() {
 	}
 }
 
-// serveConn serves a connection over TCP or over TLS on TCP, and hands any other to net/http. If l
-// is closed, the next listener takes the connection, or net/http if there is none.
+// serveConn serves a connection over TCP, with TLS, the PROXY protocol or both, and hands any other to
+// net/http. If l is closed, the next listener takes the connection, or net/http if there is none.
 func (l *Listener) serveConn(conn net.Conn, isNew bool) {
 	read, ok := conn.(*readConn)
 	if !ok {
@@ -229,6 +233,9 @@ func isServable(conn net.Conn) bool {
 		return true
 	case *tls.Conn:
 		return tcpconn.Of(conn) != nil
+	case proxied:
+		_, ok := conn.TCPConn()
+		return ok
 	}
 	return false
 }

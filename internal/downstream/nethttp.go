@@ -21,6 +21,7 @@ import (
 // handler.
 type readConn struct {
 	net.Conn
+	addresses   *addresses       // nil: those of Conn
 	in          tcpconn.Prefixed // Conn, and what reads return before its bytes
 	server      *Server          // nil: refusals are not detected
 	isFirstRead bool             // the first byte must be checked when it arrives
@@ -82,6 +83,22 @@ func UnwrapHijacked(conn net.Conn) (inner net.Conn, unread []byte) {
 		return c.Conn, c.in.Prefix
 	}
 	return conn, nil
+}
+
+// RemoteAddr implements net.Conn.
+func (c *readConn) RemoteAddr() net.Addr {
+	if c.addresses != nil {
+		return c.addresses.remote
+	}
+	return c.Conn.RemoteAddr()
+}
+
+// LocalAddr implements net.Conn.
+func (c *readConn) LocalAddr() net.Addr {
+	if c.addresses != nil {
+		return c.addresses.local
+	}
+	return c.Conn.LocalAddr()
 }
 
 // NetConn returns the connection below, as the method of tls.Conn does.
@@ -168,8 +185,8 @@ type readListener struct {
 // Accept implements net.Listener.
 func (l *readListener) Accept() (net.Conn, error) {
 	conn, err := l.Listener.Accept()
-	if tcp, ok := conn.(*net.TCPConn); ok && err == nil {
-		read := newReadConn(tcp, nil)
+	if err == nil && isServable(conn) {
+		read := newReadConn(conn, nil)
 		read.server, read.isFirstRead, read.overTLS = l.server, true, l.overTLS
 		return read, nil
 	}

@@ -68,8 +68,8 @@ type Server struct {
 	// MaxHeaderBytes limits the length of a request head. A longer one is refused.
 	MaxHeaderBytes int
 
-	// Below identifies what lies between a connection's socket and HTTP: TLS with its settings, or
-	// nothing. A connection moves only to a listener with the same below it.
+	// Below identifies what lies between a connection's socket and HTTP: TLS and the PROXY
+	// protocol with their settings, or nothing. A connection moves only to a listener with the same below it.
 	Below string
 
 	Listeners *Listeners // of the program

@@ -1,0 +1,87 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package downstream
+
+import (
+	"context"
+	"crypto/tls"
+	"net/http"
+	"runtime/debug"
+	"time"
+)
+
+// open makes a connection ready for requests, and then has them served: here if the client is to
+// speak HTTP/1, and otherwise by net/http. They get a goroutine of their own, because the stack of
+// this one has grown for the handshake.
+func (c *clientConn) open() {
+	if next := c.opened(); next != nil && c.state.CompareAndSwap(connOpening, connIdle) {
+		next()
+		return
+	}
+	c.server.OnEnd(c.Conn)
+	_ = c.Close()
+	c.leave()
+}
+
+// opened reads the header of the PROXY protocol, or completes the TLS handshake. It returns what
+// serves the connection then, and nil if the connection ends.
+func (c *clientConn) opened() (next func()) {
+	defer func() {
+		if v := recover(); v != nil {
+			c.server.OnPanic(c.remote, v, debug.Stack())
+			next = nil
+		}
+	}()
+	c.remote = c.RemoteAddr().String() // below TLS, this reads the header
+	switch conn := c.Conn.(type) {
+	case proxied:
+		read, err := unwrapProxied(conn)
+		if err != nil {
+			return nil // net/http closes silently, too
+		}
+		return func() {
+			c.listener.serveConn(read, c.isNew)
+			c.leave()
+		}
+	case *tls.Conn:
+		if err := c.shakeHands(conn); err != nil {
+			c.server.OnHandshakeError(conn, err)
+			return nil
+		}
+		if speaksHTTP1(conn) {
+			return func() { go c.run() }
+		}
+	}
+	return func() {
+		if heir := c.listener.heir(); heir != nil {
+			heir.serveConn(c.Conn, c.isNew)
+		} else {
+			c.listener.handToNetHTTP(c.Conn)
+		}
+		c.leave()
+	}
+}
+
+// shakeHands completes the handshake, unless it has been completed before the connection moved
+// here. It may take as long as net/http would let it take.
+func (c *clientConn) shakeHands(conn *tls.Conn) error {
+	limit := c.server.ReadHeaderTimeout
+	c.limitRead(limit, limit)
+	if limit > 0 {
+		c.setWriteDeadline(time.Now().Add(limit), 0)
+	}
+	err := conn.HandshakeContext(context.WithValue(c.server.BaseContext, http.LocalAddrContextKey, conn.LocalAddr()))
+	c.readDeadline.Clear(conn)
+	c.clearWriteDeadline()
+	return err
+}
+
+// speaksHTTP1 reports whether the client speaks HTTP/1 as far as the handshake has told.
+func speaksHTTP1(conn *tls.Conn) bool {
+	switch conn.ConnectionState().NegotiatedProtocol {
+	case "", "http/1.1", "http/1.0":
+		return true
+	}
+	return false
+}
