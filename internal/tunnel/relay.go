@@ -48,8 +48,7 @@ func Relay(dst io.Writer, src io.Reader, copied *Flow) (readErr, writeErr error)
 	return relayReader(dst, src, copied)
 }
 
-// relayReader reads into a small buffer, and into a large one while reads fill it. A read that
-// fills less than half of the large one means that src has no more for now.
+// relayReader reads into a small buffer, and into a large one while reads fill it.
 func relayReader(dst io.Writer, src io.Reader, copied *Flow) (readErr, writeErr error) {
 	small := make([]byte, smallBuffer/4)
 	for readErr == nil && writeErr == nil {
@@ -57,14 +56,20 @@ func relayReader(dst io.Writer, src io.Reader, copied *Flow) (readErr, writeErr 
 			return len(p) < len(small), writeCounted(dst, p, copied)
 		})
 		if readErr == nil && writeErr == nil {
-			large := tcpconn.GetBuffer()
-			readErr, writeErr = tcpconn.Copy(large[:], src.Read, func(p []byte) (bool, error) {
-				return len(p) >= len(large)/2, writeCounted(dst, p, copied)
-			})
-			large.Free()
+			readErr, writeErr = relayBurst(dst, src, copied)
 		}
 	}
 	return readErr, writeErr
+}
+
+// relayBurst copies through a large buffer until a read fills less than half of it, which
+// means that src has no more for now. It returns no errors if src goes on.
+func relayBurst(dst io.Writer, src io.Reader, copied *Flow) (readErr, writeErr error) {
+	large := tcpconn.GetBuffer()
+	defer large.Free()
+	return tcpconn.Copy(large[:], src.Read, func(p []byte) (bool, error) {
+		return len(p) >= len(large)/2, writeCounted(dst, p, copied)
+	})
 }
 
 // writeCounted writes b and counts the bytes that were written.
