@@ -66,7 +66,9 @@ func (r *socketRelay) run() (readErr, writeErr error) {
 			}
 		default:
 			readErr, writeErr = relayBurst(r.dst, r, r.copied)
-			n = 0
+			if n = 0; readErr == syscall.EAGAIN {
+				readErr = nil
+			}
 		}
 	}
 	return readErr, writeErr
@@ -111,7 +113,7 @@ func (r *socketRelay) ready(fd uintptr) bool {
 }
 
 // Read implements io.Reader for relayBurst. It never waits, because relayBurst holds a buffer:
-// if the socket has no bytes, it returns 0 and no error.
+// if the socket has no bytes, the error is EAGAIN.
 func (r *socketRelay) Read(p []byte) (int, error) {
 	err := r.conn.Read(func(fd uintptr) bool {
 		r.n, r.err = readFrom(fd, p)
@@ -120,8 +122,6 @@ func (r *socketRelay) Read(p []byte) (int, error) {
 	switch {
 	case err != nil:
 		return 0, err
-	case r.err == syscall.EAGAIN:
-		return 0, nil
 	case r.err == nil && r.n == 0:
 		return 0, io.EOF
 	}
