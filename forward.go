@@ -444,18 +444,18 @@ func copyBody(w http.ResponseWriter, r *http.Request, x *origin.Exchange, count 
 		}
 		return res.Body.Read(p)
 	}
-	write := func(p []byte) (bool, error) {
+	write := func(p []byte) error {
 		if _, err := w.Write(p); err != nil {
-			return false, asClientError(err)
+			return asClientError(err)
 		}
 		count(int64(len(p)))
 		left -= int64(len(p))
 		unflushed = left != 0
-		return true, nil
+		return nil
 	}
 	buf := tcpconn.GetBuffer()
 	defer buf.Free()
-	readErr, writeErr := tcpconn.Copy(buf[:], read, write)
+	readErr, writeErr := tcpconn.Copy(buf[:], read, write, tcpconn.Always)
 	switch {
 	case writeErr != nil:
 		return writeErr

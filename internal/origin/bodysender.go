@@ -51,10 +51,11 @@ func (s *bodySender) run() {
 	if s.out.Body.Length < 0 {
 		w = httputil.NewChunkedWriter(s.conn)
 	}
-	readErr, err := tcpconn.Copy(buf[:], s.Read, func(p []byte) (bool, error) {
+	write := func(p []byte) error {
 		_, err := w.Write(p)
-		return true, err
-	})
+		return err
+	}
+	readErr, err := tcpconn.Copy(buf[:], s.Read, write, tcpconn.Always)
 	switch {
 	case err != nil: // the origin may still respond, which the exchange finds out by reading
 	case readErr == io.EOF:

@@ -16,15 +16,20 @@ func GetBuffer() *Buffer { return buffers.Get().(*Buffer) }
 // Free puts the buffer back into the pool.
 func (b *Buffer) Free() { buffers.Put(b) }
 
-// Copy passes what is read to write, through buf, until a read or a write fails or write
-// wants no more. readErr is io.EOF if the source has ended in order. Every copy of bytes that
-// does not stay inside the kernel is made here.
-func Copy(buf []byte, read func([]byte) (int, error), write func([]byte) (more bool, err error)) (readErr, writeErr error) {
-	for more := true; more && readErr == nil && writeErr == nil; {
+// Copy passes what is read to write, through buf, until a read or a write fails, or more, which
+// is told how much each read has returned, returns false. readErr is io.EOF if the source has
+// ended in order. Every copy of bytes that does not stay inside the kernel is made here.
+func Copy(buf []byte, read func([]byte) (int, error), write func([]byte) error, more func(n int) bool) (readErr, writeErr error) {
+	for {
 		var n int
 		if n, readErr = read(buf); n > 0 {
-			more, writeErr = write(buf[:n])
+			writeErr = write(buf[:n])
+		}
+		if readErr != nil || writeErr != nil || !more(n) {
+			return readErr, writeErr
 		}
 	}
-	return readErr, writeErr
 }
+
+// Always is for copies until the end of the source.
+func Always(int) bool { return true }

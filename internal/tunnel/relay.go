@@ -51,10 +51,9 @@ func Relay(dst io.Writer, src io.Reader, copied *Flow) (readErr, writeErr error)
 // relayReader reads into a small buffer, and into a large one while reads fill it.
 func relayReader(dst io.Writer, src io.Reader, copied *Flow) (readErr, writeErr error) {
 	small := make([]byte, smallBuffer/4)
+	write := func(p []byte) error { return writeCounted(dst, p, copied) }
 	for readErr == nil && writeErr == nil {
-		readErr, writeErr = tcpconn.Copy(small, src.Read, func(p []byte) (bool, error) {
-			return len(p) < len(small), writeCounted(dst, p, copied)
-		})
+		readErr, writeErr = tcpconn.Copy(small, src.Read, write, func(n int) bool { return n < len(small) })
 		if readErr == nil && writeErr == nil {
 			readErr, writeErr = relayBurst(dst, src, copied)
 		}
@@ -67,9 +66,8 @@ func relayReader(dst io.Writer, src io.Reader, copied *Flow) (readErr, writeErr 
 func relayBurst(dst io.Writer, src io.Reader, copied *Flow) (readErr, writeErr error) {
 	large := tcpconn.GetBuffer()
 	defer large.Free()
-	return tcpconn.Copy(large[:], src.Read, func(p []byte) (bool, error) {
-		return len(p) >= len(large)/2, writeCounted(dst, p, copied)
-	})
+	write := func(p []byte) error { return writeCounted(dst, p, copied) }
+	return tcpconn.Copy(large[:], src.Read, write, func(n int) bool { return n >= len(large)/2 })
 }
 
 // writeCounted writes b and counts the bytes that were written.
