@@ -5,6 +5,7 @@ package downstream
 
 import (
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"strings"
@@ -102,20 +103,58 @@ type content struct {
 
 // Read implements io.Reader.
 func (b *content) Read(p []byte) (n int, err error) {
-	c := b.client
 	if !b.body.Ready() {
-		limit := c.server.ReadIdleTimeout
-		c.limitRead(limit-limit/16, limit)
-		if b.stopped.Load() {
-			return 0, os.ErrDeadlineExceeded
+		if err := b.limitRead(); err != nil {
+			return 0, err
 		}
 	}
 	n, err = b.body.Read(p)
+	return n, b.account(n, err)
+}
+
+// limitRead sets the deadline for a read that waits for the client.
+func (b *content) limitRead() error {
+	limit := b.client.server.ReadIdleTimeout
+	b.client.limitRead(limit-limit/16, limit)
+	if b.stopped.Load() { // stop may have interrupted reads before
+		return os.ErrDeadlineExceeded
+	}
+	return nil
+}
+
+// account counts n bytes of content that have left the connection. err is the error of the read.
+func (b *content) account(n int, err error) error {
 	b.read.Add(int64(n))
 	if err == io.EOF {
-		c.contentEnded()
+		b.client.contentEnded()
 	}
-	return n, err
+	return err
+}
+
+// Socket returns the client's socket if Move can be called: if it carries the rest of the content
+// as it is, and none of it has been read ahead.
+func (b *content) Socket() *net.TCPConn {
+	socket, _ := b.client.Conn.(*net.TCPConn)
+	if b.body.IsChunked() || b.body.R.Buffered() > 0 {
+		return nil
+	}
+	return socket
+}
+
+// Move has fill read up to the given number of bytes from the socket, instead of reading them
+// itself. It returns what fill returns, and io.EOF with the last bytes of the content.
+func (b *content) Move(fill func(most int64) (int, error)) (int, error) {
+	if err := b.limitRead(); err != nil {
+		return 0, err
+	}
+	n, err := fill(b.body.Remaining)
+	if err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
+	if b.body.Skip(n) {
+		err = io.EOF
+	}
+	return n, b.account(n, err)
 }
 
 // Close implements io.Closer. It does nothing: what has not been read ends the connection.

@@ -343,6 +343,14 @@ func (b *Body) Read(p []byte) (n int, err error) {
 	return n, err
 }
 
+// Skip counts n bytes of content of known length as read, which have been taken from below R. It
+// reports whether they were the last.
+func (b *Body) Skip(n int) (ended bool) {
+	b.Remaining -= int64(n)
+	b.Ended = b.Remaining == 0
+	return b.Ended
+}
+
 // readTrailers reads the trailers after the last chunk. It returns io.EOF on success.
 func (b *Body) readTrailers() error {
 	lines, err := readHead(b.R)

@@ -4,7 +4,9 @@
 package origin
 
 import (
+	"errors"
 	"io"
+	"net"
 	"net/http/httputil"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
@@ -42,7 +44,7 @@ func (s *bodySender) proceed(wanted bool) {
 func (s *bodySender) run() {
 	defer close(s.sent)
 	defer s.clock.setTurn(true)
-	if !<-s.wanted {
+	if !<-s.wanted || s.splice() {
 		return
 	}
 	buf := tcpconn.GetBuffer()
@@ -65,6 +67,37 @@ func (s *bodySender) run() {
 		_ = s.conn.Close() // the origin must not mistake a part for the whole body
 	}
 	s.reset = tcpconn.IsReset(err)
+}
+
+// splice has the kernel move the body from the client's socket to the origin's. It returns false if
+// the rest must be copied, because the body or one of the connections is of another kind.
+func (s *bodySender) splice() (done bool) {
+	to, ok := s.conn.Conn.(*net.TCPConn)
+	from := s.out.Body.socket()
+	if !ok || from == nil {
+		return false
+	}
+	splicer := tcpconn.NewSplicer(to, from)
+	defer splicer.Close()
+	for {
+		n, err := s.move(splicer.Fill)
+		if n > 0 {
+			if err := splicer.Drain(func(int) {}); err != nil {
+				s.reset = tcpconn.IsReset(err)
+				return true
+			}
+		}
+		switch {
+		case err == io.EOF:
+			s.complete = true
+			return true
+		case errors.Is(err, errors.ErrUnsupported):
+			return false
+		case err != nil:
+			_ = s.conn.Close() // the origin must not mistake a part for the whole body
+			return true
+		}
+	}
 }
 
 // finishBody writes the last chunk and the trailers of a chunked body.

@@ -6,6 +6,7 @@ package origin
 import (
 	"errors"
 	"io"
+	"net"
 	"net/http"
 	"slices"
 	"sync"
@@ -23,10 +24,12 @@ type RequestBody struct {
 	failure atomic.Pointer[RequestBodyError]
 }
 
-// Read implements io.Reader. It checks that the body has the announced length, which
-// the origin is told and which not every server checks itself.
-func (b *RequestBody) Read(p []byte) (int, error) {
-	n, err := b.Reader.Read(p)
+// Read implements io.Reader.
+func (b *RequestBody) Read(p []byte) (int, error) { return b.account(b.Reader.Read(p)) }
+
+// account counts what was read. It checks that the body has the announced length, which the origin
+// is told and which not every server checks itself.
+func (b *RequestBody) account(n int, err error) (int, error) {
 	b.Count(int64(n))
 	switch read := b.read.Add(int64(n)); {
 	case b.Length >= 0 && read > b.Length:
@@ -36,13 +39,32 @@ func (b *RequestBody) Read(p []byte) (int, error) {
 	case err == io.EOF:
 		b.ended.Store(true)
 	}
-	if err != nil && err != io.EOF {
+	if err != nil && err != io.EOF && !errors.Is(err, errors.ErrUnsupported) {
 		failed := &RequestBodyError{err}
 		b.failure.Store(failed)
 		return n, failed
 	}
 	return n, err
 }
+
+// mover is the reader of a body that the kernel can move from one socket to another.
+type mover interface {
+	// Socket returns the client's socket; nil: the body must be read.
+	Socket() *net.TCPConn
+	// Move is Read, but has fill take the bytes from the socket.
+	Move(fill func(most int64) (int, error)) (int, error)
+}
+
+// socket returns the socket that carries the rest of the body as it is; nil: the body must be read.
+func (b *RequestBody) socket() *net.TCPConn {
+	if m, ok := b.Reader.(mover); ok && b.Length-b.read.Load() >= spliceFrom {
+		return m.Socket()
+	}
+	return nil
+}
+
+// spliceFrom is the smallest rest of a body that is worth splicing.
+const spliceFrom = 32 << 10
 
 // appendTo appends the next n bytes of the body to p.
 func (b *RequestBody) appendTo(p []byte, n int) ([]byte, error) {
@@ -114,12 +136,22 @@ func (b *bodyReader) begin() {
 
 // Read implements io.Reader.
 func (b *bodyReader) Read(p []byte) (int, error) {
+	return b.read(func() (int, error) { return b.out.Body.Read(p) })
+}
+
+// move is Read, but has fill take the bytes from the client's socket. An error that is
+// errors.ErrUnsupported is not the end: the rest must be read.
+func (b *bodyReader) move(fill func(most int64) (int, error)) (int, error) {
+	return b.read(func() (int, error) { return b.out.Body.account(b.out.Body.Reader.(mover).Move(fill)) })
+}
+
+func (b *bodyReader) read(next func() (int, error)) (int, error) {
 	if err := b.beginRead(); err != nil {
 		return 0, err
 	}
 	b.clock.setTurn(false)
 	b.begin()
-	n, err := b.out.Body.Read(p)
+	n, err := next()
 	b.clock.setTurn(true)
 	if err == io.EOF {
 		for name := range b.trailer {
@@ -129,7 +161,7 @@ func (b *bodyReader) Read(p []byte) (int, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.reading = false
-	if b.err == nil {
+	if b.err == nil && !errors.Is(err, errors.ErrUnsupported) {
 		b.err = err
 	}
 	if b.err != nil {
