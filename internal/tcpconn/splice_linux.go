@@ -53,8 +53,8 @@ func (p pipe) Release(empty bool) {
 	_ = unix.Close(p.w)
 }
 
-// ClosePipes closes the unused pipes. It is called when the last tunnel ends, so that a process
-// without tunnels holds no descriptors for them.
+// ClosePipes closes the unused pipes. It is called when the last tunnel ends, and when the last idle
+// connection to an origin is closed, so that a process at rest holds no descriptors for them.
 func ClosePipes() {
 	for {
 		select {
