@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"syscall"
 	"testing"
 	"time"
 
@@ -83,6 +84,31 @@ func TestRelaySplicesWholeBursts(t *testing.T) {
 	}
 	_ = end(rig.in)
 	<-rig.result
+}
+
+// A burst through a buffer ends when the socket has no more bytes, also if a full read was the
+// last one: it neither waits nor reads again and again.
+func TestBurstFromASocketEnds(t *testing.T) {
+	from, in := conntest.Pair(t)
+	to, _ := conntest.Pair(t)
+	conn, err := from.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var copied Flow
+	r := &socketRelay{dst: to, conn: conn, copied: &copied}
+	size := int64(len(tcpconn.Buffer{}))
+	if _, err := in.Write(make([]byte, size)); err != nil {
+		t.Fatal(err)
+	}
+	for copied.Load() < size { // the bytes may arrive in parts
+		if readErr, writeErr := relayBurst(to, r, &copied); readErr != syscall.EAGAIN && readErr != nil || writeErr != nil {
+			t.Fatalf("%v, %v after %d bytes", readErr, writeErr, copied.Load())
+		}
+	}
+	if readErr, writeErr := relayBurst(to, r, &copied); readErr != syscall.EAGAIN || writeErr != nil {
+		t.Errorf("with a silent socket: %v, %v; want %v", readErr, writeErr, syscall.EAGAIN)
+	}
 }
 
 // An idle relay waits for its source without a buffer or a pipe.
