@@ -168,6 +168,7 @@ func newFastPath(ctx caddy.Context, app *caddyhttp.App, p *proxy, server *caddyh
 		Prepare: func(r *http.Request, w http.ResponseWriter, attached any) context.Context {
 			return caddyContext(r, w, server, attached.(*transaction))
 		},
+		FreeAttached: freeTransaction,
 
 		ReadHeaderTimeout: time.Duration(server.ReadHeaderTimeout),
 		IdleTimeout:       time.Duration(server.IdleTimeout),

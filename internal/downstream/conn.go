@@ -110,14 +110,15 @@ func (c *clientConn) start() {
 
 // newRequest returns a request with the fields set that are the same for all requests of the
 // connection.
-func (c *clientConn) newRequest(line requestLine) *http.Request {
+func (c *clientConn) newRequest(line requestLine, header http.Header) *http.Request {
 	if line.method != http.MethodConnect && c.out == &c.w && c.server.Wrap != nil {
 		c.ctx, c.out = c.server.Wrap(c.ctx, &c.w)
 	}
-	ctx := &requestContext{Context: c.ctx, conn: c}
+	ctx := requestPool.Get().(*requestContext)
+	ctx.Context, ctx.conn, ctx.freesHeader = c.ctx, c, len(header) < h1.MaxFreedHeader
 	r := &ctx.r
 	*r = *blankRequest.WithContext(ctx)
-	r.Method, r.RemoteAddr, r.TLS = line.method, c.remote, c.tls
+	r.Method, r.Header, r.RemoteAddr, r.TLS = line.method, header, c.remote, c.tls
 	if line.version != blankRequest.Proto {
 		r.Proto, r.ProtoMinor = line.version, int(line.version[len("HTTP/1.")]-'0')
 	}
@@ -211,7 +212,7 @@ func (c *clientConn) serveRequest(r *http.Request) bool {
 	if c.w.hijacked {
 		return false
 	}
-	c.stopWatch()
+	isUsed := c.stopWatch() || c.content != nil
 	if c.content != nil && !c.content.body.Ended {
 		c.w.closes = true // what is left of the content is not a request
 		if !c.w.lingers {
@@ -220,6 +221,9 @@ func (c *clientConn) serveRequest(r *http.Request) bool {
 	}
 	c.content = nil
 	err := c.w.finish()
+	if !isUsed {
+		freeRequest(r)
+	}
 	// A client whose next request is always there already would keep the processor for the
 	// 10 ms after which the scheduler takes it away, while the others wait.
 	runtime.Gosched()

@@ -9,6 +9,8 @@ import (
 	"io"
 	"net/http"
 	"sync"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 )
 
 // requestContext is the context of a request on a clientConn. It prepares the expensive
@@ -18,9 +20,31 @@ type requestContext struct {
 	conn            *clientConn
 	r               http.Request
 	attached        any
+	freesHeader     bool // r.Header may be given back
 
 	once     sync.Once
 	prepared context.Context
+}
+
+// requestPool is a pool of contexts: each request needs one.
+var requestPool = sync.Pool{New: func() any { return new(requestContext) }}
+
+// freeRequest gives back the context of a request, the request and its header, if the context was
+// only one for this package. Nothing may watch it: what does could outlive the request.
+func freeRequest(r *http.Request) {
+	c := r.Context().(*requestContext)
+	if c.prepared != nil {
+		return
+	}
+	if c.freesHeader {
+		h1.FreeHeader(r.Header)
+	}
+	if c.attached != nil {
+		c.conn.server.FreeAttached(c.attached)
+	}
+	*r = http.Request{}
+	c.Context, c.conn, c.attached, c.freesHeader = nil, nil, nil, false
+	requestPool.Put(c)
 }
 
 // Serves reports whether r is a request that this package serves.
@@ -104,8 +128,9 @@ func (c *clientConn) watchDisconnect(done chan<- struct{}) {
 	}
 }
 
-// stopWatch ends the watch, and returns when it no longer reads.
-func (c *clientConn) stopWatch() {
+// stopWatch ends the watch, and returns when it no longer reads. It reports whether anything has
+// asked for the watch.
+func (c *clientConn) stopWatch() (wanted bool) {
 	c.mu.Lock()
 	c.serving = false
 	watch := c.watchDone
@@ -117,4 +142,5 @@ func (c *clientConn) stopWatch() {
 		<-watch
 		c.watchDone = nil
 	}
+	return watch != nil || c.watchWanted
 }

@@ -148,7 +148,7 @@ func TestClientConnLateWatch(t *testing.T) {
 	near, far := tcpPair(t)
 	c := newClientConn(unitListener(nil), newReadConn(near, nil), false)
 	c.start()
-	ctx := c.newRequest(requestLine{method: http.MethodGet, version: "HTTP/1.1"}).Context()
+	ctx := c.newRequest(requestLine{method: http.MethodGet, version: "HTTP/1.1"}, nil).Context()
 	early := ctx.Done()
 	const requests = 100
 	var late sync.WaitGroup

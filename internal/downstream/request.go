@@ -151,7 +151,7 @@ func (c *clientConn) parse(head string) (*http.Request, *Invalid) {
 	}
 	var header http.Header
 	if !hasFields {
-		header = make(http.Header)
+		header = h1.NewHeader()
 	} else if header, reason = parseFields(lines); reason != nil {
 		return nil, reason
 	}
@@ -166,8 +166,8 @@ func (c *clientConn) parse(head string) (*http.Request, *Invalid) {
 		return nil, reason
 	}
 	delete(header, "Host")
-	r := c.newRequest(line)
-	r.URL, r.RequestURI, r.Host, r.Header = u, line.target, u.Host, header
+	r := c.newRequest(line, header)
+	r.URL, r.RequestURI, r.Host = u, line.target, u.Host
 	r.Close = line.isHTTP10() || wantsClose(header["Connection"])
 	return r, c.frame(r)
 }
@@ -282,7 +282,7 @@ func parseFields(lines string) (http.Header, *Invalid) {
 	if n > maxFields {
 		return nil, &Invalid{Kind: Refused, Status: "431 Request Header Fields Too Large", Detail: "it has more than 1000 fields"}
 	}
-	fields := h1.NewFields(make(http.Header, min(n, 64)), n)
+	fields := h1.NewFields(h1.NewHeader(), n)
 	for line := range strings.SplitSeq(lines, "\r\n") {
 		name, value, found := strings.Cut(line, ":")
 		value = strings.Trim(value, " \t")

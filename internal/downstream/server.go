@@ -56,6 +56,9 @@ type Server struct {
 	// the request r is first asked for such a value, with the writer of the response and with
 	// what the handler has attached to the request.
 	Prepare func(r *http.Request, w http.ResponseWriter, attached any) context.Context
+	// FreeAttached is called with what the handler has attached to a request that nothing uses
+	// any longer.
+	FreeAttached func(attached any)
 	// Wrap returns the writer that the handler gets for the requests of a connection, and their
 	// context. CONNECT gets the Writer itself, and so do all requests if Wrap is nil.
 	Wrap func(ctx context.Context, w *Writer) (context.Context, http.ResponseWriter)

@@ -93,7 +93,7 @@ func NewHeader() http.Header { return headerPool.Get().(http.Header) }
 // FreeHeader gives a header back to NewHeader. Nothing may use it any longer, and it must not have
 // had more than MaxFreedHeader fields before some were removed: its memory would be kept.
 func FreeHeader(h http.Header) {
-	if len(h) <= MaxFreedHeader {
+	if h != nil && len(h) <= MaxFreedHeader {
 		clear(h)
 		headerPool.Put(h)
 	}
