@@ -37,11 +37,9 @@ func HasRoom(socket *net.TCPConn) bool {
 	if err != nil {
 		return true
 	}
-	events := 0
-	_ = conn.Control(func(fd uintptr) {
-		events, _ = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, 0)
-	})
-	return events != 0
+	room := false
+	_ = conn.Control(func(fd uintptr) { room = poll(fd, unix.POLLOUT) != 0 })
+	return room
 }
 
 // WaitWritable waits until the socket is writable.
@@ -50,10 +48,7 @@ func WaitWritable(socket *net.TCPConn) error {
 	if err != nil {
 		return err
 	}
-	return conn.Write(func(fd uintptr) bool {
-		events, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, 0)
-		return events > 0 || err != nil && err != unix.EINTR
-	})
+	return conn.Write(func(fd uintptr) bool { return poll(fd, unix.POLLOUT) != 0 })
 }
 
 // maxUnsent is how many unsent bytes the kernel holds before a socket stops being writable.

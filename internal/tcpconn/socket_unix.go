@@ -17,9 +17,22 @@ func IsQuiet(socket *net.TCPConn) bool {
 	if err != nil {
 		return false
 	}
-	events := -1
-	err = conn.Control(func(fd uintptr) {
-		events, _ = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
-	})
-	return err == nil && events == 0
+	quiet := false
+	err = conn.Control(func(fd uintptr) { quiet = poll(fd, unix.POLLIN) == 0 })
+	return err == nil && quiet
+}
+
+// poll returns which of the events fd is ready for, without waiting: 0 for none, and something else
+// if it fails. The signals of Go's runtime interrupt even a call that does not wait.
+func poll(fd uintptr, events int16) int16 {
+	fds := []unix.PollFd{{Fd: int32(fd), Events: events}}
+	for {
+		switch _, err := unix.Poll(fds, 0); err {
+		case nil:
+			return fds[0].Revents
+		case unix.EINTR:
+		default:
+			return unix.POLLERR
+		}
+	}
 }
