@@ -39,11 +39,11 @@ func TestAllocations(t *testing.T) {
 		deployed              bool // with the proxy's log lines, the access log and metrics
 		most                  float64
 	}{
-		{"GET", "", http.MethodGet, http.StatusOK, false, 24},
-		{"GET deployed", "", http.MethodGet, http.StatusOK, true, 29},
+		{"GET", "", http.MethodGet, http.StatusOK, false, 20},
+		{"GET deployed", "", http.MethodGet, http.StatusOK, true, 25},
 		{"CONNECT", "", http.MethodConnect, http.StatusOK, false, 106},
 		{"CONNECT deployed", "", http.MethodConnect, http.StatusOK, true, 117},
-		{"429", "burst 1\nrefill 0.00001", http.MethodGet, http.StatusTooManyRequests, false, 14},
+		{"429", "burst 1\nrefill 0.00001", http.MethodGet, http.StatusTooManyRequests, false, 10},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			w := newWorld(t, row.options, nil)

@@ -407,6 +407,9 @@ func (p *proxy) passContent(w http.ResponseWriter, r *http.Request, x *origin.Ex
 			if len(rest) == 0 { // some statuses do not allow even an empty write
 				return nil
 			}
+			if fast := downstream.WriterOf(w); fast != nil {
+				w = fast // sets a deadline for each write itself
+			}
 			n, err := w.Write(rest)
 			p.countForwarded(from.limitKey, 0, int64(n))
 			return asClientError(err)
