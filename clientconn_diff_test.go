@@ -60,7 +60,7 @@ func newTwins(t testing.TB, f form, options, warm string) *twins {
 	if f == forms[0] {
 		w.load(sites)
 	} else {
-		loadCaddyfile(t, fmt.Sprintf("{\nservers %s {\n%s}\nservers %s {\n%s}\n%s", w.proxy, f.servers(true), other.proxy, f.servers(false), strings.TrimPrefix(w.globals()+sites, "{\n")))
+		loadCaddyfile(t, fmt.Sprintf("{\n%sservers %s {\n%s}\nservers %s {\n%s}\n%s", f.global(), w.proxy, f.servers(true), other.proxy, f.servers(false), strings.TrimPrefix(w.globals()+sites, "{\n")))
 	}
 	tw := &twins{t: t, warm: warm, each: [2]twin{{form: f, proxy: w.proxy}, {form: f, proxy: other.proxy}}}
 	shared, err := acquireProcess()

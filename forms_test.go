@@ -20,6 +20,7 @@ type form struct {
 	name     string
 	overTLS  bool
 	wrappers string // before async_proxy
+	deployed bool   // with an access log, metrics and error routes
 
 	directives string // in the block of the directive tls
 }
@@ -30,6 +31,7 @@ var forms = []form{
 	{name: "TLS", overTLS: true},
 	{name: "PROXY", wrappers: useProxyProtocol},
 	{name: "PROXY and TLS", overTLS: true, wrappers: useProxyProtocol + "tls\n"},
+	{name: "deployed", deployed: true},
 }
 
 // useProxyProtocol has the addresses of clients taken from the PROXY protocol.
@@ -40,6 +42,9 @@ const proxiedClient = "127.0.0.77"
 
 // site returns the Caddyfile of a site whose clients connect in this form.
 func (f form) site(t testing.TB, site string) string {
+	if f.deployed {
+		site = strings.Replace(site, "{\n", "{\n\tlog {\n\t\toutput discard\n\t}\n\thandle_errors {\n\t\trespond \"{err.status_code}: {err.message}\"\n\t}\n", 1)
+	}
 	if !f.overTLS {
 		return site
 	}
@@ -59,13 +64,27 @@ func (f form) servers(fast bool) string {
 	return "listener_wrappers {\n" + f.wrappers + "}\n"
 }
 
+// global returns the global options of the form.
+func (f form) global() string {
+	if f.deployed {
+		return "metrics\n"
+	}
+	return ""
+}
+
 // dial connects to a proxy.
 func (f form) dial(t testing.TB, address string) *rawConn {
+	t.Helper()
+	return f.dialFrom(t, address, proxiedClient)
+}
+
+// dialFrom connects to a proxy. The PROXY protocol, if it is used, names the client.
+func (f form) dialFrom(t testing.TB, address, client string) *rawConn {
 	t.Helper()
 	c := dialRaw(t, address)
 	if f.wrappers != "" {
 		_, port, _ := net.SplitHostPort(c.LocalAddr().String())
-		_, _ = io.WriteString(c, "PROXY TCP4 "+proxiedClient+" 127.0.0.1 "+port+" 80\r\n")
+		_, _ = io.WriteString(c, "PROXY TCP4 "+client+" 127.0.0.1 "+port+" 80\r\n")
 	}
 	if f.overTLS {
 		c.startTLS(clientTLS("http/1.1"))

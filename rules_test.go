@@ -202,7 +202,15 @@ var rules = []rule{
 const ruleOptions = "via tester\nresponse_header_timeout 5s\nallow 127.0.0.0/8"
 
 func TestRules(t *testing.T) {
-	runRules(t, newWorld(t, ruleOptions, nil).proxy, newRuleOrigin)
+	for _, f := range forms {
+		w := newWorld(t, ruleOptions, nil)
+		if f != forms[0] {
+			loadCaddyfile(t, "{\n"+f.global()+"servers {\n"+f.servers(true)+"}\n"+strings.TrimPrefix(w.globals()+f.site(t, w.site(ruleOptions)), "{\n"))
+		}
+		t.Run(f.name, func(t *testing.T) {
+			runRulesOn(t, func() *rawConn { return f.dialFrom(t, w.proxy, "127.0.0.1") }, newRuleOrigin)
+		})
+	}
 }
 
 // TestRulesOfNetHTTP checks the rules where net/http serves the clients.

@@ -339,7 +339,10 @@ func (w *Writer) appendHead(b []byte, content int64, last bool) []byte {
 		if w.status == http.StatusNotModified {
 			delete(w.header, "Content-Type")
 		}
-	case w.length >= 0 || w.head:
+	case w.length >= 0:
+	case w.head: // as if its content were sent
+		addLength = last && !trailers && w.written > 0 && w.written <= maxPendingContent
+		content = w.written
 	case last && !trailers:
 		addLength = true // Content-Length is added below
 	default: // HTTP/1.0 has no chunks: the end of the connection ends the content
