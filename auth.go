@@ -17,6 +17,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )
 
@@ -267,6 +268,7 @@ func (p *proxy) chargeSharedFailure(r *http.Request, v *transaction) time.Durati
 	}
 	shared := sharedBucket(p.failedLogins, v.limitKey)
 	shared.Zone += " failed_logins" // cannot collide: configured zones have no spaces
+	downstream.Keep(r.Context())
 	wait, err := p.shared.Take(r.Context(), shared)
 	if err != nil || wait <= 0 {
 		return 0 // the local bucket has counted the failure
@@ -280,6 +282,7 @@ func (p *proxy) chargeSharedFailure(r *http.Request, v *transaction) time.Durati
 // Proxy-Authorization as Authorization, and its challenges become Proxy-Authenticate. broken
 // reports whether a provider returned an error.
 func (p *proxy) askProviders(w http.ResponseWriter, r *http.Request, v *transaction) (known, broken bool) {
+	downstream.Keep(r.Context())
 	siteRequest := *r
 	siteRequest.Header = r.Header.Clone()
 	delete(siteRequest.Header, "Authorization")

@@ -17,6 +17,7 @@ import (
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )
@@ -79,6 +80,7 @@ func (p *proxy) chargeBuckets(ctx context.Context, key client.Key, now int64) bu
 	if p.shared == nil || !local.Allowed {
 		return local
 	}
+	downstream.Keep(ctx)
 	wait, err := p.shared.Take(ctx, sharedBucket(p.limiter, key))
 	switch {
 	case err != nil:

@@ -20,6 +20,7 @@ type requestContext struct {
 	conn            *clientConn
 	r               http.Request
 	attached        any
+	kept            bool // Keep was called
 	freesHeader     bool // r.Header may be given back
 
 	once     sync.Once
@@ -29,11 +30,19 @@ type requestContext struct {
 // requestPool is a pool of contexts: each request needs one.
 var requestPool = sync.Pool{New: func() any { return new(requestContext) }}
 
-// freeRequest gives back the context of a request, the request and its header, if the context was
-// only one for this package. Nothing may watch it: what does could outlive the request.
+// Keep keeps a request with this context from being used again. It must be called before code
+// that is not this module's gets the request or its context, which that may use for longer.
+func Keep(ctx context.Context) {
+	if c, ok := ctx.(*requestContext); ok {
+		c.kept = true
+	}
+}
+
+// freeRequest gives back a request, its context and its header, for another request, unless parts
+// of Caddy may have seen them. Nothing may watch the context: what does could outlive the request.
 func freeRequest(r *http.Request) {
 	c := r.Context().(*requestContext)
-	if c.prepared != nil {
+	if c.kept || c.prepared != nil {
 		return
 	}
 	if c.freesHeader {

@@ -203,3 +203,39 @@ func TestClientConnIdleMemory(t *testing.T) {
 		t.Errorf("%d bytes, %d fields and %d bytes of names", size, len(c.w.header), len(names))
 	}
 }
+
+// A request that something may still use when its handler has returned does not become another
+// request of the connection.
+func TestKeptRequests(t *testing.T) {
+	t.Parallel()
+	for name, keep := range map[string]func(context.Context){
+		"watched":  func(ctx context.Context) { ctx.Done() },
+		"kept":     Keep,
+		"prepared": func(ctx context.Context) { ctx.Value("prepared") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			near, far := tcpPair(t)
+			var kept []*http.Request
+			l := unitListener(func(w http.ResponseWriter, r *http.Request) {
+				keep(r.Context())
+				kept = append(kept, r)
+			})
+			l.server.Prepares = func(key any) bool { return key == "prepared" }
+			l.server.Prepare = func(r *http.Request, _ http.ResponseWriter, _ any) context.Context { return r.Context() }
+			c := newClientConn(l, newReadConn(near, nil), false)
+			c.start()
+			const requests = 10
+			for i := range requests {
+				fmt.Fprintf(far, "GET http://a.example/%d HTTP/1.1\r\nHost: x\r\nX-Number: %d\r\n\r\n", i, i)
+				if r, _ := c.nextRequest(); r == nil || !c.serveRequest(r) {
+					t.Fatal("the connection ends")
+				}
+			}
+			for i, r := range kept {
+				if r.RequestURI != fmt.Sprintf("http://a.example/%d", i) || r.Header.Get("X-Number") != fmt.Sprint(i) {
+					t.Errorf("request %d has become %s with %v", i, r.RequestURI, r.Header)
+				}
+			}
+		})
+	}
+}
