@@ -41,6 +41,8 @@ func TestAllocations(t *testing.T) {
 	}{
 		{"GET", "", http.MethodGet, http.StatusOK, false, 20},
 		{"GET deployed", "", http.MethodGet, http.StatusOK, true, 25},
+		{"POST", "", http.MethodPost, http.StatusOK, false, 29},
+		{"POST deployed", "", http.MethodPost, http.StatusOK, true, 34},
 		{"CONNECT", "", http.MethodConnect, http.StatusOK, false, 106},
 		{"CONNECT deployed", "", http.MethodConnect, http.StatusOK, true, 117},
 		{"429", "burst 1\nrefill 0.00001", http.MethodGet, http.StatusTooManyRequests, false, 10},
@@ -54,6 +56,9 @@ func TestAllocations(t *testing.T) {
 			}
 			loadCaddyfile(t, "{\nadmin off\npersist_config off\n"+globals+"\n}\n"+site)
 			request := []byte(fmt.Sprintf("%s %s HTTP/1.1\r\nHost: %s\r\nUser-Agent: test\r\n\r\n", row.method, map[bool]string{true: origin, false: "http://" + origin + "/"}[row.method == http.MethodConnect], origin))
+			if row.method == http.MethodPost { // the origin waits for this end
+				request = bytes.Replace(request, []byte("\r\n\r\n"), []byte("\r\nContent-Length: 6\r\n\r\nok\r\n\r\n"), 1)
+			}
 			answer := make([]byte, 4<<10)
 			var c net.Conn
 			ask := func() {

@@ -63,6 +63,33 @@ func BenchmarkForward(b *testing.B) {
 	}
 }
 
+// BenchmarkPost measures an upload on one connection, in the same forms as BenchmarkForward.
+func BenchmarkPost(b *testing.B) {
+	origin := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body)
+		_, _ = io.WriteString(w, "ok")
+	}))
+	defer origin.Close()
+	address := origin.Listener.Addr().String()
+	const limiter = "async_proxy burst 1000000000 refill 1000000"
+	for _, size := range []int{1 << 10, 64 << 10} {
+		for _, row := range []struct{ name, site, log string }{
+			{"async_proxy", limiter, "discard"},
+			{"async_proxy-logging", limiter, "file"},
+			{"async_proxy-access-log", accessLogged + limiter, "discard"},
+			{"async_proxy-metrics", limiter, "metrics"},
+			{"reverse_proxy", "reverse_proxy " + address, "discard"},
+			{"net-http", "", ""},
+		} {
+			b.Run(fmt.Sprintf("%d/%s", size, row.name), func(b *testing.B) {
+				proxy := startBench(b, row.site, row.log)
+				request := fmt.Sprintf("POST http://%s/ HTTP/1.1\r\nHost: %s\r\nContent-Length: %d\r\n\r\n%s", address, address, size, strings.Repeat("x", size))
+				proxy.run(b, request, http.StatusOK)
+			})
+		}
+	}
+}
+
 // BenchmarkConnect measures a tunnel on its own connection that carries one byte each way
 // and is closed by its client: on the fast path, also with logs and metrics, through Caddy's HTTP server, and through a
 // bare net/http proxy that hijacks the connection.
