@@ -123,7 +123,7 @@ func TestProxyProtocolIsSlow(t *testing.T) {
 // Clients that speak another protocol than the port's are refused and logged by the addresses from
 // the PROXY protocol.
 func TestProxyProtocolAndInvalidClients(t *testing.T) {
-	for _, f := range forms[2:] {
+	for _, f := range forms[2:4] {
 		w := newWorld(t, "", nil)
 		loadCaddyfile(t, withServers(w.globals()+f.site(t, w.site("")), f.servers(true)))
 		forgetInvalidLines()

@@ -195,6 +195,33 @@ func TestTLSTunnelOnTheFastPath(t *testing.T) {
 	waitNoTunnels(t)
 }
 
+// A connection that Caddy's server has by then gets its tunnel, too, wherever net/http's reads end,
+// and its requests are known to have come over TLS.
+func TestTLSTunnelBehindOtherRequests(t *testing.T) {
+	for _, protocols := range []string{"h1 h2", "h1"} {
+		w := newTLSWorld(t, forms[1], "protocols "+protocols+"\n", "serve_pac", nil)
+		target := listen(t, answerAtEnd)
+		c := w.dialFastPathOver(forms[1])
+		c.send("GET /proxy.pac HTTP/1.1\nHost: proxy.example\n\n")
+		if _, body := c.response(http.MethodGet); !strings.Contains(body, "HTTPS proxy.example") {
+			t.Errorf("protocols %s: the PAC script is %.200q", protocols, body)
+		}
+		if n := fastPathConns(); n > 0 {
+			t.Errorf("protocols %s: the connection is still on the fast path", protocols)
+		}
+		c.send("GET /proxy.pac HTTP/1.1\nHost: proxy.example\n\nCONN")
+		c.response(http.MethodGet)
+		c.send("ECT " + target + " HTTP/1.1\nHost: x\n\nhel")
+		c.readUntil("\r\n\r\n")
+		c.send("lo")
+		_ = c.CloseWrite()
+		if got := c.readAll(); got != "got hello" {
+			t.Errorf("protocols %s: received %q", protocols, got)
+		}
+		waitNoTunnels(t)
+	}
+}
+
 // HTTP/2 without having negotiated it is no request.
 func TestTLSUnnegotiatedHTTP2(t *testing.T) {
 	w := newTLSWorld(t, forms[1], "", "", nil)

@@ -5,6 +5,7 @@ package downstream
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/tls"
 	"io"
 	"net"
@@ -55,7 +56,7 @@ func ConnState(conn net.Conn, state http.ConnState) {
 	if state == http.StateIdle {
 		if c := readConnOf(conn); c != nil {
 			c.responded.Store(false)
-			c.back.idle.Store(c.back.listener != nil)
+			c.back.becameIdle()
 		}
 	}
 }
@@ -115,6 +116,9 @@ func (c *readConn) Read(p []byte) (n int, err error) {
 	if !c.hasLine && !c.overTLS {
 		c.hasLine = bytes.IndexByte(p[:n], '\n') >= 0
 	}
+	if c.back.listener != nil {
+		c.back.note(p[:n])
+	}
 	return n, err
 }
 
@@ -166,13 +170,22 @@ func (c *readConn) ReadFrom(r io.Reader) (int64, error) { return readFrom(c.Conn
 func (c *readConn) CloseWrite() error { return c.in.CloseWrite() }
 
 // readFrom copies r to conn. Between two sockets, the kernel does it.
-func readFrom(conn net.Conn, r io.Reader) (int64, error) {
+func readFrom(conn net.Conn, r io.Reader) (copied int64, err error) {
 	if to, ok := conn.(io.ReaderFrom); ok {
 		return to.ReadFrom(r)
 	}
 	buf := tcpconn.GetBuffer()
 	defer buf.Free()
-	return io.CopyBuffer(conn, struct{ io.Reader }{r}, buf[:])
+	write := func(p []byte) error {
+		n, err := conn.Write(p)
+		copied += int64(n)
+		return err
+	}
+	readErr, writeErr := tcpconn.Copy(buf[:], r.Read, write, tcpconn.Always)
+	if readErr == io.EOF {
+		readErr = nil
+	}
+	return copied, cmp.Or(writeErr, readErr)
 }
 
 // readListener accepts connections for net/http as readConns.

@@ -13,11 +13,37 @@ import (
 )
 
 // takeBack takes a connection back from net/http when a request for the proxy follows one that was
-// net/http's. It can do so only while net/http waits for a request and has read nothing of it.
+// net/http's. It can do so only while net/http waits for a request and has read nothing of it, which
+// is certain only if it has read as many empty lines as it has responded to requests, and nothing
+// behind the last one. Content may have further ones; then the connection stays.
 type takeBack struct {
 	listener *Listener   // handed the connection off; nil: it cannot be taken back
+	heads    int         // empty lines that net/http has read, less the requests it has responded to
+	line     int         // bytes of the current line, without CRs
+	atEnd    bool        // the last byte that net/http has read ends an empty line
 	idle     atomic.Bool // net/http has responded and has read nothing since
 	taken    atomic.Bool // net/http's Close does not close the connection
+}
+
+// note records what net/http has read.
+func (b *takeBack) note(p []byte) {
+	for _, char := range p {
+		b.atEnd = char == '\n' && b.line == 0
+		switch {
+		case b.atEnd:
+			b.heads++
+		case char == '\n':
+			b.line = 0
+		case char != '\r':
+			b.line++
+		}
+	}
+}
+
+// becameIdle is told that net/http has responded to a request and waits for another.
+func (b *takeBack) becameIdle() {
+	b.heads--
+	b.idle.Store(b.listener != nil && b.heads == 0 && b.atEnd)
 }
 
 // WasTakenBack reports whether a connection that net/http has closed is served on. A ConnState hook
@@ -32,11 +58,14 @@ func WasTakenBack(conn net.Conn) bool {
 func (c *readConn) readIdle(p []byte) (n int, err error) {
 	n, err = c.in.Read(p)
 	if n == 0 || !c.back.idle.CompareAndSwap(true, false) || !isForProxy(p[:n]) {
+		c.back.note(p[:n])
 		return n, err
 	}
 	c.back.taken.Store(true)
 	_ = c.Conn.SetDeadline(time.Time{})
-	c.back.listener.serveConn(newReadConn(c.Conn, bytes.Clone(p[:n])), false)
+	read := newReadConn(c.Conn, bytes.Clone(p[:n]))
+	read.addresses = c.addresses
+	c.back.listener.serveConn(read, false)
 	return 0, io.EOF
 }
 
