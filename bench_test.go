@@ -90,6 +90,31 @@ func BenchmarkPost(b *testing.B) {
 	}
 }
 
+// BenchmarkForms measures a GET over keep-alive connections in each form, on the fast path and
+// through Caddy's HTTP server.
+func BenchmarkForms(b *testing.B) {
+	for _, size := range []int{128, 1 << 20} {
+		origin := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			w.Header()["Content-Length"] = []string{strconv.Itoa(size)}
+			_, _ = w.Write(make([]byte, size))
+		}))
+		address := origin.Listener.Addr().String()
+		for _, f := range forms {
+			for _, fast := range []bool{true, false} {
+				name := f.name
+				if !fast {
+					name += "-nethttp"
+				}
+				b.Run(fmt.Sprintf("%d/%s", size, name), func(b *testing.B) {
+					proxy := startBenchOf(b, f, "servers {\n"+f.servers(fast)+"}", "async_proxy {\nburst 1000000000\nrefill 1000000\nclients all\nallow 127.0.0.0/8\n}", "discard")
+					proxy.run(b, fmt.Sprintf("GET http://%s/ HTTP/1.1\r\nHost: %s\r\n\r\n", address, address), http.StatusOK)
+				})
+			}
+		}
+		origin.Close()
+	}
+}
+
 // BenchmarkConnect measures a tunnel on its own connection that carries one byte each way
 // and is closed by its client: on the fast path, also with logs and metrics, through Caddy's HTTP server, and through a
 // bare net/http proxy that hijacks the connection.
@@ -174,6 +199,7 @@ const accessLogged = "log {\noutput file access.log\n}\n"
 
 // benchProxy is a proxy in its own process.
 type benchProxy struct {
+	form
 	address string
 	process *os.Process
 }
@@ -181,6 +207,19 @@ type benchProxy struct {
 // startBench runs a Caddy with one site, whose log is discarded or goes to a file; or it is
 // discarded and Caddy observes its metrics. Without a site it runs the bare forwarder.
 func startBench(b *testing.B, site, log string) benchProxy {
+	b.Helper()
+	options := ""
+	switch log {
+	case "file":
+		log = "file caddy.log"
+	case "metrics":
+		log, options = "discard", "metrics"
+	}
+	return startBenchOf(b, forms[0], options, site, log)
+}
+
+// startBenchOf is startBench for a form of connections, with global options.
+func startBenchOf(b *testing.B, f form, options, site, log string) benchProxy {
 	b.Helper()
 	ln, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
@@ -196,27 +235,17 @@ func startBench(b *testing.B, site, log string) benchProxy {
 	} else {
 		dir := b.TempDir()
 		config := filepath.Join(dir, "Caddyfile")
-		options := ""
-		switch log {
-		case "file":
-			log = "file " + filepath.Join(dir, "caddy.log")
-		case "metrics":
-			log, options = "discard", "metrics"
-		}
 		_, port, _ := net.SplitHostPort(address)
 		text := fmt.Sprintf(`{
 	admin off
 	persist_config off
+	auto_https disable_redirects
 	%s
 	log {
 		output %s
 	}
 }
-http://:%s {
-	bind 127.0.0.1
-	%s
-}
-`, options, log, port, site)
+%s`, options, log, f.site(b, fmt.Sprintf("http://:%s {\n\tbind 127.0.0.1\n\t%s\n}\n", port, site)))
 		if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 			b.Fatal(err)
 		}
@@ -240,7 +269,7 @@ http://:%s {
 			b.Fatal(err)
 		}
 	}
-	return benchProxy{address, cmd.Process}
+	return benchProxy{f, address, cmd.Process}
 }
 
 // run sends b.N requests over benchClients connections.
@@ -248,11 +277,9 @@ func (p benchProxy) run(b *testing.B, request string, status int) {
 	b.Helper()
 	conns := make(chan net.Conn, benchClients)
 	for range benchClients {
-		conn, err := net.Dial("tcp4", p.address)
-		if err != nil {
-			b.Fatal(err)
-		}
+		conn := p.dial(b, p.address)
 		defer conn.Close()
+		_ = conn.SetDeadline(time.Time{})
 		conns <- conn
 	}
 	p.measure(b, func(more func() bool) error {
