@@ -41,8 +41,9 @@ func (c *clientConn) opened() (next func()) {
 			return nil // net/http closes silently, too
 		}
 		return func() {
+			c.listener.conns.remove(c)
 			c.listener.serveConn(read, c.isNew)
-			c.leave()
+			c.markUsed() // the listener waits for new connections until then
 		}
 	case *tls.Conn:
 		if err := c.shakeHands(conn); err != nil {
