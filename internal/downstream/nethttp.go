@@ -116,9 +116,7 @@ func (c *readConn) Read(p []byte) (n int, err error) {
 	if !c.hasLine && !c.overTLS {
 		c.hasLine = bytes.IndexByte(p[:n], '\n') >= 0
 	}
-	if c.back.listener != nil {
-		c.back.note(p[:n])
-	}
+	c.back.note(p[:n])
 	return n, err
 }
 

@@ -18,6 +18,7 @@ import (
 // behind the last one. Content may have further ones; then the connection stays.
 type takeBack struct {
 	listener *Listener   // handed the connection off; nil: it cannot be taken back
+	read     int         // bytes that net/http has read
 	heads    int         // empty lines that net/http has read, less the requests it has responded to
 	line     int         // bytes of the current line, without CRs
 	atEnd    bool        // the last byte that net/http has read ends an empty line
@@ -25,8 +26,16 @@ type takeBack struct {
 	taken    atomic.Bool // net/http's Close does not close the connection
 }
 
+// maxNoted limits how much net/http may read from a connection before it keeps it for good. Each
+// byte is looked at.
+const maxNoted = 64 << 10
+
 // note records what net/http has read.
 func (b *takeBack) note(p []byte) {
+	if b.read += len(p); b.listener == nil || b.read > maxNoted {
+		b.listener = nil
+		return
+	}
 	for _, char := range p {
 		b.atEnd = char == '\n' && b.line == 0
 		switch {
@@ -57,7 +66,7 @@ func WasTakenBack(conn net.Conn) bool {
 // request for the proxy, it takes the connection back, and net/http sees the end of it.
 func (c *readConn) readIdle(p []byte) (n int, err error) {
 	n, err = c.in.Read(p)
-	if n == 0 || !c.back.idle.CompareAndSwap(true, false) || !isForProxy(p[:n]) {
+	if c.back.listener == nil || n == 0 || !c.back.idle.CompareAndSwap(true, false) || !isForProxy(p[:n]) {
 		c.back.note(p[:n])
 		return n, err
 	}
