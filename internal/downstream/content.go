@@ -37,13 +37,10 @@ func (c *clientConn) frame(r *http.Request) *Invalid {
 		delete(r.Header, "Transfer-Encoding")
 		r.TransferEncoding, chunked, length = []string{"chunked"}, true, -1
 	}
-	hasContent := chunked || length > 0
-	switch expect := r.Header["Expect"]; {
-	case len(expect) == 0 || expect[0] == "" || httpguts.HeaderValuesContainsToken(expect, "100-continue"):
-	default:
+	if expect := r.Header["Expect"]; len(expect) > 0 && expect[0] != "" && !httpguts.HeaderValuesContainsToken(expect, "100-continue") {
 		return &Invalid{Kind: Refused, Status: "417 Expectation Failed"}
 	}
-	if !hasContent {
+	if length <= 0 && !chunked {
 		return nil
 	}
 	if chunked {
