@@ -175,7 +175,7 @@ func TestUploadsInFullDuplex(t *testing.T) {
 			}
 		}
 	}))
-	c := w.dialFastPath()
+	c := w.dial()
 	c.send("POST " + w.origin.URL + "/ HTTP/1.1\nHost: x\nTransfer-Encoding: chunked\n\n")
 	c.readUntil("\r\n\r\n")
 	for _, word := range []string{"one", "two", "three"} {
