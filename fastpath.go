@@ -192,9 +192,7 @@ func newFastPath(ctx caddy.Context, app *caddyhttp.App, p *proxy, server *caddyh
 		OnAcceptError: func(err error) { p.logger.Error("a connection could not be accepted", zap.Error(err)) },
 	}
 	if server.WriteIdleTimeout > 0 {
-		s.Wrap = func(ctx context.Context, w *downstream.Writer) (context.Context, http.ResponseWriter) {
-			return withWriteIdleTimeout(ctx, w, server, p.logger)
-		}
+		s.MaxWriteChunk = cmp.Or(max(server.MaxWriteChunk, 0), caddyhttp.DefaultMaxWriteChunk)
 	}
 	return s
 }

@@ -407,9 +407,6 @@ func (p *proxy) passContent(w http.ResponseWriter, r *http.Request, x *origin.Ex
 			if len(rest) == 0 { // some statuses do not allow even an empty write
 				return nil
 			}
-			if fast := downstream.WriterOf(w); fast != nil {
-				w = fast // sets a deadline for each write itself
-			}
 			n, err := w.Write(rest)
 			p.countForwarded(from.limitKey, 0, int64(n))
 			return asClientError(err)
@@ -426,13 +423,13 @@ func copyBody(w http.ResponseWriter, r *http.Request, x *origin.Exchange, count 
 	if !hasContent(r.Method, res.StatusCode) {
 		return nil
 	}
-	slow := newWriteStallTimer(w, r)
-	defer slow.stop()
 	if isHTTP1 {
-		if done, err := spliceBody(w, body, count); done || err != nil {
+		if err := spliceBody(w, body, count); !errors.Is(err, errors.ErrUnsupported) {
 			return err
 		}
 	}
+	slow := newStallTimer(w, r)
+	defer slow.Stop()
 	control, left, unflushed := http.NewResponseController(w), res.ContentLength, true
 	read := func(p []byte) (int, error) {
 		if unflushed && (!isHTTP1 || !body.Ready()) {
@@ -465,7 +462,7 @@ func copyBody(w http.ResponseWriter, r *http.Request, x *origin.Exchange, count 
 	case readErr != io.EOF:
 		return readErr
 	case res.ContentLength < 0:
-		return slow.waitForEnd()
+		return waitForEnd(w, slow)
 	}
 	return nil
 }

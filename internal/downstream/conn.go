@@ -37,15 +37,13 @@ type clientConn struct {
 
 	r      *bufio.Reader
 	w      Writer
-	out    http.ResponseWriter // w, or what Wrap has made of it
-	ctx    context.Context     // canceled when the connection ends
+	ctx    context.Context // canceled when the connection ends
 	cancel context.CancelFunc
 	prefix []byte // bytes that were read before start
 
-	readDeadline  tcpconn.ReadDeadline
-	writeDeadline time.Time // current write deadline; zero: none
-	isNew         bool      // no request has been read yet
-	state         atomic.Int32
+	readDeadline tcpconn.ReadDeadline
+	isNew        bool // no request has been read yet
+	state        atomic.Int32
 
 	content *content // of the current request; nil: it has none
 
@@ -105,15 +103,11 @@ func (c *clientConn) start() {
 	}
 	ctx := context.WithValue(c.server.BaseContext, http.LocalAddrContextKey, c.LocalAddr())
 	c.ctx, c.cancel = context.WithCancel(ctx)
-	c.out = &c.w
 }
 
 // newRequest returns a request with the fields set that are the same for all requests of the
 // connection.
 func (c *clientConn) newRequest(line requestLine, header http.Header) *http.Request {
-	if line.method != http.MethodConnect && c.out == &c.w && c.server.Wrap != nil {
-		c.ctx, c.out = c.server.Wrap(c.ctx, &c.w)
-	}
 	ctx := requestPool.Get().(*requestContext)
 	ctx.Context, ctx.conn, ctx.freesHeader = c.ctx, c, len(header) < h1.MaxFreedHeader
 	r := &ctx.r
@@ -145,6 +139,7 @@ func (c *clientConn) serve() (takeover func()) {
 			c.server.OnPanic(c.remote, v, debug.Stack())
 		}
 		c.stopWatch() // watchDisconnect reads from c.r
+		c.w.slow.Stop()
 		c.cancel()
 		if !handedOff {
 			c.server.OnEnd(c.Conn)
@@ -208,7 +203,7 @@ func (c *clientConn) serveRequest(r *http.Request) bool {
 	c.serving, c.reading, c.watchWanted = true, c.content != nil, false
 	c.mu.Unlock()
 	c.w.reset(r)
-	c.server.Handle(c.out, r)
+	c.server.Handle(&c.w, r)
 	if c.w.hijacked {
 		return false
 	}
@@ -292,37 +287,11 @@ func (c *clientConn) limitRead(least, most time.Duration) {
 	}
 }
 
-// startWriteIdleTimeout sets the deadline for the next write, for clients that do not read. It is called before each write of a response, also of one without content.
-func (c *clientConn) startWriteIdleTimeout() {
-	if timeout := c.server.WriteIdleTimeout; timeout > 0 {
-		c.setWriteDeadline(time.Now().Add(timeout), timeout/16)
-	}
-}
-
-// setWriteDeadline sets the write deadline, unless the current one is at most slack earlier:
-// each change costs a change of a timer. The deadline stays set between responses, when
-// nothing is written.
-func (c *clientConn) setWriteDeadline(due time.Time, slack time.Duration) {
-	if diff := due.Sub(c.writeDeadline); diff < 0 || diff > slack {
-		c.writeDeadline = due
-		_ = c.Conn.SetWriteDeadline(due)
-	}
-}
-
-// clearWriteDeadline removes the write deadline before the connection is handed off or
-// hijacked.
-func (c *clientConn) clearWriteDeadline() {
-	if !c.writeDeadline.IsZero() {
-		c.writeDeadline = time.Time{}
-		_ = c.Conn.SetWriteDeadline(time.Time{})
-	}
-}
-
 // handOff hands the connection off, with every byte that was read but not consumed: to the
 // listener of the new config if there is one, else to net/http.
 func (c *clientConn) handOff() {
 	unread, _ := c.r.Peek(c.r.Buffered())
-	c.clearWriteDeadline()
+	c.w.clearDeadline()
 	c.mu.Lock() // shutdown may be about to interrupt
 	c.readDeadline.Clear(c.Conn)
 	c.mu.Unlock()

@@ -97,7 +97,7 @@ func (c *requestContext) Value(key any) any {
 		return nil
 	}
 	c.once.Do(func() {
-		c.prepared = c.conn.server.Prepare(c.r.WithContext(c.Context), c.conn.out, c.attached)
+		c.prepared = c.conn.server.Prepare(c.r.WithContext(c.Context), &c.conn.w, c.attached)
 	})
 	return c.prepared.Value(key)
 }

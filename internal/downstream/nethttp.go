@@ -161,21 +161,15 @@ func (c *readConn) Write(p []byte) (int, error) {
 	return c.Conn.Write(p)
 }
 
-// ReadFrom implements io.ReaderFrom.
-func (c *readConn) ReadFrom(r io.Reader) (int64, error) { return readFrom(c.Conn, r) }
-
-// CloseWrite ends what the connection sends.
-func (c *readConn) CloseWrite() error { return c.in.CloseWrite() }
-
-// readFrom copies r to conn. Between two sockets, the kernel does it.
-func readFrom(conn net.Conn, r io.Reader) (copied int64, err error) {
-	if to, ok := conn.(io.ReaderFrom); ok {
+// ReadFrom implements io.ReaderFrom. Between two sockets, the kernel copies.
+func (c *readConn) ReadFrom(r io.Reader) (copied int64, err error) {
+	if to, ok := c.Conn.(io.ReaderFrom); ok {
 		return to.ReadFrom(r)
 	}
 	buf := tcpconn.GetBuffer()
 	defer buf.Free()
 	write := func(p []byte) error {
-		n, err := conn.Write(p)
+		n, err := c.Conn.Write(p)
 		copied += int64(n)
 		return err
 	}
@@ -185,6 +179,9 @@ func readFrom(conn net.Conn, r io.Reader) (copied int64, err error) {
 	}
 	return copied, cmp.Or(writeErr, readErr)
 }
+
+// CloseWrite ends what the connection sends.
+func (c *readConn) CloseWrite() error { return c.in.CloseWrite() }
 
 // readListener accepts connections for net/http as readConns.
 type readListener struct {

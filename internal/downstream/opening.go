@@ -70,11 +70,11 @@ func (c *clientConn) shakeHands(conn *tls.Conn) error {
 	limit := c.server.ReadHeaderTimeout
 	c.limitRead(limit, limit)
 	if limit > 0 {
-		c.setWriteDeadline(time.Now().Add(limit), 0)
+		c.w.setDeadline(time.Now().Add(limit), 0)
 	}
 	err := conn.HandshakeContext(context.WithValue(c.server.BaseContext, http.LocalAddrContextKey, conn.LocalAddr()))
 	c.readDeadline.Clear(conn)
-	c.clearWriteDeadline()
+	c.w.clearDeadline()
 	return err
 }
 

@@ -42,8 +42,7 @@ import (
 	"time"
 )
 
-// Server says how to serve the connections of a listener. All of its functions must be set,
-// except Wrap.
+// Server says how to serve the connections of a listener. All of its functions must be set.
 type Server struct {
 	// Handle serves a request. It responds to w, or hijacks the connection.
 	Handle func(w http.ResponseWriter, r *http.Request)
@@ -59,14 +58,14 @@ type Server struct {
 	// FreeAttached is called with what the handler has attached to a request that nothing uses
 	// any longer.
 	FreeAttached func(attached any)
-	// Wrap returns the writer that the handler gets for the requests of a connection, and their
-	// context. CONNECT gets the Writer itself, and so do all requests if Wrap is nil.
-	Wrap func(ctx context.Context, w *Writer) (context.Context, http.ResponseWriter)
 
 	// ReadHeaderTimeout limits how long a request head may take, IdleTimeout how long a client
 	// may take to begin one, ReadIdleTimeout each read of content, and WriteIdleTimeout each
 	// write. 0: no limit.
 	ReadHeaderTimeout, IdleTimeout, ReadIdleTimeout, WriteIdleTimeout time.Duration
+
+	// MaxWriteChunk limits how much content one write may send. 0: no limit.
+	MaxWriteChunk int
 
 	// MaxHeaderBytes limits the length of a request head. A longer one is refused.
 	MaxHeaderBytes int

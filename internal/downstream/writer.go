@@ -5,8 +5,8 @@ package downstream
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"net/netip"
@@ -18,6 +18,7 @@ import (
 	"golang.org/x/net/http/httpguts"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // Writer writes the responses on a connection byte for byte as net/http would, except for the
@@ -35,6 +36,9 @@ type Writer struct {
 	resets   bool       // reset the connection when it ends
 	lingers  bool       // close the connection in stages
 	sender   netip.Addr // the client, if lingers is set
+
+	deadline time.Time           // current write deadline; zero: none
+	slow     *tcpconn.StallTimer // nil: it has not been started
 
 	onHeader   func(status int) // called before a header is written; nil: nothing
 	status     int              // 0: not set yet
@@ -90,18 +94,9 @@ func (w *Writer) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	}
 	w.hijacked = true
 	w.client.stopWatch()
-	w.client.clearWriteDeadline()
+	w.clearDeadline()
 	w.client.readDeadline.Clear(w.client.Conn)
 	return w.client.Conn, bufio.NewReadWriter(w.client.r, nil), nil
-}
-
-// SetWriteDeadline implements the method that http.ResponseController calls. It ignores the
-// zero time: every write sets its own deadline, so that none has to be removed.
-func (w *Writer) SetWriteDeadline(t time.Time) error {
-	if !t.IsZero() {
-		w.client.setWriteDeadline(t, time.Until(t)/16)
-	}
-	return nil
 }
 
 // SetReadDeadline implements the method that http.ResponseController calls. A time that has passed
@@ -187,7 +182,7 @@ func (w *Writer) WriteHeader(status int) {
 		delete(w.header, "Content-Length")
 		delete(w.header, "Transfer-Encoding")
 		w.buf = append(w.appendFields(h1.AppendStatusLine(w.buf[:0], status)), "\r\n"...)
-		w.client.startWriteIdleTimeout()
+		w.startDeadline()
 		if _, err := w.client.Write(w.buf); err != nil {
 			w.client.cancel() // or each further interim response would wait for the client again
 		}
@@ -211,8 +206,23 @@ func (w *Writer) hasContent() bool {
 	return w.status != http.StatusNoContent && w.status != http.StatusNotModified
 }
 
-// Write implements io.Writer.
-func (w *Writer) Write(p []byte) (int, error) {
+// Write implements io.Writer. It sends at most MaxWriteChunk bytes at a time, each with a deadline of
+// their own.
+func (w *Writer) Write(p []byte) (n int, err error) {
+	for {
+		part := p[n:]
+		if most := w.client.server.MaxWriteChunk; most > 0 && len(part) > most {
+			part = part[:most]
+		}
+		sent, err := w.write(part)
+		if n += sent; err != nil || n == len(p) {
+			return n, err
+		}
+	}
+}
+
+// write writes p at once.
+func (w *Writer) write(p []byte) (int, error) {
 	if w.status == 0 {
 		w.WriteHeader(http.StatusOK)
 	}
@@ -246,22 +256,45 @@ func (w *Writer) FlushError() error {
 	return w.send(nil, false)
 }
 
-// ReadFrom implements io.ReaderFrom. Between two sockets, the kernel copies the content.
-func (w *Writer) ReadFrom(r io.Reader) (int64, error) {
-	if w.status == 0 || w.head || !w.hasContent() || w.length < 0 {
-		return io.Copy(struct{ io.Writer }{w}, r)
+// mover is content that the kernel can move from one socket to another.
+type mover interface {
+	// Socket returns the socket that the content is read from; nil: it cannot be moved.
+	Socket() *net.TCPConn
+	// Move has fill take bytes from the socket, and returns io.EOF with the last bytes.
+	Move(fill func(most int64) (int, error)) (int, error)
+}
+
+// Splice has the kernel move the rest of the content, which has the given length, from the socket of
+// src to the client's. It calls moved whenever the client's socket has accepted some. readErr is
+// io.EOF if all has been moved. It is errors.ErrUnsupported if the caller must write the rest.
+func (w *Writer) Splice(src mover, length int64, moved func(n int64)) (readErr, writeErr error) {
+	to, ok := w.client.Conn.(*net.TCPConn)
+	from := src.Socket()
+	if !ok || from == nil || w.head || !w.hasContent() || w.length-w.written != length {
+		return errors.ErrUnsupported, nil
 	}
 	if err := w.FlushError(); err != nil {
-		return 0, err
+		return nil, err
 	}
-	left := w.length - w.written
-	if limited, ok := r.(*io.LimitedReader); !ok || limited.N > left {
-		r = io.LimitReader(r, left) // the kernel copies only below a single LimitedReader
+	w.startStallTimer()
+	splicer := tcpconn.NewSplicer(to, from)
+	defer splicer.Close()
+	drained := func(n int) {
+		w.written += int64(n)
+		moved(int64(n))
 	}
-	w.client.startWriteIdleTimeout()
-	n, err := readFrom(w.client.Conn, r)
-	w.written += n
-	return n, err
+	for {
+		n, err := src.Move(splicer.Fill)
+		if n > 0 {
+			w.startDeadline()
+			if err := splicer.Drain(drained); err != nil {
+				return nil, err
+			}
+		}
+		if err != nil {
+			return err, nil
+		}
+	}
 }
 
 // finish completes the response and drops what was kept for it.
@@ -276,6 +309,8 @@ func (w *Writer) finish() error {
 	if !w.headerSent || w.chunked {
 		err = w.send(nil, true)
 	}
+	w.slow.Stop()
+	w.slow = nil
 	// Every header name is a substring of the request head. Drop them, so that an idle
 	// connection does not keep the head in memory.
 	if w.freesHeader {
@@ -313,7 +348,10 @@ func (w *Writer) send(p []byte, last bool) error {
 		w.buf = nil
 	}
 	var err error
-	w.client.startWriteIdleTimeout()
+	w.startDeadline()
+	if !last && w.written != w.length {
+		w.startStallTimer() // there is more to come
+	}
 	if len(p) == 0 {
 		_, err = w.client.Write(b)
 	} else {

@@ -22,15 +22,32 @@ type ResponseBody struct {
 	wait   *contentWait // nil: it has not waited yet
 }
 
-// Socket returns the connection that the body is read from if that is a plain socket, and
-// otherwise nil.
+// Socket returns the connection's socket if Move can be called: if it carries the rest of the body as
+// it is, and none of it has been read ahead. Otherwise it returns nil.
 func (b *ResponseBody) Socket() *net.TCPConn {
 	socket, _ := b.conn.Conn.(*net.TCPConn)
+	if b.IsChunked() || b.Remaining < 0 || b.R.Buffered() > 0 {
+		return nil
+	}
 	return socket
 }
 
-// ClearDeadline removes the read deadline that WaitFor leaves on the connection.
-func (b *ResponseBody) ClearDeadline() { b.conn.deadline.Clear(b.conn.Conn) }
+// Move has fill read up to the given number of bytes from the socket, instead of reading them itself.
+// It waits for them as AwaitContent does. It returns what fill returns, and io.EOF with the last
+// bytes of the body.
+func (b *ResponseBody) Move(fill func(most int64) (int, error)) (n int, err error) {
+	err = b.WaitFor(func() (err error) {
+		n, err = fill(b.Remaining)
+		return err
+	})
+	if err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
+	if b.Skip(n) {
+		err = io.EOF
+	}
+	return n, err
+}
 
 // Read implements io.Reader. If the end of the connection ends the body, a reset that only
 // the sender of the request body has seen counts as a cut-off.
