@@ -245,16 +245,13 @@ func (o *connPool) sweepLater() {
 }
 
 // sweepIdle closes connections that have been idle for too long or that the origin has
-// closed. It reschedules itself while any are left. With the last it closes the pipes through which
-// bodies were spliced.
+// closed. It reschedules itself while any are left.
 func (o *connPool) sweepIdle() {
 	now := time.Now()
 	o.closeIdle(func(c *pooledConn) bool { return now.Sub(c.idleSince) >= maxIdleTime || !c.quiet() })
 	o.sweeping.Store(false)
 	if o.count.Load() > 0 {
 		o.sweepLater()
-	} else {
-		tcpconn.ClosePipes()
 	}
 }
 

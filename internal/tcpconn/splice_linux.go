@@ -7,7 +7,9 @@ import (
 	"errors"
 	"io"
 	"net"
+	"sync/atomic"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -45,6 +47,7 @@ func (p pipe) Release(empty bool) {
 	if empty {
 		select {
 		case Pipes <- p:
+			closePipesLater()
 			return
 		default:
 		}
@@ -53,8 +56,23 @@ func (p pipe) Release(empty bool) {
 	_ = unix.Close(p.w)
 }
 
-// ClosePipes closes the unused pipes. It is called when the last tunnel ends, and when the last idle
-// connection to an origin is closed, so that a process at rest holds no descriptors for them.
+// pipesKept is how long unused pipes are kept after the first of them has been released.
+const pipesKept = 30 * time.Second
+
+var pipesClose atomic.Bool // closePipesLater has been called, and ClosePipes not yet
+
+// closePipesLater has the unused pipes closed after pipesKept, so that a process at rest holds no
+// descriptors for them.
+func closePipesLater() {
+	if !pipesClose.Swap(true) {
+		time.AfterFunc(pipesKept, func() {
+			pipesClose.Store(false)
+			ClosePipes()
+		})
+	}
+}
+
+// ClosePipes closes the unused pipes at once. It is called when the last tunnel ends.
 func ClosePipes() {
 	for {
 		select {
@@ -85,7 +103,7 @@ func ClosePipes() {
 //	}
 //
 // If bytes of src are in a buffer already, the caller writes them to dst before the first Fill.
-// Unused pipes are kept until ClosePipes is called, up to a limit.
+// Unused pipes are kept for a while, up to a limit.
 type Splicer struct {
 	dst, src    syscall.RawConn
 	fill, drain func(fd uintptr) bool // the method values fillPipe and drainPipe, allocated once

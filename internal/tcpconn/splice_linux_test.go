@@ -11,6 +11,7 @@ import (
 	"os"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -154,6 +155,29 @@ func TestSplicerWaitsForTheDestination(t *testing.T) {
 		}
 	})
 	conntest.ReceiveBulk(t, "the destination", r.out, 1, size)
+}
+
+// Unused pipes are closed after a while, also without ClosePipes.
+func TestUnusedPipesAreClosed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ClosePipes()
+		pipesClose.Store(false) // a timer of another test has it
+		for range 2 {
+			p, err := NewPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			p.Release(true)
+			if time.Sleep(pipesKept - 1); len(Pipes) != 1 {
+				t.Errorf("%d pipes are kept, want 1", len(Pipes))
+			}
+			time.Sleep(1)
+			synctest.Wait()
+			if len(Pipes) != 0 {
+				t.Errorf("%d pipes are left, want none", len(Pipes))
+			}
+		}
+	})
 }
 
 // A destination that vanishes is an error of Drain. The bytes that it did not take reach nobody
