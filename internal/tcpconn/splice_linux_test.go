@@ -171,7 +171,7 @@ func TestUnusedPipesAreClosed(t *testing.T) {
 			if time.Sleep(pipesKept - 1); len(Pipes) != 1 {
 				t.Errorf("%d pipes are kept, want 1", len(Pipes))
 			}
-			time.Sleep(1)
+			time.Sleep(time.Nanosecond)
 			synctest.Wait()
 			if len(Pipes) != 0 {
 				t.Errorf("%d pipes are left, want none", len(Pipes))
