@@ -23,10 +23,10 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
-// clientConn serves one client connection on one goroutine. On the first request that it does
-// not handle, or that is malformed, it hands the connection to net/http with every byte of that
-// request. After a config reload it hands the connection to the listener of the new config
-// between two requests, which the client does not notice.
+// clientConn serves one client connection on one goroutine. It refuses a malformed request, and
+// hands the connection to net/http with a request that is for this server itself, with every byte
+// of it. After a config reload it hands the connection to the listener of the new config between
+// two requests, which the client does not notice.
 type clientConn struct {
 	net.Conn
 	addresses *addresses // nil: those of Conn

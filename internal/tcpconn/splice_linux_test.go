@@ -180,8 +180,8 @@ func TestUnusedPipesAreClosed(t *testing.T) {
 	})
 }
 
-// A destination that vanishes is an error of Drain. The bytes that it did not take reach nobody
-// else.
+// Drain fails if the destination is gone. The bytes that are left in the pipe are dropped, and do
+// not reach the next destination.
 func TestSplicerDestinationFails(t *testing.T) {
 	ClosePipes()
 	r := newSpliceRig(t)
