@@ -318,6 +318,7 @@ func (c *clientConn) handOff() {
 	}
 }
 
+// http2Preface begins a connection that speaks HTTP/2 without having negotiated it (RFC 9113 §3.4).
 const http2Preface = "PRI * HTTP/2.0"
 
 // refuse responds to input that is not a request that can be served. The first byte of a

@@ -52,3 +52,27 @@ func TestReadConnFirst(t *testing.T) {
 		}
 	}
 }
+
+// TestTakeBackGivesUpHTTP2 checks that a connection that speaks HTTP/2 is not followed: its frames
+// are read on a goroutine of their own.
+func TestTakeBackGivesUpHTTP2(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		read []string // what each read of net/http returns
+		kept bool     // net/http keeps the connection
+	}{
+		{"the preface", []string{"PRI * HTTP/2.0\r\n\r\n"}, true},
+		{"the preface in parts", []string{"P", "RI * HT", "TP/2.0\r\n\r\n"}, true},
+		{"a method like it", []string{"PRI", "NT * HTTP/2.0\r\n\r\n"}, false},
+		{"a later preface", []string{"GET / HTTP/1.1\r\n", "PRI * HTTP/2.0\r\n\r\n"}, false},
+		{"a request", []string{"GET / HTTP/1.1\r\nHost: a\r\n\r\n"}, false},
+	} {
+		back := takeBack{listener: new(Listener)}
+		for _, read := range test.read {
+			back.note([]byte(read))
+		}
+		if back.becameIdle(); back.idle.Load() == test.kept {
+			t.Errorf("%s: idle is %v", test.name, back.idle.Load())
+		}
+	}
+}

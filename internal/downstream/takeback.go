@@ -19,6 +19,7 @@ import (
 type takeBack struct {
 	listener *Listener   // handed the connection off; nil: it cannot be taken back
 	read     int         // bytes that net/http has read
+	preface  int         // of these, how many are the beginning of http2Preface
 	heads    int         // empty lines that net/http has read, less the requests it has responded to
 	line     int         // bytes of the current line, without CRs
 	atEnd    bool        // the last byte that net/http has read ends an empty line
@@ -30,9 +31,21 @@ type takeBack struct {
 // byte is looked at.
 const maxNoted = 64 << 10
 
-// note records what net/http has read.
+// note records what net/http has read. It gives up a connection that speaks HTTP/2, whose frames
+// net/http reads on a goroutine of their own: from then on neither note nor becameIdle writes.
 func (b *takeBack) note(p []byte) {
-	if b.read += len(p); b.listener == nil || b.read > maxNoted {
+	if b.listener == nil {
+		return
+	}
+	if b.preface == b.read {
+		for _, char := range p[:min(len(p), len(http2Preface)-b.preface)] {
+			if char != http2Preface[b.preface] {
+				break
+			}
+			b.preface++
+		}
+	}
+	if b.read += len(p); b.read > maxNoted || b.preface == len(http2Preface) {
 		b.listener = nil
 		return
 	}
@@ -51,8 +64,11 @@ func (b *takeBack) note(p []byte) {
 
 // becameIdle is told that net/http has responded to a request and waits for another.
 func (b *takeBack) becameIdle() {
+	if b.listener == nil {
+		return
+	}
 	b.heads--
-	b.idle.Store(b.listener != nil && b.heads == 0 && b.atEnd)
+	b.idle.Store(b.heads == 0 && b.atEnd)
 }
 
 // WasTakenBack reports whether a connection that net/http has closed is served on. A ConnState hook
