@@ -32,7 +32,7 @@ var arrows = []struct{ name, imports string }{
 	{"bucket", "client"},
 	{"h1", ""},
 	{"metrics", ""},
-	{"policy", "hostport"},
+	{"access", "hostport"},
 	{"tunnel", "monotime client hostport tcpconn"},
 	{"egress", "monotime client hostport tcpconn h1 policy"},
 	{"origin", "monotime client hostport tcpconn h1 policy egress"},

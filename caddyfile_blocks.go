@@ -22,7 +22,7 @@ import (
 	"golang.org/x/crypto/bcrypt"
 	"golang.org/x/net/http/httpguts"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
+	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 )
 
 // rule parses a rule that lists destinations.
@@ -49,7 +49,7 @@ func (p *caddyfileParser) ruleFiles(h *Handler) error {
 	for _, file := range args {
 		// A config may be adapted by another user than the one that runs Caddy, who
 		// may lack permission to read the file.
-		if err := policy.ReadList(file, checkListed); err != nil && !errors.Is(err, fs.ErrPermission) {
+		if err := access.ReadList(file, checkListed); err != nil && !errors.Is(err, fs.ErrPermission) {
 			return p.expectedErr("%v", err)
 		}
 	}
@@ -73,17 +73,17 @@ func (p *caddyfileParser) checkRules(h *Handler) error {
 }
 
 // uselessRule returns the first allow rule that can have no effect.
-func uselessRule(h *Handler) (*policy.Useless, error) {
-	var p policy.Policy
+func uselessRule(h *Handler) (*access.Useless, error) {
+	var p access.Control
 	var err, err2 error
-	p.Ports, err = policy.ParsePortList("ports", h.Ports)
-	p.Connect, err2 = policy.ParsePortList("connect_ports", h.ConnectPorts)
+	p.Ports, err = access.ParsePortList("ports", h.Ports)
+	p.Connect, err2 = access.ParsePortList("connect_ports", h.ConnectPorts)
 	if err := errors.Join(err, err2); err != nil {
 		return nil, err
 	}
-	check := &policy.RuleCheck{Open: p.OpenPorts(), SkipFiles: true}
+	check := &access.RuleCheck{Open: p.OpenPorts(), SkipFiles: true}
 	rules := compileRules(caddy.Context{}, h.Rules)
-	sets, err := policy.NewRuleSets(rules, check)
+	sets, err := access.NewRuleSets(rules, check)
 	if err != nil {
 		return nil, err
 	}
@@ -99,7 +99,7 @@ func uselessRule(h *Handler) (*policy.Useless, error) {
 // ignored there.
 func checkListed(text string) error {
 	err := checkDestination(text)
-	if bits := new(policy.HostBitsError); errors.As(err, &bits) {
+	if bits := new(access.HostBitsError); errors.As(err, &bits) {
 		return nil
 	}
 	return err
@@ -120,7 +120,7 @@ func (p *caddyfileParser) ruleSource(h *Handler) error {
 			return p.expectedErr("static has no ranges")
 		}
 		for _, r := range static.Ranges {
-			if _, err := policy.ParsePrefix(r); err != nil {
+			if _, err := access.ParsePrefix(r); err != nil {
 				return p.invalid(r)
 			}
 		}
@@ -199,7 +199,7 @@ func (p *caddyfileParser) servePAC(h *Handler) error {
 			return err
 		}
 		for _, arg := range args {
-			if _, err := policy.NewPACDirect([]string{arg}); err != nil {
+			if _, err := access.NewPACDirect([]string{arg}); err != nil {
 				return p.invalid(arg)
 			}
 		}

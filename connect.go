@@ -38,7 +38,7 @@ func (p *proxy) connect(w http.ResponseWriter, r *http.Request, v *transaction) 
 	if err := p.tunnels.Admit(from.limitKey, p.config.MaxTunnels, p.config.MaxTunnelsPerClient); err != nil {
 		return 0, tunnelRefusal(err)
 	}
-	ctx := p.dialer.Policy.WithConnect(p.withParentFields(r, from, target))
+	ctx := p.dialer.Access.WithConnect(p.withParentFields(r, from, target))
 	ctx, dialled := p.tunnels.DialContext(ctx, time.Duration(p.config.DialTimeout))
 	far, err := p.dial(ctx, from.reach, target)
 	dialled()

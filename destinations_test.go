@@ -17,8 +17,8 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // A rule that is only reported denies nothing, and is logged.
@@ -55,7 +55,7 @@ func TestRulesFromFiles(t *testing.T) {
 		open     bool
 	}{{"", "10.1.2.3:80", false}, {"", "10.1.2.4:80", true}, {"ads.example", "1.1.1.1:1", false}, {"x.ads.example", "1.1.1.1:80", false}, {"x.ads.example", "1.1.1.1:81", true}} {
 		to := netip.MustParseAddrPort(tc.to)
-		if denied, _ := p.Check(t.Context(), policy.LocalScope, hostport.Target{Name: tc.name, Port: to.Port()}, to); (denied == nil) != tc.open {
+		if denied, _ := p.Check(t.Context(), access.LocalScope, hostport.Target{Name: tc.name, Port: to.Port()}, to); (denied == nil) != tc.open {
 			t.Errorf("%s %s: %v", tc.name, tc.to, denied)
 		}
 	}
@@ -63,13 +63,13 @@ func TestRulesFromFiles(t *testing.T) {
 		t.Fatal(err)
 	}
 	for path, want := range map[string]string{file: "deny: " + file + ":2: ", file + ".missing": "deny: open " + file + ".missing: "} {
-		_, err := policy.NewRuleSets([]policy.Rule{{Action: "deny", Files: []string{path}}}, new(policy.RuleCheck))
+		_, err := access.NewRuleSets([]access.Rule{{Action: "deny", Files: []string{path}}}, new(access.RuleCheck))
 		if err == nil || !strings.HasPrefix(err.Error(), want) {
 			t.Errorf("%s: %v", path, err)
 		}
 	}
-	for _, r := range []policy.Rule{{Action: "permit", Destinations: []string{"all"}}, {Action: "deny"}, {Action: "deny", Destinations: []string{"a b"}}} {
-		if _, err := policy.NewRuleSets([]policy.Rule{r}, new(policy.RuleCheck)); err == nil {
+	for _, r := range []access.Rule{{Action: "permit", Destinations: []string{"all"}}, {Action: "deny"}, {Action: "deny", Destinations: []string{"a b"}}} {
+		if _, err := access.NewRuleSets([]access.Rule{r}, new(access.RuleCheck)); err == nil {
 			t.Errorf("the rule %+v is accepted", r)
 		}
 	}
@@ -100,7 +100,7 @@ func TestRulesFromSources(t *testing.T) {
 		for _, address := range addresses {
 			to := netip.AddrPortFrom(netip.MustParseAddr(address), 80)
 			rule := ""
-			if denied, _ := p.Check(t.Context(), policy.LocalScope, hostport.TargetOf(to.String()), to); denied != nil {
+			if denied, _ := p.Check(t.Context(), access.LocalScope, hostport.TargetOf(to.String()), to); denied != nil {
 				rule = denied.Rule
 			}
 			if rule != want {

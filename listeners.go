@@ -13,8 +13,8 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // protectedListeners knows the protected listeners of this process, to which the proxy connects
@@ -29,10 +29,10 @@ type protectedListeners struct {
 
 // listensOn reports whether a connection to an address would arrive at one of them. It decides
 // about addresses of other machines, as most are, without looking for sockets. Unless exact
-// is set, it may miss a listener that was opened within the last policy.SystemCacheTTL, which halves
+// is set, it may miss a listener that was opened within the last access.SystemCacheTTL, which halves
 // the cost.
 func (o *protectedListeners) listensOn(to netip.AddrPort, exact bool) bool {
-	if ip := to.Addr(); !ip.IsLoopback() && !ip.IsUnspecified() && !policy.IsOwnAddress(ip) {
+	if ip := to.Addr(); !ip.IsLoopback() && !ip.IsUnspecified() && !access.IsOwnAddress(ip) {
 		return false
 	}
 	return o.anyListener(to, exact, func(ln netip.AddrPort) bool { return arrives(to, ln) })
@@ -59,7 +59,7 @@ func arrives(to, ln netip.AddrPort) bool {
 	case ip.IsUnspecified(): // the kernel connects to loopback
 		return at.IsLoopback() || at.IsUnspecified()
 	}
-	return at.IsUnspecified() && (ip.IsLoopback() || policy.IsOwnAddress(ip))
+	return at.IsUnspecified() && (ip.IsLoopback() || access.IsOwnAddress(ip))
 }
 
 // isSite reports whether another HTTP server without a status page listens on an address.

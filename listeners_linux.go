@@ -16,7 +16,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"golang.org/x/sys/unix"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
+	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 )
 
 // sockets are the sockets on which Caddy listens, by port. Their addresses come from the
@@ -32,7 +32,7 @@ type socket struct {
 	addr netip.AddrPort
 }
 
-// socketCache keeps the sockets for policy.SystemCacheTTL, unless something shows that they are
+// socketCache keeps the sockets for access.SystemCacheTTL, unless something shows that they are
 // stale, because looking for them costs a system call for each descriptor.
 type socketCache struct {
 	known atomic.Pointer[sockets]
@@ -68,7 +68,7 @@ func (c *socketCache) listenersAt(to netip.AddrPort, exact bool) []netip.AddrPor
 // or, which only exact checks, Caddy counts more: a reload opens the new listener of the
 // admin endpoint and closes the old one long before the new config has started or failed.
 func (s *sockets) listening(to netip.AddrPort, exact bool) (found []netip.AddrPort, complete bool) {
-	if s == nil || s.config != program.loaded.Load() || time.Since(s.looked) >= policy.SystemCacheTTL {
+	if s == nil || s.config != program.loaded.Load() || time.Since(s.looked) >= access.SystemCacheTTL {
 		return nil, false
 	}
 	complete = true

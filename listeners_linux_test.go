@@ -15,9 +15,9 @@ import (
 // inherited are sockets passed on as by a service manager. Caddy never returns them.
 var inherited []*os.File
 
-// TestPolicyListenersInherited checks that an inherited socket is closed to clients like
+// TestAccessListenersInherited checks that an inherited socket is closed to clients like
 // any other of the proxy's own.
-func TestPolicyListenersInherited(t *testing.T) {
+func TestAccessListenersInherited(t *testing.T) {
 	ln, err := net.Listen("tcp4", freeAddress(t))
 	if err != nil {
 		t.Fatal(err)
@@ -36,5 +36,5 @@ func TestPolicyListenersInherited(t *testing.T) {
 `, file.Fd()))
 	policyOpen(t, w.proxy, http.MethodConnect, ln.Addr().String(), "", "") // another site's socket
 	w.load(strings.Replace(w.site("allow 127.0.0.0/8"), "async_proxy", fmt.Sprintf("bind 127.0.0.1 fd/%d\n\tasync_proxy", file.Fd()), 1))
-	policyDenied(t, w.proxy, http.MethodConnect, ln.Addr().String(), "")
+	accessDenied(t, w.proxy, http.MethodConnect, ln.Addr().String(), "")
 }

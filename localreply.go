@@ -14,11 +14,11 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/origin"
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
@@ -218,7 +218,7 @@ func (c cause) failure(err error, host string) *refusal {
 func clientDisconnected(err error) *refusal { return causeClientLeft.refusal(err) }
 
 // causeOfDenied derives the cause from the name of the rule.
-func causeOfDenied(e *policy.DeniedError) cause {
+func causeOfDenied(e *access.DeniedError) cause {
 	switch {
 	case e.Rule == "":
 		return causeDefault
@@ -231,16 +231,16 @@ func causeOfDenied(e *policy.DeniedError) cause {
 // tunnelRefusal returns the response for when a limit does not allow another tunnel.
 func tunnelRefusal(err *tunnel.LimitError) *refusal {
 	if err.PerClient {
-		return causeTunnelsPerClient.refusal(&policy.DeniedError{Rule: "max_tunnels per_client", Reason: err.Error(), Hint: "raise max_tunnels per_client"})
+		return causeTunnelsPerClient.refusal(&access.DeniedError{Rule: "max_tunnels per_client", Reason: err.Error(), Hint: "raise max_tunnels per_client"})
 	}
-	return causeTunnels.refusal(&policy.DeniedError{Rule: "max_tunnels", Reason: err.Error(), Hint: "raise max_tunnels"})
+	return causeTunnels.refusal(&access.DeniedError{Rule: "max_tunnels", Reason: err.Error(), Hint: "raise max_tunnels"})
 }
 
 // dialRefusal returns the response that tells the client why there is no connection to
 // host. ctx is the request's.
 func dialRefusal(ctx context.Context, err error, host string) *refusal {
 	var (
-		denied *policy.DeniedError
+		denied *access.DeniedError
 		parent *egress.ParentError
 	)
 	switch {
@@ -277,7 +277,7 @@ func dialOutcome(ctx context.Context, err error) string {
 	if err == nil {
 		return "ok" // the fast path
 	}
-	var denied *policy.DeniedError
+	var denied *access.DeniedError
 	switch {
 	case ctx.Err() != nil && !errors.Is(ctx.Err(), context.DeadlineExceeded): // an exceeded deadline is the dial timeout
 		return "canceled"

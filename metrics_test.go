@@ -24,9 +24,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // gatherMetrics returns the values of all metrics (of histograms, the counts), keyed by name and
@@ -439,7 +439,7 @@ func TestDialOutcomes(t *testing.T) {
 		{t.Context(), refused, "refused"},
 		{late, os.ErrDeadlineExceeded, "timeout"},
 		{late, context.DeadlineExceeded, "timeout"},
-		{late, &policy.DeniedError{}, "denied"},
+		{late, &access.DeniedError{}, "denied"},
 		{late, refused, "refused"},
 		{left, context.Canceled, "canceled"},
 		{left, os.ErrDeadlineExceeded, "canceled"},

@@ -18,11 +18,11 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 	"github.com/asyncproxy/caddy-async-proxy/internal/printable"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
@@ -109,7 +109,7 @@ func (v *transaction) placeholder(key string) (any, bool) {
 // rule returns the rule that denied the destination, as in the log line, or "" if none
 // did.
 func (v *transaction) rule() string {
-	var denied *policy.DeniedError
+	var denied *access.DeniedError
 	if v.refusal == nil || !errors.As(v.refusal.err, &denied) {
 		return ""
 	}
@@ -164,12 +164,12 @@ func (p *proxy) logRequest(r *http.Request, v *transaction, err error, more ...z
 // linePool is a pool of slices for the fields of a log line. Nothing keeps them once it is written.
 var linePool = sync.Pool{New: func() any { return new([]zap.Field) }}
 
-// deniedBy returns the denial by the policy in err, or nil if there is none.
-func deniedBy(err error) *policy.DeniedError {
+// deniedBy returns the denial by the rules in err, or nil if there is none.
+func deniedBy(err error) *access.DeniedError {
 	if err == nil {
 		return nil
 	}
-	var denied *policy.DeniedError
+	var denied *access.DeniedError
 	errors.As(err, &denied)
 	return denied
 }
@@ -225,7 +225,7 @@ func (p *proxy) logLimited(r *http.Request, v *transaction, verdict bucket.Decis
 }
 
 // logReported logs a destination that report_only kept from being denied.
-func (p *proxy) logReported(ctx context.Context, target string, denied *policy.DeniedError) {
+func (p *proxy) logReported(ctx context.Context, target string, denied *access.DeniedError) {
 	program.metrics.Reported(reportedRules)
 	if c := p.logger.Check(zapcore.WarnLevel, "would be denied"); c != nil {
 		client, _ := caddyhttp.GetVar(ctx, caddyhttp.ClientIPVarKey).(string)
@@ -238,7 +238,7 @@ func (p *proxy) logReported(ctx context.Context, target string, denied *policy.D
 
 // deniedFields returns the log fields of a denied destination: the rule, the address if
 // it is known, and a hint how to allow it.
-func deniedFields(denied *policy.DeniedError) []zap.Field {
+func deniedFields(denied *access.DeniedError) []zap.Field {
 	rule := denied.Rule
 	if rule == "" {
 		rule = "default"

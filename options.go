@@ -13,9 +13,9 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 	"github.com/asyncproxy/caddy-async-proxy/internal/status"
 )
 
@@ -136,7 +136,7 @@ var options = []option{
 	{
 		name: "ports", syntax: syntaxPorts,
 		doc:         "the only allowed destination ports",
-		optionValue: list(expectedPorts, func(h *Handler) *[]string { return &h.Ports }, checkPorts, fmt.Sprintf("all but %d", policy.PortSMTP)),
+		optionValue: list(expectedPorts, func(h *Handler) *[]string { return &h.Ports }, checkPorts, fmt.Sprintf("all but %d", access.PortSMTP)),
 	},
 	{
 		name: "connect_ports", syntax: syntaxPorts,

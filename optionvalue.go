@@ -13,7 +13,7 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
+	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 	"github.com/asyncproxy/caddy-async-proxy/internal/status"
 )
 
@@ -205,7 +205,7 @@ func oneOf(words ...string) func(string) error {
 }
 
 func checkPorts(s string) error {
-	_, err := policy.ParsePorts(s)
+	_, err := access.ParsePorts(s)
 	return err
 }
 
@@ -222,7 +222,7 @@ func checkRange(s string) error {
 }
 
 func checkDirect(s string) error {
-	_, err := policy.NewDirectSet([]string{s})
+	_, err := access.NewDirectSet([]string{s})
 	return err
 }
 
@@ -233,8 +233,8 @@ func checkResolver(s string) error {
 
 // checkDestination checks a destination of a rule.
 func checkDestination(text string) error {
-	for _, text := range policy.ExpandRanges(text) {
-		if _, err := policy.ParseDestination(text); err != nil {
+	for _, text := range access.ExpandRanges(text) {
+		if _, err := access.ParseDestination(text); err != nil {
 			return err
 		}
 	}
@@ -244,8 +244,8 @@ func checkDestination(text string) error {
 // invalidValue returns the error for an invalid value of an option. If the intended
 // destination is obvious, the error says how to write it.
 func invalidValue(option, expected, value string) error {
-	_, err := policy.ParseDestination(value)
-	if bits := new(policy.HostBitsError); errors.As(err, &bits) || strings.HasPrefix(value, ".") && strings.Contains(expected, "*.names") {
+	_, err := access.ParseDestination(value)
+	if bits := new(access.HostBitsError); errors.As(err, &bits) || strings.HasPrefix(value, ".") && strings.Contains(expected, "*.names") {
 		return fmt.Errorf("%s: %w", option, err)
 	}
 	return fmt.Errorf("%s: the value '%s' is not valid; expected %s", option, value, expected)

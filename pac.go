@@ -9,8 +9,8 @@ import (
 	"net/http"
 	"strings"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // isPAC reports whether a request is for the proxy auto-configuration file.
@@ -47,7 +47,7 @@ func pacHead(r *http.Request) string {
 		host += port
 	}
 	name, _, _ := hostport.Split(r.Host)
-	return fmt.Sprintf("var proxy = %s;\nvar own = %s;\n", policy.QuoteJS(kind+" "+host), policy.QuoteJS(strings.ToLower(strings.Trim(name, "[]"))))
+	return fmt.Sprintf("var proxy = %s;\nvar own = %s;\n", access.QuoteJS(kind+" "+host), access.QuoteJS(strings.ToLower(strings.Trim(name, "[]"))))
 }
 
 // makePACRules returns the rest of the script, which is the same for all clients.
@@ -79,13 +79,13 @@ func (p *proxy) makePACRules() string {
 	if (is(own)) return "DIRECT";
 `)
 	for _, name := range p.config.Hosts {
-		fmt.Fprintf(&b, "\tif (is(%s)) return \"DIRECT\";\n", policy.QuoteJS(strings.ToLower(name)))
+		fmt.Fprintf(&b, "\tif (is(%s)) return \"DIRECT\";\n", access.QuoteJS(strings.ToLower(name)))
 	}
 	var direct []string
 	if p.pacDirect != nil {
 		direct = p.pacDirect.Conditions()
 	}
-	for _, condition := range append(direct, policy.ClosedConditions(p.dialer.Policy.Sets)...) {
+	for _, condition := range append(direct, access.ClosedConditions(p.dialer.Access.Sets)...) {
 		fmt.Fprintf(&b, "\tif (%s) return \"DIRECT\";\n", condition)
 	}
 	b.WriteString("\treturn proxy;\n}\n")

@@ -22,12 +22,12 @@ import (
 	"github.com/gaissmai/bart"
 	"go.uber.org/zap"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
 	"github.com/asyncproxy/caddy-async-proxy/internal/origin"
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
@@ -44,7 +44,7 @@ type proxy struct {
 	limitedResponse     *atomic.Pointer[limitedAnswer]
 	exempt              *bart.Lite
 	clients             *bart.Lite      // that may use the proxy
-	pacDirect           *policy.RuleSet // destinations that the PAC script makes browsers reach directly
+	pacDirect           *access.RuleSet // destinations that the PAC script makes browsers reach directly
 	restrictedElsewhere func() bool     // something other than clients restricts who may use the proxy
 	auth                []authProvider
 	basic               *caddyauth.HTTPBasicAuth // the provider, if it is the only one
@@ -55,7 +55,7 @@ type proxy struct {
 	tunnels             *tunnel.Registry // of process
 	site                *site
 	tunnelOwner         *tunnel.Owner // of the tunnels of site
-	origins             [policy.ScopeCount]*origin.Client
+	origins             [access.ScopeCount]*origin.Client
 	parentOrigins       *origin.Client // sends forwarded requests to the parent; nil: it accepts none
 	originLimits        *origin.Limits
 
@@ -83,7 +83,7 @@ func (p *proxy) provision(ctx caddy.Context) error {
 	if err := p.provisionClients(server); err != nil {
 		return err
 	}
-	if p.pacDirect, err = policy.NewPACDirect(p.config.PACDirect); err != nil {
+	if p.pacDirect, err = access.NewPACDirect(p.config.PACDirect); err != nil {
 		return fmt.Errorf("pac_direct: %w", err)
 	}
 	if err := p.loadAuth(ctx); err != nil {
@@ -105,7 +105,7 @@ func (p *proxy) provision(ctx caddy.Context) error {
 	if err := p.provisionDialer(ctx, server); err != nil {
 		return err
 	}
-	for r := range policy.ScopeCount {
+	for r := range access.ScopeCount {
 		if err := p.provisionOrigins(r); err != nil {
 			return err
 		}
@@ -145,7 +145,7 @@ func (p *proxy) newOriginLimits() *origin.Limits {
 }
 
 // provisionOrigins creates the clients that send forwarded requests for clients of one scope.
-func (p *proxy) provisionOrigins(r policy.Scope) (err error) {
+func (p *proxy) provisionOrigins(r access.Scope) (err error) {
 	p.origins[r], err = origin.NewClient(origin.Config{
 		Dial: func(ctx context.Context, authority string) (net.Conn, error) {
 			conn, err := p.dial(ctx, r, authority)
@@ -155,7 +155,7 @@ func (p *proxy) provisionOrigins(r policy.Scope) (err error) {
 			return conn, err
 		},
 		Recheck: func(ctx context.Context, authority string, conn net.Conn, to netip.AddrPort) error {
-			return p.recheckPolicy(ctx, r, authority, conn, to)
+			return p.recheckAccess(ctx, r, authority, conn, to)
 		},
 		Limits: p.originLimits,
 	})
@@ -218,23 +218,23 @@ func (p *proxy) close() error {
 // provisionDialer builds the dialer with its policy, resolver and parent.
 func (p *proxy) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) error {
 	own := &protectedListeners{ctx, server, p.running}
-	rules := &policy.Policy{IsSelf: own.listensOn, ReportOnly: slices.Contains(p.config.ReportOnly, "rules")}
+	rules := &access.Control{IsSelf: own.listensOn, ReportOnly: slices.Contains(p.config.ReportOnly, "rules")}
 	var err error
-	if rules.Ports, err = policy.ParsePortList("ports", p.config.Ports); err != nil {
+	if rules.Ports, err = access.ParsePortList("ports", p.config.Ports); err != nil {
 		return err
 	}
-	if rules.Connect, err = policy.ParsePortList("connect_ports", p.config.ConnectPorts); err != nil {
+	if rules.Connect, err = access.ParsePortList("connect_ports", p.config.ConnectPorts); err != nil {
 		return err
 	}
-	check := &policy.RuleCheck{Open: rules.OpenPorts()}
+	check := &access.RuleCheck{Open: rules.OpenPorts()}
 	list := compileRules(ctx, p.config.Rules)
-	if rules.Sets, err = policy.NewRuleSets(list, check); err != nil {
+	if rules.Sets, err = access.NewRuleSets(list, check); err != nil {
 		return err
 	}
 	if err := reportRules(check, list, rules.Sets, p.logger); err != nil {
 		return err
 	}
-	rules.RecheckReused = rules.ReportOnly || slices.ContainsFunc(rules.Sets, func(s *policy.RuleSet) bool { return len(s.Sources) > 0 })
+	rules.RecheckReused = rules.ReportOnly || slices.ContainsFunc(rules.Sets, func(s *access.RuleSet) bool { return len(s.Sources) > 0 })
 	servers, err := parseResolvers(p.config.Resolvers)
 	if err != nil {
 		return err
@@ -245,7 +245,7 @@ func (p *proxy) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) err
 	if p.config.Upstream == nil {
 		return nil
 	}
-	if p.dialer.Direct, err = policy.NewDirectSet(p.config.NoUpstream); err != nil {
+	if p.dialer.Direct, err = access.NewDirectSet(p.config.NoUpstream); err != nil {
 		return fmt.Errorf("no_upstream: %w", err)
 	}
 	config, err := p.config.Upstream.parentConfig(ctx, time.Duration(p.config.DialTimeout))
@@ -276,28 +276,28 @@ func (p *proxy) provisionDialer(ctx caddy.Context, server *caddyhttp.Server) err
 }
 
 // dial connects to address for a client of the given reach, and counts the attempt.
-func (p *proxy) dial(ctx context.Context, r policy.Scope, address string) (net.Conn, error) {
+func (p *proxy) dial(ctx context.Context, r access.Scope, address string) (net.Conn, error) {
 	start := time.Now()
 	conn, err := p.dialer.Dial(ctx, r, address)
 	countDial(ctx, start, err)
 	return conn, err
 }
 
-// forbids reports whether the policy would now deny an open tunnel.
+// forbids reports whether the rules would now deny an open tunnel.
 func (p *proxy) forbids(t *tunnel.Tunnel) bool {
 	ctx := context.Background()
 	if strings.HasPrefix(t.Proto, "HTTP/") { // a CONNECT, not an upgraded request
-		ctx = p.dialer.Policy.WithConnect(ctx)
+		ctx = p.dialer.Access.WithConnect(ctx)
 	}
-	return p.dialer.Denies(ctx, policy.Scope(t.Scope), t.Target, t.Address)
+	return p.dialer.Denies(ctx, access.Scope(t.Scope), t.Target, t.Address)
 }
 
-// recheckPolicy checks the policy for a reused connection that an earlier request of a client
+// recheckAccess checks the rules for a reused connection that an earlier request of a client
 // of reach r opened. The verdict can only have changed if the rules can change, or if the
 // connection leads to this machine (then to is valid), where the first check may have
 // missed a protected listener that had just been opened.
-func (p *proxy) recheckPolicy(ctx context.Context, r policy.Scope, authority string, conn net.Conn, to netip.AddrPort) error {
-	rules := p.dialer.Policy
+func (p *proxy) recheckAccess(ctx context.Context, r access.Scope, authority string, conn net.Conn, to netip.AddrPort) error {
+	rules := p.dialer.Access
 	if rules.RecheckReused || to.IsValid() && rules.IsSelf != nil && rules.IsSelf(to, true) {
 		return p.dialer.Recheck(ctx, r, authority, conn)
 	}
@@ -320,9 +320,9 @@ func (p *proxy) idleConnections() int {
 func parsePrefixes(option string, exprs []string) (*bart.Lite, error) {
 	table := new(bart.Lite)
 	for _, expr := range exprs {
-		for _, cidr := range policy.ExpandRanges(expr) {
-			prefix, err := policy.ParsePrefix(cidr)
-			if bits := policy.CheckHostBits(cidr); bits != nil {
+		for _, cidr := range access.ExpandRanges(expr) {
+			prefix, err := access.ParsePrefix(cidr)
+			if bits := access.CheckHostBits(cidr); bits != nil {
 				return nil, fmt.Errorf("%s: %w", option, bits)
 			}
 			if err != nil {

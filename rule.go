@@ -18,7 +18,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
+	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 )
 
 // Rule allows or denies destinations. The first rule that matches a destination decides.
@@ -83,14 +83,14 @@ func hashFiles(paths []string) string {
 	return hex.EncodeToString(all.Sum(nil)[:16])
 }
 
-// compileRules returns the rules of the policy for those of the config.
-func compileRules(ctx caddy.Context, config []Rule) []policy.Rule {
-	rules := make([]policy.Rule, len(config))
+// compileRules returns the rules of access control for those of the config.
+func compileRules(ctx caddy.Context, config []Rule) []access.Rule {
+	rules := make([]access.Rule, len(config))
 	for i := range config {
 		c := &config[i]
-		rules[i] = policy.Rule{Action: c.Action, Destinations: c.Destinations, Files: c.Files}
+		rules[i] = access.Rule{Action: c.Action, Destinations: c.Destinations, Files: c.Files}
 		if c.SourceRaw != nil {
-			rules[i].Source = func() (*policy.RangeSource, error) { return loadSource(ctx, c) }
+			rules[i].Source = func() (*access.RangeSource, error) { return loadSource(ctx, c) }
 		}
 	}
 	return rules
@@ -98,16 +98,16 @@ func compileRules(ctx caddy.Context, config []Rule) []policy.Rule {
 
 // loadSource loads the source module of a rule. Without Caddy's context, as in the
 // Caddyfile adapter, it returns a source without ranges.
-func loadSource(ctx caddy.Context, rule *Rule) (*policy.RangeSource, error) {
+func loadSource(ctx caddy.Context, rule *Rule) (*access.RangeSource, error) {
 	if ctx.Context == nil {
-		return new(policy.RangeSource), nil
+		return new(access.RangeSource), nil
 	}
 	module, err := ctx.LoadModule(rule, "SourceRaw")
 	if err != nil {
 		return nil, err
 	}
 	source := module.(caddyhttp.IPRangeSource)
-	return &policy.RangeSource{
+	return &access.RangeSource{
 		Name: string(module.(caddy.Module).CaddyModule().ID),
 		List: func(ctx context.Context) []netip.Prefix { return source.GetIPRanges(requestOf(ctx)) },
 	}, nil
@@ -115,7 +115,7 @@ func loadSource(ctx caddy.Context, rule *Rule) (*policy.RangeSource, error) {
 
 // reportRules returns an error for the first allow rule that has no effect at all, and logs
 // warnings about the other findings.
-func reportRules(c *policy.RuleCheck, rules []policy.Rule, sets []*policy.RuleSet, logger *zap.Logger) error {
+func reportRules(c *access.RuleCheck, rules []access.Rule, sets []*access.RuleSet, logger *zap.Logger) error {
 	for _, n := range c.Never {
 		destinations := strings.Join(n.Texts, " ")
 		if more := n.Count - len(n.Texts); more > 0 {
@@ -125,7 +125,7 @@ func reportRules(c *policy.RuleCheck, rules []policy.Rule, sets []*policy.RuleSe
 	}
 	if n := len(c.Inexact); n > 0 {
 		logger.Warn("ranges in a file have bits set beyond their length, which are ignored",
-			zap.Strings("ranges", c.Inexact[:min(n, policy.MaxRuleTexts)]), zap.Int("count", n))
+			zap.Strings("ranges", c.Inexact[:min(n, access.MaxRuleTexts)]), zap.Int("count", n))
 	}
 	for _, u := range c.Useless(rules, sets) {
 		if u.All {

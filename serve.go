@@ -13,12 +13,12 @@ import (
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // serveHTTP serves a request that arrived by either entrance.
@@ -103,7 +103,7 @@ func (p *proxy) refuseAccess(r *http.Request, v *transaction) *refusal {
 		return causeLoop.refusal(nil, p.name)
 	}
 	if v.kind != metrics.Other && !p.admits(v.addr) {
-		return causeClient.refusal(&policy.DeniedError{Rule: "clients", Reason: "the client's address is not in clients " + strings.Join(p.effectiveClients(), " ")}, v.addr)
+		return causeClient.refusal(&access.DeniedError{Rule: "clients", Reason: "the client's address is not in clients " + strings.Join(p.effectiveClients(), " ")}, v.addr)
 	}
 	return nil
 }
@@ -199,7 +199,7 @@ type clientIdentity struct {
 	limitKey client.Key     // the key of its limits: a network or a user
 	peer     netip.AddrPort // the remote end of the connection
 	trusted  bool           // the peer is a trusted proxy
-	reach    policy.Scope
+	reach    access.Scope
 }
 
 // identifyClient returns the sender of r. Connections over a Unix socket have no address: they
@@ -223,7 +223,7 @@ func identifyClient(r *http.Request) clientIdentity {
 	// load balancer or proxy that forwarded it is.
 	if c.addr.IsLoopback() && c.peer.Addr().IsLoopback() &&
 		len(r.Header["X-Forwarded-For"]) == 0 && len(r.Header["Forwarded"]) == 0 && len(r.Header["Via"]) == 0 {
-		c.reach = policy.LocalScope
+		c.reach = access.LocalScope
 	}
 	return c
 }

@@ -264,8 +264,8 @@ http://%s {
 `, port(admin), port(proxy)))
 	for _, host := range []string{"8.8.8.8", "1.1.1.1", "[2606:4700::1111]", "[2002:808:808::1]", "[64:ff9b::808:808]"} {
 		for _, lines := range []string{"", policyRemote} {
-			policyDenied(t, proxy, http.MethodConnect, host+port(admin), lines)
-			policyDenied(t, proxy, http.MethodConnect, host+port(proxy), lines)
+			accessDenied(t, proxy, http.MethodConnect, host+port(admin), lines)
+			accessDenied(t, proxy, http.MethodConnect, host+port(proxy), lines)
 		}
 	}
 }

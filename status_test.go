@@ -590,8 +590,8 @@ func TestStatusThroughProxy(t *testing.T) {
 }
 `)
 	for _, lines := range []string{"", policyRemote} {
-		policyDenied(t, w.proxy, http.MethodConnect, page, lines)
-		policyDenied(t, w.proxy, http.MethodGet, page, lines)
+		accessDenied(t, w.proxy, http.MethodConnect, page, lines)
+		accessDenied(t, w.proxy, http.MethodGet, page, lines)
 		policyOpen(t, w.proxy, http.MethodGet, other, lines, "another site")
 	}
 	if res, _ := w.ask(http.MethodGet, "/snapshot.json", ""); res.StatusCode != http.StatusOK {

@@ -16,30 +16,30 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // Dialer opens connections to targets, directly or through a parent proxy. It checks
-// each address against the policy after resolution, immediately before connecting, so
-// that no name, no spelling of an address and no later DNS answer can bypass the policy.
+// each address against the rules after resolution, immediately before connecting, so
+// that no name, no spelling of an address and no later DNS answer can bypass them.
 type Dialer struct {
-	Policy    *policy.Policy
+	Access    *access.Control
 	timeout   time.Duration
 	Parent    *Parent           // nil: none
-	Direct    *policy.RuleSet   // the targets that bypass the parent
+	Direct    *access.RuleSet   // the targets that bypass the parent
 	OwnPort   func(uint16) bool // whether one of our protected listeners uses a port; may be nil
-	dialers   [policy.ScopeCount]net.Dialer
+	dialers   [access.ScopeCount]net.Dialer
 	Connector *Connector
-	Report    func(ctx context.Context, target string, reported *policy.DeniedError)
+	Report    func(ctx context.Context, target string, reported *access.DeniedError)
 }
 
 // NewDialer returns a dialer. The timeout covers resolution and all addresses of a
 // name together.
-func NewDialer(p *policy.Policy, timeout time.Duration, resolver *Resolver) *Dialer {
-	d := &Dialer{Policy: p, timeout: timeout, Connector: newConnector(resolver)}
+func NewDialer(p *access.Control, timeout time.Duration, resolver *Resolver) *Dialer {
+	d := &Dialer{Access: p, timeout: timeout, Connector: newConnector(resolver)}
 	resolver.setTimeout(timeout)
-	for r := range policy.ScopeCount {
+	for r := range access.ScopeCount {
 		d.dialers[r] = net.Dialer{
 			Timeout:   timeout,
 			KeepAlive: -1, // see tcpconn.EnableKeepAlive
@@ -60,11 +60,11 @@ func NewDialer(p *policy.Policy, timeout time.Duration, resolver *Resolver) *Dia
 	return d
 }
 
-// attempt tells the policy checks of a dial which target its addresses belong to.
+// attempt tells the access checks of a dial which target its addresses belong to.
 type attempt struct {
 	hostport.Target
 	address string
-	denied  atomic.Pointer[policy.DeniedError] // the last denial, if any
+	denied  atomic.Pointer[access.DeniedError] // the last denial, if any
 }
 
 // attemptKey is the context key under which a dial carries its attempt.
@@ -74,7 +74,7 @@ type attemptKey struct{}
 // uses the parent unless the address bypasses it. The addresses of a name are tried as
 // RFC 8305 recommends. If the dial fails and any of the addresses was denied, dial
 // returns the denial.
-func (d *Dialer) Dial(ctx context.Context, r policy.Scope, address string) (net.Conn, error) {
+func (d *Dialer) Dial(ctx context.Context, r access.Scope, address string) (net.Conn, error) {
 	if d.UsesParent(address) {
 		if err := d.CheckForParent(ctx, r, address); err != nil {
 			return nil, err
@@ -82,7 +82,7 @@ func (d *Dialer) Dial(ctx context.Context, r policy.Scope, address string) (net.
 		return d.Parent.Connect(ctx, address)
 	}
 	a := &attempt{Target: hostport.TargetOf(address), address: address}
-	if denied, _ := d.Policy.CheckName(ctx, r, a.Target, true); denied != nil {
+	if denied, _ := d.Access.CheckName(ctx, r, a.Target, true); denied != nil {
 		return nil, denied
 	}
 	conn, err := d.dialTarget(context.WithValue(ctx, attemptKey{}, a), &d.dialers[r], a.Target)
@@ -94,7 +94,7 @@ func (d *Dialer) Dial(ctx context.Context, r policy.Scope, address string) (net.
 	}
 	// A listener may have been opened between the check and the connection: a reload
 	// opens the admin endpoint's.
-	if denied := d.Policy.CheckSelf(hostport.AddrPortOf(conn.RemoteAddr()), true); denied != nil {
+	if denied := d.Access.CheckSelf(hostport.AddrPortOf(conn.RemoteAddr()), true); denied != nil {
 		_ = conn.Close()
 		return nil, denied
 	}
@@ -133,7 +133,7 @@ func (d *Dialer) UsesParent(address string) bool {
 	_, direct := d.Direct.MatchName(t)
 	if !direct && t.Addr.IsValid() {
 		ip := t.Addr.Unmap()
-		_, direct = d.Direct.MatchAddress(context.Background(), ip, policy.EmbeddedIPv4(ip))
+		_, direct = d.Direct.MatchAddress(context.Background(), ip, access.EmbeddedIPv4(ip))
 	}
 	return !direct
 }
@@ -141,18 +141,18 @@ func (d *Dialer) UsesParent(address string) bool {
 // CheckForParent checks a target whose name the parent resolves. A parent on this
 // machine can resolve any name to this machine, so the ports of our own protected
 // listeners are then denied for all names.
-func (d *Dialer) CheckForParent(ctx context.Context, r policy.Scope, address string) error {
+func (d *Dialer) CheckForParent(ctx context.Context, r access.Scope, address string) error {
 	t := hostport.TargetOf(address)
 	if t.Name != "" && d.OwnPort != nil && d.OwnPort(t.Port) && d.Parent.isLocal(ctx) {
-		return &policy.DeniedError{Reason: "its port is reserved",
+		return &access.DeniedError{Reason: "its port is reserved",
 			Hint: "the parent proxy on this machine could resolve the name to it; add the name to no_upstream, so that it is resolved here"}
 	}
-	denied, reported := d.Policy.CheckName(ctx, r, t, false)
+	denied, reported := d.Access.CheckName(ctx, r, t, false)
 	return d.enforce(ctx, address, denied, reported)
 }
 
 // enforce logs a denial that is only reported, and returns one that is enforced.
-func (d *Dialer) enforce(ctx context.Context, address string, denied, reported *policy.DeniedError) error {
+func (d *Dialer) enforce(ctx context.Context, address string, denied, reported *access.DeniedError) error {
 	if reported != nil {
 		d.Report(ctx, address, reported)
 	}
@@ -162,26 +162,26 @@ func (d *Dialer) enforce(ctx context.Context, address string, denied, reported *
 	return nil
 }
 
-// Denies reports whether the policy would now deny an open connection to target, whose
+// Denies reports whether the rules would now deny an open connection to target, whose
 // address is to.
-func (d *Dialer) Denies(ctx context.Context, r policy.Scope, target string, to netip.AddrPort) bool {
+func (d *Dialer) Denies(ctx context.Context, r access.Scope, target string, to netip.AddrPort) bool {
 	if d.UsesParent(target) {
 		return d.CheckForParent(ctx, r, target) != nil
 	}
-	denied, _ := d.Policy.Check(ctx, r, hostport.TargetOf(target), to)
+	denied, _ := d.Access.Check(ctx, r, hostport.TargetOf(target), to)
 	return denied != nil
 }
 
 // Recheck checks a reused connection, which was opened for an earlier request, for a
 // client of reach r.
-func (d *Dialer) Recheck(ctx context.Context, r policy.Scope, address string, conn net.Conn) error {
+func (d *Dialer) Recheck(ctx context.Context, r access.Scope, address string, conn net.Conn) error {
 	if d.UsesParent(address) {
 		return d.CheckForParent(ctx, r, address)
 	}
 	to := hostport.AddrPortOf(conn.RemoteAddr())
-	if denied := d.Policy.CheckSelf(to, true); denied != nil {
+	if denied := d.Access.CheckSelf(to, true); denied != nil {
 		return denied
 	}
-	denied, reported := d.Policy.Check(ctx, r, hostport.TargetOf(address), to)
+	denied, reported := d.Access.Check(ctx, r, hostport.TargetOf(address), to)
 	return d.enforce(ctx, address, denied, reported)
 }

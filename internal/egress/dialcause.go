@@ -17,7 +17,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
-// Cause says why there is no connection to a destination, unless the policy denies it.
+// Cause says why there is no connection to a destination, unless the rules deny it.
 type Cause string
 
 // Causes of failures, by what failed.

@@ -14,8 +14,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // The delays of RFC 8305 §8, and a limit on the addresses of a name that are tried: a DNS
@@ -247,7 +247,7 @@ func (c *Connector) remember(to hostPort, r *race, winner netip.Addr) {
 			return
 		case a.addr == winner:
 			return
-		case errors.As(a.err, new(*policy.DeniedError)), noDescriptors(a.err): // says nothing about the address
+		case errors.As(a.err, new(*access.DeniedError)), noDescriptors(a.err): // says nothing about the address
 		default:
 			delayed = true
 			c.dead.put(netip.AddrPortFrom(a.addr, to.port), struct{}{})

@@ -23,10 +23,10 @@ import (
 
 	"golang.org/x/net/proxy"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
@@ -131,7 +131,7 @@ func (p *Parent) isLocal(ctx context.Context) bool {
 	}
 	here := slices.ContainsFunc(addrs, func(addr netip.Addr) bool {
 		addr = addr.Unmap()
-		return addr.IsLoopback() || addr.IsUnspecified() || policy.IsOwnAddress(addr)
+		return addr.IsLoopback() || addr.IsUnspecified() || access.IsOwnAddress(addr)
 	})
 	p.locality.Store(&parentLocality{here, time.Now()})
 	return here

@@ -9,9 +9,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 	"github.com/asyncproxy/caddy-async-proxy/internal/conntest"
 	"github.com/asyncproxy/caddy-async-proxy/internal/dnstest"
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 func TestParentIsLocal(t *testing.T) {
@@ -38,10 +38,10 @@ func TestParentNameAskedOnce(t *testing.T) {
 		t.Error("192.0.2.1 counts as this machine")
 	}
 	before := asked.Load()
-	d := NewDialer(new(policy.Policy), time.Second, resolver)
+	d := NewDialer(new(access.Control), time.Second, resolver)
 	d.Parent, d.OwnPort = p, func(port uint16) bool { return port == 443 }
 	for range 10 {
-		if err := d.CheckForParent(t.Context(), policy.PublicScope, "origin.test:443"); err != nil {
+		if err := d.CheckForParent(t.Context(), access.PublicScope, "origin.test:443"); err != nil {
 			t.Error(err)
 		}
 	}

@@ -22,8 +22,8 @@ import (
 
 	"golang.org/x/net/dns/dnsmessage"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 	"github.com/asyncproxy/caddy-async-proxy/internal/dnstest"
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 )
 
 // resolverAt returns a resolver for the given servers. After resend it asks the next
@@ -220,7 +220,7 @@ func (c earlyPackets) WriteTo([]byte, net.Addr) (int, error)  { return 0, net.Er
 func TestResolverRepeatsInTime(t *testing.T) {
 	for timeout, want := range map[time.Duration]time.Duration{time.Hour: time.Second, 300 * time.Millisecond: 100 * time.Millisecond, 1: time.Millisecond} {
 		r := resolverAt(t, 0)
-		NewDialer(new(policy.Policy), timeout, r)
+		NewDialer(new(access.Control), timeout, r)
 		if r.resend != want {
 			t.Errorf("within %v after %v, want %v", timeout, r.resend, want)
 		}
@@ -308,7 +308,7 @@ func TestConnectorLearns(t *testing.T) {
 		"the first wins":        {[]started{{addr: addrsOf("::1")[0]}, {addr: addrsOf("::2")[0]}}, 0, "::1", "", ""},
 		"another one wins":      {[]started{{addr: addrsOf("::1")[0]}, {addr: addrsOf("::2")[0]}, {addr: addrsOf("::3")[0]}}, 0, "::2", "::2", "::1"},
 		"another one fails":     {[]started{{addrsOf("::1")[0], syscall.ECONNREFUSED}, {addr: addrsOf("::2")[0]}}, 0, "::2", "::2", "::1"},
-		"another one is denied": {[]started{{addrsOf("::1")[0], &policy.DeniedError{}}, {addr: addrsOf("::2")[0]}}, 0, "::2", "", ""},
+		"another one is denied": {[]started{{addrsOf("::1")[0], &access.DeniedError{}}, {addr: addrsOf("::2")[0]}}, 0, "::2", "", ""},
 		"no descriptors":        {[]started{{addrsOf("::1")[0], syscall.EMFILE}}, 0, "", "", ""},
 		"all fail":              {[]started{{addrsOf("::1")[0], syscall.ECONNREFUSED}, {addr: addrsOf("::2")[0]}}, 0, "", "", "::1 ::2"},
 		"IPv6 was waited for":   {[]started{{addr: addrsOf("1.1.1.1")[0]}}, 1, "1.1.1.1", "1.1.1.1", ""},

@@ -20,9 +20,9 @@ import (
 
 	"github.com/puzpuzpuz/xsync/v4"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
@@ -111,7 +111,7 @@ func newPooledConn(conn net.Conn, authority string) *pooledConn {
 // and otherwise an invalid one.
 func localPeer(conn net.Conn) netip.AddrPort {
 	to := hostport.AddrPortOf(conn.RemoteAddr())
-	if ip := to.Addr(); !ip.IsValid() || !ip.IsLoopback() && !policy.IsOwnAddress(ip) {
+	if ip := to.Addr(); !ip.IsValid() || !ip.IsLoopback() && !access.IsOwnAddress(ip) {
 		return netip.AddrPort{}
 	}
 	return to
@@ -146,7 +146,7 @@ func (o *connPool) check(ctx context.Context, c *pooledConn) error {
 		return nil
 	}
 	err := o.recheck(ctx, c.authority, c.Conn, c.to)
-	if c.to.IsValid() && time.Since(c.opened) > policy.SystemCacheTTL {
+	if c.to.IsValid() && time.Since(c.opened) > access.SystemCacheTTL {
 		// This check knew every listener that was open when the connection was
 		// made, so it need not be repeated.
 		c.to = netip.AddrPort{}

@@ -1,11 +1,11 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package policy decides which destinations clients may connect to. It offers the rules of a
+// Package access decides which destinations clients may connect to. It offers the rules of a
 // configuration, compiled for fast lookup, the address classes that are closed by default,
 // and checks for rules without effect. It never connects, resolves a name or answers a
 // request.
-package policy
+package access
 
 import (
 	"cmp"
@@ -22,9 +22,9 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
-// Policy decides which targets clients may connect to. The rules of the config apply in
+// Control decides which targets clients may connect to. The rules of the config apply in
 // their order; where no rule matches, the client's reach decides.
-type Policy struct {
+type Control struct {
 	Sets          []*RuleSet
 	Ports         []PortRange                              // nil: all but PortSMTP
 	Connect       []PortRange                              // the ports for CONNECT; nil: as ports
@@ -93,7 +93,7 @@ func ParsePortList(option string, texts []string) (list []PortRange, err error) 
 	return list, nil
 }
 
-// DeniedError reports that the policy denies a target.
+// DeniedError reports that a Control denies a target.
 type DeniedError struct {
 	To      netip.AddrPort // the denied address; invalid if only the name was checked
 	Rule    string         // the rule that denies it, for the log; may be ""
@@ -129,7 +129,7 @@ func (e *DeniedError) Error() string {
 // Allowing a name does not allow whatever it resolves to: the address must still pass the
 // later rules for addresses, and the client's reach. reported is the first denial that
 // report-only mode suppressed, if any.
-func (p *Policy) Check(ctx context.Context, r Scope, t hostport.Target, to netip.AddrPort) (denied, reported *DeniedError) {
+func (p *Control) Check(ctx context.Context, r Scope, t hostport.Target, to netip.AddrPort) (denied, reported *DeniedError) {
 	ip := to.Addr().WithZone("").Unmap()
 	host := EmbeddedIPv4(ip)
 	if e := p.CheckSelf(to, false); e != nil {
@@ -174,7 +174,7 @@ func (p *Policy) Check(ctx context.Context, r Scope, t hostport.Target, to netip
 
 // CheckSelf denies the address of a protected listener of this process. Unless exact is set,
 // it may miss a listener that was opened within the last SystemCacheTTL.
-func (p *Policy) CheckSelf(to netip.AddrPort, exact bool) *DeniedError {
+func (p *Control) CheckSelf(to netip.AddrPort, exact bool) *DeniedError {
 	if p.IsSelf == nil {
 		return nil
 	}
@@ -188,7 +188,7 @@ func (p *Policy) CheckSelf(to netip.AddrPort, exact bool) *DeniedError {
 
 // enforces reports whether a denial by rules or ports is enforced. In report-only mode
 // it stores the first denial in reported instead.
-func (p *Policy) enforces(e *DeniedError, reported **DeniedError) bool {
+func (p *Control) enforces(e *DeniedError, reported **DeniedError) bool {
 	if p.ReportOnly && *reported == nil {
 		*reported = e
 	}
@@ -199,7 +199,7 @@ func (p *Policy) enforces(e *DeniedError, reported **DeniedError) bool {
 // for denied names. What it allows must still pass check. If resolvable is false, this
 // proxy never resolves the name, since the parent does: then rules for addresses do not
 // apply to names, and CheckName decides alone.
-func (p *Policy) CheckName(ctx context.Context, r Scope, t hostport.Target, resolvable bool) (denied, reported *DeniedError) {
+func (p *Control) CheckName(ctx context.Context, r Scope, t hostport.Target, resolvable bool) (denied, reported *DeniedError) {
 	if t.Addr.IsValid() {
 		if resolvable {
 			return nil, nil // check decides about it
@@ -240,14 +240,14 @@ type connectKey struct{}
 
 // WithConnect marks ctx as that of the dial of a CONNECT, for which the option connect_ports
 // may allow other ports.
-func (p *Policy) WithConnect(ctx context.Context) context.Context {
+func (p *Control) WithConnect(ctx context.Context) context.Context {
 	if p.Connect == nil {
 		return ctx
 	}
 	return context.WithValue(ctx, connectKey{}, true)
 }
 
-func (p *Policy) checkPort(ctx context.Context, port uint16) *DeniedError {
+func (p *Control) checkPort(ctx context.Context, port uint16) *DeniedError {
 	ports, option := p.Ports, "ports"
 	if p.Connect != nil && ctx.Value(connectKey{}) != nil {
 		ports, option = p.Connect, "connect_ports"

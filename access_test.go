@@ -21,7 +21,7 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"go.uber.org/zap"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/policy"
+	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 )
 
 // policyOrigin is a loopback server that counts its connections.
@@ -73,8 +73,8 @@ func policyRequest(t *testing.T, proxy, method, authority, lines string) (*http.
 // policyRemote makes a loopback client count as one from elsewhere.
 const policyRemote = "X-Forwarded-For: 8.8.8.8\n"
 
-// policyDenied checks that the policy refuses a request for authority.
-func policyDenied(t *testing.T, proxy, method, authority, lines string) {
+// accessDenied checks that the rules refuse a request for authority.
+func accessDenied(t *testing.T, proxy, method, authority, lines string) {
 	t.Helper()
 	res, body := policyRequest(t, proxy, method, authority, lines)
 	if got := res.Header.Get("Proxy-Status"); res.StatusCode != http.StatusForbidden || !strings.HasSuffix(got, "; error=destination_ip_prohibited") {
@@ -96,7 +96,7 @@ func policyOpen(t *testing.T, proxy, method, authority, lines, want string) {
 
 // policyOf makes a policy from rules in Caddyfile syntax, one per line. It adds a rule
 // about a port that no test uses, because an allow rule without a deny rule has no effect.
-func policyOf(t testing.TB, rules string) *policy.Policy {
+func policyOf(t testing.TB, rules string) *access.Control {
 	t.Helper()
 	p := &proxy{config: new(Handler), logger: zap.NewNop()}
 	if err := p.config.UnmarshalCaddyfile(caddyfile.NewTestDispenser(`async_proxy {
@@ -110,14 +110,14 @@ func policyOf(t testing.TB, rules string) *policy.Policy {
 	if err := p.provisionDialer(ctx, nil); err != nil {
 		t.Fatal(err)
 	}
-	p.dialer.Policy.IsSelf = nil
-	return p.dialer.Policy
+	p.dialer.Access.IsSelf = nil
+	return p.dialer.Access
 }
 
 // policyPrivate are spellings of this machine and its networks.
 var policyPrivate = []string{"127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "[64:ff9b::7f00:1]", "10.0.0.1", "169.254.169.254", "0.0.0.0", "[::]", "[fd00::1]", "[2002:7f00:1::]", "LOCALHOST", "127.0.0.2"}
 
-func TestPolicyReach(t *testing.T) {
+func TestAccessReach(t *testing.T) {
 	w := newWorld(t, "", nil)
 	o := newPolicyOrigin(t)
 	policyOpen(t, w.proxy, http.MethodGet, o.address, "", "counted")
@@ -134,13 +134,13 @@ func TestPolicyReach(t *testing.T) {
 	// The first GET's connection is idle, and no other client may use it.
 	for _, method := range []string{http.MethodConnect, http.MethodGet} {
 		for _, host := range policyPrivate {
-			policyDenied(t, w.proxy, method, host+":"+o.port, policyRemote)
+			accessDenied(t, w.proxy, method, host+":"+o.port, policyRemote)
 		}
 		for _, lines := range []string{"Forwarded: for=8.8.8.8\n", "Via: 1.1 other\n", "X-Forwarded-For:\n", "X-Forwarded-For: 127.0.0.1\n"} {
-			policyDenied(t, w.proxy, method, o.address, lines)
+			accessDenied(t, w.proxy, method, o.address, lines)
 		}
 		for _, host := range []string{"169.254.169.254", "0.0.0.0", "[fe80::1]", "224.0.0.1", "255.255.255.255", "[::]"} {
-			policyDenied(t, w.proxy, method, host+":"+o.port, "") // closed even to local clients
+			accessDenied(t, w.proxy, method, host+":"+o.port, "") // closed even to local clients
 		}
 	}
 	if n := o.connections(t); n != 0 {
@@ -156,14 +156,14 @@ func TestPolicyReach(t *testing.T) {
 	policyOpen(t, w.proxy, http.MethodConnect, o.address, policyRemote, "")
 	policyOpen(t, w.proxy, http.MethodGet, "[::ffff:127.0.0.1]:"+o.port, policyRemote, "counted")
 	for _, host := range []string{"[::1]", "10.0.0.1", "0.0.0.0", "169.254.169.254"} {
-		policyDenied(t, w.proxy, http.MethodConnect, host+":"+o.port, policyRemote)
-		policyDenied(t, w.proxy, http.MethodGet, host+":"+o.port, policyRemote)
+		accessDenied(t, w.proxy, http.MethodConnect, host+":"+o.port, policyRemote)
+		accessDenied(t, w.proxy, http.MethodGet, host+":"+o.port, policyRemote)
 	}
 }
 
-// TestPolicyListeners checks that Caddy's admin endpoint and the proxy itself are closed to
+// TestAccessListeners checks that Caddy's admin endpoint and the proxy itself are closed to
 // all clients even if everything is allowed, and that another site is not.
-func TestPolicyListeners(t *testing.T) {
+func TestAccessListeners(t *testing.T) {
 	admin, proxy, other := freeAddress(t), freeAddress(t), freeAddress(t)
 	port := func(address string) string { return address[strings.LastIndexByte(address, ':')+1:] }
 	for _, options := range []string{"", "allow 0.0.0.0/0 ::/0"} {
@@ -199,8 +199,8 @@ http://:%s {
 					if host == "localhost" && lines == "" && !policyOnlyIPv4(t) {
 						continue // ::1 may refuse the connection before 127.0.0.1 is denied
 					}
-					policyDenied(t, proxy, method, host+":"+port(admin), lines)
-					policyDenied(t, proxy, method, host+":"+port(proxy), lines)
+					accessDenied(t, proxy, method, host+":"+port(admin), lines)
+					accessDenied(t, proxy, method, host+":"+port(proxy), lines)
 				}
 			}
 			policyOpen(t, proxy, method, other, "", "another site")
@@ -208,7 +208,7 @@ http://:%s {
 		if options != "" {
 			policyOpen(t, proxy, http.MethodGet, other, policyRemote, "another site")
 		} else {
-			policyDenied(t, proxy, http.MethodGet, other, policyRemote)
+			accessDenied(t, proxy, http.MethodGet, other, policyRemote)
 		}
 	}
 }
@@ -218,9 +218,9 @@ func policyOnlyIPv4(t *testing.T) bool {
 	return err == nil && slices.Equal(addrs, []string{"127.0.0.1"})
 }
 
-// TestPolicyListenersSpelled checks that Caddy's listeners are closed however the config
+// TestAccessListenersSpelled checks that Caddy's listeners are closed however the config
 // spells them, and also if the socket is inherited.
-func TestPolicyListenersSpelled(t *testing.T) {
+func TestAccessListenersSpelled(t *testing.T) {
 	for _, listen := range strings.Fields("localhost LOCALHOST 127.0.0.1 [::ffff:127.0.0.1] [::1] [0:0:0:0:0:0:0:1] [0::1] 0.0.0.0 [::] [0::0] tcp6/[::0] tcp4/0.0.0.0") {
 		admin, proxy := freeAddress(t), freeAddress(t)
 		port := admin[strings.LastIndexByte(admin, ':'):]
@@ -249,7 +249,7 @@ http://%s {
 			}
 			conn.Close()
 			refused++
-			policyDenied(t, proxy, http.MethodConnect, host+port, policyRemote)
+			accessDenied(t, proxy, http.MethodConnect, host+port, policyRemote)
 		}
 		if refused == 0 {
 			t.Errorf("admin %s%s found no address to check", listen, port)
@@ -257,10 +257,10 @@ http://%s {
 	}
 }
 
-// TestPolicyListenersWhileReloading checks that the admin endpoint stays closed while a
+// TestAccessListenersWhileReloading checks that the admin endpoint stays closed while a
 // config is loaded that reopens it, on the same port or another, and after a config that
 // failed to load.
-func TestPolicyListenersWhileReloading(t *testing.T) {
+func TestAccessListenersWhileReloading(t *testing.T) {
 	admins, proxy := []string{freeAddress(t), freeAddress(t)}, freeAddress(t)
 	config := func(admin, sites string) string {
 		return fmt.Sprintf(`{
@@ -339,9 +339,9 @@ http://:%s {
 	}
 }
 
-// TestPolicyPool checks that an idle connection dialed for a client on this machine is
+// TestAccessPool checks that an idle connection dialed for a client on this machine is
 // reused only for such clients, in any protocol.
-func TestPolicyPool(t *testing.T) {
+func TestAccessPool(t *testing.T) {
 	w := newWorld(t, "", nil)
 	o := newPolicyOrigin(t)
 	secure := httptest.NewUnstartedServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package policy
+package access
 
 import (
 	"context"
@@ -15,9 +15,9 @@ import (
 
 // policyOf makes a policy from options, one per line. It adds a rule about a port that no test
 // uses, because an allow rule without a deny rule has no effect.
-func policyOf(t testing.TB, options string) *Policy {
+func policyOf(t testing.TB, options string) *Control {
 	t.Helper()
-	p := new(Policy)
+	p := new(Control)
 	var rules []Rule
 	var err error
 	for line := range strings.Lines(options + "\ndeny all:1") {
@@ -43,8 +43,8 @@ func policyOf(t testing.TB, options string) *Policy {
 	return p
 }
 
-// TestPolicyCheck lists addresses and the clients that may reach them.
-func TestPolicyCheck(t *testing.T) {
+// TestAccessCheck lists addresses and the clients that may reach them.
+func TestAccessCheck(t *testing.T) {
 	for _, rows := range []struct {
 		local, public bool
 		addresses     string
@@ -94,20 +94,20 @@ func TestPolicyCheck(t *testing.T) {
 			2606:4700::5efe:808:808 2606:4700::100:5efe:7f00:1`},
 	} {
 		for _, address := range strings.Fields(rows.addresses) {
-			policyCheck(t, new(Policy), LocalScope, address, 443, rows.local)
-			policyCheck(t, new(Policy), PublicScope, address, 443, rows.public)
+			accessCheck(t, new(Control), LocalScope, address, 443, rows.local)
+			accessCheck(t, new(Control), PublicScope, address, 443, rows.public)
 			everything := policyOf(t, "allow 0.0.0.0/0 ::/0 169.254.169.254")
 			for _, r := range []Scope{LocalScope, PublicScope} {
-				policyCheck(t, everything, r, address, 443, true)
-				policyCheck(t, everything, r, address, 24, true)
-				policyCheck(t, everything, r, address, 25, false)
-				policyCheck(t, new(Policy), r, address, 25, false)
+				accessCheck(t, everything, r, address, 443, true)
+				accessCheck(t, everything, r, address, 24, true)
+				accessCheck(t, everything, r, address, 25, false)
+				accessCheck(t, new(Control), r, address, 25, false)
 			}
 		}
 	}
 }
 
-func policyCheck(t *testing.T, p *Policy, r Scope, address string, port uint16, want bool) {
+func accessCheck(t *testing.T, p *Control, r Scope, address string, port uint16, want bool) {
 	t.Helper()
 	to := netip.AddrPortFrom(netip.MustParseAddr(address), port)
 	err, _ := p.Check(t.Context(), r, hostport.Target{Addr: to.Addr(), Port: port}, to)
@@ -119,17 +119,17 @@ func policyCheck(t *testing.T, p *Policy, r Scope, address string, port uint16, 
 	}
 }
 
-// TestPolicyTexts checks that a refusal gives its reason and nothing more.
-func TestPolicyTexts(t *testing.T) {
+// TestAccessTexts checks that a refusal gives its reason and nothing more.
+func TestAccessTexts(t *testing.T) {
 	for r, want := range map[Scope]string{LocalScope: "its address is link-local, multicast or unspecified", PublicScope: "its address is private or local"} {
 		to := netip.MustParseAddrPort("169.254.169.254:80")
-		if denied, _ := new(Policy).Check(t.Context(), r, hostport.Target{Addr: to.Addr(), Port: 80}, to); denied == nil || denied.Reason != want || denied.Hint != "allow 169.254.169.254" {
+		if denied, _ := new(Control).Check(t.Context(), r, hostport.Target{Addr: to.Addr(), Port: 80}, to); denied == nil || denied.Reason != want || denied.Hint != "allow 169.254.169.254" {
 			t.Errorf("%v, want %q", denied, want)
 		}
 	}
 }
 
-func TestPolicyAllow(t *testing.T) {
+func TestAccessAllow(t *testing.T) {
 	for _, row := range []struct{ allow, open, closed string }{
 		{"10.0.0.0/8", "10.0.0.0 10.255.255.255 ::ffff:10.1.2.3 64:ff9b::10.1.2.3 2002:a01:203::1 8.8.8.8", "127.0.0.1 172.16.0.1 ::1 fd00::1 64:ff9b::192.168.0.1"},
 		{"127.0.0.0/8", "127.0.0.1 ::ffff:127.0.0.1 64:ff9b::7f00:1", "10.0.0.1 ::1 0.0.0.0 ::ffff:0.0.0.0"},
@@ -150,27 +150,27 @@ func TestPolicyAllow(t *testing.T) {
 	} {
 		d := policyOf(t, "allow "+row.allow)
 		for _, address := range strings.Fields(row.open) {
-			policyCheck(t, d, PublicScope, address, 80, true)
-			policyCheck(t, d, LocalScope, address, 80, true)
-			policyCheck(t, d, PublicScope, address, PortSMTP, false)
+			accessCheck(t, d, PublicScope, address, 80, true)
+			accessCheck(t, d, LocalScope, address, 80, true)
+			accessCheck(t, d, PublicScope, address, PortSMTP, false)
 		}
 		for _, address := range strings.Fields(row.closed) {
-			policyCheck(t, d, PublicScope, address, 80, false)
+			accessCheck(t, d, PublicScope, address, 80, false)
 		}
 	}
 }
 
-// TestPolicyOwnAddresses checks that the proxy's own addresses stay closed, whatever is allowed and
+// TestAccessOwnAddresses checks that the proxy's own addresses stay closed, whatever is allowed and
 // however they are written.
-func TestPolicyOwnAddresses(t *testing.T) {
+func TestAccessOwnAddresses(t *testing.T) {
 	d := policyOf(t, "allow 0.0.0.0/0 ::/0")
 	d.IsSelf = func(to netip.AddrPort, _ bool) bool {
 		return to == netip.MustParseAddrPort("127.0.0.1:2019") || to == netip.MustParseAddrPort("[2002:909:909:1::5]:2019")
 	}
 	for _, address := range strings.Fields("127.0.0.1 ::ffff:127.0.0.1 64:ff9b::7f00:1 2002:7f00:1:: 2002:909:909:1::5") {
 		for _, r := range []Scope{LocalScope, PublicScope} {
-			policyCheck(t, d, r, address, 2019, false)
-			policyCheck(t, d, r, address, 2020, true)
+			accessCheck(t, d, r, address, 2019, false)
+			accessCheck(t, d, r, address, 2020, true)
 		}
 	}
 }
@@ -388,7 +388,7 @@ func TestRulesLookup(t *testing.T) {
 	}
 }
 
-func manyRules(t testing.TB) *Policy {
+func manyRules(t testing.TB) *Control {
 	var b strings.Builder
 	for i := range 10_000 {
 		fmt.Fprintf(&b, "deny 20.%d.%d.0/24\n", i/256, i%256)

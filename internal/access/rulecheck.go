@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-package policy
+package access
 
 import (
 	"errors"
@@ -53,7 +53,7 @@ type neverKey struct {
 const MaxRuleTexts = 5
 
 // OpenPorts returns the ports that clients may connect to.
-func (p *Policy) OpenPorts() []PortRange {
+func (p *Control) OpenPorts() []PortRange {
 	if p.Ports == nil {
 		return append([]PortRange{{1, PortSMTP - 1}, {PortSMTP + 1, 65535}}, p.Connect...)
 	}
