@@ -34,8 +34,8 @@ var arrows = []struct{ name, imports string }{
 	{"metrics", ""},
 	{"access", "hostport"},
 	{"tunnel", "monotime client hostport tcpconn"},
-	{"egress", "monotime client hostport tcpconn h1 policy"},
-	{"origin", "monotime client hostport tcpconn h1 policy egress"},
+	{"egress", "monotime client hostport tcpconn h1 access"},
+	{"origin", "monotime client hostport tcpconn h1 access egress"},
 	{"downstream", "hostport tcpconn h1"},
 	{"status", "monotime printable client bucket metrics tunnel"},
 }
