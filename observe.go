@@ -132,13 +132,7 @@ func (p *proxy) logRequest(r *http.Request, v *transaction, err error, more ...z
 		return
 	}
 	pooled := linePool.Get().(*[]zap.Field)
-	fields := append((*pooled)[:0],
-		textField("method", r.Method),
-		textField("host", r.Host),
-		textField("path", withoutPasswords(r.URL.Path)),
-		zap.Int("status", v.status),
-		zap.Duration("latency", time.Since(v.start)),
-		clientField(v.addr))
+	fields := append(appendOutcome(appendRequest((*pooled)[:0], r), v), clientField(v.addr))
 	if v.user != "" {
 		fields = append(fields, textField("user", v.user))
 	}
@@ -154,15 +148,36 @@ func (p *proxy) logRequest(r *http.Request, v *transaction, err error, more ...z
 	if err != nil {
 		fields = append(fields, errorField(err))
 	}
-	fields = append(fields, more...)
+	writeLine(c, pooled, append(fields, more...))
+}
+
+// appendRequest appends the fields that say which request a line is about. All lines about requests
+// begin with them.
+func appendRequest(fields []zap.Field, r *http.Request) []zap.Field {
+	return append(fields,
+		textField("method", r.Method),
+		textField("host", r.Host),
+		textField("path", withoutPasswords(r.URL.Path)))
+}
+
+// appendOutcome appends the fields that say how a request ended. They follow those of
+// appendRequest.
+func appendOutcome(fields []zap.Field, v *transaction) []zap.Field {
+	return append(fields,
+		zap.Int("status", v.status),
+		zap.Duration("latency", time.Since(v.start)))
+}
+
+// linePool is a pool of slices for the fields of a log line. Nothing keeps them once it is written.
+var linePool = sync.Pool{New: func() any { return new([]zap.Field) }}
+
+// writeLine writes a line whose fields are in a slice of linePool, and gives the slice back.
+func writeLine(c *zapcore.CheckedEntry, pooled *[]zap.Field, fields []zap.Field) {
 	c.Write(fields...)
 	clear(fields)
 	*pooled = fields
 	linePool.Put(pooled)
 }
-
-// linePool is a pool of slices for the fields of a log line. Nothing keeps them once it is written.
-var linePool = sync.Pool{New: func() any { return new([]zap.Field) }}
 
 // deniedBy returns the denial by the rules in err, or nil if there is none.
 func deniedBy(err error) *access.DeniedError {
@@ -195,33 +210,33 @@ func withoutPasswords(path string) string {
 	}
 }
 
-// logLimited logs a denial by the limiter. One line may stand for several denials.
+// logLimited logs a denial by the limiter. One line may stand for several denials. With reportOnly
+// the request goes on, and the line "request" says how it ends.
 func (p *proxy) logLimited(r *http.Request, v *transaction, verdict bucket.Decision, reportOnly bool) {
 	c := p.logger.Check(zapcore.WarnLevel, "rate limited")
 	if c == nil {
 		return
 	}
-	fields := []zap.Field{
-		zap.String("ip", client.Name(v.addr)),
-		textField("method", r.Method),
-		textField("host", r.Host),
-		textField("path", withoutPasswords(r.URL.Path)),
-		zap.String("cause", string(causeRateLimited)),
-		zap.Duration("retry_after", verdict.Wait),
-		zap.Int64("refused", verdict.LogCount),
+	pooled := linePool.Get().(*[]zap.Field)
+	fields := appendRequest((*pooled)[:0], r)
+	if !reportOnly {
+		fields = appendOutcome(fields, v)
 	}
+	fields = append(fields, zap.String("ip", client.Name(v.addr)))
 	if v.user != "" {
 		fields = append(fields, textField("user", v.user))
 	}
-	if reportOnly { // the request has no response yet
-		fields = append(fields, zap.Bool("report_only", true))
-	} else {
-		fields = append(fields,
-			zap.Int("status", v.status),
-			zap.Duration("latency", time.Since(v.start)),
-			zap.String("reason", v.reason))
+	if !reportOnly {
+		fields = append(fields, zap.String("reason", v.reason))
 	}
-	c.Write(fields...)
+	fields = append(fields,
+		zap.String("cause", string(causeRateLimited)),
+		zap.Duration("retry_after", verdict.Wait),
+		zap.Int64("refused", verdict.LogCount))
+	if reportOnly {
+		fields = append(fields, zap.Bool("report_only", true))
+	}
+	writeLine(c, pooled, fields)
 }
 
 // logReported logs a destination that report_only kept from being denied.

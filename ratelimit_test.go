@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/http"
 	"net/netip"
+	"os"
 	"regexp"
 	"strconv"
 	"strings"
@@ -197,6 +198,35 @@ func TestOneHundredAtOnce(t *testing.T) {
 		if got := lines[0][name]; got != want {
 			t.Errorf("log line: %s = %v, want %v", name, got, want)
 		}
+	}
+}
+
+// TestRateLimitedLine checks that the line of a limited request begins with the same fields as the
+// line of any other request, in the same order, whoever serves the client.
+func TestRateLimitedLine(t *testing.T) {
+	for way, change := range map[string]func(string) string{"fast": func(site string) string { return site }, "ordinary": byCaddy} {
+		t.Run(way, func(t *testing.T) {
+			w := newWorld(t, "", nil)
+			w.load(change(w.site("burst 1\nrefill 0.00001\nzone line-" + way)))
+			w.gets(w.proxy, 200)
+			target := w.origin.Listener.Addr().String()
+			policyRequest(t, w.proxy, http.MethodConnect, target, "")
+			line := w.waitLog("rate limited", 1)[0]
+			latency, ok := line["latency"].(float64)
+			if line["method"] != "CONNECT" || line["host"] != target || line["path"] != "" || line["status"] != 429.0 || !ok || latency < 0 {
+				t.Errorf("line %v", line)
+			}
+			log, err := os.ReadFile(w.logs)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, message := range []string{"request", "rate limited"} {
+				begins := regexp.MustCompile(`"msg":"` + message + `","method":"[A-Z]+","host":"[^"]*","path":"[^"]*","status":\d+,"latency":`)
+				if !begins.Match(log) {
+					t.Errorf("the line %q does not begin as it should", message)
+				}
+			}
+		})
 	}
 }
 
