@@ -22,6 +22,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/access"
+	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 )
 
 // policyOrigin is a loopback server that counts its connections.
@@ -107,11 +108,13 @@ func policyOf(t testing.TB, rules string) *access.Control {
 	}
 	ctx, cancel := caddy.NewContext(caddy.Context{Context: t.Context()})
 	t.Cleanup(cancel)
-	if err := p.provisionDialer(ctx, nil); err != nil {
+	p.resolver = egress.NewResolver(nil)
+	y := &policy{proxy: p, options: &p.config.Options}
+	if err := y.provisionDialer(ctx); err != nil {
 		t.Fatal(err)
 	}
-	p.dialer.Access.IsSelf = nil
-	return p.dialer.Access
+	y.dialer.Access.IsSelf = nil
+	return y.dialer.Access
 }
 
 // policyPrivate are spellings of this machine and its networks.

@@ -51,10 +51,10 @@ func (p *process) refillShared(key client.Key, zone string) (found bool) {
 		if !ok || zone != "" && zone != each.config.Zone {
 			continue
 		}
-		key := each.limiter.KeyOf(key)
-		done, err := shared.Refill(context.Background(), sharedBucket(each.limiter, key))
+		key := each.directive.limiter.KeyOf(key)
+		done, err := shared.Refill(context.Background(), sharedBucket(each.directive.limiter, key))
 		if err != nil {
-			each.logger.Warn("failed to refill a shared bucket", textField("client", each.limiter.Name(key)), errorField(err))
+			each.logger.Warn("failed to refill a shared bucket", textField("client", each.directive.limiter.Name(key)), errorField(err))
 		}
 		found = found || done
 	}

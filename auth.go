@@ -255,7 +255,7 @@ func (p *proxy) checkInTurn(w http.ResponseWriter, r *http.Request, v *transacti
 // refuseLogin sets the verdict for a login that is not checked now.
 func (p *proxy) refuseLogin(v *transaction, wait time.Duration, err error) error {
 	now := monotime.Of(time.Now())
-	v.verdict = p.limiter.Deny(v.limitKey, now, wait, err)
+	v.verdict = v.policy.limiter.Deny(v.limitKey, now, wait, err)
 	return errRateLimited
 }
 

@@ -69,7 +69,7 @@ func newTwins(t testing.TB, f form, options, warm string) *twins {
 	}
 	defer releaseProcess()
 	for h := range shared.proxies.All() {
-		for _, origins := range h.origins {
+		for _, origins := range h.directive.origins {
 			origins.Close() // the origin may be closing an idle connection, which would make the outcome random
 		}
 	}

@@ -274,9 +274,10 @@ func TestResponsesWithoutStatus(t *testing.T) {
 			return err
 		},
 	} {
-		p := &proxy{config: &Handler{ForwardedFor: "off"}}
+		p := new(proxy)
+		from := clientIdentity{policy: &policy{options: &Options{ForwardedFor: "off"}}}
 		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			_, err := p.passOn(w, r, clientIdentity{}, caddyhttp.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) error { return answer(w) }))
+			_, err := p.passOn(w, r, from, caddyhttp.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) error { return answer(w) }))
 			if err != nil {
 				t.Errorf("%s: %v", name, err)
 			}

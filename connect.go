@@ -35,15 +35,15 @@ func (p *proxy) connect(w http.ResponseWriter, r *http.Request, v *transaction) 
 	if announcesContent(r) {
 		return 0, causeConnectContent.refusal(nil)
 	}
-	if err := p.tunnels.Admit(from.limitKey, p.config.MaxTunnels, p.config.MaxTunnelsPerClient); err != nil {
+	if err := from.policy.admitTunnel(from.limitKey); err != nil {
 		return 0, tunnelRefusal(err)
 	}
-	ctx := p.dialer.Access.WithConnect(p.withParentFields(r, from, target))
-	ctx, dialled := p.tunnels.DialContext(ctx, time.Duration(p.config.DialTimeout))
-	far, err := p.dial(ctx, from.reach, target)
+	ctx := from.policy.dialer.Access.WithConnect(p.withParentFields(r, from, target))
+	ctx, dialled := p.tunnels.DialContext(ctx, time.Duration(from.policy.options.DialTimeout))
+	far, err := from.policy.dial(ctx, from.reach, target)
 	dialled()
 	if err != nil {
-		p.tunnels.Release(from.limitKey)
+		from.policy.releaseTunnel(from.limitKey)
 		if p.tunnels.IsClosed() && r.Context().Err() == nil {
 			return 0, causeShuttingDown.refusal(err)
 		}
@@ -56,7 +56,7 @@ func (p *proxy) connect(w http.ResponseWriter, r *http.Request, v *transaction) 
 	near, early, err := hijack(w)
 	if err != nil {
 		_ = far.Close()
-		p.tunnels.Release(from.limitKey)
+		from.policy.releaseTunnel(from.limitKey)
 		return 0, caddyhttp.Error(http.StatusInternalServerError, err)
 	}
 	recordStatus(w, http.StatusOK)
@@ -75,7 +75,7 @@ func (p *proxy) connect(w http.ResponseWriter, r *http.Request, v *transaction) 
 func (p *proxy) newTunnel(from clientIdentity, target, proto string, far net.Conn) *tunnel.Tunnel {
 	return &tunnel.Tunnel{
 		Client: from.addr, User: from.user, LimitKey: from.limitKey, Target: target, Proto: proto, Start: time.Now(),
-		Owner: p.tunnelOwner, Scope: int(from.reach), Registry: p.tunnels,
+		Owner: from.policy.tunnelOwner, Scope: int(from.reach), Registry: p.tunnels,
 		Far: tunnel.NewConnEnd(far), Address: hostport.AddrPortOf(far.RemoteAddr()), LocalAddr: hostport.AddrPortOf(far.LocalAddr()),
 	}
 }
@@ -95,7 +95,7 @@ func announcesContent(r *http.Request) bool {
 // proxy will receive the request, the context carries the fields that tell it of the path
 // (Via, RFC 9110 §7.6.3) and of the client.
 func (p *proxy) withParentFields(r *http.Request, from clientIdentity, target string) context.Context {
-	if !p.dialer.UsesParent(target) {
+	if !from.policy.dialer.UsesParent(target) {
 		return r.Context()
 	}
 	p.setRequestFields(r, from)

@@ -139,7 +139,7 @@ func TestSlowContent(t *testing.T) {
 func TestSlowChunks(t *testing.T) {
 	w := newWorld(t, "", nil)
 	h := provisioned(t)[0]
-	h.originLimits.ContentGrace = 40 * time.Millisecond
+	h.directive.originLimits.ContentGrace = 40 * time.Millisecond
 	long := "A: " + strings.Repeat("a", 20<<10) // more than the buffer holds
 	for name, parts := range map[string][]string{
 		"everything":             {"5", "\r", "\n", "he", "llo", "\r", "\n0", "\r\n", "A: b\r\n", "\r", "\n"},
@@ -166,9 +166,9 @@ func TestSlowChunks(t *testing.T) {
 			defer close(more)
 			for i, part := range parts {
 				if i%2 == 0 {
-					time.Sleep(h.originLimits.ContentGrace / 4) // the wait ends before it counts
+					time.Sleep(h.directive.originLimits.ContentGrace / 4) // the wait ends before it counts
 				} else {
-					time.Sleep(3 * h.originLimits.ContentGrace)
+					time.Sleep(3 * h.directive.originLimits.ContentGrace)
 				}
 				more <- part
 			}
@@ -184,7 +184,7 @@ func TestSlowChunks(t *testing.T) {
 func TestStalledContentCountsAsTunnel(t *testing.T) {
 	w := newWorld(t, "max_tunnels 1", nil)
 	h := provisioned(t)[0]
-	h.originLimits.ContentGrace = 20 * time.Millisecond
+	h.directive.originLimits.ContentGrace = 20 * time.Millisecond
 	more := make(chan string)
 	origin := stallingOrigin(t, "Content-Length: 3\r\n\r\nx", more)
 	get := func() *rawConn {
@@ -220,7 +220,7 @@ func TestStalledContentCountsAsTunnel(t *testing.T) {
 func TestStalledContentAtExit(t *testing.T) {
 	w := newWorld(t, "", nil)
 	h := provisioned(t)[0]
-	h.originLimits.ContentGrace = 20 * time.Millisecond
+	h.directive.originLimits.ContentGrace = 20 * time.Millisecond
 	origin := stallingOrigin(t, "Content-Length: 3\r\n\r\nx", nil)
 	c := w.dial()
 	c.send("GET http://" + origin + "/ HTTP/1.1\nHost: " + origin + "\n\n")
@@ -244,8 +244,9 @@ func TestStalledContentAtExit(t *testing.T) {
 
 // Timeouts of centuries do not overflow.
 func TestHugeTimeouts(t *testing.T) {
-	p := &proxy{config: &Handler{ResponseHeaderTimeout: math.MaxInt64, ResponseIdleTimeout: math.MaxInt64}}
-	limits := p.newOriginLimits()
+	config := &Handler{ResponseIdleTimeout: math.MaxInt64}
+	config.ResponseHeaderTimeout = math.MaxInt64
+	limits := (&policy{proxy: &proxy{config: config}, options: &config.Options}).newOriginLimits()
 	for _, timeout := range []time.Duration{limits.HeaderTimeout, limits.ContentTimeout} {
 		if timeout+timeout/8 < timeout {
 			t.Errorf("%v overflows", timeout)

@@ -61,16 +61,17 @@ func (p *proxy) forward(w http.ResponseWriter, r *http.Request, from clientIdent
 	if err := p.prepareOutgoing(w, r, out, from); err != nil {
 		return 0, err
 	}
-	client := p.origins[from.reach]
-	if p.parentOrigins != nil && !out.OverTLS && p.dialer.UsesParent(out.Authority) {
-		if err := p.dialer.CheckForParent(r.Context(), from.reach, out.Authority); err != nil {
+	y := from.policy
+	client := y.origins[from.reach]
+	if y.parentOrigins != nil && !out.OverTLS && y.dialer.UsesParent(out.Authority) {
+		if err := y.dialer.CheckForParent(r.Context(), from.reach, out.Authority); err != nil {
 			return 0, dialRefusal(r.Context(), err, r.Host)
 		}
-		if f := refuseEcho(p.dialer.Parent, out); f != nil {
+		if f := refuseEcho(y.dialer.Parent, out); f != nil {
 			return 0, f
 		}
-		readdress(p.dialer.Parent, out, requestedHost)
-		client = p.parentOrigins
+		readdress(y.dialer.Parent, out, requestedHost)
+		client = y.parentOrigins
 	}
 	return p.forwardTo(client, w, r, out, from)
 }
@@ -80,7 +81,7 @@ func (p *proxy) forward(w http.ResponseWriter, r *http.Request, from clientIdent
 func (p *proxy) prepareOutgoing(w http.ResponseWriter, r *http.Request, out *origin.Request, from clientIdentity) error {
 	out.NeedsContinue = out.Body != nil && handlerSendsContinue(r)
 	p.setRequestFields(r, from)
-	p.applyUp(r, &out.Host)
+	from.policy.applyUp(r, &out.Host)
 	if !httpguts.ValidHostHeader(out.Host) {
 		return causeHostField.refusal(errHostByHeaderUp)
 	}
@@ -91,7 +92,7 @@ func (p *proxy) prepareOutgoing(w http.ResponseWriter, r *http.Request, out *ori
 	if out.Body == nil {
 		return nil
 	}
-	out.Body.Count = func(n int64) { p.countForwarded(from.limitKey, n, 0) }
+	out.Body.Count = func(n int64) { p.countForwarded(from, n, 0) }
 	control := http.NewResponseController(w)
 	out.StopBody = func() { tcpconn.Interrupt(control.SetReadDeadline) }
 	if r.ProtoMajor == 1 {
@@ -107,18 +108,18 @@ func (p *proxy) prepareOutgoing(w http.ResponseWriter, r *http.Request, out *ori
 func (p *proxy) forwardTo(client *origin.Client, w http.ResponseWriter, r *http.Request, out *origin.Request, from clientIdentity) (int, error) {
 	reserved := len(r.Header["Upgrade"]) > 0 // a tunnel, which an upgraded request becomes
 	if reserved {
-		if err := p.tunnels.Admit(from.limitKey, p.config.MaxTunnels, p.config.MaxTunnelsPerClient); err != nil {
+		if err := from.policy.admitTunnel(from.limitKey); err != nil {
 			return 0, tunnelRefusal(err)
 		}
 	}
 	defer func() {
 		if reserved {
-			p.tunnels.Release(from.limitKey)
+			from.policy.releaseTunnel(from.limitKey)
 		}
 	}()
 	x := client.NewExchange(r.Context(), out)
 	defer x.Close()
-	res, err := awaitHead(r, x, client == p.parentOrigins)
+	res, err := awaitHead(r, x, client == from.policy.parentOrigins)
 	if err != nil {
 		return 0, err
 	}
@@ -129,12 +130,12 @@ func (p *proxy) forwardTo(client *origin.Client, w http.ResponseWriter, r *http.
 		}
 		t := p.newTunnel(from, out.Authority, "", conn)
 		t.TargetPrefix = early
-		status, err := p.upgrade(w, r, res, t)
+		status, err := from.policy.upgrade(w, r, res, t)
 		reserved = reserved && err != nil // on success the tunnel itself leaves when it ends
 		return status, err
 	}
 	if reserved {
-		p.tunnels.Release(from.limitKey)
+		from.policy.releaseTunnel(from.limitKey)
 		reserved = false
 	}
 	if err := p.respond(w, r, x, from); err != nil {
@@ -269,7 +270,7 @@ func originForm(r *http.Request) string {
 // setRequestFields turns r's header fields into those of the request to the next hop.
 func (p *proxy) setRequestFields(r *http.Request, from clientIdentity) {
 	prepareRequest(r.Header, r.ProtoMajor, r.ProtoMinor)
-	if p.config.ForwardedFor == "off" {
+	if from.policy.options.ForwardedFor == "off" {
 		delete(r.Header, "X-Forwarded-For")
 		delete(r.Header, "X-Real-Ip")
 	} else {
@@ -279,22 +280,22 @@ func (p *proxy) setRequestFields(r *http.Request, from clientIdentity) {
 }
 
 // applyUp applies header_up to the request's header fields, and to host, its Host field.
-func (p *proxy) applyUp(r *http.Request, host *string) {
-	if p.config.Headers == nil || p.config.Headers.Request == nil {
+func (y *policy) applyUp(r *http.Request, host *string) {
+	if y.options.Headers == nil || y.options.Headers.Request == nil {
 		return
 	}
 	changed := *r
 	changed.Host = *host
-	p.config.Headers.Request.ApplyToRequest(&changed)
+	y.options.Headers.Request.ApplyToRequest(&changed)
 	*host = changed.Host
 }
 
 // applyDown applies header_down to the response's header fields.
-func (p *proxy) applyDown(res *http.Response, r *http.Request) {
-	if p.config.Headers == nil || p.config.Headers.Response == nil {
+func (y *policy) applyDown(res *http.Response, r *http.Request) {
+	if y.options.Headers == nil || y.options.Headers.Response == nil {
 		return
 	}
-	ops := p.config.Headers.Response
+	ops := y.options.Headers.Response
 	if ops.Require != nil && !ops.Require.Match(res.StatusCode, res.Header) {
 		return
 	}
@@ -315,7 +316,7 @@ func (p *proxy) respond(w http.ResponseWriter, r *http.Request, x *origin.Exchan
 	}
 	connection, upgrade := res.Header["Connection"], res.Header["Upgrade"]
 	announced := trailingNames(res.Trailer, connection)
-	header := p.setResponseFields(w, r, res)
+	header := from.policy.setResponseFields(w, r, res)
 	if isLastOnConnection(r, x.Request) {
 		header["Connection"] = []string{"close"}
 	}
@@ -353,11 +354,11 @@ const errOriginSent407 = h1.ProtocolError("it asks for credentials that only a p
 
 // setResponseFields makes the header of res, adapted for the client, that of w. Nothing may use
 // that of res afterwards.
-func (p *proxy) setResponseFields(w http.ResponseWriter, r *http.Request, res *http.Response) http.Header {
+func (y *policy) setResponseFields(w http.ResponseWriter, r *http.Request, res *http.Response) http.Header {
 	few := len(res.Header) < h1.MaxFreedHeader // and so have always been
 	removeHopByHop(res.Header)
-	p.via.add(res.Header, res.ProtoMajor, res.ProtoMinor)
-	p.applyDown(res, r)
+	y.proxy.via.add(res.Header, res.ProtoMajor, res.ProtoMinor)
+	y.applyDown(res, r)
 	header := w.Header()
 	// Caddy's Server field does not describe the origin. A nil Content-Type keeps
 	// net/http from guessing one.
@@ -408,11 +409,11 @@ func (p *proxy) passContent(w http.ResponseWriter, r *http.Request, x *origin.Ex
 				return nil
 			}
 			n, err := w.Write(rest)
-			p.countForwarded(from.limitKey, 0, int64(n))
+			p.countForwarded(from, 0, int64(n))
 			return asClientError(err)
 		}
 	}
-	return copyBody(w, r, x, func(n int64) { p.countForwarded(from.limitKey, 0, n) })
+	return copyBody(w, r, x, func(n int64) { p.countForwarded(from, 0, n) })
 }
 
 // copyBody copies a response body to the client and calls count for each part. It

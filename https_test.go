@@ -246,7 +246,7 @@ func TestHTTP2SilentConnection(t *testing.T) {
 		})
 		w := newWorld(t, "response_header_timeout 10s", nil)
 		for _, h := range provisioned(t) {
-			h.originLimits.Pings = origin.PingTimes{Silence: 50 * time.Millisecond, Answer: 100 * time.Millisecond}
+			h.directive.originLimits.Pings = origin.PingTimes{Silence: 50 * time.Millisecond, Answer: 100 * time.Millisecond}
 		}
 		c := w.dial()
 		for i, want := range []int{200, want, 200} {

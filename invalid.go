@@ -48,7 +48,7 @@ func (p *proxy) recordInvalid(conn net.Conn, reason invalidReason, status, detai
 	program.metrics.Invalid(string(reason))
 	remote, _ := netip.ParseAddrPort(conn.RemoteAddr().String())
 	addr := remote.Addr().Unmap().WithZone("")
-	n, ok := program.invalidLines.count(invalidLine{p.limiter.Key(addr), conn.LocalAddr().String(), string(reason) + status + detail}, time.Now())
+	n, ok := program.invalidLines.count(invalidLine{p.directive.limiter.Key(addr), conn.LocalAddr().String(), string(reason) + status + detail}, time.Now())
 	if !ok {
 		return
 	}

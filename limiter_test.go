@@ -99,19 +99,19 @@ func askedBuckets() []Bucket {
 // says so.
 type sharedClient struct {
 	t   *testing.T
-	h   *proxy
+	y   *policy
 	now time.Duration
 }
 
 func newSharedClient(t *testing.T, burst int64, refill float64) *sharedClient {
-	return &sharedClient{t: t, h: &proxy{config: new(Handler), limiter: newTable(limits(burst, refill)), shared: new(testLimiter)}}
+	return &sharedClient{t: t, y: &policy{proxy: &proxy{shared: new(testLimiter)}, limiter: newTable(limits(burst, refill))}}
 }
 
 // takes makes a request and checks how often the shared limiter is asked about it.
 func (s *sharedClient) takes(questions int, want bucket.Decision) {
 	s.t.Helper()
 	askedBuckets()
-	got := s.h.chargeBuckets(s.t.Context(), keyOf("192.0.2.1"), int64(s.now))
+	got := s.y.chargeBuckets(s.t.Context(), keyOf("192.0.2.1"), int64(s.now))
 	got.LogCount, got.Event = 0, false // covered by other tests
 	if n := len(askedBuckets()); got != want || n != questions {
 		s.t.Errorf("after %v: take = %+v, want %+v; the shared limiter is asked %d times, want %d", s.now, got, want, n, questions)

@@ -47,7 +47,7 @@ func TestTunnelOwnerTimeouts(t *testing.T) {
 		"tunnel_idle_timeout 2h\ntunnel_stall_timeout 2m\ntunnel_max_duration 24h": {2 * time.Hour, 2 * time.Minute, 24 * time.Hour},
 	} {
 		newWorld(t, options, nil)
-		o := provisioned(t)[0].tunnelOwner
+		o := provisioned(t)[0].directive.tunnelOwner
 		if got := [3]time.Duration{o.IdleTimeout, o.StallTimeout, o.MaxDuration}; got != want {
 			t.Errorf("%q: timeouts %v, want %v", options, got, want)
 		}

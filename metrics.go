@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"time"
 
-	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
@@ -85,12 +84,12 @@ func countDial(ctx context.Context, start time.Time, err error) {
 }
 
 // countForwarded counts content bytes of a request or its response.
-func (p *proxy) countForwarded(key client.Key, up, down int64) {
+func (p *proxy) countForwarded(from clientIdentity, up, down int64) {
 	if up+down == 0 {
 		return
 	}
 	p.zone.ForwardedBytes(up, down)
-	p.limiter.AddBytes(key, up, down)
+	from.policy.limiter.AddBytes(from.limitKey, up, down)
 }
 
 // countTunnelBytes counts the bytes of open tunnels.

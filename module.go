@@ -47,13 +47,7 @@ func init() {
 // `{http.async_proxy.rule}` | The rule that denied the destination, such as `deny ads.example.com`; `default` if it is closed by default
 // `{http.async_proxy.cause}` | Why the proxy refused the request: rate_limited, blocked, rule, default, port, client, auth_required, ...
 type Handler struct {
-	// How many requests a client may make at once, from 1 to 1000000000. A
-	// CONNECT counts as one request, however long its tunnel lives. Default: 10.
-	Burst int64 `json:"burst,omitempty"`
-
-	// How many requests a client regains per second, up to Burst: from 0.00001
-	// (about one a day) to 1000000. Default: 0.5.
-	Refill float64 `json:"refill,omitempty"`
+	Options
 
 	// How many leading bits of an IPv4 address identify a client, from 1 to 32.
 	// Default: 32, each address is its own client.
@@ -84,6 +78,89 @@ type Handler struct {
 	// allow. Default: none, each process counts alone.
 	LimiterRaw json.RawMessage `json:"limiter,omitempty" caddy:"namespace=http.async_proxy.limiters inline_key=module"`
 
+	// The only clients that may use the proxy, as addresses or CIDR ranges;
+	// `private_ranges` stands for all private ranges, including loopback, and `all`
+	// opens the proxy to everyone who can reach it. Clients on a Unix socket are
+	// always admitted. Default: `all` with authentication, or if a handler or a
+	// remote_ip or client_ip matcher before this handler restricts the clients;
+	// otherwise `private_ranges`.
+	Clients []string `json:"clients,omitempty"`
+
+	// Authentication providers. One of them must accept the credentials in
+	// Proxy-Authorization. Default: none, no credentials are required.
+	AuthRaw caddy.ModuleMap `json:"authentication,omitempty" caddy:"namespace=http.authentication.providers"`
+
+	// How many logins of a client may fail per FailedLoginsPer, from 1 to 1000000;
+	// -1 means no limit. Beyond that a login waits up to 15 seconds for its turn. It
+	// is refused with 429 if its turn does not come in time or the login fails.
+	// Credentials that were accepted before are not limited. Default: 10.
+	FailedLogins int `json:"failed_logins,omitempty"`
+
+	// The period that FailedLogins applies to, from 1s to a year. Default: 1m.
+	FailedLoginsPer caddy.Duration `json:"failed_logins_per,omitempty"`
+
+	// The IP addresses of the DNS servers to query, such as 192.0.2.53 or
+	// tcp/[2001:db8::53]:53. The first is chosen at random; the next one is queried
+	// when it fails or has not answered for a second. Default: the system's.
+	Resolvers []string `json:"resolvers,omitempty"`
+
+	// The path of a proxy auto-configuration (PAC) script for browsers, readable by
+	// everyone. It directs them to this proxy, except for destinations that are
+	// closed by default, such as private addresses. Default: none.
+	ServePAC string `json:"serve_pac,omitempty"`
+
+	// Further destinations that browsers with that script reach directly: addresses,
+	// CIDR ranges, names or *.names. Default: none.
+	PACDirect []string `json:"pac_direct,omitempty"`
+
+	// How long an origin may send nothing in the middle of a response before the
+	// proxy aborts the response. A response that has stalled for ten seconds counts
+	// as a tunnel, in MaxTunnels and MaxTunnelsPerClient, until more of it arrives.
+	// -1 means no limit. Default: 5m.
+	ResponseIdleTimeout caddy.Duration `json:"response_idle_timeout,omitempty"`
+
+	// How long one end of a tunnel may read nothing while data from the other end is
+	// waiting for it, before the tunnel is reset. An end that reads slowly is not
+	// stalled. Accurate to two seconds. -1 means no limit. Default: 1m.
+	TunnelStallTimeout caddy.Duration `json:"tunnel_stall_timeout,omitempty"`
+
+	// How long after a reload the tunnels opened before it are closed; 0 closes them
+	// immediately. Default: null, a reload does not close tunnels.
+	StreamCloseDelay *caddy.Duration `json:"stream_close_delay,omitempty"`
+
+	// Whether this config, when it starts, checks older tunnels against its rules and
+	// closes those to targets that it would deny. It checks the tunnels opened by
+	// handlers of the same zone on a server that shares a listen address with this
+	// one. Default: false.
+	RecheckTunnels bool `json:"recheck_tunnels,omitempty"`
+
+	// The names of this server itself. Over HTTP/2 and HTTP/3 a proxy request looks
+	// like a request for the server. With names set, requests for any other host are
+	// forwarded as http, which is what browsers send to an HTTPS proxy for http://
+	// URLs. Default: none, all such requests go to the next handler.
+	Hosts []string `json:"hosts,omitempty"`
+
+	// The pseudonym of this proxy in Via and Proxy-Status, by which it also detects
+	// requests that loop back to it. "off" leaves Via alone and disables that
+	// detection. Default: caddy-async-proxy with a suffix unique to this process and
+	// site.
+	Via string `json:"via,omitempty"`
+
+	validated bool // the options are valid
+
+	proxy *proxy // what runs; set by Provision
+}
+
+// Options are what the directive sets for all clients.
+type Options struct {
+	// How many requests a client may make at once, from 1 to 1000000000. A
+	// CONNECT counts as one request, however long its tunnel lives. Default: 10.
+	Burst int64 `json:"burst,omitempty"`
+
+	// How many requests a client regains per second, up to Burst: from 0.00001
+	// (about one a day) to 1000000. Default: 0.5.
+	Refill float64 `json:"refill,omitempty"`
+
 	// Where clients may connect. Rules are evaluated in order, and the first that
 	// matches a destination decides.
 	//
@@ -108,31 +185,10 @@ type Handler struct {
 	// closed.
 	ReportOnly []string `json:"report_only,omitempty"`
 
-	// The only clients that may use the proxy, as addresses or CIDR ranges;
-	// `private_ranges` stands for all private ranges, including loopback, and `all`
-	// opens the proxy to everyone who can reach it. Clients on a Unix socket are
-	// always admitted. Default: `all` with authentication, or if a handler or a
-	// remote_ip or client_ip matcher before this handler restricts the clients;
-	// otherwise `private_ranges`.
-	Clients []string `json:"clients,omitempty"`
-
-	// Authentication providers. One of them must accept the credentials in
-	// Proxy-Authorization. Default: none, no credentials are required.
-	AuthRaw caddy.ModuleMap `json:"authentication,omitempty" caddy:"namespace=http.authentication.providers"`
-
 	// Which bucket a request is charged to: `client_ip`, the client's, or `user`,
 	// the user's, which all devices of the user share. Requests without credentials
 	// are always charged to the client. Default: client_ip.
 	LimitBy string `json:"limit_by,omitempty"`
-
-	// How many logins of a client may fail per FailedLoginsPer, from 1 to 1000000;
-	// -1 means no limit. Beyond that a login waits up to 15 seconds for its turn. It
-	// is refused with 429 if its turn does not come in time or the login fails.
-	// Credentials that were accepted before are not limited. Default: 10.
-	FailedLogins int `json:"failed_logins,omitempty"`
-
-	// The period that FailedLogins applies to, from 1s to a year. Default: 1m.
-	FailedLoginsPer caddy.Duration `json:"failed_logins_per,omitempty"`
 
 	// The parent proxy to connect through. Default: none.
 	Upstream *Upstream `json:"upstream,omitempty"`
@@ -141,20 +197,6 @@ type Handler struct {
 	// a rule. Names are not resolved for this.
 	NoUpstream []string `json:"no_upstream,omitempty"`
 
-	// The IP addresses of the DNS servers to query, such as 192.0.2.53 or
-	// tcp/[2001:db8::53]:53. The first is chosen at random; the next one is queried
-	// when it fails or has not answered for a second. Default: the system's.
-	Resolvers []string `json:"resolvers,omitempty"`
-
-	// The path of a proxy auto-configuration (PAC) script for browsers, readable by
-	// everyone. It directs them to this proxy, except for destinations that are
-	// closed by default, such as private addresses. Default: none.
-	ServePAC string `json:"serve_pac,omitempty"`
-
-	// Further destinations that browsers with that script reach directly: addresses,
-	// CIDR ranges, names or *.names. Default: none.
-	PACDirect []string `json:"pac_direct,omitempty"`
-
 	// The time limit for resolving a name and connecting to one of its addresses.
 	// Default: 10s.
 	DialTimeout caddy.Duration `json:"dial_timeout,omitempty"`
@@ -162,12 +204,6 @@ type Handler struct {
 	// The time limit for the response head to arrive once the origin has the request.
 	// -1 means no limit. Default: 5m.
 	ResponseHeaderTimeout caddy.Duration `json:"response_header_timeout,omitempty"`
-
-	// How long an origin may send nothing in the middle of a response before the
-	// proxy aborts the response. A response that has stalled for ten seconds counts
-	// as a tunnel, in MaxTunnels and MaxTunnelsPerClient, until more of it arrives.
-	// -1 means no limit. Default: 5m.
-	ResponseIdleTimeout caddy.Duration `json:"response_idle_timeout,omitempty"`
 
 	// The maximum number of open tunnels in this process, from CONNECT and from
 	// upgraded requests, over all sites. Beyond that the response is 503.
@@ -182,47 +218,16 @@ type Handler struct {
 	// to a second. -1 means no limit. Default: 1h.
 	TunnelIdleTimeout caddy.Duration `json:"tunnel_idle_timeout,omitempty"`
 
-	// How long one end of a tunnel may read nothing while data from the other end is
-	// waiting for it, before the tunnel is reset. An end that reads slowly is not
-	// stalled. Accurate to two seconds. -1 means no limit. Default: 1m.
-	TunnelStallTimeout caddy.Duration `json:"tunnel_stall_timeout,omitempty"`
-
 	// How long a tunnel may be open. Accurate to a second. Default: 0, no limit.
 	TunnelMaxDuration caddy.Duration `json:"tunnel_max_duration,omitempty"`
-
-	// How long after a reload the tunnels opened before it are closed; 0 closes them
-	// immediately. Default: null, a reload does not close tunnels.
-	StreamCloseDelay *caddy.Duration `json:"stream_close_delay,omitempty"`
-
-	// Whether this config, when it starts, checks older tunnels against its rules and
-	// closes those to targets that it would deny. It checks the tunnels opened by
-	// handlers of the same zone on a server that shares a listen address with this
-	// one. Default: false.
-	RecheckTunnels bool `json:"recheck_tunnels,omitempty"`
 
 	// Changes to the header fields of forwarded requests and their responses, as in
 	// reverse_proxy. They apply after the proxy's own changes.
 	Headers *headers.Handler `json:"headers,omitempty"`
 
-	// The names of this server itself. Over HTTP/2 and HTTP/3 a proxy request looks
-	// like a request for the server. With names set, requests for any other host are
-	// forwarded as http, which is what browsers send to an HTTPS proxy for http://
-	// URLs. Default: none, all such requests go to the next handler.
-	Hosts []string `json:"hosts,omitempty"`
-
-	// The pseudonym of this proxy in Via and Proxy-Status, by which it also detects
-	// requests that loop back to it. "off" leaves Via alone and disables that
-	// detection. Default: caddy-async-proxy with a suffix unique to this process and
-	// site.
-	Via string `json:"via,omitempty"`
-
 	// Whether the next hop learns the client's address: "auto" sets
 	// X-Forwarded-For and X-Real-IP, "off" removes them. Default: "auto".
 	ForwardedFor string `json:"forwarded_for,omitempty"`
-
-	validated bool // the options are valid
-
-	proxy *proxy // what runs; set by Provision
 }
 
 // CaddyModule returns the Caddy module information.

@@ -17,7 +17,7 @@ import (
 func (p *proxy) passOn(w http.ResponseWriter, r *http.Request, from clientIdentity, next caddyhttp.Handler) (int, error) {
 	prior := r.Header["X-Forwarded-For"]
 	p.setRequestFields(r, from)
-	if from.trusted && p.config.ForwardedFor != "off" {
+	if from.trusted && from.policy.options.ForwardedFor != "off" {
 		// The next handler, if it is reverse_proxy, appends the peer itself.
 		if r.Header["X-Forwarded-For"] = prior; len(prior) == 0 {
 			delete(r.Header, "X-Forwarded-For")

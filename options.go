@@ -359,7 +359,7 @@ func (h *Handler) checkTogether() *combinationError {
 	case len(h.PACDirect) > 0 && h.ServePAC == "":
 		return &combinationError{[]string{"serve_pac"}, errors.New("pac_direct: expected serve_pac to be set as well")}
 	}
-	if err := full.limits().Validate(); err != nil {
+	if err := full.limits(&full.Options).Validate(); err != nil {
 		return &combinationError{[]string{"refill", "burst"}, err}
 	}
 	return nil
@@ -396,10 +396,10 @@ func (p *proxy) limiterSettings() []status.Setting {
 }
 
 func (p *proxy) upstreamSettings() []status.Setting {
-	if p.dialer.Parent == nil {
+	if p.directive.dialer.Parent == nil {
 		return []status.Setting{{Option: "upstream", Value: "none", Default: true}}
 	}
-	return []status.Setting{{Option: "upstream", Value: p.dialer.Parent.Scheme + "://" + p.dialer.Parent.Address}}
+	return []status.Setting{{Option: "upstream", Value: p.directive.dialer.Parent.Scheme + "://" + p.directive.dialer.Parent.Address}}
 }
 
 func (p *proxy) clientSettings() []status.Setting {

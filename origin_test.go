@@ -86,7 +86,7 @@ func TestLocalConnectionsAreRechecked(t *testing.T) {
 		}
 	})
 	w := newWorld(t, "", nil)
-	p := provisioned(t)[0].dialer.Access
+	p := provisioned(t)[0].directive.dialer.Access
 	before := p.IsSelf
 	for _, url := range []string{w.origin.URL, "https://" + shared, "https://" + alone} {
 		ask := func(want int) {

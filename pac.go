@@ -85,7 +85,7 @@ func (p *proxy) makePACRules() string {
 	if p.pacDirect != nil {
 		direct = p.pacDirect.Conditions()
 	}
-	for _, condition := range append(direct, access.ClosedConditions(p.dialer.Access.Sets)...) {
+	for _, condition := range append(direct, access.ClosedConditions(p.directive.dialer.Access.Sets)...) {
 		fmt.Fprintf(&b, "\tif (%s) return \"DIRECT\";\n", condition)
 	}
 	b.WriteString("\treturn proxy;\n}\n")

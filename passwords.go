@@ -152,7 +152,7 @@ func (p *proxy) provisionFailedLogins() error {
 	if len(p.auth) == 0 || p.config.FailedLogins < 0 {
 		return nil
 	}
-	limits := p.config.limits()
+	limits := p.config.limits(&p.config.Options)
 	limits.Burst, limits.Refill = int64(p.config.FailedLogins), float64(p.config.FailedLogins)/time.Duration(p.config.FailedLoginsPer).Seconds()
 	var err error
 	p.failedLogins, err = acquireTable(p.process.failedLogins, limits)

@@ -39,10 +39,10 @@ func (p *process) eachTable(yield func(*bucket.Table) bool) {
 	p.limiters.Range(func(_, t any) bool { return yield(t.(*bucket.Table)) })
 }
 
-// limits returns the limits on the handler's clients.
-func (h *Handler) limits() bucket.Limits {
+// limits returns the limits on the handler's clients that have these options.
+func (h *Handler) limits(o *Options) bucket.Limits {
 	return bucket.Limits{
-		Zone: h.Zone, Burst: h.Burst, Refill: h.Refill,
+		Zone: h.Zone, Burst: o.Burst, Refill: o.Refill,
 		IPv4Prefix: h.IPv4Prefix, IPv6Prefix: h.IPv6Prefix, MaxClients: h.MaxClients,
 	}
 }
@@ -62,40 +62,40 @@ func (p *proxy) charge(r *http.Request, v *transaction) error {
 func (p *proxy) takeToken(r *http.Request, v *transaction) bucket.Decision {
 	now := monotime.Of(v.start)
 	if wait := p.process.blockedFor(v.limitKey, now); wait > 0 {
-		return p.limiter.Block(v.limitKey, now, wait, errBlocked)
+		return v.policy.limiter.Block(v.limitKey, now, wait, errBlocked)
 	}
 	if v.kind == metrics.Other || p.exempt.Contains(v.addr) {
 		return bucket.Decision{Allowed: true}
 	}
-	return p.applyReportOnly(r, v, p.chargeBuckets(r.Context(), v.limitKey, now))
+	return p.applyReportOnly(r, v, v.policy.chargeBuckets(r.Context(), v.limitKey, now))
 }
 
 // chargeBuckets charges one token to the client: from its local bucket, and then from the
 // shared one, if there is one.
-func (p *proxy) chargeBuckets(ctx context.Context, key client.Key, now int64) bucket.Decision {
-	if p.shared != nil && p.shared.Suspended() {
+func (y *policy) chargeBuckets(ctx context.Context, key client.Key, now int64) bucket.Decision {
+	if y.proxy.shared != nil && y.proxy.shared.Suspended() {
 		return bucket.Decision{Allowed: true}
 	}
-	local := p.limiter.Take(key, now)
-	if p.shared == nil || !local.Allowed {
+	local := y.limiter.Take(key, now)
+	if y.proxy.shared == nil || !local.Allowed {
 		return local
 	}
 	downstream.Keep(ctx)
-	wait, err := p.shared.Take(ctx, sharedBucket(p.limiter, key))
+	wait, err := y.proxy.shared.Take(ctx, sharedBucket(y.limiter, key))
 	switch {
 	case err != nil:
-		p.limiter.Refund(key, now) // the request is refused for another reason
-		return p.limiter.Deny(key, now, 0, err)
+		y.limiter.Refund(key, now) // the request is refused for another reason
+		return y.limiter.Deny(key, now, 0, err)
 	case wait > 0:
-		p.limiter.Drain(key, now, wait)
-		return p.limiter.Deny(key, now, wait, nil)
+		y.limiter.Drain(key, now, wait)
+		return y.limiter.Deny(key, now, wait, nil)
 	}
 	return local
 }
 
 // applyReportOnly turns a denial into an allow, and reports it, if limits are report-only.
 func (p *proxy) applyReportOnly(r *http.Request, v *transaction, verdict bucket.Decision) bucket.Decision {
-	if !verdict.Allowed && slices.Contains(p.config.ReportOnly, "limits") {
+	if !verdict.Allowed && slices.Contains(v.policy.options.ReportOnly, "limits") {
 		if !v.reportedOnly {
 			program.metrics.Reported(reportedLimits)
 			v.reportedOnly = true
@@ -113,7 +113,7 @@ func (p *proxy) refuseLimited(w http.ResponseWriter, r *http.Request, v *transac
 	if verdict.Err != nil {
 		return p.refuseUncounted(w, r, v, verdict)
 	}
-	a := p.limitedAnswer(ceilSeconds(verdict.Wait))
+	a := v.policy.limitedAnswer(ceilSeconds(verdict.Wait))
 	v.rateLimited = true
 	v.setRefusal(&a.refusal)
 	p.count(v, nil)
@@ -125,7 +125,7 @@ func (p *proxy) refuseLimited(w http.ResponseWriter, r *http.Request, v *transac
 		p.events.emitRateLimited(p.config.Zone, v, verdict)
 	}
 	header := w.Header()
-	values := [...]string{a.retryAfter, p.policy, a.state} // one allocation for all three
+	values := [...]string{a.retryAfter, v.policy.rateLimit, a.state} // one allocation for all three
 	header["Retry-After"], header["Ratelimit-Policy"], header["Ratelimit"] = values[:1:1], values[1:2:2], values[2:]
 	return p.writeRefusal(w, r, &a.refusal, a.proxyStatus, a.body)
 }
@@ -139,8 +139,8 @@ type limitedAnswer struct {
 	body                           []byte
 }
 
-func (p *proxy) limitedAnswer(seconds int64) *limitedAnswer {
-	if a := p.limitedResponse.Load(); a != nil && a.seconds == seconds {
+func (y *policy) limitedAnswer(seconds int64) *limitedAnswer {
+	if a := y.limitedResponse.Load(); a != nil && a.seconds == seconds {
 		return a
 	}
 	retry := strconv.FormatInt(seconds, 10)
@@ -148,11 +148,11 @@ func (p *proxy) limitedAnswer(seconds int64) *limitedAnswer {
 		refusal:     *causeRateLimited.refusal(nil, seconds),
 		seconds:     seconds,
 		retryAfter:  retry,
-		state:       rateLimitState(p.config.Zone, seconds),
-		proxyStatus: p.proxyStatus(deniedRequest),
+		state:       rateLimitState(y.proxy.config.Zone, seconds),
+		proxyStatus: y.proxy.proxyStatus(deniedRequest),
 	}
 	a.body = []byte(a.text + "\n")
-	p.limitedResponse.Store(a)
+	y.limitedResponse.Store(a)
 	return a
 }
 

@@ -25,9 +25,9 @@ import (
 
 // limits returns these limits, and defaults otherwise.
 func limits(burst int64, refill float64) bucket.Limits {
-	h := Handler{Burst: burst, Refill: refill}
+	h := Handler{Options: Options{Burst: burst, Refill: refill}}
 	h.setDefaults()
-	return h.limits()
+	return h.limits(&h.Options)
 }
 
 func newTable(limits bucket.Limits) *bucket.Table {

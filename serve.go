@@ -36,7 +36,8 @@ func (p *proxy) serveHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp
 	if v.kind != metrics.Other {
 		delete(w.Header(), "Alt-Svc") // advertises this server, not the requested host
 	}
-	v.limitKey = p.limiter.Key(v.addr)
+	v.policy = p.directive
+	v.limitKey = v.policy.limiter.Key(v.addr)
 	return p.finish(w, r, v, p.serveRecordingPanics(w, r, v, next))
 }
 
@@ -115,19 +116,19 @@ func (p *proxy) refuseAccess(r *http.Request, v *transaction) *refusal {
 func (p *proxy) login(w http.ResponseWriter, r *http.Request, v *transaction) error {
 	now := monotime.Of(v.start)
 	if wait := p.process.blockedFor(v.limitKey, now); wait > 0 {
-		v.verdict = p.limiter.Block(v.limitKey, now, wait, errBlocked)
+		v.verdict = v.policy.limiter.Block(v.limitKey, now, wait, errBlocked)
 		return errRateLimited
 	}
 	key := v.limitKey
 	err := p.authenticate(w, r, v)
 	failed := err != nil && hasCredentials(r)
-	if failed || v.user != "" && p.config.LimitBy == "user" {
-		p.limiter.RecordRequest(key, now) // count the request for the client as well
+	if failed || v.user != "" && v.policy.options.LimitBy == "user" {
+		v.policy.limiter.RecordRequest(key, now) // count the request for the client as well
 	}
 	if failed {
 		return err
 	}
-	if v.user != "" && p.config.LimitBy == "user" {
+	if v.user != "" && v.policy.options.LimitBy == "user" {
 		v.limitKey = client.User(v.user)
 	}
 	if limited := p.charge(r, v); limited != nil {
@@ -196,6 +197,7 @@ func (p *proxy) isLoop(r *http.Request, peer netip.AddrPort) bool {
 type clientIdentity struct {
 	addr     netip.Addr     // the client, after Caddy's trusted_proxies; v4-mapped is v4
 	user     string         // the authenticated user name; "" if none
+	policy   *policy        // what it may do
 	limitKey client.Key     // the key of its limits: a network or a user
 	peer     netip.AddrPort // the remote end of the connection
 	trusted  bool           // the peer is a trusted proxy

@@ -39,7 +39,7 @@ func newTestStream(w http.ResponseWriter, conn net.Conn) (stream *streamPeer, up
 func runTestTunnel(r *tunnel.Registry, idleTimeout time.Duration, near, far tunnel.End) (t *tunnel.Tunnel, done chan struct{}) {
 	owner := &tunnel.Owner{IdleTimeout: idleTimeout, Observer: silentObserver{}}
 	t = &tunnel.Tunnel{Owner: owner, Registry: r, Start: time.Now(), Near: near, Far: far}
-	r.Admit(t.LimitKey, 0, 0)
+	r.Admit(t.Owner, t.LimitKey, tunnel.Limits{})
 	done = make(chan struct{})
 	go func() {
 		t.Run()

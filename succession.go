@@ -51,21 +51,14 @@ type site struct {
 	process    *process
 }
 
-// provisionSite sets site and tunnel.Owner. server is nil outside of the http app.
+// provisionSite sets site. server is nil outside of the http app.
 func (p *proxy) provisionSite(server *caddyhttp.Server) {
 	p.site = &site{
 		zone: p.zone, configDone: p.configDone, closeDelay: p.config.StreamCloseDelay,
-		limiter: p.limiter, logger: p.logger, process: p.process,
+		logger: p.logger, process: p.process,
 	}
 	if server != nil {
 		p.site.addresses = server.Listen
-	}
-	p.tunnelOwner = &tunnel.Owner{
-		Name:         p.name,
-		IdleTimeout:  time.Duration(p.config.TunnelIdleTimeout),
-		StallTimeout: time.Duration(p.config.TunnelStallTimeout),
-		MaxDuration:  time.Duration(p.config.TunnelMaxDuration),
-		Observer:     p.site,
 	}
 }
 

@@ -51,13 +51,13 @@ func isUpgradeTo(protocols, requested []string) bool {
 
 // upgrade sends the client the origin's 101 (Switching Protocols), and turns the two
 // connections into a tunnel.
-func (p *proxy) upgrade(w http.ResponseWriter, r *http.Request, res *http.Response, t *tunnel.Tunnel) (int, error) {
+func (y *policy) upgrade(w http.ResponseWriter, r *http.Request, res *http.Response, t *tunnel.Tunnel) (int, error) {
 	protocols := upgradeProtocols(res.Header["Upgrade"])
 	if !isUpgradeTo(protocols, upgradeProtocols(r.Header["Upgrade"])) {
 		_ = t.Far.Close()
 		return 0, forwardRefusal(r, h1.ProtocolError("it switches to a protocol that was not requested"))
 	}
-	header := p.setResponseFields(w, r, res)
+	header := y.setResponseFields(w, r, res)
 	delete(header, "Content-Type")
 	header["Connection"] = []string{"Upgrade"}
 	header["Upgrade"] = []string{strings.Join(protocols, ", ")}

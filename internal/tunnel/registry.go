@@ -36,7 +36,7 @@ const (
 // All methods are safe for concurrent use.
 type Registry struct {
 	tunnels     *xsync.Map[uint64, *Tunnel]
-	clients     *xsync.Map[client.Key, int] // admitted tunnels of each client
+	accounts    *xsync.Map[account, int] // admitted tunnels of each account
 	sources     *xsync.Map[loopKey, struct{}]
 	admitted    atomic.Int64 // all tunnels, including those being dialled
 	lastID      atomic.Uint64
@@ -56,9 +56,9 @@ func NewRegistry() *Registry { return NewPacedRegistry(WatchInterval, DrainTimeo
 func NewPacedRegistry(interval, drainTimeout time.Duration) *Registry {
 	r := &Registry{
 		Interval: interval, drainTimeout: drainTimeout,
-		tunnels: xsync.NewMap[uint64, *Tunnel](),
-		clients: xsync.NewMap[client.Key, int](),
-		sources: xsync.NewMap[loopKey, struct{}](),
+		tunnels:  xsync.NewMap[uint64, *Tunnel](),
+		accounts: xsync.NewMap[account, int](),
+		sources:  xsync.NewMap[loopKey, struct{}](),
 	}
 	r.open, r.cancelDials = context.WithCancel(context.Background())
 	stop := make(chan struct{})
@@ -67,53 +67,98 @@ func NewPacedRegistry(interval, drainTimeout time.Duration) *Registry {
 	return r
 }
 
-// LimitError reports that a limit on open tunnels is reached.
+// Limits are the maximum numbers of open tunnels. 0 means no limit.
+type Limits struct {
+	Process int // of this process
+	Policy  int // of a policy
+	Client  int // of a client in a policy
+}
+
+// LimitError reports that one of the Limits is reached.
 type LimitError struct {
-	PerClient bool // the client's own limit, not the one for all clients
+	PerPolicy bool // the policy's limit
+	PerClient bool // the client's own limit
 }
 
 // Error implements error.
 func (e *LimitError) Error() string {
-	if e.PerClient {
+	switch {
+	case e.PerClient:
 		return "the client's limit on open tunnels is reached"
+	case e.PerPolicy:
+		return "the policy's limit on open tunnels is reached"
 	}
 	return "the limit on open tunnels is reached"
 }
 
-// Admit reserves a tunnel for a client, which the caller must release with release, or
-// returns an error if a limit is reached. A limit of 0 means no limit. key is the
-// limiter's key for the client.
-func (r *Registry) Admit(key client.Key, limit, perClient int) *LimitError {
-	if n := r.admitted.Add(1); limit > 0 && n > int64(limit) {
+// account is whose tunnels are counted together: those of a client in a policy, or of all
+// clients in it.
+type account struct {
+	zone, policy string
+	all          bool // clients; then client is zero
+	client       client.Key
+}
+
+// Admit reserves a tunnel of owner for a client, which the caller must release with Release, or
+// returns an error if a limit is reached. key is the limiter's key for the client.
+func (r *Registry) Admit(owner *Owner, key client.Key, limits Limits) *LimitError {
+	if n := r.admitted.Add(1); limits.Process > 0 && n > int64(limits.Process) {
 		r.admitted.Add(-1)
 		return &LimitError{}
 	}
-	refused := false
-	r.clients.Compute(key, func(n int, _ bool) (int, xsync.ComputeOp) {
-		if perClient > 0 && n >= perClient {
-			refused = true
-			return n, xsync.CancelOp
+	if owner.Policy != "" && !r.reserve(owner.account(), limits.Policy) {
+		r.admitted.Add(-1)
+		return &LimitError{PerPolicy: true}
+	}
+	if !r.reserve(owner.accountOf(key), limits.Client) {
+		if owner.Policy != "" {
+			r.release(owner.account())
 		}
-		return n + 1, xsync.UpdateOp
-	})
-	if refused {
 		r.admitted.Add(-1)
 		return &LimitError{PerClient: true}
 	}
 	return nil
 }
 
-// Release releases what admit has reserved.
-func (r *Registry) Release(key client.Key) {
-	r.clients.Compute(key, func(n int, _ bool) (int, xsync.ComputeOp) {
+// Release releases what Admit has reserved.
+func (r *Registry) Release(owner *Owner, key client.Key) {
+	r.release(owner.accountOf(key))
+	if owner.Policy != "" {
+		r.release(owner.account())
+	}
+	if r.admitted.Add(-1) == 0 {
+		tcpconn.ClosePipes()
+	}
+}
+
+// account returns the account of all clients in the owner's policy.
+func (o *Owner) account() account { return account{zone: o.Zone, policy: o.Policy, all: true} }
+
+// accountOf returns the account of a client in the owner's policy.
+func (o *Owner) accountOf(key client.Key) account {
+	return account{zone: o.Zone, policy: o.Policy, client: key}
+}
+
+// reserve counts a tunnel for an account, and reports whether the limit allows it.
+func (r *Registry) reserve(a account, limit int) (ok bool) {
+	r.accounts.Compute(a, func(n int, _ bool) (int, xsync.ComputeOp) {
+		if limit > 0 && n >= limit {
+			return n, xsync.CancelOp
+		}
+		ok = true
+		return n + 1, xsync.UpdateOp
+	})
+	return ok
+}
+
+// release ends what reserve has counted.
+func (r *Registry) release(a account) {
+	r.accounts.Compute(a, func(n int, _ bool) (int, xsync.ComputeOp) {
 		if n <= 1 {
 			return 0, xsync.DeleteOp
 		}
 		return n - 1, xsync.UpdateOp
 	})
-	if r.admitted.Add(-1) == 0 {
-		tcpconn.ClosePipes()
-	}
 }
 
 // dialWatchDelay is how long a dial takes before the end of its request is watched for.
@@ -163,7 +208,7 @@ func (r *Registry) remove(t *Tunnel) {
 	if t.LocalAddr.IsValid() {
 		r.sources.Delete(t.loopKey())
 	}
-	r.Release(t.LimitKey)
+	r.Release(t.Owner, t.LimitKey)
 }
 
 // loopKey identifies a connection to a target: the proxy that opened it and both ends. Both
@@ -311,5 +356,5 @@ func (r *Registry) IsClosed() bool { return r.endReason.Load() != nil }
 
 // IsEmpty reports whether nothing is left of any tunnel.
 func (r *Registry) IsEmpty() bool {
-	return r.tunnels.Size() == 0 && r.admitted.Load() == 0 && r.clients.Size() == 0 && r.sources.Size() == 0
+	return r.tunnels.Size() == 0 && r.admitted.Load() == 0 && r.accounts.Size() == 0 && r.sources.Size() == 0
 }

@@ -41,6 +41,8 @@ const (
 // the proxy since. A timeout that is not positive is none.
 type Owner struct {
 	Name         string // of the proxy
+	Zone         string // whose tunnels are counted apart
+	Policy       string // in the zone, of which the same holds; "": the zone's own
 	IdleTimeout  time.Duration
 	StallTimeout time.Duration
 	MaxDuration  time.Duration

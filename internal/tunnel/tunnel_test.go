@@ -45,7 +45,7 @@ func runPipedTunnel(r *Registry, owner Owner, near End, client net.Conn) *pipedT
 		},
 		client: client, target: target, done: make(chan struct{}),
 	}
-	r.Admit(p.LimitKey, 0, 0)
+	r.Admit(p.Owner, p.LimitKey, Limits{})
 	go func() {
 		p.Run()
 		close(p.done)
@@ -218,7 +218,7 @@ func TestLoopsOfTunnelsWithOnePort(t *testing.T) {
 	owner := &Owner{Name: "the-proxy"}
 	open := func(address string) *Tunnel {
 		t := &Tunnel{Owner: owner, Registry: r, LocalAddr: source, Address: netip.MustParseAddrPort(address)}
-		r.Admit(t.LimitKey, 0, 0)
+		r.Admit(t.Owner, t.LimitKey, Limits{})
 		r.add(t)
 		return t
 	}
