@@ -78,10 +78,10 @@ const policyRemote = "X-Forwarded-For: 8.8.8.8\n"
 func accessDenied(t *testing.T, proxy, method, authority, lines string) {
 	t.Helper()
 	res, body := policyRequest(t, proxy, method, authority, lines)
-	if got := res.Header.Get("Proxy-Status"); res.StatusCode != http.StatusForbidden || !strings.HasSuffix(got, "; error=destination_ip_prohibited") {
+	if got := ownStatus(t, res.Header)["error"]; res.StatusCode != http.StatusForbidden || got != "destination_ip_prohibited" {
 		t.Errorf("%s %s: %s, Proxy-Status %q, body %q; want 403 destination_ip_prohibited", method, authority, res.Status, got, body)
 	}
-	if !strings.HasPrefix(body, "This proxy does not allow "+authority) || strings.Count(body, "\n") != 1 || !strings.HasSuffix(body, ".\n") {
+	if !strings.HasPrefix(body, "Denied by proxy: no rule allows "+authority) || strings.Count(body, "\n") != 1 || !strings.HasSuffix(body, ".\n") {
 		t.Errorf("%s %s: body %q", method, authority, body)
 	}
 }

@@ -91,7 +91,10 @@ func TestAuth(t *testing.T) {
 			if res.StatusCode != http.StatusProxyAuthRequired || res.Header.Get("Proxy-Authenticate") != `Basic realm="Office"` || body != authRefused(credentials) {
 				t.Errorf("%s with %s: %s, Proxy-Authenticate %q, %q", method, name, res.Status, res.Header.Get("Proxy-Authenticate"), body)
 			}
-			for _, name := range []string{"Date", "Content-Length"} {
+			if got, want := ownStatus(t, res.Header)["details"]+".\n", authRefused(credentials); got != want {
+				t.Errorf("%s with %s: the details are %q, want %q", method, name, got, want)
+			}
+			for _, name := range []string{"Date", "Content-Length", "Proxy-Status"} {
 				res.Header.Del(name)
 			}
 			if got := fmt.Sprint(res.Header); shape == "" {
@@ -167,7 +170,7 @@ func TestClients(t *testing.T) {
 	origin := w.origin.Listener.Addr().String()
 	for _, method := range []string{http.MethodGet, http.MethodConnect} {
 		res, body := policyRequest(t, w.proxy, method, origin, "")
-		if want := "Your address, 127.0.0.1, may not use this proxy.\n"; res.StatusCode != http.StatusForbidden || body != want {
+		if want := "Denied by proxy: your address, 127.0.0.1, may not use it.\n"; res.StatusCode != http.StatusForbidden || body != want {
 			t.Errorf("%s: %s %q", method, res.Status, body)
 		}
 	}

@@ -471,7 +471,7 @@ func TestBinaryReadme(t *testing.T) {
 	}
 	for _, want := range []string{
 		`^HTTP/1.1 429 Too Many Requests\r\n`,
-		`\nProxy-Status: caddy-async-proxy-[0-9a-f]{8}; error=http_request_denied\r\n`,
+		`\nProxy-Status: caddy-async-proxy-[0-9a-f]{8}; error=http_request_denied; details="Too many requests from your address; try again in [12] s"\r\n`,
 		fmt.Sprintf(`\nRatelimit: "again";r=0;t=%d\r\n`, wait),
 		`\nRatelimit-Policy: "again";q=10;w=20\r\n`,
 		fmt.Sprintf(`\r\n\r\nToo many requests from your address; try again in %d s.\n?$`, wait),

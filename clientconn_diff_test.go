@@ -178,7 +178,7 @@ func (one *twin) converse(t testing.TB, warm, send, answer string, manner int, f
 // ownRefusal matches the proxy's response to a request that reaches no handler; net/http
 // would word it differently.
 var ownRefusal = regexp.MustCompile(`(?s)HTTP/1\.1 ([45]\d\d [^\r\n]*)\r\nConnection: close\r\nContent-Length: \d+\r\nContent-Type: text/plain; charset=utf-8\r\n` +
-	`Proxy-Status: \S+; error=http_request_error\r\n\r\n(?:This is not a well-formed HTTP request(?:: ([^\n]*))?|This proxy does not support [^\n]*)\.\n`)
+	`Proxy-Status: \S+; error=http_request_error; details="[^\r\n]*"\r\n\r\n(?:This is not a well-formed HTTP request(?:: ([^\n]*))?|This proxy does not support [^\n]*)\.\n`)
 
 // badRequestDetail matches net/http's refusal of a malformed request with what it says is wrong.
 var badRequestDetail = regexp.MustCompile(`(400 Bad Request): (?:missing|too many|malformed|invalid) [A-Za-z ]+`)

@@ -218,7 +218,7 @@ async_proxy {
 			}
 			for address := range strings.FieldsSeq(tc.refused) {
 				res, body := policyRequest(t, w.proxy, method, origin, clientFrom(address))
-				want := "Your address, " + strings.TrimPrefix(address, "::ffff:") + ", may not use this proxy.\n"
+				want := "Denied by proxy: your address, " + strings.TrimPrefix(address, "::ffff:") + ", may not use it.\n"
 				if res.StatusCode != http.StatusForbidden || body != want {
 					t.Errorf("%s\n%s from %s: %s %q, want 403 %q", tc.site, method, address, res.Status, body, want)
 				}

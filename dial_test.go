@@ -330,7 +330,7 @@ func TestDNSFailures(t *testing.T) {
 			}
 			for request, c := range clients {
 				res, body := c.response(http.MethodGet)
-				if _, got, _ := strings.Cut(res.Header.Get("Proxy-Status"), "error="); res.StatusCode != want.status || got != want.kind || body != want.text+"\n" {
+				if got := ownStatus(t, res.Header)["error"]; res.StatusCode != want.status || got != want.kind || body != want.text+"\n" {
 					t.Errorf("%s by %s: %d, %s, %q; want %v", request, resolver, res.StatusCode, got, body, want)
 				}
 			}

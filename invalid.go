@@ -139,7 +139,7 @@ func (l *lineLimit) sweep(now time.Time) bool {
 // invalidAnswer returns the whole response to a request that no handler has seen.
 func (p *proxy) invalidAnswer(status, text string) []byte {
 	return fmt.Appendf(nil, "HTTP/1.1 %s\r\nConnection: close\r\nContent-Length: %d\r\nContent-Type: text/plain; charset=utf-8\r\nProxy-Status: %s\r\n\r\n%s\n",
-		status, len(text)+1, p.proxyStatus("http_request_error"), text)
+		status, len(text)+1, p.proxyStatus("http_request_error", text), text)
 }
 
 // answerInvalid counts and logs what a client has sent instead of a request, and returns the

@@ -33,6 +33,7 @@ const (
 	causeBlocked            cause = "blocked"                  // an operator has blocked the client
 	causeLimiterUnavailable cause = "limiter_unavailable"      // the shared limiter is unavailable
 	causeRule               cause = "rule"                     // a deny rule matches the destination
+	causeNoRule             cause = "no_rule"                  // only "deny all" matches it; labelled as causeRule
 	causeDefault            cause = "default"                  // the destination is closed by default
 	causePort               cause = "port"                     // the destination's port is closed
 	causeClient             cause = "client"                   // the client is not in the option clients
@@ -85,10 +86,11 @@ var causes = map[cause]localReply{
 	causeRateLimited:        {429, deniedRequest, causeRateLimited, "", "Too many requests from your address; try again in %d s."},
 	causeBlocked:            {429, deniedRequest, causeBlocked, "", "The operator of this proxy has blocked %s; try again in %d s."},
 	causeLimiterUnavailable: {503, "proxy_internal_error", causeLimiterUnavailable, "", "The rate limiter is unavailable; try again shortly."},
-	causeRule:               {403, deniedRequest, causeRule, "denied", "This proxy does not allow %s."},
-	causeDefault:            {403, deniedAddress, causeDefault, "denied", "This proxy does not allow %s."},
-	causePort:               {403, deniedRequest, causePort, "denied", "This proxy does not allow %s."},
-	causeClient:             {403, deniedRequest, causeClient, "", "Your address, %s, may not use this proxy."},
+	causeRule:               {403, deniedRequest, causeRule, "denied", "Denied by proxy: a rule denies %s."},
+	causeNoRule:             {403, deniedRequest, causeRule, "denied", "Denied by proxy: no rule allows %s."},
+	causeDefault:            {403, deniedAddress, causeDefault, "denied", "Denied by proxy: no rule allows %s."},
+	causePort:               {403, deniedRequest, causePort, "denied", "Denied by proxy: %s is closed."},
+	causeClient:             {403, deniedRequest, causeClient, "", "Denied by proxy: your address, %s, may not use it."},
 	causeAuthRequired:       {407, deniedRequest, causeAuthRequired, "", "This proxy requires a user name and password."},
 	causeAuthFailed:         {407, deniedRequest, causeAuthFailed, "", "The user name or password is wrong."},
 	causeFailedLogins:       {429, deniedRequest, causeFailedLogins, "", "Too many failed logins from your address; try again in %d s."},
@@ -107,9 +109,9 @@ var causes = map[cause]localReply{
 	causeHeaderLines:             {431, "http_request_error", "", "", "This request has more than %d header lines."},
 	cause(origin.ContentTimeout): {408, "http_request_error", "", "", "The content of the request did not arrive in time."},
 	cause(origin.ContentInvalid): {400, "http_request_error", "", "", "The content of the request is incomplete or malformed."},
-	causeEchoMethod:              {403, deniedRequest, causeDefault, "", "%s is not possible here: the answer would reveal what this proxy tells only its parent proxy."},
-	causeEchoMaxForwards:         {403, deniedRequest, causeDefault, "", "OPTIONS with Max-Forwards is not possible here: the parent proxy's answer could reveal what this proxy tells only its parent proxy."},
-	causeEchoParent:              {403, deniedRequest, causeDefault, "", "The parent proxy itself (%s) cannot be a destination."},
+	causeEchoMethod:              {403, deniedRequest, causeDefault, "", "Denied by proxy: the answer to %s would reveal what this proxy tells only its parent proxy."},
+	causeEchoMaxForwards:         {403, deniedRequest, causeDefault, "", "Denied by proxy: the answer to OPTIONS with Max-Forwards could reveal what this proxy tells only its parent proxy."},
+	causeEchoParent:              {403, deniedRequest, causeDefault, "", "Denied by proxy: the parent proxy itself, %s, cannot be a destination."},
 	causeNoProtocol:              {501, "proxy_internal_response", "", "", "The protocol of this CONNECT request is not supported here."},
 	causeNoHosts:                 {421, "http_request_error", "", "", "This is a proxy. It has no page of its own here, and it does not forward http:// URLs over HTTP/%d."},
 	causeNoHandler:               {421, "http_request_error", "", "", "This is a proxy, and it has no page of its own here. A proxy request must name a full URL."},
@@ -128,8 +130,8 @@ var causes = map[cause]localReply{
 	cause(egress.TLSAlerted):      {502, "tls_alert_received", "", "failed", "%[1]s ended the TLS connection with %[2]s."},
 	cause(egress.TLSFailed):       {502, "tls_protocol_error", "", "failed", "%[1]s does not speak TLS, or only insecure versions of it."},
 
-	causeParent:                          {403, deniedRequest, causeParent, "failed", "The parent proxy does not allow this proxy to connect to %[1]s."},
-	cause(egress.ParentLimits):           {429, "destination_unavailable", causeParent, "failed", "The parent proxy has received too many requests and did not connect to %[1]s; try again later."},
+	causeParent:                          {403, deniedRequest, causeParent, "failed", "Denied by the parent proxy: it does not connect this proxy to %[1]s."},
+	cause(egress.ParentLimits):           {429, "destination_unavailable", causeParent, "failed", "The parent proxy had too many requests to connect to %[1]s; try again later."},
 	cause(egress.ParentBusy):             {503, "destination_unavailable", "", "failed", "The parent proxy is too busy to connect to %[1]s; try again later."},
 	cause(egress.ParentDialTimeout):      {504, "connection_timeout", "", "failed", "The parent proxy could not connect to %[1]s in time."},
 	cause(egress.ParentDialFailed):       {502, "destination_unavailable", "", "failed", "The parent proxy could not connect to %[1]s."},
@@ -165,7 +167,7 @@ type refusal struct {
 	text      string // one sentence for the user, without internals
 	err       error  // what happened, for the log; may be nil
 	cause     cause  // what logs and metrics name as the cause; may be ""
-	params    string // further parameters of the Proxy-Status field, each preceded by "; "
+	params    string // parameters of the Proxy-Status field for the error type, each preceded by "; "
 
 	priorMembers string // members of Proxy-Status that precede ours; "": none
 	retryAfter   string // the Retry-After field; "": none
@@ -220,6 +222,8 @@ func clientDisconnected(err error) *refusal { return causeClientLeft.refusal(err
 // causeOfDenied derives the cause from the name of the rule.
 func causeOfDenied(e *access.DeniedError) cause {
 	switch {
+	case e.DeniesAll():
+		return causeNoRule
 	case e.Rule == "":
 		return causeDefault
 	case e.Rule == "ports" || e.Rule == "connect_ports":

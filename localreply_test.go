@@ -108,7 +108,7 @@ func (row causeRow) check(t *testing.T, w *world, way string) {
 	}
 	before, causes := gatherMetrics(t), program.status.Stats(time.Now()).Causes
 	res, body := policyRequest(t, w.proxy, method, target, row.lines)
-	if got := res.Header.Get("Proxy-Status"); res.StatusCode != row.status || !strings.HasSuffix(got, "; error="+row.reason) {
+	if got := ownStatus(t, res.Header)["error"]; res.StatusCode != row.status || got != row.reason {
 		t.Errorf("%s, Proxy-Status %q, %q; want %d with %s", res.Status, got, body, row.status, row.reason)
 	}
 	row.checkLog(t, w, method, target)
@@ -163,11 +163,11 @@ func (row causeRow) checkLog(t *testing.T, w *world, method, target string) {
 func TestDeniedTexts(t *testing.T) {
 	w := newWorld(t, "deny ads.test 203.0.113.0/24:80-90\nports 80-100", nil)
 	for i, row := range []struct{ target, text, hint string }{
-		{"ads.test:80", "This proxy does not allow ads.test:80.", "put an allow rule before it"},
-		{"203.0.113.1:80", "This proxy does not allow 203.0.113.1:80.", "put an allow rule before it"},
-		{"203.0.113.1:91", "This proxy does not allow 203.0.113.1:91: its address is private or local.", "allow 203.0.113.1"},
-		{"ads.test:443", "This proxy does not allow port 443.", "add 443 to ports"},
-		{"127.0.0.1:25", "This proxy does not allow port 25.", "add 25 to ports"},
+		{"ads.test:80", "Denied by proxy: a rule denies ads.test:80.", "put an allow rule before it"},
+		{"203.0.113.1:80", "Denied by proxy: a rule denies 203.0.113.1:80.", "put an allow rule before it"},
+		{"203.0.113.1:91", "Denied by proxy: no rule allows 203.0.113.1:91 (its address is private or local).", "allow 203.0.113.1"},
+		{"ads.test:443", "Denied by proxy: port 443 is closed.", "add 443 to ports"},
+		{"127.0.0.1:25", "Denied by proxy: port 25 is closed.", "add 25 to ports"},
 	} {
 		for n, method := range []string{http.MethodGet, http.MethodConnect} {
 			if res, body := policyRequest(t, w.proxy, method, row.target, policyRemote); res.StatusCode != 403 || body != row.text+"\n" {
@@ -260,7 +260,7 @@ func TestCausesTexts(t *testing.T) {
 		switch indexed := strings.Contains(row.text, "%["); {
 		case row.text == "" || row.status == 0 || row.errorType == "":
 			t.Errorf("%s: the row is incomplete: %+v", c, row)
-		case row.outcome != "" && strings.Contains(row.text, "%") && !indexed && !strings.HasPrefix(row.text, "This proxy does not allow"):
+		case row.outcome != "" && strings.Contains(row.text, "%") && !indexed && !strings.HasPrefix(row.text, "Denied by proxy: "):
 			t.Errorf("%s: %q does not name its arguments", c, row.text)
 		case indexed:
 			text := c.failure(errors.New("something"), "origin.test:443").text

@@ -114,7 +114,7 @@ func (w *world) expectFailure(target string, want failure, methods ...string) {
 		}
 		res, body := conn.response(method)
 		conn.Close()
-		if status := res.Header.Get("Proxy-Status"); res.StatusCode != want.status || !strings.HasSuffix(status, "; error="+want.kind) || !strings.HasPrefix(body, want.text) {
+		if status := ownStatus(w.t, res.Header)["error"]; res.StatusCode != want.status || status != want.kind || !strings.HasPrefix(body, want.text) {
 			w.t.Errorf("%s %s: %s, %q, %q, want %v", method, target, res.Status, status, body, want)
 		}
 	}
@@ -372,8 +372,8 @@ func TestParentOverHTTP2(t *testing.T) {
 			w.Header().Set("Retry-After", "17")
 			w.Header().Set("Proxy-Status", "parent; error=http_request_denied")
 			w.WriteHeader(http.StatusTooManyRequests)
-		}, failure{429, "destination_unavailable", "The parent proxy has received too many requests"}, "parent; error=http_request_denied", "17"},
-		{func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusForbidden) }, failure{403, deniedRequest, "The parent proxy does not allow this proxy to connect"}, "", ""},
+		}, failure{429, "destination_unavailable", "The parent proxy had too many requests"}, "parent; error=http_request_denied", "17"},
+		{func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusForbidden) }, failure{403, deniedRequest, "Denied by the parent proxy"}, "", ""},
 		{abort, failure{502, "http_response_incomplete", "The parent proxy closed the connection before its answer was complete"}, "", ""},
 		{func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, failure{504, "http_response_timeout", "The parent proxy did not answer in time"}, "", ""},
 	}

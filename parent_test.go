@@ -283,7 +283,7 @@ func TestParentOnThisMachine(t *testing.T) {
 		for _, method := range []string{http.MethodConnect, http.MethodGet} {
 			for target, want := range map[string]int{"a.example:" + port: 403, "a.example:443": 200, "a.example:" + parentPort: 200, "8.8.8.8:" + port: 200, "direct.invalid:" + port: 502} {
 				res, body := policyRequest(t, w.proxy, method, target, policyRemote)
-				if res.StatusCode != want || want == 403 && !strings.Contains(body, "its port is reserved.") {
+				if res.StatusCode != want || want == 403 && !strings.Contains(body, "(its port is reserved).") {
 					t.Errorf("%s %s: %s %q, want %d", method, target, res.Status, body, want)
 				}
 				if asked := len(heads) > 0; asked != (want == 200) {
@@ -306,8 +306,8 @@ func TestParentFailures(t *testing.T) {
 		text         string
 	}{
 		{"credentials", "HTTP/1.1 407 Proxy Authentication Required\nProxy-Authenticate: Basic realm=\"x\"\nContent-Length: 0\n\n", 502, parentWantsOthers},
-		{"denied", "HTTP/1.1 403 Forbidden\nContent-Length: 0\n\n", 403, "The parent proxy does not allow this proxy to connect to target.example:443"},
-		{"too many", "HTTP/1.1 429 Too Many Requests\nContent-Length: 0\n\n", 429, "The parent proxy has received too many requests"},
+		{"denied", "HTTP/1.1 403 Forbidden\nContent-Length: 0\n\n", 403, "Denied by the parent proxy: it does not connect this proxy to target.example:443"},
+		{"too many", "HTTP/1.1 429 Too Many Requests\nContent-Length: 0\n\n", 429, "The parent proxy had too many requests"},
 		{"busy", "HTTP/1.1 503 Service Unavailable\nContent-Length: 0\n\n", 503, "The parent proxy is too busy"},
 		{"no target", "HTTP/1.1 502 Bad Gateway\nContent-Length: 0\n\n", 502, "The parent proxy could not connect to target.example:443"},
 		{"target silent", "HTTP/1.1 504 Gateway Timeout\nContent-Length: 0\n\n", 504, "The parent proxy could not connect to target.example:443 in time"},

@@ -145,12 +145,12 @@ func (y *policy) limitedAnswer(seconds int64) *limitedAnswer {
 	}
 	retry := strconv.FormatInt(seconds, 10)
 	a := &limitedAnswer{
-		refusal:     *causeRateLimited.refusal(nil, seconds),
-		seconds:     seconds,
-		retryAfter:  retry,
-		state:       rateLimitState(y.proxy.config.Zone, seconds),
-		proxyStatus: y.proxy.proxyStatus(deniedRequest),
+		refusal:    *causeRateLimited.refusal(nil, seconds),
+		seconds:    seconds,
+		retryAfter: retry,
+		state:      rateLimitState(y.proxy.config.Zone, seconds),
 	}
+	a.proxyStatus = y.proxy.proxyStatus(deniedRequest, a.text)
 	a.body = []byte(a.text + "\n")
 	y.limitedResponse.Store(a)
 	return a

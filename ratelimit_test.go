@@ -175,8 +175,8 @@ func TestOneHundredAtOnce(t *testing.T) {
 					t.Errorf("%s: %q, want %q", name, got, want)
 				}
 			}
-			if got, want := res.Header.Get("Proxy-Status"), "; error=http_request_denied"; !strings.HasSuffix(got, want) {
-				t.Errorf("Proxy-Status: %q, want a name and %q", got, want)
+			if got, want := ownStatus(t, res.Header), fmt.Sprintf("Too many requests from your address; try again in %d s", retry); got["error"] != "http_request_denied" || got["details"] != want {
+				t.Errorf("Proxy-Status: %q, want the details %q", got, want)
 			}
 			if want := fmt.Sprintf("Too many requests from your address; try again in %d s.\n", retry); string(body) != want {
 				t.Errorf("body = %q, want %q", body, want)

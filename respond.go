@@ -16,7 +16,7 @@ import (
 // otherwise directly as one line of text. The machine-readable fields are set in both
 // cases.
 func (p *proxy) sendRefusal(w http.ResponseWriter, r *http.Request, f *refusal) error {
-	status := p.proxyStatus(f.errorType) + f.params
+	status := p.proxyStatus(f.errorType+f.params, f.text)
 	if f.priorMembers != "" {
 		status = f.priorMembers + ", " + status
 	}
@@ -26,8 +26,11 @@ func (p *proxy) sendRefusal(w http.ResponseWriter, r *http.Request, f *refusal) 
 	return p.writeRefusal(w, r, f, status, append([]byte(f.text), '\n'))
 }
 
-// proxyStatus returns the value of the Proxy-Status field (RFC 9209).
-func (p *proxy) proxyStatus(kind string) string { return p.name + "; error=" + kind }
+// proxyStatus returns the value of the Proxy-Status field (RFC 9209). errorType may have parameters of
+// its own behind it. The details are the words that a status line has.
+func (p *proxy) proxyStatus(errorType, sentence string) string {
+	return p.name + "; error=" + errorType + "; details=" + quoted(reasonPhrase(sentence))
+}
 
 // writeRefusal is sendRefusal with a prepared Proxy-Status value and body. Each response gets
 // field values of its own, because Caddy's header directive modifies values in place.

@@ -503,7 +503,7 @@ func TestStatusMasksClients(t *testing.T) {
 			t.Errorf("%s: %s", name, text)
 		}
 	}
-	if want := "Your address, 127.0.0.0/24, may not use this proxy"; !strings.Contains(event, want) || !strings.Contains(snap, want) {
+	if want := "your address, 127.0.0.0/24, may not use it"; !strings.Contains(event, want) || !strings.Contains(snap, want) {
 		t.Errorf("no refusal contains %q: %s", want, snap)
 	}
 	for _, path := range []string{"/clients.json?q=127.0.0.1", "/tunnels.json?q=127.0.0.1"} {

@@ -102,15 +102,21 @@ type DeniedError struct {
 	Hint    string         // how the operator could allow it, for the log; may be ""
 }
 
-// Subject returns what is denied, and why if that is for the client to know. Without a host
-// of its own it is that of the request. The options that deny it, or would allow it, are
-// the operator's business and are only logged.
+// Subject returns what is denied, with the reason in brackets. Without a subject of its own
+// it is the host of the request. What would allow it is the operator's business and is only
+// logged.
 func (e *DeniedError) Subject(host string) string {
 	what := cmp.Or(e.subject, host)
 	if e.Reason != "" {
-		what += ": " + e.Reason
+		what += " (" + e.Reason + ")"
 	}
 	return what
+}
+
+// DeniesAll reports whether it is a "deny all" that denies the target, because no rule before it
+// has allowed it.
+func (e *DeniedError) DeniesAll() bool {
+	return e.Rule == "deny all" || strings.HasPrefix(e.Rule, "deny all:")
 }
 
 func (e *DeniedError) Error() string {
@@ -166,7 +172,7 @@ func (p *Control) Check(ctx context.Context, r Scope, t hostport.Target, to neti
 	case r.includes(ip, host):
 		return nil, reported
 	case r == LocalScope:
-		return &DeniedError{To: to, Reason: "its address is link-local, multicast or unspecified", Hint: "allow " + ip.String()}, nil
+		return &DeniedError{To: to, Reason: "its address has a special purpose", Hint: "allow " + ip.String()}, nil
 	default:
 		return &DeniedError{To: to, Reason: "its address is private or local", Hint: "allow " + ip.String()}, nil
 	}

@@ -121,7 +121,7 @@ func accessCheck(t *testing.T, p *Control, r Scope, address string, port uint16,
 
 // TestAccessTexts checks that a refusal gives its reason and nothing more.
 func TestAccessTexts(t *testing.T) {
-	for r, want := range map[Scope]string{LocalScope: "its address is link-local, multicast or unspecified", PublicScope: "its address is private or local"} {
+	for r, want := range map[Scope]string{LocalScope: "its address has a special purpose", PublicScope: "its address is private or local"} {
 		to := netip.MustParseAddrPort("169.254.169.254:80")
 		if denied, _ := new(Control).Check(t.Context(), r, hostport.Target{Addr: to.Addr(), Port: 80}, to); denied == nil || denied.Reason != want || denied.Hint != "allow 169.254.169.254" {
 			t.Errorf("%v, want %q", denied, want)

@@ -41,11 +41,8 @@ func cutMember(s string) (rest string, ok bool) {
 	}
 	for strings.HasPrefix(s, ";") {
 		s = strings.TrimLeft(s[1:], " ")
-		n := 0
-		for n < len(s) && (s[n]|0x20 >= 'a' && s[n]|0x20 <= 'z' || s[n] >= '0' && s[n] <= '9' || strings.IndexByte("_-.*", s[n]) >= 0) {
-			n++
-		}
-		if n == 0 {
+		n := prefixLen(s, func(c byte) bool { return isKeyStart(c) || isDigit(c) || strings.IndexByte("_-.", c) >= 0 })
+		if n == 0 || !isKeyStart(s[0]) {
 			return s, false
 		}
 		if s = s[n:]; strings.HasPrefix(s, "=") {
@@ -57,17 +54,40 @@ func cutMember(s string) (rest string, ok bool) {
 	return s, true
 }
 
-// cutBareItem cuts a string, or a token, number, boolean or byte sequence, from the front
-// of s. It does not check the syntax of the latter any further: none of their characters
-// can end a member.
+// cutBareItem cuts a string, number, boolean, byte sequence or token from the front of s.
 func cutBareItem(s string) (rest string, ok bool) {
-	if !strings.HasPrefix(s, `"`) {
-		n := 0
-		for n < len(s) && s[n] > ' ' && s[n] < 0x7f && strings.IndexByte(`";,()<>[]{}\@`, s[n]) < 0 {
-			n++
-		}
-		return s[n:], n > 0
+	switch {
+	case s == "":
+		return s, false
+	case s[0] == '"':
+		return cutString(s)
+	case s[0] == ':':
+		n := prefixLen(s[1:], func(c byte) bool { return isAlpha(c) || isDigit(c) || strings.IndexByte("+/=", c) >= 0 })
+		return strings.CutPrefix(s[1+n:], ":")
+	case strings.HasPrefix(s, "?0"), strings.HasPrefix(s, "?1"):
+		return s[2:], true
+	case s[0] == '-' || isDigit(s[0]):
+		return cutNumber(strings.TrimPrefix(s, "-"))
+	case s[0] == '*' || isAlpha(s[0]):
+		return s[prefixLen(s, isTokenChar):], true
 	}
+	return s, false
+}
+
+// cutNumber cuts an integer of up to 15 digits, or a decimal of up to 12 and 3 digits, from the
+// front of s.
+func cutNumber(s string) (rest string, ok bool) {
+	n := prefixLen(s, isDigit)
+	rest, isDecimal := strings.CutPrefix(s[n:], ".")
+	if !isDecimal {
+		return rest, n >= 1 && n <= 15
+	}
+	decimals := prefixLen(rest, isDigit)
+	return rest[decimals:], n >= 1 && n <= 12 && decimals >= 1 && decimals <= 3
+}
+
+// cutString cuts a string from the front of s, which begins with its quote.
+func cutString(s string) (rest string, ok bool) {
 	for i := 1; i < len(s); i++ {
 		switch c := s[i]; {
 		case c == '"':
@@ -83,4 +103,19 @@ func cutBareItem(s string) (rest string, ok bool) {
 	return s, false
 }
 
-func isAlpha(c byte) bool { return c|0x20 >= 'a' && c|0x20 <= 'z' }
+// prefixLen returns how many bytes at the front of s satisfy is.
+func prefixLen(s string, is func(byte) bool) int {
+	n := 0
+	for n < len(s) && is(s[n]) {
+		n++
+	}
+	return n
+}
+
+func isAlpha(c byte) bool    { return c|0x20 >= 'a' && c|0x20 <= 'z' }
+func isDigit(c byte) bool    { return c >= '0' && c <= '9' }
+func isKeyStart(c byte) bool { return c >= 'a' && c <= 'z' || c == '*' }
+
+func isTokenChar(c byte) bool {
+	return isAlpha(c) || isDigit(c) || strings.IndexByte("!#$%&'*+-.^_`|~:/", c) >= 0
+}

@@ -10,14 +10,14 @@ import (
 
 func TestProxyStatusMembers(t *testing.T) {
 	for _, s := range []string{
-		"a", "a;b", "a; error=dns_error; rcode=\"NXDOMAIN\"; info-code=5", `"a \"b\\"; c=?1;d=-1.5;e=:YWI=:`, "a , b", "*a; *b=c", "A-b.c:80/x, 	d",
+		"a", "a;b", "a; error=dns_error; rcode=\"NXDOMAIN\"; info-code=5", `"a \"b\\"; c=?1;d=-1.5;e=:YWI=:`, "a , b", "*a; *b=c", "A-b.c:80/x, 	d", "a; b=-1; c=123456789012.345; d=123456789012345; e=?0", "a;b=::",
 	} {
 		if got := proxyStatusMembers([]string{s}); got != s {
 			t.Errorf("%q: %q", s, got)
 		}
 	}
 	for _, s := range []string{
-		"", ",", "a,", ",a", "a,,b", "a b", "a;", "a;=b", "a; b=", "1", "(a b)", `"a`, `"a\`, `"a\b"`, "a\x00", "a;b=c\x7f", "ä", "\"\xff\"", "a\nb", strings.Repeat("a", maxProxyStatus+1),
+		"", ",", "a,", ",a", "a,,b", "a b", "a;", "a;=b", "a; b=", "1", "(a b)", `"a`, `"a\`, `"a\b"`, "a\x00", "a;b=c\x7f", "a;B", "a;1b", "a;-b=1", "a;b=-", "a;b=1.", "a;b=1.2345", "a;b=1234567890123.4", "a;b=1234567890123456", "a;b=?2", "a;b=:x", "a;b=:!:", "a;b={c}", "a;b=@1", "a;b=(c)", "ä", "\"\xff\"", "a\nb", strings.Repeat("a", maxProxyStatus+1),
 	} {
 		if got := proxyStatusMembers([]string{s}); got != "" {
 			t.Errorf("%q: %q", s, got)

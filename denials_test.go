@@ -1,0 +1,126 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+)
+
+func TestReasonPhrase(t *testing.T) {
+	long := strings.Repeat("a", 60) + "." + strings.Repeat("b", 60) + ".example.com:443"
+	for sentence, want := range map[string]string{
+		"x:1 refused the connection.":                              "x:1 refused the connection",
+		"The name of bücher.example:443 does not resolve.":         "The name of b?cher.example:443 does not resolve",
+		"a\r\nInjected: yes\x00\x7f\t\xff.":                        "a??Injected: yes????",
+		"Denied by proxy: no rule allows " + long + ".":            "Denied by proxy: no rule allows aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa...bbbbbbbbbbbbbbbbb.example.com:443",
+		long + " refused the connection.":                          strings.Repeat("a", 37) + "..." + strings.Repeat("b", 21) + ".example.com:443 refused the connection",
+		"The name of " + long + " is " + strings.Repeat("so ", 40): "The name of aaaaaaaaaa...ple.com:443 is so so so so so so so so so so so so so so so so so so so ...",
+		strings.Repeat("short ", 20):                               strings.Repeat("short ", 16) + "s...",
+		strings.Repeat("w", maxPhrase):                             strings.Repeat("w", maxPhrase),
+		strings.Repeat("w", maxPhrase+1):                           strings.Repeat("w", 48) + "..." + strings.Repeat("w", 49),
+		strings.Repeat("x", 25) + strings.Repeat(" yy", 26):        strings.Repeat("x", 10) + "..." + strings.Repeat("x", 11) + strings.Repeat(" yy", 24) + " ...",
+	} {
+		if got := reasonPhrase(sentence); got != want || len(got) > maxPhrase {
+			t.Errorf("%q: %q (%d bytes), want %q (%d)", sentence, got, len(got), want, len(want))
+		}
+	}
+}
+
+// What a client can see of a denial must not look like a destination that cannot be reached.
+func TestDenialsDifferFromFailures(t *testing.T) {
+	denials, failures := make(map[string]cause), make(map[string]cause)
+	for c, row := range causes {
+		if denied := strings.HasPrefix(row.text, "Denied by "); denied != (row.status == http.StatusForbidden) {
+			t.Errorf("%s: %d %q", c, row.status, row.text)
+		}
+		switch {
+		case row.status == http.StatusForbidden:
+			denials[row.errorType] = c
+		case strings.Contains(strings.ToLower(row.text), "denied") || strings.Contains(row.text, "allow"):
+			t.Errorf("%s: %q is no denial, but has the words of one", c, row.text)
+		case row.outcome != "" || row.status == http.StatusBadGateway || row.status == http.StatusGatewayTimeout:
+			failures[row.errorType] = c
+		}
+	}
+	if len(denials) < 2 || len(failures) < 10 {
+		t.Fatalf("found %v and %v", denials, failures)
+	}
+	for errorType, c := range denials {
+		if failure, ok := failures[errorType]; ok {
+			t.Errorf("%s and %s both have the error type %s", c, failure, errorType)
+		}
+	}
+}
+
+// Hardly any reason is too long for the status line: a destination with a name of usual length
+// is shown as a whole.
+func TestPhrasesFit(t *testing.T) {
+	onlyForOtherMethods := []cause{causeEchoMethod, causeEchoMaxForwards, causeNoHosts, causeNoHandler}
+	for c, row := range causes {
+		text := row.text
+		switch {
+		case slices.Contains(onlyForOtherMethods, c):
+			continue
+		case strings.Contains(text, "%["):
+			text = c.failure(errors.New("SERVFAIL"), "origin.example.com:443").text
+		default:
+			text = strings.NewReplacer("%s", "origin.example.com:443", "%d", "3600", "%v", "the port is missing").Replace(text)
+		}
+		if got := reasonPhrase(text); got+"." != text && got != text {
+			t.Errorf("%s: %q becomes %q", c, text, got)
+		}
+	}
+}
+
+// TestHostileTargets checks that no target can make Proxy-Status invalid or put anything into
+// the header.
+func TestHostileTargets(t *testing.T) {
+	refusalResolver(t)
+	w := newWorld(t, "deny *.denied.example all:1-1024", nil)
+	label := strings.Repeat("x", 63)
+	long := strings.Join([]string{label, label, label, strings.Repeat("x", 45)}, ".")
+	for _, target := range []string{
+		long + ".denied.example:443", long + ".invalid:8443", `x"y.invalid:8443`, `x\y.invalid:8443`, `x";error=ok;y="z.invalid:8443`, "b\u00fccher.invalid:8443", "x\x80.invalid:8443",
+		"x,y.invalid:8443", "x;y=z.invalid:8443", "(x).invalid:8443", "x%22.invalid:8443", "x%0d%0ay.invalid:8443", "[::ffff:127.0.0.1]:8443", "[fe80::1%25eth0]:443", "x..invalid:8443",
+		"-.invalid:99999", "x:y:z", "\u202e.invalid:8443",
+	} {
+		for _, method := range []string{http.MethodConnect, http.MethodGet} {
+			res, body := policyRequest(t, w.proxy, method, target, "")
+			if res.StatusCode < 400 || len(res.Header["Proxy-Status"]) > 1 {
+				t.Errorf("%s %q: %s", method, target, res.Status)
+			}
+			if len(res.Header["Proxy-Status"]) == 0 && *byNetHTTP {
+				continue // net/http has refused it
+			}
+			if own := ownStatus(t, res.Header); own["error"] == "" || own["details"] != reasonPhrase(strings.TrimSuffix(body, "\n")) {
+				t.Errorf("%s %q: Proxy-Status %q for %q", method, target, res.Header["Proxy-Status"], body)
+			}
+		}
+	}
+}
+
+// TestHostileParent checks that Proxy-Status stays valid whatever the parent proxy has sent.
+func TestHostileParent(t *testing.T) {
+	statuses := []string{
+		"parent; Error=dns_error", "parent; a=-", "parent; a=1.", `parent; a="\x"`, "parent; a=?2", "parent; a=:x", "parent;", ", parent", "(parent)", "parent; details=\"\xff\"", "parent; a={b}", "parent ; a=b",
+		`parent; error=http_request_denied; details="no \"x\" \\ y"`, "parent;a;b=?0, other",
+	}
+	address := startScriptedParent(t, func(line string) string {
+		var n int
+		_, _ = fmt.Sscanf(line, "CONNECT a%d.example", &n)
+		return "HTTP/1.1 502 x\nProxy-Status: " + statuses[n] + "\nContent-Length: 0\n\n"
+	})
+	w := newWorld(t, "via tester\nupstream http://"+address, nil)
+	for i, status := range statuses {
+		res, _ := policyRequest(t, w.proxy, http.MethodConnect, fmt.Sprintf("a%d.example:443", i), "")
+		if own := ownStatus(t, res.Header); res.StatusCode != http.StatusBadGateway || own["error"] != "destination_unavailable" {
+			t.Errorf("%q: %s, %q", status, res.Status, res.Header["Proxy-Status"])
+		}
+	}
+}
