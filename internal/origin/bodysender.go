@@ -13,12 +13,14 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
-// bodySender sends the body of a request over HTTP/1, on a goroutine of its own.
+// bodySender sends the body of a request over HTTP/1, on a goroutine of its own. But what the kernel
+// can move at once needs none.
 type bodySender struct {
 	*bodyReader
-	conn   *pooledConn
-	sent   chan struct{} // closed when the sender has ended
-	wanted chan bool     // receives whether to send the body
+	conn    *pooledConn
+	splicer *tcpconn.Splicer // nil: none yet, or the body must be copied
+	sent    chan struct{}    // closed when the sender has ended
+	wanted  chan bool        // receives whether to send the body
 
 	complete bool // the whole body was sent; valid after sent
 	reset    bool // the origin reset the connection; valid after sent
@@ -28,9 +30,7 @@ func newBodySender(conn *pooledConn, body *bodyReader) *bodySender {
 	if length := body.out.Body.Length; length < 0 || length > int64(len(tcpconn.Buffer{})) {
 		conn.limitUnsent()
 	}
-	s := &bodySender{bodyReader: body, conn: conn, sent: make(chan struct{}), wanted: make(chan bool, 2)}
-	go s.run()
-	return s
+	return &bodySender{bodyReader: body, conn: conn, sent: make(chan struct{}), wanted: make(chan bool, 2)}
 }
 
 // proceed tells the sender whether to send the body. Only the first call counts.
@@ -69,25 +69,38 @@ func (s *bodySender) run() {
 	s.reset = tcpconn.IsReset(err)
 }
 
+// spliceArrived has the kernel move what has arrived of the body, without a wait for the client or the
+// origin. It reports whether that was the rest of the body. If not, run sends the rest.
+func (s *bodySender) spliceArrived() (done bool) {
+	if !s.canSplice() {
+		return false
+	}
+	_, err := s.move(s.splicer.TryFill)
+	empty, writeErr := s.splicer.TryDrain(func(int) {})
+	if s.reset = tcpconn.IsReset(writeErr); !empty || err != io.EOF {
+		return false // the sender meets each error again
+	}
+	s.splicer.Close()
+	s.complete = true
+	close(s.sent)
+	return true
+}
+
 // splice has the kernel move the body from the client's socket to the origin's. It returns false if
 // the rest must be copied, because the body or one of the connections is of another kind.
 func (s *bodySender) splice() (done bool) {
-	to, ok := s.conn.Conn.(*net.TCPConn)
-	from := s.out.Body.socket()
-	if !ok || from == nil {
+	if s.splicer == nil && !s.canSplice() {
 		return false
 	}
-	splicer := tcpconn.NewSplicer(to, from)
-	defer splicer.Close()
+	defer s.splicer.Close()
 	for {
-		n, err := s.move(splicer.Fill)
-		if n > 0 {
-			if err := splicer.Drain(func(int) {}); err != nil {
-				s.reset = tcpconn.IsReset(err)
-				return true
-			}
+		if err := s.splicer.Drain(func(int) {}); err != nil {
+			s.reset = s.reset || tcpconn.IsReset(err)
+			return true
 		}
+		n, err := s.move(s.splicer.Fill)
 		switch {
+		case n > 0: // the next call returns err
 		case err == io.EOF:
 			s.complete = true
 			return true
@@ -98,6 +111,17 @@ func (s *bodySender) splice() (done bool) {
 			return true
 		}
 	}
+}
+
+// canSplice reports whether the kernel can move the body, and prepares for that.
+func (s *bodySender) canSplice() bool {
+	to, ok := s.conn.Conn.(*net.TCPConn)
+	from := s.out.Body.socket()
+	if !ok || from == nil {
+		return false
+	}
+	s.splicer = tcpconn.NewSplicer(to, from)
+	return true
 }
 
 // finishBody writes the last chunk and the trailers of a chunked body.

@@ -149,8 +149,8 @@ func (x *Exchange) try(fresh bool) (*http.Response, error) {
 	}
 }
 
-// sendRequest sends the head of the request, and starts to send its body. What has arrived of the
-// body is sent with the head. If that is all of it, it needs no goroutine.
+// sendRequest sends the head of the request, and starts to send its body. What has been read of the
+// body is sent with the head. If the rest has arrived too, it needs no goroutine.
 func (x *Exchange) sendRequest(fresh bool) (err error) {
 	if x.conn, err = x.connect(fresh); err != nil {
 		return err
@@ -161,9 +161,6 @@ func (x *Exchange) sendRequest(fresh bool) (err error) {
 		arrived = body.arrived()
 	}
 	isWhole := body == nil || int64(arrived) == body.Length
-	if !isWhole {
-		x.watchDisconnect()
-	}
 	start := time.Now()
 	if err := x.writeHead(arrived); err != nil {
 		return err
@@ -176,6 +173,10 @@ func (x *Exchange) sendRequest(fresh bool) (err error) {
 	out := x.Request // the closure must not hold x, which would then be on the heap
 	x.content = newBodyReader(out, &x.conn.clock, func() { out.Interim(http.StatusContinue, nil, 1, 1) })
 	x.sender = newBodySender(x.conn, x.content)
+	if !waits && x.sender.spliceArrived() {
+		return nil
+	}
+	go x.sender.run()
 	if waits {
 		x.sendBodyAt = start.Add(continueTimeout)
 	} else {

@@ -62,6 +62,7 @@ func TestResetSeenByWriter(t *testing.T) {
 		defer far.Close()
 		conn := newPooledConn(failingWrites{near, failure}, "origin.test:80")
 		s := newBodySender(conn, newBodyReader(&Request{Body: body}, &conn.clock, nil))
+		go s.run()
 		s.proceed(true)
 		response := &ResponseBody{Body: h1.Body{R: bufio.NewReader(strings.NewReader("part")), Remaining: -1}, sender: s}
 		_, err := io.ReadAll(response)

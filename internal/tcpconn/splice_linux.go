@@ -111,6 +111,7 @@ type Splicer struct {
 	hasPipe     bool
 	most        int         // how many bytes fillPipe may move
 	held        int         // bytes in the pipe
+	waits       bool        // fillPipe and drainPipe wait for their sockets
 	moved       func(n int) // of Drain
 	err         error       // of fillPipe or drainPipe
 }
@@ -131,12 +132,25 @@ func NewSplicer(dst, src *net.TCPConn) *Splicer {
 // kernel does not splice from this socket, or gives no pipe. Then the caller must copy. No error
 // loses bytes: after a deadline, Fill may be called again.
 func (s *Splicer) Fill(most int64) (int, error) {
+	s.waits = true
+	return s.readSource(most)
+}
+
+// TryFill is Fill without the wait: it returns 0 if nothing has arrived.
+func (s *Splicer) TryFill(most int64) (int, error) {
+	s.waits = false
+	return s.readSource(most)
+}
+
+func (s *Splicer) readSource(most int64) (int, error) {
 	s.most, s.err = int(min(most, pipeSize)), nil
 	if err := s.src.Read(s.fill); err != nil {
 		return 0, err
 	}
 	switch s.err {
 	case nil:
+	case unix.EAGAIN:
+		return 0, nil
 	case unix.EINVAL, unix.EPERM, unix.ENOSYS: // not for this socket, or not in this sandbox
 		return 0, errors.ErrUnsupported
 	default:
@@ -162,7 +176,7 @@ func (s *Splicer) fillPipe(fd uintptr) bool {
 	s.held, s.err = splice(int(fd), s.pipe.w, s.most)
 	if s.err == unix.EAGAIN { // the pipe is empty, so the source has no bytes
 		s.Close()
-		return false
+		return !s.waits
 	}
 	return true
 }
@@ -170,6 +184,21 @@ func (s *Splicer) fillPipe(fd uintptr) bool {
 // Drain moves the bytes in the pipe to dst, and calls moved whenever dst has accepted some. The
 // error is dst's. After a deadline, Drain may be called again to go on.
 func (s *Splicer) Drain(moved func(n int)) error {
+	s.waits = true
+	return s.writeDestination(moved)
+}
+
+// TryDrain is Drain without the wait. It reports whether the pipe is empty. If it is not, Drain goes
+// on.
+func (s *Splicer) TryDrain(moved func(n int)) (empty bool, err error) {
+	s.waits = false
+	if err = s.writeDestination(moved); err == unix.EAGAIN {
+		err = nil
+	}
+	return s.held == 0, err
+}
+
+func (s *Splicer) writeDestination(moved func(n int)) error {
 	s.moved, s.err = moved, nil
 	if err := s.dst.Write(s.drain); err != nil {
 		return err
@@ -183,7 +212,7 @@ func (s *Splicer) drainPipe(fd uintptr) bool {
 		n, err := splice(s.pipe.r, int(fd), s.held)
 		if err != nil {
 			s.err = err
-			return err != unix.EAGAIN
+			return err != unix.EAGAIN || !s.waits
 		}
 		s.held -= n
 		s.moved(n)

@@ -239,3 +239,45 @@ func TestSplicerUnsupported(t *testing.T) {
 		})
 	}
 }
+
+// TryFill and TryDrain wait for neither side. What they have not moved, the waiting methods move.
+func TestSplicerTries(t *testing.T) {
+	const size = 4 << 20
+	r := newSpliceRig(t)
+	count := func(n int) { r.moved += int64(n) }
+	if n, err := r.TryFill(size); n != 0 || err != nil {
+		t.Fatalf("from a silent source: %d bytes, %v", n, err)
+	}
+	go func() {
+		conntest.SendBulk(t, "the source", r.in, 1, size)
+		_ = r.in.(*net.TCPConn).CloseWrite()
+	}()
+	_ = r.dst.SetWriteBuffer(4 << 10)
+	filled := int64(0)
+	for empty := true; empty; {
+		n, err := r.TryFill(size - filled)
+		if err != nil {
+			t.Fatal(err)
+		}
+		filled += int64(n)
+		if empty, err = r.TryDrain(count); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if r.moved >= filled {
+		t.Errorf("a full pipe and a destination that does not read, but %d of %d bytes are moved", r.moved, filled)
+	}
+	r.running.Go(func() {
+		defer r.dst.CloseWrite()
+		if err := r.drain(); err != nil {
+			t.Error(err)
+		}
+		if readErr, writeErr := r.run(size - r.moved); readErr != nil || writeErr != nil {
+			t.Errorf("after the tries: %v, %v", readErr, writeErr)
+		}
+		if n, err := r.TryFill(1); n != 0 || err != io.EOF {
+			t.Errorf("at the end: %d bytes, %v", n, err)
+		}
+	})
+	conntest.ReceiveBulk(t, "the destination", r.out, 1, size)
+}

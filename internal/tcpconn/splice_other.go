@@ -19,8 +19,14 @@ func NewSplicer(dst, src *net.TCPConn) *Splicer { return &Splicer{} }
 // Fill returns errors.ErrUnsupported.
 func (*Splicer) Fill(int64) (int, error) { return 0, errors.ErrUnsupported }
 
+// TryFill returns errors.ErrUnsupported.
+func (*Splicer) TryFill(int64) (int, error) { return 0, errors.ErrUnsupported }
+
 // Drain does nothing.
 func (*Splicer) Drain(func(n int)) error { return nil }
+
+// TryDrain does nothing.
+func (*Splicer) TryDrain(func(n int)) (empty bool, err error) { return true, nil }
 
 // Close does nothing.
 func (*Splicer) Close() {}
