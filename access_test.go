@@ -109,7 +109,7 @@ func policyOf(t testing.TB, rules string) *access.Control {
 	ctx, cancel := caddy.NewContext(caddy.Context{Context: t.Context()})
 	t.Cleanup(cancel)
 	p.resolver = egress.NewResolver(nil)
-	y := &policy{proxy: p, options: &p.config.Options}
+	y := &policy{proxy: p, options: &p.config.Options, own: &p.config.Options}
 	if err := y.provisionDialer(ctx); err != nil {
 		t.Fatal(err)
 	}

@@ -51,12 +51,14 @@ func (p *process) refillShared(key client.Key, zone string) (found bool) {
 		if !ok || zone != "" && zone != each.config.Zone {
 			continue
 		}
-		key := each.directive.limiter.KeyOf(key)
-		done, err := shared.Refill(context.Background(), sharedBucket(each.directive.limiter, key))
-		if err != nil {
-			each.logger.Warn("failed to refill a shared bucket", textField("client", each.directive.limiter.Name(key)), errorField(err))
+		for y := range each.eachPolicy {
+			key := y.limiter.KeyOf(key)
+			done, err := shared.Refill(context.Background(), sharedBucket(y.limiter, key))
+			if err != nil {
+				each.logger.Warn("failed to refill a shared bucket", textField("client", y.limiter.Name(key)), errorField(err))
+			}
+			found = found || done
 		}
-		found = found || done
 	}
 	return found
 }

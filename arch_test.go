@@ -30,6 +30,7 @@ var arrows = []struct{ name, imports string }{
 	{"hostport", ""},
 	{"tcpconn", ""},
 	{"bucket", "client"},
+	{"selection", ""},
 	{"h1", ""},
 	{"metrics", ""},
 	{"access", "hostport"},

@@ -66,6 +66,7 @@ func isNested(h httpcaddyfile.Helper) bool {
 //		basic_auth              [<hash_algorithm> [<realm>]] {
 //			<user> <hash>
 //		}
+//		user_from               <placeholders...>
 //		failed_logins           <n> per <duration>|off
 //		allow                   <cidr|name|*.name|public|private|all>[:<ports>]...
 //		deny                    <cidr|name|*.name|public|private|all>[:<ports>]...
@@ -75,6 +76,7 @@ func isNested(h httpcaddyfile.Helper) bool {
 //		deny_from               <ip_source> ...
 //		ports                   <port|from-to...>
 //		connect_ports           <port|from-to...>
+//		methods                 <names...>
 //		report_only             rules|limits...
 //		upstream                http|https|socks5://[<user>[:<password>]@]<host>[:<port>] {
 //			header                   <field> <value>
@@ -101,40 +103,12 @@ func isNested(h httpcaddyfile.Helper) bool {
 //		serve_pac               [<path>] {
 //			direct <cidr|name|*.name...>
 //		}
-//	}
-//
-//		max_tunnels         <n> [per_client <n>]
-//		tunnel_idle_timeout <duration>|off
-//		tunnel_stall_timeout <duration>|off
-//		tunnel_max_duration <duration>
-//		stream_close_delay  <duration>
-//		recheck_tunnels
-//
-//		allow       <cidr|name|*.name|public|private|all>[:<ports>]...
-//		deny        <cidr|name|*.name|public|private|all>[:<ports>]...
-//		allow_file  <path...>
-//		deny_file   <path...>
-//		allow_from  <ip_source> ...
-//		deny_from   <ip_source> ...
-//		ports       <port|from-to...>
-//		connect_ports <port|from-to...>
-//		clients     <cidr|private_ranges|all...>
-//		basic_auth  [<hash_algorithm> [<realm>]] {
-//			<user> <hash>
-//		}
-//		failed_logins <n> per <duration>|off
-//		limit_by    client_ip|user
-//		report_only rules|limits...
-//		resolvers   <addresses...>
-//		serve_pac   [<path>] {
-//			direct <cidr|name|*.name...>
-//		}
-//		no_upstream <cidr|name|*.name|public|private...>
-//		upstream    http|https|socks5://[<user>[:<password>]@]<host>[:<port>] {
-//			header                   <field> <value>
-//			tls_server_name          <name>
-//			tls_trust_pool           <module> ...
-//			tls_insecure_skip_verify
+//		policy                  <name> {
+//			users     <patterns...>
+//			clients   <cidr|private_ranges...>
+//			match     <matchers>
+//			anonymous
+//			<option> ...
 //		}
 //	}
 //
@@ -162,7 +136,11 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		}
 	}
 	for nesting := d.Nesting(); d.NextBlock(nesting); {
-		if err := p.option(h, d.Val()); err != nil {
+		parse := p.option
+		if d.Val() == "policy" {
+			parse = p.policy
+		}
+		if err := parse(h, d.Val()); err != nil {
 			return err
 		}
 	}
@@ -175,7 +153,9 @@ type caddyfileParser struct {
 	*caddyfile.Dispenser
 	seen           map[string]caddyfile.Dispenser // the position of each option
 	rules          []caddyfile.Dispenser          // the position of each rule
-	name, expected string                         // of the option being parsed
+	policies       []policyParser
+	inPolicy       bool   // a policy is being parsed
+	name, expected string // of the option being parsed
 }
 
 // expectedErr returns an error about the option being parsed.
@@ -192,6 +172,9 @@ func (p *caddyfileParser) begin(name string) (option, error) {
 	o, known := optionNamed(name)
 	if !known {
 		return o, p.unknown(name)
+	}
+	if p.inPolicy && !o.inPolicy {
+		return o, p.Errf("policy: the option '%s' is the directive's only; expected one of %s", name, strings.Join(p.names(), ", "))
 	}
 	p.name, p.expected = name, o.expected
 	if first, twice := p.seen[name]; twice && !o.repeatable {
@@ -251,12 +234,20 @@ func (p *caddyfileParser) values(least, most int) ([]string, error) {
 
 // unknown returns the error for an unknown option, and suggests the most similar name.
 func (p *caddyfileParser) unknown(name string) error {
-	all := optionNames()
+	all := p.names()
 	nearest := slices.MinFunc(all, func(a, b string) int { return editDistance(name, a) - editDistance(name, b) })
 	if editDistance(name, nearest) <= 2 {
 		return p.Errf("unrecognized option '%s'; did you mean %s?", name, nearest)
 	}
 	return p.Errf("unrecognized option '%s'; expected one of %s", name, strings.Join(all, ", "))
+}
+
+// names returns the names of all options that are known where the parser is.
+func (p *caddyfileParser) names() []string {
+	if p.inPolicy {
+		return policyOptionNames()
+	}
+	return optionNames()
 }
 
 // editDistance returns the Levenshtein distance of a and b: how many bytes must be inserted,
@@ -288,6 +279,9 @@ func (p *caddyfileParser) check(h *Handler) error {
 	}
 	if err := h.checkTogether(); err != nil {
 		return p.at(err.options).WrapErr(err)
+	}
+	if err := p.checkPolicies(h); err != nil {
+		return err
 	}
 	if at, given := p.seen["failed_logins"]; given && !h.requiresLogin() {
 		return at.Errf("failed_logins: no authentication is configured; expected the option basic_auth as well")

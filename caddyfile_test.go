@@ -452,7 +452,7 @@ zone a`, "burst 1000000000 with refill 0.1: an empty bucket would take more than
 		{`no_upstream a.example
 burst 5`, "no_upstream: no upstream is configured; expected the option upstream as well, at Caddyfile:3"},
 		{`limit_by user
-burst 5`, "limit_by: user requires authentication; expected the option basic_auth as well, at Caddyfile:3"},
+burst 5`, "limit_by: clients have no user; expected the option basic_auth or user_from as well, at Caddyfile:3"},
 		{"header_up X-A [ b", "header_up: the values 'X-A [ b' are not valid: replacement 0 for header field 'X-A': error parsing regexp: missing closing ]: `[`; " + header + ", at Caddyfile:3"},
 		{"header_down ?X-A b", "header_down: the values '?X-A b' are not valid: '?X-A' is not a field name; " + header + ", at Caddyfile:3"},
 		{`header_up "A b" c`, "header_up: the values 'A b c' are not valid: 'A b' is not a field name; " + header + ", at Caddyfile:3"},

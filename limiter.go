@@ -44,6 +44,7 @@ type Refiller interface {
 // bucket, whichever process asks.
 type Bucket struct {
 	Zone     string
+	Policy   string        // in the zone; "" for the zone's own bucket
 	Client   netip.Prefix  // zero for users and for clients on Unix sockets
 	User     string        // with limit_by user: the user; else ""
 	Burst    int64         // tokens in a full bucket
@@ -67,7 +68,7 @@ func (p *proxy) loadLimiter(ctx caddy.Context) error {
 
 // sharedBucket returns the client's bucket as the shared limiter identifies it.
 func sharedBucket(t *bucket.Table, key client.Key) Bucket {
-	b := Bucket{Zone: t.Limits.Zone, Burst: t.Limits.Burst, Interval: t.Limits.Interval()}
+	b := Bucket{Zone: t.Limits.Zone, Policy: t.Limits.Policy, Burst: t.Limits.Burst, Interval: t.Limits.Interval()}
 	if b.User = key.User(); b.User == "" {
 		b.Client = netip.PrefixFrom(key.Addr(), t.Bits(key))
 	}

@@ -182,14 +182,14 @@ func TestBucketsOfTheSharedLimiter(t *testing.T) {
 		"2001:db8:0:1ff::": "2001:db8:0:100::/56",
 	} {
 		got := sharedBucket(l, l.Key(netip.MustParseAddr(addr)))
-		if want := (Bucket{"office", netip.MustParsePrefix(want), "", 7, 333333333}); got != want {
+		if want := (Bucket{"office", "", netip.MustParsePrefix(want), "", 7, 333333333}); got != want {
 			t.Errorf("the bucket of %s is %+v, want %+v", addr, got, want)
 		}
 	}
-	if got, want := sharedBucket(l, client.User("alice")), (Bucket{"office", netip.Prefix{}, "alice", 7, 333333333}); got != want {
+	if got, want := sharedBucket(l, client.User("alice")), (Bucket{"office", "", netip.Prefix{}, "alice", 7, 333333333}); got != want {
 		t.Errorf("alice's bucket is %v, want %v", got, want)
 	}
-	if got, want := sharedBucket(l, l.Key(netip.Addr{})), (Bucket{"office", netip.Prefix{}, "", 7, 333333333}); got != want {
+	if got, want := sharedBucket(l, l.Key(netip.Addr{})), (Bucket{"office", "", netip.Prefix{}, "", 7, 333333333}); got != want {
 		t.Errorf("the bucket of a client without an address is %+v, want %+v", got, want)
 	}
 }
@@ -202,8 +202,8 @@ func TestRefillingTheSharedLimiter(t *testing.T) {
 		t.Error("the clients are unknown")
 	}
 	want := []Bucket{
-		{"default", netip.MustParsePrefix("192.0.2.0/24"), "", 10, 2 * time.Second},
-		{"default", netip.Prefix{}, "alice", 10, 2 * time.Second},
+		{"default", "", netip.MustParsePrefix("192.0.2.0/24"), "", 10, 2 * time.Second},
+		{"default", "", netip.Prefix{}, "alice", 10, 2 * time.Second},
 	}
 	if got := askedBuckets(); !slices.Equal(got, want) {
 		t.Errorf("refilled %+v, want %+v", got, want)
@@ -221,7 +221,7 @@ func TestAnswersOfTheSharedLimiter(t *testing.T) {
 	w := newWorld(t, "limiter test\nburst 10\nrefill 0.5\nzone a", nil)
 	answer(t, 0, nil, false)
 	w.gets(w.proxy, 200)
-	if got := askedBuckets(); len(got) != 1 || got[0] != (Bucket{"a", netip.MustParsePrefix("127.0.0.1/32"), "", 10, 2 * time.Second}) {
+	if got := askedBuckets(); len(got) != 1 || got[0] != (Bucket{"a", "", netip.MustParsePrefix("127.0.0.1/32"), "", 10, 2 * time.Second}) {
 		t.Errorf("asked for %+v", got)
 	}
 

@@ -36,12 +36,14 @@ const (
 	causeNoRule             cause = "no_rule"                  // only "deny all" matches it; labelled as causeRule
 	causeDefault            cause = "default"                  // the destination is closed by default
 	causePort               cause = "port"                     // the destination's port is closed
+	causeMethod             cause = "method"                   // the option methods does not list the method
 	causeClient             cause = "client"                   // the client is not in the option clients
 	causeAuthRequired       cause = "auth_required"            // a challenge: there were no credentials
 	causeAuthFailed         cause = "auth_failed"              // the credentials were wrong
 	causeFailedLogins       cause = "failed_logins"            // too many logins of the client failed: this one was not checked, or too late
 	causeLoginsBusy         cause = "logins_busy"              // too many passwords are waiting to be checked
 	causeTunnels            cause = "max_tunnels"              // all tunnels are in use
+	causeTunnelsPerPolicy   cause = "tunnels_per_policy"       // all tunnels of the policy are in use
 	causeTunnelsPerClient   cause = "tunnels_per_client"       // the client has all of its tunnels in use
 	causeLoop               cause = "loop"                     // the request has passed this proxy before
 	causeParent             cause = cause(egress.ParentDenies) // the parent proxy refused
@@ -90,12 +92,14 @@ var causes = map[cause]localReply{
 	causeNoRule:             {403, deniedRequest, causeRule, "denied", "Denied by proxy: no rule allows %s."},
 	causeDefault:            {403, deniedAddress, causeDefault, "denied", "Denied by proxy: no rule allows %s."},
 	causePort:               {403, deniedRequest, causePort, "denied", "Denied by proxy: %s is closed."},
+	causeMethod:             {403, deniedRequest, causeMethod, "", "Denied by proxy: the method %s is closed."},
 	causeClient:             {403, deniedRequest, causeClient, "", "Denied by proxy: your address, %s, may not use it."},
 	causeAuthRequired:       {407, deniedRequest, causeAuthRequired, "", "This proxy requires a user name and password."},
 	causeAuthFailed:         {407, deniedRequest, causeAuthFailed, "", "The user name or password is wrong."},
 	causeFailedLogins:       {429, deniedRequest, causeFailedLogins, "", "Too many failed logins from your address; try again in %d s."},
 	causeLoginsBusy:         {503, "proxy_internal_error", causeLoginsBusy, "", "The proxy is busy with other logins; try again in %d s."},
 	causeTunnels:            {503, "connection_limit_reached", causeTunnels, "", "This proxy has reached its limit of open tunnels; try again later."},
+	causeTunnelsPerPolicy:   {503, "connection_limit_reached", causeTunnelsPerPolicy, "", "All tunnels of your policy are in use; try again later."},
 	causeTunnelsPerClient:   {429, "connection_limit_reached", causeTunnelsPerClient, "", "Your address has reached its limit of open tunnels; close one first."},
 	causeLoop:               {508, "proxy_loop_detected", causeLoop, "", "Proxy loop: this request has already passed through %s."},
 
@@ -236,6 +240,9 @@ func causeOfDenied(e *access.DeniedError) cause {
 func tunnelRefusal(err *tunnel.LimitError) *refusal {
 	if err.PerClient {
 		return causeTunnelsPerClient.refusal(&access.DeniedError{Rule: "max_tunnels per_client", Reason: err.Error(), Hint: "raise max_tunnels per_client"})
+	}
+	if err.PerPolicy {
+		return causeTunnelsPerPolicy.refusal(&access.DeniedError{Rule: "max_tunnels", Reason: err.Error(), Hint: "raise max_tunnels of the policy"})
 	}
 	return causeTunnels.refusal(&access.DeniedError{Rule: "max_tunnels", Reason: err.Error(), Hint: "raise max_tunnels"})
 }

@@ -37,7 +37,8 @@ func init() {
 // Placeholder | Description
 // ------------|-------------
 // `{http.async_proxy.client}` | The client's address
-// `{http.async_proxy.user}` | The authenticated user; empty if there is none
+// `{http.async_proxy.user}` | The authenticated user, or the one that user_from gives; empty if there is none
+// `{http.async_proxy.policy}` | The policy that decided; empty if the directive's own options did
 // `{http.async_proxy.method}` | The method of the request
 // `{http.async_proxy.host}` | The host and port of the destination
 // `{http.async_proxy.status}` | The response status; 499 if the client disconnected or stalled before the response was complete
@@ -89,6 +90,15 @@ type Handler struct {
 	// Authentication providers. One of them must accept the credentials in
 	// Proxy-Authorization. Default: none, no credentials are required.
 	AuthRaw caddy.ModuleMap `json:"authentication,omitempty" caddy:"namespace=http.authentication.providers"`
+
+	// What identifies the user of a request without credentials: placeholders, of which the first
+	// that is not empty is the user, such as {http.request.tls.client.subject}. It is up to the config
+	// that clients cannot choose their values. Default: none.
+	UserFrom []string `json:"user_from,omitempty"`
+
+	// Other options for some of the clients. The first policy whose conditions all hold decides
+	// about a request. Default: none.
+	Policies []*Policy `json:"policies,omitempty"`
 
 	// How many logins of a client may fail per FailedLoginsPer, from 1 to 1000000;
 	// -1 means no limit. Beyond that a login waits up to 15 seconds for its turn. It
@@ -151,7 +161,7 @@ type Handler struct {
 	proxy *proxy // what runs; set by Provision
 }
 
-// Options are what the directive sets for all clients.
+// Options are what the directive sets for its clients, and what a Policy may set for some of them.
 type Options struct {
 	// How many requests a client may make at once, from 1 to 1000000000. A
 	// CONNECT counts as one request, however long its tunnel lives. Default: 10.
@@ -180,6 +190,9 @@ type Options struct {
 	// those of Ports.
 	ConnectPorts []string `json:"connect_ports,omitempty"`
 
+	// The only methods that clients may use; CONNECT counts as one. Default: all.
+	Methods []string `json:"methods,omitempty"`
+
 	// What is only logged and not enforced: `rules` for deny rules and ports,
 	// `limits` for burst and refill. Destinations that are closed by default stay
 	// closed.
@@ -206,7 +219,8 @@ type Options struct {
 	ResponseHeaderTimeout caddy.Duration `json:"response_header_timeout,omitempty"`
 
 	// The maximum number of open tunnels in this process, from CONNECT and from
-	// upgraded requests, over all sites. Beyond that the response is 503.
+	// upgraded requests, over all sites; in a policy, of the policy's tunnels. Beyond that
+	// the response is 503.
 	// Default: 0, no limit.
 	MaxTunnels int `json:"max_tunnels,omitempty"`
 

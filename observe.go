@@ -102,6 +102,8 @@ func (v *transaction) placeholder(key string) (any, bool) {
 		return v.rule(), true
 	case "user":
 		return v.user, true
+	case "policy":
+		return v.policy.name, true
 	}
 	return nil, false
 }
@@ -287,7 +289,7 @@ func (s *site) Opened(t *tunnel.Tunnel) {
 func (s *site) Closed(t *tunnel.Tunnel) {
 	program.metrics.TunnelClosed(time.Since(t.Start))
 	countTunnelBytes(t)
-	s.limiter.AddBytes(t.LimitKey, t.BytesUp(), t.BytesDown())
+	tableOf(t).AddBytes(t.LimitKey, t.BytesUp(), t.BytesDown())
 	if c := s.logger.Check(zapcore.InfoLevel, "CONNECT tunnel closed"); c != nil {
 		c.Write(
 			zap.Uint64("id", t.ID),

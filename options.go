@@ -23,10 +23,11 @@ import (
 // there is to it: the Caddyfile parser, Validate, the status page, and the README's syntax and
 // table of options are made from them.
 type option struct {
-	name   string
-	syntax string // what follows the name in a Caddyfile; lines after the first belong to its block
-	doc    string // its meaning, in the README's table; equal texts in a row share a row
-	absent string // the default, in the README's table; "": as the status page shows it
+	name     string
+	syntax   string // what follows the name in a Caddyfile; lines after the first belong to its block
+	doc      string // its meaning, in the README's table; equal texts in a row share a row
+	absent   string // the default, in the README's table; "": as the status page shows it
+	inPolicy bool   // a policy may set it, too
 	optionValue
 }
 
@@ -52,12 +53,12 @@ const (
 // list them.
 var options = []option{
 	{
-		name: "burst", syntax: "<tokens>",
+		name: "burst", inPolicy: true, syntax: "<tokens>",
 		doc:         "requests a client may make at once, 1 to 1000000000",
 		optionValue: number("a whole number of tokens", func(h *Handler) *int64 { return &h.Burst }, bucket.MinBurst, bucket.MaxBurst, 10),
 	},
 	{
-		name: "refill", syntax: "<tokens_per_second>",
+		name: "refill", inPolicy: true, syntax: "<tokens_per_second>",
 		doc:         "requests that a client regains per second, up to `burst`; 0.00001 (about one a day) to 1000000",
 		optionValue: decimal("tokens per second", func(h *Handler) *float64 { return &h.Refill }, bucket.MinRefill, bucket.MaxRefill, 0.5),
 	},
@@ -93,7 +94,7 @@ var options = []option{
 		}.shownAs((*proxy).limiterSettings),
 	},
 	{
-		name: "limit_by", syntax: "client_ip|user",
+		name: "limit_by", inPolicy: true, syntax: "client_ip|user",
 		doc:         "one bucket per client address, or one per user across all addresses (needs `basic_auth`)",
 		optionValue: choice(func(h *Handler) *string { return &h.LimitBy }, "client_ip", "user"),
 	},
@@ -113,6 +114,11 @@ var options = []option{
 		}.shownAs((*proxy).authSettings),
 	},
 	{
+		name: "user_from", syntax: "<placeholders...>",
+		doc:         "identifies the [user](#policies) of requests without credentials: the first placeholder that is not empty, such as `{http.request.tls.client.subject}`",
+		optionValue: list("placeholders such as {http.request.tls.client.subject}", func(h *Handler) *[]string { return &h.UserFrom }, checkPlaceholder, "none"),
+	},
+	{
 		name: "failed_logins", syntax: "<n> per <duration>|off",
 		doc: "how many [logins a client may fail](#securing-it), such as `10 per 1m`, or `off`",
 		optionValue: optionValue{
@@ -127,29 +133,34 @@ var options = []option{
 			show: (*Handler).showFailedLogins,
 		},
 	},
-	{name: "allow", syntax: syntaxDestinations, doc: docRules, absent: "see there", optionValue: ruleList(expectedDestinations, (*caddyfileParser).rule).shownAs((*proxy).ruleSettings)},
-	{name: "deny", syntax: syntaxDestinations, doc: docRules, absent: "see there", optionValue: ruleList(expectedDestinations, (*caddyfileParser).rule)},
-	{name: "allow_file", syntax: "<path...>", doc: docRuleFiles, absent: "none", optionValue: ruleList(expectedFiles, (*caddyfileParser).ruleFiles)},
-	{name: "deny_file", syntax: "<path...>", doc: docRuleFiles, absent: "none", optionValue: ruleList(expectedFiles, (*caddyfileParser).ruleFiles)},
-	{name: "allow_from", syntax: "<ip_source> ...", doc: docRuleSources, absent: "none", optionValue: ruleList(expectedSource, (*caddyfileParser).ruleSource)},
-	{name: "deny_from", syntax: "<ip_source> ...", doc: docRuleSources, absent: "none", optionValue: ruleList(expectedSource, (*caddyfileParser).ruleSource)},
+	{name: "allow", inPolicy: true, syntax: syntaxDestinations, doc: docRules, absent: "see there", optionValue: ruleList(expectedDestinations, (*caddyfileParser).rule).shownAs((*proxy).ruleSettings)},
+	{name: "deny", inPolicy: true, syntax: syntaxDestinations, doc: docRules, absent: "see there", optionValue: ruleList(expectedDestinations, (*caddyfileParser).rule)},
+	{name: "allow_file", inPolicy: true, syntax: "<path...>", doc: docRuleFiles, absent: "none", optionValue: ruleList(expectedFiles, (*caddyfileParser).ruleFiles)},
+	{name: "deny_file", inPolicy: true, syntax: "<path...>", doc: docRuleFiles, absent: "none", optionValue: ruleList(expectedFiles, (*caddyfileParser).ruleFiles)},
+	{name: "allow_from", inPolicy: true, syntax: "<ip_source> ...", doc: docRuleSources, absent: "none", optionValue: ruleList(expectedSource, (*caddyfileParser).ruleSource)},
+	{name: "deny_from", inPolicy: true, syntax: "<ip_source> ...", doc: docRuleSources, absent: "none", optionValue: ruleList(expectedSource, (*caddyfileParser).ruleSource)},
 	{
-		name: "ports", syntax: syntaxPorts,
+		name: "ports", inPolicy: true, syntax: syntaxPorts,
 		doc:         "the only allowed destination ports",
 		optionValue: list(expectedPorts, func(h *Handler) *[]string { return &h.Ports }, checkPorts, fmt.Sprintf("all but %d", access.PortSMTP)),
 	},
 	{
-		name: "connect_ports", syntax: syntaxPorts,
+		name: "connect_ports", inPolicy: true, syntax: syntaxPorts,
 		doc:         "the only allowed destination ports for CONNECT; replaces `ports` there",
 		optionValue: list(expectedPorts, func(h *Handler) *[]string { return &h.ConnectPorts }, checkPorts, "same as ports"),
 	},
 	{
-		name: "report_only", syntax: "rules|limits...",
+		name: "methods", syntax: "<names...>", inPolicy: true,
+		doc:         "the only allowed methods, such as `GET HEAD CONNECT`; others get 403",
+		optionValue: list("names of methods in capitals, such as GET HEAD CONNECT", func(h *Handler) *[]string { return &h.Methods }, checkMethod, "all"),
+	},
+	{
+		name: "report_only", inPolicy: true, syntax: "rules|limits...",
 		doc:         "`rules` or `limits`: denials are logged but not enforced",
 		optionValue: list("rules, limits or both", func(h *Handler) *[]string { return &h.ReportOnly }, oneOf("rules", "limits"), "none"),
 	},
 	{
-		name: "upstream", syntax: "http|https|socks5://[<user>[:<password>]@]<host>[:<port>] {\n\theader                   <field> <value>\n\ttls_server_name          <name>\n\ttls_trust_pool           <module> ...\n\ttls_insecure_skip_verify\n}",
+		name: "upstream", inPolicy: true, syntax: "http|https|socks5://[<user>[:<password>]@]<host>[:<port>] {\n\theader                   <field> <value>\n\ttls_server_name          <name>\n\ttls_trust_pool           <module> ...\n\ttls_insecure_skip_verify\n}",
 		doc: "the [parent proxy](#upstream)", absent: "none",
 		optionValue: optionValue{
 			expected: "http|https|socks5://[<user>[:<password>]@]<host>[:<port>]",
@@ -157,7 +168,7 @@ var options = []option{
 		}.shownAs((*proxy).upstreamSettings),
 	},
 	{
-		name: "no_upstream", syntax: "<cidr|name|*.name|public|private...>",
+		name: "no_upstream", inPolicy: true, syntax: "<cidr|name|*.name|public|private...>",
 		doc:         "destinations to reach directly, without the parent",
 		optionValue: list("destinations without ports: addresses, CIDR ranges, names, *.names, public or private", func(h *Handler) *[]string { return &h.NoUpstream }, checkDirect, "none"),
 	},
@@ -167,12 +178,12 @@ var options = []option{
 		optionValue: list("IP addresses of DNS servers, such as 192.0.2.53 or tcp/[2001:db8::53]:53", func(h *Handler) *[]string { return &h.Resolvers }, checkResolver, "system default"),
 	},
 	{
-		name: "dial_timeout", syntax: "<duration>",
+		name: "dial_timeout", inPolicy: true, syntax: "<duration>",
 		doc:         "time limit for DNS and connecting together, over all addresses of a name",
 		optionValue: duration(func(h *Handler) *caddy.Duration { return &h.DialTimeout }, 10*time.Second),
 	},
 	{
-		name: "response_header_timeout", syntax: "<duration>|off",
+		name: "response_header_timeout", inPolicy: true, syntax: "<duration>|off",
 		doc:         "how long to wait for response headers before answering 504. A `102` or `103` from the origin restarts the wait, up to ten times this duration in total",
 		optionValue: durationOrOff(func(h *Handler) *caddy.Duration { return &h.ResponseHeaderTimeout }, 5*time.Minute),
 	},
@@ -182,7 +193,7 @@ var options = []option{
 		optionValue: durationOrOff(func(h *Handler) *caddy.Duration { return &h.ResponseIdleTimeout }, 5*time.Minute),
 	},
 	{
-		name: "max_tunnels", syntax: "<n> [per_client <n>]",
+		name: "max_tunnels", inPolicy: true, syntax: "<n> [per_client <n>]",
 		doc: "maximum number of open tunnels in this process (beyond: 503) and per client (beyond: 429). A response whose content has been stalled for ten seconds counts as well, and is aborted if it exceeds the limit", absent: "no limit",
 		optionValue: optionValue{
 			expected: fmt.Sprintf("<n> [per_client <n>], each from 1 to %d", maxCount),
@@ -192,7 +203,7 @@ var options = []option{
 		}.shownAs((*proxy).maxTunnelSettings),
 	},
 	{
-		name: "tunnel_idle_timeout", syntax: "<duration>|off",
+		name: "tunnel_idle_timeout", inPolicy: true, syntax: "<duration>|off",
 		doc:         "closes tunnels that have had no traffic in either direction for this long",
 		optionValue: durationOrOff(func(h *Handler) *caddy.Duration { return &h.TunnelIdleTimeout }, time.Hour),
 	},
@@ -202,7 +213,7 @@ var options = []option{
 		optionValue: durationOrOff(func(h *Handler) *caddy.Duration { return &h.TunnelStallTimeout }, time.Minute),
 	},
 	{
-		name: "tunnel_max_duration", syntax: "<duration>",
+		name: "tunnel_max_duration", inPolicy: true, syntax: "<duration>",
 		doc:         "closes tunnels open for longer than this",
 		optionValue: duration(func(h *Handler) *caddy.Duration { return &h.TunnelMaxDuration }, 0),
 	},
@@ -255,16 +266,16 @@ var options = []option{
 		optionValue: word("a pseudonym of letters, digits, dots and hyphens that starts with a letter, or off", func(h *Handler) *string { return &h.Via }, validPseudonym, "").shownAs((*proxy).viaSettings),
 	},
 	{
-		name: "forwarded_for", syntax: "auto|off",
+		name: "forwarded_for", inPolicy: true, syntax: "auto|off",
 		doc:         "`auto` sets `X-Forwarded-For` and `X-Real-IP`; `off` removes them",
 		optionValue: choice(func(h *Handler) *string { return &h.ForwardedFor }, "auto", "off"),
 	},
 	{
-		name: "header_up", syntax: "[+|-]<field> [<value|regexp> [<replacement>]]", doc: docHeaders, absent: "none",
+		name: "header_up", inPolicy: true, syntax: "[+|-]<field> [<value|regexp> [<replacement>]]", doc: docHeaders, absent: "none",
 		optionValue: optionValue{expected: expectedHeader, repeatable: true, parse: (*caddyfileParser).headerUp}.shownAs((*proxy).headerSettings),
 	},
 	{
-		name: "header_down", syntax: "[+|-]<field> [<value|regexp> [<replacement>]]", doc: docHeaders, absent: "none",
+		name: "header_down", inPolicy: true, syntax: "[+|-]<field> [<value|regexp> [<replacement>]]", doc: docHeaders, absent: "none",
 		optionValue: optionValue{expected: expectedHeader, repeatable: true, parse: (*caddyfileParser).headerDown},
 	},
 	{
@@ -276,6 +287,11 @@ var options = []option{
 			isSet:    func(h *Handler) bool { return h.ServePAC != "" },
 			invalid:  invalidPACPath,
 		}.shownAs((*proxy).pacSettings),
+	},
+	{
+		name: "policy", syntax: "<name> {\n\tusers     <patterns...>\n\tclients   <cidr|private_ranges...>\n\tmatch     <matchers>\n\tanonymous\n\t<option> ...\n}",
+		doc: "[other options](#policies) for some of the clients; may be repeated", absent: "none",
+		optionValue: optionValue{expected: "a name and a block of conditions and options", repeatable: true}, // parsed and shown apart
 	},
 }
 
@@ -337,6 +353,9 @@ func (h *Handler) Validate() error {
 	if err := h.checkTogether(); err != nil {
 		return err
 	}
+	if err := h.checkPolicies(); err != nil {
+		return err
+	}
 	h.validated = true
 	return nil
 }
@@ -354,8 +373,8 @@ func (h *Handler) checkTogether() *combinationError {
 	switch {
 	case h.NoUpstream != nil && h.Upstream == nil:
 		return &combinationError{[]string{"no_upstream"}, errors.New("no_upstream: no upstream is configured; expected the option upstream as well")}
-	case h.LimitBy == "user" && !h.requiresLogin():
-		return &combinationError{[]string{"limit_by"}, errors.New("limit_by: user requires authentication; expected the option basic_auth as well")}
+	case h.LimitBy == "user" && !h.identifiesUsers():
+		return &combinationError{[]string{"limit_by"}, errors.New("limit_by: clients have no user; expected the option basic_auth or user_from as well")}
 	case len(h.PACDirect) > 0 && h.ServePAC == "":
 		return &combinationError{[]string{"serve_pac"}, errors.New("pac_direct: expected serve_pac to be set as well")}
 	}

@@ -90,7 +90,7 @@ func TestOptionsInDocs(t *testing.T) {
 	}
 }
 
-// Each option has a value that can be parsed, documentation and, if it can be invalid in JSON, a
+// Each option but policy, which has a parser of its own, has a value that can be parsed, documentation and, if it can be invalid in JSON, a
 // check.
 func TestOptionsAreComplete(t *testing.T) {
 	names := make(map[string]bool)
@@ -99,7 +99,7 @@ func TestOptionsAreComplete(t *testing.T) {
 			t.Errorf("%s is listed twice", o.name)
 		}
 		names[o.name] = true
-		if o.doc == "" || o.expected == "" || (o.set == nil) == (o.parse == nil) {
+		if o.doc == "" || o.expected == "" || o.name != "policy" && (o.set == nil) == (o.parse == nil) {
 			t.Errorf("%s is incomplete", o.name)
 		}
 		var byDefault Handler

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"golang.org/x/net/http/httpguts"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 	"github.com/asyncproxy/caddy-async-proxy/internal/status"
@@ -207,6 +208,20 @@ func oneOf(words ...string) func(string) error {
 func checkPorts(s string) error {
 	_, err := access.ParsePorts(s)
 	return err
+}
+
+func checkMethod(s string) error {
+	if !httpguts.ValidHeaderFieldName(s) || s != strings.ToUpper(s) {
+		return errInvalid
+	}
+	return nil
+}
+
+func checkPlaceholder(s string) error {
+	if len(s) < 3 || s[0] != '{' || s[len(s)-1] != '}' {
+		return errInvalid
+	}
+	return nil
 }
 
 func checkClients(s string) error {

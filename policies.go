@@ -9,12 +9,15 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/headers"
+	"go.uber.org/zap"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/origin"
+	"github.com/asyncproxy/caddy-async-proxy/internal/selection"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
@@ -23,8 +26,12 @@ import (
 // connection belongs to one policy, so that no other client can use what its own policy would
 // not have opened.
 type policy struct {
-	proxy   *proxy
-	options *Options // with defaults
+	proxy     *proxy
+	name      string   // "": the directive's own options
+	options   *Options // with defaults
+	own       *Options // without those of the directive that it takes over
+	anonymous bool     // its clients need no credentials
+	matchers  caddyhttp.MatcherSet
 
 	limiter         *bucket.Table
 	rateLimit       string // the value of RateLimit-Policy
@@ -38,9 +45,79 @@ type policy struct {
 	tunnelOwner *tunnel.Owner
 }
 
-// newPolicy builds a policy from valid options. close must be called even if it fails.
-func (p *proxy) newPolicy(ctx caddy.Context, options *Options) (*policy, error) {
-	y := &policy{proxy: p, options: options}
+// provisionPolicies builds the policies from valid options.
+func (p *proxy) provisionPolicies(ctx caddy.Context) error {
+	conditions, invalid := p.config.policyConditions()
+	if invalid != nil {
+		return invalid
+	}
+	var all []*Options
+	for _, config := range p.config.Policies {
+		options, err := p.config.optionsOf(config) // before those of the directive are provisioned
+		if err != nil {
+			return err
+		}
+		all = append(all, options)
+	}
+	var err error
+	if p.directive, err = p.newPolicy(ctx, "", &p.config.Options, &p.config.Options); err != nil {
+		return err
+	}
+	for i, config := range p.config.Policies {
+		y, err := p.newPolicy(ctx, config.Name, all[i], &config.Options)
+		p.policies = append(p.policies, y)
+		if err == nil {
+			err = y.loadMatchers(ctx, config)
+		}
+		if err != nil {
+			return fmt.Errorf("policy %s: %w", config.Name, err)
+		}
+		y.anonymous = config.Anonymous
+		if by := selection.Shadowing(conditions, i); by >= 0 {
+			p.logger.Warn("a policy never applies: an earlier one has the same or wider conditions",
+				zap.String("policy", config.Name), zap.String("earlier", p.config.Policies[by].Name))
+		}
+	}
+	if len(conditions) > 0 {
+		p.selection = selection.New(conditions)
+	}
+	return nil
+}
+
+// loadMatchers provisions the matchers of a policy.
+func (y *policy) loadMatchers(ctx caddy.Context, config *Policy) error {
+	if len(config.MatchRaw) == 0 {
+		return nil
+	}
+	modules, err := ctx.LoadModule(config, "MatchRaw")
+	if err != nil {
+		return fmt.Errorf("match: %w", err)
+	}
+	for name, module := range modules.(map[string]any) {
+		if _, ok := module.(caddyhttp.RequestMatcherWithError); !ok {
+			return fmt.Errorf("match: the module %s is not a request matcher", name)
+		}
+		y.matchers = append(y.matchers, module)
+	}
+	return nil
+}
+
+// eachPolicy calls yield with the directive's policy and then the others, until it returns false.
+func (p *proxy) eachPolicy(yield func(*policy) bool) {
+	if p.directive == nil || !yield(p.directive) {
+		return
+	}
+	for _, y := range p.policies {
+		if !yield(y) {
+			return
+		}
+	}
+}
+
+// newPolicy builds a policy. Of its options, own are those that are not the directive's. close must
+// be called even if it fails.
+func (p *proxy) newPolicy(ctx caddy.Context, name string, options, own *Options) (*policy, error) {
+	y := &policy{proxy: p, name: name, options: options, own: own}
 	y.originLimits = y.newOriginLimits()
 	y.originLimits.Exit, y.originLimits.Heads = p.tunnels.Context(), &p.process.heads
 	if err := provisionHeaders(ctx, options.Headers); err != nil {
@@ -55,10 +132,12 @@ func (p *proxy) newPolicy(ctx caddy.Context, options *Options) (*policy, error) 
 		}
 	}
 	limits := p.config.limits(options)
+	limits.Policy = name
 	y.rateLimit = rateLimitPolicy(limits)
 	y.tunnelOwner = &tunnel.Owner{
 		Name:         p.name,
 		Zone:         p.config.Zone,
+		Policy:       name,
 		IdleTimeout:  time.Duration(options.TunnelIdleTimeout),
 		StallTimeout: time.Duration(p.config.TunnelStallTimeout),
 		MaxDuration:  time.Duration(options.TunnelMaxDuration),
@@ -79,7 +158,7 @@ func (y *policy) close() error {
 	if y.parentOrigins != nil {
 		y.parentOrigins.Close()
 	}
-	if y.dialer != nil && y.dialer.Parent != nil {
+	if y.dialer != nil && y.dialer.Parent != nil && !y.sharesParent() {
 		y.dialer.Parent.Close()
 	}
 	if y.limiter == nil {

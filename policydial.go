@@ -40,6 +40,7 @@ func (y *policy) newOriginLimits() *origin.Limits {
 func (y *policy) admitTunnel(key client.Key) *tunnel.LimitError {
 	return y.proxy.tunnels.Admit(y.tunnelOwner, key, tunnel.Limits{
 		Process: y.proxy.config.MaxTunnels,
+		Policy:  y.options.MaxTunnels, // not asked of the directive's, which has no name
 		Client:  y.options.MaxTunnelsPerClient,
 	})
 }
@@ -77,12 +78,15 @@ func (y *policy) provisionDialer(ctx caddy.Context) error {
 		return err
 	}
 	check := &access.RuleCheck{Open: rules.OpenPorts()}
-	list := compileRules(ctx, y.options.Rules)
+	list := compileRules(ctx, y.own.Rules)
 	if rules.Sets, err = access.NewRuleSets(list, check); err != nil {
 		return err
 	}
 	if err := reportRules(check, list, rules.Sets, y.proxy.logger); err != nil {
 		return err
+	}
+	if y.name != "" { // the directive's rules are asked after the policy's own
+		rules.Sets = append(rules.Sets, y.proxy.directive.dialer.Access.Sets...)
 	}
 	rules.RecheckReused = rules.ReportOnly || slices.ContainsFunc(rules.Sets, func(s *access.RuleSet) bool { return len(s.Sources) > 0 })
 	y.dialer = egress.NewDialer(rules, time.Duration(y.options.DialTimeout), y.proxy.resolver)
@@ -93,31 +97,48 @@ func (y *policy) provisionDialer(ctx caddy.Context) error {
 	if y.dialer.Direct, err = access.NewDirectSet(y.options.NoUpstream); err != nil {
 		return fmt.Errorf("no_upstream: %w", err)
 	}
+	if err := y.provisionParent(ctx); err != nil {
+		return fmt.Errorf("upstream: %w", err)
+	}
+	parent := y.dialer.Parent
+	if !parent.IsHTTP() {
+		return nil
+	}
+	y.parentOrigins, err = origin.NewClient(origin.Config{
+		Dial: func(ctx context.Context, _ string) (net.Conn, error) {
+			start := time.Now()
+			conn, err := parent.Dial(ctx)
+			countDial(ctx, start, err)
+			return conn, err
+		},
+		Address: parent.Address,
+		Explain: func(err error, unread *bufio.Reader) error { return egress.AsAnswerError(err, unread) },
+		Limits:  y.originLimits,
+	})
+	return err
+}
+
+// sharesParent reports whether the parent is that of the directive.
+func (y *policy) sharesParent() bool { return y.name != "" && y.own.Upstream == nil }
+
+// provisionParent makes the parent.
+func (y *policy) provisionParent(ctx caddy.Context) error {
+	if y.sharesParent() {
+		y.dialer.Parent = y.proxy.directive.dialer.Parent
+		return nil
+	}
 	config, err := y.options.Upstream.parentConfig(ctx, time.Duration(y.options.DialTimeout))
 	if err == nil {
 		y.dialer.Parent, err = egress.NewParent(config, y.dialer.Connector)
 	}
 	if err != nil {
-		return fmt.Errorf("upstream: %w", err)
+		return err
 	}
 	if y.options.Upstream.hasLiteralSecret() {
 		y.proxy.logger.Warn("the option upstream contains a password or a key in plain text, which Caddy's debug log and admin endpoint show with the rest of the config; " +
 			"use a placeholder such as {env.PROXY_PASSWORD} or {file./run/secrets/proxy}")
 	}
-	if parent := y.dialer.Parent; parent.IsHTTP() {
-		y.parentOrigins, err = origin.NewClient(origin.Config{
-			Dial: func(ctx context.Context, _ string) (net.Conn, error) {
-				start := time.Now()
-				conn, err := parent.Dial(ctx)
-				countDial(ctx, start, err)
-				return conn, err
-			},
-			Address: parent.Address,
-			Explain: func(err error, unread *bufio.Reader) error { return egress.AsAnswerError(err, unread) },
-			Limits:  y.originLimits,
-		})
-	}
-	return err
+	return nil
 }
 
 // dial connects to address for a client of the given reach, and counts the attempt.

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -21,6 +22,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
+	"github.com/asyncproxy/caddy-async-proxy/internal/selection"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
@@ -44,7 +46,9 @@ type proxy struct {
 	site                *site
 	resolver            *egress.Resolver
 	own                 *protectedListeners
-	directive           *policy // of the clients that no other policy matches
+	directive           *policy        // of the clients that no other policy is for
+	policies            []*policy      // the others
+	selection           *selection.Set // of policies; nil: there are none
 
 	via      via
 	name     string        // in Proxy-Status
@@ -111,10 +115,13 @@ func (p *proxy) provisionShared(ctx caddy.Context, server *caddyhttp.Server) err
 	}
 	p.zone = program.metrics.Zone(p.config.Zone)
 	p.provisionSite(server)
-	if p.directive, err = p.newPolicy(ctx, &p.config.Options); err != nil {
+	if err := p.provisionPolicies(ctx); err != nil {
 		return err
 	}
-	p.site.limiter = p.directive.limiter
+	p.site.tables = make(map[string]*bucket.Table)
+	for y := range p.eachPolicy {
+		p.site.tables[y.name] = y.limiter
+	}
 	p.process.proxies.Store(p, struct{}{})
 	return p.registerHooks(ctx, server)
 }
@@ -128,33 +135,40 @@ func (p *proxy) close() error {
 	if p.site != nil {
 		p.site.closeTunnelsAfterDelay()
 	}
-	var err, err2 error
-	if p.directive != nil {
-		err = p.directive.close()
+	var errs []error
+	for y := range p.eachPolicy {
+		errs = append(errs, y.close())
 	}
 	if p.failedLogins != nil {
-		_, err2 = p.process.failedLogins.Delete(p.failedLogins.Limits)
+		_, err := p.process.failedLogins.Delete(p.failedLogins.Limits)
+		errs = append(errs, err)
 	}
-	return errors.Join(err, err2, releaseProcess())
+	return errors.Join(append(errs, releaseProcess())...)
 }
 
-// forbids reports whether the rules would now deny an open tunnel.
+// forbids reports whether the rules would now deny an open tunnel to its client.
 func (p *proxy) forbids(t *tunnel.Tunnel) bool {
 	ctx := context.Background()
+	y := p.policyOfTunnel(t)
 	if strings.HasPrefix(t.Proto, "HTTP/") { // a CONNECT, not an upgraded request
-		ctx = p.directive.dialer.Access.WithConnect(ctx)
+		if y.deniesMethod(http.MethodConnect) != nil && !y.dialer.Access.ReportOnly {
+			return true
+		}
+		ctx = y.dialer.Access.WithConnect(ctx)
 	}
-	return p.directive.dialer.Denies(ctx, access.Scope(t.Scope), t.Target, t.Address)
+	return y.dialer.Denies(ctx, access.Scope(t.Scope), t.Target, t.Address)
 }
 
 // idleConnections returns the number of idle connections to origins and the parent.
 func (p *proxy) idleConnections() int {
 	n := 0
-	for _, origins := range p.directive.origins {
-		n += origins.Idle()
-	}
-	if p.directive.parentOrigins != nil {
-		n += p.directive.parentOrigins.Idle()
+	for y := range p.eachPolicy {
+		for _, origins := range y.origins {
+			n += origins.Idle()
+		}
+		if y.parentOrigins != nil {
+			n += y.parentOrigins.Idle()
+		}
 	}
 	return n
 }

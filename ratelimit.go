@@ -148,7 +148,7 @@ func (y *policy) limitedAnswer(seconds int64) *limitedAnswer {
 		refusal:    *causeRateLimited.refusal(nil, seconds),
 		seconds:    seconds,
 		retryAfter: retry,
-		state:      rateLimitState(y.proxy.config.Zone, seconds),
+		state:      rateLimitState(rateLimitName(y.limiter.Limits), seconds),
 	}
 	a.proxyStatus = y.proxy.proxyStatus(deniedRequest, a.text)
 	a.body = []byte(a.text + "\n")
@@ -193,13 +193,21 @@ var errBlocked = errors.New("the client is blocked")
 // (draft-ietf-httpapi-ratelimit-headers-10): the quota, and the seconds that it takes to
 // refill.
 func rateLimitPolicy(limits bucket.Limits) string {
-	return fmt.Sprintf(`"%s";q=%d;w=%d`, limits.Zone, limits.Burst, ceilSeconds(limits.Fill()))
+	return fmt.Sprintf(`"%s";q=%d;w=%d`, rateLimitName(limits), limits.Burst, ceilSeconds(limits.Fill()))
+}
+
+// rateLimitName returns the name of a quota policy in the RateLimit fields.
+func rateLimitName(limits bucket.Limits) string {
+	if limits.Policy == "" {
+		return limits.Zone
+	}
+	return limits.Zone + "/" + limits.Policy
 }
 
 // rateLimitState returns the value of the RateLimit field: no tokens remain, and the seconds
 // until there is one.
-func rateLimitState(zone string, seconds int64) string {
-	return `"` + zone + `";r=0;t=` + strconv.FormatInt(seconds, 10)
+func rateLimitState(name string, seconds int64) string {
+	return `"` + name + `";r=0;t=` + strconv.FormatInt(seconds, 10)
 }
 
 // ceilSeconds rounds up to whole seconds, at least 1, so that a client that waits that long

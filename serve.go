@@ -64,6 +64,15 @@ var errRateLimited = errors.New("denied by the rate limiter")
 // serve admits, authenticates and handles a request, or returns why it does not.
 func (p *proxy) serve(w http.ResponseWriter, r *http.Request, v *transaction, next caddyhttp.Handler) (err error) {
 	requiresLogin := v.kind != metrics.Other && len(p.auth) > 0
+	if v.kind != metrics.Other {
+		v.user = p.userFrom(r)
+		if err := p.choosePolicy(r, v); err != nil {
+			return err
+		}
+		if requiresLogin && v.policy.anonymous && !hasCredentials(r) {
+			requiresLogin = false
+		}
+	}
 	if !requiresLogin {
 		if err := p.charge(r, v); err != nil {
 			return err
@@ -80,6 +89,11 @@ func (p *proxy) serve(w http.ResponseWriter, r *http.Request, v *transaction, ne
 	if requiresLogin {
 		if err := p.login(w, r, v); err != nil {
 			return err
+		}
+	}
+	if v.kind != metrics.Other {
+		if f := v.policy.refuseMethod(r); f != nil {
+			return f
 		}
 	}
 	switch v.kind {
@@ -122,14 +136,16 @@ func (p *proxy) login(w http.ResponseWriter, r *http.Request, v *transaction) er
 	key := v.limitKey
 	err := p.authenticate(w, r, v)
 	failed := err != nil && hasCredentials(r)
-	if failed || v.user != "" && v.policy.options.LimitBy == "user" {
+	if !failed {
+		if err := p.choosePolicy(r, v); err != nil {
+			return err
+		}
+	}
+	if failed || v.limitKey != key {
 		v.policy.limiter.RecordRequest(key, now) // count the request for the client as well
 	}
 	if failed {
 		return err
-	}
-	if v.user != "" && v.policy.options.LimitBy == "user" {
-		v.limitKey = client.User(v.user)
 	}
 	if limited := p.charge(r, v); limited != nil {
 		delete(w.Header(), "Proxy-Authenticate") // a login would be rate limited, too

@@ -30,7 +30,7 @@ func init() {
 		Blocks:      eachBlock,
 		Tunnels:     eachTunnel,
 		OpenTunnels: countTunnels,
-		TableOf:     func(t *tunnel.Tunnel) *bucket.Table { return openedBy(t).limiter },
+		TableOf:     tableOf,
 		Successor:   successorTable,
 
 		CloseTunnel: func(id uint64) bool {

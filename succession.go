@@ -45,8 +45,8 @@ type site struct {
 	addresses  []string        // that its server listens on
 	configDone <-chan struct{} // identifies its config, and is closed when that ends
 
-	closeDelay *caddy.Duration // stream_close_delay
-	limiter    *bucket.Table
+	closeDelay *caddy.Duration          // stream_close_delay
+	tables     map[string]*bucket.Table // of its policies, by name
 	logger     *zap.Logger
 	process    *process
 }
@@ -64,6 +64,9 @@ func (p *proxy) provisionSite(server *caddyhttp.Server) {
 
 // openedBy returns the site that opened a tunnel.
 func openedBy(t *tunnel.Tunnel) *site { return t.Owner.Observer.(*site) }
+
+// tableOf returns the table that counts the client of a tunnel.
+func tableOf(t *tunnel.Tunnel) *bucket.Table { return openedBy(t).tables[t.Owner.Policy] }
 
 // supersedes reports whether s replaces another site: one of another config, with the same
 // zone and a common listen address. s is then responsible for its tunnels.
@@ -89,7 +92,7 @@ func successorTable(t *bucket.Table, inUse iter.Seq[*bucket.Table]) *bucket.Tabl
 			return t
 		}
 		a, b := candidate.Limits, t.Limits
-		if a.Zone == b.Zone && a.IPv4Prefix == b.IPv4Prefix && a.IPv6Prefix == b.IPv6Prefix {
+		if a.Zone == b.Zone && a.Policy == b.Policy && a.IPv4Prefix == b.IPv4Prefix && a.IPv6Prefix == b.IPv6Prefix {
 			candidates = append(candidates, candidate)
 		}
 	}

@@ -41,6 +41,9 @@ func bucketKey(prefix string, b asyncproxy.Bucket) string {
 	}
 	key = append(key, ':')
 	key = append(key, b.Zone...)
+	if b.Policy != "" {
+		key = append(append(key, ' '), b.Policy...) // neither name has spaces
+	}
 	return braces.Replace(string(key))
 }
 

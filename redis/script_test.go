@@ -193,6 +193,7 @@ func TestBucketKey(t *testing.T) {
 		"p:10:2000000000:192.0.2.0/24:default": {Zone: "default", Client: netip.MustParsePrefix("192.0.2.0/24"), Burst: 10, Interval: 2 * time.Second},
 		"p:1:1:2001:db8::/64:a:b":              {Zone: "a:b", Client: netip.MustParsePrefix("2001:db8::/64"), Burst: 1, Interval: 1},
 		"p:1:1:unix:default":                   {Zone: "default", Burst: 1, Interval: 1},
+		"p:1:1:unix:default ci":                {Zone: "default", Policy: "ci", Burst: 1, Interval: 1},
 		`p:1:1:"alice":default`:                {Zone: "default", User: "alice", Burst: 1, Interval: 1},
 		`p:1:1:192.0.2.0/24:a\x7bb\x7d`:        {Zone: "a{b}", Client: netip.MustParsePrefix("192.0.2.0/24"), Burst: 1, Interval: 1},
 		`p:1:1:"a\x7db\x7b":default`:           {Zone: "default", User: "a}b{", Burst: 1, Interval: 1},

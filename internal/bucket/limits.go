@@ -23,6 +23,7 @@ const (
 // Limits are the parameters of a Table. They are comparable.
 type Limits struct {
 	Zone       string  // name of the table
+	Policy     string  // in the zone; "": the zone's own
 	Burst      int64   // tokens in a full bucket
 	Refill     float64 // tokens gained per second
 	IPv4Prefix int     // bits of an IPv4 address that identify a client
