@@ -170,12 +170,18 @@ func (t *Tunnel) send(dst End, f *Flow, b []byte) (int, error) {
 // clientLeft ends the tunnel when the client has reset its stream, or its connection has
 // ended. A silent target would not reveal that. The target still gets the bytes that the
 // client had sent, if it reads them within DrainTimeout.
+//
+// The stream may also have ended because reset has aborted it, and has yet to abort the target's
+// connection.
 func (t *Tunnel) clientLeft(upDone <-chan struct{}) {
 	t.stream.StopReading()
 	timer := time.NewTimer(t.Registry.drainTimeout)
 	defer timer.Stop()
 	select {
 	case <-upDone:
+		if t.wasReset.Load() {
+			_ = t.Far.Abort()
+		}
 		_ = t.Far.Close()
 	case <-timer.C:
 		t.setReason(ReasonClient)

@@ -36,6 +36,13 @@ func newPipedTunnel(r *Registry, owner Owner) *pipedTunnel {
 
 // runPipedTunnel is newPipedTunnel with a given end and client.
 func runPipedTunnel(r *Registry, owner Owner, near End, client net.Conn) *pipedTunnel {
+	p := preparePipedTunnel(r, owner, near, client)
+	p.start()
+	return p
+}
+
+// preparePipedTunnel is runPipedTunnel without start.
+func preparePipedTunnel(r *Registry, owner Owner, near End, client net.Conn) *pipedTunnel {
 	owner.Observer = unobserved{}
 	far, target := net.Pipe()
 	p := &pipedTunnel{
@@ -46,13 +53,17 @@ func runPipedTunnel(r *Registry, owner Owner, near End, client net.Conn) *pipedT
 		client: client, target: target, done: make(chan struct{}),
 	}
 	r.Admit(p.Owner, p.LimitKey, Limits{})
+	return p
+}
+
+// start runs the tunnel.
+func (p *pipedTunnel) start() {
 	go func() {
 		p.Run()
 		close(p.done)
 	}()
-	go io.Copy(io.Discard, client)
-	go io.Copy(io.Discard, target)
-	return p
+	go io.Copy(io.Discard, p.client)
+	go io.Copy(io.Discard, p.target)
 }
 
 func TestTunnelTimeouts(t *testing.T) {
@@ -205,6 +216,63 @@ func TestReasonOfTunnelsClosedMeanwhile(t *testing.T) {
 			if got := p.EndReason(); got != ReasonShutdown {
 				t.Errorf("reason %q, want %q", got, ReasonShutdown)
 			}
+		}
+	})
+}
+
+// streamOnPipe is a stream whose context ends as soon as it is aborted, as that of an HTTP/2
+// stream may, and whose Abort returns a while later.
+type streamOnPipe struct {
+	*ConnEnd
+	ctx    context.Context
+	cancel func()
+}
+
+func (s streamOnPipe) Context() context.Context { return s.ctx }
+func (streamOnPipe) StopReading()               {}
+func (streamOnPipe) WasCanceled(error) bool     { return false }
+func (streamOnPipe) IsAborted() bool            { return true }
+func (streamOnPipe) CloseConnection()           {}
+func (streamOnPipe) Server() io.Closer          { return nil }
+
+func (s streamOnPipe) Abort() error {
+	err := s.ConnEnd.Abort()
+	s.cancel()
+	time.Sleep(time.Second)
+	return err
+}
+
+// endLog is an end that records how it was ended first.
+type endLog struct {
+	End
+	first *atomic.Value
+}
+
+func (e endLog) CloseWrite() error {
+	e.first.CompareAndSwap(nil, "half-closed")
+	return e.End.CloseWrite()
+}
+func (e endLog) Close() error { e.first.CompareAndSwap(nil, "closed"); return e.End.Close() }
+func (e endLog) Abort() error { e.first.CompareAndSwap(nil, "aborted"); return e.End.Abort() }
+
+// The target of a tunnel that the proxy cuts sees a reset, even if the client's stream ends before
+// the proxy has come to the target.
+func TestCutReachesTheTargetAsAReset(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := NewRegistry()
+		defer r.Stop()
+		near, client := net.Pipe()
+		stream := streamOnPipe{ConnEnd: NewConnEnd(near)}
+		stream.ctx, stream.cancel = context.WithCancel(t.Context())
+		p := preparePipedTunnel(r, Owner{}, stream, client)
+		far := endLog{p.Far, new(atomic.Value)}
+		p.Far = far
+		p.start()
+		synctest.Wait()
+		p.Close(ReasonOperator) // the tunnel is too young to be at rest
+		<-p.done
+		if first := far.first.Load(); first != "aborted" {
+			t.Errorf("the target's connection was first %v, want aborted", first)
 		}
 	})
 }
