@@ -48,8 +48,8 @@ func expectsContinue(r *http.Request) bool {
 // beforeErrorRoutes prepares the connection of r for the error routes, which will answer it.
 // Once they have, the handler has returned and can no longer read from the connection or hijack
 // it. Content is read before they answer. What a client sends after a CONNECT has no end that
-// could be awaited, so its connection is closed in stages after net/http has closed it. On the fast
-// path, every such connection is.
+// could be awaited, so its connection is closed in stages afterwards, by the writer that giveReason
+// has put in place of net/http's. On the fast path, every such connection is.
 func (p *proxy) beforeErrorRoutes(w http.ResponseWriter, r *http.Request) {
 	fast := downstream.WriterOf(w)
 	switch {
@@ -58,10 +58,7 @@ func (p *proxy) beforeErrorRoutes(w http.ResponseWriter, r *http.Request) {
 		if stillSending(r) {
 			fast.CloseInStages(identifyClient(r).addr)
 		}
-	case r.Method == http.MethodConnect:
-		if conn := connOf(w, r); conn != nil {
-			p.process.lingering.Hold(conn, identifyClient(r).addr)
-		}
+	case r.Method == http.MethodConnect: // without write_idle
 	case r.ContentLength != 0 && !expectsContinue(r):
 		p.process.lingering.Drop(identifyClient(r).addr, r.Body, http.NewResponseController(w).SetReadDeadline)
 	}

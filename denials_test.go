@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -121,6 +122,58 @@ func TestHostileParent(t *testing.T) {
 		res, _ := policyRequest(t, w.proxy, http.MethodConnect, fmt.Sprintf("a%d.example:443", i), "")
 		if own := ownStatus(t, res.Header); res.StatusCode != http.StatusBadGateway || own["error"] != "destination_unavailable" {
 			t.Errorf("%q: %s, %q", status, res.Status, res.Header["Proxy-Status"])
+		}
+	}
+}
+
+// TestStatusLine checks that the status line of a refused CONNECT has the reason on both serving
+// paths, that their responses are the same in everything else, and that so are the access logs.
+func TestStatusLine(t *testing.T) {
+	const denied = "403 Denied by proxy: no rule allows host.example:443"
+	for name, row := range map[string]struct{ routes, status string }{
+		"text":         {"", denied},
+		"error route":  {"respond \"sorry\" {err.status_code}", denied},
+		"long page":    {"respond \"" + strings.Repeat("sorry ", 1000) + "\" {err.status_code}", denied},
+		"other status": {"respond \"sorry\" 418", "418 I'm a teapot"},
+		"no response":  {"vars x y", denied},
+		"other fields": {"header >Proxy-Status error wrong\nheader -Server\nrespond {err.status_code}", denied},
+	} {
+		for _, overTLS := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s over TLS %v", name, overTLS), func(t *testing.T) {
+				w := newWorld(t, "", nil)
+				f := form{overTLS: overTLS}
+				var fast string
+				for _, change := range []func(string) string{func(site string) string { return site }, byCaddy} {
+					site := f.site(t, w.site("via tester\nallow other.example\ndeny all"))
+					if row.routes != "" {
+						site = strings.TrimSuffix(site, "}\n") + "handle_errors {\n" + row.routes + "\n}\n}\n"
+					}
+					w.load(strings.Replace(change(site), "{\n", "{\nlog\n", 1))
+					before := len(w.logLines("handled request"))
+					var all string
+					for _, version := range []string{"1.1", "1.0"} {
+						c := f.dial(t, w.proxy)
+						c.send("CONNECT host.example:443 HTTP/" + version + "\nHost: host.example:443\n\nearly")
+						answer := regexp.MustCompile(`Date: [^\r]*`).ReplaceAllString(c.readAll(), "Date")
+						line, head, _ := strings.Cut(answer, "\r\n")
+						if want := "HTTP/" + version + " " + row.status; line != want {
+							t.Errorf("%s, want %s", line, want)
+						}
+						head, content, _ := strings.Cut(head, "\r\n\r\n")
+						lines := strings.Split(head, "\r\n")
+						slices.Sort(lines)
+						all += fmt.Sprintf("%q %q\n", lines, content)
+					}
+					for _, line := range w.waitLog("handled request", before+2)[before:] {
+						all += fmt.Sprint(line["status"], line["size"], line["resp_headers"], "\n")
+					}
+					if fast == "" {
+						fast = all
+					} else if all != fast {
+						t.Errorf("%s\nbut on the fast path\n%s", all, fast)
+					}
+				}
+			})
 		}
 	}
 }

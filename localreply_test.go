@@ -111,6 +111,9 @@ func (row causeRow) check(t *testing.T, w *world, way string) {
 	if got := ownStatus(t, res.Header)["error"]; res.StatusCode != row.status || got != row.reason {
 		t.Errorf("%s, Proxy-Status %q, %q; want %d with %s", res.Status, got, body, row.status, row.reason)
 	}
+	if phrase := reasonPhrase(strings.TrimSuffix(body, "\n")); method == http.MethodConnect && res.Status != fmt.Sprint(row.status, " ", phrase) {
+		t.Errorf("the status line has %q, the content %q", res.Status, body)
+	}
 	row.checkLog(t, w, method, target)
 	kind := map[string]string{http.MethodGet: "forward", http.MethodConnect: "tunnel"}[method]
 	want := map[string]float64{

@@ -112,6 +112,9 @@ func (b *refusalBench) refusesOne(status int, kind, text, row string) {
 	got, values := "", res.Header["Proxy-Status"]
 	if len(values) > 0 {
 		own := ownStatus(b.t, res.Header)
+		if phrase := fmt.Sprint(status, " ", own["details"]); connect && res.Status != phrase || !connect && res.Status == phrase {
+			wrong("the status line should have the details in it only if the method is CONNECT")
+		}
 		if got = own["error"]; !b.custom && !head && reasonPhrase(strings.TrimSuffix(body, "\n")) != own["details"] {
 			wrong("the details are other words than the body")
 		}

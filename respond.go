@@ -35,6 +35,7 @@ func (p *proxy) proxyStatus(errorType, sentence string) string {
 // writeRefusal is sendRefusal with a prepared Proxy-Status value and body. Each response gets
 // field values of its own, because Caddy's header directive modifies values in place.
 func (p *proxy) writeRefusal(w http.ResponseWriter, r *http.Request, f *refusal, proxyStatus string, body []byte) error {
+	p.giveReason(w, r, f)
 	header := w.Header()
 	header["Proxy-Status"] = []string{proxyStatus}
 	closes := hasUnreadInput(r)

@@ -40,7 +40,6 @@ func (p *proxy) registerHooks(ctx caddy.Context, server *caddyhttp.Server) error
 	server.RegisterConnContext(withSocket)
 	server.RegisterConnState(connState)
 	server.RegisterConnState(downstream.ConnState)
-	server.RegisterConnState(p.process.lingering.Release)
 	server.RegisterConnContext(withWindows())
 	server.RegisterOnShutdown(func() { p.onShutdown(ctx) })
 	server.RegisterOnStop(func(grace context.Context) error {

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"io"
 	"net"
-	"net/http"
 	"net/netip"
 	"sync"
 	"time"
@@ -30,16 +29,8 @@ const (
 // Lingering closes connections in stages, a limited number of each client's at a time. The zero
 // value is ready for use. Its methods are safe for concurrent use.
 type Lingering struct {
-	mu   sync.Mutex
-	n    map[netip.Addr]int
-	held sync.Map // the heldSocket of a net.Conn
-}
-
-// heldSocket is a second descriptor of a client's socket, which keeps it open when net/http
-// closes the first.
-type heldSocket struct {
-	conn   net.Conn
-	client netip.Addr
+	mu sync.Mutex
+	n  map[netip.Addr]int
 }
 
 func (l *Lingering) enter(client netip.Addr) bool {
@@ -106,40 +97,4 @@ func readToEnd(r io.Reader, setDeadline func(time.Time) error) bool {
 		dropped += n
 	}
 	return false
-}
-
-// Hold has a connection that net/http will close by itself closed in stages then. It keeps the
-// socket open, and Release closes it.
-func (l *Lingering) Hold(conn net.Conn, client netip.Addr) {
-	socket := tcpconn.Of(conn)
-	if socket == nil {
-		return
-	}
-	if held, err := tcpconn.Dup(socket); err == nil { // Windows cannot do this
-		l.held.Store(conn, heldSocket{held, client})
-	}
-}
-
-// Holds returns how many connections Hold keeps open.
-func (l *Lingering) Holds() (n int) {
-	l.held.Range(func(any, any) bool { n++; return true })
-	return n
-}
-
-// Release ends what Hold has begun when the state of a connection changes. A connection that
-// net/http has closed is closed in stages. Another one is still in use, because the response
-// had no Connection: close after all.
-func (l *Lingering) Release(conn net.Conn, state http.ConnState) {
-	if state == http.StateNew || state == http.StateActive {
-		return
-	}
-	value, ok := l.held.LoadAndDelete(conn)
-	if !ok {
-		return
-	}
-	if held := value.(heldSocket); state == http.StateClosed {
-		go l.Close(held.conn, held.client)
-	} else {
-		_ = held.conn.Close()
-	}
 }

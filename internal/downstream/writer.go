@@ -41,14 +41,16 @@ type Writer struct {
 	slow     *tcpconn.StallTimer // nil: it has not been started
 
 	onHeader   func(status int) // called before a header is written; nil: nothing
-	status     int              // 0: not set yet
-	length     int64            // from Content-Length; < 0: unknown
-	written    int64            // bytes of content
-	headerSent bool             // the header has been sent
-	chunked    bool             // the content is sent in chunks
-	trailer    h1.NameSet       // announced trailer fields
-	pending    []byte           // content held back, since it may be the whole content
-	names      []string         // of the fields, sorted
+	reason     string           // reason phrase of a response with the status reasonFor; "": the registered one
+	reasonFor  int
+	status     int        // 0: not set yet
+	length     int64      // from Content-Length; < 0: unknown
+	written    int64      // bytes of content
+	headerSent bool       // the header has been sent
+	chunked    bool       // the content is sent in chunks
+	trailer    h1.NameSet // announced trailer fields
+	pending    []byte     // content held back, since it may be the whole content
+	names      []string   // of the fields, sorted
 	buf        []byte
 	vectors    net.Buffers
 	vector     [3][]byte
@@ -65,7 +67,7 @@ const maxKeptBuffer = 16 << 10
 func (w *Writer) reset(r *http.Request) {
 	w.header, w.freesHeader = h1.NewHeader(), true
 	w.head, w.isHTTP10, w.closes = r.Method == http.MethodHead, r.ProtoMinor == 0, r.Close
-	w.lingers, w.onHeader = false, nil
+	w.lingers, w.onHeader, w.reason = false, nil, ""
 	w.status, w.length, w.written, w.headerSent, w.chunked, w.trailer = 0, -1, 0, false, false, nil
 	w.pending = w.pending[:0]
 }
@@ -89,8 +91,8 @@ func (w *Writer) TakeHeader(h http.Header) {
 
 // Hijack implements http.Hijacker.
 func (w *Writer) Hijack() (net.Conn, *bufio.ReadWriter, error) {
-	if w.status != 0 {
-		return nil, nil, http.ErrHijacked // the response has begun
+	if w.status != 0 || w.client.r == nil {
+		return nil, nil, http.ErrHijacked // the response has begun, or the connection is net/http's
 	}
 	w.hijacked = true
 	w.client.stopWatch()
@@ -163,6 +165,10 @@ func WriterOf(w http.ResponseWriter) *Writer {
 	}
 }
 
+// SetReason sets the reason phrase of the response to the current request, which must be printable
+// ASCII. If the response gets another status after all, it has the phrase that is registered for that.
+func (w *Writer) SetReason(status int, phrase string) { w.reasonFor, w.reason = status, phrase }
+
 // WriteHeader implements http.ResponseWriter. An interim response is sent at once.
 func (w *Writer) WriteHeader(status int) {
 	if w.status != 0 || w.hijacked {
@@ -181,7 +187,7 @@ func (w *Writer) WriteHeader(status int) {
 		w.freesHeader = w.freesHeader && len(w.header) <= h1.MaxFreedHeader
 		delete(w.header, "Content-Length")
 		delete(w.header, "Transfer-Encoding")
-		w.buf = append(w.appendFields(h1.AppendStatusLine(w.buf[:0], status)), "\r\n"...)
+		w.buf = append(w.appendFields(h1.AppendStatusLine(w.buf[:0], status, "")), "\r\n"...)
 		w.startDeadline()
 		if _, err := w.client.Write(w.buf); err != nil {
 			w.client.cancel() // or each further interim response would wait for the client again
@@ -386,7 +392,7 @@ func (w *Writer) appendHead(b []byte, content int64, last bool) []byte {
 	default: // HTTP/1.0 has no chunks: the end of the connection ends the content
 		w.chunked = !w.isHTTP10
 	}
-	if connection := w.header["Connection"]; w.client.isShuttingDown() || len(connection) > 0 && connection[0] == "close" {
+	if connection := w.header["Connection"]; !w.closes && w.client.isShuttingDown() || len(connection) > 0 && connection[0] == "close" {
 		w.closes = true
 	}
 	if w.closes && !w.isHTTP10 && !httpguts.HeaderValuesContainsToken(w.header["Connection"], "close") {
@@ -410,8 +416,11 @@ func (w *Writer) appendHead(b []byte, content int64, last bool) []byte {
 }
 
 func (w *Writer) appendStatusLine(b []byte) []byte {
-	start := len(b)
-	if b = h1.AppendStatusLine(b, w.status); w.isHTTP10 {
+	start, reason := len(b), ""
+	if w.status == w.reasonFor {
+		reason = w.reason
+	}
+	if b = h1.AppendStatusLine(b, w.status, reason); w.isHTTP10 {
 		b[start+len("HTTP/1.")] = '0'
 	}
 	return b

@@ -120,13 +120,17 @@ func (f *fieldSet) Add(name, value string) {
 	f.Header[name] = f.values[len(f.values)-1 : len(f.values) : len(f.values)]
 }
 
-// AppendStatusLine appends the status line of a response with the given status.
-func AppendStatusLine(b []byte, status int) []byte {
+// AppendStatusLine appends the status line of a response with the given status. Without a reason
+// phrase it has the registered one.
+func AppendStatusLine(b []byte, status int, reason string) []byte {
 	b = append(b, "HTTP/1.1 "...)
 	b = strconv.AppendInt(b, int64(status), 10)
 	b = append(b, ' ')
-	if text := http.StatusText(status); text != "" {
-		b = append(b, text...)
+	if reason == "" {
+		reason = http.StatusText(status)
+	}
+	if reason != "" {
+		b = append(b, reason...)
 	} else {
 		b = append(b, "status code "...)
 		b = strconv.AppendInt(b, int64(status), 10)

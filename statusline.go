@@ -3,7 +3,51 @@
 
 package asyncproxy
 
-import "strings"
+import (
+	"net/http"
+	"strings"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
+)
+
+// giveReason puts the sentence of f into the status line of the response to a CONNECT over HTTP/1.
+// Programs show the user nothing else of that response. If an error route responds with another
+// status, that has its usual phrase.
+func (p *proxy) giveReason(w http.ResponseWriter, r *http.Request, f *refusal) {
+	if r.Method != http.MethodConnect || r.ProtoMajor != 1 {
+		return
+	}
+	writer := downstream.WriterOf(w)
+	if writer == nil {
+		writer = p.takeResponse(w, r)
+	}
+	if writer != nil {
+		writer.SetReason(f.status, reasonPhrase(f.text))
+	}
+}
+
+// takeResponse has the response to r written as on the fast path, because net/http cannot set a reason
+// phrase. It hijacks the connection, which must close after the response in any case, and puts
+// the fast path's writer in place of net/http's, below the one of Caddy's that implements
+// write_idle. All other writers, such as those of access logs and of header operations, are above it.
+// It returns nil without write_idle, because nothing else of Caddy's can be given another writer.
+func (p *proxy) takeResponse(w http.ResponseWriter, r *http.Request) *downstream.Writer {
+	_, idle := caddyhttp.IdleTimeoutsFromContext(r.Context())
+	if idle == nil {
+		return nil
+	}
+	header := w.Header()
+	conn, _, err := hijack(w)
+	if err != nil {
+		return nil
+	}
+	server := &downstream.Server{WriteIdleTimeout: idle.Deadline.Timeout, MaxWriteChunk: idle.MaxChunk, Lingering: &p.process.lingering}
+	writer := server.NewWriter(conn, r, header)
+	idle.ResponseWriterWrapper.ResponseWriter = writer
+	return writer
+}
 
 // maxPhrase is the maximum length of a reason phrase in bytes. Programs show it in one line, behind
 // words of their own.
