@@ -20,6 +20,7 @@ import (
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // Exchange sends one request to an origin and reads its response. With HTTP/1 it runs on
@@ -162,7 +163,7 @@ func (x *Exchange) sendRequest(fresh bool) (err error) {
 	}
 	isWhole := body == nil || int64(arrived) == body.Length
 	start := time.Now()
-	if err := x.writeHead(arrived); err != nil {
+	if err := x.writeHead(arrived, isWhole); err != nil {
 		return err
 	}
 	if isWhole {
@@ -216,8 +217,16 @@ func (x *Exchange) handleInterim(res *http.Response) error {
 const smallHead = 8 << 10
 
 // send writes the head of a request. Writing a large one can block if the origin does
-// not read it, so that gets a deadline.
-func (x *Exchange) send(head []byte) error {
+// not read it, so that gets a deadline. After a whole request, send may begin to wait for the response.
+func (x *Exchange) send(head []byte, isWhole bool) error {
+	if socket, ok := x.conn.Conn.(*net.TCPConn); ok && isWhole && x.conn.reused && len(head) <= smallHead {
+		x.conn.deadline.Within(socket, watchDelay/4, watchDelay)
+		writeErr, waitErr := tcpconn.Ask(socket, head) // the pool has found that nothing has arrived
+		if errors.Is(waitErr, os.ErrDeadlineExceeded) {
+			x.watchDisconnect()
+		}
+		return writeErr
+	}
 	if len(head) > smallHead {
 		x.watchDisconnect()
 		if timeout := x.limits.HeaderTimeout; timeout > 0 {
@@ -348,7 +357,7 @@ var requestHeadPool = sync.Pool{New: func() any { b := make([]byte, 0, 4<<10); r
 
 // writeHead sends the head of a request in one write, with the first bytes of its body, which must
 // have arrived.
-func (x *Exchange) writeHead(arrived int) error {
+func (x *Exchange) writeHead(arrived int, isWhole bool) error {
 	out := x.Request
 	pooled := requestHeadPool.Get().(*[]byte)
 	b := (*pooled)[:0]
@@ -387,7 +396,7 @@ func (x *Exchange) writeHead(arrived int) error {
 		b, err = out.Body.appendTo(b, arrived)
 	}
 	if err == nil {
-		err = x.send(b)
+		err = x.send(b, isWhole)
 	}
 	if cap(b) <= 64<<10 {
 		*pooled = b

@@ -45,7 +45,7 @@ func TestUnreadLargeHead(t *testing.T) {
 				_ = far.Close()
 			})
 			defer bound.Stop()
-			err := x.writeHead(0)
+			err := x.writeHead(0, true)
 			if err == nil || errors.Is(err, os.ErrDeadlineExceeded) == leaves {
 				t.Errorf("client disconnects = %v: got %v", leaves, err)
 			}

@@ -51,6 +51,21 @@ func WaitWritable(socket *net.TCPConn) error {
 	return conn.Write(func(fd uintptr) bool { return poll(fd, unix.POLLOUT) != 0 })
 }
 
+// poll returns which of the events fd is ready for, without waiting: 0 for none, and something else
+// if it fails. The signals of Go's runtime interrupt even a call that does not wait.
+func poll(fd uintptr, events int16) int16 {
+	fds := []unix.PollFd{{Fd: int32(fd), Events: events}}
+	for {
+		switch _, err := unix.Poll(fds, 0); err {
+		case nil:
+			return fds[0].Revents
+		case unix.EINTR:
+		default:
+			return unix.POLLERR
+		}
+	}
+}
+
 // maxUnsent is how many unsent bytes the kernel holds before a socket stops being writable.
 // It is writable again with half of that.
 const maxUnsent = 512 << 10

@@ -18,21 +18,21 @@ func IsQuiet(socket *net.TCPConn) bool {
 		return false
 	}
 	quiet := false
-	err = conn.Control(func(fd uintptr) { quiet = poll(fd, unix.POLLIN) == 0 })
+	err = conn.Control(func(fd uintptr) { quiet = hasNothing(int(fd)) })
 	return err == nil && quiet
 }
 
-// poll returns which of the events fd is ready for, without waiting: 0 for none, and something else
-// if it fails. The signals of Go's runtime interrupt even a call that does not wait.
-func poll(fd uintptr, events int16) int16 {
-	fds := []unix.PollFd{{Fd: int32(fd), Events: events}}
+// hasNothing reports whether a read would have to wait. The signals of Go's runtime interrupt even a
+// call that does not wait.
+func hasNothing(fd int) bool {
+	var first [1]byte
 	for {
-		switch _, err := unix.Poll(fds, 0); err {
-		case nil:
-			return fds[0].Revents
+		switch _, _, err := unix.Recvfrom(fd, first[:], unix.MSG_PEEK); err {
+		case unix.EAGAIN:
+			return true
 		case unix.EINTR:
-		default:
-			return unix.POLLERR
+		default: // something has arrived, the end, or an error
+			return false
 		}
 	}
 }

@@ -64,6 +64,30 @@ func Embedded(conn net.Conn) net.Conn {
 	return nil
 }
 
+// Ask writes p to a socket and waits until there is something to read from it, or its read deadline
+// has passed. A read right after the write would be in vain before such a wait.
+//
+// What has arrived before the call does not end the wait.
+func Ask(socket *net.TCPConn, p []byte) (writeErr, waitErr error) {
+	conn, err := socket.SyscallConn()
+	if err != nil {
+		return err, nil
+	}
+	asked := false
+	waitErr = conn.Read(func(uintptr) (over bool) {
+		if asked {
+			return true
+		}
+		asked = true
+		_, writeErr = socket.Write(p)
+		return writeErr != nil
+	})
+	if !asked { // the socket is closed
+		writeErr = waitErr
+	}
+	return writeErr, waitErr
+}
+
 // EnableKeepAlive makes the kernel detect a dead peer within two minutes. It costs four system
 // calls, so short-lived connections do without it.
 func EnableKeepAlive(conn *net.TCPConn) {
