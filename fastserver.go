@@ -70,34 +70,26 @@ func (s *fastServer) serve(out http.ResponseWriter, r *http.Request) {
 	}
 	var seen *observation
 	if s.metrics != nil {
-		if seen = s.metrics.begin(r); seen != nil {
+		if seen = s.metrics.begin(r, start); seen != nil {
+			defer seen.end()
 			w.OnHeader(seen.onHeader)
 		}
 	}
-	err := s.observe(seen, w, out, r)
-	w.OnHeader(nil)
+	err := s.proxy.serveHTTP(out, r, noNext)
 	duration := time.Since(start)
+	if seen != nil {
+		if w.Hijacked() && err == nil {
+			seen.wroteHeader(http.StatusOK)
+		}
+		seen.served(r, w.Written(), duration, err)
+		w.OnHeader(nil)
+	}
 	if entry != nil {
 		entry.duration = duration
 	}
 	if err != nil && !w.Hijacked() {
 		s.fail(out, r, entry, err, duration)
 	}
-}
-
-// observe calls the handler, and observes the request in seen, which may be nil.
-func (s *fastServer) observe(seen *observation, w *downstream.Writer, out http.ResponseWriter, r *http.Request) (err error) {
-	if seen == nil {
-		return s.proxy.serveHTTP(out, r, noNext)
-	}
-	panicked := true
-	defer func() { seen.finish(r, w.Written(), err, panicked) }()
-	err = s.proxy.serveHTTP(out, r, noNext)
-	panicked = false
-	if w.Hijacked() && err == nil {
-		seen.wroteHeader(http.StatusOK)
-	}
-	return err
 }
 
 // fail responds to a request for which the handler returned an error, and logs the error.

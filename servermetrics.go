@@ -6,6 +6,7 @@ package asyncproxy
 import (
 	"net/http"
 	"reflect"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -33,11 +34,14 @@ type serverMetrics struct {
 
 	byHost  *xsync.Map[string, *hostSeries]
 	series  *xsync.Map[seriesKey, *requestSeries]
-	headers *xsync.Map[seriesKey, prometheus.Observer] // of ttfb
+	headers *xsync.Map[seriesKey, *headerSeries]
+
+	observations sync.Pool
 }
 
 // hostSeries holds the series that do not depend on the response.
 type hostSeries struct {
+	host     string
 	inFlight prometheus.Gauge
 	count    prometheus.Counter
 }
@@ -48,8 +52,17 @@ type seriesKey struct {
 	method, host string
 }
 
-// requestSeries holds the series of one seriesKey.
-type requestSeries struct{ duration, request, response prometheus.Observer }
+// headerSeries holds the series of the headers of responses with one seriesKey.
+type headerSeries struct {
+	key  seriesKey
+	ttfb prometheus.Observer
+}
+
+// requestSeries holds the series of requests with one seriesKey.
+type requestSeries struct {
+	key                         seriesKey
+	duration, request, response prometheus.Observer
+}
 
 // newServerMetrics returns the metrics of a server whose first route gets every request. It
 // must be called once the routes are provisioned.
@@ -60,7 +73,12 @@ func newServerMetrics(ctx caddy.Context, app *caddyhttp.App, server *caddyhttp.S
 		perHost: app.Metrics.PerHost,
 		byHost:  xsync.NewMap[string, *hostSeries](),
 		series:  xsync.NewMap[seriesKey, *requestSeries](),
-		headers: xsync.NewMap[seriesKey, prometheus.Observer](),
+		headers: xsync.NewMap[seriesKey, *headerSeries](),
+	}
+	m.observations.New = func() any {
+		o := &observation{metrics: m}
+		o.onHeader = o.wroteHeader
+		return o
 	}
 	if m.perHost && !app.Metrics.ObserveCatchallHosts {
 		m.hosts = allowedHosts(app.Metrics)
@@ -145,80 +163,76 @@ func registered[T prometheus.Collector](registry *prometheus.Registry, c T) (exi
 	return existing
 }
 
-// observation is the observation of one request. finish gives it back.
+// observation is the observation of one request. It remembers the series of the request before,
+// which are most often those of the next one.
 type observation struct {
+	metrics  *serverMetrics
 	onHeader func(status int) // wroteHeader
 
-	metrics *serverMetrics
-	host    string // the label; "": there is none
-	method  string
-	start   time.Time
-	status  int // of the header that was written last; 0: none yet
+	start    time.Time
+	key      seriesKey // its status is that of the header that was written last; 0: none yet
+	host     *hostSeries
+	header   *headerSeries
+	response *requestSeries
 }
 
-// observationPool is a pool of observations: each request needs one.
-var observationPool = sync.Pool{New: func() any {
-	o := new(observation)
-	o.onHeader = o.wroteHeader
-	return o
-}}
-
-// begin begins to observe a request. finish must be called for it. It returns nil if Caddy's
-// metrics are not as expected.
-func (m *serverMetrics) begin(r *http.Request) *observation {
+// begin begins to observe a request that arrived at start. end must be called for it. It returns
+// nil if Caddy's metrics are not as expected.
+func (m *serverMetrics) begin(r *http.Request, start time.Time) *observation {
 	if m.register(r); !m.found {
 		return nil
 	}
-	o := observationPool.Get().(*observation)
-	o.metrics, o.host, o.method, o.start, o.status = m, "", methodLabel(r.Method), time.Now(), 0
+	o := m.observations.Get().(*observation)
+	o.start, o.key = start, seriesKey{method: methodLabel(r.Method)}
 	if m.perHost {
-		o.host = strings.ToLower(r.Host)
-		if _, allowed := m.hosts[o.host]; m.hosts != nil && !allowed {
-			o.host = "_other"
+		o.key.host = strings.ToLower(r.Host)
+		if _, allowed := m.hosts[o.key.host]; m.hosts != nil && !allowed {
+			o.key.host = "_other"
 		}
 	}
-	m.ofHost(o.host).inFlight.Inc()
+	if o.host == nil || o.host.host != o.key.host {
+		o.host = m.ofHost(o.key.host)
+	}
+	o.host.inFlight.Inc()
 	return o
+}
+
+// end ends the observation, also of a request whose handler panics.
+func (o *observation) end() {
+	o.host.inFlight.Dec()
+	o.metrics.observations.Put(o)
 }
 
 // wroteHeader observes the header of an interim or the final response.
 func (o *observation) wroteHeader(status int) {
-	o.status = status
-	m, key := o.metrics, seriesKey{status, o.method, o.host}
-	header, ok := m.headers.Load(key)
-	if !ok {
-		header, _ = m.headers.LoadOrStore(key, m.ttfb.With(m.labels(key)))
+	o.key.status = status
+	if o.header == nil || o.header.key != o.key {
+		o.header = o.metrics.ofHeader(o.key)
 	}
-	header.Observe(time.Since(o.start).Seconds())
+	o.header.ttfb.Observe(time.Since(o.start).Seconds())
 }
 
-// finish observes the end of a request. size is the size of the response's content, and err is
-// the handler's error. A request whose handler panics is only no longer in flight, with
-// panicked set.
-func (o *observation) finish(r *http.Request, size int64, err error, panicked bool) {
-	host := o.metrics.ofHost(o.host)
-	host.inFlight.Dec()
-	if panicked {
-		return
-	}
-	defer observationPool.Put(o)
-	duration := time.Since(o.start).Seconds()
-	host.count.Inc()
-	status := o.status
+// served observes a request that the handler has served. size is the size of the response's
+// content, and err is the handler's error.
+func (o *observation) served(r *http.Request, size int64, duration time.Duration, err error) {
+	o.host.count.Inc()
+	key := o.key
 	if err != nil {
-		o.metrics.failed.With(o.metrics.hostLabels(o.host)).Inc()
+		o.metrics.failed.With(o.metrics.hostLabels(key.host)).Inc()
 		code := caddyStatus(err)
 		if code == 0 {
 			return
 		}
-		if status == 0 {
-			status = code
+		if key.status == 0 {
+			key.status = code
 		}
 	}
-	series := o.metrics.of(seriesKey{status, o.method, o.host})
-	series.duration.Observe(duration)
-	series.request.Observe(float64(approximateSize(r)))
-	series.response.Observe(float64(size))
+	if o.response == nil || o.response.key != key {
+		o.response = o.metrics.ofRequest(key)
+	}
+	o.response.duration.Observe(duration.Seconds())
+	o.response.request.Observe(float64(approximateSize(r)))
+	o.response.response.Observe(float64(size))
 }
 
 // ofHost returns the series for a host.
@@ -226,7 +240,26 @@ func (m *serverMetrics) ofHost(host string) *hostSeries {
 	s, ok := m.byHost.Load(host)
 	if !ok {
 		labels := m.hostLabels(host)
-		s, _ = m.byHost.LoadOrStore(host, &hostSeries{m.inFlight.With(labels), m.count.With(labels)})
+		s, _ = m.byHost.LoadOrStore(host, &hostSeries{host, m.inFlight.With(labels), m.count.With(labels)})
+	}
+	return s
+}
+
+// ofHeader returns the series of the headers of a kind of requests.
+func (m *serverMetrics) ofHeader(key seriesKey) *headerSeries {
+	s, ok := m.headers.Load(key)
+	if !ok {
+		s, _ = m.headers.LoadOrStore(key, &headerSeries{key, m.ttfb.With(m.labels(key))})
+	}
+	return s
+}
+
+// ofRequest returns the series of a kind of requests.
+func (m *serverMetrics) ofRequest(key seriesKey) *requestSeries {
+	s, ok := m.series.Load(key)
+	if !ok {
+		labels := m.labels(key)
+		s, _ = m.series.LoadOrStore(key, &requestSeries{key, m.duration.With(labels), m.request.With(labels), m.response.With(labels)})
 	}
 	return s
 }
@@ -239,16 +272,6 @@ func (m *serverMetrics) hostLabels(host string) prometheus.Labels {
 	return labels
 }
 
-// of returns the series for a kind of requests.
-func (m *serverMetrics) of(key seriesKey) *requestSeries {
-	s, ok := m.series.Load(key)
-	if !ok {
-		labels := m.labels(key)
-		s, _ = m.series.LoadOrStore(key, &requestSeries{m.duration.With(labels), m.request.With(labels), m.response.With(labels)})
-	}
-	return s
-}
-
 func (m *serverMetrics) labels(key seriesKey) prometheus.Labels {
 	labels := m.hostLabels(key.host)
 	labels["method"], labels["code"] = key.method, "200" // also without a response, for which Go writes 200
@@ -258,15 +281,16 @@ func (m *serverMetrics) labels(key seriesKey) prometheus.Labels {
 	return labels
 }
 
+// usualMethods are the methods that have labels of their own.
+var usualMethods = []string{"GET", "CONNECT", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE", "PATCH"}
+
 // methodLabel returns the label for a method: one of the usual methods, or OTHER.
 func methodLabel(method string) string {
-	switch upper := strings.ToUpper(method); upper {
-	case "GET", "HEAD", "PUT", "POST", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH":
-		if method == upper || method == strings.ToLower(method) {
-			return upper
-		}
+	i := slices.Index(usualMethods, strings.ToUpper(method))
+	if i < 0 || method != usualMethods[i] && method != strings.ToLower(method) {
+		return "OTHER"
 	}
-	return "OTHER"
+	return usualMethods[i]
 }
 
 // approximateSize returns the size of a request as Caddy's server determines it.
