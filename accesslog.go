@@ -109,10 +109,10 @@ func withoutPort(host string) string {
 // accessEntry is one request in the access log. free gives it back.
 type accessEntry struct {
 	// The request as the client sent it. The handler changes its own.
-	remote, clientIP, proto, method, host, uri string // clientIP "": unknown
-	fields                                     loggedFields
-	transferEncoding                           []string
-	tls                                        *tls.ConnectionState
+	ip, port, clientIP, proto, method, host, uri string // clientIP "": unknown
+	fields                                       loggedFields
+	transferEncoding                             []string
+	tls                                          *tls.ConnectionState
 
 	userID   string
 	duration time.Duration
@@ -132,11 +132,14 @@ var entryPool = sync.Pool{New: func() any { return new(accessEntry) }}
 // newAccessEntry returns the entry for a request that is about to be served.
 func newAccessEntry(r *http.Request) *accessEntry {
 	e := entryPool.Get().(*accessEntry)
-	e.remote, e.proto, e.method, e.host, e.uri = r.RemoteAddr, r.Proto, r.Method, r.Host, r.RequestURI
+	e.proto, e.method, e.host, e.uri = r.Proto, r.Method, r.Host, r.RequestURI
 	e.transferEncoding, e.tls = r.TransferEncoding, r.TLS
 	e.fields.copy(r.Header)
-	if !namesClient(r) {
-		e.clientIP = loggedClientIP(r.RemoteAddr)
+	var err error
+	if e.ip, e.port, err = net.SplitHostPort(r.RemoteAddr); err != nil {
+		e.ip, e.port = r.RemoteAddr, ""
+	} else if !namesClient(r) {
+		e.clientIP, _, _ = strings.Cut(e.ip, "%")
 	}
 	return e
 }
@@ -203,18 +206,14 @@ func (e *accessEntry) zapFields() []zapcore.Field {
 // caddyhttp.LoggableHTTPRequest, which would take the client's address from a context that is
 // expensive to prepare.
 func (e *accessEntry) MarshalLogObject(enc zapcore.ObjectEncoder) error {
-	ip, port, err := net.SplitHostPort(e.remote)
-	if err != nil {
-		ip, port = e.remote, ""
-	}
-	enc.AddString("remote_ip", ip)
-	enc.AddString("remote_port", port)
+	enc.AddString("remote_ip", e.ip)
+	enc.AddString("remote_port", e.port)
 	enc.AddString("client_ip", e.clientIP)
 	enc.AddString("proto", e.proto)
 	enc.AddString("method", e.method)
 	enc.AddString("host", e.host)
 	enc.AddString("uri", e.uri)
-	err = enc.AddObject("headers", (*loggedRequest)(e))
+	err := enc.AddObject("headers", (*loggedRequest)(e))
 	if e.transferEncoding != nil {
 		_ = enc.AddArray("transfer_encoding", caddyhttp.LoggableStringArray(e.transferEncoding))
 	}
@@ -248,7 +247,7 @@ func (e *loggedResponse) MarshalLogObject(enc zapcore.ObjectEncoder) error {
 // addField adds a field of a message to a log line, but without credentials, unless they are to
 // be logged.
 func (e *accessEntry) addField(enc zapcore.ObjectEncoder, name string, values []string) {
-	if !e.credentials && slices.ContainsFunc(credentialFields[:], func(other string) bool { return strings.EqualFold(name, other) }) {
+	if !e.credentials && isCredential(name) {
 		values = []string{"REDACTED"}
 	}
 	if reflect.TypeOf(enc) == jsonEncoder {
@@ -273,7 +272,15 @@ func (a *loggedArray) MarshalLogArray(enc zapcore.ArrayEncoder) error {
 	return nil
 }
 
-var credentialFields = [...]string{"Cookie", "Set-Cookie", "Authorization", "Proxy-Authorization"}
+// isCredential reports whether the values of a field are credentials.
+func isCredential(name string) bool {
+	for _, each := range [...]string{"Cookie", "Set-Cookie", "Authorization", "Proxy-Authorization"} {
+		if len(name) == len(each) && strings.EqualFold(name, each) {
+			return true
+		}
+	}
+	return false
+}
 
 // loggedFields is a copy of the fields of a message.
 type loggedFields struct {
@@ -300,15 +307,4 @@ func (f *loggedFields) clear() bool {
 	clear(f.values)
 	f.fields, f.values = f.fields[:0], f.values[:0]
 	return cap(f.fields) <= 64 && cap(f.values) <= 64
-}
-
-// loggedClientIP returns the address of a connection's remote end as Caddy's server logs it if
-// no trusted proxy names another client.
-func loggedClientIP(remote string) string {
-	ip, _, err := net.SplitHostPort(remote)
-	if err != nil {
-		return ""
-	}
-	ip, _, _ = strings.Cut(ip, "%")
-	return ip
 }

@@ -225,9 +225,11 @@ func caddyContext(r *http.Request, w http.ResponseWriter, server *caddyhttp.Serv
 // namesClient reports whether a request has a field that may name another client than the
 // one that is connected. Caddy then decides who the client is.
 func namesClient(r *http.Request) bool {
-	has := func(name string) bool { return len(r.Header.Values(name)) > 0 }
+	if len(r.Header["X-Forwarded-For"]) > 0 {
+		return true
+	}
 	server := r.Context().Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
-	return has("X-Forwarded-For") || slices.ContainsFunc(server.ClientIPHeaders, has)
+	return slices.ContainsFunc(server.ClientIPHeaders, func(name string) bool { return len(r.Header.Values(name)) > 0 })
 }
 
 // usesTLS reports whether Caddy expects TLS from the clients of a listener. Connections in

@@ -287,7 +287,8 @@ func (s *site) Opened(t *tunnel.Tunnel) {
 
 // Closed implements tunnelObserver.
 func (s *site) Closed(t *tunnel.Tunnel) {
-	program.metrics.TunnelClosed(time.Since(t.Start))
+	duration := time.Since(t.Start)
+	program.metrics.TunnelClosed(duration)
 	countTunnelBytes(t)
 	tableOf(t).AddBytes(t.LimitKey, t.BytesUp(), t.BytesDown())
 	if c := s.logger.Check(zapcore.InfoLevel, "CONNECT tunnel closed"); c != nil {
@@ -299,7 +300,7 @@ func (s *site) Closed(t *tunnel.Tunnel) {
 			textField("proto", t.Proto),
 			zap.Int64("bytes_up", t.BytesUp()),
 			zap.Int64("bytes_down", t.BytesDown()),
-			zap.Duration("duration", time.Since(t.Start)),
+			zap.Duration("duration", duration),
 			zap.String("reason", t.EndReason()),
 		)
 	}
