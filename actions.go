@@ -55,7 +55,7 @@ func (p *process) refillShared(key client.Key, zone string) (found bool) {
 			key := y.limiter.KeyOf(key)
 			done, err := shared.Refill(context.Background(), sharedBucket(y.limiter, key))
 			if err != nil {
-				each.logger.Warn("failed to refill a shared bucket", textField("client", y.limiter.Name(key)), errorField(err))
+				each.logger.Warn("failed to refill a shared bucket", textField("client", y.limiter.Name(key)), policyField(y.name), errorField(err))
 			}
 			found = found || done
 		}

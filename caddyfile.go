@@ -274,7 +274,7 @@ func editDistance(a, b string) int {
 
 // check rejects invalid combinations of options.
 func (p *caddyfileParser) check(h *Handler) error {
-	if err := p.checkRules(h); err != nil {
+	if err := p.checkRules(h, nil); err != nil {
 		return err
 	}
 	if err := h.checkTogether(); err != nil {

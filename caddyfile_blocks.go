@@ -63,17 +63,19 @@ func (p *caddyfileParser) addRule(h *Handler, rule Rule) {
 	p.rules = append(p.rules, *p.Dispenser)
 }
 
-// checkRules rejects allow rules that can have no effect.
-func (p *caddyfileParser) checkRules(h *Handler) error {
-	u, err := uselessRule(h)
+// checkRules rejects allow rules that can have no effect. The rules in later are asked after those
+// of h.
+func (p *caddyfileParser) checkRules(h *Handler, later []Rule) error {
+	u, err := uselessRule(h, later)
 	if u != nil {
 		return p.rules[u.Rule].Errf("allow: %s", u.Text())
 	}
 	return err
 }
 
-// uselessRule returns the first allow rule that can have no effect.
-func uselessRule(h *Handler) (*access.Useless, error) {
+// uselessRule returns the first allow rule of h that can have no effect. The rules in later are
+// asked after those of h.
+func uselessRule(h *Handler, later []Rule) (*access.Useless, error) {
 	var p access.Control
 	var err, err2 error
 	p.Ports, err = access.ParsePortList("ports", h.Ports)
@@ -82,13 +84,13 @@ func uselessRule(h *Handler) (*access.Useless, error) {
 		return nil, err
 	}
 	check := &access.RuleCheck{Open: p.OpenPorts(), SkipFiles: true}
-	rules := compileRules(caddy.Context{}, h.Rules)
+	rules := compileRules(caddy.Context{}, slices.Concat(h.Rules, later))
 	sets, err := access.NewRuleSets(rules, check)
 	if err != nil {
 		return nil, err
 	}
 	for _, u := range check.Useless(rules, sets) {
-		if u.All {
+		if u.All && u.Rule < len(h.Rules) {
 			return &u, nil
 		}
 	}

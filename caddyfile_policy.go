@@ -133,7 +133,7 @@ func (p *caddyfileParser) checkPolicies(h *Handler) error {
 			return y.at.Errf("policy %s: %v", y.policy.Name, err)
 		}
 		merged.Rules = y.policy.Rules
-		if err := y.checkRules(&Handler{Options: *merged}); err != nil {
+		if err := y.checkRules(&Handler{Options: *merged}, h.Rules); err != nil {
 			return err
 		}
 	}

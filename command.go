@@ -156,7 +156,7 @@ func commandHandler(flags caddycmd.Flags) (*Handler, error) {
 	if err := h.checkTogether(); err != nil {
 		return nil, err
 	}
-	u, err := uselessRule(h)
+	u, err := uselessRule(h, nil)
 	if u != nil {
 		return nil, fmt.Errorf("allow: %s", u.Text())
 	}

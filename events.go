@@ -46,6 +46,7 @@ func (e emitter) emitRateLimited(zone string, v *transaction, verdict bucket.Dec
 		"client":      client.Name(v.addr),
 		"user":        printable.Text(v.user),
 		"zone":        zone,
+		"policy":      v.policy.name,
 		"host":        printable.Text(v.r.Host),
 		"retry_after": ceilSeconds(verdict.Wait),
 		"cause":       string(v.cause),

@@ -61,7 +61,7 @@ func TestEventOfALimitedClient(t *testing.T) {
 			select {
 			case e := <-notedEvents:
 				wait, _ := e.Data["retry_after"].(int64) // minus the time since the token was taken
-				data := map[string]any{"client": client, "user": "", "zone": "events", "host": w.origin.Listener.Addr().String(), "retry_after": min(max(wait, 900), 1000), "cause": "rate_limited"}
+				data := map[string]any{"client": client, "user": "", "zone": "events", "policy": "", "host": w.origin.Listener.Addr().String(), "retry_after": min(max(wait, 900), 1000), "cause": "rate_limited"}
 				if e.Name() != "rate_limited" || e.Origin().CaddyModule().ID != "http.handlers.async_proxy" || !maps.Equal(e.Data, data) {
 					t.Errorf("event %s of %v: %v, want %v", e.Name(), e.Origin(), e.Data, data)
 				}

@@ -138,6 +138,7 @@ func (p *proxy) logRequest(r *http.Request, v *transaction, err error, more ...z
 	if v.user != "" {
 		fields = append(fields, textField("user", v.user))
 	}
+	fields = append(fields, policyField(v.policy.name))
 	if v.reason != "" {
 		fields = append(fields, zap.String("reason", v.reason))
 	}
@@ -228,6 +229,7 @@ func (p *proxy) logLimited(r *http.Request, v *transaction, verdict bucket.Decis
 	if v.user != "" {
 		fields = append(fields, textField("user", v.user))
 	}
+	fields = append(fields, policyField(v.policy.name))
 	if !reportOnly {
 		fields = append(fields, zap.String("reason", v.reason))
 	}
@@ -242,13 +244,14 @@ func (p *proxy) logLimited(r *http.Request, v *transaction, verdict bucket.Decis
 }
 
 // logReported logs a destination that report_only kept from being denied.
-func (p *proxy) logReported(ctx context.Context, target string, denied *access.DeniedError) {
+func (y *policy) logReported(ctx context.Context, target string, denied *access.DeniedError) {
 	program.metrics.Reported(reportedRules)
-	if c := p.logger.Check(zapcore.WarnLevel, "would be denied"); c != nil {
+	if c := y.proxy.logger.Check(zapcore.WarnLevel, "would be denied"); c != nil {
 		client, _ := caddyhttp.GetVar(ctx, caddyhttp.ClientIPVarKey).(string)
 		c.Write(append(deniedFields(denied),
 			textField("target", target),
 			textField("client", client),
+			policyField(y.name),
 			zap.Bool("report_only", true))...)
 	}
 }
@@ -280,6 +283,7 @@ func (s *site) Opened(t *tunnel.Tunnel) {
 			zap.Stringer("address", t.Address),
 			clientField(t.Client),
 			userField(t),
+			policyField(t.Owner.Policy),
 			textField("proto", t.Proto),
 		)
 	}
@@ -297,6 +301,7 @@ func (s *site) Closed(t *tunnel.Tunnel) {
 			textField("target", t.Target),
 			clientField(t.Client),
 			userField(t),
+			policyField(t.Owner.Policy),
 			textField("proto", t.Proto),
 			zap.Int64("bytes_up", t.BytesUp()),
 			zap.Int64("bytes_down", t.BytesDown()),
@@ -312,6 +317,15 @@ func userField(t *tunnel.Tunnel) zap.Field {
 		return zap.Skip()
 	}
 	return textField("user", t.User)
+}
+
+// policyField returns the log field for the policy that held. The directive's own options have no
+// name, and no field.
+func policyField(name string) zap.Field {
+	if name == "" {
+		return zap.Skip()
+	}
+	return zap.String("policy", name)
 }
 
 // clientField returns the log field for the client.

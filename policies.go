@@ -84,6 +84,9 @@ func (p *proxy) provisionPolicies(ctx caddy.Context) error {
 	return nil
 }
 
+// logger returns the logger for what the operator should know about the policy's options.
+func (y *policy) logger() *zap.Logger { return y.proxy.logger.With(policyField(y.name)) }
+
 // loadMatchers provisions the matchers of a policy.
 func (y *policy) loadMatchers(ctx caddy.Context, config *Policy) error {
 	if len(config.MatchRaw) == 0 {

@@ -82,15 +82,15 @@ func (y *policy) provisionDialer(ctx caddy.Context) error {
 	if rules.Sets, err = access.NewRuleSets(list, check); err != nil {
 		return err
 	}
-	if err := reportRules(check, list, rules.Sets, y.proxy.logger); err != nil {
-		return err
-	}
 	if y.name != "" { // the directive's rules are asked after the policy's own
 		rules.Sets = append(rules.Sets, y.proxy.directive.dialer.Access.Sets...)
 	}
+	if err := reportRules(check, list, rules.Sets, y.logger()); err != nil {
+		return err
+	}
 	rules.RecheckReused = rules.ReportOnly || slices.ContainsFunc(rules.Sets, func(s *access.RuleSet) bool { return len(s.Sources) > 0 })
 	y.dialer = egress.NewDialer(rules, time.Duration(y.options.DialTimeout), y.proxy.resolver)
-	y.dialer.Report, y.dialer.OwnPort = y.proxy.logReported, own.usesPort
+	y.dialer.Report, y.dialer.OwnPort = y.logReported, own.usesPort
 	if y.options.Upstream == nil {
 		return nil
 	}
@@ -135,7 +135,7 @@ func (y *policy) provisionParent(ctx caddy.Context) error {
 		return err
 	}
 	if y.options.Upstream.hasLiteralSecret() {
-		y.proxy.logger.Warn("the option upstream contains a password or a key in plain text, which Caddy's debug log and admin endpoint show with the rest of the config; " +
+		y.logger().Warn("the option upstream contains a password or a key in plain text, which Caddy's debug log and admin endpoint show with the rest of the config; " +
 			"use a placeholder such as {env.PROXY_PASSWORD} or {file./run/secrets/proxy}")
 	}
 	return nil

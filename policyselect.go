@@ -78,7 +78,7 @@ func (y *policy) refuseMethod(r *http.Request) *refusal {
 		return nil
 	}
 	if y.dialer.Access.ReportOnly {
-		y.proxy.logReported(r.Context(), r.Host, denied)
+		y.logReported(r.Context(), r.Host, denied)
 		return nil
 	}
 	return causeMethod.refusal(denied, r.Method)
