@@ -78,6 +78,7 @@ func isNested(h httpcaddyfile.Helper) bool {
 //		connect_ports           <port|from-to...>
 //		methods                 <names...>
 //		report_only             rules|limits...
+//		deny_hint               <text>
 //		upstream                http|https|socks5://[<user>[:<password>]@]<host>[:<port>] {
 //			header                   <field> <value>
 //			tls_server_name          <name>

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 func TestReasonPhrase(t *testing.T) {
@@ -175,5 +176,126 @@ func TestStatusLine(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// TestDenyHint checks that the hint ends the text of a denial, on both serving paths, and is nowhere
+// else.
+func TestDenyHint(t *testing.T) {
+	const hint = "Ask in #egress about {http.async_proxy.rule}, {http.async_proxy.client}."
+	for way, change := range map[string]func(string) string{"fast": func(site string) string { return site }, "ordinary": byCaddy} {
+		t.Run(way, func(t *testing.T) {
+			w := newWorld(t, "", nil)
+			w.load(change(w.site("deny ads.example\ndeny_hint \"" + hint + "\"")))
+			for _, method := range []string{http.MethodConnect, http.MethodGet} {
+				res, body := policyRequest(t, w.proxy, method, "ads.example:443", "")
+				if body != "Denied by proxy: a rule denies ads.example:443. Ask in #egress about deny ads.example, 127.0.0.1.\n" {
+					t.Errorf("%s: %q", method, body)
+				}
+				if own := ownStatus(t, res.Header); own["details"] != "Denied by proxy: a rule denies ads.example:443" || strings.Contains(res.Status, "Ask") {
+					t.Errorf("%s: %s, %q", method, res.Status, own)
+				}
+				if _, body := policyRequest(t, w.proxy, method, freeAddress(t), ""); strings.Contains(body, "Ask") {
+					t.Errorf("%s of a destination that refuses connections: %q", method, body)
+				}
+			}
+			w.load(change(w.site("deny ads.example\ndeny_hint \"Ask me.\"\nzone other")))
+			if _, body := policyRequest(t, w.proxy, http.MethodConnect, "ads.example:443", ""); body != "Denied by proxy: a rule denies ads.example:443. Ask me.\n" {
+				t.Errorf("%q", body)
+			}
+			if detail := program.status.Snapshot(time.Now()).Refusals[0].Detail; strings.Contains(detail, "Ask") {
+				t.Errorf("the status page has %q", detail)
+			}
+		})
+	}
+}
+
+func TestPrefersProblem(t *testing.T) {
+	for accept, want := range map[string]bool{
+		"": false, "*/*": false, "text/html, */*;q=0.8": false, "application/*": false, "text/plain": false, "application/xml": false,
+		"application/json": true, "application/problem+json": true, "Application/JSON": true, "text/html, application/json": true,
+		"application/json, text/plain, */*": true, "application/json;q=0.5, */*;q=0.4": true, "application/json; q=0.5, text/html": true,
+		"application/json;q=0.5, */*": false, "application/json;q=0.5, text/plain": false, "application/json;q=0.5, text/plain;q=0.1, */*": true,
+		"application/json;q=0": false, "application/json;q=x": false, "application/json;q=2": false, "application/json;q=NaN": false,
+		"application/json, application/problem+json;q=0": false, "application/json;q=0, application/problem+json": true,
+		"application/json;q=0.5, text/*;q=0.6": false, "application/json;charset=utf-8;q=1.000": true, "application/ld+json": false, ";;,=,json": false,
+	} {
+		if got := prefersProblem([]string{accept}); got != want {
+			t.Errorf("%q: %v", accept, got)
+		}
+	}
+	if prefersProblem(nil) || !prefersProblem([]string{"text/html", "application/json"}) || prefersProblem([]string{"text/plain", "application/json;q=0.9"}) {
+		t.Error("wrong for several fields")
+	}
+}
+
+// TestProblemDetails checks the problem details of refusals of all kinds, over HTTP/1 on both
+// serving paths.
+func TestProblemDetails(t *testing.T) {
+	closed := freeAddress(t)
+	for way, change := range map[string]func(string) string{"fast": func(site string) string { return site }, "ordinary": byCaddy} {
+		for _, row := range []struct{ options, method, target, want string }{
+			{"deny ads.example\ndeny_hint \"See <https://wiki.example/?a&b>.\"", "CONNECT", "ads.example:443",
+				`{"status":403,"title":"Forbidden","detail":"Denied by proxy: a rule denies ads.example:443.","error":"http_request_denied","target":"ads.example:443","rule":"deny ads.example","hint":"See <https://wiki.example/?a&b>."}`},
+			{"policy guests {\nclients 127.0.0.0/8\ndeny ads.example\n}", "GET", "ads.example:80",
+				`{"status":403,"title":"Forbidden","detail":"Denied by proxy: a rule denies ads.example:80.","error":"http_request_denied","target":"ads.example:80","policy":"guests","rule":"deny ads.example"}`},
+			{"", "GET", "169.254.169.254:80",
+				`{"status":403,"title":"Forbidden","detail":"Denied by proxy: no rule allows 169.254.169.254:80 (its address has a special purpose).","error":"destination_ip_prohibited","target":"169.254.169.254:80","rule":"default"}`},
+			{authUsers, "CONNECT", "ads.example:443",
+				`{"status":407,"title":"Proxy Authentication Required","detail":"This proxy requires a user name and password.","error":"http_request_denied","target":"ads.example:443"}`},
+			{"burst 1\nrefill 0.01", "GET", closed,
+				`{"status":429,"title":"Too Many Requests","detail":"Too many requests from your address; try again in 100 s.","error":"http_request_denied","target":"` + closed + `","retry_after":100}`},
+			{"", "CONNECT", closed,
+				`{"status":502,"title":"Bad Gateway","detail":"` + closed + ` refused the connection.","error":"connection_refused","target":"` + closed + `"}`},
+		} {
+			t.Run(way+" "+row.target, func(t *testing.T) {
+				w := newWorld(t, "", nil)
+				w.load(change(w.site(row.options + "\nzone problem")))
+				if strings.Contains(row.options, "burst") {
+					policyRequest(t, w.proxy, row.method, row.target, "")
+				}
+				for _, accept := range []string{"application/json", "application/problem+json, */*"} {
+					res, body := policyRequest(t, w.proxy, row.method, row.target, "Accept: "+accept+"\n")
+					if got := strings.Replace(body, "99", "100", 2); got != row.want+"\n" || res.Header.Get("Content-Type") != problemType || ownStatus(t, res.Header) == nil {
+						t.Errorf("%s, %q, %s, want %s", res.Status, res.Header, body, row.want)
+					}
+				}
+				if _, body := policyRequest(t, w.proxy, row.method, row.target, "Accept: */*\n"); strings.HasPrefix(body, "{") {
+					t.Errorf("%s for */*", body)
+				}
+			})
+		}
+	}
+}
+
+// TestDenialsBeforeLogin checks that a client that has not logged in cannot tell destinations that
+// the rules deny from others, nor learn of rules and policies in any other way.
+func TestDenialsBeforeLogin(t *testing.T) {
+	w := newWorld(t, authUsers+"\nfailed_logins off\ndeny ads.example\nports 80-100\ndeny_hint \"Ask about {http.async_proxy.rule}.\"\npolicy guests {\nclients 127.0.0.0/8\ndeny other.example\nmethods GET CONNECT\n}", nil)
+	for _, credentials := range []string{"", "Proxy-Authorization: " + login("alice", "?") + "\n"} {
+		for _, accept := range []string{"", "Accept: application/json\n"} {
+			for _, method := range []string{http.MethodConnect, http.MethodGet, http.MethodDelete} {
+				var shape string
+				for _, target := range []string{"site.example:80", "ads.example:80", "other.example:80", "169.254.169.254:80", "site.example:25", w.proxy} {
+					res, body := policyRequest(t, w.proxy, method, target, accept+credentials)
+					for _, name := range []string{"Date", "Content-Length"} {
+						res.Header.Del(name)
+					}
+					got := res.Status + fmt.Sprint(res.Header) + strings.ReplaceAll(body, target, "TARGET")
+					if shape == "" {
+						shape = got
+					}
+					if res.StatusCode != http.StatusProxyAuthRequired || got != shape || strings.Contains(got, "Ask") || strings.Contains(got, "guests") || strings.Contains(got, "rule") {
+						t.Errorf("%s %s: %s, want %s", method, target, got, shape)
+					}
+				}
+			}
+		}
+	}
+	// A client that may not use the proxy at all learns that and nothing else.
+	w.load(w.site(authUsers + "\nclients 192.0.2.0/24\nzone clients\ndeny_hint \"Ask about {http.async_proxy.rule}.\"\npolicy guests {\nclients 127.0.0.0/8\nburst 5\n}"))
+	_, body := policyRequest(t, w.proxy, http.MethodConnect, "ads.example:80", "Accept: application/json\n")
+	if want := `{"status":403,"title":"Forbidden","detail":"Denied by proxy: your address, 127.0.0.1, may not use it.","error":"http_request_denied","target":"ads.example:80"}` + "\n"; body != want {
+		t.Errorf("%s, want %s", body, want)
 	}
 }

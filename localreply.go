@@ -169,6 +169,7 @@ type refusal struct {
 	status    int
 	errorType string // the error type of RFC 9209 §2.3, for the Proxy-Status field
 	text      string // one sentence for the user, without internals
+	hint      string // what follows the sentence of a denial: the option deny_hint; "": nothing
 	err       error  // what happened, for the log; may be nil
 	cause     cause  // what logs and metrics name as the cause; may be ""
 	params    string // parameters of the Proxy-Status field for the error type, each preceded by "; "
@@ -177,9 +178,26 @@ type refusal struct {
 	retryAfter   string // the Retry-After field; "": none
 }
 
-// Error returns the sentence for the client. Error routes show it as {err.message}, so it
-// does not contain internals; those are in the log line.
-func (f *refusal) Error() string { return f.text }
+// Error returns the text for the client. Error routes show it as {err.message}, so it does not
+// contain internals; those are in the log line.
+func (f *refusal) Error() string {
+	if f.hint == "" {
+		return f.text
+	}
+	return f.text + " " + f.hint
+}
+
+// isDenial reports whether it is this proxy's own config that does not allow the request.
+func (f *refusal) isDenial() bool { return f.status == http.StatusForbidden && f.cause != causeParent }
+
+// rule returns the rule that denied the destination, as in the log line, or "" if none did.
+func (f *refusal) rule() string {
+	var denied *access.DeniedError
+	if !errors.As(f.err, &denied) {
+		return ""
+	}
+	return cmp.Or(denied.Rule, "default")
+}
 
 func (f *refusal) Unwrap() error { return f.err }
 

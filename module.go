@@ -198,6 +198,11 @@ type Options struct {
 	// closed.
 	ReportOnly []string `json:"report_only,omitempty"`
 
+	// What follows the text of each denial, for example whom to ask. It is not in
+	// the status line. Placeholders such as `{http.async_proxy.rule}` work.
+	// Default: none.
+	DenyHint string `json:"deny_hint,omitempty"`
+
 	// Which bucket a request is charged to: `client_ip`, the client's, or `user`,
 	// the user's, which all devices of the user share. Requests without credentials
 	// are always charged to the client. Default: client_ip.

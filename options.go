@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/caddyserver/caddy/v2"
 
@@ -158,6 +159,22 @@ var options = []option{
 		name: "report_only", inPolicy: true, syntax: "rules|limits...",
 		doc:         "`rules` or `limits`: denials are logged but not enforced",
 		optionValue: list("rules, limits or both", func(h *Handler) *[]string { return &h.ReportOnly }, oneOf("rules", "limits"), "none"),
+	},
+	{
+		name: "deny_hint", inPolicy: true, syntax: "<text>",
+		doc: "ends the text of each denial (403), to say [whom to ask](#responses-of-the-proxy). Placeholders work", absent: "none",
+		optionValue: optionValue{
+			expected: "a text in one line, in quotes",
+			set: func(h *Handler, s string) bool {
+				h.DenyHint = s
+				return s != "" && !strings.ContainsFunc(s, unicode.IsControl)
+			},
+			isSet: func(h *Handler) bool { return h.DenyHint != "" },
+			invalid: func(h *Handler) (string, bool) {
+				return h.DenyHint, strings.ContainsFunc(h.DenyHint, unicode.IsControl)
+			},
+			show: func(h *Handler) string { return cmp.Or(h.DenyHint, "none") },
+		},
 	},
 	{
 		name: "upstream", inPolicy: true, syntax: "http|https|socks5://[<user>[:<password>]@]<host>[:<port>] {\n\theader                   <field> <value>\n\ttls_server_name          <name>\n\ttls_trust_pool           <module> ...\n\ttls_insecure_skip_verify\n}",

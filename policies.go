@@ -5,6 +5,8 @@ package asyncproxy
 
 import (
 	"fmt"
+	"net/http"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -169,6 +171,19 @@ func (y *policy) close() error {
 	}
 	_, err := y.proxy.process.limiters.Delete(y.limiter.Limits)
 	return err
+}
+
+// denyHint returns what follows the sentence of a denial of r.
+func (y *policy) denyHint(r *http.Request) string {
+	hint := y.options.DenyHint
+	if !strings.Contains(hint, "{") {
+		return hint // without Caddy's part of the context, which the fast path would have to prepare
+	}
+	repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+	if !ok {
+		return hint
+	}
+	return repl.ReplaceAll(hint, "")
 }
 
 func provisionHeaders(ctx caddy.Context, h *headers.Handler) error {

@@ -127,7 +127,7 @@ func (p *proxy) refuseLimited(w http.ResponseWriter, r *http.Request, v *transac
 	header := w.Header()
 	values := [...]string{a.retryAfter, v.policy.rateLimit, a.state} // one allocation for all three
 	header["Retry-After"], header["Ratelimit-Policy"], header["Ratelimit"] = values[:1:1], values[1:2:2], values[2:]
-	return p.writeRefusal(w, r, &a.refusal, a.proxyStatus, a.body)
+	return p.writeRefusal(w, r, v, &a.refusal, a.proxyStatus, a.body)
 }
 
 // limitedAnswer is the response to a client that has to wait for some seconds. In a flood of
@@ -183,7 +183,7 @@ func (p *proxy) refuseUncounted(w http.ResponseWriter, r *http.Request, v *trans
 		p.logRequest(r, v, f.err, zap.Int64("refused", verdict.LogCount))
 	}
 	w.Header()["Retry-After"] = []string{strconv.FormatInt(retryAfter, 10)}
-	return p.sendRefusal(w, r, f)
+	return p.sendRefusal(w, r, v, f)
 }
 
 // errBlocked reports that an operator has blocked the client.

@@ -12,10 +12,10 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// sendRefusal sends f to the client: through the site's error routes if there are any,
-// otherwise directly as one line of text. The machine-readable fields are set in both
-// cases.
-func (p *proxy) sendRefusal(w http.ResponseWriter, r *http.Request, f *refusal) error {
+// sendRefusal sends f to the client of v: through the site's error routes if there are any, otherwise
+// directly, as one line of text or as problem details. The machine-readable fields are set in
+// all cases.
+func (p *proxy) sendRefusal(w http.ResponseWriter, r *http.Request, v *transaction, f *refusal) error {
 	status := p.proxyStatus(f.errorType+f.params, f.text)
 	if f.priorMembers != "" {
 		status = f.priorMembers + ", " + status
@@ -23,7 +23,7 @@ func (p *proxy) sendRefusal(w http.ResponseWriter, r *http.Request, f *refusal) 
 	if f.retryAfter != "" {
 		w.Header()["Retry-After"] = []string{f.retryAfter}
 	}
-	return p.writeRefusal(w, r, f, status, append([]byte(f.text), '\n'))
+	return p.writeRefusal(w, r, v, f, status, append([]byte(f.Error()), '\n'))
 }
 
 // proxyStatus returns the value of the Proxy-Status field (RFC 9209). errorType may have parameters of
@@ -32,9 +32,9 @@ func (p *proxy) proxyStatus(errorType, sentence string) string {
 	return p.name + "; error=" + errorType + "; details=" + quoted(reasonPhrase(sentence))
 }
 
-// writeRefusal is sendRefusal with a prepared Proxy-Status value and body. Each response gets
+// writeRefusal is sendRefusal with a prepared Proxy-Status value and text. Each response gets
 // field values of its own, because Caddy's header directive modifies values in place.
-func (p *proxy) writeRefusal(w http.ResponseWriter, r *http.Request, f *refusal, proxyStatus string, body []byte) error {
+func (p *proxy) writeRefusal(w http.ResponseWriter, r *http.Request, v *transaction, f *refusal, proxyStatus string, body []byte) error {
 	p.giveReason(w, r, f)
 	header := w.Header()
 	header["Proxy-Status"] = []string{proxyStatus}
@@ -46,10 +46,14 @@ func (p *proxy) writeRefusal(w http.ResponseWriter, r *http.Request, f *refusal,
 		p.beforeErrorRoutes(w, r)
 		return caddyhttp.Error(f.status, f)
 	}
+	header["Content-Type"] = []string{"text/plain; charset=utf-8"}
+	if prefersProblem(r.Header["Accept"]) {
+		header["Content-Type"] = []string{problemType}
+		body = problemOf(v, f, header).encode()
+	}
 	if closes { // for CloseInStages
 		header["Content-Length"] = []string{strconv.Itoa(len(body))}
 	}
-	header["Content-Type"] = []string{"text/plain; charset=utf-8"}
 	startWriteIdleTimeout(r)
 	w.WriteHeader(f.status)
 	if r.Method != http.MethodHead {

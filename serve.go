@@ -73,6 +73,7 @@ func (p *proxy) serve(w http.ResponseWriter, r *http.Request, v *transaction, ne
 			requiresLogin = false
 		}
 	}
+	v.admitted = !requiresLogin
 	if !requiresLogin {
 		if err := p.charge(r, v); err != nil {
 			return err
@@ -90,6 +91,7 @@ func (p *proxy) serve(w http.ResponseWriter, r *http.Request, v *transaction, ne
 		if err := p.login(w, r, v); err != nil {
 			return err
 		}
+		v.admitted = true
 	}
 	if v.kind != metrics.Other {
 		if f := v.policy.refuseMethod(r); f != nil {
@@ -180,6 +182,9 @@ func (p *proxy) finish(w http.ResponseWriter, r *http.Request, v *transaction, e
 		return err
 	}
 	v.setRefusal(f)
+	if v.admitted && f.isDenial() {
+		f.hint = v.policy.denyHint(r)
+	}
 	// Neither a disconnected client nor a challenge belongs in the list of refusals.
 	if f.status != statusClientClosedRequest && v.cause != causeAuthRequired {
 		v.addRecent(f)
@@ -188,7 +193,7 @@ func (p *proxy) finish(w http.ResponseWriter, r *http.Request, v *transaction, e
 	if f.status == statusClientClosedRequest {
 		panic(http.ErrAbortHandler) // the client has disconnected
 	}
-	if err := p.sendRefusal(w, r, f); err != nil {
+	if err := p.sendRefusal(w, r, v, f); err != nil {
 		return err
 	}
 	p.closeInStages(w, r, v.addr)
