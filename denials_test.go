@@ -7,6 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
 	"regexp"
 	"slices"
 	"strings"
@@ -297,5 +300,48 @@ func TestDenialsBeforeLogin(t *testing.T) {
 	_, body := policyRequest(t, w.proxy, http.MethodConnect, "ads.example:80", "Accept: application/json\n")
 	if want := `{"status":403,"title":"Forbidden","detail":"Denied by proxy: your address, 127.0.0.1, may not use it.","error":"http_request_denied","target":"ads.example:80"}` + "\n"; body != want {
 		t.Errorf("%s, want %s", body, want)
+	}
+}
+
+// TestClientsShowTheReason checks what curl and Go show of a refused CONNECT, and that the page
+// about clients says the same.
+func TestClientsShowTheReason(t *testing.T) {
+	page, err := os.ReadFile("docs/denials.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed := freeAddress(t)
+	for _, row := range []struct {
+		options, target string
+		status          int
+		phrase          string
+	}{
+		{"allow other.example.com\ndeny all", "example.com", 403, "Denied by proxy: no rule allows example.com:443"},
+		{authUsers, "example.com", 407, "This proxy requires a user name and password"},
+		{"burst 1\nrefill 0.05", "example.com", 429, "Too many requests from your address; try again in 20 s"},
+		{"", closed, 502, closed + " refused the connection"},
+	} {
+		t.Run(fmt.Sprint(row.status), func(t *testing.T) {
+			w := newWorld(t, row.options+"\nzone shown", nil)
+			if row.status == http.StatusTooManyRequests {
+				w.gets(w.proxy, 200)
+			}
+			seconds := regexp.MustCompile(`in (1\d|20) s`)
+			_, err := w.client().Get("https://" + row.target + "/")
+			var failed *url.Error
+			if !errors.As(err, &failed) || seconds.ReplaceAllString(failed.Err.Error(), "in 20 s") != row.phrase {
+				t.Errorf("Go: %v, want %s", err, row.phrase)
+			}
+			out, _ := exec.Command("curl", "-sv", "--max-time", "20", "-x", "http://"+w.proxy, "https://"+row.target+"/").CombinedOutput()
+			shown := seconds.ReplaceAllString(string(out), "in 20 s")
+			for _, want := range []string{fmt.Sprintf("< HTTP/1.1 %d %s\r\n", row.status, row.phrase), fmt.Sprintf("CONNECT tunnel failed, response %d", row.status)} {
+				if !strings.Contains(shown, want) {
+					t.Errorf("curl: %s, want %q", out, want)
+				}
+			}
+			if phrase := strings.Replace(row.phrase, closed, "127.0.0.1:18099", 1); !strings.Contains(string(page), fmt.Sprintf("< HTTP/1.1 %d %s`", row.status, phrase)) {
+				t.Errorf("the page does not have %d %q", row.status, phrase)
+			}
+		})
 	}
 }
