@@ -29,17 +29,26 @@ type authProvider struct {
 
 // loadAuth provisions the configured providers and sorts them by name.
 func (p *proxy) loadAuth(ctx caddy.Context) error {
-	if p.config.AuthRaw == nil {
-		return nil
+	modules := make(map[string]any)
+	if p.config.AuthRaw != nil {
+		if len(p.config.AuthRaw) == 0 {
+			return errors.New("authentication: expected a provider, such as http_basic")
+		}
+		loaded, err := ctx.LoadModule(p.config, "AuthRaw")
+		if err != nil {
+			return fmt.Errorf("authentication: %w", err)
+		}
+		modules = loaded.(map[string]any)
 	}
-	if len(p.config.AuthRaw) == 0 {
-		return errors.New("authentication: expected a provider, such as http_basic")
+	if p.config.UsersFile != "" {
+		static, _ := modules["http_basic"].(*caddyauth.HTTPBasicAuth)
+		users, err := newUsersFile(ctx, p.config.UsersFile, static, p.logger)
+		if err != nil {
+			return fmt.Errorf("users_file: %w", err)
+		}
+		modules["http_basic"] = users
 	}
-	modules, err := ctx.LoadModule(p.config, "AuthRaw")
-	if err != nil {
-		return fmt.Errorf("authentication: %w", err)
-	}
-	for name, module := range modules.(map[string]any) {
+	for name, module := range modules {
 		provider, ok := module.(caddyauth.Authenticator)
 		if !ok {
 			return fmt.Errorf("authentication: %s is not an authentication provider", name)
@@ -51,11 +60,16 @@ func (p *proxy) loadAuth(ctx caddy.Context) error {
 				}
 			}
 			p.hasBasicAuth = true
-			if len(modules.(map[string]any)) == 1 { // LoadModule has emptied AuthRaw
-				p.basic = basic
-			}
+			p.basic = func() *caddyauth.HTTPBasicAuth { return basic }
+		}
+		if users, ok := module.(*usersFile); ok {
+			p.hasBasicAuth = true
+			p.basic = users.current
 		}
 		p.auth = append(p.auth, authProvider{name, provider})
+	}
+	if len(p.auth) > 1 {
+		p.basic = nil
 	}
 	slices.SortFunc(p.auth, func(a, b authProvider) int {
 		if a.name < b.name {
@@ -68,7 +82,7 @@ func (p *proxy) loadAuth(ctx caddy.Context) error {
 
 // requiresLogin reports whether clients must log in. Loading the providers empties AuthRaw.
 func (h *Handler) requiresLogin() bool {
-	return h.AuthRaw != nil || h.proxy != nil && len(h.proxy.auth) > 0
+	return h.AuthRaw != nil || h.UsersFile != "" || h.proxy != nil && len(h.proxy.auth) > 0
 }
 
 // publishedHashes are the hashes in Caddy's documentation, source and tests. Their passwords
@@ -123,7 +137,7 @@ func (p *proxy) authenticate(w http.ResponseWriter, r *http.Request, v *transact
 		return p.checkLogin(w, r, v, key)
 	}
 	login := readBasic(credentials[0])
-	key := basicKey(p.basic, login)
+	key := basicKey(p.basic(), login)
 	switch {
 	case program.rightCredentials.has(key):
 		v.setUser(caddyauth.User{ID: login.user})
@@ -244,7 +258,9 @@ func (p *proxy) checkInTurn(w http.ResponseWriter, r *http.Request, v *transacti
 	known, broken := p.askProviders(w, r, v)
 	switch {
 	case known:
-		program.rightCredentials.add(key)
+		if p.basic == nil || basicKey(p.basic(), readBasic(r.Header["Proxy-Authorization"][0])) == key { // or the user's hash has changed meanwhile
+			program.rightCredentials.add(key)
+		}
 		return loginRight
 	case p.basic != nil && !broken:
 		program.wrongCredentials.add(key)

@@ -66,6 +66,7 @@ func isNested(h httpcaddyfile.Helper) bool {
 //		basic_auth              [<hash_algorithm> [<realm>]] {
 //			<user> <hash>
 //		}
+//		users_file              <path>
 //		user_from               <placeholders...>
 //		failed_logins           <n> per <duration>|off
 //		allow                   <cidr|name|*.name|public|private|all>[:<ports>]...

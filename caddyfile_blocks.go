@@ -302,6 +302,21 @@ func (p *caddyfileParser) basicAuth(h *Handler) error {
 	return nil
 }
 
+// usersFile parses the path of a file of users, and checks the file, so that a mistake in it is
+// reported now and not only when the config is loaded.
+func (p *caddyfileParser) usersFile(h *Handler) error {
+	args, err := p.values(1, 1)
+	if err != nil {
+		return err
+	}
+	h.UsersFile = args[0]
+	// A config may be adapted by another user than the one that runs Caddy.
+	if _, err := readUsers(args[0]); err != nil && !errors.Is(err, fs.ErrPermission) {
+		return p.expectedErr("%v", err)
+	}
+	return nil
+}
+
 // failedLogins parses how many logins may fail per period.
 func (p *caddyfileParser) failedLogins(h *Handler) error {
 	args, err := p.values(1, 3)

@@ -91,6 +91,11 @@ type Handler struct {
 	// Proxy-Authorization. Default: none, no credentials are required.
 	AuthRaw caddy.ModuleMap `json:"authentication,omitempty" caddy:"namespace=http.authentication.providers"`
 
+	// A file of further users, with a name and a password hash (bcrypt or argon2id) on each line, as
+	// htpasswd -B writes it. It is read again after a change; a file with a mistake leaves the
+	// users as they were. Default: none.
+	UsersFile string `json:"users_file,omitempty"`
+
 	// What identifies the user of a request without credentials: placeholders, of which the first
 	// that is not empty is the user, such as {http.request.tls.client.subject}. It is up to the config
 	// that clients cannot choose their values. Default: none.

@@ -115,6 +115,15 @@ var options = []option{
 		}.shownAs((*proxy).authSettings),
 	},
 	{
+		name: "users_file", syntax: "<path>",
+		doc: "further users from a file, with `<user>:<hash>` on each line, as `htpasswd -B` writes it. It is read again after a change; use an absolute path", absent: "none",
+		optionValue: optionValue{
+			expected: "a readable file with <user>:<hash> on each line",
+			parse:    (*caddyfileParser).usersFile,
+			show:     func(h *Handler) string { return cmp.Or(h.UsersFile, "none") },
+		},
+	},
+	{
 		name: "user_from", syntax: "<placeholders...>",
 		doc:         "identifies the [user](#policies) of requests without credentials: the first placeholder that is not empty, such as `{http.request.tls.client.subject}`",
 		optionValue: list("placeholders such as {http.request.tls.client.subject}", func(h *Handler) *[]string { return &h.UserFrom }, checkPlaceholder, "none"),

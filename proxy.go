@@ -38,9 +38,9 @@ type proxy struct {
 	pacDirect           *access.RuleSet // destinations that the PAC script makes browsers reach directly
 	restrictedElsewhere func() bool     // something other than clients restricts who may use the proxy
 	auth                []authProvider
-	basic               *caddyauth.HTTPBasicAuth // the provider, if it is the only one
-	hasBasicAuth        bool                     // http_basic is one of the providers
-	failedLogins        *bucket.Table            // counts failed logins; nil: no limit
+	basic               func() *caddyauth.HTTPBasicAuth // returns the provider with the current users; nil: it is not the only one
+	hasBasicAuth        bool                            // http_basic is one of the providers
+	failedLogins        *bucket.Table                   // counts failed logins; nil: no limit
 	process             *process
 	tunnels             *tunnel.Registry // of process
 	site                *site
