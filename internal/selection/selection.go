@@ -41,7 +41,7 @@ type Set struct {
 // compiled is a policy's conditions beyond those by which it is looked up.
 type compiled struct {
 	clients *bart.Lite // nil: any
-	open    bool       // Match is to be evaluated
+	open    bool       // Match decides as well
 }
 
 // patterns are lists of policies by a part of a user's name, grouped by its length.
