@@ -169,8 +169,12 @@ func (one *twin) converse(t testing.TB, warm, send, answer string, manner int, f
 	<-sent
 	eventually(t, "the fast-path connection to close", func() bool { return fastPathConns() == 0 })
 	got = append(got, origin.end()...)
-	for i, text := range got {
-		got[i] = strings.NewReplacer("127.0.0.2", "127.0.0.1", `"two";`, `"one";`, one.proxy, "PROXY", `h3="`+strings.TrimPrefix(one.proxy, "127.0.0.1"), `h3="PROXY`).Replace(text)
+	for _, names := range [][2]string{
+		{"127.0.0.2", "127.0.0.1"}, {`"two";`, `"one";`}, {one.proxy, "PROXY"}, {`h3="` + strings.TrimPrefix(one.proxy, "127.0.0.1"), `h3="PROXY`},
+	} {
+		for i, text := range got {
+			got[i] = strings.ReplaceAll(text, names[0], names[1]) // strings.Replacer takes long over much text
+		}
 	}
 	return got
 }
@@ -796,8 +800,8 @@ func TestClientConnRequests(t *testing.T) {
 	}
 	for _, f := range forms {
 		tw := newTwins(t, f, twinOptions+"\nserve_pac /pac", warmUp)
-		for _, a := range attacks {
-			if a.better {
+		for i, a := range attacks {
+			if a.better || !f.takes(i) {
 				continue
 			}
 			t.Run(f.name+"/"+a.name, func(t *testing.T) {
@@ -815,7 +819,10 @@ func TestClientConnRequests(t *testing.T) {
 func TestClientConnResponses(t *testing.T) {
 	for _, f := range forms {
 		tw := newTwins(t, f, twinOptions, warmUp)
-		for _, a := range responseAttacks {
+		for i, a := range responseAttacks {
+			if !f.takes(i) {
+				continue
+			}
 			t.Run(f.name+"/"+a.name, func(t *testing.T) {
 				for _, difference := range tw.compare(t, crlf(plainGet+"\n"+plainGet+"\n"), crlf(a.answer), behind) {
 					t.Error(difference)
@@ -828,7 +835,7 @@ func TestClientConnResponses(t *testing.T) {
 // TestClientConnRefusals checks that both send the same local replies.
 func TestClientConnRefusals(t *testing.T) {
 	credentials := "Proxy-Authorization: Basic YWxpY2U6d29uZGVybGFuZA==\n" // alice:wonderland
-	for _, refusals := range []struct {
+	for i, refusals := range []struct {
 		options, warm string
 		attacks       []attack
 	}{
@@ -848,6 +855,9 @@ func TestClientConnRefusals(t *testing.T) {
 		}},
 	} {
 		for _, f := range forms {
+			if !f.takes(i) {
+				continue
+			}
 			tw := newTwins(t, f, twinOptions+"\n"+refusals.options, refusals.warm)
 			for _, a := range refusals.attacks {
 				t.Run(f.name+"/"+a.name, func(t *testing.T) {

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/asyncproxy/caddy-async-proxy/internal/conntest"
 )
 
 // limits returns limits that are the defaults of the proxy otherwise.
@@ -268,6 +269,7 @@ func TestLoggedRefusalsAddUp(t *testing.T) {
 // x/time/rate is the usual limiter of Go programs. It counts tokens in floating point and
 // never forgets a client.
 func TestSameDecisionsAsXTimeRate(t *testing.T) {
+	conntest.OnOneGoroutine(t)
 	const each = 200_000
 	for _, tc := range []struct {
 		burst  int64
@@ -343,6 +345,7 @@ func (b *tank) take(now, interval, capacity int64) (wait int64) {
 // arrive just before, at and after every critical moment. No client is forgotten too early,
 // and every wait is exact to the nanosecond.
 func TestSameDecisionsAsUnboundedBuckets(t *testing.T) {
+	conntest.OnOneGoroutine(t)
 	const each = 250_000
 	for _, tc := range []struct {
 		burst  int64
@@ -407,6 +410,7 @@ func loopback(n int) client.Key {
 }
 
 func TestFiftyThousandClientsAreIndependent(t *testing.T) {
+	conntest.OnOneGoroutine(t)
 	const n, burst = 50_000, 3
 	l := newTable(limits(burst, 0.5))
 	for round := range burst + 1 {
@@ -442,6 +446,7 @@ func heap() int64 {
 }
 
 func TestMemoryPerClient(t *testing.T) {
+	conntest.OnOneGoroutine(t)
 	// The map's table doubles: the cost per client depends on how full it is.
 	for n, most := range map[int]float64{50_000: 120, 500_000: 140} {
 		lim := limits(10, 0.5)
@@ -464,6 +469,7 @@ func TestMemoryPerClient(t *testing.T) {
 
 // All clients are active within one period, so that only the bound drops any.
 func TestMemoryIsBoundedByMaxClients(t *testing.T) {
+	conntest.OnOneGoroutine(t)
 	const maxClients = 20_000
 	lim := limits(10, 0.5)
 	lim.MaxClients = maxClients

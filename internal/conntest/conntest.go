@@ -39,6 +39,15 @@ func Pair(t testing.TB) (inside, outside net.Conn) {
 	return inside, outside
 }
 
+// OnOneGoroutine skips a test that uses no more than one goroutine, if the race detector is on: it
+// would make the test slow, and cannot find anything.
+func OnOneGoroutine(t testing.TB) {
+	t.Helper()
+	if Race {
+		t.Skip("one goroutine has no races")
+	}
+}
+
 // Eventually waits until condition holds, and fails the test if that takes too long.
 func Eventually(t testing.TB, what string, condition func() bool) {
 	t.Helper()

@@ -123,12 +123,16 @@ func (c *inChunks) Read(b []byte) (int, error) {
 
 // The sizes are at the boundaries of full buffers.
 func TestRelay(t *testing.T) {
-	sizes := []int64{0, 1, 1023, 1024, 1025, 4095, 4096, 4097, 8192, 32767, 32768, 32769, 65535, 65536, 65537, 1 << 20, 16 << 20}
+	inPieces, bulk := int64(1<<20), int64(16<<20) // a system call for every few bytes of more would take too long
+	if conntest.Race {
+		inPieces, bulk = 128<<10, 4<<20
+	}
+	sizes := []int64{0, 1, 1023, 1024, 1025, 4095, 4096, 4097, 8192, 32767, 32768, 32769, 65535, 65536, 65537, inPieces, bulk}
 	for _, kind := range relayKinds {
 		for _, size := range sizes {
 			for _, most := range []int{1 << 20, 5000, 37} {
-				if size > 1<<20 && most < 5000 {
-					continue // a system call for every few bytes would take too long
+				if size > inPieces && most < 5000 {
+					continue
 				}
 				t.Run(fmt.Sprintf("%s/%d bytes in chunks of %d", kind.name, size, most), func(t *testing.T) {
 					rig := newRelayRig(t, kind.src, kind.dst)
@@ -182,7 +186,11 @@ func TestRelayDoesNotWaitForMore(t *testing.T) {
 // A destination that does not read stops the source after what the kernel and one pipe or
 // buffer hold.
 func TestRelayWaitsForASlowDestination(t *testing.T) {
-	const kernel, size = 64 << 10, 64 << 20
+	const kernel = 64 << 10
+	size := 64 << 20
+	if conntest.Race {
+		size = 16 << 20
+	}
 	for _, kind := range relayKinds {
 		t.Run(kind.name, func(t *testing.T) {
 			small := func(pair connPair) connPair {
@@ -203,7 +211,7 @@ func TestRelayWaitsForASlowDestination(t *testing.T) {
 			runtime.ReadMemStats(&before)
 
 			data := make([]byte, size)
-			io.ReadFull(conntest.Bulk(1, size), data)
+			io.ReadFull(conntest.Bulk(1, int64(size)), data)
 			taken := make(chan int, 1)
 			var wrote atomic.Int64
 			go func() {
@@ -227,12 +235,12 @@ func TestRelayWaitsForASlowDestination(t *testing.T) {
 			}
 			runtime.GC()
 			runtime.ReadMemStats(&after)
-			if grown := int64(after.HeapAlloc) - int64(before.HeapAlloc) - size; grown > 1<<20 {
+			if grown := int64(after.HeapAlloc) - int64(before.HeapAlloc) - int64(size); grown > 1<<20 {
 				t.Errorf("the heap grew by %d bytes", grown)
 			}
 			received := make(chan struct{})
 			go func() {
-				conntest.ReceiveBulk(t, "the other side", rig.out, 1, size)
+				conntest.ReceiveBulk(t, "the other side", rig.out, 1, int64(size))
 				close(received)
 			}()
 			<-rig.result
