@@ -200,9 +200,14 @@ func (p *caddyfileParser) option(h *Handler, name string) error {
 	if err != nil {
 		return err
 	}
+	return p.noBlock(name, o.expected)
+}
+
+// noBlock returns an error if a block follows what was just parsed.
+func (p *caddyfileParser) noBlock(name, expected string) error {
 	if last := p.Val(); p.NextBlock(p.Nesting()) || p.Val() != last { // an empty block only advances the Dispenser
 		at := p.seen[name]
-		return at.Errf("%s: unexpected block; expected %s", name, o.expected)
+		return at.Errf("%s: unexpected block; expected %s", name, expected)
 	}
 	return nil
 }

@@ -89,7 +89,10 @@ func (p policyParser) condition(name string) error {
 	}
 	p.seen[name] = *p.Dispenser
 	p.name, p.expected = name, conditions[name].expected
-	return conditions[name].parse(p)
+	if err := conditions[name].parse(p); err != nil {
+		return err
+	}
+	return p.noBlock(name, p.expected)
 }
 
 func (p policyParser) users() (err error) {
@@ -125,7 +128,7 @@ func (p *caddyfileParser) checkPolicies(h *Handler) error {
 		if !given {
 			at = y.at
 		}
-		return at.Errf("policy %s: %v", y.policy.Name, err)
+		return at.Errf("policy %s: %v", y.policy.Name, err.error)
 	}
 	for _, y := range p.policies {
 		merged, err := h.optionsOf(y.policy)

@@ -37,7 +37,7 @@ func (p *proxy) provisionClients(server *caddyhttp.Server) (err error) {
 		return err
 	}
 	p.restrictedElsewhere = sync.OnceValue(func() bool {
-		return len(p.auth) > 0 || server != nil && restrictedBefore(server, p.config, matchesClients)
+		return server != nil && restrictedBefore(server, p.config, matchesClients)
 	})
 	return nil
 }
@@ -50,12 +50,34 @@ func (p *proxy) provisionClients(server *caddyhttp.Server) (err error) {
 // the routes around the handler, which are complete only once all handlers are provisioned.
 // It is therefore decided at the first request, so the proxy is never open in between.
 func (p *proxy) admits(addr netip.Addr) bool {
+	return p.admitsWithoutLogin(addr) || len(p.config.Clients) == 0 && len(p.auth) > 0
+}
+
+// admitsWithoutLogin is admits for a client that need not log in.
+func (p *proxy) admitsWithoutLogin(addr netip.Addr) bool {
 	return !addr.IsValid() || p.clients.Contains(addr) || len(p.config.Clients) == 0 && p.restrictedElsewhere()
+}
+
+// servesWithoutLogin reports whether the policy needs no credentials of a client at addr that meets
+// its conditions. Anybody may meet conditions that name neither clients nor users, and
+// authentication no longer keeps strangers out: such a policy is for the clients that could use the
+// proxy if it had no authentication.
+func (y *policy) servesWithoutLogin(addr netip.Addr) bool {
+	return y.anonymous && (y.namesClients || y.proxy.admitsWithoutLogin(addr))
 }
 
 // isOpen reports whether every client that can reach the proxy may use it.
 func (p *proxy) isOpen() bool {
-	return len(p.config.Clients) > 0 && !namesClients(p.config.Clients) && !p.restrictedElsewhere()
+	if namesClients(p.config.Clients) || p.restrictedElsewhere() {
+		return false
+	}
+	open := len(p.config.Clients) > 0 // to all
+	if len(p.auth) == 0 {
+		return open
+	}
+	return slices.ContainsFunc(p.policies, func(y *policy) bool {
+		return y.anonymous && (y.isOpen || open && !y.namesClients)
+	})
 }
 
 // effectiveClients returns the value of the option clients that is in effect.
@@ -63,7 +85,7 @@ func (p *proxy) effectiveClients() []string {
 	switch {
 	case len(p.config.Clients) > 0:
 		return p.config.Clients
-	case p.restrictedElsewhere():
+	case len(p.auth) > 0 || p.restrictedElsewhere():
 		return []string{allClients}
 	}
 	return []string{"private_ranges"}

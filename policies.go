@@ -35,6 +35,9 @@ type policy struct {
 	anonymous bool     // its clients need no credentials
 	matchers  caddyhttp.MatcherSet
 
+	namesClients bool // its conditions say for which clients it is, or which users
+	isOpen       bool // although they do, everybody meets them
+
 	limiter         *bucket.Table
 	rateLimit       string // the value of RateLimit-Policy
 	limitedResponse atomic.Pointer[limitedAnswer]
@@ -75,6 +78,8 @@ func (p *proxy) provisionPolicies(ctx caddy.Context) error {
 			return fmt.Errorf("policy %s: %w", config.Name, err)
 		}
 		y.anonymous = config.Anonymous
+		y.namesClients = len(config.Clients) > 0 || len(config.Users) > 0 || matchesClients(y.matchers)
+		y.isOpen = len(config.Clients) > 0 && !namesClients(config.Clients) && len(config.Users) == 0 && !matchesClients(y.matchers)
 		if by := selection.Shadowing(conditions, i); by >= 0 {
 			p.logger.Warn("a policy never applies: an earlier one has the same or wider conditions",
 				zap.String("policy", config.Name), zap.String("earlier", p.config.Policies[by].Name))

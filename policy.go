@@ -42,7 +42,9 @@ type Policy struct {
 	MatchRaw caddy.ModuleMap `json:"match,omitempty" caddy:"namespace=http.matchers"`
 
 	// Whether these clients need no credentials. A client that meets the conditions without a user
-	// is then served without. Credentials that it sends are checked all the same. Default: false.
+	// is then served without. Credentials that it sends are checked all the same. If the conditions
+	// name neither addresses nor users, that is for clients that could use the proxy without
+	// authentication: by default, those with private addresses. Default: false.
 	Anonymous bool `json:"anonymous,omitempty"`
 
 	Options
@@ -72,6 +74,11 @@ type policyError struct {
 	option string // at fault; "": the policy as a whole
 	error
 }
+
+// Error implements error.
+func (e *policyError) Error() string { return fmt.Sprintf("policies[%d]: %v", e.index, e.error) }
+
+func (e *policyError) Unwrap() error { return e.error }
 
 // checkPolicies returns the first mistake in the policies, if there is one.
 func (h *Handler) checkPolicies() *policyError {
@@ -137,6 +144,9 @@ func (h *Handler) identifiesUsers() bool { return h.requiresLogin() || len(h.Use
 func (h *Handler) policyConditions() ([]selection.Conditions, *policyError) {
 	all := make([]selection.Conditions, len(h.Policies))
 	for i, y := range h.Policies {
+		if y == nil { // null in JSON
+			return nil, &policyError{i, "", errors.New("there is nothing in it; expected a name, conditions and options")}
+		}
 		for _, pattern := range y.Users {
 			if !selection.ValidPattern(pattern) {
 				return nil, &policyError{i, "users", invalidValue("users", expectedUsers, pattern)}

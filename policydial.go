@@ -118,8 +118,10 @@ func (y *policy) provisionDialer(ctx caddy.Context) error {
 	return err
 }
 
-// sharesParent reports whether the parent is that of the directive.
-func (y *policy) sharesParent() bool { return y.name != "" && y.own.Upstream == nil }
+// sharesParent reports whether the parent is that of the directive. A parent keeps dial_timeout.
+func (y *policy) sharesParent() bool {
+	return y.name != "" && y.own.Upstream == nil && y.own.DialTimeout == 0
+}
 
 // provisionParent makes the parent.
 func (y *policy) provisionParent(ctx caddy.Context) error {
@@ -134,7 +136,7 @@ func (y *policy) provisionParent(ctx caddy.Context) error {
 	if err != nil {
 		return err
 	}
-	if y.options.Upstream.hasLiteralSecret() {
+	if y.own.Upstream != nil && y.options.Upstream.hasLiteralSecret() {
 		y.logger().Warn("the option upstream contains a password or a key in plain text, which Caddy's debug log and admin endpoint show with the rest of the config; " +
 			"use a placeholder such as {env.PROXY_PASSWORD} or {file./run/secrets/proxy}")
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"slices"
 	"strings"
@@ -21,26 +22,41 @@ import (
 
 // choosePolicy sets the policy of v, and the bucket that v is charged to, by its client and user.
 func (p *proxy) choosePolicy(r *http.Request, v *transaction) error {
-	if p.selection != nil {
-		var failed error
-		i := p.selection.First(v.user, v.addr, func(i int) bool {
-			matches, err := p.policies[i].matchers.MatchWithError(r)
-			if err != nil && failed == nil {
-				failed = fmt.Errorf("policy %s: %w", p.policies[i].name, err)
-			}
-			return matches
-		})
-		if failed != nil {
-			return caddyhttp.Error(http.StatusInternalServerError, failed)
-		}
-		if v.policy = p.directive; i >= 0 {
-			v.policy = p.policies[i]
-		}
+	var err error
+	if v.policy, err = p.policyFor(r, v.user, v.addr); err != nil {
+		return caddyhttp.Error(http.StatusInternalServerError, err)
 	}
 	if v.user != "" && v.policy.options.LimitBy == "user" {
 		v.limitKey = client.User(v.user)
+	} else if v.limitKey.User() != "" { // of the policy before the login
+		v.limitKey = v.policy.limiter.Key(v.addr)
 	}
 	return nil
+}
+
+// policyFor returns the first policy whose conditions a request meets, or the directive's. If a
+// matcher before that fails, it returns the directive's and an error: nobody knows which policy
+// holds.
+func (p *proxy) policyFor(r *http.Request, user string, addr netip.Addr) (*policy, error) {
+	if p.selection == nil {
+		return p.directive, nil
+	}
+	var failed error
+	failedAt := len(p.policies)
+	found := p.selection.First(user, addr, func(i int) bool {
+		matches, err := p.policies[i].matchers.MatchWithError(r)
+		if err != nil && i < failedAt {
+			failed, failedAt = fmt.Errorf("policy %s: %w", p.policies[i].name, err), i
+		}
+		return err == nil && matches
+	})
+	switch {
+	case failed != nil && (found < 0 || failedAt < found):
+		return p.directive, failed
+	case found < 0:
+		return p.directive, nil
+	}
+	return p.policies[found], nil
 }
 
 // userFrom returns the user that user_from gives a request, or "".
@@ -84,22 +100,25 @@ func (y *policy) refuseMethod(r *http.Request) *refusal {
 	return causeMethod.refusal(denied, r.Method)
 }
 
-// policyOfTunnel returns the policy that a CONNECT for an open tunnel would now have. Matchers see
+// policyOfTunnel returns the policy that the request for an open tunnel would now have. Matchers see
 // a request without the header fields of the one that opened it.
-func (p *proxy) policyOfTunnel(t *tunnel.Tunnel) *policy {
+func (p *proxy) policyOfTunnel(t *tunnel.Tunnel) (*policy, error) {
 	if p.selection == nil {
-		return p.directive
+		return p.directive, nil
 	}
 	r := &http.Request{
 		Method: http.MethodConnect, URL: &url.URL{Host: t.Target}, Host: t.Target, RequestURI: t.Target,
 		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, Header: make(http.Header), RemoteAddr: net.JoinHostPort(t.Client.String(), "0"),
 	}
+	if !isConnect(t) {
+		r.Method, r.URL.Scheme, r.URL.Path = http.MethodGet, "http", "/"
+		r.RequestURI = r.URL.String()
+	}
 	repl := caddy.NewReplacer()
 	repl.Set("http.auth.user.id", t.User)
 	r = caddyhttp.PrepareRequest(r, repl, nil, p.own.self)
-	i := p.selection.First(t.User, t.Client, func(i int) bool { return p.policies[i].matchers.Match(r) })
-	if i < 0 {
-		return p.directive
-	}
-	return p.policies[i]
+	return p.policyFor(r, t.User, t.Client)
 }
+
+// isConnect reports whether a CONNECT opened a tunnel, and not a request that was upgraded.
+func isConnect(t *tunnel.Tunnel) bool { return strings.HasPrefix(t.Proto, "HTTP/") }

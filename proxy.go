@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -146,11 +145,15 @@ func (p *proxy) close() error {
 	return errors.Join(append(errs, releaseProcess())...)
 }
 
-// forbids reports whether the rules would now deny an open tunnel to its client.
+// forbids reports whether its policy would now deny an open tunnel to its client, or cannot be told.
 func (p *proxy) forbids(t *tunnel.Tunnel) bool {
 	ctx := context.Background()
-	y := p.policyOfTunnel(t)
-	if strings.HasPrefix(t.Proto, "HTTP/") { // a CONNECT, not an upgraded request
+	y, err := p.policyOfTunnel(t)
+	if err != nil {
+		p.logger.Error("cannot tell the policy of an open tunnel", zap.Uint64("id", t.ID), errorField(err))
+		return true
+	}
+	if isConnect(t) {
 		if y.deniesMethod(http.MethodConnect) != nil && !y.dialer.Access.ReportOnly {
 			return true
 		}

@@ -61,13 +61,32 @@ func (p *proxy) charge(r *http.Request, v *transaction) error {
 // fetch the PAC script.
 func (p *proxy) takeToken(r *http.Request, v *transaction) bucket.Decision {
 	now := monotime.Of(v.start)
-	if wait := p.process.blockedFor(v.limitKey, now); wait > 0 {
-		return v.policy.limiter.Block(v.limitKey, now, wait, errBlocked)
+	if verdict, blocked := p.refuseBlocked(v, now); blocked {
+		return verdict
 	}
 	if v.kind == metrics.Other || p.exempt.Contains(v.addr) {
 		return bucket.Decision{Allowed: true}
 	}
 	return p.applyReportOnly(r, v, v.policy.chargeBuckets(r.Context(), v.limitKey, now))
+}
+
+// refuseBlocked returns the verdict for v if an operator has blocked its client or its user, whichever
+// of them its policy limits.
+func (p *proxy) refuseBlocked(v *transaction, now int64) (verdict bucket.Decision, blocked bool) {
+	if p.process.blocks.Size() == 0 {
+		return verdict, false
+	}
+	keys := []client.Key{v.policy.limiter.Key(v.addr)}
+	if v.user != "" {
+		keys = append(keys, client.User(v.user))
+	}
+	for _, key := range keys {
+		if wait := p.process.blockedFor(key, now); wait > 0 {
+			v.limitKey = key
+			return v.policy.limiter.Block(key, now, wait, errBlocked), true
+		}
+	}
+	return verdict, false
 }
 
 // chargeBuckets charges one token to the client: from its local bucket, and then from the

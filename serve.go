@@ -69,7 +69,7 @@ func (p *proxy) serve(w http.ResponseWriter, r *http.Request, v *transaction, ne
 		if err := p.choosePolicy(r, v); err != nil {
 			return err
 		}
-		if requiresLogin && v.policy.anonymous && !hasCredentials(r) {
+		if requiresLogin && !hasCredentials(r) && v.policy.servesWithoutLogin(v.addr) {
 			requiresLogin = false
 		}
 	}
@@ -131,8 +131,8 @@ func (p *proxy) refuseAccess(r *http.Request, v *transaction) *refusal {
 // password would use up the tokens of everyone behind the same address.
 func (p *proxy) login(w http.ResponseWriter, r *http.Request, v *transaction) error {
 	now := monotime.Of(v.start)
-	if wait := p.process.blockedFor(v.limitKey, now); wait > 0 {
-		v.verdict = v.policy.limiter.Block(v.limitKey, now, wait, errBlocked)
+	if verdict, blocked := p.refuseBlocked(v, now); blocked {
+		v.verdict = verdict
 		return errRateLimited
 	}
 	key := v.limitKey

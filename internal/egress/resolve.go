@@ -51,10 +51,10 @@ type lookup struct {
 	waiting []chan<- dnsAnswer // guarded by resolver.mu
 }
 
-// setTimeout sets the resend delay for look-ups with the given timeout, so that there is time
+// setTimeout shortens the resend delay for look-ups with the given timeout, so that there is time
 // to repeat a query.
 func (r *Resolver) setTimeout(timeout time.Duration) {
-	r.resend = max(min(resendDelay, timeout/3), time.Millisecond)
+	r.resend = max(min(r.resend, timeout/3), time.Millisecond)
 }
 
 // DNSAddress is the address of a DNS server.

@@ -219,8 +219,9 @@ func (c earlyPackets) WriteTo([]byte, net.Addr) (int, error)  { return 0, net.Er
 // The question is repeated early enough even for timeouts below a second.
 func TestResolverRepeatsInTime(t *testing.T) {
 	for timeout, want := range map[time.Duration]time.Duration{time.Hour: time.Second, 300 * time.Millisecond: 100 * time.Millisecond, 1: time.Millisecond} {
-		r := resolverAt(t, 0)
+		r := resolverAt(t, time.Second)
 		NewDialer(new(access.Control), timeout, r)
+		NewDialer(new(access.Control), time.Hour, r) // policies share the resolver
 		if r.resend != want {
 			t.Errorf("within %v after %v, want %v", timeout, r.resend, want)
 		}
