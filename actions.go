@@ -4,6 +4,7 @@
 package asyncproxy
 
 import (
+	"cmp"
 	"context"
 	"time"
 
@@ -27,31 +28,40 @@ func (p *process) closeTunnel(id uint64) (found bool) {
 	return true
 }
 
-// refillClient refills a client's buckets of tokens and of failed logins in a zone. If zone
-// is "", it does so in all zones and also ends a block. It reports whether the client was
+// refillClient refills a client's buckets of tokens in a policy of a zone, and of failed logins in
+// the zone, which count in all its policies. If zone is "", it does so in all zones, and if policy
+// is "", in all policies; if both are, it also ends a block. It reports whether the client was
 // known or blocked.
-func (p *process) refillClient(key client.Key, zone string) (found bool) {
-	found = p.refillShared(key, zone) // first, so that no local bucket learns the old state again
-	refill := func(_, value any) bool {
-		t := value.(*bucket.Table)
+func (p *process) refillClient(key client.Key, zone, policy string) (found bool) {
+	found = p.refillShared(key, zone, policy) // first, so that no local bucket learns the old state again
+	refill := func(t *bucket.Table) {
 		if (zone == "" || zone == t.Limits.Zone) && t.Fill(t.KeyOf(key)) {
 			found = true
 		}
-		return true
 	}
-	p.limiters.Range(refill)
-	p.failedLogins.Range(refill)
-	return zone == "" && p.unblock(key) || found
+	for t := range p.eachTable {
+		if isPolicy(policy, t.Limits.Policy) {
+			refill(t)
+		}
+	}
+	p.failedLogins.Range(func(_, t any) bool { refill(t.(*bucket.Table)); return true })
+	return zone == "" && policy == "" && p.unblock(key) || found
 }
 
+// isPolicy reports whether asked, a parameter of an operator, stands for the policy with this name.
+func isPolicy(asked, name string) bool { return asked == "" || asked == cmp.Or(name, directivePolicy) }
+
 // refillShared refills the client's buckets in the shared limiters that implement Refiller.
-func (p *process) refillShared(key client.Key, zone string) (found bool) {
+func (p *process) refillShared(key client.Key, zone, policy string) (found bool) {
 	for each := range p.proxies.All() {
 		shared, ok := each.shared.(Refiller)
 		if !ok || zone != "" && zone != each.config.Zone {
 			continue
 		}
 		for y := range each.eachPolicy {
+			if !isPolicy(policy, y.name) {
+				continue
+			}
 			key := y.limiter.KeyOf(key)
 			done, err := shared.Refill(context.Background(), sharedBucket(y.limiter, key))
 			if err != nil {

@@ -281,19 +281,19 @@ func TestActionsInSeveralZones(t *testing.T) {
 		get(proxy, "192.0.2.7", 200)
 		get(proxy, "192.0.2.7", 429)
 	}
-	if !currentProcess().refillClient(key, "one") || currentProcess().refillClient(key, "three") {
+	if !currentProcess().refillClient(key, "one", "") || currentProcess().refillClient(key, "three", "") {
 		t.Error("the client is unknown in zone one, or known in zone three")
 	}
 	get(w.proxy, "192.0.2.7", 200)
 	get(other, "192.0.2.7", 429)
-	if !currentProcess().refillClient(key, "") {
+	if !currentProcess().refillClient(key, "", "") {
 		t.Error("the client is unknown")
 	}
 	get(w.proxy, "192.0.2.7", 200)
 	get(other, "192.0.2.8", 200) // the same client in the other zone
 	get(other, "192.0.2.7", 429)
 
-	if !currentProcess().blockClient(key, time.Hour) || !currentProcess().refillClient(keyOf("192.0.2.8"), "") {
+	if !currentProcess().blockClient(key, time.Hour) || !currentProcess().refillClient(keyOf("192.0.2.8"), "", "") {
 		t.Error("the client is unknown")
 	}
 	get(w.proxy, "192.0.2.7", 429)

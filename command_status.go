@@ -242,11 +242,9 @@ func (s *statusReport) print(w io.Writer) {
 
 	fmt.Fprintf(w, "\n")
 	table = tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
-	zone := func(string) string { return "" }
-	if slices.ContainsFunc(s.Clients.Clients, func(c status.Client) bool { return c.Zone != s.Clients.Clients[0].Zone }) {
-		zone = func(name string) string { return "\t" + name }
-	}
-	fmt.Fprintf(table, "CLIENT%s\tTOKENS\tREQUESTS\tREJECTED\tTUNNELS\tUP\tDOWN\tSEEN\n", zone("ZONE"))
+	zone := columnIf(slices.ContainsFunc(s.Clients.Clients, func(c status.Client) bool { return c.Zone != s.Clients.Clients[0].Zone }))
+	policy := columnIf(slices.ContainsFunc(s.Clients.Clients, func(c status.Client) bool { return c.Policy != "" }))
+	fmt.Fprintf(table, "CLIENT%s%s\tTOKENS\tREQUESTS\tREJECTED\tTUNNELS\tUP\tDOWN\tSEEN\n", zone("ZONE"), policy("POLICY"))
 	for _, c := range s.Clients.Clients {
 		tokens := fmt.Sprintf("%.1f/%d", c.Tokens, c.Burst)
 		if c.BlockedUntil != nil {
@@ -256,7 +254,7 @@ func (s *statusReport) print(w io.Writer) {
 		if !c.LastSeen.IsZero() {
 			seen = formatAge(st.Time.Sub(c.LastSeen)) + " ago"
 		}
-		fmt.Fprintf(table, "%s%s\t%s\t%d\t%d\t%d\t%s\t%s\t%s\n", printable.Text(c.Client), zone(printable.Text(c.Zone)), tokens, c.Requests, c.Rejections, c.Tunnels,
+		fmt.Fprintf(table, "%s%s%s\t%s\t%d\t%d\t%d\t%s\t%s\t%s\n", printable.Text(c.Client), zone(printable.Text(c.Zone)), policy(printable.Text(c.Policy)), tokens, c.Requests, c.Rejections, c.Tunnels,
 			formatSize(c.BytesUp), formatSize(c.BytesDown), seen)
 	}
 	_ = table.Flush()
@@ -264,17 +262,29 @@ func (s *statusReport) print(w io.Writer) {
 
 	fmt.Fprintf(w, "\n")
 	table = tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
-	fmt.Fprintf(table, "TUNNEL\tCLIENT\tTARGET\tPROTO\tAGE\tIDLE\tUP\tDOWN\n")
+	policy = columnIf(slices.ContainsFunc(s.Tunnels.Tunnels, func(t status.Tunnel) bool { return t.Policy != "" }))
+	fmt.Fprintf(table, "TUNNEL\tCLIENT%s\tTARGET\tPROTO\tAGE\tIDLE\tUP\tDOWN\n", policy("POLICY"))
 	for _, t := range s.Tunnels.Tunnels {
 		client := t.Client
 		if t.User != "" {
 			client = t.User + "@" + client
 		}
-		fmt.Fprintf(table, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", t.ID, printable.Text(client), printable.Text(t.Target), printable.Text(t.Proto), formatAge(st.Time.Sub(t.Started)),
+		fmt.Fprintf(table, "%d\t%s%s\t%s\t%s\t%s\t%s\t%s\t%s\n", t.ID, printable.Text(client), policy(printable.Text(t.Policy)), printable.Text(t.Target), printable.Text(t.Proto), formatAge(st.Time.Sub(t.Started)),
 			formatAge(time.Duration(t.IdleSeconds*float64(time.Second))), formatSize(t.BytesUp), formatSize(t.BytesDown))
 	}
 	_ = table.Flush()
 	printMore(w, s.Tunnels.Total-len(s.Tunnels.Tunnels), "tunnels")
+}
+
+// columnIf returns a function that makes a cell of a column, or nothing if the table does not have
+// that column.
+func columnIf(shown bool) func(cell string) string {
+	return func(cell string) string {
+		if !shown {
+			return ""
+		}
+		return "\t" + cell
+	}
 }
 
 func printMore(w io.Writer, n int, noun string) {

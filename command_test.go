@@ -308,7 +308,7 @@ func TestStatusFits(t *testing.T) {
 }
 
 // TestStatusPrints checks the output for tunnels, total traffic, and clients in several
-// zones.
+// zones, and policies.
 func TestStatusPrints(t *testing.T) {
 	var s statusReport
 	s.Stats.Time = time.Now()
@@ -330,6 +330,16 @@ func TestStatusPrints(t *testing.T) {
 			}
 		}
 		s.Clients.Clients[1].Zone = "two"
+	}
+	s.Clients.Clients[1].Policy = "guests"
+	s.Tunnels.Tunnels = []status.Tunnel{{ID: 7, Client: "192.0.2.1", Policy: "staff", Target: "example.com:443", Started: s.Stats.Time}}
+	var out strings.Builder
+	s.print(&out)
+	text := strings.Join(strings.Fields(out.String()), " ")
+	for _, want := range []string{"CLIENT ZONE POLICY TOKENS", "192.0.2.1 two guests blocked", "192.0.2.1 one 0.0/3", "TUNNEL CLIENT POLICY TARGET", "7 192.0.2.1 staff example.com:443"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("no %q in\n%s", want, out.String())
+		}
 	}
 }
 

@@ -18,7 +18,8 @@ import (
 // TestContribNamesMetrics checks that dashboards and alert rules use only existing metrics
 // and labels, and that the dashboard shows every metric.
 func TestContribNamesMetrics(t *testing.T) {
-	program.metrics.Zone("default") // the metrics of zones exist only if there is one
+	program.metrics.Zone("default") // the metrics of zones and policies exist only if there is one
+	defer program.metrics.Policy(directivePolicy).Release()
 	registry := prometheus.NewPedanticRegistry()
 	if err := program.metrics.Register(registry, metricsState); err != nil {
 		t.Fatal(err)
@@ -40,8 +41,10 @@ func TestContribNamesMetrics(t *testing.T) {
 				values["le"] = nil
 			}
 		}
-		if _, ok := values["zone"]; ok {
-			values["zone"] = nil // any name
+		for _, label := range []string{"zone", "policy"} {
+			if _, ok := values[label]; ok {
+				values[label] = nil // any name
+			}
 		}
 		labels[family.GetName()] = values
 	}

@@ -198,7 +198,7 @@ func TestBucketsOfTheSharedLimiter(t *testing.T) {
 func TestRefillingTheSharedLimiter(t *testing.T) {
 	w := newWorld(t, "limiter test\nburst 10\nrefill 0.5\nipv4_prefix 24", nil)
 	answer(t, 0, nil, false)
-	if !currentProcess().refillClient(keyOf("192.0.2.7"), "") || !currentProcess().refillClient(client.User("alice"), "") {
+	if !currentProcess().refillClient(keyOf("192.0.2.7"), "", "") || !currentProcess().refillClient(client.User("alice"), "", "") {
 		t.Error("the clients are unknown")
 	}
 	want := []Bucket{
@@ -209,7 +209,7 @@ func TestRefillingTheSharedLimiter(t *testing.T) {
 		t.Errorf("refilled %+v, want %+v", got, want)
 	}
 	answer(t, 0, errors.New("out of order"), false)
-	if currentProcess().refillClient(keyOf("192.0.2.7"), "") {
+	if currentProcess().refillClient(keyOf("192.0.2.7"), "", "") {
 		t.Error("the client is known")
 	}
 	if line := w.waitLog("failed to refill a shared bucket", 1)[0]; line["client"] != "192.0.2.0/24" || line["error"] != "out of order" {

@@ -55,6 +55,9 @@ func (p *proxy) count(v *transaction, err error) *refusal {
 	}
 	v.counted = true
 	p.zone.Request(v.kind, o)
+	if v.kind != metrics.Other {
+		v.policy.counters.Request(o)
+	}
 	return f
 }
 

@@ -149,6 +149,10 @@ func TestMetricsCount(t *testing.T) {
 			`requests_total{kind="tunnel",outcome="refused"}`:                    2,
 			`requests_total{kind="tunnel",outcome="failed"}`:                     1,
 			`requests_total{kind="tunnel",outcome="rate_limited"}`:               1,
+			`policy_requests_total{outcome="ok",policy="default"}`:               7,
+			`policy_requests_total{outcome="failed",policy="default"}`:           3,
+			`policy_requests_total{outcome="refused",policy="default"}`:          3,
+			`policy_requests_total{outcome="rate_limited",policy="default"}`:     3,
 			`refusals_total{cause="",reason="http_request_error"}`:               1,
 			`refusals_total{cause="rule",reason="http_request_denied"}`:          1,
 			`refusals_total{cause="rate_limited",reason="http_request_denied"}`:  3,
@@ -262,7 +266,8 @@ func TestMetricsOfZones(t *testing.T) {
 
 // TestMetricsLint checks that the metrics follow the conventions and match the README.
 func TestMetricsLint(t *testing.T) {
-	program.metrics.Zone("default") // the metrics of zones exist only if there is one
+	program.metrics.Zone("default") // the metrics of zones and policies exist only if there is one
+	defer program.metrics.Policy(directivePolicy).Release()
 	registry := prometheus.NewPedanticRegistry()
 	if err := program.metrics.Register(registry, metricsState); err != nil {
 		t.Fatal(err)
@@ -301,6 +306,7 @@ func TestMetricsLint(t *testing.T) {
 func TestMetricsExposition(t *testing.T) {
 	registry, set := prometheus.NewPedanticRegistry(), metrics.New(metricLabels())
 	set.Zone("default")
+	set.Policy(directivePolicy)
 	if err := set.Register(registry, metricsState); err != nil {
 		t.Fatal(err)
 	}

@@ -17,6 +17,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
+	"github.com/asyncproxy/caddy-async-proxy/internal/printable"
 	"github.com/asyncproxy/caddy-async-proxy/internal/status"
 )
 
@@ -92,7 +93,7 @@ var options = []option{
 		optionValue: optionValue{
 			expected: "a limiter that this Caddy is built with; for redis, build it with --with github.com/asyncproxy/caddy-async-proxy/redis",
 			parse:    (*caddyfileParser).limiter,
-		}.shownAs((*proxy).limiterSettings),
+		}.shownAs((*policy).limiterSettings),
 	},
 	{
 		name: "limit_by", inPolicy: true, syntax: "client_ip|user",
@@ -103,7 +104,7 @@ var options = []option{
 		name: "clients", syntax: "<cidr|private_ranges|all...>",
 		doc:         "the only clients that may use the proxy; others get 403. `all` opens it to everybody",
 		absent:      "`private_ranges`; `all` with authentication, or behind an address matcher",
-		optionValue: list("all, or "+expectedRanges, func(h *Handler) *[]string { return &h.Clients }, checkClients, "none").shownAs((*proxy).clientSettings),
+		optionValue: list("all, or "+expectedRanges, func(h *Handler) *[]string { return &h.Clients }, checkClients, "none").shownAs((*policy).clientSettings),
 	},
 	{
 		name: "basic_auth", syntax: "[<hash_algorithm> [<realm>]] {\n\t<user> <hash>\n}",
@@ -112,7 +113,7 @@ var options = []option{
 		optionValue: optionValue{
 			expected: "[bcrypt|argon2id [<realm>]] and a block of `<user> <hash>` lines",
 			parse:    (*caddyfileParser).basicAuth,
-		}.shownAs((*proxy).authSettings),
+		}.shownAs((*policy).authSettings),
 	},
 	{
 		name: "users_file", syntax: "<path>",
@@ -143,7 +144,7 @@ var options = []option{
 			show: (*Handler).showFailedLogins,
 		},
 	},
-	{name: "allow", inPolicy: true, syntax: syntaxDestinations, doc: docRules, absent: "see there", optionValue: ruleList(expectedDestinations, (*caddyfileParser).rule).shownAs((*proxy).ruleSettings)},
+	{name: "allow", inPolicy: true, syntax: syntaxDestinations, doc: docRules, absent: "see there", optionValue: ruleList(expectedDestinations, (*caddyfileParser).rule).shownAs((*policy).ruleSettings)},
 	{name: "deny", inPolicy: true, syntax: syntaxDestinations, doc: docRules, absent: "see there", optionValue: ruleList(expectedDestinations, (*caddyfileParser).rule)},
 	{name: "allow_file", inPolicy: true, syntax: "<path...>", doc: docRuleFiles, absent: "none", optionValue: ruleList(expectedFiles, (*caddyfileParser).ruleFiles)},
 	{name: "deny_file", inPolicy: true, syntax: "<path...>", doc: docRuleFiles, absent: "none", optionValue: ruleList(expectedFiles, (*caddyfileParser).ruleFiles)},
@@ -191,7 +192,7 @@ var options = []option{
 		optionValue: optionValue{
 			expected: "http|https|socks5://[<user>[:<password>]@]<host>[:<port>]",
 			parse:    (*caddyfileParser).upstream,
-		}.shownAs((*proxy).upstreamSettings),
+		}.shownAs((*policy).upstreamSettings),
 	},
 	{
 		name: "no_upstream", inPolicy: true, syntax: "<cidr|name|*.name|public|private...>",
@@ -226,7 +227,7 @@ var options = []option{
 			parse:    (*caddyfileParser).maxTunnels,
 			isSet:    func(h *Handler) bool { return h.MaxTunnels != 0 || h.MaxTunnelsPerClient != 0 },
 			invalid:  (*Handler).invalidMaxTunnels,
-		}.shownAs((*proxy).maxTunnelSettings),
+		}.shownAs((*policy).maxTunnelSettings),
 	},
 	{
 		name: "tunnel_idle_timeout", inPolicy: true, syntax: "<duration>|off",
@@ -289,7 +290,7 @@ var options = []option{
 	{
 		name: "via", syntax: "<pseudonym>|off",
 		doc: "the proxy's name in `Via` and `Proxy-Status`, also used to detect loops; `off` leaves `Via` unchanged", absent: "unique per process and site",
-		optionValue: word("a pseudonym of letters, digits, dots and hyphens that starts with a letter, or off", func(h *Handler) *string { return &h.Via }, validPseudonym, "").shownAs((*proxy).viaSettings),
+		optionValue: word("a pseudonym of letters, digits, dots and hyphens that starts with a letter, or off", func(h *Handler) *string { return &h.Via }, validPseudonym, "").shownAs((*policy).viaSettings),
 	},
 	{
 		name: "forwarded_for", inPolicy: true, syntax: "auto|off",
@@ -298,7 +299,7 @@ var options = []option{
 	},
 	{
 		name: "header_up", inPolicy: true, syntax: "[+|-]<field> [<value|regexp> [<replacement>]]", doc: docHeaders, absent: "none",
-		optionValue: optionValue{expected: expectedHeader, repeatable: true, parse: (*caddyfileParser).headerUp}.shownAs((*proxy).headerSettings),
+		optionValue: optionValue{expected: expectedHeader, repeatable: true, parse: (*caddyfileParser).headerUp}.shownAs((*policy).headerSettings),
 	},
 	{
 		name: "header_down", inPolicy: true, syntax: "[+|-]<field> [<value|regexp> [<replacement>]]", doc: docHeaders, absent: "none",
@@ -312,7 +313,7 @@ var options = []option{
 			parse:    (*caddyfileParser).servePAC,
 			isSet:    func(h *Handler) bool { return h.ServePAC != "" },
 			invalid:  invalidPACPath,
-		}.shownAs((*proxy).pacSettings),
+		}.shownAs((*policy).pacSettings),
 	},
 	{
 		name: "policy", syntax: "<name> {\n\tusers     <patterns...>\n\tclients   <cidr|private_ranges...>\n\tmatch     <matchers>\n\tanonymous\n\t<option> ...\n}",
@@ -410,48 +411,98 @@ func (h *Handler) checkTogether() *combinationError {
 	return nil
 }
 
-// settings returns the lines of the status page for the option.
-func (o *option) settings(p *proxy, byDefault *Handler) []status.Setting {
+// settings returns the lines of the status page for the option of a policy.
+func (o *option) settings(y *policy, byDefault *Handler) []status.Setting {
 	if o.showAll != nil {
-		return o.showAll(p)
+		return o.showAll(y)
 	}
 	if o.show == nil {
 		return nil // shown with another option
 	}
-	value := o.show(p.config)
+	value := o.show(y.asDirective())
 	return []status.Setting{{Option: o.name, Value: value, Default: value == o.show(byDefault)}}
 }
 
-// settings returns the options in effect, named as in the Caddyfile, without secrets.
+// asDirective returns a directive with the policy's own options.
+func (y *policy) asDirective() *Handler {
+	if y.name == "" {
+		return y.proxy.config
+	}
+	return &Handler{Options: *y.own}
+}
+
+// settings returns the directive's options in effect, named as in the Caddyfile, without secrets.
 func (p *proxy) settings() []status.Setting {
 	var byDefault Handler
 	byDefault.setDefaults()
 	var all []status.Setting
 	for _, o := range options {
-		all = append(all, o.settings(p, &byDefault)...)
+		all = append(all, o.settings(p.directive, &byDefault)...)
 	}
 	return all
 }
 
-func (p *proxy) limiterSettings() []status.Setting {
-	if p.shared == nil {
+// settings returns the policy's conditions, and the options that it sets.
+func (y *policy) settings(config *Policy) []status.Setting {
+	all := y.conditionSettings(config)
+	empty := &policy{name: y.name, proxy: y.proxy, own: new(Options)}
+	for _, o := range options {
+		if !o.inPolicy {
+			continue
+		}
+		unset := o.settings(empty, new(Handler))
+		for _, s := range o.settings(y, new(Handler)) {
+			if !slices.Contains(unset, s) {
+				all = append(all, s)
+			}
+		}
+	}
+	return all
+}
+
+// conditionSettings returns the policy's conditions. The values of matchers, such as those of a
+// header field, may be secret, so it only names them.
+func (y *policy) conditionSettings(config *Policy) (all []status.Setting) {
+	if len(config.Users) > 0 {
+		all = append(all, status.Setting{Option: "users", Value: printable.Text(words(config.Users, ""))})
+	}
+	if len(config.Clients) > 0 {
+		all = append(all, status.Setting{Option: "clients", Value: words(config.Clients, "")})
+	}
+	var matchers []string
+	for _, m := range y.matchers {
+		matchers = append(matchers, m.(caddy.Module).CaddyModule().ID.Name())
+	}
+	if slices.Sort(matchers); len(matchers) > 0 {
+		all = append(all, status.Setting{Option: "match", Value: words(matchers, "")})
+	}
+	if config.Anonymous {
+		all = append(all, status.Setting{Option: "anonymous", Value: "on"})
+	}
+	return all
+}
+
+func (y *policy) limiterSettings() []status.Setting {
+	if y.proxy.shared == nil {
 		return []status.Setting{{Option: "limiter", Value: "none", Default: true}}
 	}
-	return []status.Setting{{Option: "limiter", Value: p.shared.(caddy.Module).CaddyModule().ID.Name()}}
+	return []status.Setting{{Option: "limiter", Value: y.proxy.shared.(caddy.Module).CaddyModule().ID.Name()}}
 }
 
-func (p *proxy) upstreamSettings() []status.Setting {
-	if p.directive.dialer.Parent == nil {
+func (y *policy) upstreamSettings() []status.Setting {
+	if y.own.Upstream == nil {
 		return []status.Setting{{Option: "upstream", Value: "none", Default: true}}
 	}
-	return []status.Setting{{Option: "upstream", Value: p.directive.dialer.Parent.Scheme + "://" + p.directive.dialer.Parent.Address}}
+	return []status.Setting{{Option: "upstream", Value: y.dialer.Parent.Scheme + "://" + y.dialer.Parent.Address}}
 }
 
-func (p *proxy) clientSettings() []status.Setting {
+func (y *policy) clientSettings() []status.Setting {
+	p := y.proxy
 	return []status.Setting{{Option: "clients", Value: words(p.effectiveClients(), "none"), Default: len(p.config.Clients) == 0}}
 }
 
-func (p *proxy) authSettings() []status.Setting {
+func (y *policy) authSettings() []status.Setting {
+	p := y.proxy
 	providers := make([]string, len(p.auth))
 	for i, provider := range p.auth {
 		providers[i] = provider.name
@@ -481,7 +532,7 @@ func (h *Handler) invalidMaxTunnels() (text string, invalid bool) {
 	return "", false
 }
 
-func (p *proxy) maxTunnelSettings() []status.Setting {
+func (y *policy) maxTunnelSettings() []status.Setting {
 	limit := func(n int) string {
 		if n == 0 {
 			return "no limit"
@@ -489,13 +540,13 @@ func (p *proxy) maxTunnelSettings() []status.Setting {
 		return fmt.Sprint(n)
 	}
 	return []status.Setting{
-		{Option: "max_tunnels", Value: limit(p.config.MaxTunnels), Default: p.config.MaxTunnels == 0},
-		{Option: "max_tunnels per_client", Value: limit(p.config.MaxTunnelsPerClient), Default: p.config.MaxTunnelsPerClient == 0},
+		{Option: "max_tunnels", Value: limit(y.own.MaxTunnels), Default: y.own.MaxTunnels == 0},
+		{Option: "max_tunnels per_client", Value: limit(y.own.MaxTunnelsPerClient), Default: y.own.MaxTunnelsPerClient == 0},
 	}
 }
 
-func (p *proxy) ruleSettings() (all []status.Setting) {
-	for _, rule := range p.config.Rules {
+func (y *policy) ruleSettings() (all []status.Setting) {
+	for _, rule := range y.own.Rules {
 		value := slices.Clone(rule.Destinations)
 		for _, file := range rule.Files {
 			value = append(value, "file "+file)
@@ -508,7 +559,8 @@ func (p *proxy) ruleSettings() (all []status.Setting) {
 	return all
 }
 
-func (p *proxy) viaSettings() []status.Setting {
+func (y *policy) viaSettings() []status.Setting {
+	p := y.proxy
 	name := p.name
 	if p.config.Via == "off" {
 		name = "off"
@@ -516,11 +568,12 @@ func (p *proxy) viaSettings() []status.Setting {
 	return []status.Setting{{Option: "via", Value: name, Default: p.config.Via == ""}}
 }
 
-func (p *proxy) headerSettings() []status.Setting {
-	return []status.Setting{{Option: "header_up, header_down", Value: onOff(p.config.Headers != nil), Default: p.config.Headers == nil}}
+func (y *policy) headerSettings() []status.Setting {
+	return []status.Setting{{Option: "header_up, header_down", Value: onOff(y.own.Headers != nil), Default: y.own.Headers == nil}}
 }
 
-func (p *proxy) pacSettings() []status.Setting {
+func (y *policy) pacSettings() []status.Setting {
+	p := y.proxy
 	path := p.config.ServePAC
 	if path == "" {
 		path = "off"

@@ -29,11 +29,11 @@ type optionValue struct {
 	invalid    func(h *Handler) (text string, bad bool)   // returns the value if it is not valid
 	setDefault func(h *Handler)                           // stores the default if h has no value
 	show       func(h *Handler) string                    // returns the value for the status page
-	showAll    func(p *proxy) []status.Setting            // replaces show, if the status page has several lines for it
+	showAll    func(y *policy) []status.Setting           // replaces show, if the status page has several lines for it
 }
 
 // shownAs returns v with other lines on the status page.
-func (v optionValue) shownAs(showAll func(*proxy) []status.Setting) optionValue {
+func (v optionValue) shownAs(showAll func(*policy) []status.Setting) optionValue {
 	v.showAll = showAll
 	return v
 }

@@ -205,7 +205,7 @@ func TestFailedLogins(t *testing.T) {
 				t.Errorf("line %v", line)
 			}
 		}
-		if !currentProcess().refillClient(keyOf("127.0.0.1"), "") {
+		if !currentProcess().refillClient(keyOf("127.0.0.1"), "", "") {
 			t.Error("nothing was refilled")
 		}
 		w.gets(407, "", "alice", "one more guess")

@@ -4,6 +4,7 @@
 package asyncproxy
 
 import (
+	"cmp"
 	"fmt"
 	"net/http"
 	"strings"
@@ -18,6 +19,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
+	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
 	"github.com/asyncproxy/caddy-async-proxy/internal/origin"
 	"github.com/asyncproxy/caddy-async-proxy/internal/selection"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
@@ -48,6 +50,7 @@ type policy struct {
 	originLimits  *origin.Limits
 
 	tunnelOwner *tunnel.Owner
+	counters    *metrics.Policy
 }
 
 // provisionPolicies builds the policies from valid options.
@@ -128,6 +131,7 @@ func (p *proxy) eachPolicy(yield func(*policy) bool) {
 // be called even if it fails.
 func (p *proxy) newPolicy(ctx caddy.Context, name string, options, own *Options) (*policy, error) {
 	y := &policy{proxy: p, name: name, options: options, own: own}
+	y.counters = program.metrics.Policy(cmp.Or(name, directivePolicy))
 	y.originLimits = y.newOriginLimits()
 	y.originLimits.Exit, y.originLimits.Heads = p.tunnels.Context(), &p.process.heads
 	if err := provisionHeaders(ctx, options.Headers); err != nil {
@@ -160,6 +164,7 @@ func (p *proxy) newPolicy(ctx caddy.Context, name string, options, own *Options)
 
 // close releases what the policy shares with others, and closes its connections.
 func (y *policy) close() error {
+	y.counters.Release()
 	for _, origins := range y.origins {
 		if origins != nil {
 			origins.Close()

@@ -50,9 +50,13 @@ type Policy struct {
 	Options
 }
 
+// directivePolicy stands for the directive's own options where a policy has to be named: in metrics
+// and in parameters of the admin API.
+const directivePolicy = "default"
+
 // reservedPolicyNames are those that would be ambiguous in a log or in the admin API. The names of
 // options are reserved, too.
-var reservedPolicyNames = []string{"default", "none", "all", "policy", "users", "match", "anonymous"}
+var reservedPolicyNames = []string{directivePolicy, "none", "all", "policy", "users", "match", "anonymous"}
 
 // checkPolicyName returns what is wrong with the name of a policy, if anything.
 func checkPolicyName(name string) error {

@@ -181,6 +181,7 @@ func (s *Status) logAction(r *http.Request, action string, done bool) {
 			textField("tunnel", r.FormValue("tunnel")),
 			textField("client", r.FormValue("client")),
 			textField("zone", r.FormValue("zone")),
+			textField("policy", r.FormValue("policy")),
 			textField("for", r.FormValue("for")),
 			zap.Bool("done", done),
 			zap.String("by", by),

@@ -37,10 +37,11 @@ func init() {
 			p := currentProcess()
 			return p != nil && p.closeTunnel(id)
 		},
-		Refill: func(key client.Key, zone string) bool {
+		Refill: func(key client.Key, zone, policy string) bool {
 			p := currentProcess()
-			return p != nil && p.refillClient(key, zone)
+			return p != nil && p.refillClient(key, zone, policy)
 		},
+		DirectivePolicy: directivePolicy,
 		Block: func(key client.Key, d time.Duration) bool {
 			p := currentProcess()
 			return p != nil && p.blockClient(key, d)
@@ -81,7 +82,11 @@ func runningSites() (sites []status.Site) {
 	}
 	for each := range p.proxies.All() {
 		if each.running.Load() {
-			sites = append(sites, status.Site{Site: strings.Join(each.site.addresses, " "), Settings: each.settings()})
+			site := status.Site{Site: strings.Join(each.site.addresses, " "), Settings: each.settings()}
+			for i, y := range each.policies {
+				site.Policies = append(site.Policies, status.Policy{Policy: y.name, Settings: y.settings(each.config.Policies[i])})
+			}
+			sites = append(sites, site)
 		}
 	}
 	return sites
@@ -127,7 +132,7 @@ func countTunnels() (n, limit int) {
 // addRecent adds a refusal to the list that the status page shows.
 func (v *transaction) addRecent(f *refusal) {
 	program.status.AddRefusal(&status.Refusal{
-		Time: v.start, Client: client.Name(v.addr), Method: printable.Text(v.r.Method), Target: printable.Text(v.r.Host),
+		Time: v.start, Client: client.Name(v.addr), Policy: v.policy.name, Method: printable.Text(v.r.Method), Target: printable.Text(v.r.Host),
 		Status: f.status, Reason: f.errorType, Cause: string(v.cause), Detail: printable.Text(f.text),
 	})
 }

@@ -405,6 +405,12 @@ func (p *page) press(label string) {
 	run[bool](p, find+".click() ?? true")
 }
 
+// choose selects a value of the list with the given label.
+func (p *page) choose(label, value string) {
+	p.t.Helper()
+	run[bool](p, fmt.Sprintf("((list) => { list.value = %q; list.dispatchEvent(new Event('input', { bubbles: true })); return list.value === %[1]q })(document.querySelector('[aria-label=\"%s\"]'))", value, label))
+}
+
 // fill replaces the text of the field with the given label.
 func (p *page) fill(label, text string) {
 	p.t.Helper()

@@ -79,6 +79,9 @@ func TestLoads(t *testing.T) {
 			p := w.open(tc.width, tc.scheme)
 			p.until("the empty table of clients", "!!"+row("clients", "No clients yet"), patience)
 			p.until("the empty table of tunnels", "!!"+row("tunnels", "No open tunnels"), patience)
+			if run[bool](p, "document.body.innerText.toLowerCase().includes('polic')") {
+				t.Error("without policies, the page mentions them")
+			}
 			p.fits()
 			p.accessible()
 
@@ -319,6 +322,47 @@ func TestZones(t *testing.T) {
 		p.accessible()
 		p.press("Refill the bucket of 203.0.113.9 in zone two")
 		p.until("one full bucket", "!!"+row("clients", "203.0.113.9 two", "1,000 / 1,000")+" && !!"+row("clients", "203.0.113.9 one", "limited"), patience)
+		p.clean()
+	}
+}
+
+// TestPolicies checks that a client in several policies has a row for each, in each width, that one
+// policy can be shown alone, and that its settings are shown apart.
+func TestPolicies(t *testing.T) {
+	w := newWorld(t, proxyOptions+`
+		policy guests {
+			clients 203.0.113.0/24
+			match {
+				method GET
+			}
+			burst 2
+		}
+		policy staff {
+			clients 198.51.100.0/24
+			deny ads.example.com
+		}`, "actions")
+	for _, width := range []int64{400, 1440} {
+		p := w.open(width, "light")
+		w.limit("203.0.113.9")
+		w.tunnel("203.0.113.9") // is not a GET
+		w.tunnel("198.51.100.7")
+		p.until("the client in and outside of a policy", "!!"+row("clients", "203.0.113.9", "guests", "limited")+" && !!"+row("clients", "203.0.113.9", " / 5"), patience)
+		p.until("the tunnel of a policy", "!!"+row("tunnels", "198.51.100.7", "staff"), patience)
+		p.until("the refusal of a policy", "!!"+row("refusals", "203.0.113.9", "guests"), patience)
+		p.until("the settings of a policy", `/policy guests\s+clients\s+203\.0\.113\.0\/24\s+match\s+method\s+burst\s+2\s+policy staff/.test(document.getElementById('settings').innerText)`, patience)
+		p.fits()
+		p.accessible()
+
+		p.choose("Show only this policy", "guests")
+		p.until("the policy's clients and refusals alone", rows("clients")+" === 1 && "+rows("refusals")+" > 0 && !!"+row("clients", "203.0.113.9", "guests"), patience)
+		p.until("no tunnel of the policy", "!!"+row("tunnels", "No matching tunnels"), patience)
+		p.choose("Show only this policy", "staff")
+		p.until("no refusal of the policy", "!!"+row("refusals", "No matching refusals"), patience)
+		p.choose("Show only this policy", "default")
+		p.until("what no policy is for", rows("clients")+" === 1 && !!"+row("clients", "203.0.113.9", " / 5")+" && "+rows("tunnels")+" > 0 && !"+row("tunnels", "staff"), patience)
+		p.choose("Show only this policy", "")
+		p.press("Refill the bucket of 203.0.113.9 in policy guests")
+		p.until("a full bucket of the policy", "!!"+row("clients", "203.0.113.9", "guests", "2 / 2"), patience)
 		p.clean()
 	}
 }

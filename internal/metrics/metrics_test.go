@@ -90,6 +90,41 @@ func TestZone(t *testing.T) {
 	}
 }
 
+// TestPolicy checks that a policy's counters continue while anybody uses them, and disappear after
+// that.
+func TestPolicy(t *testing.T) {
+	s, registry := New(Labels{}), prometheus.NewPedanticRegistry()
+	if err := s.Register(registry, func() State { return State{} }); err != nil {
+		t.Fatal(err)
+	}
+	const name = "caddy_async_proxy_policy_requests_total"
+	check := func(when string, refused, series int) {
+		t.Helper()
+		n, err := testutil.GatherAndCount(registry, name)
+		if err != nil || n != series {
+			t.Errorf("%s: %d series, %v, want %d", when, n, err, series)
+		}
+		if got := testutil.ToFloat64(s.policyRequests.WithLabelValues("one", "refused")); series > 0 && got != float64(refused) {
+			t.Errorf("%s: %v requests, want %d", when, got, refused)
+		}
+	}
+	one := s.Policy("one")
+	one.Request(Refused)
+	again := s.Policy("one")
+	again.Request(Refused)
+	two := s.Policy("two")
+	two.Request(Refused)
+	check("two policies", 2, 2*int(numOutcomes))
+	one.Release()
+	two.Release()
+	check("one of them, used once", 2, int(numOutcomes))
+	again.Release()
+	check("none", 0, 0)
+	one.Request(Refused) // that a request which ends late counts does no harm
+	s.Policy("one")
+	check("a new one", 0, int(numOutcomes))
+}
+
 // TestRegister checks that a registry has the metrics once, even if several handlers
 // register them, and asks for the state at each scrape.
 func TestRegister(t *testing.T) {

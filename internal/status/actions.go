@@ -38,7 +38,7 @@ func (v *View) refillAction(r *http.Request) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	return v.in.Refill(key, r.FormValue("zone")), nil
+	return v.in.Refill(key, r.FormValue("zone"), r.FormValue("policy")), nil
 }
 
 func (v *View) blockAction(r *http.Request) (bool, error) {

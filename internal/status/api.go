@@ -64,7 +64,8 @@ func (v *View) serveClient(w http.ResponseWriter, r *http.Request, name, verb st
 		return apiError(http.StatusBadRequest, "%w", err)
 	}
 	if verb == "" {
-		return apiDo(w, r, http.MethodDelete, func() bool { return v.in.Refill(key, r.URL.Query().Get("zone")) })
+		query := r.URL.Query()
+		return apiDo(w, r, http.MethodDelete, func() bool { return v.in.Refill(key, query.Get("zone"), query.Get("policy")) })
 	}
 	d, err := v.in.ParseDuration(r.URL.Query().Get("for"))
 	if r.Method == http.MethodPut && (err != nil || d <= 0) {

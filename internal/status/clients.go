@@ -19,9 +19,27 @@ type clientQuery struct {
 	limit, offset int
 	limited       bool   // only clients without a token or that are blocked
 	match         string // substring of the name, in lower case; "" for all
+	policy        policyQuery
 	key           func(*clientRow, int64) float64
 	ascending     bool
 }
+
+// policyQuery selects what belongs to a policy. The zero policyQuery selects everything.
+type policyQuery struct {
+	only bool // what belongs to the policy with this name
+	name string
+}
+
+// policyQuery returns what the parameter of a request selects.
+func (v *View) policyQuery(parameter string) policyQuery {
+	q := policyQuery{only: parameter != "", name: parameter}
+	if parameter == v.in.DirectivePolicy {
+		q.name = ""
+	}
+	return q
+}
+
+func (q policyQuery) includes(policy string) bool { return !q.only || q.name == policy }
 
 // containsFold reports whether a name contains part, ignoring case. part must be lower case.
 func containsFold(name, part string) bool {
@@ -71,7 +89,7 @@ func (v *View) findClients(q clientQuery, now time.Time) ClientList {
 	found := topN[clientRow]{n: q.offset + q.limit, ascending: q.ascending}
 	total := 0
 	add := func(c clientRow) {
-		if q.limited && c.blocked == 0 && c.tokens(at) >= 1 || q.match != "" && !containsFold(c.table.Name(c.client), q.match) {
+		if !q.policy.includes(c.table.Limits.Policy) || q.limited && c.blocked == 0 && c.tokens(at) >= 1 || q.match != "" && !containsFold(c.table.Name(c.client), q.match) {
 			return
 		}
 		total++
@@ -162,7 +180,7 @@ func (v *View) blocksByClient(at int64) map[client.Key]*clientRow {
 func (v *View) tableOf(key client.Key) *bucket.Table {
 	var best *bucket.Table
 	order := func(a, b *bucket.Table) int {
-		return cmp.Or(cmp.Compare(a.Bits(key), b.Bits(key)), cmp.Compare(a.Limits.Zone, b.Limits.Zone),
+		return cmp.Or(cmp.Compare(a.Bits(key), b.Bits(key)), cmp.Compare(a.Limits.Zone, b.Limits.Zone), cmp.Compare(a.Limits.Policy, b.Limits.Policy),
 			cmp.Compare(a.Limits.Burst, b.Limits.Burst), cmp.Compare(a.Limits.Refill, b.Limits.Refill))
 	}
 	for t := range v.in.Tables {
@@ -176,7 +194,7 @@ func (v *View) tableOf(key client.Key) *bucket.Table {
 func (c *clientRow) info(now time.Time) Client {
 	at := monotime.Of(now)
 	info := Client{
-		Client: printable.Text(c.table.Name(c.client)), Zone: c.table.Limits.Zone,
+		Client: printable.Text(c.table.Name(c.client)), Zone: c.table.Limits.Zone, Policy: c.table.Limits.Policy,
 		Tokens: c.tokens(at), Burst: c.table.Limits.Burst, Refill: c.table.Limits.Refill,
 		Requests: c.Requests(), Rejections: c.Rejections(),
 		Tunnels: int64(c.tunnels),

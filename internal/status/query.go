@@ -33,7 +33,7 @@ func SortsTunnels(key string) bool { return sortsOfTunnels[key] != nil }
 
 // Clients returns what a query of the API finds among the clients.
 func (v *View) Clients(values url.Values, now time.Time) (ClientList, error) {
-	q := clientQuery{limited: values.Has("limited") && values.Get("limited") != "false", match: strings.ToLower(values.Get("q"))}
+	q := clientQuery{limited: values.Has("limited") && values.Get("limited") != "false", match: strings.ToLower(values.Get("q")), policy: v.policyQuery(values.Get("policy"))}
 	var err error
 	if q.limit, q.offset, q.ascending, err = queryPage(values); err != nil {
 		return ClientList{}, err
@@ -48,7 +48,7 @@ func (v *View) Clients(values url.Values, now time.Time) (ClientList, error) {
 
 // Tunnels returns what a query of the API finds among the open tunnels.
 func (v *View) Tunnels(values url.Values, now time.Time) (TunnelList, error) {
-	q := tunnelQuery{match: strings.ToLower(values.Get("q")), client: strings.ToLower(values.Get("client"))}
+	q := tunnelQuery{match: strings.ToLower(values.Get("q")), client: strings.ToLower(values.Get("client")), policy: v.policyQuery(values.Get("policy"))}
 	var err error
 	if q.limit, q.offset, q.ascending, err = queryPage(values); err != nil {
 		return TunnelList{}, err

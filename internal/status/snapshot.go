@@ -78,6 +78,7 @@ type ClientList struct {
 type Client struct {
 	Client       string     `json:"client"`
 	Zone         string     `json:"zone"`
+	Policy       string     `json:"policy,omitempty"` // "": the directive's own options
 	Tokens       float64    `json:"tokens"`
 	Burst        int64      `json:"burst"`
 	Refill       float64    `json:"refill"`
@@ -101,6 +102,7 @@ type Tunnel struct {
 	ID          uint64    `json:"id"`
 	Client      string    `json:"client"`
 	User        string    `json:"user,omitempty"`
+	Policy      string    `json:"policy,omitempty"`
 	Target      string    `json:"target"`
 	Address     string    `json:"address"`
 	Proto       string    `json:"proto"`
@@ -114,6 +116,7 @@ type Tunnel struct {
 type Refusal struct {
 	Time   time.Time `json:"time"`
 	Client string    `json:"client"`
+	Policy string    `json:"policy,omitempty"`
 	Method string    `json:"method"`
 	Target string    `json:"target"`
 	Status int       `json:"status"`
@@ -125,6 +128,13 @@ type Refusal struct {
 // Site holds the options of one handler, named as in the Caddyfile.
 type Site struct {
 	Site     string    `json:"site"`
+	Settings []Setting `json:"settings"`
+	Policies []Policy  `json:"policies,omitempty"`
+}
+
+// Policy holds the conditions of a policy and the options that it sets.
+type Policy struct {
+	Policy   string    `json:"policy"`
 	Settings []Setting `json:"settings"`
 }
 

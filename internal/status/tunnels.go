@@ -17,6 +17,7 @@ type tunnelQuery struct {
 	limit, offset int
 	match         string // substring of the client, user or target, in lower case
 	client        string // substring of the client or user, in lower case
+	policy        policyQuery
 	key           func(*tunnel.Tunnel, int64) float64
 	ascending     bool
 }
@@ -39,7 +40,7 @@ func (v *View) findTunnels(q tunnelQuery, now time.Time) TunnelList {
 	found := topN[*tunnel.Tunnel]{n: q.offset + q.limit, ascending: q.ascending}
 	list := TunnelList{Tunnels: []Tunnel{}}
 	for t := range v.in.Tunnels {
-		if (isClientOf(t, q.match) || containsFold(t.Target, q.match)) && isClientOf(t, q.client) {
+		if q.policy.includes(t.Owner.Policy) && (isClientOf(t, q.match) || containsFold(t.Target, q.match)) && isClientOf(t, q.client) {
 			list.Total++
 			found.add(q.key(t, at), t)
 		}
@@ -47,7 +48,7 @@ func (v *View) findTunnels(q tunnelQuery, now time.Time) TunnelList {
 	for _, k := range found.sorted(q.offset) {
 		t := k.value
 		list.Tunnels = append(list.Tunnels, Tunnel{
-			ID: t.ID, Client: client.Name(t.Client), User: printable.Text(t.User), Target: printable.Text(t.Target), Address: t.Address.String(), Proto: printable.Text(t.Proto),
+			ID: t.ID, Client: client.Name(t.Client), User: printable.Text(t.User), Policy: t.Owner.Policy, Target: printable.Text(t.Target), Address: t.Address.String(), Proto: printable.Text(t.Proto),
 			Started: t.Start, IdleSeconds: time.Duration(max(0, at-t.LastActivity())).Seconds(), BytesUp: t.BytesUp(), BytesDown: t.BytesDown(),
 		})
 	}

@@ -37,11 +37,14 @@ type Inputs struct {
 	// the one that replaced it.
 	Successor func(t *bucket.Table, inUse iter.Seq[*bucket.Table]) *bucket.Table
 
-	// Actions report whether there was something to do. Refill fills the buckets of a client
-	// in a zone; if zone is "", it does so in all zones and also ends a block. Block blocks a
-	// client for d; 0 ends the block.
+	// DirectivePolicy stands for the policy without a name in parameters of requests.
+	DirectivePolicy string
+
+	// Actions report whether there was something to do. Refill fills the buckets of a client in a
+	// policy of a zone; if zone or policy is "", it does so in all of them, and if both are, it
+	// also ends a block. Block blocks a client for d; 0 ends the block.
 	CloseTunnel   func(id uint64) bool
-	Refill        func(key client.Key, zone string) bool
+	Refill        func(key client.Key, zone, policy string) bool
 	Block         func(key client.Key, d time.Duration) bool
 	ParseDuration func(string) (time.Duration, error)
 }

@@ -593,7 +593,7 @@ class Table {
 // text returns a cell renderer that shows the result of a function of the row.
 const text = (write) => (cell, row) => setText(cell, write(row))
 
-const clientKey = (c) => `${c.zone} ${c.client}`
+const clientKey = (c) => `${c.zone} ${c.policy ?? ""} ${c.client}`
 const isBlocked = (c) => c.blocked_until && seconds(c.blocked_until) > counters.at
 const isLimited = (c) => c.tokens < 1
 const age = (time) => (time ? counters.at - seconds(time) : Infinity)
@@ -602,15 +602,44 @@ const ago = (time) => (!time ? "never" : age(time) < 1.5 ? "now" : `${span(age(t
 // tokens are rounded down: a fraction of a token does not admit a request.
 const tokens = (n) => (n < 10 ? digits(Math.floor(n * 10) / 10) : count(Math.floor(n)))
 
-// With several zones, the same client may have several rows.
+// With several zones or policies, the same client may have several rows.
 let manyZones = false
-const inZone = (c) => (manyZones ? ` in zone ${c.zone}` : "")
+let policies = [] // the names of all; empty: there are only the directive's own options
+const inZone = (c) => (manyZones ? ` in zone ${c.zone}` : "") + (c.policy ? ` in policy ${c.policy}` : "")
+const policyNote = (row) => (row.policy ? ` · ${row.policy}` : "")
+
+// policyColumn returns the column for the policy, which is hidden while there are none.
+const policyColumn = () => ({
+	name: "policy", label: "Policy", value: (row) => row.policy ?? "", first: 1, class: "soft mid",
+	show(cell, row) {
+		cell.hidden = !policies.length
+		setText(cell, row.policy ?? "–")
+	},
+})
+
+// ownPolicy stands for the directive's own options in requests to the server.
+const ownPolicy = "default"
+const isOfPolicy = (row) => !$("policy").value || (row.policy ?? ownPolicy) === $("policy").value
+
+// listPolicies offers the policies of the snapshot to choose from.
+function listPolicies() {
+	const rows = [...snapshot.clients.clients, ...snapshot.tunnels.tunnels, ...snapshot.refusals, ...snapshot.settings.flatMap((s) => s.policies ?? [])]
+	const names = [...new Set(rows.map((row) => row.policy).filter(Boolean))].sort()
+	if (names.join() === policies.join()) return
+	policies = names
+	const chosen = $("policy").value
+	const option = (value, label) => make("option", { value }, label)
+	$("policy").replaceChildren(option("", "All policies"), option(ownPolicy, "Without a policy"), ...names.map((name) => option(name, name)))
+	$("policy").value = [ownPolicy, ...names].includes(chosen) && names.length ? chosen : ""
+	$("policies").hidden = !names.length
+}
 
 function named(cell, kept) {
 	kept.name = make("span")
 	kept.zone = make("span", { class: "zone" })
+	kept.policy = make("span", { class: "sub" })
 	kept.badge = make("span")
-	cell.append(kept.name, kept.zone, kept.badge)
+	cell.append(kept.name, kept.zone, kept.policy, kept.badge)
 }
 
 // twoLines makes a cell whose second line replaces columns that do not fit.
@@ -645,11 +674,13 @@ const clients = new Table("clients", {
 			show(_, c, kept) {
 				setText(kept.name, c.client)
 				setText(kept.zone, manyZones ? ` ${c.zone}` : "")
+				setText(kept.policy, c.policy ?? "")
 				const state = isBlocked(c) ? "blocked" : isLimited(c) ? "limited" : ""
 				setText(kept.badge, state === "blocked" ? `blocked, ${span(seconds(c.blocked_until) - counters.at)} left` : state)
 				setAttribute(kept.badge, "class", state ? `badge ${state}` : "")
 			},
 		},
+		policyColumn(),
 		{
 			name: "tokens", label: "Bucket", value: (c) => c.tokens, first: 1,
 			make(cell, kept) {
@@ -698,11 +729,12 @@ const tunnels = new Table("tunnels", {
 		{
 			name: "target", label: "Target", value: (t) => t.target, first: 1, class: "grow", make: twoLines,
 			show(cell, t, kept) {
-				showLines(kept, t.target, who(t))
+				showLines(kept, t.target, who(t) + policyNote(t))
 				setAttribute(cell, "title", `${t.target} (${t.address})`)
 			},
 		},
 		{ name: "client", label: "Client", value: (t) => t.client, first: 1, class: "mid", show: text(who) },
+		policyColumn(),
 		{ name: "proto", label: "Protocol", value: (t) => t.proto, first: 1, class: "soft mid", show: text((t) => t.proto) },
 		{ name: "started", label: "Age", value: (t) => age(t.started), first: 1, class: "num", show: text((t) => span(age(t.started))) },
 		{ name: "idle", label: "Idle", value: (t) => t.idle_seconds, class: "num mid", show: text((t) => (t.idle_seconds < 1.5 ? "–" : span(t.idle_seconds))) },
@@ -735,6 +767,7 @@ const refusals = new Table("refusals", {
 			},
 		},
 		{ name: "client", label: "Client", value: (r) => r.client, first: 1, class: "mid", show: text((r) => r.client) },
+		policyColumn(),
 		{ name: "target", label: "Request", value: (r) => r.target, first: 1, class: "mid", show: text((r) => `${r.method} ${r.target}`) },
 		{
 			name: "cause", label: "Cause", value: causeOf, first: 1, class: "mid",
@@ -746,7 +779,7 @@ const refusals = new Table("refusals", {
 		{
 			name: "detail", label: "Answer", class: "grow soft", make: twoLines,
 			show(cell, r, kept) {
-				showLines(kept, r.detail, `${r.client} · ${r.method} ${r.target}`)
+				showLines(kept, r.detail, `${r.client}${policyNote(r)} · ${r.method} ${r.target}`)
 				setAttribute(cell, "title", `${r.method} ${r.target}: ${r.detail}`)
 			},
 		},
@@ -796,24 +829,28 @@ const words = (id) => $(id).value.trim().toLowerCase()
 const clientSource = new Source("clients", () => {
 	const q = masked ? "" : words("clients-filter")
 	const limited = $("clients-limited").checked
+	const policy = $("policy").value
 	const remote = ["tokens", "requests", "rejections", "bytes", "tunnels", "last_seen"].includes(clients.sort)
-	if (!q && !limited && (!remote || (clients.sort === "last_seen" && clients.order < 0))) return null
+	if (!q && !limited && !policy && (!remote || (clients.sort === "last_seen" && clients.order < 0))) return null
 	const query = new URLSearchParams({ limit: 100 })
 	if (remote) query.set("sort", clients.sort)
 	if (remote) query.set("order", clients.order > 0 ? "asc" : "desc")
 	if (q) query.set("q", q)
 	if (limited) query.set("limited", "")
+	if (policy) query.set("policy", policy)
 	return query.toString()
 })
 
 const tunnelSource = new Source("tunnels", () => {
 	const q = masked ? "" : words("tunnels-filter")
+	const policy = $("policy").value
 	const sort = { started: "started", idle: "idle" }[tunnels.sort]
-	if (!q && (!sort || (sort === "started" && tunnels.order > 0))) return null
+	if (!q && !policy && (!sort || (sort === "started" && tunnels.order > 0))) return null
 	const query = new URLSearchParams({ limit: 200 })
 	if (sort) query.set("sort", sort)
 	if (sort) query.set("order", (tunnels.order > 0) === (sort === "idle") ? "asc" : "desc") // the youngest tunnel has the latest start
 	if (q) query.set("q", q)
+	if (policy) query.set("policy", policy)
 	return query.toString()
 })
 
@@ -825,28 +862,33 @@ function shown(id, n, total) {
 function showTables() {
 	const fitting = words("clients-filter")
 	const limited = $("clients-limited").checked
+	listPolicies()
+	const policy = $("policy").value
 	let list = (clientSource.list() ?? snapshot.clients).clients
 	manyZones = new Set([...snapshot.clients.clients, ...list].map((c) => c.zone)).size > 1
-	list = list.filter((c) => c.client.toLowerCase().includes(fitting) && (!limited || isLimited(c) || isBlocked(c)))
-	clients.show(clients.sorted(list), fitting || limited ? "No matching clients." : undefined)
+	list = list.filter((c) => isOfPolicy(c) && c.client.toLowerCase().includes(fitting) && (!limited || isLimited(c) || isBlocked(c)))
+	clients.show(clients.sorted(list), fitting || limited || policy ? "No matching clients." : undefined)
 	shown("clients-count", list.length, snapshot.clients.total)
 
 	const like = words("tunnels-filter")
 	let open = (tunnelSource.list() ?? snapshot.tunnels).tunnels
-	open = open.filter((t) => t.client.toLowerCase().includes(like) || t.target.toLowerCase().includes(like) || (t.user ?? "").toLowerCase().includes(like))
-	tunnels.show(tunnels.sorted(open), like ? "No matching tunnels." : undefined)
+	open = open.filter((t) => isOfPolicy(t) && [t.client, t.target, t.user ?? ""].some((part) => part.toLowerCase().includes(like)))
+	tunnels.show(tunnels.sorted(open), like || policy ? "No matching tunnels." : undefined)
 	shown("tunnels-count", open.length, snapshot.tunnels.total)
 
 	const about = words("refusals-filter")
-	const refused = snapshot.refusals.filter((r) => `${r.client} ${r.method} ${r.target} ${r.cause ?? ""} ${r.reason} ${r.status}`.toLowerCase().includes(about))
-	refusals.show(refusals.sorted(refused), about ? "No matching refusals." : undefined)
+	const refused = snapshot.refusals.filter((r) => isOfPolicy(r) && `${r.client} ${r.method} ${r.target} ${r.cause ?? ""} ${r.reason} ${r.status}`.toLowerCase().includes(about))
+	refusals.show(refusals.sorted(refused), about || policy ? "No matching refusals." : undefined)
 	shown("refusals-count", refused.length, snapshot.refusals.length)
 
 	for (const table of [clients, tunnels]) table.heads.at(-1).hidden = !canAct
+	for (const table of [clients, tunnels, refusals]) {
+		table.heads[table.columns.findIndex((column) => column.name === "policy")].hidden = !policies.length
+	}
 }
 
 for (const table of [clients, tunnels, refusals]) table.onChange = () => snapshot && showTables()
-for (const id of ["clients-filter", "clients-limited", "tunnels-filter", "refusals-filter"]) {
+for (const id of ["clients-filter", "clients-limited", "tunnels-filter", "refusals-filter", "policy"]) {
 	$(id).addEventListener("input", () => {
 		for (const table of [clients, tunnels, refusals]) table.moveNow = true
 		if (snapshot) showTables()
@@ -862,15 +904,20 @@ function showSettings() {
 		$("sites").replaceChildren(make("p", { class: "hint" }, "This config has no async_proxy."))
 		return
 	}
-	$("sites").replaceChildren(...snapshot.settings.map(({ site, settings }) => {
-		const list = make("dl")
-		for (const { option, value, default: isDefault } of settings) {
-			const dd = make("dd", {}, value)
-			if (isDefault) dd.append(make("span", { class: "hidden" }, " (default)"))
-			list.append(make("div", isDefault ? { class: "default" } : {}, make("dt", {}, option), dd))
-		}
-		return make("div", { class: "site" }, make("h3", {}, site), list)
+	$("sites").replaceChildren(...snapshot.settings.map(({ site, settings, policies = [] }) => {
+		const parts = policies.flatMap(({ policy, settings }) => [make("h4", {}, `policy ${policy}`), settingsList(settings)])
+		return make("div", { class: "site" }, make("h3", {}, site), settingsList(settings), ...parts)
 	}))
+}
+
+function settingsList(settings) {
+	const list = make("dl")
+	for (const { option, value, default: isDefault } of settings) {
+		const dd = make("dd", {}, value)
+		if (isDefault) dd.append(make("span", { class: "hidden" }, " (default)"))
+		list.append(make("div", isDefault ? { class: "default" } : {}, make("dt", {}, option), dd))
+	}
+	return list
 }
 
 // ---- Actions
@@ -886,7 +933,7 @@ async function act(action, fields, done) {
 }
 
 const close = (t) => act("close", { tunnel: t.id }, `Closed the tunnel to ${t.target}.`)
-const refill = (c) => act("refill", { client: c.client, zone: c.zone }, `${c.client} has a full bucket${inZone(c)}.`)
+const refill = (c) => act("refill", { client: c.client, zone: c.zone, policy: c.policy ?? ownPolicy }, `${c.client} has a full bucket${inZone(c)}.`)
 const unblock = (c) => act("block", { client: c.client, for: "0s" }, `${c.client} is no longer blocked.`)
 
 function block(c) {
