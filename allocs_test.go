@@ -45,6 +45,9 @@ func TestAllocations(t *testing.T) {
 		{"POST deployed", "", http.MethodPost, http.StatusOK, true, 33},
 		{"CONNECT", "", http.MethodConnect, http.StatusOK, false, 105},
 		{"CONNECT deployed", "", http.MethodConnect, http.StatusOK, true, 116},
+		{"GET with ten policies", tenPolicies, http.MethodGet, http.StatusOK, false, 20},
+		{"GET deployed with ten policies", tenPolicies, http.MethodGet, http.StatusOK, true, 25},
+		{"CONNECT with ten policies", tenPolicies, http.MethodConnect, http.StatusOK, false, 108}, // the tunnels of a policy are counted
 		{"429", "burst 1\nrefill 0.00001", http.MethodGet, http.StatusTooManyRequests, false, 10},
 	} {
 		t.Run(row.name, func(t *testing.T) {

@@ -31,6 +31,15 @@ import (
 
 const benchClients = 32
 
+// tenPolicies are options with ten policies, of which the last one is for the clients of benchmarks.
+var tenPolicies = func() string {
+	options := "burst 1000000000\nrefill 1000000\n"
+	for i := range 9 {
+		options += fmt.Sprintf("policy p%d {\nclients 10.%d.0.0/16\ndeny ads%d.example\n}\n", i, i, i)
+	}
+	return options + "policy last {\nclients 127.0.0.0/8\ndeny ads.example\n}\n"
+}()
+
 // BenchmarkForward measures a small GET over keep-alive connections, through async_proxy
 // and through what it is compared with: Caddy's own response, Caddy's reverse_proxy, and a
 // bare net/http forwarder. These log no requests, so async_proxy is measured without
@@ -48,6 +57,7 @@ func BenchmarkForward(b *testing.B) {
 			{"async_proxy-logging", "async_proxy burst 1000000000 refill 1000000", "file"},
 			{"async_proxy-access-log", accessLogged + "async_proxy burst 1000000000 refill 1000000", "discard"},
 			{"async_proxy-metrics", "async_proxy burst 1000000000 refill 1000000", "metrics"},
+			{"async_proxy-policies", "async_proxy {\n" + tenPolicies + "}", "discard"},
 			{"respond", "respond 200", "discard"},
 			{"reverse_proxy", "reverse_proxy " + address, "discard"},
 			{"net-http", "", ""},

@@ -629,6 +629,25 @@ func TestJSONOfAnotherShape(t *testing.T) {
 // survives JSON and that Caddy accepts.
 func FuzzCaddyfile(f *testing.F) {
 	f.Add("async_proxy")
+	f.Add(`async_proxy {
+	user_from {a.b}
+	policy ci {
+		users ci-* *-bot
+		limit_by user
+		allow a.example
+		deny all
+	}
+	policy guests {
+		clients 10.0.0.0/8
+		match {
+			method GET
+		}
+		max_tunnels 5 per_client 2
+	}
+	policy others {
+		methods GET
+	}
+}`)
 	f.Add(`async_proxy burst 5 refill 0.5 {
 	zone a
 	exempt 10.0.0.0/8 private_ranges

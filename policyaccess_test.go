@@ -140,3 +140,51 @@ func TestPolicyMethods(t *testing.T) {
 		}
 	}
 }
+
+// The rules of a policy are asked first, and then the directive's, about names as about addresses.
+func TestPolicyRulesBeforeDirective(t *testing.T) {
+	w := newWorld(t, "", nil)
+	origin := w.origin.Listener.Addr().String()
+	_, port, _ := strings.Cut(origin, ":")
+	for i, tc := range []struct {
+		directive, own        string
+		byName, byAddress     int // of localhost and 127.0.0.1, in the policy
+		elsewhere, elsewhere2 int // without the policy
+	}{
+		{"", "", 200, 200, 200, 200},
+		{"", "deny localhost", 403, 200, 200, 200},
+		{"", "deny 127.0.0.0/8 ::1", 403, 403, 200, 200},
+		{"deny localhost", "", 403, 200, 403, 200},
+		{"deny localhost", "allow localhost", 200, 200, 403, 200},
+		{"deny all", "allow localhost", 200, 403, 403, 403},
+		{"deny all", "allow localhost 127.0.0.0/8", 200, 200, 403, 403},
+		{"deny 127.0.0.0/8 ::1", "allow 127.0.0.1", 200, 200, 403, 403},
+		{"deny 127.0.0.0/8 ::1", "allow 127.0.0.1:1", 403, 403, 403, 403},
+		{"deny 127.0.0.0/8 ::1", "allow 127.0.0.1:" + port + "\ndeny all", 200, 200, 403, 403},
+		{"allow 127.0.0.1\ndeny all", "deny localhost", 403, 200, 200, 200},
+		{"allow localhost\ndeny localhost all", "deny 127.0.0.1:1", 200, 403, 200, 403},
+		{"deny localhost", "allow localhost\ndeny 127.0.0.0/8 ::1", 403, 403, 403, 200},
+		{"report_only rules\ndeny localhost", "deny 127.0.0.0/8", 200, 200, 200, 200},
+		{"deny localhost", "report_only rules\ndeny 127.0.0.0/8 ::1", 200, 200, 403, 200},
+		{"ports 1", "ports " + port, 200, 200, 403, 403},
+		{"ports " + port, "connect_ports 1\ndeny a.example", 403, 403, 200, 200}, // CONNECT only
+	} {
+		w.load(w.site("burst 1000000\n" + tc.directive + "\npolicy some {\nmatch {\nheader X-Policy some\n}\n" + tc.own + "\n}"))
+		for _, method := range []string{http.MethodGet, http.MethodConnect} {
+			for _, ask := range []struct {
+				authority, lines string
+				want             int
+			}{
+				{"localhost:" + port, "X-Policy: some\n", tc.byName}, {origin, "X-Policy: some\n", tc.byAddress},
+				{"localhost:" + port, "", tc.elsewhere}, {origin, "", tc.elsewhere2},
+			} {
+				if strings.Contains(tc.own, "connect_ports") && method == http.MethodGet {
+					ask.want = 200
+				}
+				if res, body := policyRequest(t, w.proxy, method, ask.authority, ask.lines); res.StatusCode != ask.want {
+					t.Errorf("row %d (%q, %q): %s %s with %q: %s %q, want %d", i, tc.directive, tc.own, method, ask.authority, ask.lines, res.Status, body, ask.want)
+				}
+			}
+		}
+	}
+}

@@ -123,7 +123,7 @@ func dnsNames(name string, n int) []string {
 }
 
 // TestSpellings requests every forbidden destination in every spelling, by CONNECT and as a
-// plain request.
+// plain request, of the directive and of a policy.
 func TestSpellings(t *testing.T) {
 	if !apart(t) {
 		return
@@ -132,7 +132,16 @@ func TestSpellings(t *testing.T) {
 		return
 	}
 	port, accepted := listenEverywhere(t)
-	w := newWorld(t, "resolvers "+nameServer(t, dnsNames), nil)
+	resolvers := "resolvers " + nameServer(t, dnsNames)
+	w := newWorld(t, resolvers, nil)
+	testSpellings(t, w, port, accepted)
+	accepted.Store(0)
+	w.load(w.site(resolvers + "\nburst 1000000\npolicy everybody {\nclients 0.0.0.0/0 ::/0\nports 1-24 26-65535\n}"))
+	testSpellings(t, w, port, accepted)
+}
+
+func testSpellings(t *testing.T, w *world, port string, accepted *atomic.Int64) {
+	t.Helper()
 	const (
 		loopback  = `127.0.0.1 127.0.0.1. 127.0.0.2 127.1.2.3 127.255.255.254 [::1] [0:0:0:0:0:0:0:1] [::0001] [0000:0000:0000:0000:0000:0000:0000:0001] [::ffff:127.0.0.1] [::ffff:7f00:1] [0:0:0:0:0:ffff:127.0.0.1] [::FFFF:7F00:0001] [::127.0.0.1] [::7f00:1] localhost LOCALHOST LocalHost loopback.test LOOPBACK.test loopback.test. alias.test mapped.test nat64.test xn--lclhst-cua.test`
 		private   = `10.0.0.1 10.0.0.1. 172.16.0.1 192.168.1.1 100.64.0.1 192.0.0.192 198.18.0.1 203.0.113.1 240.0.0.1 168.63.129.16 [fd00::1] [FD00::1] [fec0::1] [2001:db8::1] [::ffff:10.0.0.1] [::ffff:a00:1] [::ffff:192.168.1.1] [::ffff:100.64.0.1] private.test`
