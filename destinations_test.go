@@ -55,7 +55,7 @@ func TestRulesFromFiles(t *testing.T) {
 		open     bool
 	}{{"", "10.1.2.3:80", false}, {"", "10.1.2.4:80", true}, {"ads.example", "1.1.1.1:1", false}, {"x.ads.example", "1.1.1.1:80", false}, {"x.ads.example", "1.1.1.1:81", true}} {
 		to := netip.MustParseAddrPort(tc.to)
-		if denied, _ := p.Check(t.Context(), access.LocalScope, hostport.Target{Name: tc.name, Port: to.Port()}, to); (denied == nil) != tc.open {
+		if denied := p.Check(t.Context(), access.LocalScope, hostport.Target{Name: tc.name, Port: to.Port()}, to).Denied; (denied == nil) != tc.open {
 			t.Errorf("%s %s: %v", tc.name, tc.to, denied)
 		}
 	}
@@ -100,7 +100,7 @@ func TestRulesFromSources(t *testing.T) {
 		for _, address := range addresses {
 			to := netip.AddrPortFrom(netip.MustParseAddr(address), 80)
 			rule := ""
-			if denied, _ := p.Check(t.Context(), access.LocalScope, hostport.TargetOf(to.String()), to); denied != nil {
+			if denied := p.Check(t.Context(), access.LocalScope, hostport.TargetOf(to.String()), to).Denied; denied != nil {
 				rule = denied.Rule
 			}
 			if rule != want {

@@ -130,51 +130,74 @@ func (e *DeniedError) Error() string {
 	return text
 }
 
+// Verdict is a decision about a destination.
+type Verdict struct {
+	Denied   *DeniedError // nil: the destination is allowed
+	Reported *DeniedError // the first denial that report-only mode suppressed; nil: none
+
+	// The entry that allows the destination. Its text is only made if anybody asks for it.
+	by       *RuleSet // nil: no rule allows it, nor denies it
+	entry    string   // "": the range that contains host, or else ip
+	ip, host netip.Addr
+}
+
+// Rule returns the rule that decides, such as "allow *.example.com"; "" if none does.
+func (v *Verdict) Rule() string {
+	switch {
+	case v.Denied != nil:
+		return v.Denied.Rule
+	case v.by == nil:
+		return ""
+	case v.entry == "":
+		return v.by.rule(cmp.Or(v.by.rangeOf(v.host), v.by.rangeOf(v.ip)))
+	}
+	return v.by.rule(v.entry)
+}
+
 // Check decides whether a client of reach r may connect to the address to, which belongs
 // to target t. The first rule that matches the target's name or the address decides.
 // Allowing a name does not allow whatever it resolves to: the address must still pass the
-// later rules for addresses, and the client's reach. reported is the first denial that
-// report-only mode suppressed, if any.
-func (p *Control) Check(ctx context.Context, r Scope, t hostport.Target, to netip.AddrPort) (denied, reported *DeniedError) {
+// later rules for addresses, and the client's reach.
+func (p *Control) Check(ctx context.Context, r Scope, t hostport.Target, to netip.AddrPort) (v Verdict) {
 	ip := to.Addr().WithZone("").Unmap()
 	host := EmbeddedIPv4(ip)
 	if e := p.CheckSelf(to, false); e != nil {
-		return e, nil
+		return Verdict{Denied: e}
 	}
-	if e := p.checkPort(ctx, to.Port()); e != nil {
-		if e.To = to; p.enforces(e, &reported) {
-			return e, nil
+	if e := p.CheckPort(ctx, to.Port()); e != nil {
+		if e.To = to; v.enforces(p, e) {
+			return v
 		}
 	}
-	named := false // a rule has allowed the name
 	for _, s := range p.Sets {
 		if !s.ports.contains(to.Port()) {
 			continue
 		}
 		entry, byAddress := s.MatchAddress(ctx, ip, host)
 		byName := false
-		if !byAddress && !named {
+		if !byAddress && v.by == nil { // else a rule has allowed the name
 			entry, byName = s.MatchName(t)
 		}
 		switch {
 		case s.deny && (byAddress || byName):
 			e := s.denied(entry)
-			if e.To = to; p.enforces(e, &reported) {
-				return e, nil
+			if e.To = to; v.enforces(p, e) {
+				return v
 			}
 		case byAddress:
-			return nil, reported
+			v.by, v.entry, v.ip, v.host = s, entry, ip, host
+			return v
 		case byName:
-			named = true
+			v.by, v.entry = s, entry
 		}
 	}
 	switch {
 	case r.includes(ip, host):
-		return nil, reported
+		return v
 	case r == LocalScope:
-		return &DeniedError{To: to, Reason: "its address has a special purpose", Hint: "allow " + ip.String()}, nil
+		return Verdict{Denied: &DeniedError{To: to, Reason: "its address has a special purpose", Hint: "allow " + ip.String()}}
 	default:
-		return &DeniedError{To: to, Reason: "its address is private or local", Hint: "allow " + ip.String()}, nil
+		return Verdict{Denied: &DeniedError{To: to, Reason: "its address is private or local", Hint: "allow " + ip.String()}}
 	}
 }
 
@@ -192,53 +215,56 @@ func (p *Control) CheckSelf(to netip.AddrPort, exact bool) *DeniedError {
 	return nil
 }
 
-// enforces reports whether a denial by rules or ports is enforced. In report-only mode
-// it stores the first denial in reported instead.
-func (p *Control) enforces(e *DeniedError, reported **DeniedError) bool {
-	if p.ReportOnly && *reported == nil {
-		*reported = e
+// enforces reports whether a denial by rules or ports is enforced, which makes it the verdict.
+// In report-only mode it records the first denial instead.
+func (v *Verdict) enforces(p *Control, e *DeniedError) bool {
+	if !p.ReportOnly {
+		*v = Verdict{Denied: e}
+		return true
 	}
-	return !p.ReportOnly
+	v.Reported = cmp.Or(v.Reported, e)
+	return false
 }
 
 // CheckName decides about a target before its name is resolved, which saves DNS queries
 // for denied names. What it allows must still pass check. If resolvable is false, this
 // proxy never resolves the name, since the parent does: then rules for addresses do not
 // apply to names, and CheckName decides alone.
-func (p *Control) CheckName(ctx context.Context, r Scope, t hostport.Target, resolvable bool) (denied, reported *DeniedError) {
+func (p *Control) CheckName(ctx context.Context, r Scope, t hostport.Target, resolvable bool) (v Verdict) {
 	if t.Addr.IsValid() {
 		if resolvable {
-			return nil, nil // check decides about it
+			return v // check decides about it
 		}
 		return p.Check(ctx, r, t, netip.AddrPortFrom(t.Addr, t.Port))
 	}
 	if !resolvable && (t.Name == "localhost" || strings.HasSuffix(t.Name, ".localhost")) {
 		return p.Check(ctx, r, t, netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), t.Port))
 	}
-	if e := p.checkPort(ctx, t.Port); e != nil && p.enforces(e, &reported) {
-		return e, nil
+	if e := p.CheckPort(ctx, t.Port); e != nil && v.enforces(p, e) {
+		return v
 	}
 	for _, s := range p.Sets {
 		if !s.ports.contains(t.Port) {
 			continue
 		}
 		entry, matches := s.MatchName(t)
-		switch {
-		case matches && s.deny:
-			if e := s.denied(entry); p.enforces(e, &reported) {
-				return e, nil
+		if matches && s.deny {
+			if v.enforces(p, s.denied(entry)) {
+				return v
 			}
-		case matches, resolvable && !s.deny && s.aboutAddresses():
-			if resolvable {
-				reported = nil // check reports it again
-			}
-			return nil, reported
+			continue
+		}
+		if matches {
+			v.by, v.entry = s, entry
+		}
+		if matches || resolvable && !s.deny && s.aboutAddresses() {
+			break
 		}
 	}
 	if resolvable {
-		reported = nil
+		v.Reported = nil // check reports it again
 	}
-	return nil, reported
+	return v
 }
 
 // connectKey is the context key that marks the dial of a CONNECT.
@@ -253,11 +279,17 @@ func (p *Control) WithConnect(ctx context.Context) context.Context {
 	return context.WithValue(ctx, connectKey{}, true)
 }
 
-func (p *Control) checkPort(ctx context.Context, port uint16) *DeniedError {
-	ports, option := p.Ports, "ports"
+// PortsFor returns the ports that are open, and the option that says so; none: all but PortSMTP.
+func (p *Control) PortsFor(ctx context.Context) (open []PortRange, option string) {
 	if p.Connect != nil && ctx.Value(connectKey{}) != nil {
-		ports, option = p.Connect, "connect_ports"
+		return p.Connect, "connect_ports"
 	}
+	return p.Ports, "ports"
+}
+
+// CheckPort returns why a port is closed; nil if it is open.
+func (p *Control) CheckPort(ctx context.Context, port uint16) *DeniedError {
+	ports, option := p.PortsFor(ctx)
 	if ports == nil && port != PortSMTP || slices.ContainsFunc(ports, func(r PortRange) bool { return r.contains(port) }) {
 		return nil
 	}
@@ -301,8 +333,7 @@ func (s *RuleSet) matchRange(ctx context.Context, addr netip.Addr) (string, bool
 		if !s.deny {
 			return "", true
 		}
-		prefix, _ := s.prefixes.LookupPrefixLPM(netip.PrefixFrom(addr, addr.BitLen()))
-		return prefix.String(), true
+		return s.rangeOf(addr), true
 	}
 	for _, source := range s.Sources {
 		if source.contains(ctx, addr) {
@@ -310,6 +341,15 @@ func (s *RuleSet) matchRange(ctx context.Context, addr netip.Addr) (string, bool
 		}
 	}
 	return "", false
+}
+
+// rangeOf returns the smallest range of the set that contains an address, which is not a range
+// of a source; "": none does.
+func (s *RuleSet) rangeOf(addr netip.Addr) string {
+	if prefix, ok := s.prefixes.LookupPrefixLPM(netip.PrefixFrom(addr, addr.BitLen())); ok {
+		return prefix.String()
+	}
+	return ""
 }
 
 // MatchName returns which entry of the set matches a target's name. The entry all also
@@ -344,12 +384,15 @@ func (s *RuleSet) aboutAddresses() bool {
 
 // denied returns the error for a target that matches an entry of a deny set.
 func (s *RuleSet) denied(entry string) *DeniedError {
+	return &DeniedError{Rule: s.rule(entry), Hint: "put an allow rule before it"}
+}
+
+// rule returns the rule that an entry of the set is.
+func (s *RuleSet) rule(entry string) string {
 	if s.ports.High > 0 {
 		entry += ":" + s.ports.String()
 	}
-	return &DeniedError{
-		Rule: "deny " + entry, Hint: "put an allow rule before it",
-	}
+	return s.action() + " " + entry
 }
 
 // RangeSource is a list of CIDR ranges that may change while the config runs.

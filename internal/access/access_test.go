@@ -110,7 +110,7 @@ func TestAccessCheck(t *testing.T) {
 func accessCheck(t *testing.T, p *Control, r Scope, address string, port uint16, want bool) {
 	t.Helper()
 	to := netip.AddrPortFrom(netip.MustParseAddr(address), port)
-	err, _ := p.Check(t.Context(), r, hostport.Target{Addr: to.Addr(), Port: port}, to)
+	err := p.Check(t.Context(), r, hostport.Target{Addr: to.Addr(), Port: port}, to).Denied
 	if (err == nil) != want {
 		t.Errorf("%s for %s: %v, want it open: %v", to, map[Scope]string{LocalScope: "local", PublicScope: "public"}[r], err, want)
 	}
@@ -123,7 +123,7 @@ func accessCheck(t *testing.T, p *Control, r Scope, address string, port uint16,
 func TestAccessTexts(t *testing.T) {
 	for r, want := range map[Scope]string{LocalScope: "its address has a special purpose", PublicScope: "its address is private or local"} {
 		to := netip.MustParseAddrPort("169.254.169.254:80")
-		if denied, _ := new(Control).Check(t.Context(), r, hostport.Target{Addr: to.Addr(), Port: 80}, to); denied == nil || denied.Reason != want || denied.Hint != "allow 169.254.169.254" {
+		if denied := new(Control).Check(t.Context(), r, hostport.Target{Addr: to.Addr(), Port: 80}, to).Denied; denied == nil || denied.Reason != want || denied.Hint != "allow 169.254.169.254" {
 			t.Errorf("%v, want %q", denied, want)
 		}
 	}
@@ -296,7 +296,7 @@ func TestRulesOfDestinations(t *testing.T) {
 			asked.Addr = to.Addr()
 		}
 		got := opens
-		if denied, _ := p.Check(t.Context(), tc.reach, asked, to); denied != nil {
+		if denied := p.Check(t.Context(), tc.reach, asked, to).Denied; denied != nil {
 			if got = denied.Rule; got == "" {
 				got = byDefault
 			}
@@ -305,7 +305,7 @@ func TestRulesOfDestinations(t *testing.T) {
 			t.Errorf("%q: %q at %s for reach %d: %s, want %s", tc.rules, tc.name, tc.to, tc.reach, got, tc.want)
 		}
 		// Checking the name alone may save a lookup but must not change the outcome.
-		if early, _ := p.CheckName(t.Context(), tc.reach, asked, true); early != nil && got == opens {
+		if early := p.CheckName(t.Context(), tc.reach, asked, true).Denied; early != nil && got == opens {
 			t.Errorf("%q: the name %q is denied by %s, its address is not", tc.rules, tc.name, early.Rule)
 		}
 	}
@@ -340,7 +340,7 @@ func TestRulesWithoutResolving(t *testing.T) {
 		{"allow private", "10.0.0.1:80", PublicScope, true},
 	} {
 		p := policyOf(t, tc.rules)
-		if denied, _ := p.CheckName(t.Context(), tc.reach, hostport.TargetOf(tc.address), false); (denied == nil) != tc.open {
+		if denied := p.CheckName(t.Context(), tc.reach, hostport.TargetOf(tc.address), false).Denied; (denied == nil) != tc.open {
 			t.Errorf("%q: %s for reach %d: %v, want it open: %v", tc.rules, tc.address, tc.reach, denied, tc.open)
 		}
 	}
@@ -362,16 +362,45 @@ func TestRulesReportOnly(t *testing.T) {
 	} {
 		p := policyOf(t, "report_only rules\n"+tc.rules)
 		to := netip.MustParseAddrPort(tc.to)
-		denied, reported := p.Check(t.Context(), PublicScope, hostport.Target{Name: tc.name, Port: to.Port()}, to)
+		v := p.Check(t.Context(), PublicScope, hostport.Target{Name: tc.name, Port: to.Port()}, to)
 		rule := ""
-		if reported != nil {
-			rule = reported.Rule
+		if v.Reported != nil {
+			rule = v.Reported.Rule
 		}
-		if (denied == nil) != tc.open || rule != tc.reported {
-			t.Errorf("%q: %s: %v, reported %q; want open %v, reported %q", tc.rules, tc.to, denied, rule, tc.open, tc.reported)
+		if (v.Denied == nil) != tc.open || rule != tc.reported {
+			t.Errorf("%q: %s: %v, reported %q; want open %v, reported %q", tc.rules, tc.to, v.Denied, rule, tc.open, tc.reported)
 		}
-		if early, _ := p.CheckName(t.Context(), PublicScope, hostport.Target{Name: tc.name, Port: to.Port()}, true); early != nil {
+		if early := p.CheckName(t.Context(), PublicScope, hostport.Target{Name: tc.name, Port: to.Port()}, true).Denied; early != nil {
 			t.Errorf("%q: the name alone is denied: %v", tc.rules, early)
+		}
+	}
+}
+
+// TestVerdictRule checks which rule a verdict names, by the target's name alone and by its address.
+func TestVerdictRule(t *testing.T) {
+	for _, tc := range []struct{ rules, name, to, byName, byAddress string }{
+		{"allow *.example.com:443\ndeny all", "a.example.com", "1.1.1.1:443", "allow *.example.com:443", "allow *.example.com:443"},
+		{"allow a.example.com\ndeny all", "A.example.com", "1.1.1.1:443", "allow a.example.com", "allow a.example.com"},
+		{"allow a.example.com\ndeny 1.1.0.0/16\ndeny all", "a.example.com", "1.1.1.1:443", "allow a.example.com", "deny 1.1.0.0/16"},
+		{"allow 10.0.0.0/8\nallow 10.1.0.0/16:443\ndeny all", "x.example", "10.1.2.3:443", "", "allow 10.0.0.0/8"},
+		{"allow 10.0.0.0/8 10.1.0.0/16\ndeny all", "x.example", "10.1.2.3:443", "", "allow 10.1.0.0/16"},
+		{"allow 10.0.0.0/8\ndeny all", "x.example", "[64:ff9b::a00:1]:443", "", "allow 10.0.0.0/8"},
+		{"allow [fd00::/8]:443\ndeny all", "x.example", "[fd00::1]:443", "", "allow fd00::/8:443"},
+		{"allow 169.254.169.254\ndeny all", "", "169.254.169.254:80", "", "allow 169.254.169.254/32"},
+		{"allow public\ndeny all", "x.example", "1.1.1.1:443", "", "allow public"},
+		{"deny ads.example", "ads.example", "1.1.1.1:443", "deny ads.example", "deny ads.example"},
+		{"deny ads.example", "x.example", "1.1.1.1:443", "", ""},
+		{"ports 443", "x.example", "1.1.1.1:80", "ports", "ports"},
+	} {
+		p := policyOf(t, tc.rules)
+		to := netip.MustParseAddrPort(tc.to)
+		asked := hostport.Target{Name: strings.ToLower(tc.name), Port: to.Port()}
+		if tc.name == "" {
+			asked.Addr = to.Addr()
+		}
+		early, late := p.CheckName(t.Context(), PublicScope, asked, true), p.Check(t.Context(), PublicScope, asked, to)
+		if early.Rule() != tc.byName || late.Rule() != tc.byAddress {
+			t.Errorf("%q: %s %s: by name %q, by address %q; want %q, %q", tc.rules, tc.name, tc.to, early.Rule(), late.Rule(), tc.byName, tc.byAddress)
 		}
 	}
 }
@@ -383,7 +412,7 @@ func TestRulesLookup(t *testing.T) {
 	to := netip.MustParseAddrPort("1.2.3.4:443")
 	asked := hostport.Target{Name: "a.b.c.example.com", Port: 443}
 	ctx := context.Background()
-	if n := testing.AllocsPerRun(100, func() { _, _ = p.Check(ctx, PublicScope, asked, to) }); n > 0 {
+	if n := testing.AllocsPerRun(100, func() { _ = p.Check(ctx, PublicScope, asked, to) }); n > 0 {
 		t.Errorf("%v allocations for a check, want none", n)
 	}
 }
@@ -407,7 +436,7 @@ func BenchmarkRules(b *testing.B) {
 		to := netip.MustParseAddrPort(address)
 		b.Run(name, func(b *testing.B) {
 			for b.Loop() {
-				if denied, _ := p.Check(ctx, PublicScope, asked, to); denied != nil {
+				if denied := p.Check(ctx, PublicScope, asked, to).Denied; denied != nil {
 					b.Fatal(denied)
 				}
 			}

@@ -133,10 +133,7 @@ func covering(sets []*RuleSet, d Destination, ports []PortRange) (by string, den
 			}
 		}
 		if matches {
-			if s.ports.High > 0 {
-				entry += ":" + s.ports.String()
-			}
-			return s.action() + " " + entry, s.deny
+			return s.rule(entry), s.deny
 		}
 		// deny all does not decide for a name that an earlier rule allows: its
 		// addresses are still checked against later rules.

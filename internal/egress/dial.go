@@ -49,11 +49,11 @@ func NewDialer(p *access.Control, timeout time.Duration, resolver *Resolver) *Di
 					return err
 				}
 				a := ctx.Value(attemptKey{}).(*attempt)
-				denied, reported := p.Check(ctx, r, a.Target, to)
-				if denied != nil {
-					a.denied.Store(denied)
+				v := p.Check(ctx, r, a.Target, to)
+				if v.Denied != nil {
+					a.denied.Store(v.Denied)
 				}
-				return d.enforce(ctx, a.address, denied, reported)
+				return d.enforce(ctx, a.address, v)
 			},
 		}
 	}
@@ -82,8 +82,8 @@ func (d *Dialer) Dial(ctx context.Context, r access.Scope, address string) (net.
 		return d.Parent.Connect(ctx, address)
 	}
 	a := &attempt{Target: hostport.TargetOf(address), address: address}
-	if denied, _ := d.Access.CheckName(ctx, r, a.Target, true); denied != nil {
-		return nil, denied
+	if v := d.Access.CheckName(ctx, r, a.Target, true); v.Denied != nil {
+		return nil, v.Denied
 	}
 	conn, err := d.dialTarget(context.WithValue(ctx, attemptKey{}, a), &d.dialers[r], a.Target)
 	if denied := a.denied.Load(); err != nil && denied != nil && !errors.Is(ctx.Err(), context.Canceled) {
@@ -101,22 +101,31 @@ func (d *Dialer) Dial(ctx context.Context, r access.Scope, address string) (net.
 	return conn, nil
 }
 
-// dialTarget dials t, an address or a name. Names are made fully qualified with a trailing
-// dot: the system's search list could otherwise turn the name into one that no rule
-// has checked.
+// dialTarget dials t, an address or a name.
 func (d *Dialer) dialTarget(ctx context.Context, dialer *net.Dialer, t hostport.Target) (net.Conn, error) {
 	if t.Addr.IsValid() {
 		return dialer.DialContext(ctx, "tcp", netip.AddrPortFrom(t.Addr, t.Port).String())
 	}
-	if !strings.Contains(t.Name, ".") { // the hosts file lists such names without the dot
-		if addrs, err := hostsFile.LookupNetIP(ctx, "ip", t.Name); err == nil {
-			return d.Connector.dialAddresses(ctx, dialer, hostPort{t.Name, t.Port}, addrs)
+	question, addrs := questionFor(ctx, t.Name)
+	if len(addrs) > 0 {
+		return d.Connector.dialAddresses(ctx, dialer, hostPort{t.Name, t.Port}, addrs)
+	}
+	return d.Connector.dial(ctx, dialer, question, t.Port)
+}
+
+// questionFor returns a target's name as the resolver must get it, or the addresses that the
+// hosts file has for it. Names are made fully qualified with a trailing dot: the system's search
+// list could otherwise turn the name into one that no rule has checked.
+func questionFor(ctx context.Context, name string) (question string, listed []netip.Addr) {
+	if !strings.Contains(name, ".") { // the hosts file lists such names without the dot
+		if addrs, err := hostsFile.LookupNetIP(ctx, "ip", name); err == nil {
+			return "", addrs
 		}
 	}
-	if t.Name == "localhost" { // most systems know it only without the dot
-		return d.Connector.dial(ctx, dialer, t.Name, t.Port)
+	if name == "localhost" { // most systems know it only without the dot
+		return name, nil
 	}
-	return d.Connector.dial(ctx, dialer, t.Name+".", t.Port)
+	return name + ".", nil
 }
 
 // hostsFile resolves names from the system's hosts file only; it sends no queries.
@@ -138,26 +147,29 @@ func (d *Dialer) UsesParent(address string) bool {
 	return !direct
 }
 
-// CheckForParent checks a target whose name the parent resolves. A parent on this
+// CheckForParent checks a target whose name the parent resolves.
+func (d *Dialer) CheckForParent(ctx context.Context, r access.Scope, address string) error {
+	return d.enforce(ctx, address, d.checkForParent(ctx, r, hostport.TargetOf(address)))
+}
+
+// checkForParent decides about a target whose name the parent resolves. A parent on this
 // machine can resolve any name to this machine, so the ports of our own protected
 // listeners are then denied for all names.
-func (d *Dialer) CheckForParent(ctx context.Context, r access.Scope, address string) error {
-	t := hostport.TargetOf(address)
+func (d *Dialer) checkForParent(ctx context.Context, r access.Scope, t hostport.Target) access.Verdict {
 	if t.Name != "" && d.OwnPort != nil && d.OwnPort(t.Port) && d.Parent.isLocal(ctx) {
-		return &access.DeniedError{Reason: "its port is reserved",
-			Hint: "the parent proxy on this machine could resolve the name to it; add the name to no_upstream, so that it is resolved here"}
+		return access.Verdict{Denied: &access.DeniedError{Reason: "its port is reserved",
+			Hint: "the parent proxy on this machine could resolve the name to it; add the name to no_upstream, so that it is resolved here"}}
 	}
-	denied, reported := d.Access.CheckName(ctx, r, t, false)
-	return d.enforce(ctx, address, denied, reported)
+	return d.Access.CheckName(ctx, r, t, false)
 }
 
 // enforce logs a denial that is only reported, and returns one that is enforced.
-func (d *Dialer) enforce(ctx context.Context, address string, denied, reported *access.DeniedError) error {
-	if reported != nil {
-		d.Report(ctx, address, reported)
+func (d *Dialer) enforce(ctx context.Context, address string, v access.Verdict) error {
+	if v.Reported != nil {
+		d.Report(ctx, address, v.Reported)
 	}
-	if denied != nil {
-		return denied
+	if v.Denied != nil {
+		return v.Denied
 	}
 	return nil
 }
@@ -168,8 +180,7 @@ func (d *Dialer) Denies(ctx context.Context, r access.Scope, target string, to n
 	if d.UsesParent(target) {
 		return d.CheckForParent(ctx, r, target) != nil
 	}
-	denied, _ := d.Access.Check(ctx, r, hostport.TargetOf(target), to)
-	return denied != nil
+	return d.Access.Check(ctx, r, hostport.TargetOf(target), to).Denied != nil
 }
 
 // Recheck checks a reused connection, which was opened for an earlier request, for a
@@ -178,10 +189,14 @@ func (d *Dialer) Recheck(ctx context.Context, r access.Scope, address string, co
 	if d.UsesParent(address) {
 		return d.CheckForParent(ctx, r, address)
 	}
-	to := hostport.AddrPortOf(conn.RemoteAddr())
+	return d.enforce(ctx, address, d.checkConnected(ctx, r, hostport.TargetOf(address), hostport.AddrPortOf(conn.RemoteAddr())))
+}
+
+// checkConnected decides about a connection that is open, or as if it were: no listener of this
+// process is too recent.
+func (d *Dialer) checkConnected(ctx context.Context, r access.Scope, t hostport.Target, to netip.AddrPort) access.Verdict {
 	if denied := d.Access.CheckSelf(to, true); denied != nil {
-		return denied
+		return access.Verdict{Denied: denied}
 	}
-	denied, reported := d.Access.Check(ctx, r, hostport.TargetOf(address), to)
-	return d.enforce(ctx, address, denied, reported)
+	return d.Access.Check(ctx, r, t, to)
 }

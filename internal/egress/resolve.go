@@ -137,20 +137,29 @@ func (r *Resolver) deliver(l *lookup, a dnsAnswer) {
 
 // lookup returns the addresses of a name, of both families.
 func (r *Resolver) lookup(ctx context.Context, name string) (addrs []netip.Addr, err error) {
+	err = r.lookupEach(ctx, name, func(a dnsAnswer) { addrs = append(addrs, a.addrs...) })
+	return addrs, err
+}
+
+// lookupEach looks up both address families of a name, and calls yield with each answer. It
+// returns an error if neither has addresses, or ctx ends first.
+func (r *Resolver) lookupEach(ctx context.Context, name string, yield func(dnsAnswer)) (err error) {
 	answers := make(chan dnsAnswer, 2)
 	defer r.ask(name, answers)()
+	found := false
 	for range 2 {
 		select {
 		case a := <-answers:
-			addrs, err = append(addrs, a.addrs...), moreInformative(err, a.err)
+			yield(a)
+			found, err = found || len(a.addrs) > 0, moreInformative(err, a.err)
 		case <-ctx.Done():
-			return nil, context.Cause(ctx)
+			return context.Cause(ctx)
 		}
 	}
-	if len(addrs) > 0 {
-		return addrs, nil
+	if found {
+		return nil
 	}
-	return nil, err
+	return err
 }
 
 // resolve answers a question. It asks another server when one fails, and an additional
