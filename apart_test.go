@@ -50,6 +50,8 @@ var apartTests = []string{
 	"TestStreamSteadyReader",
 	"TestStreamSteadyOrigin",
 	"TestBinaryExit",
+	"TestCommandExplainMistakes",
+	"TestCommandExplain",
 	"TestBinaryRules",
 	"TestBinaryReload",
 	"TestTunnelsOutliveAReload",

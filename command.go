@@ -39,7 +39,8 @@ destinations as the directive. All --allow flags apply before all --deny flags:
 allows the hosts below example.com and nothing else. Create hashes for --auth
 with caddy hash-password. --clients, --allow, --deny and --auth may be repeated.
 
-caddy async-proxy status shows what a running proxy is doing.
+caddy async-proxy status shows what a running proxy is doing. caddy async-proxy
+explain says whether a request would be allowed, and why.
 `,
 		CobraFunc: func(cmd *cobra.Command) {
 			flags := cmd.Flags()
@@ -56,7 +57,7 @@ caddy async-proxy status shows what a running proxy is doing.
 			flags.BoolP("debug", "v", false, "Enable verbose debug logs")
 			cmd.Args, cmd.SuggestionsMinimumDistance = noArguments, 2
 			cmd.RunE = caddycmd.WrapCommandFuncForCobra(runCommand)
-			cmd.AddCommand(statusCommand())
+			cmd.AddCommand(statusCommand(), explainCommand())
 		},
 	})
 }

@@ -64,12 +64,7 @@ keeps its usual order.
 
 // runStatus runs `caddy async-proxy status`.
 func runStatus(flags caddycmd.Flags) (int, error) {
-	if given := flags.String("address"); given != "" {
-		if err := checkEndpoint("address", given); err != nil {
-			return caddy.ExitCodeFailedQuit, err
-		}
-	}
-	address, err := caddycmd.DetermineAdminAPIAddress(flags.String("address"), nil, "", "")
+	address, err := adminAddress(flags.String("address"))
 	if err != nil {
 		return caddy.ExitCodeFailedQuit, err
 	}
@@ -202,17 +197,35 @@ func fetchStatus(address string, query statusQuery) (*statusReport, error) {
 	for path, into := range map[string]any{
 		"stats": &s.Stats, "clients?" + query.clients(): &s.Clients, "tunnels?" + query.tunnels(): &s.Tunnels,
 	} {
-		res, err := caddycmd.AdminAPIRequest(address, http.MethodGet, "/async_proxy/"+path, nil, nil)
-		if err != nil {
-			return nil, fmt.Errorf("querying %s: %w; use --address for another admin endpoint", address, err)
-		}
-		err = json.NewDecoder(res.Body).Decode(into)
-		_ = res.Body.Close()
-		if err != nil {
-			return nil, fmt.Errorf("invalid response from %s: %w", address, err)
+		if err := fetchAdmin(address, path, into); err != nil {
+			return nil, err
 		}
 	}
 	return s, nil
+}
+
+// adminAddress returns the address of the admin endpoint: the one that --address gives, or Caddy's
+// default.
+func adminAddress(given string) (string, error) {
+	if given != "" {
+		if err := checkEndpoint("address", given); err != nil {
+			return "", err
+		}
+	}
+	return caddycmd.DetermineAdminAPIAddress(given, nil, "", "")
+}
+
+// fetchAdmin reads what the admin API has below /async_proxy/ at path.
+func fetchAdmin(address, path string, into any) error {
+	res, err := caddycmd.AdminAPIRequest(address, http.MethodGet, "/async_proxy/"+path, nil, nil)
+	if err != nil {
+		return fmt.Errorf("querying %s: %w; use --address for another admin endpoint", address, err)
+	}
+	defer res.Body.Close()
+	if err := json.NewDecoder(res.Body).Decode(into); err != nil {
+		return fmt.Errorf("invalid response from %s: %w", address, err)
+	}
+	return nil
 }
 
 // maxOtherLines is the maximum number of lines that print writes besides rows of clients

@@ -74,6 +74,7 @@ var documented = []struct{ file, command, says string }{
 	{"docs/admin-api.md", "curl localhost:2019/async_proxy/stats", `"requests":\{"forwarded":11,"tunnels":1,`},
 	{"docs/admin-api.md", "curl 'localhost:2019/async_proxy/clients?limited&sort=rejections'", `"client":"127.0.0.1".*"total":1`},
 	{"docs/admin-api.md", "curl 'localhost:2019/async_proxy/tunnels?q=example.com'", `\{"tunnels":\[\],"total":0\}`},
+	{"docs/admin-api.md", "curl 'localhost:2019/async_proxy/explain?client=192.0.2.1&target=127.0.0.1:8000'", `"decision":"denied".*"check":"client","outcome":"denied"`},
 	{"docs/admin-api.md", "curl -X DELETE localhost:2019/async_proxy/tunnels/42", `\{"error":"not found"\}`},
 	{"docs/admin-api.md", "curl -X DELETE localhost:2019/async_proxy/clients/192.0.2.1", `\{"error":"not found"\}`},
 	{"docs/admin-api.md", "curl -X PUT 'localhost:2019/async_proxy/clients/192.0.2.1/block?for=10m'", `\n$`}, // 204
@@ -308,7 +309,7 @@ func TestDocumentedLinks(t *testing.T) {
 	for file, text := range texts {
 		anchors[file+"#"] = true
 		for _, heading := range regexp.MustCompile(`(?m)^#+ (.*)$`).FindAllStringSubmatch(text, -1) {
-			name := regexp.MustCompile(`[^a-z0-9 -]`).ReplaceAllString(strings.ToLower(heading[1]), "")
+			name := regexp.MustCompile(`[^a-z0-9 _-]`).ReplaceAllString(strings.ToLower(heading[1]), "")
 			anchors[file+"#"+strings.ReplaceAll(name, " ", "-")] = true
 		}
 	}

@@ -65,6 +65,8 @@ func (p *proxy) newTransaction(r *http.Request) *transaction {
 		repl.Map(v.placeholder)
 	}
 	v.clientIdentity = identifyClient(r)
+	v.kind, v.policy = p.kindOf(r), p.directive
+	v.limitKey = v.policy.limiter.Key(v.addr)
 	return v
 }
 

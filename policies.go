@@ -35,7 +35,9 @@ type policy struct {
 	options   *Options // with defaults
 	own       *Options // without those of the directive that it takes over
 	anonymous bool     // its clients need no credentials
-	matchers  caddyhttp.MatcherSet
+
+	conditions []string // as an operator writes them; none of the directive's
+	matchers   caddyhttp.MatcherSet
 
 	namesClients bool // its conditions say for which clients it is, or which users
 	isOpen       bool // although they do, everybody meets them
@@ -80,7 +82,7 @@ func (p *proxy) provisionPolicies(ctx caddy.Context) error {
 		if err != nil {
 			return fmt.Errorf("policy %s: %w", config.Name, err)
 		}
-		y.anonymous = config.Anonymous
+		y.anonymous, y.conditions = config.Anonymous, config.describe(conditions[i].Match)
 		y.namesClients = len(config.Clients) > 0 || len(config.Users) > 0 || matchesClients(y.matchers)
 		y.isOpen = len(config.Clients) > 0 && !namesClients(config.Clients) && len(config.Users) == 0 && !matchesClients(y.matchers)
 		if by := selection.Shadowing(conditions, i); by >= 0 {

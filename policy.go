@@ -177,6 +177,20 @@ func (h *Handler) policyConditions() ([]selection.Conditions, *policyError) {
 	return all, nil
 }
 
+// describe returns the policy's conditions as an operator reads them. match are its matchers.
+func (y *Policy) describe(match string) (conditions []string) {
+	if len(y.Users) > 0 {
+		conditions = append(conditions, "users "+strings.Join(y.Users, " "))
+	}
+	if len(y.Clients) > 0 {
+		conditions = append(conditions, "clients "+strings.Join(y.Clients, " "))
+	}
+	if match != "" {
+		conditions = append(conditions, "match "+match)
+	}
+	return conditions
+}
+
 const expectedUsers = "names of users, in which * at the beginning or the end stands for any characters"
 
 // optionsOf returns the options of a policy, with those of the directive for all that it does not

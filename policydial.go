@@ -38,11 +38,16 @@ func (y *policy) newOriginLimits() *origin.Limits {
 // admitTunnel reserves a tunnel for a client, which the caller must release with releaseTunnel, or
 // returns an error if a limit is reached.
 func (y *policy) admitTunnel(key client.Key) *tunnel.LimitError {
-	return y.proxy.tunnels.Admit(y.tunnelOwner, key, tunnel.Limits{
+	return y.proxy.tunnels.Admit(y.tunnelOwner, key, y.tunnelLimits())
+}
+
+// tunnelLimits returns the limits on the policy's tunnels.
+func (y *policy) tunnelLimits() tunnel.Limits {
+	return tunnel.Limits{
 		Process: y.proxy.config.MaxTunnels,
 		Policy:  y.options.MaxTunnels, // not asked of the directive's, which has no name
 		Client:  y.options.MaxTunnelsPerClient,
-	})
+	}
 }
 
 // releaseTunnel releases what admitTunnel has reserved.

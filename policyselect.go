@@ -108,16 +108,21 @@ func (p *proxy) policyOfTunnel(t *tunnel.Tunnel) (*policy, error) {
 	}
 	r := &http.Request{
 		Method: http.MethodConnect, URL: &url.URL{Host: t.Target}, Host: t.Target, RequestURI: t.Target,
-		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, Header: make(http.Header), RemoteAddr: net.JoinHostPort(t.Client.String(), "0"),
+		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, Header: make(http.Header),
 	}
 	if !isConnect(t) {
 		r.Method, r.URL.Scheme, r.URL.Path = http.MethodGet, "http", "/"
 		r.RequestURI = r.URL.String()
 	}
-	repl := caddy.NewReplacer()
-	repl.Set("http.auth.user.id", t.User)
-	r = caddyhttp.PrepareRequest(r, repl, nil, p.own.self)
+	r = p.exampleRequest(r, t.Client)
+	r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer).Set("http.auth.user.id", t.User)
 	return p.policyFor(r, t.User, t.Client)
+}
+
+// exampleRequest prepares a request that a client might have sent, for matchers.
+func (p *proxy) exampleRequest(r *http.Request, from netip.Addr) *http.Request {
+	r.RemoteAddr = net.JoinHostPort(from.String(), "0")
+	return caddyhttp.PrepareRequest(r, caddy.NewReplacer(), nil, p.own.self)
 }
 
 // isConnect reports whether a CONNECT opened a tunnel, and not a request that was upgraded.

@@ -73,8 +73,18 @@ func (p *proxy) takeToken(r *http.Request, v *transaction) bucket.Decision {
 // refuseBlocked returns the verdict for v if an operator has blocked its client or its user, whichever
 // of them its policy limits.
 func (p *proxy) refuseBlocked(v *transaction, now int64) (verdict bucket.Decision, blocked bool) {
-	if p.process.blocks.Size() == 0 {
+	key, wait := p.blockOf(v, now)
+	if wait <= 0 {
 		return verdict, false
+	}
+	v.limitKey = key
+	return v.policy.limiter.Block(key, now, wait, errBlocked), true
+}
+
+// blockOf returns which of v's client and its user is blocked, and for how long; 0 if neither is.
+func (p *proxy) blockOf(v *transaction, now int64) (key client.Key, wait time.Duration) {
+	if p.process.blocks.Size() == 0 {
+		return key, 0
 	}
 	keys := []client.Key{v.policy.limiter.Key(v.addr)}
 	if v.user != "" {
@@ -82,11 +92,10 @@ func (p *proxy) refuseBlocked(v *transaction, now int64) (verdict bucket.Decisio
 	}
 	for _, key := range keys {
 		if wait := p.process.blockedFor(key, now); wait > 0 {
-			v.limitKey = key
-			return v.policy.limiter.Block(key, now, wait, errBlocked), true
+			return key, wait
 		}
 	}
-	return verdict, false
+	return key, 0
 }
 
 // chargeBuckets charges one token to the client: from its local bucket, and then from the

@@ -25,20 +25,21 @@ import (
 func (p *proxy) serveHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 	r.Host = hostport.WithoutUser(r.Host) // RequestURI keeps the password, for which the request is refused
 	v := p.newTransaction(r)
-	switch {
-	case r.Method == http.MethodConnect && !isExtendedConnect(r):
-		v.kind = metrics.Tunnel
-	case p.isProxyRequest(r):
-		v.kind = metrics.Forward
-	default:
-		v.kind = metrics.Other
-	}
 	if v.kind != metrics.Other {
 		delete(w.Header(), "Alt-Svc") // advertises this server, not the requested host
 	}
-	v.policy = p.directive
-	v.limitKey = v.policy.limiter.Key(v.addr)
 	return p.finish(w, r, v, p.serveRecordingPanics(w, r, v, next))
+}
+
+// kindOf returns what kind of request r is.
+func (p *proxy) kindOf(r *http.Request) metrics.Kind {
+	switch {
+	case r.Method == http.MethodConnect && !isExtendedConnect(r):
+		return metrics.Tunnel
+	case p.isProxyRequest(r):
+		return metrics.Forward
+	}
+	return metrics.Other
 }
 
 // serveRecordingPanics calls serve. If serve panics, it counts and logs the request as failed
@@ -63,15 +64,13 @@ var errRateLimited = errors.New("denied by the rate limiter")
 
 // serve admits, authenticates and handles a request, or returns why it does not.
 func (p *proxy) serve(w http.ResponseWriter, r *http.Request, v *transaction, next caddyhttp.Handler) (err error) {
-	requiresLogin := v.kind != metrics.Other && len(p.auth) > 0
+	requiresLogin := false
 	if v.kind != metrics.Other {
 		v.user = p.userFrom(r)
 		if err := p.choosePolicy(r, v); err != nil {
 			return err
 		}
-		if requiresLogin && !hasCredentials(r) && v.policy.servesWithoutLogin(v.addr) {
-			requiresLogin = false
-		}
+		requiresLogin = p.requiresLogin(r, v)
 	}
 	v.admitted = !requiresLogin
 	if !requiresLogin {
@@ -111,6 +110,12 @@ func (p *proxy) serve(w http.ResponseWriter, r *http.Request, v *transaction, ne
 		}
 	}
 	return err
+}
+
+// requiresLogin reports whether v, whose policy is the one of a client that has not logged in, must
+// have credentials.
+func (p *proxy) requiresLogin(r *http.Request, v *transaction) bool {
+	return len(p.auth) > 0 && (hasCredentials(r) || !v.policy.servesWithoutLogin(v.addr))
 }
 
 // refuseAccess returns the refusal of a request that no user may make: one that loops, or

@@ -16,6 +16,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/status"
 )
 
 // namespaceAddresses are the addresses of the interface in the network namespace of this
@@ -123,7 +125,8 @@ func dnsNames(name string, n int) []string {
 }
 
 // TestSpellings requests every forbidden destination in every spelling, by CONNECT and as a
-// plain request, of the directive and of a policy.
+// plain request, of the directive and of a policy. What explain says of each must agree with what
+// happens.
 func TestSpellings(t *testing.T) {
 	if !apart(t) {
 		return
@@ -154,11 +157,25 @@ func testSpellings(t *testing.T, w *world, port string, accepted *atomic.Int64) 
 		for _, method := range []string{http.MethodConnect, http.MethodGet} {
 			res, body := policyRequest(t, w.proxy, method, host+":"+port, lines)
 			ok := false
-			for _, status := range want {
-				ok = ok || res.StatusCode == status
+			for _, each := range want {
+				ok = ok || res.StatusCode == each
 			}
 			if !ok {
 				t.Errorf("%s %s for %q: %s %q, want %v", method, host, lines, res.Status, body, want)
+			}
+			from, target := "127.0.0.1", host+":"+port
+			if lines == policyRemote {
+				from = "192.168.77.7"
+			}
+			if method != http.MethodConnect {
+				target = "http://" + target + "/"
+			}
+			explanation := http.StatusBadRequest
+			if e, err := explained(t, from, "", method, target); err == nil {
+				explanation = map[status.Outcome]int{status.Allowed: 200, status.Denied: 403, status.Unresolved: 502}[e.Decision]
+			}
+			if explanation != res.StatusCode {
+				t.Errorf("%s %s for %q: %s, but it is explained as %d", method, host, lines, res.Status, explanation)
 			}
 		}
 	}

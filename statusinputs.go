@@ -4,6 +4,7 @@
 package asyncproxy
 
 import (
+	"context"
 	"runtime/debug"
 	"strings"
 	"time"
@@ -47,6 +48,10 @@ func init() {
 			return p != nil && p.blockClient(key, d)
 		},
 		ParseDuration: caddy.ParseDuration,
+
+		Explain: func(ctx context.Context, q status.Question) ([]status.Explanation, error) {
+			return explainSites(ctx, q, true)
+		},
 	})
 }
 

@@ -210,15 +210,28 @@ func (t *Table) Fill(key client.Key) (found bool) {
 
 // AddBytes counts bytes for a client, if it is tracked.
 func (t *Table) AddBytes(key client.Key, up, down int64) {
-	g := t.gens.Load()
-	e, ok := g.cur.Load(key)
-	if !ok {
-		e, ok = g.old.Load(key)
-	}
-	if ok && up+down > 0 {
+	if e, ok := t.find(key); ok && up+down > 0 {
 		e.bytesUp.Add(up)
 		e.bytesDown.Add(down)
 	}
+}
+
+// find returns the client's entry, if it is tracked.
+func (t *Table) find(key client.Key) (e *Entry, ok bool) {
+	g := t.gens.Load()
+	if e, ok = g.cur.Load(key); !ok {
+		e, ok = g.old.Load(key)
+	}
+	return e, ok
+}
+
+// TokensOf returns how many tokens the client's bucket holds. It does not begin to track the
+// client.
+func (t *Table) TokensOf(key client.Key, now int64) float64 {
+	if e, ok := t.find(key); ok {
+		return t.Tokens(e, now)
+	}
+	return float64(t.Limits.Burst)
 }
 
 // Tokens returns how many tokens the bucket of e holds.

@@ -45,6 +45,8 @@ func (v *View) ServeAPI(w http.ResponseWriter, r *http.Request) error {
 		return apiGet(w, r, func() (any, error) { return v.Clients(r.URL.Query(), now) })
 	case collection == "tunnels" && rest == "":
 		return apiGet(w, r, func() (any, error) { return v.Tunnels(r.URL.Query(), now) })
+	case collection == "explain" && rest == "":
+		return apiGet(w, r, func() (any, error) { return v.Explain(r.Context(), r.URL.Query()) })
 	case collection == "tunnels" && verb == "":
 		id, err := strconv.ParseUint(name, 10, 64)
 		if err != nil {
@@ -84,6 +86,9 @@ func apiGet(w http.ResponseWriter, r *http.Request, answer func() (any, error)) 
 		return apiError(http.StatusMethodNotAllowed, "%s: expected GET", r.Method)
 	}
 	v, err := answer()
+	if errors.As(err, new(*APIError)) {
+		return err
+	}
 	if err != nil {
 		return &APIError{http.StatusBadRequest, err}
 	}

@@ -8,6 +8,7 @@
 package status
 
 import (
+	"context"
 	"iter"
 	"sync"
 	"time"
@@ -47,6 +48,9 @@ type Inputs struct {
 	Refill        func(key client.Key, zone, policy string) bool
 	Block         func(key client.Key, d time.Duration) bool
 	ParseDuration func(string) (time.Duration, error)
+
+	// Explain says how the running proxies would treat a request, in the order of their addresses.
+	Explain func(context.Context, Question) ([]Explanation, error)
 }
 
 // View is what operators see of a process. All methods are safe for concurrent use.

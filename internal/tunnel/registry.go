@@ -131,6 +131,13 @@ func (r *Registry) Release(owner *Owner, key client.Key) {
 	}
 }
 
+// Counts returns the numbers of tunnels that Admit compares with its limits.
+func (r *Registry) Counts(owner *Owner, key client.Key) Limits {
+	policy, _ := r.accounts.Load(owner.account())
+	client, _ := r.accounts.Load(owner.accountOf(key))
+	return Limits{Process: r.Reserved(), Policy: policy, Client: client}
+}
+
 // account returns the account of all clients in the owner's policy.
 func (o *Owner) account() account { return account{zone: o.Zone, policy: o.Policy, all: true} }
 
