@@ -573,7 +573,7 @@ func TestJSONMistakes(t *testing.T) {
 		{`"ports": ["0"]`, "ports: the value '0' is not valid; expected ports from 1 to 65535, or ranges such as 8000-8999"},
 		{`"report_only": ["all"]`, "report_only: the value 'all' is not valid; expected rules, limits or both"},
 		{`"limit_by": "token"`, "limit_by: the value 'token' is not valid; expected client_ip or user"},
-		{`"limit_by": "user"`, "limit_by: user requires authentication; expected the option basic_auth as well"},
+		{`"limit_by": "user"`, "limit_by: clients have no user; expected the option basic_auth or user_from as well"},
 		{`"serve_pac": "proxy.pac"`, "serve_pac: the value 'proxy.pac' is not valid; expected a path that begins with /, or no value"},
 		{`"resolvers": ["192.0.2.53", "dns.google:53"]`, "resolvers: the value 'dns.google:53' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53 or tcp/[2001:db8::53]:53"},
 		{`"resolvers": ["a b"]`, "resolvers: the value 'a b' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53 or tcp/[2001:db8::53]:53"},
@@ -612,9 +612,9 @@ func TestJSONMistakes(t *testing.T) {
 func TestJSONOfAnotherShape(t *testing.T) {
 	for options, want := range map[string]string{
 		`"nonsense": 5`:          `json: unknown field "nonsense"`,
-		`"burst": "5"`:           "json: cannot unmarshal string into Go struct field Handler.burst of type int64",
-		`"burst": 1.5`:           "json: cannot unmarshal number 1.5 into Go struct field Handler.burst of type int64",
-		`"burst": 1e30`:          "json: cannot unmarshal number 1e+30 into Go struct field Handler.burst of type int64",
+		`"burst": "5"`:           "json: cannot unmarshal string into Go struct field Handler.Options.burst of type int64",
+		`"burst": 1.5`:           "json: cannot unmarshal number 1.5 into Go struct field Handler.Options.burst of type int64",
+		`"burst": 1e30`:          "json: cannot unmarshal number 1e+30 into Go struct field Handler.Options.burst of type int64",
 		`"refill": 1e999`:        "json: cannot unmarshal number 1e999 into Go value of type float64",
 		`"exempt": "10.0.0.0/8"`: "json: cannot unmarshal string into Go struct field Handler.exempt of type []string",
 		`"dial_timeout": "soon"`: `time: invalid duration "soon"`,

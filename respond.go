@@ -35,14 +35,14 @@ func (p *proxy) proxyStatus(errorType, sentence string) string {
 // writeRefusal is sendRefusal with a prepared Proxy-Status value and text. Each response gets
 // field values of its own, because Caddy's header directive modifies values in place.
 func (p *proxy) writeRefusal(w http.ResponseWriter, r *http.Request, v *transaction, f *refusal, proxyStatus string, body []byte) error {
-	p.giveReason(w, r, f)
+	toEnd := p.giveReason(w, r, f)
 	header := w.Header()
 	header["Proxy-Status"] = []string{proxyStatus}
 	closes := hasUnreadInput(r)
 	if closes {
 		header["Connection"] = []string{"close"}
 	}
-	if hasErrorRoutes(r) {
+	if hasErrorRoutes(r) && toEnd == nil {
 		p.beforeErrorRoutes(w, r)
 		return caddyhttp.Error(f.status, f)
 	}
@@ -58,6 +58,10 @@ func (p *proxy) writeRefusal(w http.ResponseWriter, r *http.Request, v *transact
 	w.WriteHeader(f.status)
 	if r.Method != http.MethodHead {
 		_, _ = w.Write(body) // fails only if the client has disconnected
+	}
+	if toEnd != nil {
+		toEnd.CloseInStages(v.addr)
+		toEnd.EndHijacked()
 	}
 	return nil
 }

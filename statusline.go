@@ -4,6 +4,7 @@
 package asyncproxy
 
 import (
+	"context"
 	"net/http"
 	"strings"
 
@@ -14,18 +15,20 @@ import (
 
 // giveReason puts the sentence of f into the status line of the response to a CONNECT over HTTP/1.
 // Programs show the user nothing else of that response. If an error route responds with another
-// status, that has its usual phrase.
-func (p *proxy) giveReason(w http.ResponseWriter, r *http.Request, f *refusal) {
+// status, that has its usual phrase. If toEnd is not nil, the caller must respond itself, and then call
+// its EndHijacked.
+func (p *proxy) giveReason(w http.ResponseWriter, r *http.Request, f *refusal) (toEnd *downstream.Writer) {
 	if r.Method != http.MethodConnect || r.ProtoMajor != 1 {
-		return
+		return nil
 	}
 	writer := downstream.WriterOf(w)
 	if writer == nil {
-		writer = p.takeResponse(w, r)
+		writer, toEnd = p.takeResponse(w, r)
 	}
 	if writer != nil {
 		writer.SetReason(f.status, reasonPhrase(f.text))
 	}
+	return toEnd
 }
 
 // takeResponse has the response to r written as on the fast path, because net/http cannot set a reason
@@ -33,20 +36,29 @@ func (p *proxy) giveReason(w http.ResponseWriter, r *http.Request, f *refusal) {
 // the fast path's writer in place of net/http's, below the one of Caddy's that implements
 // write_idle. All other writers, such as those of access logs and of header operations, are above it.
 // It returns nil without write_idle, because nothing else of Caddy's can be given another writer.
-func (p *proxy) takeResponse(w http.ResponseWriter, r *http.Request) *downstream.Writer {
+//
+// The response ends with the context of r, which net/http ends when all handlers have returned. But
+// net/http has ended it before if the client has half-closed. The response is then toEnd, too, and
+// must not be left to error routes, whose end cannot be known. So if there are any, they respond
+// with the usual phrase to a client that has half-closed.
+func (p *proxy) takeResponse(w http.ResponseWriter, r *http.Request) (writer, toEnd *downstream.Writer) {
 	_, idle := caddyhttp.IdleTimeoutsFromContext(r.Context())
-	if idle == nil {
-		return nil
+	if idle == nil || hasErrorRoutes(r) && r.Context().Err() != nil {
+		return nil, nil
 	}
 	header := w.Header()
 	conn, _, err := hijack(w)
 	if err != nil {
-		return nil
+		return nil, nil
 	}
 	server := &downstream.Server{WriteIdleTimeout: idle.Deadline.Timeout, MaxWriteChunk: idle.MaxChunk, Lingering: &p.process.lingering}
-	writer := server.NewWriter(conn, r, header)
+	writer = server.NewWriter(conn, r, header)
 	idle.ResponseWriterWrapper.ResponseWriter = writer
-	return writer
+	if r.Context().Err() != nil { // final: net/http no longer reads from the connection
+		return writer, writer
+	}
+	context.AfterFunc(r.Context(), writer.EndHijacked)
+	return writer, nil
 }
 
 // maxPhrase is the maximum length of a reason phrase in bytes. Programs show it in one line, behind
