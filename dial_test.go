@@ -330,7 +330,12 @@ func TestDNSFailures(t *testing.T) {
 			}
 			for request, c := range clients {
 				res, body := c.response(http.MethodGet)
-				if got := ownStatus(t, res.Header)["error"]; res.StatusCode != want.status || got != want.kind || body != want.text+"\n" {
+				status := ownStatus(t, res.Header)
+				got := status["error"]
+				if code := status["rcode"]; code != "" {
+					got += `; rcode="` + code + `"`
+				}
+				if res.StatusCode != want.status || got != want.kind || body != want.text+"\n" {
 					t.Errorf("%s by %s: %d, %s, %q; want %v", request, resolver, res.StatusCode, got, body, want)
 				}
 			}

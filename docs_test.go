@@ -8,6 +8,7 @@ package asyncproxy
 import (
 	"bytes"
 	"encoding/json"
+	"encoding/pem"
 	"fmt"
 	"net/http"
 	"net/url"
@@ -213,7 +214,12 @@ func TestShippedConfigs(t *testing.T) {
 	if !inNamespace(t) {
 		return
 	}
+	clientCA := filepath.Join(t.TempDir(), "clients.pem")
+	if err := os.WriteFile(clientCA, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: tlsCertificate.Certificate[0]}), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for name, text := range shipped(t) {
+		text = strings.ReplaceAll(text, "/etc/caddy/clients.pem", clientCA)
 		for _, placeholder := range regexp.MustCompile(`\{env\.(\w+)\}`).FindAllStringSubmatch(text, -1) {
 			t.Setenv(placeholder[1], "secret")
 		}

@@ -42,7 +42,7 @@ func TestMigratingFromSquid(t *testing.T) {
 		"hosts_file "+hosts+"\n"+local.Replace(string(text[at[2]:at[3]])), 1))
 	block := fenced.FindSubmatch(text[at[1]:])
 	proxy := freeAddress(t)
-	loadCaddyfile(t, "{\nadmin off\n}\n"+strings.Replace(local.Replace(string(block[1])), ":3128 {", strings.TrimPrefix(proxy, "127.0.0.1")+" {\nbind 127.0.0.1", 1))
+	loadCaddyfile(t, "{\nadmin off\n}\n"+strings.Replace(local.Replace(string(block[1])), ":3128, proxy.example.com:3128 {", strings.TrimPrefix(proxy, "127.0.0.1")+" {\nbind 127.0.0.1", 1))
 
 	for _, request := range []struct{ from, request, host string }{
 		{"127.0.10.1", "CONNECT example.com:443", "example.com:443"},
