@@ -39,15 +39,15 @@ func TestAllocations(t *testing.T) {
 		deployed              bool // with the proxy's log lines, the access log and metrics
 		most                  float64
 	}{
-		{"GET", "", http.MethodGet, http.StatusOK, false, 19},
-		{"GET deployed", "", http.MethodGet, http.StatusOK, true, 24},
-		{"POST", "", http.MethodPost, http.StatusOK, false, 28},
-		{"POST deployed", "", http.MethodPost, http.StatusOK, true, 33},
-		{"CONNECT", "", http.MethodConnect, http.StatusOK, false, 105},
-		{"CONNECT deployed", "", http.MethodConnect, http.StatusOK, true, 116},
-		{"GET with ten policies", tenPolicies, http.MethodGet, http.StatusOK, false, 20},
-		{"GET deployed with ten policies", tenPolicies, http.MethodGet, http.StatusOK, true, 25},
-		{"CONNECT with ten policies", tenPolicies, http.MethodConnect, http.StatusOK, false, 108}, // the tunnels of a policy are counted
+		{"GET", "", http.MethodGet, http.StatusOK, false, 21},
+		{"GET deployed", "", http.MethodGet, http.StatusOK, true, 26},
+		{"POST", "", http.MethodPost, http.StatusOK, false, 30},
+		{"POST deployed", "", http.MethodPost, http.StatusOK, true, 35},
+		{"CONNECT", "", http.MethodConnect, http.StatusOK, false, 106},
+		{"CONNECT deployed", "", http.MethodConnect, http.StatusOK, true, 117},
+		{"GET with ten policies", tenPolicies, http.MethodGet, http.StatusOK, false, 21},
+		{"GET deployed with ten policies", tenPolicies, http.MethodGet, http.StatusOK, true, 26},
+		{"CONNECT with ten policies", tenPolicies, http.MethodConnect, http.StatusOK, false, 109}, // the tunnels of a policy are counted
 		{"429", "burst 1\nrefill 0.00001", http.MethodGet, http.StatusTooManyRequests, false, 10},
 	} {
 		t.Run(row.name, func(t *testing.T) {

@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -43,7 +44,7 @@ type connPool struct {
 	recheck recheckFunc // may be nil
 	address string      // of the only server that it connects to; "": each request names one
 
-	idle     *xsync.Map[string, *idleConns] // by key; the sweep removes empty ones
+	idle     *xsync.Map[string, []*pooledConn] // by key; the most recently used last
 	count    atomic.Int64
 	sweeping atomic.Bool // sweepIdle is scheduled
 	closed   atomic.Bool // close was called
@@ -79,7 +80,7 @@ type dialFunc func(ctx context.Context, authority string) (net.Conn, error)
 type recheckFunc func(ctx context.Context, authority string, conn net.Conn, to netip.AddrPort) error
 
 func newPool(dial dialFunc) *connPool {
-	return &connPool{dial: dial, idle: xsync.NewMap[string, *idleConns]()}
+	return &connPool{dial: dial, idle: xsync.NewMap[string, []*pooledConn]()}
 }
 
 // get returns an idle connection to authority, a host and a port, or opens one. If fresh
@@ -187,14 +188,22 @@ func overTLS(dial dialFunc, protocols ...string) dialFunc {
 
 // has reports whether there is an idle connection with the given key.
 func (o *connPool) has(key string) bool {
-	list, ok := o.idle.Load(key)
-	return ok && list.has()
+	_, ok := o.idle.Load(key)
+	return ok
 }
 
 func (o *connPool) takeIdle(key string) (c *pooledConn) {
-	if list, ok := o.idle.Load(key); ok {
-		c = list.take()
-	}
+	o.idle.Compute(key, func(conns []*pooledConn, _ bool) ([]*pooledConn, xsync.ComputeOp) {
+		if len(conns) == 0 {
+			return nil, xsync.CancelOp
+		}
+		last := len(conns) - 1
+		c, conns[last] = conns[last], nil
+		if last == 0 {
+			return nil, xsync.DeleteOp
+		}
+		return conns[:last], xsync.UpdateOp
+	})
 	if c != nil {
 		o.count.Add(-1)
 	}
@@ -219,10 +228,9 @@ func (o *connPool) keep(c *pooledConn) {
 		_ = c.Close()
 		return
 	}
-	for kept := false; !kept; { // again if the sweep has just removed the list
-		list, _ := o.idle.LoadOrCompute(cmp.Or(c.key, c.authority), newIdleConns)
-		kept = list.add(c)
-	}
+	o.idle.Compute(cmp.Or(c.key, c.authority), func(conns []*pooledConn, _ bool) ([]*pooledConn, xsync.ComputeOp) {
+		return append(conns, c), xsync.UpdateOp
+	})
 	o.sweepLater()
 	if o.closed.Load() {
 		o.close()
@@ -242,17 +250,29 @@ func (o *connPool) sweepIdle() {
 	now := time.Now()
 	o.closeIdle(func(c *pooledConn) bool { return now.Sub(c.idleSince) >= maxIdleTime || !c.quiet() })
 	o.sweeping.Store(false)
-	if o.idle.Size() > 0 {
+	if o.count.Load() > 0 {
 		o.sweepLater()
 	}
 }
 
 func (o *connPool) closeIdle(condition func(*pooledConn) bool) {
-	var closing []*pooledConn // closed at the end: ending TLS may block
-	o.idle.Range(func(key string, list *idleConns) bool {
-		extracted := list.extract(condition, func() { o.idle.Delete(key) })
-		o.count.Add(-int64(len(extracted)))
-		closing = append(closing, extracted...)
+	var closing []*pooledConn // closed outside the map operation: ending TLS may block
+	o.idle.Range(func(key string, _ []*pooledConn) bool {
+		o.idle.Compute(key, func(conns []*pooledConn, _ bool) ([]*pooledConn, xsync.ComputeOp) {
+			before := len(closing)
+			conns = slices.DeleteFunc(slices.Clone(conns), func(c *pooledConn) bool {
+				if !condition(c) {
+					return false
+				}
+				closing = append(closing, c)
+				return true
+			})
+			o.count.Add(int64(before - len(closing)))
+			if len(conns) == 0 {
+				return nil, xsync.DeleteOp
+			}
+			return conns, xsync.UpdateOp
+		})
 		return true
 	})
 	for _, c := range closing {

@@ -9,8 +9,6 @@ import (
 	"errors"
 	"io"
 	"net"
-	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -126,68 +124,5 @@ func TestOriginsAreBounded(t *testing.T) {
 	}
 	if o.put(talking); o.count.Load() != 0 || !closed(talking) {
 		t.Error("a connection with unread data is kept")
-	}
-}
-
-// closeCounter is a connection that counts how often it is closed.
-type closeCounter struct {
-	net.Conn
-	closed atomic.Int32
-}
-
-func (c *closeCounter) Close() error {
-	c.closed.Add(1)
-	return nil
-}
-
-// Connections that are kept while others are taken and swept are taken again or closed, and the pool
-// keeps nothing for origins without connections.
-func TestPoolUnderSweeps(t *testing.T) {
-	o := newPool(nil)
-	var mu sync.Mutex
-	var opened []*closeCounter
-	var users, sweeper sync.WaitGroup
-	for user := range 4 {
-		users.Go(func() {
-			key := []string{"a.example:80", "b.example:80"}[user%2]
-			for range 20_000 {
-				c := o.takeIdle(key)
-				if c == nil {
-					counter := new(closeCounter)
-					mu.Lock()
-					opened = append(opened, counter)
-					mu.Unlock()
-					c = &pooledConn{Conn: counter, authority: key}
-				} else if c.Conn.(*closeCounter).closed.Load() > 0 {
-					t.Error("a closed connection was taken")
-				}
-				o.keep(c)
-			}
-		})
-	}
-	done := make(chan struct{})
-	for range 2 {
-		sweeper.Go(func() {
-			for {
-				select {
-				case <-done:
-					return
-				default:
-					o.closeIdle(func(*pooledConn) bool { return true })
-				}
-			}
-		})
-	}
-	users.Wait()
-	close(done)
-	sweeper.Wait()
-	o.close()
-	if count, lists := o.count.Load(), o.idle.Size(); count != 0 || lists != 0 {
-		t.Errorf("%d connections and %d lists are left", count, lists)
-	}
-	for _, c := range opened {
-		if n := c.closed.Load(); n != 1 {
-			t.Fatalf("a connection was closed %d times", n)
-		}
 	}
 }
