@@ -12,6 +12,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -206,11 +207,15 @@ func init() {
 }
 
 // freeAddress returns a loopback address that nothing listens on, a different one each
-// time.
+// time, also among the processes of one run.
 func freeAddress(t testing.TB) string {
 	t.Helper()
 	for {
-		ln, err := net.Listen("tcp4", fmt.Sprintf("127.0.0.1:%d", nextPort.Add(1)))
+		port := nextPort.Add(1)
+		if !claimPort(port) {
+			continue
+		}
+		ln, err := net.Listen("tcp4", fmt.Sprintf("127.0.0.1:%d", port))
 		if errors.Is(err, syscall.EADDRINUSE) {
 			continue
 		}
@@ -221,6 +226,20 @@ func freeAddress(t testing.TB) string {
 		ownPorts.Store(ln.Addr().(*net.TCPAddr).Port, true)
 		return ln.Addr().String()
 	}
+}
+
+// claimPort reports whether no other process of the run has claimed a port. The directory that they
+// share has a file for each claim.
+func claimPort(port int64) bool {
+	caddy := os.Getenv(caddyEnv)
+	if caddy == "" {
+		return true
+	}
+	claim, err := os.OpenFile(filepath.Join(filepath.Dir(caddy), fmt.Sprintf("port-%d", port)), os.O_CREATE|os.O_EXCL, 0o600)
+	if err == nil {
+		_ = claim.Close()
+	}
+	return !errors.Is(err, fs.ErrExist)
 }
 
 // client returns an http.Client that uses the proxy, with its own connections.

@@ -137,7 +137,7 @@ func TestParentSquid(t *testing.T) {
 	if err := os.WriteFile(users, []byte(parentUsers), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	address = startPeer(t, "squid", []string{"--foreground", "-n", "users", "-f", "DIR/config"}, strings.Replace(peerProxies[0].config, "acl loop src 127.0.0.0/8\nhttp_access allow loop",
+	address = startPeer(t, "squid", []string{"--foreground", "-n", "pPORT", "-f", "DIR/config"}, strings.Replace(peerProxies[0].config, "acl loop src 127.0.0.0/8\nhttp_access allow loop",
 		"auth_param basic program /usr/lib/squid/basic_ncsa_auth "+users+"\nacl known proxy_auth REQUIRED\nhttp_access allow known\nhttp_access deny all", 1))
 	checkThroughParent(t, "upstream http://alice:rabbit@"+address, false)
 	t.Setenv("PARENT_PASSWORD", "rabbit")

@@ -22,7 +22,7 @@ var peerProxies = []struct {
 	args          []string
 	config        string
 }{
-	{"squid", "squid", []string{"--foreground", "-n", "rules", "-f", "DIR/config"}, `http_port 127.0.0.1:PORT
+	{"squid", "squid", []string{"--foreground", "-n", "pPORT", "-f", "DIR/config"}, `http_port 127.0.0.1:PORT
 acl loop src 127.0.0.0/8
 http_access allow loop
 cache deny all

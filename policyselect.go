@@ -35,7 +35,7 @@ func (p *proxy) choosePolicy(r *http.Request, v *transaction) error {
 }
 
 // policyFor returns the first policy whose conditions a request meets, or the directive's. If a
-// matcher before that fails, it returns the directive's and an error: nobody knows which policy
+// matcher before that fails, it returns the directive's and an error: it is not certain which policy
 // holds.
 func (p *proxy) policyFor(r *http.Request, user string, addr netip.Addr) (*policy, error) {
 	if p.selection == nil {

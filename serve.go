@@ -59,7 +59,7 @@ func (p *proxy) serveRecordingPanics(w http.ResponseWriter, r *http.Request, v *
 	return p.serve(w, r, v, next)
 }
 
-// errRateLimited reports that the rate limiter denied the request; the visit's verdict says why.
+// errRateLimited reports that the rate limiter denied the request; the transaction's verdict says why.
 var errRateLimited = errors.New("denied by the rate limiter")
 
 // serve admits, authenticates and handles a request, or returns why it does not.
