@@ -55,7 +55,7 @@ func freeTransaction(v any) {
 	transactionPool.Put(v)
 }
 
-// newTransaction starts the visit of a request and makes it available to placeholders.
+// newTransaction returns the transaction of a request, and makes it available to placeholders.
 func (p *proxy) newTransaction(r *http.Request) *transaction {
 	v := transactionPool.Get().(*transaction)
 	v.r, v.start = r, time.Now()

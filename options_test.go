@@ -90,6 +90,25 @@ func TestOptionsInDocs(t *testing.T) {
 	}
 }
 
+// TestPolicyOptionsInDocs checks that the README lists the options that a policy may set.
+func TestPolicyOptionsInDocs(t *testing.T) {
+	text, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, o := range options {
+		if o.inPolicy {
+			names = append(names, "`"+o.name+"`")
+		}
+	}
+	last := len(names) - 1
+	want := "A policy may set " + strings.Join(names[:last], ", ") + " and " + names[last] + "."
+	if !strings.Contains(strings.Join(strings.Fields(string(text)), " "), want) {
+		t.Errorf("README.md does not say: %s", want)
+	}
+}
+
 // Each option but policy, which has a parser of its own, has a value that can be parsed, documentation and, if it can be invalid in JSON, a
 // check.
 func TestOptionsAreComplete(t *testing.T) {

@@ -47,7 +47,7 @@ func (h *Handler) limits(o *Options) bucket.Limits {
 	}
 }
 
-// charge takes a token for v. Without one it returns errRateLimited, and the visit's
+// charge takes a token for v. Without one it returns errRateLimited, and the transaction's
 // verdict says why.
 func (p *proxy) charge(r *http.Request, v *transaction) error {
 	if v.verdict = p.takeToken(r, v); !v.verdict.Allowed {

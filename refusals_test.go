@@ -441,10 +441,22 @@ func refusalResolver(t *testing.T) {
 			}
 		}
 	}()
-	old := net.DefaultResolver
-	t.Cleanup(func() { net.DefaultResolver = old; server.Close() })
-	dialer := net.Dialer{Resolver: new(net.Resolver)} // own resolver: a late query must not read net.DefaultResolver during cleanup
-	net.DefaultResolver = &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return dialer.DialContext(ctx, "udp4", server.LocalAddr().String())
+	t.Cleanup(func() { systemDNS.Store(nil); server.Close() })
+	address := server.LocalAddr().String()
+	systemDNS.Store(&address)
+}
+
+// systemDNS is the address of a server in place of the system's DNS servers; nil: those.
+var systemDNS atomic.Pointer[string]
+
+// net.DefaultResolver is replaced once and for all, because goroutines that have nothing to do with a
+// test may read the variable.
+func init() {
+	dialer := net.Dialer{Resolver: new(net.Resolver)}
+	net.DefaultResolver = &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, address string) (net.Conn, error) {
+		if server := systemDNS.Load(); server != nil {
+			network, address = "udp4", *server
+		}
+		return dialer.DialContext(ctx, network, address)
 	}}
 }
