@@ -82,8 +82,8 @@ func Ask(socket *net.TCPConn, p []byte) (writeErr, waitErr error) {
 		_, writeErr = socket.Write(p)
 		return writeErr != nil
 	})
-	if !asked { // the socket is closed
-		writeErr = waitErr
+	if !asked { // the deadline had passed already, or the socket is closed
+		_, writeErr = socket.Write(p)
 	}
 	return writeErr, waitErr
 }
