@@ -202,7 +202,7 @@ func TestOneHundredAtOnce(t *testing.T) {
 }
 
 // TestRateLimitedLine checks that the line of a limited request begins with the same fields as the
-// line of any other request, in the same order, whoever serves the client.
+// line of any other request, in the same order, by both ways of serving.
 func TestRateLimitedLine(t *testing.T) {
 	for way, change := range map[string]func(string) string{"fast": func(site string) string { return site }, "ordinary": byCaddy} {
 		t.Run(way, func(t *testing.T) {

@@ -32,7 +32,7 @@ func (s *Set) Policy(name string) *Policy {
 	return y
 }
 
-// Release removes the counters of a policy that nobody uses any longer, so that there are never
+// Release removes the counters of a policy that is no longer in use, so that there are never
 // more than configs in use have policies. A request that counts later is lost.
 func (y *Policy) Release() {
 	y.set.mu.Lock()
