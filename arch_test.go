@@ -141,7 +141,7 @@ func TestAPI(t *testing.T) {
 	}
 }
 
-var update = flag.Bool("update", false, "write testdata/api.txt, and the options in README.md and caddyfile.go")
+var update = flag.Bool("update", false, "write testdata/api.txt, and the options in docs/reference.md and caddyfile.go")
 
 // declName returns the name of a function, or that of a method after its type's name.
 func declName(decl *ast.FuncDecl) string {

@@ -217,15 +217,18 @@ func TestRequestLogLines(t *testing.T) {
 	}
 }
 
-// TestCausesTable checks that the README documents the status, the error type and the label
+// TestCausesTable checks that the documentation has the status, the error type and the label
 // of each cause, and no other labels.
 func TestCausesTable(t *testing.T) {
-	file, err := os.ReadFile("README.md")
+	responses, err := os.ReadFile("docs/reference.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	readme := string(file)
-	_, labels, _ := strings.Cut(readme, "| `cause` |")
+	logs, err := os.ReadFile("docs/observability.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, labels, _ := strings.Cut(string(logs), "| `cause` |")
 	labels, _, _ = strings.Cut(labels, "\n\n")
 	documented := make(map[cause]bool)
 	for _, row := range regexp.MustCompile("(?m)^\\| (`[^|]*`) \\|").FindAllStringSubmatch(labels, -1) {
@@ -239,11 +242,11 @@ func TestCausesTable(t *testing.T) {
 			t.Errorf("%s: the text %q is meant for operators", c, row.text)
 		}
 		if _, ok := documented[row.label]; row.label != "" && !ok {
-			t.Errorf("README.md does not explain the cause %s", row.label)
+			t.Errorf("docs/observability.md does not explain the cause %s", row.label)
 		}
 		documented[row.label] = true
-		if line := regexp.MustCompile(fmt.Sprintf(`(?m)^\| ([0-9]+, )*%d(, [0-9]+)* \|.*$`, row.status)).FindString(readme); !strings.Contains(line, "`"+row.errorType+"`") && row.status != statusClientClosedRequest {
-			t.Errorf("%s: README.md does not name %s with status %d: %q", c, row.errorType, row.status, line)
+		if line := regexp.MustCompile(fmt.Sprintf(`(?m)^\| ([0-9]+, )*%d(, [0-9]+)* \|.*$`, row.status)).FindString(string(responses)); !strings.Contains(line, "`"+row.errorType+"`") && row.status != statusClientClosedRequest {
+			t.Errorf("%s: docs/reference.md does not name %s with status %d: %q", c, row.errorType, row.status, line)
 		}
 		if row.outcome != "" && !slices.Contains(dialOutcomes, row.outcome) {
 			t.Errorf("%s: unknown outcome %q of a dial", c, row.outcome)
@@ -251,7 +254,7 @@ func TestCausesTable(t *testing.T) {
 	}
 	for label, ok := range documented {
 		if !ok {
-			t.Errorf("README.md explains the cause %q, which no response has", label)
+			t.Errorf("docs/observability.md explains the cause %q, which no response has", label)
 		}
 	}
 }

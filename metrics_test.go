@@ -264,7 +264,7 @@ func TestMetricsOfZones(t *testing.T) {
 	check("both zones have requests", want)
 }
 
-// TestMetricsLint checks that the metrics follow the conventions and match the README.
+// TestMetricsLint checks that the metrics follow the conventions and match docs/observability.md.
 func TestMetricsLint(t *testing.T) {
 	program.metrics.Zone("default") // the metrics of zones and policies exist only if there is one
 	defer program.metrics.Policy(directivePolicy).Release()
@@ -283,7 +283,7 @@ func TestMetricsLint(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	readme, err := os.ReadFile("README.md")
+	page, err := os.ReadFile("docs/observability.md")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -292,12 +292,12 @@ func TestMetricsLint(t *testing.T) {
 		names = append(names, family.GetName())
 	}
 	var documented []string
-	for _, match := range regexp.MustCompile("(?m)^\\| `(caddy_async_proxy_[a-z_]+)").FindAllStringSubmatch(string(readme), -1) {
+	for _, match := range regexp.MustCompile("(?m)^\\| `(caddy_async_proxy_[a-z_]+)").FindAllStringSubmatch(string(page), -1) {
 		documented = append(documented, match[1])
 	}
 	slices.Sort(documented)
 	if !slices.Equal(names, documented) {
-		t.Errorf("the metrics are %v, README.md has %v", names, documented)
+		t.Errorf("the metrics are %v, docs/observability.md has %v", names, documented)
 	}
 }
 

@@ -20,13 +20,13 @@ import (
 )
 
 // option is one option of the directive. Its entry in options and its fields of Handler are all
-// there is to it: the Caddyfile parser, Validate, the status page, and the README's syntax and
+// there is to it: the Caddyfile parser, Validate, the status page, and the reference's syntax and
 // table of options are made from them.
 type option struct {
 	name     string
 	syntax   string // what follows the name in a Caddyfile; lines after the first belong to its block
-	doc      string // its meaning, in the README's table; equal texts in a row share a row
-	absent   string // the default, in the README's table; "": as the status page shows it
+	doc      string // its meaning, in the table of docs/reference.md; equal texts in a row share a row
+	absent   string // the default, in the same table; "": as the status page shows it
 	inPolicy bool   // a policy may set it, too
 	optionValue
 }
@@ -49,7 +49,7 @@ const (
 	docHeaders     = "change request and response headers, in `reverse_proxy`'s syntax"
 )
 
-// options are the options of the directive, in the order in which the README and the status page
+// options are the options of the directive, in the order in which docs/reference.md and the status page
 // list them.
 var options = []option{
 	{
@@ -77,7 +77,7 @@ var options = []option{
 	},
 	{
 		name: "zone", syntax: "<name>",
-		doc:         "sites with the same zone and the same limits share one budget per client. It is also a label of [metrics](#metrics)",
+		doc:         "sites with the same zone and the same limits share one budget per client. It is also a label of [metrics](observability.md#metrics)",
 		optionValue: word("a name in printable ASCII without spaces, quotes and backslashes", func(h *Handler) *string { return &h.Zone }, bucket.ValidZone, "default"),
 	},
 	{
@@ -87,7 +87,7 @@ var options = []option{
 	},
 	{
 		name: "limiter", syntax: "<module> ...",
-		doc: "counts clients together on several machines: [`redis`](docs/redis.md)", absent: "each machine counts alone",
+		doc: "counts clients together on several machines: [`redis`](redis.md)", absent: "each machine counts alone",
 		optionValue: optionValue{
 			expected: "a limiter that this Caddy is built with; for redis, build it with --with github.com/asyncproxy/caddy-async-proxy/redis",
 			parse:    (*caddyfileParser).limiter,
@@ -129,7 +129,7 @@ var options = []option{
 	},
 	{
 		name: "failed_logins", syntax: "<n> per <duration>|off",
-		doc: "how many [logins a client may fail](#securing-it), such as `10 per 1m`, or `off`",
+		doc: "how many [logins a client may fail](security.md), such as `10 per 1m`, or `off`",
 		optionValue: optionValue{
 			expected: fmt.Sprintf("<n> per <duration>, such as 10 per 1m, with 1 to %d logins per 1s to %s, or off", maxFailedLogins, shortDuration(time.Duration(maxFailedLoginsPer))),
 			parse:    (*caddyfileParser).failedLogins,

@@ -11,7 +11,7 @@ import (
 	"testing"
 )
 
-// optionsSyntax returns the directive's syntax as the README and the comment of
+// optionsSyntax returns the directive's syntax as docs/reference.md and the comment of
 // UnmarshalCaddyfile show it.
 func optionsSyntax() string {
 	var b strings.Builder
@@ -26,7 +26,7 @@ func optionsSyntax() string {
 	return b.String() + "}\n"
 }
 
-// optionsTable returns the README's table of options.
+// optionsTable returns the table of options in docs/reference.md.
 func optionsTable() string {
 	var byDefault Handler
 	byDefault.setDefaults()
@@ -57,13 +57,13 @@ func optionsTable() string {
 	return b.String()
 }
 
-// The README and the comment of UnmarshalCaddyfile show the options as the table of options
+// The reference and the comment of UnmarshalCaddyfile show the options as the table of options
 // describes them. To update both, run `go test -run TestOptionsInDocs . -update`.
 func TestOptionsInDocs(t *testing.T) {
 	comment := "//	" + strings.ReplaceAll(strings.TrimSuffix(optionsSyntax(), "\n"), "\n", "\n//	") + "\n"
 	for _, part := range []struct{ file, from, to, want string }{
-		{"README.md", "```text\nasync_proxy [", "```\n", optionsSyntax()},
-		{"README.md", "| option | meaning |", "\n", optionsTable()},
+		{"docs/reference.md", "```text\nasync_proxy [", "```\n", optionsSyntax()},
+		{"docs/reference.md", "| option | meaning |", "\n", optionsTable()},
 		{"caddyfile.go", "//	async_proxy [", "//\n", comment},
 	} {
 		data, err := os.ReadFile(part.file)
@@ -90,9 +90,9 @@ func TestOptionsInDocs(t *testing.T) {
 	}
 }
 
-// TestPolicyOptionsInDocs checks that the README lists the options that a policy may set.
+// TestPolicyOptionsInDocs checks that docs/reference.md lists the options that a policy may set.
 func TestPolicyOptionsInDocs(t *testing.T) {
-	text, err := os.ReadFile("README.md")
+	text, err := os.ReadFile("docs/reference.md")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -105,7 +105,7 @@ func TestPolicyOptionsInDocs(t *testing.T) {
 	last := len(names) - 1
 	want := "A policy may set " + strings.Join(names[:last], ", ") + " and " + names[last] + "."
 	if !strings.Contains(strings.Join(strings.Fields(string(text)), " "), want) {
-		t.Errorf("README.md does not say: %s", want)
+		t.Errorf("docs/reference.md does not say: %s", want)
 	}
 }
 

@@ -242,11 +242,11 @@ func TestStatusSyntaxNamesEveryOption(t *testing.T) {
 		}
 		return true
 	})
-	readme, err := os.ReadFile("README.md")
+	page, err := os.ReadFile("docs/observability.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, text := range map[string]string{"the comment": doc, "README.md": string(readme)} {
+	for name, text := range map[string]string{"the comment": doc, "docs/observability.md": string(page)} {
 		if got := statusSyntax(t, text); !slices.Equal(got, []string{"actions", "mask_clients"}) {
 			t.Errorf("%s names the options %v", name, got)
 		}

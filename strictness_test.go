@@ -9,7 +9,7 @@ import (
 	"testing"
 )
 
-// The fast path and Caddy's HTTP server differ as README says, and in every case the connection is
+// The fast path and Caddy's HTTP server differ as docs/reference.md says, and in every case the connection is
 // in order afterwards.
 func TestStrictness(t *testing.T) {
 	w, ways, _ := uploadWorld(t)
