@@ -367,6 +367,10 @@ func (p *caddyfileParser) upstream(h *Handler) error {
 	default:
 		return p.expectedErr("more than one value")
 	}
+	h.Upstream = &Upstream{URL: args[0]}
+	if args[0] == off {
+		return p.noBlock("upstream", "no block after off")
+	}
 	scheme, credentials, _, err := splitUpstream(args[0])
 	if err == nil && !strings.Contains(credentials, "{") {
 		_, err = readCredentials(credentials)
@@ -374,7 +378,6 @@ func (p *caddyfileParser) upstream(h *Handler) error {
 	if err != nil {
 		return p.Errf("upstream: the value is not valid: %v", err)
 	}
-	h.Upstream = &Upstream{URL: args[0]}
 	for nesting := p.Nesting(); p.NextBlock(nesting); {
 		if err := p.upstreamOption(h.Upstream, scheme); err != nil {
 			return err

@@ -254,7 +254,7 @@ func TestCaddyfileMistakes(t *testing.T) {
 		clients      = "expected a whole number of clients from 2 to 1000000000"
 		destinations = "expected addresses, CIDR ranges, names, *.names, public, private or all, each optionally followed by :<ports>"
 		users        = "expected [bcrypt|argon2id [<realm>]] and a block of `<user> <hash>` lines"
-		parents      = "expected http|https|socks5://[<user>[:<password>]@]<host>[:<port>]"
+		parents      = "expected http|https|socks5://[<user>[:<password>]@]<host>[:<port>], or off"
 		ranges       = "expected addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges"
 		tunnels      = "expected <n> [per_client <n>], each from 1 to 1000000000"
 		pseudonym    = "expected a pseudonym of letters, digits, dots and hyphens that starts with a letter, or off"
@@ -376,7 +376,7 @@ deny a.example *.b.example:0`, "deny: the value '*.b.example:0' is not valid; " 
 		{"ports 80 443-80", "ports: the value '443-80' is not valid; expected ports from 1 to 65535, or ranges such as 8000-8999, at Caddyfile:3"},
 		{"ports 65536", "ports: the value '65536' is not valid; expected ports from 1 to 65535, or ranges such as 8000-8999, at Caddyfile:3"},
 		{"limit_by token", "limit_by: the value 'token' is not valid; expected client_ip or user, at Caddyfile:3"},
-		{"report_only rules clients", "report_only: the value 'clients' is not valid; expected rules, limits or both, at Caddyfile:3"},
+		{"report_only rules clients", "report_only: the value 'clients' is not valid; expected rules, limits or both, or off, at Caddyfile:3"},
 		{"resolvers 192.0.2.53 :53", "resolvers: the value ':53' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53 or tcp/[2001:db8::53]:53, at Caddyfile:3"},
 		{"serve_pac proxy.pac", "serve_pac: the value 'proxy.pac' is not valid; expected a path that begins with /, or no value, at Caddyfile:3"},
 		{"no_upstream a.example:80", "no_upstream: the value 'a.example:80' is not valid; expected destinations without ports: addresses, CIDR ranges, names, *.names, public or private, at Caddyfile:3"},
@@ -436,7 +436,10 @@ max_tunnels 6 per_client 2`, "max_tunnels: the option is already set at Caddyfil
 		{"tunnel_idle_timeout never", "tunnel_idle_timeout: the value 'never' is not valid; expected a positive duration such as 1h, or off, at Caddyfile:3"},
 		{"tunnel_stall_timeout 0", "tunnel_stall_timeout: the value '0' is not valid; expected a positive duration such as 1m, or off, at Caddyfile:3"},
 		{"tunnel_idle_timeout 0", "tunnel_idle_timeout: the value '0' is not valid; expected a positive duration such as 1h, or off, at Caddyfile:3"},
-		{"tunnel_max_duration off", "tunnel_max_duration: the value 'off' is not valid; expected a positive duration such as 24h, at Caddyfile:3"},
+		{"tunnel_max_duration never", "tunnel_max_duration: the value 'never' is not valid; expected a positive duration such as 24h, or off, at Caddyfile:3"},
+		{"upstream off {\nheader X-A b\n}", "upstream: unexpected block; expected no block after off, at Caddyfile:3"},
+		{"report_only rules off", "report_only: off is given together with other values; expected off alone, at Caddyfile:3"},
+		{"upstream off\nno_upstream a.example", "no_upstream: no upstream is configured; expected the option upstream as well, at Caddyfile:4"},
 		{"stream_close_delay -1s", "stream_close_delay: the value '-1s' is not valid; expected a duration such as 5m, or 0 for immediately, at Caddyfile:3"},
 		{"recheck_tunnels yes", "recheck_tunnels: unexpected value 'yes'; expected no value, at Caddyfile:3"},
 		{`recheck_tunnels
@@ -571,7 +574,7 @@ func TestJSONMistakes(t *testing.T) {
 		{`"pac_direct": ["a.example"]`, "pac_direct: expected serve_pac to be set as well"},
 		{`"serve_pac": "/a", "pac_direct": ["all"]`, "pac_direct: all, public and private are not allowed"},
 		{`"ports": ["0"]`, "ports: the value '0' is not valid; expected ports from 1 to 65535, or ranges such as 8000-8999"},
-		{`"report_only": ["all"]`, "report_only: the value 'all' is not valid; expected rules, limits or both"},
+		{`"report_only": ["all"]`, "report_only: the value 'all' is not valid; expected rules, limits or both, or off"},
 		{`"limit_by": "token"`, "limit_by: the value 'token' is not valid; expected client_ip or user"},
 		{`"limit_by": "user"`, "limit_by: clients have no user; expected the option basic_auth or user_from as well"},
 		{`"serve_pac": "proxy.pac"`, "serve_pac: the value 'proxy.pac' is not valid; expected a path that begins with /, or no value"},
@@ -590,7 +593,7 @@ func TestJSONMistakes(t *testing.T) {
 		{`"hosts": ["proxy.example.com:443"]`, "hosts: the value 'proxy.example.com:443' is not valid; expected names of this server, without ports"},
 		{`"max_tunnels": -1`, "max_tunnels: the value '-1' is not valid; expected <n> [per_client <n>], each from 1 to 1000000000"},
 		{`"max_tunnels_per_client": -1`, "max_tunnels: the value '-1' is not valid; expected <n> [per_client <n>], each from 1 to 1000000000"},
-		{`"tunnel_max_duration": "-1s"`, "tunnel_max_duration: the value '-1s' is not valid; expected a positive duration such as 24h"},
+		{`"tunnel_max_duration": "2562047h"`, "tunnel_max_duration: the value '2562047h0m0s' is not valid; expected a positive duration such as 24h, or off"},
 		{`"stream_close_delay": "-1s"`, "stream_close_delay: the value '-1s' is not valid; expected a duration such as 5m, or 0 for immediately"},
 	} {
 		err := validate(t, `{"handler": "async_proxy", `+tc.options+`}`)

@@ -195,17 +195,18 @@ type Options struct {
 	// those of Ports.
 	ConnectPorts []string `json:"connect_ports,omitempty"`
 
-	// The only methods that clients may use; CONNECT counts as one. Default: all.
+	// The only methods that clients may use; CONNECT counts as one. `all` stands for all.
+	// Default: all.
 	Methods []string `json:"methods,omitempty"`
 
 	// What is only logged and not enforced: `rules` for deny rules and ports,
-	// `limits` for burst and refill. Destinations that are closed by default stay
-	// closed.
+	// `limits` for burst and refill, `off` alone for neither. Destinations that are
+	// closed by default stay closed. Default: off.
 	ReportOnly []string `json:"report_only,omitempty"`
 
 	// What follows the text of each denial, for example whom to ask. It is not in
-	// the status line. Placeholders such as `{http.async_proxy.rule}` work.
-	// Default: none.
+	// the status line. Placeholders such as `{http.async_proxy.rule}` work. `off` stands
+	// for none. Default: off.
 	DenyHint string `json:"deny_hint,omitempty"`
 
 	// Which bucket a request is charged to: `client_ip`, the client's, or `user`,
@@ -242,7 +243,7 @@ type Options struct {
 	// to a second. -1 means no limit. Default: 1h.
 	TunnelIdleTimeout caddy.Duration `json:"tunnel_idle_timeout,omitempty"`
 
-	// How long a tunnel may be open. Accurate to a second. Default: 0, no limit.
+	// How long a tunnel may be open. Accurate to a second. -1 and 0 mean no limit. Default: 0.
 	TunnelMaxDuration caddy.Duration `json:"tunnel_max_duration,omitempty"`
 
 	// Changes to the header fields of forwarded requests and their responses, as in

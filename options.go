@@ -159,20 +159,20 @@ var options = []option{
 		optionValue: list(expectedPorts, func(h *Handler) *[]string { return &h.ConnectPorts }, checkPorts, "same as ports"),
 	},
 	{
-		name: "methods", syntax: "<names...>", inPolicy: true,
+		name: "methods", syntax: "<names...>|all", inPolicy: true,
 		doc:         "the only allowed methods, such as `GET HEAD CONNECT`; others get 403",
-		optionValue: list("names of methods in capitals, such as GET HEAD CONNECT", func(h *Handler) *[]string { return &h.Methods }, checkMethod, "all"),
+		optionValue: list("names of methods in capitals, such as GET HEAD CONNECT, or all", func(h *Handler) *[]string { return &h.Methods }, checkMethod, allMethods),
 	},
 	{
-		name: "report_only", inPolicy: true, syntax: "rules|limits...",
+		name: "report_only", inPolicy: true, syntax: "rules|limits...|off",
 		doc:         "`rules` or `limits`: denials are logged but not enforced",
-		optionValue: list("rules, limits or both", func(h *Handler) *[]string { return &h.ReportOnly }, oneOf("rules", "limits"), "none"),
+		optionValue: list("rules, limits or both, or off", func(h *Handler) *[]string { return &h.ReportOnly }, oneOf("rules", "limits", off), "none"),
 	},
 	{
-		name: "deny_hint", inPolicy: true, syntax: "<text>",
+		name: "deny_hint", inPolicy: true, syntax: "<text>|off",
 		doc: "ends the text of each denial (403), to say [whom to ask](#responses-of-the-proxy). Placeholders work", absent: "none",
 		optionValue: optionValue{
-			expected: "a text in one line, in quotes",
+			expected: "a text in one line, in quotes, or off",
 			set: func(h *Handler, s string) bool {
 				h.DenyHint = s
 				return s != "" && !strings.ContainsFunc(s, unicode.IsControl)
@@ -185,10 +185,10 @@ var options = []option{
 		},
 	},
 	{
-		name: "upstream", inPolicy: true, syntax: "http|https|socks5://[<user>[:<password>]@]<host>[:<port>] {\n\theader                   <field> <value>\n\ttls_server_name          <name>\n\ttls_trust_pool           <module> ...\n\ttls_insecure_skip_verify\n}",
+		name: "upstream", inPolicy: true, syntax: "http|https|socks5://[<user>[:<password>]@]<host>[:<port>]|off {\n\theader                   <field> <value>\n\ttls_server_name          <name>\n\ttls_trust_pool           <module> ...\n\ttls_insecure_skip_verify\n}",
 		doc: "the [parent proxy](#upstream)", absent: "none",
 		optionValue: optionValue{
-			expected: "http|https|socks5://[<user>[:<password>]@]<host>[:<port>]",
+			expected: "http|https|socks5://[<user>[:<password>]@]<host>[:<port>], or off",
 			parse:    (*caddyfileParser).upstream,
 		}.shownAs((*policy).upstreamSettings),
 	},
@@ -238,9 +238,9 @@ var options = []option{
 		optionValue: durationOrOff(func(h *Handler) *caddy.Duration { return &h.TunnelStallTimeout }, time.Minute),
 	},
 	{
-		name: "tunnel_max_duration", inPolicy: true, syntax: "<duration>",
+		name: "tunnel_max_duration", inPolicy: true, syntax: "<duration>|off",
 		doc:         "closes tunnels open for longer than this",
-		optionValue: duration(func(h *Handler) *caddy.Duration { return &h.TunnelMaxDuration }, 0),
+		optionValue: durationOrOff(func(h *Handler) *caddy.Duration { return &h.TunnelMaxDuration }, 0),
 	},
 	{
 		name: "stream_close_delay", syntax: "<duration>",
@@ -345,6 +345,7 @@ func (h *Handler) setDefaults() {
 			o.setDefault(h)
 		}
 	}
+	h.clearUndone()
 }
 
 // check returns an error if the option's value in h is set and not valid.
@@ -396,7 +397,9 @@ func (h *Handler) checkTogether() *combinationError {
 	full := *h
 	full.setDefaults()
 	switch {
-	case h.NoUpstream != nil && h.Upstream == nil:
+	case len(h.ReportOnly) > 1 && slices.Contains(h.ReportOnly, off):
+		return &combinationError{[]string{"report_only"}, errors.New("report_only: off is given together with other values; expected off alone")}
+	case h.NoUpstream != nil && full.Upstream == nil:
 		return &combinationError{[]string{"no_upstream"}, errors.New("no_upstream: no upstream is configured; expected the option upstream as well")}
 	case h.LimitBy == "user" && !h.identifiesUsers():
 		return &combinationError{[]string{"limit_by"}, errors.New("limit_by: clients have no user; expected the option basic_auth or user_from as well")}

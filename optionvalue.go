@@ -211,6 +211,9 @@ func checkPorts(s string) error {
 }
 
 func checkMethod(s string) error {
+	if s == allMethods {
+		return nil
+	}
 	if !httpguts.ValidHeaderFieldName(s) || s != strings.ToUpper(s) {
 		return errInvalid
 	}

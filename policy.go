@@ -206,6 +206,9 @@ func (h *Handler) optionsOf(y *Policy) (*Options, error) {
 	if err != nil {
 		return nil, err
 	}
+	if y.Upstream != nil && y.Upstream.URL == off {
+		delete(merged, "no_upstream") // it has nothing to be an exception from
+	}
 	headers := merged["headers"]
 	maps.Copy(merged, own)
 	if merged["headers"], err = mergeHeaders(headers, own["headers"]); err != nil {
@@ -219,7 +222,33 @@ func (h *Handler) optionsOf(y *Policy) (*Options, error) {
 		return nil, err
 	}
 	all := new(Options)
-	return all, json.Unmarshal(text, all)
+	err = json.Unmarshal(text, all)
+	all.clearUndone()
+	return all, err
+}
+
+// The values with which a policy undoes an option of the directive that has no limit, no parent or
+// no text by default.
+const (
+	off        = "off"
+	allMethods = "all"
+)
+
+// clearUndone gives the options whose value is off, or for methods all, their default.
+func (o *Options) clearUndone() {
+	if o.Upstream != nil && o.Upstream.URL == off {
+		o.Upstream = nil
+	}
+	if slices.Contains(o.Methods, allMethods) {
+		o.Methods = nil
+	}
+	if slices.Contains(o.ReportOnly, off) {
+		o.ReportOnly = nil
+	}
+	if o.DenyHint == off {
+		o.DenyHint = ""
+	}
+	o.TunnelMaxDuration = max(o.TunnelMaxDuration, 0)
 }
 
 // mergeHeaders returns the directive's headers, but with a policy's changes to requests or to

@@ -92,8 +92,8 @@ func (y *policy) limiterSettings() []status.Setting {
 }
 
 func (y *policy) upstreamSettings() []status.Setting {
-	if y.own.Upstream == nil {
-		return []status.Setting{{Option: "upstream", Value: "none", Default: true}}
+	if y.own.Upstream == nil || y.options.Upstream == nil { // not set, or off
+		return []status.Setting{{Option: "upstream", Value: "none", Default: y.own.Upstream == nil}}
 	}
 	return []status.Setting{{Option: "upstream", Value: y.dialer.Parent.Scheme + "://" + y.dialer.Parent.Address}}
 }
