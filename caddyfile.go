@@ -77,10 +77,10 @@ func isNested(h httpcaddyfile.Helper) bool {
 //		deny_from               <ip_source> ...
 //		ports                   <port|from-to...>
 //		connect_ports           <port|from-to...>
-//		methods                 <names...>
-//		report_only             rules|limits...
-//		deny_hint               <text>
-//		upstream                http|https|socks5://[<user>[:<password>]@]<host>[:<port>] {
+//		methods                 <names...>|all
+//		report_only             rules|limits...|off
+//		deny_hint               <text>|off
+//		upstream                http|https|socks5://[<user>[:<password>]@]<host>[:<port>]|off {
 //			header                   <field> <value>
 //			tls_server_name          <name>
 //			tls_trust_pool           <module> ...
@@ -94,7 +94,7 @@ func isNested(h httpcaddyfile.Helper) bool {
 //		max_tunnels             <n> [per_client <n>]
 //		tunnel_idle_timeout     <duration>|off
 //		tunnel_stall_timeout    <duration>|off
-//		tunnel_max_duration     <duration>
+//		tunnel_max_duration     <duration>|off
 //		stream_close_delay      <duration>
 //		recheck_tunnels
 //		hosts                   <own_names...>
