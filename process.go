@@ -63,6 +63,7 @@ type process struct {
 	// clients' tokens survive a reload. failedLogins holds those of failed logins in the same way.
 	limiters, failedLogins *caddy.UsagePool
 
+	sharers   sharerWatch          // looks for other processes at our addresses
 	heads     origin.HeldHeads     // of responses in progress
 	lingering downstream.Lingering // client connections that are being closed in stages
 }
@@ -105,6 +106,7 @@ func (p *process) Destruct() error {
 	}
 	p.tunnels.CloseAll(reason)
 	p.tunnels.Stop()
+	p.sharers.stop()
 	return nil
 }
 

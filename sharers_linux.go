@@ -5,8 +5,8 @@ package asyncproxy
 
 import (
 	"bufio"
+	"encoding/binary"
 	"encoding/hex"
-	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -14,38 +14,103 @@ import (
 	"strconv"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/asyncproxy/caddy-async-proxy/internal/printable"
 )
 
-// otherListeners returns the other processes that listen on an address, as far as this one has
-// permission to see them. Linux lets processes of one user share a port, and distributes
-// the connections among them.
-func otherListeners(at netip.AddrPort) (processes []string) {
-	ours := socketsOf("self")
-	for _, inode := range listeningInodes(at) {
-		if !slices.Contains(ours, inode) {
-			processes = append(processes, processOf(inode))
-		}
-	}
-	return processes
+// sharerSearch finds sharers, as far as this process has permission to see them. Linux lets
+// processes of one user share a port, and distributes the connections among them. The zero value
+// is ready for use.
+type sharerSearch struct {
+	ours   map[netip.AddrPort]bool // addresses at which this process listens
+	inodes map[string]bool         // of this process's listening sockets
+	owners map[string]sharer       // of other sockets, by inode
 }
 
-// listeningInodes returns the inodes of the sockets that listen on an address.
-func listeningInodes(at netip.AddrPort) (inodes []string) {
-	file, ip := "/proc/net/tcp6", at.Addr().AsSlice()
-	if at.Addr().Is4() {
-		file = "/proc/net/tcp"
+// reset makes the search look for the addresses of this process again.
+func (s *sharerSearch) reset() { *s = sharerSearch{} }
+
+// find returns the sharers. It costs no more than reading the system's list of listening sockets,
+// unless that has one that is not known to be this process's.
+func (s *sharerSearch) find() (found []sharer) {
+	if s.ours == nil && !s.findOurs() {
+		return nil
 	}
-	for word := range slices.Chunk(ip, 4) {
-		slices.Reverse(word) // the kernel prints words in host byte order
+	others := s.others()
+	if len(others) > 0 {
+		s.findOurs() // it may have opened one since
+		others = s.others()
 	}
-	local := fmt.Sprintf("%s:%04X", strings.ToUpper(hex.EncodeToString(ip)), at.Port())
-	sockets, err := os.Open(file)
+	owners := make(map[string]sharer)
+	for _, other := range others {
+		owner, known := s.owners[other.inode]
+		if !known {
+			owner = ownerOf(other)
+		}
+		owners[other.inode] = owner
+		if owner.pid != os.Getpid() { // a socket that Caddy has not opened
+			found = append(found, owner)
+		}
+	}
+	s.owners = owners
+	return found
+}
+
+// findOurs finds the listening sockets of this process. It returns false if that is impossible.
+func (s *sharerSearch) findOurs() bool {
+	sockets, err := findSockets()
+	if err != nil {
+		return false
+	}
+	s.ours, s.inodes = make(map[netip.AddrPort]bool), make(map[string]bool)
+	for _, at := range sockets.at {
+		for _, socket := range at {
+			var stat unix.Stat_t
+			if unix.Fstat(socket.fd, &stat) == nil {
+				s.ours[socket.addr] = true
+				s.inodes[strconv.FormatUint(stat.Ino, 10)] = true
+			}
+		}
+	}
+	return true
+}
+
+// others returns the sockets that get connections meant for this process and that are not known to
+// be its own.
+func (s *sharerSearch) others() (others []listeningSocket) {
+	for _, file := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
+		for _, socket := range listeningSockets(file) {
+			if !s.inodes[socket.inode] && s.loses(socket.at) {
+				others = append(others, socket)
+			}
+		}
+	}
+	return others
+}
+
+// loses reports whether this process loses connections to another socket at an address. Of two
+// sockets on a port, the kernel prefers the one with the more specific address.
+func (s *sharerSearch) loses(at netip.AddrPort) bool {
+	port := at.Port()
+	return s.ours[at] || s.ours[netip.AddrPortFrom(netip.IPv6Unspecified(), port)] ||
+		at.Addr().Is4() && s.ours[netip.AddrPortFrom(netip.IPv4Unspecified(), port)]
+}
+
+// listeningSocket is a row of the system's list of sockets.
+type listeningSocket struct {
+	at    netip.AddrPort
+	inode string
+}
+
+// listeningSockets returns the listening sockets in a file of /proc/net.
+func listeningSockets(file string) (sockets []listeningSocket) {
+	f, err := os.Open(file)
 	if err != nil {
 		return nil
 	}
-	defer sockets.Close()
-	lines := bufio.NewScanner(sockets)
+	defer f.Close()
+	lines := bufio.NewScanner(f)
 	lines.Scan() // the headings
 	for lines.Scan() {
 		const listening = "0A"
@@ -53,11 +118,40 @@ func listeningInodes(at netip.AddrPort) (inodes []string) {
 		if len(fields) < 10 || fields[3] != listening {
 			break // after the listeners the kernel lists connections, of which there may be many
 		}
-		if fields[1] == local {
-			inodes = append(inodes, fields[9])
+		if at, ok := parseLocal(fields[1]); ok {
+			sockets = append(sockets, listeningSocket{at, fields[9]})
 		}
 	}
-	return inodes
+	return sockets
+}
+
+// parseLocal parses an address as the kernel lists it: words in host byte order, and the port.
+func parseLocal(field string) (at netip.AddrPort, ok bool) {
+	ip, port, _ := strings.Cut(field, ":")
+	raw, err := hex.DecodeString(ip)
+	number, portErr := strconv.ParseUint(port, 16, 16)
+	if err != nil || portErr != nil || len(raw)%4 != 0 {
+		return at, false
+	}
+	for word := range slices.Chunk(raw, 4) {
+		binary.NativeEndian.PutUint32(word, binary.BigEndian.Uint32(word))
+	}
+	addr, ok := netip.AddrFromSlice(raw)
+	return netip.AddrPortFrom(addr.Unmap(), uint16(number)), ok
+}
+
+// ownerOf returns the process that has a socket open.
+func ownerOf(socket listeningSocket) sharer {
+	entries, _ := os.ReadDir("/proc")
+	for _, entry := range entries {
+		pid, err := strconv.Atoi(entry.Name())
+		if err != nil || !slices.Contains(socketsOf(entry.Name()), socket.inode) {
+			continue
+		}
+		name, _ := os.ReadFile("/proc/" + entry.Name() + "/comm")
+		return sharer{socket.at, printable.Text(strings.TrimSpace(string(name))), pid}
+	}
+	return sharer{at: socket.at}
 }
 
 // socketsOf returns the inodes of the sockets that a process has open.
@@ -70,17 +164,4 @@ func socketsOf(process string) (inodes []string) {
 		}
 	}
 	return inodes
-}
-
-// processOf returns the name and pid of a process that has a socket open, or "unknown".
-func processOf(inode string) string {
-	entries, _ := os.ReadDir("/proc")
-	for _, entry := range entries {
-		if _, err := strconv.Atoi(entry.Name()); err != nil || !slices.Contains(socketsOf(entry.Name()), inode) {
-			continue
-		}
-		name, _ := os.ReadFile("/proc/" + entry.Name() + "/comm")
-		return fmt.Sprintf("%s, pid %s", printable.Text(strings.TrimSpace(string(name))), entry.Name())
-	}
-	return "unknown"
 }

@@ -5,12 +5,15 @@ package asyncproxy
 
 import (
 	"bufio"
+	"encoding/binary"
 	"fmt"
 	"io"
 	"net"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/caddyserver/caddy/v2"
@@ -33,22 +36,7 @@ func TestWarnsAboutOtherProcessAtPort(t *testing.T) {
 		t.Errorf("warnings without another process: %v", lines)
 	}
 	for _, address := range []string{w.proxy, strings.Replace(w.proxy, "127.0.0.1", "[::1]", 1)} {
-		cmd := exec.Command(os.Args[0], "-test.run", "^"+t.Name()+"$")
-		cmd.Env = append(os.Environ(), sharerAddress+"="+address)
-		stdin, err := cmd.StdinPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		stdout, err := cmd.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		if line, err := bufio.NewReader(stdout).ReadString('\n'); err != nil || line != "listening\n" {
-			t.Fatalf("%q, %v", line, err)
-		}
+		sharer, stop := startSharer(t, address)
 		w.forgetLogs()
 		host, port, _ := net.SplitHostPort(address)
 		startCaddyfile(t, w.globals()+fmt.Sprintf(`http://:%s {
@@ -57,13 +45,10 @@ func TestWarnsAboutOtherProcessAtPort(t *testing.T) {
 }
 `, port, host))
 		line := w.waitLog(warning, 1)[0]
-		if want := fmt.Sprintf("pid %d]", cmd.Process.Pid); line["address"] != address || !strings.HasSuffix(fmt.Sprint(line["processes"]), want) {
+		if want := fmt.Sprintf("pid %d]", sharer); line["address"] != address || !strings.HasSuffix(fmt.Sprint(line["processes"]), want) {
 			t.Errorf("line %v, want address %s and %s", line, address, want)
 		}
-		stdin.Close()
-		if err := cmd.Wait(); err != nil {
-			t.Error(err)
-		}
+		stop()
 		// During a reload one process briefly has two sockets.
 		w.forgetLogs()
 		loadCaddyfile(t, w.globals()+fmt.Sprintf(`http://:%s {
@@ -76,6 +61,118 @@ func TestWarnsAboutOtherProcessAtPort(t *testing.T) {
 			t.Errorf("warnings without another process: %v", lines)
 		}
 	}
+}
+
+// startSharer starts a process that listens at an address, and returns its pid. stop ends it.
+func startSharer(t *testing.T, address string) (pid int, stop func()) {
+	t.Helper()
+	cmd := exec.Command(os.Args[0], "-test.run", "^TestWarnsAboutOtherProcessAtPort$")
+	cmd.Env = append(os.Environ(), sharerAddress+"="+address)
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if line, err := bufio.NewReader(stdout).ReadString('\n'); err != nil || line != "listening\n" {
+		t.Fatalf("%q, %v", line, err)
+	}
+	return cmd.Process.Pid, sync.OnceFunc(func() {
+		stdin.Close()
+		if err := cmd.Wait(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// A process that starts later and takes connections is noticed as well, and so is its end. The other
+// may listen at a more specific address. One at a less specific address takes none.
+func TestNoticesOtherProcessLater(t *testing.T) {
+	w := newWorld(t, "", nil)
+	everywhere := freeAddress(t)
+	_, port, _ := net.SplitHostPort(everywhere)
+	w.load(w.site("") + "http://:" + port + " {\n\tbind 0.0.0.0\n\tasync_proxy\n}\n")
+	if found := currentSharers(); len(found) > 0 {
+		t.Fatalf("found %v without another process", found)
+	}
+	watch := &currentProcess().sharers
+	checkNow := func() {
+		watch.mu.Lock()
+		defer watch.mu.Unlock()
+		watch.timer.Reset(0)
+	}
+	const warning = "another process listens at the same address and gets some of the connections; stop it, or use another port"
+	for _, address := range []string{w.proxy, everywhere} {
+		w.forgetLogs()
+		pid, stop := startSharer(t, address)
+		defer stop()
+		checkNow()
+		line := w.waitLog(warning, 1)[0]
+		if found := currentSharers(); len(found) != 1 || found[0].pid != pid || found[0].at.String() != address ||
+			line["address"] != address || fmt.Sprint(line["processes"]) != "["+found[0].String()+"]" {
+			t.Errorf("found %v and logged %v, want pid %d at %s", found, line, pid, address)
+		}
+		watch.again() // says nothing twice
+		stop()
+		checkNow()
+		line = w.waitLog("the other process at this address no longer listens", 1)[0]
+		if found := currentSharers(); len(found) > 0 || line["address"] != address {
+			t.Errorf("found %v and logged %v after the other process has ended", found, line)
+		}
+		if lines := w.logLines(warning); len(lines) != 1 {
+			t.Errorf("warnings: %v", lines)
+		}
+	}
+	_, port, _ = net.SplitHostPort(w.proxy)
+	_, stop := startSharer(t, "0.0.0.0:"+port)
+	defer stop()
+	watch.again()
+	if found := currentSharers(); len(found) > 0 {
+		t.Errorf("found %v, which gets none of our connections", found)
+	}
+
+	// The checks go on, and they end with the last config that has a proxy.
+	watch.mu.Lock()
+	if !watch.timer.Stop() {
+		t.Error("there is no next check")
+	}
+	watch.timer.Reset(sharerInterval)
+	watch.mu.Unlock()
+	w.load("http://" + w.proxy + " {\n\trespond hello\n}\n")
+	watch.mu.Lock()
+	defer watch.mu.Unlock()
+	if watch.timer.Stop() || currentSharers() != nil {
+		t.Error("the checks go on without a proxy")
+	}
+}
+
+// FuzzParseLocal checks that every address that the kernel can print is read.
+func FuzzParseLocal(f *testing.F) {
+	for _, seed := range []string{"0100007F:1F90", "00000000000000000000000001000000:01BB", "0000000000000000FFFF00000100007F:0050", ":", "7F:1", "00:00000"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, field string) {
+		at, ok := parseLocal(field)
+		if !ok {
+			return
+		}
+		addr := at.Addr().AsSlice()
+		if strings.Index(field, ":") == 32 && at.Addr().Is4() {
+			mapped := at.Addr().As16()
+			addr = mapped[:]
+		}
+		for word := range slices.Chunk(addr, 4) {
+			binary.NativeEndian.PutUint32(word, binary.BigEndian.Uint32(word))
+		}
+		if again, ok := parseLocal(fmt.Sprintf("%X:%04X", addr, at.Port())); !ok || again != at {
+			t.Errorf("%q is %v, but %v when it is written again", field, at, again)
+		}
+	})
 }
 
 func listenAsAnother(t *testing.T, address string) {

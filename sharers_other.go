@@ -5,8 +5,10 @@
 
 package asyncproxy
 
-import "net/netip"
-
-// otherListeners returns nil: other systems do not let processes share a port, or have no way to
+// sharerSearch finds nothing: other systems do not let processes share a port, or have no way to
 // find out.
-func otherListeners(netip.AddrPort) []string { return nil }
+type sharerSearch struct{}
+
+func (*sharerSearch) reset() {}
+
+func (*sharerSearch) find() []sharer { return nil }

@@ -17,7 +17,6 @@ import (
 	"go.uber.org/zap/zapcore"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
-	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
@@ -81,12 +80,7 @@ func (p *proxy) onStarted(ctx caddy.Context, server *caddyhttp.Server) {
 		p.logger.Warn("open proxy: anyone who can reach this address can use it; restrict it with the option clients, or add basic_auth or a remote_ip matcher",
 			zap.Strings("addresses", server.Listen), zap.Strings("clients", p.config.Clients))
 	}
-	for _, ln := range server.Listeners() {
-		if processes := otherListeners(hostport.AddrPortOf(ln.Addr())); len(processes) > 0 {
-			p.logger.Warn("another process listens at the same address and gets some of the connections; stop it, or use another port",
-				zap.Stringer("address", ln.Addr()), zap.Strings("processes", processes))
-		}
-	}
+	p.process.sharers.started(p.configDone, p.logger)
 	if addresses := p.plainAddresses(ctx, server); len(p.auth) > 0 && len(addresses) > 0 {
 		p.logger.Warn("passwords are sent in clear text: other machines can reach this address, and it does not use TLS; "+
 			"give the site a certificate, or bind it to 127.0.0.1", zap.Strings("addresses", addresses))
