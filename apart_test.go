@@ -33,6 +33,7 @@ var apartTests = []string{
 	"TestTunnelsBehindTheProxyProtocol",
 	"TestClientsThatNeverRead",
 	"TestAdminAPI",
+	"TestHistory",
 	"TestTunnelsOutliveCaddysStallLimits",
 	"TestCommandStatusOnATerminal",
 	"TestParentStreamsIndependent",

@@ -73,6 +73,7 @@ var documented = []struct{ file, command, says string }{
 	{"README.md", "for i in $(seq 15); do curl -s -o /dev/null -w '%{http_code} ' -x http://127.0.0.1:8080 http://127.0.0.1:8000/get; done", `^(200 ){10}(429 ){5}$`},
 	{"README.md", "curl -i -x http://127.0.0.1:8080 http://127.0.0.1:8000/get", "the README"},
 	{"docs/admin-api.md", "curl localhost:2019/async_proxy/stats", `"requests":\{"forwarded":11,"tunnels":1,`},
+	{"docs/admin-api.md", "curl localhost:2019/async_proxy/history", `"step_seconds":5,"requests":\{.*"forwarded":\[`},
 	{"docs/admin-api.md", "curl 'localhost:2019/async_proxy/clients?limited&sort=rejections'", `"client":"127.0.0.1".*"total":1`},
 	{"docs/admin-api.md", "curl 'localhost:2019/async_proxy/tunnels?q=example.com'", `\{"tunnels":\[\],"total":0\}`},
 	{"docs/admin-api.md", "curl 'localhost:2019/async_proxy/explain?client=192.0.2.1&target=127.0.0.1:8000'", `"decision":"denied".*"check":"client","outcome":"denied"`},

@@ -58,6 +58,7 @@ func (p *proxy) count(v *transaction, err error) *refusal {
 	if v.kind != metrics.Other {
 		v.policy.counters.Request(o)
 	}
+	program.status.Active()
 	return f
 }
 
@@ -93,6 +94,7 @@ func (p *proxy) countForwarded(from clientIdentity, up, down int64) {
 	}
 	p.zone.ForwardedBytes(up, down)
 	from.policy.limiter.AddBytes(from.limitKey, up, down)
+	program.status.Active()
 }
 
 // countTunnelBytes counts the bytes of open tunnels.

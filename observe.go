@@ -276,6 +276,7 @@ func deniedFields(denied *access.DeniedError) []zap.Field {
 // Opened implements tunnelObserver.
 func (s *site) Opened(t *tunnel.Tunnel) {
 	s.process.reconcile(t)
+	program.status.Active()
 	if c := s.logger.Check(zapcore.InfoLevel, "CONNECT tunnel"); c != nil {
 		c.Write(
 			zap.Uint64("id", t.ID),

@@ -58,6 +58,7 @@ func (p *proxy) onStarted(ctx caddy.Context, server *caddyhttp.Server) {
 	program.loaded.Store(&now)
 	p.running.Store(true)
 	p.process.config.Store(p.configDone)
+	program.status.Active() // a new table has no clients
 	p.logger.Info("async-proxy listening",
 		zap.Strings("addresses", server.Listen),
 		zap.Int64("burst", p.config.Burst),

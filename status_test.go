@@ -22,6 +22,8 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/status"
 )
 
 // statusWorld is a world with a status page on its own address.
@@ -369,6 +371,11 @@ func TestStatusStream(t *testing.T) {
 			t.Errorf("first comes %s: %s, want hello: %s", event, data, want)
 		}
 		event, data = s.next()
+		var history status.History
+		if err := json.Unmarshal([]byte(data), &history); event != "history" || err != nil || history.StepSeconds != 5 {
+			t.Errorf("next comes %s, %v: %.100s", event, err, data)
+		}
+		event, data = s.next()
 		var snap map[string]json.RawMessage
 		if err := json.Unmarshal([]byte(data), &snap); event != "snapshot" || err != nil || snap["stats"] == nil {
 			t.Errorf("then comes %s, %v: %.100s", event, err, data)
@@ -491,6 +498,7 @@ func TestStatusMasksClients(t *testing.T) {
 	policyRequest(t, other, http.MethodGet, "192.0.2.1", "")
 	stream := w.stream()
 	_, hello := stream.next()
+	_, _ = stream.next() // the history has no clients
 	_, event := stream.next()
 	_, snap := w.ask("GET", "/snapshot.json", "")
 	_, clients := w.ask("GET", "/clients.json", "")

@@ -53,7 +53,10 @@ const (
 	policyLabel = "policy"
 )
 
-var durationBuckets = []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}
+// NumDurations is how many counts a Histogram of durations has.
+const NumDurations = 14
+
+var durationBuckets = [NumDurations - 1]float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}
 
 // Labels lists the values of labels that exist from the start of the set or of a zone, so
 // that their counters are exposed as 0 before the first event.
@@ -120,11 +123,11 @@ func New(labels Labels) *Set {
 		}),
 		responses: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: prefix + "response_duration_seconds", Help: "Time from forwarding a request until its response head arrived.",
-			Buckets: durationBuckets,
+			Buckets: durationBuckets[:],
 		}),
 		dials: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name: prefix + "dial_duration_seconds", Help: "Duration of connection attempts to targets and parents, including DNS, by outcome.",
-			Buckets: durationBuckets,
+			Buckets: durationBuckets[:],
 		}, []string{"outcome"}),
 	}
 	s.createElements(labels)

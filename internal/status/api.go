@@ -41,6 +41,8 @@ func (v *View) ServeAPI(w http.ResponseWriter, r *http.Request) error {
 	switch {
 	case collection == "stats" && rest == "":
 		return apiGet(w, r, func() (any, error) { return v.Stats(now), nil })
+	case collection == "history" && rest == "":
+		return apiGet(w, r, func() (any, error) { return v.History(now), nil })
 	case collection == "clients" && rest == "":
 		return apiGet(w, r, func() (any, error) { return v.Clients(r.URL.Query(), now) })
 	case collection == "tunnels" && rest == "":

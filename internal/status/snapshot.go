@@ -162,8 +162,14 @@ func (v *View) Snapshot(now time.Time) Snapshot {
 
 // Stats returns the current counters.
 func (v *View) Stats(now time.Time) Stats {
-	s := Stats{Time: now, Started: v.in.Started, Loaded: v.in.Loaded()}
+	s := v.counted()
+	s.Time, s.Started, s.Loaded = now, v.in.Started, v.in.Loaded()
 	s.Version, s.Caddy = v.in.Versions()
+	return s
+}
+
+// counted returns the counters, without what only describes the process.
+func (v *View) counted() (s Stats) {
 	for t := range v.in.Tables {
 		s.Clients.Tracked += int64(t.Len())
 		s.Clients.Limit += int64(t.Limits.MaxClients)

@@ -114,16 +114,20 @@ func (f *feed) publish(now time.Time) {
 	}
 }
 
-func snapshotEvent(snap Snapshot) []byte {
-	data, err := json.Marshal(snap) // contains no line breaks, which would split the event
+func snapshotEvent(snap Snapshot) []byte { return encodeEvent("snapshot", snap) }
+
+// encodeEvent returns an event with data as JSON.
+func encodeEvent(name string, data any) []byte {
+	text, err := json.Marshal(data) // contains no line breaks, which would split the event
 	if err != nil {
 		return fmt.Appendf(nil, "event: failure\ndata: %q\n\n", err.Error())
 	}
-	return slices.Concat([]byte("event: snapshot\ndata: "), data, []byte("\n\n"))
+	return slices.Concat([]byte("event: "+name+"\ndata: "), text, []byte("\n\n"))
 }
 
 // stream sends events (https://html.spec.whatwg.org/multipage/server-sent-events.html)
-// until the client disconnects, or the config or the process ends.
+// until the client disconnects, or the config or the process ends. It sends the whole history once,
+// and then each step of it when it has ended.
 func (p *Page) stream(w http.ResponseWriter, r *http.Request) {
 	feed := p.View.feed
 	viewer := feed.subscribe(p.MaskClients)
@@ -142,8 +146,17 @@ func (p *Page) stream(w http.ResponseWriter, r *http.Request) {
 		_, err := w.Write(event)
 		return err == nil && controller.Flush() == nil
 	}
+	sent := int64(0) // the last step of the history that the viewer has
+	sendHistory := func() bool {
+		steps := p.View.history.after(sent, time.Now())
+		if sent > 0 && len(steps.Tunnels) == 0 {
+			return true
+		}
+		sent = steps.lastStep()
+		return send(encodeEvent("history", steps))
+	}
 	hello := fmt.Appendf(nil, "retry: 1000\nevent: hello\ndata: {\"page\":%q,\"actions\":%t,\"masked\":%t}\n\n", version(), p.Actions, p.MaskClients)
-	if !send(hello) || r.Method == http.MethodHead {
+	if !send(hello) || r.Method == http.MethodHead || !sendHistory() {
 		return
 	}
 	for {
@@ -153,7 +166,7 @@ func (p *Page) stream(w http.ResponseWriter, r *http.Request) {
 		case <-p.Done:
 			return
 		case event := <-viewer.events:
-			if !send(event) {
+			if !sendHistory() || !send(event) {
 				return
 			}
 		}

@@ -6,11 +6,14 @@ package status
 import (
 	"bufio"
 	"bytes"
+	"context"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -61,6 +64,47 @@ func TestFeedTakesOneSnapshotASecond(t *testing.T) {
 		time.Sleep(time.Hour)
 		if taken != 11 {
 			t.Errorf("%d snapshots were taken after the last viewer had left", taken-11)
+		}
+	})
+}
+
+// TestStreamSendsTheHistoryOnce checks that a viewer gets each step once, and that snapshots have no
+// history.
+func TestStreamSendsTheHistoryOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		v := emptyView()
+		v.in.Started = time.Now()
+		v.history = newHistory(v.in.Started, func() sums { return sums{} })
+		time.Sleep(17 * time.Second)
+		ctx, cancel := context.WithCancel(t.Context())
+		w := httptest.NewRecorder()
+		ended := make(chan struct{})
+		go func() {
+			(&Page{View: v}).stream(w, httptest.NewRequest("GET", "/events", nil).WithContext(ctx))
+			close(ended)
+		}()
+		time.Sleep(14500 * time.Millisecond)
+		cancel()
+		<-ended
+		var order []string
+		for event := range strings.SplitSeq(strings.TrimSuffix(w.Body.String(), "\n\n"), "\n\n") {
+			name, data, _ := strings.Cut(strings.TrimPrefix(event, "retry: 1000\n"), "\ndata: ")
+			name = strings.TrimPrefix(name, "event: ")
+			if name == "history" {
+				var h History
+				if err := json.Unmarshal([]byte(data), &h); err != nil {
+					t.Fatal(err)
+				}
+				name += fmt.Sprint(" ", len(h.Tunnels), " from ", h.Start.Sub(v.in.Started))
+			} else if strings.Contains(data, "step_seconds") {
+				t.Errorf("%s has a history", name)
+			}
+			if name != "snapshot" || !slices.Contains(order, name) {
+				order = append(order, name)
+			}
+		}
+		if want := []string{"hello", "history 3 from 0s", "snapshot", "history 1 from 15s", "history 1 from 20s", "history 1 from 25s"}; !slices.Equal(order, want) {
+			t.Errorf("events %q, want %q", order, want)
 		}
 	})
 }

@@ -58,6 +58,7 @@ type View struct {
 	in       Inputs
 	refusals refusalRing
 	feed     *feed
+	history  *history
 
 	// query is held while a query searches all clients or tunnels, so that concurrent queries
 	// need no more memory than one.
@@ -68,8 +69,20 @@ type View struct {
 func New(in Inputs) *View {
 	v := &View{in: in}
 	v.feed = newFeed(v.Snapshot)
+	v.history = newHistory(in.Started, func() sums { return sumsOf(v.counted()) })
 	return v
 }
 
 // AddRefusal adds a refusal to the list of the latest ones.
 func (v *View) AddRefusal(r *Refusal) { v.refusals.add(r) }
+
+// Active must be called after anything has been counted that the history shows. It costs next to
+// nothing, except for the first call after a pause.
+func (v *View) Active() {
+	if v.history.asleep.Load() {
+		v.history.wake()
+	}
+}
+
+// History returns the last hour.
+func (v *View) History(now time.Time) History { return v.history.after(0, now) }
