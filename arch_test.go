@@ -38,6 +38,7 @@ var arrows = []struct{ name, imports string }{
 	{"egress", "monotime client hostport tcpconn h1 access"},
 	{"origin", "monotime client hostport tcpconn h1 access egress"},
 	{"downstream", "hostport tcpconn h1"},
+	{"version", ""},
 	{"status", "monotime printable client bucket metrics tunnel"},
 }
 

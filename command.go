@@ -57,7 +57,7 @@ explain says whether a request would be allowed, and why.
 			flags.BoolP("debug", "v", false, "Enable verbose debug logs")
 			cmd.Args, cmd.SuggestionsMinimumDistance = noArguments, 2
 			cmd.RunE = caddycmd.WrapCommandFuncForCobra(runCommand)
-			cmd.AddCommand(statusCommand(), explainCommand())
+			cmd.AddCommand(statusCommand(), explainCommand(), checkCommand())
 		},
 	})
 }

@@ -25,6 +25,7 @@ import (
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/printable"
 	"github.com/asyncproxy/caddy-async-proxy/internal/status"
+	"github.com/asyncproxy/caddy-async-proxy/internal/version"
 )
 
 // refreshInterval is the refresh interval of --watch.
@@ -243,7 +244,7 @@ func (s *statusReport) fit(height int) {
 
 func (s *statusReport) print(w io.Writer) {
 	st := &s.Stats
-	fmt.Fprintf(w, "async_proxy %s in Caddy %s, up %s, config loaded %s ago\n\n", st.Version, st.Caddy,
+	fmt.Fprintf(w, "async_proxy %s in Caddy %s, up %s, config loaded %s ago\n\n", version.Build{Version: st.Version, Commit: st.Commit, Go: st.Go}, st.Caddy,
 		formatAge(st.Time.Sub(st.Started)), formatAge(st.Time.Sub(st.Loaded)))
 	table := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
 	fmt.Fprintf(table, "requests\t%d forwarded\t%d tunnels\t%d passed on\n", st.Requests.Forwarded, st.Requests.Tunnels, st.Requests.PassedOn)

@@ -5,17 +5,21 @@ package asyncproxy
 
 import (
 	"context"
-	"runtime/debug"
+	"reflect"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
+	"github.com/asyncproxy/caddy-async-proxy/internal/printable"
 	"github.com/asyncproxy/caddy-async-proxy/internal/status"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
+	"github.com/asyncproxy/caddy-async-proxy/internal/version"
 )
 
 func init() {
@@ -24,6 +28,7 @@ func init() {
 		Started:  program.started,
 		Loaded:   lastLoaded,
 		Sites:    runningSites,
+		Listen:   listenersOfSites,
 		Counters: readCounters,
 
 		Tables:      eachTable,
@@ -54,20 +59,11 @@ func init() {
 	})
 }
 
-const modulePath = "github.com/asyncproxy/caddy-async-proxy"
-
-// versions returns the versions of this module in the running binary, and of Caddy.
-func versions() (module, server string) {
-	module = "(devel)"
-	if info, ok := debug.ReadBuildInfo(); ok {
-		for _, m := range append(info.Deps, &info.Main) {
-			if m.Path == modulePath && m.Version != "" {
-				module = m.Version
-			}
-		}
-	}
-	server, _ = caddy.Version()
-	return module, server
+// versions returns what the running binary is made of.
+func versions() status.Versions {
+	build := version.Read()
+	server, _ := caddy.Version()
+	return status.Versions{Version: build.Version, Commit: build.ShortCommit(), Caddy: server, Go: build.Go}
 }
 
 // lastLoaded returns when the last config with a proxy started to run.
@@ -94,6 +90,44 @@ func runningSites() (sites []status.Site) {
 		}
 	}
 	return sites
+}
+
+// listenersOfSites returns the listeners of all handlers that run, each of them once.
+func listenersOfSites() (found []status.Listener) {
+	p := currentProcess()
+	if p == nil {
+		return nil
+	}
+	for each := range p.proxies.All() {
+		server := each.own.self
+		app, err := each.own.ctx.AppIfConfigured("http")
+		if err != nil || server == nil || !each.running.Load() {
+			continue
+		}
+		for _, ln := range server.Listeners() {
+			found = append(found, status.Listener{
+				Network: ln.Addr().Network(), Address: ln.Addr().String(), TLS: usesTLS(app.(*caddyhttp.App), server, ln), ProxyProtocol: speaksProxyProtocol(server),
+			})
+		}
+	}
+	slices.SortFunc(found, func(a, b status.Listener) int { return strings.Compare(a.Address, b.Address) })
+	return slices.Compact(found)
+}
+
+// speaksProxyProtocol reports whether clients of a server may have to begin with a header of the
+// PROXY protocol. It reads an unexported field, because Caddy has no other way to tell once it has
+// loaded the listener wrappers.
+func speaksProxyProtocol(server *caddyhttp.Server) bool {
+	wrappers := reflect.ValueOf(server).Elem().FieldByName("listenerWrappers")
+	if !wrappers.IsValid() || wrappers.Kind() != reflect.Slice {
+		return false
+	}
+	for i := range wrappers.Len() {
+		if wrappers.Index(i).Elem().Type().String() == "*proxyprotocol.ListenerWrapper" {
+			return true
+		}
+	}
+	return false
 }
 
 // readCounters returns the counters, with the bytes of open tunnels.
@@ -133,24 +167,10 @@ func countTunnels() (n, limit int) {
 	return 0, 0
 }
 
-// countRefusal counts the refusal of a request in its group, which the status page shows. It
-// takes no memory if the group has one already.
-func (v *transaction) countRefusal(f *refusal) {
-	k := status.RefusalKey{
-		Cause: string(f.cause), Reason: f.errorType, Client: v.addr, User: v.user, Policy: v.policy.name, Target: strings.ToLower(v.r.Host),
-	}
-	denied := deniedBy(f.err)
-	if denied != nil {
-		k.Rule, k.Address = ruleOf(denied), denied.To.Addr()
-	}
-	if f.cause == causeMethod {
-		k.Method = v.r.Method
-	}
-	program.status.Refused(k, v.start, func() status.RefusalDetails {
-		d := status.RefusalDetails{Status: f.status, Detail: f.text, Allow: denied.AllowLine()}
-		if denied != nil {
-			d.Hint = denied.Hint
-		}
-		return d
+// addRecent adds a refusal to the list that the status page shows.
+func (v *transaction) addRecent(f *refusal) {
+	program.status.AddRefusal(&status.Refusal{
+		Time: v.start, Client: client.Name(v.addr), Policy: v.policy.name, Method: printable.Text(v.r.Method), Target: printable.Text(v.r.Host),
+		Status: f.status, Reason: f.errorType, Cause: string(v.cause), Detail: printable.Text(f.text),
 	})
 }

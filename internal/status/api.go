@@ -47,8 +47,8 @@ func (v *View) ServeAPI(w http.ResponseWriter, r *http.Request) error {
 		return apiGet(w, r, func() (any, error) { return v.Clients(r.URL.Query(), now) })
 	case collection == "tunnels" && rest == "":
 		return apiGet(w, r, func() (any, error) { return v.Tunnels(r.URL.Query(), now) })
-	case collection == "refusals" && rest == "":
-		return apiGet(w, r, func() (any, error) { return v.Refusals(r.URL.Query()) })
+	case collection == "listeners" && rest == "":
+		return apiGet(w, r, func() (any, error) { return Listeners{append([]Listener{}, v.in.Listen()...)}, nil })
 	case collection == "explain" && rest == "":
 		return apiGet(w, r, func() (any, error) { return v.Explain(r.Context(), r.URL.Query()) })
 	case collection == "tunnels" && verb == "":

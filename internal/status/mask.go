@@ -4,6 +4,8 @@
 package status
 
 import (
+	"strings"
+
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 )
 
@@ -19,7 +21,12 @@ func maskClient(name string) string {
 func (s *Snapshot) mask() {
 	s.Clients.mask()
 	s.Tunnels.mask()
-	s.Refusals.mask()
+	for i := range s.Refusals {
+		r := &s.Refusals[i]
+		masked := maskClient(r.Client)
+		r.Detail = strings.ReplaceAll(r.Detail, r.Client, masked)
+		r.Client = masked
+	}
 }
 
 func (l ClientList) mask() {

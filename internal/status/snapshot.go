@@ -13,17 +13,24 @@ import (
 
 // Snapshot is the state of the process at one moment, as the status page shows it.
 type Snapshot struct {
-	Stats    Stats       `json:"stats"`
-	Clients  ClientList  `json:"clients"`
-	Tunnels  TunnelList  `json:"tunnels"`
-	Refusals RefusalList `json:"refusals"`
-	Settings []Site      `json:"settings"`
+	Stats    Stats      `json:"stats"`
+	Clients  ClientList `json:"clients"`
+	Tunnels  TunnelList `json:"tunnels"`
+	Refusals []Refusal  `json:"refusals"`
+	Settings []Site     `json:"settings"`
+}
+
+// Versions are those of the parts of the running binary.
+type Versions struct {
+	Version string `json:"version"`          // of async_proxy
+	Commit  string `json:"commit,omitempty"` // of async_proxy, if it is known
+	Caddy   string `json:"caddy"`
+	Go      string `json:"go"`
 }
 
 // Stats are the counters since the process started.
 type Stats struct {
-	Version  string    `json:"version"`
-	Caddy    string    `json:"caddy"`
+	Versions
 	Started  time.Time `json:"started"`
 	Loaded   time.Time `json:"loaded"`
 	Time     time.Time `json:"time"`
@@ -112,6 +119,19 @@ type Tunnel struct {
 	BytesDown   int64     `json:"bytes_down"`
 }
 
+// Refusal describes a response that the proxy generated itself.
+type Refusal struct {
+	Time   time.Time `json:"time"`
+	Client string    `json:"client"`
+	Policy string    `json:"policy,omitempty"`
+	Method string    `json:"method"`
+	Target string    `json:"target"`
+	Status int       `json:"status"`
+	Reason string    `json:"reason"`
+	Cause  string    `json:"cause,omitempty"`
+	Detail string    `json:"detail"`
+}
+
 // Site holds the options of one handler, named as in the Caddyfile.
 type Site struct {
 	Site     string    `json:"site"`
@@ -132,19 +152,17 @@ type Setting struct {
 	Default bool   `json:"default"`
 }
 
-// The number of most recently active clients, tunnels and groups of refusals in a snapshot.
+// The number of most recently active clients and tunnels in a snapshot.
 const (
-	snapshotClients  = 100
-	snapshotTunnels  = 200
-	snapshotRefusals = 100
+	snapshotClients = 100
+	snapshotTunnels = 200
 )
 
 // Snapshot copies the current state. It does not block requests.
 func (v *View) Snapshot(now time.Time) Snapshot {
-	s := Snapshot{Stats: v.Stats(now), Settings: append([]Site{}, v.in.Sites()...)}
+	s := Snapshot{Stats: v.Stats(now), Refusals: v.refusals.list(), Settings: append([]Site{}, v.in.Sites()...)}
 	s.Clients = v.findClients(clientQuery{limit: snapshotClients, key: sortsOfClients["last_seen"]}, now)
 	s.Tunnels = v.findTunnels(tunnelQuery{limit: snapshotTunnels, key: sortsOfTunnels["idle"], ascending: true}, now)
-	s.Refusals = v.refusals.list(refusalQuery{limit: snapshotRefusals, key: sortsOfRefusals["last"]})
 	slices.SortFunc(s.Settings, func(a, b Site) int { return cmp.Compare(a.Site, b.Site) })
 	return s
 }
@@ -152,8 +170,7 @@ func (v *View) Snapshot(now time.Time) Snapshot {
 // Stats returns the current counters.
 func (v *View) Stats(now time.Time) Stats {
 	s := v.counted()
-	s.Time, s.Started, s.Loaded = now, v.in.Started, v.in.Loaded()
-	s.Version, s.Caddy = v.in.Versions()
+	s.Versions, s.Time, s.Started, s.Loaded = v.in.Versions(), now, v.in.Started, v.in.Loaded()
 	return s
 }
 

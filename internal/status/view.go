@@ -22,10 +22,11 @@ import (
 // Inputs is what a view shows and what its actions do. All functions must be safe for
 // concurrent use.
 type Inputs struct {
-	Versions func() (module, server string)
+	Versions func() Versions
 	Started  time.Time        // when the process started
 	Loaded   func() time.Time // when the last config with a proxy started to run
 	Sites    func() []Site    // that are running
+	Listen   func() []Listener
 	Counters func() metrics.Reading
 
 	Tables      iter.Seq[*bucket.Table]            // of the limiters in use
@@ -56,7 +57,7 @@ type Inputs struct {
 // View is what operators see of a process. All methods are safe for concurrent use.
 type View struct {
 	in       Inputs
-	refusals *refusals
+	refusals refusalRing
 	feed     *feed
 	history  *history
 
@@ -67,11 +68,14 @@ type View struct {
 
 // New returns the view of a process.
 func New(in Inputs) *View {
-	v := &View{in: in, refusals: newRefusals()}
+	v := &View{in: in}
 	v.feed = newFeed(v.Snapshot)
 	v.history = newHistory(in.Started, func() sums { return sumsOf(v.counted()) })
 	return v
 }
+
+// AddRefusal adds a refusal to the list of the latest ones.
+func (v *View) AddRefusal(r *Refusal) { v.refusals.add(r) }
 
 // Active must be called after anything has been counted that the history shows. It costs next to
 // nothing, except for the first call after a pause.

@@ -15,7 +15,7 @@ import (
 // emptyView returns the view of a process without a proxy.
 func emptyView() *View {
 	return New(Inputs{
-		Versions:    func() (module, server string) { return "v1", "v2" },
+		Versions:    func() Versions { return Versions{Version: "v1", Caddy: "v2"} },
 		Loaded:      time.Now,
 		Sites:       func() []Site { return nil },
 		Counters:    metrics.New(metrics.Labels{}).Read,

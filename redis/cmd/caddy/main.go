@@ -6,12 +6,15 @@
 package main
 
 import (
+	"github.com/caddyserver/caddy/v2"
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 
+	"github.com/asyncproxy/caddy-async-proxy/internal/version"
 	_ "github.com/asyncproxy/caddy-async-proxy/redis"
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 )
 
 func main() {
+	caddy.CustomVersion = "async_proxy " + version.Read().String() + " in Caddy" // whose version follows
 	caddycmd.Main()
 }
