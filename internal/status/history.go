@@ -142,12 +142,8 @@ func (h *history) record(step int64, now sums) {
 		return // the timer was early by the drift of the clock; the next reading includes this one
 	case step < h.last:
 		h.first, h.last = step, step-1
-	case step-h.last > historySteps:
-		h.first, h.last = step-historySteps+1, step-historySteps
 	}
-	for h.last+1 < step {
-		h.append(point{unread: true})
-	}
+	h.fill(step-1, point{unread: true})
 	p := point{bytesUp: now.bytesUp - h.sums.bytesUp, bytesDown: now.bytesDown - h.sums.bytesDown, evicted: now.evicted - h.sums.evicted, tunnels: now.tunnels, clients: now.clients}
 	for i := range p.requests {
 		p.requests[i] = now.requests[i] - h.sums.requests[i]
@@ -161,11 +157,16 @@ func (h *history) record(step int64, now sums) {
 
 // fillIdle adds the steps in which the history was asleep.
 func (h *history) fillIdle() {
-	if h.idle-h.last > historySteps {
-		h.first, h.last = h.idle-historySteps+1, h.idle-historySteps
+	h.fill(h.idle, point{tunnels: h.sums.tunnels, clients: h.sums.clients})
+}
+
+// fill adds steps up to and including one.
+func (h *history) fill(to int64, p point) {
+	if to-h.last > historySteps {
+		h.first, h.last = to-historySteps+1, to-historySteps
 	}
-	for h.last < h.idle {
-		h.append(point{tunnels: h.sums.tunnels, clients: h.sums.clients})
+	for h.last < to {
+		h.append(p)
 	}
 }
 

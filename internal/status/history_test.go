@@ -14,7 +14,7 @@ import (
 )
 
 // counters is a process with counters and a history. In a bubble of synctest, the clock starts at
-// the beginning of a step.
+// the beginning of a step. A test that counts at the end of one races with the timer.
 type counters struct {
 	*history
 	mu       sync.Mutex
@@ -50,7 +50,7 @@ func (c *counters) count(change func(*sums)) {
 
 func (c *counters) forward(n int64) { c.count(func(s *sums) { s.requests[0] += n }) }
 
-// list returns the history, with room for the timer at the end of the step.
+// list returns the history, after the timer if it is due now.
 func (c *counters) list() History {
 	synctest.Wait()
 	return c.after(0, time.Now())
@@ -74,10 +74,10 @@ func TestHistorySteps(t *testing.T) {
 			s.requests[3], s.bytesUp, s.bytesDown, s.evicted, s.tunnels, s.clients = 1, 20, 30, 4, 5, 6
 			s.dials[2], s.responses[13] = 7, 8
 		})
-		time.Sleep(6 * time.Second)
+		time.Sleep(7 * time.Second)
 		c.forward(4)
 		c.count(func(s *sums) { s.bytesDown, s.tunnels = 31, 0 })
-		time.Sleep(7 * time.Second)
+		time.Sleep(6 * time.Second)
 		list := c.list()
 		if !list.Start.Equal(started) || list.StepSeconds != 5 {
 			t.Errorf("start %v, steps of %d s; want %v, 5", list.Start, list.StepSeconds, started)
@@ -109,6 +109,9 @@ func TestHistorySteps(t *testing.T) {
 			t.Errorf("%d clients were forgotten later, want 1", n)
 		}
 		time.Sleep(time.Hour) // the bubble must end without a timer
+		if list := c.list(); slices.Min(list.Clients) != 6 || slices.Max(list.Tunnels) != 0 || slices.Max(list.BytesDown) != 0 {
+			t.Errorf("asleep: %+v", list)
+		}
 	})
 }
 
@@ -212,6 +215,7 @@ func TestHistoryGaps(t *testing.T) {
 		c.timer.Stop() // as if the machine were suspended
 		c.forward(2)
 		time.Sleep(15 * time.Second)
+		c.wake() // by an event that was not the first
 		c.forward(4)
 		c.endStep()
 		list := c.list()
@@ -235,6 +239,7 @@ func TestHistoryGaps(t *testing.T) {
 		}
 
 		c.timer.Stop()
+		c.record(c.last+1_000_000_000_000, c.sums) // is not slow
 		c.mu.Lock()
 		c.now.requests[0] += 16
 		now := c.now
