@@ -784,7 +784,7 @@ func TestCaddyfileExamples(t *testing.T) {
 // formatted as by `caddy fmt`.
 func checkShipped(t *testing.T, text, filename string) {
 	t.Helper()
-	_, warnings, err := adapt(text, filename)
+	_, warnings, err := adapt(withFiles(t, text), filename)
 	if err != nil {
 		t.Errorf("adapting: %v\n%s", err, text)
 	}
@@ -794,4 +794,22 @@ func checkShipped(t *testing.T, text, filename string) {
 	if formatted := string(caddyfile.Format([]byte(text))); formatted != text {
 		t.Errorf("formatted:\n%s\nfile:\n%s", formatted, text)
 	}
+}
+
+// withFiles replaces the lists and the file of users that a documented Caddyfile names with files that
+// exist.
+func withFiles(t *testing.T, text string) string {
+	t.Helper()
+	dir := t.TempDir()
+	return regexp.MustCompile(`/etc/caddy/(lists/\w+|proxy-users)`).ReplaceAllStringFunc(text, func(path string) string {
+		name := filepath.Base(path)
+		content := name + ".example\n"
+		if name == "proxy-users" {
+			content = "alice:$2a$14$TYr0d8dN27p8HCUCzfbnxOZLvYEpmds.0N9q2duGeJkfDBawuI9RK\n"
+		}
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return filepath.Join(dir, name)
+	})
 }

@@ -220,7 +220,7 @@ func TestShippedConfigs(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, text := range shipped(t) {
-		text = strings.ReplaceAll(text, "/etc/caddy/clients.pem", clientCA)
+		text = withFiles(t, strings.ReplaceAll(text, "/etc/caddy/clients.pem", clientCA))
 		for _, placeholder := range regexp.MustCompile(`\{env\.(\w+)\}`).FindAllStringSubmatch(text, -1) {
 			t.Setenv(placeholder[1], "secret")
 		}

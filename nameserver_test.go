@@ -14,10 +14,15 @@ import (
 )
 
 // nameServer answers A and AAAA questions with what answer returns for the n-th question
-// about the name.
+// about the name, and PTR questions with the names it returns.
 func nameServer(t *testing.T, answer func(name string, n int) []string) string {
 	t.Helper()
-	socket, err := net.ListenPacket("udp4", "127.0.0.1:0")
+	return nameServerAt(t, "127.0.0.1:0", answer)
+}
+
+func nameServerAt(t *testing.T, address string, answer func(name string, n int) []string) string {
+	t.Helper()
+	socket, err := net.ListenPacket("udp4", address)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -51,6 +56,12 @@ func nameServer(t *testing.T, answer func(name string, n int) []string) string {
 						Header: dnsmessage.ResourceHeader{Name: owner, Type: dnsmessage.TypeCNAME, Class: q.Class, TTL: 1},
 						Body:   &dnsmessage.CNAMEResource{CNAME: target}})
 					owner = target
+					continue
+				}
+				if target, ok := strings.CutPrefix(data, "PTR "); ok {
+					m.Answers = append(m.Answers, dnsmessage.Resource{
+						Header: dnsmessage.ResourceHeader{Name: owner, Type: dnsmessage.TypePTR, Class: q.Class, TTL: 1},
+						Body:   &dnsmessage.PTRResource{PTR: dnsmessage.MustNewName(target + ".")}})
 					continue
 				}
 				addr := netip.MustParseAddr(data)
