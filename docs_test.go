@@ -9,12 +9,14 @@ import (
 	"bytes"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"strings"
 	"syscall"
@@ -342,28 +344,33 @@ func TestDocumentedLinks(t *testing.T) {
 	}
 }
 
-// TestDocumentedJSON checks that the handlers in the documentation are valid.
+// fencedJSON matches the JSON code blocks of a Markdown file.
+var fencedJSON = regexp.MustCompile("(?ms)^```json\n(.*?)^```")
+
+// TestDocumentedJSON checks that the configs and handlers in the documentation are valid.
 func TestDocumentedJSON(t *testing.T) {
+	t.Setenv("PARENT_PASSWORD", "secret")
 	found := 0
 	for file, text := range documents(t) {
-		for _, block := range regexp.MustCompile("(?ms)^```json\n(.*?)^```").FindAllStringSubmatch(text, -1) {
+		for _, block := range fencedJSON.FindAllStringSubmatch(text, -1) {
 			found++
-			var handler map[string]any
-			if err := json.Unmarshal([]byte(block[1]), &handler); err != nil {
+			var config map[string]any
+			if err := json.Unmarshal([]byte(block[1]), &config); err != nil {
 				t.Errorf("%s: %v: %s", file, err, block[1])
 				continue
 			}
-			config, err := json.Marshal(map[string]any{
-				"admin": map[string]any{"disabled": true},
-				"apps": map[string]any{"http": map[string]any{"servers": map[string]any{"proxy": map[string]any{
-					"listen": []string{"127.0.0.1:0"}, "routes": []any{map[string]any{"handle": []any{handler}}},
-				}}}},
-			})
+			if config["apps"] == nil { // a handler
+				config = map[string]any{"apps": map[string]any{"http": map[string]any{"servers": map[string]any{"proxy": map[string]any{
+					"listen": []string{"127.0.0.1:0"}, "routes": []any{map[string]any{"handle": []any{config}}},
+				}}}}}
+			}
+			config["admin"] = map[string]any{"disabled": true}
+			data, err := json.Marshal(config)
 			if err != nil {
 				t.Fatal(err)
 			}
 			var c *caddy.Config
-			if err = caddy.StrictUnmarshalJSON(config, &c); err == nil {
+			if err = caddy.StrictUnmarshalJSON(data, &c); err == nil {
 				err = caddy.Validate(c)
 			}
 			if err != nil {
@@ -373,6 +380,26 @@ func TestDocumentedJSON(t *testing.T) {
 	}
 	if found == 0 {
 		t.Error("found no JSON in the documentation")
+	}
+}
+
+// TestJSONBesideItsCaddyfile checks that the JSON in docs/reference.md is what its Caddyfile adapts to.
+func TestJSONBesideItsCaddyfile(t *testing.T) {
+	_, section, _ := strings.Cut(documents(t)["docs/reference.md"], "\n## JSON\n")
+	site, shown := fenced.FindStringSubmatch(section), fencedJSON.FindStringSubmatch(section)
+	if site == nil || shown == nil {
+		t.Fatal("found no Caddyfile, or no JSON")
+	}
+	adapted, _, err := adapt(site[1], "Caddyfile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want, got any
+	if err := errors.Join(json.Unmarshal(adapted, &want), json.Unmarshal([]byte(shown[1]), &got)); err != nil {
+		t.Fatal(err)
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("the page shows\n%s\nand the Caddyfile adapts to\n%s", shown[1], adapted)
 	}
 }
 
