@@ -255,7 +255,7 @@ func (w *world) client() *http.Client {
 // dial opens a raw connection to the proxy.
 func (w *world) dial() *rawConn { return dialRaw(w.t, w.proxy) }
 
-// logLines returns the lines of Caddy's log with the given message.
+// logLines returns the lines of Caddy's log with the given message, or all of them if it is "".
 func (w *world) logLines(message string) []map[string]any {
 	w.t.Helper()
 	data, err := os.ReadFile(w.logs)
@@ -271,7 +271,7 @@ func (w *world) logLines(message string) []map[string]any {
 		if err := json.Unmarshal([]byte(text), &line); err != nil {
 			w.t.Fatalf("log line %q: %v", text, err)
 		}
-		if line["msg"] == message {
+		if message == "" || line["msg"] == message {
 			lines = append(lines, line)
 		}
 	}
