@@ -4,6 +4,7 @@
 package asyncproxy
 
 import (
+	"fmt"
 	"maps"
 	"net"
 	"net/http"
@@ -15,6 +16,8 @@ import (
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/caddyauth"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 )
 
 // allClients is the value of the option clients that opens the proxy.
@@ -56,6 +59,15 @@ func (p *proxy) admits(addr netip.Addr) bool {
 // admitsWithoutLogin is admits for a client that need not log in.
 func (p *proxy) admitsWithoutLogin(addr netip.Addr) bool {
 	return !addr.IsValid() || p.clients.Contains(addr) || len(p.config.Clients) == 0 && p.restrictedElsewhere()
+}
+
+// deniedClient returns why a client may not use the proxy, if it is not admitted.
+func (p *proxy) deniedClient(addr netip.Addr) *access.DeniedError {
+	listed := "clients " + strings.Join(p.effectiveClients(), " ")
+	return &access.DeniedError{
+		Rule: "clients", Reason: "the client's address is not in " + listed,
+		Hint: fmt.Sprintf("add %s to clients", addr), Allow: func() string { return listed + " " + addr.String() },
+	}
 }
 
 // servesWithoutLogin reports whether the policy needs no credentials of a client at addr that meets

@@ -14,7 +14,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 )
 
 func TestReasonPhrase(t *testing.T) {
@@ -206,7 +205,7 @@ func TestDenyHint(t *testing.T) {
 			if _, body := policyRequest(t, w.proxy, http.MethodConnect, "ads.example:443", ""); body != "Denied by proxy: a rule denies ads.example:443. Ask me.\n" {
 				t.Errorf("%q", body)
 			}
-			if detail := program.status.Snapshot(time.Now()).Refusals[0].Detail; strings.Contains(detail, "Ask") {
+			if detail := lastRefusals(t, "")[0].Detail; strings.Contains(detail, "Ask") {
 				t.Errorf("the status page has %q", detail)
 			}
 		})

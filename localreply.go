@@ -196,7 +196,7 @@ func (f *refusal) rule() string {
 	if !errors.As(f.err, &denied) {
 		return ""
 	}
-	return cmp.Or(denied.Rule, "default")
+	return ruleOf(denied)
 }
 
 func (f *refusal) Unwrap() error { return f.err }

@@ -126,12 +126,12 @@ func (row causeRow) check(t *testing.T, w *world, way string) {
 	if now := program.status.Stats(time.Now()).Causes; row.cause != "" && now[row.cause] != causes[row.cause]+1 {
 		t.Errorf("the stats' causes are %v, and were %v", now, causes)
 	}
-	if last := program.status.Snapshot(time.Now()).Refusals; row.cause == "auth_required" {
+	if last := lastRefusals(t, ""); row.cause == "auth_required" {
 		if len(last) > 0 && last[0].Cause == row.cause {
 			t.Errorf("a challenge is among the refusals: %v", last[0])
 		}
-	} else if last[0].Cause != row.cause || last[0].Reason != row.reason || last[0].Target != target {
-		t.Errorf("the last refusal is %+v", last[0])
+	} else if g := last[0]; g.Cause != row.cause || g.Reason != row.reason || g.Target != target || g.Status != row.status || g.Count < 1 {
+		t.Errorf("the last refusal is %+v", g)
 	}
 	if way == "ordinary" {
 		eventually(t, "the access log with the cause", func() bool {

@@ -4,6 +4,7 @@
 package asyncproxy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"net/http"
@@ -259,11 +260,7 @@ func (y *policy) logReported(ctx context.Context, target string, denied *access.
 // deniedFields returns the log fields of a denied destination: the rule, the address if
 // it is known, and a hint how to allow it.
 func deniedFields(denied *access.DeniedError) []zap.Field {
-	rule := denied.Rule
-	if rule == "" {
-		rule = "default"
-	}
-	fields := []zap.Field{zap.String("rule", rule)}
+	fields := []zap.Field{zap.String("rule", ruleOf(denied))}
 	if denied.To.IsValid() {
 		fields = append(fields, zap.Stringer("address", denied.To))
 	}
@@ -272,6 +269,9 @@ func deniedFields(denied *access.DeniedError) []zap.Field {
 	}
 	return fields
 }
+
+// ruleOf returns the rule that denies a destination, as operators see it.
+func ruleOf(denied *access.DeniedError) string { return cmp.Or(denied.Rule, "default") }
 
 // Opened implements tunnelObserver.
 func (s *site) Opened(t *tunnel.Tunnel) {

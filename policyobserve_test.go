@@ -223,7 +223,7 @@ func TestPolicyOnStatus(t *testing.T) {
 		}
 	}
 	snap := program.status.Snapshot(time.Now())
-	if r := snap.Refusals[0]; r.Policy != "guests" || r.Client != "192.0.2.1" {
+	if r := snap.Refusals.Refusals[0]; r.Policy != "guests" || r.Client != "192.0.2.1" {
 		t.Errorf("the refusal %+v", r)
 	}
 	text, err := json.Marshal(snap)

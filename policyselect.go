@@ -81,10 +81,20 @@ func (y *policy) deniesMethod(method string) *access.DeniedError {
 	if len(y.options.Methods) == 0 || slices.Contains(y.options.Methods, method) {
 		return nil
 	}
-	return &access.DeniedError{
-		Rule: "methods", Reason: "the method is not in methods " + strings.Join(y.options.Methods, " "),
-		Hint: fmt.Sprintf("add %s to methods", method),
+	listed := "methods " + strings.Join(y.options.Methods, " ")
+	e := &access.DeniedError{Rule: "methods", Reason: "the method is not in " + listed, Hint: fmt.Sprintf("add %s to methods", method)}
+	if isPlainMethod(method) {
+		e.Allow = func() string { return listed + " " + method }
 	}
+	return e
+}
+
+// isPlainMethod reports whether the option methods can list a method that a client has sent, and
+// a Caddyfile needs no quotes for it.
+func isPlainMethod(method string) bool {
+	return checkMethod(method) == nil && !strings.ContainsFunc(method, func(c rune) bool {
+		return c != '-' && c != '_' && (c < '0' || c > '9') && (c < 'A' || c > 'Z')
+	})
 }
 
 // refuseMethod returns the refusal of a request whose method the policy does not allow.

@@ -145,9 +145,9 @@ func (p *proxy) refuseLimited(w http.ResponseWriter, r *http.Request, v *transac
 	v.rateLimited = true
 	v.setRefusal(&a.refusal)
 	p.count(v, nil)
+	v.countRefusal(&a.refusal)
 	if verdict.LogCount > 0 {
 		p.logLimited(r, v, verdict, false)
-		v.addRecent(&a.refusal)
 	}
 	if verdict.Event {
 		p.events.emitRateLimited(p.config.Zone, v, verdict)
@@ -206,8 +206,8 @@ func (p *proxy) refuseUncounted(w http.ResponseWriter, r *http.Request, v *trans
 	}
 	v.setRefusal(f)
 	p.count(v, f)
+	v.countRefusal(f)
 	if verdict.LogCount > 0 {
-		v.addRecent(f)
 		p.logRequest(r, v, f.err, zap.Int64("refused", verdict.LogCount))
 	}
 	w.Header()["Retry-After"] = []string{strconv.FormatInt(retryAfter, 10)}

@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"strings"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
@@ -125,7 +124,7 @@ func (p *proxy) refuseAccess(r *http.Request, v *transaction) *refusal {
 		return causeLoop.refusal(nil, p.name)
 	}
 	if v.kind != metrics.Other && !p.admits(v.addr) {
-		return causeClient.refusal(&access.DeniedError{Rule: "clients", Reason: "the client's address is not in clients " + strings.Join(p.effectiveClients(), " ")}, v.addr)
+		return causeClient.refusal(p.deniedClient(v.addr), v.addr)
 	}
 	return nil
 }
@@ -190,9 +189,9 @@ func (p *proxy) finish(w http.ResponseWriter, r *http.Request, v *transaction, e
 	if v.admitted && f.isDenial() {
 		f.hint = v.policy.denyHint(r)
 	}
-	// Neither a disconnected client nor a challenge belongs in the list of refusals.
+	// Neither a disconnected client nor a challenge is a refusal.
 	if f.status != statusClientClosedRequest && v.cause != causeAuthRequired {
-		v.addRecent(f)
+		v.countRefusal(f)
 	}
 	p.logRequest(r, v, f.err)
 	if f.status == statusClientClosedRequest {

@@ -16,7 +16,6 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
-	"github.com/asyncproxy/caddy-async-proxy/internal/printable"
 	"github.com/asyncproxy/caddy-async-proxy/internal/status"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 	"github.com/asyncproxy/caddy-async-proxy/internal/version"
@@ -167,10 +166,24 @@ func countTunnels() (n, limit int) {
 	return 0, 0
 }
 
-// addRecent adds a refusal to the list that the status page shows.
-func (v *transaction) addRecent(f *refusal) {
-	program.status.AddRefusal(&status.Refusal{
-		Time: v.start, Client: client.Name(v.addr), Policy: v.policy.name, Method: printable.Text(v.r.Method), Target: printable.Text(v.r.Host),
-		Status: f.status, Reason: f.errorType, Cause: string(v.cause), Detail: printable.Text(f.text),
+// countRefusal counts the refusal of a request in its group, which the status page shows. It
+// takes no memory if the group has one already.
+func (v *transaction) countRefusal(f *refusal) {
+	k := status.RefusalKey{
+		Cause: string(f.cause), Reason: f.errorType, Client: v.addr, User: v.user, Policy: v.policy.name, Target: strings.ToLower(v.r.Host),
+	}
+	denied := deniedBy(f.err)
+	if denied != nil {
+		k.Rule, k.Address = ruleOf(denied), denied.To.Addr()
+	}
+	if f.cause == causeMethod {
+		k.Method = v.r.Method
+	}
+	program.status.Refused(k, v.start, func() status.RefusalDetails {
+		d := status.RefusalDetails{Status: f.status, Detail: f.text, Allow: denied.AllowLine()}
+		if denied != nil {
+			d.Hint = denied.Hint
+		}
+		return d
 	})
 }

@@ -93,43 +93,6 @@ func ParsePortList(option string, texts []string) (list []PortRange, err error) 
 	return list, nil
 }
 
-// DeniedError reports that a Control denies a target.
-type DeniedError struct {
-	To      netip.AddrPort // the denied address; invalid if only the name was checked
-	Rule    string         // the rule that denies it, for the log; may be ""
-	subject string         // what is not allowed, for the client; "": the host
-	Reason  string         // the reason, for the client; may be ""
-	Hint    string         // how the operator could allow it, for the log; may be ""
-}
-
-// Subject returns what is denied, with the reason in brackets. Without a subject of its own
-// it is the host of the request. What would allow it is the operator's business and is only
-// logged.
-func (e *DeniedError) Subject(host string) string {
-	what := cmp.Or(e.subject, host)
-	if e.Reason != "" {
-		what += " (" + e.Reason + ")"
-	}
-	return what
-}
-
-// DeniesAll reports whether it is a "deny all" that denies the target, because no rule before it
-// has allowed it.
-func (e *DeniedError) DeniesAll() bool {
-	return e.Rule == "deny all" || strings.HasPrefix(e.Rule, "deny all:")
-}
-
-func (e *DeniedError) Error() string {
-	text := "denied"
-	if e.To.IsValid() {
-		text = e.To.String() + " is denied"
-	}
-	if why := cmp.Or(e.Reason, e.subject, e.Rule); why != "" {
-		text += ": " + why
-	}
-	return text
-}
-
 // Verdict is a decision about a destination.
 type Verdict struct {
 	Denied   *DeniedError // nil: the destination is allowed
@@ -181,7 +144,10 @@ func (p *Control) Check(ctx context.Context, r Scope, t hostport.Target, to neti
 		switch {
 		case s.deny && (byAddress || byName):
 			e := s.denied(entry)
-			if e.To = to; v.enforces(p, e) {
+			if e.To, e.Allow = to, func() string { return allowName(t.Name) }; byAddress || t.Name == "" {
+				e.Allow = func() string { return allowAddress(ip, host) }
+			}
+			if v.enforces(p, e) {
 				return v
 			}
 		case byAddress:
@@ -191,14 +157,15 @@ func (p *Control) Check(ctx context.Context, r Scope, t hostport.Target, to neti
 			v.by, v.entry = s, entry
 		}
 	}
-	switch {
-	case r.includes(ip, host):
+	if r.includes(ip, host) {
 		return v
-	case r == LocalScope:
-		return Verdict{Denied: &DeniedError{To: to, Reason: "its address has a special purpose", Hint: "allow " + ip.String()}}
-	default:
-		return Verdict{Denied: &DeniedError{To: to, Reason: "its address is private or local", Hint: "allow " + ip.String()}}
 	}
+	line := allowAddress(ip, host)
+	e := &DeniedError{To: to, Reason: "its address is private or local", Hint: line, Allow: func() string { return line }}
+	if r == LocalScope {
+		e.Reason = "its address has a special purpose"
+	}
+	return Verdict{Denied: e}
 }
 
 // CheckSelf denies the address of a protected listener of this process. Unless exact is set,
@@ -249,7 +216,9 @@ func (p *Control) CheckName(ctx context.Context, r Scope, t hostport.Target, res
 		}
 		entry, matches := s.MatchName(t)
 		if matches && s.deny {
-			if v.enforces(p, s.denied(entry)) {
+			e := s.denied(entry)
+			e.Allow = func() string { return allowName(t.Name) }
+			if v.enforces(p, e) {
 				return v
 			}
 			continue
@@ -294,6 +263,7 @@ func (p *Control) CheckPort(ctx context.Context, port uint16) *DeniedError {
 		return nil
 	}
 	e := &DeniedError{Rule: option, subject: fmt.Sprintf("port %d", port), Hint: fmt.Sprintf("add %d to %s", port, option)}
+	e.Allow = func() string { return portLine(option, ports, port) }
 	if port == PortSMTP && ports == nil {
 		e.subject = "port 25 (mail)"
 		e.Hint = "list the open ports, including 25, in " + option

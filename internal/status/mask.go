@@ -4,8 +4,6 @@
 package status
 
 import (
-	"strings"
-
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 )
 
@@ -21,12 +19,7 @@ func maskClient(name string) string {
 func (s *Snapshot) mask() {
 	s.Clients.mask()
 	s.Tunnels.mask()
-	for i := range s.Refusals {
-		r := &s.Refusals[i]
-		masked := maskClient(r.Client)
-		r.Detail = strings.ReplaceAll(r.Detail, r.Client, masked)
-		r.Client = masked
-	}
+	s.Refusals.mask()
 }
 
 func (l ClientList) mask() {

@@ -75,6 +75,9 @@ func (p *Page) get(w http.ResponseWriter, r *http.Request, name string) {
 	case "tunnels.json":
 		list, err := p.View.Tunnels(r.URL.Query(), time.Now())
 		p.data(w, r, list, err)
+	case "refusals.json":
+		list, err := p.View.Refusals(r.URL.Query())
+		p.data(w, r, list, err)
 	default:
 		p.file(w, r, name)
 	}
@@ -86,8 +89,8 @@ func (p *Page) data(w http.ResponseWriter, r *http.Request, data interface{ mask
 	switch {
 	case err != nil:
 		writeError(w, http.StatusBadRequest, err.Error())
-	case p.MaskClients && r.URL.Query().Get("q") != "":
-		writeError(w, http.StatusForbidden, "Searching by q is not allowed while mask_clients is on.")
+	case p.MaskClients && (r.URL.Query().Get("q") != "" || r.URL.Query().Get("client") != ""):
+		writeError(w, http.StatusForbidden, "Searching by q or client is not allowed while mask_clients is on.")
 	default:
 		if p.MaskClients {
 			data.mask()

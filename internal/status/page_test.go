@@ -106,3 +106,14 @@ func TestPage(t *testing.T) {
 		t.Errorf("PUT: %s, Allow %q", res.Status, res.Header.Get("Allow"))
 	}
 }
+
+// get asks a page for a path, and checks the status of the response.
+func get(t *testing.T, p *Page, path string, status int) string {
+	t.Helper()
+	w := httptest.NewRecorder()
+	p.ServeHTTP(w, httptest.NewRequest(http.MethodGet, path, nil))
+	if w.Code != status {
+		t.Errorf("%s: status %d, want %d: %s", path, w.Code, status, w.Body)
+	}
+	return w.Body.String()
+}

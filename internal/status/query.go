@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// The limits of a query: at most MaxPage clients or tunnels in one response, after skipping
+// The limits of a query: at most MaxPage elements of a list in one response, after skipping
 // at most maxOffset. The search holds limit+offset candidates in memory.
 const (
 	MaxPage   = 1000
@@ -21,8 +21,9 @@ const (
 
 // The orders of lists, for messages.
 const (
-	ClientSorts = "last_seen, requests, rejections, bytes, tunnels or tokens"
-	TunnelSorts = "started, idle or bytes"
+	ClientSorts  = "last_seen, requests, rejections, bytes, tunnels or tokens"
+	TunnelSorts  = "started, idle or bytes"
+	RefusalSorts = "last, first or count"
 )
 
 // SortsClients reports whether clients can be sorted by key, one of ClientSorts.
@@ -30,6 +31,9 @@ func SortsClients(key string) bool { return sortsOfClients[key] != nil }
 
 // SortsTunnels reports whether tunnels can be sorted by key, one of TunnelSorts.
 func SortsTunnels(key string) bool { return sortsOfTunnels[key] != nil }
+
+// SortsRefusals reports whether refusals can be sorted by key, one of RefusalSorts.
+func SortsRefusals(key string) bool { return sortsOfRefusals[key] != nil }
 
 // Clients returns what a query of the API finds among the clients.
 func (v *View) Clients(values url.Values, now time.Time) (ClientList, error) {
@@ -59,6 +63,19 @@ func (v *View) Tunnels(values url.Values, now time.Time) (TunnelList, error) {
 	v.query.Lock()
 	defer v.query.Unlock()
 	return v.findTunnels(q, now), nil
+}
+
+// Refusals returns what a query of the API finds among the groups of refusals.
+func (v *View) Refusals(values url.Values) (RefusalList, error) {
+	q := refusalQuery{cause: values.Get("cause"), client: strings.ToLower(values.Get("client")), target: strings.ToLower(values.Get("target")), policy: v.policyQuery(values.Get("policy"))}
+	var err error
+	if q.limit, q.offset, q.ascending, err = queryPage(values); err != nil {
+		return RefusalList{}, err
+	}
+	if q.key = sortsOfRefusals[cmp.Or(values.Get("sort"), "last")]; q.key == nil {
+		return RefusalList{}, fmt.Errorf("sort %q: expected %s", values.Get("sort"), RefusalSorts)
+	}
+	return v.refusals.list(q), nil
 }
 
 func queryPage(values url.Values) (limit, offset int, ascending bool, err error) {

@@ -13,11 +13,11 @@ import (
 
 // Snapshot is the state of the process at one moment, as the status page shows it.
 type Snapshot struct {
-	Stats    Stats      `json:"stats"`
-	Clients  ClientList `json:"clients"`
-	Tunnels  TunnelList `json:"tunnels"`
-	Refusals []Refusal  `json:"refusals"`
-	Settings []Site     `json:"settings"`
+	Stats    Stats       `json:"stats"`
+	Clients  ClientList  `json:"clients"`
+	Tunnels  TunnelList  `json:"tunnels"`
+	Refusals RefusalList `json:"refusals"`
+	Settings []Site      `json:"settings"`
 }
 
 // Versions are those of the parts of the running binary.
@@ -119,19 +119,6 @@ type Tunnel struct {
 	BytesDown   int64     `json:"bytes_down"`
 }
 
-// Refusal describes a response that the proxy generated itself.
-type Refusal struct {
-	Time   time.Time `json:"time"`
-	Client string    `json:"client"`
-	Policy string    `json:"policy,omitempty"`
-	Method string    `json:"method"`
-	Target string    `json:"target"`
-	Status int       `json:"status"`
-	Reason string    `json:"reason"`
-	Cause  string    `json:"cause,omitempty"`
-	Detail string    `json:"detail"`
-}
-
 // Site holds the options of one handler, named as in the Caddyfile.
 type Site struct {
 	Site     string    `json:"site"`
@@ -152,17 +139,19 @@ type Setting struct {
 	Default bool   `json:"default"`
 }
 
-// The number of most recently active clients and tunnels in a snapshot.
+// The number of most recently active clients, tunnels and groups of refusals in a snapshot.
 const (
-	snapshotClients = 100
-	snapshotTunnels = 200
+	snapshotClients  = 100
+	snapshotTunnels  = 200
+	snapshotRefusals = 100
 )
 
 // Snapshot copies the current state. It does not block requests.
 func (v *View) Snapshot(now time.Time) Snapshot {
-	s := Snapshot{Stats: v.Stats(now), Refusals: v.refusals.list(), Settings: append([]Site{}, v.in.Sites()...)}
+	s := Snapshot{Stats: v.Stats(now), Settings: append([]Site{}, v.in.Sites()...)}
 	s.Clients = v.findClients(clientQuery{limit: snapshotClients, key: sortsOfClients["last_seen"]}, now)
 	s.Tunnels = v.findTunnels(tunnelQuery{limit: snapshotTunnels, key: sortsOfTunnels["idle"], ascending: true}, now)
+	s.Refusals = v.refusals.list(refusalQuery{limit: snapshotRefusals, key: sortsOfRefusals["last"]})
 	slices.SortFunc(s.Settings, func(a, b Site) int { return cmp.Compare(a.Site, b.Site) })
 	return s
 }

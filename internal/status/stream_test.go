@@ -25,7 +25,7 @@ func TestFeedTakesOneSnapshotASecond(t *testing.T) {
 		var taken int
 		f := newFeed(func(now time.Time) Snapshot {
 			taken++
-			return Snapshot{Refusals: []Refusal{{Client: "192.0.2.7"}}}
+			return Snapshot{Refusals: RefusalList{Refusals: []Refusal{{Client: "192.0.2.7"}}}}
 		})
 		time.Sleep(time.Hour)
 		if taken != 0 {
@@ -117,7 +117,7 @@ func BenchmarkSnapshotEvent(b *testing.B) {
 		name := fmt.Sprintf("2001:db8:%x:%x::/64", i, i*i)
 		if i < 100 {
 			snap.Clients.Clients = append(snap.Clients.Clients, Client{Client: name, Zone: "default", Tokens: 7.5, Burst: 10, Refill: 0.5, Requests: 123456, LastSeen: time.Now()})
-			snap.Refusals = append(snap.Refusals, Refusal{Time: time.Now(), Client: name, Method: "CONNECT", Target: "www.example.com:443", Status: 403, Reason: "destination_ip_prohibited", Detail: "This proxy does not connect to 10.0.0.7, which is a private address; its option allow opens it."})
+			snap.Refusals.Refusals = append(snap.Refusals.Refusals, Refusal{Last: time.Now(), Client: name, Target: "www.example.com:443", Status: 403, Reason: "destination_ip_prohibited", Detail: "This proxy does not connect to 10.0.0.7, which is a private address; its option allow opens it."})
 		}
 		snap.Tunnels.Tunnels = append(snap.Tunnels.Tunnels, Tunnel{ID: uint64(i), Client: name, Target: "www.example.com:443", Address: "198.51.100.7:443", Proto: "HTTP/2.0", Started: time.Now(), BytesUp: 123456, BytesDown: 1234567})
 	}

@@ -57,7 +57,7 @@ type Inputs struct {
 // View is what operators see of a process. All methods are safe for concurrent use.
 type View struct {
 	in       Inputs
-	refusals refusalRing
+	refusals *refusals
 	feed     *feed
 	history  *history
 
@@ -68,14 +68,11 @@ type View struct {
 
 // New returns the view of a process.
 func New(in Inputs) *View {
-	v := &View{in: in}
+	v := &View{in: in, refusals: newRefusals()}
 	v.feed = newFeed(v.Snapshot)
 	v.history = newHistory(in.Started, func() sums { return sumsOf(v.counted()) })
 	return v
 }
-
-// AddRefusal adds a refusal to the list of the latest ones.
-func (v *View) AddRefusal(r *Refusal) { v.refusals.add(r) }
 
 // Active must be called after anything has been counted that the history shows. It costs next to
 // nothing, except for the first call after a pause.

@@ -533,7 +533,7 @@ const isOfPolicy = (row) => !$("policy").value || (row.policy ?? ownPolicy) === 
 
 // listPolicies offers the policies of the snapshot to choose from.
 function listPolicies() {
-	const rows = [...snapshot.clients.clients, ...snapshot.tunnels.tunnels, ...snapshot.refusals, ...snapshot.settings.flatMap((s) => s.policies ?? [])]
+	const rows = [...snapshot.clients.clients, ...snapshot.tunnels.tunnels, ...snapshot.refusals.refusals, ...snapshot.settings.flatMap((s) => s.policies ?? [])]
 	const names = [...new Set(rows.map((row) => row.policy).filter(Boolean))].sort()
 	if (names.join() === policies.join()) return
 	policies = names
@@ -664,11 +664,12 @@ const tunnels = new Table("tunnels", {
 const causeOf = (r) => r.cause ?? r.reason
 
 const refusals = new Table("refusals", {
-	key: (r) => `${r.time} ${r.client} ${r.target}`,
+	key: (r) => [causeOf(r), r.reason, r.client, r.user, r.policy, r.method, r.target, r.rule, r.address].join("\n"),
 	sort: "time",
 	empty: "No refusals yet.",
 	columns: [
-		{ name: "time", label: "Time", value: (r) => r.time, class: "soft", show: text((r) => clock(seconds(r.time))) },
+		{ name: "time", label: "Last", value: (r) => r.last, class: "soft", show: text((r) => clock(seconds(r.last))) },
+		{ name: "count", label: "Count", value: (r) => r.count, class: "num", show: text((r) => count(r.count)) },
 		{
 			name: "status", label: "Status", value: (r) => r.status, class: "num",
 			show(cell, r) {
@@ -678,7 +679,7 @@ const refusals = new Table("refusals", {
 		},
 		{ name: "client", label: "Client", value: (r) => r.client, first: 1, class: "mid", show: text((r) => r.client) },
 		policyColumn(),
-		{ name: "target", label: "Request", value: (r) => r.target, first: 1, class: "mid", show: text((r) => `${r.method} ${r.target}`) },
+		{ name: "target", label: "Target", value: (r) => r.target, first: 1, class: "mid", show: text((r) => r.target) },
 		{
 			name: "cause", label: "Cause", value: causeOf, first: 1, class: "mid",
 			show(cell, r) {
@@ -689,8 +690,8 @@ const refusals = new Table("refusals", {
 		{
 			name: "detail", label: "Answer", class: "grow soft", make: twoLines,
 			show(cell, r, kept) {
-				showLines(kept, r.detail, `${r.client}${policyNote(r)} · ${r.method} ${r.target}`)
-				setAttribute(cell, "title", `${r.method} ${r.target}: ${r.detail}`)
+				showLines(kept, r.detail, `${r.client}${policyNote(r)} · ${r.target}`)
+				setAttribute(cell, "title", `${r.target}: ${r.detail}`)
 			},
 		},
 	],
@@ -787,9 +788,9 @@ function showTables() {
 	shown("tunnels-count", open.length, snapshot.tunnels.total)
 
 	const about = words("refusals-filter")
-	const refused = snapshot.refusals.filter((r) => isOfPolicy(r) && `${r.client} ${r.method} ${r.target} ${r.cause ?? ""} ${r.reason} ${r.status}`.toLowerCase().includes(about))
+	const refused = snapshot.refusals.refusals.filter((r) => isOfPolicy(r) && `${r.client} ${r.target} ${r.cause ?? ""} ${r.reason} ${r.status}`.toLowerCase().includes(about))
 	refusals.show(refusals.sorted(refused), about || policy ? "No matching refusals." : undefined)
-	shown("refusals-count", refused.length, snapshot.refusals.length)
+	shown("refusals-count", refused.length, snapshot.refusals.total)
 
 	for (const table of [clients, tunnels]) table.heads.at(-1).hidden = !canAct
 	for (const table of [clients, tunnels, refusals]) {
