@@ -242,7 +242,7 @@ func TestRefusalsAndSettings(t *testing.T) {
 	p := w.open(1440, "light")
 	w.origin.Close()
 	w.client()("203.0.113.4")
-	p.until("the refusal", "!!"+row("refusals", "203.0.113.4", "502", "connection_refused"), patience)
+	p.until("the refusal", "!!"+row("refusals", "203.0.113.4", "502", "refused the connection")+" && !!"+groupOf("connection_refused"), patience)
 	p.until("the setting", "/burst\\s+5\\b/.test(document.getElementById('settings').innerText)", patience)
 	p.until("a default", "[...document.querySelectorAll('#settings .default')].some((d) => /dial_timeout\\s+10s/.test(d.innerText))", patience)
 	if run[bool](p, "[...document.querySelectorAll('#settings .default')].some((d) => d.innerText.includes('burst'))") {

@@ -67,7 +67,7 @@ func (v *View) Tunnels(values url.Values, now time.Time) (TunnelList, error) {
 
 // Refusals returns what a query of the API finds among the groups of refusals.
 func (v *View) Refusals(values url.Values) (RefusalList, error) {
-	q := refusalQuery{cause: values.Get("cause"), client: strings.ToLower(values.Get("client")), target: strings.ToLower(values.Get("target")), policy: v.policyQuery(values.Get("policy"))}
+	q := refusalQuery{cause: values.Get("cause"), match: strings.ToLower(values.Get("q")), client: strings.ToLower(values.Get("client")), target: strings.ToLower(values.Get("target")), policy: v.policyQuery(values.Get("policy"))}
 	var err error
 	if q.limit, q.offset, q.ascending, err = queryPage(values); err != nil {
 		return RefusalList{}, err

@@ -55,6 +55,7 @@ type RefusalCause struct {
 type refusalQuery struct {
 	limit, offset  int
 	cause          string // or error type; "": all
+	match          string // part of the cause, error type, client, user, target or rule, in lower case
 	client, target string // parts of the client or user, and of the target, in lower case
 	policy         policyQuery
 	key            func(*refusalGroup) int64
@@ -69,7 +70,13 @@ var sortsOfRefusals = map[string]func(g *refusalGroup) int64{
 
 func (q *refusalQuery) includes(k *RefusalKey) bool {
 	return (q.cause == "" || q.cause == k.name()) && q.policy.includes(k.Policy) && containsFold(k.Target, q.target) &&
-		(containsFold(client.Name(k.Client), q.client) || containsFold(k.User, q.client) || k.User != "" && containsFold("user "+k.User, q.client))
+		k.isClient(q.client) && (k.isClient(q.match) || containsFold(k.Target, q.match) || containsFold(k.name(), q.match) || containsFold(k.Reason, q.match) || containsFold(k.Rule, q.match))
+}
+
+// isClient reports whether part, in lower case, is a part of the client's address, or of the user
+// as the list of clients shows it.
+func (k *RefusalKey) isClient(part string) bool {
+	return containsFold(client.Name(k.Client), part) || k.User != "" && containsFold("user "+k.User, part)
 }
 
 // list returns the groups that q selects. Refusals wait for it only if they are the first of

@@ -107,6 +107,7 @@ func TestRefusalQueries(t *testing.T) {
 	for query, want := range map[string]string{
 		"": "3 2 1", "sort=count": "3 2 1", "sort=count&order=asc": "1 2 3", "sort=first&order=asc": "1 2 3", "limit=1": "3", "limit=1&offset=1": "2",
 		"cause=rule": "3 1", "cause=dns_error": "2", "cause=nothing": "", "client=192.0.2": "3 1", "client=ALICE": "3", "client=user+alice": "3", "client=2001:DB8": "2",
+		"q=DNS_": "2", "q=one.ex": "1", "q=deny+X": "3 2 1", "q=alice": "3", "q=db8": "2", "q=http_request": "3 1", "q=nothing": "",
 		"target=ONE": "1", "policy=staff": "3", "policy=default": "2 1", "policy=default&client=192": "1",
 	} {
 		list := findRefusals(t, v, query)

@@ -7,6 +7,8 @@
 /* global uPlot */
 
 import { $, count, short, digits, bytes, bytesText, percent, span, latency, seconds, clock, make, makeSVG, setText, setAttribute, note } from "./base.js"
+import { Table, text, twoLines, showLines, actionCell, policyNote } from "./table.js"
+import { refusalsTable, refusalsQuery, isAbout } from "./refusals.js"
 
 const SPAN = 300 // seconds that the charts cover
 const RECENT = 60 // seconds that the tiles cover
@@ -394,115 +396,6 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => char
 
 // ---- Tables
 
-// Table is a sortable table. It reuses the elements of rows that stay. While the
-// pointer or the focus is inside, rows keep their places, so that nothing moves
-// under a click.
-class Table {
-	constructor(name, { columns, key, classes, sort, order = -1, empty, label }) {
-		Object.assign(this, { columns, key, classes, empty, sort, order })
-		this.table = $(`${name}-table`)
-		this.rows = new Map()
-		this.body = make("tbody")
-		const head = make("tr")
-		this.heads = columns.map((column) => {
-			const th = make("th", { scope: "col", class: column.class ?? "" })
-			if (column.value) {
-				const button = make("button", { type: "button" }, column.label)
-				button.addEventListener("click", () => this.sortBy(column))
-				th.append(button)
-			} else {
-				th.append(column.label ? column.label : make("span", { class: "hidden" }, column.hidden))
-			}
-			head.append(th)
-			return th
-		})
-		this.table.append(make("thead", {}, head), this.body)
-		this.markSort()
-	}
-
-	sortBy(column) {
-		if (this.sort === column.name) this.order = -this.order
-		else [this.sort, this.order] = [column.name, column.first ?? -1]
-		this.markSort()
-		this.onSort?.()
-		this.moveNow = true
-		this.onChange?.()
-	}
-
-	markSort() {
-		this.columns.forEach((column, i) => {
-			setAttribute(this.heads[i], "aria-sort", column.value && column.name === this.sort ? (this.order > 0 ? "ascending" : "descending") : null)
-		})
-	}
-
-	sorted(list) {
-		const column = this.columns.find((c) => c.name === this.sort)
-		return list
-			.map((row) => [column.value(row), row])
-			.sort(([a, x], [b, y]) => this.order * (a < b ? -1 : a > b ? 1 : 0) || this.columns[0].value(x).localeCompare?.(this.columns[0].value(y), "en", { numeric: true }) || 0)
-			.map(([, row]) => row)
-	}
-
-	show(list, emptyText = this.empty) {
-		const still = !this.moveNow && this.rows.size > 0 && (this.body.matches(":hover") || this.body.contains(document.activeElement))
-		this.moveNow = false
-		const focus = document.activeElement
-		const left = new Set(this.rows.keys())
-		const elements = []
-		const used = new Map()
-		for (const row of list) {
-			let key = this.key(row)
-			const n = used.get(key) ?? 0 // masked clients may have the same name
-			used.set(key, n + 1)
-			if (n) key += `#${n}`
-			left.delete(key)
-			let kept = this.rows.get(key)
-			if (!kept) {
-				kept = this.makeRow()
-				this.rows.set(key, kept)
-			}
-			kept.row = row
-			this.columns.forEach((column, i) => column.show(kept.cells[i], row, kept))
-			setAttribute(kept.root, "class", this.classes?.(row) ?? "")
-			elements.push(kept.root)
-		}
-		for (const key of left) {
-			this.rows.get(key).root.remove()
-			this.rows.delete(key)
-		}
-		this.noRow?.remove()
-		if (!list.length) {
-			this.noRow = make("tr", { class: "empty" }, make("td", { colspan: this.columns.length }, emptyText))
-			this.body.append(this.noRow)
-		}
-		if (still) {
-			for (const e of elements) if (!e.isConnected) this.body.append(e)
-		} else {
-			let at = this.body.firstElementChild
-			for (const e of elements) {
-				if (e === at) at = at.nextElementSibling
-				else this.body.insertBefore(e, at)
-			}
-		}
-		if (focus !== document.activeElement && focus?.isConnected) focus.focus({ preventScroll: true })
-	}
-
-	makeRow() {
-		const root = make("tr")
-		const kept = { root, row: null }
-		kept.cells = this.columns.map((column, i) => {
-			const cell = make(i === 0 ? "th" : "td", { class: column.class ?? "", ...(i === 0 ? { scope: "row" } : {}) })
-			column.make?.(cell, kept)
-			root.append(cell)
-			return cell
-		})
-		return kept
-	}
-}
-
-// text returns a cell renderer that shows the result of a function of the row.
-const text = (write) => (cell, row) => setText(cell, write(row))
-
 const clientKey = (c) => `${c.zone} ${c.policy ?? ""} ${c.client}`
 const isBlocked = (c) => c.blocked_until && seconds(c.blocked_until) > counters.at
 const isLimited = (c) => c.tokens < 1
@@ -516,8 +409,6 @@ const tokens = (n) => (n < 10 ? digits(Math.floor(n * 10) / 10) : count(Math.flo
 let manyZones = false
 let policies = [] // the names of all; empty: there are only the directive's own options
 const inZone = (c) => (manyZones ? ` in zone ${c.zone}` : "") + (c.policy ? ` in policy ${c.policy}` : "")
-const policyNote = (row) => (row.policy ? ` · ${row.policy}` : "")
-
 // policyColumn returns the column for the policy, which is hidden while there are none.
 const policyColumn = () => ({
 	name: "policy", label: "Policy", value: (row) => row.policy ?? "", first: 1, class: "soft mid",
@@ -550,27 +441,6 @@ function named(cell, kept) {
 	kept.policy = make("span", { class: "sub" })
 	kept.badge = make("span")
 	cell.append(kept.name, kept.zone, kept.policy, kept.badge)
-}
-
-// twoLines makes a cell whose second line replaces columns that do not fit.
-function twoLines(cell, kept) {
-	kept.lines = [make("div", { class: "line" }), make("div", { class: "line sub" })]
-	cell.append(...kept.lines)
-}
-
-function showLines(kept, ...lines) {
-	lines.forEach((line, i) => setText(kept.lines[i], line))
-}
-
-function actionCell(...buttons) {
-	return (cell, kept) => {
-		kept.buttons = buttons.map(([label, act]) => {
-			const button = make("button", { type: "button" }, label)
-			button.addEventListener("click", () => act(kept.row))
-			cell.append(button)
-			return button
-		})
-	}
 }
 
 const clients = new Table("clients", {
@@ -660,45 +530,10 @@ const tunnels = new Table("tunnels", {
 	],
 })
 
-// causeOf returns why the proxy refused the request, or what failed upstream.
-const causeOf = (r) => r.cause ?? r.reason
+const refusals = refusalsTable({ policyColumn, ago })
 
-const refusals = new Table("refusals", {
-	key: (r) => [causeOf(r), r.reason, r.client, r.user, r.policy, r.method, r.target, r.rule, r.address].join("\n"),
-	sort: "time",
-	empty: "No refusals yet.",
-	columns: [
-		{ name: "time", label: "Last", value: (r) => r.last, class: "soft", show: text((r) => clock(seconds(r.last))) },
-		{ name: "count", label: "Count", value: (r) => r.count, class: "num", show: text((r) => count(r.count)) },
-		{
-			name: "status", label: "Status", value: (r) => r.status, class: "num",
-			show(cell, r) {
-				setText(cell, String(r.status))
-				setAttribute(cell, "class", `num status ${r.status >= 500 ? "s5" : "s4"}`)
-			},
-		},
-		{ name: "client", label: "Client", value: (r) => r.client, first: 1, class: "mid", show: text((r) => r.client) },
-		policyColumn(),
-		{ name: "target", label: "Target", value: (r) => r.target, first: 1, class: "mid", show: text((r) => r.target) },
-		{
-			name: "cause", label: "Cause", value: causeOf, first: 1, class: "mid",
-			show(cell, r) {
-				setText(cell, causeOf(r))
-				setAttribute(cell, "title", `error type ${r.reason}`)
-			},
-		},
-		{
-			name: "detail", label: "Answer", class: "grow soft", make: twoLines,
-			show(cell, r, kept) {
-				showLines(kept, r.detail, `${r.client}${policyNote(r)} · ${r.target}`)
-				setAttribute(cell, "title", `${r.target}: ${r.detail}`)
-			},
-		},
-	],
-})
-
-// A snapshot holds only the most recently active clients and tunnels. When there are
-// more, Source asks the server to sort and filter.
+// A snapshot holds only the most recently active clients, tunnels and refusals. When there
+// are more, Source asks the server to sort and filter.
 class Source {
 	constructor(name, query) {
 		this.name = name
@@ -765,6 +600,8 @@ const tunnelSource = new Source("tunnels", () => {
 	return query.toString()
 })
 
+const refusalSource = new Source("refusals", () => refusalsQuery(refusals, masked ? "" : words("refusals-filter"), $("policy").value))
+
 // shown displays how many of the total a table contains.
 function shown(id, n, total) {
 	setText($(id), n === total ? count(total) : `${count(n)} of ${count(total)}`)
@@ -788,7 +625,9 @@ function showTables() {
 	shown("tunnels-count", open.length, snapshot.tunnels.total)
 
 	const about = words("refusals-filter")
-	const refused = snapshot.refusals.refusals.filter((r) => isOfPolicy(r) && `${r.client} ${r.target} ${r.cause ?? ""} ${r.reason} ${r.status}`.toLowerCase().includes(about))
+	let refused = (refusalSource.list() ?? snapshot.refusals).refusals
+	refused = refused.filter((r) => isOfPolicy(r) && isAbout(r, about))
+	refusals.causes = snapshot.refusals.causes
 	refusals.show(refusals.sorted(refused), about || policy ? "No matching refusals." : undefined)
 	shown("refusals-count", refused.length, snapshot.refusals.total)
 
