@@ -85,6 +85,7 @@ var documented = []struct{ file, command, says string }{
 	{"docs/admin-api.md", "curl -X DELETE 'localhost:2019/async_proxy/clients/user%20sales%2Falice?zone=default'", `\{"error":"not found"\}`},
 	{"CONTRIBUTING.md", "go test ./...", byCI},
 	{"CONTRIBUTING.md", ".ci/run", byCI},
+	{"docs/benchmarks.md", "cd bench && go run .", byCI}, // briefly
 	{"docs/redis.md", "xcaddy build --with github.com/asyncproxy/caddy-async-proxy --with github.com/asyncproxy/caddy-async-proxy/redis", byCI},
 }
 
@@ -100,7 +101,7 @@ func TestDocumentedCommands(t *testing.T) {
 	texts := documents(t)
 	var commands []struct{ file, command string }
 	blocks, comment := regexp.MustCompile("(?ms)^```sh\n(.*?)^```"), regexp.MustCompile(`\s+# .*`)
-	for _, file := range []string{"README.md", "docs/admin-api.md", "CONTRIBUTING.md", "docs/redis.md"} {
+	for _, file := range []string{"README.md", "docs/admin-api.md", "CONTRIBUTING.md", "docs/benchmarks.md", "docs/redis.md"} {
 		for _, block := range blocks.FindAllStringSubmatch(texts[file], -1) {
 			for line := range strings.Lines(strings.ReplaceAll(block[1], "\\\n\t", "")) {
 				command := comment.ReplaceAllString(strings.TrimSpace(line), "")

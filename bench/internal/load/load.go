@@ -85,7 +85,6 @@ type run struct {
 	server   netip.AddrPort
 	target   Target
 	request  []byte
-	upload   []byte
 	deadline time.Time
 	phase    atomic.Int32
 }
@@ -98,32 +97,37 @@ func Run(ctx context.Context, target Target, load Load) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	results := make([]Result, load.Clients)
+	return r.drive(ctx), ctx.Err()
+}
+
+// drive runs all clients and returns what they found together.
+func (r *run) drive(ctx context.Context) *Result {
+	results := make([]Result, r.Clients)
 	var clients sync.WaitGroup
 	for i := range results {
 		c := client{run: r, result: &results[i], source: sourceOf(i)}
 		clients.Go(c.loop)
 	}
 	total := &Result{}
-	sleep(ctx, load.Warm)
-	if load.Begin != nil {
-		load.Begin()
+	sleep(ctx, r.Warm)
+	if r.Begin != nil {
+		r.Begin()
 	}
 	received := r.received()
 	begin := time.Now()
 	r.phase.Store(measuring)
-	sleep(ctx, load.Duration)
+	sleep(ctx, r.Duration)
 	r.phase.Store(over)
 	total.Elapsed = time.Since(begin)
 	total.Bytes = r.received() - received
-	if load.End != nil {
-		load.End()
+	if r.End != nil {
+		r.End()
 	}
 	clients.Wait()
 	for i := range results {
 		total.add(&results[i])
 	}
-	return total, ctx.Err()
+	return total
 }
 
 func newRun(target Target, load Load) (*run, error) {
