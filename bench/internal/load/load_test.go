@@ -182,6 +182,22 @@ func TestCounts(t *testing.T) {
 	}
 }
 
+// TestWarmUp checks that what happens before the measurement does not count.
+func TestWarmUp(t *testing.T) {
+	address, answered := answering(t, "HTTP/1.1 200 OK\r\nContent-Length: 128\r\n\r\n"+string(wire.Content(128)))
+	load := brief(Requests)
+	var before int64
+	load.Begin = func() {
+		for before = answered.Load(); before < 100; before = answered.Load() {
+			time.Sleep(time.Millisecond)
+		}
+	}
+	result := runLoad(t, Target{Server: address, Origin: "127.0.0.1:1"}, load)
+	if during := answered.Load() - before; result.Operations > during+int64(load.Clients) {
+		t.Errorf("%d operations, while the server answered %d requests", result.Operations, during)
+	}
+}
+
 // TestAnswers sends one request each, to servers that answer rightly and wrongly.
 func TestAnswers(t *testing.T) {
 	content := string(wire.Content(128))
