@@ -2,15 +2,16 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // The live status page of async_proxy. It receives a snapshot every second as a
-// server-sent event and keeps five minutes of samples for the charts.
+// server-sent event and keeps five minutes of samples for the charts. history.js has the hour.
 
 /* global uPlot */
 
 import { $, count, short, digits, bytes, bytesText, percent, span, latency, seconds, clock, make, makeSVG, setText, setAttribute, note } from "./base.js"
 import { Table, text, twoLines, showLines, actionCell, policyNote } from "./table.js"
 import { refusalsTable, refusalsQuery, isAbout } from "./refusals.js"
+import * as hour from "./history.js"
 
-const SPAN = 300 // seconds that the charts cover
+const SPAN = 300 // seconds of which there are samples
 const RECENT = 60 // seconds that the tiles cover
 
 // ---- State
@@ -71,6 +72,7 @@ function learn(next) {
 		samples.push({ at: before.at + 0.5 }) // a gap
 	}
 	if (!same) for (const s of samples) s.dial = s.first = undefined // counts of the previous process
+	samples = hour.complete(samples, stats)
 	samples.push(sample)
 	samples = samples.filter((s) => s.at > at - SPAN - 2 && s.at <= at)
 
@@ -227,14 +229,15 @@ const color = (name) => getComputedStyle(document.documentElement).getPropertyVa
 // rounds are the possible steps of a scale: 1, 2, 5, 10, 20, ...
 const rounds = Array.from({ length: 45 }, (_, i) => [1, 2, 5][i % 3] * 10 ** Math.floor(i / 3))
 
-// Chart draws lines or a stack of values over the last five minutes.
+// Chart draws lines or a stack of values over the last five minutes or the last hour.
 class Chart {
 	constructor(title, unit, series, { stacked = false, write, least }) {
 		this.series = series
 		this.stacked = stacked
 		this.write = write
 		this.least = least // smallest upper end of the scale
-		this.plotElement = make("div", { class: "plot", role: "img", "aria-label": `Chart: ${title}, last five minutes` })
+		this.title = title
+		this.plotElement = make("div", { class: "plot", role: "img" })
 		this.values = series.map(() => make("b", {}, "–"))
 		const legend = make("ul", { class: "legend" })
 		series.forEach(([, label, name], i) => {
@@ -252,6 +255,7 @@ class Chart {
 
 	build() {
 		this.plot?.destroy()
+		setAttribute(this.plotElement, "aria-label", `Chart: ${this.title}, ${hour.spanName()}`)
 		const soft = color("soft")
 		const grid = { stroke: color("line"), width: 1 }
 		const font = `11px ${getComputedStyle(document.body).fontFamily}`
@@ -262,17 +266,18 @@ class Chart {
 			legend: { show: false },
 			cursor: { sync: { key: "async_proxy" }, drag: { setScale: false }, y: false, points: { show: !this.stacked, size: 5 } },
 			scales: {
-				x: { range: () => [(counters?.at ?? SPAN) - SPAN, counters?.at ?? SPAN] },
+				x: { range: () => [(counters?.at ?? SPAN) - hour.span(), counters?.at ?? SPAN] },
 				y: { range: (_, __, most) => [0, Math.max(most * 1.08, this.least)] },
 			},
 			axes: [
-				{ stroke: soft, grid: { show: false }, ticks: { show: false }, font, size: 24, incrs: [60], values: (_, splits) => splits.map((t) => clock(t).slice(0, 5)) },
+				{ stroke: soft, grid: { show: false }, ticks: { show: false }, font, size: 24, incrs: [hour.isHour() ? 600 : 60], values: (_, splits) => splits.map((t) => clock(t).slice(0, 5)) },
 				{ stroke: soft, grid, ticks: { show: false }, font, size: 56, space: 34, incrs: rounds, values: (_, splits) => splits.map((v) => this.write(v)) },
 			],
 			series: [{}, ...this.series.map(([, , name]) => ({
 				stroke: color(name),
 				fill: this.stacked ? color(name) + "d9" : this.series.length === 1 ? color(name) + "22" : undefined,
 				width: this.stacked ? 0 : 1.75,
+				paths: hour.isHour() ? uPlot.paths.stepped({ align: -1 }) : undefined, // a step is as wide as a pixel
 				points: { show: false },
 			}))],
 			bands: this.stacked ? this.series.slice(1).map((_, i) => ({ series: [i + 2, i + 1] })) : undefined,
@@ -282,10 +287,11 @@ class Chart {
 	}
 
 	data() {
-		const data = [samples.map((s) => s.at)]
-		let below = samples.map(() => 0)
+		const points = hour.points(samples)
+		const data = [points.map((s) => s.at)]
+		let below = points.map(() => 0)
 		for (const [name] of this.series) {
-			const values = samples.map((s) => s[name] ?? null)
+			const values = points.map((s) => s[name] ?? null)
 			if (this.stacked) below = values.map((v, i) => (v == null ? null : below[i] + v))
 			data.push(this.stacked ? below : values)
 		}
@@ -300,8 +306,9 @@ class Chart {
 	// legend shows the values at the cursor, or the latest.
 	legend() {
 		if (!this.plot) return
-		const at = samples[this.plot.cursor.idx ?? -1]
-		const sample = at ?? samples.at(-1)
+		const points = hour.points(samples)
+		const at = points[this.plot.cursor.idx ?? -1]
+		const sample = at ?? points.at(-1)
 		setText(this.when, at ? clock(at.at) : this.unit)
 		this.series.forEach(([name], i) => setText(this.values[i], sample?.[name] == null ? "–" : this.write(sample[name])))
 	}
@@ -311,11 +318,12 @@ class Chart {
 	}
 }
 
-// LatencyChart draws a histogram of the last five minutes.
+// LatencyChart draws a histogram of the last five minutes or the last hour.
 class LatencyChart {
 	constructor() {
 		this.series = [["dial", "Connecting", "tunnels"], ["first", "First byte", "up"]]
 		this.plotElement = make("div", { class: "plot", role: "img" })
+		this.when = make("small")
 		this.values = this.series.map(() => make("b", {}, "–"))
 		const legend = make("ul", { class: "legend" })
 		this.series.forEach(([, label, name], i) => {
@@ -324,21 +332,22 @@ class LatencyChart {
 			legend.append(make("li", {}, key, `${label} `, this.values[i]))
 		})
 		$("charts").append(make("div", { class: "card chart" },
-			make("div", { class: "chart-head" }, make("h3", {}, "Latency ", make("small", {}, "last five minutes")), legend), this.plotElement))
+			make("div", { class: "chart-head" }, make("h3", {}, "Latency ", this.when), legend), this.plotElement))
 		new ResizeObserver(() => this.update()).observe(this.plotElement)
 	}
 
 	update() {
 		const width = this.plotElement.clientWidth
 		const height = this.plotElement.clientHeight
-		const histograms = this.series.map(([name]) => histogram(name, SPAN))
+		setText(this.when, hour.spanName())
+		const histograms = this.series.map(([name]) => (hour.isHour() && snapshot ? hour.hourOf(name, samples.at(-1)[name]) : histogram(name, SPAN)))
 		const words = this.series.map(([, label], i) => {
 			const h = histograms[i]
 			const text = h.total ? `p50 ${latency(quantile(h, 0.5)).join(" ")} · p99 ${latency(quantile(h, 0.99)).join(" ")}` : "–"
 			setText(this.values[i], text)
 			return `${label}: ${h.total ? text : "nothing yet"}`
 		})
-		setAttribute(this.plotElement, "aria-label", `Histogram of latencies, last five minutes. ${words.join(". ")}`)
+		setAttribute(this.plotElement, "aria-label", `Histogram of latencies, ${hour.spanName()}. ${words.join(". ")}`)
 		const svg = makeSVG("svg", { viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" })
 		const bounds = histograms[0].buckets
 		const left = 44
@@ -378,7 +387,7 @@ class LatencyChart {
 			})
 		} else {
 			const label = makeSVG("text", { x: (width + left) / 2, y: height / 2, "text-anchor": "middle" })
-			label.textContent = "No connections in the last five minutes"
+			label.textContent = `No connections in the ${hour.spanName()}`
 			svg.append(label)
 		}
 		this.plotElement.replaceChildren(svg)
@@ -392,6 +401,7 @@ const charts = [
 	new Chart("Tunnels", "open", [["open", "Open", "tunnels"]], { write: count, least: 5 }),
 	new LatencyChart(),
 ]
+hour.onSpan(() => charts.forEach((chart) => (chart.build ? chart.build() : chart.update())))
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => charts.forEach((c) => c.build?.()))
 
 // ---- Tables
@@ -734,7 +744,9 @@ function connect() {
 		if (hello.page !== document.querySelector("meta[name=version]").content) location.reload()
 		canAct = hello.actions
 		masked = hello.masked
+		hour.begin()
 	})
+	events.addEventListener("history", (event) => hour.receive(JSON.parse(event.data)))
 	events.addEventListener("snapshot", (event) => {
 		lastHeard = performance.now()
 		connected = true
