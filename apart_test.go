@@ -51,6 +51,8 @@ var apartTests = []string{
 	"TestStreamSteadyReader",
 	"TestStreamSteadyOrigin",
 	"TestBinaryExit",
+	"TestCommandSaysWhoMayUseIt",
+	"TestCommandIntroducesItself",
 	"TestCommandExplainMistakes",
 	"TestCommandExplain",
 	"TestBinaryRules",

@@ -185,7 +185,7 @@ func (p *caddyfileParser) servePAC(h *Handler) error {
 	if err != nil {
 		return err
 	}
-	if h.ServePAC = "/proxy.pac"; len(args) > 0 {
+	if h.ServePAC = defaultPACPath; len(args) > 0 {
 		h.ServePAC = args[0]
 	}
 	if path, invalid := invalidPACPath(h); invalid {

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"strings"
 	"syscall"
 
@@ -17,22 +18,31 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/caddyauth"
 	"github.com/spf13/cobra"
-	"go.uber.org/zap"
 )
 
 func init() {
 	caddycmd.RegisterCommand(caddycmd.Command{
 		Name:  "async-proxy",
-		Usage: "[--listen <addr>] [--burst <n>] [--refill <n>] [--clients <cidr>] [--allow <destination>] [--deny <destination>] [--auth <user:hash>] [--upstream <url>] [--admin <addr>] [--access-log] [--debug]",
+		Usage: "[--listen <addr>] [--status <addr> [--actions]] [--burst <n>] [--refill <n>] [--clients <cidr>] [--allow <destination>] [--deny <destination>] [--auth <user:hash>] [--upstream <url>] [--pac] [--admin <addr>] [--access-log[=<file>]] [--debug]",
 		Short: "A forward proxy in one line",
 		Long: `
 Runs a forward proxy until it is stopped. Useful for development and quick
 trials; for anything more, use the async_proxy directive in a Caddyfile.
 
-By default it listens on this machine only. When it listens on other addresses,
-clients with private addresses may use it unless --clients or --auth say
-otherwise; --clients all opens it to everyone. --allow and --deny accept the same
-destinations as the directive. All --allow flags apply before all --deny flags:
+By default it listens on this machine only, and its limit suits a browser: 200
+requests at once, and 20 more per second. (The directive's default, 10 and 0.5,
+suits scripts.) When it listens on other addresses, clients with private
+addresses may use it unless --clients or --auth say otherwise; --clients all
+opens it to everyone.
+
+When it has started, it prints one line on stderr that says who may use it, and
+how. --status localhost:9090 serves a page with its clients, tunnels and
+refusals there; with --actions, the page can also close tunnels and block
+clients. --pac serves a proxy auto-configuration script at /proxy.pac.
+--access-log writes Caddy's access log to stderr, --access-log=<file> to a file.
+
+--allow and --deny accept the same destinations as the directive. All --allow
+flags apply before all --deny flags:
 
   caddy async-proxy --allow '*.example.com' --deny all
 
@@ -45,15 +55,19 @@ explain says whether a request would be allowed, and why.
 		CobraFunc: func(cmd *cobra.Command) {
 			flags := cmd.Flags()
 			flags.StringP("listen", "l", "127.0.0.1:8080", "Address to listen on")
-			flags.StringP("burst", "b", "", "Requests a client may make at once (default 10)")
-			flags.StringP("refill", "r", "", "Requests per second a client regains (default 0.5)")
+			flags.StringP("status", "s", "", "Address for a status page, such as localhost:9090")
+			flags.BoolP("actions", "", false, "Let the status page close tunnels and block clients")
+			flags.StringP("burst", "b", commandBurst, "Requests a client may make at once")
+			flags.StringP("refill", "r", commandRefill, "Requests per second a client regains")
 			flags.StringArrayP("clients", "c", nil, "Clients that may use the proxy, as CIDR ranges, or all (default private_ranges)")
 			flags.StringArrayP("allow", "a", nil, "Allow a destination")
 			flags.StringArrayP("deny", "d", nil, "Deny a destination")
 			flags.StringArrayP("auth", "", nil, "User and password hash, as user:hash")
 			flags.StringP("upstream", "u", "", "Parent proxy, as an http://, https:// or socks5:// URL")
 			flags.StringP("admin", "", "localhost:2019", "Address of the admin endpoint, or off")
-			flags.BoolP("access-log", "", false, "Enable the access log")
+			flags.BoolP("pac", "", false, "Serve a proxy auto-configuration script at /proxy.pac")
+			flags.StringP("access-log", "", "", "Write the access log, to stderr or to a file")
+			flags.Lookup("access-log").NoOptDefVal = accessToStderr
 			flags.BoolP("debug", "v", false, "Enable verbose debug logs")
 			cmd.Args, cmd.SuggestionsMinimumDistance = noArguments, 2
 			cmd.RunE = caddycmd.WrapCommandFuncForCobra(runCommand)
@@ -62,10 +76,22 @@ explain says whether a request would be allowed, and why.
 	})
 }
 
+// The limit of `caddy async-proxy` suits a browser, which opens a dozen tunnels for one page.
+const (
+	commandBurst  = "200"
+	commandRefill = "20"
+)
+
+// accessToStderr is the value of --access-log without a file.
+const accessToStderr = "stderr"
+
 // noArguments rejects arguments that are neither flags nor subcommands.
 func noArguments(cmd *cobra.Command, args []string) error {
 	if len(args) == 0 {
 		return nil
+	}
+	if cmd.Flags().Lookup("access-log").Value.String() == accessToStderr && strings.ContainsAny(args[0], "./\\") {
+		return fmt.Errorf("unexpected argument %q; expected --access-log=%[1]s", args[0])
 	}
 	if similar := cmd.SuggestionsFor(args[0]); len(similar) > 0 {
 		return fmt.Errorf("unexpected argument %q; did you mean %s %s?", args[0], cmd.CommandPath(), similar[0])
@@ -80,13 +106,18 @@ func runCommand(flags caddycmd.Flags) (int, error) {
 	if err != nil {
 		return caddy.ExitCodeFailedStartup, err
 	}
-	for _, name := range []string{"listen", "admin"} {
+	for _, name := range []string{"listen", "admin", "status"} {
 		if err := checkFree(flags.String(name)); err != nil {
 			return caddy.ExitCodeFailedStartup, fmt.Errorf("%w; stop the process that listens there, or choose another address with --%s", err, name)
 		}
 	}
 	if err := caddy.Run(config); err != nil {
 		return caddy.ExitCodeFailedStartup, err
+	}
+	if p := currentProcess(); p != nil {
+		for each := range p.proxies.All() {
+			fmt.Fprintln(os.Stderr, each.introduction())
+		}
 	}
 	select {}
 }
@@ -95,7 +126,7 @@ func runCommand(flags caddycmd.Flags) (int, error) {
 // address silently, and connections would reach either process.
 func checkFree(address string) error {
 	addr, err := caddy.ParseNetworkAddress(address)
-	if err != nil || address == "off" || addr.IsUnixNetwork() || addr.IsFdNetwork() {
+	if err != nil || address == "" || address == "off" || addr.IsUnixNetwork() || addr.IsFdNetwork() {
 		return nil // Caddy reports an invalid address itself
 	}
 	for i := range addr.PortRangeSize() {
@@ -125,11 +156,12 @@ func checkEndpoint(flag, address string) error {
 func commandHandler(flags caddycmd.Flags) (*Handler, error) {
 	h := new(Handler)
 	for _, name := range []string{"burst", "refill"} {
-		if flags.Changed(name) {
-			if err := setOption(h, name, flags.String(name)); err != nil {
-				return nil, err
-			}
+		if err := setOption(h, name, flags.String(name)); err != nil {
+			return nil, err
 		}
+	}
+	if flags.Bool("pac") {
+		h.ServePAC = defaultPACPath
 	}
 	clients, err := flags.GetStringArray("clients")
 	if err != nil {
@@ -217,8 +249,8 @@ func commandConfig(flags caddycmd.Flags) (*caddy.Config, error) {
 		}
 		h.Upstream = &Upstream{URL: url}
 	}
-	listen := flags.String("listen")
-	if err := checkEndpoint("listen", listen); err != nil {
+	servers, err := commandServers(flags, h)
+	if err != nil {
 		return nil, err
 	}
 	if admin := flags.String("admin"); admin != "off" && admin != "" && !strings.Contains(admin, "{") { // Caddy replaces placeholders
@@ -226,29 +258,16 @@ func commandConfig(flags caddycmd.Flags) (*caddy.Config, error) {
 			return nil, err
 		}
 	}
-	server := &caddyhttp.Server{
-		Listen:              []string{listen},
-		ListenerWrappersRaw: []json.RawMessage{caddyconfig.JSONModuleObject(ListenerWrapper{}, "wrapper", "async_proxy", nil)},
-		AutoHTTPS:           &caddyhttp.AutoHTTPSConfig{Disabled: true},
-		Routes:              caddyhttp.RouteList{{HandlersRaw: []json.RawMessage{caddyconfig.JSONModuleObject(h, "handler", "async_proxy", nil)}}},
-	}
-	if flags.Bool("access-log") {
-		server.Logs = new(caddyhttp.ServerLogConfig)
-	}
 	persist := false
 	config := &caddy.Config{
-		Admin: &caddy.AdminConfig{Listen: flags.String("admin"), Config: &caddy.ConfigSettings{Persist: &persist}},
+		Logging: commandLogging(flags),
+		Admin:   &caddy.AdminConfig{Listen: flags.String("admin"), Config: &caddy.ConfigSettings{Persist: &persist}},
 		AppsRaw: caddy.ModuleMap{
-			"http": caddyconfig.JSON(caddyhttp.App{Servers: map[string]*caddyhttp.Server{"proxy": server}}, nil),
+			"http": caddyconfig.JSON(caddyhttp.App{Servers: servers}, nil),
 		},
 	}
 	if flags.String("admin") == "off" {
 		config.Admin = &caddy.AdminConfig{Disabled: true, Config: config.Admin.Config}
-	}
-	if flags.Bool("debug") {
-		config.Logging = &caddy.Logging{Logs: map[string]*caddy.CustomLog{
-			"default": {BaseLog: caddy.BaseLog{Level: zap.DebugLevel.CapitalString()}},
-		}}
 	}
 	return config, nil
 }

@@ -106,6 +106,11 @@ func TestCommand(t *testing.T) {
 		{"--burst -1", "burst: the value '-1' is not valid; expected a whole number of tokens"},
 		{"--allow a/b", "allow: the value 'a/b' is not valid; expected addresses, CIDR ranges, names"},
 		{"--upstream ftp://x", "expected http://, https:// or socks5://"},
+		{"--status localhost", `status "localhost": expected an address with a port`},
+		{"--status http://localhost:9090/", `status "http://localhost:9090/": expected an address with a port`},
+		{"--status " + takenAddress(t), "address already in use; stop the process that listens there, or choose another address with --status"},
+		{"--actions", "actions: expected --status <addr> with it"},
+		{"--access-log access.log", `unexpected argument "access.log"; expected --access-log=access.log`},
 	} {
 		args := append([]string{"async-proxy", "--listen", freeAddress(t), "--admin", "off"}, strings.Fields(tc.args)...)
 		if strings.HasPrefix(tc.args, "status") {

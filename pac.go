@@ -13,6 +13,9 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
+// defaultPACPath is the value of serve_pac without a path.
+const defaultPACPath = "/proxy.pac"
+
 // isPAC reports whether a request is for the proxy auto-configuration file.
 func (p *proxy) isPAC(r *http.Request) bool {
 	return p.config.ServePAC != "" && r.URL.Path == p.config.ServePAC && (r.Method == http.MethodGet || r.Method == http.MethodHead)

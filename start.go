@@ -63,7 +63,10 @@ func (p *proxy) onStarted(ctx caddy.Context, server *caddyhttp.Server) {
 		zap.Strings("addresses", server.Listen),
 		zap.Int64("burst", p.config.Burst),
 		zap.Float64("refill", p.config.Refill),
-		zap.Strings("clients", p.effectiveClients()))
+		zap.Strings("clients", p.effectiveClients()),
+		zap.String("open_to", p.openTo(server)),
+		zap.String("usage", usageLine(p.proxyURL(server))),
+		zap.Strings("status_pages", p.statusURLs()))
 	if hosts, _ := hostsLeadingTo(server.Routes, p.config); len(hosts) > 0 {
 		p.logger.Warn("this proxy's site has a host name in its address, so requests for other hosts never reach the proxy; "+
 			"give the site an address without a host, such as :8080",

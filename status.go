@@ -5,8 +5,10 @@ package asyncproxy
 
 import (
 	"errors"
+	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"sync"
 
 	"github.com/caddyserver/caddy/v2"
@@ -143,7 +145,13 @@ func (s *Status) Provision(ctx caddy.Context) error {
 // rebinding: the web page's name is made to resolve to this server's address, so that the
 // operator's browser regards requests to the server as same-origin. Such requests carry
 // another host and no credentials.
+//
+// It also warns if other machines can reach the page and nothing restricts which of them may.
 func (s *Status) started(server *caddyhttp.Server) {
+	if slices.ContainsFunc(server.Listeners(), func(ln net.Listener) bool { return isBeyondLoopback(ln.Addr()) }) && !restrictedBefore(server, s, matchesClients) {
+		s.logger.Warn("other machines can reach this status page, which shows clients and their destinations; "+
+			"bind it to 127.0.0.1, or restrict it with basic_auth or a remote_ip matcher", zap.Strings("addresses", server.Listen))
+	}
 	if !s.Actions {
 		return
 	}
