@@ -81,7 +81,7 @@ func List() []*Peer {
 			args: func(v peers.Values) []string { return []string{"-db", "-f", filepath.Join(v.Work, "haproxy.cfg")} },
 		},
 		{
-			ID: "trafficserver", Name: "Traffic Server", Abilities: Forwarding | Tunnelling, Note: "three threads on two cores, its default",
+			ID: "trafficserver", Name: "Traffic Server", Abilities: Forwarding | Tunnelling, Note: "1.5 threads for each core, its default",
 			program: "traffic_server", version: []string{"-V"},
 			files: map[string]string{
 				"records.config": "records.config", "logging.yaml": "logging.yaml",

@@ -6,6 +6,7 @@ package report
 import (
 	"fmt"
 	"math"
+	"slices"
 	"strings"
 	"time"
 )
@@ -171,6 +172,12 @@ const noise = 0.05
 
 // writeBehind lists where other peers need less than async_proxy.
 func (r *Results) writeBehind(text *strings.Builder) {
+	compared := slices.ContainsFunc(r.Scenarios, func(s Scenario) bool {
+		return r.row(s.ID, s.Own, false) != nil || r.row(s.ID, s.Own, true) != nil
+	})
+	if !compared {
+		return
+	}
 	fmt.Fprintf(text, "\n### Where async_proxy is not first\n\n"+
 		"These need at least %.0f %% less CPU time than async_proxy, or less memory for idle tunnels:\n\n", noise*100)
 	before := text.Len()

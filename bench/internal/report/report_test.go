@@ -138,6 +138,15 @@ func TestBusy(t *testing.T) {
 	}
 }
 
+// TestWithoutOwn checks that a run without async_proxy says nothing about its rank.
+func TestWithoutOwn(t *testing.T) {
+	results := sample()
+	results.Rows = results.Rows[1:3]
+	if text := results.Markdown(); strings.Contains(text, "not first") {
+		t.Error(text)
+	}
+}
+
 // TestInsert replaces the results in a document.
 func TestInsert(t *testing.T) {
 	document := "before\n" + BeginMark + "\nold\n" + EndMark + "\nafter\n"
