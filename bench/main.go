@@ -152,7 +152,7 @@ func bench(ctx context.Context, o *options) error {
 }
 
 func measureAll(ctx context.Context, o *options, dir string, chosen []scenario, peers []*peer.Peer, logs []bool) *report.Results {
-	r := runner{options: *o, dir: dir, started: time.Now(), patience: o.patience}
+	r := runner{options: *o, dir: dir, started: time.Now()}
 	r.say("building peers")
 	results := &report.Results{Machine: thisMachine(), Settings: report.Settings{
 		Rounds: o.rounds, Duration: o.duration, Tunnels: o.tunnels, Reference: o.reference, Foreign: o.foreign,
@@ -167,6 +167,7 @@ func measureAll(ctx context.Context, o *options, dir string, chosen []scenario, 
 		r.say("missing: %s", missing)
 	}
 	for _, s := range chosen {
+		r.left += o.patience / time.Duration(len(chosen))
 		if ctx.Err() == nil {
 			results.Scenarios = append(results.Scenarios, s.Scenario)
 			results.Rows = append(results.Rows, r.run(ctx, s)...)
