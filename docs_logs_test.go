@@ -189,7 +189,7 @@ func TestLogTable(t *testing.T) {
 		w.site(authUsers + "zone logs\npolicy staff {\nusers alice\ndeny 192.0.2.0/24 ads.test\nburst 1000\nrefill 1000\n}"),
 		w.site("zone limited\npolicy guests {\nclients 127.0.0.0/8\nburst 1\nrefill 0.00001\ndeny 192.0.2.0/24\nreport_only rules limits\n}"),
 		w.site(authUsers + "zone users\nlimit_by user\npolicy staff {\nusers alice\nburst 1\nrefill 0.00001\n}"),
-		byCaddy(w.site("zone ordinary")),
+		byCaddy(w.site("zone ordinary")) + "http://" + freeAddress(t) + " {\n\tasync_proxy_status\n}\n",
 		strings.Replace(w.site("zone secure"), "http://:", "https://localhost:", 1),
 	} {
 		w.load(strings.Replace(site, "https://", "https://127.0.0.1"+strings.TrimPrefix(w.proxy, "127.0.0.1")+", https://", 1))
