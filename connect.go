@@ -49,6 +49,7 @@ func (p *proxy) connect(w http.ResponseWriter, r *http.Request, v *transaction) 
 		}
 		return 0, dialRefusal(r.Context(), err, target)
 	}
+	program.status.Served(target)
 	t := p.newTunnel(from, target, r.Proto, far)
 	if r.ProtoMajor > 1 {
 		return p.connectStream(w, r, v, t)

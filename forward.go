@@ -92,7 +92,7 @@ func (p *proxy) prepareOutgoing(w http.ResponseWriter, r *http.Request, out *ori
 	if out.Body == nil {
 		return nil
 	}
-	out.Body.Count = func(n int64) { p.countForwarded(from, n, 0) }
+	out.Body.Count = func(n int64) { p.countForwarded(out.Authority, from, n, 0) }
 	control := http.NewResponseController(w)
 	out.StopBody = func() { tcpconn.Interrupt(control.SetReadDeadline) }
 	if r.ProtoMajor == 1 {
@@ -123,6 +123,7 @@ func (p *proxy) forwardTo(client *origin.Client, w http.ResponseWriter, r *http.
 	if err != nil {
 		return 0, err
 	}
+	program.status.Served(out.Authority)
 	if res.StatusCode == http.StatusSwitchingProtocols {
 		conn, early, err := x.Detach()
 		if err != nil {
@@ -409,11 +410,11 @@ func (p *proxy) passContent(w http.ResponseWriter, r *http.Request, x *origin.Ex
 				return nil
 			}
 			n, err := w.Write(rest)
-			p.countForwarded(from, 0, int64(n))
+			p.countForwarded(x.Request.Authority, from, 0, int64(n))
 			return asClientError(err)
 		}
 	}
-	return copyBody(w, r, x, func(n int64) { p.countForwarded(from, 0, n) })
+	return copyBody(w, r, x, func(n int64) { p.countForwarded(x.Request.Authority, from, 0, n) })
 }
 
 // copyBody copies a response body to the client and calls count for each part. It

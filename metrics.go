@@ -87,13 +87,14 @@ func countDial(ctx context.Context, start time.Time, err error) {
 	program.metrics.Dial(dialOutcome(ctx, err), time.Since(start))
 }
 
-// countForwarded counts content bytes of a request or its response.
-func (p *proxy) countForwarded(from clientIdentity, up, down int64) {
+// countForwarded counts content bytes of a request to a target or of its response.
+func (p *proxy) countForwarded(target string, from clientIdentity, up, down int64) {
 	if up+down == 0 {
 		return
 	}
 	p.zone.ForwardedBytes(up, down)
 	from.policy.limiter.AddBytes(from.limitKey, up, down)
+	program.status.Transferred(target, up+down)
 	program.status.Active()
 }
 
@@ -106,7 +107,9 @@ func (p *process) countTunnelBytes() {
 
 // countTunnelBytes counts the bytes that the tunnel has transferred since the last call.
 func countTunnelBytes(t *tunnel.Tunnel) {
-	openedBy(t).zone.TunnelBytes(t.Growth())
+	up, down := t.Growth()
+	openedBy(t).zone.TunnelBytes(up, down)
+	program.status.Transferred(t.Target, up+down)
 }
 
 // metricsState returns what the gauges show. It counts the bytes of open tunnels first.

@@ -49,6 +49,8 @@ func (v *View) ServeAPI(w http.ResponseWriter, r *http.Request) error {
 		return apiGet(w, r, func() (any, error) { return v.Tunnels(r.URL.Query(), now) })
 	case collection == "listeners" && rest == "":
 		return apiGet(w, r, func() (any, error) { return Listeners{append([]Listener{}, v.in.Listen()...)}, nil })
+	case collection == "targets" && rest == "":
+		return apiGet(w, r, func() (any, error) { return v.Targets(r.URL.Query()) })
 	case collection == "refusals" && rest == "":
 		return apiGet(w, r, func() (any, error) { return v.Refusals(r.URL.Query()) })
 	case collection == "explain" && rest == "":

@@ -78,6 +78,9 @@ func (p *Page) get(w http.ResponseWriter, r *http.Request, name string) {
 	case "refusals.json":
 		list, err := p.View.Refusals(r.URL.Query())
 		p.data(w, r, list, err)
+	case "targets.json":
+		list, err := p.View.Targets(r.URL.Query())
+		p.data(w, r, list, err)
 	default:
 		p.file(w, r, name)
 	}

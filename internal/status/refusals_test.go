@@ -24,15 +24,20 @@ func noDetails() RefusalDetails { return RefusalDetails{} }
 
 func findRefusals(t *testing.T, v *View, query string) RefusalList {
 	t.Helper()
-	values, err := url.ParseQuery(query)
-	if err != nil {
-		t.Fatal(err)
-	}
-	list, err := v.Refusals(values)
+	list, err := v.Refusals(parseQuery(t, query))
 	if err != nil {
 		t.Fatal(err)
 	}
 	return list
+}
+
+func parseQuery(t *testing.T, query string) url.Values {
+	t.Helper()
+	values, err := url.ParseQuery(query)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return values
 }
 
 // denied returns the key of a denial by a rule.
@@ -120,8 +125,7 @@ func TestRefusalQueries(t *testing.T) {
 		}
 	}
 	for query, want := range map[string]string{"sort=target": `sort "target": expected last, first or count`, "limit=0": "limit", "order=up": "order"} {
-		values, _ := url.ParseQuery(query)
-		if _, err := v.Refusals(values); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := v.Refusals(parseQuery(t, query)); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", query, err)
 		}
 	}

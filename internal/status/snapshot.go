@@ -17,6 +17,7 @@ type Snapshot struct {
 	Clients  ClientList  `json:"clients"`
 	Tunnels  TunnelList  `json:"tunnels"`
 	Refusals RefusalList `json:"refusals"`
+	Targets  TargetList  `json:"targets"`
 	Settings []Site      `json:"settings"`
 }
 
@@ -139,11 +140,12 @@ type Setting struct {
 	Default bool   `json:"default"`
 }
 
-// The number of most recently active clients, tunnels and groups of refusals in a snapshot.
+// The number of most recently active clients, tunnels and groups of refusals in a snapshot, and of targets.
 const (
 	snapshotClients  = 100
 	snapshotTunnels  = 200
 	snapshotRefusals = 100
+	snapshotTargets  = 20 // by requests, and as many by bytes
 )
 
 // Snapshot copies the current state. It does not block requests.
@@ -151,6 +153,7 @@ func (v *View) Snapshot(now time.Time) Snapshot {
 	s := Snapshot{Stats: v.Stats(now), Settings: append([]Site{}, v.in.Sites()...)}
 	s.Clients = v.findClients(clientQuery{limit: snapshotClients, key: sortsOfClients["last_seen"]}, now)
 	s.Tunnels = v.findTunnels(tunnelQuery{limit: snapshotTunnels, key: sortsOfTunnels["idle"], ascending: true}, now)
+	s.Targets = v.targets.top(snapshotTargets)
 	s.Refusals = v.refusals.list(refusalQuery{limit: snapshotRefusals, key: sortsOfRefusals["last"]})
 	slices.SortFunc(s.Settings, func(a, b Site) int { return cmp.Compare(a.Site, b.Site) })
 	return s

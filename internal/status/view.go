@@ -58,6 +58,7 @@ type Inputs struct {
 type View struct {
 	in       Inputs
 	refusals *refusals
+	targets  targets
 	feed     *feed
 	history  *history
 
@@ -68,7 +69,7 @@ type View struct {
 
 // New returns the view of a process.
 func New(in Inputs) *View {
-	v := &View{in: in, refusals: newRefusals()}
+	v := &View{in: in, refusals: newRefusals(), targets: newTargets()}
 	v.feed = newFeed(v.Snapshot)
 	v.history = newHistory(in.Started, func() sums { return sumsOf(v.counted()) })
 	return v
