@@ -55,6 +55,7 @@ var apartTests = []string{
 	"TestCommandIntroducesItself",
 	"TestCommandExplainMistakes",
 	"TestCommandExplain",
+	"TestCommandRefusals",
 	"TestBinaryRules",
 	"TestBinaryReload",
 	"TestTunnelsOutliveAReload",

@@ -38,7 +38,7 @@ const defaultRows = 10
 // statusCommand returns `caddy async-proxy status`.
 func statusCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "status [--sort <order>] [--limit <n>] [--client <text>] [--watch] [--json] [--address <addr>]",
+		Use:   "status [--refusals] [--sort <order>] [--limit <n>] [--client <text>] [--watch] [--json] [--address <addr>]",
 		Short: "Shows what a running proxy is doing",
 		Long: `
 Queries the admin endpoint of a running Caddy and prints its counters and the
@@ -50,14 +50,20 @@ redraws in place and shows as many rows as fit.
 ` + status.ClientSorts + `, and tunnels
 by ` + status.TunnelSorts + `. A list that cannot be sorted in that way
 keeps its usual order.
+
+With --refusals it prints, in place of clients and tunnels, the refusals by
+cause, client, target and rule, with what would allow them, and the targets
+with the most requests. Refusals can be sorted by ` + status.RefusalSorts + `, and
+targets by ` + status.TargetSorts + `.
 `,
 		Args: cobra.NoArgs,
 	}
 	cmd.Flags().BoolP("watch", "w", false, "Repeat until interrupted")
+	cmd.Flags().BoolP("refusals", "", false, "Show refusals and targets in place of clients and tunnels")
 	cmd.Flags().BoolP("json", "j", false, "Print JSON; with --watch, one line per update")
 	cmd.Flags().StringP("sort", "", "", "Sort by this, the largest or latest first")
 	cmd.Flags().StringP("limit", "", "", fmt.Sprintf("Rows of each list, from 1 to %d (default %d, or more if they fit)", status.MaxPage, defaultRows))
-	cmd.Flags().StringP("client", "", "", "Show only clients, and tunnels of clients, whose name contains this text")
+	cmd.Flags().StringP("client", "", "", "Show only clients, and tunnels and refusals of clients, whose name contains this text")
 	cmd.Flags().StringP("address", "", "", "Address of the admin endpoint, if it is not Caddy's default")
 	cmd.RunE = caddycmd.WrapCommandFuncForCobra(runStatus)
 	return cmd
@@ -115,8 +121,12 @@ func runStatus(flags caddycmd.Flags) (int, error) {
 
 // statusQueryOf returns what the flags ask for. Its limit is 0 if none is given.
 func statusQueryOf(flags caddycmd.Flags) (statusQuery, error) {
-	query := statusQuery{sort: flags.String("sort"), client: flags.String("client")}
-	if flags.Changed("sort") && !status.SortsClients(query.sort) && !status.SortsTunnels(query.sort) {
+	query := statusQuery{sort: flags.String("sort"), client: flags.String("client"), refusals: flags.Bool("refusals")}
+	if query.refusals && flags.Changed("sort") {
+		if err := checkRefusalSort(query.sort); err != nil {
+			return query, err
+		}
+	} else if flags.Changed("sort") && !status.SortsClients(query.sort) && !status.SortsTunnels(query.sort) {
 		return query, fmt.Errorf("sort %q: expected %s for clients, or %s for tunnels", query.sort, status.ClientSorts, status.TunnelSorts)
 	}
 	if flags.Changed("limit") {
@@ -163,14 +173,19 @@ func wrapText(text string, width int) string {
 // statusReport holds what the command prints.
 type statusReport struct {
 	Stats   status.Stats      `json:"stats"`
-	Clients status.ClientList `json:"clients"`
-	Tunnels status.TunnelList `json:"tunnels"`
+	Clients status.ClientList `json:"clients,omitzero"`
+	Tunnels status.TunnelList `json:"tunnels,omitzero"`
+
+	// With --refusals, in place of clients and tunnels.
+	Refusals *status.RefusalList `json:"refusals,omitempty"`
+	Targets  *status.TargetList  `json:"targets,omitempty"`
 }
 
 // statusQuery selects the clients and tunnels that the command shows.
 type statusQuery struct {
 	sort, client string // "": the usual order, and all clients
 	limit        int
+	refusals     bool
 }
 
 // clients returns the query for the list of clients.
@@ -195,9 +210,11 @@ func (q statusQuery) tunnels() string {
 
 func fetchStatus(address string, query statusQuery) (*statusReport, error) {
 	s := new(statusReport)
-	for path, into := range map[string]any{
-		"stats": &s.Stats, "clients?" + query.clients(): &s.Clients, "tunnels?" + query.tunnels(): &s.Tunnels,
-	} {
+	paths := map[string]any{"stats": &s.Stats, "clients?" + query.clients(): &s.Clients, "tunnels?" + query.tunnels(): &s.Tunnels}
+	if query.refusals {
+		paths = query.refusalPaths(s)
+	}
+	for path, into := range paths {
 		if err := fetchAdmin(address, path, into); err != nil {
 			return nil, err
 		}
@@ -229,14 +246,18 @@ func fetchAdmin(address, path string, into any) error {
 	return nil
 }
 
-// maxOtherLines is the maximum number of lines that print writes besides rows of clients
-// and tunnels.
+// maxOtherLines is the maximum number of lines that print writes besides rows of the
+// two lists.
 const maxOtherLines = 13
 
 // fit truncates the clients and tunnels to what fits a screen of the given height. Each
 // list gets half of the room, plus what the other list does not need.
 func (s *statusReport) fit(height int) {
 	room := max(0, height-1-maxOtherLines)
+	if s.Refusals != nil {
+		s.fitRefusals(room)
+		return
+	}
 	clients, tunnels := len(s.Clients.Clients), len(s.Tunnels.Tunnels)
 	s.Clients.Clients = s.Clients.Clients[:min(clients, max(room-room/2, room-tunnels))]
 	s.Tunnels.Tunnels = s.Tunnels.Tunnels[:min(tunnels, max(room/2, room-clients))]
@@ -255,6 +276,10 @@ func (s *statusReport) print(w io.Writer) {
 	_ = table.Flush()
 
 	fmt.Fprintf(w, "\n")
+	if s.Refusals != nil {
+		s.printRefusals(w)
+		return
+	}
 	table = tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
 	zone := columnIf(slices.ContainsFunc(s.Clients.Clients, func(c status.Client) bool { return c.Zone != s.Clients.Clients[0].Zone }))
 	policy := columnIf(slices.ContainsFunc(s.Clients.Clients, func(c status.Client) bool { return c.Policy != "" }))

@@ -146,3 +146,30 @@ func TestManyRefusals(t *testing.T) {
 	p.until("an older one", "!!"+row("refusals", "h20.example"), patience)
 	p.clean()
 }
+
+// TestTargets checks that the page shows the targets with the most requests and the most bytes.
+func TestTargets(t *testing.T) {
+	w := newWorld(t, "burst 1000\nrefill 1000\nallow 127.0.0.0/8", "")
+	p := w.open(400, "light")
+	p.until("no targets", "!!"+row("targets", "No targets yet"), patience)
+	target := strings.TrimPrefix(w.origin.URL, "http://")
+	for range 3 {
+		w.client()("203.0.113.4")
+	}
+	gone := freeAddress(t)
+	w.ask("203.0.113.4", "http://"+gone+"/")
+	p.until("three responses of 21 bytes", "!!"+row("targets", target, "\t3\t63 B"), patience)
+	conn := w.tunnel("203.0.113.5")
+	fmt.Fprint(conn, "GET / HTTP/1.0\r\n\r\n")
+	p.until("the tunnel", "!!"+row("targets", target, "\t4\t"), patience)
+	if _, err := io.ReadAll(conn); err != nil {
+		t.Fatal(err)
+	}
+	p.until("the bytes of the tunnel", "!"+row("targets", target, "\t63 B"), patience)
+	if run[bool](p, "!!"+row("targets", gone)) {
+		t.Error("a target that refuses connections is listed")
+	}
+	p.fits()
+	p.accessible()
+	p.clean()
+}

@@ -19,6 +19,9 @@ const maxTargets = 1024
 // TargetSorts are the orders of targets, for messages.
 const TargetSorts = "requests or bytes"
 
+// SortsTargets reports whether targets can be sorted by key, one of TargetSorts.
+func SortsTargets(key string) bool { return key == "requests" || key == "bytes" }
+
 // targets counts requests and bytes by target.
 type targets struct{ requests, bytes *heavyHitters }
 
@@ -71,13 +74,11 @@ func (v *View) Targets(values url.Values) (TargetList, error) {
 	if q.limit, q.offset, q.ascending, err = queryPage(values); err != nil {
 		return TargetList{}, err
 	}
-	switch sort := cmp.Or(values.Get("sort"), "requests"); sort {
-	case "requests":
-	case "bytes":
-		q.byBytes = true
-	default:
+	sort := cmp.Or(values.Get("sort"), "requests")
+	if !SortsTargets(sort) {
 		return TargetList{}, fmt.Errorf("sort %q: expected %s", sort, TargetSorts)
 	}
+	q.byBytes = sort == "bytes"
 	v.in.Counters() // counts the bytes of open tunnels
 	return v.targets.list(q), nil
 }

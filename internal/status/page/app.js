@@ -9,6 +9,7 @@
 import { $, count, short, digits, bytes, bytesText, percent, span, latency, seconds, clock, make, makeSVG, setText, setAttribute, note } from "./base.js"
 import { Table, text, twoLines, showLines, actionCell, policyNote } from "./table.js"
 import { refusalsTable, refusalsQuery, isAbout } from "./refusals.js"
+import { targetsTable } from "./targets.js"
 import * as hour from "./history.js"
 
 const SPAN = 300 // seconds of which there are samples
@@ -541,6 +542,7 @@ const tunnels = new Table("tunnels", {
 })
 
 const refusals = refusalsTable({ policyColumn, ago })
+const targets = targetsTable()
 
 // A snapshot holds only the most recently active clients, tunnels and refusals. When there
 // are more, Source asks the server to sort and filter.
@@ -641,13 +643,16 @@ function showTables() {
 	refusals.show(refusals.sorted(refused), about || policy ? "No matching refusals." : undefined)
 	shown("refusals-count", refused.length, snapshot.refusals.total)
 
+	targets.show(targets.sorted(snapshot.targets.targets))
+	shown("targets-count", snapshot.targets.targets.length, snapshot.targets.total)
+
 	for (const table of [clients, tunnels]) table.heads.at(-1).hidden = !canAct
 	for (const table of [clients, tunnels, refusals]) {
 		table.heads[table.columns.findIndex((column) => column.name === "policy")].hidden = !policies.length
 	}
 }
 
-for (const table of [clients, tunnels, refusals]) table.onChange = () => snapshot && showTables()
+for (const table of [clients, tunnels, refusals, targets]) table.onChange = () => snapshot && showTables()
 for (const id of ["clients-filter", "clients-limited", "tunnels-filter", "refusals-filter", "policy"]) {
 	$(id).addEventListener("input", () => {
 		for (const table of [clients, tunnels, refusals]) table.moveNow = true

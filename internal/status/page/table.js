@@ -9,7 +9,8 @@ import { $, make, setText, setAttribute } from "./base.js"
 // pointer or the focus is inside, rows keep their places, so that nothing moves
 // under a click. With group, which returns a text, rows with the same text stand
 // below a row of their own, in the order of the texts; showGroup shows it, for the
-// first of the rows. New rows of groups wait until the pointer has left.
+// first of the rows. New rows of groups wait until the pointer has left, unless all
+// rows are new.
 export class Table {
 	constructor(name, { columns, key, classes, sort, order = -1, empty, group, showGroup }) {
 		Object.assign(this, { columns, key, classes, empty, sort, order, group, showGroup })
@@ -65,6 +66,7 @@ export class Table {
 		const leftGroups = new Set(this.groups.keys())
 		const elements = []
 		const used = new Map()
+		let known = false // some row is there already
 		for (const row of list) {
 			let key = this.key(row)
 			const n = used.get(key) ?? 0 // masked clients may have the same name
@@ -76,6 +78,7 @@ export class Table {
 				kept = this.makeRow()
 				this.rows.set(key, kept)
 			}
+			known ||= kept.root.isConnected
 			kept.row = row
 			this.columns.forEach((column, i) => column.show(kept.cells[i], row, kept))
 			setAttribute(kept.root, "class", this.classes?.(row) ?? "")
@@ -96,7 +99,7 @@ export class Table {
 			this.noRow = make("tr", { class: "empty" }, make("td", { colspan: this.columns.length }, emptyText))
 			this.body.append(this.noRow)
 		}
-		if (still) {
+		if (still && (known || !this.group)) {
 			if (!this.group) for (const e of elements) if (!e.isConnected) this.body.append(e)
 		} else {
 			let at = this.body.firstElementChild
