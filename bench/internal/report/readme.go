@@ -10,11 +10,15 @@ import (
 )
 
 // Short returns the table of README: CPU time as a ratio to the reference, whose own is in
-// microseconds, or seconds per GB. A sentence about refusals follows.
+// microseconds, or seconds per GB. A sentence about refusals follows, and one that says what
+// the figures are comes first.
 func (r *Results) Short() string {
 	var text strings.Builder
 	columns := r.columns()
-	text.WriteString("| CPU time of |")
+	fmt.Fprintf(&text, "CPU time of all processes of a proxy for the same work, as a multiple of what %s needs\n"+
+		"(%d cores, loopback, %s; without logs unless a row says otherwise):\n\n",
+		r.name(r.Settings.Reference), r.Machine.Cores, r.Machine.Date.UTC().Format("2006-01-02"))
+	text.WriteString("| work |")
 	for _, peer := range columns {
 		fmt.Fprintf(&text, " %s |", peer.title())
 	}
@@ -38,6 +42,16 @@ func (r *Results) Short() string {
 		}
 	}
 	return text.String()
+}
+
+// name returns the name of a peer.
+func (r *Results) name(id string) string {
+	for _, peer := range r.Peers {
+		if peer.ID == id {
+			return peer.Name
+		}
+	}
+	return id
 }
 
 // proxy is the ID of async_proxy where it is compared with proxies.
