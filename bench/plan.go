@@ -31,18 +31,21 @@ func scenarios() []scenario {
 	}
 	small := get("get-128", "GET of 128 bytes", "/128", 32, 128)
 	small.Details = "32 clients, which keep their connections."
-	small.WithLogs = true
+	small.Brief, small.WithLogs = true, true
 	medium := get("get-10k", "GET of 10 KiB", "/10240", 32, 10<<10)
 	medium.Details = small.Details
 	large := get("get-1m", "GET of 1 MiB", "/1048576", 8, 1<<20)
+	large.Brief = true
 	large.Details = "8 clients, which keep their connections."
 	post := get("post-1k", "POST of 1 KiB", "/128", 32, 128)
+	post.Brief = true
 	post.Details = "32 clients, which keep their connections. Each answer has 128 bytes."
 	post.load.Content = 1 << 10
 	upload := get("post-64k", "POST of 64 KiB", "/128", 16, 128)
 	upload.Details = "16 clients, which keep their connections. Each answer has 128 bytes."
 	upload.load.Content = 64 << 10
 	fresh := get("new", "GET of 128 bytes, each over a new connection", "/128", 16, 128)
+	fresh.Brief = true
 	fresh.Details = "16 clients. Peers may keep their connections to the origin."
 	fresh.load.Kind = load.Connections
 	return append([]scenario{small, medium, large, post, upload, fresh}, tunnelScenarios()...)
@@ -58,13 +61,13 @@ func tunnelScenarios() []scenario {
 	}
 	connect := tunnels("connect", "CONNECT, opened and closed", "16 clients. Each closes its tunnel as soon as it is open.",
 		report.PerOperation, load.Connects, 16)
-	connect.WithLogs = true
+	down := tunnels("down", "tunnels in bulk, to the client, per GB", "4 tunnels.", report.PerGigabyte, load.Download, 4)
+	up := tunnels("up", "tunnels in bulk, to the origin, per GB", "4 tunnels.", report.PerGigabyte, load.Upload, 4)
+	kept := tunnels(idle, "idle tunnels", "Each has carried one byte to the origin and back. The figures are what the tunnels add "+
+		"to a peer that has just started and had a few before.", report.PerTunnel, load.Connects, 0)
+	connect.Brief, down.Brief, kept.Brief = true, true, true
 	return []scenario{
-		connect,
-		tunnels("down", "tunnels in bulk, to the client, per GB", "4 tunnels.", report.PerGigabyte, load.Download, 4),
-		tunnels("up", "tunnels in bulk, to the origin, per GB", "4 tunnels.", report.PerGigabyte, load.Upload, 4),
-		tunnels(idle, "idle tunnels", "Each has carried one byte to the origin and back. "+
-			"The figures are what the tunnels add to a peer that has just started and had a few before.", report.PerTunnel, load.Connects, 0),
+		connect, down, up, kept,
 		{
 			Scenario: report.Scenario{
 				ID: "429", Title: "429", Details: "32 clients, which keep their connections and share a limit that is used up.",

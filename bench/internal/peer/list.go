@@ -153,7 +153,11 @@ func (p *Peer) ask() error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", strings.Join(cmd.Args, " "), err)
 	}
-	p.Version = strings.TrimPrefix(number.FindString(string(output)), "v")
+	text := string(output)
+	if _, after, found := strings.Cut(text, " in Caddy "); found {
+		text = after // before it is the version of async_proxy
+	}
+	p.Version = strings.TrimPrefix(number.FindString(text), "v")
 	if p.program == "caddy" {
 		p.Version = "Caddy " + p.Version
 	}

@@ -51,7 +51,7 @@ func TestVersions(t *testing.T) {
 		"tinyproxy 1.11.1":         "1.11.1",
 		"HAProxy version 2.6.12-1+deb12u4 2026/10/17 - https:/": "2.6.12-1+deb12u4",
 		"Traffic Server 9.2.9 Apr  4 2026 14:52:39 localhost":   "9.2.9",
-		"v2.11.9 h1:abc=": "2.11.9",
+		"async_proxy v1.0.0 (go1.26.8) in Caddy v2.11.9 h1:=":   "2.11.9",
 	} {
 		p := script(t, "echo '"+says+"'")
 		if err := p.look(); err != nil || p.Version != want {

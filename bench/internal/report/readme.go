@@ -25,7 +25,7 @@ func (r *Results) Short() string {
 	text.WriteString("\n|---|" + strings.Repeat("--:|", len(columns)) + "\n")
 	for _, scenario := range r.Scenarios {
 		switch {
-		case scenario.Own != proxy:
+		case !scenario.Brief:
 		case scenario.Unit == PerTunnel:
 			r.writeIdle(&text, scenario, columns)
 		default:

@@ -43,9 +43,9 @@ func sample() *Results {
 		},
 		Missing: []string{"haproxy is not installed"},
 		Scenarios: []Scenario{
-			{ID: "get", Title: "GET", Details: "32 clients.", Unit: PerOperation, Own: "async_proxy", WithLogs: true},
-			{ID: "down", Title: "bulk", Details: "4 tunnels.", Unit: PerGigabyte, Own: "async_proxy"},
-			{ID: "idle", Title: "idle tunnels", Details: "Idle.", Unit: PerTunnel, Own: "async_proxy"},
+			{ID: "get", Title: "GET", Details: "32 clients.", Unit: PerOperation, Own: "async_proxy", Brief: true, WithLogs: true},
+			{ID: "down", Title: "bulk", Details: "4 tunnels.", Unit: PerGigabyte, Own: "async_proxy", Brief: true},
+			{ID: "idle", Title: "idle tunnels", Details: "Idle.", Unit: PerTunnel, Own: "async_proxy", Brief: true},
 			{ID: "429", Title: "429", Details: "32 clients.", Unit: PerOperation, Own: "limited", Reference: "respond"},
 		},
 		Rows: []*Row{

@@ -59,6 +59,7 @@ type Scenario struct {
 
 	Own       string // the ID of async_proxy in this scenario
 	Reference string // the ID of the peer that ratios refer to; if empty, that of the settings
+	Brief     bool   // README has it
 	WithLogs  bool   // README has it with logs, too
 }
 
