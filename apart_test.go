@@ -80,6 +80,7 @@ var apartTests = []string{
 	"TestCommandStatusSelects",
 	"TestCommandStatus",
 	"TestBinaryCommands",
+	"TestWarningsAboutDescriptors",
 }
 
 // The main process starts a second one, the runner, which starts one for each of apartTests.

@@ -41,8 +41,8 @@ func statusCommand() *cobra.Command {
 		Use:   "status [--refusals] [--sort <order>] [--limit <n>] [--client <text>] [--watch] [--json] [--address <addr>]",
 		Short: "Shows what a running proxy is doing",
 		Long: `
-Queries the admin endpoint of a running Caddy and prints its counters and the
-most recently active clients and tunnels. With --watch it repeats every two
+Queries the admin endpoint of a running Caddy and prints what is wrong now, its
+counters and the most recently active clients and tunnels. With --watch it repeats every two
 seconds and keeps trying while Caddy cannot be reached. On a terminal it then
 redraws in place and shows as many rows as fit.
 
@@ -102,6 +102,7 @@ func runStatus(flags caddycmd.Flags) (int, error) {
 		case asJSON:
 			_ = json.NewEncoder(&out).Encode(shown)
 		default:
+			shown.width = width
 			if height > 0 {
 				shown.fit(height)
 			}
@@ -179,6 +180,8 @@ type statusReport struct {
 	// With --refusals, in place of clients and tunnels.
 	Refusals *status.RefusalList `json:"refusals,omitempty"`
 	Targets  *status.TargetList  `json:"targets,omitempty"`
+
+	width int // of the terminal; 0: unknown
 }
 
 // statusQuery selects the clients and tunnels that the command shows.
@@ -246,14 +249,14 @@ func fetchAdmin(address, path string, into any) error {
 	return nil
 }
 
-// maxOtherLines is the maximum number of lines that print writes besides rows of the
-// two lists.
+// maxOtherLines is the maximum number of lines that print writes besides warnings and rows of
+// the two lists.
 const maxOtherLines = 13
 
 // fit truncates the clients and tunnels to what fits a screen of the given height. Each
 // list gets half of the room, plus what the other list does not need.
 func (s *statusReport) fit(height int) {
-	room := max(0, height-1-maxOtherLines)
+	room := max(0, height-1-maxOtherLines-len(s.warningLines(s.width)))
 	if s.Refusals != nil {
 		s.fitRefusals(room)
 		return
@@ -267,6 +270,9 @@ func (s *statusReport) print(w io.Writer) {
 	st := &s.Stats
 	fmt.Fprintf(w, "async_proxy %s in Caddy %s, up %s, config loaded %s ago\n\n", version.Build{Version: st.Version, Commit: st.Commit, Go: st.Go}, st.Caddy,
 		formatAge(st.Time.Sub(st.Started)), formatAge(st.Time.Sub(st.Loaded)))
+	for _, line := range s.warningLines(s.width) {
+		fmt.Fprintln(w, line)
+	}
 	table := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
 	fmt.Fprintf(table, "requests\t%d forwarded\t%d tunnels\t%d passed on\n", st.Requests.Forwarded, st.Requests.Tunnels, st.Requests.PassedOn)
 	fmt.Fprintf(table, "refused\t%d rate limited\t%d refused\t%d failed\n", st.Requests.RateLimited, st.Requests.Refused, st.Requests.Failed)

@@ -40,6 +40,14 @@ type Refiller interface {
 	Refill(context.Context, Bucket) (done bool, err error)
 }
 
+// Troubled is a Limiter that knows whether it can count clients now.
+type Troubled interface {
+	// Trouble returns "" if it can. Otherwise it says why not, what happens to requests
+	// meanwhile and what to do, in a sentence that begins in lower case and has no full stop.
+	// It must return at once.
+	Trouble() string
+}
+
 // Bucket identifies a client's token bucket and gives its size. Equal Buckets are the same
 // bucket, whichever process asks.
 type Bucket struct {

@@ -34,6 +34,7 @@ var answers struct {
 	err       error
 	suspended bool
 	asked     []Bucket
+	trouble   string
 }
 
 func init() { caddy.RegisterModule(testLimiter{}) }

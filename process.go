@@ -34,8 +34,9 @@ var program = struct {
 	processes     *caddy.UsagePool     // the only process, under processKey, while any config has a proxy
 	listeners     downstream.Listeners // of the fast path
 	sockets       socketCache          // on which Caddy listens
-	statusServers sync.Map             // *Status -> *caddyhttp.Server, to which no client is connected
-	invalidLines  lineLimit            // log lines about clients that send no valid request
+	descriptors   descriptorCount
+	statusServers sync.Map  // *Status -> *caddyhttp.Server, to which no client is connected
+	invalidLines  lineLimit // log lines about clients that send no valid request
 
 	// logins checks passwords with half of the processors. The other half carry traffic.
 	logins *loginGate

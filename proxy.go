@@ -53,9 +53,10 @@ type proxy struct {
 	name     string        // in Proxy-Status
 	pacRules func() string // the PAC script without its head
 
-	running    *atomic.Bool    // its config has started
-	fastPath   bool            // its server has our listener wrapper and no other
-	configDone <-chan struct{} // closed when its config ends; shared by all handlers of the config
+	running        *atomic.Bool    // its config has started
+	configWarnings []warning       // does not change once running is set
+	fastPath       bool            // its server has our listener wrapper and no other
+	configDone     <-chan struct{} // closed when its config ends; shared by all handlers of the config
 }
 
 // provision builds the proxy from its configuration, whose options are valid. close must be

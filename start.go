@@ -56,6 +56,7 @@ func (p *proxy) registerHooks(ctx caddy.Context, server *caddyhttp.Server) error
 func (p *proxy) onStarted(ctx caddy.Context, server *caddyhttp.Server) {
 	now := time.Now()
 	program.loaded.Store(&now)
+	p.configWarnings = p.judgeConfig(ctx, server)
 	p.running.Store(true)
 	p.process.config.Store(p.configDone)
 	program.status.Active() // a new table has no clients
@@ -67,33 +68,10 @@ func (p *proxy) onStarted(ctx caddy.Context, server *caddyhttp.Server) {
 		zap.String("open_to", p.openTo(server)),
 		zap.String("usage", usageLine(p.proxyURL(server))),
 		zap.Strings("status_pages", p.statusURLs()))
-	if hosts, _ := hostsLeadingTo(server.Routes, p.config); len(hosts) > 0 {
-		p.logger.Warn("this proxy's site has a host name in its address, so requests for other hosts never reach the proxy; "+
-			"give the site an address without a host, such as :8080",
-			zap.Strings("hosts", hosts))
-	}
-	if site := siteOf(server, p.config); mayFallThrough(site) && firstProxy(site) == p {
-		p.logger.Warn("every async_proxy of this site has a matcher, and nothing responds to requests that none of them matches; "+
-			"add one without a matcher, or respond with 403 at the end", zap.Strings("addresses", server.Listen))
-	}
-	if server.TrustedProxiesStrict == 0 && trustsProxies(server) {
-		p.logger.Warn("the server has trusted_proxies without trusted_proxies_strict, so it trusts the first address in X-Forwarded-For, "+
-			"which a client can forge to bypass clients, limits and blocks; add trusted_proxies_strict", zap.Strings("addresses", server.Listen))
-	}
-	if p.isOpen() {
-		p.logger.Warn("open proxy: anyone who can reach this address can use it; restrict it with the option clients, or add basic_auth or a remote_ip matcher",
-			zap.Strings("addresses", server.Listen), zap.Strings("clients", p.config.Clients))
+	for _, w := range p.configWarnings {
+		p.logger.Warn(w.text, w.fields...)
 	}
 	p.process.sharers.started(p.configDone, p.logger)
-	if addresses := p.plainAddresses(ctx, server); len(p.auth) > 0 && len(addresses) > 0 {
-		p.logger.Warn("passwords are sent in clear text: other machines can reach this address, and it does not use TLS; "+
-			"give the site a certificate, or bind it to 127.0.0.1", zap.Strings("addresses", addresses))
-	}
-	if app, err := ctx.AppIfConfigured("http"); err == nil && len(p.config.Hosts) == 0 && speaksHTTP2(app.(*caddyhttp.App), server) {
-		p.logger.Warn("this proxy uses TLS, but the option hosts, which lists the server's own names, is not set; without it, requests for http:// URLs "+
-			"over HTTP/2 and HTTP/3 look like requests for the server itself, and are answered with 421 unless another handler answers them",
-			zap.Strings("addresses", server.Listen))
-	}
 	if app, err := ctx.AppIfConfigured("http"); err == nil && !p.fastPath {
 		level := zapcore.DebugLevel
 		owner, why := fastPathHandler(app.(*caddyhttp.App), server)

@@ -29,6 +29,7 @@ func init() {
 		Sites:    runningSites,
 		Listen:   listenersOfSites,
 		Counters: readCounters,
+		Warnings: currentWarnings,
 
 		Tables:      eachTable,
 		Blocks:      eachBlock,

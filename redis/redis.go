@@ -173,6 +173,21 @@ func (l *Limiter) Suspended() bool {
 	return true
 }
 
+// meanwhile says what happens to requests while Redis does not answer, by OnError.
+var meanwhile = map[string]string{
+	"local": "each machine limits its clients alone",
+	"allow": "clients are not limited",
+	"deny":  "every request gets status 503",
+}
+
+// Trouble implements asyncproxy.Troubled.
+func (l *Limiter) Trouble() string {
+	if !l.server.down() {
+		return ""
+	}
+	return "redis does not answer, and " + meanwhile[l.OnError] + " until it does; check the server and the network, the log has the error"
+}
+
 // Refill implements asyncproxy.Refiller.
 func (l *Limiter) Refill(ctx context.Context, b asyncproxy.Bucket) (bool, error) {
 	return l.server.refill(ctx, bucketKey(l.Prefix, b))
@@ -284,6 +299,7 @@ func (t *TLS) config(repl *caddy.Replacer) (config *tls.Config, ca string, err e
 var (
 	_ asyncproxy.Limiter  = (*Limiter)(nil)
 	_ asyncproxy.Refiller = (*Limiter)(nil)
+	_ asyncproxy.Troubled = (*Limiter)(nil)
 	_ caddy.Provisioner   = (*Limiter)(nil)
 	_ caddy.CleanerUpper  = (*Limiter)(nil)
 )

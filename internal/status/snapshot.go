@@ -67,6 +67,8 @@ type Stats struct {
 	} `json:"dials"`
 	DialSeconds      Histogram `json:"dial_seconds"`
 	FirstByteSeconds Histogram `json:"first_byte_seconds"`
+
+	Warnings []Warning `json:"warnings"`
 }
 
 // Histogram counts durations per bucket, not cumulatively: above the previous bound of
@@ -163,6 +165,7 @@ func (v *View) Snapshot(now time.Time) Snapshot {
 func (v *View) Stats(now time.Time) Stats {
 	s := v.counted()
 	s.Versions, s.Time, s.Started, s.Loaded = v.in.Versions(), now, v.in.Started, v.in.Loaded()
+	s.Warnings = v.warnings(&s, now)
 	return s
 }
 

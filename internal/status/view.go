@@ -28,6 +28,7 @@ type Inputs struct {
 	Sites    func() []Site    // that are running
 	Listen   func() []Listener
 	Counters func() metrics.Reading
+	Warnings func() []Warning // in any order; their texts begin in lower case and have no full stop
 
 	Tables      iter.Seq[*bucket.Table]            // of the limiters in use
 	Blocks      iter.Seq2[client.Key, int64]       // blocked clients, and until when, on package monotime's clock

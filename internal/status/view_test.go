@@ -19,6 +19,7 @@ func emptyView() *View {
 		Loaded:      time.Now,
 		Sites:       func() []Site { return nil },
 		Counters:    metrics.New(metrics.Labels{}).Read,
+		Warnings:    func() []Warning { return nil },
 		Tables:      func(func(*bucket.Table) bool) {},
 		Blocks:      func(func(client.Key, int64) bool) {},
 		Tunnels:     func(func(*tunnel.Tunnel) bool) {},
