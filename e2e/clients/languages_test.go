@@ -113,6 +113,7 @@ func TestJava(t *testing.T) {
 	if out := m.run(command + " https://example.com/"); strings.Count(out, "over TLS") != 2 {
 		t.Errorf("the first request is for https://: %s", out)
 	}
+	m.expect(tunnelAlice)
 	m.run(command + " http://localhost/")
 	m.expectNone()
 	if out, err := m.try(strings.Replace(command, "-Djdk.http.auth.tunneling.disabledSchemes=", "", 1) + " https://example.com/"); err == nil || !strings.Contains(out, "407") {

@@ -210,20 +210,20 @@ func (m *machine) passed() []string {
 	return all
 }
 
-// expect checks that these requests have gone through the proxy since the last check. A tunnel is
-// logged after its end.
+// expect checks that these requests, and maybe others, have gone through the proxy since the last
+// check. A tunnel is logged when it opens, another request when its response has been sent.
 func (m *machine) expect(want ...string) {
 	m.t.Helper()
 	var got []string
 	for end := time.Now().Add(patience / 4); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
 		got = m.passed()
 		if !slices.ContainsFunc(want, func(each string) bool { return !slices.Contains(got, each) }) {
-			m.seen = m.logSize()
+			m.settled()
 			return
 		}
 	}
 	m.t.Errorf("%q went through the proxy, want %q", got, want)
-	m.seen = m.logSize()
+	m.settled()
 }
 
 // settled returns all that has gone through the proxy since the last check: a request of its own

@@ -63,7 +63,8 @@ func runOutside() (code int, err error) {
 	}
 	cmd.Env = append(os.Environ(), inside+"="+dir, "GOCACHE="+strings.TrimSpace(string(cache)))
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS}
+	// With the process, the kernel ends everything in its process namespace.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS | syscall.CLONE_NEWPID}
 	if uid := os.Getuid(); uid != 0 {
 		cmd.SysProcAttr.Cloneflags |= syscall.CLONE_NEWUSER
 		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: uid, Size: 1}}
@@ -115,7 +116,7 @@ func prepareMachine(dir string) error {
 		return err
 	}
 	commands := []string{
-		"mount --make-rprivate /", "ip link set lo up", "ip route add local 192.0.2.0/24 dev lo",
+		"mount --make-rprivate /", "mount -t proc proc /proc", "ip link set lo up", "ip route add local 192.0.2.0/24 dev lo",
 		"cp -a /etc DIR/etc 2>/dev/null || test -e DIR/etc/passwd", // an ordinary user may not copy all of it
 		"mount --bind DIR/etc /etc",
 		"printf '127.0.0.1 localhost proxy.example.com\\n127.0.0.80 " + internal + "\\n' >DIR/hosts",
