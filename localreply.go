@@ -173,6 +173,7 @@ type refusal struct {
 	err       error  // what happened, for the log; may be nil
 	cause     cause  // what logs and metrics name as the cause; may be ""
 	params    string // parameters of the Proxy-Status field for the error type, each preceded by "; "
+	setup     bool   // the response says how to use the proxy
 
 	priorMembers string // members of Proxy-Status that precede ours; "": none
 	retryAfter   string // the Retry-After field; "": none

@@ -46,9 +46,13 @@ func noHandlerRefusal(r *http.Request) *refusal {
 	case isExtendedConnect(r):
 		return causeNoProtocol.refusal(nil)
 	case r.ProtoMajor > 1:
-		return causeNoHosts.refusal(errNoHosts, r.ProtoMajor)
+		f := causeNoHosts.refusal(errNoHosts, r.ProtoMajor)
+		f.setup = true
+		return f
 	}
-	return causeNoHandler.refusal(errNoHandler)
+	f := causeNoHandler.refusal(errNoHandler)
+	f.setup = true
+	return f
 }
 
 // statusRecorder records the status of a response; 0 if there is none. Unlike Caddy's

@@ -47,9 +47,14 @@ func (p *proxy) writeRefusal(w http.ResponseWriter, r *http.Request, v *transact
 		return caddyhttp.Error(f.status, f)
 	}
 	header["Content-Type"] = []string{"text/plain; charset=utf-8"}
+	if f.setup {
+		header["Cache-Control"], header["X-Content-Type-Options"] = []string{"no-store"}, []string{"nosniff"}
+	}
 	if prefersProblem(r.Header["Accept"]) {
 		header["Content-Type"] = []string{problemType}
 		body = problemOf(v, f, header).encode()
+	} else if f.setup {
+		body = p.describeSetup(header, r, f)
 	}
 	if closes { // for CloseInStages
 		header["Content-Length"] = []string{strconv.Itoa(len(body))}
