@@ -233,7 +233,7 @@ func adminAddress(given string) (string, error) {
 			return "", err
 		}
 	}
-	return caddycmd.DetermineAdminAPIAddress(given, nil, "", "")
+	return caddycmd.DetermineAdminAPIAddress(cmp.Or(given, defaultAdmin()), nil, "", "")
 }
 
 // fetchAdmin reads what the admin API has below /async_proxy/ at path.

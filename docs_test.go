@@ -163,7 +163,7 @@ func TestDocumentedCommands(t *testing.T) {
 // module.
 func shipped(t *testing.T) map[string]string {
 	t.Helper()
-	configs := readFiles(t, "Caddyfile.example", "examples/*/Caddyfile")
+	configs := readFiles(t, "Caddyfile.example", "examples/*/Caddyfile", "packaging/Caddyfile")
 	for file, text := range documents(t) {
 		for i, block := range fenced.FindAllStringSubmatch(text, -1) {
 			configs[fmt.Sprintf("%s %d", file, i+1)] = block[1]
