@@ -100,9 +100,9 @@ func modules() string {
 func (m *machine) missing(program string) {
 	m.t.Helper()
 	if os.Getenv("CI") != "" {
-		m.t.Fatalf("%s is not installed", program)
+		m.t.Fatalf("%s is missing", program)
 	}
-	m.t.Skipf("%s is not installed", program)
+	m.t.Skipf("%s is missing", program)
 }
 
 func (m *machine) copyFile(to, from string) {

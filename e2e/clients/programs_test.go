@@ -5,7 +5,10 @@
 
 package clients
 
-import "os"
+import (
+	"os"
+	"strings"
+)
 
 const pythonGet = `import os, sys, urllib.request
 url = os.environ["URL"]
@@ -79,5 +82,13 @@ func (m *machine) need(programs ...string) {
 		if _, err := m.try("command -v " + program); err != nil {
 			m.missing(program)
 		}
+	}
+}
+
+// needRoot skips the test of a program that acts for several users, which only root may allow.
+func (m *machine) needRoot() {
+	m.t.Helper()
+	if data, err := os.ReadFile("/proc/self/setgroups"); err != nil || strings.TrimSpace(string(data)) != "allow" {
+		m.t.Skip("only root may act for several users")
 	}
 }

@@ -121,6 +121,7 @@ func TestGit(t *testing.T) {
 
 func TestSSH(t *testing.T) {
 	m := newMachine(t, "ssh", "sshd", "nc", "socat")
+	m.needRoot()
 	m.startSSHD()
 	remote := "git ls-remote ssh://git@git.example.com" + m.dir + "/repositories/project.git\n"
 	const passed = "CONNECT git.example.com:22"
@@ -149,6 +150,7 @@ echo StrictHostKeyChecking accept-new >/etc/ssh/ssh_config.d/tests.conf
 
 func TestApt(t *testing.T) {
 	m := newMachine(t, "apt-get")
+	m.needRoot()
 	t.Cleanup(func() { _, _ = m.try("rm -rf /etc/apt/apt.conf.d/* /etc/apt/sources.list.d /var/lib/apt/lists") })
 	const config = "/etc/apt/apt.conf.d/80proxy"
 	update := func(scheme, proxy string) {
