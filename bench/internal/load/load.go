@@ -76,6 +76,9 @@ const (
 // takes longer is an error.
 const grace = 5 * time.Second
 
+// extension is how much longer a measurement may take in which nothing was done.
+const extension = 5 * time.Second
+
 // pause is how long a client waits after an error, so that it does not use up the ports.
 const pause = 10 * time.Millisecond
 
@@ -87,10 +90,11 @@ type run struct {
 	request  []byte
 	deadline time.Time
 	phase    atomic.Int32
+	seen     atomic.Bool // something was done, or failed, since the measurement began
 }
 
 // Run applies the load to the target until it has lasted for Warm and Duration, or ctx is
-// cancelled. The error is for a target that is not on the loopback interface, and for a
+// cancelled. If nothing was done by then, it goes on for a while until something is. The error is for a target that is not on the loopback interface, and for a
 // cancelled ctx. What fails at the target is counted in the result.
 func Run(ctx context.Context, target Target, load Load) (*Result, error) {
 	r, err := newRun(target, load)
@@ -117,6 +121,9 @@ func (r *run) drive(ctx context.Context) *Result {
 	begin := time.Now()
 	r.phase.Store(measuring)
 	sleep(ctx, r.Duration)
+	for end := time.Now().Add(extension); !r.seen.Load() && r.received() == received && time.Now().Before(end) && ctx.Err() == nil; {
+		sleep(ctx, time.Millisecond)
+	}
 	r.phase.Store(over)
 	total.Elapsed = time.Since(begin)
 	total.Bytes = r.received() - received
@@ -131,7 +138,7 @@ func (r *run) drive(ctx context.Context) *Result {
 }
 
 func newRun(target Target, load Load) (*run, error) {
-	r := &run{Load: load, target: target, deadline: time.Now().Add(load.Warm + load.Duration + grace)}
+	r := &run{Load: load, target: target, deadline: time.Now().Add(load.Warm + load.Duration + extension + grace)}
 	var err error
 	if r.server, err = loopback(target); err != nil {
 		return nil, err
@@ -198,6 +205,7 @@ func (c *client) loop() {
 			continue
 		}
 		if c.phase.Load() == measuring {
+			c.note()
 			c.result.Operations++
 			c.result.Bytes += int64(n)
 			c.result.Latency.Add(time.Since(start))
@@ -212,8 +220,16 @@ func (c *client) fail(err error) {
 	if c.result.FirstError == "" {
 		c.result.FirstError = err.Error()
 	}
+	c.note()
 	c.hangUp()
 	time.Sleep(pause)
+}
+
+// note notes that something has happened. It is cheap if that is known.
+func (c *client) note() {
+	if !c.seen.Load() {
+		c.seen.Store(true)
+	}
 }
 
 func (c *client) hangUp() {

@@ -123,19 +123,13 @@ func brief(kind Kind) Load {
 	return Load{Kind: kind, Clients: 4, Path: "/128", Status: 200, Want: wire.Content(128), Duration: 50 * time.Millisecond}
 }
 
-// runLoad runs a load for as long as it takes to see something.
 func runLoad(t *testing.T, target Target, load Load) *Result {
 	t.Helper()
-	for {
-		result, err := Run(t.Context(), target, load)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if result.Operations+result.Bytes+result.Errors > 0 {
-			return result
-		}
-		load.Duration *= 2
+	result, err := Run(t.Context(), target, load)
+	if err != nil {
+		t.Fatal(err)
 	}
+	return result
 }
 
 // TestCounts compares what the load maker counts with what a server has answered. The server
@@ -280,10 +274,9 @@ func TestReopened(t *testing.T) {
 	}
 }
 
-// TestLatency checks that a latency includes what the server waits.
-func TestLatency(t *testing.T) {
-	const wait = 10 * time.Millisecond
-	address := serve(t, func(conn net.Conn) {
+// slow starts a server that waits before each answer.
+func slow(t *testing.T, wait time.Duration) Target {
+	return Target{Origin: "127.0.0.1:1", Server: serve(t, func(conn net.Conn) {
 		requests := bufio.NewReader(conn)
 		for {
 			if _, err := http.ReadRequest(requests); err != nil {
@@ -292,10 +285,28 @@ func TestLatency(t *testing.T) {
 			time.Sleep(wait)
 			_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 128\r\n\r\n"+string(wire.Content(128)))
 		}
-	})
-	result := runLoad(t, Target{Server: address, Origin: "127.0.0.1:1"}, brief(Requests))
+	})}
+}
+
+// TestLatency checks that a latency includes what the server waits.
+func TestLatency(t *testing.T) {
+	const wait = 10 * time.Millisecond
+	result := runLoad(t, slow(t, wait), brief(Requests))
 	if shortest := result.Latency.Quantile(0); shortest < wait-wait/steps {
 		t.Errorf("a latency of %v", shortest)
+	}
+}
+
+// TestSlow measures a server that takes longer for an answer than the measurement should.
+func TestSlow(t *testing.T) {
+	load := brief(Requests)
+	load.Duration = time.Millisecond
+	result, err := Run(t.Context(), slow(t, 100*time.Millisecond), load)
+	if err != nil || result.Operations == 0 || result.Errors > 0 {
+		t.Errorf("%v, %d operations, %d errors: %s", err, result.Operations, result.Errors, result.FirstError)
+	}
+	if result.Elapsed < 50*time.Millisecond {
+		t.Errorf("a measurement of %v", result.Elapsed)
 	}
 }
 

@@ -60,6 +60,7 @@ func (c *client) download() (int, error) {
 		}
 		at += int64(n)
 		if phase == measuring {
+			c.note()
 			c.result.Bytes += int64(n)
 		}
 	}
