@@ -771,7 +771,7 @@ func TestCaddyfilesOfTheDocumentation(t *testing.T) {
 }
 
 func TestCaddyfileExamples(t *testing.T) {
-	for _, file := range []string{"Caddyfile.example", "examples/docker/Caddyfile"} {
+	for _, file := range []string{"Caddyfile.example", "examples/docker/Caddyfile", "contrib/kubernetes/Caddyfile"} {
 		text, err := os.ReadFile(file)
 		if err != nil {
 			t.Fatal(err)
@@ -796,15 +796,18 @@ func checkShipped(t *testing.T, text, filename string) {
 	}
 }
 
-// withFiles replaces the lists and the file of users that a documented Caddyfile names with files that
+// withFiles replaces the lists, secrets and users that a documented Caddyfile names with files that
 // exist.
 func withFiles(t *testing.T, text string) string {
 	t.Helper()
 	dir := t.TempDir()
-	return regexp.MustCompile(`/etc/caddy/(lists/\w+|proxy-users)`).ReplaceAllStringFunc(text, func(path string) string {
+	return regexp.MustCompile(`(/etc/caddy/lists|/run/secrets)/\w+|/etc/caddy/proxy-users`).ReplaceAllStringFunc(text, func(path string) string {
 		name := filepath.Base(path)
 		content := name + ".example\n"
-		if name == "proxy-users" {
+		switch {
+		case strings.HasPrefix(path, "/run/"):
+			content = "secret"
+		case name == "proxy-users":
 			content = "alice:$2a$14$TYr0d8dN27p8HCUCzfbnxOZLvYEpmds.0N9q2duGeJkfDBawuI9RK\n"
 		}
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o644); err != nil {
