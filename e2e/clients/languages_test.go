@@ -150,7 +150,7 @@ func TestNode(t *testing.T) {
 func TestNodePackages(t *testing.T) {
 	m := newMachine(t, "node")
 	m.needNode24()
-	for _, name := range []string{"axios", "global-agent", "undici"} {
+	for _, name := range []string{"axios", "axios-1.7", "global-agent", "undici"} {
 		if _, err := os.Stat(filepath.Join(modules(), name)); err != nil {
 			m.missing("the npm package " + name)
 		}
@@ -171,6 +171,9 @@ func TestNodePackages(t *testing.T) {
 		t.Errorf("global-agent changes fetch: %s", out)
 	}
 
+	m.write("axios.mjs", "import axios from \"axios-1.7\"\nconsole.log((await axios.get(\"https://example.com/\")).data)\n")
+	m.run(m.snippet("variables") + "node axios.mjs")
+	m.expect(plain) // the proxy has made the TLS connection
 	m.write("axios.mjs", "import axios from \"axios\"\n"+getBoth+"console.log((await axios.get(url)).data)\n")
 	m.run(m.snippet("variables") + "node axios.mjs")
 	m.expect(plain, tunnel)

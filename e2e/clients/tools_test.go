@@ -184,6 +184,8 @@ func TestPip(t *testing.T) {
 	const passed = "CONNECT pypi.org:443 alice"
 	m.run(m.login("pip") + m.snippet("pip-check"))
 	m.expect(passed)
+	m.run("rm *.whl; export no_proxy=pypi.org\n" + m.snippet("pip-check"))
+	m.expect(passed) // no_proxy does not apply to the configuration
 	m.run("pip config unset global.proxy; rm *.whl\n" + m.snippet("pip-tls"))
 	m.expect(passed)
 }
