@@ -404,17 +404,18 @@ func hasContent(method string, status int) bool {
 
 // passContent passes the content of a response on and counts it.
 func (p *proxy) passContent(w http.ResponseWriter, r *http.Request, x *origin.Exchange, from clientIdentity) error {
+	target := x.Request.Authority // a closure that had x would move it to the heap
 	if x.Body != nil {
 		if rest, ok := x.Body.Buffered(); ok {
 			if len(rest) == 0 { // some statuses do not allow even an empty write
 				return nil
 			}
 			n, err := w.Write(rest)
-			p.countForwarded(x.Request.Authority, from, 0, int64(n))
+			p.countForwarded(target, from, 0, int64(n))
 			return asClientError(err)
 		}
 	}
-	return copyBody(w, r, x, func(n int64) { p.countForwarded(x.Request.Authority, from, 0, n) })
+	return copyBody(w, r, x, func(n int64) { p.countForwarded(target, from, 0, n) })
 }
 
 // copyBody copies a response body to the client and calls count for each part. It
