@@ -53,6 +53,7 @@ caddy async-proxy status shows what a running proxy is doing. caddy async-proxy
 explain says whether a request would be allowed, and why.
 `,
 		CobraFunc: func(cmd *cobra.Command) {
+			cmd.Long = inOwnName(cmd.Long)
 			flags := cmd.Flags()
 			flags.StringP("listen", "l", "127.0.0.1:8080", "Address to listen on")
 			flags.StringP("status", "s", "", "Address for a status page, such as localhost:9090")

@@ -41,10 +41,10 @@ func statusCommand() *cobra.Command {
 		Use:   "status [--refusals] [--sort <order>] [--limit <n>] [--client <text>] [--watch] [--json] [--address <addr>]",
 		Short: "Shows what a running proxy is doing",
 		Long: `
-Queries the admin endpoint of a running Caddy and prints what is wrong now, its
-counters and the most recently active clients and tunnels. With --watch it repeats every two
-seconds and keeps trying while Caddy cannot be reached. On a terminal it then
-redraws in place and shows as many rows as fit.
+Queries the admin endpoint of a running Caddy and prints what is wrong now,
+its counters and the most recently active clients and tunnels. With --watch it
+repeats every two seconds and keeps trying while Caddy cannot be reached. On a
+terminal it then redraws in place and shows as many rows as fit.
 
 --sort puts the largest or latest first. Clients can be sorted by
 ` + status.ClientSorts + `, and tunnels
@@ -233,7 +233,7 @@ func adminAddress(given string) (string, error) {
 			return "", err
 		}
 	}
-	return caddycmd.DetermineAdminAPIAddress(given, nil, "", "")
+	return caddycmd.DetermineAdminAPIAddress(cmp.Or(given, defaultAdmin()), nil, "", "")
 }
 
 // fetchAdmin reads what the admin API has below /async_proxy/ at path.

@@ -77,6 +77,8 @@ var documented = []struct{ file, command, says string }{
 	{"docs/admin-api.md", "curl localhost:2019/async_proxy/history", `"step_seconds":5,"requests":\{.*"forwarded":\[`},
 	{"docs/admin-api.md", "curl 'localhost:2019/async_proxy/clients?limited&sort=rejections'", `"client":"127.0.0.1".*"total":1`},
 	{"docs/admin-api.md", "curl 'localhost:2019/async_proxy/tunnels?q=example.com'", `\{"tunnels":\[\],"total":0\}`},
+	{"docs/admin-api.md", "curl 'localhost:2019/async_proxy/refusals?cause=rule&sort=count'", `\{"refusals":\[\],"total":0,"causes":\[\{"cause":"rate_limited","count":6,"groups":1,"dropped":0\}`},
+	{"docs/admin-api.md", "curl 'localhost:2019/async_proxy/targets?sort=bytes&limit=10'", `\{"targets":\[\{"target":"127.0.0.1:8000","requests":10,"bytes":\d+\}`},
 	{"docs/admin-api.md", "curl 'localhost:2019/async_proxy/explain?client=192.0.2.1&target=127.0.0.1:8000'", `"decision":"denied".*"check":"client","outcome":"denied"`},
 	{"docs/admin-api.md", "curl -X DELETE localhost:2019/async_proxy/tunnels/42", `\{"error":"not found"\}`},
 	{"docs/admin-api.md", "curl -X DELETE localhost:2019/async_proxy/clients/192.0.2.1", `\{"error":"not found"\}`},
@@ -161,7 +163,7 @@ func TestDocumentedCommands(t *testing.T) {
 // module.
 func shipped(t *testing.T) map[string]string {
 	t.Helper()
-	configs := readFiles(t, "Caddyfile.example", "examples/*/Caddyfile", "contrib/kubernetes/Caddyfile")
+	configs := readFiles(t, "Caddyfile.example", "examples/*/Caddyfile", "packaging/Caddyfile", "contrib/kubernetes/Caddyfile")
 	for file, text := range documents(t) {
 		for i, block := range fenced.FindAllStringSubmatch(text, -1) {
 			configs[fmt.Sprintf("%s %d", file, i+1)] = block[1]

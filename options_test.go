@@ -26,19 +26,21 @@ func optionsSyntax() string {
 	return b.String() + "}\n"
 }
 
-// optionsTable returns the table of options in docs/reference.md.
-func optionsTable() string {
+// defaultOf returns the default of an option as documentation names it.
+func defaultOf(o option) string {
 	var byDefault Handler
 	byDefault.setDefaults()
-	defaultOf := func(o option) string {
-		switch {
-		case o.absent != "":
-			return o.absent
-		case o.name == "zone" || o.name == "limit_by" || o.name == "forwarded_for" || o.name == "failed_logins":
-			return "`" + o.show(&byDefault) + "`"
-		}
-		return o.show(&byDefault)
+	switch {
+	case o.absent != "":
+		return o.absent
+	case o.name == "zone" || o.name == "limit_by" || o.name == "forwarded_for" || o.name == "failed_logins":
+		return "`" + o.show(&byDefault) + "`"
 	}
+	return o.show(&byDefault)
+}
+
+// optionsTable returns the table of options in docs/reference.md.
+func optionsTable() string {
 	var b strings.Builder
 	b.WriteString("| option | meaning | default |\n|---|---|---|\n")
 	for i := 0; i < len(options); {

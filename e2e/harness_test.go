@@ -173,6 +173,12 @@ func (w *world) stop() {
 func (w *world) reload(proxyOptions, statusOptions string) {
 	w.t.Helper()
 	w.configure(proxyOptions, statusOptions)
+	w.load()
+}
+
+// load loads the config into the running Caddy.
+func (w *world) load() {
+	w.t.Helper()
 	req, err := http.NewRequest(http.MethodPost, "http://"+w.admin+"/load", strings.NewReader(w.config))
 	if err != nil {
 		w.t.Fatal(err)

@@ -11,6 +11,7 @@ import { Table, text, twoLines, showLines, actionCell, policyNote } from "./tabl
 import { refusalsTable, refusalsQuery, isAbout } from "./refusals.js"
 import { targetsTable } from "./targets.js"
 import * as hour from "./history.js"
+import { showWarnings, isWrong } from "./warnings.js"
 
 const SPAN = 300 // seconds of which there are samples
 const RECENT = 60 // seconds that the tiles cover
@@ -207,7 +208,7 @@ function showTiles(stats) {
 	tiles.limited.show(percent(share), "%", `${count(limited)} in the last minute`, share >= 0.2 ? "bad" : share > 0 ? "warn" : "")
 
 	const { open, limit } = stats.tunnels
-	tiles.tunnels.show(count(open), "", limit ? `of ${count(limit)} · ${percent(open / limit)} %` : "no limit", limit && open >= limit * 0.9 ? "bad" : "")
+	tiles.tunnels.show(count(open), "", limit ? `of ${count(limit)} · ${percent(open / limit)} %` : "no limit", isWrong("tunnels_near_limit") ? "bad" : "")
 
 	const down = bytes(mean("down", 5))
 	const up = bytes(mean("up", 5))
@@ -220,7 +221,7 @@ function showTiles(stats) {
 
 	const { tracked, limit: most, evicted } = stats.clients
 	tiles.clients.show(tracked < 100000 ? count(tracked) : short(tracked), "",
-		`of ${short(most)}` + (evicted ? ` · ${short(evicted)} forgotten early` : ""), tracked >= most * 0.9 ? "bad" : evicted ? "warn" : "")
+		`of ${short(most)}` + (evicted ? ` · ${short(evicted)} forgotten early` : ""), tracked >= most * 0.9 ? "bad" : isWrong("clients_forgotten") ? "warn" : "")
 }
 
 // ---- Charts
@@ -721,6 +722,7 @@ function show() {
 		(seconds(stats.loaded) - seconds(stats.started) > 2 ? ` · config ${span(age(stats.loaded))} old` : ""))
 	const h = histogram("dial", RECENT)
 	samples.at(-1).p50 = quantile(h, 0.5) ?? undefined
+	showWarnings(stats.warnings, seconds(stats.time))
 	showTiles(stats)
 	for (const chart of charts) chart.update()
 	showTables()
