@@ -296,6 +296,17 @@ func TestWrongTypeUnderTheKey(t *testing.T) {
 	}
 }
 
+// checkTrouble checks what operators are told about the only server in use.
+func checkTrouble(t *testing.T, onError, want string) {
+	t.Helper()
+	servers.Range(func(_, s any) bool {
+		if got := (&Limiter{OnError: onError, server: s.(*server)}).Trouble(); got != want {
+			t.Errorf("the trouble is %q, want %q", got, want)
+		}
+		return true
+	})
+}
+
 func TestOnError(t *testing.T) {
 	for onError, want := range map[string][]int{
 		"local": {200, 200, 200, 429, 429},
@@ -307,8 +318,12 @@ func TestOnError(t *testing.T) {
 			options := fmt.Sprintf("burst 3\nrefill 0.001\nlimiter redis %s {\ntimeout %v\non_error %s\n}", e.address, faultTimeout, onError)
 			w := newWorld(t, options)
 			fallbacks := counter(t, metrics.fallbacks.WithLabelValues(onError))
+			checkTrouble(t, onError, "")
 			e.kill()
 			w.gets(want...)
+			checkTrouble(t, onError, "redis does not answer, and "+map[string]string{
+				"local": "each machine limits its clients alone", "allow": "clients are not limited", "deny": "every request gets status 503",
+			}[onError]+" until it does; check the server and the network, the log has the error")
 			refused := 0.0 // by the local bucket, which is no fallback
 			if onError == "local" {
 				refused = 2
@@ -318,6 +333,7 @@ func TestOnError(t *testing.T) {
 			}
 			e.run()
 			eventually(t, "Redis to be back", func() bool { _, back := w.states(); return back > 0 })
+			checkTrouble(t, onError, "")
 			if onError != "local" {
 				w.gets(200)
 			}
