@@ -7,6 +7,7 @@ package asyncproxy
 
 import (
 	"bufio"
+	"context"
 	"crypto/tls"
 	"fmt"
 	"io"
@@ -225,7 +226,7 @@ func (h *hardened) checkTunnelLimit(alice string) {
 // fill fills a client's bucket through the admin socket.
 func (h *hardened) fill(client string) {
 	h.t.Helper()
-	socket := &http.Client{Transport: &http.Transport{Dial: func(string, string) (net.Conn, error) { return net.Dial("unix", h.admin) }}}
+	socket := &http.Client{Transport: &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) { return net.Dial("unix", h.admin) }}}
 	defer socket.CloseIdleConnections()
 	r, err := http.NewRequest(http.MethodDelete, "http://localhost/async_proxy/clients/"+url.PathEscape(client), nil)
 	if err != nil {
