@@ -75,10 +75,6 @@ func allowName(name string) string {
 	if err != nil || d != (Destination{Text: name}) || len(ExpandRanges(name)) > 1 || hostport.CheckHost(name) != nil {
 		return ""
 	}
-	switch name {
-	case "all", "public", "private":
-		return ""
-	}
 	return "allow " + name
 }
 

@@ -143,7 +143,7 @@ func covering(sets []*RuleSet, d Destination, ports []PortRange) (by string, den
 }
 
 func (d Destination) isName() bool {
-	return !d.Prefix.IsValid() && d.Text != "public" && d.Text != "private"
+	return !d.Prefix.IsValid() && !d.is("public") && !d.is("private")
 }
 
 func (s *RuleSet) action() string {
@@ -168,7 +168,7 @@ func (s *RuleSet) coversName(d Destination) (string, bool) {
 	switch {
 	case s.all:
 		return "all", true
-	case d.Text == "all":
+	case d.is("all"):
 		return "", false
 	case d.Subdomains:
 		return s.MatchName(hostport.Target{Name: "*." + d.Text}) // the * stands for any label
@@ -180,7 +180,7 @@ func (s *RuleSet) coversName(d Destination) (string, bool) {
 // is a range of addresses, public or private.
 func (s *RuleSet) coversAddresses(d Destination) (string, bool) {
 	if !d.Prefix.IsValid() {
-		return d.Text, d.Text == "public" && s.public || d.Text == "private" && s.private && s.deny
+		return d.Text, d.is("public") && s.public || d.is("private") && s.private && s.deny
 	}
 	if within, ok := s.prefixes.LookupPrefixLPM(d.Prefix); ok {
 		return within.String(), true
@@ -194,7 +194,7 @@ func (s *RuleSet) coversAddresses(d Destination) (string, bool) {
 
 // opens reports whether allowing d may allow what is denied by default.
 func (d Destination) opens() bool {
-	return d.Text == "private" || d.Prefix.IsValid() && notPublic.OverlapsPrefix(d.Prefix)
+	return d.is("private") || d.Prefix.IsValid() && notPublic.OverlapsPrefix(d.Prefix)
 }
 
 // overrides reports whether allowing the destination allows something that one of the
@@ -213,7 +213,7 @@ func (d Destination) overrides(later []*RuleSet) bool {
 			return false
 		}
 		switch {
-		case s.all, d.Text == "all" && s.aboutNames():
+		case s.all, d.is("all") && s.aboutNames():
 			return true
 		case d.isName():
 			// Allowing a name does not allow its addresses, so only names matter.
@@ -252,7 +252,7 @@ func (d Destination) overlapsAddresses(s *RuleSet) bool {
 		}
 		return false
 	}
-	if d.Text == "private" {
+	if d.is("private") {
 		return s.private || hasRanges(true)
 	}
 	return s.public || hasRanges(false)

@@ -26,11 +26,15 @@ type Rule struct {
 
 // Destination is one destination of a rule.
 type Destination struct {
-	Text       string // a name, or all, public or private
+	Text       string // a name or a class
+	IsClass    bool   // Text is all, public or private, and not a name of a host
 	Subdomains bool   // matches *.text, the names below text
 	Prefix     netip.Prefix
 	Ports      PortRange
 }
+
+// is reports whether d is a class. A host may have the same name, as in all. or *.private.
+func (d Destination) is(class string) bool { return d.IsClass && d.Text == class }
 
 // ParseDestination parses a destination of a rule.
 func ParseDestination(s string) (Destination, error) {
@@ -53,9 +57,9 @@ func ParseDestination(s string) (Destination, error) {
 			return Destination{}, err
 		}
 	}
-	switch host {
+	switch class := strings.ToLower(host); class {
 	case "all", "public", "private":
-		d.Text = host
+		d.Text, d.IsClass = class, true
 		return d, nil
 	}
 	if name, ok := strings.CutPrefix(s, "."); ok {
@@ -235,11 +239,11 @@ func (s *RuleSet) Add(d Destination) {
 	case d.Prefix.IsValid():
 		s.prefixes.Insert(d.Prefix)
 		s.count++
-	case d.Text == "all":
+	case d.is("all"):
 		s.all = true
-	case d.Text == "public":
+	case d.is("public"):
 		s.public = true
-	case d.Text == "private":
+	case d.is("private"):
 		s.private = true
 	case d.Subdomains:
 		s.domains[d.Text] = true
@@ -251,7 +255,7 @@ func (s *RuleSet) Add(d Destination) {
 // ExpandRanges returns the CIDR ranges of private_ranges, which are Caddy's, or else text
 // itself.
 func ExpandRanges(text string) []string {
-	if text == "private_ranges" {
+	if strings.EqualFold(text, "private_ranges") {
 		return []string{"192.168.0.0/16", "172.16.0.0/12", "10.0.0.0/8", "127.0.0.0/8", "fd00::/8", "::1/128"}
 	}
 	return []string{text}

@@ -4,6 +4,7 @@
 package access
 
 import (
+	"net/netip"
 	"strings"
 	"testing"
 
@@ -21,6 +22,43 @@ func TestUnmatchableRules(t *testing.T) {
 		if d, err := ParseDestination(text); err != nil || d.Text != want {
 			t.Errorf("%q parses as %+v, %v", text, d, err)
 		}
+	}
+}
+
+// A name is not taken for the class of destinations of that name: *.private does not stand for all
+// private addresses. A class may be in capitals.
+func TestNamesOfClasses(t *testing.T) {
+	private := netip.MustParseAddr("10.0.0.1")
+	for _, class := range []string{"all", "public", "private"} {
+		for _, text := range []string{class + ".", "*." + class, "*." + class + "."} {
+			d, err := ParseDestination(text)
+			if err != nil {
+				t.Fatal(err)
+			}
+			set := NewRuleSet(false, PortRange{})
+			set.Add(d)
+			for _, addr := range []netip.Addr{private, netip.MustParseAddr("192.0.2.1")} {
+				if entry, ok := set.MatchAddress(t.Context(), addr, addr); ok {
+					t.Errorf("%s matches %s by %q", text, addr, entry)
+				}
+			}
+			if entry, ok := set.MatchName(hostport.TargetOf("other.example:80")); ok {
+				t.Errorf("%s matches other.example by %q", text, entry)
+			}
+			host := strings.TrimSuffix(strings.Replace(text, "*", "www", 1), ".")
+			if _, ok := set.MatchName(hostport.TargetOf(host + ":80")); !ok {
+				t.Errorf("%s does not match %s", text, host)
+			}
+			if d.opens() {
+				t.Errorf("%s is taken for something that opens private addresses", text)
+			}
+		}
+		if d, err := ParseDestination(strings.ToUpper(class)); err != nil || !d.is(class) {
+			t.Errorf("%s in capitals parses as %+v, %v", class, d, err)
+		}
+	}
+	if len(ExpandRanges("Private_Ranges")) == 1 {
+		t.Error("private_ranges in capitals is not expanded")
 	}
 }
 
@@ -51,7 +89,7 @@ func FuzzDestination(f *testing.F) {
 			if _, ok := set.MatchName(hostport.TargetOf("x." + d.Text + ":80")); !ok {
 				t.Errorf("%q does not match a name below %s", s, d.Text)
 			}
-		case d.Text != "public" && d.Text != "private":
+		case !d.is("public") && !d.is("private"):
 			if _, ok := set.MatchName(hostport.TargetOf(d.Text + ":80")); !ok {
 				t.Errorf("%q does not match %s", s, d.Text)
 			}
