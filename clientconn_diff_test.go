@@ -171,6 +171,7 @@ func (one *twin) converse(t testing.TB, warm, send, answer string, manner int, f
 	got = append(got, origin.end()...)
 	for _, names := range [][2]string{
 		{"127.0.0.2", "127.0.0.1"}, {`"two";`, `"one";`}, {one.proxy, "PROXY"}, {`h3="` + strings.TrimPrefix(one.proxy, "127.0.0.1"), `h3="PROXY`},
+		{"https://localhost" + strings.TrimPrefix(one.proxy, "127.0.0.1"), "https://PROXY"},
 	} {
 		for i, text := range got {
 			got[i] = strings.ReplaceAll(text, names[0], names[1]) // strings.Replacer takes long over much text

@@ -177,6 +177,8 @@ func newFastPath(ctx caddy.Context, app *caddyhttp.App, p *proxy, server *caddyh
 
 		MaxHeaderBytes: cmp.Or(server.MaxHeaderBytes, http.DefaultMaxHeaderBytes),
 
+		HTTP1Only: speaksHTTP1Only(server),
+
 		Listeners:  &program.listeners,
 		Successor:  successorListener,
 		Lingering:  &p.process.lingering,
@@ -195,6 +197,14 @@ func newFastPath(ctx caddy.Context, app *caddyhttp.App, p *proxy, server *caddyh
 		s.MaxWriteChunk = cmp.Or(max(server.MaxWriteChunk, 0), caddyhttp.DefaultMaxWriteChunk)
 	}
 	return s
+}
+
+// speaksHTTP1Only reports whether Caddy closes connections without TLS that begin with HTTP/2. With h2,
+// it serves them even without h2c.
+func speaksHTTP1Only(server *caddyhttp.Server) bool {
+	return !slices.ContainsFunc(append(slices.Clone(server.ListenProtocols), server.Protocols), func(protocols []string) bool {
+		return slices.Contains(protocols, "h2") || slices.Contains(protocols, "h2c")
+	})
 }
 
 // logHandshakeError returns a function that logs failed TLS handshakes as Caddy's server does.

@@ -4,6 +4,7 @@
 package asyncproxy
 
 import (
+	"encoding/binary"
 	"fmt"
 	"net"
 	"net/netip"
@@ -21,12 +22,15 @@ import (
 type invalidReason string
 
 const (
-	invalidTLS       invalidReason = "tls"        // TLS on a port without TLS
-	invalidSOCKS     invalidReason = "socks"      // SOCKS 4 or 5
-	invalidPlainHTTP invalidReason = "plain_http" // HTTP without TLS on a port with TLS
-	invalidMalformed invalidReason = "malformed"  // not a well-formed request
-	invalidTooLarge  invalidReason = "too_large"  // request head over max_header_size
-	invalidUnknown   invalidReason = "unknown"    // unsupported version, coding or expectation
+	invalidTLS       invalidReason = "tls"            // TLS on a port without TLS
+	invalidSOCKS     invalidReason = "socks"          // SOCKS 4 or 5
+	invalidSSH       invalidReason = "ssh"            // SSH
+	invalidPROXY     invalidReason = "proxy_protocol" // its header, which nothing has read
+	invalidHTTP2     invalidReason = "http2"          // HTTP/2 on a port without TLS
+	invalidPlainHTTP invalidReason = "plain_http"     // HTTP without TLS on a port with TLS
+	invalidMalformed invalidReason = "malformed"      // not a well-formed request
+	invalidTooLarge  invalidReason = "too_large"      // request head over max_header_size
+	invalidUnknown   invalidReason = "unknown"        // unsupported version, coding or expectation
 )
 
 // invalidLogs has the log level and message for each reason.
@@ -36,6 +40,9 @@ var invalidLogs = map[invalidReason]struct {
 }{
 	invalidTLS:       {zapcore.WarnLevel, "TLS client on a port without TLS: use http:// in the proxy URL"},
 	invalidSOCKS:     {zapcore.WarnLevel, "SOCKS client: this is an HTTP proxy, use http:// in the proxy URL"},
+	invalidSSH:       {zapcore.WarnLevel, "SSH client: this is an HTTP proxy, connect through it, with a ProxyCommand that sends CONNECT"},
+	invalidPROXY:     {zapcore.WarnLevel, "PROXY protocol header: add the listener wrapper proxy_protocol, or switch the header off in the load balancer"},
+	invalidHTTP2:     {zapcore.WarnLevel, "HTTP/2 client on a port without TLS: use HTTP/1.1, or add h2c to the server option protocols"},
 	invalidPlainHTTP: {zapcore.WarnLevel, "HTTP client on a port with TLS: use https:// in the proxy URL"},
 	invalidMalformed: {zapcore.InfoLevel, "malformed request"},
 	invalidTooLarge:  {zapcore.WarnLevel, "request head too large: the server option max_header_size limits it"},
@@ -48,7 +55,7 @@ func (p *proxy) recordInvalid(conn net.Conn, reason invalidReason, status, detai
 	program.metrics.Invalid(string(reason))
 	remote, _ := netip.ParseAddrPort(conn.RemoteAddr().String())
 	addr := remote.Addr().Unmap().WithZone("")
-	n, ok := program.invalidLines.count(invalidLine{p.directive.limiter.Key(addr), conn.LocalAddr().String(), string(reason) + status + detail}, time.Now())
+	n, ok := program.invalidLines.count(invalidLine{p.directive.limiter.Key(addr), conn.LocalAddr().String(), reason}, time.Now())
 	if !ok {
 		return
 	}
@@ -71,12 +78,11 @@ func (p *proxy) recordInvalid(conn net.Conn, reason invalidReason, status, detai
 type invalidLine struct {
 	client  client.Key
 	address string // local address that the client connected to
-	kind    string
+	reason  invalidReason
 }
 
-// lineLimit lets the first lines of a kind through, and then one a minute until a minute
-// passes without a line. It tracks a limited number of kinds. While that many are recent,
-// lines of new kinds are dropped. The zero value is ready for use.
+// lineLimit lets one line of a kind through each minute. It tracks a limited number of kinds. While
+// that many are recent, lines of new kinds are dropped. The zero value is ready for use.
 type lineLimit struct {
 	mu    sync.Mutex
 	lines map[invalidLine]*lineCount
@@ -84,13 +90,11 @@ type lineLimit struct {
 }
 
 type lineCount struct {
-	lines   int       // written since the last quiet minute
-	next    time.Time // when a line may follow the first ones
-	skipped int64
+	next    time.Time // when the next line may follow
+	skipped int64     // since the last line
 }
 
 const (
-	invalidBurst    = 10
 	invalidInterval = time.Minute
 	maxInvalidLines = 4096
 )
@@ -110,14 +114,10 @@ func (l *lineLimit) count(line invalidLine, now time.Time) (n int64, ok bool) {
 		c = new(lineCount)
 		l.lines[line] = c
 	}
-	if !now.Before(c.next) && c.skipped == 0 {
-		c.lines = 0
-	}
-	if c.lines >= invalidBurst && now.Before(c.next) {
+	if now.Before(c.next) {
 		c.skipped++
 		return 0, false
 	}
-	c.lines++
 	n, c.skipped, c.next = c.skipped+1, 0, now.Add(invalidInterval)
 	return n, true
 }
@@ -143,27 +143,68 @@ func (p *proxy) invalidAnswer(status, text string) []byte {
 }
 
 // answerInvalid counts and logs what a client has sent instead of a request, and returns the
-// response: that it is from the proxy, and what is wrong. It returns nil if the client would not
-// understand one.
+// response: that it is from the proxy, and what is wrong, as far as the client's protocol can say so.
 func (p *proxy) answerInvalid(conn net.Conn, what downstream.Invalid) []byte {
 	reason, status, text := describeInvalid(what)
 	p.recordInvalid(conn, reason, status, what.Detail)
-	if status == "" {
-		return nil
+	switch what.Kind {
+	case downstream.SOCKS4, downstream.SOCKS5, downstream.SSH, downstream.PriorHTTP2:
+		return foreignAnswers[what.Kind]
+	case downstream.PlainHTTP: // Go's clients, for example, show nothing of a refused CONNECT but the reason phrase
+		return p.invalidAnswer("400 "+reasonPhrase(useTLS), text)
 	}
 	return p.invalidAnswer(status, text)
+}
+
+// useTLS tells a client without TLS what to do at a port with TLS.
+const useTLS = "This proxy speaks TLS on this port: use https:// in the proxy URL."
+
+// foreignAnswers are responses in protocols other than HTTP/1. TLS on a port without TLS is not among
+// them: it gets a response of HTTP/1, because OpenSSL then reports a wrong version number and Go that this
+// is no TLS. Any alert would be shown as if something were wrong with the client's TLS.
+var foreignAnswers = map[downstream.InvalidKind][]byte{
+	downstream.SOCKS4: {0, 91, 0, 0, 0, 0, 0, 0}, // request rejected
+	downstream.SOCKS5: {5, 0xff},                 // no acceptable methods (RFC 1928 §3)
+	downstream.SSH:    sshDisconnect("This is an HTTP proxy. Connect through it, with a ProxyCommand that sends CONNECT."),
+	// SETTINGS, and GOAWAY with HTTP_1_1_REQUIRED (RFC 9113 §7).
+	downstream.PriorHTTP2: append([]byte{0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 8 + byte(len(useHTTP1)), 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xd}, useHTTP1...),
+}
+
+const useHTTP1 = "This proxy speaks HTTP/1.1 on this port."
+
+// sshDisconnect returns the identification of a server and a message that ends the connection, which
+// clients show (RFC 4253 §4.2, §6, §11.1).
+func sshDisconnect(text string) []byte {
+	const protocolError = 2
+	payload := binary.BigEndian.AppendUint32([]byte{1}, protocolError)
+	payload = binary.BigEndian.AppendUint32(payload, uint32(len(text)))
+	payload = append(payload, text...)
+	payload = append(payload, 0, 0, 0, 0) // no language
+	padding := 4                          // at least
+	for (5+len(payload)+padding)%8 != 0 {
+		padding++
+	}
+	b := binary.BigEndian.AppendUint32([]byte("SSH-2.0-async_proxy\r\n"), uint32(1+len(payload)+padding))
+	b = append(append(b, byte(padding)), payload...)
+	return append(b, make([]byte, padding)...)
 }
 
 // describeInvalid returns why a client is refused, and the response, if it gets one.
 func describeInvalid(what downstream.Invalid) (reason invalidReason, status, text string) {
 	const badRequest = "400 Bad Request"
 	switch what.Kind {
-	case downstream.SOCKS:
+	case downstream.SOCKS4, downstream.SOCKS5:
 		return invalidSOCKS, "", ""
+	case downstream.SSH:
+		return invalidSSH, "", ""
+	case downstream.PriorHTTP2:
+		return invalidHTTP2, "", ""
+	case downstream.ProxyProtocol:
+		return invalidPROXY, badRequest, "This connection begins with a header of the PROXY protocol, which this proxy does not expect."
 	case downstream.TLS:
 		return invalidTLS, badRequest, "This proxy does not speak TLS on this port: use http:// in the proxy URL."
 	case downstream.PlainHTTP:
-		return invalidPlainHTTP, badRequest, "Client sent an HTTP request to an HTTPS server. This proxy speaks TLS on this port: use https:// in the proxy URL."
+		return invalidPlainHTTP, badRequest, "Client sent an HTTP request to an HTTPS server. " + useTLS
 	case downstream.LateHTTP2:
 		return invalidMalformed, badRequest, "HTTP/2 cannot start after HTTP/1 requests on the same connection."
 	}

@@ -4,6 +4,7 @@
 package asyncproxy
 
 import (
+	"context"
 	"crypto/tls"
 	"fmt"
 	"io"
@@ -11,11 +12,15 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"golang.org/x/net/http2"
+
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 )
 
 // invalidCount returns a value of caddy_async_proxy_invalid_requests_total.
@@ -46,23 +51,33 @@ func clientHello(t *testing.T) string {
 	return string(buf[:n])
 }
 
-// A client of another protocol is recognized by its first byte. It is logged and counted,
+// contactRow is what a client sends first, why it is refused, and the end of the response.
+type contactRow struct {
+	name, send string
+	reason     invalidReason
+	says       string
+}
+
+// A client of another protocol is recognized by its first bytes. It is logged and counted,
 // gets a response if it may understand one, and its connection is closed, on every serving
 // path.
 func TestFirstContact(t *testing.T) {
 	hello := clientHello(t)
-	plain := []struct {
-		name, send string
-		reason     invalidReason
-		says       string
-	}{
+	plain := []contactRow{
 		{"TLS", hello, invalidTLS, "This proxy does not speak TLS on this port: use http:// in the proxy URL.\n"},
 		{"the first byte of TLS", "\x16", invalidTLS, "use http:// in the proxy URL.\n"},
-		{"SOCKS 5", "\x05\x01\x00", invalidSOCKS, ""},
-		{"the first byte of SOCKS 5", "\x05", invalidSOCKS, ""},
-		{"SOCKS 4", "\x04\x01\x01\xbb\x7f\x00\x00\x01user\x00", invalidSOCKS, ""},
+		{"SOCKS 5", "\x05\x01\x00", invalidSOCKS, "\x05\xff"},
+		{"the first byte of SOCKS 5", "\x05", invalidSOCKS, "\x05\xff"},
+		{"SOCKS 4", "\x04\x01\x01\xbb\x7f\x00\x00\x01user\x00", invalidSOCKS, "\x00\x5b\x00\x00\x00\x00\x00\x00"},
+		{"SSH", "SSH-2.0-OpenSSH_9.2p1 Debian-2+deb12u10\r\n", invalidSSH, string(foreignAnswers[downstream.SSH])},
+		{"SSH without a comment", "SSH-2.0-OpenSSH_9.2\r\n", invalidSSH, string(foreignAnswers[downstream.SSH])},
+		{"PROXY for IPv4", "PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\nGET / HTTP/1.1\r\n", invalidPROXY, "begins with a header of the PROXY protocol, which this proxy does not expect.\n"},
+		{"PROXY for IPv6", "PROXY TCP6 ::1 ::1 1 2\r\n", invalidPROXY, "begins with a header of the PROXY protocol, which this proxy does not expect.\n"},
+		{"PROXY for nothing", "PROXY UNKNOWN\r\n", invalidPROXY, "begins with a header of the PROXY protocol, which this proxy does not expect.\n"},
+		{"PROXY, version 2", "\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x0c\x7f\x00\x00\x09\x7f\x00\x00\x01\x12\x67\x00\x50", invalidPROXY, "begins with a header of the PROXY protocol, which this proxy does not expect.\n"},
 	}
-	secure := plain[2:]
+	secure := slices.Clone(plain[2:])
+	plain = append(plain, contactRow{"an unknown protocol", "\x03\x00\x00\x13", invalidMalformed, "the request line does not begin with a method.\n"})
 	for _, request := range []string{
 		"CONNECT example.com:443 HTTP/1.1\r\nHost: example.com:443\r\n\r\n", "GET http://example.com/ HTTP/1.1\r\nHost: example.com\r\n\r\n",
 		"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "OPTIONS * HTTP/1.1\r\n\r\n", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "get", "P", "PROPFIND / HTTP/1.1\r\n", "GET / HTTP/1.1\r\nX: " + strings.Repeat("x", 100_000) + "\r\n\r\n",
@@ -77,11 +92,7 @@ func TestFirstContact(t *testing.T) {
 }`}, "HTTP/1 alone": {site: "log", protocols: "h1"},
 	} {
 		w := newTunnelWorld(t, options)
-		for address, rows := range map[string][]struct {
-			name, send string
-			reason     invalidReason
-			says       string
-		}{w.plain: plain, w.tls: secure} {
+		for address, rows := range map[string][]contactRow{w.plain: plain, w.tls: secure} {
 			for _, row := range rows {
 				t.Run(fmt.Sprintf("%s/%s/%v", setup, row.name, address == w.tls), func(t *testing.T) {
 					forgetInvalidLines()
@@ -94,11 +105,15 @@ func TestFirstContact(t *testing.T) {
 					if !strings.HasSuffix(got, row.says) || row.says == "" && got != "" {
 						t.Errorf("the response is %q", got)
 					}
-					if row.says != "" && (!strings.HasPrefix(got, "HTTP/1.1 400 Bad Request\r\n") || !strings.Contains(got, "\r\nProxy-Status: ")) {
+					status := "HTTP/1.1 400 Bad Request\r\n"
+					if row.reason == invalidPlainHTTP {
+						status = "HTTP/1.1 400 This proxy speaks TLS on this port: use https:// in the proxy URL\r\n"
+					}
+					if strings.HasSuffix(row.says, ".\n") && (!strings.HasPrefix(got, status) || !strings.Contains(got, "\r\nProxy-Status: ")) {
 						t.Errorf("the response is %q", got)
 					}
 					line := w.waitLog(invalidLogs[row.reason].message, n+1)[n]
-					if line["client"] != "127.0.0.1" || line["address"] != address || line["reason"] != string(row.reason) || line["refused"] != 1.0 || line["level"] != "warn" {
+					if line["client"] != "127.0.0.1" || line["address"] != address || line["reason"] != string(row.reason) || line["refused"] != 1.0 || line["level"] != invalidLogs[row.reason].level.String() {
 						t.Errorf("the log has %v", line)
 					}
 					if got := invalidCount(t, row.reason); got != before+1 {
@@ -121,8 +136,8 @@ func TestFirstContactOfClients(t *testing.T) {
 	w := newTunnelWorld(t, tunnelSetup{})
 	for proxy, want := range map[string]string{
 		"https://" + w.plain:  "first record does not look like a TLS handshake",
-		"http://" + w.tls:     "Bad Request",
-		"socks5://" + w.plain: "EOF",
+		"http://" + w.tls:     "This proxy speaks TLS on this port: use https:// in the proxy URL",
+		"socks5://" + w.plain: "no acceptable authentication methods",
 	} {
 		u, _ := url.Parse(proxy)
 		client := &http.Client{Transport: &http.Transport{Proxy: http.ProxyURL(u), TLSClientConfig: clientTLS("http/1.1")}}
@@ -268,31 +283,27 @@ func TestContentThatLooksLikeARefusal(t *testing.T) {
 	}
 }
 
-// A client gets ten log lines of a kind, then one a minute with the number of refusals it
-// stands for. Memory is bounded.
+// A client gets one log line of a kind a minute, with the number of refusals it stands for. Memory is
+// bounded.
 func TestLineLimit(t *testing.T) {
 	var l lineLimit
 	now := time.Now()
-	line := invalidLine{client: keyOf("192.0.2.1"), kind: "a"}
+	line := invalidLine{client: keyOf("192.0.2.1"), reason: invalidTLS}
 	expect := func(after time.Duration, want int64) { // 0: no line
 		t.Helper()
 		if n, ok := l.count(line, now.Add(after)); n != want || ok != (n > 0) {
 			t.Errorf("after %v: %d, %v, want %d", after, n, ok, want)
 		}
 	}
-	for range invalidBurst {
-		expect(0, 1)
-	}
+	expect(0, 1)
 	expect(0, 0)
 	expect(invalidInterval-1, 0)
 	expect(invalidInterval, 3)
 	expect(invalidInterval, 0)
 	expect(2*invalidInterval, 2)
-	for range invalidBurst {
-		expect(4*invalidInterval, 1) // after a minute without refusals
-	}
+	expect(4*invalidInterval, 1) // after a minute without refusals
 	expect(4*invalidInterval, 0)
-	line.kind = "b"
+	line.reason = invalidSOCKS
 	expect(0, 1)
 	lines := 0
 	for i := range 3 * maxInvalidLines {
@@ -304,6 +315,25 @@ func TestLineLimit(t *testing.T) {
 	if len(l.lines) > maxInvalidLines || lines != maxInvalidLines {
 		t.Errorf("%d kinds are tracked and %d lines were logged, want %d", len(l.lines), lines, maxInvalidLines)
 	}
-	line.kind = "c"
+	line.reason = invalidSSH
 	expect(12*invalidInterval, 1) // entries have expired
+}
+
+// A client that speaks HTTP/2 without TLS where the server has HTTP/1 alone gets that answer in HTTP/2.
+// Where it has h2, Caddy serves such clients even without h2c.
+func TestPriorHTTP2(t *testing.T) {
+	for _, options := range []tunnelSetup{{protocols: "h1"}, {protocols: "h1", site: "vars a b"}} {
+		w := newTunnelWorld(t, options)
+		forgetInvalidLines()
+		transport := &http2.Transport{AllowHTTP: true, DialTLSContext: func(ctx context.Context, network, addr string, _ *tls.Config) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, network, addr)
+		}}
+		_, err := (&http.Client{Transport: transport, Timeout: patience}).Get("http://" + w.plain + "/")
+		if err == nil || !strings.Contains(err.Error(), "HTTP_1_1_REQUIRED") {
+			t.Errorf("%v", err)
+		}
+		if line := w.waitLog(invalidLogs[invalidHTTP2].message, 1)[0]; line["client"] != "127.0.0.1" || line["reason"] != "http2" || line["level"] != "warn" {
+			t.Errorf("the log has %v", line)
+		}
+	}
 }

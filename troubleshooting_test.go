@@ -84,8 +84,8 @@ func symptoms(t *testing.T) map[string][]symptom {
 			{tls: true, proxy: "https://localhost:PORT"},
 			{args: "https://SECURE/"},
 		},
-		"connection to proxy closed": {{proxy: "socks5h://PROXY"}},
-		"Couldn't connect to server": {{without: true}},
+		"No authentication method was acceptable": {{proxy: "socks5h://PROXY"}},
+		"Couldn't connect to server":              {{without: true}},
 	}
 }
 

@@ -305,6 +305,9 @@ func (c *clientConn) handOff() {
 	case c.isNew && c.tls != nil && startsHTTP2: // without having negotiated it
 		c.server.OnEnd(c.Conn)
 		c.refuse(*badRequest("HTTP/2 has not been negotiated"))
+	case c.isNew && c.server.HTTP1Only && startsHTTP2:
+		c.server.OnEnd(c.Conn)
+		c.refuse(Invalid{Kind: PriorHTTP2})
 	case c.isNew:
 		c.listener.handToNetHTTP(conn)
 	case c.state.Load() == connMoves:
@@ -321,11 +324,11 @@ func (c *clientConn) handOff() {
 // http2Preface begins a connection that speaks HTTP/2 without having negotiated it (RFC 9113 §3.4).
 const http2Preface = "PRI * HTTP/2.0"
 
-// refuse responds to input that is not a request that can be served. The first byte of a
+// refuse responds to input that is not a request that can be served. The first bytes of a
 // connection may tell that the client speaks another protocol.
 func (c *clientConn) refuse(what Invalid) {
-	if first, _ := c.r.Peek(min(1, c.r.Buffered())); c.isNew && len(first) > 0 {
-		if kind, found := foreignProtocol(first[0], false); found {
+	if first, _ := c.r.Peek(c.r.Buffered()); c.isNew && len(first) > 0 {
+		if kind, found := foreignProtocol(first, false); found {
 			what = Invalid{Kind: kind}
 		}
 	}

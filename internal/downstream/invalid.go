@@ -6,6 +6,7 @@ package downstream
 import (
 	"bytes"
 	"net"
+	"slices"
 	"strings"
 	"time"
 )
@@ -25,21 +26,38 @@ type InvalidKind int
 
 // What a client has sent.
 const (
-	Refused   InvalidKind = iota // a request that is malformed, too large or not supported
-	LateHTTP2                    // HTTP/2 after requests of HTTP/1
-	TLS                          // TLS on a port without TLS
-	SOCKS                        // SOCKS 4 or 5
-	PlainHTTP                    // HTTP without TLS on a port with TLS
+	Refused       InvalidKind = iota // a request that is malformed, too large or not supported
+	LateHTTP2                        // HTTP/2 after requests of HTTP/1
+	TLS                              // TLS on a port without TLS
+	SOCKS4                           // SOCKS 4
+	SOCKS5                           // SOCKS 5
+	SSH                              // the identification of an SSH client
+	ProxyProtocol                    // the header of the PROXY protocol, which nothing has read
+	PlainHTTP                        // HTTP without TLS on a port with TLS
+	PriorHTTP2                       // HTTP/2 without TLS, where only HTTP/1 is spoken
 )
 
-// foreignProtocol tells from the first byte of a connection whether the client speaks a protocol
-// other than the port's, and which.
-func foreignProtocol(b byte, overTLS bool) (kind InvalidKind, found bool) {
+// proxyHeaders are the beginnings of the PROXY protocol's headers. The last one is what is left of the
+// second version's when empty lines have been dropped.
+var proxyHeaders = [][]byte{
+	[]byte("PROXY TCP4 "), []byte("PROXY TCP6 "), []byte("PROXY UNKNOWN"), []byte("\r\n\r\n\x00\r\nQUIT\n"), []byte("\x00\r\nQUIT\n"),
+}
+
+// foreignProtocol tells from what has arrived first on a connection, at least one byte, whether the
+// client speaks a protocol other than the port's, and which.
+func foreignProtocol(first []byte, overTLS bool) (kind InvalidKind, found bool) {
+	b := first[0]
 	switch {
-	case b == 4 || b == 5:
-		return SOCKS, true
+	case b == 4:
+		return SOCKS4, true
+	case b == 5:
+		return SOCKS5, true
 	case b == 0x16 && !overTLS: // a TLS handshake record
 		return TLS, true
+	case bytes.HasPrefix(first, []byte("SSH-")):
+		return SSH, true
+	case slices.ContainsFunc(proxyHeaders, func(header []byte) bool { return bytes.HasPrefix(first, header) }):
+		return ProxyProtocol, true
 	case overTLS && (b >= 'A' && b <= 'Z' || b >= 'a' && b <= 'z'): // a method: no TLS record starts so
 		return PlainHTTP, true
 	}

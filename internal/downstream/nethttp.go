@@ -13,6 +13,8 @@ import (
 	"reflect"
 	"sync/atomic"
 
+	"golang.org/x/net/http/httpguts"
+
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
@@ -123,10 +125,11 @@ func (c *readConn) Read(p []byte) (n int, err error) {
 // checkFirst refuses a client that does not speak the protocol of the port, and drops empty
 // lines before the first request (RFC 9112 §2.2). n is the number of bytes read into p.
 func (c *readConn) checkFirst(p []byte, n int) (int, error) {
-	if kind, found := foreignProtocol(p[0], c.overTLS); found {
-		c.server.answerInvalid(c.Conn, Invalid{Kind: kind})
-		c.server.Lingering.Close(c.Conn, hostport.AddrPortOf(c.RemoteAddr()).Addr())
-		return 0, io.EOF
+	if kind, found := foreignProtocol(p[:n], c.overTLS); found {
+		return c.refuse(Invalid{Kind: kind})
+	}
+	if c.server.HTTP1Only && !c.overTLS && bytes.HasPrefix(p[:n], []byte(http2Preface)) {
+		return c.refuse(Invalid{Kind: PriorHTTP2})
 	}
 	for !c.overTLS && n > 0 && p[0] == '\r' && len(p) > 1 {
 		if n == 1 {
@@ -145,7 +148,18 @@ func (c *readConn) checkFirst(p []byte, n int) (int, error) {
 			}
 		}
 	}
+	if !c.overTLS && n > 0 && !httpguts.IsTokenRune(rune(p[0])) && p[0] != '\r' && p[0] != '\n' {
+		return c.refuse(*badRequest("the request line does not begin with a method")) // net/http would wait for the end of the line
+	}
 	return n, nil
+}
+
+// refuse responds to input that net/http need not see, and closes the connection. For net/http it has
+// ended.
+func (c *readConn) refuse(what Invalid) (int, error) {
+	c.server.answerInvalid(c.Conn, what)
+	c.server.Lingering.Close(c.Conn, hostport.AddrPortOf(c.RemoteAddr()).Addr())
+	return 0, io.EOF
 }
 
 // Write implements io.Writer. It replaces net/http's responses to requests that no handler
@@ -202,8 +216,8 @@ func (l *readListener) Accept() (net.Conn, error) {
 }
 
 // Watch wraps ln, or the listener below it if ln is TLS, so that clients that speak
-// another protocol are refused as s says. It serves none itself, so of s it needs only Lingering
-// and OnInvalid.
+// another protocol are refused as s says. It serves none itself, so of s it needs only HTTP1Only,
+// Lingering and OnInvalid.
 func Watch(ln net.Listener, s *Server, overTLS bool) net.Listener {
 	if isOurs(ln) {
 		return ln

@@ -74,6 +74,10 @@ type Server struct {
 	// protocol with their settings, or nothing. A connection moves only to a listener with the same below it.
 	Below string
 
+	// HTTP1Only says that net/http serves no HTTP/2, so that a client that begins with it without
+	// TLS is refused.
+	HTTP1Only bool
+
 	Listeners *Listeners // of the program
 	Lingering *Lingering // of the program
 
