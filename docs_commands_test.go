@@ -7,8 +7,10 @@ package asyncproxy
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"syscall"
@@ -113,4 +115,34 @@ func compareShown(t *testing.T, got, want string) {
 			t.Errorf("the output lacks %q:\n%s", line, got)
 		}
 	}
+}
+
+// TestDocumentedExplain runs the explanation in docs/observability.md with the policies of
+// docs/reference.md.
+func TestDocumentedExplain(t *testing.T) {
+	texts := documents(t)
+	_, policies, _ := strings.Cut(texts["docs/reference.md"], "\n## Policies\n")
+	config := filepath.Join(t.TempDir(), "Caddyfile")
+	if err := os.WriteFile(config, []byte(fenced.FindStringSubmatch(policies)[1]), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	shown := regexp.MustCompile("(?ms)^```text\n\\$ caddy (async-proxy explain [^\n]*)\n(.*?)^```").FindStringSubmatch(texts["docs/observability.md"])
+	if shown == nil {
+		t.Fatal("found no explanation")
+	}
+	out, err := commandOf(t, append(strings.Fields(shown[1]), "--config", config)...).Output()
+	if code := (*exec.ExitError)(nil); !errors.As(err, &code) || code.ExitCode() != 1 {
+		t.Errorf("explain: %v", err)
+	}
+	compareShown(t, string(out), shown[2])
+}
+
+// TestDocumentedRefusal compares the refusal in docs/denials.md with the proxy's.
+func TestDocumentedRefusal(t *testing.T) {
+	w := newWorld(t, "via office\nallow other.example.com\ndeny all", nil)
+	_, want, _ := strings.Cut(documents(t)["docs/denials.md"], "```text\n")
+	want, _, _ = strings.Cut(want, "```")
+	conn := w.dial()
+	conn.send("CONNECT example.com:443 HTTP/1.1\nHost: example.com:443\n\n")
+	compareShown(t, conn.readAll(), want)
 }
