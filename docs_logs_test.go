@@ -198,10 +198,12 @@ func TestLogTable(t *testing.T) {
 		} {
 			sendForLog(w.proxy, request.method+" "+map[bool]string{true: "http://"}[request.method == http.MethodGet]+request.target+" HTTP/1.1\r\nHost: "+request.target+"\r\n"+strings.ReplaceAll(logIn, "\n", "\r\n")+"\r\n")
 		}
-		for _, bytes := range []string{"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "\x05\x01\x00", "GET / HTTP/1.1\r\nHost", "nonsense\r\n\r\n", "GET http://" + origin + "/ HTTP/3.7\r\n\r\n", "GET http://" + origin + "/ HTTP/1.1\r\nA: " + strings.Repeat("a", 300<<10) + "\r\n\r\n"} {
+		for _, bytes := range []string{"SSH-2.0-client\r\n", "PROXY TCP4 127.0.0.1 127.0.0.1 1 2\r\nGET / HTTP/1.1\r\n\r\n", "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "\x05\x01\x00", "GET / HTTP/1.1\r\nHost", "nonsense\r\n\r\n", "GET http://" + origin + "/ HTTP/3.7\r\n\r\n", "GET http://" + origin + "/ HTTP/1.1\r\nA: " + strings.Repeat("a", 300<<10) + "\r\n\r\n"} {
 			sendForLog(w.proxy, bytes)
 		}
 	}
+	loadCaddyfile(t, strings.Replace(w.globals(), "{\n", "{\n\tservers {\n\t\tprotocols h1\n\t\tlistener_wrappers {\n\t\t\tasync_proxy\n\t\t}\n\t}\n", 1)+w.site("zone h1"))
+	sendForLog(w.proxy, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
 	currentProcess().blockClient(keyOf("127.0.0.1"), time.Hour)
 	defer currentProcess().unblock(keyOf("127.0.0.1"))
 	w.load(w.site("zone blocked"))
