@@ -1,6 +1,8 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
+//go:build linux
+
 package asyncproxy
 
 import (

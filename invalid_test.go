@@ -4,7 +4,6 @@
 package asyncproxy
 
 import (
-	"context"
 	"crypto/tls"
 	"fmt"
 	"io"
@@ -16,8 +15,6 @@ import (
 	"strings"
 	"testing"
 	"time"
-
-	"golang.org/x/net/http2"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
@@ -325,9 +322,8 @@ func TestPriorHTTP2(t *testing.T) {
 	for _, options := range []tunnelSetup{{protocols: "h1"}, {protocols: "h1", site: "vars a b"}} {
 		w := newTunnelWorld(t, options)
 		forgetInvalidLines()
-		transport := &http2.Transport{AllowHTTP: true, DialTLSContext: func(ctx context.Context, network, addr string, _ *tls.Config) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, network, addr)
-		}}
+		transport := &http.Transport{Protocols: new(http.Protocols)}
+		transport.Protocols.SetUnencryptedHTTP2(true)
 		_, err := (&http.Client{Transport: transport, Timeout: patience}).Get("http://" + w.plain + "/")
 		if err == nil || !strings.Contains(err.Error(), "HTTP_1_1_REQUIRED") {
 			t.Errorf("%v", err)
