@@ -16,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/net/http2"
+
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 )
@@ -322,11 +324,22 @@ func TestPriorHTTP2(t *testing.T) {
 	for _, options := range []tunnelSetup{{protocols: "h1"}, {protocols: "h1", site: "vars a b"}} {
 		w := newTunnelWorld(t, options)
 		forgetInvalidLines()
-		transport := &http.Transport{Protocols: new(http.Protocols)}
-		transport.Protocols.SetUnencryptedHTTP2(true)
-		_, err := (&http.Client{Transport: transport, Timeout: patience}).Get("http://" + w.plain + "/")
-		if err == nil || !strings.Contains(err.Error(), "HTTP_1_1_REQUIRED") {
-			t.Errorf("%v", err)
+		c := dialRaw(t, w.plain)
+		framer := http2.NewFramer(c, c.r)
+		c.send(http2.ClientPreface)
+		if err := framer.WriteSettings(); err != nil {
+			t.Fatal(err)
+		}
+		settings, err := framer.ReadFrame()
+		if _, ok := settings.(*http2.SettingsFrame); !ok {
+			t.Fatalf("%v, %v", settings, err)
+		}
+		frame, err := framer.ReadFrame()
+		if goAway, ok := frame.(*http2.GoAwayFrame); !ok || goAway.ErrCode != http2.ErrCodeHTTP11Required || string(goAway.DebugData()) != useHTTP1 {
+			t.Errorf("%v, %v", frame, err)
+		}
+		if rest := c.readAll(); rest != "" {
+			t.Errorf("%q follows", rest)
 		}
 		if line := w.waitLog(invalidLogs[invalidHTTP2].message, 1)[0]; line["client"] != "127.0.0.1" || line["reason"] != "http2" || line["level"] != "warn" {
 			t.Errorf("the log has %v", line)
