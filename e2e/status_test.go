@@ -425,6 +425,9 @@ func TestScreenshots(t *testing.T) {
 		t.Skip("SCREENSHOTS is not set")
 	}
 	w := newWorld(t, "burst 60\nrefill 4\nallow 127.0.0.0/8\nmax_tunnels 500 per_client 50", "actions")
+	// A proxy as it should be, which the page has no warnings about.
+	w.config = strings.NewReplacer("clients all", "clients 203.0.113.0/24", "trusted_proxies static 127.0.0.1/32", "trusted_proxies static 127.0.0.1/32\n\t\ttrusted_proxies_strict").Replace(w.config)
+	w.load()
 	p := w.open(1440, "light")
 	const shown = 5 * time.Minute
 	done := make(chan struct{})
