@@ -81,6 +81,11 @@ var apartTests = []string{
 	"TestCommandStatus",
 	"TestBinaryCommands",
 	"TestWarningsAboutDescriptors",
+	"TestWarningsAboutEvictions",
+	"TestWarningsOfAConfig",
+	"TestWarningsOfTheProcess",
+	"TestTopTargets",
+	"TestLogTable",
 }
 
 // The main process starts a second one, the runner, which starts one for each of apartTests.

@@ -35,7 +35,7 @@ func TestProxyProtocol(t *testing.T) {
 		"fallback_policy require": {proxyV1: named, "": refused},
 		"fallback_policy reject":  {proxyV1: refused, proxyV2: refused, "": unnamed},
 		"fallback_policy ignore":  {proxyV1: unnamed, "": unnamed},
-		"fallback_policy skip":    {proxyV1: "This is not a well-formed HTTP request", "": unnamed},
+		"fallback_policy skip":    {proxyV1: "This connection begins with a header of the PROXY protocol", "": unnamed},
 		"deny 127.0.0.0/8":        {proxyV1: refused, "": unnamed},
 	} {
 		f := form{wrappers: "proxy_protocol {\n" + policy + "\n}\n"}
@@ -129,7 +129,7 @@ func TestProxyProtocolAndInvalidClients(t *testing.T) {
 		forgetInvalidLines()
 		c := dialRaw(t, w.proxy)
 		_, _ = io.WriteString(c, proxyV1+"\x05\x01\x00")
-		if got := c.readAll(); got != "" {
+		if got := c.readAll(); got != "\x05\xff" {
 			t.Errorf("%s: SOCKS got %q", f.name, got)
 		}
 		line := w.waitLog(invalidLogs[invalidSOCKS].message, 1)[0]

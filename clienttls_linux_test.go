@@ -113,8 +113,8 @@ func TestTLSHandshakeEnds(t *testing.T) {
 		"a part, and a reset":   {func(c *rawConn) { hello(c, 50); _ = c.SetLinger(0); _ = c.TCPConn.Close() }, "connection reset by peer", ""},
 		"the end":               {func(c *rawConn) { _ = c.CloseWrite() }, "EOF", ""},
 		"no version":            {func(c *rawConn) { _, _ = c.Write([]byte("\x16\x03\x01\x00\x05hello")) }, " exceeds maximum of 65536 bytes", "\x15"},
-		"HTTP without TLS":      {func(c *rawConn) { c.send("GET / HTTP/1.1\n\n"); _ = c.CloseWrite() }, "EOF", "HTTP/1.1 400 Bad Request"},
-		"SOCKS":                 {func(c *rawConn) { c.send("\x05\x01\x00"); _ = c.CloseWrite() }, "EOF", ""},
+		"HTTP without TLS":      {func(c *rawConn) { c.send("GET / HTTP/1.1\n\n"); _ = c.CloseWrite() }, "EOF", "HTTP/1.1 400 This proxy speaks TLS on this port"},
+		"SOCKS":                 {func(c *rawConn) { c.send("\x05\x01\x00"); _ = c.CloseWrite() }, "EOF", "\x05\xff"},
 		"no protocol in common": {func(c *rawConn) { _ = tls.Client(c.TCPConn, clientTLS("spdy")).Handshake() }, `\"spdy\"])`, ""},
 	} {
 		before := len(w.handshakeErrors(row.log))

@@ -62,6 +62,9 @@ func checkWarnings(t *testing.T, what string, codes ...string) (found []status.W
 // TestWarningsOfAConfig checks what is wrong with running configs, and that each config has its own
 // warnings, which are those of the log.
 func TestWarningsOfAConfig(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w := newWorld(t, "", nil)
 	checkWarnings(t, "defaults")
 	for _, row := range []struct {
@@ -95,6 +98,9 @@ func TestWarningsOfAConfig(t *testing.T) {
 
 // TestWarningsOfTheProcess checks what is wrong at the moment.
 func TestWarningsOfTheProcess(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w := newWorld(t, "", nil)
 
 	w.load(w.site("max_tunnels 10"))
@@ -138,8 +144,11 @@ func TestWarningsOfTheProcess(t *testing.T) {
 	checkWarnings(t, "the end of another process")
 }
 
-// TestWarningsAboutForgottenClients checks with more clients than max_clients.
-func TestWarningsAboutForgottenClients(t *testing.T) {
+// TestWarningsAboutEvictions checks with more clients than max_clients.
+func TestWarningsAboutEvictions(t *testing.T) {
+	if !apart(t) {
+		return
+	}
 	w := newWorld(t, "", nil)
 	load := func(most int) {
 		loadCaddyfile(t, strings.Replace(w.globals(), "{\n", "{\n\tservers {\n\t\ttrusted_proxies static 127.0.0.0/8\n\t\ttrusted_proxies_strict\n\t}\n", 1)+
