@@ -19,8 +19,8 @@ const installedName = "async-proxy"
 // serviceSocket is the admin endpoint of the service that packages install.
 const serviceSocket = "/run/async-proxy/admin.sock"
 
-// init lets the program of a release be asked with `async-proxy status` as well as with
-// `async-proxy async-proxy status`.
+// init makes `async-proxy status` mean the same as `async-proxy async-proxy status` where the program
+// is installed as async-proxy.
 func init() {
 	if caddy.CustomBinaryName != installedName {
 		return

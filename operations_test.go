@@ -23,7 +23,7 @@ import (
 )
 
 // TestKubernetesPod runs the Caddyfile of contrib/kubernetes as its pod does: as an ordinary user, with
-// a root that nobody can write to and an empty /tmp. It is ready, alive and measured, serves requests, and
+// a read-only root and an empty /tmp. It is ready, alive and measured, serves requests, and
 // leaves a tunnel open when it is asked to stop.
 func TestKubernetesPod(t *testing.T) {
 	if !inNamespace(t) {
@@ -99,8 +99,8 @@ func checkStop(t *testing.T, cmd *exec.Cmd) {
 	}
 }
 
-// startPod runs Caddy in a root of its own, which is read-only. It returns the command, which nobody has
-// waited for, and its output.
+// startPod runs Caddy in a root of its own, which is read-only. It returns the command, for which
+// the caller must wait, and its output.
 func startPod(t *testing.T) (*exec.Cmd, *bytes.Buffer) {
 	t.Helper()
 	root := t.TempDir()

@@ -178,8 +178,8 @@ func checkSymptom(t *testing.T, s symptom, message, line string) {
 	})
 }
 
-// unknownIssuer starts a TLS server whose certificate has been issued by an authority that nobody
-// knows, and returns its address.
+// unknownIssuer starts a TLS server whose certificate has been issued by an unknown
+// authority, and returns its address.
 func unknownIssuer(t *testing.T) string {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
