@@ -62,10 +62,10 @@ func TestKubernetesPod(t *testing.T) {
 	if _, text := get("http://127.0.0.1:9180/metrics"); !strings.Contains(text, "caddy_async_proxy_requests_total") {
 		t.Error("no metrics")
 	}
+	checkStop(t, cmd)
 	if strings.Contains(output.String(), "read-only file system") {
 		t.Errorf("it wants to write to its root:\n%s", output)
 	}
-	checkStop(t, cmd)
 	if t.Failed() {
 		t.Logf("%s", output)
 	}
