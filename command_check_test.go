@@ -11,6 +11,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -135,30 +136,16 @@ func TestCommandCheck(t *testing.T) {
 
 // TestProbe checks what is no answer.
 func TestProbe(t *testing.T) {
-	tcp := func(serve func(conn net.Conn)) status.Listener {
-		ln, err := net.Listen("tcp4", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { ln.Close() })
-		go func() {
-			for {
-				conn, err := ln.Accept()
-				if err != nil {
-					return
-				}
-				serve(conn)
-			}
-		}()
-		return status.Listener{Network: "tcp", Address: ln.Addr().String()}
+	tcp := func(serve func(*net.TCPConn)) status.Listener {
+		return status.Listener{Network: "tcp", Address: listen(t, serve)}
 	}
-	says := func(text string) func(net.Conn) {
-		return func(conn net.Conn) {
+	says := func(text string) func(*net.TCPConn) {
+		return func(conn *net.TCPConn) {
 			fmt.Fprint(conn, text)
-			_ = conn.(*net.TCPConn).CloseWrite()
+			_ = conn.CloseWrite()
 		}
 	}
-	silent := tcp(func(net.Conn) {})
+	silent := tcp(func(conn *net.TCPConn) { _, _ = io.Copy(io.Discard, conn) })
 	silentTLS := silent
 	silentTLS.TLS = true
 	otherTLS := tcp(says("HTTP/1.1 200 OK\r\n\r\n"))
