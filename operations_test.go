@@ -228,7 +228,7 @@ func TestUpgradeOnOnePort(t *testing.T) {
 		_ = next.cmd.Process.Kill()
 		_ = next.cmd.Wait()
 	})
-	eventually(t, "the second process", func() bool { return binaryListens(next.admin) })
+	eventually(t, "the second process to listen, too", listeningTwice) // its admin endpoint is ready earlier
 	if err := old.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
