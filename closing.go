@@ -13,7 +13,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 )
 
-// CloseInStages closes the connection after the proxy's own response to r has been written,
+// closeInStages closes the connection after the proxy's own response to r has been written,
 // if it is HTTP/1 and the client may still be sending.
 func (p *proxy) closeInStages(w http.ResponseWriter, r *http.Request, client netip.Addr) {
 	if r.ProtoMajor != 1 || !stillSending(r) {

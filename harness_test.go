@@ -379,7 +379,7 @@ func (c *rawConn) connect(target string) {
 	}
 }
 
-// readMetrics reads until the peer closes or half-closes.
+// readAll reads until the peer closes or half-closes.
 func (c *rawConn) readAll() string {
 	c.t.Helper()
 	data, err := io.ReadAll(c.r)

@@ -273,7 +273,7 @@ func deniedFields(denied *access.DeniedError) []zap.Field {
 // ruleOf returns the rule that denies a destination, as operators see it.
 func ruleOf(denied *access.DeniedError) string { return cmp.Or(denied.Rule, "default") }
 
-// Opened implements tunnelObserver.
+// Opened implements the tunnel's Observer.
 func (s *site) Opened(t *tunnel.Tunnel) {
 	s.process.reconcile(t)
 	program.status.Active()
@@ -290,7 +290,7 @@ func (s *site) Opened(t *tunnel.Tunnel) {
 	}
 }
 
-// Closed implements tunnelObserver.
+// Closed implements the tunnel's Observer.
 func (s *site) Closed(t *tunnel.Tunnel) {
 	duration := time.Since(t.Start)
 	program.metrics.TunnelClosed(duration)

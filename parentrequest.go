@@ -41,7 +41,7 @@ func readdress(p *egress.Parent, out *origin.Request, requested string) {
 	}
 	out.Target, out.Host = "http://"+requested+out.Target, requested
 	out.Header = maps.Clone(out.Header)
-	if len(p.Header) > 0 { // make sure that no proxy answers, as it could echo p.header
+	if len(p.Header) > 0 { // make sure that no proxy answers, as it could echo p.Header
 		delete(out.Header, "Max-Forwards")
 	}
 	maps.Copy(out.Header, p.Header)

@@ -40,7 +40,8 @@ type Upstream struct {
 	TLS *reverseproxy.TLSConfig `json:"tls,omitempty"`
 }
 
-// egress.ParentConfig replaces the placeholders of u and loads its certificates.
+// parentConfig returns the configuration of the parent, with the placeholders of u replaced and
+// its certificates loaded. timeout is the time limit for opening a connection through the parent.
 func (u *Upstream) parentConfig(ctx caddy.Context, timeout time.Duration) (c egress.ParentConfig, err error) {
 	var credentials string
 	if c.Scheme, credentials, c.Address, err = splitUpstream(u.URL); err != nil {

@@ -13,10 +13,11 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
-// newStallTimer returns what extends the write deadline of a slow client of net/http, or nil if there
-// is no timeout that can be restarted. A downstream.Writer extends its own. Over HTTP/2 each stream
-// has a timeout of its own, but acknowledgements are for the whole connection. There newStallTimer
-// only limits how much waits in the kernel.
+// newStallTimer returns a timer that extends the write deadline of a slow client of net/http. It
+// returns nil on the fast path, where downstream.Writer has its own timer, and if the server has no
+// write timeout that may be restarted. It also returns nil over HTTP/2, where each stream has its own
+// timeout but only the connection as a whole has acknowledgements. It then only limits how many
+// unsent bytes the kernel holds.
 func newStallTimer(w http.ResponseWriter, r *http.Request) *tcpconn.StallTimer {
 	if downstream.Serves(r) {
 		return nil
@@ -45,9 +46,9 @@ func waitForEnd(w http.ResponseWriter, slow *tcpconn.StallTimer) error {
 
 // startWriteIdleTimeout sets Caddy's write_idle as the deadline for the response that begins now.
 // Caddy's own timeout starts with the first content that is written, so a response without
-// content would wait forever for a client that does not read. A clientConn sets a deadline
-// for each write itself. Over HTTP/2, a deadline is a timer that ends the stream even when
-// nothing is written, so it is not set.
+// content would wait forever for a client that does not read. On the fast path, downstream.Writer
+// sets a deadline for each write itself. Over HTTP/2, a deadline is a timer that ends the stream
+// even when nothing is written, so it is not set.
 func startWriteIdleTimeout(r *http.Request) {
 	if r.ProtoMajor == 2 || downstream.Serves(r) {
 		return

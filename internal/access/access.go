@@ -27,7 +27,7 @@ import (
 type Control struct {
 	Sets          []*RuleSet
 	Ports         []PortRange                              // nil: all but PortSMTP
-	Connect       []PortRange                              // the ports for CONNECT; nil: as ports
+	Connect       []PortRange                              // the ports for CONNECT; nil: those of Ports
 	IsSelf        func(to netip.AddrPort, exact bool) bool // whether an address is a protected listener of this process
 	ReportOnly    bool                                     // denials by rules and ports are only reported
 	RecheckReused bool                                     // verdicts can change, or must be reported again: recheck reused connections
@@ -194,13 +194,13 @@ func (v *Verdict) enforces(p *Control, e *DeniedError) bool {
 }
 
 // CheckName decides about a target before its name is resolved, which saves DNS queries
-// for denied names. What it allows must still pass check. If resolvable is false, this
-// proxy never resolves the name, since the parent does: then rules for addresses do not
+// for denied names. What it allows must still pass Check. If resolvable is false, this
+// proxy never resolves the name, because the parent does. Rules for addresses then do not
 // apply to names, and CheckName decides alone.
 func (p *Control) CheckName(ctx context.Context, r Scope, t hostport.Target, resolvable bool) (v Verdict) {
 	if t.Addr.IsValid() {
 		if resolvable {
-			return v // check decides about it
+			return v // Check decides about it
 		}
 		return p.Check(ctx, r, t, netip.AddrPortFrom(t.Addr, t.Port))
 	}
@@ -231,7 +231,7 @@ func (p *Control) CheckName(ctx context.Context, r Scope, t hostport.Target, res
 		}
 	}
 	if resolvable {
-		v.Reported = nil // check reports it again
+		v.Reported = nil // Check reports it again
 	}
 	return v
 }

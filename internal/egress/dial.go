@@ -72,7 +72,7 @@ type attemptKey struct{}
 
 // Dial connects to address, a host and a port, for a client of the given reach. It
 // uses the parent unless the address bypasses it. The addresses of a name are tried as
-// RFC 8305 recommends. If the dial fails and any of the addresses was denied, dial
+// RFC 8305 recommends. If the dial fails and any of the addresses was denied, Dial
 // returns the denial.
 func (d *Dialer) Dial(ctx context.Context, r access.Scope, address string) (net.Conn, error) {
 	if d.UsesParent(address) {

@@ -84,8 +84,8 @@ func (c *ChunkReader) nextChunk() error {
 	return err
 }
 
-// CheckStart returns an error if the buffered first size line is malformed, or if it is
-// the last chunk and the buffered trailers are.
+// checkStart returns an error if the buffered first size line is malformed, or if it is
+// that of the last chunk and the buffered trailers are malformed.
 func (c *ChunkReader) checkStart() error {
 	input, _ := c.R.Peek(c.R.Buffered())
 	end := bytes.IndexByte(input, '\n') + 1

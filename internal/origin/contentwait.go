@@ -87,9 +87,9 @@ func (w *contentWait) end() {
 	}
 }
 
-// WaitFor calls arrives, which blocks until c is readable or its deadline passes, until
-// it returns something other than a timeout. It returns that, or the reason to close the
-// response.
+// waitFor calls arrives, which blocks until c is readable or its deadline passes, until
+// arrives returns something other than a timeout. It returns that, or the reason to close
+// the response.
 func (w *contentWait) waitFor(c *pooledConn, arrives func() error) error {
 	if w.stop == nil {
 		w.stop = context.AfterFunc(w.limits.Exit, func() { c.deadline.Interrupt(c.Conn) })
@@ -114,7 +114,7 @@ func (w *contentWait) waitFor(c *pooledConn, arrives func() error) error {
 	}
 }
 
-// read is WaitFor for an origin that speaks HTTP/2. It calls read, and calls cancel, which
+// read is waitFor for an origin that speaks HTTP/2. It calls read, and calls cancel, which
 // must make read return, if the response has waited too long.
 func (w *contentWait) read(p []byte, read func([]byte) (int, error), cancel func()) (int, error) {
 	var mu sync.Mutex

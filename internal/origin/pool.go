@@ -167,8 +167,8 @@ func asDialError(err error) error {
 	return &DialError{err}
 }
 
-// OverTLS returns a dialFunc that dials and performs a TLS handshake that offers the given
-// protocols.
+// overTLS returns a dialFunc that dials and then performs a TLS handshake, in which it offers
+// the given protocols.
 func overTLS(dial dialFunc, protocols ...string) dialFunc {
 	return func(ctx context.Context, authority string) (net.Conn, error) {
 		conn, err := dial(ctx, authority)

@@ -36,7 +36,7 @@ type End interface {
 }
 
 // streamEnd is a client's end that is a stream, one of several on a connection. Only the
-// return of run ends a stream in order, and that ends both of its directions.
+// return of Tunnel.Run ends a stream in order, and that ends both of its directions.
 type streamEnd interface {
 	End
 
@@ -62,7 +62,7 @@ type streamEnd interface {
 	Server() io.Closer
 }
 
-// ConnEnd is a peer with a connection of its own.
+// ConnEnd is an end with a connection of its own.
 type ConnEnd struct {
 	net.Conn
 	half   tcpconn.HalfCloser // nil: the connection cannot half-close

@@ -120,7 +120,7 @@ func (r *Registry) Admit(owner *Owner, key client.Key, limits Limits) *LimitErro
 	return nil
 }
 
-// Release releases what Admit has reserved.
+// Release releases what Admit reserved.
 func (r *Registry) Release(owner *Owner, key client.Key) {
 	r.release(owner.accountOf(key))
 	if owner.Policy != "" {
@@ -183,7 +183,7 @@ func (r *Registry) DialContext(ctx context.Context, timeout time.Duration) (open
 	return open, func() { watch.Stop(); cancel() }
 }
 
-// DialContext ends with the embedded context, and takes values from another one.
+// dialContext ends with the embedded context, and takes values from another one.
 type dialContext struct {
 	context.Context
 	values context.Context
@@ -209,7 +209,7 @@ func (r *Registry) add(t *Tunnel) {
 	}
 }
 
-// remove removes a tunnel that has ended and releases what admit has reserved.
+// remove removes a tunnel that has ended, and releases what Admit reserved.
 func (r *Registry) remove(t *Tunnel) {
 	r.tunnels.Delete(t.ID)
 	if t.LocalAddr.IsValid() {

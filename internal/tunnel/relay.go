@@ -22,7 +22,7 @@ var smallBuffers = sync.Pool{New: func() any { return new([smallBuffer]byte) }}
 type Flow struct {
 	atomic.Int64              // bytes written to the destination
 	writing      atomic.Bool  // a write to the destination is in progress
-	counted      atomic.Int64 // bytes that growth has returned
+	counted      atomic.Int64 // bytes that growth has returned so far
 }
 
 // growth returns the growth since the last call. Concurrent callers get it only once.
@@ -37,7 +37,7 @@ func (f *Flow) growth() int64 {
 // Relay copies from src to dst until src ends or dst fails, and counts the bytes that were
 // written. readErr is src's error, io.EOF if it ended in order. writeErr is dst's error.
 //
-// While src is silent, relay holds no pooled buffer and no pipe, so that an idle tunnel is
+// While src is silent, Relay holds no pooled buffer and no pipe, so that an idle tunnel is
 // cheap. It waits until a socket is readable and only then takes a buffer. Any other source,
 // such as TLS or an HTTP/2 stream, can only be read into a buffer that is there already:
 // that one is small, and a large one replaces it while reads fill it.

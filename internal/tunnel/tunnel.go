@@ -73,16 +73,15 @@ type Tunnel struct {
 	Registry  *Registry
 
 	Near, Far    End       // the client and the target
-	stream       streamEnd // near, if it is a stream; else nil
+	stream       streamEnd // Near, if it is a stream; else nil
 	ResponseHead []byte    // sent to the client before any bytes from the target
-	ClientPrefix []byte    // bytes that the client sent after its request, before the greeting
-
-	TargetPrefix []byte // of an upgrade: bytes that the target sent after its 101
+	ClientPrefix []byte    // bytes that the client sent after its request, before the tunnel was open
+	TargetPrefix []byte    // of an upgrade: bytes that the target sent after its 101
 
 	Up, down        Flow         // bytes from and to the client
 	lastActive      atomic.Int64 // when bytes were last seen to have passed, since epoch
-	ticksSinceAbort int          // ticks since its stream was aborted; only for look
-	keepAliveOn     bool         // has seen a tick before; only for look
+	ticksSinceAbort int          // ticks since its stream was aborted; only for tick
+	keepAliveOn     bool         // tick has run before; only for tick
 
 	mu                  sync.Mutex // guards the following
 	nearWatch, farWatch endWatch
@@ -144,7 +143,7 @@ func (t *Tunnel) relayUp(done chan<- struct{}) {
 	t.directionEnded(t.Far, t.Near, readErr, writeErr)
 }
 
-// relayDown relays from the target to the client. err is the error of writing the greeting.
+// relayDown relays from the target to the client. err is the error of writing ResponseHead.
 func (t *Tunnel) relayDown(err error) {
 	if err == nil && len(t.TargetPrefix) > 0 {
 		var n int
@@ -208,7 +207,7 @@ func (t *Tunnel) directionEnded(dst, src End, readErr, writeErr error) {
 	case readErr == io.EOF, t.Reason.Load() != nil && errors.Is(readErr, net.ErrClosed): // we closed it
 		t.setReason(end)
 		if !t.isStream(dst) && t.halfClosed.Add(1) == 2 {
-			return // both sides have half-closed: run closes the connections
+			return // both sides have half-closed: Run closes the connections
 		}
 		_ = dst.CloseWrite()
 	default:
