@@ -68,11 +68,14 @@ func differencesOf(t *testing.T, section string, n int) map[string]string {
 	return rows
 }
 
-// everywhere makes every address one of this machine, although no interface has it, and answers
+// unreachable is the address of away.example.com.
+const unreachable = "8.8.6.6"
+
+// everywhere makes every other address one of this machine, although no interface has it, and answers
 // requests and DNS queries at all of them.
 func everywhere(t *testing.T) {
 	t.Helper()
-	for _, route := range []string{"ip route add local 0.0.0.0/0 dev lo", "ip -6 route add local ::/0 dev lo", "echo 1 >/proc/sys/net/ipv6/ip_nonlocal_bind"} {
+	for _, route := range []string{"ip route add local 0.0.0.0/0 dev lo", "ip route add unreachable " + unreachable + " table local", "ip -6 route add local ::/0 dev lo", "echo 1 >/proc/sys/net/ipv6/ip_nonlocal_bind"} {
 		if out, err := exec.Command("sh", "-c", route).CombinedOutput(); err != nil {
 			t.Fatalf("%s: %v %s", route, err, out)
 		}
@@ -103,6 +106,8 @@ func everywhere(t *testing.T) {
 			return []string{"10.9.9.9"}
 		case strings.HasPrefix(name, "local."):
 			return []string{"127.0.0.1"}
+		case strings.HasPrefix(name, "away."):
+			return []string{unreachable}
 		}
 		return []string{"8.8.8.8"}
 	})

@@ -6,6 +6,7 @@
 package asyncproxy
 
 import (
+	"fmt"
 	"net/http"
 	"os"
 	"os/exec"
@@ -14,6 +15,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"golang.org/x/crypto/bcrypt"
 )
 
 // Rules about the request have the same effect in both proxies.
@@ -191,6 +194,70 @@ func TestMigratingFromTinyproxy(t *testing.T) {
 		10.1.2.3 CONNECT www.example.com:80
 		10.1.2.3 CONNECT www.example.com:22
 	`}.compare(t)
+}
+
+// The two configurations of forwardproxy's section give the same answers, both without TLS.
+func TestMigratingFromForwardproxy(t *testing.T) {
+	const built = "ASYNC_PROXY_FORWARDPROXY"
+	if os.Getenv(built) == "" { // outside the namespace, where Go can fetch modules
+		t.Setenv(built, filepath.Join(t.TempDir(), "caddy"))
+		build := exec.Command("go", "build", "-o", os.Getenv(built), ".")
+		build.Dir = "e2e/forwardproxy"
+		if out, err := build.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	if !inNamespace(t) {
+		return
+	}
+	everywhere(t)
+	const section = "From forwardproxy"
+	config := filepath.Join(t.TempDir(), "Caddyfile")
+	text := strings.NewReplacer("{\n\torder", "{\nadmin off\npersist_config off\norder", ":443, proxy.example.com {", "http://:3129 {").
+		Replace(blockOf(t, section, "text", 0))
+	if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(os.Getenv(built), "run", "--adapter", "caddyfile", "--config", config)
+	cmd.Env = append(os.Environ(), "HOME="+t.TempDir())
+	startOther(t, cmd)
+	hash, err := bcrypt.GenerateFromPassword([]byte("secret"), bcrypt.MinCost)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ours := regexp.MustCompile(`alice \S+`).ReplaceAllLiteralString(blockOf(t, section, "caddyfile", 0), "alice "+string(hash))
+	startMigrated(t, strings.Replace(ours, ":443, proxy.example.com {", "http://:3128 {", 1))
+	var requests strings.Builder
+	for line := range strings.Lines(namedRequests + `
+		10.1.2.3 CONNECT www.example.com:80
+		10.1.2.3 CONNECT www.example.com:22
+		10.1.2.3 GET http://www.example.com:8080/
+		10.1.2.3 GET http://WWW.EXAMPLE.COM/
+		10.1.2.3 GET http://10.9.9.9/
+		10.1.2.3 CONNECT intranet.example.com:443
+		10.1.2.3 CONNECT away.example.com:443
+		127.0.0.1 GET http://www.example.com/
+	`) {
+		if fields := strings.Fields(line); len(fields) != 0 {
+			fmt.Fprintln(&requests, fields[0], "alice:secret", fields[1], fields[2])
+		}
+	}
+	migration{section: section, requests: requests.String() + `
+		10.1.2.3 GET http://www.example.com/
+		10.1.2.3 CONNECT www.example.com:443
+		10.1.2.3 alice:wrong GET http://www.example.com/
+		10.1.2.3 bob:secret GET http://www.example.com/
+	`}.compare(t)
+
+	// Neither tells origins of the client or of itself.
+	for _, proxy := range []string{peerAddress, "127.0.0.1:3128"} {
+		_, sent := exchange(t, proxy, "10.1.2.3", "GET http://www.example.com/ HTTP/1.1\r\nHost: www.example.com\r\nProxy-Authorization: "+login("alice", "secret")+"\r\n\r\n")
+		for _, field := range []string{"Forwarded", "Via:", "10.1.2.3", "Proxy-"} {
+			if strings.Contains(sent, field) {
+				t.Errorf("through %s, the origin got\n%s", proxy, sent)
+			}
+		}
+	}
 }
 
 // The program in the document compiles, and gives the same answers as the Caddyfile.
