@@ -69,3 +69,12 @@ func hasErrorRoutes(r *http.Request) bool {
 	server, _ := r.Context().Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
 	return server != nil && server.Errors != nil && len(server.Errors.Routes) > 0
 }
+
+// hasUnreadInput reports whether an HTTP/1 connection must close after a response to r because
+// the client may have sent data that nothing reads: the request's content, or bytes after
+// a CONNECT for a tunnel that was not opened. They would be parsed as another request, or
+// read before the response is sent. An HTTP/1.0 connection closes in any case (RFC 9112
+// §9.3).
+func hasUnreadInput(r *http.Request) bool {
+	return r.ProtoMajor == 1 && (r.ContentLength != 0 || r.Method == http.MethodConnect || r.ProtoMinor == 0)
+}

@@ -35,13 +35,13 @@ func newStallTimer(w http.ResponseWriter, r *http.Request) *tcpconn.StallTimer {
 }
 
 // waitForEnd waits until the client has read enough for the end of a chunked response to be written
-// without waiting. At that point, nothing restarts the timeout any longer, and nothing could tell
-// that the client has stopped reading.
-func waitForEnd(w http.ResponseWriter, slow *tcpconn.StallTimer) error {
+// without blocking. stall may be nil. While that end is being written, nothing restarts the write
+// timeout, so a client that reads slowly could not be told from one that has stopped.
+func waitForEnd(w http.ResponseWriter, stall *tcpconn.StallTimer) error {
 	if fast := downstream.WriterOf(w); fast != nil {
 		return asClientError(fast.WaitWritable())
 	}
-	return asClientError(slow.WaitWritable())
+	return asClientError(stall.WaitWritable())
 }
 
 // startWriteIdleTimeout sets Caddy's write_idle as the deadline for the response that begins now.

@@ -4,8 +4,6 @@
 package asyncproxy
 
 import (
-	"fmt"
-	"io"
 	"net/http"
 	"strconv"
 
@@ -26,8 +24,8 @@ func (p *proxy) sendRefusal(w http.ResponseWriter, r *http.Request, v *transacti
 	return p.writeRefusal(w, r, v, f, status, append([]byte(f.Error()), '\n'))
 }
 
-// proxyStatus returns the value of the Proxy-Status field (RFC 9209). errorType may have parameters of
-// its own behind it. The details are the words that a status line has.
+// proxyStatus returns the value of the Proxy-Status field (RFC 9209). errorType may be followed by
+// parameters. The details parameter has the sentence as it would be in a status line.
 func (p *proxy) proxyStatus(errorType, sentence string) string {
 	return p.name + "; error=" + errorType + "; details=" + quoted(reasonPhrase(sentence))
 }
@@ -69,40 +67,4 @@ func (p *proxy) writeRefusal(w http.ResponseWriter, r *http.Request, v *transact
 		toEnd.EndHijacked()
 	}
 	return nil
-}
-
-// hasUnreadInput reports whether an HTTP/1 connection must close after a response to r because
-// the client may have sent data that nothing reads: the request's content, or bytes after
-// a CONNECT for a tunnel that was not opened. They would be parsed as another request, or
-// read before the response is sent. An HTTP/1.0 connection closes in any case (RFC 9112
-// §9.3).
-func hasUnreadInput(r *http.Request) bool {
-	return r.ProtoMajor == 1 && (r.ContentLength != 0 || r.Method == http.MethodConnect || r.ProtoMinor == 0)
-}
-
-// answerMaxForwards responds to a TRACE or OPTIONS request whose Max-Forwards is used up.
-func answerMaxForwards(w http.ResponseWriter, r *http.Request) (int, error) {
-	if hasUnreadInput(r) {
-		w.Header()["Connection"] = []string{"close"}
-	}
-	startWriteIdleTimeout(r)
-	if r.Method == http.MethodOptions {
-		w.Header()["Allow"] = []string{"CONNECT, DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT, TRACE"}
-		w.Header()["Content-Length"] = []string{"0"}
-		w.WriteHeader(http.StatusOK)
-		return http.StatusOK, nil
-	}
-	if r.ContentLength != 0 {
-		return 0, causeTraceContent.refusal(nil)
-	}
-	// RFC 9110 §9.3.8: the request as it was received, without secrets.
-	for _, name := range []string{"Authorization", "Cookie", "Proxy-Authorization"} {
-		delete(r.Header, name)
-	}
-	w.Header()["Content-Type"] = []string{"message/http"}
-	w.WriteHeader(http.StatusOK)
-	_, _ = fmt.Fprintf(w, "TRACE %s %s\r\nHost: %s\r\n", r.RequestURI, r.Proto, r.Host)
-	_ = r.Header.Write(w)
-	_, _ = io.WriteString(w, "\r\n")
-	return http.StatusOK, nil
 }
