@@ -40,8 +40,8 @@ func metricLabels() metrics.Labels {
 	return labels
 }
 
-// count counts a completed request once. err is the result of serve. If err is a response
-// that the proxy must generate itself, count returns it.
+// count counts a completed request, unless it has been counted already. err is the result of serve.
+// If err is a response that the proxy must generate itself, count returns it.
 func (p *proxy) count(v *transaction, err error) *refusal {
 	o, f := outcomeOf(err)
 	switch {

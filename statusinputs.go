@@ -166,25 +166,3 @@ func countTunnels() (n, limit int) {
 	}
 	return 0, 0
 }
-
-// countRefusal counts the refusal of a request in its group, which the status page shows. It
-// takes no memory if the group has one already.
-func (v *transaction) countRefusal(f *refusal) {
-	k := status.RefusalKey{
-		Cause: string(f.cause), Reason: f.errorType, Client: v.addr, User: v.user, Policy: v.policy.name, Target: strings.ToLower(v.r.Host),
-	}
-	denied := deniedBy(f.err)
-	if denied != nil {
-		k.Rule, k.Address = ruleOf(denied), denied.To.Addr()
-	}
-	if f.cause == causeMethod {
-		k.Method = v.r.Method
-	}
-	program.status.Refused(k, v.start, func() status.RefusalDetails {
-		d := status.RefusalDetails{Status: f.status, Detail: f.text, Allow: denied.AllowLine()}
-		if denied != nil {
-			d.Hint = denied.Hint
-		}
-		return d
-	})
-}
