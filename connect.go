@@ -40,7 +40,7 @@ func (p *proxy) connect(w http.ResponseWriter, r *http.Request, v *transaction) 
 	}
 	ctx := from.policy.dialer.Access.WithConnect(p.withParentFields(r, from, target))
 	ctx, dialled := p.tunnels.DialContext(ctx, time.Duration(from.policy.options.DialTimeout))
-	far, err := from.policy.dial(ctx, from.reach, target)
+	far, err := from.policy.dial(ctx, from.scope, target)
 	dialled()
 	if err != nil {
 		from.policy.releaseTunnel(from.limitKey)
@@ -76,7 +76,7 @@ func (p *proxy) connect(w http.ResponseWriter, r *http.Request, v *transaction) 
 func (p *proxy) newTunnel(from clientIdentity, target, proto string, far net.Conn) *tunnel.Tunnel {
 	return &tunnel.Tunnel{
 		Client: from.addr, User: from.user, LimitKey: from.limitKey, Target: target, Proto: proto, Start: time.Now(),
-		Owner: from.policy.tunnelOwner, Scope: int(from.reach), Registry: p.tunnels,
+		Owner: from.policy.tunnelOwner, Scope: int(from.scope), Registry: p.tunnels,
 		Far: tunnel.NewConnEnd(far), Address: hostport.AddrPortOf(far.RemoteAddr()), LocalAddr: hostport.AddrPortOf(far.LocalAddr()),
 	}
 }

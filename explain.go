@@ -278,7 +278,7 @@ func (x *explainer) checkDestination(authority string) {
 	if x.addOption(c, dialer.Access.CheckPort(ctx, t.Port)) {
 		return
 	}
-	e := dialer.Explain(ctx, x.v.reach, authority)
+	e := dialer.Explain(ctx, x.v.scope, authority)
 	if e.ThroughParent {
 		x.Parent = dialer.Parent.Scheme + "://" + dialer.Parent.Address
 	} else if dialer.Parent != nil {
@@ -300,7 +300,7 @@ func (x *explainer) checkAddresses(e egress.Explanation) {
 		c := status.Check{Check: status.CheckAddress, Address: a.AddrPort.String(), Rule: a.Rule()}
 		if c.Rule == "" {
 			c.Rule, c.Detail = "default", "its address is public"
-			if x.v.reach == access.LocalScope {
+			if x.v.scope == access.LocalScope {
 				c.Detail = "clients on this machine may reach it"
 			}
 		}

@@ -51,9 +51,9 @@ func (p *proxy) forward(w http.ResponseWriter, r *http.Request, from clientIdent
 		return 0, err
 	}
 	y := from.policy
-	client := y.origins[from.reach]
+	client := y.origins[from.scope]
 	if y.parentOrigins != nil && !out.OverTLS && y.dialer.UsesParent(out.Authority) {
-		if err := y.dialer.CheckForParent(r.Context(), from.reach, out.Authority); err != nil {
+		if err := y.dialer.CheckForParent(r.Context(), from.scope, out.Authority); err != nil {
 			return 0, dialRefusal(r.Context(), err, r.Host)
 		}
 		if f := refuseEcho(y.dialer.Parent, out); f != nil {

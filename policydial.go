@@ -148,7 +148,7 @@ func (y *policy) provisionParent(ctx caddy.Context) error {
 	return nil
 }
 
-// dial connects to address for a client of the given reach, and counts the attempt.
+// dial connects to address for a client of the given scope, and counts the attempt.
 func (y *policy) dial(ctx context.Context, r access.Scope, address string) (net.Conn, error) {
 	start := time.Now()
 	conn, err := y.dialer.Dial(ctx, r, address)
@@ -157,7 +157,7 @@ func (y *policy) dial(ctx context.Context, r access.Scope, address string) (net.
 }
 
 // recheckAccess checks the rules for a reused connection that an earlier request of a client
-// of reach r opened. The verdict can only have changed if the rules can change, or if the
+// of scope r opened. The verdict can only have changed if the rules can change, or if the
 // connection leads to this machine (then to is valid), where the first check may have
 // missed a protected listener that had just been opened.
 func (y *policy) recheckAccess(ctx context.Context, r access.Scope, authority string, conn net.Conn, to netip.AddrPort) error {

@@ -226,7 +226,7 @@ type clientIdentity struct {
 	limitKey client.Key     // the key of its limits: a network or a user
 	peer     netip.AddrPort // the remote end of the connection
 	trusted  bool           // the peer is a trusted proxy
-	reach    access.Scope
+	scope    access.Scope   // which addresses it may reach by default
 }
 
 // identifyClient returns the sender of r. Connections over a Unix socket have no address: they
@@ -250,7 +250,7 @@ func identifyClient(r *http.Request) clientIdentity {
 	// load balancer or proxy that forwarded it is.
 	if c.addr.IsLoopback() && c.peer.Addr().IsLoopback() &&
 		len(r.Header["X-Forwarded-For"]) == 0 && len(r.Header["Forwarded"]) == 0 && len(r.Header["Via"]) == 0 {
-		c.reach = access.LocalScope
+		c.scope = access.LocalScope
 	}
 	return c
 }

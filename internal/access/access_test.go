@@ -179,7 +179,7 @@ func TestRulesOfDestinations(t *testing.T) {
 	const opens, byDefault = "opens", "default"
 	for _, tc := range []struct {
 		rules string
-		reach Scope
+		scope Scope
 		name  string // "": the address itself
 		to    string
 		want  string // opens, or the rule that denies
@@ -296,16 +296,16 @@ func TestRulesOfDestinations(t *testing.T) {
 			asked.Addr = to.Addr()
 		}
 		got := opens
-		if denied := p.Check(t.Context(), tc.reach, asked, to).Denied; denied != nil {
+		if denied := p.Check(t.Context(), tc.scope, asked, to).Denied; denied != nil {
 			if got = denied.Rule; got == "" {
 				got = byDefault
 			}
 		}
 		if got != tc.want {
-			t.Errorf("%q: %q at %s for reach %d: %s, want %s", tc.rules, tc.name, tc.to, tc.reach, got, tc.want)
+			t.Errorf("%q: %q at %s for scope %d: %s, want %s", tc.rules, tc.name, tc.to, tc.scope, got, tc.want)
 		}
 		// Checking the name alone may save a lookup but must not change the outcome.
-		if early := p.CheckName(t.Context(), tc.reach, asked, true).Denied; early != nil && got == opens {
+		if early := p.CheckName(t.Context(), tc.scope, asked, true).Denied; early != nil && got == opens {
 			t.Errorf("%q: the name %q is denied by %s, its address is not", tc.rules, tc.name, early.Rule)
 		}
 	}
@@ -315,7 +315,7 @@ func TestRulesOfDestinations(t *testing.T) {
 func TestRulesWithoutResolving(t *testing.T) {
 	for _, tc := range []struct {
 		rules, address string
-		reach          Scope
+		scope          Scope
 		open           bool
 	}{
 		{"", "x.example:80", PublicScope, true},
@@ -340,8 +340,8 @@ func TestRulesWithoutResolving(t *testing.T) {
 		{"allow private", "10.0.0.1:80", PublicScope, true},
 	} {
 		p := policyOf(t, tc.rules)
-		if denied := p.CheckName(t.Context(), tc.reach, hostport.TargetOf(tc.address), false).Denied; (denied == nil) != tc.open {
-			t.Errorf("%q: %s for reach %d: %v, want it open: %v", tc.rules, tc.address, tc.reach, denied, tc.open)
+		if denied := p.CheckName(t.Context(), tc.scope, hostport.TargetOf(tc.address), false).Denied; (denied == nil) != tc.open {
+			t.Errorf("%q: %s for scope %d: %v, want it open: %v", tc.rules, tc.address, tc.scope, denied, tc.open)
 		}
 	}
 }

@@ -6,7 +6,6 @@ package access
 import (
 	"cmp"
 	"net/netip"
-	"slices"
 	"strings"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
@@ -59,34 +58,21 @@ func (e *DeniedError) AllowLine() string {
 	return e.Allow()
 }
 
-// allowAddress returns the rule that allows an address. host is the IPv4 address that ip embeds,
-// or else ip: a private one has to be allowed itself.
-func allowAddress(ip, host netip.Addr) string {
-	if !PublicScope.includes(host, host) {
-		ip = host
+// allowAddress returns the rule that allows an address. inner is the IPv4 address that ip embeds,
+// or else ip. A private inner address must be allowed itself.
+func allowAddress(ip, inner netip.Addr) string {
+	if !PublicScope.includes(inner, inner) {
+		ip = inner
 	}
 	return "allow " + ip.String()
 }
 
-// allowName returns the rule that allows a name, or "" if it would allow anything else: a client may
-// ask for a host that is called all.
+// allowName returns the rule that allows a name, or "" if that rule would allow something else: a
+// client may ask for a host named "all".
 func allowName(name string) string {
 	d, err := ParseDestination(name)
 	if err != nil || d != (Destination{Text: name}) || len(ExpandRanges(name)) > 1 || hostport.CheckHost(name) != nil {
 		return ""
 	}
 	return "allow " + name
-}
-
-// portLine returns the option that opens ports and one more. Without ports, all are open but
-// PortSMTP.
-func portLine(option string, ports []PortRange, port uint16) string {
-	line := []byte(option)
-	if ports == nil {
-		return option + " 1-65535"
-	}
-	for _, r := range append(slices.Clip(ports), PortRange{port, port}) {
-		line = append(append(line, ' '), r.String()...)
-	}
-	return string(line)
 }

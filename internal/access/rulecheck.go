@@ -52,17 +52,9 @@ type neverKey struct {
 // MaxRuleTexts is the maximum number of destinations of a rule that a log line lists.
 const MaxRuleTexts = 5
 
-// OpenPorts returns the ports that clients may connect to.
-func (p *Control) OpenPorts() []PortRange {
-	if p.Ports == nil {
-		return append([]PortRange{{1, PortSMTP - 1}, {PortSMTP + 1, 65535}}, p.Connect...)
-	}
-	return slices.Concat(p.Ports, p.Connect)
-}
-
 // note checks a destination against the sets of the earlier rules, and records it.
 func (c *RuleCheck) note(sets []*RuleSet, l listedDestination, deny bool) {
-	ports := c.reachable(l.dest.Ports)
+	ports := c.openOf(l.dest.Ports)
 	by, byDeny := covering(sets, l.dest, ports)
 	switch {
 	case len(ports) == 0:
@@ -105,8 +97,8 @@ func (c *RuleCheck) addNeverMatch(rule int, text, why string) {
 	}
 }
 
-// reachable returns the part of ports that clients may connect to.
-func (c *RuleCheck) reachable(ports PortRange) (open []PortRange) {
+// openOf returns the part of ports that clients may connect to.
+func (c *RuleCheck) openOf(ports PortRange) (open []PortRange) {
 	for _, p := range c.Open {
 		if both := (PortRange{max(p.Low, ports.Low), min(p.High, ports.High)}); ports.High == 0 {
 			open = append(open, p)
@@ -144,13 +136,6 @@ func covering(sets []*RuleSet, d Destination, ports []PortRange) (by string, den
 
 func (d Destination) isName() bool {
 	return !d.Prefix.IsValid() && !d.is("public") && !d.is("private")
-}
-
-func (s *RuleSet) action() string {
-	if s.deny {
-		return "deny"
-	}
-	return "allow"
 }
 
 // aboutNames reports whether the set has entries for names.

@@ -210,48 +210,6 @@ func (b *setBuilder) set(ports PortRange) *RuleSet {
 	return s
 }
 
-// NewDirectSet returns a set of the destinations in texts, which must not have ports.
-func NewDirectSet(texts []string) (*RuleSet, error) {
-	s := NewRuleSet(false, PortRange{})
-	for _, text := range texts {
-		for _, text := range ExpandRanges(text) {
-			d, err := ParseDestination(text)
-			if err == nil && d.Ports.High > 0 {
-				err = fmt.Errorf("%q has a port; expected none", text)
-			}
-			if err != nil {
-				return nil, err
-			}
-			s.Add(d)
-		}
-	}
-	return s, nil
-}
-
-// NewRuleSet returns an empty set for the given ports; a zero range means all.
-func NewRuleSet(deny bool, ports PortRange) *RuleSet {
-	return &RuleSet{deny: deny, ports: ports, names: make(map[string]bool), domains: make(map[string]bool)}
-}
-
-// Add adds a destination. The set ignores its ports.
-func (s *RuleSet) Add(d Destination) {
-	switch {
-	case d.Prefix.IsValid():
-		s.prefixes.Insert(d.Prefix)
-		s.count++
-	case d.is("all"):
-		s.all = true
-	case d.is("public"):
-		s.public = true
-	case d.is("private"):
-		s.private = true
-	case d.Subdomains:
-		s.domains[d.Text] = true
-	default:
-		s.names[d.Text] = true
-	}
-}
-
 // ExpandRanges returns the CIDR ranges of private_ranges, which are Caddy's, or else text
 // itself.
 func ExpandRanges(text string) []string {

@@ -70,7 +70,7 @@ type attempt struct {
 // attemptKey is the context key under which a dial carries its attempt.
 type attemptKey struct{}
 
-// Dial connects to address, a host and a port, for a client of the given reach. It
+// Dial connects to address, a host and a port, for a client of the given scope. It
 // uses the parent unless the address bypasses it. The addresses of a name are tried as
 // RFC 8305 recommends. If the dial fails and any of the addresses was denied, Dial
 // returns the denial.
@@ -184,7 +184,7 @@ func (d *Dialer) Denies(ctx context.Context, r access.Scope, target string, to n
 }
 
 // Recheck checks a reused connection, which was opened for an earlier request, for a
-// client of reach r.
+// client of scope r.
 func (d *Dialer) Recheck(ctx context.Context, r access.Scope, address string, conn net.Conn) error {
 	if d.UsesParent(address) {
 		return d.CheckForParent(ctx, r, address)
