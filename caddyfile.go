@@ -20,8 +20,7 @@ func init() {
 	httpcaddyfile.RegisterDirectiveOrder("async_proxy", httpcaddyfile.After, "request_header")
 }
 
-// parseCaddyfile returns a handler and the listener wrapper for its server. A handler
-// with a matcher needs the wrapper, too: see Unclaimed.
+// parseCaddyfile returns a handler and the listener wrapper for its server.
 func parseCaddyfile(h httpcaddyfile.Helper) ([]httpcaddyfile.ConfigValue, error) {
 	if !h.Next() {
 		return nil, h.ArgErr()

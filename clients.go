@@ -114,7 +114,7 @@ func namesClients(ranges []string) bool {
 // clients, or an earlier handler requires credentials or rejects all other clients.
 func restrictedBefore(server *caddyhttp.Server, h caddyhttp.MiddlewareHandler, restricts func(caddyhttp.MatcherSet) bool) bool {
 	w := pathsTo{handler: h, restricts: restricts}
-	w.walk(server.Routes, maps.Clone(server.NamedRoutes), false)
+	w.walk(routesOf(server), maps.Clone(server.NamedRoutes), false)
 	return w.found && !w.unrestricted
 }
 

@@ -64,7 +64,7 @@ func (w *ListenerWrapper) Provision(ctx caddy.Context) error {
 	if w.server == nil {
 		return errors.New("async_proxy is a listener wrapper for HTTP servers")
 	}
-	addUnclaimed(w.server) // here, because the routes are provisioned later
+	addUnclaimed(w.server)
 	w.onlyWrapper, w.proxied = suits(w.server.ListenerWrappersRaw)
 	w.tlsSettings = tlsSettings(w.server)
 	return nil
@@ -137,7 +137,7 @@ func (w *ListenerWrapper) WrapListener(ln net.Listener) net.Listener {
 	p, _ := fastPathHandler(app.(*caddyhttp.App), w.server)
 	first := p
 	if first == nil {
-		first = firstProxy(w.server.Routes)
+		first = firstProxy(routesOf(w.server))
 	}
 	if first == nil {
 		return ln
@@ -265,7 +265,7 @@ func fastPathHandler(app *caddyhttp.App, server *caddyhttp.Server) (p *proxy, wh
 	case len(server.TLSConnPolicies) > 0 && server.StrictSNIHost != nil && *server.StrictSNIHost:
 		return nil, "strict_sni_host"
 	}
-	if h, ok := firstHandler(server.Routes).(*Handler); ok {
+	if h, ok := firstHandler(routesOf(server)).(*Handler); ok {
 		return h.proxy, ""
 	}
 	return nil, "another handler or a matcher before async_proxy"

@@ -270,7 +270,10 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	}
 	h.setDefaults()
 	h.proxy = &proxy{config: h}
-	return h.proxy.provision(ctx)
+	if err := h.proxy.provision(ctx); err != nil {
+		return err
+	}
+	return guardRoutes(ctx)
 }
 
 // Cleanup implements caddy.CleanerUpper. Caddy also calls it after Provision failed.

@@ -59,7 +59,7 @@ func noHandlerRefusal(r *http.Request) *refusal {
 // recorders it does not wrap a hijacked connection.
 type statusRecorder struct {
 	caddyhttp.ResponseWriterWrapper
-	r      *http.Request
+	r      *http.Request // whose write timeout starts with the response; nil: none does
 	status int
 }
 
@@ -67,7 +67,9 @@ func (w *statusRecorder) WriteHeader(status int) {
 	if w.status < 200 {
 		w.status = status
 	}
-	startWriteIdleTimeout(w.r)
+	if w.r != nil {
+		startWriteIdleTimeout(w.r)
+	}
 	w.ResponseWriterWrapper.WriteHeader(status)
 }
 

@@ -67,7 +67,7 @@ type requestSeries struct {
 // newServerMetrics returns the metrics of a server whose first route gets every request. It
 // must be called once the routes are provisioned.
 func newServerMetrics(ctx caddy.Context, app *caddyhttp.App, server *caddyhttp.Server) *serverMetrics {
-	route := server.Routes[0]
+	route := routesOf(server)[0]
 	m := &serverMetrics{
 		server: server.Name(), handler: caddy.GetModuleName(route.Handlers[0]),
 		perHost: app.Metrics.PerHost,

@@ -155,7 +155,7 @@ func (s *Status) started(server *caddyhttp.Server) {
 	if !s.Actions {
 		return
 	}
-	hosts, _ := hostsLeadingTo(server.Routes, s)
+	hosts, _ := hostsLeadingTo(routesOf(server), s)
 	asks := restrictedBefore(server, s, func(caddyhttp.MatcherSet) bool { return false })
 	if len(hosts) == 0 && !asks {
 		s.logger.Warn("any web page open in an operator's browser can trigger this status page's actions by DNS rebinding, "+

@@ -465,15 +465,19 @@ func TestTunnelsOutliveAReload(t *testing.T) {
 // that the protocol is supported.
 func TestExtendedConnect(t *testing.T) {
 	for name, tc := range map[string]struct {
-		site   string
-		status int
-		body   string
+		site    string
+		matcher string // of async_proxy
+		status  int
+		body    string
 	}{
-		"no handler responds":       {"", http.StatusNotImplemented, "The protocol of this CONNECT request is not supported here.\n"},
-		"the next handler responds": {"respond here", http.StatusOK, "here"},
+		"no handler responds":       {"", "*", http.StatusNotImplemented, "The protocol of this CONNECT request is not supported here.\n"},
+		"no async_proxy matches":    {"", "/none", http.StatusMisdirectedRequest, "No proxy here handles this request.\n"},
+		"the next handler responds": {"respond here", "*", http.StatusOK, "here"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			w := newTunnelWorld(t, tunnelSetup{site: tc.site})
+			w := emptyTunnelWorld(t)
+			loadCaddyfile(t, strings.ReplaceAll(w.caddyfile(tunnelSetup{site: tc.site, servers: "trusted_proxies static 192.0.2.1"}), "async_proxy {", "async_proxy "+tc.matcher+" {"))
+			w.ready(t)
 			ctx, cancel := context.WithTimeout(t.Context(), patience)
 			defer cancel()
 			conn, err := w.client(t, "h3").h3Conn(ctx)
@@ -499,7 +503,7 @@ func TestExtendedConnect(t *testing.T) {
 			if err != nil || res.StatusCode != tc.status || string(body) != tc.body {
 				t.Errorf("%s %q, %v; want %d %q", res.Status, body, err, tc.status, tc.body)
 			}
-			if refused := strings.Contains(res.Header.Get("Proxy-Status"), "error=proxy_internal_response"); refused != (tc.status != http.StatusOK) {
+			if refused := strings.Contains(res.Header.Get("Proxy-Status"), "error=proxy_internal_response"); refused != (tc.status == http.StatusNotImplemented) {
 				t.Errorf("Proxy-Status %q", res.Header.Get("Proxy-Status"))
 			}
 		})

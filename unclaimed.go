@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -25,16 +26,14 @@ import (
 
 func init() { caddy.RegisterModule(Unclaimed{}) }
 
-// Unclaimed refuses proxy requests that no other handler has responded to, such as those
-// of a client that no async_proxy of the site matches. Caddy itself would respond with an
-// empty 200, which tells the client of a CONNECT that a tunnel is open.
+// Unclaimed guards its server as every async_proxy does: it refuses proxy requests that no handler
+// has responded to, such as those of a client that no async_proxy matches. Caddy itself would respond
+// with an empty 200, which tells the client of a CONNECT that a tunnel is open.
 //
-// The listener wrapper async_proxy adds this handler after all others of its server.
-// Without the wrapper, add it there in the config.
-type Unclaimed struct {
-	logger *zap.Logger
-	logged *atomic.Int64 // time of the last log line, since epoch; at most one line per second
-}
+// It may be anywhere in the server's routes, and passes all requests to the next handler. Only a
+// server whose every async_proxy is in a named route needs it, because Caddy provisions those too late.
+// The listener wrapper async_proxy adds it.
+type Unclaimed struct{}
 
 // CaddyModule returns the Caddy module information.
 func (Unclaimed) CaddyModule() caddy.ModuleInfo {
@@ -45,19 +44,88 @@ func (Unclaimed) CaddyModule() caddy.ModuleInfo {
 }
 
 // Provision implements caddy.Provisioner.
-func (u *Unclaimed) Provision(ctx caddy.Context) error {
-	u.logger, u.logged = ctx.Logger(), new(atomic.Int64)
+func (Unclaimed) Provision(ctx caddy.Context) error { return guardRoutes(ctx) }
+
+// ServeHTTP implements caddyhttp.MiddlewareHandler.
+func (Unclaimed) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+	return next.ServeHTTP(w, r)
+}
+
+// addUnclaimed adds an Unclaimed to the routes of a server, before they are provisioned.
+func addUnclaimed(server *caddyhttp.Server) {
+	raw := caddyconfig.JSONModuleObject(Unclaimed{}, "handler", "async_proxy_unclaimed", nil)
+	if n := len(server.Routes); n > 0 && slices.ContainsFunc(server.Routes[n-1].HandlersRaw, func(handler json.RawMessage) bool { return string(handler) == string(raw) }) {
+		return // the wrapper of another site has added it
+	}
+	server.Routes = append(server.Routes, caddyhttp.Route{HandlersRaw: []json.RawMessage{raw}})
+}
+
+// routeGuard is the handler around all routes of a server. It sees whether any of their handlers has
+// responded. A handler at the end of the routes would not see requests that a terminal route, such as
+// the one of a Caddyfile's site, has matched.
+type routeGuard struct {
+	routes caddyhttp.RouteList
+	chain  func() caddyhttp.Handler // of the routes
+	logger *zap.Logger
+	logged atomic.Int64 // time of the last log line, since epoch; at most one line per second
+}
+
+// guardRoutes puts a routeGuard around the routes of the server that ctx is for. It must be called
+// while Caddy provisions them, which goes on with those inside the guard, and before Caddy compiles
+// the list that is then the server's. For a handler in a named route or in an error route, this is too
+// late, and without effect.
+func guardRoutes(ctx caddy.Context) error {
+	server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
+	if !ok || guardOf(server) != nil {
+		return nil
+	}
+	g := &routeGuard{routes: server.Routes, logger: ctx.Logger()}
+	g.chain = sync.OnceValue(func() caddyhttp.Handler { // at the first request, when all of them are provisioned
+		return g.routes.Compile(caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error { return nil }))
+	})
+	around := caddyhttp.Route{Handlers: []caddyhttp.MiddlewareHandler{g}}
+	if err := around.ProvisionHandlers(ctx, nil); err != nil { // without metrics: the routes have their own
+		return err
+	}
+	server.Routes = caddyhttp.RouteList{around}
 	return nil
 }
 
-// ServeHTTP implements caddyhttp.MiddlewareHandler.
-func (u *Unclaimed) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
-	if (r.Method != http.MethodConnect || isExtendedConnect(r)) && r.URL.Host == "" && (!isForOtherHost(r) || passedProxyHandler(r)) {
-		return next.ServeHTTP(w, r)
+// guardOf returns the guard around the routes of a server, or nil.
+func guardOf(server *caddyhttp.Server) *routeGuard {
+	if len(server.Routes) != 1 || len(server.Routes[0].Handlers) != 1 {
+		return nil
 	}
+	g, _ := server.Routes[0].Handlers[0].(*routeGuard)
+	return g
+}
+
+// routesOf returns the routes of a server as the config lists them.
+func routesOf(server *caddyhttp.Server) caddyhttp.RouteList {
+	if g := guardOf(server); g != nil {
+		return g.routes
+	}
+	return server.Routes
+}
+
+// ServeHTTP implements caddyhttp.MiddlewareHandler.
+func (g *routeGuard) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
+	if r.Method != http.MethodConnect && r.URL.Host == "" && !isForOtherHost(r) {
+		return g.chain().ServeHTTP(w, r)
+	}
+	recorder := &statusRecorder{ResponseWriterWrapper: caddyhttp.ResponseWriterWrapper{ResponseWriter: w}}
+	err := g.chain().ServeHTTP(recorder, r)
+	if err == nil && recorder.status == 0 && !passedProxyHandler(r) {
+		g.refuse(w, r)
+	}
+	return err
+}
+
+// refuse responds to a proxy request that no handler has responded to.
+func (g *routeGuard) refuse(w http.ResponseWriter, r *http.Request) {
 	now := monotime.Of(time.Now())
-	if last := u.logged.Load(); (last == 0 || now-last >= int64(time.Second)) && u.logged.CompareAndSwap(last, now) {
-		u.logger.Warn("no async_proxy of this server handles this request: none matches it, or its site has a host name in its address",
+	if last := g.logged.Load(); (last == 0 || now-last >= int64(time.Second)) && g.logged.CompareAndSwap(last, now) {
+		g.logger.Warn("no async_proxy of this server handles this request: none matches it, or its site has a host name in its address",
 			zap.String("client", printable.Text(r.RemoteAddr)), zap.String("method", printable.Text(r.Method)), zap.String("host", printable.Text(hostport.WithoutUser(r.Host))))
 	}
 	header := w.Header()
@@ -67,11 +135,10 @@ func (u *Unclaimed) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddy
 	}
 	w.WriteHeader(http.StatusMisdirectedRequest)
 	_, _ = io.WriteString(w, "No proxy here handles this request.\n")
-	return nil
 }
 
-// passedProxyHandler reports whether an async_proxy has passed r to the next handler. That
-// async_proxy responds to r itself if no handler does.
+// passedProxyHandler reports whether an async_proxy has served r. That async_proxy sees to a response
+// itself, also where it passes r to the next handler.
 func passedProxyHandler(r *http.Request) bool {
 	repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
 	if !ok {
@@ -95,26 +162,10 @@ func isForOtherHost(r *http.Request) bool {
 	return !strings.EqualFold(strings.TrimSuffix(host, "."), r.TLS.ServerName)
 }
 
-// addUnclaimed adds the handler after all others of a server: at the end of its routes and
-// of each terminal route.
-func addUnclaimed(server *caddyhttp.Server) {
-	raw := caddyconfig.JSONModuleObject(Unclaimed{}, "handler", "async_proxy_unclaimed", nil)
-	isUnclaimed := func(handler json.RawMessage) bool { return string(handler) == string(raw) }
-	n := len(server.Routes)
-	if n == 0 || slices.ContainsFunc(server.Routes[n-1].HandlersRaw, isUnclaimed) {
-		return // the wrapper of another site has added it
-	}
-	for i := range server.Routes {
-		if route := &server.Routes[i]; route.Terminal {
-			route.HandlersRaw = append(route.HandlersRaw, raw)
-		}
-	}
-	server.Routes = append(server.Routes, caddyhttp.Route{HandlersRaw: []json.RawMessage{raw}})
-}
-
 // siteOf returns the routes of the site that a handler is in.
 func siteOf(server *caddyhttp.Server, h caddyhttp.MiddlewareHandler) caddyhttp.RouteList {
-	for _, route := range server.Routes {
+	routes := routesOf(server)
+	for _, route := range routes {
 		for _, handler := range route.Handlers {
 			if sub, ok := handler.(*caddyhttp.Subroute); ok && route.Terminal {
 				if _, found := hostsLeadingTo(sub.Routes, h); found {
@@ -123,7 +174,7 @@ func siteOf(server *caddyhttp.Server, h caddyhttp.MiddlewareHandler) caddyhttp.R
 			}
 		}
 	}
-	return server.Routes
+	return routes
 }
 
 // mayFallThrough reports whether a request may pass all routes without a response, as far
@@ -170,5 +221,6 @@ func firstProxy(routes caddyhttp.RouteList) *proxy {
 // Interface guards
 var (
 	_ caddy.Provisioner           = (*Unclaimed)(nil)
+	_ caddyhttp.MiddlewareHandler = (*routeGuard)(nil)
 	_ caddyhttp.MiddlewareHandler = (*Unclaimed)(nil)
 )

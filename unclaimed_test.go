@@ -11,9 +11,15 @@ import (
 	"testing"
 )
 
-// A proxy request that no async_proxy handles is refused: an empty 200 to CONNECT would
-// mean an open tunnel.
+// A proxy request that no async_proxy handles is refused, with the listener wrapper and without: an
+// empty 200 to CONNECT would mean an open tunnel.
 func TestUnclaimedRequestsAreRefused(t *testing.T) {
+	for name, wrapper := range map[string]string{"with the wrapper": withWrapper, "without": ""} {
+		t.Run(name, func(t *testing.T) { unclaimedRequestsAreRefused(t, wrapper) })
+	}
+}
+
+func unclaimedRequestsAreRefused(t *testing.T, wrapper string) {
 	w := newWorld(t, "", nil)
 	origin := w.origin.Listener.Addr().String()
 	_, port, _ := strings.Cut(w.proxy, ":")
@@ -61,6 +67,26 @@ http://www.example.com:PORT {
 		async_proxy
 	}
 }`, "", 200, 200, ""},
+		{`http://:PORT {
+	@never method DELETE
+	handle @never {
+		async_proxy
+	}
+	handle {
+		header X-A b
+	}
+}`, "", 421, 421, "every async_proxy of this site has a matcher"},
+		{`http://www.example.com:PORT {
+	respond hello
+}
+http://:PORT {
+	@never method DELETE
+	route {
+		route @never {
+			async_proxy
+		}
+	}
+}`, "", 421, 421, "every async_proxy of this site has a matcher"},
 		// Responses of other handlers to such requests are passed on.
 		{`http://:PORT {
 	` + groups + `respond no 403
@@ -83,7 +109,7 @@ http://www.example.com:PORT {
 	} {
 		sites := strings.NewReplacer("PORT", port, "ORIGIN", origin).Replace(tc.sites)
 		w.forgetLogs()
-		loadCaddyfile(t, withServers(w.globals()+sites, withWrapper+"trusted_proxies static 127.0.0.1\ntrusted_proxies_strict"))
+		loadCaddyfile(t, withServers(w.globals()+sites, wrapper+"trusted_proxies static 127.0.0.1\ntrusted_proxies_strict"))
 		data, err := os.ReadFile(w.logs)
 		if err != nil {
 			t.Fatal(err)
@@ -118,12 +144,27 @@ http://www.example.com:PORT {
 	if res, _ := c.response(http.MethodGet); res.StatusCode != http.StatusOK || res.Header.Get("X-A") != "b" {
 		t.Errorf("%s %v", res.Status, res.Header)
 	}
-	// The Caddyfile also adds the listener wrapper, and with it this handler.
 	if res, _ := policyRequest(t, w.proxy, http.MethodConnect, origin, ""); res.StatusCode != http.StatusMisdirectedRequest {
 		t.Errorf("%s", res.Status)
 	}
 	if lines := w.waitLog("no async_proxy of this server handles this request: none matches it, or its site has a host name in its address", 1); lines[0]["host"] != origin {
 		t.Errorf("log %v", lines)
+	}
+}
+
+// A named route is provisioned too late for async_proxy itself. The listener wrapper helps.
+func TestUnclaimedRequestsBesideANamedRoute(t *testing.T) {
+	w := newWorld(t, "", nil)
+	_, port, _ := strings.Cut(w.proxy, ":")
+	loadCaddyfile(t, withServers(w.globals()+`&(proxy) {
+	async_proxy
+}
+http://:`+port+` {
+	@never method DELETE
+	invoke @never proxy
+}`, withWrapper))
+	if res, _ := policyRequest(t, w.proxy, http.MethodConnect, w.origin.Listener.Addr().String(), ""); res.StatusCode != http.StatusMisdirectedRequest {
+		t.Errorf("%s", res.Status)
 	}
 }
 

@@ -90,8 +90,8 @@ func usageLine(url string) string {
 func (p *proxy) statusURLs() (urls []string) {
 	program.statusServers.Range(func(key, value any) bool {
 		s, server := key.(*Status), value.(*caddyhttp.Server)
-		hosts, _ := hostsLeadingTo(server.Routes, s)
-		path, found := pathLeadingTo(server.Routes, s)
+		hosts, _ := hostsLeadingTo(routesOf(server), s)
+		path, found := pathLeadingTo(routesOf(server), s)
 		for _, ln := range server.Listeners() {
 			at := hostport.AddrPortOf(ln.Addr())
 			if !at.IsValid() || !found {

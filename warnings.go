@@ -28,7 +28,7 @@ type warning struct {
 func (p *proxy) judgeConfig(ctx caddy.Context, server *caddyhttp.Server) (found []warning) {
 	warn := func(code, text string, fields ...zap.Field) { found = append(found, warning{code, text, fields}) }
 	addresses := zap.Strings("addresses", server.Listen)
-	if hosts, _ := hostsLeadingTo(server.Routes, p.config); len(hosts) > 0 {
+	if hosts, _ := hostsLeadingTo(routesOf(server), p.config); len(hosts) > 0 {
 		warn("host_in_address", "this proxy's site has a host name in its address, so requests for other hosts never reach the proxy; "+
 			"give the site an address without a host, such as :8080", zap.Strings("hosts", hosts))
 	}
