@@ -26,7 +26,7 @@ import (
 )
 
 // exitUnknown is the exit status of `caddy async-proxy explain` if there is no decision. 0 means
-// allowed, and 1, as for all errors that are given no status, denied.
+// allowed, and 1, the status of errors without one of their own, means denied.
 const exitUnknown = 2
 
 // explainCommand returns `caddy async-proxy explain`.
@@ -35,18 +35,19 @@ func explainCommand() *cobra.Command {
 		Use:   "explain --client <ip> [--user <name>] [--method <name>] [--json] [--config <file> [--adapter <name>] | --address <addr>] <target>",
 		Short: "Says whether a request would be allowed, and why",
 		Long: `
-Says how async_proxy would treat a request: which policy holds, whether it asks
-for credentials, which rules decide about the destination's name and addresses,
-what is left of the client's limits, and which way the connection would take.
-The target is host:port for CONNECT, or a URL for other methods.
+Says how async_proxy would treat a request: which policy applies, whether it
+requires credentials, which rules decide about the destination's name and
+addresses, how much of the client's limits is left, and whether the connection
+would go through a parent proxy. The target is host:port for CONNECT, or a URL
+for other methods.
 
 Without --config it asks the running Caddy through its admin endpoint. With
---config it loads a configuration file without starting it: then nothing is left
-or used up of limits, and no address is one of the proxy's own listeners. Names
-are resolved on the machine that answers. Nothing connects to the target.
+--config it loads a configuration file without starting it. All limits are then
+unused, and no address counts as one of the proxy's own listeners. Names are
+resolved on the machine that answers. Nothing connects to the target.
 
-The answer covers each async_proxy, by the addresses of its site. Matchers and
-handlers before async_proxy are not asked.
+The answer has a block for each async_proxy, named by the addresses of its site.
+Matchers and handlers before async_proxy are not evaluated.
 
 The exit status is 0 if each site allows the request, 1 if one denies it, and 2
 if the target's name cannot be resolved or anything else fails.
@@ -63,7 +64,7 @@ if the target's name cannot be resolved or anything else fails.
 	cmd.Flags().StringP("config", "c", "", "Configuration file; default: the running config")
 	cmd.Flags().StringP("adapter", "a", "", "Name of the config adapter for the file")
 	cmd.Flags().StringP("client", "", "", "IP address of the client")
-	cmd.Flags().StringP("user", "u", "", "User that the client is")
+	cmd.Flags().StringP("user", "u", "", "User name of the client (default none: no credentials)")
 	cmd.Flags().StringP("method", "m", "", "Method (default CONNECT for host:port, GET for a URL)")
 	cmd.Flags().BoolP("json", "j", false, "Print JSON")
 	cmd.Flags().StringP("address", "", "", "Address of the admin endpoint, if it is not Caddy's default")
@@ -175,7 +176,7 @@ func printExplanation(w io.Writer, e *status.Explanation) {
 		}
 		row(cmp.Or(c.Address, c.Check), c.Outcome, c.Rule, c.Detail, hint)
 	}
-	row("way out", status.Outcome(cmp.Or(e.Parent, "direct")))
+	row("route", status.Outcome(cmp.Or(e.Parent, "direct")))
 	_ = table.Flush()
 	for line := range strings.Lines(lines.String()) {
 		fmt.Fprintln(w, strings.TrimRight(line, " \n"))

@@ -61,18 +61,18 @@ http://%s {
 		{origin, 0, `CONNECT ` + origin + ` from 127.0.0.1: allowed
   policy           none     the directive's own options
   client           allowed  clients 127.0.0.0/8
-  credentials      allowed  not asked for
+  credentials      allowed  not required
   tokens           allowed  burst 3, refill 0.00001LEFT
   method           allowed  methods all
   port             allowed  ports all but 25
   ` + origin + `  allowed  allow 127.0.0.0/8
-  way out          direct
+  route            direct
 `},
 		{"http://" + origin + "/", 0, "GET http://" + origin + "/ from 127.0.0.1: allowed\n"},
 		{"10.0.0.1:443", 1, "  10.0.0.1:443  denied   deny all; to allow it: put an allow rule before it\n"},
-		{"name.invalid:443", 2, "  name         allowed     no rule is about it\n  resolution   unresolved  lookup name.invalid."},
+		{"name.invalid:443", 2, "  name         allowed     no rule matches it\n  resolution   unresolved  lookup name.invalid."},
 	} {
-		for source, args := range map[string][]string{"; 3.0 left of 127.0.0.1": {"--address", w.logs}, "": {"--config", file}} {
+		for source, args := range map[string][]string{"; 127.0.0.1 has 3.0 tokens left": {"--address", w.logs}, "": {"--config", file}} {
 			exit, out, errors := explainExit(t, append(args, "--client", "127.0.0.1", tc.args)...)
 			if want := strings.Replace(tc.want, "LEFT", source, 1); exit != tc.exit || !strings.Contains(out, want) {
 				t.Errorf("%s of %q: exit status %d, want %d\n%s%s\nwant\n%s", tc.args, args, exit, tc.exit, out, errors, want)

@@ -41,8 +41,8 @@ func statusCommand() *cobra.Command {
 		Use:   "status [--refusals] [--sort <order>] [--limit <n>] [--client <text>] [--watch] [--json] [--address <addr>]",
 		Short: "Shows what a running proxy is doing",
 		Long: `
-Queries the admin endpoint of a running Caddy and prints what is wrong now,
-its counters and the most recently active clients and tunnels. With --watch it
+Queries the admin endpoint of a running Caddy and prints current warnings,
+counters and the most recently active clients and tunnels. With --watch it
 repeats every two seconds and keeps trying while Caddy cannot be reached. On a
 terminal it then redraws in place and shows as many rows as fit.
 

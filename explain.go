@@ -24,8 +24,8 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/status"
 )
 
-// explainSites says how the proxies of this process would treat a request: those that run, or
-// those of a config that is only provisioned.
+// explainSites explains how the proxies of this process would treat a request. If running is set, it
+// asks those that run, otherwise those of a config that is only provisioned.
 func explainSites(ctx context.Context, q status.Question, running bool) ([]status.Explanation, error) {
 	var all []status.Explanation
 	process := currentProcess()
@@ -50,7 +50,7 @@ func explainSites(ctx context.Context, q status.Question, running bool) ([]statu
 	return all, nil
 }
 
-// requestFor returns the request of a question, read as the server reads a client's.
+// requestFor returns the request that a question is about, parsed as the server parses a client's.
 func requestFor(q status.Question) (*http.Request, error) {
 	if strings.ContainsFunc(q.Method+q.Target, func(c rune) bool { return c <= ' ' || c == 0x7f }) {
 		return nil, fmt.Errorf("target %q: unexpected space or control character", q.Target)
@@ -90,8 +90,8 @@ type explainer struct {
 	y *policy
 }
 
-// explain says how the proxy would treat a request that its server has not received. It takes
-// no token, opens no connection, and leaves no trace in logs and metrics.
+// explain explains how the proxy would treat r, which no client has sent. It takes no token, opens no
+// connection, and leaves no trace in logs and metrics.
 func (p *proxy) explain(r *http.Request, q status.Question) (*status.Explanation, error) {
 	r.Host = hostport.WithoutUser(r.Host)
 	r = p.exampleRequest(r, q.Client)
@@ -145,7 +145,8 @@ func (x *explainer) add(c status.Check, denied bool) {
 	x.Checks = append(x.Checks, c)
 }
 
-// addRule adds a check by the ports, methods or rules of the policy.
+// addRule adds a check by the ports, methods or rules of the policy. denied is the denial, and
+// reported one that report_only suppresses; either may be nil.
 func (x *explainer) addRule(c status.Check, denied, reported *access.DeniedError) {
 	c.Outcome = status.Allowed
 	e := denied
@@ -161,8 +162,9 @@ func (x *explainer) addRule(c status.Check, denied, reported *access.DeniedError
 	x.Checks = append(x.Checks, c)
 }
 
-// addOption adds a check by ports or methods, which report_only rules covers, too.
-func (x *explainer) addOption(c status.Check, denied *access.DeniedError) (closed bool) {
+// addOption adds a check by ports or methods, which "report_only rules" also covers. It reports
+// whether the check denies the request.
+func (x *explainer) addOption(c status.Check, denied *access.DeniedError) (denies bool) {
 	var reported *access.DeniedError
 	if x.y.dialer.Access.ReportOnly {
 		denied, reported = nil, denied
@@ -175,16 +177,16 @@ func (x *explainer) addOption(c status.Check, denied *access.DeniedError) (close
 // checkClient adds the checks of the client's address and its credentials.
 func (x *explainer) checkClient(requiresLogin bool) {
 	x.add(status.Check{Check: "client", Rule: "clients " + strings.Join(x.effectiveClients(), " ")}, !x.admits(x.v.addr))
-	c, denied := status.Check{Check: "credentials", Detail: "not asked for"}, false
+	c, denied := status.Check{Check: "credentials", Detail: "not required"}, false
 	switch {
 	case !requiresLogin:
 	case x.v.user == "":
-		c.Detail, denied = "asked for, and missing", true
+		c.Detail, denied = "required, but missing", true
 	default:
-		c.Detail = "asked for, and taken for right"
+		c.Detail = "required, and assumed to be correct"
 		if x.basic != nil && len(x.config.UserFrom) == 0 {
 			if _, known := x.basic().Accounts[x.v.user]; !known {
-				c.Detail, denied = "asked for, and there is no such user", true
+				c.Detail, denied = "required, but there is no such user", true
 			}
 		}
 	}
@@ -209,11 +211,11 @@ func (x *explainer) checkTokens() {
 		x.add(c, false)
 	default:
 		if x.shared != nil {
-			x.note("the limiter that is shared with other machines is not asked")
+			x.note("the shared limiter is not queried; it may deny the request")
 		}
 		tokens := table.TokensOf(key, now)
 		x.Limits.Tokens = &tokens
-		c.Detail = fmt.Sprintf("%.1f left of %s", tokens, x.Limits.Bucket)
+		c.Detail = fmt.Sprintf("%s has %.1f tokens left", x.Limits.Bucket, tokens)
 		x.add(c, tokens < 1)
 		if last := &x.Checks[len(x.Checks)-1]; tokens < 1 && slices.Contains(x.y.options.ReportOnly, "limits") {
 			last.Outcome = status.Reported
@@ -249,9 +251,9 @@ func (x *explainer) checkTunnels() {
 		if l.max == 0 {
 			continue
 		}
-		limit, text := status.TunnelLimit{Of: l.of, Max: l.max}, fmt.Sprintf("at most %d of the %s", l.max, l.of)
+		limit, text := status.TunnelLimit{Of: l.of, Max: l.max}, fmt.Sprintf("%s: at most %d", l.of, l.max)
 		if x.running.Load() {
-			limit.Open, text = &l.now, fmt.Sprintf("%d open of %d of the %s", l.now, l.max, l.of)
+			limit.Open, text = &l.now, fmt.Sprintf("%s: %d of %d open", l.of, l.now, l.max)
 			reached = reached || l.now >= l.max
 		}
 		x.Limits.Tunnels, texts = append(x.Limits.Tunnels, limit), append(texts, text)
@@ -287,7 +289,7 @@ func (x *explainer) checkDestination(authority string) {
 	if t.Name != "" || e.ThroughParent {
 		name := status.Check{Check: "name", Rule: e.Name.Rule()}
 		if name.Rule == "" {
-			name.Detail = "no rule is about it"
+			name.Detail = "no rule matches it"
 		}
 		x.addRule(name, e.Name.Denied, e.Name.Reported)
 	}

@@ -175,7 +175,7 @@ func TestExplainLimits(t *testing.T) {
 		return e, checks
 	}
 	for range 10 {
-		if e, checks := ask("127.0.0.1", "", origin); e.Decision != status.Allowed || *e.Limits.Tokens != 3 || checks["tokens"].Detail != "3.0 left of 127.0.0.1" || checks["tunnels"].Detail != "0 open of 2 of the process, 0 open of 1 of the client" {
+		if e, checks := ask("127.0.0.1", "", origin); e.Decision != status.Allowed || *e.Limits.Tokens != 3 || checks["tokens"].Detail != "127.0.0.1 has 3.0 tokens left" || checks["tunnels"].Detail != "process: 0 of 2 open, client: 0 of 1 open" {
 			t.Fatalf("at first: %s, %+v", e.Decision, checks)
 		}
 	}
@@ -197,7 +197,7 @@ func TestExplainLimits(t *testing.T) {
 	if got := statusOf(t, w.proxy, "127.0.0.1", http.MethodGet, "http://"+origin, ""); got != http.StatusOK {
 		t.Errorf("a GET beside a tunnel: %d", got)
 	}
-	if e, checks := ask("127.0.0.1", "", "http://"+origin); e.Decision != status.Denied || checks["tokens"].Outcome != status.Denied || checks["tokens"].Detail != "0.0 left of 127.0.0.1" {
+	if e, checks := ask("127.0.0.1", "", "http://"+origin); e.Decision != status.Denied || checks["tokens"].Outcome != status.Denied || checks["tokens"].Detail != "127.0.0.1 has 0.0 tokens left" {
 		t.Errorf("without tokens: %s, %+v", e.Decision, checks)
 	}
 	for range 3 {

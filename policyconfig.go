@@ -113,7 +113,7 @@ func (h *Handler) checkPolicy(y *Policy, i int, matchesAll bool) (option string,
 		return "users", errors.New("users: clients have no user; expected the option basic_auth or user_from as well, in the directive")
 	}
 	if y.Anonymous && !h.requiresLogin() {
-		return "anonymous", errors.New("anonymous: nobody is asked for credentials; expected the option basic_auth as well, in the directive")
+		return "anonymous", errors.New("anonymous: no client needs credentials; expected the option basic_auth as well, in the directive")
 	}
 	own := &Handler{Options: y.Options}
 	for _, o := range options {

@@ -146,12 +146,13 @@ func (p *proxy) close() error {
 	return errors.Join(append(errs, releaseProcess())...)
 }
 
-// forbids reports whether its policy would now deny an open tunnel to its client, or cannot be told.
+// forbids reports whether the policy that an open tunnel now has would deny it. It returns true if
+// that policy cannot be determined.
 func (p *proxy) forbids(t *tunnel.Tunnel) bool {
 	ctx := context.Background()
 	y, err := p.policyOfTunnel(t)
 	if err != nil {
-		p.logger.Error("cannot tell the policy of an open tunnel", zap.Uint64("id", t.ID), errorField(err))
+		p.logger.Error("cannot determine the policy of an open tunnel, so it is closed", zap.Uint64("id", t.ID), errorField(err))
 		return true
 	}
 	if isConnect(t) {

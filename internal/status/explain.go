@@ -66,7 +66,7 @@ type Explanation struct {
 	Notes      []string `json:"notes,omitempty"`
 }
 
-// Outcome is what comes out of a check, or of all of them.
+// Outcome is the result of a check, or of all checks together.
 type Outcome string
 
 // The outcomes.
@@ -87,12 +87,14 @@ type Check struct {
 	Hint    string  `json:"hint,omitempty"` // how the operator could allow it
 }
 
-// CheckAddress is the check of an address of the destination. One that is allowed is enough.
+// CheckAddress names the check of one address of the destination. It is enough if one of them is
+// allowed.
 const CheckAddress = "address"
 
-// Limits are the limits of a client. What is left of them is known of a running proxy only.
+// Limits are the limits of a client. Only a running proxy knows how much of them is left: Tokens
+// is nil otherwise.
 type Limits struct {
-	Bucket  string        `json:"bucket"` // whose it is: an address, a network, or a user
+	Bucket  string        `json:"bucket"` // its owner: an address, a network, or a user
 	Burst   int64         `json:"burst"`
 	Refill  float64       `json:"refill"`
 	Tokens  *float64      `json:"tokens,omitempty"`
@@ -106,7 +108,7 @@ type TunnelLimit struct {
 	Open *int   `json:"open,omitempty"`
 }
 
-// Decide sets the decision: that of the first check that does not let the request pass.
+// Decide sets the decision: the outcome of the first check that the request does not pass, or Allowed.
 func (e *Explanation) Decide() {
 	e.Decision = Allowed
 	var addresses Outcome
