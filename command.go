@@ -97,7 +97,10 @@ func noArguments(cmd *cobra.Command, args []string) error {
 	if similar := cmd.SuggestionsFor(args[0]); len(similar) > 0 {
 		return fmt.Errorf("unexpected argument %q; did you mean %s %s?", args[0], cmd.CommandPath(), similar[0])
 	}
-	return fmt.Errorf("unexpected argument %q; a flag takes one value and may be repeated", args[0])
+	if cmd.Flags().NFlag() == 0 {
+		return fmt.Errorf("unexpected argument %q; expected flags, or one of the commands check, explain and status", args[0])
+	}
+	return fmt.Errorf("unexpected argument %q; a flag has two dashes, takes one value and may be repeated", args[0])
 }
 
 // runCommand implements `caddy async-proxy`.

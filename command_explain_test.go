@@ -8,6 +8,7 @@ package asyncproxy
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -108,15 +109,15 @@ func TestCommandExplainMistakes(t *testing.T) {
 	for _, tc := range []struct{ args, want string }{
 		{"", "0 targets; expected one, as host:port or a URL"},
 		{"a:80 b:80", "2 targets; expected one, as host:port or a URL"},
-		{"a:80", `client "": expected an IP address`},
+		{"a:80", "client: missing; expected the IP address of the client"},
 		{"--client office a:80", `client "office": expected an IP address`},
 		{"--client 10.0.0.0/8 a:80", `client "10.0.0.0/8": expected an IP address`},
 		{"--clients 10.0.0.1 a:80", "unknown flag: --clients"},
-		{"--client 10.0.0.1 --address 127.0.0.1:1 a:80", "connection refused; use --address for another admin endpoint"},
+		{"--client 10.0.0.1 --address 127.0.0.1:1 a:80", "connection refused; start the proxy, or use --address for another admin endpoint"},
 		{"--client 10.0.0.1 --address localhost a:80", `address "localhost": expected an address with a port`},
 		{"--client 10.0.0.1 --address 127.0.0.1:1 --config x a:80", "address: cannot be combined with --config"},
 		{"--client 10.0.0.1 --adapter caddyfile a:80", "adapter: expected --config as well"},
-		{"--client 10.0.0.1 --address " + w.logs + " example.com", "the port is missing; expected host:port for CONNECT"},
+		{"--client 10.0.0.1 --address " + w.logs + " example.com", `"msg":"target "example.com" for CONNECT: the port is missing; expected host:port for CONNECT, or an http:// or https:// URL for other methods"}`},
 		{"--client 10.0.0.1 --address " + w.logs + " --method GET a:80", "expected host:port for CONNECT, or an http:// or https:// URL"},
 		{"--client 10.0.0.1 --config DIR/missing.json a:80", "no such file or directory"},
 		{"--client 10.0.0.1 --config DIR/none.caddyfile a:80", "none.caddyfile has no async_proxy"},
@@ -134,6 +135,22 @@ func TestCommandExplainMistakes(t *testing.T) {
 	}
 	if exit, _, errors := explainExit(t, "--client", "10.0.0.1", "--address", adminOnly(t), "a:80"); exit != 2 || !strings.Contains(errors, "the running config has no async_proxy") {
 		t.Errorf("without a proxy: exit status %d, %s", exit, errors)
+	}
+}
+
+// TestQueryErrors checks what commands say about an admin endpoint that cannot be asked.
+func TestQueryErrors(t *testing.T) {
+	const query = `performing request: Get "http://127.0.0.1/async_proxy/stats": `
+	for text, want := range map[string]string{
+		query + "dial unix /run/a.sock: connect: permission denied":         "querying unix//run/a.sock: " + query + "dial unix /run/a.sock: connect: permission denied; only root and the user that the proxy runs as may ask it",
+		query + "dial unix /run/a.sock: connect: no such file or directory": "querying unix//run/a.sock: " + query + "dial unix /run/a.sock: connect: no such file or directory; start the proxy, or use --address for another admin endpoint",
+		`caddy responded with error: HTTP 404: {"error":"not found"}`:       `querying unix//run/a.sock: caddy responded with error: HTTP 404: {"error":"not found"}; use --address for another admin endpoint`,
+		"caddy responded with error: HTTP 400: Client sent an HTTP request": "querying unix//run/a.sock: caddy responded with error: HTTP 400: Client sent an HTTP request; use --address for another admin endpoint",
+		`caddy responded with error: HTTP 400: {"error":"a is not a name"}`: "a is not a name",
+	} {
+		if got := queryError("unix//run/a.sock", errors.New(text)).Error(); got != want {
+			t.Errorf("%s: %s, want %s", text, got, want)
+		}
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -240,13 +241,32 @@ func adminAddress(given string) (string, error) {
 func fetchAdmin(address, path string, into any) error {
 	res, err := caddycmd.AdminAPIRequest(address, http.MethodGet, "/async_proxy/"+path, nil, nil)
 	if err != nil {
-		return fmt.Errorf("querying %s: %w; use --address for another admin endpoint", address, err)
+		return queryError(address, err)
 	}
 	defer res.Body.Close()
 	if err := json.NewDecoder(res.Body).Decode(into); err != nil {
 		return fmt.Errorf("invalid response from %s: %w", address, err)
 	}
 	return nil
+}
+
+// queryError says why a query failed, and what to do about it. Caddy gives its reason as text only.
+func queryError(address string, err error) error {
+	text := err.Error()
+	hint := "use --address for another admin endpoint"
+	switch {
+	case strings.Contains(text, "HTTP 400: "):
+		var answer caddy.APIError
+		_, body, _ := strings.Cut(text, "HTTP 400: ")
+		if json.Unmarshal([]byte(body), &answer) == nil && answer.Message != "" {
+			return errors.New(answer.Message)
+		}
+	case strings.Contains(text, "permission denied"):
+		hint = "only root and the user that the proxy runs as may ask it"
+	case strings.Contains(text, "connection refused"), strings.Contains(text, "no such file"):
+		hint = "start the proxy, or " + hint
+	}
+	return fmt.Errorf("querying %s: %w; %s", address, err, hint)
 }
 
 // maxOtherLines is the maximum number of lines that print writes besides warnings and rows of

@@ -28,6 +28,9 @@ func ReadQuestion(values url.Values) (q Question, err error) {
 	if q.Target == "" {
 		return q, errors.New("target: missing; expected host:port or a URL")
 	}
+	if values.Get("client") == "" {
+		return q, errors.New("client: missing; expected the IP address of the client")
+	}
 	if q.Client, err = netip.ParseAddr(values.Get("client")); err != nil {
 		return q, fmt.Errorf("client %q: expected an IP address", values.Get("client"))
 	}

@@ -39,7 +39,7 @@ func TestReadQuestion(t *testing.T) {
 		"client=10.0.0.1&target=a:80":                  "10.0.0.1  CONNECT a:80",
 		"client=::1&target=http://a/&user=alice":       "::1 alice GET http://a/",
 		"client=10.0.0.1&target=http://a/&method=POST": "10.0.0.1  POST http://a/",
-		"target=a:80":          `client "": expected an IP address`,
+		"target=a:80":          `client: missing; expected the IP address of the client`,
 		"client=a&target=a:80": `client "a": expected an IP address`,
 		"client=10.0.0.1":      "target: missing; expected host:port or a URL",
 	} {
