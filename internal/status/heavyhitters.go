@@ -107,7 +107,11 @@ func (h *heavyHitters) counted(name string) (sum, before int64, found bool) {
 	if !found {
 		return 0, 0, false
 	}
-	return max(0, e.sum.Load()-e.inherited), e.inherited, true
+	total := e.sum.Load()
+	if total < 0 { // it has just been replaced
+		return 0, 0, false
+	}
+	return total - e.inherited, e.inherited, true
 }
 
 // each calls f with the listed names.

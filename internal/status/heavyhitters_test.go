@@ -5,6 +5,7 @@ package status
 
 import (
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"strings"
 	"sync"
@@ -92,6 +93,20 @@ func TestHeavyHittersConcurrently(t *testing.T) {
 	}
 	wg.Wait()
 	checkHitters(t, h, added)
+}
+
+// TestReplacedHitterIsNotListed checks that a reader does not take what marks a name as replaced for its
+// sum, in the moment in which the name can still be found.
+func TestReplacedHitterIsNotListed(t *testing.T) {
+	h := newHeavyHitters(1)
+	h.add("a", 5)
+	h.add("b", 1)
+	b, _ := h.found.Load("b")
+	b.sum.Store(math.MinInt64)
+	b.sum.Add(3) // by an add that has found it before
+	if sum, before, found := h.counted("b"); found {
+		t.Errorf("%d, and at most %d before", sum, before)
+	}
 }
 
 // TestTargets checks that the list has the largest first, by requests or by bytes, and can be

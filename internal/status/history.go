@@ -141,7 +141,7 @@ func (h *history) record(step int64, now sums) {
 	case step == h.last:
 		return // the timer was early by the drift of the clock; the next reading includes this one
 	case step < h.last:
-		h.first, h.last = step, step-1
+		h.first, h.last, h.idle = step, step-1, step-1
 	}
 	h.fill(step-1, point{unread: true})
 	p := point{bytesUp: now.bytesUp - h.sums.bytesUp, bytesDown: now.bytesDown - h.sums.bytesDown, evicted: now.evicted - h.sums.evicted, tunnels: now.tunnels, clients: now.clients}
@@ -180,7 +180,8 @@ func (h *history) append(p point) {
 	h.first = max(h.first, h.last-historySteps+1)
 }
 
-// after returns the steps after one, up to now.
+// after returns the steps after one, up to now. If that one is not over yet, because the clock has been
+// set back since, it returns all steps.
 func (h *history) after(step int64, now time.Time) History {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -188,6 +189,9 @@ func (h *history) after(step int64, now time.Time) History {
 		h.idle = stepAt(now)
 	}
 	h.fillIdle()
+	if step > h.last {
+		step = 0
+	}
 	from := max(step+1, h.first)
 	list := newHistoryList(stepEnd(from-1), max(0, h.last-from+1))
 	for ; from <= h.last; from++ {

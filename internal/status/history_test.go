@@ -254,6 +254,22 @@ func TestHistoryGaps(t *testing.T) {
 	})
 }
 
+// TestHistoryWhenTheClockIsSetBack checks that the history goes on if the clock is set back to before
+// the time at which it was asleep last.
+func TestHistoryWhenTheClockIsSetBack(t *testing.T) {
+	c := newHistory(time.Unix(1e9, 0), func() sums { return sums{} })
+	awake := stepAt(time.Unix(1e9, 0)) + 1000
+	c.idle = awake // an event has woken it
+	c.asleep.Store(false)
+	var now sums
+	for i := range int64(4) {
+		now.requests[0]++
+		c.record(awake-500+i, now)
+	}
+	checkCounts(t, "forwarded", c.after(0, time.Unix(0, 0)).Requests["forwarded"], 1, 1, 1, 1)
+	checkCounts(t, "a viewer from before", c.after(awake, time.Unix(0, 0)).Requests["forwarded"], 1, 1, 1, 1)
+}
+
 // TestHistoryIsSafe checks concurrent events and viewers with the race detector, and that every
 // event is in the history.
 func TestHistoryIsSafe(t *testing.T) {

@@ -19,10 +19,11 @@ export function begin() {
 	unread = 0
 }
 
-// receive appends steps that the server has sent.
+// receive appends steps that the server has sent. They replace later ones if the clock has been set back.
 export function receive(list) {
 	unused ||= !steps.length
 	let at = Date.parse(list.start) / 1000
+	steps = steps.filter((step) => step.at <= at)
 	list.tunnels.forEach((open, i) => {
 		at += list.step_seconds
 		if (open == null) {
