@@ -18,6 +18,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/caddyauth"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/access"
+	"github.com/asyncproxy/caddy-async-proxy/internal/printable"
 )
 
 // allClients is the value of the option clients that opens the proxy.
@@ -42,6 +43,7 @@ func (p *proxy) provisionClients(server *caddyhttp.Server) (err error) {
 	p.restrictedElsewhere = sync.OnceValue(func() bool {
 		return server != nil && restrictedBefore(server, p.config, matchesClients)
 	})
+	p.clientsLine = sync.OnceValues(p.makeClientsLine)
 	return nil
 }
 
@@ -63,11 +65,24 @@ func (p *proxy) admitsWithoutLogin(addr netip.Addr) bool {
 
 // deniedClient returns why a client may not use the proxy, if it is not admitted.
 func (p *proxy) deniedClient(addr netip.Addr) *access.DeniedError {
-	listed := "clients " + strings.Join(p.effectiveClients(), " ")
-	return &access.DeniedError{
-		Rule: "clients", Reason: "the client's address is not in " + listed,
-		Hint: fmt.Sprintf("add %s to clients", addr), Allow: func() string { return listed + " " + addr.String() },
+	reason, line := p.clientsLine()
+	e := &access.DeniedError{Rule: "clients", Reason: reason, Hint: fmt.Sprintf("add %s to clients", addr)}
+	if line != "" {
+		e.Allow = func() string { return line + " " + addr.String() }
 	}
+	return e
+}
+
+// makeClientsLine returns why clients are not admitted, and the option clients as a line of a
+// Caddyfile. If that would be long, the reason has the beginning of it, and there is no line:
+// the list may have thousands of ranges, and each stranger would cost as much.
+func (p *proxy) makeClientsLine() (reason, line string) {
+	line = "clients " + strings.Join(p.effectiveClients(), " ")
+	reason = "the client's address is not in " + printable.Text(line)
+	if len(line) > printable.MaxText {
+		line = ""
+	}
+	return reason, line
 }
 
 // servesWithoutLogin reports whether the policy needs no credentials of a client at addr that meets

@@ -166,7 +166,10 @@ func printExplanation(w io.Writer, e *status.Explanation) {
 	table := tabwriter.NewWriter(&lines, 0, 0, 2, ' ', 0)
 	row := func(what string, outcome status.Outcome, texts ...string) {
 		texts = slices.DeleteFunc(texts, func(text string) bool { return text == "" })
-		fmt.Fprintf(table, "  %s\t%s\t%s\n", printable.Text(what), outcome, printable.Text(strings.Join(texts, "; ")))
+		for i, text := range texts { // one by one: a long list of ranges must not hide what follows
+			texts[i] = printable.Text(text)
+		}
+		fmt.Fprintf(table, "  %s\t%s\t%s\n", printable.Text(what), outcome, strings.Join(texts, "; "))
 	}
 	row("policy", status.Outcome(cmp.Or(e.Policy, "none")), cmp.Or(strings.Join(e.Conditions, "; "), "the directive's own options"))
 	for _, c := range e.Checks {

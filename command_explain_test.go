@@ -91,6 +91,16 @@ http://%s {
 }
 
 // TestCommandExplainMistakes checks the errors, for which the exit status is 2.
+func TestExplanationIsWhole(t *testing.T) {
+	var out strings.Builder
+	printExplanation(&out, &status.Explanation{Site: ":8080", Decision: status.Denied, Checks: []status.Check{
+		{Check: "client", Outcome: status.Denied, Rule: "clients " + strings.Repeat("192.0.2.0/24 ", 100), Detail: "\x1b[2J", Hint: "add 127.0.0.1 to clients"},
+	}})
+	if text := out.String(); !strings.Contains(text, "…; \ufffd[2J; to allow it: add 127.0.0.1 to clients\n") {
+		t.Errorf("%q", text)
+	}
+}
+
 func TestCommandExplainMistakes(t *testing.T) {
 	if !apart(t) {
 		return

@@ -58,8 +58,12 @@ func (s *statusReport) printRefusals(w io.Writer) {
 		if r.Method != "" {
 			what = r.Method + " " + what
 		}
+		howTo := cmp.Or(r.Allow, r.Hint)
+		if r.Hint != "" && len(r.Allow) > printable.MaxText {
+			howTo = r.Hint // a line that is cut off would allow something else
+		}
 		fmt.Fprintf(table, "%d\t%s\t%s%s\t%s\t%s\t%s ago\t%s ago\t%s\n", r.Count, printable.Text(cmp.Or(r.Cause, r.Reason)), printable.Text(who), policy(printable.Text(r.Policy)),
-			printable.Text(what), printable.Text(r.Rule), formatAge(now.Sub(r.First)), formatAge(now.Sub(r.Last)), printable.Text(cmp.Or(r.Allow, r.Hint)))
+			printable.Text(what), printable.Text(r.Rule), formatAge(now.Sub(r.First)), formatAge(now.Sub(r.Last)), printable.Text(howTo))
 	}
 	_ = table.Flush()
 	var dropped int64

@@ -18,7 +18,7 @@ func (s *statusReport) warningLines(width int) (lines []string) {
 		if w.Site != "" {
 			text = "! " + w.Site + ": " + w.Text
 		}
-		lines = append(lines, wrapWords(printable.Text(text), width)...)
+		lines = append(lines, wrapWords(text, width)...)
 	}
 	if len(lines) > 0 {
 		lines = append(lines, "")
@@ -26,11 +26,12 @@ func (s *statusReport) warningLines(width int) (lines []string) {
 	return lines
 }
 
-// wrapWords breaks text between words into lines shorter than width, if no word is longer. All but
-// the first are indented.
+// wrapWords breaks text between words, which it makes printable, into lines shorter than width, if no
+// word is longer. All but the first are indented.
 func wrapWords(text string, width int) (lines []string) {
 	line := ""
 	for word := range strings.FieldsSeq(text) {
+		word = printable.Text(word)
 		if line != "" && width > 0 && utf8.RuneCountInString(line)+1+utf8.RuneCountInString(word) >= width-1 {
 			lines, line = append(lines, line), " "
 		}

@@ -19,6 +19,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/origin"
+	"github.com/asyncproxy/caddy-async-proxy/internal/printable"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
@@ -208,9 +209,25 @@ func (c cause) refusal(err error, args ...any) *refusal {
 	row := causes[c]
 	f := &refusal{status: row.status, errorType: row.errorType, err: err, cause: row.label, text: row.text}
 	if strings.Contains(row.text, "%") {
-		f.text = fmt.Sprintf(row.text, args...)
+		f.text = fmt.Sprintf(row.text, printableArgs(args)...)
 	}
 	return f
+}
+
+// printableArgs makes the texts among args printable and bounds their length: they may be what a peer
+// has sent.
+func printableArgs(args []any) []any {
+	for i, arg := range args {
+		switch arg := arg.(type) {
+		case string:
+			if text := printable.Long(arg); text != arg {
+				args[i] = text
+			}
+		case error:
+			args[i] = printable.Error(arg)
+		}
+	}
+	return args
 }
 
 // failure returns the refusal for a cause by which host did not respond as it should. err is

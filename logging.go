@@ -170,7 +170,7 @@ func deniedFields(denied *access.DeniedError) []zap.Field {
 		fields = append(fields, zap.Stringer("address", denied.To))
 	}
 	if denied.Hint != "" {
-		fields = append(fields, zap.String("hint", denied.Hint))
+		fields = append(fields, textField("hint", denied.Hint))
 	}
 	return fields
 }

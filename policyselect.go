@@ -17,6 +17,7 @@ import (
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
+	"github.com/asyncproxy/caddy-async-proxy/internal/printable"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
@@ -92,7 +93,7 @@ func (y *policy) deniesMethod(method string) *access.DeniedError {
 // isPlainMethod reports whether the option methods can list a method that a client has sent, and
 // a Caddyfile needs no quotes for it.
 func isPlainMethod(method string) bool {
-	return checkMethod(method) == nil && !strings.ContainsFunc(method, func(c rune) bool {
+	return len(method) <= printable.MaxText && checkMethod(method) == nil && !strings.ContainsFunc(method, func(c rune) bool {
 		return c != '-' && c != '_' && (c < '0' || c > '9') && (c < 'A' || c > 'Z')
 	})
 }

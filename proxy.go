@@ -36,6 +36,7 @@ type proxy struct {
 	clients             *bart.Lite      // that may use the proxy
 	pacDirect           *access.RuleSet // destinations that the PAC script makes browsers reach directly
 	restrictedElsewhere func() bool     // something other than clients restricts who may use the proxy
+	clientsLine         func() (reason, line string)
 	auth                []authProvider
 	basic               func() *caddyauth.HTTPBasicAuth // returns the provider with the current users; nil: it is not the only one
 	hasBasicAuth        bool                            // http_basic is one of the providers

@@ -4,8 +4,12 @@
 package asyncproxy
 
 import (
+	"encoding/json"
+	"fmt"
 	"net/http"
+	"net/netip"
 	"net/url"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -32,6 +36,69 @@ func lastRefusals(t *testing.T, query string) []status.Refusal {
 var waysOfServing = map[string]func(site string) string{
 	"fast":     func(site string) string { return site },
 	"ordinary": byCaddy,
+}
+
+// TestLongTextsOfClients checks that no text that a client sends makes a response, a log line or the list of
+// refusals long.
+func TestLongTextsOfClients(t *testing.T) {
+	w := newWorld(t, "", nil)
+	long := strings.Repeat("A", 200_000)
+	for way, change := range waysOfServing {
+		t.Run(way, func(t *testing.T) {
+			w.load(change(w.site("methods GET")))
+			for _, tc := range []struct{ method, target, says string }{
+				{long, "127.0.0.1:1", "the method AAA"},
+				{http.MethodGet, "[::1" + long + "]", "is not an IPv6 address"},
+				{http.MethodGet, "127.0.0.1:" + strings.Repeat("1", 200_000), "is not a number from 1 to 65535"},
+				{http.MethodGet, long + ".example", "too long"},
+			} {
+				res, body := policyRequest(t, w.proxy, tc.method, tc.target, "")
+				if size := len(body) + len(fmt.Sprint(res.Header)); res.StatusCode < 400 || size > 4096 || res.StatusCode == http.StatusForbidden && !strings.Contains(body, tc.says) {
+					t.Errorf("%.10s %.20s: %s with %d bytes: %.100s", tc.method, tc.target, res.Status, size, body)
+				}
+			}
+			for _, r := range lastRefusals(t, "limit=4") {
+				if text, err := json.Marshal(r); err != nil || len(text) > 4096 {
+					t.Errorf("%v, a refusal of %d bytes", err, len(text))
+				}
+			}
+		})
+	}
+	for _, line := range w.waitLog("request", 1) {
+		if text := fmt.Sprint(line); len(text) > 4096 {
+			t.Errorf("a line of %d bytes: %.200s", len(text), text)
+		}
+	}
+}
+
+// TestLongListOfClients checks that a stranger costs no more if the option clients lists many ranges, and
+// that no long line is offered to copy.
+func TestLongListOfClients(t *testing.T) {
+	w := newWorld(t, "", nil)
+	ranges := ""
+	for i := range 4000 {
+		ranges += fmt.Sprintf(" 10.%d.%d.0/24", i/256, i%256)
+	}
+	w.load(w.site("clients" + ranges))
+	if res, _ := policyRequest(t, w.proxy, http.MethodGet, "a.example", ""); res.StatusCode != http.StatusForbidden {
+		t.Fatal(res.Status)
+	}
+	if r := lastRefusals(t, "limit=1&cause=client")[0]; r.Allow != "" || r.Hint != "add 127.0.0.1 to clients" {
+		t.Errorf("hint %q, a line of %d bytes", r.Hint, len(r.Allow))
+	}
+	for p := range currentProcess().proxies.All() {
+		const n = 1000
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		for range n {
+			denied := p.deniedClient(netip.MustParseAddr("192.0.2.1"))
+			_, _ = denied.Error(), denied.AllowLine()
+		}
+		runtime.ReadMemStats(&after)
+		if each := (after.TotalAlloc - before.TotalAlloc) / n; each > 8192 {
+			t.Errorf("a stranger takes %d bytes", each)
+		}
+	}
 }
 
 // TestAllowLines has requests denied, takes the line that the page offers for each, and checks

@@ -230,6 +230,11 @@ func TestWarningLines(t *testing.T) {
 	if n := len(s.Clients.Clients); n != 30-1-maxOtherLines-4 {
 		t.Errorf("%d clients", n)
 	}
+	long := "Begin " + strings.Repeat("0123456789 ", 50) + "\x1b[31m\u202eend."
+	s.Stats.Warnings = []status.Warning{{Code: "c", Text: long}}
+	if got := s.warningLines(0); got[0] != "! "+strings.ReplaceAll(strings.ReplaceAll(long, "\x1b", "\ufffd"), "\u202e", "\ufffd") {
+		t.Errorf("a long warning: %q", got)
+	}
 	s.Stats.Warnings = nil
 	if got := s.warningLines(80); got != nil {
 		t.Errorf("%q without warnings", got)

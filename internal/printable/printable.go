@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package printable makes texts that a client or an origin has chosen safe to store and to
-// show in lists, log lines and terminals. It offers Text for a text from a peer and Error for
-// an error that may quote some. It never knows where a text comes from or is shown.
+// show in lists, log lines and terminals. It offers Text for a text from a peer, and Long and
+// Error for a text and an error that may quote some. It never knows where a text comes from or is shown.
 package printable
 
 import (
@@ -24,8 +24,11 @@ const (
 // with an ellipsis. A harmless text is returned unchanged.
 func Text(s string) string { return upTo(MaxText, s) }
 
-// Error returns the text of an error, treated as Text does, but with MaxError bytes at most.
-func Error(err error) string { return upTo(MaxError, err.Error()) }
+// Long is Text for a text that may quote several others. It has MaxError bytes at most.
+func Long(s string) string { return upTo(MaxError, s) }
+
+// Error returns the text of an error, treated as Long does.
+func Error(err error) string { return Long(err.Error()) }
 
 func upTo(limit int, s string) string {
 	if isHarmless(limit, s) {

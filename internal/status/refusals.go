@@ -105,7 +105,11 @@ func (r *refusals) add(k RefusalKey, at int64, details func() RefusalDetails) {
 	// The texts may be parts of a request that is much larger.
 	k.User, k.Method, k.Target, k.Rule = strings.Clone(k.User), strings.Clone(k.Method), strings.Clone(k.Target), strings.Clone(k.Rule)
 	g := &refusalGroup{key: k, details: details(), first: at}
-	g.details.Detail = strings.Clone(printable.Text(g.details.Detail))
+	d := &g.details
+	d.Detail, d.Hint = strings.Clone(printable.Text(d.Detail)), strings.Clone(printable.Text(d.Hint))
+	if d.Allow != printable.Long(d.Allow) {
+		d.Allow = "" // a part of it would allow something else
+	}
 	g.count.Store(1)
 	g.last.Store(at)
 	c := r.causes[k.name()]

@@ -169,17 +169,22 @@ func TestRefusalTexts(t *testing.T) {
 	for range 2 {
 		k := denied("\x1b[2J\u202e" + long)
 		k.User, k.Method, k.Rule = "\a"+long, "\r\n"+long, "deny \x00"+long
-		v.Refused(k, at(0), func() RefusalDetails { return RefusalDetails{Detail: "\x1b" + long} })
+		v.Refused(k, at(0), func() RefusalDetails {
+			return RefusalDetails{Detail: "\x1b" + long, Hint: "\x1b" + long, Allow: "methods " + long}
+		})
 	}
 	list := findRefusals(t, v, "")
 	if list.Total != 1 {
 		t.Fatalf("%d groups", list.Total)
 	}
 	g := list.Refusals[0]
-	for _, text := range []string{g.Target, g.User, g.Method, g.Rule, g.Detail} {
+	for _, text := range []string{g.Target, g.User, g.Method, g.Rule, g.Detail, g.Hint} {
 		if text == "" || len(text) > printable.MaxText || text != printable.Text(text) {
 			t.Errorf("%d bytes: %.40q", len(text), text)
 		}
+	}
+	if g.Allow != "" {
+		t.Errorf("a line of %d bytes is offered", len(g.Allow))
 	}
 }
 
