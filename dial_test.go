@@ -122,7 +122,7 @@ func TestRefusalTime(t *testing.T) {
 	b.place("FULL", deafTarget(t, "127.0.0.1", 0))
 	b.place("SILENT", listen(t, func(conn *net.TCPConn) { _, _ = io.Copy(io.Discard, conn) }))
 	b.refuses(504, "connection_timeout", "FULL did not accept a connection in time", "CONNECT FULL", "GET http://FULL/", "GET https://FULL/")
-	b.refuses(504, "dns_timeout", "was not resolved in time", "CONNECT silent.invalid:PORT", "GET http://silent.invalid/")
+	b.refuses(504, "dns_timeout", "could not be resolved in time", "CONNECT silent.invalid:PORT", "GET http://silent.invalid/")
 	b.load(b.site("response_header_timeout 200ms")) // long enough to connect, even if the machine stalls
 	b.refuses(504, "http_response_timeout", "SILENT did not answer in time", "GET http://SILENT/", "HEAD http://SILENT/", "POST http://SILENT/ HTTP/1.1\nHost: x\nContent-Length: 5\n\nhello")
 }
@@ -308,20 +308,20 @@ func TestDNSFailures(t *testing.T) {
 			status     int
 			kind, text string
 		}{
-			"nxdomain":      {502, `dns_error; rcode="NXDOMAIN"`, "The name of nxdomain.test does not resolve."},
-			"servfail":      {503, `dns_error; rcode="SERVFAIL"`, "The name of servfail.test cannot be looked up: the DNS server answers SERVFAIL."},
-			"long-servfail": {503, `dns_error; rcode="SERVFAIL"`, "The name of long-servfail.test cannot be looked up: the DNS server answers SERVFAIL."},
-			"refused":       {503, `dns_error; rcode="REFUSED"`, "The name of refused.test cannot be looked up: the DNS server answers REFUSED."},
-			"notimp":        {503, `dns_error; rcode="NOTIMP"`, "The name of notimp.test cannot be looked up: the DNS server answers NOTIMP."},
-			"formerr":       {503, `dns_error; rcode="FORMERR"`, "The name of formerr.test cannot be looked up: the DNS server answers FORMERR."},
-			"twelve":        {503, `dns_error; rcode="RCODE12"`, "The name of twelve.test cannot be looked up: the DNS server answers RCODE12."},
-			"aaaa-fails":    {503, `dns_error; rcode="SERVFAIL"`, "The name of aaaa-fails.test cannot be looked up: the DNS server answers SERVFAIL."},
-			"empty":         {502, `dns_error`, "The name of empty.test has no address."},
-			"silent":        {504, `dns_timeout`, "The name of silent.test was not resolved in time."},
+			"nxdomain":      {502, `dns_error; rcode="NXDOMAIN"`, "nxdomain.test could not be resolved: there is no such name."},
+			"servfail":      {503, `dns_error; rcode="SERVFAIL"`, "servfail.test could not be resolved: the DNS server answers SERVFAIL."},
+			"long-servfail": {503, `dns_error; rcode="SERVFAIL"`, "long-servfail.test could not be resolved: the DNS server answers SERVFAIL."},
+			"refused":       {503, `dns_error; rcode="REFUSED"`, "refused.test could not be resolved: the DNS server answers REFUSED."},
+			"notimp":        {503, `dns_error; rcode="NOTIMP"`, "notimp.test could not be resolved: the DNS server answers NOTIMP."},
+			"formerr":       {503, `dns_error; rcode="FORMERR"`, "formerr.test could not be resolved: the DNS server answers FORMERR."},
+			"twelve":        {503, `dns_error; rcode="RCODE12"`, "twelve.test could not be resolved: the DNS server answers RCODE12."},
+			"aaaa-fails":    {503, `dns_error; rcode="SERVFAIL"`, "aaaa-fails.test could not be resolved: the DNS server answers SERVFAIL."},
+			"empty":         {502, `dns_error`, "empty.test could not be resolved: the name has no address."},
+			"silent":        {504, `dns_timeout`, "silent.test could not be resolved in time."},
 		} {
 			if !strings.HasSuffix(resolver, server) {
 				want.status, want.kind = 503, "dns_error"
-				want.text = "The name of " + name + ".test cannot be looked up: there is no answer from DNS."
+				want.text = name + ".test could not be resolved: no DNS server answers."
 			}
 			clients := map[string]*rawConn{}
 			for _, request := range []string{"CONNECT " + name + ".test:443", "GET http://" + name + ".test:8080/", "GET https://" + name + ".test/"} {

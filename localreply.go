@@ -50,7 +50,7 @@ const (
 	causeParent             cause = cause(egress.ParentDenies) // the parent proxy refused
 )
 
-// Causes that only the error type describes: there is something wrong with the request.
+// Causes without a label of their own: logs and metrics name only their error type, or a wider cause.
 const (
 	causeClientLeft      cause = "client_left"       // only for logs: the client has gone
 	causeShuttingDown    cause = "shutting_down"     // Caddy exits
@@ -78,13 +78,13 @@ const (
 type localReply struct {
 	status    int
 	errorType string // of RFC 9209 §2.3, for the Proxy-Status field
-	label     cause  // what logs and metrics name as the cause; "": the error type says it all
-	outcome   string // of the dial, for the metric; "": "failed", or there was none
+	label     cause  // the cause in logs and metrics; "": they name only the error type
+	outcome   string // of the dial, for the metric; "": there was no dial
 	text      string // the sentence for the client, a format
 }
 
 // causes maps each cause to its response. In the texts of failed connection attempts and
-// exchanges, %[1]s is the host that did not respond as it should, and %[2]s a detail.
+// exchanges, %[1]s is the host that failed, and %[2]s a detail.
 var causes = map[cause]localReply{
 	causeRateLimited:        {429, deniedRequest, causeRateLimited, "", "Too many requests from your address; try again in %d s."},
 	causeBlocked:            {429, deniedRequest, causeBlocked, "", "The operator of this proxy has blocked %s; try again in %d s."},
@@ -93,7 +93,7 @@ var causes = map[cause]localReply{
 	causeNoRule:             {403, deniedRequest, causeRule, "denied", "Denied by proxy: no rule allows %s."},
 	causeDefault:            {403, deniedAddress, causeDefault, "denied", "Denied by proxy: no rule allows %s."},
 	causePort:               {403, deniedRequest, causePort, "denied", "Denied by proxy: %s is closed."},
-	causeMethod:             {403, deniedRequest, causeMethod, "", "Denied by proxy: the method %s is closed."},
+	causeMethod:             {403, deniedRequest, causeMethod, "", "Denied by proxy: the method %s is not allowed."},
 	causeClient:             {403, deniedRequest, causeClient, "", "Denied by proxy: your address, %s, may not use it."},
 	causeAuthRequired:       {407, deniedRequest, causeAuthRequired, "", "This proxy requires a user name and password."},
 	causeAuthFailed:         {407, deniedRequest, causeAuthFailed, "", "The user name or password is wrong."},
@@ -126,17 +126,17 @@ var causes = map[cause]localReply{
 	cause(egress.DialRefused):     {502, "connection_refused", "", "refused", "%[1]s refused the connection."},
 	cause(egress.DialUnroutable):  {502, "destination_ip_unroutable", "", "failed", "There is no route to %[1]s."},
 	cause(egress.DialFailed):      {502, "destination_unavailable", "", "failed", "Could not connect to %[1]s."},
-	cause(egress.DNSTimeout):      {504, "dns_timeout", "", "timeout", "The name of %[1]s was not resolved in time."},
-	cause(egress.DNSNoAddress):    {502, "dns_error", "", "dns", "The name of %[1]s has no address."},
-	cause(egress.DNSNoName):       {502, "dns_error", "", "dns", "The name of %[1]s does not resolve."},
-	cause(egress.DNSSilent):       {503, "dns_error", "", "dns", "The name of %[1]s cannot be looked up: there is no answer from DNS."},
-	cause(egress.DNSFailed):       {503, "dns_error", "", "dns", "The name of %[1]s cannot be looked up: the DNS server answers %[2]s."},
+	cause(egress.DNSTimeout):      {504, "dns_timeout", "", "timeout", "%[1]s could not be resolved in time."},
+	cause(egress.DNSNoAddress):    {502, "dns_error", "", "dns", "%[1]s could not be resolved: the name has no address."},
+	cause(egress.DNSNoName):       {502, "dns_error", "", "dns", "%[1]s could not be resolved: there is no such name."},
+	cause(egress.DNSSilent):       {503, "dns_error", "", "dns", "%[1]s could not be resolved: no DNS server answers."},
+	cause(egress.DNSFailed):       {503, "dns_error", "", "dns", "%[1]s could not be resolved: the DNS server answers %[2]s."},
 	cause(egress.TLSUntrusted):    {502, "tls_certificate_error", "", "failed", "The certificate of %[1]s is not trusted."},
 	cause(egress.TLSAlerted):      {502, "tls_alert_received", "", "failed", "%[1]s ended the TLS connection with %[2]s."},
 	cause(egress.TLSFailed):       {502, "tls_protocol_error", "", "failed", "%[1]s does not speak TLS, or only insecure versions of it."},
 
 	causeParent:                          {403, deniedRequest, causeParent, "failed", "Denied by the parent proxy: it does not connect this proxy to %[1]s."},
-	cause(egress.ParentLimits):           {429, "destination_unavailable", causeParent, "failed", "The parent proxy had too many requests to connect to %[1]s; try again later."},
+	cause(egress.ParentLimits):           {429, "destination_unavailable", causeParent, "failed", "The parent proxy limits requests, and did not connect to %[1]s; try again later."},
 	cause(egress.ParentBusy):             {503, "destination_unavailable", "", "failed", "The parent proxy is too busy to connect to %[1]s; try again later."},
 	cause(egress.ParentDialTimeout):      {504, "connection_timeout", "", "failed", "The parent proxy could not connect to %[1]s in time."},
 	cause(egress.ParentDialFailed):       {502, "destination_unavailable", "", "failed", "The parent proxy could not connect to %[1]s."},
@@ -189,7 +189,7 @@ func (f *refusal) Error() string {
 	return f.text + " " + f.hint
 }
 
-// isDenial reports whether it is this proxy's own config that does not allow the request.
+// isDenial reports whether this proxy's own config, and not its parent, denies the request.
 func (f *refusal) isDenial() bool { return f.status == http.StatusForbidden && f.cause != causeParent }
 
 // rule returns the rule that denied the destination, as in the log line, or "" if none did.
@@ -230,8 +230,9 @@ func printableArgs(args []any) []any {
 	return args
 }
 
-// failure returns the refusal for a cause by which host did not respond as it should. err is
-// what happened.
+// failure returns the refusal for a cause that concerns host: a failed connection attempt or
+// exchange. err is what happened. Its details go into the sentence and into the parameters of
+// Proxy-Status.
 func (c cause) failure(err error, host string) *refusal {
 	var (
 		unresolved *egress.ResolveError

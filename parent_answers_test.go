@@ -372,7 +372,7 @@ func TestParentOverHTTP2(t *testing.T) {
 			w.Header().Set("Retry-After", "17")
 			w.Header().Set("Proxy-Status", "parent; error=http_request_denied")
 			w.WriteHeader(http.StatusTooManyRequests)
-		}, failure{429, "destination_unavailable", "The parent proxy had too many requests"}, "parent; error=http_request_denied", "17"},
+		}, failure{429, "destination_unavailable", "The parent proxy limits requests"}, "parent; error=http_request_denied", "17"},
 		{func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusForbidden) }, failure{403, deniedRequest, "Denied by the parent proxy"}, "", ""},
 		{abort, failure{502, "http_response_incomplete", "The parent proxy closed the connection before its answer was complete"}, "", ""},
 		{func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, failure{504, "http_response_timeout", "The parent proxy did not answer in time"}, "", ""},

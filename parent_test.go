@@ -307,7 +307,7 @@ func TestParentFailures(t *testing.T) {
 	}{
 		{"credentials", "HTTP/1.1 407 Proxy Authentication Required\nProxy-Authenticate: Basic realm=\"x\"\nContent-Length: 0\n\n", 502, parentWantsOthers},
 		{"denied", "HTTP/1.1 403 Forbidden\nContent-Length: 0\n\n", 403, "Denied by the parent proxy: it does not connect this proxy to target.example:443"},
-		{"too many", "HTTP/1.1 429 Too Many Requests\nContent-Length: 0\n\n", 429, "The parent proxy had too many requests"},
+		{"too many", "HTTP/1.1 429 Too Many Requests\nContent-Length: 0\n\n", 429, "The parent proxy limits requests"},
 		{"busy", "HTTP/1.1 503 Service Unavailable\nContent-Length: 0\n\n", 503, "The parent proxy is too busy"},
 		{"no target", "HTTP/1.1 502 Bad Gateway\nContent-Length: 0\n\n", 502, "The parent proxy could not connect to target.example:443"},
 		{"target silent", "HTTP/1.1 504 Gateway Timeout\nContent-Length: 0\n\n", 504, "The parent proxy could not connect to target.example:443 in time"},
@@ -335,7 +335,7 @@ func TestParentFailures(t *testing.T) {
 		})
 	}
 	w := newWorld(t, "upstream http://nowhere.invalid", nil)
-	if res, body := policyRequest(t, w.proxy, http.MethodConnect, "target.example:443", ""); res.StatusCode != 502 || !strings.HasPrefix(body, "The name of the parent proxy does not resolve") {
+	if res, body := policyRequest(t, w.proxy, http.MethodConnect, "target.example:443", ""); res.StatusCode != 502 || !strings.HasPrefix(body, "The parent proxy could not be resolved") {
 		t.Errorf("%s %q", res.Status, body)
 	}
 }

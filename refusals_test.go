@@ -241,7 +241,7 @@ func TestRefusalOrigin(t *testing.T) {
 	b.answers("LONG", "HTTP/1.1 200 OK\r\nX: "+strings.Repeat("x", 1<<20)+"\r\n\r\n")
 
 	b.refuses(502, "connection_refused", "REFUSED refused the connection", "CONNECT REFUSED", "GET http://REFUSED/", "HEAD http://REFUSED/", "GET https://REFUSED/", "POST http://REFUSED/ HTTP/1.1\nHost: x\nContent-Length: 5\n\nhello")
-	b.refuses(502, "dns_error", "The name of nonexistent.invalid", "CONNECT nonexistent.invalid:PORT", "GET http://nonexistent.invalid/", "GET https://nonexistent.invalid/")
+	b.refuses(502, "dns_error", "nonexistent.invalid could not be resolved", "CONNECT nonexistent.invalid:PORT", "GET http://nonexistent.invalid/", "GET https://nonexistent.invalid/")
 	b.refuses(502, "http_response_incomplete", "closed the connection before its response was complete",
 		"GET http://CLOSES/", "GET https://CLOSES/", "GET http://LEAVES/", "HEAD http://LEAVES/", "GET http://PARTIAL/", "POST http://LEAVES/ HTTP/1.1\nHost: x\nContent-Length: 5\n\nhello")
 	b.refuses(502, "http_protocol_error", "did not answer with a valid HTTP response", "GET http://NONSENSE/", "GET http://BANNER/", "GET http://FIELDS/", "GET http://LENGTHS/", "GET http://UNASKED/")
