@@ -4,6 +4,8 @@
 package redis
 
 import (
+	"maps"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -43,7 +45,7 @@ func (l *Limiter) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	for nesting := d.Nesting(); d.NextBlock(nesting); {
 		name := d.Val()
 		if _, known := expectations[name]; !known {
-			return d.Errf("unrecognized option '%s'", name)
+			return d.Errf("unrecognized option '%s'; expected one of %s", name, strings.Join(slices.Sorted(maps.Keys(expectations)), ", "))
 		}
 		if seen[name] {
 			return d.Errf("%s: the option is set twice; expected it once", name)

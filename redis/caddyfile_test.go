@@ -85,7 +85,7 @@ func TestCaddyfileMistakes(t *testing.T) {
 		"limiter redis alice:open{sesame}@b":            "redis: a value is a URL or has a user; expected addresses of servers as host:port, and username and password as options, at Caddyfile:3",
 		"limiter redis a:0":                             "redis: the value 'a:0' is not valid; expected addresses of servers as host:port, and username and password as options, at Caddyfile:3",
 		"limiter redis \"\"":                            "redis: the value '' is not valid; expected addresses of servers as host:port, and username and password as options, at Caddyfile:3",
-		"limiter redis a {\nnonsense\n}":                "unrecognized option 'nonsense', at Caddyfile:4",
+		"limiter redis a {\nnonsense\n}":                "unrecognized option 'nonsense'; expected one of db, on_error, password, prefix, sentinel, timeout, tls, username, at Caddyfile:4",
 		"limiter redis a {\ndb 1\ndb 2\n}":              "db: the option is set twice; expected it once, at Caddyfile:5",
 		"limiter redis a {\ndb\n}":                      "db: missing value; expected the number of a database, from 0, at Caddyfile:4",
 		"limiter redis a {\ndb 1 2\n}":                  "db: more than one value; expected the number of a database, from 0, at Caddyfile:4",

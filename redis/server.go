@@ -16,6 +16,7 @@ import (
 
 	"github.com/redis/rueidis"
 	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 )
 
 const (
@@ -75,7 +76,7 @@ func newServer(options rueidis.ClientOption, timeout time.Duration, prefix strin
 		}
 		close(s.tried)
 		if err != nil {
-			s.heal(key, start)
+			s.heal(key, start, err)
 		}
 	}()
 	return s
@@ -278,12 +279,15 @@ func (s *server) fail(l *link, key string, err error) {
 	start := time.Now()
 	go func() {
 		l.client.Close() // takes a second if Redis does not answer
-		s.heal(key, start)
+		s.heal(key, start, err)
 	}()
 }
 
-// heal tries to reconnect until Redis answers or the server is closed.
-func (s *server) heal(key string, since time.Time) {
+// heal tries to reconnect until Redis answers or the server is closed. err is the error that has been
+// logged. The first error of another kind is logged too: after a broken connection, only that shows
+// that the password is wrong.
+func (s *server) heal(key string, since time.Time, err error) {
+	logged := map[string]bool{kind(err): true}
 	for {
 		select {
 		case <-s.done:
@@ -297,7 +301,12 @@ func (s *server) heal(key string, since time.Time) {
 				zap.Duration("after", time.Since(since)))
 			return
 		}
-		s.logger().Debug("redis still does not answer",
+		level := zapcore.WarnLevel
+		if logged[kind(err)] {
+			level = zapcore.DebugLevel
+		}
+		logged[kind(err)] = true
+		s.logger().Log(level, "redis still does not answer",
 			zap.Strings("addresses", s.options.InitAddress),
 			zap.Error(err))
 	}
