@@ -290,7 +290,7 @@ func (p *caddyfileParser) check(h *Handler) error {
 		return err
 	}
 	if at, given := p.seen["failed_logins"]; given && !h.requiresLogin() {
-		return at.Errf("failed_logins: no authentication is configured; expected the option basic_auth as well")
+		return at.Errf("failed_logins: no authentication is configured; expected the option basic_auth or users_file as well")
 	}
 	return nil
 }

@@ -333,7 +333,7 @@ func (p *caddyfileParser) failedLogins(h *Handler) error {
 	var ok, ok2 bool
 	h.FailedLogins, ok = parseInt(args[0], 1, maxFailedLogins)
 	h.FailedLoginsPer, ok2 = parseDuration(args[2])
-	if _, invalid := h.invalidFailedLogins(); invalid || !ok || !ok2 || args[1] != "per" {
+	if _, invalid := h.invalidFailedLogins(); invalid || !ok || !ok2 || h.FailedLoginsPer == 0 || args[1] != "per" {
 		return p.invalid(strings.Join(args, " "))
 	}
 	return nil

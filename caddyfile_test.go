@@ -287,6 +287,8 @@ func TestCaddyfileMistakes(t *testing.T) {
 	burst 6
 }`, "burst: the option is already set at Caddyfile:2; expected it once, at Caddyfile:3"},
 
+		// In JSON, 0 stands for the default; what a Caddyfile says must not.
+		{"failed_logins 10 per 0s", "failed_logins: the value '10 per 0s' is not valid; expected <n> per <duration>, such as 10 per 1m, with 1 to 1000000 logins per 1s to 8760h, or off, at Caddyfile:3"},
 		{"nonsense 5", "unrecognized option 'nonsense'; expected one of " + strings.Join(optionNames(), ", ") + ", at Caddyfile:3"},
 		{`burst 5
 
@@ -455,7 +457,7 @@ zone a`, "burst 1000000000 with refill 0.1: an empty bucket would take more than
 		{`no_upstream a.example
 burst 5`, "no_upstream: no upstream is configured; expected the option upstream as well, at Caddyfile:3"},
 		{`limit_by user
-burst 5`, "limit_by: clients have no user; expected the option basic_auth or user_from as well, at Caddyfile:3"},
+burst 5`, "limit_by: clients have no user; expected the option basic_auth, users_file or user_from as well, at Caddyfile:3"},
 		{"header_up X-A [ b", "header_up: the values 'X-A [ b' are not valid: replacement 0 for header field 'X-A': error parsing regexp: missing closing ]: `[`; " + header + ", at Caddyfile:3"},
 		{"header_down ?X-A b", "header_down: the values '?X-A b' are not valid: '?X-A' is not a field name; " + header + ", at Caddyfile:3"},
 		{`header_up "A b" c`, "header_up: the values 'A b c' are not valid: 'A b' is not a field name; " + header + ", at Caddyfile:3"},
@@ -576,7 +578,7 @@ func TestJSONMistakes(t *testing.T) {
 		{`"ports": ["0"]`, "ports: the value '0' is not valid; expected ports from 1 to 65535, or ranges such as 8000-8999"},
 		{`"report_only": ["all"]`, "report_only: the value 'all' is not valid; expected rules, limits or both, or off"},
 		{`"limit_by": "token"`, "limit_by: the value 'token' is not valid; expected client_ip or user"},
-		{`"limit_by": "user"`, "limit_by: clients have no user; expected the option basic_auth or user_from as well"},
+		{`"limit_by": "user"`, "limit_by: clients have no user; expected the option basic_auth, users_file or user_from as well"},
 		{`"serve_pac": "proxy.pac"`, "serve_pac: the value 'proxy.pac' is not valid; expected a path that begins with /, or no value"},
 		{`"resolvers": ["192.0.2.53", "dns.google:53"]`, "resolvers: the value 'dns.google:53' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53 or tcp/[2001:db8::53]:53"},
 		{`"resolvers": ["a b"]`, "resolvers: the value 'a b' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53 or tcp/[2001:db8::53]:53"},

@@ -352,3 +352,22 @@ func TestClientsInTheSettings(t *testing.T) {
 		}
 	}
 }
+
+// TestOpenToNamesAnonymousPolicies checks that the proxy's line at its start does not say that all
+// clients log in when those of some policies need not.
+func TestOpenToNamesAnonymousPolicies(t *testing.T) {
+	w := newWorld(t, "", nil)
+	guests, tills := "\npolicy guests {\nclients 127.0.0.2\nanonymous\n}", "\npolicy tills {\nclients 127.0.0.3\nanonymous\n}"
+	for _, row := range []struct{ policies, want string }{
+		{"", "users on this machine who log in"},
+		{"\npolicy staff {\nclients 127.0.0.2\n}", "users on this machine who log in"},
+		{guests, "users on this machine who log in and anonymous clients of the policy guests"},
+		{guests + tills, "users on this machine who log in and anonymous clients of the policies guests tills"},
+	} {
+		w.forgetLogs()
+		w.load(w.site(bcryptUsers + row.policies))
+		if got := w.waitLog("async-proxy listening", 1)[0]["open_to"]; got != row.want {
+			t.Errorf("%q: open to %v, want %s", row.policies, got, row.want)
+		}
+	}
+}

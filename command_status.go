@@ -353,6 +353,9 @@ func columnIf(shown bool) func(cell string) string {
 }
 
 func printMore(w io.Writer, n int, noun string) {
+	if n == 1 {
+		noun = strings.TrimSuffix(noun, "s")
+	}
 	if n > 0 {
 		fmt.Fprintf(w, "and %d more %s\n", n, noun)
 	}

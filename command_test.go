@@ -363,3 +363,12 @@ func TestUnits(t *testing.T) {
 		}
 	}
 }
+
+func TestPrintMore(t *testing.T) {
+	for n, want := range []string{"", "and 1 more client\n", "and 2 more clients\n"} {
+		var b strings.Builder
+		if printMore(&b, n, "clients"); b.String() != want {
+			t.Errorf("%d more: %q, want %q", n, b.String(), want)
+		}
+	}
+}

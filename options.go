@@ -402,7 +402,7 @@ func (h *Handler) checkTogether() *combinationError {
 	case h.NoUpstream != nil && full.Upstream == nil:
 		return &combinationError{[]string{"no_upstream"}, errors.New("no_upstream: no upstream is configured; expected the option upstream as well")}
 	case h.LimitBy == "user" && !h.identifiesUsers():
-		return &combinationError{[]string{"limit_by"}, errors.New("limit_by: clients have no user; expected the option basic_auth or user_from as well")}
+		return &combinationError{[]string{"limit_by"}, errors.New("limit_by: clients have no user; expected the option basic_auth, users_file or user_from as well")}
 	case len(h.PACDirect) > 0 && h.ServePAC == "":
 		return &combinationError{[]string{"serve_pac"}, errors.New("pac_direct: expected serve_pac to be set as well")}
 	}

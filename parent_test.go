@@ -380,6 +380,23 @@ func TestParentRules(t *testing.T) {
 	}
 }
 
+// TestParentPlaceholderIsNamed checks that the error names a placeholder that is unknown, but no text
+// that may be part of a password.
+func TestParentPlaceholderIsNamed(t *testing.T) {
+	for credentials, want := range map[string]string{
+		"alice:{env.THERE_IS_NO_SUCH}":     "upstream: the placeholder {env.THERE_IS_NO_SUCH} is unknown or empty",
+		"{file./there/is/no/such}":         "upstream: the placeholder {file./there/is/no/such} is unknown or empty",
+		"alice:open{env.THERE_IS_NO_SUCH}": "upstream: a placeholder in the user or the password is unknown or empty",
+		"alice:{sesame}":                   "upstream: a placeholder in the user or the password is unknown or empty",
+		"alice:{env.OPEN}{env.SESAME}":     "upstream: a placeholder in the user or the password is unknown or empty",
+	} {
+		err := validate(t, `{"handler": "async_proxy", "upstream": {"url": "http://`+credentials+`@proxy.example"}}`)
+		if err == nil || !strings.HasSuffix(err.Error(), want) {
+			t.Errorf("%s: %v\nwant %s at the end", credentials, err, want)
+		}
+	}
+}
+
 // TestParentDisconnect checks that a client's disconnect ends the attempt to reach a slow
 // parent, and that nothing of it remains.
 func TestParentDisconnect(t *testing.T) {

@@ -110,10 +110,10 @@ func (h *Handler) checkPolicy(y *Policy, i int, matchesAll bool) (option string,
 		return "", fmt.Errorf("it has no conditions, so policy %s after it never applies; expected users, clients or match, or the policy to be the last", h.Policies[i+1].Name)
 	}
 	if len(y.Users) > 0 && !h.identifiesUsers() {
-		return "users", errors.New("users: clients have no user; expected the option basic_auth or user_from as well, in the directive")
+		return "users", errors.New("users: clients have no user; expected the option basic_auth, users_file or user_from as well, in the directive")
 	}
 	if y.Anonymous && !h.requiresLogin() {
-		return "anonymous", errors.New("anonymous: no client needs credentials; expected the option basic_auth as well, in the directive")
+		return "anonymous", errors.New("anonymous: no client needs credentials; expected the option basic_auth or users_file as well, in the directive")
 	}
 	own := &Handler{Options: y.Options}
 	for _, o := range options {

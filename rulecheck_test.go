@@ -83,11 +83,10 @@ func TestAllowWithoutEffect(t *testing.T) {
 			}
 			continue
 		}
-		has := "has"
+		want := "allow: " + tc.useless + " has no effect, because no later rule denies what it allows; for an allow-list, add `deny all` after it; otherwise remove it"
 		if strings.Contains(tc.useless, " ") {
-			has = "have"
+			want = "allow: " + tc.useless + " have no effect, because no later rule denies what they allow; for an allow-list, add `deny all` after them; otherwise remove them"
 		}
-		want := "allow: " + tc.useless + " " + has + " no effect, because no later rule denies what it allows; for an allow-list, add `deny all` after it; otherwise remove it"
 		if tc.useless == "all" || tc.useless == "public" {
 			want = "allow: " + tc.useless + " has no effect, because no later rule denies what it allows; remove it; to open private addresses, write `allow private`"
 		}

@@ -640,3 +640,18 @@ func TestStatusBesideProxy(t *testing.T) {
 		t.Errorf("the page's response: %s", res.Status)
 	}
 }
+
+// TestStatusPagesAfterReload checks that the proxy's line at a start names the pages of its own config
+// only. The old config still runs when the line is written.
+func TestStatusPagesAfterReload(t *testing.T) {
+	w := newStatusWorld(t, "", "")
+	w.load(w.site("") + w.statusSite("actions"))
+	w.load(w.site(""))
+	var got []string
+	for _, line := range w.waitLog("async-proxy listening", 4)[1:] {
+		got = append(got, fmt.Sprint(line["status_pages"]))
+	}
+	if page := "[" + w.page + "/]"; !slices.Equal(got, []string{page, page, "[]"}) {
+		t.Errorf("status pages %q, want %s twice, and then none", got, page)
+	}
+}

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -135,6 +136,9 @@ func cutCredentials(s string) (user, password string) {
 	return s, ""
 }
 
+// onlyPlaceholder matches a text that is a placeholder as a whole, so that it cannot be a password.
+var onlyPlaceholder = regexp.MustCompile(`^\{(env|file)\.[^{}]+\}$`)
+
 // readCredentials decodes a user and a password, which are percent-encoded or contain
 // placeholders. It returns nil if s is empty.
 func readCredentials(s string) (*url.Userinfo, error) {
@@ -143,15 +147,19 @@ func readCredentials(s string) (*url.Userinfo, error) {
 	}
 	repl := caddy.NewReplacer()
 	read := func(s string) (string, error) {
-		s, err := url.PathUnescape(s)
+		text, err := url.PathUnescape(s)
 		if err != nil {
 			return "", errors.New("the user or the password is not correctly percent-encoded")
 		}
-		if s, err = repl.ReplaceOrErr(s, true, true); err != nil {
+		replaced, err := repl.ReplaceOrErr(text, true, true)
+		switch {
+		case err != nil && onlyPlaceholder.MatchString(text):
+			return "", fmt.Errorf("the placeholder %s is unknown or empty", text)
+		case err != nil:
 			// err may contain a part of the password that only looks like a placeholder.
 			return "", errors.New("a placeholder in the user or the password is unknown or empty")
 		}
-		return s, nil
+		return replaced, nil
 	}
 	user, password := cutCredentials(s)
 	name, err := read(user)

@@ -5,6 +5,7 @@ package asyncproxy
 
 import (
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"runtime"
@@ -23,21 +24,39 @@ func (p *proxy) openTo(server *caddyhttp.Server) string {
 	switch {
 	case !slices.ContainsFunc(server.Listeners(), func(ln net.Listener) bool { return isBeyondLoopback(ln.Addr()) }):
 		if len(p.auth) > 0 {
-			return "users on this machine who log in"
+			return "users on this machine who log in" + p.anonymousClients()
 		}
 		return "this machine only"
 	case p.isOpen():
 		return "everybody who can reach it"
 	case len(p.auth) > 0 && named:
-		return "users who log in, from " + strings.Join(p.config.Clients, " ")
+		return "users who log in" + p.anonymousClients() + ", from " + strings.Join(p.config.Clients, " ")
 	case len(p.auth) > 0:
-		return "users who log in"
+		return "users who log in" + p.anonymousClients()
 	case named:
 		return "clients from " + strings.Join(p.config.Clients, " ")
 	case p.restrictedElsewhere():
 		return "clients that its site admits"
 	}
 	return "clients with private addresses"
+}
+
+// anonymousClients says in words which clients need no login although the proxy asks for one; "" for
+// none.
+func (p *proxy) anonymousClients() string {
+	var names []string
+	for _, y := range p.policies {
+		if y.anonymous {
+			names = append(names, y.name)
+		}
+	}
+	switch len(names) {
+	case 0:
+		return ""
+	case 1:
+		return " and anonymous clients of the policy " + names[0]
+	}
+	return " and anonymous clients of the policies " + strings.Join(names, " ")
 }
 
 // proxyURL returns the URL by which a client on this machine can use the proxy, or "" if there is
@@ -88,8 +107,16 @@ func usageLine(url string) string {
 
 // statusURLs returns the URLs of the status pages, as a browser on this machine would open them.
 func (p *proxy) statusURLs() (urls []string) {
+	app, err := p.own.ctx.AppIfConfigured("http")
+	if err != nil {
+		return nil
+	}
+	servers := slices.Collect(maps.Values(app.(*caddyhttp.App).Servers))
 	program.statusServers.Range(func(key, value any) bool {
 		s, server := key.(*Status), value.(*caddyhttp.Server)
+		if !slices.Contains(servers, server) {
+			return true // of the config that a reload is replacing
+		}
 		hosts, _ := hostsLeadingTo(routesOf(server), s)
 		path, found := pathLeadingTo(routesOf(server), s)
 		for _, ln := range server.Listeners() {

@@ -279,13 +279,13 @@ func (c *RuleCheck) Useless(rules []Rule, sets []*RuleSet) (found []Useless) {
 
 // Text describes the problem and its remedy.
 func (u Useless) Text() string {
-	cure := "for an allow-list, add `deny all` after it; otherwise remove it"
+	has, they, it := "has", "it allows", "it"
+	if len(u.Texts) > 1 {
+		has, they, it = "have", "they allow", "them"
+	}
+	cure := "for an allow-list, add `deny all` after " + it + "; otherwise remove " + it
 	if slices.Equal(u.Texts, []string{"all"}) || slices.Equal(u.Texts, []string{"public"}) {
 		cure = "remove it; to open private addresses, write `allow private`"
 	}
-	has := "has"
-	if len(u.Texts) > 1 {
-		has = "have"
-	}
-	return fmt.Sprintf("%s %s no effect, because no later rule denies what it allows; %s", strings.Join(u.Texts, " "), has, cure)
+	return fmt.Sprintf("%s %s no effect, because no later rule denies what %s; %s", strings.Join(u.Texts, " "), has, they, cure)
 }
