@@ -5,17 +5,12 @@ package asyncproxy
 
 import (
 	"fmt"
-	"maps"
-	"net"
-	"net/http"
 	"net/netip"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
-	"github.com/caddyserver/caddy/v2/modules/caddyhttp/caddyauth"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 	"github.com/asyncproxy/caddy-async-proxy/internal/printable"
@@ -122,105 +117,4 @@ func (p *proxy) effectiveClients() []string {
 // addresses do not.
 func namesClients(ranges []string) bool {
 	return len(ranges) > 0 && !slices.ContainsFunc(ranges, func(r string) bool { return r == allClients || strings.HasSuffix(r, "/0") })
-}
-
-// restrictedBefore reports whether every path to a handler through the routes of its
-// server is restricted to certain clients or users: a matcher on the path restricts the
-// clients, or an earlier handler requires credentials or rejects all other clients.
-func restrictedBefore(server *caddyhttp.Server, h caddyhttp.MiddlewareHandler, restricts func(caddyhttp.MatcherSet) bool) bool {
-	w := pathsTo{handler: h, restricts: restricts}
-	w.walk(routesOf(server), maps.Clone(server.NamedRoutes), false)
-	return w.found && !w.unrestricted
-}
-
-// pathsTo finds the paths through routes to a handler.
-type pathsTo struct {
-	handler   caddyhttp.MiddlewareHandler
-	restricts func(caddyhttp.MatcherSet) bool // reports whether a matcher set matches certain clients only
-
-	found        bool // a path exists
-	unrestricted bool // an unrestricted path exists
-}
-
-// walk follows routes. restricted says whether only certain clients or users reach the
-// first route; the result says the same of whatever follows the last one.
-func (w *pathsTo) walk(routes caddyhttp.RouteList, named map[string]*caddyhttp.Route, restricted bool) bool {
-	groups := make(map[string]bool)
-	for _, route := range routes {
-		inside := restricted || allSets(route.MatcherSets, w.restricts)
-		for _, handler := range route.Handlers {
-			switch handler := handler.(type) {
-			case *caddyhttp.Subroute:
-				inside = w.walk(handler.Routes, named, inside)
-			case *caddyhttp.Invoke:
-				if invoked := named[handler.Name]; invoked != nil {
-					others := maps.Clone(named)
-					delete(others, handler.Name) // a named route may invoke itself
-					inside = w.walk(caddyhttp.RouteList{*invoked}, others, inside)
-				}
-			case *caddyauth.Authentication, *caddyhttp.StaticError:
-				inside = true
-			case *caddyhttp.StaticResponse:
-				inside = inside || endsRequest(handler)
-			default:
-				if handler == w.handler {
-					w.found, w.unrestricted = true, w.unrestricted || !inside
-				}
-			}
-		}
-		// A route that some requests skip restricts these only if its matcher
-		// matches all but certain clients.
-		skipped := len(route.MatcherSets) > 0 || groups[route.Group]
-		if !skipped || allSets(route.MatcherSets, matchesAllBut(w.restricts)) && !groups[route.Group] {
-			restricted = inside
-		}
-		if route.Group != "" {
-			groups[route.Group] = true // a request takes only one route of a group
-		}
-	}
-	return restricted
-}
-
-// endsRequest reports whether a static response ends the request. All do except 103 (Early
-// Hints), which a status in a placeholder may turn out to be.
-func endsRequest(s *caddyhttp.StaticResponse) bool {
-	status, err := strconv.Atoi(string(s.StatusCode))
-	return s.Abort || s.StatusCode == "" || err == nil && status != http.StatusEarlyHints
-}
-
-// allSets reports whether there are matcher sets and condition holds for each of them.
-func allSets(sets caddyhttp.MatcherSets, condition func(caddyhttp.MatcherSet) bool) bool {
-	return len(sets) > 0 && !slices.ContainsFunc(sets, func(set caddyhttp.MatcherSet) bool { return !condition(set) })
-}
-
-// matchesClients reports whether a matcher set matches certain clients only.
-func matchesClients(set caddyhttp.MatcherSet) bool {
-	return slices.ContainsFunc(set, func(m any) bool {
-		switch m := m.(type) {
-		case *caddyhttp.MatchRemoteIP:
-			return namesClients(m.Ranges)
-		case *caddyhttp.MatchClientIP:
-			return namesClients(m.Ranges)
-		}
-		return false
-	})
-}
-
-// matchesAllBut returns a condition that holds for a matcher set that is exactly the
-// negation of sets for which restricts holds.
-func matchesAllBut(restricts func(caddyhttp.MatcherSet) bool) func(caddyhttp.MatcherSet) bool {
-	return func(set caddyhttp.MatcherSet) bool {
-		if len(set) != 1 {
-			return false
-		}
-		not, ok := set[0].(*caddyhttp.MatchNot)
-		return ok && allSets(not.MatcherSets, restricts)
-	}
-}
-
-// isBeyondLoopback reports whether a listener's address is a TCP address that other
-// machines may be able to reach.
-func isBeyondLoopback(addr net.Addr) bool {
-	tcp, ok := addr.(*net.TCPAddr)
-	return ok && !tcp.IP.IsLoopback()
 }

@@ -44,9 +44,11 @@ func init() { caddy.RegisterModule(ListenerWrapper{}) }
 type ListenerWrapper struct {
 	ctx         caddy.Context
 	server      *caddyhttp.Server
-	onlyWrapper bool   // there is no other wrapper but tls, and proxy_protocol before this one
-	proxied     string // identifies the settings of proxy_protocol; empty: there is none
-	tlsSettings string // identifies the server's settings for TLS
+	onlyWrapper bool // there is no other wrapper but tls, and proxy_protocol before this one
+
+	// What lies between a connection and this wrapper, as text to compare with that of other configs.
+	proxyProtocol string // the settings of the wrapper proxy_protocol; "": there is none
+	tlsSettings   string // the server's settings for TLS
 }
 
 // CaddyModule returns the Caddy module information.
@@ -65,16 +67,16 @@ func (w *ListenerWrapper) Provision(ctx caddy.Context) error {
 		return errors.New("async_proxy is a listener wrapper for HTTP servers")
 	}
 	addUnclaimed(w.server)
-	w.onlyWrapper, w.proxied = suits(w.server.ListenerWrappersRaw)
+	w.onlyWrapper, w.proxyProtocol = checkWrappers(w.server.ListenerWrappersRaw)
 	w.tlsSettings = tlsSettings(w.server)
 	return nil
 }
 
-// suits reports whether the wrapper may do its work among all the wrappers of a server, and returns
-// what identifies the settings of proxy_protocol. The listener of proxy_protocol must be the lower
-// one, because no connection has anything but its addresses from it.
-func suits(wrappers []json.RawMessage) (ok bool, proxied string) {
-	isFirst := true // of its name
+// checkWrappers reports whether the fast path can serve clients behind the listener wrappers of a
+// server, and returns the settings of proxy_protocol. That one must come before async_proxy, so that
+// its listener is the inner one, from whose connections the fast path takes the clients' addresses.
+func checkWrappers(wrappers []json.RawMessage) (ok bool, proxyProtocol string) {
+	isFirst := true // async_proxy has not been listed yet
 	for _, raw := range wrappers {
 		var each struct{ Wrapper string }
 		if json.Unmarshal(raw, &each) != nil {
@@ -84,7 +86,7 @@ func suits(wrappers []json.RawMessage) (ok bool, proxied string) {
 		case "async_proxy":
 			isFirst = false
 		case "proxy_protocol":
-			proxied += string(raw)
+			proxyProtocol += string(raw)
 			if !isFirst {
 				return false, ""
 			}
@@ -93,13 +95,13 @@ func suits(wrappers []json.RawMessage) (ok bool, proxied string) {
 			return false, ""
 		}
 	}
-	return true, proxied
+	return true, proxyProtocol
 }
 
-// tlsSettings identifies what a server demands of TLS connections. Servers of two configs have
-// the same only if a connection that one of them has accepted is good enough for the other.
-// Certificates of clients are verified in the handshake alone, so with them no two have the same.
-// It must be called before the server's connection policies are provisioned.
+// tlsSettings returns a text that identifies what a server demands of TLS connections. A connection
+// that one config has accepted may move to a server of the next config only if both texts are equal.
+// With client certificates, no two servers have the same text, because the certificates are verified
+// in the handshake only. It must be called before the server's connection policies are provisioned.
 func tlsSettings(server *caddyhttp.Server) string {
 	text, err := json.Marshal(server.TLSConnPolicies)
 	verifies := func(p *caddytls.ConnectionPolicy) bool { return p.ClientAuthentication != nil }
@@ -143,7 +145,7 @@ func (w *ListenerWrapper) WrapListener(ln net.Listener) net.Listener {
 		return ln
 	}
 	s := newFastPath(w.ctx, app.(*caddyhttp.App), first, w.server)
-	s.Below = w.proxied
+	s.Below = w.proxyProtocol
 	if overTLS {
 		s.Below += w.tlsSettings
 		ln = downstream.Watch(ln, s, true)
@@ -199,14 +201,6 @@ func newFastPath(ctx caddy.Context, app *caddyhttp.App, p *proxy, server *caddyh
 	return s
 }
 
-// speaksHTTP1Only reports whether Caddy closes connections without TLS that begin with HTTP/2. With h2,
-// it serves them even without h2c.
-func speaksHTTP1Only(server *caddyhttp.Server) bool {
-	return !slices.ContainsFunc(append(slices.Clone(server.ListenProtocols), server.Protocols), func(protocols []string) bool {
-		return slices.Contains(protocols, "h2") || slices.Contains(protocols, "h2c")
-	})
-}
-
 // logHandshakeError returns a function that logs failed TLS handshakes as Caddy's server does.
 func logHandshakeError(ctx caddy.Context, app *caddyhttp.App) func(conn net.Conn, err error) {
 	logger := ctx.Logger(app).Named("stdlib")
@@ -218,8 +212,8 @@ func logHandshakeError(ctx caddy.Context, app *caddyhttp.App) func(conn net.Conn
 	}
 }
 
-// noNext is the handler after the proxy on the fast path, where all requests are for the proxy. A
-// request that is not would be refused by passOn, because noNext does not respond.
+// noNext is the next handler on the fast path, where all requests are for the proxy. If a request were
+// not, passOn would refuse it, because noNext does not respond.
 var noNext = caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error { return nil })
 
 // caddyContext returns the context of a request with what Caddy's server prepares for each one,
@@ -233,7 +227,7 @@ func caddyContext(r *http.Request, w http.ResponseWriter, server *caddyhttp.Serv
 }
 
 // namesClient reports whether a request has a field that may name another client than the
-// one that is connected. Caddy then decides who the client is.
+// one that is connected. If it has, Caddy determines the client.
 func namesClient(r *http.Request) bool {
 	if len(r.Header["X-Forwarded-For"]) > 0 {
 		return true
@@ -242,48 +236,26 @@ func namesClient(r *http.Request) bool {
 	return slices.ContainsFunc(server.ClientIPHeaders, func(name string) bool { return len(r.Header.Values(name)) > 0 })
 }
 
-// usesTLS reports whether Caddy expects TLS from the clients of a listener. Connections in
-// clear must not be served there, whichever place TLS has among the wrappers.
-func usesTLS(app *caddyhttp.App, server *caddyhttp.Server, ln net.Listener) bool {
-	tcp, ok := ln.Addr().(*net.TCPAddr)
-	return len(server.TLSConnPolicies) > 0 && (!ok || tcp.Port != cmp.Or(app.HTTPPort, caddyhttp.DefaultHTTPPort))
-}
-
 // fastPathHandler returns the proxy if the fast path can serve the server's proxy requests, which
 // is when no other part of Caddy takes part in them. Otherwise why names that part.
 func fastPathHandler(app *caddyhttp.App, server *caddyhttp.Server) (p *proxy, why string) {
 	lacksHTTP1 := func(protocols []string) bool { return protocols != nil && !slices.Contains(protocols, "h1") }
 	switch {
 	case server.ReadTimeout > 0 || server.WriteTimeout > 0:
-		return nil, "timeouts for whole requests"
+		return nil, "the server has the timeout read_body or write"
 	case server.ReadMinRate != 0 || server.WriteMinRate != 0:
-		return nil, "minimum rates"
+		return nil, "the server has a minimum rate for reads or writes"
 	case len(server.ExpectedUnderscoreHeaders) > 0 || len(server.ExpectedDotHeaders) > 0:
-		return nil, "expected headers"
+		return nil, "the server has the option expected_underscore_headers or expected_dot_headers"
 	case lacksHTTP1(server.Protocols) || slices.ContainsFunc(server.ListenProtocols, lacksHTTP1):
-		return nil, "protocols"
+		return nil, "the server's protocols do not include h1, or not at each address"
 	case len(server.TLSConnPolicies) > 0 && server.StrictSNIHost != nil && *server.StrictSNIHost:
-		return nil, "strict_sni_host"
+		return nil, "the server has the option strict_sni_host"
 	}
 	if h, ok := firstHandler(routesOf(server)).(*Handler); ok {
 		return h.proxy, ""
 	}
-	return nil, "another handler or a matcher before async_proxy"
-}
-
-// firstHandler returns the handler that gets every request before any other handler.
-func firstHandler(routes caddyhttp.RouteList) caddyhttp.MiddlewareHandler {
-	if len(routes) == 0 || len(routes[0].MatcherSets) > 0 || len(routes[0].Handlers) == 0 {
-		return nil
-	}
-	first := routes[0].Handlers[0]
-	if sub, ok := first.(*caddyhttp.Subroute); ok {
-		if sub.Errors != nil {
-			return nil
-		}
-		return firstHandler(sub.Routes)
-	}
-	return first
+	return nil, "another handler or a matcher comes before async_proxy"
 }
 
 // Interface guards

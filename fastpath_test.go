@@ -150,7 +150,7 @@ func TestListenerWrapperMissing(t *testing.T) {
 		t.Errorf("with the wrapper: %v", lines)
 	}
 	w.load(byCaddy(w.site("")))
-	if lines := w.logLines(missed); len(lines) != 1 || lines[0]["why"] != "another handler or a matcher before async_proxy" || lines[0]["level"] != "debug" {
+	if lines := w.logLines(missed); len(lines) != 1 || lines[0]["why"] != "another handler or a matcher comes before async_proxy" || lines[0]["level"] != "debug" {
 		t.Errorf("with another handler: %v", lines)
 	}
 	loadCaddyfile(t, withServers(w.globals()+w.site(""), "max_header_size 1MB"))

@@ -5,7 +5,6 @@ package asyncproxy
 
 import (
 	"context"
-	"reflect"
 	"slices"
 	"strings"
 	"time"
@@ -112,22 +111,6 @@ func listenersOfSites() (found []status.Listener) {
 	}
 	slices.SortFunc(found, func(a, b status.Listener) int { return strings.Compare(a.Address, b.Address) })
 	return slices.Compact(found)
-}
-
-// speaksProxyProtocol reports whether clients of a server may have to begin with a header of the
-// PROXY protocol. It reads an unexported field, because Caddy has no other way to tell once it has
-// loaded the listener wrappers.
-func speaksProxyProtocol(server *caddyhttp.Server) bool {
-	wrappers := reflect.ValueOf(server).Elem().FieldByName("listenerWrappers")
-	if !wrappers.IsValid() || wrappers.Kind() != reflect.Slice {
-		return false
-	}
-	for i := range wrappers.Len() {
-		if wrappers.Index(i).Elem().Type().String() == "*proxyprotocol.ListenerWrapper" {
-			return true
-		}
-	}
-	return false
 }
 
 // readCounters returns the counters, with the bytes of open tunnels.

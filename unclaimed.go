@@ -162,62 +162,6 @@ func isForOtherHost(r *http.Request) bool {
 	return !strings.EqualFold(strings.TrimSuffix(host, "."), r.TLS.ServerName)
 }
 
-// siteOf returns the routes of the site that a handler is in.
-func siteOf(server *caddyhttp.Server, h caddyhttp.MiddlewareHandler) caddyhttp.RouteList {
-	routes := routesOf(server)
-	for _, route := range routes {
-		for _, handler := range route.Handlers {
-			if sub, ok := handler.(*caddyhttp.Subroute); ok && route.Terminal {
-				if _, found := hostsLeadingTo(sub.Routes, h); found {
-					return sub.Routes
-				}
-			}
-		}
-	}
-	return routes
-}
-
-// mayFallThrough reports whether a request may pass all routes without a response, as far
-// as can be told from the config.
-func mayFallThrough(routes caddyhttp.RouteList) bool {
-	return !slices.ContainsFunc(routes, func(route caddyhttp.Route) bool {
-		return len(route.MatcherSets) == 0 && slices.ContainsFunc(route.Handlers, func(handler caddyhttp.MiddlewareHandler) bool {
-			switch handler := handler.(type) {
-			case *Unclaimed:
-				return false
-			case *caddyhttp.Subroute:
-				return !mayFallThrough(handler.Routes)
-			case *caddyhttp.StaticResponse:
-				return endsRequest(handler)
-			}
-			module, ok := handler.(caddy.Module)
-			return !ok || !slices.Contains(passingHandlers, module.CaddyModule().ID.Name())
-		})
-	})
-}
-
-// passingHandlers lists Caddy's handlers that leave the response to the next handler.
-var passingHandlers = []string{
-	"authentication", "encode", "headers", "intercept", "log_append", "map", "push", "request_body", "rewrite", "templates", "tracing", "vars",
-}
-
-// firstProxy returns the first async_proxy in routes.
-func firstProxy(routes caddyhttp.RouteList) *proxy {
-	for _, route := range routes {
-		for _, handler := range route.Handlers {
-			switch handler := handler.(type) {
-			case *Handler:
-				return handler.proxy
-			case *caddyhttp.Subroute:
-				if p := firstProxy(handler.Routes); p != nil {
-					return p
-				}
-			}
-		}
-	}
-	return nil
-}
-
 // Interface guards
 var (
 	_ caddy.Provisioner           = (*Unclaimed)(nil)

@@ -140,39 +140,6 @@ func (p *proxy) statusURLs() (urls []string) {
 	return slices.Compact(urls)
 }
 
-// pathLeadingTo returns a path at which routes lead to h, and whether they do.
-func pathLeadingTo(routes caddyhttp.RouteList, h caddyhttp.MiddlewareHandler) (path string, found bool) {
-	for _, route := range routes {
-		for _, handler := range route.Handlers {
-			if sub, ok := handler.(*caddyhttp.Subroute); ok {
-				path, found = pathLeadingTo(sub.Routes, h)
-			} else {
-				path, found = "/", handler == h
-			}
-			if found && path == "/" {
-				path = matchedPath(route)
-			}
-			if found {
-				return path, true
-			}
-		}
-	}
-	return "", false
-}
-
-// matchedPath returns a path that a route matches and that ends in a slash, as far as its path
-// matchers tell.
-func matchedPath(route caddyhttp.Route) string {
-	for _, set := range route.MatcherSets {
-		for _, m := range set {
-			if paths, ok := m.(*caddyhttp.MatchPath); ok && len(*paths) > 0 {
-				return strings.TrimRight(strings.TrimSuffix((*paths)[0], "*"), "/") + "/"
-			}
-		}
-	}
-	return "/"
-}
-
 // introduction says in one line what a proxy is that has just been started, who may use it and how.
 func (p *proxy) introduction() string {
 	server := p.own.self
