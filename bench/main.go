@@ -90,8 +90,8 @@ func ids(all []*peer.Peer) string {
 	return strings.Join(names, ",")
 }
 
-// selected returns the elements whose names are in a list, or all if the list is empty.
-func selected[T any](all []T, list string, name func(T) string) ([]T, error) {
+// selected returns the elements whose names a flag lists, or all if the list is empty.
+func selected[T any](flag string, all []T, list string, name func(T) string) ([]T, error) {
 	if list == "" {
 		return all, nil
 	}
@@ -99,7 +99,11 @@ func selected[T any](all []T, list string, name func(T) string) ([]T, error) {
 	for want := range strings.SplitSeq(list, ",") {
 		i := slices.IndexFunc(all, func(one T) bool { return name(one) == want })
 		if i < 0 {
-			return nil, fmt.Errorf("there is no %q", want)
+			var known []string
+			for _, one := range all {
+				known = append(known, name(one))
+			}
+			return nil, fmt.Errorf("-%s %q: use %s", flag, want, strings.Join(known, ", "))
 		}
 		found = append(found, all[i])
 	}
@@ -117,12 +121,22 @@ func logModes(flag string) ([]bool, error) {
 
 // bench runs the benchmark and writes the results.
 func bench(ctx context.Context, o *options) error {
-	chosen, err := selected(scenarios(), o.scenarios, func(s scenario) string { return s.ID })
+	if flag.NArg() > 0 {
+		return fmt.Errorf("unexpected argument %q", flag.Arg(0))
+	}
+	if o.rounds < 1 {
+		return fmt.Errorf("-rounds %d: use 1 or more", o.rounds)
+	}
+	chosen, err := selected("scenarios", scenarios(), o.scenarios, func(s scenario) string { return s.ID })
 	if err != nil {
 		return err
 	}
-	peers, err := selected(peer.List(), o.peers, func(p *peer.Peer) string { return p.ID })
+	id := func(p *peer.Peer) string { return p.ID }
+	peers, err := selected("peers", peer.List(), o.peers, id)
 	if err != nil {
+		return err
+	}
+	if _, err := selected("ref", peer.List(), o.reference, id); err != nil {
 		return err
 	}
 	logs, err := logModes(o.logs)

@@ -124,9 +124,12 @@ func TestInterrupt(t *testing.T) {
 // TestMistakes checks what mistakes in the command line lead to.
 func TestMistakes(t *testing.T) {
 	for _, test := range []struct{ args, says string }{
-		{"-scenarios get-129", `there is no "get-129"`},
-		{"-peers squid,nobody", `there is no "nobody"`},
+		{"-scenarios get-129", `-scenarios "get-129": use get-128, get-10k, `},
+		{"-peers squid,nobody", `-peers "nobody": use async_proxy, goproxy, `},
+		{"-ref nobody", `-ref "nobody": use async_proxy, goproxy, `},
 		{"-logs no", "use off, on or both"},
+		{"-rounds 0", "-rounds 0: use 1 or more"},
+		{"get-128", `unexpected argument "get-128"`},
 	} {
 		cmd, dir := command(t, strings.Fields(test.args)...)
 		if output, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(output), test.says) {

@@ -40,8 +40,8 @@ func (r *Results) writeMachine(text *strings.Builder) {
 		fmt.Fprintf(text, "| missing | %s |\n", missing)
 	}
 	disturbed, all := r.disturbed()
-	fmt.Fprintf(text, "\n%d of %d measurements were disturbed: other processes used more than %.0f %% of the machine.\n",
-		disturbed, all, r.Settings.Foreign*100)
+	fmt.Fprintf(text, "\nDisturbed measurements, in which other processes used more than %.0f %% of the machine: %d of %d.\n",
+		r.Settings.Foreign*100, disturbed, all)
 	if disturbed > 0 && disturbed*5 >= all {
 		text.WriteString("**The machine was busy. Repeat the run when it is quiet.**\n")
 	}

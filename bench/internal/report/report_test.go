@@ -129,7 +129,7 @@ func TestFailed(t *testing.T) {
 func TestBusy(t *testing.T) {
 	results := sample()
 	const says = "**The machine was busy."
-	if text := results.Markdown(); !strings.Contains(text, "3 of 15 measurements were disturbed") || !strings.Contains(text, says) {
+	if text := results.Markdown(); !strings.Contains(text, "machine: 3 of 15.") || !strings.Contains(text, says) {
 		t.Error(text)
 	}
 	results.Rows[1].Rounds = nil
