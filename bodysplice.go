@@ -15,7 +15,7 @@ import (
 // spliceFrom is the smallest body that is worth splicing.
 const spliceFrom = 256 << 10
 
-// spliceBody has the kernel move the body of a response to a client on the fast path, if both
+// spliceBody makes the kernel move the body of a response to a client on the fast path, if both
 // connections are plain sockets and the body's length is known. It returns errors.ErrUnsupported
 // if the rest of the body must be copied.
 //

@@ -23,10 +23,10 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
-// clientConn serves one client connection on one goroutine. It refuses a malformed request, and
-// hands the connection to net/http with a request that is for this server itself, with every byte
-// of it. After a config reload it hands the connection to the listener of the new config between
-// two requests, which the client does not notice.
+// clientConn serves one client connection on one goroutine. It refuses malformed requests. At a
+// request that is for this server itself, it hands the connection to net/http, with every byte of
+// that request. After a config reload, it hands the connection to the listener of the new config
+// between two requests. The client notices neither.
 type clientConn struct {
 	net.Conn
 	addresses *addresses // nil: those of Conn
@@ -139,7 +139,7 @@ func (c *clientConn) serve() (takeover func()) {
 			c.server.OnPanic(c.remote, v, debug.Stack())
 		}
 		c.stopWatch() // watchDisconnect reads from c.r
-		c.w.slow.Stop()
+		c.w.stallTimer.Stop()
 		c.cancel()
 		if !handedOff {
 			c.server.OnEnd(c.Conn)
@@ -174,8 +174,8 @@ func (c *clientConn) serve() (takeover func()) {
 }
 
 // growStack grows the goroutine's stack once to the size that a request needs, while there
-// is hardly anything on it to copy. Inlined, it would make the frame of run as large, and
-// with it the stack of each idle tunnel.
+// is hardly anything on it to copy. It must not be inlined: its frame would become part of the
+// frame of run, and so of the stack of each idle tunnel.
 //
 //go:noinline
 func growStack() {
@@ -191,7 +191,8 @@ func (c *clientConn) markUsed() {
 	}
 }
 
-// leave removes the connection from the listener, which has ended it or passed it on.
+// leave removes the connection from the listener. The connection has ended, or belongs to something
+// else from now on.
 func (c *clientConn) leave() {
 	c.markUsed()
 	c.listener.conns.remove(c)
@@ -219,14 +220,14 @@ func (c *clientConn) serveRequest(r *http.Request) bool {
 	if !isUsed {
 		freeRequest(r)
 	}
-	// A client whose next request is always there already would keep the processor for the
-	// 10 ms after which the scheduler takes it away, while the others wait.
+	// Let other clients have their turn. This goroutine never blocks if the client's next request
+	// has always arrived, and would be preempted only after 10 ms.
 	runtime.Gosched()
 	return err == nil && !c.w.closes && c.ctx.Err() == nil
 }
 
-// nextRequest returns the next request. If r is nil, either the connection has ended, or handOff
-// says to hand it off.
+// nextRequest returns the next request. If there is none, handOff reports whether the connection must
+// be handed off. Otherwise it has ended.
 func (c *clientConn) nextRequest() (r *http.Request, handOff bool) {
 	if !c.enterIdle() {
 		return nil, true
@@ -282,7 +283,7 @@ func (c *clientConn) limitRead(least, most time.Duration) {
 	} else {
 		c.readDeadline.Clear(c.Conn)
 	}
-	if s := c.state.Load(); s == connMoves || s == connClosed { // shutdown may have done so already, before the call above
+	if s := c.state.Load(); s == connMoves || s == connClosed { // shutdown may have interrupted before the call above
 		c.readDeadline.Interrupt(c.Conn)
 	}
 }
@@ -351,7 +352,7 @@ func (c *clientConn) shutdown(exits bool) {
 	case exits && c.state.CompareAndSwap(connOpening, connClosed):
 		_ = c.Close()
 	case exits && c.state.CompareAndSwap(connIdle, connClosed):
-		c.readDeadline.Interrupt(c.Conn) // it closes itself: with TLS, that may have to wait
+		c.readDeadline.Interrupt(c.Conn) // its own goroutine closes it, because that may block with TLS
 	case c.state.CompareAndSwap(connIdle, connMoves):
 		c.readDeadline.Interrupt(c.Conn)
 	}

@@ -16,10 +16,10 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 )
 
-// frame determines where the content of a request ends (RFC 9112 §6.3), and sets the request's
-// body. It returns the reason to refuse a request whose end is not certain: another server might
-// find it elsewhere.
-func (c *clientConn) frame(r *http.Request) *Invalid {
+// setFraming determines where the content of a request ends (RFC 9112 §6.3), and sets the request's
+// body. It returns the reason to refuse a request whose end is not certain, because another server
+// might see the end elsewhere.
+func (c *clientConn) setFraming(r *http.Request) *Invalid {
 	length, reason := contentLength(r.Header["Content-Length"])
 	if reason != nil {
 		return reason
@@ -44,7 +44,8 @@ func (c *clientConn) frame(r *http.Request) *Invalid {
 		return nil
 	}
 	if chunked {
-		if r.Trailer, reason = announcedTrailers(r.Header); reason != nil {
+		r.Trailer = h1.AnnouncedTrailers(r.Header)
+		if reason := checkTrailerNames(r.Trailer); reason != nil {
 			return reason
 		}
 	}
@@ -70,23 +71,15 @@ func contentLength(values []string) (int64, *Invalid) {
 	return length, nil
 }
 
-// announcedTrailers removes Trailer from h, and returns the names in it as keys without values,
-// the form of http.Request.Trailer. It returns nil if there are none.
-func announcedTrailers(h http.Header) (http.Header, *Invalid) {
-	names := h1.ListedNames(h["Trailer"])
-	delete(h, "Trailer")
-	if len(names) == 0 {
-		return nil, nil
-	}
-	trailer := make(http.Header, len(names))
-	for name := range names {
-		switch name {
-		case "Transfer-Encoding", "Trailer", "Content-Length":
-			return nil, badRequest("its Trailer field names " + name + ", which frames the content")
+// checkTrailerNames refuses a request that announces a field as a trailer by which its content is
+// framed.
+func checkTrailerNames(trailer http.Header) *Invalid {
+	for _, name := range []string{"Transfer-Encoding", "Trailer", "Content-Length"} {
+		if _, found := trailer[name]; found {
+			return badRequest("its Trailer field names " + name + ", which frames the content")
 		}
-		trailer[name] = nil
 	}
-	return trailer, nil
+	return nil
 }
 
 // content is the content of a request. It is read from the connection, whose reader it owns until
@@ -128,8 +121,7 @@ func (b *content) account(n int, err error) error {
 	return err
 }
 
-// Socket returns the client's socket if Move can be called: if it carries the rest of the content
-// as it is, and none of it has been read ahead.
+// Socket implements tcpconn.Mover.
 func (b *content) Socket() *net.TCPConn {
 	socket, _ := b.client.Conn.(*net.TCPConn)
 	if b.body.IsChunked() || b.body.R.Buffered() > 0 {
@@ -138,8 +130,7 @@ func (b *content) Socket() *net.TCPConn {
 	return socket
 }
 
-// Move has fill read up to the given number of bytes from the socket, instead of reading them
-// itself. It returns what fill returns, and io.EOF with the last bytes of the content.
+// Move implements tcpconn.Mover.
 func (b *content) Move(fill func(most int64) (int, error)) (int, error) {
 	if err := b.limitRead(); err != nil {
 		return 0, err
@@ -157,7 +148,7 @@ func (b *content) Move(fill func(most int64) (int, error)) (int, error) {
 // Close implements io.Closer. It does nothing: what has not been read ends the connection.
 func (b *content) Close() error { return nil }
 
-// stop makes reads that would wait for the client fail, pending and later ones.
+// stop makes pending and later reads fail instead of waiting for the client.
 func (b *content) stop() {
 	b.stopped.Store(true)
 	b.client.readDeadline.Interrupt(b.client.Conn)
@@ -169,7 +160,8 @@ func (b *content) Arrived() int {
 	return int(min(int64(b.body.R.Buffered()), max(b.body.Remaining, 0)))
 }
 
-// contentEnded lets the watch for the client's disconnect read from the connection.
+// contentEnded starts the watch for the client's disconnect if it was asked for while the content was
+// being read: only one of them may read from the connection.
 func (c *clientConn) contentEnded() {
 	c.mu.Lock()
 	c.reading = false

@@ -30,16 +30,18 @@ type requestContext struct {
 // requestPool is a pool of contexts: each request needs one.
 var requestPool = sync.Pool{New: func() any { return new(requestContext) }}
 
-// Keep keeps a request with this context from being used again. It must be called before code
-// that is not this module's gets the request or its context, which that may use for longer.
+// Keep prevents the request with this context from being reused for another request. It must be
+// called before code outside this module gets the request or its context, because that code may use
+// them for longer than the request takes.
 func Keep(ctx context.Context) {
 	if c, ok := ctx.(*requestContext); ok {
 		c.kept = true
 	}
 }
 
-// freeRequest gives back a request, its context and its header, for another request, unless parts
-// of Caddy may have seen them. Nothing may watch the context: what does could outlive the request.
+// freeRequest makes a request, its context and its header available to other requests, unless code
+// outside this module may have seen them. Nothing may be watching the context, because a watch can
+// outlive the request.
 func freeRequest(r *http.Request) {
 	c := r.Context().(*requestContext)
 	if c.kept || c.prepared != nil {
@@ -62,8 +64,8 @@ func Serves(r *http.Request) bool {
 	return ok
 }
 
-// Attach attaches value to a request for Server.Prepare. It reports whether r is a request that
-// this package serves; others it leaves alone.
+// Attach attaches value to a request for Server.Prepare. It does nothing and returns false if this
+// package does not serve the request.
 func Attach(r *http.Request, value any) bool {
 	c, ok := r.Context().(*requestContext)
 	if ok {
@@ -137,8 +139,8 @@ func (c *clientConn) watchDisconnect(done chan<- struct{}) {
 	}
 }
 
-// stopWatch ends the watch, and returns when it no longer reads. It reports whether anything has
-// asked for the watch.
+// stopWatch ends the watch, and returns when the watch no longer reads. It reports whether anything
+// had asked for the watch.
 func (c *clientConn) stopWatch() (wanted bool) {
 	c.mu.Lock()
 	c.serving = false

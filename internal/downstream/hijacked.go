@@ -13,7 +13,7 @@ import (
 
 // NewWriter returns a Writer for the response to r, on a connection that a handler has hijacked from
 // net/http because net/http cannot write that response. header is that of net/http's response.
-// EndHijacked must be called when the response is complete. Of s the Writer needs only MaxWriteChunk,
+// EndHijacked must be called when the response is complete. s needs only MaxWriteChunk,
 // WriteIdleTimeout and Lingering.
 func (s *Server) NewWriter(conn net.Conn, r *http.Request, header http.Header) *Writer {
 	c := &clientConn{Conn: conn, server: s, tls: r.TLS}
@@ -25,8 +25,8 @@ func (s *Server) NewWriter(conn net.Conn, r *http.Request, header http.Header) *
 	return &c.w
 }
 
-// EndHijacked ends the response of a Writer that NewWriter has returned, and closes the connection,
-// if need be in stages and on another goroutine.
+// EndHijacked ends the response of a Writer that NewWriter has returned, and closes the connection.
+// If the connection must close in stages, another goroutine does that.
 func (w *Writer) EndHijacked() {
 	c := w.client
 	_ = w.finish() // fails only if the client has disconnected

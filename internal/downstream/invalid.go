@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// Invalid is what a client has sent that no handler gets to see.
+// Invalid describes input from a client that no handler gets to see.
 type Invalid struct {
 	Kind InvalidKind
 
@@ -21,10 +21,10 @@ type Invalid struct {
 	NoLine         bool // not even the request line has arrived
 }
 
-// InvalidKind says how something is Invalid.
+// InvalidKind classifies invalid input.
 type InvalidKind int
 
-// What a client has sent.
+// Kinds of invalid input.
 const (
 	Refused       InvalidKind = iota // a request that is malformed, too large or not supported
 	LateHTTP2                        // HTTP/2 after requests of HTTP/1
@@ -43,8 +43,8 @@ var proxyHeaders = [][]byte{
 	[]byte("PROXY TCP4 "), []byte("PROXY TCP6 "), []byte("PROXY UNKNOWN"), []byte("\r\n\r\n\x00\r\nQUIT\n"), []byte("\x00\r\nQUIT\n"),
 }
 
-// foreignProtocol tells from what has arrived first on a connection, at least one byte, whether the
-// client speaks a protocol other than the port's, and which.
+// foreignProtocol recognizes a client that does not speak the protocol of the port by the first bytes
+// that arrive on the connection. There must be at least one.
 func foreignProtocol(first []byte, overTLS bool) (kind InvalidKind, found bool) {
 	b := first[0]
 	switch {
@@ -64,7 +64,7 @@ func foreignProtocol(first []byte, overTLS bool) (kind InvalidKind, found bool) 
 	return 0, false
 }
 
-// answerInvalid responds to a client that has sent something else than a request. The caller
+// answerInvalid responds to a client that has sent something other than a request. The caller
 // closes the connection in stages.
 func (s *Server) answerInvalid(conn net.Conn, what Invalid) {
 	if answer := s.OnInvalid(conn, what); answer != nil {

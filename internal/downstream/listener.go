@@ -45,7 +45,7 @@ func (ls *Listeners) remove(l *Listener) {
 	}
 }
 
-// successor returns which of the listeners at l's address takes over, as l's server says.
+// successor returns the listener at l's address that takes over, as l's server decides.
 func (ls *Listeners) successor(l *Listener) *Listener {
 	ls.mu.Lock()
 	defer ls.mu.Unlock()
@@ -233,7 +233,7 @@ func isServable(conn net.Conn) bool {
 		return true
 	case *tls.Conn:
 		return tcpconn.Of(conn) != nil
-	case proxied:
+	case proxyProtocolConn:
 		_, ok := conn.TCPConn()
 		return ok
 	}

@@ -52,8 +52,8 @@ func newReadConn(conn net.Conn, prefix []byte) *readConn {
 	return &readConn{Conn: conn, in: tcpconn.Prefixed{Conn: conn, Prefix: prefix}}
 }
 
-// ConnState tells the connections that net/http serves what it does with them. It is a
-// ConnState hook of its server.
+// ConnState is a ConnState hook for net/http's server. It tells a connection that net/http has
+// responded to a request and waits for the next one.
 func ConnState(conn net.Conn, state http.ConnState) {
 	if state == http.StateIdle {
 		if c := readConnOf(conn); c != nil {
@@ -154,8 +154,8 @@ func (c *readConn) checkFirst(p []byte, n int) (int, error) {
 	return n, nil
 }
 
-// refuse responds to input that net/http need not see, and closes the connection. For net/http it has
-// ended.
+// refuse responds to input that net/http need not see, and closes the connection. Its result tells
+// net/http that the connection has ended.
 func (c *readConn) refuse(what Invalid) (int, error) {
 	c.server.answerInvalid(c.Conn, what)
 	c.server.Lingering.Close(c.Conn, hostport.AddrPortOf(c.RemoteAddr()).Addr())
@@ -194,7 +194,7 @@ func (c *readConn) ReadFrom(r io.Reader) (copied int64, err error) {
 	return copied, cmp.Or(writeErr, readErr)
 }
 
-// CloseWrite ends what the connection sends.
+// CloseWrite half-closes the connection.
 func (c *readConn) CloseWrite() error { return c.in.CloseWrite() }
 
 // readListener accepts connections for net/http as readConns.
@@ -215,9 +215,8 @@ func (l *readListener) Accept() (net.Conn, error) {
 	return conn, err
 }
 
-// Watch wraps ln, or the listener below it if ln is TLS, so that clients that speak
-// another protocol are refused as s says. It serves none itself, so of s it needs only HTTP1Only,
-// Lingering and OnInvalid.
+// Watch wraps ln, or the listener below it if ln is TLS, to refuse clients that speak another
+// protocol. It serves no client itself, so s needs only HTTP1Only, Lingering and OnInvalid.
 func Watch(ln net.Listener, s *Server, overTLS bool) net.Listener {
 	if isOurs(ln) {
 		return ln

@@ -11,9 +11,9 @@ import (
 	"time"
 )
 
-// open makes a connection ready for requests, and then has them served: here if the client is to
-// speak HTTP/1, and otherwise by net/http. They get a goroutine of their own, because the stack of
-// this one has grown for the handshake.
+// open makes a connection ready for requests. If the client then speaks HTTP/1, run serves them, on
+// a goroutine of its own, because the handshake has grown the stack of this one. Otherwise net/http
+// serves them.
 func (c *clientConn) open() {
 	if next := c.opened(); next != nil && c.state.CompareAndSwap(connOpening, connIdle) {
 		next()
@@ -24,8 +24,8 @@ func (c *clientConn) open() {
 	c.leave()
 }
 
-// opened reads the header of the PROXY protocol, or completes the TLS handshake. It returns what
-// serves the connection then, and nil if the connection ends.
+// opened reads the header of the PROXY protocol, or completes the TLS handshake. It returns the
+// function that takes the connection from there, or nil if the connection must end.
 func (c *clientConn) opened() (next func()) {
 	defer func() {
 		if v := recover(); v != nil {
@@ -35,8 +35,8 @@ func (c *clientConn) opened() (next func()) {
 	}()
 	c.remote = c.RemoteAddr().String() // below TLS, this reads the header
 	switch conn := c.Conn.(type) {
-	case proxied:
-		read, err := unwrapProxied(conn)
+	case proxyProtocolConn:
+		read, err := unwrapProxyProtocol(conn)
 		if err != nil {
 			return nil // net/http closes silently, too
 		}
@@ -46,7 +46,7 @@ func (c *clientConn) opened() (next func()) {
 			c.markUsed() // the listener waits for new connections until then
 		}
 	case *tls.Conn:
-		if err := c.shakeHands(conn); err != nil {
+		if err := c.handshake(conn); err != nil {
 			c.server.OnHandshakeError(conn, err)
 			return nil
 		}
@@ -64,9 +64,9 @@ func (c *clientConn) opened() (next func()) {
 	}
 }
 
-// shakeHands completes the handshake, unless it has been completed before the connection moved
-// here. It may take as long as net/http would let it take.
-func (c *clientConn) shakeHands(conn *tls.Conn) error {
+// handshake completes the TLS handshake, unless that was done before the connection moved here. The
+// time limit is that of net/http.
+func (c *clientConn) handshake(conn *tls.Conn) error {
 	limit := c.server.ReadHeaderTimeout
 	c.limitRead(limit, limit)
 	if limit > 0 {

@@ -169,7 +169,7 @@ func (c *clientConn) parse(head string) (*http.Request, *Invalid) {
 	r := c.newRequest(line, header)
 	r.URL, r.RequestURI, r.Host = u, line.target, u.Host
 	r.Close = line.isHTTP10() || wantsClose(header["Connection"])
-	return r, c.frame(r)
+	return r, c.setFraming(r)
 }
 
 // parseTarget parses the target of a request for the proxy: an authority for CONNECT, and

@@ -1,11 +1,11 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package downstream serves client connections below net/http, and hands on what it does not
-// serve. It offers Listen, which calls a Server's functions for requests to the proxy, refuses what is
-// malformed, and gives all other connections to net/http, whose refusals it replaces. It knows
-// neither Caddy nor what a request is for, and no tunnels: a handler that hijacks a connection may
-// have it taken over.
+// Package downstream serves client connections below net/http, and hands those that it does not
+// serve to net/http. It offers Listen, which calls a Server's functions for requests to the proxy,
+// refuses malformed ones, and replaces net/http's own refusals. It knows nothing of Caddy, of the
+// purpose of a request, or of tunnels: a handler that hijacks a connection may leave it to a function
+// that runs after the handler.
 //
 // A connection goes through these states:
 //
@@ -51,9 +51,9 @@ type Server struct {
 	BaseContext context.Context
 	// Prepares reports whether the context that Prepare returns has a value for key.
 	Prepares func(key any) bool
-	// Prepare returns a context with what few requests need. It is called when the context of
-	// the request r is first asked for such a value, with the writer of the response and with
-	// what the handler has attached to the request.
+	// Prepare returns a context with values that only few requests need. It is called when the
+	// context of the request r is first asked for such a value, with the writer of the response
+	// and with what the handler has attached to the request.
 	Prepare func(r *http.Request, w http.ResponseWriter, attached any) context.Context
 	// FreeAttached is called with what the handler has attached to a request that nothing uses
 	// any longer.
@@ -71,11 +71,12 @@ type Server struct {
 	MaxHeaderBytes int
 
 	// Below identifies what lies between a connection's socket and HTTP: TLS and the PROXY
-	// protocol with their settings, or nothing. A connection moves only to a listener with the same below it.
+	// protocol with their settings, or nothing. A connection moves only to a listener whose
+	// server has the same Below.
 	Below string
 
-	// HTTP1Only says that net/http serves no HTTP/2, so that a client that begins with it without
-	// TLS is refused.
+	// HTTP1Only says that net/http does not serve HTTP/2 without TLS. A client that begins with
+	// it is refused.
 	HTTP1Only bool
 
 	Listeners *Listeners // of the program
@@ -89,15 +90,15 @@ type Server struct {
 	// Exiting reports whether the program exits, so that no other config follows.
 	Exiting func() bool
 
-	// OnInvalid is told what a client has sent that is not a request. It returns what to respond;
-	// nil: nothing.
+	// OnInvalid is called when a client has sent something other than a valid request. It returns
+	// the response, or nil for none.
 	OnInvalid func(conn net.Conn, what Invalid) (response []byte)
-	// OnHandshakeError is told that a client's TLS handshake has failed.
+	// OnHandshakeError is called when a client's TLS handshake has failed.
 	OnHandshakeError func(conn net.Conn, err error)
-	// OnEnd is told that a connection has no further requests here or in net/http.
+	// OnEnd is called when a connection will have no further requests, neither here nor in net/http.
 	OnEnd func(conn net.Conn)
-	// OnPanic is told of a panic of Handle.
+	// OnPanic is called when Handle has panicked.
 	OnPanic func(remote string, value any, stack []byte)
-	// OnAcceptError is told that a connection could not be accepted.
+	// OnAcceptError is called when a connection could not be accepted.
 	OnAcceptError func(error)
 }

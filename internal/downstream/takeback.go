@@ -62,7 +62,7 @@ func (b *takeBack) note(p []byte) {
 	}
 }
 
-// becameIdle is told that net/http has responded to a request and waits for another.
+// becameIdle records that net/http has responded to a request and waits for another one.
 func (b *takeBack) becameIdle() {
 	if b.listener == nil {
 		return
@@ -71,8 +71,8 @@ func (b *takeBack) becameIdle() {
 	b.idle.Store(b.heads == 0 && b.atEnd)
 }
 
-// WasTakenBack reports whether a connection that net/http has closed is served on. A ConnState hook
-// may ask for it.
+// WasTakenBack reports whether a connection that net/http has closed is still served here. A
+// ConnState hook may call it.
 func WasTakenBack(conn net.Conn) bool {
 	c := readConnOf(conn)
 	return c != nil && c.back.taken.Load()

@@ -20,14 +20,14 @@ func (w *Writer) startDeadline() {
 // startStallTimer extends the deadline from now on, until the response ends, whenever the client
 // has acknowledged bytes.
 func (w *Writer) startStallTimer() {
-	if timeout := w.client.server.WriteIdleTimeout; timeout > 0 && w.slow == nil {
-		w.slow = tcpconn.NewStallTimer(tcpconn.Of(w.client.Conn), timeout)
+	if timeout := w.client.server.WriteIdleTimeout; timeout > 0 && w.stallTimer == nil {
+		w.stallTimer = tcpconn.NewStallTimer(tcpconn.Of(w.client.Conn), timeout)
 	}
 }
 
 // WaitWritable waits until the client has read enough for the end of the response to be written
 // without waiting. The deadline is that of a write.
-func (w *Writer) WaitWritable() error { return w.slow.WaitWritable() }
+func (w *Writer) WaitWritable() error { return w.stallTimer.WaitWritable() }
 
 // setDeadline sets the write deadline, unless the current one is at most slack earlier: each change
 // costs a change of a timer. The deadline stays set between responses, when nothing is written.

@@ -37,8 +37,8 @@ type Writer struct {
 	lingers  bool       // close the connection in stages
 	sender   netip.Addr // the client, if lingers is set
 
-	deadline time.Time           // current write deadline; zero: none
-	slow     *tcpconn.StallTimer // nil: it has not been started
+	deadline   time.Time           // current write deadline; zero: none
+	stallTimer *tcpconn.StallTimer // nil: it has not been started
 
 	onHeader   func(status int) // called before a header is written; nil: nothing
 	reason     string           // reason phrase of a response with the status reasonFor; "": the registered one
@@ -125,16 +125,17 @@ func (w *Writer) ContentRead() int64 {
 	return w.client.content.read.Load()
 }
 
-// Takeover has run called when the handler has returned and nothing is left on the stack that
-// only the request needed. The handler must have hijacked the connection, which is run's.
+// Takeover makes the connection's goroutine call run after the handler has returned, when nothing
+// that only the request needed is left on the stack. The handler must have hijacked the connection,
+// which then belongs to run.
 func (w *Writer) Takeover(run func()) { w.takeover = run }
 
-// CloseInStages has the connection closed in stages after the response, because the client may
+// CloseInStages makes the connection close in stages after the response, because the client may
 // still be sending.
 func (w *Writer) CloseInStages(client netip.Addr) { w.lingers, w.sender = true, client }
 
-// ResetAtEnd has the connection reset when it ends, so that the client does not take the response
-// for complete.
+// ResetAtEnd makes the connection end with a reset, so that the client does not mistake the response
+// for a complete one.
 func (w *Writer) ResetAtEnd() { w.resets, w.lingers = true, false }
 
 // Conn returns the client's connection. Nothing may be read from it or written to it.
@@ -149,8 +150,8 @@ func (w *Writer) Written() int64 { return w.written }
 // Hijacked reports whether the handler has hijacked the connection.
 func (w *Writer) Hijacked() bool { return w.hijacked }
 
-// OnHeader has f called with the status of each interim and final response to the current
-// request, before its header is written. nil: nothing is called.
+// OnHeader sets the function that is called with the status of each interim and final response to
+// the current request, before its header is written. It may be nil.
 func (w *Writer) OnHeader(f func(status int)) { w.onHeader = f }
 
 // WriterOf returns the Writer below all wrappers of w, or nil if w is net/http's.
@@ -166,7 +167,7 @@ func WriterOf(w http.ResponseWriter) *Writer {
 }
 
 // SetReason sets the reason phrase of the response to the current request, which must be printable
-// ASCII. If the response gets another status after all, it has the phrase that is registered for that.
+// ASCII. If the response has another status in the end, it has the registered phrase of that status.
 func (w *Writer) SetReason(status int, phrase string) { w.reasonFor, w.reason = status, phrase }
 
 // WriteHeader implements http.ResponseWriter. An interim response is sent at once.
@@ -238,7 +239,7 @@ func (w *Writer) write(p []byte) (int, error) {
 	case !w.hasContent():
 		return 0, http.ErrBodyNotAllowed
 	}
-	w.written += int64(len(p)) // counts bytes beyond Content-Length too, for end to detect
+	w.written += int64(len(p)) // counts bytes beyond Content-Length too, for finish to detect
 	if w.length >= 0 && w.written > w.length {
 		return 0, http.ErrContentLength
 	}
@@ -262,18 +263,10 @@ func (w *Writer) FlushError() error {
 	return w.send(nil, false)
 }
 
-// mover is content that the kernel can move from one socket to another.
-type mover interface {
-	// Socket returns the socket that the content is read from; nil: it cannot be moved.
-	Socket() *net.TCPConn
-	// Move has fill take bytes from the socket, and returns io.EOF with the last bytes.
-	Move(fill func(most int64) (int, error)) (int, error)
-}
-
-// Splice has the kernel move the rest of the content, which has the given length, from the socket of
-// src to the client's. It calls moved whenever the client's socket has accepted some. readErr is
+// Splice makes the kernel move the rest of the content, which has the given length, from the socket
+// of src to the client's. It calls moved whenever the client's socket has accepted some. readErr is
 // io.EOF if all has been moved. It is errors.ErrUnsupported if the caller must write the rest.
-func (w *Writer) Splice(src mover, length int64, moved func(n int64)) (readErr, writeErr error) {
+func (w *Writer) Splice(src tcpconn.Mover, length int64, moved func(n int64)) (readErr, writeErr error) {
 	to, ok := w.client.Conn.(*net.TCPConn)
 	from := src.Socket()
 	if !ok || from == nil || w.head || !w.hasContent() || w.length-w.written != length {
@@ -315,8 +308,8 @@ func (w *Writer) finish() error {
 	if !w.headerSent || w.chunked {
 		err = w.send(nil, true)
 	}
-	w.slow.Stop()
-	w.slow = nil
+	w.stallTimer.Stop()
+	w.stallTimer = nil
 	// Every header name is a substring of the request head. Drop them, so that an idle
 	// connection does not keep the head in memory.
 	if w.freesHeader {

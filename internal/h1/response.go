@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package h1 reads and writes the parts of HTTP/1 messages (RFC 9112). It offers a strict
-// parser of responses with their framing and chunks, and field lines as they are sent. It
-// knows messages, but no connections, and not who may send what to whom.
+// parser of responses with their framing and chunks, and functions that write field lines. It
+// knows nothing of connections, nor of which party may send which message.
 package h1
 
 import (
@@ -233,7 +233,7 @@ func setFraming(res *http.Response, body *Body, method string) error {
 		delete(res.Header, "Content-Length")
 	case len(coding) > 0:
 		body.chunks = &ChunkReader{R: body.R}
-		res.Trailer = announcedTrailers(res.Header)
+		res.Trailer = AnnouncedTrailers(res.Header)
 		body.trailers = func(h http.Header) {
 			if res.Trailer == nil {
 				res.Trailer = h
@@ -275,9 +275,10 @@ func ContentLength(values []string) (int64, error) {
 	return length, nil
 }
 
-// announcedTrailers removes the Trailer field from h, and returns the names in it as keys
-// without values, the form of http.Response.Trailer.
-func announcedTrailers(h http.Header) http.Header {
+// AnnouncedTrailers removes the Trailer field from h, and returns the names in it as keys
+// without values, the form of http.Request.Trailer and http.Response.Trailer. It returns nil if
+// there are none.
+func AnnouncedTrailers(h http.Header) http.Header {
 	names := ListedNames(h["Trailer"])
 	delete(h, "Trailer")
 	if len(names) == 0 {
@@ -343,8 +344,8 @@ func (b *Body) Read(p []byte) (n int, err error) {
 	return n, err
 }
 
-// Skip counts n bytes of content of known length as read, which have been taken from below R. It
-// reports whether they were the last.
+// Skip counts n bytes of content of known length as read, which were taken from the connection below
+// R. It reports whether they were the last ones.
 func (b *Body) Skip(n int) (ended bool) {
 	b.Remaining -= int64(n)
 	b.Ended = b.Remaining == 0

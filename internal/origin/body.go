@@ -22,8 +22,7 @@ type ResponseBody struct {
 	wait   *contentWait // nil: it has not waited yet
 }
 
-// Socket returns the connection's socket if Move can be called: if it carries the rest of the body as
-// it is, and none of it has been read ahead. Otherwise it returns nil.
+// Socket implements tcpconn.Mover.
 func (b *ResponseBody) Socket() *net.TCPConn {
 	socket, _ := b.conn.Conn.(*net.TCPConn)
 	if b.IsChunked() || b.Remaining < 0 || b.R.Buffered() > 0 {
@@ -32,9 +31,7 @@ func (b *ResponseBody) Socket() *net.TCPConn {
 	return socket
 }
 
-// Move has fill read up to the given number of bytes from the socket, instead of reading them itself.
-// It waits for them as AwaitContent does. It returns what fill returns, and io.EOF with the last
-// bytes of the body.
+// Move implements tcpconn.Mover. It waits for the bytes as AwaitContent does.
 func (b *ResponseBody) Move(fill func(most int64) (int, error)) (n int, err error) {
 	err = b.WaitFor(func() (err error) {
 		n, err = fill(b.Remaining)
@@ -49,8 +46,8 @@ func (b *ResponseBody) Move(fill func(most int64) (int, error)) (n int, err erro
 	return n, err
 }
 
-// Read implements io.Reader. If the end of the connection ends the body, a reset that only
-// the sender of the request body has seen counts as a cut-off.
+// Read implements io.Reader. If the end of the connection is the end of the body, and the sender of
+// the request body has seen a reset, the body counts as cut off.
 func (b *ResponseBody) Read(p []byte) (n int, err error) {
 	wasEnded := b.Ended
 	n, err = b.Body.Read(p)

@@ -13,8 +13,8 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
-// bodySender sends the body of a request over HTTP/1, on a goroutine of its own. But what the kernel
-// can move at once needs none.
+// bodySender sends the body of a request over HTTP/1, on a goroutine of its own. It needs no
+// goroutine if the kernel can move the whole body at once (see spliceArrived).
 type bodySender struct {
 	*bodyReader
 	conn    *pooledConn
@@ -69,8 +69,8 @@ func (s *bodySender) run() {
 	s.reset = tcpconn.IsReset(err)
 }
 
-// spliceArrived has the kernel move what has arrived of the body, without a wait for the client or the
-// origin. It reports whether that was the rest of the body. If not, run sends the rest.
+// spliceArrived makes the kernel move the part of the body that has arrived, without waiting for the
+// client or the origin. It reports whether that was all of the body. If not, run must send the rest.
 func (s *bodySender) spliceArrived() (done bool) {
 	if !s.canSplice() {
 		return false
@@ -86,8 +86,8 @@ func (s *bodySender) spliceArrived() (done bool) {
 	return true
 }
 
-// splice has the kernel move the body from the client's socket to the origin's. It returns false if
-// the rest must be copied, because the body or one of the connections is of another kind.
+// splice makes the kernel move the body from the client's socket to the origin's. It returns false if
+// the rest must be copied, because the kernel cannot splice this body or one of the connections.
 func (s *bodySender) splice() (done bool) {
 	if s.splicer == nil && !s.canSplice() {
 		return false

@@ -18,14 +18,14 @@ type Cause string
 // Causes of failures, by who caused them.
 const (
 	// The client.
-	ContentTimeout Cause = "content_timeout" // it has stopped sending
-	ContentInvalid Cause = "content_invalid" // its content is cut off or malformed
+	ContentTimeout Cause = "content_timeout" // the client has stopped sending
+	ContentInvalid Cause = "content_invalid" // the request's content is cut off or malformed
 
 	// The origin.
-	ResponseInvalid  Cause = "response_invalid"  // not HTTP, and it is known why
-	ResponseNotHTTP  Cause = "response_not_http" // not HTTP
-	ResponseHead     Cause = "response_head"     // its head is too large
-	ResponseTimeout  Cause = "response_timeout"  // none in time
+	ResponseInvalid  Cause = "response_invalid"  // not valid HTTP, and the error says why
+	ResponseNotHTTP  Cause = "response_not_http" // not valid HTTP, for an unknown reason
+	ResponseHead     Cause = "response_head"     // the head is too large
+	ResponseTimeout  Cause = "response_timeout"  // the head did not arrive in time
 	ResponseCutOff   Cause = "response_cut_off"  // the origin has closed the connection
 	ConnectionSilent Cause = "connection_silent" // an HTTP/2 origin has stopped responding
 )

@@ -2,9 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package origin sends requests to origins on connections that it keeps for later requests.
-// It offers a Client, which picks HTTP/2 or HTTP/1 for each Exchange, retries what may be
-// retried, and limits how long an origin may let its client wait. It knows neither the
-// responses of the proxy itself nor its parents: to a parent leads a Client with another dial
+// It offers a Client, which picks HTTP/2 or HTTP/1 for each Exchange, retries requests that may
+// be retried, and limits how long an origin may keep its client waiting. It knows nothing of the
+// proxy's own responses, nor of parent proxies: a Client for a parent just has another dial
 // function.
 package origin
 
@@ -32,8 +32,8 @@ type Config struct {
 	// Address is the host and port of the only server that the client connects to, such as
 	// a parent proxy. If it is "", each request names an origin.
 	Address string
-	// Explain replaces the error of a failed exchange with that server by one that names the
-	// cause. unread holds what the server has sent. nil: errors stay as they are.
+	// Explain returns an error that names the cause of a failed exchange with that server. unread
+	// holds what the server has sent. nil: errors stay as they are.
 	Explain func(err error, unread *bufio.Reader) error
 }
 
@@ -85,7 +85,7 @@ func NewClient(config Config) (*Client, error) {
 // NewExchange returns an exchange with the origin of a request, which begins with Do. It ends
 // early when ctx ends.
 func (c *Client) NewExchange(ctx context.Context, request *Request) *Exchange {
-	return &Exchange{Request: request, client: c, ctx: ctx, limits: c.limits} // inlined, so that it need not be on the heap
+	return &Exchange{Request: request, client: c, ctx: ctx, limits: c.limits} // this function is inlined, so the exchange need not be on the heap
 }
 
 // Idle returns the number of idle connections.

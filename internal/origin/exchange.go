@@ -29,8 +29,8 @@ import (
 // before the body is complete.
 type Exchange struct {
 	Request  *Request
-	Response *http.Response // once its head has arrived
-	Body     *ResponseBody  // of the response; nil: there is none yet, or it is HTTP/2's
+	Response *http.Response // nil until its head has arrived
+	Body     *ResponseBody  // of the response; nil until its head has arrived, and over HTTP/2
 
 	client *Client
 	limits *Limits
@@ -40,7 +40,7 @@ type Exchange struct {
 	content  *bodyReader // the body of the request; nil: it has none, or none is being sent
 	heldHead int         // the size that HoldHead has counted
 
-	// The rest is HTTP/1's.
+	// The rest is for HTTP/1 only.
 	pool    *connPool
 	conn    *pooledConn // nil: none yet, or the exchange has ended
 	binding binding
@@ -106,8 +106,8 @@ func (x *Exchange) begun(err error) bool {
 // may if its connection was stale and it is repeatable, unless something of a response has
 // arrived or the client has gone.
 //
-// An HTTP/2 connection is read at all times, so only a request that meets its end can find it
-// stale. An idle HTTP/1 connection is read by nothing, so the pool also looks whether it is
+// An HTTP/2 connection is always being read, so it is stale only for a request that is sent while
+// the connection ends. Nothing reads an idle HTTP/1 connection, so the pool also checks that it is
 // quiet before each use.
 func (x *Exchange) mayRetry(err error, reused, begun bool) bool {
 	return egress.IsStale(err, reused) && !begun && x.Request.repeatable() && x.ctx.Err() == nil
@@ -150,8 +150,8 @@ func (x *Exchange) try(fresh bool) (*http.Response, error) {
 	}
 }
 
-// sendRequest sends the head of the request, and starts to send its body. What has been read of the
-// body is sent with the head. If the rest has arrived too, it needs no goroutine.
+// sendRequest sends the head of the request, and starts to send its body. The part of the body that
+// has been read already is sent with the head. If the rest has arrived as well, no goroutine is needed.
 func (x *Exchange) sendRequest(fresh bool) (err error) {
 	if x.conn, err = x.connect(fresh); err != nil {
 		return err
@@ -171,7 +171,7 @@ func (x *Exchange) sendRequest(fresh bool) (err error) {
 		return nil
 	}
 	x.conn.clock.reset(time.Time{})
-	out := x.Request // the closure must not hold x, which would then be on the heap
+	out := x.Request // a closure that captured x would move x to the heap
 	x.content = newBodyReader(out, &x.conn.clock, func() { out.Interim(http.StatusContinue, nil, 1, 1) })
 	x.sender = newBodySender(x.conn, x.content)
 	if !waits && x.sender.spliceArrived() {

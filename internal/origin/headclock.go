@@ -11,9 +11,9 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
 )
 
-// headClock measures how long an origin lets the proxy wait for the head of a response. It
-// runs only while it is the origin's turn: while the origin has the whole request or is not
-// reading it. Its methods are safe for concurrent use.
+// headClock measures how long an origin keeps the proxy waiting for the head of a response. It
+// runs only while it is the origin's turn: while the origin has the whole request, or is not
+// reading the rest of it. Its methods are safe for concurrent use.
 type headClock struct {
 	turnBegan    atomic.Int64 // when the origin's turn began, since epoch; 0: it is the client's
 	lastProgress atomic.Int64 // when the origin last reported progress, since epoch; 0: never
@@ -42,8 +42,8 @@ func (c *headClock) setTurn(origin bool) {
 // recordProgress records that the origin has reported progress.
 func (c *headClock) recordProgress() { c.lastProgress.Store(monotime.Of(time.Now())) }
 
-// maxTimeouts is how many timeouts a response may take in all while the origin keeps reporting
-// progress.
+// maxTimeouts bounds the total wait for a response whose origin keeps reporting progress, as a
+// multiple of the timeout.
 const maxTimeouts = 10
 
 // left returns how much of a timeout the origin has left to respond.

@@ -68,14 +68,9 @@ func newHTTP2Transport(pool http2.ClientConnPool, settings *http.Transport) (*ht
 	return t, nil
 }
 
-// newHTTP2Conn starts HTTP/2 on conn, which has negotiated it. It closes conn on failure.
-func newHTTP2Conn(t *http2.Transport, conn *tls.Conn, times PingTimes) (*http2Conn, error) {
-	observed := &observedConn{Conn: conn}
-	return startHTTP2(t, observed, observed, times)
-}
-
-// startHTTP2 is like newHTTP2Conn, with a conn that reads from observed.
-func startHTTP2(t *http2.Transport, observed *observedConn, conn net.Conn, times PingTimes) (*http2Conn, error) {
+// newHTTP2Conn starts HTTP/2 on observed, which has negotiated it. conn is observed, or a connection
+// that reads from it. It closes observed on failure.
+func newHTTP2Conn(t *http2.Transport, observed *observedConn, conn net.Conn, times PingTimes) (*http2Conn, error) {
 	c := &http2Conn{conn: observed, socket: tcpconn.Of(observed.Conn), times: times}
 	var err error
 	if c.ClientConn, err = t.NewClientConn(conn); err != nil {

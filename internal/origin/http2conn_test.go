@@ -55,7 +55,8 @@ func newPingedConn(t *testing.T) (*http2Conn, *pingedServer) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := newHTTP2Conn(transport, tls.Client(near, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}}), DefaultPings)
+	observed := &observedConn{Conn: tls.Client(near, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}})}
+	c, err := newHTTP2Conn(transport, observed, observed, DefaultPings)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -161,7 +161,7 @@ func (o *http2Pool) open(ctx context.Context, authority string, call *http2Dial)
 		return nil, errNoHTTP2
 	}
 	observed := &observedConn{Conn: secure}
-	client, err := startHTTP2(o.transport, observed, newLengthGuard(observed), *o.times)
+	client, err := newHTTP2Conn(o.transport, observed, newLengthGuard(observed), *o.times)
 	if err != nil {
 		return nil, err
 	}

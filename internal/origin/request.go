@@ -25,11 +25,11 @@ type Request struct {
 	Trailer       http.Header  // their values, valid once the body has been read
 	StopBody      func()       // aborts a read of the body that is waiting for the client
 
-	// Interim passes an interim response on, which arrived over the given HTTP version. It is
+	// Interim passes on an interim response that arrived over the given HTTP version. It is
 	// not called concurrently.
 	Interim func(status int, header http.Header, major, minor int)
 
-	LimitKey   client.Key // who shares the client's limits
+	LimitKey   client.Key // the key of the client's limits
 	ClientConn any        // identifies the client's connection; nil: unknown
 	ClientAddr netip.Addr
 	User       string // the client's authenticated user; "": none

@@ -12,6 +12,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
 // RequestBody reads the content of a request from the client.
@@ -27,8 +29,8 @@ type RequestBody struct {
 // Read implements io.Reader.
 func (b *RequestBody) Read(p []byte) (int, error) { return b.account(b.Reader.Read(p)) }
 
-// account counts what was read. It checks that the body has the announced length, which the origin
-// is told and which not every server checks itself.
+// account counts what was read. It checks that the body has the announced length: the origin relies
+// on it, and not every server of the client's request checks it.
 func (b *RequestBody) account(n int, err error) (int, error) {
 	b.Count(int64(n))
 	switch read := b.read.Add(int64(n)); {
@@ -47,17 +49,9 @@ func (b *RequestBody) account(n int, err error) (int, error) {
 	return n, err
 }
 
-// mover is the reader of a body that the kernel can move from one socket to another.
-type mover interface {
-	// Socket returns the client's socket; nil: the body must be read.
-	Socket() *net.TCPConn
-	// Move is Read, but has fill take the bytes from the socket.
-	Move(fill func(most int64) (int, error)) (int, error)
-}
-
 // socket returns the socket that carries the rest of the body as it is; nil: the body must be read.
 func (b *RequestBody) socket() *net.TCPConn {
-	if m, ok := b.Reader.(mover); ok && b.Length-b.read.Load() >= spliceFrom {
+	if m, ok := b.Reader.(tcpconn.Mover); ok && b.Length-b.read.Load() >= spliceFrom {
 		return m.Socket()
 	}
 	return nil
@@ -74,8 +68,8 @@ func (b *RequestBody) appendTo(p []byte, n int) ([]byte, error) {
 	return p, err
 }
 
-// IsRead reports whether all of the body has been read. chunks says whether it may be true of a
-// body of unknown length.
+// IsRead reports whether all of the body has been read. If chunks is false, it returns false for
+// every body of unknown length.
 func (b *RequestBody) IsRead(chunks bool) bool {
 	return b.Length >= 0 && b.read.Load() >= b.Length || chunks && b.ended.Load()
 }
@@ -95,12 +89,11 @@ type RequestBodyError struct{ error }
 func (e *RequestBodyError) Unwrap() error { return e.error }
 
 // bodyReader reads the body of a request for its sender: a bodySender over HTTP/1, and
-// http2.Transport over HTTP/2. What is the same for both is here. So they differ only in how
-// they write what was read, and in what waits for an origin's 100 (Continue): over HTTP/1 the
-// exchange reads the origin's interim responses, over HTTP/2 the transport does.
+// http2.Transport over HTTP/2. The senders differ only in how they write the body, and in where
+// the origin's 100 (Continue) arrives: in the exchange over HTTP/1, in the transport over HTTP/2.
 type bodyReader struct {
 	out          *Request
-	clock        *headClock  // stands still while the client is waited for
+	clock        *headClock  // stands still while a read waits for the client
 	sendContinue func()      // sends 100 (Continue) to the client
 	trailer      http.Header // the announced trailers; the values are set at the end of the body
 
@@ -139,10 +132,10 @@ func (b *bodyReader) Read(p []byte) (int, error) {
 	return b.read(func() (int, error) { return b.out.Body.Read(p) })
 }
 
-// move is Read, but has fill take the bytes from the client's socket. An error that is
-// errors.ErrUnsupported is not the end: the rest must be read.
+// move is Read with tcpconn.Mover: fill takes the bytes from the client's socket. After the error
+// errors.ErrUnsupported, the rest must be read.
 func (b *bodyReader) move(fill func(most int64) (int, error)) (int, error) {
-	return b.read(func() (int, error) { return b.out.Body.account(b.out.Body.Reader.(mover).Move(fill)) })
+	return b.read(func() (int, error) { return b.out.Body.account(b.out.Body.Reader.(tcpconn.Mover).Move(fill)) })
 }
 
 func (b *bodyReader) read(next func() (int, error)) (int, error) {
@@ -181,8 +174,8 @@ func (b *bodyReader) beginRead() error {
 	return b.err
 }
 
-// stop ends the reading. It aborts a read that waits for the client. That must not happen
-// while the response is still passed on: net/http takes an aborted read for a disconnect of
+// stop ends the reading, and aborts a read that is waiting for the client. It must not be called
+// while the response is being passed on: net/http takes an aborted read for a disconnect of
 // the client.
 func (b *bodyReader) stop() {
 	b.mu.Lock()
@@ -201,7 +194,7 @@ func (b *bodyReader) stop() {
 }
 
 // failure returns the client's failure, if there is one. gone says that the client has
-// disconnected: if that has cut off the body, the reader is about to find out.
+// disconnected. If that has cut off the body, failure waits until the reader notices.
 func (b *bodyReader) failure(gone bool) error {
 	if b == nil {
 		return nil

@@ -12,9 +12,9 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 )
 
-// proxied is a connection of the PROXY protocol's wrapper, which the program puts around a socket.
-// Its first read reads the header, and so does the first call of RemoteAddr. Both wait for it.
-type proxied interface {
+// proxyProtocolConn is the wrapper that a listener for the PROXY protocol puts around a socket. Its
+// first Read and its first RemoteAddr wait for the header and read it.
+type proxyProtocolConn interface {
 	net.Conn
 	TCPConn() (socket *net.TCPConn, ok bool)
 }
@@ -22,10 +22,10 @@ type proxied interface {
 // addresses are those that the header of the PROXY protocol has given a connection.
 type addresses struct{ remote, local net.Addr }
 
-// unwrapProxied reads the header, and returns the socket with the addresses from the header and with
-// what the client has sent behind it. So the connection costs no more than another one from there on.
+// unwrapProxyProtocol reads the header, and returns the socket with the addresses from the header and
+// with the bytes that have arrived behind it. From then on, the connection costs no more than others.
 // It returns an error if the wrapper refuses the connection.
-func unwrapProxied(conn proxied) (*readConn, error) {
+func unwrapProxyProtocol(conn proxyProtocolConn) (*readConn, error) {
 	socket, _ := conn.TCPConn()
 	read := newReadConn(socket, nil)
 	read.addresses = &addresses{conn.RemoteAddr(), conn.LocalAddr()}
