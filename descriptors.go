@@ -27,7 +27,7 @@ func (c *descriptorCount) nearLimit() int {
 	defer c.mu.Unlock()
 	if now := time.Now(); now.Sub(c.at) >= descriptorsInterval {
 		c.at, c.limit = now, 0
-		if open, limit := countDescriptors(); 10*open >= 9*limit {
+		if open, limit := countDescriptors(); open >= limit-limit/10 {
 			c.limit = limit
 		}
 	}
