@@ -69,11 +69,20 @@ func (s *sharerSearch) findOurs() bool {
 			var stat unix.Stat_t
 			if unix.Fstat(socket.fd, &stat) == nil {
 				s.ours[socket.addr] = true
+				if socket.addr.Addr() == netip.IPv6Unspecified() && acceptsIPv4(socket.fd) {
+					s.ours[netip.AddrPortFrom(netip.IPv4Unspecified(), socket.addr.Port())] = true
+				}
 				s.inodes[strconv.FormatUint(stat.Ino, 10)] = true
 			}
 		}
 	}
 	return true
+}
+
+// acceptsIPv4 reports whether a socket of IPv6 accepts connections of IPv4, too.
+func acceptsIPv4(fd int) bool {
+	only, err := unix.GetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY)
+	return err == nil && only == 0
 }
 
 // others returns the sockets that get connections meant for this process and that are not known to
@@ -92,9 +101,11 @@ func (s *sharerSearch) others() (others []listeningSocket) {
 // loses reports whether this process loses connections to another socket at an address. Of two
 // sockets on a port, the kernel prefers the one with the more specific address.
 func (s *sharerSearch) loses(at netip.AddrPort) bool {
-	port := at.Port()
-	return s.ours[at] || s.ours[netip.AddrPortFrom(netip.IPv6Unspecified(), port)] ||
-		at.Addr().Is4() && s.ours[netip.AddrPortFrom(netip.IPv4Unspecified(), port)]
+	all := netip.IPv6Unspecified()
+	if at.Addr().Is4() {
+		all = netip.IPv4Unspecified()
+	}
+	return s.ours[at] || s.ours[netip.AddrPortFrom(all, at.Port())]
 }
 
 // listeningSocket is a row of the system's list of sockets.

@@ -6,17 +6,21 @@ package asyncproxy
 import (
 	"bufio"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 
 	"github.com/caddyserver/caddy/v2"
+	"golang.org/x/sys/unix"
 )
 
 // sharerAddress is the environment variable that makes this test's process listen at an
@@ -148,6 +152,43 @@ func TestNoticesOtherProcessLater(t *testing.T) {
 	defer watch.mu.Unlock()
 	if watch.timer.Stop() || currentSharers() != nil {
 		t.Error("the checks go on without a proxy")
+	}
+}
+
+// TestLosesConnections checks which sockets of others get connections that are meant for this process.
+func TestLosesConnections(t *testing.T) {
+	shared := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var failed error
+		err := c.Control(func(fd uintptr) { failed = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1) })
+		return errors.Join(err, failed)
+	}}
+	for _, tc := range []struct {
+		network, at string
+		loses       []string
+	}{
+		{"tcp", "[::]:0", []string{"0.0.0.0", "127.0.0.1", "::", "::1"}},
+		{"tcp6", "[::]:0", []string{"::", "::1"}},
+		{"tcp4", "0.0.0.0:0", []string{"0.0.0.0", "127.0.0.1"}},
+		{"tcp", "127.0.0.1:0", []string{"127.0.0.1"}},
+		{"tcp", "[::1]:0", []string{"::1"}},
+	} {
+		ln, err := shared.Listen(t.Context(), tc.network, tc.at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ln.Close()
+		var s sharerSearch
+		s.findOurs()
+		var loses []string
+		for _, addr := range []string{"0.0.0.0", "127.0.0.1", "::", "::1"} {
+			at := netip.AddrPortFrom(netip.MustParseAddr(addr), uint16(ln.Addr().(*net.TCPAddr).Port))
+			if s.loses(at) {
+				loses = append(loses, addr)
+			}
+		}
+		if !slices.Equal(loses, tc.loses) {
+			t.Errorf("%s %s: loses to %v, want %v", tc.network, tc.at, loses, tc.loses)
+		}
 	}
 }
 
