@@ -782,6 +782,22 @@ func TestCaddyfileExamples(t *testing.T) {
 	}
 }
 
+// TestPackagedCaddyfile checks that the configuration of the service is valid, and still is with all
+// that is commented out.
+func TestPackagedCaddyfile(t *testing.T) {
+	data, err := os.ReadFile("packaging/Caddyfile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := strings.Replace(string(data), "/etc/async-proxy/users", "/etc/caddy/proxy-users", 1)
+	checkShipped(t, text, "packaging/Caddyfile")
+	comment := regexp.MustCompile(`(?m)^(\t*)# (clients |users_file |deny |allow |http://|\tbind|\tasync_proxy_status|})`)
+	if n := len(comment.FindAllString(text, -1)); n != 8 {
+		t.Errorf("%d lines are commented out, want 8", n)
+	}
+	checkShipped(t, comment.ReplaceAllString(text, "$1$2"), "packaging/Caddyfile")
+}
+
 // checkShipped checks a Caddyfile that users copy: it must adapt without warnings and be
 // formatted as by `caddy fmt`.
 func checkShipped(t *testing.T, text, filename string) {
