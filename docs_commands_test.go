@@ -130,7 +130,7 @@ func TestDocumentedExplain(t *testing.T) {
 	if shown == nil {
 		t.Fatal("found no explanation")
 	}
-	out, err := commandOf(t, append(strings.Fields(shown[1]), "--config", config)...).Output()
+	out, err := commandOf(t, strings.Fields(strings.Replace(shown[1], " Caddyfile", " "+config, 1))...).Output()
 	if code := (*exec.ExitError)(nil); !errors.As(err, &code) || code.ExitCode() != 1 {
 		t.Errorf("explain: %v", err)
 	}

@@ -42,7 +42,7 @@ const (
 	syntaxDestinations = "<cidr|name|*.name|public|private|all>[:<ports>]..."
 	syntaxPorts        = "<port|from-to...>"
 
-	docPrefix      = "leading bits of an address that identify a client"
+	docPrefix      = "leading bits of an address that identify a client, up to 32 and 128"
 	docRules       = "[where clients may go](#destinations); the first match decides"
 	docRuleFiles   = "the same from files: one destination per line, `#` starts a comment. The files are read when the config is adapted and loaded, so `caddy reload` picks up changes; use absolute paths"
 	docRuleSources = "the same from one of Caddy's IP range sources, as for `trusted_proxies`"
@@ -95,7 +95,7 @@ var options = []option{
 	},
 	{
 		name: "limit_by", inPolicy: true, syntax: "client_ip|user",
-		doc:         "one bucket per client address, or one per user across all addresses (needs `basic_auth`)",
+		doc:         "one bucket per client address, or one per user across all addresses (needs `basic_auth`, `users_file` or `user_from`)",
 		optionValue: choice(func(h *Handler) *string { return &h.LimitBy }, "client_ip", "user"),
 	},
 	{
@@ -115,7 +115,7 @@ var options = []option{
 	},
 	{
 		name: "users_file", syntax: "<path>",
-		doc: "further users from a file, with `<user>:<hash>` on each line, as `htpasswd -B` writes it. It is read again after a change; use an absolute path", absent: "none",
+		doc: "further users from a file, with `<user>:<hash>` on each line, as `htpasswd -B -C 14` writes it. It is read again within a second of a change; a mistake in it leaves the users as they were, and is logged. Use an absolute path", absent: "none",
 		optionValue: optionValue{
 			expected: "a readable file with <user>:<hash> on each line",
 			parse:    (*caddyfileParser).usersFile,
