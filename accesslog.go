@@ -106,7 +106,7 @@ func withoutPort(host string) string {
 	return host
 }
 
-// accessEntry is one request in the access log. free gives it back.
+// accessEntry is one request in the access log. free returns it to its pool.
 type accessEntry struct {
 	// The request as the client sent it. The handler changes its own.
 	ip, port, clientIP, proto, method, host, uri string // clientIP "": unknown
@@ -144,7 +144,7 @@ func newAccessEntry(r *http.Request) *accessEntry {
 	return e
 }
 
-// free gives the entry back. Nothing may use it any longer.
+// free returns the entry to its pool. Nothing may use it any longer.
 func (e *accessEntry) free() {
 	*e = accessEntry{fields: e.fields}
 	if e.fields.clear() {
@@ -152,8 +152,8 @@ func (e *accessEntry) free() {
 	}
 }
 
-// nameClient adds the client that a trusted proxy has named, if it has. The handler must have
-// returned, because it attaches what Caddy's part of the context needs.
+// nameClient adds the client that a trusted proxy has named, if there is one. The handler must have
+// returned, because Caddy's part of the context needs what the handler attaches to the request.
 func (e *accessEntry) nameClient(r *http.Request) {
 	if e.clientIP == "" {
 		e.clientIP, _ = caddyhttp.GetVar(r.Context(), caddyhttp.ClientIPVarKey).(string)
@@ -244,8 +244,8 @@ func (e *loggedResponse) MarshalLogObject(enc zapcore.ObjectEncoder) error {
 	return nil
 }
 
-// addField adds a field of a message to a log line, but without credentials, unless they are to
-// be logged.
+// addField adds a field of a message to a log line. It redacts credentials, unless the option
+// log_credentials is set.
 func (e *accessEntry) addField(enc zapcore.ObjectEncoder, name string, values []string) {
 	if !e.credentials && isCredential(name) {
 		values = []string{"REDACTED"}
@@ -301,7 +301,7 @@ func (f *loggedFields) copy(h http.Header) {
 	}
 }
 
-// clear drops the fields. It reports whether the memory that it keeps for others is little.
+// clear drops the fields. It reports whether the memory that it keeps is small enough for a pool.
 func (f *loggedFields) clear() bool {
 	clear(f.fields)
 	clear(f.values)

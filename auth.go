@@ -7,6 +7,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"slices"
 	"strings"
@@ -48,7 +49,8 @@ func (p *proxy) loadAuth(ctx caddy.Context) error {
 		}
 		modules["http_basic"] = users
 	}
-	for name, module := range modules {
+	for _, name := range slices.Sorted(maps.Keys(modules)) {
+		module := modules[name]
 		provider, ok := module.(caddyauth.Authenticator)
 		if !ok {
 			return fmt.Errorf("authentication: %s is not an authentication provider", name)
@@ -71,12 +73,6 @@ func (p *proxy) loadAuth(ctx caddy.Context) error {
 	if len(p.auth) > 1 {
 		p.basic = nil
 	}
-	slices.SortFunc(p.auth, func(a, b authProvider) int {
-		if a.name < b.name {
-			return -1
-		}
-		return 1
-	})
 	return nil
 }
 
@@ -207,8 +203,8 @@ func (p *proxy) checkLogin(w http.ResponseWriter, r *http.Request, v *transactio
 	return causeAuthFailed.refusal(errBadCredentials)
 }
 
-// notChecked returns the error for a login that was not checked, because program.logins.enter failed
-// with err.
+// notChecked returns the error for a login that was not checked: err says whether the client has
+// disconnected, or too many passwords are waiting to be checked.
 func (p *proxy) notChecked(v *transaction, err error) error {
 	if err == errLoginsBusy {
 		return p.refuseLogin(v, loginRetry, err)

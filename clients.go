@@ -80,10 +80,9 @@ func (p *proxy) makeClientsLine() (reason, line string) {
 	return reason, line
 }
 
-// servesWithoutLogin reports whether the policy needs no credentials of a client at addr that meets
-// its conditions. Anybody may meet conditions that name neither clients nor users, and
-// authentication no longer keeps strangers out: such a policy is for the clients that could use the
-// proxy if it had no authentication.
+// servesWithoutLogin reports whether a client at addr that meets the policy's conditions needs no
+// credentials. If the conditions name neither clients nor users, strangers can meet them. Such a policy
+// is only for the clients that could use the proxy if it had no authentication.
 func (y *policy) servesWithoutLogin(addr netip.Addr) bool {
 	return y.anonymous && (y.namesClients || y.proxy.admitsWithoutLogin(addr))
 }

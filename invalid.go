@@ -25,7 +25,7 @@ const (
 	invalidTLS       invalidReason = "tls"            // TLS on a port without TLS
 	invalidSOCKS     invalidReason = "socks"          // SOCKS 4 or 5
 	invalidSSH       invalidReason = "ssh"            // SSH
-	invalidPROXY     invalidReason = "proxy_protocol" // its header, which nothing has read
+	invalidPROXY     invalidReason = "proxy_protocol" // a header of the PROXY protocol, which nothing has read
 	invalidHTTP2     invalidReason = "http2"          // HTTP/2 on a port without TLS
 	invalidPlainHTTP invalidReason = "plain_http"     // HTTP without TLS on a port with TLS
 	invalidMalformed invalidReason = "malformed"      // not a well-formed request
@@ -142,8 +142,9 @@ func (p *proxy) invalidAnswer(status, text string) []byte {
 		status, len(text)+1, p.proxyStatus("http_request_error", text), text)
 }
 
-// answerInvalid counts and logs what a client has sent instead of a request, and returns the
-// response: that it is from the proxy, and what is wrong, as far as the client's protocol can say so.
+// answerInvalid counts and logs invalid input of a client, and returns the response, or nil for none.
+// As far as the client's protocol allows, the response says that it is from the proxy, and what is
+// wrong.
 func (p *proxy) answerInvalid(conn net.Conn, what downstream.Invalid) []byte {
 	reason, status, text := describeInvalid(what)
 	p.recordInvalid(conn, reason, status, what.Detail)
@@ -159,9 +160,9 @@ func (p *proxy) answerInvalid(conn net.Conn, what downstream.Invalid) []byte {
 // useTLS tells a client without TLS what to do at a port with TLS.
 const useTLS = "This proxy speaks TLS on this port: use https:// in the proxy URL."
 
-// foreignAnswers are responses in protocols other than HTTP/1. TLS on a port without TLS is not among
-// them: it gets a response of HTTP/1, because OpenSSL then reports a wrong version number and Go that this
-// is no TLS. Any alert would be shown as if something were wrong with the client's TLS.
+// foreignAnswers are responses in protocols other than HTTP/1. A client that speaks TLS on a port
+// without TLS gets a response in HTTP/1 nevertheless: OpenSSL then reports a wrong version number, and
+// Go that the first record does not look like TLS. After an alert, both would blame the client's TLS.
 var foreignAnswers = map[downstream.InvalidKind][]byte{
 	downstream.SOCKS4: {0, 91, 0, 0, 0, 0, 0, 0}, // request rejected
 	downstream.SOCKS5: {5, 0xff},                 // no acceptable methods (RFC 1928 §3)
@@ -189,7 +190,8 @@ func sshDisconnect(text string) []byte {
 	return append(b, make([]byte, padding)...)
 }
 
-// describeInvalid returns why a client is refused, and the response, if it gets one.
+// describeInvalid returns why a client is refused, and the status and the text of the response in
+// HTTP/1; both are "" if the response is in another protocol.
 func describeInvalid(what downstream.Invalid) (reason invalidReason, status, text string) {
 	const badRequest = "400 Bad Request"
 	switch what.Kind {

@@ -18,8 +18,8 @@ import (
 // counts clients across several processes.
 //
 // It is a second stage. A request that this process's own bucket denies is denied without
-// asking the Limiter. If the Limiter denies a request, the local bucket is emptied for as
-// long, so that a client that does not wait is not asked about again.
+// asking the Limiter. If the Limiter denies a request, the local bucket is empty for as long, so
+// that the Limiter is not asked again about a client that does not wait.
 //
 // Both methods are called concurrently, and before any other work for a request. They must
 // return quickly, whatever state their backend is in.

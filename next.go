@@ -34,7 +34,7 @@ func (p *proxy) passOn(w http.ResponseWriter, r *http.Request, from clientIdenti
 // errNoHandler reports that no handler responded to a request for this server.
 var errNoHandler = errors.New("no handler answered this request for the server itself")
 
-// errNoHosts reports the same for a request that may have been meant for the proxy.
+// errNoHosts is errNoHandler for a request that may have been meant for the proxy.
 var errNoHosts = errors.New("no handler answered; over HTTP/2 and HTTP/3, the proxy can tell its requests from requests for this server only if the option hosts is set")
 
 // noHandlerRefusal returns the response to a request that no handler responded to. Caddy would

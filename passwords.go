@@ -22,17 +22,17 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 )
 
-// Checking a password against its hash takes about a second of CPU time. These mechanisms
-// keep that from stalling the proxy. They also keep a client that guesses passwords, or a
-// job with an old password, from locking out others behind the same address:
+// Checking a password against its hash takes about a second of CPU time. The mechanisms in this
+// file keep that from stalling the proxy. They also prevent a client that guesses passwords, or a
+// job with an old password, from locking out other clients behind the same address:
 //
 //   - loginGate limits how many passwords are checked at once.
 //   - credentialSet caches the results. Credentials that were accepted before are neither
 //     checked again nor limited, and those that were rejected are not checked again.
 //   - process.failedLogins has a bucket of failed logins for each client. A login that finds no
-//     token waits a while for one, so that a user with the right password gets in beside
-//     somebody who guesses one password after another. Many concurrent guesses may still
-//     take all tokens of that while.
+//     token waits a while for one, so that a user with the right password gets in beside a
+//     client that guesses one password after another. Many concurrent guesses may still take
+//     all tokens during that wait.
 
 const (
 	// loginPatience limits how long a login waits for a token, and then again how long it
@@ -173,7 +173,7 @@ var credentialSecret = func() (secret [32]byte) {
 }()
 
 // credentialSet is a bounded set in two generations. When the newer one holds half of the
-// maximum, it becomes the older one, and entries that were not looked up during it are
+// maximum, it becomes the older one, and the entries that were last looked up before that are
 // dropped. The zero value is not usable.
 type credentialSet struct {
 	half int

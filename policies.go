@@ -33,14 +33,14 @@ type policy struct {
 	proxy     *proxy
 	name      string   // "": the directive's own options
 	options   *Options // with defaults
-	own       *Options // without those of the directive that it takes over
+	own       *Options // those that it sets itself; the others are inherited from the directive
 	anonymous bool     // its clients need no credentials
 
 	conditions []string // as an operator writes them; none of the directive's
 	matchers   caddyhttp.MatcherSet
 
-	namesClients bool // its conditions say for which clients it is, or which users
-	isOpen       bool // although they do, everybody meets them
+	namesClients bool // its conditions name clients or users
+	isOpen       bool // its conditions name clients, but every client meets them
 
 	limiter         *bucket.Table
 	rateLimit       string // the value of RateLimit-Policy
@@ -129,8 +129,8 @@ func (p *proxy) eachPolicy(yield func(*policy) bool) {
 	}
 }
 
-// newPolicy builds a policy. Of its options, own are those that are not the directive's. close must
-// be called even if it fails.
+// newPolicy builds a policy. own are the options that it sets itself, and options are those in effect.
+// close must be called even if newPolicy fails.
 func (p *proxy) newPolicy(ctx caddy.Context, name string, options, own *Options) (*policy, error) {
 	y := &policy{proxy: p, name: name, options: options, own: own}
 	y.counters = program.metrics.Policy(cmp.Or(name, directivePolicy))

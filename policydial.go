@@ -156,7 +156,7 @@ func (y *policy) dial(ctx context.Context, r access.Scope, address string) (net.
 	return conn, err
 }
 
-// recheckAccess checks the rules for a reused connection that an earlier request of a client
+// recheckAccess checks the rules again for a reused connection that an earlier request of a client
 // of scope r opened. The verdict can only have changed if the rules can change, or if the
 // connection leads to this machine (then to is valid), where the first check may have
 // missed a protected listener that had just been opened.

@@ -30,15 +30,15 @@ type proxy struct {
 	config              *Handler // with defaults
 	logger              *zap.Logger
 	events              emitter
-	zone                *metrics.Zone // its counters
-	shared              Limiter       // or nil
+	zone                *metrics.Zone // the counters of its zone
+	shared              Limiter       // nil: none
 	exempt              *bart.Lite
-	clients             *bart.Lite      // that may use the proxy
+	clients             *bart.Lite      // the clients that may use the proxy
 	pacDirect           *access.RuleSet // destinations that the PAC script makes browsers reach directly
-	restrictedElsewhere func() bool     // something other than clients restricts who may use the proxy
+	restrictedElsewhere func() bool     // whether something other than the option clients restricts access
 	clientsLine         func() (reason, line string)
 	auth                []authProvider
-	basic               func() *caddyauth.HTTPBasicAuth // returns the provider with the current users; nil: it is not the only one
+	basic               func() *caddyauth.HTTPBasicAuth // returns http_basic with the current users; nil unless it is the only provider
 	hasBasicAuth        bool                            // http_basic is one of the providers
 	failedLogins        *bucket.Table                   // counts failed logins; nil: no limit
 	process             *process
@@ -46,9 +46,9 @@ type proxy struct {
 	site                *site
 	resolver            *egress.Resolver
 	own                 *protectedListeners
-	directive           *policy        // of the clients that no other policy is for
-	policies            []*policy      // the others
-	selection           *selection.Set // of policies; nil: there are none
+	directive           *policy        // the directive's own options, for clients without a policy
+	policies            []*policy      // the policies of the directive, in their order
+	selection           *selection.Set // finds the policy of a client; nil: there are no policies
 
 	via      via
 	name     string        // in Proxy-Status

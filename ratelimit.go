@@ -70,8 +70,7 @@ func (p *proxy) takeToken(r *http.Request, v *transaction) bucket.Decision {
 	return p.applyReportOnly(r, v, v.policy.chargeBuckets(r.Context(), v.limitKey, now))
 }
 
-// refuseBlocked returns the verdict for v if an operator has blocked its client or its user, whichever
-// of them its policy limits.
+// refuseBlocked returns the verdict for v if an operator has blocked its client or its user.
 func (p *proxy) refuseBlocked(v *transaction, now int64) (verdict bucket.Decision, blocked bool) {
 	key, wait := p.blockOf(v, now)
 	if wait <= 0 {
@@ -81,7 +80,8 @@ func (p *proxy) refuseBlocked(v *transaction, now int64) (verdict bucket.Decisio
 	return v.policy.limiter.Block(key, now, wait, errBlocked), true
 }
 
-// blockOf returns which of v's client and its user is blocked, and for how long; 0 if neither is.
+// blockOf returns the key of v's client or of its user, whichever is blocked, and for how long it
+// remains so; 0 if neither is.
 func (p *proxy) blockOf(v *transaction, now int64) (key client.Key, wait time.Duration) {
 	if p.process.blocks.Size() == 0 {
 		return key, 0
@@ -186,7 +186,7 @@ func (y *policy) limitedAnswer(seconds int64) *limitedAnswer {
 
 // refuseUncounted responds to a request that is refused for a reason other than an empty
 // bucket: the shared limiter cannot count it, its client is blocked, or its login is not
-// checked. As in refuseLimited, one log line stands for many refusals.
+// checked now. As in refuseLimited, one log line may stand for many refusals.
 func (p *proxy) refuseUncounted(w http.ResponseWriter, r *http.Request, v *transaction, verdict bucket.Decision) error {
 	var f *refusal
 	retryAfter := ceilSeconds(verdict.Wait)

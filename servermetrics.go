@@ -163,8 +163,8 @@ func registered[T prometheus.Collector](registry *prometheus.Registry, c T) (exi
 	return existing
 }
 
-// observation is the observation of one request. It remembers the series of the request before,
-// which are most often those of the next one.
+// observation is the observation of one request. When it is reused, it still has the series of an
+// earlier request, which are usually those of this one, too.
 type observation struct {
 	metrics  *serverMetrics
 	onHeader func(status int) // wroteHeader

@@ -17,8 +17,8 @@ import (
 	"strings"
 )
 
-// setup is what a client needs to know to use the proxy that it has sent a request for the server
-// itself to. It says nothing about the configuration but where the PAC script is, if there is one.
+// setup is what a client needs to know to use the proxy. It is for clients that have sent a request
+// for the server itself. Of the configuration, it reveals only where the PAC script is.
 type setup struct {
 	Text       string // that this is a proxy
 	URL        string // of the proxy
@@ -103,9 +103,9 @@ func (s setup) plain() []byte {
 	return b.Bytes()
 }
 
-// describeSetup returns the response to a request for the server itself that nothing else has
-// answered, for a person who wants to use the proxy: a page for browsers, otherwise text. It sets
-// the fields that belong to it. The response depends on the Host field, so it must not be stored.
+// describeSetup returns the body of the response to a request for the server itself that no handler
+// has answered: a page for browsers, otherwise text, either of which explains how to use the proxy. It
+// sets the fields that belong to it. The response depends on the Host field, so it must not be stored.
 func (p *proxy) describeSetup(header http.Header, r *http.Request, f *refusal) []byte {
 	s := p.setupOf(r, f.Error())
 	if !prefersHTML(r.Header["Accept"]) {
@@ -138,8 +138,8 @@ func prefersHTML(accept []string) bool {
 
 // reachedAt returns the host and the port by which a client has reached the server: those of the
 // Host field, or with TLS the server name, because the Host field may be the destination's. A client
-// can send anything there. What is no plain name is replaced by the local address, so that it can be
-// pasted into a shell.
+// can send anything there, and the result may be pasted into a shell, so the local address replaces
+// everything but a plain name.
 func reachedAt(r *http.Request) (host, port string) {
 	local, _ := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
 	var at netip.AddrPort

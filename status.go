@@ -141,10 +141,9 @@ func (s *Status) Provision(ctx caddy.Context) error {
 	return events.(*caddyevents.App).On("started", eventHandler{func() { s.started(server) }})
 }
 
-// started warns if any web page can trigger the actions of this status page by DNS
-// rebinding: the web page's name is made to resolve to this server's address, so that the
-// operator's browser regards requests to the server as same-origin. Such requests carry
-// another host and no credentials.
+// started warns if any web page can trigger the actions of this status page by DNS rebinding: an
+// attacker makes the web page's name resolve to this server's address, and the operator's browser then
+// regards requests to the server as same-origin. Such requests have another host and no credentials.
 //
 // It also warns if other machines can reach the page and nothing restricts which of them may.
 func (s *Status) started(server *caddyhttp.Server) {

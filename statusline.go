@@ -13,10 +13,10 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 )
 
-// giveReason puts the sentence of f into the status line of the response to a CONNECT over HTTP/1.
-// Programs show the user nothing else of that response. If an error route responds with another
-// status, that has its usual phrase. If toEnd is not nil, the caller must respond itself, and then call
-// its EndHijacked.
+// giveReason puts the sentence of f into the status line of the response to a CONNECT over HTTP/1,
+// because that is all that most programs show of the response. If an error route responds with another
+// status, the status line has the registered phrase. If toEnd is not nil, the caller must write the
+// response itself, and then call toEnd.EndHijacked.
 func (p *proxy) giveReason(w http.ResponseWriter, r *http.Request, f *refusal) (toEnd *downstream.Writer) {
 	if r.Method != http.MethodConnect || r.ProtoMajor != 1 {
 		return nil
@@ -31,16 +31,17 @@ func (p *proxy) giveReason(w http.ResponseWriter, r *http.Request, f *refusal) (
 	return toEnd
 }
 
-// takeResponse has the response to r written as on the fast path, because net/http cannot set a reason
-// phrase. It hijacks the connection, which must close after the response in any case, and puts
-// the fast path's writer in place of net/http's, below the one of Caddy's that implements
-// write_idle. All other writers, such as those of access logs and of header operations, are above it.
-// It returns nil without write_idle, because nothing else of Caddy's can be given another writer.
+// takeResponse replaces net/http's writer of the response to r, which cannot set a reason phrase, by
+// the writer of the fast path. It hijacks the connection, which must close after the response in any
+// case. The new writer goes below Caddy's writer for write_idle, so that all other writers, such as
+// those of access logs and header operations, stay in effect. Without write_idle, takeResponse returns
+// nil, because no other writer of Caddy's can be given a new one below it.
 //
-// The response ends with the context of r, which net/http ends when all handlers have returned. But
-// net/http has ended it before if the client has half-closed. The response is then toEnd, too, and
-// must not be left to error routes, whose end cannot be known. So if there are any, they respond
-// with the usual phrase to a client that has half-closed.
+// The response must be ended when it is complete. Usually the end of r's context does that, because
+// net/http ends the context when all handlers have returned. If the client has half-closed, net/http
+// has ended it already. Then toEnd is not nil, and the caller must end the response. Error routes
+// cannot do that, so with error routes takeResponse returns nil for such a client, whose response
+// then has the registered phrase.
 func (p *proxy) takeResponse(w http.ResponseWriter, r *http.Request) (writer, toEnd *downstream.Writer) {
 	_, idle := caddyhttp.IdleTimeoutsFromContext(r.Context())
 	if idle == nil || hasErrorRoutes(r) && r.Context().Err() != nil {
@@ -61,14 +62,14 @@ func (p *proxy) takeResponse(w http.ResponseWriter, r *http.Request) (writer, to
 	return writer, nil
 }
 
-// maxPhrase is the maximum length of a reason phrase in bytes. Programs show it in one line, behind
-// words of their own.
+// maxPhrase is the maximum length of a reason phrase in bytes. Programs show it on one line, after
+// some words of their own.
 const maxPhrase = 100
 
 // reasonPhrase returns a sentence as the reason phrase of a status line (RFC 9112 §4): printable
-// ASCII without the full stop, maxPhrase bytes at most. If that is too little, the longest word, which
-// is nearly always the name of the destination, loses its middle. Only if that is not enough, the
-// sentence loses its end.
+// ASCII without the full stop, maxPhrase bytes at most. If the sentence is longer, its longest word,
+// which is nearly always the name of the destination, loses its middle. If it is still too long, it
+// loses its end.
 func reasonPhrase(sentence string) string {
 	phrase := strings.Map(func(r rune) rune {
 		if r < ' ' || r > '~' {
@@ -87,11 +88,11 @@ func reasonPhrase(sentence string) string {
 
 const (
 	omission = "..."
-	minWord  = 24 // what is left of a word must still tell which it was
+	minWord  = 24 // a shortened word has at least this length, so that it is still recognizable
 )
 
-// shortenWord makes the longest word of a text so much shorter by leaving out its middle, but not
-// shorter than minWord.
+// shortenWord makes the longest word of a text shorter by the given number of bytes, or down to
+// minWord if that is less. It leaves out the middle of the word.
 func shortenWord(text string, by int) string {
 	start, length := 0, 0
 	for at := 0; at < len(text); {

@@ -19,9 +19,9 @@ import (
 )
 
 // A reload replaces one config by another, while client connections, tunnels and clients stay.
-// This file decides what of the new config takes over what of the old one: successorListener
-// for connections, site.supersedes for tunnels, and successorTable for the clients on the status
-// page. Tokens need no rule: a site with the same limits acquires the same table.
+// This file decides which part of the new config takes over from which part of the old one:
+// successorListener for connections, site.supersedes for tunnels, and successorTable for the clients
+// on the status page. Tokens need no rule: a site with the same limits acquires the same table.
 
 // successorListener returns the listener that takes over the connections of the others at its
 // address, or nil if there is none. accepting are all that accept there, the earliest first.
@@ -36,8 +36,8 @@ func successorListener(accepting []*downstream.Listener) *downstream.Listener {
 	return accepting[len(accepting)-1]
 }
 
-// site is what a tunnel needs of the proxy that opened it. A tunnel may outlive many
-// configs, so a site must not refer to its Handler, which would keep the whole config in
+// site holds what a tunnel needs to know about the proxy that opened it. A tunnel may outlive
+// many configs, so a site must not refer to its Handler, which would keep the whole config in
 // memory.
 type site struct {
 	// A site is the same one in the next config if it has the same zone and a common address.
@@ -82,9 +82,8 @@ func (s *site) supersedes(other *site) bool {
 // successorTable returns the table of clients that replaced t: the only one in use with the
 // same zone and prefix lengths. It returns t if t is in use itself or there is no such table.
 //
-// The zone and the prefix lengths say who is a client, and so under which key a table has it.
-// Other limits may change without making it another client, and addresses do not count, because
-// several sites may share a zone.
+// The zone and the prefix lengths determine a client's key. Other limits may change without making
+// it another client. The listen addresses do not matter, because several sites may share a zone.
 func successorTable(t *bucket.Table, inUse iter.Seq[*bucket.Table]) *bucket.Table {
 	var candidates []*bucket.Table
 	for candidate := range inUse {

@@ -31,14 +31,14 @@ type usersFile struct {
 	ctx     caddy.Context
 	logger  *zap.Logger
 	users   atomic.Pointer[caddyauth.HTTPBasicAuth]
-	checkAt atomic.Int64 // when to look at the file again, since epoch
+	checkAt atomic.Int64 // when to check the file for changes again, since epoch
 
 	mu      sync.Mutex  // guards the following
 	read    os.FileInfo // of the file when it was last read
 	release func()      // of users
 }
 
-// usersFileInterval is how often the file is looked at, while clients send credentials.
+// usersFileInterval is how often the file is checked for changes, while clients send credentials.
 const usersFileInterval = time.Second
 
 // maxUsersFile is the maximum size of the file: some hundred thousand users.
