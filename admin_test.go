@@ -37,9 +37,6 @@ func (c *binaryCaddy) api(method, path string, want int, into any) string {
 }
 
 func TestAdminAPI(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	c := binaryStart(t, binaryOptions{global: `servers {
 	trusted_proxies static 127.0.0.1/32
 }`, site: "clients all\nburst 3\nrefill 0.00001\nallow 127.0.0.0/8"})

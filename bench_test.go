@@ -369,7 +369,8 @@ func caddyBinary(tb testing.TB) string {
 
 var buildDir string
 
-// caddyPath builds cmd/caddy once, or waits for the runner of apartTests, which does.
+// caddyPath builds cmd/caddy once. Among the processes of a run, the first that needs it builds it, and
+// the others wait.
 var caddyPath = sync.OnceValues(func() (string, error) {
 	if path := os.Getenv(caddyEnv); path != "" {
 		for {
@@ -378,6 +379,14 @@ var caddyPath = sync.OnceValues(func() (string, error) {
 			}
 			if text, err := os.ReadFile(path + ".failed"); err == nil {
 				return "", errors.New(string(text))
+			}
+			if building, err := os.OpenFile(path+".new", os.O_CREATE|os.O_EXCL, 0o700); err == nil {
+				building.Close()
+				if err := buildCaddy(path + ".new"); err != nil {
+					_ = os.WriteFile(path+".failed", []byte(err.Error()), 0o600)
+				} else {
+					_ = os.Rename(path+".new", path)
+				}
 			}
 			time.Sleep(20 * time.Millisecond)
 		}
@@ -451,17 +460,13 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	waitTogether()
-	if dir := os.Getenv(runnerEnv); dir != "" {
-		runApart(dir)
-		return
+	if inParts() {
+		os.Exit(runParts())
 	}
-	stop, err := startRunner()
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
+	if os.Getenv(partEnv) != "" {
+		endWithMain()
 	}
 	code := m.Run()
-	stop()
 	if buildDir != "" {
 		_ = os.RemoveAll(buildDir)
 	}

@@ -436,9 +436,6 @@ func binaryHttpbin(t *testing.T) (plain, secure string) {
 
 // TestBinaryReadme follows the README's walk-through.
 func TestBinaryReadme(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	plain, secure := binaryHttpbin(t)
 	c := binaryStart(t, binaryOptions{site: "burst 10\nrefill 0.5"})
 
@@ -516,9 +513,6 @@ func TestBinaryReadme(t *testing.T) {
 
 // TestBinaryReload replaces the config while a tunnel is open.
 func TestBinaryReload(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	c := binaryStart(t, binaryOptions{site: "burst 3\nrefill 0.00001"})
 	tunnel := binaryTunnels(t, c.proxy, 1)[0]
 	check := func(step, want string) {
@@ -580,9 +574,6 @@ func TestBinaryReload(t *testing.T) {
 
 // TestBinaryExit stops a Caddy that has open tunnels.
 func TestBinaryExit(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	for _, row := range []struct {
 		name, global string
 		stop         func(*binaryCaddy)
@@ -642,9 +633,6 @@ func (c *binaryCaddy) checkSettled(descriptors, goroutines int) {
 
 // TestBinaryIdle measures the cost of an idle tunnel.
 func TestBinaryIdle(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
 		t.Fatal(err)
@@ -677,9 +665,6 @@ func TestBinaryIdle(t *testing.T) {
 
 // TestBinaryChurn opens tunnels and closes them, half in order and half by resets.
 func TestBinaryChurn(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	c := binaryStart(t, binaryOptions{})
 	target := binaryEcho(t)
 	binaryClose(binaryTunnels(t, c.proxy, 1))
@@ -702,9 +687,6 @@ func TestBinaryChurn(t *testing.T) {
 // TestBinaryDescriptors makes the process run out of descriptors. A tunnel needs two; one
 // more connection beforehand makes the other one of the two fail.
 func TestBinaryDescriptors(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	c := binaryStart(t, binaryOptions{shell: "ulimit -n 128"})
 	target := binaryEcho(t)
 	var refused int
@@ -764,9 +746,6 @@ func TestBinaryDescriptors(t *testing.T) {
 
 // TestBinaryOverTLS uses an HTTPS proxy.
 func TestBinaryOverTLS(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	plain, secure := binaryHttpbin(t)
 	c := binaryStart(t, binaryOptions{secure: true})
 	for _, args := range [][]string{{"-p", plain}, {plain}, {"-k", secure}} {
@@ -787,9 +766,6 @@ func TestBinaryOverTLS(t *testing.T) {
 
 // TestBinaryCommands checks the module and the example config with Caddy's own commands.
 func TestBinaryCommands(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	for want, args := range map[string][]string{
 		"\nhttp.handlers.async_proxy\n": {"list-modules"},
 		"Valid configuration":           {"validate", "--config", "Caddyfile.example", "--adapter", "caddyfile"},
@@ -806,8 +782,5 @@ func TestBinaryCommands(t *testing.T) {
 
 // TestBinaryRules checks the rules for intermediaries against the binary.
 func TestBinaryRules(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	runRules(t, binaryStart(t, binaryOptions{site: ruleOptions}).proxy, newRuleOrigin)
 }

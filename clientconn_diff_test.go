@@ -790,9 +790,6 @@ var responseAttacks = []attack{
 
 // TestClientConnRequests checks that the fast path and net/http understand requests alike.
 func TestClientConnRequests(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	attacks := requestAttacks
 	for _, rule := range rules {
 		// Behind chunks, net/http's connections end.

@@ -26,9 +26,6 @@ func (c *binaryCaddy) fastPathConns() int {
 // Caddy exits at once if all connections are idle. It waits for responses in progress, also
 // those of earlier configs, but no longer than the grace period.
 func TestProcessExitsWithClientConns(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	for _, row := range []struct {
 		name, global string
 		slow         bool // a response is in progress
@@ -96,9 +93,6 @@ func TestProcessExitsWithClientConns(t *testing.T) {
 
 // Large content is spliced: it stays in the kernel.
 func TestProcessSplicesOnClientConns(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	const size = 64 << 20
 	c := binaryStart(t, binaryOptions{})
 	c.origin = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

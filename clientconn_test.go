@@ -295,9 +295,6 @@ func (s *slowOrigin) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // A request during a reload is answered completely, and its connection stays open. Only a
 // connection that was not yet accepted may be closed with the old config's socket.
 func TestClientConnReloadUnderTraffic(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	w := newWorld(t, "", nil)
 	ctx, cancel := context.WithCancel(t.Context())
 	var served, lost atomic.Int64

@@ -18,9 +18,6 @@ import (
 // TestRefusalsOfEagerClients checks that a client that sends a large request whole before
 // it reads still gets the response, on every serving path.
 func TestRefusalsOfEagerClients(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	early := listen(t, func(conn *net.TCPConn) {
 		if _, err := http.ReadRequest(bufio.NewReader(conn)); err == nil {
 			_, _ = io.WriteString(conn, "HTTP/1.1 413 Content Too Large\r\nContent-Length: 5\r\nConnection: close\r\n\r\nlarge")

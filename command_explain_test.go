@@ -32,9 +32,6 @@ func explainExit(t *testing.T, args ...string) (exit int, stdout, stderr string)
 
 // TestCommandExplain checks the exit statuses and what is printed, for a running proxy and for a file.
 func TestCommandExplain(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	w := commandStart(t, "--burst", "3", "--refill", "0.00001", "--allow", "127.0.0.0/8", "--deny", "all", "--clients", "127.0.0.0/8")
 	file := filepath.Join(t.TempDir(), "Caddyfile")
 	if err := os.WriteFile(file, fmt.Appendf(nil, `{
@@ -102,9 +99,6 @@ func TestExplanationIsWhole(t *testing.T) {
 }
 
 func TestCommandExplainMistakes(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	w := commandStart(t)
 	dir := t.TempDir()
 	for name, text := range map[string]string{

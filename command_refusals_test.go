@@ -18,9 +18,6 @@ import (
 
 // TestCommandRefusals checks the flag --refusals together with the others, and the admin API behind it.
 func TestCommandRefusals(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	w := commandStart(t, "--deny", "*.ads.example", "--burst", "100", "--access-log")
 	for range 3 {
 		policyRequest(t, w.proxy, http.MethodConnect, "www.ads.example:443", "")

@@ -51,9 +51,6 @@ func startOutput(t *testing.T, args ...string) (lines []string, stop func()) {
 // The first start says in one line what listens where, for whom, and how to use it. The limit suits
 // a browser, and the status page, the PAC script and the access log are where the flags put them.
 func TestCommandIntroducesItself(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	proxy, page, log := freeAddress(t), freeAddress(t), filepath.Join(t.TempDir(), "access.log")
 	_, pagePort, _ := net.SplitHostPort(page)
 	lines, _ := startOutput(t, "--listen", proxy, "--admin", "off", "--status", "localhost:"+pagePort, "--actions", "--pac", "--access-log="+log)
@@ -117,9 +114,6 @@ func TestCommandIntroducesItself(t *testing.T) {
 // The introduction says who may use a proxy that other machines can reach, and a status page that they
 // can reach is warned about.
 func TestCommandSaysWhoMayUseIt(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	const (
 		reachable = "other machines can reach this status page"
 		rebinding = "any web page open in an operator's browser can trigger this status page's actions"

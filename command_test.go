@@ -60,9 +60,6 @@ func commandOf(t *testing.T, args ...string) *exec.Cmd {
 }
 
 func TestCommand(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	w := commandStart(t, "--burst", "3", "--refill", "0.00001", "--allow", "127.0.0.0/8", "--deny", "all",
 		"--auth", "alice:"+strings.Fields(bcryptUsers)[5], "--clients", "127.0.0.0/8", "--access-log", "--debug")
 	origin := w.origin.Listener.Addr().String()
@@ -141,9 +138,6 @@ func takenAddress(t *testing.T) string {
 }
 
 func TestCommandStatus(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	w := commandStart(t, "--burst", "3", "--refill", "0.00001")
 	for range 5 {
 		policyRequest(t, w.proxy, http.MethodGet, w.origin.Listener.Addr().String(), "")
@@ -176,9 +170,6 @@ func TestCommandStatus(t *testing.T) {
 
 // The flags select the clients and tunnels, and their order.
 func TestCommandStatusSelects(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	w := commandStart(t)
 	// Clients 127.0.1.1 to 127.0.1.3 open a tunnel each, to an address that contains "127.0.0.1",
 	// and the second makes the most requests.
@@ -222,9 +213,6 @@ func TestCommandStatusSelects(t *testing.T) {
 
 // TestCommandStatusOnATerminal checks the screen that --watch draws.
 func TestCommandStatusOnATerminal(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	tmux, err := exec.LookPath("tmux")
 	if err != nil {
 		t.Skip("tmux is not installed; apt-get install tmux")

@@ -196,9 +196,6 @@ func TestDisconnectDuringDial(t *testing.T) {
 }
 
 func TestProcessExitsDuringDials(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	c := binaryStart(t, binaryOptions{global: everyProtocol, site: "dial_timeout 1h", secure: true})
 	target := deafTarget(t, "127.0.0.1", 0)
 	var answers sync.WaitGroup

@@ -182,9 +182,6 @@ func documentedLines(t *testing.T) map[string][]string {
 // TestLogTable compares the table of log lines in docs/observability.md with the lines that the
 // proxy writes.
 func TestLogTable(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	w := newWorld(t, "", nil)
 	origin := w.origin.Listener.Addr().String()
 	logIn := "Proxy-Authorization: " + login("alice", "wonderland") + "\n"

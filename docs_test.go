@@ -93,9 +93,6 @@ var documented = []struct{ file, command, says string }{
 // TestDocumentedCommands runs the documentation's commands for newcomers verbatim and in
 // order, in a network namespace of its own, where the ports are free.
 func TestDocumentedCommands(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	if !inNamespace(t) {
 		return
 	}

@@ -202,7 +202,7 @@ var nextPort atomic.Int64
 
 func init() {
 	first := 20000 + int64(os.Getpid()*8%4000)
-	_, _ = fmt.Sscan(os.Getenv(apartEnv), &first)
+	_, _ = fmt.Sscan(os.Getenv(partEnv), &first)
 	nextPort.Store(first)
 }
 

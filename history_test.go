@@ -19,9 +19,6 @@ import (
 // TestHistory checks what the admin API says about the last hour: all that was counted is in it
 // once, also after a reload.
 func TestHistory(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	c := binaryStart(t, binaryOptions{site: "burst 6\nrefill 0.00001\nallow 127.0.0.0/8"})
 	origin := listen(t, func(conn *net.TCPConn) {
 		_, _ = conn.Read(make([]byte, 1000))

@@ -24,9 +24,6 @@ import (
 // TestClientsThatNeverRead checks that a client that sends requests and reads no responses
 // is disconnected after write_idle, whatever the responses are, on both serving paths.
 func TestClientsThatNeverRead(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	pad := strings.Repeat("p", 4000)
 	origin := listen(t, func(conn *net.TCPConn) {
 		for r := bufio.NewReader(conn); ; {

@@ -120,9 +120,6 @@ func TestParentStreams(t *testing.T) {
 // TestParentStreamsIndependent checks that a tunnel whose target does not read blocks
 // neither its client's other tunnels nor new ones, let alone those of other clients.
 func TestParentStreamsIndependent(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	parent := binaryStart(t, binaryOptions{secure: true, site: "allow 127.0.0.0/8"})
 	watchOften(t)
 	w := newWorld(t, `tunnel_stall_timeout 2s

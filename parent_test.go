@@ -123,9 +123,6 @@ const parentWantsOthers = "The parent proxy does not accept this proxy's credent
 const parentUsers = "alice:$apr1$abcdefgh$t7bR9AfmWG/NqwxSupcEr/\n"
 
 func TestParentSquid(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	address := startPeer(t, "squid", peerProxies[0].args, peerProxies[0].config+"half_closed_clients on\n")
 	checkThroughParent(t, "upstream http://"+address, false)
 	users := t.TempDir() + "/users"

@@ -73,9 +73,6 @@ var peerAgreed = []string{"origin form", "no content", "content of known length"
 // TestRulesOfPeers runs the table of rules against other proxies. Differences are logged,
 // not judged; the test shows that the table can be kept at all.
 func TestRulesOfPeers(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	for _, peer := range peerProxies {
 		t.Run(peer.name, func(t *testing.T) {
 			t.Parallel()

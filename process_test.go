@@ -63,9 +63,6 @@ func floodTarget(t *testing.T) string {
 // Caddy exits when told to, however many tunnels are open, over whatever protocol, idle or
 // stuck.
 func TestProcessExitsWithLiveTunnels(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	const each = 100
 	for _, row := range []struct {
 		name, global string
@@ -113,9 +110,6 @@ func TestProcessExitsWithLiveTunnels(t *testing.T) {
 
 // A client that does not read must not prevent Caddy from exiting.
 func TestProcessExitsWithStuckTunnels(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	const each = 3
 	for _, protocol := range tunnelProtocols {
 		t.Run(protocol, func(t *testing.T) {
@@ -138,9 +132,6 @@ func TestProcessExitsWithStuckTunnels(t *testing.T) {
 // An HTTP/2 client that grants the largest windows and then does not even read its socket
 // also blocks the frames that would end its stream.
 func TestProcessClosesTunnelsOfDeafClients(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	protocols := []string{"h2", "h2c"}
 	c := binaryStart(t, binaryOptions{global: everyProtocol, site: "tunnel_idle_timeout 1s", secure: true})
 	for _, protocol := range protocols {
@@ -245,9 +236,6 @@ func (c *binaryCaddy) checkAllShutDown(t *testing.T, n int) {
 
 // Tunnels continue while configs replace each other.
 func TestProcessReloadsUnderTraffic(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	const size = 32 << 20
 	for name, reload := range map[string]func(c *binaryCaddy, site string) error{
 		"POST load": func(c *binaryCaddy, site string) error {
@@ -338,9 +326,6 @@ func TestProcessReloadsUnderTraffic(t *testing.T) {
 // A target may accept a connection and never send anything. Its tunnel lasts until the
 // client or the target closes.
 func TestProcessWithSilentTarget(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	c := binaryStart(t, binaryOptions{global: everyProtocol, secure: true})
 	heard, release := make(chan error), make(chan struct{})
 	silent := listen(t, func(conn *net.TCPConn) {

@@ -128,9 +128,6 @@ func dnsNames(name string, n int) []string {
 // plain request, of the directive and of a policy. What explain says of each must agree with what
 // happens.
 func TestSpellings(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	if !inNamespace(t) {
 		return
 	}
@@ -215,9 +212,6 @@ func testSpellings(t *testing.T, w *world, port string, accepted *atomic.Int64) 
 
 // TestRebinding checks that an earlier DNS answer for a name does not count.
 func TestRebinding(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	if !inNamespace(t) {
 		return
 	}
@@ -265,9 +259,6 @@ func TestRebinding(t *testing.T) {
 // TestOwnAddresses checks that a port that is open on all addresses is closed at each
 // address of this machine.
 func TestOwnAddresses(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	if !inNamespace(t) {
 		return
 	}
@@ -310,9 +301,6 @@ func addAddresses(t *testing.T, cidrs ...string) {
 // public addresses nor the networks around them. An allow rule for such an address opens
 // it, and clients on this machine reach it anyway.
 func TestNearbyAddresses(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	if !inNamespace(t) {
 		return
 	}
@@ -346,9 +334,6 @@ func TestNearbyAddresses(t *testing.T) {
 // TestSearchList checks that names are complete: a search list would turn one into a name
 // that no rule has checked. The hosts file may contain short names.
 func TestSearchList(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	if !inNamespace(t) {
 		return
 	}
@@ -383,9 +368,6 @@ func TestSearchList(t *testing.T) {
 // TestUnroutable checks the cause reported for EADDRNOTAVAIL. For an IPv6 destination on a
 // machine without IPv6 addresses there is no route. Otherwise all local ports are in use.
 func TestUnroutable(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	if !inNamespace(t) {
 		return
 	}

@@ -132,9 +132,6 @@ func TestStreamKeepAlive(t *testing.T) {
 // the whole request, so that a slow upload may take longer; but an origin that stops
 // reading the request times out.
 func TestStreamSlowRequest(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	w := newWorld(t, "response_header_timeout 1s", nil)
 	origin := newRuleOrigin(t, "")
 	c := w.dial()
@@ -161,9 +158,6 @@ func TestStreamSlowRequest(t *testing.T) {
 // TestStreamSteadyOrigin checks that for an origin that reads a request slowly, the timeout
 // starts when it has read nearly all of it: little is left in kernel buffers.
 func TestStreamSteadyOrigin(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	const size, rate = 4 << 20, 1200 << 10 // bytes, and bytes per second
 	origin := listen(t, func(c *net.TCPConn) {
 		_ = c.SetReadBuffer(256 << 10)
@@ -332,9 +326,6 @@ func streamSum(t *testing.T, h hash.Hash, r io.Reader) string {
 
 // TestStreamLarge passes 50 MiB up and down unchanged, in constant memory.
 func TestStreamLarge(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	const size = 50 << 20
 	body := func() io.Reader { return io.LimitReader(rand.NewChaCha8([32]byte{1}), size) }
 	want := streamSum(t, sha256.New(), body())
@@ -442,9 +433,6 @@ func TestStreamWriteTimeout(t *testing.T) {
 // TestStreamSteadyReader checks that a client that reads slowly but steadily gets the whole
 // response: what the kernel buffers for it never delays the next write beyond the timeout.
 func TestStreamSteadyReader(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	const size, rate = 5 << 20, 400 << 10 // bytes, and bytes per second
 	origin := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/known" {
@@ -500,9 +488,6 @@ timeouts {
 // TestStreamStalledReader checks that the response to a client that has stopped reading is
 // cut off, however much it has read before.
 func TestStreamStalledReader(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	const size = 64 << 20
 	origin := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/known" {

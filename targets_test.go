@@ -39,9 +39,6 @@ func targetOf(t *testing.T, target string) (requests, bytes int64) {
 // TestTopTargets checks what counts for a target, on both serving paths and across a reload:
 // responses, tunnels, and the bytes of both, as they go. Refused and failed requests do not.
 func TestTopTargets(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	for way, change := range waysOfServing {
 		t.Run(way, func(t *testing.T) {
 			w := newWorld(t, "", nil)

@@ -120,9 +120,6 @@ func readSlowly(r io.Reader, n, rate int64) error {
 // A client that slowly reads what the kernel has buffered for it keeps its tunnel from
 // counting as idle or stalled.
 func TestSlowReadersAreNeitherIdleNorStalled(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	watchOften(t)
 	w, other := emptyTunnelWorld(t), emptyTunnelWorld(t)
 	_, sites, _ := strings.Cut(other.caddyfile(tunnelSetup{options: "tunnel_stall_timeout 1s"}), "\nhttp://")

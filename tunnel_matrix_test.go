@@ -46,9 +46,6 @@ var tunnelBehaviours = []struct {
 }
 
 func TestTunnels(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	for name, setup := range map[string]tunnelSetup{
 		"bare": {}, "net/http": {servers: "keepalive_interval 15s"}, "observed": observed, "access log": {site: "log"}, "metrics": {global: "metrics"},
 	} {
@@ -71,9 +68,6 @@ func TestTunnels(t *testing.T) {
 
 // A client's connection is then of the PROXY protocol wrapper's type.
 func TestTunnelsBehindTheProxyProtocol(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	wrapped := tunnelSetup{servers: `listener_wrappers {
 	proxy_protocol {
 		allow 127.0.0.0/8
@@ -107,9 +101,6 @@ func TestTunnelsBehindTheProxyProtocol(t *testing.T) {
 // With HTTP/2 disabled, Caddy hides a plain connection's socket behind a type without
 // half-close. The socket underneath has it.
 func TestTunnelsOfAServerForHTTP1(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	for name, setup := range map[string]tunnelSetup{"bare": {}, "observed": observed} {
 		setup.protocols, setup.servers = "h1", "keepalive_interval 15s" // without the listener wrapper
 		t.Run(name, func(t *testing.T) {
@@ -323,9 +314,6 @@ func tunnelsAreMany(t *testing.T, c *tunnelClient) {
 }
 
 func TestTunnelsOfOneConnectionDoNotWaitForEachOther(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	const size = 32 << 20
 	w := newTunnelWorld(t, tunnelSetup{})
 	for _, protocol := range []string{"h2", "h2c", "h3"} {
@@ -381,9 +369,6 @@ func TestTunnelsOfABrokenConnection(t *testing.T) {
 // Caddy cuts off requests and responses that stall, by default after a minute. A tunnel may
 // be silent, and its client may read slowly.
 func TestTunnelsOutliveCaddysStallLimits(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	const limit, size = 400 * time.Millisecond, 32 << 20
 	for name, setup := range map[string]tunnelSetup{"bare": {}, "observed": observed} {
 		setup.servers = fmt.Sprintf(`timeouts {
@@ -417,9 +402,6 @@ func TestTunnelsOutliveCaddysStallLimits(t *testing.T) {
 }
 
 func TestTunnelsOutliveAReload(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	const size, reloads = 8 << 20, 3
 	for name, setup := range map[string]tunnelSetup{"bare": {}, "observed": observed} {
 		t.Run(name, func(t *testing.T) {

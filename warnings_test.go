@@ -62,9 +62,6 @@ func checkWarnings(t *testing.T, what string, codes ...string) (found []status.W
 // TestWarningsOfAConfig checks what is wrong with running configs, and that each config has its own
 // warnings, which are those of the log.
 func TestWarningsOfAConfig(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	w := newWorld(t, "", nil)
 	checkWarnings(t, "defaults")
 	for _, row := range []struct {
@@ -98,9 +95,6 @@ func TestWarningsOfAConfig(t *testing.T) {
 
 // TestWarningsOfTheProcess checks what is wrong at the moment.
 func TestWarningsOfTheProcess(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	w := newWorld(t, "", nil)
 
 	w.load(w.site("max_tunnels 10"))
@@ -146,9 +140,6 @@ func TestWarningsOfTheProcess(t *testing.T) {
 
 // TestWarningsAboutEvictions checks with more clients than max_clients.
 func TestWarningsAboutEvictions(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	w := newWorld(t, "", nil)
 	load := func(most int) {
 		loadCaddyfile(t, strings.Replace(w.globals(), "{\n", "{\n\tservers {\n\t\ttrusted_proxies static 127.0.0.0/8\n\t\ttrusted_proxies_strict\n\t}\n", 1)+
@@ -172,9 +163,6 @@ func TestWarningsAboutEvictions(t *testing.T) {
 // TestWarningsAboutDescriptors checks with a process that may open few, and the command that prints
 // warnings.
 func TestWarningsAboutDescriptors(t *testing.T) {
-	if !apart(t) {
-		return
-	}
 	c := binaryStart(t, binaryOptions{shell: "ulimit -n 100", site: "clients all"})
 	var stats status.Stats
 	codes := func() (codes []string) {
