@@ -5,12 +5,13 @@
 // would allow what was refused.
 
 import { clock, count, make, note, seconds, setAttribute, setText } from "./base.js"
-import { Table, text, twoLines, showLines, policyNote } from "./table.js"
+import { chosenPolicy, isOfPolicy, policyColumn, policyNote } from "./policies.js"
+import { Source, filter, words } from "./source.js"
+import { ago, state } from "./state.js"
+import { Table, showLines, shown, text, twoLines, who } from "./table.js"
 
 // causeOf returns why the proxy refused the requests, or what failed upstream.
 const causeOf = (r) => r.cause ?? r.reason
-
-const who = (r) => (r.user ? `${r.user} @ ${r.client}` : r.client)
 
 // what is refused: the target, and the method if that is the reason.
 const what = (r) => (r.method ? `${r.method} ${r.target}` : r.target)
@@ -21,73 +22,75 @@ const why = (r) => r.rule ?? r.detail
 const dateTime = (time) => `${new Date(time).toLocaleDateString("en-CA")} ${clock(seconds(time))}`
 
 // isAbout reports whether a refusal matches the words of the filter, as the server does it.
-export const isAbout = (r, words) => [causeOf(r), r.reason, r.client, r.user ?? "", r.target, r.rule ?? ""].some((part) => part.toLowerCase().includes(words))
+const isAbout = (r, words) => [causeOf(r), r.reason, r.client, r.user ?? "", r.target, r.rule ?? ""].some((part) => part.toLowerCase().includes(words))
 
-// refusalsQuery returns what to ask the server for if a snapshot does not have all refusals, or
-// null if it has those that are shown.
-export function refusalsQuery(table, q, policy) {
-	const remote = ["last", "first", "count"].includes(table.sort)
-	if (!q && !policy && (!remote || (table.sort === "last" && table.order < 0))) return null
+const time = (name, label, more) => ({
+	name, label, value: (r) => r[name], class: `num soft ${more}`,
+	show(cell, r) {
+		setText(cell, ago(r[name]))
+		setAttribute(cell, "title", dateTime(r[name]))
+	},
+})
+export const refusals = new Table("refusals", {
+	key: (r) => [causeOf(r), r.reason, r.client, r.user, r.policy, r.method, r.target, r.rule, r.address].join("\n"),
+	sort: "last",
+	empty: "No refusals yet.",
+	group: (r) => (r.cause ? "denied " : "failed ") + causeOf(r),
+	showGroup(cell, first) {
+		const cause = state.snapshot.refusals.causes.find((c) => c.cause === first.cause && (c.cause ?? c.reason) === causeOf(first))
+		if (!cell.firstChild) cell.append(make("span"), make("span", { class: "count" }))
+		setText(cell.firstChild, causeOf(first))
+		if (cause) setText(cell.lastChild, countsOf(cause))
+	},
+	columns: [
+		{
+			name: "target", label: "Target", value: (r) => r.target, first: 1, class: "grow", make: twoLines,
+			show(cell, r, kept) {
+				showLines(kept, what(r), `${who(r)}${policyNote(r)} · ${why(r)}`)
+				setAttribute(cell, "title", r.address ? `${what(r)} (${r.address}): ${r.detail}` : `${what(r)}: ${r.detail}`)
+			},
+		},
+		{ name: "client", label: "Client", value: who, first: 1, class: "mid", show: text(who) },
+		policyColumn(),
+		{
+			name: "rule", label: "Rule", value: why, first: 1, class: "mid why",
+			show(cell, r) {
+				setText(cell, why(r))
+				setAttribute(cell, "title", `${r.detail} (${r.reason})`)
+			},
+		},
+		{
+			name: "status", label: "Status", value: (r) => r.status, class: "num mid",
+			show(cell, r) {
+				setText(cell, String(r.status))
+				setAttribute(cell, "class", `num mid status ${r.status >= 500 ? "s5" : "s4"}`)
+			},
+		},
+		{ name: "count", label: "Count", value: (r) => r.count, class: "num", show: text((r) => count(r.count)) },
+		time("first", "First", "mid"),
+		time("last", "Last", "mid"),
+		{ name: "do", hidden: "What would allow it", class: "do", make: allowCell, show: showAllow },
+	],
+})
+
+const source = new Source("refusals", refusals, () => {
+	const q = filter("refusals-filter")
+	const policy = chosenPolicy()
+	const remote = ["last", "first", "count"].includes(refusals.sort)
+	if (!q && !policy && (!remote || (refusals.sort === "last" && refusals.order < 0))) return null
 	const query = new URLSearchParams({ limit: 200 })
-	if (remote) query.set("sort", table.sort)
-	if (remote) query.set("order", table.order > 0 ? "asc" : "desc")
+	if (remote) query.set("sort", refusals.sort)
+	if (remote) query.set("order", refusals.order > 0 ? "asc" : "desc")
 	if (q) query.set("q", q)
 	if (policy) query.set("policy", policy)
 	return query.toString()
-}
+})
 
-// refusalsTable makes the table. Its causes must be set before it is shown.
-export function refusalsTable({ policyColumn, ago }) {
-	const time = (name, label, more) => ({
-		name, label, value: (r) => r[name], class: `num soft ${more}`,
-		show(cell, r) {
-			setText(cell, ago(r[name]))
-			setAttribute(cell, "title", dateTime(r[name]))
-		},
-	})
-	const table = new Table("refusals", {
-		key: (r) => [causeOf(r), r.reason, r.client, r.user, r.policy, r.method, r.target, r.rule, r.address].join("\n"),
-		sort: "last",
-		empty: "No refusals yet.",
-		group: (r) => (r.cause ? "denied " : "failed ") + causeOf(r),
-		showGroup(cell, first) {
-			const cause = table.causes.find((c) => c.cause === first.cause && (c.cause ?? c.reason) === causeOf(first))
-			if (!cell.firstChild) cell.append(make("span"), make("span", { class: "count" }))
-			setText(cell.firstChild, causeOf(first))
-			if (cause) setText(cell.lastChild, countsOf(cause))
-		},
-		columns: [
-			{
-				name: "target", label: "Target", value: (r) => r.target, first: 1, class: "grow", make: twoLines,
-				show(cell, r, kept) {
-					showLines(kept, what(r), `${who(r)}${policyNote(r)} · ${why(r)}`)
-					setAttribute(cell, "title", r.address ? `${what(r)} (${r.address}): ${r.detail}` : `${what(r)}: ${r.detail}`)
-				},
-			},
-			{ name: "client", label: "Client", value: who, first: 1, class: "mid", show: text(who) },
-			policyColumn(),
-			{
-				name: "rule", label: "Rule", value: why, first: 1, class: "mid why",
-				show(cell, r) {
-					setText(cell, why(r))
-					setAttribute(cell, "title", `${r.detail} (${r.reason})`)
-				},
-			},
-			{
-				name: "status", label: "Status", value: (r) => r.status, class: "num mid",
-				show(cell, r) {
-					setText(cell, String(r.status))
-					setAttribute(cell, "class", `num mid status ${r.status >= 500 ? "s5" : "s4"}`)
-				},
-			},
-			{ name: "count", label: "Count", value: (r) => r.count, class: "num", show: text((r) => count(r.count)) },
-			time("first", "First", "mid"),
-			time("last", "Last", "mid"),
-			{ name: "do", hidden: "What would allow it", class: "do", make: allowCell, show: showAllow },
-		],
-	})
-	table.causes = []
-	return table
+export function showRefusals() {
+	const about = words("refusals-filter")
+	const list = source.list().filter((r) => isOfPolicy(r) && isAbout(r, about))
+	refusals.show(refusals.sorted(list), about || chosenPolicy() ? "No matching refusals." : undefined)
+	shown("refusals-count", list.length, state.snapshot.refusals.total)
 }
 
 function countsOf(cause) {

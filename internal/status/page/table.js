@@ -3,7 +3,7 @@
 
 // The tables of the status page.
 
-import { $, make, setText, setAttribute } from "./base.js"
+import { $, count, make, setText, setAttribute } from "./base.js"
 
 // Table is a sortable table. It reuses the elements of rows that stay. While the
 // pointer or the focus is inside, rows keep their places, so that nothing moves
@@ -138,7 +138,8 @@ export class Table {
 // text returns a cell renderer that shows the result of a function of the row.
 export const text = (write) => (cell, row) => setText(cell, write(row))
 
-export const policyNote = (row) => (row.policy ? ` · ${row.policy}` : "")
+// who says whose a row is.
+export const who = (row) => (row.user ? `${row.user} @ ${row.client}` : row.client)
 
 // twoLines makes a cell whose second line replaces columns that do not fit.
 export function twoLines(cell, kept) {
@@ -159,4 +160,9 @@ export function actionCell(...buttons) {
 			return button
 		})
 	}
+}
+
+// shown displays how many of the total a table contains.
+export function shown(id, n, total) {
+	setText($(id), n === total ? count(total) : `${count(n)} of ${count(total)}`)
 }

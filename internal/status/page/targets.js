@@ -4,7 +4,8 @@
 // The targets with the most requests and the most bytes, on the status page.
 
 import { bytesText, count, setAttribute, setText } from "./base.js"
-import { Table, text } from "./table.js"
+import { state } from "./state.js"
+import { Table, shown, text } from "./table.js"
 
 // amount makes a column for what is counted. A target that was not listed all the time may have
 // had more; one that is not listed by the column has no number in it.
@@ -17,7 +18,7 @@ const amount = (name, label, write) => ({
 	},
 })
 
-export const targetsTable = () => new Table("targets", {
+export const targets = new Table("targets", {
 	key: (t) => t.target,
 	sort: "requests",
 	empty: "No targets yet.",
@@ -27,3 +28,9 @@ export const targetsTable = () => new Table("targets", {
 		amount("bytes", "Traffic", bytesText),
 	],
 })
+
+export function showTargets() {
+	const { targets: list, total } = state.snapshot.targets
+	targets.show(targets.sorted(list))
+	shown("targets-count", list.length, total)
+}
