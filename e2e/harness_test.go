@@ -262,25 +262,31 @@ type page struct {
 // open loads the page in a new browser, in a viewport of the given width.
 func (w *world) open(width int64, scheme string) *page {
 	w.t.Helper()
+	return open(w.t, "http://localhost:"+port(w.page)+"/", width, scheme)
+}
+
+// open loads a page in a new browser.
+func open(t *testing.T, url string, width int64, scheme string) *page {
+	t.Helper()
 	browser, err := exec.LookPath("chromium")
 	if err != nil {
-		w.t.Skip("chromium is missing; apt-get install chromium")
+		t.Skip("chromium is missing; apt-get install chromium")
 	}
 	options := append(chromedp.DefaultExecAllocatorOptions[:], chromedp.ExecPath(browser), chromedp.NoSandbox, chromedp.DisableGPU)
 	allocator, cancel := chromedp.NewExecAllocator(context.Background(), options...)
-	w.t.Cleanup(cancel)
+	t.Cleanup(cancel)
 	ctx, cancel := chromedp.NewContext(allocator)
-	w.t.Cleanup(cancel)
-	p := &page{t: w.t, ctx: ctx}
+	t.Cleanup(cancel)
+	p := &page{t: t, ctx: ctx}
 	if err := chromedp.Do(ctx); err != nil { // the browser lives as long as this context
-		w.t.Fatal(err)
+		t.Fatal(err)
 	}
 	p.do(chromedp.EmulateViewport(width, 900), colorScheme(scheme), chromedp.Func(func(ctx context.Context, t *chromedp.Target) error {
 		_, err := cdp.Call(ctx, t, network.Enable, network.EnableParams{})
 		return err
 	}))
 	p.watch()
-	p.do(chromedp.Navigate("http://localhost:" + port(w.page) + "/"))
+	p.do(chromedp.Navigate(url))
 	p.state("Live")
 	return p
 }
@@ -328,8 +334,8 @@ func (p *page) watch() {
 	}()
 	go func() {
 		for event, err := range failures {
-			if err == nil {
-				note("loading failed: %s %s", event.ErrorText, event.BlockedReason)
+			if err == nil && !event.Canceled { // by the page itself
+				note("loading failed: %s: %s %s", event.Type, event.ErrorText, event.BlockedReason)
 			}
 		}
 	}()
@@ -369,6 +375,7 @@ func (p *page) until(what, expression string, timeout time.Duration) {
 	p.t.Helper()
 	_, err := chromedp.Run(p.ctx, chromedp.Poll[bool](expression, chromedp.WithPollingInterval(20*time.Millisecond), chromedp.WithPollingTimeout(timeout)))
 	if errors.Is(err, chromedp.ErrPollingTimeout) {
+		p.clean() // which may say why
 		p.t.Fatalf("not within %v: %s\nthe page shows\n%s", timeout, what, run[string](p, "document.querySelector('main').innerText"))
 	}
 	if err != nil {

@@ -33,7 +33,9 @@ func colored(series string) string {
 	return fmt.Sprintf(`(() => {
 	const canvas = document.querySelector(".chart canvas")
 	const color = getComputedStyle(document.documentElement).getPropertyValue("--%s").trim().match(/[0-9a-f]{2}/g).map((part) => parseInt(part, 16))
-	const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height)
+	const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d", { willReadFrequently: true }) // else Chromium warns
+	copy.drawImage(canvas, 0, 0)
+	const { data } = copy.getImageData(0, 0, canvas.width, canvas.height)
 	let n = 0
 	for (let i = 0; i < data.length; i += 4) if (data[i + 3] && color.every((part, k) => Math.abs(part - data[i + k]) < 8)) n++
 	return n
