@@ -12,10 +12,12 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/conntest"
+	"github.com/asyncproxy/caddy-async-proxy/internal/status"
 )
 
 // newTLSWorld starts a proxy whose clients connect over TLS, with the options of its server.
@@ -54,6 +56,10 @@ func TestTLSClientCertificates(t *testing.T) {
 		}
 		if n := fastPathConns(); (strict == "insecure_off") != (n == 1) {
 			t.Errorf("strict_sni_host %s: the fast path serves %d connections", strict, n)
+		}
+		warned := slices.ContainsFunc(warningsNow(t), func(w status.Warning) bool { return w.Code == "strict_sni_host" })
+		if warned != (strict == "on") {
+			t.Errorf("strict_sni_host %s: warned: %v", strict, warned)
 		}
 		stranger := dialRaw(t, w.proxy)
 		over := tls.Client(stranger.TCPConn, clientTLS("http/1.1"))

@@ -236,6 +236,11 @@ func namesClient(r *http.Request) bool {
 	return slices.ContainsFunc(server.ClientIPHeaders, func(name string) bool { return len(r.Header.Values(name)) > 0 })
 }
 
+// comparesSNI reports whether Caddy refuses requests for other hosts than that of the TLS handshake.
+func comparesSNI(server *caddyhttp.Server) bool {
+	return len(server.TLSConnPolicies) > 0 && server.StrictSNIHost != nil && *server.StrictSNIHost
+}
+
 // fastPathHandler returns the proxy if the fast path can serve the server's proxy requests, which
 // is when no other part of Caddy takes part in them. Otherwise why names that part.
 func fastPathHandler(app *caddyhttp.App, server *caddyhttp.Server) (p *proxy, why string) {
@@ -249,7 +254,7 @@ func fastPathHandler(app *caddyhttp.App, server *caddyhttp.Server) (p *proxy, wh
 		return nil, "the server has the option expected_underscore_headers or expected_dot_headers"
 	case lacksHTTP1(server.Protocols) || slices.ContainsFunc(server.ListenProtocols, lacksHTTP1):
 		return nil, "the server's protocols do not include h1, or not at each address"
-	case len(server.TLSConnPolicies) > 0 && server.StrictSNIHost != nil && *server.StrictSNIHost:
+	case comparesSNI(server):
 		return nil, "the server has the option strict_sni_host"
 	}
 	if h, ok := firstHandler(routesOf(server)).(*Handler); ok {

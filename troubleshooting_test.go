@@ -28,12 +28,13 @@ import (
 // symptom is a cause in docs/troubleshooting.md of something that a client prints. The options and
 // arguments may name the places of TestSymptoms.
 type symptom struct {
-	options string
-	before  func(t *testing.T, w *world)
-	args    string // of curl, after the proxy; "": https://example.com/
-	proxy   string // in place of http://PROXY
-	without bool   // no site at all listens
-	tls     bool   // the site has TLS
+	options    string
+	before     func(t *testing.T, w *world)
+	args       string // of curl, after the proxy; "": https://example.com/
+	proxy      string // in place of http://PROXY
+	without    bool   // no site at all listens
+	tls        bool   // the site has TLS
+	clientAuth bool   // and asks for client certificates
 }
 
 // symptoms are the causes in the order of the page, by its headings.
@@ -77,6 +78,7 @@ func symptoms(t *testing.T) map[string][]symptom {
 			{before: func(_ *testing.T, w *world) {
 				w.load(strings.Replace(w.site(""), "async_proxy {", "@office remote_ip 192.0.2.0/24\nasync_proxy @office {", 1))
 			}},
+			{tls: true, clientAuth: true, proxy: "https://localhost:PORT", args: "--proxy-insecure https://example.com/"},
 		},
 		"response 400":         {{tls: true}},
 		"wrong version number": {{proxy: "https://PROXY"}, {args: "https://ORIGIN/"}},
@@ -151,7 +153,11 @@ func TestSymptoms(t *testing.T) {
 func checkSymptom(t *testing.T, s symptom, message, line string) {
 	w := newWorld(t, symptomPlaces.Replace(s.options+"\nzone symptom"+strings.ReplaceAll(t.Name(), "/", "-")), nil)
 	if s.tls {
-		w.load(strings.Replace(strings.Replace(w.site(""), "http://", "https://", 1), "{\n", "{\ntls internal {\non_demand\n}\n", 1))
+		clientAuth := ""
+		if s.clientAuth {
+			clientAuth = "client_auth {\nmode request\n}\n"
+		}
+		w.load(strings.Replace(strings.Replace(w.site(""), "http://", "https://", 1), "{\n", "{\ntls internal {\non_demand\n"+clientAuth+"}\n", 1))
 	}
 	if s.before != nil {
 		s.before(t, w)

@@ -36,6 +36,10 @@ func (p *proxy) judgeConfig(ctx caddy.Context, server *caddyhttp.Server) (found 
 		warn("no_match", "every async_proxy of this site has a matcher, and nothing responds to requests that none of them matches; "+
 			"add one without a matcher, or respond with 403 at the end", addresses)
 	}
+	if comparesSNI(server) {
+		warn("strict_sni_host", "each request to this server must be for the host of its TLS handshake (strict_sni_host, which client_auth implies), "+
+			"so requests through the proxy get 421; set strict_sni_host insecure_off in the global option servers", addresses)
+	}
 	if server.TrustedProxiesStrict == 0 && trustsProxies(server) {
 		warn("forgeable_clients", "the server has trusted_proxies without trusted_proxies_strict, so it trusts the first address in X-Forwarded-For, "+
 			"which a client can forge to bypass clients, limits and blocks; add trusted_proxies_strict", addresses)
