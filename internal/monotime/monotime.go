@@ -15,5 +15,9 @@ var start = time.Now()
 // reading.
 func Of(t time.Time) int64 { return int64(t.Sub(start)) }
 
-// Time returns the time of which Of is ns.
-func Time(ns int64) time.Time { return start.Add(time.Duration(ns)) }
+// Time returns the time of which Of is ns, as the system's clock shows it now. The clock may have been
+// set since the process started, or the machine suspended.
+func Time(ns int64) time.Time {
+	now := time.Now()
+	return now.Add(time.Duration(ns - Of(now)))
+}
