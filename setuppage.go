@@ -138,15 +138,15 @@ func prefersHTML(accept []string) bool {
 
 // reachedAt returns the host and the port by which a client has reached the server: those of the
 // Host field, or with TLS the server name, because the Host field may be the destination's. A client
-// can send anything there, and the result may be pasted into a shell, so the local address replaces
-// everything but a plain name.
+// can send anything there, and the result may be pasted into a shell, so an example replaces everything but
+// a plain name. The local address would tell strangers what is behind a load balancer.
 func reachedAt(r *http.Request) (host, port string) {
-	local, _ := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
-	var at netip.AddrPort
-	if local != nil {
-		at, _ = netip.ParseAddrPort(local.String())
+	localPort := "8080" // on a Unix socket
+	if local, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr); ok {
+		if at, err := netip.ParseAddrPort(local.String()); err == nil {
+			localPort = fmt.Sprint(at.Port())
+		}
 	}
-	localPort := fmt.Sprint(at.Port())
 	host, port, err := net.SplitHostPort(r.Host)
 	if err != nil {
 		host, port = strings.Trim(r.Host, "[]"), "80"
@@ -158,13 +158,10 @@ func reachedAt(r *http.Request) (host, port string) {
 		host, port = r.TLS.ServerName, localPort
 	}
 	n, ok := parseInt(port, 1, 65535)
-	switch {
-	case ok && isPlainName(host):
-		return host, fmt.Sprint(n)
-	case !at.IsValid(): // a Unix socket
-		return "proxy.example.com", "8080"
+	if !ok || !isPlainName(host) {
+		return "proxy.example.com", localPort
 	}
-	return at.Addr().Unmap().WithZone("").String(), localPort
+	return host, fmt.Sprint(n)
 }
 
 // isPlainName reports whether a host consists of nothing that means anything to a shell or to HTML.
