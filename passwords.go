@@ -172,9 +172,9 @@ var credentialSecret = func() (secret [32]byte) {
 	return secret
 }()
 
-// credentialSet is a bounded set in two generations. When the newer one holds half of the
-// maximum, it becomes the older one, and the entries that were last looked up before that are
-// dropped. The zero value is not usable.
+// credentialSet is a bounded set in two generations. A look-up moves an entry to the newer one. When
+// that holds half of the maximum, it becomes the older one, and the former older one is dropped. The
+// zero value is not usable.
 type credentialSet struct {
 	half int
 	gens atomic.Pointer[[2]*xsync.Map[credentialKey, struct{}]] // newest first

@@ -174,7 +174,7 @@ func (t *Table) Drain(key client.Key, now int64, wait time.Duration) {
 	t.entry(key, now).fullAt.Store(now + t.fill - t.interval + int64(wait))
 }
 
-// Reserve takes one of the client's tokens, or reserves the next one, which is there after
+// Reserve takes one of the client's tokens, or reserves the next one, which the bucket gains after
 // wait. If wait would be longer than patience, it takes none and returns ok = false.
 func (t *Table) Reserve(key client.Key, now int64, patience time.Duration) (wait time.Duration, ok bool) {
 	full := &t.entry(key, now).fullAt

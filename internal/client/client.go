@@ -1,10 +1,10 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package client identifies who shares limits: an address, a network, a user, or all clients
-// without an address. It offers Key, which is small, comparable and needs no allocation, and
-// the way clients are shown, entered and masked. It never knows which limits there are, or
-// where an address came from.
+// Package client identifies the clients that share limits: those of an address, of a network, of
+// a user, or all those without an address. It offers Key, which is small, comparable and needs
+// no allocation, and the way clients are shown, entered and masked. It never knows which limits
+// there are, or where an address came from.
 package client
 
 import (

@@ -39,8 +39,8 @@ func Pair(t testing.TB) (inside, outside net.Conn) {
 	return inside, outside
 }
 
-// OnOneGoroutine skips a test that uses no more than one goroutine, if the race detector is on: it
-// would make the test slow, and cannot find anything.
+// OnOneGoroutine skips a test that uses only one goroutine if the race detector is on, which would
+// make the test slow and cannot find anything.
 func OnOneGoroutine(t testing.TB) {
 	t.Helper()
 	if Race {
@@ -91,7 +91,7 @@ func (b *bulk) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// SendBulk writes the bytes of Bulk. end says in errors who writes.
+// SendBulk writes the bytes of Bulk. end names the writer in errors.
 func SendBulk(t testing.TB, end string, w io.Writer, seed byte, size int64) {
 	t.Helper()
 	if n, err := io.Copy(struct{ io.Writer }{w}, Bulk(seed, size)); err != nil {
@@ -99,8 +99,8 @@ func SendBulk(t testing.TB, end string, w io.Writer, seed byte, size int64) {
 	}
 }
 
-// ReceiveBulk reads to the end and checks that it gets the bytes of Bulk. end says in errors
-// who reads.
+// ReceiveBulk reads to the end and checks that it gets the bytes of Bulk. end names the reader in
+// errors.
 func ReceiveBulk(t testing.TB, end string, r io.Reader, seed byte, size int64) {
 	t.Helper()
 	n, err := io.Copy(&checker{want: Bulk(seed, size)}, r)
@@ -115,7 +115,7 @@ func ReceiveBulk(t testing.TB, end string, r io.Reader, seed byte, size int64) {
 
 var errOther = errors.New("other bytes than were sent")
 
-// checker fails to write anything else than the bytes that it wants.
+// checker is a Writer that fails for other bytes than those that it wants.
 type checker struct {
 	want io.Reader
 	buf  []byte

@@ -3,7 +3,7 @@
 
 // Package egress connects to destinations, directly or through a parent proxy. It offers
 // dialing by RFC 8305 within a policy, the causes of failures, and tunnels over HTTP/2 to a
-// parent. It knows no client's request: it neither answers nor logs one.
+// parent. It knows nothing of the requests of clients, and neither answers nor logs them.
 package egress
 
 import (
@@ -192,8 +192,8 @@ func (d *Dialer) Recheck(ctx context.Context, r access.Scope, address string, co
 	return d.enforce(ctx, address, d.checkConnected(ctx, r, hostport.TargetOf(address), hostport.AddrPortOf(conn.RemoteAddr())))
 }
 
-// checkConnected decides about a connection that is open, or as if it were: no listener of this
-// process is too recent.
+// checkConnected decides about an open connection, or as if there were one: unlike Check, it also
+// knows the listeners that this process has only just opened.
 func (d *Dialer) checkConnected(ctx context.Context, r access.Scope, t hostport.Target, to netip.AddrPort) access.Verdict {
 	if denied := d.Access.CheckSelf(to, true); denied != nil {
 		return access.Verdict{Denied: denied}

@@ -47,7 +47,7 @@ const (
 	ParentBusy        Cause = "parent_busy"
 	ParentDialTimeout Cause = "parent_dial_timeout"
 	ParentDialFailed  Cause = "parent_dial_failed"
-	ParentCredentials Cause = "parent_credentials" // it does not accept ours
+	ParentCredentials Cause = "parent_credentials" // it rejects this proxy's credentials
 
 	// What is wrong with the parent itself.
 	ParentHandshakeTimeout Cause = "parent_handshake_timeout"
@@ -154,7 +154,7 @@ func (SilentError) Timeout() bool { return true }
 // Temporary implements net.Error.
 func (SilentError) Temporary() bool { return true }
 
-// parentAnswers maps the status of a parent's answer to its cause. All others are
+// parentAnswers maps the status of a parent's answer to its cause. Every other status means
 // ParentDialFailed.
 var parentAnswers = map[int]Cause{
 	http.StatusForbidden:          ParentDenies,
@@ -165,8 +165,8 @@ var parentAnswers = map[int]Cause{
 	http.StatusGatewayTimeout:     ParentDialTimeout,
 }
 
-// ConcernsParent reports whether the cause of e is one of a connection to the parent
-// itself, as to any other host.
+// ConcernsParent reports whether e is a failure of the connection to the parent, with a cause
+// that a connection to any other host could have as well.
 func (e *ParentError) ConcernsParent() bool {
 	return e.Status == 0 && (e.Phase == parentConnecting || IsTLSError(e.Err)) // in TLS 1.3 the parent rejects our certificate after the handshake
 }

@@ -46,8 +46,8 @@ func (d *Dialer) Explain(ctx context.Context, r access.Scope, address string) (e
 	return e
 }
 
-// addressesOf returns the addresses of a target that are tried, in their order. It does not know
-// which of them did not answer recently.
+// addressesOf returns the addresses of a target that Dial tries, in their order. Dial would try
+// addresses that recently did not answer last; addressesOf does not take that into account.
 func (d *Dialer) addressesOf(ctx context.Context, t hostport.Target) (addrs []netip.Addr, err error) {
 	if t.Addr.IsValid() {
 		return []netip.Addr{t.Addr.Unmap()}, nil

@@ -26,12 +26,12 @@ import (
 
 const (
 	muxStreams      = 16        // tunnels on one connection
-	muxWindow       = 256 << 10 // initial receive window of a tunnel: what it buffers for its client
-	muxMaxWindow    = 4 << 20   // the same, at most, for a tunnel whose client keeps up
+	muxWindow       = 256 << 10 // initial receive window of a tunnel: how much it buffers for its client
+	muxMaxWindow    = 4 << 20   // maximum receive window of a tunnel, which it gets if its client keeps up
 	muxConnGrowth   = 16 << 20  // by how much the receive windows on a connection may grow in all
 	muxFrame        = 16 << 10  // maximum payload of a frame, which all implementations accept
-	muxPending      = 64 << 10  // bytes queued for the socket at which tunnels must wait
-	muxFlood        = 1 << 20   // the same, including control frames, at which the parent is flooding us
+	muxPending      = 64 << 10  // with so many bytes queued for the socket, tunnels must wait
+	muxFlood        = 1 << 20   // with so many, control frames included, the parent counts as flooding this proxy
 	muxHead         = 64 << 10  // maximum size of the head of an answer
 	muxConnWindow   = 16 << 20  // credited on receipt: only the windows of streams limit the parent
 	muxInitial      = 65535     // the windows that a connection begins with (RFC 9113 §6.9.2)

@@ -64,7 +64,7 @@ type ParentConfig struct {
 	Timeout time.Duration // for opening a connection through the parent
 }
 
-// NewParent returns a parent that the connector finds.
+// NewParent returns a parent, to which connections are made by connector.
 func NewParent(c ParentConfig, connector *Connector) (*Parent, error) {
 	p := &Parent{
 		Scheme: c.Scheme, Address: c.Address, timeout: c.Timeout, Header: make(http.Header),
@@ -286,14 +286,14 @@ func refusedConnect(status int, header http.Header) *ParentError {
 // *ParentRequest.
 type ParentRequestKey struct{}
 
-// ParentRequest holds what the parent is told of a CONNECT, and for whom it is.
+// ParentRequest describes the client's CONNECT for which the parent is asked.
 type ParentRequest struct {
-	Fields   http.Header
-	LimitKey client.Key // the client that it is for
+	Fields   http.Header // to pass on to the parent
+	LimitKey client.Key  // of the client
 }
 
-// fields returns the header of a CONNECT to the parent, and the client that it is for,
-// if it is for one client only.
+// fields returns the header of a CONNECT to the parent, and the key of the client that it is for.
+// The key is zero if the CONNECT is not for one client only.
 func (p *Parent) fields(ctx context.Context) (fields http.Header, owner client.Key) {
 	fields = make(http.Header)
 	if request, ok := ctx.Value(ParentRequestKey{}).(*ParentRequest); ok {

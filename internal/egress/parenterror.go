@@ -48,8 +48,8 @@ func AsAnswerError(err error, r *bufio.Reader) *ParentError {
 	return &ParentError{Phase: ParentAnswering, Err: err}
 }
 
-// PassedOn returns what of the parent's answer the client is told: the members of its
-// Proxy-Status and its Retry-After, if they are valid, or "".
+// PassedOn returns the parts of the parent's answer that are passed on to the client: the members of
+// its Proxy-Status, and its Retry-After. Each is "" if the answer has no valid one.
 func (e *ParentError) PassedOn() (proxyStatus, retry string) {
 	return proxyStatusMembers(e.Header["Proxy-Status"]), retryAfter(e.Header["Retry-After"])
 }

@@ -2,9 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package metrics counts what a proxy does, for Prometheus and for the status page. It
-// offers Set, which registers its counters with Prometheus, Zone, its counters of a zone of
-// sites, and Policy, those of a policy; they have a method for each event that counts. It never knows where events come
-// from, or which outcome a request has.
+// offers Set, which registers its counters with Prometheus, Zone, with the counters of a zone
+// of sites, and Policy, with those of a policy. They have a method for each event that is
+// counted. It never knows where events come from, or which outcome a request has.
 package metrics
 
 import (
@@ -71,12 +71,12 @@ type Labels struct {
 // Refusal labels a response that the proxy generates itself.
 type Refusal struct {
 	ErrorType string // of RFC 9209
-	Cause     string // "": the error type says it all
+	Cause     string // "": none beyond the error type
 }
 
-// Set holds the counters of a process. It lives as long as the process, so that they count
-// across reloads, and for all handlers or all those of a zone together. No label may have values that clients
-// choose. All methods are safe for concurrent use.
+// Set holds the counters of a process. It lives as long as the process, so that counters continue
+// across reloads. All handlers share them, or all handlers of a zone. No label may have values
+// that clients choose. All methods are safe for concurrent use.
 type Set struct {
 	requests       *prometheus.CounterVec // by zone, kind and outcome
 	refusals       *prometheus.CounterVec // by zone, reason and cause

@@ -5,18 +5,18 @@ package metrics
 
 import "github.com/prometheus/client_golang/prometheus"
 
-// Policy holds the counters that a set has for each policy, of whatever zone. All methods are safe
-// for concurrent use.
+// Policy holds the counters of the policies with one name, in all zones. All methods are safe for
+// concurrent use.
 type Policy struct {
 	set      *Set
 	name     string
 	requests [numOutcomes]prometheus.Counter
-	users    int // that have not called Release yet; under set.mu
+	users    int // callers of Set.Policy that have not called Release yet; under set.mu
 }
 
-// Policy returns the counters of a policy. It is the same Policy for all who have acquired it
-// before it was released as often, so that counters continue after a reload. The caller must
-// call Release once for each call.
+// Policy returns the counters of a policy. While any caller has not released them yet, all callers
+// get the same ones, so that they continue after a reload. The caller must call Release once for each
+// call.
 func (s *Set) Policy(name string) *Policy {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -32,8 +32,8 @@ func (s *Set) Policy(name string) *Policy {
 	return y
 }
 
-// Release removes the counters of a policy that is no longer in use, so that there are never
-// more than configs in use have policies. A request that counts later is lost.
+// Release removes the counters if no other caller uses them, so that only policies of configs in use
+// have counters. Requests that are counted later are lost.
 func (y *Policy) Release() {
 	y.set.mu.Lock()
 	defer y.set.mu.Unlock()

@@ -8,8 +8,7 @@ import (
 	dto "github.com/prometheus/client_model/go"
 )
 
-// Reading is what the counters of a set have counted since the process started, in all zones
-// together.
+// Reading holds the values of a set's counters since the process started, summed over all zones.
 type Reading struct {
 	Requests    [numKinds][numOutcomes]int64
 	Refusals    map[string]int64 // by error type
@@ -32,7 +31,7 @@ type Histogram struct {
 	Counts  []int64
 }
 
-// Read returns what the counters stand at.
+// Read returns the current values of the counters.
 func (s *Set) Read() Reading {
 	r := Reading{
 		Refusals: map[string]int64{}, Causes: map[string]int64{}, Evictions: s.evicted.Load(),

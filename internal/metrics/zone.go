@@ -5,8 +5,7 @@ package metrics
 
 import "github.com/prometheus/client_golang/prometheus"
 
-// Zone holds the counters that a set has for each zone of sites. All methods are safe for
-// concurrent use.
+// Zone holds the counters of one zone of sites. All methods are safe for concurrent use.
 type Zone struct {
 	requests    [numKinds][numOutcomes]prometheus.Counter
 	refusals    *prometheus.CounterVec // by reason and cause
@@ -57,8 +56,8 @@ func (z *Zone) Request(kind Kind, outcome Outcome) { z.requests[kind][outcome].I
 // Refused counts a response that the proxy generated itself.
 func (z *Zone) Refused(r Refusal) { z.refusals.WithLabelValues(r.ErrorType, r.Cause).Inc() }
 
-// RateLimited counts a refusal for want of a token. Its counter is looked up in advance,
-// because floods make such refusals frequent.
+// RateLimited counts a refusal of a client that has no token. Its counter is looked up in advance,
+// because such refusals are frequent in a flood.
 func (z *Zone) RateLimited() { z.rateLimited.Inc() }
 
 // TunnelBytes counts bytes through tunnels.

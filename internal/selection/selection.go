@@ -15,7 +15,7 @@ import (
 	"github.com/gaissmai/bart"
 )
 
-// Conditions are what a policy demands of a client. All that are given must hold.
+// Conditions are the conditions of a policy. All that are given must hold.
 type Conditions struct {
 	Users   []string       // patterns, one of which the user's name must match; none: any client, also without a user
 	Clients []netip.Prefix // one of which must contain the client's address; none: any
@@ -151,9 +151,9 @@ func ValidPattern(pattern string) bool {
 	return pattern != "" && !strings.Contains(inner, "*")
 }
 
-// First returns the first policy whose conditions hold for a user, "" for a client without one,
-// and an address, which is not valid for a client on a Unix socket; -1 if there is none. It calls
-// match for policies whose Match decides, until it returns true for one that cannot be preceded.
+// First returns the index of the first policy whose conditions hold for a client, or -1 if there is
+// none. user is "" for a client without a user, and addr is invalid for a client on a Unix socket.
+// For a policy with a Match, First calls match, unless an earlier policy has been found already.
 func (s *Set) First(user string, addr netip.Addr, match func(int) bool) int {
 	found := len(s.policies)
 	try := func(list []int) {

@@ -24,13 +24,13 @@ type clientQuery struct {
 	ascending     bool
 }
 
-// policyQuery selects what belongs to a policy. The zero policyQuery selects everything.
+// policyQuery selects the rows of one policy. The zero policyQuery selects those of all policies.
 type policyQuery struct {
-	only bool // what belongs to the policy with this name
-	name string
+	only bool   // only those of the policy with this name
+	name string // "": the directive's own options
 }
 
-// policyQuery returns what the parameter of a request selects.
+// policyQuery returns the selection that a parameter of a request stands for.
 func (v *View) policyQuery(parameter string) policyQuery {
 	q := policyQuery{only: parameter != "", name: parameter}
 	if parameter == v.in.DirectivePolicy {
@@ -52,7 +52,7 @@ type clientRow struct {
 	table   *bucket.Table
 	client  client.Key
 	tunnels int
-	started int64 // when its last tunnel did, if no limiter tracks it; else 0
+	started int64 // when its last tunnel started, if no limiter tracks it; else 0
 	up      int64 // bytes of open tunnels
 	down    int64
 	blocked int64 // since epoch; 0: not

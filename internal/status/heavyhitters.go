@@ -14,9 +14,9 @@ import (
 
 // heavyHitters finds the names with the largest sums, in bounded memory, by the algorithm
 // Space-Saving (Metwally, Agrawal, El Abbadi: Efficient Computation of Frequent and Top-k
-// Elements in Data Streams, 2005). It counts size names. A new one takes the place of that with
-// the smallest sum, and inherits the sum, because it may have been there before. Each name with
-// more than 1/size of the total is therefore listed, and how much of a sum is inherited is known.
+// Elements in Data Streams, 2005). It lists size names. A new name replaces the one with the
+// smallest sum and inherits that sum, because it may have been listed before. Each name with more
+// than 1/size of the total is therefore listed, and it is known how much of a sum is inherited.
 //
 // Counting a listed name takes no lock and no memory. All methods are safe for concurrent use.
 type heavyHitters struct {
@@ -86,8 +86,8 @@ func (h *heavyHitters) sink(i int) {
 	}
 }
 
-// least returns the listed name with the smallest sum, which is then the first of the heap. Sums
-// only grow: one whose floor is the smallest, and that has not grown since, is the smallest.
+// least returns the listed name with the smallest sum, and makes it the first of the heap. Sums only
+// grow, so the sum with the smallest floor is the smallest if it still equals its floor.
 func (h *heavyHitters) least() *hitter {
 	for {
 		e := h.order[0]
@@ -100,8 +100,8 @@ func (h *heavyHitters) least() *hitter {
 	}
 }
 
-// counted returns what has been added to the sum of a name since it is listed, and at most how much
-// more had been before. found is false if it is not listed.
+// counted returns how much has been added to the sum of a name since it was listed, and an upper
+// bound of what had been added before. found is false if the name is not listed.
 func (h *heavyHitters) counted(name string) (sum, before int64, found bool) {
 	e, found := h.found.Load(name)
 	if !found {

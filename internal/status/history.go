@@ -19,12 +19,12 @@ const (
 	historySteps = 720
 )
 
-// history remembers what was counted in each step of the last hour. It takes at most 160 KiB, and
-// nothing before the first event.
+// history remembers what was counted in each step of the last hour. It takes at most 160 KiB of
+// memory, and none before the first event.
 //
 // A timer reads the counters at the end of each step. After a step in which nothing has changed
-// and no tunnel is open, the history is asleep: no timer runs until the next event. The steps in
-// between are known without a reading.
+// and no tunnel is open, the history is asleep: no timer runs until the next event. Nothing is
+// counted in the steps in between, so they need no reading.
 //
 // All methods are safe for concurrent use.
 type history struct {
@@ -40,7 +40,7 @@ type history struct {
 	timer *time.Timer          // ends the current step; nil before the first event
 }
 
-// sums are what has been counted since the process started, and what there is now.
+// sums are the counters since the process started, and the current numbers of tunnels and clients.
 type sums struct {
 	requests           [len(historyRequests)]int64
 	bytesUp, bytesDown int64
@@ -66,8 +66,8 @@ func sumsOf(s Stats) sums {
 	return sums
 }
 
-// point is what a step has added to the sums. What was counted in steps without a reading is in
-// the next step that has one.
+// point is what a step has added to the sums. If the counters were not read at the end of a step,
+// the next step that has a reading includes what it would have added.
 type point struct {
 	unread             bool
 	requests           [len(historyRequests)]int64
@@ -123,8 +123,8 @@ func (h *history) endStep() {
 	quiet := now == h.sums && now.tunnels == 0
 	h.record(stepAt(time.Now()), now)
 	if quiet {
-		// An event counts first and then looks whether to wake the history. If it has looked too
-		// early, this reading finds what it has counted.
+		// An event is counted first, and then checks whether to wake the history. If it has
+		// checked too early, this reading includes it.
 		h.asleep.Store(true)
 		if h.read() == now {
 			return
@@ -200,8 +200,8 @@ func (h *history) after(step int64, now time.Time) History {
 	return list
 }
 
-// evictedSince returns how many clients have been forgotten early since the end of a step, if
-// evicted have been in all.
+// evictedSince returns how many clients have been forgotten early since the end of a step. evicted is
+// their number since the process started.
 func (h *history) evictedSince(step, evicted int64) int64 {
 	h.mu.Lock()
 	defer h.mu.Unlock()

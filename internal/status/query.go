@@ -35,7 +35,7 @@ func SortsTunnels(key string) bool { return sortsOfTunnels[key] != nil }
 // SortsRefusals reports whether refusals can be sorted by key, one of RefusalSorts.
 func SortsRefusals(key string) bool { return sortsOfRefusals[key] != nil }
 
-// Clients returns what a query of the API finds among the clients.
+// Clients returns the clients that the parameters of an API request select.
 func (v *View) Clients(values url.Values, now time.Time) (ClientList, error) {
 	q := clientQuery{limited: values.Has("limited") && values.Get("limited") != "false", match: strings.ToLower(values.Get("q")), policy: v.policyQuery(values.Get("policy"))}
 	var err error
@@ -50,7 +50,7 @@ func (v *View) Clients(values url.Values, now time.Time) (ClientList, error) {
 	return v.findClients(q, now), nil
 }
 
-// Tunnels returns what a query of the API finds among the open tunnels.
+// Tunnels returns the open tunnels that the parameters of an API request select.
 func (v *View) Tunnels(values url.Values, now time.Time) (TunnelList, error) {
 	q := tunnelQuery{match: strings.ToLower(values.Get("q")), client: strings.ToLower(values.Get("client")), policy: v.policyQuery(values.Get("policy"))}
 	var err error
@@ -65,7 +65,7 @@ func (v *View) Tunnels(values url.Values, now time.Time) (TunnelList, error) {
 	return v.findTunnels(q, now), nil
 }
 
-// Refusals returns what a query of the API finds among the groups of refusals.
+// Refusals returns the groups of refusals that the parameters of an API request select.
 func (v *View) Refusals(values url.Values) (RefusalList, error) {
 	q := refusalQuery{cause: values.Get("cause"), match: strings.ToLower(values.Get("q")), client: strings.ToLower(values.Get("client")), target: strings.ToLower(values.Get("target")), policy: v.policyQuery(values.Get("policy"))}
 	var err error

@@ -79,7 +79,7 @@ func (k *RefusalKey) isClient(part string) bool {
 	return containsFold(client.Name(k.Client), part) || k.User != "" && containsFold("user "+k.User, part)
 }
 
-// list returns the groups that q selects. Refusals wait for it only if they are the first of
+// list returns the groups that q selects. Meanwhile it blocks only refusals that are the first of
 // their group.
 func (r *refusals) list(q refusalQuery) RefusalList {
 	list := RefusalList{Refusals: []Refusal{}, Causes: []RefusalCause{}}
@@ -123,7 +123,8 @@ func (g *refusalGroup) info() Refusal {
 	return info
 }
 
-// mask shows networks in place of clients, and no users. A line that allows a client names it.
+// mask shows networks in place of clients, and no users. It also removes the lines that would allow a
+// client, because they name the client.
 func (l RefusalList) mask() {
 	for i := range l.Refusals {
 		r := &l.Refusals[i]

@@ -39,17 +39,17 @@ type RefusalKey struct {
 // error type.
 func (k *RefusalKey) name() string { return cmp.Or(k.Cause, k.Reason) }
 
-// RefusalDetails describes a refusal. Those of a group's first refusal describe the group.
+// RefusalDetails describes a refusal. The details of a group's first refusal describe the group.
 type RefusalDetails struct {
 	Status int
 	Detail string // the sentence for the client
-	Hint   string // how the operator could allow it; "": not at all
-	Allow  string // the line of a Caddyfile that does; "": there is none
+	Hint   string // how the operator could allow it; "": there is no way
+	Allow  string // the line of a Caddyfile that would allow it; "": there is none
 }
 
 // refusals counts refusals in groups. Counting one of a known group takes no lock and no
-// memory. Of each cause, maxGroups groups are kept; the one whose last refusal is the oldest
-// makes room for a new one. Its methods are safe for concurrent use.
+// memory. For each cause, maxGroups groups are kept. A new group then replaces the one whose last
+// refusal is the oldest. Its methods are safe for concurrent use.
 type refusals struct {
 	groups *xsync.Map[RefusalKey, *refusalGroup]
 

@@ -21,7 +21,7 @@ type Snapshot struct {
 	Settings []Site      `json:"settings"`
 }
 
-// Versions are those of the parts of the running binary.
+// Versions are the versions of the parts of the running binary.
 type Versions struct {
 	Version string `json:"version"`          // of async_proxy
 	Commit  string `json:"commit,omitempty"` // of async_proxy, if it is known
@@ -142,7 +142,8 @@ type Setting struct {
 	Default bool   `json:"default"`
 }
 
-// The number of most recently active clients, tunnels and groups of refusals in a snapshot, and of targets.
+// How many of the most recently active clients, tunnels and groups of refusals a snapshot has, and how
+// many targets.
 const (
 	snapshotClients  = 100
 	snapshotTunnels  = 200
@@ -169,7 +170,7 @@ func (v *View) Stats(now time.Time) Stats {
 	return s
 }
 
-// counted returns the counters, without what only describes the process.
+// counted returns the counters, without the fields that describe the process.
 func (v *View) counted() (s Stats) {
 	for t := range v.in.Tables {
 		s.Clients.Tracked += int64(t.Len())
@@ -181,7 +182,7 @@ func (v *View) counted() (s Stats) {
 	return s
 }
 
-// count sets what the counters have counted.
+// count sets the fields that come from the counters.
 func (s *Stats) count(r metrics.Reading) {
 	s.Requests.Forwarded = r.Requests[metrics.Forward][metrics.OK]
 	s.Requests.Tunnels = r.Requests[metrics.Tunnel][metrics.OK]

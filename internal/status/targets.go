@@ -12,8 +12,8 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/printable"
 )
 
-// maxTargets is how many targets are counted by requests, and how many by bytes. A target that
-// has more than a thousandth of all is one of them.
+// maxTargets is how many targets are counted by requests, and how many by bytes. A target with more
+// than a thousandth of all requests or bytes is certainly among them.
 const maxTargets = 1024
 
 // TargetSorts are the orders of targets, for messages.
@@ -36,9 +36,8 @@ type TargetList struct {
 	Total   int      `json:"total"`
 }
 
-// Target describes a target. What is counted is what has happened since it is listed; a target that
-// was not always listed may have had more before. A target may be listed by requests or by bytes
-// alone.
+// Target describes a target. Its counts begin when it is listed: a target that was not always listed
+// may have had more before. It may be listed by requests, by bytes, or by both.
 type Target struct {
 	Target         string `json:"target"`
 	Requests       *int64 `json:"requests,omitempty"`
@@ -47,7 +46,8 @@ type Target struct {
 	BytesBefore    int64  `json:"bytes_before,omitempty"` // at most
 }
 
-// Served counts a request that has got a tunnel or a response from a target, which is a host and a port.
+// Served counts a request for which there was a tunnel to a target, or a response from it. The target
+// is a host and a port.
 func (v *View) Served(target string) { v.targets.requests.add(targetName(target), 1) }
 
 // Transferred counts bytes between clients and a target.
@@ -83,7 +83,8 @@ func (v *View) Targets(values url.Values) (TargetList, error) {
 	return v.targets.list(q), nil
 }
 
-// list returns the targets that q selects, of those that are listed by what it sorts by.
+// list returns the targets that q selects: of those that are listed by requests, or by bytes if q
+// sorts by bytes.
 func (t *targets) list(q targetQuery) TargetList {
 	by := t.requests
 	if q.byBytes {
@@ -133,5 +134,5 @@ func (t *targets) top(n int) TargetList {
 	return list
 }
 
-// mask does nothing: targets do not say who the clients are.
+// mask does nothing: targets do not identify clients.
 func (l TargetList) mask() {}

@@ -19,7 +19,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
-// Inputs is what a view shows and what its actions do. All functions must be safe for
+// Inputs are the sources of what a view shows, and its actions. All functions must be safe for
 // concurrent use.
 type Inputs struct {
 	Versions func() Versions
@@ -43,8 +43,8 @@ type Inputs struct {
 	// DirectivePolicy stands for the policy without a name in parameters of requests.
 	DirectivePolicy string
 
-	// Actions report whether there was something to do. Refill fills the buckets of a client in a
-	// policy of a zone; if zone or policy is "", it does so in all of them, and if both are, it
+	// The actions report whether they changed anything. Refill fills the buckets of a client in a
+	// policy of a zone. If zone or policy is "", it does so in all of them, and if both are "", it
 	// also ends a block. Block blocks a client for d; 0 ends the block.
 	CloseTunnel   func(id uint64) bool
 	Refill        func(key client.Key, zone, policy string) bool
@@ -55,7 +55,7 @@ type Inputs struct {
 	Explain func(context.Context, Question) ([]Explanation, error)
 }
 
-// View is what operators see of a process. All methods are safe for concurrent use.
+// View shows operators the state of a process. All methods are safe for concurrent use.
 type View struct {
 	in       Inputs
 	refusals *refusals

@@ -19,8 +19,8 @@ type Warning struct {
 	Text string `json:"text"`           // a sentence that says what is wrong and what to do, and stays the same meanwhile
 }
 
-// forgottenSteps is for how many steps of the history operators are warned that clients have been
-// forgotten early: five minutes.
+// forgottenSteps is the number of steps of the history, five minutes, for which operators are warned
+// that clients have been forgotten early.
 const forgottenSteps = 60
 
 // warnings returns what is wrong now, in a stable order. s are the current counters.
@@ -32,7 +32,7 @@ func (v *View) warnings(s *Stats, now time.Time) []Warning {
 	}
 	if v.history.evictedSince(stepAt(now)-forgottenSteps, s.Clients.Evicted) > 0 {
 		list = append(list, Warning{Code: "clients_forgotten",
-			Text: "clients have been forgotten early in the last five minutes and begin again with full buckets, because there are too many; raise max_clients"})
+			Text: "in the last five minutes, clients have been forgotten early because there are too many, and start again with full buckets; raise max_clients"})
 	}
 	for i := range list {
 		first, size := utf8.DecodeRuneInString(list[i].Text)

@@ -16,9 +16,9 @@ func GetBuffer() *Buffer { return buffers.Get().(*Buffer) }
 // Free puts the buffer back into the pool.
 func (b *Buffer) Free() { buffers.Put(b) }
 
-// Copy passes what is read to write, through buf, until a read or a write fails, or more, which
-// is told how much each read has returned, returns false. readErr is io.EOF if the source has
-// ended in order. Every copy of bytes that does not stay inside the kernel is made here.
+// Copy reads into buf and writes what was read, until a read or a write fails or more returns false.
+// more gets the number of bytes of each read. readErr is io.EOF if the source has ended in order.
+// Every copy of bytes outside the kernel is made here.
 func Copy(buf []byte, read func([]byte) (int, error), write func([]byte) error, more func(n int) bool) (readErr, writeErr error) {
 	for {
 		var n int

@@ -12,8 +12,8 @@ import (
 // longAgo is a deadline that has passed.
 var longAgo = time.Unix(1, 0)
 
-// Interrupt makes the reads or writes that setDeadline is for fail at once, pending and later
-// ones.
+// Interrupt makes pending and later reads or writes fail at once, whichever of them setDeadline is
+// for.
 func Interrupt(setDeadline func(time.Time) error) { _ = setDeadline(longAgo) }
 
 // ReadDeadline is the read deadline of a connection, and the only place that sets it. It
@@ -46,7 +46,7 @@ func (d *ReadDeadline) Clear(conn net.Conn) {
 	}
 }
 
-// Interrupt makes reads fail at once, pending and later ones, until another method is called.
+// Interrupt makes pending and later reads fail at once, until another method is called.
 func (d *ReadDeadline) Interrupt(conn net.Conn) {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -23,7 +23,7 @@ func (c *Prefixed) Read(p []byte) (int, error) {
 	return c.Conn.Read(p)
 }
 
-// CloseWrite ends what the connection sends. A connection without a half-close is closed.
+// CloseWrite half-closes the connection. A connection that cannot half-close is closed.
 func (c *Prefixed) CloseWrite() error {
 	if half, ok := c.Conn.(HalfCloser); ok {
 		return half.CloseWrite()

@@ -7,6 +7,6 @@ package tcpconn
 
 import "net"
 
-// IsQuiet cannot tell here. It returns false, so that connections to origins are not
+// IsQuiet returns false, because this system does not tell. Connections to origins are therefore not
 // reused.
 func IsQuiet(*net.TCPConn) bool { return false }

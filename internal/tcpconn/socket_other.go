@@ -13,7 +13,7 @@ func BytesAcked(*net.TCPConn) uint64 { return 0 }
 // SendState returns 0 and false, which means unknown.
 func SendState(*net.TCPConn) (taken uint64, queued bool) { return 0, false }
 
-// HasRoom returns true, since it cannot tell.
+// HasRoom returns true, because this system does not tell.
 func HasRoom(*net.TCPConn) bool { return true }
 
 // WaitWritable does not wait: the next write does.

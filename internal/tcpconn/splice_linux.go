@@ -61,8 +61,8 @@ const pipesKept = 30 * time.Second
 
 var pipesClose atomic.Bool // closePipesLater has been called, and ClosePipes not yet
 
-// closePipesLater has the unused pipes closed after pipesKept, so that a process at rest holds no
-// descriptors for them.
+// closePipesLater makes a timer close the unused pipes after pipesKept, so that a process at rest
+// holds no descriptors for them.
 func closePipesLater() {
 	if !pipesClose.Swap(true) {
 		time.AfterFunc(pipesKept, func() {

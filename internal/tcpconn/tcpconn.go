@@ -1,10 +1,10 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
-// Package tcpconn does with TCP connections what package net has no method for. It finds the
-// socket below a connection, reads what the kernel knows about the socket, sets its options and
-// its read deadline, puts bytes that were read too early back in front, and moves bytes from one
-// socket to another inside the kernel. It knows neither HTTP nor tunnels.
+// Package tcpconn adds to package net what a proxy needs of TCP connections. It finds the socket
+// below a connection, reads what the kernel knows about the socket, sets its options and its read
+// deadline, puts bytes that were read too early back in front, and moves bytes from one socket to
+// another inside the kernel. It knows neither HTTP nor tunnels.
 package tcpconn
 
 import (
@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// HalfCloser is a connection that can end what it sends and still receive.
+// HalfCloser is a connection that can end the bytes it sends and still receive.
 type HalfCloser interface{ CloseWrite() error }
 
 // Of returns the socket below a connection, or nil if it is not known.
@@ -64,10 +64,10 @@ func Embedded(conn net.Conn) net.Conn {
 	return nil
 }
 
-// Ask writes p to a socket and waits until there is something to read from it, or its read deadline
-// has passed. A read right after the write would be in vain before such a wait.
+// Ask writes p to a socket and waits until something arrives on it, or its read deadline has passed.
+// It saves the read that would otherwise be tried right after the write, in vain.
 //
-// What has arrived before the call does not end the wait.
+// Bytes that have arrived before the call do not end the wait.
 func Ask(socket *net.TCPConn, p []byte) (writeErr, waitErr error) {
 	conn, err := socket.SyscallConn()
 	if err != nil {
@@ -89,7 +89,7 @@ func Ask(socket *net.TCPConn, p []byte) (writeErr, waitErr error) {
 }
 
 // EnableKeepAlive makes the kernel detect a dead peer within two minutes. It costs four system
-// calls, so short-lived connections do without it.
+// calls, so it is not worth it for short-lived connections.
 func EnableKeepAlive(conn *net.TCPConn) {
 	_ = conn.SetKeepAliveConfig(KeepAliveConfig)
 }

@@ -5,19 +5,20 @@ package tunnel
 
 import "time"
 
-// endWatch tracks how much one end of a tunnel takes. Written bytes count as soon as the
-// kernel has them. While the kernel's buffer is full, that does not tell an end that reads
-// slowly from one that does not read at all. The other side's acknowledgements do.
+// endWatch tracks whether one end of a tunnel takes the bytes that are sent to it. Written bytes
+// count as taken as soon as the kernel has them. While the kernel's buffer is full, that does not
+// distinguish an end that reads slowly from one that does not read at all. The acknowledgements
+// of the other side do.
 type endWatch struct {
-	written       int64  // bytes written to it, as of the last look
-	since         int64  // when it last took bytes or none were waiting, since epoch
-	pending       bool   // bytes were waiting for it, as of the last look
-	socketChecked int64  // when its socket was last checked, since epoch; 0: not since taken changed
-	acked         uint64 // bytes acknowledged by the other side, as of then
+	written       int64  // bytes written to the end, as of the last update
+	since         int64  // when the end last took bytes or none were waiting, since epoch
+	pending       bool   // bytes were waiting for the end, as of the last update
+	socketChecked int64  // when the socket was last checked, since epoch; 0: not since written changed
+	acked         uint64 // bytes acknowledged by the other side, when the socket was last checked
 }
 
-// update reports whether the end has taken bytes since the last look. Without bytes waiting,
-// it checks the socket only once per interval, since most tunnels are idle.
+// update reports whether the end has taken bytes since the last update. If no bytes are waiting,
+// it checks the socket only once per interval, because most tunnels are idle.
 func (e *endWatch) update(now int64, f *Flow, p End, interval time.Duration) (took bool) {
 	taken, waiting := f.Load(), f.writing.Load()
 	if took = taken != e.written; took || e.since == 0 {
@@ -48,7 +49,7 @@ func (e *endWatch) stalledFor(now int64) time.Duration {
 }
 
 // isAtRest reports whether no bytes wait for the end, and none were written since the last
-// look.
+// update.
 func (e *endWatch) isAtRest(f *Flow, p End) bool {
 	if f.writing.Load() || f.Load() != e.written {
 		return false

@@ -52,7 +52,7 @@ type Registry struct {
 // NewRegistry returns an empty registry.
 func NewRegistry() *Registry { return NewPacedRegistry(WatchInterval, DrainTimeout) }
 
-// NewPacedRegistry returns a registry with other intervals than the usual ones, for tests.
+// NewPacedRegistry returns a registry with the given intervals, for tests.
 func NewPacedRegistry(interval, drainTimeout time.Duration) *Registry {
 	r := &Registry{
 		Interval: interval, drainTimeout: drainTimeout,
@@ -91,12 +91,12 @@ func (e *LimitError) Error() string {
 	return "the limit on open tunnels is reached"
 }
 
-// account is whose tunnels are counted together: those of a client in a policy, or of all
-// clients in it.
+// account identifies tunnels that are counted together: those of one client in a policy, or those
+// of all clients in it.
 type account struct {
 	zone, policy string
-	all          bool // clients; then client is zero
-	client       client.Key
+	all          bool       // of all clients
+	client       client.Key // zero if all is set
 }
 
 // Admit reserves a tunnel of owner for a client, which the caller must release with Release, or
@@ -168,15 +168,15 @@ func (r *Registry) release(a account) {
 	})
 }
 
-// dialWatchDelay is how long a dial takes before the end of its request is watched for.
+// dialWatchDelay is how long a dial runs before it watches for the end of its request.
 const dialWatchDelay = 20 * time.Millisecond
 
 // DialContext returns the context for dialing a tunnel's target. It ends when ctx ends, after
 // timeout, and when all tunnels are closed. The caller must call done.
 //
-// The deadline is set here because net.Dialer then allocates no context of its own. The end
-// of ctx is only watched for after a delay: watching the client's connection
-// costs more than dialing a nearby host.
+// The deadline is set here because net.Dialer then allocates no context of its own. DialContext
+// watches for the end of ctx only after a delay, because watching the client's connection costs
+// more than dialing a nearby host.
 func (r *Registry) DialContext(ctx context.Context, timeout time.Duration) (open context.Context, done func()) {
 	open, cancel := context.WithTimeout(dialContext{r.open, ctx}, timeout)
 	watch := time.AfterFunc(dialWatchDelay, func() { context.AfterFunc(ctx, cancel) })

@@ -3,8 +3,8 @@
 
 // Package tunnel copies bytes between a client and a target until both have finished. It
 // offers tunnels, the registry that bounds, lists and closes them, and relays that use
-// splice(2) where the system has it. It knows neither how a tunnel was asked for nor who
-// logs and counts it.
+// splice(2) where the system has it. It does not know which request a tunnel is for, nor
+// where it is logged and counted.
 package tunnel
 
 import (
@@ -37,12 +37,12 @@ const (
 	ReasonShutdown    = "shutdown"     // Caddy exits
 )
 
-// Owner is what a tunnel needs of the proxy that opened it. A reload may have replaced
-// the proxy since. A timeout that is not positive is none.
+// Owner holds what a tunnel needs to know about the proxy that opened it. A reload may have
+// replaced the proxy since. A timeout that is not positive means no limit.
 type Owner struct {
 	Name         string // of the proxy
-	Zone         string // whose tunnels are counted apart
-	Policy       string // in the zone, of which the same holds; "": the zone's own
+	Zone         string // tunnels are counted by zone and policy
+	Policy       string // in the zone; "": the zone's own
 	IdleTimeout  time.Duration
 	StallTimeout time.Duration
 	MaxDuration  time.Duration
@@ -91,9 +91,9 @@ type Tunnel struct {
 	Reason     atomic.Pointer[string] // why it ended; nil while it is open
 }
 
-// DrainTimeout limits how long a client's last bytes may take to reach a target that has ended,
-// or whose client has left. It is needed over HTTP/2 and HTTP/3, where the client's stream
-// ends only when the handler returns.
+// DrainTimeout limits how long a client's last bytes may take to reach the target after the target
+// has half-closed or the client has disconnected. It is needed over HTTP/2 and HTTP/3, where the
+// client's stream ends only when the handler returns.
 const DrainTimeout = 5 * time.Second
 
 // Run relays until the tunnel has ended. The calling goroutine relays to the client, and one
@@ -280,7 +280,7 @@ func (t *Tunnel) watchEnds(now time.Time) (stalled time.Duration) {
 	return max(t.nearWatch.stalledFor(at), t.farWatch.stalledFor(at))
 }
 
-// shorterTimeout returns the shorter of two timeouts. A timeout that is not positive is none.
+// shorterTimeout returns the shorter of two timeouts. A timeout that is not positive means no limit.
 func shorterTimeout(a, b time.Duration) time.Duration {
 	if a <= 0 || b > 0 && b < a {
 		return b
@@ -319,7 +319,8 @@ func (t *Tunnel) reset() {
 	_ = t.Far.Abort()
 }
 
-// isAtRest reports whether no bytes have passed for at least that long, and none wait.
+// isAtRest reports whether no bytes have passed for at least that long, and no bytes wait for
+// either end.
 func (t *Tunnel) isAtRest(atLeast time.Duration) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
