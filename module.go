@@ -199,7 +199,7 @@ type Options struct {
 	// Default: all.
 	Methods []string `json:"methods,omitempty"`
 
-	// What is only logged and not enforced: `rules` for deny rules and ports,
+	// What is only logged and not enforced: `rules` for deny rules, ports and methods,
 	// `limits` for burst and refill, `off` alone for neither. Destinations that are
 	// closed by default stay closed. Default: off.
 	ReportOnly []string `json:"report_only,omitempty"`

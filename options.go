@@ -165,7 +165,7 @@ var options = []option{
 	},
 	{
 		name: "report_only", inPolicy: true, syntax: "rules|limits...|off",
-		doc:         "`rules` or `limits`: denials are logged but not enforced",
+		doc:         "`rules` (destinations, ports, methods) and `limits` (tokens): denials are logged but not enforced. `clients`, logins and `max_tunnels` stay in force",
 		optionValue: list("rules, limits or both, or off", func(h *Handler) *[]string { return &h.ReportOnly }, oneOf("rules", "limits", off), "none"),
 	},
 	{
