@@ -51,19 +51,19 @@ func (s *statusReport) printRefusals(w io.Writer) {
 	policy := columnIf(slices.ContainsFunc(list, func(r status.Refusal) bool { return r.Policy != "" }))
 	fmt.Fprintf(table, "COUNT\tCAUSE\tCLIENT%s\tTARGET\tRULE\tFIRST\tLAST\tTO ALLOW IT\n", policy("POLICY"))
 	for _, r := range list {
-		who, what := r.Client, r.Target
+		client, target := r.Client, r.Target
 		if r.User != "" {
-			who = r.User + "@" + who
+			client = r.User + "@" + client
 		}
 		if r.Method != "" {
-			what = r.Method + " " + what
+			target = r.Method + " " + target
 		}
 		howTo := cmp.Or(r.Allow, r.Hint)
 		if r.Hint != "" && len(r.Allow) > printable.MaxText {
 			howTo = r.Hint // a line that is cut off would allow something else
 		}
-		fmt.Fprintf(table, "%d\t%s\t%s%s\t%s\t%s\t%s ago\t%s ago\t%s\n", r.Count, printable.Text(cmp.Or(r.Cause, r.Reason)), printable.Text(who), policy(printable.Text(r.Policy)),
-			printable.Text(what), printable.Text(r.Rule), formatAge(now.Sub(r.First)), formatAge(now.Sub(r.Last)), printable.Text(howTo))
+		fmt.Fprintf(table, "%d\t%s\t%s%s\t%s\t%s\t%s ago\t%s ago\t%s\n", r.Count, printable.Text(cmp.Or(r.Cause, r.Reason)), printable.Text(client), policy(printable.Text(r.Policy)),
+			printable.Text(target), printable.Text(r.Rule), formatAge(now.Sub(r.First)), formatAge(now.Sub(r.Last)), printable.Text(howTo))
 	}
 	_ = table.Flush()
 	var dropped int64
@@ -73,11 +73,15 @@ func (s *statusReport) printRefusals(w io.Writer) {
 	if more := s.Refusals.Total - len(list); more > 0 || dropped > 0 {
 		fmt.Fprintf(w, "and %d more groups of refusals, and %d that were dropped\n", more, dropped)
 	}
-	if s.Targets == nil {
-		return
+	if s.Targets != nil {
+		fmt.Fprintf(w, "\n")
+		s.printTargets(w)
 	}
-	fmt.Fprintf(w, "\n")
-	table = tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
+}
+
+// printTargets prints the list of targets.
+func (s *statusReport) printTargets(w io.Writer) {
+	table := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
 	fmt.Fprintf(table, "TARGET\tREQUESTS\tTRAFFIC\n")
 	for _, t := range s.Targets.Targets {
 		requests, bytes := "", ""

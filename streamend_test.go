@@ -158,8 +158,8 @@ func TestStuckConnectionIsClosed(t *testing.T) {
 				if took := time.Since(begun); took < tc.after || took > tc.after+3*tunnel.WatchInterval {
 					t.Errorf("the tunnel ended after %v, want %v", took, tc.after)
 				}
-				if *tun.Reason.Load() != reason {
-					t.Errorf("reason %q, want %q", *tun.Reason.Load(), reason)
+				if tun.EndReason() != reason {
+					t.Errorf("reason %q, want %q", tun.EndReason(), reason)
 				}
 			})
 		})

@@ -302,7 +302,7 @@ func waitForStall(t *testing.T) {
 	eventually(t, "the target to accept no more data", func() bool {
 		sum := int64(0)
 		for _, t := range openTunnels() {
-			sum += t.Up.Load()
+			sum += t.BytesUp()
 		}
 		if same++; sum != last || sum == 0 {
 			last, same = sum, 0

@@ -19,7 +19,7 @@ type endWatch struct {
 
 // update reports whether the end has taken bytes since the last update. If no bytes are waiting,
 // it checks the socket only once per interval, because most tunnels are idle.
-func (e *endWatch) update(now int64, f *Flow, p End, interval time.Duration) (took bool) {
+func (e *endWatch) update(now int64, f *flow, p End, interval time.Duration) (took bool) {
 	taken, waiting := f.Load(), f.writing.Load()
 	if took = taken != e.written; took || e.since == 0 {
 		*e = endWatch{written: taken, since: now, pending: waiting, acked: e.acked}
@@ -50,7 +50,7 @@ func (e *endWatch) stalledFor(now int64) time.Duration {
 
 // isAtRest reports whether no bytes wait for the end, and none were written since the last
 // update.
-func (e *endWatch) isAtRest(f *Flow, p End) bool {
+func (e *endWatch) isAtRest(f *flow, p End) bool {
 	if f.writing.Load() || f.Load() != e.written {
 		return false
 	}

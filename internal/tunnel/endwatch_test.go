@@ -27,31 +27,31 @@ func TestEndWatch(t *testing.T) {
 	const second, interval = int64(time.Second), 15 * time.Second
 	for _, row := range []struct {
 		name  string
-		tick  func(i int, f *Flow, p *watchedPeer) // runs each second
+		tick  func(i int, f *flow, p *watchedPeer) // runs each second
 		most  time.Duration                        // bounds for how long it has stalled after a minute
 		least time.Duration
 		looks int32 // upper bound for the reads of its socket's state
 	}{
-		{"nothing to read", func(int, *Flow, *watchedPeer) {}, 0, 0, 5},
-		{"bytes that are acknowledged at once", func(_ int, f *Flow, _ *watchedPeer) { f.Add(1) }, 0, 0, 0},
-		{"a blocked write", func(_ int, f *Flow, _ *watchedPeer) { f.writing.Store(true) }, 60 * time.Second, 58 * time.Second, 60},
-		{"a write blocked by a slow reader", func(i int, f *Flow, p *watchedPeer) {
+		{"nothing to read", func(int, *flow, *watchedPeer) {}, 0, 0, 5},
+		{"bytes that are acknowledged at once", func(_ int, f *flow, _ *watchedPeer) { f.Add(1) }, 0, 0, 0},
+		{"a blocked write", func(_ int, f *flow, _ *watchedPeer) { f.writing.Store(true) }, 60 * time.Second, 58 * time.Second, 60},
+		{"a write blocked by a slow reader", func(i int, f *flow, p *watchedPeer) {
 			f.writing.Store(true)
 			p.acked = uint64(i / 5)
 		}, 5 * time.Second, 0, 60},
-		{"a queue that is never read", func(_ int, f *Flow, p *watchedPeer) {
+		{"a queue that is never read", func(_ int, f *flow, p *watchedPeer) {
 			f.Store(5)
 			p.queued = true
 		}, 60 * time.Second, 58 * time.Second, 60},
-		{"a queue that is read slowly", func(i int, f *Flow, p *watchedPeer) {
+		{"a queue that is read slowly", func(i int, f *flow, p *watchedPeer) {
 			f.Store(5)
 			p.acked, p.queued = uint64(i/5), true
 		}, 5 * time.Second, 0, 60},
-		{"a write that blocks late", func(i int, f *Flow, _ *watchedPeer) { f.writing.Store(i > 50) }, 10 * time.Second, 8 * time.Second, 15},
+		{"a write that blocks late", func(i int, f *flow, _ *watchedPeer) { f.writing.Store(i > 50) }, 10 * time.Second, 8 * time.Second, 15},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			var e endWatch
-			var f Flow
+			var f flow
 			p := new(watchedPeer)
 			now := second
 			for i := range 60 {

@@ -26,8 +26,8 @@ var relayRows = []struct {
 	copy func(dst, src net.Conn)
 }{
 	{"relay", func(dst, src net.Conn) {
-		var copied Flow
-		Relay(dst, src, &copied)
+		var copied flow
+		relay(dst, src, &copied)
 	}},
 	{"splice", func(dst, src net.Conn) { io.Copy(dst, src) }},
 	{"copy", func(dst, src net.Conn) {

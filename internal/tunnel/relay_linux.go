@@ -15,7 +15,7 @@ import (
 
 // relaySocket reads when the socket is readable. Bulk data for another socket moves inside
 // the kernel by splice(2). Where that is not possible, a large buffer carries it.
-func relaySocket(dst io.Writer, src *net.TCPConn, copied *Flow) (readErr, writeErr error) {
+func relaySocket(dst io.Writer, src *net.TCPConn, copied *flow) (readErr, writeErr error) {
 	conn, err := src.SyscallConn()
 	if err != nil {
 		return err, nil
@@ -32,7 +32,7 @@ type socketRelay struct {
 	dst    io.Writer
 	src    *net.TCPConn
 	conn   syscall.RawConn // of src
-	copied *Flow
+	copied *flow
 
 	canSplice bool
 	splicer   *tcpconn.Splicer // created for the first bulk data

@@ -95,7 +95,7 @@ func TestBurstFromASocketEnds(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var copied Flow
+	var copied flow
 	r := &socketRelay{dst: to, conn: conn, copied: &copied}
 	size := int64(len(tcpconn.Buffer{}))
 	if _, err := in.Write(make([]byte, size)); err != nil {

@@ -11,6 +11,6 @@ import (
 )
 
 // relaySocket has no special way to read from sockets here.
-func relaySocket(dst io.Writer, src *net.TCPConn, copied *Flow) (readErr, writeErr error) {
+func relaySocket(dst io.Writer, src *net.TCPConn, copied *flow) (readErr, writeErr error) {
 	return relayReader(dst, src, copied)
 }

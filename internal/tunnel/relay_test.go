@@ -29,7 +29,7 @@ import (
 type relayRig struct {
 	in, out net.Conn // the outer ends
 	dst     net.Conn // the inner end towards the destination, for the test to close
-	copied  Flow
+	copied  flow
 	result  chan relayResult
 }
 
@@ -65,7 +65,7 @@ func newRelayRig(t testing.TB, src, dst connPair) *relayRig {
 
 func (r *relayRig) run(dst, src net.Conn) {
 	var res relayResult
-	res.readErr, res.writeErr = Relay(dst, src, &r.copied)
+	res.readErr, res.writeErr = relay(dst, src, &r.copied)
 	r.result <- res
 }
 
@@ -340,9 +340,9 @@ func TestRelayEndsWhenItsEndsAreClosed(t *testing.T) {
 			from, _ := kind.src(t)
 			to, _ := kind.dst(t)
 			done := make(chan error)
-			var copied Flow
+			var copied flow
 			go func() {
-				err, _ := Relay(to, from, &copied)
+				err, _ := relay(to, from, &copied)
 				done <- err
 			}()
 			from.Close()
@@ -369,8 +369,8 @@ func TestRelayWithADeadline(t *testing.T) {
 			from, _ := kind.src(t)
 			to, _ := kind.dst(t)
 			from.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
-			var copied Flow
-			if err, _ := Relay(to, from, &copied); !errors.Is(err, os.ErrDeadlineExceeded) {
+			var copied flow
+			if err, _ := relay(to, from, &copied); !errors.Is(err, os.ErrDeadlineExceeded) {
 				t.Errorf("the relay ended with %v, want the deadline", err)
 			}
 		})

@@ -78,7 +78,7 @@ type Tunnel struct {
 	ClientPrefix []byte    // bytes that the client sent after its request, before the tunnel was open
 	TargetPrefix []byte    // of an upgrade: bytes that the target sent after its 101
 
-	Up, down        Flow         // bytes from and to the client
+	up, down        flow         // bytes from and to the client
 	lastActive      atomic.Int64 // when bytes were last seen to have passed, since epoch
 	ticksSinceAbort int          // ticks since its stream was aborted; only for tick
 	keepAliveOn     bool         // tick has run before; only for tick
@@ -88,7 +88,7 @@ type Tunnel struct {
 
 	halfClosed atomic.Int32           // directions that have half-closed, if both ends are connections
 	wasReset   atomic.Bool            // the proxy resets both ends
-	Reason     atomic.Pointer[string] // why it ended; nil while it is open
+	reason     atomic.Pointer[string] // why it ended; nil while it is open
 }
 
 // DrainTimeout limits how long a client's last bytes may take to reach the target after the target
@@ -131,15 +131,15 @@ func (t *Tunnel) Run() {
 func (t *Tunnel) relayUp(done chan<- struct{}) {
 	defer close(done)
 	if len(t.ClientPrefix) > 0 {
-		n, err := t.send(t.Far, &t.Up, t.ClientPrefix)
+		n, err := t.send(t.Far, &t.up, t.ClientPrefix)
 		t.ClientPrefix = nil
-		t.Up.Add(int64(n))
+		t.up.Add(int64(n))
 		if err != nil {
 			t.directionEnded(t.Far, t.Near, nil, err)
 			return
 		}
 	}
-	readErr, writeErr := Relay(t.Far.Writer(), t.Near.Reader(), &t.Up)
+	readErr, writeErr := relay(t.Far.Writer(), t.Near.Reader(), &t.up)
 	t.directionEnded(t.Far, t.Near, readErr, writeErr)
 }
 
@@ -155,12 +155,12 @@ func (t *Tunnel) relayDown(err error) {
 		t.directionEnded(t.Near, t.Far, nil, err)
 		return
 	}
-	readErr, writeErr := Relay(t.Near.Writer(), t.Far.Reader(), &t.down)
+	readErr, writeErr := relay(t.Near.Writer(), t.Far.Reader(), &t.down)
 	t.directionEnded(t.Near, t.Far, readErr, writeErr)
 }
 
 // send writes bytes that the proxy holds for dst before the relay begins.
-func (t *Tunnel) send(dst End, f *Flow, b []byte) (int, error) {
+func (t *Tunnel) send(dst End, f *flow, b []byte) (int, error) {
 	f.writing.Store(true)
 	defer f.writing.Store(false)
 	return dst.Write(b)
@@ -204,7 +204,7 @@ func (t *Tunnel) directionEnded(dst, src End, readErr, writeErr error) {
 		t.setReason(dstError)
 		_ = src.Abort()
 		_ = dst.Close()
-	case readErr == io.EOF, t.Reason.Load() != nil && errors.Is(readErr, net.ErrClosed): // we closed it
+	case readErr == io.EOF, t.reason.Load() != nil && errors.Is(readErr, net.ErrClosed): // we closed it
 		t.setReason(end)
 		if !t.isStream(dst) && t.halfClosed.Add(1) == 2 {
 			return // both sides have half-closed: Run closes the connections
@@ -232,9 +232,9 @@ func (t *Tunnel) clientErrorReason(err error) string {
 // setReason records why the tunnel ended. Only the first reason counts: the later ones follow
 // from it.
 func (t *Tunnel) setReason(reason string) {
-	if t.Reason.Load() == nil {
+	if t.reason.Load() == nil {
 		first := reason // taking the parameter's address would heap-allocate it on every call
-		t.Reason.CompareAndSwap(nil, &first)
+		t.reason.CompareAndSwap(nil, &first)
 	}
 }
 
@@ -273,7 +273,7 @@ func (t *Tunnel) watchEnds(now time.Time) (stalled time.Duration) {
 	defer t.mu.Unlock()
 	at := monotime.Of(now)
 	tookNear := t.nearWatch.update(at, &t.down, t.Near, interval)
-	tookFar := t.farWatch.update(at, &t.Up, t.Far, interval)
+	tookFar := t.farWatch.update(at, &t.up, t.Far, interval)
 	if tookNear || tookFar {
 		t.lastActive.Store(at)
 	}
@@ -325,14 +325,14 @@ func (t *Tunnel) isAtRest(atLeast time.Duration) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return time.Duration(monotime.Of(time.Now())-t.lastActive.Load()) >= atLeast &&
-		t.nearWatch.isAtRest(&t.down, t.Near) && t.farWatch.isAtRest(&t.Up, t.Far)
+		t.nearWatch.isAtRest(&t.down, t.Near) && t.farWatch.isAtRest(&t.up, t.Far)
 }
 
 // Growth returns the bytes from and to the client since the last call.
-func (t *Tunnel) Growth() (up, down int64) { return t.Up.growth(), t.down.growth() }
+func (t *Tunnel) Growth() (up, down int64) { return t.up.growth(), t.down.growth() }
 
 // BytesUp returns how many bytes the client has sent to the target.
-func (t *Tunnel) BytesUp() int64 { return t.Up.Load() }
+func (t *Tunnel) BytesUp() int64 { return t.up.Load() }
 
 // BytesDown returns how many bytes the target has sent to the client.
 func (t *Tunnel) BytesDown() int64 { return t.down.Load() }
@@ -342,7 +342,7 @@ func (t *Tunnel) LastActivity() int64 { return t.lastActive.Load() }
 
 // EndReason returns why the tunnel has ended, or "" while it is open.
 func (t *Tunnel) EndReason() string {
-	if reason := t.Reason.Load(); reason != nil {
+	if reason := t.reason.Load(); reason != nil {
 		return *reason
 	}
 	return ""

@@ -127,8 +127,8 @@ func TestTunnelTimeouts(t *testing.T) {
 				}
 				<-p.done
 				// A byte is noticed within one tick, silence within another.
-				if age := time.Since(p.Start); *p.Reason.Load() != tc.want || age < tc.after || age > tc.after+2*WatchInterval {
-					t.Errorf("closed after %v for the reason %q, want %v and %q", age, *p.Reason.Load(), tc.after, tc.want)
+				if age := time.Since(p.Start); *p.reason.Load() != tc.want || age < tc.after || age > tc.after+2*WatchInterval {
+					t.Errorf("closed after %v for the reason %q, want %v and %q", age, *p.reason.Load(), tc.after, tc.want)
 				}
 				p.client.Close()
 				p.target.Close()
@@ -173,13 +173,13 @@ func TestDrain(t *testing.T) {
 					t.Errorf("%d tunnels are still open", n)
 				}
 				<-p.done
-				if *p.Reason.Load() != tc.reason {
-					t.Errorf("reason %q, want %q", *p.Reason.Load(), tc.reason)
+				if *p.reason.Load() != tc.reason {
+					t.Errorf("reason %q, want %q", *p.reason.Load(), tc.reason)
 				}
 				late := newPipedTunnel(r, Owner{}) // its target was being dialed at shutdown
 				<-late.done
-				if *late.Reason.Load() != ReasonShutdown {
-					t.Errorf("reason %q of a late tunnel, want %q", *late.Reason.Load(), ReasonShutdown)
+				if *late.reason.Load() != ReasonShutdown {
+					t.Errorf("reason %q of a late tunnel, want %q", *late.reason.Load(), ReasonShutdown)
 				}
 			})
 		})
