@@ -56,8 +56,9 @@ func commandServers(flags caddycmd.Flags, h *Handler) (map[string]*caddyhttp.Ser
 // actions.
 func statusServer(address string, page *Status) *caddyhttp.Server {
 	route := caddyhttp.Route{HandlersRaw: handlersRaw(page, "async_proxy_status"), Terminal: true}
-	addr, _ := caddy.ParseNetworkAddress(address) // valid: it has been checked
-	if hosts := hostsOf(addr.Host); len(hosts) > 0 {
+	addr, _ := caddy.ParseNetworkAddress(address)          // valid: it has been checked
+	isHost := !addr.IsUnixNetwork() && !addr.IsFdNetwork() // and not a path or a number
+	if hosts := hostsOf(addr.Host); isHost && len(hosts) > 0 {
 		route.MatcherSetsRaw = caddyhttp.RawMatcherSets{{"host": caddyconfig.JSON(hosts, nil)}}
 	}
 	refusal := caddyhttp.StaticResponse{StatusCode: "421", Body: fmt.Sprintf("The status page is at http://%s/.\n", address)}

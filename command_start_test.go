@@ -7,6 +7,7 @@ package asyncproxy
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -109,6 +110,28 @@ func TestCommandIntroducesItself(t *testing.T) {
 		text, _ := os.ReadFile(log)
 		return strings.Contains(string(text), `"uri":"/proxy.pac"`)
 	})
+}
+
+// The status page can be on a Unix socket, which has no name that clients would send, and which no web page
+// reaches.
+func TestCommandWithStatusOnSocket(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	lines, _ := startOutput(t, "--listen", freeAddress(t), "--admin", "off", "--status", "unix/"+socket, "--actions")
+	if slices.ContainsFunc(lines, func(line string) bool { return strings.Contains(line, "status page's actions") }) {
+		t.Errorf("a warning in %q", lines)
+	}
+	client := http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", socket)
+	}}}
+	defer client.CloseIdleConnections()
+	res, err := client.Get("http://localhost/snapshot.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	if res.StatusCode != http.StatusOK {
+		t.Error(res.Status)
+	}
 }
 
 // The introduction says who may use a proxy that other machines can reach, and a status page that they

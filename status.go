@@ -151,7 +151,8 @@ func (s *Status) started(server *caddyhttp.Server) {
 		s.logger.Warn("other machines can reach this status page, which shows clients and their destinations; "+
 			"bind it to 127.0.0.1, or restrict it with basic_auth or a remote_ip matcher", zap.Strings("addresses", server.Listen))
 	}
-	if !s.Actions {
+	byBrowser := func(ln net.Listener) bool { return ln.Addr().Network() != "unix" }
+	if !s.Actions || !slices.ContainsFunc(server.Listeners(), byBrowser) {
 		return
 	}
 	hosts, _ := hostsLeadingTo(routesOf(server), s)
