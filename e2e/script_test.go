@@ -13,6 +13,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/chromedp/chromedp"
 )
 
 // script serves the files of the status page with data that a test makes up, so that the test knows
@@ -26,6 +28,7 @@ type script struct {
 	history string
 	last    string                 // event
 	streams map[chan string]bool   // of the open pages
+	loads   int                    // of the page
 	full    bool                   // refuses streams
 	answers map[string]string      // by the path of the request
 	asked   []string               // paths with queries, and forms of actions
@@ -46,7 +49,9 @@ func newScript(t *testing.T, actions bool) *script {
 
 func (s *script) open() *page {
 	s.t.Helper()
-	return open(s.t, "http://localhost:"+port(s.server.Listener.Addr().String())+"/", 1440, "light")
+	p := open(s.t, "http://localhost:"+port(s.server.Listener.Addr().String())+"/", 1440, "light")
+	run[bool](p, "!!(window.clock = performance.now(), performance.now = () => window.clock)") // else the page would miss snapshots
+	return p
 }
 
 func (s *script) serve(w http.ResponseWriter, r *http.Request) {
@@ -57,6 +62,11 @@ func (s *script) serve(w http.ResponseWriter, r *http.Request) {
 	case r.Method == http.MethodPost || strings.HasSuffix(name, ".json"):
 		s.answer(w, r, name)
 	default:
+		if name == "" {
+			s.mu.Lock()
+			s.loads++
+			s.mu.Unlock()
+		}
 		http.ServeFile(w, r, "../internal/status/page/"+name)
 	}
 }
@@ -284,4 +294,322 @@ func TestColumns(t *testing.T) {
 	}
 	p.accessible()
 	p.clean()
+}
+
+// client returns a client of the snapshot in JSON.
+func client(name string, requests int, more string) string {
+	return fmt.Sprintf(`{"client":%q,"zone":"one","tokens":5,"burst":5,"requests":%d,"rejections":0,"bytes_up":0,"bytes_down":0,"tunnels":0,"last_seen":%s%s}`, name, requests, when(0), more)
+}
+
+// point moves the pointer to the middle of an element.
+func (p *page) point(selector string) {
+	p.t.Helper()
+	at := run[[]float64](p, fmt.Sprintf(`(() => { const e = document.querySelector(%q); e.scrollIntoView({ block: "center" }); const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2] })()`, selector))
+	p.do(chromedp.MouseEvent("mouseMoved", at[0], at[1]))
+}
+
+// TestRowsKeepTheirPlaces checks that nothing moves under the pointer, and how rows are sorted.
+func TestRowsKeepTheirPlaces(t *testing.T) {
+	s := newScript(t, false)
+	clients := func(at float64, list ...string) { s.send(at, "clients.clients", "["+strings.Join(list, ",")+"]") }
+	const names = "[...document.querySelectorAll('#clients-table tbody th')].map((e) => e.innerText.replace(/.*[.]/, '')).join()"
+	const sorted = "[...document.querySelectorAll('#clients-table thead th[aria-sort]')].map((e) => e.innerText + ' ' + e.ariaSort).join()"
+	clients(0, client("192.0.2.10", 5, ""), client("192.0.2.9", 5, ""), client("192.0.2.9", 4, ""))
+	p := s.open()
+	p.press("Requests")
+	p.shows("equal counts, by the first column, and a name that occurs twice", names, "9,10,9")
+	p.shows("the order", sorted, "Requests descending")
+	p.point("#clients-table tbody tr")
+	clients(1, client("192.0.2.10", 5, ""), client("192.0.2.9", 6, ""), client("192.0.2.7", 7, ""), client("192.0.2.9", 8, ""))
+	p.shows("a new row, at the end", names, "9,10,9,7")
+	p.press("Requests")
+	p.shows("another order, although the pointer is there", names, "10,9,7,9")
+	p.shows("the other order", sorted, "Requests ascending")
+	clients(2, client("192.0.2.7", 1, ""), client("192.0.2.10", 5, ""))
+	p.shows("fewer rows", names, "10,7")
+	p.fill("Filter clients by address", "192")
+	p.shows("the order, as the filter has changed", names, "7,10")
+	clients(3, client("192.0.2.7", 9, ""), client("192.0.2.10", 5, ""))
+	p.shows("the count", "document.querySelector('#clients-table tbody tr').cells[4].innerText", "9")
+	p.shows("the old order", names, "7,10")
+	p.point("h1")
+	clients(4, client("192.0.2.7", 9, ""), client("192.0.2.10", 5, ""))
+	p.shows("the order, as the pointer has left", names, "10,7")
+
+	refusal := func(cause string) string {
+		return fmt.Sprintf(`{"cause":%q,"reason":"x","client":"192.0.2.1","target":"a:80","status":403,"detail":"","count":1,"first":%s,"last":%[2]s}`, cause, when(0))
+	}
+	const causes = "[...document.querySelectorAll('#refusals-table tbody tr.group span:first-child')].map((e) => e.innerText).join()"
+	s.send(5, "refusals.refusals", "["+refusal("rule")+"]")
+	p.shows("a group", causes, "rule")
+	p.point("#refusals-table tbody tr:not(.group)")
+	s.send(6, "refusals.refusals", "["+refusal("port")+","+refusal("rule")+"]", "targets.total", "6")
+	p.shows("the snapshot", "document.getElementById('targets-count').innerText", "0 of 6")
+	p.shows("no other group under the pointer", causes, "rule")
+	p.point("h1")
+	s.send(7, "refusals.refusals", "["+refusal("port")+","+refusal("rule")+"]")
+	p.shows("both groups", causes, "port,rule")
+	s.send(8, "refusals.refusals", "["+refusal("port")+"]")
+	p.shows("one group", causes, "port")
+	p.clean()
+}
+
+// TestRates checks what the page computes from counters: across a gap, and after a restart.
+func TestRates(t *testing.T) {
+	s := newScript(t, false)
+	s.send(0, "clients.clients", "["+client("192.0.2.1", 3, "")+"]")
+	p := s.open()
+	const tiles = "[...document.querySelectorAll('#tiles > div')].map((e) => (e.className + ' ' + e.innerText).replace(/\\s+/g, ' ').replace('tile ', '').trim()).join('\\n')"
+	const legends = "[...document.querySelectorAll('.chart .legend')].map((e) => e.innerText.replace(/\\s+/g, ' ').trim()).join('\\n')"
+	p.shows("nothing yet", tiles, "Requests 0/s 0 since start\nRate limited 0% 0 in the last minute\nOpen tunnels 0 no limit\nThroughput 0B/s down 0 B/s up\nConnecting – none in the last minute\nClients tracked 0 of 1 k")
+	now := []string{
+		"stats.requests.forwarded", "30", "stats.requests.rate_limited", "30", "stats.requests.refused", "20", "stats.bytes_up", "2000", "stats.bytes_down", "10000",
+		"stats.tunnels", `{"open":9,"limit":10}`, "stats.dials.failed", "3", "stats.clients", `{"tracked":950,"limit":1000,"evicted":1500}`,
+		"stats.dial_seconds.counts", "[1,98,1,0]", "stats.first_byte_seconds.counts", "[0,0,0,4]", "clients.clients", "[" + client("192.0.2.1", 17, "") + "]",
+		"stats.warnings", `[{"code":"tunnels_near_limit","text":"Tunnels."}]`,
+	}
+	s.send(2, now...)
+	p.shows("two seconds later", tiles, "Requests 40/s 80 since start\nbad Rate limited 38% 30 in the last minute\nbad Open tunnels 9 of 10 · 90 %\n"+
+		"Throughput 5.0kB/s down 1.0 kB/s up\nConnecting 55ms p99 100 ms · 3 failed\nbad Clients tracked 950 of 1 k · 1.5 k forgotten early")
+	p.shows("the legends", legends, "Forwarded 15 Tunnels 0 Passed on 0 Rate limited 15 Refused 10 Asked to log in 0 Failed 0\nDown 5.0 kB/s Up 1.0 kB/s\nOpen 9\nConnecting p50 55 ms · p99 100 ms First byte p50 1 s · p99 1 s")
+	p.shows("the requests of a client per second", "document.querySelector('#clients-table tbody tr').cells[3].innerText", "7")
+	p.shows("the title", "document.title", "40/s · async_proxy")
+	const lines = "document.querySelectorAll('#tiles .spark-line')[2].getAttribute('d').split('M').length - 1 + ''"
+	p.shows("one line", lines, "1")
+	s.send(12, now...)
+	p.shows("a gap", lines, "2")
+	p.shows("no rate across the gap", tiles+".split('\\n')[0]", "Requests 0/s 80 since start")
+	s.send(13, "stats.started", when(12), "stats.requests.forwarded", "500", "stats.clients.evicted", "1", "stats.warnings", `[{"code":"clients_forgotten","text":"Clients."}]`)
+	p.shows("no rate after a restart", tiles+".split('\\n')[0]", "Requests 0/s 500 since start")
+	p.shows("no latencies of another process", tiles+".split('\\n')[4]", "Connecting – none in the last minute")
+	p.shows("forgotten clients", tiles+".split('\\n')[5]", "warn Clients tracked 0 of 1 k · 1 forgotten early")
+	s.send(14, "stats.started", when(12), "stats.requests.forwarded", "599", "stats.requests.rate_limited", "1")
+	p.shows("few limited requests", tiles+".split('\\n')[1]", "warn Rate limited 17% 31 in the last minute")
+	p.clean()
+}
+
+// TestAsksTheServer checks what the page asks for if a snapshot has not all rows.
+func TestAsksTheServer(t *testing.T) {
+	s := newScript(t, false)
+	s.answers["clients.json"] = `{"clients":[` + client("192.0.2.77", 1, "") + `],"total":1}`
+	s.answers["tunnels.json"] = `{"tunnels":[],"total":1}`
+	s.answers["refusals.json"] = `{"refusals":[],"total":1,"causes":[]}`
+	many := func(at float64) {
+		s.send(at, "clients.clients", "["+client("192.0.2.1", 3, `,"policy":"staff"`)+"]", "clients.total", "500", "tunnels.total", "500", "refusals.total", "500")
+	}
+	many(0)
+	p := s.open()
+	p.shows("the number of clients", "document.getElementById('clients-count').innerText", "1 of 500")
+	ask := func(want string) {
+		t.Helper()
+		deadline := time.Now().Add(patience)
+		var got string
+		for got == "" && time.Now().Before(deadline) {
+			time.Sleep(20 * time.Millisecond)
+			got = s.requests()
+		}
+		if got != want {
+			t.Errorf("the page asks for %s, want %s", got, want)
+		}
+	}
+	head := func(table, label string) {
+		t.Helper()
+		run[bool](p, fmt.Sprintf("[...document.querySelectorAll('#%s-table thead button')].find((b) => b.innerText === %q).click() ?? true", table, label))
+	}
+	head("clients", "Last seen")
+	ask("clients.json?limit=100&sort=last_seen&order=asc")
+	p.shows("the answer", "document.querySelector('#clients-table tbody th').innerText", "192.0.2.77")
+	head("clients", "Bucket")
+	ask("clients.json?limit=100&sort=tokens&order=asc")
+	run[bool](p, "document.getElementById('clients-limited').click() ?? true")
+	ask("clients.json?limit=100&sort=tokens&order=asc&limited=")
+	head("clients", "Client")
+	ask("clients.json?limit=100&limited=")
+	run[bool](p, "document.getElementById('clients-limited').click() ?? true")
+	p.shows("the client of the snapshot", "document.querySelector('#clients-table tbody th').innerText", "192.0.2.1")
+	head("tunnels", "Age")
+	ask("tunnels.json?limit=200&sort=started&order=asc")
+	head("tunnels", "Idle")
+	ask("tunnels.json?limit=200&sort=idle&order=desc")
+	head("tunnels", "Target")
+	head("refusals", "Last")
+	ask("refusals.json?limit=200&sort=last&order=asc")
+	head("refusals", "Count")
+	ask("refusals.json?limit=200&sort=count&order=desc")
+	many(1)
+	run[bool](p, "(window.clock += 3000) > 0")
+	many(2)
+	ask("refusals.json?limit=200&sort=count&order=desc")
+	head("refusals", "Target")
+	p.choose("Show only this policy", "staff")
+	p.until("three questions", "document.getElementById('clients-count').innerText === '0 of 500'", patience)
+	ask("clients.json?limit=100&policy=staff tunnels.json?limit=200&policy=staff refusals.json?limit=200&policy=staff")
+	p.choose("Show only this policy", "")
+
+	// The answer to an older question comes late.
+	late := make(chan string)
+	s.held["clients.json?limit=100&q=192"] = late
+	filter := func(id, text string) {
+		run[bool](p, fmt.Sprintf("((e) => { e.value = %q; e.dispatchEvent(new Event('input')); return true })(document.getElementById(%q))", text, id))
+	}
+	filter("clients-filter", " 192")
+	ask("clients.json?limit=100&q=192")
+	filter("clients-filter", "192.0")
+	ask("clients.json?limit=100&q=192.0")
+	p.shows("the answer", "document.querySelector('#clients-table tbody th').innerText", "192.0.2.77")
+	late <- `{"clients":[` + client("192.0.2.88", 1, "") + `],"total":1}`
+	filter("tunnels-filter", "B")
+	ask("tunnels.json?limit=200&q=b")
+	filter("refusals-filter", "c")
+	ask("refusals.json?limit=200&q=c")
+	p.shows("the same answer", "document.querySelector('#clients-table tbody th').innerText", "192.0.2.77")
+	delete(s.answers, "clients.json")
+	filter("clients-filter", "192.0.2")
+	p.shows("the error", "document.getElementById('note').innerText", "It no longer exists.")
+}
+
+// TestWarningsHold checks that a warning at its threshold does not flicker.
+func TestWarningsHold(t *testing.T) {
+	s := newScript(t, false)
+	s.send(0, "stats.warnings", `[{"code":"a","site":":8080","text":"<b>One</b>."},{"code":"other_process","text":"Two."},{"code":"other_process","text":"Three."}]`)
+	p := s.open()
+	const texts = "[...document.querySelectorAll('#warnings p')].map((e) => e.innerText).join('|')"
+	p.shows("the warnings", texts, ":8080 <b>One</b>.|Two.|Three.")
+	s.send(4, "stats.warnings", `[{"code":"other_process","text":"Three."}]`)
+	p.shows("the next snapshot", "document.getElementById('about').innerText", "v1.2.3 · Caddy v2.11.0 · go1.26 · up 1 h")
+	s.send(4.5, "stats.warnings", `[{"code":"a","site":":8080","text":"Other."},{"code":"other_process","text":"Three."}]`)
+	p.shows("all of them, with a text that has changed", texts, ":8080 Other.|Two.|Three.")
+	s.send(5.1, "stats.warnings", `[{"code":"other_process","text":"Three."}]`)
+	p.shows("those of the last five seconds", texts, ":8080 Other.|Three.")
+	s.send(30)
+	p.shows("none", texts, "")
+	p.clean()
+}
+
+// TestActions checks what the buttons send, and that the page says how it went.
+func TestActions(t *testing.T) {
+	s := newScript(t, true)
+	s.answers["refill"], s.answers["block"] = "{}", "{}"
+	s.send(0, "clients.clients", "["+client("192.0.2.1", 3, `,"policy":"staff"`)+","+client("192.0.2.2", 3, `,"blocked_until":`+when(60))+"]",
+		"tunnels.tunnels", `[{"id":7,"client":"192.0.2.1","target":"b.example:443","address":"198.51.100.1:443","proto":"HTTP/1.1","started":`+when(0)+`,"idle_seconds":0,"bytes_up":0,"bytes_down":0}]`)
+	p := s.open()
+	did := func(button, request, note string) {
+		t.Helper()
+		p.press(button)
+		p.shows("the note", "document.getElementById('note').innerText", note)
+		if got := s.requests(); got != request {
+			t.Errorf("%s sends %q, want %q", button, got, request)
+		}
+	}
+	did("Refill the bucket of 192.0.2.1 in policy staff", "refill client=192.0.2.1&policy=staff&zone=one", "192.0.2.1 has a full bucket in policy staff.")
+	did("Refill the bucket of 192.0.2.2", "refill client=192.0.2.2&policy=default&zone=one", "192.0.2.2 has a full bucket.")
+	did("Unblock 192.0.2.2", "block client=192.0.2.2&for=0s", "192.0.2.2 is no longer blocked.")
+	did("Close tunnel 7 to b.example:443", "close tunnel=7", "It no longer exists.")
+	p.press("Block 192.0.2.1")
+	run[bool](p, "document.getElementById('block').addEventListener('close', () => window.cancelled = true) ?? true")
+	p.press("Cancel")
+	p.until("the end of the dialog", "window.cancelled", patience)
+	p.press("Block 192.0.2.1")
+	p.shows("the client", "document.getElementById('block-client').innerText", "192.0.2.1")
+	run[bool](p, "(document.getElementById('block-for').value = '1h') === '1h'")
+	run[bool](p, "document.querySelector('#block button.danger').click() ?? true")
+	p.shows("the note", "document.getElementById('note').innerText", "192.0.2.1 is blocked for 1 hour.")
+	if got := s.requests(); got != "block client=192.0.2.1&for=1h" {
+		t.Errorf("the dialog sends %q", got)
+	}
+}
+
+// TestWhereALineBelongs checks what the page says about a line that it has copied.
+func TestWhereALineBelongs(t *testing.T) {
+	s := newScript(t, false)
+	refusals := []struct{ fields, place string }{
+		{`"cause":"rule","rule":"deny all","allow":"allow a"`, "Put it before deny all."},
+		{`"cause":"rule","policy":"staff","rule":"deny all","allow":"allow b"`, "Put it before deny all, in the policy staff."},
+		{`"cause":"default","allow":"allow c"`, ""},
+		{`"cause":"default","policy":"staff","allow":"allow d"`, "Put it into the policy staff."},
+		{`"cause":"port","policy":"staff","allow":"ports 80 443"`, "It replaces the option ports of the policy staff."},
+		{`"cause":"client","policy":"staff","allow":"clients private_ranges 192.0.2.1"`, "It replaces the option clients."},
+	}
+	var list []string
+	for _, r := range refusals {
+		list = append(list, fmt.Sprintf(`{%s,"reason":"x","client":"192.0.2.1","target":"a:80","status":403,"detail":"","count":1,"first":%s,"last":%[2]s}`, r.fields, when(0)))
+	}
+	s.send(0, "refusals.refusals", "["+strings.Join(list, ",")+"]")
+	p := s.open()
+	for _, r := range refusals {
+		_, line, _ := strings.Cut(r.fields, `"allow":"`)
+		line = strings.TrimSuffix(line, `"`)
+		p.copyLine(line)
+		p.shows("the note about "+line, "document.getElementById('note').innerText", strings.TrimSpace("Copied: "+line+". "+r.place))
+	}
+	p.clean()
+}
+
+// TestConnection checks that the page finds out that its stream has died, rests while it is hidden,
+// and loads a new version of itself.
+func TestConnection(t *testing.T) {
+	s := newScript(t, false)
+	s.send(0, "settings", `[{"site":":1","settings":[]}]`)
+	p := s.open()
+	expect := func(what string, want int, of func() int) {
+		t.Helper()
+		got := -1
+		for deadline := time.Now().Add(patience); got != want && time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+			s.mu.Lock()
+			got = of()
+			s.mu.Unlock()
+		}
+		if got != want {
+			t.Errorf("%d %s, want %d", got, what, want)
+		}
+	}
+	streams := func() int { return len(s.streams) }
+	const state = "document.getElementById('state').innerText"
+	p.shows("the site", "document.querySelector('#sites').innerText", ":1")
+	s.send(1, "settings", `[{"site":":2","settings":[]}]`)
+	p.shows("the other site", "document.querySelector('#sites').innerText", ":2")
+	s.send(2)
+	p.shows("no site", "document.querySelector('#sites').innerText", "This config has no async_proxy.")
+
+	run[bool](p, "(window.clock += 5000) > 0")
+	p.shows("the state", state, "Reconnecting")
+	s.mu.Lock()
+	for events := range s.streams {
+		delete(s.streams, events) // that the page will close
+	}
+	s.mu.Unlock()
+	run[bool](p, "(window.clock += 6000) > 0")
+	expect("streams", 1, streams)
+	p.shows("the state", state, "Live")
+
+	run[bool](p, `!!(window.setTimeout = ((f, after) => after === 300000 ? f() : 0))`)
+	hide := func(hidden bool) {
+		run[bool](p, fmt.Sprintf("Object.defineProperty(document, 'hidden', { value: %t, configurable: true }) && document.dispatchEvent(new Event('visibilitychange'))", hidden))
+	}
+	hide(true)
+	expect("streams", 0, streams)
+	hide(false)
+	expect("streams", 1, streams)
+	p.clean()
+
+	run[bool](p, `!!(window.setTimeout = ((f, after) => { if (after === 3000) window.later = f }))`)
+	s.mu.Lock()
+	s.full = true
+	for events := range s.streams {
+		close(events)
+		delete(s.streams, events)
+	}
+	s.mu.Unlock()
+	p.shows("why there is no stream", "document.getElementById('note').innerText", "Too many viewers; retrying.")
+	p.shows("the state", state, "Reconnecting")
+	s.mu.Lock()
+	s.full, s.hello = false, `{"page":"another","actions":false,"masked":false}`
+	s.mu.Unlock()
+	run[bool](p, "window.later() ?? true")
+	expect("loads", 2, func() int {
+		if s.loads > 1 {
+			s.hello = `{"page":"VERSION","actions":false,"masked":false}`
+		}
+		return min(s.loads, 2)
+	})
 }
