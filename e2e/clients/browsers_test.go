@@ -5,10 +5,7 @@
 
 package clients
 
-import (
-	"encoding/json"
-	"testing"
-)
+import "testing"
 
 // chromium is a command that adds to those of the page what a run without a screen needs.
 const chromium = `#!/bin/sh
@@ -49,11 +46,12 @@ func TestFirefox(t *testing.T) {
 	m.goesPast("GET intern.example.com", "firefox-esr --headless --screenshot $PWD/shot.png http://intern.example.com/")
 }
 
-// TestDockerFiles checks that the files for Docker, which is not on the machine, are JSON.
-func TestDockerFiles(t *testing.T) {
-	for _, name := range []string{"docker-daemon", "docker-client"} {
-		if !json.Valid([]byte(page()[name])) {
-			t.Errorf("%s is not JSON", name)
-		}
-	}
+// TestGNOME checks that a browser without a setting of its own follows that of GNOME.
+func TestGNOME(t *testing.T) {
+	m := newMachine(t, "/usr/bin/chromium", "gsettings", "dbus-run-session", "/usr/libexec/dconf-service")
+	m.write("bin/chromium", chromium)
+	m.write("session", m.snippet("gnome")+"chromium http://example.com/\n")
+	m.run("chmod +x bin/chromium; mkdir -m 700 runtime\n" +
+		"export XDG_RUNTIME_DIR=$PWD/runtime XDG_CURRENT_DESKTOP=GNOME PATH=$PWD/bin:/usr/bin:/bin\ndbus-run-session -- sh -e session")
+	m.expect("GET proxy.example.com:8080", plain)
 }
