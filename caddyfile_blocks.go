@@ -47,8 +47,8 @@ func (p *caddyfileParser) ruleFiles(h *Handler) error {
 		return err
 	}
 	for _, file := range args {
-		// A config may be adapted by another user than the one that runs Caddy, who
-		// may lack permission to read the file.
+		// The user that adapts a config may not be the one that runs Caddy, and may lack
+		// permission to read the file.
 		if err := access.ReadList(file, checkListed); err != nil && !errors.Is(err, fs.ErrPermission) {
 			return p.expectedErr("%v", err)
 		}
@@ -310,7 +310,7 @@ func (p *caddyfileParser) usersFile(h *Handler) error {
 		return err
 	}
 	h.UsersFile = args[0]
-	// A config may be adapted by another user than the one that runs Caddy.
+	// The user that adapts a config may not be the one that runs Caddy.
 	if _, err := readUsers(args[0]); err != nil && !errors.Is(err, fs.ErrPermission) {
 		return p.expectedErr("%v", err)
 	}

@@ -49,7 +49,7 @@ func startOutput(t *testing.T, args ...string) (lines []string, stop func()) {
 	return nil, nil
 }
 
-// The first start says in one line what listens where, for whom, and how to use it. The limit suits
+// The first start says in one line where the proxy listens, for which clients, and how to use it. The limit suits
 // a browser, and the status page, the PAC script and the access log are where the flags put them.
 func TestCommandIntroducesItself(t *testing.T) {
 	proxy, page, log := freeAddress(t), freeAddress(t), filepath.Join(t.TempDir(), "access.log")

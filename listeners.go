@@ -18,19 +18,18 @@ import (
 )
 
 // protectedListeners knows the protected listeners of this process, to which the proxy connects
-// no client: Caddy's admin endpoint and the status page, which are often protected by
-// nothing but their address, the proxy itself, and the listeners of other Caddy apps.
-// Other sites of this Caddy are destinations like any others.
+// no client: those of Caddy's admin endpoint and of the status page, which are often protected
+// by nothing but their address, those of the proxy itself, and those of other Caddy apps. Other
+// sites of this Caddy are destinations like any others.
 type protectedListeners struct {
 	ctx     caddy.Context
 	self    *caddyhttp.Server
 	running *atomic.Bool // all servers listen
 }
 
-// listensOn reports whether a connection to an address would arrive at one of them. It decides
-// about addresses of other machines, as most are, without looking for sockets. Unless exact
-// is set, it may miss a listener that was opened within the last access.SystemCacheTTL, which halves
-// the cost.
+// listensOn reports whether a connection to an address would arrive at a protected listener. For
+// addresses of other machines, which most are, it needs no look at the sockets. Unless exact is set,
+// it may miss a listener that was opened within the last access.SystemCacheTTL; that halves its cost.
 func (o *protectedListeners) listensOn(to netip.AddrPort, exact bool) bool {
 	if ip := to.Addr(); !ip.IsLoopback() && !ip.IsUnspecified() && !access.IsOwnAddress(ip) {
 		return false
@@ -38,12 +37,12 @@ func (o *protectedListeners) listensOn(to netip.AddrPort, exact bool) bool {
 	return o.anyListener(to, exact, func(ln netip.AddrPort) bool { return arrives(to, ln) })
 }
 
-// usesPort reports whether one of them listens on the port.
+// usesPort reports whether a protected listener has the port.
 func (o *protectedListeners) usesPort(port uint16) bool {
 	return o.anyListener(netip.AddrPortFrom(loopback4, port), true, func(netip.AddrPort) bool { return true })
 }
 
-// anyListener reports whether the condition holds for one of them that listens on the port of an
+// anyListener reports whether the condition holds for a protected listener with the port of an
 // address.
 func (o *protectedListeners) anyListener(to netip.AddrPort, exact bool, condition func(netip.AddrPort) bool) bool {
 	return slices.ContainsFunc(program.sockets.listenersAt(to, exact), func(ln netip.AddrPort) bool { return condition(ln) && !o.isSite(ln) })

@@ -96,9 +96,9 @@ type Handler struct {
 	// users as they were. Default: none.
 	UsersFile string `json:"users_file,omitempty"`
 
-	// What identifies the user of a request without credentials: placeholders, of which the first
-	// that is not empty is the user, such as {http.request.tls.client.subject}. It is up to the config
-	// that clients cannot choose their values. Default: none.
+	// Placeholders that identify the user of a request without credentials, such as
+	// {http.request.tls.client.subject}. The first that is not empty is the user. The config must
+	// make sure that clients cannot choose their values. Default: none.
 	UserFrom []string `json:"user_from,omitempty"`
 
 	// Other options for some of the clients. The first policy whose conditions all hold decides
@@ -166,7 +166,8 @@ type Handler struct {
 	proxy *proxy // what runs; set by Provision
 }
 
-// Options are what the directive sets for its clients, and what a Policy may set for some of them.
+// Options are the options that the directive sets for all of its clients, and that a Policy may set
+// for some of them.
 type Options struct {
 	// How many requests a client may make at once, from 1 to 1000000000. A
 	// CONNECT counts as one request, however long its tunnel lives. Default: 10.
@@ -204,7 +205,7 @@ type Options struct {
 	// closed by default stay closed. Default: off.
 	ReportOnly []string `json:"report_only,omitempty"`
 
-	// What follows the text of each denial, for example whom to ask. It is not in
+	// A text that is appended to each denial, for example whom to ask. It is not in
 	// the status line. Placeholders such as `{http.async_proxy.rule}` work. `off` stands
 	// for none. Default: off.
 	DenyHint string `json:"deny_hint,omitempty"`

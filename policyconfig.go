@@ -21,10 +21,10 @@ import (
 // proxy's policies, the first whose conditions all hold decides about a request. If none holds, the
 // directive's own options do.
 //
-// What a policy does not set is as the directive sets it, but for two options: its rules are asked
-// before those of the directive, and max_tunnels limits the policy's tunnels in addition to the
-// directive's limit on all of them. A policy has its own buckets and tunnel counts, even if its
-// limits are the same as the directive's.
+// A policy inherits the options that it does not set from the directive. Two options do not replace the
+// directive's but add to them: the policy's rules are evaluated before those of the directive, and
+// max_tunnels limits the policy's tunnels while the directive's limits all of them. A policy has its own
+// buckets and tunnel counts, even if its limits are the same as the directive's.
 type Policy struct {
 	// The name in logs, metrics and the admin API: letters, digits, dots, hyphens and underscores.
 	// It must not be that of an option, nor `default`.
@@ -41,10 +41,10 @@ type Policy struct {
 	// Request matchers, all of which must match. Default: all requests.
 	MatchRaw caddy.ModuleMap `json:"match,omitempty" caddy:"namespace=http.matchers"`
 
-	// Whether these clients need no credentials. A client that meets the conditions without a user
-	// is then served without. Credentials that it sends are checked all the same. If the conditions
-	// name neither addresses nor users, that is for clients that could use the proxy without
-	// authentication: by default, those with private addresses. Default: false.
+	// Whether these clients need no credentials. Credentials that a client sends are checked
+	// nevertheless. If the conditions name neither addresses nor users, only clients that could use
+	// the proxy without authentication are served without credentials: by default, those with
+	// private addresses. Default: false.
 	Anonymous bool `json:"anonymous,omitempty"`
 
 	Options
@@ -193,8 +193,8 @@ func (y *Policy) describe(match string) (conditions []string) {
 
 const expectedUsers = "names of users, in which * at the beginning or the end stands for any characters"
 
-// optionsOf returns the options of a policy, with those of the directive for all that it does not
-// set. Both must not be provisioned yet. Rules and max_tunnels are the policy's alone.
+// optionsOf returns the options in effect for a policy: its own, and those of the directive that it
+// does not set, except for rules and max_tunnels. Neither may have been provisioned yet.
 func (h *Handler) optionsOf(y *Policy) (*Options, error) {
 	merged, err := optionFields(&h.Options)
 	if err != nil {
@@ -227,14 +227,14 @@ func (h *Handler) optionsOf(y *Policy) (*Options, error) {
 	return all, err
 }
 
-// The values with which a policy undoes an option of the directive that has no limit, no parent or
-// no text by default.
+// The values with which a policy resets an option of the directive to its default, such as no limit,
+// no parent or no text.
 const (
 	off        = "off"
 	allMethods = "all"
 )
 
-// clearUndone gives the options whose value is off, or for methods all, their default.
+// clearUndone resets the options whose value is off, or for methods all, to their defaults.
 func (o *Options) clearUndone() {
 	if o.Upstream != nil && o.Upstream.URL == off {
 		o.Upstream = nil

@@ -50,7 +50,7 @@ func TestPolicyBucketsAfterReload(t *testing.T) {
 	}
 }
 
-// recheck_tunnels asks the policy that would hold now.
+// recheck_tunnels applies the policy that a tunnel's request would have now.
 func TestPolicyRechecksTunnels(t *testing.T) {
 	const users = "user_from {http.request.header.X-User}\n"
 	for _, tc := range []struct {

@@ -67,7 +67,7 @@ func (w *sharerWatch) started(config any, logger *zap.Logger) {
 	w.check()
 }
 
-// check logs what has changed since the last check, and has itself called again.
+// check logs what has changed since the last check, and schedules the next one.
 func (w *sharerWatch) check() {
 	found := w.search.find()
 	byAddress := make(map[netip.AddrPort][]string)
@@ -87,14 +87,13 @@ func (w *sharerWatch) check() {
 	}
 	w.known = found
 	if w.timer == nil {
-		w.timer = time.AfterFunc(sharerInterval, w.again)
+		w.timer = time.AfterFunc(sharerInterval, w.onTimer)
 	} else {
 		w.timer.Reset(sharerInterval)
 	}
 }
 
-// again checks after the interval.
-func (w *sharerWatch) again() {
+func (w *sharerWatch) onTimer() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if !w.ended {

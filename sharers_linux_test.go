@@ -121,7 +121,7 @@ func TestNoticesOtherProcessLater(t *testing.T) {
 			line["address"] != address || fmt.Sprint(line["processes"]) != "["+found[0].String()+"]" {
 			t.Errorf("found %v and logged %v, want pid %d at %s", found, line, pid, address)
 		}
-		watch.again() // says nothing twice
+		watch.onTimer() // says nothing twice
 		stop()
 		checkNow()
 		line = w.waitLog("the other process at this address no longer listens", 1)[0]
@@ -135,7 +135,7 @@ func TestNoticesOtherProcessLater(t *testing.T) {
 	_, port, _ = net.SplitHostPort(w.proxy)
 	_, stop := startSharer(t, "0.0.0.0:"+port)
 	defer stop()
-	watch.again()
+	watch.onTimer()
 	if found := currentSharers(); len(found) > 0 {
 		t.Errorf("found %v, which gets none of our connections", found)
 	}

@@ -29,8 +29,8 @@ type Upstream struct {
 	// the same), a host and optionally a port (default: 80, 443 or 1080). A user and
 	// password before an @ may be placeholders such as {env.PROXY_PASSWORD} and
 	// {file./run/secrets/proxy}, which are replaced when the config is loaded. Written
-	// literally, they must be percent-encoded, and are visible in the config. `off` stands
-	// for no parent, which a policy sets if its directive has one.
+	// literally, they must be percent-encoded, and are visible in the config. `off` means
+	// no parent: a policy can set it if its directive has one.
 	URL string `json:"url"`
 
 	// Header fields to add to the requests to the parent proxy, including CONNECT. Not

@@ -18,7 +18,7 @@ import (
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 )
 
-// openTo says in words who may use the proxy.
+// openTo describes the clients that may use the proxy, in words.
 func (p *proxy) openTo(server *caddyhttp.Server) string {
 	named := namesClients(p.config.Clients)
 	switch {
@@ -140,7 +140,8 @@ func (p *proxy) statusURLs() (urls []string) {
 	return slices.Compact(urls)
 }
 
-// introduction says in one line what a proxy is that has just been started, who may use it and how.
+// introduction introduces a proxy that has just started, in one line: where it listens, for which
+// clients, and how to use it.
 func (p *proxy) introduction() string {
 	server := p.own.self
 	line := fmt.Sprintf("A forward proxy listens on %s, for %s.", strings.Join(server.Listen, " "), p.openTo(server))

@@ -23,8 +23,7 @@ type warning struct {
 	fields []zap.Field
 }
 
-// judgeConfig returns what is wrong with the config as far as it only shows once the server
-// listens.
+// judgeConfig returns the warnings about the config that can only be found once the server listens.
 func (p *proxy) judgeConfig(ctx caddy.Context, server *caddyhttp.Server) (found []warning) {
 	warn := func(code, text string, fields ...zap.Field) { found = append(found, warning{code, text, fields}) }
 	addresses := zap.Strings("addresses", server.Listen)

@@ -129,12 +129,12 @@ func TestWarningsOfTheProcess(t *testing.T) {
 	w.load(w.site(""))
 	pid, stop := startSharer(t, w.proxy)
 	defer stop()
-	currentProcess().sharers.again()
+	currentProcess().sharers.onTimer()
 	if found := checkWarnings(t, "another process", "other_process"); !strings.Contains(found[0].Text, fmt.Sprintf("pid %d) listens at %s", pid, w.proxy)) {
 		t.Errorf("%q", found[0].Text)
 	}
 	stop()
-	currentProcess().sharers.again()
+	currentProcess().sharers.onTimer()
 	checkWarnings(t, "the end of another process")
 }
 

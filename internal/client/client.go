@@ -83,8 +83,8 @@ func (k Key) String() string {
 	return Name(k.addr)
 }
 
-// Masked returns how k is shown to those who may not know who the clients are: as a network
-// that many share, or as "user" without a name.
+// Masked returns how k is shown where clients must not be identifiable: as a network that many
+// share, or as "user" without a name.
 func (k Key) Masked() string {
 	switch {
 	case k.User() != "":

@@ -90,7 +90,7 @@ func TestZone(t *testing.T) {
 	}
 }
 
-// TestPolicy checks that a policy's counters continue while anybody uses them, and disappear after
+// TestPolicy checks that a policy's counters continue while they are in use, and disappear after
 // that.
 func TestPolicy(t *testing.T) {
 	s, registry := New(Labels{}), prometheus.NewPedanticRegistry()

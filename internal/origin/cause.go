@@ -15,7 +15,7 @@ import (
 // It may be a cause of package egress, such as egress.TLSFailed.
 type Cause string
 
-// Causes of failures, by who caused them.
+// Causes of failures, by the party that caused them.
 const (
 	// The client.
 	ContentTimeout Cause = "content_timeout" // the client has stopped sending
