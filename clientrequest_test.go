@@ -260,6 +260,30 @@ func TestUnansweredRequests(t *testing.T) {
 	}
 }
 
+// With hosts, the proxy tells its own requests from others over HTTP/2, too, and must not say that it
+// does not forward them.
+func TestUnansweredRequestWithHosts(t *testing.T) {
+	w := newTunnelWorld(t, tunnelSetup{options: "hosts example.com"})
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	conn, err := w.client(t, "h2").h2Conn(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, _ := http.NewRequestWithContext(ctx, http.MethodGet, "http://example.com/", nil)
+	res, err := conn.RoundTrip(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, _ := io.ReadAll(res.Body)
+	if res.StatusCode != http.StatusMisdirectedRequest || strings.Contains(string(body), "does not forward") {
+		t.Errorf("%s: %s", res.Status, body)
+	}
+	if line := w.waitLog("request", 1)[0]; line["error"] != errNoHandler.Error() {
+		t.Errorf("the log says %v", line["error"])
+	}
+}
+
 // A handler may respond with a flush alone, or by hijacking the connection.
 func TestResponsesWithoutStatus(t *testing.T) {
 	for name, answer := range map[string]func(w http.ResponseWriter) error{

@@ -26,7 +26,7 @@ func (p *proxy) passOn(w http.ResponseWriter, r *http.Request, from clientIdenti
 	recorder := &statusRecorder{ResponseWriterWrapper: caddyhttp.ResponseWriterWrapper{ResponseWriter: w}, r: r}
 	err := next.ServeHTTP(recorder, r)
 	if err == nil && recorder.status == 0 {
-		return 0, noHandlerRefusal(r)
+		return 0, p.noHandlerRefusal(r)
 	}
 	return recorder.status, err
 }
@@ -41,11 +41,11 @@ var errNoHosts = errors.New("no handler answered; over HTTP/2 and HTTP/3, the pr
 // send an empty 200. A client would take that for the response of the site that it
 // requested, or, after an extended CONNECT, for the start of the other protocol (RFC 8441
 // §5).
-func noHandlerRefusal(r *http.Request) *refusal {
+func (p *proxy) noHandlerRefusal(r *http.Request) *refusal {
 	switch {
 	case isExtendedConnect(r):
 		return causeNoProtocol.refusal(nil)
-	case r.ProtoMajor > 1:
+	case r.ProtoMajor > 1 && len(p.config.Hosts) == 0:
 		f := causeNoHosts.refusal(errNoHosts, r.ProtoMajor)
 		f.setup = true
 		return f
