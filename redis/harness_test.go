@@ -51,7 +51,7 @@ func eventually(t testing.TB, what string, condition func() bool) {
 // between its choice here and its use.
 var nextPort atomic.Int64
 
-func init() { nextPort.Store(24000 + int64(os.Getpid()%4000)) }
+func init() { nextPort.Store(27000 + int64(os.Getpid()%4000)) }
 
 // freeAddress returns a loopback address that nothing listens on, a different one each
 // time.
