@@ -293,6 +293,12 @@ func TestColumns(t *testing.T) {
 		t.Errorf("%d texts are HTML", n)
 	}
 	p.accessible()
+	const targets = "[...document.querySelectorAll('#tunnels-table tbody th')].map((e) => e.innerText.trim()).join()"
+	p.choose("Show only this policy", "default")
+	p.shows("the tunnel without a policy", targets, "b.example:443")
+	p.choose("Show only this policy", "")
+	p.fill("Filter tunnels by client or target", "A.ex")
+	p.shows("the tunnel that matches", targets, "a.example:443")
 	p.clean()
 }
 
@@ -316,6 +322,9 @@ func TestRowsKeepTheirPlaces(t *testing.T) {
 	const sorted = "[...document.querySelectorAll('#clients-table thead th[aria-sort]')].map((e) => e.innerText + ' ' + e.ariaSort).join()"
 	clients(0, client("192.0.2.10", 5, ""), client("192.0.2.9", 5, ""), client("192.0.2.9", 4, ""))
 	p := s.open()
+	if run[bool](p, "[...document.querySelectorAll('#clients-table .do')].some((cell) => cell.offsetParent)") {
+		t.Error("there are buttons for actions, which are off")
+	}
 	p.press("Requests")
 	p.shows("equal counts, by the first column, and a name that occurs twice", names, "9,10,9")
 	p.shows("the order", sorted, "Requests descending")
@@ -354,6 +363,11 @@ func TestRowsKeepTheirPlaces(t *testing.T) {
 	p.clean()
 }
 
+// top returns an expression for the first row of the first chart that has the color of a series.
+func top(series string) string {
+	return strings.Replace(strings.Replace(colored(series), ") n++", ") return Math.floor(i / 4 / canvas.width)", 1), "return n", "return Infinity", 1)
+}
+
 // TestRates checks what the page computes from counters: across a gap, and after a restart.
 func TestRates(t *testing.T) {
 	s := newScript(t, false)
@@ -374,6 +388,8 @@ func TestRates(t *testing.T) {
 	p.shows("the legends", legends, "Forwarded 15 Tunnels 0 Passed on 0 Rate limited 15 Refused 10 Asked to log in 0 Failed 0\nDown 5.0 kB/s Up 1.0 kB/s\nOpen 9\nConnecting p50 55 ms · p99 100 ms First byte p50 1 s · p99 1 s")
 	p.shows("the requests of a client per second", "document.querySelector('#clients-table tbody tr').cells[3].innerText", "7")
 	p.shows("the title", "document.title", "40/s · async_proxy")
+	s.send(3, append(now, "stats.requests", `{"forwarded":45,"tunnels":0,"passed_on":0,"rate_limited":45,"refused":30,"failed":0,"auth_required":0}`)...)
+	p.until("the refused requests, on top of those that were forwarded", top("refused")+" < "+top("forwarded"), patience)
 	const lines = "document.querySelectorAll('#tiles .spark-line')[2].getAttribute('d').split('M').length - 1 + ''"
 	p.shows("one line", lines, "1")
 	s.send(12, now...)
@@ -383,8 +399,8 @@ func TestRates(t *testing.T) {
 	p.shows("no rate after a restart", tiles+".split('\\n')[0]", "Requests 0/s 500 since start")
 	p.shows("no latencies of another process", tiles+".split('\\n')[4]", "Connecting – none in the last minute")
 	p.shows("forgotten clients", tiles+".split('\\n')[5]", "warn Clients tracked 0 of 1 k · 1 forgotten early")
-	s.send(14, "stats.started", when(12), "stats.requests.forwarded", "599", "stats.requests.rate_limited", "1")
-	p.shows("few limited requests", tiles+".split('\\n')[1]", "warn Rate limited 17% 31 in the last minute")
+	s.send(14, "stats.started", when(12), "stats.requests.forwarded", "699", "stats.requests.rate_limited", "1")
+	p.shows("few limited requests", tiles+".split('\\n')[1]", "warn Rate limited 14% 46 in the last minute")
 	p.clean()
 }
 
@@ -468,6 +484,24 @@ func TestAsksTheServer(t *testing.T) {
 	p.shows("the error", "document.getElementById('note').innerText", "It no longer exists.")
 }
 
+// TestAsksNothingAboutMaskedClients checks that the page filters what it has while the server masks
+// clients, which refuses to search for them.
+func TestAsksNothingAboutMaskedClients(t *testing.T) {
+	s := newScript(t, false)
+	s.hello = strings.Replace(s.hello, `"masked":false`, `"masked":true`, 1)
+	s.answers["clients.json"] = `{"clients":[` + client("192.0.2.0/24", 1, "") + `],"total":1}`
+	s.send(0, "clients.clients", "["+client("192.0.2.0/24", 1, "")+","+client("198.51.100.0/24", 1, "")+"]", "clients.total", "500")
+	p := s.open()
+	p.fill("Filter clients by address", "192")
+	p.shows("what matches", "document.getElementById('clients-count').innerText", "1 of 500")
+	p.press("Rejected")
+	p.shows("the answer", "document.querySelector('#clients-table tbody th').innerText", "192.0.2.0/24")
+	if got, want := s.requests(), "clients.json?limit=100&sort=rejections&order=desc"; got != want {
+		t.Errorf("the page asks for %s, want %s", got, want)
+	}
+	p.clean()
+}
+
 // TestWarningsHold checks that a warning at its threshold does not flicker.
 func TestWarningsHold(t *testing.T) {
 	s := newScript(t, false)
@@ -540,6 +574,9 @@ func TestWhereALineBelongs(t *testing.T) {
 		_, line, _ := strings.Cut(r.fields, `"allow":"`)
 		line = strings.TrimSuffix(line, `"`)
 		p.copyLine(line)
+		if got := p.pasted(); got != line {
+			t.Errorf("the clipboard has %q, want %q", got, line)
+		}
 		p.shows("the note about "+line, "document.getElementById('note').innerText", strings.TrimSpace("Copied: "+line+". "+r.place))
 	}
 	p.clean()
