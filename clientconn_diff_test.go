@@ -848,7 +848,7 @@ func TestClientConnRefusals(t *testing.T) {
 			{name: "no credentials, for CONNECT", send: "CONNECT ORIGIN HTTP/1.1\nHost: x\n\n" + plainGet + "\n"},
 		}},
 		{"burst 3\nrefill 0.0001", warmUp, []attack{{name: "too many", send: strings.Repeat(plainGet+"\n", 5) + "HEAD http://ORIGIN/ HTTP/1.1\nHost: x\n\n" + plainGet + "\n"}}},
-		{"response_header_timeout 600ms", warmUp, []attack{{name: "silence", send: plainGet + "\n" + plainGet + "\n", answer: "SILENCE"}}},
+		{"response_header_timeout 200ms", warmUp, []attack{{name: "silence", send: plainGet + "\n" + plainGet + "\n", answer: "SILENCE"}}},
 		{"header_down X-One \" {http.request.method} \"\nheader_down -Via\nheader_up Host other\nheader_up X-Two {http.request.uri}", warmUp, []attack{
 			{name: "changed fields", send: plainGet + "\n" + plainGet + "X-Two: b\n\n"},
 		}},
