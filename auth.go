@@ -4,6 +4,7 @@
 package asyncproxy
 
 import (
+	"bytes"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -61,6 +62,9 @@ func (p *proxy) loadAuth(ctx caddy.Context) error {
 					return fmt.Errorf("authentication: the user %q has %w", account.Username, errPublished)
 				}
 			}
+			if hasher, ok := basic.Hash.(caddyauth.Hasher); ok {
+				hideUnknownUsers(basic, hasher.FakeHash())
+			}
 			p.hasBasicAuth = true
 			p.basic = func() *caddyauth.HTTPBasicAuth { return basic }
 		}
@@ -74,6 +78,37 @@ func (p *proxy) loadAuth(ctx caddy.Context) error {
 		p.basic = nil
 	}
 	return nil
+}
+
+// evenComparer compares the password of an unknown user with the hash of a known one. Caddy compares it
+// with a hash of its own, which usually has another cost than those of the config, so the time that a
+// failed login takes would reveal whether its user exists.
+type evenComparer struct {
+	caddyauth.Comparer
+	fake  []byte // what Caddy compares the password of an unknown user with
+	known []byte // what takes its place
+}
+
+// Compare implements caddyauth.Comparer. Caddy refuses an unknown user whatever the result is.
+func (e evenComparer) Compare(hashed, plaintext []byte) (bool, error) {
+	if bytes.Equal(hashed, e.fake) {
+		hashed = e.known
+	}
+	return e.Comparer.Compare(hashed, plaintext)
+}
+
+// hideUnknownUsers makes a failed login of an unknown user take as long as one of the user whose name
+// is the first. fake is what Caddy compares the password of an unknown user with. This does not help
+// where the hashes differ in cost among themselves.
+func hideUnknownUsers(basic *caddyauth.HTTPBasicAuth, fake []byte) {
+	if len(basic.Accounts) == 0 {
+		return
+	}
+	known := []byte(basic.Accounts[slices.Min(slices.Collect(maps.Keys(basic.Accounts)))].Password)
+	if decoded, err := base64.StdEncoding.DecodeString(string(known)); err == nil {
+		known = decoded
+	}
+	basic.Hash = evenComparer{basic.Hash, fake, known}
 }
 
 // requiresLogin reports whether clients must log in. Loading the providers empties AuthRaw.

@@ -110,6 +110,7 @@ func (u *usersFile) load(info os.FileInfo) error {
 		return err
 	}
 	users.Hash = u.hash
+	hideUnknownUsers(users, caddyauth.BcryptHash{}.FakeHash()) // of the algorithm that it is provisioned with
 	u.users.Store(users)
 	if u.release != nil {
 		u.release()

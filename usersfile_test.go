@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/caddyauth"
 	"golang.org/x/crypto/argon2"
 	"golang.org/x/crypto/bcrypt"
 )
@@ -68,7 +69,7 @@ func (w *usersWorld) expect(what string, want int, user, password string) {
 // TestUsersFileChanges checks that users come, go and change with their file, whatever was cached, and
 // stay as they were when the file has a mistake.
 func TestUsersFileChanges(t *testing.T) {
-	w := newUsersWorld(t, "# the staff\n\n"+userLine("alice", "wonderland")+userLine("bob", "builder"), "")
+	w := newUsersWorld(t, "# the staff\n\n"+userLine("alice", "wonderland")+userLine("bob", "builder"), "failed_logins off")
 	w.expect("a user", 200, "alice", "wonderland")
 	w.expect("another user", 200, "bob", "builder")
 	w.expect("a wrong password", 407, "bob", "wonderland")
@@ -156,5 +157,43 @@ func TestUsersFileMistakes(t *testing.T) {
 	}
 	if err := adaptError(":1 {\nasync_proxy {\nusers_file /nonexistent\n}\n}"); err == nil || !strings.Contains(err.Error(), "/nonexistent: no such file") {
 		t.Errorf("without a file: %v", err)
+	}
+}
+
+// The password of an unknown user is compared with the hash of a known one, whose cost may not be that of
+// Caddy's own.
+func TestUnknownUsersCostAsMuch(t *testing.T) {
+	fake := caddyauth.BcryptHash{}.FakeHash()
+	hash := strings.TrimSpace(strings.TrimPrefix(userLine("bob", "pa55w0rd"), "bob:"))
+	for name, options := range map[string]string{
+		"users_file":                "",
+		"basic_auth":                "basic_auth {\nbob " + hash + "\n}",
+		"basic_auth and users_file": "basic_auth {\nalice " + hash + "\n}",
+	} {
+		t.Run(name, func(t *testing.T) {
+			var w *usersWorld
+			if strings.Contains(name, "users_file") {
+				w = newUsersWorld(t, "bob:"+hash+"\n", options)
+			} else {
+				w = &usersWorld{world: newWorld(t, options, nil)}
+			}
+			for p := range currentProcess().proxies.All() {
+				if same, err := p.basic().Hash.Compare(fake, []byte("pa55w0rd")); err != nil || !same {
+					t.Errorf("the hash is not that of a user: %v", err)
+				}
+			}
+			if got := w.status("mallory", "pa55w0rd"); got != http.StatusProxyAuthRequired {
+				t.Errorf("an unknown user: %d", got)
+			}
+			if got := w.status("bob", "pa55w0rd"); got != http.StatusOK {
+				t.Errorf("a user: %d", got)
+			}
+		})
+	}
+	// In JSON, the hash may be in base64.
+	basic := &caddyauth.HTTPBasicAuth{Hash: caddyauth.BcryptHash{}, Accounts: map[string]caddyauth.Account{"bob": {Password: base64.StdEncoding.EncodeToString([]byte(hash))}}}
+	hideUnknownUsers(basic, fake)
+	if same, err := basic.Hash.Compare(fake, []byte("pa55w0rd")); err != nil || !same {
+		t.Errorf("the hash in base64 is not that of a user: %v", err)
 	}
 }
