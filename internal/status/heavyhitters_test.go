@@ -148,6 +148,12 @@ func TestTargets(t *testing.T) {
 	if list := v.targets.top(snapshotTargets).Targets; len(list) != 2*snapshotTargets || list[snapshotTargets-1].Target != "busy10.example:443" || list[snapshotTargets].Target != "large29.example:443" || list[snapshotTargets].Requests != nil {
 		t.Errorf("the snapshot has %d targets: %+v", len(list), list)
 	}
+	few := emptyView()
+	few.Served("a.example:443")
+	few.Transferred("a.example:443", 1)
+	if list := few.targets.top(snapshotTargets).Targets; len(list) != 1 {
+		t.Errorf("one target is listed as %+v", list)
+	}
 	odd := "\x1b[2J" + strings.Repeat("a", 10_000)
 	v.Transferred(odd, 1<<40)
 	v.Transferred(odd, 1<<40)

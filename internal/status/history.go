@@ -163,7 +163,7 @@ func (h *history) fillIdle() {
 // fill adds steps up to and including one.
 func (h *history) fill(to int64, p point) {
 	if to-h.last > historySteps {
-		h.first, h.last = to-historySteps+1, to-historySteps
+		h.last = to - historySteps
 	}
 	for h.last < to {
 		h.append(p)

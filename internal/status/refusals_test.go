@@ -13,6 +13,7 @@ import (
 	"sync"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/printable"
 )
@@ -111,7 +112,7 @@ func TestRefusalQueries(t *testing.T) {
 	add(2, func(k *RefusalKey) { k.Cause, k.Reason, k.Client = "", "dns_error", netip.MustParseAddr("2001:db8::1") })
 	for query, want := range map[string]string{
 		"": "3 2 1", "sort=count": "3 2 1", "sort=count&order=asc": "1 2 3", "sort=first&order=asc": "1 2 3", "limit=1": "3", "limit=1&offset=1": "2",
-		"cause=rule": "3 1", "cause=dns_error": "2", "cause=nothing": "", "client=192.0.2": "3 1", "client=ALICE": "3", "client=user+alice": "3", "client=2001:DB8": "2",
+		"cause=rule": "3 1", "cause=dns_error": "2", "cause=nothing": "", "client=192.0.2": "3 1", "client=ALICE": "3", "client=user+alice": "3", "client=user": "3", "client=2001:DB8": "2",
 		"q=DNS_": "2", "q=one.ex": "1", "q=deny+X": "3 2 1", "q=alice": "3", "q=db8": "2", "q=http_request": "3 1", "q=nothing": "",
 		"target=ONE": "1", "policy=staff": "3", "policy=default": "2 1", "policy=default&client=192": "1",
 	} {
@@ -123,6 +124,12 @@ func TestRefusalQueries(t *testing.T) {
 		if text := strings.Join(got, " "); text != want || !strings.Contains(query, "limit") && list.Total != len(got) {
 			t.Errorf("%q: %q of %d, want %q", query, text, list.Total, want)
 		}
+	}
+	k := denied("a.example:1")
+	k.Address = netip.MustParseAddr("10.0.0.1")
+	v.Refused(k, at(4), noDetails)
+	if got := findRefusals(t, v, "limit=1").Refusals[0].Address; got != "10.0.0.1" {
+		t.Errorf("the address %q", got)
 	}
 	for query, want := range map[string]string{"sort=target": `sort "target": expected last, first or count`, "limit=0": "limit", "order=up": "order"} {
 		if _, err := v.Refusals(parseQuery(t, query)); err == nil || !strings.Contains(err.Error(), want) {
@@ -158,6 +165,22 @@ func TestRefusalsAreBounded(t *testing.T) {
 	}
 	if got := fmt.Sprint(list.Causes); got != fmt.Sprint([]RefusalCause{{Cause: "port", Count: 1, Groups: 1}, {Cause: "rule", Count: 6 * maxGroups, Groups: maxGroups, Dropped: 2 * maxGroups}}) {
 		t.Errorf("causes %v", got)
+	}
+}
+
+// TestRefusalsKeepNoRequest checks that the texts of a group are its own, and not parts of a request
+// that would stay in memory with them.
+func TestRefusalsKeepNoRequest(t *testing.T) {
+	v := emptyView()
+	request := strings.Repeat("a", 10_000)
+	k := denied(request[:5])
+	k.User, k.Method, k.Rule = request[:6], request[:7], request[:8]
+	v.Refused(k, at(0), func() RefusalDetails { return RefusalDetails{Detail: request[:9]} })
+	g := findRefusals(t, v, "").Refusals[0]
+	for _, text := range []string{g.Target, g.User, g.Method, g.Rule, g.Detail} {
+		if unsafe.StringData(text) == unsafe.StringData(request) {
+			t.Errorf("%q is a part of the request", text)
+		}
 	}
 }
 
