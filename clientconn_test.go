@@ -223,6 +223,7 @@ func TestClientConnServes(t *testing.T) {
 		_, _ = io.Copy(w, r.Body)
 	}))
 	t.Cleanup(w.origin.Close)
+	eventually(t, "the connections of earlier tests to end", func() bool { return fastPathConns() == 0 })
 	for _, request := range []string{
 		"POST URL HTTP/1.1\nHost: x\nContent-Length: 2\n\nok",
 		"POST URL HTTP/1.1\nHost: x\nTransfer-Encoding: chunked\n\n2\nok\n0\n\n",
