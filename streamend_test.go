@@ -194,7 +194,7 @@ func TestResetStreamsLeaveNoMemory(t *testing.T) {
 	server.Start()
 	defer server.Close()
 	c := &tunnelClient{t: t, protocol: "h2c", proxy: server.Listener.Addr().String(), shared: 10 * each}
-	resetStreams := func() int64 {
+	resetStreams := func() {
 		t.Helper()
 		handlers.Add(each)
 		if err := concurrently(each, 8, func(int) error {
@@ -207,13 +207,13 @@ func TestResetStreamsLeaveNoMemory(t *testing.T) {
 			t.Fatal(err)
 		}
 		handlers.Wait()
-		return liveHeap()
 	}
 	resetStreams()
-	before := resetStreams()
-	if grown := resetStreams() - before; grown > each*500 {
-		t.Errorf("%d streams left %d bytes", each, grown)
-	}
+	resetStreams()
+	before := liveHeap()
+	resetStreams()
+	// The timeouts last longer than this waits. What else the process has to do may take memory for a moment.
+	eventually(t, "the memory of the streams to be free", func() bool { return liveHeap()-before <= each*500 })
 }
 
 // liveHeap returns the number of heap bytes in use.
