@@ -75,7 +75,7 @@ func TestVariables(t *testing.T) {
 	columns := []struct{ name, environment string }{
 		{"`http_proxy`", "export URL=http://example.com/ http_proxy=" + elsewhere},
 		{"`HTTP_PROXY`", "export URL=http://example.com/ HTTP_PROXY=" + elsewhere},
-		{"`HTTP_PROXY`, CGI", "export URL=http://example.com/ REQUEST_METHOD=GET HTTP_PROXY=" + elsewhere},
+		{"`HTTP_PROXY` in CGI", "export URL=http://example.com/ REQUEST_METHOD=GET HTTP_PROXY=" + elsewhere},
 		{"`https_proxy`", "export URL=https://example.com/ https_proxy=" + elsewhere},
 		{"`HTTPS_PROXY`", "export URL=https://example.com/ HTTPS_PROXY=" + elsewhere},
 		{"`ALL_PROXY`", "export URL=https://example.com/ ALL_PROXY=" + elsewhere},
