@@ -43,9 +43,9 @@ func main() {
 
 func TestGo(t *testing.T) {
 	m := newMachine(t, "go")
-	m.env = append(m.env, "GOCACHE="+os.Getenv("GOCACHE"), "GOFLAGS=-modcacherw", "GOSUMDB=off", "GOTOOLCHAIN=local", "GOPROXY=https://proxy.golang.org")
+	m.env = append(m.env, "GOCACHE="+os.Getenv("GOCACHE"), "GOFLAGS=-modcacherw", "GOSUMDB=off", "GOTOOLCHAIN=local", "GOPROXY=https://goproxy.example.com")
 	m.write("go.mod", "module get\n\ngo 1.26.0\n\nrequire example.com/hello v1.0.0\n")
-	const passed = "CONNECT proxy.golang.org:443"
+	const passed = "CONNECT goproxy.example.com:443"
 	m.run(m.snippet("variables") + m.snippet("go-check"))
 	m.expect(passed)
 	m.run("rm -rf go\n" + m.login("variables-login") + m.snippet("go-check"))

@@ -90,10 +90,10 @@ git -C project.git update-server-info`
 
 // serveDebian serves a distribution without packages.
 func serveDebian(mux *http.ServeMux) {
-	file(mux, "deb.debian.org/debian/dists/stable/main/binary-all/Packages", "text/plain", nil)
+	file(mux, "debian.example.com/debian/dists/stable/main/binary-all/Packages", "text/plain", nil)
 	release := fmt.Sprintf("Suite: stable\nComponents: main\nArchitectures: all\nDate: Thu, 01 Jan 2026 00:00:00 UTC\nSHA256:\n %x 0 main/binary-all/Packages\n", sha256.Sum256(nil))
-	file(mux, "deb.debian.org/debian/dists/stable/Release", "text/plain", []byte(release))
-	mux.HandleFunc("deb.debian.org/", http.NotFound)
+	file(mux, "debian.example.com/debian/dists/stable/Release", "text/plain", []byte(release))
+	mux.HandleFunc("debian.example.com/", http.NotFound)
 }
 
 // zipped returns a ZIP archive of files.
@@ -143,18 +143,16 @@ func serveNPM(mux *http.ServeMux) {
 	}
 	sum, short := sha512.Sum512(b.Bytes()), sha1.Sum(b.Bytes())
 	document := fmt.Sprintf(`{"name":"is-number","dist-tags":{"latest":"7.0.0"},"versions":{"7.0.0":{"name":"is-number","version":"7.0.0",
-		"dist":{"tarball":"https://registry.npmjs.org/is-number/-/is-number-7.0.0.tgz","integrity":"sha512-%s","shasum":"%x"}}}}`,
+		"dist":{"tarball":"https://npm.example.com/is-number/-/is-number-7.0.0.tgz","integrity":"sha512-%s","shasum":"%x"}}}}`,
 		base64.StdEncoding.EncodeToString(sum[:]), short)
-	for _, host := range []string{"registry.npmjs.org", "registry.yarnpkg.com"} {
-		file(mux, host+"/is-number", "application/json", []byte(document))
-		file(mux, host+"/is-number/-/is-number-7.0.0.tgz", "application/octet-stream", b.Bytes())
-		file(mux, host+"/-/ping", "application/json", []byte("{}"))
-	}
+	file(mux, "npm.example.com/is-number", "application/json", []byte(document))
+	file(mux, "npm.example.com/is-number/-/is-number-7.0.0.tgz", "application/octet-stream", b.Bytes())
+	file(mux, "npm.example.com/-/ping", "application/json", []byte("{}"))
 }
 
 // serveGo serves the Go module proxy with the module example.com/hello.
 func serveGo(mux *http.ServeMux) {
-	const base, module = "proxy.golang.org/example.com/hello/@v/", "module example.com/hello\n"
+	const base, module = "goproxy.example.com/example.com/hello/@v/", "module example.com/hello\n"
 	file(mux, base+"list", "text/plain", []byte("v1.0.0\n"))
 	file(mux, base+"v1.0.0.info", "application/json", []byte(`{"Version":"v1.0.0","Time":"2026-01-01T00:00:00Z"}`))
 	file(mux, base+"v1.0.0.mod", "text/plain", []byte(module))

@@ -155,7 +155,7 @@ func TestApt(t *testing.T) {
 	const config = "/etc/apt/apt.conf.d/80proxy"
 	update := func(scheme, proxy string) {
 		t.Helper()
-		m.write("/etc/apt/sources.list.d/tests.list", "deb [trusted=yes] "+scheme+"://deb.debian.org/debian stable main\n")
+		m.write("/etc/apt/sources.list.d/tests.list", "deb [trusted=yes] "+scheme+"://debian.example.com/debian stable main\n")
 		m.write(config, proxy)
 		m.run("chmod 600 " + config)
 		if out := m.run(m.snippet("apt-check")); !strings.Contains(out, "proxy.example.com") || !strings.Contains(out, "Get:") {
@@ -163,17 +163,17 @@ func TestApt(t *testing.T) {
 		}
 	}
 	update("http", m.login("apt"))
-	m.expect("GET deb.debian.org alice")
+	m.expect("GET debian.example.com alice")
 	update("https", m.login("apt"))
-	m.expect("CONNECT deb.debian.org:443 alice")
+	m.expect("CONNECT debian.example.com:443 alice")
 	m.run("/usr/lib/apt/apt-helper download-file http://intern.example.com/ got")
 	m.expectNone()
 
 	m.copyFile("/etc/ssl/proxy-ca.pem", filepath.Join(m.dir, "proxy-ca.pem"))
 	update("http", m.snippet("apt-tls"))
-	m.expect("GET deb.debian.org alice")
+	m.expect("GET debian.example.com alice")
 	update("https", m.snippet("apt-tls"))
-	m.expect("CONNECT deb.debian.org:443 alice")
+	m.expect("CONNECT debian.example.com:443 alice")
 }
 
 func TestPip(t *testing.T) {
@@ -193,7 +193,8 @@ func TestPip(t *testing.T) {
 func TestNPM(t *testing.T) {
 	m := newMachine(t, "npm", "pnpm", "yarn")
 	m.needNode24()
-	const passed = "CONNECT registry.npmjs.org:443"
+	m.env = append(m.env, "npm_config_registry=https://npm.example.com/", "pnpm_config_registry=https://npm.example.com/") // Yarn reads npm's
+	const passed = "CONNECT npm.example.com:443"
 	m.run(m.login("npm") + m.snippet("npm-check") + "npm install is-number && test -d node_modules/is-number")
 	m.expect(passed + " alice")
 	m.run("npm view is-number description --fetch-retries=0 --registry=http://www.intern.example.com")
@@ -205,5 +206,5 @@ func TestNPM(t *testing.T) {
 	m.expect(passed + " alice")
 
 	m.run(m.login("variables-login") + m.snippet("yarn-check"))
-	m.expect("CONNECT registry.yarnpkg.com:443 alice")
+	m.expect(passed + " alice")
 }
