@@ -20,6 +20,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -118,15 +119,26 @@ func port(address string) string {
 	return port
 }
 
-// freeAddress returns a loopback address with a port that is not in use.
+// nextPort starts below the ephemeral port range, so that the kernel gives no port away
+// between its choice here and its use.
+var nextPort atomic.Int64
+
+func init() { nextPort.Store(16000 + int64(os.Getpid()%4000)) }
+
+// freeAddress returns a loopback address with a port that is not in use, a different one each time.
 func freeAddress(t *testing.T) string {
 	t.Helper()
-	ln, err := net.Listen("tcp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for {
+		ln, err := net.Listen("tcp4", fmt.Sprintf("127.0.0.1:%d", nextPort.Add(1)))
+		if errors.Is(err, syscall.EADDRINUSE) {
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ln.Close()
+		return ln.Addr().String()
 	}
-	defer ln.Close()
-	return ln.Addr().String()
 }
 
 func (w *world) start() {

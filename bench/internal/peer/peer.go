@@ -7,10 +7,13 @@ package peer
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
 	"path/filepath"
+	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/asyncproxy/caddy-async-proxy/bench/internal/load"
@@ -112,12 +115,23 @@ func (r *Running) Stop() {
 	os.RemoveAll(r.work)
 }
 
-// freePort returns a port that nothing listens on.
+// nextPort starts below the ephemeral port range: between the choice of a port here and its use by the
+// peer, no connection of the load gets it.
+var nextPort atomic.Int32
+
+func init() { nextPort.Store(12000 + int32(os.Getpid()%4000)) }
+
+// freePort returns a port that nothing listens on, a different one each time.
 func freePort() (int, error) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return 0, err
+	for {
+		port := int(nextPort.Add(1))
+		listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		if errors.Is(err, syscall.EADDRINUSE) {
+			continue
+		}
+		if err != nil {
+			return 0, err
+		}
+		return port, listener.Close()
 	}
-	defer listener.Close()
-	return listener.Addr().(*net.TCPAddr).Port, nil
 }

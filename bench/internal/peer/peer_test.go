@@ -6,6 +6,7 @@
 package peer
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -76,5 +77,29 @@ func TestList(t *testing.T) {
 			t.Errorf("%+v", p)
 		}
 		ids[p.ID] = true
+	}
+}
+
+// TestPeersGetPortsOfTheirOwn checks that a peer's port cannot be given to a connection, or to another
+// peer, before the peer listens.
+func TestPeersGetPortsOfTheirOwn(t *testing.T) {
+	text, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ephemeral int
+	if _, err := fmt.Sscan(string(text), &ephemeral); err != nil {
+		t.Fatal(err)
+	}
+	seen := make(map[int]bool)
+	for range 100 {
+		port, err := freePort()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if port >= ephemeral || seen[port] {
+			t.Fatalf("port %d; ephemeral ports begin at %d; before: %v", port, ephemeral, seen)
+		}
+		seen[port] = true
 	}
 }
