@@ -229,9 +229,7 @@ func TestAccessLogOnTheFastPath(t *testing.T) {
 					loadCaddyfile(t, withServers(w.globals()+site, f.servers(way == 0)+row.servers))
 					c := f.dial(t, w.proxy)
 					c.gets(w.origin.URL + "/")
-					if n := fastPathConns(); n == 1 != (way == 0 && !*byNetHTTP) {
-						t.Errorf("the fast path serves %d connections in way %d", n, way)
-					}
+					expectFastPath(t, fmt.Sprint("way ", way), oneIf(way == 0 && !*byNetHTTP))
 					_ = c.Close()
 					for i, head := range loggedRequests {
 						head += fmt.Sprintf("\nX-Number: %02d", i)

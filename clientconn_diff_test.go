@@ -175,9 +175,7 @@ func (one *twin) converse(t testing.TB, warm, send, answer string, manner int, f
 		}
 	}
 	if manner == behind {
-		if n := fastPathConns(); fastPath != (n == 1) {
-			t.Fatalf("%d connections are on the fast path", n)
-		}
+		expectFastPath(t, "the warm-up request", oneIf(fastPath))
 		sent = writeInPieces(c, text, size)
 	}
 	got := one.listen(c, twinMethods(send), sent)

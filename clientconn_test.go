@@ -33,6 +33,21 @@ func fastPathConns() (n int) {
 	return n
 }
 
+// expectFastPath fails the test unless the given number of connections is on the fast path. One that
+// has just moved to net/http still counts for a moment.
+func expectFastPath(t testing.TB, what string, want int) {
+	t.Helper()
+	eventually(t, fmt.Sprintf("%s: the fast path to serve %d connections", what, want), func() bool { return fastPathConns() == want })
+}
+
+// oneIf returns 1 if there is a connection, and 0 if not.
+func oneIf(there bool) int {
+	if there {
+		return 1
+	}
+	return 0
+}
+
 // get sends a request for a URL, followed by the given lines.
 func (c *rawConn) get(url, more string) {
 	c.t.Helper()

@@ -54,9 +54,7 @@ func TestTLSClientCertificates(t *testing.T) {
 		if got := fmt.Sprintf("%d %s", res.StatusCode, body); got != want {
 			t.Errorf("strict_sni_host %s: %s, want %s", strict, got, want)
 		}
-		if n := fastPathConns(); (strict == "insecure_off") != (n == 1) {
-			t.Errorf("strict_sni_host %s: the fast path serves %d connections", strict, n)
-		}
+		expectFastPath(t, "strict_sni_host "+strict, oneIf(strict == "insecure_off"))
 		warned := slices.ContainsFunc(warningsNow(t), func(w status.Warning) bool { return w.Code == "strict_sni_host" })
 		if warned != (strict == "on") {
 			t.Errorf("strict_sni_host %s: warned: %v", strict, warned)
@@ -212,9 +210,7 @@ func TestTLSTunnelBehindOtherRequests(t *testing.T) {
 		if _, body := c.response(http.MethodGet); !strings.Contains(body, "HTTPS proxy.example") {
 			t.Errorf("protocols %s: the PAC script is %.200q", protocols, body)
 		}
-		if n := fastPathConns(); n > 0 {
-			t.Errorf("protocols %s: the connection is still on the fast path", protocols)
-		}
+		expectFastPath(t, "protocols "+protocols, 0)
 		c.send("GET /proxy.pac HTTP/1.1\nHost: proxy.example\n\nCONN")
 		c.response(http.MethodGet)
 		c.send("ECT " + target + " HTTP/1.1\nHost: x\n\nhel")

@@ -272,9 +272,7 @@ func TestListenerOfTLS(t *testing.T) {
 			if alpn == "h2" {
 				want = 0
 			}
-			if n := fastPathConns(); n != want {
-				t.Errorf("%q: the fast path serves %d clients with the protocol %q, want %d", wrappers, n, alpn, want)
-			}
+			expectFastPath(t, fmt.Sprintf("%q, the protocol %q", wrappers, alpn), want)
 			client.CloseIdleConnections()
 			eventually(t, "the client to be gone", func() bool { return fastPathConns() == 0 })
 		}

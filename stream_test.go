@@ -525,9 +525,7 @@ timeouts {
 			t.Fatal(err)
 		}
 		_, _ = io.CopyN(io.Discard, conn, 8<<20)
-		if fastPath := request.protocol == "h1"; fastPath != (fastPathConns() == 1) {
-			t.Errorf("%q: %d connections are on the fast path", request, fastPathConns())
-		}
+		expectFastPath(t, fmt.Sprintf("%q", request), oneIf(request.protocol == "h1"))
 		if line := w.waitLog("request", i+1)[i]; line["status"] != 499. {
 			t.Errorf("%q: the line is %v", request, line)
 		}
