@@ -5,6 +5,7 @@ package asyncproxy
 
 import (
 	"encoding/json"
+	"errors"
 	"io"
 	"net"
 	"net/http"
@@ -31,8 +32,8 @@ func init() { caddy.RegisterModule(Unclaimed{}) }
 // with an empty 200, which tells the client of a CONNECT that a tunnel is open.
 //
 // It may be anywhere in the server's routes, and passes all requests to the next handler. Only a
-// server whose every async_proxy is in a named route needs it, because Caddy provisions those too late.
-// The listener wrapper async_proxy adds it.
+// server whose every async_proxy is in a named route or an error route needs it, because Caddy provisions
+// those too late. The listener wrapper async_proxy adds it.
 type Unclaimed struct{}
 
 // CaddyModule returns the Caddy module information.
@@ -72,12 +73,16 @@ type routeGuard struct {
 
 // guardRoutes puts a routeGuard around the routes of the server that ctx is for. It must be called
 // while Caddy provisions them, which goes on with those inside the guard, and before Caddy compiles
-// the list that is then the server's. For a handler in a named route or in an error route, this is too
-// late, and without effect.
+// the list that is then the server's. For the first async_proxy of a server it is too late if that is in
+// a named route or in an error route, which Caddy provisions later. That is an error.
 func guardRoutes(ctx caddy.Context) error {
 	server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
 	if !ok || guardOf(server) != nil {
 		return nil
+	}
+	// Caddy drops the raw handlers of a route once it has provisioned them.
+	if !slices.ContainsFunc(server.Routes, func(route caddyhttp.Route) bool { return route.HandlersRaw != nil }) {
+		return errUnguarded
 	}
 	g := &routeGuard{routes: server.Routes, logger: ctx.Logger()}
 	g.chain = sync.OnceValue(func() caddyhttp.Handler { // at the first request, when all of them are provisioned
@@ -90,6 +95,10 @@ func guardRoutes(ctx caddy.Context) error {
 	server.Routes = caddyhttp.RouteList{around}
 	return nil
 }
+
+var errUnguarded = errors.New("the server's only async_proxy is in a named route or an error route, so Caddy would answer a CONNECT request " +
+	"that does not reach it with 200, as if a tunnel were open: add the listener wrapper async_proxy to the server " +
+	"(global options: servers { listener_wrappers { async_proxy } })")
 
 // guardOf returns the guard around the routes of a server, or nil.
 func guardOf(server *caddyhttp.Server) *routeGuard {

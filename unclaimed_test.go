@@ -9,6 +9,9 @@ import (
 	"os"
 	"strings"
 	"testing"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig"
 )
 
 // A proxy request that no async_proxy handles is refused, with the listener wrapper and without: an
@@ -152,19 +155,38 @@ http://:PORT {
 	}
 }
 
-// A named route is provisioned too late for async_proxy itself. The listener wrapper helps.
-func TestUnclaimedRequestsBesideANamedRoute(t *testing.T) {
+// Caddy provisions named routes and error routes too late for an async_proxy that is only there. The
+// listener wrapper, or another async_proxy, helps.
+func TestUnclaimedRequestsBesideLateRoutes(t *testing.T) {
 	w := newWorld(t, "", nil)
 	_, port, _ := strings.Cut(w.proxy, ":")
-	loadCaddyfile(t, withServers(w.globals()+`&(proxy) {
-	async_proxy
-}
-http://:`+port+` {
-	@never method DELETE
-	invoke @never proxy
-}`, withWrapper))
-	if res, _ := policyRequest(t, w.proxy, http.MethodConnect, w.origin.Listener.Addr().String(), ""); res.StatusCode != http.StatusMisdirectedRequest {
-		t.Errorf("%s", res.Status)
+	named := "&(proxy) {\nasync_proxy\n}\nhttp://:" + port + " {\n@never method DELETE\ninvoke @never proxy\n"
+	inErrors := "http://:" + port + " {\nerror /path 500\nhandle_errors {\nasync_proxy\n}\n"
+	for _, tc := range []struct {
+		site, servers string
+		works         bool
+	}{
+		{named, withWrapper, true},
+		{named + "async_proxy @never\n", "trusted_proxies static 127.0.0.1\ntrusted_proxies_strict", true},
+		{named, "trusted_proxies static 127.0.0.1\ntrusted_proxies_strict", false},
+		{inErrors, withWrapper, true},
+		{inErrors, "trusted_proxies static 127.0.0.1\ntrusted_proxies_strict", false},
+	} {
+		text := withServers(w.globals()+tc.site+"}", tc.servers)
+		if !tc.works {
+			config, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(text), map[string]any{"filename": "Caddyfile"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := caddy.Load(config, true); err == nil || !strings.Contains(err.Error(), "add the listener wrapper async_proxy to the server (global options: servers { listener_wrappers { async_proxy } })") {
+				t.Errorf("%s\n%v", text, err)
+			}
+			continue
+		}
+		loadCaddyfile(t, text)
+		if res, _ := policyRequest(t, w.proxy, http.MethodConnect, w.origin.Listener.Addr().String(), ""); res.StatusCode != http.StatusMisdirectedRequest {
+			t.Errorf("%s\n%s", text, res.Status)
+		}
 	}
 }
 
