@@ -10,6 +10,7 @@ import (
 	"net/http/httptest"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/quic-go/quic-go/http3"
@@ -208,11 +209,12 @@ func TestPolicySelection(t *testing.T) {
 // TestPolicyOfEachRequest has several users share a connection of HTTP/1, and streams of a
 // connection of HTTP/2 and HTTP/3 that are open together.
 func TestPolicyOfEachRequest(t *testing.T) {
-	var together sync.WaitGroup // requests that wait for each other at the origin
+	var together atomic.Pointer[sync.WaitGroup] // requests that wait for each other at the origin
 	origin := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("X-Wait") != "" {
-			together.Done()
-			together.Wait()
+			all := together.Load()
+			all.Done()
+			all.Wait()
 		}
 	}))
 	defer origin.Close()
@@ -240,8 +242,9 @@ func TestPolicyOfEachRequest(t *testing.T) {
 					return
 				}
 				const each = 8
-				together.Add(2 * each)
-				var done sync.WaitGroup
+				var all, done sync.WaitGroup
+				all.Add(2 * each)
+				together.Store(&all)
 				for lines, want := range users {
 					for range each {
 						done.Go(func() {
