@@ -39,14 +39,14 @@ func TestAllocations(t *testing.T) {
 		deployed              bool // with the proxy's log lines, the access log and metrics
 		most                  float64
 	}{
-		{"GET", "", http.MethodGet, http.StatusOK, false, 21},
-		{"GET deployed", "", http.MethodGet, http.StatusOK, true, 26},
-		{"POST", "", http.MethodPost, http.StatusOK, false, 30},
-		{"POST deployed", "", http.MethodPost, http.StatusOK, true, 35},
+		{"GET", "", http.MethodGet, http.StatusOK, false, 15},
+		{"GET deployed", "", http.MethodGet, http.StatusOK, true, 19},
+		{"POST", "", http.MethodPost, http.StatusOK, false, 25},
+		{"POST deployed", "", http.MethodPost, http.StatusOK, true, 29},
 		{"CONNECT", "", http.MethodConnect, http.StatusOK, false, 106},
 		{"CONNECT deployed", "", http.MethodConnect, http.StatusOK, true, 117},
-		{"GET with ten policies", tenPolicies, http.MethodGet, http.StatusOK, false, 21},
-		{"GET deployed with ten policies", tenPolicies, http.MethodGet, http.StatusOK, true, 26},
+		{"GET with ten policies", tenPolicies, http.MethodGet, http.StatusOK, false, 15},
+		{"GET deployed with ten policies", tenPolicies, http.MethodGet, http.StatusOK, true, 19},
 		{"CONNECT with ten policies", tenPolicies, http.MethodConnect, http.StatusOK, false, 109}, // the tunnels of a policy are counted
 		{"429", "burst 1\nrefill 0.00001", http.MethodGet, http.StatusTooManyRequests, false, 10},
 	} {

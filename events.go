@@ -10,7 +10,6 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
-	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/printable"
 )
 
@@ -43,7 +42,7 @@ func (e emitter) emitRateLimited(zone string, v *transaction, verdict bucket.Dec
 		return
 	}
 	e.app.Emit(e.ctx, eventLimited, map[string]any{
-		"client":      client.Name(v.addr),
+		"client":      v.name,
 		"user":        printable.Text(v.user),
 		"zone":        zone,
 		"policy":      v.policy.name,

@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
-	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -192,25 +191,24 @@ func (v via) seen(h http.Header) bool {
 // X-Forwarded-For of an untrusted peer; to that of a trusted proxy it appends the proxy's
 // address. X-Real-Ip is the client's address. Without a peer address, as on a Unix
 // socket, it does not make one up.
-func setForwarded(h http.Header, peer, client netip.Addr, trusted bool) {
-	if !trusted {
+func setForwarded(h http.Header, from clientIdentity) {
+	if !from.trusted {
 		delete(h, "X-Forwarded-For")
 	}
-	name, chain := peer.String(), ""
+	peer, chain := from.peer.Addr(), ""
 	if peer.IsValid() {
-		chain = name
+		if chain = from.name; peer != from.addr {
+			chain = peer.String()
+		}
 		if prior := h["X-Forwarded-For"]; len(prior) > 0 {
 			chain = strings.Join(prior, ", ") + ", " + chain
 		}
 	}
-	if client != peer {
-		name = client.String()
-	}
-	values := [...]string{chain, name} // one allocation for both
+	values := [...]string{chain, from.name} // one allocation for both
 	if chain != "" {
 		h["X-Forwarded-For"] = values[:1:1]
 	}
-	if h["X-Real-Ip"] = values[1:]; !client.IsValid() {
+	if h["X-Real-Ip"] = values[1:]; !from.addr.IsValid() {
 		delete(h, "X-Real-Ip")
 	}
 }

@@ -185,7 +185,7 @@ func TestSetForwarded(t *testing.T) {
 			if tc.client != "" {
 				client = netip.MustParseAddr(tc.client)
 			}
-			setForwarded(h, peer, client, tc.trusted)
+			setForwarded(h, clientIdentity{addr: client, name: tc.client, peer: netip.AddrPortFrom(peer, 1234), trusted: tc.trusted})
 			if want := fields(t, tc.want); !reflect.DeepEqual(h, want) {
 				t.Errorf("setForwarded(%q, %v, %v, %v) gives %v, want %v", tc.in, peer, client, tc.trusted, h, want)
 			}
@@ -280,7 +280,7 @@ func FuzzRemoveHopByHop(f *testing.F) {
 		h = before.Clone()
 		client := netip.MustParseAddr("192.0.2.1")
 		prepareRequest(h, 1, 1)
-		setForwarded(h, client, client, false)
+		setForwarded(h, clientIdentity{addr: client, name: "192.0.2.1", peer: netip.AddrPortFrom(client, 1234)})
 		newVia("fred").add(h, 1, 1)
 		for name, want := range map[string]string{"X-Forwarded-For": "192.0.2.1", "X-Real-Ip": "192.0.2.1"} {
 			if got := h[name]; !slices.Equal(got, []string{want}) {

@@ -303,8 +303,8 @@ func FuzzHeads(f *testing.F) {
 // to an error.
 func readAnswer(r *bufio.Reader) {
 	for range interimBurst {
-		res, err := h1.ReadResponse(r, http.MethodGet, nil)
-		if err != nil {
+		var res http.Response
+		if h1.ReadResponse(r, http.MethodGet, &res, new(h1.Body)) != nil {
 			return
 		}
 		if res.StatusCode < 200 {
@@ -315,11 +315,12 @@ func readAnswer(r *bufio.Reader) {
 		removeHopByHop(res.Header)
 		buf := tcpconn.GetBuffer()
 		defer buf.Free()
+		var err error
 		for err == nil {
 			_, err = res.Body.Read(buf[:])
 		}
 		if err == io.EOF {
-			_ = passTrailers(fieldsOnly(res.Header), res, announced, connection)
+			_ = passTrailers(fieldsOnly(res.Header), &res, announced, connection)
 		}
 		return
 	}

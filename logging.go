@@ -40,7 +40,7 @@ func (p *proxy) logRequest(r *http.Request, v *transaction, err error, more ...z
 		return
 	}
 	pooled := linePool.Get().(*[]zap.Field)
-	fields := append(appendOutcome(appendRequest((*pooled)[:0], r), v), clientField(v.addr))
+	fields := append(appendOutcome(appendRequest((*pooled)[:0], r), v), zap.String("client", v.name))
 	if v.user != "" {
 		fields = append(fields, textField("user", v.user))
 	}
@@ -131,7 +131,7 @@ func (p *proxy) logLimited(r *http.Request, v *transaction, verdict bucket.Decis
 	if !reportOnly {
 		fields = appendOutcome(fields, v)
 	}
-	fields = append(fields, zap.String("ip", client.Name(v.addr)))
+	fields = append(fields, zap.String("ip", v.name))
 	if v.user != "" {
 		fields = append(fields, textField("user", v.user))
 	}

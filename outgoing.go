@@ -38,7 +38,8 @@ func (p *proxy) prepareOutgoing(w http.ResponseWriter, r *http.Request, out *ori
 	if out.Body == nil {
 		return nil
 	}
-	out.Body.Count = func(n int64) { p.countForwarded(out.Authority, from, n, 0) }
+	client := from // the closure moves what it captures to the heap, which requests without content do not need
+	out.Body.Count = func(n int64) { p.countForwarded(out.Authority, client, n, 0) }
 	control := http.NewResponseController(w)
 	out.StopBody = func() { tcpconn.Interrupt(control.SetReadDeadline) }
 	if r.ProtoMajor == 1 {
@@ -142,7 +143,7 @@ func (p *proxy) setRequestFields(r *http.Request, from clientIdentity) {
 		delete(r.Header, "X-Forwarded-For")
 		delete(r.Header, "X-Real-Ip")
 	} else {
-		setForwarded(r.Header, from.peer.Addr(), from.addr, from.trusted)
+		setForwarded(r.Header, from)
 	}
 	p.via.add(r.Header, r.ProtoMajor, r.ProtoMinor)
 }

@@ -48,12 +48,11 @@ func (p *proxy) passResponse(w http.ResponseWriter, r *http.Request, x *origin.E
 	if r.ProtoMajor == 3 && !hasContent(r.Method, res.StatusCode) { // otherwise quic-go sends Content-Length: 0
 		_ = http.NewResponseController(w).Flush()
 	}
-	err := p.passContent(w, r, x, from)
-	var gone *clientError
-	switch {
-	case errors.As(err, &gone) || err != nil && r.Context().Err() != nil:
-		return clientDisconnected(err)
-	case err != nil:
+	if err := p.passContent(w, r, x, from); err != nil {
+		var gone *clientError
+		if errors.As(err, &gone) || r.Context().Err() != nil {
+			return clientDisconnected(err)
+		}
 		_ = http.NewResponseController(w).Flush() // send what arrived before the failure
 		return cutOffError{err}
 	}
@@ -155,7 +154,8 @@ func (p *proxy) passContent(w http.ResponseWriter, r *http.Request, x *origin.Ex
 			return asClientError(err)
 		}
 	}
-	return copyBody(w, r, x, func(n int64) { p.countForwarded(target, from, 0, n) })
+	client := from // the closure moves what it captures to the heap, which most responses do not need
+	return copyBody(w, r, x, func(n int64) { p.countForwarded(target, client, 0, n) })
 }
 
 // copyBody copies a response body to the client and calls count for each part. It

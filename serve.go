@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"strings"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
@@ -221,6 +222,7 @@ func (p *proxy) isLoop(r *http.Request, peer netip.AddrPort) bool {
 // clientIdentity identifies the sender of a request.
 type clientIdentity struct {
 	addr     netip.Addr     // the client, after Caddy's trusted_proxies; v4-mapped is v4
+	name     string         // of addr, as client.Name returns it
 	user     string         // the authenticated user name; "" if none
 	policy   *policy        // what it may do
 	limitKey client.Key     // the key of its limits: a network or a user
@@ -237,7 +239,7 @@ func identifyClient(r *http.Request) clientIdentity {
 		c.peer = netip.AddrPortFrom(ap.Addr().Unmap().WithZone(""), ap.Port())
 	}
 	if downstream.Serves(r) && !namesClient(r) {
-		c.addr = c.peer.Addr()
+		c.addr, c.name = c.peer.Addr(), addressIn(r.RemoteAddr, c.peer.Addr())
 	} else {
 		if s, ok := caddyhttp.GetVar(r.Context(), caddyhttp.ClientIPVarKey).(string); ok {
 			if addr, err := netip.ParseAddr(s); err == nil {
@@ -245,6 +247,7 @@ func identifyClient(r *http.Request) clientIdentity {
 			}
 		}
 		c.trusted, _ = caddyhttp.GetVar(r.Context(), caddyhttp.TrustedProxyVarKey).(bool)
+		c.name = client.Name(c.addr)
 	}
 	// A request that was forwarded for another client is not local only because the
 	// load balancer or proxy that forwarded it is.
@@ -253,4 +256,14 @@ func identifyClient(r *http.Request) clientIdentity {
 		c.scope = access.LocalScope
 	}
 	return c
+}
+
+// addressIn returns what client.Name does for the address in an address with a port. Most are written
+// like that already, so it needs no allocation.
+func addressIn(withPort string, addr netip.Addr) string {
+	host := strings.Trim(withPort[:max(0, strings.LastIndexByte(withPort, ':'))], "[]")
+	if buf := [len("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff")]byte{}; addr.IsValid() && string(addr.AppendTo(buf[:0])) == host {
+		return host
+	}
+	return client.Name(addr)
 }

@@ -12,7 +12,6 @@ import (
 	"github.com/caddyserver/caddy/v2"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/bucket"
-	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/downstream"
 	"github.com/asyncproxy/caddy-async-proxy/internal/metrics"
 	"github.com/asyncproxy/caddy-async-proxy/internal/status"
@@ -74,7 +73,7 @@ func (v *transaction) placeholder(key string) (any, bool) {
 	}
 	switch name {
 	case "client":
-		return client.Name(v.addr), true
+		return v.name, true
 	case "method":
 		return v.r.Method, true
 	case "host":

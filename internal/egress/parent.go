@@ -251,12 +251,13 @@ func (p *Parent) connectHTTP1(ctx context.Context, conn net.Conn, address string
 		return nil, AsAnswerError(err, nil)
 	}
 	r := bufio.NewReaderSize(io.LimitReader(conn, h1.MaxHead), 4<<10)
-	res, err := h1.ReadResponse(r, http.MethodConnect, nil)
+	var res http.Response
+	err := h1.ReadResponse(r, http.MethodConnect, &res, new(h1.Body))
 	for range maxParentInterim {
 		if err != nil || res.StatusCode >= 200 || res.StatusCode == http.StatusSwitchingProtocols {
 			break
 		}
-		res, err = h1.ReadResponse(r, http.MethodConnect, nil)
+		err = h1.ReadResponse(r, http.MethodConnect, &res, new(h1.Body))
 	}
 	if err == nil && res.StatusCode < 200 {
 		err = h1.ProtocolError(fmt.Sprintf("the response to CONNECT has the status %d", res.StatusCode))

@@ -42,39 +42,35 @@ type ProtocolError string
 
 func (e ProtocolError) Error() string { return string(e) }
 
-// ReadResponse reads the head of a response to a request with the given method (RFC 9112),
-// and sets up body, or a new one if that is nil. It is stricter than net/http: an endpoint may repair a message
-// that an intermediary must not pass on, because others could split or read it differently.
-func ReadResponse(r *bufio.Reader, method string, body *Body) (*http.Response, error) {
+// ReadResponse reads the head of a response to a request with the given method (RFC 9112) into res,
+// and sets up body. It is stricter than net/http: an endpoint may repair a message that an intermediary
+// must not pass on, because others could split or read it differently.
+func ReadResponse(r *bufio.Reader, method string, res *http.Response, body *Body) error {
 	// Check the first bytes first: something other than HTTP may never send a line end.
 	if start, err := r.Peek(len("HTTP/")); string(start) != "HTTP/"[:len(start)] {
-		return nil, ProtocolError("the response is not HTTP/1")
+		return ProtocolError("the response is not HTTP/1")
 	} else if err == io.EOF && len(start) > 0 {
-		return nil, io.ErrUnexpectedEOF
+		return io.ErrUnexpectedEOF
 	} else if err != nil {
-		return nil, err
+		return err
 	}
 	head, err := readHead(r)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	line, fields := cutLine(head)
 	if strings.ContainsAny(line, "\x00\r") {
-		return nil, ProtocolError("the status line contains a NUL or a bare CR")
+		return ProtocolError("the status line contains a NUL or a bare CR")
 	}
-	res := &http.Response{Close: true}
+	*res = http.Response{Close: true, Body: body}
 	if err := parseStatusLine(res, line); err != nil {
-		return nil, err
+		return err
 	}
 	if res.Header, err = parseFields(fields); err != nil {
-		return nil, err
-	}
-	if body == nil {
-		body = new(Body)
+		return err
 	}
 	*body = Body{R: r, Head: len(head)}
-	res.Body = body
-	return res, setFraming(res, body, method)
+	return setFraming(res, body, method)
 }
 
 // readHead reads lines up to an empty one, which it omits. A line may end with \n alone. It

@@ -6,6 +6,7 @@ package origin
 import (
 	"io"
 	"net"
+	"net/http"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/client"
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
@@ -14,8 +15,9 @@ import (
 // ResponseBody is the body of a response from an HTTP/1 origin.
 type ResponseBody struct {
 	h1.Body
-	conn   *pooledConn // that the body is read from
-	sender *bodySender // of the request body; nil: there is none
+	response http.Response // that it is the content of
+	conn     *pooledConn   // that the body is read from
+	sender   *bodySender   // of the request body; nil: there is none
 
 	limits *Limits // for waits; nil: none
 	client client.Key

@@ -132,7 +132,8 @@ func (x *Exchange) try(fresh bool) (*http.Response, error) {
 	body := &ResponseBody{conn: x.conn, sender: x.sender, limits: x.limits, client: x.Request.LimitKey}
 	for {
 		x.awaitResponse()
-		res, err := h1.ReadResponse(x.conn.r, x.Request.Method, &body.Body)
+		res := &body.response
+		err := h1.ReadResponse(x.conn.r, x.Request.Method, res, &body.Body)
 		if failed := x.content.failure(err != nil && x.ctx.Err() != nil); failed != nil {
 			return nil, failed
 		}

@@ -9,6 +9,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -17,8 +18,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"github.com/puzpuzpuz/xsync/v4"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
@@ -44,7 +43,8 @@ type connPool struct {
 	recheck recheckFunc // may be nil
 	address string      // of the only server that it connects to; "": each request names one
 
-	idle     *xsync.Map[string, []*pooledConn] // by key; the most recently used last
+	mu       sync.Mutex
+	idle     map[string][]*pooledConn // under mu; by key; the most recently used last; may be empty until sweepIdle runs
 	count    atomic.Int64
 	sweeping atomic.Bool // sweepIdle is scheduled
 	closed   atomic.Bool // close was called
@@ -80,7 +80,7 @@ type dialFunc func(ctx context.Context, authority string) (net.Conn, error)
 type recheckFunc func(ctx context.Context, authority string, conn net.Conn, to netip.AddrPort) error
 
 func newPool(dial dialFunc) *connPool {
-	return &connPool{dial: dial, idle: xsync.NewMap[string, []*pooledConn]()}
+	return &connPool{dial: dial, idle: make(map[string][]*pooledConn)}
 }
 
 // get returns an idle connection to authority, a host and a port, or opens one. If fresh
@@ -188,25 +188,23 @@ func overTLS(dial dialFunc, protocols ...string) dialFunc {
 
 // has reports whether there is an idle connection with the given key.
 func (o *connPool) has(key string) bool {
-	_, ok := o.idle.Load(key)
-	return ok
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return len(o.idle[key]) > 0
 }
 
+// takeIdle takes the connection with the given key that was used last, or returns nil.
 func (o *connPool) takeIdle(key string) (c *pooledConn) {
-	o.idle.Compute(key, func(conns []*pooledConn, _ bool) ([]*pooledConn, xsync.ComputeOp) {
-		if len(conns) == 0 {
-			return nil, xsync.CancelOp
-		}
-		last := len(conns) - 1
-		c, conns[last] = conns[last], nil
-		if last == 0 {
-			return nil, xsync.DeleteOp
-		}
-		return conns[:last], xsync.UpdateOp
-	})
-	if c != nil {
-		o.count.Add(-1)
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	conns := o.idle[key]
+	last := len(conns) - 1
+	if last < 0 {
+		return nil
 	}
+	c, conns[last] = conns[last], nil
+	o.idle[key] = conns[:last]
+	o.count.Add(-1)
 	return c
 }
 
@@ -228,9 +226,10 @@ func (o *connPool) keep(c *pooledConn) {
 		_ = c.Close()
 		return
 	}
-	o.idle.Compute(cmp.Or(c.key, c.authority), func(conns []*pooledConn, _ bool) ([]*pooledConn, xsync.ComputeOp) {
-		return append(conns, c), xsync.UpdateOp
-	})
+	key := cmp.Or(c.key, c.authority)
+	o.mu.Lock()
+	o.idle[key] = append(o.idle[key], c)
+	o.mu.Unlock()
 	o.sweepLater()
 	if o.closed.Load() {
 		o.close()
@@ -255,29 +254,37 @@ func (o *connPool) sweepIdle() {
 	}
 }
 
+// closeIdle closes the idle connections for which condition holds. It lets others use the pool after
+// each key, because condition may need a system call.
 func (o *connPool) closeIdle(condition func(*pooledConn) bool) {
-	var closing []*pooledConn // closed outside the map operation: ending TLS may block
-	o.idle.Range(func(key string, _ []*pooledConn) bool {
-		o.idle.Compute(key, func(conns []*pooledConn, _ bool) ([]*pooledConn, xsync.ComputeOp) {
-			before := len(closing)
-			conns = slices.DeleteFunc(slices.Clone(conns), func(c *pooledConn) bool {
-				if !condition(c) {
-					return false
-				}
-				closing = append(closing, c)
-				return true
-			})
-			o.count.Add(int64(before - len(closing)))
-			if len(conns) == 0 {
-				return nil, xsync.DeleteOp
-			}
-			return conns, xsync.UpdateOp
-		})
+	o.mu.Lock()
+	keys := slices.Collect(maps.Keys(o.idle))
+	o.mu.Unlock()
+	for _, key := range keys {
+		for _, c := range o.takeIdleIf(key, condition) {
+			_ = c.Close() // ending TLS may block
+		}
+	}
+}
+
+// takeIdleIf takes the connections with the given key for which condition holds.
+func (o *connPool) takeIdleIf(key string, condition func(*pooledConn) bool) (taken []*pooledConn) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	kept := slices.DeleteFunc(o.idle[key], func(c *pooledConn) bool {
+		if !condition(c) {
+			return false
+		}
+		taken = append(taken, c)
 		return true
 	})
-	for _, c := range closing {
-		_ = c.Close()
+	o.count.Add(-int64(len(taken)))
+	if len(kept) == 0 {
+		delete(o.idle, key)
+	} else {
+		o.idle[key] = kept
 	}
+	return taken
 }
 
 // close closes all idle connections, and makes put and keep close those that become idle.

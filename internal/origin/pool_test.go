@@ -107,6 +107,15 @@ func TestOriginsAreBounded(t *testing.T) {
 	if n := o.count.Load(); n != maxIdleOrigins-11 || !closed(conns[0]) || closed(conns[10]) {
 		t.Errorf("%d idle connections after ten had expired", n)
 	}
+	for o.takeIdle("origin.example:80") != nil {
+	}
+	if o.has("origin.example:80") {
+		t.Error("the pool has an idle connection after all were taken")
+	}
+	if o.sweepIdle(); len(o.idle) > 0 {
+		t.Errorf("the pool keeps %d keys without connections", len(o.idle))
+	}
+	o.keep(conns[10])
 	o.close()
 	late, _ := idle()
 	late.r = bufio.NewReader(late)

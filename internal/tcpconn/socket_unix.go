@@ -25,13 +25,13 @@ func IsQuiet(socket *net.TCPConn) bool {
 // hasNothing reports whether a read would have to wait. The signals of Go's runtime interrupt even a
 // call that does not wait.
 func hasNothing(fd int) bool {
-	var first [1]byte
+	ask := [...]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
 	for {
-		switch _, _, err := unix.Recvfrom(fd, first[:], unix.MSG_PEEK); err {
-		case unix.EAGAIN:
-			return true
+		switch n, err := unix.Poll(ask[:], 0); err {
+		case nil:
+			return n == 0 // otherwise something has arrived, the end, or an error
 		case unix.EINTR:
-		default: // something has arrived, the end, or an error
+		default:
 			return false
 		}
 	}
