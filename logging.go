@@ -183,7 +183,8 @@ func (s *site) Opened(t *tunnel.Tunnel) {
 	s.process.reconcile(t)
 	program.status.Active()
 	if c := s.logger.Check(zapcore.InfoLevel, "CONNECT tunnel"); c != nil {
-		c.Write(
+		pooled := linePool.Get().(*[]zap.Field)
+		writeLine(c, pooled, append((*pooled)[:0],
 			zap.Uint64("id", t.ID),
 			textField("target", t.Target),
 			zap.Stringer("address", t.Address),
@@ -191,7 +192,7 @@ func (s *site) Opened(t *tunnel.Tunnel) {
 			userField(t),
 			policyField(t.Owner.Policy),
 			textField("proto", t.Proto),
-		)
+		))
 	}
 }
 
@@ -202,7 +203,8 @@ func (s *site) Closed(t *tunnel.Tunnel) {
 	countTunnelBytes(t)
 	tableOf(t).AddBytes(t.LimitKey, t.BytesUp(), t.BytesDown())
 	if c := s.logger.Check(zapcore.InfoLevel, "CONNECT tunnel closed"); c != nil {
-		c.Write(
+		pooled := linePool.Get().(*[]zap.Field)
+		writeLine(c, pooled, append((*pooled)[:0],
 			zap.Uint64("id", t.ID),
 			textField("target", t.Target),
 			clientField(t.Client),
@@ -213,7 +215,7 @@ func (s *site) Closed(t *tunnel.Tunnel) {
 			zap.Int64("bytes_down", t.BytesDown()),
 			zap.Duration("duration", duration),
 			zap.String("reason", t.EndReason()),
-		)
+		))
 	}
 }
 
