@@ -96,3 +96,26 @@ func FuzzDestination(f *testing.F) {
 		}
 	})
 }
+
+// All v4-mapped addresses together are all IPv4 addresses. A wider range is one of IPv6.
+func TestParsePrefix(t *testing.T) {
+	for text, want := range map[string]string{
+		"10.1.2.3": "10.1.2.3/32", "10.1.2.3/8": "10.0.0.0/8", "fd00::1": "fd00::1/128",
+		"::ffff:10.1.2.3": "10.1.2.3/32", "::ffff:10.1.2.3/104": "10.0.0.0/8", "::ffff:0:0/96": "0.0.0.0/0", "::ffff:0:0/95": "::fffe:0:0/95",
+	} {
+		if got, err := ParsePrefix(text); err != nil || got.String() != want {
+			t.Errorf("%s: %v, %v; want %s", text, got, err, want)
+		}
+	}
+}
+
+func TestParsePorts(t *testing.T) {
+	for text, want := range map[string]string{
+		"1": "1", "65535": "65535", "1-65535": "1-65535", "80-80": "80",
+		"0": "", "0-5": "", "5-4": "", "65536": "", "1-65536": "", "": "", "-": "", "1-": "", "-1": "", "+1": "", "1-2-3": "",
+	} {
+		if got, err := ParsePorts(text); got.String() != want || (err == nil) != (want != "") {
+			t.Errorf("%q: %v, %v; want %q", text, got, err, want)
+		}
+	}
+}
