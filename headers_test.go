@@ -193,6 +193,19 @@ func TestSetForwarded(t *testing.T) {
 	}
 }
 
+// A client has the same name whether it is a part of the remote address or not.
+func TestAddressIn(t *testing.T) {
+	for remote, want := range map[string]string{
+		"192.0.2.1:80": "192.0.2.1", "[2001:db8::1]:80": "2001:db8::1", "[2001:0db8:0::1]:80": "2001:db8::1",
+		"[::ffff:192.0.2.1]:80": "192.0.2.1", "[fe80::1%eth0]:80": "fe80::1", "": "unix", "@": "unix",
+	} {
+		from := identifyClient(&http.Request{RemoteAddr: remote})
+		if got := addressIn(remote, from.peer.Addr()); got != want {
+			t.Errorf("%q: %s, want %s", remote, got, want)
+		}
+	}
+}
+
 func TestMaxForwards(t *testing.T) {
 	for _, tc := range []struct {
 		method, in string
