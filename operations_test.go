@@ -110,7 +110,7 @@ func startPod(t *testing.T) (*exec.Cmd, *bytes.Buffer) {
 	}
 	user := "--userspec=65532:65532"
 	if rootIsNobodyElse(t) {
-		user = "--userspec=0:0" // there is no other user, and this one is an ordinary one outside
+		user = "" // there is no other user, and this one is an ordinary one outside
 	}
 	script := `
 		mount -t tmpfs -o mode=755 root "$ROOT"
@@ -120,7 +120,7 @@ func startPod(t *testing.T) (*exec.Cmd, *bytes.Buffer) {
 		for dir in /proc /lib /lib64 /usr/lib; do # the program of the tests is not a static one
 			if [ -d "$dir" ]; then mkdir -p "$ROOT$dir" && mount --rbind "$dir" "$ROOT$dir"; fi
 		done
-		mount -o remount,ro,mode=755 "$ROOT"
+		mount -o remount,bind,ro "$ROOT"
 		mount -t tmpfs -o mode=1777 tmp "$ROOT/tmp"
 		cd "$ROOT"
 		exec env -i XDG_CONFIG_HOME=/tmp/config XDG_DATA_HOME=/tmp/data "$(command -v chroot)" $USERSPEC "$ROOT" /usr/bin/caddy run --config /etc/caddy/Caddyfile`
