@@ -5,6 +5,7 @@ package asyncproxy
 
 import (
 	"cmp"
+	"context"
 	"flag"
 	"fmt"
 	"io"
@@ -17,7 +18,9 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
+	"time"
 )
 
 // aloneTests are tests that have a process to themselves, because they take long or look at the whole
@@ -131,10 +134,14 @@ func runParts() (code int) {
 	var all sync.WaitGroup
 	var printing sync.Mutex
 	var next atomic.Int64
+	deadline := time.Time{}
+	if timeout := flag.Lookup("test.timeout").Value.(flag.Getter).Get().(time.Duration); timeout > 0 {
+		deadline = time.Now().Add(timeout)
+	}
 	for range cmp.Or(*processes, max(4, runtime.GOMAXPROCS(0))) {
 		all.Go(func() {
 			for i := next.Add(1) - 1; i < int64(len(parts)); i = next.Add(1) - 1 {
-				output, err := runPart(parts[i], nextPort.Load()+64*i)
+				output, err := runPart(parts[i], nextPort.Load()+64*i, deadline)
 				printing.Lock()
 				if err != nil {
 					fmt.Printf("%s%s: %v\n", output, strings.Join(parts[i], ", "), err)
@@ -174,9 +181,21 @@ func testParts() (parts [][]string, err error) {
 	return slices.AppendSeq(parts, slices.Chunk(names, together)), nil
 }
 
-// runPart runs some of the tests in a process of their own.
-func runPart(names []string, port int64) (output []byte, err error) {
-	cmd := exec.Command(os.Args[0], append(flagsForAll(), "-test.run=^("+strings.Join(names, "|")+")$")...)
+// runPart runs some of the tests in a process of their own. A part that hangs ends before the deadline
+// of this process, if there is one: the output then has the stacks of the part.
+func runPart(names []string, port int64, deadline time.Time) (output []byte, err error) {
+	flags := append(flagsForAll(), "-test.run=^("+strings.Join(names, "|")+")$")
+	ctx := context.Background()
+	if !deadline.IsZero() {
+		left := max(time.Until(deadline)-30*time.Second, time.Second)
+		flags = append(flags, "-test.timeout="+left.String())
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, left+10*time.Second) // for a part that hangs outside its tests
+		defer cancel()
+	}
+	cmd := exec.CommandContext(ctx, os.Args[0], flags...)
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGQUIT) }
+	cmd.WaitDelay = 5 * time.Second // a program that the part has left running may have its output
 	cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d", partEnv, port))
 	alive, err := cmd.StdinPipe() // the other process ends with this one, however that ends
 	if err != nil {

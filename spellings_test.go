@@ -16,6 +16,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/status"
 )
@@ -46,6 +47,9 @@ func inNamespace(t *testing.T) bool {
 		t.Skip("ip is not installed; apt-get install iproute2")
 	}
 	cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v")
+	if deadline, ok := t.Deadline(); ok { // for a test that hangs, the other process shows the stacks
+		cmd.Args = append(cmd.Args, "-test.timeout="+max(time.Until(deadline)-10*time.Second, time.Second).String())
+	}
 	cmd.Env = append(os.Environ(), marker+"=yes")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS}
 	if uid := os.Getuid(); uid != 0 {
