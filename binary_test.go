@@ -151,6 +151,18 @@ func (c *binaryCaddy) write(caddyfile string) {
 	}
 }
 
+// awaitExit waits for a process that should exit by itself, and ends it if it does not. A program in Go
+// then prints its stacks.
+func awaitExit(cmd *exec.Cmd) error {
+	late := time.AfterFunc(6*patience, func() {
+		_ = cmd.Process.Signal(syscall.SIGQUIT)
+		time.Sleep(patience)
+		_ = cmd.Process.Kill()
+	})
+	defer late.Stop()
+	return cmd.Wait()
+}
+
 // command returns a Caddy command in the test's own environment.
 func (c *binaryCaddy) command(args ...string) *exec.Cmd {
 	cmd := exec.Command(caddyBinary(c.t), args...)

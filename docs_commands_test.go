@@ -39,7 +39,7 @@ func (b *backgroundCommands) start(t *testing.T, cmd *exec.Cmd, command string) 
 		if err := syscall.Kill(-b.proxy.Process.Pid, syscall.SIGINT); err != nil {
 			t.Fatal(err)
 		}
-		_ = b.proxy.Wait()
+		_ = awaitExit(b.proxy)
 		compareShown(t, b.output.String(), shownLine(t, "A forward proxy listens on "))
 	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // to stop what `go run` starts, too

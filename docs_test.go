@@ -6,6 +6,7 @@
 package asyncproxy
 
 import (
+	"bytes"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -147,11 +148,16 @@ func TestDocumentedCommands(t *testing.T) {
 				continue
 			}
 		}
-		out, _ := cmd.CombinedOutput()
+		var out bytes.Buffer
+		cmd.Stdout, cmd.Stderr, cmd.WaitDelay = &out, &out, patience // the browser's processes may outlive it
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		_ = awaitExit(cmd)
 		if row.says == asShown {
-			compareShown(t, string(out), shownAfter(t, row.file, row.command))
-		} else if !regexp.MustCompile(row.says).Match(out) {
-			t.Errorf("%s prints\n%s\nwant %s", row.command, out, row.says)
+			compareShown(t, out.String(), shownAfter(t, row.file, row.command))
+		} else if !regexp.MustCompile(row.says).Match(out.Bytes()) {
+			t.Errorf("%s prints\n%s\nwant %s", row.command, &out, row.says)
 		}
 	}
 }

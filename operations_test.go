@@ -94,7 +94,7 @@ func checkStop(t *testing.T, cmd *exec.Cmd) {
 		t.Errorf("the tunnel after SIGTERM: %v", err)
 	}
 	tunnel.Close()
-	if err := cmd.Wait(); err != nil {
+	if err := awaitExit(cmd); err != nil {
 		t.Errorf("its end: %v", err)
 	}
 }
