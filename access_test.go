@@ -42,7 +42,7 @@ func newPolicyOrigin(t *testing.T) *policyOrigin {
 		}
 	}
 	server.Start()
-	t.Cleanup(server.Close)
+	t.Cleanup(func() { closeServer(t, server) })
 	o.address = server.Listener.Addr().String()
 	_, o.port, _ = net.SplitHostPort(o.address)
 	return o

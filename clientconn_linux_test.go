@@ -101,7 +101,7 @@ func TestProcessSplicesOnClientConns(t *testing.T) {
 			_, _ = io.CopyN(w, zeros{}, size)
 		}
 	}))
-	t.Cleanup(c.origin.Close)
+	t.Cleanup(func() { closeServer(t, c.origin) })
 	conn := c.dial()
 	conn.gets(c.origin.URL + "/")
 	read := func() int {

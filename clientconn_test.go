@@ -237,7 +237,7 @@ func TestClientConnServes(t *testing.T) {
 		fast.Store(int64(fastPathConns()))
 		_, _ = io.Copy(w, r.Body)
 	}))
-	t.Cleanup(w.origin.Close)
+	t.Cleanup(func() { closeServer(t, w.origin) })
 	eventually(t, "the connections of earlier tests to end", func() bool { return fastPathConns() == 0 })
 	for _, request := range []string{
 		"POST URL HTTP/1.1\nHost: x\nContent-Length: 2\n\nok",
@@ -590,7 +590,7 @@ func TestClientConnTimeouts(t *testing.T) {
 	serves := func(timeouts string) server {
 		one := server{&world{t: t, proxy: freeAddress(t), logs: w.logs}, newSlowOrigin()}
 		one.world.origin = httptest.NewServer(one.origin)
-		t.Cleanup(one.world.origin.Close)
+		t.Cleanup(func() { closeServer(t, one.world.origin) })
 		config = "servers " + one.proxy + ` {
 	` + withWrapper + `timeouts {
 		` + timeouts + `

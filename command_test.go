@@ -32,7 +32,7 @@ func commandStart(t *testing.T, args ...string) *world {
 	admin := freeAddress(t)
 	w := &world{t: t, proxy: freeAddress(t), logs: admin}
 	w.origin = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "hello from the origin") }))
-	t.Cleanup(w.origin.Close)
+	t.Cleanup(func() { closeServer(t, w.origin) })
 	cmd := commandOf(t, append([]string{"async-proxy", "--listen", w.proxy, "--admin", admin}, args...)...)
 	var output bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &output, &output

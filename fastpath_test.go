@@ -245,7 +245,7 @@ func TestListenerOfTLS(t *testing.T) {
 	` + wrappers + `
 }`})
 		w.origin = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {}))
-		t.Cleanup(w.origin.Close)
+		t.Cleanup(func() { closeServer(t, w.origin) })
 		for request, method := range map[string]string{
 			"GET " + w.origin.URL + "/ HTTP/1.1\nHost: x\n\n": http.MethodGet,
 			"CONNECT 127.0.0.1:1 HTTP/1.1\nHost: x\n\n":       http.MethodConnect,

@@ -61,9 +61,26 @@ func newWorld(t testing.TB, options string, handler http.Handler) *world {
 	}
 	forgetCredentials()
 	w.origin = httptest.NewServer(handler)
-	t.Cleanup(w.origin.Close)
+	t.Cleanup(func() { closeServer(t, w.origin) })
 	w.load(w.site(options))
 	return w
+}
+
+// closeServer closes a server whose handlers should have returned. Close would wait for those that have
+// not, and so would the test, which may have failed for the same reason.
+func closeServer(t testing.TB, server *httptest.Server) {
+	t.Helper()
+	closed := make(chan struct{})
+	go func() {
+		server.CloseClientConnections()
+		server.Close()
+		close(closed)
+	}()
+	select {
+	case <-closed:
+	case <-time.After(patience):
+		t.Error("a handler of the origin has not returned")
+	}
 }
 
 // site returns the Caddyfile of a proxy with the given options.

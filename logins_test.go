@@ -58,7 +58,7 @@ func newLoginOrigin(t *testing.T, secure bool) *loginOrigin {
 	} else {
 		o.Start()
 	}
-	t.Cleanup(o.Close)
+	t.Cleanup(func() { closeServer(t, o.Server) })
 	return o
 }
 

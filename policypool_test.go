@@ -27,7 +27,7 @@ func TestPolicyPoolsAreApart(t *testing.T) {
 			}
 		}
 		s.StartTLS()
-		t.Cleanup(s.Close)
+		t.Cleanup(func() { closeServer(t, s) })
 		return s
 	}
 	plain := newPolicyOrigin(t)

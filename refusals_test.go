@@ -223,7 +223,7 @@ func TestRefusalOrigin(t *testing.T) {
 	secure := httptest.NewUnstartedServer(http.NotFoundHandler())
 	secure.Config.ErrorLog = log.New(io.Discard, "", 0)
 	secure.StartTLS()
-	t.Cleanup(secure.Close)
+	t.Cleanup(func() { closeServer(t, secure) })
 	b.place("SECURE", secure.Listener.Addr().String())
 	b.place("CLOSES", listen(t, func(*net.TCPConn) {}))
 	b.place("GREETS", listen(t, func(conn *net.TCPConn) {
