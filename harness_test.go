@@ -134,17 +134,26 @@ func loadCaddyfile(t testing.TB, caddyfile string) {
 	})
 }
 
+// serversRemain is set once a test has waited in vain for servers to stop. No later test of the process
+// would do better.
+var serversRemain bool
+
 // reloadAndWait loads a config and waits until the previous servers have stopped. When a reload
 // returns, they may still accept a connection, which they close or serve as before, and
 // their sockets may still be open.
 func reloadAndWait(t testing.TB, load func()) {
 	t.Helper()
+	if serversRemain {
+		t.Fatal("the servers of an earlier test have not stopped")
+	}
 	old := acceptGoroutines()
 	load()
+	serversRemain = true
 	eventually(t, "the old servers to stop", func() bool {
 		now := acceptGoroutines()
 		return !slices.ContainsFunc(old, func(id string) bool { return slices.Contains(now, id) }) && !listeningTwice()
 	})
+	serversRemain = false
 }
 
 // startCaddyfile does not wait until the previous config has stopped. With TLS sites, Caddy

@@ -28,13 +28,11 @@ func TestAccessListenersInherited(t *testing.T) {
 		t.Fatal(err)
 	}
 	inherited = append(inherited, file)
+	// Fd makes the socket block, also for those that already accept from it.
+	bind := fmt.Sprintf("fd/%d", file.Fd())
 	w := newWorld(t, "", nil)
-	w.load(w.site("allow 127.0.0.0/8") + fmt.Sprintf(`http://a.example {
-	bind fd/%d
-	async_proxy
-}
-`, file.Fd()))
+	w.load(w.site("allow 127.0.0.0/8") + "http://a.example {\n\tbind " + bind + "\n\tasync_proxy\n}\n")
 	policyOpen(t, w.proxy, http.MethodConnect, ln.Addr().String(), "", "") // another site's socket
-	w.load(strings.Replace(w.site("allow 127.0.0.0/8"), "async_proxy", fmt.Sprintf("bind 127.0.0.1 fd/%d\n\tasync_proxy", file.Fd()), 1))
+	w.load(strings.Replace(w.site("allow 127.0.0.0/8"), "async_proxy", "bind 127.0.0.1 "+bind+"\n\tasync_proxy", 1))
 	accessDenied(t, w.proxy, http.MethodConnect, ln.Addr().String(), "")
 }
