@@ -26,6 +26,7 @@ var arrows = []struct{ name, imports string }{
 	{"dnstest", ""},
 	{"monotime", ""},
 	{"printable", ""},
+	{"linebuffer", ""},
 	{"client", ""},
 	{"hostport", ""},
 	{"tcpconn", ""},

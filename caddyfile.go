@@ -202,10 +202,14 @@ func (p *caddyfileParser) option(h *Handler, name string) error {
 	return p.noBlock(name, o.expected)
 }
 
-// noBlock returns an error if a block follows what was just parsed.
 func (p *caddyfileParser) noBlock(name, expected string) error {
-	if last := p.Val(); p.NextBlock(p.Nesting()) || p.Val() != last { // an empty block only advances the Dispenser
-		at := p.seen[name]
+	return noBlock(p.Dispenser, p.seen[name], name, expected)
+}
+
+// noBlock returns an error if a block follows the option that was just parsed. It begins at the given
+// position.
+func noBlock(d *caddyfile.Dispenser, at caddyfile.Dispenser, name, expected string) error {
+	if last := d.Val(); d.NextBlock(d.Nesting()) || d.Val() != last { // an empty block only advances the Dispenser
 		return at.Errf("%s: unexpected block; expected %s", name, expected)
 	}
 	return nil

@@ -88,7 +88,7 @@ func (s *Status) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		return d.Errf("unexpected argument '%s'; expected a block of options, or nothing", d.Val())
 	}
 	for nesting := d.Nesting(); d.NextBlock(nesting); {
-		name := d.Val()
+		name, at := d.Val(), *d
 		var on *bool
 		switch name {
 		case "actions":
@@ -105,8 +105,8 @@ func (s *Status) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 			return d.Errf("%s: the option is set twice; expected it once", name)
 		}
 		*on = true
-		if last := d.Val(); d.NextBlock(d.Nesting()) || d.Val() != last { // an empty block only advances the Dispenser
-			return d.Errf("%s: unexpected block; expected no value", name)
+		if err := noBlock(d, at, name, "no value"); err != nil {
+			return err
 		}
 	}
 	if s.Actions && s.MaskClients {

@@ -189,7 +189,7 @@ func TestStatusCaddyfile(t *testing.T) {
 	actions {
 		close
 	}
-}`: "actions: unexpected block; expected no value, at Caddyfile:4",
+}`: "actions: unexpected block; expected no value, at Caddyfile:3",
 		`async_proxy_status {
 	actions
 	mask_clients

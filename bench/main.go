@@ -174,7 +174,7 @@ func measureAll(ctx context.Context, o *options, dir string, chosen []scenario, 
 	r.entrants, results.Missing = find(peers, dir, logs)
 	for _, p := range peers {
 		if p.Path != "" {
-			results.Peers = append(results.Peers, report.Peer{ID: p.ID, Name: p.Name, Version: p.Version, Note: p.Note})
+			results.Peers = append(results.Peers, report.Peer{ID: p.ID, Name: p.Name, Version: p.Version, Note: p.Note, Variant: p.Buffered})
 		}
 	}
 	for _, missing := range results.Missing {

@@ -236,6 +236,12 @@ func (m *meter) stop() reading {
 func find(peers []*peer.Peer, bin string, logs []bool) (entrants []entrant, missing []string) {
 	for _, log := range logs {
 		for _, p := range peers {
+			if p.Buffered && !log {
+				if !slices.Contains(logs, true) {
+					missing = append(missing, p.ID+" runs with logs only")
+				}
+				continue
+			}
 			if p.Path == "" {
 				if err := p.Find(bin); err != nil {
 					if !slices.Contains(missing, err.Error()) {

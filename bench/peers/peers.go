@@ -16,11 +16,12 @@ var files embed.FS
 
 // Values are what a configuration depends on.
 type Values struct {
-	Port   int    // to listen on, at 127.0.0.1
-	Origin string // the address and port of the origin, for a peer that has one only
-	Work   string // an empty directory for what the peer writes
-	Log    bool   // whether requests are logged
-	Root   bool   // whether the benchmark runs as root
+	Port     int    // to listen on, at 127.0.0.1
+	Origin   string // the address and port of the origin, for a peer that has one only
+	Work     string // an empty directory for what the peer writes
+	Log      bool   // whether requests are logged
+	Buffered bool   // whether async_proxy buffers the lines
+	Root     bool   // whether the benchmark runs as root
 }
 
 // Expand returns the configuration with the given file name.

@@ -34,6 +34,7 @@ type Peer struct {
 	Name      string // in tables
 	Note      string // what a reader of the tables should know
 	Abilities Ability
+	Buffered  bool // async_proxy with buffered logs, which runs with logs only
 
 	program string            // the name of the binary
 	build   string            // the package that it is built from; if empty, it must be installed
@@ -90,6 +91,7 @@ func List() []*Peer {
 			args: func(peers.Values) []string { return nil },
 			env:  func(v peers.Values) []string { return []string{"TS_RUNROOT=" + filepath.Join(v.Work, "runroot.yaml")} },
 		},
+		buffered(),
 		caddy("limited", "async_proxy, limiting", Refusing, "a client over its limit"),
 		caddy("respond", "Caddy `respond`", Refusing, "the same answer without a limiter"),
 	}
@@ -108,6 +110,14 @@ func caddy(id, name string, abilities Ability, note string) *Peer {
 			return []string{"XDG_DATA_HOME=" + v.Work, "XDG_CONFIG_HOME=" + v.Work}
 		},
 	}
+}
+
+// buffered returns async_proxy in another configuration.
+func buffered() *Peer {
+	p := caddy("async_proxy_buffered", "async_proxy, buffered logs", Forwarding|Tunnelling, "`async_proxy_buffer` around both logs' files")
+	p.files["Caddyfile"] = "async_proxy.Caddyfile"
+	p.Buffered = true
+	return p
 }
 
 // Find builds the program of the peer, or looks for it, and asks for its version. Programs

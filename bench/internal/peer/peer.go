@@ -61,7 +61,7 @@ func (r *Running) start(ctx context.Context) error {
 	if r.Origin, err = origin.Listen("127.0.0.1:0"); err != nil {
 		return err
 	}
-	v := peers.Values{Port: port, Origin: r.Origin.Address(), Work: r.work, Log: r.Log, Root: os.Getuid() == 0}
+	v := peers.Values{Port: port, Origin: r.Origin.Address(), Work: r.work, Log: r.Log, Buffered: r.Buffered, Root: os.Getuid() == 0}
 	for name, from := range r.files {
 		text, err := peers.Expand(from, v)
 		if err != nil {

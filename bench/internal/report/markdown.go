@@ -209,7 +209,7 @@ func (r *Results) better(scenario Scenario, logs bool) []string {
 	var better []string
 	for _, peer := range r.Peers {
 		s := r.summary(scenario, peer.ID, logs)
-		if s.Valid && s.Errors == 0 && own.Valid && figure(s) > 0 && figure(s) < figure(own)*(1-noise) {
+		if !peer.Variant && s.Valid && s.Errors == 0 && own.Valid && figure(s) > 0 && figure(s) < figure(own)*(1-noise) {
 			better = append(better, fmt.Sprintf("%s (%s)", peer.Name, ratio(figure(s), figure(own))))
 		}
 	}

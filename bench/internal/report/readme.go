@@ -78,7 +78,7 @@ func (r *Results) columns() []Peer {
 	}
 	var columns []Peer
 	for _, peer := range r.Peers {
-		if compared[peer.ID] {
+		if compared[peer.ID] && !peer.Variant {
 			columns = append(columns, peer)
 		}
 	}

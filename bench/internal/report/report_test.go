@@ -39,7 +39,8 @@ func sample() *Results {
 		Settings: Settings{Rounds: 3, Duration: time.Second, Tunnels: 100, Reference: "async_proxy", Foreign: 0.15},
 		Peers: []Peer{
 			{ID: "async_proxy", Name: "async_proxy", Version: "2.11.9"}, {ID: "squid", Name: "Squid", Version: "5.7-2", Note: "one worker"},
-			{ID: "slow", Name: "slow", Version: "1"}, {ID: "limited", Name: "async_proxy, limiting"}, {ID: "respond", Name: "Caddy `respond`"},
+			{ID: "slow", Name: "slow", Version: "1"}, {ID: "buffered", Name: "async_proxy, buffered logs", Variant: true},
+			{ID: "limited", Name: "async_proxy, limiting"}, {ID: "respond", Name: "Caddy `respond`"},
 		},
 		Missing: []string{"haproxy is not installed"},
 		Scenarios: []Scenario{
@@ -53,6 +54,7 @@ func sample() *Results {
 			{Scenario: "get", Peer: "squid", Rounds: []Round{round(500, 40, 0.5), round(500, 44, 0.4)}},
 			{Scenario: "get", Peer: "slow", Rounds: []Round{reopened}},
 			{Scenario: "get", Peer: "async_proxy", Logs: true, Rounds: []Round{round(1000, 30, 0)}},
+			{Scenario: "get", Peer: "buffered", Logs: true, Rounds: []Round{round(1000, 24, 0.5)}},
 			{Scenario: "get", Peer: "squid", Logs: true, Rounds: []Round{round(1000, 27, 0)}},
 			{Scenario: "down", Peer: "async_proxy", Rounds: []Round{bulk}},
 			{Scenario: "down", Peer: "squid", Failure: "squid: it ended\nwithout | a word"},
@@ -129,12 +131,12 @@ func TestFailed(t *testing.T) {
 func TestBusy(t *testing.T) {
 	results := sample()
 	const says = "**The machine was busy."
-	if text := results.Markdown(); !strings.Contains(text, "machine: 3 of 15.") || !strings.Contains(text, says) {
+	if text := results.Markdown(); !strings.Contains(text, "machine: 4 of 16.") || !strings.Contains(text, says) {
 		t.Error(text)
 	}
 	results.Rows[1].Rounds = nil
 	if text := results.Markdown(); strings.Contains(text, says) {
-		t.Error("one of thirteen measurements is not much")
+		t.Error("two of fourteen measurements are not much")
 	}
 }
 

@@ -38,7 +38,10 @@ type Settings struct {
 }
 
 // Peer is a proxy that was measured.
-type Peer struct{ ID, Name, Version, Note string }
+type Peer struct {
+	ID, Name, Version, Note string
+	Variant                 bool // another configuration of async_proxy, which summaries leave out
+}
 
 // Unit says what the figures of a scenario are for.
 type Unit string

@@ -1,0 +1,246 @@
+// SPDX-FileCopyrightText: The async_proxy authors
+// SPDX-License-Identifier: Apache-2.0
+
+package asyncproxy
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"math"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/caddyserver/caddy/v2/modules/logging"
+	"github.com/dustin/go-humanize"
+
+	"github.com/asyncproxy/caddy-async-proxy/internal/linebuffer"
+)
+
+func init() { caddy.RegisterModule(LogBuffer{}) }
+
+// LogBuffer is an output for logs that collects lines and writes many at once to the output that it
+// wraps. Caddy's own outputs write each line by itself, which takes about a tenth of the CPU time
+// of a short request that is logged twice.
+//
+// A line reaches the wrapped output when the buffer is full, FlushInterval after the first line in
+// the buffer, and before Caddy exits or unloads the config. If the process is killed or crashes, the
+// lines in the buffer are lost.
+type LogBuffer struct {
+	// The wrapped output: file, stdout or stderr. Others are refused, because some of them take each
+	// write for one line.
+	WrapRaw json.RawMessage `json:"wrap,omitempty" caddy:"namespace=caddy.logging.writers inline_key=output"`
+
+	// The size of the buffer in bytes. A longer line is written by itself. Default: 65536. At most
+	// 1048576, the smallest file that Caddy rotates.
+	Size int `json:"size,omitempty"`
+
+	// How long a line stays in the buffer at most. Default: 1s.
+	FlushInterval caddy.Duration `json:"flush_interval,omitempty"`
+
+	wrapped caddy.WriterOpener
+}
+
+const (
+	defaultLogBufferSize  = 64 << 10
+	maxLogBufferSize      = 1 << 20
+	defaultLogBufferFlush = caddy.Duration(time.Second)
+
+	wrappable = "file <path>, stdout or stderr"
+)
+
+// CaddyModule returns the Caddy module information.
+func (LogBuffer) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{
+		ID:  "caddy.logging.writers.async_proxy_buffer",
+		New: func() caddy.Module { return new(LogBuffer) },
+	}
+}
+
+// Provision implements caddy.Provisioner.
+func (b *LogBuffer) Provision(ctx caddy.Context) error {
+	if b.WrapRaw == nil {
+		return fmt.Errorf("wrap: the option is missing; expected %s", wrappable)
+	}
+	module, err := ctx.LoadModule(b, "WrapRaw")
+	if err != nil {
+		return fmt.Errorf("wrap: %w", err)
+	}
+	switch module.(type) {
+	case *logging.FileWriter, *caddy.StdoutWriter, *caddy.StderrWriter:
+	default:
+		return invalidValue("wrap", wrappable, module.(caddy.Module).CaddyModule().ID.Name())
+	}
+	setIfZero(&b.Size, defaultLogBufferSize)
+	setIfZero(&b.FlushInterval, defaultLogBufferFlush)
+	if b.Size < 0 || b.Size > maxLogBufferSize {
+		return invalidValue("size", fmt.Sprintf("a number of bytes from 1 to %d", maxLogBufferSize), strconv.Itoa(b.Size))
+	}
+	if b.FlushInterval < 0 {
+		return invalidValue("flush_interval", "a duration above zero", time.Duration(b.FlushInterval).String())
+	}
+	b.wrapped = module.(caddy.WriterOpener)
+	logBuffers.mu.Lock()
+	defer logBuffers.mu.Unlock()
+	o := logBuffers.open[b.WriterKey()]
+	if o == nil {
+		o = new(openLogBuffer)
+		logBuffers.open[b.WriterKey()] = o
+	}
+	o.configs = append(o.configs, b)
+	o.apply()
+	return nil
+}
+
+func (b *LogBuffer) String() string { return b.wrapped.String() }
+
+// WriterKey implements caddy.WriterOpener. Logs with the same wrapped output share a buffer.
+func (b *LogBuffer) WriterKey() string { return "async_proxy_buffer:" + b.wrapped.WriterKey() }
+
+// OpenWriter implements caddy.WriterOpener.
+func (b *LogBuffer) OpenWriter() (io.WriteCloser, error) {
+	w, err := b.wrapped.OpenWriter()
+	if err != nil {
+		return nil, err
+	}
+	logBuffers.mu.Lock()
+	defer logBuffers.mu.Unlock()
+	o := logBuffers.open[b.WriterKey()]
+	o.writer = linebuffer.New(w)
+	o.apply()
+	return o.writer, nil
+}
+
+// Cleanup implements caddy.CleanerUpper.
+func (b *LogBuffer) Cleanup() error {
+	if b.wrapped == nil {
+		return nil // not provisioned
+	}
+	logBuffers.mu.Lock()
+	defer logBuffers.mu.Unlock()
+	o := logBuffers.open[b.WriterKey()]
+	o.configs = slices.DeleteFunc(o.configs, func(other *LogBuffer) bool { return other == b })
+	o.apply()
+	return nil
+}
+
+// logBuffers has the state of each writer key. Caddy 2.11.9 keeps a log's writer open for as long as
+// the process runs, and uses it again for the next config with the same key. Therefore the
+// modules tell the writer when they come and go.
+var logBuffers = struct {
+	mu   sync.Mutex
+	open map[string]*openLogBuffer
+}{open: make(map[string]*openLogBuffer)}
+
+type openLogBuffer struct {
+	writer  *linebuffer.Writer // nil until Caddy opens it
+	configs []*LogBuffer       // those provisioned: during a reload, the old config's and then the new one's
+}
+
+// apply gives the writer the buffer of the oldest config, so that one that is not loaded in the end has
+// no effect. Without any, there is no buffer: what Caddy logs when it exits is written at once.
+func (o *openLogBuffer) apply() {
+	switch {
+	case o.writer == nil:
+	case len(o.configs) == 0:
+		o.writer.SetBuffer(0, 0)
+	default:
+		o.writer.SetBuffer(o.configs[0].Size, time.Duration(o.configs[0].FlushInterval))
+	}
+}
+
+// UnmarshalCaddyfile sets up the output from Caddyfile tokens. Syntax:
+//
+//	output async_proxy_buffer {
+//		wrap           <output> ...
+//		size           <size>
+//		flush_interval <duration>
+//	}
+func (b *LogBuffer) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
+	d.Next() // the output's name
+	if d.NextArg() {
+		return d.Errf("unexpected argument '%s'; expected a block with wrap <output>", d.Val())
+	}
+	seen := make(map[string]bool)
+	for nesting := d.Nesting(); d.NextBlock(nesting); {
+		name, at := d.Val(), *d
+		if seen[name] {
+			return d.Errf("%s: the option is set twice; expected it once", name)
+		}
+		seen[name] = true
+		var expected string
+		var set func(value string) (ok bool)
+		switch name {
+		case "wrap":
+			if err := b.wrap(d); err != nil {
+				return err
+			}
+			continue
+		case "size":
+			expected = "a size from 1B to 1MiB"
+			set = func(value string) bool {
+				size, err := humanize.ParseBytes(value)
+				b.Size = int(min(size, math.MaxInt))
+				return err == nil && b.Size >= 1 && b.Size <= maxLogBufferSize
+			}
+		case "flush_interval":
+			expected = "a duration above zero, such as 1s"
+			set = func(value string) bool {
+				interval, err := caddy.ParseDuration(value)
+				b.FlushInterval = caddy.Duration(interval)
+				return err == nil && interval > 0
+			}
+		default:
+			return d.Errf("unrecognized option '%s'; expected wrap, size or flush_interval", name)
+		}
+		switch args := d.RemainingArgs(); {
+		case len(args) == 0:
+			return d.Errf("%s: missing value; expected %s", name, expected)
+		case len(args) > 1:
+			return d.Errf("%s: unexpected value '%s'; expected %s", name, args[1], expected)
+		case !set(args[0]):
+			return d.Errf("%v", invalidValue(name, expected, args[0]))
+		}
+		if err := noBlock(d, at, name, expected); err != nil {
+			return err
+		}
+	}
+	if !seen["wrap"] {
+		return d.Errf("wrap: the option is missing; expected %s", wrappable)
+	}
+	return nil
+}
+
+// wrap parses the wrapped output.
+func (b *LogBuffer) wrap(d *caddyfile.Dispenser) error {
+	at := *d
+	if !d.NextArg() {
+		return d.Errf("wrap: missing value; expected %s", wrappable)
+	}
+	var output caddy.WriterOpener
+	switch name := d.Val(); name {
+	case "file":
+		module, err := caddyfile.UnmarshalModule(d, "caddy.logging.writers.file")
+		if err != nil {
+			return err
+		}
+		b.WrapRaw = caddyconfig.JSONModuleObject(module, "output", "file", nil)
+		return nil
+	case "stdout":
+		output = caddy.StdoutWriter{}
+	case "stderr":
+		output = caddy.StderrWriter{}
+	default:
+		return d.Errf("%v", invalidValue("wrap", wrappable, name))
+	}
+	b.WrapRaw = caddyconfig.JSONModuleObject(output, "output", d.Val(), nil)
+	if d.NextArg() {
+		return d.Errf("wrap: unexpected value '%s'; expected %s", d.Val(), wrappable)
+	}
+	return noBlock(d, at, "wrap", wrappable)
+}
