@@ -99,8 +99,16 @@ func (b *LogBuffer) Provision(ctx caddy.Context) error {
 
 func (b *LogBuffer) String() string { return b.wrapped.String() }
 
-// WriterKey implements caddy.WriterOpener. Logs with the same wrapped output share a buffer.
-func (b *LogBuffer) WriterKey() string { return "async_proxy_buffer:" + b.wrapped.WriterKey() }
+// WriterKey implements caddy.WriterOpener. Logs with the same wrapped output share a buffer. A file has
+// the key that it has without a buffer, so that there is one writer for each file: of two, one would
+// go on writing to a file that the other has rotated.
+func (b *LogBuffer) WriterKey() string {
+	key := b.wrapped.WriterKey()
+	if _, ok := b.wrapped.(*logging.FileWriter); ok {
+		return key
+	}
+	return "async_proxy_buffer:" + key
+}
 
 // OpenWriter implements caddy.WriterOpener.
 func (b *LogBuffer) OpenWriter() (io.WriteCloser, error) {
@@ -126,6 +134,9 @@ func (b *LogBuffer) Cleanup() error {
 	o := logBuffers.open[b.WriterKey()]
 	o.configs = slices.DeleteFunc(o.configs, func(other *LogBuffer) bool { return other == b })
 	o.apply()
+	if o.writer == nil && len(o.configs) == 0 {
+		delete(logBuffers.open, b.WriterKey())
+	}
 	return nil
 }
 
@@ -138,7 +149,7 @@ var logBuffers = struct {
 }{open: make(map[string]*openLogBuffer)}
 
 type openLogBuffer struct {
-	writer  *linebuffer.Writer // nil until Caddy opens it
+	writer  *linebuffer.Writer // nil until Caddy opens it, or if it has opened the file without a buffer
 	configs []*LogBuffer       // those provisioned: during a reload, the old config's and then the new one's
 }
 
@@ -152,6 +163,20 @@ func (o *openLogBuffer) apply() {
 	default:
 		o.writer.SetBuffer(o.configs[0].Size, time.Duration(o.configs[0].FlushInterval))
 	}
+}
+
+// unbufferedLogs returns the wrapped outputs of the running configs that have no buffer, because Caddy has
+// opened their files without one. They get it when Caddy starts again.
+func unbufferedLogs() (outputs []string) {
+	logBuffers.mu.Lock()
+	defer logBuffers.mu.Unlock()
+	for _, o := range logBuffers.open {
+		if o.writer == nil && len(o.configs) > 0 {
+			outputs = append(outputs, o.configs[0].String())
+		}
+	}
+	slices.Sort(outputs)
+	return outputs
 }
 
 // UnmarshalCaddyfile sets up the output from Caddyfile tokens. Syntax:

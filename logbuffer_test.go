@@ -1,6 +1,8 @@
 // SPDX-FileCopyrightText: The async_proxy authors
 // SPDX-License-Identifier: Apache-2.0
 
+//go:build linux
+
 package asyncproxy
 
 import (
@@ -123,6 +125,60 @@ func TestLogBuffer(t *testing.T) {
 			w.load(site) // which the world's cleanup stops
 		})
 	}
+}
+
+// A file has one writer, whatever the configs say one after the other, so that it can be rotated. One that
+// Caddy has opened without a buffer does not get one, and operators learn that.
+func TestLogBufferAndFile(t *testing.T) {
+	w := newWorld(t, "", nil)
+	for _, first := range []string{"file", "buffer"} {
+		t.Run(first+" first", func(t *testing.T) {
+			file := filepath.Join(t.TempDir(), "access.log")
+			plain, buffer := inSite(w.site(""), "\tlog {\n\t\toutput file "+file+"\n\t}\n"), inSite(w.site(""), buffered(file, "flush_interval 1h"))
+			expect := func(what string, inFile, want int, warnings ...string) {
+				t.Helper()
+				w.gets(w.proxy, http.StatusOK)
+				eventually(t, what, func() bool { return len(paths(t, file)) == inFile })
+				w.load(w.site("")) // writes what is in the buffer
+				if got := len(paths(t, file)); got != want {
+					t.Errorf("%s: %d lines in the end, want %d", what, got, want)
+				}
+				if n := descriptorsOf(t, file); n != 1 {
+					t.Errorf("%s: the file is open %d times", what, n)
+				}
+			}
+			if first == "file" {
+				w.load(plain)
+				expect("a file", 1, 1)
+				w.load(buffer)
+				checkWarnings(t, "a buffer that comes too late", "log_not_buffered")
+				expect("a buffer that comes too late", 2, 2)
+			} else {
+				w.load(buffer)
+				checkWarnings(t, "a buffer")
+				expect("a buffer", 0, 1)
+				w.load(plain)
+				expect("the file without the buffer", 2, 2)
+			}
+			w.load(plain)
+			expect("the file again", 3, 3)
+		})
+	}
+}
+
+// descriptorsOf returns how many of this process's descriptors are for a file.
+func descriptorsOf(t *testing.T, file string) (n int) {
+	t.Helper()
+	links, err := filepath.Glob("/proc/self/fd/*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, link := range links {
+		if path, err := os.Readlink(link); err == nil && path == file {
+			n++
+		}
+	}
+	return n
 }
 
 // The lines in the buffer are written when Caddy exits, as are those about its exit.
