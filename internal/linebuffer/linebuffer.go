@@ -15,6 +15,9 @@ import (
 // Writer collects lines and writes them to another writer when the next one does not fit into the
 // buffer, some time after the first one, or when it is closed. Its methods may be called
 // concurrently.
+//
+// Unlike zap's BufferedWriteSyncer, it goes on after a write that failed, syncs no files, and does
+// nothing while there are no lines.
 type Writer struct {
 	mu     sync.Mutex
 	w      io.WriteCloser
