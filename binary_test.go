@@ -230,6 +230,21 @@ func (c *binaryCaddy) goroutines() int {
 	return binaryNumber(c.t, text, `total (\d+)`)
 }
 
+// settled returns the numbers of descriptors and goroutines once they have stayed the same for a second.
+// What has just ended on the wire may still be ending in the process.
+func (c *binaryCaddy) settled() (descriptors, goroutines int) {
+	c.t.Helper()
+	var since time.Time
+	eventually(c.t, "descriptors and goroutines to settle", func() bool {
+		d, g := c.descriptors(), c.goroutines()
+		if d != descriptors || g != goroutines {
+			descriptors, goroutines, since = d, g, time.Now()
+		}
+		return time.Since(since) >= time.Second
+	})
+	return descriptors, goroutines
+}
+
 // resident returns the resident memory of the process in bytes, after a garbage collection.
 func (c *binaryCaddy) resident() int {
 	c.t.Helper()
@@ -656,8 +671,8 @@ func TestBinaryIdle(t *testing.T) {
 	c := binaryStart(t, binaryOptions{})
 	binaryClose(binaryTunnels(t, c.proxy, 1))
 	c.waitLog("CONNECT tunnel closed", 1)
-	resident, goroutines := c.resident(), c.goroutines()
-	descriptors := c.descriptors()
+	descriptors, goroutines := c.settled()
+	resident := c.resident()
 
 	tunnels := binaryTunnels(t, c.proxy, n)
 	if got := c.descriptors() - descriptors; got != 2*n {
@@ -681,7 +696,7 @@ func TestBinaryChurn(t *testing.T) {
 	target := binaryEcho(t)
 	binaryClose(binaryTunnels(t, c.proxy, 1))
 	c.waitLog("CONNECT tunnel closed", 1)
-	goroutines, descriptors := c.goroutines(), c.descriptors()
+	descriptors, goroutines := c.settled()
 	binaryEach(t, 10_000, func(i int) error {
 		tunnel, _, err := binaryOpen(c.proxy, target, patience)
 		if err != nil {

@@ -68,7 +68,7 @@ func TestParentStreams(t *testing.T) {
 }`, nil)
 	target := listen(t, func(conn *net.TCPConn) { _, _ = io.Copy(conn, conn) })
 	w.dial().connect(target)
-	descriptors := parent.descriptors()
+	descriptors, _ := parent.settled()
 	var conns []*rawConn
 	for range 50 {
 		conn := w.dial()
