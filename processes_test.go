@@ -184,6 +184,11 @@ func testParts() (parts [][]string, err error) {
 // runPart runs some of the tests in a process of their own. A part that hangs ends before the deadline
 // of this process, if there is one: the output then has the stacks of the part.
 func runPart(names []string, port int64, deadline time.Time) (output []byte, err error) {
+	data, err := os.MkdirTemp("", "async-proxy-data") // Caddy fails if several processes make its CA in one directory
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(data)
 	flags := append(flagsForAll(), "-test.run=^("+strings.Join(names, "|")+")$")
 	ctx := context.Background()
 	if !deadline.IsZero() {
@@ -196,7 +201,7 @@ func runPart(names []string, port int64, deadline time.Time) (output []byte, err
 	cmd := exec.CommandContext(ctx, os.Args[0], flags...)
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGQUIT) }
 	cmd.WaitDelay = 5 * time.Second // a program that the part has left running may have its output
-	cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d", partEnv, port))
+	cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d", partEnv, port), "XDG_DATA_HOME="+data)
 	alive, err := cmd.StdinPipe() // the other process ends with this one, however that ends
 	if err != nil {
 		return nil, err
