@@ -13,6 +13,9 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
 )
 
 // TestRefusalsOfEagerClients checks that a client that sends a large request whole before
@@ -132,4 +135,93 @@ func sendThenRead(t *testing.T, w *world, way, request string) (status int) {
 	}
 	_ = conn.Close()
 	return res.StatusCode
+}
+
+// TestLastResponseIsWhole checks that a client gets the whole of a response after which the proxy closes
+// the connection, though the client has sent its next request already (RFC 9112 §9.6).
+func TestLastResponseIsWhole(t *testing.T) {
+	const length = 3_000_000
+	head := fmt.Sprintf("HTTP/1.1 413 Content Too Large\r\nContent-Length: %d\r\n\r\n", length)
+	content := strings.Repeat("r", length)
+	early := listen(t, func(conn *net.TCPConn) { // responds before it has read the request
+		r := bufio.NewReader(conn)
+		req, err := http.ReadRequest(r)
+		if err != nil {
+			return
+		}
+		_, _ = io.WriteString(conn, head+content[:1000])
+		_, _ = io.Copy(io.Discard, req.Body)
+		_, _ = io.WriteString(conn, content[1000:])
+		_, _ = io.Copy(io.Discard, r)
+	})
+	asked, begin := make(chan struct{}), make(chan struct{})
+	slow := listen(t, func(conn *net.TCPConn) {
+		r := bufio.NewReader(conn)
+		if _, err := http.ReadRequest(r); err != nil {
+			return
+		}
+		asked <- struct{}{}
+		<-begin
+		_, _ = io.WriteString(conn, head+content)
+		_, _ = io.Copy(io.Discard, r)
+	})
+	next := "PUT http://" + early + "/next HTTP/1.1\r\nHost: x\r\nContent-Length: 20000\r\n\r\n" + strings.Repeat("n", 20_000)
+	upload := fmt.Sprintf("POST http://%s/ HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s", early, length, content)
+	for _, tc := range []struct {
+		name, request string
+		site          func(string) string
+		meanwhile     func(proxy string) // while the response is awaited
+	}{
+		{"early response", upload, func(site string) string { return site }, nil},
+		{"early response, ordinary", upload, inRoute, nil},
+		{"shutdown", "GET http://" + slow + "/ HTTP/1.1\r\nHost: x\r\n\r\n", func(site string) string { return site }, func(proxy string) {
+			<-asked
+			stopped := make(chan struct{})
+			go func() {
+				_ = caddy.Stop()
+				close(stopped)
+			}()
+			eventually(t, "the listener to close", func() bool {
+				conn, err := net.Dial("tcp", proxy)
+				if err == nil {
+					_ = conn.Close()
+				}
+				return err != nil
+			})
+			close(begin)
+			<-stopped
+		}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			if *byNetHTTP && tc.meanwhile != nil {
+				t.Skip("Caddy's HTTP server resets connections on which it has not read everything")
+			}
+			w := newWorld(t, "", nil)
+			w.load(tc.site(w.site("")))
+			conn := w.dial()
+			_ = conn.SetReadBuffer(32 << 10) // so that much of the response is still to be sent when the proxy closes
+			sent := make(chan error, 1)
+			go func() {
+				_, err := io.WriteString(conn, tc.request+next)
+				sent <- err
+			}()
+			if tc.meanwhile != nil {
+				go tc.meanwhile(w.proxy)
+			}
+			time.Sleep(200 * time.Millisecond) // begins to read late, too
+			all, err := io.ReadAll(conn)
+			if err != nil {
+				t.Errorf("after %d bytes: %v", len(all), err)
+			}
+			if err := <-sent; err != nil {
+				t.Errorf("sending: %v", err)
+			}
+			if _, body, _ := bytes.Cut(all, []byte("\r\n\r\n")); string(body) != content {
+				t.Errorf("%d bytes of content, want %d and no other response", len(body), length)
+			}
+			if !bytes.Contains(all, []byte("\r\nConnection: close\r\n")) {
+				t.Error("the response does not say that it is the last")
+			}
+		})
+	}
 }

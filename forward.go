@@ -103,7 +103,8 @@ func (p *proxy) forwardTo(client *origin.Client, w http.ResponseWriter, r *http.
 	if err := p.passResponse(w, r, x, from); err != nil {
 		return res.StatusCode, err
 	}
-	if x.Finish(); x.Body != nil && isLastOnConnection(r, out) {
+	// By now, the client may have sent the rest of its content, and more behind it.
+	if x.Finish(); wasLast(w.Header()) {
 		p.closeInStages(w, r, from.addr)
 	}
 	return res.StatusCode, nil

@@ -14,12 +14,16 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/quic-go/quic-go/http3"
+	"golang.org/x/net/http2"
+
 	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
 	"github.com/asyncproxy/caddy-async-proxy/internal/h1"
 	"github.com/asyncproxy/caddy-async-proxy/internal/hostport"
 	"github.com/asyncproxy/caddy-async-proxy/internal/origin"
 	"github.com/asyncproxy/caddy-async-proxy/internal/printable"
+	"github.com/asyncproxy/caddy-async-proxy/internal/tcpconn"
 	"github.com/asyncproxy/caddy-async-proxy/internal/tunnel"
 )
 
@@ -338,12 +342,23 @@ func dialOutcome(ctx context.Context, err error) string {
 // forwardRefusal returns the refusal for a request that got no response from the origin.
 func forwardRefusal(r *http.Request, err error) *refusal {
 	switch {
+	case errors.As(err, new(*origin.RequestBodyError)) && hasLeft(err):
+		return clientDisconnected(err)
 	case errors.As(err, new(*origin.RequestBodyError)):
 		return cause(origin.CauseOf(err)).refusal(err)
 	case r.Context().Err() != nil, errors.As(err, new(*origin.DialError)), errors.As(err, new(*egress.ParentError)):
 		return dialRefusal(r.Context(), err, r.Host)
 	}
 	return cause(origin.CauseOf(err)).failure(err, r.Host)
+}
+
+// hasLeft reports whether err, from reading the content of a request, says that no response can reach the
+// client any longer: it has reset its connection or its stream, or its HTTP/2 or HTTP/3 connection has ended.
+func hasLeft(err error) bool {
+	var h3 *http3.Error
+	return tcpconn.IsReset(err) || errors.As(err, new(http2.StreamError)) || errors.As(err, &h3) && h3.Remote ||
+		errors.Is(err, net.ErrClosed) || // quic-go's errors of connections
+		strings.HasSuffix(err.Error(), "client disconnected") // the HTTP/2 server does not export this error
 }
 
 // alertDetail returns the name of a TLS alert, and parameters for the Proxy-Status field.

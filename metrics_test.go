@@ -5,6 +5,7 @@ package asyncproxy
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -23,6 +24,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/prometheus/client_golang/prometheus/testutil"
+	"github.com/quic-go/quic-go/http3"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/access"
 	"github.com/asyncproxy/caddy-async-proxy/internal/egress"
@@ -387,6 +389,98 @@ func TestMetricsOfDisconnect(t *testing.T) {
 		})
 	}
 }
+
+// A client that resets its connection amid an upload has left. It has not sent a bad request.
+func TestMetricsOfResetUploads(t *testing.T) {
+	origin := listen(t, func(conn *net.TCPConn) { _, _ = io.Copy(io.Discard, conn) })
+	w := newWorld(t, "", nil)
+	for _, site := range []string{w.site(""), inRoute(w.site(""))} {
+		w.load(site)
+		for _, upload := range []string{"Content-Length: 10\n\nhello", "Content-Length: 1000000\n\nhello", "Transfer-Encoding: chunked\n\n5\nhel", "Transfer-Encoding: chunked\n\n100000\nhello"} {
+			w.forgetLogs()
+			before := gatherMetrics(t)
+			conn := w.dial()
+			conn.send("POST http://" + origin + "/ HTTP/1.1\nHost: x\n" + upload)
+			time.Sleep(50 * time.Millisecond) // so that, mostly, the content is being read
+			_ = conn.SetLinger(0)
+			_ = conn.Close()
+			if line := w.waitLog("request", 1)[0]; line["level"] != "info" || line["status"] != 499.0 || line["reason"] != "connection_terminated" {
+				t.Errorf("%q: line %v", upload, line)
+			}
+			grown := since(t, before)
+			delete(grown, `forwarded_bytes_total{direction="up"}`)
+			if want := map[string]float64{`requests_total{kind="forward",outcome="canceled"}`: 1}; !maps.Equal(grown, want) {
+				t.Errorf("%q: growth %v, want %v", upload, grown, want)
+			}
+		}
+	}
+}
+
+// So has a client that cancels an upload over HTTP/2 or HTTP/3, or whose connection ends.
+func TestMetricsOfCanceledUploads(t *testing.T) {
+	origin := listen(t, func(conn *net.TCPConn) { _, _ = io.Copy(io.Discard, conn) })
+	w, secure := framesWorld(t)
+	h2 := &http.Transport{Protocols: new(http.Protocols)}
+	h2.Protocols.SetUnencryptedHTTP2(true)
+	h3 := &http3.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true, ServerName: "localhost"}}
+	defer h3.Close()
+	leave := map[string]func(cancel context.CancelFunc, conn net.Conn){
+		"cancels":               func(cancel context.CancelFunc, _ net.Conn) { cancel() },
+		"closes its connection": func(_ context.CancelFunc, conn net.Conn) { _ = conn.Close() },
+	}
+	for how, leave := range leave {
+		for _, protocol := range []string{"h2", "h3"} {
+			before := gatherMetrics(t)
+			var conn net.Conn
+			var transport http.RoundTripper
+			address := "https://" + secure
+			if protocol == "h2" {
+				h2 := &http.Transport{Protocols: new(http.Protocols), DialContext: func(context.Context, string, string) (_ net.Conn, err error) {
+					conn, err = net.Dial("tcp", w.proxy)
+					return conn, err
+				}}
+				h2.Protocols.SetUnencryptedHTTP2(true)
+				defer h2.CloseIdleConnections()
+				transport, address = h2, "http://"+w.proxy
+			} else {
+				h3 := &http3.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true, ServerName: "localhost"}}
+				defer h3.Close()
+				transport, conn = h3, closerConn{close: h3.Close}
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			content, writer := io.Pipe()
+			r, _ := http.NewRequestWithContext(ctx, http.MethodPost, address+"/", content)
+			r.Host, r.ContentLength = origin, 1_000_000
+			go func() {
+				_, _ = io.WriteString(writer, strings.Repeat("x", 1000))
+				time.Sleep(50 * time.Millisecond) // so that, mostly, the content is being read
+				leave(cancel, conn)
+			}()
+			if res, err := transport.RoundTrip(r); err == nil {
+				t.Errorf("%s %s: %s", protocol, how, res.Status)
+			}
+			cancel()
+			_ = writer.Close()
+			eventually(t, "the request to end", func() bool {
+				grown := since(t, before)
+				return grown[`requests_total{kind="forward",outcome="canceled"}`]+grown[`requests_total{kind="forward",outcome="refused"}`] > 0
+			})
+			grown := since(t, before)
+			delete(grown, `forwarded_bytes_total{direction="up"}`)
+			if want := map[string]float64{`requests_total{kind="forward",outcome="canceled"}`: 1}; !maps.Equal(grown, want) {
+				t.Errorf("%s %s: growth %v, want %v", protocol, how, grown, want)
+			}
+		}
+	}
+}
+
+// closerConn is a connection that can only be closed.
+type closerConn struct {
+	net.Conn
+	close func() error
+}
+
+func (c closerConn) Close() error { return c.close() }
 
 // Request content is counted as it is read, whatever its framing.
 func TestMetricsOfUploads(t *testing.T) {

@@ -114,6 +114,12 @@ func isLastOnConnection(r *http.Request, out *origin.Request) bool {
 	return out.Body != nil && !out.Body.IsRead(downstream.Serves(r))
 }
 
+// wasLast reports whether a response with this header has told an HTTP/1 client that the connection ends.
+func wasLast(header http.Header) bool {
+	connection := header["Connection"]
+	return len(connection) > 0 && connection[0] == "close"
+}
+
 // cutOffError reports that a response was cut off after its head had been sent. It is
 // an http.ErrAbortHandler, so that the server aborts the client's response too.
 type cutOffError struct{ error }

@@ -4,9 +4,15 @@
 package asyncproxy
 
 import (
+	"bufio"
+	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 )
 
 // The fast path and Caddy's HTTP server differ as docs/reference.md says, and in every case the connection is
@@ -22,6 +28,7 @@ func TestStrictness(t *testing.T) {
 		says           string // in the response of the fast path
 	}{
 		{"length beside chunks", get + "Content-Length: 5\n" + chunks, 400, 200, "it has both Content-Length and Transfer-Encoding"},
+		{"length beside chunks, for the server itself", "POST / HTTP/1.1\nHost: x\nContent-Length: 5\n" + chunks, 400, 421, "it has both Content-Length and Transfer-Encoding"},
 		{"chunks from HTTP/1.0", "POST http://" + host + "/ HTTP/1.0\n" + chunks, 400, 200, "HTTP/1.0 has no Transfer-Encoding"},
 		{"another coding", get + "Transfer-Encoding: gzip\n\n", 501, 501, "does not support the transfer coding"},
 		{"two codings", get + "Transfer-Encoding: gzip, chunked\n\n", 501, 501, "does not support the transfer coding"},
@@ -32,13 +39,13 @@ func TestStrictness(t *testing.T) {
 		{"another expectation", get + "Expect: miracles\n\n", 417, 417, "does not support the expectation"},
 		{"CONNECT without Host", "CONNECT " + host + " HTTP/1.1\n\n", 400, 200, "missing required Host header"},
 		{"no Host", "GET http://" + host + "/ HTTP/1.1\n\n", 400, 400, "missing required Host header"},
-		{"a bare LF", get + "X-One: 1␊X-Two: 2\n\n", 400, 200, "a line of its head does not end with CRLF"},
-		{"a bare LF at the end", get + "X-One: 1␊\n", 400, 200, "a line of its head does not end with CRLF"},
-		{"bare LF alone", "GET http://" + host + "/ HTTP/1.1␊Host: x␊␊", 400, 200, "a line of its head does not end with CRLF"},
+		{"a bare LF", get + "X-One: 1␊X-Two: 2\n\n", 400, 200, "a line does not end with CRLF"},
+		{"a bare LF at the end", get + "X-One: 1␊\n", 400, 200, "a line does not end with CRLF"},
+		{"bare LF alone", "GET http://" + host + "/ HTTP/1.1␊Host: x␊␊", 400, 200, "a line does not end with CRLF"},
 		{"a folded field", get + "X-One: 1\n 2\n\n", 400, 200, "a field is folded onto another line"},
 		{"1001 fields", get + strings.Repeat("X-One: 1\n", 1001) + "\n", 431, 431, "too large"},
 		{"CONNECT with 1001 fields", "CONNECT " + host + " HTTP/1.1\nHost: x\n" + strings.Repeat("X-One: 1\n", 1001) + "\n", 431, 200, "too large"},
-		{"no colon", get + "X-One\n\n", 400, 400, "a line of its head has no colon"},
+		{"no colon", get + "X-One\n\n", 400, 400, "a field line has no colon"},
 		{"a name with a space", get + "X One: 1\n\n", 400, 400, "invalid header name"},
 		{"a value with a NUL", get + "X-One: \x00\n\n", 400, 400, "invalid header value"},
 		{"another version", "GET http://" + host + "/ HTTP/3.0\nHost: x\n\n", 505, 505, "does not support the HTTP version"},
@@ -89,5 +96,74 @@ func TestFieldsAndChunksStay(t *testing.T) {
 		if got.fields.Get("Pragma") != "no-cache" || got.fields.Get("Cache-Control") != "" || got.content != "ok" {
 			t.Errorf("the origin got %v, %q", got.fields, got.content)
 		}
+	}
+}
+
+// The trailers of a request are read as strictly as its head. Whichever server reads them, what follows a
+// malformed line is never taken for another request.
+func TestStrictnessOfTrailers(t *testing.T) {
+	w, ways, _ := uploadWorld(t)
+	var smuggled atomic.Int64
+	origin := listen(t, func(conn *net.TCPConn) {
+		r := bufio.NewReader(conn)
+		for {
+			req, err := http.ReadRequest(r)
+			if err != nil {
+				return
+			}
+			if req.URL.Path == "/smuggled" {
+				smuggled.Add(1)
+			}
+			if _, err := io.Copy(io.Discard, req.Body); err != nil {
+				return
+			}
+			_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+		}
+	})
+	for _, row := range []struct{ trailers, says string }{
+		{"␊", "a line does not end with CRLF"},
+		{"X-One: 1␊\n", "a line does not end with CRLF"},
+		{"X-One: 1\n␊", "a line does not end with CRLF"},
+		{"X-One: 1␊␊", "a line does not end with CRLF"},
+		{"X-One: 1␊X-Two: 2\n\n", "a line does not end with CRLF"},
+		{"X-One: 1\n 2\n\n", "a field is folded onto another line"},
+		{" X-One: 1\n\n", "a field is folded onto another line"},
+		{"X-One : 1\n\n", "invalid header name"},
+		{"X-One\n\n", "a field line has no colon"},
+		{": 1\n\n", "invalid header name"},
+		{"X-One: \x00\n\n", "invalid header value"},
+		{"X-One: \x01\n\n", "invalid header value"},
+		{strings.Repeat("X-One: 1\n", 1001) + "\n", "more than 1000 fields"},
+		{"X-One: 1\n\n", ""},
+		{"\n", ""},
+	} {
+		for way, proxy := range ways {
+			for _, pause := range []time.Duration{0, 10 * time.Millisecond} {
+				w.forgetLogs()
+				c := dialRaw(t, proxy)
+				c.send("POST http://" + origin + "/ HTTP/1.1\nHost: x\nTrailer: X-One\nTransfer-Encoding: chunked\n\n2\nok\n0\n")
+				time.Sleep(pause) // the trailers arrive with the content, or after it
+				isValid := row.says == ""
+				_, _ = c.Write([]byte(crlf(row.trailers)))
+				if !isValid {
+					_, _ = c.Write([]byte("GET http://" + origin + "/smuggled HTTP/1.1\r\nHost: x\r\n\r\n"))
+				}
+				res, err := http.ReadResponse(c.r, nil)
+				if err != nil {
+					t.Errorf("%.20q, %s: %v", row.trailers, way, err)
+					continue
+				}
+				if isValid && res.StatusCode != 200 || !isValid && (!res.Close || way == "fast path" && res.StatusCode != 400) {
+					t.Errorf("%.20q, %s: %s, Close %t", row.trailers, way, res.Status, res.Close)
+				}
+				if line := w.waitLog("request", 1)[0]; way == "fast path" && !strings.Contains(fmt.Sprint(line["error"]), row.says) {
+					t.Errorf("%.20q: the log says %v", row.trailers, line)
+				}
+				_ = c.Close()
+			}
+		}
+	}
+	if n := smuggled.Load(); n > 0 {
+		t.Errorf("the origin got %d requests from behind malformed trailers", n)
 	}
 }

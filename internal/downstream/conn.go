@@ -209,14 +209,15 @@ func (c *clientConn) serveRequest(r *http.Request) bool {
 		return false
 	}
 	isUsed := c.stopWatch() || c.content != nil
-	if c.content != nil && !c.content.body.Ended {
-		c.w.closes = true // what is left of the content is not a request
-		if !c.w.lingers {
-			c.w.CloseInStages(hostport.AddrPortOf(c.RemoteAddr()).Addr())
-		}
-	}
+	isUnread := c.content != nil && !c.content.body.Ended
+	c.w.closes = c.w.closes || isUnread // what is left of the content is not a request
 	c.content = nil
 	err := c.w.finish()
+	// A client that has not asked for the end may have sent its next request already. Closing with that
+	// unread would reset the connection, and the client could lose the response (RFC 9112 §9.6).
+	if (isUnread || c.w.closes && !r.Close) && !c.w.lingers && !c.w.resets {
+		c.w.CloseInStages(hostport.AddrPortOf(c.RemoteAddr()).Addr())
+	}
 	if !isUsed {
 		freeRequest(r)
 	}

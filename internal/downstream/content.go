@@ -5,6 +5,7 @@ package downstream
 
 import (
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -32,7 +33,7 @@ func (c *clientConn) setFraming(r *http.Request) *Invalid {
 		case len(codings) > 1 || !strings.EqualFold(codings[0], "chunked"):
 			return &Invalid{Kind: Refused, Status: "501 Not Implemented", Detail: "Unsupported transfer encoding"}
 		case length >= 0:
-			return badRequest("it has both Content-Length and Transfer-Encoding")
+			return errTwoLengths
 		}
 		delete(r.Header, "Transfer-Encoding")
 		r.TransferEncoding, chunked, length = []string{"chunked"}, true, -1
@@ -51,10 +52,12 @@ func (c *clientConn) setFraming(r *http.Request) *Invalid {
 	}
 	r.ContentLength = length
 	c.content = &content{client: c}
-	c.content.body.Delimit(c.r, length, r.Trailer)
+	c.content.body.Delimit(c.r, length, func(lines, end string) error { return parseTrailers(lines, end, r.Trailer) })
 	r.Body = c.content
 	return nil
 }
+
+var errTwoLengths = badRequest("it has both Content-Length and Transfer-Encoding")
 
 // contentLength parses Content-Length. It returns -1 if there is none. Repeated equal values
 // count as one (RFC 9112 §6.3).
@@ -78,6 +81,27 @@ func checkTrailerNames(trailer http.Header) *Invalid {
 		if _, found := trailer[name]; found {
 			return badRequest("its Trailer field names " + name + ", which frames the content")
 		}
+	}
+	return nil
+}
+
+// parseTrailers parses the lines of a trailer section, which end with an empty line, as strictly as those of
+// a head: a server that reads one line differently would see another end of the message. It adds the
+// fields to trailer, unless that is nil because the head has announced none.
+func parseTrailers(lines, end string, trailer http.Header) error {
+	whole, found := strings.CutSuffix(lines+end, "\r\n")
+	if !found {
+		return h1.ProtocolError(errLineEnd.Detail)
+	}
+	if whole == "" {
+		return nil
+	}
+	fields, reason := parseFields(strings.TrimSuffix(whole, "\r\n"))
+	if reason != nil {
+		return h1.ProtocolError(reason.Detail)
+	}
+	if trailer != nil {
+		maps.Copy(trailer, fields)
 	}
 	return nil
 }

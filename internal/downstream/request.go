@@ -100,7 +100,7 @@ var emptyLine = []byte("\r\n")
 
 // errLineEnd refuses bare LF and CR. RFC 9112 §2.2 lets a server accept a bare LF. But an
 // intermediary in front may have read the line differently.
-var errLineEnd = badRequest("a line of its head does not end with CRLF")
+var errLineEnd = badRequest("a line does not end with CRLF")
 
 // requestLine is the first line of a request (RFC 9112 §3).
 type requestLine struct {
@@ -147,7 +147,7 @@ func (c *clientConn) parse(head string) (*http.Request, *Invalid) {
 		return nil, reason
 	}
 	if line.isForNetHTTP() {
-		return nil, nil
+		return nil, checkOwnFraming(lines)
 	}
 	var header http.Header
 	if !hasFields {
@@ -170,6 +170,16 @@ func (c *clientConn) parse(head string) (*http.Request, *Invalid) {
 	r.URL, r.RequestURI, r.Host = u, line.target, u.Host
 	r.Close = line.isHTTP10() || wantsClose(header["Connection"])
 	return r, c.setFraming(r)
+}
+
+// checkOwnFraming refuses a request for the server itself that has two lengths, given its field lines. The
+// connection would have to close behind such a request (RFC 9112 §6.1), but net/http gives it back.
+func checkOwnFraming(lines string) *Invalid {
+	header, reason := parseFields(lines)
+	if reason == nil && header["Content-Length"] != nil && header["Transfer-Encoding"] != nil {
+		return errTwoLengths
+	}
+	return nil // net/http refuses what is malformed
 }
 
 // parseTarget parses the target of a request for the proxy: an authority for CONNECT, and
@@ -302,7 +312,7 @@ func badField(line, name string, hasColon bool) *Invalid {
 	case line != "" && (line[0] == ' ' || line[0] == '\t'): // RFC 9112 §5.2
 		return badRequest("a field is folded onto another line, which HTTP no longer allows")
 	case !hasColon:
-		return badRequest("a line of its head has no colon")
+		return badRequest("a field line has no colon")
 	case !httpguts.ValidHeaderFieldName(name):
 		return badRequest("invalid header name")
 	}

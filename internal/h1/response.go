@@ -54,7 +54,7 @@ func ReadResponse(r *bufio.Reader, method string, res *http.Response, body *Body
 	} else if err != nil {
 		return err
 	}
-	head, err := readHead(r)
+	head, _, err := readHead(r)
 	if err != nil {
 		return err
 	}
@@ -73,28 +73,28 @@ func ReadResponse(r *bufio.Reader, method string, res *http.Response, body *Body
 	return setFraming(res, body, method)
 }
 
-// readHead reads lines up to an empty one, which it omits. A line may end with \n alone. It
+// readHead reads lines up to an empty one, and returns that separately. A line may end with \n alone. It
 // returns io.EOF if the connection ends before the first byte.
-func readHead(r *bufio.Reader) (string, error) {
+func readHead(r *bufio.Reader) (lines, end string, err error) {
 	if head := wholeHead(r); head != nil { // most heads arrive as a whole
 		lines := string(head)
 		_, _ = r.Discard(len(lines) + len("\r\n"))
-		return lines, nil
+		return lines, "\r\n", nil
 	}
 	var b strings.Builder
 	for {
 		line, err := r.ReadSlice('\n')
 		switch {
 		case b.Len()+len(line) > MaxHead:
-			return "", ErrHeadTooLarge
+			return "", "", ErrHeadTooLarge
 		case err == io.EOF && b.Len()+len(line) > 0:
-			return "", io.ErrUnexpectedEOF
+			return "", "", io.ErrUnexpectedEOF
 		case err != nil && err != bufio.ErrBufferFull:
-			return "", err
+			return "", "", err
 		}
 		isStart := b.Len() == 0 || strings.HasSuffix(b.String(), "\n")
 		if isStart && (string(line) == "\n" || string(line) == "\r\n") {
-			return b.String(), nil
+			return b.String(), string(line), nil
 		}
 		b.Write(line)
 	}
@@ -230,12 +230,14 @@ func setFraming(res *http.Response, body *Body, method string) error {
 	case len(coding) > 0:
 		body.chunks = &ChunkReader{R: body.R}
 		res.Trailer = AnnouncedTrailers(res.Header)
-		body.trailers = func(h http.Header) {
+		body.trailers = func(lines, _ string) error {
+			fields, err := parseFields(lines)
 			if res.Trailer == nil {
-				res.Trailer = h
-				return
+				res.Trailer = fields
+			} else {
+				maps.Copy(res.Trailer, fields)
 			}
-			maps.Copy(res.Trailer, h)
+			return err
 		}
 	case length < 0: // to the end of the connection
 		res.Close = true
@@ -290,24 +292,20 @@ func AnnouncedTrailers(h http.Header) http.Header {
 // Body is the content of a message, as its framing delimits it.
 type Body struct {
 	R         *bufio.Reader
-	Remaining int64             // bytes left to read; < 0: unknown
-	chunks    *ChunkReader      // nil: not chunked
-	trailers  func(http.Header) // receives the trailers of a chunked body
-	Ended     bool              // read to its end
-	Head      int               // size of a response's head in bytes
+	Remaining int64                         // bytes left to read; < 0: unknown
+	chunks    *ChunkReader                  // nil: not chunked
+	trailers  func(lines, end string) error // parses the trailers of a chunked body
+	Ended     bool                          // read to its end
+	Head      int                           // size of a response's head in bytes
 }
 
 // Delimit makes b the content of a request, which r reads. length is its length; < 0: it is
-// chunked. Trailers are added to trailer, unless that is nil.
-func (b *Body) Delimit(r *bufio.Reader, length int64, trailer http.Header) {
+// chunked, and trailers parses the lines of the trailer section, with their ends, and the empty line after
+// them. An error of trailers is one of reading the content.
+func (b *Body) Delimit(r *bufio.Reader, length int64, trailers func(lines, end string) error) {
 	*b = Body{R: r, Remaining: length}
 	if length < 0 {
-		b.chunks = &ChunkReader{R: r}
-		b.trailers = func(fields http.Header) {
-			if trailer != nil {
-				maps.Copy(trailer, fields)
-			}
-		}
+		b.chunks, b.trailers = &ChunkReader{R: r}, trailers
 	}
 }
 
@@ -350,18 +348,16 @@ func (b *Body) Skip(n int) (ended bool) {
 
 // readTrailers reads the trailers after the last chunk. It returns io.EOF on success.
 func (b *Body) readTrailers() error {
-	lines, err := readHead(b.R)
+	lines, end, err := readHead(b.R)
+	if err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
+	if err == nil {
+		err = b.trailers(lines, end)
+	}
 	if err != nil {
-		if err == io.EOF {
-			err = io.ErrUnexpectedEOF
-		}
 		return err
 	}
-	fields, err := parseFields(lines)
-	if err != nil {
-		return err
-	}
-	b.trailers(fields)
 	b.Ended = true
 	return io.EOF
 }

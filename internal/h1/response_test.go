@@ -18,7 +18,7 @@ func TestReadHeadThroughSmallBuffer(t *testing.T) {
 		value := strings.Repeat("x", n)
 		for _, end := range []string{"\r\n", "\n"} {
 			r := bufio.NewReaderSize(strings.NewReader("A: "+value+end+"B: 2"+end+end+"rest"), size)
-			head, err := readHead(r)
+			head, _, err := readHead(r)
 			if want := "A: " + value + end + "B: 2" + end; head != want || err != nil {
 				t.Errorf("%d bytes, %q: %q, %v", n, end, head, err)
 			}
@@ -27,7 +27,7 @@ func TestReadHeadThroughSmallBuffer(t *testing.T) {
 			}
 		}
 		// A bare CR is preserved.
-		head, err := readHead(bufio.NewReaderSize(strings.NewReader(value+"\rB\r\n\r\n"), size))
+		head, _, err := readHead(bufio.NewReaderSize(strings.NewReader(value+"\rB\r\n\r\n"), size))
 		if want := value + "\rB\r\n"; head != want || err != nil {
 			t.Errorf("%d bytes and a bare CR: %q, %v", n, head, err)
 		}
@@ -44,11 +44,11 @@ func TestReadHeadEnd(t *testing.T) {
 		whole := bufio.NewReader(strings.NewReader(text))
 		_, _ = whole.Peek(1) // reads all of it
 		slow := bufio.NewReader(iotest.OneByteReader(strings.NewReader(text)))
-		head, err := readHead(whole)
-		want, err2 := readHead(slow)
+		head, end, err := readHead(whole)
+		want, wantEnd, err2 := readHead(slow)
 		rest, _ := io.ReadAll(whole)
 		wantRest, _ := io.ReadAll(slow)
-		if head != want || err != err2 || string(rest) != string(wantRest) {
+		if head != want || end != wantEnd || err != err2 || string(rest) != string(wantRest) {
 			t.Errorf("%q: %q, %q, %v; byte by byte %q, %q, %v", text, head, rest, err, want, wantRest, err2)
 		}
 	}
