@@ -8,11 +8,13 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"net/http"
 	"slices"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/caddyauth"
@@ -46,6 +48,9 @@ func (p *proxy) loadAuth(ctx caddy.Context) error {
 		static, _ := modules["http_basic"].(*caddyauth.HTTPBasicAuth)
 		users, err := newUsersFile(ctx, p.config.UsersFile, static, p.logger)
 		if err != nil {
+			if errors.As(err, new(*fs.PathError)) {
+				err = fmt.Errorf("%w; expected a file that the user who runs Caddy can read", err)
+			}
 			return fmt.Errorf("users_file: %w", err)
 		}
 		modules["http_basic"] = users
@@ -58,8 +63,8 @@ func (p *proxy) loadAuth(ctx caddy.Context) error {
 		}
 		if basic, ok := module.(*caddyauth.HTTPBasicAuth); ok {
 			for _, account := range basic.Accounts { // its placeholders are replaced by now
-				if isPublished(account.Password) {
-					return fmt.Errorf("authentication: the user %q has %w", account.Username, errPublished)
+				if err := checkAccount(account); err != nil {
+					return fmt.Errorf("authentication: %w", err)
 				}
 			}
 			if hasher, ok := basic.Hash.(caddyauth.Hasher); ok {
@@ -70,7 +75,7 @@ func (p *proxy) loadAuth(ctx caddy.Context) error {
 		}
 		if users, ok := module.(*usersFile); ok {
 			p.hasBasicAuth = true
-			p.basic = users.current
+			p.basic, p.users = users.current, users
 		}
 		p.auth = append(p.auth, authProvider{name, provider})
 	}
@@ -127,6 +132,35 @@ var publishedHashes = []string{
 }
 
 var errPublished = errors.New("a hash from Caddy's documentation, whose password is public; generate your own with `caddy hash-password`")
+
+// checkAccount returns what is wrong with a user and a hash, if anything. The hash may be in base64, and its
+// algorithm may be unknown. The error does not quote the hash, in place of which there may be a password.
+func checkAccount(account caddyauth.Account) error {
+	hash := account.Password
+	if decoded, err := base64.StdEncoding.DecodeString(hash); err == nil {
+		hash = string(decoded)
+	}
+	switch algorithm := hashAlgorithm(hash); {
+	case checkUserName(account.Username) != nil:
+		return checkUserName(account.Username)
+	case isPublished(account.Password):
+		return fmt.Errorf("the user '%s' has %w", account.Username, errPublished)
+	case algorithm != "" && checkHash(algorithm, hash) != nil:
+		return fmt.Errorf("the hash of the user '%s' is not valid; expected one for %s, as `caddy hash-password` prints it", account.Username, algorithm)
+	}
+	return nil
+}
+
+// checkUserName refuses names that are most likely a mistake: a client could hardly send them.
+func checkUserName(name string) error {
+	if name == "" {
+		return errors.New("a user has no name")
+	}
+	if strings.TrimSpace(name) != name || strings.ContainsFunc(name, unicode.IsControl) || strings.Contains(name, ":") {
+		return fmt.Errorf("the user name %q is not valid; expected one without a colon, control characters, and spaces at its ends", name)
+	}
+	return nil
+}
 
 // isPublished reports whether a hash is a published one. It also recognises the base64 form
 // that older versions of Caddy print, and the prefix that htpasswd gives to bcrypt hashes.

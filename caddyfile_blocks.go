@@ -8,6 +8,7 @@ import (
 	"errors"
 	"io/fs"
 	"math"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -287,7 +288,10 @@ func (p *caddyfileParser) basicAuth(h *Handler) error {
 		if isPublished(account.Password) {
 			return p.Errf("basic_auth: the user '%s' has %v", account.Username, errPublished)
 		}
-		if err := checkHash(algorithm, account.Password); err != nil || account.Username == "" {
+		if err := checkUserName(account.Username); err != nil && !strings.Contains(account.Username, "{") {
+			return p.Errf("basic_auth: %v", err)
+		}
+		if err := checkHash(algorithm, account.Password); err != nil {
 			return p.Errf("basic_auth: the hash of the user '%s' is not valid; expected one for %s, as `caddy hash-password` prints it", account.Username, algorithm)
 		}
 		if slices.ContainsFunc(auth.AccountList, func(a caddyauth.Account) bool { return a.Username == account.Username }) {
@@ -349,12 +353,24 @@ func checkHash(algorithm, hash string) error {
 		err = errors.New("there is no hash")
 	case strings.Contains(hash, "{"):
 	case algorithm == "bcrypt":
-		_, err = bcrypt.Cost([]byte(hash))
+		if _, err = bcrypt.Cost([]byte(hash)); err == nil && !bcryptForm.MatchString(hash) {
+			err = errors.New("it does not have the form of a bcrypt hash")
+		}
 	case algorithm == "argon2id":
-		_, _, err = caddyauth.DecodeHash([]byte(hash))
+		var key []byte
+		if _, key, err = caddyauth.DecodeHash([]byte(hash)); err == nil && len(key) < minArgonKey {
+			err = errors.New("it is cut short")
+		}
 	}
 	return err
 }
+
+// bcryptForm is the form of a whole bcrypt hash. The bcrypt package reads the salt and the key from what may
+// be longer, such as two lines of a file that lack the line end between them.
+var bcryptForm = regexp.MustCompile(`^\$2[abxy]?\$[0-9]{2}\$[./A-Za-z0-9]{53}$`)
+
+// minArgonKey is the length of the shortest keys of argon2id that programs make, in bytes.
+const minArgonKey = 16
 
 // upstream parses the parent proxy. Its errors do not quote the URL, which may contain a
 // password.

@@ -225,7 +225,7 @@ func commandAuth(flags caddycmd.Flags) (caddy.ModuleMap, error) {
 		if isPublished(hash) {
 			return nil, fmt.Errorf("auth: the user %q has %w", user, errPublished)
 		}
-		if !found || user == "" || checkHash(algorithm, hash) != nil {
+		if !found || checkUserName(user) != nil || checkHash(algorithm, hash) != nil {
 			return nil, errors.New("auth: expected user:hash, with a hash as `caddy hash-password` prints it")
 		}
 		if raw := json.RawMessage(`{"algorithm":"` + algorithm + `"}`); auth.HashRaw == nil {

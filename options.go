@@ -115,7 +115,7 @@ var options = []option{
 	},
 	{
 		name: "users_file", syntax: "<path>",
-		doc: "further users from a file, with `<user>:<hash>` on each line, as `htpasswd -B -C 14` writes it. It is read again within a second of a change; a mistake in it leaves the users as they were, and is logged. Use an absolute path", absent: "none",
+		doc: "further users from a file, with `<user>:<hash>` on each line, as `htpasswd -B -C 14` writes it. A change applies to logins that come more than a second later. A mistake leaves the users as they were; the log and the status page say so, and also if there are no users. Use an absolute path", absent: "none",
 		optionValue: optionValue{
 			expected: "a readable file with <user>:<hash> on each line",
 			parse:    (*caddyfileParser).usersFile,

@@ -38,6 +38,7 @@ type proxy struct {
 	restrictedElsewhere func() bool     // whether something other than the option clients restricts access
 	clientsLine         func() (reason, line string)
 	auth                []authProvider
+	users               *usersFile                      // nil: there is none; it is among auth
 	basic               func() *caddyauth.HTTPBasicAuth // returns http_basic with the current users; nil unless it is the only provider
 	hasBasicAuth        bool                            // http_basic is one of the providers
 	failedLogins        *bucket.Table                   // counts failed logins; nil: no limit

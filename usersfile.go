@@ -19,6 +19,8 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/asyncproxy/caddy-async-proxy/internal/monotime"
+	"github.com/asyncproxy/caddy-async-proxy/internal/printable"
+	"github.com/asyncproxy/caddy-async-proxy/internal/status"
 )
 
 // usersFile is a provider of the users in a file and of those of basic_auth. It reads the file again
@@ -35,6 +37,7 @@ type usersFile struct {
 
 	mu      sync.Mutex  // guards the following
 	read    os.FileInfo // of the file when it was last read
+	mistake error       // why users are not those of the file; nil: they are
 	release func()      // of users
 }
 
@@ -50,8 +53,8 @@ func newUsersFile(ctx caddy.Context, path string, static *caddyauth.HTTPBasicAut
 	if static != nil {
 		u.realm, u.hash.other = static.Realm, static.Hash
 		for _, account := range static.Accounts {
-			if isPublished(account.Password) {
-				return nil, fmt.Errorf("basic_auth: the user %q has %w", account.Username, errPublished)
+			if err := checkAccount(account); err != nil {
+				return nil, fmt.Errorf("basic_auth: %w", err)
 			}
 			u.static = append(u.static, account)
 		}
@@ -61,7 +64,11 @@ func newUsersFile(ctx caddy.Context, path string, static *caddyauth.HTTPBasicAut
 		return nil, err
 	}
 	u.checkAt.Store(monotime.Of(time.Now().Add(usersFileInterval)))
-	return u, u.load(info)
+	if err := u.load(info); err != nil {
+		return nil, err
+	}
+	u.warnIfEmpty()
+	return u, nil
 }
 
 // current returns the provider of the users as the file now has them.
@@ -84,11 +91,35 @@ func (u *usersFile) refresh() {
 	if err == nil {
 		err = u.load(info)
 	}
-	if err != nil {
+	if u.mistake = err; err != nil {
 		u.logger.Error("users_file cannot be read; the users stay as they were", zap.String("file", u.path), errorField(err))
 		return
 	}
 	u.logger.Info("users_file has been read again", zap.String("file", u.path), zap.Int("users", len(u.users.Load().Accounts)))
+	u.warnIfEmpty()
+}
+
+// warnIfEmpty logs that nobody can log in.
+func (u *usersFile) warnIfEmpty() {
+	if len(u.users.Load().Accounts) == 0 {
+		u.logger.Warn("users_file has no users, so every client is refused; add a user to it", zap.String("file", u.path))
+	}
+}
+
+// warnings returns what is wrong with the file now.
+func (u *usersFile) warnings(site string) (found []status.Warning) {
+	users := u.current()
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.mistake != nil {
+		found = append(found, status.Warning{Code: "users_file_mistake", Site: site,
+			Text: fmt.Sprintf("users_file cannot be read, and the users stay as they were: %v", printable.Error(u.mistake))})
+	}
+	if len(users.Accounts) == 0 {
+		found = append(found, status.Warning{Code: "users_file_empty", Site: site,
+			Text: fmt.Sprintf("users_file %s has no users, so every client is refused; add a user to it", u.path)})
+	}
+	return found
 }
 
 // load reads the file. After a mistake it reads it again only once it has changed.
@@ -100,7 +131,7 @@ func (u *usersFile) load(info os.FileInfo) error {
 	}
 	for _, account := range u.static {
 		if slices.ContainsFunc(accounts, func(a caddyauth.Account) bool { return a.Username == account.Username }) {
-			return fmt.Errorf("the user '%s' is in basic_auth, too; expected each user once", account.Username)
+			return fmt.Errorf("%s: the user '%s' is in basic_auth, too; expected each user once", u.path, account.Username)
 		}
 	}
 	ctx, cancel := caddy.NewContext(u.ctx)
@@ -119,6 +150,9 @@ func (u *usersFile) load(info os.FileInfo) error {
 	return nil
 }
 
+// byteOrderMark is what some editors begin a file in UTF-8 with.
+const byteOrderMark = "\ufeff"
+
 // readUsers reads a file with a user and a hash on each line, as htpasswd writes it.
 func readUsers(path string) (accounts []caddyauth.Account, err error) {
 	info, err := os.Stat(path)
@@ -134,7 +168,7 @@ func readUsers(path string) (accounts []caddyauth.Account, err error) {
 	}
 	known := make(map[string]bool)
 	n := 0
-	for line := range strings.Lines(string(text)) {
+	for line := range strings.Lines(strings.TrimPrefix(string(text), byteOrderMark)) {
 		n++
 		line = strings.TrimSpace(line)
 		if line == "" || line[0] == '#' {
@@ -160,6 +194,8 @@ func readUser(line string) (account caddyauth.Account, err error) {
 	switch algorithm := hashAlgorithm(hash); {
 	case !found || user == "":
 		err = errors.New("the line is not a user and a hash; expected <user>:<hash>, as htpasswd -B prints it")
+	case checkUserName(user) != nil:
+		err = checkUserName(user)
 	case algorithm == "" || checkHash(algorithm, hash) != nil:
 		err = fmt.Errorf("the hash of the user '%s' is not valid; expected one of bcrypt or argon2id, as htpasswd -B or caddy hash-password prints it", user)
 	case isPublished(hash):

@@ -132,6 +132,7 @@ func adaptError(text string) error {
 }
 
 func TestUsersFileMistakes(t *testing.T) {
+	const badHash = ":1: the hash of the user 'alice' is not valid; expected one of bcrypt or argon2id, as htpasswd -B or caddy hash-password prints it"
 	published := "$2a$14$Zkx19XLiW6VYouLHR5NmfOFU0z2GTNmpkT/5qqR7hx4IjWJPDhjvG"
 	for _, test := range []struct{ text, want string }{
 		{"alice", ":1: the line is not a user and a hash; expected <user>:<hash>, as htpasswd -B prints it"},
@@ -139,6 +140,15 @@ func TestUsersFileMistakes(t *testing.T) {
 		{"\nalice:secret", ":2: the hash of the user 'alice' is not valid; expected one of bcrypt or argon2id, as htpasswd -B or caddy hash-password prints it"},
 		{"alice:$apr1$abc$def", ":1: the hash of the user 'alice' is not valid; expected one of bcrypt or argon2id, as htpasswd -B or caddy hash-password prints it"},
 		{"alice:$2y$05$short", ":1: the hash of the user 'alice' is not valid; expected one of bcrypt or argon2id, as htpasswd -B or caddy hash-password prints it"},
+		{strings.TrimSuffix(userLine("alice", "x"), "\n") + userLine("bob", "x"), badHash},
+		{strings.TrimSuffix(userLine("alice", "x"), "\n") + "x", badHash},
+		{strings.TrimSuffix(userLine("alice", "x"), "\n") + ":x", badHash},
+		{strings.TrimSuffix(userLine("alice", "x"), "\n") + " # the boss", badHash},
+		{strings.TrimSuffix(userLine("alice", "x"), "x\n")[:60], badHash},
+		{"alice: " + strings.TrimPrefix(userLine("alice", "x"), "alice:"), badHash},
+		{"alice:$argon2id$v=19$m=64,t=1,p=1$MDEyMzQ1Njc4OWFiY2RlZg$c2hvcnQ", badHash},
+		{userLine("alice ", "x"), `:1: the user name "alice " is not valid; expected one without a colon, control characters, and spaces at its ends`},
+		{userLine("al\tice", "x"), `:1: the user name "al\tice" is not valid`},
 		{"alice:" + published, ":1: the user 'alice' has a hash from Caddy's documentation"},
 		{userLine("a", "b") + userLine("a", "c"), ":2: the user 'a' is listed twice; expected each user once"},
 	} {
@@ -158,6 +168,61 @@ func TestUsersFileMistakes(t *testing.T) {
 	if err := adaptError(":1 {\nasync_proxy {\nusers_file /nonexistent\n}\n}"); err == nil || !strings.Contains(err.Error(), "/nonexistent: no such file") {
 		t.Errorf("without a file: %v", err)
 	}
+}
+
+// The hashes and names of basic_auth are checked as those of a file are, wherever they come from.
+func TestBasicAuthMistakes(t *testing.T) {
+	whole := strings.TrimSpace(strings.TrimPrefix(userLine("alice", "x"), "alice:"))
+	for _, hash := range []string{whole + "x", whole + "bob:" + whole, whole[:59], whole + ":x"} {
+		const want = "the hash of the user 'alice' is not valid; expected one for bcrypt, as `caddy hash-password` prints it"
+		for where, err := range map[string]error{
+			"Caddyfile": adaptError(":1 {\nasync_proxy {\nbasic_auth {\nalice " + hash + "\n}\n}\n}"),
+			"JSON":      validate(t, fmt.Sprintf(`{"handler": "async_proxy", "authentication": {"http_basic": {"accounts": [{"username": "alice", "password": %q}]}}}`, hash)),
+			"base64":    validate(t, fmt.Sprintf(`{"handler": "async_proxy", "authentication": {"http_basic": {"accounts": [{"username": "alice", "password": %q}]}}}`, base64.StdEncoding.EncodeToString([]byte(hash)))),
+		} {
+			if err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("%s: %q gives %v, want %s", where, hash, err, want)
+			}
+		}
+	}
+	if err := adaptError(":1 {\nasync_proxy {\nbasic_auth {\n\" alice\" " + whole + "\n}\n}\n}"); err == nil || !strings.Contains(err.Error(), `the user name " alice" is not valid`) {
+		t.Errorf("a name with a space: %v", err)
+	}
+}
+
+// A mistake in the file and a file without users are among what is wrong now, until they are mended.
+func TestUsersFileWarnings(t *testing.T) {
+	w := newUsersWorld(t, "\ufeff"+userLine("alice", "wonderland"), "clients 127.0.0.0/8")
+	w.expect("a file that begins with a byte order mark", 200, "alice", "wonderland")
+	code := func() string {
+		for _, warning := range currentWarnings() {
+			if strings.HasPrefix(warning.Code, "users_file") {
+				return warning.Code + ": " + warning.Text
+			}
+		}
+		return ""
+	}
+	if got := code(); got != "" {
+		t.Errorf("at first: %s", got)
+	}
+	for _, step := range []struct{ text, want string }{
+		{"alice", "users_file_mistake: users_file cannot be read, and the users stay as they were: " + w.file + ":1: the line is not"},
+		{userLine("alice", "wonderland"), ""},
+		{"# nobody yet\n", "users_file_empty: users_file " + w.file + " has no users, so every client is refused; add a user to it"},
+		{userLine("alice", "wonderland"), ""},
+	} {
+		w.write(t, step.text)
+		eventually(t, "the warning "+step.want, func() bool {
+			got := code()
+			return strings.HasPrefix(got, step.want) && (step.want != "" || got == "")
+		})
+		if want := 200; step.want == "" {
+			w.expect("after "+step.text, want, "alice", "wonderland")
+		}
+	}
+	w.waitLog("users_file has no users, so every client is refused; add a user to it", 1)
+	w.write(t, "")
+	eventually(t, "the users to go", func() bool { return w.status("alice", "wonderland") == 407 })
 }
 
 // The password of an unknown user is compared with the hash of a known one, whose cost may not be that of

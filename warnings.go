@@ -94,6 +94,9 @@ func (p *proxy) warnings() (found []status.Warning) {
 		found = append(found, status.Warning{Code: "report_only", Site: site,
 			Text: fmt.Sprintf("denials by %s are only logged and not enforced, because report_only is on; remove the option to enforce them", strings.Join(what, " and "))})
 	}
+	if p.users != nil {
+		found = append(found, p.users.warnings(site)...)
+	}
 	if shared, ok := p.shared.(Troubled); ok {
 		if trouble := shared.Trouble(); trouble != "" {
 			found = append(found, status.Warning{Code: "limiter_away", Site: site, Text: trouble})
