@@ -110,10 +110,8 @@ func runCommand(flags caddycmd.Flags) (int, error) {
 	if err != nil {
 		return caddy.ExitCodeFailedStartup, err
 	}
-	for _, name := range []string{"listen", "admin", "status"} {
-		if err := checkFree(flags.String(name)); err != nil {
-			return caddy.ExitCodeFailedStartup, fmt.Errorf("%w; stop the process that listens there, or choose another address with --%s", err, name)
-		}
+	if err := checkFree(flags); err != nil {
+		return caddy.ExitCodeFailedStartup, err
 	}
 	if err := caddy.Run(config); err != nil {
 		return caddy.ExitCodeFailedStartup, err
@@ -126,20 +124,40 @@ func runCommand(flags caddycmd.Flags) (int, error) {
 	select {}
 }
 
-// checkFree fails if another process listens on an address. Caddy itself would share the
-// address silently, and connections would reach either process.
-func checkFree(address string) error {
-	addr, err := caddy.ParseNetworkAddress(address)
-	if err != nil || address == "" || address == "off" || addr.IsUnixNetwork() || addr.IsFdNetwork() {
-		return nil // Caddy reports an invalid address itself
-	}
-	for i := range addr.PortRangeSize() {
-		ln, err := net.Listen(addr.Network, addr.JoinHostPort(i))
-		if errors.Is(err, syscall.EADDRINUSE) {
-			return err
+// checkFree fails if another process listens on an address of the flags, or if two of them are the same. Caddy
+// itself would share the address silently, and connections would reach either listener.
+func checkFree(flags caddycmd.Flags) error {
+	names := []string{"listen", "admin", "status"}
+	for i, name := range names {
+		address := flags.String(name)
+		err := checkUnused(address)
+		if err != nil {
+			return fmt.Errorf("%w; stop the process that listens there, or choose another address with --%s", err, name)
 		}
-		if err == nil {
-			_ = ln.Close()
+		for _, other := range names[:i] {
+			if checkUnused(flags.String(other), address) != nil {
+				return fmt.Errorf("--%s %s and --%s %s have the same port; expected different ones", other, flags.String(other), name, address)
+			}
+		}
+	}
+	return nil
+}
+
+// checkUnused returns an error if addresses cannot be listened at all at once. Caddy reports invalid ones itself.
+func checkUnused(addresses ...string) error {
+	for _, address := range addresses {
+		addr, err := caddy.ParseNetworkAddress(address)
+		if err != nil || address == "" || address == "off" || addr.IsUnixNetwork() || addr.IsFdNetwork() {
+			continue
+		}
+		for i := range addr.PortRangeSize() {
+			ln, err := net.Listen(addr.Network, addr.JoinHostPort(i))
+			if errors.Is(err, syscall.EADDRINUSE) {
+				return err
+			}
+			if err == nil {
+				defer ln.Close()
+			}
 		}
 	}
 	return nil

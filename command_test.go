@@ -77,6 +77,8 @@ func TestCommand(t *testing.T) {
 		{"--listen 127.0.0.1", "expected an address with a port, such as 127.0.0.1:8080"},
 		{"--listen 8080", "expected an address with a port, such as 127.0.0.1:8080"},
 		{"--listen " + takenAddress(t), "address already in use; stop the process that listens there, or choose another address with --listen"},
+		{"--listen localhost:3128 --status 127.0.0.1:3128", "--listen localhost:3128 and --status 127.0.0.1:3128 have the same port; expected different ones"},
+		{"--listen 0.0.0.0:3128 --clients all --admin localhost:3128", "--listen 0.0.0.0:3128 and --admin localhost:3128 have the same port; expected different ones"},
 		{"--admin " + takenAddress(t), "address already in use; stop the process that listens there, or choose another address with --admin"},
 		{"--admin localhost", `admin "localhost": expected an address with a port`},
 		{"status --address localhost", `address "localhost": expected an address with a port`},

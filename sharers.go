@@ -40,9 +40,24 @@ func currentSharers() []sharer {
 	return slices.Clone(p.sharers.known)
 }
 
+// ownConflicts returns the addresses at which two listeners of this process get connections by chance, as
+// currentSharers does.
+func ownConflicts() []netip.AddrPort {
+	p := currentProcess()
+	if p == nil {
+		return nil
+	}
+	p.sharers.mu.Lock()
+	defer p.sharers.mu.Unlock()
+	return slices.Clone(p.sharers.conflicts)
+}
+
 // sharerInterval is how often a process looks for others that share its addresses. The other one
 // may be started later, or end.
 const sharerInterval = 10 * time.Second
+
+// reloadPatience is how long the sockets of an old config may stay open beside those of the new one.
+const reloadPatience = 2 * time.Second
 
 // sharerWatch looks for sharers while a config with a proxy runs. The zero value is ready for use.
 type sharerWatch struct {
@@ -53,6 +68,9 @@ type sharerWatch struct {
 	known  []sharer     // found by the last check
 	timer  *time.Timer  // for the next check; nil before the first one
 	ended  bool         // there will be no other check
+
+	twice     []netip.AddrPort // where this process had two sockets at the last check
+	conflicts []netip.AddrPort // where it had two at the last two checks, so that no reload explains them
 }
 
 // started checks when a config has started. All proxies of a config call it.
@@ -62,7 +80,7 @@ func (w *sharerWatch) started(config any, logger *zap.Logger) {
 	if w.config == config || w.ended {
 		return
 	}
-	w.config, w.logger, w.known = config, logger, nil // so that each config warns
+	w.config, w.logger, w.known, w.twice, w.conflicts = config, logger, nil, nil, nil // so that each config warns
 	w.search.reset()
 	w.check()
 }
@@ -86,12 +104,31 @@ func (w *sharerWatch) check() {
 		}
 	}
 	w.known = found
+	next := sharerInterval
+	if w.checkOwn(); len(w.twice) > len(w.conflicts) {
+		next = reloadPatience
+	}
 	if w.timer == nil {
-		w.timer = time.AfterFunc(sharerInterval, w.onTimer)
+		w.timer = time.AfterFunc(next, w.onTimer)
 	} else {
-		w.timer.Reset(sharerInterval)
+		w.timer.Reset(next)
 	}
 }
+
+// checkOwn logs where two listeners of this process share an address. Caddy notices that only if both name
+// the address alike, and not if one is localhost and the other 127.0.0.1.
+func (w *sharerWatch) checkOwn() {
+	twice := w.search.twice()
+	conflicts := slices.DeleteFunc(slices.Clone(twice), func(at netip.AddrPort) bool { return !slices.Contains(w.twice, at) })
+	for _, at := range conflicts {
+		if !slices.Contains(w.conflicts, at) {
+			w.logger.Warn(ownConflict, zap.Stringer("address", at))
+		}
+	}
+	w.twice, w.conflicts = twice, conflicts
+}
+
+const ownConflict = "two listeners of this process, such as a site and the admin endpoint, share an address, and each gets some of the connections; give them different ports"
 
 func (w *sharerWatch) onTimer() {
 	w.mu.Lock()

@@ -25,6 +25,7 @@ import (
 type sharerSearch struct {
 	ours   map[netip.AddrPort]bool // addresses at which this process listens
 	inodes map[string]bool         // of this process's listening sockets
+	double []netip.AddrPort        // addresses at which this process has more than one socket
 	owners map[string]sharer       // of other sockets, by inode
 }
 
@@ -63,11 +64,14 @@ func (s *sharerSearch) findOurs() bool {
 	if err != nil {
 		return false
 	}
-	s.ours, s.inodes = make(map[netip.AddrPort]bool), make(map[string]bool)
+	s.ours, s.inodes, s.double = make(map[netip.AddrPort]bool), make(map[string]bool), nil
 	for _, at := range sockets.at {
 		for _, socket := range at {
 			var stat unix.Stat_t
-			if unix.Fstat(socket.fd, &stat) == nil {
+			if unix.Fstat(socket.fd, &stat) == nil && !s.inodes[strconv.FormatUint(stat.Ino, 10)] {
+				if s.ours[socket.addr] && !slices.Contains(s.double, socket.addr) {
+					s.double = append(s.double, socket.addr)
+				}
 				s.ours[socket.addr] = true
 				if socket.addr.Addr() == netip.IPv6Unspecified() && acceptsIPv4(socket.fd) {
 					s.ours[netip.AddrPortFrom(netip.IPv4Unspecified(), socket.addr.Port())] = true
@@ -77,6 +81,15 @@ func (s *sharerSearch) findOurs() bool {
 		}
 	}
 	return true
+}
+
+// twice returns the addresses at which this process has more than one socket, after find. They are those of
+// the config's start, as far as they are still so.
+func (s *sharerSearch) twice() []netip.AddrPort {
+	if len(s.double) > 0 {
+		s.findOurs()
+	}
+	return s.double
 }
 
 // acceptsIPv4 reports whether a socket of IPv6 accepts connections of IPv4, too.

@@ -229,3 +229,54 @@ func listenAsAnother(t *testing.T, address string) {
 	fmt.Println("listening")
 	_, _ = io.Copy(io.Discard, os.Stdin)
 }
+
+// Two listeners of one process share an address if the config names it in two ways. Those of a reload are not
+// meant.
+func TestWarnsAboutOwnConflicts(t *testing.T) {
+	w := newWorld(t, "", nil)
+	_, port, _ := net.SplitHostPort(w.proxy)
+	site := func(bind string) string {
+		return "http://:" + port + " {\n\tbind " + bind + "\n\tasync_proxy {\n\t\tzone " + bind + "\n\t}\n}\n"
+	}
+	other := freeAddress(t)
+	_, otherPort, _ := net.SplitHostPort(other)
+	checkNow := func() {
+		watch := &currentProcess().sharers
+		watch.mu.Lock()
+		defer watch.mu.Unlock()
+		watch.timer.Reset(0)
+	}
+	for name, tc := range map[string]struct {
+		config   string
+		warnings []string
+	}{
+		"two names":          {w.globals() + site("localhost") + "http://127.0.0.1:" + port + " {\n\tbind 127.0.0.1\n\tasync_proxy\n}\n", []string{"host_in_address", "shared_address"}},
+		"the admin endpoint": {strings.Replace(w.globals(), "admin off", "admin localhost:"+port, 1) + site("127.0.0.1"), []string{"shared_address"}},
+		"different ports":    {strings.Replace(w.globals(), "admin off", "admin localhost:"+otherPort, 1) + site("127.0.0.1"), nil},
+		"everywhere, too":    {w.globals() + site("127.0.0.1") + "http://:" + otherPort + " {\n\tbind 0.0.0.0\n\tasync_proxy\n}\n", nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w.forgetLogs()
+			startCaddyfile(t, tc.config)
+			checkNow()
+			if len(tc.warnings) > 0 {
+				if line := w.waitLog(ownConflict, 1)[0]; line["address"] != w.proxy {
+					t.Errorf("line %v", line)
+				}
+				checkWarnings(t, name, tc.warnings...)
+			} else if currentProcess().sharers.onTimer(); len(w.logLines(ownConflict)) > 0 || len(ownConflicts()) > 0 {
+				t.Errorf("a warning: %v", w.logLines(ownConflict))
+			}
+			// During a reload, there may be two sockets, too.
+			w.forgetLogs()
+			w.load(w.site(""))
+			if found := ownConflicts(); len(found) > 0 {
+				t.Errorf("after the conflict: %v", found)
+			}
+			w.load(w.site("burst 5"))
+			if len(w.logLines(ownConflict)) > 0 {
+				t.Errorf("a reload warned: %v", w.logLines(ownConflict))
+			}
+		})
+	}
+}

@@ -5,6 +5,8 @@
 
 package asyncproxy
 
+import "net/netip"
+
 // sharerSearch finds nothing: other systems do not let processes share a port, or have no way to
 // find out.
 type sharerSearch struct{}
@@ -12,3 +14,5 @@ type sharerSearch struct{}
 func (*sharerSearch) reset() {}
 
 func (*sharerSearch) find() []sharer { return nil }
+
+func (*sharerSearch) twice() []netip.AddrPort { return nil }

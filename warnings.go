@@ -77,6 +77,10 @@ func currentWarnings() (found []status.Warning) {
 		found = append(found, status.Warning{Code: "other_process",
 			Text: fmt.Sprintf("another process (%v) listens at %v and gets some of the connections; stop it, or use another port", other, other.at)})
 	}
+	for _, at := range ownConflicts() {
+		found = append(found, status.Warning{Code: "shared_address",
+			Text: fmt.Sprintf("two listeners of this process, such as a site and the admin endpoint, are at %v, and each gets some of the connections; give them different ports", at)})
+	}
 	if limit := program.descriptors.nearLimit(); limit > 0 {
 		found = append(found, status.Warning{Code: "descriptors_near_limit",
 			Text: fmt.Sprintf("at least 90 %% of the %d file descriptors that this process may open are in use, and without one it accepts no connection; raise the limit (LimitNOFILE in systemd, ulimit -n)", limit)})

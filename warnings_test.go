@@ -232,7 +232,7 @@ func TestWarningLines(t *testing.T) {
 // TestWarningsAreDocumented compares the codes in the source with those in the table.
 func TestWarningsAreDocumented(t *testing.T) {
 	var source string
-	for _, file := range []string{"warnings.go", "internal/status/warnings.go"} {
+	for _, file := range []string{"warnings.go", "usersfile.go", "internal/status/warnings.go"} {
 		text, err := os.ReadFile(file)
 		if err != nil {
 			t.Fatal(err)
