@@ -245,6 +245,9 @@ func (p *caddyfileParser) values(least, most int) ([]string, error) {
 // unknown returns the error for an unknown option, and suggests the most similar name.
 func (p *caddyfileParser) unknown(name string) error {
 	all := p.names()
+	if before, value, found := strings.Cut(name, "="); found && slices.Contains(all, before) {
+		return p.Errf("unrecognized option '%s'; expected a space in place of =, as in %s %s", name, before, value)
+	}
 	nearest := slices.MinFunc(all, func(a, b string) int { return editDistance(name, a) - editDistance(name, b) })
 	if editDistance(name, nearest) <= 2 {
 		return p.Errf("unrecognized option '%s'; did you mean %s?", name, nearest)

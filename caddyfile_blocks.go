@@ -177,6 +177,9 @@ func (p *caddyfileParser) maxTunnels(h *Handler) error {
 	if h.MaxTunnelsPerClient, ok = parseInt(args[2], 1, maxCount); !ok {
 		return p.invalid(args[2])
 	}
+	if h.MaxTunnelsPerClient > h.MaxTunnels {
+		return p.expectedErr("one client may open %s tunnels, and all clients together only %s", args[2], args[0])
+	}
 	return nil
 }
 

@@ -78,10 +78,10 @@ func TestCaddyfile(t *testing.T) {
 	ipv4_prefix 1
 	ipv6_prefix 1
 	max_clients 2
-	dial_timeout 1ns
+	dial_timeout 1ms
 	max_tunnels 1
 }`,
-			`{"burst": 1, "refill": 0.00001, "ipv4_prefix": 1, "ipv6_prefix": 1, "max_clients": 2, "dial_timeout": 1, "max_tunnels": 1}`},
+			`{"burst": 1, "refill": 0.00001, "ipv4_prefix": 1, "ipv6_prefix": 1, "max_clients": 2, "dial_timeout": 1000000, "max_tunnels": 1}`},
 		{"greatest", `async_proxy {
 	burst 1000000000
 	refill 1e6
@@ -412,13 +412,17 @@ basic_auth {
 	weight 5
 }`, "upstream: unrecognized option 'weight'; expected header, tls_server_name, tls_trust_pool or tls_insecure_skip_verify, at Caddyfile:4"},
 
-		{"dial_timeout", "dial_timeout: missing value; expected a positive duration such as 10s, at Caddyfile:3"},
-		{"dial_timeout 0", "dial_timeout: the value '0' is not valid; expected a positive duration such as 10s, at Caddyfile:3"},
-		{"dial_timeout -1s", "dial_timeout: the value '-1s' is not valid; expected a positive duration such as 10s, at Caddyfile:3"},
-		{"dial_timeout 10", "dial_timeout: the value '10' is not valid; expected a positive duration such as 10s, at Caddyfile:3"},
-		{"dial_timeout off", "dial_timeout: the value 'off' is not valid; expected a positive duration such as 10s, at Caddyfile:3"},
-		{"dial_timeout 99999999999999h", "dial_timeout: the value '99999999999999h' is not valid; expected a positive duration such as 10s, at Caddyfile:3"},
-		{"response_header_timeout 0", "response_header_timeout: the value '0' is not valid; expected a positive duration such as 5m, or off, at Caddyfile:3"},
+		{"dial_timeout", "dial_timeout: missing value; expected a duration of at least 1ms, such as 10s, at Caddyfile:3"},
+		{"dial_timeout 0", "dial_timeout: the value '0' is not valid; expected a duration of at least 1ms, such as 10s, at Caddyfile:3"},
+		{"dial_timeout -1s", "dial_timeout: the value '-1s' is not valid; expected a duration of at least 1ms, such as 10s, at Caddyfile:3"},
+		{"dial_timeout 10", "dial_timeout: the value '10' is not valid; expected a duration of at least 1ms, such as 10s, at Caddyfile:3"},
+		{"dial_timeout 5ns", "dial_timeout: the value '5ns' is not valid; expected a duration of at least 1ms, such as 10s, at Caddyfile:3"},
+		{"tunnel_idle_timeout 5us", "tunnel_idle_timeout: the value '5us' is not valid; expected a duration of at least 1ms, such as 1h, or off, at Caddyfile:3"},
+		{"max_tunnels 1 per_client 200", "max_tunnels: one client may open 200 tunnels, and all clients together only 1; expected <n> [per_client <n>], each from 1 to 1000000000, at Caddyfile:3"},
+		{"burst=10", "unrecognized option 'burst=10'; expected a space in place of =, as in burst 10, at Caddyfile:3"},
+		{"dial_timeout off", "dial_timeout: the value 'off' is not valid; expected a duration of at least 1ms, such as 10s, at Caddyfile:3"},
+		{"dial_timeout 99999999999999h", "dial_timeout: the value '99999999999999h' is not valid; expected a duration of at least 1ms, such as 10s, at Caddyfile:3"},
+		{"response_header_timeout 0", "response_header_timeout: the value '0' is not valid; expected a duration of at least 1ms, such as 5m, or off, at Caddyfile:3"},
 
 		{"via", "via: missing value; " + pseudonym + ", at Caddyfile:3"},
 		{"via 1fred", "via: the value '1fred' is not valid; " + pseudonym + ", at Caddyfile:3"},
@@ -435,10 +439,10 @@ basic_auth {
 		{"max_tunnels 5 per_client 1 2", "max_tunnels: unexpected value '2'; " + tunnels + ", at Caddyfile:3"},
 		{`max_tunnels 5
 max_tunnels 6 per_client 2`, "max_tunnels: the option is already set at Caddyfile:3; expected it once, at Caddyfile:4"},
-		{"tunnel_idle_timeout never", "tunnel_idle_timeout: the value 'never' is not valid; expected a positive duration such as 1h, or off, at Caddyfile:3"},
-		{"tunnel_stall_timeout 0", "tunnel_stall_timeout: the value '0' is not valid; expected a positive duration such as 1m, or off, at Caddyfile:3"},
-		{"tunnel_idle_timeout 0", "tunnel_idle_timeout: the value '0' is not valid; expected a positive duration such as 1h, or off, at Caddyfile:3"},
-		{"tunnel_max_duration never", "tunnel_max_duration: the value 'never' is not valid; expected a positive duration such as 24h, or off, at Caddyfile:3"},
+		{"tunnel_idle_timeout never", "tunnel_idle_timeout: the value 'never' is not valid; expected a duration of at least 1ms, such as 1h, or off, at Caddyfile:3"},
+		{"tunnel_stall_timeout 0", "tunnel_stall_timeout: the value '0' is not valid; expected a duration of at least 1ms, such as 1m, or off, at Caddyfile:3"},
+		{"tunnel_idle_timeout 0", "tunnel_idle_timeout: the value '0' is not valid; expected a duration of at least 1ms, such as 1h, or off, at Caddyfile:3"},
+		{"tunnel_max_duration never", "tunnel_max_duration: the value 'never' is not valid; expected a duration of at least 1ms, such as 24h, or off, at Caddyfile:3"},
 		{"upstream off {\nheader X-A b\n}", "upstream: unexpected block; expected no block after off, at Caddyfile:3"},
 		{"report_only rules off", "report_only: off is given together with other values; expected off alone, at Caddyfile:3"},
 		{"upstream off\nno_upstream a.example", "no_upstream: no upstream is configured; expected the option upstream as well, at Caddyfile:4"},
@@ -453,7 +457,7 @@ refill 0.1
 zone a`, "burst 1000000000 with refill 0.1: an empty bucket would take more than 4000000000 seconds to fill; expected a smaller burst or a larger refill, at Caddyfile:5"},
 		{"max_clients 9223372036854775807", "max_clients: the value '9223372036854775807' is not valid; " + clients + ", at Caddyfile:3"},
 		{"max_tunnels 9223372036854775807", "max_tunnels: the value '9223372036854775807' is not valid; " + tunnels + ", at Caddyfile:3"},
-		{"dial_timeout 9223372036854775807ns", "dial_timeout: the value '9223372036854775807ns' is not valid; expected a positive duration such as 10s, at Caddyfile:3"},
+		{"dial_timeout 9223372036854775807ns", "dial_timeout: the value '9223372036854775807ns' is not valid; expected a duration of at least 1ms, such as 10s, at Caddyfile:3"},
 		{`no_upstream a.example
 burst 5`, "no_upstream: no upstream is configured; expected the option upstream as well, at Caddyfile:3"},
 		{`limit_by user
@@ -568,7 +572,7 @@ func TestJSONMistakes(t *testing.T) {
 		{`"exempt": [""]`, "exempt: the value '' is not valid; expected addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges"},
 		{`"clients": ["example.com"]`, "clients: the value 'example.com' is not valid; expected all, or addresses, CIDR ranges such as 10.0.0.0/8, or private_ranges"},
 		{`"rules": [{"action": "allow", "destinations": ["a b"]}]`, "rules[0]: allow: the value 'a b' is not valid; expected addresses, CIDR ranges, names, *.names, public, private or all, each optionally followed by :<ports>"},
-		{`"rules": [{"action": "permit", "destinations": ["all"]}]`, `rules[0]: action "permit": expected allow or deny`},
+		{`"rules": [{"action": "permit", "destinations": ["all"]}]`, `rules[0]: action: the value 'permit' is not valid; expected allow or deny`},
 		{`"rules": [{"action": "deny"}]`, "rules[0]: deny: missing destination; expected addresses, CIDR ranges, names, *.names, public, private or all, each optionally followed by :<ports>"},
 		{`"connect_ports": ["0"]`, "connect_ports: the value '0' is not valid; expected ports from 1 to 65535, or ranges such as 8000-8999"},
 		{`"clients": ["10.1.2.3/8"]`, "clients: 10.1.2.3/8 has bits set beyond its length; write 10.0.0.0/8 for the range, or 10.1.2.3 for the address"},
@@ -584,7 +588,10 @@ func TestJSONMistakes(t *testing.T) {
 		{`"resolvers": ["a b"]`, "resolvers: the value 'a b' is not valid; expected IP addresses of DNS servers, such as 192.0.2.53 or tcp/[2001:db8::53]:53"},
 		{`"upstream": {"url": "proxy.example:80"}`, `upstream: missing scheme; expected http://, https:// or socks5://, and the host of a proxy`},
 		{`"no_upstream": ["a.example"]`, "no_upstream: no upstream is configured; expected the option upstream as well"},
-		{`"dial_timeout": -1`, "dial_timeout: the value '-1ns' is not valid; expected a positive duration such as 10s"},
+		{`"dial_timeout": 5`, "dial_timeout: the value '5ns' is not valid; expected a duration of at least 1ms, such as 10s"},
+		{`"tunnel_idle_timeout": 5`, "tunnel_idle_timeout: the value '5ns' is not valid; expected a duration of at least 1ms, such as 1h, or off"},
+		{`"rules": [{"action": "block", "destinations": ["all"]}]`, "rules[0]: action: the value 'block' is not valid; expected allow or deny"},
+		{`"dial_timeout": -1`, "dial_timeout: the value '-1ns' is not valid; expected a duration of at least 1ms, such as 10s"},
 		{`"authentication": {}`, `authentication: expected a provider, such as http_basic`},
 		{`"headers": {"request": {"set": {"A b": ["c"]}}}`, `headers: 'A b' is not a field name`},
 		{`"headers": {"response": {"delete": ["A:"]}}`, `headers: 'A:' is not a field name`},
@@ -595,7 +602,7 @@ func TestJSONMistakes(t *testing.T) {
 		{`"hosts": ["proxy.example.com:443"]`, "hosts: the value 'proxy.example.com:443' is not valid; expected names of this server, without ports"},
 		{`"max_tunnels": -1`, "max_tunnels: the value '-1' is not valid; expected <n> [per_client <n>], each from 1 to 1000000000"},
 		{`"max_tunnels_per_client": -1`, "max_tunnels: the value '-1' is not valid; expected <n> [per_client <n>], each from 1 to 1000000000"},
-		{`"tunnel_max_duration": "2562047h"`, "tunnel_max_duration: the value '2562047h0m0s' is not valid; expected a positive duration such as 24h, or off"},
+		{`"tunnel_max_duration": "2562047h"`, "tunnel_max_duration: the value '2562047h0m0s' is not valid; expected a duration of at least 1ms, such as 24h, or off"},
 		{`"stream_close_delay": "-1s"`, "stream_close_delay: the value '-1s' is not valid; expected a duration such as 5m, or 0 for immediately"},
 	} {
 		err := validate(t, `{"handler": "async_proxy", `+tc.options+`}`)

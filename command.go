@@ -18,6 +18,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/caddyauth"
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 )
 
 func init() {
@@ -70,6 +71,7 @@ explain says whether a request would be allowed, and why.
 			flags.StringP("access-log", "", "", "Write the access log, to stderr or to a file")
 			flags.Lookup("access-log").NoOptDefVal = accessToStderr
 			flags.BoolP("debug", "v", false, "Enable verbose debug logs")
+			cmd.SetFlagErrorFunc(suggestFlag)
 			cmd.Args, cmd.SuggestionsMinimumDistance = noArguments, 2
 			cmd.RunE = caddycmd.WrapCommandFuncForCobra(runCommand)
 			cmd.AddCommand(statusCommand(), explainCommand(), checkCommand())
@@ -85,6 +87,24 @@ const (
 
 // accessToStderr is the value of --access-log without a file.
 const accessToStderr = "stderr"
+
+// suggestFlag adds the most similar flag to the error for an unknown one.
+func suggestFlag(cmd *cobra.Command, err error) error {
+	var unknown *pflag.NotExistError
+	if !errors.As(err, &unknown) || unknown.GetSpecifiedShortnames() != "" {
+		return err
+	}
+	name, nearest := unknown.GetSpecifiedName(), ""
+	cmd.Flags().VisitAll(func(flag *pflag.Flag) {
+		if nearest == "" || editDistance(name, flag.Name) < editDistance(name, nearest) {
+			nearest = flag.Name
+		}
+	})
+	if editDistance(name, nearest) > 2 {
+		return err
+	}
+	return fmt.Errorf("%w; did you mean --%s?", err, nearest)
+}
 
 // noArguments rejects arguments that are neither flags nor subcommands.
 func noArguments(cmd *cobra.Command, args []string) error {
@@ -179,7 +199,7 @@ func commandHandler(flags caddycmd.Flags) (*Handler, error) {
 	h := new(Handler)
 	for _, name := range []string{"burst", "refill"} {
 		if err := setOption(h, name, flags.String(name)); err != nil {
-			return nil, err
+			return nil, fmt.Errorf("--%w", err)
 		}
 	}
 	if flags.Bool("pac") {
@@ -191,7 +211,7 @@ func commandHandler(flags caddycmd.Flags) (*Handler, error) {
 	}
 	for _, value := range clients {
 		if err := setOption(h, "clients", value); err != nil {
-			return nil, err
+			return nil, fmt.Errorf("--%w", err)
 		}
 	}
 	for _, action := range []string{"allow", "deny"} {
@@ -204,7 +224,7 @@ func commandHandler(flags caddycmd.Flags) (*Handler, error) {
 		}
 		rule := Rule{Action: action, Destinations: destinations}
 		if err := rule.check(); err != nil {
-			return nil, err
+			return nil, fmt.Errorf("--%w", err)
 		}
 		h.Rules = append(h.Rules, rule)
 	}
@@ -213,7 +233,7 @@ func commandHandler(flags caddycmd.Flags) (*Handler, error) {
 	}
 	u, err := uselessRule(h, nil)
 	if u != nil {
-		return nil, fmt.Errorf("allow: %s", u.Text())
+		return nil, fmt.Errorf("--allow: %s", u.Text())
 	}
 	return h, err
 }
@@ -241,15 +261,15 @@ func commandAuth(flags caddycmd.Flags) (caddy.ModuleMap, error) {
 			algorithm = "argon2id"
 		}
 		if isPublished(hash) {
-			return nil, fmt.Errorf("auth: the user %q has %w", user, errPublished)
+			return nil, fmt.Errorf("--auth: the user %q has %w", user, errPublished)
 		}
 		if !found || checkUserName(user) != nil || checkHash(algorithm, hash) != nil {
-			return nil, errors.New("auth: expected user:hash, with a hash as `caddy hash-password` prints it")
+			return nil, errors.New("--auth: expected user:hash, with a hash as `caddy hash-password` prints it")
 		}
 		if raw := json.RawMessage(`{"algorithm":"` + algorithm + `"}`); auth.HashRaw == nil {
 			auth.HashRaw = raw
 		} else if string(auth.HashRaw) != string(raw) {
-			return nil, errors.New("auth: expected all hashes to use the same algorithm")
+			return nil, errors.New("--auth: expected all hashes to use the same algorithm")
 		}
 		auth.AccountList = append(auth.AccountList, caddyauth.Account{Username: user, Password: hash})
 	}
@@ -267,7 +287,7 @@ func commandConfig(flags caddycmd.Flags) (*caddy.Config, error) {
 	}
 	if url := flags.String("upstream"); url != "" {
 		if _, _, _, err := splitUpstream(url); err != nil {
-			return nil, fmt.Errorf("upstream: %w", err)
+			return nil, fmt.Errorf("--upstream: %w", err)
 		}
 		h.Upstream = &Upstream{URL: url}
 	}
@@ -276,7 +296,7 @@ func commandConfig(flags caddycmd.Flags) (*caddy.Config, error) {
 		return nil, err
 	}
 	if admin := flags.String("admin"); admin != "off" && admin != "" && !strings.Contains(admin, "{") { // Caddy replaces placeholders
-		if err := checkEndpoint("admin", admin); err != nil {
+		if err := checkEndpoint("--admin", admin); err != nil {
 			return nil, err
 		}
 	}

@@ -48,7 +48,7 @@ The exit status is 0 if a proxy is running and every address answers within
 func runCheck(flags caddycmd.Flags) (int, error) {
 	timeout := flags.Duration("timeout")
 	if timeout <= 0 {
-		return caddy.ExitCodeFailedStartup, fmt.Errorf("timeout %s: expected a positive duration such as 3s", timeout)
+		return caddy.ExitCodeFailedStartup, fmt.Errorf("--timeout %s: expected a positive duration such as 3s", timeout)
 	}
 	address, err := adminAddress(flags.String("address"))
 	if err != nil {
@@ -58,7 +58,7 @@ func runCheck(flags caddycmd.Flags) (int, error) {
 	defer cancel()
 	found, err := fetchListeners(ctx, address)
 	if err == nil && len(found.Listeners) == 0 {
-		err = errors.New("no async_proxy is running")
+		err = errNoProxy
 	}
 	if err != nil {
 		return caddy.ExitCodeFailedStartup, err

@@ -118,6 +118,9 @@ func TestCommandCheck(t *testing.T) {
 	if code, text := c.ask(http.MethodPost, "/load", "{\nadmin "+c.admin+"\npersist_config off\n}\n"); code != http.StatusOK {
 		t.Fatalf("/load: status %d: %s", code, text)
 	}
+	if out, err := commandOf(t, "async-proxy", "status", "--address", c.admin).CombinedOutput(); err == nil || !strings.Contains(string(out), "no async_proxy is running") {
+		t.Errorf("status without a proxy: %v, %s", err, out)
+	}
 	if out, err := check(); err == nil || !strings.Contains(out, "no async_proxy is running") {
 		t.Errorf("no proxy: %v, %s", err, out)
 	}

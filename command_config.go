@@ -24,7 +24,7 @@ var clearProtocols = []string{"h1", "h2c"}
 // there is one.
 func commandServers(flags caddycmd.Flags, h *Handler) (map[string]*caddyhttp.Server, error) {
 	listen := flags.String("listen")
-	if err := checkEndpoint("listen", listen); err != nil {
+	if err := checkEndpoint("--listen", listen); err != nil {
 		return nil, err
 	}
 	servers := map[string]*caddyhttp.Server{"proxy": {
@@ -40,11 +40,11 @@ func commandServers(flags caddycmd.Flags, h *Handler) (map[string]*caddyhttp.Ser
 	address := flags.String("status")
 	if address == "" {
 		if flags.Bool("actions") {
-			return nil, errors.New("actions: expected --status <addr> with it")
+			return nil, errors.New("--actions: expected --status <addr> with it")
 		}
 		return servers, nil
 	}
-	if err := checkEndpoint("status", address); err != nil {
+	if err := checkEndpoint("--status", address); err != nil {
 		return nil, err
 	}
 	servers["status"] = statusServer(address, &Status{Actions: flags.Bool("actions")})

@@ -60,7 +60,7 @@ if the target's name cannot be resolved or anything else fails.
 		},
 		RunE: runExplain,
 	}
-	cmd.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return exitWith(cmd, exitUnknown, err) })
+	cmd.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return exitWith(cmd, exitUnknown, suggestFlag(cmd, err)) })
 	cmd.Flags().StringP("config", "c", "", "Configuration file; default: the running config")
 	cmd.Flags().StringP("adapter", "a", "", "Name of the config adapter for the file")
 	cmd.Flags().StringP("client", "", "", "IP address of the client")
@@ -115,23 +115,31 @@ func askExplain(flags caddycmd.Flags, target string) (answer status.Explanations
 	}
 	q, err := status.ReadQuestion(given)
 	if err != nil {
-		return answer, err
+		return answer, asFlag(err)
 	}
 	config, address := flags.String("config"), flags.String("address")
 	switch {
 	case config != "" && address != "":
-		return answer, errors.New("address: cannot be combined with --config, which asks no admin endpoint")
+		return answer, errors.New("--address: cannot be combined with --config, which asks no admin endpoint")
 	case config != "":
 		answer.Sites, err = explainFile(config, flags.String("adapter"), q)
 		return answer, err
 	case flags.String("adapter") != "":
-		return answer, errors.New("adapter: expected --config as well")
+		return answer, errors.New("--adapter: expected --config as well")
 	}
 	if address, err = adminAddress(address); err != nil {
 		return answer, err
 	}
 	err = fetchAdmin(address, "explain?"+q.Values().Encode(), &answer)
 	return answer, err
+}
+
+// asFlag names the parameter of the admin API in err as the command does. target is not a flag.
+func asFlag(err error) error {
+	if strings.HasPrefix(err.Error(), "client") {
+		return fmt.Errorf("--%w", err)
+	}
+	return err
 }
 
 // explainFile answers a question about a configuration file. The process must end afterwards:
@@ -145,6 +153,9 @@ func explainFile(file, adapter string, q status.Question) ([]status.Explanation,
 	if err := caddy.StrictUnmarshalJSON(caddy.RemoveMetaFields(text), config); err != nil {
 		return nil, fmt.Errorf("decoding %s: %w", file, err)
 	}
+	// Loading would open the files of the config's logs, and create those that are missing. What goes wrong
+	// still reaches standard error.
+	config.Logging = &caddy.Logging{Logs: map[string]*caddy.CustomLog{"default": {BaseLog: caddy.BaseLog{Level: "WARN"}}}}
 	if _, err := caddy.ProvisionContext(config); err != nil {
 		return nil, err
 	}

@@ -113,14 +113,14 @@ func TestCommandExplainMistakes(t *testing.T) {
 	for _, tc := range []struct{ args, want string }{
 		{"", "0 targets; expected one, as host:port or a URL"},
 		{"a:80 b:80", "2 targets; expected one, as host:port or a URL"},
-		{"a:80", "client: missing; expected the IP address of the client"},
-		{"--client office a:80", `client "office": expected an IP address`},
+		{"a:80", "--client: missing; expected the IP address of the client"},
+		{"--client office a:80", `--client "office": expected an IP address`},
 		{"--client 10.0.0.0/8 a:80", `client "10.0.0.0/8": expected an IP address`},
-		{"--clients 10.0.0.1 a:80", "unknown flag: --clients"},
+		{"--clients 10.0.0.1 a:80", "unknown flag: --clients; did you mean --client?"},
 		{"--client 10.0.0.1 --address 127.0.0.1:1 a:80", "connection refused; start the proxy, or use --address for another admin endpoint"},
-		{"--client 10.0.0.1 --address localhost a:80", `address "localhost": expected an address with a port`},
-		{"--client 10.0.0.1 --address 127.0.0.1:1 --config x a:80", "address: cannot be combined with --config"},
-		{"--client 10.0.0.1 --adapter caddyfile a:80", "adapter: expected --config as well"},
+		{"--client 10.0.0.1 --address localhost a:80", `--address "localhost": expected an address with a port`},
+		{"--client 10.0.0.1 --address 127.0.0.1:1 --config x a:80", "--address: cannot be combined with --config"},
+		{"--client 10.0.0.1 --adapter caddyfile a:80", "--adapter: expected --config as well"},
 		{"--client 10.0.0.1 --address " + w.logs + " example.com", `"msg":"target "example.com" for CONNECT: the port is missing; expected host:port for CONNECT, or an http:// or https:// URL for other methods"}`},
 		{"--client 10.0.0.1 --address " + w.logs + " --method GET a:80", "expected host:port for CONNECT, or an http:// or https:// URL"},
 		{"--client 10.0.0.1 --config DIR/missing.json a:80", "no such file or directory"},
@@ -136,6 +136,18 @@ func TestCommandExplainMistakes(t *testing.T) {
 	}
 	if exit, out, _ := explainExit(t, "--client", "10.0.0.1", "--config", filepath.Join(dir, "proxy.caddyfile"), "name.invalid:80"); exit != 2 || !strings.Contains(out, ": unresolved\n") {
 		t.Errorf("a name without addresses: exit status %d, %s", exit, out)
+	}
+	// A configuration is only read: the files of its logs stay as they are.
+	logs := filepath.Join(dir, "logs")
+	logging := "{\n\tlog {\n\t\toutput file " + logs + "/caddy.log\n\t}\n}\nhttp://:8080 {\n\tlog {\n\t\toutput file " + logs + "/access.log\n\t}\n\tasync_proxy\n}\n"
+	if err := os.WriteFile(filepath.Join(dir, "logs.caddyfile"), []byte(logging), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if exit, out, errors := explainExit(t, "--client", "10.0.0.1", "--config", filepath.Join(dir, "logs.caddyfile"), "1.1.1.1:443"); exit != 0 {
+		t.Errorf("with logs: exit status %d, %s, %s", exit, out, errors)
+	}
+	if entries, err := os.ReadDir(logs); !os.IsNotExist(err) {
+		t.Errorf("explain has created %v, %v", entries, err)
 	}
 	if exit, _, errors := explainExit(t, "--client", "10.0.0.1", "--address", adminOnly(t), "a:80"); exit != 2 || !strings.Contains(errors, "the running config has no async_proxy") {
 		t.Errorf("without a proxy: exit status %d, %s", exit, errors)

@@ -19,7 +19,7 @@ import (
 // checkRefusalSort returns an error if neither refusals nor targets can be sorted by key.
 func checkRefusalSort(key string) error {
 	if !status.SortsRefusals(key) && !status.SortsTargets(key) {
-		return fmt.Errorf("sort %q: expected %s for refusals, or %s for targets", key, status.RefusalSorts, status.TargetSorts)
+		return fmt.Errorf("--sort %q: expected %s for refusals, or %s for targets", key, status.RefusalSorts, status.TargetSorts)
 	}
 	return nil
 }

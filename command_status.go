@@ -124,12 +124,12 @@ func statusQueryOf(flags caddycmd.Flags) (statusQuery, error) {
 			return query, err
 		}
 	} else if flags.Changed("sort") && !status.SortsClients(query.sort) && !status.SortsTunnels(query.sort) {
-		return query, fmt.Errorf("sort %q: expected %s for clients, or %s for tunnels", query.sort, status.ClientSorts, status.TunnelSorts)
+		return query, fmt.Errorf("--sort %q: expected %s for clients, or %s for tunnels", query.sort, status.ClientSorts, status.TunnelSorts)
 	}
 	if flags.Changed("limit") {
 		var ok bool
 		if query.limit, ok = parseInt(flags.String("limit"), 1, status.MaxPage); !ok {
-			return query, fmt.Errorf("limit %q: expected a number from 1 to %d", flags.String("limit"), status.MaxPage)
+			return query, fmt.Errorf("--limit %q: expected a number from 1 to %d", flags.String("limit"), status.MaxPage)
 		}
 	}
 	return query, nil
@@ -176,6 +176,13 @@ func (q statusQuery) tunnels() string {
 }
 
 func fetchStatus(address string, query statusQuery) (*statusReport, error) {
+	var running status.Listeners
+	if err := fetchAdmin(address, "listeners", &running); err != nil {
+		return nil, err
+	}
+	if len(running.Listeners) == 0 {
+		return nil, errNoProxy
+	}
 	s := new(statusReport)
 	paths := map[string]any{"stats": &s.Stats, "clients?" + query.clients(): &s.Clients, "tunnels?" + query.tunnels(): &s.Tunnels}
 	if query.refusals {
@@ -189,11 +196,18 @@ func fetchStatus(address string, query statusQuery) (*statusReport, error) {
 	return s, nil
 }
 
+// errNoProxy reports that Caddy runs without a proxy.
+var errNoProxy = errors.New("no async_proxy is running")
+
 // adminAddress returns the address of the admin endpoint: the one that --address gives, or Caddy's
 // default.
 func adminAddress(given string) (string, error) {
 	if given != "" {
-		if err := checkEndpoint("address", given); err != nil {
+		if err := checkEndpoint("--address", given); err != nil {
+			return "", err
+		}
+	} else if configured := os.Getenv("CADDY_ADMIN"); configured != "" {
+		if err := checkEndpoint("CADDY_ADMIN", configured); err != nil {
 			return "", err
 		}
 	}

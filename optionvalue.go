@@ -43,6 +43,7 @@ const (
 	// Caddy's JSON passes through float64.
 	maxCount    = 1_000_000_000
 	maxDuration = caddy.Duration(1 << 62) // 146 years
+	minDuration = caddy.Duration(time.Millisecond)
 )
 
 // setIfZero stores the default of a field that has no value.
@@ -136,14 +137,14 @@ func duration(field func(*Handler) *caddy.Duration, byDefault time.Duration) opt
 		example, none = "24h", "none"
 	}
 	return optionValue{
-		expected: "a positive duration such as " + example,
+		expected: "a duration of at least 1ms, such as " + example,
 		set: func(h *Handler, s string) (ok bool) {
 			*field(h), ok = parseDuration(s)
-			return ok && *field(h) > 0
+			return ok && *field(h) >= minDuration
 		},
 		isSet: func(h *Handler) bool { return *field(h) != 0 },
 		invalid: func(h *Handler) (string, bool) {
-			return time.Duration(*field(h)).String(), *field(h) < 0 || *field(h) > maxDuration
+			return time.Duration(*field(h)).String(), *field(h) < 0 || tooShort(*field(h)) || *field(h) > maxDuration
 		},
 		setDefault: func(h *Handler) { setIfZero(field(h), caddy.Duration(byDefault)) },
 		show: func(h *Handler) string {
@@ -168,7 +169,9 @@ func durationOrOff(field func(*Handler) *caddy.Duration, byDefault time.Duration
 		}
 		return set(h, s)
 	}
-	v.invalid = func(h *Handler) (string, bool) { return time.Duration(*field(h)).String(), *field(h) > maxDuration }
+	v.invalid = func(h *Handler) (string, bool) {
+		return time.Duration(*field(h)).String(), tooShort(*field(h)) || *field(h) > maxDuration
+	}
 	v.show = func(h *Handler) string {
 		if *field(h) < 0 {
 			return "off"
@@ -187,6 +190,10 @@ func parseInt[T int | int64](s string, low, high T) (T, bool) {
 	n, err := strconv.ParseInt(s, 10, 64)
 	return T(n), err == nil && n >= int64(low) && n <= int64(high)
 }
+
+// tooShort reports whether a duration is most likely meant to be longer: a bare number in JSON counts
+// nanoseconds.
+func tooShort(d caddy.Duration) bool { return 0 < d && d < minDuration }
 
 // parseDuration parses a duration that is not negative.
 func parseDuration(s string) (caddy.Duration, bool) {

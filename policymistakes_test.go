@@ -104,7 +104,7 @@ func TestPolicyMistakesInJSON(t *testing.T) {
 		{`[{"name": "ci", "no_upstream": ["a.example"]}]`, "policies[0]: no_upstream: no upstream is configured"},
 		{`[{"name": "ci", "limit_by": "user"}]`, "policies[0]: limit_by: clients have no user"},
 		{`[{"name": "ci", "rules": [{"action": "allow", "destinations": ["a.example"]}]}]`, "policy ci: rules[0]: allow: a.example has no effect"},
-		{`[{"name": "ci", "rules": [{"action": "drop", "destinations": ["a.example"]}]}]`, `policies[0]: rules[0]: action "drop": expected allow or deny`},
+		{`[{"name": "ci", "rules": [{"action": "drop", "destinations": ["a.example"]}]}]`, `policies[0]: rules[0]: action: the value 'drop' is not valid; expected allow or deny`},
 		{`[{"name": "ci", "methods": ["GET"], "match": {"method": ["GET"]}}, ` + last + `]`, ""},
 	} {
 		err := validate(t, `{"handler": "async_proxy", "policies": `+tc.policies+`}`)

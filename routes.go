@@ -129,6 +129,31 @@ func firstProxy(routes caddyhttp.RouteList) *proxy {
 	return nil
 }
 
+// shadowing returns the async_proxy before h that gets every request of the routes, so that h gets none; nil:
+// there is none.
+func shadowing(routes caddyhttp.RouteList, h *Handler) (first *Handler) {
+	for _, route := range routes {
+		for _, handler := range route.Handlers {
+			var found *Handler
+			switch handler := handler.(type) {
+			case *Handler:
+				if found = handler; handler == h {
+					return nil
+				}
+			case *caddyhttp.Subroute:
+				if _, leads := hostsLeadingTo(handler.Routes, h); leads {
+					return shadowing(handler.Routes, h)
+				}
+				found = shadowing(handler.Routes, h)
+			}
+			if found != nil && len(route.MatcherSets) == 0 {
+				return found
+			}
+		}
+	}
+	return nil
+}
+
 // mayFallThrough reports whether a request may pass all routes without a response, as far
 // as can be told from the config.
 func mayFallThrough(routes caddyhttp.RouteList) bool {

@@ -55,7 +55,7 @@ type Rule struct {
 // check returns an error unless the rule's action and destinations are valid.
 func (r *Rule) check() error {
 	if r.Action != "allow" && r.Action != "deny" {
-		return fmt.Errorf("action %q: expected allow or deny", r.Action)
+		return fmt.Errorf("action: the value '%s' is not valid; expected allow or deny", r.Action)
 	}
 	if len(r.Destinations) == 0 && len(r.Files) == 0 && r.SourceRaw == nil {
 		return fmt.Errorf("%s: missing destination; expected %s", r.Action, expectedDestinations)

@@ -35,6 +35,10 @@ func (p *proxy) judgeConfig(ctx caddy.Context, server *caddyhttp.Server) (found 
 		warn("no_match", "every async_proxy of this site has a matcher, and nothing responds to requests that none of them matches; "+
 			"add one without a matcher, or respond with 403 at the end", addresses)
 	}
+	if first := shadowing(siteOf(server, p.config), p.config); first != nil {
+		warn("unreachable", "an async_proxy without a matcher comes before this one in the site and handles every request for the proxy; "+
+			"give the first one a matcher, or remove one of them", addresses)
+	}
 	if comparesSNI(server) {
 		warn("strict_sni_host", "each request to this server must be for the host of its TLS handshake (strict_sni_host, which client_auth implies), "+
 			"so requests through the proxy get 421; set strict_sni_host insecure_off in the global option servers", addresses)

@@ -93,6 +93,29 @@ func TestWarningsOfAConfig(t *testing.T) {
 	checkWarnings(t, "no proxy")
 }
 
+// An async_proxy that gets no request because of another one before it is most likely a mistake.
+func TestWarnsAboutUnreachableProxies(t *testing.T) {
+	w := newWorld(t, "", nil)
+	site := func(directives string) string {
+		return strings.SplitN(w.site(""), "\n", 2)[0] + "\n" + directives + "\n}\n"
+	}
+	const second = "async_proxy {\nzone two\n}"
+	for directives, codes := range map[string][]string{
+		"async_proxy\n" + second:                                                           {"unreachable"},
+		"handle {\nasync_proxy\n}\nhandle {\n" + second + "\n}":                            {"unreachable"},
+		"route {\nasync_proxy\n" + second + "\n}":                                          {"unreachable"},
+		"@a remote_ip 192.0.2.1\nasync_proxy @a\n" + second:                                nil,
+		"@a remote_ip 192.0.2.1\nhandle @a {\nasync_proxy\n}\nhandle {\n" + second + "\n}": nil,
+		"@a remote_ip 192.0.2.1\nroute {\nasync_proxy @a\n" + second + "\n}":               nil,
+	} {
+		w.load(site(directives))
+		checkWarnings(t, directives, codes...)
+	}
+	_, port, _ := net.SplitHostPort(freeAddress(t))
+	w.load(site("async_proxy") + "http://:" + port + " {\n" + second + "\n}\n")
+	checkWarnings(t, "two sites")
+}
+
 // TestWarningsOfTheProcess checks what is wrong at the moment.
 func TestWarningsOfTheProcess(t *testing.T) {
 	w := newWorld(t, "", nil)

@@ -128,7 +128,7 @@ func NewRuleSets(rules []Rule, check *RuleCheck) ([]*RuleSet, error) {
 	for i := range rules {
 		rule := &rules[i]
 		if rule.Action != "allow" && rule.Action != "deny" {
-			return nil, fmt.Errorf("rules[%d]: action %q: expected allow or deny", i, rule.Action)
+			return nil, fmt.Errorf("rules[%d]: action: the value '%s' is not valid; expected allow or deny", i, rule.Action)
 		}
 		if len(rule.Destinations) == 0 && len(rule.Files) == 0 && rule.Source == nil {
 			return nil, errors.New(rule.Action + ": missing destination")
