@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"os"
 	"slices"
 	"strconv"
 	"sync"
@@ -29,8 +30,9 @@ func init() { caddy.RegisterModule(LogBuffer{}) }
 // of a short request that is logged twice.
 //
 // A line reaches the wrapped output when the buffer is full, FlushInterval after the first line in
-// the buffer, and before Caddy exits or unloads the config. If the process is killed or crashes, the
-// lines in the buffer are lost.
+// the buffer, and before Caddy exits or unloads the config. If the process is killed or crashes, and on
+// SIGQUIT or a second Ctrl+C, the lines in the buffer are lost. So are those that cannot be written; standard
+// error then says so, and when writing works again.
 type LogBuffer struct {
 	// The wrapped output: file, stdout or stderr. Others are refused, because some of them take each
 	// write for one line.
@@ -44,6 +46,7 @@ type LogBuffer struct {
 	FlushInterval caddy.Duration `json:"flush_interval,omitempty"`
 
 	wrapped caddy.WriterOpener
+	config  <-chan struct{} // closed with the config's context; the modules of one config share it
 }
 
 const (
@@ -64,15 +67,19 @@ func (LogBuffer) CaddyModule() caddy.ModuleInfo {
 
 // Provision implements caddy.Provisioner.
 func (b *LogBuffer) Provision(ctx caddy.Context) error {
-	if b.WrapRaw == nil {
+	if len(b.WrapRaw) == 0 || string(b.WrapRaw) == "null" {
 		return fmt.Errorf("wrap: the option is missing; expected %s", wrappable)
 	}
 	module, err := ctx.LoadModule(b, "WrapRaw")
 	if err != nil {
-		return fmt.Errorf("wrap: %w", err)
+		return fmt.Errorf("wrap: %w; expected %s", err, wrappable)
 	}
-	switch module.(type) {
-	case *logging.FileWriter, *caddy.StdoutWriter, *caddy.StderrWriter:
+	switch module := module.(type) {
+	case *caddy.StdoutWriter, *caddy.StderrWriter:
+	case *logging.FileWriter:
+		if module.Filename == "" {
+			return fmt.Errorf("wrap: the file has no name; expected %s", wrappable)
+		}
 	default:
 		return invalidValue("wrap", wrappable, module.(caddy.Module).CaddyModule().ID.Name())
 	}
@@ -84,27 +91,53 @@ func (b *LogBuffer) Provision(ctx caddy.Context) error {
 	if b.FlushInterval < 0 {
 		return invalidValue("flush_interval", "a duration above zero", time.Duration(b.FlushInterval).String())
 	}
-	b.wrapped = module.(caddy.WriterOpener)
+	b.WrapRaw, b.config = caddyconfig.JSON(module, nil), ctx.Done()
+	wrapped := module.(caddy.WriterOpener)
 	logBuffers.mu.Lock()
 	defer logBuffers.mu.Unlock()
-	o := logBuffers.open[b.WriterKey()]
+	o := logBuffers.open[bufferKey(wrapped)]
 	if o == nil {
 		o = new(openLogBuffer)
-		logBuffers.open[b.WriterKey()] = o
 	}
+	for _, other := range o.configs {
+		if err := b.differsFrom(other); other.config == b.config && err != nil {
+			return fmt.Errorf("two logs of %s %w; expected the same output for both", wrapped, err)
+		}
+	}
+	b.wrapped = wrapped
+	logBuffers.open[b.WriterKey()] = o
 	o.configs = append(o.configs, b)
 	o.apply()
 	return nil
 }
 
+// differsFrom returns in what the options of two outputs differ, if they do. They would share one writer, and
+// the options of the one that comes first by chance would apply.
+func (b *LogBuffer) differsFrom(other *LogBuffer) error {
+	switch {
+	case b.Size != other.Size:
+		return fmt.Errorf("have different sizes, %d and %d", other.Size, b.Size)
+	case b.FlushInterval != other.FlushInterval:
+		return fmt.Errorf("have different flush intervals, %s and %s", time.Duration(other.FlushInterval), time.Duration(b.FlushInterval))
+	case string(b.WrapRaw) != string(other.WrapRaw):
+		return fmt.Errorf("wrap it differently, as %s and %s", other.WrapRaw, b.WrapRaw)
+	}
+	return nil
+}
+
 func (b *LogBuffer) String() string { return b.wrapped.String() }
+
+// GoString implements fmt.GoStringer for Caddy's errors of opening an output.
+func (b *LogBuffer) GoString() string { return "async_proxy_buffer for " + b.String() }
 
 // WriterKey implements caddy.WriterOpener. Logs with the same wrapped output share a buffer. A file has
 // the key that it has without a buffer, so that there is one writer for each file: of two, one would
 // go on writing to a file that the other has rotated.
-func (b *LogBuffer) WriterKey() string {
-	key := b.wrapped.WriterKey()
-	if _, ok := b.wrapped.(*logging.FileWriter); ok {
+func (b *LogBuffer) WriterKey() string { return bufferKey(b.wrapped) }
+
+func bufferKey(wrapped caddy.WriterOpener) string {
+	key := wrapped.WriterKey()
+	if _, ok := wrapped.(*logging.FileWriter); ok {
 		return key
 	}
 	return "async_proxy_buffer:" + key
@@ -119,9 +152,21 @@ func (b *LogBuffer) OpenWriter() (io.WriteCloser, error) {
 	logBuffers.mu.Lock()
 	defer logBuffers.mu.Unlock()
 	o := logBuffers.open[b.WriterKey()]
-	o.writer = linebuffer.New(w)
+	o.writer = linebuffer.New(w, reportLost(b.String()))
 	o.apply()
 	return o.writer, nil
+}
+
+// reportLost returns a function that says on standard error what becomes of the lines for an output. Caddy's logs
+// would not do: one of them may be this output's.
+func reportLost(output string) func(err error, lost int) {
+	return func(err error, lost int) {
+		if err != nil {
+			fmt.Fprintf(os.Stderr, "async_proxy_buffer: writing to %s fails, and log lines are lost until it works again, %d so far: %v\n", output, lost, err)
+		} else {
+			fmt.Fprintf(os.Stderr, "async_proxy_buffer: writing to %s works again; %d log lines are lost\n", output, lost)
+		}
+	}
 }
 
 // Cleanup implements caddy.CleanerUpper.
@@ -165,14 +210,16 @@ func (o *openLogBuffer) apply() {
 	}
 }
 
-// unbufferedLogs returns the wrapped outputs of the running configs that have no buffer, because Caddy has
-// opened their files without one. They get it when Caddy starts again.
-func unbufferedLogs() (outputs []string) {
+// unbufferedLogs returns the wrapped outputs of a config that have no buffer, because Caddy has opened their files
+// without one. They get it when Caddy starts again. config is the channel that is closed with the config's
+// context.
+func unbufferedLogs(config <-chan struct{}) (outputs []string) {
 	logBuffers.mu.Lock()
 	defer logBuffers.mu.Unlock()
 	for _, o := range logBuffers.open {
-		if o.writer == nil && len(o.configs) > 0 {
-			outputs = append(outputs, o.configs[0].String())
+		isIn := func(b *LogBuffer) bool { return b.config == config }
+		if i := slices.IndexFunc(o.configs, isIn); o.writer == nil && i >= 0 {
+			outputs = append(outputs, o.configs[i].String())
 		}
 	}
 	slices.Sort(outputs)
@@ -250,9 +297,16 @@ func (b *LogBuffer) wrap(d *caddyfile.Dispenser) error {
 	var output caddy.WriterOpener
 	switch name := d.Val(); name {
 	case "file":
+		line := *d
+		switch args := line.RemainingArgs(); {
+		case len(args) == 0 || args[0] == "":
+			return d.Errf("wrap file: the file has no name; expected %s", wrappable)
+		case len(args) > 1:
+			return d.Errf("wrap file: unexpected value '%s'; expected %s", args[1], wrappable)
+		}
 		module, err := caddyfile.UnmarshalModule(d, "caddy.logging.writers.file")
 		if err != nil {
-			return err
+			return fmt.Errorf("wrap file: %w", err)
 		}
 		b.WrapRaw = caddyconfig.JSONModuleObject(module, "output", "file", nil)
 		return nil

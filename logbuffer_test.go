@@ -9,6 +9,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -151,8 +152,13 @@ func TestLogBufferAndFile(t *testing.T) {
 				w.load(plain)
 				expect("a file", 1, 1)
 				w.load(buffer)
-				checkWarnings(t, "a buffer that comes too late", "log_not_buffered")
+				if found := checkWarnings(t, "a buffer that comes too late", "log_not_buffered"); !strings.Contains(found[0].Text, "no effect on "+file+", because") {
+					t.Errorf("%q", found[0].Text)
+				}
 				expect("a buffer that comes too late", 2, 2)
+				w.load(buffer)
+				w.load(plain)
+				checkWarnings(t, "the file again, without a buffer")
 			} else {
 				w.load(buffer)
 				checkWarnings(t, "a buffer")
@@ -249,27 +255,31 @@ func TestLogBufferCaddyfile(t *testing.T) {
 		interval = "expected a duration above zero, such as 1s"
 	)
 	for text, want := range map[string]string{
-		"":                                      "wrap: the option is missing; " + outputs + ", at Caddyfile:3",
-		"{\n}":                                  "wrap: the option is missing; " + outputs + ", at Caddyfile:3",
-		"file /tmp/a.log":                       "unexpected argument 'file'; expected a block with wrap <output>, at Caddyfile:3",
-		"{\nsize 1KiB\n}":                       "wrap: the option is missing; " + outputs + ", at Caddyfile:5",
-		"{\nwrap\n}":                            "wrap: missing value; " + outputs + ", at Caddyfile:4",
-		"{\nwrap net udp/127.0.0.1:9\n}":        "wrap: the value 'net' is not valid; " + outputs + ", at Caddyfile:4",
-		"{\nwrap stdout stderr\n}":              "wrap: unexpected value 'stderr'; " + outputs + ", at Caddyfile:4",
-		"{\nwrap stdout {\nx\n}\n}":             "wrap: unexpected block; " + outputs + ", at Caddyfile:4",
-		"{\nwrap stdout\nwrap stdout\n}":        "wrap: the option is set twice; expected it once, at Caddyfile:5",
-		"{\nwrap stdout\nsize\n}":               "size: missing value; " + sizes + ", at Caddyfile:5",
-		"{\nwrap stdout\nsize 0\n}":             "size: the value '0' is not valid; " + sizes + ", at Caddyfile:5",
-		"{\nwrap stdout\nsize 1025KiB\n}":       "size: the value '1025KiB' is not valid; " + sizes + ", at Caddyfile:5",
-		"{\nwrap stdout\nsize 16EiB\n}":         "size: the value '16EiB' is not valid; " + sizes + ", at Caddyfile:5",
-		"{\nwrap stdout\nsize -1\n}":            "size: the value '-1' is not valid; " + sizes + ", at Caddyfile:5",
-		"{\nwrap stdout\nsize much\n}":          "size: the value 'much' is not valid; " + sizes + ", at Caddyfile:5",
-		"{\nwrap stdout\nsize 1 KiB\n}":         "size: unexpected value 'KiB'; " + sizes + ", at Caddyfile:5",
-		"{\nwrap stdout\nsize 1 {\nx\n}\n}":     "size: unexpected block; " + sizes + ", at Caddyfile:5",
-		"{\nwrap stdout\nflush_interval 0\n}":   "flush_interval: the value '0' is not valid; " + interval + ", at Caddyfile:5",
-		"{\nwrap stdout\nflush_interval -1s\n}": "flush_interval: the value '-1s' is not valid; " + interval + ", at Caddyfile:5",
-		"{\nwrap stdout\nflush_interval 5\n}":   "flush_interval: the value '5' is not valid; " + interval + ", at Caddyfile:5",
-		"{\nwrap stdout\nflush 1s\n}":           "unrecognized option 'flush'; expected wrap, size or flush_interval, at Caddyfile:5",
+		"":                               "wrap: the option is missing; " + outputs + ", at Caddyfile:3",
+		"{\n}":                           "wrap: the option is missing; " + outputs + ", at Caddyfile:3",
+		"file /tmp/a.log":                "unexpected argument 'file'; expected a block with wrap <output>, at Caddyfile:3",
+		"{\nsize 1KiB\n}":                "wrap: the option is missing; " + outputs + ", at Caddyfile:5",
+		"{\nwrap\n}":                     "wrap: missing value; " + outputs + ", at Caddyfile:4",
+		"{\nwrap net udp/127.0.0.1:9\n}": "wrap: the value 'net' is not valid; " + outputs + ", at Caddyfile:4",
+		"{\nwrap file\n}":                "wrap file: the file has no name; " + outputs + ", at Caddyfile:4",
+		"{\nwrap file \"\"\n}":           "wrap file: the file has no name; " + outputs + ", at Caddyfile:4",
+		"{\nwrap file /tmp/a /tmp/b\n}":  "wrap file: unexpected value '/tmp/b'; " + outputs + ", at Caddyfile:4",
+		"{\nwrap file /tmp/a {\nroll_size x\n}\n}": "wrap file: parsing size: strconv.ParseFloat: parsing \"\": invalid syntax, at Caddyfile:5",
+		"{\nwrap stdout stderr\n}":                 "wrap: unexpected value 'stderr'; " + outputs + ", at Caddyfile:4",
+		"{\nwrap stdout {\nx\n}\n}":                "wrap: unexpected block; " + outputs + ", at Caddyfile:4",
+		"{\nwrap stdout\nwrap stdout\n}":           "wrap: the option is set twice; expected it once, at Caddyfile:5",
+		"{\nwrap stdout\nsize\n}":                  "size: missing value; " + sizes + ", at Caddyfile:5",
+		"{\nwrap stdout\nsize 0\n}":                "size: the value '0' is not valid; " + sizes + ", at Caddyfile:5",
+		"{\nwrap stdout\nsize 1025KiB\n}":          "size: the value '1025KiB' is not valid; " + sizes + ", at Caddyfile:5",
+		"{\nwrap stdout\nsize 16EiB\n}":            "size: the value '16EiB' is not valid; " + sizes + ", at Caddyfile:5",
+		"{\nwrap stdout\nsize -1\n}":               "size: the value '-1' is not valid; " + sizes + ", at Caddyfile:5",
+		"{\nwrap stdout\nsize much\n}":             "size: the value 'much' is not valid; " + sizes + ", at Caddyfile:5",
+		"{\nwrap stdout\nsize 1 KiB\n}":            "size: unexpected value 'KiB'; " + sizes + ", at Caddyfile:5",
+		"{\nwrap stdout\nsize 1 {\nx\n}\n}":        "size: unexpected block; " + sizes + ", at Caddyfile:5",
+		"{\nwrap stdout\nflush_interval 0\n}":      "flush_interval: the value '0' is not valid; " + interval + ", at Caddyfile:5",
+		"{\nwrap stdout\nflush_interval -1s\n}":    "flush_interval: the value '-1s' is not valid; " + interval + ", at Caddyfile:5",
+		"{\nwrap stdout\nflush_interval 5\n}":      "flush_interval: the value '5' is not valid; " + interval + ", at Caddyfile:5",
+		"{\nwrap stdout\nflush 1s\n}":              "unrecognized option 'flush'; expected wrap, size or flush_interval, at Caddyfile:5",
 	} {
 		if _, _, err := adapt(output(text), "Caddyfile"); err == nil || !strings.HasSuffix(err.Error(), want) {
 			t.Errorf("%q: %v, want %s", text, err, want)
@@ -282,7 +292,11 @@ func TestLogBufferJSON(t *testing.T) {
 		`{"size": 1}`: "wrap: the option is missing; expected file <path>, stdout or stderr",
 		`{"wrap": {"output": "net", "address": "udp/127.0.0.1:9"}}`:                "wrap: the value 'net' is not valid; expected file <path>, stdout or stderr",
 		`{"wrap": {"output": "async_proxy_buffer", "wrap": {"output": "stdout"}}}`: "wrap: the value 'async_proxy_buffer' is not valid; expected file <path>, stdout or stderr",
-		`{"wrap": {"output": "paper"}}`:                                            "wrap: loading module 'paper': unknown module: caddy.logging.writers.paper",
+		`{"wrap": {"output": "paper"}}`:                                            "wrap: loading module 'paper': unknown module: caddy.logging.writers.paper; expected file <path>, stdout or stderr",
+		`{"wrap": null}`:                                                           "wrap: the option is missing; expected file <path>, stdout or stderr",
+		`{"wrap": {}}`:                                                             "expected file <path>, stdout or stderr",
+		`{"wrap": {"output": "file"}}`:                                             "wrap: the file has no name; expected file <path>, stdout or stderr",
+		`{"wrap": {"output": "file", "filename": "/nonexistent/\u0000"}}`:          "opening log writer using async_proxy_buffer for /nonexistent/",
 		`{"wrap": {"output": "stdout"}, "size": -1}`:                               "size: the value '-1' is not valid; expected a number of bytes from 1 to 1048576",
 		`{"wrap": {"output": "stdout"}, "size": 1048577}`:                          "size: the value '1048577' is not valid; expected a number of bytes from 1 to 1048576",
 		`{"wrap": {"output": "stdout"}, "flush_interval": -1}`:                     "flush_interval: the value '-1ns' is not valid; expected a duration above zero",
@@ -298,6 +312,68 @@ func TestLogBufferJSON(t *testing.T) {
 		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
 			t.Errorf("%s: %v, want %s", text, err, want)
 		}
+	}
+}
+
+// Two logs of one config that share a file must agree on its output. Those of two configs need not.
+func TestLogBufferConflicts(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "shared.log")
+	config := func(outputs ...string) string {
+		var logs []string
+		for i, output := range outputs {
+			logs = append(logs, fmt.Sprintf(`"log%d": {"writer": {"output": "async_proxy_buffer", %s}}`, i, output))
+		}
+		return fmt.Sprintf(`{"admin": {"disabled": true}, "logging": {"logs": {%s}}}`, strings.Join(logs, ", "))
+	}
+	wrap := fmt.Sprintf(`"wrap": {"output": "file", "filename": %q`, file)
+	for second, want := range map[string]string{
+		wrap + "}":                             "",
+		wrap + "}, \"size\": 65536":            "",
+		wrap + "}, \"size\": 4096":             "two logs of " + file + " have different sizes, ",
+		wrap + "}, \"flush_interval\": \"5s\"": "two logs of " + file + " have different flush intervals, ",
+		wrap + ", \"roll_size_mb\": 5}":        "two logs of " + file + " wrap it differently, as ",
+		"\"wrap\": {\"output\": \"stdout\"}":   "",
+	} {
+		for range 4 { // Caddy opens the logs in a random order
+			var c caddy.Config
+			if err := json.Unmarshal([]byte(config(wrap+"}", second)), &c); err != nil {
+				t.Fatal(err)
+			}
+			err := caddy.Validate(&c)
+			if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "expected the same output for both")) {
+				t.Errorf("%s: %v, want %q", second, err, want)
+			}
+		}
+	}
+}
+
+// Lines that cannot be written are lost, and standard error says so once, also if Caddy exits.
+func TestBinaryLogBufferLoses(t *testing.T) {
+	config, address := filepath.Join(t.TempDir(), "Caddyfile"), freeAddress(t)
+	text := "{\n\tadmin off\n\tpersist_config off\n\tlog {\n\t\toutput async_proxy_buffer {\n\t\t\twrap file /dev/full\n\t\t\tflush_interval 1h\n\t\t}\n\t}\n}\nhttp://" + address + " {\n\tasync_proxy\n}\n"
+	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := commandOf(t, "run", "--config", config, "--adapter", "caddyfile")
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "Caddy to run", func() bool { return binaryListens(address) })
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	output, err := io.ReadAll(stderr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = cmd.Wait()
+	const says = "async_proxy_buffer: writing to /dev/full fails, and log lines are lost until it works again, "
+	if n := strings.Count(string(output), says); n != 1 || !strings.Contains(string(output), "no space left on device") {
+		t.Errorf("said %d times:\n%s", n, output)
 	}
 }
 

@@ -6,7 +6,7 @@
 package linebuffer
 
 import (
-	"errors"
+	"bytes"
 	"io"
 	"sync"
 	"time"
@@ -14,23 +14,28 @@ import (
 
 // Writer collects lines and writes them to another writer when the next one does not fit into the
 // buffer, some time after the first one, or when it is closed. Its methods may be called
-// concurrently.
+// concurrently. Lines that cannot be written are lost, so that the buffer never grows.
 //
 // Unlike zap's BufferedWriteSyncer, it goes on after a write that failed, syncs no files, and does
 // nothing while there are no lines.
 type Writer struct {
 	mu     sync.Mutex
 	w      io.WriteCloser
+	report func(err error, lost int)
 	lines  []byte
 	size   int
 	delay  time.Duration
 	timer  *time.Timer // flushes; it runs when there are lines in the buffer
-	failed error       // an error that no method has returned yet
+	fails  bool        // the last write failed
+	lost   int         // lines that have not been written since it fails
+	isCut  bool        // the last write ended in the middle of a line
 }
 
-// New returns a Writer to w without a buffer.
-func New(w io.WriteCloser) *Writer {
-	b := &Writer{w: w}
+// New returns a Writer to w without a buffer. It calls report with an error when writing begins to fail, and
+// without one when it works again. lost is how many lines have been lost since it began to fail. report must
+// not call the Writer.
+func New(w io.WriteCloser, report func(err error, lost int)) *Writer {
+	b := &Writer{w: w, report: report}
 	b.timer = time.AfterFunc(time.Hour, func() {
 		b.mu.Lock()
 		defer b.mu.Unlock()
@@ -53,8 +58,7 @@ func (b *Writer) SetBuffer(size int, delay time.Duration) {
 }
 
 // Write takes one or more whole lines. It keeps them together, and writes them without delay if they do
-// not fit into the buffer. If earlier lines could not be written, it returns their error once,
-// although it has taken the new ones.
+// not fit into the buffer. It returns no errors, because it may write other lines than it has got.
 func (b *Writer) Write(lines []byte) (int, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -63,7 +67,7 @@ func (b *Writer) Write(lines []byte) (int, error) {
 	}
 	if len(lines) > b.size {
 		b.write(lines)
-		return len(lines), b.failure()
+		return len(lines), nil
 	}
 	if len(b.lines) == 0 {
 		if b.lines == nil {
@@ -72,11 +76,10 @@ func (b *Writer) Write(lines []byte) (int, error) {
 		b.timer.Reset(b.delay)
 	}
 	b.lines = append(b.lines, lines...)
-	return len(lines), b.failure()
+	return len(lines), nil
 }
 
-// flush writes the lines in the buffer. Lines that cannot be written are lost, so that the buffer
-// never grows. The caller holds the lock.
+// flush writes the lines in the buffer. The caller holds the lock.
 func (b *Writer) flush() {
 	if len(b.lines) == 0 {
 		return
@@ -86,15 +89,28 @@ func (b *Writer) flush() {
 }
 
 func (b *Writer) write(lines []byte) {
-	if _, err := b.w.Write(lines); err != nil {
-		b.failed = err
+	if b.isCut {
+		lines = append([]byte("\n"), lines...) // or the first line would continue the one that is cut
 	}
-}
-
-func (b *Writer) failure() error {
-	err := b.failed
-	b.failed = nil
-	return err
+	n, err := b.w.Write(lines)
+	if err == nil && n < len(lines) {
+		err = io.ErrShortWrite
+	}
+	if err == nil {
+		if b.fails {
+			b.report(nil, b.lost)
+		}
+		b.fails, b.lost, b.isCut = false, 0, false
+		return
+	}
+	if n > 0 {
+		b.isCut = lines[n-1] != '\n'
+	}
+	b.lost += bytes.Count(lines[n:], []byte("\n"))
+	if !b.fails {
+		b.fails = true
+		b.report(err, b.lost)
+	}
 }
 
 // Close writes the lines in the buffer, and closes the other writer. Later lines are written to it
@@ -103,5 +119,5 @@ func (b *Writer) Close() error {
 	b.SetBuffer(0, 0)
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return errors.Join(b.failure(), b.w.Close())
+	return b.w.Close()
 }

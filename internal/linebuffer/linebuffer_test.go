@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -19,14 +20,31 @@ type recorder struct {
 	mu     sync.Mutex
 	writes []string
 	err    error // of each call
+	takes  int   // how many bytes a call that fails writes
 	closed int
+
+	reports []string
+}
+
+func (r *recorder) report(err error, lost int) {
+	r.reports = append(r.reports, fmt.Sprint(err, " ", lost))
 }
 
 func (r *recorder) Write(p []byte) (int, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.err != nil || r.takes > 0 {
+		p = p[:min(r.takes, len(p))]
+	}
 	r.writes = append(r.writes, string(p))
 	return len(p), r.err
+}
+
+// fail makes writes fail from now on, or work again.
+func (r *recorder) fail(err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.err = err
 }
 
 func (r *recorder) Close() error { r.closed++; return nil }
@@ -42,7 +60,7 @@ func (r *recorder) expect(t *testing.T, writes ...string) {
 
 // buffering returns a Writer with a buffer.
 func buffering(r *recorder, size int, delay time.Duration) *Writer {
-	w := New(r)
+	w := New(r, r.report)
 	w.SetBuffer(size, delay)
 	return w
 }
@@ -134,7 +152,7 @@ func TestDelayBeginsAnew(t *testing.T) {
 func TestSetBuffer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var r recorder
-		w := New(&r)
+		w := New(&r, r.report)
 		_ = write(t, w, "1\n")
 		r.expect(t, "1\n")
 		w.SetBuffer(100, time.Second)
@@ -175,39 +193,98 @@ func TestLinesAfterClose(t *testing.T) {
 	})
 }
 
-// An error is returned once, by whatever comes next, and the lines that could not be written do not
-// stay in the buffer.
+// Failures are reported when they happen, once until writing works again, and the lines that could not be
+// written do not stay in the buffer.
 func TestErrors(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		full := errors.New("disk full")
 		r := recorder{err: full}
 		w := buffering(&r, 4, time.Second)
-		if err := write(t, w, "1\n", "2\n"); err != nil {
-			t.Errorf("nothing has been written, but: %v", err)
+		expect := func(when string, reports ...string) {
+			t.Helper()
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			if !slices.Equal(r.reports, reports) {
+				t.Errorf("%s: reported %q, want %q", when, r.reports, reports)
+			}
+			r.reports = nil
 		}
-		if err := write(t, w, "3\n"); !errors.Is(err, full) {
-			t.Errorf("when the buffer is full: %v", err)
+		check := func(err error) {
+			t.Helper()
+			if err != nil {
+				t.Error(err)
+			}
 		}
-		if err := write(t, w, "4\n"); err != nil {
-			t.Errorf("the error again: %v", err)
-		}
+		check(write(t, w, "1\n", "2\n"))
+		expect("nothing has been written")
+		check(write(t, w, "3\n"))
+		expect("when the buffer is full", "disk full 2")
+		check(write(t, w, "4\n"))
 		time.Sleep(2 * time.Second)
 		synctest.Wait()
-		if err := write(t, w, "5\n"); !errors.Is(err, full) {
-			t.Errorf("after the delay: %v", err)
-		}
-		if err := write(t, w, "long line\n"); !errors.Is(err, full) {
-			t.Errorf("a long line: %v", err)
-		}
-		_ = write(t, w, "6\n")
-		if err := w.Close(); !errors.Is(err, full) || r.closed != 1 {
+		check(write(t, w, "5\n", "long line\n"))
+		expect("while it fails")
+		r.fail(nil)
+		check(write(t, w, "6\n"))
+		expect("nothing has been written again")
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		expect("when it works again", "<nil> 6")
+		check(write(t, w, "7\n"))
+		r.fail(full)
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		expect("after the delay", "disk full 1")
+		r.fail(nil)
+		check(write(t, w, "8\n"))
+		w.SetBuffer(8, time.Hour)
+		expect("when the buffer changes", "<nil> 1")
+		check(write(t, w, "9\n"))
+		r.fail(full)
+		w.SetBuffer(0, 0)
+		expect("when the buffer ends", "disk full 1")
+		if err := w.Close(); err != nil || r.closed != 1 {
 			t.Errorf("closed %d times: %v", r.closed, err)
 		}
-		r.expect(t, "1\n2\n", "3\n4\n", "5\n", "long line\n", "6\n")
-		if err := write(t, w, "7\n"); !errors.Is(err, full) {
-			t.Errorf("after Close: %v", err)
-		}
+		check(write(t, w, "10\n"))
+		expect("after Close")
+		r.fail(nil)
+		check(write(t, w, "11\n"))
+		expect("after Close, when it works again", "<nil> 2")
 	})
+}
+
+// A write that ends in the middle of a line costs that line and those after it, and none later.
+func TestShortWrites(t *testing.T) {
+	for takes, want := range map[int]string{
+		0:  "ok\n",
+		1:  "1\nok\n",
+		3:  "123\nok\n",
+		4:  "123\nok\n",
+		6:  "123\n45\nok\n",
+		99: "123\n456\nok\n",
+	} {
+		for _, err := range []error{nil, errors.New("disk full")} {
+			if takes == 0 && err == nil {
+				continue // a recorder that takes everything
+			}
+			r := recorder{err: err, takes: takes}
+			w := New(&r, r.report)
+			_ = write(t, w, "123\n456\n")
+			r.err, r.takes = nil, 0
+			_ = write(t, w, "ok\n")
+			if got := strings.Join(r.writes, ""); got != want {
+				t.Errorf("%d bytes, %v: %q, want %q", takes, err, got, want)
+			}
+			lost := 0
+			if len(r.reports) > 0 {
+				lost, _ = strconv.Atoi(r.reports[len(r.reports)-1][len("<nil> "):])
+			}
+			if whole := strings.Count("123\n456\n"[:min(takes, 8)], "\n"); whole+lost != 2 {
+				t.Errorf("%d bytes, %v: %d lines are whole, and the reports are %q", takes, err, whole, r.reports)
+			}
+		}
+	}
 }
 
 // Every line arrives whole and once, and those of one goroutine in their order, whatever makes the
