@@ -4,8 +4,10 @@
 package asyncproxy
 
 import (
+	"bufio"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -21,6 +23,102 @@ func (c *binaryCaddy) fastPathConns() int {
 	c.t.Helper()
 	_, text := c.ask(http.MethodGet, "/debug/pprof/goroutine?debug=2", "")
 	return strings.Count(text, ".(*clientConn).run(")
+}
+
+// Caddy does not exit before a client has its last response, though the client has sent another request.
+func TestProcessExitsAfterLastResponse(t *testing.T) {
+	const length = 3_000_000
+	origin := newSlowOrigin()
+	c := binaryStart(t, binaryOptions{global: "grace_period 10s"})
+	c.origin = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		origin.asked <- struct{}{}
+		<-origin.begin
+		w.Header().Set("Content-Length", fmt.Sprint(length))
+		_, _ = w.Write(make([]byte, length))
+	}))
+	t.Cleanup(c.origin.Close)
+	conn := c.dial()
+	_ = conn.SetReadBuffer(32 << 10) // so that much of the response is still to be sent when Caddy could exit
+	conn.get(c.origin.URL+"/", "")
+	<-origin.asked
+	conn.send("PUT " + c.origin.URL + "/next HTTP/1.1\nHost: x\nContent-Length: 20000\n\n" + strings.Repeat("n", 20_000))
+	if err := c.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the listener to close", func() bool { return !binaryListens(c.proxy) })
+	origin.begin <- struct{}{}
+	res, err := http.ReadResponse(conn.r, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := io.CopyN(io.Discard, res.Body, length-10_000)
+	if err == nil {
+		time.Sleep(2 * time.Second) // Caddy would exit meanwhile
+		var rest int64
+		rest, err = io.Copy(io.Discard, res.Body)
+		n += rest
+	}
+	if n != length || err != nil || !res.Close {
+		t.Errorf("%d bytes, %v, Close %t", n, err, res.Close)
+	}
+	select {
+	case <-c.exited:
+		t.Error("Caddy has exited before the client closed its connection")
+	default:
+	}
+	_ = conn.Close()
+	select {
+	case <-c.exited:
+	case <-time.After(patience):
+		t.Fatal("Caddy did not exit")
+	}
+}
+
+// Nor does it exit before a client has the response to an upload that was refused early, whichever server has
+// sent that.
+func TestProcessExitsAfterEarlyResponse(t *testing.T) {
+	const length = 300_000
+	origin := listen(t, func(conn *net.TCPConn) {
+		if _, err := http.ReadRequest(bufio.NewReader(conn)); err == nil {
+			_, _ = fmt.Fprintf(conn, "HTTP/1.1 413 Content Too Large\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", length, make([]byte, length))
+			_ = conn.CloseWrite()
+			_, _ = io.Copy(io.Discard, conn)
+		}
+	})
+	for _, way := range []string{"fast", "ordinary"} {
+		t.Run(way, func(t *testing.T) {
+			c := binaryStart(t, binaryOptions{global: "grace_period 10s"})
+			if way == "ordinary" {
+				c.write(strings.Replace(c.caddyfile(""), "\tasync_proxy {", "\tvars way ordinary\n\tasync_proxy {", 1))
+				if output, err := c.command("reload", "--config", c.config, "--adapter", "caddyfile", "--address", c.admin).CombinedOutput(); err != nil {
+					t.Fatalf("%v\n%s", err, output)
+				}
+			}
+			conn := c.dial()
+			_ = conn.SetReadBuffer(16 << 10)
+			conn.send("POST http://" + origin + "/ HTTP/1.1\nHost: x\nContent-Length: 1000000\n\n" + strings.Repeat("n", 100_000))
+			res, err := http.ReadResponse(conn.r, nil)
+			if err != nil || res.StatusCode != http.StatusRequestEntityTooLarge {
+				t.Fatalf("%v, %v", res, err)
+			}
+			c.waitLog("request", 1) // the whole response is in the kernel
+			if err := c.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(2 * time.Second) // Caddy would exit meanwhile
+			conn.send("more")           // which would cause a reset
+			time.Sleep(100 * time.Millisecond)
+			if n, err := io.Copy(io.Discard, res.Body); n != length || err != nil || !res.Close {
+				t.Errorf("%d bytes, %v, Close %t", n, err, res.Close)
+			}
+			_ = conn.Close()
+			select {
+			case <-c.exited:
+			case <-time.After(patience):
+				t.Fatal("Caddy did not exit")
+			}
+		})
+	}
 }
 
 // Caddy exits at once if all connections are idle. It waits for responses in progress, also

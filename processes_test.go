@@ -64,6 +64,8 @@ var aloneTests = []string{
 	"TestTunnelsOfOneConnectionDoNotWaitForEachOther",
 	"TestTunnelsLeaveNothingBehind",
 	"TestProcessExitsWithClientConns",
+	"TestProcessExitsAfterLastResponse",
+	"TestProcessExitsAfterEarlyResponse",
 	"TestStreamLarge",
 	"TestStreamStalledReader",
 	"TestStreamSlowRequest",

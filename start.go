@@ -42,6 +42,7 @@ func (p *proxy) registerHooks(ctx caddy.Context, server *caddyhttp.Server) error
 		if caddy.Exiting() {
 			program.listeners.Drain(grace)
 			p.tunnels.Drain(grace)
+			p.process.lingering.Wait(grace)
 		}
 		return nil
 	})

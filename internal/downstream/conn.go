@@ -151,11 +151,19 @@ func (c *clientConn) serve() (takeover func()) {
 		if !handedOff && !c.w.hijacked && !c.w.lingers {
 			_ = c.Close()
 		}
-		c.leave()
 		putReader(c.r)
-		if c.w.lingers {
-			c.server.Lingering.Close(c.Conn, c.w.sender)
+		if !c.w.lingers {
+			c.leave()
+			return
 		}
+		c.markUsed()
+		// Caddy waits at its exit until the client has the response, because exiting would reset the connection.
+		if c.isShuttingDown() {
+			defer c.leave()
+		} else {
+			c.leave()
+		}
+		c.server.Lingering.Close(c.Conn, c.w.sender)
 	}()
 	c.start()
 	for {

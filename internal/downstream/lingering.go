@@ -4,6 +4,7 @@
 package downstream
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net"
@@ -65,6 +66,23 @@ func (l *Lingering) Close(conn net.Conn, client netip.Addr) {
 		l.leave(client)
 	}
 	_ = conn.Close()
+}
+
+// Wait waits until no connection is being closed in stages, or ctx ends. At exit, what clients have not received yet
+// would be lost.
+func (l *Lingering) Wait(ctx context.Context) {
+	isEmpty := func() bool {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return len(l.n) == 0
+	}
+	for !isEmpty() {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
 }
 
 // Drop reads a request's content to its end or one of the limits, before a response is sent after
