@@ -296,7 +296,7 @@ func TestLogBufferJSON(t *testing.T) {
 		`{"wrap": null}`:                                                           "wrap: the option is missing; expected file <path>, stdout or stderr",
 		`{"wrap": {}}`:                                                             "expected file <path>, stdout or stderr",
 		`{"wrap": {"output": "file"}}`:                                             "wrap: the file has no name; expected file <path>, stdout or stderr",
-		`{"wrap": {"output": "file", "filename": "/nonexistent/\u0000"}}`:          "opening log writer using async_proxy_buffer for /nonexistent/",
+		`{"wrap": {"output": "file", "filename": "/dev/null/x"}}`:                  "opening log writer using async_proxy_buffer for /dev/null/x: ",
 		`{"wrap": {"output": "stdout"}, "size": -1}`:                               "size: the value '-1' is not valid; expected a number of bytes from 1 to 1048576",
 		`{"wrap": {"output": "stdout"}, "size": 1048577}`:                          "size: the value '1048577' is not valid; expected a number of bytes from 1 to 1048576",
 		`{"wrap": {"output": "stdout"}, "flush_interval": -1}`:                     "flush_interval: the value '-1ns' is not valid; expected a duration above zero",

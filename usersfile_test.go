@@ -165,7 +165,7 @@ func TestUsersFileMistakes(t *testing.T) {
 			}
 		}
 	}
-	if err := adaptError(":1 {\nasync_proxy {\nusers_file /nonexistent\n}\n}"); err == nil || !strings.Contains(err.Error(), "/nonexistent: no such file") {
+	if err := adaptError(":1 {\nasync_proxy {\nusers_file /nonexistent/users\n}\n}"); err == nil || !strings.Contains(err.Error(), "/nonexistent/users: no such file") {
 		t.Errorf("without a file: %v", err)
 	}
 }
