@@ -94,7 +94,7 @@ func runStatus(flags caddycmd.Flags) (int, error) {
 		case err != nil && !clear:
 			fmt.Fprintf(os.Stderr, "Error: %v\n", err)
 		case err != nil:
-			fmt.Fprintf(&out, "%s: cannot reach Caddy, retrying\n\n%s\n", time.Now().Format(time.TimeOnly), wrapText(err.Error(), width))
+			fmt.Fprintf(&out, "%s: no answer, retrying\n\n%s\n", time.Now().Format(time.TimeOnly), wrapText(err.Error(), width))
 		case asJSON:
 			_ = json.NewEncoder(&out).Encode(shown)
 		default:

@@ -272,7 +272,7 @@ func TestCommandStatusOnATerminal(t *testing.T) {
 	if _, err := caddycmd.AdminAPIRequest(w.logs, http.MethodPost, "/stop", nil, nil); err != nil {
 		t.Fatal(err)
 	}
-	if screen := shows("cannot reach Caddy"); !strings.Contains(strings.ReplaceAll(screen, "\n", ""), "use --address for another admin endpoint") {
+	if screen := shows("no answer, retrying"); !strings.Contains(strings.ReplaceAll(screen, "\n", ""), "use --address for another admin endpoint") {
 		t.Errorf("the screen:\n%s", screen)
 	}
 	cmd := commandOf(t, "async-proxy", "--listen", w.proxy, "--admin", w.logs)

@@ -36,7 +36,7 @@ type usersFile struct {
 	checkAt atomic.Int64 // when to check the file for changes again, since epoch
 
 	mu      sync.Mutex  // guards the following
-	read    os.FileInfo // of the file when it was last read
+	read    os.FileInfo // of the file when it was last read; nil: it was missing meanwhile
 	mistake error       // why users are not those of the file; nil: they are
 	release func()      // of users
 }
@@ -90,9 +90,14 @@ func (u *usersFile) refresh() {
 	}
 	if err == nil {
 		err = u.load(info)
+	} else {
+		u.read = nil // the same file may come back
 	}
+	known := u.mistake
 	if u.mistake = err; err != nil {
-		u.logger.Error("users_file cannot be read; the users stay as they were", zap.String("file", u.path), errorField(err))
+		if known == nil || known.Error() != err.Error() {
+			u.logger.Error("users_file cannot be read; the users stay as they were", zap.String("file", u.path), errorField(err))
+		}
 		return
 	}
 	u.logger.Info("users_file has been read again", zap.String("file", u.path), zap.Int("users", len(u.users.Load().Accounts)))

@@ -221,6 +221,22 @@ func TestUsersFileWarnings(t *testing.T) {
 		}
 	}
 	w.waitLog("users_file has no users, so every client is refused; add a user to it", 1)
+
+	// A file that is missing for a while may come back as it was. The log says once that it is missing.
+	w.forgetLogs()
+	if err := os.Rename(w.file, w.file+".away"); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the file to be missed", func() bool { return strings.HasPrefix(code(), "users_file_mistake: ") })
+	time.Sleep(usersFileInterval)
+	w.expect("without the file", 200, "alice", "wonderland")
+	if err := os.Rename(w.file+".away", w.file); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the file to be there again", func() bool { return code() == "" })
+	if lines := w.logLines("users_file cannot be read; the users stay as they were"); len(lines) != 1 {
+		t.Errorf("logged %v", lines)
+	}
 	w.write(t, "")
 	eventually(t, "the users to go", func() bool { return w.status("alice", "wonderland") == 407 })
 }
