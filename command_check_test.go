@@ -197,3 +197,15 @@ func TestCommandVersion(t *testing.T) {
 		t.Errorf("%v, %q, want %s", err, out, want)
 	}
 }
+
+// A mistake in CADDY_ADMIN is one in CADDY_ADMIN, not in an address that the command does not name.
+func TestCommandsCheckAdminVariable(t *testing.T) {
+	for _, command := range [][]string{{"status"}, {"check"}, {"explain", "--client", "10.0.0.1", "a:80"}} {
+		cmd := commandOf(t, append([]string{"async-proxy"}, command...)...)
+		cmd.Env = append(cmd.Env, "CADDY_ADMIN=garbage")
+		out, err := cmd.CombinedOutput()
+		if want := `CADDY_ADMIN \"garbage\": expected an address with a port`; err == nil || !strings.Contains(string(out), want) {
+			t.Errorf("%s: %v, %s, want %s", command[0], err, out, want)
+		}
+	}
+}
