@@ -144,7 +144,7 @@ func checkAccount(account caddyauth.Account) error {
 	case checkUserName(account.Username) != nil:
 		return checkUserName(account.Username)
 	case isPublished(account.Password):
-		return fmt.Errorf("the user '%s' has %w", account.Username, errPublished)
+		return fmt.Errorf("the user %q has %w", account.Username, errPublished)
 	case algorithm != "" && checkHash(algorithm, hash) != nil:
 		return fmt.Errorf("the hash of the user '%s' is not valid; expected one for %s, as `caddy hash-password` prints it", account.Username, algorithm)
 	}

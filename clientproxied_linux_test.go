@@ -110,9 +110,7 @@ func TestProxyProtocolIsSlow(t *testing.T) {
 			t.Errorf("after the reload, the client is %s", got)
 		}
 	}
-	if n := fastPathConns(); n != 2 {
-		t.Errorf("the fast path serves %d connections after the reload", n)
-	}
+	expectFastPath(t, "after the reload", 2)
 	_, _ = silent.Close(), half.Close()
 	once()
 	eventually(t, "all connections to be gone", func() bool {

@@ -165,9 +165,7 @@ func TestTLSHandshakeDuringReload(t *testing.T) {
 	if res, _ := c.response(http.MethodGet); !strings.HasPrefix(res.Header.Get("Proxy-Status"), "second;") {
 		t.Errorf("HTTP/1.1: %s, %v", res.Status, res.Header)
 	}
-	if n := fastPathConns(); n != 1 {
-		t.Errorf("the fast path serves %d connections", n)
-	}
+	expectFastPath(t, "after the handshakes", 1)
 	if _, err := io.WriteString(clients["h2"], "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"); err != nil {
 		t.Error(err)
 	}

@@ -52,7 +52,11 @@ func (c *clientConn) setFraming(r *http.Request) *Invalid {
 	}
 	r.ContentLength = length
 	c.content = &content{client: c}
-	c.content.body.Delimit(c.r, length, func(lines, end string) error { return parseTrailers(lines, end, r.Trailer) })
+	var trailers func(lines, end string) error
+	if chunked {
+		trailers = func(lines, end string) error { return parseTrailers(lines, end, r.Trailer) }
+	}
+	c.content.body.Delimit(c.r, length, trailers)
 	r.Body = c.content
 	return nil
 }
