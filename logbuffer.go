@@ -32,7 +32,8 @@ func init() { caddy.RegisterModule(LogBuffer{}) }
 // A line reaches the wrapped output when the buffer is full, FlushInterval after the first line in
 // the buffer, and before Caddy exits or unloads the config. If the process is killed or crashes, and on
 // SIGQUIT or a second Ctrl+C, the lines in the buffer are lost. So are those that cannot be written; standard
-// error then says so, and when writing works again.
+// error then says so, and when writing works again. If it does not, it says how many are lost when the options
+// change and before Caddy exits.
 type LogBuffer struct {
 	// The wrapped output: file, stdout or stderr. Others are refused, because some of them take each
 	// write for one line.

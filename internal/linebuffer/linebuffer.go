@@ -19,21 +19,23 @@ import (
 // Unlike zap's BufferedWriteSyncer, it goes on after a write that failed, syncs no files, and does
 // nothing while there are no lines.
 type Writer struct {
-	mu     sync.Mutex
-	w      io.WriteCloser
-	report func(err error, lost int)
-	lines  []byte
-	size   int
-	delay  time.Duration
-	timer  *time.Timer // flushes; it runs when there are lines in the buffer
-	fails  bool        // the last write failed
-	lost   int         // lines that have not been written since it fails
-	isCut  bool        // the last write ended in the middle of a line
+	mu       sync.Mutex
+	w        io.WriteCloser
+	report   func(err error, lost int)
+	lines    []byte
+	size     int
+	delay    time.Duration
+	timer    *time.Timer // flushes; it runs when there are lines in the buffer
+	err      error       // of the last write
+	lost     int         // lines that have not been written since it fails
+	reported int         // how many of them have been reported
+	isCut    bool        // the last write ended in the middle of a line
 }
 
 // New returns a Writer to w without a buffer. It calls report with an error when writing begins to fail, and
-// without one when it works again. lost is how many lines have been lost since it began to fail. report must
-// not call the Writer.
+// without one when it works again. If more lines are lost before the buffer changes or ends, it also calls report
+// then, because there may be no write that works later. lost is how many lines have been lost since writing began
+// to fail. report must not call the Writer.
 func New(w io.WriteCloser, report func(err error, lost int)) *Writer {
 	b := &Writer{w: w, report: report}
 	b.timer = time.AfterFunc(time.Hour, func() {
@@ -53,7 +55,16 @@ func (b *Writer) SetBuffer(size int, delay time.Duration) {
 	if size == b.size && delay == b.delay {
 		return
 	}
+	b.setBuffer(size, delay)
+}
+
+// setBuffer is SetBuffer for a caller that holds the lock.
+func (b *Writer) setBuffer(size int, delay time.Duration) {
 	b.flush()
+	if b.lost > b.reported {
+		b.report(b.err, b.lost)
+		b.reported = b.lost
+	}
 	b.lines, b.size, b.delay = nil, size, delay
 }
 
@@ -89,35 +100,38 @@ func (b *Writer) flush() {
 }
 
 func (b *Writer) write(lines []byte) {
+	start := 0 // of the first line
 	if b.isCut {
 		lines = append([]byte("\n"), lines...) // or the first line would continue the one that is cut
+		start = 1
 	}
 	n, err := b.w.Write(lines)
 	if err == nil && n < len(lines) {
 		err = io.ErrShortWrite
 	}
 	if err == nil {
-		if b.fails {
+		if b.err != nil {
 			b.report(nil, b.lost)
 		}
-		b.fails, b.lost, b.isCut = false, 0, false
+		b.err, b.lost, b.reported, b.isCut = nil, 0, 0, false
 		return
 	}
 	if n > 0 {
 		b.isCut = lines[n-1] != '\n'
 	}
-	b.lost += bytes.Count(lines[n:], []byte("\n"))
-	if !b.fails {
-		b.fails = true
+	b.lost += bytes.Count(lines[max(n, start):], []byte("\n"))
+	if b.err == nil {
 		b.report(err, b.lost)
+		b.reported = b.lost
 	}
+	b.err = err
 }
 
 // Close writes the lines in the buffer, and closes the other writer. Later lines are written to it
 // without delay.
 func (b *Writer) Close() error {
-	b.SetBuffer(0, 0)
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	b.setBuffer(0, 0)
 	return b.w.Close()
 }

@@ -287,6 +287,52 @@ func TestShortWrites(t *testing.T) {
 	}
 }
 
+// What ends a cut line is no line, and is not counted as lost when it cannot be written.
+func TestLostAfterCutLine(t *testing.T) {
+	full := errors.New("disk full")
+	r := recorder{err: full, takes: len("123\n45")}
+	w := New(&r, r.report)
+	_ = write(t, w, "123\n456\n")
+	r.takes = 0
+	_ = write(t, w, "7\n", "8\n")
+	r.err = nil
+	_ = write(t, w, "ok\n")
+	if want := []string{"disk full 1", "<nil> 3"}; !slices.Equal(r.reports, want) {
+		t.Errorf("reported %q, want %q", r.reports, want)
+	}
+	if got, want := strings.Join(r.writes, ""), "123\n45\nok\n"; got != want {
+		t.Errorf("written: %q, want %q", got, want)
+	}
+}
+
+// Lines that were lost since the last report are reported when the buffer changes or ends, because there may be
+// no later write that works.
+func TestLostInTheEnd(t *testing.T) {
+	for name, end := range map[string]func(w *Writer){
+		"no buffer":      func(w *Writer) { w.SetBuffer(0, 0) },
+		"another buffer": func(w *Writer) { w.SetBuffer(100, time.Hour) },
+		"closed":         func(w *Writer) { _ = w.Close() },
+		"all":            func(w *Writer) { w.SetBuffer(100, time.Hour); w.SetBuffer(0, 0); _ = w.Close() },
+	} {
+		r := recorder{err: errors.New("disk full")}
+		w := buffering(&r, 4, time.Hour)
+		for range 50 {
+			_ = write(t, w, "1\n")
+		}
+		end(w)
+		if want := []string{"disk full 2", "disk full 50"}; !slices.Equal(r.reports, want) {
+			t.Errorf("%s: reported %q, want %q", name, r.reports, want)
+		}
+	}
+	r := recorder{err: errors.New("disk full")}
+	w := New(&r, r.report)
+	_ = write(t, w, "1\n", "2\n")
+	_ = w.Close()
+	if want := []string{"disk full 1", "disk full 2"}; !slices.Equal(r.reports, want) {
+		t.Errorf("closed without a buffer: reported %q, want %q", r.reports, want)
+	}
+}
+
 // Every line arrives whole and once, and those of one goroutine in their order, whatever makes the
 // buffer be written.
 func TestConcurrency(t *testing.T) {
