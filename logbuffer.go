@@ -68,7 +68,8 @@ func (LogBuffer) CaddyModule() caddy.ModuleInfo {
 
 // Provision implements caddy.Provisioner.
 func (b *LogBuffer) Provision(ctx caddy.Context) error {
-	if len(b.WrapRaw) == 0 || string(b.WrapRaw) == "null" {
+	var wrap map[string]json.RawMessage
+	if err := json.Unmarshal(b.WrapRaw, &wrap); len(b.WrapRaw) == 0 || err == nil && len(wrap) == 0 {
 		return fmt.Errorf("wrap: the option is missing; expected %s", wrappable)
 	}
 	module, err := ctx.LoadModule(b, "WrapRaw")
