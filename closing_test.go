@@ -11,6 +11,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 	"time"
@@ -154,6 +155,18 @@ func TestLastResponseIsWhole(t *testing.T) {
 		_, _ = io.WriteString(conn, content[1000:])
 		_, _ = io.Copy(io.Discard, r)
 	})
+	secure := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Length", fmt.Sprint(length))
+		w.WriteHeader(http.StatusOK) // after an error, http2.Transport would not send the rest of the request
+		_, _ = io.WriteString(w, content[:1000])
+		_ = http.NewResponseController(w).Flush()
+		_, _ = io.Copy(io.Discard, r.Body)
+		_, _ = io.WriteString(w, content[1000:])
+	}))
+	secure.EnableHTTP2 = true
+	secure.TLS = &tls.Config{Certificates: []tls.Certificate{tlsCertificate}}
+	secure.StartTLS()
+	t.Cleanup(secure.Close)
 	asked, begin := make(chan struct{}), make(chan struct{})
 	slow := listen(t, func(conn *net.TCPConn) {
 		r := bufio.NewReader(conn)
@@ -167,6 +180,7 @@ func TestLastResponseIsWhole(t *testing.T) {
 	})
 	next := "PUT http://" + early + "/next HTTP/1.1\r\nHost: x\r\nContent-Length: 20000\r\n\r\n" + strings.Repeat("n", 20_000)
 	upload := fmt.Sprintf("POST http://%s/ HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s", early, length, content)
+	overHTTP2 := strings.Replace(upload, "http://"+early, secure.URL, 1)
 	for _, tc := range []struct {
 		name, request string
 		site          func(string) string
@@ -174,6 +188,8 @@ func TestLastResponseIsWhole(t *testing.T) {
 	}{
 		{"early response", upload, func(site string) string { return site }, nil},
 		{"early response, ordinary", upload, inRoute, nil},
+		{"early response over HTTP/2", overHTTP2, func(site string) string { return site }, nil},
+		{"early response over HTTP/2, ordinary", overHTTP2, inRoute, nil},
 		{"shutdown", "GET http://" + slow + "/ HTTP/1.1\r\nHost: x\r\n\r\n", func(site string) string { return site }, func(proxy string) {
 			<-asked
 			stopped := make(chan struct{})
@@ -200,16 +216,27 @@ func TestLastResponseIsWhole(t *testing.T) {
 			w.load(tc.site(w.site("")))
 			conn := w.dial()
 			_ = conn.SetReadBuffer(32 << 10) // so that much of the response is still to be sent when the proxy closes
+			first, head := len(tc.request), ""
+			if tc.meanwhile == nil {
+				first -= length / 2
+			}
+			if _, err := io.WriteString(conn, tc.request[:first]); err != nil {
+				t.Fatal(err)
+			}
+			if tc.meanwhile == nil {
+				head = conn.readUntil("\r\n\r\n") // the response begins before the upload ends
+			}
 			sent := make(chan error, 1)
 			go func() {
-				_, err := io.WriteString(conn, tc.request+next)
+				_, err := io.WriteString(conn, tc.request[first:]+next)
 				sent <- err
 			}()
 			if tc.meanwhile != nil {
 				go tc.meanwhile(w.proxy)
 			}
 			time.Sleep(200 * time.Millisecond) // begins to read late, too
-			all, err := io.ReadAll(conn)
+			all, err := io.ReadAll(conn.r)
+			all = append([]byte(head), all...)
 			if err != nil {
 				t.Errorf("after %d bytes: %v", len(all), err)
 			}
