@@ -118,11 +118,11 @@ func (u *usersFile) warnings(site string) (found []status.Warning) {
 	defer u.mu.Unlock()
 	if u.mistake != nil {
 		found = append(found, status.Warning{Code: "users_file_mistake", Site: site,
-			Text: fmt.Sprintf("users_file cannot be read, and the users stay as they were: %v", printable.Error(u.mistake))})
+			Text: fmt.Sprintf("the users_file cannot be read, and the users stay as they were: %v", printable.Error(u.mistake))})
 	}
 	if len(users.Accounts) == 0 {
 		found = append(found, status.Warning{Code: "users_file_empty", Site: site,
-			Text: fmt.Sprintf("users_file %s has no users, so every client is refused; add a user to it", u.path)})
+			Text: fmt.Sprintf("the users_file %s has no users, so every client is refused; add a user to it", u.path)})
 	}
 	return found
 }

@@ -206,9 +206,9 @@ func TestUsersFileWarnings(t *testing.T) {
 		t.Errorf("at first: %s", got)
 	}
 	for _, step := range []struct{ text, want string }{
-		{"alice", "users_file_mistake: users_file cannot be read, and the users stay as they were: " + w.file + ":1: the line is not"},
+		{"alice", "users_file_mistake: the users_file cannot be read, and the users stay as they were: " + w.file + ":1: the line is not"},
 		{userLine("alice", "wonderland"), ""},
-		{"# nobody yet\n", "users_file_empty: users_file " + w.file + " has no users, so every client is refused; add a user to it"},
+		{"# nobody yet\n", "users_file_empty: the users_file " + w.file + " has no users, so every client is refused; add a user to it"},
 		{userLine("alice", "wonderland"), ""},
 	} {
 		w.write(t, step.text)

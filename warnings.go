@@ -60,7 +60,7 @@ func (p *proxy) judgeConfig(ctx caddy.Context, server *caddyhttp.Server) (found 
 			"over HTTP/2 and HTTP/3 look like requests for the server itself, and are answered with 421 unless another handler answers them", addresses)
 	}
 	if outputs := unbufferedLogs(ctx.Done()); len(outputs) > 0 {
-		warn("log_not_buffered", "async_proxy_buffer has no effect on "+strings.Join(outputs, ", ")+", because this process, or another log, already writes to the file "+
+		warn("log_not_buffered", "the output async_proxy_buffer has no effect on "+strings.Join(outputs, ", ")+", because this process, or another log, already writes to the file "+
 			"without it; give all logs of the file that output, and restart Caddy", zap.Strings("outputs", outputs))
 	}
 	return found
